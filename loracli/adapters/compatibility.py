@@ -1,0 +1,85 @@
+"""Whether adapters can be composed, and how much they overlap: all from factors and configs, without the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loracli.adapters.adapter import LoraAdapter
+from loracli.algebra.factors import Factors, inner_product
+from loracli.errors import IncompatibleAdapters
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How alike two adapters are, summed over all modules.
+
+    Args:
+        cosine: <dW_1, dW_2> / (|dW_1| |dW_2|) in the Frobenius product; near 0 means that they hardly interfere.
+        shared_modules: how many modules both adapt, in the same shape.
+    """
+
+    first: str
+    second: str
+    cosine: float
+    shared_modules: int
+
+
+def problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False) -> list[str]:
+    """Every reason why these adapters cannot be composed; empty if they can.
+
+    Args:
+        adapters: any number.
+        base_given: the user names the base model, so that what the adapters name need not agree.
+    """
+    problems = []
+    names = {adapter.config.base_model for adapter in adapters if adapter.config.base_model}
+    if len(names) > 1 and not base_given:
+        claims = ", ".join(f"{a.reference} names {a.config.base_model}" for a in adapters)
+        problems.append(f"the adapters name different base models: {claims}")
+    first_with: dict[str, LoraAdapter] = {}
+    for adapter in adapters:
+        for name, module in adapter.modules.items():
+            other = first_with.setdefault(name, adapter)
+            theirs = other.modules[name]
+            if module.kind != theirs.kind:
+                problems.append(
+                    f"{name} is {theirs.kind} in {other.reference} and {module.kind} in {adapter.reference}"
+                )
+            elif _shape(module.factors) != _shape(theirs.factors):
+                problems.append(
+                    f"{name} is (out, in) = {_shape(theirs.factors)} in {other.reference} "
+                    f"and {_shape(module.factors)} in {adapter.reference}"
+                )
+    return problems
+
+
+def check_composable(adapters: Sequence[LoraAdapter], *, base_given: bool = False) -> None:
+    """Raises IncompatibleAdapters with the first reason and the number of others, if there is any."""
+    problems = problems_of(adapters, base_given=base_given)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        hint = "name the right base model with --base" if problems[0].startswith("the adapters name") else None
+        raise IncompatibleAdapters(problems[0] + more, hint=hint or "the adapters were trained on different models")
+
+
+def overlaps_of(adapters: Sequence[LoraAdapter]) -> list[Overlap]:
+    """The overlap of each pair."""
+    squares = [sum(inner_product(m.factors, m.factors) for m in a.modules.values()) for a in adapters]
+    result = []
+    for i, first in enumerate(adapters):
+        for j in range(i + 1, len(adapters)):
+            second = adapters[j]
+            shared = sorted(
+                name
+                for name in first.modules.keys() & second.modules.keys()
+                if _shape(first.modules[name].factors) == _shape(second.modules[name].factors)
+            )
+            product = sum(inner_product(first.modules[n].factors, second.modules[n].factors) for n in shared)
+            length = (squares[i] * squares[j]) ** 0.5
+            result.append(Overlap(first.reference, second.reference, product / length if length else 0.0, len(shared)))
+    return result
+
+
+def _shape(factors: Factors) -> tuple[int, int]:
+    return factors.out_features, factors.in_features

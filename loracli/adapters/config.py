@@ -1,0 +1,202 @@
+"""`adapter_config.json`: the fields that say what the tensors mean, and the features that are refused by name.
+
+The scaling of a module comes from here; which modules there are comes from the tensor names, never from a pattern in a
+config. PEFT itself drops keys that it does not know with a warning, so an adapter of a newer feature would load as
+something else: every key here is either known, or refused unless it is off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loracli.adapters.patterns import lookup, parse_pattern
+from loracli.algebra.factors import lora_scaling
+from loracli.errors import MalformedAdapter, UnsupportedAdapter
+from loracli.strict_json import StrictJsonError, parse_json
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_RANK = 1 << 14
+
+# Fields that choose modules or concern training and loading only: the tensors already say what came of them.
+_WITHOUT_EFFECT = frozenset(
+    "auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode "
+    "init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type peft_version "
+    "qalora_group_size r rank_pattern alpha_pattern revision runtime_config target_modules task_type use_rslora "
+    "bias loftq_config".split()
+)
+
+# Initialisations that leave the base model as it is. The others subtract from it what they put into the factors.
+_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+# Features that change what the tensors mean, with the way out. "Off" is null, false, empty or absent.
+_REFUSED = {
+    "use_dora": ("DoRA", "it has no exact low-rank form without the base model"),
+    "lora_bias": ("lora_bias", "train the adapter without lora_bias"),
+    "modules_to_save": ("modules_to_save", "train the adapter without modules_to_save"),
+    "target_parameters": ("target_parameters (LoRA on experts)", "train the adapter on target_modules"),
+    "layer_replication": ("layer_replication", "train the adapter on the base model's own layers"),
+    "trainable_token_indices": ("trainable tokens", "train the adapter without trainable_token_indices"),
+    "alora_invocation_tokens": ("aLoRA", "an activated LoRA depends on the prompt and cannot be added to another"),
+    "use_qalora": ("QALoRA", "train the adapter without use_qalora"),
+    "use_bdlora": ("BD-LoRA", "train the adapter without use_bdlora"),
+    "megatron_config": ("Megatron layers", "convert the adapter to ordinary layers first"),
+}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What `adapter_config.json` says about the tensors beside it.
+
+    Args:
+        base_model: the base model that the adapter names, or None.
+        base_revision: the revision it names, or None.
+        rank: `r`.
+        lora_alpha: `lora_alpha`.
+        use_rslora: whether the scaling is lora_alpha / sqrt(r).
+        rank_pattern: ranks of single modules, by PEFT's pattern; in file order.
+        alpha_pattern: the same for lora_alpha.
+        fan_in_fan_out: whether the base stores its weights as (in, out), as GPT-2's Conv1D does.
+        lora_dropout: the dropout of training; never used here.
+        task_type: `CAUSAL_LM`, another, or None.
+    """
+
+    base_model: str | None
+    base_revision: str | None
+    rank: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    fan_in_fan_out: bool
+    lora_dropout: float
+    task_type: str | None
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the config gives `module`."""
+        return lookup(self.rank_pattern, module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """s of `module`, after `rank_pattern`, `alpha_pattern` and rsLoRA."""
+        alpha = lookup(self.alpha_pattern, module, self.lora_alpha)
+        return lora_scaling(alpha, self.rank_of(module), use_rslora=self.use_rslora)
+
+
+def read_config(path: Path) -> AdapterConfig:
+    """Reads and checks an `adapter_config.json`.
+
+    Raises:
+        MalformedAdapter: if the file is damaged or a field has an impossible value.
+        UnsupportedAdapter: if it uses a feature that cannot be honoured, by the feature's name.
+    """
+    where = str(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise MalformedAdapter(f"cannot be read: {error.strerror}", where=where) from None
+    if len(data) > MAX_CONFIG_BYTES:
+        raise MalformedAdapter(f"is larger than {MAX_CONFIG_BYTES} bytes", where=where)
+    try:
+        fields = parse_json(data)
+    except StrictJsonError as error:
+        raise MalformedAdapter(str(error), where=where) from None
+    if not isinstance(fields, dict):
+        raise MalformedAdapter("is not a JSON object", where=where)
+    _refuse_features(fields, where)
+    return _Fields(fields, where).config()
+
+
+def _refuse_features(fields: dict[str, Any], where: str) -> None:
+    peft_type = fields.get("peft_type")
+    if peft_type != "LORA":
+        raise UnsupportedAdapter(f"peft_type is {peft_type!r}; only LORA can be composed", where=where)
+    for key, (feature, way_out) in _REFUSED.items():
+        if _is_on(fields.get(key)):
+            raise UnsupportedAdapter(f"{feature} is not supported (field {key!r})", where=where, hint=way_out)
+    if fields.get("bias", "none") != "none":
+        raise UnsupportedAdapter(
+            f"bias is {fields['bias']!r}: trained biases are not supported",
+            where=where,
+            hint='train the adapter with bias="none"',
+        )
+    initialisation = fields.get("init_lora_weights", True)
+    if not any(initialisation is plain or initialisation == plain for plain in _PLAIN_INITIALISATIONS):
+        raise UnsupportedAdapter(
+            f"init_lora_weights is {initialisation!r}: such an adapter assumes a changed base model",
+            where=where,
+            hint="convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)",
+        )
+    for key, value in fields.items():
+        if key not in _WITHOUT_EFFECT and key not in _REFUSED and _is_on(value):
+            raise UnsupportedAdapter(
+                f"the field {key!r} is not known to loracat and is not off",
+                where=where,
+                hint="a newer PEFT may give it a meaning that changes the adapter; remove it if it has none",
+            )
+
+
+def _is_on(value: Any) -> bool:
+    return value is not None and value is not False and value != {} and value != []
+
+
+class _Fields:
+    """Checked access to the fields of one config."""
+
+    def __init__(self, fields: dict[str, Any], where: str) -> None:
+        self._fields, self._where = fields, where
+
+    def config(self) -> AdapterConfig:
+        return AdapterConfig(
+            base_model=self._text("base_model_name_or_path"),
+            base_revision=self._text("revision"),
+            rank=self._rank("r", self._fields.get("r")),
+            lora_alpha=self._number("lora_alpha", self._fields.get("lora_alpha")),
+            use_rslora=self._flag("use_rslora"),
+            rank_pattern={k: self._rank(f"rank_pattern[{k!r}]", v) for k, v in self._pattern("rank_pattern").items()},
+            alpha_pattern={
+                k: self._number(f"alpha_pattern[{k!r}]", v) for k, v in self._pattern("alpha_pattern").items()
+            },
+            fan_in_fan_out=self._flag("fan_in_fan_out"),
+            lora_dropout=self._number("lora_dropout", self._fields.get("lora_dropout") or 0.0),
+            task_type=self._text("task_type"),
+        )
+
+    def _bad(self, field: str, value: Any, expected: str) -> MalformedAdapter:
+        return MalformedAdapter(f"the field {field} is {value!r}; expected {expected}", where=self._where)
+
+    def _rank(self, field: str, value: Any) -> int:
+        if type(value) is not int or not 1 <= value <= MAX_RANK:
+            raise self._bad(field, value, f"a whole number from 1 to {MAX_RANK}")
+        return value
+
+    def _number(self, field: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e9:
+            raise self._bad(field, value, "a number")
+        return float(value)
+
+    def _flag(self, field: str) -> bool:
+        value = self._fields.get(field)
+        if value is not None and not isinstance(value, bool):
+            raise self._bad(field, value, "true or false")
+        return bool(value)
+
+    def _text(self, field: str) -> str | None:
+        value = self._fields.get(field)
+        if value is not None and not isinstance(value, str):
+            raise self._bad(field, value, "text")
+        return value or None
+
+    def _pattern(self, field: str) -> dict[str, Any]:
+        value = self._fields.get(field) or {}
+        if not isinstance(value, dict):
+            raise self._bad(field, value, "an object")
+        for key in value:
+            if parse_pattern(key) is None:
+                raise UnsupportedAdapter(
+                    f"{field} has the key {key!r}, a regular expression",
+                    where=self._where,
+                    hint="only module names, with ^ in front or \\. for a dot, are read; write the names out",
+                )
+        return value

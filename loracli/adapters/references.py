@@ -1,0 +1,146 @@
+"""How an adapter is named: `org/name`, `org/name@rev`, `hf://org/name@rev/sub/folder`, or a local directory.
+
+Parsing looks at the disk, never at the network: a directory that holds `adapter_config.json` wins over a Hub id of the
+same spelling, and the reference remembers that it did (`shadows_hub`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import unquote
+
+from loracli.errors import AdapterNotFound, UsageError
+
+CONFIG_NAME = "adapter_config.json"
+URI_PREFIX = "hf://"
+FORMS = f"write org/name, org/name@revision, hf://org/name@revision/sub/folder, or a directory that holds {CONFIG_NAME}"
+
+_NAME = r"\w(?:[\w.-]{0,94}\w)?"
+_REPO_ID = re.compile(rf"(?!.*(?:--|\.\.))(?!.*\.git$){_NAME}/{_NAME}", re.ASCII)
+# What git forbids in a name, and what could leave the folder that a cache keeps it in.
+_BAD_REVISION = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|^[/.-]|[/.]$")
+_SPECIAL_REF = re.compile(r"refs/(?:pr/\d+|convert/\w+)(?=/|$)")
+_OTHER_KINDS = ("datasets", "spaces", "kernels", "buckets")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One adapter as it was named: a local directory or a Hub repository, exactly one of the two.
+
+    Attributes:
+        text: the reference as it was typed.
+        path: the local directory.
+        repo_id: the Hub repository, `org/name`.
+        revision: branch, tag or commit on the Hub; None for its default branch.
+        subfolder: folder inside the Hub repository; None for its top level.
+        shadows_hub: the local directory is also spelt like a Hub id, so a reader may have meant the other.
+    """
+
+    text: str
+    path: Path | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+    subfolder: str | None = None
+    shadows_hub: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.repo_id is None):
+            raise ValueError("a reference is either a local path or a Hub repository")
+
+
+def parse_reference(text: str, *, revision: str | None = None) -> Reference:
+    """Reads one reference.
+
+    Args:
+        text: any of the forms above. Text that starts with `.`, `/` or `~` is always a local directory.
+        revision: branch, tag or commit for a Hub reference that names none itself.
+    Raises:
+        AdapterNotFound: the text is neither a directory that holds an adapter nor a well-formed Hub reference.
+        UsageError: `revision` was given for a local directory, or is no revision that git could have.
+    """
+    if revision is not None and not is_revision(revision):
+        raise UsageError(f"'{revision}' cannot be a branch, tag or commit")
+    if not text.strip():
+        raise AdapterNotFound("an adapter reference is empty", hint=FORMS)
+    if text.startswith(URI_PREFIX):
+        return _parse_uri(text, revision)
+    if text.startswith((".", "/", "~")) or _holds_adapter(text):
+        return _parse_local(text, revision)
+    repo_id, at, own_revision = text.partition("@")
+    if text.endswith(".jsonl") or not _REPO_ID.fullmatch(repo_id):
+        _refuse(text)
+    if at and not is_revision(own_revision):
+        raise AdapterNotFound(f"'{own_revision}' cannot be a branch, tag or commit", where=text, hint=FORMS)
+    return Reference(text, repo_id=repo_id, revision=own_revision or revision)
+
+
+def _parse_local(text: str, revision: str | None) -> Reference:
+    if not _holds_adapter(text):
+        _refuse(text)
+    shadows_hub = _REPO_ID.fullmatch(text) is not None
+    if revision is not None:
+        way_out = f"{URI_PREFIX}{text}@{revision}" if shadows_hub else f"org/name@{revision}"
+        raise UsageError(
+            "a local directory has no revision", where=text, hint=f"name the Hub repository itself: {way_out}"
+        )
+    return Reference(text, path=Path(os.path.expanduser(text)), shadows_hub=shadows_hub)
+
+
+def _parse_uri(text: str, revision: str | None) -> Reference:
+    """`hf://[models/]org/name[@revision][/sub/folder]`, as huggingface_hub's own URIs."""
+    body = text.removeprefix(URI_PREFIX).removeprefix("models/").rstrip("/")
+    org, _, rest = body.partition("/")
+    if org in _OTHER_KINDS:
+        raise AdapterNotFound(f"an adapter is a model repository, not one of {org}", where=text, hint=FORMS)
+    head, _, tail = rest.partition("/")
+    name, at, own_revision = head.partition("@")
+    if at and (special := _SPECIAL_REF.match(rest.partition("@")[2])):  # the one kind of revision that holds slashes
+        own_revision = special.group()
+        tail = rest.partition("@")[2][special.end() + 1 :]
+    own_revision = unquote(own_revision)
+    if not _REPO_ID.fullmatch(f"{org}/{name}") or (at and not is_revision(own_revision)):
+        raise AdapterNotFound("not a reference to a Hub repository", where=text, hint=FORMS)
+    if tail and not _is_folder(tail):
+        raise AdapterNotFound(f"'{tail}' cannot be a folder of a repository", where=text, hint=FORMS)
+    return Reference(text, repo_id=f"{org}/{name}", revision=own_revision or revision, subfolder=tail or None)
+
+
+def _refuse(text: str) -> NoReturn:
+    """Says why `text` is no reference, as precisely as the disk allows."""
+    path = os.path.expanduser(text)
+    if text.endswith(".jsonl"):
+        raise AdapterNotFound("a data file is no adapter", where=text, hint=f"did you mean --data {text}?")
+    if os.path.isdir(path):
+        raise AdapterNotFound(f"the directory holds no {CONFIG_NAME}", where=text, hint=_hint_inside(path))
+    if os.path.isfile(path):
+        raise AdapterNotFound("a file is no adapter", where=text, hint=f"name the directory that holds {CONFIG_NAME}")
+    if text.startswith((".", "/", "~")):
+        raise AdapterNotFound("no such directory", where=text, hint=FORMS)
+    raise AdapterNotFound("neither a local directory nor a Hub repository's name", where=text, hint=FORMS)
+
+
+def _hint_inside(path: str) -> str:
+    """Points at the adapters one level down: a trainer's output holds them in `checkpoint-*` folders."""
+    try:
+        inside = sorted(name for name in os.listdir(path) if _holds_adapter(os.path.join(path, name)))
+    except OSError:
+        inside = []
+    return f"it has adapters inside: {', '.join(inside[:5])}" if inside else FORMS
+
+
+def _holds_adapter(text: str) -> bool:
+    return os.path.isfile(os.path.join(os.path.expanduser(text), CONFIG_NAME))
+
+
+def is_revision(text: str) -> bool:
+    """Whether `text` could name a branch, tag or commit; if so it is also harmless as a path inside a cache."""
+    return bool(text) and text.isprintable() and _BAD_REVISION.search(text) is None
+
+
+def _is_folder(text: str) -> bool:
+    parts = text.split("/")
+    return "\\" not in text and text.isprintable() and all(part not in ("", ".", "..") for part in parts)

@@ -1,0 +1,77 @@
+"""One low-rank update, and what its factors tell without ever forming the dense matrix.
+
+    dW = s B A          A (r, in), B (out, r), s = lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA
+
+LoRA: arXiv 2106.09685, section 4.1; rsLoRA: arXiv 2312.03732, equation 4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def lora_scaling(lora_alpha: float, rank: int, *, use_rslora: bool) -> float:
+    """s: `lora_alpha / rank`, or `lora_alpha / sqrt(rank)` for rsLoRA."""
+    return lora_alpha / math.sqrt(rank) if use_rslora else lora_alpha / rank
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update dW = scaling * lora_B @ lora_A of one module.
+
+    Args:
+        lora_A: (r, in).
+        lora_B: (out, r), same dtype as `lora_A`.
+        scaling: s.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.lora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.lora_B.shape[0]
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """The same factors in another dtype; each entry is rounded once."""
+        return Factors(self.lora_A.to(dtype), self.lora_B.to(dtype), self.scaling)
+
+    def delta_weight(self) -> Tensor:
+        """dW (out, in) in float64. Dense: for tests and small modules."""
+        return self.scaling * (self.lora_B.double() @ self.lora_A.double())
+
+
+def inner_product(left: Factors, right: Factors) -> float:
+    """<dW_1, dW_2> = s_1 s_2 sum((B_1^T B_2) * (A_1 A_2^T)), in float64, in O((in + out) r_1 r_2)."""
+    outer = left.lora_B.double().T @ right.lora_B.double()  # (r_1, r_2)
+    inner = left.lora_A.double() @ right.lora_A.double().T  # (r_1, r_2)
+    return left.scaling * right.scaling * float((outer * inner).sum())
+
+
+def norm(factors: Factors) -> float:
+    """|dW|_F through the QR factors of both sides, which keeps its accuracy where terms cancel; float64."""
+    return float(torch.linalg.matrix_norm(core(factors)[1]))
+
+
+def core(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """dW = Q_B K Q_A^T with orthonormal Q_B (out, p), Q_A (in, q) and the small core K (p, q); all float64.
+
+    K = s R_B R_A^T from the QR of B and of A^T, so p = min(out, r) and q = min(in, r): the singular values of dW are
+    those of K.
+    """
+    q_b, r_b = torch.linalg.qr(factors.lora_B.double())
+    q_a, r_a = torch.linalg.qr(factors.lora_A.double().T)
+    return q_b, factors.scaling * (r_b @ r_a.T), q_a

@@ -1,0 +1,111 @@
+"""Outputs that appear whole or not at all, with their bytes on the disk before their name is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loracli.errors import LoracatError, OutOfResources, OutputExists
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file beside `path`, flushes it to the disk, and renames it over `path`."""
+    with translate_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            write_file(temporary, data)
+            os.replace(temporary, path)
+            flush_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_directory(path: Path, *, force: bool) -> Iterator[Path]:
+    """An empty directory to fill, which becomes `path` by rename at the end, or vanishes if anything fails.
+
+    With `force` an existing directory is moved aside, replaced and removed; a run that was killed between those steps
+    is repaired by the next one.
+
+    Raises:
+        OutputExists: before anything is written, if `path` exists and `force` is not set.
+    """
+    old = path.with_name(f".{path.name}.old")
+    with translate_disk_errors(path):
+        _repair(path, old)
+        check_free(path, force=force)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            flush_directory(temporary)
+            if path.exists():
+                os.rename(path, old)
+            os.rename(temporary, path)
+            flush_directory(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                _repair(path, old)
+
+
+def check_free(path: Path, *, force: bool) -> None:
+    """Raises OutputExists if `path` is taken and `force` is not set, or if it is something that --force should not
+    remove."""
+    if not os.path.lexists(path):
+        return
+    if not force:
+        raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
+    if path.is_symlink() or not path.is_dir():
+        raise OutputExists(f"{path} is not a directory", hint="choose another name with -o")
+    if any(path.iterdir()) and not (path / "adapter_config.json").exists():
+        raise OutputExists(
+            f"{path} is a directory that holds something else than an adapter", hint="choose another name with -o"
+        )
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a new file with the mode that the umask gives, and flushes it to the disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_directory(path: Path) -> None:
+    """Flushes the names in a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def translate_disk_errors(path: Path) -> Iterator[None]:
+    """Turns what the operating system says about `path` into our errors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutOfResources(
+                f"no space left to write {path}", hint="free some space and run the same command again"
+            ) from None
+        raise LoracatError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _repair(path: Path, old: Path) -> None:
+    if old.exists() and not os.path.lexists(path):
+        os.rename(old, path)
+    elif old.exists():
+        shutil.rmtree(old)

@@ -1,0 +1,89 @@
+"""The command `loracat`: every command registered here, and the one place where errors become messages and exit
+codes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import loracli
+from loracli.cli import demo, env, export, fetch, fit, inspect, show
+from loracli.cli._greedy import GreedyCommand
+from loracli.cli._output import Output
+from loracli.errors import LoracatError, UsageError
+
+# Typer keeps its copy of Click private; this is Click's UsageError, reached through a public name.
+_ParseError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class Loracat(TyperGroup):
+    """The command group with the error boundary: knows `LoracatError` and parse errors; a bug keeps its traceback."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        as_json = "--json" in words
+        try:
+            if not as_json:
+                return super().main(args, *rest, **extra)
+            # Not standalone: a parse error comes back as an exception instead of as text on stderr.
+            sys.exit(super().main(args, *rest, **{**extra, "standalone_mode": False}) or 0)
+        except _ParseError as error:
+            message = str(getattr(error, "message", error))
+            Output(as_json=True).error(UsageError(message, hint="see `loracat --help`"))
+            sys.exit(UsageError.exit_code)
+        except LoracatError as error:
+            Output(as_json=as_json).error(error)
+            sys.exit(error.exit_code)
+
+
+app = typer.Typer(
+    name="loracat",
+    cls=Loracat,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    help="Compose several LoRA adapters into one, with mixing weights learnt on a small calibration file (CAT).",
+    epilog="loracat fetch org/math-lora org/code-lora  ·  loracat fit --adapters org/math-lora org/code-lora "
+    "--data val.jsonl  ·  loracat export --merge",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loracat {loracli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command(name="fetch", epilog=fetch.EPILOG)(fetch.fetch)
+app.command(name="inspect", epilog=inspect.EPILOG)(inspect.inspect)
+app.command(name="fit", cls=GreedyCommand, epilog=fit.EPILOG)(fit.fit)
+app.command(name="show", epilog=show.EPILOG)(show.show)
+app.command(name="export", cls=GreedyCommand, epilog=export.EPILOG)(export.export)
+app.command(name="demo")(demo.demo)
+app.command(name="env")(env.env)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    # SIGTERM alone would skip every `finally`, and with it the removal of half-written outputs.
+    sys.exit(128 + signum)
+
+
+def main() -> None:
+    """Entry point of `loracat` and of `python -m loracli`."""
+    signal.signal(signal.SIGTERM, _stop)
+    app(prog_name="loracat")

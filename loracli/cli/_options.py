@@ -1,0 +1,32 @@
+"""Option types that more than one command takes; each help text is written once, here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout, also on failure.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print values only: no tables, notes or progress.")]
+ForceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+RevisionOpt = Annotated[
+    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit for references without @REV.")
+]
+CacheDirOpt = Annotated[
+    Path | None, typer.Option("--cache-dir", metavar="DIR", help="Hub cache to use instead of the default one.")
+]
+TokenOpt = Annotated[
+    str | None,
+    typer.Option("--token", metavar="TOKEN", help="Hub token. Prefer `hf auth login` or the variable HF_TOKEN."),
+]
+AdaptersOpt = Annotated[
+    list[str],
+    typer.Option(
+        "--adapters",
+        "-a",
+        metavar="ADAPTER...",
+        help="Adapters in order: org/name, org/name@rev, hf://org/name@rev/sub/folder, or a local directory.",
+    ),
+]
+RecipeArg = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that `loracat fit` wrote.")]

@@ -1,0 +1,202 @@
+"""Everything a person or a script sees: results on stdout, talk on stderr. The only user of Rich."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.progress import Task as RichTask
+from rich.table import Table
+from rich.text import Text
+
+from loracli.errors import CalibrationError, LoracatError, RecipeError
+from loracli.progress import amount_text, duration_text
+
+SCHEMA = 1  # the version of every JSON document, under the key "loracat"; only ever added to
+SHOWN_PROBLEMS = 20
+SECONDS_BETWEEN_LINES = 15.0  # where stderr is no terminal, a line now and then takes the bar's place
+
+
+def safe(text: str) -> str:
+    """`text` with every control, bidirectional or otherwise unprintable character escaped, so that names stay
+    harmless."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """`text` for Rich without markup, emoji or control characters."""
+    return Text(safe(text), style=style)
+
+
+class Output:
+    """One command's output.
+
+    Args:
+        as_json: print one JSON document and nothing else on stdout.
+        quiet: print bare values; notes and progress are left out, warnings and errors are not.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self._stdout = Console(file=sys.stdout, highlight=False, emoji=False, markup=False, soft_wrap=True)
+        self._stderr = Console(file=sys.stderr, highlight=False, emoji=False, markup=False, soft_wrap=True)
+        self._bars: RichProgress | None = None
+        self._tasks: dict[str, _Line] = {}
+
+    # Results: stdout.
+
+    def document(self, content: dict[str, Any]) -> None:
+        """The JSON document, if one was asked for. Every command calls this exactly once."""
+        if self.as_json:
+            sys.stdout.write(json.dumps({"loracat": SCHEMA, **content}, indent=2, allow_nan=False) + "\n")
+
+    def value(self, text: str) -> None:
+        """The line that `--quiet` keeps."""
+        if self.quiet and not self.as_json:
+            self._stdout.print(plain(text))
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """A line for people."""
+        if not (self.quiet or self.as_json):
+            self._stdout.print(plain(text, style))
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, strong: int | None = None) -> None:
+        """A table for people: the first column is text, the others are aligned to the right; row `strong` stands
+        out."""
+        if self.quiet or self.as_json:
+            return
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
+        for index, row in enumerate(rows):
+            style = "bold green" if index == strong else ""
+            table.add_row(*(plain(cell, style) for cell in row))
+        width = None if self._stdout.is_terminal else max(self._stdout.width, 200)
+        self._stdout.print(table, width=width, soft_wrap=False)
+
+    # Talk: stderr.
+
+    def note(self, message: str) -> None:
+        if not self.quiet:
+            self._stderr.print(plain(message, "dim"))
+
+    def warn(self, message: str) -> None:
+        self._stderr.print(Text.assemble(("warning: ", "yellow"), plain(message)))
+
+    def hint(self, command: str) -> None:
+        """Names the next command to type."""
+        if not (self.quiet or self.as_json):
+            self._stderr.print(Text.assemble(("next: ", "dim"), plain(command, "cyan")))
+
+    def error(self, error: LoracatError) -> None:
+        """One error: what and where, then the single problems if there are many, then what to do."""
+        self.close()
+        if self.as_json:
+            self.document({"error": describe(error)})
+            return
+        self._stderr.print(Text.assemble(("error: ", "bold red"), plain(str(error))))
+        problems = getattr(error, "problems", ())
+        for problem in problems[:SHOWN_PROBLEMS]:
+            self._stderr.print(plain(f"  {problem}"))
+        if len(problems) > SHOWN_PROBLEMS:
+            self._stderr.print(plain(f"  ... and {len(problems) - SHOWN_PROBLEMS} more"))
+        if error.hint:
+            self._stderr.print(Text.assemble(("hint: ", "cyan"), plain(error.hint)))
+
+    # Progress: stderr, a bar on a terminal, a line now and then elsewhere.
+
+    def begin(self, task: str, total: int | None, unit: str) -> None:
+        self.finish(task)
+        if self._stderr.is_terminal and not (self.quiet or self.as_json):
+            if self._bars is None:
+                self._bars = RichProgress(
+                    TextColumn("{task.description}", markup=False),
+                    BarColumn(bar_width=24),
+                    _Amount(),
+                    TextColumn("{task.fields[status]}", style="cyan", markup=False),
+                    TimeRemainingColumn(elapsed_when_finished=True),
+                    console=self._stderr,
+                    transient=True,
+                )
+                self._bars.start()
+            bar = self._bars.add_task(safe(task), total=total, status="", unit=unit)
+            self._tasks[task] = _Line(total, unit, bar)
+        else:
+            self._tasks[task] = _Line(total, unit, None)
+
+    def advance(self, task: str, amount: int, status: str = "") -> None:
+        line = self._tasks.get(task)
+        if line is None:
+            return
+        line.done += amount
+        line.status = status or line.status
+        if self._bars is not None and line.bar is not None:
+            self._bars.update(line.bar, advance=amount, status=safe(line.status))  # type: ignore[arg-type]
+        elif time.monotonic() - line.said > SECONDS_BETWEEN_LINES:
+            line.said = time.monotonic()
+            self.note(f"{task}: {line.describe()}")
+
+    def finish(self, task: str) -> None:
+        line = self._tasks.pop(task, None)
+        if line is None or self._bars is None or line.bar is None:
+            return
+        self._bars.remove_task(line.bar)  # type: ignore[arg-type]
+        if not self._tasks:
+            self.close()
+
+    def close(self) -> None:
+        """Takes any bar off the screen."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+        self._tasks.clear()
+
+
+class _Line:
+    """How far one task is."""
+
+    def __init__(self, total: int | None, unit: str, bar: int | None) -> None:
+        self.total, self.unit, self.bar = total, unit, bar
+        self.done = 0
+        self.status = ""
+        self.started = self.said = time.monotonic()
+
+    def describe(self) -> str:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        parts = [f"{100 * self.done // self.total} %"] if self.total else []
+        parts.append(amount_text(self.done, self.unit) + f", {amount_text(self.done / seconds, self.unit)}/s")
+        if self.status:
+            parts.append(self.status)
+        if self.total and self.done:
+            parts.append(f"{duration_text(seconds * (self.total - self.done) / self.done)} left")
+        return ", ".join(parts)
+
+
+class _Amount(ProgressColumn):
+    """Done of total with the rate: `12.1k / 48.0k tok  312 tok/s`."""
+
+    def render(self, task: RichTask) -> Text:
+        unit = task.fields["unit"]
+        total = "" if task.total is None else f" / {amount_text(task.total, unit)}"
+        speed = f"  {amount_text(task.speed, unit)}/s" if task.speed else ""
+        return Text(f"{amount_text(task.completed, unit)}{total}{speed}")
+
+
+def describe(error: LoracatError) -> dict[str, Any]:
+    """An error for a JSON document."""
+    content: dict[str, Any] = {
+        "code": error.exit_code,
+        "kind": type(error).__name__,
+        "message": str(error),
+        "hint": error.hint,
+    }
+    if isinstance(error, (CalibrationError, RecipeError)):
+        content["problems"] = list(error.problems)
+    return content

@@ -1,0 +1,43 @@
+"""Tables and sentences that more than one command prints."""
+
+from __future__ import annotations
+
+from loracli.cli._output import Output
+from loracli.recipe import HeldOut
+
+
+def held_out_lines(out: Output, table: HeldOut) -> None:
+    """The held-out table, the fit standing out."""
+    out.line(f"held out: {table.records} records of {table.name}, {table.scored_tokens} scored tokens", style="bold")
+    rows = [
+        [
+            row.name,
+            f"{row.nats_per_token:.4f}",
+            f"{row.difference:+.4f}",
+            _interval(row.interval),
+            f"{row.worse_records:.0%}",
+        ]
+        for row in table.rows
+    ]
+    strong = next((i for i, row in enumerate(table.rows) if row.name == "fit"), None)
+    out.table(["", "nats/token", "difference", "95 % interval", "worse on"], rows, strong=strong)
+    out.line(f"difference: to the best single adapter, {table.best_ingredient}; below zero is better", style="dim")
+
+
+def verdict(table: HeldOut) -> str:
+    """What the table says about the fit, in a sentence."""
+    fitted = table.row("fit")
+    interval = f"{fitted.difference:+.4f} nats per token, 95 % interval {_interval(fitted.interval)}"
+    if table.verdict == "too few records":
+        return f"too few held-out records for a verdict: {interval}"
+    if table.verdict == "not better":
+        return f"the fit does NOT beat {table.best_ingredient}: {interval}"
+    static = [
+        row for row in table.rows if row.name in ("uniform", "sum") and row.nats_per_token <= fitted.nats_per_token
+    ]
+    caveat = f", but {static[0].name} is as good without any fit" if static else ""
+    return f"the fit beats {table.best_ingredient}, the best single adapter: {interval}{caveat}"
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:+.4f} to {interval[1]:+.4f}"

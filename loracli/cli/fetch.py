@@ -1,0 +1,96 @@
+"""`loracat fetch`: adapters by reference become directories on this machine, pinned to a commit."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loracli.cli._options import CacheDirOpt, JsonOpt, QuietOpt, RevisionOpt, TokenOpt
+from loracli.cli._output import Output
+from loracli.errors import UsageError
+from loracli.progress import amount_text
+
+if TYPE_CHECKING:
+    from loracli.adapters.hub import Fetched, FetchedBase
+
+EPILOG = "loracat fetch org/math-lora org/code-lora@v1  ·  loracat inspect $(loracat fetch -q hf://org/runs/best)"
+
+
+def fetch(
+    references: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="REF", help="org/name, org/name@rev, hf://org/name@rev/sub/folder, or a local directory."
+        ),
+    ],
+    revision: RevisionOpt = None,
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="Fetch the base model that the adapters name, too.")
+    ] = False,
+    cache_dir: CacheDirOpt = None,
+    local_dir: Annotated[
+        Path | None, typer.Option("--local-dir", metavar="DIR", help="Put plain files there instead of into a cache.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Download nothing: show each file, its size, and whether it is cached.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Download again what is there, and replace files in --local-dir.")
+    ] = False,
+    token: TokenOpt = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Download adapters from the Hub: config, safetensors and README, nothing else."""
+    from loracli.adapters.hub import fetch_adapter, fetch_base_of
+
+    if local_dir is not None and (len(references) > 1 or with_base):
+        raise UsageError("--local-dir takes the files of one adapter", hint="fetch the others by commands of their own")
+    out = Output(as_json=as_json, quiet=quiet)
+    options: dict[str, Any] = {
+        "cache_dir": cache_dir,
+        "token": token,
+        "force": force,
+        "dry_run": dry_run,
+        "progress": out,
+    }
+    adapters = [fetch_adapter(text, revision=revision, local_dir=local_dir, **options) for text in references]
+    base = fetch_base_of(adapters, **options) if with_base else None
+    out.close()
+    out.document(
+        {
+            "dry_run": dry_run,
+            "adapters": [{"reference": adapter.reference.text, **_describe(adapter)} for adapter in adapters],
+            "base": {"id": base.repo_id, **_describe(base)} if base else None,
+        }
+    )
+    for adapter in adapters:
+        _show(out, adapter.reference.text, adapter, with_files=dry_run)
+    if base:
+        _show(out, base.repo_id, base, with_files=dry_run)
+    if not dry_run:
+        out.hint(shlex.join(["loracat", "inspect", *references]))
+
+
+def _describe(fetched: Fetched | FetchedBase) -> dict[str, Any]:
+    files = [{"name": file.name, "size_bytes": file.size_bytes, "cached": file.cached} for file in fetched.files]
+    return {"path": str(fetched.path), "commit": fetched.commit, "files": files}
+
+
+def _show(out: Output, name: str, fetched: Fetched | FetchedBase, *, with_files: bool) -> None:
+    """One paragraph: where it is, its commit and size; in a dry run also every file."""
+    size = amount_text(sum(file.size_bytes for file in fetched.files), "B")
+    out.value(str(fetched.path))
+    out.line(name, style="bold")
+    out.line(f"  path    {fetched.path}")
+    out.line(f"  commit  {fetched.commit or 'local directory'}")
+    out.line(f"  size    {size} in {len(fetched.files)} files")
+    if with_files:
+        rows = [
+            (file.name, amount_text(file.size_bytes, "B"), "yes" if file.cached else "no") for file in fetched.files
+        ]
+        out.table(["  file", "size", "here"], [(f"  {file}", *rest) for file, *rest in rows])
+    out.line()

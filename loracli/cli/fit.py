@@ -1,0 +1,160 @@
+"""`loracat fit`: learns the mixing weights and writes a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loracli.cli._options import AdaptersOpt, ForceOpt, JsonOpt, QuietOpt
+from loracli.cli._output import Output
+from loracli.cli._tables import held_out_lines, verdict
+
+EPILOG = (
+    "loracat fit --adapters org/math-lora org/code-lora --data val.jsonl  ·  "
+    "loracat fit -a ./math ./code -d calib.jsonl --eval-data test.jsonl --base ./base -o soup.json"
+)
+
+
+def fit(
+    adapters: AdaptersOpt,
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data", "-d", metavar="FILE", help="Calibration JSONL: prompt and completion, messages, or text."
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="Hub id or directory; default: what all adapters name."),
+    ] = None,
+    base_revision: Annotated[
+        str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
+    ] = None,
+    mixing: Annotated[
+        str, typer.Option("--mixing", metavar="KIND", help="What shares a weight: adapter, layer, or module (CAT).")
+    ] = "module",
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The published recipe: softmax weights, one epoch, rate 1e-4.")
+    ] = False,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option("--eval-data", metavar="FILE", help="Held-out JSONL, instead of holding out from --data."),
+    ] = None,
+    holdout: Annotated[
+        float, typer.Option("--holdout", metavar="SHARE", help="Share of --data that is held out, at least 20 records.")
+    ] = 0.2,
+    max_length: Annotated[
+        int, typer.Option("--max-length", metavar="N", help="Tokens of a record that are used.")
+    ] = 1024,
+    batch_tokens: Annotated[int, typer.Option("--batch-tokens", metavar="N", help="Tokens of a micro-batch.")] = 1024,
+    passes: Annotated[
+        float, typer.Option("--passes", metavar="N", help="Budget in passes over the training records.")
+    ] = 8.0,
+    ridge: Annotated[
+        float | None,
+        typer.Option(
+            "--ridge", metavar="X", help="Pull towards the start; default: a falling path, chosen on the data."
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", metavar="X", help="Peak rate; default: clip(4/steps, 0.01, 0.1).")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the split and the order of batches.")] = 0,
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", metavar="DTYPE", help="Of the base model: auto, float32, bfloat16, float16, float64."),
+    ] = "auto",
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The recipe to write.")] = Path(
+        "recipe.json"
+    ),
+    force: ForceOpt = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check adapters and data and say what would be fitted; load no weights.")
+    ] = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Learn the mixing weights of adapters on a small calibration file (CAT) and write a recipe."""
+    from loracli.fitting.run import prepare_fit, run_fit
+    from loracli.fitting.settings import FitSettings
+    from loracli.recipe import check_recipe_path
+
+    out = Output(as_json=as_json, quiet=quiet)
+    if not dry_run:
+        check_recipe_path(output, force=force)
+    settings = FitSettings(
+        mixing=mixing,  # type: ignore[arg-type]  # the settings check it
+        paper=paper,
+        holdout=holdout,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        passes=passes,
+        ridge=ridge,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    inputs = prepare_fit(
+        adapters,
+        data,
+        eval_data=eval_data,
+        base=base,
+        base_revision=base_revision,
+        settings=settings,
+        folder=output.parent,
+        progress=out,
+    )
+    if dry_run:
+        _print_plan(out, inputs)
+        return
+    recipe = run_fit(inputs, dtype=dtype, device=device, progress=out)
+    recipe.save(output, force=force)
+    out.close()
+    table = recipe.held_out
+    out.document(
+        {
+            "recipe": str(output),
+            "verdict": table.verdict,
+            "best_ingredient": table.best_ingredient,
+            "records": table.records,
+            "rows": [
+                {
+                    "name": row.name,
+                    "nats_per_token": row.nats_per_token,
+                    "difference": row.difference,
+                    "interval": list(row.interval),
+                    "worse_records": row.worse_records,
+                }
+                for row in table.rows
+            ],
+        }
+    )
+    out.value(str(output))
+    held_out_lines(out, table)
+    out.line()
+    out.line(verdict(table), style="bold")
+    out.line(f"written: {output}")
+    name = "" if output == Path("recipe.json") else f" {output}"
+    out.hint(f"loracat export{name} --merge")
+
+
+def _print_plan(out: Output, inputs: Any) -> None:
+    """What a fit would do, for --dry-run."""
+    plan = {
+        "base": inputs.base.id,
+        "base_commit": inputs.base.commit,
+        "adapters": list(inputs.references),
+        "training_records": len(inputs.training),
+        "held_out_records": len(inputs.held_out),
+        "mixing": inputs.settings.mixing,
+        "mixing_weights": inputs.mixing.numbers,
+        "modules": len(inputs.mixing.modules),
+        "passes": 1 if inputs.settings.paper else inputs.settings.passes,
+    }
+    out.document({"plan": plan})
+    for key, value in plan.items():
+        shown = ", ".join(value) if isinstance(value, list) else str(value)
+        out.line(f"{key.replace('_', ' ')}: {shown}")
+        out.value(f"{key}={shown}")

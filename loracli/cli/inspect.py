@@ -1,0 +1,63 @@
+"""`loracat inspect`: what is in adapters, and whether they can be composed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from loracli.cli._options import CacheDirOpt, JsonOpt, QuietOpt, RevisionOpt, TokenOpt
+from loracli.cli._output import Output
+
+EPILOG = "loracat inspect org/math-lora org/code-lora  ·  loracat inspect ./adapter --json"
+
+
+def inspect(
+    references: Annotated[
+        list[str], typer.Argument(metavar="REF...", help="Adapters on the Hub or in local directories.")
+    ],
+    revision: RevisionOpt = None,
+    cache_dir: CacheDirOpt = None,
+    token: TokenOpt = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Show ranks, modules, scaling and base model of adapters, whether they can be composed, and how much they
+    overlap."""
+    from loracli.adapters.summary import inspect_adapters
+
+    out = Output(as_json=as_json, quiet=quiet)
+    found = inspect_adapters(references, revision=revision, cache_dir=cache_dir, token=token, progress=out)
+    out.close()
+    out.document(found.as_dict())
+    for adapter in found.adapters:
+        out.line(adapter.reference, style="bold")
+        out.line(f"  base model  {adapter.base_model or 'not named'}")
+        out.line(f"  commit      {adapter.commit or 'local directory'}")
+        out.line(f"  rank        {', '.join(map(str, adapter.ranks))}")
+        scaling = (
+            f"{adapter.scaling[0]:g}"
+            if len(set(adapter.scaling)) == 1
+            else f"{adapter.scaling[0]:g} to {adapter.scaling[1]:g}"
+        )
+        out.line(
+            f"  scaling     {scaling} (lora_alpha {adapter.lora_alpha:g}{', rsLoRA' if adapter.use_rslora else ''})"
+        )
+        out.line(f"  modules     {adapter.modules}: {', '.join(adapter.leaves)}")
+        out.line(f"  parameters  {adapter.parameters:,} in {adapter.dtype}, |dW| = {adapter.norm:.3f}")
+        out.line()
+        out.value(f"{adapter.reference}\trank {','.join(map(str, adapter.ranks))}\t{adapter.modules} modules")
+    if len(found.adapters) > 1:
+        out.table(
+            ["overlap", "cosine", "shared modules"],
+            [[f"{o.first} · {o.second}", f"{o.cosine:+.4f}", str(o.shared_modules)] for o in found.overlaps],
+        )
+        out.line()
+    if found.problems:
+        out.line("cannot be composed:", style="bold red")
+        for problem in found.problems:
+            out.line(f"  {problem}")
+        raise typer.Exit(3)
+    if len(found.adapters) > 1:
+        out.line("can be composed", style="bold green")
+        out.hint(f"loracat fit --adapters {' '.join(references)} --data val.jsonl")

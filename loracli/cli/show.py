@@ -1,0 +1,66 @@
+"""`loracat show`: a recipe for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loracli.cli._options import JsonOpt, QuietOpt
+from loracli.cli._output import Output
+from loracli.cli._tables import held_out_lines, verdict
+
+EPILOG = "loracat show recipe.json  ·  loracat show recipe.json --json"
+
+
+def show(
+    recipe: Annotated[Path, typer.Argument(metavar="[RECIPE]", help="A recipe that `loracat fit` wrote.")] = Path(
+        "recipe.json"
+    ),
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Show a recipe: ingredients, weights, how they were found, and the held-out table."""
+    from loracli.recipe import load_recipe, weights_by_leaf
+
+    out = Output(as_json=as_json, quiet=quiet)
+    loaded = load_recipe(recipe)
+    out.document({"recipe": json.loads(loaded.to_json())})
+    out.value(loaded.held_out.verdict)
+    commit = f" at {loaded.base.commit}" if loaded.base.commit else ""
+    out.line(f"base model: {loaded.base.id}{commit}", style="bold")
+    out.line()
+    out.table(
+        ["adapter", "rank", "alpha", "commit", "sha256"],
+        [
+            [
+                a.reference,
+                str(a.rank),
+                f"{a.lora_alpha:g}{' rs' if a.use_rslora else ''}",
+                (a.commit or "local")[:12],
+                a.sha256["adapter_model.safetensors"][:12],
+            ]
+            for a in loaded.adapters
+        ],
+    )
+    out.line()
+    out.line(f"weights: {loaded.mixing.kind}, mean over modules (lowest to highest)", style="bold")
+    out.table(
+        ["", *(a.reference for a in loaded.adapters)],
+        [
+            [name, *("-" if cell is None else f"{cell[0]:+.3f} ({cell[1]:+.2f} to {cell[2]:+.2f})" for cell in cells)]
+            for name, cells in weights_by_leaf(loaded).items()
+        ],
+    )
+    fit = loaded.fit
+    out.line()
+    out.line(
+        f"fitted on {loaded.data.records} records of {loaded.data.name} ({loaded.data.scored_tokens} scored tokens), "
+        f"{fit.passes:g} passes, from the start '{fit.chosen}', largest move of a weight {fit.largest_move:.3f}"
+    )
+    out.line()
+    held_out_lines(out, loaded.held_out)
+    out.line()
+    out.line(verdict(loaded.held_out), style="bold")

@@ -1,0 +1,137 @@
+"""The demo: fit, export both ways, reload with stock PEFT, and score everything on questions that neither adapter can
+answer.
+
+One adapter knows invented facts about people, and answers in plain words; the other answers in a form, and knows none
+of them. The test asks for the facts in the form. It is calibrated on questions about other facts than the test asks.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.records import CalibrationFile
+from loracli.calibration.render import render_records
+from loracli.demo.fresh_lora import train_fresh_lora
+from loracli.evaluation.generate import exact_matches
+from loracli.evaluation.held_out import FIT, static_points
+from loracli.export.export import Exported, export_adapter
+from loracli.fitting.attach import attach
+from loracli.fitting.base import BaseModel, load_base
+from loracli.fitting.loss import make_objective
+from loracli.fitting.mixing import make_mixing
+from loracli.fitting.run import prepare_fit, run_fit
+from loracli.progress import SILENT, Progress
+from loracli.recipe import Recipe
+
+ADAPTERS = ("know", "form")
+MAX_NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One method on the test questions: nats per scored token, and how many greedy answers match exactly."""
+
+    name: str
+    nats_per_token: float
+    correct: int
+    questions: int
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made and measured."""
+
+    recipe: Recipe
+    concatenated: Exported
+    merged: Exported
+    rows: tuple[DemoRow, ...]
+    seconds: float
+
+
+def example_folder() -> Path:
+    """The embedded example: base/, know/, form/, calibration.jsonl, test.jsonl."""
+    return Path(str(files("loracli.demo") / "data"))
+
+
+def run_demo(folder: Path, *, seed: int = 0, progress: Progress = SILENT) -> DemoResult:
+    """Runs the whole story; writes recipe.json, adapter-cat/ and adapter-merged/ into `folder`."""
+    started = time.monotonic()
+    example = example_folder()
+    inputs = prepare_fit(
+        [str(example / name) for name in ADAPTERS],
+        example / "calibration.jsonl",
+        eval_data=example / "test.jsonl",
+        base=str(example / "base"),
+        folder=folder,
+    )
+    recipe = run_fit(inputs, dtype="float32", device="cpu", progress=progress)
+    recipe.save(folder / "recipe.json")
+    concatenated = export_adapter(folder / "recipe.json", folder / "adapter-cat", progress=progress)
+    merged = export_adapter(folder / "recipe.json", folder / "adapter-merged", merge=True, progress=progress)
+
+    base = load_base(inputs.base, dtype="float32", device="cpu")
+    test = _Test(base, inputs.held_out_file)
+    rows = _score_attached(base, inputs, recipe, test, progress)
+    for name, exported in (("exported", concatenated), ("exported, merged", merged)):
+        progress.note(f"scoring {name}, loaded by PEFT")
+        rows.append(test.score_adapted(name, _load_with_peft(inputs.base.path, exported.path)))
+    progress.note("training a fresh LoRA on the same calibration records")
+    calibration = render_records(inputs.data, base.tokenizer, max_length=128)
+    targets = sorted({name.rpartition(".")[2] for name in inputs.mixing.modules})
+    fresh = train_fresh_lora(base.model, targets, max(inputs.adapters[0].ranks), calibration, seed=seed)
+    rows.append(test.score_adapted("fresh LoRA", fresh))
+    return DemoResult(recipe, concatenated, merged, tuple(rows), time.monotonic() - started)
+
+
+class _Test:
+    """The test questions, tokenised once."""
+
+    def __init__(self, base: BaseModel, file: CalibrationFile) -> None:
+        self._tokenizer, self._records = base.tokenizer, file.records
+        examples = render_records(file, base.tokenizer, max_length=128)
+        self.batches: list[Batch] = plan_batches(examples, batch_tokens=4096)
+
+    def row(self, name: str, nats_per_token: float, model: Any) -> DemoRow:
+        right = exact_matches(model, self._tokenizer, self._records, max_new_tokens=MAX_NEW_TOKENS)
+        return DemoRow(name, nats_per_token, sum(right), len(right))
+
+    def score_adapted(self, name: str, model: Any) -> DemoRow:
+        """A model that carries its adapter itself."""
+        with attach(model, (), ()) as plain:
+            loss = make_objective(plain, self.batches[0]).score(self.batches, len(self._records)).nats_per_token
+        return self.row(name, loss, model)
+
+
+def _score_attached(base: BaseModel, inputs: Any, recipe: Recipe, test: _Test, progress: Progress) -> list[DemoRow]:
+    """Every mixing of the attached model: base, each alone, uniform, sum, fit."""
+    modules = make_mixing(inputs.adapters, "module").modules
+    names = dict(zip(inputs.references, ADAPTERS, strict=True))
+    points = {
+        names.get(name, name): torch.tensor(point).expand(len(modules), -1)
+        for name, point in static_points(inputs.references).items()
+    }
+    points[FIT] = torch.tensor([[w or 0.0 for w in recipe.weights_of(module)] for module in modules])
+    rows = []
+    with attach(base.model, inputs.adapters, modules) as attached:
+        objective = make_objective(attached, test.batches[0])
+        for name, weights in points.items():
+            progress.note(f"scoring {name}")
+            attached.set_weights(weights)
+            loss = objective.score(test.batches, len(inputs.held_out)).nats_per_token
+            rows.append(test.row(name, loss, base.model))
+    return rows
+
+
+def _load_with_peft(base: Path, adapter: Path) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, adapter).eval()

@@ -1,0 +1,142 @@
+"""Every error that loracat raises on purpose, and the exit code each one ends the command with.
+
+    LoracatError                     1   a failure that is nobody's input
+    ├── UsageError                   2   the command cannot be carried out as typed
+    │   └── OutputExists             2   an output is in the way and --force was not given
+    ├── InputError                   3   something that was handed in is rejected
+    │   ├── AdapterNotFound          3   the reference names no adapter
+    │   ├── MalformedAdapter         3   a file of the adapter is damaged or contradicts another
+    │   ├── UnsupportedAdapter       3   the adapter uses a feature that cannot be honoured exactly
+    │   ├── IncompatibleAdapters     3   the adapters do not fit each other
+    │   ├── BaseModelMismatch        3   the adapters do not fit the base model
+    │   ├── CalibrationError         3   a line of the calibration file is rejected
+    │   └── RecipeError              3   a recipe is damaged or was written by a newer version
+    ├── AccessDenied                 4   the Hub wants a login, or the repository is gated
+    ├── HubUnreachable               5   the Hub does not answer, or offline and not cached
+    ├── OutOfResources               6   disk, memory or device memory ran out
+    ├── IntegrityError               7   bytes are not the bytes that were recorded
+    └── FitError                     1   the optimisation cannot go on
+        └── NonFiniteLoss            1   the loss became infinite or not a number
+
+One boundary, in `loracli.cli`, turns them into a message and an exit code. Anything else is a bug and keeps its
+traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LoracatError(Exception):
+    """Base of the tree: what went wrong, where, and what to do about it.
+
+    Args:
+        what: one sentence that names the thing at fault.
+        where: file, line, module or tensor, when `what` does not already say it.
+        hint: what the user can do next.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" if self.where else self.what
+
+
+class UsageError(LoracatError):
+    """Raised when options contradict each other or name something that does not exist in this version."""
+
+    exit_code = 2
+
+
+class OutputExists(UsageError):
+    """Raised before any work when an output path is taken and `--force` was not given."""
+
+
+class InputError(LoracatError):
+    """Raised when an adapter, a data file, a recipe or a base model is rejected."""
+
+    exit_code = 3
+
+
+class AdapterNotFound(InputError):
+    """Raised when a reference names neither a local adapter directory nor a Hub repository with the files of one."""
+
+
+class MalformedAdapter(InputError):
+    """Raised when `adapter_config.json` or `adapter_model.safetensors` is damaged, or the two contradict each other."""
+
+
+class UnsupportedAdapter(InputError):
+    """Raised when an adapter uses a feature that loracat cannot compose exactly; names the feature and the way out."""
+
+
+class IncompatibleAdapters(InputError):
+    """Raised when adapters disagree on the base model, or on the shape or kind of a module that they share."""
+
+
+class BaseModelMismatch(InputError):
+    """Raised when the base model lacks a module that an adapter targets, or has it in another shape or kind."""
+
+
+class CalibrationError(InputError):
+    """Raised when a calibration file has lines that cannot be used.
+
+    Args:
+        what: the summary, with the number of rejected lines.
+        problems: one `file:line: path: reason` for each rejected line, in file order.
+    """
+
+    def __init__(self, what: str, *, problems: tuple[str, ...] = (), hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.problems = problems
+
+
+class RecipeError(InputError):
+    """Raised when a recipe cannot be read; carries every problem found, not only the first.
+
+    Args:
+        what: the summary, with the file's name.
+        problems: one `field: reason` for each problem.
+    """
+
+    def __init__(self, what: str, *, problems: tuple[str, ...] = (), hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.problems = problems
+
+
+class AccessDenied(LoracatError):
+    """Raised when the Hub refuses: a gated or private repository, or a missing or wrong token."""
+
+    exit_code = 4
+
+
+class HubUnreachable(LoracatError):
+    """Raised when the Hub does not answer, or when offline and the files are not in the cache."""
+
+    exit_code = 5
+
+
+class OutOfResources(LoracatError):
+    """Raised when disk, memory or device memory ran out."""
+
+    exit_code = 6
+
+
+class IntegrityError(LoracatError):
+    """Raised when a file's bytes differ from the ones that were recorded."""
+
+    exit_code = 7
+
+
+class FitError(LoracatError):
+    """Raised when the optimisation cannot go on."""
+
+
+class NonFiniteLoss(FitError):
+    """Raised when the loss becomes infinite or not a number; names the records of the batch."""

@@ -1,0 +1,1 @@
+"""What held-out records say, with error bars."""

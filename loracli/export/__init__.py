@@ -1,0 +1,1 @@
+"""What goes out: one adapter directory that servers read alike, with a certificate, a card, and deterministic bytes."""

@@ -1,0 +1,107 @@
+"""Layouts of an exported adapter: what its config says and how its factors are padded.
+
+`portable` is the one layout that PEFT, vLLM, SGLang, llama.cpp's converter and TGI read alike: the same rank R in every
+module, lora_alpha = R so that the scaling is 1 by every server's rule, no patterns, no rsLoRA, and leaf names as
+targets, each present wherever the base has that leaf (zeros where no adapter changes it). SGLang takes alpha / r from
+the config alone; llama.cpp takes the rank from the tensor; TGI drops a kind of module that one layer lacks: this layout
+leaves them nothing to differ on.
+
+`peft` keeps each module at its own rank through rank_pattern and alpha_pattern with escaped full names, which PEFT and
+vLLM read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from loracli.adapters.names import leaf
+from loracli.errors import UsageError
+from loracli.recipe import BaseModule, Recipe
+
+ProfileName = Literal["portable", "peft"]
+PROFILES: tuple[ProfileName, ...] = get_args(ProfileName)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a composition is laid out in a file.
+
+    Args:
+        profile: which rules.
+        ranks: of every module in the file, including those that are all zeros.
+        rank: `r` and `lora_alpha` of the config.
+        targets: `target_modules`.
+        reason: why it is not portable, None if it is.
+    """
+
+    profile: ProfileName
+    ranks: Mapping[str, int]
+    rank: int
+    targets: tuple[str, ...]
+    reason: str | None = None
+
+    def config(self, recipe: Recipe, modules: Mapping[str, BaseModule]) -> dict[str, Any]:
+        """`adapter_config.json`, with long-standing keys only: older readers refuse others."""
+        odd = {} if self.profile == "portable" else {n: r for n, r in self.ranks.items() if r != self.rank}
+        patterns: dict[str, int] = {"^" + re.escape(name): rank for name, rank in sorted(odd.items())}
+        return {
+            "base_model_name_or_path": recipe.base.id,
+            "bias": "none",
+            "fan_in_fan_out": any(modules[name].kind == "conv1d" for name in self.ranks),
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": self.rank,
+            "lora_dropout": 0.0,
+            "modules_to_save": None,
+            "peft_type": "LORA",
+            "r": self.rank,
+            "rank_pattern": patterns,
+            "alpha_pattern": patterns,
+            "target_modules": list(self.targets),
+            "task_type": "CAUSAL_LM",
+            "use_rslora": False,
+        }
+
+
+def choose_layout(recipe: Recipe, ranks: Mapping[str, int], profile: ProfileName | None, *, rank: int | None) -> Layout:
+    """The layout for a composition.
+
+    Args:
+        recipe: with the table of the base's modules.
+        ranks: of the modules that the composition changes.
+        profile: asked for; None is portable where possible.
+        rank: `r` of a portable layout; None is the largest of `ranks`.
+    Raises:
+        UsageError: if portable was asked for and cannot be, with the reason.
+    """
+    obstacle = portable_obstacle(recipe.modules, ranks)
+    if profile == "portable" and obstacle:
+        raise UsageError(f"the portable profile is impossible: {obstacle}", hint="use --profile peft")
+    largest = max(ranks.values())
+    if profile == "peft" or obstacle:
+        return Layout("peft", dict(ranks), largest, tuple(sorted(ranks)), obstacle)
+    leaves = tuple(sorted({leaf(name) for name in ranks}))
+    names = [module.name for module in recipe.modules]
+    uniform = rank or largest
+    return Layout("portable", {name: uniform for name in sorted(names)}, uniform, leaves)
+
+
+def portable_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -> str | None:
+    """Why leaf names as targets would not mean the same everywhere, or None."""
+    first: dict[str, BaseModule] = {}
+    for module in modules:
+        if leaf(module.name) not in {leaf(name) for name in ranks}:
+            continue
+        if module.kind == "other":
+            return f"the base's {module.name} has a targeted name and is no linear layer or embedding"
+        other = first.setdefault(leaf(module.name), module)
+        if (other.kind, other.in_features, other.out_features) != (
+            module.kind,
+            module.in_features,
+            module.out_features,
+        ):
+            return f"{leaf(module.name)} names modules of different shapes, {other.name} and {module.name}"
+    return None

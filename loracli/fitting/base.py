@@ -1,0 +1,246 @@
+"""The base model: found, loaded, and held against what the adapters expect of it. The only loader of transformers'
+models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.adapters.hub import fetch_base
+from loracli.adapters.names import leaf
+from loracli.errors import BaseModelMismatch, IncompatibleAdapters, UsageError
+from loracli.progress import SILENT, Progress
+from loracli.recipe import BaseModule, ModuleKind
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """Which base model, before it is loaded.
+
+    Args:
+        id: the name that an export will carry: a Hub id where there is one.
+        path: the directory with config, tokenizer and safetensors.
+        commit: of the Hub repository, None for a local directory.
+    """
+
+    id: str
+    path: Path
+    commit: str | None
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded base model, frozen and in evaluation mode.
+
+    Args:
+        reference: where it came from.
+        model: a transformers causal language model.
+        tokenizer: its tokenizer.
+        dtype: of its weights and of the adapters' products.
+        config_sha256: of its config.json.
+    """
+
+    reference: BaseReference
+    model: Any
+    tokenizer: Any
+    dtype: torch.dtype
+    config_sha256: str
+
+
+def find_base(
+    adapters: Sequence[LoraAdapter],
+    base: str | None,
+    *,
+    revision: str | None = None,
+    progress: Progress = SILENT,
+) -> BaseReference:
+    """The base model to use: `base`, or what all adapters agree on, fetched from the Hub unless it is a local
+    directory.
+
+    Raises:
+        IncompatibleAdapters: if no base is given and the adapters name none, or a path that only their author has.
+        UsageError: if `base` is a directory without a model.
+    """
+    claims = sorted({a.config.base_model for a in adapters if a.config.base_model})
+    if base is None:
+        base, revision = _agreed_claim(adapters, claims), revision or _agreed_revision(adapters)
+    local = Path(base).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise UsageError(
+                f"the base model {base} has no config.json", hint="give a directory that save_pretrained wrote"
+            )
+        if (local / "adapter_config.json").exists():
+            raise UsageError(f"the base model {base} is an adapter: it holds adapter_config.json")
+        name = claims[0] if len(claims) == 1 else local.resolve().name
+        if name != local.resolve().name:
+            progress.note(f"base model: {base}, taken for {name}, which the adapters name; shapes are checked")
+        return BaseReference(name, local, None)
+    if local.is_absolute() or base.startswith((".", "~")):
+        raise UsageError(f"the base model {base} is no directory")
+    if claims and claims != [base]:
+        progress.warn(f"the adapters name {', '.join(claims)} and not {base}; only shapes are checked")
+    fetched = fetch_base(base, revision=revision, progress=progress)
+    return BaseReference(base, fetched.path, fetched.commit)
+
+
+def load_base(
+    reference: BaseReference, *, dtype: str = "auto", device: str = "auto", progress: Progress = SILENT
+) -> BaseModel:
+    """Loads the model from safetensors alone, without any code of the repository.
+
+    Args:
+        dtype: `auto`, or one of float32, bfloat16, float16, float64. `auto` is the base's own dtype, raised to float32
+            where the device is slow or wrong in it.
+        device: `auto` (a CUDA device if there is one), or a torch device.
+    Raises:
+        BaseModelMismatch: if the directory cannot be loaded as a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    progress.begin("load base model", None, "B")
+    try:
+        options = {"local_files_only": True, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(reference.path, **options)
+        resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), device)
+        tokenizer = AutoTokenizer.from_pretrained(reference.path, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            reference.path, config=config, dtype=resolved, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        message = str(error).strip().splitlines()
+        raise BaseModelMismatch(
+            f"the base model {reference.id} cannot be loaded: {message[0] if message else type(error).__name__}",
+            hint="it must be a causal language model in safetensors that transformers knows without remote code",
+        ) from error
+    finally:
+        progress.finish("load base model")
+    model.to(device).eval().requires_grad_(False)
+    digest = hashlib.sha256((reference.path / "config.json").read_bytes()).hexdigest()
+    return BaseModel(reference, model, tokenizer, resolved, digest)
+
+
+def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
+    """Every module that an adapter changes must be in the base, of the same kind and shape.
+
+    Raises:
+        BaseModelMismatch: naming adapter, module, what was expected and what was found.
+    """
+    for adapter in adapters:
+        for module in adapter.modules.values():
+            _check_module(base.model, adapter, module)
+        for name in adapter.base_copies:
+            own = base.model.get_submodule(name).weight
+            copy = adapter.read_base_copy(name)
+            if copy.shape != own.shape or not torch.equal(copy.to(own.dtype), own.cpu()):
+                raise BaseModelMismatch(
+                    f"{adapter.reference} carries its own matrix for {name}, and it differs from the base model's",
+                    hint="the adapter was trained with a changed embedding, which an adapter cannot carry",
+                )
+
+
+def base_modules(model: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:
+    """Every module of the base that any targeted leaf name matches: an export pads these without loading the base."""
+    leaves = {leaf(name) for adapter in adapters for name in adapter.modules}
+    found = []
+    for name, module in model.named_modules():
+        if name and leaf(name) in leaves:
+            kind, in_features, out_features = _kind_and_shape(module)
+            found.append(BaseModule(name, kind, in_features, out_features))
+    return tuple(found)
+
+
+def _agreed_claim(adapters: Sequence[LoraAdapter], claims: list[str]) -> str:
+    if len(claims) > 1:
+        named = ", ".join(f"{a.reference} names {a.config.base_model}" for a in adapters)
+        raise IncompatibleAdapters(
+            f"the adapters name different base models: {named}", hint="give the base with --base"
+        )
+    if not claims:
+        raise IncompatibleAdapters("no adapter names its base model", hint="give the base with --base")
+    claim = claims[0]
+    from_hub = any(a.commit is not None for a in adapters)
+    if Path(claim).is_absolute() or claim.startswith((".", "~")) or (from_hub and Path(claim).is_dir()):
+        raise IncompatibleAdapters(
+            f"the adapters name the base model {claim}, a path on their author's machine",
+            hint="give the base with --base",
+        )
+    return claim
+
+
+def _agreed_revision(adapters: Sequence[LoraAdapter]) -> str | None:
+    revisions = {a.config.base_revision for a in adapters if a.config.base_revision}
+    if len(revisions) > 1:
+        raise IncompatibleAdapters(
+            f"the adapters name different revisions of their base model: {', '.join(sorted(revisions))}",
+            hint="give one with --base-revision",
+        )
+    return next(iter(revisions), None)
+
+
+def _resolve_dtype(asked: str, own: object, device: str) -> torch.dtype:
+    if asked != "auto":
+        if asked not in DTYPES:
+            raise UsageError(f"--dtype {asked} is not one of auto, {', '.join(DTYPES)}")
+        return DTYPES[asked]
+    dtype = own if isinstance(own, torch.dtype) else torch.float32
+    fast = device != "cpu" or dtype == torch.float64 or (dtype == torch.bfloat16 and _cpu_has_bfloat16())
+    return dtype if fast else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    # Without these instructions bfloat16 on a CPU is 45 to 500 times slower than float32 (pytorch issue 146508).
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _kind_and_shape(module: nn.Module) -> tuple[ModuleKind, int, int]:
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return "linear", module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return "conv1d", module.weight.shape[0], module.weight.shape[1]
+    if isinstance(module, nn.Embedding):
+        return "embedding", module.num_embeddings, module.embedding_dim
+    return "other", 0, 0
+
+
+def _check_module(model: nn.Module, adapter: LoraAdapter, module: LoraModule) -> None:
+    try:
+        target = model.get_submodule(module.name)
+    except AttributeError:
+        raise BaseModelMismatch(
+            f"{adapter.reference} adapts {module.name}, which the base model does not have",
+            hint="the adapter was trained on another model or model class; check --base",
+        ) from None
+    kind, in_features, out_features = _kind_and_shape(target)
+    expected = ("embedding",) if module.kind == "embedding" else ("linear", "conv1d")
+    if kind not in expected:
+        raise BaseModelMismatch(
+            f"{adapter.reference} adapts {module.name}, a {type(target).__name__}, as {module.kind}"
+        )
+    theirs = (module.factors.out_features, module.factors.in_features)
+    if theirs != (out_features, in_features):
+        raise BaseModelMismatch(
+            f"{adapter.reference} expects {module.name} to be (out, in) = {theirs}; the base model has "
+            f"{(out_features, in_features)}",
+            hint="the adapter was trained on another model; check --base",
+        )

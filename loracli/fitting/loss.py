@@ -1,0 +1,164 @@
+"""Nats per scored token: the head runs on scored positions only, in chunks, with its gradient taken in the forward
+pass.
+
+    loss = sum of -log p(token) over all scored positions / number of scored positions
+
+whatever the batches: sums are kept, and divided once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loracli.calibration.batches import Batch
+from loracli.fitting.attach import AttachedModel
+
+CHUNK_BYTES = 64 << 20  # of float32 logits at a time
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What each of n records costs.
+
+    Args:
+        nats: (n,) sums over the record's scored tokens, float64.
+        tokens: (n,) how many those are.
+    """
+
+    nats: Tensor
+    tokens: Tensor
+
+    @property
+    def nats_per_token(self) -> float:
+        return float(self.nats.sum() / self.tokens.sum())
+
+
+class FrozenHead(torch.autograd.Function):
+    """-log softmax(W h + b)[label] at each position, for a head that is not trained.
+
+    The gradient of a position's loss in h is (p - onehot) W. It is computed while the logits of a chunk are at hand, so
+    what is kept is as large as h, not as the logits. The idea is Liger Kernel's; this is plain torch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        """hidden (s, d), weight (vocab, d), labels (s,); returns (s,) in float32 or better."""
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wants_gradient else None
+        nats = []
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, len(labels), rows):
+            part, wanted = hidden[start : start + rows], labels[start : start + rows, None]
+            logits = _widened(F.linear(part, weight, bias))  # (rows, vocab)
+            log_p = torch.log_softmax(logits, dim=-1)
+            nats.append(-log_p.gather(1, wanted).squeeze(1))
+            if gradient is not None:
+                p = log_p.exp_()
+                p.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=p.dtype))
+                gradient[start : start + rows] = p.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return torch.cat(nats)
+
+    @staticmethod
+    def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_nats[:, None].to(gradient.dtype), None, None, None
+
+
+class Objective:
+    """The loss of an attached model on batches. Made by `scoring`."""
+
+    def __init__(self, attached: AttachedModel, head: nn.Module, *, own_head: bool) -> None:
+        self.attached = attached
+        self._head = head
+        self._own_head = own_head
+
+    def nats(self, batch: Batch) -> Tensor:
+        """(s,): -log p of every scored token of the batch, at the attached weights, differentiable in them."""
+        device = self.attached.device
+        labels = batch.labels.to(device)
+        if self._own_head:
+            hidden = self._hidden(batch)
+            weight, bias = self._head.weight, self._head.bias
+            result: Tensor = FrozenHead.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
+            return result
+        return F.cross_entropy(self._logits(batch), labels, reduction="none")
+
+    def score(self, batches: Sequence[Batch], records: int, *, each: Callable[[Batch], None] | None = None) -> Scores:
+        """The sums of each record, without gradient."""
+        nats, tokens = torch.zeros(records, dtype=torch.float64), torch.zeros(records, dtype=torch.float64)
+        for batch in batches:
+            with torch.no_grad():
+                single = self.nats(batch).double().cpu()
+            place = torch.tensor(batch.indices)[batch.owners]
+            nats.index_add_(0, place, single)
+            tokens.index_add_(0, place, torch.ones_like(single))
+            if each is not None:
+                each(batch)
+        return Scores(nats, tokens)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """(s, d): what reaches the head at the scored positions; the head itself gets nothing to do."""
+        caught: list[Tensor] = []
+
+        def catch(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            caught.append(self._scored_rows(args[0], batch))
+            return (args[0][:, :0],)
+
+        with _pre_hook(self._head, catch):
+            self._run(batch)
+        return caught[0]
+
+    def _logits(self, batch: Batch) -> Tensor:
+        """(s, vocab): the model's own logits, with whatever it does after the head."""
+
+        def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            return (self._scored_rows(args[0], batch)[None],)
+
+        with _pre_hook(self._head, select):
+            return _widened(self._run(batch).logits[0])
+
+    def _scored_rows(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return hidden.reshape(-1, hidden.shape[-1])[batch.positions.to(hidden.device)]
+
+    def _run(self, batch: Batch) -> Any:
+        return self.attached.model(input_ids=batch.input_ids.to(self.attached.device), use_cache=False)
+
+
+def make_objective(attached: AttachedModel, probe: Batch) -> Objective:
+    """The objective with our head where it is the model's, and the model's own head where that does more.
+
+    Some models act after the head (Gemma-2's soft cap, the scales of Granite and Cohere), some adapters change it. Both
+    paths see the same rows on one batch, so only equal logits, to the bit, let ours in.
+    """
+    head = attached.model.get_output_embeddings()
+    plain = type(head) is nn.Linear and not any(attached.model.get_submodule(name) is head for name in attached.modules)
+    own = Objective(attached, head, own_head=plain)
+    if plain:
+        with torch.no_grad():
+            ours = _widened(F.linear(own._hidden(probe), head.weight, head.bias))
+            theirs = own._logits(probe)
+        if ours.shape != theirs.shape or not torch.equal(ours, theirs):
+            return Objective(attached, head, own_head=False)
+    return own
+
+
+@contextmanager
+def _pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """Losses are taken in float32, or in float64 for a float64 model."""
+    return logits if logits.dtype == torch.float64 else logits.float()

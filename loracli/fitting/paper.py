@@ -1,0 +1,51 @@
+"""The published recipe of LoRA Soups, for comparison (github.com/aksh555/LoRA-Soups, cat_train.py and train_cat.sh at
+7ce7a2e).
+
+Softmax over the adapters of each module, from N(0, 1) draws; AdamW at a peak of 1e-4 with 100 steps of warm-up and
+linear decay, one epoch, six records a step, loss on prompt and completion. The sum of the rates over such an epoch is
+below 0.1, so Adam cannot move a logit by more, and the weights stay near their draw. Ours differs in two ways: the draw
+is seeded, and adapter dropout is off.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from loracli.calibration.batches import make_batch
+from loracli.calibration.render import Example
+from loracli.calibration.split import shuffled
+from loracli.fitting.optimise import AdamW
+from loracli.fitting.problem import Problem
+from loracli.fitting.search import Found
+from loracli.fitting.settings import FitSettings
+
+RATE = 1e-4
+WARM_UP_STEPS = 100
+RECORDS_A_STEP = 6
+BETAS = (0.9, 0.999)  # the defaults of transformers' Trainer
+
+
+def with_prompts(example: Example) -> Example:
+    """The example with every token scored but the first, as with the reference's train_on_inputs."""
+    return Example(example.line, example.input_ids, (False, *(True for _ in example.input_ids[1:])))
+
+
+def fit_as_published(problem: Problem, settings: FitSettings) -> Found:
+    """One epoch; theta are the logits."""
+    examples = [with_prompts(example) for example in problem.fitting]
+    order = shuffled(range(len(examples)), seed=settings.seed)
+    batches = [make_batch(examples, order[i : i + RECORDS_A_STEP]) for i in range(0, len(order), RECORDS_A_STEP)]
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape = (len(problem.mixing.groups), problem.mixing.present.shape[1])
+    start = torch.randn(shape, generator=generator, dtype=torch.float64)
+    rate = settings.learning_rate or RATE
+    adam = AdamW(start, steps=len(batches), rate=rate, warm_up=WARM_UP_STEPS, betas=BETAS)
+    problem.meter.stage("published recipe")
+    first = last = 0.0
+    for number, batch in enumerate(batches):
+        nats, gradient = problem.gradient(adam.theta, batch, examples)
+        adam.step(gradient / batch.scored_tokens)
+        last = nats / batch.scored_tokens
+        first = last if number == 0 else first
+    report: dict[str, str | float] = {"start": "random", "before": first, "after": last}
+    return Found(adam.theta, start, (report,), "random", None)

@@ -1,0 +1,376 @@
+"""A whole fit: adapters, base model and data in, a recipe out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+import loracli
+from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.adapters.compatibility import check_composable
+from loracli.adapters.hub import Fetched
+from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.records import CalibrationFile, Record, read_records
+from loracli.calibration.render import Example, render_records, template_sha256
+from loracli.calibration.split import MIN_HELD_OUT, held_out_count, split_records
+from loracli.errors import CalibrationError, UsageError
+from loracli.evaluation.held_out import FIT, held_out_table, static_points
+from loracli.fitting.attach import attach
+from loracli.fitting.base import BaseModel, BaseReference, base_modules, check_fits, find_base, load_base
+from loracli.fitting.loss import make_objective
+from loracli.fitting.mixing import Mixing, make_mixing
+from loracli.fitting.paper import fit_as_published
+from loracli.fitting.problem import TASK, Meter, Problem
+from loracli.fitting.search import Found, search
+from loracli.fitting.settings import FitSettings
+from loracli.progress import SILENT, Progress, amount_text, duration_text
+from loracli.recipe import (
+    FitRecord,
+    HeldOut,
+    Recipe,
+    RecipeAdapter,
+    RecipeBase,
+    RecipeData,
+    RecipeMixing,
+)
+
+VALIDATION_SHARE = 0.2
+FEWEST_TO_VALIDATE = 8  # below, every record is fitted on and the ridge stays strong
+MOST_TO_VALIDATE = 512
+_RESERVED = ("base", "uniform", "sum", FIT)
+
+
+@dataclass(frozen=True)
+class FitInputs:
+    """Everything a fit needs, checked, before the base model's weights are loaded.
+
+    Args:
+        adapters: N adapters that can be composed.
+        references: how each is called in tables and in the recipe; local ones relative to the recipe's folder.
+        base: where the base model is.
+        data: the calibration file.
+        held_out_file: the file that the held-out records come from, which may be `data`.
+        training: records to fit on and to choose with.
+        held_out: records that are read once, at the end.
+        mixing: the parametrisation.
+        settings: of the fit.
+        folder: the recipe's folder.
+    """
+
+    adapters: tuple[LoraAdapter, ...]
+    references: tuple[str, ...]
+    base: BaseReference
+    data: CalibrationFile
+    held_out_file: CalibrationFile
+    training: tuple[Record, ...]
+    held_out: tuple[Record, ...]
+    mixing: Mixing
+    settings: FitSettings
+    folder: Path
+
+
+def prepare_fit(
+    adapters: Sequence[str | Fetched],
+    data: str | Path,
+    *,
+    eval_data: str | Path | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+    settings: FitSettings | None = None,
+    folder: str | Path = ".",
+    progress: Progress = SILENT,
+) -> FitInputs:
+    """Reads and checks all inputs of a fit; fetches what is not local.
+
+    Raises:
+        UsageError: if no adapter is given, or one twice.
+        InputError: of the kind that fits, if an adapter, the data, or their combination is rejected.
+    """
+    settings = settings or FitSettings()
+    if not adapters:
+        raise UsageError("a fit needs at least one adapter")
+    read = tuple(read_adapter(source) for source in adapters)
+    folder = Path(folder)
+    references = tuple(_reference_from(adapter, folder) for adapter in read)
+    twice = next((r for r in references if references.count(r) > 1), None)
+    if twice is not None:
+        raise UsageError(f"the adapter {twice} is given twice")
+    check_composable(read, base_given=base is not None)
+    for adapter in read:
+        if adapter.source.shadows_hub:
+            progress.note(f"{adapter.reference} is read from the local directory of that name, not from the Hub")
+        if settings.paper and adapter.config.lora_dropout:
+            progress.warn(f"{adapter.reference} was trained with dropout; --paper leaves it off")
+    file = read_records(data)
+    held_out_file = file if eval_data is None else read_records(eval_data)
+    for source in {id(f): f for f in (file, held_out_file)}.values():
+        if source.ignored_keys:
+            progress.note(f"{source.name}: these keys are not read: {', '.join(source.ignored_keys)}")
+    training, held_out = _split(file, None if eval_data is None else held_out_file, settings, progress)
+    found = find_base(read, base, revision=base_revision, progress=progress)
+    return FitInputs(
+        adapters=read,
+        references=references,
+        base=found,
+        data=file,
+        held_out_file=held_out_file,
+        training=tuple(training),
+        held_out=tuple(held_out),
+        mixing=make_mixing(read, settings.mixing, softmax=settings.paper),
+        settings=settings,
+        folder=folder,
+    )
+
+
+def fit_mixing(
+    adapters: Sequence[str | Fetched],
+    data: str | Path,
+    *,
+    eval_data: str | Path | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+    settings: FitSettings | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    folder: str | Path = ".",
+    progress: Progress = SILENT,
+) -> Recipe:
+    """Fits the mixing weights of some adapters on calibration data.
+
+    Args:
+        adapters: N >= 1 references or fetched adapters; their order is kept.
+        data: a JSONL file of prompt and completion, messages, or text.
+        eval_data: held-out records; without it a share of `data` is held out.
+        base: the base model, a Hub id or a directory; None for the one that all adapters name.
+        base_revision: its branch, tag or commit on the Hub.
+        settings: what changes the result.
+        dtype: of the base model, `auto` or float32, bfloat16, float16, float64.
+        device: `auto`, or a torch device.
+        folder: of the recipe to be; local adapters are named relative to it.
+        progress: told what happens.
+    Returns:
+        the recipe, with a table on the held-out records.
+    Raises:
+        LoracatError: of the kind that fits, when an input is rejected or the loss is not finite.
+    """
+    inputs = prepare_fit(
+        adapters,
+        data,
+        eval_data=eval_data,
+        base=base,
+        base_revision=base_revision,
+        settings=settings,
+        folder=folder,
+        progress=progress,
+    )
+    return run_fit(inputs, dtype=dtype, device=device, progress=progress)
+
+
+def run_fit(inputs: FitInputs, *, dtype: str = "auto", device: str = "auto", progress: Progress = SILENT) -> Recipe:
+    """The second half of `fit_mixing`: loads the base model, searches, and scores the held-out records."""
+    settings = inputs.settings
+    base = load_base(inputs.base, dtype=dtype, device=device, progress=progress)
+    check_fits(base, inputs.adapters)
+    length = _max_length(base, settings, progress)
+    training, held_out = (
+        render_records(file, base.tokenizer, max_length=length, records=records, progress=progress)
+        for file, records in ((inputs.data, inputs.training), (inputs.held_out_file, inputs.held_out))
+    )
+    if not training or not held_out:
+        raise CalibrationError(f"{inputs.data.name} has too few records to fit on some and hold out others")
+    held_batches = plan_batches(held_out, batch_tokens=settings.batch_tokens)
+    with attach(base.model, inputs.adapters, inputs.mixing.modules) as attached:
+        meter = Meter(progress)
+        objective = make_objective(attached, held_batches[0])
+        fitting, validation = _choose_validation(inputs, training)
+        problem = Problem(objective, inputs.mixing, tuple(fitting), tuple(validation), meter)
+        points = static_points(inputs.references)
+        work = _work(problem, settings, held_batches, len(points) + 1)
+        _announce(problem, inputs, base, held_out, work, progress)
+        meter.spent = 0
+        progress.begin(TASK, work, "work")
+        try:
+            found = (
+                fit_as_published(problem, settings) if settings.paper else search(problem, inputs.references, settings)
+            )
+            spent = meter.spent
+            training_loss = _loss_on(problem, found.theta, training, settings)
+            meter.stage("held out")
+            scores = {
+                name: problem.score(
+                    torch.tensor(point, dtype=torch.float64).expand(len(inputs.mixing.modules), -1),
+                    held_batches,
+                    len(held_out),
+                )
+                for name, point in points.items()
+            }
+            scores[FIT] = problem.score(inputs.mixing.expand(found.theta), held_batches, len(held_out))
+        finally:
+            progress.finish(TASK)
+    table = held_out_table(scores, inputs.references, name=inputs.held_out_file.name, seed=settings.seed)
+    passes = spent / (2 * sum(len(example.input_ids) for example in training))
+    return _recipe(inputs, base, training, found, training_loss, passes, table)
+
+
+def _reference_from(adapter: LoraAdapter, folder: Path) -> str:
+    """The adapter's name in tables and recipe: as typed for the Hub, relative to the recipe's folder for a
+    directory."""
+    if adapter.source.path is None:
+        return adapter.reference
+    relative = Path(os.path.relpath(adapter.path, folder)).as_posix()
+    return f"./{relative}" if relative in _RESERVED else relative
+
+
+def _split(
+    file: CalibrationFile, held_out: CalibrationFile | None, settings: FitSettings, progress: Progress
+) -> tuple[list[Record], list[Record]]:
+    """Records to train on, and records held out."""
+    if held_out is None:
+        if settings.holdout == 0:
+            raise UsageError("--holdout 0 leaves nothing to score on", hint="give held-out records with --eval-data")
+        count = held_out_count(len(file.records), settings.holdout)
+        training, held = split_records(file.records, count, seed=settings.seed)
+        if not training or not held:
+            raise CalibrationError(
+                f"{file.name} has {len(file.records)} different records, too few to hold some out",
+                hint="give held-out records with --eval-data",
+            )
+    else:
+        training, held = list(file.records), list(held_out.records)
+        known = {record.fingerprint for record in training}
+        common = sum(record.fingerprint in known for record in held)
+        if common:
+            progress.warn(f"{common} records of {held_out.name} stand in {file.name} too; the table flatters the fit")
+    if len(held) < MIN_HELD_OUT:
+        progress.warn(f"only {len(held)} records are held out: too few for a verdict (at least {MIN_HELD_OUT})")
+    return training, held
+
+
+def _choose_validation(inputs: FitInputs, training: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Examples to descend on, and examples to choose with; none of the latter below 8 records, or with `--paper`."""
+    if inputs.settings.paper or len(training) < FEWEST_TO_VALIDATE:
+        return list(training), []
+    count = min(max(2, round(VALIDATION_SHARE * len(training))), MOST_TO_VALIDATE)
+    _, chosen = split_records(inputs.training, count, seed=inputs.settings.seed + 1)
+    lines = {record.line for record in chosen}
+    return (
+        [example for example in training if example.line not in lines],
+        [example for example in training if example.line in lines],
+    )
+
+
+def _max_length(base: BaseModel, settings: FitSettings, progress: Progress) -> int:
+    limit = getattr(base.model.config, "max_position_embeddings", None)
+    if isinstance(limit, int) and limit < settings.max_length:
+        progress.note(f"the base model reads at most {limit} tokens")
+        return limit
+    return settings.max_length
+
+
+def _work(problem: Problem, settings: FitSettings, held_batches: Sequence[Batch], methods: int) -> int:
+    """Tokens forward plus tokens backward of the whole fit, for the bar and the estimate."""
+    tokens = sum(len(example.input_ids) for example in (*problem.fitting, *problem.validation))
+    passes = 1.0 if settings.paper else settings.passes
+    return round(2 * passes * tokens) + tokens + methods * sum(batch.tokens for batch in held_batches)
+
+
+def _announce(
+    problem: Problem, inputs: FitInputs, base: BaseModel, held_out: Sequence[Example], work: int, progress: Progress
+) -> None:
+    """Says what will be done and, from one timed batch, about how long it takes."""
+    batches = plan_batches(problem.fitting, batch_tokens=inputs.settings.batch_tokens)
+    batch = batches[len(batches) // 2]
+    theta = problem.mixing.constant([0.0] * len(inputs.adapters))
+    problem.gradient(theta, batch, problem.fitting)  # the first run pays for what is set up once
+    started = time.monotonic()
+    problem.gradient(theta, batch, problem.fitting)
+    rate = 2 * batch.tokens / max(time.monotonic() - started, 1e-9)
+    records = len(problem.fitting) + len(problem.validation)
+    numbers, kind = problem.mixing.numbers, inputs.settings.mixing
+    progress.note(
+        f"base {base.reference.id} in {dtype_name(base.dtype)} on {problem.objective.attached.device}; "
+        f"{numbers} mixing weights ({kind}) over {len(problem.mixing.modules)} modules"
+    )
+    progress.note(
+        f"{records} records to fit on, {len(held_out)} held out; up to {inputs.settings.passes:g} passes at "
+        f"{rate / 2:.0f} tok/s: about {duration_text(work / rate)}"
+        if not inputs.settings.paper
+        else f"{records} records to fit on, {len(held_out)} held out; one pass over "
+        f"{amount_text(work, 'tok')}: about {duration_text(work / rate)}"
+    )
+
+
+def _loss_on(problem: Problem, theta: torch.Tensor, examples: Sequence[Example], settings: FitSettings) -> float:
+    problem.meter.stage("training loss")
+    batches = plan_batches(examples, batch_tokens=settings.batch_tokens)
+    return problem.score(problem.mixing.expand(theta), batches, len(examples)).nats_per_token
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _recipe(
+    inputs: FitInputs,
+    base: BaseModel,
+    training: Sequence[Example],
+    found: Found,
+    training_loss: float,
+    passes: float,
+    table: HeldOut,
+) -> Recipe:
+    mixing = inputs.mixing
+    moved = (mixing.expand(found.theta) - mixing.expand(found.start)).abs()[mixing.present[mixing.group_of]]
+    return Recipe(
+        base=RecipeBase(base.reference.id, base.reference.commit, base.config_sha256),
+        adapters=tuple(
+            _recipe_adapter(adapter, reference)
+            for adapter, reference in zip(inputs.adapters, inputs.references, strict=True)
+        ),
+        data=RecipeData(
+            name=inputs.data.name,
+            sha256=inputs.data.sha256,
+            shape=inputs.data.shape,
+            records=len(training),
+            scored_tokens=sum(example.scored_tokens for example in training),
+            template_sha256=template_sha256(base.tokenizer) if inputs.data.shape == "messages" else None,
+        ),
+        fit=FitRecord(
+            recipe="paper" if inputs.settings.paper else "cat",
+            settings=inputs.settings.recorded(),
+            starts=found.starts,
+            chosen=found.chosen,
+            ridge=found.ridge,
+            passes=round(passes, 2),
+            largest_move=float(moved.max()),
+            training_nats_per_token=training_loss,
+        ),
+        mixing=RecipeMixing(mixing.kind, mixing.weights(found.theta)),
+        modules=base_modules(base.model, inputs.adapters),
+        dtype=dtype_name(base.dtype),
+        held_out=table,
+        versions={"loracat": loracli.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        folder=inputs.folder,
+    )
+
+
+def _recipe_adapter(adapter: LoraAdapter, reference: str) -> RecipeAdapter:
+    return RecipeAdapter(
+        reference=reference,
+        repo_id=adapter.source.repo_id,
+        subfolder=adapter.source.subfolder,
+        commit=adapter.commit,
+        sha256=dict(adapter.sha256),
+        rank=max(adapter.ranks),
+        lora_alpha=adapter.config.lora_alpha,
+        use_rslora=adapter.config.use_rslora,
+        dtype=dtype_name(adapter.dtype),
+        base_model=adapter.config.base_model,
+    )

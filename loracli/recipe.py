@@ -1,0 +1,358 @@
+"""The one document between fit and export: what was mixed, with which weights, and how it was found.
+
+A recipe is JSON for people to read, diff and commit. It holds what changes the result and nothing of the machine: no
+host, user, time, device or absolute path. Adapters are identified by the sha256 of their files; local directories are
+kept relative to the recipe's own folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from loracli.adapters.names import layer
+from loracli.atomic import write_atomically
+from loracli.errors import OutputExists, RecipeError
+from loracli.strict_json import StrictJsonError, parse_json
+
+SCHEMA = 1
+MAX_RECIPE_BYTES = 64 << 20
+
+ModuleKind = Literal["linear", "conv1d", "embedding", "other"]
+MixingKind = Literal["adapter", "layer", "module"]
+
+EVERY_MODULE = "*"  # the one group of the mixing `adapter`
+
+
+def group_name(module: str, kind: MixingKind) -> str:
+    """The group whose weights `module` takes: every module together, those of its decoder layer, or itself."""
+    return {"adapter": EVERY_MODULE, "layer": layer(module), "module": module}[kind]
+
+
+@dataclass(frozen=True)
+class RecipeBase:
+    """The base model: `id` is the name an export carries; `commit` is None for a local directory."""
+
+    id: str
+    commit: str | None
+    config_sha256: str
+
+
+@dataclass(frozen=True)
+class RecipeAdapter:
+    """One ingredient.
+
+    Args:
+        reference: as asked for, or the directory relative to the recipe's folder.
+        repo_id: of a Hub adapter, None for a local directory.
+        subfolder: within the repository, or None.
+        commit: the pinned commit, None for a local directory.
+        sha256: of each file, by name.
+        rank: the largest rank of a module.
+        lora_alpha: from its config.
+        use_rslora: from its config.
+        dtype: of its factors.
+        base_model: the base model it names, or None.
+    """
+
+    reference: str
+    repo_id: str | None
+    subfolder: str | None
+    commit: str | None
+    sha256: dict[str, str]
+    rank: int
+    lora_alpha: float
+    use_rslora: bool
+    dtype: str
+    base_model: str | None
+
+
+@dataclass(frozen=True)
+class RecipeData:
+    """The calibration data: `name` is the file's name; counts are of records and scored tokens after rendering."""
+
+    name: str
+    sha256: str
+    shape: str
+    records: int
+    scored_tokens: int
+    template_sha256: str | None
+
+
+@dataclass(frozen=True)
+class FitRecord:
+    """How the weights were found.
+
+    Args:
+        recipe: `cat`, or `paper` for the published one.
+        settings: everything that was set and changes the result.
+        starts: the points the search went from, each with its loss before and after the first steps.
+        chosen: which start won.
+        ridge: the ridge of the weights chosen, None where there was none to choose.
+        passes: passes over the training data that were used, forward and backward.
+        largest_move: largest |w - w_start| over all weights, from the start that won.
+        training_nats_per_token: loss of the weights on the records they were fitted on.
+    """
+
+    recipe: str
+    settings: dict[str, int | float | str | bool | None]
+    starts: tuple[dict[str, str | float], ...]
+    chosen: str
+    ridge: float | None
+    passes: float
+    largest_move: float
+    training_nats_per_token: float
+
+
+@dataclass(frozen=True)
+class RecipeMixing:
+    """The weights: by group, one for each adapter in order, null where the adapter changes nothing there."""
+
+    kind: MixingKind
+    weights: dict[str, tuple[float | None, ...]]
+
+
+@dataclass(frozen=True)
+class HeldOutRow:
+    """One line of the held-out table.
+
+    Args:
+        name: `base`, an adapter's reference, `uniform`, `sum`, or `fit`.
+        nats_per_token: total nats over total scored tokens.
+        difference: to the best ingredient in nats per token; negative is better.
+        interval: 95 % bootstrap interval of the difference over records, low and high.
+        worse_records: share of the records on which it costs more than the best ingredient.
+    """
+
+    name: str
+    nats_per_token: float
+    difference: float
+    interval: tuple[float, float]
+    worse_records: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What held-out records say, read once at the end.
+
+    Args:
+        name: of the file they came from.
+        records: how many.
+        scored_tokens: in them.
+        best_ingredient: the adapter with the lowest loss on them.
+        rows: the table.
+        verdict: `better`, `not better`, or `too few records`.
+    """
+
+    name: str
+    records: int
+    scored_tokens: int
+    best_ingredient: str
+    rows: tuple[HeldOutRow, ...]
+    verdict: Literal["better", "not better", "too few records"]
+
+    def row(self, name: str) -> HeldOutRow:
+        return next(row for row in self.rows if row.name == name)
+
+
+@dataclass(frozen=True)
+class BaseModule:
+    """A module of the base model that a targeted leaf name matches; `other` kinds cannot carry an adapter."""
+
+    name: str
+    kind: ModuleKind
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe. `folder` is where local adapters are looked for from; it is not part of the document."""
+
+    base: RecipeBase
+    adapters: tuple[RecipeAdapter, ...]
+    data: RecipeData
+    fit: FitRecord
+    mixing: RecipeMixing
+    modules: tuple[BaseModule, ...]
+    dtype: str
+    held_out: HeldOut
+    versions: dict[str, str]
+    folder: Path = field(default=Path(), compare=False)
+
+    def weights_of(self, module: str) -> tuple[float | None, ...]:
+        """One weight for each adapter at a module."""
+        return self.mixing.weights[group_name(module, self.mixing.kind)]
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Writes the recipe, whole or not at all; local adapters become relative to its folder.
+
+        Raises:
+            OutputExists: if the file exists and `force` is not set.
+        """
+        path = Path(path)
+        check_recipe_path(path, force=force)
+        write_atomically(path, self._moved_to(path.parent).to_json().encode())
+
+    def to_json(self) -> str:
+        """The document, the same bytes for the same recipe."""
+        fields = {f.name: _encode(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "folder"}
+        return json.dumps({"loracat_recipe": SCHEMA, **fields}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def _moved_to(self, folder: Path) -> Recipe:
+        names = {a.reference: self._reference_from(folder, a) for a in self.adapters}
+        return replace(
+            self,
+            adapters=tuple(replace(a, reference=names[a.reference]) for a in self.adapters),
+            held_out=replace(
+                self.held_out,
+                best_ingredient=names[self.held_out.best_ingredient],
+                rows=tuple(replace(row, name=names.get(row.name, row.name)) for row in self.held_out.rows),
+            ),
+            folder=folder,
+        )
+
+    def _reference_from(self, folder: Path, adapter: RecipeAdapter) -> str:
+        if adapter.repo_id is not None:
+            return adapter.reference
+        return Path(os.path.relpath(self.folder / adapter.reference, folder)).as_posix()
+
+
+def check_recipe_path(path: Path, *, force: bool) -> None:
+    """Raises OutputExists if `path` is taken and `force` is not set, or if it is no file that could be replaced."""
+    if path.is_dir():
+        raise OutputExists(f"{path} is a directory", hint="name a file with -o")
+    if os.path.lexists(path) and not force:
+        raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
+
+
+def weights_by_leaf(recipe: Recipe) -> dict[str, list[tuple[float, float, float] | None]]:
+    """By last name of the modules: mean, lowest and highest weight of each adapter; None where it changes nothing
+    there."""
+    by_leaf: dict[str, list[tuple[float | None, ...]]] = {}
+    for group, weights in recipe.mixing.weights.items():
+        label = group.rpartition(".")[2] if recipe.mixing.kind == "module" else group
+        by_leaf.setdefault(label, []).append(weights)
+    return {label: [_spread(column) for column in zip(*rows, strict=True)] for label, rows in by_leaf.items()}
+
+
+def _spread(column: tuple[float | None, ...]) -> tuple[float, float, float] | None:
+    present = [weight for weight in column if weight is not None]
+    return (sum(present) / len(present), min(present), max(present)) if present else None
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Reads a recipe.
+
+    Raises:
+        RecipeError: if it cannot be read, naming every problem at once.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(
+            f"the recipe {path} cannot be read: {error.strerror}",
+            hint="`loracat fit` writes one; name it if it is elsewhere",
+        ) from None
+    if len(data) > MAX_RECIPE_BYTES:
+        raise RecipeError(f"the recipe {path} is larger than {MAX_RECIPE_BYTES} bytes")
+    try:
+        fields = parse_json(data)
+    except StrictJsonError as error:
+        raise RecipeError(f"the recipe {path} is {error}") from None
+    if not isinstance(fields, dict) or "loracat_recipe" not in fields:
+        raise RecipeError(f"{path} is no recipe of loracat")
+    if fields.pop("loracat_recipe") != SCHEMA:
+        raise RecipeError(f"the recipe {path} was written by a newer loracat", hint="upgrade loracat")
+    problems: list[str] = []
+    recipe = _decode(Recipe, fields, "", problems)
+    if not problems:
+        problems = _contradictions(recipe)
+    if problems:
+        raise RecipeError(f"the recipe {path} is damaged", problems=tuple(problems))
+    result: Recipe = replace(recipe, folder=path.parent)
+    return result
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    problems = []
+    for group, weights in recipe.mixing.weights.items():
+        if len(weights) != len(recipe.adapters):
+            problems.append(f"mixing.weights[{group!r}]: {len(weights)} weights for {len(recipe.adapters)} adapters")
+    if not recipe.adapters:
+        problems.append("adapters: empty")
+    return problems
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """The value as `kind`: dataclasses, tuples, string-keyed dicts, unions, literals and JSON's own types."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _decode_fields(kind, value, path, problems)
+    if origin in (Union, types.UnionType):
+        fitting = next((option for option in arguments if _fits(option, value)), arguments[0])
+        return _decode(fitting, value, path, problems)
+    if origin is Literal:
+        if value not in arguments:
+            problems.append(f"{path}: expected one of {', '.join(map(repr, arguments))}, got {value!r}")
+        return value
+    if not _fits(kind, value):
+        problems.append(f"{path}: expected {_name(kind)}, got {json.dumps(value)[:60]}")
+        return value
+    if origin is dict:
+        return {key: _decode(arguments[1], item, f"{path}[{key!r}]", problems) for key, item in value.items()}
+    if origin is tuple:
+        repeated = len(arguments) == 2 and arguments[1] is Ellipsis
+        if not repeated and len(arguments) != len(value):
+            problems.append(f"{path}: expected {len(arguments)} values, got {len(value)}")
+            return value
+        kinds = [arguments[0]] * len(value) if repeated else arguments
+        return tuple(_decode(k, v, f"{path}[{i}]", problems) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    return float(value) if kind is float else value
+
+
+def _decode_fields(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(value, dict):
+        problems.append(f"{path or 'the document'}: expected an object, got {json.dumps(value)[:60]}")
+        return value
+    hints = get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind) if f.name != "folder"]
+    prefix = f"{path}." if path else ""
+    problems += [f"{prefix}{name}: missing" for name in names if name not in value]
+    problems += [f"{prefix}{name}: unknown" for name in value if name not in names]
+    if any(name not in value for name in names):
+        return value
+    return kind(**{name: _decode(hints[name], value[name], f"{prefix}{name}", problems) for name in names})
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    plain = get_origin(kind) or kind
+    if plain is types.NoneType:
+        return value is None
+    if plain is bool or isinstance(value, bool):
+        return plain is bool and isinstance(value, bool)
+    accepted = {float: (int, float), tuple: (list,), dict: (dict,), int: (int,), str: (str,)}
+    return isinstance(value, accepted.get(plain, ()))
+
+
+def _name(kind: Any) -> str:
+    plain = get_origin(kind) or kind
+    return {tuple: "a list", dict: "an object", str: "text", float: "a number", int: "a whole number"}.get(
+        plain, str(kind)
+    )

@@ -1,0 +1,55 @@
+"""JSON as strangers write it: what Python's parser lets pass and would bite later is refused.
+
+Refused: duplicate keys (Python keeps the last), NaN and Infinity, nesting that exhausts the stack, integers of
+    thousands of
+digits, and lone surrogates (they crash a tokenizer later).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+
+class StrictJsonError(ValueError):
+    """Raised with the reason, for the caller to add the place."""
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The value of one JSON document.
+
+    Args:
+        data: UTF-8 bytes, or text.
+    Raises:
+        StrictJsonError: with the reason, and the column where there is one.
+    """
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        raise StrictJsonError(f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}") from None
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
+        raise StrictJsonError(f"not valid JSON: {error.msg} ({place})") from None
+    except RecursionError:
+        raise StrictJsonError("nested too deeply") from None
+    except ValueError as error:
+        raise StrictJsonError(str(error)) from None
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise StrictJsonError("a lone surrogate (\\ud800 to \\udfff) in a string") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise StrictJsonError(f"the key {twice!r} appears twice in one object")
+    return result
+
+
+def _constant(name: str) -> NoReturn:
+    raise StrictJsonError(f"{name} is not a JSON number")

@@ -1,0 +1,144 @@
+"""`loracat fetch` as a process of its own, against a stub Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.stub_hub import StubHub
+
+CONFIG = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"}).encode()
+ADAPTER = {"README.md": b"# math", "adapter_config.json": CONFIG, "adapter_model.safetensors": b"weights " * 500}
+BASE = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"base weights"}
+TOKEN = "hf_canary"
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def hub() -> Iterator[StubHub]:
+    with StubHub() as server:
+        yield server
+
+
+@pytest.fixture
+def loracat(hub: StubHub, tmp_path: Path) -> Run:
+    """Runs `loracat fetch` with a home of its own; whatever it prints, no token and no escape sequence is in it."""
+    home = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "LORACAT"))}
+    home |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1"}
+    home |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "loracli", "fetch", *words]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=home | variables, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert TOKEN not in done.stdout + done.stderr and "\x1b" not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+def only_document(text: str) -> dict[str, Any]:
+    """The one JSON document that the text is."""
+    content: dict[str, Any] = json.loads(text)
+    assert content["loracat"] == 1
+    return content
+
+
+def test_path_and_commit_go_to_stdout_and_talk_to_stderr(hub: StubHub, loracat: Run, tmp_path: Path) -> None:
+    commit = hub.add("org/math", ADAPTER)
+    done = loracat("org/math")
+    path = tmp_path / "hf/hub/models--org--math/snapshots" / commit
+    assert done.returncode == 0
+    assert f"path    {path}\n" in done.stdout and f"commit  {commit}\n" in done.stdout
+    assert "loracat inspect org/math" in done.stderr and "loracat" not in done.stdout
+    assert (path / "adapter_model.safetensors").read_bytes() == ADAPTER["adapter_model.safetensors"]
+
+
+def test_quiet_prints_one_path_per_line_and_nothing_else(hub: StubHub, loracat: Run) -> None:
+    commits = [hub.add("org/math", ADAPTER), hub.add("org/code", ADAPTER)]
+    done = loracat("org/math", "org/code", "-q")
+    assert [Path(line).name for line in done.stdout.splitlines()] == commits
+    assert done.stderr == ""
+
+
+def test_json_is_one_document_with_every_file(hub: StubHub, loracat: Run) -> None:
+    commit = hub.add("org/math", ADAPTER)
+    done = loracat("org/math@main", "--json")
+    content = only_document(done.stdout)
+    assert done.stderr == "" and content["base"] is None and content["dry_run"] is False
+    [adapter] = content["adapters"]
+    assert (adapter["reference"], adapter["commit"]) == ("org/math@main", commit)
+    assert adapter["files"] == [{"name": n, "size_bytes": len(d), "cached": False} for n, d in ADAPTER.items()]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "kind"),
+    [("missing", 3, "AdapterNotFound"), ("gated", 4, "AccessDenied"), (503, 5, "HubUnreachable"), ("short", 7, None)],
+)
+def test_failures_end_with_their_code_in_words_and_in_json(
+    hub: StubHub, loracat: Run, fault: str | int, code: int, kind: str | None
+) -> None:
+    hub.add("org/math", ADAPTER)
+    hub.fail("org/math", fault)
+    done = loracat("org/math")
+    assert done.returncode == code and done.stdout == ""
+    assert done.stderr.startswith("error: org/math: ") and "\nhint: " in done.stderr
+    done = loracat("org/math", "--json")
+    error = only_document(done.stdout)["error"]
+    assert done.returncode == error["code"] == code and error["hint"] and done.stderr == ""
+    assert error["kind"] == (kind or "IntegrityError")
+
+
+def test_the_cache_serves_offline_and_says_so(hub: StubHub, loracat: Run) -> None:
+    commit = hub.add("org/math", ADAPTER)
+    loracat("org/math", "-q")
+    hub.stop()
+    done = loracat("org/math", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0 and commit in done.stdout
+    assert f"offline: using the cached copy of org/math, commit {commit}" in done.stderr
+    assert loracat("org/math").returncode == 0
+    assert loracat("org/code", HF_HUB_OFFLINE="1").returncode == 5
+
+
+def test_the_base_model_comes_along_when_asked_for(hub: StubHub, loracat: Run) -> None:
+    hub.add("org/math", ADAPTER)
+    commit = hub.add("org/base", BASE)
+    done = loracat("org/math", "--with-base", "--json")
+    base = only_document(done.stdout)["base"]
+    assert (base["id"], base["commit"]) == ("org/base", commit)
+    assert {file["name"] for file in base["files"]} == set(BASE)
+
+
+def test_a_dry_run_shows_each_file_and_downloads_none(hub: StubHub, loracat: Run, tmp_path: Path) -> None:
+    hub.add("org/math", ADAPTER)
+    done = loracat("org/math", "--dry-run")
+    assert done.returncode == 0
+    assert ["adapter_model.safetensors", "4.0", "kB", "no"] in [line.split() for line in done.stdout.splitlines()]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_options_that_cannot_go_together_are_usage_errors(loracat: Run) -> None:
+    assert loracat("org/math", "org/code", "--local-dir", "out").returncode == 2
+    done = loracat("org/math", "--cache-dir", "a", "--local-dir", "b", "--json")
+    assert done.returncode == 2 and only_document(done.stdout)["error"]["kind"] == "UsageError"
+
+
+def test_names_from_a_hostile_repository_are_harmless(hub: StubHub, loracat: Run) -> None:
+    names = ("\x1b]8;;http://x\x07click", "a\nerror: fake", "[bold]:smile:[/nope]")
+    hub.add("org/evil", {f"{name}/adapter_config.json": b"{}" for name in names})
+    done = loracat("org/evil")
+    assert done.returncode == 3 and "fake" not in done.stderr and "click" not in done.stderr
+    assert "hf://org/evil/[bold]:smile:[/nope]" in done.stderr
+    hub.add("org/weights", {"config.json": b"{}", "\x1b[31m.bin": b""})
+    hub.add("org/math", ADAPTER | {"adapter_config.json": b'{"base_model_name_or_path": "org/weights"}'})
+    assert "\\x1b[31m.bin" in loracat("org/math", "--with-base").stderr
