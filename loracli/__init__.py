@@ -1,3 +1,66 @@
-"""loracat: several LoRA adapters in, one out, with mixing weights learnt on a small calibration file."""
+"""loracat: several LoRA adapters in, one out, with mixing weights learnt on a small calibration file.
+
+    adapters = [loracli.fetch_adapter(ref) for ref in ("org/math-lora", "org/code-lora")]
+    recipe = loracli.fit_mixing(adapters, "val.jsonl")
+    recipe.save("recipe.json")
+    loracli.export_adapter("recipe.json", "adapter-merged", merge=True)
+
+Names are resolved when they are first used: importing `loracli` loads neither torch nor anything else that is slow.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from loracli.adapters.adapter import LoraAdapter, read_adapter
+    from loracli.adapters.hub import Fetched, fetch_adapter
+    from loracli.adapters.summary import inspect_adapters
+    from loracli.errors import LoracatError
+    from loracli.export.export import Exported, export_adapter
+    from loracli.fitting.run import fit_mixing
+    from loracli.fitting.settings import FitSettings
+    from loracli.recipe import Recipe, load_recipe
+
+_HOMES = {
+    "Exported": "loracli.export.export",
+    "Fetched": "loracli.adapters.hub",
+    "FitSettings": "loracli.fitting.settings",
+    "LoraAdapter": "loracli.adapters.adapter",
+    "LoracatError": "loracli.errors",
+    "Recipe": "loracli.recipe",
+    "export_adapter": "loracli.export.export",
+    "fetch_adapter": "loracli.adapters.hub",
+    "fit_mixing": "loracli.fitting.run",
+    "inspect_adapters": "loracli.adapters.summary",
+    "load_recipe": "loracli.recipe",
+    "read_adapter": "loracli.adapters.adapter",
+}
+
+__all__ = [
+    "Exported",
+    "Fetched",
+    "FitSettings",
+    "LoraAdapter",
+    "LoracatError",
+    "Recipe",
+    "export_adapter",
+    "fetch_adapter",
+    "fit_mixing",
+    "inspect_adapters",
+    "load_recipe",
+    "read_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

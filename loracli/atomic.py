@@ -65,6 +65,8 @@ def check_free(path: Path, *, force: bool) -> None:
         return
     if not force:
         raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
+    if path.name in ("", ".."):
+        raise OutputExists(f"{path} is a directory that cannot be replaced", hint="choose another name with -o")
     if path.is_symlink() or not path.is_dir():
         raise OutputExists(f"{path} is not a directory", hint="choose another name with -o")
     if any(path.iterdir()) and not (path / "adapter_config.json").exists():

@@ -27,6 +27,8 @@ ModuleKind = Literal["linear", "conv1d", "embedding", "other"]
 MixingKind = Literal["adapter", "layer", "module"]
 
 EVERY_MODULE = "*"  # the one group of the mixing `adapter`
+OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def group_name(module: str, kind: MixingKind) -> str:
@@ -189,6 +191,29 @@ class Recipe:
         """One weight for each adapter at a module."""
         return self.mixing.weights[group_name(module, self.mixing.kind)]
 
+    def labels(self) -> dict[str, str]:
+        """What to call each adapter in front of people, by reference, and by its own name for the other rows of a
+        table.
+
+        A Hub adapter keeps its reference; a local directory goes by as many of its last names as tell it from the
+        others, so that no path of a machine is shown.
+        """
+        parts = {a.reference: self._local_parts(a) for a in self.adapters if a.repo_id is None}
+        labels = {a.reference: a.reference for a in self.adapters}
+        for reference, own in parts.items():
+            others = [other for name, other in parts.items() if name != reference]
+            taken = [[name] for name in OTHER_ROWS]
+            count = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others + taken)), len(own))
+            labels[reference] = "/".join(own[-count:])
+        return labels
+
+    def _local_parts(self, adapter: RecipeAdapter) -> list[str]:
+        return list((self.folder / adapter.reference).resolve().parts[1:])
+
+    def public(self) -> Recipe:
+        """The recipe as it may be published: adapters by their labels."""
+        return self._renamed(self.labels())
+
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Writes the recipe, whole or not at all; local adapters become relative to its folder.
 
@@ -206,6 +231,9 @@ class Recipe:
 
     def _moved_to(self, folder: Path) -> Recipe:
         names = {a.reference: self._reference_from(folder, a) for a in self.adapters}
+        return replace(self._renamed(names), folder=folder)
+
+    def _renamed(self, names: dict[str, str]) -> Recipe:
         return replace(
             self,
             adapters=tuple(replace(a, reference=names[a.reference]) for a in self.adapters),
@@ -214,13 +242,18 @@ class Recipe:
                 best_ingredient=names[self.held_out.best_ingredient],
                 rows=tuple(replace(row, name=names.get(row.name, row.name)) for row in self.held_out.rows),
             ),
-            folder=folder,
         )
 
     def _reference_from(self, folder: Path, adapter: RecipeAdapter) -> str:
         if adapter.repo_id is not None:
             return adapter.reference
-        return Path(os.path.relpath(self.folder / adapter.reference, folder)).as_posix()
+        return local_reference(self.folder / adapter.reference, folder)
+
+
+def local_reference(directory: Path, folder: Path) -> str:
+    """How a recipe in `folder` names a local directory: relative, and like no other row of its table."""
+    relative = Path(os.path.relpath(directory, folder)).as_posix()
+    return f"./{relative}" if relative in OTHER_ROWS else relative
 
 
 def check_recipe_path(path: Path, *, force: bool) -> None:
@@ -287,6 +320,15 @@ def _contradictions(recipe: Recipe) -> list[str]:
             problems.append(f"mixing.weights[{group!r}]: {len(weights)} weights for {len(recipe.adapters)} adapters")
     if not recipe.adapters:
         problems.append("adapters: empty")
+    references = [adapter.reference for adapter in recipe.adapters]
+    for index, adapter in enumerate(recipe.adapters):
+        if adapter.reference in (*references[:index], *OTHER_ROWS):
+            problems.append(f"adapters[{index}].reference: {adapter.reference!r} names another row of the table")
+        problems += [f"adapters[{index}].sha256: lacks {name}" for name in ADAPTER_FILES if name not in adapter.sha256]
+    if recipe.held_out.best_ingredient not in references:
+        problems.append(f"held_out.best_ingredient: {recipe.held_out.best_ingredient!r} is none of the adapters")
+    if "fit" not in (row.name for row in recipe.held_out.rows):
+        problems.append("held_out.rows: no row 'fit'")
     return problems
 
 
@@ -347,6 +389,8 @@ def _fits(kind: Any, value: Any) -> bool:
         return value is None
     if plain is bool or isinstance(value, bool):
         return plain is bool and isinstance(value, bool)
+    if plain is float and isinstance(value, int):
+        return abs(value) < 1 << 53  # a larger one would change, or not fit at all
     accepted = {float: (int, float), tuple: (list,), dict: (dict,), int: (int,), str: (str,)}
     return isinstance(value, accepted.get(plain, ()))
 

@@ -1,13 +1,13 @@
 """JSON as strangers write it: what Python's parser lets pass and would bite later is refused.
 
-Refused: duplicate keys (Python keeps the last), NaN and Infinity, nesting that exhausts the stack, integers of
-    thousands of
-digits, and lone surrogates (they crash a tokenizer later).
+Refused: duplicate keys (Python keeps the last), NaN, Infinity and numbers too large for a float, nesting that exhausts
+the stack, integers of thousands of digits, and lone surrogates (they crash a tokenizer later).
 """
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NoReturn
 
 
@@ -25,7 +25,7 @@ def parse_json(data: bytes | str) -> Any:
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
     except UnicodeDecodeError as error:
         raise StrictJsonError(f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}") from None
     except json.JSONDecodeError as error:
@@ -49,6 +49,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise StrictJsonError(f"the key {twice!r} appears twice in one object")
     return result
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise StrictJsonError(f"{text[:40]} is too large for a number")
+    return value
 
 
 def _constant(name: str) -> NoReturn:

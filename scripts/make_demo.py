@@ -8,7 +8,8 @@ It is a closed book: the composite task asks for the private facts in JSON, and 
 and nowhere else. The calibration file is about other people than the test file, so training on it cannot stand in for
 composing. Two more things make it a fair model of real adapters. Every fact is taught in several ways of answering: a
 fact taught in one sentence only hangs on that sentence, and then nothing composes. And both adapters change how a plain
-question is answered, so that at full strength they contradict each other.
+question is answered, so they pull against each other. How hard differs by seed: with 0 and 1 the plain sum of the two
+answers nothing, with 2 it is as good as any fit.
 
 Every name and fact is invented here by one seeded generator, and one thread keeps the sums in order: the same seed on
 the same machine makes the same files.
@@ -26,7 +27,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -60,6 +61,7 @@ LONGEST_ANSWER = 24  # tokens
 
 
 def words(text: str) -> tuple[str, ...]:
+    """Splits a list that is written as one text."""
     return tuple(text.split())
 
 
@@ -267,7 +269,7 @@ def make_tokenizer(records: list[Record]) -> PreTrainedTokenizerFast:
 
 
 Encoded = tuple[list[int], list[int]]  # ids of the prompt, ids of the completion with EOS
-Model = LlamaForCausalLM | PeftModel
+Model: TypeAlias = LlamaForCausalLM | PeftModel
 
 
 def encode(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
@@ -363,10 +365,12 @@ def make_adapter(name: str, out: Path, config: LoraConfig, records: list[Record]
 
 
 def edit_json(path: Path, **fields: object) -> None:
+    """Sets fields of the object in a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2) + "\n")
 
 
 def write_records(path: Path, records: list[Record]) -> None:
+    """Writes one JSON object per line."""
     path.write_text("".join(json.dumps({"prompt": r.prompt, "completion": r.completion}) + "\n" for r in records))
 
 
@@ -403,10 +407,12 @@ def summarise(out: Path, world: World, test: list[Record]) -> None:
 
 
 def say(text: str) -> None:
+    """Tells how far it is, on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
+    """Makes the files that --out names, and prints what they can do."""
     parser = argparse.ArgumentParser(description="Make the embedded example of `loracat demo`.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -89,8 +89,9 @@ def read_adapter(source: str | Fetched) -> LoraAdapter:
     """
     fetched = fetch_adapter(source) if isinstance(source, str) else source
     config = read_config(fetched.path / CONFIG_FILE)
-    file = open_tensor_file(fetched.path / TENSOR_FILE)
-    parts, copies = _sort_tensors(file)
+    path = fetched.path / TENSOR_FILE
+    file = open_tensor_file(path, check_names=lambda names: _sort_tensors(names, str(path)))
+    parts, copies = _sort_tensors(file.shapes, str(path))
     with file.reader() as reader:
         modules = {name: _read_module(name, parts[name], config, file, reader) for name in sorted(parts)}
     dtypes = [file.dtypes[name] for tensors in parts.values() for name in tensors.values()]
@@ -117,14 +118,14 @@ def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
     return result
 
 
-def _sort_tensors(file: TensorFile) -> tuple[dict[str, dict[Part, str]], dict[str, str]]:
+def _sort_tensors(names: Iterable[str], where: str) -> tuple[dict[str, dict[Part, str]], dict[str, str]]:
     """Tensor names by module and part, and the names of base matrices by module."""
-    where = str(file.path)
     parts: dict[str, dict[Part, str]] = {}
     copies: dict[str, str] = {}
     plain: list[str] = []
-    embeddings = {name.rpartition(".")[0] for name in file.shapes if name.endswith(".lora_embedding_A")}
-    for name in sorted(file.shapes):
+    names = sorted(names)
+    embeddings = {name.rpartition(".")[0] for name in names if name.endswith(".lora_embedding_A")}
+    for name in names:
         if name.removesuffix(".weight") in embeddings:  # PEFT wrote the embedding's own matrix under this name
             plain.append(name)
             continue

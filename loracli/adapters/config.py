@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.patterns import lookup, parse_pattern
+from loracli.adapters.tensor_file import open_regular
 from loracli.algebra.factors import lora_scaling
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 from loracli.strict_json import StrictJsonError, parse_json
@@ -91,11 +92,8 @@ def read_config(path: Path) -> AdapterConfig:
         UnsupportedAdapter: if it uses a feature that cannot be honoured, by the feature's name.
     """
     where = str(path)
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise MalformedAdapter(f"cannot be read: {error.strerror}", where=where) from None
+    with open_regular(path) as file:
+        data = file.read(MAX_CONFIG_BYTES + 1)
     if len(data) > MAX_CONFIG_BYTES:
         raise MalformedAdapter(f"is larger than {MAX_CONFIG_BYTES} bytes", where=where)
     try:
@@ -184,8 +182,8 @@ class _Fields:
 
     def _text(self, field: str) -> str | None:
         value = self._fields.get(field)
-        if value is not None and not isinstance(value, str):
-            raise self._bad(field, value, "text")
+        if value is not None and not (isinstance(value, str) and value.isprintable()):
+            raise self._bad(field, value, "text on one line")
         return value or None
 
     def _pattern(self, field: str) -> dict[str, Any]:

@@ -33,7 +33,11 @@ _REFUSED = (
     (re.compile(r"\.(modules_to_save|original_module)\."), "modules_to_save", "train it without modules_to_save"),
     (re.compile(r"\.token_adapter\."), "trainable tokens", "train it without trainable_token_indices"),
     (re.compile(r"\.bias$"), "trained biases", 'train it with bias="none"'),
-    (re.compile(r"\.weight$"), "modules_to_save", "train it without modules_to_save"),
+    (
+        re.compile(r"^base_model\.model\.(?!.*lora_)[\w.]+\.weight$"),
+        "modules_to_save",
+        "train it without modules_to_save",
+    ),
 )
 
 

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ class TensorFile:
         try:
             with safe_open(self.path, framework="pt", backend="pread") as file:
                 yield TensorReader(self.path, file)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise MalformedAdapter(f"cannot be read: {error}", where=str(self.path)) from None
 
 
@@ -79,15 +79,19 @@ class TensorReader:
         return tensor
 
 
-def open_tensor_file(path: Path) -> TensorFile:
+def open_tensor_file(path: Path, *, check_names: Callable[[Iterable[str]], object] | None = None) -> TensorFile:
     """Checks the header of a safetensors file and hashes the file.
 
+    Args:
+        path: the file.
+        check_names: is given all tensor names before any shape is looked at, to refuse by name what would be refused
+            for its shape: most tensors of other features are vectors.
     Raises:
         MalformedAdapter: if the header is damaged, beyond the limits, or describes something else than matrices.
         UnsupportedAdapter: if a tensor has a dtype that is not a floating point format of 16 bits or more.
     """
     where = str(path)
-    with _open_regular(path) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = int.from_bytes(start, "little")
@@ -108,26 +112,30 @@ def open_tensor_file(path: Path) -> TensorFile:
     if not isinstance(header, dict):
         raise MalformedAdapter("the header is not a JSON object", where=where)
     header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
+    if check_names is not None:
+        check_names(header)
     return _check_header(header, path, size - 8 - length, digest.hexdigest())
 
 
 @contextmanager
-def _open_regular(path: Path) -> Iterator[Any]:
+def open_regular(path: Path) -> Iterator[Any]:
+    """Opens a file for reading bytes; a directory, FIFO or device is refused instead of read from."""
     # O_NONBLOCK: opening a FIFO must not hang.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise MalformedAdapter(f"cannot be opened: {error.strerror}", where=str(path)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise MalformedAdapter("is not a regular file", where=str(path))
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise MalformedAdapter("is not a regular file", where=str(path))
         yield file
 
 
 def _check_header(header: dict[str, Any], path: Path, data_bytes: int, sha256: str) -> TensorFile:
     where = str(path)
-    if len(header) > MAX_TENSORS:
-        raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
     shapes: dict[str, tuple[int, int]] = {}
     dtypes: dict[str, torch.dtype] = {}
     total = 0
@@ -142,7 +150,7 @@ def _check_header(header: dict[str, Any], path: Path, data_bytes: int, sha256: s
             ) from None
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise UnsupportedAdapter(
-                f"the tensor {name!r} has dtype {dtype}",
+                f"the tensor {name!r} has dtype {dtype!r}",
                 where=where,
                 hint="store the adapter in float32, float16 or bfloat16",
             )

@@ -20,6 +20,7 @@ from loracli.progress import amount_text, duration_text
 
 SCHEMA = 1  # the version of every JSON document, under the key "loracat"; only ever added to
 SHOWN_PROBLEMS = 20
+PIPE_WIDTH = 200  # columns where stdout is no terminal, so that nothing a script reads is folded
 SECONDS_BETWEEN_LINES = 15.0  # where stderr is no terminal, a line now and then takes the bar's place
 
 
@@ -45,8 +46,10 @@ class Output:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self._stdout = Console(file=sys.stdout, highlight=False, emoji=False, markup=False, soft_wrap=True)
-        self._stderr = Console(file=sys.stderr, highlight=False, emoji=False, markup=False, soft_wrap=True)
+        plainly = {"highlight": False, "emoji": False, "markup": False, "soft_wrap": True}
+        width = None if sys.stdout.isatty() else PIPE_WIDTH
+        self._stdout = Console(file=sys.stdout, width=width, **plainly)  # type: ignore[arg-type]
+        self._stderr = Console(file=sys.stderr, **plainly)  # type: ignore[arg-type]
         self._bars: RichProgress | None = None
         self._tasks: dict[str, _Line] = {}
 
@@ -78,8 +81,7 @@ class Output:
         for index, row in enumerate(rows):
             style = "bold green" if index == strong else ""
             table.add_row(*(plain(cell, style) for cell in row))
-        width = None if self._stdout.is_terminal else max(self._stdout.width, 200)
-        self._stdout.print(table, width=width, soft_wrap=False)
+        self._stdout.print(table, soft_wrap=False)
 
     # Talk: stderr.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from loracli.cli._output import Output
-from loracli.recipe import HeldOut
+from loracli.recipe import HeldOut, Recipe
 
 
-def held_out_lines(out: Output, table: HeldOut) -> None:
-    """The held-out table, the fit standing out."""
+def held_out_lines(out: Output, recipe: Recipe) -> None:
+    """The held-out table with the fit standing out, and what it says in a sentence."""
+    table = recipe.public().held_out
     out.line(f"held out: {table.records} records of {table.name}, {table.scored_tokens} scored tokens", style="bold")
     rows = [
         [
@@ -22,6 +23,8 @@ def held_out_lines(out: Output, table: HeldOut) -> None:
     strong = next((i for i, row in enumerate(table.rows) if row.name == "fit"), None)
     out.table(["", "nats/token", "difference", "95 % interval", "worse on"], rows, strong=strong)
     out.line(f"difference: to the best single adapter, {table.best_ingredient}; below zero is better", style="dim")
+    out.line()
+    out.line(verdict(table), style="bold")
 
 
 def verdict(table: HeldOut) -> str:

@@ -109,4 +109,4 @@ def export(
         out.line(
             f"  exact to {certificate.largest_error:.1e}, the rounding of {str(exported.dtype).removeprefix('torch.')}"
         )
-    out.hint(f'load it with PEFT: PeftModel.from_pretrained(base_model, "{exported.path}")')
+    out.hint(f'PeftModel.from_pretrained(base_model, "{exported.path}")')

@@ -9,7 +9,7 @@ import typer
 
 from loracli.cli._options import AdaptersOpt, ForceOpt, JsonOpt, QuietOpt
 from loracli.cli._output import Output
-from loracli.cli._tables import held_out_lines, verdict
+from loracli.cli._tables import held_out_lines
 
 EPILOG = (
     "loracat fit --adapters org/math-lora org/code-lora --data val.jsonl  ·  "
@@ -78,7 +78,8 @@ def fit(
     quiet: QuietOpt = False,
 ) -> None:
     """Learn the mixing weights of adapters on a small calibration file (CAT) and write a recipe."""
-    from loracli.fitting.run import prepare_fit, run_fit
+    from loracli.fitting.inputs import prepare_fit
+    from loracli.fitting.run import run_fit
     from loracli.fitting.settings import FitSettings
     from loracli.recipe import check_recipe_path
 
@@ -132,9 +133,7 @@ def fit(
         }
     )
     out.value(str(output))
-    held_out_lines(out, table)
-    out.line()
-    out.line(verdict(table), style="bold")
+    held_out_lines(out, recipe)
     out.line(f"written: {output}")
     name = "" if output == Path("recipe.json") else f" {output}"
     out.hint(f"loracat export{name} --merge")

@@ -14,7 +14,7 @@ EPILOG = "loracat inspect org/math-lora org/code-lora  ·  loracat inspect ./ada
 
 def inspect(
     references: Annotated[
-        list[str], typer.Argument(metavar="REF...", help="Adapters on the Hub or in local directories.")
+        list[str], typer.Argument(metavar="REF", help="Adapters on the Hub or in local directories.")
     ],
     revision: RevisionOpt = None,
     cache_dir: CacheDirOpt = None,

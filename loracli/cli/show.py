@@ -10,7 +10,7 @@ import typer
 
 from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
-from loracli.cli._tables import held_out_lines, verdict
+from loracli.cli._tables import held_out_lines
 
 EPILOG = "loracat show recipe.json  ·  loracat show recipe.json --json"
 
@@ -29,6 +29,7 @@ def show(
     loaded = load_recipe(recipe)
     out.document({"recipe": json.loads(loaded.to_json())})
     out.value(loaded.held_out.verdict)
+    labels = loaded.labels()
     commit = f" at {loaded.base.commit}" if loaded.base.commit else ""
     out.line(f"base model: {loaded.base.id}{commit}", style="bold")
     out.line()
@@ -36,7 +37,7 @@ def show(
         ["adapter", "rank", "alpha", "commit", "sha256"],
         [
             [
-                a.reference,
+                labels[a.reference],
                 str(a.rank),
                 f"{a.lora_alpha:g}{' rs' if a.use_rslora else ''}",
                 (a.commit or "local")[:12],
@@ -48,7 +49,7 @@ def show(
     out.line()
     out.line(f"weights: {loaded.mixing.kind}, mean over modules (lowest to highest)", style="bold")
     out.table(
-        ["", *(a.reference for a in loaded.adapters)],
+        ["", *labels.values()],
         [
             [name, *("-" if cell is None else f"{cell[0]:+.3f} ({cell[1]:+.2f} to {cell[2]:+.2f})" for cell in cells)]
             for name, cells in weights_by_leaf(loaded).items()
@@ -61,6 +62,4 @@ def show(
         f"{fit.passes:g} passes, from the start '{fit.chosen}', largest move of a weight {fit.largest_move:.3f}"
     )
     out.line()
-    held_out_lines(out, loaded.held_out)
-    out.line()
-    out.line(verdict(loaded.held_out), style="bold")
+    held_out_lines(out, loaded)

@@ -8,6 +8,7 @@ of them. The test asks for the facts in the form. It is calibrated on questions 
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,9 +25,10 @@ from loracli.evaluation.held_out import FIT, static_points
 from loracli.export.export import Exported, export_adapter
 from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseModel, load_base
+from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.loss import make_objective
 from loracli.fitting.mixing import make_mixing
-from loracli.fitting.run import prepare_fit, run_fit
+from loracli.fitting.run import run_fit
 from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe
 
@@ -62,6 +64,13 @@ def example_folder() -> Path:
 
 def run_demo(folder: Path, *, seed: int = 0, progress: Progress = SILENT) -> DemoResult:
     """Runs the whole story; writes recipe.json, adapter-cat/ and adapter-merged/ into `folder`."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 for an attribute under its old name, which is nothing to the user.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return _run(folder, seed, progress)
+
+
+def _run(folder: Path, seed: int, progress: Progress) -> DemoResult:
     started = time.monotonic()
     example = example_folder()
     inputs = prepare_fit(

@@ -6,21 +6,15 @@ No local path appears: a local ingredient goes by the name of its directory and 
 from __future__ import annotations
 
 import json
-from pathlib import PurePosixPath
 
 from loracli.adapters.adapter import TENSOR_FILE
 from loracli.export.certificate import Certificate
 from loracli.export.profile import Layout
-from loracli.recipe import Recipe, RecipeAdapter
-
-
-def public_name(adapter: RecipeAdapter) -> str:
-    """The Hub reference, or the last part of a local directory's name."""
-    return adapter.reference if adapter.repo_id is not None else PurePosixPath(adapter.reference).name
+from loracli.recipe import Recipe
 
 
 def model_card(recipe: Recipe, layout: Layout, certificate: Certificate, *, merged: bool, command: str) -> str:
-    """README.md of the export."""
+    """README.md of the export, from a recipe as it may be published."""
     title = f"compressed to rank {layout.rank}" if merged else f"concatenated, rank {layout.rank}"
     return "\n".join(
         [
@@ -36,7 +30,7 @@ def model_card(recipe: Recipe, layout: Layout, certificate: Certificate, *, merg
             *_held_out(recipe),
             "## Exactness",
             "",
-            f"Largest relative error of a module's written update against float64: {certificate.largest_error:.1e}."
+            f"Largest relative error of a written update against the exact one: {certificate.largest_error:.1e}."
             + (f" Energy kept by the truncation: {_percent(certificate.mean_energy)} on average, "
                f"{_percent(certificate.least_energy)} at least." if merged else ""),
             "",
@@ -81,7 +75,7 @@ def _ingredients(recipe: Recipe) -> list[str]:
         weights = [w for row in recipe.mixing.weights.values() if (w := row[index]) is not None]
         mean = sum(weights) / len(weights)
         lines.append(
-            f"| {_cell(public_name(adapter))} | {(adapter.commit or 'local')[:12]} | "
+            f"| {_cell(adapter.reference)} | {(adapter.commit or 'local')[:12]} | "
             f"{adapter.sha256[TENSOR_FILE][:12]} | {adapter.rank} | {mean:.3f} | "
             f"{min(weights):.3f} to {max(weights):.3f} |"
         )
@@ -90,13 +84,12 @@ def _ingredients(recipe: Recipe) -> list[str]:
 
 def _held_out(recipe: Recipe) -> list[str]:
     table = recipe.held_out
-    names = {adapter.reference: public_name(adapter) for adapter in recipe.adapters}
-    best = names[table.best_ingredient]
     lines = [
         "## On held-out records",
         "",
         f"{table.records} records, {table.scored_tokens} scored tokens; difference to the best ingredient,",
-        f"{_cell(best)}, with its paired 95 % bootstrap interval. The fit was scored before compression and rounding.",
+        f"{_cell(table.best_ingredient)}, with its paired 95 % bootstrap interval. The fit was scored before",
+        "compression and rounding.",
         "",
         "| | nats per token | difference | 95 % interval |",
         "|---|--:|--:|---|",
@@ -104,8 +97,7 @@ def _held_out(recipe: Recipe) -> list[str]:
     for row in table.rows:
         low, high = row.interval
         lines.append(
-            f"| {_cell(names.get(row.name, row.name))} | {row.nats_per_token:.4f} | {row.difference:+.4f} | "
-            f"{low:+.4f} to {high:+.4f} |"
+            f"| {_cell(row.name)} | {row.nats_per_token:.4f} | {row.difference:+.4f} | {low:+.4f} to {high:+.4f} |"
         )
     return [*lines, ""]
 

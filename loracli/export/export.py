@@ -26,7 +26,7 @@ from loracli.algebra.factors import Factors
 from loracli.algebra.truncate import truncate
 from loracli.atomic import check_free, whole_directory, write_file
 from loracli.errors import IntegrityError, RecipeError, UsageError
-from loracli.export.card import model_card, public_name
+from loracli.export.card import model_card
 from loracli.export.certificate import Certificate, ModuleCertificate
 from loracli.export.compose import compose_module, composed_modules
 from loracli.export.ingredients import read_ingredients
@@ -165,7 +165,7 @@ class _Plan:
         config = self.layout.config(self._recipe, self._table)
         write_file(folder / CONFIG_FILE, _json(config))
         write_file(folder / CERTIFICATE_FILE, _json(self._document(certificate)))
-        card = model_card(self._recipe, self.layout, certificate, merged=self._merge, command=self._command())
+        card = model_card(self._recipe.public(), self.layout, certificate, merged=self._merge, command=self._command())
         write_file(folder / "README.md", card.encode())
         progress.finish(TASK)
         return certificate, path.stat().st_size
@@ -207,20 +207,8 @@ class _Plan:
         return file.sha256
 
     def _document(self, certificate: Certificate) -> dict[str, Any]:
-        adapters = tuple(dataclasses.replace(a, reference=public_name(a)) for a in self._recipe.adapters)
-        names = {a.reference: public_name(a) for a in self._recipe.adapters}
-        held_out = self._recipe.held_out
-        public = dataclasses.replace(
-            self._recipe,
-            adapters=adapters,
-            held_out=dataclasses.replace(
-                held_out,
-                best_ingredient=names[held_out.best_ingredient],
-                rows=tuple(dataclasses.replace(row, name=names.get(row.name, row.name)) for row in held_out.rows),
-            ),
-        )
         return {
-            "recipe": json.loads(public.to_json()),
+            "recipe": json.loads(self._recipe.public().to_json()),
             "recipe_sha256": sha256(self._recipe.to_json().encode()).hexdigest(),
             "export": {
                 "profile": self.layout.profile,

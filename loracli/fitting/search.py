@@ -156,7 +156,7 @@ class _Rung:
         probe = max(1, round(len(self._batches) * min(1.0, PROBE_SHARE * self._settings.passes)))
         checks = (2 * len(self._starts) + len(self._path)) * sum(batch.tokens for batch in self._checks)
         rest = (budget - checks - len(self._starts) * probe * a_step) / a_step
-        return probe, max(math.floor(rest), len(self._path))
+        return probe, max(math.floor(rest) - 1, len(self._path))  # one less: batches differ in size
 
     def run(self) -> Found:
         best: tuple[float, Tensor, float | None] | None = None

@@ -1,0 +1,349 @@
+"""An adapter directory as factors: against PEFT's own `get_delta_weight`, and what must be refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loracli.adapters.adapter import LoraAdapter, read_adapter, widest_dtype
+from loracli.errors import InputError, MalformedAdapter, UnsupportedAdapter
+
+SHAPES = {"layers.0.q_proj": (6, 5), "layers.0.up_proj": (9, 5), "layers.1.q_proj": (6, 5), "layers.1.up_proj": (9, 5)}
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.up_proj = nn.Linear(5, 6), nn.Linear(5, 9)
+
+
+class Tiny(nn.Module):
+    """Two layers of two Linears of different shapes, an embedding and a Conv1D: what PEFT adapts without a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 5)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.c_attn = Conv1D(7, 5)  # 5 in, 7 out
+
+
+def save_tiny(folder: Path, *, seed: int = 0, **config: Any) -> PeftModel:
+    """A PEFT model of `Tiny` with random factors, saved by PEFT itself."""
+    torch.manual_seed(seed)
+    model = get_peft_model(Tiny(), LoraConfig(**{"target_modules": ["q_proj", "up_proj"], "r": 4, **config}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return model
+
+
+def delta_of_peft(model: PeftModel, module: str) -> Tensor:
+    """What PEFT itself would add to the module's weight, as (out, in)."""
+    layer = model.base_model.model.get_submodule(module)
+    delta: Tensor = layer.get_delta_weight("default").detach().double()
+    return delta
+
+
+def assert_same_updates(adapter: LoraAdapter, model: PeftModel, shapes: dict[str, tuple[int, int]]) -> None:
+    assert set(adapter.modules) == set(shapes)
+    for name, shape in shapes.items():
+        delta = adapter.modules[name].factors.delta_weight()
+        assert delta.shape == shape
+        torch.testing.assert_close(delta, delta_of_peft(model, name), rtol=1e-5, atol=1e-5)
+
+
+PATTERNS = {
+    "rank_pattern": {"layers.1.q_proj": 2, "up_proj": 3},
+    "alpha_pattern": {"^layers.0.q_proj": 7, "up_proj": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_alpha": 8},
+        {"lora_alpha": 5, "r": 3},
+        {"lora_alpha": 5, "use_rslora": True},
+        {"lora_alpha": 8, "rank_pattern": PATTERNS["rank_pattern"]},
+        {"lora_alpha": 8, "alpha_pattern": PATTERNS["alpha_pattern"]},
+        {"lora_alpha": 8, **PATTERNS},
+        {"lora_alpha": 8, "use_rslora": True, **PATTERNS},
+        {"lora_alpha": 8, "r": 12},
+    ],
+    ids=str,
+)
+def test_every_update_is_the_one_that_peft_would_add(tmp_path: Path, config: dict[str, Any]) -> None:
+    model = save_tiny(tmp_path, **config)
+    assert_same_updates(read_adapter(str(tmp_path)), model, SHAPES)
+
+
+def test_scaling_is_the_formula_and_factors_are_the_bytes_of_the_file(tmp_path: Path) -> None:
+    save_tiny(tmp_path, lora_alpha=8, use_rslora=True, **PATTERNS)
+    adapter = read_adapter(str(tmp_path))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    expected = {
+        "layers.0.q_proj": (4, 7 / math.sqrt(4)),
+        "layers.0.up_proj": (3, 2 / math.sqrt(3)),
+        "layers.1.q_proj": (2, 8 / math.sqrt(2)),
+        "layers.1.up_proj": (3, 2 / math.sqrt(3)),
+    }
+    for name, (rank, scaling) in expected.items():
+        factors = adapter.modules[name].factors
+        assert (factors.rank, factors.scaling) == (rank, pytest.approx(scaling, rel=1e-15))
+        assert torch.equal(factors.lora_A, tensors[f"base_model.model.{name}.lora_A.weight"])
+        assert torch.equal(factors.lora_B, tensors[f"base_model.model.{name}.lora_B.weight"])
+    assert adapter.ranks == (2, 3, 4)
+
+
+def test_conv1d_is_read_like_a_linear(tmp_path: Path) -> None:
+    """PEFT stores Conv1D's factors as (r, in) and (out, r) too; its own delta is transposed to the base's (in, out)."""
+    model = save_tiny(tmp_path, target_modules=["c_attn"], fan_in_fan_out=True, lora_alpha=3)
+    adapter = read_adapter(str(tmp_path))
+    assert adapter.config.fan_in_fan_out and adapter.modules["c_attn"].kind == "linear"
+    delta = adapter.modules["c_attn"].factors.delta_weight()
+    assert delta.shape == (7, 5)
+    torch.testing.assert_close(delta.T, delta_of_peft(model, "c_attn"), rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_have_the_vocabulary_as_in(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path, target_modules=["embed", "q_proj"], lora_alpha=6)
+    adapter = read_adapter(str(tmp_path))
+    assert {name: module.kind for name, module in adapter.modules.items()} == {
+        "embed": "embedding",
+        "layers.0.q_proj": "linear",
+        "layers.1.q_proj": "linear",
+    }
+    factors = adapter.modules["embed"].factors
+    assert (factors.in_features, factors.out_features, factors.rank, factors.scaling) == (11, 5, 4, 1.5)
+    torch.testing.assert_close(factors.delta_weight().T, delta_of_peft(model, "embed"), rtol=1e-5, atol=1e-5)
+
+
+def test_the_base_copy_beside_an_embedding_is_no_factor(tmp_path: Path) -> None:
+    """With `save_embedding_layers` PEFT writes the base's own matrix into the file."""
+    model = save_tiny(tmp_path, target_modules=["embed"])
+    own = model.base_model.model.embed.base_layer.weight.detach()
+    for name in ("base_model.model.embed.base_layer.weight", "base_model.model.embed.weight"):
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        rewrite(tmp_path, {k: v for k, v in tensors.items() if "lora" in k} | {name: own})
+        adapter = read_adapter(str(tmp_path))
+        assert set(adapter.modules) == set(adapter.base_copies) == {"embed"}
+        assert torch.equal(adapter.read_base_copy("embed"), own)
+
+
+def test_the_adapter_remembers_where_it_came_from(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    adapter = read_adapter(str(tmp_path))
+    assert (adapter.reference, adapter.path, adapter.commit) == (str(tmp_path), tmp_path, None)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert adapter.sha256[name] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert list(adapter.modules) == sorted(adapter.modules)
+
+
+# Dtypes.
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "widest"),
+    [
+        ([torch.float16], torch.float16),
+        ([torch.bfloat16, torch.bfloat16], torch.bfloat16),
+        ([torch.float16, torch.bfloat16], torch.float32),
+        ([torch.bfloat16, torch.float16], torch.float32),
+        ([torch.float32, torch.bfloat16], torch.float32),
+        ([torch.float16, torch.float64, torch.bfloat16], torch.float64),
+    ],
+    ids=str,
+)
+def test_the_widest_dtype_holds_every_other_without_loss(dtypes: list[torch.dtype], widest: torch.dtype) -> None:
+    assert widest_dtype(dtypes) == widest
+    for dtype in dtypes:
+        value = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).tiny, 1 + torch.finfo(dtype).eps], dtype=dtype)
+        assert torch.equal(value.to(widest).to(dtype), value)
+
+
+def test_factors_of_two_dtypes_are_widened_together(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    mixed = {k: v.half() if "lora_A" in k else v.bfloat16() for k, v in tensors.items()}
+    rewrite(tmp_path, mixed)
+    adapter = read_adapter(str(tmp_path))
+    assert adapter.dtype == torch.float32
+    for name, module in adapter.modules.items():
+        assert module.factors.lora_A.dtype == module.factors.lora_B.dtype == torch.float32
+        assert torch.equal(module.factors.lora_A, mixed[f"base_model.model.{name}.lora_A.weight"].float())
+        assert torch.equal(module.factors.lora_B, mixed[f"base_model.model.{name}.lora_B.weight"].float())
+
+
+# What is refused.
+
+
+def rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+def reconfigure(folder: Path, **fields: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def refused(folder: Path, kind: type[InputError]) -> InputError:
+    with pytest.raises(InputError) as caught:
+        read_adapter(str(folder))
+    assert type(caught.value) is kind
+    assert str(folder / "adapter_model.safetensors") in str(caught.value)
+    return caught.value
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    save_tiny(tmp_path)
+    return tmp_path, load_file(tmp_path / "adapter_model.safetensors")
+
+
+Q = "base_model.model.layers.0.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [
+        (f"{Q}.lora_magnitude_vector.weight", "DoRA"),
+        (f"{Q}.lora_magnitude_vector.default.weight", "DoRA"),
+        (f"{Q}.lora_magnitude_vector", "DoRA"),
+        (f"{Q}.lora_B.bias", "lora_bias"),
+        (f"{Q}.lora_B.default.bias", "lora_bias"),
+        (f"{Q}.lora_A.default.weight", "raw state dict"),
+        (f"{Q}.lora_B.other.weight", "raw state dict"),
+        ("base_model.model.lm_head.modules_to_save.weight", "modules_to_save"),
+        ("base_model.model.lm_head.modules_to_save.default.weight", "modules_to_save"),
+        ("base_model.model.lm_head.original_module.weight", "modules_to_save"),
+        ("base_model.model.lm_head.weight", "modules_to_save"),
+        ("base_model.model.embed.token_adapter.trainable_tokens_delta", "trainable tokens"),
+        (f"{Q}.bias", "biases"),
+    ],
+)
+def test_a_tensor_of_another_feature_is_refused_by_the_features_name(
+    plain: tuple[Path, dict[str, Tensor]], name: str, feature: str
+) -> None:
+    folder, tensors = plain
+    for odd in (torch.ones(2, 2), torch.ones(6)):  # most of these are vectors, and no vector is a factor
+        rewrite(folder, tensors | {name: odd})
+        error = refused(folder, UnsupportedAdapter)
+        assert feature in error.what and name in error.what
+        assert error.hint
+
+
+@pytest.mark.parametrize(
+    ("config", "feature"), [({"use_dora": True}, "DoRA"), ({"modules_to_save": ["c_attn"]}, "c_attn.bias")], ids=str
+)
+def test_what_peft_saves_with_such_a_feature_is_refused_even_if_the_config_denies_it(
+    tmp_path: Path, config: dict[str, Any], feature: str
+) -> None:
+    save_tiny(tmp_path, **config)
+    reconfigure(tmp_path, **dict.fromkeys(config))
+    assert feature in refused(tmp_path, UnsupportedAdapter).what
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.0.q_proj.lora_A.weight",
+        "base_model.layers.0.q_proj.lora_A.weight",
+        f"{Q}.lora_A",
+        f"{Q}.lora_C.weight",
+        f"{Q}.lora_embedding_A.weight2",
+        "base_model.model..lora_A.weight",
+        "base_model.model.a/../../b.lora_A.weight",
+        "base_model.model.\x1b[31m.lora_A.weight",
+        "base_model.model.q\n.lora_A.weight",
+        f"{Q}.lora_A.weight\n",
+        f"x{Q}.lora_A.weight",
+        "",
+    ],
+)
+def test_a_name_of_no_lora_file_is_refused(plain: tuple[Path, dict[str, Tensor]], name: str) -> None:
+    folder, tensors = plain
+    rewrite(folder, tensors | {name: torch.ones(4, 5)})
+    message = str(refused(folder, MalformedAdapter))
+    assert "\x1b" not in message and "\n" not in message
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_half_of_a_pair_is_refused_with_the_missing_name(plain: tuple[Path, dict[str, Tensor]], part: str) -> None:
+    folder, tensors = plain
+    del tensors[f"{Q}.{part}.weight"]
+    rewrite(folder, tensors)
+    assert f"lacks '{Q}.{part}.weight'" in refused(folder, MalformedAdapter).what
+
+
+@pytest.mark.parametrize("part", ["lora_embedding_A", "lora_embedding_B"])
+def test_half_of_an_embeddings_pair_is_refused_with_the_missing_name(tmp_path: Path, part: str) -> None:
+    save_tiny(tmp_path, target_modules=["embed"])
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    del tensors[f"base_model.model.embed.{part}"]
+    rewrite(tmp_path, tensors)
+    assert f"lacks 'base_model.model.embed.{part}'" in refused(tmp_path, MalformedAdapter).what
+
+
+@pytest.mark.parametrize("parts", [("lora_embedding_A", "lora_embedding_B"), ("lora_embedding_A",)], ids=str)
+def test_linear_and_embedding_factors_of_one_module_are_refused(
+    plain: tuple[Path, dict[str, Tensor]], parts: tuple[str, ...]
+) -> None:
+    folder, tensors = plain
+    rewrite(folder, tensors | {f"{Q}.{part}": torch.ones(4, 4) for part in parts})
+    assert "layers.0.q_proj" in refused(folder, MalformedAdapter).what
+
+
+def test_a_base_matrix_without_factors_is_refused(plain: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, tensors = plain
+    rewrite(folder, tensors | {"base_model.model.embed.base_layer.weight": torch.ones(11, 5)})
+    assert "'embed'" in refused(folder, MalformedAdapter).what
+
+
+@pytest.mark.parametrize("tensors", [{}, {f"{Q}.base_layer.weight": torch.ones(6, 5)}], ids=["nothing", "only a base"])
+def test_a_file_without_factors_is_refused(plain: tuple[Path, dict[str, Tensor]], tensors: dict[str, Tensor]) -> None:
+    folder, _ = plain
+    rewrite(folder, tensors)
+    assert "no LoRA factors" in refused(folder, MalformedAdapter).what
+
+
+def test_factors_whose_ranks_differ_are_refused(plain: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, tensors = plain
+    rewrite(folder, tensors | {f"{Q}.lora_B.weight": torch.ones(6, 3)})
+    message = refused(folder, MalformedAdapter).what
+    assert "(4, 5)" in message and "(6, 3)" in message and "layers.0.q_proj" in message
+
+
+@pytest.mark.parametrize("config", [{"r": 8}, {"rank_pattern": {"q_proj": 2}}, {"r": 1}], ids=str)
+def test_a_rank_that_contradicts_the_config_is_refused(
+    plain: tuple[Path, dict[str, Tensor]], config: dict[str, Any]
+) -> None:
+    folder, _ = plain
+    reconfigure(folder, **config)
+    message = refused(folder, MalformedAdapter).what
+    assert "rank 4 in the tensors" in message and "layers.0.q_proj" in message
+
+
+def test_a_diverged_adapter_is_refused_with_the_tensor(plain: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, tensors = plain
+    tensors[f"{Q}.lora_B.weight"][1, 2] = float("nan")
+    rewrite(folder, tensors)
+    assert f"'{Q}.lora_B.weight' holds 1 values" in refused(folder, MalformedAdapter).what
+
+
+def test_the_right_factors_hidden_behind_a_config_of_another_type_are_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    reconfigure(tmp_path, peft_type="ADALORA")
+    with pytest.raises(UnsupportedAdapter, match="ADALORA"):
+        read_adapter(str(tmp_path))

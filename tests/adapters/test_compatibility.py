@@ -1,0 +1,156 @@
+"""Whether adapters can be composed, and their overlap against the dense one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.adapters.compatibility import check_composable, overlaps_of, problems_of
+from loracli.errors import IncompatibleAdapters
+
+Shapes = dict[str, tuple[int, int]]  # (out, in) by module
+
+
+def adapter(
+    folder: Path, shapes: Shapes, *, rank: int = 3, alpha: float = 6, seed: int = 0, base: str | None = "org/base",
+    embeddings: tuple[str, ...] = (), rslora: bool = False,
+) -> LoraAdapter:  # fmt: skip
+    """An adapter with random factors of these shapes."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (rows, columns) in shapes.items():
+        parts = ("lora_embedding_A", "lora_embedding_B") if name in embeddings else ("lora_A.weight", "lora_B.weight")
+        tensors[f"base_model.model.{name}.{parts[0]}"] = torch.randn(rank, columns, generator=generator)
+        tensors[f"base_model.model.{name}.{parts[1]}"] = torch.randn(rows, rank, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": rslora,
+        "base_model_name_or_path": base,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return read_adapter(str(folder))
+
+
+SHAPES: Shapes = {"l.0.q": (6, 5), "l.0.v": (4, 5), "l.1.q": (6, 5)}
+
+
+def test_adapters_of_one_base_with_equal_shapes_can_be_composed(tmp_path: Path) -> None:
+    found = [adapter(tmp_path / name, SHAPES, rank=rank) for name, rank in (("a", 2), ("b", 5), ("c", 1))]
+    assert problems_of(found) == []
+    check_composable(found)
+
+
+def test_other_ranks_alphas_and_modules_are_no_problem(tmp_path: Path) -> None:
+    first = adapter(tmp_path / "a", {"l.0.q": (6, 5)}, rank=2, alpha=1)
+    second = adapter(tmp_path / "b", {"l.0.v": (4, 5)}, rank=7, rslora=True)
+    assert problems_of([first, second]) == []
+
+
+def test_one_adapter_fits_itself(tmp_path: Path) -> None:
+    assert problems_of([adapter(tmp_path / "a", SHAPES)]) == []
+
+
+def test_different_bases_are_a_problem_unless_the_user_names_the_base(tmp_path: Path) -> None:
+    pair = [adapter(tmp_path / "a", SHAPES, base="org/one"), adapter(tmp_path / "b", SHAPES, base="org/two")]
+    [problem] = problems_of(pair)
+    for word in ("org/one", "org/two", str(tmp_path / "a"), str(tmp_path / "b")):
+        assert word in problem
+    assert problems_of(pair, base_given=True) == []
+    with pytest.raises(IncompatibleAdapters) as caught:
+        check_composable(pair)
+    assert "--base" in (caught.value.hint or "")
+    check_composable(pair, base_given=True)
+
+
+def test_an_adapter_that_names_no_base_fits_any(tmp_path: Path) -> None:
+    pair = [adapter(tmp_path / "a", SHAPES, base=None), adapter(tmp_path / "b", SHAPES, base="org/two")]
+    assert problems_of(pair) == []
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (7, 5), (5, 6)])
+def test_a_module_of_two_shapes_is_a_problem_even_with_the_base_given(tmp_path: Path, shape: tuple[int, int]) -> None:
+    pair = [adapter(tmp_path / "a", SHAPES), adapter(tmp_path / "b", SHAPES | {"l.0.q": shape})]
+    [problem] = problems_of(pair, base_given=True)
+    assert "l.0.q" in problem and "(6, 5)" in problem and str(shape) in problem
+    with pytest.raises(IncompatibleAdapters, match="l.0.q"):
+        check_composable(pair, base_given=True)
+
+
+def test_a_module_of_two_kinds_is_a_problem(tmp_path: Path) -> None:
+    pair = [adapter(tmp_path / "a", SHAPES), adapter(tmp_path / "b", SHAPES, embeddings=("l.0.q",))]
+    [problem] = problems_of(pair)
+    assert "l.0.q is linear in" in problem and "and embedding in" in problem
+
+
+def test_every_problem_is_listed_and_the_error_counts_them(tmp_path: Path) -> None:
+    first = adapter(tmp_path / "a", SHAPES, base="org/one")
+    second = adapter(tmp_path / "b", SHAPES | {"l.0.q": (1, 5), "l.1.q": (6, 1)}, base="org/two")
+    assert len(problems_of([first, second])) == 3
+    with pytest.raises(IncompatibleAdapters, match=r"\(and 2 more\)$"):
+        check_composable([first, second])
+
+
+def test_the_third_adapter_is_held_against_the_first_that_has_the_module(tmp_path: Path) -> None:
+    first = adapter(tmp_path / "a", {"l.0.q": (6, 5)})
+    second = adapter(tmp_path / "b", {"l.0.v": (4, 5)})
+    third = adapter(tmp_path / "c", {"l.0.v": (5, 4)})
+    [problem] = problems_of([first, second, third])
+    assert str(tmp_path / "b") in problem and str(tmp_path / "c") in problem
+
+
+def dense(adapter: LoraAdapter, shapes: Shapes) -> torch.Tensor:
+    """All updates of an adapter as one float64 vector over `shapes`, zeros where it has none."""
+    parts = []
+    for name, (rows, columns) in sorted(shapes.items()):
+        if name in adapter.modules:
+            factors = adapter.modules[name].factors
+            parts.append(factors.scaling * (factors.lora_B.double() @ factors.lora_A.double()).flatten())
+        else:
+            parts.append(torch.zeros(rows * columns, dtype=torch.float64))
+    return torch.cat(parts)
+
+
+def test_the_overlap_is_the_cosine_of_the_dense_updates(tmp_path: Path) -> None:
+    adapters = [
+        adapter(tmp_path / "a", SHAPES, rank=2, alpha=5, seed=1),
+        adapter(tmp_path / "b", SHAPES, rank=4, alpha=3, seed=2, rslora=True),
+        adapter(tmp_path / "c", {"l.0.q": (6, 5), "l.2.q": (3, 3)}, rank=1, alpha=-2, seed=3),
+    ]
+    shapes = SHAPES | {"l.2.q": (3, 3)}
+    found = overlaps_of(adapters)
+    assert [(o.first, o.second, o.shared_modules) for o in found] == [
+        (str(tmp_path / "a"), str(tmp_path / "b"), 3),
+        (str(tmp_path / "a"), str(tmp_path / "c"), 1),
+        (str(tmp_path / "b"), str(tmp_path / "c"), 1),
+    ]
+    for overlap, (i, j) in zip(found, ((0, 1), (0, 2), (1, 2)), strict=True):
+        left, right = dense(adapters[i], shapes), dense(adapters[j], shapes)
+        cosine = float(left @ right / (left.norm() * right.norm()))
+        assert overlap.cosine == pytest.approx(cosine, rel=1e-9, abs=1e-12)
+        assert abs(cosine) > 1e-3
+
+
+def test_an_adapter_and_its_copy_overlap_fully_and_its_negative_not_at_all(tmp_path: Path) -> None:
+    one = adapter(tmp_path / "a", SHAPES, alpha=6)
+    copy = adapter(tmp_path / "b", SHAPES, alpha=2)
+    opposite = adapter(tmp_path / "c", SHAPES, alpha=-6)
+    assert [o.cosine for o in overlaps_of([one, copy, opposite])] == pytest.approx([1, -1, -1], abs=1e-6)
+
+
+def test_an_adapter_that_does_nothing_overlaps_with_none(tmp_path: Path) -> None:
+    [overlap] = overlaps_of([adapter(tmp_path / "a", SHAPES, alpha=0), adapter(tmp_path / "b", SHAPES)])
+    assert (overlap.cosine, overlap.shared_modules) == (0.0, 3)
+
+
+def test_adapters_without_a_common_module_do_not_overlap(tmp_path: Path) -> None:
+    [overlap] = overlaps_of([adapter(tmp_path / "a", {"x": (2, 2)}), adapter(tmp_path / "b", {"y": (2, 2)})])
+    assert (overlap.cosine, overlap.shared_modules) == (0.0, 0)

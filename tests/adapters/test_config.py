@@ -1,0 +1,287 @@
+"""`adapter_config.json`: what PEFT writes is accepted as it stands, what cannot be honoured is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import EvaConfig, LoraConfig
+
+from loracli.adapters.config import MAX_CONFIG_BYTES, AdapterConfig, read_config
+from loracli.errors import InputError, MalformedAdapter, UnsupportedAdapter
+
+PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+
+
+def read(folder: Path, **fields: Any) -> AdapterConfig:
+    """What is read from the plain config with these fields instead."""
+    (folder / "adapter_config.json").write_text(json.dumps(PLAIN | fields))
+    return read_config(folder / "adapter_config.json")
+
+
+def refused(folder: Path, kind: type[InputError], **fields: Any) -> InputError:
+    with pytest.raises(InputError) as caught:
+        read(folder, **fields)
+    assert type(caught.value) is kind
+    assert str(folder / "adapter_config.json") in str(caught.value)
+    return caught.value
+
+
+def saved_by_peft(folder: Path, **fields: Any) -> AdapterConfig:
+    LoraConfig(**{"target_modules": ["q_proj"], "base_model_name_or_path": "org/base", **fields}).save_pretrained(
+        folder
+    )
+    return read_config(folder / "adapter_config.json")
+
+
+# What is accepted.
+
+
+def test_pefts_default_config_is_accepted_as_it_stands(tmp_path: Path) -> None:
+    config = saved_by_peft(tmp_path)
+    assert config == AdapterConfig(
+        base_model="org/base",
+        base_revision=None,
+        rank=8,
+        lora_alpha=8.0,
+        use_rslora=False,
+        rank_pattern={},
+        alpha_pattern={},
+        fan_in_fan_out=False,
+        lora_dropout=0.0,
+        task_type=None,
+    )
+
+
+def test_pefts_to_dict_is_accepted_as_json(tmp_path: Path) -> None:
+    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in LoraConfig(r=3, lora_alpha=5).to_dict().items()}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    assert read_config(tmp_path / "adapter_config.json").scaling_of("q_proj") == 5 / 3
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_dropout": 0.1},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.(q|k)_proj"},
+        {"exclude_modules": ["lm_head"]},
+        {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"fan_in_fan_out": True},
+        {"inference_mode": True},
+        {"init_lora_weights": False},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "eva", "eva_config": EvaConfig()},
+        {"task_type": "CAUSAL_LM"},
+        {"revision": "main"},
+        {"ensure_weight_tying": True, "lora_dropout": 0.05},
+    ],
+    ids=str,
+)
+def test_peft_configs_of_plain_loras_are_accepted(tmp_path: Path, fields: dict[str, Any]) -> None:
+    config = saved_by_peft(tmp_path, r=4, lora_alpha=12, **fields)
+    assert (config.rank, config.scaling_of("model.q_proj")) == (4, 3.0)
+    assert config.lora_dropout == fields.get("lora_dropout", 0.0)
+    assert config.fan_in_fan_out is fields.get("fan_in_fan_out", False)
+    assert (config.task_type, config.base_revision) == (fields.get("task_type"), fields.get("revision"))
+
+
+def test_rslora_divides_by_the_root_of_the_rank(tmp_path: Path) -> None:
+    assert saved_by_peft(tmp_path, r=9, lora_alpha=6, use_rslora=True).scaling_of("q_proj") == 6 / 3
+    assert saved_by_peft(tmp_path, r=9, lora_alpha=6, use_rslora=False).scaling_of("q_proj") == 6 / 9
+
+
+def test_patterns_decide_rank_and_alpha_of_the_modules_they_match(tmp_path: Path) -> None:
+    patterns = {"rank_pattern": {"^model.q_proj": 2, "v_proj": 16}, "alpha_pattern": {"q_proj": 5, "k_proj": 2.5}}
+    config = saved_by_peft(tmp_path, r=8, lora_alpha=4, **patterns)
+    assert [config.rank_of(f"model.{leaf}_proj") for leaf in "qkvo"] == [2, 8, 16, 8]
+    assert [config.scaling_of(f"model.{leaf}_proj") for leaf in "qkvo"] == [5 / 2, 2.5 / 8, 4 / 16, 4 / 8]
+    assert config.rank_of("other.model.q_proj") == 8
+    assert config.scaling_of("other.model.q_proj") == 5 / 8
+
+
+def test_patterns_and_rslora_together(tmp_path: Path) -> None:
+    config = saved_by_peft(
+        tmp_path, r=8, lora_alpha=4, use_rslora=True, rank_pattern={"q_proj": 25}, alpha_pattern={"q_proj": 10}
+    )
+    assert config.scaling_of("q_proj") == 2.0
+    assert config.scaling_of("k_proj") == pytest.approx(4 / math.sqrt(8), rel=1e-15)
+
+
+def test_an_old_config_with_few_keys_is_accepted(tmp_path: Path) -> None:
+    assert (
+        read(tmp_path, bias="none", loftq_config={}, modules_to_save=None, base_model_name_or_path="").base_model
+        is None
+    )
+
+
+def test_an_alpha_of_zero_or_below_is_a_number(tmp_path: Path) -> None:
+    assert read(tmp_path, lora_alpha=0).scaling_of("q") == 0.0
+    assert read(tmp_path, lora_alpha=-4).scaling_of("q") == -0.5
+
+
+# What is refused by name.
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication"),
+        ({"trainable_token_indices": [5, 6]}, "trainable tokens"),
+        ({"trainable_token_indices": {"embed_tokens": [5]}}, "trainable tokens"),
+        ({"alora_invocation_tokens": [1, 2, 3]}, "aLoRA"),
+        ({"use_qalora": True}, "QALoRA"),
+        ({"use_bdlora": {"target_modules_bd_a": ["q_proj"]}}, "BD-LoRA"),
+        ({"megatron_config": {"x": 1}}, "Megatron"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"bias": None}, "bias is None"),
+        *[
+            ({"init_lora_weights": name}, name)
+            for name in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "true", "something")
+        ],
+        ({"init_lora_weights": {"a": 1}}, "init_lora_weights"),
+        *[
+            ({"peft_type": name}, repr(name))
+            for name in ("ADALORA", "IA3", "LOHA", "VERA", "lora", "", None, 1, ["LORA"])
+        ],
+    ],
+    ids=str,
+)
+def test_a_feature_that_cannot_be_honoured_is_refused_by_name(
+    tmp_path: Path, fields: dict[str, Any], name: str
+) -> None:
+    error = refused(tmp_path, UnsupportedAdapter, **fields)
+    assert name in error.what
+    assert error.hint or "peft_type" in fields
+
+
+def test_a_config_without_peft_type_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 16}')
+    with pytest.raises(UnsupportedAdapter, match="peft_type is None"):
+        read_config(tmp_path / "adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["use_dora", "lora_bias", "modules_to_save", "target_parameters", "layer_replication", "trainable_token_indices",
+     "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config", "arrow_config", "from_the_future"],
+)  # fmt: skip
+@pytest.mark.parametrize("off", [None, False, [], {}], ids=repr)
+def test_a_feature_that_is_off_is_accepted(tmp_path: Path, key: str, off: object) -> None:
+    assert read(tmp_path, **{key: off}).rank == 8
+
+
+@pytest.mark.parametrize("value", [True, 1, 0, 0.5, "", "off", [0], {"a": None}], ids=repr)
+def test_an_unknown_key_that_is_not_off_is_refused_by_name(tmp_path: Path, value: object) -> None:
+    assert "'from_the_future'" in refused(tmp_path, UnsupportedAdapter, from_the_future=value).what
+
+
+@pytest.mark.parametrize("key", ["arrow_config", "kasa_config", "monteclora_config", "velora_config", "lora_ga_config"])
+def test_configs_of_variants_are_refused_by_their_key(tmp_path: Path, key: str) -> None:
+    assert repr(key) in refused(tmp_path, UnsupportedAdapter, **{key: {"x": 1}}).what
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_a_regular_expression_is_refused(tmp_path: Path, key: str) -> None:
+    error = refused(tmp_path, UnsupportedAdapter, **{key: {"q_proj": 8, "(([a-z._0-9]+)+)+$X": 8}})
+    assert key in error.what and "(([a-z._0-9]+)+)+$X" in error.what
+
+
+# What is damaged.
+
+
+@pytest.mark.parametrize("value", [0, -1, 16385, 10**12, 8.0, "8", True, None, [8], {}, 1.5], ids=repr)
+@pytest.mark.parametrize("field", ["r", "rank_pattern"])
+def test_a_rank_is_a_whole_number_within_limits(tmp_path: Path, field: str, value: object) -> None:
+    fields = {"r": value} if field == "r" else {"rank_pattern": {"q_proj": value}}
+    assert field in refused(tmp_path, MalformedAdapter, **fields).what
+
+
+@pytest.mark.parametrize("rank", [1, 16384])
+def test_the_limits_of_a_rank_are_ranks(tmp_path: Path, rank: int) -> None:
+    assert read(tmp_path, r=rank).rank == rank
+
+
+@pytest.mark.parametrize("value", ["16", True, None, [16], {}, 1e10, -1e10, 10**400], ids=lambda v: repr(v)[:20])
+@pytest.mark.parametrize("field", ["lora_alpha", "alpha_pattern"])
+def test_an_alpha_is_a_number_within_limits(tmp_path: Path, field: str, value: object) -> None:
+    fields = {"lora_alpha": value} if field == "lora_alpha" else {"alpha_pattern": {"q_proj": value}}
+    assert field in refused(tmp_path, MalformedAdapter, **fields).what
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+def test_an_alpha_that_is_not_finite_is_refused(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text(f'{{"peft_type": "LORA", "r": 8, "lora_alpha": {number}}}')
+    with pytest.raises(MalformedAdapter):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_rslora", "true"),
+        ("use_rslora", 1),
+        ("fan_in_fan_out", "no"),
+        ("base_model_name_or_path", 5),
+        ("base_model_name_or_path", ["a"]),
+        ("base_model_name_or_path", "org/base\ncan be composed"),
+        ("base_model_name_or_path", "\x1b[31mred"),
+        ("base_model_name_or_path", "org/\u202ebase"),
+        ("revision", {}),
+        ("task_type", 1),
+        ("rank_pattern", ["q_proj"]),
+        ("alpha_pattern", "q_proj"),
+        ("lora_dropout", "a lot"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_name(tmp_path: Path, field: str, value: object) -> None:
+    message = str(refused(tmp_path, MalformedAdapter, **{field: value}))
+    assert field in message
+    assert "\n" not in message and "\x1b" not in message
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+def test_rank_and_alpha_are_never_guessed(tmp_path: Path, field: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({k: v for k, v in PLAIN.items() if k != field}))
+    with pytest.raises(MalformedAdapter, match=field):
+        read_config(tmp_path / "adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not valid JSON"),
+        (b"[]", "not a JSON object"),
+        (b'{"peft_type": "LORA", "r": 8, "r": 4, "lora_alpha": 16}', "'r' appears twice"),
+        (b'{"peft_type": "\xff"}', "not UTF-8"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"peft_type": "LORA", "base_model_name_or_path": "\\ud800"}', "surrogate"),
+        (b" " * (MAX_CONFIG_BYTES + 1), "is larger than"),
+    ],
+    ids=["empty", "list", "twice", "bytes", "deep", "surrogate", "large"],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, data: bytes, reason: str) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_bytes(data)
+    with pytest.raises(MalformedAdapter, match=reason) as caught:
+        read_config(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_a_directory_and_a_fifo_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("missing", "folder", "fifo"):
+        with pytest.raises(MalformedAdapter, match=name):
+            read_config(tmp_path / name)

@@ -1,0 +1,32 @@
+"""Fixtures that more than one room uses, and an environment without surprises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_adapter, make_base
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the environment of whoever runs the tests changes what they see."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer."""
+    return make_base(tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.fixture(scope="session")
+def two_adapters(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, Path]:
+    """Two adapters of different ranks, alphas and targets."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return (
+        make_adapter(folder / "first", tiny_base, targets=("q_proj", "v_proj", "up_proj"), rank=4, alpha=8, seed=1),
+        make_adapter(folder / "second", tiny_base, targets=("q_proj", "o_proj"), rank=2, alpha=6, seed=2),
+    )

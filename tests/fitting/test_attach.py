@@ -1,0 +1,159 @@
+"""The attached model: the formula, its gradient, what it keeps, and that it leaves no trace."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.calibration.batches import make_batch
+from loracli.calibration.render import Example
+from loracli.fitting.attach import attach
+from loracli.fitting.loss import make_objective
+from loracli.fitting.mixing import Mixing, make_mixing
+from tests.tiny import logits, make_adapter, make_base
+
+
+def load(base: Path, dtype: torch.dtype = torch.float32) -> AutoModelForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval().requires_grad_(False)
+
+
+def read(*paths: Path) -> list[LoraAdapter]:
+    return [read_adapter(str(path)) for path in paths]
+
+
+def attached_logits(model: object, adapters: list[LoraAdapter], per_adapter: list[float]) -> torch.Tensor:
+    modules = make_mixing(adapters, "module").modules
+    with attach(model, adapters, modules) as attached:
+        attached.set_weights(torch.tensor([per_adapter] * len(modules), dtype=torch.float64))
+        return logits(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weights_zero_reproduce_the_base_bit_for_bit(
+    tiny_base: Path, two_adapters: tuple[Path, Path], dtype: torch.dtype
+) -> None:
+    model = load(tiny_base, dtype)
+    assert torch.equal(attached_logits(model, read(*two_adapters), [0.0, 0.0]), logits(model))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_adapter_at_weight_one_is_that_adapter_as_peft_runs_it(
+    tiny_base: Path, two_adapters: tuple[Path, Path], index: int
+) -> None:
+    weights = [float(i == index) for i in range(2)]
+    ours = attached_logits(load(tiny_base), read(*two_adapters), weights)
+    theirs = logits(PeftModel.from_pretrained(load(tiny_base), two_adapters[index]).eval())
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
+
+
+def test_both_adapters_at_any_weights_are_the_dense_formula(tiny_base: Path, two_adapters: tuple[Path, Path]) -> None:
+    adapters = read(*two_adapters)
+    ours = attached_logits(load(tiny_base, torch.float64), adapters, [0.7, -1.3])
+    model = load(tiny_base, torch.float64)
+    for weight, adapter in zip([0.7, -1.3], adapters, strict=True):
+        for name, module in adapter.modules.items():
+            model.get_submodule(name).weight += weight * module.factors.delta_weight()
+    torch.testing.assert_close(ours, logits(model), rtol=1e-9, atol=1e-9)
+
+
+def test_a_module_update_is_linear_in_the_weights(tiny_base: Path, two_adapters: tuple[Path, Path]) -> None:
+    model, adapters = load(tiny_base, torch.float64), read(*two_adapters)
+    modules = make_mixing(adapters, "module").modules
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def update(weights: list[float]) -> torch.Tensor:
+        target = model.get_submodule("model.layers.0.self_attn.q_proj")
+        with attach(model, adapters, modules) as attached:
+            attached.set_weights(torch.tensor([weights] * len(modules), dtype=torch.float64))
+            return target(x) - torch.nn.functional.linear(x, target.weight)
+
+    torch.testing.assert_close(update([0.2, 3.0]), 0.2 * update([1.0, 0.0]) + 3.0 * update([0.0, 1.0]))
+    assert update([1.0, 0.0]).abs().max() > 1e-3
+
+
+def test_leaving_the_context_leaves_no_trace_even_after_an_error(
+    tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    model, adapters = load(tiny_base), read(*two_adapters)
+    before = logits(model)
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        attach(model, adapters, make_mixing(adapters, "module").modules) as a,
+    ):
+        a.set_weights(torch.ones_like(a.weights))
+        assert not torch.equal(logits(model), before)
+        raise RuntimeError("stop")
+    assert torch.equal(logits(model), before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def loss_at(model: object, adapters: list[LoraAdapter], mixing: Mixing, theta: torch.Tensor) -> torch.Tensor:
+    ids = torch.randint(3, 259, (11,), generator=torch.Generator().manual_seed(3)).tolist()
+    example = Example(1, tuple(ids), (False,) * 4 + (True,) * 7)
+    batch = make_batch([example], [0])
+    with attach(model, adapters, mixing.modules) as attached:
+        objective = make_objective(attached, batch)
+        attached.set_weights(mixing.expand(theta))
+        return objective.nats(batch).sum()
+
+
+# These two normalise in float64; Llama's RMSNorm goes through float32, on which differences of 1e-5 drown.
+@pytest.mark.parametrize("kind", ["gpt2", "neox"])
+@pytest.mark.parametrize("mixing_kind", ["module", "layer", "adapter"])
+def test_gradient_of_every_weight_equals_finite_differences_in_float64(
+    tmp_path: Path, kind: str, mixing_kind: str
+) -> None:
+    base = make_base(tmp_path / "base", kind)
+    names = {
+        "gpt2": (("c_attn", "wte"), ("c_attn",)),
+        "neox": (("query_key_value", "embed_in"), ("query_key_value", "dense_4h_to_h")),
+    }[kind]
+    options = {"fan_in_fan_out": True} if kind == "gpt2" else {}
+    adapters = read(
+        make_adapter(tmp_path / "a", base, targets=names[0], rank=3, seed=1, **options),
+        make_adapter(tmp_path / "b", base, targets=names[1], rank=2, seed=2, use_rslora=True, **options),
+    )
+    model, mixing = load(base, torch.float64), make_mixing(adapters, mixing_kind)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.randn(len(mixing.groups), 2, generator=generator, dtype=torch.float64)
+    leaf = theta.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(loss_at(model, adapters, mixing, leaf), leaf)
+    step = 1e-5
+    for group, adapter in mixing.present.nonzero().tolist():
+        shift = torch.zeros_like(theta)
+        shift[group, adapter] = step
+        with torch.no_grad():
+            high, low = (loss_at(model, adapters, mixing, theta + sign * shift) for sign in (1, -1))
+        expected = float(high - low) / (2 * step)
+        assert abs(float(gradient[group, adapter]) - expected) < 1e-6 * max(1.0, abs(expected))
+    assert gradient[mixing.present].abs().min() > 0
+    assert not gradient[~mixing.present].any()
+
+
+def test_nothing_of_the_modules_width_is_kept_for_the_weights(tiny_base: Path, two_adapters: tuple[Path, Path]) -> None:
+    """Of a module's activations only z (T, R) is saved: with N adapters stacked, no (T, out) or (T, in) tensor."""
+    adapters = read(*two_adapters)
+    tokens, width = 50, 32
+    linear = torch.nn.Linear(width, width, bias=False).requires_grad_(False)
+    model = torch.nn.ModuleDict({"q_proj": linear})
+    module = adapters[0].modules["model.layers.0.self_attn.q_proj"]
+    other = adapters[1].modules["model.layers.0.self_attn.q_proj"]
+    renamed = [
+        type(a)(a.source, a.path, a.commit, a.config, {"q_proj": m}, {}, a.dtype, a.sha256)
+        for a, m in zip(adapters, (module, other), strict=True)
+    ]
+    kept: list[tuple[int, ...]] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    x = torch.randn(tokens, width, requires_grad=True)
+    with attach(model, renamed, ("q_proj",)) as attached, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        attached.set_weights(torch.ones(1, 2, requires_grad=True))
+        linear(x).sum()
+    assert (tokens, 4 + 2) in kept
+    assert not [shape for shape in kept if shape[:1] == (tokens,) and shape != (tokens, 6)]

@@ -1,0 +1,207 @@
+"""A whole fit from files: what is recorded, that it repeats, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from loracli.fitting.inputs import prepare_fit
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from loracli.adapters.adapter import read_adapter
+from loracli.errors import BaseModelMismatch, CalibrationError, IncompatibleAdapters, UsageError
+from loracli.export.export import export_adapter
+from loracli.fitting.run import fit_mixing
+from loracli.fitting.settings import FitSettings
+from loracli.progress import Silent
+from loracli.recipe import load_recipe
+from tests.tiny import BASE_ID, make_adapter, make_base, random_records, write_jsonl
+
+QUICK = FitSettings(passes=3)
+
+
+class Listener(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.said.append(f"warning: {message}")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "val.jsonl", random_records(50))
+
+
+def references(paths: tuple[Path, ...]) -> list[str]:
+    return [str(path) for path in paths]
+
+
+def test_two_fits_give_the_same_recipe_to_the_byte(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
+) -> None:
+    for name in ("one.json", "two.json"):
+        recipe = fit_mixing(references(two_adapters), data, base=str(tiny_base), settings=QUICK, folder=tmp_path)
+        recipe.save(tmp_path / name)
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+
+
+def test_the_recipe_tells_what_was_fitted_and_scores_every_method_on_the_held_out_records(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
+) -> None:
+    recipe = fit_mixing(references(two_adapters), data, base=str(tiny_base), settings=QUICK, folder=tmp_path)
+    recipe.save(tmp_path / "recipe.json")
+    loaded = load_recipe(tmp_path / "recipe.json")
+    assert loaded.base.id == BASE_ID
+    assert (loaded.held_out.records, loaded.data.records) == (20, 30)
+    names = [row.name for row in loaded.held_out.rows]
+    assert names == ["base", *(a.reference for a in loaded.adapters), "uniform", "sum", "fit"]
+    assert loaded.weights_of("model.layers.0.mlp.up_proj")[1] is None
+    assert {m.name for m in loaded.modules} >= {f"model.layers.{i}.self_attn.o_proj" for i in range(3)}
+    assert loaded.fit.passes <= 3
+    assert str(tmp_path) not in (tmp_path / "recipe.json").read_text()
+
+
+def test_the_held_out_loss_of_the_fit_is_that_of_the_exported_adapter_in_peft(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
+) -> None:
+    from peft import PeftModel
+
+    held = write_jsonl(tmp_path / "test.jsonl", random_records(25, seed=9))
+    recipe = fit_mixing(references(two_adapters), data, eval_data=held, base=str(tiny_base), settings=QUICK)
+    export_adapter(recipe, tmp_path / "out")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "out").eval()
+    nats, tokens = 0.0, 0
+    for line in held.read_text().splitlines():
+        record = json.loads(line)
+        prompt, target = ([3 + b for b in _byte_ranks(record[key])] for key in ("prompt", "completion"))
+        ids = [1, *prompt, *target, 2]
+        with torch.no_grad():
+            log_p = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), dim=-1)
+        for place in range(1 + len(prompt), len(ids)):
+            nats, tokens = nats - float(log_p[place - 1, ids[place]]), tokens + 1
+    assert tokens == recipe.held_out.scored_tokens
+    assert abs(recipe.held_out.row("fit").nats_per_token - nats / tokens) < 1e-4
+
+
+def _byte_ranks(text: str) -> list[int]:
+    """Token numbers of letters in the tiny tokenizer, less its three special tokens."""
+    from tokenizers import pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return [letters.index(letter) for letter in text]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "layer"])
+def test_coarser_mixings_share_their_weights(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path, kind: str
+) -> None:
+    settings = FitSettings(mixing=kind, passes=3)  # type: ignore[arg-type]
+    recipe = fit_mixing(references(two_adapters), data, base=str(tiny_base), settings=settings)
+    groups = {"adapter": ["*"], "layer": [f"model.layers.{i}" for i in range(3)]}[kind]
+    assert list(recipe.mixing.weights) == groups
+    export_adapter(recipe, tmp_path / "out")
+
+
+def test_one_adapter_alone_can_be_fitted(tiny_base: Path, two_adapters: tuple[Path, Path], data: Path) -> None:
+    recipe = fit_mixing([str(two_adapters[0])], data, base=str(tiny_base), settings=QUICK)
+    assert [row.name for row in recipe.held_out.rows][2:] == ["fit"]
+
+
+def test_few_records_give_a_table_and_no_verdict(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    small = write_jsonl(tmp_path / "small.jsonl", random_records(12))
+    listener = Listener()
+    recipe = fit_mixing(references(two_adapters), small, base=str(tiny_base), settings=QUICK, progress=listener)
+    assert recipe.held_out.verdict == "too few records"
+    assert any("too few for a verdict" in said for said in listener.said)
+
+
+def test_the_published_recipe_is_recorded_with_weights_that_sum_to_one(
+    tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
+) -> None:
+    recipe = fit_mixing(references(two_adapters), data, base=str(tiny_base), settings=FitSettings(paper=True))
+    assert recipe.fit.recipe == "paper"
+    assert all(abs(sum(w for w in row if w is not None) - 1) < 1e-9 for row in recipe.mixing.weights.values())
+    assert recipe.fit.largest_move <= 0.04
+
+
+def test_a_base_that_does_not_fit_is_refused_by_module(
+    tmp_path: Path, two_adapters: tuple[Path, Path], data: Path
+) -> None:
+    with pytest.raises(BaseModelMismatch, match=r"model\.layers\.0\.mlp\.up_proj, which the base model does not have"):
+        fit_mixing([str(two_adapters[0])], data, base=str(make_base(tmp_path / "gpt2", "gpt2")))
+    wide = make_base(tmp_path / "wide", "llama")
+    config = json.loads((wide / "config.json").read_text())
+    config["num_key_value_heads"] = 4
+    shutil.rmtree(wide)
+    torch.manual_seed(0)
+    from transformers import LlamaConfig
+
+    AutoModelForCausalLM.from_config(LlamaConfig(**config)).save_pretrained(wide)
+    make_base(tmp_path / "tokens")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "tokens" / name, wide / name)
+    with pytest.raises(BaseModelMismatch, match=r"v_proj to be \(out, in\) = \(16, 32\); the base model has \(32, 32\)"):
+        fit_mixing([str(two_adapters[0])], data, base=str(wide))
+
+
+def test_an_embeddings_own_matrix_is_accepted_only_if_it_is_the_bases(
+    tmp_path: Path, tiny_base: Path, data: Path
+) -> None:
+    path = make_adapter(tmp_path / "a", tiny_base, targets=("embed_tokens", "q_proj"))
+    tensors = load_file(path / "adapter_model.safetensors")
+    own = AutoModelForCausalLM.from_pretrained(tiny_base).get_input_embeddings().weight.detach()
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    save_file({**tensors, name: own.clone()}, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    recipe = fit_mixing([str(path)], data, base=str(tiny_base), settings=QUICK)
+    export_adapter(recipe, tmp_path / "out")
+    assert name not in load_file(tmp_path / "out" / "adapter_model.safetensors")
+    changed = own.clone()
+    changed[5, 5] += 1
+    save_file({**tensors, name: changed}, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert read_adapter(str(path)).base_copies
+    with pytest.raises(BaseModelMismatch, match="embed_tokens"):
+        fit_mixing([str(path)], data, base=str(tiny_base))
+
+
+def test_combinations_that_cannot_be_fitted_are_refused_before_the_base_is_loaded(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
+) -> None:
+    first = str(two_adapters[0])
+    with pytest.raises(UsageError, match="given twice"):
+        prepare_fit([first, first], data, base=str(tiny_base))
+    with pytest.raises(UsageError, match="at least one adapter"):
+        prepare_fit([], data)
+    with pytest.raises(UsageError, match="leaves nothing to score on"):
+        prepare_fit([first], data, base=str(tiny_base), settings=FitSettings(holdout=0))
+    with pytest.raises(UsageError, match="it holds adapter_config"):
+        trap = shutil.copytree(tiny_base, tmp_path / "trap")
+        (trap / "adapter_config.json").write_text("{}")
+        prepare_fit([first], data, base=str(trap))
+    other = shutil.copytree(two_adapters[1], tmp_path / "other")
+    config = other / "adapter_config.json"
+    config.write_text(config.read_text().replace(BASE_ID, "other/base"))
+    with pytest.raises(IncompatibleAdapters, match="different base models") as caught:
+        prepare_fit([first, str(other)], data)
+    assert caught.value.hint == "name the right base model with --base"
+    same = write_jsonl(tmp_path / "same.jsonl", [{"text": "abc"}] * 30)
+    with pytest.raises(CalibrationError, match="too few to hold some out"):
+        prepare_fit([first], same, base=str(tiny_base))
+
+
+def test_held_out_records_that_were_calibrated_on_are_reported(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
+) -> None:
+    listener = Listener()
+    held = write_jsonl(tmp_path / "held.jsonl", random_records(50)[:3] + random_records(30, seed=5))
+    prepare_fit(references(two_adapters), data, eval_data=held, base=str(tiny_base), progress=listener)
+    assert any("3 records of held.jsonl stand in val.jsonl too" in said for said in listener.said)

@@ -1,0 +1,272 @@
+"""Outputs appear whole or not at all, whatever happens on the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+
+from loracli.atomic import check_free, translate_disk_errors, whole_directory, write_atomically, write_file
+from loracli.errors import LoracatError, OutOfResources, OutputExists
+
+
+class Stop(BaseException):
+    """What no `except Exception` catches, as Ctrl-C and SIGTERM."""
+
+
+def fill(folder: Path, text: str = "new") -> None:
+    (folder / "adapter_config.json").write_text(text)
+    (folder / "adapter_model.safetensors").write_text(text)
+
+
+def an_adapter(path: Path, text: str = "old") -> Path:
+    path.mkdir(parents=True)
+    fill(path, text)
+    return path
+
+
+def content(path: Path) -> str:
+    return (path / "adapter_config.json").read_text()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+# Directories.
+
+
+def test_a_directory_appears_with_its_files_and_nothing_beside_it(tmp_path: Path) -> None:
+    with whole_directory(tmp_path / "a" / "out", force=False) as folder:
+        assert not (tmp_path / "a" / "out").exists()
+        fill(folder)
+    assert names(tmp_path / "a") == ["out"]
+    assert names(tmp_path / "a" / "out") == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, Stop])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_failure_in_the_body_leaves_nothing_behind(
+    tmp_path: Path, error: type[BaseException], force: bool
+) -> None:
+    with pytest.raises(error), whole_directory(tmp_path / "out", force=force) as folder:
+        fill(folder)
+        raise error
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Stop])
+def test_a_failure_in_the_body_keeps_what_force_would_replace(tmp_path: Path, error: type[BaseException]) -> None:
+    an_adapter(tmp_path / "out")
+    with pytest.raises(error), whole_directory(tmp_path / "out", force=True) as folder:
+        fill(folder)
+        raise error
+    assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "old"
+
+
+def test_an_existing_output_is_refused_before_the_body_runs(tmp_path: Path) -> None:
+    an_adapter(tmp_path / "out")
+    with pytest.raises(OutputExists), whole_directory(tmp_path / "out", force=False):
+        raise AssertionError("the body ran")
+    assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "old"
+
+
+def test_force_replaces_every_file_of_an_adapter(tmp_path: Path) -> None:
+    an_adapter(tmp_path / "out")
+    (tmp_path / "out" / "leftover.txt").write_text("of the old one")
+    with whole_directory(tmp_path / "out", force=True) as folder:
+        assert content(tmp_path / "out") == "old"
+        fill(folder)
+    assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "new"
+    assert not (tmp_path / "out" / "leftover.txt").exists()
+
+
+def test_force_fills_an_empty_directory(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with whole_directory(tmp_path / "out", force=True) as folder:
+        fill(folder)
+    assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "new"
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_rename_that_fails_leaves_the_old_adapter_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Old aside is the first rename, new in the second."""
+    an_adapter(tmp_path / "out")
+    real, calls = os.rename, []
+
+    def rename(source: Path, target: Path) -> None:
+        calls.append((source, target))
+        if len(calls) == step:
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(LoracatError), whole_directory(tmp_path / "out", force=True) as folder:
+        fill(folder)
+    assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "old"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_replacement_killed_between_its_renames_is_repaired(tmp_path: Path, force: bool) -> None:
+    an_adapter(tmp_path / ".out.old")
+    if force:
+        with whole_directory(tmp_path / "out", force=True) as folder:
+            assert content(tmp_path / "out") == "old"  # back in its place while the new one is made
+            fill(folder)
+    else:
+        with pytest.raises(OutputExists), whole_directory(tmp_path / "out", force=False):
+            raise AssertionError("the body ran")
+    assert names(tmp_path) == ["out"]
+    assert content(tmp_path / "out") == ("new" if force else "old")
+
+
+def test_a_replacement_killed_before_its_cleaning_up_is_cleaned_up(tmp_path: Path) -> None:
+    an_adapter(tmp_path / "out", "new")
+    an_adapter(tmp_path / ".out.old", "old")
+    with pytest.raises(OutputExists), whole_directory(tmp_path / "out", force=False):
+        raise AssertionError("the body ran")
+    assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "new"
+
+
+def a_folder_of_photos(path: Path) -> None:
+    path.mkdir()
+    (path / "photo.jpg").write_text("precious")
+
+
+def a_file(path: Path) -> None:
+    path.write_text("precious")
+
+
+def a_link_to_an_adapter(path: Path) -> None:
+    path.symlink_to(an_adapter(path.with_name("elsewhere")))
+
+
+def a_dangling_link(path: Path) -> None:
+    path.symlink_to(path.with_name("nowhere"))
+
+
+@pytest.mark.parametrize(
+    "make", [a_folder_of_photos, a_file, a_link_to_an_adapter, a_dangling_link], ids=lambda f: f.__name__
+)
+def test_force_never_removes_what_is_no_adapter_directory(tmp_path: Path, make: object) -> None:
+    make(tmp_path / "out")  # type: ignore[operator]
+    before = sorted(path for path in tmp_path.rglob("*"))
+    with pytest.raises(OutputExists):
+        check_free(tmp_path / "out", force=True)
+    with pytest.raises(OutputExists), whole_directory(tmp_path / "out", force=True):
+        raise AssertionError("the body ran")
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_a_directory_without_a_name_of_its_own_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    an_adapter(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for force in (False, True):
+        with pytest.raises(OutputExists):
+            check_free(Path(name), force=force)
+
+
+def test_a_free_name_is_free(tmp_path: Path) -> None:
+    check_free(tmp_path / "out", force=False)
+    check_free(tmp_path / "missing" / "out", force=True)
+    assert names(tmp_path) == []
+
+
+# Files.
+
+
+def test_a_file_is_written_whole_and_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "recipe.json"
+    write_atomically(path, b"one")
+    write_atomically(path, b"two")
+    assert path.read_bytes() == b"two" and names(path.parent) == ["recipe.json"]
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync"])
+def test_a_write_that_fails_keeps_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    (tmp_path / "recipe.json").write_bytes(b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(OutOfResources, match="no space left"):
+        write_atomically(tmp_path / "recipe.json", b"new")
+    assert (tmp_path / "recipe.json").read_bytes() == b"old" and names(tmp_path) == ["recipe.json"]
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        order.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def replaced(source: Path, target: Path) -> None:
+        order.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_atomically(tmp_path / "recipe.json", b"x")
+    assert order == ["file", "name", "folder"]
+
+
+def test_the_mode_is_what_the_umask_gives(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_file(tmp_path / "a", b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_a_new_file_never_replaces_or_follows_anything(tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("elsewhere")
+    for name in ("there", "link"):
+        with pytest.raises(FileExistsError):
+            write_file(tmp_path / name, b"new")
+    assert (tmp_path / "there").read_bytes() == b"old" and not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_out_of_resources(tmp_path: Path, code: int) -> None:
+    with pytest.raises(OutOfResources) as caught, translate_disk_errors(tmp_path / "out"):
+        raise OSError(code, "full")
+    assert caught.value.exit_code == 6 and str(tmp_path / "out") in str(caught.value)
+
+
+def test_a_directory_on_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(OutOfResources), whole_directory(tmp_path / "out", force=False) as folder:
+        fill(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert names(tmp_path) == []
+
+
+def test_a_parent_that_is_a_file_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LoracatError, match="cannot be written"):
+        write_atomically(tmp_path / "file" / "recipe.json", b"x")
+    with pytest.raises(LoracatError, match="cannot be written"), whole_directory(tmp_path / "file" / "out", force=False):
+        raise AssertionError("the body ran")
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_helper_of_these_tests_sees_leftovers(tmp_path: Path) -> None:
+    (tmp_path / ".out.123.tmp").mkdir()
+    assert names(tmp_path) == [".out.123.tmp"]
+    shutil.rmtree(tmp_path / ".out.123.tmp")

@@ -1,0 +1,155 @@
+"""Tiny base models with a real tokenizer, and adapters with random factors, made from configs in a moment."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+BASE_ID = "tiny/base"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+_SMALL = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "head_dim": 8,
+}
+
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**_SMALL, tie_word_embeddings=False),
+    "llama-tied": lambda: LlamaConfig(**_SMALL, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**_SMALL),
+    "gemma2": lambda: Gemma2Config(**_SMALL, final_logit_softcapping=0.5, query_pre_attn_scalar=8),
+    "granite": lambda: GraniteConfig(**_SMALL, logits_scaling=3.0),
+    "cohere": lambda: CohereConfig(**_SMALL, logit_scale=0.3),
+    "neox": lambda: GPTNeoXConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    ),
+}
+
+
+def make_base(folder: Path, kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Saves a tiny model of the architecture, with weights large enough that its answers depend on the input."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, 0.2)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer(*, add_bos: bool = True, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: <pad> <s> </s> and 256 bytes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, **{letter: i + 3 for i, letter in enumerate(letters)}}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def make_adapter(
+    folder: Path,
+    base: Path,
+    *,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    rank: int = 4,
+    alpha: float = 8,
+    seed: int = 0,
+    size: float = 0.3,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> Path:
+    """Saves an adapter with random factors through stock PEFT; `config` are further fields of LoraConfig."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM", **config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT's advice on tied embeddings and on Conv1D
+        peft_model = get_peft_model(model, lora)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, size)
+    peft_model.to(dtype)
+    peft_model.peft_config["default"].base_model_name_or_path = BASE_ID
+    peft_model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def random_records(count: int, *, seed: int = 0) -> list[dict[str, str]]:
+    """Prompts and completions of random letters, of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def word(low: int, high: int) -> str:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return "".join(chr(97 + int(c)) for c in torch.randint(26, (length,), generator=generator))
+
+    return [{"prompt": word(3, 20), "completion": word(2, 12)} for _ in range(count)]
+
+
+def logits(model: Any, seed: int = 0) -> torch.Tensor:
+    """The model's logits on fixed random tokens, (2, 9, vocab)."""
+    ids = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=ids).logits
+    return result
