@@ -397,6 +397,5 @@ def _fits(kind: Any, value: Any) -> bool:
 
 def _name(kind: Any) -> str:
     plain = get_origin(kind) or kind
-    return {tuple: "a list", dict: "an object", str: "text", float: "a number", int: "a whole number"}.get(
-        plain, str(kind)
-    )
+    names = {tuple: "a list", dict: "an object", str: "text", bool: "true or false", float: "a number"}
+    return names.get(plain, "a whole number" if plain is int else str(kind))

@@ -50,9 +50,7 @@ def test_a_directory_appears_with_its_files_and_nothing_beside_it(tmp_path: Path
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, Stop])
 @pytest.mark.parametrize("force", [False, True])
-def test_a_failure_in_the_body_leaves_nothing_behind(
-    tmp_path: Path, error: type[BaseException], force: bool
-) -> None:
+def test_a_failure_in_the_body_leaves_nothing_behind(tmp_path: Path, error: type[BaseException], force: bool) -> None:
     with pytest.raises(error), whole_directory(tmp_path / "out", force=force) as folder:
         fill(folder)
         raise error
@@ -261,7 +259,10 @@ def test_a_parent_that_is_a_file_is_an_error_of_ours(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(LoracatError, match="cannot be written"):
         write_atomically(tmp_path / "file" / "recipe.json", b"x")
-    with pytest.raises(LoracatError, match="cannot be written"), whole_directory(tmp_path / "file" / "out", force=False):
+    with (
+        pytest.raises(LoracatError, match="cannot be written"),
+        whole_directory(tmp_path / "file" / "out", force=False),
+    ):
         raise AssertionError("the body ran")
     assert names(tmp_path) == ["file"]
 

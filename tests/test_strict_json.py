@@ -63,7 +63,9 @@ def test_what_would_bite_later_is_refused_with_the_reason(data: bytes, reason: s
     assert str(caught.value) == reason
 
 
-@pytest.mark.parametrize("data", [b"[" * 100_000, b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b"[" * 3000 + b"]" * 3000])
+@pytest.mark.parametrize(
+    "data", [b"[" * 100_000, b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b"[" * 3000 + b"]" * 3000]
+)
 def test_nesting_that_exhausts_the_stack_is_refused(data: bytes) -> None:
     with pytest.raises(StrictJsonError, match="nested too deeply|not valid JSON"):
         parse_json(data)

@@ -27,7 +27,7 @@ SECONDS_BETWEEN_LINES = 15.0  # where stderr is no terminal, a line now and then
 def safe(text: str) -> str:
     """`text` with every control, bidirectional or otherwise unprintable character escaped, so that names stay
     harmless."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def plain(text: str, style: str = "") -> Text:

@@ -154,6 +154,8 @@ def _print_plan(out: Output, inputs: Any) -> None:
     }
     out.document({"plan": plan})
     for key, value in plan.items():
+        if value is None:
+            continue
         shown = ", ".join(value) if isinstance(value, list) else str(value)
         out.line(f"{key.replace('_', ' ')}: {shown}")
         out.value(f"{key}={shown}")

@@ -9,6 +9,8 @@ import typer
 from loracli.cli._options import CacheDirOpt, JsonOpt, QuietOpt, RevisionOpt, TokenOpt
 from loracli.cli._output import Output
 
+SHOWN_PROBLEMS = 5  # one wrong base makes a problem of every module; --json has them all
+
 EPILOG = "loracat inspect org/math-lora org/code-lora  ·  loracat inspect ./adapter --json"
 
 
@@ -55,8 +57,10 @@ def inspect(
         out.line()
     if found.problems:
         out.line("cannot be composed:", style="bold red")
-        for problem in found.problems:
+        for problem in found.problems[:SHOWN_PROBLEMS]:
             out.line(f"  {problem}")
+        if len(found.problems) > SHOWN_PROBLEMS:
+            out.line(f"  ... and {len(found.problems) - SHOWN_PROBLEMS} more")
         raise typer.Exit(3)
     if len(found.adapters) > 1:
         out.line("can be composed", style="bold green")

@@ -15,7 +15,7 @@ from torch import nn
 from loracli.adapters.adapter import LoraAdapter, LoraModule
 from loracli.adapters.hub import fetch_base
 from loracli.adapters.names import leaf
-from loracli.errors import BaseModelMismatch, IncompatibleAdapters, UsageError
+from loracli.errors import BaseModelMismatch, HubUnreachable, IncompatibleAdapters, InputError, UsageError
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, ModuleKind
 
@@ -89,7 +89,11 @@ def find_base(
         raise UsageError(f"the base model {base} is no directory")
     if claims and claims != [base]:
         progress.warn(f"the adapters name {', '.join(claims)} and not {base}; only shapes are checked")
-    fetched = fetch_base(base, revision=revision, progress=progress)
+    try:
+        fetched = fetch_base(base, revision=revision, progress=progress)
+    except (HubUnreachable, InputError) as error:
+        error.hint = f"{error.hint}; or give a local copy of the model with --base"
+        raise
     return BaseReference(base, fetched.path, fetched.commit)
 
 

@@ -90,7 +90,7 @@ def run_fit(inputs: FitInputs, *, dtype: str = "auto", device: str = "auto", pro
     settings = inputs.settings
     base = load_base(inputs.base, dtype=dtype, device=device, progress=progress)
     check_fits(base, inputs.adapters)
-    length = _max_length(base, settings, progress)
+    length = _max_length(base, settings)
     training, held_out = (
         render_records(file, base.tokenizer, max_length=length, records=records, progress=progress)
         for file, records in ((inputs.data, inputs.training), (inputs.held_out_file, inputs.held_out))
@@ -144,12 +144,9 @@ def _choose_validation(inputs: FitInputs, training: Sequence[Example]) -> tuple[
     )
 
 
-def _max_length(base: BaseModel, settings: FitSettings, progress: Progress) -> int:
+def _max_length(base: BaseModel, settings: FitSettings) -> int:
     limit = getattr(base.model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and limit < settings.max_length:
-        progress.note(f"the base model reads at most {limit} tokens")
-        return limit
-    return settings.max_length
+    return min(limit, settings.max_length) if isinstance(limit, int) else settings.max_length
 
 
 def _work(problem: Problem, settings: FitSettings, held_batches: Sequence[Batch], methods: int) -> int:

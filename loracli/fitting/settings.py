@@ -51,6 +51,8 @@ class FitSettings:
             raise UsageError(
                 "--paper fits one weight per module in one epoch without ridge; leave out the other option"
             )
+        if self.mixing == "adapter" and (self.ridge is not None or self.learning_rate is not None):
+            raise UsageError("--mixing adapter has no ridge and no rate; leave out --ridge and --learning-rate")
         for name, low, high in (
             ("holdout", 0.0, 0.9),
             ("max_length", 2, 1 << 20),

@@ -28,7 +28,7 @@ class Layer(nn.Module):
 
 
 class Tiny(nn.Module):
-    """Two layers of two Linears of different shapes, an embedding and a Conv1D: what PEFT adapts without a transformer."""
+    """Two layers of two Linears of different shapes, an embedding and a Conv1D: all that PEFT needs."""
 
     def __init__(self) -> None:
         super().__init__()
