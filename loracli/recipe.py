@@ -301,8 +301,11 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"the recipe {path} is {error}") from None
     if not isinstance(fields, dict) or "loracat_recipe" not in fields:
         raise RecipeError(f"{path} is no recipe of loracat")
-    if fields.pop("loracat_recipe") != SCHEMA:
-        raise RecipeError(f"the recipe {path} was written by a newer loracat", hint="upgrade loracat")
+    schema = fields.pop("loracat_recipe")
+    if schema != SCHEMA or isinstance(schema, bool):
+        newer = isinstance(schema, int) and schema > SCHEMA
+        hint = "it was written by a newer loracat: upgrade" if newer else None
+        raise RecipeError(f"the recipe {path} has the schema {schema!r}; this version reads {SCHEMA}", hint=hint)
     problems: list[str] = []
     recipe = _decode(Recipe, fields, "", problems)
     if not problems:

@@ -13,14 +13,11 @@ from torch import Tensor
 
 from loracli.adapters.config import AdapterConfig, read_config
 from loracli.adapters.hub import Fetched, fetch_adapter
-from loracli.adapters.names import Part, format_tensor_name, parse_tensor_name
+from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, Part, format_tensor_name, parse_tensor_name
 from loracli.adapters.references import Reference
 from loracli.adapters.tensor_file import TensorFile, TensorReader, open_tensor_file
 from loracli.algebra.factors import Factors
 from loracli.errors import MalformedAdapter
-
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
 
 AdapterKind = Literal["linear", "embedding"]
 

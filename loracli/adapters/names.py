@@ -16,6 +16,9 @@ from typing import Literal
 
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+
 PREFIX = "base_model.model."
 
 Part = Literal["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer"]

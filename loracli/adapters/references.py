@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import unquote
 
+from loracli.adapters.names import CONFIG_FILE
 from loracli.errors import AdapterNotFound, UsageError
 
-CONFIG_NAME = "adapter_config.json"
 URI_PREFIX = "hf://"
-FORMS = f"write org/name, org/name@revision, hf://org/name@revision/sub/folder, or a directory that holds {CONFIG_NAME}"
+FORMS = f"write org/name, org/name@revision, hf://org/name@revision/sub/folder, or a directory that holds {CONFIG_FILE}"
 
 _NAME = r"\w(?:[\w.-]{0,94}\w)?"
 _REPO_ID = re.compile(rf"(?!.*(?:--|\.\.))(?!.*\.git$){_NAME}/{_NAME}", re.ASCII)
@@ -115,9 +115,9 @@ def _refuse(text: str) -> NoReturn:
     if text.endswith(".jsonl"):
         raise AdapterNotFound("a data file is no adapter", where=text, hint=f"did you mean --data {text}?")
     if os.path.isdir(path):
-        raise AdapterNotFound(f"the directory holds no {CONFIG_NAME}", where=text, hint=_hint_inside(path))
+        raise AdapterNotFound(f"the directory holds no {CONFIG_FILE}", where=text, hint=_hint_inside(path))
     if os.path.isfile(path):
-        raise AdapterNotFound("a file is no adapter", where=text, hint=f"name the directory that holds {CONFIG_NAME}")
+        raise AdapterNotFound("a file is no adapter", where=text, hint=f"name the directory that holds {CONFIG_FILE}")
     if text.startswith((".", "/", "~")):
         raise AdapterNotFound("no such directory", where=text, hint=FORMS)
     raise AdapterNotFound("neither a local directory nor a Hub repository's name", where=text, hint=FORMS)
@@ -133,7 +133,7 @@ def _hint_inside(path: str) -> str:
 
 
 def _holds_adapter(text: str) -> bool:
-    return os.path.isfile(os.path.join(os.path.expanduser(text), CONFIG_NAME))
+    return os.path.isfile(os.path.join(os.path.expanduser(text), CONFIG_FILE))
 
 
 def is_revision(text: str) -> bool:

@@ -29,10 +29,15 @@ class Loracat(TyperGroup):
         words = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in words
         try:
-            if not as_json:
-                return super().main(args, *rest, **extra)
-            # Not standalone: a parse error comes back as an exception instead of as text on stderr.
-            sys.exit(super().main(args, *rest, **{**extra, "standalone_mode": False}) or 0)
+            # Not standalone: parse errors and interruptions come back instead of ending up as text on stderr.
+            code = super().main(args, *rest, **{**extra, "standalone_mode": not as_json}) or 0
+            if code == INTERRUPTED:
+                raise SystemExit(INTERRUPTED)
+            sys.exit(code)
+        except SystemExit as end:
+            if end.code in (INTERRUPTED, TERMINATED):
+                Output(as_json=as_json).interrupted(end.code)
+            raise
         except _ParseError as error:
             message = str(getattr(error, "message", error))
             Output(as_json=True).error(UsageError(message, hint="see `loracat --help`"))
@@ -41,6 +46,8 @@ class Loracat(TyperGroup):
             Output(as_json=as_json).error(error)
             sys.exit(error.exit_code)
 
+
+INTERRUPTED, TERMINATED = 130, 143  # Ctrl-C, SIGTERM
 
 app = typer.Typer(
     name="loracat",

@@ -112,6 +112,14 @@ class Output:
         if error.hint:
             self._stderr.print(Text.assemble(("hint: ", "cyan"), plain(error.hint)))
 
+    def interrupted(self, code: int) -> None:
+        """The last word after Ctrl-C or SIGTERM."""
+        message = "interrupted; no output was written" if code == 130 else "terminated; no output was written"
+        if self.as_json:
+            self.document({"error": {"code": code, "kind": "Interrupted", "message": message, "hint": None}})
+        else:
+            self._stderr.print(plain(message))
+
     # Progress: stderr, a bar on a terminal, a line now and then elsewhere.
 
     def begin(self, task: str, total: int | None, unit: str) -> None:

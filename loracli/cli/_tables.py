@@ -39,7 +39,9 @@ def verdict(table: HeldOut) -> str:
         row for row in table.rows if row.name in ("uniform", "sum") and row.nats_per_token <= fitted.nats_per_token
     ]
     caveat = f", but {static[0].name} is as good without any fit" if static else ""
-    return f"the fit beats {table.best_ingredient}, the best single adapter: {interval}{caveat}"
+    alone = [row for row in table.rows if row.name not in ("base", "uniform", "sum", "fit")]
+    best = f"{table.best_ingredient}, the best single adapter" if len(alone) > 1 else table.best_ingredient
+    return f"the fit beats {best}: {interval}{caveat}"
 
 
 def _interval(interval: tuple[float, float]) -> str:

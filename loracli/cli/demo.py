@@ -65,9 +65,9 @@ def demo(
         records = result.recipe.data.records
         out.line()
         out.line(
-            f"{result.rows[0].questions} questions about facts that only 'know' holds, in a form that only 'form' has; "
-            f"calibrated on {records} questions about other facts. {result.seconds:.0f} s."
+            f"{result.rows[0].questions} questions about facts that only 'know' holds, in a form that only 'form' has."
         )
+        out.line(f"calibrated on {records} questions about other facts. {result.seconds:.0f} s.")
     if output is not None:
         out.line(f"kept in {output}: recipe.json, adapter-cat, adapter-merged")
     out.hint("loracat fit --adapters org/math-lora org/code-lora --data val.jsonl")

@@ -15,7 +15,7 @@ EPILOG = "loracat export  ·  loracat export --merge --rank 16 -o soup/  ·  lor
 
 
 def export(
-    recipe: Annotated[Path, typer.Argument(metavar="[RECIPE]", help="A recipe that `loracat fit` wrote.")] = Path(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that `loracat fit` wrote.")] = Path(
         "recipe.json"
     ),
     merge: Annotated[bool, typer.Option("--merge", help="Compress to one adapter of rank --rank.")] = False,
@@ -34,7 +34,7 @@ def export(
             "--adapters",
             "-a",
             metavar="ADAPTER",
-            help="Where the ingredients are now, in the recipe's order; repeatable.",
+            help="Where the ingredients are now, in the recipe's order; one word or several.",
         ),
     ] = None,
     dtype: Annotated[

@@ -15,8 +15,16 @@ from loracli.cli._tables import held_out_lines
 EPILOG = "loracat show recipe.json  ·  loracat show recipe.json --json"
 
 
+def _spread(cell: tuple[float, float, float] | None) -> str:
+    """Mean and range of some weights; nothing where there is none, one number where all are equal."""
+    if cell is None:
+        return "-"
+    mean, low, high = cell
+    return f"{mean:+.3f}" if low == high else f"{mean:+.3f} ({low:+.2f} to {high:+.2f})"
+
+
 def show(
-    recipe: Annotated[Path, typer.Argument(metavar="[RECIPE]", help="A recipe that `loracat fit` wrote.")] = Path(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that `loracat fit` wrote.")] = Path(
         "recipe.json"
     ),
     as_json: JsonOpt = False,
@@ -50,10 +58,7 @@ def show(
     out.line(f"weights: {loaded.mixing.kind}, mean over modules (lowest to highest)", style="bold")
     out.table(
         ["", *labels.values()],
-        [
-            [name, *("-" if cell is None else f"{cell[0]:+.3f} ({cell[1]:+.2f} to {cell[2]:+.2f})" for cell in cells)]
-            for name, cells in weights_by_leaf(loaded).items()
-        ],
+        [[name, *(_spread(cell) for cell in cells)] for name, cells in weights_by_leaf(loaded).items()],
     )
     fit = loaded.fit
     out.line()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from loracli.adapters.adapter import TENSOR_FILE
+from loracli.adapters.names import TENSOR_FILE
 from loracli.export.certificate import Certificate
 from loracli.export.profile import Layout
 from loracli.recipe import Recipe
@@ -42,7 +42,7 @@ def model_card(recipe: Recipe, layout: Layout, certificate: Certificate, *, merg
             "```",
             "",
             *_servers(layout),
-            f"Repeat it with `{command}`; the recipe is in `loracat.json`.",
+            f"Repeat it with `{command}`; the recipe is the object `recipe` in `loracat.json`.",
             "",
         ]
     )  # fmt: skip

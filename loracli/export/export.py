@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.adapter import CONFIG_FILE, TENSOR_FILE, LoraAdapter, widest_dtype
-from loracli.adapters.names import format_tensor_name, parse_tensor_name
+from loracli.adapters.adapter import LoraAdapter, widest_dtype
+from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, format_tensor_name, parse_tensor_name
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank, relative_error
 from loracli.algebra.factors import Factors
@@ -98,7 +98,8 @@ def export_adapter(
         recipe = load_recipe(recipe)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
     resolved = OUTPUT_DTYPES[dtype] if dtype else widest_dtype([adapter.dtype for adapter in ingredients])
-    plan = _Plan(recipe, ingredients, resolved, merge, rank, profile)  # type: ignore[arg-type]
+    options = "".join(f" --{name} {value}" for name, value in (("dtype", dtype), ("profile", profile)) if value)
+    plan = _Plan(recipe, ingredients, resolved, merge, rank, profile, options)  # type: ignore[arg-type]
     with whole_directory(output, force=force) as folder:
         certificate, size = plan.write(folder, progress)
     return Exported(output, plan.layout, resolved, merge, certificate, size)
@@ -126,8 +127,10 @@ class _Plan:
         merge: bool,
         rank: int | None,
         profile: ProfileName | None,
+        options: str,
     ) -> None:
         self._recipe, self._adapters, self._dtype, self._merge = recipe, adapters, dtype, merge
+        self._options = options
         self._table: dict[str, BaseModule] = {module.name: module for module in recipe.modules}
         self._rank = rank or max(max(adapter.ranks) for adapter in adapters)
         ranks = {name: self._rank_of(name) for name in composed_modules(adapters)}
@@ -224,7 +227,7 @@ class _Plan:
         }
 
     def _command(self) -> str:
-        return f"loracat export --merge --rank {self._rank}" if self._merge else "loracat export"
+        return "loracat export" + (f" --merge --rank {self._rank}" if self._merge else "") + self._options
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -29,7 +29,8 @@ def read_ingredients(
     if relocated and len(relocated) != len(recipe.adapters):
         raise UsageError(
             f"the recipe has {len(recipe.adapters)} adapters and {len(relocated)} were given",
-            hint="give them all, in the recipe's order: " + ", ".join(a.reference for a in recipe.adapters),
+            hint="give them all in the recipe's order, and a recipe's name before --adapters: "
+            + ", ".join(a.reference for a in recipe.adapters),
         )
     result = []
     for number, wanted in enumerate(recipe.adapters):

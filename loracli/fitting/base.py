@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.adapters.base_claim import BaseClaim, agreed_base, is_path
 from loracli.adapters.hub import fetch_base
 from loracli.adapters.names import leaf
-from loracli.errors import BaseModelMismatch, HubUnreachable, IncompatibleAdapters, InputError, UsageError
+from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UsageError
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, ModuleKind
 
@@ -72,7 +73,11 @@ def find_base(
     """
     claims = sorted({a.config.base_model for a in adapters if a.config.base_model})
     if base is None:
-        base, revision = _agreed_claim(adapters, claims), revision or _agreed_revision(adapters)
+        claim = agreed_base(
+            {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters},
+            way_out="give the base with --base",
+        )
+        base, revision = str(claim.base_model), revision or claim.revision
     local = Path(base).expanduser()
     if local.is_dir():
         if not (local / "config.json").is_file():
@@ -81,18 +86,18 @@ def find_base(
             )
         if (local / "adapter_config.json").exists():
             raise UsageError(f"the base model {base} is an adapter: it holds adapter_config.json")
-        name = claims[0] if len(claims) == 1 else local.resolve().name
-        if name != local.resolve().name:
+        name = claims[0] if len(claims) == 1 and not is_path(claims[0]) else local.resolve().name
+        if name not in (base, local.resolve().name):
             progress.note(f"base model: {base}, taken for {name}, which the adapters name; shapes are checked")
         return BaseReference(name, local, None)
-    if local.is_absolute() or base.startswith((".", "~")):
+    if is_path(base):
         raise UsageError(f"the base model {base} is no directory")
     if claims and claims != [base]:
         progress.warn(f"the adapters name {', '.join(claims)} and not {base}; only shapes are checked")
     try:
         fetched = fetch_base(base, revision=revision, progress=progress)
     except (HubUnreachable, InputError) as error:
-        error.hint = f"{error.hint}; or give a local copy of the model with --base"
+        error.hint = "; ".join(filter(None, [error.hint, "or give a local copy of the model with --base"]))
         raise
     return BaseReference(base, fetched.path, fetched.commit)
 
@@ -108,14 +113,14 @@ def load_base(
         device: `auto` (a CUDA device if there is one), or a torch device.
     Raises:
         BaseModelMismatch: if the directory cannot be loaded as a causal language model.
+        UsageError: if there is no such dtype, or the device cannot be used.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _resolve_device(device)
     progress.begin("load base model", None, "B")
     try:
         options = {"local_files_only": True, "trust_remote_code": False}
@@ -168,32 +173,15 @@ def base_modules(model: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[Bas
     return tuple(found)
 
 
-def _agreed_claim(adapters: Sequence[LoraAdapter], claims: list[str]) -> str:
-    if len(claims) > 1:
-        named = ", ".join(f"{a.reference} names {a.config.base_model}" for a in adapters)
-        raise IncompatibleAdapters(
-            f"the adapters name different base models: {named}", hint="give the base with --base"
-        )
-    if not claims:
-        raise IncompatibleAdapters("no adapter names its base model", hint="give the base with --base")
-    claim = claims[0]
-    from_hub = any(a.commit is not None for a in adapters)
-    if Path(claim).is_absolute() or claim.startswith((".", "~")) or (from_hub and Path(claim).is_dir()):
-        raise IncompatibleAdapters(
-            f"the adapters name the base model {claim}, a path on their author's machine",
-            hint="give the base with --base",
-        )
-    return claim
-
-
-def _agreed_revision(adapters: Sequence[LoraAdapter]) -> str | None:
-    revisions = {a.config.base_revision for a in adapters if a.config.base_revision}
-    if len(revisions) > 1:
-        raise IncompatibleAdapters(
-            f"the adapters name different revisions of their base model: {', '.join(sorted(revisions))}",
-            hint="give one with --base-revision",
-        )
-    return next(iter(revisions), None)
+def _resolve_device(asked: str) -> str:
+    """The device, once it is seen to be there."""
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=asked)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {asked} is not there: {str(error).splitlines()[0]}") from None
+    return asked
 
 
 def _resolve_dtype(asked: str, own: object, device: str) -> torch.dtype:

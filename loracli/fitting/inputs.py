@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatibility import check_composable
-from loracli.adapters.hub import Fetched
+from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.calibration.records import CalibrationFile, Record, read_records
 from loracli.calibration.split import MIN_HELD_OUT, held_out_count, split_records
 from loracli.errors import CalibrationError, UsageError
@@ -68,7 +68,10 @@ def prepare_fit(
     settings = settings or FitSettings()
     if not adapters:
         raise UsageError("a fit needs at least one adapter")
-    read = tuple(read_adapter(source) for source in adapters)
+    read = tuple(
+        read_adapter(fetch_adapter(source, progress=progress) if isinstance(source, str) else source)
+        for source in adapters
+    )
     folder = Path(folder)
     references = tuple(_reference_from(adapter, folder) for adapter in read)
     twice = next((r for r in references if references.count(r) > 1), None)

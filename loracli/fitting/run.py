@@ -21,6 +21,7 @@ from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseModel, base_modules, check_fits, load_base
 from loracli.fitting.inputs import FitInputs, prepare_fit
 from loracli.fitting.loss import make_objective
+from loracli.fitting.memory import memory_errors
 from loracli.fitting.paper import fit_as_published
 from loracli.fitting.problem import TASK, Meter, Problem
 from loracli.fitting.search import Found, search
@@ -87,6 +88,11 @@ def fit_mixing(
 
 def run_fit(inputs: FitInputs, *, dtype: str = "auto", device: str = "auto", progress: Progress = SILENT) -> Recipe:
     """The second half of `fit_mixing`: loads the base model, searches, and scores the held-out records."""
+    with memory_errors():
+        return _run(inputs, dtype, device, progress)
+
+
+def _run(inputs: FitInputs, dtype: str, device: str, progress: Progress) -> Recipe:
     settings = inputs.settings
     base = load_base(inputs.base, dtype=dtype, device=device, progress=progress)
     check_fits(base, inputs.adapters)

@@ -13,8 +13,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from loracli.adapters import hub as hub_module
 from loracli.adapters.hub import Fetched, fetch_adapter, fetch_base, fetch_base_of
+from loracli.adapters.hub import transfer as hub_module
 from loracli.adapters.references import parse_reference
 from loracli.errors import (
     AccessDenied,
@@ -486,7 +486,7 @@ def test_adapters_that_do_not_agree_on_a_base_are_refused(hub: StubHub, options:
     assert (fetch_base_of([adapter, pinned[0]], **options).path / "config.json").read_bytes() == b"v1"
     with pytest.raises(IncompatibleAdapters, match="no adapter names its base"):
         fetch_base_of([adapter_with(b"{}")], **options)
-    with pytest.raises(IncompatibleAdapters, match="local path"):
+    with pytest.raises(IncompatibleAdapters, match="path on their author"):
         fetch_base_of([adapter_with(b'{"base_model_name_or_path": "/home/author/base"}')], **options)
     with pytest.raises(MalformedAdapter, match="not valid JSON"):
         fetch_base_of([adapter_with(b"{")], **options)

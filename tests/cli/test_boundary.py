@@ -23,6 +23,7 @@ from loracli.cli import app
 from loracli.cli._output import SHOWN_PROBLEMS, Output, describe, safe
 from loracli.demo.run import example_folder
 from loracli.errors import CalibrationError, LoracatError, UsageError
+from tests.cli.project import FIT, run, tree
 
 HEAVY = ("torch", "transformers", "peft", "safetensors", "huggingface_hub", "numpy", "tokenizers")
 
@@ -93,49 +94,8 @@ def test_version_is_the_packages(tmp_path: Path) -> None:
 # Everything else, in this process.
 
 
-def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every name below the folder with its bytes, to compare before with after."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base model, two adapters, data and the recipe that a fit wrote there."""
-    folder = tmp_path_factory.mktemp("project")
-    shutil.copytree(example_folder(), folder, dirs_exist_ok=True)
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        result = CliRunner().invoke(app, FIT)
-    finally:
-        os.chdir(before)
-    assert result.exit_code == 0, result.stderr
-    return folder
-
-
-@pytest.fixture
-def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the project to damage, as the current folder."""
-    shutil.copytree(project, tmp_path / "project")
-    monkeypatch.chdir(tmp_path / "project")
-    return tmp_path / "project"
-
-
-FIT = "fit --adapters know form --data calibration.jsonl --eval-data test.jsonl --base base --passes 3".split()
 OTHER = [*FIT, "-o", "other.json"]
 EXPORT = ["export"]
-
-
-def run(*words: str) -> Any:
-    """The result, which has no escape sequence, no traceback and no exception that is a bug."""
-    result = CliRunner().invoke(app, list(words))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert "\x1b" not in result.stdout + result.stderr
-    return result
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -192,7 +152,9 @@ def another_model() -> None:
     for name in ("know", "form"):
         edit_tensors(
             Path(name),
-            lambda tensors: tensors.update({k.replace(".layers.3.", ".layers.9."): tensors.pop(k) for k in list(tensors)}),
+            lambda tensors: tensors.update(
+                {k.replace(".layers.3.", ".layers.9."): tensors.pop(k) for k in list(tensors)}
+            ),
         )
 
 
@@ -271,6 +233,7 @@ FAILURES: list[tuple[Callable[[], None], list[str], int, str | None]] = [
     (nothing, [*OTHER, "--seed", "-1"], 2, "UsageError"),
     (nothing, [*OTHER, "--dtype", "int8"], 2, "UsageError"),
     (nothing, [*OTHER, "--device", "no-such-device"], 2, "UsageError"),
+    (nothing, [*OTHER, "--device", "meta"], 2, "UsageError"),
     (nothing, [*OTHER, "--paper", "--ridge", "1"], 2, "UsageError"),
     (nothing, [*OTHER, "-a", "./know"], 2, "UsageError"),
     (nothing, [*OTHER, "-a", "calibration.jsonl"], 3, "AdapterNotFound"),

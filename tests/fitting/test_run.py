@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from loracli.fitting.inputs import prepare_fit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import read_adapter
 from loracli.errors import BaseModelMismatch, CalibrationError, IncompatibleAdapters, UsageError
 from loracli.export.export import export_adapter
+from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.progress import Silent
@@ -150,7 +150,9 @@ def test_a_base_that_does_not_fit_is_refused_by_module(
     make_base(tmp_path / "tokens")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tmp_path / "tokens" / name, wide / name)
-    with pytest.raises(BaseModelMismatch, match=r"v_proj to be \(out, in\) = \(16, 32\); the base model has \(32, 32\)"):
+    with pytest.raises(
+        BaseModelMismatch, match=r"v_proj to be \(out, in\) = \(16, 32\); the base model has \(32, 32\)"
+    ):
         fit_mixing([str(two_adapters[0])], data, base=str(wide))
 
 

@@ -43,7 +43,7 @@ def sampled_examples(model: object, count: int, length: int, seed: int) -> list[
 def planted(
     base: Path, adapters: list[LoraAdapter], truth: torch.Tensor, *, count: int, seed: int = 0
 ) -> Iterator[tuple[AttachedModel, list[Example], list[Example]]]:
-    """A model with adapters attached, and examples that it generated itself at weights `truth`: to fit on, and held out."""
+    """A model with adapters attached, and examples that it generated itself at `truth`: to fit on, and held out."""
     model = AutoModelForCausalLM.from_pretrained(base).eval().requires_grad_(False)
     modules = make_mixing(adapters, "module").modules
     with attach(model, adapters, modules) as attached:

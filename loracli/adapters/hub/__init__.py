@@ -1,0 +1,201 @@
+"""The only room that talks to the Hub: adapters and base models by reference in, directories pinned to a commit out.
+
+    Reference ── one request: commit, files, sizes ──> the few files wanted, by exact name ──> Fetched
+                 none if the commit is given and cached
+
+Every error of huggingface_hub and its HTTP client leaves this room as one of ours. What the server says in words is
+never repeated: it is as untrusted as the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loracli.adapters.base_claim import BaseClaim, agreed_base
+from loracli.adapters.hub.contents import ADAPTER, ADAPTER_FILES, BASE, PICKLE_NAME, check_adapter
+from loracli.adapters.hub.source import FetchedFile, Source
+from loracli.adapters.hub.transfer import fetch
+from loracli.adapters.names import CONFIG_FILE
+from loracli.adapters.references import URI_PREFIX, Reference, parse_reference
+from loracli.errors import MalformedAdapter, UsageError
+from loracli.progress import SILENT, Progress
+from loracli.strict_json import StrictJsonError, parse_json
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """An adapter on this machine.
+
+    Attributes:
+        reference: what was asked for.
+        path: the directory that holds the files (after a dry run: that would hold them).
+        commit: the 40 hexadecimal digits that pin a Hub repository; None for a local directory.
+        files: the adapter's files, README first, weights last.
+    """
+
+    reference: Reference
+    path: Path
+    commit: str | None
+    files: tuple[FetchedFile, ...]
+
+
+@dataclass(frozen=True)
+class FetchedBase:
+    """A base model on this machine. The directory may hold more than `files`, if another program cached it."""
+
+    repo_id: str
+    path: Path
+    commit: str
+    files: tuple[FetchedFile, ...]
+
+
+def fetch_adapter(
+    reference: str | Reference,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    local_dir: Path | None = None,
+    token: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    endpoint: str | None = None,
+    progress: Progress = SILENT,
+) -> Fetched:
+    """Brings an adapter's config, weights and README to this machine; a local directory is checked and left as it is.
+
+    The revision is resolved once and everything is read from that commit. Without the Hub, the cached copy that the
+    revision last stood for is used, and `progress` is told. A full commit that is cached takes no request at all.
+
+    Args:
+        reference: any form that `parse_reference` reads.
+        revision: branch, tag or commit, if the reference names none.
+        cache_dir: Hub cache to use instead of huggingface_hub's own.
+        local_dir: put plain files there instead of into a cache, under the repository's folder structure.
+        token: Hub token; by default the one of HF_TOKEN or of `hf auth login`.
+        force: transfer what is there already, and replace files in `local_dir`.
+        dry_run: transfer nothing, only tell what would be.
+        endpoint: address of the Hub; by default HF_ENDPOINT.
+        progress: told the bytes of each file, and what is worth knowing.
+    Raises:
+        AdapterNotFound: no such reference, repository, revision or folder, or no adapter in it.
+        UnsupportedAdapter: the weights are there only as a pickle file.
+        AccessDenied, HubUnreachable, IntegrityError, OutOfResources: the Hub or the disk does not give the files.
+        UsageError: options that exclude each other; OutputExists: other files are in `local_dir`.
+    """
+    if cache_dir is not None and local_dir is not None:
+        raise UsageError("a cache directory and a local directory exclude each other", hint="give one of the two")
+    if isinstance(reference, str):
+        reference = parse_reference(reference, revision=revision)
+    elif revision is not None:
+        reference = parse_reference(reference.text, revision=revision)
+    if reference.repo_id is None:
+        return _take_local(reference, local_dir, progress)
+    source = Source(
+        kind=ADAPTER,
+        repo_id=reference.repo_id,
+        revision=reference.revision,
+        folder=reference.subfolder or "",
+        text=reference.text,
+        cache_dir=cache_dir,
+        local_dir=local_dir.expanduser() if local_dir else None,
+        token=_checked_token(token),
+        force=force,
+        dry_run=dry_run,
+        endpoint=endpoint,
+        progress=progress,
+    )
+    copy = fetch(source)
+    return Fetched(reference, copy.path, copy.commit, copy.files)
+
+
+def fetch_base(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    token: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    endpoint: str | None = None,
+    progress: Progress = SILENT,
+) -> FetchedBase:
+    """Brings a base model to this machine: config, tokenizer, chat template and safetensors of the top level.
+
+    Never code, pickle or GGUF files. Arguments as for `fetch_adapter`.
+
+    Raises:
+        InputError: no such repository or revision, no safetensors in it, or it is an adapter itself.
+        AccessDenied, HubUnreachable, IntegrityError, OutOfResources: the Hub or the disk does not give the files.
+    """
+    source = Source(
+        kind=BASE,
+        repo_id=repo_id,
+        revision=revision,
+        folder="",
+        text=repo_id,
+        cache_dir=cache_dir,
+        local_dir=None,
+        token=_checked_token(token),
+        force=force,
+        dry_run=dry_run,
+        endpoint=endpoint,
+        progress=progress,
+    )
+    copy = fetch(source)
+    return FetchedBase(repo_id, copy.path, copy.commit, copy.files)
+
+
+def fetch_base_of(adapters: Sequence[Fetched], **options: Any) -> FetchedBase:
+    """Brings the base model that all of these fetched adapters name; `options` as for `fetch_base`.
+
+    Raises:
+        IncompatibleAdapters: they name different base models or revisions of one, none, or a path on somebody's disk.
+        UsageError: an adapter's config is not on this machine, after a dry run.
+        MalformedAdapter: an adapter's config is damaged.
+    """
+    claims = {adapter.reference.text: _base_claim(adapter) for adapter in adapters}
+    agreed = agreed_base(claims, way_out="leave --with-base out, or fetch the adapters one by one")
+    return fetch_base(str(agreed.base_model), revision=agreed.revision, **options)
+
+
+def _base_claim(adapter: Fetched) -> BaseClaim:
+    """What a fetched adapter's config names."""
+    path = adapter.path / CONFIG_FILE
+    try:
+        with path.open("rb") as file:
+            config = parse_json(file.read(MAX_CONFIG_BYTES))
+    except FileNotFoundError:
+        hint = "fetch the adapter first, then the base"
+        raise UsageError("the base is not known before the config is here", where=str(path), hint=hint) from None
+    except StrictJsonError as error:
+        raise MalformedAdapter(str(error), where=str(path)) from None
+    fields = config if isinstance(config, dict) else {}
+    named = fields.get("base_model_name_or_path"), fields.get("revision")
+    if not all(value is None or (isinstance(value, str) and value.isprintable()) for value in named):
+        raise MalformedAdapter("the base model's name is no printable text", where=str(path))
+    return BaseClaim(named[0] or None, named[1] or None)
+
+
+def _take_local(reference: Reference, local_dir: Path | None, progress: Progress) -> Fetched:
+    """A local directory, once it is seen to hold what an adapter needs."""
+    assert reference.path is not None
+    if local_dir is not None:
+        raise UsageError("a local directory is used where it is", where=reference.text, hint="leave --local-dir out")
+    if reference.shadows_hub:
+        progress.note(f"{reference.text} is a directory here; for the Hub's, write {URI_PREFIX}{reference.text}")
+    present = [name for name in (*ADAPTER_FILES, PICKLE_NAME) if (reference.path / name).is_file()]
+    check_adapter(present, reference.text)
+    files = [FetchedFile(name, (reference.path / name).stat().st_size, cached=True) for name in present]
+    return Fetched(reference, reference.path, None, tuple(file for file in files if file.name in ADAPTER_FILES))
+
+
+def _checked_token(token: str | None) -> str | None:
+    """None for no token, so that `--token "$UNSET"` means the login; the HTTP client would quote a malformed one."""
+    if token and not (token.isascii() and token.isprintable() and " " not in token):
+        raise UsageError("the token holds characters that no token has", hint="copy it again from the Hub's settings")
+    return token or None

@@ -1,0 +1,127 @@
+"""What huggingface_hub and its HTTP client raise, as errors of ours. The server's own words are never repeated."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from loracli.adapters.hub.source import Source
+from loracli.adapters.names import CONFIG_FILE
+from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, IntegrityError, LoracatError, OutOfResources
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+# The base of all errors of the HTTP client (httpx or httpx2, by version), reached through a public name.
+_HttpError: type[Exception] = HfHubHTTPError.__mro__[1]
+
+
+@contextmanager
+def hub_errors(source: Source) -> Iterator[None]:
+    """Turns what huggingface_hub raises into our errors; keeps its warnings, which quote the server, off the screen."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    if level == logging.WARNING:  # anything else is somebody's wish
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, _HttpError) as error:
+        ours = _ours(error, source)
+        if ours is None:
+            raise
+        raise ours from error
+    finally:
+        logger.setLevel(level)
+
+
+def _ours(error: BaseException, source: Source) -> LoracatError | None:
+    """Our error for one of huggingface_hub's; None for a bug. Order matters: they inherit from each other freely."""
+    name, url = source.name, f"{(source.endpoint or constants.ENDPOINT).rstrip('/')}/{source.repo_id}"
+    match error:
+        case OfflineModeIsEnabled():
+            return HubUnreachable("offline, and not in the cache", where=name, hint="unset HF_HUB_OFFLINE to fetch it")
+        case GatedRepoError():
+            hint = f"accept its terms at {url}, then {_LOG_IN}"
+            return AccessDenied("the repository is gated and this account has no access", where=name, hint=hint)
+        case RepositoryNotFoundError():
+            return source.rejected("no such repository on the Hub, or a private one", hint=_hint_missing(source))
+        case RevisionNotFoundError():
+            return source.rejected(f"no revision '{source.revision}'", hint=f"see the branches and tags at {url}")
+        case RemoteEntryNotFoundError():
+            return source.rejected("a file that the Hub lists is not there", hint=f"see {url}")
+        case DisabledRepoError():
+            return source.rejected("the Hub has disabled the repository", hint=f"see {url}")
+        case FileMetadataError():
+            return HubUnreachable("the Hub answers without file metadata", where=name, hint="is HF_ENDPOINT a Hub?")
+        case HfHubHTTPError():
+            return _ours_by_status(error.response.status_code, source)
+        case HFValidationError():
+            return source.rejected(f"'{source.repo_id}' cannot be the name of a Hub repository")
+        case LocalEntryNotFoundError() | ValueError() if isinstance(error.__cause__, (OSError, _HttpError)):
+            return _ours(error.__cause__, source)
+        case UnicodeEncodeError():
+            return AccessDenied("the token holds characters that no token has", where=name, hint=_LOG_IN)
+        case LocalEntryNotFoundError() | json.JSONDecodeError() | ConnectionError() | TimeoutError():
+            return _unreachable(error, source)
+        case OSError():
+            return _ours_by_errno(error, source)
+        case RuntimeError() if type(error) is RuntimeError:  # all that the transfer library written in Rust raises
+            full = f"os error {errno.ENOSPC}" in str(error)
+            return _ours_by_errno(OSError(errno.ENOSPC, ""), source) if full else _unreachable(error, source)
+        case _:
+            return _unreachable(error, source) if isinstance(error, _HttpError) else None
+
+
+def _ours_by_status(status: int, source: Source) -> LoracatError:
+    if status in (401, 403):
+        return AccessDenied(
+            f"the Hub denies access ({status})", where=source.name, hint=f"is the token valid? {_LOG_IN}"
+        )
+    if status == 404:
+        return source.rejected("the Hub does not have it (404)", hint=_hint_missing(source))
+    if status == 429:
+        hint = f"wait some minutes; {_LOG_IN}, for a higher limit"
+        return HubUnreachable("the Hub limits the number of requests (429)", where=source.name, hint=hint)
+    return HubUnreachable(
+        f"the Hub fails ({status})", where=source.name, hint="try again later; complete files are kept"
+    )
+
+
+def _ours_by_errno(error: OSError, source: Source) -> LoracatError:
+    if error.errno in _DISK_FULL:
+        hint = "free some space, or name another place with --cache-dir"
+        return OutOfResources("the disk is full", where=source.name, hint=hint)
+    if error.errno is None and "Consistency check failed" in str(error):
+        hint = "fetch it again; if that does not help, the file on the Hub is damaged"
+        return IntegrityError("a file came with another size than announced", where=source.name, hint=hint)
+    reason = error.strerror or "the download failed"
+    return LoracatError(f"{reason}: {error.filename}" if error.filename else reason, where=source.name)
+
+
+def _unreachable(error: BaseException, source: Source) -> HubUnreachable:
+    what = f"the Hub does not answer, or breaks off ({type(error).__name__})"
+    hint = "check the connection and HF_ENDPOINT; complete files are kept, and a cached commit needs no Hub"
+    return HubUnreachable(what, where=source.name, hint=hint)
+
+
+def _hint_missing(source: Source) -> str:
+    if source.kind.rejected is AdapterNotFound and os.path.isdir(source.text):
+        return f"the directory {source.text} is here, but holds no {CONFIG_FILE}"
+    return f"check the spelling; if it is private, {_LOG_IN}"

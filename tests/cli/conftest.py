@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from loracli.demo.run import example_folder
+from tests.cli.project import FIT, run
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model, two adapters, data and the recipe that a fit wrote there."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(example_folder(), folder, dirs_exist_ok=True)
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        result = run(*FIT)
+    finally:
+        os.chdir(before)
+    assert result.exit_code == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project to damage, as the current folder."""
+    shutil.copytree(project, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"

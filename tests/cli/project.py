@@ -1,0 +1,29 @@
+"""Running `loracat` in this process, on a copy of the embedded example."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from loracli.cli import app
+
+FIT = "fit --adapters know form --data calibration.jsonl --eval-data test.jsonl --base base --passes 3".split()
+
+
+def run(*words: str) -> Any:
+    """The result, which has no escape sequence, no traceback and no exception that is a bug."""
+    result = CliRunner().invoke(app, list(words))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert "\x1b" not in result.stdout + result.stderr
+    return result
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every name below the folder with its bytes, to compare before with after."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }

@@ -1,0 +1,201 @@
+"""What each command says to people: the numbers it prints are those of the files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loracli.adapters.adapter import read_adapter
+from loracli.recipe import load_recipe, weights_by_leaf
+from tests.cli.project import FIT, run, tree
+
+
+def document(*words: str) -> dict[str, Any]:
+    result = run(*words, "--json")
+    assert result.exit_code == 0, result.stdout
+    content: dict[str, Any] = json.loads(result.stdout)
+    return content
+
+
+def row(text: str, name: str) -> list[str]:
+    """The cells of the line that starts with `name`."""
+    [line] = [line for line in text.splitlines() if line.split()[:1] == [name]]
+    return line.split()
+
+
+# inspect
+
+
+def test_inspect_tells_what_is_in_the_files(here: Path) -> None:
+    found = {a["reference"]: a for a in document("inspect", "know", "form")["adapters"]}
+    for name, folder in (("know", here / "know"), ("form", here / "form")):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        a = found[name]
+        assert a["ranks"] == [config["r"]] and a["scaling"] == [config["lora_alpha"] / config["r"]] * 2
+        assert a["leaves"] == sorted(config["target_modules"])
+        assert a["modules"] == len(tensors) // 2
+        assert a["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+        assert a["base_model"] == config["base_model_name_or_path"] and a["commit"] is None
+        dense = torch.cat([
+            (config["lora_alpha"] / config["r"])
+            * (tensors[key.replace("lora_A", "lora_B")].double() @ tensors[key].double()).flatten()
+            for key in tensors
+            if "lora_A" in key
+        ])  # fmt: skip
+        assert a["norm"] == pytest.approx(float(dense.norm()), rel=1e-9)
+
+
+def test_inspect_prints_the_overlap_of_every_pair(here: Path) -> None:
+    os.symlink("know", "again")
+    content = document("inspect", "know", "form", "again")
+    overlaps = {(o["first"], o["second"]): o for o in content["overlaps"]}
+    assert list(overlaps) == [("know", "form"), ("know", "again"), ("form", "again")]
+    assert overlaps["know", "again"]["cosine"] == pytest.approx(1, abs=1e-12)
+    assert abs(overlaps["know", "form"]["cosine"]) < 0.9
+    text = run("inspect", "know", "form", "again")
+    assert "can be composed" in text.stdout
+    assert f"{overlaps['know', 'form']['cosine']:+.4f}" in text.stdout
+    assert "loracat fit --adapters know form again --data" in text.stderr
+
+
+def test_inspect_of_one_adapter_has_nothing_to_compare(here: Path) -> None:
+    result = run("inspect", "know")
+    assert result.exit_code == 0 and "composed" not in result.stdout and "overlap" not in result.stdout
+
+
+# fit
+
+
+def test_a_dry_run_counts_what_a_fit_would_use_and_writes_nothing(here: Path) -> None:
+    before = tree(here)
+    plan = document(*FIT, "--dry-run")["plan"]
+    assert plan["adapters"] == ["know", "form"]
+    assert plan["training_records"] == len(Path("calibration.jsonl").read_text().splitlines())
+    assert plan["held_out_records"] == len(Path("test.jsonl").read_text().splitlines())
+    modules = {name: set(read_adapter(name).modules) for name in ("know", "form")}
+    assert plan["modules"] == len(modules["know"] | modules["form"])
+    assert plan["mixing_weights"] == len(modules["know"]) + len(modules["form"])
+    assert document(*FIT, "--dry-run", "--mixing", "adapter")["plan"]["mixing_weights"] == 2
+    assert tree(here) == before
+
+
+def test_the_table_of_a_fit_is_the_one_in_its_recipe(here: Path) -> None:
+    result = run(*FIT, "-o", "new.json")
+    table = load_recipe("new.json").held_out
+    assert [r.name for r in table.rows] == ["base", "know", "form", "uniform", "sum", "fit"]
+    for entry in table.rows:
+        cells = row(result.stdout, entry.name)
+        assert cells[1] == f"{entry.nats_per_token:.4f}" and cells[2] == f"{entry.difference:+.4f}"
+    assert "written: new.json" in result.stdout
+    assert "loracat export new.json --merge" in result.stderr
+    content = document(*FIT, "-o", "newer.json")
+    assert Path("newer.json").read_bytes() == Path("new.json").read_bytes()
+    assert [r["nats_per_token"] for r in content["rows"]] == [r.nats_per_token for r in table.rows]
+
+
+def test_a_recipe_goes_by_the_folder_it_is_written_to(here: Path) -> None:
+    assert run(*FIT, "-o", "recipes/soup.json", "-q").stdout == "recipes/soup.json\n"
+    recipe = load_recipe("recipes/soup.json")
+    assert [a.reference for a in recipe.adapters] == ["../know", "../form"]
+    assert str(here) not in Path("recipes/soup.json").read_text()
+    assert run("export", "recipes/soup.json", "-q").exit_code == 0
+
+
+# show
+
+
+def test_show_prints_every_weight_and_the_table(here: Path) -> None:
+    result = run("show")
+    recipe = load_recipe("recipe.json")
+    for name, cells in weights_by_leaf(recipe).items():
+        line = next(line for line in result.stdout.splitlines() if line.split()[:1] == [name])
+        for cell in cells:
+            assert (f"{cell[0]:+.3f} ({cell[1]:+.2f} to {cell[2]:+.2f})" if cell else " -") in line
+    for entry in recipe.held_out.rows:
+        assert f"{entry.nats_per_token:.4f}" in result.stdout
+    assert document("show")["recipe"] == json.loads(Path("recipe.json").read_text())
+
+
+@pytest.mark.parametrize("width", ["40", "80", "200"])
+def test_tables_in_a_pipe_are_never_folded(here: Path, monkeypatch: pytest.MonkeyPatch, width: str) -> None:
+    expected = run("show").stdout
+    monkeypatch.setenv("COLUMNS", width)
+    assert run("show").stdout == expected
+
+
+# export
+
+
+def delta_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: m.factors.delta_weight() for name, m in read_adapter(str(folder)).modules.items()}
+
+
+def composed(recipe_file: str) -> dict[str, torch.Tensor]:
+    """sum_i w_li s_i B_i A_i from the recipe's JSON and the adapters' files, in float64."""
+    recipe = json.loads(Path(recipe_file).read_text())
+    adapters = [read_adapter(f"./{a['reference']}") for a in recipe["adapters"]]
+    total: dict[str, torch.Tensor] = {}
+    for index, adapter in enumerate(adapters):
+        for name, module in adapter.modules.items():
+            update = recipe["mixing"]["weights"][name][index] * module.factors.delta_weight()
+            total[name] = total[name] + update if name in total else update
+    return total
+
+
+def test_an_export_is_the_weighted_sum_of_the_ingredients(here: Path) -> None:
+    content = document("export", "--dtype", "float32")
+    found = delta_of(here / "adapter-cat")
+    for name, expected in composed("recipe.json").items():
+        error = float((found[name] - expected).norm() / expected.norm())
+        assert error <= 1.5e-7
+        [entry] = [m for m in content["modules"] if m["name"] == name]
+        assert entry["relative_error"] == pytest.approx(error, rel=0.2, abs=1e-9)
+    assert content["size_bytes"] == (here / "adapter-cat" / "adapter_model.safetensors").stat().st_size
+
+
+def test_an_export_of_rank_k_has_rank_k_and_keeps_what_it_says(here: Path) -> None:
+    content = document("export", "--merge", "--rank", "3", "--dtype", "float32")
+    found = delta_of(here / "adapter-merged")
+    assert content["rank"] == 3
+    for name, expected in composed("recipe.json").items():
+        values = torch.linalg.svdvals(expected)
+        kept = float((values[:3] ** 2).sum() / (values**2).sum())
+        [entry] = [m for m in content["modules"] if m["name"] == name]
+        assert entry["kept_energy"] == pytest.approx(kept, abs=1e-6)
+        best = float((values[3:] ** 2).sum() ** 0.5)
+        assert float((found[name] - expected).norm()) == pytest.approx(best, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_what_is_exported_loads_in_stock_peft(here: Path) -> None:
+    assert run("export", "-q", "--dtype", "float32").exit_code == 0
+    base = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, "adapter-cat")
+    for name, expected in composed("recipe.json").items():
+        delta = model.base_model.model.get_submodule(name).get_delta_weight("default").detach().double()
+        torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_local_path_is_in_an_export(here: Path) -> None:
+    assert run("export", "-q").exit_code == 0
+    for path in (here / "adapter-cat").iterdir():
+        assert str(here).encode() not in path.read_bytes()
+
+
+# env
+
+
+def test_env_prints_versions_in_all_three_forms() -> None:
+    facts = document("env")["env"]
+    assert facts["torch"] == torch.__version__
+    assert f"torch={torch.__version__}\n" in run("env", "-q").stdout
+    assert row(run("env").stdout, "torch") == ["torch", torch.__version__]
