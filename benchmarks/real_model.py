@@ -31,10 +31,11 @@ from loracli.calibration.records import read_records
 from loracli.calibration.render import render_records
 from loracli.evaluation.bootstrap import paired_interval
 from loracli.evaluation.held_out import static_points
+from loracli.evaluation.scores import Scores
 from loracli.export.export import export_adapter
 from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseModel, find_base, load_base
-from loracli.fitting.loss import Scores, make_objective
+from loracli.fitting.loss import make_objective
 from loracli.fitting.mixing import make_mixing
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings

@@ -311,12 +311,17 @@ def test_a_weight_that_is_no_number_is_refused(tmp_path: Path) -> None:
             load_recipe(tmp_path / "r.json")
 
 
-@pytest.mark.parametrize("version", [2, 99, "1", None])
-def test_another_schema_is_refused_with_the_way_out(tmp_path: Path, version: object) -> None:
+@pytest.mark.parametrize(
+    ("version", "newer"), [(2, True), (99, True), (0, False), ("1", False), (None, False), (True, False)], ids=repr
+)
+def test_another_schema_is_refused_and_a_newer_one_with_the_way_out(
+    tmp_path: Path, version: object, newer: bool
+) -> None:
     (tmp_path / "r.json").write_text(json.dumps(saved(tmp_path) | {"loracat_recipe": version, "new_field": 1}))
-    with pytest.raises(RecipeError, match="newer") as caught:
+    with pytest.raises(RecipeError, match="has the schema .*this version reads 1") as caught:
         load_recipe(tmp_path / "r.json")
-    assert caught.value.problems == () and "upgrade" in (caught.value.hint or "")
+    assert caught.value.problems == ()
+    assert ("upgrade" in (caught.value.hint or "")) is newer
 
 
 @pytest.mark.parametrize(

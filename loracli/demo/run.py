@@ -62,17 +62,22 @@ def example_folder() -> Path:
     return Path(str(files("loracli.demo") / "data"))
 
 
-def run_demo(folder: Path, *, seed: int = 0, progress: Progress = SILENT) -> DemoResult:
-    """Runs the whole story; writes recipe.json, adapter-cat/ and adapter-merged/ into `folder`."""
+def run_demo(folder: Path, *, example: Path | None = None, progress: Progress = SILENT) -> DemoResult:
+    """Runs the whole story; writes recipe.json, adapter-cat/ and adapter-merged/ into `folder`.
+
+    Args:
+        folder: exists.
+        example: as `example_folder`, which is the default.
+        progress: told what happens.
+    """
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 for an attribute under its old name, which is nothing to the user.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return _run(folder, seed, progress)
+        return _run(folder, example or example_folder(), progress)
 
 
-def _run(folder: Path, seed: int, progress: Progress) -> DemoResult:
+def _run(folder: Path, example: Path, progress: Progress) -> DemoResult:
     started = time.monotonic()
-    example = example_folder()
     inputs = prepare_fit(
         [str(example / name) for name in ADAPTERS],
         example / "calibration.jsonl",
@@ -94,7 +99,7 @@ def _run(folder: Path, seed: int, progress: Progress) -> DemoResult:
     progress.note("training a fresh LoRA on the same calibration records")
     calibration = render_records(inputs.data, base.tokenizer, max_length=128)
     targets = sorted({name.rpartition(".")[2] for name in inputs.mixing.modules})
-    fresh = train_fresh_lora(base.model, targets, max(inputs.adapters[0].ranks), calibration, seed=seed)
+    fresh = train_fresh_lora(base.model, targets, max(inputs.adapters[0].ranks), calibration, seed=0)
     rows.append(test.score_adapted("fresh LoRA", fresh))
     return DemoResult(recipe, concatenated, merged, tuple(rows), time.monotonic() - started)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from loracli.calibration.split import MIN_HELD_OUT
 from loracli.evaluation.bootstrap import paired_interval
-from loracli.fitting.loss import Scores
+from loracli.evaluation.scores import Scores
 from loracli.recipe import HeldOut, HeldOutRow
 
 FIT = "fit"

@@ -178,9 +178,10 @@ def _resolve_device(asked: str) -> str:
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=asked)
+        torch.zeros(1, device=asked).item()  # the device `meta` has no numbers
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {asked} is not there: {str(error).splitlines()[0]}") from None
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"--device {asked} cannot be used: {reason}") from None
     return asked
 
 

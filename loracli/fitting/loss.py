@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,26 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loracli.calibration.batches import Batch
+from loracli.evaluation.scores import Scores
 from loracli.fitting.attach import AttachedModel
 
 CHUNK_BYTES = 64 << 20  # of float32 logits at a time
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What each of n records costs.
-
-    Args:
-        nats: (n,) sums over the record's scored tokens, float64.
-        tokens: (n,) how many those are.
-    """
-
-    nats: Tensor
-    tokens: Tensor
-
-    @property
-    def nats_per_token(self) -> float:
-        return float(self.nats.sum() / self.tokens.sum())
 
 
 class FrozenHead(torch.autograd.Function):

@@ -13,7 +13,8 @@ from torch import Tensor
 from loracli.calibration.batches import Batch
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fitting.loss import Objective, Scores
+from loracli.evaluation.scores import Scores
+from loracli.fitting.loss import Objective
 from loracli.fitting.mixing import Mixing
 from loracli.progress import Progress
 

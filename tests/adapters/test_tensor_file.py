@@ -193,6 +193,13 @@ def test_an_entry_that_describes_no_matrix_of_the_data_is_refused(tmp_path: Path
     refused_bytes(tmp_path, pack({"odd": bad}, b"\0" * 24))
 
 
+@pytest.mark.parametrize("shape", [[0, 3], [3, 0], [0, 0], [0, 99_999_999_999]], ids=str)
+def test_an_empty_tensor_beside_good_ones_is_refused(tmp_path: Path, shape: list[int]) -> None:
+    """The safetensors library accepts it."""
+    message = refused_bytes(tmp_path, pack({"even": entry(), "odd": entry(shape, "F32", (24, 24))}, b"\0" * 24))
+    assert "'odd' has the impossible shape" in message
+
+
 def test_the_entries_above_are_refused_for_what_is_odd_about_them(tmp_path: Path) -> None:
     (tmp_path / "good").write_bytes(pack({"even": entry()}, b"\0" * 24))
     assert torch.equal(read_all(tmp_path / "good")["even"], torch.zeros(2, 3))

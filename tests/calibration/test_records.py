@@ -78,6 +78,10 @@ def test_a_unicode_line_separator_inside_a_string_ends_no_line(tmp_path: Path, s
     assert file.records[1].content["prompt"] == f"a{separator}b"
 
 
+def test_a_carriage_return_alone_ends_no_line(tmp_path: Path) -> None:
+    assert read(tmp_path, '{"prompt": "p",\r"completion": "c"}', PC).records[1].line == 2
+
+
 def test_keys_that_nobody_reads_are_reported_once_and_left_out(tmp_path: Path) -> None:
     file = read(
         tmp_path,

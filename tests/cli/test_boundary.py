@@ -369,6 +369,20 @@ def test_a_killed_export_leaves_nothing_behind(here: Path, name: str, code: int)
     assert tree(here) == before
 
 
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["INT", "TERM"])
+def test_an_interrupted_command_prints_one_document_too(
+    monkeypatch: pytest.MonkeyPatch, stop: BaseException, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise stop
+
+    monkeypatch.setattr("loracli.recipe.load_recipe", fail)
+    result = run("show", "x.json", "--json")
+    assert result.exit_code == json.loads(result.stdout)["error"]["code"] == code
+    result = run("show", "x.json")
+    assert (result.exit_code, result.stdout) == (code, "")
+
+
 # Hostile names.
 
 

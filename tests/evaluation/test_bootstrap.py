@@ -6,7 +6,7 @@ import torch
 
 from loracli.evaluation.bootstrap import paired_interval
 from loracli.evaluation.held_out import held_out_table, static_points
-from loracli.fitting.loss import Scores
+from loracli.evaluation.scores import Scores
 
 
 def test_the_interval_has_the_width_that_the_central_limit_theorem_gives() -> None:

@@ -1,0 +1,54 @@
+"""The demo on examples made from several seeds; prints Markdown for docs/results.md.
+
+    python benchmarks/demo_seeds.py --seeds 0 1 2
+
+Makes each example from nothing with scripts/make_demo.py (its people and facts, its base model, its two adapters), then
+runs what `loracat demo` runs. Some minutes for each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from loracli.demo.run import DemoResult, run_demo
+
+MAKER = Path(__file__).parent.parent / "scripts" / "make_demo.py"
+
+
+def make_example(folder: Path, seed: int) -> Path:
+    """Runs the maker on one core."""
+    example = folder / f"seed{seed}"
+    command = [sys.executable, str(MAKER), "--seed", str(seed), "--out", str(example)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    return example
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="examples made at the same time")
+    arguments = parser.parse_args()
+    results: dict[int, DemoResult] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            examples = list(pool.map(lambda seed: make_example(Path(scratch), seed), arguments.seeds))
+        for seed, example in zip(arguments.seeds, examples, strict=True):
+            output = Path(scratch) / f"run{seed}"
+            output.mkdir()
+            results[seed] = run_demo(output, example=example)
+    print("| | " + " | ".join(f"seed {seed}" for seed in results) + " |")
+    print("|---|" + "--:|" * len(results))
+    for index, first in enumerate(next(iter(results.values())).rows):
+        rows = [result.rows[index] for result in results.values()]
+        cells = [f"{row.correct / row.questions:.0%}, {row.nats_per_token:.3f}" for row in rows]
+        print(f"| {first.name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
