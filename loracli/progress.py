@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+WORK = "work"  # the unit of effort that counts steps of different cost; only its share of the total means something
+
 
 class Progress(Protocol):
     """What long work needs to say. A task is named once by `begin` and by the same name after."""
 
     def begin(self, task: str, total: int | None, unit: str) -> None:
-        """A piece of work starts: `total` units of `unit` ("B" for bytes, "tok" for tokens), None when unknown."""
+        """A piece of work starts: `total` units of `unit` ("B" for bytes, "modules", WORK), None when unknown."""
 
     def advance(self, task: str, amount: int, status: str = "") -> None:
         """`amount` more units are done; `status` is a short text beside the bar, such as the loss."""

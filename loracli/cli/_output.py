@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loracli.errors import CalibrationError, LoracatError, RecipeError
-from loracli.progress import amount_text, duration_text
+from loracli.progress import WORK, amount_text, duration_text
 
 SCHEMA = 1  # the version of every JSON document, under the key "loracat"; only ever added to
 SHOWN_PROBLEMS = 20
@@ -46,10 +46,8 @@ class Output:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        plainly = {"highlight": False, "emoji": False, "markup": False, "soft_wrap": True}
-        width = None if sys.stdout.isatty() else PIPE_WIDTH
-        self._stdout = Console(file=sys.stdout, width=width, **plainly)  # type: ignore[arg-type]
-        self._stderr = Console(file=sys.stderr, **plainly)  # type: ignore[arg-type]
+        self._stdout = _console(sys.stdout)
+        self._stderr = _console(sys.stderr)
         self._bars: RichProgress | None = None
         self._tasks: dict[str, _Line] = {}
 
@@ -128,7 +126,7 @@ class Output:
             if self._bars is None:
                 self._bars = RichProgress(
                     TextColumn("{task.description}", markup=False),
-                    BarColumn(bar_width=24),
+                    BarColumn(bar_width=20),
                     _Amount(),
                     TextColumn("{task.fields[status]}", style="cyan", markup=False),
                     TimeRemainingColumn(elapsed_when_finished=True),
@@ -169,6 +167,13 @@ class Output:
         self._tasks.clear()
 
 
+def _console(stream: TextIO) -> Console:
+    """A terminal gets lines broken between words; a pipe gets every line whole."""
+    terminal = stream.isatty()
+    width = None if terminal else PIPE_WIDTH
+    return Console(file=stream, width=width, soft_wrap=not terminal, highlight=False, emoji=False, markup=False)
+
+
 class _Line:
     """How far one task is."""
 
@@ -181,7 +186,8 @@ class _Line:
     def describe(self) -> str:
         seconds = max(time.monotonic() - self.started, 1e-9)
         parts = [f"{100 * self.done // self.total} %"] if self.total else []
-        parts.append(amount_text(self.done, self.unit) + f", {amount_text(self.done / seconds, self.unit)}/s")
+        if self.unit != WORK:
+            parts.append(amount_text(self.done, self.unit) + f", {amount_text(self.done / seconds, self.unit)}/s")
         if self.status:
             parts.append(self.status)
         if self.total and self.done:
@@ -190,10 +196,12 @@ class _Line:
 
 
 class _Amount(ProgressColumn):
-    """Done of total with the rate: `12.1k / 48.0k tok  312 tok/s`."""
+    """Done of total with the rate, `12.1 MB / 48.0 MB  3.1 MB/s`; of work, which has no unit of its own, the share."""
 
     def render(self, task: RichTask) -> Text:
         unit = task.fields["unit"]
+        if unit == WORK:
+            return Text(f"{task.percentage:.0f} %")
         total = "" if task.total is None else f" / {amount_text(task.total, unit)}"
         speed = f"  {amount_text(task.speed, unit)}/s" if task.speed else ""
         return Text(f"{amount_text(task.completed, unit)}{total}{speed}")

@@ -26,7 +26,7 @@ from loracli.fitting.paper import fit_as_published
 from loracli.fitting.problem import TASK, Meter, Problem
 from loracli.fitting.search import Found, search
 from loracli.fitting.settings import FitSettings
-from loracli.progress import SILENT, Progress, amount_text, duration_text
+from loracli.progress import SILENT, WORK, Progress, amount_text, duration_text
 from loracli.recipe import (
     FitRecord,
     HeldOut,
@@ -113,7 +113,7 @@ def _run(inputs: FitInputs, dtype: str, device: str, progress: Progress) -> Reci
         work = _work(problem, settings, held_batches, len(points) + 1)
         _announce(problem, inputs, base, held_out, work, progress)
         meter.spent = 0
-        progress.begin(TASK, work, "work")
+        progress.begin(TASK, work, WORK)
         try:
             found = (
                 fit_as_published(problem, settings) if settings.paper else search(problem, inputs.references, settings)
