@@ -180,7 +180,7 @@ def report_fits(recipes: dict[str, Recipe], held: Held, tables: list[str]) -> No
     """Prints the comparison of all methods, and what the fits did."""
     fit = recipes["fit"]
     print(f"Base in {fit.dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}.")
-    print(f"Fitted on {fit.data.records} records, {fit.data.scored_tokens} scored tokens, {fit.fit.passes:g} passes; ")
+    print(f"Fitted on {fit.data.records} records, {fit.data.scored_tokens} scored tokens, {fit.fit.passes:g} passes;")
     scored = held.scores["fit"].tokens
     print(f"scored on {len(scored)} records, {int(scored.sum())} scored tokens.\n")
     for table in tables:
