@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE
 from loracli.errors import LoracatError, OutOfResources, OutputExists
+
+CERTIFICATE_FILE = "loracat.json"
+# What an export consists of; --force replaces a directory of these and nothing else.
+EXPORTED_FILES = frozenset({CONFIG_FILE, TENSOR_FILE, CERTIFICATE_FILE, "README.md"})
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -69,9 +74,11 @@ def check_free(path: Path, *, force: bool) -> None:
         raise OutputExists(f"{path} is a directory that cannot be replaced", hint="choose another name with -o")
     if path.is_symlink() or not path.is_dir():
         raise OutputExists(f"{path} is not a directory", hint="choose another name with -o")
-    if any(path.iterdir()) and not (path / "adapter_config.json").exists():
+    names = {entry.name for entry in path.iterdir()}
+    if names and not (CERTIFICATE_FILE in names and names <= EXPORTED_FILES):
         raise OutputExists(
-            f"{path} is a directory that holds something else than an adapter", hint="choose another name with -o"
+            f"{path} is a directory that holds something else than an export of loracat",
+            hint="choose another name with -o",
         )
 
 

@@ -21,6 +21,7 @@ class Stop(BaseException):
 def fill(folder: Path, text: str = "new") -> None:
     (folder / "adapter_config.json").write_text(text)
     (folder / "adapter_model.safetensors").write_text(text)
+    (folder / "loracat.json").write_text(text)
 
 
 def an_adapter(path: Path, text: str = "old") -> Path:
@@ -45,7 +46,7 @@ def test_a_directory_appears_with_its_files_and_nothing_beside_it(tmp_path: Path
         assert not (tmp_path / "a" / "out").exists()
         fill(folder)
     assert names(tmp_path / "a") == ["out"]
-    assert names(tmp_path / "a" / "out") == ["adapter_config.json", "adapter_model.safetensors"]
+    assert names(tmp_path / "a" / "out") == ["adapter_config.json", "adapter_model.safetensors", "loracat.json"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, Stop])
@@ -75,12 +76,12 @@ def test_an_existing_output_is_refused_before_the_body_runs(tmp_path: Path) -> N
 
 def test_force_replaces_every_file_of_an_adapter(tmp_path: Path) -> None:
     an_adapter(tmp_path / "out")
-    (tmp_path / "out" / "leftover.txt").write_text("of the old one")
+    (tmp_path / "out" / "README.md").write_text("of the old one")
     with whole_directory(tmp_path / "out", force=True) as folder:
         assert content(tmp_path / "out") == "old"
         fill(folder)
     assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "new"
-    assert not (tmp_path / "out" / "leftover.txt").exists()
+    assert not (tmp_path / "out" / "README.md").exists()
 
 
 def test_force_fills_an_empty_directory(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
@@ -47,6 +48,7 @@ CONFIGS: dict[str, Any] = {
     "llama-tied": lambda: LlamaConfig(**_SMALL, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**_SMALL),
     "gemma2": lambda: Gemma2Config(**_SMALL, final_logit_softcapping=0.5, query_pre_attn_scalar=8),
+    "gemma3": lambda: Gemma3TextConfig(**_SMALL, query_pre_attn_scalar=8),
     "granite": lambda: GraniteConfig(**_SMALL, logits_scaling=3.0),
     "cohere": lambda: CohereConfig(**_SMALL, logit_scale=0.3),
     "neox": lambda: GPTNeoXConfig(

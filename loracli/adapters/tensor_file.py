@@ -2,8 +2,8 @@
 by one.
 
 The format: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the data. The
-    safetensors
-library refuses a damaged layout by itself; the limits here are on what it accepts and a hostile file abuses.
+safetensors library refuses a damaged layout by itself; the limits here are on what it accepts and a hostile file
+abuses.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """From records to tokens, with a mask of the positions that are scored.
 
-Segments are tokenised apart where generation would start: a served model sees the prompt's tokens and then produces the
-completion's, so that is the boundary the loss has to see.
+No token reaches across the place where generation would start: a served model sees the prompt's tokens and then
+    produces
+the completion's, so that is the boundary the loss has to see.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _renderer(file: CalibrationFile, tokenizer: Any) -> Any:
 
 def _render_completion(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
     context = [*_leading_bos(tokenizer, prompt or completion), *_tokens(tokenizer, prompt)]
-    target = _tokens(tokenizer, completion)
+    target = _continuation(tokenizer, prompt, completion)
     if target[-1:] != [tokenizer.eos_token_id]:
         target.append(tokenizer.eos_token_id)
     return context + target, [False] * len(context) + [True] * len(target)
@@ -137,8 +138,8 @@ def _render_messages(messages: list[dict[str, str]], tokenizer: Any, special: se
             raise _RenderError(
                 f"messages[{index}]: the chat template renders earlier turns anew, so the answer's place is unknown"
             )
-        context = _tokens(tokenizer, before[len(done) :])
-        turn = _tokens(tokenizer, after[len(before) :])
+        context = _continuation(tokenizer, done, before[len(done) :])
+        turn = _continuation(tokenizer, before, after[len(before) :])
         end = _end_of_turn(turn, special, tokenizer)
         ids += context + turn
         scored += [False] * len(context) + [i < end for i in range(len(turn))]
@@ -166,6 +167,17 @@ def _template(tokenizer: Any, messages: list[dict[str, str]], *, generation_prom
     except TemplateError as error:
         raise _RenderError(f"messages: the chat template refuses: {error}") from None
     return text
+
+
+def _continuation(tokenizer: Any, context: str, text: str) -> list[int]:
+    """The tokens of `text` after `context`, whose own tokens stay as they are.
+
+    Some tokenizers put a space before whatever they are given, so `text` alone would get one. Where a token would reach
+    across the border, `text` is tokenised alone after all: a served model has read the context's tokens and cannot take
+    one back.
+    """
+    before, whole = _tokens(tokenizer, context), _tokens(tokenizer, context + text)
+    return whole[len(before) :] if whole[: len(before)] == before else _tokens(tokenizer, text)
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

@@ -67,7 +67,7 @@ def demo(
         out.line(
             f"{result.rows[0].questions} questions about facts that only 'know' holds, in a form that only 'form' has."
         )
-        out.line(f"calibrated on {records} questions about other facts. {result.seconds:.0f} s.")
+        out.line(f"Calibrated on {records} questions about other facts. {result.seconds:.0f} s.")
     if output is not None:
         out.line(f"kept in {output}: recipe.json, adapter-cat, adapter-merged")
     out.hint("loracat fit --adapters org/math-lora org/code-lora --data val.jsonl")

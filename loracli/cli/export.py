@@ -93,6 +93,9 @@ def export(
     out.value(str(exported.path))
     if layout.profile == "peft" and layout.reason:
         out.warn(f"written for PEFT and vLLM only: {layout.reason}")
+    needed = max(module.rank for module in certificate.modules)
+    if exported.merged and layout.rank > needed:
+        out.warn(f"no module needs more than rank {needed}; up to {layout.rank} it is filled with zeros")
     out.line(str(exported.path), style="bold")
     out.line(
         f"  rank {layout.rank}, {len(layout.ranks)} modules, {str(exported.dtype).removeprefix('torch.')}, "
@@ -102,9 +105,12 @@ def export(
         low = sorted(certificate.modules, key=lambda module: module.kept_energy)[:5]
         out.line(
             f"  energy kept by the compression: {certificate.mean_energy:.2%} on average, "
-            f"{certificate.least_energy:.2%} at least"
+            f"{certificate.least_energy:.2%} at least; relative error {certificate.largest_error:.2f} at most"
         )
-        out.table(["  least kept", "energy"], [[f"  {module.name}", f"{module.kept_energy:.2%}"] for module in low])
+        out.table(
+            ["  least kept (all are in loracat.json)", "energy"],
+            [[f"  {module.name}", f"{module.kept_energy:.2%}"] for module in low],
+        )
     else:
         out.line(
             f"  exact to {certificate.largest_error:.1e}, the rounding of {str(exported.dtype).removeprefix('torch.')}"

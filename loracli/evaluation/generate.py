@@ -23,6 +23,7 @@ def exact_matches(
         records: of prompt and completion.
     """
     prompts = [tokenizer(record.content["prompt"]).input_ids for record in records]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     by_length: dict[int, list[int]] = {}
     for index, ids in enumerate(prompts):
         by_length.setdefault(len(ids), []).append(index)
@@ -37,7 +38,7 @@ def exact_matches(
                     attention_mask=torch.ones_like(input_ids),
                     do_sample=False,
                     max_new_tokens=max_new_tokens,
-                    pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                    pad_token_id=pad,
                 )
             for row, answer in zip(rows, answers, strict=True):
                 text = tokenizer.decode(answer[length:], skip_special_tokens=True)

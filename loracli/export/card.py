@@ -15,6 +15,7 @@ from loracli.recipe import Recipe
 
 def model_card(recipe: Recipe, layout: Layout, certificate: Certificate, *, merged: bool, command: str) -> str:
     """README.md of the export, from a recipe as it may be published."""
+    weights = "as published, with softmax weights" if recipe.fit.recipe == "paper" else "with free weights"
     title = f"compressed to rank {layout.rank}" if merged else f"concatenated, rank {layout.rank}"
     return "\n".join(
         [
@@ -23,7 +24,7 @@ def model_card(recipe: Recipe, layout: Layout, certificate: Certificate, *, merg
             "",
             f"One LoRA adapter for `{recipe.base.id}` that carries the skills of its ingredients. Its update of every",
             "module is the weighted sum of theirs, with weights learnt on a calibration file while base and adapters",
-            "stayed frozen (CAT, [LoRA Soups](https://arxiv.org/abs/2410.13025), with free weights). Made with loracat "
+            f"stayed frozen (CAT, [LoRA Soups](https://arxiv.org/abs/2410.13025), {weights}). Made with loracat "
             f"{recipe.versions.get('loracat', '')}.",
             "",
             *_ingredients(recipe),
@@ -116,7 +117,11 @@ def _servers(layout: Layout) -> list[str]:
             f"It adapts {', '.join(embeddings)}: PEFT and vLLM read that; for other servers look it up first.",
             "",
         ]
-    return ["PEFT, vLLM, SGLang, TGI and llama.cpp's converter read this layout alike.", ""]
+    return [
+        "The layout keeps to what PEFT, vLLM, SGLang, TGI and llama.cpp's converter have in common: one rank,",
+        "scaling 1, no patterns. It was tested by loading with PEFT.",
+        "",
+    ]
 
 
 def _cell(text: str) -> str:

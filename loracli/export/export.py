@@ -1,8 +1,8 @@
 """A recipe becomes one adapter directory.
 
 Concatenated: A holds the ingredients' own values, w s is folded into B, rank R = sum r_i, exact up to one rounding of
-    B. Merged: the best
-approximation of a given rank, from the factors. Written whole or not at all, the same bytes for the same inputs.
+B. Merged: the best approximation of a given rank, from the factors. Written whole or not at all, the same bytes for the
+same inputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank, relative_error
 from loracli.algebra.factors import Factors
 from loracli.algebra.truncate import truncate
-from loracli.atomic import check_free, whole_directory, write_file
+from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_file
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.card import model_card
 from loracli.export.certificate import Certificate, ModuleCertificate
@@ -36,7 +36,6 @@ from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, Recipe, load_recipe
 
 OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CERTIFICATE_FILE = "loracat.json"
 TASK = "export"
 
 
@@ -97,6 +96,11 @@ def export_adapter(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
+    for ingredient in ingredients:
+        if ingredient.path.resolve().is_relative_to(output.resolve()):
+            raise UsageError(
+                f"{output} holds the ingredient {ingredient.reference}", hint="choose another name with -o"
+            )
     resolved = OUTPUT_DTYPES[dtype] if dtype else widest_dtype([adapter.dtype for adapter in ingredients])
     options = "".join(f" --{name} {value}" for name, value in (("dtype", dtype), ("profile", profile)) if value)
     plan = _Plan(recipe, ingredients, resolved, merge, rank, profile, options)  # type: ignore[arg-type]

@@ -92,8 +92,9 @@ def choose_layout(recipe: Recipe, ranks: Mapping[str, int], profile: ProfileName
 def portable_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -> str | None:
     """Why leaf names as targets would not mean the same everywhere, or None."""
     first: dict[str, BaseModule] = {}
+    leaves = {leaf(name) for name in ranks}
     for module in modules:
-        if leaf(module.name) not in {leaf(name) for name in ranks}:
+        if leaf(module.name) not in leaves:
             continue
         if module.kind == "other":
             return f"the base's {module.name} has a targeted name and is no linear layer or embedding"

@@ -6,9 +6,8 @@ Per module, with the adapters stacked to A (R, in) and B (out, R):
     y = W x + B (c * z)        c (R,): w_li s_i, repeated over the rows of adapter i
 
 Two products whatever the number of adapters, and of the activations only z is kept for the backward pass: A, B and W
-    are frozen, so
-the gradient of w needs z and u = B^T dL/dy alone, and that of x needs no activation. The paper's code keeps a (T, out)
-tensor for each adapter and module instead.
+are frozen, so the gradient of w needs z and u = B^T dL/dy alone, and that of x needs no activation. The paper's code
+keeps a (T, out) tensor for each adapter and module instead.
 """
 
 from __future__ import annotations
@@ -53,6 +52,7 @@ class _Stack:
         lora_B: (out, R).
         owner: (R,) which adapter each row belongs to.
         scaling: (R,) s_i of each row.
+        embed_scale: what the module multiplies its rows with, a number; 1 for all but a few models' embeddings.
     """
 
     embedding: bool
@@ -60,6 +60,7 @@ class _Stack:
     lora_B: Tensor
     owner: Tensor
     scaling: Tensor
+    embed_scale: Tensor
 
 
 class AttachedModel:
@@ -106,8 +107,7 @@ def attach(model: Any, adapters: Sequence[LoraAdapter], modules: tuple[str, ...]
 
 def _stack(name: str, module: nn.Module, adapters: Sequence[LoraAdapter], precision: torch.dtype) -> _Stack:
     weight: Tensor = module.weight  # type: ignore[assignment]
-    # A quantised base keeps its weights in an integer dtype; its products come out in the bias' or the default dtype.
-    dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+    dtype = weight.dtype
     present = [(i, adapter.modules[name]) for i, adapter in enumerate(adapters) if name in adapter.modules]
     lora_A = torch.cat([m.factors.lora_A.to(weight.device, dtype) for _, m in present])  # (R, in)
     lora_B = torch.cat([m.factors.lora_B.to(weight.device, dtype) for _, m in present], dim=1)  # (out, R)
@@ -117,7 +117,8 @@ def _stack(name: str, module: nn.Module, adapters: Sequence[LoraAdapter], precis
     embedding = present[0][1].kind == "embedding"
     if embedding:
         lora_A = lora_A.T.contiguous()
-    return _Stack(embedding, lora_A, lora_B, owner.to(weight.device), scaling.to(weight.device))
+    embed_scale = torch.as_tensor(getattr(module, "embed_scale", 1.0), device=weight.device)
+    return _Stack(embedding, lora_A, lora_B, owner.to(weight.device), scaling.to(weight.device), embed_scale)
 
 
 def _hook(attached: AttachedModel, row: int, stack: _Stack) -> Any:
@@ -126,6 +127,7 @@ def _hook(attached: AttachedModel, row: int, stack: _Stack) -> Any:
         x = args[0]
         if stack.embedding:
             z = F.embedding(x, stack.lora_A).view(-1, stack.lora_A.shape[1])  # (T, R)
+            z = z * stack.embed_scale.to(z.dtype)
         else:
             z = F.linear(x.reshape(-1, x.shape[-1]), stack.lora_A)  # (T, R); A is frozen, so x is not kept
         updated: Tensor = StackedUpdate.apply(y, z, stack.lora_B, c)  # type: ignore[no-untyped-call]

@@ -118,18 +118,24 @@ def load_base(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    device = _resolve_device(device)
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    device = _resolve_device(device)
     progress.begin("load base model", None, "B")
     try:
         options = {"local_files_only": True, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(reference.path, **options)
         resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), device)
         tokenizer = AutoTokenizer.from_pretrained(reference.path, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            reference.path, config=config, dtype=resolved, use_safetensors=True, **options
+        if getattr(config, "quantization_config", None) is not None:
+            raise BaseModelMismatch(
+                f"the base model {reference.id} is quantised", hint="give the unquantised model with --base"
+            )
+        model, report = AutoModelForCausalLM.from_pretrained(
+            reference.path, config=config, dtype=resolved, use_safetensors=True, output_loading_info=True, **options
         )
+        model.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         message = str(error).strip().splitlines()
         raise BaseModelMismatch(
@@ -138,7 +144,18 @@ def load_base(
         ) from error
     finally:
         progress.finish("load base model")
-    model.to(device).eval().requires_grad_(False)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:  # transformers fills these with random numbers
+        raise BaseModelMismatch(
+            f"the base model {reference.id} lacks the weights {absent[0]}"
+            + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""),
+            hint="the download is incomplete, or the config belongs to another model",
+        )
+    if model.get_output_embeddings() is None:
+        raise BaseModelMismatch(f"the base model {reference.id} has no language model head")
     digest = hashlib.sha256((reference.path / "config.json").read_bytes()).hexdigest()
     return BaseModel(reference, model, tokenizer, resolved, digest)
 
@@ -207,11 +224,13 @@ def _cpu_has_bfloat16() -> bool:
 def _kind_and_shape(module: nn.Module) -> tuple[ModuleKind, int, int]:
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(module, nn.Linear):
+    # A subclass with a forward of its own (a quantised layer, say) computes something else than W x.
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return "linear", module.in_features, module.out_features
     if isinstance(module, Conv1D):
         return "conv1d", module.weight.shape[0], module.weight.shape[1]
-    if isinstance(module, nn.Embedding):
+    scaled = hasattr(module, "embed_scale")  # as Gemma 3 has it; PEFT scales the update too
+    if isinstance(module, nn.Embedding) and (scaled or type(module).forward is nn.Embedding.forward):
         return "embedding", module.num_embeddings, module.embedding_dim
     return "other", 0, 0
 

@@ -79,7 +79,7 @@ class Objective:
         nats, tokens = torch.zeros(records, dtype=torch.float64), torch.zeros(records, dtype=torch.float64)
         for batch in batches:
             with torch.no_grad():
-                single = self.nats(batch).double().cpu()
+                single = self.nats(batch).cpu().double()
             place = torch.tensor(batch.indices)[batch.owners]
             nats.index_add_(0, place, single)
             tokens.index_add_(0, place, torch.ones_like(single))

@@ -51,17 +51,18 @@ class Mixing:
 
     def expand(self, theta: Tensor) -> Tensor:
         """(L, N): the weight of each module and adapter, differentiable in theta (G, N)."""
-        if self.softmax:
-            theta = torch.softmax(theta.masked_fill(~self.present, -torch.inf), dim=1)
-        return theta[self.group_of]
+        return self._by_group(theta)[self.group_of]
 
     def weights(self, theta: Tensor) -> dict[str, tuple[float | None, ...]]:
         """By group: one weight for each adapter, None where the adapter changes nothing in the group."""
-        values = torch.softmax(theta.masked_fill(~self.present, -torch.inf), dim=1) if self.softmax else theta
+        values = self._by_group(theta)
         return {
             group: tuple(w if here else None for w, here in zip(row, mask, strict=True))
             for group, row, mask in zip(self.groups, values.tolist(), self.present.tolist(), strict=True)
         }
+
+    def _by_group(self, theta: Tensor) -> Tensor:
+        return torch.softmax(theta.masked_fill(~self.present, -torch.inf), dim=1) if self.softmax else theta
 
     def constant(self, per_adapter: Sequence[float]) -> Tensor:
         """theta (G, N) that gives every module the same weights."""

@@ -63,10 +63,20 @@ class Problem:
     validation: tuple[Example, ...]
     meter: Meter
 
-    def score(self, weights: Tensor, batches: Sequence[Batch], records: int) -> Scores:
-        """Nats of each record at weights (L, N)."""
+    def score(self, weights: Tensor, batches: Sequence[Batch], examples: Sequence[Example]) -> Scores:
+        """Nats of each example at weights (L, N); the batches hold them all.
+
+        Raises:
+            NonFiniteLoss: naming the first records by their lines.
+        """
         self.objective.attached.set_weights(weights)
-        return self.objective.score(batches, records, each=lambda batch: self.meter.count(batch, backward=False))
+        scores = self.objective.score(
+            batches, len(examples), each=lambda batch: self.meter.count(batch, backward=False)
+        )
+        bad = (~torch.isfinite(scores.nats)).nonzero().flatten().tolist()
+        if bad:
+            raise _non_finite([examples[i] for i in bad])
+        return scores
 
     def gradient(self, theta: Tensor, batch: Batch, examples: Sequence[Example]) -> tuple[float, Tensor]:
         """Total nats of a batch at theta and their gradient, both in float64.
@@ -76,15 +86,11 @@ class Problem:
         """
         leaf = theta.clone().requires_grad_(True)
         self.objective.attached.set_weights(self.mixing.expand(leaf))
-        total = self.objective.nats(batch).double().sum()
+        total = self.objective.nats(batch).cpu().double().sum()
         (gradient,) = torch.autograd.grad(total, leaf)
         nats = total.item()
         if not (torch.isfinite(total) and torch.isfinite(gradient).all()):
-            lines = ", ".join(str(examples[i].line) for i in batch.indices)
-            raise NonFiniteLoss(
-                f"the loss is not finite on the records of lines {lines}",
-                hint="try --dtype float32, or a lower --learning-rate",
-            )
+            raise _non_finite([examples[i] for i in batch.indices])
         self.meter.count(batch, backward=True, nats=nats / batch.scored_tokens)
         return nats, gradient
 
@@ -97,3 +103,11 @@ class Problem:
             more, slope = self.gradient(theta, batch, examples)
             nats, gradient, tokens = nats + more, gradient + slope, tokens + batch.scored_tokens
         return nats / tokens, gradient / tokens
+
+
+def _non_finite(examples: Sequence[Example]) -> NonFiniteLoss:
+    lines = ", ".join(str(example.line) for example in examples[:20]) + (", ..." if len(examples) > 20 else "")
+    return NonFiniteLoss(
+        f"the loss is not finite on the records of lines {lines}",
+        hint="try --dtype float32, or leave these records out",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from loracli.fitting.loss import make_objective
 from loracli.fitting.memory import memory_errors
 from loracli.fitting.paper import fit_as_published
 from loracli.fitting.problem import TASK, Meter, Problem
-from loracli.fitting.search import Found, search
+from loracli.fitting.search import Found, search, step_batches
 from loracli.fitting.settings import FitSettings
 from loracli.progress import SILENT, WORK, Progress, amount_text, duration_text
 from loracli.recipe import (
@@ -111,8 +112,7 @@ def _run(inputs: FitInputs, dtype: str, device: str, progress: Progress) -> Reci
         problem = Problem(objective, inputs.mixing, tuple(fitting), tuple(validation), meter)
         points = static_points(inputs.references)
         work = _work(problem, settings, held_batches, len(points) + 1)
-        _announce(problem, inputs, base, held_out, work, progress)
-        meter.spent = 0
+        _announce(replace(problem, meter=Meter(SILENT)), inputs, base, held_out, work, progress)
         progress.begin(TASK, work, WORK)
         try:
             found = (
@@ -125,11 +125,11 @@ def _run(inputs: FitInputs, dtype: str, device: str, progress: Progress) -> Reci
                 name: problem.score(
                     torch.tensor(point, dtype=torch.float64).expand(len(inputs.mixing.modules), -1),
                     held_batches,
-                    len(held_out),
+                    held_out,
                 )
                 for name, point in points.items()
             }
-            scores[FIT] = problem.score(inputs.mixing.expand(found.theta), held_batches, len(held_out))
+            scores[FIT] = problem.score(inputs.mixing.expand(found.theta), held_batches, held_out)
         finally:
             progress.finish(TASK)
     table = held_out_table(scores, inputs.references, name=inputs.held_out_file.name, seed=settings.seed)
@@ -144,10 +144,10 @@ def _choose_validation(inputs: FitInputs, training: Sequence[Example]) -> tuple[
     count = min(max(2, round(VALIDATION_SHARE * len(training))), MOST_TO_VALIDATE)
     _, chosen = split_records(inputs.training, count, seed=inputs.settings.seed + 1)
     lines = {record.line for record in chosen}
-    return (
-        [example for example in training if example.line not in lines],
-        [example for example in training if example.line in lines],
-    )
+    fitting = [example for example in training if example.line not in lines]
+    validation = [example for example in training if example.line in lines]
+    # Equal records stand together, so a few of them many times over can leave nothing on one side.
+    return (fitting, validation) if len(fitting) >= len(validation) > 0 else (list(training), [])
 
 
 def _max_length(base: BaseModel, settings: FitSettings) -> int:
@@ -166,7 +166,7 @@ def _announce(
     problem: Problem, inputs: FitInputs, base: BaseModel, held_out: Sequence[Example], work: int, progress: Progress
 ) -> None:
     """Says what will be done and, from one timed batch, about how long it takes."""
-    batches = plan_batches(problem.fitting, batch_tokens=inputs.settings.batch_tokens)
+    batches = step_batches(problem.fitting, inputs.settings)
     batch = batches[len(batches) // 2]
     theta = problem.mixing.constant([0.0] * len(inputs.adapters))
     problem.gradient(theta, batch, problem.fitting)  # the first run pays for what is set up once
@@ -180,10 +180,10 @@ def _announce(
         f"{numbers} mixing weights ({kind}) over {len(problem.mixing.modules)} modules"
     )
     progress.note(
-        f"{records} records to fit on, {len(held_out)} held out; up to {inputs.settings.passes:g} passes at "
+        f"{records} training records, {len(held_out)} held out; up to {inputs.settings.passes:g} passes at "
         f"{rate / 2:.0f} tok/s: about {duration_text(work / rate)}"
         if not inputs.settings.paper
-        else f"{records} records to fit on, {len(held_out)} held out; one pass over "
+        else f"{records} training records, {len(held_out)} held out; one pass over "
         f"{amount_text(work, 'tok')}: about {duration_text(work / rate)}"
     )
 
@@ -191,7 +191,7 @@ def _announce(
 def _loss_on(problem: Problem, theta: torch.Tensor, examples: Sequence[Example], settings: FitSettings) -> float:
     problem.meter.stage("training loss")
     batches = plan_batches(examples, batch_tokens=settings.batch_tokens)
-    return problem.score(problem.mixing.expand(theta), batches, len(examples)).nats_per_token
+    return problem.score(problem.mixing.expand(theta), batches, examples).nats_per_token
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.calibration.split import shuffled
+from loracli.errors import NonFiniteLoss
 from loracli.evaluation.held_out import static_points
 from loracli.fitting.optimise import WARM_UP, AdamW, Minimum, bfgs, peak_rate
 from loracli.fitting.problem import Problem
@@ -71,13 +72,21 @@ def search(problem: Problem, references: Sequence[str], settings: FitSettings) -
     return _Rung(problem, starts, budget, settings).run()
 
 
+def step_batches(examples: Sequence[Example], settings: FitSettings) -> list[Batch]:
+    """The batches of the descent, one a step: small enough for some 16 steps a pass, never smaller than a record."""
+    longest = max(len(example.input_ids) for example in examples)
+    tokens = max(min(settings.batch_tokens, _tokens(examples) // STEPS_A_PASS), longest)
+    return plan_batches(examples, batch_tokens=tokens)
+
+
 def _tokens(examples: Sequence[Example]) -> int:
     return sum(len(example.input_ids) for example in examples)
 
 
 def _subset(examples: Sequence[Example], adapters: int, settings: FitSettings) -> list[Example]:
     """Records for steps 1 and 2: as many as a share of the budget pays for, in an order that depends on the seed."""
-    cost = (adapters + 3) / 2 + ADAPTER_EVALUATIONS  # passes over the subset
+    points = adapters + 3 if adapters > 1 else 2  # as static_points has them
+    cost = points / 2 + ADAPTER_EVALUATIONS  # passes over the subset
     share = min(1.0, SCREEN_SHARE * settings.passes / cost)
     wanted = share * _tokens(examples)
     chosen: list[Example] = []
@@ -97,7 +106,10 @@ def _fit_adapters(
     losses = {}
     for name, point in static_points(references).items():
         weights = problem.mixing.constant(point)[problem.mixing.group_of]
-        losses[name] = problem.score(weights, batches, len(subset)).nats_per_token
+        try:
+            losses[name] = problem.score(weights, batches, subset).nats_per_token
+        except NonFiniteLoss:  # no point to start from
+            losses[name] = math.inf
     best = static_points(references)[min(losses, key=lambda name: losses[name])]
     problem.meter.stage("adapter weights")
 
@@ -111,10 +123,10 @@ def _fit_adapters(
 def _refine_adapters(problem: Problem, starts: dict[str, Tensor], budget: float, settings: FitSettings) -> Found:
     """The rung `adapter`: BFGS on all fitting records from each start; the lower validation loss wins."""
     batches = plan_batches(problem.fitting, batch_tokens=settings.batch_tokens)
-    checks = plan_batches(problem.validation or problem.fitting, batch_tokens=settings.batch_tokens)
-    checked = len(problem.validation or problem.fitting)
+    checked = problem.validation or problem.fitting
+    checks = plan_batches(checked, batch_tokens=settings.batch_tokens)
     cost = 2 * sum(batch.tokens for batch in batches)
-    affordable = (budget - problem.meter.spent - 2 * len(starts) * _tokens(problem.validation)) / cost / len(starts)
+    affordable = (budget - problem.meter.spent - 2 * len(starts) * _tokens(checked)) / cost / len(starts)
     reports: list[dict[str, str | float]] = []
     ends: dict[str, Tensor] = {}
     for name, start in starts.items():
@@ -139,9 +151,7 @@ class _Rung:
     def __init__(self, problem: Problem, starts: dict[str, Tensor], budget: float, settings: FitSettings) -> None:
         self._problem, self._starts, self._settings = problem, starts, settings
         examples = problem.fitting
-        longest = max(len(example.input_ids) for example in examples)
-        tokens = max(min(settings.batch_tokens, _tokens(examples) // STEPS_A_PASS), longest)
-        self._batches = plan_batches(examples, batch_tokens=tokens)
+        self._batches = step_batches(examples, settings)
         self._scored = sum(batch.scored_tokens for batch in self._batches)
         self._checks = plan_batches(problem.validation, batch_tokens=settings.batch_tokens)
         # Without validation records nothing can say when to stop, so the ridge stays at its strongest.
@@ -196,7 +206,7 @@ class _Rung:
         if not self._checks:
             return _Check(0.0, 0)
         weights = self._problem.mixing.expand(theta)
-        scores = self._problem.score(weights, self._checks, len(self._problem.validation))
+        scores = self._problem.score(weights, self._checks, self._problem.validation)
         return _Check(float(scores.nats.sum()), int(scores.tokens.sum()))
 
 
@@ -231,8 +241,7 @@ class _Descent:
 
         Returns:
             nats and scored tokens of the later half of the batches, each scored before the step on it: in the first
-                pass
-            these are records that theta has not been fitted to.
+            pass these are records that theta has not been fitted to.
         """
         unseen_nats, unseen_tokens = 0.0, 0
         total, count = torch.zeros_like(self.theta), 0

@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 from loracli.calibration.records import CalibrationFile, Record, Shape
 from loracli.calibration.render import Example, render_records, template_sha256
@@ -312,3 +312,13 @@ def test_some_records_of_a_file_can_be_rendered_alone() -> None:
 def test_the_hash_of_a_template_is_that_of_its_text() -> None:
     assert template_sha256(make_tokenizer()) == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
     assert template_sha256(make_tokenizer(chat_template=None)) is None
+
+
+def test_a_tokenizer_that_puts_a_space_before_texts_puts_none_before_the_completion() -> None:
+    tokenizer = make_tokenizer(add_bos=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    apart = tokenizer("b", add_special_tokens=False).input_ids
+    assert tokenizer.decode(apart) == " b"
+    (example,) = render_records(pairs(("a:", "b")), tokenizer, max_length=50)
+    assert tokenizer.decode(example.input_ids) == " a:b</s>"
+    assert example.scored == (False, False, False, True, True)

@@ -276,3 +276,21 @@ def test_no_path_of_the_machine_reaches_the_exported_directory(tmp_path: Path) -
     for file in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes()
         assert b"../" not in file.read_bytes()
+
+
+def test_force_never_removes_an_ingredient_or_what_loracat_did_not_write(tmp_path: Path) -> None:
+    made = Made(tmp_path, "plain")
+    before = {path: path.read_bytes() for folder in made.paths for path in folder.iterdir()}
+    with pytest.raises(OutputExists, match="something else than an export"):
+        export_adapter(made.recipe, made.paths[0], force=True)
+    first = export_adapter(made.recipe, tmp_path / "first").path
+    (first / "optimizer.pt").write_bytes(b"x")
+    with pytest.raises(OutputExists, match="something else than an export"):
+        export_adapter(made.recipe, first, force=True)
+    (first / "optimizer.pt").unlink()
+    again = [read_adapter(str(first))]
+    recipe = make_recipe(tmp_path, again, made.recipe.modules)
+    with pytest.raises(UsageError, match="holds the ingredient"):
+        export_adapter(recipe, first, force=True)
+    assert before == {path: path.read_bytes() for folder in made.paths for path in folder.iterdir()}
+    assert (first / "adapter_model.safetensors").is_file()

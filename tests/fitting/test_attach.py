@@ -1,5 +1,6 @@
 """The attached model: the formula, its gradient, what it keeps, and that it leaves no trace."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,14 @@ def test_nothing_of_the_modules_width_is_kept_for_the_weights(tiny_base: Path, t
         linear(x).sum()
     assert (tokens, 4 + 2) in kept
     assert not [shape for shape in kept if shape[:1] == (tokens,) and shape != (tokens, 6)]
+
+
+def test_an_embedding_that_scales_its_rows_scales_the_update_as_peft_does(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "gemma3")
+    path = make_adapter(tmp_path / "a", base, targets=("embed_tokens", "q_proj"), rank=3)
+    ours = attached_logits(load(base), read(path), [1.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT's advice on tied embeddings
+        theirs = logits(PeftModel.from_pretrained(load(base), path).eval())
+    assert float((theirs - logits(load(base))).abs().max()) > 1e-2
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))

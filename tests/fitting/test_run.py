@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import read_adapter
-from loracli.errors import BaseModelMismatch, CalibrationError, IncompatibleAdapters, UsageError
+from loracli.errors import BaseModelMismatch, CalibrationError, IncompatibleAdapters, NonFiniteLoss, UsageError
 from loracli.export.export import export_adapter
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
@@ -207,3 +207,46 @@ def test_held_out_records_that_were_calibrated_on_are_reported(
     held = write_jsonl(tmp_path / "held.jsonl", random_records(50)[:3] + random_records(30, seed=5))
     prepare_fit(references(two_adapters), data, eval_data=held, base=str(tiny_base), progress=listener)
     assert any("3 records of held.jsonl stand in val.jsonl too" in said for said in listener.said)
+
+
+def test_a_base_that_lacks_weights_is_refused_instead_of_filled_with_random_ones(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelMismatch, match=r"lacks the weights model\.layers\.1\.mlp\.up_proj\.weight"):
+        fit_mixing([str(two_adapters[0])], data, base=str(base))
+
+
+def test_a_quantised_base_is_refused_by_name(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelMismatch, match="quantised"):
+        fit_mixing([str(two_adapters[0])], data, base=str(base))
+
+
+def test_equal_records_many_times_over_can_still_be_fitted(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
+) -> None:
+    same = write_jsonl(tmp_path / "same.jsonl", random_records(1) * 12)
+    recipe = fit_mixing([str(two_adapters[0])], same, eval_data=data, base=str(tiny_base), settings=QUICK)
+    assert recipe.data.records == 12
+
+
+def test_a_held_out_loss_that_is_not_finite_names_its_records(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
+) -> None:
+    path = make_adapter(tmp_path / "huge", tiny_base, targets=("embed_tokens",))
+    tensors = load_file(path / "adapter_model.safetensors")
+    name = "base_model.model.model.embed_tokens.lora_embedding_A"
+    tensors[name][:, _byte_ranks("Z")[0] + 3] = 3e38  # a letter that no calibration record has
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    held = write_jsonl(tmp_path / "held.jsonl", [*random_records(24, seed=4), {"prompt": "ZZ", "completion": "ab"}])
+    with pytest.raises(NonFiniteLoss, match="lines 25"):
+        fit_mixing([str(path)], data, eval_data=held, base=str(tiny_base), settings=QUICK)

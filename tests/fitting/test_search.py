@@ -64,7 +64,7 @@ def held_out_losses(problem: Problem, held: list[Example], theta: torch.Tensor) 
     modules = len(problem.mixing.modules)
     points = {name: torch.tensor(p).expand(modules, -1) for name, p in static_points(REFERENCES).items()}
     points["fit"] = problem.mixing.expand(theta)
-    return {name: problem.score(weights, batches, len(held)).nats_per_token for name, weights in points.items()}
+    return {name: problem.score(weights, batches, held).nats_per_token for name, weights in points.items()}
 
 
 def different_by_layer(adapters: list[LoraAdapter]) -> torch.Tensor:
@@ -98,7 +98,7 @@ def test_planted_weights_that_differ_by_layer_beat_every_static_mixing(
         found = search(problem, REFERENCES, FitSettings(mixing=kind))  # type: ignore[arg-type]
         spent = problem.meter.spent / (2 * sum(len(e.input_ids) for e in examples))
         losses = held_out_losses(problem, held, found.theta)
-        at_truth = problem.score(truth, plan_batches(held, batch_tokens=2048), len(held)).nats_per_token
+        at_truth = problem.score(truth, plan_batches(held, batch_tokens=2048), held).nats_per_token
     assert losses["fit"] < min(losses[name] for name in ("first", "second", "uniform", "sum", "base")) - 0.05
     assert losses["fit"] < at_truth + 0.05
     assert spent <= 8.0
