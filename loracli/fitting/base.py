@@ -87,8 +87,8 @@ def find_base(
         if (local / "adapter_config.json").exists():
             raise UsageError(f"the base model {base} is an adapter: it holds adapter_config.json")
         name = claims[0] if len(claims) == 1 and not is_path(claims[0]) else local.resolve().name
-        if name not in (base, local.resolve().name):
-            progress.note(f"base model: {base}, taken for {name}, which the adapters name; shapes are checked")
+        taken_for = f", taken for {name}, which the adapters name; shapes are checked" if name in claims else ""
+        progress.note(f"base model: the local directory {base}{taken_for if name != base else ''}")
         return BaseReference(name, local, None)
     if is_path(base):
         raise UsageError(f"the base model {base} is no directory")

@@ -481,9 +481,12 @@ def test_quiet_prints_the_value_and_nothing_else(here: Path) -> None:
 def test_force_replaces_an_export_and_a_recipe(here: Path) -> None:
     assert run("export", "-q").exit_code == 0
     first = tree(here / "adapter-cat")
-    (here / "adapter-cat" / "stray").write_text("x")
+    (here / "adapter-cat" / "README.md").write_text("x")
     assert run("export", "-q", "--force").exit_code == 0
     assert tree(here / "adapter-cat") == first
+    (here / "adapter-cat" / "stray").write_text("x")
+    assert run("export", "-q", "--force").exit_code == 2
+    (here / "adapter-cat" / "stray").unlink()
     before = (here / "recipe.json").read_bytes()
     assert run(*FIT, "--force").exit_code == 0
     assert (here / "recipe.json").read_bytes() == before
