@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -60,6 +61,14 @@ CONFIGS: dict[str, Any] = {
         max_position_embeddings=256,
         bos_token_id=1,
         eos_token_id=2,
+    ),
+    "bert": lambda: BertConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
     ),
     "gpt2": lambda: GPT2Config(
         vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2, pad_token_id=0

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loracli.calibration.batches import Batch
+from loracli.errors import BaseModelMismatch
 from loracli.evaluation.scores import Scores
 from loracli.fitting.attach import AttachedModel
 
 CHUNK_BYTES = 64 << 20  # of float32 logits at a time
+NOT_ROUNDING = 0.02  # of the largest logit: more than bfloat16 loses, far less than a look at the future changes
 
 
 class FrozenHead(torch.autograd.Function):
@@ -131,6 +133,26 @@ def make_objective(attached: AttachedModel, probe: Batch) -> Objective:
         if ours.shape != theirs.shape or not torch.equal(ours, theirs):
             return Objective(attached, head, own_head=False)
     return own
+
+
+def check_causal(model: Any, name: str, batch: Batch) -> None:
+    """Changes the last token of a record and wants every earlier prediction to stay.
+
+    The batches rely on it: padding stands on the right and no mask is given.
+
+    Raises:
+        BaseModelMismatch: if earlier predictions change by more than rounding can explain.
+    """
+    ids = batch.input_ids[:1].to(next(model.parameters()).device)  # (1, t)
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        before, after = (_widened(model(input_ids=x, use_cache=False).logits[0, :-1]) for x in (ids, other))
+    if float((before - after).abs().max()) > NOT_ROUNDING * float(before.abs().max()):
+        raise BaseModelMismatch(
+            f"the base model {name} is not causal: its predictions change with tokens that come later",
+            hint="only causal language models can be fitted",
+        )
 
 
 @contextmanager

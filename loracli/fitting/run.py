@@ -21,7 +21,7 @@ from loracli.evaluation.held_out import FIT, held_out_table, static_points
 from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseModel, base_modules, check_fits, load_base
 from loracli.fitting.inputs import FitInputs, prepare_fit
-from loracli.fitting.loss import make_objective
+from loracli.fitting.loss import check_causal, make_objective
 from loracli.fitting.memory import memory_errors
 from loracli.fitting.paper import fit_as_published
 from loracli.fitting.problem import TASK, Meter, Problem
@@ -105,6 +105,7 @@ def _run(inputs: FitInputs, dtype: str, device: str, progress: Progress) -> Reci
     if not training or not held_out:
         raise CalibrationError(f"{inputs.data.name} has too few records to fit on some and hold out others")
     held_batches = plan_batches(held_out, batch_tokens=settings.batch_tokens)
+    check_causal(base.model, base.reference.id, held_batches[0])
     with attach(base.model, inputs.adapters, inputs.mixing.modules) as attached:
         meter = Meter(progress)
         objective = make_objective(attached, held_batches[0])

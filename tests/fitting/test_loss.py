@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 from loracli.adapters.adapter import read_adapter
 from loracli.calibration.batches import make_batch, plan_batches
 from loracli.calibration.render import Example
+from loracli.errors import BaseModelMismatch
 from loracli.fitting import loss as loss_module
 from loracli.fitting.attach import attach
-from loracli.fitting.loss import FrozenHead, make_objective
+from loracli.fitting.loss import FrozenHead, check_causal, make_objective
 from loracli.fitting.mixing import make_mixing
 from tests.tiny import make_adapter, make_base
 
@@ -120,3 +121,16 @@ def test_the_head_sees_scored_positions_only(tiny_base: Path) -> None:
         objective.nats(batch)
         handle.remove()
     assert rows == [0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "neox", "cohere"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_models_pass_the_probe_for_causality(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path / "base", kind), dtype=dtype).eval()
+    check_causal(model, "x", plan_batches(examples(), batch_tokens=64)[0])
+
+
+def test_a_model_that_sees_the_future_is_refused(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path / "base", "bert")).eval()
+    with pytest.raises(BaseModelMismatch, match="x is not causal"):
+        check_causal(model, "x", plan_batches(examples(), batch_tokens=64)[0])
