@@ -7,17 +7,16 @@ kept relative to the recipe's own folder.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import types
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from loracli.adapters.names import layer
 from loracli.atomic import write_atomically
 from loracli.errors import OutputExists, RecipeError
+from loracli.schema import decode, encode
 from loracli.strict_json import StrictJsonError, parse_json
 
 SCHEMA = 1
@@ -226,8 +225,8 @@ class Recipe:
 
     def to_json(self) -> str:
         """The document, the same bytes for the same recipe."""
-        fields = {f.name: _encode(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "folder"}
-        return json.dumps({"loracat_recipe": SCHEMA, **fields}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        document = {"loracat_recipe": SCHEMA, **encode(self)}
+        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def _moved_to(self, folder: Path) -> Recipe:
         names = {a.reference: self._reference_from(folder, a) for a in self.adapters}
@@ -307,7 +306,7 @@ def load_recipe(path: str | Path) -> Recipe:
         hint = "it was written by a newer loracat: upgrade" if newer else None
         raise RecipeError(f"the recipe {path} has the schema {schema!r}; this version reads {SCHEMA}", hint=hint)
     problems: list[str] = []
-    recipe = _decode(Recipe, fields, "", problems)
+    recipe = decode(Recipe, fields, "", problems)
     if not problems:
         problems = _contradictions(recipe)
     if problems:
@@ -333,72 +332,3 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if "fit" not in (row.name for row in recipe.held_out.rows):
         problems.append("held_out.rows: no row 'fit'")
     return problems
-
-
-def _encode(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_encode(item) for item in value]
-    return value
-
-
-def _decode(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    """The value as `kind`: dataclasses, tuples, string-keyed dicts, unions, literals and JSON's own types."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _decode_fields(kind, value, path, problems)
-    if origin in (Union, types.UnionType):
-        fitting = next((option for option in arguments if _fits(option, value)), arguments[0])
-        return _decode(fitting, value, path, problems)
-    if origin is Literal:
-        if value not in arguments:
-            problems.append(f"{path}: expected one of {', '.join(map(repr, arguments))}, got {value!r}")
-        return value
-    if not _fits(kind, value):
-        problems.append(f"{path}: expected {_name(kind)}, got {json.dumps(value)[:60]}")
-        return value
-    if origin is dict:
-        return {key: _decode(arguments[1], item, f"{path}[{key!r}]", problems) for key, item in value.items()}
-    if origin is tuple:
-        repeated = len(arguments) == 2 and arguments[1] is Ellipsis
-        if not repeated and len(arguments) != len(value):
-            problems.append(f"{path}: expected {len(arguments)} values, got {len(value)}")
-            return value
-        kinds = [arguments[0]] * len(value) if repeated else arguments
-        return tuple(_decode(k, v, f"{path}[{i}]", problems) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    return float(value) if kind is float else value
-
-
-def _decode_fields(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    if not isinstance(value, dict):
-        problems.append(f"{path or 'the document'}: expected an object, got {json.dumps(value)[:60]}")
-        return value
-    hints = get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind) if f.name != "folder"]
-    prefix = f"{path}." if path else ""
-    problems += [f"{prefix}{name}: missing" for name in names if name not in value]
-    problems += [f"{prefix}{name}: unknown" for name in value if name not in names]
-    if any(name not in value for name in names):
-        return value
-    return kind(**{name: _decode(hints[name], value[name], f"{prefix}{name}", problems) for name in names})
-
-
-def _fits(kind: Any, value: Any) -> bool:
-    plain = get_origin(kind) or kind
-    if plain is types.NoneType:
-        return value is None
-    if plain is bool or isinstance(value, bool):
-        return plain is bool and isinstance(value, bool)
-    if plain is float and isinstance(value, int):
-        return abs(value) < 1 << 53  # a larger one would change, or not fit at all
-    accepted = {float: (int, float), tuple: (list,), dict: (dict,), int: (int,), str: (str,)}
-    return isinstance(value, accepted.get(plain, ()))
-
-
-def _name(kind: Any) -> str:
-    plain = get_origin(kind) or kind
-    names = {tuple: "a list", dict: "an object", str: "text", bool: "true or false", float: "a number"}
-    return names.get(plain, "a whole number" if plain is int else str(kind))

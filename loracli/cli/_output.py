@@ -112,7 +112,7 @@ class Output:
 
     def interrupted(self, code: int) -> None:
         """The last word after Ctrl-C or SIGTERM."""
-        message = "interrupted; no output was written" if code == 130 else "terminated; no output was written"
+        message = "interrupted" if code == 130 else "terminated"
         if self.as_json:
             self.document({"error": {"code": code, "kind": "Interrupted", "message": message, "hint": None}})
         else:

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from loracli.atomic import whole_directory
 from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
-from loracli.errors import OutputExists
 
 
 def demo(
@@ -25,49 +25,45 @@ def demo(
     from loracli.demo.run import run_demo
 
     out = Output(as_json=as_json, quiet=quiet)
-    if output is not None and output.exists():
-        raise OutputExists(f"{output} exists", hint="choose another name with -o")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = output or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() if output is None else whole_directory(output, force=False) as folder:
         out.note("a small model with two adapters: 'know' holds facts, 'form' a way of answering; the test needs both")
-        result = run_demo(folder, progress=out)
-        out.close()
-        out.document(
-            {
-                "rows": [
-                    {
-                        "name": row.name,
-                        "nats_per_token": row.nats_per_token,
-                        "exact_match": row.correct / row.questions,
-                        "questions": row.questions,
-                    }
-                    for row in result.rows
-                ],
-                "seconds": result.seconds,
-                "path": str(output) if output else None,
-            }
-        )
-        out.table(
-            ["", "exact match", "nats/token"],
-            [
-                [
-                    row.name,
-                    f"{row.correct}/{row.questions} = {row.correct / row.questions:.0%}",
-                    f"{row.nats_per_token:.4f}",
-                ]
+        result = run_demo(Path(folder), progress=out)
+    out.close()
+    out.document(
+        {
+            "rows": [
+                {
+                    "name": row.name,
+                    "nats_per_token": row.nats_per_token,
+                    "exact_match": row.correct / row.questions,
+                    "questions": row.questions,
+                }
                 for row in result.rows
             ],
-            strong=next(i for i, row in enumerate(result.rows) if row.name == "fit"),
-        )
-        for row in result.rows:
-            out.value(f"{row.name}\t{row.correct / row.questions:.4f}\t{row.nats_per_token:.4f}")
-        records = result.recipe.data.records
-        out.line()
-        out.line(
-            f"{result.rows[0].questions} questions about facts that only 'know' holds, in a form that only 'form' has."
-        )
-        out.line(f"Calibrated on {records} questions about other facts. {result.seconds:.0f} s.")
+            "seconds": result.seconds,
+            "path": str(output) if output else None,
+        }
+    )
+    out.table(
+        ["", "exact match", "nats/token"],
+        [
+            [
+                row.name,
+                f"{row.correct}/{row.questions} = {row.correct / row.questions:.0%}",
+                f"{row.nats_per_token:.4f}",
+            ]
+            for row in result.rows
+        ],
+        strong=next(i for i, row in enumerate(result.rows) if row.name == "fit"),
+    )
+    for row in result.rows:
+        out.value(f"{row.name}\t{row.correct / row.questions:.4f}\t{row.nats_per_token:.4f}")
+    records = result.recipe.data.records
+    out.line()
+    out.line(
+        f"{result.rows[0].questions} questions about facts that only 'know' holds, in a form that only 'form' has."
+    )
+    out.line(f"Calibrated on {records} questions about other facts. {result.seconds:.0f} s.")
     if output is not None:
         out.line(f"kept in {output}: recipe.json, adapter-cat, adapter-merged")
     out.hint("loracat fit --adapters org/math-lora org/code-lora --data val.jsonl")

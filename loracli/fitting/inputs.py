@@ -79,8 +79,6 @@ def prepare_fit(
         raise UsageError(f"the adapter {twice} is given twice")
     check_composable(read, base_given=base is not None)
     for adapter in read:
-        if adapter.source.shadows_hub:
-            progress.note(f"{adapter.reference} is read from the local directory of that name, not from the Hub")
         if settings.paper and adapter.config.lora_dropout:
             progress.warn(f"{adapter.reference} was trained with dropout; --paper leaves it off")
     file = read_records(data)

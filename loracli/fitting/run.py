@@ -27,7 +27,7 @@ from loracli.fitting.paper import fit_as_published
 from loracli.fitting.problem import TASK, Meter, Problem
 from loracli.fitting.search import Found, search, step_batches
 from loracli.fitting.settings import FitSettings
-from loracli.progress import SILENT, WORK, Progress, amount_text, duration_text
+from loracli.progress import SILENT, WORK, Progress, duration_text
 from loracli.recipe import (
     FitRecord,
     HeldOut,
@@ -180,12 +180,10 @@ def _announce(
         f"base {base.reference.id} in {dtype_name(base.dtype)} on {problem.objective.attached.device}; "
         f"{numbers} mixing weights ({kind}) over {len(problem.mixing.modules)} modules"
     )
+    passes = "one pass" if inputs.settings.paper else f"up to {inputs.settings.passes:g} passes"
     progress.note(
-        f"{records} training records, {len(held_out)} held out; up to {inputs.settings.passes:g} passes at "
-        f"{rate / 2:.0f} tok/s: about {duration_text(work / rate)}"
-        if not inputs.settings.paper
-        else f"{records} training records, {len(held_out)} held out; one pass over "
-        f"{amount_text(work, 'tok')}: about {duration_text(work / rate)}"
+        f"{records} training records, {len(held_out)} held out; {passes} at {rate / 2:.0f} tok/s: "
+        f"about {duration_text(work / rate)}"
     )
 
 

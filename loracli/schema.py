@@ -1,0 +1,91 @@
+"""Frozen dataclasses to JSON and back, with every problem of a document found at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def document_fields(kind: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass that belong to its document: those by which two values are compared."""
+    return [field for field in dataclasses.fields(kind) if field.compare]
+
+
+def encode(value: Any) -> Any:
+    """The value in JSON's own types."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: encode(getattr(value, f.name)) for f in document_fields(value)}
+    if isinstance(value, dict):
+        return {key: encode(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [encode(item) for item in value]
+    return value
+
+
+def decode(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """The value as `kind`: dataclasses, tuples, string-keyed dicts, unions, literals and JSON's own types.
+
+    Args:
+        kind: the type wanted.
+        value: as JSON gives it.
+        path: of the value in the document, for the problems.
+        problems: takes `path: reason` of everything that does not fit; what is returned is of use only if it stays
+            empty.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _fields(kind, value, path, problems)
+    if origin in (Union, types.UnionType):
+        fitting = next((option for option in arguments if _fits(option, value)), arguments[0])
+        return decode(fitting, value, path, problems)
+    if origin is Literal:
+        if value not in arguments:
+            problems.append(f"{path}: expected one of {', '.join(map(repr, arguments))}, got {value!r}")
+        return value
+    if not _fits(kind, value):
+        problems.append(f"{path}: expected {_name(kind)}, got {json.dumps(value)[:60]}")
+        return value
+    if origin is dict:
+        return {key: decode(arguments[1], item, f"{path}[{key!r}]", problems) for key, item in value.items()}
+    if origin is tuple:
+        repeated = len(arguments) == 2 and arguments[1] is Ellipsis
+        if not repeated and len(arguments) != len(value):
+            problems.append(f"{path}: expected {len(arguments)} values, got {len(value)}")
+            return value
+        kinds = [arguments[0]] * len(value) if repeated else arguments
+        return tuple(decode(k, v, f"{path}[{i}]", problems) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    return float(value) if kind is float else value
+
+
+def _fields(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(value, dict):
+        problems.append(f"{path or 'the document'}: expected an object, got {json.dumps(value)[:60]}")
+        return value
+    hints = get_type_hints(kind)
+    names = [f.name for f in document_fields(kind)]
+    prefix = f"{path}." if path else ""
+    problems += [f"{prefix}{name}: missing" for name in names if name not in value]
+    problems += [f"{prefix}{name}: unknown" for name in value if name not in names]
+    if any(name not in value for name in names):
+        return value
+    return kind(**{name: decode(hints[name], value[name], f"{prefix}{name}", problems) for name in names})
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    plain = get_origin(kind) or kind
+    if plain is types.NoneType:
+        return value is None
+    if plain is bool or isinstance(value, bool):
+        return plain is bool and isinstance(value, bool)
+    if plain is float and isinstance(value, int):
+        return abs(value) < 1 << 53  # a larger one would change, or not fit at all
+    accepted = {float: (int, float), tuple: (list,), dict: (dict,), int: (int,), str: (str,)}
+    return isinstance(value, accepted.get(plain, ()))
+
+
+def _name(kind: Any) -> str:
+    plain = get_origin(kind) or kind
+    names = {tuple: "a list", dict: "an object", str: "text", bool: "true or false", float: "a number"}
+    return names.get(plain, "a whole number" if plain is int else str(kind))
