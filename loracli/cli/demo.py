@@ -11,6 +11,7 @@ import typer
 from loracli.atomic import whole_directory
 from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
+from loracli.errors import OutputExists
 
 
 def demo(
@@ -25,6 +26,8 @@ def demo(
     from loracli.demo.run import run_demo
 
     out = Output(as_json=as_json, quiet=quiet)
+    if output is not None and output.exists():
+        raise OutputExists(f"{output} exists", hint="choose another name with -o")
     with tempfile.TemporaryDirectory() if output is None else whole_directory(output, force=False) as folder:
         out.note("a small model with two adapters: 'know' holds facts, 'form' a way of answering; the test needs both")
         result = run_demo(Path(folder), progress=out)

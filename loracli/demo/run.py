@@ -24,7 +24,7 @@ from loracli.evaluation.generate import exact_matches
 from loracli.evaluation.held_out import FIT, static_points
 from loracli.export.export import Exported, export_adapter
 from loracli.fitting.attach import attach
-from loracli.fitting.base import BaseModel, load_base
+from loracli.fitting.base import BaseModel, BaseReference, load_base
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.loss import make_objective
 from loracli.fitting.mixing import make_mixing
@@ -95,7 +95,7 @@ def _run(folder: Path, example: Path, progress: Progress) -> DemoResult:
     rows = _score_attached(base, inputs, recipe, test, progress)
     for name, exported in (("exported", concatenated), ("exported, merged", merged)):
         progress.note(f"scoring {name}, loaded by PEFT")
-        rows.append(test.score_adapted(name, _load_with_peft(inputs.base.path, exported.path)))
+        rows.append(test.score_adapted(name, _load_with_peft(inputs.base, exported.path)))
     progress.note("training a fresh LoRA on the same calibration records")
     calibration = render_records(inputs.data, base.tokenizer, max_length=128)
     targets = sorted({name.rpartition(".")[2] for name in inputs.mixing.modules})
@@ -143,9 +143,8 @@ def _score_attached(base: BaseModel, inputs: Any, recipe: Recipe, test: _Test, p
     return rows
 
 
-def _load_with_peft(base: Path, adapter: Path) -> Any:
+def _load_with_peft(base: BaseReference, adapter: Path) -> Any:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = load_base(base, dtype="float32", device="cpu").model
     return PeftModel.from_pretrained(model, adapter).eval()
