@@ -28,7 +28,7 @@ from peft import PeftModel
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import read_records
-from loracli.calibration.render import render_records
+from loracli.calibration.render import render_file
 from loracli.evaluation.bootstrap import paired_interval
 from loracli.evaluation.held_out import static_points
 from loracli.evaluation.scores import Scores
@@ -72,7 +72,7 @@ class Held:
 
     def score_attached(self, base: BaseModel, adapters: list[LoraAdapter], points: dict[str, torch.Tensor]) -> None:
         """Scores mixing weights (L, N) on the attached model."""
-        examples = render_records(read_records(self.path), base.tokenizer, max_length=1024)
+        examples = render_file(read_records(self.path), base.tokenizer, max_length=1024).examples
         batches = plan_batches(examples, batch_tokens=1024)
         with attach(base.model, adapters, make_mixing(adapters, "module").modules) as attached:
             objective = make_objective(attached, batches[0])
@@ -83,7 +83,7 @@ class Held:
 
     def score_exported(self, name: str, base: BaseModel, directory: Path) -> None:
         """Scores a directory as stock PEFT loads it; the base is left as it was."""
-        examples = render_records(read_records(self.path), base.tokenizer, max_length=1024)
+        examples = render_file(read_records(self.path), base.tokenizer, max_length=1024).examples
         batches = plan_batches(examples, batch_tokens=1024)
         loaded = PeftModel.from_pretrained(copy.deepcopy(base.model), directory).eval()
         with self.timed(name), attach(loaded, (), ()) as attached:
@@ -180,7 +180,8 @@ def report_fits(recipes: dict[str, Recipe], held: Held, tables: list[str]) -> No
     """Prints the comparison of all methods, and what the fits did."""
     fit = recipes["fit"]
     print(f"Base in {fit.dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}.")
-    print(f"Fitted on {fit.data.records} records, {fit.data.scored_tokens} scored tokens, {fit.fit.passes:g} passes;")
+    [data] = fit.data
+    print(f"Fitted on {data.records} records, {data.scored_tokens} scored tokens, {fit.fit.passes:g} passes;")
     scored = held.scores["fit"].tokens
     print(f"scored on {len(scored)} records, {int(scored.sum())} scored tokens.\n")
     for table in tables:

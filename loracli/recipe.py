@@ -75,13 +75,32 @@ class RecipeAdapter:
 
 @dataclass(frozen=True)
 class RecipeData:
-    """The calibration data: `name` is the file's name; counts are of records and scored tokens after rendering."""
+    """One calibration file.
+
+    Args:
+        name: of the file, without its folder.
+        sha256: of its bytes.
+        shape: of its records, as it was read.
+        weight: how many times each of its scored tokens counts.
+        records: in the training part.
+        scored_tokens: in them, whatever the weight.
+        skipped: bad lines that were left out.
+        skipped_lines: the numbers of the first of them.
+        dropped: records of the file that have nothing scored within the longest length.
+        cut: records of the file that were cut at the longest length, the dropped ones included.
+        template_sha256: of the chat template that rendered it, None where none did.
+    """
 
     name: str
     sha256: str
     shape: str
+    weight: float
     records: int
     scored_tokens: int
+    skipped: int
+    skipped_lines: tuple[int, ...]
+    dropped: int
+    cut: int
     template_sha256: str | None
 
 
@@ -138,15 +157,26 @@ class HeldOutRow:
 
 
 @dataclass(frozen=True)
+class HeldOutTask:
+    """The held-out records of one task: `nats_per_token` by the name of the row."""
+
+    task: str
+    records: int
+    scored_tokens: int
+    nats_per_token: dict[str, float]
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """What held-out records say, read once at the end.
 
     Args:
-        name: of the file they came from.
+        name: of the files they came from, each with its weight where it has one.
         records: how many.
-        scored_tokens: in them.
+        scored_tokens: in them, whatever the weights.
         best_ingredient: the adapter with the lowest loss on them.
         rows: the table.
+        tasks: one for each task that the records name.
         verdict: `better`, `not better`, or `too few records`.
     """
 
@@ -155,6 +185,7 @@ class HeldOut:
     scored_tokens: int
     best_ingredient: str
     rows: tuple[HeldOutRow, ...]
+    tasks: tuple[HeldOutTask, ...]
     verdict: Literal["better", "not better", "too few records"]
 
     def row(self, name: str) -> HeldOutRow:
@@ -177,7 +208,7 @@ class Recipe:
 
     base: RecipeBase
     adapters: tuple[RecipeAdapter, ...]
-    data: RecipeData
+    data: tuple[RecipeData, ...]
     fit: FitRecord
     mixing: RecipeMixing
     modules: tuple[BaseModule, ...]
@@ -240,6 +271,10 @@ class Recipe:
                 self.held_out,
                 best_ingredient=names[self.held_out.best_ingredient],
                 rows=tuple(replace(row, name=names.get(row.name, row.name)) for row in self.held_out.rows),
+                tasks=tuple(
+                    replace(task, nats_per_token={names.get(n, n): loss for n, loss in task.nats_per_token.items()})
+                    for task in self.held_out.tasks
+                ),
             ),
         )
 
@@ -320,8 +355,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
     for group, weights in recipe.mixing.weights.items():
         if len(weights) != len(recipe.adapters):
             problems.append(f"mixing.weights[{group!r}]: {len(weights)} weights for {len(recipe.adapters)} adapters")
-    if not recipe.adapters:
-        problems.append("adapters: empty")
+    for name in ("adapters", "data"):
+        if not getattr(recipe, name):
+            problems.append(f"{name}: empty")
     references = [adapter.reference for adapter in recipe.adapters]
     for index, adapter in enumerate(recipe.adapters):
         if adapter.reference in (*references[:index], *OTHER_ROWS):
@@ -329,6 +365,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems += [f"adapters[{index}].sha256: lacks {name}" for name in ADAPTER_FILES if name not in adapter.sha256]
     if recipe.held_out.best_ingredient not in references:
         problems.append(f"held_out.best_ingredient: {recipe.held_out.best_ingredient!r} is none of the adapters")
-    if "fit" not in (row.name for row in recipe.held_out.rows):
+    rows = [row.name for row in recipe.held_out.rows]
+    if "fit" not in rows:
         problems.append("held_out.rows: no row 'fit'")
+    for index, task in enumerate(recipe.held_out.tasks):
+        if sorted(task.nats_per_token) != sorted(rows):
+            problems.append(f"held_out.tasks[{index}].nats_per_token: not the names of held_out.rows")
     return problems

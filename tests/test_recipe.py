@@ -18,6 +18,7 @@ from loracli.recipe import (
     FitRecord,
     HeldOut,
     HeldOutRow,
+    HeldOutTask,
     MixingKind,
     Recipe,
     RecipeAdapter,
@@ -51,7 +52,10 @@ def make_recipe(folder: Path, *adapters: RecipeAdapter) -> Recipe:
     return Recipe(
         base=RecipeBase("org/base", "b" * 40, "e" * 64),
         adapters=adapters,
-        data=RecipeData("val é.jsonl", "f" * 64, "messages", 96, 4321, None),
+        data=(
+            RecipeData("val é.jsonl", "f" * 64, "messages", 1.0, 96, 4321, 2, (3, 17), 1, 4, "a" * 64),
+            RecipeData("<stdin>", "f" * 64, "text", 2.5, 1, 2, 0, (), 0, 0, None),
+        ),
         fit=FitRecord(
             recipe="cat",
             settings={"seed": 3, "ridge": None, "passes": 8.0, "paper": False, "mixing": "module", "rate": 1e-9},
@@ -73,6 +77,10 @@ def make_recipe(folder: Path, *adapters: RecipeAdapter) -> Recipe:
             rows=tuple(
                 HeldOutRow(name, generator.random(), -generator.random(), (-1e-17, generator.random()), 0.25)
                 for name in ("base", *references, "uniform", "sum", "fit")
+            ),
+            tasks=tuple(
+                HeldOutTask(task, 12, 500, dict.fromkeys(("base", *references, "uniform", "sum", "fit"), 1 / 3))
+                for task in ("code", "math")
             ),
             verdict="better",
         ),
@@ -156,6 +164,8 @@ def test_local_adapters_are_named_from_the_folder_of_the_recipe(tmp_path: Path, 
     loaded = load_recipe(tmp_path / target)
     assert [a.reference for a in loaded.adapters] == [expected, "org/math@v1"]
     assert loaded.held_out.best_ingredient == expected
+    for task in loaded.held_out.tasks:
+        assert list(task.nats_per_token) == ["base", expected, "org/math@v1", "uniform", "sum", "fit"]
     assert [row.name for row in loaded.held_out.rows] == ["base", expected, "org/math@v1", "uniform", "sum", "fit"]
     assert (loaded.folder / loaded.adapters[0].reference).resolve() == (tmp_path / "adapters" / "know").resolve()
 
@@ -262,6 +272,14 @@ def test_the_recipe_that_the_cases_below_damage_is_fine(tmp_path: Path) -> None:
         ("held_out__rows__0__interval__1", "x", 'held_out.rows[0].interval[1]: expected a number, got "x"'),
         ("held_out__best_ingredient", "other", "held_out.best_ingredient: 'other' is none of the adapters"),
         ("held_out__rows", [], "held_out.rows: no row 'fit'"),
+        (
+            "held_out__tasks__1__nats_per_token",
+            {"fit": 1},
+            "held_out.tasks[1].nats_per_token: not the names of held_out.rows",
+        ),
+        ("held_out__tasks__0__task", None, "held_out.tasks[0].task: expected text, got null"),
+        ("data", [], "data: empty"),
+        ("data__1__weight", "2", 'data[1].weight: expected a number, got "2"'),
         ("host", "my machine", "host: unknown"),
         ("folder", "/root", "folder: unknown"),
         ("base__path", "/root", "base.path: unknown"),

@@ -23,6 +23,7 @@ class Batch:
         positions: (s,) places in the flattened (b * t) where the next token is scored.
         labels: (s,) those next tokens.
         owners: (s,) row of each, 0 to b - 1.
+        weights: (s,) how many times each counts, float64; None where all count once.
     """
 
     indices: tuple[int, ...]
@@ -30,6 +31,7 @@ class Batch:
     positions: Tensor
     labels: Tensor
     owners: Tensor
+    weights: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -37,8 +39,9 @@ class Batch:
         return self.input_ids.numel()
 
     @property
-    def scored_tokens(self) -> int:
-        return self.labels.numel()
+    def scored_tokens(self) -> float:
+        """Scored tokens, each as many times as it counts: what a sum of the batch's nats is divided by."""
+        return self.labels.numel() if self.weights is None else float(self.weights.sum())
 
 
 def plan_batches(examples: Sequence[Example], *, batch_tokens: int) -> list[Batch]:
@@ -60,7 +63,7 @@ def make_batch(examples: Sequence[Example], indices: Iterable[int]) -> Batch:
     rows = tuple(indices)
     width = max(len(examples[i].input_ids) for i in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)  # (b, t); what stands in the padding is never seen
-    positions, labels, owners = [], [], []
+    positions, labels, owners, weights = [], [], [], []
     for row, index in enumerate(rows):
         example = examples[index]
         input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
@@ -69,4 +72,6 @@ def make_batch(examples: Sequence[Example], indices: Iterable[int]) -> Batch:
                 positions.append(row * width + place - 1)
                 labels.append(example.input_ids[place])
                 owners.append(row)
-    return Batch(rows, input_ids, torch.tensor(positions), torch.tensor(labels), torch.tensor(owners))
+                weights.append(example.weight)
+    weighted = torch.tensor(weights, dtype=torch.float64) if any(weight != 1 for weight in weights) else None
+    return Batch(rows, input_ids, torch.tensor(positions), torch.tensor(labels), torch.tensor(owners), weighted)

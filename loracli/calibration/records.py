@@ -1,10 +1,6 @@
-"""Calibration records: JSONL in the three shapes that TRL and mlx-lm users write, validated line by line.
+"""Calibration records: JSONL, every line checked, in one of the shapes of `loracli.calibration.shapes`.
 
-    {"prompt": "...", "completion": "..."}                 scored: the completion
-    {"messages": [{"role": "...", "content": "..."}]}      scored: the assistant turns
-    {"text": "..."}                                        scored: everything
-
-The first record decides the shape; every other must have it too.
+The first record whose keys are those of a shape decides; every other must have that shape too.
 """
 
 from __future__ import annotations
@@ -14,22 +10,20 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from loracli.calibration.checks import LineError, check_text, kind_of
+from loracli.calibration.shapes import Shape, detect_shape, keys_of, read_content
+from loracli.calibration.sources import DataSource, parse_source
 from loracli.errors import CalibrationError
+from loracli.progress import SILENT, Progress
 from loracli.strict_json import StrictJsonError, parse_json
 
 MAX_LINE_BYTES = 16 << 20
-ROLES = ("system", "user", "assistant", "tool")
+MAX_TASK_LENGTH = 100  # it becomes the head of a table
+SHOWN_LINES = 20
 
-Shape = Literal["prompt-completion", "messages", "text"]
-
-_KEYS: dict[Shape, tuple[str, ...]] = {
-    "prompt-completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "text": ("text",),
-}
-_HARMLESS = frozenset({"id", "task", "skill"})  # for the user's own book-keeping
+_HARMLESS = frozenset({"id", "task", "skill"})  # beside what a shape reads
 
 
 @dataclass(frozen=True)
@@ -37,12 +31,19 @@ class Record:
     """One line of a calibration file.
 
     Args:
-        line: its number, from 1.
-        content: the keys of its shape; strings, or the list of messages.
+        place: `file:line`, for messages.
+        content: what is rendered, of one of three kinds: a text, prompt and completion, or a conversation.
+        task: what it belongs to, for a table of its own; its key `task`, or `skill`.
     """
 
-    line: int
+    place: str
     content: dict[str, Any]
+    task: str | None = None
+
+    @property
+    def line(self) -> int:
+        """The number of its line, from 1."""
+        return int(self.place.rpartition(":")[2])
 
     @property
     def fingerprint(self) -> str:
@@ -55,57 +56,72 @@ class CalibrationFile:
     """A calibration file whose every line has been checked.
 
     Args:
-        name: the file's name without its folder.
+        source: the file, with its weight.
         sha256: of its bytes.
         shape: of all its records.
         records: in file order, blank lines left out.
         ignored_keys: keys that some record has and nobody reads.
+        skipped: numbers of the bad lines that were left out.
     """
 
-    name: str
+    source: DataSource
     sha256: str
     shape: Shape
     records: tuple[Record, ...]
-    ignored_keys: tuple[str, ...]
+    ignored_keys: tuple[str, ...] = ()
+    skipped: tuple[int, ...] = ()
 
 
-def read_records(path: str | Path) -> CalibrationFile:
+def read_records(
+    source: str | Path | DataSource,
+    *,
+    shape: Shape | None = None,
+    skip_bad: bool = False,
+    progress: Progress = SILENT,
+) -> CalibrationFile:
     """Reads a JSONL file.
 
+    Args:
+        source: the file, as `parse_source` takes it.
+        shape: of the records; None to see it from them.
+        skip_bad: leave bad lines out, and say which, as long as there is a good one.
+        progress: told of bad lines that are left out.
     Raises:
         CalibrationError: if the file cannot be read, is empty, or has bad lines: each as `file:line: path: reason`.
     """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(source, DataSource):
+        source = parse_source(source)
+    data = source.read()
     records: list[Record] = []
-    problems: list[str] = []
+    problems: dict[int, str] = {}  # by line
     ignored: set[str] = set()
-    shape: Shape | None = None
     for number, line in _lines(data):
+        place = f"{source}:{number}"
         try:
             fields = _parse_line(line)
-            shape = shape or _shape_of(fields)
-            records.append(Record(number, _content(fields, shape)))
-            ignored |= fields.keys() - set(_KEYS[shape]) - _HARMLESS
-        except _LineError as error:
-            problems.append(f"{path}:{number}: {error}")
-    if problems:
-        total = len(problems) + len(records)
+            shape = shape or detect_shape(fields)
+            records.append(Record(place, read_content(fields, shape), _task(fields)))
+            ignored |= fields.keys() - keys_of(shape) - _HARMLESS
+        except LineError as error:
+            problems[number] = f"{place}: {error}"
+    if not problems and not records:
+        raise CalibrationError(f"{source} holds no records", hint="write one JSON object on each line")
+    if shape is None or not records or (problems and not skip_bad):
         raise CalibrationError(
-            f"{len(problems)} of {total} records in {path} cannot be used",
-            problems=tuple(problems),
-            hint="each line is one JSON object: prompt and completion, or messages, or text",
+            f"{len(problems)} of {len(problems) + len(records)} records in {source} cannot be used",
+            problems=tuple(problems.values()),
+            hint=None if skip_bad else "mend these lines, or leave them out with --skip-bad",
         )
-    if shape is None:
-        raise CalibrationError(f"{path} holds no records", hint="write one JSON object on each line")
-    return CalibrationFile(path.name, hashlib.sha256(data).hexdigest(), shape, tuple(records), tuple(sorted(ignored)))
+    if problems:
+        progress.warn(skipped_lines(source, tuple(problems), next(iter(problems.values()))))
+    digest = hashlib.sha256(data).hexdigest()
+    return CalibrationFile(source, digest, shape, tuple(records), tuple(sorted(ignored)), tuple(problems))
 
 
-class _LineError(Exception):
-    """`path: reason` of one bad line."""
+def skipped_lines(source: DataSource, lines: tuple[int, ...], first_problem: str) -> str:
+    """The warning that lines were left out: how many, the first numbers, and the first reason."""
+    numbers = ", ".join(map(str, lines[:SHOWN_LINES])) + (", ..." if len(lines) > SHOWN_LINES else "")
+    return f"{source}: {len(lines)} bad lines are left out: {numbers}; the first is {first_problem}"
 
 
 def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -117,69 +133,21 @@ def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _parse_line(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
-        raise _LineError(f"the line has {len(line)} bytes; at most {MAX_LINE_BYTES} are read")
+        raise LineError(f"the line has {len(line)} bytes; at most {MAX_LINE_BYTES} are read")
     try:
         fields = parse_json(line)
     except StrictJsonError as error:
-        raise _LineError(str(error)) from None
+        raise LineError(str(error)) from None
     if not isinstance(fields, dict):
-        raise _LineError(f"expected a JSON object, got {_kind(fields)}")
+        raise LineError(f"expected a JSON object, got {kind_of(fields)}")
     return fields
 
 
-def _shape_of(fields: dict[str, Any]) -> Shape:
-    for shape, keys in _KEYS.items():
-        if keys[0] in fields:
-            return shape
-    if "chosen" in fields or "rejected" in fields:
-        raise _LineError("chosen/rejected: preference data has no single completion to learn from")
-    raise _LineError(f"has none of the keys prompt, messages, text; found: {', '.join(sorted(fields)) or 'nothing'}")
-
-
-def _content(fields: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    missing = [key for key in _KEYS[shape] if key not in fields]
-    if missing:
-        raise _LineError(f"{missing[0]}: missing; the first record has the shape {shape}")
-    if shape == "messages":
-        if fields.get("tools"):
-            raise _LineError("tools: tool definitions are not read; render the prompt and use prompt and completion")
-        return {"messages": _messages(fields["messages"])}
-    for key in _KEYS[shape]:
-        empty_is_fine = key == "prompt"
-        _check_text(fields[key], key, empty_is_fine=empty_is_fine)
-    return {key: fields[key] for key in _KEYS[shape]}
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise _LineError(f"messages: expected a list of messages, got {_kind(value)}")
-    for index, message in enumerate(value):
-        path = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise _LineError(f"{path}: expected an object, got {_kind(message)}")
-        role = message.get("role")
-        if role not in ROLES:
-            raise _LineError(f"{path}.role: expected one of {', '.join(ROLES)}, got {json.dumps(role)}")
-        _check_text(message.get("content"), f"{path}.content", empty_is_fine=role != "assistant")
-        others = sorted(message.keys() - {"role", "content"})
-        if others:
-            raise _LineError(f"{path}.{others[0]}: only role and content are read")
-    if value[0]["role"] == "assistant":
-        raise _LineError("messages[0].role: an assistant turn with nothing before it")
-    if not any(message["role"] == "assistant" for message in value):
-        raise _LineError("messages: no assistant turn, so nothing is scored")
-    return value
-
-
-def _check_text(value: Any, path: str, *, empty_is_fine: bool) -> None:
-    if not isinstance(value, str):
-        raise _LineError(f"{path}: expected a string, got {_kind(value)}")
-    if not empty_is_fine and not value.strip():
-        raise _LineError(f"{path}: empty")
-
-
-def _kind(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    kinds = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "an empty list" if value == [] else kinds[type(value)]
+def _task(fields: dict[str, Any]) -> str | None:
+    for key in ("task", "skill"):
+        if fields.get(key) is not None:
+            task = check_text(fields[key], key, may_be_empty=False)
+            if len(task) > MAX_TASK_LENGTH:
+                raise LineError(f"{key}: longer than {MAX_TASK_LENGTH} characters")
+            return task
+    return None

@@ -41,6 +41,26 @@ def split_records(records: Sequence[Record], count: int, *, seed: int) -> tuple[
     )
 
 
+def split_files(
+    files: Sequence[Sequence[Record]], share: float, *, seed: int
+) -> tuple[list[list[Record]], list[list[Record]]]:
+    """(kept, held out) of each file, so that each stands on both sides as far as it has different records.
+
+    `held_out_count` of all records together, from each file by its size. A record that is held out of one file is held
+    out of all.
+    """
+    total = sum(len(records) for records in files)
+    count = held_out_count(total, share)
+    chosen: set[str] = set()
+    for records in files:
+        part = min(-(-count * len(records) // total), len(records) // 2)
+        chosen |= {record.fingerprint for record in split_records(records, part, seed=seed)[1]}
+    return (
+        [[record for record in records if record.fingerprint not in chosen] for records in files],
+        [[record for record in records if record.fingerprint in chosen] for records in files],
+    )
+
+
 Item = TypeVar("Item")
 
 

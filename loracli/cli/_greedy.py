@@ -31,7 +31,8 @@ class GreedyCommand(TyperCommand):
                 rewritten += [word, *rest[: option.nargs]]
                 del rest[: option.nargs]
             else:
-                count = next((i for i, value in enumerate(rest) if value[:1] == "-"), len(rest))
+                # A lone dash is a value: standard input.
+                count = next((i for i, value in enumerate(rest) if value[:1] == "-" != value), len(rest))
                 if not count and not ctx.resilient_parsing:
                     ctx.fail(f"Option '{word}' needs at least one value.")
                 rewritten += [part for value in rest[:count] for part in (word, value)]

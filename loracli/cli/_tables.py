@@ -5,9 +5,23 @@ from __future__ import annotations
 from loracli.cli._output import Output
 from loracli.recipe import HeldOut, Recipe
 
+SHOWN_TASKS = 20
+
+
+def data_lines(out: Output, recipe: Recipe) -> None:
+    """What was fitted on, a line for each file."""
+    for data in recipe.data:
+        weight = "" if data.weight == 1 else f", weight {data.weight:g}"
+        losses = {"bad lines left out": data.skipped, "cut": data.cut, "dropped": data.dropped}
+        said = "".join(f", {count} {what}" for what, count in losses.items() if count)
+        out.line(
+            f"fitted on {data.records} records of {data.name} ({data.shape}, {data.scored_tokens} scored tokens"
+            f"{weight}){said}"
+        )
+
 
 def held_out_lines(out: Output, recipe: Recipe) -> None:
-    """The held-out table with the fit standing out, and what it says in a sentence."""
+    """The held-out table with the fit standing out, the losses by task, and what it says in a sentence."""
     table = recipe.public().held_out
     out.line(f"held out: {table.records} records of {table.name}, {table.scored_tokens} scored tokens", style="bold")
     rows = [
@@ -24,7 +38,23 @@ def held_out_lines(out: Output, recipe: Recipe) -> None:
     out.table(["", "nats/token", "difference", "95 % interval", "worse on"], rows, strong=strong)
     out.line(f"difference: to the best single adapter, {table.best_ingredient}; below zero is better", style="dim")
     out.line()
+    if len(table.tasks) > 1:
+        _task_lines(out, table)
     out.line(verdict(table), style="bold")
+
+
+def _task_lines(out: Output, table: HeldOut) -> None:
+    """Nats per token by task: a row for each task, a column for each method."""
+    names = [row.name for row in table.rows]
+    rows = [
+        [t.task, str(t.records), str(t.scored_tokens), *(f"{t.nats_per_token[name]:.4f}" for name in names)]
+        for t in table.tasks[:SHOWN_TASKS]
+    ]
+    out.line("nats per token by task", style="bold")
+    out.table(["", "records", "tokens", *names], rows)
+    if len(table.tasks) > SHOWN_TASKS:
+        out.line(f"... and {len(table.tasks) - SHOWN_TASKS} more tasks in the recipe")
+    out.line()
 
 
 def verdict(table: HeldOut) -> str:

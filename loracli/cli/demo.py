@@ -61,7 +61,7 @@ def demo(
     )
     for row in result.rows:
         out.value(f"{row.name}\t{row.correct / row.questions:.4f}\t{row.nats_per_token:.4f}")
-    records = result.recipe.data.records
+    records = sum(data.records for data in result.recipe.data)
     out.line()
     out.line(
         f"{result.rows[0].questions} questions about facts that only 'know' holds, in a form that only 'form' has."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +21,9 @@ EPILOG = (
 def fit(
     adapters: AdaptersOpt,
     data: Annotated[
-        Path,
+        list[str],
         typer.Option(
-            "--data", "-d", metavar="FILE", help="Calibration JSONL: prompt and completion, messages, or text."
+            "--data", "-d", metavar="FILE...", help="Calibration JSONL, each FILE or FILE:WEIGHT; - is standard input."
         ),
     ],
     base: Annotated[
@@ -39,15 +40,34 @@ def fit(
         bool, typer.Option("--paper", help="The published recipe: softmax weights, one epoch, rate 1e-4.")
     ] = False,
     eval_data: Annotated[
-        Path | None,
-        typer.Option("--eval-data", metavar="FILE", help="Held-out JSONL, instead of holding out from --data."),
+        list[str] | None,
+        typer.Option("--eval-data", metavar="FILE...", help="Held-out JSONL, instead of holding out from --data."),
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="SHAPE",
+            help="text, prompt-completion, conversational-prompt-completion, messages, sharegpt, or alpaca; default: "
+            "what each file's first record has.",
+        ),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out lines that cannot be used, and say which.")
+    ] = False,
     holdout: Annotated[
         float, typer.Option("--holdout", metavar="SHARE", help="Share of --data that is held out, at least 20 records.")
     ] = 0.2,
     max_length: Annotated[
         int, typer.Option("--max-length", metavar="N", help="Tokens of a record that are used.")
     ] = 1024,
+    allow_truncation: Annotated[
+        bool,
+        typer.Option(
+            "--allow-truncation",
+            help="Go on although --max-length leaves more than a tenth of a file's records with nothing to score.",
+        ),
+    ] = False,
     batch_tokens: Annotated[int, typer.Option("--batch-tokens", metavar="N", help="Tokens of a micro-batch.")] = 1024,
     passes: Annotated[
         float, typer.Option("--passes", metavar="N", help="Budget in passes over the training records.")
@@ -96,11 +116,14 @@ def fit(
         ridge=ridge,
         learning_rate=learning_rate,
         seed=seed,
+        format=shape,
+        allow_truncation=allow_truncation,
+        skip_bad=skip_bad,
     )
     inputs = prepare_fit(
         adapters,
         data,
-        eval_data=eval_data,
+        eval_data=eval_data or None,
         base=base,
         base_revision=base_revision,
         settings=settings,
@@ -130,6 +153,7 @@ def fit(
                 }
                 for row in table.rows
             ],
+            "tasks": [asdict(task) for task in table.tasks],
         }
     )
     out.value(str(output))
@@ -145,8 +169,8 @@ def _print_plan(out: Output, inputs: Any) -> None:
         "base": inputs.base.id,
         "base_commit": inputs.base.commit,
         "adapters": list(inputs.references),
-        "training_records": len(inputs.training),
-        "held_out_records": len(inputs.held_out),
+        "training_records": len(inputs.data.training),
+        "held_out_records": len(inputs.data.held_out),
         "mixing": inputs.settings.mixing,
         "mixing_weights": inputs.mixing.numbers,
         "modules": len(inputs.mixing.modules),

@@ -10,7 +10,7 @@ import typer
 
 from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
-from loracli.cli._tables import held_out_lines
+from loracli.cli._tables import data_lines, held_out_lines
 
 EPILOG = "loracat show recipe.json  ·  loracat show recipe.json --json"
 
@@ -62,9 +62,7 @@ def show(
     )
     fit = loaded.fit
     out.line()
-    out.line(
-        f"fitted on {loaded.data.records} records of {loaded.data.name} ({loaded.data.scored_tokens} scored tokens), "
-        f"{fit.passes:g} passes, from the start '{fit.chosen}', largest move of a weight {fit.largest_move:.3f}"
-    )
+    data_lines(out, loaded)
+    out.line(f"{fit.passes:g} passes, from the start '{fit.chosen}', largest move of a weight {fit.largest_move:.3f}")
     out.line()
     held_out_lines(out, loaded)

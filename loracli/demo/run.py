@@ -18,7 +18,7 @@ import torch
 
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.records import CalibrationFile
-from loracli.calibration.render import render_records
+from loracli.calibration.render import render_file
 from loracli.demo.fresh_lora import train_fresh_lora
 from loracli.evaluation.generate import exact_matches
 from loracli.evaluation.held_out import FIT, static_points
@@ -91,13 +91,13 @@ def _run(folder: Path, example: Path, progress: Progress) -> DemoResult:
     merged = export_adapter(folder / "recipe.json", folder / "adapter-merged", merge=True, progress=progress)
 
     base = load_base(inputs.base, dtype="float32", device="cpu")
-    test = _Test(base, inputs.held_out_file)
+    test = _Test(base, inputs.data.eval_files[0])
     rows = _score_attached(base, inputs, recipe, test, progress)
     for name, exported in (("exported", concatenated), ("exported, merged", merged)):
         progress.note(f"scoring {name}, loaded by PEFT")
         rows.append(test.score_adapted(name, _load_with_peft(inputs.base, exported.path)))
     progress.note("training a fresh LoRA on the same calibration records")
-    calibration = render_records(inputs.data, base.tokenizer, max_length=128)
+    calibration = render_file(inputs.data.files[0], base.tokenizer, max_length=128).examples
     targets = sorted({name.rpartition(".")[2] for name in inputs.mixing.modules})
     fresh = train_fresh_lora(base.model, targets, max(inputs.adapters[0].ranks), calibration, seed=0)
     rows.append(test.score_adapted("fresh LoRA", fresh))
@@ -109,7 +109,7 @@ class _Test:
 
     def __init__(self, base: BaseModel, file: CalibrationFile) -> None:
         self._tokenizer, self._records = base.tokenizer, file.records
-        examples = render_records(file, base.tokenizer, max_length=128)
+        examples = render_file(file, base.tokenizer, max_length=128).examples
         self.batches: list[Batch] = plan_batches(examples, batch_tokens=4096)
 
     def row(self, name: str, nats_per_token: float, model: Any) -> DemoRow:
@@ -138,7 +138,7 @@ def _score_attached(base: BaseModel, inputs: Any, recipe: Recipe, test: _Test, p
         for name, weights in points.items():
             progress.note(f"scoring {name}")
             attached.set_weights(weights)
-            loss = objective.score(test.batches, len(inputs.held_out)).nats_per_token
+            loss = objective.score(test.batches, len(inputs.data.held_out)).nats_per_token
             rows.append(test.row(name, loss, base.model))
     return rows
 

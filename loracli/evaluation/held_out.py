@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from loracli.calibration.render import Example
 from loracli.calibration.split import MIN_HELD_OUT
 from loracli.evaluation.bootstrap import paired_interval
 from loracli.evaluation.scores import Scores
-from loracli.recipe import HeldOut, HeldOutRow
+from loracli.recipe import HeldOut, HeldOutRow, HeldOutTask
 
 FIT = "fit"
 
@@ -28,11 +29,20 @@ def static_points(references: Sequence[str]) -> dict[str, tuple[float, ...]]:
     return points
 
 
-def held_out_table(scores: Mapping[str, Scores], references: Sequence[str], *, name: str, seed: int) -> HeldOut:
-    """The table from each method's scores on the same records.
+def held_out_table(
+    scores: Mapping[str, Scores], references: Sequence[str], *, examples: Sequence[Example], name: str, seed: int
+) -> HeldOut:
+    """The table from each method's scores on the same n records.
 
     The verdict is `better` when the whole interval of fit minus best ingredient lies below zero, and none is given
     below 20 records.
+
+    Args:
+        scores: of each method, by the name of its row; the fit's is `fit`.
+        references: the adapters' rows.
+        examples: the n records.
+        name: of the files that they came from.
+        seed: of the bootstrap.
     """
     best = min(references, key=lambda reference: scores[reference].nats_per_token)
     reference = scores[best]
@@ -54,8 +64,19 @@ def held_out_table(scores: Mapping[str, Scores], references: Sequence[str], *, n
     return HeldOut(
         name=name,
         records=records,
-        scored_tokens=int(reference.tokens.sum()),
+        scored_tokens=sum(example.scored_tokens for example in examples),
         best_ingredient=best,
         rows=tuple(rows),
+        tasks=_tasks(scores, examples),
         verdict="too few records" if records < MIN_HELD_OUT else "better" if fitted.interval[1] < 0 else "not better",
     )
+
+
+def _tasks(scores: Mapping[str, Scores], examples: Sequence[Example]) -> tuple[HeldOutTask, ...]:
+    """Each task that some records name, in the order of their names, with every method's loss on its records."""
+    tasks = []
+    for task in sorted({example.task for example in examples if example.task is not None}):
+        places = [index for index, example in enumerate(examples) if example.task == task]
+        losses = {name: score.part(places).nats_per_token for name, score in scores.items()}
+        tasks.append(HeldOutTask(task, len(places), sum(examples[i].scored_tokens for i in places), losses))
+    return tuple(tasks)

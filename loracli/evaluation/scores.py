@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,8 +13,8 @@ class Scores:
     """What each of n records costs.
 
     Args:
-        nats: (n,) sums over the record's scored tokens, float64.
-        tokens: (n,) how many those are.
+        nats: (n,) sums over the record's scored tokens, each as many times as it counts, float64.
+        tokens: (n,) how many those are, counted likewise.
     """
 
     nats: Tensor
@@ -22,3 +23,7 @@ class Scores:
     @property
     def nats_per_token(self) -> float:
         return float(self.nats.sum() / self.tokens.sum())
+
+    def part(self, records: Sequence[int]) -> Scores:
+        """The scores of some of the n records."""
+        return Scores(self.nats[list(records)], self.tokens[list(records)])

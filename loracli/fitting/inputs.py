@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatibility import check_composable
 from loracli.adapters.hub import Fetched, fetch_adapter
-from loracli.calibration.records import CalibrationFile, Record, read_records
-from loracli.calibration.split import MIN_HELD_OUT, held_out_count, split_records
-from loracli.errors import CalibrationError, UsageError
+from loracli.calibration.adapter_tokenizer import tokenizer_differences
+from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset
+from loracli.calibration.sources import DataPaths
+from loracli.errors import UsageError
 from loracli.fitting.base import BaseReference, find_base
 from loracli.fitting.mixing import Mixing, make_mixing
 from loracli.fitting.settings import FitSettings
@@ -27,10 +29,7 @@ class FitInputs:
         adapters: N adapters that can be composed.
         references: how each is called in tables and in the recipe; local ones relative to the recipe's folder.
         base: where the base model is.
-        data: the calibration file.
-        held_out_file: the file that the held-out records come from, which may be `data`.
-        training: records to fit on and to choose with.
-        held_out: records that are read once, at the end.
+        data: the calibration files, and which of their records are held out.
         mixing: the parametrisation.
         settings: of the fit.
         folder: the recipe's folder.
@@ -39,10 +38,7 @@ class FitInputs:
     adapters: tuple[LoraAdapter, ...]
     references: tuple[str, ...]
     base: BaseReference
-    data: CalibrationFile
-    held_out_file: CalibrationFile
-    training: tuple[Record, ...]
-    held_out: tuple[Record, ...]
+    data: Dataset
     mixing: Mixing
     settings: FitSettings
     folder: Path
@@ -50,9 +46,9 @@ class FitInputs:
 
 def prepare_fit(
     adapters: Sequence[str | Fetched],
-    data: str | Path,
+    data: DataPaths,
     *,
-    eval_data: str | Path | None = None,
+    eval_data: DataPaths | None = None,
     base: str | None = None,
     base_revision: str | None = None,
     settings: FitSettings | None = None,
@@ -68,6 +64,15 @@ def prepare_fit(
     settings = settings or FitSettings()
     if not adapters:
         raise UsageError("a fit needs at least one adapter")
+    dataset = read_dataset(
+        data,
+        eval_data,
+        holdout=settings.holdout,
+        seed=settings.seed,
+        shape=settings.format,
+        skip_bad=settings.skip_bad,
+        progress=progress,
+    )
     read = tuple(
         read_adapter(fetch_adapter(source, progress=progress) if isinstance(source, str) else source)
         for source in adapters
@@ -81,24 +86,34 @@ def prepare_fit(
     for adapter in read:
         if settings.paper and adapter.config.lora_dropout:
             progress.warn(f"{adapter.reference} was trained with dropout; --paper leaves it off")
-    file = read_records(data)
-    held_out_file = file if eval_data is None else read_records(eval_data)
-    for source in {id(f): f for f in (file, held_out_file)}.values():
-        if source.ignored_keys:
-            progress.note(f"{source.name}: these keys are not read: {', '.join(source.ignored_keys)}")
-    training, held_out = _split(file, None if eval_data is None else held_out_file, settings, progress)
     found = find_base(read, base, revision=base_revision, progress=progress)
     return FitInputs(
         adapters=read,
         references=references,
         base=found,
-        data=file,
-        held_out_file=held_out_file,
-        training=tuple(training),
-        held_out=tuple(held_out),
+        data=dataset,
         mixing=make_mixing(read, settings.mixing, softmax=settings.paper),
         settings=settings,
         folder=folder,
+    )
+
+
+def render_inputs(inputs: FitInputs, tokenizer: Any, *, max_length: int, progress: Progress = SILENT) -> Examples:
+    """The data as the base model sees it, once its tokenizer is there.
+
+    Raises:
+        CalibrationError: if records cannot be rendered, or too many have nothing scored within `max_length` tokens.
+    """
+    for adapter, reference in zip(inputs.adapters, inputs.references, strict=True):
+        for difference in tokenizer_differences(adapter.path, tokenizer):
+            progress.warn(f"{reference}: {difference}")
+    return render_dataset(
+        inputs.data,
+        tokenizer,
+        max_length=max_length,
+        allow_truncation=inputs.settings.allow_truncation,
+        skip_bad=inputs.settings.skip_bad,
+        progress=progress,
     )
 
 
@@ -108,28 +123,3 @@ def _reference_from(adapter: LoraAdapter, folder: Path) -> str:
     if adapter.source.path is None:
         return adapter.reference
     return local_reference(adapter.path, folder)
-
-
-def _split(
-    file: CalibrationFile, held_out: CalibrationFile | None, settings: FitSettings, progress: Progress
-) -> tuple[list[Record], list[Record]]:
-    """Records to train on, and records held out."""
-    if held_out is None:
-        if settings.holdout == 0:
-            raise UsageError("--holdout 0 leaves nothing to score on", hint="give held-out records with --eval-data")
-        count = held_out_count(len(file.records), settings.holdout)
-        training, held = split_records(file.records, count, seed=settings.seed)
-        if not training or not held:
-            raise CalibrationError(
-                f"{file.name} has {len(file.records)} different records, too few to hold some out",
-                hint="give held-out records with --eval-data",
-            )
-    else:
-        training, held = list(file.records), list(held_out.records)
-        known = {record.fingerprint for record in training}
-        common = sum(record.fingerprint in known for record in held)
-        if common:
-            progress.warn(f"{common} records of {held_out.name} stand in {file.name} too; the table flatters the fit")
-    if len(held) < MIN_HELD_OUT:
-        progress.warn(f"only {len(held)} records are held out: too few for a verdict (at least {MIN_HELD_OUT})")
-    return training, held

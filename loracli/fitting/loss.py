@@ -1,7 +1,7 @@
 """Nats per scored token: the head runs on scored positions only, in chunks, with its gradient taken in the forward
 pass.
 
-    loss = sum of -log p(token) over all scored positions / number of scored positions
+    loss = sum of v -log p(token) over all scored positions / sum of v, with v the weight of the position's file
 
 whatever the batches: sums are kept, and divided once.
 """
@@ -66,7 +66,12 @@ class Objective:
         self._own_head = own_head
 
     def nats(self, batch: Batch) -> Tensor:
-        """(s,): -log p of every scored token of the batch, at the attached weights, differentiable in them."""
+        """(s,): -log p of every scored token of the batch, as many times as it counts, at the attached weights,
+        differentiable in them."""
+        nats = self._nats(batch)
+        return nats if batch.weights is None else nats * batch.weights.to(nats.device, nats.dtype)
+
+    def _nats(self, batch: Batch) -> Tensor:
         device = self.attached.device
         labels = batch.labels.to(device)
         if self._own_head:
@@ -84,7 +89,7 @@ class Objective:
                 single = self.nats(batch).cpu().double()
             place = torch.tensor(batch.indices)[batch.owners]
             nats.index_add_(0, place, single)
-            tokens.index_add_(0, place, torch.ones_like(single))
+            tokens.index_add_(0, place, torch.ones_like(single) if batch.weights is None else batch.weights)
             if each is not None:
                 each(batch)
         return Scores(nats, tokens)

@@ -9,6 +9,8 @@ is seeded, and adapter dropout is off.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from loracli.calibration.batches import make_batch
@@ -27,7 +29,7 @@ BETAS = (0.9, 0.999)  # the defaults of transformers' Trainer
 
 def with_prompts(example: Example) -> Example:
     """The example with every token scored but the first, as with the reference's train_on_inputs."""
-    return Example(example.line, example.input_ids, (False, *(True for _ in example.input_ids[1:])))
+    return replace(example, scored=(False, *(True for _ in example.input_ids[1:])))
 
 
 def fit_as_published(problem: Problem, settings: FitSettings) -> Found:

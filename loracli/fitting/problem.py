@@ -67,7 +67,7 @@ class Problem:
         """Nats of each example at weights (L, N); the batches hold them all.
 
         Raises:
-            NonFiniteLoss: naming the first records by their lines.
+            NonFiniteLoss: naming the first records by their places.
         """
         self.objective.attached.set_weights(weights)
         scores = self.objective.score(
@@ -82,7 +82,7 @@ class Problem:
         """Total nats of a batch at theta and their gradient, both in float64.
 
         Raises:
-            NonFiniteLoss: naming the records of the batch by their lines.
+            NonFiniteLoss: naming the records of the batch by their places.
         """
         leaf = theta.clone().requires_grad_(True)
         self.objective.attached.set_weights(self.mixing.expand(leaf))
@@ -98,7 +98,7 @@ class Problem:
         self, theta: Tensor, batches: Sequence[Batch], examples: Sequence[Example]
     ) -> tuple[float, Tensor]:
         """Nats per scored token over all batches, and the gradient; sums first, one division."""
-        nats, gradient, tokens = 0.0, torch.zeros_like(theta), 0
+        nats, gradient, tokens = 0.0, torch.zeros_like(theta), 0.0
         for batch in batches:
             more, slope = self.gradient(theta, batch, examples)
             nats, gradient, tokens = nats + more, gradient + slope, tokens + batch.scored_tokens
@@ -106,8 +106,8 @@ class Problem:
 
 
 def _non_finite(examples: Sequence[Example]) -> NonFiniteLoss:
-    lines = ", ".join(str(example.line) for example in examples[:20]) + (", ..." if len(examples) > 20 else "")
+    places = ", ".join(example.place for example in examples[:20]) + (", ..." if len(examples) > 20 else "")
     return NonFiniteLoss(
-        f"the loss is not finite on the records of lines {lines}",
+        f"the loss is not finite on the records {places}",
         hint="try --dtype float32, or leave these records out",
     )

@@ -14,13 +14,13 @@ import loracli
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.hub import Fetched
 from loracli.calibration.batches import Batch, plan_batches
-from loracli.calibration.render import Example, render_records, template_sha256
+from loracli.calibration.render import Example
+from loracli.calibration.sources import DataPaths
 from loracli.calibration.split import split_records
-from loracli.errors import CalibrationError
 from loracli.evaluation.held_out import FIT, held_out_table, static_points
 from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseModel, base_modules, check_fits, load_base
-from loracli.fitting.inputs import FitInputs, prepare_fit
+from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
 from loracli.fitting.loss import check_causal, make_objective
 from loracli.fitting.memory import memory_errors
 from loracli.fitting.paper import fit_as_published
@@ -45,9 +45,9 @@ MOST_TO_VALIDATE = 512
 
 def fit_mixing(
     adapters: Sequence[str | Fetched],
-    data: str | Path,
+    data: DataPaths,
     *,
-    eval_data: str | Path | None = None,
+    eval_data: DataPaths | None = None,
     base: str | None = None,
     base_revision: str | None = None,
     settings: FitSettings | None = None,
@@ -60,8 +60,9 @@ def fit_mixing(
 
     Args:
         adapters: N >= 1 references or fetched adapters; their order is kept.
-        data: a JSONL file of prompt and completion, messages, or text.
-        eval_data: held-out records; without it a share of `data` is held out.
+        data: calibration JSONL, one path or several, each `FILE`, `FILE:WEIGHT` (every scored token counts WEIGHT
+            times), or `-` for standard input.
+        eval_data: held-out records likewise; without it a share of each file of `data` is held out.
         base: the base model, a Hub id or a directory; None for the one that all adapters name.
         base_revision: its branch, tag or commit on the Hub.
         settings: what changes the result.
@@ -97,13 +98,8 @@ def _run(inputs: FitInputs, dtype: str, device: str, progress: Progress) -> Reci
     settings = inputs.settings
     base = load_base(inputs.base, dtype=dtype, device=device, progress=progress)
     check_fits(base, inputs.adapters)
-    length = _max_length(base, settings)
-    training, held_out = (
-        render_records(file, base.tokenizer, max_length=length, records=records, progress=progress)
-        for file, records in ((inputs.data, inputs.training), (inputs.held_out_file, inputs.held_out))
-    )
-    if not training or not held_out:
-        raise CalibrationError(f"{inputs.data.name} has too few records to fit on some and hold out others")
+    examples = render_inputs(inputs, base.tokenizer, max_length=_max_length(base, settings), progress=progress)
+    training, held_out = examples.training, examples.held_out
     held_batches = plan_batches(held_out, batch_tokens=settings.batch_tokens)
     check_causal(base.model, base.reference.id, held_batches[0])
     with attach(base.model, inputs.adapters, inputs.mixing.modules) as attached:
@@ -133,9 +129,10 @@ def _run(inputs: FitInputs, dtype: str, device: str, progress: Progress) -> Reci
             scores[FIT] = problem.score(inputs.mixing.expand(found.theta), held_batches, held_out)
         finally:
             progress.finish(TASK)
-    table = held_out_table(scores, inputs.references, name=inputs.held_out_file.name, seed=settings.seed)
+    name = inputs.data.held_out_name
+    table = held_out_table(scores, inputs.references, examples=held_out, name=name, seed=settings.seed)
     passes = spent / (2 * sum(len(example.input_ids) for example in training))
-    return _recipe(inputs, base, training, found, training_loss, passes, table)
+    return _recipe(inputs, base, examples.data, found, training_loss, passes, table)
 
 
 def _choose_validation(inputs: FitInputs, training: Sequence[Example]) -> tuple[list[Example], list[Example]]:
@@ -143,16 +140,16 @@ def _choose_validation(inputs: FitInputs, training: Sequence[Example]) -> tuple[
     if inputs.settings.paper or len(training) < FEWEST_TO_VALIDATE:
         return list(training), []
     count = min(max(2, round(VALIDATION_SHARE * len(training))), MOST_TO_VALIDATE)
-    _, chosen = split_records(inputs.training, count, seed=inputs.settings.seed + 1)
-    lines = {record.line for record in chosen}
-    fitting = [example for example in training if example.line not in lines]
-    validation = [example for example in training if example.line in lines]
+    _, chosen = split_records(inputs.data.training, count, seed=inputs.settings.seed + 1)
+    places = {record.place for record in chosen}
+    fitting = [example for example in training if example.place not in places]
+    validation = [example for example in training if example.place in places]
     # Equal records stand together, so a few of them many times over can leave nothing on one side.
     return (fitting, validation) if len(fitting) >= len(validation) > 0 else (list(training), [])
 
 
 def _max_length(base: BaseModel, settings: FitSettings) -> int:
-    limit = getattr(base.model.config, "max_position_embeddings", None)
+    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
     return min(limit, settings.max_length) if isinstance(limit, int) else settings.max_length
 
 
@@ -201,7 +198,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _recipe(
     inputs: FitInputs,
     base: BaseModel,
-    training: Sequence[Example],
+    data: tuple[RecipeData, ...],
     found: Found,
     training_loss: float,
     passes: float,
@@ -215,14 +212,7 @@ def _recipe(
             _recipe_adapter(adapter, reference)
             for adapter, reference in zip(inputs.adapters, inputs.references, strict=True)
         ),
-        data=RecipeData(
-            name=inputs.data.name,
-            sha256=inputs.data.sha256,
-            shape=inputs.data.shape,
-            records=len(training),
-            scored_tokens=sum(example.scored_tokens for example in training),
-            template_sha256=template_sha256(base.tokenizer) if inputs.data.shape == "messages" else None,
-        ),
+        data=data,
         fit=FitRecord(
             recipe="paper" if inputs.settings.paper else "cat",
             settings=inputs.settings.recorded(),

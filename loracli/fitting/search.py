@@ -207,7 +207,7 @@ class _Rung:
             return _Check(0.0, 0)
         weights = self._problem.mixing.expand(theta)
         scores = self._problem.score(weights, self._checks, self._problem.validation)
-        return _Check(float(scores.nats.sum()), int(scores.tokens.sum()))
+        return _Check(float(scores.nats.sum()), float(scores.tokens.sum()))
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class _Check:
     """Total nats and scored tokens of the validation records; none without such records."""
 
     nats: float
-    tokens: int
+    tokens: float
 
     @property
     def mean(self) -> float:
@@ -225,7 +225,7 @@ class _Check:
 class _Descent:
     """One run of AdamW over shuffled batches."""
 
-    def __init__(self, problem: Problem, adam: AdamW, batches: Sequence[Batch], scored: int, seed: int) -> None:
+    def __init__(self, problem: Problem, adam: AdamW, batches: Sequence[Batch], scored: float, seed: int) -> None:
         self._problem, self._adam, self._batches, self._scored, self._seed = problem, adam, batches, scored, seed
         self._start = adam.theta
         self._order: list[Batch] = []
@@ -236,14 +236,14 @@ class _Descent:
     def theta(self) -> Tensor:
         return self._adam.theta
 
-    def run(self, steps: int, ridge: float) -> tuple[float, int]:
+    def run(self, steps: int, ridge: float) -> tuple[float, float]:
         """Takes steps; sets `average` to the mean of the last quarter's iterates.
 
         Returns:
             nats and scored tokens of the later half of the batches, each scored before the step on it: in the first
             pass these are records that theta has not been fitted to.
         """
-        unseen_nats, unseen_tokens = 0.0, 0
+        unseen_nats, unseen_tokens = 0.0, 0.0
         total, count = torch.zeros_like(self.theta), 0
         for step in range(steps):
             batch = self._next()

@@ -26,6 +26,9 @@ class FitSettings:
         ridge: strength of lambda / 2 |w - w_start|^2 beside nats per token; None walks a path down to none and chooses.
         learning_rate: peak rate; None is clip(4 / steps, 0.01, 0.1), and 1e-4 with `paper`.
         seed: of the split, the order of batches and the paper's random start.
+        format: the shape of all records; None to see it from each file.
+        allow_truncation: go on although more than a tenth of a file's records have nothing scored within `max_length`.
+        skip_bad: leave out lines that cannot be used.
     """
 
     mixing: MixingKind = "module"
@@ -37,6 +40,9 @@ class FitSettings:
     ridge: float | None = None
     learning_rate: float | None = None
     seed: int = 0
+    format: str | None = None
+    allow_truncation: bool = False
+    skip_bad: bool = False
 
     def __post_init__(self) -> None:
         """Raises UsageError for the first setting that is out of its range."""

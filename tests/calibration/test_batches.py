@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def random_examples(count: int, *, seed: int = 0, longest: int = 40) -> list[Exa
         length = generator.randint(2, longest)
         scored = [False, *(generator.random() < 0.5 for _ in range(length - 1))]
         scored[generator.randrange(1, length)] = True
-        examples.append(Example(line, tuple(generator.choices(range(1, 1000), k=length)), tuple(scored)))
+        examples.append(Example(f"val.jsonl:{line}", tuple(generator.choices(range(1, 1000), k=length)), tuple(scored)))
     return examples
 
 
@@ -77,7 +78,7 @@ def test_no_batch_could_take_one_more_record() -> None:
 
 
 def test_a_budget_that_fits_exactly_is_used() -> None:
-    examples = [Example(i, (1, 2, 3, 4), (False, True, True, True)) for i in range(6)]
+    examples = [Example(str(i), (1, 2, 3, 4), (False, True, True, True)) for i in range(6)]
     assert [batch.indices for batch in plan_batches(examples, batch_tokens=12)] == [(0, 1, 2), (3, 4, 5)]
     assert [batch.indices for batch in plan_batches(examples, batch_tokens=11)] == [(0, 1), (2, 3), (4, 5)]
 
@@ -101,8 +102,8 @@ def test_padding_is_on_the_right_and_the_width_is_that_of_the_longest() -> None:
 def test_padding_is_never_scored_nor_a_label_even_where_a_token_equals_it() -> None:
     """Masks are by place: a record that holds the padding's id, or ends with it, loses nothing."""
     examples = [
-        Example(1, (5, 0, 0), (False, True, True)),
-        Example(2, (5, 6, 7, 0, 0), (False, False, True, True, True)),
+        Example("1", (5, 0, 0), (False, True, True)),
+        Example("2", (5, 6, 7, 0, 0), (False, False, True, True, True)),
     ]
     batch = make_batch(examples, (0, 1))
     assert batch.labels.tolist() == [0, 0, 7, 0, 0]
@@ -125,3 +126,19 @@ def test_the_plan_is_the_same_every_time() -> None:
 
 def test_no_records_make_no_batches() -> None:
     assert plan_batches([], batch_tokens=100) == []
+
+
+def test_a_weighted_record_lends_its_weight_to_each_of_its_scored_tokens() -> None:
+    examples = [
+        replace(example, weight=weight)
+        for example, weight in zip(random_examples(9, seed=6), [1.0, 2.0, 0.25] * 3, strict=True)
+    ]
+    batch = make_batch(examples, range(9))
+    assert batch.weights is not None and batch.weights.dtype == torch.float64
+    assert batch.weights.tolist() == [examples[owner].weight for owner in batch.owners.tolist()]
+    assert batch.scored_tokens == sum(example.weight * example.scored_tokens for example in examples)
+
+
+def test_records_that_count_once_carry_no_weights() -> None:
+    batch = make_batch(random_examples(5), range(5))
+    assert batch.weights is None and batch.scored_tokens == len(batch.labels)

@@ -1,4 +1,5 @@
-"""Calibration files: every bad line at once, each as `file:line: path: reason`."""
+"""Calibration files: every bad line at once, each as `file:line: path: reason`; what the shapes are is in
+test_shapes."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from loracli.calibration.records import MAX_LINE_BYTES, CalibrationFile, read_records
+from loracli.calibration.sources import DataSource
 from loracli.errors import CalibrationError
+from loracli.progress import Silent
 
 PC = '{"prompt": "p", "completion": "c"}'
 CHAT = '{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}'
@@ -45,7 +48,8 @@ def test_the_first_record_decides_the_shape(tmp_path: Path, line: str, shape: st
     assert file.shape == shape
     assert [record.content for record in file.records] == [json.loads(line)] * 2
     assert [record.line for record in file.records] == [1, 2]
-    assert (file.name, file.ignored_keys) == ("val.jsonl", ())
+    assert [record.place for record in file.records] == [f"{tmp_path}/val.jsonl:{line}" for line in (1, 2)]
+    assert (file.source, file.ignored_keys) == (DataSource(tmp_path / "val.jsonl"), ())
 
 
 def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:
@@ -101,6 +105,16 @@ def test_equal_contents_have_equal_fingerprints_whatever_stands_beside_them(tmp_
     assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
+def test_the_task_of_a_record_is_kept_beside_its_content(tmp_path: Path) -> None:
+    file = read(
+        tmp_path, '{"text": "t", "task": "math"}', '{"text": "t", "skill": "code"}', '{"text": "t", "task": null}',
+        '{"text": "t", "task": "a", "skill": 5}',
+    )  # fmt: skip
+    assert [record.task for record in file.records] == ["math", "code", None, "a"]
+    assert len({record.fingerprint for record in file.records}) == 1
+    assert file.ignored_keys == ()
+
+
 def test_an_empty_prompt_and_an_empty_system_turn_are_fine(tmp_path: Path) -> None:
     assert read(tmp_path, '{"prompt": "", "completion": "c"}').records[0].content["prompt"] == ""
     messages = [{"role": r, "content": c} for r, c in (("system", ""), ("user", ""), ("assistant", "a"), ("tool", ""))]
@@ -110,12 +124,7 @@ def test_an_empty_prompt_and_an_empty_system_turn_are_fine(tmp_path: Path) -> No
 # What is refused.
 
 
-def chat(*turns: object) -> str:
-    return json.dumps({"messages": list(turns)})
-
-
-USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
-NO_KEYS = "has none of the keys prompt, messages, text; found: "
+NO_KEYS = "has none of the keys text, prompt, messages, conversations, instruction; found: "
 
 
 @pytest.mark.parametrize(
@@ -141,40 +150,11 @@ NO_KEYS = "has none of the keys prompt, messages, text; found: "
         ('{"b": 1, "a": 2}', NO_KEYS + "a, b"),
         ('{"completion": "c"}', NO_KEYS + "completion"),
         ('{"chosen": "a", "rejected": "b"}', "chosen/rejected: preference data has no single completion to learn from"),
-        ('{"conversations": []}', NO_KEYS + "conversations"),
-        # prompt and completion
-        ('{"prompt": "p"}', "completion: missing; the first record has the shape prompt-completion"),
-        ('{"prompt": null, "completion": "c"}', "prompt: expected a string, got null"),
-        ('{"prompt": "p", "completion": 5}', "completion: expected a string, got a number"),
-        ('{"prompt": "p", "completion": true}', "completion: expected a string, got true"),
-        ('{"prompt": [], "completion": "c"}', "prompt: expected a string, got an empty list"),
-        ('{"prompt": [{"role": "user"}], "completion": "c"}', "prompt: expected a string, got a list"),
-        ('{"prompt": "p", "completion": {}}', "completion: expected a string, got an object"),
-        ('{"prompt": "p", "completion": ""}', "completion: empty"),
-        ('{"prompt": "p", "completion": " \\n\\t"}', "completion: empty"),
-        # text
-        ('{"text": null}', "text: expected a string, got null"),
-        ('{"text": " "}', "text: empty"),
-        # messages
-        ('{"messages": []}', "messages: expected a list of messages, got an empty list"),
-        ('{"messages": {}}', "messages: expected a list of messages, got an object"),
-        ('{"messages": "hi"}', "messages: expected a list of messages, got a string"),
-        (chat(USER, "hi"), "messages[1]: expected an object, got a string"),
-        (chat(USER, {"content": "a"}), "messages[1].role: expected one of system, user, assistant, tool, got null"),
-        (chat({"role": "human", "content": "u"}, ANSWER),
-         'messages[0].role: expected one of system, user, assistant, tool, got "human"'),
-        (chat({"role": ["user"], "content": "u"}, ANSWER),
-         'messages[0].role: expected one of system, user, assistant, tool, got ["user"]'),
-        (chat(USER, ANSWER, {"role": "user", "content": None}), "messages[2].content: expected a string, got null"),
-        (chat(USER, {"role": "assistant"}), "messages[1].content: expected a string, got null"),
-        (chat(USER, {"role": "assistant", "content": " "}), "messages[1].content: empty"),
-        (chat({"role": "user", "content": [{"type": "text", "text": "u"}]}, ANSWER),
-         "messages[0].content: expected a string, got a list"),
-        (chat(USER, ANSWER | {"tool_calls": [], "name": "x"}), "messages[1].name: only role and content are read"),
-        (chat(ANSWER, USER, ANSWER), "messages[0].role: an assistant turn with nothing before it"),
-        (chat(USER), "messages: no assistant turn, so nothing is scored"),
-        ('{"messages": [], "tools": [{"type": "function"}]}',
-         "tools: tool definitions are not read; render the prompt and use prompt and completion"),
+        ('{"prompt": "p", "task": 5, "completion": "c"}', "task: expected a string, got a number"),
+        ('{"text": "t", "skill": " "}', "skill: empty"),
+        (f'{{"text": "t", "task": "{"x" * 101}"}}', "task: longer than 100 characters"),
+        ("[" * 500 + "]" * 500, "expected a JSON object, got a list"),
+        ('{"text": "t", "task": ' + "[" * 900 + "]" * 900 + "}", "task: expected a string, got a list"),
     ],
     ids=lambda value: repr(value)[:60],
 )  # fmt: skip
@@ -186,10 +166,10 @@ def test_a_bad_line_is_named_with_its_place_and_reason(tmp_path: Path, line: str
 @pytest.mark.parametrize(
     ("first", "second", "reason"),
     [
-        (PC, TEXT, "prompt: missing; the first record has the shape prompt-completion"),
-        (PC, CHAT, "prompt: missing; the first record has the shape prompt-completion"),
-        (CHAT, PC, "messages: missing; the first record has the shape messages"),
-        (TEXT, PC, "text: missing; the first record has the shape text"),
+        (PC, TEXT, "prompt: missing; the file's shape is prompt-completion"),
+        (PC, CHAT, "prompt: missing; the file's shape is prompt-completion"),
+        (CHAT, PC, "messages: missing; the file's shape is messages"),
+        (TEXT, PC, "text: missing; the file's shape is text"),
     ],
 )
 def test_every_record_has_the_shape_of_the_first(tmp_path: Path, first: str, second: str, reason: str) -> None:
@@ -226,6 +206,64 @@ def test_a_line_beyond_the_limit_is_refused_and_one_within_is_read(
     assert problems(write(tmp_path, PC, PC + " ")) == [
         f"val.jsonl:2: the line has {len(PC) + 1} bytes; at most {len(PC)} are read"
     ]
+
+
+def test_an_endless_integer_is_refused(tmp_path: Path) -> None:
+    [problem] = problems(write(tmp_path, '{"text": "t", "n": ' + "1" * 5000 + "}"))
+    assert "4300 digits" in problem
+
+
+def test_the_shape_asked_for_is_required_of_every_line(tmp_path: Path) -> None:
+    both = '{"text": "t", "prompt": "p", "completion": "c"}'
+    assert problems(write(tmp_path, both)) == [
+        "val.jsonl:1: has the keys of the shapes text, prompt-completion; say with --format which to read"
+    ]
+    path = write(tmp_path, both, both)
+    for shape, content in (("text", {"text": "t"}), ("prompt-completion", {"prompt": "p", "completion": "c"})):
+        file = read_records(path, shape=shape)  # type: ignore[arg-type]
+        assert file.shape == shape and [record.content for record in file.records] == [content] * 2
+    with pytest.raises(CalibrationError) as caught:
+        read_records(write(tmp_path, TEXT, PC), shape="prompt-completion")
+    assert caught.value.problems == (f"{path}:1: prompt: missing; the file's shape is prompt-completion",)
+
+
+# Bad lines left out.
+
+
+class Heard(Silent):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def test_bad_lines_are_left_out_on_request_and_named(tmp_path: Path) -> None:
+    heard = Heard()
+    path = write(tmp_path, '{"prompt": "p"}', TEXT, "", "oops", TEXT, PC)
+    file = read_records(path, skip_bad=True, progress=heard)
+    assert (file.shape, [record.line for record in file.records], file.skipped) == ("text", [2, 5], (1, 4, 6))
+    [warning] = heard.warnings
+    assert warning.startswith(f"{path}: 3 bad lines are left out: 1, 4, 6; the first is {path}:1: completion: missing")
+
+
+def test_of_many_bad_lines_the_first_numbers_are_said(tmp_path: Path) -> None:
+    heard = Heard()
+    file = read_records(write(tmp_path, TEXT, *["oops"] * 30), skip_bad=True, progress=heard)
+    assert file.skipped == tuple(range(2, 32))
+    assert ": 30 bad lines are left out: 2, 3, " in heard.warnings[0] and ", 21, ...; " in heard.warnings[0]
+
+
+def test_a_file_of_bad_lines_alone_is_refused_even_so(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="^2 of 2 records") as caught:
+        read_records(write(tmp_path, "oops", "[]"), skip_bad=True)
+    assert len(caught.value.problems) == 2
+
+
+def test_a_good_file_says_nothing(tmp_path: Path) -> None:
+    heard = Heard()
+    assert read_records(write(tmp_path, TEXT), skip_bad=True, progress=heard).skipped == ()
+    assert heard.warnings == []
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n  \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])

@@ -12,9 +12,9 @@ from loracli.cli import app
 FIT = "fit --adapters know form --data calibration.jsonl --eval-data test.jsonl --base base --passes 3".split()
 
 
-def run(*words: str) -> Any:
+def run(*words: str, input: bytes | None = None) -> Any:
     """The result, which has no escape sequence, no traceback and no exception that is a bug."""
-    result = CliRunner().invoke(app, list(words))
+    result = CliRunner().invoke(app, list(words), input=input)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert "\x1b" not in result.stdout + result.stderr

@@ -321,7 +321,7 @@ def test_a_command_line_that_cannot_be_parsed_is_a_usage_error_in_both_forms(her
 def test_bad_lines_are_listed_in_words_and_in_json(here: Path) -> None:
     lines = ['{"prompt": "x"}'] * (SHOWN_PROBLEMS + 5)
     Path("calibration.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' + "\n".join(lines) + "\n")
-    reason = "completion: missing; the first record has the shape prompt-completion"
+    reason = "completion: missing; the file's shape is prompt-completion"
     stderr = run(*OTHER).stderr
     assert [line for line in stderr.splitlines() if line.startswith("  calib")] == [
         f"  calibration.jsonl:{number}: {reason}" for number in range(2, 2 + SHOWN_PROBLEMS)

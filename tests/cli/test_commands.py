@@ -110,6 +110,66 @@ def test_a_recipe_goes_by_the_folder_it_is_written_to(here: Path) -> None:
     assert run("export", "recipes/soup.json", "-q").exit_code == 0
 
 
+def with_tasks(path: str, tasks: list[str]) -> None:
+    """Gives the records of a file tasks in turn."""
+    records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    Path(path).write_text(
+        "".join(json.dumps(record | {"task": tasks[i % len(tasks)]}) + "\n" for i, record in enumerate(records))
+    )
+
+
+def test_losses_by_task_are_shown_where_there_are_several(here: Path) -> None:
+    with_tasks("test.jsonl", ["city", "job"])
+    content = document(*FIT, "-o", "new.json")
+    table = load_recipe("new.json").held_out
+    assert [task["task"] for task in content["tasks"]] == [task.task for task in table.tasks] == ["city", "job"]
+    text = run("show", "new.json").stdout
+    for task in table.tasks:
+        cells = [str(task.records), str(task.scored_tokens), *(f"{x:.4f}" for x in task.nats_per_token.values())]
+        assert row(text, task.task) == [task.task, *cells]
+    header = next(line for line in text.splitlines() if line.split()[:2] == ["records", "tokens"])
+    assert header.split()[2:] == ["base", "know", "form", "uniform", "sum", "fit"]
+    nats = sum(task.nats_per_token["fit"] * task.scored_tokens for task in table.tasks)
+    assert nats / table.scored_tokens == pytest.approx(table.row("fit").nats_per_token)
+    recipe = json.loads(Path("new.json").read_text())
+    recipe["held_out"]["tasks"].pop()
+    Path("one.json").write_text(json.dumps(recipe))
+    assert "by task" in text and "by task" not in run("show", "one.json").stdout
+
+
+def test_data_comes_from_standard_input_and_several_files_with_weights(here: Path) -> None:
+    data = Path("calibration.jsonl").read_bytes()
+    Path("more.jsonl").write_text("".join(json.dumps({"text": f"t {i}"}) + "\n" for i in range(9)) + "oops\n")
+    words = ["fit", "-a", "know", "form", "--base", "base", "--eval-data", "test.jsonl", "--passes", "3", "-f"]
+    result = run(*words, "--data", "-", "more.jsonl:0.5", "--skip-bad", input=data)
+    assert result.exit_code == 0, result.stderr
+    assert "more.jsonl: 1 bad lines are left out: 10;" in result.stderr
+    first, second = load_recipe("recipe.json").data
+    assert (first.name, first.records) == ("<stdin>", len(data.splitlines()))
+    assert (second.name, second.weight, second.records, second.skipped) == ("more.jsonl", 0.5, 9, 1)
+    text = run("show").stdout
+    assert f"fitted on {first.records} records of <stdin> (prompt-completion, {first.scored_tokens} scored" in text
+    assert ", weight 0.5), 1 bad lines left out" in text
+
+
+def test_a_bad_record_of_standard_input_is_named_by_it(here: Path) -> None:
+    result = run("fit", "-f", "-a", "know", "--base", "base", "--data", "-", input=b'{"text": "t"}\n{"text": ""}\n')
+    assert result.exit_code == 3 and "<stdin>:2: text: empty" in result.stderr
+
+
+def test_options_of_the_data_reach_the_fit(here: Path) -> None:
+    records = [{"prompt": "p" * 40 if i % 2 else "p", "completion": "c", "text": f"{i}"} for i in range(60)]
+    Path("val.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = ["fit", "-a", "know", "form", "--base", "base", "--passes", "2", "-f", "--data", "val.jsonl"]
+    assert "say with --format which to read" in run(*words).stderr
+    words += ["--format", "prompt-completion", "--max-length", "20"]
+    refused = run(*words)
+    assert refused.exit_code == 3 and "--allow-truncation" in refused.stderr
+    assert run(*words, "--allow-truncation", "--eval-data", "test.jsonl").exit_code == 0
+    [data] = load_recipe("recipe.json").data
+    assert (data.shape, data.records, data.dropped) == ("prompt-completion", 30, 30)
+
+
 # show
 
 

@@ -58,7 +58,7 @@ def oracle(argv: list[str]) -> Parsed | None:
         return None
 
 
-VALUES = ("a", "b", "org/name@v1", "./x", "hf://org/n", "k=v", "two words", "1", "é", "--data.jsonl"[2:], "")
+VALUES = ("a", "b", "-", "org/name@v1", "./x", "hf://org/n", "k=v", "two words", "1", "é", "--data.jsonl"[2:], "")
 
 
 def random_argv(generator: random.Random) -> list[str]:
@@ -100,7 +100,7 @@ def test_every_command_line_means_what_argparse_takes_it_for() -> None:
         assert greedy(argv) == expected, argv
         accepted += expected is not None
         several += expected is not None and max(len(expected["adapters"]), len(expected["extra"])) > 1
-    assert accepted > 300 and several > 150  # the cases are neither all errors nor all trivial
+    assert accepted > 300 and several > 140  # the cases are neither all errors nor all trivial
     assert accepted < 900
 
 
@@ -161,8 +161,8 @@ def fitted_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def run(*words: str) -> Any:
         seen: list[Any] = []
 
-        def prepare(adapters: list[str], data: Path, **_: Any) -> None:
-            seen.extend((list(adapters), str(data)))
+        def prepare(adapters: list[str], data: list[str], **_: Any) -> None:
+            seen.extend((list(adapters), list(data)))
             raise Captured
 
         monkeypatch.setattr("loracli.fitting.inputs.prepare_fit", prepare)
@@ -184,7 +184,20 @@ def fitted_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     ids=" ".join,
 )
 def test_fit_takes_adapters_in_every_form(fitted_with: Any, words: list[str]) -> None:
-    assert fitted_with(*words) == [["./a", "org/b@v1"], "val.jsonl"]
+    assert fitted_with(*words) == [["./a", "org/b@v1"], ["val.jsonl"]]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-a", "./a", "--data", "x.jsonl", "y.jsonl:2", "-"],
+        ["--data", "x.jsonl", "-a", "./a", "-d", "y.jsonl:2", "-"],
+        ["--data", "x.jsonl", "--data=y.jsonl:2", "-d-", "-a", "./a"],
+    ],
+    ids=" ".join,
+)
+def test_fit_takes_data_files_in_every_form_and_a_dash_for_standard_input(fitted_with: Any, words: list[str]) -> None:
+    assert fitted_with(*words) == [["./a"], ["x.jsonl", "y.jsonl:2", "-"]]
 
 
 def test_fit_refuses_adapters_without_a_value(fitted_with: Any) -> None:

@@ -1,9 +1,11 @@
 """The interval against theory and a plain loop."""
 
 import random
+from dataclasses import replace
 
 import torch
 
+from loracli.calibration.render import Example
 from loracli.evaluation.bootstrap import paired_interval
 from loracli.evaluation.held_out import held_out_table, static_points
 from loracli.evaluation.scores import Scores
@@ -38,21 +40,66 @@ def test_the_interval_repeats_and_a_method_against_itself_is_zero() -> None:
     assert paired_interval(torch.zeros(30).double(), tokens) == (0.0, 0.0)
 
 
+def examples(count: int) -> list[Example]:
+    """Examples of two scored tokens each."""
+    return [Example(f"x:{line}", (5, 6, 7), (False, True, True)) for line in range(count)]
+
+
 def scores(nats: list[float]) -> Scores:
     return Scores(torch.tensor(nats).double(), torch.full((len(nats),), 2.0, dtype=torch.float64))
 
 
 def test_the_table_compares_with_the_best_adapter_and_gives_no_verdict_on_few_records() -> None:
     methods = {"base": scores([9.0] * 30), "a": scores([4.0] * 30), "b": scores([6.0] * 30), "fit": scores([3.0] * 30)}
-    table = held_out_table(methods, ["a", "b"], name="x", seed=0)
+    table = held_out_table(methods, ["a", "b"], examples=examples(30), name="x", seed=0)
     assert (table.best_ingredient, table.verdict) == ("a", "better")
+    assert (table.records, table.scored_tokens, table.tasks) == (30, 60, ())
     assert (table.row("fit").difference, table.row("b").difference) == (-0.5, 1.0)
     assert table.row("fit").nats_per_token == 1.5
     assert table.row("base").worse_records == 1.0
-    worse = held_out_table({**methods, "fit": scores([4.5] * 30)}, ["a", "b"], name="x", seed=0)
+    worse = held_out_table({**methods, "fit": scores([4.5] * 30)}, ["a", "b"], examples=examples(30), name="x", seed=0)
     assert worse.verdict == "not better"
     few = {name: Scores(score.nats[:19], score.tokens[:19]) for name, score in methods.items()}
-    assert held_out_table(few, ["a", "b"], name="x", seed=0).verdict == "too few records"
+    assert held_out_table(few, ["a", "b"], examples=examples(19), name="x", seed=0).verdict == "too few records"
+
+
+def test_each_task_has_the_loss_of_its_own_records() -> None:
+    """Against sums by hand; records without a task are in the whole table alone, and the counts are plain."""
+    generator = torch.Generator().manual_seed(0)
+    tasks = [["math", "code", None][i % 3] for i in range(30)]
+    weights = [[1.0, 2.5][i % 2] for i in range(30)]
+    rows = [
+        replace(example, task=task, weight=weight)
+        for example, task, weight in zip(examples(30), tasks, weights, strict=True)
+    ]
+    tokens = torch.tensor(weights).double() * 2
+    methods = {n: Scores(torch.rand(30, generator=generator).double() * tokens, tokens) for n in ("base", "a", "fit")}
+    table = held_out_table(methods, ["a"], examples=rows, name="x", seed=0)
+    assert [(t.task, t.records, t.scored_tokens) for t in table.tasks] == [("code", 10, 20), ("math", 10, 20)]
+    for task in table.tasks:
+        assert list(task.nats_per_token) == ["base", "a", "fit"]
+        for name, loss in task.nats_per_token.items():
+            nats = sum(float(methods[name].nats[i]) for i in range(30) if tasks[i] == task.task)
+            counted = sum(2 * weights[i] for i in range(30) if tasks[i] == task.task)
+            assert abs(loss - nats / counted) < 1e-12
+    assert table.scored_tokens == 60
+
+
+def test_weighted_records_weigh_in_the_table_as_copies_would() -> None:
+    """Losses and differences of weight 2 are those of every record twice; the interval is over the records drawn."""
+    generator = torch.Generator().manual_seed(1)
+    nats = {name: torch.rand(24, generator=generator).double() for name in ("base", "a", "fit")}
+    weight = torch.tensor([2.0] * 8 + [1.0] * 16).double()
+    twice = torch.tensor([*range(8), *range(24)])
+    weighted = {name: Scores(value * weight, 2 * weight) for name, value in nats.items()}
+    copied = {name: Scores(value[twice], torch.full((32,), 2.0).double()) for name, value in nats.items()}
+    one = held_out_table(weighted, ["a"], examples=examples(24), name="x", seed=0)
+    other = held_out_table(copied, ["a"], examples=examples(32), name="x", seed=0)
+    for row, copy in zip(one.rows, other.rows, strict=True):
+        assert abs(row.nats_per_token - copy.nats_per_token) < 1e-12
+        assert abs(row.difference - copy.difference) < 1e-12
+    low, high = one.row("fit").interval
+    assert low < one.row("fit").difference < high
 
 
 def test_static_points_are_base_each_alone_uniform_and_sum() -> None:

@@ -72,12 +72,12 @@ def make_recipe(folder: Path, adapters: list[LoraAdapter], modules: Any, *, seed
             RecipeAdapter(reference, None, None, None, dict(a.sha256), max(a.ranks), 8.0, False, "float32", BASE_ID)
             for a, reference in zip(adapters, references, strict=True)
         ),
-        data=RecipeData("val.jsonl", "0" * 64, "text", 1, 1, None),
+        data=(RecipeData("val.jsonl", "0" * 64, "text", 1.0, 1, 1, 0, (), 0, 0, None),),
         fit=FitRecord("cat", {}, (), "sum", None, 1.0, 0.0, 1.0),
         mixing=RecipeMixing("module", mixing.weights(theta)),
         modules=modules,
         dtype="float32",
-        held_out=HeldOut("val.jsonl", 1, 1, references[0], (row,), "too few records"),
+        held_out=HeldOut("val.jsonl", 1, 1, references[0], (row,), (), "too few records"),
         versions={"loracat": "0"},
         folder=folder,
     )

@@ -93,7 +93,7 @@ def test_leaving_the_context_leaves_no_trace_even_after_an_error(
 
 def loss_at(model: object, adapters: list[LoraAdapter], mixing: Mixing, theta: torch.Tensor) -> torch.Tensor:
     ids = torch.randint(3, 259, (11,), generator=torch.Generator().manual_seed(3)).tolist()
-    example = Example(1, tuple(ids), (False,) * 4 + (True,) * 7)
+    example = Example("val.jsonl:1", tuple(ids), (False,) * 4 + (True,) * 7)
     batch = make_batch([example], [0])
     with attach(model, adapters, mixing.modules) as attached:
         objective = make_objective(attached, batch)

@@ -26,7 +26,7 @@ def examples(count: int = 7) -> list[Example]:
         ids = torch.randint(3, 259, (length,), generator=generator).tolist()
         flags = [False, *(torch.rand(length - 1, generator=generator) < 0.6).tolist()]
         flags[-1] = True
-        result.append(Example(line, tuple(ids), tuple(flags)))
+        result.append(Example(f"val.jsonl:{line}", tuple(ids), tuple(flags)))
     return result
 
 

@@ -36,7 +36,7 @@ def sampled_examples(model: object, count: int, length: int, seed: int) -> list[
             p = torch.softmax(model(input_ids=ids).logits[:, -1].double(), dim=-1)  # type: ignore[operator]
             ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
     flags = (False, *(True,) * (length - 1))
-    return [Example(line, tuple(row), flags) for line, row in enumerate(ids.tolist())]
+    return [Example(f"val.jsonl:{line}", tuple(row), flags) for line, row in enumerate(ids.tolist())]
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def test_the_published_weights_sum_to_one_over_the_adapters_present(adapters: li
 
 
 def test_the_published_recipe_scores_the_prompt_too() -> None:
-    assert with_prompts(Example(1, (5, 6, 7), (False, False, True))).scored == (False, True, True)
+    assert with_prompts(Example("val.jsonl:1", (5, 6, 7), (False, False, True))).scored == (False, True, True)
 
 
 def test_a_loss_that_is_not_finite_names_its_records(tiny_base: Path, adapters: list[LoraAdapter]) -> None:
@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_names_its_records(tiny_base: Path, adapters: 
         problem = make_problem(attached, adapters, examples, "module")
         attached.model.lm_head.weight[3] = float("nan")
         batch = plan_batches(examples[:2], batch_tokens=512)[0]
-        with pytest.raises(NonFiniteLoss, match="lines 0, 1"):
+        with pytest.raises(NonFiniteLoss, match="records val.jsonl:0, val.jsonl:1"):
             problem.gradient(problem.mixing.constant([1.0, 1.0]), batch, examples)
 
 

@@ -1,0 +1,190 @@
+"""All data of a fit: the files, and which of their records are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loracli.calibration.records import SHOWN_LINES, CalibrationFile, Record, read_records
+from loracli.calibration.render import Example, RenderedFile, render_file
+from loracli.calibration.shapes import SHAPES, Shape
+from loracli.calibration.sources import DataPaths, DataSource, parse_sources
+from loracli.calibration.split import MIN_HELD_OUT, split_files
+from loracli.errors import CalibrationError, UsageError
+from loracli.progress import SILENT, Progress
+from loracli.recipe import RecipeData
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The records of a fit, checked.
+
+    Args:
+        files: the calibration files.
+        eval_files: files of held-out records; none where a share of `files` is held out.
+        training: records to fit on and to choose with.
+        held_out: records that are read once, at the end.
+    """
+
+    files: tuple[CalibrationFile, ...]
+    eval_files: tuple[CalibrationFile, ...]
+    training: tuple[Record, ...]
+    held_out: tuple[Record, ...]
+
+    @property
+    def held_out_name(self) -> str:
+        """The files that the held-out records come from, each with its weight where it has one."""
+        sources = [file.source for file in self.eval_files or self.files]
+        return ", ".join(s.name if s.weight == 1 else f"{s.name}:{s.weight:g}" for s in sources)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A dataset as the model sees it: `data` is the account of the calibration files that a recipe keeps."""
+
+    training: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    data: tuple[RecipeData, ...]
+
+
+def read_dataset(
+    data: DataPaths,
+    eval_data: DataPaths | None,
+    *,
+    holdout: float,
+    seed: int,
+    shape: str | None = None,
+    skip_bad: bool = False,
+    progress: Progress = SILENT,
+) -> Dataset:
+    """Reads all files and divides their records.
+
+    Args:
+        data: calibration files, each `FILE`, `FILE:WEIGHT`, or `-` for standard input.
+        eval_data: held-out records likewise; None to hold out a share of each calibration file.
+        holdout: that share.
+        seed: of the division.
+        shape: of all records; None to see it from each file.
+        skip_bad: leave out bad lines.
+        progress: told of what is not read and of what may flatter the fit.
+    Raises:
+        UsageError: if a file is given twice, or there is no such shape, or `holdout` is 0 without `eval_data`.
+        CalibrationError: if a file is rejected, or has too few records to hold some out.
+    """
+    known = check_shape(shape)
+    sources = parse_sources(data)
+    eval_sources = () if eval_data is None else parse_sources(eval_data)
+    if sum(source.path is None for source in (*sources, *eval_sources)) > 1:
+        raise UsageError("standard input can be read once", hint="give the held-out records as a file")
+    if holdout == 0 and eval_data is None:
+        raise UsageError("--holdout 0 leaves nothing to score on", hint="give held-out records with --eval-data")
+
+    def read(source: DataSource) -> CalibrationFile:
+        file = read_records(source, shape=known, skip_bad=skip_bad, progress=progress)
+        if file.ignored_keys:
+            progress.note(f"{source}: these keys are not read: {', '.join(file.ignored_keys)}")
+        return file
+
+    files, eval_files = (tuple(read(source) for source in group) for group in (sources, eval_sources))
+    if eval_files:
+        training = [record for file in files for record in file.records]
+        held_out = [record for file in eval_files for record in file.records]
+        _warn_of_common(training, eval_files, progress)
+    else:
+        training, held_out = _divide(files, holdout, seed)
+    if len(held_out) < MIN_HELD_OUT:
+        progress.warn(f"only {len(held_out)} records are held out: too few for a verdict (at least {MIN_HELD_OUT})")
+    return Dataset(files, eval_files, tuple(training), tuple(held_out))
+
+
+def check_shape(shape: str | None) -> Shape | None:
+    """The shape of that name; raises UsageError if there is none."""
+    if shape is None:
+        return None
+    for known in SHAPES:
+        if shape == known:
+            return known
+    raise UsageError(f"--format {shape} is not one of {', '.join(SHAPES)}")
+
+
+def render_dataset(
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    allow_truncation: bool = False,
+    skip_bad: bool = False,
+    progress: Progress = SILENT,
+) -> Examples:
+    """Tokenises every file once, as `render_file` does, and divides the examples as the records are divided.
+
+    Raises:
+        CalibrationError: if a file cannot be rendered, or nothing is left to fit on or to score.
+    """
+
+    def render(file: CalibrationFile) -> RenderedFile:
+        return render_file(
+            file,
+            tokenizer,
+            max_length=max_length,
+            allow_truncation=allow_truncation,
+            skip_bad=skip_bad,
+            progress=progress,
+        )
+
+    rendered, rendered_eval = (tuple(map(render, files)) for files in (dataset.files, dataset.eval_files))
+    places = {record.place for record in dataset.training}
+    training = [_some(file, places, inside=True) for file in rendered]
+    held_out = [file.examples for file in rendered_eval] or [_some(file, places, inside=False) for file in rendered]
+    for examples, what in ((training, "to fit on"), (held_out, "to score the fit on")):
+        if not any(examples):
+            raise CalibrationError(f"no record is left {what}", hint="give more records, or raise --max-length")
+    return Examples(
+        training=tuple(example for examples in training for example in examples),
+        held_out=tuple(example for examples in held_out for example in examples),
+        data=tuple(_account(file, examples) for file, examples in zip(rendered, training, strict=True)),
+    )
+
+
+def _divide(files: Sequence[CalibrationFile], holdout: float, seed: int) -> tuple[list[Record], list[Record]]:
+    kept, held = split_files([file.records for file in files], holdout, seed=seed)
+    for file, *sides in zip(files, kept, held, strict=True):
+        if not all(sides):
+            raise CalibrationError(
+                f"{file.source} has {len({r.fingerprint for r in file.records})} different records, too few to hold "
+                "some out",
+                hint="give held-out records with --eval-data",
+            )
+    return [record for side in kept for record in side], [record for side in held for record in side]
+
+
+def _warn_of_common(training: Sequence[Record], eval_files: Sequence[CalibrationFile], progress: Progress) -> None:
+    known = {record.fingerprint for record in training}
+    for file in eval_files:
+        common = sum(record.fingerprint in known for record in file.records)
+        if common:
+            progress.warn(
+                f"{common} records of {file.source} stand in the calibration data too; the table flatters the fit"
+            )
+
+
+def _some(file: RenderedFile, places: set[str], *, inside: bool) -> tuple[Example, ...]:
+    return tuple(example for example in file.examples if (example.place in places) is inside)
+
+
+def _account(rendered: RenderedFile, training: Sequence[Example]) -> RecipeData:
+    file = rendered.file
+    return RecipeData(
+        name=file.source.name,
+        sha256=file.sha256,
+        shape=file.shape,
+        weight=file.source.weight,
+        records=len(training),
+        scored_tokens=sum(example.scored_tokens for example in training),
+        skipped=len(rendered.skipped),
+        skipped_lines=rendered.skipped[:SHOWN_LINES],
+        dropped=rendered.dropped,
+        cut=rendered.cut,
+        template_sha256=rendered.template_sha256,
+    )

@@ -1,0 +1,66 @@
+"""`FILE`, `FILE:WEIGHT` and `-`: what each is taken for."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from loracli.calibration.records import read_records
+from loracli.calibration.sources import DataSource, parse_source, parse_sources
+from loracli.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "weight"),
+    [
+        ("val.jsonl", "val.jsonl", 1.0),
+        ("val.jsonl:2", "val.jsonl", 2.0),
+        ("a/b:c/val.jsonl:0.25", "a/b:c/val.jsonl", 0.25),
+        ("val.jsonl:1e3", "val.jsonl", 1000.0),
+        ("val.jsonl:", "val.jsonl:", 1.0),
+        ("val.jsonl:two", "val.jsonl:two", 1.0),
+        ("a:2/val.jsonl", "a:2/val.jsonl", 1.0),
+        (":2", ":2", 1.0),
+        ("-", None, 1.0),
+        ("-:2", None, 2.0),
+        ("./-", "-", 1.0),
+    ],
+)
+def test_a_number_after_the_last_colon_is_a_weight(text: str, path: str | None, weight: float) -> None:
+    assert parse_source(text) == DataSource(None if path is None else Path(path), weight)
+
+
+def test_a_file_of_exactly_that_name_is_the_file(tmp_path: Path) -> None:
+    (tmp_path / "val:2").write_text("")
+    assert parse_source(tmp_path / "val:2") == DataSource(tmp_path / "val:2")
+    assert parse_source(f"{tmp_path}/val:2:3") == DataSource(tmp_path / "val:2", 3.0)
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1e7", "1e-7"])
+def test_a_weight_out_of_range_is_refused(weight: str) -> None:
+    with pytest.raises(UsageError, match="is not between 1e-06 and 1e\\+06"):
+        parse_source(f"val.jsonl:{weight}")
+
+
+def test_one_path_or_several_are_taken_and_none_or_one_twice_are_not(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert parse_sources(str(a)) == parse_sources(a) == parse_sources([a]) == (DataSource(a),)
+    assert parse_sources((a, f"{b}:2")) == (DataSource(a), DataSource(b, 2.0))
+    with pytest.raises(UsageError, match="no data file"):
+        parse_sources([])
+    (tmp_path / "link").symlink_to(a)
+    for twice in (["-", "-"], [a, f"{a}:2"], [a, tmp_path / "x" / ".." / "a"], [a, tmp_path / "link"]):
+        with pytest.raises(UsageError, match="is given twice") as caught:
+            parse_sources(twice)
+        assert "weight" in (caught.value.hint or "")
+
+
+def test_standard_input_is_read_as_a_file_is_and_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = b'\xef\xbb\xbf{"text": "t"}\r\n\r\n{"text": "u"}'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    file = read_records("-")
+    assert [record.place for record in file.records] == ["<stdin>:1", "<stdin>:3"]
+    assert (file.source.name, str(file.source)) == ("<stdin>", "<stdin>")

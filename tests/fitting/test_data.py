@@ -1,0 +1,159 @@
+"""Calibration data in a whole fit: weights mean what they say, and what was read is recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
+
+from loracli.adapters.adapter import read_adapter
+from loracli.calibration.batches import plan_batches
+from loracli.calibration.render import Example
+from loracli.calibration.shapes import Shape
+from loracli.fitting.attach import attach
+from loracli.fitting.loss import make_objective
+from loracli.fitting.mixing import make_mixing
+from loracli.fitting.problem import Meter, Problem
+from loracli.fitting.run import _max_length, fit_mixing
+from loracli.fitting.settings import FitSettings
+from loracli.progress import SILENT, Silent
+from loracli.recipe import load_recipe
+from tests.tiny import make_tokenizer, random_records, write_jsonl
+
+
+class Listener(Silent):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def examples(count: int, weight: float = 1.0, seed: int = 0) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for line in range(count):
+        length = int(torch.randint(4, 20, (1,), generator=generator))
+        ids = torch.randint(3, 259, (length,), generator=generator).tolist()
+        found.append(Example(f"{seed}:{line}", tuple(ids), (False, False, *(True,) * (length - 2)), weight))
+    return found
+
+
+@pytest.mark.parametrize("own_head", [True, False])
+@pytest.mark.parametrize("batch_tokens", [1, 50, 10_000])
+def test_a_weight_of_2_is_the_objective_of_every_record_twice(
+    tiny_base: Path, two_adapters: tuple[Path, Path], batch_tokens: int, own_head: bool
+) -> None:
+    """Value, gradient and held-out score, in float64, whatever the batches."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float64).eval().requires_grad_(False)
+    adapters = [read_adapter(str(path)) for path in two_adapters]
+    mixing = make_mixing(adapters, "module")
+    once, heavy = examples(5), examples(4, 2.0, seed=1)
+    light = [replace(example, weight=1.0) for example in heavy]
+    theta = mixing.constant([0.7, 0.4])
+    results = []
+    with attach(model, adapters, mixing.modules) as attached:
+        for records in ([*once, *heavy], [*once, *light, *light]):
+            batches = plan_batches(records, batch_tokens=batch_tokens)
+            objective = make_objective(attached, batches[0])
+            objective._own_head = own_head
+            problem = Problem(objective, mixing, tuple(records), (), Meter(SILENT))
+            scores = problem.score(mixing.expand(theta), batches, records)
+            results.append((*problem.mean_and_gradient(theta, batches, records), scores.nats_per_token))
+    (value, gradient, score), (value_2, gradient_2, score_2) = results
+    assert gradient.abs().max() > 1e-3
+    assert value == pytest.approx(value_2, rel=1e-6) and score == pytest.approx(value, rel=1e-6)
+    assert score_2 == pytest.approx(score, rel=1e-6)
+    torch.testing.assert_close(gradient, gradient_2, rtol=1e-5, atol=1e-8)
+
+
+def fit(two_adapters: tuple[Path, Path], tiny_base: Path, data: Any, **options: Any) -> Any:
+    settings = options.pop("settings", FitSettings(mixing="adapter", passes=3))
+    return fit_mixing([str(p) for p in two_adapters], data, base=str(tiny_base), settings=settings, **options)
+
+
+def test_a_weight_common_to_all_files_changes_no_weight_and_no_loss(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    files = [write_jsonl(tmp_path / f"{seed}.jsonl", random_records(30, seed=seed)) for seed in (0, 1)]
+    held = write_jsonl(tmp_path / "held.jsonl", random_records(25, seed=2))
+    for mixing in ("adapter", "layer"):
+        settings = FitSettings(mixing=mixing, passes=3)  # type: ignore[arg-type]
+        plain = fit(two_adapters, tiny_base, files, eval_data=held, settings=settings)
+        equal = fit(two_adapters, tiny_base, [f"{f}:4" for f in files], eval_data=f"{held}:4", settings=settings)
+        other = fit(two_adapters, tiny_base, [f"{files[0]}:4", files[1]], eval_data=held, settings=settings)
+        assert equal.mixing.weights.keys() == plain.mixing.weights.keys()
+        differences = []
+        for group, weights in plain.mixing.weights.items():
+            assert equal.mixing.weights[group] == pytest.approx(weights, abs=1e-6)
+            differences += [abs(a - b) for a, b in zip(other.mixing.weights[group], weights, strict=True)]
+        assert max(differences) > 1e-4
+        assert equal.fit.training_nats_per_token == pytest.approx(plain.fit.training_nats_per_token, abs=1e-6)
+        assert equal.held_out.row("fit").nats_per_token == pytest.approx(plain.held_out.row("fit").nats_per_token, 1e-6)
+        assert equal.held_out.scored_tokens == plain.held_out.scored_tokens
+
+
+def test_the_published_recipe_takes_weighted_files(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    data = write_jsonl(tmp_path / "val.jsonl", random_records(50))
+    plain, equal = (fit(two_adapters, tiny_base, d, settings=FitSettings(paper=True)) for d in (data, f"{data}:0.5"))
+    assert equal.fit.starts[0]["before"] == pytest.approx(plain.fit.starts[0]["before"], rel=1e-6)
+
+
+def test_the_recipe_accounts_for_every_file_and_the_settings_of_the_data(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [r | {"task": "pairs"} for r in random_records(40)])
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
+    lines = [json.dumps({"conversations": turns * i, "task": "chats"}) for i in range(1, 21)]
+    chats.write_text("\n".join([*lines, "oops"]))
+    settings = FitSettings(mixing="adapter", passes=3, skip_bad=True, allow_truncation=True)
+    recipe = fit(two_adapters, tiny_base, [pairs, f"{chats}:2"], settings=settings, folder=tmp_path)
+    recipe.save(tmp_path / "recipe.json")
+    loaded = load_recipe(tmp_path / "recipe.json")
+    shapes: list[Shape] = ["prompt-completion", "sharegpt"]
+    assert [(d.name, d.shape, d.weight, d.skipped, d.skipped_lines) for d in loaded.data] == [
+        ("pairs.jsonl", shapes[0], 1.0, 0, ()),
+        ("chats.jsonl", shapes[1], 2.0, 1, (21,)),
+    ]
+    assert [d.template_sha256 is None for d in loaded.data] == [True, False]
+    assert sum(d.records for d in loaded.data) + loaded.held_out.records == 60
+    recorded = loaded.fit.settings
+    assert (recorded["format"], recorded["skip_bad"], recorded["allow_truncation"]) == (None, True, True)
+    assert loaded.held_out.name == "pairs.jsonl, chats.jsonl:2"
+    assert [task.task for task in loaded.held_out.tasks] == ["chats", "pairs"]
+    assert sum(task.scored_tokens for task in loaded.held_out.tasks) == loaded.held_out.scored_tokens
+    rows = [row.name for row in loaded.held_out.rows]
+    assert all(list(task.nats_per_token) == rows for task in loaded.held_out.tasks)
+    public = loaded.public()
+    assert list(public.held_out.tasks[0].nats_per_token) == [row.name for row in public.held_out.rows]
+
+
+def test_an_adapter_with_a_template_of_its_own_is_warned_of(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    data = write_jsonl(tmp_path / "val.jsonl", random_records(50))
+    own = Path(shutil.copytree(two_adapters[0], tmp_path / "own"))
+    make_tokenizer(chat_template="other").save_pretrained(own)
+    listener = Listener()
+    fit((own, two_adapters[1]), tiny_base, data, folder=tmp_path, progress=listener)
+    assert [warning for warning in listener.warnings if "chat template" in warning] == [
+        "own: it comes with a chat template that differs from the base model's, which is the one used"
+    ]
+
+
+def test_the_longest_length_is_that_of_the_text_model() -> None:
+    text = {"max_position_embeddings": 300}
+    for config in (Gemma3Config(text_config=text), LlamaConfig(**text)):
+        base: Any = SimpleNamespace(model=SimpleNamespace(config=config))
+        assert _max_length(base, FitSettings(max_length=500)) == 300
+        assert _max_length(base, FitSettings(max_length=200)) == 200
