@@ -1,8 +1,4 @@
-"""From JSONL to token batches.
+"""From JSONL to token batches: sources are read to records, records rendered to tokens, tokens planned as batches.
 
-    sources        FILE, FILE:WEIGHT, standard input
-    records        lines to records: `checks` of values, `shapes`, `conversations`
-    dataset        several files, `split` into training and held-out records
-    render         records to tokens and what is scored: `tokens` of texts, `chat` templates
-    batches        the plan of micro-batches
+A newcomer's way in: `dataset` holds the whole path but the batches.
 """
