@@ -16,7 +16,8 @@
     ├── OutOfResources               6   disk, memory or device memory ran out
     ├── IntegrityError               7   bytes are not the bytes that were recorded
     └── FitError                     1   the optimisation cannot go on
-        └── NonFiniteLoss            1   the loss became infinite or not a number
+        ├── NonFiniteLoss            1   the loss became infinite or not a number
+        └── ProcessLost              1   another process of the same fit has ended or does not answer
 
 One boundary, in `loracli.cli`, turns them into a message and an exit code. Anything else is a bug and keeps its
 traceback.
@@ -34,9 +35,13 @@ class LoracatError(Exception):
         what: one sentence that names the thing at fault.
         where: file, line, module or tensor, when `what` does not already say it.
         hint: what the user can do next.
+
+    Among several processes `told` says that all of them raise it; False, that this one could not tell the others. None
+    elsewhere.
     """
 
     exit_code: ClassVar[int] = 1
+    told: bool | None = None
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(what)
@@ -140,3 +145,7 @@ class FitError(LoracatError):
 
 class NonFiniteLoss(FitError):
     """Raised when the loss becomes infinite or not a number; names the records of the batch."""
+
+
+class ProcessLost(FitError):
+    """Raised when another process of the same fit has ended or does not answer; its own message says why."""

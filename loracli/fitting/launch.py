@@ -1,0 +1,73 @@
+"""Which process this is, as a launcher such as torchrun tells it. Loads no torch, so that a command can ask first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loracli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The place of this process among those started together; by default it is the only one.
+
+    Args:
+        rank: 0 to `world_size` - 1.
+        world_size: how many processes were started.
+        local_rank: the rank among the processes of this machine, which picks the CUDA device.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which torchrun and its like set.
+
+    LOCAL_RANK may be absent, and is RANK then: on one machine they are the same.
+
+    Raises:
+        UsageError: if some of the variables are absent, are no numbers, or contradict each other.
+    """
+    if _number(environment, "WORLD_SIZE", 1) == 1:
+        return Launch()
+    rank, world_size = (_number(environment, name) for name in ("RANK", "WORLD_SIZE"))
+    local_rank = _number(environment, "LOCAL_RANK", rank)
+    if not (0 <= rank < world_size and 0 <= local_rank < world_size):
+        raise UsageError(f"RANK={rank} and LOCAL_RANK={local_rank} are no places among WORLD_SIZE={world_size}")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name):
+            raise _absent(name)
+    return Launch(rank, world_size, local_rank)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """The variable as a number.
+
+    Raises:
+        UsageError: if it is no whole number, or absent without a default.
+    """
+    text = environment.get(name)
+    if text is None:
+        if default is None:
+            raise _absent(name)
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"the environment variable {name} is {text!r} and no number") from None
+
+
+def _absent(name: str) -> UsageError:
+    return UsageError(
+        f"the environment says WORLD_SIZE, so several processes, but not {name}",
+        hint="start them with torchrun, or unset WORLD_SIZE for one process",
+    )
