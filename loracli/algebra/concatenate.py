@@ -1,9 +1,10 @@
-"""Concatenation along the rank: the weighted sum of updates as one update, exactly.
+"""Concatenation along the rank: updates of one module composed to one update, exactly.
 
-    sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, ..., w_N s_N B_N] [A_1; ...; A_N]
+    B M A                    A = [A_1; ...; A_N] (R, in), B = [s_1 B_1, ..., s_N B_N] (out, R), R = sum r_i
+    sum_i w_i s_i B_i A_i    the same with M = blockdiag(w_i I)
 
-CAT, LoRA Soups (arXiv 2410.13025), section 3. PEFT's `linear` combination adds A and B apart instead, which brings in
-the cross terms B_i A_j; this does not.
+The second is CAT, LoRA Soups (arXiv 2410.13025), section 3; it has none of the cross terms B_i A_j that PEFT's
+`linear` combination brings in by adding A and B apart.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from loracli.algebra.factors import Factors, norm
 
@@ -33,6 +35,21 @@ def concatenate(updates: Sequence[Factors], weights: Sequence[float]) -> Factors
         [w * update.scaling * update.lora_B.double() for w, update in zip(weights, updates, strict=True)], dim=1
     )
     return Factors(lora_A, lora_B)
+
+
+def mix(updates: Sequence[Factors], mixing: Tensor) -> Factors:
+    """The update B M A with scaling 1, in float64.
+
+    A keeps the values of the ingredients; the scalings and M go into B alone.
+
+    Args:
+        updates: N updates of one module; A_i (r_i, in), B_i (out, r_i), ranks may differ.
+        mixing: M (R, R) with R = sum r_i.
+    Returns:
+        lora_A (R, in) and lora_B (out, R).
+    """
+    stacked = concatenate(updates, [1.0] * len(updates))
+    return Factors(stacked.lora_A, stacked.lora_B @ mixing.double())
 
 
 def relative_error(written: Factors, exact: Factors) -> float:

@@ -75,3 +75,17 @@ def core(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     q_b, r_b = torch.linalg.qr(factors.lora_B.double())
     q_a, r_a = torch.linalg.qr(factors.lora_A.double().T)
     return q_b, factors.scaling * (r_b @ r_a.T), q_a
+
+
+def thin_svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """dW = U diag(S) V^T from the factors: U (out, m), S (m,) descending, V^T (m, in), with m = min(r, in, out).
+
+    QR of both sides, then the SVD of the small core; float64. A singular pair is defined up to a common sign: the
+    largest entry of each left vector is positive.
+    """
+    q_b, middle, q_a = core(factors)
+    u, singular, vh = torch.linalg.svd(middle, full_matrices=False)
+    left, right = q_b @ u, vh @ q_a.T
+    largest = left.abs().argmax(dim=0)
+    signs = torch.where(left[largest, torch.arange(left.shape[1])] < 0, -1.0, 1.0).to(left.dtype)
+    return left * signs, singular, right * signs[:, None]

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from loracli.algebra.factors import Factors, core
+from loracli.algebra.factors import Factors, thin_svd
 
 
 @dataclass(frozen=True)
@@ -30,20 +28,11 @@ class Truncation:
 
 def truncate(factors: Factors, rank: int) -> Truncation:
     """The closest update of rank at most `rank`; the result has rank min(rank, r, in, out)."""
-    q_b, middle, q_a = core(factors)
-    u, singular, vh = torch.linalg.svd(middle, full_matrices=False)
-    u, vh = _fix_signs(u, vh)
+    left, singular, right = thin_svd(factors)
     k = min(rank, singular.numel())
     root = singular[:k].sqrt()
-    lora_A = root[:, None] * (vh[:k] @ q_a.T)  # (k, in)
-    lora_B = (q_b @ u[:, :k]) * root  # (out, k)
+    lora_A = root[:, None] * right[:k]  # (k, in)
+    lora_B = left[:, :k] * root  # (out, k)
     total = float(singular.square().sum())
     kept = float(singular[:k].square().sum()) / total if total > 0 else 1.0
     return Truncation(Factors(lora_A, lora_B), kept)
-
-
-def _fix_signs(u: torch.Tensor, vh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # A singular pair is defined up to a common sign: the largest entry of each left vector is made positive.
-    largest = u.abs().argmax(dim=0)
-    signs = torch.where(u[largest, torch.arange(u.shape[1])] < 0, -1.0, 1.0).to(u.dtype)
-    return u * signs, vh * signs[:, None]

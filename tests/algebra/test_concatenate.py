@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loracli.algebra.concatenate import concatenate, pad_rank, relative_error
+from loracli.algebra.concatenate import concatenate, mix, pad_rank, relative_error
 from loracli.algebra.factors import Factors
 from tests.algebra.test_factors import random_factors
 
@@ -64,3 +64,20 @@ def test_padding_leaves_the_update_as_it_is() -> None:
     torch.testing.assert_close(padded.delta_weight(), factors.delta_weight())
     with pytest.raises(ValueError):
         pad_rank(factors, 1)
+
+
+def test_a_mixing_equals_the_dense_product_and_keeps_a() -> None:
+    updates = [random_factors(rank, seed=rank, scaling=rank / 2) for rank in (1, 3)]
+    mixing = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lora_A = torch.cat([u.lora_A for u in updates]).double()
+    lora_B = torch.cat([u.scaling * u.lora_B.double() for u in updates], dim=1)
+    result = mix(updates, mixing)
+    assert torch.equal(result.lora_A, lora_A) and result.scaling == 1.0
+    torch.testing.assert_close(result.delta_weight(), lora_B @ mixing @ lora_A, rtol=1e-13, atol=1e-13)
+
+
+def test_a_mixing_of_one_weight_each_is_the_weighted_sum() -> None:
+    updates, weights = [random_factors(r, seed=r) for r in (2, 5)], [0.7, -0.2]
+    mixing = torch.diag(torch.tensor([0.7] * 2 + [-0.2] * 5, dtype=torch.float64))
+    expected = concatenate(updates, weights).delta_weight()
+    torch.testing.assert_close(mix(updates, mixing).delta_weight(), expected)
