@@ -20,11 +20,19 @@ EXPORTED_FILES = frozenset({CONFIG_FILE, TENSOR_FILE, CERTIFICATE_FILE, "README.
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file beside `path`, flushes it to the disk, and renames it over `path`."""
+    with replaced_file(path) as temporary:
+        write_file(temporary, data)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """The name of a new file to write and flush, which is renamed over `path` at the end, or vanishes if anything
+    fails."""
     with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            write_file(temporary, data)
+            yield temporary
             os.replace(temporary, path)
             flush_directory(path.parent)
         finally:

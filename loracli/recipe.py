@@ -2,29 +2,38 @@
 
 A recipe is JSON for people to read, diff and commit. It holds what changes the result and nothing of the machine: no
 host, user, time, device or absolute path. Adapters are identified by the sha256 of their files; local directories are
-kept relative to the recipe's own folder.
+kept relative to the recipe's own folder. A mixing too large to read is kept as tensors in a file beside it, by its
+sha256.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from loracli.adapters.names import layer
-from loracli.atomic import write_atomically
+from loracli.adapters.names import layer, leaf
+from loracli.atomic import replaced_file, write_atomically, write_file
 from loracli.errors import OutputExists, RecipeError
 from loracli.schema import decode, encode
 from loracli.strict_json import StrictJsonError, parse_json
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_RECIPE_BYTES = 64 << 20
 
 ModuleKind = Literal["linear", "conv1d", "embedding", "other"]
-MixingKind = Literal["adapter", "layer", "module"]
+MixingKind = Literal["adapter", "layer", "module", "rank", "core", "factors"]
 
+INLINE_KINDS: tuple[MixingKind, ...] = ("adapter", "layer", "module")  # their numbers stand in the recipe itself
+# The other kinds are tensors: `<module>.<part>` for each module and each of these parts.
+TENSOR_PARTS: dict[MixingKind, tuple[str, ...]] = {
+    "rank": ("mixing",),
+    "core": ("mixing",),
+    "factors": ("lora_A", "lora_B"),
+}
 EVERY_MODULE = "*"  # the one group of the mixing `adapter`
 OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -32,7 +41,9 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 def group_name(module: str, kind: MixingKind) -> str:
     """The group whose weights `module` takes: every module together, those of its decoder layer, or itself."""
-    return {"adapter": EVERY_MODULE, "layer": layer(module), "module": module}[kind]
+    if kind == "adapter":
+        return EVERY_MODULE
+    return layer(module) if kind == "layer" else module
 
 
 @dataclass(frozen=True)
@@ -131,10 +142,26 @@ class FitRecord:
 
 @dataclass(frozen=True)
 class RecipeMixing:
-    """The weights: by group, one for each adapter in order, null where the adapter changes nothing there."""
+    """The mixing of every module.
+
+        dW_l = B_l M_l A_l    A_l = [A_1; ...; A_N] (R, in), B_l = [s_1 B_1, ..., s_N B_N] (out, R)
+
+    Args:
+        kind: how free M_l is: `adapter`, `layer` and `module` have one weight for each adapter, blockdiag(w_i I);
+            `rank` one for each singular direction of an adapter; `core` a full M_l; `factors` has trained A_l and B_l
+            themselves. The last three are tensors: `loracli.tensor_mixing` makes this object of them.
+        weights: by group, one for each adapter in order, null where the adapter changes nothing there. With tensors a
+            summary by module: the weights of the adapters that come closest to the composition.
+        numbers: how many numbers were fitted.
+        tensors_sha256: of the file with the tensors, None without.
+        tensors: by name, float64 M_l (R, R), or float32 lora_A (r, in) and lora_B (out, r); not part of the document.
+    """
 
     kind: MixingKind
     weights: dict[str, tuple[float | None, ...]]
+    numbers: int
+    tensors_sha256: str | None = None
+    tensors: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -245,14 +272,29 @@ class Recipe:
         return self._renamed(self.labels())
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Writes the recipe, whole or not at all; local adapters become relative to its folder.
+        """Writes the recipe, whole or not at all, and its tensors beside it; local adapters become relative to its
+        folder.
 
         Raises:
-            OutputExists: if the file exists and `force` is not set.
+            OutputExists: if a file is in the way and `force` is not set, or it is none to replace.
+            UsageError: if the mixing has tensors and `path` does not end in `.json`.
         """
         path = Path(path)
-        check_recipe_path(path, force=force)
-        write_atomically(path, self._moved_to(path.parent).to_json().encode())
+        mixing = self.mixing
+        check_recipe_path(path, force=force, kind=mixing.kind)
+        if mixing.kind in INLINE_KINDS:
+            write_atomically(path, self._moved_to(path.parent).to_json().encode())
+            if force and tensors_path(path).exists():
+                from loracli.sidecar import remove_sidecar
+
+                remove_sidecar(path)
+            return
+        from loracli.sidecar import sidecar_sha256, write_sidecar
+
+        written = replace(self, mixing=replace(mixing, tensors_sha256=sidecar_sha256(mixing.tensors)))
+        with replaced_file(path) as temporary:  # gets its name last
+            write_file(temporary, written._moved_to(path.parent).to_json().encode())
+            write_sidecar(path, mixing.tensors)
 
     def to_json(self) -> str:
         """The document, the same bytes for the same recipe."""
@@ -290,12 +332,27 @@ def local_reference(directory: Path, folder: Path) -> str:
     return f"./{relative}" if relative in OTHER_ROWS else relative
 
 
-def check_recipe_path(path: Path, *, force: bool) -> None:
-    """Raises OutputExists if `path` is taken and `force` is not set, or if it is no file that could be replaced."""
+def check_recipe_path(path: Path, *, force: bool, kind: str = "module") -> None:
+    """Refuses a path that a recipe with a mixing of this kind cannot be written to.
+
+    Raises:
+        OutputExists: if `path`, or the file beside it that tensors would go to, is taken and `force` is not set, or is
+            none that could be replaced.
+        UsageError: if the kind may need such a file and `path` does not end in `.json`.
+    """
     if path.is_dir():
         raise OutputExists(f"{path} is a directory", hint="name a file with -o")
     if os.path.lexists(path) and not force:
         raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
+    if kind not in INLINE_KINDS:
+        from loracli.sidecar import check_sidecar_path
+
+        check_sidecar_path(path, force=force)
+
+
+def tensors_path(recipe: Path) -> Path:
+    """The file of the tensors of the recipe at this path."""
+    return recipe.with_suffix(".safetensors")
 
 
 def weights_by_leaf(recipe: Recipe) -> dict[str, list[tuple[float, float, float] | None]]:
@@ -303,7 +360,7 @@ def weights_by_leaf(recipe: Recipe) -> dict[str, list[tuple[float, float, float]
     there."""
     by_leaf: dict[str, list[tuple[float | None, ...]]] = {}
     for group, weights in recipe.mixing.weights.items():
-        label = group.rpartition(".")[2] if recipe.mixing.kind == "module" else group
+        label = group if recipe.mixing.kind in ("adapter", "layer") else leaf(group)
         by_leaf.setdefault(label, []).append(weights)
     return {label: [_spread(column) for column in zip(*rows, strict=True)] for label, rows in by_leaf.items()}
 
@@ -314,10 +371,11 @@ def _spread(column: tuple[float | None, ...]) -> tuple[float, float, float] | No
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Reads a recipe.
+    """Reads a recipe, and its tensors if its mixing has any.
 
     Raises:
         RecipeError: if it cannot be read, naming every problem at once.
+        IntegrityError: if the tensors beside it are not those it was written with.
     """
     path = Path(path)
     try:
@@ -336,10 +394,10 @@ def load_recipe(path: str | Path) -> Recipe:
     if not isinstance(fields, dict) or "loracat_recipe" not in fields:
         raise RecipeError(f"{path} is no recipe of loracat")
     schema = fields.pop("loracat_recipe")
-    if schema != SCHEMA or isinstance(schema, bool):
-        newer = isinstance(schema, int) and schema > SCHEMA
-        hint = "it was written by a newer loracat: upgrade" if newer else None
-        raise RecipeError(f"the recipe {path} has the schema {schema!r}; this version reads {SCHEMA}", hint=hint)
+    if type(schema) is not int or schema != SCHEMA:
+        raise RecipeError(
+            f"the recipe {path} has the schema {schema!r}; this version reads {SCHEMA}", hint=_schema_hint(schema)
+        )
     problems: list[str] = []
     recipe = decode(Recipe, fields, "", problems)
     if not problems:
@@ -347,14 +405,23 @@ def load_recipe(path: str | Path) -> Recipe:
     if problems:
         raise RecipeError(f"the recipe {path} is damaged", problems=tuple(problems))
     result: Recipe = replace(recipe, folder=path.parent)
-    return result
+    if result.mixing.kind in INLINE_KINDS:
+        return result
+    from loracli.sidecar import read_sidecar
+
+    return replace(result, mixing=replace(result.mixing, tensors=read_sidecar(path, result)))
+
+
+def _schema_hint(schema: object) -> str | None:
+    if type(schema) is not int or schema < 1:
+        return None
+    if schema > SCHEMA:
+        return "it was written by a newer loracat: upgrade"
+    return "it was written by an older loracat: fit again"
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
-    problems = []
-    for group, weights in recipe.mixing.weights.items():
-        if len(weights) != len(recipe.adapters):
-            problems.append(f"mixing.weights[{group!r}]: {len(weights)} weights for {len(recipe.adapters)} adapters")
+    problems = _mixing_contradictions(recipe.mixing, len(recipe.adapters))
     for name in ("adapters", "data"):
         if not getattr(recipe, name):
             problems.append(f"{name}: empty")
@@ -371,4 +438,18 @@ def _contradictions(recipe: Recipe) -> list[str]:
     for index, task in enumerate(recipe.held_out.tasks):
         if sorted(task.nats_per_token) != sorted(rows):
             problems.append(f"held_out.tasks[{index}].nats_per_token: not the names of held_out.rows")
+    return problems
+
+
+def _mixing_contradictions(mixing: RecipeMixing, adapters: int) -> list[str]:
+    problems = [
+        f"mixing.weights[{group!r}]: {len(weights)} weights for {adapters} adapters"
+        for group, weights in mixing.weights.items()
+        if len(weights) != adapters
+    ]
+    if mixing.numbers < 1:
+        problems.append(f"mixing.numbers: expected at least 1, got {mixing.numbers}")
+    if (mixing.tensors_sha256 is None) != (mixing.kind in INLINE_KINDS):
+        expected = "null" if mixing.kind in INLINE_KINDS else "the sha256 of its tensors"
+        problems.append(f"mixing.tensors_sha256: expected {expected} with the kind {mixing.kind!r}")
     return problems

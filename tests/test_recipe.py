@@ -13,6 +13,7 @@ import pytest
 
 from loracli.errors import OutputExists, RecipeError
 from loracli.recipe import (
+    INLINE_KINDS,
     MAX_RECIPE_BYTES,
     BaseModule,
     FitRecord,
@@ -30,6 +31,7 @@ from loracli.recipe import (
     weights_by_leaf,
 )
 
+KINDS = "'adapter', 'layer', 'module', 'rank', 'core', 'factors'"
 FILES = {"adapter_config.json": "c" * 64, "adapter_model.safetensors": "d" * 64}
 
 
@@ -66,7 +68,7 @@ def make_recipe(folder: Path, *adapters: RecipeAdapter) -> Recipe:
             largest_move=0.1 + 0.2,
             training_nats_per_token=1 / 3,
         ),
-        mixing=RecipeMixing("module", weights),
+        mixing=RecipeMixing("module", weights, 6),
         modules=(*(BaseModule(n, "linear", 32, 48) for n in names), BaseModule("embed", "embedding", 259, 32)),
         dtype="float32",
         held_out=HeldOut(
@@ -128,12 +130,12 @@ def test_saving_again_writes_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["adapter", "layer", "module"])
+@pytest.mark.parametrize("kind", INLINE_KINDS)
 def test_weights_are_found_by_the_group_of_a_module(tmp_path: Path, kind: MixingKind) -> None:
     groups = {"adapter": "*", "layer": "model.layers.11", "module": "model.layers.11.mlp.up_proj"}
     other = "model.layers.1.mlp.up_proj"
     weights = {groups[kind]: (0.5, None), **({} if kind == "adapter" else {group_name(other, kind): (2.0, 3.0)})}
-    recipe = replace(make_recipe(tmp_path), mixing=RecipeMixing(kind, weights))
+    recipe = replace(make_recipe(tmp_path), mixing=RecipeMixing(kind, weights, 2))
     recipe.save(tmp_path / "r.json")
     loaded = load_recipe(tmp_path / "r.json")
     assert loaded.weights_of("model.layers.11.mlp.up_proj") == (0.5, None)
@@ -258,8 +260,14 @@ def test_the_recipe_that_the_cases_below_damage_is_fine(tmp_path: Path) -> None:
         ("fit__passes", 10**60, "fit.passes: expected a number, got 1" + "0" * 59),
         ("fit__settings__seed", [], "fit.settings['seed']: expected a whole number, got []"),
         ("fit__starts__1", [], "fit.starts[1]: expected an object, got []"),
-        ("mixing__kind", "rank", "mixing.kind: expected one of 'adapter', 'layer', 'module', got 'rank'"),
-        ("mixing__kind", ["module"], "mixing.kind: expected one of 'adapter', 'layer', 'module', got ['module']"),
+        ("mixing__kind", "diagonal", f"mixing.kind: expected one of {KINDS}, got 'diagonal'"),
+        ("mixing__kind", ["module"], f"mixing.kind: expected one of {KINDS}, got ['module']"),
+        ("mixing__kind", "core", "mixing.tensors_sha256: expected the sha256 of its tensors with the kind 'core'"),
+        ("mixing__tensors_sha256", "0" * 64, "mixing.tensors_sha256: expected null with the kind 'module'"),
+        ("mixing__tensors_sha256", 5, "mixing.tensors_sha256: expected text, got 5"),
+        ("mixing__numbers", 1.5, "mixing.numbers: expected a whole number, got 1.5"),
+        ("mixing__numbers", 0, "mixing.numbers: expected at least 1, got 0"),
+        ("mixing__tensors", {}, "mixing.tensors: unknown"),
         ("mixing__weights", [], "mixing.weights: expected an object, got []"),
         ("modules__2__in_features", None, "modules[2].in_features: expected a whole number, got null"),
         (
@@ -313,7 +321,7 @@ def test_weights_for_another_number_of_adapters_are_named(tmp_path: Path) -> Non
 
 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
-    document = saved(tmp_path, dtype=5, adapters__0__rank="x", mixing__kind="rank", extra=1, modules__0__kind=0)
+    document = saved(tmp_path, dtype=5, adapters__0__rank="x", mixing__kind="nonsense", extra=1, modules__0__kind=0)
     del document["base"]["id"], document["fit"]["chosen"]
     found = "\n".join(problems(tmp_path, document))
     for field in ("dtype", "adapters[0].rank", "mixing.kind", "extra", "modules[0].kind", "base.id", "fit.chosen"):
@@ -330,16 +338,27 @@ def test_a_weight_that_is_no_number_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "newer"), [(2, True), (99, True), (0, False), ("1", False), (None, False), (True, False)], ids=repr
+    ("version", "way_out"),
+    [
+        (3, "upgrade"),
+        (99, "upgrade"),
+        (1, "fit again"),
+        (0, None),
+        ("2", None),
+        (2.0, None),
+        (None, None),
+        (True, None),
+    ],
+    ids=repr,
 )
-def test_another_schema_is_refused_and_a_newer_one_with_the_way_out(
-    tmp_path: Path, version: object, newer: bool
+def test_another_schema_is_refused_with_the_way_out_where_there_is_one(
+    tmp_path: Path, version: object, way_out: str | None
 ) -> None:
     (tmp_path / "r.json").write_text(json.dumps(saved(tmp_path) | {"loracat_recipe": version, "new_field": 1}))
-    with pytest.raises(RecipeError, match="has the schema .*this version reads 1") as caught:
+    with pytest.raises(RecipeError, match="has the schema .*this version reads 2") as caught:
         load_recipe(tmp_path / "r.json")
     assert caught.value.problems == ()
-    assert ("upgrade" in (caught.value.hint or "")) is newer
+    assert (way_out in (caught.value.hint or "")) if way_out else caught.value.hint is None
 
 
 @pytest.mark.parametrize(
@@ -349,8 +368,8 @@ def test_another_schema_is_refused_and_a_newer_one_with_the_way_out(
         (b"[]", "is no recipe"),
         (b"{}", "is no recipe"),
         (b'{"peft_type": "LORA"}', "is no recipe"),
-        (b'{"loracat_recipe": 1, "loracat_recipe": 1}', "appears twice"),
-        (b'{"loracat_recipe": 1', "not valid JSON"),
+        (b'{"loracat_recipe": 2, "loracat_recipe": 2}', "appears twice"),
+        (b'{"loracat_recipe": 2', "not valid JSON"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -392,7 +411,7 @@ def test_weights_by_leaf_are_mean_lowest_and_highest(tmp_path: Path) -> None:
         "l.2.q_proj": (6.0, 2.0),
         "l.0.v_proj": (None, 0.5),
     }
-    recipe = replace(make_recipe(tmp_path), mixing=RecipeMixing("module", weights))
+    recipe = replace(make_recipe(tmp_path), mixing=RecipeMixing("module", weights, 6))
     assert weights_by_leaf(recipe) == {
         "q_proj": [(3.0, 1.0, 6.0), (-1.0, -4.0, 2.0)],
         "v_proj": [None, (0.5, 0.5, 0.5)],

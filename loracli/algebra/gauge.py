@@ -61,8 +61,8 @@ def canonical_stack(updates: Sequence[Factors]) -> CanonicalStack:
     return CanonicalStack(
         lora_A=torch.cat(lora_A),
         lora_B=torch.cat(lora_B, dim=1),
-        gauge_A=torch.block_diag(*gauge_A),
-        gauge_B=torch.block_diag(*gauge_B),
+        gauge_A=torch.block_diag(*gauge_A),  # type: ignore[no-untyped-call]
+        gauge_B=torch.block_diag(*gauge_B),  # type: ignore[no-untyped-call]
         ranks=tuple(update.rank for update in updates),
         present=torch.cat(present),
     )

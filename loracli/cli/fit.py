@@ -105,7 +105,7 @@ def fit(
 
     out = Output(as_json=as_json, quiet=quiet)
     if not dry_run:
-        check_recipe_path(output, force=force)
+        check_recipe_path(output, force=force, kind=mixing)
     settings = FitSettings(
         mixing=mixing,  # type: ignore[arg-type]  # the settings check it
         paper=paper,

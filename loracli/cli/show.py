@@ -31,7 +31,7 @@ def show(
     quiet: QuietOpt = False,
 ) -> None:
     """Show a recipe: ingredients, weights, how they were found, and the held-out table."""
-    from loracli.recipe import load_recipe, weights_by_leaf
+    from loracli.recipe import INLINE_KINDS, load_recipe, tensors_path, weights_by_leaf
 
     out = Output(as_json=as_json, quiet=quiet)
     loaded = load_recipe(recipe)
@@ -55,7 +55,13 @@ def show(
         ],
     )
     out.line()
-    out.line(f"weights: {loaded.mixing.kind}, mean over modules (lowest to highest)", style="bold")
+    mixing, spread = loaded.mixing, "mean over modules (lowest to highest)"
+    if mixing.kind in INLINE_KINDS:
+        out.line(f"weights: {mixing.kind}, {mixing.numbers} fitted, {spread}", style="bold")
+    else:
+        kept = tensors_path(recipe).name
+        out.line(f"mixing: {mixing.kind}, {mixing.numbers} numbers fitted, kept in {kept}", style="bold")
+        out.line(f"the weights that come closest to it, {spread}:")
     out.table(
         ["", *labels.values()],
         [[name, *(_spread(cell) for cell in cells)] for name, cells in weights_by_leaf(loaded).items()],

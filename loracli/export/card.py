@@ -10,22 +10,20 @@ import json
 from loracli.adapters.names import TENSOR_FILE
 from loracli.export.certificate import Certificate
 from loracli.export.profile import Layout
-from loracli.recipe import Recipe
+from loracli.recipe import INLINE_KINDS, Recipe
 
 
 def model_card(recipe: Recipe, layout: Layout, certificate: Certificate, *, merged: bool, command: str) -> str:
     """README.md of the export, from a recipe as it may be published."""
-    weights = "as published, with softmax weights" if recipe.fit.recipe == "paper" else "with free weights"
     title = f"compressed to rank {layout.rank}" if merged else f"concatenated, rank {layout.rank}"
     return "\n".join(
         [
             *_front_matter(recipe),
             f"# LoRA adapter composed of {len(recipe.adapters)}, {title}",
             "",
-            f"One LoRA adapter for `{recipe.base.id}` that carries the skills of its ingredients. Its update of every",
-            "module is the weighted sum of theirs, with weights learnt on a calibration file while base and adapters",
-            f"stayed frozen (CAT, [LoRA Soups](https://arxiv.org/abs/2410.13025), {weights}). Made with loracat "
-            f"{recipe.versions.get('loracat', '')}.",
+            f"One LoRA adapter for `{recipe.base.id}` that carries the skills of its ingredients.",
+            *_mixing(recipe),
+            f"Made with loracat {recipe.versions.get('loracat', '')}.",
             "",
             *_ingredients(recipe),
             *_held_out(recipe),
@@ -44,9 +42,41 @@ def model_card(recipe: Recipe, layout: Layout, certificate: Certificate, *, merg
             "",
             *_servers(layout),
             f"Repeat it with `{command}`; the recipe is the object `recipe` in `loracat.json`.",
+            *_tensors(recipe),
             "",
         ]
     )  # fmt: skip
+
+
+def _mixing(recipe: Recipe) -> list[str]:
+    """What the update of a module is, by the kind of mixing."""
+    learnt = f"{recipe.mixing.numbers} numbers, learnt on a calibration file while base and adapters stayed frozen."
+    weights = "as published, with softmax weights" if recipe.fit.recipe == "paper" else "with free weights"
+    by_kind = {
+        "rank": [
+            "Its update of every module is the sum of theirs with a weight for each singular direction of each:",
+            learnt,
+        ],
+        "core": [
+            "Its update of every module is `B M A`, with their factors side by side in `B` and `A` and a full matrix",
+            f"`M` between them: {learnt}",
+        ],
+        "factors": [
+            "Its factors started from theirs and were then trained on a calibration file,",
+            f"{recipe.mixing.numbers} numbers, while the base stayed frozen.",
+        ],
+    }
+    weighted_sum = [
+        "Its update of every module is the weighted sum of theirs, with weights learnt on a calibration file while",
+        f"base and adapters stayed frozen (CAT, [LoRA Soups](https://arxiv.org/abs/2410.13025), {weights}).",
+    ]
+    return by_kind.get(recipe.mixing.kind, weighted_sum)
+
+
+def _tensors(recipe: Recipe) -> list[str]:
+    if recipe.mixing.tensors_sha256 is None:
+        return []
+    return [f"It takes a file of tensors beside it, which is not here: sha256 `{recipe.mixing.tensors_sha256}`."]
 
 
 def _front_matter(recipe: Recipe) -> list[str]:
@@ -74,12 +104,14 @@ def _ingredients(recipe: Recipe) -> list[str]:
     ]
     for index, adapter in enumerate(recipe.adapters):
         weights = [w for row in recipe.mixing.weights.values() if (w := row[index]) is not None]
-        mean = sum(weights) / len(weights)
+        mean = f"{sum(weights) / len(weights):.3f}" if weights else "-"
+        spread = f"{min(weights):.3f} to {max(weights):.3f}" if weights else "-"
         lines.append(
             f"| {_cell(adapter.reference)} | {(adapter.commit or 'local')[:12]} | "
-            f"{adapter.sha256[TENSOR_FILE][:12]} | {adapter.rank} | {mean:.3f} | "
-            f"{min(weights):.3f} to {max(weights):.3f} |"
+            f"{adapter.sha256[TENSOR_FILE][:12]} | {adapter.rank} | {mean} | {spread} |"
         )
+    if recipe.mixing.kind not in INLINE_KINDS:
+        lines += ["", "The weights are a summary: those whose weighted sum comes closest to the update of a module."]
     return [*lines, ""]
 
 

@@ -1,7 +1,7 @@
 """The certificate of an export: how far the bytes that were written are from the exact composition.
 
-Per module, |dW_written - dW_exact|_F / |dW_exact|_F, with dW_exact = sum_i w_li s_i B_i A_i in float64 from the
-ingredients and dW_written from the tensors as rounded to the output dtype. Both norms come from factors.
+Per module, |dW_written - dW_exact|_F / |dW_exact|_F, with dW_exact = B_l M_l A_l in float64 from ingredients and
+recipe, and dW_written from the tensors as rounded to the output dtype. Both norms come from factors.
 """
 
 from __future__ import annotations

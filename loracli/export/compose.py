@@ -4,35 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loracli.adapters.adapter import LoraAdapter
+import torch
+
+from loracli.adapters.adapter import LoraAdapter, widest_dtype
 from loracli.algebra.concatenate import concatenate
 from loracli.algebra.factors import Factors
 from loracli.errors import RecipeError
-from loracli.recipe import Recipe
+from loracli.recipe import INLINE_KINDS, Recipe
+from loracli.tensor_mixing import composed_update
 
 
-def composed_modules(adapters: Sequence[LoraAdapter]) -> tuple[str, ...]:
-    """The modules that any of the adapters changes, sorted."""
-    return tuple(sorted({name for adapter in adapters for name in adapter.modules}))
+def composed_modules(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> tuple[str, ...]:
+    """The modules that any of the adapters changes, sorted.
+
+    Raises:
+        RecipeError: if the recipe has tensors for another module, which would be left out.
+    """
+    modules = {name for adapter in adapters for name in adapter.modules}
+    if recipe.mixing.kind not in INLINE_KINDS:
+        unknown = sorted(recipe.mixing.weights.keys() - modules)
+        if unknown:
+            raise RecipeError(f"the recipe has tensors for {unknown[0]}, which no adapter changes")
+    return tuple(sorted(modules))
 
 
 def compose_module(recipe: Recipe, adapters: Sequence[LoraAdapter], module: str) -> Factors:
-    """sum_i w_li s_i B_i A_i of one module in float64, concatenated: lora_A (R, in) as stored, lora_B (out, R) with w s
-    in it.
+    """The update of one module in float64, scaling 1, concatenated.
+
+    lora_A (R, in) as stored and lora_B = B M (out, R), with sum_i w_li s_i B_i A_i for a weight per adapter; with
+    `factors` the trained lora_A and lora_B.
 
     Raises:
-        RecipeError: if the recipe has no weight for an adapter that changes the module.
+        RecipeError: if the recipe has no weight for an adapter that changes the module, or no tensor that fits.
     """
+    updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
+    mixing = recipe.mixing
+    if mixing.kind not in INLINE_KINDS:
+        return composed_update(mixing.kind, mixing.tensors, module, updates)
     try:
         weights = recipe.weights_of(module)
     except KeyError:
         raise RecipeError(f"the recipe has no weights for {module}") from None
-    updates, chosen = [], []
+    chosen = []
     for adapter, weight in zip(adapters, weights, strict=True):
         if module not in adapter.modules:
             continue
         if weight is None:
             raise RecipeError(f"the recipe has no weight of {adapter.reference} for {module}")
-        updates.append(adapter.modules[module].factors)
         chosen.append(weight)
     return concatenate(updates, chosen)
+
+
+def composed_rank(recipe: Recipe, adapters: Sequence[LoraAdapter], module: str) -> int:
+    """The rank of `compose_module`: the sum of the adapters' ranks, or that of the trained factors."""
+    if recipe.mixing.kind == "factors":
+        return compose_module(recipe, adapters, module).rank
+    return sum(adapter.modules[module].factors.rank for adapter in adapters if module in adapter.modules)
+
+
+def composed_dtype(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> torch.dtype:
+    """The dtype that keeps what a composition is made of: the adapters' widest, or that of the trained factors."""
+    if recipe.mixing.kind == "factors":
+        return torch.float32
+    return widest_dtype([adapter.dtype for adapter in adapters])

@@ -1,8 +1,8 @@
 """A recipe becomes one adapter directory.
 
-Concatenated: A holds the ingredients' own values, w s is folded into B, rank R = sum r_i, exact up to one rounding of
-B. Merged: the best approximation of a given rank, from the factors. Written whole or not at all, the same bytes for the
-same inputs.
+Concatenated: A holds the ingredients' own values, w s or s and M are folded into B, rank R = sum r_i, exact up to one
+rounding of B; trained factors are written as they are. Merged: the best approximation of a given rank, from the
+factors. Written whole or not at all, the same bytes for the same inputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.adapter import LoraAdapter, widest_dtype
+from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, format_tensor_name, parse_tensor_name
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank, relative_error
@@ -28,12 +28,12 @@ from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.card import model_card
 from loracli.export.certificate import Certificate, ModuleCertificate
-from loracli.export.compose import compose_module, composed_modules
+from loracli.export.compose import compose_module, composed_dtype, composed_modules, composed_rank
 from loracli.export.ingredients import read_ingredients
 from loracli.export.profile import PROFILES, Layout, ProfileName, choose_layout
-from loracli.export.tensor_writer import write_tensors
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, Recipe, load_recipe
+from loracli.tensor_writer import write_tensors
 
 OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TASK = "export"
@@ -80,7 +80,8 @@ def export_adapter(
         merge: compress to `rank` instead of concatenating.
         rank: of the result with `merge`; None is the largest ingredient rank.
         adapters: where the ingredients are now, in the recipe's order; empty for where the recipe says.
-        dtype: float32, float16 or bfloat16; None is the widest of the ingredients' dtypes.
+        dtype: float32, float16 or bfloat16; None is the widest of the ingredients' dtypes, and float32 for
+            trained factors.
         profile: `portable` or `peft`; None is portable where that is possible.
         force: replace an existing adapter directory.
         progress: told how far it is.
@@ -101,7 +102,7 @@ def export_adapter(
             raise UsageError(
                 f"{output} holds the ingredient {ingredient.reference}", hint="choose another name with -o"
             )
-    resolved = OUTPUT_DTYPES[dtype] if dtype else widest_dtype([adapter.dtype for adapter in ingredients])
+    resolved = OUTPUT_DTYPES[dtype] if dtype else composed_dtype(recipe, ingredients)
     options = "".join(f" --{name} {value}" for name, value in (("dtype", dtype), ("profile", profile)) if value)
     plan = _Plan(recipe, ingredients, resolved, merge, rank, profile, options)  # type: ignore[arg-type]
     with whole_directory(output, force=force) as folder:
@@ -137,7 +138,7 @@ class _Plan:
         self._options = options
         self._table: dict[str, BaseModule] = {module.name: module for module in recipe.modules}
         self._rank = rank or max(max(adapter.ranks) for adapter in adapters)
-        ranks = {name: self._rank_of(name) for name in composed_modules(adapters)}
+        ranks = {name: self._rank_of(name) for name in composed_modules(recipe, adapters)}
         missing = sorted(ranks.keys() - self._table.keys())
         if missing:
             raise RecipeError(f"the recipe's table of base modules lacks {missing[0]}, which an adapter changes")
@@ -146,11 +147,11 @@ class _Plan:
         self._composed = ranks
 
     def _rank_of(self, name: str) -> int:
-        shapes = [a.modules[name].factors for a in self._adapters if name in a.modules]
-        total = sum(factors.rank for factors in shapes)
+        total = composed_rank(self._recipe, self._adapters, name)
         if not self._merge:
             return total
-        return min(self._rank, total, shapes[0].in_features, shapes[0].out_features)
+        factors = next(a.modules[name].factors for a in self._adapters if name in a.modules)
+        return min(self._rank, total, factors.in_features, factors.out_features)
 
     def write(self, folder: Path, progress: Progress) -> tuple[Certificate, int]:
         progress.begin(TASK, len(self.layout.ranks), "modules")

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.recipe import MixingKind, group_name
+from loracli.recipe import INLINE_KINDS, MixingKind, group_name
 
-MIXING_KINDS: tuple[MixingKind, ...] = get_args(MixingKind)
+MIXING_KINDS: tuple[MixingKind, ...] = INLINE_KINDS
 
 
 @dataclass(frozen=True)

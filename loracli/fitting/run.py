@@ -223,7 +223,7 @@ def _recipe(
             largest_move=float(moved.max()),
             training_nats_per_token=training_loss,
         ),
-        mixing=RecipeMixing(mixing.kind, mixing.weights(found.theta)),
+        mixing=RecipeMixing(mixing.kind, mixing.weights(found.theta), mixing.numbers),
         modules=base_modules(base.model, inputs.adapters),
         dtype=dtype_name(base.dtype),
         held_out=table,

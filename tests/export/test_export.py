@@ -74,7 +74,7 @@ def make_recipe(folder: Path, adapters: list[LoraAdapter], modules: Any, *, seed
         ),
         data=(RecipeData("val.jsonl", "0" * 64, "text", 1.0, 1, 1, 0, (), 0, 0, None),),
         fit=FitRecord("cat", {}, (), "sum", None, 1.0, 0.0, 1.0),
-        mixing=RecipeMixing("module", mixing.weights(theta)),
+        mixing=RecipeMixing("module", mixing.weights(theta), mixing.numbers),
         modules=modules,
         dtype="float32",
         held_out=HeldOut("val.jsonl", 1, 1, references[0], (row,), (), "too few records"),
