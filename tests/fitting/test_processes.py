@@ -62,8 +62,10 @@ def test_a_bug_keeps_its_traceback_where_it_is_and_ends_the_others() -> None:
     assert "Traceback" in talk[1] and "TypeError: a bug" in talk[1]
 
 
-def test_an_error_that_nobody_hears_of_is_printed_by_its_own_process() -> None:
-    codes, talk = start_all(2, PROGRAM, "unheard")
+@pytest.mark.parametrize("what", ["unheard", "stuck"])
+def test_an_error_that_nobody_hears_of_is_printed_by_its_own_process(what: str) -> None:
+    """Because the first process is busy for long, or waits for the other in a forward that all take part in."""
+    codes, talk = start_all(2, PROGRAM, what)
     assert codes == [1, 1]
     assert talk[1].strip() == "error: NonFiniteLoss: nobody hears this (None)"
     assert talk[0].startswith("error: ProcessLost: another process")
