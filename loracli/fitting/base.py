@@ -4,7 +4,9 @@ models."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from loracli.adapters.base_claim import BaseClaim, agreed_base, is_path
 from loracli.adapters.hub import fetch_base
 from loracli.adapters.names import leaf
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UsageError
+from loracli.fitting.placement import check_device_map, check_sharded, placement_options, whole
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, ModuleKind
 
+OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -102,8 +106,57 @@ def find_base(
     return BaseReference(base, fetched.path, fetched.commit)
 
 
+@dataclass(frozen=True)
+class BasePlan:
+    """How a base model will be loaded, known before any weight is read.
+
+    Args:
+        reference: where it is.
+        config: transformers' config of it.
+        skeleton: the model without numbers, on the device `meta`.
+        dtype: of its weights.
+        device: that it will be on; with a device map, the kind of device.
+    """
+
+    reference: BaseReference
+    config: Any
+    skeleton: Any
+    dtype: torch.dtype
+    device: str
+
+
+def plan_base(reference: BaseReference, *, dtype: str = "auto", device: str = "auto") -> BasePlan:
+    """Reads the config and settles dtype and device, as `load_base` will.
+
+    Raises:
+        BaseModelMismatch: if transformers knows no such causal language model, or it is quantised.
+        UsageError: if there is no such dtype, or the device cannot be used.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = _resolve_device(device)
+    with _loading(reference):
+        config = AutoConfig.from_pretrained(reference.path, **OFFLINE)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise BaseModelMismatch(
+            f"the base model {reference.id} is quantised", hint="give the unquantised model with --base"
+        )
+    if skeleton.get_output_embeddings() is None:
+        raise BaseModelMismatch(f"the base model {reference.id} has no language model head")
+    resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), device)
+    return BasePlan(reference, config, skeleton, resolved, device)
+
+
 def load_base(
-    reference: BaseReference, *, dtype: str = "auto", device: str = "auto", progress: Progress = SILENT
+    reference: BaseReference,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    shard: int | None = None,
+    progress: Progress = SILENT,
 ) -> BaseModel:
     """Loads the model from safetensors alone, without any code of the repository.
 
@@ -111,42 +164,36 @@ def load_base(
         dtype: `auto`, or one of float32, bfloat16, float16, float64. `auto` is the base's own dtype, raised to float32
             where the device is slow or wrong in it.
         device: `auto` (a CUDA device if there is one), or a torch device.
+        device_map: `auto` puts the layers on all CUDA devices of this process, one after the other.
+        shard: K, to share the weights out over the K processes of this fit, which are connected already: each keeps 1/K
+            and has a layer whole only while it runs. Every forward then needs all of them.
     Raises:
         BaseModelMismatch: if the directory cannot be loaded as a causal language model.
-        UsageError: if there is no such dtype, or the device cannot be used.
+        OutOfResources: if a device map leaves layers that fit on no CUDA device.
+        UsageError: if there is no such dtype, the device cannot be used, or the options contradict each other.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = _resolve_device(device)
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    placement = placement_options(device, device_map, shard)
+    plan = plan_base(reference, dtype=dtype, device=device)
     progress.begin("load base model", None, "B")
     try:
-        options = {"local_files_only": True, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(reference.path, **options)
-        resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), device)
-        tokenizer = AutoTokenizer.from_pretrained(reference.path, **options)
-        if getattr(config, "quantization_config", None) is not None:
-            raise BaseModelMismatch(
-                f"the base model {reference.id} is quantised", hint="give the unquantised model with --base"
+        with _loading(reference):
+            tokenizer = AutoTokenizer.from_pretrained(reference.path, **OFFLINE)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                reference.path,
+                config=plan.config,
+                dtype=plan.dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **placement,
+                **OFFLINE,
             )
-        model, report = AutoModelForCausalLM.from_pretrained(
-            reference.path, config=config, dtype=resolved, use_safetensors=True, output_loading_info=True, **options
-        )
-        model.to(device).eval().requires_grad_(False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        message = str(error).strip().splitlines()
-        raise BaseModelMismatch(
-            f"the base model {reference.id} cannot be loaded: {message[0] if message else type(error).__name__}",
-            hint="it must be a causal language model in safetensors that transformers knows without remote code",
-        ) from error
+            if not placement:
+                model.to(plan.device)
     finally:
         progress.finish("load base model")
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    model.eval().requires_grad_(False)
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:  # transformers fills these with random numbers
         raise BaseModelMismatch(
@@ -154,10 +201,12 @@ def load_base(
             + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""),
             hint="the download is incomplete, or the config belongs to another model",
         )
-    if model.get_output_embeddings() is None:
-        raise BaseModelMismatch(f"the base model {reference.id} has no language model head")
+    if device_map is not None:
+        check_device_map(getattr(model, "hf_device_map", {}))
+    if shard is not None:
+        check_sharded(model)
     digest = hashlib.sha256((reference.path / "config.json").read_bytes()).hexdigest()
-    return BaseModel(reference, model, tokenizer, resolved, digest)
+    return BaseModel(reference, model, tokenizer, plan.dtype, digest)
 
 
 def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
@@ -170,7 +219,7 @@ def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
         for module in adapter.modules.values():
             _check_module(base.model, adapter, module)
         for name in adapter.base_copies:
-            own = base.model.get_submodule(name).weight
+            own = whole(base.model.get_submodule(name).weight)
             copy = adapter.read_base_copy(name)
             if copy.shape != own.shape or not torch.equal(copy.to(own.dtype), own.cpu()):
                 raise BaseModelMismatch(
@@ -188,6 +237,28 @@ def base_modules(model: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[Bas
             kind, in_features, out_features = _kind_and_shape(module)
             found.append(BaseModule(name, kind, in_features, out_features))
     return tuple(found)
+
+
+@contextmanager
+def _loading(reference: BaseReference) -> Iterator[None]:
+    """transformers without bars and chatter, and its errors as ours."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        message = str(error).strip().splitlines()
+        raise BaseModelMismatch(
+            f"the base model {reference.id} cannot be loaded: {message[0] if message else type(error).__name__}",
+            hint="it must be a causal language model in safetensors that transformers knows without remote code",
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _resolve_device(asked: str) -> str:

@@ -18,19 +18,13 @@ from loracli.errors import UsageError
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that can be run again: the outermost ones of the class that transformers gives them; none for the few
-    models that do without it."""
+    """The layers that can be run again, in order: the outermost ones of the class that transformers gives them; none
+    for the few models that do without it."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    found: list[nn.Module] = []
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if isinstance(module, GradientCheckpointingLayer):
-            found.append(module)
-        else:
-            waiting.extend(module.children())
-    return found
+    if isinstance(model, GradientCheckpointingLayer):
+        return [model]
+    return [layer for child in model.children() for layer in decoder_layers(child)]
 
 
 @contextmanager

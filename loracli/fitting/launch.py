@@ -17,11 +17,13 @@ class Launch:
         rank: 0 to `world_size` - 1.
         world_size: how many processes were started.
         local_rank: the rank among the processes of this machine, which picks the CUDA device.
+        local_world_size: how many processes this machine has, which share its memory.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
 
     @property
     def first(self) -> bool:
@@ -30,9 +32,10 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which torchrun and its like set.
+    """Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun and its like set
+    them.
 
-    LOCAL_RANK may be absent, and is RANK then: on one machine they are the same.
+    Those that begin with LOCAL may be absent: then it is taken to be one machine.
 
     Raises:
         UsageError: if some of the variables are absent, are no numbers, or contradict each other.
@@ -41,12 +44,17 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         return Launch()
     rank, world_size = (_number(environment, name) for name in ("RANK", "WORLD_SIZE"))
     local_rank = _number(environment, "LOCAL_RANK", rank)
-    if not (0 <= rank < world_size and 0 <= local_rank < world_size):
-        raise UsageError(f"RANK={rank} and LOCAL_RANK={local_rank} are no places among WORLD_SIZE={world_size}")
+    local_world_size = _number(environment, "LOCAL_WORLD_SIZE", world_size)
+    if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+        raise UsageError(
+            f"RANK={rank} of WORLD_SIZE={world_size} with LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE="
+            f"{local_world_size} is no place among processes",
+            hint="start them with torchrun, or unset WORLD_SIZE for one process",
+        )
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(name):
             raise _absent(name)
-    return Launch(rank, world_size, local_rank)
+    return Launch(rank, world_size, local_rank, local_world_size)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -132,8 +133,10 @@ class Processes:
             elif self.lockstep:
                 work(these[-1])
         except Exception as error:
-            failure = error
-        lengths = self._agree(failure, len(result))
+            failure = _lost() if _says_lost(error) else error
+        # In lockstep the others may be stuck in the forward that this process has left, and never hear of it.
+        patience = PATIENCE if self.lockstep and failure is not None else WAIT
+        lengths = self._agree(failure, len(result), patience)
         padded = torch.zeros(max(lengths), dtype=torch.float64)
         padded[: len(result)] = result
         rows = self._gather(padded)[: len(these)]
@@ -146,34 +149,40 @@ class Processes:
                 raise failure
             return [number]
         report = b"" if failure is None else pickle.dumps(_portable(failure, self.rank))
-        heads = [head.tolist() for head in self._gather(torch.tensor([len(report), number]), patience)]
-        lengths = [head[0] for head in heads]
-        if any(lengths):
+        try:
+            heads = [head.tolist() for head in self._gather(torch.tensor([len(report), number]), patience)]
+            lengths = [head[0] for head in heads]
+            if not any(lengths):
+                return [head[1] for head in heads]
             reports = self._gather(_bytes_tensor(report, max(lengths)), patience)
-            lowest = next(rank for rank, length in enumerate(lengths) if length)
-            if lowest != self.rank or failure is None:
-                failure = pickle.loads(reports[lowest].numpy().tobytes())
-            failure.told = True  # type: ignore[union-attr]  # any exception takes an attribute
-            raise failure
-        return [head[1] for head in heads]
+        except ProcessLost:
+            if failure is None:
+                raise
+            failure.told = False  # type: ignore[attr-defined]  # any exception takes an attribute
+            raise failure from None
+        lowest = next(rank for rank, length in enumerate(lengths) if length)
+        if lowest != self.rank or failure is None:
+            failure = pickle.loads(reports[lowest].numpy().tobytes())
+        failure.told = True  # type: ignore[union-attr]
+        raise failure
 
     def _gather(self, mine: Tensor, patience: timedelta = WAIT) -> list[Tensor]:
         if self.world_size == 1:
             return [mine]
         all_of_them = [torch.empty_like(mine) for _ in range(self.world_size)]
-        _finish(dist.all_gather(all_of_them, mine, group=self.group, async_op=True), patience)
+        options = AllgatherOptions()
+        options.timeout = (
+            patience  # of the exchange itself: one that is only not waited for keeps a process from ending
+        )
+        _finish(self.group.allgather([all_of_them], [mine], options))
         return all_of_them
 
     def _fail(self, failure: Exception) -> NoReturn:
         """Tells the others of a failure that ends this process, unless they know, and raises what all end with."""
         if _says_lost(failure):
             raise _lost() from failure
-        if getattr(failure, "told", None) or isinstance(failure, ProcessLost):
-            raise failure
-        try:
+        if getattr(failure, "told", None) is None and not isinstance(failure, ProcessLost):
             self._agree(failure, patience=PATIENCE)
-        except ProcessLost:
-            failure.told = False  # type: ignore[attr-defined]
         raise failure
 
 
@@ -256,9 +265,9 @@ def _join(launch: Launch, device: str, sharded: bool) -> Any:
         ) from error
 
 
-def _finish(work: Any, patience: timedelta = WAIT) -> None:
+def _finish(work: Any) -> None:
     try:
-        work.wait(patience)
+        work.wait()
     except RuntimeError as error:
         raise _lost() from error
 

@@ -17,6 +17,7 @@ from loracli.fitting.launch import read_launch
 from loracli.fitting.processes import Processes, connect
 
 ITEMS = range(7)
+held: list[object] = []
 
 
 def work(item: int) -> torch.Tensor:
@@ -97,6 +98,20 @@ def unheard(processes: Processes) -> None:
         raise NonFiniteLoss("nobody hears this")
     time.sleep(2)
     processes.barrier()
+
+
+def stuck(processes: Processes) -> None:
+    """As in a sharded model: the first process waits, in its forward, for the other to take part."""
+    module.PATIENCE = timedelta(seconds=0.5)
+    held.append(torch.distributed.group.WORLD)  # as a sharded model holds it
+
+    def forward(item: int) -> torch.Tensor:
+        if processes.rank == 1:
+            raise NonFiniteLoss("nobody hears this")
+        torch.distributed.barrier()
+        return work(item)
+
+    Processes(processes.rank, processes.world_size, True, processes.group).fold(ITEMS, forward)
 
 
 def killed(processes: Processes) -> None:

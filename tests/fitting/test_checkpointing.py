@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
@@ -17,6 +15,7 @@ from loracli.errors import UsageError
 from loracli.fitting.attach import attach
 from loracli.fitting.checkpointing import checkpointed, decoder_layers
 from loracli.fitting.mixing import make_mixing
+from tests.fitting.allocations import allocated_bytes, saved_bytes
 from tests.tiny import logits, make_adapter, make_base
 
 
@@ -38,34 +37,17 @@ def gradient(model: Any, adapters: list[LoraAdapter], *, recompute: bool) -> tup
     return out.detach(), slope
 
 
-def kept_bytes(model: Any, adapters: list[LoraAdapter], *, recompute: bool) -> int:
-    """Bytes that a forward pass allocates and that still live at its end, as the allocator counts them."""
+def forward_bytes(model: Any, adapters: list[LoraAdapter], *, recompute: bool) -> tuple[int, int]:
+    """What autograd saves in a forward pass, and all that lives after it."""
     modules = make_mixing(adapters, "module").modules
-    weights = torch.ones(len(modules), len(adapters), requires_grad=True)
     with attach(model, adapters, modules) as attached, checkpointed(model) if recompute else nullcontext():
-        attached.set_weights(weights)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-            kept = model.model(input_ids=IDS, use_cache=False)
-        assert kept.last_hidden_state.requires_grad
-    return sum(e.nbytes() for e in found.profiler.kineto_results.events() if e.name() == "[memory]")
+        attached.set_weights(torch.ones(len(modules), len(adapters), requires_grad=True))
 
+        def forward() -> Any:
+            return model.model(input_ids=IDS, use_cache=False)
 
-@contextmanager
-def saved(model: Any) -> Iterator[list[int]]:
-    """Bytes of the tensors that autograd saves, each storage once; parameters are not counted."""
-    sizes: dict[int, int] = {}
-    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    result: list[int] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield result
-    result.append(sum(sizes.values()))
+        assert forward().last_hidden_state.requires_grad
+        return saved_bytes(model, forward), allocated_bytes(forward)[0]
 
 
 @pytest.mark.parametrize(
@@ -96,21 +78,11 @@ def test_what_is_kept_is_a_layers_input(tiny_base: Path, two_adapters: tuple[Pat
     with the final norm's and some tables beside."""
     model = load(tiny_base)
     adapters = [read_adapter(str(path)) for path in two_adapters]
-    modules = make_mixing(adapters, "module").modules
-
-    def saved_bytes(around: Callable[[], Any]) -> int:
-        with attach(model, adapters, modules) as attached, around():
-            attached.set_weights(torch.ones(len(modules), 2, requires_grad=True))
-            with saved(model) as total:
-                model.model(input_ids=IDS, use_cache=False)
-        return total[0]
-
+    plain, recomputed = (forward_bytes(model, adapters, recompute=recompute) for recompute in (False, True))
     hidden = IDS.numel() * 32 * 4
-    plain, recomputed = saved_bytes(nullcontext), saved_bytes(lambda: checkpointed(model))
-    assert recomputed < plain / 4
-    live, live_recomputed = (kept_bytes(model, adapters, recompute=recompute) for recompute in (False, True))
-    assert live_recomputed < live / 3
-    assert 3 * hidden < live_recomputed < 3 * hidden + 5 * hidden
+    assert recomputed[0] < plain[0] / 4
+    assert recomputed[1] < plain[1] / 3
+    assert 3 * hidden < recomputed[1] < 8 * hidden
 
 
 def test_layers_below_the_lowest_adapted_one_stay_without_a_graph(tmp_path: Path, tiny_base: Path) -> None:

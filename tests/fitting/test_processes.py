@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
+from datetime import timedelta
 
 import pytest
 import torch
@@ -17,44 +15,9 @@ from loracli.errors import ProcessLost, UsageError
 from loracli.fitting.launch import Launch, read_launch
 from loracli.fitting.processes import ALONE, connect, process_device
 from tests.fitting.process_program import ITEMS, work
+from tests.fitting.processes_started import ROOT, environment, free_port, start_all, torchrun
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = "tests.fitting.process_program"
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def torchrun(count: int, what: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-    command += ["--master-port", free_port(), "-m", PROGRAM, what]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
-
-
-def start_all(count: int, what: str) -> tuple[list[int], list[str]]:
-    """Exit codes and stderr of each process, started without a launcher that would end the others."""
-    port = free_port()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", PROGRAM, what],
-            cwd=ROOT,
-            env=environment(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    talk = [process.communicate(timeout=60)[1] for process in started]
-    return [process.returncode for process in started], talk
 
 
 def test_sums_have_the_same_bits_for_one_two_and_four_processes() -> None:
@@ -68,7 +31,7 @@ def test_sums_have_the_same_bits_for_one_two_and_four_processes() -> None:
     assert not torch.equal(total, backwards)
     assert torch.equal(ALONE.fold(ITEMS, work), total)
     for count, turns in ((2, [4, 4]), (4, [2, 2, 2, 2])):
-        done = torchrun(count, "sums")
+        done = torchrun(count, PROGRAM, "sums")
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)  # one document: the first process alone has printed
         assert result["fold"] == result["lockstep"] == [x.hex() for x in total.tolist()]
@@ -86,21 +49,23 @@ def test_sums_have_the_same_bits_for_one_two_and_four_processes() -> None:
     ],
 )
 def test_an_error_on_one_process_ends_all_with_its_code_and_one_message(what: str, code: int, message: str) -> None:
-    codes, talk = start_all(2, what)
+    codes, talk = start_all(2, PROGRAM, what)
     assert codes == [code, code], talk
     assert talk[0].strip() == message
     assert talk[1].strip() == ""
 
 
 def test_a_bug_keeps_its_traceback_where_it_is_and_ends_the_others() -> None:
-    codes, talk = start_all(2, "bug")
+    codes, talk = start_all(2, PROGRAM, "bug")
     assert codes == [1, 1]
     assert talk[0].strip() == "error: FitError: process 1 failed: TypeError: a bug (None)"
     assert "Traceback" in talk[1] and "TypeError: a bug" in talk[1]
 
 
-def test_an_error_that_nobody_hears_of_is_printed_by_its_own_process() -> None:
-    codes, talk = start_all(2, "unheard")
+@pytest.mark.parametrize("what", ["unheard", "stuck"])
+def test_an_error_that_nobody_hears_of_is_printed_by_its_own_process(what: str) -> None:
+    """Because the first process is busy for long, or waits for the other in a forward that all take part in."""
+    codes, talk = start_all(2, PROGRAM, what)
     assert codes == [1, 1]
     assert talk[1].strip() == "error: NonFiniteLoss: nobody hears this (None)"
     assert talk[0].startswith("error: ProcessLost: another process")
@@ -108,10 +73,10 @@ def test_an_error_that_nobody_hears_of_is_printed_by_its_own_process() -> None:
 
 def test_a_killed_process_ends_all_within_a_minute() -> None:
     started = time.monotonic()
-    codes, talk = start_all(2, "killed")
+    codes, talk = start_all(2, PROGRAM, "killed")
     assert codes == [1, -9]
     assert talk[0].startswith("error: ProcessLost: another process of this fit has ended")
-    assert torchrun(2, "killed").returncode == 1
+    assert torchrun(2, PROGRAM, "killed").returncode == 1
     assert time.monotonic() - started < 60
 
 
@@ -128,8 +93,6 @@ def test_one_process_by_itself_never_touches_torch_distributed() -> None:
 
 
 def test_processes_that_do_not_all_come_up_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from datetime import timedelta
-
     monkeypatch.setattr("loracli.fitting.processes.START", timedelta(seconds=1))
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(name, value)
@@ -144,7 +107,9 @@ GOOD = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0
 def test_the_environment_of_a_launcher_is_read() -> None:
     assert read_launch({}) == Launch(0, 1, 0)
     assert read_launch({"WORLD_SIZE": "1", "RANK": "0"}) == Launch()
-    assert read_launch(GOOD) == Launch(1, 2, 1) and not read_launch(GOOD).first
+    assert read_launch(GOOD) == Launch(1, 2, 1, 2) and not read_launch(GOOD).first
+    two_machines = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    assert read_launch({**GOOD, **two_machines}) == Launch(3, 4, 1, 2)
     assert read_launch({name: value for name, value in GOOD.items() if name != "LOCAL_RANK"}).local_rank == 1
 
 
@@ -152,7 +117,8 @@ def test_the_environment_of_a_launcher_is_read() -> None:
     ("change", "message"),
     [
         ({"RANK": ""}, "RANK is '' and no number"),
-        ({"RANK": "2"}, "no places among WORLD_SIZE=2"),
+        ({"RANK": "2"}, "RANK=2 of WORLD_SIZE=2"),
+        ({"LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK=1 of LOCAL_WORLD_SIZE=1"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
         ({"MASTER_ADDR": ""}, "not MASTER_ADDR"),
     ],

@@ -1,0 +1,144 @@
+"""A base model on several devices: what is refused, and that the numbers are the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+
+from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.errors import BaseModelMismatch, OutOfResources, UsageError
+from loracli.fitting.attach import attach
+from loracli.fitting.base import BaseReference, check_fits, load_base, plan_base
+from loracli.fitting.checkpointing import checkpointed
+from loracli.fitting.mixing import make_mixing
+from loracli.fitting.placement import check_device_map, placement_options
+from tests.fitting.processes_started import torchrun
+from tests.tiny import logits, make_base
+
+SHARD = "tests.fitting.shard_program"
+
+
+def reference(base: Path) -> BaseReference:
+    return BaseReference("tiny/base", base, None)
+
+
+def several(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_device_map_on_a_machine_without_cuda_is_the_cpu(tiny_base: Path, two_adapters: tuple[Path, Path]) -> None:
+    mapped = load_base(reference(tiny_base), device_map="auto")
+    assert {parameter.device.type for parameter in mapped.model.parameters()} == {"cpu"}
+    assert torch.equal(logits(mapped.model), logits(load_base(reference(tiny_base)).model))
+    check_fits(mapped, [read_adapter(str(path)) for path in two_adapters])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_modules_whose_forward_accelerate_has_replaced_give_the_same_gradient(
+    tiny_base: Path, two_adapters: tuple[Path, Path], recompute: bool
+) -> None:
+    """As on several devices: each module that has weights gets a `forward` of its own, which moves its inputs."""
+    adapters = [read_adapter(str(path)) for path in two_adapters]
+    plain, hooked = (load_base(reference(tiny_base)).model for _ in range(2))
+    parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+    dispatch_model(hooked, dict.fromkeys(parts, "cpu"), force_hooks=True)
+    own = hooked.model.layers[0].forward
+    assert "forward" in vars(hooked.model.layers[0].self_attn.q_proj)
+    results = [gradient(model, adapters, recompute) for model in (plain, hooked)]
+    assert torch.equal(*results)
+    assert hooked.model.layers[0].forward is own
+
+
+def gradient(model: Any, adapters: list[LoraAdapter], recompute: bool) -> torch.Tensor:
+    modules = make_mixing(adapters, "module").modules
+    weights = torch.ones(len(modules), 2, requires_grad=True)
+    ids = torch.arange(3, 23)[None]
+    with attach(model, adapters, modules) as attached, checkpointed(model) if recompute else nullcontext():
+        attached.set_weights(weights)
+        (slope,) = torch.autograd.grad(model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum(), weights)
+    return slope
+
+
+@pytest.mark.parametrize(
+    ("device_map", "named"),
+    [
+        (
+            {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "lm_head": "cpu"},
+            "model.layers.1 and 1",
+        ),
+        ({"model.layers.0": torch.device("cuda", 1), "model.layers.1": "disk"}, "model.layers.1 of the base"),
+        ({"model.layers.0": "cpu", "lm_head": "disk"}, "lm_head of the base"),
+        ({"": "meta"}, "meta"),
+    ],
+)
+def test_layers_that_no_device_has_room_for_are_refused_by_name(device_map: dict[str, Any], named: str) -> None:
+    with pytest.raises(OutOfResources, match=named) as raised:
+        check_device_map(device_map)
+    assert raised.value.exit_code == 6 and "--dtype bfloat16" in str(raised.value.hint)
+
+
+def test_layers_on_devices_that_compute_are_fine() -> None:
+    check_device_map({"": "cpu"})
+    check_device_map({"model": 0, "lm_head": 1})
+    check_device_map({"model": "cuda:0", "lm_head": torch.device("cuda", 1)})
+
+
+def test_options_that_contradict_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, message in (
+        (("auto", "balanced", None), "--device-map balanced is not in this version"),
+        (("cuda:0", "auto", None), "leave --device cuda:0 out"),
+        (("auto", "auto", 2), "give one"),
+        (("auto", None, 2), "sharded over 2 processes, and there are 1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            placement_options(*options)
+    several(monkeypatch, 2)
+    with pytest.raises(UsageError, match="--device-map auto is for one process, and these are 2"):
+        placement_options("auto", "auto", None)
+    with pytest.raises(UsageError, match="sharded over 4 processes, and there are 2"):
+        placement_options("auto", None, 4)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(UsageError, match="takes this machine's cpu devices, not --device cuda"):
+        placement_options("cuda", None, 2)
+    assert placement_options("cpu", None, 2)["distributed_config"].fsdp_size == 2
+
+
+def test_a_sharded_base_gives_the_numbers_of_a_whole_one(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    """Two processes, each on other tokens, with and without running layers again; a model that transformers has no plan
+    for is refused."""
+    shutil.copytree(tiny_base, tmp_path / "base")
+    for path, name in zip(two_adapters, ("first", "second"), strict=True):
+        shutil.copytree(path, tmp_path / name)
+    make_base(tmp_path / "gpt2", "gpt2")
+    done = torchrun(2, SHARD, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for outcome in json.loads(done.stdout):
+        assert outcome["local"] == [16, 32]
+        assert outcome["whole"] and outcome["modules"]
+        assert outcome["recompute False"] < 1e-5 and outcome["recompute True"] < 1e-5
+        assert outcome["no plan"] == "transformers has no plan to shard the layers of a GPT2LMHeadModel"
+
+
+def test_the_plan_of_a_base_has_no_numbers_and_the_dtype_of_the_load(tiny_base: Path) -> None:
+    plan = plan_base(reference(tiny_base), dtype="bfloat16", device="cpu")
+    base = load_base(reference(tiny_base), dtype="bfloat16", device="cpu")
+    assert plan.dtype == base.dtype == torch.bfloat16 and plan.device == "cpu"
+    assert all(parameter.is_meta for parameter in plan.skeleton.parameters())
+    shapes = [{n: p.shape for n, p in model.named_parameters()} for model in (plan.skeleton, base.model)]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_base_that_is_no_language_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(BaseModelMismatch, match="the base model tiny/base cannot be loaded"):
+        plan_base(reference(tmp_path))
