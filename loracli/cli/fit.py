@@ -87,6 +87,16 @@ def fit(
         typer.Option("--dtype", metavar="DTYPE", help="Of the base model: auto, float32, bfloat16, float16, float64."),
     ] = "auto",
     device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device_map: Annotated[
+        str | None,
+        typer.Option("--device-map", metavar="MAP", help="auto: spread the base over all devices of this machine."),
+    ] = None,
+    checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--checkpointing", help="Run layers again in the backward pass; default: where memory would run out."
+        ),
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The recipe to write.")] = Path(
         "recipe.json"
     ),
@@ -98,12 +108,19 @@ def fit(
     quiet: QuietOpt = False,
 ) -> None:
     """Learn the mixing weights of adapters on a small calibration file (CAT) and write a recipe."""
+    from loracli.errors import UsageError
     from loracli.fitting.inputs import prepare_fit
+    from loracli.fitting.launch import read_launch
     from loracli.fitting.run import run_fit
     from loracli.fitting.settings import FitSettings
     from loracli.recipe import check_recipe_path
 
     out = Output(as_json=as_json, quiet=quiet)
+    if read_launch().world_size > 1:
+        raise UsageError(
+            "a fit by several processes is not in this version",
+            hint="leave torchrun out, or give --device-map auto for a base that is too big for one device",
+        )
     if not dry_run:
         check_recipe_path(output, force=force, kind=mixing)
     settings = FitSettings(
@@ -133,7 +150,9 @@ def fit(
     if dry_run:
         _print_plan(out, inputs)
         return
-    recipe = run_fit(inputs, dtype=dtype, device=device, progress=out)
+    recipe = run_fit(
+        inputs, dtype=dtype, device=device, device_map=device_map, checkpointing=checkpointing, progress=out
+    )
     recipe.save(output, force=force)
     out.close()
     table = recipe.held_out

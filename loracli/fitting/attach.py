@@ -3,11 +3,15 @@
 Per module, with the adapters stacked to A (R, in) and B (out, R):
 
     z = A x                    (T, R)
-    y = W x + B (c * z)        c (R,): w_li s_i, repeated over the rows of adapter i
+    y = W x + B (M z)          M: a diagonal (R,), one diagonal for each record (b, 1, R), or full (R, R)
 
 Two products whatever the number of adapters, and of the activations only z is kept for the backward pass: A, B and W
-are frozen, so the gradient of w needs z and u = B^T dL/dy alone, and that of x needs no activation. The paper's code
-keeps a (T, out) tensor for each adapter and module instead.
+are frozen, so the gradient of M needs z and u = B^T dL/dy alone (dL/dM = sum_t u_t z_t^T), and that of x needs no
+activation. The paper's code keeps a (T, out) tensor for each adapter and module instead.
+
+A plain nn.Linear gets a forward of its own for the time being: both products land in the buffers of W x and of
+dL/dx, where a hook after the fact would copy them. Everything else (Conv1D, embeddings, layers that accelerate has
+wrapped) takes the hook.
 """
 
 from __future__ import annotations
@@ -22,67 +26,148 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loracli.adapters.adapter import LoraAdapter
+from loracli.algebra.factors import Factors
+from loracli.algebra.gauge import canonical_stack
 
 
-class StackedUpdate(torch.autograd.Function):
-    """y + B (c * z), keeping z (T, R) for the backward pass and nothing of width in or out."""
+def _mixed(z: Tensor, core: Tensor) -> Tensor:
+    """M z for z (T, R): multiplied in the core's precision, rounded once."""
+    if core.dim() == 2:
+        return F.linear(z.to(core.dtype), core).to(z.dtype)
+    return (z.view(len(core), -1, z.shape[1]) * core if core.dim() == 3 else z * core).to(z.dtype).view(z.shape)
+
+
+def _core_gradients(u: Tensor, z: Tensor, core: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+    """dL/dz (T, R) in z's dtype and dL/dM in the shape of the core, each if wanted, from u (T, R)."""
+    u = u.to(core.dtype)
+    if core.dim() == 2:
+        return (u @ core).to(z.dtype) if wanted[0] else None, u.T @ z.to(core.dtype) if wanted[1] else None
+    if core.dim() == 3:
+        by_record = u.view(len(core), -1, u.shape[1])  # (b, t, R)
+        grad_core = (by_record * z.view(by_record.shape)).sum(dim=1, keepdim=True) if wanted[1] else None
+        return (by_record * core).to(z.dtype).view(z.shape) if wanted[0] else None, grad_core
+    return (u * core).to(z.dtype) if wanted[0] else None, (u * z).sum(dim=0) if wanted[1] else None
+
+
+class MixedLinear(torch.autograd.Function):
+    """W x + b + B M A x for a frozen linear layer, keeping z = A x for the backward pass and nothing of width in or
+    out."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, z: Tensor, lora_B: Tensor, c: Tensor) -> Tensor:
-        """y (..., out), z (T, R), lora_B (out, R) in the model's dtype; c (R,) in float32 or better."""
-        ctx.save_for_backward(z, lora_B, c)
-        scaled = (z * c).to(z.dtype)  # (T, R): multiplied in c's precision, rounded once
-        return torch.addmm(y.reshape(-1, y.shape[-1]), scaled, lora_B.T).view(y.shape)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, core: Tensor
+    ) -> Tensor:
+        """x (..., in), weight (out, in), lora_A (R, in), lora_B (out, R); core in float32 or better."""
+        flat = x.reshape(-1, x.shape[-1])  # (T, in)
+        y = F.linear(flat, weight, bias)
+        z = F.linear(flat, lora_A)
+        y.addmm_(_mixed(z, core), lora_B.T)
+        ctx.save_for_backward(z, weight, lora_A, lora_B, core)
+        ctx.shape = x.shape
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        z, lora_B, c = ctx.saved_tensors
-        u = (grad_y.reshape(-1, grad_y.shape[-1]) @ lora_B).to(c.dtype)  # (T, R)
-        grad_z = (u * c).to(z.dtype) if ctx.needs_input_grad[1] else None
-        grad_c = (u * z).sum(dim=0) if ctx.needs_input_grad[3] else None  # dL/dc_r = sum_t u_tr z_tr
-        return grad_y, grad_z, None, grad_c
+        z, weight, lora_A, lora_B, core = ctx.saved_tensors
+        grad_y = grad_y.reshape(-1, grad_y.shape[-1])
+        wants_x = ctx.needs_input_grad[0]
+        grad_z, grad_core = _core_gradients(grad_y @ lora_B, z, core, (wants_x, ctx.needs_input_grad[5]))
+        grad_x = (grad_y @ weight).addmm_(grad_z, lora_A).view(ctx.shape) if wants_x else None
+        return grad_x, None, None, None, None, grad_core
+
+
+class AddedUpdate(torch.autograd.Function):
+    """y + B M z, keeping z (T, R) for the backward pass and nothing of width in or out."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, lora_B: Tensor, core: Tensor) -> Tensor:
+        """y (..., out), z (T, R), lora_B (out, R) in the model's dtype; core in float32 or better."""
+        ctx.save_for_backward(z, lora_B, core)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), _mixed(z, core), lora_B.T).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        z, lora_B, core = ctx.saved_tensors
+        wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        grad_z, grad_core = _core_gradients(grad_y.reshape(-1, grad_y.shape[-1]) @ lora_B, z, core, wanted)
+        return grad_y, grad_z, None, grad_core
 
 
 @dataclass(frozen=True)
-class _Stack:
+class Stack:
     """The adapters of one module, stacked along the rank.
 
     Args:
-        lora_A: (R, in); for an embedding its transpose (in, R), so that looking up a token is reading a row.
-        lora_B: (out, R).
-        owner: (R,) which adapter each row belongs to.
-        scaling: (R,) s_i of each row.
-        embed_scale: what the module multiplies its rows with, a number; 1 for all but a few models' embeddings.
+        lora_A: (R, in).
+        lora_B: (out, R), without scaling.
+        scaling: (R,) s_i of each row, in the precision of the sums; 1 in the canonical gauge.
+        embed_scale: what the module multiplies its rows with, None if it is no embedding.
     """
 
-    embedding: bool
     lora_A: Tensor
     lora_B: Tensor
-    owner: Tensor
     scaling: Tensor
-    embed_scale: Tensor
+    embed_scale: Tensor | None
+
+
+Core = Tensor | tuple[Tensor, Tensor]
 
 
 class AttachedModel:
-    """A model under whose modules the adapters act with `weights` (L, N). Made by `attach`."""
+    """A model under whose modules the adapters act. Made by `attach`.
 
-    def __init__(self, model: Any, modules: tuple[str, ...], adapters: int, dtype: torch.dtype) -> None:
+    Args:
+        model: the base.
+        modules: L names.
+        stacks: of each.
+        owner: (sum R_l,) which adapter each rank row belongs to.
+        precision: of the mixing weights and of what is summed for their gradient.
+    """
+
+    def __init__(
+        self, model: Any, modules: tuple[str, ...], stacks: Sequence[Stack], owner: Tensor, precision: torch.dtype
+    ) -> None:
         self.model = model
         self.modules = modules
-        device = next(model.parameters()).device
-        self.weights = torch.zeros(len(modules), adapters, dtype=dtype, device=device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.weights.device
+        self.device: torch.device = next(model.parameters()).device
+        self.precision = precision
+        self._stacks = tuple(stacks)
+        self._sizes = [len(stack.scaling) for stack in stacks]
+        self._scaling = torch.cat([s.scaling for s in stacks]) if stacks else torch.zeros(0, dtype=precision)
+        self._owner = owner
+        self._row = torch.repeat_interleave(torch.arange(len(modules)), torch.tensor(self._sizes, dtype=torch.long))
+        self.cores: tuple[Core, ...] = ()
+        self.set_diagonal(torch.zeros(len(owner), dtype=precision))
 
     def set_weights(self, weights: Tensor) -> None:
-        """Takes (L, N) weights, which may require a gradient; rounded to the precision of the sums."""
-        self.weights = weights.to(self.weights.device, self.weights.dtype)
+        """Takes (L, N) weights of modules and adapters."""
+        self.set_diagonal(weights[self._row, self._owner])
+
+    def set_diagonal(self, c: Tensor) -> None:
+        """Takes one weight for each rank row, (sum R_l,), or for each record of the next batch too, (b, sum R_l)."""
+        scaled = (c.to(self.precision) * self._scaling).to(self.device)
+        self.cores = torch.split(scaled[:, None] if scaled.dim() == 2 else scaled, self._sizes, dim=-1)
+
+    def set_matrices(self, matrices: Sequence[Tensor]) -> None:
+        """Takes L matrices (R, R); in the canonical gauge only, where the scaling is in the factors."""
+        self.cores = tuple(matrix.to(self.device, self.precision) for matrix in matrices)
+
+    def set_factors(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Takes L pairs of lora_A (R, in) and lora_B (out, R) in the place of the adapters' own, scaling 1."""
+        self.cores = tuple((lora_A.to(self.device), lora_B.to(self.device)) for lora_A, lora_B in factors)
+
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """L pairs of the stacked lora_A (R, in) and lora_B (out, R) with the scaling in B, on the CPU in float32 or
+        better."""
+        return [
+            (s.lora_A.cpu().to(self.precision), s.lora_B.cpu().to(self.precision) * s.scaling) for s in self._stacks
+        ]
 
 
 @contextmanager
-def attach(model: Any, adapters: Sequence[LoraAdapter], modules: tuple[str, ...]) -> Iterator[AttachedModel]:
+def attach(
+    model: Any, adapters: Sequence[LoraAdapter], modules: tuple[str, ...], *, canonical: bool = False
+) -> Iterator[AttachedModel]:
     """Attaches the adapters at weight 0, which leaves the model's outputs as they are to the bit, and detaches them at
     the end.
 
@@ -90,47 +175,81 @@ def attach(model: Any, adapters: Sequence[LoraAdapter], modules: tuple[str, ...]
         model: a frozen model in evaluation mode; factors are cast to its modules' dtypes.
         adapters: N adapters that fit it.
         modules: L names, the union of what the adapters change; row l of the weights belongs to the l-th.
+        canonical: factors in the canonical gauge (`algebra.gauge`) instead of the files' own.
     """
     precision = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-    attached = AttachedModel(model, modules, len(adapters), precision)
+    targets = [model.get_submodule(name) for name in modules]
+    present = [[(i, a.modules[name]) for i, a in enumerate(adapters) if name in a.modules] for name in modules]
+    stacks = [
+        _stack(target, [m.factors for _, m in here], here[0][1].kind == "embedding", precision, canonical)
+        for target, here in zip(targets, present, strict=True)
+    ]
+    owner = torch.tensor([i for here in present for i, m in here for _ in range(m.factors.rank)], dtype=torch.long)
+    attached = AttachedModel(model, modules, stacks, owner, precision)
     handles = []
+    replaced = []
     try:
-        for row, name in enumerate(modules):
-            module = model.get_submodule(name)
-            stack = _stack(name, module, adapters, precision)
-            handles.append(module.register_forward_hook(_hook(attached, row, stack)))
+        for row, (target, stack) in enumerate(zip(targets, stacks, strict=True)):
+            if type(target) is nn.Linear and "forward" not in vars(target):
+                target.forward = _linear_forward(target, attached, row, stack)  # type: ignore[method-assign]
+                replaced.append(target)
+            else:
+                handles.append(target.register_forward_hook(_hook(attached, row, stack)))
         yield attached
     finally:
         for handle in handles:
             handle.remove()
+        for target in replaced:
+            del target.forward
 
 
-def _stack(name: str, module: nn.Module, adapters: Sequence[LoraAdapter], precision: torch.dtype) -> _Stack:
+def _stack(
+    module: nn.Module, factors: Sequence[Factors], embedding: bool, precision: torch.dtype, canonical: bool
+) -> Stack:
     weight: Tensor = module.weight  # type: ignore[assignment]
-    dtype = weight.dtype
-    present = [(i, adapter.modules[name]) for i, adapter in enumerate(adapters) if name in adapter.modules]
-    lora_A = torch.cat([m.factors.lora_A.to(weight.device, dtype) for _, m in present])  # (R, in)
-    lora_B = torch.cat([m.factors.lora_B.to(weight.device, dtype) for _, m in present], dim=1)  # (out, R)
-    ranks = torch.tensor([m.factors.rank for _, m in present])
-    owner = torch.repeat_interleave(torch.tensor([i for i, _ in present]), ranks)
-    scaling = torch.repeat_interleave(torch.tensor([m.factors.scaling for _, m in present], dtype=precision), ranks)
-    embedding = present[0][1].kind == "embedding"
-    if embedding:
-        lora_A = lora_A.T.contiguous()
-    embed_scale = torch.as_tensor(getattr(module, "embed_scale", 1.0), device=weight.device)
-    return _Stack(embedding, lora_A, lora_B, owner.to(weight.device), scaling.to(weight.device), embed_scale)
+    if canonical:
+        whole = canonical_stack(factors)
+        factors = [Factors(whole.lora_A, whole.lora_B)]
+    lora_A = torch.cat([f.lora_A.to(weight.device, weight.dtype) for f in factors])  # (R, in)
+    lora_B = torch.cat([f.lora_B.to(weight.device, weight.dtype) for f in factors], dim=1)  # (out, R)
+    scaling = torch.cat([torch.full((f.rank,), f.scaling, dtype=precision) for f in factors])
+    scale = getattr(module, "embed_scale", 1.0)
+    return Stack(lora_A, lora_B, scaling, torch.as_tensor(scale, device=weight.device) if embedding else None)
 
 
-def _hook(attached: AttachedModel, row: int, stack: _Stack) -> Any:
+def _linear_forward(module: nn.Linear, attached: AttachedModel, row: int, stack: Stack) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        core = attached.cores[row]
+        if isinstance(core, tuple):
+            return F.linear(x, module.weight, module.bias) + _trained_update(x, core)
+        y: Tensor = MixedLinear.apply(x, module.weight, module.bias, stack.lora_A, stack.lora_B, core)  # type: ignore[no-untyped-call]
+        return y
+
+    return forward
+
+
+def _hook(attached: AttachedModel, row: int, stack: Stack) -> Any:
+    # An embedding's A stands transposed, so that looking up a token is reading a row.
+    lora_A = stack.lora_A if stack.embed_scale is None else stack.lora_A.T.contiguous()
+
     def add_update(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        c = attached.weights[row][stack.owner] * stack.scaling  # (R,)
-        x = args[0]
-        if stack.embedding:
-            z = F.embedding(x, stack.lora_A).view(-1, stack.lora_A.shape[1])  # (T, R)
-            z = z * stack.embed_scale.to(z.dtype)
+        core, x = attached.cores[row], args[0].to(y.device)
+        if stack.embed_scale is not None:
+            rows = core[0].to(lora_A.dtype).T if isinstance(core, tuple) else lora_A
+            z = F.embedding(x, rows).view(-1, rows.shape[1]) * stack.embed_scale.to(rows.dtype)  # (T, R)
+            if isinstance(core, tuple):
+                return y + F.linear(z, core[1].to(z.dtype)).view(y.shape)
+        elif isinstance(core, tuple):
+            return y + _trained_update(x, core)
         else:
-            z = F.linear(x.reshape(-1, x.shape[-1]), stack.lora_A)  # (T, R); A is frozen, so x is not kept
-        updated: Tensor = StackedUpdate.apply(y, z, stack.lora_B, c)  # type: ignore[no-untyped-call]
+            z = F.linear(x.reshape(-1, x.shape[-1]), lora_A)  # (T, R); A is frozen, so x is not kept
+        updated: Tensor = AddedUpdate.apply(y, z, stack.lora_B, core.to(y.device))  # type: ignore[no-untyped-call]
         return updated
 
     return add_update
+
+
+def _trained_update(x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+    """B A x, with both in the dtype of x; here x and A x are kept for the backward pass."""
+    lora_A, lora_B = (factor.to(x.device, x.dtype) for factor in factors)
+    return F.linear(F.linear(x, lora_A), lora_B)

@@ -76,10 +76,13 @@ class Objective:
         labels = batch.labels.to(device)
         if self._own_head:
             hidden = self._hidden(batch)
-            weight, bias = self._head.weight, self._head.bias
+            weight: Tensor = self._head.weight  # type: ignore[assignment]
+            bias = self._head.bias
+            hidden, labels = hidden.to(weight.device), labels.to(weight.device)
             result: Tensor = FrozenHead.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
             return result
-        return F.cross_entropy(self._logits(batch), labels, reduction="none")
+        logits = self._logits(batch)
+        return F.cross_entropy(logits, labels.to(logits.device), reduction="none")
 
     def score(self, batches: Sequence[Batch], records: int, *, each: Callable[[Batch], None] | None = None) -> Scores:
         """The sums of each record, without gradient."""
@@ -129,7 +132,8 @@ def make_objective(attached: AttachedModel, probe: Batch) -> Objective:
     paths see the same rows on one batch, so only equal logits, to the bit, let ours in.
     """
     head = attached.model.get_output_embeddings()
-    plain = type(head) is nn.Linear and not any(attached.model.get_submodule(name) is head for name in attached.modules)
+    linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    plain = linear and not any(attached.model.get_submodule(name) is head for name in attached.modules)
     own = Objective(attached, head, own_head=plain)
     if plain:
         with torch.no_grad():

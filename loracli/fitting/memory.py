@@ -31,7 +31,7 @@ def memory_errors() -> Iterator[None]:
 def _ours() -> OutOfResources:
     return OutOfResources(
         "memory ran out during the fit",
-        hint="try a smaller --batch-tokens, a smaller --max-length, or --dtype bfloat16",
+        hint="try --checkpointing, a smaller --batch-tokens, a smaller --max-length, or --dtype bfloat16",
     )
 
 

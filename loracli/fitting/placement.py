@@ -35,7 +35,7 @@ def placement_options(device: str, device_map: str | None, shard: int | None) ->
         if processes > 1:
             raise UsageError(
                 f"--device-map auto is for one process, and these are {processes}",
-                hint="leave torchrun out; or leave --device-map out and give --shard",
+                hint="leave torchrun out",
             )
         return {"device_map": "auto"}
     if shard < 2 or shard != processes:

@@ -209,5 +209,5 @@ def _head(config: Any, vocabulary: int, width: int, tokens: int, s: int) -> int:
 def _ways_out(plan: BasePlan, sharded: bool) -> list[str]:
     """What makes the weights smaller on a device."""
     narrower = ["--dtype bfloat16"] if plan.dtype.itemsize > 2 else []
-    spread = [] if sharded else ["--device-map auto on several CUDA devices", "torchrun with --shard"]
+    spread = [] if sharded else ["--device-map auto on several CUDA devices"]
     return narrower + spread or ["more processes"]

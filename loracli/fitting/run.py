@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from loracli.calibration.sources import DataPaths
 from loracli.calibration.split import split_records
 from loracli.evaluation.held_out import FIT, held_out_table, static_points
 from loracli.fitting.attach import attach
-from loracli.fitting.base import BaseModel, base_modules, check_fits, load_base
+from loracli.fitting.base import BaseModel, base_modules, check_fits, load_base, plan_base
+from loracli.fitting.checkpointing import checkpointed
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
 from loracli.fitting.loss import check_causal, make_objective
-from loracli.fitting.memory import memory_errors
+from loracli.fitting.memory import available_memory, memory_errors
 from loracli.fitting.paper import fit_as_published
+from loracli.fitting.preflight import MemoryDecision, decide_memory, estimate_memory
 from loracli.fitting.problem import TASK, Meter, Problem
 from loracli.fitting.search import Found, search, step_batches
 from loracli.fitting.settings import FitSettings
@@ -53,6 +56,8 @@ def fit_mixing(
     settings: FitSettings | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | None = None,
+    checkpointing: bool = False,
     folder: str | Path = ".",
     progress: Progress = SILENT,
 ) -> Recipe:
@@ -68,6 +73,8 @@ def fit_mixing(
         settings: what changes the result.
         dtype: of the base model, `auto` or float32, bfloat16, float16, float64.
         device: `auto`, or a torch device.
+        device_map: `auto` to spread the base over all devices of this machine, in place of `device`.
+        checkpointing: run layers again in the backward pass, for less memory; without it the estimate decides.
         folder: of the recipe to be; local adapters are named relative to it.
         progress: told what happens.
     Returns:
@@ -85,18 +92,41 @@ def fit_mixing(
         folder=folder,
         progress=progress,
     )
-    return run_fit(inputs, dtype=dtype, device=device, progress=progress)
+    return run_fit(
+        inputs, dtype=dtype, device=device, device_map=device_map, checkpointing=checkpointing, progress=progress
+    )
 
 
-def run_fit(inputs: FitInputs, *, dtype: str = "auto", device: str = "auto", progress: Progress = SILENT) -> Recipe:
+def run_fit(
+    inputs: FitInputs,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    checkpointing: bool = False,
+    progress: Progress = SILENT,
+) -> Recipe:
     """The second half of `fit_mixing`: loads the base model, searches, and scores the held-out records."""
+    decision = _memory_decision(inputs, dtype, device, device_map)
+    (progress.warn if decision.tight else progress.note)(decision.note)
     with memory_errors():
-        return _run(inputs, dtype, device, progress)
+        base = load_base(inputs.base, dtype=dtype, device=device, device_map=device_map, progress=progress)
+        with checkpointed(base.model) if checkpointing or decision.checkpointing else nullcontext():
+            return _run(inputs, base, progress)
 
 
-def _run(inputs: FitInputs, dtype: str, device: str, progress: Progress) -> Recipe:
+def _memory_decision(inputs: FitInputs, dtype: str, device: str, device_map: str | None) -> MemoryDecision:
+    """What the estimate says, before any weight is loaded."""
+    plan = plan_base(inputs.base, dtype=dtype, device=device)
     settings = inputs.settings
-    base = load_base(inputs.base, dtype=dtype, device=device, progress=progress)
+    estimate = estimate_memory(
+        plan, inputs.adapters, batch_tokens=settings.batch_tokens, max_length=settings.max_length
+    )
+    return decide_memory(estimate, available_memory(plan.device, every=device_map is not None), plan)
+
+
+def _run(inputs: FitInputs, base: BaseModel, progress: Progress) -> Recipe:
+    settings = inputs.settings
     check_fits(base, inputs.adapters)
     examples = render_inputs(inputs, base.tokenizer, max_length=_max_length(base, settings), progress=progress)
     training, held_out = examples.training, examples.held_out

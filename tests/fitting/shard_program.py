@@ -38,8 +38,8 @@ def run(base: BaseModel, adapters: list[LoraAdapter], rank: int, *, recompute: b
     around: Any = checkpointed(base.model) if recompute else nullcontext()
     with attach(base.model, adapters, modules) as attached, around:
         objective = Objective(attached, base.model.get_output_embeddings(), own_head=True)
-        attached.set_weights(weights)
         for step in range(2):
+            attached.set_weights(weights)
             mine = batch(10 * step + rank, 9 + 3 * rank)
             with torch.no_grad():
                 results.append(objective.nats(mine))

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.algebra.gauge import canonical_stack
 from loracli.calibration.batches import make_batch
 from loracli.calibration.render import Example
 from loracli.fitting.attach import attach
@@ -84,11 +85,11 @@ def test_leaving_the_context_leaves_no_trace_even_after_an_error(
         pytest.raises(RuntimeError, match="stop"),
         attach(model, adapters, make_mixing(adapters, "module").modules) as a,
     ):
-        a.set_weights(torch.ones_like(a.weights))
+        a.set_weights(torch.ones(len(a.modules), 2))
         assert not torch.equal(logits(model), before)
         raise RuntimeError("stop")
     assert torch.equal(logits(model), before)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or "forward" in vars(module) for module in model.modules())
 
 
 def loss_at(model: object, adapters: list[LoraAdapter], mixing: Mixing, theta: torch.Tensor) -> torch.Tensor:
@@ -169,3 +170,82 @@ def test_an_embedding_that_scales_its_rows_scales_the_update_as_peft_does(tmp_pa
         theirs = logits(PeftModel.from_pretrained(load(base), path).eval())
     assert float((theirs - logits(load(base))).abs().max()) > 1e-2
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def dense_model(base: Path, updates: dict[str, torch.Tensor]) -> AutoModelForCausalLM:
+    model = load(base, torch.float64)
+    for name, update in updates.items():
+        model.get_submodule(name).weight += update
+    return model
+
+
+def test_mixing_matrices_act_between_the_canonical_factors(tiny_base: Path, two_adapters: tuple[Path, Path]) -> None:
+    adapters = read(*two_adapters)
+    modules = make_mixing(adapters, "module").modules
+    generator = torch.Generator().manual_seed(5)
+    updates, matrices = {}, []
+    for name in modules:
+        stack = canonical_stack([a.modules[name].factors for a in adapters if name in a.modules])
+        size = len(stack.present)
+        matrices.append(torch.randn(size, size, generator=generator, dtype=torch.float64))
+        updates[name] = stack.lora_B @ matrices[-1] @ stack.lora_A
+    model = load(tiny_base, torch.float64)
+    with attach(model, adapters, modules, canonical=True) as attached:
+        attached.set_matrices(matrices)
+        ours = logits(model)
+    torch.testing.assert_close(ours, logits(dense_model(tiny_base, updates)), rtol=1e-9, atol=1e-9)
+
+
+def test_the_gradient_of_a_mixing_matrix_is_that_of_the_dense_formula(
+    tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    adapters = read(*two_adapters)
+    modules = make_mixing(adapters, "module").modules
+    name = "model.layers.1.self_attn.q_proj"
+    stack = canonical_stack([a.modules[name].factors for a in adapters if name in a.modules])
+    model = load(tiny_base, torch.float64)
+    target = model.get_submodule(name)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    with attach(model, adapters, modules, canonical=True) as attached:
+        sizes = [len(core) for core in attached.cores]
+        matrices = [torch.eye(size, dtype=torch.float64).requires_grad_(True) for size in sizes]
+        attached.set_matrices(matrices)
+        matrix = matrices[modules.index(name)]
+        ours = torch.autograd.grad(target(x).square().sum(), [x, matrix])
+    dense = target.weight + stack.lora_B @ matrix @ stack.lora_A
+    theirs = torch.autograd.grad((x @ dense.T).square().sum(), [x, matrix])
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_weights_of_each_record_give_each_record_its_own_gradient(
+    tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    adapters = read(*two_adapters)
+    model = load(tiny_base, torch.float64)
+    ids = torch.randint(3, 259, (3, 7), generator=torch.Generator().manual_seed(1))
+    with attach(model, adapters, make_mixing(adapters, "module").modules) as attached:
+        rows = sum(len(core) for core in attached.cores)
+        each = torch.full((3, rows), 0.6, dtype=torch.float64, requires_grad=True)
+        attached.set_diagonal(each)
+        (together,) = torch.autograd.grad(model(input_ids=ids).logits.square().sum(), each)
+        for record in range(3):
+            alone = torch.full((rows,), 0.6, dtype=torch.float64, requires_grad=True)
+            attached.set_diagonal(alone)
+            (expected,) = torch.autograd.grad(model(input_ids=ids[record : record + 1]).logits.square().sum(), alone)
+            torch.testing.assert_close(together[record], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_trained_factors_stand_in_for_the_adapters_own(tiny_base: Path, two_adapters: tuple[Path, Path]) -> None:
+    adapters = read(*two_adapters)
+    modules = make_mixing(adapters, "module").modules
+    model = load(tiny_base, torch.float64)
+    with attach(model, adapters, modules, canonical=True) as attached:
+        generator = torch.Generator().manual_seed(2)
+        factors = [
+            (a + 0.1 * torch.randn(a.shape, generator=generator, dtype=a.dtype), 0.5 * b) for a, b in attached.factors()
+        ]
+        attached.set_factors(factors)
+        ours = logits(model)
+    updates = {name: b @ a for name, (a, b) in zip(modules, factors, strict=True)}
+    torch.testing.assert_close(ours, logits(dense_model(tiny_base, updates)), rtol=1e-9, atol=1e-9)

@@ -68,7 +68,7 @@ def test_an_adapted_head_is_scored_through_the_model(tmp_path: Path) -> None:
     modules = make_mixing([adapter], "module").modules
     with attach(model, [adapter], modules) as attached:
         objective = make_objective(attached, batches[0])
-        attached.set_weights(torch.ones_like(attached.weights))
+        attached.set_weights(torch.ones(len(modules), 1))
         scores = objective.score(batches, len(records))
         expected = torch.tensor([reference_nats(model, record) for record in records], dtype=torch.float64)
     assert not objective._own_head

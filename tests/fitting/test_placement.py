@@ -53,7 +53,7 @@ def test_modules_whose_forward_accelerate_has_replaced_give_the_same_gradient(
     own = hooked.model.layers[0].forward
     assert "forward" in vars(hooked.model.layers[0].self_attn.q_proj)
     results = [gradient(model, adapters, recompute) for model in (plain, hooked)]
-    assert torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert hooked.model.layers[0].forward is own
 
 
