@@ -95,17 +95,18 @@ def bare_step(base: LlamaForCausalLM, batch: Batch) -> None:
     torch.autograd.grad(loss(base.model, base.lm_head, batch, inputs), inputs)
 
 
-def our_step(attached: AttachedModel, adapters: int, batch: Batch) -> Tensor:
+def our_step(attached: AttachedModel, adapters: int, batch: Batch, *, through: bool = False) -> Tensor:
+    """`through`: the graph reaches down to the input, as in the bare model, so that what is kept can be compared."""
     weights = torch.full((len(attached.modules), adapters), 0.5, requires_grad=True)
     attached.set_weights(weights)
     base = attached.model
-    inputs = base.model.embed_tokens(batch.input_ids)
+    inputs = base.model.embed_tokens(batch.input_ids).requires_grad_(through)
     return torch.autograd.grad(loss(base.model, base.lm_head, batch, inputs), weights)[0]
 
 
-def peft_step(scalings: list[Tensor], peft: PeftModel, batch: Batch) -> Tensor:
+def peft_step(scalings: list[Tensor], peft: PeftModel, batch: Batch, *, through: bool = False) -> Tensor:
     base = peft.base_model.model
-    inputs = base.model.embed_tokens(batch.input_ids)
+    inputs = base.model.embed_tokens(batch.input_ids).requires_grad_(through)
     return torch.stack(torch.autograd.grad(loss(base.model, base.lm_head, batch, inputs), scalings))
 
 
@@ -166,7 +167,7 @@ def measure(width: int, count: int, args: argparse.Namespace) -> list[str]:
             if turn == 0:
                 kept_bytes.weights = {s.data_ptr() for s in _constants(attached, base, peft)}  # type: ignore[attr-defined]
                 ours = our_step(attached, count, batch)
-                kept = [kept_bytes(lambda: our_step(attached, count, batch))]  # noqa: B023
+                kept = [kept_bytes(lambda: our_step(attached, count, batch, through=True))]  # noqa: B023
         _time(times["PEFT"], lambda: peft_step(scalings, peft, batch), turn)
         if turn == 0:
             theirs = peft_step(scalings, peft, batch).view(len(modules), count)
@@ -174,7 +175,7 @@ def measure(width: int, count: int, args: argparse.Namespace) -> list[str]:
             kept = [
                 kept_bytes(lambda: bare_step(base, batch)),
                 *kept,
-                kept_bytes(lambda: peft_step(scalings, peft, batch)),
+                kept_bytes(lambda: peft_step(scalings, peft, batch, through=True)),
             ]
     low = sum(a.modules[m].factors.rank * (sum(base.get_submodule(m).weight.shape)) for a in adapters for m in modules)
     dense = sum(base.get_submodule(m).weight.numel() for m in modules) + VOCABULARY * width // 2

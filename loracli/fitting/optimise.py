@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loracli.errors import NonFiniteLoss
+
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
 WARM_UP = 0.05
 ARMIJO = 1e-4
+BACK = 0.4  # of a step that did not descend
 FIRST_MOVE = 0.3  # largest change of a weight in the first step; mixing weights live on the scale of 1
 LARGEST_MOVE = 1.0  # and in any later one
 
@@ -32,6 +35,8 @@ def bfgs(evaluate: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, *, e
         evaluate: theta to its value and gradient, which has theta's shape.
         start: where to begin; float64.
         evaluations: at most so many calls, at least 1.
+    Raises:
+        NonFiniteLoss: if `evaluate` does at the start; further on, a step to such a point is shortened.
     """
     shape = start.shape
     theta, (value, gradient) = start.flatten(), evaluate(start)
@@ -44,12 +49,16 @@ def bfgs(evaluate: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, *, e
         step = min(1.0, LARGEST_MOVE / float(direction.abs().max()))
         while used < evaluations:
             trial = theta + step * direction
-            new_value, new_gradient = evaluate(trial.view(shape))
-            new_gradient = new_gradient.flatten()
             used += 1
+            try:
+                new_value, new_gradient = evaluate(trial.view(shape))
+            except NonFiniteLoss:  # too far: as any step that climbs
+                step *= BACK
+                continue
+            new_gradient = new_gradient.flatten()
             if new_value <= value + ARMIJO * step * slope:
                 break
-            step *= 0.4
+            step *= BACK
         else:
             break
         s, y = trial - theta, new_gradient - gradient

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from loracli.errors import NonFiniteLoss
 from loracli.fitting.optimise import AdamW, bfgs, peak_rate
 
 
@@ -22,6 +23,23 @@ def test_bfgs_reaches_the_minimum_of_a_quadratic_in_few_evaluations() -> None:
     found = bfgs(evaluate, torch.zeros(3, dtype=torch.float64), evaluations=15)
     assert (found.theta - center).abs().max() < 1e-3
     assert found.evaluations == len(calls) <= 15
+
+
+def test_bfgs_shortens_a_step_to_where_the_loss_is_not_finite() -> None:
+    """A minimum at 1 with a wall at 1.1: steps beyond it raise, and the search still gets there."""
+    beyond = []
+
+    def evaluate(theta: torch.Tensor) -> tuple[float, torch.Tensor]:
+        if float(theta) > 1.1:
+            beyond.append(theta)
+            raise NonFiniteLoss("the loss is not finite")
+        return float(0.05 * (theta - 1) ** 2 + 0.2 * (theta - 1) ** 4), 0.1 * (theta - 1) + 0.8 * (theta - 1) ** 3
+
+    found = bfgs(evaluate, torch.full((1,), 0.85, dtype=torch.float64), evaluations=30)
+    assert beyond
+    assert abs(float(found.theta) - 1) < 1e-3
+    with pytest.raises(NonFiniteLoss):
+        bfgs(evaluate, torch.full((1,), 2.0, dtype=torch.float64), evaluations=30)
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 3, 7])
