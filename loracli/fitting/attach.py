@@ -149,7 +149,13 @@ class AttachedModel:
         self.cores = torch.split(scaled[:, None] if scaled.dim() == 2 else scaled, self._sizes, dim=-1)
 
     def set_matrices(self, matrices: Sequence[Tensor]) -> None:
-        """Takes L matrices (R, R); in the canonical gauge only, where the scaling is in the factors."""
+        """Takes L matrices (R, R).
+
+        Raises:
+            ValueError: outside the canonical gauge, where a scaling stands beside the factors.
+        """
+        if not bool((self._scaling == 1).all()):
+            raise ValueError("mixing matrices need factors in the canonical gauge")
         self.cores = tuple(matrix.to(self.device, self.precision) for matrix in matrices)
 
     def set_factors(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
