@@ -36,7 +36,7 @@ from loracli.export.export import export_adapter
 from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseModel, find_base, load_base
 from loracli.fitting.loss import make_objective
-from loracli.fitting.mixing import make_mixing
+from loracli.fitting.mixing import make_layout
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.progress import Silent
@@ -74,7 +74,7 @@ class Held:
         """Scores mixing weights (L, N) on the attached model."""
         examples = render_file(read_records(self.path), base.tokenizer, max_length=1024).examples
         batches = plan_batches(examples, batch_tokens=1024)
-        with attach(base.model, adapters, make_mixing(adapters, "module").modules) as attached:
+        with attach(base.model, adapters, make_layout(adapters).modules) as attached:
             objective = make_objective(attached, batches[0])
             for name, weights in points.items():
                 with self.timed(name):
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--eval-data", type=Path, required=True)
     parser.add_argument("--dtype", default="auto", help="of the fit and of all scores but the last two")
-    parser.add_argument("--passes", type=float, default=FitSettings.passes)
+    parser.add_argument("--passes", type=float, default=None)
     arguments = parser.parse_args()
     run(arguments)
 
@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
     recipes = fit_all(arguments, held)
     adapters = [read_adapter(reference) for reference in arguments.adapters]
     base = load_base(find_base(adapters, arguments.base), dtype=arguments.dtype)
-    modules = make_mixing(adapters, "module").modules
+    modules = make_layout(adapters).modules
     names = [Path(reference).name for reference in arguments.adapters]
     points = {
         name: torch.tensor(point, dtype=torch.float64).expand(len(modules), -1)
@@ -190,7 +190,7 @@ def report_fits(recipes: dict[str, Recipe], held: Held, tables: list[str]) -> No
     print("|---|---|--:|--:|")
     for name, recipe in recipes.items():
         found = recipe.fit
-        print(f"| {name} | {found.chosen} | {found.largest_move:.4f} | {found.training_nats_per_token:.4f} |")
+        print(f"| {name} | {found.rungs[-1].chosen} | {found.largest_move:.4f} | {found.training_nats_per_token:.4f} |")
     print(flush=True)
 
 

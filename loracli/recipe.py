@@ -13,11 +13,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from loracli.adapters.names import layer, leaf
 from loracli.atomic import replaced_file, write_atomically, write_file
 from loracli.errors import OutputExists, RecipeError
+from loracli.fit_record import FitRecord
 from loracli.schema import decode, encode
 from loracli.strict_json import StrictJsonError, parse_json
 
@@ -27,6 +28,7 @@ MAX_RECIPE_BYTES = 64 << 20
 ModuleKind = Literal["linear", "conv1d", "embedding", "other"]
 MixingKind = Literal["adapter", "layer", "module", "rank", "core", "factors"]
 
+MIXING_KINDS: tuple[MixingKind, ...] = get_args(MixingKind)
 INLINE_KINDS: tuple[MixingKind, ...] = ("adapter", "layer", "module")  # their numbers stand in the recipe itself
 # The other kinds are tensors: `<module>.<part>` for each module and each of these parts.
 TENSOR_PARTS: dict[MixingKind, tuple[str, ...]] = {
@@ -113,31 +115,6 @@ class RecipeData:
     dropped: int
     cut: int
     template_sha256: str | None
-
-
-@dataclass(frozen=True)
-class FitRecord:
-    """How the weights were found.
-
-    Args:
-        recipe: `cat`, or `paper` for the published one.
-        settings: everything that was set and changes the result.
-        starts: the points the search went from, each with its loss before and after the first steps.
-        chosen: which start won.
-        ridge: the ridge of the weights chosen, None where there was none to choose.
-        passes: passes over the training data that were used, forward and backward.
-        largest_move: largest |w - w_start| over all weights, from the start that won.
-        training_nats_per_token: loss of the weights on the records they were fitted on.
-    """
-
-    recipe: str
-    settings: dict[str, int | float | str | bool | None]
-    starts: tuple[dict[str, str | float], ...]
-    chosen: str
-    ridge: float | None
-    passes: float
-    largest_move: float
-    training_nats_per_token: float
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from loracli.errors import OutputExists, RecipeError
+from loracli.fit_record import FitRecord, RungRecord, StartRecord
 from loracli.recipe import (
     INLINE_KINDS,
     MAX_RECIPE_BYTES,
     BaseModule,
-    FitRecord,
     HeldOut,
     HeldOutRow,
     HeldOutTask,
@@ -61,9 +61,25 @@ def make_recipe(folder: Path, *adapters: RecipeAdapter) -> Recipe:
         fit=FitRecord(
             recipe="cat",
             settings={"seed": 3, "ridge": None, "passes": 8.0, "paper": False, "mixing": "module", "rate": 1e-9},
-            starts=({"name": "sum", "before": 1.5, "after": 1.0}, {"name": "adapter", "before": 2.0, "after": 0.1}),
-            chosen="sum",
-            ridge=0.01,
+            rungs=(
+                RungRecord(
+                    kind="module",
+                    numbers=6,
+                    starts=(
+                        StartRecord("sum", 1.5, 1.0, 1 / 7),
+                        StartRecord("adapter", None, None, None, "the loss is not finite"),
+                    ),
+                    chosen="sum",
+                    ridge=0.01,
+                    validation_nats_per_token=0.1,
+                    gain=0.2,
+                    standard_error=1e-9,
+                    won=True,
+                    why="asked for",
+                ),
+            ),
+            folds=1,
+            refitted=True,
             passes=7.25,
             largest_move=0.1 + 0.2,
             training_nats_per_token=1 / 3,
@@ -259,7 +275,8 @@ def test_the_recipe_that_the_cases_below_damage_is_fine(tmp_path: Path) -> None:
         ),
         ("fit__passes", 10**60, "fit.passes: expected a number, got 1" + "0" * 59),
         ("fit__settings__seed", [], "fit.settings['seed']: expected a whole number, got []"),
-        ("fit__starts__1", [], "fit.starts[1]: expected an object, got []"),
+        ("fit__rungs__0__starts__1", [], "fit.rungs[0].starts[1]: expected an object, got []"),
+        ("fit__rungs__0__won", 1, "fit.rungs[0].won: expected true or false, got 1"),
         ("mixing__kind", "diagonal", f"mixing.kind: expected one of {KINDS}, got 'diagonal'"),
         ("mixing__kind", ["module"], f"mixing.kind: expected one of {KINDS}, got ['module']"),
         ("mixing__kind", "core", "mixing.tensors_sha256: expected the sha256 of its tensors with the kind 'core'"),
@@ -322,9 +339,9 @@ def test_weights_for_another_number_of_adapters_are_named(tmp_path: Path) -> Non
 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     document = saved(tmp_path, dtype=5, adapters__0__rank="x", mixing__kind="nonsense", extra=1, modules__0__kind=0)
-    del document["base"]["id"], document["fit"]["chosen"]
+    del document["base"]["id"], document["fit"]["passes"]
     found = "\n".join(problems(tmp_path, document))
-    for field in ("dtype", "adapters[0].rank", "mixing.kind", "extra", "modules[0].kind", "base.id", "fit.chosen"):
+    for field in ("dtype", "adapters[0].rank", "mixing.kind", "extra", "modules[0].kind", "base.id", "fit.passes"):
         assert f"{field}: " in found
     assert len(found.splitlines()) == 7
 

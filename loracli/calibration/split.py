@@ -61,6 +61,13 @@ def split_files(
     )
 
 
+def dealt(records: Sequence[Record], count: int, *, seed: int) -> list[list[Record]]:
+    """The records in `count` parts, each in file order; equal records in the same one."""
+    order = sorted({record.fingerprint for record in records}, key=lambda fingerprint: _key(seed, fingerprint))
+    part_of = {fingerprint: place % count for place, fingerprint in enumerate(order)}
+    return [[record for record in records if part_of[record.fingerprint] == part] for part in range(count)]
+
+
 Item = TypeVar("Item")
 
 

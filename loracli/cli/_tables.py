@@ -20,6 +20,39 @@ def data_lines(out: Output, recipe: Recipe) -> None:
         )
 
 
+def search_lines(out: Output, recipe: Recipe) -> None:
+    """How the mixing was found: the rungs with their starts, and what was chosen."""
+    fit = recipe.fit
+    out.line(f"search: {fit.passes:g} passes, largest move of a number {fit.largest_move:.3f}", style="bold")
+    rows = []
+    for rung in fit.rungs:
+        for start in rung.starts:
+            won = start.name == rung.chosen
+            ridge = "" if rung.ridge is None or not won else f"{rung.ridge:g}"
+            end = rung.validation_nats_per_token if won else None
+            rows.append(
+                [f"{rung.kind} from {start.name}", *map(_loss, (start.before, start.after, start.unseen, end)), ridge]
+            )
+    strong = next((i for i, row in enumerate(rows) if row[4] and row[0].startswith(f"{recipe.mixing.kind} ")), None)
+    out.table(["nats/token on validation", "before", "probed", "unseen", "solution", "ridge"], rows, strong=strong)
+    for rung in fit.rungs[1:]:
+        out.line(f"{rung.kind}: {rung.why}")
+    if fit.folds > 1:
+        out.line(f"chosen by cross-validation over {fit.folds} folds")
+    if fit.refitted:
+        out.line("then fitted once more on all training records")
+    if fit.halvings:
+        out.line(
+            f"{fit.halvings} micro-batches were halved for want of memory: another run may differ in the last bits"
+        )
+    if fit.stopped:
+        out.line(f"STOPPED EARLY: {fit.stopped}", style="bold")
+
+
+def _loss(nats: float | None) -> str:
+    return "" if nats is None else f"{nats:.4f}"
+
+
 def held_out_lines(out: Output, recipe: Recipe) -> None:
     """The held-out table with the fit standing out, the losses by task, and what it says in a sentence."""
     table = recipe.public().held_out

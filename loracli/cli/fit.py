@@ -34,7 +34,12 @@ def fit(
         str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
     ] = None,
     mixing: Annotated[
-        str, typer.Option("--mixing", metavar="KIND", help="What shares a weight: adapter, layer, or module (CAT).")
+        str,
+        typer.Option(
+            "--mixing",
+            metavar="KIND",
+            help="adapter, layer, module (CAT), rank, core, factors; auto climbs as far as the data allow.",
+        ),
     ] = "module",
     paper: Annotated[
         bool, typer.Option("--paper", help="The published recipe: softmax weights, one epoch, rate 1e-4.")
@@ -70,8 +75,17 @@ def fit(
     ] = False,
     batch_tokens: Annotated[int, typer.Option("--batch-tokens", metavar="N", help="Tokens of a micro-batch.")] = 1024,
     passes: Annotated[
-        float, typer.Option("--passes", metavar="N", help="Budget in passes over the training records.")
-    ] = 8.0,
+        float | None,
+        typer.Option(
+            "--passes",
+            metavar="N",
+            help="Budget in passes over the training records; default: 8, with --mixing auto 20, times the folds.",
+        ),
+    ] = None,
+    cv: Annotated[
+        int | None,
+        typer.Option("--cv", metavar="K", help="Choose by K-fold cross-validation: for few records."),
+    ] = None,
     ridge: Annotated[
         float | None,
         typer.Option(
@@ -124,12 +138,13 @@ def fit(
     if not dry_run:
         check_recipe_path(output, force=force, kind=mixing)
     settings = FitSettings(
-        mixing=mixing,  # type: ignore[arg-type]  # the settings check it
+        mixing=mixing,
         paper=paper,
         holdout=holdout,
         max_length=max_length,
         batch_tokens=batch_tokens,
         passes=passes,
+        cv=cv,
         ridge=ridge,
         learning_rate=learning_rate,
         seed=seed,
@@ -191,9 +206,9 @@ def _print_plan(out: Output, inputs: Any) -> None:
         "training_records": len(inputs.data.training),
         "held_out_records": len(inputs.data.held_out),
         "mixing": inputs.settings.mixing,
-        "mixing_weights": inputs.mixing.numbers,
-        "modules": len(inputs.mixing.modules),
-        "passes": 1 if inputs.settings.paper else inputs.settings.passes,
+        "numbers": inputs.numbers,
+        "modules": len(inputs.layout.modules),
+        "passes": inputs.settings.budget,
     }
     out.document({"plan": plan})
     for key, value in plan.items():

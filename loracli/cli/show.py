@@ -10,7 +10,7 @@ import typer
 
 from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
-from loracli.cli._tables import data_lines, held_out_lines
+from loracli.cli._tables import data_lines, held_out_lines, search_lines
 
 EPILOG = "loracat show recipe.json  ·  loracat show recipe.json --json"
 
@@ -66,9 +66,8 @@ def show(
         ["", *labels.values()],
         [[name, *(_spread(cell) for cell in cells)] for name, cells in weights_by_leaf(loaded).items()],
     )
-    fit = loaded.fit
     out.line()
     data_lines(out, loaded)
-    out.line(f"{fit.passes:g} passes, from the start '{fit.chosen}', largest move of a weight {fit.largest_move:.3f}")
+    search_lines(out, loaded)
     out.line()
     held_out_lines(out, loaded)

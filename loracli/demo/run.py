@@ -27,7 +27,6 @@ from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseModel, BaseReference, load_base
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.loss import make_objective
-from loracli.fitting.mixing import make_mixing
 from loracli.fitting.run import run_fit
 from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe
@@ -98,7 +97,7 @@ def _run(folder: Path, example: Path, progress: Progress) -> DemoResult:
         rows.append(test.score_adapted(name, _load_with_peft(inputs.base, exported.path)))
     progress.note("training a fresh LoRA on the same calibration records")
     calibration = render_file(inputs.data.files[0], base.tokenizer, max_length=128).examples
-    targets = sorted({name.rpartition(".")[2] for name in inputs.mixing.modules})
+    targets = sorted({name.rpartition(".")[2] for name in inputs.layout.modules})
     fresh = train_fresh_lora(base.model, targets, max(inputs.adapters[0].ranks), calibration, seed=0)
     rows.append(test.score_adapted("fresh LoRA", fresh))
     return DemoResult(recipe, concatenated, merged, tuple(rows), time.monotonic() - started)
@@ -125,7 +124,7 @@ class _Test:
 
 def _score_attached(base: BaseModel, inputs: Any, recipe: Recipe, test: _Test, progress: Progress) -> list[DemoRow]:
     """Every mixing of the attached model: base, each alone, uniform, sum, fit."""
-    modules = make_mixing(inputs.adapters, "module").modules
+    modules = inputs.layout.modules
     names = dict(zip(inputs.references, ADAPTERS, strict=True))
     points = {
         names.get(name, name): torch.tensor(point).expand(len(modules), -1)

@@ -38,13 +38,13 @@ def held_out_table(
     below 20 records.
 
     Args:
-        scores: of each method, by the name of its row; the fit's is `fit`.
+        scores: of each method whose loss is finite, an adapter among them, by the name of its row; the fit's is `fit`.
         references: the adapters' rows.
         examples: the n records.
         name: of the files that they came from.
         seed: of the bootstrap.
     """
-    best = min(references, key=lambda reference: scores[reference].nats_per_token)
+    best = min((r for r in references if r in scores), key=lambda reference: scores[reference].nats_per_token)
     reference = scores[best]
     rows = []
     for method, score in scores.items():

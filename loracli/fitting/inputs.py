@@ -15,8 +15,8 @@ from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_
 from loracli.calibration.sources import DataPaths
 from loracli.errors import UsageError
 from loracli.fitting.base import BaseReference, find_base
-from loracli.fitting.mixing import Mixing, make_mixing
-from loracli.fitting.settings import FitSettings
+from loracli.fitting.mixing import Layout, count_numbers, make_layout
+from loracli.fitting.settings import AUTO, FitSettings
 from loracli.progress import SILENT, Progress
 from loracli.recipe import local_reference
 
@@ -30,7 +30,7 @@ class FitInputs:
         references: how each is called in tables and in the recipe; local ones relative to the recipe's folder.
         base: where the base model is.
         data: the calibration files, and which of their records are held out.
-        mixing: the parametrisation.
+        layout: which rank rows of which adapter stand in which module.
         settings: of the fit.
         folder: the recipe's folder.
     """
@@ -39,9 +39,16 @@ class FitInputs:
     references: tuple[str, ...]
     base: BaseReference
     data: Dataset
-    mixing: Mixing
+    layout: Layout
     settings: FitSettings
     folder: Path
+
+    @property
+    def numbers(self) -> int | None:
+        """How many numbers will be fitted; None where the search decides it."""
+        if self.settings.mixing == AUTO:
+            return None
+        return count_numbers(self.adapters, self.layout, self.settings.mixing)  # type: ignore[arg-type]
 
 
 def prepare_fit(
@@ -92,7 +99,7 @@ def prepare_fit(
         references=references,
         base=found,
         data=dataset,
-        mixing=make_mixing(read, settings.mixing, softmax=settings.paper),
+        layout=make_layout(read),
         settings=settings,
         folder=folder,
     )

@@ -8,7 +8,7 @@ whatever the batches: sums are kept, and divided once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,17 +84,21 @@ class Objective:
         logits = self._logits(batch)
         return F.cross_entropy(logits, labels.to(logits.device), reduction="none")
 
-    def score(self, batches: Sequence[Batch], records: int, *, each: Callable[[Batch], None] | None = None) -> Scores:
+    def record_sums(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(b,) and (b,): nats of each record of the batch and how many scored tokens count, float64, without
+        gradient."""
+        with torch.no_grad():
+            nats = self.nats(batch).cpu().double()
+        weights = torch.ones_like(nats) if batch.weights is None else batch.weights
+        empty = torch.zeros(len(batch.indices), dtype=torch.float64)
+        return empty.index_add(0, batch.owners, nats), empty.index_add(0, batch.owners, weights)
+
+    def score(self, batches: Sequence[Batch], records: int) -> Scores:
         """The sums of each record, without gradient."""
         nats, tokens = torch.zeros(records, dtype=torch.float64), torch.zeros(records, dtype=torch.float64)
         for batch in batches:
-            with torch.no_grad():
-                single = self.nats(batch).cpu().double()
-            place = torch.tensor(batch.indices)[batch.owners]
-            nats.index_add_(0, place, single)
-            tokens.index_add_(0, place, torch.ones_like(single) if batch.weights is None else batch.weights)
-            if each is not None:
-                each(batch)
+            places = torch.tensor(batch.indices)
+            nats[places], tokens[places] = self.record_sums(batch)
         return Scores(nats, tokens)
 
     def _hidden(self, batch: Batch) -> Tensor:

@@ -20,12 +20,17 @@ def memory_errors() -> Iterator[None]:
     """Turns what torch and Python raise when memory runs out into OutOfResources; any other error passes."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _ours() from error
-    except RuntimeError as error:
-        if any(message in str(error) for message in _CPU_MESSAGES):
+    except (RuntimeError, MemoryError) as error:
+        if ran_out_of_memory(error):
             raise _ours() from error
         raise
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python says that memory ran out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
 
 
 def _ours() -> OutOfResources:

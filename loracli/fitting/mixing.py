@@ -1,82 +1,252 @@
-"""The mixing weights: which modules share a weight, and how the fitted numbers become one weight per module and
-adapter.
+"""The ladder of mixings: how theta, the fitted numbers, becomes the mixing matrix of every module.
 
-    dW_l = sum_i w_li s_i B_i A_i
+    dW_l = B_l M_l A_l          A_l (R, in) and B_l (out, R): all adapters of the module stacked along the rank
 
-`adapter`: one weight for each adapter. `layer`: one for each decoder layer and adapter, the equation of LoRA Soups
-(arXiv 2410.13025) read literally. `module`: one for each adapted module and adapter, what the paper's code fits. The
-weights are free; with `softmax`, as in the paper's code, they are softmax(theta) over the adapters that a module has,
-so they sum to 1.
+    adapter   M_l = blockdiag(w_i I)      one number for each adapter
+    layer     M_l = blockdiag(w_ki I)     for each decoder layer k and adapter: LoRA Soups as printed (2410.13025)
+    module    M_l = blockdiag(w_li I)     for each module and adapter: CAT, what the paper's code fits
+    rank      M_l = diag(w_l)             for each singular direction of each adapter, as TARA (arXiv 2603.26299)
+    core      M_l full                    one adapter's input directions with another's output directions
+    factors   A_l and B_l themselves      LoRA training with a warm start
+
+Each contains the one above, costs the same forward and backward, and is one LoRA of rank R. From `rank` on the
+directions matter, so A and B stand in the canonical gauge (each adapter's thin SVD, sqrt(S) on both sides), and theta
+has the scale of 1 everywhere.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.recipe import INLINE_KINDS, MixingKind, group_name
-
-MIXING_KINDS: tuple[MixingKind, ...] = INLINE_KINDS
+from loracli.fitting.attach import AttachedModel
+from loracli.recipe import MixingKind, group_name
 
 
 @dataclass(frozen=True)
-class Mixing:
-    """A parametrisation of the mixing weights by theta (G, N).
+class Layout:
+    """What stands in which rank row of which module.
 
     Args:
-        kind: which modules share a weight.
-        softmax: weights are softmax(theta) over the adapters present instead of theta.
-        modules: L module names, sorted.
-        groups: G group names, sorted as first met.
-        group_of: (L,) the group of each module.
-        present: (G, N) whether the adapter changes any module of the group; the other entries of theta have no meaning.
+        modules: L names, sorted: the union of what the adapters change.
+        ranks: (L, N) rank of each adapter in each module, 0 where it changes nothing.
+    """
+
+    modules: tuple[str, ...]
+    ranks: tuple[tuple[int, ...], ...]
+
+    @property
+    def adapters(self) -> int:
+        """N."""
+        return len(self.ranks[0])
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """(L,) R_l."""
+        return [sum(row) for row in self.ranks]
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """(sum R_l,) which adapter each rank row belongs to, module after module."""
+        return torch.tensor([i for row in self.ranks for i, rank in enumerate(row) for _ in range(rank)])
+
+
+def make_layout(adapters: Sequence[LoraAdapter]) -> Layout:
+    """The layout of these adapters."""
+    modules = tuple(sorted({name for adapter in adapters for name in adapter.modules}))
+    ranks = tuple(tuple(a.modules[name].factors.rank if name in a.modules else 0 for a in adapters) for name in modules)
+    return Layout(modules, ranks)
+
+
+class Mixing(ABC):
+    """One rung: theta (P,) to the mixing matrices of a layout."""
+
+    kind: MixingKind
+    layout: Layout
+    dtype = torch.float64  # of theta, its gradient and the sums of it
+
+    @property
+    @abstractmethod
+    def numbers(self) -> int:
+        """P, how many numbers are fitted."""
+
+    @abstractmethod
+    def apply(self, attached: AttachedModel, theta: Tensor) -> None:
+        """Sets the attached model to theta (P,), differentiably."""
+
+    @abstractmethod
+    def lift(self, lower: Mixing, theta: Tensor) -> Tensor:
+        """The theta of this rung that is the same update as `theta` of a lower one."""
+
+    @abstractmethod
+    def matrices(self, theta: Tensor) -> list[Tensor]:
+        """L matrices M_l (R, R) in the gauge of the attached factors."""
+
+    def constant(self, per_adapter: Sequence[float]) -> Tensor:
+        """Theta (P,) that gives every module the same weight for an adapter."""
+        lowest = make_diagonal(self.layout, "adapter")
+        return self.lift(lowest, torch.tensor(list(per_adapter), dtype=torch.float64)[lowest.present])
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalMixing(Mixing):
+    """`adapter`, `layer`, `module` and `rank`: every rank row takes one entry of theta.
+
+    Args:
+        kind: which rows share an entry.
+        layout: of the adapters.
+        index: (sum R_l,) the entry that each rank row takes.
+        groups: names of the G groups of modules that share weights; of `rank`, the modules.
+        present: (G * N,) whether the adapter changes any module of the group; theta has an entry for each that does.
+        softmax: weights are softmax(theta) over the adapters of a group, as in the paper's code, so they sum to 1.
     """
 
     kind: MixingKind
-    softmax: bool
-    modules: tuple[str, ...]
+    layout: Layout
+    index: Tensor
     groups: tuple[str, ...]
-    group_of: Tensor
     present: Tensor
+    softmax: bool = False
 
     @property
     def numbers(self) -> int:
-        """How many numbers are fitted."""
-        return int(self.present.sum())
+        return int(self.index.max()) + 1
 
-    def expand(self, theta: Tensor) -> Tensor:
-        """(L, N): the weight of each module and adapter, differentiable in theta (G, N)."""
-        return self._by_group(theta)[self.group_of]
+    def apply(self, attached: AttachedModel, theta: Tensor) -> None:
+        attached.set_diagonal(self.weights(theta)[..., self.index])
 
-    def weights(self, theta: Tensor) -> dict[str, tuple[float | None, ...]]:
-        """By group: one weight for each adapter, None where the adapter changes nothing in the group."""
-        values = self._by_group(theta)
+    def weights(self, theta: Tensor) -> Tensor:
+        """(..., P): theta, or its softmax over the adapters of each group."""
+        if not self.softmax:
+            return theta
+        return torch.softmax(self.table(theta, fill=-torch.inf), dim=1).flatten()[self.present]
+
+    def table(self, theta: Tensor, *, fill: float = 0.0) -> Tensor:
+        """(G, N) from theta (P,), with `fill` where the adapter changes nothing in the group. Not for `rank`."""
+        full = torch.full(self.present.shape, fill, dtype=theta.dtype)
+        return full.masked_scatter(self.present, theta).view(-1, self.layout.adapters)
+
+    def by_group(self, theta: Tensor) -> dict[str, tuple[float | None, ...]]:
+        """By group: the entry of theta for each adapter, None where the adapter changes nothing in the group."""
+        present = self.present.view(-1, self.layout.adapters).tolist()
         return {
             group: tuple(w if here else None for w, here in zip(row, mask, strict=True))
-            for group, row, mask in zip(self.groups, values.tolist(), self.present.tolist(), strict=True)
+            for group, row, mask in zip(self.groups, self.table(theta).tolist(), present, strict=True)
         }
 
-    def _by_group(self, theta: Tensor) -> Tensor:
-        return torch.softmax(theta.masked_fill(~self.present, -torch.inf), dim=1) if self.softmax else theta
+    def lift(self, lower: Mixing, theta: Tensor) -> Tensor:
+        assert isinstance(lower, DiagonalMixing), f"{self.kind} does not contain {lower.kind}"
+        return torch.zeros(self.numbers, dtype=self.dtype).index_copy(0, self.index, lower.weights(theta)[lower.index])
 
-    def constant(self, per_adapter: Sequence[float]) -> Tensor:
-        """theta (G, N) that gives every module the same weights."""
-        return torch.tensor([list(per_adapter)] * len(self.groups), dtype=torch.float64)
+    def matrices(self, theta: Tensor) -> list[Tensor]:
+        return [torch.diag(part) for part in torch.split(self.weights(theta)[self.index], self.layout.sizes)]
 
 
-def make_mixing(adapters: Sequence[LoraAdapter], kind: MixingKind, *, softmax: bool = False) -> Mixing:
-    """The parametrisation for these adapters."""
-    modules = tuple(sorted({name for adapter in adapters for name in adapter.modules}))
-    names = [group_name(module, kind) for module in modules]
+@dataclass(frozen=True, eq=False)
+class CoreMixing(Mixing):
+    """`core`: theta holds M_l row by row, module after module."""
+
+    layout: Layout
+    kind: MixingKind = "core"
+
+    @property
+    def numbers(self) -> int:
+        return sum(size * size for size in self.layout.sizes)
+
+    def apply(self, attached: AttachedModel, theta: Tensor) -> None:
+        attached.set_matrices(self.matrices(theta))
+
+    def lift(self, lower: Mixing, theta: Tensor) -> Tensor:
+        return torch.cat([matrix.flatten() for matrix in lower.matrices(theta)])
+
+    def matrices(self, theta: Tensor) -> list[Tensor]:
+        sizes = self.layout.sizes
+        parts = torch.split(theta, [size * size for size in sizes])
+        return [part.view(size, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+class FactorMixing(Mixing):
+    """`factors`: theta holds A_l and then B_l of each module, divided by their root mean square at the start of the
+    ladder, so that it has the scale of 1 and one rate suits all.
+
+    Args:
+        layout: of the adapters.
+        factors: L pairs of lora_A (R, in) and lora_B (out, R) in the canonical gauge, scaling within.
+    """
+
+    kind: MixingKind = "factors"
+    dtype = torch.float32
+
+    def __init__(self, layout: Layout, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.layout = layout
+        self._start = [(a.to(self.dtype), b.to(self.dtype)) for a, b in factors]
+        self._shapes = [tensor.shape for pair in self._start for tensor in pair]
+        self._scales = [_root_mean_square(tensor) for pair in self._start for tensor in pair]
+
+    @property
+    def numbers(self) -> int:
+        return sum(shape.numel() for shape in self._shapes)
+
+    def apply(self, attached: AttachedModel, theta: Tensor) -> None:
+        attached.set_factors(self.factors(theta))
+
+    def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """L pairs of lora_A (R, in) and lora_B (out, R), scaling 1."""
+        parts = torch.split(theta, [shape.numel() for shape in self._shapes])
+        both = [p.view(shape) * scale for p, shape, scale in zip(parts, self._shapes, self._scales, strict=True)]
+        return list(zip(both[0::2], both[1::2], strict=True))
+
+    def lift(self, lower: Mixing, theta: Tensor) -> Tensor:
+        parts = []
+        for (lora_A, lora_B), matrix in zip(self._start, lower.matrices(theta), strict=True):
+            parts += [lora_A, (lora_B.double() @ matrix).to(self.dtype)]  # M goes into B alone, as in the export
+        return torch.cat([part.flatten() / scale for part, scale in zip(parts, self._scales, strict=True)])
+
+    def matrices(self, theta: Tensor) -> list[Tensor]:
+        raise TypeError("trained factors are no mixing of the adapters")
+
+
+def _root_mean_square(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt()) or 1.0
+
+
+def make_diagonal(layout: Layout, kind: MixingKind, *, softmax: bool = False) -> DiagonalMixing:
+    """One of the rungs `adapter`, `layer`, `module`, `rank`."""
+    if kind == "rank":
+        rows = len(layout.owner)
+        return DiagonalMixing(kind, layout, torch.arange(rows), layout.modules, torch.ones(0, dtype=torch.bool))
+    names = [group_name(module, kind) for module in layout.modules]
     groups = tuple(dict.fromkeys(names))
-    index = {group: i for i, group in enumerate(groups)}
-    group_of = torch.tensor([index[name] for name in names])
-    present = torch.zeros(len(groups), len(adapters), dtype=torch.bool)
-    for column, adapter in enumerate(adapters):
-        for module in adapter.modules:
-            present[index[group_name(module, kind)], column] = True
-    return Mixing(kind, softmax, modules, groups, group_of, present)
+    row_of = {group: i for i, group in enumerate(groups)}
+    present = torch.zeros(len(groups), layout.adapters, dtype=torch.bool)
+    for name, ranks in zip(names, layout.ranks, strict=True):
+        present[row_of[name]] |= torch.tensor(ranks) > 0
+    entry = present.flatten().cumsum(0) - 1  # (G * N,) place in theta
+    group = torch.repeat_interleave(torch.tensor([row_of[name] for name in names]), torch.tensor(layout.sizes))
+    index = entry[group * layout.adapters + layout.owner]
+    return DiagonalMixing(kind, layout, index, groups, present.flatten(), softmax)
+
+
+def make_mixing(attached: AttachedModel, layout: Layout, kind: MixingKind) -> Mixing:
+    """The rung of this name for an attached model."""
+    if kind == "core":
+        return CoreMixing(layout)
+    if kind == "factors":
+        return FactorMixing(layout, attached.factors())
+    return make_diagonal(layout, kind)
+
+
+def count_numbers(adapters: Sequence[LoraAdapter], layout: Layout, kind: MixingKind) -> int:
+    """How many numbers a rung has, without attaching anything."""
+    if kind == "core":
+        return CoreMixing(layout).numbers
+    if kind == "factors":
+        every = [module.factors for adapter in adapters for module in adapter.modules.values()]
+        return sum(f.lora_A.numel() + f.lora_B.numel() for f in every)
+    return make_diagonal(layout, kind).numbers

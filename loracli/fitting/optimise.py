@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +80,7 @@ def peak_rate(steps: int) -> float:
 
 
 class AdamW:
-    """AdamW without decay (arXiv 1711.05101) on one float64 tensor, under one schedule: warm-up, then linear decay to
+    """AdamW without decay (arXiv 1711.05101) on one tensor, under one schedule: warm-up, then linear decay to
     zero.
 
     Args:
@@ -99,6 +99,15 @@ class AdamW:
         self.step_number = 0
         self._steps, self._rate, self._warm_up = steps, rate, warm_up
         self._first, self._second = torch.zeros_like(start), torch.zeros_like(start)
+
+    def state(self) -> dict[str, Tensor]:
+        """What, with `step_number`, a step depends on."""
+        return {"theta": self.theta, "first": self._first, "second": self._second}
+
+    def restore(self, state: Mapping[str, Tensor], step_number: int) -> None:
+        """Goes to where another one was."""
+        self.theta, self._first, self._second = (state[name] for name in ("theta", "first", "second"))
+        self.step_number = step_number
 
     def step(self, gradient: Tensor) -> None:
         """One step down the gradient."""

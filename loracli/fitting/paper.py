@@ -9,6 +9,7 @@ is seeded, and adapter dropout is off.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,8 +17,12 @@ import torch
 from loracli.calibration.batches import make_batch
 from loracli.calibration.render import Example
 from loracli.calibration.split import shuffled
+from loracli.errors import NonFiniteLoss
+from loracli.fit_record import RungRecord, StartRecord
+from loracli.fitting.descent import Descent, Step
+from loracli.fitting.engine import Engine
+from loracli.fitting.mixing import DiagonalMixing
 from loracli.fitting.optimise import AdamW
-from loracli.fitting.problem import Problem
 from loracli.fitting.search import Found
 from loracli.fitting.settings import FitSettings
 
@@ -32,22 +37,29 @@ def with_prompts(example: Example) -> Example:
     return replace(example, scored=(False, *(True for _ in example.input_ids[1:])))
 
 
-def fit_as_published(problem: Problem, settings: FitSettings) -> Found:
+def fit_as_published(
+    engine: Engine, mixing: DiagonalMixing, training: Sequence[Example], settings: FitSettings
+) -> Found:
     """One epoch; theta are the logits."""
-    examples = [with_prompts(example) for example in problem.fitting]
+    examples = [with_prompts(example) for example in training]
     order = shuffled(range(len(examples)), seed=settings.seed)
     batches = [make_batch(examples, order[i : i + RECORDS_A_STEP]) for i in range(0, len(order), RECORDS_A_STEP)]
     generator = torch.Generator().manual_seed(settings.seed)
-    shape = (len(problem.mixing.groups), problem.mixing.present.shape[1])
-    start = torch.randn(shape, generator=generator, dtype=torch.float64)
+    logits = torch.randn(mixing.present.numel(), generator=generator, dtype=mixing.dtype)  # (G * N,)
+    start = logits[mixing.present]
     rate = settings.learning_rate or RATE
     adam = AdamW(start, steps=len(batches), rate=rate, warm_up=WARM_UP_STEPS, betas=BETAS)
-    problem.meter.stage("published recipe")
-    first = last = 0.0
-    for number, batch in enumerate(batches):
-        nats, gradient = problem.gradient(adam.theta, batch, examples)
-        adam.step(gradient / batch.scored_tokens)
-        last = nats / batch.scored_tokens
-        first = last if number == 0 else first
-    report: dict[str, str | float] = {"start": "random", "before": first, "after": last}
-    return Found(adam.theta, start, (report,), "random", None)
+    steps = [Step((batch,), 1.0 / batch.scored_tokens) for batch in batches]
+    engine.meter.stage("published recipe", rung=mixing.kind, start="random", stage="descent", ridge=None)
+    descent = Descent(engine, mixing, examples, lambda number: steps[number], adam, start)
+    stopped = None
+    try:
+        descent.run(len(steps))
+    except NonFiniteLoss as error:
+        if adam.step_number == 0:
+            raise
+        stopped = str(error)
+    starts = (StartRecord("random", None, None, None),)
+    why = "the published recipe has one rung and one start"
+    rung = RungRecord(mixing.kind, mixing.numbers, starts, "random", None, None, None, None, True, why)
+    return Found(mixing, descent.theta, start, (rung,), None, False, stopped)

@@ -67,7 +67,13 @@ class MemoryDecision:
 
 
 def estimate_memory(
-    plan: BasePlan, adapters: Sequence[LoraAdapter], *, batch_tokens: int, max_length: int, shards: int = 1
+    plan: BasePlan,
+    adapters: Sequence[LoraAdapter],
+    *,
+    batch_tokens: int,
+    max_length: int,
+    shards: int = 1,
+    factors: bool = False,
 ) -> MemoryEstimate:
     """The memory of a fit, from the config and the adapters alone.
 
@@ -87,6 +93,9 @@ def estimate_memory(
         batch_tokens: T; a longer record stands alone.
         max_length: t.
         shards: over how many processes the base's weights are shared out.
+        factors: whether the factors themselves will be trained: their inputs are kept, s T (in + R) a module, and of
+            every number eight copies in float32 (theta, its start, Adam's moments, the average, and the gradient
+            beside its sum in float64).
     """
     s, config = plan.dtype.itemsize, plan.skeleton.config.get_text_config()
     vocabulary, width = plan.skeleton.get_input_embeddings().weight.shape
@@ -94,12 +103,16 @@ def estimate_memory(
     tokens = max(batch_tokens, max_length)
     graphs = _layers_with_graph(plan.skeleton, layers, adapters) if layers else _setting(config, "num_hidden_layers")
     layer = _kept_by_layer(config, width, tokens, max_length, s)
-    factors = [module.factors for adapter in adapters for module in adapter.modules.values()]
-    of_adapters = tokens * s * sum(f.rank for f in factors)
+    updates = [module.factors for adapter in adapters for module in adapter.modules.values()]
+    numbers = sum(f.lora_A.numel() + f.lora_B.numel() for f in updates)
+    of_adapters = tokens * s * sum(f.rank for f in updates)
+    if factors:
+        inner = {name: m.factors.in_features for adapter in adapters for name, m in adapter.modules.items()}
+        of_adapters += tokens * s * sum(inner.values())
     inputs = graphs * tokens * s * width
     return MemoryEstimate(
         weights=s * _weights(plan.skeleton, layers, shards),
-        adapters=s * sum(f.lora_A.numel() + f.lora_B.numel() for f in factors),
+        adapters=numbers * (s + (8 * FLOAT32 if factors else 0)),
         activations=graphs * layer + of_adapters,
         checkpointed=inputs + layer + of_adapters // max(graphs, 1) if layers else None,
         head=_head(config, vocabulary, width, tokens, s),

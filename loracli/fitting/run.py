@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-import transformers
-
-import loracli
-from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.hub import Fetched
 from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import Examples
 from loracli.calibration.render import Example
 from loracli.calibration.sources import DataPaths
-from loracli.calibration.split import split_records
+from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.held_out import FIT, held_out_table, static_points
-from loracli.fitting.attach import attach
-from loracli.fitting.base import BaseModel, base_modules, check_fits, load_base, plan_base
+from loracli.evaluation.scores import Scores
+from loracli.fitting.attach import AttachedModel, attach
+from loracli.fitting.base import BaseModel, check_fits, load_base, plan_base
 from loracli.fitting.checkpointing import checkpointed
+from loracli.fitting.criterion import loss_criterion
+from loracli.fitting.descent import plan_steps
+from loracli.fitting.engine import Engine
+from loracli.fitting.folds import Fold, cross_folds, one_fold
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
+from loracli.fitting.journal import Journal
 from loracli.fitting.loss import check_causal, make_objective
 from loracli.fitting.memory import available_memory, memory_errors
+from loracli.fitting.meter import TASK, Meter, StepLog
+from loracli.fitting.mixing import Mixing, make_diagonal, make_mixing
 from loracli.fitting.paper import fit_as_published
 from loracli.fitting.preflight import MemoryDecision, decide_memory, estimate_memory
-from loracli.fitting.problem import TASK, Meter, Problem
-from loracli.fitting.search import Found, search, step_batches
-from loracli.fitting.settings import FitSettings
+from loracli.fitting.processes import ALONE, Processes
+from loracli.fitting.recording import dtype_name, make_recipe
+from loracli.fitting.search import LADDERS, Found, search
+from loracli.fitting.settings import AUTO, FitSettings
+from loracli.fitting.solved import Task, tokens_of
 from loracli.progress import SILENT, WORK, Progress, duration_text
-from loracli.recipe import (
-    FitRecord,
-    HeldOut,
-    Recipe,
-    RecipeAdapter,
-    RecipeBase,
-    RecipeData,
-    RecipeMixing,
-)
-
-VALIDATION_SHARE = 0.2
-FEWEST_TO_VALIDATE = 8  # below, every record is fitted on and the ridge stays strong
-MOST_TO_VALIDATE = 512
+from loracli.recipe import INLINE_KINDS, Recipe
 
 
 def fit_mixing(
@@ -104,78 +96,120 @@ def run_fit(
     device: str = "auto",
     device_map: str | None = None,
     checkpointing: bool = False,
+    processes: Processes = ALONE,
+    journal: Journal | None = None,
+    log: StepLog | None = None,
     progress: Progress = SILENT,
 ) -> Recipe:
-    """The second half of `fit_mixing`: loads the base model, searches, and scores the held-out records."""
-    decision = _memory_decision(inputs, dtype, device, device_map)
+    """The second half of `fit_mixing`: loads the base model, searches, and scores the held-out records.
+
+    Args:
+        inputs: from `prepare_fit`, the same on all processes.
+        dtype: as for `fit_mixing`.
+        device: likewise; with several processes, of this one.
+        device_map: likewise.
+        checkpointing: likewise.
+        processes: that share the work; all call this.
+        journal: where the state is kept, on the first process.
+        log: takes a line for each step, on the first process.
+        progress: told what happens.
+    """
+    decision = _memory_decision(inputs, dtype, device, device_map, processes)
     (progress.warn if decision.tight else progress.note)(decision.note)
+    shard = processes.world_size if processes.lockstep else None
     with memory_errors():
-        base = load_base(inputs.base, dtype=dtype, device=device, device_map=device_map, progress=progress)
+        base = load_base(inputs.base, dtype=dtype, device=device, device_map=device_map, shard=shard, progress=progress)
         with checkpointed(base.model) if checkpointing or decision.checkpointing else nullcontext():
-            return _run(inputs, base, progress)
+            return _run(inputs, base, processes, journal, log, progress)
 
 
-def _memory_decision(inputs: FitInputs, dtype: str, device: str, device_map: str | None) -> MemoryDecision:
-    """What the estimate says, before any weight is loaded."""
+def _memory_decision(
+    inputs: FitInputs, dtype: str, device: str, device_map: str | None, processes: Processes
+) -> MemoryDecision:
+    """What the estimate says, before any weight is loaded; the first process decides for all."""
     plan = plan_base(inputs.base, dtype=dtype, device=device)
     settings = inputs.settings
+    sharded = processes.lockstep
     estimate = estimate_memory(
-        plan, inputs.adapters, batch_tokens=settings.batch_tokens, max_length=settings.max_length
+        plan,
+        inputs.adapters,
+        batch_tokens=settings.batch_tokens,
+        max_length=settings.max_length,
+        shards=processes.world_size if sharded else 1,
+        factors="factors" in LADDERS[settings.mixing],
     )
-    return decide_memory(estimate, available_memory(plan.device, every=device_map is not None), plan)
+    sharing = processes.world_size if plan.device == "cpu" else 1
+    return processes.from_first(
+        lambda: decide_memory(
+            estimate,
+            available_memory(plan.device, every=device_map is not None),
+            plan,
+            processes=sharing,
+            sharded=sharded,
+        )
+    )
 
 
-def _run(inputs: FitInputs, base: BaseModel, progress: Progress) -> Recipe:
+def _run(
+    inputs: FitInputs,
+    base: BaseModel,
+    processes: Processes,
+    journal: Journal | None,
+    log: StepLog | None,
+    progress: Progress,
+) -> Recipe:
     settings = inputs.settings
     check_fits(base, inputs.adapters)
     examples = render_inputs(inputs, base.tokenizer, max_length=_max_length(base, settings), progress=progress)
-    training, held_out = examples.training, examples.held_out
-    held_batches = plan_batches(held_out, batch_tokens=settings.batch_tokens)
+    folds = _folds(inputs, examples.training)
+    held_batches = plan_batches(examples.held_out, batch_tokens=settings.batch_tokens)
     check_causal(base.model, base.reference.id, held_batches[0])
-    with attach(base.model, inputs.adapters, inputs.mixing.modules) as attached:
-        meter = Meter(progress)
+    canonical = settings.mixing not in INLINE_KINDS
+    with attach(base.model, inputs.adapters, inputs.layout.modules, canonical=canonical) as attached:
         objective = make_objective(attached, held_batches[0])
-        fitting, validation = _choose_validation(inputs, training)
-        problem = Problem(objective, inputs.mixing, tuple(fitting), tuple(validation), meter)
-        points = static_points(inputs.references)
-        work = _work(problem, settings, held_batches, len(points) + 1)
-        _announce(replace(problem, meter=Meter(SILENT)), inputs, base, held_out, work, progress)
+        engine = Engine(objective, Meter(progress, log), processes=processes, journal=journal, progress=progress)
+        work = _work(inputs, examples, held_batches)
+        _announce(engine, inputs, base, examples, folds, work, progress)
         progress.begin(TASK, work, WORK)
         try:
-            found = (
-                fit_as_published(problem, settings) if settings.paper else search(problem, inputs.references, settings)
-            )
-            spent = meter.spent
-            training_loss = _loss_on(problem, found.theta, training, settings)
-            meter.stage("held out")
-            scores = {
-                name: problem.score(
-                    torch.tensor(point, dtype=torch.float64).expand(len(inputs.mixing.modules), -1),
-                    held_batches,
-                    held_out,
-                )
-                for name, point in points.items()
-            }
-            scores[FIT] = problem.score(inputs.mixing.expand(found.theta), held_batches, held_out)
+            found = _search(engine, attached, inputs, folds, examples.training)
+            passes = engine.meter.spent / (2 * tokens_of(examples.training))
+            training_loss = _training_loss(engine, found, examples.training, settings)
+            scores = _held_out_scores(engine, inputs, found, held_batches, examples.held_out, progress)
+            halvings = engine.all_halvings()
         finally:
             progress.finish(TASK)
-    name = inputs.data.held_out_name
-    table = held_out_table(scores, inputs.references, examples=held_out, name=name, seed=settings.seed)
-    passes = spent / (2 * sum(len(example.input_ids) for example in training))
-    return _recipe(inputs, base, examples.data, found, training_loss, passes, table)
+    table = held_out_table(
+        scores,
+        inputs.references,
+        examples=examples.held_out,
+        name=inputs.data.held_out_name,
+        seed=settings.seed,
+    )
+    validated = len(folds) if folds[0].validation else 0
+    return make_recipe(
+        inputs, base, examples.data, found, table, training_loss, passes=passes, halvings=halvings, folds=validated
+    )
 
 
-def _choose_validation(inputs: FitInputs, training: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Examples to descend on, and examples to choose with; none of the latter below 8 records, or with `--paper`."""
-    if inputs.settings.paper or len(training) < FEWEST_TO_VALIDATE:
-        return list(training), []
-    count = min(max(2, round(VALIDATION_SHARE * len(training))), MOST_TO_VALIDATE)
-    _, chosen = split_records(inputs.data.training, count, seed=inputs.settings.seed + 1)
-    places = {record.place for record in chosen}
-    fitting = [example for example in training if example.place not in places]
-    validation = [example for example in training if example.place in places]
-    # Equal records stand together, so a few of them many times over can leave nothing on one side.
-    return (fitting, validation) if len(fitting) >= len(validation) > 0 else (list(training), [])
+def _folds(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
+    """How the training records are divided to choose; not at all with `--paper`.
+
+    Raises:
+        UsageError: if there are too few of them for the folds, or for `auto` to choose with.
+    """
+    settings, records = inputs.settings, inputs.data.training
+    if settings.paper:
+        return (Fold(tuple(training), ()),)
+    if settings.cv is not None:
+        return cross_folds(training, records, settings.cv, seed=settings.seed + 1)
+    fold = one_fold(training, records, seed=settings.seed + 1)
+    if settings.mixing == AUTO and not fold.validation:
+        raise UsageError(
+            f"--mixing auto cannot choose with {len(training)} training records",
+            hint="add --cv 4, or give more records, or name a rung: adapter or module",
+        )
+    return (fold,)
 
 
 def _max_length(base: BaseModel, settings: FitSettings) -> int:
@@ -183,95 +217,90 @@ def _max_length(base: BaseModel, settings: FitSettings) -> int:
     return min(limit, settings.max_length) if isinstance(limit, int) else settings.max_length
 
 
-def _work(problem: Problem, settings: FitSettings, held_batches: Sequence[Batch], methods: int) -> int:
+def _work(inputs: FitInputs, examples: Examples, held_batches: Sequence[Batch]) -> int:
     """Tokens forward plus tokens backward of the whole fit, for the bar and the estimate."""
-    tokens = sum(len(example.input_ids) for example in (*problem.fitting, *problem.validation))
-    passes = 1.0 if settings.paper else settings.passes
-    return round(2 * passes * tokens) + tokens + methods * sum(batch.tokens for batch in held_batches)
+    tokens = tokens_of(examples.training)
+    methods = len(static_points(inputs.references)) + 1
+    return round(2 * inputs.settings.budget * tokens) + tokens + methods * sum(batch.tokens for batch in held_batches)
 
 
 def _announce(
-    problem: Problem, inputs: FitInputs, base: BaseModel, held_out: Sequence[Example], work: int, progress: Progress
-) -> None:
-    """Says what will be done and, from one timed batch, about how long it takes."""
-    batches = step_batches(problem.fitting, inputs.settings)
-    batch = batches[len(batches) // 2]
-    theta = problem.mixing.constant([0.0] * len(inputs.adapters))
-    problem.gradient(theta, batch, problem.fitting)  # the first run pays for what is set up once
-    started = time.monotonic()
-    problem.gradient(theta, batch, problem.fitting)
-    rate = 2 * batch.tokens / max(time.monotonic() - started, 1e-9)
-    records = len(problem.fitting) + len(problem.validation)
-    numbers, kind = problem.mixing.numbers, inputs.settings.mixing
-    progress.note(
-        f"base {base.reference.id} in {dtype_name(base.dtype)} on {problem.objective.attached.device}; "
-        f"{numbers} mixing weights ({kind}) over {len(problem.mixing.modules)} modules"
-    )
-    passes = "one pass" if inputs.settings.paper else f"up to {inputs.settings.passes:g} passes"
-    progress.note(
-        f"{records} training records, {len(held_out)} held out; {passes} at {rate / 2:.0f} tok/s: "
-        f"about {duration_text(work / rate)}"
-    )
-
-
-def _loss_on(problem: Problem, theta: torch.Tensor, examples: Sequence[Example], settings: FitSettings) -> float:
-    problem.meter.stage("training loss")
-    batches = plan_batches(examples, batch_tokens=settings.batch_tokens)
-    return problem.score(problem.mixing.expand(theta), batches, examples).nats_per_token
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _recipe(
+    engine: Engine,
     inputs: FitInputs,
     base: BaseModel,
-    data: tuple[RecipeData, ...],
+    examples: Examples,
+    folds: Sequence[Fold],
+    work: int,
+    progress: Progress,
+) -> None:
+    """Says what will be done and, from one timed batch, about how long it takes."""
+    settings, layout = inputs.settings, inputs.layout
+    batches = plan_steps(folds[0].fitting, batch_tokens=settings.batch_tokens, seed=settings.seed).batches
+    batch = batches[len(batches) // 2]
+    module = make_diagonal(layout, "module")
+    rate = 2 * batch.tokens / engine.seconds(module, module.constant([0.0] * layout.adapters), batch)
+    what = "climbing from adapter to factors" if settings.mixing == AUTO else f"{inputs.numbers} numbers"
+    progress.note(
+        f"base {base.reference.id} in {dtype_name(base.dtype)} on {engine.objective.attached.device}; "
+        f"mixing {settings.mixing}, {what} over {len(layout.modules)} modules"
+    )
+    choosing = f", {len(folds)} folds" if len(folds) > 1 else f", {len(folds[0].validation)} of them to choose with"
+    passes = "one pass" if settings.paper else f"up to {settings.budget:g} passes"
+    progress.note(
+        f"{len(examples.training)} training records{choosing if folds[0].validation else ''}, "
+        f"{len(examples.held_out)} held out; {passes} at {rate / 2:.0f} tok/s: about {duration_text(work / rate)}"
+    )
+
+
+def _search(
+    engine: Engine,
+    attached: AttachedModel,
+    inputs: FitInputs,
+    folds: tuple[Fold, ...],
+    training: Sequence[Example],
+) -> Found:
+    settings = inputs.settings
+    if settings.paper:
+        return fit_as_published(engine, make_diagonal(inputs.layout, "module", softmax=True), training, settings)
+    criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
+    task = Task(engine, folds, criterion, settings, inputs.references)
+    return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training)
+
+
+def _training_loss(engine: Engine, found: Found, training: Sequence[Example], settings: FitSettings) -> float | None:
+    """None where the search stopped at records whose loss is not finite."""
+    engine.meter.stage("training loss")
+    batches = plan_batches(training, batch_tokens=settings.batch_tokens)
+    try:
+        return engine.score(found.mixing, found.theta, batches, training).nats_per_token
+    except NonFiniteLoss:
+        if found.stopped is None:
+            raise
+        return None
+
+
+def _held_out_scores(
+    engine: Engine,
+    inputs: FitInputs,
     found: Found,
-    training_loss: float,
-    passes: float,
-    table: HeldOut,
-) -> Recipe:
-    mixing = inputs.mixing
-    moved = (mixing.expand(found.theta) - mixing.expand(found.start)).abs()[mixing.present[mixing.group_of]]
-    return Recipe(
-        base=RecipeBase(base.reference.id, base.reference.commit, base.config_sha256),
-        adapters=tuple(
-            _recipe_adapter(adapter, reference)
-            for adapter, reference in zip(inputs.adapters, inputs.references, strict=True)
-        ),
-        data=data,
-        fit=FitRecord(
-            recipe="paper" if inputs.settings.paper else "cat",
-            settings=inputs.settings.recorded(),
-            starts=found.starts,
-            chosen=found.chosen,
-            ridge=found.ridge,
-            passes=round(passes, 2),
-            largest_move=float(moved.max()),
-            training_nats_per_token=training_loss,
-        ),
-        mixing=RecipeMixing(mixing.kind, mixing.weights(found.theta), mixing.numbers),
-        modules=base_modules(base.model, inputs.adapters),
-        dtype=dtype_name(base.dtype),
-        held_out=table,
-        versions={"loracat": loracli.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        folder=inputs.folder,
-    )
+    batches: Sequence[Batch],
+    examples: Sequence[Example],
+    progress: Progress,
+) -> dict[str, Scores]:
+    """Every point that needs no fit, and the fit; a point whose loss is not finite is left out, and said.
 
-
-def _recipe_adapter(adapter: LoraAdapter, reference: str) -> RecipeAdapter:
-    return RecipeAdapter(
-        reference=reference,
-        repo_id=adapter.source.repo_id,
-        subfolder=adapter.source.subfolder,
-        commit=adapter.commit,
-        sha256=dict(adapter.sha256),
-        rank=max(adapter.ranks),
-        lora_alpha=adapter.config.lora_alpha,
-        use_rslora=adapter.config.use_rslora,
-        dtype=dtype_name(adapter.dtype),
-        base_model=adapter.config.base_model,
-    )
+    Raises:
+        NonFiniteLoss: if it is the fit, or every adapter alone.
+    """
+    engine.meter.stage("held out")
+    adapters: Mixing = make_diagonal(inputs.layout, "adapter")
+    scores: dict[str, Scores] = {}
+    for name, point in static_points(inputs.references).items():
+        try:
+            scores[name] = engine.score(adapters, adapters.constant(point), batches, examples)
+        except NonFiniteLoss as error:
+            progress.warn(f"{name} is left out of the held-out table: {error}")
+            if name == inputs.references[-1] and not any(reference in scores for reference in inputs.references):
+                raise
+    scores[FIT] = engine.score(found.mixing, found.theta, batches, examples)
+    return scores

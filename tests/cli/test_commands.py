@@ -83,8 +83,8 @@ def test_a_dry_run_counts_what_a_fit_would_use_and_writes_nothing(here: Path) ->
     assert plan["held_out_records"] == len(Path("test.jsonl").read_text().splitlines())
     modules = {name: set(read_adapter(name).modules) for name in ("know", "form")}
     assert plan["modules"] == len(modules["know"] | modules["form"])
-    assert plan["mixing_weights"] == len(modules["know"]) + len(modules["form"])
-    assert document(*FIT, "--dry-run", "--mixing", "adapter")["plan"]["mixing_weights"] == 2
+    assert plan["numbers"] == len(modules["know"]) + len(modules["form"])
+    assert document(*FIT, "--dry-run", "--mixing", "adapter")["plan"]["numbers"] == 2
     assert tree(here) == before
 
 

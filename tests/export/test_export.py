@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.errors import IntegrityError, OutputExists, RecipeError, UsageError
 from loracli.export.export import export_adapter
+from loracli.fit_record import FitRecord
 from loracli.fitting.attach import attach
 from loracli.fitting.base import base_modules
-from loracli.fitting.mixing import make_mixing
+from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.recipe import (
-    FitRecord,
     HeldOut,
     HeldOutRow,
     Recipe,
@@ -61,9 +61,9 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
 
 def make_recipe(folder: Path, adapters: list[LoraAdapter], modules: Any, *, seed: int = 0) -> Recipe:
     """A recipe with random weights, of both signs, for every module."""
-    mixing = make_mixing(adapters, "module")
+    mixing = make_diagonal(make_layout(adapters), "module")
     generator = torch.Generator().manual_seed(seed)
-    theta = torch.randn(len(mixing.groups), len(adapters), generator=generator, dtype=torch.float64)
+    theta = torch.randn(mixing.numbers, generator=generator, dtype=torch.float64)
     row = HeldOutRow("fit", 1.0, 0.0, (-0.1, 0.1), 0.5)
     references = [os.path.relpath(a.path, folder) for a in adapters]
     return Recipe(
@@ -73,8 +73,8 @@ def make_recipe(folder: Path, adapters: list[LoraAdapter], modules: Any, *, seed
             for a, reference in zip(adapters, references, strict=True)
         ),
         data=(RecipeData("val.jsonl", "0" * 64, "text", 1.0, 1, 1, 0, (), 0, 0, None),),
-        fit=FitRecord("cat", {}, (), "sum", None, 1.0, 0.0, 1.0),
-        mixing=RecipeMixing("module", mixing.weights(theta), mixing.numbers),
+        fit=FitRecord("cat", {}, (), 0, False, 1.0, 0.0, 1.0),
+        mixing=RecipeMixing("module", mixing.by_group(theta), mixing.numbers),
         modules=modules,
         dtype="float32",
         held_out=HeldOut("val.jsonl", 1, 1, references[0], (row,), (), "too few records"),
@@ -98,7 +98,7 @@ class Made:
         model = self.load()
         self.recipe = make_recipe(folder, self.adapters, base_modules(model, self.adapters))
         self.base_logits = logits(model)
-        modules = make_mixing(self.adapters, "module").modules
+        modules = make_layout(self.adapters).modules
         with attach(model, self.adapters, modules) as attached:
             attached.set_weights(torch.tensor([[w or 0.0 for w in self.recipe.weights_of(m)] for m in modules]))
             self.logits = logits(model)

@@ -19,7 +19,7 @@ from loracli.fitting.base import BaseModel, BaseReference, base_modules, check_f
 from loracli.fitting.checkpointing import checkpointed
 from loracli.fitting.launch import read_launch
 from loracli.fitting.loss import Objective
-from loracli.fitting.mixing import make_mixing
+from loracli.fitting.mixing import make_layout
 from loracli.fitting.placement import whole
 from loracli.fitting.processes import connect
 
@@ -32,7 +32,7 @@ def batch(seed: int, length: int) -> Batch:
 def run(base: BaseModel, adapters: list[LoraAdapter], rank: int, *, recompute: bool) -> list[torch.Tensor]:
     """Two steps, each on other tokens in each process: nats without a gradient, nats and the gradient of the weights
     through our head, logits and the gradient of the input embeddings through the model's."""
-    modules = make_mixing(adapters, "module").modules
+    modules = make_layout(adapters).modules
     weights = torch.linspace(-0.5, 1, len(modules) * 2).view(-1, 2).requires_grad_(True)
     results = []
     around: Any = checkpointed(base.model) if recompute else nullcontext()

@@ -14,7 +14,7 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.errors import UsageError
 from loracli.fitting.attach import attach
 from loracli.fitting.checkpointing import checkpointed, decoder_layers
-from loracli.fitting.mixing import make_mixing
+from loracli.fitting.mixing import make_layout
 from tests.fitting.allocations import allocated_bytes, saved_bytes
 from tests.tiny import logits, make_adapter, make_base
 
@@ -28,7 +28,7 @@ IDS = torch.randint(3, 259, (2, 40), generator=torch.Generator().manual_seed(0))
 
 def gradient(model: Any, adapters: list[LoraAdapter], *, recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits and the gradient of the weights of a loss on them."""
-    modules = make_mixing(adapters, "module").modules
+    modules = make_layout(adapters).modules
     weights = torch.linspace(-0.5, 1.0, len(modules) * len(adapters)).view(-1, len(adapters)).requires_grad_(True)
     with attach(model, adapters, modules) as attached, checkpointed(model) if recompute else nullcontext():
         attached.set_weights(weights)
@@ -39,7 +39,7 @@ def gradient(model: Any, adapters: list[LoraAdapter], *, recompute: bool) -> tup
 
 def forward_bytes(model: Any, adapters: list[LoraAdapter], *, recompute: bool) -> tuple[int, int]:
     """What autograd saves in a forward pass, and all that lives after it."""
-    modules = make_mixing(adapters, "module").modules
+    modules = make_layout(adapters).modules
     with attach(model, adapters, modules) as attached, checkpointed(model) if recompute else nullcontext():
         attached.set_weights(torch.ones(len(modules), len(adapters), requires_grad=True))
 
@@ -88,7 +88,7 @@ def test_what_is_kept_is_a_layers_input(tiny_base: Path, two_adapters: tuple[Pat
 def test_layers_below_the_lowest_adapted_one_stay_without_a_graph(tmp_path: Path, tiny_base: Path) -> None:
     adapter = read_adapter(str(make_adapter(tmp_path / "top", tiny_base, layers_to_transform=[2])))
     model = load(tiny_base)
-    modules = make_mixing([adapter], "module").modules
+    modules = make_layout([adapter]).modules
     outputs: list[torch.Tensor] = []
     handles = [layer.register_forward_hook(lambda *seen: outputs.append(seen[2])) for layer in model.model.layers]
     with attach(model, [adapter], modules) as attached, checkpointed(model):

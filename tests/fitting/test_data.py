@@ -18,9 +18,10 @@ from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.calibration.shapes import Shape
 from loracli.fitting.attach import attach
+from loracli.fitting.engine import Engine
 from loracli.fitting.loss import make_objective
-from loracli.fitting.mixing import make_mixing
-from loracli.fitting.problem import Meter, Problem
+from loracli.fitting.meter import Meter
+from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.fitting.run import _max_length, fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.progress import SILENT, Silent
@@ -54,19 +55,19 @@ def test_a_weight_of_2_is_the_objective_of_every_record_twice(
     """Value, gradient and held-out score, in float64, whatever the batches."""
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float64).eval().requires_grad_(False)
     adapters = [read_adapter(str(path)) for path in two_adapters]
-    mixing = make_mixing(adapters, "module")
+    mixing = make_diagonal(make_layout(adapters), "module")
     once, heavy = examples(5), examples(4, 2.0, seed=1)
     light = [replace(example, weight=1.0) for example in heavy]
     theta = mixing.constant([0.7, 0.4])
     results = []
-    with attach(model, adapters, mixing.modules) as attached:
+    with attach(model, adapters, mixing.layout.modules) as attached:
         for records in ([*once, *heavy], [*once, *light, *light]):
             batches = plan_batches(records, batch_tokens=batch_tokens)
             objective = make_objective(attached, batches[0])
             objective._own_head = own_head
-            problem = Problem(objective, mixing, tuple(records), (), Meter(SILENT))
-            scores = problem.score(mixing.expand(theta), batches, records)
-            results.append((*problem.mean_and_gradient(theta, batches, records), scores.nats_per_token))
+            engine = Engine(objective, Meter(SILENT))
+            scores = engine.score(mixing, theta, batches, records)
+            results.append((*engine.mean_and_gradient(mixing, theta, batches, records), scores.nats_per_token))
     (value, gradient, score), (value_2, gradient_2, score_2) = results
     assert gradient.abs().max() > 1e-3
     assert value == pytest.approx(value_2, rel=1e-6) and score == pytest.approx(value, rel=1e-6)
@@ -105,7 +106,10 @@ def test_the_published_recipe_takes_weighted_files(
 ) -> None:
     data = write_jsonl(tmp_path / "val.jsonl", random_records(50))
     plain, equal = (fit(two_adapters, tiny_base, d, settings=FitSettings(paper=True)) for d in (data, f"{data}:0.5"))
-    assert equal.fit.starts[0]["before"] == pytest.approx(plain.fit.starts[0]["before"], rel=1e-6)
+    assert equal.fit.largest_move == pytest.approx(plain.fit.largest_move, rel=1e-6) and plain.fit.largest_move > 0
+    for group, weights in plain.mixing.weights.items():
+        pairs = zip(equal.mixing.weights[group], weights, strict=True)
+        assert all(a == b or a == pytest.approx(b, rel=1e-6) for a, b in pairs)
 
 
 def test_the_recipe_accounts_for_every_file_and_the_settings_of_the_data(

@@ -14,7 +14,7 @@ from loracli.errors import BaseModelMismatch
 from loracli.fitting import loss as loss_module
 from loracli.fitting.attach import attach
 from loracli.fitting.loss import FrozenHead, check_causal, make_objective
-from loracli.fitting.mixing import make_mixing
+from loracli.fitting.mixing import make_layout
 from tests.tiny import make_adapter, make_base
 
 
@@ -65,7 +65,7 @@ def test_an_adapted_head_is_scored_through_the_model(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base).eval().requires_grad_(False)
     records = examples()
     batches = plan_batches(records, batch_tokens=64)
-    modules = make_mixing([adapter], "module").modules
+    modules = make_layout([adapter]).modules
     with attach(model, [adapter], modules) as attached:
         objective = make_objective(attached, batches[0])
         attached.set_weights(torch.ones(len(modules), 1))

@@ -17,7 +17,7 @@ from loracli.errors import BaseModelMismatch, OutOfResources, UsageError
 from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseReference, check_fits, load_base, plan_base
 from loracli.fitting.checkpointing import checkpointed
-from loracli.fitting.mixing import make_mixing
+from loracli.fitting.mixing import make_layout
 from loracli.fitting.placement import check_device_map, placement_options
 from tests.fitting.processes_started import torchrun
 from tests.tiny import logits, make_base
@@ -58,7 +58,7 @@ def test_modules_whose_forward_accelerate_has_replaced_give_the_same_gradient(
 
 
 def gradient(model: Any, adapters: list[LoraAdapter], recompute: bool) -> torch.Tensor:
-    modules = make_mixing(adapters, "module").modules
+    modules = make_layout(adapters).modules
     weights = torch.ones(len(modules), 2, requires_grad=True)
     ids = torch.arange(3, 23)[None]
     with attach(model, adapters, modules) as attached, checkpointed(model) if recompute else nullcontext():

@@ -20,7 +20,7 @@ from loracli.fitting.attach import attach
 from loracli.fitting.base import BasePlan, BaseReference, load_base, plan_base
 from loracli.fitting.checkpointing import checkpointed
 from loracli.fitting.loss import Objective, make_objective
-from loracli.fitting.mixing import make_mixing
+from loracli.fitting.mixing import make_layout
 from loracli.fitting.preflight import MemoryEstimate, decide_memory, estimate_memory
 from tests import tiny
 from tests.fitting.allocations import allocated_bytes, saved_bytes
@@ -78,7 +78,7 @@ def test_the_estimate_is_within_half_of_what_is_allocated(
     ids = torch.randint(3, 259, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     scored = (False,) + (True,) * (LENGTH - 1)
     batch = make_batch([Example(i, tuple(row.tolist()), scored) for i, row in enumerate(ids)], range(ROWS))
-    modules = make_mixing(adapters, "module").modules
+    modules = make_layout(adapters).modules
     weights = torch.ones(len(modules), 2, requires_grad=True)
     peaks = []
     for recompute in (False, True):

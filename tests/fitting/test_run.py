@@ -248,5 +248,5 @@ def test_a_held_out_loss_that_is_not_finite_names_its_records(
     tensors[name][:, _byte_ranks("Z")[0] + 3] = 3e38  # a letter that no calibration record has
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
     held = write_jsonl(tmp_path / "held.jsonl", [*random_records(24, seed=4), {"prompt": "ZZ", "completion": "ab"}])
-    with pytest.raises(NonFiniteLoss, match=f"records {held}:25"):
+    with pytest.raises(NonFiniteLoss, match=f"records at {held}:25"):
         fit_mixing([str(path)], data, eval_data=held, base=str(tiny_base), settings=QUICK)

@@ -1,0 +1,86 @@
+"""How a mixing was found: the part of a recipe that tells of the search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StartRecord:
+    """A point that a rung was searched from. Losses are nats per token, None where nothing was measured.
+
+    Args:
+        name: of the start: the rung below, `sum`, `random`, or a point that needs no fit.
+        before: at the start itself, on the validation records.
+        after: after the first steps, on the validation records.
+        unseen: what chose between the starts: `after`, together with the later batches of those steps, each scored
+            before the step on it.
+        left_out: why the search did not go on from here although nothing was measured, None if it could have.
+    """
+
+    name: str
+    before: float | None
+    after: float | None
+    unseen: float | None
+    left_out: str | None = None
+
+
+@dataclass(frozen=True)
+class RungRecord:
+    """One rung of the ladder of mixings.
+
+    Args:
+        kind: of the mixing.
+        numbers: how many numbers it has.
+        starts: that it was searched from.
+        chosen: the start that won.
+        ridge: of the stage that won; None if the start was never beaten, or there was no path.
+        validation_nats_per_token: of its solution, on records that it was not fitted to; None without such records.
+        gain: over the rung that was the best until then, in nats per token; None if it was not compared.
+        standard_error: of the gain, paired over records.
+        won: whether it is the rung of the recipe.
+        why: that, in words.
+    """
+
+    kind: str
+    numbers: int
+    starts: tuple[StartRecord, ...]
+    chosen: str
+    ridge: float | None
+    validation_nats_per_token: float | None
+    gain: float | None
+    standard_error: float | None
+    won: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class FitRecord:
+    """How the weights were found.
+
+    Args:
+        recipe: `cat`, or `paper` for the published one.
+        settings: everything that was set and changes the result.
+        rungs: that were tried, in this order.
+        folds: parts that the training records were cut into to choose among starts, ridges and rungs; 1 if one part was
+            set aside, 0 if nothing was.
+        refitted: whether the choice was fitted once more, on all training records.
+        passes: over the training records that were used, forward and backward.
+        largest_move: largest change of a fitted number from the start that won; of `factors` in units of the root mean
+            square of the tensor.
+        training_nats_per_token: loss on the training records; None if it is not finite.
+        halvings: how many micro-batches were halved because memory ran out; above 0 another run may differ in the last
+            bits.
+        stopped: why the search ended early, None if it did not.
+    """
+
+    recipe: str
+    settings: dict[str, int | float | str | bool | None]
+    rungs: tuple[RungRecord, ...]
+    folds: int
+    refitted: bool
+    passes: float
+    largest_move: float
+    training_nats_per_token: float | None
+    halvings: int = 0
+    stopped: str | None = None

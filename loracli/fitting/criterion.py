@@ -1,0 +1,75 @@
+"""What a search chooses by: a score of each record that the choice was not fitted to.
+
+Starts, ridges and rungs are chosen by the same criterion, and only through this file. The loss is the default; another
+one, such as the share of wrong answers, has the same form: a cost of each record, and how much each record counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loracli.calibration.batches import plan_batches
+from loracli.calibration.render import Example
+from loracli.evaluation.scores import Scores
+from loracli.fitting.engine import Engine
+from loracli.fitting.mixing import Mixing
+
+Criterion = Callable[[Mixing, Tensor, Sequence[Example]], Scores]
+
+
+def loss_criterion(engine: Engine, *, batch_tokens: int) -> Criterion:
+    """Nats of each record, weighed by its scored tokens: what the descent minimises.
+
+    Raises (the criterion):
+        NonFiniteLoss: naming the records.
+    """
+
+    def criterion(mixing: Mixing, theta: Tensor, examples: Sequence[Example]) -> Scores:
+        scores = engine.score(mixing, theta, plan_batches(examples, batch_tokens=batch_tokens), examples)
+        engine.meter.validation = scores.nats_per_token
+        return scores
+
+    return criterion
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much less one mixing costs than another on the same n records.
+
+        gain = sum_n (a_n - b_n) / sum_n t_n
+
+    Args:
+        mean: per scored token; above zero is a gain.
+        standard_error: of the mean over records, as of a ratio of sums (Cochran 1977, section 6.4).
+    """
+
+    mean: float
+    standard_error: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether it exceeds one standard error."""
+        return self.mean > self.standard_error
+
+
+def gain(before: Scores, after: Scores) -> Gain:
+    """What `after` gains over `before`.
+
+    SE = sqrt( n / (n - 1) * sum_n (d_n - gain t_n)^2 ) / sum_n t_n
+    """
+    difference, tokens = before.nats - after.nats, before.tokens
+    total, n = float(tokens.sum()), len(tokens)
+    mean = float(difference.sum()) / total
+    if n < 2:
+        return Gain(mean, float("inf"))
+    residual = difference - mean * tokens
+    return Gain(mean, float((residual.square().sum() * n / (n - 1)).sqrt()) / total)
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of several groups of records as one."""
+    return Scores(torch.cat([part.nats for part in parts]), torch.cat([part.tokens for part in parts]))

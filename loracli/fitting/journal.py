@@ -1,0 +1,135 @@
+"""Where a fit is, on disk, so that nothing is lost when it is stopped at any moment.
+
+A fit is a deterministic program. Its long steps write what they found into a folder, one safetensors file each; a
+resumed fit runs the same program from its beginning, and every step that finds its file takes the result from there.
+So there is no second path through the search for resumed runs, and the same bytes come out.
+
+    <output>.state/
+      identity.json       sha256 of every input and all settings: the state of another fit is refused by name
+      <key>.safetensors   tensors of one operation; numbers, and how far the fit was, in the metadata
+
+Files are replaced by rename. A step that is long in itself (a descent, a sum over all batches) writes where it is at
+most every `seconds` seconds, and when it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from loracli.atomic import translate_disk_errors, write_atomically
+from loracli.errors import OutputExists, StateMismatch
+
+IDENTITY_FILE = "identity.json"
+SECONDS = 15.0  # between two writes of a step that goes on
+
+Value = float | int | str | bool | list[float] | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one step leaves: tensors, and values of JSON's kinds (floats come back to the bit)."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Value] = field(default_factory=dict)
+
+
+class Journal:
+    """Remembers entries by key; forgetful without a folder.
+
+    Args:
+        folder: of the state, None for nowhere.
+        seconds: between two writes of a step that goes on.
+    """
+
+    def __init__(self, folder: Path | None = None, *, seconds: float = SECONDS) -> None:
+        self._folder = folder
+        self._seconds = seconds
+        self._opened = time.monotonic()
+        self._written: dict[str, float] = {}
+
+    def recall(self, key: str) -> Entry | None:
+        """What the step left, None if there is nothing that can be read."""
+        if self._folder is None:
+            return None
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                return Entry(tensors, json.loads((file.metadata() or {})["values"]))
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return None  # damaged: the step is done again
+
+    def write(self, key: str, entry: Entry) -> None:
+        """Replaces what the step left."""
+        if self._folder is None:
+            return
+        tensors = {name: tensor.contiguous() for name, tensor in entry.tensors.items()}
+        write_atomically(self._path(key), save(tensors, {"values": json.dumps(dict(entry.values))}))
+        self._written[key] = time.monotonic()
+
+    def due(self, key: str) -> bool:
+        """Whether a step that goes on should write under this key."""
+        last = self._written.get(key, self._opened)
+        return self._folder is not None and time.monotonic() - last >= self._seconds
+
+    def _path(self, key: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{key}.safetensors"
+
+
+def state_folder(output: Path) -> Path:
+    """Where the state of a fit that writes `output` is kept: `recipe.json.state` beside it."""
+    return output.with_name(output.name + ".state")
+
+
+def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool) -> bool:
+    """Makes the folder ready for a fit of this identity; whether it holds the state of an interrupted one.
+
+    Without `resume`, or where there is no state, the folder is made anew.
+
+    Raises:
+        OutputExists: if the folder is there and is no state of ours.
+        StateMismatch: with `resume`, naming every input that is not the one the state was written for.
+    """
+    path = folder / IDENTITY_FILE
+    if resume and path.is_file():
+        try:
+            known = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            known = {}
+        changed = sorted(name for name in {*known, *identity} if known.get(name) != identity.get(name))
+        if changed:
+            raise StateMismatch(
+                f"the state in {folder} belongs to another fit; changed: {', '.join(changed)}",
+                hint="restore what has changed, or leave out --resume to start over",
+            )
+        return True
+    if folder.exists() and not path.is_file() and any(folder.iterdir()):
+        raise OutputExists(f"{folder} is in the way of the fit's state", hint="move it, or choose another name with -o")
+    remove_state(folder)
+    with translate_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(dict(identity), indent=2) + "\n").encode())
+    return False
+
+
+def remove_state(folder: Path) -> None:
+    """Removes the state of a fit that is over; files that are not ours stay, and the folder with them."""
+    if not (folder / IDENTITY_FILE).is_file():
+        return
+    for pattern in ("*.safetensors", ".*.tmp", IDENTITY_FILE):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # something else is in there
+        folder.rmdir()

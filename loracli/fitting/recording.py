@@ -1,0 +1,122 @@
+"""From what a search found to the recipe."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+import loracli
+from loracli.adapters.adapter import LoraAdapter
+from loracli.algebra.gauge import canonical_stack, mixing_in_file_gauge
+from loracli.fit_record import FitRecord
+from loracli.fitting.base import BaseModel, base_modules
+from loracli.fitting.inputs import FitInputs
+from loracli.fitting.mixing import DiagonalMixing, FactorMixing
+from loracli.fitting.search import Found
+from loracli.recipe import (
+    HeldOut,
+    Recipe,
+    RecipeAdapter,
+    RecipeBase,
+    RecipeData,
+    RecipeMixing,
+)
+from loracli.tensor_mixing import tensor_mixing
+
+
+def make_recipe(
+    inputs: FitInputs,
+    base: BaseModel,
+    data: tuple[RecipeData, ...],
+    found: Found,
+    table: HeldOut,
+    training_loss: float | None,
+    *,
+    passes: float,
+    halvings: int,
+    folds: int,
+) -> Recipe:
+    """The recipe of a fit.
+
+    Args:
+        inputs: of the fit.
+        base: the loaded base model.
+        data: the calibration files, with their counts.
+        found: by the search.
+        table: on the held-out records.
+        training_loss: nats per token on all training records, None if not finite.
+        passes: that were used.
+        halvings: of micro-batches.
+        folds: that were chosen with, 0 for none.
+    """
+    record = FitRecord(
+        recipe="paper" if inputs.settings.paper else "cat",
+        settings=inputs.settings.recorded(),
+        rungs=found.rungs,
+        folds=folds,
+        refitted=found.refitted,
+        passes=round(passes, 2),
+        largest_move=_largest_move(found),
+        training_nats_per_token=training_loss,
+        halvings=halvings,
+        stopped=found.stopped,
+    )
+    return Recipe(
+        base=RecipeBase(base.reference.id, base.reference.commit, base.config_sha256),
+        adapters=tuple(
+            _recipe_adapter(adapter, reference)
+            for adapter, reference in zip(inputs.adapters, inputs.references, strict=True)
+        ),
+        data=data,
+        fit=record,
+        mixing=_recipe_mixing(inputs, found),
+        modules=base_modules(base.model, inputs.adapters),
+        dtype=dtype_name(base.dtype),
+        held_out=table,
+        versions={"loracat": loracli.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        folder=inputs.folder,
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _largest_move(found: Found) -> float:
+    mixing = found.mixing
+    if isinstance(mixing, DiagonalMixing):
+        return float((mixing.weights(found.theta) - mixing.weights(found.anchor)).abs().max())
+    return float((found.theta - found.anchor).abs().max())
+
+
+def _recipe_mixing(inputs: FitInputs, found: Found) -> RecipeMixing:
+    """The mixing as the files' factors take it: what was fitted in the canonical gauge is brought back from there."""
+    mixing = found.mixing
+    if isinstance(mixing, DiagonalMixing) and mixing.kind != "rank":
+        return RecipeMixing(mixing.kind, mixing.by_group(mixing.weights(found.theta)), mixing.numbers)
+    modules = inputs.layout.modules
+    tensors: dict[str, torch.Tensor] = {}
+    if isinstance(mixing, FactorMixing):
+        for module, (lora_A, lora_B) in zip(modules, mixing.factors(found.theta), strict=True):
+            tensors |= {f"{module}.lora_A": lora_A, f"{module}.lora_B": lora_B}
+    else:
+        for module, matrix in zip(modules, mixing.matrices(found.theta), strict=True):
+            updates = [adapter.modules[module].factors for adapter in inputs.adapters if module in adapter.modules]
+            tensors[f"{module}.mixing"] = mixing_in_file_gauge(canonical_stack(updates), matrix)
+    return tensor_mixing(mixing.kind, tensors, inputs.adapters, numbers=mixing.numbers)
+
+
+def _recipe_adapter(adapter: LoraAdapter, reference: str) -> RecipeAdapter:
+    return RecipeAdapter(
+        reference=reference,
+        repo_id=adapter.source.repo_id,
+        subfolder=adapter.source.subfolder,
+        commit=adapter.commit,
+        sha256=dict(adapter.sha256),
+        rank=max(adapter.ranks),
+        lora_alpha=adapter.config.lora_alpha,
+        use_rslora=adapter.config.use_rslora,
+        dtype=dtype_name(adapter.dtype),
+        base_model=adapter.config.base_model,
+    )

@@ -1,0 +1,175 @@
+"""One rung above `adapter`: some steps from each start, then on from the better along a path of falling ridge.
+
+The solution of the rung below can be a trap, where one adapter is switched off and nothing leads back; so the sum, each
+adapter at full strength, is a start too. The start whose loss is lower on records that were not yet descended on goes
+on. At the end of each stage of the path the average of its last quarter is scored on the validation records; the best
+of these and the starts is the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from loracli.errors import NonFiniteLoss
+from loracli.evaluation.scores import Scores
+from loracli.fit_record import StartRecord
+from loracli.fitting.criterion import gain
+from loracli.fitting.descent import Descent, Plan, Ran, plan_steps
+from loracli.fitting.mixing import Mixing
+from loracli.fitting.optimise import WARM_UP, AdamW, peak_rate
+from loracli.fitting.solved import Solved, Task, left_out, nats_per_token, tokens_of
+from loracli.recipe import MixingKind
+
+# From strong to none. Trained factors have thousands of numbers for one mixing weight, so each is held more loosely.
+RIDGE_PATH = (1e-2, 1e-3, 0.0)
+FACTOR_RIDGE_PATH = (1e-5, 1e-6, 0.0)
+RATES: dict[MixingKind, float] = {"core": 0.03, "factors": 0.03}  # at most; the others go by the number of steps
+PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
+
+
+def ridge_path(task: Task, mixing: Mixing) -> tuple[float, ...]:
+    """Without validation records nothing can say when to stop, so the ridge stays at its strongest."""
+    if task.settings.ridge is not None:
+        return (task.settings.ridge,)
+    path = FACTOR_RIDGE_PATH if mixing.kind == "factors" else RIDGE_PATH
+    return path if task.validated else path[:1]
+
+
+def rate_for(task: Task, mixing: Mixing, steps: int) -> float:
+    """The peak rate of a descent of so many steps."""
+    return task.settings.learning_rate or min(peak_rate(steps), RATES.get(mixing.kind, math.inf))
+
+
+def solve_rung(task: Task, mixing: Mixing, starts: Mapping[str, Sequence[Tensor]], budget: float) -> Solved:
+    """Finds theta on every fold within the budget.
+
+    Args:
+        task: what is fitted.
+        mixing: the rung.
+        starts: theta of each fold, by the name of the start.
+        budget: tokens, a forward counting 1 and a backward 1.
+    Raises:
+        NonFiniteLoss: if no start is finite.
+    """
+    return _Rung(task, mixing, {name: tuple(thetas) for name, thetas in starts.items()}, budget).solve()
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Of one fold: its plan, the steps from each start, and those after the choice."""
+
+    plan: Plan
+    probe: int
+    rest: int
+
+    def part(self, stage: int, stages: int) -> int:
+        return self.rest // stages + (stage < self.rest % stages)
+
+
+class _Rung:
+    def __init__(self, task: Task, mixing: Mixing, starts: Mapping[str, tuple[Tensor, ...]], budget: float) -> None:
+        self._task, self._mixing, self._starts = task, mixing, starts
+        self._path = ridge_path(task, mixing)
+        self._steps = [self._plan(fold_index, budget / len(task.folds)) for fold_index in range(len(task.folds))]
+        self._best: Solved | None = None
+        self._reports: list[StartRecord] = []
+
+    def _plan(self, fold_index: int, budget: float) -> _Steps:
+        fold, settings = self._task.folds[fold_index], self._task.settings
+        plan = plan_steps(fold.fitting, batch_tokens=settings.batch_tokens, seed=settings.seed)
+        a_step = 2 * plan.tokens / plan.steps_a_pass
+        checks = (2 * len(self._starts) + len(self._path)) * tokens_of(fold.validation)
+        probe = max(1, min(plan.steps_a_pass, int(PROBE_SHARE * (budget - checks) / a_step)))
+        rest = math.floor((budget - checks) / a_step) - len(self._starts) * probe - 1  # batches differ in size
+        return _Steps(plan, probe, max(rest, len(self._path)))
+
+    def solve(self) -> Solved:
+        descents = {}
+        for name in self._starts:
+            descent = self._probe(name)
+            if descent is not None:
+                descents[name] = descent
+        chosen = min((r for r in self._reports if r.name in descents), key=lambda report: report.unseen or 0.0).name
+        self._walk(chosen, descents[chosen])
+        assert self._best is not None
+        return replace(self._best, starts=tuple(self._reports))
+
+    def _probe(self, name: str) -> list[Descent] | None:
+        """The first steps from a start; None if the loss is not finite there.
+
+        Raises:
+            NonFiniteLoss: if this was the last start, and none was finite.
+        """
+        starts, before = self._starts[name], None
+        self._stage(name, "probe", None)
+        try:
+            before = self._task.check(self._mixing, starts)
+            self._offer(name, starts, before, None)
+            descents = [self._descent(start, steps) for start, steps in zip(starts, self._steps, strict=True)]
+            ran = [d.run(s.probe, self._path[0]) for d, s in zip(descents, self._steps, strict=True)]
+            after = self._task.check(self._mixing, [descent.theta for descent in descents])
+        except NonFiniteLoss as error:
+            self._reports.append(left_out(name, nats_per_token(before), error))
+            if len(self._reports) == len(self._starts) and all(r.unseen is None for r in self._reports):
+                raise
+            return None
+        unseen = _unseen(ran, after)
+        self._reports.append(StartRecord(name, nats_per_token(before), nats_per_token(after), unseen))
+        return descents
+
+    def _walk(self, name: str, descents: Sequence[Descent]) -> None:
+        """The path of falling ridge; ends where the solution gets clearly worse."""
+        for stage, ridge in enumerate(self._path):
+            self._stage(name, "descent", ridge)
+            try:
+                ran = [
+                    descent.run(steps.part(stage, len(self._path)), ridge)
+                    for descent, steps in zip(descents, self._steps, strict=True)
+                ]
+                thetas = tuple(r.average for r in ran)
+                scores = self._task.check(self._mixing, thetas)
+            except NonFiniteLoss as error:
+                self._stop(name, descents, str(error))
+                return
+            best = self._best.scores if self._best is not None else None
+            self._offer(name, thetas, scores, ridge)
+            if scores is not None and best is not None and gain(scores, best).clear:
+                return
+
+    def _offer(self, name: str, thetas: tuple[Tensor, ...], scores: Scores | None, ridge: float | None) -> None:
+        """Keeps a solution if it is the best so far; without validation records the last is."""
+        best = self._best
+        if best is not None and best.scores is not None and scores is not None:
+            if scores.nats_per_token >= best.scores.nats_per_token:
+                return
+        self._best = Solved(self._mixing, thetas, self._starts[name], scores, (), name, ridge)
+
+    def _stop(self, name: str, descents: Sequence[Descent], why: str) -> None:
+        """A loss that is not finite ends the search; the best solution until then is kept."""
+        if not self._task.validated:
+            self._offer(name, tuple(descent.theta for descent in descents), None, self._path[0])
+        assert self._best is not None
+        self._best = replace(self._best, stopped=why)
+
+    def _descent(self, start: Tensor, steps: _Steps) -> Descent:
+        count = steps.probe + steps.rest
+        rate = rate_for(self._task, self._mixing, count)
+        adam = AdamW(start, steps=count, rate=rate, warm_up=max(1, round(WARM_UP * count)))
+        return Descent(self._task.engine, self._mixing, steps.plan.examples, steps.plan.step, adam, start)
+
+    def _stage(self, name: str, what: str, ridge: float | None) -> None:
+        kind = self._mixing.kind
+        text = f"{kind} from {name}" + ("" if ridge is None or len(self._path) == 1 else f", ridge {ridge:g}")
+        self._task.engine.meter.stage(text, rung=kind, start=name, stage=what, ridge=ridge)
+
+
+def _unseen(ran: Sequence[Ran], after: Scores | None) -> float:
+    """Loss on what the first steps had not descended on."""
+    nats, tokens = sum(r.nats for r in ran), sum(r.tokens for r in ran)
+    if after is not None:
+        nats, tokens = nats + float(after.nats.sum()), tokens + float(after.tokens.sum())
+    return nats / tokens
