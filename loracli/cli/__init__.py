@@ -17,6 +17,7 @@ from loracli.cli import demo, env, export, fetch, fit, inspect, show
 from loracli.cli._greedy import GreedyCommand
 from loracli.cli._output import Output
 from loracli.errors import LoracatError, UsageError
+from loracli.fitting.launch import read_launch
 
 # Typer keeps its copy of Click private; this is Click's UsageError, reached through a public name.
 _ParseError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -43,8 +44,17 @@ class Loracat(TyperGroup):
             Output(as_json=True).error(UsageError(message, hint="see `loracat --help`"))
             sys.exit(UsageError.exit_code)
         except LoracatError as error:
-            Output(as_json=as_json).error(error)
+            if _speaks(error):
+                Output(as_json=as_json).error(error)
             sys.exit(error.exit_code)
+
+
+def _speaks(error: LoracatError) -> bool:
+    """Whether this process prints the error: of several that all raise it, the first."""
+    try:
+        return read_launch().first or error.told is False
+    except UsageError:
+        return True
 
 
 INTERRUPTED, TERMINATED = 130, 143  # Ctrl-C, SIGTERM
@@ -69,11 +79,14 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    command = context.invoked_subcommand
+    if command != "fit" and read_launch().world_size > 1:
+        raise UsageError(f"loracat {command} is for one process", hint="leave torchrun out; fit can use several")
 
 
 app.command(name="fetch", epilog=fetch.EPILOG)(fetch.fetch)

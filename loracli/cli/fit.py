@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loracli.cli._options import AdaptersOpt, ForceOpt, JsonOpt, QuietOpt
 from loracli.cli._output import Output
-from loracli.cli._tables import held_out_lines
+from loracli.cli._tables import held_out_lines, search_lines
+
+if TYPE_CHECKING:
+    from loracli.recipe import Recipe
 
 EPILOG = (
     "loracat fit --adapters org/math-lora org/code-lora --data val.jsonl  ·  "
@@ -111,10 +114,20 @@ def fit(
             "--checkpointing", help="Run layers again in the backward pass; default: where memory would run out."
         ),
     ] = False,
+    shard: Annotated[
+        bool,
+        typer.Option("--shard", help="Under torchrun: share the base out over all processes, for one too big for any."),
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The recipe to write.")] = Path(
         "recipe.json"
     ),
     force: ForceOpt = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted fit of the same inputs was.")
+    ] = False,
+    log: Annotated[
+        Path | None, typer.Option("--log", metavar="FILE", help="Write one JSON object for each step.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check adapters and data and say what would be fitted; load no weights.")
     ] = False,
@@ -122,19 +135,18 @@ def fit(
     quiet: QuietOpt = False,
 ) -> None:
     """Learn the mixing weights of adapters on a small calibration file (CAT) and write a recipe."""
-    from loracli.errors import UsageError
-    from loracli.fitting.inputs import prepare_fit
+    from loracli.errors import FitError
+    from loracli.fitting.inputs import FitInputs, prepare_fit
+    from loracli.fitting.job import fit_to_file
     from loracli.fitting.launch import read_launch
-    from loracli.fitting.run import run_fit
+    from loracli.fitting.placement import Placement
     from loracli.fitting.settings import FitSettings
+    from loracli.progress import SILENT
     from loracli.recipe import check_recipe_path
 
+    launch = read_launch()
     out = Output(as_json=as_json, quiet=quiet)
-    if read_launch().world_size > 1:
-        raise UsageError(
-            "a fit by several processes is not in this version",
-            hint="leave torchrun out, or give --device-map auto for a base that is too big for one device",
-        )
+    progress = out if launch.first else SILENT
     if not dry_run:
         check_recipe_path(output, force=force, kind=mixing)
     settings = FitSettings(
@@ -152,49 +164,74 @@ def fit(
         allow_truncation=allow_truncation,
         skip_bad=skip_bad,
     )
-    inputs = prepare_fit(
-        adapters,
-        data,
-        eval_data=eval_data or None,
-        base=base,
-        base_revision=base_revision,
-        settings=settings,
-        folder=output.parent,
-        progress=out,
-    )
+
+    def prepare() -> FitInputs:
+        return prepare_fit(
+            adapters,
+            data,
+            eval_data=eval_data or None,
+            base=base,
+            base_revision=base_revision,
+            settings=settings,
+            folder=output.parent,
+            progress=progress,
+        )
+
     if dry_run:
-        _print_plan(out, inputs)
+        if launch.first:
+            _print_plan(out, prepare())
         return
-    recipe = run_fit(
-        inputs, dtype=dtype, device=device, device_map=device_map, checkpointing=checkpointing, progress=out
+    recipe = fit_to_file(
+        prepare,
+        output,
+        placement=Placement(dtype, device, device_map, checkpointing, shard),
+        launch=launch,
+        resume=resume,
+        log=log,
+        force=force,
+        progress=progress,
     )
-    recipe.save(output, force=force)
+    if recipe is not None:
+        _print_fit(out, recipe, output)
+        stopped = recipe.fit.stopped
+        if stopped is not None:
+            raise FitError(f"the fit stopped early: {stopped}", hint=f"the best weights until then are in {output}")
+
+
+def _print_fit(out: Output, recipe: Recipe, output: Path) -> None:
+    """What was found."""
     out.close()
-    table = recipe.held_out
-    out.document(
-        {
-            "recipe": str(output),
-            "verdict": table.verdict,
-            "best_ingredient": table.best_ingredient,
-            "records": table.records,
-            "rows": [
-                {
-                    "name": row.name,
-                    "nats_per_token": row.nats_per_token,
-                    "difference": row.difference,
-                    "interval": list(row.interval),
-                    "worse_records": row.worse_records,
-                }
-                for row in table.rows
-            ],
-            "tasks": [asdict(task) for task in table.tasks],
-        }
-    )
+    table, record = recipe.held_out, recipe.fit
+    if record.stopped is None:  # a failure has its own document
+        out.document(
+            {
+                "recipe": str(output),
+                "verdict": table.verdict,
+                "best_ingredient": table.best_ingredient,
+                "records": table.records,
+                "rows": [
+                    {
+                        "name": row.name,
+                        "nats_per_token": row.nats_per_token,
+                        "difference": row.difference,
+                        "interval": list(row.interval),
+                        "worse_records": row.worse_records,
+                    }
+                    for row in table.rows
+                ],
+                "tasks": [asdict(task) for task in table.tasks],
+                "mixing": recipe.mixing.kind,
+                "rungs": [asdict(rung) for rung in record.rungs],
+            }
+        )
     out.value(str(output))
+    search_lines(out, recipe)
+    out.line()
     held_out_lines(out, recipe)
     out.line(f"written: {output}")
-    name = "" if output == Path("recipe.json") else f" {output}"
-    out.hint(f"loracat export{name} --merge")
+    if record.stopped is None:
+        name = "" if output == Path("recipe.json") else f" {output}"
+        out.hint(f"loracat export{name} --merge")
 
 
 def _print_plan(out: Output, inputs: Any) -> None:

@@ -27,6 +27,7 @@ from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseModel, BaseReference, load_base
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.loss import make_objective
+from loracli.fitting.placement import Placement
 from loracli.fitting.run import run_fit
 from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe
@@ -84,7 +85,7 @@ def _run(folder: Path, example: Path, progress: Progress) -> DemoResult:
         base=str(example / "base"),
         folder=folder,
     )
-    recipe = run_fit(inputs, dtype="float32", device="cpu", progress=progress)
+    recipe = run_fit(inputs, placement=Placement("float32", "cpu"), progress=progress)
     recipe.save(folder / "recipe.json")
     concatenated = export_adapter(folder / "recipe.json", folder / "adapter-cat", progress=progress)
     merged = export_adapter(folder / "recipe.json", folder / "adapter-merged", merge=True, progress=progress)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from loracli.atomic import translate_disk_errors, write_atomically
 from loracli.errors import OutputExists, StateMismatch
+from loracli.progress import SILENT, Progress
 
 IDENTITY_FILE = "identity.json"
 SECONDS = 15.0  # between two writes of a step that goes on
@@ -93,10 +94,10 @@ def state_folder(output: Path) -> Path:
     return output.with_name(output.name + ".state")
 
 
-def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool) -> bool:
+def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progress: Progress = SILENT) -> bool:
     """Makes the folder ready for a fit of this identity; whether it holds the state of an interrupted one.
 
-    Without `resume`, or where there is no state, the folder is made anew.
+    Without `resume`, or where there is no state, the folder is made anew, and that is said.
 
     Raises:
         OutputExists: if the folder is there and is no state of ours.
@@ -114,7 +115,12 @@ def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool) -> bo
                 f"the state in {folder} belongs to another fit; changed: {', '.join(changed)}",
                 hint="restore what has changed, or leave out --resume to start over",
             )
+        progress.note(f"going on from {folder}")
         return True
+    if resume:
+        progress.warn(f"there is no interrupted fit in {folder}: starting over")
+    elif path.is_file():
+        progress.warn(f"the interrupted fit in {folder} is dropped: --resume would have gone on with it")
     if folder.exists() and not path.is_file() and any(folder.iterdir()):
         raise OutputExists(f"{folder} is in the way of the fit's state", hint="move it, or choose another name with -o")
     remove_state(folder)

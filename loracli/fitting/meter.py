@@ -19,13 +19,15 @@ class Meter:
     Args:
         progress: told of every micro-batch.
         log: takes one JSON object for each step, None for none.
+        tokens: of a pass over the training records, 0 if passes are not to be said.
     """
 
-    def __init__(self, progress: Progress, log: StepLog | None = None) -> None:
+    def __init__(self, progress: Progress, log: StepLog | None = None, *, tokens: int = 0) -> None:
         self.spent = 0
         self.validation: float | None = None  # nats per token, the last measured
         self._progress = progress
         self._log = log
+        self._a_pass = 2 * tokens
         self._stage = _Stage("", {})
         self._started = time.monotonic()
         self._tokens = 0
@@ -41,6 +43,8 @@ class Meter:
         self.spent += cost
         self._tokens += tokens
         parts = [self._stage.text]
+        if self._a_pass:
+            parts.append(f"pass {self.spent / self._a_pass:.1f}")
         if nats is not None:
             parts.append(f"loss {nats:.3f}")
         if self.validation is not None:
@@ -53,7 +57,7 @@ class Meter:
         self._progress.advance(TASK, spent - self.spent)
         self.spent = spent
         if self._log is not None:
-            self._log.rewind(logged)
+            self._log.lines = logged
 
     def step(self, **fields: float) -> None:
         """Writes one line of the log."""
@@ -77,7 +81,7 @@ class StepLog:
 
     Args:
         path: of the file.
-        resume: keep what is in it.
+        resume: keep what is in it, up to where the fit goes on.
     """
 
     def __init__(self, path: Path, *, resume: bool) -> None:
@@ -85,28 +89,27 @@ class StepLog:
         self._file: IO[bytes] = open(path, "r+b" if resume and path.exists() else "w+b")
         self._ends = [0]
         for line in self._file:
-            self._ends.append(self._ends[-1] + len(line))
+            if line.endswith(b"\n"):
+                self._ends.append(self._ends[-1] + len(line))
+        self.lines = 0
         self._started = time.monotonic()
 
-    @property
-    def lines(self) -> int:
-        """How many lines there are."""
-        return len(self._ends) - 1
-
     def write(self, content: dict[str, str | float | None]) -> None:
-        """Appends a line and hands it to the system."""
+        """Writes the line after the first `lines`, drops any that followed, and hands it to the system."""
         line = {**content, "seconds": round(time.monotonic() - self._started, 3)}
+        self._cut()
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         self._ends.append(self._file.tell())
-
-    def rewind(self, lines: int) -> None:
-        """Drops all lines but the first `lines`."""
-        if lines < self.lines:
-            del self._ends[lines + 1 :]
-            self._file.seek(self._ends[-1])
-            self._file.truncate()
+        self.lines += 1
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file; lines after the first `lines` go."""
+        self._cut()
         self._file.close()
+
+    def _cut(self) -> None:
+        self.lines = min(self.lines, len(self._ends) - 1)
+        del self._ends[self.lines + 1 :]
+        self._file.seek(self._ends[-1])
+        self._file.truncate()

@@ -4,6 +4,7 @@ several processes."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,25 @@ from torch import Tensor, nn
 from loracli.errors import OutOfResources, UsageError
 from loracli.fitting.checkpointing import decoder_layers
 from loracli.fitting.launch import read_launch
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a base model runs; of this, only `dtype` and `device` can change a result.
+
+    Args:
+        dtype: `auto`, or float32, bfloat16, float16, float64.
+        device: `auto`, or a torch device; with several processes, of this one.
+        device_map: `auto` to spread the base over all devices of this machine, in place of `device`.
+        checkpointing: run layers again in the backward pass, for less memory; without it the estimate decides.
+        shard: share the base out over all processes of this fit, in place of a copy in each.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    checkpointing: bool = False
+    shard: bool = False
 
 
 def placement_options(device: str, device_map: str | None, shard: int | None) -> dict[str, Any]:

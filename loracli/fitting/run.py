@@ -28,6 +28,7 @@ from loracli.fitting.memory import available_memory, memory_errors
 from loracli.fitting.meter import TASK, Meter, StepLog
 from loracli.fitting.mixing import Mixing, make_diagonal, make_mixing
 from loracli.fitting.paper import fit_as_published
+from loracli.fitting.placement import Placement
 from loracli.fitting.preflight import MemoryDecision, decide_memory, estimate_memory
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.recording import dtype_name, make_recipe
@@ -84,18 +85,13 @@ def fit_mixing(
         folder=folder,
         progress=progress,
     )
-    return run_fit(
-        inputs, dtype=dtype, device=device, device_map=device_map, checkpointing=checkpointing, progress=progress
-    )
+    return run_fit(inputs, placement=Placement(dtype, device, device_map, checkpointing), progress=progress)
 
 
 def run_fit(
     inputs: FitInputs,
     *,
-    dtype: str = "auto",
-    device: str = "auto",
-    device_map: str | None = None,
-    checkpointing: bool = False,
+    placement: Placement = Placement(),  # noqa: B008  # frozen
     processes: Processes = ALONE,
     journal: Journal | None = None,
     log: StepLog | None = None,
@@ -105,31 +101,31 @@ def run_fit(
 
     Args:
         inputs: from `prepare_fit`, the same on all processes.
-        dtype: as for `fit_mixing`.
-        device: likewise; with several processes, of this one.
-        device_map: likewise.
-        checkpointing: likewise.
+        placement: where and how the base model runs.
         processes: that share the work; all call this.
         journal: where the state is kept, on the first process.
         log: takes a line for each step, on the first process.
         progress: told what happens.
     """
-    decision = _memory_decision(inputs, dtype, device, device_map, processes)
+    decision = _memory_decision(inputs, placement, processes)
     (progress.warn if decision.tight else progress.note)(decision.note)
-    shard = processes.world_size if processes.lockstep else None
     with memory_errors():
-        base = load_base(inputs.base, dtype=dtype, device=device, device_map=device_map, shard=shard, progress=progress)
-        with checkpointed(base.model) if checkpointing or decision.checkpointing else nullcontext():
+        base = load_base(
+            inputs.base,
+            dtype=placement.dtype,
+            device=placement.device,
+            device_map=placement.device_map,
+            shard=processes.world_size if placement.shard else None,
+            progress=progress,
+        )
+        with checkpointed(base.model) if placement.checkpointing or decision.checkpointing else nullcontext():
             return _run(inputs, base, processes, journal, log, progress)
 
 
-def _memory_decision(
-    inputs: FitInputs, dtype: str, device: str, device_map: str | None, processes: Processes
-) -> MemoryDecision:
+def _memory_decision(inputs: FitInputs, placement: Placement, processes: Processes) -> MemoryDecision:
     """What the estimate says, before any weight is loaded; the first process decides for all."""
-    plan = plan_base(inputs.base, dtype=dtype, device=device)
-    settings = inputs.settings
-    sharded = processes.lockstep
+    plan = plan_base(inputs.base, dtype=placement.dtype, device=placement.device)
+    settings, sharded = inputs.settings, placement.shard
     estimate = estimate_memory(
         plan,
         inputs.adapters,
@@ -142,7 +138,7 @@ def _memory_decision(
     return processes.from_first(
         lambda: decide_memory(
             estimate,
-            available_memory(plan.device, every=device_map is not None),
+            available_memory(plan.device, every=placement.device_map is not None),
             plan,
             processes=sharing,
             sharded=sharded,
@@ -167,7 +163,8 @@ def _run(
     canonical = settings.mixing not in INLINE_KINDS
     with attach(base.model, inputs.adapters, inputs.layout.modules, canonical=canonical) as attached:
         objective = make_objective(attached, held_batches[0])
-        engine = Engine(objective, Meter(progress, log), processes=processes, journal=journal, progress=progress)
+        meter = Meter(progress, log, tokens=tokens_of(examples.training))
+        engine = Engine(objective, meter, processes=processes, journal=journal, progress=progress)
         work = _work(inputs, examples, held_batches)
         _announce(engine, inputs, base, examples, folds, work, progress)
         progress.begin(TASK, work, WORK)

@@ -1,0 +1,159 @@
+"""A fit that ends in a file: on one process or many, kept on disk while it runs, and taken up again after a stop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from loracli.atomic import translate_disk_errors
+from loracli.errors import InputError, OutputExists, UsageError
+from loracli.fitting.base import BaseReference
+from loracli.fitting.inputs import FitInputs
+from loracli.fitting.journal import Journal, open_state, remove_state, state_folder
+from loracli.fitting.launch import Launch
+from loracli.fitting.meter import StepLog
+from loracli.fitting.placement import Placement
+from loracli.fitting.processes import Processes, connect, process_device
+from loracli.fitting.run import run_fit
+from loracli.progress import SILENT, Progress
+from loracli.recipe import Recipe, check_recipe_path
+
+VERSIONS = ("loracat", "torch", "transformers")
+
+
+def fit_to_file(
+    prepare: Callable[[], FitInputs],
+    output: Path,
+    *,
+    placement: Placement,
+    launch: Launch,
+    resume: bool = False,
+    log: Path | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Recipe | None:
+    """Fits and writes a recipe, with the state of the fit beside it while it runs.
+
+    Args:
+        prepare: reads and checks the inputs; called by the first process before the others, so that what it fetches is
+            there for them.
+        output: of the recipe.
+        placement: where and how the base model runs.
+        launch: which process this is.
+        resume: go on where an interrupted fit of the same inputs was; without its state the fit starts over, and says
+            so.
+        log: takes one JSON object for each step.
+        force: replace the recipe, and the log.
+        progress: told what happens.
+    Returns:
+        the recipe, as it was written; None on all processes but the first.
+    Raises:
+        LoracatError: as `fit_mixing`, on all processes.
+        OutputExists: if the recipe or the log is there and `force` is not set.
+        StateMismatch: if the state belongs to a fit of other inputs.
+    """
+    placement = replace(placement, device=process_device(launch, placement.device))
+    with connect(launch, placement.device, sharded=placement.shard) as processes:
+        inputs = _one_after_the_other(processes, prepare)
+        kind = inputs.settings.mixing
+        processes.from_first(lambda: check_recipe_path(output, force=force, kind=kind))
+        processes.from_first(lambda: _check_log(log, force=force or resume))
+        folder = state_folder(output)
+        resumed = processes.from_first(
+            lambda: open_state(folder, _identity(inputs, placement), resume=resume, progress=progress)
+        )
+        journal = Journal(folder if processes.first else None)
+        with _said(folder, processes, resumed, progress), _step_log(log, processes, resumed) as steps:
+            recipe = run_fit(
+                inputs, placement=placement, processes=processes, journal=journal, log=steps, progress=progress
+            )
+        processes.from_first(lambda: recipe.save(output, force=force))
+        processes.from_first(lambda: remove_state(folder))
+    return recipe if processes.first else None
+
+
+def _one_after_the_other(processes: Processes, prepare: Callable[[], FitInputs]) -> FitInputs:
+    if processes.first:
+        inputs = prepare()
+        if processes.world_size > 1 and any(
+            file.source.path is None for file in (*inputs.data.files, *inputs.data.eval_files)
+        ):
+            raise UsageError("standard input reaches one process only", hint="give the data as a file")
+        processes.barrier()
+        return inputs
+    processes.barrier()
+    return prepare()
+
+
+def _check_log(log: Path | None, *, force: bool) -> None:
+    if log is not None and log.exists() and not force:
+        raise OutputExists(f"{log} exists", hint="choose another name with --log, or replace it with --force")
+
+
+@contextmanager
+def _step_log(path: Path | None, processes: Processes, resumed: bool) -> Iterator[StepLog | None]:
+    if path is None or not processes.first:
+        yield None
+        return
+    with translate_disk_errors(path):
+        log = StepLog(path, resume=resumed)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+@contextmanager
+def _said(folder: Path, processes: Processes, resumed: bool, progress: Progress) -> Iterator[None]:
+    """After a stop the state stays, and this says so; after a rejected input there is nothing in it to keep."""
+    try:
+        yield
+    except InputError:
+        if processes.first and not resumed:
+            remove_state(folder)
+        raise
+    except BaseException:
+        if processes.first:
+            progress.note(f"what was done is kept in {folder}: the same command with --resume goes on from there")
+        raise
+
+
+def _identity(inputs: FitInputs, placement: Placement) -> dict[str, str]:
+    """Everything that the result depends on, by what a user would call it."""
+    settings = {f"--{name.replace('_', '-')}": json.dumps(value) for name, value in inputs.settings.recorded().items()}
+    adapters = {
+        f"adapter {reference}": _digest(dict(adapter.sha256))
+        for reference, adapter in zip(inputs.references, inputs.adapters, strict=True)
+    }
+    data = {
+        f"{part} {number}, {file.source.name}": _digest([file.sha256, file.source.weight])
+        for part, files in (("data file", inputs.data.files), ("held-out file", inputs.data.eval_files))
+        for number, file in enumerate(files, 1)
+    }
+    placed = {"--dtype": placement.dtype, "--device": placement.device, "--shard": str(placement.shard)}
+    return {
+        "base model": _base_identity(inputs.base),
+        **adapters,
+        "order of the adapters": _digest(list(inputs.references)),
+        **data,
+        **settings,
+        **placed,
+        **{f"version of {name}": version(name) for name in VERSIONS},
+    }
+
+
+def _base_identity(base: BaseReference) -> str:
+    """By its commit, or by the size and the time of its files: reading all weights would take as long as loading."""
+    if base.commit is not None:
+        return _digest([base.id, base.commit])
+    files = sorted(path for path in base.path.iterdir() if path.is_file())
+    return _digest([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,242 @@
+"""A fit that is stopped at any moment and resumed ends in the same bytes as one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from loracli.errors import OutOfResources, StateMismatch
+from loracli.fitting import job
+from loracli.fitting.inputs import prepare_fit
+from loracli.fitting.job import fit_to_file
+from loracli.fitting.journal import Journal, state_folder
+from loracli.fitting.launch import Launch
+from loracli.fitting.loss import Objective
+from loracli.fitting.placement import Placement
+from loracli.fitting.settings import FitSettings
+from loracli.progress import Silent
+from tests.fitting.processes_started import environment
+from tests.tiny import random_records, write_jsonl
+
+SETTINGS = FitSettings(mixing="auto", passes=3, cv=2, batch_tokens=256)
+
+
+class Listener(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A small fit that can be run again and again."""
+
+    folder: Path
+    adapters: list[str]
+    data: Path
+    base: str
+    settings: FitSettings = SETTINGS
+
+    def run(self, output: str, *, resume: bool = False, log: str | None = None) -> list[str]:
+        listener = Listener()
+        fit_to_file(
+            lambda: prepare_fit(
+                self.adapters, self.data, base=self.base, settings=self.settings, folder=self.folder, progress=listener
+            ),
+            self.folder / output,
+            placement=Placement("float32", "cpu"),
+            launch=Launch(),
+            resume=resume,
+            log=None if log is None else self.folder / log,
+            progress=listener,
+        )
+        return listener.said
+
+    def written(self, name: str) -> dict[str, bytes]:
+        """The recipe and what stands beside it, by suffix."""
+        return {path.suffix: path.read_bytes() for path in self.folder.glob(f"{name}.*")}
+
+
+@pytest.fixture
+def fit(tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]) -> Fit:
+    data = write_jsonl(tmp_path / "val.data", random_records(44))
+    return Fit(tmp_path, [str(path) for path in two_adapters], data, str(tiny_base))
+
+
+class Power:
+    """Counts micro-batches, and fails at the one that it is told."""
+
+    def __init__(self) -> None:
+        self.used = 0
+        self.fails_at: int | None = None
+
+    def take(self) -> None:
+        if self.used == self.fails_at:
+            raise KeyboardInterrupt
+        self.used += 1
+
+
+@pytest.fixture
+def power(monkeypatch: pytest.MonkeyPatch) -> Iterator[Power]:
+    """Every micro-batch takes some, and the journal writes as often as it can."""
+    supply, nats = Power(), Objective.nats
+
+    def counted(self: Objective, batch: object) -> object:
+        supply.take()
+        return nats(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Objective, "nats", counted)
+    monkeypatch.setattr(job, "Journal", partial(Journal, seconds=0.0))
+    yield supply
+
+
+def timeless(log: Path) -> list[dict[str, object]]:
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in log.read_text().splitlines()]
+
+
+def test_a_fit_stopped_at_every_seventh_of_its_work_ends_in_the_same_bytes(fit: Fit, power: Power) -> None:
+    """Stopped eight times in a row; nothing but the two timed batches of each start is done twice."""
+    fit.run("whole.json", log="whole.log")
+    whole, power.used = power.used, 0
+    stops = [round(whole * part / 8) + 3 * part for part in range(1, 8)]
+    for number, power.fails_at in enumerate(stops):
+        with pytest.raises(KeyboardInterrupt):
+            fit.run("broken.json", resume=number > 0, log="broken.log")
+        assert not (fit.folder / "broken.json").exists()
+        assert state_folder(fit.folder / "broken.json").is_dir()
+    power.fails_at = None
+    fit.run("broken.json", resume=True, log="broken.log")
+    assert power.used <= whole + 2 * len(stops)
+    assert {".json", ".log"} <= fit.written("whole").keys()
+    logs = [fit.folder / f"{name}.log" for name in ("whole", "broken")]
+    assert timeless(logs[0]) == timeless(logs[1])
+    for log in logs:
+        log.unlink()
+    assert fit.written("whole") == fit.written("broken")
+    assert not state_folder(fit.folder / "broken.json").exists()
+
+
+def test_kill_9_at_random_moments_and_resume_ends_in_the_same_bytes(fit: Fit) -> None:
+    """Real processes, real kills; the last one is left to end."""
+    settings = ["--mixing", "core", "--passes", "4", "--batch-tokens", "64", "--dtype", "float32", "--device", "cpu"]
+    command = [sys.executable, "-m", "loracli", "fit", "-a", *fit.adapters, "-d", str(fit.data), "--base", fit.base]
+
+    def started(output: str, *more: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*command, *settings, "-o", output, *more],
+            cwd=fit.folder,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    assert started("whole.json").wait(120) == 0
+    state, generator = state_folder(fit.folder / "broken.json"), random.Random(0)
+    kills = 0
+    for _ in range(4):
+        process = started("broken.json", "--resume")
+        while not state.exists() and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(generator.uniform(0.1, 1.2))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait(60) == -signal.SIGKILL
+    assert kills >= 2
+    assert started("broken.json", "--resume").wait(120) == 0
+    assert fit.written("whole") == fit.written("broken")
+    assert not state.exists()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_keep_the_state_and_say_how_to_go_on(fit: Fit, signum: int, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loracli", "fit", "-a", *fit.adapters, "-d", str(fit.data), "--base", fit.base]
+        + ["--batch-tokens", "32", "--passes", "50"],
+        cwd=fit.folder,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(fit.folder.glob("recipe.json.state/0*")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signum)
+    assert "the same command with --resume goes on from there" in process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert sorted(path.name for path in fit.folder.iterdir()) == ["recipe.json.state", "val.data"]
+
+
+def stopped(fit: Fit, power: Power, output: str = "recipe.json") -> None:
+    power.fails_at = power.used + 40
+    with pytest.raises(KeyboardInterrupt):
+        fit.run(output)
+    power.fails_at = None
+
+
+def test_what_has_changed_is_named_and_nothing_is_lost(fit: Fit, power: Power) -> None:
+    stopped(fit, power)
+    kept = sorted(path.name for path in state_folder(fit.folder / "recipe.json").iterdir())
+    changed = replace(fit, settings=replace(SETTINGS, seed=5), adapters=fit.adapters[::-1])
+    fit.data.write_text(fit.data.read_text() + json.dumps(random_records(1, seed=7)[0]) + "\n")
+    with pytest.raises(StateMismatch, match=r"changed: --seed, data file 1, val\.data, order of the adapters$"):
+        changed.run("recipe.json", resume=True)
+    assert sorted(path.name for path in state_folder(fit.folder / "recipe.json").iterdir()) == kept
+
+
+def test_a_base_written_anew_is_named(fit: Fit, power: Power) -> None:
+    stopped(fit, power)
+    weights = Path(fit.base) / "model.safetensors"
+    before = weights.stat()
+    try:
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        with pytest.raises(StateMismatch, match="changed: base model$"):
+            fit.run("recipe.json", resume=True)
+    finally:
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_without_resume_a_fit_starts_over_and_says_so(fit: Fit, power: Power) -> None:
+    stopped(fit, power)
+    used = power.used
+    assert any("is dropped: --resume would have gone on with it" in line for line in fit.run("recipe.json"))
+    alone = power.used - used
+    assert any("there is no interrupted fit" in line for line in fit.run("other.json", resume=True))
+    assert power.used - used == 2 * alone
+    assert fit.written("recipe")[".json"] == fit.written("other")[".json"]
+
+
+def test_a_damaged_entry_is_done_again(fit: Fit, power: Power) -> None:
+    fit.run("whole.json")
+    stopped(fit, power, "broken.json")
+    entries = sorted(state_folder(fit.folder / "broken.json").glob("0*.safetensors"))
+    entries[len(entries) // 2].write_bytes(b"nonsense")
+    entries[-1].write_bytes(entries[-1].read_bytes()[:-1])
+    fit.run("broken.json", resume=True)
+    assert fit.written("whole") == fit.written("broken")
+
+
+def test_what_runs_out_leaves_the_state(fit: Fit, power: Power, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OutOfResources("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loracli.recipe.Recipe.save", fails)
+        with pytest.raises(OutOfResources):
+            fit.run("recipe.json")
+    used = power.used
+    fit.run("recipe.json", resume=True)
+    assert power.used <= used + 2  # all of it was there but the timed batches
