@@ -135,7 +135,8 @@ def fit(
     quiet: QuietOpt = False,
 ) -> None:
     """Learn the mixing weights of adapters on a small calibration file (CAT) and write a recipe."""
-    from loracli.errors import FitError
+    from loracli.calibration.sources import parse_sources
+    from loracli.errors import FitError, UsageError
     from loracli.fitting.inputs import FitInputs, prepare_fit
     from loracli.fitting.job import fit_to_file
     from loracli.fitting.launch import read_launch
@@ -147,6 +148,8 @@ def fit(
     launch = read_launch()
     out = Output(as_json=as_json, quiet=quiet)
     progress = out if launch.first else SILENT
+    if launch.world_size > 1 and any(s.path is None for s in parse_sources([*data, *(eval_data or ())])):
+        raise UsageError("standard input reaches one process only", hint="give the data as a file")
     if not dry_run:
         check_recipe_path(output, force=force, kind=mixing)
     settings = FitSettings(

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from loracli.atomic import translate_disk_errors
-from loracli.errors import InputError, OutputExists, UsageError
+from loracli.errors import InputError, OutputExists
 from loracli.fitting.base import BaseReference
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.journal import Journal, open_state, remove_state, state_folder
@@ -80,10 +80,6 @@ def fit_to_file(
 def _one_after_the_other(processes: Processes, prepare: Callable[[], FitInputs]) -> FitInputs:
     if processes.first:
         inputs = prepare()
-        if processes.world_size > 1 and any(
-            file.source.path is None for file in (*inputs.data.files, *inputs.data.eval_files)
-        ):
-            raise UsageError("standard input reaches one process only", hint="give the data as a file")
         processes.barrier()
         return inputs
     processes.barrier()
