@@ -68,21 +68,62 @@ class Objective:
     def nats(self, batch: Batch) -> Tensor:
         """(s,): -log p of every scored token of the batch, as many times as it counts, at the attached weights,
         differentiable in them."""
-        nats = self._nats(batch)
+        nats = self._nats(self._states(batch), batch.labels)
         return nats if batch.weights is None else nats * batch.weights.to(nats.device, nats.dtype)
 
-    def _nats(self, batch: Batch) -> Tensor:
-        device = self.attached.device
-        labels = batch.labels.to(device)
+    def nats_and_sampled_nats(self, batch: Batch, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """(s,) and (s,): -log p of every scored token, and of a token sampled from the model's own distribution in its
+        place, each once whatever its weight. Both come from one forward pass, differentiable in the attached weights.
+
+        Args:
+            batch: b records.
+            draws: (s,) in [0, 1), multiples of 2^-24, which float32 holds: a position is given the first token at which
+                the cumulated probability exceeds its draw.
+        """
+        states = self._states(batch)
+        sampled = self._sampled(states.detach(), draws)
+        return self._nats(states, batch.labels), self._nats(states, sampled)
+
+    def set_weights_of_records(self, batch: Batch, c: Tensor) -> None:
+        """Gives each record of the batch mixing weights of its own, (b, sum R_l), one for each rank row."""
+        attached = self.attached
+        attached.set_diagonal(c)
+        # An adapted head sees scored positions instead of records.
+        attached.cores = tuple(
+            core[batch.owners] if attached.model.get_submodule(name) is self._head else core
+            for name, core in zip(attached.modules, attached.cores, strict=True)
+        )
+
+    def _states(self, batch: Batch) -> Tensor:
+        """What the loss at the scored positions is computed from: (s, d) hidden states for our head, otherwise the
+        model's own logits (s, vocab)."""
+        if not self._own_head:
+            return self._logits(batch)
+        weight: Tensor = self._head.weight  # type: ignore[assignment]
+        return self._hidden(batch).to(weight.device)
+
+    def _nats(self, states: Tensor, labels: Tensor) -> Tensor:
+        labels = labels.to(states.device)
         if self._own_head:
-            hidden = self._hidden(batch)
-            weight: Tensor = self._head.weight  # type: ignore[assignment]
-            bias = self._head.bias
-            hidden, labels = hidden.to(weight.device), labels.to(weight.device)
-            result: Tensor = FrozenHead.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
+            head = self._head
+            result: Tensor = FrozenHead.apply(states, head.weight, head.bias, labels)  # type: ignore[no-untyped-call]
             return result
-        logits = self._logits(batch)
-        return F.cross_entropy(logits, labels.to(logits.device), reduction="none")
+        return F.cross_entropy(states, labels, reduction="none")
+
+    def _sampled(self, states: Tensor, draws: Tensor) -> Tensor:
+        """(s,): tokens by inverse transform sampling."""
+        weight: Tensor | None = self._head.weight if self._own_head else None  # type: ignore[assignment]
+        bias: Tensor | None = self._head.bias if self._own_head else None  # type: ignore[assignment]
+        vocab = states.shape[1] if weight is None else len(weight)
+        rows = max(1, CHUNK_BYTES // (4 * vocab))
+        sampled = []
+        for part, draw in zip(torch.split(states, rows), torch.split(draws, rows), strict=True):
+            logits = part if weight is None else F.linear(part, weight, bias)
+            cumulated = torch.softmax(_widened(logits), dim=-1).cumsum(dim=-1)  # (rows, vocab)
+            wanted = draw.to(cumulated)[:, None] * cumulated[:, -1:]  # rounding leaves the sum a little off 1
+            tokens = torch.searchsorted(cumulated, wanted, right=True).squeeze(1)
+            sampled.append(tokens.clamp_(max=vocab - 1))  # beyond the last one where the logits are no numbers
+        return torch.cat(sampled)
 
     def record_sums(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(b,) and (b,): nats of each record of the batch and how many scored tokens count, float64, without

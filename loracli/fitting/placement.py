@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from loracli.errors import OutOfResources, UsageError
@@ -116,6 +117,15 @@ def check_sharded(model: nn.Module) -> None:
             f"transformers has no plan to shard the layers of a {name}",
             hint="leave --shard out, so that each process holds it whole; or --device-map auto without torchrun",
         )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's weights are shared out over several processes."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
 
 
 def whole(weight: Tensor) -> Tensor:

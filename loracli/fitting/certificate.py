@@ -1,0 +1,110 @@
+"""The certificate of a fit, from the gradients of its records: is this the optimum, and how sure are the weights?
+
+With T scored tokens, each as many times as it counts, t_n of them in record n, and w_0 the weights that the ridge
+rho pulls towards:
+
+    L(w) = 1/T sum_n nats_n(w) + rho/2 |w - w_0|^2
+    g    = 1/T sum_n g_n + rho (w - w_0)               g_n, h_n: `fitting.record_gradients`
+    G    = 1/T sum_n h_n h_n^T                         estimates the Gauss-Newton matrix of the first term
+    H    = G + rho I
+
+    decrement              1/2 g^T H^-1 g              what a Newton step would gain (Boyd and Vandenberghe 2004, 9.5.1)
+    effective numbers      tr(H^-1 G)                  (Bishop 2006, 3.91)
+    standard errors        sqrt diag(H^-1 S H^-1)      S = sum_n s_n s_n^T, s_n = (g_n + rho t_n (w - w_0)) / T
+
+S is the sandwich of White 1982 with the record as the unit: tokens of a record may depend on each other, and its length
+is drawn with it. The s_n are the parts of g, so at the optimum they sum to 0. Standard errors tell how w would vary
+with other records of the same kind, w_0 and rho being given.
+
+G comes from samples, of which each record gives one. Its inverse is too large, by about n / (n - p - 1) for p effective
+numbers: the decrement is then an upper estimate, and so are the standard errors, by a half at 4 records for each
+effective number and without bound below, so there none is given. The n records span n directions at most: with n < P
+and rho = 0, H has no inverse. The pseudo-inverse takes its place, the decrement tells of what the seen directions can
+gain, and the length of the gradient in the others stands beside it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from loracli.fit_certificate import FitCertificate
+from loracli.fitting.mixing import DiagonalMixing, Mixing
+from loracli.fitting.record_gradients import RecordGradients
+from loracli.recipe import INLINE_KINDS
+
+MOST_NUMBERS = 2000  # G is P x P, and a row for each record is 2 P
+EXTRAPOLATED = 2.0  # an adapter was trained to act at 1
+NO_CURVATURE = 1e-10  # of the largest eigenvalue of G: what rounding leaves of float32 gradients of equal directions
+UNDETERMINED = 1e-6  # share of a weight that lies in directions without curvature
+RECORDS_PER_NUMBER = 4  # below, sampling makes standard errors too large by more than a half
+
+
+def can_certify(mixing: Mixing) -> bool:
+    """Whether there is a certificate for this mixing: adapter, layer or module, free weights, at most 2,000."""
+    return (
+        isinstance(mixing, DiagonalMixing)
+        and mixing.kind in INLINE_KINDS
+        and not mixing.softmax
+        and mixing.numbers <= MOST_NUMBERS
+    )
+
+
+def certify(
+    mixing: DiagonalMixing, theta: Tensor, start: Tensor, records: RecordGradients, *, ridge: float
+) -> FitCertificate:
+    """The certificate of theta (P,).
+
+    A weight has a standard error where the records determine it: with a ridge, where they hold it more than the ridge
+    does, [H^-1 G]_ii > 1/2; without, where it lies within the directions that have curvature. None has one with fewer
+    than 4 records for each effective number.
+
+    Args:
+        mixing: that `can_certify` accepts.
+        theta: (P,) the weights.
+        start: (P,) w_0.
+        records: all of the fit, at theta; finite.
+        ridge: rho, in nats per token.
+    """
+    total = records.tokens.sum()
+    move = theta - start
+    gradient = records.gradients.sum(dim=0) / total + ridge * move
+    eigenvalues, vectors = torch.linalg.eigh(records.sampled.T @ records.sampled / total)
+    seen = eigenvalues > NO_CURVATURE * eigenvalues[-1]
+    curvature = eigenvalues * seen  # (P,), of G
+    inverse = torch.where(seen | (ridge > 0), 1 / (curvature + ridge), 0.0)  # of H
+    rotated = vectors.T @ gradient
+    parts = (records.gradients + ridge * records.tokens[:, None] * move) / total  # (n, P) s_n
+    errors = ((parts @ vectors * inverse) @ vectors.T).square().sum(dim=0).sqrt()
+    held = vectors.square() @ (curvature * inverse)  # (P,) diagonal of H^-1 G
+    enough = len(records.nats) >= RECORDS_PER_NUMBER * held.sum()
+    determined = enough & (held > (0.5 if ridge > 0 else 1 - UNDETERMINED))
+    return FitCertificate(
+        records=len(records.nats),
+        directions=int(seen.sum()),
+        ridge=ridge,
+        loss=float(records.nats.sum() / total + ridge / 2 * move.square().sum()),
+        gradient_norm=float(gradient.norm()),
+        decrement=float((rotated.square() * inverse).sum() / 2),
+        unseen_gradient_norm=float((rotated * (inverse == 0)).norm()),
+        effective_numbers=float(held.sum()),
+        standard_errors=_without_nan(mixing.by_group(errors.where(determined, torch.nan))),
+        extrapolated=_extrapolated(mixing.by_group(theta)),
+    )
+
+
+def _without_nan(by_group: dict[str, tuple[float | None, ...]]) -> dict[str, tuple[float | None, ...]]:
+    return {
+        group: tuple(None if error is None or math.isnan(error) else error for error in errors)
+        for group, errors in by_group.items()
+    }
+
+
+def _extrapolated(weights: dict[str, tuple[float | None, ...]]) -> dict[str, tuple[int, ...]]:
+    places = {
+        group: tuple(i for i, weight in enumerate(row) if weight is not None and abs(weight) > EXTRAPOLATED)
+        for group, row in weights.items()
+    }
+    return {group: found for group, found in places.items() if found}
