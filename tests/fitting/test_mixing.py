@@ -121,7 +121,9 @@ def test_the_same_weights_everywhere_are_the_plain_sum_of_the_adapters(
             theta = mixing.constant(weights)
             tolerance = 1e-6 if kind == "factors" else 1e-12
             for name, ours in zip(layout.modules, updates(attached, mixing, theta), strict=True):
-                parts = [(w, a.modules[name].factors) for w, a in zip(weights, adapters, strict=True) if name in a.modules]
+                parts = [
+                    (w, a.modules[name].factors) for w, a in zip(weights, adapters, strict=True) if name in a.modules
+                ]
                 expected = torch.stack([w * f.delta_weight().double() for w, f in parts]).sum(dim=0)
                 assert float((ours - expected).abs().max()) <= tolerance * float(expected.abs().max()), name
             ours = attached_logits(attached, mixing, theta)
