@@ -43,6 +43,13 @@ class Batch:
         """Scored tokens, each as many times as it counts: what a sum of the batch's nats is divided by."""
         return self.labels.numel() if self.weights is None else float(self.weights.sum())
 
+    def first_records(self, count: int) -> Batch:
+        """The first of the records by themselves, padded as here."""
+        kept = int((self.owners < count).sum())  # of s, in the order of the records
+        weights = None if self.weights is None else self.weights[:kept]
+        first = (self.positions[:kept], self.labels[:kept], self.owners[:kept], weights)
+        return Batch(self.indices[:count], self.input_ids[:count], *first)
+
 
 def plan_batches(examples: Sequence[Example], *, batch_tokens: int) -> list[Batch]:
     """Packs examples into batches of at most `batch_tokens` tokens with padding, shortest first; a longer one stands

@@ -8,7 +8,7 @@ remembered, so a resumed fit does not do it again. Where memory runs out, a micr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -44,7 +44,7 @@ class Engine:
         progress: told of micro-batches that had to be halved.
     Attributes:
         steps: how many steps of descents were taken.
-        halvings: how many micro-batches have been halved for want of memory.
+        halvings: how many micro-batches all processes have halved for want of memory.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Engine:
         self._journal = journal or Journal()
         self._progress = progress
         self._keys = 0
+        self._halved_here = 0
         self._most_tokens: int | None = None  # of a micro-batch, once memory has run out
         self._sum_under_way = self._from_journal(UNDER_WAY)
 
@@ -147,13 +148,11 @@ class Engine:
             NonFiniteLoss: naming the records of the first batch where either is not finite.
         """
 
-        def work(batch: Batch) -> Tensor:
-            return torch.cat(
-                self._fitting_in(batch, examples, partial(self._nats_and_gradient, mixing, theta), torch.add)
-            )
+        def work(batch: Batch) -> tuple[Tensor, Tensor]:
+            return self._fitting_in(batch, examples, partial(self._nats_and_gradient, mixing, theta), torch.add)
 
         total, start = self._begun(torch.zeros(1 + theta.numel(), dtype=torch.float64))
-        for done, (batch, part) in enumerate(self._processes.in_order(batches[start:], work), start + 1):
+        for done, (batch, part) in enumerate(self._parts(batches[start:], work), start + 1):
             if not torch.isfinite(part).all():
                 raise _non_finite([examples[i] for i in batch.indices])
             total += part
@@ -163,30 +162,48 @@ class Engine:
 
     def all_halvings(self) -> int:
         """Halved micro-batches of all processes."""
-        mine = torch.tensor([float(self.halvings)], dtype=torch.float64)
-        return int(self._processes.fold(range(self._processes.world_size), lambda _: mine))
+        return self.halvings
 
     def seconds(self, mixing: Mixing, theta: Tensor, batch: Batch) -> float:
-        """How long a batch takes forward and backward; not counted."""
-        self._nats_and_gradient(mixing, theta, batch)  # the first run pays for what is set up once
-        started = time.monotonic()
-        self._nats_and_gradient(mixing, theta, batch)
-        return max(time.monotonic() - started, 1e-9)
+        """How long a batch takes forward and backward, not counted; judged by its first half if it is too big for the
+        memory."""
+        try:
+            self._nats_and_gradient(mixing, theta, batch)  # the first run pays for what is set up once
+            started = time.monotonic()
+            self._nats_and_gradient(mixing, theta, batch)
+            return max(time.monotonic() - started, 1e-9)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error) or len(batch.indices) == 1:
+                raise
+        half = batch.first_records(len(batch.indices) // 2)
+        return self.seconds(mixing, theta, half) * batch.tokens / half.tokens
 
     def _record_sums(self, batches: Sequence[Batch], examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Nats (n,) and counted tokens (n,) of each record."""
 
-        def work(batch: Batch) -> Tensor:
-            return torch.cat(self._fitting_in(batch, examples, self.objective.record_sums, _side_by_side))
+        def work(batch: Batch) -> tuple[Tensor, Tensor]:
+            return self._fitting_in(batch, examples, self.objective.record_sums, _side_by_side)
 
         records = len(examples)
         sums, start = self._begun(torch.zeros(2 * records, dtype=torch.float64))
-        for done, (batch, part) in enumerate(self._processes.in_order(batches[start:], work), start + 1):
+        for done, (batch, part) in enumerate(self._parts(batches[start:], work), start + 1):
             places = torch.tensor(batch.indices)
             sums[torch.cat([places, records + places])] = part
             self.meter.count(batch.tokens, backward=False)
             self._go_on(done, len(batches), sums)
         return sums[:records], sums[records:]
+
+    def _parts(self, batches: Sequence[Batch], work: Work) -> Iterator[tuple[Batch, Tensor]]:
+        """Every batch with what `work` makes of it, end to end, in order; counts the halvings of all processes."""
+
+        def counted(batch: Batch) -> Tensor:
+            before = self._halved_here
+            result = torch.cat(work(batch))
+            return torch.cat([result, torch.tensor([self._halved_here - before], dtype=torch.float64)])
+
+        for batch, part in self._processes.in_order(batches, counted):
+            self.halvings += int(part[-1])
+            yield batch, part[:-1]
 
     def _begun(self, zeros: Tensor) -> tuple[Tensor, int]:
         """The sum that an interrupted fit was in, and how many batches are in it; the zeros if it was in none here."""
@@ -232,7 +249,7 @@ class Engine:
                     f"memory ran out on {examples[batch.indices[0]].place}, a record of {batch.tokens} tokens",
                     hint="try --checkpointing, a smaller --max-length, or --dtype bfloat16",
                 )
-            self.halvings += 1
+            self._halved_here += 1
             self._most_tokens = batch.tokens // 2
             self._progress.warn(
                 f"memory ran out on a micro-batch of {batch.tokens} tokens: it is halved and done again; the recipe "
