@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loracli.fit_certificate import FitCertificate
+
 
 @dataclass(frozen=True)
 class StartRecord:
@@ -69,6 +71,8 @@ class FitRecord:
         largest_move: largest change of a fitted number from the start that won; of `factors` in units of the root mean
             square of the tensor.
         training_nats_per_token: loss on the training records; None if it is not finite.
+        certificate: that the weights stand at the optimum of the objective, and how sure they are; for `adapter`,
+            `layer` and `module` of up to 2,000 numbers, where the budget has room for it.
         halvings: how many micro-batches were halved because memory ran out; above 0 another run may differ in the last
             bits.
         stopped: why the search ended early, None if it did not.
@@ -82,5 +86,6 @@ class FitRecord:
     passes: float
     largest_move: float
     training_nats_per_token: float | None
+    certificate: FitCertificate | None = None
     halvings: int = 0
     stopped: str | None = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from loracli.cli._output import Output
+from loracli.fit_certificate import FitCertificate
 from loracli.recipe import HeldOut, Recipe
 
 SHOWN_TASKS = 20
+SHOWN_FAR = 5
 
 
 def data_lines(out: Output, recipe: Recipe) -> None:
@@ -41,12 +43,27 @@ def search_lines(out: Output, recipe: Recipe) -> None:
         out.line(f"chosen by cross-validation over {fit.folds} folds")
     if fit.refitted:
         out.line("then fitted once more on all training records")
+    if fit.certificate is not None:
+        certificate_lines(out, recipe, fit.certificate)
     if fit.halvings:
         out.line(
             f"{fit.halvings} micro-batches were halved for want of memory: another run may differ in the last bits"
         )
     if fit.stopped:
         out.line(f"STOPPED EARLY: {fit.stopped}", style="bold")
+
+
+def certificate_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> None:
+    """Where the weights stand: what is still to gain, how many the records determine, and which are far out."""
+    labels = list(recipe.labels().values())
+    out.line(
+        f"a Newton step would gain {certificate.decrement:.1e} nats per token; gradient {certificate.gradient_norm:.1e}"
+    )
+    out.line(f"the records determine {certificate.effective_numbers:.1f} of the {recipe.mixing.numbers} numbers")
+    far = [f"{group} of {labels[i]}" for group, places in certificate.extrapolated.items() for i in places]
+    if far:
+        more = f" and {len(far) - SHOWN_FAR} more" if len(far) > SHOWN_FAR else ""
+        out.line(f"beyond 2 in size, where no adapter was trained: {', '.join(far[:SHOWN_FAR])}{more}")
 
 
 def _loss(nats: float | None) -> str:

@@ -63,7 +63,7 @@ def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) ->
             found = []
             for fold, screen, theta in zip(task.folds, screens, thetas, strict=True):
                 examples = fold.fitting if alone else screen
-                count = _affordable(share * (1 - SCREEN_SHARE) / len(starts), fold.validation, examples)
+                count = _affordable(share * (1 - SCREEN_SHARE) / len(starts), task, fold.validation, examples)
                 found.append(minimise(task, mixing, theta, examples, count if alone else EVALUATIONS))
             after = task.check(mixing, found)
         except NonFiniteLoss as error:
@@ -94,9 +94,13 @@ def _cost(scores: Scores | None) -> float:
     return 0.0 if scores is None else scores.nats_per_token
 
 
-def _affordable(budget: float, validation: Sequence[Example], examples: Sequence[Example]) -> int:
+def _affordable(budget: float, task: Task, validation: Sequence[Example], examples: Sequence[Example]) -> int:
     """How many evaluations of the examples, after two checks."""
-    return max(1, int((budget - 2 * tokens_of(validation)) / (2 * tokens_of(examples))))
+
+    def processed(records: Sequence[Example]) -> int:
+        return sum(batch.tokens for batch in plan_batches(records, batch_tokens=task.settings.batch_tokens))
+
+    return max(1, int((budget - 2 * processed(validation)) / (2 * processed(examples))))
 
 
 def _subset(examples: Sequence[Example], wanted: float, task: Task) -> list[Example]:

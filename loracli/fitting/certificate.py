@@ -26,6 +26,7 @@ gain, and the length of the gradient in the others stands beside it.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,6 +53,41 @@ def can_certify(mixing: Mixing) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class _Model:
+    """The quadratic model of the objective at a point, in the eigenvectors of G.
+
+    Args:
+        vectors: (P, P), of G.
+        seen: (P,) which of them have curvature.
+        curvature: (P,) eigenvalues of G, 0 where there is none.
+        inverse: (P,) eigenvalues of H^-1, or of its pseudo-inverse.
+        rotated: (P,) the gradient.
+    """
+
+    vectors: Tensor
+    seen: Tensor
+    curvature: Tensor
+    inverse: Tensor
+    rotated: Tensor
+
+
+def _model(theta: Tensor, start: Tensor, records: RecordGradients, ridge: float) -> _Model:
+    total = records.tokens.sum()
+    gradient = records.gradients.sum(dim=0) / total + ridge * (theta - start)
+    eigenvalues, vectors = torch.linalg.eigh(records.sampled.T @ records.sampled / total)
+    seen = eigenvalues > NO_CURVATURE * eigenvalues[-1]
+    curvature = eigenvalues * seen  # (P,), of G
+    inverse = torch.where(seen | (ridge > 0), 1 / (curvature + ridge), 0.0)
+    return _Model(vectors, seen, curvature, inverse, vectors.T @ gradient)
+
+
+def newton_step(theta: Tensor, start: Tensor, records: RecordGradients, *, ridge: float) -> Tensor:
+    """-H^-1 g (P,), from theta to the optimum of the quadratic model; arguments as for `certify`."""
+    model = _model(theta, start, records, ridge)
+    return -(model.vectors @ (model.inverse * model.rotated))
+
+
 def certify(
     mixing: DiagonalMixing, theta: Tensor, start: Tensor, records: RecordGradients, *, ridge: float
 ) -> FitCertificate:
@@ -68,14 +104,9 @@ def certify(
         records: all of the fit, at theta; finite.
         ridge: rho, in nats per token.
     """
-    total = records.tokens.sum()
-    move = theta - start
-    gradient = records.gradients.sum(dim=0) / total + ridge * move
-    eigenvalues, vectors = torch.linalg.eigh(records.sampled.T @ records.sampled / total)
-    seen = eigenvalues > NO_CURVATURE * eigenvalues[-1]
-    curvature = eigenvalues * seen  # (P,), of G
-    inverse = torch.where(seen | (ridge > 0), 1 / (curvature + ridge), 0.0)  # of H
-    rotated = vectors.T @ gradient
+    model = _model(theta, start, records, ridge)
+    total, move = records.tokens.sum(), theta - start
+    vectors, curvature, inverse = model.vectors, model.curvature, model.inverse
     parts = (records.gradients + ridge * records.tokens[:, None] * move) / total  # (n, P) s_n
     errors = ((parts @ vectors * inverse) @ vectors.T).square().sum(dim=0).sqrt()
     held = vectors.square() @ (curvature * inverse)  # (P,) diagonal of H^-1 G
@@ -83,12 +114,12 @@ def certify(
     determined = enough & (held > (0.5 if ridge > 0 else 1 - UNDETERMINED))
     return FitCertificate(
         records=len(records.nats),
-        directions=int(seen.sum()),
+        directions=int(model.seen.sum()),
         ridge=ridge,
         loss=float(records.nats.sum() / total + ridge / 2 * move.square().sum()),
-        gradient_norm=float(gradient.norm()),
-        decrement=float((rotated.square() * inverse).sum() / 2),
-        unseen_gradient_norm=float((rotated * (inverse == 0)).norm()),
+        gradient_norm=float(model.rotated.norm()),
+        decrement=float((model.rotated.square() * inverse).sum() / 2),
+        unseen_gradient_norm=float((model.rotated * (inverse == 0)).norm()),
         effective_numbers=float(held.sum()),
         standard_errors=_without_nan(mixing.by_group(errors.where(determined, torch.nan))),
         extrapolated=_extrapolated(mixing.by_group(theta)),

@@ -23,11 +23,15 @@ from loracli.fitting.journal import Entry, Journal
 from loracli.fitting.loss import Objective
 from loracli.fitting.memory import ran_out_of_memory
 from loracli.fitting.meter import Meter
-from loracli.fitting.mixing import Mixing
+from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.processes import ALONE, Processes
+from loracli.fitting.record_gradients import RecordGradients, from_rows, record_gradients
 from loracli.progress import SILENT, Progress
 
 UNDER_WAY = "sum"  # the key of a sum that is not at its end
+
+# Of a token: a forward pass is 1, a backward pass another.
+SCORE_COST, GRADIENT_COST, CERTIFICATE_COST = 1, 2, 3
 
 Work = Callable[[Batch], tuple[Tensor, Tensor]]
 Join = Callable[[Tensor, Tensor], Tensor]
@@ -105,6 +109,26 @@ class Engine:
         tokens = sum(batch.scored_tokens for batch in batches)
         return float(entry.values["nats"]) / tokens, entry.tensors["gradient"] / tokens  # type: ignore[arg-type]
 
+    def record_gradients(
+        self,
+        mixing: DiagonalMixing,
+        theta: Tensor,
+        batches: Sequence[Batch],
+        examples: Sequence[Example],
+        *,
+        seed: int,
+    ) -> RecordGradients:
+        """The gradients of each record at theta, for its labels and for sampled ones; the batches hold all records.
+
+        Raises:
+            NonFiniteLoss: naming the records of a batch.
+        """
+        key = self.next_key()
+        entry = self.recall(key)
+        if entry is None:
+            entry = self.remember(key, Entry({"rows": self._record_rows(mixing, theta, batches, examples, seed)}))
+        return from_rows(entry.tensors["rows"])
+
     def next_key(self) -> str:
         """The key of the next operation: the same operation has the same key in a resumed fit."""
         self._keys += 1
@@ -156,13 +180,9 @@ class Engine:
             if not torch.isfinite(part).all():
                 raise _non_finite([examples[i] for i in batch.indices])
             total += part
-            self.meter.count(batch.tokens, backward=True, nats=float(part[0]) / batch.scored_tokens)
+            self.meter.count(batch.tokens, cost=GRADIENT_COST, nats=float(part[0]) / batch.scored_tokens)
             self._go_on(done, len(batches), total)
         return float(total[0]), total[1:]
-
-    def all_halvings(self) -> int:
-        """Halved micro-batches of all processes."""
-        return self.halvings
 
     def seconds(self, mixing: Mixing, theta: Tensor, batch: Batch) -> float:
         """How long a batch takes forward and backward, not counted; judged by its first half if it is too big for the
@@ -189,9 +209,36 @@ class Engine:
         for done, (batch, part) in enumerate(self._parts(batches[start:], work), start + 1):
             places = torch.tensor(batch.indices)
             sums[torch.cat([places, records + places])] = part
-            self.meter.count(batch.tokens, backward=False)
+            self.meter.count(batch.tokens, cost=SCORE_COST)
             self._go_on(done, len(batches), sums)
         return sums[:records], sums[records:]
+
+    def _record_rows(
+        self,
+        mixing: DiagonalMixing,
+        theta: Tensor,
+        batches: Sequence[Batch],
+        examples: Sequence[Example],
+        seed: int,
+    ) -> Tensor:
+        """(n, 2 + 2P): a row for each record."""
+        width = 2 + 2 * theta.numel()
+
+        def rows_of(batch: Batch) -> tuple[Tensor, Tensor]:
+            found = record_gradients(self.objective, mixing, theta, batch, examples, seed=seed)
+            return found.rows().flatten(), torch.zeros(0, dtype=torch.float64)
+
+        def work(batch: Batch) -> tuple[Tensor, Tensor]:
+            return self._fitting_in(batch, examples, rows_of, _side_by_side)
+
+        rows, start = self._begun(torch.zeros(len(examples), width, dtype=torch.float64))
+        for done, (batch, part) in enumerate(self._parts(batches[start:], work), start + 1):
+            if not torch.isfinite(part).all():
+                raise _non_finite([examples[i] for i in batch.indices])
+            rows[list(batch.indices)] = part.view(-1, width)
+            self.meter.count(batch.tokens, cost=CERTIFICATE_COST)
+            self._go_on(done, len(batches), rows)
+        return rows
 
     def _parts(self, batches: Sequence[Batch], work: Work) -> Iterator[tuple[Batch, Tensor]]:
         """Every batch with what `work` makes of it, end to end, in order; counts the halvings of all processes."""

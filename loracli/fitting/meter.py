@@ -37,10 +37,9 @@ class Meter:
         self._stage = _Stage(text, fields)
         self._started, self._tokens = time.monotonic(), 0
 
-    def count(self, tokens: int, *, backward: bool, nats: float | None = None) -> None:
-        """Some tokens are done, at `nats` per scored token if that is known."""
-        cost = tokens * (2 if backward else 1)
-        self.spent += cost
+    def count(self, tokens: int, *, cost: int, nats: float | None = None) -> None:
+        """Some tokens are done, each at this cost, and at `nats` per scored token if that is known."""
+        self.spent += cost * tokens
         self._tokens += tokens
         parts = [self._stage.text]
         if self._a_pass:
@@ -50,7 +49,7 @@ class Meter:
         if self.validation is not None:
             parts.append(f"validation {self.validation:.3f}")
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        self._progress.advance(TASK, cost, ", ".join([*parts, f"{rate:.0f} tok/s"]))
+        self._progress.advance(TASK, cost * tokens, ", ".join([*parts, f"{rate:.0f} tok/s"]))
 
     def restore(self, spent: int, logged: int) -> None:
         """Goes to where an interrupted fit was: what it had spent, and how many lines its log had."""

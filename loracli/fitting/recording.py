@@ -8,6 +8,7 @@ import transformers
 import loracli
 from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.gauge import canonical_stack, mixing_in_file_gauge
+from loracli.fit_certificate import FitCertificate
 from loracli.fit_record import FitRecord
 from loracli.fitting.base import BaseModel, base_modules
 from loracli.fitting.inputs import FitInputs
@@ -31,6 +32,7 @@ def make_recipe(
     found: Found,
     table: HeldOut,
     training_loss: float | None,
+    certificate: FitCertificate | None,
     *,
     passes: float,
     halvings: int,
@@ -45,6 +47,7 @@ def make_recipe(
         found: by the search.
         table: on the held-out records.
         training_loss: nats per token on all training records, None if not finite.
+        certificate: of the weights, None if there is none.
         passes: that were used.
         halvings: of micro-batches.
         folds: that were chosen with, 0 for none.
@@ -58,6 +61,7 @@ def make_recipe(
         passes=round(passes, 2),
         largest_move=_largest_move(found),
         training_nats_per_token=training_loss,
+        certificate=certificate,
         halvings=halvings,
         stopped=found.stopped,
     )

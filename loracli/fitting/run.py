@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from loracli.adapters.hub import Fetched
@@ -14,8 +15,10 @@ from loracli.calibration.sources import DataPaths
 from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.held_out import FIT, held_out_table, static_points
 from loracli.evaluation.scores import Scores
+from loracli.fit_certificate import FitCertificate
 from loracli.fitting.attach import AttachedModel, attach
 from loracli.fitting.base import BaseModel, check_fits, load_base, plan_base
+from loracli.fitting.certificate import can_certify
 from loracli.fitting.checkpointing import checkpointed
 from loracli.fitting.criterion import loss_criterion
 from loracli.fitting.descent import plan_steps
@@ -26,7 +29,8 @@ from loracli.fitting.journal import Journal
 from loracli.fitting.loss import check_causal, make_objective
 from loracli.fitting.memory import available_memory, memory_errors
 from loracli.fitting.meter import TASK, Meter, StepLog
-from loracli.fitting.mixing import Mixing, make_diagonal, make_mixing
+from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
+from loracli.fitting.newton import certificate_cost, certified
 from loracli.fitting.paper import fit_as_published
 from loracli.fitting.placement import Placement
 from loracli.fitting.preflight import MemoryDecision, decide_memory, estimate_memory
@@ -37,6 +41,8 @@ from loracli.fitting.settings import AUTO, FitSettings
 from loracli.fitting.solved import Task, tokens_of
 from loracli.progress import SILENT, WORK, Progress, duration_text
 from loracli.recipe import INLINE_KINDS, Recipe
+
+FEWEST_PASSES = 4.0  # of a budget that has room for a certificate
 
 
 def fit_mixing(
@@ -170,10 +176,10 @@ def _run(
         progress.begin(TASK, work, WORK)
         try:
             found = _search(engine, attached, inputs, folds, examples.training)
+            found, certificate = _certified(engine, found, examples.training, settings)
             passes = engine.meter.spent / (2 * tokens_of(examples.training))
             training_loss = _training_loss(engine, found, examples.training, settings)
             scores = _held_out_scores(engine, inputs, found, held_batches, examples.held_out, progress)
-            halvings = engine.all_halvings()
         finally:
             progress.finish(TASK)
     table = held_out_table(
@@ -185,7 +191,16 @@ def _run(
     )
     validated = len(folds) if folds[0].validation else 0
     return make_recipe(
-        inputs, base, examples.data, found, table, training_loss, passes=passes, halvings=halvings, folds=validated
+        inputs,
+        base,
+        examples.data,
+        found,
+        table,
+        training_loss,
+        certificate,
+        passes=passes,
+        halvings=engine.halvings,
+        folds=validated,
     )
 
 
@@ -261,7 +276,23 @@ def _search(
         return fit_as_published(engine, make_diagonal(inputs.layout, "module", softmax=True), training, settings)
     criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
     task = Task(engine, folds, criterion, settings, inputs.references)
-    return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training)
+    target = None if settings.mixing == AUTO else make_mixing(attached, inputs.layout, settings.mixing)  # type: ignore[arg-type]
+    certificates = (2 if settings.mixing == "adapter" else 1) if target is not None and can_certify(target) else 0
+    if settings.budget < FEWEST_PASSES:
+        certificates = 0
+    reserved = certificates * certificate_cost(training, settings)
+    return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training, reserved=reserved)
+
+
+def _certified(
+    engine: Engine, found: Found, training: Sequence[Example], settings: FitSettings
+) -> tuple[Found, FitCertificate | None]:
+    mixing = found.mixing
+    if not isinstance(mixing, DiagonalMixing) or not can_certify(mixing) or found.stopped:
+        return found, None
+    ridge = found.ridge or 0.0
+    theta, certificate = certified(engine, mixing, found.theta, found.anchor, ridge, training, settings)
+    return replace(found, theta=theta), certificate
 
 
 def _training_loss(engine: Engine, found: Found, training: Sequence[Example], settings: FitSettings) -> float | None:

@@ -4,7 +4,7 @@
     adapter -> module -> rank
     adapter -> module -> core
     adapter -> module -> factors
-    adapter -> module -> core -> factors        `auto`: climbs while the gain exceeds one standard error
+    adapter -> module -> core -> factors        `auto`: climbs while the gain exceeds one standard error, and 0.005
 
 Everything is chosen inside the training records, on those of each fold that its solution was not fitted to; held-out
 records are not seen here. What was chosen is then fitted once more on all training records.
@@ -41,6 +41,7 @@ LADDERS: dict[str, dict[MixingKind, float]] = {
     "auto": {"adapter": 0.1, "module": 0.3, "core": 0.3, "factors": 0.3},
 }
 SUM = "sum"
+LEAST_GAIN = 0.005  # nats per token, that `auto` climbs for
 SAME_START = 0.05  # starts closer than this are one
 REFIT_SHARE = 0.2  # of the budget
 REFIT_RATE = 0.3  # of the rate of the search, whose solution is near already
@@ -116,7 +117,7 @@ def _climb(
         best = solutions[-1] if solutions else None
         solved = _solve(task, make_mixing(kind), best, share, alone=kind == asked)
         compared = _compare(best, solved)
-        climbed = best is None or asked != AUTO or (compared is not None and compared.clear)
+        climbed = best is None or asked != AUTO or (compared is not None and _worth_climbing(compared))
         records.append(_record(solved, compared, best, climbed, asked))
         if climbed:
             solutions.append(solved)
@@ -150,14 +151,22 @@ def _compare(best: Solved | None, solved: Solved) -> Gain | None:
     return gain(best.scores, solved.scores)
 
 
+def _worth_climbing(compared: Gain) -> bool:
+    """Where the loss is close to nothing, so is the standard error; a higher rung overfits more easily all the same."""
+    return compared.clear and compared.mean > LEAST_GAIN
+
+
 def _record(solved: Solved, compared: Gain | None, best: Solved | None, climbed: bool, asked: str) -> RungRecord:
     kind = solved.mixing.kind
     if best is None or compared is None:
         why = "the first rung" if best is None else "not compared: there are no validation records"
     else:
         over = f"a gain of {compared.mean:.4f} nats per token over {best.mixing.kind}"
-        limit = f"one standard error, {compared.standard_error:.4f}"
-        why = f"{over} is {'above' if compared.clear else 'not above'} {limit}"
+        why = (
+            f"{over} is {'above' if compared.clear else 'not above'} one standard error, {compared.standard_error:.4f}"
+        )
+        if asked == AUTO and compared.clear and not climbed:
+            why += f", but below {LEAST_GAIN:g}, too little for {solved.mixing.numbers} numbers"
     if kind == asked:
         why += "; asked for"
     return RungRecord(

@@ -186,7 +186,7 @@ def test_a_micro_batch_that_memory_cannot_hold_is_halved(
         assert tried == [240, 120, 60, 60, 60, 60]  # what is known to be too much is not tried again
         assert total == pytest.approx(expected, rel=1e-13)
         torch.testing.assert_close(ours, gradient, rtol=1e-11, atol=1e-11)
-        assert r.engine.halvings == r.engine.all_halvings() == 2
+        assert r.engine.halvings == 2
         assert [int(said.split(" tokens")[0].split()[-1]) for said in r.heard] == [240, 120]  # once for each size
         assert all("halved and done again; the recipe says so" in said for said in r.heard)
         again, _ = r.total(240)
@@ -300,7 +300,7 @@ def test_halvings_of_all_processes_are_counted_once_also_in_a_resumed_fit(
         journal = Journal(tmp_path, seconds=0) if processes.first else None
         rig.engine = Engine(rig.engine.objective, Meter(SILENT), processes=processes, journal=journal)
         rig.score(80)
-        return rig.engine.all_halvings()
+        return rig.engine.halvings
 
     with rig(base, adapters, examples) as one, rig(base, adapters, examples) as two:
         tried = memory_for(50, OUT_OF_MEMORY[0], two, monkeypatch)

@@ -1,0 +1,71 @@
+"""The end of a fit of few numbers: Gauss-Newton steps while they promise something, and a certificate.
+
+One forward and two backward passes give the gradient g and the Gauss-Newton matrix G of the objective (see
+`fitting.certificate`). Where the records determine G well, the step w - (G + rho I)^-1 g goes to the optimum of the
+quadratic model; it is kept if the objective there is lower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from loracli.calibration.batches import plan_batches
+from loracli.calibration.render import Example
+from loracli.errors import NonFiniteLoss
+from loracli.fit_certificate import FitCertificate
+from loracli.fitting.certificate import RECORDS_PER_NUMBER, certify, newton_step
+from loracli.fitting.engine import CERTIFICATE_COST, GRADIENT_COST, Engine
+from loracli.fitting.mixing import DiagonalMixing
+from loracli.fitting.settings import FitSettings
+from loracli.fitting.solved import tokens_of
+
+WORTH_A_STEP = 1e-5  # nats per token
+
+
+def certificate_cost(training: Sequence[Example], settings: FitSettings) -> int:
+    """What one certificate takes of the budget, in tokens."""
+    return CERTIFICATE_COST * sum(b.tokens for b in plan_batches(training, batch_tokens=settings.batch_tokens))
+
+
+def certified(
+    engine: Engine,
+    mixing: DiagonalMixing,
+    theta: Tensor,
+    anchor: Tensor,
+    ridge: float,
+    training: Sequence[Example],
+    settings: FitSettings,
+) -> tuple[Tensor, FitCertificate | None]:
+    """Theta, or better, with its certificate; None where the budget has no room for one.
+
+    Args:
+        engine: the attached model.
+        mixing: that `can_certify` accepts.
+        theta: (P,) what the search found.
+        anchor: (P,) that the ridge pulls towards.
+        ridge: in nats per token.
+        training: all training records.
+        settings: of the fit, with the budget.
+    """
+    whole = settings.budget * GRADIENT_COST * tokens_of(training)
+    batches = plan_batches(training, batch_tokens=settings.batch_tokens)
+    cost = certificate_cost(training, settings)
+    best: FitCertificate | None = None
+    trial = theta
+    while engine.meter.spent + cost <= whole:
+        engine.meter.stage("certificate", rung=mixing.kind, start="", stage="certificate", ridge=ridge)
+        try:
+            records = engine.record_gradients(mixing, trial, batches, training, seed=settings.seed)
+        except NonFiniteLoss:
+            break  # of a step too far, or of records that have stopped the search already
+        found = certify(mixing, trial, anchor, records, ridge=ridge)
+        if best is not None and found.loss >= best.loss:
+            break
+        theta, best = trial, found
+        determined = found.records >= RECORDS_PER_NUMBER * found.effective_numbers
+        if not determined or found.decrement < WORTH_A_STEP:
+            break
+        trial = theta + newton_step(theta, anchor, records, ridge=ridge)
+    return theta, best
