@@ -99,7 +99,7 @@ def search(
     if winner.stopped or not refitting:
         return found
     try:
-        theta = _refitted(task, solved, training, min(REFIT_SHARE * whole, whole - task.engine.meter.spent))
+        theta = refit(task, solved, training, min(REFIT_SHARE * whole, whole - task.engine.meter.spent))
     except NonFiniteLoss as error:
         return replace(found, stopped=str(error))
     return found if theta is None else replace(found, theta=theta, refitted=True)
@@ -113,11 +113,10 @@ def _climb(
     solutions: list[Solved] = []
     records: list[RungRecord] = []
     for kind in LADDERS[asked]:
-        share = (budget - task.engine.meter.spent) * _share(asked, kind)
         best = solutions[-1] if solutions else None
-        solved = _solve(task, make_mixing(kind), best, share, alone=kind == asked)
+        solved = solve_next(task, make_mixing(kind), best, budget - task.engine.meter.spent)
         compared = _compare(best, solved)
-        climbed = best is None or asked != AUTO or (compared is not None and _worth_climbing(compared))
+        climbed = best is None or asked != AUTO or (compared is not None and worth_climbing(compared))
         records.append(_record(solved, compared, best, climbed, asked))
         if climbed:
             solutions.append(solved)
@@ -135,9 +134,21 @@ def _share(asked: str, kind: MixingKind) -> float:
     return shares[kind] / sum(shares[other] for other in kinds[kinds.index(kind) :])
 
 
-def _solve(task: Task, mixing: Mixing, below: Solved | None, budget: float, *, alone: bool) -> Solved:
+def solve_next(task: Task, mixing: Mixing, below: Solved | None, left: float) -> Solved:
+    """One rung, from the solution below and from the sum.
+
+    Args:
+        task: what is fitted.
+        mixing: the rung.
+        below: the solution of the rung below, None for the first.
+        left: tokens that this rung and those above may spend together.
+    Raises:
+        NonFiniteLoss: if no start is finite.
+    """
+    asked, kind = task.settings.mixing, mixing.kind
+    budget = left * _share(asked, kind)
     if below is None:
-        return solve_adapters(task, mixing, budget, alone=alone)
+        return solve_adapters(task, mixing, budget, alone=kind == asked)
     starts: dict[str, list[Tensor]] = {below.mixing.kind: [mixing.lift(below.mixing, theta) for theta in below.thetas]}
     total = mixing.constant([1.0] * len(task.references))
     if any(float((start - total).abs().max()) > SAME_START for start in starts[below.mixing.kind]):
@@ -151,7 +162,7 @@ def _compare(best: Solved | None, solved: Solved) -> Gain | None:
     return gain(best.scores, solved.scores)
 
 
-def _worth_climbing(compared: Gain) -> bool:
+def worth_climbing(compared: Gain) -> bool:
     """Where the loss is close to nothing, so is the standard error; a higher rung overfits more easily all the same."""
     return compared.clear and compared.mean > LEAST_GAIN
 
@@ -183,7 +194,7 @@ def _record(solved: Solved, compared: Gain | None, best: Solved | None, climbed:
     )
 
 
-def _refitted(task: Task, solved: Sequence[Solved], training: Sequence[Example], budget: float) -> Tensor | None:
+def refit(task: Task, solved: Sequence[Solved], training: Sequence[Example], budget: float) -> Tensor | None:
     """The last solution fitted once more, on all training records; None if there is nothing to fit.
 
     Where a rung did not beat the solution of the rung below, that one is fitted.
@@ -195,7 +206,7 @@ def _refitted(task: Task, solved: Sequence[Solved], training: Sequence[Example],
     if not last.moved:
         if len(solved) == 1 or last.chosen != solved[-2].mixing.kind:
             return None
-        below = _refitted(task, solved[:-1], training, budget)
+        below = refit(task, solved[:-1], training, budget)
         return None if below is None else last.mixing.lift(solved[-2].mixing, below)
     if last.mixing.kind == "adapter":
         return None
