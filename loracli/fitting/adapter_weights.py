@@ -22,7 +22,7 @@ from loracli.evaluation.scores import Scores
 from loracli.fit_record import StartRecord
 from loracli.fitting.mixing import Mixing
 from loracli.fitting.optimise import bfgs
-from loracli.fitting.solved import Solved, Task, left_out, nats_per_token, tokens_of
+from loracli.fitting.solved import Solved, Task, left_out, nats_per_token, padded_tokens, tokens_of
 
 EVALUATIONS = 6  # of BFGS where the rung is only a start for the next
 SUBSET_RECORDS = 256
@@ -63,7 +63,7 @@ def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) ->
             found = []
             for fold, screen, theta in zip(task.folds, screens, thetas, strict=True):
                 examples = fold.fitting if alone else screen
-                count = _affordable(share * (1 - SCREEN_SHARE) / len(starts), task, fold.validation, examples)
+                count = _affordable(task, share * (1 - SCREEN_SHARE) / len(starts), fold.validation, examples)
                 found.append(minimise(task, mixing, theta, examples, count if alone else EVALUATIONS))
             after = task.check(mixing, found)
         except NonFiniteLoss as error:
@@ -94,13 +94,10 @@ def _cost(scores: Scores | None) -> float:
     return 0.0 if scores is None else scores.nats_per_token
 
 
-def _affordable(budget: float, task: Task, validation: Sequence[Example], examples: Sequence[Example]) -> int:
+def _affordable(task: Task, budget: float, validation: Sequence[Example], examples: Sequence[Example]) -> int:
     """How many evaluations of the examples, after two checks."""
-
-    def processed(records: Sequence[Example]) -> int:
-        return sum(batch.tokens for batch in plan_batches(records, batch_tokens=task.settings.batch_tokens))
-
-    return max(1, int((budget - 2 * processed(validation)) / (2 * processed(examples))))
+    checked, evaluated = (padded_tokens(part, task.settings.batch_tokens) for part in (validation, examples))
+    return max(1, int((budget - 2 * checked) / (2 * evaluated)))
 
 
 def _subset(examples: Sequence[Example], wanted: float, task: Task) -> list[Example]:

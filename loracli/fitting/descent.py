@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -58,19 +59,37 @@ class Plan:
         """The step of this number, counted from 0 over all passes."""
         order, place = divmod(number, self.steps_a_pass)
         first = place * self.batches_a_step
-        batches = shuffled(self.batches, seed=self.seed + order)[first : first + self.batches_a_step]
+        places = _order(len(self.batches), self.seed + order)[first : first + self.batches_a_step]
+        batches = [self.batches[i] for i in places]
         # They stand for all: an unbiased estimate of the gradient of the mean over all scored tokens.
         return Step(tuple(batches), len(self.batches) / len(batches) / sum(b.scored_tokens for b in self.batches))
+
+    def tokens_of(self, numbers: Iterable[int]) -> int:
+        """Tokens of the steps of these numbers, padding included."""
+        return sum(batch.tokens for number in numbers for batch in self.step(number).batches)
+
+    def steps_within(self, tokens: float, *, first: int = 0) -> int:
+        """How many steps, from the `first` on, have at most so many tokens, padding included."""
+        steps = 0
+        while (tokens := tokens - self.tokens_of([first + steps])) >= 0:
+            steps += 1
+        return steps
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int) -> list[int]:
+    return shuffled(range(count), seed=seed)
 
 
 def plan_steps(examples: Sequence[Example], *, batch_tokens: int, seed: int) -> Plan:
     """16 to 128 steps a pass where there are as many records: a step has `batch_tokens` tokens, or less where there are
     few, or several micro-batches of them where there are many."""
-    lengths = [len(example.input_ids) for example in examples]
-    total, longest = sum(lengths), max(lengths)
-    wanted = max(total / MOST_STEPS_A_PASS, min(batch_tokens, total / FEWEST_STEPS_A_PASS))
-    batches = plan_batches(examples, batch_tokens=max(int(min(wanted, batch_tokens)), longest))
-    return Plan(tuple(examples), tuple(batches), max(1, round(wanted / max(batch_tokens, longest))), seed)
+    limit = min(batch_tokens, sum(len(example.input_ids) for example in examples) / FEWEST_STEPS_A_PASS)
+    batches = plan_batches(examples, batch_tokens=int(limit))
+    while len(batches) < min(FEWEST_STEPS_A_PASS, len(examples)):  # a few long records hold most of the tokens
+        limit *= 0.8
+        batches = plan_batches(examples, batch_tokens=int(limit))
+    return Plan(tuple(examples), tuple(batches), -(-len(batches) // MOST_STEPS_A_PASS), seed)
 
 
 @dataclass(frozen=True)

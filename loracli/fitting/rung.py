@@ -21,7 +21,7 @@ from loracli.fitting.criterion import gain
 from loracli.fitting.descent import Descent, Plan, Ran, plan_steps
 from loracli.fitting.mixing import Mixing
 from loracli.fitting.optimise import WARM_UP, AdamW, peak_rate
-from loracli.fitting.solved import Solved, Task, left_out, nats_per_token, tokens_of
+from loracli.fitting.solved import Solved, Task, left_out, nats_per_token, padded_tokens
 from loracli.recipe import MixingKind
 
 # From strong to none. Trained factors have thousands of numbers for one mixing weight, so each is held more loosely.
@@ -81,10 +81,10 @@ class _Rung:
     def _plan(self, fold_index: int, budget: float) -> _Steps:
         fold, settings = self._task.folds[fold_index], self._task.settings
         plan = plan_steps(fold.fitting, batch_tokens=settings.batch_tokens, seed=settings.seed)
-        a_step = 2 * plan.tokens / plan.steps_a_pass
-        checks = (2 * len(self._starts) + len(self._path)) * tokens_of(fold.validation)
-        probe = max(1, min(plan.steps_a_pass, int(PROBE_SHARE * (budget - checks) / a_step)))
-        rest = math.floor((budget - checks) / a_step) - len(self._starts) * probe - 1  # batches differ in size
+        checks = 2 * len(self._starts) + len(self._path)
+        tokens = (budget - checks * padded_tokens(fold.validation, settings.batch_tokens)) / 2  # forward and backward
+        probe = max(1, min(plan.steps_a_pass, plan.steps_within(PROBE_SHARE * tokens)))
+        rest = plan.steps_within(tokens - len(self._starts) * plan.tokens_of(range(probe)), first=probe)
         return _Steps(plan, probe, max(rest, len(self._path)))
 
     def solve(self) -> Solved:

@@ -195,7 +195,7 @@ def _record(solved: Solved, compared: Gain | None, best: Solved | None, climbed:
 
 
 def refit(task: Task, solved: Sequence[Solved], training: Sequence[Example], budget: float) -> Tensor | None:
-    """The last solution fitted once more, on all training records; None if there is nothing to fit.
+    """The last solution fitted once more, on all training records; None if there is nothing to fit, or no budget.
 
     Where a rung did not beat the solution of the rung below, that one is fitted.
 
@@ -211,7 +211,9 @@ def refit(task: Task, solved: Sequence[Solved], training: Sequence[Example], bud
     if last.mixing.kind == "adapter":
         return None
     plan = plan_steps(training, batch_tokens=task.settings.batch_tokens, seed=task.settings.seed + 1)
-    steps = max(1, int(budget * plan.steps_a_pass / (2 * plan.tokens)) - 1)
+    steps = plan.steps_within(budget / 2)
+    if steps == 0:
+        return None
     rate = REFIT_RATE * rate_for(task, last.mixing, steps)
     adam = AdamW(mean_of(last.thetas), steps=steps, rate=rate, warm_up=max(1, round(WARM_UP * steps)))
     kind = last.mixing.kind

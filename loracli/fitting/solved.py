@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.scores import Scores
@@ -95,6 +96,11 @@ def nats_per_token(scores: Scores | None) -> float | None:
 def tokens_of(examples: Sequence[Example]) -> int:
     """Tokens of the examples, scored or not."""
     return sum(len(example.input_ids) for example in examples)
+
+
+def padded_tokens(examples: Sequence[Example], batch_tokens: int) -> int:
+    """Tokens of the micro-batches that hold the examples, padding included."""
+    return sum(batch.tokens for batch in plan_batches(examples, batch_tokens=batch_tokens))
 
 
 def left_out(name: str, before: float | None, error: NonFiniteLoss) -> StartRecord:
