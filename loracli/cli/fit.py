@@ -96,7 +96,7 @@ def fit(
         ),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", metavar="X", help="Peak rate; default: clip(4/steps, 0.01, 0.1).")
+        float | None, typer.Option("--learning-rate", metavar="X", help="Peak rate; default: clip(8/steps, 0.01, 0.1).")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the split and the order of batches.")] = 0,
     dtype: Annotated[

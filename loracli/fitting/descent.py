@@ -17,7 +17,7 @@ from loracli.fitting.journal import Entry
 from loracli.fitting.mixing import Mixing
 from loracli.fitting.optimise import AdamW
 
-FEWEST_STEPS_A_PASS = 16
+FEWEST_STEPS_A_PASS = 64
 MOST_STEPS_A_PASS = 128
 UNDER_WAY = "descent"  # the key of a run that is not at its end
 
@@ -82,7 +82,7 @@ def _order(count: int, seed: int) -> list[int]:
 
 
 def plan_steps(examples: Sequence[Example], *, batch_tokens: int, seed: int) -> Plan:
-    """16 to 128 steps a pass where there are as many records: a step has `batch_tokens` tokens, or less where there are
+    """64 to 128 steps a pass where there are as many records: a step has `batch_tokens` tokens, or less where there are
     few, or several micro-batches of them where there are many."""
     limit = min(batch_tokens, sum(len(example.input_ids) for example in examples) / FEWEST_STEPS_A_PASS)
     batches = plan_batches(examples, batch_tokens=int(limit))

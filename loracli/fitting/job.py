@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from loracli.atomic import translate_disk_errors
-from loracli.errors import InputError, OutputExists
+from loracli.errors import InputError, OutputExists, UsageError
 from loracli.fitting.base import BaseReference
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.journal import Journal, open_state, remove_state, state_folder
@@ -109,7 +109,7 @@ def _said(folder: Path, processes: Processes, resumed: bool, progress: Progress)
     """After a stop the state stays, and this says so; after a rejected input there is nothing in it to keep."""
     try:
         yield
-    except InputError:
+    except (InputError, UsageError):
         if processes.first and not resumed:
             remove_state(folder)
         raise

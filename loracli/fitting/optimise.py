@@ -74,9 +74,9 @@ def bfgs(evaluate: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, *, e
 
 
 def peak_rate(steps: int) -> float:
-    """clip(4 / steps, 0.01, 0.1): Adam moves about the rate in a step, and a weight should be able to travel about 2 in
+    """clip(8 / steps, 0.01, 0.1): Adam moves about the rate in a step, and a weight should be able to travel about 4 in
     all."""
-    return min(max(4.0 / steps, 0.01), 0.1)
+    return min(max(8.0 / steps, 0.01), 0.1)
 
 
 class AdamW:

@@ -27,7 +27,7 @@ from loracli.recipe import MixingKind
 # From strong to none. Trained factors have thousands of numbers for one mixing weight, so each is held more loosely.
 RIDGE_PATH = (1e-2, 1e-3, 0.0)
 FACTOR_RIDGE_PATH = (1e-5, 1e-6, 0.0)
-RATES: dict[MixingKind, float] = {"core": 0.03, "factors": 0.03}  # at most; the others go by the number of steps
+RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.01}  # at most; the others go by the number of steps
 PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
 
 

@@ -40,10 +40,10 @@ def fake(lengths: list[int]) -> list[Example]:
 
 
 @pytest.mark.parametrize("shape", ["equal", "uniform", "lognormal", "outlier", "halves"])
-def test_a_pass_has_16_to_128_steps_for_any_number_of_records(shape: str) -> None:
+def test_a_pass_has_64_to_128_steps_for_any_number_of_records(shape: str) -> None:
     for count in SIZES:
         plan = plan_steps(fake(lengths_of(shape, count)), batch_tokens=200, seed=0)
-        assert 16 <= plan.steps_a_pass <= 128, count
+        assert min(64, count) <= plan.steps_a_pass <= 128, count
         assert plan.steps_a_pass == -(-len(plan.batches) // plan.batches_a_step)
         longest = max(len(example.input_ids) for example in plan.examples)
         assert max(batch.tokens for batch in plan.batches) <= max(200, longest)
