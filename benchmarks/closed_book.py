@@ -289,6 +289,7 @@ def train(name: str, out: Path, base: BaseModel, seed: int, base_id: str) -> str
 def save(adapted: Any, path: Path, base_id: str) -> None:
     adapted.save_pretrained(str(path))
     (path / "README.md").unlink()  # PEFT's empty model card
+    (path / "adapter_model.safetensors").chmod(0o644)  # it is written for its owner alone
     config = path / "adapter_config.json"
     fields = json.loads(config.read_text())
     # PEFT keeps the modules as a set, whose order changes from run to run
