@@ -21,7 +21,7 @@ from loracli.evaluation.held_out import static_points
 from loracli.evaluation.scores import Scores
 from loracli.fit_record import StartRecord
 from loracli.fitting.mixing import Mixing
-from loracli.fitting.optimise import bfgs
+from loracli.fitting.optimise import Minimum, bfgs
 from loracli.fitting.solved import Solved, Task, left_out, nats_per_token, padded_tokens, tokens_of
 
 EVALUATIONS = 6  # of BFGS where the rung is only a start for the next
@@ -42,44 +42,46 @@ def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) ->
     Raises:
         NonFiniteLoss: if no point is finite.
     """
-    share = budget / len(task.folds)
+    share, before_screen = budget / len(task.folds), task.engine.meter.spent
     points = len(static_points(task.references))
     screens = [
         _subset(fold.fitting, share * SCREEN_SHARE / points if alone else share / (points + 2 * EVALUATIONS), task)
         for fold in task.folds
     ]
     bests = [_screen(task, mixing, screen) for screen in screens]
+    left = share - (task.engine.meter.spent - before_screen) / len(task.folds)
     starts = {SCREENED: [mixing.constant(static_points(task.references)[name]) for name in bests]}
     total = mixing.constant([1.0] * len(task.references))
     if alone and not all(torch.equal(theta, total) for theta in starts[SCREENED]):
         starts[SUM] = [total] * len(task.folds)
     reports: list[StartRecord] = []
-    ends: dict[str, tuple[list[Tensor], Scores | None]] = {}
+    ends: dict[str, tuple[list[Minimum], Scores | None]] = {}
     for name, thetas in starts.items():
         task.engine.meter.stage(f"adapter from {name}", rung="adapter", start=name)
         before = None
         try:
             before = nats_per_token(task.check(mixing, thetas))
-            found = []
+            minima = []
             for fold, screen, theta in zip(task.folds, screens, thetas, strict=True):
                 examples = fold.fitting if alone else screen
-                count = _affordable(task, share * (1 - SCREEN_SHARE) / len(starts), fold.validation, examples)
-                found.append(minimise(task, mixing, theta, examples, count if alone else EVALUATIONS))
-            after = task.check(mixing, found)
+                count = _affordable(task, left / len(starts), fold.validation, examples)
+                minima.append(minimise(task, mixing, theta, examples, count if alone else EVALUATIONS))
+            after = task.check(mixing, [minimum.theta for minimum in minima])
         except NonFiniteLoss as error:
             reports.append(left_out(name, before, error))
             if len(reports) == len(starts) and not ends:
                 raise
             continue
-        ends[name] = (found, after)
+        ends[name] = (minima, after)
         mean = nats_per_token(after)
         reports.append(StartRecord(name, before, mean, mean))
-    chosen = min(ends, key=lambda name: _cost(ends[name][1]))
-    thetas, scores = ends[chosen]
-    return Solved(mixing, tuple(thetas), tuple(starts[chosen]), scores, tuple(reports), chosen, None)
+    chosen = min(ends, key=lambda name: _cost(*ends[name]))
+    minima, scores = ends[chosen]
+    found = tuple(minimum.theta for minimum in minima)
+    return Solved(mixing, found, tuple(starts[chosen]), scores, tuple(reports), chosen, None)
 
 
-def minimise(task: Task, mixing: Mixing, theta: Tensor, examples: Sequence[Example], evaluations: int) -> Tensor:
+def minimise(task: Task, mixing: Mixing, theta: Tensor, examples: Sequence[Example], evaluations: int) -> Minimum:
     """BFGS on the mean loss of the examples.
 
     Raises:
@@ -87,11 +89,12 @@ def minimise(task: Task, mixing: Mixing, theta: Tensor, examples: Sequence[Examp
     """
     batches = plan_batches(examples, batch_tokens=task.settings.batch_tokens)
     evaluate = partial(task.engine.mean_and_gradient, mixing, batches=batches, examples=examples)
-    return bfgs(evaluate, theta, evaluations=evaluations).theta
+    return bfgs(evaluate, theta, evaluations=evaluations)
 
 
-def _cost(scores: Scores | None) -> float:
-    return 0.0 if scores is None else scores.nats_per_token
+def _cost(minima: Sequence[Minimum], scores: Scores | None) -> float:
+    """What chooses between the starts: without validation records, the loss on what was fitted."""
+    return sum(minimum.value for minimum in minima) if scores is None else scores.nats_per_token
 
 
 def _affordable(task: Task, budget: float, validation: Sequence[Example], examples: Sequence[Example]) -> int:

@@ -76,6 +76,7 @@ class _Rung:
         self._path = ridge_path(task, mixing)
         self._steps = [self._plan(fold_index, budget / len(task.folds)) for fold_index in range(len(task.folds))]
         self._best: Solved | None = None
+        self._failure: NonFiniteLoss | None = None
         self._reports: list[StartRecord] = []
 
     def _plan(self, fold_index: int, budget: float) -> _Steps:
@@ -93,29 +94,30 @@ class _Rung:
             descent = self._probe(name)
             if descent is not None:
                 descents[name] = descent
-        chosen = min((r for r in self._reports if r.name in descents), key=lambda report: report.unseen or 0.0).name
-        self._walk(chosen, descents[chosen])
+        if descents:
+            chosen = min((r for r in self._reports if r.name in descents), key=lambda report: report.unseen or 0.0).name
+            self._walk(chosen, descents[chosen])
+        elif self._best is not None:  # no start can be descended from, but one of them has a finite loss
+            self._best = replace(self._best, stopped=str(self._failure))
+        elif self._failure is not None:
+            raise self._failure
         assert self._best is not None
         return replace(self._best, starts=tuple(self._reports))
 
     def _probe(self, name: str) -> list[Descent] | None:
-        """The first steps from a start; None if the loss is not finite there.
-
-        Raises:
-            NonFiniteLoss: if this was the last start, and none was finite.
-        """
+        """The first steps from a start; None if the loss is not finite there."""
         starts, before = self._starts[name], None
         self._stage(name, "probe", None)
         try:
             before = self._task.check(self._mixing, starts)
-            self._offer(name, starts, before, None)
+            if before is not None:
+                self._offer(name, starts, before, None)
             descents = [self._descent(start, steps) for start, steps in zip(starts, self._steps, strict=True)]
             ran = [d.run(s.probe, self._path[0]) for d, s in zip(descents, self._steps, strict=True)]
             after = self._task.check(self._mixing, [descent.theta for descent in descents])
         except NonFiniteLoss as error:
             self._reports.append(left_out(name, nats_per_token(before), error))
-            if len(self._reports) == len(self._starts) and all(r.unseen is None for r in self._reports):
-                raise
+            self._failure = error
             return None
         unseen = _unseen(ran, after)
         self._reports.append(StartRecord(name, nats_per_token(before), nats_per_token(after), unseen))
