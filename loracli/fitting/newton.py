@@ -8,6 +8,7 @@ quadratic model; it is kept if the objective there is lower.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -15,16 +16,45 @@ from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fit_certificate import FitCertificate
-from loracli.fitting.certificate import RECORDS_PER_NUMBER, certify, newton_step
+from loracli.fitting.certificate import RECORDS_PER_NUMBER, can_certify, certify, newton_step
 from loracli.fitting.engine import CERTIFICATE_COST, GRADIENT_COST, Engine
-from loracli.fitting.mixing import DiagonalMixing
+from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.fitting.solved import tokens_of
 
+FEWEST_PASSES = 6.0  # of a budget that has room for a certificate
 WORTH_A_STEP = 1e-5  # nats per token
 
 
-def certificate_cost(training: Sequence[Example], settings: FitSettings) -> int:
+@dataclass(frozen=True)
+class Finish:
+    """How a fit of a mixing ends.
+
+    Args:
+        certificates: how many the budget is to leave room for.
+        instead_of_refit: whether a Newton step between two certificates is the last fit on all records.
+        reserved: tokens of the budget that this takes.
+    """
+
+    certificates: int
+    instead_of_refit: bool
+    reserved: int
+
+
+NO_FINISH = Finish(0, False, 0)
+
+
+def plan_finish(mixing: Mixing, training: Sequence[Example], settings: FitSettings) -> Finish:
+    """One certificate; two with a step between them for `adapter`, whose few numbers any records determine; none where
+    the mixing or the budget has no room for it."""
+    if not can_certify(mixing) or settings.budget < FEWEST_PASSES:
+        return NO_FINISH
+    few = mixing.kind == "adapter" and len(training) >= RECORDS_PER_NUMBER * mixing.numbers
+    certificates = 2 if few else 1
+    return Finish(certificates, few, certificates * _certificate_cost(training, settings))
+
+
+def _certificate_cost(training: Sequence[Example], settings: FitSettings) -> int:
     """What one certificate takes of the budget, in tokens."""
     return CERTIFICATE_COST * sum(b.tokens for b in plan_batches(training, batch_tokens=settings.batch_tokens))
 
@@ -51,7 +81,7 @@ def certified(
     """
     whole = settings.budget * GRADIENT_COST * tokens_of(training)
     batches = plan_batches(training, batch_tokens=settings.batch_tokens)
-    cost = certificate_cost(training, settings)
+    cost = _certificate_cost(training, settings)
     best: FitCertificate | None = None
     trial = theta
     while engine.meter.spent + cost <= whole:

@@ -30,7 +30,7 @@ from loracli.fitting.loss import check_causal, make_objective
 from loracli.fitting.memory import available_memory, memory_errors
 from loracli.fitting.meter import TASK, Meter, StepLog
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
-from loracli.fitting.newton import certificate_cost, certified
+from loracli.fitting.newton import NO_FINISH, certified, plan_finish
 from loracli.fitting.paper import fit_as_published
 from loracli.fitting.placement import Placement
 from loracli.fitting.preflight import MemoryDecision, decide_memory, estimate_memory
@@ -41,8 +41,6 @@ from loracli.fitting.settings import AUTO, FitSettings
 from loracli.fitting.solved import Task, tokens_of
 from loracli.progress import SILENT, WORK, Progress, duration_text
 from loracli.recipe import INLINE_KINDS, Recipe
-
-FEWEST_PASSES = 4.0  # of a budget that has room for a certificate
 
 
 def fit_mixing(
@@ -276,12 +274,11 @@ def _search(
         return fit_as_published(engine, make_diagonal(inputs.layout, "module", softmax=True), training, settings)
     criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
     task = Task(engine, folds, criterion, settings, inputs.references)
-    target = None if settings.mixing == AUTO else make_mixing(attached, inputs.layout, settings.mixing)  # type: ignore[arg-type]
-    certificates = (2 if settings.mixing == "adapter" else 1) if target is not None and can_certify(target) else 0
-    if settings.budget < FEWEST_PASSES:
-        certificates = 0
-    reserved = certificates * certificate_cost(training, settings)
-    return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training, reserved=reserved)
+    finish = NO_FINISH  # which rung `auto` ends on is not known, and so is what it leaves of the budget
+    if settings.mixing != AUTO:
+        target = make_mixing(attached, inputs.layout, settings.mixing)  # type: ignore[arg-type]
+        finish = plan_finish(target, training, settings)
+    return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training, finish)
 
 
 def _certified(

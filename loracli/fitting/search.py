@@ -24,6 +24,7 @@ from loracli.fitting.adapter_weights import solve_adapters
 from loracli.fitting.criterion import Gain, gain
 from loracli.fitting.descent import Descent, plan_steps
 from loracli.fitting.mixing import Mixing
+from loracli.fitting.newton import Finish
 from loracli.fitting.optimise import WARM_UP, AdamW
 from loracli.fitting.rung import rate_for, solve_rung
 from loracli.fitting.settings import AUTO
@@ -43,8 +44,8 @@ LADDERS: dict[str, dict[MixingKind, float]] = {
 SUM = "sum"
 LEAST_GAIN = 0.005  # nats per token, that `auto` climbs for
 SAME_START = 0.05  # starts closer than this are one
-REFIT_SHARE = 0.2  # of the budget
-REFIT_RATE = 0.3  # of the rate of the search, whose solution is near already
+REFIT_SHARE = 0.4  # of the budget
+REFIT_RATE = 0.6  # of the rate of the search, whose solution is near already
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Found:
 
 
 def search(
-    task: Task, make_mixing: Callable[[MixingKind], Mixing], training: Sequence[Example], *, reserved: float = 0.0
+    task: Task, make_mixing: Callable[[MixingKind], Mixing], training: Sequence[Example], finish: Finish
 ) -> Found:
     """Finds a mixing within the budget of `settings.passes`.
 
@@ -79,12 +80,12 @@ def search(
         task: what is fitted.
         make_mixing: a rung by its kind.
         training: all records of the folds.
-        reserved: tokens of the budget that are left for what comes after.
+        finish: what comes after, which takes its part of the budget, and may stand for the last fit.
     Raises:
         NonFiniteLoss: if no start is finite.
     """
-    whole = task.settings.budget * 2 * tokens_of(training) - reserved
-    refitting = task.validated and task.settings.mixing != "adapter"  # which has too few numbers to gain by it
+    whole = task.settings.budget * 2 * tokens_of(training) - finish.reserved
+    refitting = task.validated and not finish.instead_of_refit and task.settings.mixing != "adapter"
     solved, rungs = _climb(task, make_mixing, whole * (1 - REFIT_SHARE * refitting))
     winner = solved[-1]
     found = Found(

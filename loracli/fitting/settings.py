@@ -27,7 +27,8 @@ class FitSettings:
             the number of folds.
         cv: K folds to choose among starts, ridges and rungs, in place of a fifth of the training records.
         ridge: strength of lambda / 2 |w - w_start|^2 beside nats per token; None walks a path down to none and chooses.
-        learning_rate: peak rate; None is clip(8 / steps, 0.01, 0.1), at most 0.02 for `core` and 0.01 for `factors`; 1e-4 with `paper`.
+        learning_rate: peak rate; None is clip(8 / steps, 0.01, 0.1), at most 0.02 for `core` and 0.01 for `factors`;
+            1e-4 with `paper`.
         seed: of the split, the order of batches and the paper's random start.
         format: the shape of all records; None to see it from each file.
         allow_truncation: go on although more than a tenth of a file's records have nothing scored within `max_length`.
