@@ -24,7 +24,7 @@ from loracli.fitting.adapter_weights import solve_adapters
 from loracli.fitting.criterion import Gain, gain
 from loracli.fitting.descent import Descent, plan_steps
 from loracli.fitting.mixing import Mixing
-from loracli.fitting.newton import Finish
+from loracli.fitting.newton import NO_FINISH, Finish
 from loracli.fitting.optimise import WARM_UP, AdamW
 from loracli.fitting.rung import rate_for, solve_rung
 from loracli.fitting.settings import AUTO
@@ -72,7 +72,7 @@ class Found:
 
 
 def search(
-    task: Task, make_mixing: Callable[[MixingKind], Mixing], training: Sequence[Example], finish: Finish
+    task: Task, make_mixing: Callable[[MixingKind], Mixing], training: Sequence[Example], finish: Finish = NO_FINISH
 ) -> Found:
     """Finds a mixing within the budget of `settings.passes`.
 

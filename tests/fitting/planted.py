@@ -20,7 +20,6 @@ from loracli.fitting.folds import Fold
 from loracli.fitting.loss import make_objective
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import make_diagonal, make_layout, make_mixing
-from loracli.fitting.newton import NO_FINISH
 from loracli.fitting.search import Found, search
 from loracli.fitting.settings import FitSettings
 from loracli.fitting.solved import Task
@@ -69,7 +68,7 @@ def run_search(
     criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
     layout = make_layout(adapters)
     task = Task(engine, (fold,), criterion, settings, REFERENCES)
-    found = search(task, lambda kind: make_mixing(attached, layout, kind), examples, NO_FINISH)
+    found = search(task, lambda kind: make_mixing(attached, layout, kind), examples)
     return found, engine.meter.spent / (2 * sum(len(e.input_ids) for e in examples))
 
 

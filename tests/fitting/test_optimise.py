@@ -68,6 +68,6 @@ def test_adamw_is_torchs_under_its_schedule() -> None:
         torch.testing.assert_close(ours.theta, theta.detach(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("steps", "rate"), [(10, 0.1), (80, 0.05), (10_000, 0.01)])
-def test_the_peak_rate_is_clipped_four_over_steps(steps: int, rate: float) -> None:
+@pytest.mark.parametrize(("steps", "rate"), [(10, 0.1), (160, 0.05), (10_000, 0.01)])
+def test_the_peak_rate_is_clipped_eight_over_steps(steps: int, rate: float) -> None:
     assert peak_rate(steps) == rate
