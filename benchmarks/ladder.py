@@ -117,7 +117,7 @@ def climbed(task: Task, make, some: Sequence[Example], held_out: Sequence[Exampl
         said = "" if compared is None else f", validation gain {compared.mean:.4f} +- {compared.standard_error:.4f}"
         print(
             f"- {len(some)} records, {kind}: {last.mixing.numbers} numbers, from {last.chosen}, ridge {last.ridge}, "
-            f"{passes:.1f} passes{said}, {time.monotonic() - started:.0f} s",
+            f"{passes:.1f} passes{said}; held out {found[kind].nats_per_token:.4f}; {time.monotonic() - started:.0f} s",
             flush=True,
         )
     return {f"**{kind}** (auto)" if kind == chosen else kind: scores for kind, scores in found.items()}

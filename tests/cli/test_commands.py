@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import read_adapter
+from loracli.errors import NonFiniteLoss
+from loracli.fitting.engine import Engine
 from loracli.recipe import load_recipe, weights_by_leaf
 from tests.cli.project import FIT, run, tree
 
@@ -86,6 +88,48 @@ def test_a_dry_run_counts_what_a_fit_would_use_and_writes_nothing(here: Path) ->
     assert plan["numbers"] == len(modules["know"]) + len(modules["form"])
     assert document(*FIT, "--dry-run", "--mixing", "adapter")["plan"]["numbers"] == 2
     assert tree(here) == before
+
+
+def test_auto_says_which_rung_won_and_why_and_logs_its_steps(here: Path) -> None:
+    """In the terminal, in the document, in the recipe, and with a line for each step."""
+    shown = run(*FIT, "--mixing", "auto", "-o", "auto.json", "--log", "steps.jsonl")
+    recipe = load_recipe("auto.json")
+    document = json.loads(run(*FIT, "--mixing", "auto", "-o", "auto.json", "--force", "--json").stdout)
+    assert document["mixing"] == recipe.mixing.kind
+    assert [rung["why"] for rung in document["rungs"]] == [rung.why for rung in recipe.fit.rungs]
+    assert [rung["kind"] for rung in document["rungs"] if rung["won"]] == [recipe.mixing.kind]
+    for rung in recipe.fit.rungs[1:]:
+        assert (
+            f"{rung.kind}: {rung.why}" in shown.stdout and f"{rung.kind}: {rung.why}" in run("show", "auto.json").stdout
+        )
+    steps = [json.loads(line) for line in Path("steps.jsonl").read_text().splitlines()]
+    assert [step["number"] for step in steps] == list(range(1, len(steps) + 1))
+    assert {step["rung"] for step in steps} == {rung.kind for rung in recipe.fit.rungs[1:]}
+    assert all(step["loss"] > 0 and step["rate"] > 0 and step["spent_tokens"] > 0 for step in steps)
+    assert run(*FIT, "-o", "other.json", "--log", "steps.jsonl").exit_code == 2
+    assert run(*FIT, "--dry-run", "--json", "--mixing", "auto").exit_code == 0
+
+
+def test_a_loss_that_is_not_finite_leaves_the_best_weights_and_names_the_records(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total, calls = Engine.total, []
+
+    def breaks(self: Engine, *arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) > 40:
+            raise NonFiniteLoss("the loss is not finite on the records at calibration.jsonl:3")
+        return total(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Engine, "total", breaks)
+    result = run(*FIT, "-o", "new.json")
+    assert result.exit_code == 1
+    assert "error: the fit stopped early: the loss is not finite on the records at calibration.jsonl:3" in result.stderr
+    recipe = load_recipe("new.json")
+    assert recipe.fit.stopped is not None and "calibration.jsonl:3" in recipe.fit.stopped
+    assert recipe.held_out.row("fit").nats_per_token < recipe.held_out.row("base").nats_per_token
+    assert run("export", "new.json").exit_code == 0
+    assert not Path("new.json.state").exists()
 
 
 def test_the_table_of_a_fit_is_the_one_in_its_recipe(here: Path) -> None:

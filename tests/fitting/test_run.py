@@ -18,7 +18,7 @@ from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.progress import Silent
-from loracli.recipe import load_recipe
+from loracli.recipe import MIXING_KINDS, load_recipe
 from tests.tiny import BASE_ID, make_adapter, make_base, random_records, write_jsonl
 
 QUICK = FitSettings(passes=3)
@@ -69,14 +69,21 @@ def test_the_recipe_tells_what_was_fitted_and_scores_every_method_on_the_held_ou
     assert str(tmp_path) not in (tmp_path / "recipe.json").read_text()
 
 
+@pytest.mark.parametrize("kind", MIXING_KINDS)
 def test_the_held_out_loss_of_the_fit_is_that_of_the_exported_adapter_in_peft(
-    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], kind: str
 ) -> None:
+    """Of every rung, through the recipe as it is on disk; seven records are fitted on without a choice."""
     from peft import PeftModel
 
     held = write_jsonl(tmp_path / "test.jsonl", random_records(25, seed=9))
-    recipe = fit_mixing(references(two_adapters), data, eval_data=held, base=str(tiny_base), settings=QUICK)
-    export_adapter(recipe, tmp_path / "out")
+    few, settings = write_jsonl(tmp_path / "few.jsonl", random_records(7)), FitSettings(mixing=kind, passes=4)
+    recipe = fit_mixing(
+        references(two_adapters), few, eval_data=held, base=str(tiny_base), settings=settings, folder=tmp_path
+    )
+    assert recipe.mixing.kind == kind and (recipe.fit.largest_move > 0 or kind == "adapter")
+    recipe.save(tmp_path / "recipe.json")
+    export_adapter(tmp_path / "recipe.json", tmp_path / "out")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "out").eval()
     nats, tokens = 0.0, 0
     for line in held.read_text().splitlines():
