@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RECORDS_PER_NUMBER = 4  # below, sampling makes standard errors too large by more than a half
+
 
 @dataclass(frozen=True)
 class FitCertificate:
@@ -38,3 +40,8 @@ class FitCertificate:
     effective_numbers: float
     standard_errors: dict[str, tuple[float | None, ...]]
     extrapolated: dict[str, tuple[int, ...]]
+
+    @property
+    def certain(self) -> bool:
+        """Whether there are records enough to say more than an upper bound."""
+        return self.records >= RECORDS_PER_NUMBER * self.effective_numbers

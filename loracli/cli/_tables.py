@@ -57,7 +57,8 @@ def certificate_lines(out: Output, recipe: Recipe, certificate: FitCertificate) 
     """Where the weights stand: what is still to gain, how many the records determine, and which are far out."""
     labels = list(recipe.labels().values())
     out.line(
-        f"a Newton step would gain {certificate.decrement:.1e} nats per token; gradient {certificate.gradient_norm:.1e}"
+        f"a Newton step would gain {'' if certificate.certain else 'at most '}{certificate.decrement:.1e} nats per token; "
+        f"gradient {certificate.gradient_norm:.1e}"
     )
     out.line(f"the records determine {certificate.effective_numbers:.1f} of the {recipe.mixing.numbers} numbers")
     far = [f"{group} of {labels[i]}" for group, places in certificate.extrapolated.items() for i in places]

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loracli.fit_certificate import FitCertificate
+from loracli.fit_certificate import RECORDS_PER_NUMBER, FitCertificate
 from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.record_gradients import RecordGradients
 from loracli.recipe import INLINE_KINDS
@@ -40,7 +40,6 @@ MOST_NUMBERS = 2000  # G is P x P, and a row for each record is 2 P
 EXTRAPOLATED = 2.0  # an adapter was trained to act at 1
 NO_CURVATURE = 1e-10  # of the largest eigenvalue of G: what rounding leaves of float32 gradients of equal directions
 UNDETERMINED = 1e-6  # share of a weight that lies in directions without curvature
-RECORDS_PER_NUMBER = 4  # below, sampling makes standard errors too large by more than a half
 
 
 def can_certify(mixing: Mixing) -> bool:

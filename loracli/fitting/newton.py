@@ -15,8 +15,8 @@ from torch import Tensor
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fit_certificate import FitCertificate
-from loracli.fitting.certificate import RECORDS_PER_NUMBER, can_certify, certify, newton_step
+from loracli.fit_certificate import RECORDS_PER_NUMBER, FitCertificate
+from loracli.fitting.certificate import can_certify, certify, newton_step
 from loracli.fitting.engine import CERTIFICATE_COST, GRADIENT_COST, Engine
 from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.settings import FitSettings
@@ -94,8 +94,7 @@ def certified(
         if best is not None and found.loss >= best.loss:
             break
         theta, best = trial, found
-        determined = found.records >= RECORDS_PER_NUMBER * found.effective_numbers
-        if not determined or found.decrement < WORTH_A_STEP:
+        if not found.certain or found.decrement < WORTH_A_STEP:
             break
         trial = theta + newton_step(theta, anchor, records, ridge=ridge)
     return theta, best
