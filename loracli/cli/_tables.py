@@ -56,8 +56,9 @@ def search_lines(out: Output, recipe: Recipe) -> None:
 def certificate_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> None:
     """Where the weights stand: what is still to gain, how many the records determine, and which are far out."""
     labels = list(recipe.labels().values())
+    bound = "" if certificate.certain else "at most "
     out.line(
-        f"a Newton step would gain {'' if certificate.certain else 'at most '}{certificate.decrement:.1e} nats per token; "
+        f"a Newton step would gain {bound}{certificate.decrement:.1e} nats per token; "
         f"gradient {certificate.gradient_norm:.1e}"
     )
     out.line(f"the records determine {certificate.effective_numbers:.1f} of the {recipe.mixing.numbers} numbers")
