@@ -119,7 +119,7 @@ class _Rung:
             self._reports.append(left_out(name, nats_per_token(before), error))
             self._failure = error
             return None
-        unseen = _unseen(ran, after)
+        unseen = _unseen(ran, after) if self._task.chooses_by_loss or after is None else after.nats_per_token
         self._reports.append(StartRecord(name, nats_per_token(before), nats_per_token(after), unseen))
         return descents
 

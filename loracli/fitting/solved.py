@@ -30,6 +30,8 @@ class Task:
         criterion: that chooses.
         settings: of the fit.
         references: of the adapters.
+        chooses_by_loss: whether the criterion is the loss, so that batches scored before the step on them can be pooled
+            with it.
     """
 
     engine: Engine
@@ -37,6 +39,7 @@ class Task:
     criterion: Criterion
     settings: FitSettings
     references: tuple[str, ...]
+    chooses_by_loss: bool = True
 
     @property
     def validated(self) -> bool:

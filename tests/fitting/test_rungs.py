@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -570,3 +570,13 @@ def test_the_solutions_of_the_folds_are_averaged_before_the_last_fit() -> None:
     solved = solve_adapters(task_of(engine, folds, settings), rung("adapter"), budget, alone=True)
     assert torch.equal(found.theta, torch.stack(solved.thetas).mean(dim=0))
     assert len({tuple(theta.tolist()) for theta in solved.thetas}) == FOLDS
+
+
+@pytest.mark.parametrize("by_loss", [True, False])
+def test_another_criterion_is_not_mixed_with_losses(by_loss: bool) -> None:
+    """A criterion in units of its own chooses between the starts by itself; the loss is pooled with unseen batches."""
+    examples = some_examples()
+    task = replace(one_task(engine_of(LeastSquares(TRUTH)), examples, FitSettings()), chooses_by_loss=by_loss)
+    rungs = search(task, rung, examples).rungs
+    alike = [start.unseen == start.after for start in rungs[1].starts]
+    assert alike == [not by_loss] * len(alike) and alike
