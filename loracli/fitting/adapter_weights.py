@@ -24,7 +24,7 @@ from loracli.fitting.mixing import Mixing
 from loracli.fitting.optimise import Minimum, bfgs
 from loracli.fitting.solved import Solved, Task, left_out, nats_per_token, padded_tokens, tokens_of
 
-EVALUATIONS = 6  # of BFGS where the rung is only a start for the next
+EVALUATIONS = 4  # of BFGS where the rung is only a start for the next
 SUBSET_RECORDS = 256
 SCREEN_SHARE = 0.1  # of the budget, where the rung is the one asked for
 SCREENED = "screened"

@@ -36,10 +36,10 @@ LADDERS: dict[str, dict[MixingKind, float]] = {
     "adapter": {"adapter": 1.0},
     "layer": {"adapter": 0.2, "layer": 0.8},
     "module": {"adapter": 0.2, "module": 0.8},
-    "rank": {"adapter": 0.1, "module": 0.4, "rank": 0.5},
-    "core": {"adapter": 0.1, "module": 0.4, "core": 0.5},
-    "factors": {"adapter": 0.1, "module": 0.4, "factors": 0.5},
-    "auto": {"adapter": 0.1, "module": 0.3, "core": 0.3, "factors": 0.3},
+    "rank": {"adapter": 0.2, "module": 0.35, "rank": 0.45},
+    "core": {"adapter": 0.2, "module": 0.35, "core": 0.45},
+    "factors": {"adapter": 0.2, "module": 0.35, "factors": 0.45},
+    "auto": {"adapter": 0.15, "module": 0.3, "core": 0.3, "factors": 0.25},
 }
 SUM = "sum"
 LEAST_GAIN = 0.005  # nats per token, that `auto` climbs for
