@@ -11,9 +11,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/loracat demo
 
-# Lint, types and tests, as continuous integration runs them.
+# Lint, types and tests, as continuous integration runs them. One thread: the models are tiny, and several are slower.
 test: $(READY) lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 check: lint types
 
