@@ -1,0 +1,1 @@
+"""Ways to compose, one in each file."""

@@ -1,0 +1,71 @@
+"""What a way to compose is: a function of the updates of a module, or weights, or a search for weights.
+
+Every method acts on the updates dW_i = s_i B_i A_i, never on A and B apart (but for the one that reproduces a peer
+that does), so that one adapter alone comes back as itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from loracli.algebra.factors import Factors
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What a user may set.
+
+    Args:
+        density: share of the entries that are kept, in (0, 1]; None is the method's own default.
+        scale: the merged update is multiplied by it.
+        seed: of what is drawn.
+        rank: of the result of a method whose own has full rank; None is the sum of the ranks of the updates.
+    """
+
+    density: float | None = None
+    scale: float = 1.0
+    seed: int = 0
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One module's composition.
+
+    Args:
+        factors: scaling 1, float64.
+        kept_energy: share of |dW|_F^2 of the method's own result that `factors` keep; 1 where they are exact.
+    """
+
+    factors: Factors
+    kept_energy: float = 1.0
+
+
+# Nats per token on calibration records at one weight for each adapter, the same in every module.
+Loss = Callable[[Sequence[float]], float]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compose N adapters. Exactly one of `weights`, `merge` and `search` is set.
+
+    Args:
+        name: as users type it.
+        summary: a line for tables and help.
+        weights: of N: one weight for each adapter, the same in every module.
+        merge: of the updates of one module, None for an adapter that does not have it, and the options.
+        search: of a loss, N and the options: weights as of `weights`, found with calibration records.
+        takes: names of the options that it takes besides `rank`.
+        full_rank: whether its own result has full rank, so that `merge` gives the best approximation of a rank.
+        extra: the optional dependency that it needs, as `loracat[extra]`.
+    """
+
+    name: str
+    summary: str
+    weights: Callable[[int], tuple[float, ...]] | None = None
+    merge: Callable[[Sequence[Factors | None], MethodOptions], Merged] | None = None
+    search: Callable[[Loss, int, MethodOptions], tuple[float, ...]] | None = None
+    takes: frozenset[str] = frozenset()
+    full_rank: bool = False
+    extra: str | None = None

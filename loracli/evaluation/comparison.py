@@ -1,0 +1,159 @@
+"""What a comparison of ways to compose says: the document behind the table, `--json` and the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from loracli.recipe import HeldOutTask
+
+RowKind = Literal["base", "ingredient", "method", "fit", "control"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference in nats per scored token, below zero where the row is better.
+
+    Args:
+        mean: sum of the differences over the sum of the tokens.
+        interval: its 95 % bootstrap interval over records, low and high.
+    """
+
+    mean: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class MetricScore:
+    """A row's answers by the task metric, higher is better.
+
+    Args:
+        mean: over records.
+        difference: of the mean to the best ingredient's by this metric.
+        interval: of the difference, 95 %.
+        p_value: that the two are equally good: McNemar's exact test where every answer is right or wrong, None
+            otherwise.
+    """
+
+    mean: float
+    difference: float
+    interval: tuple[float, float]
+    p_value: float | None
+
+
+@dataclass(frozen=True)
+class GuardScore:
+    """What a row does to the records that must not get worse.
+
+    Args:
+        nats_per_token: on them.
+        difference: to the base model.
+        safe: whether the whole interval lies below the margin, so that it is shown not to be worse.
+    """
+
+    nats_per_token: float
+    difference: Difference
+    safe: bool
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One way to compose.
+
+    Args:
+        name: `base`, an adapter's reference, the name of a method, `fit`, or a control.
+        kind: which of these.
+        nats_per_token: total nats over total scored tokens.
+        perplexity: exp of it.
+        difference: to the best ingredient; `interval` is its 95 % bootstrap interval.
+        interval: of `difference`.
+        against_uniform: the difference to `uniform`; None with one adapter.
+        worse_records: share of the records on which it costs more than the best ingredient.
+        rank: of the one adapter it would be exported as; None of the base model.
+        kept_energy: share of |dW|^2 that this rank keeps, over all modules; None where nothing is lost.
+        note: what a reader has to know of it, or nothing.
+        weights: one for each adapter where it is the same in every module, None otherwise.
+        metric: by the task metric, None without one.
+        guard: on the guard records, None without any.
+    """
+
+    name: str
+    kind: RowKind
+    nats_per_token: float
+    perplexity: float
+    difference: float
+    interval: tuple[float, float]
+    against_uniform: Difference | None
+    worse_records: float
+    rank: int | None
+    kept_energy: float | None
+    note: str
+    weights: tuple[float, ...] | None
+    metric: MetricScore | None
+    guard: GuardScore | None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A method that cannot be compared here, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """Whether one way is the best of all, with the number of comparisons taken into account.
+
+    Args:
+        name: of the row with the lowest loss.
+        rivals: each other row's p-value that it is as good, one-sided and corrected by Holm for their number.
+        clear: whether every one is below 0.05.
+    """
+
+    name: str
+    rivals: dict[str, float]
+    clear: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ways to compose on the same records.
+
+    Args:
+        data: names of the files.
+        base: of the base model.
+        adapters: their references.
+        records: how many.
+        scored_tokens: in them.
+        best_ingredient: the adapter with the lowest loss on them.
+        rows: base, ingredients, methods, fit, controls.
+        skipped: methods that were left out of `all`.
+        tasks: one for each task that the records name.
+        best: whether the best row is so beyond chance.
+        detectable: nats per token: a difference to the best ingredient of this size would be found with a probability
+            of 80 %, at a level of 5 % on two sides, with this many records.
+        metric: name of the task metric, None without one.
+        guard: names of the guard files, None without any.
+        margin: nats per token that `guard` allows.
+        repeated_records: how many of the records stand in the calibration data, as far as that is known.
+    """
+
+    data: str
+    base: str
+    adapters: tuple[str, ...]
+    records: int
+    scored_tokens: int
+    best_ingredient: str
+    rows: tuple[ComparisonRow, ...]
+    skipped: tuple[Skipped, ...]
+    tasks: tuple[HeldOutTask, ...]
+    best: BestOf
+    detectable: float
+    metric: str | None
+    guard: str | None
+    margin: float
+    repeated_records: int
+
+    def row(self, name: str) -> ComparisonRow:
+        return next(row for row in self.rows if row.name == name)
