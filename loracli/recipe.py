@@ -24,6 +24,7 @@ from loracli.strict_json import StrictJsonError, parse_json
 
 SCHEMA = 2
 MAX_RECIPE_BYTES = 64 << 20
+FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million records agree by chance once in 500
 
 ModuleKind = Literal["linear", "conv1d", "embedding", "other"]
 MixingKind = Literal["adapter", "layer", "module", "rank", "core", "factors"]
@@ -102,6 +103,8 @@ class RecipeData:
         dropped: records of the file that have nothing scored within the longest length.
         cut: records of the file that were cut at the longest length, the dropped ones included.
         template_sha256: of the chat template that rendered it, None where none did.
+        record_sha256: the first 12 digits of the sha256 of each training record's content, end to end, so that a later
+            comparison can tell a record that was fitted on.
     """
 
     name: str
@@ -115,6 +118,11 @@ class RecipeData:
     dropped: int
     cut: int
     template_sha256: str | None
+    record_sha256: str
+
+    def fingerprints(self) -> set[str]:
+        """What `record_sha256` holds."""
+        return {self.record_sha256[i : i + FINGERPRINT] for i in range(0, len(self.record_sha256), FINGERPRINT)}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from loracli.calibration.sources import DataPaths, DataSource, parse_sources
 from loracli.calibration.split import MIN_HELD_OUT, split_files
 from loracli.errors import CalibrationError, UsageError
 from loracli.progress import SILENT, Progress
-from loracli.recipe import RecipeData
+from loracli.recipe import FINGERPRINT, RecipeData
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,8 @@ def _some(file: RenderedFile, places: set[str], *, inside: bool) -> tuple[Exampl
 
 def _account(rendered: RenderedFile, training: Sequence[Example]) -> RecipeData:
     file = rendered.file
+    places = {example.place for example in training}
+    kept = [record.fingerprint[:FINGERPRINT] for record in file.records if record.place in places]
     return RecipeData(
         name=file.source.name,
         sha256=file.sha256,
@@ -187,4 +189,5 @@ def _account(rendered: RenderedFile, training: Sequence[Example]) -> RecipeData:
         dropped=rendered.dropped,
         cut=rendered.cut,
         template_sha256=rendered.template_sha256,
+        record_sha256="".join(kept),
     )

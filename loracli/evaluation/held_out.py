@@ -67,12 +67,12 @@ def held_out_table(
         scored_tokens=sum(example.scored_tokens for example in examples),
         best_ingredient=best,
         rows=tuple(rows),
-        tasks=_tasks(scores, examples),
+        tasks=task_losses(scores, examples),
         verdict="too few records" if records < MIN_HELD_OUT else "better" if fitted.interval[1] < 0 else "not better",
     )
 
 
-def _tasks(scores: Mapping[str, Scores], examples: Sequence[Example]) -> tuple[HeldOutTask, ...]:
+def task_losses(scores: Mapping[str, Scores], examples: Sequence[Example]) -> tuple[HeldOutTask, ...]:
     """Each task that some records name, in the order of their names, with every method's loss on its records."""
     tasks = []
     for task in sorted({example.task for example in examples if example.task is not None}):

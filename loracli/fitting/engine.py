@@ -23,7 +23,7 @@ from loracli.fitting.journal import Entry, Journal
 from loracli.fitting.loss import Objective
 from loracli.fitting.memory import ran_out_of_memory
 from loracli.fitting.meter import Meter
-from loracli.fitting.mixing import DiagonalMixing, Mixing
+from loracli.fitting.mixing import Applied, DiagonalMixing, Mixing
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.record_gradients import RecordGradients, from_rows, record_gradients
 from loracli.progress import SILENT, Progress
@@ -74,7 +74,7 @@ class Engine:
 
     # Whole operations, remembered.
 
-    def score(self, mixing: Mixing, theta: Tensor, batches: Sequence[Batch], examples: Sequence[Example]) -> Scores:
+    def score(self, mixing: Applied, theta: Tensor, batches: Sequence[Batch], examples: Sequence[Example]) -> Scores:
         """Nats of each example at theta; the batches hold them all.
 
         Raises:

@@ -20,12 +20,14 @@ class Meter:
         progress: told of every micro-batch.
         log: takes one JSON object for each step, None for none.
         tokens: of a pass over the training records, 0 if passes are not to be said.
+        task: of the progress.
     """
 
-    def __init__(self, progress: Progress, log: StepLog | None = None, *, tokens: int = 0) -> None:
+    def __init__(self, progress: Progress, log: StepLog | None = None, *, tokens: int = 0, task: str = TASK) -> None:
         self.spent = 0
         self.validation: float | None = None  # nats per token, the last measured
         self._progress = progress
+        self._task = task
         self._log = log
         self._a_pass = 2 * tokens
         self._stage = _Stage("", {})
@@ -49,11 +51,11 @@ class Meter:
         if self.validation is not None:
             parts.append(f"validation {self.validation:.3f}")
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        self._progress.advance(TASK, cost * tokens, ", ".join([*parts, f"{rate:.0f} tok/s"]))
+        self._progress.advance(self._task, cost * tokens, ", ".join([*parts, f"{rate:.0f} tok/s"]))
 
     def restore(self, spent: int, logged: int) -> None:
         """Goes to where an interrupted fit was: what it had spent, and how many lines its log had."""
-        self._progress.advance(TASK, spent - self.spent)
+        self._progress.advance(self._task, spent - self.spent)
         self.spent = spent
         if self._log is not None:
             self._log.lines = logged

@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +63,23 @@ def make_layout(adapters: Sequence[LoraAdapter]) -> Layout:
     modules = tuple(sorted({name for adapter in adapters for name in adapter.modules}))
     ranks = tuple(tuple(a.modules[name].factors.rank if name in a.modules else 0 for a in adapters) for name in modules)
     return Layout(modules, ranks)
+
+
+class Applied(Protocol):
+    """What can be set on an attached model."""
+
+    def apply(self, attached: AttachedModel, theta: Tensor) -> None:
+        """Sets the attached model to theta (P,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class FixedFactors:
+    """L pairs of lora_A (r, in) and lora_B (out, r), scaling 1, in place of the adapters' own; theta is not read."""
+
+    factors: tuple[tuple[Tensor, Tensor], ...]
+
+    def apply(self, attached: AttachedModel, theta: Tensor) -> None:
+        attached.set_factors(self.factors)
 
 
 class Mixing(ABC):

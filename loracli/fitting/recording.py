@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import transformers
 
@@ -73,7 +75,7 @@ def make_recipe(
         ),
         data=data,
         fit=record,
-        mixing=_recipe_mixing(inputs, found),
+        mixing=recipe_mixing(inputs.adapters, inputs.layout.modules, found),
         modules=base_modules(base.model, inputs.adapters),
         dtype=dtype_name(base.dtype),
         held_out=table,
@@ -94,21 +96,20 @@ def _largest_move(found: Found) -> float:
     return float((found.theta - found.anchor).abs().max())
 
 
-def _recipe_mixing(inputs: FitInputs, found: Found) -> RecipeMixing:
+def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found: Found) -> RecipeMixing:
     """The mixing as the files' factors take it: what was fitted in the canonical gauge is brought back from there."""
     mixing = found.mixing
     if isinstance(mixing, DiagonalMixing) and mixing.kind != "rank":
         return RecipeMixing(mixing.kind, mixing.by_group(mixing.weights(found.theta)), mixing.numbers)
-    modules = inputs.layout.modules
     tensors: dict[str, torch.Tensor] = {}
     if isinstance(mixing, FactorMixing):
         for module, (lora_A, lora_B) in zip(modules, mixing.factors(found.theta), strict=True):
             tensors |= {f"{module}.lora_A": lora_A, f"{module}.lora_B": lora_B}
     else:
         for module, matrix in zip(modules, mixing.matrices(found.theta), strict=True):
-            updates = [adapter.modules[module].factors for adapter in inputs.adapters if module in adapter.modules]
+            updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
             tensors[f"{module}.mixing"] = mixing_in_file_gauge(canonical_stack(updates), matrix)
-    return tensor_mixing(mixing.kind, tensors, inputs.adapters, numbers=mixing.numbers)
+    return tensor_mixing(mixing.kind, tensors, adapters, numbers=mixing.numbers)
 
 
 def _recipe_adapter(adapter: LoraAdapter, reference: str) -> RecipeAdapter:

@@ -161,7 +161,7 @@ def _run(
     settings = inputs.settings
     check_fits(base, inputs.adapters)
     examples = render_inputs(inputs, base.tokenizer, max_length=_max_length(base, settings), progress=progress)
-    folds = _folds(inputs, examples.training)
+    folds = divide_training(inputs, examples.training)
     held_batches = plan_batches(examples.held_out, batch_tokens=settings.batch_tokens)
     check_causal(base.model, base.reference.id, held_batches[0])
     canonical = settings.mixing not in INLINE_KINDS
@@ -173,7 +173,7 @@ def _run(
         _announce(engine, inputs, base, examples, folds, work, progress)
         progress.begin(TASK, work, WORK)
         try:
-            found = _search(engine, attached, inputs, folds, examples.training)
+            found = find_mixing(engine, attached, inputs, folds, examples.training)
             found, certificate = _certified(engine, found, examples.training, settings)
             passes = engine.meter.spent / (2 * tokens_of(examples.training))
             training_loss = _training_loss(engine, found, examples.training, settings)
@@ -202,7 +202,7 @@ def _run(
     )
 
 
-def _folds(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
+def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
     """How the training records are divided to choose; not at all with `--paper`.
 
     Raises:
@@ -262,13 +262,22 @@ def _announce(
     )
 
 
-def _search(
+def find_mixing(
     engine: Engine,
     attached: AttachedModel,
     inputs: FitInputs,
     folds: tuple[Fold, ...],
     training: Sequence[Example],
 ) -> Found:
+    """The search of `inputs.settings` on an attached model.
+
+    Args:
+        engine: of the attached model.
+        attached: in the canonical gauge if the rung needs it.
+        inputs: of the fit.
+        folds: from `divide_training`.
+        training: all records of the folds.
+    """
     settings = inputs.settings
     if settings.paper:
         return fit_as_published(engine, make_diagonal(inputs.layout, "module", softmax=True), training, settings)

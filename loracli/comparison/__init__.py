@@ -1,0 +1,1 @@
+"""Ways to compose the same adapters, measured on the same records."""

@@ -1,0 +1,223 @@
+"""A comparison: what has to be fitted is fitted, then every way to compose is set on one attached model in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from loracli.adapters.adapter import LoraAdapter
+from loracli.calibration.adapter_tokenizer import tokenizer_differences
+from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import render_dataset
+from loracli.calibration.records import CalibrationFile, Record
+from loracli.calibration.render import Example, render_file
+from loracli.comparison.candidates import Candidate, candidates, datamix_candidate
+from loracli.comparison.composition import Composition
+from loracli.comparison.fitted import TASK, Calibration
+from loracli.comparison.inputs import CompareInputs
+from loracli.comparison.table import INGREDIENT, Evaluated, Names, comparison_of
+from loracli.errors import NonFiniteLoss
+from loracli.evaluation.comparison import Comparison, Skipped
+from loracli.fitting.attach import attach
+from loracli.fitting.base import BaseModel, check_fits, load_base
+from loracli.fitting.engine import Engine
+from loracli.fitting.loss import check_causal, make_objective
+from loracli.fitting.memory import memory_errors
+from loracli.fitting.meter import Meter
+from loracli.fitting.mixing import Layout, make_diagonal, make_layout
+from loracli.fitting.placement import Placement
+from loracli.fitting.recording import dtype_name
+from loracli.progress import SILENT, WORK, Progress, duration_text
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A task metric.
+
+    Args:
+        name: of it.
+        scorer: of the base's tokenizer and the test records: gives what a model, with whatever is attached to it,
+            scores on each of them, (n,), higher is better.
+    """
+
+    name: str
+    scorer: Callable[[Any, Sequence[Record]], Callable[[Any], Tensor]]
+
+
+def run_comparison(
+    inputs: CompareInputs,
+    *,
+    placement: Placement = Placement(),  # noqa: B008  # frozen
+    metric: Metric | None = None,
+    progress: Progress = SILENT,
+) -> Comparison:
+    """Loads the base model and compares.
+
+    Args:
+        inputs: from `prepare_comparison`.
+        placement: where and how the base model runs.
+        metric: of the answers; None to compare losses alone.
+        progress: told what happens.
+    Raises:
+        UsageError: if a method that was asked for by name cannot honour the adapters.
+        NonFiniteLoss: if no ingredient has a finite loss.
+    """
+    with memory_errors():
+        base = load_base(
+            inputs.base,
+            dtype=placement.dtype,
+            device=placement.device,
+            device_map=placement.device_map,
+            progress=progress,
+        )
+        check_fits(base, inputs.adapters)
+        if inputs.datamix is not None:
+            check_fits(base, [inputs.datamix])
+        for adapter, reference in zip(inputs.adapters, inputs.references, strict=True):
+            for difference in tokenizer_differences(adapter.path, base.tokenizer):
+                progress.warn(f"{reference}: {difference}")
+        return _Comparison(inputs, base, metric, progress).run()
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Records as the model sees them."""
+
+    examples: tuple[Example, ...]
+    batches: list[Batch]
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.tokens for batch in self.batches)
+
+
+class _Comparison:
+    def __init__(self, inputs: CompareInputs, base: BaseModel, metric: Metric | None, progress: Progress) -> None:
+        self._inputs, self._base, self._progress = inputs, base, progress
+        self._test = self._render(inputs.test)
+        self._guard = self._render(inputs.guard) if inputs.guard else None
+        self._metric = metric
+        self._answers = metric.scorer(base.tokenizer, self._test_records()) if metric is not None else None
+        self._skipped: list[Skipped] = []
+
+    def run(self) -> Comparison:
+        inputs = self._inputs
+        check_causal(self._base.model, self._base.reference.id, self._test.batches[0])
+        rows = candidates(inputs, self._calibration(), self._skipped)
+        others = [] if inputs.datamix is None else [datamix_candidate(inputs.datamix)]
+        self._announce([*rows, *others])
+        try:
+            before = {row.name: row.compose() for row in rows if row.fitted}
+            evaluated = self._evaluate(rows, before, inputs.adapters, inputs.layout)
+            if inputs.datamix is not None:
+                evaluated += self._evaluate(others, {}, [inputs.datamix], make_layout([inputs.datamix]))
+        finally:
+            self._progress.finish(TASK)
+        sources = [", ".join(file.source.name for file in files) for files in (inputs.test, inputs.guard)]
+        return comparison_of(
+            evaluated,
+            self._skipped,
+            Names(
+                data=sources[0],
+                base=self._base.reference.id,
+                adapters=inputs.references,
+                metric=None if self._metric is None else self._metric.name,
+                guard=sources[1] or None,
+            ),
+            examples=self._test.examples,
+            margin=inputs.settings.margin,
+            repeated=inputs.repeated,
+            seed=inputs.settings.fit.seed,
+        )
+
+    def _render(self, files: Sequence[CalibrationFile]) -> _Set:
+        settings = self._inputs.settings.fit
+        examples = tuple(
+            example
+            for file in files
+            for example in render_file(
+                file,
+                self._base.tokenizer,
+                max_length=settings.max_length,
+                allow_truncation=settings.allow_truncation,
+                skip_bad=settings.skip_bad,
+                progress=self._progress,
+            ).examples
+        )
+        return _Set(examples, plan_batches(examples, batch_tokens=settings.batch_tokens))
+
+    def _test_records(self) -> list[Record]:
+        by_place = {record.place: record for file in self._inputs.test for record in file.records}
+        return [by_place[example.place] for example in self._test.examples]
+
+    def _calibration(self) -> Calibration | None:
+        data, settings = self._inputs.calibration, self._inputs.settings.fit
+        if data is None:
+            return None
+        rendered = render_dataset(
+            data,
+            self._base.tokenizer,
+            max_length=settings.max_length,
+            allow_truncation=settings.allow_truncation,
+            skip_bad=settings.skip_bad,
+            progress=self._progress,
+        )
+        return Calibration(self._base, data, rendered.training, settings, self._progress)
+
+    def _announce(self, rows: Sequence[Candidate]) -> None:
+        """Says what will be done and, from one timed batch, about how long it takes."""
+        inputs, adapters = self._inputs, self._inputs.layout.adapters
+        forward = len(rows) * (self._test.tokens + (self._guard.tokens if self._guard else 0))
+        work = forward + sum(row.cost for row in rows)
+        with attach(self._base.model, inputs.adapters, inputs.layout.modules) as attached:
+            batch = self._test.batches[len(self._test.batches) // 2]
+            engine = Engine(make_objective(attached, batch), Meter(SILENT))
+            mixing = make_diagonal(inputs.layout, "module")
+            seconds = engine.seconds(mixing, mixing.constant([0.0] * adapters), batch)
+        about = duration_text(work * seconds / (2 * batch.tokens))
+        generated = "; the answers that are generated come on top" if self._metric is not None else ""
+        self._progress.note(
+            f"base {self._base.reference.id} in {dtype_name(self._base.dtype)} on {attached.device}; {len(rows)} ways "
+            f"to compose on {len(self._test.examples)} records: about {about}{generated}"
+        )
+        self._progress.begin(TASK, work, WORK)
+
+    def _evaluate(
+        self,
+        rows: Sequence[Candidate],
+        before: dict[str, Composition],
+        adapters: Sequence[LoraAdapter],
+        layout: Layout,
+    ) -> list[Evaluated]:
+        evaluated = []
+        with attach(self._base.model, adapters, layout.modules) as attached:
+            engine = Engine(
+                make_objective(attached, self._test.batches[0]),
+                Meter(self._progress, task=TASK),
+                progress=self._progress,
+            )
+            for row in rows:
+                composition = before.get(row.name) or row.composed(self._skipped)
+                if composition is None:
+                    continue
+                engine.meter.stage(row.name)
+                try:
+                    evaluated.append(self._measure(row, composition, engine))
+                except NonFiniteLoss as error:
+                    if row.kind == INGREDIENT and not any(other.kind == INGREDIENT for other in rows if other is not row):
+                        raise
+                    self._skipped.append(Skipped(row.name, str(error)))
+                    self._progress.warn(f"{row.name} is left out: {error}")
+        return evaluated
+
+    def _measure(self, row: Candidate, composition: Composition, engine: Engine) -> Evaluated:
+        def score(records: _Set) -> Any:
+            return engine.score(composition.mixing, composition.theta, records.batches, records.examples)
+
+        guard = None if self._guard is None else score(self._guard)
+        scores = score(self._test)
+        values = None if self._answers is None else self._answers(self._base.model)
+        return Evaluated(row.name, row.kind, composition, scores, guard, values)

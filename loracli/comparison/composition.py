@@ -1,0 +1,106 @@
+"""One way to compose, as the attached model takes it: weights where it lies in their span, factors where it does
+not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loracli.adapters.adapter import LoraAdapter
+from loracli.algebra.factors import Factors, norm
+from loracli.algebra.methods.method import Method, MethodOptions
+from loracli.errors import RecipeError
+from loracli.fitting.mixing import Applied, DiagonalMixing, FixedFactors, Layout, make_diagonal
+from loracli.recipe import INLINE_KINDS, RecipeMixing
+from loracli.tensor_mixing import composed_update
+
+NOTHING = torch.zeros(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """What is set on the attached model, and what there is to say of it.
+
+    Args:
+        mixing: what is set.
+        theta: with these numbers.
+        rank: of the one adapter it would be exported as; None for the base model alone.
+        kept_energy: share of |dW|^2 over all modules that this rank keeps; None where nothing is lost.
+        weights: one for each adapter where it is the same in every module, None otherwise.
+        note: what a reader has to know.
+    """
+
+    mixing: Applied
+    theta: Tensor
+    rank: int | None
+    kept_energy: float | None = None
+    weights: tuple[float, ...] | None = None
+    note: str = ""
+
+
+def weighted(layout: Layout, weights: Sequence[float], *, note: str = "") -> Composition:
+    """One weight for each adapter, the same in every module."""
+    mixing = make_diagonal(layout, "adapter")
+    used = [rank for row in layout.ranks for rank in [sum(r for r, w in zip(row, weights, strict=True) if w)]]
+    return Composition(mixing, mixing.constant(weights), max(used) or None, weights=tuple(weights), note=note)
+
+
+def of_recipe(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], layout: Layout, *, note: str = "") -> Composition:
+    """What a recipe says, as it will be exported.
+
+    Raises:
+        RecipeError: if it has no weight for an adapter, or no tensor that fits.
+    """
+    if mixing.kind in INLINE_KINDS:
+        diagonal = make_diagonal(layout, mixing.kind)
+        theta = torch.tensor(_entries(mixing, diagonal), dtype=torch.float64)
+        weights = tuple(theta.tolist()) if mixing.kind == "adapter" else None
+        return Composition(diagonal, theta, max(layout.sizes), weights=weights, note=note)
+    factors = []
+    for module in layout.modules:
+        updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
+        factors.append(composed_update(mixing.kind, mixing.tensors, module, updates))
+    return of_factors(factors, note=note)
+
+
+def of_method(method: Method, options: MethodOptions, adapters: Sequence[LoraAdapter], layout: Layout) -> Composition:
+    """A method that needs no data.
+
+    Raises:
+        ValueError: if it cannot honour these adapters, with the reason.
+    """
+    if method.weights is not None:
+        return weighted(layout, method.weights(len(adapters)))
+    assert method.merge is not None, f"{method.name} needs calibration records"
+    factors, kept, whole = [], 0.0, 0.0
+    for module in layout.modules:
+        updates = [a.modules[module].factors if module in a.modules else None for a in adapters]
+        merged = method.merge(updates, options)
+        factors.append(merged.factors)
+        energy = norm(merged.factors) ** 2
+        kept += energy
+        whole += energy / merged.kept_energy if merged.kept_energy > 0 else 0.0
+    note = "full rank; its best approximation" if method.full_rank else ""
+    return of_factors(factors, kept_energy=kept / whole if method.full_rank and whole > 0 else None, note=note)
+
+
+def of_factors(factors: Sequence[Factors], *, kept_energy: float | None = None, note: str = "") -> Composition:
+    """Factors of every module of the layout, in its order."""
+    pairs = tuple((f.lora_A.float(), (f.scaling * f.lora_B.double()).float()) for f in factors)
+    return Composition(FixedFactors(pairs), NOTHING, max(f.rank for f in factors), kept_energy, note=note)
+
+
+def _entries(mixing: RecipeMixing, diagonal: DiagonalMixing) -> list[float]:
+    """The weights in the order of theta: group by group, of the adapters that change something in the group."""
+    adapters = diagonal.layout.adapters
+    entries = []
+    for place in diagonal.present.nonzero().flatten().tolist():
+        group, index = diagonal.groups[place // adapters], place % adapters
+        weight = mixing.weights[group][index] if group in mixing.weights else None
+        if weight is None:
+            raise RecipeError(f"the recipe has no weight of adapter {index + 1} for {group}")
+        entries.append(weight)
+    return entries

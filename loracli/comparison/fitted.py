@@ -1,0 +1,115 @@
+"""Ways to compose that have to be fitted: the rungs of the ladder, and methods that search for weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loracli.adapters.adapter import LoraAdapter
+from loracli.algebra.methods.method import Method, MethodOptions
+from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import Dataset
+from loracli.calibration.render import Example
+from loracli.calibration.split import shuffled
+from loracli.comparison.composition import Composition, of_recipe, weighted
+from loracli.comparison.settings import PAPER
+from loracli.fitting.attach import AttachedModel, attach
+from loracli.fitting.base import BaseModel
+from loracli.fitting.engine import Engine
+from loracli.fitting.inputs import FitInputs
+from loracli.fitting.loss import make_objective
+from loracli.fitting.meter import Meter
+from loracli.fitting.mixing import Layout, make_diagonal
+from loracli.fitting.recording import recipe_mixing
+from loracli.fitting.run import divide_training, find_mixing
+from loracli.fitting.settings import FitSettings
+from loracli.progress import SILENT, Progress
+from loracli.recipe import INLINE_KINDS
+
+TASK = "compare"
+SEARCH_RECORDS = 64  # that methods with a number or two are fitted on, as the first rung of the ladder
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is fitted on.
+
+    Args:
+        base: the loaded base model.
+        data: the files; its training records are all of them.
+        examples: of the training records.
+        settings: of the fits.
+        progress: told how far they are.
+    """
+
+    base: BaseModel
+    data: Dataset
+    examples: tuple[Example, ...]
+    settings: FitSettings
+    progress: Progress = SILENT
+
+    @contextmanager
+    def engine(
+        self, adapters: Sequence[LoraAdapter], modules: tuple[str, ...], *, canonical: bool = False
+    ) -> Iterator[tuple[Engine, AttachedModel]]:
+        """The base with adapters attached, and an engine whose meter begins at 0."""
+        with attach(self.base.model, adapters, modules, canonical=canonical) as attached:
+            probe = plan_batches(self.examples, batch_tokens=self.settings.batch_tokens)[0]
+            meter = Meter(self.progress, task=TASK)
+            yield Engine(make_objective(attached, probe), meter, progress=self.progress), attached
+
+
+def fit_rung(
+    name: str, calibration: Calibration, adapters: Sequence[LoraAdapter], references: Sequence[str], layout: Layout
+) -> Composition:
+    """A rung of the ladder, `auto` or `paper`, as `loracat fit` finds it, all calibration records being for training.
+
+    Args:
+        name: of the rung.
+        calibration: what is fitted on.
+        adapters: that are composed.
+        references: of them.
+        layout: of them.
+    Raises:
+        UsageError: if there are too few records to choose with.
+        NonFiniteLoss: if no start is finite.
+    """
+    paper = name == PAPER
+    settings = replace(calibration.settings, mixing="module" if paper else name, paper=paper)
+    if paper or name == "adapter":
+        settings = replace(settings, ridge=None, learning_rate=None)
+    if paper:
+        settings = replace(settings, passes=None, cv=None)
+    base, training = calibration.base, calibration.examples
+    inputs = FitInputs(
+        tuple(adapters), tuple(references), base.reference, calibration.data, layout, settings, Path()
+    )
+    folds = divide_training(inputs, training)
+    canonical = settings.mixing not in INLINE_KINDS
+    with calibration.engine(adapters, layout.modules, canonical=canonical) as (engine, attached):
+        found = find_mixing(engine, attached, inputs, folds, training)
+    note = f"{found.mixing.kind}, {found.mixing.numbers} numbers" if found.mixing.kind != name else ""
+    if found.stopped:
+        note = f"stopped early: {found.stopped}"
+    return of_recipe(recipe_mixing(adapters, layout.modules, found), adapters, layout, note=note)
+
+
+def search_weights(
+    method: Method, options: MethodOptions, calibration: Calibration, adapters: Sequence[LoraAdapter], layout: Layout
+) -> Composition:
+    """A method that searches for one weight an adapter by the loss on up to 64 calibration records."""
+    assert method.search is not None
+    settings = calibration.settings
+    chosen = shuffled(calibration.examples, seed=settings.seed)[:SEARCH_RECORDS]
+    batches = plan_batches(chosen, batch_tokens=settings.batch_tokens)
+    mixing = make_diagonal(layout, "adapter")
+    with calibration.engine(adapters, layout.modules) as (engine, _):
+        engine.meter.stage(method.name)
+
+        def loss(weights: Sequence[float]) -> float:
+            return engine.score(mixing, mixing.constant(weights), batches, chosen).nats_per_token
+
+        found = method.search(loss, len(adapters), options)
+    return weighted(layout, found, note="weights " + ", ".join(f"{weight:.2f}" for weight in found))

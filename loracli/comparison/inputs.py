@@ -1,0 +1,166 @@
+"""Everything a comparison needs, read and checked before the base model's weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.adapters.compatibility import check_composable
+from loracli.adapters.hub import fetch_adapter
+from loracli.algebra.methods import METHODS
+from loracli.calibration.dataset import Dataset, check_shape, read_dataset
+from loracli.calibration.records import CalibrationFile, read_records
+from loracli.calibration.sources import DataPaths, parse_sources
+from loracli.comparison.settings import RUNGS, CompareSettings
+from loracli.errors import UsageError
+from loracli.export.ingredients import read_ingredients
+from loracli.fitting.base import BaseReference, find_base
+from loracli.fitting.mixing import Layout, make_layout
+from loracli.progress import SILENT, Progress
+from loracli.recipe import FINGERPRINT, OTHER_ROWS, Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class CompareInputs:
+    """Everything a comparison needs, checked.
+
+    Args:
+        adapters: N adapters that can be composed.
+        references: the names of their rows.
+        recipe: whose fit is compared too, None without one.
+        base: where the base model is.
+        test: the files of the records that everything is compared on.
+        guard: files of records that must not get worse.
+        calibration: records to fit with, None without any; its held-out records are those of `test`.
+        datamix: the control adapter, None without one.
+        layout: of the adapters.
+        settings: of the comparison.
+        repeated: how many test records stand in the calibration data, as far as that is known.
+    """
+
+    adapters: tuple[LoraAdapter, ...]
+    references: tuple[str, ...]
+    recipe: Recipe | None
+    base: BaseReference
+    test: tuple[CalibrationFile, ...]
+    guard: tuple[CalibrationFile, ...]
+    calibration: Dataset | None
+    datamix: LoraAdapter | None
+    layout: Layout
+    settings: CompareSettings
+    repeated: int
+
+
+def prepare_comparison(
+    data: DataPaths,
+    *,
+    recipe: str | Path | None = None,
+    adapters: Sequence[str] = (),
+    fit_data: DataPaths | None = None,
+    guard: DataPaths | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+    settings: CompareSettings | None = None,
+    progress: Progress = SILENT,
+) -> CompareInputs:
+    """Reads and checks all inputs; fetches what is not local.
+
+    Args:
+        data: JSONL that everything is compared on, one path or several, as in a fit.
+        recipe: whose ingredients and fit are compared.
+        adapters: without a recipe the adapters to compose; with one, where its ingredients are now.
+        fit_data: calibration JSONL for what has to be fitted here.
+        guard: JSONL of what must not get worse.
+        base: the base model; None for the recipe's, or the one that all adapters name.
+        base_revision: its branch, tag or commit on the Hub.
+        settings: of the comparison.
+        progress: told what happens.
+    Raises:
+        UsageError: if nothing is to be composed, or a control needs calibration data and there are none.
+        InputError: of the kind that fits, if an input is rejected.
+    """
+    settings = settings or CompareSettings()
+    if recipe is None and not adapters:
+        raise UsageError("nothing to compare", hint="give a RECIPE, or --adapters")
+    needing = settings.controls.fitted
+    if needing and fit_data is None:
+        raise UsageError(f"--control {needing[0]} has to be fitted", hint="give calibration records with --fit-data")
+    test, calibration = _read_data(data, fit_data, settings, progress)
+    guarded = () if guard is None else _read_files(guard, settings, progress)
+    loaded = None if recipe is None else load_recipe(recipe)
+    if loaded is None:
+        read = tuple(read_adapter(fetch_adapter(reference, progress=progress)) for reference in adapters)
+        references = tuple(_row_name(adapter.reference) for adapter in read)
+    else:
+        read = read_ingredients(loaded, relocated=adapters, progress=progress)
+        references = tuple(_row_name(adapter.reference) for adapter in loaded.adapters)
+        if base is None and loaded.base.commit is not None:
+            base, base_revision = loaded.base.id, base_revision or loaded.base.commit
+    twice = next((r for r in references if references.count(r) > 1), None)
+    if twice is not None:
+        raise UsageError(f"the adapter {twice} is given twice")
+    check_composable(read, base_given=base is not None)
+    datamix = settings.controls.datamix
+    mixed = None if datamix is None else read_adapter(fetch_adapter(datamix, progress=progress))
+    return CompareInputs(
+        adapters=read,
+        references=references,
+        recipe=loaded,
+        base=find_base(read, base, revision=base_revision, progress=progress),
+        test=test,
+        guard=guarded,
+        calibration=calibration,
+        datamix=mixed,
+        layout=make_layout(read),
+        settings=settings,
+        repeated=_repeated(test, loaded, calibration, progress),
+    )
+
+
+def _read_data(
+    data: DataPaths, fit_data: DataPaths | None, settings: CompareSettings, progress: Progress
+) -> tuple[tuple[CalibrationFile, ...], Dataset | None]:
+    if fit_data is None:
+        return _read_files(data, settings, progress), None
+    fit = settings.fit
+    dataset = read_dataset(
+        fit_data,
+        data,
+        holdout=0.0,
+        seed=fit.seed,
+        shape=fit.format,
+        skip_bad=fit.skip_bad,
+        progress=progress,
+    )
+    return dataset.eval_files, dataset
+
+
+def _read_files(data: DataPaths, settings: CompareSettings, progress: Progress) -> tuple[CalibrationFile, ...]:
+    shape = check_shape(settings.fit.format)
+    return tuple(
+        read_records(source, shape=shape, skip_bad=settings.fit.skip_bad, progress=progress)
+        for source in parse_sources(data)
+    )
+
+
+def _row_name(reference: str) -> str:
+    """The reference, unless a row of another kind goes by that name: then as a path."""
+    taken = {*OTHER_ROWS, *METHODS, *RUNGS, "fresh-lora", "random", "datamix"}
+    return f"./{reference}" if reference in taken else reference
+
+
+def _repeated(
+    test: Sequence[CalibrationFile], recipe: Recipe | None, calibration: Dataset | None, progress: Progress
+) -> int:
+    """How many test records were calibrated on. A recipe keeps the fingerprints of its records."""
+    known = set() if calibration is None else {r.fingerprint[:FINGERPRINT] for r in calibration.training}
+    if recipe is not None:
+        known |= {fingerprint for data in recipe.data for fingerprint in data.fingerprints()}
+    count = sum(record.fingerprint[:FINGERPRINT] in known for file in test for record in file.records)
+    if count and recipe is not None:
+        progress.warn(
+            f"{count} of the test records stand in the calibration data too; the table flatters what was fitted"
+        )
+    return count

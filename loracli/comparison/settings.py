@@ -1,0 +1,115 @@
+"""What can be set for a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loracli.algebra.methods import METHODS
+from loracli.algebra.methods.method import MethodOptions
+from loracli.errors import UsageError
+from loracli.fitting.settings import AUTO, FitSettings
+from loracli.recipe import MIXING_KINDS
+
+ALL, DATA_FREE = "all", "data-free"
+PAPER = "paper"
+RUNGS = (*MIXING_KINDS, AUTO, PAPER)
+FRESH_LORA, RANDOM, DATAMIX = "fresh-lora", "random", "datamix"
+CONTROLS = (FRESH_LORA, RANDOM, DATAMIX)
+MARGIN = 0.02
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What a sceptic asks for.
+
+    Args:
+        fresh_lora: a new LoRA of the same rank, trained on the same calibration records.
+        random: the same fit on adapters of the same norms with random directions.
+        datamix: reference of an adapter that was trained on the data of all skills; None for none.
+    """
+
+    fresh_lora: bool = False
+    random: bool = False
+    datamix: str | None = None
+
+    @property
+    def fitted(self) -> list[str]:
+        """Names of those that need calibration data."""
+        return [name for name, wanted in ((FRESH_LORA, self.fresh_lora), (RANDOM, self.random)) if wanted]
+
+
+def parse_controls(words: Sequence[str]) -> Controls:
+    """`fresh-lora`, `random`, and `datamix` followed by an adapter, in any order.
+
+    Raises:
+        UsageError: for any other word, or `datamix` without its adapter.
+    """
+    fresh_lora, random, datamix = False, False, None
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == FRESH_LORA:
+            fresh_lora = True
+        elif word == RANDOM:
+            random = True
+        elif word == DATAMIX:
+            if not rest:
+                raise UsageError("--control datamix lacks its adapter", hint="--control datamix DIR")
+            datamix = rest.pop(0)
+        else:
+            raise UsageError(f"--control {word} is not one of {', '.join(CONTROLS)}", hint="--control datamix DIR")
+    return Controls(fresh_lora, random, datamix)
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """The settings of a comparison.
+
+    Args:
+        methods: names, or `data-free` for every one that needs no calibration data, or `all`.
+        options: of the methods.
+        fit: of the rungs that are fitted for it; its `mixing` is what the random control is fitted with.
+        controls: that stand beside the methods.
+        margin: nats per token that the guard records may get worse by.
+    """
+
+    methods: tuple[str, ...] = (DATA_FREE,)
+    options: MethodOptions = MethodOptions()
+    fit: FitSettings = FitSettings()
+    controls: Controls = Controls()
+    margin: float = MARGIN
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a method that there is not, or an option out of its range."""
+        known = (ALL, DATA_FREE, *METHODS, *RUNGS)
+        for name in self.methods:
+            if name not in known:
+                raise UsageError(f"--methods {name} is not one of {', '.join(known)}")
+        check_options(self.options)
+        if not 0 < self.margin < 100:
+            raise UsageError(f"--margin {self.margin} is not between 0 and 100")
+
+
+def check_options(options: MethodOptions) -> None:
+    """Raises UsageError for an option out of its range."""
+    if options.density is not None and not 0 < options.density <= 1:
+        raise UsageError(f"--density {options.density} is not above 0 and at most 1")
+    if options.rank is not None and options.rank < 1:
+        raise UsageError(f"--rank {options.rank} is below 1")
+    if not abs(options.scale) <= 1e6:
+        raise UsageError(f"--scale {options.scale} is not between -1e6 and 1e6")
+    if not 0 <= options.seed < 1 << 63:
+        raise UsageError(f"--seed {options.seed} is not between 0 and {(1 << 63) - 1}")
+
+
+def parse_methods(text: str) -> tuple[str, ...]:
+    """Names between commas, each once.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise UsageError("--methods names no method", hint="for example --methods ties,dare, or all")
+    return names

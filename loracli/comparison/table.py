@@ -1,0 +1,193 @@
+"""From what every way to compose scored on the same records to the comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loracli.calibration.render import Example
+from loracli.comparison.composition import Composition
+from loracli.evaluation.bootstrap import intervals
+from loracli.evaluation.comparison import (
+    BestOf,
+    Comparison,
+    ComparisonRow,
+    Difference,
+    GuardScore,
+    MetricScore,
+    RowKind,
+    Skipped,
+)
+from loracli.evaluation.held_out import task_losses
+from loracli.evaluation.mcnemar import mcnemar
+from loracli.evaluation.multiplicity import best_of, detectable
+from loracli.evaluation.scores import Scores
+
+BASE, INGREDIENT, UNIFORM = "base", "ingredient", "uniform"
+CONTENDERS: tuple[RowKind, ...] = ("ingredient", "method", "fit")  # for the best; not the base, nor a control
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One way to compose, measured.
+
+    Args:
+        name: of its row.
+        kind: of its row.
+        composition: what was set.
+        scores: on the test records.
+        guard: on the guard records, None without any.
+        values: (n,) of the task metric on each test record, None without one.
+    """
+
+    name: str
+    kind: RowKind
+    composition: Composition
+    scores: Scores
+    guard: Scores | None = None
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a comparison is of, for its document."""
+
+    data: str
+    base: str
+    adapters: tuple[str, ...]
+    metric: str | None
+    guard: str | None
+
+
+def comparison_of(
+    rows: Sequence[Evaluated],
+    skipped: Sequence[Skipped],
+    names: Names,
+    *,
+    examples: Sequence[Example],
+    margin: float,
+    repeated: int,
+    seed: int,
+) -> Comparison:
+    """The comparison.
+
+    Args:
+        rows: base, ingredients, methods, fit, controls, each with a finite loss; an ingredient is among them.
+        skipped: what was left out.
+        names: what it is of.
+        examples: the n test records.
+        margin: nats per token that the guard records may get worse by.
+        repeated: how many of the records were calibrated on.
+        seed: of the bootstrap.
+    """
+    best = min((r for r in rows if r.kind == INGREDIENT), key=lambda row: row.scores.nats_per_token)
+    table = _Table(rows, best, margin, seed)
+    contenders = {row.name: row.scores for row in rows if row.kind in CONTENDERS}
+    claim = best_of(contenders, seed=seed)
+    return Comparison(
+        data=names.data,
+        base=names.base,
+        adapters=names.adapters,
+        records=len(examples),
+        scored_tokens=sum(example.scored_tokens for example in examples),
+        best_ingredient=best.name,
+        rows=table.rows(),
+        skipped=tuple(skipped),
+        tasks=task_losses({row.name: row.scores for row in rows}, examples),
+        best=claim,
+        detectable=_detectable(rows, best, claim),
+        metric=names.metric,
+        guard=names.guard,
+        margin=margin,
+        repeated_records=repeated,
+    )
+
+
+def _detectable(rows: Sequence[Evaluated], best: Evaluated, claim: BestOf) -> float:
+    """Judged by the fit, or without one by the best of the others."""
+    others = [row for row in rows if row.kind in CONTENDERS and row is not best]
+    if not others:
+        return 0.0
+    judged = next((r for r in others if r.kind == "fit"), None) or next(
+        (r for r in others if r.name == claim.name), others[0]
+    )
+    found = detectable(judged.scores.nats - best.scores.nats, best.scores.tokens)
+    return found if math.isfinite(found) else 0.0
+
+
+class _Table:
+    """All rows at once, so that their intervals come from the same resampled records."""
+
+    def __init__(self, rows: Sequence[Evaluated], best: Evaluated, margin: float, seed: int) -> None:
+        self._evaluated, self._best, self._margin, self._seed = rows, best, margin, seed
+        self._uniform = next((row for row in rows if row.name == UNIFORM), None)
+
+    def rows(self) -> tuple[ComparisonRow, ...]:
+        best = self._best.scores
+        to_best = self._differences([row.scores.nats - best.nats for row in self._evaluated], best.tokens)
+        to_uniform: Sequence[Difference | None] = [None] * len(to_best)
+        if self._uniform is not None:
+            other = self._uniform.scores
+            to_uniform = self._differences([row.scores.nats - other.nats for row in self._evaluated], other.tokens)
+        metrics, guards = self._metrics(), self._guards()
+        return tuple(
+            ComparisonRow(
+                name=row.name,
+                kind=row.kind,
+                nats_per_token=row.scores.nats_per_token,
+                perplexity=math.exp(min(row.scores.nats_per_token, 700.0)),
+                difference=difference.mean,
+                interval=difference.interval,
+                against_uniform=against,
+                worse_records=float((row.scores.nats > best.nats).double().mean()),
+                rank=row.composition.rank,
+                kept_energy=row.composition.kept_energy,
+                note=row.composition.note,
+                weights=row.composition.weights,
+                metric=metric,
+                guard=guard,
+            )
+            for row, difference, against, metric, guard in zip(
+                self._evaluated, to_best, to_uniform, metrics, guards, strict=True
+            )
+        )
+
+    def _differences(self, differences: Sequence[Tensor], tokens: Tensor) -> list[Difference]:
+        found = intervals(torch.stack(list(differences)), tokens, seed=self._seed)
+        total = tokens.sum()
+        return [Difference(float(d.sum() / total), i) for d, i in zip(differences, found, strict=True)]
+
+    def _metrics(self) -> list[MetricScore | None]:
+        """Against the ingredient that is best by the metric."""
+        values = [row.values for row in self._evaluated]
+        alone = [row.values for row in self._evaluated if row.kind == INGREDIENT and row.values is not None]
+        if not alone:
+            return [None] * len(values)
+        best = max(alone, key=lambda v: float(v.sum()))
+        binary = all(bool(((v == 0) | (v == 1)).all()) for v in values if v is not None)
+        found: list[MetricScore | None] = []
+        for v in values:
+            if v is None:
+                found.append(None)
+                continue
+            (difference,) = self._differences([v - best], torch.ones_like(best))
+            p = mcnemar(v == 1, best == 1) if binary else None
+            found.append(MetricScore(float(v.mean()), difference.mean, difference.interval, p))
+        return found
+
+    def _guards(self) -> list[GuardScore | None]:
+        base = next((row.guard for row in self._evaluated if row.kind == BASE), None)
+        if base is None:
+            return [None] * len(self._evaluated)
+        found: list[GuardScore | None] = []
+        for row in self._evaluated:
+            if row.guard is None:
+                found.append(None)
+                continue
+            (difference,) = self._differences([row.guard.nats - base.nats], base.tokens)
+            found.append(GuardScore(row.guard.nats_per_token, difference, difference.interval[1] < self._margin))
+        return found
