@@ -9,7 +9,7 @@ optimum is the lower end of two runs of L-BFGS (torch's, strong Wolfe line searc
 A pass is forward and backward over all records; forward alone counts half.
 
 LoRAHub's search (arXiv 2307.13269; its code's settings: nevergrad's NGOpt, 40 evaluations, weights of each adapter
-within 1.5, plus 0.05 times the mean of their sizes) needs `pip install .[benchmarks]`; its rows are left out otherwise.
+within 1.5, plus 0.05 times the mean of their sizes) needs `pip install .[lorahub]`; its rows are left out otherwise.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def lorahub(p: Problem) -> list[Row]:
     try:
         import nevergrad
     except ImportError:
-        print("- nevergrad is not installed: LoRAHub's search is left out (`pip install .[benchmarks]`)")
+        print("- nevergrad is not installed: LoRAHub's search is left out (`pip install .[lorahub]`)")
         return []
     rows = []
     adapters = make_diagonal(p.layout, "adapter")

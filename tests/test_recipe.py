@@ -55,8 +55,8 @@ def make_recipe(folder: Path, *adapters: RecipeAdapter) -> Recipe:
         base=RecipeBase("org/base", "b" * 40, "e" * 64),
         adapters=adapters,
         data=(
-            RecipeData("val é.jsonl", "f" * 64, "messages", 1.0, 96, 4321, 2, (3, 17), 1, 4, "a" * 64),
-            RecipeData("<stdin>", "f" * 64, "text", 2.5, 1, 2, 0, (), 0, 0, None),
+            RecipeData("val é.jsonl", "f" * 64, "messages", 1.0, 96, 4321, 2, (3, 17), 1, 4, "a" * 64, "b" * 12 * 96),
+            RecipeData("<stdin>", "f" * 64, "text", 2.5, 1, 2, 0, (), 0, 0, None, "c" * 12),
         ),
         fit=FitRecord(
             recipe="cat",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.methods import METHODS
-from loracli.comparison.composition import Composition, of_method, of_recipe, weighted
+from loracli.comparison.composition import Composition, of_factors, of_method, of_recipe, weighted
 from loracli.comparison.controls import random_adapters, train_fresh_lora
 from loracli.comparison.fitted import SEARCH_RECORDS, Calibration, fit_rung, search_weights
 from loracli.comparison.inputs import CompareInputs
@@ -16,9 +16,9 @@ from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FRESH_LORA, PAP
 from loracli.errors import UsageError
 from loracli.evaluation.comparison import RowKind, Skipped
 from loracli.evaluation.held_out import FIT
+from loracli.export.compose import compose_module
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.settings import AUTO, AUTO_PASSES, PASSES
-from loracli.recipe import MixingKind
 
 UNIFORM = "uniform"
 EVALUATIONS = 40  # of a search, at most: what the progress bar expects
@@ -113,10 +113,14 @@ def _method(name: str, inputs: CompareInputs, calibration: Calibration | None, b
         passes = {PAPER: 1.0, AUTO: AUTO_PASSES}.get(name, PASSES)
         if name != PAPER and calibration.settings.passes is not None:
             passes = calibration.settings.passes
-        compose: Callable[[], Composition] = partial(
-            fit_rung, name, calibration, adapters, inputs.references, layout
+        return Candidate(
+            name,
+            "method",
+            partial(_rung, name, inputs, calibration),
+            round(2 * passes * tokens),
+            fitted=True,
+            by_name=by_name,
         )
-        return Candidate(name, "method", compose, round(2 * passes * tokens), fitted=True, by_name=by_name)
     share = min(1.0, SEARCH_RECORDS / len(calibration.examples))
     search = partial(search_weights, METHODS[name], options, calibration, adapters, layout)
     return Candidate(name, "method", search, round(EVALUATIONS * share * tokens), fitted=True, by_name=by_name)
@@ -130,16 +134,22 @@ def _controls(inputs: CompareInputs, calibration: Calibration) -> list[Candidate
         train = partial(train_fresh_lora, calibration, inputs.layout, inputs.adapters, rank=max(inputs.layout.sizes))
         rows.append(Candidate(FRESH_LORA, "control", train, cost, fitted=True))
     if wanted.random:
-        drawn = random_adapters(inputs.adapters, seed=calibration.settings.seed)
-        kind: MixingKind | str = "module" if inputs.recipe is None else inputs.recipe.mixing.kind
-        fit = partial(fit_rung, kind, calibration, drawn, inputs.references, make_layout(drawn))
-        rows.append(Candidate(RANDOM, "control", partial(_noted, fit, kind), cost, fitted=True))
+        rows.append(Candidate(RANDOM, "control", partial(_random, inputs, calibration), cost, fitted=True))
     return rows
 
 
-def _noted(fit: Callable[[], Composition], kind: str) -> Composition:
-    """The fit on random adapters, as factors: what evaluates it has the true ones attached."""
-    return replace(fit(), note=f"{kind} on random directions of the same norms")
+def _rung(name: str, inputs: CompareInputs, calibration: Calibration) -> Composition:
+    fitted = fit_rung(name, calibration, inputs.adapters, inputs.references, inputs.layout)
+    return of_recipe(fitted.mixing, inputs.adapters, inputs.layout, note=fitted.note)
+
+
+def _random(inputs: CompareInputs, calibration: Calibration) -> Composition:
+    """The fit on random adapters, as factors: where it is measured, the true ones are attached."""
+    drawn = random_adapters(inputs.adapters, seed=calibration.settings.seed)
+    kind = "module" if inputs.recipe is None else inputs.recipe.mixing.kind
+    fitted = fit_rung(kind, calibration, drawn, inputs.references, inputs.layout)
+    factors = [compose_module(fitted.mixing, drawn, module) for module in inputs.layout.modules]
+    return of_factors(factors, note=f"{kind} on random directions of the same norms")
 
 
 def datamix_candidate(adapter: LoraAdapter) -> Candidate:

@@ -110,7 +110,7 @@ class _Comparison:
         others = [] if inputs.datamix is None else [datamix_candidate(inputs.datamix)]
         self._announce([*rows, *others])
         try:
-            before = {row.name: row.compose() for row in rows if row.fitted}
+            before = {row.name: row.composed(self._skipped) for row in rows if row.fitted}
             evaluated = self._evaluate(rows, before, inputs.adapters, inputs.layout)
             if inputs.datamix is not None:
                 evaluated += self._evaluate(others, {}, [inputs.datamix], make_layout([inputs.datamix]))
@@ -188,7 +188,7 @@ class _Comparison:
     def _evaluate(
         self,
         rows: Sequence[Candidate],
-        before: dict[str, Composition],
+        before: dict[str, Composition | None],
         adapters: Sequence[LoraAdapter],
         layout: Layout,
     ) -> list[Evaluated]:
@@ -200,14 +200,16 @@ class _Comparison:
                 progress=self._progress,
             )
             for row in rows:
-                composition = before.get(row.name) or row.composed(self._skipped)
+                composition = before[row.name] if row.name in before else row.composed(self._skipped)
                 if composition is None:
                     continue
                 engine.meter.stage(row.name)
                 try:
                     evaluated.append(self._measure(row, composition, engine))
                 except NonFiniteLoss as error:
-                    if row.kind == INGREDIENT and not any(other.kind == INGREDIENT for other in rows if other is not row):
+                    if row.kind == INGREDIENT and not any(
+                        other.kind == INGREDIENT for other in rows if other is not row
+                    ):
                         raise
                     self._skipped.append(Skipped(row.name, str(error)))
                     self._progress.warn(f"{row.name} is left out: {error}")

@@ -13,9 +13,9 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.errors import RecipeError
+from loracli.export.compose import compose_module
 from loracli.fitting.mixing import Applied, DiagonalMixing, FixedFactors, Layout, make_diagonal
 from loracli.recipe import INLINE_KINDS, RecipeMixing
-from loracli.tensor_mixing import composed_update
 
 NOTHING = torch.zeros(0)
 
@@ -59,11 +59,7 @@ def of_recipe(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], layout: Lay
         theta = torch.tensor(_entries(mixing, diagonal), dtype=torch.float64)
         weights = tuple(theta.tolist()) if mixing.kind == "adapter" else None
         return Composition(diagonal, theta, max(layout.sizes), weights=weights, note=note)
-    factors = []
-    for module in layout.modules:
-        updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
-        factors.append(composed_update(mixing.kind, mixing.tensors, module, updates))
-    return of_factors(factors, note=note)
+    return of_factors([compose_module(mixing, adapters, module) for module in layout.modules], note=note)
 
 
 def of_method(method: Method, options: MethodOptions, adapters: Sequence[LoraAdapter], layout: Layout) -> Composition:

@@ -13,7 +13,7 @@ from loracli.calibration.batches import plan_batches
 from loracli.calibration.dataset import Dataset
 from loracli.calibration.render import Example
 from loracli.calibration.split import shuffled
-from loracli.comparison.composition import Composition, of_recipe, weighted
+from loracli.comparison.composition import Composition, weighted
 from loracli.comparison.settings import PAPER
 from loracli.fitting.attach import AttachedModel, attach
 from loracli.fitting.base import BaseModel
@@ -26,7 +26,7 @@ from loracli.fitting.recording import recipe_mixing
 from loracli.fitting.run import divide_training, find_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.progress import SILENT, Progress
-from loracli.recipe import INLINE_KINDS
+from loracli.recipe import INLINE_KINDS, RecipeMixing
 
 TASK = "compare"
 SEARCH_RECORDS = 64  # that methods with a number or two are fitted on, as the first rung of the ladder
@@ -61,9 +61,17 @@ class Calibration:
             yield Engine(make_objective(attached, probe), meter, progress=self.progress), attached
 
 
+@dataclass(frozen=True)
+class FittedRung:
+    """What a fit found, as a recipe keeps it, and what there is to say of it."""
+
+    mixing: RecipeMixing
+    note: str
+
+
 def fit_rung(
     name: str, calibration: Calibration, adapters: Sequence[LoraAdapter], references: Sequence[str], layout: Layout
-) -> Composition:
+) -> FittedRung:
     """A rung of the ladder, `auto` or `paper`, as `loracat fit` finds it, all calibration records being for training.
 
     Args:
@@ -83,9 +91,7 @@ def fit_rung(
     if paper:
         settings = replace(settings, passes=None, cv=None)
     base, training = calibration.base, calibration.examples
-    inputs = FitInputs(
-        tuple(adapters), tuple(references), base.reference, calibration.data, layout, settings, Path()
-    )
+    inputs = FitInputs(tuple(adapters), tuple(references), base.reference, calibration.data, layout, settings, Path())
     folds = divide_training(inputs, training)
     canonical = settings.mixing not in INLINE_KINDS
     with calibration.engine(adapters, layout.modules, canonical=canonical) as (engine, attached):
@@ -93,7 +99,7 @@ def fit_rung(
     note = f"{found.mixing.kind}, {found.mixing.numbers} numbers" if found.mixing.kind != name else ""
     if found.stopped:
         note = f"stopped early: {found.stopped}"
-    return of_recipe(recipe_mixing(adapters, layout.modules, found), adapters, layout, note=note)
+    return FittedRung(recipe_mixing(adapters, layout.modules, found), note)
 
 
 def search_weights(

@@ -10,7 +10,7 @@ from loracli.adapters.adapter import LoraAdapter, widest_dtype
 from loracli.algebra.concatenate import concatenate
 from loracli.algebra.factors import Factors
 from loracli.errors import RecipeError
-from loracli.recipe import INLINE_KINDS, Recipe
+from loracli.recipe import INLINE_KINDS, Recipe, RecipeMixing, group_name
 from loracli.tensor_mixing import composed_update
 
 
@@ -28,7 +28,7 @@ def composed_modules(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> tuple[s
     return tuple(sorted(modules))
 
 
-def compose_module(recipe: Recipe, adapters: Sequence[LoraAdapter], module: str) -> Factors:
+def compose_module(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], module: str) -> Factors:
     """The update of one module in float64, scaling 1, concatenated.
 
     lora_A (R, in) as stored and lora_B = B M (out, R), with sum_i w_li s_i B_i A_i for a weight per adapter; with
@@ -38,11 +38,10 @@ def compose_module(recipe: Recipe, adapters: Sequence[LoraAdapter], module: str)
         RecipeError: if the recipe has no weight for an adapter that changes the module, or no tensor that fits.
     """
     updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
-    mixing = recipe.mixing
     if mixing.kind not in INLINE_KINDS:
         return composed_update(mixing.kind, mixing.tensors, module, updates)
     try:
-        weights = recipe.weights_of(module)
+        weights = mixing.weights[group_name(module, mixing.kind)]
     except KeyError:
         raise RecipeError(f"the recipe has no weights for {module}") from None
     chosen = []
@@ -58,7 +57,7 @@ def compose_module(recipe: Recipe, adapters: Sequence[LoraAdapter], module: str)
 def composed_rank(recipe: Recipe, adapters: Sequence[LoraAdapter], module: str) -> int:
     """The rank of `compose_module`: the sum of the adapters' ranks, or that of the trained factors."""
     if recipe.mixing.kind == "factors":
-        return compose_module(recipe, adapters, module).rank
+        return compose_module(recipe.mixing, adapters, module).rank
     return sum(adapter.modules[module].factors.rank for adapter in adapters if module in adapter.modules)
 
 

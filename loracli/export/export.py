@@ -196,7 +196,7 @@ class _Plan:
         if name not in self._composed:  # a module that only pads the layout
             zeros = Factors(torch.zeros(rank, module.in_features), torch.zeros(module.out_features, rank))
             return zeros.to(self._dtype)
-        exact = compose_module(self._recipe, self._adapters, name)
+        exact = compose_module(self._recipe.mixing, self._adapters, name)
         chosen, kept = exact, 1.0
         if self._merge:
             truncation = truncate(exact, self._rank)
