@@ -16,6 +16,7 @@
     ├── HubUnreachable               5   the Hub does not answer, or offline and not cached
     ├── OutOfResources               6   disk, memory or device memory ran out
     ├── IntegrityError               7   bytes are not the bytes that were recorded
+    ├── MetricError                  1   the user's own scorer fails
     └── FitError                     1   the optimisation cannot go on
         ├── NonFiniteLoss            1   the loss became infinite or not a number
         └── ProcessLost              1   another process of the same fit has ended or does not answer
@@ -142,6 +143,10 @@ class IntegrityError(LoracatError):
     """Raised when a file's bytes differ from the ones that were recorded."""
 
     exit_code = 7
+
+
+class MetricError(LoracatError):
+    """Raised when the command of `--metric-command` fails or writes something else than a number for each answer."""
 
 
 class FitError(LoracatError):

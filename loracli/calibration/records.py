@@ -20,10 +20,11 @@ from loracli.progress import SILENT, Progress
 from loracli.strict_json import StrictJsonError, parse_json
 
 MAX_LINE_BYTES = 16 << 20
+MAX_CHOICES = 26
 MAX_TASK_LENGTH = 100  # it becomes the head of a table
 SHOWN_LINES = 20
 
-_HARMLESS = frozenset({"id", "task", "skill"})  # beside what a shape reads
+_HARMLESS = frozenset({"id", "task", "skill", "choices"})  # beside what a shape reads
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Record:
         place: `file:line`, for messages.
         content: what is rendered, of one of three kinds: a text, prompt and completion, or a conversation.
         task: what it belongs to, for a table of its own; its key `task`, or `skill`.
+        choices: texts that its last answer is one of, for a metric of multiple choice; its key `choices`.
     """
 
     place: str
     content: dict[str, Any]
     task: str | None = None
+    choices: tuple[str, ...] = ()
 
     @property
     def line(self) -> int:
@@ -100,7 +103,7 @@ def read_records(
         try:
             fields = _parse_line(line)
             shape = shape or detect_shape(fields)
-            records.append(Record(place, read_content(fields, shape), _task(fields)))
+            records.append(Record(place, read_content(fields, shape), _task(fields), _choices(fields)))
             ignored |= fields.keys() - keys_of(shape) - _HARMLESS
         except LineError as error:
             problems[number] = f"{place}: {error}"
@@ -151,3 +154,12 @@ def _task(fields: dict[str, Any]) -> str | None:
                 raise LineError(f"{key}: longer than {MAX_TASK_LENGTH} characters")
             return task
     return None
+
+
+def _choices(fields: dict[str, Any]) -> tuple[str, ...]:
+    """The options, where the key holds a list of different texts; other data sets use the key for other things."""
+    value = fields.get("choices")
+    if not isinstance(value, list) or not 2 <= len(value) <= MAX_CHOICES:
+        return ()
+    texts = tuple(text for text in value if isinstance(text, str) and text)
+    return texts if len(set(texts)) == len(value) else ()

@@ -30,3 +30,13 @@ AdaptersOpt = Annotated[
     ),
 ]
 RecipeArg = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that `loracat fit` wrote.")]
+MetricCommandOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--metric-command",
+        metavar="COMMAND",
+        help="Judge greedy answers by your own program: JSONL in, a number a line out.",
+    ),
+]
+MaxNewTokensOpt = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Of a generated answer.")]
+ToleranceOpt = Annotated[float, typer.Option("--tolerance", metavar="X", help="Relative, of the metric numeric.")]

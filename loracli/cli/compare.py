@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._options import JsonOpt, QuietOpt
+from loracli.cli._options import JsonOpt, MaxNewTokensOpt, MetricCommandOpt, QuietOpt, ToleranceOpt
 from loracli.cli._output import Output
 
 EPILOG = (
@@ -56,6 +56,17 @@ def compare(
             "trained on mixed data.",
         ),
     ] = None,
+    generate: Annotated[
+        str | None,
+        typer.Option(
+            "--generate",
+            metavar="METRIC",
+            help="Judge greedy answers too: exact, contains, numeric; or choice, by the options' log-likelihood.",
+        ),
+    ] = None,
+    metric_command: MetricCommandOpt = None,
+    max_new_tokens: MaxNewTokensOpt = 256,
+    tolerance: ToleranceOpt = 1e-4,
     guard: Annotated[
         list[str] | None,
         typer.Option("--guard", metavar="FILE...", help="JSONL of what must not get worse than the base model."),
@@ -122,11 +133,13 @@ def compare(
     from loracli.comparison.compare import run_comparison
     from loracli.comparison.inputs import prepare_comparison
     from loracli.comparison.settings import CompareSettings, parse_controls, parse_methods
+    from loracli.evaluation.task_metric import task_metric
     from loracli.fitting.placement import Placement
     from loracli.fitting.settings import FitSettings
     from loracli.schema import encode
 
     out = Output(as_json=as_json, quiet=quiet)
+    metric = task_metric(generate, metric_command, max_new_tokens=max_new_tokens, tolerance=tolerance)
     fit = FitSettings(
         max_length=max_length,
         batch_tokens=batch_tokens,
@@ -155,7 +168,7 @@ def compare(
         settings=settings,
         progress=out,
     )
-    found = run_comparison(inputs, placement=Placement(dtype, device, device_map), progress=out)
+    found = run_comparison(inputs, placement=Placement(dtype, device, device_map), metric=metric, progress=out)
     out.close()
     out.document(encode(found))
     out.value(found.best.name)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.calibration.adapter_tokenizer import tokenizer_differences
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.dataset import render_dataset
-from loracli.calibration.records import CalibrationFile, Record
+from loracli.calibration.records import CalibrationFile
 from loracli.calibration.render import Example, render_file
 from loracli.comparison.candidates import Candidate, candidates, datamix_candidate
 from loracli.comparison.composition import Composition
@@ -21,6 +19,7 @@ from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.table import INGREDIENT, Evaluated, Names, comparison_of
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.comparison import Comparison, Skipped
+from loracli.evaluation.task_metric import Scorer, TaskMetric, make_scorer
 from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseModel, check_fits, load_base
 from loracli.fitting.engine import Engine
@@ -33,25 +32,11 @@ from loracli.fitting.recording import dtype_name
 from loracli.progress import SILENT, WORK, Progress, duration_text
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A task metric.
-
-    Args:
-        name: of it.
-        scorer: of the base's tokenizer and the test records: gives what a model, with whatever is attached to it,
-            scores on each of them, (n,), higher is better.
-    """
-
-    name: str
-    scorer: Callable[[Any, Sequence[Record]], Callable[[Any], Tensor]]
-
-
 def run_comparison(
     inputs: CompareInputs,
     *,
     placement: Placement = Placement(),  # noqa: B008  # frozen
-    metric: Metric | None = None,
+    metric: TaskMetric | None = None,
     progress: Progress = SILENT,
 ) -> Comparison:
     """Loads the base model and compares.
@@ -95,12 +80,12 @@ class _Set:
 
 
 class _Comparison:
-    def __init__(self, inputs: CompareInputs, base: BaseModel, metric: Metric | None, progress: Progress) -> None:
+    def __init__(self, inputs: CompareInputs, base: BaseModel, metric: TaskMetric | None, progress: Progress) -> None:
         self._inputs, self._base, self._progress = inputs, base, progress
         self._test = self._render(inputs.test)
         self._guard = self._render(inputs.guard) if inputs.guard else None
         self._metric = metric
-        self._answers = metric.scorer(base.tokenizer, self._test_records()) if metric is not None else None
+        self._answers = None if metric is None else self._scorer(metric)
         self._skipped: list[Skipped] = []
 
     def run(self) -> Comparison:
@@ -149,9 +134,17 @@ class _Comparison:
         )
         return _Set(examples, plan_batches(examples, batch_tokens=settings.batch_tokens))
 
-    def _test_records(self) -> list[Record]:
-        by_place = {record.place: record for file in self._inputs.test for record in file.records}
-        return [by_place[example.place] for example in self._test.examples]
+    def _scorer(self, metric: TaskMetric) -> Scorer:
+        settings = self._inputs.settings.fit
+        return make_scorer(
+            metric,
+            self._inputs.test,
+            [example.place for example in self._test.examples],
+            self._base.tokenizer,
+            max_length=settings.max_length,
+            batch_tokens=settings.batch_tokens,
+            progress=self._progress,
+        )
 
     def _calibration(self) -> Calibration | None:
         data, settings = self._inputs.calibration, self._inputs.settings.fit
@@ -221,5 +214,5 @@ class _Comparison:
 
         guard = None if self._guard is None else score(self._guard)
         scores = score(self._test)
-        values = None if self._answers is None else self._answers(self._base.model)
+        values = None if self._answers is None else self._answers(engine.objective)
         return Evaluated(row.name, row.kind, composition, scores, guard, values)

@@ -20,13 +20,13 @@ from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.records import CalibrationFile
 from loracli.calibration.render import render_file
 from loracli.demo.fresh_lora import train_fresh_lora
-from loracli.evaluation.generate import exact_matches
 from loracli.evaluation.held_out import FIT, static_points
+from loracli.evaluation.task_metric import TaskMetric, make_scorer
 from loracli.export.export import Exported, export_adapter
 from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseModel, BaseReference, load_base
 from loracli.fitting.inputs import prepare_fit
-from loracli.fitting.loss import make_objective
+from loracli.fitting.loss import Objective, make_objective
 from loracli.fitting.placement import Placement
 from loracli.fitting.run import run_fit
 from loracli.progress import SILENT, Progress
@@ -95,12 +95,12 @@ def _run(folder: Path, example: Path, progress: Progress) -> DemoResult:
     rows = _score_attached(base, inputs, recipe, test, progress)
     for name, exported in (("exported", concatenated), ("exported, merged", merged)):
         progress.note(f"scoring {name}, loaded by PEFT")
-        rows.append(test.score_adapted(name, _load_with_peft(inputs.base, exported.path)))
+        rows.append(test.row_of(name, _load_with_peft(inputs.base, exported.path)))
     progress.note("training a fresh LoRA on the same calibration records")
     calibration = render_file(inputs.data.files[0], base.tokenizer, max_length=128).examples
     targets = sorted({name.rpartition(".")[2] for name in inputs.layout.modules})
     fresh = train_fresh_lora(base.model, targets, max(inputs.adapters[0].ranks), calibration, seed=0)
-    rows.append(test.score_adapted("fresh LoRA", fresh))
+    rows.append(test.row_of("fresh LoRA", fresh))
     return DemoResult(recipe, concatenated, merged, tuple(rows), time.monotonic() - started)
 
 
@@ -108,19 +108,22 @@ class _Test:
     """The test questions, tokenised once."""
 
     def __init__(self, base: BaseModel, file: CalibrationFile) -> None:
-        self._tokenizer, self._records = base.tokenizer, file.records
         examples = render_file(file, base.tokenizer, max_length=128).examples
         self.batches: list[Batch] = plan_batches(examples, batch_tokens=4096)
+        self._count = len(examples)
+        exact = TaskMetric("exact", max_new_tokens=MAX_NEW_TOKENS)
+        places = [example.place for example in examples]
+        self._right = make_scorer(exact, [file], places, base.tokenizer, max_length=128, batch_tokens=1024)
 
-    def row(self, name: str, nats_per_token: float, model: Any) -> DemoRow:
-        right = exact_matches(model, self._tokenizer, self._records, max_new_tokens=MAX_NEW_TOKENS)
-        return DemoRow(name, nats_per_token, sum(right), len(right))
+    def row(self, name: str, objective: Objective) -> DemoRow:
+        """What is attached at the moment."""
+        loss = objective.score(self.batches, self._count).nats_per_token
+        return DemoRow(name, loss, int(self._right(objective).sum()), self._count)
 
-    def score_adapted(self, name: str, model: Any) -> DemoRow:
+    def row_of(self, name: str, model: Any) -> DemoRow:
         """A model that carries its adapter itself."""
         with attach(model, (), ()) as plain:
-            loss = make_objective(plain, self.batches[0]).score(self.batches, len(self._records)).nats_per_token
-        return self.row(name, loss, model)
+            return self.row(name, make_objective(plain, self.batches[0]))
 
 
 def _score_attached(base: BaseModel, inputs: Any, recipe: Recipe, test: _Test, progress: Progress) -> list[DemoRow]:
@@ -138,8 +141,7 @@ def _score_attached(base: BaseModel, inputs: Any, recipe: Recipe, test: _Test, p
         for name, weights in points.items():
             progress.note(f"scoring {name}")
             attached.set_weights(weights)
-            loss = objective.score(test.batches, len(inputs.data.held_out)).nats_per_token
-            rows.append(test.row(name, loss, base.model))
+            rows.append(test.row(name, objective))
     return rows
 
 
