@@ -110,10 +110,10 @@ def climbed(task: Task, make, some: Sequence[Example], held_out: Sequence[Exampl
         passes = (task.engine.meter.spent - before) / (2 * tokens_of(some))
         compared = None if len(solved) == 1 else gain(solved[-2].scores, last.scores)  # type: ignore[arg-type]
         if compared is not None and going:
-            going = worth_climbing(compared)
+            going = worth_climbing(compared, task.least_gain)
             chosen = kind if going else chosen
-        theta = refit(task, solved, some, REFIT_SHARE * whole)
-        found[kind] = score(task.engine, last.mixing, mean_of(last.thetas) if theta is None else theta, held_out)
+        again = refit(task, solved, some, REFIT_SHARE * whole)
+        found[kind] = score(task.engine, last.mixing, mean_of(last.thetas) if again is None else again[0], held_out)
         said = "" if compared is None else f", validation gain {compared.mean:.4f} +- {compared.standard_error:.4f}"
         print(
             f"- {len(some)} records, {kind}: {last.mixing.numbers} numbers, from {last.chosen}, ridge {last.ridge}, "

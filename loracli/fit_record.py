@@ -9,7 +9,7 @@ from loracli.fit_certificate import FitCertificate
 
 @dataclass(frozen=True)
 class StartRecord:
-    """A point that a rung was searched from. Losses are nats per token, None where nothing was measured.
+    """A point that a rung was searched from. Costs are those of the criterion, None where nothing was measured.
 
     Args:
         name: of the start: the rung below, `sum`, `random`, or a point that needs no fit.
@@ -28,6 +28,30 @@ class StartRecord:
 
 
 @dataclass(frozen=True)
+class StageRecord:
+    """Some steps of a descent; with folds, of the first one.
+
+    Args:
+        rung: kind of the mixing.
+        start: name of the start that it began from.
+        stage: `probe` for the first steps from a start, `descent` on the path of ridges, `refit` on all records.
+        ridge: strength.
+        steps: how many.
+        validation: cost of what it came to, None where that was not measured.
+        losses: nats per scored token of the steps' batches, each before its step; means over runs of steps where there
+            are more than 48.
+    """
+
+    rung: str
+    start: str
+    stage: str
+    ridge: float
+    steps: int
+    validation: float | None
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class RungRecord:
     """One rung of the ladder of mixings.
 
@@ -37,8 +61,8 @@ class RungRecord:
         starts: that it was searched from.
         chosen: the start that won.
         ridge: of the stage that won; None if the start was never beaten, or there was no path.
-        validation_nats_per_token: of its solution, on records that it was not fitted to; None without such records.
-        gain: over the rung that was the best until then, in nats per token; None if it was not compared.
+        validation: cost of its solution, on records that it was not fitted to; None without such records.
+        gain: over the rung that was the best until then; None if it was not compared.
         standard_error: of the gain, paired over records.
         won: whether it is the rung of the recipe.
         why: that, in words.
@@ -49,7 +73,7 @@ class RungRecord:
     starts: tuple[StartRecord, ...]
     chosen: str
     ridge: float | None
-    validation_nats_per_token: float | None
+    validation: float | None
     gain: float | None
     standard_error: float | None
     won: bool
@@ -63,7 +87,10 @@ class FitRecord:
     Args:
         recipe: `cat`, or `paper` for the published one.
         settings: everything that was set and changes the result.
+        criterion: what chose among starts, ridges and rungs: `nats per token`, or a task metric, whose cost is 1 minus
+            its mean, and 1e-4 at most for the loss.
         rungs: that were tried, in this order.
+        stages: the descents of the search, in order; none of the rung `adapter`, which is found by BFGS.
         folds: parts that the training records were cut into to choose among starts, ridges and rungs; 1 if one part was
             set aside, 0 if nothing was.
         refitted: whether the choice was fitted once more, on all training records.
@@ -80,7 +107,9 @@ class FitRecord:
 
     recipe: str
     settings: dict[str, int | float | str | bool | None]
+    criterion: str
     rungs: tuple[RungRecord, ...]
+    stages: tuple[StageRecord, ...]
     folds: int
     refitted: bool
     passes: float

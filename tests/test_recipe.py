@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from loracli.errors import OutputExists, RecipeError
-from loracli.fit_record import FitRecord, RungRecord, StartRecord
+from loracli.fit_record import FitRecord, RungRecord, StageRecord, StartRecord
 from loracli.recipe import (
     INLINE_KINDS,
     MAX_RECIPE_BYTES,
@@ -61,6 +61,8 @@ def make_recipe(folder: Path, *adapters: RecipeAdapter) -> Recipe:
         fit=FitRecord(
             recipe="cat",
             settings={"seed": 3, "ridge": None, "passes": 8.0, "paper": False, "mixing": "module", "rate": 1e-9},
+            criterion="nats per token",
+            stages=(StageRecord("module", "sum", "probe", 0.01, 3, None, (1.5, 1 / 3)),),
             rungs=(
                 RungRecord(
                     kind="module",
@@ -71,7 +73,7 @@ def make_recipe(folder: Path, *adapters: RecipeAdapter) -> Recipe:
                     ),
                     chosen="sum",
                     ridge=0.01,
-                    validation_nats_per_token=0.1,
+                    validation=0.1,
                     gain=0.2,
                     standard_error=1e-9,
                     won=True,

@@ -8,6 +8,7 @@ from loracli.recipe import HeldOut, Recipe
 
 SHOWN_TASKS = 20
 SHOWN_FAR = 5
+NATS = "nats per token"
 
 
 def data_lines(out: Output, recipe: Recipe) -> None:
@@ -31,12 +32,12 @@ def search_lines(out: Output, recipe: Recipe) -> None:
         for start in rung.starts:
             won = start.name == rung.chosen
             ridge = "" if rung.ridge is None or not won else f"{rung.ridge:g}"
-            end = rung.validation_nats_per_token if won else None
+            end = rung.validation if won else None
             rows.append(
                 [f"{rung.kind} from {start.name}", *map(_loss, (start.before, start.after, start.unseen, end)), ridge]
             )
     strong = next((i for i, row in enumerate(rows) if row[4] and row[0].startswith(f"{recipe.mixing.kind} ")), None)
-    out.table(["nats/token on validation", "before", "probed", "unseen", "solution", "ridge"], rows, strong=strong)
+    out.table([_heading(fit.criterion), "before", "probed", "unseen", "solution", "ridge"], rows, strong=strong)
     for rung in fit.rungs[1:]:
         out.line(f"{rung.kind}: {rung.why}")
     if fit.folds > 1:
@@ -51,6 +52,10 @@ def search_lines(out: Output, recipe: Recipe) -> None:
         )
     if fit.stopped:
         out.line(f"STOPPED EARLY: {fit.stopped}", style="bold")
+
+
+def _heading(criterion: str) -> str:
+    return "nats/token on validation" if criterion == NATS else f"1 - {criterion} on validation"
 
 
 def certificate_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> None:

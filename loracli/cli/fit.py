@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loracli.cli._options import AdaptersOpt, ForceOpt, JsonOpt, QuietOpt
+from loracli.cli._options import (
+    AdaptersOpt,
+    ForceOpt,
+    JsonOpt,
+    MaxNewTokensOpt,
+    MetricCommandOpt,
+    QuietOpt,
+    ToleranceOpt,
+)
 from loracli.cli._output import Output
 from loracli.cli._tables import held_out_lines, search_lines
 
@@ -98,6 +106,18 @@ def fit(
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", metavar="X", help="Peak rate; default: clip(8/steps, 0.01, 0.1).")
     ] = None,
+    select_by: Annotated[
+        str | None,
+        typer.Option(
+            "--select-by",
+            metavar="METRIC",
+            help="Choose starts, ridges and rungs by greedy answers to validation records: exact, contains, numeric; "
+            "or choice, by the options' log-likelihood; default: by the loss.",
+        ),
+    ] = None,
+    metric_command: MetricCommandOpt = None,
+    max_new_tokens: MaxNewTokensOpt = 256,
+    tolerance: ToleranceOpt = 1e-4,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the split and the order of batches.")] = 0,
     dtype: Annotated[
         str,
@@ -166,6 +186,10 @@ def fit(
         format=shape,
         allow_truncation=allow_truncation,
         skip_bad=skip_bad,
+        select_by=select_by,
+        metric_command=metric_command,
+        max_new_tokens=max_new_tokens,
+        tolerance=tolerance,
     )
 
     def prepare() -> FitInputs:
@@ -224,6 +248,7 @@ def _print_fit(out: Output, recipe: Recipe, output: Path) -> None:
                 ],
                 "tasks": [asdict(task) for task in table.tasks],
                 "mixing": recipe.mixing.kind,
+                "criterion": record.criterion,
                 "rungs": [asdict(rung) for rung in record.rungs],
             }
         )
@@ -249,6 +274,7 @@ def _print_plan(out: Output, inputs: Any) -> None:
         "numbers": inputs.numbers,
         "modules": len(inputs.layout.modules),
         "passes": inputs.settings.budget,
+        "select_by": None if inputs.settings.metric is None else inputs.settings.metric.name,
     }
     out.document({"plan": plan})
     for key, value in plan.items():

@@ -19,7 +19,8 @@ from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.table import INGREDIENT, Evaluated, Names, comparison_of
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.comparison import Comparison, Skipped
-from loracli.evaluation.task_metric import Scorer, TaskMetric, make_scorer
+from loracli.evaluation.scorer import Scorer, make_scorer
+from loracli.evaluation.task_metric import TaskMetric
 from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseModel, check_fits, load_base
 from loracli.fitting.engine import Engine

@@ -95,7 +95,7 @@ def fit_rung(
     folds = divide_training(inputs, training)
     canonical = settings.mixing not in INLINE_KINDS
     with calibration.engine(adapters, layout.modules, canonical=canonical) as (engine, attached):
-        found = find_mixing(engine, attached, inputs, folds, training)
+        found = find_mixing(engine, attached, inputs, folds, training, base.tokenizer)
     note = f"{found.mixing.kind}, {found.mixing.numbers} numbers" if found.mixing.kind != name else ""
     if found.stopped:
         note = f"stopped early: {found.stopped}"

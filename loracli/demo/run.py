@@ -21,7 +21,8 @@ from loracli.calibration.records import CalibrationFile
 from loracli.calibration.render import render_file
 from loracli.demo.fresh_lora import train_fresh_lora
 from loracli.evaluation.held_out import FIT, static_points
-from loracli.evaluation.task_metric import TaskMetric, make_scorer
+from loracli.evaluation.scorer import make_scorer
+from loracli.evaluation.task_metric import TaskMetric
 from loracli.export.export import Exported, export_adapter
 from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseModel, BaseReference, load_base

@@ -1,7 +1,7 @@
 """What a search chooses by: a score of each record that the choice was not fitted to.
 
-Starts, ridges and rungs are chosen by the same criterion, and only through this file. The loss is the default; another
-one, such as the share of wrong answers, has the same form: a cost of each record, and how much each record counts.
+Starts, ridges and rungs are chosen by the same criterion, and only through this file. The loss is the default; a task
+metric has the same form: a cost of each record, and how much each record counts.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from torch import Tensor
 
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
+from loracli.evaluation.scorer import Scorer
 from loracli.evaluation.scores import Scores
 from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import Mixing
 
 Criterion = Callable[[Mixing, Tensor, Sequence[Example]], Scores]
+
+LEAST_GAIN = 0.005  # nats per token, that `auto` climbs for
+LEAST_ANSWERS = 0.5  # right ones more, that `auto` climbs for where a task metric chooses
+TIE = 1e-4  # of a cost that goes by the loss, among solutions with the same answers
 
 
 def loss_criterion(engine: Engine, *, batch_tokens: int) -> Criterion:
@@ -36,6 +41,37 @@ def loss_criterion(engine: Engine, *, batch_tokens: int) -> Criterion:
     return criterion
 
 
+def metric_criterion(
+    engine: Engine, scorer_of: Callable[[Sequence[Example]], Scorer], *, batch_tokens: int
+) -> Criterion:
+    """What a task metric says, with the loss to decide between equal answers; every record counts the same.
+
+        cost = 1 - value + 1e-4 l / (1 + l),    l the record's nats per token
+
+    Args:
+        engine: of the attached model.
+        scorer_of: makes the scorer of some records, once for each set of them.
+        batch_tokens: of a micro-batch of the loss.
+    Raises (the criterion):
+        NonFiniteLoss: naming the records.
+        MetricError: if the user's command fails.
+    """
+    scorers: dict[tuple[str, ...], Scorer] = {}
+
+    def criterion(mixing: Mixing, theta: Tensor, examples: Sequence[Example]) -> Scores:
+        places = tuple(example.place for example in examples)
+        if places not in scorers:
+            scorers[places] = scorer_of(examples)
+        loss = engine.score(mixing, theta, plan_batches(examples, batch_tokens=batch_tokens), examples)
+        nats = loss.nats / loss.tokens
+        costs = 1 - engine.answer(mixing, theta, scorers[places]) + TIE * nats / (1 + nats)
+        scores = Scores(costs, torch.ones_like(costs))
+        engine.meter.validation = scores.nats_per_token
+        return scores
+
+    return criterion
+
+
 @dataclass(frozen=True)
 class Gain:
     """How much less one mixing costs than another on the same n records.
@@ -43,7 +79,7 @@ class Gain:
         gain = sum_n (a_n - b_n) / sum_n t_n
 
     Args:
-        mean: per scored token; above zero is a gain.
+        mean: per scored token, or per record where a task metric chooses; above zero is a gain.
         standard_error: of the mean over records, as of a ratio of sums (Cochran 1977, section 6.4).
     """
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.calibration.split import shuffled
+from loracli.fit_record import StageRecord
 from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Entry
 from loracli.fitting.mixing import Mixing
@@ -19,6 +20,7 @@ from loracli.fitting.optimise import AdamW
 
 FEWEST_STEPS_A_PASS = 64
 MOST_STEPS_A_PASS = 128
+MOST_POINTS = 48  # of a curve in a recipe
 UNDER_WAY = "descent"  # the key of a run that is not at its end
 
 
@@ -101,11 +103,19 @@ class Ran:
         nats: of the later half of the steps' batches, each scored before the step on it: in the first pass these are
             records that theta has not been fitted to.
         tokens: scored ones of those batches.
+        losses: (steps,) nats per scored token of each step's batches, in float64.
     """
 
     average: Tensor
     nats: float
     tokens: float
+    losses: Tensor
+
+    def recorded(self, rung: str, start: str, stage: str, ridge: float, validation: float | None = None) -> StageRecord:
+        """What a recipe keeps of it: the losses to six digits, at most 48, each the mean of a run of steps."""
+        count = min(MOST_POINTS, len(self.losses))
+        curve = [float(f"{float(part.mean()):.6g}") for part in self.losses.tensor_split(count)] if count else []
+        return StageRecord(rung, start, stage, ridge, len(self.losses), validation, tuple(curve))
 
 
 class Descent:
@@ -149,13 +159,15 @@ class Descent:
         if entry is not None:
             return self._restore(entry)[1]
         entry = self._engine.recall(UNDER_WAY, of=key)
-        done, ran = (0, Ran(torch.zeros_like(self.theta), 0.0, 0.0)) if entry is None else self._restore(entry)
-        total, nats, tokens = ran.average, ran.nats, ran.tokens
+        none = Ran(torch.zeros_like(self.theta), 0.0, 0.0, torch.zeros(steps, dtype=torch.float64))
+        done, ran = (0, none) if entry is None else self._restore(entry)
+        total, nats, tokens, losses = ran.average, ran.nats, ran.tokens, ran.losses
         averaged = max(steps // 4, 1)
         for number in range(done, steps):
             step = self._step(self._adam.step_number)
             more, gradient = self._engine.total(self._mixing, self.theta, step.batches, self._examples)
             scored = sum(batch.scored_tokens for batch in step.batches)
+            losses[number] = more / scored
             if number >= steps // 2:
                 nats, tokens = nats + more, tokens + scored
             self._adam.step((gradient * step.scale).to(self.theta.dtype) + ridge * (self.theta - self._anchor))
@@ -163,16 +175,19 @@ class Descent:
                 total = total + self.theta
             self._engine.stepped(loss=more / scored, rate=self._adam.rate())
             if number + 1 < steps and self._engine.due(UNDER_WAY):
-                self._leave(UNDER_WAY, number + 1, Ran(total, nats, tokens), of=key)
-        ran = Ran(total / averaged, nats, tokens)
+                self._leave(UNDER_WAY, number + 1, Ran(total, nats, tokens, losses), of=key)
+        ran = Ran(total / averaged, nats, tokens, losses)
         self._leave(key, steps, ran)
         return ran
 
     def _leave(self, key: str, done: int, ran: Ran, *, of: str | None = None) -> None:
         values = {"done": done, "nats": ran.nats, "tokens": ran.tokens, "step_number": self._adam.step_number}
-        self._engine.remember(key, Entry({**self._adam.state(), "average": ran.average}, values), of=of)
+        self._engine.remember(
+            key, Entry({**self._adam.state(), "average": ran.average, "losses": ran.losses}, values), of=of
+        )
 
     def _restore(self, entry: Entry) -> tuple[int, Ran]:
         done, nats, tokens, number = (entry.values[name] for name in ("done", "nats", "tokens", "step_number"))
         self._adam.restore(entry.tensors, int(number))  # type: ignore[arg-type]
-        return int(done), Ran(entry.tensors["average"], float(nats), float(tokens))  # type: ignore[arg-type]
+        average, losses = entry.tensors["average"], entry.tensors["losses"]
+        return int(done), Ran(average, float(nats), float(tokens), losses)  # type: ignore[arg-type]

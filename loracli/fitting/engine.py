@@ -18,6 +18,7 @@ from torch import Tensor
 from loracli.calibration.batches import Batch, make_batch
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, OutOfResources
+from loracli.evaluation.scorer import Scorer
 from loracli.evaluation.scores import Scores
 from loracli.fitting.journal import Entry, Journal
 from loracli.fitting.loss import Objective
@@ -92,6 +93,25 @@ class Engine:
         if bad:
             raise _non_finite([examples[i] for i in bad])
         return scores
+
+    def answer(self, mixing: Applied, theta: Tensor, scorer: Scorer) -> Tensor:
+        """What a task metric gives each record at theta, (n,) in float64. The first process answers for all; it is not
+        counted in the budget.
+
+        Raises:
+            MetricError: if the user's command fails.
+        """
+        key = self.next_key()
+        entry = self.recall(key)
+        if entry is None:
+
+            def work() -> Tensor:
+                with torch.no_grad():
+                    mixing.apply(self.objective.attached, theta)
+                return scorer(self.objective)
+
+            entry = self.remember(key, Entry({"values": self._processes.from_first(work)}))
+        return entry.tensors["values"]
 
     def mean_and_gradient(
         self, mixing: Mixing, theta: Tensor, batches: Sequence[Batch], examples: Sequence[Example]

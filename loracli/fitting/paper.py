@@ -18,7 +18,7 @@ from loracli.calibration.batches import make_batch
 from loracli.calibration.render import Example
 from loracli.calibration.split import shuffled
 from loracli.errors import NonFiniteLoss
-from loracli.fit_record import RungRecord, StartRecord
+from loracli.fit_record import RungRecord, StageRecord, StartRecord
 from loracli.fitting.descent import Descent, Step
 from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import DiagonalMixing
@@ -52,9 +52,9 @@ def fit_as_published(
     steps = [Step((batch,), 1.0 / batch.scored_tokens) for batch in batches]
     engine.meter.stage("published recipe", rung=mixing.kind, start="random", stage="descent", ridge=None)
     descent = Descent(engine, mixing, examples, lambda number: steps[number], adam, start)
-    stopped = None
+    stopped, stages = None, tuple[StageRecord, ...]()
     try:
-        descent.run(len(steps))
+        stages = (descent.run(len(steps)).recorded(mixing.kind, "random", "descent", 0.0),)
     except NonFiniteLoss as error:
         if adam.step_number == 0:
             raise
@@ -62,4 +62,4 @@ def fit_as_published(
     starts = (StartRecord("random", None, None, None),)
     why = "the published recipe has one rung and one start"
     rung = RungRecord(mixing.kind, mixing.numbers, starts, "random", None, None, None, None, True, why)
-    return Found(mixing, descent.theta, start, (rung,), None, False, stopped)
+    return Found(mixing, descent.theta, start, (rung,), stages, None, False, stopped)

@@ -57,7 +57,9 @@ def make_recipe(
     record = FitRecord(
         recipe="paper" if inputs.settings.paper else "cat",
         settings=inputs.settings.recorded(),
+        criterion="nats per token" if inputs.settings.metric is None else inputs.settings.metric.name,
         rungs=found.rungs,
+        stages=found.stages,
         folds=folds,
         refitted=found.refitted,
         passes=round(passes, 2),

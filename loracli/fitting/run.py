@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from loracli.adapters.hub import Fetched
 from loracli.calibration.batches import Batch, plan_batches
@@ -14,13 +15,14 @@ from loracli.calibration.render import Example
 from loracli.calibration.sources import DataPaths
 from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.held_out import FIT, held_out_table, static_points
+from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.scores import Scores
 from loracli.fit_certificate import FitCertificate
 from loracli.fitting.attach import AttachedModel, attach
 from loracli.fitting.base import BaseModel, check_fits, load_base, plan_base
 from loracli.fitting.certificate import can_certify
 from loracli.fitting.checkpointing import checkpointed
-from loracli.fitting.criterion import loss_criterion
+from loracli.fitting.criterion import LEAST_ANSWERS, loss_criterion, metric_criterion
 from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine
 from loracli.fitting.folds import Fold, cross_folds, one_fold
@@ -111,6 +113,11 @@ def run_fit(
         log: takes a line for each step, on the first process.
         progress: told what happens.
     """
+    if placement.shard and inputs.settings.metric is not None:
+        raise UsageError(
+            "answers cannot be generated with a base that is shared out over processes",
+            hint="leave out --select-by and --metric-command, or --shard",
+        )
     decision = _memory_decision(inputs, placement, processes)
     (progress.warn if decision.tight else progress.note)(decision.note)
     with memory_errors():
@@ -173,7 +180,7 @@ def _run(
         _announce(engine, inputs, base, examples, folds, work, progress)
         progress.begin(TASK, work, WORK)
         try:
-            found = find_mixing(engine, attached, inputs, folds, examples.training)
+            found = find_mixing(engine, attached, inputs, folds, examples.training, base.tokenizer)
             found, certificate = _certified(engine, found, examples.training, settings)
             passes = engine.meter.spent / (2 * tokens_of(examples.training))
             training_loss = _training_loss(engine, found, examples.training, settings)
@@ -206,7 +213,7 @@ def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fol
     """How the training records are divided to choose; not at all with `--paper`.
 
     Raises:
-        UsageError: if there are too few of them for the folds, or for `auto` to choose with.
+        UsageError: if there are too few of them for the folds, or for `auto` or a task metric to choose with.
     """
     settings, records = inputs.settings, inputs.data.training
     if settings.paper:
@@ -214,10 +221,11 @@ def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fol
     if settings.cv is not None:
         return cross_folds(training, records, settings.cv, seed=settings.seed + 1)
     fold = one_fold(training, records, seed=settings.seed + 1)
-    if settings.mixing == AUTO and not fold.validation:
+    if not fold.validation and (settings.mixing == AUTO or settings.metric is not None):
+        option = "--mixing auto" if settings.mixing == AUTO else "--select-by"
         raise UsageError(
-            f"--mixing auto cannot choose with {len(training)} training records",
-            hint="add --cv 4, or give more records, or name a rung: adapter or module",
+            f"{option} cannot choose with {len(training)} training records",
+            hint="add --cv 4, or give more records, or name a rung, adapter or module, and let the loss choose",
         )
     return (fold,)
 
@@ -256,9 +264,10 @@ def _announce(
     )
     choosing = f", {len(folds)} folds" if len(folds) > 1 else f", {len(folds[0].validation)} of them to choose with"
     passes = "one pass" if settings.paper else f"up to {settings.budget:g} passes"
+    about = duration_text(work / rate) + ("" if settings.metric is None else "; the answers that choose come on top")
     progress.note(
         f"{len(examples.training)} training records{choosing if folds[0].validation else ''}, "
-        f"{len(examples.held_out)} held out; {passes} at {rate / 2:.0f} tok/s: about {duration_text(work / rate)}"
+        f"{len(examples.held_out)} held out; {passes} at {rate / 2:.0f} tok/s: about {about}"
     )
 
 
@@ -268,6 +277,7 @@ def find_mixing(
     inputs: FitInputs,
     folds: tuple[Fold, ...],
     training: Sequence[Example],
+    tokenizer: Any,
 ) -> Found:
     """The search of `inputs.settings` on an attached model.
 
@@ -277,17 +287,46 @@ def find_mixing(
         inputs: of the fit.
         folds: from `divide_training`.
         training: all records of the folds.
+        tokenizer: the base model's.
     """
     settings = inputs.settings
     if settings.paper:
         return fit_as_published(engine, make_diagonal(inputs.layout, "module", softmax=True), training, settings)
-    criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
-    task = Task(engine, folds, criterion, settings, inputs.references)
     finish = NO_FINISH  # which rung `auto` ends on is not known, and so is what it leaves of the budget
     if settings.mixing != AUTO:
         target = make_mixing(attached, inputs.layout, settings.mixing)  # type: ignore[arg-type]
         finish = plan_finish(target, training, settings)
+    task = _task(engine, inputs, folds, tokenizer)
     return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training, finish)
+
+
+def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], tokenizer: Any) -> Task:
+    """What is fitted, and what chooses: the loss, or the task metric of the settings."""
+    settings, metric = inputs.settings, inputs.settings.metric
+    if metric is None:
+        criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
+        return Task(engine, folds, criterion, settings, inputs.references)
+
+    def scorer_of(examples: Sequence[Example]) -> Scorer:
+        return make_scorer(
+            metric,
+            inputs.data.files,
+            [example.place for example in examples],
+            tokenizer,
+            max_length=settings.max_length,
+            batch_tokens=settings.batch_tokens,
+        )
+
+    return Task(
+        engine,
+        folds,
+        metric_criterion(engine, scorer_of, batch_tokens=settings.batch_tokens),
+        settings,
+        inputs.references,
+        chooses_by_loss=False,
+        unit=metric.name,
+        least_gain=LEAST_ANSWERS / sum(len(fold.validation) for fold in folds),
+    )
 
 
 def _certified(

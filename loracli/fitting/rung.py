@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.scores import Scores
-from loracli.fit_record import StartRecord
+from loracli.fit_record import StageRecord, StartRecord
 from loracli.fitting.criterion import gain
 from loracli.fitting.descent import Descent, Plan, Ran, plan_steps
 from loracli.fitting.mixing import Mixing
@@ -78,6 +78,7 @@ class _Rung:
         self._best: Solved | None = None
         self._failure: NonFiniteLoss | None = None
         self._reports: list[StartRecord] = []
+        self._stages: list[StageRecord] = []
 
     def _plan(self, fold_index: int, budget: float) -> _Steps:
         fold, settings = self._task.folds[fold_index], self._task.settings
@@ -102,7 +103,7 @@ class _Rung:
         elif self._failure is not None:
             raise self._failure
         assert self._best is not None
-        return replace(self._best, starts=tuple(self._reports))
+        return replace(self._best, starts=tuple(self._reports), stages=tuple(self._stages))
 
     def _probe(self, name: str) -> list[Descent] | None:
         """The first steps from a start; None if the loss is not finite there."""
@@ -119,6 +120,7 @@ class _Rung:
             self._reports.append(left_out(name, nats_per_token(before), error))
             self._failure = error
             return None
+        self._keep(name, "probe", self._path[0], ran, after)
         unseen = _unseen(ran, after) if self._task.chooses_by_loss or after is None else after.nats_per_token
         self._reports.append(StartRecord(name, nats_per_token(before), nats_per_token(after), unseen))
         return descents
@@ -137,6 +139,7 @@ class _Rung:
             except NonFiniteLoss as error:
                 self._stop(name, descents, str(error))
                 return
+            self._keep(name, "descent", ridge, ran, scores)
             best = self._best.scores if self._best is not None else None
             self._offer(name, thetas, scores, ridge)
             if scores is not None and best is not None and gain(scores, best).clear:
@@ -156,6 +159,9 @@ class _Rung:
             self._offer(name, tuple(descent.theta for descent in descents), None, self._path[0])
         assert self._best is not None
         self._best = replace(self._best, stopped=why)
+
+    def _keep(self, name: str, stage: str, ridge: float, ran: Sequence[Ran], scores: Scores | None) -> None:
+        self._stages.append(ran[0].recorded(self._mixing.kind, name, stage, ridge, nats_per_token(scores)))
 
     def _descent(self, start: Tensor, steps: _Steps) -> Descent:
         count = steps.probe + steps.rest

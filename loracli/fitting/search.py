@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fit_record import RungRecord
+from loracli.fit_record import RungRecord, StageRecord
 from loracli.fitting.adapter_weights import solve_adapters
 from loracli.fitting.criterion import Gain, gain
 from loracli.fitting.descent import Descent, plan_steps
@@ -42,7 +42,6 @@ LADDERS: dict[str, dict[MixingKind, float]] = {
     "auto": {"adapter": 0.15, "module": 0.3, "core": 0.3, "factors": 0.25},
 }
 SUM = "sum"
-LEAST_GAIN = 0.005  # nats per token, that `auto` climbs for
 SAME_START = 0.05  # starts closer than this are one
 REFIT_SHARE = 0.4  # of the budget
 REFIT_RATE = 0.6  # of the rate of the search, whose solution is near already
@@ -57,6 +56,7 @@ class Found:
         theta: its numbers.
         anchor: where the search that found them began.
         rungs: all that were tried.
+        stages: the descents, in order.
         ridge: towards the anchor, of the stage that won; None if the start was never beaten, or there was none.
         refitted: whether it was fitted once more on all training records.
         stopped: why the search ended early, None if it did not.
@@ -66,6 +66,7 @@ class Found:
     theta: Tensor
     anchor: Tensor
     rungs: tuple[RungRecord, ...]
+    stages: tuple[StageRecord, ...]
     ridge: float | None
     refitted: bool
     stopped: str | None
@@ -86,13 +87,14 @@ def search(
     """
     whole = task.settings.budget * 2 * tokens_of(training) - finish.reserved
     refitting = task.validated and not finish.instead_of_refit and task.settings.mixing != "adapter"
-    solved, rungs = _climb(task, make_mixing, whole * (1 - REFIT_SHARE * refitting))
+    solved, rungs, stages = _climb(task, make_mixing, whole * (1 - REFIT_SHARE * refitting))
     winner = solved[-1]
     found = Found(
         winner.mixing,
         mean_of(winner.thetas),
         mean_of(winner.anchors),
         rungs,
+        stages,
         winner.ridge,
         refitted=False,
         stopped=winner.stopped,
@@ -100,32 +102,37 @@ def search(
     if winner.stopped or not refitting:
         return found
     try:
-        theta = refit(task, solved, training, min(REFIT_SHARE * whole, whole - task.engine.meter.spent))
+        again = refit(task, solved, training, min(REFIT_SHARE * whole, whole - task.engine.meter.spent))
     except NonFiniteLoss as error:
         return replace(found, stopped=str(error))
-    return found if theta is None else replace(found, theta=theta, refitted=True)
+    if again is None:
+        return found
+    theta, stage = again
+    return replace(found, theta=theta, stages=(*stages, stage), refitted=True)
 
 
 def _climb(
     task: Task, make_mixing: Callable[[MixingKind], Mixing], budget: float
-) -> tuple[list[Solved], tuple[RungRecord, ...]]:
-    """The solutions up to the rung asked for, or with `auto` to the best one, and the report of all that were tried."""
+) -> tuple[list[Solved], tuple[RungRecord, ...], tuple[StageRecord, ...]]:
+    """The solutions up to the rung asked for, or with `auto` to the best one, and what is reported of all."""
     asked = task.settings.mixing
     solutions: list[Solved] = []
     records: list[RungRecord] = []
+    stages: list[StageRecord] = []
     for kind in LADDERS[asked]:
         best = solutions[-1] if solutions else None
         solved = solve_next(task, make_mixing(kind), best, budget - task.engine.meter.spent)
         compared = _compare(best, solved)
-        climbed = best is None or asked != AUTO or (compared is not None and worth_climbing(compared))
-        records.append(_record(solved, compared, best, climbed, asked))
+        climbed = best is None or asked != AUTO or (compared is not None and worth_climbing(compared, task.least_gain))
+        stages += solved.stages
+        records.append(_record(task, solved, compared, best, climbed))
         if climbed:
             solutions.append(solved)
         if not climbed or solved.stopped:
             solutions[-1] = replace(solutions[-1], stopped=solved.stopped)
             break
     winner = solutions[-1].mixing.kind
-    return solutions, tuple(replace(record, won=record.kind == winner) for record in records)
+    return solutions, tuple(replace(record, won=record.kind == winner) for record in records), tuple(stages)
 
 
 def _share(asked: str, kind: MixingKind) -> float:
@@ -163,22 +170,22 @@ def _compare(best: Solved | None, solved: Solved) -> Gain | None:
     return gain(best.scores, solved.scores)
 
 
-def worth_climbing(compared: Gain) -> bool:
+def worth_climbing(compared: Gain, least: float) -> bool:
     """Where the loss is close to nothing, so is the standard error; a higher rung overfits more easily all the same."""
-    return compared.clear and compared.mean > LEAST_GAIN
+    return compared.clear and compared.mean > least
 
 
-def _record(solved: Solved, compared: Gain | None, best: Solved | None, climbed: bool, asked: str) -> RungRecord:
-    kind = solved.mixing.kind
+def _record(task: Task, solved: Solved, compared: Gain | None, best: Solved | None, climbed: bool) -> RungRecord:
+    asked, kind = task.settings.mixing, solved.mixing.kind
     if best is None or compared is None:
         why = "the first rung" if best is None else "not compared: there are no validation records"
     else:
-        over = f"a gain of {compared.mean:.4f} nats per token over {best.mixing.kind}"
+        over = f"a gain of {compared.mean:.4f} {task.unit} over {best.mixing.kind}"
         why = (
             f"{over} is {'above' if compared.clear else 'not above'} one standard error, {compared.standard_error:.4f}"
         )
         if asked == AUTO and compared.clear and not climbed:
-            why += f", but below {LEAST_GAIN:g}, too little for {solved.mixing.numbers} numbers"
+            why += f", but below {task.least_gain:g}, too little for {solved.mixing.numbers} numbers"
     if kind == asked:
         why += "; asked for"
     return RungRecord(
@@ -187,7 +194,7 @@ def _record(solved: Solved, compared: Gain | None, best: Solved | None, climbed:
         starts=solved.starts,
         chosen=solved.chosen,
         ridge=solved.ridge,
-        validation_nats_per_token=nats_per_token(solved.scores),
+        validation=nats_per_token(solved.scores),
         gain=None if compared is None else compared.mean,
         standard_error=None if compared is None else compared.standard_error,
         won=climbed,
@@ -195,7 +202,9 @@ def _record(solved: Solved, compared: Gain | None, best: Solved | None, climbed:
     )
 
 
-def refit(task: Task, solved: Sequence[Solved], training: Sequence[Example], budget: float) -> Tensor | None:
+def refit(
+    task: Task, solved: Sequence[Solved], training: Sequence[Example], budget: float
+) -> tuple[Tensor, StageRecord] | None:
     """The last solution fitted once more, on all training records; None if there is nothing to fit, or no budget.
 
     Where a rung did not beat the solution of the rung below, that one is fitted.
@@ -208,7 +217,7 @@ def refit(task: Task, solved: Sequence[Solved], training: Sequence[Example], bud
         if len(solved) == 1 or last.chosen != solved[-2].mixing.kind:
             return None
         below = refit(task, solved[:-1], training, budget)
-        return None if below is None else last.mixing.lift(solved[-2].mixing, below)
+        return None if below is None else (last.mixing.lift(solved[-2].mixing, below[0]), below[1])
     if last.mixing.kind == "adapter":
         return None
     plan = plan_steps(training, batch_tokens=task.settings.batch_tokens, seed=task.settings.seed + 1)
@@ -220,4 +229,5 @@ def refit(task: Task, solved: Sequence[Solved], training: Sequence[Example], bud
     kind = last.mixing.kind
     task.engine.meter.stage(f"{kind} on all records", rung=kind, start="", stage="refit", ridge=last.ridge)
     descent = Descent(task.engine, last.mixing, training, plan.step, adam, mean_of(last.anchors))
-    return descent.run(steps, last.ridge or 0.0).average
+    ran = descent.run(steps, last.ridge or 0.0)
+    return ran.average, ran.recorded(kind, last.chosen, "refit", last.ridge or 0.0)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 
 from loracli.errors import UsageError
+from loracli.evaluation.answers import TOLERANCE
+from loracli.evaluation.task_metric import MAX_NEW_TOKENS, TaskMetric, task_metric
 from loracli.recipe import MIXING_KINDS
 
 AUTO = "auto"
@@ -33,6 +36,10 @@ class FitSettings:
         format: the shape of all records; None to see it from each file.
         allow_truncation: go on although more than a tenth of a file's records have nothing scored within `max_length`.
         skip_bad: leave out lines that cannot be used.
+        select_by: the task metric that chooses among starts, ridges and rungs in place of the loss; None for the loss.
+        metric_command: the user's own metric, in its place.
+        max_new_tokens: of an answer that is judged.
+        tolerance: relative, of the metric `numeric`.
     """
 
     mixing: str = "module"
@@ -48,6 +55,10 @@ class FitSettings:
     format: str | None = None
     allow_truncation: bool = False
     skip_bad: bool = False
+    select_by: str | None = None
+    metric_command: str | None = None
+    max_new_tokens: int = MAX_NEW_TOKENS
+    tolerance: float = TOLERANCE
 
     def __post_init__(self) -> None:
         """Raises UsageError for the first setting that is out of its range."""
@@ -59,6 +70,8 @@ class FitSettings:
             )
         if self.mixing == "adapter" and (self.ridge is not None or self.learning_rate is not None):
             raise UsageError("--mixing adapter has no ridge and no rate; leave out --ridge and --learning-rate")
+        if self.metric is not None and self.paper:
+            raise UsageError("--paper has nothing to choose; leave out --select-by and --metric-command")
         for name, low, high in (
             ("holdout", 0.0, 0.9),
             ("max_length", 2, 1 << 20),
@@ -80,6 +93,18 @@ class FitSettings:
             return 1.0
         return self.passes or (AUTO_PASSES if self.mixing == AUTO else PASSES) * (self.cv or 1)
 
+    @property
+    def metric(self) -> TaskMetric | None:
+        """The task metric that chooses; None where the loss does.
+
+        Raises:
+            UsageError: if two are set, or one is out of its range.
+        """
+        return task_metric(
+            self.select_by, self.metric_command, max_new_tokens=self.max_new_tokens, tolerance=self.tolerance
+        )
+
     def recorded(self) -> dict[str, int | float | str | bool | None]:
-        """The settings for a recipe."""
-        return asdict(self)
+        """The settings for a recipe; of the user's command, which may name what is nobody's business, its sha256."""
+        command = self.metric_command
+        return {**asdict(self), "metric_command": command and sha256(command.encode()).hexdigest()}

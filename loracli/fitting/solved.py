@@ -12,8 +12,8 @@ from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.scores import Scores
-from loracli.fit_record import StartRecord
-from loracli.fitting.criterion import Criterion, joined
+from loracli.fit_record import StageRecord, StartRecord
+from loracli.fitting.criterion import LEAST_GAIN, Criterion, joined
 from loracli.fitting.engine import Engine
 from loracli.fitting.folds import Fold
 from loracli.fitting.mixing import Mixing
@@ -32,6 +32,8 @@ class Task:
         references: of the adapters.
         chooses_by_loss: whether the criterion is the loss, so that batches scored before the step on them can be pooled
             with it.
+        unit: of the criterion's costs.
+        least_gain: in that unit, that `auto` climbs for.
     """
 
     engine: Engine
@@ -40,6 +42,8 @@ class Task:
     settings: FitSettings
     references: tuple[str, ...]
     chooses_by_loss: bool = True
+    unit: str = "nats per token"
+    least_gain: float = LEAST_GAIN
 
     @property
     def validated(self) -> bool:
@@ -69,6 +73,7 @@ class Solved:
         chosen: the name of the start that won.
         ridge: of the stage that won; None if the start was never beaten, or there was no path.
         stopped: why the search ended early, None if it did not.
+        stages: the descents, in order.
     """
 
     mixing: Mixing
@@ -79,6 +84,7 @@ class Solved:
     chosen: str
     ridge: float | None
     stopped: str | None = None
+    stages: tuple[StageRecord, ...] = ()
 
     @property
     def moved(self) -> bool:

@@ -73,7 +73,7 @@ def make_recipe(folder: Path, adapters: list[LoraAdapter], modules: Any, *, seed
             for a, reference in zip(adapters, references, strict=True)
         ),
         data=(RecipeData("val.jsonl", "0" * 64, "text", 1.0, 1, 1, 0, (), 0, 0, None, ""),),
-        fit=FitRecord("cat", {}, (), 0, False, 1.0, 0.0, 1.0),
+        fit=FitRecord("cat", {}, "nats per token", (), (), 0, False, 1.0, 0.0, 1.0),
         mixing=RecipeMixing("module", mixing.by_group(theta), mixing.numbers),
         modules=modules,
         dtype="float32",

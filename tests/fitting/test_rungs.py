@@ -110,7 +110,7 @@ def test_from_the_sum_the_search_finds_the_better_basin_and_says_so(solved: TwoB
     # The sum begins far above, and was not left out for it.
     assert total.before is not None and below.before is not None and total.before > below.before + 0.3
     assert total.unseen is not None and below.unseen is not None and total.unseen < below.unseen
-    assert below.before == adapter.validation_nats_per_token
+    assert below.before == adapter.validation
     assert module.gain is not None and module.standard_error is not None and module.gain > 1.5
     assert torch.equal(solved.found.anchor, solved.found.mixing.constant([1.0, 1.0]))
 
@@ -290,8 +290,8 @@ def test_a_rung_that_cannot_be_descended_keeps_the_better_of_its_starts(monkeypa
     assert found.mixing.kind == "module" and not found.refitted and found.ridge is None
     adapter, module = found.rungs
     assert [start.left_out is None for start in module.starts] == [False, False]
-    assert module.validation_nats_per_token == min(start.before or 9.0 for start in module.starts)
-    assert module.validation_nats_per_token == adapter.validation_nats_per_token
+    assert module.validation == min(start.before or 9.0 for start in module.starts)
+    assert module.validation == adapter.validation
     assert torch.equal(found.theta, found.anchor) and float((found.theta - found.theta.mean()).abs().max()) > 0
 
 
@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_finite_in_the_middle_keeps_the_best_solution_until_t
     assert found.stopped is not None and "not finite on the records at val.jsonl:" in found.stopped
     module = found.rungs[1]
     losses = [loss for kind, loss in seen if kind == "module"]
-    assert len(losses) == 5 and module.validation_nats_per_token == losses[-1] == min(losses)
+    assert len(losses) == 5 and module.validation == losses[-1] == min(losses)
     assert module.ridge == found.ridge == RIDGE_PATH[0] and not found.refitted and module.won
     scores = one_task(engine_of(LeastSquares(TRUTH)), examples, FitSettings()).check(found.mixing, [found.theta])
     assert scores is not None and scores.nats_per_token == losses[-1]
@@ -335,7 +335,7 @@ def test_a_loss_that_is_not_finite_in_the_last_fit_keeps_what_was_chosen(monkeyp
     found = search(one_task(engine, examples, FitSettings()), rung, examples)
     assert found.stopped is not None and not found.refitted
     scores = one_task(engine_of(LeastSquares(TRUTH)), examples, FitSettings()).check(found.mixing, [found.theta])
-    assert scores is not None and scores.nats_per_token == found.rungs[-1].validation_nats_per_token
+    assert scores is not None and scores.nats_per_token == found.rungs[-1].validation
 
 
 def test_without_validation_records_the_last_finite_step_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +376,7 @@ def test_without_validation_records_the_ridge_stays_at_its_strongest(monkeypatch
     assert ridges == [RIDGE_PATH[0]] * 3  # two starts, one stage, no last fit
     assert found.ridge == RIDGE_PATH[0] == max(RIDGE_PATH) and not found.refitted and found.stopped is None
     module = found.rungs[1]
-    assert (module.validation_nats_per_token, module.gain) == (None, None)
+    assert (module.validation, module.gain) == (None, None)
     assert all(start.before is None and start.after is None and start.unseen is not None for start in module.starts)
     assert module.why == "not compared: there are no validation records; asked for"
 

@@ -1,0 +1,202 @@
+"""The scores of a task metric: every record asked as the loss sees it, its answer generated or its options weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from loracli.calibration.batches import plan_batches
+from loracli.calibration.records import CalibrationFile, Record
+from loracli.calibration.render import Example, render_file
+from loracli.errors import CalibrationError
+from loracli.evaluation.answers import Rule, contains, is_exact, is_same_number
+from loracli.evaluation.generate import greedy_answers
+from loracli.evaluation.metric_command import run_metric
+from loracli.evaluation.task_metric import CHOICE, COMMAND, TaskMetric
+from loracli.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from loracli.fitting.loss import Objective
+
+UNCUT = 1 << 20  # tokens: a record is judged whole, whatever part of it the loss sees
+
+# What an attached model scores on each record, (n,) in float64, higher is better.
+Scorer = Callable[["Objective"], Tensor]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A record as it is asked.
+
+    Args:
+        record: whole.
+        prompt: tokens before its last answer, as the loss has them before the scored ones.
+        end: the token that ends its answer, None where that is no special token.
+    """
+
+    record: Record
+    prompt: tuple[int, ...]
+    end: int | None
+
+
+def make_scorer(
+    metric: TaskMetric,
+    files: Sequence[CalibrationFile],
+    places: Sequence[str],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    batch_tokens: int,
+    progress: Progress = SILENT,
+) -> Scorer:
+    """What gives the metric of some records.
+
+    Args:
+        metric: which.
+        files: that hold the records.
+        places: of n records, in the order of the scores.
+        tokenizer: the base model's.
+        max_length: tokens that a prompt may have.
+        batch_tokens: of a micro-batch of the loss; a batch of answers has four times as many.
+        progress: told how many answers there are.
+    Raises:
+        CalibrationError: if a record has no prompt, a prompt is too long, or options are missing.
+    """
+    wanted = dict.fromkeys(places)
+    if metric.name == CHOICE:
+        return _choices(files, wanted, tokenizer, batch_tokens)
+    questions = [found for file in files for found in _questions(file, wanted, tokenizer, max_length)]
+    by_place = {question.record.place: question for question in questions}
+    return partial(_answered, metric, [by_place[place] for place in places], tokenizer, 4 * batch_tokens, progress)
+
+
+def reference_of(content: dict[str, Any]) -> str:
+    """The text that a record has as its last answer."""
+    if "messages" in content:
+        messages = content["messages"]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return str(messages[content.get("scored", answers)[-1]]["content"])
+    return str(content["completion"])
+
+
+def prompt_of(example: Example) -> tuple[int, ...]:
+    """The tokens before the last run of scored ones."""
+    end = max(place for place, flag in enumerate(example.scored) if flag)
+    start = next(place for place in range(end, -1, -1) if not example.scored[place]) + 1
+    return example.input_ids[:start]
+
+
+def _questions(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any, max_length: int) -> list[Question]:
+    records = tuple(record for record in file.records if record.place in wanted)
+    if not records:
+        return []
+    if file.shape == "text":
+        raise CalibrationError(
+            f"{file.source} holds texts without prompts, which nothing can be answered to",
+            hint="use prompt and completion, or messages",
+        )
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    questions = []
+    for record, example in zip(records, _rendered(replace(file, records=records), tokenizer), strict=True):
+        prompt, last = prompt_of(example), example.input_ids[len(example.scored) - 1]
+        if not prompt or len(prompt) > max_length:
+            raise CalibrationError(
+                f"{record.place}: the prompt has {len(prompt)} tokens; an answer needs 1 to {max_length}",
+                hint="raise --max-length, or leave the record out",
+            )
+        questions.append(Question(record, prompt, last if last in special else None))
+    return questions
+
+
+def _rendered(file: CalibrationFile, tokenizer: Any) -> tuple[Example, ...]:
+    return render_file(file, tokenizer, max_length=UNCUT).examples
+
+
+def _answered(
+    metric: TaskMetric,
+    questions: Sequence[Question],
+    tokenizer: Any,
+    batch_tokens: int,
+    progress: Progress,
+    objective: Objective,
+) -> Tensor:
+    ends = {question.end for question in questions} | {tokenizer.eos_token_id}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    answers = greedy_answers(
+        objective.attached.model,
+        [question.prompt for question in questions],
+        max_new_tokens=metric.max_new_tokens,
+        batch_tokens=batch_tokens,
+        ends=sorted(end for end in ends if end is not None),
+        pad=0 if pad is None else pad,
+        progress=progress,
+    )
+    outputs = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    references = [reference_of(question.record.content) for question in questions]
+    if metric.name == COMMAND:
+        values = run_metric(
+            metric.command or "",
+            [
+                {
+                    "line": question.record.line,
+                    "prompt": tokenizer.decode(question.prompt),
+                    "reference": reference,
+                    "output": output,
+                    "task": question.record.task,
+                }
+                for question, reference, output in zip(questions, references, outputs, strict=True)
+            ],
+        )
+        return torch.tensor(values, dtype=torch.float64)
+    by_number = partial(is_same_number, tolerance=metric.tolerance)
+    rules: dict[str, Rule] = {"exact": is_exact, "contains": contains, "numeric": by_number}
+    right = [rules[metric.name](output, reference) for output, reference in zip(outputs, references, strict=True)]
+    return torch.tensor(right, dtype=torch.float64)
+
+
+def _choices(files: Sequence[CalibrationFile], wanted: dict[str, None], tokenizer: Any, batch_tokens: int) -> Scorer:
+    """Every option of every record as an example of its own."""
+    examples: list[Example] = []
+    options: dict[str, list[str]] = {}  # by place
+    for file in files:
+        records = [record for record in file.records if record.place in wanted]
+        for record in records:
+            if reference_of(record.content) not in record.choices:
+                reason = "its answer is none of its choices" if record.choices else "no choices"
+                raise CalibrationError(
+                    f"{record.place}: {reason}",
+                    hint='give each record 2 to 26 different texts as "choices": ["...", "..."], its answer among them',
+                )
+            options[record.place] = list(record.choices)
+        each = tuple(_answering(record, option) for record in records for option in record.choices)
+        if each:
+            examples += _rendered(replace(file, records=each), tokenizer)
+    right = {record.place: reference_of(record.content) for file in files for record in file.records}
+    batches = plan_batches(examples, batch_tokens=batch_tokens)
+
+    def score(objective: Objective) -> Tensor:
+        nats = iter(objective.score(batches, len(examples)).nats.tolist())
+        values = {}
+        for place, texts in options.items():
+            costs = [next(nats) for _ in texts]
+            values[place] = float(texts[costs.index(min(costs))] == right[place])
+        return torch.tensor([values[place] for place in wanted], dtype=torch.float64)
+
+    return score
+
+
+def _answering(record: Record, text: str) -> Record:
+    """The record with another last answer, and nothing else scored."""
+    content = dict(record.content)
+    if "messages" not in content:
+        return replace(record, content={**content, "completion": text})
+    messages = [dict(message) for message in content["messages"]]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    last = content.get("scored", answers)[-1]
+    messages[last]["content"] = text
+    return replace(record, content={**content, "messages": messages[: last + 1], "scored": [last]})
