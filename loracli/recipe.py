@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -234,23 +234,8 @@ class Recipe:
         return self.mixing.weights[group_name(module, self.mixing.kind)]
 
     def labels(self) -> dict[str, str]:
-        """What to call each adapter in front of people, by reference, and by its own name for the other rows of a
-        table.
-
-        A Hub adapter keeps its reference; a local directory goes by as many of its last names as tell it from the
-        others, so that no path of a machine is shown.
-        """
-        parts = {a.reference: self._local_parts(a) for a in self.adapters if a.repo_id is None}
-        labels = {a.reference: a.reference for a in self.adapters}
-        for reference, own in parts.items():
-            others = [other for name, other in parts.items() if name != reference]
-            taken = [[name] for name in OTHER_ROWS]
-            count = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others + taken)), len(own))
-            labels[reference] = "/".join(own[-count:])
-        return labels
-
-    def _local_parts(self, adapter: RecipeAdapter) -> list[str]:
-        return list((self.folder / adapter.reference).resolve().parts[1:])
+        """What to call each adapter in front of people, by reference."""
+        return labels_of(self.adapters, self.folder)
 
     def public(self) -> Recipe:
         """The recipe as it may be published: adapters by their labels."""
@@ -309,6 +294,26 @@ class Recipe:
         if adapter.repo_id is not None:
             return adapter.reference
         return local_reference(self.folder / adapter.reference, folder)
+
+
+def labels_of(adapters: Sequence[RecipeAdapter], folder: Path) -> dict[str, str]:
+    """What to call each adapter in front of people, by reference.
+
+    A Hub adapter keeps its reference; a local directory goes by as many of its last names as tell it from the others
+    and from the other rows of a table, so that no path of a machine is shown.
+
+    Args:
+        adapters: of one composition.
+        folder: that local references are relative to.
+    """
+    parts = {a.reference: list((folder / a.reference).resolve().parts[1:]) for a in adapters if a.repo_id is None}
+    labels = {a.reference: a.reference for a in adapters}
+    for reference, own in parts.items():
+        others = [other for name, other in parts.items() if name != reference]
+        taken = [[name] for name in OTHER_ROWS]
+        count = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others + taken)), len(own))
+        labels[reference] = "/".join(own[-count:])
+    return labels
 
 
 def local_reference(directory: Path, folder: Path) -> str:

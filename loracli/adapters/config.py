@@ -59,6 +59,7 @@ class AdapterConfig:
         rank_pattern: ranks of single modules, by PEFT's pattern; in file order.
         alpha_pattern: the same for lora_alpha.
         fan_in_fan_out: whether the base stores its weights as (in, out), as GPT-2's Conv1D does.
+        whole_names: last names of which the adapter was put on every module that the base has.
         lora_dropout: the dropout of training; never used here.
         task_type: `CAUSAL_LM`, another, or None.
     """
@@ -71,6 +72,7 @@ class AdapterConfig:
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     fan_in_fan_out: bool
+    whole_names: frozenset[str]
     lora_dropout: float
     task_type: str | None
 
@@ -157,6 +159,7 @@ class _Fields:
                 k: self._number(f"alpha_pattern[{k!r}]", v) for k, v in self._pattern("alpha_pattern").items()
             },
             fan_in_fan_out=self._flag("fan_in_fan_out"),
+            whole_names=self._whole_names(),
             lora_dropout=self._number("lora_dropout", self._fields.get("lora_dropout") or 0.0),
             task_type=self._text("task_type"),
         )
@@ -185,6 +188,14 @@ class _Fields:
         if value is not None and not (isinstance(value, str) and value.isprintable()):
             raise self._bad(field, value, "text on one line")
         return value or None
+
+    def _whole_names(self) -> frozenset[str]:
+        """PEFT adapts every module whose name is, or ends in a dot and, a name of the list."""
+        targets = self._fields.get("target_modules")
+        narrowed = any(_is_on(self._fields.get(key)) for key in ("layers_to_transform", "exclude_modules"))
+        if narrowed or not isinstance(targets, list):
+            return frozenset()
+        return frozenset(name for name in targets if isinstance(name, str) and "." not in name)
 
     def _pattern(self, field: str) -> dict[str, Any]:
         value = self._fields.get(field) or {}

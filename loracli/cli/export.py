@@ -1,9 +1,9 @@
-"""`loracat export`: a recipe becomes one adapter directory."""
+"""`loracat export`: a recipe, or a method, becomes one adapter directory."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,21 +11,28 @@ from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt
 from loracli.cli._output import Output
 from loracli.progress import amount_text
 
-EPILOG = "loracat export  ·  loracat export --merge --rank 16 -o soup/  ·  loracat export other.json --dtype bfloat16"
+EPILOG = (
+    "loracat export  ·  loracat export --merge --rank 16 -o soup/  ·  "
+    "loracat export --method ties --density 0.2 --adapters ./math ./code"
+)
 
 
 def export(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that `loracat fit` wrote.")] = Path(
-        "recipe.json"
-    ),
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RECIPE]", help="That `loracat fit` wrote; default: recipe.json, without --method."),
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Compress to one adapter of rank --rank.")] = False,
     rank: Annotated[
-        int | None, typer.Option("--rank", metavar="K", help="Rank with --merge; default: the largest ingredient rank.")
+        int | None,
+        typer.Option(
+            "--rank", metavar="K", help="With --merge, or of a method that cuts; default: the largest ingredient rank."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="Directory to make; default: adapter-cat or adapter-merged."
+            "--output", "-o", metavar="DIR", help="Directory; default: adapter-cat, adapter-merged, or adapter-METHOD."
         ),
     ] = None,
     adapters: Annotated[
@@ -34,8 +41,30 @@ def export(
             "--adapters",
             "-a",
             metavar="ADAPTER",
-            help="Where the ingredients are now, in the recipe's order; one word or several.",
+            help="Where the ingredients are now, in the recipe's order; with --method the adapters to compose.",
         ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME", help="Compose by a method of `loracat compare` instead of a fit."),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", metavar="X", help="Share of entries that ties, dare and knots keep.")
+    ] = None,
+    scale: Annotated[
+        float, typer.Option("--scale", metavar="X", help="Factor on the result of ties, dare, knots and tsv.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of what dare and lorahub draw.")] = 0,
+    fit_data: Annotated[
+        list[str] | None,
+        typer.Option("--fit-data", metavar="FILE...", help="Calibration JSONL for task-arithmetic and lorahub."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="With --method: Hub id or directory; default: what adapters name"),
+    ] = None,
+    base_revision: Annotated[
+        str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
     ] = None,
     dtype: Annotated[
         str | None,
@@ -52,21 +81,37 @@ def export(
     quiet: QuietOpt = False,
 ) -> None:
     """Write one adapter: concatenated and exact, or with --merge compressed to a given rank."""
+    from loracli.algebra.methods.method import MethodOptions
+    from loracli.comparison.settings import check_options
+    from loracli.errors import UsageError
     from loracli.export.export import export_adapter
+    from loracli.export.method import export_method
 
     out = Output(as_json=as_json, quiet=quiet)
-    directory = output or Path("adapter-merged" if merge else "adapter-cat")
-    exported = export_adapter(
-        recipe,
-        directory,
-        merge=merge,
-        rank=rank,
-        adapters=adapters or (),
-        dtype=dtype,
-        profile=profile,
-        force=force,
-        progress=out,
-    )
+    directory = output or Path(f"adapter-{method or ('merged' if merge else 'cat')}")
+    written: dict[str, Any] = {"merge": merge, "rank": rank, "dtype": dtype, "profile": profile, "force": force}
+    options = MethodOptions(density, scale, seed)
+    if method is None:
+        if options != MethodOptions() or fit_data or base or base_revision:
+            raise UsageError(
+                "--density, --scale, --seed, --fit-data and --base are for a method", hint="name it with --method"
+            )
+        loaded = recipe or Path("recipe.json")
+        exported = export_adapter(loaded, directory, adapters=adapters or (), progress=out, **written)
+    else:
+        check_options(options)
+        exported = export_method(
+            method,
+            directory,
+            adapters=adapters or (),
+            recipe=Path("recipe.json") if recipe is None and not adapters else recipe,
+            method_options=options,
+            fit_data=fit_data or None,
+            base=base,
+            base_revision=base_revision,
+            progress=out,
+            **written,
+        )
     out.close()
     certificate, layout = exported.certificate, exported.layout
     out.document(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.methods.method import Method, MethodOptions
@@ -84,12 +85,7 @@ def fit_rung(
         UsageError: if there are too few records to choose with.
         NonFiniteLoss: if no start is finite.
     """
-    paper = name == PAPER
-    settings = replace(calibration.settings, mixing="module" if paper else name, paper=paper)
-    if paper or name == "adapter":
-        settings = replace(settings, ridge=None, learning_rate=None)
-    if paper:
-        settings = replace(settings, passes=None, cv=None)
+    settings = _settings_of(name, calibration.settings)
     base, training = calibration.base, calibration.examples
     inputs = FitInputs(tuple(adapters), tuple(references), base.reference, calibration.data, layout, settings, Path())
     folds = divide_training(inputs, training)
@@ -100,6 +96,16 @@ def fit_rung(
     if found.stopped:
         note = f"stopped early: {found.stopped}"
     return FittedRung(recipe_mixing(adapters, layout.modules, found), note)
+
+
+def _settings_of(name: str, settings: FitSettings) -> FitSettings:
+    """Those of the fit, without what does not go with a rung."""
+    changes: dict[str, Any] = {"mixing": name}
+    if name in (PAPER, "adapter"):
+        changes |= {"ridge": None, "learning_rate": None}
+    if name == PAPER:
+        changes |= {"mixing": "module", "paper": True, "passes": None, "cv": None}
+    return replace(settings, **changes)
 
 
 def search_weights(

@@ -6,27 +6,98 @@ No local path appears: a local ingredient goes by the name of its directory and 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import loracli
 from loracli.adapters.names import TENSOR_FILE
+from loracli.algebra.methods.method import Method
 from loracli.export.certificate import Certificate
 from loracli.export.profile import Layout
-from loracli.recipe import INLINE_KINDS, Recipe
+from loracli.recipe import INLINE_KINDS, Recipe, RecipeAdapter
 
 
-def model_card(recipe: Recipe, layout: Layout, certificate: Certificate, *, merged: bool, command: str) -> str:
-    """README.md of the export, from a recipe as it may be published."""
-    title = f"compressed to rank {layout.rank}" if merged else f"concatenated, rank {layout.rank}"
+@dataclass(frozen=True)
+class CardText:
+    """What a card says of the origin of its adapter.
+
+    Args:
+        base_id: the base model.
+        adapters: how many were composed.
+        how: what the update of a module is.
+        ingredients: a table of them, and what there is to say of it.
+        results: a table of what held-out records say; nothing without one.
+        repeat: the command that makes it again, without what concerns compression, dtype and layout.
+        origin: where the rest of the origin is.
+        version: of loracat.
+    """
+
+    base_id: str
+    adapters: int
+    how: tuple[str, ...]
+    ingredients: tuple[str, ...]
+    results: tuple[str, ...]
+    repeat: str
+    origin: tuple[str, ...]
+    version: str
+
+
+def recipe_card(recipe: Recipe) -> CardText:
+    """Of a recipe as it may be published."""
+    return CardText(
+        base_id=recipe.base.id,
+        adapters=len(recipe.adapters),
+        how=tuple(_mixing(recipe)),
+        ingredients=tuple(_ingredients(recipe)),
+        results=tuple(_held_out(recipe)),
+        repeat="loracat export",
+        origin=("the recipe is the object `recipe` in `loracat.json`.", *_tensors(recipe)),
+        version=recipe.versions.get("loracat", ""),
+    )
+
+
+def method_card(
+    method: Method,
+    options: Mapping[str, object],
+    weights: Sequence[float] | None,
+    base_id: str,
+    adapters: Sequence[RecipeAdapter],
+) -> CardText:
+    """Of adapters, by the names that may be published, that a method composed."""
+    chosen = {name: value for name, value in options.items() if value is not None and name != "rank"}
+    said = ", ".join(f"{name} {value:g}" for name, value in chosen.items() if isinstance(value, (int, float)))
+    how = f"Its update of every module comes from theirs by `{method.name}`: {method.summary}"
+    words = [f"--method {method.name}", *(f"--{name} {value:g}" for name, value in chosen.items())]
+    columns: Sequence[list[float] | None] = [None] * len(adapters) if weights is None else [[w] for w in weights]
+    found = "" if method.search is None else " and the calibration file that the weights were found with"
+    return CardText(
+        base_id=base_id,
+        adapters=len(adapters),
+        how=(f"{how}{f' ({said})' if said else ''}.",),
+        ingredients=(*_adapter_table(list(zip(adapters, columns, strict=True))), ""),
+        results=(),
+        repeat=f"loracat export {' '.join(words)}",
+        origin=(f"with `--adapters` and the adapters in this order{found}; `loracat.json` has their hashes.",),
+        version=loracli.__version__,
+    )
+
+
+def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merged: bool, options: str) -> str:
+    """README.md of the export; `options` are those of its command that concern compression, dtype and layout."""
+    title = f"compressed to rank {layout.rank}" if merged else f"of rank {layout.rank}"
     return "\n".join(
         [
-            *_front_matter(recipe),
-            f"# LoRA adapter composed of {len(recipe.adapters)}, {title}",
+            *_front_matter(text.base_id),
+            f"# LoRA adapter composed of {text.adapters}, {title}",
             "",
-            f"One LoRA adapter for `{recipe.base.id}` that carries the skills of its ingredients.",
-            *_mixing(recipe),
-            f"Made with loracat {recipe.versions.get('loracat', '')}.",
+            f"One LoRA adapter for `{text.base_id}` that carries the skills of its ingredients.",
+            *text.how,
+            f"Made with loracat {text.version}.",
             "",
-            *_ingredients(recipe),
-            *_held_out(recipe),
+            "## Ingredients",
+            "",
+            *text.ingredients,
+            *text.results,
             "## Exactness",
             "",
             f"Largest relative error of a written update against the exact one: {certificate.largest_error:.1e}."
@@ -41,8 +112,8 @@ def model_card(recipe: Recipe, layout: Layout, certificate: Certificate, *, merg
             "```",
             "",
             *_servers(layout),
-            f"Repeat it with `{command}`; the recipe is the object `recipe` in `loracat.json`.",
-            *_tensors(recipe),
+            f"Repeat it with `{text.repeat}{options}`; {text.origin[0]}",
+            *text.origin[1:],
             "",
         ]
     )  # fmt: skip
@@ -79,12 +150,11 @@ def _tensors(recipe: Recipe) -> list[str]:
     return [f"It takes a file of tensors beside it, which is not here: sha256 `{recipe.mixing.tensors_sha256}`."]
 
 
-def _front_matter(recipe: Recipe) -> list[str]:
-    base = json.dumps(recipe.base.id)
-    tags = ["lora", "transformers", "loracat", "merge", f"base_model:adapter:{recipe.base.id}"]
+def _front_matter(base_id: str) -> list[str]:
+    tags = ["lora", "transformers", "loracat", "merge", f"base_model:adapter:{base_id}"]
     return [
         "---",
-        f"base_model: {base}",
+        f"base_model: {json.dumps(base_id)}",
         "base_model_relation: adapter",
         "library_name: peft",
         "pipeline_tag: text-generation",
@@ -96,23 +166,27 @@ def _front_matter(recipe: Recipe) -> list[str]:
 
 
 def _ingredients(recipe: Recipe) -> list[str]:
-    lines = [
-        "## Ingredients",
-        "",
-        "| adapter | commit | sha256 | rank | mean weight | range |",
-        "|---|---|---|--:|--:|---|",
+    columns = [
+        [weight for row in recipe.mixing.weights.values() if (weight := row[index]) is not None]
+        for index in range(len(recipe.adapters))
     ]
-    for index, adapter in enumerate(recipe.adapters):
-        weights = [w for row in recipe.mixing.weights.values() if (w := row[index]) is not None]
+    lines = _adapter_table(list(zip(recipe.adapters, columns, strict=True)))
+    if recipe.mixing.kind not in INLINE_KINDS:
+        lines += ["", "The weights are a summary: those whose weighted sum comes closest to the update of a module."]
+    return [*lines, ""]
+
+
+def _adapter_table(adapters: Sequence[tuple[RecipeAdapter, Sequence[float] | None]]) -> list[str]:
+    """A line for each adapter with its weights in all modules, None of a method without weights."""
+    lines = ["| adapter | commit | sha256 | rank | mean weight | range |", "|---|---|---|--:|--:|---|"]
+    for adapter, weights in adapters:
         mean = f"{sum(weights) / len(weights):.3f}" if weights else "-"
         spread = f"{min(weights):.3f} to {max(weights):.3f}" if weights else "-"
         lines.append(
             f"| {_cell(adapter.reference)} | {(adapter.commit or 'local')[:12]} | "
             f"{adapter.sha256[TENSOR_FILE][:12]} | {adapter.rank} | {mean} | {spread} |"
         )
-    if recipe.mixing.kind not in INLINE_KINDS:
-        lines += ["", "The weights are a summary: those whose weighted sum comes closest to the update of a module."]
-    return [*lines, ""]
+    return lines
 
 
 def _held_out(recipe: Recipe) -> list[str]:

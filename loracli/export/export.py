@@ -1,4 +1,4 @@
-"""A recipe becomes one adapter directory.
+"""A composition becomes one adapter directory.
 
 Concatenated: A holds the ingredients' own values, w s or s and M are folded into B, rank R = sum r_i, exact up to one
 rounding of B; trained factors are written as they are. Merged: the best approximation of a given rank, from the
@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, format_tensor_name, parse_tensor_name
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank, relative_error
@@ -28,9 +27,9 @@ from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.card import model_card
 from loracli.export.certificate import Certificate, ModuleCertificate
-from loracli.export.compose import compose_module, composed_dtype, composed_modules, composed_rank
 from loracli.export.ingredients import read_ingredients
-from loracli.export.profile import PROFILES, Layout, ProfileName, choose_layout
+from loracli.export.profile import PROFILES, Layout, choose_layout
+from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, Recipe, load_recipe
 from loracli.tensor_writer import write_tensors
@@ -60,6 +59,36 @@ class Exported:
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a composition is written.
+
+    Args:
+        merge: compress to `rank` instead of concatenating.
+        rank: of the result with `merge`, or of a method that cuts its result; None is the largest ingredient rank with
+            `merge`, and what the method says otherwise.
+        dtype: float32, float16 or bfloat16; None is the widest of the ingredients' dtypes, and float32 for trained
+            factors.
+        profile: `portable` or `peft`; None is portable where that is possible.
+    """
+
+    merge: bool = False
+    rank: int | None = None
+    dtype: str | None = None
+    profile: str | None = None
+
+    def check(self, *, cuts: bool = False) -> None:
+        """Raises UsageError for options that contradict each other or are out of their range."""
+        if self.rank is not None and not (self.merge or cuts):
+            raise UsageError("--rank is for --merge; a concatenation has the sum of the ranks", hint="add --merge")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"--rank {self.rank} is below 1")
+        if self.dtype is not None and self.dtype not in OUTPUT_DTYPES:
+            raise UsageError(f"--dtype {self.dtype} is not one of {', '.join(OUTPUT_DTYPES)}")
+        if self.profile is not None and self.profile not in PROFILES:
+            raise UsageError(f"--profile {self.profile} is not one of {', '.join(PROFILES)}")
+
+
 def export_adapter(
     recipe: Recipe | str | Path,
     output: str | Path,
@@ -77,12 +106,8 @@ def export_adapter(
     Args:
         recipe: a recipe, or the file of one.
         output: the directory to make.
-        merge: compress to `rank` instead of concatenating.
-        rank: of the result with `merge`; None is the largest ingredient rank.
+        merge, rank, dtype, profile: as in `ExportOptions`.
         adapters: where the ingredients are now, in the recipe's order; empty for where the recipe says.
-        dtype: float32, float16 or bfloat16; None is the widest of the ingredients' dtypes, and float32 for
-            trained factors.
-        profile: `portable` or `peft`; None is portable where that is possible.
         force: replace an existing adapter directory.
         progress: told how far it is.
     Raises:
@@ -91,70 +116,83 @@ def export_adapter(
             back otherwise.
         UsageError: if options contradict each other, or the profile cannot be had.
     """
-    output = Path(output)
-    _check_options(merge, rank, dtype, profile)
-    check_free(output, force=force)
+    options = ExportOptions(merge, rank, dtype, profile)
+    options.check()
+    check_free(Path(output), force=force)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
-    for ingredient in ingredients:
+    return write_export(RecipeSource(recipe, ingredients), Path(output), options, force=force, progress=progress)
+
+
+def write_export(
+    source: Source, output: Path, options: ExportOptions, *, force: bool = False, progress: Progress = SILENT
+) -> Exported:
+    """Writes a composition; what `export_adapter` and `export_method` have in common."""
+    for ingredient in source.adapters:
         if ingredient.path.resolve().is_relative_to(output.resolve()):
             raise UsageError(
                 f"{output} holds the ingredient {ingredient.reference}", hint="choose another name with -o"
             )
-    resolved = OUTPUT_DTYPES[dtype] if dtype else composed_dtype(recipe, ingredients)
-    options = "".join(f" --{name} {value}" for name, value in (("dtype", dtype), ("profile", profile)) if value)
-    plan = _Plan(recipe, ingredients, resolved, merge, rank, profile, options)  # type: ignore[arg-type]
+    plan = _Plan(source, options, progress)
     with whole_directory(output, force=force) as folder:
-        certificate, size = plan.write(folder, progress)
-    return Exported(output, plan.layout, resolved, merge, certificate, size)
-
-
-def _check_options(merge: bool, rank: int | None, dtype: str | None, profile: str | None) -> None:
-    if rank is not None and not merge:
-        raise UsageError("--rank is for --merge; a concatenation has the sum of the ranks", hint="add --merge")
-    if rank is not None and rank < 1:
-        raise UsageError(f"--rank {rank} is below 1")
-    if dtype is not None and dtype not in OUTPUT_DTYPES:
-        raise UsageError(f"--dtype {dtype} is not one of {', '.join(OUTPUT_DTYPES)}")
-    if profile is not None and profile not in PROFILES:
-        raise UsageError(f"--profile {profile} is not one of {', '.join(PROFILES)}")
+        certificate, size = plan.write(folder)
+    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size)
 
 
 class _Plan:
-    """One export: what is computed for each module, and where it goes."""
+    """One export: what is computed for each module, and where it goes.
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        adapters: tuple[LoraAdapter, ...],
-        dtype: torch.dtype,
-        merge: bool,
-        rank: int | None,
-        profile: ProfileName | None,
-        options: str,
-    ) -> None:
-        self._recipe, self._adapters, self._dtype, self._merge = recipe, adapters, dtype, merge
-        self._options = options
-        self._table: dict[str, BaseModule] = {module.name: module for module in recipe.modules}
-        self._rank = rank or max(max(adapter.ranks) for adapter in adapters)
-        ranks = {name: self._rank_of(name) for name in composed_modules(recipe, adapters)}
-        missing = sorted(ranks.keys() - self._table.keys())
+    A module whose rank is not known beforehand is composed at once and held in the output's dtype.
+    """
+
+    def __init__(self, source: Source, options: ExportOptions, progress: Progress) -> None:
+        self._source, self._options, self._progress = source, options, progress
+        self.dtype = OUTPUT_DTYPES[options.dtype] if options.dtype else source.dtype
+        self._table: dict[str, BaseModule] = {module.name: module for module in source.table}
+        self._rank = options.rank or max(max(adapter.ranks) for adapter in source.adapters)
+        self._held: dict[str, tuple[Factors, ModuleCertificate]] = {}
+        names = source.names()
+        missing = sorted(set(names) - self._table.keys())
         if missing:
             raise RecipeError(f"the recipe's table of base modules lacks {missing[0]}, which an adapter changes")
-        uniform = self._rank if merge and rank is not None else None
-        self.layout = choose_layout(recipe, ranks, profile, rank=uniform)
-        self._composed = ranks
+        progress.begin(TASK, len(names), "modules")
+        self._ranks = {name: self._rank_of(name) for name in names}
+        uniform = self._rank if options.merge and options.rank is not None else None
+        self.layout = choose_layout(source.table, self._ranks, options.profile, rank=uniform)  # type: ignore[arg-type]
+
+    @property
+    def merged(self) -> bool:
+        """Whether something was cut off."""
+        return self._options.merge or any(made.kept_energy < 1 for _, made in self._held.values())
 
     def _rank_of(self, name: str) -> int:
-        total = composed_rank(self._recipe, self._adapters, name)
-        if not self._merge:
+        total = self._source.known_rank(name)
+        if total is None:
+            self._held[name] = self._compose(name)
+            return self._held[name][1].rank
+        if not self._options.merge:
             return total
-        factors = next(a.modules[name].factors for a in self._adapters if name in a.modules)
-        return min(self._rank, total, factors.in_features, factors.out_features)
+        module = self._table[name]
+        return min(self._rank, total, module.in_features, module.out_features)
 
-    def write(self, folder: Path, progress: Progress) -> tuple[Certificate, int]:
-        progress.begin(TASK, len(self.layout.ranks), "modules")
+    def _compose(self, name: str) -> tuple[Factors, ModuleCertificate]:
+        """The module's factors in the output's dtype, unpadded, and how exact they are."""
+        self._progress.advance(TASK, 1)
+        composed = self._source.compose(name)
+        chosen, kept = composed.factors, composed.kept_energy
+        if self._options.merge and self._rank < chosen.rank:
+            truncation = truncate(chosen, self._rank)
+            chosen, kept = truncation.factors, kept * truncation.kept_energy
+        written = chosen.to(self.dtype)
+        if not (torch.isfinite(written.lora_A).all() and torch.isfinite(written.lora_B).all()):
+            raise UsageError(f"{name} overflows {self.dtype}", hint="export with --dtype float32 or bfloat16")
+        # What the method itself cut off is at right angles to what it kept.
+        share = composed.kept_energy
+        error = math.sqrt(1 - share + share * relative_error(written, composed.factors) ** 2)
+        return written, ModuleCertificate(name, chosen.rank, error, kept)
+
+    def write(self, folder: Path) -> tuple[Certificate, int]:
         certificates: list[ModuleCertificate] = []
         factors: dict[str, Factors] = {}  # of the module being written
 
@@ -163,19 +201,20 @@ class _Plan:
             if parsed.module not in factors:
                 factors.clear()
                 factors[parsed.module] = self._factors(parsed.module, certificates)
-                progress.advance(TASK, 1)
             both = factors[parsed.module]
             return both.lora_A if parsed.part.endswith("A") else both.lora_B
 
         path = folder / TENSOR_FILE
-        write_tensors(path, self._shapes(), self._dtype, tensor)
+        write_tensors(path, self._shapes(), self.dtype, tensor)
         certificate = Certificate(tuple(certificates), self._read_back(path))
-        config = self.layout.config(self._recipe, self._table)
+        config = self.layout.config(self._source.base_id, self._table)
         write_file(folder / CONFIG_FILE, _json(config))
         write_file(folder / CERTIFICATE_FILE, _json(self._document(certificate)))
-        card = model_card(self._recipe.public(), self.layout, certificate, merged=self._merge, command=self._command())
+        card = model_card(
+            self._source.card(), self.layout, certificate, merged=self.merged, options=self._repeated_options()
+        )
         write_file(folder / "README.md", card.encode())
-        progress.finish(TASK)
+        self._progress.finish(TASK)
         return certificate, path.stat().st_size
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -193,18 +232,11 @@ class _Plan:
     def _factors(self, name: str, certificates: list[ModuleCertificate]) -> Factors:
         """The module's factors as they go into the file; its certificate goes into the list."""
         rank, module = self.layout.ranks[name], self._table[name]
-        if name not in self._composed:  # a module that only pads the layout
+        if name not in self._ranks:  # a module that only pads the layout
             zeros = Factors(torch.zeros(rank, module.in_features), torch.zeros(module.out_features, rank))
-            return zeros.to(self._dtype)
-        exact = compose_module(self._recipe.mixing, self._adapters, name)
-        chosen, kept = exact, 1.0
-        if self._merge:
-            truncation = truncate(exact, self._rank)
-            chosen, kept = truncation.factors, truncation.kept_energy
-        written = chosen.to(self._dtype)
-        if not (torch.isfinite(written.lora_A).all() and torch.isfinite(written.lora_B).all()):
-            raise UsageError(f"{name} overflows {self._dtype}", hint="export with --dtype float32 or bfloat16")
-        certificates.append(ModuleCertificate(name, chosen.rank, relative_error(written, exact), kept))
+            return zeros.to(self.dtype)
+        written, certificate = self._held[name] if name in self._held else self._compose(name)
+        certificates.append(certificate)
         return pad_rank(written, rank)
 
     def _read_back(self, path: Path) -> str:
@@ -218,13 +250,12 @@ class _Plan:
 
     def _document(self, certificate: Certificate) -> dict[str, Any]:
         return {
-            "recipe": json.loads(self._recipe.public().to_json()),
-            "recipe_sha256": sha256(self._recipe.to_json().encode()).hexdigest(),
+            **self._source.document(),
             "export": {
                 "profile": self.layout.profile,
-                "merged": self._merge,
+                "merged": self.merged,
                 "rank": self.layout.rank,
-                "dtype": str(self._dtype).removeprefix("torch."),
+                "dtype": str(self.dtype).removeprefix("torch."),
             },
             "certificate": {
                 "sha256": {TENSOR_FILE: certificate.sha256},
@@ -233,8 +264,13 @@ class _Plan:
             },
         }
 
-    def _command(self) -> str:
-        return "loracat export" + (f" --merge --rank {self._rank}" if self._merge else "") + self._options
+    def _repeated_options(self) -> str:
+        chosen = self._options
+        words = [" --merge"] if chosen.merge else []
+        rank = self._rank if chosen.merge else chosen.rank
+        for name, value in (("rank", rank), ("dtype", chosen.dtype), ("profile", chosen.profile)):
+            words += [] if value is None else [f" --{name} {value}"]
+        return "".join(words)
 
 
 def _json(content: dict[str, Any]) -> bytes:

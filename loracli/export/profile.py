@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from loracli.adapters.names import leaf
 from loracli.errors import UsageError
-from loracli.recipe import BaseModule, Recipe
+from loracli.recipe import BaseModule
 
 ProfileName = Literal["portable", "peft"]
 PROFILES: tuple[ProfileName, ...] = get_args(ProfileName)
@@ -43,12 +43,12 @@ class Layout:
     targets: tuple[str, ...]
     reason: str | None = None
 
-    def config(self, recipe: Recipe, modules: Mapping[str, BaseModule]) -> dict[str, Any]:
+    def config(self, base: str, modules: Mapping[str, BaseModule]) -> dict[str, Any]:
         """`adapter_config.json`, with long-standing keys only: older readers refuse others."""
         odd = {} if self.profile == "portable" else {n: r for n, r in self.ranks.items() if r != self.rank}
         patterns: dict[str, int] = {"^" + re.escape(name): rank for name, rank in sorted(odd.items())}
         return {
-            "base_model_name_or_path": recipe.base.id,
+            "base_model_name_or_path": base,
             "bias": "none",
             "fan_in_fan_out": any(modules[name].kind == "conv1d" for name in self.ranks),
             "inference_mode": True,
@@ -66,25 +66,27 @@ class Layout:
         }
 
 
-def choose_layout(recipe: Recipe, ranks: Mapping[str, int], profile: ProfileName | None, *, rank: int | None) -> Layout:
+def choose_layout(
+    modules: Sequence[BaseModule], ranks: Mapping[str, int], profile: ProfileName | None, *, rank: int | None
+) -> Layout:
     """The layout for a composition.
 
     Args:
-        recipe: with the table of the base's modules.
+        modules: every module of the base that goes by the last name of a changed one.
         ranks: of the modules that the composition changes.
         profile: asked for; None is portable where possible.
         rank: `r` of a portable layout; None is the largest of `ranks`.
     Raises:
         UsageError: if portable was asked for and cannot be, with the reason.
     """
-    obstacle = portable_obstacle(recipe.modules, ranks)
+    obstacle = portable_obstacle(modules, ranks)
     if profile == "portable" and obstacle:
         raise UsageError(f"the portable profile is impossible: {obstacle}", hint="use --profile peft")
     largest = max(ranks.values())
     if profile == "peft" or obstacle:
         return Layout("peft", dict(ranks), largest, tuple(sorted(ranks)), obstacle)
     leaves = tuple(sorted({leaf(name) for name in ranks}))
-    names = [module.name for module in recipe.modules]
+    names = [module.name for module in modules]
     uniform = rank or largest
     return Layout("portable", {name: uniform for name in sorted(names)}, uniform, leaves)
 

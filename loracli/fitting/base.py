@@ -215,9 +215,8 @@ def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
     Raises:
         BaseModelMismatch: naming adapter, module, what was expected and what was found.
     """
+    check_shapes(base.model, adapters)
     for adapter in adapters:
-        for module in adapter.modules.values():
-            _check_module(base.model, adapter, module)
         for name in adapter.base_copies:
             own = whole(base.model.get_submodule(name).weight)
             copy = adapter.read_base_copy(name)
@@ -226,6 +225,13 @@ def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
                     f"{adapter.reference} carries its own matrix for {name}, and it differs from the base model's",
                     hint="the adapter was trained with a changed embedding, which an adapter cannot carry",
                 )
+
+
+def check_shapes(model: nn.Module, adapters: Sequence[LoraAdapter]) -> None:
+    """As `check_fits`, for what a model without numbers can tell."""
+    for adapter in adapters:
+        for module in adapter.modules.values():
+            _check_module(model, adapter, module)
 
 
 def base_modules(model: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:

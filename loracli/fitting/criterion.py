@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
+from loracli.evaluation.multiplicity import standard_error
 from loracli.evaluation.scorer import Scorer
 from loracli.evaluation.scores import Scores
 from loracli.fitting.engine import Engine
@@ -93,17 +94,9 @@ class Gain:
 
 
 def gain(before: Scores, after: Scores) -> Gain:
-    """What `after` gains over `before`.
-
-    SE = sqrt( n / (n - 1) * sum_n (d_n - gain t_n)^2 ) / sum_n t_n
-    """
+    """What `after` gains over `before`."""
     difference, tokens = before.nats - after.nats, before.tokens
-    total, n = float(tokens.sum()), len(tokens)
-    mean = float(difference.sum()) / total
-    if n < 2:
-        return Gain(mean, float("inf"))
-    residual = difference - mean * tokens
-    return Gain(mean, float((residual.square().sum() * n / (n - 1)).sqrt()) / total)
+    return Gain(float(difference.sum() / tokens.sum()), standard_error(difference, tokens))
 
 
 def joined(parts: Sequence[Scores]) -> Scores:

@@ -9,6 +9,7 @@ import transformers
 
 import loracli
 from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.identity import identity_of
 from loracli.algebra.gauge import canonical_stack, mixing_in_file_gauge
 from loracli.fit_certificate import FitCertificate
 from loracli.fit_record import FitRecord
@@ -19,7 +20,6 @@ from loracli.fitting.search import Found
 from loracli.recipe import (
     HeldOut,
     Recipe,
-    RecipeAdapter,
     RecipeBase,
     RecipeData,
     RecipeMixing,
@@ -72,7 +72,7 @@ def make_recipe(
     return Recipe(
         base=RecipeBase(base.reference.id, base.reference.commit, base.config_sha256),
         adapters=tuple(
-            _recipe_adapter(adapter, reference)
+            identity_of(adapter, reference)
             for adapter, reference in zip(inputs.adapters, inputs.references, strict=True)
         ),
         data=data,
@@ -112,18 +112,3 @@ def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found
             updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
             tensors[f"{module}.mixing"] = mixing_in_file_gauge(canonical_stack(updates), matrix)
     return tensor_mixing(mixing.kind, tensors, adapters, numbers=mixing.numbers)
-
-
-def _recipe_adapter(adapter: LoraAdapter, reference: str) -> RecipeAdapter:
-    return RecipeAdapter(
-        reference=reference,
-        repo_id=adapter.source.repo_id,
-        subfolder=adapter.source.subfolder,
-        commit=adapter.commit,
-        sha256=dict(adapter.sha256),
-        rank=max(adapter.ranks),
-        lora_alpha=adapter.config.lora_alpha,
-        use_rslora=adapter.config.use_rslora,
-        dtype=dtype_name(adapter.dtype),
-        base_model=adapter.config.base_model,
-    )

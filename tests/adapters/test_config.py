@@ -52,6 +52,7 @@ def test_pefts_default_config_is_accepted_as_it_stands(tmp_path: Path) -> None:
         rank_pattern={},
         alpha_pattern={},
         fan_in_fan_out=False,
+        whole_names=frozenset({"q_proj"}),
         lora_dropout=0.0,
         task_type=None,
     )

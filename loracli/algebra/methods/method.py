@@ -56,7 +56,7 @@ class Method:
         weights: of N: one weight for each adapter, the same in every module.
         merge: of the updates of one module, None for an adapter that does not have it, and the options.
         search: of a loss, N and the options: weights as of `weights`, found with calibration records.
-        takes: names of the options that it takes besides `rank`.
+        takes: names of the options that it takes; `rank` goes without saying where `full_rank` is set.
         full_rank: whether its own result has full rank, so that `merge` gives the best approximation of a rank.
         extra: the optional dependency that it needs, as `loracat[extra]`.
     """
@@ -69,3 +69,8 @@ class Method:
     takes: frozenset[str] = frozenset()
     full_rank: bool = False
     extra: str | None = None
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it takes the rank of its result, which `merge` cuts to."""
+        return self.full_rank or "rank" in self.takes

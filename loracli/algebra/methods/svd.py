@@ -22,4 +22,4 @@ def svd(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
     return Merged(found.factors, found.kept_energy)
 
 
-SVD = Method("svd", "the sum, cut to the largest ingredient's rank", merge=svd)
+SVD = Method("svd", "the sum, cut to the largest ingredient's rank", merge=svd, takes=frozenset({"rank"}))

@@ -1,0 +1,81 @@
+"""Which modules of the base an export has to name, without loading the base: an export pads those that no adapter
+changes, so it has to know them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.adapters.base_claim import BaseClaim, agreed_base
+from loracli.adapters.names import leaf
+from loracli.errors import UsageError
+from loracli.progress import SILENT, Progress
+from loracli.recipe import BaseModule
+
+
+@dataclass(frozen=True)
+class BaseTable:
+    """What an export says of the base.
+
+    Args:
+        id: the name that it carries.
+        modules: all that go by the last name of a changed one.
+    """
+
+    id: str
+    modules: tuple[BaseModule, ...]
+
+
+def base_table(
+    adapters: Sequence[LoraAdapter],
+    base: str | None = None,
+    *,
+    revision: str | None = None,
+    progress: Progress = SILENT,
+) -> BaseTable:
+    """From the adapters where each last name was targeted as such by one of them, so that it stands wherever the base
+    has it; else from the base's config, which is fetched with its weights if it is not there.
+
+    Args:
+        adapters: that are composed.
+        base: a Hub id or directory, None for the one that all adapters name.
+        revision: of a base on the Hub.
+        progress: told of a download.
+    Raises:
+        IncompatibleAdapters: if they name no base or different ones, and none is given.
+        BaseModelMismatch: if an adapter does not fit the base that is given.
+        UsageError: if an adapter carries a copy of a matrix of the base, which only a loaded base can be held against.
+    """
+    for adapter in adapters:
+        if adapter.base_copies:
+            raise UsageError(
+                f"{adapter.reference} carries a copy of the base's {next(iter(adapter.base_copies))}, which has to be "
+                "compared with the base",
+                hint="make a recipe with `loracat fit`, which does that, then: loracat export RECIPE --method NAME",
+            )
+    wanted = {leaf(name) for adapter in adapters for name in adapter.modules}
+    whole = frozenset[str]().union(*(adapter.config.whole_names for adapter in adapters))
+    if base is None and wanted <= whole:
+        claims = {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters}
+        found = agreed_base(claims, way_out="give the base with --base")
+        return BaseTable(str(found.base_model), _of_adapters(adapters))
+    from loracli.fitting.base import base_modules, check_shapes, find_base, plan_base
+
+    reference = find_base(adapters, base, revision=revision, progress=progress)
+    skeleton = plan_base(reference).skeleton
+    check_shapes(skeleton, adapters)
+    return BaseTable(reference.id, base_modules(skeleton, adapters))
+
+
+def _of_adapters(adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:
+    known: dict[str, BaseModule] = {}
+    for adapter in adapters:
+        for name, module in adapter.modules.items():
+            known.setdefault(name, _base_module(module, conv1d=adapter.config.fan_in_fan_out))
+    return tuple(known[name] for name in sorted(known))
+
+
+def _base_module(module: LoraModule, *, conv1d: bool) -> BaseModule:
+    kind = "conv1d" if conv1d and module.kind == "linear" else module.kind
+    return BaseModule(module.name, kind, module.factors.in_features, module.factors.out_features)

@@ -1,0 +1,153 @@
+"""A method that needs no recipe becomes one adapter directory: adapters and a name in, the same kind of export out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.adapters.compatibility import check_composable
+from loracli.adapters.hub import fetch_adapter
+from loracli.adapters.identity import identity_of
+from loracli.algebra.methods import METHODS
+from loracli.algebra.methods.method import Method, MethodOptions
+from loracli.atomic import check_free
+from loracli.calibration.sources import DataPaths
+from loracli.errors import UsageError
+from loracli.export.base_table import BaseTable, base_table
+from loracli.export.export import Exported, ExportOptions, write_export
+from loracli.export.ingredients import read_ingredients
+from loracli.export.source import MethodSource, identities_of, takes
+from loracli.progress import SILENT, Progress
+from loracli.recipe import MIXING_KINDS, Recipe, labels_of, load_recipe
+
+DEFAULTS = MethodOptions()
+
+
+def find_method(name: str, options: MethodOptions = DEFAULTS) -> Method:
+    """The method of a name, which takes every option that is set.
+
+    Raises:
+        UsageError: if there is no such method, or it does not take an option.
+    """
+    if name not in METHODS:
+        fitted = (*MIXING_KINDS, "auto", "paper")
+        hint = f"fit it: loracat fit --mixing {name}, then export the recipe" if name in fitted else None
+        raise UsageError(f"--method {name} is not one of {', '.join(METHODS)}", hint=hint)
+    method = METHODS[name]
+    for option in fields(options):
+        if getattr(options, option.name) != option.default and option.name not in takes(method):
+            can = ", ".join(f"--{word}" for word in sorted(takes(method)))
+            raise UsageError(f"{name} takes no --{option.name}", hint=f"it takes {can}" if can else None)
+    return method
+
+
+def _read(
+    adapters: Sequence[str],
+    recipe: str | Path | Recipe | None,
+    *,
+    base_given: bool = False,
+    progress: Progress = SILENT,
+) -> tuple[tuple[LoraAdapter, ...], Recipe | None]:
+    """The adapters to compose: those of a recipe, or the ones that are named.
+
+    Raises:
+        UsageError: if there are none, or one is named twice.
+        InputError: of the kind that fits, if they cannot be read or composed.
+    """
+    if recipe is not None:
+        loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+        return read_ingredients(loaded, relocated=adapters, progress=progress), loaded
+    if not adapters:
+        raise UsageError("nothing to export", hint="give a RECIPE, or --adapters")
+    read = tuple(read_adapter(fetch_adapter(reference, progress=progress)) for reference in adapters)
+    twice = next((a.reference for a in read if [b.reference for b in read].count(a.reference) > 1), None)
+    if twice is not None:
+        raise UsageError(f"the adapter {twice} is given twice")
+    check_composable(read, base_given=base_given)
+    return read, None
+
+
+def export_method(
+    name: str,
+    output: str | Path,
+    *,
+    adapters: Sequence[str] = (),
+    recipe: str | Path | Recipe | None = None,
+    method_options: MethodOptions = DEFAULTS,
+    fit_data: DataPaths | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+    merge: bool = False,
+    rank: int | None = None,
+    dtype: str | None = None,
+    profile: str | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Exported:
+    """Writes what a method makes of some adapters as one PEFT adapter directory.
+
+    A method whose own result has full rank is cut to `rank`: to the sum of the ranks if that is None, with `merge` to
+    the largest ingredient rank. The share of the energy that is kept stands in the certificate.
+
+    Args:
+        name: of the method.
+        output: the directory to make.
+        adapters: to compose; with a recipe, where its ingredients are now.
+        recipe: whose ingredients are composed; its own mixing is not used.
+        method_options: of the method; its rank is `rank`.
+        fit_data: calibration JSONL, for a method that searches for weights; the base model is loaded for that alone.
+        base: a Hub id or directory, None for what recipe or adapters name.
+        base_revision: of a base on the Hub.
+        merge, rank, dtype, profile: as in `ExportOptions`.
+        force: replace an existing adapter directory.
+        progress: told how far it is.
+    Raises:
+        OutputExists: if `output` is taken, before any work.
+        UsageError: if options contradict each other, or the method cannot honour these adapters.
+        InputError: of the kind that fits, if an adapter is rejected.
+    """
+    method = find_method(name, method_options)
+    options = ExportOptions(merge, rank, dtype, profile)
+    options.check(cuts=method.cuts)
+    check_free(Path(output), force=force)
+    read, loaded = _read(adapters, recipe, base_given=base is not None, progress=progress)
+    if (method.search is None) != (fit_data is None):
+        need = "has to be fitted" if fit_data is None else "needs no calibration records"
+        raise UsageError(f"{name} {need}", hint=f"{'give' if fit_data is None else 'leave out'} --fit-data")
+    if loaded is None:
+        table = base_table(read, base, revision=base_revision, progress=progress)
+    else:
+        table = BaseTable(loaded.base.id, loaded.modules)
+        if base is None and loaded.base.commit is not None:
+            base, base_revision = loaded.base.id, base_revision or loaded.base.commit
+    weights = None if method.weights is None else method.weights(len(read))
+    if fit_data is not None:
+        from loracli.comparison.searched import searched_weights
+
+        weights = searched_weights(
+            method, method_options, read, fit_data, base=base, base_revision=base_revision, progress=progress
+        )
+    cut = rank if rank is not None or not merge else max(max(adapter.ranks) for adapter in read)
+    chosen = replace(method_options, rank=cut) if method.cuts else method_options
+    names = [identity_of(adapter, _name(adapter)) for adapter in read]
+    labels = labels_of(names, Path())
+    by_reference = {a.reference: labels[n.reference] for a, n in zip(read, names, strict=True)}
+    source = MethodSource(
+        method,
+        chosen,
+        weights,
+        read,
+        identities_of(read, by_reference),
+        table,
+    )
+    try:
+        return write_export(source, Path(output), options, force=force, progress=progress)
+    except ValueError as error:
+        raise UsageError(f"{name} cannot be had here: {error}", hint="choose another --method") from None
+
+
+def _name(adapter: LoraAdapter) -> str:
+    """A name that labels can be made of: a directory by its path."""
+    return adapter.reference if adapter.source.path is None else str(adapter.path)

@@ -1,0 +1,171 @@
+"""What an export is made of: a recipe, or adapters and a method. Both give the update of a module, and their origin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from typing import Any, Protocol
+
+import torch
+
+import loracli
+from loracli.adapters.adapter import LoraAdapter, widest_dtype
+from loracli.adapters.identity import identity_of
+from loracli.algebra.concatenate import concatenate
+from loracli.algebra.methods.method import Merged, Method, MethodOptions
+from loracli.export.base_table import BaseTable
+from loracli.export.card import CardText, method_card, recipe_card
+from loracli.export.compose import compose_module, composed_dtype, composed_modules, composed_rank
+from loracli.recipe import BaseModule, Recipe, RecipeAdapter
+from loracli.schema import encode
+
+
+class Source(Protocol):
+    """A composition that can be exported."""
+
+    @property
+    def adapters(self) -> tuple[LoraAdapter, ...]:
+        """Its ingredients."""
+
+    @property
+    def base_id(self) -> str:
+        """Name of the base model."""
+
+    @property
+    def table(self) -> tuple[BaseModule, ...]:
+        """Every module of the base that goes by the last name of a changed one."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That keeps what it is made of."""
+
+    def names(self) -> tuple[str, ...]:
+        """The modules that it changes, sorted."""
+
+    def known_rank(self, module: str) -> int | None:
+        """The rank of `compose`, None where only doing it tells."""
+
+    def compose(self, module: str) -> Merged:
+        """The update of a module in float64, with scaling 1."""
+
+    def document(self) -> dict[str, Any]:
+        """Its origin, for `loracat.json`, as it may be published."""
+
+    def card(self) -> CardText:
+        """Its origin, for the model card, as it may be published."""
+
+
+@dataclass(frozen=True)
+class RecipeSource:
+    """What a recipe says of its adapters."""
+
+    recipe: Recipe
+    adapters: tuple[LoraAdapter, ...]
+
+    @property
+    def base_id(self) -> str:
+        return self.recipe.base.id
+
+    @property
+    def table(self) -> tuple[BaseModule, ...]:
+        return self.recipe.modules
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return composed_dtype(self.recipe, self.adapters)
+
+    def names(self) -> tuple[str, ...]:
+        return composed_modules(self.recipe, self.adapters)
+
+    def known_rank(self, module: str) -> int | None:
+        return composed_rank(self.recipe, self.adapters, module)
+
+    def compose(self, module: str) -> Merged:
+        return Merged(compose_module(self.recipe.mixing, self.adapters, module))
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "recipe": json.loads(self.recipe.public().to_json()),
+            "recipe_sha256": sha256(self.recipe.to_json().encode()).hexdigest(),
+        }
+
+    def card(self) -> CardText:
+        return recipe_card(self.recipe.public())
+
+
+@dataclass(frozen=True)
+class MethodSource:
+    """What a method makes of some adapters.
+
+    Args:
+        method: that composes.
+        options: of it.
+        weights: one for each adapter, None of a method that merges.
+        adapters: N of them.
+        identities: of them, by the names that may be published.
+        base: what is known of the base model.
+    """
+
+    method: Method
+    options: MethodOptions
+    weights: tuple[float, ...] | None
+    adapters: tuple[LoraAdapter, ...]
+    identities: tuple[RecipeAdapter, ...]
+    base: BaseTable
+
+    @property
+    def base_id(self) -> str:
+        return self.base.id
+
+    @property
+    def table(self) -> tuple[BaseModule, ...]:
+        return self.base.modules
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return widest_dtype([adapter.dtype for adapter in self.adapters])
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted({name for adapter in self.adapters for name in adapter.modules}))
+
+    def known_rank(self, module: str) -> int | None:
+        if self.weights is None:
+            return None
+        return sum(a.modules[module].factors.rank for a in self.adapters if module in a.modules)
+
+    def compose(self, module: str) -> Merged:
+        updates = [a.modules[module].factors if module in a.modules else None for a in self.adapters]
+        if self.weights is None:
+            assert self.method.merge is not None
+            return self.method.merge(updates, self.options)
+        pairs = [(u, w) for u, w in zip(updates, self.weights, strict=True) if u is not None]
+        return Merged(concatenate([update for update, _ in pairs], [weight for _, weight in pairs]))
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "method": {"name": self.method.name, "options": self.taken(), "weights": self.weights},
+            "base": {"id": self.base.id},
+            "adapters": [encode(identity) for identity in self.identities],
+            "versions": {"loracat": loracli.__version__, "torch": torch.__version__},
+        }
+
+    def taken(self) -> dict[str, Any]:
+        """The options that the method takes, as they were set; null for its own default."""
+        return {name: value for name, value in asdict(self.options).items() if name in takes(self.method)}
+
+    def card(self) -> CardText:
+        return method_card(self.method, self.taken(), self.weights, self.base.id, self.identities)
+
+
+def takes(method: Method) -> frozenset[str]:
+    """The options that it takes; `rank` where it cuts its result itself."""
+    return method.takes | ({"rank"} if method.cuts else set())
+
+
+def identities_of(adapters: Sequence[LoraAdapter], labels: dict[str, str]) -> tuple[RecipeAdapter, ...]:
+    """The adapters as they may be published, by their labels."""
+    return tuple(
+        replace(identity_of(adapter, adapter.reference), reference=labels[adapter.reference]) for adapter in adapters
+    )

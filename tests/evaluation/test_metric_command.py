@@ -1,0 +1,71 @@
+"""The user's own scorer: what it is given, what it may write, and what is said when it fails."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from loracli.errors import MetricError, UsageError
+from loracli.evaluation.metric_command import run_metric
+
+ANSWERS = [
+    {"line": 3, "prompt": "2+2=", "reference": "4", "output": "4", "task": None},
+    {"line": 7, "prompt": "é?", "reference": "ü", "output": "no\nline", "task": "odd"},
+]
+
+
+def program(tmp_path: Path, code: str) -> str:
+    path = tmp_path / "a scorer.py"
+    path.write_text(f"import json, sys\n{code}\n")
+    return shlex.join([sys.executable, str(path)])
+
+
+def test_the_command_gets_every_field_and_its_numbers_come_back_in_order(tmp_path: Path) -> None:
+    code = (
+        "for line in sys.stdin:\n"
+        "    a = json.loads(line)\n"
+        "    assert sorted(a) == ['line', 'output', 'prompt', 'reference', 'task']\n"
+        "    print(json.dumps({'score': a['line'] / 2}) if a['task'] else int(a['output'] == a['reference']))"
+    )
+    assert run_metric(program(tmp_path, code), ANSWERS) == [1.0, 3.5]
+
+
+def test_what_a_model_wrote_reaches_no_shell(tmp_path: Path) -> None:
+    trap = [{**ANSWERS[0], "output": f"$(touch {tmp_path}/gone); `touch {tmp_path}/gone`"}]
+    assert run_metric(program(tmp_path, "print(1.5)") + " '$(touch gone)'", trap) == [1.5]
+    assert not (tmp_path / "gone").exists() and not Path("gone").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("print(1)", "wrote 1 lines for 2 answers"),
+        ("print(1); print('NaN')", "line 2"),
+        ("print(1); print('\"a\"')", "line 2"),
+        ("print(1); print('{\"score\": null}')", "line 2"),
+        ("print(1); print('1e999')", "line 2"),
+        ("sys.exit('no such grader')", "ended with the code 1"),
+    ],
+)
+def test_a_command_that_fails_or_writes_something_else_is_one_error(tmp_path: Path, code: str, words: str) -> None:
+    with pytest.raises(MetricError, match=words):
+        run_metric(program(tmp_path, code), ANSWERS)
+
+
+def test_the_hint_is_what_the_command_said(tmp_path: Path) -> None:
+    with pytest.raises(MetricError) as caught:
+        run_metric(program(tmp_path, "sys.exit('no such grader')"), ANSWERS)
+    assert caught.value.hint == "no such grader"
+
+
+def test_a_command_that_is_not_there_or_does_not_end(tmp_path: Path) -> None:
+    with pytest.raises(MetricError, match="No such file"):
+        run_metric(str(tmp_path / "missing"), ANSWERS)
+    with pytest.raises(MetricError, match="longer than 0.2 seconds"):
+        run_metric(program(tmp_path, "import time; time.sleep(60)"), ANSWERS, timeout=0.2)
+    for broken in ("", "'a"):
+        with pytest.raises(UsageError):
+            run_metric(broken, ANSWERS)

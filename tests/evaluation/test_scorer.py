@@ -1,0 +1,157 @@
+"""Task metrics: prompts are those of the loss, batches change no answer, options are weighed as a loop weighs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from loracli.calibration.records import CalibrationFile, read_records
+from loracli.calibration.render import render_file
+from loracli.calibration.sources import parse_sources
+from loracli.errors import CalibrationError, UsageError
+from loracli.evaluation.generate import greedy_answers
+from loracli.evaluation.scorer import make_scorer, prompt_of
+from loracli.evaluation.task_metric import TaskMetric, task_metric
+from loracli.fitting.attach import attach
+from loracli.fitting.loss import make_objective
+from tests.tiny import make_tokenizer, random_records, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+
+
+def file_of(tmp_path: Path, records: list[dict[str, Any]]) -> CalibrationFile:
+    (source,) = parse_sources(write_jsonl(tmp_path / "q.jsonl", records))
+    return read_records(source)
+
+
+def values(model: Any, file: CalibrationFile, metric: TaskMetric, *, max_length: int = 64) -> list[float]:
+    tokenizer = make_tokenizer()
+    places = [record.place for record in file.records]
+    scorer = make_scorer(metric, [file], places, tokenizer, max_length=max_length, batch_tokens=256)
+    examples = render_file(file, tokenizer, max_length=max_length).examples
+    from loracli.calibration.batches import plan_batches
+
+    with attach(model, (), ()) as attached:
+        return list(scorer(make_objective(attached, plan_batches(examples, batch_tokens=256)[0])).tolist())
+
+
+def prompts(count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        [1, *torch.randint(3, 259, (length,), generator=generator).tolist()]
+        for length in torch.randint(1, 30, (count,), generator=generator).tolist()
+    ]
+
+
+def test_answers_in_batches_are_those_of_one_prompt_at_a_time_and_of_the_argmax(model: Any) -> None:
+    asked = prompts(14)
+    kwargs: Any = {"max_new_tokens": 9, "ends": [2], "pad": 0}
+    together = greedy_answers(model, asked, batch_tokens=400, **kwargs)
+    assert together == greedy_answers(model, asked, batch_tokens=1, **kwargs)
+    for prompt, answer in zip(asked, together, strict=True):
+        ids = list(prompt)
+        for _ in range(9):  # without a cache, without transformers' generation
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == 2:
+                ids.pop()
+                break
+        assert ids[len(prompt) :] == answer
+
+
+def test_an_answer_ends_before_its_end_and_a_sampling_config_of_the_model_changes_nothing(model: Any) -> None:
+    asked = prompts(3)
+    plain = greedy_answers(model, asked, max_new_tokens=8, batch_tokens=400, ends=[], pad=0)
+    end = plain[0][3]
+    cut = greedy_answers(model, asked, max_new_tokens=8, batch_tokens=400, ends=[end], pad=0)
+    assert cut[0] == plain[0][: plain[0].index(end)]
+    own = model.generation_config
+    own.do_sample, own.temperature = True, 3.0
+    try:
+        assert greedy_answers(model, asked, max_new_tokens=8, batch_tokens=400, ends=[], pad=0) == plain
+        assert model.generation_config is own
+    finally:
+        own.do_sample, own.temperature = False, 1.0
+
+
+def test_the_prompt_is_what_the_loss_has_before_the_scored_tokens(tmp_path: Path) -> None:
+    """Of the last answer, where a conversation has several; with the chat template's opening of an answer."""
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+    file = file_of(tmp_path, [{"messages": turns}])
+    tokenizer = make_tokenizer()
+    (example,) = render_file(file, tokenizer, max_length=100).examples
+    opened = tokenizer.apply_chat_template(turns[:3], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(prompt_of(example)) == opened
+
+
+def test_exact_match_counts_the_answers_that_the_model_gives(tmp_path: Path, model: Any) -> None:
+    """The reference of every other record is the model's own answer."""
+    records = random_records(8)
+    tokenizer = make_tokenizer()
+    file = file_of(tmp_path, records)
+    asked = [prompt_of(e) for e in render_file(file, tokenizer, max_length=64).examples]
+    answers = greedy_answers(model, asked, max_new_tokens=6, batch_tokens=1, ends=[2], pad=0)
+    for record, answer in list(zip(records, answers, strict=True))[::2]:
+        record["completion"] = tokenizer.decode(answer, skip_special_tokens=True)
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    expected = [float(text.strip() == r["completion"].strip()) for text, r in zip(texts, records, strict=True)]
+    assert values(model, file_of(tmp_path, records), TaskMetric("exact", max_new_tokens=6)) == expected
+    assert sum(expected) >= 4
+
+
+def test_the_right_option_is_the_one_whose_tokens_are_the_likeliest(tmp_path: Path, model: Any) -> None:
+    """Against log-softmax over one sequence at a time."""
+    records: list[dict[str, Any]] = []
+    for record, other in zip(random_records(6), random_records(6, seed=9), strict=True):
+        records.append({**record, "choices": [other["completion"], record["completion"]]})
+    tokenizer = make_tokenizer()
+    expected = []
+    for record in records:
+        costs = []
+        for option in record["choices"]:
+            before = tokenizer(record["prompt"])["input_ids"]
+            after = tokenizer(option, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            with torch.no_grad():
+                logp = model(input_ids=torch.tensor([before + after])).logits[0].double().log_softmax(-1)
+            costs.append(-sum(float(logp[len(before) - 1 + i, t]) for i, t in enumerate(after)))
+        expected.append(float(costs[1] < costs[0]))
+    assert values(model, file_of(tmp_path, records), TaskMetric("choice")) == expected
+    assert 0 < sum(expected) < 6
+
+
+def test_what_cannot_be_judged_is_refused_with_its_line(tmp_path: Path, model: Any) -> None:
+    record = random_records(1)[0]
+    for records, metric, words in (
+        ([{"text": "abc"}], "exact", "texts without prompts"),
+        ([{**record, "prompt": "long " * 30}], "exact", "q.jsonl:1: the prompt has"),
+        ([record], "choice", "q.jsonl:1: no choices"),
+        ([{**record, "choices": ["x", "y"]}], "choice", "q.jsonl:1: its answer is none of its choices"),
+    ):
+        with pytest.raises(CalibrationError, match=words):
+            values(model, file_of(tmp_path, records), TaskMetric(metric))
+
+
+def test_a_metric_is_one_metric_within_its_range() -> None:
+    assert task_metric(None, None) is None
+    assert task_metric(None, "grade") == TaskMetric("command", "grade")
+    for name, command, options in (
+        ("exact", "grade", {}),
+        ("fuzzy", None, {}),
+        (None, "", {}),
+        ("exact", None, {"max_new_tokens": 0}),
+        ("numeric", None, {"tolerance": -1.0}),
+    ):
+        with pytest.raises(UsageError):
+            task_metric(name, command, **options)
