@@ -5,14 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint types docs clean
+.PHONY: demo test check lint types docs browser clean
 
 # The whole story on the embedded example: fit, export, reload, compare.
 demo: $(READY)
 	$(BIN)/loracat demo
 
 # Lint, types and tests, as continuous integration runs them. One thread: the models are tiny, and several are slower.
-test: $(READY) lint types
+test: $(READY) lint types browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 check: lint types
@@ -24,6 +24,12 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+# Chromium, for the test that opens a report in it; without one that test is skipped, unless LORACAT_BROWSER=required.
+browser:
+	@command -v chromium chromium-browser google-chrome > /dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null \
+		|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null) \
+		|| echo "no Chromium: the test that opens a report in it is skipped"
 
 # Writes docs/cli.md from the live --help.
 docs: $(READY)

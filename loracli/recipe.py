@@ -231,7 +231,11 @@ class Recipe:
 
     def weights_of(self, module: str) -> tuple[float | None, ...]:
         """One weight for each adapter at a module."""
-        return self.mixing.weights[group_name(module, self.mixing.kind)]
+        return self.mixing.weights[self.group_of(module)]
+
+    def group_of(self, module: str) -> str:
+        """The group whose weights a module takes."""
+        return group_name(module, self.mixing.kind)
 
     def labels(self) -> dict[str, str]:
         """What to call each adapter in front of people, by reference."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loracli.cli._output import Output
 from loracli.evaluation.comparison import Comparison, ComparisonRow
+from loracli.evaluation.verdict import claim, interval_text, metric_claim
 
 SHOWN_TASKS = 12
 KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
@@ -35,6 +34,8 @@ def comparison_lines(out: Output, found: Comparison) -> None:
     if len(found.tasks) > 1:
         _task_lines(out, found, rows)
     out.line(claim(found), style="bold")
+    if found.metric:
+        out.line(metric_claim(found), style="bold")
     out.line(
         f"so many records show a true difference of {found.detectable:.4f} nats per token four times in five",
         style="dim",
@@ -53,32 +54,7 @@ def _labelled(found: Comparison) -> Comparison:
             tails = ("/".join(parts[-count:]) for count in range(1, len(parts)))
             taken = [*others, *rest]
             names[reference] = next((t for t in tails if not any(f"/{o}".endswith(f"/{t}") for o in taken)), reference)
-    return replace(
-        found,
-        best_ingredient=names.get(found.best_ingredient, found.best_ingredient),
-        rows=tuple(replace(row, name=names.get(row.name, row.name)) for row in found.rows),
-        tasks=tuple(
-            replace(task, nats_per_token={names.get(n, n): loss for n, loss in task.nats_per_token.items()})
-            for task in found.tasks
-        ),
-        best=replace(
-            found.best,
-            name=names.get(found.best.name, found.best.name),
-            rivals={names.get(n, n): p for n, p in found.best.rivals.items()},
-        ),
-    )
-
-
-def claim(found: Comparison) -> str:
-    """What the table says, in a sentence."""
-    best, rivals = found.row(found.best.name), found.best.rivals
-    if not rivals:
-        return f"{best.name} has no rival here"
-    if found.best.clear:
-        return f"{best.name} is the best of {1 + len(rivals)}, each other one at p < 0.05 after Holm's correction"
-    near = {name: p for name, p in rivals.items() if p >= 0.05}
-    shown = ", ".join(f"{name} (p = {p:.2g})" for name, p in sorted(near.items(), key=lambda item: -item[1])[:5])
-    return f"{best.name} has the lowest loss of {1 + len(rivals)}, but is not clearly better than {shown}"
+    return found.renamed(names)
 
 
 def _cells(row: ComparisonRow) -> list[str]:
@@ -89,12 +65,12 @@ def _cells(row: ComparisonRow) -> list[str]:
         f"{row.nats_per_token:.4f}",
         f"{row.perplexity:.4g}",
         f"{row.difference:+.4f}",
-        _interval(row.interval),
-        "" if uniform is None else _interval(uniform.interval),
+        interval_text(row.interval),
+        "" if uniform is None else interval_text(uniform.interval),
         f"{row.worse_records:.0%}",
     ]
     if row.metric is not None:
-        cells.append(f"{row.metric.mean:.3f} ({_interval(row.metric.interval)})")
+        cells.append(f"{row.metric.mean:.3f} ({interval_text(row.metric.interval)})")
     return cells
 
 
@@ -110,7 +86,7 @@ def _guard_lines(out: Output, found: Comparison, rows: list[ComparisonRow]) -> N
             row.name,
             f"{row.guard.nats_per_token:.4f}",
             f"{row.guard.difference.mean:+.4f}",
-            _interval(row.guard.difference.interval),
+            interval_text(row.guard.difference.interval),
             "safe" if row.guard.safe else "NOT SHOWN SAFE",
         ]
         for row in rows
@@ -128,7 +104,3 @@ def _task_lines(out: Output, found: Comparison, rows: list[ComparisonRow]) -> No
     if len(found.tasks) > SHOWN_TASKS:
         out.line(f"... and {len(found.tasks) - SHOWN_TASKS} more tasks in --json")
     out.line()
-
-
-def _interval(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:+.4f} to {interval[1]:+.4f}"

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from loracli.progress import WORK, amount_text, duration_text
 SCHEMA = 1  # the version of every JSON document, under the key "loracat"; only ever added to
 SHOWN_PROBLEMS = 20
 PIPE_WIDTH = 200  # columns where stdout is no terminal, so that nothing a script reads is folded
+MIDDLE, ABOVE, BELOW = (238, 238, 238), (179, 89, 0), (11, 92, 173)  # of a map, in red, green and blue
 SECONDS_BETWEEN_LINES = 15.0  # where stderr is no terminal, a line now and then takes the bar's place
 
 
@@ -33,6 +35,27 @@ def safe(text: str) -> str:
 def plain(text: str, style: str = "") -> Text:
     """`text` for Rich without markup, emoji or control characters."""
     return Text(safe(text), style=style)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A number of a map.
+
+    Args:
+        text: of it.
+        share: from -1 to 1: how far below or above the middle it is.
+    """
+
+    text: str
+    share: float
+
+    def rendered(self, width: int) -> Text:
+        """The number on its colour, aligned to the right."""
+        far = ABOVE if self.share >= 0 else BELOW
+        size = min(1.0, abs(self.share))
+        red, green, blue = (round(m + size * (f - m)) for m, f in zip(MIDDLE, far, strict=True))
+        ink = "white" if size > 0.6 else "black"
+        return Text(f"{safe(self.text):>{width}}", style=f"{ink} on rgb({red},{green},{blue})")
 
 
 class Output:
@@ -80,6 +103,24 @@ class Output:
             style = "bold green" if index == strong else ""
             table.add_row(*(plain(cell, style) for cell in row))
         self._stdout.print(table, soft_wrap=False)
+
+    def blocks(self, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Block | None]]]) -> None:
+        """A map for people: coloured blocks with their numbers on a terminal that has colours, numbers elsewhere."""
+        if self.quiet or self.as_json:
+            return
+        if not self._stdout.is_terminal or self._stdout.color_system is None:
+            cells = [[name, *("-" if b is None else b.text for b in blocks)] for name, blocks in rows]
+            self.table(["", *columns], cells)
+            return
+        left = max(len(name) for name, _ in rows) + 1
+        widths = [max(len(column), 6) for column in columns]
+        heading = "".join(f" {column:>{width}}" for column, width in zip(columns, widths, strict=True))
+        self._stdout.print(plain(" " * left + heading, "bold"))
+        for name, blocks in rows:
+            line = [plain(f"{name:>{left}}")]
+            for block, width in zip(blocks, widths, strict=True):
+                line += [Text(" "), Text(" " * width) if block is None else block.rendered(width)]
+            self._stdout.print(Text.assemble(*line))
 
     # Talk: stderr.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from loracli.cli._output import Output
+from loracli.cli._output import Block, Output
+from loracli.evaluation.verdict import interval_text, verdict
 from loracli.fit_certificate import FitCertificate
 from loracli.recipe import HeldOut, Recipe
 
@@ -21,6 +22,23 @@ def data_lines(out: Output, recipe: Recipe) -> None:
             f"fitted on {data.records} records of {data.name} ({data.shape}, {data.scored_tokens} scored tokens"
             f"{weight}){said}"
         )
+
+
+def weight_maps(out: Output, recipe: Recipe) -> None:
+    """The weight of each module, layer by layer, a map for each adapter."""
+    from loracli.report.grid import grids, layer_numbers, short_names, span_of
+
+    found, uniform = grids(recipe), 1 / len(recipe.adapters)
+    span = span_of(found, uniform)
+    for label, grid in found.items():
+        out.line(f"weights of {label}, layer by module", style="bold")
+        rows = []
+        for row, number in zip(grid.rows, layer_numbers(grid.rows), strict=True):
+            cells = [grid.cells.get((row, column)) for column in grid.columns]
+            blocks = [None if c is None else Block(f"{c.weight:+.2f}", (c.weight - uniform) / span) for c in cells]
+            rows.append((number, blocks))
+        out.blocks(short_names(grid.columns), rows)
+        out.line()
 
 
 def search_lines(out: Output, recipe: Recipe) -> None:
@@ -86,7 +104,7 @@ def held_out_lines(out: Output, recipe: Recipe) -> None:
             row.name,
             f"{row.nats_per_token:.4f}",
             f"{row.difference:+.4f}",
-            _interval(row.interval),
+            interval_text(row.interval),
             f"{row.worse_records:.0%}",
         ]
         for row in table.rows
@@ -112,24 +130,3 @@ def _task_lines(out: Output, table: HeldOut) -> None:
     if len(table.tasks) > SHOWN_TASKS:
         out.line(f"... and {len(table.tasks) - SHOWN_TASKS} more tasks in the recipe")
     out.line()
-
-
-def verdict(table: HeldOut) -> str:
-    """What the table says about the fit, in a sentence."""
-    fitted = table.row("fit")
-    interval = f"{fitted.difference:+.4f} nats per token, 95 % interval {_interval(fitted.interval)}"
-    if table.verdict == "too few records":
-        return f"too few held-out records for a verdict: {interval}"
-    if table.verdict == "not better":
-        return f"the fit does NOT beat {table.best_ingredient}: {interval}"
-    static = [
-        row for row in table.rows if row.name in ("uniform", "sum") and row.nats_per_token <= fitted.nats_per_token
-    ]
-    caveat = f", but {static[0].name} is as good without any fit" if static else ""
-    alone = [row for row in table.rows if row.name not in ("base", "uniform", "sum", "fit")]
-    best = f"{table.best_ingredient}, the best single adapter" if len(alone) > 1 else table.best_ingredient
-    return f"the fit beats {best}: {interval}{caveat}"
-
-
-def _interval(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:+.4f} to {interval[1]:+.4f}"

@@ -10,7 +10,7 @@ import typer
 
 from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
-from loracli.cli._tables import data_lines, held_out_lines, search_lines
+from loracli.cli._tables import data_lines, held_out_lines, search_lines, weight_maps
 
 EPILOG = "loracat show recipe.json  ·  loracat show recipe.json --json"
 
@@ -67,6 +67,8 @@ def show(
         [[name, *(_spread(cell) for cell in cells)] for name, cells in weights_by_leaf(loaded).items()],
     )
     out.line()
+    if mixing.kind != "adapter":
+        weight_maps(out, loaded)
     data_lines(out, loaded)
     search_lines(out, loaded)
     out.line()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from loracli.recipe import HeldOutTask
@@ -157,3 +158,21 @@ class Comparison:
 
     def row(self, name: str) -> ComparisonRow:
         return next(row for row in self.rows if row.name == name)
+
+    def renamed(self, names: Mapping[str, str]) -> Comparison:
+        """With other names of rows."""
+        return replace(
+            self,
+            adapters=tuple(names.get(name, name) for name in self.adapters),
+            best_ingredient=names.get(self.best_ingredient, self.best_ingredient),
+            rows=tuple(replace(row, name=names.get(row.name, row.name)) for row in self.rows),
+            tasks=tuple(
+                replace(task, nats_per_token={names.get(n, n): loss for n, loss in task.nats_per_token.items()})
+                for task in self.tasks
+            ),
+            best=replace(
+                self.best,
+                name=names.get(self.best.name, self.best.name),
+                rivals={names.get(n, n): p for n, p in self.best.rivals.items()},
+            ),
+        )
