@@ -27,9 +27,11 @@ types: $(READY)
 
 # Chromium, for the test that opens a report in it; without one that test is skipped, unless LORACAT_BROWSER=required.
 browser:
-	@command -v chromium chromium-browser google-chrome > /dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null \
-		|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null) \
-		|| echo "no Chromium: the test that opens a report in it is skipped"
+	@for name in chromium chromium-browser google-chrome; do command -v $$name > /dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null && exit 0; \
+	fi; \
+	echo "no Chromium: the test that opens a report in it is skipped"
 
 # Writes docs/cli.md from the live --help.
 docs: $(READY)
