@@ -1,0 +1,202 @@
+"""compare, report, show and exports of methods, as typed: what they print is what the library says."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loracli.evaluation.comparison import Comparison
+from loracli.recipe import load_recipe
+from loracli.schema import decode
+from tests.cli.project import run, tree
+
+ALONE = "compare --adapters know form --data few.jsonl --base base".split()
+
+
+@pytest.fixture
+def few(here: Path) -> Path:
+    """The project with the first twelve test records as a file of their own."""
+    lines = (here / "test.jsonl").read_text().splitlines(keepends=True)
+    (here / "few.jsonl").write_text("".join(lines[:12]))
+    return here
+
+
+def document(*words: str) -> dict[str, Any]:
+    result = run(*words, "--json")
+    assert result.exit_code == 0, result.stdout
+    content: dict[str, Any] = json.loads(result.stdout)
+    return content
+
+
+def test_the_rows_of_json_are_those_of_the_recipes_own_table(here: Path) -> None:
+    found = document("compare", "--data", "test.jsonl", "--base", "base", "--methods", "sum")
+    table = load_recipe("recipe.json").held_out
+    assert [row["name"] for row in found["rows"]] == ["base", "know", "form", "uniform", "sum", "fit"]
+    for row in found["rows"]:
+        held = table.row(row["name"])
+        assert row["nats_per_token"] == pytest.approx(held.nats_per_token, abs=1e-5)
+        assert row["interval"] == pytest.approx(list(held.interval), abs=1e-5)
+    problems: list[str] = []
+    decode(Comparison, {k: v for k, v in found.items() if k != "loracat"}, "", problems)
+    assert not problems
+
+
+def test_the_table_shows_every_row_and_the_claim(few: Path) -> None:
+    result = run(*ALONE, "--methods", "ties,svd", "--density", "0.3", "--guard", "calibration.jsonl")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert {line.split()[0] for line in lines if line} >= {"base", "know", "form", "uniform", "ties", "svd"}
+    assert "what must not get worse: calibration.jsonl, by at most 0.02 nats per token" in result.stdout
+    assert "lowest loss of 5" in result.stdout or "is the best of 5" in result.stdout
+    assert "four times in five" in result.stdout
+    quiet = run(*ALONE, "--methods", "ties", "-q")
+    assert quiet.stdout.split() in (["form"], ["know"], ["uniform"], ["ties"])
+
+
+def test_options_of_the_methods_change_their_rows(few: Path) -> None:
+    def loss(*words: str) -> dict[str, float]:
+        return {row["name"]: row["nats_per_token"] for row in document(*ALONE, *words)["rows"]}
+
+    plain = loss("--methods", "ties,dare")
+    assert loss("--methods", "ties,dare") == plain
+    denser, seeded = loss("--methods", "ties", "--density", "0.9"), loss("--methods", "dare", "--seed", "5")
+    assert denser["ties"] != plain["ties"] and seeded["dare"] != plain["dare"]
+    assert loss("--methods", "ties", "--rank", "2")["ties"] != plain["ties"]
+    assert loss("--methods", "ties", "--scale", "0.5")["ties"] != plain["ties"]
+
+
+def test_answers_are_judged_by_name_or_by_a_command(few: Path) -> None:
+    scorer = few / "grade.py"
+    scorer.write_text(
+        "import json, sys\nfor line in sys.stdin:\n    a = json.loads(line)\n"
+        "    print(int(a['output'].strip() == a['reference'].strip()))\n"
+    )
+    common = (*ALONE, "--methods", "sum", "--max-new-tokens", "16")
+    by_name = document(*common, "--generate", "exact")
+    by_command = document(*common, "--metric-command", shlex.join([sys.executable, str(scorer)]))
+    assert by_name["metric"] == "exact" and by_command["metric"] == "command"
+    for ours, theirs in zip(by_name["rows"], by_command["rows"], strict=True):
+        assert ours["metric"] == theirs["metric"]
+    shown = run(*common, "--generate", "exact")
+    assert "by exact, " in shown.stdout and "McNemar's p = " in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--methods", "tie"], 2, "--methods tie is not one of"),
+        (["--methods", "module"], 2, "module has to be fitted"),
+        (["--methods", "linear-peft"], 2, "linear-peft cannot be had here"),
+        (["--control", "random"], 2, "--control random has to be fitted"),
+        (["--control", "datamix"], 2, "--control datamix lacks its adapter"),
+        (["--generate", "bleu"], 2, "the metric bleu is not one of"),
+        (["--density", "0"], 2, "--density 0.0 is not above 0"),
+        (["--guard", "none.jsonl"], 3, "none.jsonl cannot be read"),
+        (["--metric-command", "false"], 1, "the metric command ended with the code 1"),
+    ],
+)
+def test_what_cannot_be_compared_ends_in_one_error_and_its_code(
+    few: Path, words: list[str], code: int, said: str
+) -> None:
+    before = tree(few)
+    result = run(*ALONE, "--max-new-tokens", "1", *words)
+    assert (result.exit_code, result.stderr.count("error: ")) == (code, 1) and said in result.stderr
+    assert tree(few) == before and "Traceback" not in result.stderr
+
+
+def test_records_that_were_calibrated_on_are_said_in_table_and_document(few: Path) -> None:
+    (few / "both.jsonl").write_text((few / "few.jsonl").read_text() + (few / "calibration.jsonl").read_text())
+    words = ("compare", "--data", "both.jsonl", "--base", "base", "--methods", "sum")
+    known = document(*words)["repeated_records"]
+    assert known == load_recipe("recipe.json").data[0].records
+    result = run(*words)
+    assert f"{known} of the test records stand in the calibration data too" in result.stderr
+
+
+# export --method
+
+
+def test_an_exported_method_has_the_loss_that_the_comparison_says(few: Path) -> None:
+    rows = {row["name"]: row for row in document(*ALONE, "--methods", "ties,knots")["rows"]}
+    for name in ("ties", "knots"):
+        result = run(
+            "export", "--method", name, "--adapters", "know", "form", "--dtype", "float32", "-o", f"{name}-out"
+        )
+        assert result.exit_code == 0, result.stderr
+        alone = document("compare", "--adapters", f"{name}-out", "--data", "few.jsonl", "--base", "base")
+        found = next(row for row in alone["rows"] if row["name"] == f"{name}-out")
+        assert found["nats_per_token"] == pytest.approx(rows[name]["nats_per_token"], abs=5e-3)  # bfloat16 products
+
+
+def test_a_method_is_written_to_a_folder_of_its_name_and_repeated_by_the_command_of_its_card(few: Path) -> None:
+    result = run("export", "--method", "ties", "--density", "0.2", "--adapters", "know", "form")
+    assert result.exit_code == 0 and "adapter-ties" in result.stdout
+    card = (few / "adapter-ties" / "README.md").read_text()
+    command = next(line for line in card.splitlines() if line.startswith("Repeat it with")).split("`")[1]
+    again = run(*shlex.split(command)[1:], "--adapters", "know", "form", "-o", "again")
+    assert again.exit_code == 0, again.stderr
+    one, two = (load_file(few / name / "adapter_model.safetensors") for name in ("adapter-ties", "again"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_options_of_a_method_without_one_and_of_another_are_refused(few: Path) -> None:
+    for words, said in (
+        (["--density", "0.2"], "are for a method"),
+        (["--method", "uniform", "--density", "0.2"], "uniform takes no --density"),
+        (["--method", "ties", "--density", "2"], "--density 2.0 is not above 0 and at most 1"),
+        (["--method", "module"], "--method module is not one of"),
+        (["--method", "lorahub"], "lorahub has to be fitted"),
+    ):
+        result = run("export", *words)
+        assert result.exit_code == 2 and said in result.stderr, result.stderr
+    assert not list(few.glob("adapter-*"))
+
+
+# report and show
+
+
+def test_compare_and_report_follow_each_other(few: Path) -> None:
+    compared = run("compare", "recipe.json", "--data", "few.jsonl", "--base", "base", "--methods", "sum", "--json")
+    (few / "comparison.json").write_text(compared.stdout)
+    result = run("report", "recipe.json", "--comparison", "comparison.json")
+    assert result.exit_code == 0, result.stderr
+    content = (few / "report.html").read_text()
+    for row in json.loads(compared.stdout)["rows"]:
+        assert f"<td>{row['nats_per_token']:.4f}</td>" in content
+    again = run("report", "-q")
+    assert again.exit_code == 2 and "report.html exists" in again.stderr
+    assert run("report", "-f", "-q").stdout == "report.html\n"
+    assert document("report", "-f")["parts"][0] == "verdict"
+
+
+def test_show_has_every_weight_as_a_number_where_there_is_no_terminal(here: Path) -> None:
+    shown = run("show").stdout
+    recipe = load_recipe("recipe.json")
+    for index, label in enumerate(recipe.labels().values()):
+        lines = shown[shown.index(f"weights of {label}, layer by module") :].splitlines()[1:]
+        names = lines[0].split()
+        for layer, line in enumerate(lines[1:5]):
+            cells = dict(zip(names, line.split()[1:], strict=True))
+            for name, cell in cells.items():
+                modules = [m.name for m in recipe.modules if f".{layer}." in m.name and m.name.endswith(f".{name}")]
+                weight = recipe.weights_of(modules[0])[index]
+                assert cell == ("-" if weight is None else f"{weight:+.2f}")
+
+
+def test_on_a_terminal_the_map_is_coloured_from_uniform_both_ways() -> None:
+    from loracli.cli._output import ABOVE, BELOW, MIDDLE, Block
+
+    def colour(share: float) -> str:
+        return str(Block("+0.50", share).rendered(7).style).split(" on ")[1]
+
+    assert colour(0.0) == f"rgb{MIDDLE}".replace(" ", "")
+    assert colour(1.0) == colour(2.0) == f"rgb{ABOVE}".replace(" ", "")
+    assert colour(-1.0) == f"rgb{BELOW}".replace(" ", "")
+    assert Block("+0.50", 0.3).rendered(7).plain == "  +0.50"
