@@ -19,40 +19,63 @@ if TYPE_CHECKING:
     from loracli.adapters.adapter import LoraAdapter, read_adapter
     from loracli.adapters.hub import Fetched, fetch_adapter
     from loracli.adapters.summary import inspect_adapters
+    from loracli.algebra.methods.method import MethodOptions
+    from loracli.comparison.compare import compare_adapters
+    from loracli.comparison.settings import CompareSettings, Controls
     from loracli.errors import LoracatError
+    from loracli.evaluation.comparison import Comparison
+    from loracli.evaluation.task_metric import TaskMetric
     from loracli.export.export import Exported, export_adapter
+    from loracli.export.method import export_method
     from loracli.fitting.run import fit_mixing
     from loracli.fitting.settings import FitSettings
     from loracli.recipe import Recipe, load_recipe
+    from loracli.report.report import write_report
 
 _HOMES = {
+    "CompareSettings": "loracli.comparison.settings",
+    "Comparison": "loracli.evaluation.comparison",
+    "Controls": "loracli.comparison.settings",
     "Exported": "loracli.export.export",
     "Fetched": "loracli.adapters.hub",
     "FitSettings": "loracli.fitting.settings",
     "LoraAdapter": "loracli.adapters.adapter",
     "LoracatError": "loracli.errors",
+    "MethodOptions": "loracli.algebra.methods.method",
     "Recipe": "loracli.recipe",
+    "TaskMetric": "loracli.evaluation.task_metric",
+    "compare_adapters": "loracli.comparison.compare",
     "export_adapter": "loracli.export.export",
+    "export_method": "loracli.export.method",
     "fetch_adapter": "loracli.adapters.hub",
     "fit_mixing": "loracli.fitting.run",
     "inspect_adapters": "loracli.adapters.summary",
     "load_recipe": "loracli.recipe",
     "read_adapter": "loracli.adapters.adapter",
+    "write_report": "loracli.report.report",
 }
 
 __all__ = [
+    "CompareSettings",
+    "Comparison",
+    "Controls",
     "Exported",
     "Fetched",
     "FitSettings",
     "LoraAdapter",
     "LoracatError",
+    "MethodOptions",
     "Recipe",
+    "TaskMetric",
+    "compare_adapters",
     "export_adapter",
+    "export_method",
     "fetch_adapter",
     "fit_mixing",
     "inspect_adapters",
     "load_recipe",
     "read_adapter",
+    "write_report",
 ]
 
 

@@ -130,8 +130,7 @@ def compare(
     """Compare every way to compose adapters on your own records, with paired confidence intervals."""
     from loracli.algebra.methods.method import MethodOptions
     from loracli.cli._comparison import comparison_lines
-    from loracli.comparison.compare import run_comparison
-    from loracli.comparison.inputs import prepare_comparison
+    from loracli.comparison.compare import compare_adapters
     from loracli.comparison.settings import CompareSettings, parse_controls, parse_methods
     from loracli.evaluation.task_metric import task_metric
     from loracli.fitting.placement import Placement
@@ -157,7 +156,7 @@ def compare(
         controls=parse_controls(control or ()),
         margin=margin,
     )
-    inputs = prepare_comparison(
+    found = compare_adapters(
         data,
         recipe=Path("recipe.json") if recipe is None and not adapters else recipe,
         adapters=adapters or (),
@@ -166,9 +165,10 @@ def compare(
         base=base,
         base_revision=base_revision,
         settings=settings,
+        metric=metric,
+        placement=Placement(dtype, device, device_map),
         progress=out,
     )
-    found = run_comparison(inputs, placement=Placement(dtype, device, device_map), metric=metric, progress=out)
     out.close()
     out.document(encode(found))
     out.value(found.best.name)

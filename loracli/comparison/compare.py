@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter
@@ -12,10 +13,12 @@ from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.dataset import render_dataset
 from loracli.calibration.records import CalibrationFile
 from loracli.calibration.render import Example, render_file
+from loracli.calibration.sources import DataPaths
 from loracli.comparison.candidates import Candidate, candidates, datamix_candidate
 from loracli.comparison.composition import Composition
 from loracli.comparison.fitted import TASK, Calibration
-from loracli.comparison.inputs import CompareInputs
+from loracli.comparison.inputs import CompareInputs, prepare_comparison
+from loracli.comparison.settings import CompareSettings
 from loracli.comparison.table import INGREDIENT, Evaluated, Names, comparison_of
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.comparison import Comparison, Skipped
@@ -31,6 +34,39 @@ from loracli.fitting.mixing import Layout, make_diagonal, make_layout
 from loracli.fitting.placement import Placement
 from loracli.fitting.recording import dtype_name
 from loracli.progress import SILENT, WORK, Progress, duration_text
+
+
+def compare_adapters(
+    data: DataPaths,
+    *,
+    recipe: str | Path | None = None,
+    adapters: Sequence[str] = (),
+    fit_data: DataPaths | None = None,
+    guard: DataPaths | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+    settings: CompareSettings | None = None,
+    metric: TaskMetric | None = None,
+    placement: Placement = Placement(),  # noqa: B008  # frozen
+    progress: Progress = SILENT,
+) -> Comparison:
+    """Compares every way to compose on some records: `prepare_comparison` and `run_comparison` in one.
+
+    Raises:
+        LoracatError: of the kind that fits, when an input is rejected or a method cannot be had.
+    """
+    inputs = prepare_comparison(
+        data,
+        recipe=recipe,
+        adapters=adapters,
+        fit_data=fit_data,
+        guard=guard,
+        base=base,
+        base_revision=base_revision,
+        settings=settings,
+        progress=progress,
+    )
+    return run_comparison(inputs, placement=placement, metric=metric, progress=progress)
 
 
 def run_comparison(
