@@ -93,6 +93,8 @@ def fit_rung(
     with calibration.engine(adapters, layout.modules, canonical=canonical) as (engine, attached):
         found = find_mixing(engine, attached, inputs, folds, training, base.tokenizer)
     note = f"{found.mixing.kind}, {found.mixing.numbers} numbers" if found.mixing.kind != name else ""
+    if name == PAPER:
+        note = "softmax weights from a random start, one epoch at a rate of 1e-4, as published"
     if found.stopped:
         note = f"stopped early: {found.stopped}"
     return FittedRung(recipe_mixing(adapters, layout.modules, found), note)

@@ -85,6 +85,10 @@ def look(tmp_path: Path) -> Iterator[Look]:
     found = Look(tmp_path)
 
     class Handler(SimpleHTTPRequestHandler):
+        def end_headers(self) -> None:
+            self.send_header("Cache-Control", "no-store")  # a page changed within a second has the same date
+            super().end_headers()
+
         def log_message(self, *arguments: Any) -> None:
             found.requests.append(self.path)
 
