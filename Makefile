@@ -11,9 +11,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/loracat demo
 
-# Lint, types and tests, as continuous integration runs them. One thread: the models are tiny, and several are slower.
+# Lint, types and tests, as continuous integration runs them, one process a core. One thread in each: the models are tiny,
+# and several are slower.
 test: $(READY) lint types browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 check: lint types
 

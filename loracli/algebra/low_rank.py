@@ -1,13 +1,14 @@
 """The best approximation of a rank to a dense matrix, for methods whose result has full rank.
 
-Block subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1) from a seeded block,
-with a stopping test in place of a fixed number of iterations:
+A block Krylov space from a seeded block (Musco and Musco, arXiv 1504.05477, algorithm 2), with a stopping test in place
+of a fixed number of blocks:
 
-    Q <- orth(M (M^T Q))    until |Q^T M|_F^2 gains less than a share of 1e-6
-    Q^T M = U S V^T         M_k = Q U_k S_k V_k^T
+    Q = orth [M X, (M M^T) M X, (M M^T)^2 M X, ...]    until the k largest |Q^T M|^2 gain less than a share of 1e-6
+    Q^T M = U S V^T                                    M_k = Q U_k S_k V_k^T
 
-The iterations are in float32, the last one and the projection in float64, so that a matrix which has the rank comes
-back to float64's rounding.
+Few blocks do where the spectrum is flat, as that of a trimmed update is, and subspace iteration would need dozens. The
+space is found in float32; a last iteration and the projection are in float64, so that a matrix which has the rank
+comes back to float64's rounding.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from loracli.algebra.factors import Factors
 from loracli.algebra.truncate import Truncation
 
 OVERSAMPLED = 10  # columns more than the rank
-GAIN = 1e-6  # of the captured energy, below which the iterations end
-MOST_ITERATIONS = 40
+GAIN = 1e-6  # of the captured energy, below which the space is large enough
+MOST_BLOCKS = 12
+SMALL = 4  # blocks to the shorter side of a matrix, below which its own SVD is as cheap
 
 
 def best_approximation(matrix: Tensor, rank: int) -> Truncation:
@@ -29,25 +31,34 @@ def best_approximation(matrix: Tensor, rank: int) -> Truncation:
     k = min(rank, *matrix.shape)
     if total == 0.0:
         return Truncation(Factors(matrix.new_zeros(k, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], k)), 1.0)
-    q = _range(matrix, min(k + OVERSAMPLED, *matrix.shape))  # (out, p)
-    u, singular, vh = torch.linalg.svd(q.T @ matrix, full_matrices=False)
+    if min(matrix.shape) <= SMALL * (k + OVERSAMPLED):
+        u, singular, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        q = _leading_space(matrix, k, k + OVERSAMPLED)  # (out, p)
+        u, singular, vh = torch.linalg.svd(q.T @ matrix, full_matrices=False)
+        u = q @ u
     root = singular[:k].sqrt()
-    factors = Factors(root[:, None] * vh[:k], (q @ u[:, :k]) * root)
+    factors = Factors(root[:, None] * vh[:k], u[:, :k] * root)
     return Truncation(factors, min(float(singular[:k].square().sum()) / total, 1.0))
 
 
-def _range(matrix: Tensor, columns: int) -> Tensor:
-    """(out, columns): an orthonormal basis of the leading left singular space, float64."""
+def _leading_space(matrix: Tensor, k: int, columns: int) -> Tensor:
+    """(out, columns): an orthonormal basis of a space that has the k leading left singular vectors, float64."""
     generator = torch.Generator().manual_seed(0)
-    half = matrix.float()
-    q = torch.linalg.qr(half @ torch.randn(matrix.shape[1], columns, generator=generator)).Q
+    half = (matrix / matrix.abs().max()).float()  # whose squares stay within float32's range
+    basis = torch.linalg.qr(half @ torch.randn(matrix.shape[1], columns, generator=generator)).Q  # (out, c)
+    images = half.T @ basis  # (in, c): M^T Q
     captured = 0.0
-    for _ in range(MOST_ITERATIONS):
-        product = half.T @ q  # (in, columns)
-        energy = float(product.double().square().sum())
-        if energy - captured <= GAIN * energy:
+    for _ in range(MOST_BLOCKS):
+        energies, rotation = torch.linalg.eigh(images.T @ images)  # ascending
+        found = float(energies[-k:].double().sum())
+        if found - captured <= GAIN * found or basis.shape[1] + columns > min(matrix.shape):
             break
-        captured = energy
-        q = torch.linalg.qr(half @ product).Q
-    basis: Tensor = torch.linalg.qr(matrix @ (matrix.T @ q.double())).Q
-    return basis
+        captured = found
+        block = half @ images[:, -columns:]
+        for _ in range(2):  # once leaves what rounding left of the space in it
+            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        basis, images = torch.cat([basis, block], dim=1), torch.cat([images, half.T @ block], dim=1)
+    leading = basis @ rotation[:, -columns:]
+    polished: Tensor = torch.linalg.qr(matrix @ (matrix.T @ leading.double())).Q
+    return polished

