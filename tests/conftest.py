@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.tiny import make_adapter, make_base
+
+os.environ.pop("HF_HUB_OFFLINE", None)  # read once, when huggingface_hub is imported
 
 
 @pytest.fixture(autouse=True)
