@@ -115,6 +115,16 @@ def test_a_rank_pattern_survives_saving_by_peft(tmp_path: Path, profile: str) ->
     assert_update(again, "again", made.change, tolerance=1e-5)
 
 
+def test_a_merge_at_more_rank_than_a_module_can_have_stops_at_its_shorter_side(tmp_path: Path) -> None:
+    """10 by 20 and 20 by 2 at rank 40: what PEFT's `svd_rank` writes there cannot be loaded."""
+    made = Composed(tmp_path, "ranks and alphas")
+    path = export(tmp_path / "out", made.model, made.paths, made.weights, merge=True, rank=40, profile="peft")
+    stored = load_file(path / "adapter_model.safetensors")
+    ranks = {name.split(".")[2]: tensor.shape[0] for name, tensor in stored.items() if "lora_A" in name}
+    assert ranks == {"lin0": 10, "lin1": 2}
+    assert_update(load(made.model, {"a": made.paths[0], "ours": path}), "ours", made.change, tolerance=1e-5, close=5e-6)
+
+
 def test_modules_that_only_fill_the_layout_are_zero_and_change_no_output(tmp_path: Path) -> None:
     """One layer of two is adapted: the other holds zeros in `portable` and nothing in `peft`."""
     model = build("qwen2")

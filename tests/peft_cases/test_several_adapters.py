@@ -184,3 +184,28 @@ def test_half_precision_files_are_rounded_once_and_merge_into_a_half_precision_b
     assert {parameter.dtype for parameter in merged.parameters()} == {half}
     found, expected = outputs(merged).double(), outputs(dense(soup.model, exact))
     assert float((found - expected).norm()) <= 8 * unit * float(expected.norm())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's advice on tied layers
+@pytest.mark.parametrize("kind", ["gemma", "opt"])
+def test_tied_embeddings_are_changed_apart_and_merge_once_they_are_untied(tmp_path: Path, kind: str) -> None:
+    """One adapter changes the input side, the other the head: live on the tied base, merged into an untied copy."""
+    tied = build(kind)
+    untied = copy.deepcopy(tied)
+    untied.lm_head.weight = torch.nn.Parameter(tied.lm_head.weight.detach().clone())
+    untied.config.tie_word_embeddings = False
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
+    own = [
+        save_adapter(tmp_path / "input", tied, lora_config(kind, target_modules=["embed_tokens"], r=2), seed=1),
+        save_adapter(tmp_path / "head", tied, lora_config(kind, target_modules=["lm_head", "q_proj"]), seed=2),
+    ]
+    change = weighted([changes(untied, path) for path in own], WEIGHTS)
+    expected, unchanged = outputs(dense(untied, change)), outputs(tied)
+    path = export(tmp_path / "ours", tied, own, WEIGHTS)
+    assert_same(outputs(load(tied, {"ours": path})), expected, unchanged, tolerance=1e-4)
+    merged = load(untied, {"ours": path}).merge_and_unload()
+    assert_same(outputs(merged), expected, unchanged, tolerance=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert again.lm_head.weight is not again.get_input_embeddings().weight
+    assert_same(outputs(again), expected, unchanged, tolerance=1e-4)
