@@ -181,8 +181,10 @@ class _Plan:
         self._progress.advance(TASK, 1)
         composed = self._source.compose(name)
         chosen, kept = composed.factors, composed.kept_energy
-        if self._options.merge and self._rank < chosen.rank:
-            truncation = truncate(chosen, self._rank)
+        # dW has no more rank than the shorter side of the module, however large the one asked for.
+        rank = min(self._rank, chosen.in_features, chosen.out_features)
+        if self._options.merge and rank < chosen.rank:
+            truncation = truncate(chosen, rank)
             chosen, kept = truncation.factors, kept * truncation.kept_energy
         written = chosen.to(self.dtype)
         if not (torch.isfinite(written.lora_A).all() and torch.isfinite(written.lora_B).all()):
