@@ -1,7 +1,7 @@
 """LoRA Soups' claim, measured again: two skills composed, beside everything else that could be done. Prints Markdown.
 
     python benchmarks/skills/run.py BASE OUT [--pairs closed-book math-code] [--seeds 0 1 2] [--quick]
-        [--math-code-data DIR] [--base-id NAME]
+        [--calibrate skills 8 24 96] [--fitted NAME ...] [--math-code-data DIR] [--base-id NAME]
 
 For each pair and seed: the data, an adapter for each skill and one trained on the data of both (as many tokens as the
 two together); then every way to compose, on test records that no calibration record touches, calibrated on the
@@ -37,7 +37,9 @@ from loracli.fitting.settings import FitSettings
 from loracli.progress import Silent
 from loracli.schema import decode, encode
 
-COUNTS = (8, 24, 96)
+SKILLS = "skills"
+CALIBRATIONS = (SKILLS, "8", "24", "96")
+CONTROLS = ("fresh-lora", "random")
 FITTED = ("task-arithmetic", "lorahub", "paper", "adapter", "module", "core", "auto")
 FOLDED_BELOW = 40  # records, with four folds
 QUICK_TEST, QUICK_FITTED = 24, ("lorahub", "paper", "module")
@@ -70,7 +72,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=["closed-book"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--counts", nargs="+", type=int, default=COUNTS, help="composite records to calibrate on")
+    parser.add_argument(
+        "--calibrate", nargs="+", default=CALIBRATIONS, help="on the skills' own data, or on so many composite records"
+    )
+    parser.add_argument("--controls", nargs="*", choices=CONTROLS, default=CONTROLS, help="beside what is fitted")
     parser.add_argument("--fitted", nargs="+", default=FITTED, help="methods that are fitted")
     parser.add_argument("--test-records", type=int, help="the first so many of the test")
     parser.add_argument("--quick", action="store_true")
@@ -91,11 +96,15 @@ def run(pair: Pair, seed: int, arguments: argparse.Namespace) -> None:
     test = head(folder / "composite_test.jsonl", QUICK_TEST if arguments.quick else arguments.test_records)
     suffix = "" if test.name == "composite_test.jsonl" else f"-{test.stem}"
     found = {"": compared(pair, folder, test, None, folder / f"static{suffix}.json", seed, arguments)}
-    calibrations = {"the skills' own records": folder / "skills_calib.jsonl"}
+    calibrations: dict[str, Path] = {}
     composite = folder / "composite_calib.jsonl"
     most = len(composite.read_text().splitlines())
-    for count in dict.fromkeys(min(count, most) for count in (COUNTS[:1] if arguments.quick else arguments.counts)):
-        calibrations[f"{count} composite records"] = head(composite, count)
+    for word in CALIBRATIONS[:2] if arguments.quick else arguments.calibrate:
+        if word == SKILLS:
+            calibrations["the skills' own records"] = folder / "skills_calib.jsonl"
+        else:
+            count = min(int(word), most)
+            calibrations[f"{count} composite records"] = head(composite, count)
     for name, calibration in calibrations.items():
         output = folder / f"fitted-{calibration.stem}{suffix}.json"
         found[name] = compared(pair, folder, test, calibration, output, seed, arguments)
@@ -160,7 +169,8 @@ def compared(
         methods, controls = ("data-free",), Controls(datamix=str(folder / "datamix"))
     else:
         methods = tuple(QUICK_FITTED if arguments.quick else arguments.fitted)
-        controls = Controls(fresh_lora=True, random=not arguments.quick)
+        wanted = CONTROLS[:1] if arguments.quick else arguments.controls
+        controls = Controls(fresh_lora="fresh-lora" in wanted, random="random" in wanted)
     inputs = prepare_comparison(
         test,
         adapters=[str(folder / name) for name in pair.recipe.ADAPTERS],
