@@ -6,20 +6,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from loracli.adapters.config import AdapterConfig, read_config
 from loracli.adapters.hub import Fetched, fetch_adapter
-from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, Part, format_tensor_name, parse_tensor_name
+from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, Part, format_tensor_name, parse_tensor_name, whole_module
 from loracli.adapters.references import Reference
 from loracli.adapters.tensor_file import TensorFile, TensorReader, open_tensor_file
 from loracli.algebra.factors import Factors
 from loracli.errors import MalformedAdapter
 
 AdapterKind = Literal["linear", "embedding"]
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -119,26 +120,37 @@ def _sort_tensors(names: Iterable[str], where: str) -> tuple[dict[str, dict[Part
     """Tensor names by module and part, and the names of base matrices by module."""
     parts: dict[str, dict[Part, str]] = {}
     copies: dict[str, str] = {}
-    plain: list[str] = []
-    names = sorted(names)
-    embeddings = {name.rpartition(".")[0] for name in names if name.endswith(".lora_embedding_A")}
-    for name in names:
-        if name.removesuffix(".weight") in embeddings:  # PEFT wrote the embedding's own matrix under this name
-            plain.append(name)
+    whole: dict[str, str] = {}
+    for name in sorted(names):
+        module = whole_module(name)
+        if module is not None:
+            _take(whole, module, name, where)
             continue
         parsed = parse_tensor_name(name, where=where)
         if parsed.part == "base_layer":
-            copies[parsed.module] = name
+            _take(copies, parsed.module, name, where)
         else:
-            parts.setdefault(parsed.module, {})[parsed.part] = name
-    for name in plain:
-        copies[name.removesuffix(".weight").removeprefix("base_model.model.")] = name
+            _take(parts.setdefault(parsed.module, {}), parsed.part, name, where)
+    for module, name in whole.items():
+        if "lora_embedding_A" not in parts.get(module, {}):
+            parse_tensor_name(name, where=where)  # says what it is, and refuses it
+        _take(copies, module, name, where)  # PEFT wrote the embedding's own matrix under the name of the module itself
     if not parts:
         raise MalformedAdapter("holds no LoRA factors", where=where)
     stray = sorted(copies.keys() - parts.keys())
     if stray:
         raise MalformedAdapter(f"holds a base matrix of {stray[0]!r} but no factors for it", where=where)
     return parts, copies
+
+
+def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:
+    if key in names:
+        raise MalformedAdapter(
+            f"{names[key]!r} and {name!r} are two spellings of one tensor",
+            where=where,
+            hint="the file holds two adapters, or one twice: save the one that is meant alone",
+        )
+    names[key] = name
 
 
 def _read_module(
