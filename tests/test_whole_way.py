@@ -7,6 +7,7 @@ that of stock PEFT with what was exported.
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from loracli.calibration.sources import parse_sources
 from loracli.export.export import export_adapter
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
+from loracli.recipe import load_recipe
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl
 
 CONV1D = {"fan_in_fan_out": True}
@@ -118,3 +120,29 @@ def test_names_as_other_trainers_leave_them_go_the_whole_way(tmp_path: Path) -> 
         odd.append(folder)
     recipe = fit_case(tmp_path, base, odd)
     assert_whole_way(tmp_path, base, recipe, adapters)
+
+
+def write_as_mlx(peft: Path, folder: Path, *, rank: int, scale: float) -> Path:
+    """The same numbers as mlx-lm keeps them."""
+    tensors = load_file(peft / "adapter_model.safetensors")
+    folder.mkdir()
+    turned = {
+        name.removeprefix("base_model.model.")
+        .replace("lora_A.weight", "lora_a")
+        .replace("lora_B.weight", "lora_b"): tensor.T.contiguous()
+        for name, tensor in tensors.items()
+    }
+    save_file(turned, folder / "adapters.safetensors")
+    config = {"fine_tune_type": "lora", "model": "tiny/base", "lora_parameters": {"rank": rank, "scale": scale}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_mlx_adapter_beside_one_of_peft_goes_the_whole_way(tmp_path: Path, tiny_base: Path) -> None:
+    """The witness holds the same numbers in PEFT's format."""
+    twin = make_adapter(tmp_path / "twin", tiny_base, targets=("q_proj", "down_proj"), rank=3, alpha=6, seed=1)
+    other = make_adapter(tmp_path / "other", tiny_base, seed=2)
+    mlx = write_as_mlx(twin, tmp_path / "mlx", rank=3, scale=2.0)
+    recipe = fit_case(tmp_path, tiny_base, [mlx, other])
+    recipe.save(tmp_path / "recipe.json")
+    assert_whole_way(tmp_path, tiny_base, load_recipe(tmp_path / "recipe.json"), [twin, other])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loracli.adapters.config import AdapterConfig, read_config
 from loracli.adapters.hub import Fetched, fetch_adapter
+from loracli.adapters.mlx import is_mlx, read_mlx
 from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, Part, format_tensor_name, parse_tensor_name, whole_module
 from loracli.adapters.references import Reference
 from loracli.adapters.tensor_file import TensorFile, TensorReader, open_tensor_file
@@ -86,13 +87,8 @@ def read_adapter(source: str | Fetched) -> LoraAdapter:
         UnsupportedAdapter: if the adapter uses a feature that cannot be honoured exactly.
     """
     fetched = fetch_adapter(source) if isinstance(source, str) else source
-    config = read_config(fetched.path / CONFIG_FILE)
-    path = fetched.path / TENSOR_FILE
-    file = open_tensor_file(path, check_names=lambda names: _sort_tensors(names, str(path)))
-    parts, copies = _sort_tensors(file.shapes, str(path))
-    with file.reader() as reader:
-        modules = {name: _read_module(name, parts[name], config, file, reader) for name in sorted(parts)}
-    dtypes = [file.dtypes[name] for tensors in parts.values() for name in tensors.values()]
+    read = _read_mlx if is_mlx(fetched.path) else _read_peft
+    config, modules, copies, file = read(fetched.path)
     return LoraAdapter(
         source=fetched.reference,
         path=fetched.path,
@@ -100,12 +96,30 @@ def read_adapter(source: str | Fetched) -> LoraAdapter:
         config=config,
         modules=modules,
         base_copies=copies,
-        dtype=widest_dtype(dtypes),
+        dtype=widest_dtype([module.factors.lora_A.dtype for module in modules.values()]),
         sha256={
             CONFIG_FILE: sha256((fetched.path / CONFIG_FILE).read_bytes()).hexdigest(),
-            TENSOR_FILE: file.sha256,
+            file.path.name: file.sha256,
         },
     )
+
+
+_Read = tuple[AdapterConfig, dict[str, LoraModule], dict[str, str], TensorFile]
+
+
+def _read_peft(folder: Path) -> _Read:
+    config = read_config(folder / CONFIG_FILE)
+    path = folder / TENSOR_FILE
+    file = open_tensor_file(path, check_names=lambda names: _sort_tensors(names, str(path)))
+    parts, copies = _sort_tensors(file.shapes, str(path))
+    with file.reader() as reader:
+        modules = {name: _read_module(name, parts[name], config, file, reader) for name in sorted(parts)}
+    return config, modules, copies, file
+
+
+def _read_mlx(folder: Path) -> _Read:
+    config, factors, file = read_mlx(folder)
+    return config, {name: LoraModule(name, "linear", update) for name, update in factors.items()}, {}, file
 
 
 def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:

@@ -93,6 +93,17 @@ def read_config(path: Path) -> AdapterConfig:
         MalformedAdapter: if the file is damaged or a field has an impossible value.
         UnsupportedAdapter: if it uses a feature that cannot be honoured, by the feature's name.
     """
+    fields = read_fields(path)
+    _refuse_features(fields, str(path))
+    return _Fields(fields, str(path)).config()
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of an `adapter_config.json`, unchecked.
+
+    Raises:
+        MalformedAdapter: if the file is damaged, or too large.
+    """
     where = str(path)
     with open_regular(path) as file:
         data = file.read(MAX_CONFIG_BYTES + 1)
@@ -104,8 +115,7 @@ def read_config(path: Path) -> AdapterConfig:
         raise MalformedAdapter(str(error), where=where) from None
     if not isinstance(fields, dict):
         raise MalformedAdapter("is not a JSON object", where=where)
-    _refuse_features(fields, where)
-    return _Fields(fields, where).config()
+    return fields
 
 
 def _refuse_features(fields: dict[str, Any], where: str) -> None:

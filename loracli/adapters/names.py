@@ -28,6 +28,8 @@ from loracli.errors import MalformedAdapter, UnsupportedAdapter
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+MLX_TENSOR_FILE = "adapters.safetensors"
+TENSOR_FILES = (TENSOR_FILE, MLX_TENSOR_FILE)
 
 PREFIX = "base_model.model."
 
