@@ -36,6 +36,10 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "head of a tied base": ("llama-tied", [{"targets": ("lm_head", "q_proj")}, {"targets": ("lm_head",), "rank": 2}]),
     "both of a tied base": ("llama-tied", [{"targets": ("embed_tokens", "lm_head")}, {"targets": ("lm_head",)}]),
     "both as one": ("llama-tied", [{"targets": ("embed_tokens",), "ensure_weight_tying": True}, {}]),
+    "lora_bias": ("qwen2", [{"lora_bias": True, "use_rslora": True}, {"targets": ("v_proj", "up_proj"), "rank": 2}]),
+    "lora_bias of both": ("neox", [{"targets": ("query_key_value",), "lora_bias": True, "alpha": 3}] * 2),
+    "lora_bias, no bias below": ("llama", [{"lora_bias": True}, {"lora_bias": True, "targets": ("lm_head",)}]),
+    "lora_bias and conv1d": ("gpt2", [{"targets": ("c_attn", "c_fc"), "lora_bias": True, **CONV1D}] * 2),
     "conv1d": ("gpt2", [{"targets": ("c_attn", "c_proj"), **CONV1D}, {"targets": ("c_fc", "wte"), **CONV1D}]),
     "conv1d and a tied head": ("gpt2", [{"targets": ("c_attn",), **CONV1D}, {"targets": ("lm_head", "wpe")}]),
 }

@@ -110,7 +110,9 @@ _Read = tuple[AdapterConfig, dict[str, LoraModule], dict[str, str], TensorFile]
 def _read_peft(folder: Path) -> _Read:
     config = read_config(folder / CONFIG_FILE)
     path = folder / TENSOR_FILE
-    file = open_tensor_file(path, check_names=lambda names: _sort_tensors(names, str(path)))
+    file = open_tensor_file(
+        path, check_names=lambda names: _sort_tensors(names, str(path)), any_shape=lambda name: name.endswith(".bias")
+    )
     parts, copies = _sort_tensors(file.shapes, str(path))
     with file.reader() as reader:
         modules = {name: _read_module(name, parts[name], config, file, reader) for name in sorted(parts)}
@@ -175,10 +177,16 @@ def _read_module(
     wanted: tuple[Part, Part] = (
         ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A", "lora_B")
     )
-    missing = [format_tensor_name(name, part) for part in wanted if part not in tensors]
-    if missing or len(tensors) != 2:
-        problem = f"lacks {missing[0]!r}" if missing else f"mixes linear and embedding factors for {name!r}"
-        raise MalformedAdapter(problem, where=where)
+    biased = kind == "linear" and config.lora_bias
+    expected = {*wanted, "lora_bias"} if biased else {*wanted}
+    missing = [format_tensor_name(name, part) for part in (*wanted, "lora_bias") if part in expected - tensors.keys()]
+    if missing:
+        raise MalformedAdapter(f"lacks {missing[0]!r}", where=where)
+    if "lora_bias" in tensors and not biased:
+        problem = "lora_bias is off" if kind == "linear" else "an embedding has no lora_bias"
+        raise MalformedAdapter(f"holds {tensors['lora_bias']!r}, but in {CONFIG_FILE} {problem}", where=where)
+    if tensors.keys() != expected:
+        raise MalformedAdapter(f"mixes linear and embedding factors for {name!r}", where=where)
     lora_A, lora_B = (reader.read(tensors[part]) for part in wanted)
     if lora_A.shape[0] != lora_B.shape[1]:
         raise MalformedAdapter(
@@ -190,5 +198,10 @@ def _read_module(
             f"{name!r} has rank {lora_A.shape[0]} in the tensors and {config.rank_of(name)} in {CONFIG_FILE}",
             where=where,
         )
-    common = torch.promote_types(lora_A.dtype, lora_B.dtype)
-    return LoraModule(name, kind, Factors(lora_A.to(common), lora_B.to(common), config.scaling_of(name)))
+    bias = reader.read(tensors["lora_bias"]) if biased else None
+    if bias is not None and bias.shape != lora_B.shape[:1]:
+        raise MalformedAdapter(
+            f"{name!r} has lora_B {tuple(lora_B.shape)} with a bias {tuple(bias.shape)}", where=where
+        )
+    common = widest_dtype([tensor.dtype for tensor in (lora_A, lora_B, bias) if tensor is not None])
+    return LoraModule(name, kind, Factors(lora_A, lora_B, config.scaling_of(name), bias).to(common))

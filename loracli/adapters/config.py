@@ -25,7 +25,7 @@ _WITHOUT_EFFECT = frozenset(
     "auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode "
     "init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type peft_version "
     "qalora_group_size r rank_pattern alpha_pattern revision runtime_config target_modules task_type use_rslora "
-    "bias loftq_config".split()
+    "bias loftq_config lora_bias".split()
 )
 
 # Initialisations that leave the base model as it is. The others subtract from it what they put into the factors.
@@ -34,7 +34,6 @@ _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 # Features that change what the tensors mean, with the way out. "Off" is null, false, empty or absent.
 _REFUSED = {
     "use_dora": ("DoRA", "it has no exact low-rank form without the base model"),
-    "lora_bias": ("lora_bias", "train the adapter without lora_bias"),
     "modules_to_save": ("modules_to_save", "train the adapter without modules_to_save"),
     "target_parameters": ("target_parameters (LoRA on experts)", "train the adapter on target_modules"),
     "layer_replication": ("layer_replication", "train the adapter on the base model's own layers"),
@@ -62,6 +61,7 @@ class AdapterConfig:
         whole_names: last names of which the adapter was put on every module that the base has.
         lora_dropout: the dropout of training; never used here.
         task_type: `CAUSAL_LM`, another, or None.
+        lora_bias: whether every lora_B of a linear layer has a bias.
     """
 
     base_model: str | None
@@ -75,6 +75,7 @@ class AdapterConfig:
     whole_names: frozenset[str]
     lora_dropout: float
     task_type: str | None
+    lora_bias: bool = False
 
     def rank_of(self, module: str) -> int:
         """The rank that the config gives `module`."""
@@ -172,6 +173,7 @@ class _Fields:
             whole_names=self._whole_names(),
             lora_dropout=self._number("lora_dropout", self._fields.get("lora_dropout") or 0.0),
             task_type=self._text("task_type"),
+            lora_bias=self._flag("lora_bias"),
         )
 
     def _bad(self, field: str, value: Any, expected: str) -> MalformedAdapter:

@@ -2,6 +2,7 @@
 
 base_model.model.<module>.lora_A.weight            (r, in)         nn.Linear, Conv1D
 base_model.model.<module>.lora_B.weight            (out, r)
+base_model.model.<module>.lora_B.bias              (out,)          with lora_bias
 base_model.model.<module>.lora_embedding_A         (r, vocab)      nn.Embedding
 base_model.model.<module>.lora_embedding_B         (dim, r)
 base_model.model.<module>.base_layer.weight        a copy of the base's matrix that PEFT writes beside embeddings and
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 
@@ -33,9 +34,9 @@ TENSOR_FILES = (TENSOR_FILE, MLX_TENSOR_FILE)
 
 PREFIX = "base_model.model."
 
-Part = Literal["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer"]
+Part = Literal["lora_A", "lora_B", "lora_bias", "lora_embedding_A", "lora_embedding_B", "base_layer"]
 
-_FACTORS = frozenset(get_args(Part)) - {"base_layer"}
+_FACTORS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -43,7 +44,6 @@ _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 # What other tensors mean, and the way out. Looked for in this order.
 _REFUSED = (
     (re.compile(r"\.lora_magnitude_vector"), "DoRA", "train or convert it without use_dora"),
-    (re.compile(r"\.lora_B(\.\w+)?\.bias$"), "lora_bias", "train it without lora_bias"),
     (re.compile(r"\.(modules_to_save|original_module)\."), "modules_to_save", "train it without modules_to_save"),
     (re.compile(r"\.token_adapter\."), "trainable tokens", "train it without trainable_token_indices"),
     (re.compile(r"\.bias$"), "trained biases", 'train it with bias="none"'),
@@ -116,7 +116,9 @@ def _part_of(words: list[str]) -> tuple[Part | None, int]:
         return None, place
     part, tail = words[place], words[place + 1 :]
     if not part.startswith("lora_embedding"):
-        if tail[-1:] != ["weight"]:
+        if tail[-1:] == ["bias"] and part == "lora_B":
+            part = "lora_bias"
+        elif tail[-1:] != ["weight"]:
             return None, place
         tail = tail[:-1]
     named = len(tail) == 1 and _ADAPTER_NAME.fullmatch(tail[0])
@@ -133,6 +135,8 @@ def _without_base_layers(words: list[str]) -> str:
 
 def format_tensor_name(module: str, part: Part) -> str:
     """The name PEFT gives a tensor of `module`."""
+    if part == "lora_bias":
+        return f"{PREFIX}{module}.lora_B.bias"
     return f"{PREFIX}{module}.{part}" + ("" if part.startswith("lora_embedding") else ".weight")
 
 

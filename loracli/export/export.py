@@ -159,7 +159,8 @@ class _Plan:
         progress.begin(TASK, len(names), "modules")
         self._ranks = {name: self._rank_of(name) for name in names}
         uniform = self._rank if options.merge and options.rank is not None else None
-        self.layout = choose_layout(source.table, self._ranks, options.profile, rank=uniform)  # type: ignore[arg-type]
+        biased = next((adapter.reference for adapter in source.adapters if adapter.config.lora_bias), None)
+        self.layout = choose_layout(source.table, self._ranks, options.profile, rank=uniform, lora_bias=biased)  # type: ignore[arg-type]
 
     @property
     def merged(self) -> bool:
@@ -185,7 +186,7 @@ class _Plan:
             truncation = truncate(chosen, self._rank)
             chosen, kept = truncation.factors, kept * truncation.kept_energy
         written = chosen.to(self.dtype)
-        if not (torch.isfinite(written.lora_A).all() and torch.isfinite(written.lora_B).all()):
+        if not all(torch.isfinite(t).all() for t in (written.lora_A, written.lora_B, written.bias) if t is not None):
             raise UsageError(f"{name} overflows {self.dtype}", hint="export with --dtype float32 or bfloat16")
         # What the method itself cut off is at right angles to what it kept.
         share = composed.kept_energy
@@ -201,8 +202,10 @@ class _Plan:
             if parsed.module not in factors:
                 factors.clear()
                 factors[parsed.module] = self._factors(parsed.module, certificates)
-            both = factors[parsed.module]
-            return both.lora_A if parsed.part.endswith("A") else both.lora_B
+            update = factors[parsed.module]
+            if parsed.part == "lora_bias":
+                return update.lora_B.new_zeros(update.out_features) if update.bias is None else update.bias
+            return update.lora_A if parsed.part.endswith("A") else update.lora_B
 
         path = folder / TENSOR_FILE
         write_tensors(path, self._shapes(), self.dtype, tensor)
@@ -227,6 +230,8 @@ class _Plan:
                 module.out_features,
                 rank,
             )
+            if self.layout.lora_bias:
+                shapes[format_tensor_name(name, "lora_bias")] = (module.out_features,)
         return shapes
 
     def _factors(self, name: str, certificates: list[ModuleCertificate]) -> Factors:
@@ -241,10 +246,11 @@ class _Plan:
 
     def _read_back(self, path: Path) -> str:
         """The sha256 of the file, after the safetensors library has read every tensor of it in the planned shape."""
-        file = open_tensor_file(path)
+        shapes = self._shapes()
+        file = open_tensor_file(path, any_shape=lambda name: len(shapes.get(name, ())) != 2)
         with file.reader() as reader:
             found = {name: tuple(reader.read(name).shape) for name in file.shapes}
-        if found != self._shapes():
+        if found != shapes:
             raise IntegrityError(f"{path.name} reads back with other shapes than were written")
         return file.sha256
 

@@ -138,8 +138,7 @@ class MethodSource:
     def compose(self, module: str) -> Merged:
         updates = [a.modules[module].factors if module in a.modules else None for a in self.adapters]
         if self.weights is None:
-            assert self.method.merge is not None
-            return self.method.merge(updates, self.options)
+            return self.method.merge_updates(updates, self.options)
         pairs = [(u, w) for u, w in zip(updates, self.weights, strict=True) if u is not None]
         return Merged(concatenate([update for update, _ in pairs], [weight for _, weight in pairs]))
 

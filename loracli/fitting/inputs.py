@@ -15,7 +15,7 @@ from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_
 from loracli.calibration.sources import DataPaths
 from loracli.errors import UsageError
 from loracli.fitting.base import BaseReference, find_base
-from loracli.fitting.mixing import Layout, count_numbers, make_layout
+from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.progress import SILENT, Progress
 from loracli.recipe import local_reference
@@ -90,6 +90,7 @@ def prepare_fit(
     if twice is not None:
         raise UsageError(f"the adapter {twice} is given twice")
     check_composable(read, base_given=base is not None)
+    check_mixing(read, settings.mixing)
     for adapter in read:
         if settings.paper and adapter.config.lora_dropout:
             progress.warn(f"{adapter.reference} was trained with dropout; --paper leaves it off")

@@ -304,8 +304,6 @@ Q = "base_model.model.layers.0.q_proj"
         (f"{Q}.lora_magnitude_vector.weight", "DoRA"),
         (f"{Q}.lora_magnitude_vector.default.weight", "DoRA"),
         (f"{Q}.lora_magnitude_vector", "DoRA"),
-        (f"{Q}.lora_B.bias", "lora_bias"),
-        (f"{Q}.lora_B.default.bias", "lora_bias"),
         ("base_model.model.lm_head.modules_to_save.weight", "modules_to_save"),
         ("base_model.model.lm_head.modules_to_save.default.weight", "modules_to_save"),
         ("base_model.model.lm_head.original_module.weight", "modules_to_save"),
