@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -14,7 +14,14 @@ from torch import Tensor
 from loracli.adapters.config import AdapterConfig, read_config
 from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.adapters.mlx import is_mlx, read_mlx
-from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, Part, format_tensor_name, parse_tensor_name, whole_module
+from loracli.adapters.names import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    Part,
+    format_tensor_name,
+    parse_tensor_name,
+    whole_parameter,
+)
 from loracli.adapters.references import Reference
 from loracli.adapters.tensor_file import TensorFile, TensorReader, open_tensor_file
 from loracli.algebra.factors import Factors
@@ -40,6 +47,15 @@ class LoraModule:
 
 
 @dataclass(frozen=True)
+class SavedTensor:
+    """A parameter of a module that was saved whole: the tensor's name in the file, its shape and its dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class LoraAdapter:
     """One adapter: its origin, its config and the factors of every module.
 
@@ -50,8 +66,9 @@ class LoraAdapter:
         config: the checked `adapter_config.json`.
         modules: by the module's path, in sorted order.
         base_copies: names of base matrices that PEFT stored beside embeddings; must equal the base's, never exported.
-        dtype: the widest dtype among the factors.
+        dtype: the widest dtype among the factors and the modules that were saved whole.
         sha256: of each file that was read, by file name.
+        saved: modules that replace the base's (modules_to_save): by module, then by the parameter's path in the base.
     """
 
     source: Reference
@@ -62,6 +79,7 @@ class LoraAdapter:
     base_copies: Mapping[str, str]
     dtype: torch.dtype
     sha256: Mapping[str, str]
+    saved: Mapping[str, Mapping[str, SavedTensor]] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -75,8 +93,15 @@ class LoraAdapter:
 
     def read_base_copy(self, module: str) -> Tensor:
         """The stored copy of the base's matrix of `module`."""
-        with open_tensor_file(self.path / TENSOR_FILE).reader() as reader:
-            return reader.read(self.base_copies[module])
+        return self._read(self.base_copies[module])
+
+    def read_saved(self, tensor: SavedTensor) -> Tensor:
+        """A parameter of a module that was saved whole."""
+        return self._read(tensor.name)
+
+    def _read(self, name: str) -> Tensor:
+        with open_tensor_file(self.path / TENSOR_FILE, any_shape=_may_have_any_shape).reader() as reader:
+            return reader.read(name)
 
 
 def read_adapter(source: str | Fetched) -> LoraAdapter:
@@ -88,40 +113,57 @@ def read_adapter(source: str | Fetched) -> LoraAdapter:
     """
     fetched = fetch_adapter(source) if isinstance(source, str) else source
     read = _read_mlx if is_mlx(fetched.path) else _read_peft
-    config, modules, copies, file = read(fetched.path)
+    config, modules, others, file = read(fetched.path)
+    dtypes = [module.factors.lora_A.dtype for module in modules.values()]
+    dtypes += [tensor.dtype for tensors in others.saved.values() for tensor in tensors.values()]
     return LoraAdapter(
         source=fetched.reference,
         path=fetched.path,
         commit=fetched.commit,
         config=config,
         modules=modules,
-        base_copies=copies,
-        dtype=widest_dtype([module.factors.lora_A.dtype for module in modules.values()]),
+        base_copies=others.copies,
+        dtype=widest_dtype(dtypes),
         sha256={
             CONFIG_FILE: sha256((fetched.path / CONFIG_FILE).read_bytes()).hexdigest(),
             file.path.name: file.sha256,
         },
+        saved=others.saved,
     )
 
 
-_Read = tuple[AdapterConfig, dict[str, LoraModule], dict[str, str], TensorFile]
+@dataclass(frozen=True)
+class _Others:
+    """What a file holds beside updates: names of base matrices by module, and modules that were saved whole."""
+
+    copies: Mapping[str, str]
+    saved: Mapping[str, Mapping[str, SavedTensor]]
+
+
+_Read = tuple[AdapterConfig, dict[str, LoraModule], _Others, TensorFile]
 
 
 def _read_peft(folder: Path) -> _Read:
     config = read_config(folder / CONFIG_FILE)
     path = folder / TENSOR_FILE
-    file = open_tensor_file(
-        path, check_names=lambda names: _sort_tensors(names, str(path)), any_shape=lambda name: name.endswith(".bias")
-    )
-    parts, copies = _sort_tensors(file.shapes, str(path))
+
+    def sort(names: Iterable[str]) -> _Sorted:
+        return _sort_tensors(names, str(path), config.modules_to_save)
+
+    file = open_tensor_file(path, check_names=sort, any_shape=_may_have_any_shape)
+    parts, copies, whole = sort(file.shapes)
+    saved = {
+        module: {path: SavedTensor(name, file.shapes[name], file.dtypes[name]) for path, name in sorted(names.items())}
+        for module, names in sorted(whole.items())
+    }
     with file.reader() as reader:
         modules = {name: _read_module(name, parts[name], config, file, reader) for name in sorted(parts)}
-    return config, modules, copies, file
+    return config, modules, _Others(copies, saved), file
 
 
 def _read_mlx(folder: Path) -> _Read:
     config, factors, file = read_mlx(folder)
-    return config, {name: LoraModule(name, "linear", update) for name, update in factors.items()}, {}, file
+    return config, {name: LoraModule(name, "linear", update) for name, update in factors.items()}, _Others({}, {}), file
 
 
 def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
@@ -132,31 +174,65 @@ def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
     return result
 
 
-def _sort_tensors(names: Iterable[str], where: str) -> tuple[dict[str, dict[Part, str]], dict[str, str]]:
-    """Tensor names by module and part, and the names of base matrices by module."""
+_Sorted = tuple[dict[str, dict[Part, str]], dict[str, str], dict[str, dict[str, str]]]
+
+
+def _sort_tensors(names: Iterable[str], where: str, modules_to_save: Sequence[str]) -> _Sorted:
+    """Tensor names by module and part; of base matrices by module; of modules saved whole by module and parameter."""
     parts: dict[str, dict[Part, str]] = {}
     copies: dict[str, str] = {}
-    whole: dict[str, str] = {}
+    saved: dict[str, dict[str, str]] = {}
+    others: dict[str, str] = {}
     for name in sorted(names):
-        module = whole_module(name)
-        if module is not None:
-            _take(whole, module, name, where)
+        parameter = whole_parameter(name)
+        if parameter is not None:
+            _take(others, parameter, name, where)
             continue
         parsed = parse_tensor_name(name, where=where)
         if parsed.part == "base_layer":
             _take(copies, parsed.module, name, where)
         else:
             _take(parts.setdefault(parsed.module, {}), parsed.part, name, where)
-    for module, name in whole.items():
-        if "lora_embedding_A" not in parts.get(module, {}):
+    for parameter, name in others.items():
+        module = parameter.rpartition(".")[0]
+        owner = _saved_module(parameter, modules_to_save)
+        if owner is not None:
+            saved.setdefault(owner, {})[parameter] = name
+        elif parameter.endswith(".weight") and "lora_embedding_A" in parts.get(module, {}):
+            _take(copies, module, name, where)  # PEFT wrote the embedding's own matrix under the name of the module
+        else:
             parse_tensor_name(name, where=where)  # says what it is, and refuses it
-        _take(copies, module, name, where)  # PEFT wrote the embedding's own matrix under the name of the module itself
+    _check_sorted(parts, copies, saved, where, modules_to_save)
+    return parts, copies, saved
+
+
+def _check_sorted(
+    parts: Mapping[str, object],
+    copies: Mapping[str, str],
+    saved: Mapping[str, object],
+    where: str,
+    modules_to_save: Sequence[str],
+) -> None:
     if not parts:
         raise MalformedAdapter("holds no LoRA factors", where=where)
     stray = sorted(copies.keys() - parts.keys())
     if stray:
         raise MalformedAdapter(f"holds a base matrix of {stray[0]!r} but no factors for it", where=where)
-    return parts, copies
+    for name in modules_to_save:
+        if not any(module.endswith(name) for module in saved):
+            raise MalformedAdapter(f"{CONFIG_FILE} has {name!r} in modules_to_save, but no tensor of it", where=where)
+
+
+def _saved_module(parameter: str, modules_to_save: Sequence[str]) -> str | None:
+    """The outermost module around a parameter whose name ends in one that was saved whole, as PEFT looks it up."""
+    words = parameter.split(".")
+    paths = (".".join(words[:end]) for end in range(1, len(words)))
+    return next((path for path in paths if any(path.endswith(name) for name in modules_to_save)), None)
+
+
+def _may_have_any_shape(name: str) -> bool:
+    """Factors and copies of base matrices are matrices; biases and modules saved whole need not be."""
+    return name.endswith(".bias") or whole_parameter(name) is not None
 
 
 def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:

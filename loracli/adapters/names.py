@@ -38,16 +38,19 @@ Part = Literal["lora_A", "lora_B", "lora_bias", "lora_embedding_A", "lora_embedd
 
 _FACTORS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_INSIDE = frozenset({"original_module", "token_adapter"})  # parts of what PEFT wraps around a module
 _PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+_NOT_NAMED = "the config's modules_to_save does not name its module: add it there, or remove the tensor"
 
 # What other tensors mean, and the way out. Looked for in this order.
 _REFUSED = (
     (re.compile(r"\.lora_magnitude_vector"), "DoRA", "train or convert it without use_dora"),
-    (re.compile(r"\.(modules_to_save|original_module)\."), "modules_to_save", "train it without modules_to_save"),
+    (re.compile(r"\.(modules_to_save|original_module)\."), "modules_to_save", _NOT_NAMED),
     (re.compile(r"\.token_adapter\."), "trainable tokens", "train it without trainable_token_indices"),
     (re.compile(r"\.bias$"), "trained biases", 'train it with bias="none"'),
-    (re.compile(r"^(?!.*lora_)[\w.]+\.weight$"), "modules_to_save", "train it without modules_to_save"),
+    (re.compile(r"^(?!.*lora_)[\w.]+\.weight$"), "modules_to_save", _NOT_NAMED),
 )
 
 
@@ -85,12 +88,19 @@ def parse_tensor_name(name: str, *, where: str) -> TensorName:
     )
 
 
-def whole_module(name: str) -> str | None:
-    """The module whose weight the tensor is, rather than a factor of an update; None for other names."""
+def whole_parameter(name: str) -> str | None:
+    """The parameter of the base that the tensor is, `lm_head.weight`, rather than a part of an update; None for others.
+
+    In a state dict that was saved as it is, `lm_head.modules_to_save.default.weight`.
+    """
     words = _plain_words(name)
-    module = ".".join(words[:-1])
-    plain = words[-1:] == ["weight"] and _part_of(words)[1] == len(words)
-    return module if plain and _PATH.fullmatch(module) else None
+    if _part_of(words)[1] < len(words) or any(word.startswith("lora_") or word in _INSIDE for word in words):
+        return None
+    if "modules_to_save" in words:
+        place = words.index("modules_to_save")
+        words = words[:place] + words[min(place + 2, len(words) - 1) :]
+    path = ".".join(words)
+    return path if len(words) > 1 and _PATH.fullmatch(path) else None
 
 
 def _plain_words(name: str) -> list[str]:

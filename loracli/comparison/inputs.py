@@ -9,13 +9,14 @@ from pathlib import Path
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatibility import check_composable
 from loracli.adapters.hub import fetch_adapter
+from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
 from loracli.calibration.records import CalibrationFile, read_records
 from loracli.calibration.sources import DataPaths, parse_sources
 from loracli.comparison.settings import RUNGS, CompareSettings
 from loracli.errors import UsageError
-from loracli.export.ingredients import read_ingredients
+from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.fitting.base import BaseReference, find_base
 from loracli.fitting.mixing import Layout, make_layout
 from loracli.progress import SILENT, Progress
@@ -38,6 +39,7 @@ class CompareInputs:
         layout: of the adapters.
         settings: of the comparison.
         repeated: how many test records stand in the calibration data, as far as that is known.
+        saved: modules that replace the base's in every row, None without any.
     """
 
     adapters: tuple[LoraAdapter, ...]
@@ -51,6 +53,7 @@ class CompareInputs:
     layout: Layout
     settings: CompareSettings
     repeated: int
+    saved: SavedModules | None = None
 
 
 def prepare_comparison(
@@ -102,8 +105,16 @@ def prepare_comparison(
     if twice is not None:
         raise UsageError(f"the adapter {twice} is given twice")
     check_composable(read, base_given=base is not None)
+    policy = settings.fit.modules_to_save
+    if loaded is not None and policy == REFUSE:
+        policy = recorded_policy(loaded)
+    saved = saved_modules(settled_policy(policy, read, references), read, progress=progress)
     datamix = settings.controls.datamix
     mixed = None if datamix is None else read_adapter(fetch_adapter(datamix, progress=progress))
+    if mixed is not None and (mixed.saved or saved is not None):
+        raise UsageError(
+            "datamix cannot be compared where modules are replaced whole", hint="leave --control datamix out"
+        )
     return CompareInputs(
         adapters=read,
         references=references,
@@ -116,6 +127,7 @@ def prepare_comparison(
         layout=make_layout(read),
         settings=settings,
         repeated=_repeated(test, loaded, calibration, progress),
+        saved=saved,
     )
 
 

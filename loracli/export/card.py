@@ -212,6 +212,8 @@ def _servers(layout: Layout) -> list[str]:
     kinds = {name.rpartition(".")[2] for name in layout.ranks}
     embeddings = sorted(kinds & {"embed_tokens", "lm_head", "wte", "wpe"})
     if layout.profile == "peft":
+        if layout.readers == "PEFT":
+            return [f"Only PEFT reads this adapter: {layout.reason}.", ""]
         return [
             "This adapter keeps single ranks per module (rank_pattern), which PEFT and vLLM read; SGLang, TGI and",
             f"llama.cpp's converter may not. Reason: {layout.reason or 'asked for'}.",

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, format_tensor_name, parse_tensor_name
+from loracli.adapters.names import CONFIG_FILE, PREFIX, TENSOR_FILE, format_tensor_name, parse_tensor_name
+from loracli.adapters.saved_modules import saved_modules
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank, relative_error
 from loracli.algebra.factors import Factors
@@ -27,7 +28,7 @@ from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.card import model_card
 from loracli.export.certificate import Certificate, ModuleCertificate
-from loracli.export.ingredients import read_ingredients
+from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.export.profile import PROFILES, Layout, choose_layout
 from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
@@ -122,7 +123,9 @@ def export_adapter(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
-    return write_export(RecipeSource(recipe, ingredients), Path(output), options, force=force, progress=progress)
+    saved = saved_modules(recorded_policy(recipe), ingredients)
+    source = RecipeSource(recipe, ingredients, saved)
+    return write_export(source, Path(output), options, force=force, progress=progress)
 
 
 def write_export(
@@ -160,7 +163,14 @@ class _Plan:
         self._ranks = {name: self._rank_of(name) for name in names}
         uniform = self._rank if options.merge and options.rank is not None else None
         biased = next((adapter.reference for adapter in source.adapters if adapter.config.lora_bias), None)
-        self.layout = choose_layout(source.table, self._ranks, options.profile, rank=uniform, lora_bias=biased)  # type: ignore[arg-type]
+        self.layout = choose_layout(
+            source.table,
+            self._ranks,
+            options.profile,  # type: ignore[arg-type]
+            rank=uniform,
+            lora_bias=biased,
+            saved=() if source.saved is None else source.saved.modules,
+        )
 
     @property
     def merged(self) -> bool:
@@ -198,6 +208,8 @@ class _Plan:
         factors: dict[str, Factors] = {}  # of the module being written
 
         def tensor(name: str) -> Tensor:
+            if name in self._whole:
+                return self._saved_parameter(self._whole[name])
             parsed = parse_tensor_name(name, where=TENSOR_FILE)
             if parsed.module not in factors:
                 factors.clear()
@@ -232,7 +244,20 @@ class _Plan:
             )
             if self.layout.lora_bias:
                 shapes[format_tensor_name(name, "lora_bias")] = (module.out_features,)
-        return shapes
+        saved = self._source.saved
+        return shapes if saved is None else shapes | {n: saved.shapes[path] for n, path in self._whole.items()}
+
+    @property
+    def _whole(self) -> dict[str, str]:
+        """Names in the file of the parameters that replace the base's, with their paths in it."""
+        return {} if self._source.saved is None else {PREFIX + path: path for path in self._source.saved.sources}
+
+    def _saved_parameter(self, path: str) -> Tensor:
+        assert self._source.saved is not None
+        written = self._source.saved.read(path).to(self.dtype)
+        if not bool(torch.isfinite(written).all()):
+            raise UsageError(f"{path} overflows {self.dtype}", hint="export with --dtype float32 or bfloat16")
+        return written
 
     def _factors(self, name: str, certificates: list[ModuleCertificate]) -> Factors:
         """The module's factors as they go into the file; its certificate goes into the list."""

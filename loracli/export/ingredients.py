@@ -8,6 +8,7 @@ from pathlib import Path
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.adapters.references import Reference
+from loracli.adapters.saved_modules import REFUSE
 from loracli.errors import AdapterNotFound, IntegrityError, UsageError
 from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe, RecipeAdapter
@@ -41,6 +42,11 @@ def read_ingredients(
         _check_hashes(wanted, adapter)
         result.append(adapter)
     return tuple(result)
+
+
+def recorded_policy(recipe: Recipe) -> str:
+    """What the recipe says of modules that its adapters saved whole; recipes of older versions have none."""
+    return str(recipe.fit.settings.get("modules_to_save", REFUSE))
 
 
 def _find(recipe: Recipe, wanted: RecipeAdapter, progress: Progress) -> Fetched:

@@ -36,6 +36,7 @@ class Layout:
         targets: `target_modules`.
         reason: why it is not portable, None if it is.
         lora_bias: whether every linear layer has a bias on lora_B.
+        modules_to_save: modules that replace the base's.
     """
 
     profile: ProfileName
@@ -44,6 +45,12 @@ class Layout:
     targets: tuple[str, ...]
     reason: str | None = None
     lora_bias: bool = False
+    modules_to_save: tuple[str, ...] = ()
+
+    @property
+    def readers(self) -> str:
+        """Who reads a layout that is not portable."""
+        return "PEFT" if self.lora_bias or self.modules_to_save else "PEFT and vLLM"
 
     def config(self, base: str, modules: Mapping[str, BaseModule]) -> dict[str, Any]:
         """`adapter_config.json`, with long-standing keys only: older readers refuse others."""
@@ -59,7 +66,7 @@ class Layout:
             "lora_alpha": self.rank,
             **newer,
             "lora_dropout": 0.0,
-            "modules_to_save": None,
+            "modules_to_save": list(self.modules_to_save) or None,
             "peft_type": "LORA",
             "r": self.rank,
             "rank_pattern": patterns,
@@ -77,6 +84,7 @@ def choose_layout(
     *,
     rank: int | None,
     lora_bias: str | None = None,
+    saved: tuple[str, ...] = (),
 ) -> Layout:
     """The layout for a composition.
 
@@ -86,6 +94,7 @@ def choose_layout(
         profile: asked for; None is portable where possible.
         rank: `r` of a portable layout; None is the largest of `ranks`.
         lora_bias: the ingredient that has biases on lora_B, None without one.
+        saved: modules that replace the base's.
     Raises:
         UsageError: if portable was asked for and cannot be, with the reason, or no layout can hold the composition.
     """
@@ -99,11 +108,13 @@ def choose_layout(
     obstacle = portable_obstacle(modules, ranks)
     if lora_bias:
         obstacle = "an adapter has lora_bias, which PEFT alone reads"
+    if saved:
+        obstacle = f"it replaces {saved[0]} as one of its modules_to_save, which PEFT alone reads"
     if profile == "portable" and obstacle:
         raise UsageError(f"the portable profile is impossible: {obstacle}", hint="use --profile peft")
     largest = max(ranks.values())
     if profile == "peft" or obstacle:
-        return Layout("peft", dict(ranks), largest, tuple(sorted(ranks)), obstacle, bool(lora_bias))
+        return Layout("peft", dict(ranks), largest, tuple(sorted(ranks)), obstacle, bool(lora_bias), saved)
     leaves = tuple(sorted({leaf(name) for name in ranks}))
     names = [module.name for module in modules]
     uniform = rank or largest

@@ -133,7 +133,6 @@ def test_an_alpha_of_zero_or_below_is_a_number(tmp_path: Path) -> None:
     ("fields", "name"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
         ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication"),
         ({"trainable_token_indices": [5, 6]}, "trainable tokens"),
