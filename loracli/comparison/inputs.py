@@ -17,7 +17,7 @@ from loracli.calibration.sources import DataPaths, parse_sources
 from loracli.comparison.settings import RUNGS, CompareSettings
 from loracli.errors import UsageError
 from loracli.export.ingredients import read_ingredients, recorded_policy
-from loracli.fitting.base import BaseReference, find_base
+from loracli.fitting.base import BaseReference, find_base, on_base
 from loracli.fitting.mixing import Layout, make_layout
 from loracli.progress import SILENT, Progress
 from loracli.recipe import FINGERPRINT, OTHER_ROWS, Recipe, load_recipe
@@ -108,9 +108,13 @@ def prepare_comparison(
     policy = settings.fit.modules_to_save
     if loaded is not None and policy == REFUSE:
         policy = recorded_policy(loaded)
-    saved = saved_modules(settled_policy(policy, read, references), read, progress=progress)
+    policy = settled_policy(policy, read, references)
+    found = find_base(read, base, revision=base_revision, progress=progress)
+    read = on_base(read, found)
+    check_composable(read, base_given=base is not None)
+    saved = saved_modules(policy, read, progress=progress)
     datamix = settings.controls.datamix
-    mixed = None if datamix is None else read_adapter(fetch_adapter(datamix, progress=progress))
+    mixed = None if datamix is None else on_base([read_adapter(fetch_adapter(datamix, progress=progress))], found)[0]
     if mixed is not None and (mixed.saved or saved is not None):
         raise UsageError(
             "datamix cannot be compared where modules are replaced whole", hint="leave --control datamix out"
@@ -119,7 +123,7 @@ def prepare_comparison(
         adapters=read,
         references=references,
         recipe=loaded,
-        base=find_base(read, base, revision=base_revision, progress=progress),
+        base=found,
         test=test,
         guard=guarded,
         calibration=calibration,

@@ -10,7 +10,7 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatibility import check_composable
 from loracli.adapters.hub import fetch_adapter
 from loracli.adapters.identity import identity_of
-from loracli.adapters.saved_modules import REFUSE, saved_modules
+from loracli.adapters.saved_modules import REFUSE, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.atomic import check_free
@@ -119,13 +119,19 @@ def export_method(
     if (method.search is None) != (fit_data is None):
         need = "has to be fitted" if fit_data is None else "needs no calibration records"
         raise UsageError(f"{name} {need}", hint=f"{'give' if fit_data is None else 'leave out'} --fit-data")
+    policy = modules_to_save or (REFUSE if loaded is None else recorded_policy(loaded))
+    policy = settled_policy(policy, read, [adapter.reference for adapter in read])
     if loaded is None:
+        if base is not None:
+            from loracli.fitting.base import find_base, on_base
+
+            read = on_base(read, find_base(read, base, revision=base_revision))
+            check_composable(read, base_given=True)
         table = base_table(read, base, revision=base_revision, progress=progress)
     else:
         table = BaseTable(loaded.base.id, loaded.modules)
         if base is None and loaded.base.commit is not None:
             base, base_revision = loaded.base.id, base_revision or loaded.base.commit
-    policy = modules_to_save or (REFUSE if loaded is None else recorded_policy(loaded))
     saved = saved_modules(policy, read, progress=progress)
     weights = None if method.weights is None else method.weights(len(read))
     if fit_data is not None:

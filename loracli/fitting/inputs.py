@@ -15,7 +15,7 @@ from loracli.calibration.adapter_tokenizer import tokenizer_differences
 from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset
 from loracli.calibration.sources import DataPaths
 from loracli.errors import UsageError
-from loracli.fitting.base import BaseReference, find_base
+from loracli.fitting.base import BaseReference, find_base, on_base
 from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.progress import SILENT, Progress
@@ -95,11 +95,13 @@ def prepare_fit(
     check_composable(read, base_given=base is not None)
     check_mixing(read, settings.mixing)
     settings = replace(settings, modules_to_save=settled_policy(settings.modules_to_save, read, references))
+    found = find_base(read, base, revision=base_revision, progress=progress)
+    read = on_base(read, found)
+    check_composable(read, base_given=base is not None)
     saved = saved_modules(settings.modules_to_save, read, progress=progress)
     for adapter in read:
         if settings.paper and adapter.config.lora_dropout:
             progress.warn(f"{adapter.reference} was trained with dropout; --paper leaves it off")
-    found = find_base(read, base, revision=base_revision, progress=progress)
     return FitInputs(
         adapters=read,
         references=references,
