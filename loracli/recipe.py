@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from loracli.adapters.names import layer, leaf
+from loracli.adapters.names import CONFIG_FILE, TENSOR_FILES, layer, leaf
 from loracli.atomic import replaced_file, write_atomically, write_file
 from loracli.errors import OutputExists, RecipeError
 from loracli.fit_record import FitRecord
@@ -39,7 +39,6 @@ TENSOR_PARTS: dict[MixingKind, tuple[str, ...]] = {
 }
 EVERY_MODULE = "*"  # the one group of the mixing `adapter`
 OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def group_name(module: str, kind: MixingKind) -> str:
@@ -85,6 +84,11 @@ class RecipeAdapter:
     use_rslora: bool
     dtype: str
     base_model: str | None
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the file that holds the factors."""
+        return next(self.sha256[name] for name in TENSOR_FILES if name in self.sha256)
 
 
 @dataclass(frozen=True)
@@ -423,7 +427,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
     for index, adapter in enumerate(recipe.adapters):
         if adapter.reference in (*references[:index], *OTHER_ROWS):
             problems.append(f"adapters[{index}].reference: {adapter.reference!r} names another row of the table")
-        problems += [f"adapters[{index}].sha256: lacks {name}" for name in ADAPTER_FILES if name not in adapter.sha256]
+        if CONFIG_FILE not in adapter.sha256:
+            problems.append(f"adapters[{index}].sha256: lacks {CONFIG_FILE}")
+        if adapter.sha256.keys().isdisjoint(TENSOR_FILES):
+            problems.append(f"adapters[{index}].sha256: lacks {' or '.join(TENSOR_FILES)}")
     if recipe.held_out.best_ingredient not in references:
         problems.append(f"held_out.best_ingredient: {recipe.held_out.best_ingredient!r} is none of the adapters")
     rows = [row.name for row in recipe.held_out.rows]

@@ -311,7 +311,11 @@ def test_the_recipe_that_the_cases_below_damage_is_fine(tmp_path: Path) -> None:
         ("folder", "/root", "folder: unknown"),
         ("base__path", "/root", "base.path: unknown"),
         ("adapters__0__sha256", {}, "adapters[0].sha256: lacks adapter_config.json"),
-        ("adapters__0__sha256", {"adapter_config.json": "c"}, "adapters[0].sha256: lacks adapter_model.safetensors"),
+        (
+            "adapters__0__sha256",
+            {"adapter_config.json": "c"},
+            "adapters[0].sha256: lacks adapter_model.safetensors or adapters.safetensors",
+        ),
         (
             "adapters__0__reference",
             "org/math@v1",

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from loracli.adapters.config import AdapterConfig, read_config
 from loracli.adapters.hub import Fetched, fetch_adapter
-from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, Part, format_tensor_name, parse_tensor_name
+from loracli.adapters.mlx import is_mlx, read_mlx
+from loracli.adapters.names import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    Part,
+    format_tensor_name,
+    parse_tensor_name,
+    whole_parameter,
+)
 from loracli.adapters.references import Reference
 from loracli.adapters.tensor_file import TensorFile, TensorReader, open_tensor_file
 from loracli.algebra.factors import Factors
 from loracli.errors import MalformedAdapter
 
 AdapterKind = Literal["linear", "embedding"]
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,15 @@ class LoraModule:
 
 
 @dataclass(frozen=True)
+class SavedTensor:
+    """A parameter of a module that was saved whole: the tensor's name in the file, its shape and its dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class LoraAdapter:
     """One adapter: its origin, its config and the factors of every module.
 
@@ -48,8 +66,9 @@ class LoraAdapter:
         config: the checked `adapter_config.json`.
         modules: by the module's path, in sorted order.
         base_copies: names of base matrices that PEFT stored beside embeddings; must equal the base's, never exported.
-        dtype: the widest dtype among the factors.
+        dtype: the widest dtype among the factors and the modules that were saved whole.
         sha256: of each file that was read, by file name.
+        saved: modules that replace the base's (modules_to_save): by module, then by the parameter's path in the base.
     """
 
     source: Reference
@@ -60,6 +79,7 @@ class LoraAdapter:
     base_copies: Mapping[str, str]
     dtype: torch.dtype
     sha256: Mapping[str, str]
+    saved: Mapping[str, Mapping[str, SavedTensor]] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -73,8 +93,15 @@ class LoraAdapter:
 
     def read_base_copy(self, module: str) -> Tensor:
         """The stored copy of the base's matrix of `module`."""
-        with open_tensor_file(self.path / TENSOR_FILE).reader() as reader:
-            return reader.read(self.base_copies[module])
+        return self._read(self.base_copies[module])
+
+    def read_saved(self, tensor: SavedTensor) -> Tensor:
+        """A parameter of a module that was saved whole."""
+        return self._read(tensor.name)
+
+    def _read(self, name: str) -> Tensor:
+        with open_tensor_file(self.path / TENSOR_FILE, any_shape=_may_have_any_shape).reader() as reader:
+            return reader.read(name)
 
 
 def read_adapter(source: str | Fetched) -> LoraAdapter:
@@ -85,26 +112,58 @@ def read_adapter(source: str | Fetched) -> LoraAdapter:
         UnsupportedAdapter: if the adapter uses a feature that cannot be honoured exactly.
     """
     fetched = fetch_adapter(source) if isinstance(source, str) else source
-    config = read_config(fetched.path / CONFIG_FILE)
-    path = fetched.path / TENSOR_FILE
-    file = open_tensor_file(path, check_names=lambda names: _sort_tensors(names, str(path)))
-    parts, copies = _sort_tensors(file.shapes, str(path))
-    with file.reader() as reader:
-        modules = {name: _read_module(name, parts[name], config, file, reader) for name in sorted(parts)}
-    dtypes = [file.dtypes[name] for tensors in parts.values() for name in tensors.values()]
+    read = _read_mlx if is_mlx(fetched.path) else _read_peft
+    config, modules, others, file = read(fetched.path)
+    dtypes = [module.factors.lora_A.dtype for module in modules.values()]
+    dtypes += [tensor.dtype for tensors in others.saved.values() for tensor in tensors.values()]
     return LoraAdapter(
         source=fetched.reference,
         path=fetched.path,
         commit=fetched.commit,
         config=config,
         modules=modules,
-        base_copies=copies,
+        base_copies=others.copies,
         dtype=widest_dtype(dtypes),
         sha256={
             CONFIG_FILE: sha256((fetched.path / CONFIG_FILE).read_bytes()).hexdigest(),
-            TENSOR_FILE: file.sha256,
+            file.path.name: file.sha256,
         },
+        saved=others.saved,
     )
+
+
+@dataclass(frozen=True)
+class _Others:
+    """What a file holds beside updates: names of base matrices by module, and modules that were saved whole."""
+
+    copies: Mapping[str, str]
+    saved: Mapping[str, Mapping[str, SavedTensor]]
+
+
+_Read = tuple[AdapterConfig, dict[str, LoraModule], _Others, TensorFile]
+
+
+def _read_peft(folder: Path) -> _Read:
+    config = read_config(folder / CONFIG_FILE)
+    path = folder / TENSOR_FILE
+
+    def sort(names: Iterable[str]) -> _Sorted:
+        return _sort_tensors(names, str(path), config.modules_to_save)
+
+    file = open_tensor_file(path, check_names=sort, any_shape=_may_have_any_shape)
+    parts, copies, whole = sort(file.shapes)
+    saved = {
+        module: {path: SavedTensor(name, file.shapes[name], file.dtypes[name]) for path, name in sorted(names.items())}
+        for module, names in sorted(whole.items())
+    }
+    with file.reader() as reader:
+        modules = {name: _read_module(name, parts[name], config, file, reader) for name in sorted(parts)}
+    return config, modules, _Others(copies, saved), file
+
+
+def _read_mlx(folder: Path) -> _Read:
+    config, factors, file = read_mlx(folder)
+    return config, {name: LoraModule(name, "linear", update) for name, update in factors.items()}, _Others({}, {}), file
 
 
 def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
@@ -115,30 +174,75 @@ def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
     return result
 
 
-def _sort_tensors(names: Iterable[str], where: str) -> tuple[dict[str, dict[Part, str]], dict[str, str]]:
-    """Tensor names by module and part, and the names of base matrices by module."""
+_Sorted = tuple[dict[str, dict[Part, str]], dict[str, str], dict[str, dict[str, str]]]
+
+
+def _sort_tensors(names: Iterable[str], where: str, modules_to_save: Sequence[str]) -> _Sorted:
+    """Tensor names by module and part; of base matrices by module; of modules saved whole by module and parameter."""
     parts: dict[str, dict[Part, str]] = {}
     copies: dict[str, str] = {}
-    plain: list[str] = []
-    names = sorted(names)
-    embeddings = {name.rpartition(".")[0] for name in names if name.endswith(".lora_embedding_A")}
-    for name in names:
-        if name.removesuffix(".weight") in embeddings:  # PEFT wrote the embedding's own matrix under this name
-            plain.append(name)
+    saved: dict[str, dict[str, str]] = {}
+    others: dict[str, str] = {}
+    for name in sorted(names):
+        parameter = whole_parameter(name)
+        if parameter is not None:
+            _take(others, parameter, name, where)
             continue
         parsed = parse_tensor_name(name, where=where)
         if parsed.part == "base_layer":
-            copies[parsed.module] = name
+            _take(copies, parsed.module, name, where)
         else:
-            parts.setdefault(parsed.module, {})[parsed.part] = name
-    for name in plain:
-        copies[name.removesuffix(".weight").removeprefix("base_model.model.")] = name
+            _take(parts.setdefault(parsed.module, {}), parsed.part, name, where)
+    for parameter, name in others.items():
+        module = parameter.rpartition(".")[0]
+        owner = _saved_module(parameter, modules_to_save)
+        if owner is not None:
+            saved.setdefault(owner, {})[parameter] = name
+        elif parameter.endswith(".weight") and "lora_embedding_A" in parts.get(module, {}):
+            _take(copies, module, name, where)  # PEFT wrote the embedding's own matrix under the name of the module
+        else:
+            parse_tensor_name(name, where=where)  # says what it is, and refuses it
+    _check_sorted(parts, copies, saved, where, modules_to_save)
+    return parts, copies, saved
+
+
+def _check_sorted(
+    parts: Mapping[str, object],
+    copies: Mapping[str, str],
+    saved: Mapping[str, object],
+    where: str,
+    modules_to_save: Sequence[str],
+) -> None:
     if not parts:
         raise MalformedAdapter("holds no LoRA factors", where=where)
     stray = sorted(copies.keys() - parts.keys())
     if stray:
         raise MalformedAdapter(f"holds a base matrix of {stray[0]!r} but no factors for it", where=where)
-    return parts, copies
+    for name in modules_to_save:
+        if not any(module.endswith(name) for module in saved):
+            raise MalformedAdapter(f"{CONFIG_FILE} has {name!r} in modules_to_save, but no tensor of it", where=where)
+
+
+def _saved_module(parameter: str, modules_to_save: Sequence[str]) -> str | None:
+    """The outermost module around a parameter whose name ends in one that was saved whole, as PEFT looks it up."""
+    words = parameter.split(".")
+    paths = (".".join(words[:end]) for end in range(1, len(words)))
+    return next((path for path in paths if any(path.endswith(name) for name in modules_to_save)), None)
+
+
+def _may_have_any_shape(name: str) -> bool:
+    """Factors and copies of base matrices are matrices; biases and modules saved whole need not be."""
+    return name.endswith(".bias") or whole_parameter(name) is not None
+
+
+def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:
+    if key in names:
+        raise MalformedAdapter(
+            f"{names[key]!r} and {name!r} are two spellings of one tensor",
+            where=where,
+            hint="the file holds two adapters, or one twice: save the one that is meant alone",
+        )
+    names[key] = name
 
 
 def _read_module(
@@ -149,10 +253,16 @@ def _read_module(
     wanted: tuple[Part, Part] = (
         ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A", "lora_B")
     )
-    missing = [format_tensor_name(name, part) for part in wanted if part not in tensors]
-    if missing or len(tensors) != 2:
-        problem = f"lacks {missing[0]!r}" if missing else f"mixes linear and embedding factors for {name!r}"
-        raise MalformedAdapter(problem, where=where)
+    biased = kind == "linear" and config.lora_bias
+    expected = {*wanted, "lora_bias"} if biased else {*wanted}
+    missing = [format_tensor_name(name, part) for part in (*wanted, "lora_bias") if part in expected - tensors.keys()]
+    if missing:
+        raise MalformedAdapter(f"lacks {missing[0]!r}", where=where)
+    if "lora_bias" in tensors and not biased:
+        problem = "lora_bias is off" if kind == "linear" else "an embedding has no lora_bias"
+        raise MalformedAdapter(f"holds {tensors['lora_bias']!r}, but in {CONFIG_FILE} {problem}", where=where)
+    if tensors.keys() != expected:
+        raise MalformedAdapter(f"mixes linear and embedding factors for {name!r}", where=where)
     lora_A, lora_B = (reader.read(tensors[part]) for part in wanted)
     if lora_A.shape[0] != lora_B.shape[1]:
         raise MalformedAdapter(
@@ -164,5 +274,10 @@ def _read_module(
             f"{name!r} has rank {lora_A.shape[0]} in the tensors and {config.rank_of(name)} in {CONFIG_FILE}",
             where=where,
         )
-    common = torch.promote_types(lora_A.dtype, lora_B.dtype)
-    return LoraModule(name, kind, Factors(lora_A.to(common), lora_B.to(common), config.scaling_of(name)))
+    bias = reader.read(tensors["lora_bias"]) if biased else None
+    if bias is not None and bias.shape != lora_B.shape[:1]:
+        raise MalformedAdapter(
+            f"{name!r} has lora_B {tuple(lora_B.shape)} with a bias {tuple(bias.shape)}", where=where
+        )
+    common = widest_dtype([tensor.dtype for tensor in (lora_A, lora_B, bias) if tensor is not None])
+    return LoraModule(name, kind, Factors(lora_A, lora_B, config.scaling_of(name), bias).to(common))

@@ -25,7 +25,7 @@ _WITHOUT_EFFECT = frozenset(
     "auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode "
     "init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type peft_version "
     "qalora_group_size r rank_pattern alpha_pattern revision runtime_config target_modules task_type use_rslora "
-    "bias loftq_config".split()
+    "bias loftq_config lora_bias modules_to_save".split()
 )
 
 # Initialisations that leave the base model as it is. The others subtract from it what they put into the factors.
@@ -34,8 +34,6 @@ _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 # Features that change what the tensors mean, with the way out. "Off" is null, false, empty or absent.
 _REFUSED = {
     "use_dora": ("DoRA", "it has no exact low-rank form without the base model"),
-    "lora_bias": ("lora_bias", "train the adapter without lora_bias"),
-    "modules_to_save": ("modules_to_save", "train the adapter without modules_to_save"),
     "target_parameters": ("target_parameters (LoRA on experts)", "train the adapter on target_modules"),
     "layer_replication": ("layer_replication", "train the adapter on the base model's own layers"),
     "trainable_token_indices": ("trainable tokens", "train the adapter without trainable_token_indices"),
@@ -62,6 +60,8 @@ class AdapterConfig:
         whole_names: last names of which the adapter was put on every module that the base has.
         lora_dropout: the dropout of training; never used here.
         task_type: `CAUSAL_LM`, another, or None.
+        lora_bias: whether every lora_B of a linear layer has a bias.
+        modules_to_save: ends of the names of modules that were saved whole.
     """
 
     base_model: str | None
@@ -75,6 +75,8 @@ class AdapterConfig:
     whole_names: frozenset[str]
     lora_dropout: float
     task_type: str | None
+    lora_bias: bool = False
+    modules_to_save: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
         """The rank that the config gives `module`."""
@@ -93,6 +95,17 @@ def read_config(path: Path) -> AdapterConfig:
         MalformedAdapter: if the file is damaged or a field has an impossible value.
         UnsupportedAdapter: if it uses a feature that cannot be honoured, by the feature's name.
     """
+    fields = read_fields(path)
+    _refuse_features(fields, str(path))
+    return _Fields(fields, str(path)).config()
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of an `adapter_config.json`, unchecked.
+
+    Raises:
+        MalformedAdapter: if the file is damaged, or too large.
+    """
     where = str(path)
     with open_regular(path) as file:
         data = file.read(MAX_CONFIG_BYTES + 1)
@@ -104,8 +117,7 @@ def read_config(path: Path) -> AdapterConfig:
         raise MalformedAdapter(str(error), where=where) from None
     if not isinstance(fields, dict):
         raise MalformedAdapter("is not a JSON object", where=where)
-    _refuse_features(fields, where)
-    return _Fields(fields, where).config()
+    return fields
 
 
 def _refuse_features(fields: dict[str, Any], where: str) -> None:
@@ -162,6 +174,8 @@ class _Fields:
             whole_names=self._whole_names(),
             lora_dropout=self._number("lora_dropout", self._fields.get("lora_dropout") or 0.0),
             task_type=self._text("task_type"),
+            lora_bias=self._flag("lora_bias"),
+            modules_to_save=self._modules_to_save(),
         )
 
     def _bad(self, field: str, value: Any, expected: str) -> MalformedAdapter:
@@ -196,6 +210,18 @@ class _Fields:
         if narrowed or not isinstance(targets, list):
             return frozenset()
         return frozenset(name for name in targets if isinstance(name, str) and "." not in name)
+
+    def _modules_to_save(self) -> tuple[str, ...]:
+        names = self._fields.get("modules_to_save") or []
+        if not isinstance(names, list) or not all(isinstance(n, str) and n.isprintable() and n for n in names):
+            raise self._bad("modules_to_save", names, "a list of names")
+        if names and self._flag("ensure_weight_tying"):
+            raise UnsupportedAdapter(
+                "modules_to_save with ensure_weight_tying is not supported",
+                where=self._where,
+                hint="name embeddings and head in modules_to_save, and save without ensure_weight_tying",
+            )
+        return tuple(names)
 
     def _pattern(self, field: str) -> dict[str, Any]:
         value = self._fields.get(field) or {}

@@ -1,11 +1,22 @@
-"""The grammar of tensor names in a PEFT LoRA file.
+"""The grammar of tensor names in a LoRA file, in PEFT's spelling and in those that other trainers leave behind.
 
 base_model.model.<module>.lora_A.weight            (r, in)         nn.Linear, Conv1D
 base_model.model.<module>.lora_B.weight            (out, r)
+base_model.model.<module>.lora_B.bias              (out,)          with lora_bias
 base_model.model.<module>.lora_embedding_A         (r, vocab)      nn.Embedding
 base_model.model.<module>.lora_embedding_B         (dim, r)
 base_model.model.<module>.base_layer.weight        a copy of the base's matrix that PEFT writes beside embeddings and
 heads
+
+Read as the same:
+
+    lora_A.default.weight              a state dict that was saved as it is, with the adapter's name inside
+    <module>.lora_A.weight             without `base_model.model.`, or with it more than once, after a second wrapping
+    _orig_mod, _fsdp_wrapped_module    components that torch.compile, FSDP and activation checkpointing put in,
+    and _checkpoint_wrapped_module     anywhere; `module.` in front, from DDP and DeepSpeed
+    <module>.base_layer.lora_A.weight  a LoRA on a layer that was wrapped already
+
+Two tensors of a file that come to the same name are refused: it cannot be told which of them is meant.
 """
 
 from __future__ import annotations
@@ -18,29 +29,28 @@ from loracli.errors import MalformedAdapter, UnsupportedAdapter
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+MLX_TENSOR_FILE = "adapters.safetensors"
+TENSOR_FILES = (TENSOR_FILE, MLX_TENSOR_FILE)
 
 PREFIX = "base_model.model."
 
-Part = Literal["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer"]
+Part = Literal["lora_A", "lora_B", "lora_bias", "lora_embedding_A", "lora_embedding_B", "base_layer"]
 
-_NAME = re.compile(
-    r"base_model\.model\.(?P<module>[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)\."
-    r"(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|base_layer\.weight)"
-)
+_FACTORS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_INSIDE = frozenset({"original_module", "token_adapter"})  # parts of what PEFT wraps around a module
+_PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+_NOT_NAMED = "the config's modules_to_save does not name its module: add it there, or remove the tensor"
 
 # What other tensors mean, and the way out. Looked for in this order.
 _REFUSED = (
     (re.compile(r"\.lora_magnitude_vector"), "DoRA", "train or convert it without use_dora"),
-    (re.compile(r"\.lora_B(\.\w+)?\.bias$"), "lora_bias", "train it without lora_bias"),
-    (re.compile(r"\.lora_[AB]\.\w+\.weight$"), "a raw state dict", "save it with PEFT's save_pretrained"),
-    (re.compile(r"\.(modules_to_save|original_module)\."), "modules_to_save", "train it without modules_to_save"),
+    (re.compile(r"\.(modules_to_save|original_module)\."), "modules_to_save", _NOT_NAMED),
     (re.compile(r"\.token_adapter\."), "trainable tokens", "train it without trainable_token_indices"),
     (re.compile(r"\.bias$"), "trained biases", 'train it with bias="none"'),
-    (
-        re.compile(r"^base_model\.model\.(?!.*lora_)[\w.]+\.weight$"),
-        "modules_to_save",
-        "train it without modules_to_save",
-    ),
+    (re.compile(r"^(?!.*lora_)[\w.]+\.weight$"), "modules_to_save", _NOT_NAMED),
 )
 
 
@@ -62,10 +72,12 @@ def parse_tensor_name(name: str, *, where: str) -> TensorName:
         UnsupportedAdapter: if the name belongs to a feature that is not honoured, by the feature's name.
         MalformedAdapter: if it is no name of a LoRA file at all.
     """
-    match = _NAME.fullmatch(name)
-    if match:
-        part = match["part"].removesuffix(".weight")
-        return TensorName(match["module"], part)  # type: ignore[arg-type]
+    words = _plain_words(name)
+    part, place = _part_of(words)
+    if part is not None:
+        module = _without_base_layers(words[:place])
+        if _PATH.fullmatch(module):
+            return TensorName(module, part)
     for pattern, feature, way_out in _REFUSED:
         if pattern.search(name):
             raise UnsupportedAdapter(f"the tensor {name!r} belongs to {feature}", where=where, hint=way_out)
@@ -76,8 +88,65 @@ def parse_tensor_name(name: str, *, where: str) -> TensorName:
     )
 
 
+def whole_parameter(name: str) -> str | None:
+    """The parameter of the base that the tensor is, `lm_head.weight`, rather than a part of an update; None for others.
+
+    In a state dict that was saved as it is, `lm_head.modules_to_save.default.weight`.
+    """
+    words = _plain_words(name)
+    if _part_of(words)[1] < len(words) or any(word.startswith("lora_") or word in _INSIDE for word in words):
+        return None
+    if "modules_to_save" in words:
+        place = words.index("modules_to_save")
+        words = words[:place] + words[min(place + 2, len(words) - 1) :]
+    path = ".".join(words)
+    return path if len(words) > 1 and _PATH.fullmatch(path) else None
+
+
+def _plain_words(name: str) -> list[str]:
+    """The components of a name in the base model: without wrappers and without what PEFT puts in front."""
+    words = [word for word in name.split(".") if word not in _WRAPPERS]
+    start = 0
+    while words[start : start + 1] == ["module"]:
+        start += 1
+    if words[start : start + 2] != ["base_model", "model"]:  # then `module` is the base's own
+        return words
+    while words[start : start + 2] == ["base_model", "model"]:
+        start += 2
+    return words[start:]
+
+
+def _part_of(words: list[str]) -> tuple[Part | None, int]:
+    """Which tensor of an update these components end in, and where the module's path ends; None and all of them where
+    no word is one of a factor's."""
+    if words[-2:] == ["base_layer", "weight"]:
+        return "base_layer", len(words) - 2
+    place = next((i for i, word in enumerate(words) if word in _FACTORS), len(words))
+    if place == len(words):
+        return None, place
+    part, tail = words[place], words[place + 1 :]
+    if not part.startswith("lora_embedding"):
+        if tail[-1:] == ["bias"] and part == "lora_B":
+            part = "lora_bias"
+        elif tail[-1:] != ["weight"]:
+            return None, place
+        tail = tail[:-1]
+    named = len(tail) == 1 and _ADAPTER_NAME.fullmatch(tail[0])
+    return (part, place) if named or not tail else (None, place)  # type: ignore[return-value]
+
+
+def _without_base_layers(words: list[str]) -> str:
+    """The path without `base_layer` at its end; below `experts` it tells one matrix from another and stays."""
+    end = len(words)
+    while end > 1 and words[end - 1] == "base_layer" and words[end - 2] != "experts":
+        end -= 1
+    return ".".join(words[:end])
+
+
 def format_tensor_name(module: str, part: Part) -> str:
     """The name PEFT gives a tensor of `module`."""
+    if part == "lora_bias":
+        return f"{PREFIX}{module}.lora_B.bias"
     return f"{PREFIX}{module}.{part}" + ("" if part.startswith("lora_embedding") else ".weight")
 
 

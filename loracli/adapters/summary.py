@@ -33,6 +33,8 @@ class AdapterSummary:
         parameters: in all factors.
         dtype: the widest of the factors.
         norm: |dW|_F over all modules.
+        lora_bias: whether its lora_B have biases.
+        modules_to_save: modules that it replaces as a whole.
     """
 
     reference: str
@@ -47,6 +49,8 @@ class AdapterSummary:
     parameters: int
     dtype: str
     norm: float
+    lora_bias: bool
+    modules_to_save: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -108,4 +112,6 @@ def _summary(adapter: LoraAdapter) -> AdapterSummary:
         parameters=sum(f.lora_A.numel() + f.lora_B.numel() for f in factors),
         dtype=str(adapter.dtype).removeprefix("torch."),
         norm=sum(inner_product(f, f) for f in factors) ** 0.5,
+        lora_bias=adapter.config.lora_bias,
+        modules_to_save=tuple(adapter.saved),
     )

@@ -1,7 +1,7 @@
 """Concatenation along the rank: updates of one module composed to one update, exactly.
 
     B M A                    A = [A_1; ...; A_N] (R, in), B = [s_1 B_1, ..., s_N B_N] (out, R), R = sum r_i
-    sum_i w_i s_i B_i A_i    the same with M = blockdiag(w_i I)
+    sum_i w_i s_i B_i A_i    the same with M = blockdiag(w_i I); biases of B beside it, sum_i w_i s_i b_i
 
 The second is CAT, LoRA Soups (arXiv 2410.13025), section 3; it has none of the cross terms B_i A_j that PEFT's
 `linear` combination brings in by adding A and B apart.
@@ -9,6 +9,7 @@ The second is CAT, LoRA Soups (arXiv 2410.13025), section 3; it has none of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,9 +19,9 @@ from loracli.algebra.factors import Factors, norm
 
 
 def concatenate(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """The update sum_i w_i s_i B_i A_i with scaling 1, in float64.
+    """The update sum_i w_i s_i B_i A_i with scaling 1, in float64, and the bias sum_i w_i s_i b_i where there is any.
 
-    A keeps the values of the ingredients; w_i s_i goes into B alone.
+    A keeps the values of the ingredients; w_i s_i goes into B and the bias alone.
 
     Args:
         updates: N updates of one module; A_i (r_i, in), B_i (out, r_i), ranks may differ.
@@ -34,7 +35,8 @@ def concatenate(updates: Sequence[Factors], weights: Sequence[float]) -> Factors
     lora_B = torch.cat(
         [w * update.scaling * update.lora_B.double() for w, update in zip(weights, updates, strict=True)], dim=1
     )
-    return Factors(lora_A, lora_B)
+    biases = [w * bias for w, update in zip(weights, updates, strict=True) if (bias := update.delta_bias()) is not None]
+    return Factors(lora_A, lora_B, bias=torch.stack(biases).sum(dim=0) if biases else None)
 
 
 def mix(updates: Sequence[Factors], mixing: Tensor) -> Factors:
@@ -47,19 +49,28 @@ def mix(updates: Sequence[Factors], mixing: Tensor) -> Factors:
         mixing: M (R, R) with R = sum r_i.
     Returns:
         lora_A (R, in) and lora_B (out, R).
+    Raises:
+        ValueError: if an update has a bias, which belongs to an adapter as a whole and not to a row of M.
     """
+    if any(update.bias is not None for update in updates):
+        raise ValueError("an update with a bias has no mixing matrix")
     stacked = concatenate(updates, [1.0] * len(updates))
     return Factors(stacked.lora_A, stacked.lora_B @ mixing.double())
 
 
 def relative_error(written: Factors, exact: Factors) -> float:
     """|dW_written - dW_exact|_F / |dW_exact|_F from the factors, float64; where dW_exact is 0: 0 if dW_written is too,
-    else inf."""
-    difference = norm(concatenate([written, exact], [1.0, -1.0]))
-    reference = norm(exact)
+    else inf. A bias counts as one more column of dW."""
+    difference = _norm_with_bias(concatenate([written, exact], [1.0, -1.0]))
+    reference = _norm_with_bias(exact)
     if reference == 0.0:
         return 0.0 if difference == 0.0 else float("inf")
     return difference / reference
+
+
+def _norm_with_bias(factors: Factors) -> float:
+    bias = factors.delta_bias()
+    return math.hypot(norm(factors), 0.0 if bias is None else float(torch.linalg.vector_norm(bias)))
 
 
 def pad_rank(factors: Factors, rank: int) -> Factors:
@@ -73,4 +84,4 @@ def pad_rank(factors: Factors, rank: int) -> Factors:
         raise ValueError(f"rank {factors.rank} cannot be padded to {rank}")
     lora_A = torch.nn.functional.pad(factors.lora_A, (0, 0, 0, missing))
     lora_B = torch.nn.functional.pad(factors.lora_B, (0, missing))
-    return Factors(lora_A, lora_B, factors.scaling)
+    return Factors(lora_A, lora_B, factors.scaling, factors.bias)

@@ -2,7 +2,10 @@
 
     dW = s B A          A (r, in), B (out, r), s = lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA
 
-LoRA: arXiv 2106.09685, section 4.1; rsLoRA: arXiv 2312.03732, equation 4.
+With a bias on B (PEFT's lora_bias) the module's output changes by s (B A x + b), so its own bias by s b. Norms, inner
+products and singular values are those of dW alone.
+
+LoRA: arXiv 2106.09685, section 4.1; rsLoRA: arXiv 2312.03732, equation 4; lora_bias: peft 0.21, tuners/lora/layer.py.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ class Factors:
         lora_A: (r, in).
         lora_B: (out, r), same dtype as `lora_A`.
         scaling: s.
+        bias: b (out,) of lora_B, None without one.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float = 1.0
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -47,11 +52,16 @@ class Factors:
 
     def to(self, dtype: torch.dtype) -> Factors:
         """The same factors in another dtype; each entry is rounded once."""
-        return Factors(self.lora_A.to(dtype), self.lora_B.to(dtype), self.scaling)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Factors(self.lora_A.to(dtype), self.lora_B.to(dtype), self.scaling, bias)
 
     def delta_weight(self) -> Tensor:
         """dW (out, in) in float64. Dense: for tests and small modules."""
         return self.scaling * (self.lora_B.double() @ self.lora_A.double())
+
+    def delta_bias(self) -> Tensor | None:
+        """s b (out,) in float64, None without a bias."""
+        return None if self.bias is None else self.scaling * self.bias.double()
 
 
 def inner_product(left: Factors, right: Factors) -> float:

@@ -3,7 +3,7 @@
     B = Q_B R_B,  A^T = Q_A R_A,  s R_B R_A^T = U S V^T  (R x R),  A' = sqrt(S_k) (Q_A V_k)^T,  B' = Q_B U_k sqrt(S_k)
 
 By Eckart and Young, B' A' is the closest matrix of rank k to dW in the Frobenius norm, the same as from the SVD of the
-dense (out, in) matrix, which is never formed.
+dense (out, in) matrix, which is never formed. A bias is not cut.
 """
 
 from __future__ import annotations
@@ -35,4 +35,4 @@ def truncate(factors: Factors, rank: int) -> Truncation:
     lora_B = left[:, :k] * root  # (out, k)
     total = float(singular.square().sum())
     kept = float(singular[:k].square().sum()) / total if total > 0 else 1.0
-    return Truncation(Factors(lora_A, lora_B), kept)
+    return Truncation(Factors(lora_A, lora_B, bias=factors.delta_bias()), kept)

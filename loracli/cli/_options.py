@@ -30,6 +30,14 @@ AdaptersOpt = Annotated[
     ),
 ]
 RecipeArg = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that `loracat fit` wrote.")]
+ModulesToSaveOpt = Annotated[
+    str,
+    typer.Option(
+        "--modules-to-save",
+        metavar="POLICY",
+        help="Modules that adapters saved whole: pick:NAME, average, or refuse.",
+    ),
+]
 MetricCommandOpt = Annotated[
     str | None,
     typer.Option(

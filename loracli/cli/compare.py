@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._options import JsonOpt, MaxNewTokensOpt, MetricCommandOpt, QuietOpt, ToleranceOpt
+from loracli.cli._options import JsonOpt, MaxNewTokensOpt, MetricCommandOpt, ModulesToSaveOpt, QuietOpt, ToleranceOpt
 from loracli.cli._output import Output
 
 EPILOG = (
@@ -67,6 +67,7 @@ def compare(
     metric_command: MetricCommandOpt = None,
     max_new_tokens: MaxNewTokensOpt = 256,
     tolerance: ToleranceOpt = 1e-4,
+    modules_to_save: ModulesToSaveOpt = "refuse",
     guard: Annotated[
         list[str] | None,
         typer.Option("--guard", metavar="FILE...", help="JSONL of what must not get worse than the base model."),
@@ -148,6 +149,7 @@ def compare(
         format=shape,
         allow_truncation=allow_truncation,
         skip_bad=skip_bad,
+        modules_to_save=modules_to_save,
     )
     settings = CompareSettings(
         methods=parse_methods(methods),

@@ -76,6 +76,14 @@ def export(
         str | None,
         typer.Option("--profile", metavar="NAME", help="portable or peft; default: portable where possible."),
     ] = None,
+    modules_to_save: Annotated[
+        str | None,
+        typer.Option(
+            "--modules-to-save",
+            metavar="POLICY",
+            help="With --method: modules that adapters saved whole: pick:NAME, average, refuse; default: the recipe's.",
+        ),
+    ] = None,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -92,6 +100,10 @@ def export(
     written: dict[str, Any] = {"merge": merge, "rank": rank, "dtype": dtype, "profile": profile, "force": force}
     options = MethodOptions(density, scale, seed)
     if method is None:
+        if modules_to_save is not None:
+            raise UsageError(
+                "--modules-to-save was settled when the recipe was fitted", hint="leave it out, or fit again with it"
+            )
         if options != MethodOptions() or fit_data or base or base_revision:
             raise UsageError(
                 "--density, --scale, --seed, --fit-data and --base are for a method", hint="name it with --method"
@@ -109,6 +121,7 @@ def export(
             fit_data=fit_data or None,
             base=base,
             base_revision=base_revision,
+            modules_to_save=modules_to_save,
             progress=out,
             **written,
         )
@@ -137,7 +150,7 @@ def export(
     )
     out.value(str(exported.path))
     if layout.profile == "peft" and layout.reason:
-        out.warn(f"written for PEFT and vLLM only: {layout.reason}")
+        out.warn(f"written for {layout.readers} only: {layout.reason}")
     needed = max(module.rank for module in certificate.modules)
     if exported.merged and layout.rank > needed:
         out.warn(f"no module needs more than rank {needed}; up to {layout.rank} it is filled with zeros")

@@ -14,6 +14,7 @@ from loracli.cli._options import (
     JsonOpt,
     MaxNewTokensOpt,
     MetricCommandOpt,
+    ModulesToSaveOpt,
     QuietOpt,
     ToleranceOpt,
 )
@@ -118,6 +119,7 @@ def fit(
     metric_command: MetricCommandOpt = None,
     max_new_tokens: MaxNewTokensOpt = 256,
     tolerance: ToleranceOpt = 1e-4,
+    modules_to_save: ModulesToSaveOpt = "refuse",
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the split and the order of batches.")] = 0,
     dtype: Annotated[
         str,
@@ -190,6 +192,7 @@ def fit(
         metric_command=metric_command,
         max_new_tokens=max_new_tokens,
         tolerance=tolerance,
+        modules_to_save=modules_to_save,
     )
 
     def prepare() -> FitInputs:

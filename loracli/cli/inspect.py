@@ -46,6 +46,10 @@ def inspect(
             f"  scaling     {scaling} (lora_alpha {adapter.lora_alpha:g}{', rsLoRA' if adapter.use_rslora else ''})"
         )
         out.line(f"  modules     {adapter.modules}: {', '.join(adapter.leaves)}")
+        if adapter.modules_to_save:
+            out.line(f"  replaced    {', '.join(adapter.modules_to_save)} (modules_to_save)")
+        if adapter.lora_bias:
+            out.line("  lora_bias   yes")
         out.line(f"  parameters  {adapter.parameters:,} in {adapter.dtype}, |dW| = {adapter.norm:.3f}")
         out.line()
         out.value(f"{adapter.reference}\trank {','.join(map(str, adapter.ranks))}\t{adapter.modules} modules")

@@ -49,7 +49,7 @@ def show(
                 str(a.rank),
                 f"{a.lora_alpha:g}{' rs' if a.use_rslora else ''}",
                 (a.commit or "local")[:12],
-                a.sha256["adapter_model.safetensors"][:12],
+                a.weights_sha256[:12],
             ]
             for a in loaded.adapters
         ],

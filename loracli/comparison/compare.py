@@ -33,6 +33,7 @@ from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import Layout, make_diagonal, make_layout
 from loracli.fitting.placement import Placement
 from loracli.fitting.recording import dtype_name
+from loracli.fitting.replace_modules import replace_modules
 from loracli.progress import SILENT, WORK, Progress, duration_text
 
 
@@ -98,6 +99,7 @@ def run_comparison(
         check_fits(base, inputs.adapters)
         if inputs.datamix is not None:
             check_fits(base, [inputs.datamix])
+        replace_modules(base.model, inputs.saved)
         for adapter, reference in zip(inputs.adapters, inputs.references, strict=True):
             for difference in tokenizer_differences(adapter.path, base.tokenizer):
                 progress.warn(f"{reference}: {difference}")

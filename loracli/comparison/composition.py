@@ -70,11 +70,10 @@ def of_method(method: Method, options: MethodOptions, adapters: Sequence[LoraAda
     """
     if method.weights is not None:
         return weighted(layout, method.weights(len(adapters)))
-    assert method.merge is not None, f"{method.name} needs calibration records"
     factors, kept, whole = [], 0.0, 0.0
     for module in layout.modules:
         updates = [a.modules[module].factors if module in a.modules else None for a in adapters]
-        merged = method.merge(updates, options)
+        merged = method.merge_updates(updates, options)
         factors.append(merged.factors)
         energy = norm(merged.factors) ** 2
         kept += energy

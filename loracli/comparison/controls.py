@@ -32,7 +32,7 @@ PATIENCE = 4  # checks in a row that are worse than the best
 
 def random_adapters(adapters: Sequence[LoraAdapter], *, seed: int) -> list[LoraAdapter]:
     """Each adapter with factors drawn from a normal distribution in place of its own, of the same shapes, scaled so
-    that |dW|_F of every module stays as it is."""
+    that |dW|_F of every module stays as it is; without lora_bias."""
     return [
         replace(adapter, modules={name: _random(m, f"{seed}:{index}:{name}") for name, m in adapter.modules.items()})
         for index, adapter in enumerate(adapters)

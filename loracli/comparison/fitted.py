@@ -22,7 +22,7 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.loss import make_objective
 from loracli.fitting.meter import Meter
-from loracli.fitting.mixing import Layout, make_diagonal
+from loracli.fitting.mixing import Layout, check_mixing, make_diagonal
 from loracli.fitting.recording import recipe_mixing
 from loracli.fitting.run import divide_training, find_mixing
 from loracli.fitting.settings import FitSettings
@@ -82,10 +82,11 @@ def fit_rung(
         references: of them.
         layout: of them.
     Raises:
-        UsageError: if there are too few records to choose with.
+        UsageError: if there are too few records to choose with, or the adapters do not have the rung.
         NonFiniteLoss: if no start is finite.
     """
     settings = _settings_of(name, calibration.settings)
+    check_mixing(adapters, settings.mixing)
     base, training = calibration.base, calibration.examples
     inputs = FitInputs(tuple(adapters), tuple(references), base.reference, calibration.data, layout, settings, Path())
     folds = divide_training(inputs, training)

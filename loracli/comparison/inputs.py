@@ -9,14 +9,15 @@ from pathlib import Path
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatibility import check_composable
 from loracli.adapters.hub import fetch_adapter
+from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
 from loracli.calibration.records import CalibrationFile, read_records
 from loracli.calibration.sources import DataPaths, parse_sources
 from loracli.comparison.settings import RUNGS, CompareSettings
 from loracli.errors import UsageError
-from loracli.export.ingredients import read_ingredients
-from loracli.fitting.base import BaseReference, find_base
+from loracli.export.ingredients import read_ingredients, recorded_policy
+from loracli.fitting.base import BaseReference, find_base, on_base
 from loracli.fitting.mixing import Layout, make_layout
 from loracli.progress import SILENT, Progress
 from loracli.recipe import FINGERPRINT, OTHER_ROWS, Recipe, load_recipe
@@ -38,6 +39,7 @@ class CompareInputs:
         layout: of the adapters.
         settings: of the comparison.
         repeated: how many test records stand in the calibration data, as far as that is known.
+        saved: modules that replace the base's in every row, None without any.
     """
 
     adapters: tuple[LoraAdapter, ...]
@@ -51,6 +53,7 @@ class CompareInputs:
     layout: Layout
     settings: CompareSettings
     repeated: int
+    saved: SavedModules | None = None
 
 
 def prepare_comparison(
@@ -102,13 +105,25 @@ def prepare_comparison(
     if twice is not None:
         raise UsageError(f"the adapter {twice} is given twice")
     check_composable(read, base_given=base is not None)
+    policy = settings.fit.modules_to_save
+    if loaded is not None and policy == REFUSE:
+        policy = recorded_policy(loaded)
+    policy = settled_policy(policy, read, references)
+    found = find_base(read, base, revision=base_revision, progress=progress)
+    read = on_base(read, found)
+    check_composable(read, base_given=base is not None)
+    saved = saved_modules(policy, read, progress=progress)
     datamix = settings.controls.datamix
-    mixed = None if datamix is None else read_adapter(fetch_adapter(datamix, progress=progress))
+    mixed = None if datamix is None else on_base([read_adapter(fetch_adapter(datamix, progress=progress))], found)[0]
+    if mixed is not None and (mixed.saved or saved is not None):
+        raise UsageError(
+            "datamix cannot be compared where modules are replaced whole", hint="leave --control datamix out"
+        )
     return CompareInputs(
         adapters=read,
         references=references,
         recipe=loaded,
-        base=find_base(read, base, revision=base_revision, progress=progress),
+        base=found,
         test=test,
         guard=guarded,
         calibration=calibration,
@@ -116,6 +131,7 @@ def prepare_comparison(
         layout=make_layout(read),
         settings=settings,
         repeated=_repeated(test, loaded, calibration, progress),
+        saved=saved,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.saved_modules import SavedModules
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.dataset import Dataset
 from loracli.calibration.records import read_records
@@ -14,6 +15,7 @@ from loracli.comparison.fitted import TASK, Calibration, search_weights
 from loracli.fitting.base import check_fits, find_base, load_base
 from loracli.fitting.memory import memory_errors
 from loracli.fitting.mixing import make_layout
+from loracli.fitting.replace_modules import replace_modules
 from loracli.fitting.settings import FitSettings
 from loracli.progress import SILENT, Progress
 
@@ -26,6 +28,7 @@ def searched_weights(
     *,
     base: str | None = None,
     base_revision: str | None = None,
+    saved: SavedModules | None = None,
     progress: Progress = SILENT,
 ) -> tuple[float, ...]:
     """One weight for each adapter, found on calibration records with the base model as `loracat compare` finds it.
@@ -37,6 +40,7 @@ def searched_weights(
         fit_data: calibration JSONL.
         base: a Hub id or directory, None for what the adapters name.
         base_revision: of a base on the Hub.
+        saved: modules that replace the base's.
         progress: told how far it is.
     Raises:
         InputError: of the kind that fits, if base or records are rejected.
@@ -48,6 +52,7 @@ def searched_weights(
     with memory_errors():
         model = load_base(find_base(adapters, base, revision=base_revision, progress=progress), progress=progress)
         check_fits(model, adapters)
+        replace_modules(model.model, saved)
         examples = tuple(
             example
             for file in files

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import loracli
-from loracli.adapters.names import TENSOR_FILE
 from loracli.algebra.methods.method import Method
 from loracli.export.certificate import Certificate
 from loracli.export.profile import Layout
@@ -184,7 +183,7 @@ def _adapter_table(adapters: Sequence[tuple[RecipeAdapter, Sequence[float] | Non
         spread = f"{min(weights):.3f} to {max(weights):.3f}" if weights else "-"
         lines.append(
             f"| {_cell(adapter.reference)} | {(adapter.commit or 'local')[:12]} | "
-            f"{adapter.sha256[TENSOR_FILE][:12]} | {adapter.rank} | {mean} | {spread} |"
+            f"{adapter.weights_sha256[:12]} | {adapter.rank} | {mean} | {spread} |"
         )
     return lines
 
@@ -213,6 +212,8 @@ def _servers(layout: Layout) -> list[str]:
     kinds = {name.rpartition(".")[2] for name in layout.ranks}
     embeddings = sorted(kinds & {"embed_tokens", "lm_head", "wte", "wpe"})
     if layout.profile == "peft":
+        if layout.readers == "PEFT":
+            return [f"Only PEFT reads this adapter: {layout.reason}.", ""]
         return [
             "This adapter keeps single ranks per module (rank_pattern), which PEFT and vLLM read; SGLang, TGI and",
             f"llama.cpp's converter may not. Reason: {layout.reason or 'asked for'}.",

@@ -31,14 +31,17 @@ def composed_modules(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> tuple[s
 def compose_module(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], module: str) -> Factors:
     """The update of one module in float64, scaling 1, concatenated.
 
-    lora_A (R, in) as stored and lora_B = B M (out, R), with sum_i w_li s_i B_i A_i for a weight per adapter; with
-    `factors` the trained lora_A and lora_B.
+    lora_A (R, in) as stored and lora_B = B M (out, R), with sum_i w_li s_i B_i A_i for a weight per adapter, and the
+    bias sum_i w_li s_i b_i of adapters with lora_bias; with `factors` the trained lora_A and lora_B.
 
     Raises:
         RecipeError: if the recipe has no weight for an adapter that changes the module, or no tensor that fits.
     """
     updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
     if mixing.kind not in INLINE_KINDS:
+        biased = next((a for a in adapters if module in a.modules and a.modules[module].factors.bias is not None), None)
+        if biased is not None:
+            raise RecipeError(f"the recipe's {mixing.kind} mixing cannot weigh the lora_bias of {biased.reference}")
         return composed_update(mixing.kind, mixing.tensors, module, updates)
     try:
         weights = mixing.weights[group_name(module, mixing.kind)]

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, format_tensor_name, parse_tensor_name
+from loracli.adapters.names import CONFIG_FILE, PREFIX, TENSOR_FILE, format_tensor_name, parse_tensor_name
+from loracli.adapters.saved_modules import saved_modules
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank, relative_error
 from loracli.algebra.factors import Factors
@@ -27,7 +28,7 @@ from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.card import model_card
 from loracli.export.certificate import Certificate, ModuleCertificate
-from loracli.export.ingredients import read_ingredients
+from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.export.profile import PROFILES, Layout, choose_layout
 from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
@@ -122,7 +123,9 @@ def export_adapter(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
-    return write_export(RecipeSource(recipe, ingredients), Path(output), options, force=force, progress=progress)
+    saved = saved_modules(recorded_policy(recipe), ingredients)
+    source = RecipeSource(recipe, ingredients, saved)
+    return write_export(source, Path(output), options, force=force, progress=progress)
 
 
 def write_export(
@@ -159,7 +162,15 @@ class _Plan:
         progress.begin(TASK, len(names), "modules")
         self._ranks = {name: self._rank_of(name) for name in names}
         uniform = self._rank if options.merge and options.rank is not None else None
-        self.layout = choose_layout(source.table, self._ranks, options.profile, rank=uniform)  # type: ignore[arg-type]
+        biased = next((adapter.reference for adapter in source.adapters if adapter.config.lora_bias), None)
+        self.layout = choose_layout(
+            source.table,
+            self._ranks,
+            options.profile,  # type: ignore[arg-type]
+            rank=uniform,
+            lora_bias=biased,
+            saved=() if source.saved is None else source.saved.modules,
+        )
 
     @property
     def merged(self) -> bool:
@@ -187,7 +198,7 @@ class _Plan:
             truncation = truncate(chosen, rank)
             chosen, kept = truncation.factors, kept * truncation.kept_energy
         written = chosen.to(self.dtype)
-        if not (torch.isfinite(written.lora_A).all() and torch.isfinite(written.lora_B).all()):
+        if not all(torch.isfinite(t).all() for t in (written.lora_A, written.lora_B, written.bias) if t is not None):
             raise UsageError(f"{name} overflows {self.dtype}", hint="export with --dtype float32 or bfloat16")
         # What the method itself cut off is at right angles to what it kept.
         share = composed.kept_energy
@@ -199,12 +210,16 @@ class _Plan:
         factors: dict[str, Factors] = {}  # of the module being written
 
         def tensor(name: str) -> Tensor:
+            if name in self._whole:
+                return self._saved_parameter(self._whole[name])
             parsed = parse_tensor_name(name, where=TENSOR_FILE)
             if parsed.module not in factors:
                 factors.clear()
                 factors[parsed.module] = self._factors(parsed.module, certificates)
-            both = factors[parsed.module]
-            return both.lora_A if parsed.part.endswith("A") else both.lora_B
+            update = factors[parsed.module]
+            if parsed.part == "lora_bias":
+                return update.lora_B.new_zeros(update.out_features) if update.bias is None else update.bias
+            return update.lora_A if parsed.part.endswith("A") else update.lora_B
 
         path = folder / TENSOR_FILE
         write_tensors(path, self._shapes(), self.dtype, tensor)
@@ -229,7 +244,22 @@ class _Plan:
                 module.out_features,
                 rank,
             )
-        return shapes
+            if self.layout.lora_bias:
+                shapes[format_tensor_name(name, "lora_bias")] = (module.out_features,)
+        saved = self._source.saved
+        return shapes if saved is None else shapes | {n: saved.shapes[path] for n, path in self._whole.items()}
+
+    @property
+    def _whole(self) -> dict[str, str]:
+        """Names in the file of the parameters that replace the base's, with their paths in it."""
+        return {} if self._source.saved is None else {PREFIX + path: path for path in self._source.saved.sources}
+
+    def _saved_parameter(self, path: str) -> Tensor:
+        assert self._source.saved is not None
+        written = self._source.saved.read(path).to(self.dtype)
+        if not bool(torch.isfinite(written).all()):
+            raise UsageError(f"{path} overflows {self.dtype}", hint="export with --dtype float32 or bfloat16")
+        return written
 
     def _factors(self, name: str, certificates: list[ModuleCertificate]) -> Factors:
         """The module's factors as they go into the file; its certificate goes into the list."""
@@ -243,10 +273,11 @@ class _Plan:
 
     def _read_back(self, path: Path) -> str:
         """The sha256 of the file, after the safetensors library has read every tensor of it in the planned shape."""
-        file = open_tensor_file(path)
+        shapes = self._shapes()
+        file = open_tensor_file(path, any_shape=lambda name: len(shapes.get(name, ())) != 2)
         with file.reader() as reader:
             found = {name: tuple(reader.read(name).shape) for name in file.shapes}
-        if found != self._shapes():
+        if found != shapes:
             raise IntegrityError(f"{path.name} reads back with other shapes than were written")
         return file.sha256
 

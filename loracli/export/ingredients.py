@@ -8,6 +8,8 @@ from pathlib import Path
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.adapters.references import Reference
+from loracli.adapters.saved_modules import REFUSE
+from loracli.adapters.text_model import as_text_model
 from loracli.errors import AdapterNotFound, IntegrityError, UsageError
 from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe, RecipeAdapter
@@ -32,6 +34,7 @@ def read_ingredients(
             hint="give them all in the recipe's order, and a recipe's name before --adapters: "
             + ", ".join(a.reference for a in recipe.adapters),
         )
+    names = {module.name for module in recipe.modules}
     result = []
     for number, wanted in enumerate(recipe.adapters):
         if relocated:
@@ -39,8 +42,13 @@ def read_ingredients(
         else:
             adapter = read_adapter(_find(recipe, wanted, progress))
         _check_hashes(wanted, adapter)
-        result.append(adapter)
+        result.append(as_text_model(adapter, names))
     return tuple(result)
+
+
+def recorded_policy(recipe: Recipe) -> str:
+    """What the recipe says of modules that its adapters saved whole; recipes of older versions have none."""
+    return str(recipe.fit.settings.get("modules_to_save", REFUSE))
 
 
 def _find(recipe: Recipe, wanted: RecipeAdapter, progress: Progress) -> Fetched:

@@ -10,6 +10,7 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatibility import check_composable
 from loracli.adapters.hub import fetch_adapter
 from loracli.adapters.identity import identity_of
+from loracli.adapters.saved_modules import REFUSE, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.atomic import check_free
@@ -17,7 +18,7 @@ from loracli.calibration.sources import DataPaths
 from loracli.errors import UsageError
 from loracli.export.base_table import BaseTable, base_table
 from loracli.export.export import Exported, ExportOptions, write_export
-from loracli.export.ingredients import read_ingredients
+from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.export.source import MethodSource, identities_of, takes
 from loracli.progress import SILENT, Progress
 from loracli.recipe import MIXING_KINDS, Recipe, labels_of, load_recipe
@@ -83,6 +84,7 @@ def export_method(
     rank: int | None = None,
     dtype: str | None = None,
     profile: str | None = None,
+    modules_to_save: str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -101,6 +103,7 @@ def export_method(
         base: a Hub id or directory, None for what recipe or adapters name.
         base_revision: of a base on the Hub.
         merge, rank, dtype, profile: as in `ExportOptions`.
+        modules_to_save: `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse` without one.
         force: replace an existing adapter directory.
         progress: told how far it is.
     Raises:
@@ -116,18 +119,33 @@ def export_method(
     if (method.search is None) != (fit_data is None):
         need = "has to be fitted" if fit_data is None else "needs no calibration records"
         raise UsageError(f"{name} {need}", hint=f"{'give' if fit_data is None else 'leave out'} --fit-data")
+    policy = modules_to_save or (REFUSE if loaded is None else recorded_policy(loaded))
+    policy = settled_policy(policy, read, [adapter.reference for adapter in read])
     if loaded is None:
+        if base is not None:
+            from loracli.fitting.base import find_base, on_base
+
+            read = on_base(read, find_base(read, base, revision=base_revision))
+            check_composable(read, base_given=True)
         table = base_table(read, base, revision=base_revision, progress=progress)
     else:
         table = BaseTable(loaded.base.id, loaded.modules)
         if base is None and loaded.base.commit is not None:
             base, base_revision = loaded.base.id, base_revision or loaded.base.commit
+    saved = saved_modules(policy, read, progress=progress)
     weights = None if method.weights is None else method.weights(len(read))
     if fit_data is not None:
         from loracli.comparison.searched import searched_weights
 
         weights = searched_weights(
-            method, method_options, read, fit_data, base=base, base_revision=base_revision, progress=progress
+            method,
+            method_options,
+            read,
+            fit_data,
+            base=base,
+            base_revision=base_revision,
+            saved=saved,
+            progress=progress,
         )
     cut = rank if rank is not None or not merge else max(max(adapter.ranks) for adapter in read)
     chosen = replace(method_options, rank=cut) if method.cuts else method_options
@@ -141,6 +159,7 @@ def export_method(
         read,
         identities_of(read, by_reference),
         table,
+        saved,
     )
     try:
         return write_export(source, Path(output), options, force=force, progress=progress)

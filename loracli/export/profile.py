@@ -35,6 +35,8 @@ class Layout:
         rank: `r` and `lora_alpha` of the config.
         targets: `target_modules`.
         reason: why it is not portable, None if it is.
+        lora_bias: whether every linear layer has a bias on lora_B.
+        modules_to_save: modules that replace the base's.
     """
 
     profile: ProfileName
@@ -42,11 +44,19 @@ class Layout:
     rank: int
     targets: tuple[str, ...]
     reason: str | None = None
+    lora_bias: bool = False
+    modules_to_save: tuple[str, ...] = ()
+
+    @property
+    def readers(self) -> str:
+        """Who reads a layout that is not portable."""
+        return "PEFT" if self.lora_bias or self.modules_to_save else "PEFT and vLLM"
 
     def config(self, base: str, modules: Mapping[str, BaseModule]) -> dict[str, Any]:
         """`adapter_config.json`, with long-standing keys only: older readers refuse others."""
         odd = {} if self.profile == "portable" else {n: r for n, r in self.ranks.items() if r != self.rank}
         patterns: dict[str, int] = {"^" + re.escape(name): rank for name, rank in sorted(odd.items())}
+        newer = {"lora_bias": True} if self.lora_bias else {}
         return {
             "base_model_name_or_path": base,
             "bias": "none",
@@ -54,8 +64,9 @@ class Layout:
             "inference_mode": True,
             "init_lora_weights": True,
             "lora_alpha": self.rank,
+            **newer,
             "lora_dropout": 0.0,
-            "modules_to_save": None,
+            "modules_to_save": list(self.modules_to_save) or None,
             "peft_type": "LORA",
             "r": self.rank,
             "rank_pattern": patterns,
@@ -67,7 +78,13 @@ class Layout:
 
 
 def choose_layout(
-    modules: Sequence[BaseModule], ranks: Mapping[str, int], profile: ProfileName | None, *, rank: int | None
+    modules: Sequence[BaseModule],
+    ranks: Mapping[str, int],
+    profile: ProfileName | None,
+    *,
+    rank: int | None,
+    lora_bias: str | None = None,
+    saved: tuple[str, ...] = (),
 ) -> Layout:
     """The layout for a composition.
 
@@ -76,15 +93,28 @@ def choose_layout(
         ranks: of the modules that the composition changes.
         profile: asked for; None is portable where possible.
         rank: `r` of a portable layout; None is the largest of `ranks`.
+        lora_bias: the ingredient that has biases on lora_B, None without one.
+        saved: modules that replace the base's.
     Raises:
-        UsageError: if portable was asked for and cannot be, with the reason.
+        UsageError: if portable was asked for and cannot be, with the reason, or no layout can hold the composition.
     """
+    kinds = {module.name: module.kind for module in modules}
+    embedding = next((name for name in sorted(ranks) if kinds[name] == "embedding"), None)
+    if lora_bias and embedding:
+        raise UsageError(
+            f"{lora_bias} has lora_bias, which PEFT has not beside an adapted embedding, and {embedding} is one",
+            hint="compose it with adapters that leave embeddings alone",
+        )
     obstacle = portable_obstacle(modules, ranks)
+    if lora_bias:
+        obstacle = "an adapter has lora_bias, which PEFT alone reads"
+    if saved:
+        obstacle = f"it replaces {saved[0]} as one of its modules_to_save, which PEFT alone reads"
     if profile == "portable" and obstacle:
         raise UsageError(f"the portable profile is impossible: {obstacle}", hint="use --profile peft")
     largest = max(ranks.values())
     if profile == "peft" or obstacle:
-        return Layout("peft", dict(ranks), largest, tuple(sorted(ranks)), obstacle)
+        return Layout("peft", dict(ranks), largest, tuple(sorted(ranks)), obstacle, bool(lora_bias), saved)
     leaves = tuple(sorted({leaf(name) for name in ranks}))
     names = [module.name for module in modules]
     uniform = rank or largest

@@ -13,6 +13,7 @@ import torch
 import loracli
 from loracli.adapters.adapter import LoraAdapter, widest_dtype
 from loracli.adapters.identity import identity_of
+from loracli.adapters.saved_modules import SavedModules
 from loracli.algebra.concatenate import concatenate
 from loracli.algebra.methods.method import Merged, Method, MethodOptions
 from loracli.export.base_table import BaseTable
@@ -28,6 +29,10 @@ class Source(Protocol):
     @property
     def adapters(self) -> tuple[LoraAdapter, ...]:
         """Its ingredients."""
+
+    @property
+    def saved(self) -> SavedModules | None:
+        """Modules that replace the base's, None without any."""
 
     @property
     def base_id(self) -> str:
@@ -63,6 +68,7 @@ class RecipeSource:
 
     recipe: Recipe
     adapters: tuple[LoraAdapter, ...]
+    saved: SavedModules | None = None
 
     @property
     def base_id(self) -> str:
@@ -106,6 +112,7 @@ class MethodSource:
         adapters: N of them.
         identities: of them, by the names that may be published.
         base: what is known of the base model.
+        saved: modules that replace the base's, None without any.
     """
 
     method: Method
@@ -114,6 +121,7 @@ class MethodSource:
     adapters: tuple[LoraAdapter, ...]
     identities: tuple[RecipeAdapter, ...]
     base: BaseTable
+    saved: SavedModules | None = None
 
     @property
     def base_id(self) -> str:
@@ -138,8 +146,7 @@ class MethodSource:
     def compose(self, module: str) -> Merged:
         updates = [a.modules[module].factors if module in a.modules else None for a in self.adapters]
         if self.weights is None:
-            assert self.method.merge is not None
-            return self.method.merge(updates, self.options)
+            return self.method.merge_updates(updates, self.options)
         pairs = [(u, w) for u, w in zip(updates, self.weights, strict=True) if u is not None]
         return Merged(concatenate([update for update, _ in pairs], [weight for _, weight in pairs]))
 
@@ -147,6 +154,7 @@ class MethodSource:
         return {
             "method": {"name": self.method.name, "options": self.taken(), "weights": self.weights},
             "base": {"id": self.base.id},
+            **({} if self.saved is None else {"modules_to_save": self.saved.policy}),
             "adapters": [encode(identity) for identity in self.identities],
             "versions": {"loracat": loracli.__version__, "torch": torch.__version__},
         }

@@ -9,6 +9,10 @@ Two products whatever the number of adapters, and of the activations only z is k
 are frozen, so the gradient of M needs z and u = B^T dL/dy alone (dL/dM = sum_t u_t z_t^T), and that of x needs no
 activation. The paper's code keeps a (T, out) tensor for each adapter and module instead.
 
+The bias of a lora_B (PEFT's lora_bias) acts as one more rank row whose input is always 1, with its adapter's weight:
+
+    y = W x + [B, b_1, ...] (M' [z; 1])          M' = (c, w_1 s_1, ...), for diagonal M with a weight per adapter alone
+
 A plain nn.Linear gets a forward of its own for the time being: both products land in the buffers of W x and of
 dL/dx, where a hook after the fact would copy them. Everything else (Conv1D, embeddings, layers that accelerate has
 wrapped) takes the hook.
@@ -37,6 +41,12 @@ def _mixed(z: Tensor, core: Tensor) -> Tensor:
     return (z.view(len(core), -1, z.shape[1]) * core if core.dim() == 3 else z * core).to(z.dtype).view(z.shape)
 
 
+def _with_ones(z: Tensor, lora_B: Tensor) -> Tensor:
+    """z (T, R) with a column of ones for each column of `lora_B` that holds a bias."""
+    biases = lora_B.shape[1] - z.shape[1]
+    return F.pad(z, (0, biases), value=1.0) if biases else z
+
+
 def _core_gradients(u: Tensor, z: Tensor, core: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
     """dL/dz (T, R) in z's dtype and dL/dM in the shape of the core, each if wanted, from u (T, R)."""
     u = u.to(core.dtype)
@@ -57,10 +67,11 @@ class MixedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, core: Tensor
     ) -> Tensor:
-        """x (..., in), weight (out, in), lora_A (R, in), lora_B (out, R); core in float32 or better."""
+        """x (..., in), weight (out, in), lora_A (R, in), lora_B (out, R), or with biases behind; core in float32 or
+        better."""
         flat = x.reshape(-1, x.shape[-1])  # (T, in)
         y = F.linear(flat, weight, bias)
-        z = F.linear(flat, lora_A)
+        z = _with_ones(F.linear(flat, lora_A), lora_B)
         y.addmm_(_mixed(z, core), lora_B.T)
         ctx.save_for_backward(z, weight, lora_A, lora_B, core)
         ctx.shape = x.shape
@@ -72,7 +83,9 @@ class MixedLinear(torch.autograd.Function):
         grad_y = grad_y.reshape(-1, grad_y.shape[-1])
         wants_x = ctx.needs_input_grad[0]
         grad_z, grad_core = _core_gradients(grad_y @ lora_B, z, core, (wants_x, ctx.needs_input_grad[5]))
-        grad_x = (grad_y @ weight).addmm_(grad_z, lora_A).view(ctx.shape) if wants_x else None
+        grad_x = None
+        if wants_x:
+            grad_x = (grad_y @ weight).addmm_(grad_z[:, : len(lora_A)], lora_A).view(ctx.shape)  # type: ignore[index]
         return grad_x, None, None, None, None, grad_core
 
 
@@ -99,15 +112,17 @@ class Stack:
 
     Args:
         lora_A: (R, in).
-        lora_B: (out, R), without scaling.
+        lora_B: (out, R), without scaling; behind it the biases of the adapters that have one, without scaling too.
         scaling: (R,) s_i of each row, in the precision of the sums; 1 in the canonical gauge.
         embed_scale: what the module multiplies its rows with, None if it is no embedding.
+        entries: (R + biases,) which rank row's weight each column of `lora_B` takes; None without biases.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: Tensor
     embed_scale: Tensor | None
+    entries: Tensor | None = None
 
 
 Core = Tensor | tuple[Tensor, Tensor]
@@ -146,7 +161,11 @@ class AttachedModel:
     def set_diagonal(self, c: Tensor) -> None:
         """Takes one weight for each rank row, (sum R_l,), or for each record of the next batch too, (b, sum R_l)."""
         scaled = (c.to(self.precision) * self._scaling).to(self.device)
-        self.cores = torch.split(scaled[:, None] if scaled.dim() == 2 else scaled, self._sizes, dim=-1)
+        cores = torch.split(scaled[:, None] if scaled.dim() == 2 else scaled, self._sizes, dim=-1)
+        self.cores = tuple(
+            core if stack.entries is None else core[..., stack.entries]
+            for core, stack in zip(cores, self._stacks, strict=True)
+        )
 
     def set_matrices(self, matrices: Sequence[Tensor]) -> None:
         """Takes L matrices (R, R).
@@ -182,6 +201,8 @@ def attach(
         adapters: N adapters that fit it.
         modules: L names, the union of what the adapters change; row l of the weights belongs to the l-th.
         canonical: factors in the canonical gauge (`algebra.gauge`) instead of the files' own.
+    Raises:
+        ValueError: in the canonical gauge, if an adapter has biases.
     """
     precision = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     targets = [model.get_submodule(name) for name in modules]
@@ -213,14 +234,23 @@ def _stack(
     module: nn.Module, factors: Sequence[Factors], embedding: bool, precision: torch.dtype, canonical: bool
 ) -> Stack:
     weight: Tensor = module.weight  # type: ignore[assignment]
+    biased = [place for place, f in enumerate(factors) if f.bias is not None]
     if canonical:
+        if biased:
+            raise ValueError("an update with a bias has no canonical gauge")
         whole = canonical_stack(factors)
         factors = [Factors(whole.lora_A, whole.lora_B)]
     lora_A = torch.cat([f.lora_A.to(weight.device, weight.dtype) for f in factors])  # (R, in)
     lora_B = torch.cat([f.lora_B.to(weight.device, weight.dtype) for f in factors], dim=1)  # (out, R)
     scaling = torch.cat([torch.full((f.rank,), f.scaling, dtype=precision) for f in factors])
     scale = getattr(module, "embed_scale", 1.0)
-    return Stack(lora_A, lora_B, scaling, torch.as_tensor(scale, device=weight.device) if embedding else None)
+    embed_scale = torch.as_tensor(scale, device=weight.device) if embedding else None
+    if not biased:
+        return Stack(lora_A, lora_B, scaling, embed_scale)
+    firsts = [sum(f.rank for f in factors[:place]) for place in biased]  # any rank row of the adapter has its weight
+    entries = torch.tensor([*range(len(scaling)), *firsts], device=weight.device)
+    biases = torch.stack([f.bias.to(weight.device, weight.dtype) for f in factors if f.bias is not None], dim=1)
+    return Stack(lora_A, torch.cat([lora_B, biases], dim=1), scaling, embed_scale, entries)
 
 
 def _linear_forward(module: nn.Linear, attached: AttachedModel, row: int, stack: Stack) -> Any:
@@ -249,6 +279,7 @@ def _hook(attached: AttachedModel, row: int, stack: Stack) -> Any:
             return y + _trained_update(x, core)
         else:
             z = F.linear(x.reshape(-1, x.shape[-1]), lora_A)  # (T, R); A is frozen, so x is not kept
+            z = _with_ones(z, stack.lora_B)
         updated: Tensor = AddedUpdate.apply(y, z, stack.lora_B, core.to(y.device))  # type: ignore[no-untyped-call]
         return updated
 

@@ -18,6 +18,7 @@ from loracli.adapters.adapter import LoraAdapter, LoraModule
 from loracli.adapters.base_claim import BaseClaim, agreed_base, is_path
 from loracli.adapters.hub import fetch_base
 from loracli.adapters.names import leaf
+from loracli.adapters.text_model import as_text_model, inside_other_model
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UsageError
 from loracli.fitting.placement import check_device_map, check_sharded, placement_options, whole
 from loracli.progress import SILENT, Progress
@@ -104,6 +105,18 @@ def find_base(
         error.hint = "; ".join(filter(None, [error.hint, "or give a local copy of the model with --base"]))
         raise
     return BaseReference(base, fetched.path, fetched.commit)
+
+
+def on_base(adapters: Sequence[LoraAdapter], reference: BaseReference) -> tuple[LoraAdapter, ...]:
+    """The adapters by the base's names: those that were trained inside a larger model on the text model alone.
+
+    Raises:
+        BaseModelMismatch: as `plan_base`.
+    """
+    if not any(inside_other_model(adapter) for adapter in adapters):
+        return tuple(adapters)
+    names = {name for name, _ in plan_base(reference).skeleton.named_modules(remove_duplicate=False)}
+    return tuple(as_text_model(adapter, names) for adapter in adapters)
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatibility import check_composable
 from loracli.adapters.hub import Fetched, fetch_adapter
+from loracli.adapters.saved_modules import SavedModules, saved_modules, settled_policy
 from loracli.calibration.adapter_tokenizer import tokenizer_differences
 from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset
 from loracli.calibration.sources import DataPaths
 from loracli.errors import UsageError
-from loracli.fitting.base import BaseReference, find_base
-from loracli.fitting.mixing import Layout, count_numbers, make_layout
+from loracli.fitting.base import BaseReference, find_base, on_base
+from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.progress import SILENT, Progress
 from loracli.recipe import local_reference
@@ -33,6 +34,7 @@ class FitInputs:
         layout: which rank rows of which adapter stand in which module.
         settings: of the fit.
         folder: the recipe's folder.
+        saved: modules that replace the base's, None without any.
     """
 
     adapters: tuple[LoraAdapter, ...]
@@ -42,6 +44,7 @@ class FitInputs:
     layout: Layout
     settings: FitSettings
     folder: Path
+    saved: SavedModules | None = None
 
     @property
     def numbers(self) -> int | None:
@@ -90,10 +93,15 @@ def prepare_fit(
     if twice is not None:
         raise UsageError(f"the adapter {twice} is given twice")
     check_composable(read, base_given=base is not None)
+    check_mixing(read, settings.mixing)
+    settings = replace(settings, modules_to_save=settled_policy(settings.modules_to_save, read, references))
+    found = find_base(read, base, revision=base_revision, progress=progress)
+    read = on_base(read, found)
+    check_composable(read, base_given=base is not None)
+    saved = saved_modules(settings.modules_to_save, read, progress=progress)
     for adapter in read:
         if settings.paper and adapter.config.lora_dropout:
             progress.warn(f"{adapter.reference} was trained with dropout; --paper leaves it off")
-    found = find_base(read, base, revision=base_revision, progress=progress)
     return FitInputs(
         adapters=read,
         references=references,
@@ -102,6 +110,7 @@ def prepare_fit(
         layout=make_layout(read),
         settings=settings,
         folder=folder,
+        saved=saved,
     )
 
 

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter
+from loracli.errors import UsageError
 from loracli.fitting.attach import AttachedModel
-from loracli.recipe import MixingKind, group_name
+from loracli.recipe import INLINE_KINDS, MixingKind, group_name
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,21 @@ def make_diagonal(layout: Layout, kind: MixingKind, *, softmax: bool = False) ->
     group = torch.repeat_interleave(torch.tensor([row_of[name] for name in names]), torch.tensor(layout.sizes))
     index = entry[group * layout.adapters + layout.owner]
     return DiagonalMixing(kind, layout, index, groups, present.flatten(), softmax)
+
+
+def check_mixing(adapters: Sequence[LoraAdapter], kind: str) -> None:
+    """Refuses a rung that the adapters do not have: a bias of lora_B belongs to an adapter as a whole, so only a weight
+    for each adapter says what becomes of it.
+
+    Raises:
+        UsageError: naming the adapter and the rungs that it has.
+    """
+    biased = next((adapter.reference for adapter in adapters if adapter.config.lora_bias), None)
+    if biased is not None and kind not in INLINE_KINDS:
+        raise UsageError(
+            f"{biased} has lora_bias, which --mixing {kind} cannot weigh",
+            hint=f"use --mixing {', '.join(INLINE_KINDS[:-1])} or {INLINE_KINDS[-1]}",
+        )
 
 
 def make_mixing(attached: AttachedModel, layout: Layout, kind: MixingKind) -> Mixing:

@@ -38,6 +38,7 @@ from loracli.fitting.placement import Placement
 from loracli.fitting.preflight import MemoryDecision, decide_memory, estimate_memory
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.recording import dtype_name, make_recipe
+from loracli.fitting.replace_modules import replace_modules
 from loracli.fitting.search import LADDERS, Found, search
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.fitting.solved import Task, tokens_of
@@ -167,6 +168,7 @@ def _run(
 ) -> Recipe:
     settings = inputs.settings
     check_fits(base, inputs.adapters)
+    replace_modules(base.model, inputs.saved)
     examples = render_inputs(inputs, base.tokenizer, max_length=_max_length(base, settings), progress=progress)
     folds = divide_training(inputs, examples.training)
     held_batches = plan_batches(examples.held_out, batch_tokens=settings.batch_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 
+from loracli.adapters.saved_modules import REFUSE, check_policy
 from loracli.errors import UsageError
 from loracli.evaluation.answers import TOLERANCE
 from loracli.evaluation.task_metric import MAX_NEW_TOKENS, TaskMetric, task_metric
@@ -40,6 +41,8 @@ class FitSettings:
         metric_command: the user's own metric, in its place.
         max_new_tokens: of an answer that is judged.
         tolerance: relative, of the metric `numeric`.
+        modules_to_save: which of the modules that adapters saved whole replace the base's: `refuse`, `average` or
+            `pick:NAME`.
     """
 
     mixing: str = "module"
@@ -59,6 +62,7 @@ class FitSettings:
     metric_command: str | None = None
     max_new_tokens: int = MAX_NEW_TOKENS
     tolerance: float = TOLERANCE
+    modules_to_save: str = REFUSE
 
     def __post_init__(self) -> None:
         """Raises UsageError for the first setting that is out of its range."""
@@ -70,6 +74,7 @@ class FitSettings:
             )
         if self.mixing == "adapter" and (self.ridge is not None or self.learning_rate is not None):
             raise UsageError("--mixing adapter has no ridge and no rate; leave out --ridge and --learning-rate")
+        check_policy(self.modules_to_save)
         if self.metric is not None and self.paper:
             raise UsageError("--paper has nothing to choose; leave out --select-by and --metric-command")
         for name, low, high in (

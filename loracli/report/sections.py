@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.names import TENSOR_FILE, leaf
+from loracli.adapters.names import leaf
 from loracli.algebra.interference import Interference, interference
 from loracli.evaluation.comparison import Comparison, ComparisonRow
 from loracli.evaluation.verdict import claim, interval_text, metric_claim, verdict
@@ -191,7 +191,7 @@ def interferences(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> str:
 def provenance(recipe: Recipe) -> str:
     """What went in, by hash."""
     adapters = [
-        [a.reference, (a.commit or "local")[:12], a.sha256[TENSOR_FILE][:16], str(a.rank), f"{a.lora_alpha:g}", a.dtype]
+        [a.reference, (a.commit or "local")[:12], a.weights_sha256[:16], str(a.rank), f"{a.lora_alpha:g}", a.dtype]
         for a in recipe.adapters
     ]
     data = [[d.name, d.shape, str(d.records), str(d.scored_tokens), d.sha256[:16]] for d in recipe.data]

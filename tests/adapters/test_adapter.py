@@ -151,6 +151,87 @@ def test_the_adapter_remembers_where_it_came_from(tmp_path: Path) -> None:
     assert list(adapter.modules) == sorted(adapter.modules)
 
 
+# Spellings.
+
+
+def spelled(name: str, how: str) -> str:
+    """PEFT's name as another trainer or an old PEFT would have left it."""
+    bare = name.removeprefix("base_model.model.")
+    module, part = bare[: bare.index(".lora_")], bare[bare.index(".lora_") + 1 :]
+    first, _, rest = module.partition(".")
+    inside = f"{part}.default" if "embedding" in part else part.replace(".weight", ".default.weight")
+    return {
+        "no prefix": bare,
+        "two prefixes": f"base_model.model.{name}",
+        "three prefixes": f"base_model.model.base_model.model.{name}",
+        "adapter name": f"base_model.model.{module}.{inside}",
+        "adapter name, no prefix": f"{module}.{inside.replace('default', 'my-skill_2')}",
+        "compiled": f"_orig_mod.{name}",
+        "compiled inside": f"base_model.model._orig_mod.{bare}",
+        "compiled layer": f"base_model.model.{first}.{rest}{'.' if rest else ''}_orig_mod.{part}",
+        "fsdp": f"_fsdp_wrapped_module.base_model.model._fsdp_wrapped_module.{bare}",
+        "checkpointed": f"base_model.model.{first}._checkpoint_wrapped_module.{rest}.{part}".replace("..", "."),
+        "all wrappers": f"module.base_model.model._fsdp_wrapped_module._checkpoint_wrapped_module._orig_mod.{bare}",
+        "ddp": f"module.module.{name}",
+        "wrapped twice": f"base_model.model.{module}.base_layer.base_layer.{part}",
+    }[how]
+
+
+SPELLINGS = [
+    "no prefix", "two prefixes", "three prefixes", "adapter name", "adapter name, no prefix", "compiled",
+    "compiled inside", "compiled layer", "fsdp", "checkpointed", "all wrappers", "ddp", "wrapped twice",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPELLINGS)
+def test_every_spelling_of_the_names_gives_the_updates_that_peft_would_add(tmp_path: Path, how: str) -> None:
+    model = save_tiny(tmp_path, target_modules=["embed", "q_proj"], lora_alpha=6, rank_pattern={"layers.1.q_proj": 2})
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    rewrite(tmp_path, {spelled(name, how): tensor for name, tensor in tensors.items()})
+    adapter = read_adapter(str(tmp_path))
+    assert set(adapter.modules) == {"embed", "layers.0.q_proj", "layers.1.q_proj"}
+    for name, module in adapter.modules.items():
+        theirs = delta_of_peft(model, name)
+        ours = module.factors.delta_weight()
+        torch.testing.assert_close(ours.T if name == "embed" else ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_base_copy_is_found_in_other_spellings_too(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path, target_modules=["embed"])
+    own = model.base_model.model.embed.base_layer.weight.detach()
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for name in ("embed.weight", "_orig_mod.base_model.model.embed.base_layer.weight", "embed.base_layer.weight"):
+        rewrite(tmp_path, tensors | {name: own})
+        assert torch.equal(read_adapter(str(tmp_path)).read_base_copy("embed"), own)
+
+
+@pytest.mark.parametrize("how", SPELLINGS)
+def test_two_tensors_of_one_name_are_refused_by_both_names(plain: tuple[Path, dict[str, Tensor]], how: str) -> None:
+    folder, tensors = plain
+    name = f"{Q}.lora_B.weight"
+    other = spelled(name, how)
+    rewrite(folder, tensors | {other: tensors[name] + 1})
+    message = refused(folder, MalformedAdapter).what
+    assert f"'{name}'" in message and f"'{other}'" in message
+
+
+def test_two_adapters_in_one_file_are_refused(plain: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, tensors = plain
+    both = {name.replace(".weight", f".{own}.weight"): t for name, t in tensors.items() for own in ("first", "second")}
+    rewrite(folder, both)
+    message = refused(folder, MalformedAdapter).what
+    assert ".first.weight" in message and ".second.weight" in message
+
+
+def test_a_component_that_is_the_bases_own_stays(plain: tuple[Path, dict[str, Tensor]]) -> None:
+    """`module` without PEFT's prefix behind it, and `base_layer` of experts, tell matrices apart."""
+    folder, tensors = plain
+    names = ("module.q", "base_model.model.a.module.q", "experts.base_layer", "experts")
+    A, B = tensors[f"{Q}.lora_A.weight"], tensors[f"{Q}.lora_B.weight"]
+    rewrite(folder, {f"{n}.lora_{s}.weight": t for n in names for s, t in (("A", A), ("B", B))})
+    assert set(read_adapter(str(folder)).modules) == {"module.q", "a.module.q", "experts.base_layer", "experts"}
+
+
 # Dtypes.
 
 
@@ -190,7 +271,9 @@ def test_factors_of_two_dtypes_are_widened_together(tmp_path: Path) -> None:
 
 
 def rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
+    )
 
 
 def reconfigure(folder: Path, **fields: Any) -> None:
@@ -221,14 +304,11 @@ Q = "base_model.model.layers.0.q_proj"
         (f"{Q}.lora_magnitude_vector.weight", "DoRA"),
         (f"{Q}.lora_magnitude_vector.default.weight", "DoRA"),
         (f"{Q}.lora_magnitude_vector", "DoRA"),
-        (f"{Q}.lora_B.bias", "lora_bias"),
-        (f"{Q}.lora_B.default.bias", "lora_bias"),
-        (f"{Q}.lora_A.default.weight", "raw state dict"),
-        (f"{Q}.lora_B.other.weight", "raw state dict"),
         ("base_model.model.lm_head.modules_to_save.weight", "modules_to_save"),
         ("base_model.model.lm_head.modules_to_save.default.weight", "modules_to_save"),
         ("base_model.model.lm_head.original_module.weight", "modules_to_save"),
         ("base_model.model.lm_head.weight", "modules_to_save"),
+        ("lm_head.weight", "modules_to_save"),
         ("base_model.model.embed.token_adapter.trainable_tokens_delta", "trainable tokens"),
         (f"{Q}.bias", "biases"),
     ],
@@ -258,17 +338,20 @@ def test_what_peft_saves_with_such_a_feature_is_refused_even_if_the_config_denie
 @pytest.mark.parametrize(
     "name",
     [
-        "layers.0.q_proj.lora_A.weight",
-        "base_model.layers.0.q_proj.lora_A.weight",
         f"{Q}.lora_A",
         f"{Q}.lora_C.weight",
-        f"{Q}.lora_embedding_A.weight2",
+        f"{Q}.lora_A.a.b.weight",
+        f"{Q}.lora_embedding_A.a.b",
+        f"{Q}.lora_A.weight.default",
+        "lora_A.weight",
+        "base_model.model.base_model.model.lora_A.weight",
+        "_orig_mod._orig_mod",
+        "base_model.model",
         "base_model.model..lora_A.weight",
         "base_model.model.a/../../b.lora_A.weight",
         "base_model.model.\x1b[31m.lora_A.weight",
         "base_model.model.q\n.lora_A.weight",
         f"{Q}.lora_A.weight\n",
-        f"x{Q}.lora_A.weight",
         "",
     ],
 )

@@ -133,8 +133,6 @@ def test_an_alpha_of_zero_or_below_is_a_number(tmp_path: Path) -> None:
     ("fields", "name"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
         ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication"),
         ({"trainable_token_indices": [5, 6]}, "trainable tokens"),
@@ -174,7 +172,7 @@ def test_a_config_without_peft_type_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["use_dora", "lora_bias", "modules_to_save", "target_parameters", "layer_replication", "trainable_token_indices",
+    ["use_dora", "modules_to_save", "target_parameters", "layer_replication", "trainable_token_indices",
      "alora_invocation_tokens", "use_qalora", "use_bdlora", "megatron_config", "arrow_config", "from_the_future"],
 )  # fmt: skip
 @pytest.mark.parametrize("off", [None, False, [], {}], ids=repr)
@@ -233,6 +231,7 @@ def test_an_alpha_that_is_not_finite_is_refused(tmp_path: Path, number: str) -> 
     [
         ("use_rslora", "true"),
         ("use_rslora", 1),
+        ("lora_bias", "true"),
         ("fan_in_fan_out", "no"),
         ("base_model_name_or_path", 5),
         ("base_model_name_or_path", ["a"]),

@@ -49,6 +49,16 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "some layers only": ("llama", [{"layers_to_transform": [1]}, {"layers_to_transform": [0, 2]}]),
     "embeddings": ("llama", [{"targets": ("embed_tokens", "q_proj")}, {"targets": ("embed_tokens",), "rank": 2}]),
     "tied embeddings": ("llama-tied", [{"targets": ("embed_tokens",)}, {"targets": ("q_proj",)}]),
+    "tied head": ("llama-tied", [{"targets": ("lm_head",)}, {"targets": ("q_proj", "lm_head"), "rank": 2}]),
+    "tied head and embeddings": ("llama-tied", [{"targets": ("embed_tokens", "lm_head")}, {"targets": ("lm_head",)}]),
+    "tied adapters": (
+        "llama-tied",
+        [{"targets": ("embed_tokens",), "ensure_weight_tying": True}, {"targets": ("embed_tokens",), "rank": 2}],
+    ),
+    "conv1d, embeddings and a tied head": (
+        "gpt2",
+        [{"targets": ("c_attn", "wte"), "fan_in_fan_out": True}, {"targets": ("lm_head", "wpe"), "rank": 2}],
+    ),
     "head": ("llama", [{"targets": ("lm_head",)}, {"targets": ("q_proj", "lm_head")}]),
     "biased linear": ("qwen2", [{}, {"targets": ("k_proj", "o_proj")}]),
     "gemma2": ("gemma2", [{}, {"targets": ("up_proj",)}]),
@@ -111,6 +121,7 @@ class Made:
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's advice on tied layers
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target:UserWarning")  # of GPT-2's head
 @pytest.mark.parametrize("merge", [False, True], ids=["cat", "merge"])
 @pytest.mark.parametrize("profile", [None, "peft"])
 @pytest.mark.parametrize("case", CASES)

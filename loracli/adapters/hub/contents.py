@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable
 
 from loracli.adapters.hub.source import Kind, Listing, Source
-from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE
+from loracli.adapters.names import CONFIG_FILE, MLX_TENSOR_FILE, TENSOR_FILE, TENSOR_FILES
 from loracli.adapters.references import URI_PREFIX
 from loracli.errors import AdapterNotFound, InputError, UnsupportedAdapter
 
 PICKLE_NAME = "adapter_model.bin"
 # In the order of download: whoever finds the weights in the cache knows that the rest came before them.
-ADAPTER_FILES = ("README.md", CONFIG_FILE, TENSOR_FILE)
+ADAPTER_FILES = ("README.md", CONFIG_FILE, *TENSOR_FILES)
 
 BASE_CONFIG = "config.json"
 BASE_WEIGHTS = "model.safetensors"
@@ -38,7 +38,8 @@ def _pick_adapter_files(source: Source, listing: Listing) -> list[str]:
     if source.folder and not listing.files:
         raise source.rejected(f"the repository has no folder '{source.folder}'", hint=_other_folders(source, listing))
     check_adapter(listing.files, source.name, hint=_other_folders(source, listing))
-    return [name for name in ADAPTER_FILES if name in listing.files]
+    spare = {MLX_TENSOR_FILE} if TENSOR_FILE in listing.files else set()
+    return [name for name in ADAPTER_FILES if name in listing.files and name not in spare]
 
 
 def check_adapter(names: Iterable[str], where: str, hint: str | None = None) -> None:
@@ -47,7 +48,7 @@ def check_adapter(names: Iterable[str], where: str, hint: str | None = None) -> 
         if hint is None and BASE_CONFIG in present:
             hint = "it looks like a whole model; an adapter is what PEFT's save_pretrained writes"
         raise AdapterNotFound(f"no {CONFIG_FILE} in it", where=where, hint=hint)
-    if TENSOR_FILE in present:
+    if not present.isdisjoint(TENSOR_FILES):
         return
     if PICKLE_NAME in present:
         raise UnsupportedAdapter(
@@ -66,7 +67,7 @@ def _other_folders(source: Source, listing: Listing) -> str | None:
 
 
 def _is_whole_adapter(names: set[str]) -> bool:
-    return {CONFIG_FILE, TENSOR_FILE} <= names
+    return CONFIG_FILE in names and not names.isdisjoint(TENSOR_FILES)
 
 
 def _pick_base_files(source: Source, listing: Listing) -> list[str]:

@@ -70,6 +70,17 @@ class Method:
     full_rank: bool = False
     extra: str | None = None
 
+    def merge_updates(self, updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
+        """What `merge` makes of the updates of one module.
+
+        Raises:
+            ValueError: if it cannot honour them, with the reason.
+        """
+        assert self.merge is not None, f"{self.name} gives weights"
+        if any(update is not None and update.bias is not None for update in updates):
+            raise ValueError("an adapter has lora_bias, and the method composes updates of weights alone")
+        return self.merge(updates, options)
+
     @property
     def cuts(self) -> bool:
         """Whether it takes the rank of its result, which `merge` cuts to."""
