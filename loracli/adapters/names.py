@@ -18,6 +18,8 @@ from loracli.errors import MalformedAdapter, UnsupportedAdapter
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+MLX_TENSOR_FILE = "adapters.safetensors"
+GGUF_FILE = "adapter.gguf"
 
 PREFIX = "base_model.model."
 

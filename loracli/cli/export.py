@@ -74,7 +74,7 @@ def export(
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option("--profile", metavar="NAME", help="portable or peft; default: portable where possible."),
+        typer.Option("--profile", metavar="NAME", help="portable, peft or mlx; default: portable where possible."),
     ] = None,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
@@ -160,4 +160,7 @@ def export(
         out.line(
             f"  exact to {certificate.largest_error:.1e}, the rounding of {str(exported.dtype).removeprefix('torch.')}"
         )
-    out.hint(f'PeftModel.from_pretrained(base_model, "{exported.path}")')
+    if layout.profile == "mlx":
+        out.hint(f"mlx_lm.generate --model BASE --adapter-path {exported.path} --prompt ...")
+    else:
+        out.hint(f'PeftModel.from_pretrained(base_model, "{exported.path}")')

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, format_tensor_name, parse_tensor_name
+from loracli.adapters.names import CONFIG_FILE
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank, relative_error
 from loracli.algebra.factors import Factors
@@ -69,7 +69,7 @@ class ExportOptions:
             `merge`, and what the method says otherwise.
         dtype: float32, float16 or bfloat16; None is the widest of the ingredients' dtypes, and float32 for trained
             factors.
-        profile: `portable` or `peft`; None is portable where that is possible.
+        profile: `portable`, `peft` or `mlx`; None is portable where that is possible.
     """
 
     merge: bool = False
@@ -195,16 +195,16 @@ class _Plan:
     def write(self, folder: Path) -> tuple[Certificate, int]:
         certificates: list[ModuleCertificate] = []
         factors: dict[str, Factors] = {}  # of the module being written
+        places = self.layout.places(self._table)
 
         def tensor(name: str) -> Tensor:
-            parsed = parse_tensor_name(name, where=TENSOR_FILE)
-            if parsed.module not in factors:
+            place = places[name]
+            if place.module not in factors:
                 factors.clear()
-                factors[parsed.module] = self._factors(parsed.module, certificates)
-            both = factors[parsed.module]
-            return both.lora_A if parsed.part.endswith("A") else both.lora_B
+                factors[place.module] = self._factors(place.module, certificates)
+            return place.tensor_of(factors[place.module])
 
-        path = folder / TENSOR_FILE
+        path = folder / self.layout.tensor_file
         write_tensors(path, self._shapes(), self.dtype, tensor)
         certificate = Certificate(tuple(certificates), self._read_back(path))
         config = self.layout.config(self._source.base_id, self._table)
@@ -218,16 +218,7 @@ class _Plan:
         return certificate, path.stat().st_size
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, rank in self.layout.ranks.items():
-            module = self._table[name]
-            embedding = module.kind == "embedding"
-            shapes[format_tensor_name(name, "lora_embedding_A" if embedding else "lora_A")] = (rank, module.in_features)
-            shapes[format_tensor_name(name, "lora_embedding_B" if embedding else "lora_B")] = (
-                module.out_features,
-                rank,
-            )
-        return shapes
+        return {name: place.shape for name, place in self.layout.places(self._table).items()}
 
     def _factors(self, name: str, certificates: list[ModuleCertificate]) -> Factors:
         """The module's factors as they go into the file; its certificate goes into the list."""
@@ -258,7 +249,7 @@ class _Plan:
                 "dtype": str(self.dtype).removeprefix("torch."),
             },
             "certificate": {
-                "sha256": {TENSOR_FILE: certificate.sha256},
+                "sha256": {self.layout.tensor_file: certificate.sha256},
                 "largest_relative_error": certificate.largest_error,
                 "modules": [dataclasses.asdict(module) for module in certificate.modules],
             },
