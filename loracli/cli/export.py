@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from loracli.adapters.names import GGUF_FILE
 from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt
 from loracli.cli._output import Output
 from loracli.progress import amount_text
@@ -61,7 +62,9 @@ def export(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="MODEL", help="With --method: Hub id or directory; default: what adapters name"),
+        typer.Option(
+            "--base", metavar="MODEL", help="With --method or --gguf: Hub id or directory; default: what adapters name"
+        ),
     ] = None,
     base_revision: Annotated[
         str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
@@ -76,6 +79,9 @@ def export(
         str | None,
         typer.Option("--profile", metavar="NAME", help="portable, peft or mlx; default: portable where possible."),
     ] = None,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Write adapter.gguf for llama.cpp as well; needs the extra loracat[gguf].")
+    ] = False,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -89,15 +95,22 @@ def export(
 
     out = Output(as_json=as_json, quiet=quiet)
     directory = output or Path(f"adapter-{method or ('merged' if merge else 'cat')}")
-    written: dict[str, Any] = {"merge": merge, "rank": rank, "dtype": dtype, "profile": profile, "force": force}
+    written: dict[str, Any] = {
+        "merge": merge,
+        "rank": rank,
+        "dtype": dtype,
+        "profile": profile,
+        "gguf": gguf,
+        "force": force,
+    }
     options = MethodOptions(density, scale, seed)
     if method is None:
-        if options != MethodOptions() or fit_data or base or base_revision:
+        if options != MethodOptions() or fit_data or base_revision or (base and not gguf):
             raise UsageError(
                 "--density, --scale, --seed, --fit-data and --base are for a method", hint="name it with --method"
             )
         loaded = recipe or Path("recipe.json")
-        exported = export_adapter(loaded, directory, adapters=adapters or (), progress=out, **written)
+        exported = export_adapter(loaded, directory, adapters=adapters or (), base=base, progress=out, **written)
     else:
         check_options(options)
         exported = export_method(
@@ -121,6 +134,7 @@ def export(
             "merged": exported.merged,
             "rank": layout.rank,
             "dtype": str(exported.dtype).removeprefix("torch."),
+            "gguf": str(exported.path / GGUF_FILE) if gguf else None,
             "size_bytes": exported.size_bytes,
             "largest_relative_error": certificate.largest_error,
             "mean_kept_energy": certificate.mean_energy,
@@ -146,6 +160,8 @@ def export(
         f"  rank {layout.rank}, {len(layout.ranks)} modules, {str(exported.dtype).removeprefix('torch.')}, "
         f"{amount_text(exported.size_bytes, 'B')}, profile {layout.profile}"
     )
+    if gguf:
+        out.line(f"  {GGUF_FILE} for llama.cpp: llama-server --lora {exported.path / GGUF_FILE}")
     if exported.merged:
         low = sorted(certificate.modules, key=lambda module: module.kept_energy)[:5]
         out.line(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.names import CONFIG_FILE
+from loracli.adapters.names import CONFIG_FILE, GGUF_FILE
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank, relative_error
 from loracli.algebra.factors import Factors
@@ -27,7 +27,9 @@ from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.card import model_card
 from loracli.export.certificate import Certificate, ModuleCertificate
+from loracli.export.gguf_file import gguf_names, write_gguf
 from loracli.export.ingredients import read_ingredients
+from loracli.export.llama_cpp import LlamaCppBase
 from loracli.export.profile import PROFILES, Layout, choose_layout
 from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
@@ -70,12 +72,14 @@ class ExportOptions:
         dtype: float32, float16 or bfloat16; None is the widest of the ingredients' dtypes, and float32 for trained
             factors.
         profile: `portable`, `peft` or `mlx`; None is portable where that is possible.
+        gguf: how llama.cpp has the base, to write a GGUF file as well; None for none.
     """
 
     merge: bool = False
     rank: int | None = None
     dtype: str | None = None
     profile: str | None = None
+    gguf: LlamaCppBase | None = None
 
     def check(self, *, cuts: bool = False) -> None:
         """Raises UsageError for options that contradict each other or are out of their range."""
@@ -98,6 +102,8 @@ def export_adapter(
     adapters: Sequence[str] = (),
     dtype: str | None = None,
     profile: str | None = None,
+    gguf: bool = False,
+    base: str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -108,6 +114,8 @@ def export_adapter(
         output: the directory to make.
         merge, rank, dtype, profile: as in `ExportOptions`.
         adapters: where the ingredients are now, in the recipe's order; empty for where the recipe says.
+        gguf: write a GGUF file as well.
+        base: where the base's config.json is, for `gguf`; None for the recipe's base on the Hub or in its cache.
         force: replace an existing adapter directory.
         progress: told how far it is.
     Raises:
@@ -121,6 +129,16 @@ def export_adapter(
     check_free(Path(output), force=force)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    if gguf:
+        from loracli.export.gguf_base import find_llama_cpp_base
+
+        found = find_llama_cpp_base(
+            base or recipe.base.id,
+            revision=recipe.base.commit,
+            config_sha256=recipe.base.config_sha256,
+            progress=progress,
+        )
+        options = dataclasses.replace(options, gguf=found)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
     return write_export(RecipeSource(recipe, ingredients), Path(output), options, force=force, progress=progress)
 
@@ -160,6 +178,9 @@ class _Plan:
         self._ranks = {name: self._rank_of(name) for name in names}
         uniform = self._rank if options.merge and options.rank is not None else None
         self.layout = choose_layout(source.table, self._ranks, options.profile, rank=uniform)  # type: ignore[arg-type]
+        self._hashes: dict[str, str] = {}  # of files beside the tensors
+        if options.gguf is not None:
+            self._gguf_names = gguf_names(options.gguf, {name: self._table[name] for name in self.layout.ranks})
 
     @property
     def merged(self) -> bool:
@@ -207,6 +228,10 @@ class _Plan:
         path = folder / self.layout.tensor_file
         write_tensors(path, self._shapes(), self.dtype, tensor)
         certificate = Certificate(tuple(certificates), self._read_back(path))
+        if self._options.gguf is not None:
+            self._hashes[GGUF_FILE] = write_gguf(
+                folder / GGUF_FILE, self._options.gguf, self._gguf_names, path, self.layout.places(self._table)
+            )
         config = self.layout.config(self._source.base_id, self._table)
         write_file(folder / CONFIG_FILE, _json(config))
         write_file(folder / CERTIFICATE_FILE, _json(self._document(certificate)))
@@ -249,7 +274,7 @@ class _Plan:
                 "dtype": str(self.dtype).removeprefix("torch."),
             },
             "certificate": {
-                "sha256": {self.layout.tensor_file: certificate.sha256},
+                "sha256": {self.layout.tensor_file: certificate.sha256, **self._hashes},
                 "largest_relative_error": certificate.largest_error,
                 "modules": [dataclasses.asdict(module) for module in certificate.modules],
             },
@@ -261,6 +286,7 @@ class _Plan:
         rank = self._rank if chosen.merge else chosen.rank
         for name, value in (("rank", rank), ("dtype", chosen.dtype), ("profile", chosen.profile)):
             words += [] if value is None else [f" --{name} {value}"]
+        words += [] if chosen.gguf is None else [" --gguf"]
         return "".join(words)
 
 

@@ -83,6 +83,7 @@ def export_method(
     rank: int | None = None,
     dtype: str | None = None,
     profile: str | None = None,
+    gguf: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -101,6 +102,7 @@ def export_method(
         base: a Hub id or directory, None for what recipe or adapters name.
         base_revision: of a base on the Hub.
         merge, rank, dtype, profile: as in `ExportOptions`.
+        gguf: write a GGUF file as well.
         force: replace an existing adapter directory.
         progress: told how far it is.
     Raises:
@@ -122,6 +124,11 @@ def export_method(
         table = BaseTable(loaded.base.id, loaded.modules)
         if base is None and loaded.base.commit is not None:
             base, base_revision = loaded.base.id, base_revision or loaded.base.commit
+    if gguf:
+        from loracli.export.gguf_base import find_llama_cpp_base
+
+        found = find_llama_cpp_base(base or table.id, revision=base_revision, progress=progress)
+        options = replace(options, gguf=found)
     weights = None if method.weights is None else method.weights(len(read))
     if fit_data is not None:
         from loracli.comparison.searched import searched_weights

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.base_claim import BaseClaim, agreed_base
-from loracli.adapters.hub.contents import ADAPTER, ADAPTER_FILES, BASE, PICKLE_NAME, check_adapter
+from loracli.adapters.hub.contents import (
+    ADAPTER,
+    ADAPTER_FILES,
+    BASE,
+    BASE_CONFIG_ALONE,
+    PICKLE_NAME,
+    check_adapter,
+)
 from loracli.adapters.hub.source import FetchedFile, Source
 from loracli.adapters.hub.transfer import fetch
 from loracli.adapters.names import CONFIG_FILE
@@ -144,6 +151,26 @@ def fetch_base(
         force=force,
         dry_run=dry_run,
         endpoint=endpoint,
+        progress=progress,
+    )
+    copy = fetch(source)
+    return FetchedBase(repo_id, copy.path, copy.commit, copy.files)
+
+
+def fetch_base_config(repo_id: str, *, revision: str | None = None, progress: Progress = SILENT) -> FetchedBase:
+    """Brings the config.json of a base model, and no weights; errors as for `fetch_base`."""
+    source = Source(
+        kind=BASE_CONFIG_ALONE,
+        repo_id=repo_id,
+        revision=revision,
+        folder="",
+        text=repo_id,
+        cache_dir=None,
+        local_dir=None,
+        token=None,
+        force=False,
+        dry_run=False,
+        endpoint=None,
         progress=progress,
     )
     copy = fetch(source)
