@@ -1,16 +1,12 @@
-"""The base model's config, which a GGUF adapter needs and nothing else of an export does: found without any weight."""
+"""How llama.cpp has the base model of an export, from the base's config: a GGUF adapter needs that, and nothing else of
+an export does."""
 
 from __future__ import annotations
 
-from hashlib import sha256
-from pathlib import Path
-
-from loracli.adapters.base_claim import is_path
-from loracli.adapters.hub import fetch_base_config
-from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UsageError
+from loracli.errors import BaseModelMismatch
 from loracli.export.gguf_file import load_gguf
 from loracli.export.llama_cpp import LlamaCppBase, llama_cpp_base
-from loracli.fitting.base import BaseReference, plan_base
+from loracli.fitting.base_config import WAY_OUT, plan_from_config
 from loracli.progress import SILENT, Progress
 
 
@@ -29,27 +25,13 @@ def find_llama_cpp_base(
         config_sha256: that the config has to have, None for any.
         progress: told of a download.
     Raises:
-        UsageError: if the gguf package is not installed, or there is no such directory.
+        UsageError: if the gguf package is not installed; others as of `plan_from_config`.
         BaseModelMismatch: if the config is another one, or its architecture cannot be had.
-        InputError, HubUnreachable: if the Hub does not give the config.
     """
     load_gguf()
-    way_out = "give a directory that holds the base's config.json with --base"
-    local = Path(base).expanduser()
-    if local.is_dir():
-        path = local
-    elif is_path(base):
-        raise UsageError(f"the base model {base} is no directory")
-    else:
-        try:
-            path = fetch_base_config(base, revision=revision, progress=progress).path
-        except (HubUnreachable, InputError) as error:
-            error.hint = "; ".join(filter(None, [error.hint, way_out]))
-            raise
-    file = path / "config.json"
-    if not file.is_file():
-        raise UsageError(f"the base model {base} has no config.json", hint=way_out)
-    if config_sha256 not in (None, sha256(file.read_bytes()).hexdigest()):
-        raise BaseModelMismatch(f"{file} is not the config of the base that the recipe was fitted on", hint=way_out)
-    plan = plan_base(BaseReference(base, path, None), device="cpu")
+    plan, found = plan_from_config(base, revision=revision, progress=progress)
+    if config_sha256 not in (None, found):
+        raise BaseModelMismatch(
+            f"the config.json of {base} is not the config of the base that the recipe was fitted on", hint=WAY_OUT
+        )
     return llama_cpp_base(type(plan.skeleton).__name__, plan.config)
