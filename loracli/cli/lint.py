@@ -49,7 +49,7 @@ def lint(
     out.line(f"{directory}: {found.modules} modules, rank up to {found.rank}, {found.layout} layout")
     for server in found.servers:
         words, style = SAID[server.verdict]
-        out.value(f"{server.id}\t{server.verdict}")
+        out.value(f"{server.id} {server.verdict}")
         out.line()
         out.line(f"{server.name} ({server.versions}) {words}", style=style)
         for violation in server.violations:
