@@ -152,6 +152,8 @@ def export(
     out.value(str(exported.path))
     if layout.profile == "peft" and layout.reason:
         out.warn(f"written for PEFT and vLLM only: {layout.reason}")
+    if layout.profile == "portable" and layout.alone:
+        out.warn(f"SGLang will not take {', '.join(layout.alone)}, which it stacks with each other")
     needed = max(module.rank for module in certificate.modules)
     if exported.merged and layout.rank > needed:
         out.warn(f"no module needs more than rank {needed}; up to {layout.rank} it is filled with zeros")

@@ -235,6 +235,12 @@ def _servers(layout: Layout) -> list[str]:
             f"It adapts {', '.join(embeddings)}: PEFT and vLLM read that; for other servers look it up first.",
             "",
         ]
+    if layout.alone:
+        return [
+            f"It adapts {', '.join(layout.alone)}: PEFT, vLLM, TGI and llama.cpp's converter read that, SGLang stacks",
+            "the two and does not.",
+            "",
+        ]
     return [
         "The layout keeps to what PEFT, vLLM, SGLang, TGI and llama.cpp's converter have in common: one rank,",
         "scaling 1, no patterns. It was tested by loading with PEFT.",

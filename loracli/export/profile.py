@@ -72,6 +72,17 @@ class Layout:
         }
 
     @property
+    def alone(self) -> tuple[str, ...]:
+        """Modules that lack the one that SGLang stacks them with, as `q_proj without v_proj`.
+
+        It refuses the first of these and leaves the others out (sglang 0.5.23, srt/lora/lora.py, normalize_qkv_proj
+        and normalize_gate_up_proj).
+        """
+        found = {leaf(name) for name in self.ranks}
+        stacked = {"q_proj": "v_proj", "v_proj": "q_proj", "k_proj": "q_proj", "up_proj": "gate_proj"}
+        return tuple(f"{one} without {other}" for one, other in stacked.items() if one in found and other not in found)
+
+    @property
     def tensor_file(self) -> str:
         """The file that the tensors go into."""
         return MLX_TENSOR_FILE if self.profile == "mlx" else TENSOR_FILE

@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from loracli.adapters.base_claim import is_path
-from loracli.adapters.hub import fetch_base_config
+from loracli.adapters.hub import fetch_base
 from loracli.errors import HubUnreachable, InputError, UsageError
 from loracli.fitting.base import BasePlan, BaseReference, plan_base
 from loracli.progress import SILENT, Progress
@@ -33,7 +33,7 @@ def plan_from_config(base: str, *, revision: str | None = None, progress: Progre
         raise UsageError(f"the base model {base} is no directory", hint=WAY_OUT)
     else:
         try:
-            path = fetch_base_config(base, revision=revision, progress=progress).path
+            path = fetch_base(base, revision=revision, config_alone=True, progress=progress).path
         except (HubUnreachable, InputError) as error:
             error.hint = "; ".join(filter(None, [error.hint, WAY_OUT]))
             raise

@@ -128,19 +128,20 @@ def fetch_base(
     token: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    config_alone: bool = False,
     endpoint: str | None = None,
     progress: Progress = SILENT,
 ) -> FetchedBase:
     """Brings a base model to this machine: config, tokenizer, chat template and safetensors of the top level.
 
-    Never code, pickle or GGUF files. Arguments as for `fetch_adapter`.
+    Never code, pickle or GGUF files. Arguments as for `fetch_adapter`; with `config_alone` its config.json and no more.
 
     Raises:
         InputError: no such repository or revision, no safetensors in it, or it is an adapter itself.
         AccessDenied, HubUnreachable, IntegrityError, OutOfResources: the Hub or the disk does not give the files.
     """
     source = Source(
-        kind=BASE,
+        kind=BASE_CONFIG_ALONE if config_alone else BASE,
         repo_id=repo_id,
         revision=revision,
         folder="",
@@ -151,26 +152,6 @@ def fetch_base(
         force=force,
         dry_run=dry_run,
         endpoint=endpoint,
-        progress=progress,
-    )
-    copy = fetch(source)
-    return FetchedBase(repo_id, copy.path, copy.commit, copy.files)
-
-
-def fetch_base_config(repo_id: str, *, revision: str | None = None, progress: Progress = SILENT) -> FetchedBase:
-    """Brings the config.json of a base model, and no weights; errors as for `fetch_base`."""
-    source = Source(
-        kind=BASE_CONFIG_ALONE,
-        repo_id=repo_id,
-        revision=revision,
-        folder="",
-        text=repo_id,
-        cache_dir=None,
-        local_dir=None,
-        token=None,
-        force=False,
-        dry_run=False,
-        endpoint=None,
         progress=progress,
     )
     copy = fetch(source)
