@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.tensor_file import open_tensor_file
+from loracli.adapters.tensor_file import TensorFile, open_tensor_file
 from loracli.errors import UsageError
 from loracli.export.llama_cpp import LlamaCppBase
 from loracli.export.place import Place
@@ -94,19 +94,25 @@ def write_gguf(
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with file.reader() as reader:
-            for name in order:
-                place = places[name]
-                factor = place.factor_of(reader.read(name))
-                if place.side == "B":
-                    factor = base.lora_b(place.module, factor)
-                elif _flipped(place, names):
-                    factor = factor.T
-                _write(writer, factor)
+        for name, tensor in _read(file, order):
+            place = places[name]
+            factor = place.factor_of(tensor)
+            if place.side == "B":
+                factor = base.lora_b(place.module, factor)
+            elif _flipped(place, names):
+                factor = factor.T
+            _write(writer, factor)
         writer.flush()
     finally:
         writer.close()
     return _flush(path)
+
+
+def _read(file: TensorFile, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors one by one; what goes wrong with writing them is none of the reader's errors."""
+    with file.reader() as reader:
+        for name in names:
+            yield name, reader.read(name)
 
 
 def _flipped(place: Place, names: Mapping[str, str]) -> bool:

@@ -5,7 +5,6 @@ Only the config and the headers of the tensors are read, with limits; a config's
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from loracli.strict_json import StrictJsonError, parse_json
 
 AdapterLayout = Literal["peft", "mlx"]
 MAX_DIMENSIONS = 8
+MAX_SIZE = 1 << 48  # of a dimension
 MAX_CERTIFICATE_BYTES = 64 << 20
 
 _PEFT = re.compile(r"(?P<module>.+?)\.(lora_(?P<side>[AB])(\.default)?\.weight|lora_embedding_(?P<embedding>[AB]))")
@@ -114,9 +114,9 @@ class AdapterFiles:
         if not {GGUF_FILE, CERTIFICATE_FILE} <= self.names:
             return False
         try:
-            document = json.loads(_read(self.path / CERTIFICATE_FILE, MAX_CERTIFICATE_BYTES))
+            document = parse_json(_read(self.path / CERTIFICATE_FILE, MAX_CERTIFICATE_BYTES))
             recorded = document["certificate"]["sha256"][GGUF_FILE]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (StrictJsonError, KeyError, TypeError):
             return False
         digest = sha256()
         with open_regular(self.path / GGUF_FILE) as file:
@@ -169,7 +169,7 @@ def read_headers(path: Path) -> dict[str, Header]:
             isinstance(dtype, str)
             and isinstance(shape, list)
             and len(shape) <= MAX_DIMENSIONS
-            and all(type(n) is int and n >= 0 for n in shape)
+            and all(type(n) is int and 0 <= n < MAX_SIZE for n in shape)
         ):
             raise MalformedAdapter(f"the tensor {name!r} has no dtype and shape", where=str(path))
         found[name] = Header(dtype, tuple(shape))

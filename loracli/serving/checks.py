@@ -19,7 +19,7 @@ from loracli.serving.adapter_files import AdapterFiles
 from loracli.serving.base_facts import BaseFacts
 
 Check = Callable[..., Iterator[str]]
-MAX_MATCHES = 20_000_000  # of patterns with modules: a hostile config makes as many of both as it can
+MAX_MATCHES = 1_000_000  # of patterns with modules: a hostile config makes as many of both as it can
 
 _FORMS = {
     "lora": r".+\.lora_[AB]\.weight",
@@ -47,7 +47,9 @@ def _field(config: Mapping[str, Any], name: str) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """A number as a float; None for anything else, and for a whole number beyond a float's range."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if fits else None
 
 
 def required(files: AdapterFiles, base: BaseFacts | None, *, fields: Sequence[str]) -> Iterator[str]:

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from loracli.errors import BaseModelMismatch, UsageError
+from loracli.errors import BaseModelMismatch, OutOfResources, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.llama_cpp import ARCHITECTURES, LlamaCppBase
 from loracli.export.method import export_method
 from loracli.recipe import Recipe
+from tests.cli.project import run
 from tests.export.test_export import CASES, Made
 from tests.export.test_mlx import exact
 from tests.tiny import make_adapter, make_base
@@ -172,6 +173,28 @@ def test_a_method_writes_one_too_with_the_same_bytes_each_time(tmp_path: Path) -
         export_method("sum", tmp_path / out, adapters=[str(adapter)], base=str(base), gguf=True)
     first, second = ((tmp_path / out / "adapter.gguf").read_bytes() for out in ("one", "two"))
     assert first == second
+
+
+def test_the_command_takes_a_base_for_gguf_alone(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    words = ["export", "--method", "sum", "--adapters", str(make_adapter(tmp_path / "adapter", base)), "--json"]
+    done = run(*words, "-o", str(tmp_path / "out"), "--base", str(base), "--gguf")
+    assert done.exit_code == 0, done.stdout
+    assert Path(json.loads(done.stdout)["gguf"]) == tmp_path / "out" / "adapter.gguf"
+    assert "--gguf" in (tmp_path / "out" / "README.md").read_text()
+    assert run("export", "nothing.json", "--base", str(base)).exit_code == 2
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made(tmp_path, "plain")
+
+    def full(*args: Any) -> None:
+        raise OSError("1024 requested and 0 written")  # as numpy says it
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(OutOfResources):
+        export_adapter(recipe_of(made), tmp_path / "out", gguf=True, base=str(made.base))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
