@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loracli.fitting.settings import FitSettings
     from loracli.recipe import Recipe, load_recipe
     from loracli.report.report import write_report
+    from loracli.serving.lint import Lint, lint_adapter
 
 _HOMES = {
     "CompareSettings": "loracli.comparison.settings",
@@ -39,6 +40,7 @@ _HOMES = {
     "Exported": "loracli.export.export",
     "Fetched": "loracli.adapters.hub",
     "FitSettings": "loracli.fitting.settings",
+    "Lint": "loracli.serving.lint",
     "LoraAdapter": "loracli.adapters.adapter",
     "LoracatError": "loracli.errors",
     "MethodOptions": "loracli.algebra.methods.method",
@@ -50,6 +52,7 @@ _HOMES = {
     "fetch_adapter": "loracli.adapters.hub",
     "fit_mixing": "loracli.fitting.run",
     "inspect_adapters": "loracli.adapters.summary",
+    "lint_adapter": "loracli.serving.lint",
     "load_recipe": "loracli.recipe",
     "read_adapter": "loracli.adapters.adapter",
     "write_report": "loracli.report.report",
@@ -62,6 +65,7 @@ __all__ = [
     "Exported",
     "Fetched",
     "FitSettings",
+    "Lint",
     "LoraAdapter",
     "LoracatError",
     "MethodOptions",
@@ -73,6 +77,7 @@ __all__ = [
     "fetch_adapter",
     "fit_mixing",
     "inspect_adapters",
+    "lint_adapter",
     "load_recipe",
     "read_adapter",
     "write_report",

@@ -31,6 +31,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 MLX_TENSOR_FILE = "adapters.safetensors"
 TENSOR_FILES = (TENSOR_FILE, MLX_TENSOR_FILE)
+GGUF_FILE = "adapter.gguf"
 
 PREFIX = "base_model.model."
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from loracli.adapters.names import GGUF_FILE
 from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt
 from loracli.cli._output import Output
 from loracli.progress import amount_text
@@ -61,7 +62,9 @@ def export(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="MODEL", help="With --method: Hub id or directory; default: what adapters name"),
+        typer.Option(
+            "--base", metavar="MODEL", help="With --method or --gguf: Hub id or directory; default: what adapters name"
+        ),
     ] = None,
     base_revision: Annotated[
         str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
@@ -74,7 +77,7 @@ def export(
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option("--profile", metavar="NAME", help="portable or peft; default: portable where possible."),
+        typer.Option("--profile", metavar="NAME", help="portable, peft or mlx; default: portable where possible."),
     ] = None,
     modules_to_save: Annotated[
         str | None,
@@ -84,6 +87,9 @@ def export(
             help="With --method: modules that adapters saved whole: pick:NAME, average, refuse; default: the recipe's.",
         ),
     ] = None,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Write adapter.gguf for llama.cpp as well; needs the extra loracat[gguf].")
+    ] = False,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -97,19 +103,26 @@ def export(
 
     out = Output(as_json=as_json, quiet=quiet)
     directory = output or Path(f"adapter-{method or ('merged' if merge else 'cat')}")
-    written: dict[str, Any] = {"merge": merge, "rank": rank, "dtype": dtype, "profile": profile, "force": force}
+    written: dict[str, Any] = {
+        "merge": merge,
+        "rank": rank,
+        "dtype": dtype,
+        "profile": profile,
+        "gguf": gguf,
+        "force": force,
+    }
     options = MethodOptions(density, scale, seed)
     if method is None:
         if modules_to_save is not None:
             raise UsageError(
                 "--modules-to-save was settled when the recipe was fitted", hint="leave it out, or fit again with it"
             )
-        if options != MethodOptions() or fit_data or base or base_revision:
+        if options != MethodOptions() or fit_data or base_revision or (base and not gguf):
             raise UsageError(
                 "--density, --scale, --seed, --fit-data and --base are for a method", hint="name it with --method"
             )
         loaded = recipe or Path("recipe.json")
-        exported = export_adapter(loaded, directory, adapters=adapters or (), progress=out, **written)
+        exported = export_adapter(loaded, directory, adapters=adapters or (), base=base, progress=out, **written)
     else:
         check_options(options)
         exported = export_method(
@@ -134,6 +147,7 @@ def export(
             "merged": exported.merged,
             "rank": layout.rank,
             "dtype": str(exported.dtype).removeprefix("torch."),
+            "gguf": str(exported.path / GGUF_FILE) if gguf else None,
             "size_bytes": exported.size_bytes,
             "largest_relative_error": certificate.largest_error,
             "mean_kept_energy": certificate.mean_energy,
@@ -151,6 +165,8 @@ def export(
     out.value(str(exported.path))
     if layout.profile == "peft" and layout.reason:
         out.warn(f"written for {layout.readers} only: {layout.reason}")
+    if layout.profile == "portable" and layout.alone:
+        out.warn(f"SGLang will not take {', '.join(layout.alone)}, which it stacks with each other")
     needed = max(module.rank for module in certificate.modules)
     if exported.merged and layout.rank > needed:
         out.warn(f"no module needs more than rank {needed}; up to {layout.rank} it is filled with zeros")
@@ -159,6 +175,8 @@ def export(
         f"  rank {layout.rank}, {len(layout.ranks)} modules, {str(exported.dtype).removeprefix('torch.')}, "
         f"{amount_text(exported.size_bytes, 'B')}, profile {layout.profile}"
     )
+    if gguf:
+        out.line(f"  {GGUF_FILE} for llama.cpp: llama-server --lora {exported.path / GGUF_FILE}")
     if exported.merged:
         low = sorted(certificate.modules, key=lambda module: module.kept_energy)[:5]
         out.line(
@@ -173,4 +191,7 @@ def export(
         out.line(
             f"  exact to {certificate.largest_error:.1e}, the rounding of {str(exported.dtype).removeprefix('torch.')}"
         )
-    out.hint(f'PeftModel.from_pretrained(base_model, "{exported.path}")')
+    if layout.profile == "mlx":
+        out.hint(f"mlx_lm.generate --model BASE --adapter-path {exported.path} --prompt ...")
+    else:
+        out.hint(f'PeftModel.from_pretrained(base_model, "{exported.path}")')

@@ -6,6 +6,7 @@ No local path appears: a local ingredient goes by the name of its directory and 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -86,7 +87,7 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
     title = f"compressed to rank {layout.rank}" if merged else f"of rank {layout.rank}"
     return "\n".join(
         [
-            *_front_matter(text.base_id),
+            *_front_matter(text.base_id, "mlx" if layout.profile == "mlx" else "peft"),
             f"# LoRA adapter composed of {text.adapters}, {title}",
             "",
             f"One LoRA adapter for `{text.base_id}` that carries the skills of its ingredients.",
@@ -105,10 +106,7 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
             "",
             "## Use",
             "",
-            "```python",
-            "from peft import PeftModel",
-            'model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")',
-            "```",
+            *_use(text.base_id, layout),
             "",
             *_servers(layout),
             f"Repeat it with `{text.repeat}{options}`; {text.origin[0]}",
@@ -149,13 +147,25 @@ def _tensors(recipe: Recipe) -> list[str]:
     return [f"It takes a file of tensors beside it, which is not here: sha256 `{recipe.mixing.tensors_sha256}`."]
 
 
-def _front_matter(base_id: str) -> list[str]:
+def _use(base_id: str, layout: Layout) -> list[str]:
+    if layout.profile == "mlx":
+        base = base_id if re.fullmatch(r"[\w./-]+", base_id, re.ASCII) else "BASE"
+        return ["```bash", f"mlx_lm.generate --model {base} --adapter-path path/to/this/adapter --prompt ...", "```"]
+    return [
+        "```python",
+        "from peft import PeftModel",
+        'model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")',
+        "```",
+    ]
+
+
+def _front_matter(base_id: str, library: str) -> list[str]:
     tags = ["lora", "transformers", "loracat", "merge", f"base_model:adapter:{base_id}"]
     return [
         "---",
         f"base_model: {json.dumps(base_id)}",
         "base_model_relation: adapter",
-        "library_name: peft",
+        f"library_name: {library}",
         "pipeline_tag: text-generation",
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in tags),
@@ -211,6 +221,8 @@ def _held_out(recipe: Recipe) -> list[str]:
 def _servers(layout: Layout) -> list[str]:
     kinds = {name.rpartition(".")[2] for name in layout.ranks}
     embeddings = sorted(kinds & {"embed_tokens", "lm_head", "wte", "wpe"})
+    if layout.profile == "mlx":
+        return ["This adapter is in the layout of mlx-lm; nothing else reads it.", ""]
     if layout.profile == "peft":
         if layout.readers == "PEFT":
             return [f"Only PEFT reads this adapter: {layout.reason}.", ""]
@@ -222,6 +234,12 @@ def _servers(layout: Layout) -> list[str]:
     if embeddings:
         return [
             f"It adapts {', '.join(embeddings)}: PEFT and vLLM read that; for other servers look it up first.",
+            "",
+        ]
+    if layout.alone:
+        return [
+            f"It adapts {', '.join(layout.alone)}: PEFT, vLLM, TGI and llama.cpp's converter read that, SGLang stacks",
+            "the two and does not.",
             "",
         ]
     return [

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.names import CONFIG_FILE, PREFIX, TENSOR_FILE, format_tensor_name, parse_tensor_name
+from loracli.adapters.names import CONFIG_FILE, GGUF_FILE, PREFIX
 from loracli.adapters.saved_modules import saved_modules
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank, relative_error
@@ -28,7 +28,9 @@ from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.card import model_card
 from loracli.export.certificate import Certificate, ModuleCertificate
+from loracli.export.gguf_file import gguf_names, write_gguf
 from loracli.export.ingredients import read_ingredients, recorded_policy
+from loracli.export.llama_cpp import LlamaCppBase
 from loracli.export.profile import PROFILES, Layout, choose_layout
 from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
@@ -70,13 +72,15 @@ class ExportOptions:
             `merge`, and what the method says otherwise.
         dtype: float32, float16 or bfloat16; None is the widest of the ingredients' dtypes, and float32 for trained
             factors.
-        profile: `portable` or `peft`; None is portable where that is possible.
+        profile: `portable`, `peft` or `mlx`; None is portable where that is possible.
+        gguf: how llama.cpp has the base, to write a GGUF file as well; None for none.
     """
 
     merge: bool = False
     rank: int | None = None
     dtype: str | None = None
     profile: str | None = None
+    gguf: LlamaCppBase | None = None
 
     def check(self, *, cuts: bool = False) -> None:
         """Raises UsageError for options that contradict each other or are out of their range."""
@@ -99,6 +103,8 @@ def export_adapter(
     adapters: Sequence[str] = (),
     dtype: str | None = None,
     profile: str | None = None,
+    gguf: bool = False,
+    base: str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -109,6 +115,8 @@ def export_adapter(
         output: the directory to make.
         merge, rank, dtype, profile: as in `ExportOptions`.
         adapters: where the ingredients are now, in the recipe's order; empty for where the recipe says.
+        gguf: write a GGUF file as well.
+        base: where the base's config.json is, for `gguf`; None for the recipe's base on the Hub or in its cache.
         force: replace an existing adapter directory.
         progress: told how far it is.
     Raises:
@@ -122,6 +130,16 @@ def export_adapter(
     check_free(Path(output), force=force)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    if gguf:
+        from loracli.export.gguf_base import find_llama_cpp_base
+
+        found = find_llama_cpp_base(
+            base or recipe.base.id,
+            revision=recipe.base.commit,
+            config_sha256=recipe.base.config_sha256,
+            progress=progress,
+        )
+        options = dataclasses.replace(options, gguf=found)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
     saved = saved_modules(recorded_policy(recipe), ingredients)
     source = RecipeSource(recipe, ingredients, saved)
@@ -171,6 +189,12 @@ class _Plan:
             lora_bias=biased,
             saved=() if source.saved is None else source.saved.modules,
         )
+        self._hashes: dict[str, str] = {}  # of files beside the tensors
+        if options.gguf is not None:
+            if self.layout.lora_bias or self.layout.modules_to_save:
+                kept = "lora_bias" if self.layout.lora_bias else "modules_to_save"
+                raise UsageError(f"a GGUF adapter cannot hold the {kept} of this composition", hint="leave out --gguf")
+            self._gguf_names = gguf_names(options.gguf, {name: self._table[name] for name in self.layout.ranks})
 
     @property
     def merged(self) -> bool:
@@ -208,22 +232,24 @@ class _Plan:
     def write(self, folder: Path) -> tuple[Certificate, int]:
         certificates: list[ModuleCertificate] = []
         factors: dict[str, Factors] = {}  # of the module being written
+        places = self.layout.places(self._table)
 
         def tensor(name: str) -> Tensor:
             if name in self._whole:
                 return self._saved_parameter(self._whole[name])
-            parsed = parse_tensor_name(name, where=TENSOR_FILE)
-            if parsed.module not in factors:
+            place = places[name]
+            if place.module not in factors:
                 factors.clear()
-                factors[parsed.module] = self._factors(parsed.module, certificates)
-            update = factors[parsed.module]
-            if parsed.part == "lora_bias":
-                return update.lora_B.new_zeros(update.out_features) if update.bias is None else update.bias
-            return update.lora_A if parsed.part.endswith("A") else update.lora_B
+                factors[place.module] = self._factors(place.module, certificates)
+            return place.tensor_of(factors[place.module])
 
-        path = folder / TENSOR_FILE
+        path = folder / self.layout.tensor_file
         write_tensors(path, self._shapes(), self.dtype, tensor)
         certificate = Certificate(tuple(certificates), self._read_back(path))
+        if self._options.gguf is not None:
+            self._hashes[GGUF_FILE] = write_gguf(
+                folder / GGUF_FILE, self._options.gguf, self._gguf_names, path, self.layout.places(self._table)
+            )
         config = self.layout.config(self._source.base_id, self._table)
         write_file(folder / CONFIG_FILE, _json(config))
         write_file(folder / CERTIFICATE_FILE, _json(self._document(certificate)))
@@ -235,17 +261,7 @@ class _Plan:
         return certificate, path.stat().st_size
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, rank in self.layout.ranks.items():
-            module = self._table[name]
-            embedding = module.kind == "embedding"
-            shapes[format_tensor_name(name, "lora_embedding_A" if embedding else "lora_A")] = (rank, module.in_features)
-            shapes[format_tensor_name(name, "lora_embedding_B" if embedding else "lora_B")] = (
-                module.out_features,
-                rank,
-            )
-            if self.layout.lora_bias:
-                shapes[format_tensor_name(name, "lora_bias")] = (module.out_features,)
+        shapes: dict[str, tuple[int, ...]] = {n: place.shape for n, place in self.layout.places(self._table).items()}
         saved = self._source.saved
         return shapes if saved is None else shapes | {n: saved.shapes[path] for n, path in self._whole.items()}
 
@@ -291,7 +307,7 @@ class _Plan:
                 "dtype": str(self.dtype).removeprefix("torch."),
             },
             "certificate": {
-                "sha256": {TENSOR_FILE: certificate.sha256},
+                "sha256": {self.layout.tensor_file: certificate.sha256, **self._hashes},
                 "largest_relative_error": certificate.largest_error,
                 "modules": [dataclasses.asdict(module) for module in certificate.modules],
             },
@@ -303,6 +319,7 @@ class _Plan:
         rank = self._rank if chosen.merge else chosen.rank
         for name, value in (("rank", rank), ("dtype", chosen.dtype), ("profile", chosen.profile)):
             words += [] if value is None else [f" --{name} {value}"]
+        words += [] if chosen.gguf is None else [" --gguf"]
         return "".join(words)
 
 

@@ -85,6 +85,7 @@ def export_method(
     dtype: str | None = None,
     profile: str | None = None,
     modules_to_save: str | None = None,
+    gguf: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -104,6 +105,7 @@ def export_method(
         base_revision: of a base on the Hub.
         merge, rank, dtype, profile: as in `ExportOptions`.
         modules_to_save: `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse` without one.
+        gguf: write a GGUF file as well.
         force: replace an existing adapter directory.
         progress: told how far it is.
     Raises:
@@ -133,6 +135,11 @@ def export_method(
         if base is None and loaded.base.commit is not None:
             base, base_revision = loaded.base.id, base_revision or loaded.base.commit
     saved = saved_modules(policy, read, progress=progress)
+    if gguf:
+        from loracli.export.gguf_base import find_llama_cpp_base
+
+        found = find_llama_cpp_base(base or table.id, revision=base_revision, progress=progress)
+        options = replace(options, gguf=found)
     weights = None if method.weights is None else method.weights(len(read))
     if fit_data is not None:
         from loracli.comparison.searched import searched_weights

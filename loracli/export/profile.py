@@ -8,6 +8,8 @@ leaves them nothing to differ on.
 
 `peft` keeps each module at its own rank through rank_pattern and alpha_pattern with escaped full names, which PEFT and
 vLLM read.
+
+`mlx` is what mlx-lm reads: another file, other names, transposed factors, one rank (export/mlx.py).
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from loracli.adapters.names import leaf
+from loracli.adapters.names import MLX_TENSOR_FILE, TENSOR_FILE, format_tensor_name, leaf
 from loracli.errors import UsageError
+from loracli.export.mlx import mlx_config, mlx_obstacle
+from loracli.export.place import Place
 from loracli.recipe import BaseModule
 
-ProfileName = Literal["portable", "peft"]
+ProfileName = Literal["portable", "peft", "mlx"]
 PROFILES: tuple[ProfileName, ...] = get_args(ProfileName)
 
 
@@ -33,7 +37,7 @@ class Layout:
         profile: which rules.
         ranks: of every module in the file, including those that are all zeros.
         rank: `r` and `lora_alpha` of the config.
-        targets: `target_modules`.
+        targets: `target_modules`, or MLX's `keys`.
         reason: why it is not portable, None if it is.
         lora_bias: whether every linear layer has a bias on lora_B.
         modules_to_save: modules that replace the base's.
@@ -54,6 +58,8 @@ class Layout:
 
     def config(self, base: str, modules: Mapping[str, BaseModule]) -> dict[str, Any]:
         """`adapter_config.json`, with long-standing keys only: older readers refuse others."""
+        if self.profile == "mlx":
+            return mlx_config(base, self.targets, self.rank)
         odd = {} if self.profile == "portable" else {n: r for n, r in self.ranks.items() if r != self.rank}
         patterns: dict[str, int] = {"^" + re.escape(name): rank for name, rank in sorted(odd.items())}
         newer = {"lora_bias": True} if self.lora_bias else {}
@@ -76,6 +82,42 @@ class Layout:
             "use_rslora": False,
         }
 
+    @property
+    def alone(self) -> tuple[str, ...]:
+        """Modules that lack the one that SGLang stacks them with, as `q_proj without v_proj`.
+
+        It refuses the first of these and leaves the others out (sglang 0.5.23, srt/lora/lora.py, normalize_qkv_proj
+        and normalize_gate_up_proj).
+        """
+        found = {leaf(name) for name in self.ranks}
+        stacked = {"q_proj": "v_proj", "v_proj": "q_proj", "k_proj": "q_proj", "up_proj": "gate_proj"}
+        return tuple(f"{one} without {other}" for one, other in stacked.items() if one in found and other not in found)
+
+    @property
+    def tensor_file(self) -> str:
+        """The file that the tensors go into."""
+        return MLX_TENSOR_FILE if self.profile == "mlx" else TENSOR_FILE
+
+    def places(self, modules: Mapping[str, BaseModule]) -> dict[str, Place]:
+        """Every tensor of the file, by name."""
+        mlx = self.profile == "mlx"
+        found: dict[str, Place] = {}
+        for name, rank in self.ranks.items():
+            module = modules[name]
+            embedding = module.kind == "embedding"
+            if mlx:
+                names = f"{name}.lora_a", f"{name}.lora_b"
+            else:
+                names = (
+                    format_tensor_name(name, "lora_embedding_A" if embedding else "lora_A"),
+                    format_tensor_name(name, "lora_embedding_B" if embedding else "lora_B"),
+                )
+            found[names[0]] = Place(name, "A", (rank, module.in_features), transposed=mlx)
+            found[names[1]] = Place(name, "B", (module.out_features, rank), transposed=mlx)
+            if self.lora_bias:
+                found[format_tensor_name(name, "lora_bias")] = Place(name, "bias", (module.out_features,))
+        return found
+
 
 def choose_layout(
     modules: Sequence[BaseModule],
@@ -92,11 +134,11 @@ def choose_layout(
         modules: every module of the base that goes by the last name of a changed one.
         ranks: of the modules that the composition changes.
         profile: asked for; None is portable where possible.
-        rank: `r` of a portable layout; None is the largest of `ranks`.
+        rank: `r` of a layout with one rank; None is the largest of `ranks`.
         lora_bias: the ingredient that has biases on lora_B, None without one.
         saved: modules that replace the base's.
     Raises:
-        UsageError: if portable was asked for and cannot be, with the reason, or no layout can hold the composition.
+        UsageError: if portable or mlx was asked for and cannot be, with the reason, or no layout can hold this.
     """
     kinds = {module.name: module.kind for module in modules}
     embedding = next((name for name in sorted(ranks) if kinds[name] == "embedding"), None)
@@ -105,6 +147,16 @@ def choose_layout(
             f"{lora_bias} has lora_bias, which PEFT has not beside an adapted embedding, and {embedding} is one",
             hint="compose it with adapters that leave embeddings alone",
         )
+    if profile == "mlx":
+        unheld = mlx_obstacle(modules, ranks)
+        if lora_bias:
+            unheld = f"{lora_bias} has lora_bias"
+        if saved:
+            unheld = f"it replaces {saved[0]} as one of its modules_to_save"
+        if unheld:
+            raise UsageError(f"the mlx profile is impossible: {unheld}", hint="leave that module out, or use peft")
+        uniform = rank or max(ranks.values())
+        return Layout("mlx", dict.fromkeys(sorted(ranks), uniform), uniform, tuple(sorted(ranks)))
     obstacle = portable_obstacle(modules, ranks)
     if lora_bias:
         obstacle = "an adapter has lora_bias, which PEFT alone reads"

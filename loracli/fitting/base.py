@@ -253,7 +253,7 @@ def base_modules(model: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[Bas
     found = []
     for name, module in model.named_modules():
         if name and leaf(name) in leaves:
-            kind, in_features, out_features = _kind_and_shape(module)
+            kind, in_features, out_features = kind_and_shape(module)
             found.append(BaseModule(name, kind, in_features, out_features))
     return tuple(found)
 
@@ -311,7 +311,7 @@ def _cpu_has_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def _kind_and_shape(module: nn.Module) -> tuple[ModuleKind, int, int]:
+def kind_and_shape(module: nn.Module) -> tuple[ModuleKind, int, int]:
     from transformers.pytorch_utils import Conv1D
 
     # A subclass with a forward of its own (a quantised layer, say) computes something else than W x.
@@ -333,7 +333,7 @@ def _check_module(model: nn.Module, adapter: LoraAdapter, module: LoraModule) ->
             f"{adapter.reference} adapts {module.name}, which the base model does not have",
             hint="the adapter was trained on another model or model class; check --base",
         ) from None
-    kind, in_features, out_features = _kind_and_shape(target)
+    kind, in_features, out_features = kind_and_shape(target)
     expected = ("embedding",) if module.kind == "embedding" else ("linear", "conv1d")
     if kind not in expected:
         raise BaseModelMismatch(

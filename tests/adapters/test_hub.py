@@ -412,6 +412,18 @@ def test_a_base_is_config_tokenizer_and_safetensors_of_the_top_level(hub: StubHu
     assert hub.count() == 0
 
 
+def test_the_config_of_a_base_comes_without_its_weights(
+    hub: StubHub, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.add("org/base", BASE)
+    fetched = fetch_base("org/base", config_alone=True, **options)
+    assert fetched.commit == commit and regular_files(fetched.path) == {"config.json"}
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert fetch_base("org/base", config_alone=True, **options).path == fetched.path
+    with pytest.raises(HubUnreachable):
+        fetch_base("org/base", **options)  # the config alone is no base
+
+
 def test_a_base_in_shards_comes_whole_and_without_copies_of_the_weights(hub: StubHub, options: dict[str, Any]) -> None:
     shards = {f"model-0000{i}-of-00003.safetensors": b"shard %d" % i for i in (1, 2, 3)}
     files = {**BASE, **shards, "model.safetensors.index.json": b"{}", "consolidated.safetensors": b"all of it"}

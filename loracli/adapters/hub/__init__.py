@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.base_claim import BaseClaim, agreed_base
-from loracli.adapters.hub.contents import ADAPTER, ADAPTER_FILES, BASE, PICKLE_NAME, check_adapter
+from loracli.adapters.hub.contents import (
+    ADAPTER,
+    ADAPTER_FILES,
+    BASE,
+    BASE_CONFIG_ALONE,
+    PICKLE_NAME,
+    check_adapter,
+)
 from loracli.adapters.hub.source import FetchedFile, Source
 from loracli.adapters.hub.transfer import fetch
 from loracli.adapters.names import CONFIG_FILE
@@ -121,19 +128,20 @@ def fetch_base(
     token: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    config_alone: bool = False,
     endpoint: str | None = None,
     progress: Progress = SILENT,
 ) -> FetchedBase:
     """Brings a base model to this machine: config, tokenizer, chat template and safetensors of the top level.
 
-    Never code, pickle or GGUF files. Arguments as for `fetch_adapter`.
+    Never code, pickle or GGUF files. Arguments as for `fetch_adapter`; with `config_alone` its config.json and no more.
 
     Raises:
         InputError: no such repository or revision, no safetensors in it, or it is an adapter itself.
         AccessDenied, HubUnreachable, IntegrityError, OutOfResources: the Hub or the disk does not give the files.
     """
     source = Source(
-        kind=BASE,
+        kind=BASE_CONFIG_ALONE if config_alone else BASE,
         repo_id=repo_id,
         revision=revision,
         folder="",

@@ -85,6 +85,12 @@ def _pick_base_files(source: Source, listing: Listing) -> list[str]:
     return [name for name in BASE_FILES if name in names] + weights
 
 
+def _pick_base_config(source: Source, listing: Listing) -> list[str]:
+    if BASE_CONFIG not in listing.files:
+        raise source.rejected(f"no {BASE_CONFIG} in it", hint="a base model is a transformers model repository")
+    return [BASE_CONFIG]
+
+
 def _is_whole_base(names: set[str]) -> bool:
     """Config, a tokenizer, and the one weights file or every numbered shard."""
     if BASE_CONFIG not in names or names.isdisjoint(BASE_TOKENIZERS):
@@ -95,3 +101,4 @@ def _is_whole_base(names: set[str]) -> bool:
 
 ADAPTER = Kind(AdapterNotFound, _pick_adapter_files, _is_whole_adapter)
 BASE = Kind(InputError, _pick_base_files, _is_whole_base)
+BASE_CONFIG_ALONE = Kind(InputError, _pick_base_config, lambda names: BASE_CONFIG in names)

@@ -1,0 +1,37 @@
+"""How llama.cpp has the base model of an export, from the base's config: a GGUF adapter needs that, and nothing else of
+an export does."""
+
+from __future__ import annotations
+
+from loracli.errors import BaseModelMismatch
+from loracli.export.gguf_file import load_gguf
+from loracli.export.llama_cpp import LlamaCppBase, llama_cpp_base
+from loracli.fitting.base_config import WAY_OUT, plan_from_config
+from loracli.progress import SILENT, Progress
+
+
+def find_llama_cpp_base(
+    base: str,
+    *,
+    revision: str | None = None,
+    config_sha256: str | None = None,
+    progress: Progress = SILENT,
+) -> LlamaCppBase:
+    """How llama.cpp has a base model.
+
+    Args:
+        base: a local directory with a config.json, or a Hub id, of which only config.json is fetched.
+        revision: of a base on the Hub.
+        config_sha256: that the config has to have, None for any.
+        progress: told of a download.
+    Raises:
+        UsageError: if the gguf package is not installed; others as of `plan_from_config`.
+        BaseModelMismatch: if the config is another one, or its architecture cannot be had.
+    """
+    load_gguf()
+    plan, found = plan_from_config(base, revision=revision, progress=progress)
+    if config_sha256 not in (None, found):
+        raise BaseModelMismatch(
+            f"the config.json of {base} is not the config of the base that the recipe was fitted on", hint=WAY_OUT
+        )
+    return llama_cpp_base(type(plan.skeleton).__name__, plan.config)

@@ -1,0 +1,194 @@
+"""What an adapter's directory holds, read as leniently as is safe: also of adapters that loracat itself refuses.
+
+Only the config and the headers of the tensors are read, with limits; a config's regular expressions are never compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from loracli.adapters.config import MAX_CONFIG_BYTES
+from loracli.adapters.names import CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, PREFIX, TENSOR_FILE
+from loracli.adapters.tensor_file import MAX_HEADER_BYTES, MAX_TENSORS, open_regular
+from loracli.atomic import CERTIFICATE_FILE
+from loracli.errors import AdapterNotFound, MalformedAdapter
+from loracli.strict_json import StrictJsonError, parse_json
+
+AdapterLayout = Literal["peft", "mlx"]
+MAX_DIMENSIONS = 8
+MAX_SIZE = 1 << 48  # of a dimension
+MAX_CERTIFICATE_BYTES = 64 << 20
+
+_PEFT = re.compile(r"(?P<module>.+?)\.(lora_(?P<side>[AB])(\.default)?\.weight|lora_embedding_(?P<embedding>[AB]))")
+_MLX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ab])")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of a file says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Pair:
+    """The factors of one module, as far as they are there.
+
+    Args:
+        a: shape of the first factor, as (rank, in).
+        b: shape of the second, as (out, rank).
+        embedding: whether it is an embedding's.
+    """
+
+    a: tuple[int, ...] | None = None
+    b: tuple[int, ...] | None = None
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int | None:
+        """Of the factors, None without a first one."""
+        return self.a[0] if self.a and len(self.a) == 2 else None
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """A directory.
+
+    Args:
+        path: of it.
+        layout: PEFT's or MLX's, by the name of the tensor file; PEFT's if there is none.
+        config: the fields of adapter_config.json, unchecked.
+        tensors: headers, by name.
+        names: of all files in it.
+    """
+
+    path: Path
+    layout: AdapterLayout
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Header]
+    names: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def tensor_file(self) -> str:
+        return MLX_TENSOR_FILE if self.layout == "mlx" else TENSOR_FILE
+
+    @cached_property
+    def pairs(self) -> Mapping[str, Pair]:
+        """Factors by the module's path in the base, of tensors with ordinary names, sorted."""
+        found: dict[str, Pair] = {}
+        pattern = _MLX if self.layout == "mlx" else _PEFT
+        for name, header in sorted(self.tensors.items()):
+            match = pattern.fullmatch(name)
+            if match is None:
+                continue
+            pair = found.setdefault(match["module"].removeprefix(PREFIX), Pair())
+            groups = match.groupdict()
+            pair.embedding = pair.embedding or groups.get("embedding") is not None
+            shape = header.shape[::-1] if self.layout == "mlx" else header.shape
+            if (groups["side"] or groups.get("embedding") or "").upper() == "A":
+                pair.a = shape
+            else:
+                pair.b = shape
+        return found
+
+    @cached_property
+    def largest_rank(self) -> int:
+        """Of tensors and config, and at least 1."""
+        pattern = self.config.get("rank_pattern")
+        said = [self.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+        parameters = self.config.get("lora_parameters")
+        said += [parameters.get("rank")] if isinstance(parameters, dict) else []
+        return max([1, *(r for r in said if type(r) is int), *(p.rank for p in self.pairs.values() if p.rank)])
+
+    @cached_property
+    def exported_gguf(self) -> bool:
+        """Whether there is a GGUF file and `loracat export` wrote it: its hash stands in the certificate."""
+        if not {GGUF_FILE, CERTIFICATE_FILE} <= self.names:
+            return False
+        try:
+            document = parse_json(_read(self.path / CERTIFICATE_FILE, MAX_CERTIFICATE_BYTES))
+            recorded = document["certificate"]["sha256"][GGUF_FILE]
+        except (StrictJsonError, KeyError, TypeError):
+            return False
+        digest = sha256()
+        with open_regular(self.path / GGUF_FILE) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return bool(recorded == digest.hexdigest())
+
+
+def read_adapter_files(path: Path) -> AdapterFiles:
+    """Looks into a directory.
+
+    Raises:
+        AdapterNotFound: if it is no directory with an adapter_config.json and a safetensors file of an adapter.
+        MalformedAdapter: if a file is damaged or beyond the limits.
+    """
+    fetch = "a directory is needed; loracat fetch REF prints the one it fetches to"
+    if not path.is_dir():
+        raise AdapterNotFound("no such directory", where=str(path), hint=fetch)
+    names = frozenset(entry.name for entry in os.scandir(path))
+    if CONFIG_FILE not in names:
+        raise AdapterNotFound(f"no {CONFIG_FILE} in it", where=str(path), hint=fetch)
+    layout: AdapterLayout = "mlx" if MLX_TENSOR_FILE in names and TENSOR_FILE not in names else "peft"
+    file = MLX_TENSOR_FILE if layout == "mlx" else TENSOR_FILE
+    if file not in names:
+        raise AdapterNotFound(f"no {TENSOR_FILE} or {MLX_TENSOR_FILE} in it", where=str(path), hint=fetch)
+    config = _object(_read(path / CONFIG_FILE, MAX_CONFIG_BYTES), path / CONFIG_FILE)
+    return AdapterFiles(path, layout, config, read_headers(path / file), names)
+
+
+def read_headers(path: Path) -> dict[str, Header]:
+    """The headers of a safetensors file: any dtype and number of dimensions, within the limits on untrusted files.
+
+    Raises:
+        MalformedAdapter: if the header is damaged or beyond the limits.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise MalformedAdapter("the file is cut short, or it is no safetensors file", where=str(path))
+        header = _object(file.read(length), path)
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=str(path))
+    found = {}
+    for name, entry in header.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        if not (
+            isinstance(dtype, str)
+            and isinstance(shape, list)
+            and len(shape) <= MAX_DIMENSIONS
+            and all(type(n) is int and 0 <= n < MAX_SIZE for n in shape)
+        ):
+            raise MalformedAdapter(f"the tensor {name!r} has no dtype and shape", where=str(path))
+        found[name] = Header(dtype, tuple(shape))
+    return found
+
+
+def _read(path: Path, limit: int) -> bytes:
+    with open_regular(path) as file:
+        data: bytes = file.read(limit + 1)
+    if len(data) > limit:
+        raise MalformedAdapter(f"is larger than {limit} bytes", where=str(path))
+    return data
+
+
+def _object(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = parse_json(data)
+    except StrictJsonError as error:
+        raise MalformedAdapter(str(error), where=str(path)) from None
+    if not isinstance(value, dict):
+        raise MalformedAdapter("is not a JSON object", where=str(path))
+    return value

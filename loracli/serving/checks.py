@@ -1,0 +1,362 @@
+"""The checks that rules name: each looks at an adapter's files and says what it finds, one line for each thing.
+
+A rule's parameters are the keyword arguments. Nothing found is no violation; `Unclear` is raised where only the base
+model could tell and none is given, or a pattern is more than can be matched safely.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from loracli.adapters.names import leaf
+from loracli.adapters.patterns import lookup, parse_pattern
+from loracli.algebra.factors import lora_scaling
+from loracli.serving.adapter_files import AdapterFiles
+from loracli.serving.base_facts import BaseFacts
+
+Check = Callable[..., Iterator[str]]
+MAX_MATCHES = 1_000_000  # of patterns with modules: a hostile config makes as many of both as it can
+
+_FORMS = {
+    "lora": r".+\.lora_[AB]\.weight",
+    "embedding": r".+\.lora_embedding_[AB]",
+    "base-layer": r".+\.base_layer\.weight",
+    "base-embedding": r".+\.(embed_tokens|lm_head)\.base_layer\.weight",
+    "classifier": r".+\.(score|classifier)\.(weight|bias)",
+    "norm": r".*(_layernorm|\.norm).*",
+    "default-lora": r".+\.lora_[AB]\.default\.weight",
+    "any": r".+",
+    "mlx": r".+\.(lora_[ab]|m)",
+}
+
+
+class Unclear(Exception):
+    """Raised with the reason why it cannot be told whether a rule holds."""
+
+
+def _field(config: Mapping[str, Any], name: str) -> Any:
+    """A field, or `outer.inner`."""
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _number(value: Any) -> float | None:
+    """A number as a float; None for anything else, and for a whole number beyond a float's range."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if fits else None
+
+
+def required(files: AdapterFiles, base: BaseFacts | None, *, fields: Sequence[str]) -> Iterator[str]:
+    """Fields that are there."""
+    for name in fields:
+        if _field(files.config, name) is None:
+            yield f"the field {name} is missing"
+
+
+def of_type(files: AdapterFiles, base: BaseFacts | None, *, field: str, type: str) -> Iterator[str]:
+    """A field that is of a type if it is there."""
+    value = _field(files.config, field)
+    strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    fits = {
+        "natural": isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+        "positive": isinstance(value, int) and not isinstance(value, bool) and value > 0,
+        "number": _number(value) is not None,
+        "names": strings,
+        "names-or-all": strings or value in ("all", "all-linear"),
+    }
+    if value is not None and not fits[type]:
+        yield f"the field {field} is {_short(value)}"
+
+
+def off(files: AdapterFiles, base: BaseFacts | None, *, fields: Sequence[str]) -> Iterator[str]:
+    """Fields that are absent, null, false or empty."""
+    for name in fields:
+        value = _field(files.config, name)
+        if value not in (None, False, [], {}):
+            yield f"the field {name} is {_short(value)}"
+
+
+def one_of(files: AdapterFiles, base: BaseFacts | None, *, field: str, values: Sequence[Any]) -> Iterator[str]:
+    """A field that has one of some values if it is there; text in any case."""
+    value = _field(files.config, field)
+    same = value.lower() if isinstance(value, str) else value
+    if value is not None and not any(type(same) is type(v) and same == v for v in values):
+        yield f"the field {field} is {_short(value)}"
+
+
+def subset(files: AdapterFiles, base: BaseFacts | None, *, field: str, of: Sequence[str]) -> Iterator[str]:
+    """A list that has some names only."""
+    value = _field(files.config, field)
+    others = [v for v in value if v not in of] if isinstance(value, list) else [value] if value else []
+    if others:
+        yield f"the field {field} names {', '.join(map(_short, others[:5]))}"
+
+
+def tensor_names(
+    files: AdapterFiles, base: BaseFacts | None, *, forms: Sequence[str], prefix: str = ""
+) -> Iterator[str]:
+    """Tensors whose names are of some forms, behind a prefix."""
+    pattern = re.compile("|".join(f"({_FORMS[form]})" for form in forms))
+    for name in sorted(files.tensors):
+        if not name.startswith(prefix) or not pattern.fullmatch(name):
+            yield f"the tensor {name}"
+
+
+def pairs(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """Both factors of every module, of one rank."""
+    for name, pair in files.pairs.items():
+        if pair.a is None or pair.b is None:
+            yield f"{name} has one factor of two"
+        elif pair.a[:1] != pair.b[-1:]:
+            yield f"{name} has factors of rank {pair.a[0] if pair.a else 0} and {pair.b[-1] if pair.b else 0}"
+
+
+def matrices(files: AdapterFiles, base: BaseFacts | None, *, dimensions: int = 2) -> Iterator[str]:
+    """Factors that are matrices."""
+    for name, pair in files.pairs.items():
+        for shape in (pair.a, pair.b):
+            if shape is not None and not 2 <= len(shape) <= dimensions:
+                yield f"{name} has a factor of shape {list(shape)}"
+
+
+def rank_limit(files: AdapterFiles, base: BaseFacts | None, *, at_most: int) -> Iterator[str]:
+    """Ranks up to a limit."""
+    if files.largest_rank > at_most:
+        yield f"rank {files.largest_rank}; at most {at_most}"
+
+
+def rank_in(files: AdapterFiles, base: BaseFacts | None, *, values: Sequence[int]) -> Iterator[str]:
+    """A largest rank that needs no filling up."""
+    larger = [value for value in values if value >= files.largest_rank]
+    if larger and min(larger) != files.largest_rank:
+        yield f"rank {files.largest_rank} is served in buffers of rank {min(larger)}"
+
+
+def rank_of(files: AdapterFiles, base: BaseFacts | None, *, field: str) -> Iterator[str]:
+    """All factors of the one rank that a field says."""
+    said = _field(files.config, field)
+    for name, pair in files.pairs.items():
+        if pair.rank is not None and pair.rank != said:
+            yield f"{name} has rank {pair.rank}, and {field} is {_short(said)}"
+
+
+def rank_by_patterns(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """Factors of the rank that `r` and `rank_pattern` give their module."""
+    ranks = _pattern(files, "rank_pattern")
+    for name, pair in files.pairs.items():
+        said = lookup(ranks, name, files.config.get("r", 8))
+        if pair.rank is not None and len(pair.a or ()) == 2 and pair.rank != said:
+            yield f"{name} has rank {pair.rank}, and the config says {_short(said)}"
+
+
+def one_rank(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """The same rank in every module of a kind, over the layers."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for name, pair in files.pairs.items():
+        if pair.rank is not None:
+            found[leaf(name)].add(pair.rank)
+    for kind, ranks in found.items():
+        if len(ranks) > 1:
+            yield f"{kind} has ranks {', '.join(map(str, sorted(ranks)))} in different layers"
+
+
+def scaling(files: AdapterFiles, base: BaseFacts | None, *, formula: str) -> Iterator[str]:
+    """The scaling that PEFT gives each module, by the server's own formula.
+
+    `config` is lora_alpha / r, `config-rslora` knows rsLoRA, `tensor` is lora_alpha / rank of the tensor, and 1 for 0.
+    """
+    rank, alpha = _number(files.config.get("r", 8)), _number(files.config.get("lora_alpha", 8))
+    if not rank or rank < 1 or alpha is None:
+        return  # other rules say so
+    rslora = files.config.get("use_rslora") is True
+    ranks, alphas = _pattern(files, "rank_pattern"), _pattern(files, "alpha_pattern")
+    for name, pair in files.pairs.items():
+        if pair.rank is None:
+            continue
+        own_rank, own_alpha = _number(lookup(ranks, name, rank)), _number(lookup(alphas, name, alpha))
+        if not own_rank or own_rank < 1 or own_alpha is None:
+            continue
+        right = lora_scaling(own_alpha, int(own_rank), use_rslora=rslora)
+        theirs = {
+            "config": alpha / rank,
+            "config-rslora": lora_scaling(alpha, int(rank), use_rslora=rslora),
+            "tensor": alpha / pair.rank if alpha and pair.rank else 1.0,
+        }[formula]
+        if abs(theirs - right) > 1e-6 * max(abs(theirs), abs(right)):
+            yield f"{name} is scaled by {theirs:g} instead of {right:g}"
+
+
+def targets(files: AdapterFiles, base: BaseFacts | None, *, together: Sequence[Sequence[str]] = ()) -> Iterator[str]:
+    """Modules that target_modules names; a list in `together` stands for all of its names."""
+    named = files.config.get("target_modules")
+    if not isinstance(named, list):
+        if isinstance(named, str) and named not in ("all", "all-linear"):
+            raise Unclear("target_modules is a regular expression of a stranger, which is not run")
+        return
+    known = {name for name in named if isinstance(name, str)}
+    if together:
+        known = {leaf(name) for name in known}
+        known |= {name for group in together if known & set(group) for name in group}
+    for name in files.pairs:
+        parts = name.split(".")
+        if not any(".".join(parts[start:]) in known for start in range(len(parts))):
+            yield f"{name} is not in target_modules"
+
+
+def companions(files: AdapterFiles, base: BaseFacts | None, *, leaf: str, needs: str) -> Iterator[str]:
+    """A module that stands beside another wherever that is."""
+    for name in files.pairs:
+        parent, _, last = name.rpartition(".")
+        if last == leaf and f"{parent}.{needs}" not in files.pairs:
+            yield f"{name} without {needs}"
+
+
+def every_layer(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """A kind of module in all layers or in none; without the base all layers are as many as the adapter knows."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for name in files.pairs:
+        parts = name.split(".")
+        number = next((part for part in parts if part.isdecimal() and len(part) < 6), None)
+        if number is not None:
+            found[".".join("*" if part == number else part for part in parts)].add(int(number))
+    known = max((max(layers) for layers in found.values()), default=-1) + 1
+    count = max(known, base.layers if base else 0)
+    for kind, layers in sorted(found.items()):
+        if len(layers) < count:
+            missing = next(i for i in range(count) if i not in layers)
+            yield f"{kind} is in {len(layers)} of {count} layers, and not in layer {missing}"
+
+
+def leaves(files: AdapterFiles, base: BaseFacts | None, *, known: Sequence[str]) -> Iterator[str]:
+    """Modules of some last names only."""
+    for name in files.pairs:
+        if leaf(name) not in known:
+            yield name
+
+
+def upright(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """A rank below both widths, so that the orientation of a factor can be told from its shape."""
+    for name, pair in files.pairs.items():
+        if pair.rank and pair.a and pair.b and pair.rank > min(pair.a[-1], pair.b[0]):
+            yield f"{name} has rank {pair.rank}, above its width {min(pair.a[-1], pair.b[0])}"
+
+
+def only_tensor_file(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """No other safetensors file in the directory."""
+    for name in sorted(files.names):
+        if name.endswith(".safetensors") and name != files.tensor_file:
+            yield f"the file {name}"
+
+
+def absent_file(files: AdapterFiles, base: BaseFacts | None, *, file: str) -> Iterator[str]:
+    """A file that is better not there."""
+    if file in files.names:
+        yield f"the file {file}"
+
+
+def mlx_keys(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """Every module under `lora_parameters.keys`, as a whole path or as one within a layer."""
+    keys = _field(files.config, "lora_parameters.keys")
+    if keys is None:
+        return
+    known = {key for key in keys if isinstance(key, str)} if isinstance(keys, list) else set()
+    for name in files.pairs:
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        within = None if number is None else ".".join(parts[number + 1 :])
+        if name not in known and within not in known:
+            yield f"{name} is under no key"
+
+
+def in_base(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """Modules that the base has, of its shapes."""
+    known = _needed(base, "whether the base has these modules in these shapes").modules
+    for name, pair in files.pairs.items():
+        if name not in known:
+            yield f"the base has no {name}"
+        elif pair.a and pair.b and (pair.b[0], pair.a[-1]) != known[name]:
+            yield f"{name} is (out, in) = {(pair.b[0], pair.a[-1])}, in the base {known[name]}"
+
+
+def untied_head(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """No update of a head that is the embedding."""
+    heads = [name for name in files.pairs if leaf(name) == "lm_head"]
+    if heads and _needed(base, "whether the base's head is its embedding").tied:
+        yield f"{heads[0]} is tied to the embedding"
+
+
+def base_class(files: AdapterFiles, base: BaseFacts | None, *, classes: Sequence[str]) -> Iterator[str]:
+    """A base of some classes of transformers' models."""
+    found = _needed(base, "whether the base's architecture is one of those that are read").model_class
+    if found not in classes:
+        yield f"the base is a {found}"
+
+
+def leaves_of_class(
+    files: AdapterFiles, base: BaseFacts | None, *, leaves: Sequence[str], classes: Sequence[str]
+) -> Iterator[str]:
+    """No update of modules of some last names in a base of some classes."""
+    found = [name for name in files.pairs if leaf(name) in leaves]
+    if found and _needed(base, f"whether the base is one of {', '.join(classes)}").model_class in classes:
+        yield from found
+
+
+CHECKS: dict[str, Check] = {
+    check.__name__.replace("_", "-"): check
+    for check in (
+        required,
+        of_type,
+        off,
+        one_of,
+        subset,
+        tensor_names,
+        pairs,
+        matrices,
+        rank_limit,
+        rank_in,
+        rank_of,
+        rank_by_patterns,
+        one_rank,
+        scaling,
+        targets,
+        companions,
+        every_layer,
+        leaves,
+        upright,
+        only_tensor_file,
+        absent_file,
+        mlx_keys,
+        in_base,
+        untied_head,
+        base_class,
+        leaves_of_class,
+    )
+}
+
+
+def _needed(base: BaseFacts | None, what: str) -> BaseFacts:
+    if base is None:
+        raise Unclear(f"{what}: give --base")
+    return base
+
+
+def _pattern(files: AdapterFiles, field: str) -> dict[str, Any]:
+    """`rank_pattern` or `alpha_pattern`."""
+    value = files.config.get(field)
+    pattern = value if isinstance(value, dict) else {}
+    if any(parse_pattern(key) is None for key in pattern):
+        raise Unclear(f"{field} is a regular expression of a stranger, which is not run")
+    if len(pattern) * len(files.pairs) > MAX_MATCHES:
+        raise Unclear(f"{field} has {len(pattern)} patterns for {len(files.pairs)} modules, which are not tried")
+    return pattern
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,219 @@
+"""Holds an adapter's directory against the rules of servers: what each would do with it, and how it is served.
+
+Nothing of the adapter is run, and nothing of it goes unquoted into a command: its own name for the base only if it is
+spelt like a Hub id, its directory's name reduced to harmless characters.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from loracli.errors import UsageError
+from loracli.progress import SILENT, Progress
+from loracli.serving.adapter_files import AdapterFiles, AdapterLayout, read_adapter_files
+from loracli.serving.base_facts import BaseFacts, read_base_facts
+from loracli.serving.checks import CHECKS, Unclear
+from loracli.serving.rules import SERVERS, Rule, Server, Severity, load_server
+
+Verdict = Literal["takes", "differs", "refuses"]
+SHOWN_FINDS = 20
+TASK = "lint"
+
+_HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
+_OTHER_LAYOUT: dict[AdapterLayout, tuple[str, str]] = {
+    "peft": ("MLX's adapters.safetensors", "loracat export --method sum --adapters {path} -o {name}-portable"),
+    "mlx": (
+        "PEFT's adapter_model.safetensors",
+        "loracat export --method sum --profile mlx --adapters {path} -o {name}-mlx",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A rule that the adapter breaks.
+
+    Args:
+        rule: its name.
+        severity: what the server does then.
+        found: what breaks it, the first few.
+        count: how much breaks it.
+        why: what the server does.
+        remedy: what to do.
+        source: where the rule was read.
+    """
+
+    rule: str
+    severity: Severity
+    found: tuple[str, ...]
+    count: int
+    why: str
+    remedy: str
+    source: str
+
+
+@dataclass(frozen=True)
+class ServerReport:
+    """What one server makes of the adapter.
+
+    Args:
+        id, name, versions, read: of the server and its rules.
+        verdict: it takes it and means the same, it takes it and means something else, or it refuses it.
+        violations: of its rules.
+        unclear: what could not be told, and why.
+        serve: commands, empty if it refuses the adapter.
+    """
+
+    id: str
+    name: str
+    versions: str
+    read: str
+    verdict: Verdict
+    violations: tuple[Violation, ...]
+    unclear: tuple[str, ...]
+    serve: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lint:
+    """What servers make of an adapter.
+
+    Args:
+        path: the directory.
+        layout: of it.
+        rank: the largest.
+        modules: how many are adapted.
+        servers: a report for each.
+    """
+
+    path: Path
+    layout: AdapterLayout
+    rank: int
+    modules: int
+    servers: tuple[ServerReport, ...]
+
+    @property
+    def taken(self) -> bool:
+        """Whether all servers take it and mean the same."""
+        return all(server.verdict == "takes" for server in self.servers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON document."""
+        return {
+            "path": str(self.path),
+            "layout": self.layout,
+            "rank": self.rank,
+            "modules": self.modules,
+            "taken": self.taken,
+            "servers": [asdict(server) for server in self.servers],
+        }
+
+
+def lint_adapter(
+    path: str | Path, *, servers: Sequence[str] = (), base: str | None = None, progress: Progress = SILENT
+) -> Lint:
+    """Checks an adapter's directory against the rules of servers.
+
+    Args:
+        path: a directory as PEFT or mlx-lm writes it; also of an adapter that loracat does not compose.
+        servers: ids of `SERVERS`; none for all that read the directory's layout.
+        base: the base model's directory or Hub id, of which the config is read; None to check without.
+        progress: told how far it is.
+    Raises:
+        AdapterNotFound, MalformedAdapter: if the directory holds no adapter, or its files are damaged.
+        UsageError: if there is no server of an id.
+        InputError, HubUnreachable: if the base's config cannot be had.
+    """
+    unknown = next((name for name in servers if name not in SERVERS), None)
+    if unknown is not None:
+        raise UsageError(f"--for {unknown} is not one of {', '.join(SERVERS)}")
+    files = read_adapter_files(Path(path))
+    facts = None if base is None else read_base_facts(base, progress=progress)
+    asked = [load_server(name) for name in dict.fromkeys(servers or SERVERS)]
+    chosen = asked if servers else [server for server in asked if server.layout == files.layout]
+    progress.begin(TASK, len(chosen), "servers")
+    reports = []
+    for server in chosen:
+        reports.append(_report(server, files, facts))
+        progress.advance(TASK, 1, server.name)
+    progress.finish(TASK)
+    return Lint(Path(path), files.layout, files.largest_rank, len(files.pairs), tuple(reports))
+
+
+def _report(server: Server, files: AdapterFiles, base: BaseFacts | None) -> ServerReport:
+    violations, unclear = [], []
+    words = _words(server, files, base)
+    if server.gguf and files.exported_gguf:
+        rules: tuple[Rule, ...] = ()
+    elif server.layout != files.layout:
+        rules = ()
+        violations.append(_wrong_layout(server, words))
+    else:
+        rules = server.rules
+    for rule in rules:
+        try:
+            found = list(CHECKS[rule.check](files, base, **rule.parameters))
+        except Unclear as reason:
+            unclear.append(f"{rule.name}: {reason}")
+            continue
+        if found:
+            violations.append(
+                Violation(
+                    rule.name,
+                    rule.severity,
+                    tuple(found[:SHOWN_FINDS]),
+                    len(found),
+                    rule.why,
+                    _filled(rule.remedy, words),
+                    f"{server.name} {server.read}: {rule.source}",
+                )
+            )
+    severities = {violation.severity for violation in violations}
+    verdict: Verdict = "takes"
+    if "refused" in severities:
+        verdict = "refuses"
+    elif severities & {"misread", "ignored"}:
+        verdict = "differs"
+    lines = server.serve_gguf if server.gguf and files.exported_gguf else server.serve
+    serve = () if verdict == "refuses" else tuple(_filled(line, words) for line in lines)
+    return ServerReport(
+        server.id, server.name, server.versions, server.read, verdict, tuple(violations), tuple(unclear), serve
+    )
+
+
+def _wrong_layout(server: Server, words: dict[str, str]) -> Violation:
+    found, remedy = _OTHER_LAYOUT[server.layout]
+    return Violation(
+        "layout",
+        "refused",
+        (f"the directory holds {found}",),
+        1,
+        f"{server.name} reads another layout",
+        _filled(remedy, words),
+        f"{server.name} {server.read}",
+    )
+
+
+def _words(server: Server, files: AdapterFiles, base: BaseFacts | None) -> dict[str, str]:
+    """What the placeholders of commands stand for, quoted for a shell."""
+    named = files.config.get("base_model_name_or_path") or files.config.get("model")
+    own = named if isinstance(named, str) and _HUB_ID.fullmatch(named) else "BASE"
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", files.path.resolve().name).strip("-.") or "adapter"
+    rank = next((rank for rank in server.ranks if rank >= files.largest_rank), files.largest_rank)
+    return {
+        "{base}": shlex.quote(base.id) if base else own,
+        "{name}": name,
+        "{path}": shlex.quote(str(files.path)),
+        "{path_text}": json.dumps(str(files.path), ensure_ascii=False),
+        "{rank}": str(rank),
+    }
+
+
+def _filled(text: str, words: dict[str, str]) -> str:
+    return re.sub("|".join(map(re.escape, words)), lambda match: words[match.group()], text)
