@@ -73,7 +73,7 @@ class LoraAdapter:
 
     def read_base_copy(self, module: str) -> Tensor:
         """The stored copy of the base's matrix of `module`."""
-        with open_tensor_file(self.path / TENSOR_FILE).reader() as reader:
+        with open_tensor_file(self.path / TENSOR_FILE, dimensions=frozenset({1, 2})).reader() as reader:
             return reader.read(self.base_copies[module])
 
 
@@ -87,8 +87,17 @@ def read_adapter(source: str | Fetched) -> LoraAdapter:
     fetched = fetch_adapter(source) if isinstance(source, str) else source
     config = read_config(fetched.path / CONFIG_FILE)
     path = fetched.path / TENSOR_FILE
-    file = open_tensor_file(path, check_names=lambda names: _sort_tensors(names, str(path)))
-    parts, copies = _sort_tensors(file.shapes, str(path))
+    file = open_tensor_file(path, check_names=lambda names: sort_tensors(names, str(path)))
+    return build_adapter(fetched, config, file, file.shapes)
+
+
+def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, names: Iterable[str]) -> LoraAdapter:
+    """The adapter of the tensors of these names, of a file that has been opened.
+
+    Raises:
+        MalformedAdapter, UnsupportedAdapter: as `read_adapter`.
+    """
+    parts, copies = sort_tensors(names, str(file.path))
     with file.reader() as reader:
         modules = {name: _read_module(name, parts[name], config, file, reader) for name in sorted(parts)}
     dtypes = [file.dtypes[name] for tensors in parts.values() for name in tensors.values()]
@@ -115,7 +124,7 @@ def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
     return result
 
 
-def _sort_tensors(names: Iterable[str], where: str) -> tuple[dict[str, dict[Part, str]], dict[str, str]]:
+def sort_tensors(names: Iterable[str], where: str) -> tuple[dict[str, dict[Part, str]], dict[str, str]]:
     """Tensor names by module and part, and the names of base matrices by module."""
     parts: dict[str, dict[Part, str]] = {}
     copies: dict[str, str] = {}

@@ -30,7 +30,7 @@ _NAME = re.compile(
 
 # What other tensors mean, and the way out. Looked for in this order.
 _REFUSED = (
-    (re.compile(r"\.lora_magnitude_vector"), "DoRA", "train or convert it without use_dora"),
+    (re.compile(r"\.lora_magnitude_vector"), "DoRA", "convert it, if use_dora is set: loracat convert"),
     (re.compile(r"\.lora_B(\.\w+)?\.bias$"), "lora_bias", "train it without lora_bias"),
     (re.compile(r"\.lora_[AB]\.\w+\.weight$"), "a raw state dict", "save it with PEFT's save_pretrained"),
     (re.compile(r"\.(modules_to_save|original_module)\."), "modules_to_save", "train it without modules_to_save"),

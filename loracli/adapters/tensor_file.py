@@ -27,6 +27,7 @@ from loracli.strict_json import StrictJsonError, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 200_000
+MATRICES = frozenset({2})
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -36,13 +37,13 @@ class TensorFile:
 
     Args:
         path: the file.
-        shapes: of each tensor, always two dimensions of at least 1.
+        shapes: of each tensor, with dimensions of at least 1: two, or as many as were asked for.
         dtypes: of each tensor, one of float64, float32, float16, bfloat16.
         sha256: of the whole file.
     """
 
     path: Path
-    shapes: dict[str, tuple[int, int]]
+    shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     sha256: str
 
@@ -79,15 +80,22 @@ class TensorReader:
         return tensor
 
 
-def open_tensor_file(path: Path, *, check_names: Callable[[Iterable[str]], object] | None = None) -> TensorFile:
+def open_tensor_file(
+    path: Path,
+    *,
+    check_names: Callable[[Iterable[str]], object] | None = None,
+    dimensions: frozenset[int] = MATRICES,
+) -> TensorFile:
     """Checks the header of a safetensors file and hashes the file.
 
     Args:
         path: the file.
         check_names: is given all tensor names before any shape is looked at, to refuse by name what would be refused
             for its shape: most tensors of other features are vectors.
+        dimensions: how many a tensor may have.
     Raises:
-        MalformedAdapter: if the header is damaged, beyond the limits, or describes something else than matrices.
+        MalformedAdapter: if the header is damaged, beyond the limits, or describes something else than matrices,
+            or than tensors of `dimensions`.
         UnsupportedAdapter: if a tensor has a dtype that is not a floating point format of 16 bits or more.
     """
     where = str(path)
@@ -116,7 +124,7 @@ def open_tensor_file(path: Path, *, check_names: Callable[[Iterable[str]], objec
         raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
     if check_names is not None:
         check_names(header)
-    return _check_header(header, path, size - 8 - length, digest.hexdigest())
+    return _check_header(header, path, size - 8 - length, digest.hexdigest(), dimensions)
 
 
 @contextmanager
@@ -134,31 +142,34 @@ def open_regular(path: Path) -> Iterator[Any]:
         yield file
 
 
-def _check_header(header: dict[str, Any], path: Path, data_bytes: int, sha256: str) -> TensorFile:
+def _check_header(
+    header: dict[str, Any], path: Path, data_bytes: int, sha256: str, dimensions: frozenset[int]
+) -> TensorFile:
     where = str(path)
-    shapes: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     total = 0
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            rows, columns = shape
-            whole = all(type(number) is int for number in (rows, columns, begin, end))
+            shape = tuple(shape)
+            fits = len(shape) in dimensions
+            whole = all(type(number) is int for number in (*shape, begin, end))
         except (KeyError, TypeError, ValueError):
-            raise MalformedAdapter(
-                f"the tensor {name!r} is not a matrix with a dtype and offsets", where=where
-            ) from None
+            fits = False
+        if not fits:
+            raise MalformedAdapter(f"the tensor {name!r} is not a matrix with a dtype and offsets", where=where)
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise UnsupportedAdapter(
                 f"the tensor {name!r} has dtype {dtype!r}",
                 where=where,
                 hint="store the adapter in float32, float16 or bfloat16",
             )
-        if not whole or rows < 1 or columns < 1:
-            raise MalformedAdapter(f"the tensor {name!r} has the impossible shape {shape}", where=where)
-        if end - begin != math.prod((rows, columns)) * DTYPES[dtype].itemsize:
+        if not whole or min(shape) < 1:
+            raise MalformedAdapter(f"the tensor {name!r} has the impossible shape {list(shape)}", where=where)
+        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
             raise MalformedAdapter(f"the tensor {name!r} has a shape that contradicts its offsets", where=where)
-        shapes[name], dtypes[name] = (rows, columns), DTYPES[dtype]
+        shapes[name], dtypes[name] = shape, DTYPES[dtype]
         total += end - begin
     if total != data_bytes:
         raise MalformedAdapter(
