@@ -27,10 +27,11 @@ def dora_update(weight: Tensor, direction: Factors, magnitude: Tensor) -> Tensor
     Raises:
         ValueError: if a row of W + dV is zero, so that it has no direction.
     """
-    result = weight.double()
-    result = result + direction.delta_weight()
+    # In place: a head of 128,000 words is gigabytes in float64, and one of these is enough.
+    result = weight.to(torch.float64, copy=True)
+    result.addmm_(direction.lora_B.double(), direction.lora_A.double(), alpha=direction.scaling)
     lengths = torch.linalg.vector_norm(result, dim=1)
     if not lengths.all():
         raise ValueError("a row of the weight is zero, and has no direction")
     result *= (magnitude.double() / lengths)[:, None]
-    return result.sub_(weight.double())
+    return result.sub_(weight)

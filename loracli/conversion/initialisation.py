@@ -7,9 +7,9 @@ OLoRA (Bueyuekakyuez, arXiv 2406.01775, algorithm 1): with the QR of W, s B_0 A_
 projection of W on the span of its first r columns.
 
 Both products are one matrix whatever signs or bases a library picks for the factors, so they can be computed in another
-way than PEFT 0.21 (tuners/lora/layer.py: pissa_init, olora_init) computes them in float32: here from the eigenvectors
-of the smaller Gram matrix and from the QR of r columns, in float64. How far two float32 computations may be apart is
-the `uncertainty`. PiSSA's randomised form (`pissa_niter_*`), CorDA and LoRA-GA depend on random numbers or on data.
+way than PEFT 0.21 (tuners/lora/layer.py: pissa_init, olora_init) computes them in float32: here from the leading
+singular vectors alone and from the QR of r columns, in float64. How far two float32 computations may be apart is the
+`uncertainty`. PiSSA's randomised form (`pissa_niter_*`), CorDA and LoRA-GA depend on random numbers or on data.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from loracli.algebra.factors import Factors
+from loracli.algebra.leading import leading_left
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -55,17 +56,16 @@ def initial_update(kind: str, weight: Tensor, rank: int, scaling: float) -> Init
 
 def _pissa(weight: Tensor, rank: int) -> Initial:
     wide = weight.shape[0] <= weight.shape[1]
-    values, vectors = torch.linalg.eigh(weight @ weight.T if wide else weight.T @ weight)
-    leading = vectors[:, -rank:]
+    smaller = weight if wide else weight.T
+    values, vectors = leading_left(smaller, min(rank + 1, smaller.shape[0]))
+    leading = vectors[:, :rank]
     factors = Factors(leading.T @ weight, leading) if wide else Factors(leading.T, weight @ leading)
-    singular = values.clamp(min=0.0).sqrt()
-    if rank == len(singular):
-        return Initial(factors, EPS * float(singular[-1]) * math.sqrt(rank))
+    error = EPS * float(values[0]) * math.sqrt(rank)
+    if rank == smaller.shape[0]:
+        return Initial(factors, error)
     # Wedin: an error E of W turns the leading space by |E| / gap, and moves W_r by that times the values at the edge.
-    last, after = float(singular[-rank]), float(singular[-rank - 1])
-    gap = last - after
-    error = EPS * float(singular[-1]) * math.sqrt(rank)
-    return Initial(factors, error * (1 + (last + after) / gap) if gap > 0 else float("inf"))
+    last, after = float(values[rank - 1]), float(values[rank])
+    return Initial(factors, error * (1 + (last + after) / (last - after)) if last > after else float("inf"))
 
 
 def _olora(weight: Tensor, rank: int, scaling: float) -> Initial:
