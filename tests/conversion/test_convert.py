@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -123,17 +123,27 @@ def test_dora_on_an_embedding_and_on_the_head_of_tied_weights(tmp_path: Path) ->
     assert torch.allclose(found.T, trained.changes["model.embed_tokens"], atol=2e-5)
 
 
-@pytest.mark.parametrize("config", [{"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "corda"}], ids=str)
+def prepare_corda(model: Any, lora: Any) -> None:
+    lora.corda_config = CordaConfig(corda_method="kpm")
+    preprocess_corda(model, lora, run_model=lambda: model(torch.arange(3, 67)[None]))
+
+
+def prepare_lora_ga(model: Any, lora: Any) -> None:
+    lora.lora_ga_config = LoraGAConfig()
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in lora.target_modules:  # what PEFT's preprocess_loraga leaves there
+            module._peft_loraga_grad = torch.randn(module.weight.shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prepare"),
+    [("pissa_niter_4", None), ("corda", prepare_corda), ("lora_ga", prepare_lora_ga)],
+    ids=["pissa_niter_4", "corda", "lora_ga"],
+)
 def test_with_the_adapter_before_its_training_no_weight_of_the_base_is_read(
-    tmp_path: Path, tiny_base: Path, config: dict[str, Any]
+    tmp_path: Path, tiny_base: Path, kind: str, prepare: Any
 ) -> None:
-    prepare = None
-    if config["init_lora_weights"] == "corda":
-        config = config | {"corda_config": CordaConfig(corda_method="kpm")}
-
-        def prepare(model: Any, lora: Any) -> None:
-            preprocess_corda(model, lora, run_model=lambda: model(torch.arange(3, 67)[None]))
-
+    config = {"init_lora_weights": kind}
     trained = train(tmp_path / "adapter", tiny_base, initial="before", prepare=prepare, **config)
     with pytest.raises(UnsupportedAdapter, match="cannot be computed again") as caught:
         convert_adapter(str(trained.path), tmp_path / "out", base=str(tiny_base))

@@ -45,11 +45,12 @@ def train(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     before = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-    lora = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": list(targets), "task_type": "CAUSAL_LM", **config})
-    if prepare is not None:
-        prepare(model, lora)
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": list(targets), "task_type": "CAUSAL_LM", **config}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PEFT's advice on Conv1D and on such initialisations
+        lora = LoraConfig(**fields)
+        if prepare is not None:
+            prepare(model, lora)
         peft_model = get_peft_model(model, lora)
         peft_model.peft_config["default"].base_model_name_or_path = BASE_ID
         if initial is not None:
