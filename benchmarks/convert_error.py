@@ -1,7 +1,7 @@
 """How well a plain LoRA stands in for a trained DoRA, PiSSA or OLoRA adapter. Prints Markdown for docs/convert.md.
 
-    python benchmarks/convert_error.py
-    python benchmarks/convert_error.py --base DIR --data calibration.jsonl --eval-data test.jsonl --steps 100
+    python -m benchmarks.convert_error
+    python -m benchmarks.convert_error --base DIR --data calibration.jsonl --eval-data test.jsonl --steps 100
 
 Trains each with stock PEFT on every linear layer, converts it, loads what was written with stock PEFT on the untouched
 base, and scores the trained model and the converted ones on the same records. The relative error is that of the change

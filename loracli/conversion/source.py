@@ -31,19 +31,19 @@ MOST_UNCERTAIN = 0.05  # of |dW|, that an initialisation computed again may be o
 TRIED_FIRST = 2  # times the adapter's rank
 
 
-@dataclass
 class Tally:
-    """What was found out about the modules so far.
+    """What is found out about the modules, one after the other.
 
-    Args:
+    Attributes:
         sizes: |dW|_F by module.
         lost: |dW - dW_k|_F by module, before the rounding to the output's dtype.
-        uncertainty: the largest, of a module's |dW|_F.
+        uncertainty: the largest, as a share of a module's |dW|_F.
     """
 
-    sizes: dict[str, float] = field(default_factory=dict)
-    lost: dict[str, float] = field(default_factory=dict)
-    uncertainty: float = 0.0
+    def __init__(self) -> None:
+        self.sizes: dict[str, float] = {}
+        self.lost: dict[str, float] = {}
+        self.uncertainty = 0.0
 
     def error(self) -> float:
         """|dW - dW_k|_F / |dW|_F over all modules."""
