@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loracli.algebra.methods.method import MethodOptions
     from loracli.comparison.compare import compare_adapters
     from loracli.comparison.settings import CompareSettings, Controls
+    from loracli.conversion.convert import Converted, convert_adapter
     from loracli.errors import LoracatError
     from loracli.evaluation.comparison import Comparison
     from loracli.evaluation.task_metric import TaskMetric
@@ -37,6 +38,7 @@ _HOMES = {
     "CompareSettings": "loracli.comparison.settings",
     "Comparison": "loracli.evaluation.comparison",
     "Controls": "loracli.comparison.settings",
+    "Converted": "loracli.conversion.convert",
     "Exported": "loracli.export.export",
     "Fetched": "loracli.adapters.hub",
     "FitSettings": "loracli.fitting.settings",
@@ -47,6 +49,7 @@ _HOMES = {
     "Recipe": "loracli.recipe",
     "TaskMetric": "loracli.evaluation.task_metric",
     "compare_adapters": "loracli.comparison.compare",
+    "convert_adapter": "loracli.conversion.convert",
     "export_adapter": "loracli.export.export",
     "export_method": "loracli.export.method",
     "fetch_adapter": "loracli.adapters.hub",
@@ -62,6 +65,7 @@ __all__ = [
     "CompareSettings",
     "Comparison",
     "Controls",
+    "Converted",
     "Exported",
     "Fetched",
     "FitSettings",
@@ -72,6 +76,7 @@ __all__ = [
     "Recipe",
     "TaskMetric",
     "compare_adapters",
+    "convert_adapter",
     "export_adapter",
     "export_method",
     "fetch_adapter",

@@ -27,6 +27,8 @@ from loracli.adapters.tensor_file import TensorFile, TensorReader, open_tensor_f
 from loracli.algebra.factors import Factors
 from loracli.errors import MalformedAdapter
 
+_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+
 AdapterKind = Literal["linear", "embedding"]
 Key = TypeVar("Key")
 
@@ -100,7 +102,7 @@ class LoraAdapter:
         return self._read(tensor.name)
 
     def _read(self, name: str) -> Tensor:
-        with open_tensor_file(self.path / TENSOR_FILE, any_shape=_may_have_any_shape).reader() as reader:
+        with open_tensor_file(self.path / TENSOR_FILE, any_shape=may_have_any_shape).reader() as reader:
             return reader.read(name)
 
 
@@ -112,8 +114,49 @@ def read_adapter(source: str | Fetched) -> LoraAdapter:
         UnsupportedAdapter: if the adapter uses a feature that cannot be honoured exactly.
     """
     fetched = fetch_adapter(source) if isinstance(source, str) else source
-    read = _read_mlx if is_mlx(fetched.path) else _read_peft
-    config, modules, others, file = read(fetched.path)
+    if is_mlx(fetched.path):
+        config, factors, file = read_mlx(fetched.path)
+        modules = {name: LoraModule(name, "linear", update) for name, update in factors.items()}
+        return _adapter(fetched, config, modules, _Others({}, {}), file)
+    config = read_config(fetched.path / CONFIG_FILE)
+    path = fetched.path / TENSOR_FILE
+
+    def sort(names: Iterable[str]) -> _Sorted:
+        return sort_tensors(names, str(path), config.modules_to_save)
+
+    file = open_tensor_file(path, check_names=sort, any_shape=may_have_any_shape)
+    return build_adapter(fetched, config, file, file.shapes)
+
+
+def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, names: Iterable[str]) -> LoraAdapter:
+    """The adapter of the tensors of these names, of a file that has been opened.
+
+    Raises:
+        MalformedAdapter, UnsupportedAdapter: as `read_adapter`.
+    """
+    parts, copies, whole = sort_tensors(names, str(file.path), config.modules_to_save)
+    saved = {
+        module: {
+            path: SavedTensor(name, file.shapes[name], file.dtypes[name]) for path, name in sorted(tensors.items())
+        }
+        for module, tensors in sorted(whole.items())
+    }
+    with file.reader() as reader:
+        modules = {name: _read_module(name, parts[name], config, file, reader) for name in sorted(parts)}
+    return _adapter(fetched, config, modules, _Others(copies, saved), file)
+
+
+@dataclass(frozen=True)
+class _Others:
+    """What a file holds beside updates: names of base matrices by module, and modules that were saved whole."""
+
+    copies: Mapping[str, str]
+    saved: Mapping[str, Mapping[str, SavedTensor]]
+
+
+def _adapter(
+    fetched: Fetched, config: AdapterConfig, modules: Mapping[str, LoraModule], others: _Others, file: TensorFile
+) -> LoraAdapter:
     dtypes = [module.factors.lora_A.dtype for module in modules.values()]
     dtypes += [tensor.dtype for tensors in others.saved.values() for tensor in tensors.values()]
     return LoraAdapter(
@@ -132,40 +175,6 @@ def read_adapter(source: str | Fetched) -> LoraAdapter:
     )
 
 
-@dataclass(frozen=True)
-class _Others:
-    """What a file holds beside updates: names of base matrices by module, and modules that were saved whole."""
-
-    copies: Mapping[str, str]
-    saved: Mapping[str, Mapping[str, SavedTensor]]
-
-
-_Read = tuple[AdapterConfig, dict[str, LoraModule], _Others, TensorFile]
-
-
-def _read_peft(folder: Path) -> _Read:
-    config = read_config(folder / CONFIG_FILE)
-    path = folder / TENSOR_FILE
-
-    def sort(names: Iterable[str]) -> _Sorted:
-        return _sort_tensors(names, str(path), config.modules_to_save)
-
-    file = open_tensor_file(path, check_names=sort, any_shape=_may_have_any_shape)
-    parts, copies, whole = sort(file.shapes)
-    saved = {
-        module: {path: SavedTensor(name, file.shapes[name], file.dtypes[name]) for path, name in sorted(names.items())}
-        for module, names in sorted(whole.items())
-    }
-    with file.reader() as reader:
-        modules = {name: _read_module(name, parts[name], config, file, reader) for name in sorted(parts)}
-    return config, modules, _Others(copies, saved), file
-
-
-def _read_mlx(folder: Path) -> _Read:
-    config, factors, file = read_mlx(folder)
-    return config, {name: LoraModule(name, "linear", update) for name, update in factors.items()}, _Others({}, {}), file
-
-
 def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
     """The dtype that holds all of them without loss: float16 with bfloat16 gives float32."""
     result = dtypes[0]
@@ -177,7 +186,7 @@ def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
 _Sorted = tuple[dict[str, dict[Part, str]], dict[str, str], dict[str, dict[str, str]]]
 
 
-def _sort_tensors(names: Iterable[str], where: str, modules_to_save: Sequence[str]) -> _Sorted:
+def sort_tensors(names: Iterable[str], where: str, modules_to_save: Sequence[str]) -> _Sorted:
     """Tensor names by module and part; of base matrices by module; of modules saved whole by module and parameter."""
     parts: dict[str, dict[Part, str]] = {}
     copies: dict[str, str] = {}
@@ -230,9 +239,9 @@ def _saved_module(parameter: str, modules_to_save: Sequence[str]) -> str | None:
     return next((path for path in paths if any(path.endswith(name) for name in modules_to_save)), None)
 
 
-def _may_have_any_shape(name: str) -> bool:
-    """Factors and copies of base matrices are matrices; biases and modules saved whole need not be."""
-    return name.endswith(".bias") or whole_parameter(name) is not None
+def may_have_any_shape(name: str) -> bool:
+    """Factors and copies of base matrices are matrices; biases, magnitudes and modules saved whole need not be."""
+    return name.endswith((".bias", *_MAGNITUDES)) or whole_parameter(name) is not None
 
 
 def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:

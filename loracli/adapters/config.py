@@ -31,9 +31,16 @@ _WITHOUT_EFFECT = frozenset(
 # Initialisations that leave the base model as it is. The others subtract from it what they put into the factors.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
+# Of those others, the ones that `loracat convert` can put right, by how PEFT's names begin.
+_SUBTRACTING_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
+_CONVERTIBLE_FIELDS = frozenset({"use_dora", "corda_config", "lora_ga_config"})
+_LOFTQ = "it belongs to the quantised base of its training; on that very base, and no other, set the field to true"
+_PEFT_CONVERTS = "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+CONVERT = "make a plain LoRA of it: loracat convert ADAPTER --base MODEL"
+
 # Features that change what the tensors mean, with the way out. "Off" is null, false, empty or absent.
 _REFUSED = {
-    "use_dora": ("DoRA", "it has no exact low-rank form without the base model"),
+    "use_dora": ("DoRA", CONVERT),
     "target_parameters": ("target_parameters (LoRA on experts)", "train the adapter on target_modules"),
     "layer_replication": ("layer_replication", "train the adapter on the base model's own layers"),
     "trainable_token_indices": ("trainable tokens", "train the adapter without trainable_token_indices"),
@@ -62,6 +69,8 @@ class AdapterConfig:
         task_type: `CAUSAL_LM`, another, or None.
         lora_bias: whether every lora_B of a linear layer has a bias.
         modules_to_save: ends of the names of modules that were saved whole.
+        use_dora: whether magnitudes belong to it; only where it is read to be converted.
+        initialisation: that was subtracted from the base, `pissa` or another; only where it is read to be converted.
     """
 
     base_model: str | None
@@ -77,6 +86,8 @@ class AdapterConfig:
     task_type: str | None
     lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()
+    use_dora: bool = False
+    initialisation: str | None = None
 
     def rank_of(self, module: str) -> int:
         """The rank that the config gives `module`."""
@@ -88,15 +99,19 @@ class AdapterConfig:
         return lora_scaling(alpha, self.rank_of(module), use_rslora=self.use_rslora)
 
 
-def read_config(path: Path) -> AdapterConfig:
+def read_config(path: Path, *, convertible: bool = False) -> AdapterConfig:
     """Reads and checks an `adapter_config.json`.
 
+    Args:
+        path: the file.
+        convertible: let pass what `loracat convert` makes a plain LoRA of: DoRA, and initialisations that were
+            subtracted from the base.
     Raises:
         MalformedAdapter: if the file is damaged or a field has an impossible value.
         UnsupportedAdapter: if it uses a feature that cannot be honoured, by the feature's name.
     """
     fields = read_fields(path)
-    _refuse_features(fields, str(path))
+    _refuse_features(fields, str(path), convertible=convertible)
     return _Fields(fields, str(path)).config()
 
 
@@ -120,12 +135,12 @@ def read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _refuse_features(fields: dict[str, Any], where: str) -> None:
+def _refuse_features(fields: dict[str, Any], where: str, *, convertible: bool) -> None:
     peft_type = fields.get("peft_type")
     if peft_type != "LORA":
         raise UnsupportedAdapter(f"peft_type is {peft_type!r}; only LORA can be composed", where=where)
     for key, (feature, way_out) in _REFUSED.items():
-        if _is_on(fields.get(key)):
+        if _is_on(fields.get(key)) and not (convertible and key in _CONVERTIBLE_FIELDS):
             raise UnsupportedAdapter(f"{feature} is not supported (field {key!r})", where=where, hint=way_out)
     if fields.get("bias", "none") != "none":
         raise UnsupportedAdapter(
@@ -134,19 +149,29 @@ def _refuse_features(fields: dict[str, Any], where: str) -> None:
             hint='train the adapter with bias="none"',
         )
     initialisation = fields.get("init_lora_weights", True)
-    if not any(initialisation is plain or initialisation == plain for plain in _PLAIN_INITIALISATIONS):
+    plain = any(initialisation is known or initialisation == known for known in _PLAIN_INITIALISATIONS)
+    if not plain and not (convertible and _is_subtracting(initialisation)):
         raise UnsupportedAdapter(
             f"init_lora_weights is {initialisation!r}: such an adapter assumes a changed base model",
             where=where,
-            hint="convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)",
+            hint=CONVERT
+            if _is_subtracting(initialisation)
+            else _LOFTQ
+            if initialisation == "loftq"
+            else _PEFT_CONVERTS,
         )
+    known = _WITHOUT_EFFECT | _CONVERTIBLE_FIELDS if convertible else _WITHOUT_EFFECT
     for key, value in fields.items():
-        if key not in _WITHOUT_EFFECT and key not in _REFUSED and _is_on(value):
+        if key not in known and key not in _REFUSED and _is_on(value):
             raise UnsupportedAdapter(
                 f"the field {key!r} is not known to loracat and is not off",
                 where=where,
                 hint="a newer PEFT may give it a meaning that changes the adapter; remove it if it has none",
             )
+
+
+def _is_subtracting(initialisation: Any) -> bool:
+    return isinstance(initialisation, str) and initialisation.lower().startswith(_SUBTRACTING_INITIALISATIONS)
 
 
 def _is_on(value: Any) -> bool:
@@ -176,6 +201,8 @@ class _Fields:
             task_type=self._text("task_type"),
             lora_bias=self._flag("lora_bias"),
             modules_to_save=self._modules_to_save(),
+            use_dora=_is_on(self._fields.get("use_dora")),
+            initialisation=self._initialisation(),
         )
 
     def _bad(self, field: str, value: Any, expected: str) -> MalformedAdapter:
@@ -202,6 +229,10 @@ class _Fields:
         if value is not None and not (isinstance(value, str) and value.isprintable()):
             raise self._bad(field, value, "text on one line")
         return value or None
+
+    def _initialisation(self) -> str | None:
+        value = self._fields.get("init_lora_weights")
+        return str(value).lower() if _is_subtracting(value) else None
 
     def _whole_names(self) -> frozenset[str]:
         """PEFT adapts every module whose name is, or ends in a dot and, a name of the list."""

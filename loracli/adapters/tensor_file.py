@@ -94,7 +94,8 @@ def open_tensor_file(
             for its shape: most tensors of other features are vectors.
         any_shape: which tensors, by name, need not be matrices.
     Raises:
-        MalformedAdapter: if the header is damaged, beyond the limits, or describes something else than matrices.
+        MalformedAdapter: if the header is damaged, beyond the limits, or describes something else than matrices,
+            or than tensors of `dimensions`.
         UnsupportedAdapter: if a tensor has a dtype that is not a floating point format of 16 bits or more.
     """
     where = str(path)

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import loracli
-from loracli.cli import compare, demo, env, export, fetch, fit, inspect, lint, report, show
+from loracli.cli import compare, convert, demo, env, export, fetch, fit, inspect, lint, report, show
 from loracli.cli._greedy import GreedyCommand
 from loracli.cli._output import Output
 from loracli.errors import LoracatError, UsageError
@@ -91,6 +91,7 @@ def _root(
 
 app.command(name="fetch", epilog=fetch.EPILOG)(fetch.fetch)
 app.command(name="inspect", epilog=inspect.EPILOG)(inspect.inspect)
+app.command(name="convert", epilog=convert.EPILOG)(convert.convert)
 app.command(name="fit", cls=GreedyCommand, epilog=fit.EPILOG)(fit.fit)
 app.command(name="show", epilog=show.EPILOG)(show.show)
 app.command(name="compare", cls=GreedyCommand, epilog=compare.EPILOG)(compare.compare)

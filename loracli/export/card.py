@@ -30,6 +30,7 @@ class CardText:
         repeat: the command that makes it again, without what concerns compression, dtype and layout.
         origin: where the rest of the origin is.
         version: of loracat.
+        made: how it was made, for the heading; None of a composition.
     """
 
     base_id: str
@@ -40,6 +41,7 @@ class CardText:
     repeat: str
     origin: tuple[str, ...]
     version: str
+    made: str | None = None
 
 
 def recipe_card(recipe: Recipe) -> CardText:
@@ -74,7 +76,7 @@ def method_card(
         base_id=base_id,
         adapters=len(adapters),
         how=(f"{how}{f' ({said})' if said else ''}.",),
-        ingredients=(*_adapter_table(list(zip(adapters, columns, strict=True))), ""),
+        ingredients=(*adapter_table(list(zip(adapters, columns, strict=True))), ""),
         results=(),
         repeat=f"loracat export {' '.join(words)}",
         origin=(f"with `--adapters` and the adapters in this order{found}; `loracat.json` has their hashes.",),
@@ -88,7 +90,7 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
     return "\n".join(
         [
             *_front_matter(text.base_id, "mlx" if layout.profile == "mlx" else "peft"),
-            f"# LoRA adapter composed of {text.adapters}, {title}",
+            f"# LoRA adapter {text.made or f'composed of {text.adapters}'}, {title}",
             "",
             f"One LoRA adapter for `{text.base_id}` that carries the skills of its ingredients.",
             *text.how,
@@ -179,13 +181,13 @@ def _ingredients(recipe: Recipe) -> list[str]:
         [weight for row in recipe.mixing.weights.values() if (weight := row[index]) is not None]
         for index in range(len(recipe.adapters))
     ]
-    lines = _adapter_table(list(zip(recipe.adapters, columns, strict=True)))
+    lines = adapter_table(list(zip(recipe.adapters, columns, strict=True)))
     if recipe.mixing.kind not in INLINE_KINDS:
         lines += ["", "The weights are a summary: those whose weighted sum comes closest to the update of a module."]
     return [*lines, ""]
 
 
-def _adapter_table(adapters: Sequence[tuple[RecipeAdapter, Sequence[float] | None]]) -> list[str]:
+def adapter_table(adapters: Sequence[tuple[RecipeAdapter, Sequence[float] | None]]) -> list[str]:
     """A line for each adapter with its weights in all modules, None of a method without weights."""
     lines = ["| adapter | commit | sha256 | rank | mean weight | range |", "|---|---|---|--:|--:|---|"]
     for adapter, weights in adapters:

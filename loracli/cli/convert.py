@@ -1,0 +1,118 @@
+"""`loracat convert`: a plain LoRA from an adapter that needs its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt
+from loracli.cli._output import Output
+from loracli.progress import amount_text
+
+SHOWN_MODULES = 5
+
+EPILOG = (
+    "loracat convert ./dora --base org/model --rank 32  ·  loracat convert org/pissa --base org/model  ·  "
+    "loracat convert ./corda --initial ./corda/corda_init"
+)
+
+
+def convert(
+    adapter: Annotated[
+        str,
+        typer.Argument(metavar="ADAPTER", help="DoRA, PiSSA, OLoRA, CorDA or LoRA-GA, on the Hub or in a directory."),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="Hub id or directory; default: the one that the adapter names."),
+    ] = None,
+    base_revision: Annotated[
+        str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
+    ] = None,
+    initial: Annotated[
+        str | None,
+        typer.Option("--initial", metavar="ADAPTER", help="The adapter as it was saved before its training."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory to make.")] = Path(
+        "adapter-converted"
+    ),
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="K", help="Of the result, whatever its error then is.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            metavar="E",
+            help="Largest relative error of a module; each gets the smallest rank for it. Default: exact without "
+            "DoRA; with DoRA 0.1, up to rank 512.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; default: the adapter's own."),
+    ] = None,
+    force: ForceOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Make a plain LoRA, at a stated error, of an adapter that is refused without its base model."""
+    from loracli.conversion.convert import convert_adapter
+
+    out = Output(as_json=as_json, quiet=quiet)
+    made = convert_adapter(
+        adapter,
+        output,
+        base=base,
+        base_revision=base_revision,
+        initial=initial,
+        rank=rank,
+        tolerance=tolerance,
+        dtype=dtype,
+        force=force,
+        progress=out,
+    )
+    out.close()
+    exported, modules = made.exported, made.exported.certificate.modules
+    layout, dtype_name = exported.layout, str(exported.dtype).removeprefix("torch.")
+    out.document(
+        {
+            "path": str(exported.path),
+            "profile": layout.profile,
+            "rank": layout.rank,
+            "dtype": dtype_name,
+            "size_bytes": exported.size_bytes,
+            "relative_error": made.relative_error,
+            "largest_relative_error": exported.certificate.largest_error,
+            "initial_uncertainty": made.uncertainty,
+            "modules": [
+                {"name": module.name, "rank": module.rank, "relative_error": module.relative_error}
+                for module in modules
+            ],
+        }
+    )
+    out.value(str(exported.path))
+    if layout.profile == "peft" and layout.reason:
+        out.warn(f"written for PEFT and vLLM only: {layout.reason}")
+    out.line(str(exported.path), style="bold")
+    out.line(
+        f"  rank {layout.rank}, {len(layout.ranks)} modules, {dtype_name}, "
+        f"{amount_text(exported.size_bytes, 'B')}, profile {layout.profile}"
+    )
+    out.line(
+        f"  relative error of the change in the base's weights: {made.relative_error:.1e} over all modules, "
+        f"{exported.certificate.largest_error:.1e} at most"
+    )
+    if made.uncertainty:
+        out.line(
+            f"  the initialisation was computed again from the base, to about {made.uncertainty:.0e} of the change"
+        )
+    if exported.merged:
+        worst = sorted(modules, key=lambda module: -module.relative_error)[:SHOWN_MODULES]
+        out.table(
+            ["  largest errors (all are in loracat.json)", "rank", "relative error"],
+            [[f"  {module.name}", str(module.rank), f"{module.relative_error:.2%}"] for module in worst],
+        )
+    out.hint(f"loracat inspect {exported.path}")

@@ -1,0 +1,179 @@
+"""A plain LoRA from an adapter that needs its base: DoRA, and initialisations that were subtracted from the base.
+
+    dW = W' - W,    W' = D (W + dV),    dV = s B A - s B_0 A_0
+
+D is I without DoRA, and B_0 A_0 is 0 where nothing was subtracted. Without DoRA the change has rank 2 r and is
+converted exactly; with it the change has full rank, and the result is the best approximation of some rank, at an error
+that is stated.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from loracli.adapters.base_weights import BaseWeights
+from loracli.adapters.identity import identity_of
+from loracli.adapters.names import layer
+from loracli.atomic import check_free
+from loracli.conversion.cut import Cut
+from loracli.conversion.read import Convertible, read_convertible
+from loracli.conversion.source import ConversionSource
+from loracli.errors import UnsupportedAdapter, UsageError
+from loracli.export.base_table import BaseTable, base_table
+from loracli.export.export import Exported, ExportOptions, write_export
+from loracli.export.source import identities_of
+from loracli.progress import SILENT, Progress
+from loracli.recipe import RecipeAdapter, labels_of
+
+DEFAULT_TOLERANCE = 0.1  # of DoRA, where neither a rank nor a tolerance is given
+DEFAULT_MOST = 512  # and the largest rank to spend on it: no server loads a larger one
+COMPUTABLE = ("pissa", "olora")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote.
+
+    Args:
+        exported: the directory, and how exact each module is.
+        relative_error: |dW_written - dW|_F / |dW|_F over all modules.
+        uncertainty: about how far an initialisation that was computed again may be off, of a module's |dW|_F.
+    """
+
+    exported: Exported
+    relative_error: float
+    uncertainty: float
+
+
+def convert_adapter(
+    adapter: str,
+    output: str | Path,
+    *,
+    base: str | None = None,
+    base_revision: str | None = None,
+    initial: str | None = None,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Converted:
+    """Writes what an adapter changes in its base's weights as one plain LoRA directory.
+
+    Args:
+        adapter: a reference or a directory.
+        output: the directory to make.
+        base: a Hub id or directory, None for the one that the adapter names.
+        base_revision: of a base on the Hub.
+        initial: the adapter as it was before its training, if there is one; it needs no weight of the base.
+        rank: of every module; the error is what it then is.
+        tolerance: the largest relative error of a module; each gets the smallest rank that it takes. Without both, a
+            change of low rank is converted exactly, and another to DEFAULT_TOLERANCE or not at all.
+        dtype: float32, float16 or bfloat16; None is the adapter's own.
+        force: replace an existing adapter directory.
+        progress: told how far it is.
+    Raises:
+        OutputExists: if `output` is taken, before any work.
+        UsageError: if options contradict each other, there is nothing to convert, or the default error cannot be had.
+        InputError: of the kind that fits, if the adapter cannot be read or converted.
+    """
+    if rank is not None and tolerance is not None:
+        raise UsageError("--rank and --tolerance exclude each other")
+    if tolerance is not None and not 0.0 < tolerance < 1.0:
+        raise UsageError(f"--tolerance {tolerance:g} is not between 0 and 1")
+    options = ExportOptions(rank=rank, dtype=dtype)
+    options.check(cuts=True)
+    check_free(Path(output), force=force)
+    read = read_convertible(adapter, initial, progress=progress)
+    _check_way(read)
+    table, commit, weights = _find_base(read, base, base_revision, progress)
+    _check_modules(read, table, weights)
+    asked = rank is not None or tolerance is not None
+    cut = Cut(rank, tolerance)
+    if not asked and read.magnitudes:
+        cut = Cut(tolerance=DEFAULT_TOLERANCE, most=DEFAULT_MOST)
+    source = ConversionSource(read, table, commit, weights, cut, asked, _identities(read))
+    exported = write_export(source, Path(output), options, force=force, progress=progress)
+    sizes = source.tally.sizes
+    errors = [module.relative_error * sizes[module.name] for module in exported.certificate.modules]
+    size = math.hypot(*sizes.values())
+    return Converted(exported, math.hypot(*errors) / size if size else 0.0, source.tally.uncertainty)
+
+
+def _check_way(read: Convertible) -> None:
+    """Raises if there is nothing to convert, or no way to."""
+    config = read.adapter.config
+    if not config.use_dora and config.initialisation is None and read.initial is None:
+        raise UsageError(
+            f"{read.adapter.reference} is a plain LoRA already",
+            hint="if its config hides that it began with PiSSA or the like, give the adapter before its training with "
+            "--initial",
+        )
+    if config.initialisation is not None and read.initial is None and config.initialisation not in COMPUTABLE:
+        needed = "random numbers" if config.initialisation.startswith("pissa") else "the data of its training"
+        raise UnsupportedAdapter(
+            f"init_lora_weights is {config.initialisation!r}: what it took from the base depends on {needed} and "
+            "cannot be computed again",
+            where=read.adapter.reference,
+            hint="give the adapter as it was before its training with --initial DIR",
+        )
+
+
+def _find_base(
+    read: Convertible, base: str | None, revision: str | None, progress: Progress
+) -> tuple[BaseTable, str | None, BaseWeights | None]:
+    """What is known of the base, its commit, and its weights where they are needed.
+
+    They are needed for magnitudes, for an initialisation that has to be computed again, and to look at what an adapter
+    carries a copy of, or what may be tied: anything outside the layers.
+    """
+    adapter = read.adapter
+    computed = adapter.config.initialisation is not None and read.initial is None
+    outside = any(layer(name) == name for name in adapter.modules)
+    if not (read.magnitudes or computed or adapter.base_copies or outside):
+        return base_table([adapter], base, revision=revision, progress=progress), None, None
+    from loracli.fitting.base import base_modules, check_shapes, find_base, plan_base
+
+    reference = find_base([adapter], base, revision=revision, progress=progress)
+    skeleton = plan_base(reference).skeleton
+    check_shapes(skeleton, [adapter])
+    weights = BaseWeights(reference.path, prefix=skeleton.base_model_prefix, tied=dict(skeleton.all_tied_weights_keys))
+    return BaseTable(reference.id, base_modules(skeleton, [adapter])), reference.commit, weights
+
+
+def _check_modules(read: Convertible, table: BaseTable, weights: BaseWeights | None) -> None:
+    """Raises for modules whose change in the base is more, or other, than the adapter's."""
+    config = read.adapter.config
+    if config.initialisation is None and read.initial is None:
+        return
+    kinds = {module.name: module.kind for module in table.modules}
+    for name, module in read.adapter.modules.items():
+        if module.kind == "embedding":
+            continue
+        if config.initialisation == "olora" and kinds[name] == "conv1d":
+            raise UnsupportedAdapter(
+                f"{name} is a Conv1D with OLoRA: PEFT subtracts the transposed matrix there, so the base it was "
+                "trained on is not W - s B_0 A_0",
+                where=read.adapter.reference,
+                hint="train it with another init_lora_weights",
+            )
+        other = None if weights is None else weights.tied(f"{name}.weight")
+        if other is not None:
+            raise UnsupportedAdapter(
+                f"{name} is tied to {other}: its initialisation changed both, and a LoRA would change one",
+                where=read.adapter.reference,
+                hint=f"train it without {name}",
+            )
+
+
+def _identities(read: Convertible) -> tuple[RecipeAdapter, ...]:
+    names = [
+        identity_of(adapter, str(adapter.path) if adapter.commit is None else adapter.reference)
+        for adapter in read.trained
+    ]
+    labels = labels_of(names, Path())
+    return identities_of(
+        read.trained, {a.reference: labels[n.reference] for a, n in zip(read.trained, names, strict=True)}
+    )

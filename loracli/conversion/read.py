@@ -1,0 +1,128 @@
+"""Reading an adapter that is to be converted: as any adapter, but with DoRA's magnitudes, and with the adapter as it
+was before the training where there is one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from loracli.adapters.adapter import LoraAdapter, build_adapter, may_have_any_shape, sort_tensors
+from loracli.adapters.config import read_config
+from loracli.adapters.hub import Fetched, fetch_adapter
+from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE
+from loracli.adapters.tensor_file import open_tensor_file
+from loracli.algebra.factors import Factors
+from loracli.errors import IncompatibleAdapters, MalformedAdapter, UnsupportedAdapter, UsageError
+from loracli.progress import SILENT, Progress
+
+# Folders that PEFT's examples save the initial adapter to, inside that of the training.
+INITIAL_FOLDERS = ("pissa_init", "olora_init", "corda_init", "loraga_init")
+
+_MAGNITUDE = re.compile(r"base_model\.model\.(?P<module>[\w.]+)\.lora_magnitude_vector(\.weight)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Convertible:
+    """An adapter with what is needed to convert it.
+
+    Args:
+        adapter: its factors.
+        magnitudes: m (out,) of DoRA by module, for every module or for none.
+        initial: the adapter as it was before the training; None if there is none.
+    """
+
+    adapter: LoraAdapter
+    magnitudes: Mapping[str, Tensor]
+    initial: LoraAdapter | None
+
+    @property
+    def trained(self) -> tuple[LoraAdapter, ...]:
+        """All that was read."""
+        return (self.adapter,) if self.initial is None else (self.adapter, self.initial)
+
+
+def read_convertible(reference: str, initial: str | None = None, *, progress: Progress = SILENT) -> Convertible:
+    """Reads an adapter, and the initial one if it is given or lies in one of `INITIAL_FOLDERS` beside a local one.
+
+    Raises:
+        MalformedAdapter, UnsupportedAdapter: as `read_adapter`, for what cannot be converted either.
+        IncompatibleAdapters: if the initial adapter is not of the same modules, ranks and scalings.
+        UsageError: if the initial adapter is the adapter itself.
+    """
+    adapter, magnitudes = _read(fetch_adapter(reference, progress=progress))
+    if initial is None and adapter.config.initialisation is not None and adapter.commit is None:
+        found = [name for name in INITIAL_FOLDERS if (adapter.path / name / CONFIG_FILE).is_file()]
+        if len(found) == 1:
+            initial = str((adapter.path / found[0]).resolve())
+            progress.note(f"the adapter before its training: {Path(reference) / found[0]}")
+    if initial is None:
+        return Convertible(adapter, magnitudes, None)
+    before, _ = _read(fetch_adapter(initial, progress=progress))
+    _check_initial(adapter, before)
+    return Convertible(adapter, magnitudes, before)
+
+
+def _read(fetched: Fetched) -> tuple[LoraAdapter, dict[str, Tensor]]:
+    """The adapter, and its magnitudes by module."""
+    config = read_config(fetched.path / CONFIG_FILE, convertible=True)
+    where = str(fetched.path / TENSOR_FILE)
+    if config.lora_bias or config.modules_to_save:
+        feature = "lora_bias" if config.lora_bias else "modules_to_save"
+        raise UnsupportedAdapter(
+            f"has {feature}, which a plain LoRA has not, and is to be converted into one",
+            where=str(fetched.path / CONFIG_FILE),
+            hint=f"train the adapter without {feature}",
+        )
+    names: dict[str, str] = {}  # of the magnitudes, by module
+    others: list[str] = []
+
+    def sort(found: Iterable[str]) -> None:
+        for name in sorted(found):
+            match = _MAGNITUDE.fullmatch(name)
+            if match and config.use_dora:
+                names[match["module"]] = name
+            else:
+                others.append(name)
+        sort_tensors(others, where, config.modules_to_save)
+
+    file = open_tensor_file(fetched.path / TENSOR_FILE, check_names=sort, any_shape=may_have_any_shape)
+    adapter = build_adapter(fetched, config, file, others)
+    with file.reader() as reader:
+        magnitudes = {module: reader.read(name) for module, name in names.items()}
+    if config.use_dora:
+        _check_magnitudes(adapter, magnitudes, where)
+    return adapter, magnitudes
+
+
+def _check_magnitudes(adapter: LoraAdapter, magnitudes: Mapping[str, Tensor], where: str) -> None:
+    if magnitudes.keys() != adapter.modules.keys():
+        odd = min(magnitudes.keys() ^ adapter.modules.keys())
+        raise MalformedAdapter(f"{odd!r} does not have both factors and a magnitude", where=where)
+    for name, module in adapter.modules.items():
+        if tuple(magnitudes[name].shape) != (module.factors.out_features,):
+            raise MalformedAdapter(
+                f"{name!r} has a magnitude {tuple(magnitudes[name].shape)} for {module.factors.out_features} outputs",
+                where=where,
+            )
+
+
+def _check_initial(adapter: LoraAdapter, initial: LoraAdapter) -> None:
+    if adapter.sha256[TENSOR_FILE] == initial.sha256[TENSOR_FILE]:
+        raise UsageError(f"{initial.reference} is the adapter itself, not what it was before its training")
+    for name in sorted(adapter.modules.keys() | initial.modules.keys()):
+        ours, theirs = adapter.modules.get(name), initial.modules.get(name)
+        same = ours is not None and theirs is not None and _form(ours.factors) == _form(theirs.factors)
+        if not same:
+            raise IncompatibleAdapters(
+                f"{initial.reference} is not {adapter.reference} before its training: they differ in the rank, shape "
+                f"or scaling of {name}",
+                hint="an adapter that PEFT has converted already has twice the rank; that one is a plain LoRA",
+            )
+
+
+def _form(factors: Factors) -> tuple[int, int, int, float]:
+    return factors.rank, factors.in_features, factors.out_features, factors.scaling

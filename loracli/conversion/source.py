@@ -1,0 +1,247 @@
+"""What a conversion exports: the update of each module, from the adapter's tensors and the base's weight of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import loracli
+from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.adapters.base_weights import BaseWeights
+from loracli.algebra.concatenate import concatenate
+from loracli.algebra.factors import norm
+from loracli.algebra.methods.method import Merged
+from loracli.algebra.truncate import Truncation
+from loracli.conversion.cut import Cut, cut_factors, cut_matrix
+from loracli.conversion.dora import dora_update
+from loracli.conversion.initialisation import Initial, initial_update
+from loracli.conversion.read import Convertible
+from loracli.errors import BaseModelMismatch, UnsupportedAdapter, UsageError
+from loracli.export.base_table import BaseTable
+from loracli.export.card import CardText, adapter_table
+from loracli.recipe import BaseModule, RecipeAdapter
+from loracli.schema import encode
+
+MOST_UNCERTAIN = 0.05  # of |dW|, that an initialisation computed again may be off
+TRIED_FIRST = 2  # times the adapter's rank
+
+
+class Tally:
+    """What is found out about the modules, one after the other.
+
+    Attributes:
+        sizes: |dW|_F by module.
+        lost: |dW - dW_k|_F by module, before the rounding to the output's dtype.
+        uncertainty: the largest, as a share of a module's |dW|_F.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, float] = {}
+        self.lost: dict[str, float] = {}
+        self.uncertainty = 0.0
+
+    def error(self) -> float:
+        """|dW - dW_k|_F / |dW|_F over all modules."""
+        size = math.hypot(*self.sizes.values())
+        return math.hypot(*self.lost.values()) / size if size else 0.0
+
+
+@dataclass(frozen=True)
+class ConversionSource:
+    """An adapter that is converted; a `Source` of the export.
+
+    Args:
+        read: the adapter, its magnitudes, and what it was before its training.
+        base: what is known of the base model.
+        base_commit: of the base's repository, None for a directory or where the base is not read.
+        weights: the base's, None where they are not needed.
+        cut: what rank or error was asked for.
+        asked: whether it was the user who asked.
+        identities: of what was read, by names that may be published.
+        tally: is filled by `compose`.
+    """
+
+    read: Convertible
+    base: BaseTable
+    base_commit: str | None
+    weights: BaseWeights | None
+    cut: Cut
+    asked: bool
+    identities: tuple[RecipeAdapter, ...]
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def adapters(self) -> tuple[LoraAdapter, ...]:
+        return self.read.trained
+
+    @property
+    def base_id(self) -> str:
+        return self.base.id
+
+    @property
+    def table(self) -> tuple[BaseModule, ...]:
+        return self.base.modules
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.read.adapter.dtype
+
+    @property
+    def saved(self) -> None:
+        """Modules that were saved whole have been refused."""
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.read.adapter.modules))
+
+    def known_rank(self, module: str) -> int | None:
+        return None
+
+    def compose(self, module: str) -> Merged:
+        """dW of a module at the rank that was asked for.
+
+        Raises:
+            UnsupportedAdapter: if what the initialisation took cannot be told from the base.
+            BaseModelMismatch: if the base's weight does not go with the adapter.
+            UsageError: if nothing was asked for and no reasonable rank comes close.
+        """
+        own = self.read.adapter.modules[module]
+        initial = self._initial(own)
+        trained = own.factors
+        change = trained if initial is None else concatenate([trained, initial.factors], [1.0, -1.0])
+        if module in self.read.adapter.base_copies:
+            self._check_copy(module, initial)
+        if self.read.magnitudes:
+            try:
+                matrix = dora_update(self._weight(own), change, self.read.magnitudes[module])
+            except ValueError as error:
+                raise BaseModelMismatch(f"{module} cannot be converted: {error}") from None
+            size = float(matrix.norm())
+            found = cut_matrix(matrix, self.cut, TRIED_FIRST * trained.rank)
+        else:
+            size = norm(change)
+            found = cut_factors(change, self.cut)
+        self._check(module, found, size, initial)
+        return Merged(found.factors, found.kept_energy)
+
+    def _initial(self, module: LoraModule) -> Initial | None:
+        """s B_0 A_0, None where nothing was taken from the base; no initialisation touches an embedding."""
+        if self.read.initial is not None:
+            return Initial(self.read.initial.modules[module.name].factors, 0.0)
+        kind = self.read.adapter.config.initialisation
+        if kind is None or module.kind == "embedding":
+            return None
+        factors = module.factors
+        try:
+            found = initial_update(kind, self._weight(module), factors.rank, factors.scaling)
+        except ValueError as error:
+            raise BaseModelMismatch(f"{module.name} cannot be converted: {error}") from None
+        assert found is not None, "checked before the work began"
+        return found
+
+    def _weight(self, module: LoraModule) -> Tensor:
+        """W (out, in), as the factors have it: an embedding's and a Conv1D's are stored the other way round."""
+        assert self.weights is not None
+        weight = self.weights.read(f"{module.name}.weight")
+        turned = module.kind == "embedding" or self._kinds()[module.name] == "conv1d"
+        oriented = weight.T if turned else weight
+        expected = (module.factors.out_features, module.factors.in_features)
+        if tuple(oriented.shape) != expected:
+            raise BaseModelMismatch(
+                f"the base's {module.name} is (out, in) = {tuple(oriented.shape)} in its files, not {expected}"
+            )
+        return oriented
+
+    def _kinds(self) -> Mapping[str, str]:
+        return {module.name: module.kind for module in self.base.modules}
+
+    def _check_copy(self, module: str, initial: Initial | None) -> None:
+        """The base's matrix that PEFT wrote into the adapter is W, or W_res = W - s B_0 A_0 up to its rounding."""
+        own = self.read.adapter.modules[module]
+        weight = self._weight(own).double()
+        copy = self.read.adapter.read_base_copy(module)
+        turned = own.kind == "embedding" or self._kinds()[module] == "conv1d"
+        found = (copy.T if turned else copy).double()
+        allowed = 0.0
+        if initial is not None:
+            weight = weight - initial.factors.delta_weight()
+            allowed = 4 * torch.finfo(copy.dtype).eps * float(weight.norm()) + initial.uncertainty
+        if found.shape != weight.shape or float((found - weight).norm()) > allowed:
+            raise BaseModelMismatch(
+                f"{self.read.adapter.reference} carries its own matrix for {module}, which does not follow from the "
+                "base's",
+                hint="check --base and --initial; a matrix that was trained itself is more than an adapter can carry",
+            )
+
+    def _check(self, module: str, found: Truncation, size: float, initial: Initial | None) -> None:
+        tally, uncertainty = self.tally, 0.0 if initial is None else initial.uncertainty
+        if uncertainty > MOST_UNCERTAIN * size:
+            raise UnsupportedAdapter(
+                f"{module}: what the initialisation took from the base's weight cannot be told to {MOST_UNCERTAIN:.0%} "
+                "of what the training changed",
+                where=self.read.adapter.reference,
+                hint="give the adapter as it was before its training with --initial",
+            )
+        error = math.sqrt(1.0 - found.kept_energy)
+        tolerance = self.cut.tolerance
+        if not self.asked and tolerance is not None and error > tolerance:
+            raise UsageError(
+                f"{module}: the best LoRA of rank {found.factors.rank} has a relative error of {error:.1%}, more than "
+                f"{tolerance:.0%}",
+                hint="take what it is with --rank K, or allow another error with --tolerance E",
+            )
+        tally.sizes[module] = size
+        tally.lost[module] = error * size
+        tally.uncertainty = max(tally.uncertainty, uncertainty / size if size else 0.0)
+
+    def document(self) -> dict[str, Any]:
+        config = self.read.adapter.config
+        return {
+            "conversion": {
+                "use_dora": config.use_dora,
+                "initialisation": config.initialisation,
+                "initial": self._origin_of_initial(),
+                "initial_uncertainty": self.tally.uncertainty,
+                "rank": self.cut.rank,
+                "tolerance": self.cut.tolerance,
+                "relative_error": self.tally.error(),
+            },
+            "base": {"id": self.base.id, "commit": self.base_commit},
+            "adapters": [encode(identity) for identity in self.identities],
+            "versions": {"loracat": loracli.__version__, "torch": torch.__version__},
+        }
+
+    def _origin_of_initial(self) -> str | None:
+        if self.read.initial is not None:
+            return "given"
+        return None if self.read.adapter.config.initialisation is None else "computed"
+
+    def card(self) -> CardText:
+        config = self.read.adapter.config
+        kind = (
+            ", ".join(filter(None, ("DoRA" if config.use_dora else "", config.initialisation or "")))
+            or "an adapter on a changed base"
+        )
+        how = [
+            f"Its update of every module is what the adapter below ({kind}) changes in the base's weights, as",
+            f"a plain LoRA: the relative error over all modules is {self.tally.error():.1e}, before rounding.",
+        ]
+        if self.read.initial is not None:
+            how.append("What the initialisation took from the base comes from the adapter before its training.")
+        elif config.initialisation is not None:
+            how.append("What the initialisation took from the base was computed again from the base's weights.")
+        return CardText(
+            base_id=self.base.id,
+            adapters=len(self.identities),
+            how=tuple(how),
+            ingredients=(*adapter_table([(identity, None) for identity in self.identities]), ""),
+            results=(),
+            repeat="loracat convert" + ("" if self.cut.tolerance is None else f" --tolerance {self.cut.tolerance:g}"),
+            origin=("with the adapter above; `loracat.json` has its hashes.",),
+            version=loracli.__version__,
+            made=f"converted from {kind}",
+        )
