@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from loracli.adapters.tensor_file import DTYPES
+from loracli.adapters.tensor_file import DTYPES, tensor_bytes
 
 PEFT_METADATA = MappingProxyType({"format": "pt"})  # PEFT and transformers look for it
 
@@ -54,7 +54,7 @@ def file_parts(
     tensor: Callable[[str], Tensor],
     *,
     metadata: Mapping[str, str] = PEFT_METADATA,
-) -> Iterator[bytes]:
+) -> Iterator[bytes | memoryview]:
     """The bytes that `write_tensors` writes: the header, then each tensor.
 
     Raises:
@@ -73,4 +73,4 @@ def file_parts(
         value = tensor(name)
         if value.dtype != dtype or tuple(value.shape) != tuple(shapes[name]):
             raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, announced as {dtype} {shapes[name]}")
-        yield value.contiguous().view(torch.uint8).numpy().tobytes()
+        yield tensor_bytes(value.contiguous())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,8 @@ from loracli.adapters.config import AdapterConfig, read_config
 from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, Part, format_tensor_name, parse_tensor_name
 from loracli.adapters.references import Reference
-from loracli.adapters.tensor_file import TensorFile, TensorReader, open_tensor_file
+from loracli.adapters.stored import StoredFactors
+from loracli.adapters.tensor_file import TensorFile, open_tensor_file
 from loracli.algebra.factors import Factors
 from loracli.errors import MalformedAdapter
 
@@ -29,7 +30,8 @@ class LoraModule:
     Args:
         name: the module's path in the base model, `model.layers.0.self_attn.q_proj`.
         kind: `linear` (nn.Linear and Conv1D) or `embedding` (then "in" is the vocabulary and "out" the width).
-        factors: lora_A (r, in), lora_B (out, r) as stored, and the scaling.
+        factors: lora_A (r, in), lora_B (out, r) as stored, and the scaling; from `open_adapter` they are read from the
+            file each time they are wanted.
     """
 
     name: str
@@ -71,6 +73,15 @@ class LoraAdapter:
         """The ranks that occur, ascending."""
         return tuple(sorted({module.factors.rank for module in self.modules.values()}))
 
+    def loaded(self) -> LoraAdapter:
+        """The same adapter with all factors in memory."""
+        held = {
+            name: replace(module, factors=module.factors.loaded())
+            for name, module in self.modules.items()
+            if isinstance(module.factors, StoredFactors)
+        }
+        return replace(self, modules={**self.modules, **held})
+
     def read_base_copy(self, module: str) -> Tensor:
         """The stored copy of the base's matrix of `module`."""
         with open_tensor_file(self.path / TENSOR_FILE).reader() as reader:
@@ -78,19 +89,28 @@ class LoraAdapter:
 
 
 def read_adapter(source: str | Fetched) -> LoraAdapter:
-    """Reads an adapter's directory; a reference is fetched first.
+    """Reads an adapter's directory into memory; a reference is fetched first.
 
     Raises:
         MalformedAdapter: if a file is damaged, or tensors and config contradict each other.
         UnsupportedAdapter: if the adapter uses a feature that cannot be honoured exactly.
+    """
+    return open_adapter(source).loaded()
+
+
+def open_adapter(source: str | Fetched) -> LoraAdapter:
+    """As `read_adapter`, with all of its checks, but the factors stay in the file: for work that goes through the
+    modules once. Factors that are read after the file has changed raise IntegrityError.
+
+    Raises:
+        MalformedAdapter, UnsupportedAdapter: as `read_adapter`.
     """
     fetched = fetch_adapter(source) if isinstance(source, str) else source
     config = read_config(fetched.path / CONFIG_FILE)
     path = fetched.path / TENSOR_FILE
     file = open_tensor_file(path, check_names=lambda names: _sort_tensors(names, str(path)))
     parts, copies = _sort_tensors(file.shapes, str(path))
-    with file.reader() as reader:
-        modules = {name: _read_module(name, parts[name], config, file, reader) for name in sorted(parts)}
+    modules = {name: _read_module(name, parts[name], config, file) for name in sorted(parts)}
     dtypes = [file.dtypes[name] for tensors in parts.values() for name in tensors.values()]
     return LoraAdapter(
         source=fetched.reference,
@@ -141,9 +161,7 @@ def _sort_tensors(names: Iterable[str], where: str) -> tuple[dict[str, dict[Part
     return parts, copies
 
 
-def _read_module(
-    name: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile, reader: TensorReader
-) -> LoraModule:
+def _read_module(name: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile) -> LoraModule:
     where = str(file.path)
     kind: AdapterKind = "embedding" if "lora_embedding_A" in tensors or "lora_embedding_B" in tensors else "linear"
     wanted: tuple[Part, Part] = (
@@ -153,16 +171,16 @@ def _read_module(
     if missing or len(tensors) != 2:
         problem = f"lacks {missing[0]!r}" if missing else f"mixes linear and embedding factors for {name!r}"
         raise MalformedAdapter(problem, where=where)
-    lora_A, lora_B = (reader.read(tensors[part]) for part in wanted)
-    if lora_A.shape[0] != lora_B.shape[1]:
+    factors = StoredFactors(file, tensors[wanted[0]], tensors[wanted[1]], config.scaling_of(name))
+    shape_A, shape_B = (file.shapes[tensors[part]] for part in wanted)
+    if shape_A[0] != shape_B[1]:
         raise MalformedAdapter(
-            f"{name!r} has lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}, whose ranks differ",
+            f"{name!r} has lora_A {shape_A} and lora_B {shape_B}, whose ranks differ",
             where=where,
         )
-    if lora_A.shape[0] != config.rank_of(name):
+    if shape_A[0] != config.rank_of(name):
         raise MalformedAdapter(
-            f"{name!r} has rank {lora_A.shape[0]} in the tensors and {config.rank_of(name)} in {CONFIG_FILE}",
+            f"{name!r} has rank {shape_A[0]} in the tensors and {config.rank_of(name)} in {CONFIG_FILE}",
             where=where,
         )
-    common = torch.promote_types(lora_A.dtype, lora_B.dtype)
-    return LoraModule(name, kind, Factors(lora_A.to(common), lora_B.to(common), config.scaling_of(name)))
+    return LoraModule(name, kind, factors)

@@ -30,10 +30,14 @@ def concatenate(updates: Sequence[Factors], weights: Sequence[float]) -> Factors
     Raises:
         ValueError: if there is not one weight for each update.
     """
-    lora_A = torch.cat([update.lora_A.double() for update in updates])
-    lora_B = torch.cat(
-        [w * update.scaling * update.lora_B.double() for w, update in zip(weights, updates, strict=True)], dim=1
-    )
+    first, rank = updates[0], sum(update.rank for update in updates)
+    lora_A = torch.empty(rank, first.in_features, dtype=torch.float64)
+    lora_B = torch.empty(first.out_features, rank, dtype=torch.float64)
+    row = 0
+    for w, update in zip(weights, updates, strict=True):
+        rows = slice(row, row := row + update.rank)
+        lora_A[rows] = update.lora_A
+        torch.mul(update.lora_B.double(), w * update.scaling, out=lora_B[:, rows])
     return Factors(lora_A, lora_B)
 
 
@@ -71,6 +75,8 @@ def pad_rank(factors: Factors, rank: int) -> Factors:
     missing = rank - factors.rank
     if missing < 0:
         raise ValueError(f"rank {factors.rank} cannot be padded to {rank}")
+    if missing == 0:
+        return factors
     lora_A = torch.nn.functional.pad(factors.lora_A, (0, 0, 0, missing))
     lora_B = torch.nn.functional.pad(factors.lora_B, (0, missing))
     return Factors(lora_A, lora_B, factors.scaling)

@@ -49,6 +49,10 @@ class Factors:
         """The same factors in another dtype; each entry is rounded once."""
         return Factors(self.lora_A.to(dtype), self.lora_B.to(dtype), self.scaling)
 
+    def is_finite(self) -> bool:
+        """Whether no entry is infinite or NaN."""
+        return all(math.isfinite(bound) for part in (self.lora_A, self.lora_B) for bound in part.aminmax())
+
     def delta_weight(self) -> Tensor:
         """dW (out, in) in float64. Dense: for tests and small modules."""
         return self.scaling * (self.lora_B.double() @ self.lora_A.double())
@@ -83,7 +87,11 @@ def thin_svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     QR of both sides, then the SVD of the small core; float64. A singular pair is defined up to a common sign: the
     largest entry of each left vector is positive.
     """
-    q_b, middle, q_a = core(factors)
+    return svd_of_core(*core(factors))
+
+
+def svd_of_core(q_b: Tensor, middle: Tensor, q_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`thin_svd` of dW = Q_B K Q_A^T as `core` gives it."""
     u, singular, vh = torch.linalg.svd(middle, full_matrices=False)
     left, right = q_b @ u, vh @ q_a.T
     largest = left.abs().argmax(dim=0)

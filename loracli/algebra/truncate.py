@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loracli.algebra.factors import Factors, thin_svd
+from torch import Tensor
+
+from loracli.algebra.factors import Factors, core, svd_of_core
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,12 @@ class Truncation:
 
 def truncate(factors: Factors, rank: int) -> Truncation:
     """The closest update of rank at most `rank`; the result has rank min(rank, r, in, out)."""
-    left, singular, right = thin_svd(factors)
+    return truncate_core(core(factors), rank)
+
+
+def truncate_core(parts: tuple[Tensor, Tensor, Tensor], rank: int) -> Truncation:
+    """`truncate` of dW = Q_B K Q_A^T as `core` gives it."""
+    left, singular, right = svd_of_core(*parts)
     k = min(rank, singular.numel())
     root = singular[:k].sqrt()
     lora_A = root[:, None] * right[:k]  # (k, in)

@@ -37,21 +37,33 @@ def compose_module(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], module
     Raises:
         RecipeError: if the recipe has no weight for an adapter that changes the module, or no tensor that fits.
     """
-    updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
     if mixing.kind not in INLINE_KINDS:
+        updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
         return composed_update(mixing.kind, mixing.tensors, module, updates)
+    return concatenate(*weighted_updates(mixing, adapters, module))
+
+
+def weighted_updates(
+    mixing: RecipeMixing, adapters: Sequence[LoraAdapter], module: str
+) -> tuple[list[Factors], list[float]]:
+    """The updates of one module and their weights, of a mixing with a weight per adapter.
+
+    Raises:
+        RecipeError: if the recipe has no weight for an adapter that changes the module.
+    """
     try:
         weights = mixing.weights[group_name(module, mixing.kind)]
     except KeyError:
         raise RecipeError(f"the recipe has no weights for {module}") from None
-    chosen = []
+    updates, chosen = [], []
     for adapter, weight in zip(adapters, weights, strict=True):
         if module not in adapter.modules:
             continue
         if weight is None:
             raise RecipeError(f"the recipe has no weight of {adapter.reference} for {module}")
+        updates.append(adapter.modules[module].factors)
         chosen.append(weight)
-    return concatenate(updates, chosen)
+    return updates, chosen
 
 
 def composed_rank(recipe: Recipe, adapters: Sequence[LoraAdapter], module: str) -> int:

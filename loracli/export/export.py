@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,15 @@ from torch import Tensor
 
 from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, format_tensor_name, parse_tensor_name
 from loracli.adapters.tensor_file import open_tensor_file
-from loracli.algebra.concatenate import pad_rank, relative_error
+from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
-from loracli.algebra.truncate import truncate
 from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_file
 from loracli.errors import IntegrityError, RecipeError, UsageError
+from loracli.export.ahead import in_order, one_thread_each
 from loracli.export.card import model_card
 from loracli.export.certificate import Certificate, ModuleCertificate
 from loracli.export.ingredients import read_ingredients
+from loracli.export.module import ModuleExport, module_export
 from loracli.export.profile import PROFILES, Layout, choose_layout
 from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
@@ -36,6 +36,7 @@ from loracli.tensor_writer import write_tensors
 
 OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TASK = "export"
+MOST_WORKERS = 4  # modules that are worked on at once; each is held in float64 while it is compressed
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,10 @@ def write_export(
             raise UsageError(
                 f"{output} holds the ingredient {ingredient.reference}", hint="choose another name with -o"
             )
-    plan = _Plan(source, options, progress)
-    with whole_directory(output, force=force) as folder:
-        certificate, size = plan.write(folder)
+    with one_thread_each() as threads:
+        plan = _Plan(source, options, progress, workers=min(threads, MOST_WORKERS))
+        with whole_directory(output, force=force) as folder:
+            certificate, size = plan.write(folder)
     return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size)
 
 
@@ -146,12 +148,12 @@ class _Plan:
     A module whose rank is not known beforehand is composed at once and held in the output's dtype.
     """
 
-    def __init__(self, source: Source, options: ExportOptions, progress: Progress) -> None:
-        self._source, self._options, self._progress = source, options, progress
+    def __init__(self, source: Source, options: ExportOptions, progress: Progress, *, workers: int) -> None:
+        self._source, self._options, self._progress, self._workers = source, options, progress, workers
         self.dtype = OUTPUT_DTYPES[options.dtype] if options.dtype else source.dtype
         self._table: dict[str, BaseModule] = {module.name: module for module in source.table}
         self._rank = options.rank or max(max(adapter.ranks) for adapter in source.adapters)
-        self._held: dict[str, tuple[Factors, ModuleCertificate]] = {}
+        self._held: dict[str, ModuleExport] = {}
         names = source.names()
         missing = sorted(set(names) - self._table.keys())
         if missing:
@@ -164,43 +166,32 @@ class _Plan:
     @property
     def merged(self) -> bool:
         """Whether something was cut off."""
-        return self._options.merge or any(made.kept_energy < 1 for _, made in self._held.values())
+        return self._options.merge or any(made.certificate.kept_energy < 1 for made in self._held.values())
 
     def _rank_of(self, name: str) -> int:
         total = self._source.known_rank(name)
         if total is None:
-            self._held[name] = self._compose(name)
-            return self._held[name][1].rank
+            self._held[name] = self._export(name)
+            self._progress.advance(TASK, 1)
+            return self._held[name].factors.rank
         if not self._options.merge:
             return total
         module = self._table[name]
         return min(self._rank, total, module.in_features, module.out_features)
 
-    def _compose(self, name: str) -> tuple[Factors, ModuleCertificate]:
-        """The module's factors in the output's dtype, unpadded, and how exact they are."""
-        self._progress.advance(TASK, 1)
-        composed = self._source.compose(name)
-        chosen, kept = composed.factors, composed.kept_energy
-        if self._options.merge and self._rank < chosen.rank:
-            truncation = truncate(chosen, self._rank)
-            chosen, kept = truncation.factors, kept * truncation.kept_energy
-        written = chosen.to(self.dtype)
-        if not (torch.isfinite(written.lora_A).all() and torch.isfinite(written.lora_B).all()):
-            raise UsageError(f"{name} overflows {self.dtype}", hint="export with --dtype float32 or bfloat16")
-        # What the method itself cut off is at right angles to what it kept.
-        share = composed.kept_energy
-        error = math.sqrt(1 - share + share * relative_error(written, composed.factors) ** 2)
-        return written, ModuleCertificate(name, chosen.rank, error, kept)
+    def _export(self, name: str) -> ModuleExport:
+        return module_export(self._source, name, self.dtype, rank=self._rank if self._options.merge else None)
 
     def write(self, folder: Path) -> tuple[Certificate, int]:
         certificates: list[ModuleCertificate] = []
         factors: dict[str, Factors] = {}  # of the module being written
+        made = in_order(self._module, sorted(self.layout.ranks), workers=self._workers)
 
         def tensor(name: str) -> Tensor:
             parsed = parse_tensor_name(name, where=TENSOR_FILE)
             if parsed.module not in factors:
                 factors.clear()
-                factors[parsed.module] = self._factors(parsed.module, certificates)
+                factors[parsed.module] = self._written(next(made), certificates)
             both = factors[parsed.module]
             return both.lora_A if parsed.part.endswith("A") else both.lora_B
 
@@ -229,15 +220,24 @@ class _Plan:
             )
         return shapes
 
-    def _factors(self, name: str, certificates: list[ModuleCertificate]) -> Factors:
-        """The module's factors as they go into the file; its certificate goes into the list."""
+    def _module(self, name: str) -> tuple[Factors, ModuleCertificate | None]:
+        """The module's factors as they go into the file, and its certificate; None where it only pads the layout."""
         rank, module = self.layout.ranks[name], self._table[name]
-        if name not in self._ranks:  # a module that only pads the layout
+        if name not in self._ranks:
             zeros = Factors(torch.zeros(rank, module.in_features), torch.zeros(module.out_features, rank))
-            return zeros.to(self.dtype)
-        written, certificate = self._held[name] if name in self._held else self._compose(name)
-        certificates.append(certificate)
-        return pad_rank(written, rank)
+            return zeros.to(self.dtype), None
+        made = self._held[name] if name in self._held else self._export(name)
+        return pad_rank(made.factors, rank), made.certificate
+
+    def _written(
+        self, made: tuple[Factors, ModuleCertificate | None], certificates: list[ModuleCertificate]
+    ) -> Factors:
+        factors, certificate = made
+        if certificate is not None:
+            certificates.append(certificate)
+            if certificate.name not in self._held:
+                self._progress.advance(TASK, 1)
+        return factors
 
     def _read_back(self, path: Path) -> str:
         """The sha256 of the file, after the safetensors library has read every tensor of it in the planned shape."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from loracli.adapters.adapter import LoraAdapter, read_adapter
+import torch
+
+from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.adapters.references import Reference
 from loracli.errors import AdapterNotFound, IntegrityError, UsageError
+from loracli.export.ahead import in_order
 from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe, RecipeAdapter
 
@@ -16,7 +19,7 @@ from loracli.recipe import Recipe, RecipeAdapter
 def read_ingredients(
     recipe: Recipe, *, relocated: Sequence[str] = (), progress: Progress = SILENT
 ) -> tuple[LoraAdapter, ...]:
-    """Reads the adapters of a recipe, in its order.
+    """Opens the adapters of a recipe, in its order; `loaded()` of one brings its factors into memory.
 
     Args:
         recipe: names them.
@@ -32,15 +35,14 @@ def read_ingredients(
             hint="give them all in the recipe's order, and a recipe's name before --adapters: "
             + ", ".join(a.reference for a in recipe.adapters),
         )
-    result = []
-    for number, wanted in enumerate(recipe.adapters):
-        if relocated:
-            adapter = read_adapter(fetch_adapter(relocated[number], progress=progress))
-        else:
-            adapter = read_adapter(_find(recipe, wanted, progress))
+    found = [
+        fetch_adapter(relocated[number], progress=progress) if relocated else _find(recipe, wanted, progress)
+        for number, wanted in enumerate(recipe.adapters)
+    ]
+    result = tuple(in_order(open_adapter, found, workers=torch.get_num_threads()))
+    for wanted, adapter in zip(recipe.adapters, result, strict=True):
         _check_hashes(wanted, adapter)
-        result.append(adapter)
-    return tuple(result)
+    return result
 
 
 def _find(recipe: Recipe, wanted: RecipeAdapter, progress: Progress) -> Fetched:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.compatibility import check_composable
 from loracli.adapters.hub import fetch_adapter
 from loracli.adapters.identity import identity_of
@@ -61,7 +61,7 @@ def _read(
         return read_ingredients(loaded, relocated=adapters, progress=progress), loaded
     if not adapters:
         raise UsageError("nothing to export", hint="give a RECIPE, or --adapters")
-    read = tuple(read_adapter(fetch_adapter(reference, progress=progress)) for reference in adapters)
+    read = tuple(open_adapter(fetch_adapter(reference, progress=progress)) for reference in adapters)
     twice = next((a.reference for a in read if [b.reference for b in read].count(a.reference) > 1), None)
     if twice is not None:
         raise UsageError(f"the adapter {twice} is given twice")
