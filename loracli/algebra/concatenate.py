@@ -41,6 +41,16 @@ def concatenate(updates: Sequence[Factors], weights: Sequence[float]) -> Factors
     return Factors(lora_A, lora_B)
 
 
+def without_zeros(updates: Sequence[Factors], weights: Sequence[float]) -> tuple[list[Factors], list[float]]:
+    """The same sum without the updates of weight 0; if all are, one update of rank 1 that is 0."""
+    kept = [(update, w) for update, w in zip(updates, weights, strict=True) if w != 0]
+    if kept:
+        return [update for update, _ in kept], [w for _, w in kept]
+    first = updates[0]
+    nothing = Factors(torch.zeros(1, first.in_features), torch.zeros(first.out_features, 1))
+    return [nothing.to(torch.bfloat16)], [1.0]  # the narrowest: exact in every dtype
+
+
 def mix(updates: Sequence[Factors], mixing: Tensor) -> Factors:
     """The update B M A with scaling 1, in float64.
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, format_tensor_name,
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
+from loracli.algebra.spectrum import spectrum
 from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_file
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.ahead import in_order, one_thread_each
@@ -29,10 +30,11 @@ from loracli.export.certificate import Certificate, ModuleCertificate
 from loracli.export.ingredients import read_ingredients
 from loracli.export.module import ModuleExport, module_export
 from loracli.export.profile import PROFILES, Layout, choose_layout
+from loracli.export.ranks import RankRule, choose_ranks, choose_uniform_rank
 from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, Recipe, load_recipe
-from loracli.tensor_writer import write_tensors
+from loracli.tensor_writer import file_size, write_tensors
 
 OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TASK = "export"
@@ -50,6 +52,7 @@ class Exported:
         merged: whether it was compressed.
         certificate: exactness per module.
         size_bytes: of the tensor file.
+        source: what it was made of.
     """
 
     path: Path
@@ -58,6 +61,7 @@ class Exported:
     merged: bool
     certificate: Certificate
     size_bytes: int
+    source: Source = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,10 @@ class ExportOptions:
     Args:
         merge: compress to `rank` instead of concatenating.
         rank: of the result with `merge`, or of a method that cuts its result; None is the largest ingredient rank with
-            `merge`, and what the method says otherwise.
+            `merge` unless one of the next three is set, and what the method says otherwise.
+        tolerance: with `merge`, the smallest rank with which no module has a larger relative error.
+        energy: with `merge`, the smallest ranks that keep this share of |dW|_F^2 over all modules.
+        budget: with `merge`, the ranks that keep most in a tensor file of at most so many bytes.
         dtype: float32, float16 or bfloat16; None is the widest of the ingredients' dtypes, and float32 for trained
             factors.
         profile: `portable` or `peft`; None is portable where that is possible.
@@ -77,11 +84,30 @@ class ExportOptions:
     rank: int | None = None
     dtype: str | None = None
     profile: str | None = None
+    tolerance: float | None = None
+    energy: float | None = None
+    budget: int | None = None
+
+    @property
+    def rule(self) -> RankRule | None:
+        """What ranks are chosen by, None where the rank is given."""
+        rule = RankRule(self.tolerance, self.energy, self.budget)
+        return None if rule == RankRule() else rule
 
     def check(self, *, cuts: bool = False) -> None:
         """Raises UsageError for options that contradict each other or are out of their range."""
         if self.rank is not None and not (self.merge or cuts):
             raise UsageError("--rank is for --merge; a concatenation has the sum of the ranks", hint="add --merge")
+        rules = {"rank": self.rank, "tolerance": self.tolerance, "energy": self.energy, "budget": self.budget}
+        given = [f"--{name}" for name, value in rules.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} cannot both decide on the rank", hint="give one of them")
+        if self.rule is not None and not self.merge:
+            raise UsageError(f"{given[0]} is for --merge; a concatenation has the sum of the ranks", hint="add --merge")
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise UsageError(f"--tolerance {self.tolerance} is not at least 0 and below 1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UsageError(f"--energy {self.energy} is not above 0 and at most 1")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank {self.rank} is below 1")
         if self.dtype is not None and self.dtype not in OUTPUT_DTYPES:
@@ -99,6 +125,9 @@ def export_adapter(
     adapters: Sequence[str] = (),
     dtype: str | None = None,
     profile: str | None = None,
+    tolerance: float | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -107,7 +136,7 @@ def export_adapter(
     Args:
         recipe: a recipe, or the file of one.
         output: the directory to make.
-        merge, rank, dtype, profile: as in `ExportOptions`.
+        merge, rank, dtype, profile, tolerance, energy, budget: as in `ExportOptions`.
         adapters: where the ingredients are now, in the recipe's order; empty for where the recipe says.
         force: replace an existing adapter directory.
         progress: told how far it is.
@@ -117,7 +146,7 @@ def export_adapter(
             back otherwise.
         UsageError: if options contradict each other, or the profile cannot be had.
     """
-    options = ExportOptions(merge, rank, dtype, profile)
+    options = ExportOptions(merge, rank, dtype, profile, tolerance, energy, budget)
     options.check()
     check_free(Path(output), force=force)
     if not isinstance(recipe, Recipe):
@@ -139,7 +168,7 @@ def write_export(
         plan = _Plan(source, options, progress, workers=min(threads, MOST_WORKERS))
         with whole_directory(output, force=force) as folder:
             certificate, size = plan.write(folder)
-    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size)
+    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, source)
 
 
 class _Plan:
@@ -158,10 +187,48 @@ class _Plan:
         missing = sorted(set(names) - self._table.keys())
         if missing:
             raise RecipeError(f"the recipe's table of base modules lacks {missing[0]}, which an adapter changes")
-        progress.begin(TASK, len(names), "modules")
+        progress.begin(TASK, len(names) * (1 if options.rule is None else 2), "modules")
+        self._cuts: dict[str, int] = {}  # ranks that modules are cut to
+        uniform = self._choose_cuts(names, options)
         self._ranks = {name: self._rank_of(name) for name in names}
-        uniform = self._rank if options.merge and options.rank is not None else None
         self.layout = choose_layout(source.table, self._ranks, options.profile, rank=uniform)  # type: ignore[arg-type]
+
+    def _choose_cuts(self, names: Sequence[str], options: ExportOptions) -> int | None:
+        """Sets the ranks to cut to, and gives the one rank of a uniform layout where that was decided on.
+
+        A layout of one rank takes one for all, because less would be filled up; `peft` takes one for each module.
+        """
+        if not options.merge:
+            return None
+        if options.rule is None:
+            self._cuts = dict.fromkeys(names, self._rank)
+            return options.rank
+        work = in_order(self._spectrum, names, workers=self._workers)
+        spectra = dict(zip(names, work, strict=True))
+        profile: Any = options.profile
+        most = {name: len(squares) for name, squares in spectra.items()}
+
+        def layout(ranks: Mapping[str, int], rank: int | None = None) -> Layout:
+            return choose_layout(self._source.table, ranks, profile, rank=rank)
+
+        def size(layout: Layout) -> int:
+            return file_size(self._shapes(layout), self.dtype)
+
+        if layout(most).profile == "peft":
+            costs = {name: self._bytes_of_a_rank(name) for name in names}
+            self._cuts = choose_ranks(options.rule, spectra, costs, lambda ranks: size(layout(ranks)))
+            return None
+        uniform = choose_uniform_rank(options.rule, spectra, lambda rank: size(layout(most, rank)))
+        self._cuts = dict.fromkeys(names, uniform)
+        return uniform
+
+    def _spectrum(self, name: str) -> Tensor:
+        found = spectrum(self._source.compose(name).factors)
+        self._progress.advance(TASK, 1)
+        return found
+
+    def _bytes_of_a_rank(self, name: str) -> int:
+        return (self._table[name].in_features + self._table[name].out_features) * self.dtype.itemsize
 
     @property
     def merged(self) -> bool:
@@ -170,6 +237,9 @@ class _Plan:
 
     def _rank_of(self, name: str) -> int:
         total = self._source.known_rank(name)
+        if self._options.rule is not None:
+            module = self._table[name]
+            return min(self._cuts[name], total or self._cuts[name], module.in_features, module.out_features)
         if total is None:
             self._held[name] = self._export(name)
             self._progress.advance(TASK, 1)
@@ -180,7 +250,7 @@ class _Plan:
         return min(self._rank, total, module.in_features, module.out_features)
 
     def _export(self, name: str) -> ModuleExport:
-        return module_export(self._source, name, self.dtype, rank=self._rank if self._options.merge else None)
+        return module_export(self._source, name, self.dtype, rank=self._cuts.get(name))
 
     def write(self, folder: Path) -> tuple[Certificate, int]:
         certificates: list[ModuleCertificate] = []
@@ -196,7 +266,7 @@ class _Plan:
             return both.lora_A if parsed.part.endswith("A") else both.lora_B
 
         path = folder / TENSOR_FILE
-        write_tensors(path, self._shapes(), self.dtype, tensor)
+        write_tensors(path, self._shapes(self.layout), self.dtype, tensor)
         certificate = Certificate(tuple(certificates), self._read_back(path))
         config = self.layout.config(self._source.base_id, self._table)
         write_file(folder / CONFIG_FILE, _json(config))
@@ -208,9 +278,9 @@ class _Plan:
         self._progress.finish(TASK)
         return certificate, path.stat().st_size
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, rank in self.layout.ranks.items():
+        for name, rank in layout.ranks.items():
             module = self._table[name]
             embedding = module.kind == "embedding"
             shapes[format_tensor_name(name, "lora_embedding_A" if embedding else "lora_A")] = (rank, module.in_features)
@@ -244,7 +314,7 @@ class _Plan:
         file = open_tensor_file(path)
         with file.reader() as reader:
             found = {name: tuple(reader.read(name).shape) for name in file.shapes}
-        if found != self._shapes():
+        if found != self._shapes(self.layout):
             raise IntegrityError(f"{path.name} reads back with other shapes than were written")
         return file.sha256
 
@@ -256,6 +326,7 @@ class _Plan:
                 "merged": self.merged,
                 "rank": self.layout.rank,
                 "dtype": str(self.dtype).removeprefix("torch."),
+                **self._rule(),
             },
             "certificate": {
                 "sha256": {TENSOR_FILE: certificate.sha256},
@@ -264,11 +335,18 @@ class _Plan:
             },
         }
 
+    def _rule(self) -> dict[str, float | int | None]:
+        """What decided on the ranks, by the name of its option."""
+        if self._options.rule is None:
+            return {}
+        return {name: value for name, value in dataclasses.asdict(self._options.rule).items() if value is not None}
+
     def _repeated_options(self) -> str:
         chosen = self._options
         words = [" --merge"] if chosen.merge else []
         rank = self._rank if chosen.merge else chosen.rank
-        for name, value in (("rank", rank), ("dtype", chosen.dtype), ("profile", chosen.profile)):
+        decided = self._rule() or {"rank": rank}
+        for name, value in (*decided.items(), ("dtype", chosen.dtype), ("profile", chosen.profile)):
             words += [] if value is None else [f" --{name} {value}"]
         return "".join(words)
 

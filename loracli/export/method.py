@@ -83,6 +83,9 @@ def export_method(
     rank: int | None = None,
     dtype: str | None = None,
     profile: str | None = None,
+    tolerance: float | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -100,7 +103,7 @@ def export_method(
         fit_data: calibration JSONL, for a method that searches for weights; the base model is loaded for that alone.
         base: a Hub id or directory, None for what recipe or adapters name.
         base_revision: of a base on the Hub.
-        merge, rank, dtype, profile: as in `ExportOptions`.
+        merge, rank, dtype, profile, tolerance, energy, budget: as in `ExportOptions`.
         force: replace an existing adapter directory.
         progress: told how far it is.
     Raises:
@@ -109,7 +112,7 @@ def export_method(
         InputError: of the kind that fits, if an adapter is rejected.
     """
     method = find_method(name, method_options)
-    options = ExportOptions(merge, rank, dtype, profile)
+    options = ExportOptions(merge, rank, dtype, profile, tolerance, energy, budget)
     options.check(cuts=method.cuts)
     check_free(Path(output), force=force)
     read, loaded = _read(adapters, recipe, base_given=base is not None, progress=progress)
@@ -129,7 +132,8 @@ def export_method(
         weights = searched_weights(
             method, method_options, read, fit_data, base=base, base_revision=base_revision, progress=progress
         )
-    cut = rank if rank is not None or not merge else max(max(adapter.ranks) for adapter in read)
+    whole = not merge or options.rule is not None
+    cut = rank if rank is not None or whole else max(max(adapter.ranks) for adapter in read)
     chosen = replace(method_options, rank=cut) if method.cuts else method_options
     names = [identity_of(adapter, _name(adapter)) for adapter in read]
     labels = labels_of(names, Path())

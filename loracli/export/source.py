@@ -14,7 +14,7 @@ import loracli
 from loracli.adapters.adapter import LoraAdapter, widest_dtype
 from loracli.adapters.identity import identity_of
 from loracli.adapters.stored import StoredFactors
-from loracli.algebra.concatenate import concatenate
+from loracli.algebra.concatenate import concatenate, without_zeros
 from loracli.algebra.factors import Factors
 from loracli.algebra.methods.method import Merged, Method, MethodOptions
 from loracli.export.base_table import BaseTable
@@ -140,15 +140,14 @@ class MethodSource:
         return tuple(sorted({name for adapter in self.adapters for name in adapter.modules}))
 
     def known_rank(self, module: str) -> int | None:
-        if self.weights is None:
-            return None
-        return sum(a.modules[module].factors.rank for a in self.adapters if module in a.modules)
+        weighted = self.weighted(module)
+        return None if weighted is None else sum(update.rank for update in weighted[0])
 
     def weighted(self, module: str) -> tuple[list[Factors], list[float]] | None:
         if self.weights is None:
             return None
         here = [(a, w) for a, w in zip(self.adapters, self.weights, strict=True) if module in a.modules]
-        return [adapter.modules[module].factors for adapter, _ in here], [weight for _, weight in here]
+        return without_zeros([adapter.modules[module].factors for adapter, _ in here], [weight for _, weight in here])
 
     def compose(self, module: str) -> Merged:
         weighted = self.weighted(module)
