@@ -42,6 +42,10 @@ def export(
         str | None,
         typer.Option("--budget", metavar="BYTES", help="With --merge: best ranks for a tensor file of, say, 20MB."),
     ] = None,
+    activation_aware: Annotated[
+        bool,
+        typer.Option("--activation-aware", help="With --merge: cut what the records of --fit-data show least of."),
+    ] = False,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", "-d", metavar="FILE...", help="JSONL to score on, before and after; loads the base."),
@@ -74,7 +78,9 @@ def export(
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of what dare and lorahub draw.")] = 0,
     fit_data: Annotated[
         list[str] | None,
-        typer.Option("--fit-data", metavar="FILE...", help="Calibration JSONL for task-arithmetic and lorahub."),
+        typer.Option(
+            "--fit-data", metavar="FILE...", help="Calibration JSONL for task-arithmetic, lorahub, --activation-aware."
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -116,13 +122,25 @@ def export(
     options = MethodOptions(density, scale, seed)
     files = None if not data else read_loss_data(data, progress=out)
     if method is None:
-        if options != MethodOptions() or fit_data:
-            raise UsageError("--density, --scale, --seed and --fit-data are for a method", hint="name it with --method")
-        if (base or base_revision) and not data:
-            raise UsageError("--base is for a method, or for --data", hint="name a method with --method")
+        if options != MethodOptions():
+            raise UsageError("--density, --scale and --seed are for a method", hint="name it with --method")
+        if (base or base_revision) and not (data or fit_data):
+            raise UsageError("--base is for a method, --data or --fit-data", hint="name a method with --method")
         loaded = recipe or Path("recipe.json")
-        exported = export_adapter(loaded, directory, adapters=adapters or (), progress=out, **written)
+        exported = export_adapter(
+            loaded,
+            directory,
+            adapters=adapters or (),
+            activation_aware=activation_aware,
+            fit_data=fit_data or None,
+            base=base if fit_data else None,
+            base_revision=base_revision if fit_data else None,
+            progress=out,
+            **written,
+        )
     else:
+        if activation_aware:
+            raise UsageError("--activation-aware is for a recipe", hint="leave out --method")
         check_options(options)
         exported = export_method(
             method,

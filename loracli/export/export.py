@@ -23,6 +23,7 @@ from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
 from loracli.algebra.spectrum import spectrum
 from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_file
+from loracli.calibration.sources import DataPaths
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.ahead import in_order, one_thread_each
 from loracli.export.card import model_card
@@ -75,6 +76,7 @@ class ExportOptions:
         tolerance: with `merge`, the smallest rank with which no module has a larger relative error.
         energy: with `merge`, the smallest ranks that keep this share of |dW|_F^2 over all modules.
         budget: with `merge`, the ranks that keep most in a tensor file of at most so many bytes.
+        activation_aware: with `merge` and a rank, cut what calibration records show least of.
         dtype: float32, float16 or bfloat16; None is the widest of the ingredients' dtypes, and float32 for trained
             factors.
         profile: `portable` or `peft`; None is portable where that is possible.
@@ -87,6 +89,7 @@ class ExportOptions:
     tolerance: float | None = None
     energy: float | None = None
     budget: int | None = None
+    activation_aware: bool = False
 
     @property
     def rule(self) -> RankRule | None:
@@ -104,6 +107,8 @@ class ExportOptions:
             raise UsageError(f"{' and '.join(given)} cannot both decide on the rank", hint="give one of them")
         if self.rule is not None and not self.merge:
             raise UsageError(f"{given[0]} is for --merge; a concatenation has the sum of the ranks", hint="add --merge")
+        if self.activation_aware and (not self.merge or self.rule is not None):
+            raise UsageError("--activation-aware is for --merge to a rank", hint="add --merge, and --rank K if need be")
         if self.tolerance is not None and not 0 <= self.tolerance < 1:
             raise UsageError(f"--tolerance {self.tolerance} is not at least 0 and below 1")
         if self.energy is not None and not 0 < self.energy <= 1:
@@ -128,6 +133,10 @@ def export_adapter(
     tolerance: float | None = None,
     energy: float | None = None,
     budget: int | None = None,
+    activation_aware: bool = False,
+    fit_data: DataPaths | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -136,7 +145,9 @@ def export_adapter(
     Args:
         recipe: a recipe, or the file of one.
         output: the directory to make.
-        merge, rank, dtype, profile, tolerance, energy, budget: as in `ExportOptions`.
+        merge, rank, dtype, profile, tolerance, energy, budget, activation_aware: as in `ExportOptions`.
+        fit_data: calibration JSONL, for `activation_aware`; the base model is loaded for that alone.
+        base, base_revision: of that base model; None for what the recipe or the adapters name.
         adapters: where the ingredients are now, in the recipe's order; empty for where the recipe says.
         force: replace an existing adapter directory.
         progress: told how far it is.
@@ -146,26 +157,43 @@ def export_adapter(
             back otherwise.
         UsageError: if options contradict each other, or the profile cannot be had.
     """
-    options = ExportOptions(merge, rank, dtype, profile, tolerance, energy, budget)
+    options = ExportOptions(merge, rank, dtype, profile, tolerance, energy, budget, activation_aware)
     options.check()
+    if activation_aware != (fit_data is not None):
+        wrong = "--activation-aware needs calibration records" if activation_aware else "--fit-data has no use here"
+        raise UsageError(wrong, hint="give --activation-aware and --fit-data FILE together")
     check_free(Path(output), force=force)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
-    return write_export(RecipeSource(recipe, ingredients), Path(output), options, force=force, progress=progress)
+    source, moments = RecipeSource(recipe, ingredients), None
+    if fit_data is not None:
+        from loracli.comparison.moments import moments_of
+
+        moments = moments_of(source, fit_data, base=base, base_revision=base_revision, progress=progress)
+    return write_export(source, Path(output), options, moments=moments, force=force, progress=progress)
 
 
 def write_export(
-    source: Source, output: Path, options: ExportOptions, *, force: bool = False, progress: Progress = SILENT
+    source: Source,
+    output: Path,
+    options: ExportOptions,
+    *,
+    moments: Mapping[str, Tensor] | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
 ) -> Exported:
-    """Writes a composition; what `export_adapter` and `export_method` have in common."""
+    """Writes a composition; what `export_adapter` and `export_method` have in common.
+
+    `moments` are E[z z^T] of the modules to cut by, None to cut by |dW|_F.
+    """
     for ingredient in source.adapters:
         if ingredient.path.resolve().is_relative_to(output.resolve()):
             raise UsageError(
                 f"{output} holds the ingredient {ingredient.reference}", hint="choose another name with -o"
             )
     with one_thread_each() as threads:
-        plan = _Plan(source, options, progress, workers=min(threads, MOST_WORKERS))
+        plan = _Plan(source, options, moments or {}, progress, workers=min(threads, MOST_WORKERS))
         with whole_directory(output, force=force) as folder:
             certificate, size = plan.write(folder)
     return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, source)
@@ -177,7 +205,10 @@ class _Plan:
     A module whose rank is not known beforehand is composed at once and held in the output's dtype.
     """
 
-    def __init__(self, source: Source, options: ExportOptions, progress: Progress, *, workers: int) -> None:
+    def __init__(
+        self, source: Source, options: ExportOptions, moments: Mapping[str, Tensor], progress: Progress, *, workers: int
+    ) -> None:
+        self._moments = moments
         self._source, self._options, self._progress, self._workers = source, options, progress, workers
         self.dtype = OUTPUT_DTYPES[options.dtype] if options.dtype else source.dtype
         self._table: dict[str, BaseModule] = {module.name: module for module in source.table}
@@ -250,7 +281,7 @@ class _Plan:
         return min(self._rank, total, module.in_features, module.out_features)
 
     def _export(self, name: str) -> ModuleExport:
-        return module_export(self._source, name, self.dtype, rank=self._cuts.get(name))
+        return module_export(self._source, name, self.dtype, rank=self._cuts.get(name), moment=self._moments.get(name))
 
     def write(self, folder: Path) -> tuple[Certificate, int]:
         certificates: list[ModuleCertificate] = []
@@ -336,7 +367,9 @@ class _Plan:
         }
 
     def _rule(self) -> dict[str, float | int | None]:
-        """What decided on the ranks, by the name of its option."""
+        """What decided on ranks and cuts, by the name of its option."""
+        if self._options.activation_aware:
+            return {"activation_aware": True}
         if self._options.rule is None:
             return {}
         return {name: value for name, value in dataclasses.asdict(self._options.rule).items() if value is not None}
@@ -345,7 +378,9 @@ class _Plan:
         chosen = self._options
         words = [" --merge"] if chosen.merge else []
         rank = self._rank if chosen.merge else chosen.rank
-        decided = self._rule() or {"rank": rank}
+        decided = {"rank": rank} if chosen.rule is None else self._rule()
+        if chosen.activation_aware:
+            words.append(" --activation-aware --fit-data FILE")
         for name, value in (*decided.items(), ("dtype", chosen.dtype), ("profile", chosen.profile)):
             words += [] if value is None else [f" --{name} {value}"]
         return "".join(words)

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from loracli.algebra.factors import Factors, core
 from loracli.algebra.rounding import error_in_core, rounded_concatenation, rounding_error
-from loracli.algebra.truncate import truncate_core
+from loracli.algebra.truncate import truncate_core, truncate_for
 from loracli.errors import UsageError
 from loracli.export.certificate import ModuleCertificate
 from loracli.export.source import Source
@@ -28,7 +29,9 @@ class ModuleExport:
     certificate: ModuleCertificate
 
 
-def module_export(source: Source, name: str, dtype: torch.dtype, *, rank: int | None = None) -> ModuleExport:
+def module_export(
+    source: Source, name: str, dtype: torch.dtype, *, rank: int | None = None, moment: Tensor | None = None
+) -> ModuleExport:
     """The factors of a module and their certificate.
 
     Args:
@@ -36,6 +39,7 @@ def module_export(source: Source, name: str, dtype: torch.dtype, *, rank: int | 
         name: of the module.
         dtype: of the output.
         rank: to cut to; None to write all there is.
+        moment: G = E[z z^T] to cut by, z = A x with the composition's A; None to cut by |dW|_F.
     Raises:
         UsageError: if a value overflows `dtype`.
     """
@@ -45,13 +49,15 @@ def module_export(source: Source, name: str, dtype: torch.dtype, *, rank: int | 
         written, error = rounded_concatenation(*weighted, dtype)
         kept = 1.0
     else:
-        written, error, kept = _composed(source, name, dtype, rank)
+        written, error, kept = _composed(source, name, dtype, rank, moment)
     if not written.is_finite():
         raise UsageError(f"{name} overflows {dtype}", hint="export with --dtype float32 or bfloat16")
     return ModuleExport(written, ModuleCertificate(name, written.rank, error, kept))
 
 
-def _composed(source: Source, name: str, dtype: torch.dtype, rank: int | None) -> tuple[Factors, float, float]:
+def _composed(
+    source: Source, name: str, dtype: torch.dtype, rank: int | None, moment: Tensor | None
+) -> tuple[Factors, float, float]:
     """Factors, relative error, kept energy of a module that is cut, or whose composition is no weighted sum."""
     composed = source.compose(name)
     exact, share = composed.factors, composed.kept_energy
@@ -61,8 +67,9 @@ def _composed(source: Source, name: str, dtype: torch.dtype, rank: int | None) -
         error = rounding_error(written, exact)
     else:
         parts = core(exact)
+        cut = None if moment is None else truncate_for(exact, rank, moment)
         del exact  # as large as what comes next
-        truncation = truncate_core(parts, rank)
+        truncation = cut or truncate_core(parts, rank)
         written, kept = truncation.factors.to(dtype), share * truncation.kept_energy
         error = error_in_core(written, parts)
     # What the method itself cut off is at right angles to what it kept.
