@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from loracli.adapters.tensor_file import DTYPES
+from loracli.adapters.tensor_file import DTYPES, tensor_bytes
 
 PEFT_METADATA = MappingProxyType({"format": "pt"})  # PEFT and transformers look for it
 
@@ -54,12 +54,29 @@ def file_parts(
     tensor: Callable[[str], Tensor],
     *,
     metadata: Mapping[str, str] = PEFT_METADATA,
-) -> Iterator[bytes]:
+) -> Iterator[bytes | memoryview]:
     """The bytes that `write_tensors` writes: the header, then each tensor.
 
     Raises:
         ValueError: if a tensor is not what was announced.
     """
+    yield _header(shapes, dtype, metadata)
+    for name in sorted(shapes):
+        value = tensor(name)
+        if value.dtype != dtype or tuple(value.shape) != tuple(shapes[name]):
+            raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, announced as {dtype} {shapes[name]}")
+        yield tensor_bytes(value.contiguous())
+
+
+def file_size(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, metadata: Mapping[str, str] = PEFT_METADATA
+) -> int:
+    """Bytes of the file that `write_tensors` writes."""
+    data = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+    return len(_header(shapes, dtype, metadata)) + data
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name in sorted(shapes):
@@ -68,9 +85,4 @@ def file_parts(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in sorted(shapes):
-        value = tensor(name)
-        if value.dtype != dtype or tuple(value.shape) != tuple(shapes[name]):
-            raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, announced as {dtype} {shapes[name]}")
-        yield value.contiguous().view(torch.uint8).numpy().tobytes()
+    return len(text).to_bytes(8, "little") + text

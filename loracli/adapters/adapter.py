@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -23,7 +23,8 @@ from loracli.adapters.names import (
     whole_parameter,
 )
 from loracli.adapters.references import Reference
-from loracli.adapters.tensor_file import TensorFile, TensorReader, open_tensor_file
+from loracli.adapters.stored import StoredFactors
+from loracli.adapters.tensor_file import TensorFile, open_tensor_file
 from loracli.algebra.factors import Factors
 from loracli.errors import MalformedAdapter
 
@@ -40,7 +41,8 @@ class LoraModule:
     Args:
         name: the module's path in the base model, `model.layers.0.self_attn.q_proj`.
         kind: `linear` (nn.Linear and Conv1D) or `embedding` (then "in" is the vocabulary and "out" the width).
-        factors: lora_A (r, in), lora_B (out, r) as stored, and the scaling.
+        factors: lora_A (r, in), lora_B (out, r) as stored, and the scaling; from `open_adapter` they are read from the
+            file each time they are wanted.
     """
 
     name: str
@@ -93,6 +95,15 @@ class LoraAdapter:
         """The ranks that occur, ascending."""
         return tuple(sorted({module.factors.rank for module in self.modules.values()}))
 
+    def loaded(self) -> LoraAdapter:
+        """The same adapter with all factors in memory."""
+        held = {
+            name: replace(module, factors=module.factors.loaded())
+            for name, module in self.modules.items()
+            if isinstance(module.factors, StoredFactors)
+        }
+        return replace(self, modules={**self.modules, **held})
+
     def read_base_copy(self, module: str) -> Tensor:
         """The stored copy of the base's matrix of `module`."""
         return self._read(self.base_copies[module])
@@ -107,11 +118,21 @@ class LoraAdapter:
 
 
 def read_adapter(source: str | Fetched) -> LoraAdapter:
-    """Reads an adapter's directory; a reference is fetched first.
+    """Reads an adapter's directory into memory; a reference is fetched first.
 
     Raises:
         MalformedAdapter: if a file is damaged, or tensors and config contradict each other.
         UnsupportedAdapter: if the adapter uses a feature that cannot be honoured exactly.
+    """
+    return open_adapter(source).loaded()
+
+
+def open_adapter(source: str | Fetched) -> LoraAdapter:
+    """As `read_adapter`, with all of its checks, but the factors stay in the file: for work that goes through the
+    modules once. Factors that are read after the file has changed raise IntegrityError.
+
+    Raises:
+        MalformedAdapter, UnsupportedAdapter: as `read_adapter`.
     """
     fetched = fetch_adapter(source) if isinstance(source, str) else source
     if is_mlx(fetched.path):
@@ -141,8 +162,7 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
         }
         for module, tensors in sorted(whole.items())
     }
-    with file.reader() as reader:
-        modules = {name: _read_module(name, parts[name], config, file, reader) for name in sorted(parts)}
+    modules = {name: _read_module(name, parts[name], config, file) for name in sorted(parts)}
     return _adapter(fetched, config, modules, _Others(copies, saved), file)
 
 
@@ -157,7 +177,7 @@ class _Others:
 def _adapter(
     fetched: Fetched, config: AdapterConfig, modules: Mapping[str, LoraModule], others: _Others, file: TensorFile
 ) -> LoraAdapter:
-    dtypes = [module.factors.lora_A.dtype for module in modules.values()]
+    dtypes = [module.factors.dtype for module in modules.values()]
     dtypes += [tensor.dtype for tensors in others.saved.values() for tensor in tensors.values()]
     return LoraAdapter(
         source=fetched.reference,
@@ -254,9 +274,7 @@ def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:
     names[key] = name
 
 
-def _read_module(
-    name: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile, reader: TensorReader
-) -> LoraModule:
+def _read_module(name: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile) -> LoraModule:
     where = str(file.path)
     kind: AdapterKind = "embedding" if "lora_embedding_A" in tensors or "lora_embedding_B" in tensors else "linear"
     wanted: tuple[Part, Part] = (
@@ -272,21 +290,21 @@ def _read_module(
         raise MalformedAdapter(f"holds {tensors['lora_bias']!r}, but in {CONFIG_FILE} {problem}", where=where)
     if tensors.keys() != expected:
         raise MalformedAdapter(f"mixes linear and embedding factors for {name!r}", where=where)
-    lora_A, lora_B = (reader.read(tensors[part]) for part in wanted)
-    if lora_A.shape[0] != lora_B.shape[1]:
+    factors = StoredFactors(
+        file, tensors[wanted[0]], tensors[wanted[1]], config.scaling_of(name), tensors.get("lora_bias")
+    )
+    shape_A, shape_B = (file.shapes[tensors[part]] for part in wanted)
+    if shape_A[0] != shape_B[1]:
         raise MalformedAdapter(
-            f"{name!r} has lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}, whose ranks differ",
+            f"{name!r} has lora_A {shape_A} and lora_B {shape_B}, whose ranks differ",
             where=where,
         )
-    if lora_A.shape[0] != config.rank_of(name):
+    if shape_A[0] != config.rank_of(name):
         raise MalformedAdapter(
-            f"{name!r} has rank {lora_A.shape[0]} in the tensors and {config.rank_of(name)} in {CONFIG_FILE}",
+            f"{name!r} has rank {shape_A[0]} in the tensors and {config.rank_of(name)} in {CONFIG_FILE}",
             where=where,
         )
-    bias = reader.read(tensors["lora_bias"]) if biased else None
-    if bias is not None and bias.shape != lora_B.shape[:1]:
-        raise MalformedAdapter(
-            f"{name!r} has lora_B {tuple(lora_B.shape)} with a bias {tuple(bias.shape)}", where=where
-        )
-    common = widest_dtype([tensor.dtype for tensor in (lora_A, lora_B, bias) if tensor is not None])
-    return LoraModule(name, kind, Factors(lora_A, lora_B, config.scaling_of(name), bias).to(common))
+    if biased and file.shapes[tensors["lora_bias"]] != shape_B[:1]:
+        shape = file.shapes[tensors["lora_bias"]]
+        raise MalformedAdapter(f"{name!r} has lora_B {shape_B} with a bias {shape}", where=where)
+    return LoraModule(name, kind, factors)

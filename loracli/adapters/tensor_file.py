@@ -1,5 +1,5 @@
-"""Reading a safetensors file that a stranger wrote: the header is checked first, with limits, then tensors are read one
-by one.
+"""Reading a safetensors file that a stranger wrote: the header is checked first, with limits, then all data in one
+pass; after that tensors are read one by one, when they are wanted.
 
 The format: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the data. The
 safetensors library refuses a damaged layout by itself; the limits here are on what it accepts and a hostile file
@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loracli.errors import MalformedAdapter, UnsupportedAdapter
+from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
 from loracli.strict_json import StrictJsonError, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 200_000
 MAX_DIMENSIONS = 8
+BLOCK = 1 << 20  # bytes that are read at once; a multiple of every item size
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -39,44 +40,56 @@ class TensorFile:
         path: the file.
         shapes: of each tensor; two dimensions, unless it was allowed any, and all at least 1.
         dtypes: of each tensor, one of float64, float32, float16, bfloat16.
+        offsets: of the first byte of each tensor in the file.
         sha256: of the whole file.
+        state: of the file when it was checked, to see whether it is still the same.
     """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
+    offsets: dict[str, int]
     sha256: str
+    state: tuple[int, ...]
 
     @contextmanager
     def reader(self) -> Iterator[TensorReader]:
-        """Opens the file for reading; no memory map, so that a file that shrinks cannot kill the process."""
-        try:
-            with safe_open(self.path, framework="pt", backend="pread") as file:
-                yield TensorReader(self.path, file)
-        except (SafetensorError, OSError) as error:
-            raise MalformedAdapter(f"cannot be read: {error}", where=str(self.path)) from None
+        """Opens the file for reading; no memory map, so that a file that shrinks cannot kill the process.
+
+        Raises:
+            IntegrityError: if the file is not the one that was checked.
+        """
+        with open_regular(self.path) as opened:
+            reader = TensorReader(self, opened.fileno())
+            reader.check_unchanged()
+            yield reader
 
 
 class TensorReader:
-    """Reads tensors of an open file."""
+    """Reads tensors of an open file, whose values `open_tensor_file` has found finite."""
 
-    def __init__(self, path: Path, file: Any) -> None:
-        self._path, self._file = path, file
+    def __init__(self, file: TensorFile, descriptor: int) -> None:
+        self._file, self._descriptor = file, descriptor
+
+    def check_unchanged(self) -> None:
+        """Raises IntegrityError if the file has been written to, or another has taken its name, since it was checked:
+        same inode, size and time of its last change."""
+        if _state(self._descriptor) != self._file.state:
+            raise IntegrityError(
+                "has changed since it was checked", where=str(self._file.path), hint="run the same command again"
+            )
 
     def read(self, name: str) -> Tensor:
         """The tensor.
 
         Raises:
-            MalformedAdapter: if it holds an infinite value or NaN.
+            IntegrityError: if the file has changed since it was checked.
         """
-        tensor: Tensor = self._file.get_tensor(name)
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if bad:
-            raise MalformedAdapter(
-                f"the tensor {name!r} holds {bad} values that are infinite or not a number",
-                where=str(self._path),
-                hint="the adapter's training has diverged; use an earlier checkpoint",
-            )
+        tensor = torch.empty(self._file.shapes[name], dtype=self._file.dtypes[name])
+        read = _fill(self._descriptor, tensor, self._file.offsets[name])
+        self.check_unchanged()
+        if read < tensor.nbytes:
+            raise MalformedAdapter(f"cannot be read: ends within {name!r}", where=str(self._file.path))
         return tensor
 
 
@@ -86,7 +99,7 @@ def open_tensor_file(
     check_names: Callable[[Iterable[str]], object] | None = None,
     any_shape: Callable[[str], bool] = lambda name: False,
 ) -> TensorFile:
-    """Checks the header of a safetensors file and hashes the file.
+    """Checks the header of a safetensors file, then hashes the file and checks every value in one pass.
 
     Args:
         path: the file.
@@ -94,8 +107,8 @@ def open_tensor_file(
             for its shape: most tensors of other features are vectors.
         any_shape: which tensors, by name, need not be matrices.
     Raises:
-        MalformedAdapter: if the header is damaged, beyond the limits, or describes something else than matrices,
-            or than tensors of `dimensions`.
+        MalformedAdapter: if the header is damaged, beyond the limits, or describes something else than matrices where
+            only matrices may be, or if a tensor holds an infinite value or NaN.
         UnsupportedAdapter: if a tensor has a dtype that is not a floating point format of 16 bits or more.
     """
     where = str(path)
@@ -110,9 +123,23 @@ def open_tensor_file(
                 f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read", where=where
             )
         raw = file.read(length)
+        header = _parse_header(raw, where)
+        if check_names is not None:
+            check_names(header)
+        shapes, dtypes, offsets = _check_header(header, where, size - 8 - length, any_shape)
+        try:
+            with safe_open(path, framework="pt", backend="pread"):  # what the library has against it
+                pass
+        except (SafetensorError, OSError) as error:
+            raise MalformedAdapter(f"cannot be read: {error}", where=where) from None
         digest = hashlib.sha256(start + raw)
-        while block := file.read(1 << 20):
-            digest.update(block)
+        places = {name: 8 + length + begin for name, begin in offsets.items()}
+        checked = TensorFile(path, shapes, dtypes, places, "", _state(file.fileno()))
+        _check_data(checked, file.fileno(), digest)
+    return replace(checked, sha256=digest.hexdigest())
+
+
+def _parse_header(raw: bytes, where: str) -> dict[str, Any]:
     try:
         header = parse_json(raw)
     except StrictJsonError as error:
@@ -122,9 +149,51 @@ def open_tensor_file(
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
-    if check_names is not None:
-        check_names(header)
-    return _check_header(header, path, size - 8 - length, digest.hexdigest(), any_shape)
+    return header
+
+
+def _check_data(file: TensorFile, descriptor: int, digest: Any) -> None:
+    """Feeds all tensors, in the order of the file, to the digest, and refuses one that is not finite everywhere.
+
+    In blocks that stay in the cache between the two.
+    """
+    block = torch.empty(BLOCK, dtype=torch.uint8)
+    for name in sorted(file.offsets, key=file.offsets.__getitem__):
+        offset, dtype, bad = file.offsets[name], file.dtypes[name], 0
+        end = offset + math.prod(file.shapes[name]) * dtype.itemsize
+        for begin in range(offset, end, BLOCK):
+            part = block[: min(BLOCK, end - begin)]
+            if _fill(descriptor, part, begin) < part.numel():
+                raise MalformedAdapter(f"cannot be read: ends within {name!r}", where=str(file.path))
+            digest.update(part.numpy())
+            values = part.view(dtype)
+            if not all(map(math.isfinite, values.aminmax())):  # NaN comes through
+                bad += values.numel() - int(torch.isfinite(values).sum())
+        if bad:
+            raise MalformedAdapter(
+                f"the tensor {name!r} holds {bad} values that are infinite or not a number",
+                where=str(file.path),
+                hint="the adapter's training has diverged; use an earlier checkpoint",
+            )
+
+
+def _fill(descriptor: int, tensor: Tensor, offset: int) -> int:
+    """Reads the bytes of a tensor from a place in a file; fewer than it has only where the file ends."""
+    view = tensor_bytes(tensor)
+    done = 0
+    while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
+        done += count
+    return done
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs lack it
+
+
+def _state(descriptor: int) -> tuple[int, ...]:
+    status = os.fstat(descriptor)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @contextmanager
@@ -143,11 +212,12 @@ def open_regular(path: Path) -> Iterator[Any]:
 
 
 def _check_header(
-    header: dict[str, Any], path: Path, data_bytes: int, sha256: str, any_shape: Callable[[str], bool]
-) -> TensorFile:
-    where = str(path)
+    header: dict[str, Any], where: str, data_bytes: int, any_shape: Callable[[str], bool]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], dict[str, int]]:
+    """Shape, dtype and place within the data of every tensor."""
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
+    offsets: dict[str, int] = {}
     total = 0
     for name, entry in header.items():
         try:
@@ -170,10 +240,10 @@ def _check_header(
             raise MalformedAdapter(f"the tensor {name!r} has the impossible shape {shape}", where=where)
         if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
             raise MalformedAdapter(f"the tensor {name!r} has a shape that contradicts its offsets", where=where)
-        shapes[name], dtypes[name] = tuple(shape), DTYPES[dtype]
+        shapes[name], dtypes[name], offsets[name] = tuple(shape), DTYPES[dtype], begin
         total += end - begin
     if total != data_bytes:
         raise MalformedAdapter(
             f"describes {total} bytes of data but holds {data_bytes}: truncated or damaged", where=where
         )
-    return TensorFile(path, shapes, dtypes, sha256)
+    return shapes, dtypes, offsets

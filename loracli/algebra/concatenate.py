@@ -31,12 +31,26 @@ def concatenate(updates: Sequence[Factors], weights: Sequence[float]) -> Factors
     Raises:
         ValueError: if there is not one weight for each update.
     """
-    lora_A = torch.cat([update.lora_A.double() for update in updates])
-    lora_B = torch.cat(
-        [w * update.scaling * update.lora_B.double() for w, update in zip(weights, updates, strict=True)], dim=1
-    )
+    first, rank = updates[0], sum(update.rank for update in updates)
+    lora_A = torch.empty(rank, first.in_features, dtype=torch.float64)
+    lora_B = torch.empty(first.out_features, rank, dtype=torch.float64)
+    row = 0
+    for w, update in zip(weights, updates, strict=True):
+        rows = slice(row, row := row + update.rank)
+        lora_A[rows] = update.lora_A
+        torch.mul(update.lora_B.double(), w * update.scaling, out=lora_B[:, rows])
     biases = [w * bias for w, update in zip(weights, updates, strict=True) if (bias := update.delta_bias()) is not None]
     return Factors(lora_A, lora_B, bias=torch.stack(biases).sum(dim=0) if biases else None)
+
+
+def without_zeros(updates: Sequence[Factors], weights: Sequence[float]) -> tuple[list[Factors], list[float]]:
+    """The same sum without the updates of weight 0; if all are, one update of rank 1 that is 0."""
+    kept = [(update, w) for update, w in zip(updates, weights, strict=True) if w != 0]
+    if kept:
+        return [update for update, _ in kept], [w for _, w in kept]
+    first = updates[0]
+    nothing = Factors(torch.zeros(1, first.in_features), torch.zeros(first.out_features, 1))
+    return [nothing.to(torch.bfloat16)], [1.0]  # the narrowest: exact in every dtype
 
 
 def mix(updates: Sequence[Factors], mixing: Tensor) -> Factors:
@@ -82,6 +96,8 @@ def pad_rank(factors: Factors, rank: int) -> Factors:
     missing = rank - factors.rank
     if missing < 0:
         raise ValueError(f"rank {factors.rank} cannot be padded to {rank}")
+    if missing == 0:
+        return factors
     lora_A = torch.nn.functional.pad(factors.lora_A, (0, 0, 0, missing))
     lora_B = torch.nn.functional.pad(factors.lora_B, (0, missing))
     return Factors(lora_A, lora_B, factors.scaling, factors.bias)

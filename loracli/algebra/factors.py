@@ -50,10 +50,19 @@ class Factors:
     def out_features(self) -> int:
         return self.lora_B.shape[0]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lora_A.dtype
+
     def to(self, dtype: torch.dtype) -> Factors:
         """The same factors in another dtype; each entry is rounded once."""
         bias = None if self.bias is None else self.bias.to(dtype)
         return Factors(self.lora_A.to(dtype), self.lora_B.to(dtype), self.scaling, bias)
+
+    def is_finite(self) -> bool:
+        """Whether no entry is infinite or NaN."""
+        parts = [part for part in (self.lora_A, self.lora_B, self.bias) if part is not None]
+        return all(math.isfinite(bound) for part in parts for bound in part.aminmax())
 
     def delta_weight(self) -> Tensor:
         """dW (out, in) in float64. Dense: for tests and small modules."""
@@ -93,7 +102,11 @@ def thin_svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     QR of both sides, then the SVD of the small core; float64. A singular pair is defined up to a common sign: the
     largest entry of each left vector is positive.
     """
-    q_b, middle, q_a = core(factors)
+    return svd_of_core(*core(factors))
+
+
+def svd_of_core(q_b: Tensor, middle: Tensor, q_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`thin_svd` of dW = Q_B K Q_A^T as `core` gives it."""
     u, singular, vh = torch.linalg.svd(middle, full_matrices=False)
     left, right = q_b @ u, vh @ q_a.T
     largest = left.abs().argmax(dim=0)

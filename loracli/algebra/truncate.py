@@ -4,13 +4,26 @@
 
 By Eckart and Young, B' A' is the closest matrix of rank k to dW in the Frobenius norm, the same as from the SVD of the
 dense (out, in) matrix, which is never formed. A bias is not cut.
+
+By what it does to the activations x that occur, E|(dW - B' A') x|^2, the best rank k needs of them only G = E[z z^T]
+(R, R), z = A x:
+
+    B G^1/2 = U S V^T        B' = U_k sqrt(S_k), A' = sqrt(S_k) V_k^T G^-1/2 A,  so that  B' A' = U_k U_k^T dW
+
+(the d x d form is that of SVD-LLM, arXiv 2403.07378; the row space of dW stays that of A, so G is enough.) It projects
+dW on U_k, which needs no inverse of G.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loracli.algebra.factors import Factors, thin_svd
+import torch
+from torch import Tensor
+
+from loracli.algebra.factors import Factors, core, norm, svd_of_core
+
+DAMPING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -28,11 +41,38 @@ class Truncation:
 
 def truncate(factors: Factors, rank: int) -> Truncation:
     """The closest update of rank at most `rank`; the result has rank min(rank, r, in, out)."""
-    left, singular, right = thin_svd(factors)
+    return truncate_core(core(factors), rank, factors.delta_bias())
+
+
+def truncate_core(parts: tuple[Tensor, Tensor, Tensor], rank: int, bias: Tensor | None = None) -> Truncation:
+    """`truncate` of dW = Q_B K Q_A^T as `core` gives it, with the bias beside it."""
+    left, singular, right = svd_of_core(*parts)
     k = min(rank, singular.numel())
     root = singular[:k].sqrt()
     lora_A = root[:, None] * right[:k]  # (k, in)
     lora_B = left[:, :k] * root  # (out, k)
     total = float(singular.square().sum())
     kept = float(singular[:k].square().sum()) / total if total > 0 else 1.0
-    return Truncation(Factors(lora_A, lora_B, bias=factors.delta_bias()), kept)
+    return Truncation(Factors(lora_A, lora_B, bias=bias), kept)
+
+
+def truncate_for(factors: Factors, rank: int, moment: Tensor) -> Truncation:
+    """The update of rank at most `rank` that changes the outputs least in the mean square, sqrt(S) on both sides.
+
+    Args:
+        factors: with scaling 1.
+        rank: k.
+        moment: G (R, R) = E[z z^T]. DAMPING of its mean diagonal is added to the diagonal, so that directions which the
+            records do not show are not cut at will. Where G = 0 the cut is that of `truncate`.
+    """
+    damping = DAMPING * float(moment.diagonal().mean())
+    if damping == 0.0:
+        return truncate(factors, rank)
+    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    root = (vectors * (values.clamp(min=0.0) + damping).sqrt()) @ vectors.T  # (G + damping I)^1/2
+    q_b, r_b = torch.linalg.qr(factors.lora_B.double())
+    left = torch.linalg.svd(r_b @ root, full_matrices=False).U[:, :rank]
+    projected = Factors((left.T @ r_b) @ factors.lora_A.double(), q_b @ left, bias=factors.delta_bias())
+    whole = norm(factors) ** 2
+    kept = norm(projected) ** 2 / whole if whole > 0 else 1.0
+    return Truncation(truncate(projected, rank).factors, min(kept, 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from loracli.cli._output import Output
 from loracli.progress import amount_text
 
 EPILOG = (
-    "loracat export  ·  loracat export --merge --rank 16 -o soup/  ·  "
+    "loracat export  ·  loracat export --merge --rank 16 -o soup/  ·  loracat export --merge --tolerance 0.1  ·  "
     "loracat export --method ties --density 0.2 --adapters ./math ./code"
 )
 
@@ -29,6 +30,26 @@ def export(
         typer.Option(
             "--rank", metavar="K", help="With --merge, or of a method that cuts; default: the largest ingredient rank."
         ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", metavar="E", help="With --merge: least rank with |dW - dW'| <= E |dW| everywhere."),
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option("--energy", metavar="X", help="With --merge: least ranks that keep this share of |dW|^2 in all."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", metavar="BYTES", help="With --merge: best ranks for a tensor file of, say, 20MB."),
+    ] = None,
+    activation_aware: Annotated[
+        bool,
+        typer.Option("--activation-aware", help="With --merge: cut what the records of --fit-data show least of."),
+    ] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", "-d", metavar="FILE...", help="JSONL to score on, before and after; loads the base."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -58,12 +79,16 @@ def export(
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of what dare and lorahub draw.")] = 0,
     fit_data: Annotated[
         list[str] | None,
-        typer.Option("--fit-data", metavar="FILE...", help="Calibration JSONL for task-arithmetic and lorahub."),
+        typer.Option(
+            "--fit-data", metavar="FILE...", help="Calibration JSONL for task-arithmetic, lorahub, --activation-aware."
+        ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", metavar="MODEL", help="With --method or --gguf: Hub id or directory; default: what adapters name"
+            "--base",
+            metavar="MODEL",
+            help="For --method, --data, --fit-data or --gguf: Hub id or directory; default: what adapters name.",
         ),
     ] = None,
     base_revision: Annotated[
@@ -96,10 +121,13 @@ def export(
 ) -> None:
     """Write one adapter: concatenated and exact, or with --merge compressed to a given rank."""
     from loracli.algebra.methods.method import MethodOptions
+    from loracli.comparison.exported import loss_of_export, read_loss_data
     from loracli.comparison.settings import check_options
     from loracli.errors import UsageError
+    from loracli.evaluation.verdict import interval_text
     from loracli.export.export import export_adapter
     from loracli.export.method import export_method
+    from loracli.export.ranks import parse_bytes
 
     out = Output(as_json=as_json, quiet=quiet)
     directory = output or Path(f"adapter-{method or ('merged' if merge else 'cat')}")
@@ -111,19 +139,33 @@ def export(
         "gguf": gguf,
         "force": force,
     }
+    written |= {"tolerance": tolerance, "energy": energy, "budget": None if budget is None else parse_bytes(budget)}
     options = MethodOptions(density, scale, seed)
+    files = None if not data else read_loss_data(data, progress=out)
     if method is None:
         if modules_to_save is not None:
             raise UsageError(
                 "--modules-to-save was settled when the recipe was fitted", hint="leave it out, or fit again with it"
             )
-        if options != MethodOptions() or fit_data or base_revision or (base and not gguf):
-            raise UsageError(
-                "--density, --scale, --seed, --fit-data and --base are for a method", hint="name it with --method"
-            )
+        if options != MethodOptions():
+            raise UsageError("--density, --scale and --seed are for a method", hint="name it with --method")
+        if (base or base_revision) and not (data or fit_data or gguf):
+            raise UsageError("--base is for a method, --data, --fit-data or --gguf", hint="name a method with --method")
         loaded = recipe or Path("recipe.json")
-        exported = export_adapter(loaded, directory, adapters=adapters or (), base=base, progress=out, **written)
+        exported = export_adapter(
+            loaded,
+            directory,
+            adapters=adapters or (),
+            activation_aware=activation_aware,
+            fit_data=fit_data or None,
+            base=base if fit_data or gguf else None,
+            base_revision=base_revision if fit_data else None,
+            progress=out,
+            **written,
+        )
     else:
+        if activation_aware:
+            raise UsageError("--activation-aware is for a recipe", hint="leave out --method")
         check_options(options)
         exported = export_method(
             method,
@@ -138,6 +180,9 @@ def export(
             progress=out,
             **written,
         )
+    loss = None
+    if files is not None:
+        loss = loss_of_export(exported, files, base=base, base_revision=base_revision, progress=out)
     out.close()
     certificate, layout = exported.certificate, exported.layout
     out.document(
@@ -160,6 +205,7 @@ def export(
                 }
                 for module in certificate.modules
             ],
+            **({} if loss is None else {"loss": {**asdict(loss), "difference": loss.difference}}),
         }
     )
     out.value(str(exported.path))
@@ -178,18 +224,29 @@ def export(
     if gguf:
         out.line(f"  {GGUF_FILE} for llama.cpp: llama-server --lora {exported.path / GGUF_FILE}")
     if exported.merged:
-        low = sorted(certificate.modules, key=lambda module: module.kept_energy)[:5]
         out.line(
             f"  energy kept by the compression: {certificate.mean_energy:.2%} on average, "
             f"{certificate.least_energy:.2%} at least; relative error {certificate.largest_error:.2f} at most"
         )
         out.table(
-            ["  least kept (all are in loracat.json)", "energy"],
-            [[f"  {module.name}", f"{module.kept_energy:.2%}"] for module in low],
+            ["  module", "rank", "energy kept", "relative error"],
+            [
+                [f"  {module.name}", str(module.rank), f"{module.kept_energy:.2%}", f"{module.relative_error:.3f}"]
+                for module in sorted(certificate.modules, key=lambda module: module.kept_energy)
+            ],
         )
     else:
         out.line(
             f"  exact to {certificate.largest_error:.1e}, the rounding of {str(exported.dtype).removeprefix('torch.')}"
+        )
+    if loss is not None:
+        out.table(
+            ["  on held-out records", "nats per token"],
+            [["  composition", f"{loss.before:.4f}"], ["  export", f"{loss.after:.4f}"]],
+        )
+        out.line(
+            f"  {loss.records} records, {loss.scored_tokens} scored tokens; difference {loss.difference:+.4f}, "
+            f"95 % interval {interval_text(loss.interval)}"
         )
     if layout.profile == "mlx":
         out.hint(f"mlx_lm.generate --model BASE --adapter-path {exported.path} --prompt ...")

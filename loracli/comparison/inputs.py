@@ -97,7 +97,7 @@ def prepare_comparison(
         read = tuple(read_adapter(fetch_adapter(reference, progress=progress)) for reference in adapters)
         references = tuple(_row_name(adapter.reference) for adapter in read)
     else:
-        read = read_ingredients(loaded, relocated=adapters, progress=progress)
+        read = tuple(a.loaded() for a in read_ingredients(loaded, relocated=adapters, progress=progress))
         references = tuple(_row_name(adapter.reference) for adapter in loaded.adapters)
         if base is None and loaded.base.commit is not None:
             base, base_revision = loaded.base.id, base_revision or loaded.base.commit

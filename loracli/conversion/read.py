@@ -90,7 +90,7 @@ def _read(fetched: Fetched) -> tuple[LoraAdapter, dict[str, Tensor]]:
         sort_tensors(others, where, config.modules_to_save)
 
     file = open_tensor_file(fetched.path / TENSOR_FILE, check_names=sort, any_shape=may_have_any_shape)
-    adapter = build_adapter(fetched, config, file, others)
+    adapter = build_adapter(fetched, config, file, others).loaded()
     with file.reader() as reader:
         magnitudes = {module: reader.read(name) for module, name in names.items()}
     if config.use_dora:

@@ -101,6 +101,9 @@ class ConversionSource:
     def known_rank(self, module: str) -> int | None:
         return None
 
+    def weighted(self, module: str) -> None:
+        """No update is a sum of the adapter's."""
+
     def compose(self, module: str) -> Merged:
         """dW of a module at the rank that was asked for.
 

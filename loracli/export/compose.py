@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, widest_dtype
-from loracli.algebra.concatenate import concatenate
+from loracli.algebra.concatenate import concatenate, without_zeros
 from loracli.algebra.factors import Factors
 from loracli.errors import RecipeError
 from loracli.recipe import INLINE_KINDS, Recipe, RecipeMixing, group_name
@@ -37,28 +37,44 @@ def compose_module(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], module
     Raises:
         RecipeError: if the recipe has no weight for an adapter that changes the module, or no tensor that fits.
     """
-    updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
     if mixing.kind not in INLINE_KINDS:
         biased = next((a for a in adapters if module in a.modules and a.modules[module].factors.bias is not None), None)
         if biased is not None:
             raise RecipeError(f"the recipe's {mixing.kind} mixing cannot weigh the lora_bias of {biased.reference}")
+        updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
         return composed_update(mixing.kind, mixing.tensors, module, updates)
+    return concatenate(*weighted_updates(mixing, adapters, module))
+
+
+def weighted_updates(
+    mixing: RecipeMixing, adapters: Sequence[LoraAdapter], module: str
+) -> tuple[list[Factors], list[float]]:
+    """The updates of one module and their weights, of a mixing with a weight per adapter; adapters of weight 0 are left
+    out, so that they cost no rank.
+
+    Raises:
+        RecipeError: if the recipe has no weight for an adapter that changes the module.
+    """
     try:
         weights = mixing.weights[group_name(module, mixing.kind)]
     except KeyError:
         raise RecipeError(f"the recipe has no weights for {module}") from None
-    chosen = []
+    updates, chosen = [], []
     for adapter, weight in zip(adapters, weights, strict=True):
         if module not in adapter.modules:
             continue
         if weight is None:
             raise RecipeError(f"the recipe has no weight of {adapter.reference} for {module}")
+        updates.append(adapter.modules[module].factors)
         chosen.append(weight)
-    return concatenate(updates, chosen)
+    return without_zeros(updates, chosen)
 
 
 def composed_rank(recipe: Recipe, adapters: Sequence[LoraAdapter], module: str) -> int:
-    """The rank of `compose_module`: the sum of the adapters' ranks, or that of the trained factors."""
+    """The rank of `compose_module`: the sum of the ranks of adapters whose weight is not 0, or that of the trained
+    factors."""
+    if recipe.mixing.kind in INLINE_KINDS:
+        return sum(update.rank for update in weighted_updates(recipe.mixing, adapters, module)[0])
     if recipe.mixing.kind == "factors":
         return compose_module(recipe.mixing, adapters, module).rank
     return sum(adapter.modules[module].factors.rank for adapter in adapters if module in adapter.modules)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,29 @@ from torch import Tensor
 from loracli.adapters.names import CONFIG_FILE, GGUF_FILE, PREFIX
 from loracli.adapters.saved_modules import saved_modules
 from loracli.adapters.tensor_file import open_tensor_file
-from loracli.algebra.concatenate import pad_rank, relative_error
+from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
-from loracli.algebra.truncate import truncate
+from loracli.algebra.spectrum import spectrum
 from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_file
+from loracli.calibration.sources import DataPaths
 from loracli.errors import IntegrityError, RecipeError, UsageError
+from loracli.export.ahead import in_order, one_thread_each
 from loracli.export.card import model_card
 from loracli.export.certificate import Certificate, ModuleCertificate
 from loracli.export.gguf_file import gguf_names, write_gguf
 from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.export.llama_cpp import LlamaCppBase
+from loracli.export.module import ModuleExport, module_export
 from loracli.export.profile import PROFILES, Layout, choose_layout
+from loracli.export.ranks import RankRule, choose_ranks, choose_uniform_rank
 from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, Recipe, load_recipe
-from loracli.tensor_writer import write_tensors
+from loracli.tensor_writer import file_size, write_tensors
 
 OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TASK = "export"
+MOST_WORKERS = 4  # modules that are worked on at once; each is held in float64 while it is compressed
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Exported:
         merged: whether it was compressed.
         certificate: exactness per module.
         size_bytes: of the tensor file.
+        source: what it was made of.
     """
 
     path: Path
@@ -60,6 +65,7 @@ class Exported:
     merged: bool
     certificate: Certificate
     size_bytes: int
+    source: Source = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,11 @@ class ExportOptions:
     Args:
         merge: compress to `rank` instead of concatenating.
         rank: of the result with `merge`, or of a method that cuts its result; None is the largest ingredient rank with
-            `merge`, and what the method says otherwise.
+            `merge` unless one of the next three is set, and what the method says otherwise.
+        tolerance: with `merge`, the smallest rank with which no module has a larger relative error.
+        energy: with `merge`, the smallest ranks that keep this share of |dW|_F^2 over all modules.
+        budget: with `merge`, the ranks that keep most in a tensor file of at most so many bytes.
+        activation_aware: with `merge` and a rank, cut what calibration records show least of.
         dtype: float32, float16 or bfloat16; None is the widest of the ingredients' dtypes, and float32 for trained
             factors.
         profile: `portable`, `peft` or `mlx`; None is portable where that is possible.
@@ -81,11 +91,33 @@ class ExportOptions:
     dtype: str | None = None
     profile: str | None = None
     gguf: LlamaCppBase | None = None
+    tolerance: float | None = None
+    energy: float | None = None
+    budget: int | None = None
+    activation_aware: bool = False
+
+    @property
+    def rule(self) -> RankRule | None:
+        """What ranks are chosen by, None where the rank is given."""
+        rule = RankRule(self.tolerance, self.energy, self.budget)
+        return None if rule == RankRule() else rule
 
     def check(self, *, cuts: bool = False) -> None:
         """Raises UsageError for options that contradict each other or are out of their range."""
         if self.rank is not None and not (self.merge or cuts):
             raise UsageError("--rank is for --merge; a concatenation has the sum of the ranks", hint="add --merge")
+        rules = {"rank": self.rank, "tolerance": self.tolerance, "energy": self.energy, "budget": self.budget}
+        given = [f"--{name}" for name, value in rules.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} cannot both decide on the rank", hint="give one of them")
+        if self.rule is not None and not self.merge:
+            raise UsageError(f"{given[0]} is for --merge; a concatenation has the sum of the ranks", hint="add --merge")
+        if self.activation_aware and (not self.merge or self.rule is not None):
+            raise UsageError("--activation-aware is for --merge to a rank", hint="add --merge, and --rank K if need be")
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise UsageError(f"--tolerance {self.tolerance} is not at least 0 and below 1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UsageError(f"--energy {self.energy} is not above 0 and at most 1")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank {self.rank} is below 1")
         if self.dtype is not None and self.dtype not in OUTPUT_DTYPES:
@@ -104,7 +136,13 @@ def export_adapter(
     dtype: str | None = None,
     profile: str | None = None,
     gguf: bool = False,
+    tolerance: float | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
+    activation_aware: bool = False,
+    fit_data: DataPaths | None = None,
     base: str | None = None,
+    base_revision: str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -113,7 +151,9 @@ def export_adapter(
     Args:
         recipe: a recipe, or the file of one.
         output: the directory to make.
-        merge, rank, dtype, profile: as in `ExportOptions`.
+        merge, rank, dtype, profile, tolerance, energy, budget, activation_aware: as in `ExportOptions`.
+        fit_data: calibration JSONL, for `activation_aware`; the base model is loaded for that alone.
+        base, base_revision: of that base model; None for what the recipe or the adapters name.
         adapters: where the ingredients are now, in the recipe's order; empty for where the recipe says.
         gguf: write a GGUF file as well.
         base: where the base's config.json is, for `gguf`; None for the recipe's base on the Hub or in its cache.
@@ -125,8 +165,20 @@ def export_adapter(
             back otherwise.
         UsageError: if options contradict each other, or the profile cannot be had.
     """
-    options = ExportOptions(merge, rank, dtype, profile)
+    options = ExportOptions(
+        merge,
+        rank,
+        dtype,
+        profile,
+        tolerance=tolerance,
+        energy=energy,
+        budget=budget,
+        activation_aware=activation_aware,
+    )
     options.check()
+    if activation_aware != (fit_data is not None):
+        wrong = "--activation-aware needs calibration records" if activation_aware else "--fit-data has no use here"
+        raise UsageError(wrong, hint="give --activation-aware and --fit-data FILE together")
     check_free(Path(output), force=force)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
@@ -141,24 +193,38 @@ def export_adapter(
         )
         options = dataclasses.replace(options, gguf=found)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
-    saved = saved_modules(recorded_policy(recipe), ingredients)
+    saved, moments = saved_modules(recorded_policy(recipe), ingredients), None
     source = RecipeSource(recipe, ingredients, saved)
-    return write_export(source, Path(output), options, force=force, progress=progress)
+    if fit_data is not None:
+        from loracli.comparison.moments import moments_of
+
+        moments = moments_of(source, fit_data, base=base, base_revision=base_revision, progress=progress)
+    return write_export(source, Path(output), options, moments=moments, force=force, progress=progress)
 
 
 def write_export(
-    source: Source, output: Path, options: ExportOptions, *, force: bool = False, progress: Progress = SILENT
+    source: Source,
+    output: Path,
+    options: ExportOptions,
+    *,
+    moments: Mapping[str, Tensor] | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
 ) -> Exported:
-    """Writes a composition; what `export_adapter` and `export_method` have in common."""
+    """Writes a composition; what `export_adapter` and `export_method` have in common.
+
+    `moments` are E[z z^T] of the modules to cut by, None to cut by |dW|_F.
+    """
     for ingredient in source.adapters:
         if ingredient.path.resolve().is_relative_to(output.resolve()):
             raise UsageError(
                 f"{output} holds the ingredient {ingredient.reference}", hint="choose another name with -o"
             )
-    plan = _Plan(source, options, progress)
-    with whole_directory(output, force=force) as folder:
-        certificate, size = plan.write(folder)
-    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size)
+    with one_thread_each() as threads:
+        plan = _Plan(source, options, moments or {}, progress, workers=min(threads, MOST_WORKERS))
+        with whole_directory(output, force=force) as folder:
+            certificate, size = plan.write(folder)
+    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, source)
 
 
 class _Plan:
@@ -167,28 +233,24 @@ class _Plan:
     A module whose rank is not known beforehand is composed at once and held in the output's dtype.
     """
 
-    def __init__(self, source: Source, options: ExportOptions, progress: Progress) -> None:
-        self._source, self._options, self._progress = source, options, progress
+    def __init__(
+        self, source: Source, options: ExportOptions, moments: Mapping[str, Tensor], progress: Progress, *, workers: int
+    ) -> None:
+        self._moments = moments
+        self._source, self._options, self._progress, self._workers = source, options, progress, workers
         self.dtype = OUTPUT_DTYPES[options.dtype] if options.dtype else source.dtype
         self._table: dict[str, BaseModule] = {module.name: module for module in source.table}
         self._rank = options.rank or max(max(adapter.ranks) for adapter in source.adapters)
-        self._held: dict[str, tuple[Factors, ModuleCertificate]] = {}
+        self._held: dict[str, ModuleExport] = {}
         names = source.names()
         missing = sorted(set(names) - self._table.keys())
         if missing:
             raise RecipeError(f"the recipe's table of base modules lacks {missing[0]}, which an adapter changes")
-        progress.begin(TASK, len(names), "modules")
+        progress.begin(TASK, len(names) * (1 if options.rule is None else 2), "modules")
+        self._cuts: dict[str, int] = {}  # ranks that modules are cut to
+        uniform = self._choose_cuts(names, options)
         self._ranks = {name: self._rank_of(name) for name in names}
-        uniform = self._rank if options.merge and options.rank is not None else None
-        biased = next((adapter.reference for adapter in source.adapters if adapter.config.lora_bias), None)
-        self.layout = choose_layout(
-            source.table,
-            self._ranks,
-            options.profile,  # type: ignore[arg-type]
-            rank=uniform,
-            lora_bias=biased,
-            saved=() if source.saved is None else source.saved.modules,
-        )
+        self.layout = self._layout(self._ranks, uniform)
         self._hashes: dict[str, str] = {}  # of files beside the tensors
         if options.gguf is not None:
             if self.layout.lora_bias or self.layout.modules_to_save:
@@ -196,43 +258,77 @@ class _Plan:
                 raise UsageError(f"a GGUF adapter cannot hold the {kept} of this composition", hint="leave out --gguf")
             self._gguf_names = gguf_names(options.gguf, {name: self._table[name] for name in self.layout.ranks})
 
+    def _layout(self, ranks: Mapping[str, int], rank: int | None = None) -> Layout:
+        saved, adapters = self._source.saved, self._source.adapters
+        return choose_layout(
+            self._source.table,
+            ranks,
+            self._options.profile,  # type: ignore[arg-type]
+            rank=rank,
+            lora_bias=next((adapter.reference for adapter in adapters if adapter.config.lora_bias), None),
+            saved=() if saved is None else saved.modules,
+        )
+
+    def _choose_cuts(self, names: Sequence[str], options: ExportOptions) -> int | None:
+        """Sets the ranks to cut to, and gives the one rank of a uniform layout where that was decided on.
+
+        A layout of one rank takes one for all, because less would be filled up; `peft` takes one for each module.
+        """
+        if not options.merge:
+            return None
+        if options.rule is None:
+            self._cuts = dict.fromkeys(names, self._rank)
+            return options.rank
+        work = in_order(self._spectrum, names, workers=self._workers)
+        spectra = dict(zip(names, work, strict=True))
+        most = {name: len(squares) for name, squares in spectra.items()}
+
+        def size(layout: Layout) -> int:
+            return file_size(self._shapes(layout), self.dtype)
+
+        if self._layout(most).profile == "peft":
+            costs = {name: self._bytes_of_a_rank(name) for name in names}
+            self._cuts = choose_ranks(options.rule, spectra, costs, lambda ranks: size(self._layout(ranks)))
+            return None
+        uniform = choose_uniform_rank(options.rule, spectra, lambda rank: size(self._layout(most, rank)))
+        self._cuts = dict.fromkeys(names, uniform)
+        return uniform
+
+    def _spectrum(self, name: str) -> Tensor:
+        found = spectrum(self._source.compose(name).factors)
+        self._progress.advance(TASK, 1)
+        return found
+
+    def _bytes_of_a_rank(self, name: str) -> int:
+        return (self._table[name].in_features + self._table[name].out_features) * self.dtype.itemsize
+
     @property
     def merged(self) -> bool:
         """Whether something was cut off."""
-        return self._options.merge or any(made.kept_energy < 1 for _, made in self._held.values())
+        return self._options.merge or any(made.certificate.kept_energy < 1 for made in self._held.values())
 
     def _rank_of(self, name: str) -> int:
         total = self._source.known_rank(name)
+        if self._options.rule is not None:
+            module = self._table[name]
+            return min(self._cuts[name], total or self._cuts[name], module.in_features, module.out_features)
         if total is None:
-            self._held[name] = self._compose(name)
-            return self._held[name][1].rank
+            self._held[name] = self._export(name)
+            self._progress.advance(TASK, 1)
+            return self._held[name].factors.rank
         if not self._options.merge:
             return total
         module = self._table[name]
         return min(self._rank, total, module.in_features, module.out_features)
 
-    def _compose(self, name: str) -> tuple[Factors, ModuleCertificate]:
-        """The module's factors in the output's dtype, unpadded, and how exact they are."""
-        self._progress.advance(TASK, 1)
-        composed = self._source.compose(name)
-        chosen, kept = composed.factors, composed.kept_energy
-        # dW has no more rank than the shorter side of the module, however large the one asked for.
-        rank = min(self._rank, chosen.in_features, chosen.out_features)
-        if self._options.merge and rank < chosen.rank:
-            truncation = truncate(chosen, rank)
-            chosen, kept = truncation.factors, kept * truncation.kept_energy
-        written = chosen.to(self.dtype)
-        if not all(torch.isfinite(t).all() for t in (written.lora_A, written.lora_B, written.bias) if t is not None):
-            raise UsageError(f"{name} overflows {self.dtype}", hint="export with --dtype float32 or bfloat16")
-        # What the method itself cut off is at right angles to what it kept.
-        share = composed.kept_energy
-        error = math.sqrt(1 - share + share * relative_error(written, composed.factors) ** 2)
-        return written, ModuleCertificate(name, chosen.rank, error, kept)
+    def _export(self, name: str) -> ModuleExport:
+        return module_export(self._source, name, self.dtype, rank=self._cuts.get(name), moment=self._moments.get(name))
 
     def write(self, folder: Path) -> tuple[Certificate, int]:
         certificates: list[ModuleCertificate] = []
         factors: dict[str, Factors] = {}  # of the module being written
         places = self.layout.places(self._table)
+        made = in_order(self._module, sorted(self.layout.ranks), workers=self._workers)
 
         def tensor(name: str) -> Tensor:
             if name in self._whole:
@@ -240,11 +336,11 @@ class _Plan:
             place = places[name]
             if place.module not in factors:
                 factors.clear()
-                factors[place.module] = self._factors(place.module, certificates)
+                factors[place.module] = self._written(next(made), certificates)
             return place.tensor_of(factors[place.module])
 
         path = folder / self.layout.tensor_file
-        write_tensors(path, self._shapes(), self.dtype, tensor)
+        write_tensors(path, self._shapes(self.layout), self.dtype, tensor)
         certificate = Certificate(tuple(certificates), self._read_back(path))
         if self._options.gguf is not None:
             self._hashes[GGUF_FILE] = write_gguf(
@@ -260,8 +356,8 @@ class _Plan:
         self._progress.finish(TASK)
         return certificate, path.stat().st_size
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {n: place.shape for n, place in self.layout.places(self._table).items()}
+    def _shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {n: place.shape for n, place in layout.places(self._table).items()}
         saved = self._source.saved
         return shapes if saved is None else shapes | {n: saved.shapes[path] for n, path in self._whole.items()}
 
@@ -277,19 +373,28 @@ class _Plan:
             raise UsageError(f"{path} overflows {self.dtype}", hint="export with --dtype float32 or bfloat16")
         return written
 
-    def _factors(self, name: str, certificates: list[ModuleCertificate]) -> Factors:
-        """The module's factors as they go into the file; its certificate goes into the list."""
+    def _module(self, name: str) -> tuple[Factors, ModuleCertificate | None]:
+        """The module's factors as they go into the file, and its certificate; None where it only pads the layout."""
         rank, module = self.layout.ranks[name], self._table[name]
-        if name not in self._ranks:  # a module that only pads the layout
+        if name not in self._ranks:
             zeros = Factors(torch.zeros(rank, module.in_features), torch.zeros(module.out_features, rank))
-            return zeros.to(self.dtype)
-        written, certificate = self._held[name] if name in self._held else self._compose(name)
-        certificates.append(certificate)
-        return pad_rank(written, rank)
+            return zeros.to(self.dtype), None
+        made = self._held[name] if name in self._held else self._export(name)
+        return pad_rank(made.factors, rank), made.certificate
+
+    def _written(
+        self, made: tuple[Factors, ModuleCertificate | None], certificates: list[ModuleCertificate]
+    ) -> Factors:
+        factors, certificate = made
+        if certificate is not None:
+            certificates.append(certificate)
+            if certificate.name not in self._held:
+                self._progress.advance(TASK, 1)
+        return factors
 
     def _read_back(self, path: Path) -> str:
         """The sha256 of the file, after the safetensors library has read every tensor of it in the planned shape."""
-        shapes = self._shapes()
+        shapes = self._shapes(self.layout)
         file = open_tensor_file(path, any_shape=lambda name: len(shapes.get(name, ())) != 2)
         with file.reader() as reader:
             found = {name: tuple(reader.read(name).shape) for name in file.shapes}
@@ -305,6 +410,7 @@ class _Plan:
                 "merged": self.merged,
                 "rank": self.layout.rank,
                 "dtype": str(self.dtype).removeprefix("torch."),
+                **self._rule(),
             },
             "certificate": {
                 "sha256": {self.layout.tensor_file: certificate.sha256, **self._hashes},
@@ -313,11 +419,22 @@ class _Plan:
             },
         }
 
+    def _rule(self) -> dict[str, float | int | None]:
+        """What decided on ranks and cuts, by the name of its option."""
+        if self._options.activation_aware:
+            return {"activation_aware": True}
+        if self._options.rule is None:
+            return {}
+        return {name: value for name, value in dataclasses.asdict(self._options.rule).items() if value is not None}
+
     def _repeated_options(self) -> str:
         chosen = self._options
         words = [" --merge"] if chosen.merge else []
         rank = self._rank if chosen.merge else chosen.rank
-        for name, value in (("rank", rank), ("dtype", chosen.dtype), ("profile", chosen.profile)):
+        decided = {"rank": rank} if chosen.rule is None else self._rule()
+        if chosen.activation_aware:
+            words.append(" --activation-aware --fit-data FILE")
+        for name, value in (*decided.items(), ("dtype", chosen.dtype), ("profile", chosen.profile)):
             words += [] if value is None else [f" --{name} {value}"]
         words += [] if chosen.gguf is None else [" --gguf"]
         return "".join(words)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from loracli.adapters.adapter import LoraAdapter, read_adapter
+import torch
+
+from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.adapters.references import Reference
 from loracli.adapters.saved_modules import REFUSE
 from loracli.adapters.text_model import as_text_model
 from loracli.errors import AdapterNotFound, IntegrityError, UsageError
+from loracli.export.ahead import in_order
 from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe, RecipeAdapter
 
@@ -18,7 +21,7 @@ from loracli.recipe import Recipe, RecipeAdapter
 def read_ingredients(
     recipe: Recipe, *, relocated: Sequence[str] = (), progress: Progress = SILENT
 ) -> tuple[LoraAdapter, ...]:
-    """Reads the adapters of a recipe, in its order.
+    """Opens the adapters of a recipe, in its order; `loaded()` of one brings its factors into memory.
 
     Args:
         recipe: names them.
@@ -35,15 +38,14 @@ def read_ingredients(
             + ", ".join(a.reference for a in recipe.adapters),
         )
     names = {module.name for module in recipe.modules}
-    result = []
-    for number, wanted in enumerate(recipe.adapters):
-        if relocated:
-            adapter = read_adapter(fetch_adapter(relocated[number], progress=progress))
-        else:
-            adapter = read_adapter(_find(recipe, wanted, progress))
+    found = [
+        fetch_adapter(relocated[number], progress=progress) if relocated else _find(recipe, wanted, progress)
+        for number, wanted in enumerate(recipe.adapters)
+    ]
+    result = tuple(in_order(open_adapter, found, workers=torch.get_num_threads()))
+    for wanted, adapter in zip(recipe.adapters, result, strict=True):
         _check_hashes(wanted, adapter)
-        result.append(as_text_model(adapter, names))
-    return tuple(result)
+    return tuple(as_text_model(adapter, names) for adapter in result)
 
 
 def recorded_policy(recipe: Recipe) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.compatibility import check_composable
 from loracli.adapters.hub import fetch_adapter
 from loracli.adapters.identity import identity_of
@@ -62,7 +62,7 @@ def _read(
         return read_ingredients(loaded, relocated=adapters, progress=progress), loaded
     if not adapters:
         raise UsageError("nothing to export", hint="give a RECIPE, or --adapters")
-    read = tuple(read_adapter(fetch_adapter(reference, progress=progress)) for reference in adapters)
+    read = tuple(open_adapter(fetch_adapter(reference, progress=progress)) for reference in adapters)
     twice = next((a.reference for a in read if [b.reference for b in read].count(a.reference) > 1), None)
     if twice is not None:
         raise UsageError(f"the adapter {twice} is given twice")
@@ -86,6 +86,9 @@ def export_method(
     profile: str | None = None,
     modules_to_save: str | None = None,
     gguf: bool = False,
+    tolerance: float | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -103,7 +106,7 @@ def export_method(
         fit_data: calibration JSONL, for a method that searches for weights; the base model is loaded for that alone.
         base: a Hub id or directory, None for what recipe or adapters name.
         base_revision: of a base on the Hub.
-        merge, rank, dtype, profile: as in `ExportOptions`.
+        merge, rank, dtype, profile, tolerance, energy, budget: as in `ExportOptions`.
         modules_to_save: `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse` without one.
         gguf: write a GGUF file as well.
         force: replace an existing adapter directory.
@@ -114,7 +117,7 @@ def export_method(
         InputError: of the kind that fits, if an adapter is rejected.
     """
     method = find_method(name, method_options)
-    options = ExportOptions(merge, rank, dtype, profile)
+    options = ExportOptions(merge, rank, dtype, profile, tolerance=tolerance, energy=energy, budget=budget)
     options.check(cuts=method.cuts)
     check_free(Path(output), force=force)
     read, loaded = _read(adapters, recipe, base_given=base is not None, progress=progress)
@@ -154,7 +157,8 @@ def export_method(
             saved=saved,
             progress=progress,
         )
-    cut = rank if rank is not None or not merge else max(max(adapter.ranks) for adapter in read)
+    whole = not merge or options.rule is not None
+    cut = rank if rank is not None or whole else max(max(adapter.ranks) for adapter in read)
     chosen = replace(method_options, rank=cut) if method.cuts else method_options
     names = [identity_of(adapter, _name(adapter)) for adapter in read]
     labels = labels_of(names, Path())

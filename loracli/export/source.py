@@ -14,12 +14,14 @@ import loracli
 from loracli.adapters.adapter import LoraAdapter, widest_dtype
 from loracli.adapters.identity import identity_of
 from loracli.adapters.saved_modules import SavedModules
-from loracli.algebra.concatenate import concatenate
+from loracli.adapters.stored import StoredFactors
+from loracli.algebra.concatenate import concatenate, without_zeros
+from loracli.algebra.factors import Factors
 from loracli.algebra.methods.method import Merged, Method, MethodOptions
 from loracli.export.base_table import BaseTable
 from loracli.export.card import CardText, method_card, recipe_card
-from loracli.export.compose import compose_module, composed_dtype, composed_modules, composed_rank
-from loracli.recipe import BaseModule, Recipe, RecipeAdapter
+from loracli.export.compose import compose_module, composed_dtype, composed_modules, composed_rank, weighted_updates
+from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter
 from loracli.schema import encode
 
 
@@ -51,6 +53,9 @@ class Source(Protocol):
 
     def known_rank(self, module: str) -> int | None:
         """The rank of `compose`, None where only doing it tells."""
+
+    def weighted(self, module: str) -> tuple[list[Factors], list[float]] | None:
+        """The updates and weights that a module's update is the sum of, None where it is made otherwise."""
 
     def compose(self, module: str) -> Merged:
         """The update of a module in float64, with scaling 1."""
@@ -87,6 +92,10 @@ class RecipeSource:
 
     def known_rank(self, module: str) -> int | None:
         return composed_rank(self.recipe, self.adapters, module)
+
+    def weighted(self, module: str) -> tuple[list[Factors], list[float]] | None:
+        mixing = self.recipe.mixing
+        return weighted_updates(mixing, self.adapters, module) if mixing.kind in INLINE_KINDS else None
 
     def compose(self, module: str) -> Merged:
         return Merged(compose_module(self.recipe.mixing, self.adapters, module))
@@ -139,16 +148,23 @@ class MethodSource:
         return tuple(sorted({name for adapter in self.adapters for name in adapter.modules}))
 
     def known_rank(self, module: str) -> int | None:
+        weighted = self.weighted(module)
+        return None if weighted is None else sum(update.rank for update in weighted[0])
+
+    def weighted(self, module: str) -> tuple[list[Factors], list[float]] | None:
         if self.weights is None:
             return None
-        return sum(a.modules[module].factors.rank for a in self.adapters if module in a.modules)
+        here = [(a, w) for a, w in zip(self.adapters, self.weights, strict=True) if module in a.modules]
+        return without_zeros([adapter.modules[module].factors for adapter, _ in here], [weight for _, weight in here])
 
     def compose(self, module: str) -> Merged:
+        weighted = self.weighted(module)
+        if weighted is not None:
+            return Merged(concatenate(*weighted))
         updates = [a.modules[module].factors if module in a.modules else None for a in self.adapters]
-        if self.weights is None:
-            return self.method.merge_updates(updates, self.options)
-        pairs = [(u, w) for u, w in zip(updates, self.weights, strict=True) if u is not None]
-        return Merged(concatenate([update for update, _ in pairs], [weight for _, weight in pairs]))
+        return self.method.merge_updates(
+            [u.loaded() if isinstance(u, StoredFactors) else u for u in updates], self.options
+        )
 
     def document(self) -> dict[str, Any]:
         return {

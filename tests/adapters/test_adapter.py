@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loracli.adapters.adapter import LoraAdapter, read_adapter, widest_dtype
-from loracli.errors import InputError, MalformedAdapter, UnsupportedAdapter
+from loracli.adapters.adapter import LoraAdapter, open_adapter, read_adapter, widest_dtype
+from loracli.errors import InputError, IntegrityError, MalformedAdapter, UnsupportedAdapter
 
 SHAPES = {"layers.0.q_proj": (6, 5), "layers.0.up_proj": (9, 5), "layers.1.q_proj": (6, 5), "layers.1.up_proj": (9, 5)}
 
@@ -430,3 +430,31 @@ def test_the_right_factors_hidden_behind_a_config_of_another_type_are_refused(tm
     reconfigure(tmp_path, peft_type="ADALORA")
     with pytest.raises(UnsupportedAdapter, match="ADALORA"):
         read_adapter(str(tmp_path))
+
+
+def test_an_opened_adapter_has_the_factors_of_a_read_one_and_no_tensor_until_asked(tmp_path: Path) -> None:
+    save_tiny(tmp_path, lora_alpha=8, rank_pattern=PATTERNS["rank_pattern"])
+    opened, read = open_adapter(str(tmp_path)), read_adapter(str(tmp_path))
+    assert opened.modules.keys() == read.modules.keys()
+    for name, module in read.modules.items():
+        stored = opened.modules[name].factors
+        assert not any(isinstance(value, Tensor) for value in vars(stored).values())
+        assert (stored.rank, stored.in_features, stored.out_features, stored.scaling) == (
+            module.factors.rank,
+            module.factors.in_features,
+            module.factors.out_features,
+            module.factors.scaling,
+        )
+        assert torch.equal(stored.lora_A, module.factors.lora_A) and torch.equal(stored.lora_B, module.factors.lora_B)
+        assert torch.equal(stored.delta_weight(), module.factors.delta_weight())
+        assert torch.equal(stored.to(torch.float64).lora_A, module.factors.lora_A.double())
+
+
+def test_factors_of_an_opened_adapter_are_refused_once_their_file_has_changed(tmp_path: Path) -> None:
+    save_tiny(tmp_path, lora_alpha=8)
+    opened, read = open_adapter(str(tmp_path)), read_adapter(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").unlink()
+    save_tiny(tmp_path, seed=1, lora_alpha=8)
+    with pytest.raises(IntegrityError, match="has changed since it was checked"):
+        _ = opened.modules["layers.0.q_proj"].factors.lora_A
+    assert read.modules["layers.0.q_proj"].factors.lora_A.isfinite().all()

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from loracli.adapters.tensor_file import MAX_HEADER_BYTES, MAX_TENSORS, TensorFile, open_tensor_file
-from loracli.errors import MalformedAdapter, UnsupportedAdapter
+from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
 
 Entry = dict[str, Any]
 
@@ -302,12 +302,51 @@ def test_a_symlink_to_a_file_is_read_as_the_cache_of_the_hub_has_them(good: Path
     assert open_tensor_file(tmp_path / "link").sha256 == open_tensor_file(good).sha256
 
 
-def test_a_file_that_shrinks_between_check_and_read_is_refused(good: Path) -> None:
+def shrunk(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def written_to(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # whatever the clock of the file system
+
+
+def replaced(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [shrunk, written_to, replaced])
+def test_a_file_that_changes_between_check_and_read_is_refused(good: Path, change: Callable[[Path], None]) -> None:
     file: TensorFile = open_tensor_file(good)
-    good.write_bytes(good.read_bytes()[:-4])
-    with pytest.raises(MalformedAdapter), file.reader() as reader:
-        for name in file.shapes:
-            reader.read(name)
+    change(good)
+    with pytest.raises(IntegrityError, match="has changed since it was checked"), file.reader() as reader:
+        reader.read(next(iter(file.shapes)))
+
+
+def test_a_file_that_changes_while_it_is_open_is_refused(good: Path) -> None:
+    file: TensorFile = open_tensor_file(good)
+    with file.reader() as reader:
+        shrunk(good)
+        with pytest.raises(IntegrityError, match="has changed since it was checked"):
+            reader.read(next(iter(file.shapes)))
+
+
+def test_a_value_that_is_not_finite_is_found_in_any_block(tmp_path: Path) -> None:
+    tensor = torch.ones(3, 400_000)
+    path = tmp_path / "x.safetensors"
+    for place in [(0, 0), (1, 7), (2, 399_999)]:
+        sick = tensor.clone()
+        sick[place] = float("nan")
+        save_file({"sick": sick}, path)
+        with pytest.raises(MalformedAdapter, match="'sick' holds 1 values"):
+            open_tensor_file(path)
 
 
 def test_hostile_tensor_names_are_shown_escaped(tmp_path: Path) -> None:

@@ -279,6 +279,27 @@ def test_an_export_of_rank_k_has_rank_k_and_keeps_what_it_says(here: Path) -> No
         assert float((found[name] - expected).norm()) == pytest.approx(best, rel=1e-4, abs=1e-6)
 
 
+def test_a_compression_prints_every_module_and_the_loss_before_and_after(here: Path) -> None:
+    content = document("export", "--merge", "--energy", "0.5", "--data", "test.jsonl", "--base", "base")
+    loss = content["loss"]
+    compared = document("compare", "recipe.json", "--data", "test.jsonl", "--base", "base")
+    [fit] = [row for row in compared["rows"] if row["name"] == "fit"]
+    assert loss["before"] == pytest.approx(fit["nats_per_token"], abs=2e-4)
+    assert loss["records"] == compared["records"]
+    assert loss["difference"] == loss["after"] - loss["before"] and abs(loss["difference"]) > 1e-3
+    assert loss["interval"][0] <= loss["difference"] <= loss["interval"][1]
+    printed = run("export", "--merge", "--energy", "0.5", "--force").stdout
+    for module in content["modules"]:
+        assert row(printed, module["name"])[1:3] == [str(module["rank"]), f"{module['kept_energy']:.2%}"]
+
+
+def test_a_whole_rank_changes_no_loss(here: Path) -> None:
+    loss = document(
+        "export", "--merge", "--tolerance", "0", "--dtype", "float32", "-d", "test.jsonl", "--base", "base"
+    )["loss"]
+    assert abs(loss["difference"]) < 1e-4
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_what_is_exported_loads_in_stock_peft(here: Path) -> None:
     assert run("export", "-q", "--dtype", "float32").exit_code == 0

@@ -1,0 +1,118 @@
+"""What an export costs on records: the loss of the composition before it was cut and rounded, and of the files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from loracli.adapters.adapter import open_adapter
+from loracli.algebra.factors import Factors
+from loracli.calibration.batches import plan_batches
+from loracli.calibration.records import CalibrationFile, read_records
+from loracli.calibration.render import render_file
+from loracli.calibration.sources import DataPaths, parse_sources
+from loracli.comparison.composition import of_factors
+from loracli.evaluation.bootstrap import paired_interval
+from loracli.evaluation.scores import Scores
+from loracli.export.export import Exported
+from loracli.export.source import RecipeSource
+from loracli.fitting.attach import attach
+from loracli.fitting.base import check_fits, find_base, load_base
+from loracli.fitting.engine import Engine
+from loracli.fitting.loss import check_causal, make_objective
+from loracli.fitting.memory import memory_errors
+from loracli.fitting.meter import Meter
+from loracli.fitting.settings import FitSettings
+from loracli.progress import SILENT, WORK, Progress
+
+TASK = "loss"
+
+
+@dataclass(frozen=True)
+class ExportLoss:
+    """Nats per scored token of the exact composition and of the written adapter, on the same records.
+
+    Args:
+        records: how many.
+        scored_tokens: in them.
+        before: of the composition.
+        after: of the adapter that was written.
+        interval: 95 % bootstrap interval of after minus before over records.
+    """
+
+    records: int
+    scored_tokens: int
+    before: float
+    after: float
+    interval: tuple[float, float]
+
+    @property
+    def difference(self) -> float:
+        return self.after - self.before
+
+
+def read_loss_data(data: DataPaths, *, progress: Progress = SILENT) -> tuple[CalibrationFile, ...]:
+    """The records, before the work whose result is scored on them.
+
+    Raises:
+        CalibrationError: if they cannot be used.
+    """
+    return tuple(read_records(source, progress=progress) for source in parse_sources(data))
+
+
+def loss_of_export(
+    exported: Exported,
+    files: Sequence[CalibrationFile],
+    *,
+    base: str | None = None,
+    base_revision: str | None = None,
+    progress: Progress = SILENT,
+) -> ExportLoss:
+    """Scores what was exported and what it was exported from, attached to the base in turn.
+
+    Args:
+        exported: whose directory and ingredients are as they were.
+        files: of the records, from `read_loss_data`.
+        base: a Hub id or directory, None for the recipe's, or the one that all adapters name.
+        base_revision: of a base on the Hub.
+        progress: told how far it is.
+    Raises:
+        InputError: of the kind that fits, if base or records are rejected.
+        NonFiniteLoss: if one of the two has none.
+    """
+    source, settings = exported.source, FitSettings()
+    if base is None and isinstance(source, RecipeSource) and source.recipe.base.commit is not None:
+        base, base_revision = source.recipe.base.id, base_revision or source.recipe.base.commit
+    with memory_errors():
+        reference = find_base(source.adapters, base, revision=base_revision, progress=progress)
+        model = load_base(reference, progress=progress)
+        check_fits(model, source.adapters)
+        examples = tuple(
+            example
+            for file in files
+            for example in render_file(
+                file, model.tokenizer, max_length=settings.max_length, progress=progress
+            ).examples
+        )
+        batches = plan_batches(examples, batch_tokens=settings.batch_tokens)
+        check_causal(model.model, reference.id, batches[0])
+        names, written = source.names(), open_adapter(str(exported.path)).modules
+        progress.begin(TASK, 2 * sum(batch.tokens for batch in batches), WORK)
+        with attach(model.model, source.adapters, names) as attached:
+            engine = Engine(make_objective(attached, batches[0]), Meter(progress, task=TASK), progress=progress)
+
+            def score(way: str, factors_of: Callable[[str], Factors]) -> Scores:
+                engine.meter.stage(way)
+                composition = of_factors([factors_of(name) for name in names])
+                return engine.score(composition.mixing, composition.theta, batches, examples)
+
+            before = score("before", lambda name: source.compose(name).factors)
+            after = score("after", lambda name: written[name].factors)
+        progress.finish(TASK)
+    return ExportLoss(
+        records=len(examples),
+        scored_tokens=sum(example.scored_tokens for example in examples),
+        before=before.nats_per_token,
+        after=after.nats_per_token,
+        interval=paired_interval(after.nats - before.nats, before.tokens, seed=settings.seed),
+    )

@@ -1,0 +1,48 @@
+"""Work ahead: results in order, a bounded number of them, and errors that come through."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from loracli.export.ahead import in_order, one_thread_each
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_results_come_in_order_and_no_more_than_the_workers_are_ahead(workers: int) -> None:
+    begun: set[int] = set()
+    lock = threading.Lock()
+
+    def work(item: int) -> int:
+        with lock:
+            begun.add(item)
+        return item * item
+
+    for place, result in enumerate(in_order(work, range(20), workers=workers)):
+        assert result == place * place
+        with lock:
+            assert max(begun) <= place + workers
+
+
+def test_an_error_comes_through_and_ends_the_work() -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 2:
+            raise ValueError("two")
+        return item
+
+    with pytest.raises(ValueError, match="two"):
+        list(in_order(work, range(100), workers=2))
+    assert len(begun) < 10
+
+
+def test_the_number_of_threads_is_what_it_was_also_after_an_error() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="x"), one_thread_each() as threads:
+        assert (threads, torch.get_num_threads()) == (before, 1)
+        raise ValueError("x")
+    assert torch.get_num_threads() == before
