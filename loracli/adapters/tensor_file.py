@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,30 +93,39 @@ def open_tensor_file(path: Path, *, check_names: Callable[[Iterable[str]], objec
     where = str(path)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            raise MalformedAdapter("the file is cut short, or it is no safetensors file", where=where)
-        if length > MAX_HEADER_BYTES:
-            raise MalformedAdapter(
-                f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read", where=where
-            )
-        raw = file.read(length)
-        digest = hashlib.sha256(start + raw)
+        header, raw = read_header(file, size, where)
+        digest = hashlib.sha256(raw)
         while block := file.read(1 << 20):
             digest.update(block)
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
+    if check_names is not None:
+        check_names(header)
+    return _check_header(header, path, size - len(raw), digest.hexdigest())
+
+
+def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], bytes]:
+    """The header of an open safetensors file of `size` bytes, and the bytes before the data; what it says of tensors is
+    not checked.
+
+    Raises:
+        MalformedAdapter: if it is damaged or beyond the limits.
+    """
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise MalformedAdapter("the file is cut short, or it is no safetensors file", where=where)
+    if length > MAX_HEADER_BYTES:
+        raise MalformedAdapter(f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read", where=where)
+    raw = file.read(length)
     try:
         header = parse_json(raw)
     except StrictJsonError as error:
         raise MalformedAdapter(f"the header is {error}", where=where) from None
     if not isinstance(header, dict):
         raise MalformedAdapter("the header is not a JSON object", where=where)
-    header.pop("__metadata__", None)
-    if len(header) > MAX_TENSORS:
-        raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
-    if check_names is not None:
-        check_names(header)
-    return _check_header(header, path, size - 8 - length, digest.hexdigest())
+    return header, start + raw
 
 
 @contextmanager

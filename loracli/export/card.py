@@ -87,7 +87,7 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
     title = f"compressed to rank {layout.rank}" if merged else f"of rank {layout.rank}"
     return "\n".join(
         [
-            *_front_matter(text.base_id),
+            *front_matter(text.base_id, "adapter", "peft"),
             f"# LoRA adapter composed of {text.adapters}, {title}",
             "",
             f"One LoRA adapter for `{text.base_id}` that carries the skills of its ingredients.",
@@ -150,13 +150,14 @@ def _tensors(recipe: Recipe) -> list[str]:
     return [f"It takes a file of tensors beside it, which is not here: sha256 `{recipe.mixing.tensors_sha256}`."]
 
 
-def _front_matter(base_id: str) -> list[str]:
-    tags = ["lora", "transformers", "loracat", "merge", f"base_model:adapter:{base_id}"]
+def front_matter(base_id: str, relation: str, library: str) -> list[str]:
+    """What the Hub reads of a card: the base, and what this is of it."""
+    tags = ["lora", "transformers", "loracat", "merge", f"base_model:{relation}:{base_id}"]
     return [
         "---",
         f"base_model: {json.dumps(base_id)}",
-        "base_model_relation: adapter",
-        "library_name: peft",
+        f"base_model_relation: {relation}",
+        f"library_name: {library}",
         "pipeline_tag: text-generation",
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in tags),
