@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import loracli
-from loracli.cli import compare, demo, env, export, fetch, fit, fuse, inspect, report, show
+from loracli.cli import compare, demo, env, export, fetch, fit, fuse, inspect, report, show, verify
 from loracli.cli._greedy import GreedyCommand
 from loracli.cli._output import Output
 from loracli.errors import LoracatError, UsageError
@@ -96,6 +96,7 @@ app.command(name="show", epilog=show.EPILOG)(show.show)
 app.command(name="compare", cls=GreedyCommand, epilog=compare.EPILOG)(compare.compare)
 app.command(name="export", cls=GreedyCommand, epilog=export.EPILOG)(export.export)
 app.command(name="fuse", cls=GreedyCommand, epilog=fuse.EPILOG)(fuse.fuse)
+app.command(name="verify", cls=GreedyCommand, epilog=verify.EPILOG)(verify.verify)
 app.command(name="report", cls=GreedyCommand, epilog=report.EPILOG)(report.report)
 app.command(name="demo")(demo.demo)
 app.command(name="env")(env.env)

@@ -26,30 +26,37 @@ def read_ingredients(
         IntegrityError: if a file is not the one that the weights were fitted for.
         UsageError: if there are not as many in `relocated` as in the recipe.
     """
-    if relocated and len(relocated) != len(recipe.adapters):
+    return read_recorded(recipe.adapters, recipe.folder, relocated=relocated, progress=progress)
+
+
+def read_recorded(
+    recorded: Sequence[RecipeAdapter], folder: Path, *, relocated: Sequence[str] = (), progress: Progress = SILENT
+) -> tuple[LoraAdapter, ...]:
+    """As `read_ingredients`, of the adapters themselves; `folder` is where local references are relative to."""
+    if relocated and len(relocated) != len(recorded):
         raise UsageError(
-            f"the recipe has {len(recipe.adapters)} adapters and {len(relocated)} were given",
+            f"the recipe has {len(recorded)} adapters and {len(relocated)} were given",
             hint="give them all in the recipe's order, and a recipe's name before --adapters: "
-            + ", ".join(a.reference for a in recipe.adapters),
+            + ", ".join(a.reference for a in recorded),
         )
     result = []
-    for number, wanted in enumerate(recipe.adapters):
+    for number, wanted in enumerate(recorded):
         if relocated:
             adapter = read_adapter(fetch_adapter(relocated[number], progress=progress))
         else:
-            adapter = read_adapter(_find(recipe, wanted, progress))
+            adapter = read_adapter(_find(folder, wanted, progress))
         _check_hashes(wanted, adapter)
         result.append(adapter)
     return tuple(result)
 
 
-def _find(recipe: Recipe, wanted: RecipeAdapter, progress: Progress) -> Fetched:
+def _find(folder: Path, wanted: RecipeAdapter, progress: Progress) -> Fetched:
     if wanted.repo_id is not None:
         reference = Reference(
             wanted.reference, repo_id=wanted.repo_id, revision=wanted.commit, subfolder=wanted.subfolder
         )
         return fetch_adapter(reference, progress=progress)
-    path = recipe.folder / wanted.reference
+    path = folder / wanted.reference
     if not (path / "adapter_config.json").is_file():
         raise AdapterNotFound(
             f"the recipe's adapter {wanted.reference} is not at {path}",
