@@ -28,7 +28,7 @@ from loracli.atomic import (
     translate_disk_errors,
     write_atomically,
 )
-from loracli.errors import LoracatError, OutOfResources, StateMismatch
+from loracli.errors import InputError, LoracatError, OutOfResources, StateMismatch, UsageError
 from loracli.fusing.stream import Hashes
 from loracli.progress import Progress, amount_text
 from loracli.strict_json import StrictJsonError, parse_json
@@ -126,6 +126,8 @@ class Workplace:
         """Raises OutOfResources unless `size` more bytes can be written."""
         free = shutil.disk_usage(self.folder).free
         if size > free:
+            if not any(self.folder.iterdir()):
+                self.drop()
             raise OutOfResources(
                 f"{self.output} needs {size} bytes more ({amount_text(size, 'B')}) and {free} are free "
                 f"({amount_text(free, 'B')})",
@@ -160,29 +162,35 @@ def open_workplace(
         StateMismatch: as `Workplace.load`.
     """
     place = Workplace(output, identity)
-    with translate_disk_errors(output):
+    with translate_disk_errors(output), _locked(place.folder, output):
         repair(output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        place.folder.mkdir(exist_ok=True)
-        descriptor = os.open(place.folder, os.O_RDONLY)
+        place.load(resume=resume, progress=progress)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise LoracatError(f"another process is writing {output}") from None
-            place.load(resume=resume, progress=progress)
             if not place.done():
                 check_model_free(output, force=force)
             yield place
+        except (InputError, UsageError):  # the same would happen again
+            place.drop()
+            raise
         except (KeyboardInterrupt, SystemExit):
             progress.note(f"what is done is kept in {place.folder}: --resume goes on from there")
             raise
         finally:
-            os.close(descriptor)
-            with_nothing = not place.folder.exists() or not any(place.folder.iterdir())
-            if with_nothing:
-                place.drop()
             repair(output)
+
+
+@contextmanager
+def _locked(folder: Path, output: Path) -> Iterator[None]:
+    """The folder, made if it is not there, for this process alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise LoracatError(f"another process is writing {output}") from None
+    finally:
+        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

@@ -35,6 +35,7 @@ from loracli.verifying.peft_reload import reload_differences, skeleton_of
 TASK = "verify"
 FIGURE = 1e-6  # relative, of a figure of the certificate
 DENSE_NOISE = 1e-5  # of a method that approximates a dense matrix, see algebra/low_rank.py
+_ABSENT = "nothing"
 _EXPORT_KEYS = {"profile", "merged", "rank", "dtype"}
 
 
@@ -86,11 +87,13 @@ def verify_adapter(
         findings.differs(f"it cannot be read as an adapter: {error}")
         return
     table = {m.name: m for m in origin.table} or _table_of(written)
-    _check_config(path, written, origin, record, table, findings)
-    differences = reload_differences(path, written, skeleton or skeleton_of(list(table.values())))
-    findings.differences.extend(differences)
-    where = "the base model's own layers" if skeleton is not None else "layers of the recorded shapes"
-    findings.checked.append(f"that PEFT loads these tensors with these scalings, into {where}")
+    if _check_config(path, written, origin, record, table, findings):
+        # A config that an export would not write is not handed to PEFT, which runs the patterns in it.
+        findings.differences += reload_differences(path, written, skeleton or skeleton_of(list(table.values())))
+        where = "the base model's own layers" if skeleton is not None else "layers of the recorded shapes"
+        findings.checked.append(f"that PEFT loads these tensors with these scalings, into {where}")
+    else:
+        findings.skip("what PEFT makes of it", f"{CONFIG_FILE} is not what an export of this record has")
     source = find_source(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
     if source is not None:
         _check_composition(source, written, record, findings, progress)
@@ -142,26 +145,26 @@ def _check_config(
     record: _Record,
     table: dict[str, BaseModule],
     findings: Findings,
-) -> None:
-    """The config and the ranks in the file are those that an export of this record has."""
+) -> bool:
+    """Whether the config is that of an export of this record; ranks and dtype in the file are compared too."""
     ranks = {name: module.rank for name, module in record.modules.items()}
     if record.profile not in PROFILES or record.otherwise or not ranks.keys() <= table.keys():
         findings.skip(f"every field of {CONFIG_FILE}", "this version does not know such an export")
-        return
+        return False
     try:
         layout = choose_layout(list(table.values()), ranks, record.profile, rank=record.rank)
     except UsageError as error:
         findings.differs(f"the recorded layout is impossible: {error}")
-        return
+        return False
     expected = layout.config(origin.base_id, table)
     with open_regular(path / CONFIG_FILE) as file:
         found = parse_json(file.read())
-    for key in sorted(expected.keys() | found.keys()):
-        if expected.get(key, "nothing") != found.get(key, "nothing"):
-            findings.differs(
-                f"{CONFIG_FILE} has {key} = {found.get(key, 'nothing')!r}; "
-                f"an export of this record has {expected.get(key, 'nothing')!r}"
-            )
+    wrong = [k for k in sorted(expected.keys() | found.keys()) if expected.get(k, _ABSENT) != found.get(k, _ABSENT)]
+    for key in wrong:
+        findings.differs(
+            f"{CONFIG_FILE} has {key} = {found.get(key, _ABSENT)!r}; "
+            f"an export of this record has {expected.get(key, _ABSENT)!r}"
+        )
     own = {name: module.factors.rank for name, module in written.modules.items()}
     if own != dict(layout.ranks):
         name = min(n for n in own.keys() | layout.ranks.keys() if own.get(n) != layout.ranks.get(n))
@@ -169,6 +172,7 @@ def _check_config(
     if str(written.dtype).removeprefix("torch.") != record.dtype:
         findings.differs(f"the tensors are {written.dtype}, recorded as {record.dtype}".replace("torch.", ""))
     findings.checked.append(f"every field of {CONFIG_FILE}, names, ranks and dtype of the tensors")
+    return not wrong
 
 
 def _check_composition(

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 
 from loracli.adapters.tensor_file import open_regular
-from loracli.errors import BaseModelMismatch, IntegrityError, MalformedAdapter
+from loracli.errors import (
+    AccessDenied,
+    BaseModelMismatch,
+    HubUnreachable,
+    InputError,
+    IntegrityError,
+    MalformedAdapter,
+)
 from loracli.export.source import Source
 from loracli.fitting.base import BaseReference, base_modules, check_shapes, find_base, plan_base
 from loracli.fitting.loaded_names import loaded_names, tied_parameters
@@ -70,9 +77,14 @@ def verify_model(
     if base is None and recorded.commit is None:
         findings.skip(COMPOSITION, f"{recorded.id} was a local directory: say where it is with --base")
         return
-    reference = find_base(
-        source.adapters, base or recorded.id, revision=base_revision or recorded.commit, progress=progress
-    )
+    try:
+        revision = base_revision or (recorded.commit if base is None else None)
+        reference = find_base(source.adapters, base or recorded.id, revision=revision, progress=progress)
+    except (HubUnreachable, AccessDenied, InputError) as error:
+        if base is not None:
+            raise
+        findings.skip(COMPOSITION, str(error))
+        return
     _check_base(reference, recorded)
     plan = plan_base(reference)
     check_shapes(plan.skeleton, source.adapters)
@@ -100,7 +112,7 @@ def _read_record(document: dict[str, Any], where: Path) -> tuple[dict[str, str],
 
 
 def _check_files(path: Path, files: dict[str, str], findings: Findings) -> None:
-    present = {entry.name for entry in path.iterdir()} - {FUSE_CERTIFICATE}
+    present = {e.name for e in path.iterdir() if not e.name.startswith(".")} - {FUSE_CERTIFICATE}
     for name in sorted(present - files.keys()):
         findings.differs(f"{name} is not in the record")
     for name in sorted(files):

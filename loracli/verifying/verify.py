@@ -63,6 +63,8 @@ def verify_directory(
             hint="give the directory of `loracat export` or `loracat fuse`",
         )
     document = _read(path / CERTIFICATE_FILE)
+    if not (path / TENSOR_FILE).is_file():
+        raise IntegrityError(f"{path} has a record and no {TENSOR_FILE}")
     skeleton = None
     if base is not None:
         from loracli.fitting.base import find_base, plan_base

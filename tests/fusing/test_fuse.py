@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from loracli.errors import BaseModelMismatch, OutOfResources, OutputExists, StateMismatch, UsageError
+from loracli.errors import BaseModelMismatch, LoracatError, OutOfResources, OutputExists, StateMismatch, UsageError
 from loracli.export.export import export_adapter
 from loracli.fusing import workplace
 from loracli.fusing.fuse import fuse_model
@@ -234,6 +234,18 @@ def test_a_finished_file_that_was_damaged_is_made_again_and_other_inputs_are_ref
     assert fused.resumed == 1
     fuse_model(made.recipe, tmp_path / "whole", base=str(made.base))
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
+    made = Made(tmp_path, "plain")
+
+    class Second(StopAfter):
+        def advance(self, task: str, amount: int, status: str = "") -> None:
+            with pytest.raises(LoracatError, match="another process is writing"):
+                fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
+
+    fuse_model(made.recipe, tmp_path / "out", base=str(made.base), progress=Second(0))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_too_little_room_is_said_in_bytes_before_anything_is_written(
