@@ -9,7 +9,8 @@ Base and adapters are written once below `--folder`, which has to have room for 
     cp      `cp -r`, which leaves the bytes in the page cache
     fuse    `loracli.fuse_model` in a process of its own: reads, folds, hashes both sides, writes, flushes
 
-Printed are the medians, the ratios of the pairs, and the peak memory of the process above that of its imports.
+Printed are the medians, the processor's seconds (which a busy machine changes less than the clock's), the ratios of the
+pairs, and the peak memory of the process above that of its imports.
 """
 
 from __future__ import annotations
@@ -94,31 +95,36 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     adapters = [write_adapter(folder / f"a{i}", shapes, arguments.rank, i) for i in range(arguments.adapters)]
     size = sum(file.stat().st_size for file in base.iterdir())
     times: dict[str, list[float]] = {"copy": [], "cp": [], "fuse": []}
+    work: dict[str, list[float]] = {name: [] for name in times}
     memory = 0.0
     for _ in range(arguments.rounds):
         for name in times:
             shutil.rmtree(folder / "out", ignore_errors=True)
             os.sync()
             if name == "fuse":
-                seconds, above = fuse(base, adapters, folder / "out", arguments.threads)
-                memory = max(memory, above)
+                found = fuse(base, adapters, folder / "out", arguments.threads)
+                seconds, spent, memory = found["seconds"], found["cpu"], max(memory, found["memory"])
             else:
-                started = time.perf_counter()
+                started, before = time.perf_counter(), cpu_seconds()
                 copy(base, folder / "out") if name == "copy" else subprocess.run(
                     ["cp", "-r", base, folder / "out"], check=True
                 )
-                seconds = time.perf_counter() - started
+                seconds, spent = time.perf_counter() - started, cpu_seconds() - before
             times[name].append(seconds)
+            work[name].append(spent)
     print(
         f"{size / 1e9:.1f} GB in bfloat16, {arguments.layers} layers, {arguments.adapters} adapters of rank "
         f"{arguments.rank}, {arguments.threads} threads, medians of {arguments.rounds} rounds\n"
     )
-    print("| | seconds | GB/s | fuse takes | pairs |\n|---|--:|--:|--:|---|")
+    print("| | seconds | GB/s | processor | fuse takes | pairs |\n|---|--:|--:|--:|--:|---|")
     for name, found in times.items():
         ratios = [a / b for a, b in zip(times["fuse"], found, strict=True)]
         pairs = "" if name == "fuse" else " ".join(f"{ratio:.2f}" for ratio in ratios)
         middle = statistics.median(found)
-        print(f"| {name} | {middle:.1f} | {size / 1e9 / middle:.2f} | {statistics.median(ratios):.2f} x | {pairs} |")
+        print(
+            f"| {name} | {middle:.1f} | {size / 1e9 / middle:.2f} | {statistics.median(work[name]):.1f} s | "
+            f"{statistics.median(ratios):.2f} x | {pairs} |"
+        )
     largest = 2 * max(shapes.vocabulary, shapes.inner) * shapes.hidden
     print(f"\npeak memory above the imports: {memory / 1e6:.0f} MB; the largest tensor has {largest / 1e6:.0f} MB")
 
@@ -132,11 +138,17 @@ def copy(source: Path, target: Path) -> None:
             os.fsync(written.fileno())
 
 
-def fuse(base: Path, adapters: list[Path], output: Path, threads: int) -> tuple[float, float]:
-    """Seconds, and bytes of memory above the imports."""
+def cpu_seconds() -> float:
+    """Of this process and those that it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def fuse(base: Path, adapters: list[Path], output: Path, threads: int) -> dict[str, float]:
+    """Seconds, the processor's seconds, and bytes of memory above the imports."""
     words = [sys.executable, __file__, "--worker", str(threads), str(base), str(output), *map(str, adapters)]
-    found = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return found["seconds"], found["memory"]
+    found: dict[str, float] = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return found
 
 
 def worker(threads: str, base: str, output: str, *adapters: str) -> None:
@@ -148,11 +160,11 @@ def worker(threads: str, base: str, output: str, *adapters: str) -> None:
     transformers.AutoModelForCausalLM  # noqa: B018
     torch.set_num_threads(int(threads))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), cpu_seconds()
     fuse_model(None, output, adapters=adapters, method="sum", base=base)
-    seconds = time.perf_counter() - started
+    seconds, spent = time.perf_counter() - started, cpu_seconds() - spent
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "memory": 1024 * (peak - before)}))
+    print(json.dumps({"seconds": seconds, "cpu": spent, "memory": 1024 * (peak - before)}))
 
 
 def write_base(folder: Path, model: Shapes) -> Path:

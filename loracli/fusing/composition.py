@@ -122,8 +122,18 @@ def plan_composed_base(
 
 
 def changed_modules(plan: BasePlan, source: Source) -> list[BaseModule]:
-    """The modules that the composition changes, as the base has them."""
+    """The modules that the composition changes, as the base has them.
+
+    Raises:
+        BaseModelMismatch: if one is neither a linear layer nor an embedding.
+    """
     table = {module.name: module for module in base_modules(plan.skeleton, source.adapters)}
+    for name in source.names():
+        if name not in table or table[name].kind == "other":
+            raise BaseModelMismatch(
+                f"the update of {name} cannot be folded in: it is neither a linear layer nor an embedding",
+                hint="serve it as an adapter: loracat export",
+            )
     return [table[name] for name in source.names()]
 
 

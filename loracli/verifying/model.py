@@ -21,10 +21,11 @@ from loracli.errors import (
     MalformedAdapter,
 )
 from loracli.export.source import Source
-from loracli.fitting.base import BaseReference, base_modules, check_shapes, find_base, plan_base
+from loracli.fitting.base import BaseReference, check_shapes, find_base, plan_base
 from loracli.fitting.loaded_names import loaded_names, tied_parameters
 from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files
 from loracli.fusing.checkpoint import FLOATS, INDEX_FILE, Checkpoint, StoredTensor, read_bytes, read_checkpoint
+from loracli.fusing.composition import changed_modules
 from loracli.fusing.fold import BLOCK_BYTES, rounding_bounds
 from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
 from loracli.fusing.workplace import FUSE_CERTIFICATE, file_sha256
@@ -88,9 +89,8 @@ def verify_model(
     _check_base(reference, recorded)
     plan = plan_base(reference)
     check_shapes(plan.skeleton, source.adapters)
-    table = {module.name: module for module in base_modules(plan.skeleton, source.adapters)}
     checkpoint = read_checkpoint(reference.path)
-    fusion = plan_fusion(checkpoint, plan.skeleton, [table[name] for name in source.names()], dtype)
+    fusion = plan_fusion(checkpoint, plan.skeleton, changed_modules(plan, source), dtype)
     _check_others(path, checkpoint, fusion, dtype, findings)
     _check_weights(checkpoint, written, fusion, source, findings, progress)
 
@@ -124,17 +124,25 @@ def _check_files(path: Path, files: dict[str, str], findings: Findings) -> None:
 
 
 def _check_loads(path: Path, recorded: _Base, written: Checkpoint, findings: Findings) -> None:
-    """Whether transformers would find every parameter of the model, in its shape."""
+    """Whether transformers would find every parameter of the model, in its shape.
+
+    Of a model that computes parameters from several tensors, such as fused experts, only those that it takes as they
+    are: one rule may make more than one parameter.
+    """
     skeleton = plan_base(BaseReference(recorded.id, path, None)).skeleton
     names, tied = loaded_names(skeleton, written.tensors), tied_parameters(skeleton)
     for parameter, group in sorted(tied.items()):
         stored = names.stored.get(parameter, ())
-        if not stored and not any(member in names.stored or member in names.computed for member in group):
+        if not names.computed and not any(member in names.stored for member in group):
             findings.differs(f"the model has no tensor for its {parameter}")
         for name in stored:
             if written.tensors[name].shape != tuple(skeleton.get_parameter(parameter).shape):
                 findings.differs(f"{name} has the shape {written.tensors[name].shape}, which the model does not take")
-    findings.checked.append("that transformers finds a tensor for every parameter")
+    findings.checked.append(
+        "the shape of every tensor that transformers takes as it is"
+        if names.computed
+        else "that transformers finds a tensor for every parameter"
+    )
 
 
 def _check_base(reference: BaseReference, recorded: _Base) -> None:

@@ -13,13 +13,16 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from loracli.errors import BaseModelMismatch, LoracatError, OutOfResources, OutputExists, StateMismatch, UsageError
 from loracli.export.export import export_adapter
+from loracli.fitting.base import BaseReference, plan_base
+from loracli.fitting.loaded_names import loaded_names
 from loracli.fusing import workplace
 from loracli.fusing.fuse import fuse_model
 from loracli.recipe import Recipe
+from loracli.verifying.verify import verify_directory
 from tests.export.test_export import CASES, Made
 from tests.tiny import logits, make_adapter, make_base
 
@@ -375,3 +378,25 @@ def test_methods_that_cut_or_need_records_are_left_to_an_export(tmp_path: Path, 
         with pytest.raises(UsageError, match=message):
             fuse_model(None, tmp_path / "out", adapters=adapters, method=name, base=str(tiny_base))
     fuse_model(None, tmp_path / "out", adapters=adapters, method="knots", base=str(tiny_base))
+
+
+def test_experts_that_are_computed_on_loading_stay_as_they_are(tmp_path: Path) -> None:
+    """The checkpoint has a tensor for each expert; the model has all of them in one."""
+    small = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8)
+    config = MixtralConfig(**small, num_attention_heads=4, num_key_value_heads=2, num_local_experts=3)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    before = tensors(tmp_path / "base")
+    assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in before
+    adapter = make_adapter(tmp_path / "a", tmp_path / "base", targets=("q_proj", "v_proj"))
+    fuse_model(str(adapter), tmp_path / "out", base=str(tmp_path / "base"))
+    after = tensors(tmp_path / "out")
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {
+        f"model.layers.{i}.self_attn.{leaf}.weight" for i in range(2) for leaf in ("q_proj", "v_proj")
+    }
+    attached = logits(PeftModel.from_pretrained(load(tmp_path / "base"), adapter).eval())
+    assert torch.allclose(logits(load(tmp_path / "out")), attached, atol=1e-4)
+    found = verify_directory(tmp_path / "out", adapters=[str(adapter)], base=str(tmp_path / "base"))
+    assert not found.not_checked and found.tensors == len(after)
+    names = loaded_names(plan_base(BaseReference("x", tmp_path / "base", None)).skeleton, before)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names.computed
