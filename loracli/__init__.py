@@ -30,9 +30,12 @@ if TYPE_CHECKING:
     from loracli.export.method import export_method
     from loracli.fitting.run import fit_mixing
     from loracli.fitting.settings import FitSettings
+    from loracli.fusing.fuse import Fused, fuse_model
     from loracli.recipe import Recipe, load_recipe
     from loracli.report.report import write_report
     from loracli.serving.lint import Lint, lint_adapter
+    from loracli.verifying.findings import Verification
+    from loracli.verifying.verify import verify_directory
 
 _HOMES = {
     "CompareSettings": "loracli.comparison.settings",
@@ -42,22 +45,26 @@ _HOMES = {
     "Exported": "loracli.export.export",
     "Fetched": "loracli.adapters.hub",
     "FitSettings": "loracli.fitting.settings",
+    "Fused": "loracli.fusing.fuse",
     "Lint": "loracli.serving.lint",
     "LoraAdapter": "loracli.adapters.adapter",
     "LoracatError": "loracli.errors",
     "MethodOptions": "loracli.algebra.methods.method",
     "Recipe": "loracli.recipe",
     "TaskMetric": "loracli.evaluation.task_metric",
+    "Verification": "loracli.verifying.findings",
     "compare_adapters": "loracli.comparison.compare",
     "convert_adapter": "loracli.conversion.convert",
     "export_adapter": "loracli.export.export",
     "export_method": "loracli.export.method",
     "fetch_adapter": "loracli.adapters.hub",
     "fit_mixing": "loracli.fitting.run",
+    "fuse_model": "loracli.fusing.fuse",
     "inspect_adapters": "loracli.adapters.summary",
     "lint_adapter": "loracli.serving.lint",
     "load_recipe": "loracli.recipe",
     "read_adapter": "loracli.adapters.adapter",
+    "verify_directory": "loracli.verifying.verify",
     "write_report": "loracli.report.report",
 }
 
@@ -69,22 +76,26 @@ __all__ = [
     "Exported",
     "Fetched",
     "FitSettings",
+    "Fused",
     "Lint",
     "LoraAdapter",
     "LoracatError",
     "MethodOptions",
     "Recipe",
     "TaskMetric",
+    "Verification",
     "compare_adapters",
     "convert_adapter",
     "export_adapter",
     "export_method",
     "fetch_adapter",
     "fit_mixing",
+    "fuse_model",
     "inspect_adapters",
     "lint_adapter",
     "load_recipe",
     "read_adapter",
+    "verify_directory",
     "write_report",
 ]
 

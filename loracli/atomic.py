@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,31 +49,42 @@ def whole_directory(path: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         OutputExists: before anything is written, if `path` exists and `force` is not set.
     """
-    old = path.with_name(f".{path.name}.old")
     with translate_disk_errors(path):
-        _repair(path, old)
+        repair(path)
         check_free(path, force=force)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         temporary.mkdir()
         try:
             yield temporary
-            flush_directory(temporary)
-            if path.exists():
-                os.rename(path, old)
-            os.rename(temporary, path)
-            flush_directory(path.parent)
+            put_in_place(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             if path.exists():
-                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(_aside(path), ignore_errors=True)
             else:
-                _repair(path, old)
+                repair(path)
 
 
-def check_free(path: Path, *, force: bool) -> None:
+def put_in_place(folder: Path, path: Path) -> None:
+    """Gives a filled directory its name; what had the name before is moved aside, to `.NAME.old`, and removed."""
+    flush_directory(folder)
+    if path.exists():
+        os.rename(path, _aside(path))
+    os.rename(folder, path)
+    flush_directory(path.parent)
+    shutil.rmtree(_aside(path), ignore_errors=True)
+
+
+def holds_export(path: Path) -> bool:
+    """Whether a directory holds an export and nothing else, or nothing at all."""
+    names = {entry.name for entry in path.iterdir()}
+    return not names or (CERTIFICATE_FILE in names and names <= EXPORTED_FILES)
+
+
+def check_free(path: Path, *, force: bool, replaceable: Callable[[Path], bool] = holds_export) -> None:
     """Raises OutputExists if `path` is taken and `force` is not set, or if it is something that --force should not
-    remove."""
+    remove: a directory that is not `replaceable`."""
     if not os.path.lexists(path):
         return
     if not force:
@@ -82,8 +93,7 @@ def check_free(path: Path, *, force: bool) -> None:
         raise OutputExists(f"{path} is a directory that cannot be replaced", hint="choose another name with -o")
     if path.is_symlink() or not path.is_dir():
         raise OutputExists(f"{path} is not a directory", hint="choose another name with -o")
-    names = {entry.name for entry in path.iterdir()}
-    if names and not (CERTIFICATE_FILE in names and names <= EXPORTED_FILES):
+    if not replaceable(path):
         raise OutputExists(
             f"{path} is a directory that holds something else than an export of loracat",
             hint="choose another name with -o",
@@ -121,8 +131,14 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
         raise LoracatError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _repair(path: Path, old: Path) -> None:
+def repair(path: Path) -> None:
+    """Finishes a replacement that was cut short: what was moved aside comes back if nothing took its place."""
+    old = _aside(path)
     if old.exists() and not os.path.lexists(path):
         os.rename(old, path)
     elif old.exists():
         shutil.rmtree(old)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")

@@ -16,6 +16,7 @@
     ├── HubUnreachable               5   the Hub does not answer, or offline and not cached
     ├── OutOfResources               6   disk, memory or device memory ran out
     ├── IntegrityError               7   bytes are not the bytes that were recorded
+    │   └── VerificationError        7   an export or a fused model is not what its record says
     ├── MetricError                  1   the user's own scorer fails
     └── FitError                     1   the optimisation cannot go on
         ├── NonFiniteLoss            1   the loss became infinite or not a number
@@ -143,6 +144,19 @@ class IntegrityError(LoracatError):
     """Raised when a file's bytes differ from the ones that were recorded."""
 
     exit_code = 7
+
+
+class VerificationError(IntegrityError):
+    """Raised when what was written differs from what its record and its ingredients give.
+
+    Args:
+        what: the summary, with the number of differences.
+        problems: one sentence for each difference.
+    """
+
+    def __init__(self, what: str, *, problems: tuple[str, ...] = (), hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.problems = problems
 
 
 class MetricError(LoracatError):

@@ -389,25 +389,34 @@ def load_recipe(path: str | Path) -> Recipe:
         fields = parse_json(data)
     except StrictJsonError as error:
         raise RecipeError(f"the recipe {path} is {error}") from None
-    if not isinstance(fields, dict) or "loracat_recipe" not in fields:
-        raise RecipeError(f"{path} is no recipe of loracat")
-    schema = fields.pop("loracat_recipe")
-    if type(schema) is not int or schema != SCHEMA:
-        raise RecipeError(
-            f"the recipe {path} has the schema {schema!r}; this version reads {SCHEMA}", hint=_schema_hint(schema)
-        )
-    problems: list[str] = []
-    recipe = decode(Recipe, fields, "", problems)
-    if not problems:
-        problems = _contradictions(recipe)
-    if problems:
-        raise RecipeError(f"the recipe {path} is damaged", problems=tuple(problems))
-    result: Recipe = replace(recipe, folder=path.parent)
+    result = decode_recipe(fields, f"the recipe {path}", path.parent)
     if result.mixing.kind in INLINE_KINDS:
         return result
     from loracli.sidecar import read_sidecar
 
     return replace(result, mixing=replace(result.mixing, tensors=read_sidecar(path, result)))
+
+
+def decode_recipe(fields: Any, name: str, folder: Path) -> Recipe:
+    """A recipe from its JSON, without the tensors of its mixing; `name` is what errors call it.
+
+    Raises:
+        RecipeError: naming every problem at once.
+    """
+    if not isinstance(fields, dict) or "loracat_recipe" not in fields:
+        raise RecipeError(f"{name} is no recipe of loracat")
+    fields = dict(fields)
+    schema = fields.pop("loracat_recipe")
+    if type(schema) is not int or schema != SCHEMA:
+        raise RecipeError(f"{name} has the schema {schema!r}; this version reads {SCHEMA}", hint=_schema_hint(schema))
+    problems: list[str] = []
+    recipe = decode(Recipe, fields, "", problems)
+    if not problems:
+        problems = _contradictions(recipe)
+    if problems:
+        raise RecipeError(f"{name} is damaged", problems=tuple(problems))
+    result: Recipe = replace(recipe, folder=folder)
+    return result
 
 
 def _schema_hint(schema: object) -> str | None:

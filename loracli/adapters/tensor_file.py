@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -114,42 +114,46 @@ def open_tensor_file(
     where = str(path)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            raise MalformedAdapter("the file is cut short, or it is no safetensors file", where=where)
-        if length > MAX_HEADER_BYTES:
-            raise MalformedAdapter(
-                f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read", where=where
-            )
-        raw = file.read(length)
-        header = _parse_header(raw, where)
+        header, raw = read_header(file, size, where)
+        header.pop("__metadata__", None)
+        if len(header) > MAX_TENSORS:
+            raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
         if check_names is not None:
             check_names(header)
-        shapes, dtypes, offsets = _check_header(header, where, size - 8 - length, any_shape)
+        shapes, dtypes, offsets = _check_header(header, where, size - len(raw), any_shape)
         try:
             with safe_open(path, framework="pt", backend="pread"):  # what the library has against it
                 pass
         except (SafetensorError, OSError) as error:
             raise MalformedAdapter(f"cannot be read: {error}", where=where) from None
-        digest = hashlib.sha256(start + raw)
-        places = {name: 8 + length + begin for name, begin in offsets.items()}
+        digest = hashlib.sha256(raw)
+        places = {name: len(raw) + begin for name, begin in offsets.items()}
         checked = TensorFile(path, shapes, dtypes, places, "", _state(file.fileno()))
         _check_data(checked, file.fileno(), digest)
     return replace(checked, sha256=digest.hexdigest())
 
 
-def _parse_header(raw: bytes, where: str) -> dict[str, Any]:
+def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], bytes]:
+    """The header of an open safetensors file of `size` bytes, and the bytes before the data; what it says of tensors is
+    not checked.
+
+    Raises:
+        MalformedAdapter: if it is damaged or beyond the limits.
+    """
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise MalformedAdapter("the file is cut short, or it is no safetensors file", where=where)
+    if length > MAX_HEADER_BYTES:
+        raise MalformedAdapter(f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read", where=where)
+    raw = file.read(length)
     try:
         header = parse_json(raw)
     except StrictJsonError as error:
         raise MalformedAdapter(f"the header is {error}", where=where) from None
     if not isinstance(header, dict):
         raise MalformedAdapter("the header is not a JSON object", where=where)
-    header.pop("__metadata__", None)
-    if len(header) > MAX_TENSORS:
-        raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
-    return header
+    return header, start + raw
 
 
 def _check_data(file: TensorFile, descriptor: int, digest: Any) -> None:

@@ -16,7 +16,7 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
-from loracli.errors import CalibrationError, LoracatError, RecipeError
+from loracli.errors import CalibrationError, LoracatError, RecipeError, VerificationError
 from loracli.progress import WORK, amount_text, duration_text
 
 SCHEMA = 1  # the version of every JSON document, under the key "loracat"; only ever added to
@@ -256,6 +256,6 @@ def describe(error: LoracatError) -> dict[str, Any]:
         "message": str(error),
         "hint": error.hint,
     }
-    if isinstance(error, (CalibrationError, RecipeError)):
+    if isinstance(error, (CalibrationError, RecipeError, VerificationError)):
         content["problems"] = list(error.problems)
     return content

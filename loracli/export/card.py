@@ -89,7 +89,7 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
     title = f"compressed to rank {layout.rank}" if merged else f"of rank {layout.rank}"
     return "\n".join(
         [
-            *_front_matter(text.base_id, "mlx" if layout.profile == "mlx" else "peft"),
+            *front_matter(text.base_id, "adapter", "mlx" if layout.profile == "mlx" else "peft"),
             f"# LoRA adapter {text.made or f'composed of {text.adapters}'}, {title}",
             "",
             f"One LoRA adapter for `{text.base_id}` that carries the skills of its ingredients.",
@@ -161,12 +161,13 @@ def _use(base_id: str, layout: Layout) -> list[str]:
     ]
 
 
-def _front_matter(base_id: str, library: str) -> list[str]:
-    tags = ["lora", "transformers", "loracat", "merge", f"base_model:adapter:{base_id}"]
+def front_matter(base_id: str, relation: str, library: str) -> list[str]:
+    """What the Hub reads of a card: the base, and what this is of it."""
+    tags = ["lora", "transformers", "loracat", "merge", f"base_model:{relation}:{base_id}"]
     return [
         "---",
         f"base_model: {json.dumps(base_id)}",
-        "base_model_relation: adapter",
+        f"base_model_relation: {relation}",
         f"library_name: {library}",
         "pipeline_tag: text-generation",
         "tags:",

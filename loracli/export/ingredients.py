@@ -31,21 +31,29 @@ def read_ingredients(
         IntegrityError: if a file is not the one that the weights were fitted for.
         UsageError: if there are not as many in `relocated` as in the recipe.
     """
-    if relocated and len(relocated) != len(recipe.adapters):
-        raise UsageError(
-            f"the recipe has {len(recipe.adapters)} adapters and {len(relocated)} were given",
-            hint="give them all in the recipe's order, and a recipe's name before --adapters: "
-            + ", ".join(a.reference for a in recipe.adapters),
-        )
     names = {module.name for module in recipe.modules}
+    read = read_recorded(recipe.adapters, recipe.folder, relocated=relocated, progress=progress)
+    return tuple(as_text_model(adapter, names) for adapter in read)
+
+
+def read_recorded(
+    recorded: Sequence[RecipeAdapter], folder: Path, *, relocated: Sequence[str] = (), progress: Progress = SILENT
+) -> tuple[LoraAdapter, ...]:
+    """As `read_ingredients`, of the adapters themselves; `folder` is where local references are relative to."""
+    if relocated and len(relocated) != len(recorded):
+        raise UsageError(
+            f"the recipe has {len(recorded)} adapters and {len(relocated)} were given",
+            hint="give them all in the recipe's order, and a recipe's name before --adapters: "
+            + ", ".join(a.reference for a in recorded),
+        )
     found = [
-        fetch_adapter(relocated[number], progress=progress) if relocated else _find(recipe, wanted, progress)
-        for number, wanted in enumerate(recipe.adapters)
+        fetch_adapter(relocated[number], progress=progress) if relocated else _find(folder, wanted, progress)
+        for number, wanted in enumerate(recorded)
     ]
     result = tuple(in_order(open_adapter, found, workers=torch.get_num_threads()))
-    for wanted, adapter in zip(recipe.adapters, result, strict=True):
+    for wanted, adapter in zip(recorded, result, strict=True):
         _check_hashes(wanted, adapter)
-    return tuple(as_text_model(adapter, names) for adapter in result)
+    return result
 
 
 def recorded_policy(recipe: Recipe) -> str:
@@ -53,13 +61,13 @@ def recorded_policy(recipe: Recipe) -> str:
     return str(recipe.fit.settings.get("modules_to_save", REFUSE))
 
 
-def _find(recipe: Recipe, wanted: RecipeAdapter, progress: Progress) -> Fetched:
+def _find(folder: Path, wanted: RecipeAdapter, progress: Progress) -> Fetched:
     if wanted.repo_id is not None:
         reference = Reference(
             wanted.reference, repo_id=wanted.repo_id, revision=wanted.commit, subfolder=wanted.subfolder
         )
         return fetch_adapter(reference, progress=progress)
-    path = recipe.folder / wanted.reference
+    path = folder / wanted.reference
     if not (path / "adapter_config.json").is_file():
         raise AdapterNotFound(
             f"the recipe's adapter {wanted.reference} is not at {path}",

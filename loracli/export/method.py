@@ -21,7 +21,7 @@ from loracli.export.export import Exported, ExportOptions, write_export
 from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.export.source import MethodSource, identities_of, takes
 from loracli.progress import SILENT, Progress
-from loracli.recipe import MIXING_KINDS, Recipe, labels_of, load_recipe
+from loracli.recipe import MIXING_KINDS, Recipe, RecipeAdapter, labels_of, load_recipe
 
 DEFAULTS = MethodOptions()
 
@@ -44,7 +44,7 @@ def find_method(name: str, options: MethodOptions = DEFAULTS) -> Method:
     return method
 
 
-def _read(
+def read_to_compose(
     adapters: Sequence[str],
     recipe: str | Path | Recipe | None,
     *,
@@ -120,7 +120,7 @@ def export_method(
     options = ExportOptions(merge, rank, dtype, profile, tolerance=tolerance, energy=energy, budget=budget)
     options.check(cuts=method.cuts)
     check_free(Path(output), force=force)
-    read, loaded = _read(adapters, recipe, base_given=base is not None, progress=progress)
+    read, loaded = read_to_compose(adapters, recipe, base_given=base is not None, progress=progress)
     if (method.search is None) != (fit_data is None):
         need = "has to be fitted" if fit_data is None else "needs no calibration records"
         raise UsageError(f"{name} {need}", hint=f"{'give' if fit_data is None else 'leave out'} --fit-data")
@@ -160,15 +160,12 @@ def export_method(
     whole = not merge or options.rule is not None
     cut = rank if rank is not None or whole else max(max(adapter.ranks) for adapter in read)
     chosen = replace(method_options, rank=cut) if method.cuts else method_options
-    names = [identity_of(adapter, _name(adapter)) for adapter in read]
-    labels = labels_of(names, Path())
-    by_reference = {a.reference: labels[n.reference] for a, n in zip(read, names, strict=True)}
     source = MethodSource(
         method,
         chosen,
         weights,
         read,
-        identities_of(read, by_reference),
+        published_identities(read),
         table,
         saved,
     )
@@ -176,6 +173,13 @@ def export_method(
         return write_export(source, Path(output), options, force=force, progress=progress)
     except ValueError as error:
         raise UsageError(f"{name} cannot be had here: {error}", hint="choose another --method") from None
+
+
+def published_identities(adapters: Sequence[LoraAdapter]) -> tuple[RecipeAdapter, ...]:
+    """The adapters as they may be published: a local directory by its last names."""
+    names = [identity_of(adapter, _name(adapter)) for adapter in adapters]
+    labels = labels_of(names, Path())
+    return identities_of(adapters, {a.reference: labels[n.reference] for a, n in zip(adapters, names, strict=True)})
 
 
 def _name(adapter: LoraAdapter) -> str:

@@ -1,0 +1,105 @@
+"""`loracat fuse`: the base model with a composition folded into its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt
+from loracli.cli._output import Output
+from loracli.progress import amount_text
+
+EPILOG = (
+    "loracat fuse -o model/  ·  loracat fuse adapter-merged/ --base ./llama -o model/  ·  "
+    "loracat fuse --method sum --adapters ./math ./code -o model/"
+)
+
+
+def fuse(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="That `loracat fit` wrote, or an adapter's directory; default: recipe.json, without --method.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of the model to write.")
+    ] = Path("model-fused"),
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", metavar="MODEL", help="Hub id or directory; default: the recorded one, or what the adapters name."
+        ),
+    ] = None,
+    base_revision: Annotated[
+        str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
+    ] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapters",
+            "-a",
+            metavar="ADAPTER",
+            help="Where the ingredients are now, in the recipe's order; with --method the adapters to compose.",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME", help="Compose by a method that needs no data instead of a fit."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; default: as in the base."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a fusion that was stopped.")] = False,
+    force: ForceOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Fold the composition into the base model's own weights, file by file."""
+    from loracli.fusing.fuse import fuse_model
+
+    out = Output(as_json=as_json, quiet=quiet)
+    fused = fuse_model(
+        Path("recipe.json") if recipe is None and (method is None or not adapters) else recipe,
+        output,
+        adapters=adapters or (),
+        method=method,
+        base=base,
+        base_revision=base_revision,
+        dtype=dtype,
+        force=force,
+        resume=resume,
+        progress=out,
+    )
+    out.close()
+    out.document(
+        {
+            "path": str(fused.path),
+            "base": fused.base_id,
+            "modules": fused.modules,
+            "shards": fused.shards,
+            "resumed_shards": fused.resumed,
+            "size_bytes": fused.size_bytes,
+            "dtypes": list(fused.dtypes),
+            "untied": fused.untied,
+            "left_behind": list(fused.left_behind),
+        }
+    )
+    out.value(str(fused.path))
+    out.line(str(fused.path), style="bold")
+    files = "1 file" if fused.shards == 1 else f"{fused.shards} files"
+    out.line(
+        f"  {fused.base_id} with {fused.modules} modules changed, {' and '.join(fused.dtypes)}, "
+        f"{amount_text(fused.size_bytes, 'B')} in {files}"
+    )
+    if fused.resumed:
+        out.line(f"  {fused.resumed} of them were there already")
+    if fused.untied:
+        out.line("  embedding and head were one matrix and are two now: tie_word_embeddings is false in config.json")
+    if fused.left_behind:
+        out.note(f"not taken along: {', '.join(fused.left_behind)}")
+    out.hint(f"loracat verify {fused.path}")

@@ -1,0 +1,230 @@
+"""The weights of a base model as they lie on the disk: one safetensors file, or shards with an index.
+
+A stranger wrote them. Headers are read with the limits of `adapters.tensor_file` and checked before a byte of data is;
+the names of files in an index are looked up among those that are in the directory, and never make a path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loracli.adapters.tensor_file import MAX_TENSORS, open_regular, read_header
+from loracli.errors import BaseModelMismatch, MalformedAdapter
+from loracli.strict_json import StrictJsonError, parse_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 << 20
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SIZES = {
+    **{name: dtype.itemsize for name, dtype in FLOATS.items()},
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
+    **dict.fromkeys(("I16", "U16"), 2),
+    **dict.fromkeys(("I32", "U32"), 4),
+    **dict.fromkeys(("I64", "U64"), 8),
+}
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a shard.
+
+    Args:
+        name: in the file.
+        shard: the file's name.
+        dtype: as safetensors spells it, `BF16`.
+        shape: any number of dimensions.
+        begin, end: where its bytes are in the file.
+    """
+
+    name: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its tensors in the order of their bytes, which fill it from the end of the header to its own."""
+
+    path: Path
+    header: bytes
+    tensors: tuple[StoredTensor, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a base model.
+
+    Args:
+        folder: the directory.
+        shards: by name, in the order of the names.
+        index: the fields of the index, None for a single file.
+        tensors: of all shards, by name.
+    """
+
+    folder: Path
+    shards: dict[str, Shard]
+    index: dict[str, Any] | None
+    tensors: dict[str, StoredTensor]
+
+    @contextmanager
+    def open(self, tensor: StoredTensor) -> Iterator[TensorRows]:
+        """Opens the file of a matrix, to read rows of it."""
+        with open_regular(self.folder / tensor.shard) as file:
+            yield TensorRows(file.fileno(), tensor)
+
+
+class TensorRows:
+    """Reads rows of a matrix with floating point numbers, without a memory map."""
+
+    def __init__(self, descriptor: int, tensor: StoredTensor) -> None:
+        self._descriptor, self._tensor = descriptor, tensor
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows from `start` to before `stop`, in the file's dtype."""
+        tensor = self._tensor
+        row = tensor.size // tensor.shape[0]
+        buffer = read_bytes(self._descriptor, tensor.begin + start * row, (stop - start) * row)
+        return buffer.view(FLOATS[tensor.dtype]).view(stop - start, *tensor.shape[1:])
+
+
+def read_bytes(descriptor: int, offset: int, size: int) -> Tensor:
+    """`size` bytes of an open file as uint8.
+
+    Raises:
+        BaseModelMismatch: if the file has become shorter.
+    """
+    buffer = torch.empty(size, dtype=torch.uint8)
+    view, done = buffer.numpy().data, 0
+    while done < size:
+        read = os.preadv(descriptor, [view[done:]], offset + done)
+        if read == 0:
+            raise BaseModelMismatch("a file of the base model's weights became shorter while it was read")
+        done += read
+    return buffer
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Reads and checks the index and the header of every shard.
+
+    Raises:
+        BaseModelMismatch: if there are no safetensors, one is damaged, or index and files contradict each other.
+    """
+    present = sorted(entry.name for entry in folder.iterdir())
+    index = None
+    if SINGLE_FILE in present:  # as transformers chooses
+        names = [SINGLE_FILE]
+    elif INDEX_FILE in present:
+        index = _read_index(folder / INDEX_FILE)
+        names = sorted(set(index["weight_map"].values()))
+    else:
+        raise BaseModelMismatch(
+            "the base model has no weights in safetensors",
+            where=str(folder),
+            hint="load and save it once with transformers, or give another copy with --base",
+        )
+    missing = [name for name in names if name not in present or not _SHARD_NAME.fullmatch(name)]
+    if missing:
+        raise BaseModelMismatch(
+            f"the index names the file {missing[0]!r}, which is not in the directory",
+            where=str(folder / INDEX_FILE),
+            hint="the download is incomplete: fetch the base again",
+        )
+    shards = {name: _read_shard(folder / name) for name in names}
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards.values():
+        for tensor in shard.tensors:
+            if tensor.name in tensors:
+                raise BaseModelMismatch(f"the tensor {tensor.name!r} is in two files", where=str(folder))
+            tensors[tensor.name] = tensor
+    for name, file in (index or {"weight_map": {}})["weight_map"].items():
+        if name not in tensors or tensors[name].shard != file:
+            raise BaseModelMismatch(f"the index names {name!r} in {file!r}, which does not hold it", where=str(folder))
+    return Checkpoint(folder, shards, index, tensors)
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    with open_regular(path) as file:
+        data = file.read(MAX_INDEX_BYTES + 1)
+    try:
+        fields = parse_json(data) if len(data) <= MAX_INDEX_BYTES else None
+    except StrictJsonError as error:
+        raise BaseModelMismatch(f"the index is {error}", where=str(path)) from None
+    names = fields.get("weight_map") if isinstance(fields, dict) else None
+    if (
+        not isinstance(fields, dict)
+        or not isinstance(names, dict)
+        or not names
+        or not all(isinstance(file, str) for file in names.values())
+    ):
+        raise BaseModelMismatch("the index has no map of tensors to files", where=str(path))
+    return {**fields}
+
+
+def _read_shard(path: Path) -> Shard:
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            header, raw = read_header(file, size, str(path))
+    except MalformedAdapter as error:
+        raise BaseModelMismatch(f"the base model's weights cannot be used: {error.what}", where=error.where) from None
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise BaseModelMismatch(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=str(path))
+    tensors = sorted(
+        (_tensor(name, entry, path, len(raw)) for name, entry in header.items()), key=lambda t: (t.begin, t.end)
+    )
+    expected = len(raw)
+    for tensor in tensors:
+        if tensor.begin != expected:
+            raise BaseModelMismatch(f"{tensor.name!r} overlaps another tensor or leaves a gap", where=str(path))
+        expected = tensor.end
+    if expected != size:
+        raise BaseModelMismatch(f"describes {expected} bytes but holds {size}: truncated or damaged", where=str(path))
+    return Shard(path, raw, tuple(tensors))
+
+
+def _tensor(name: str, entry: Any, path: Path, start: int) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        raise BaseModelMismatch(f"the tensor {name!r} lacks dtype, shape or offsets", where=str(path)) from None
+    if not isinstance(dtype, str) or dtype not in _SIZES:
+        raise BaseModelMismatch(f"the tensor {name!r} has the dtype {dtype!r}, which is not known", where=str(path))
+    if not whole or end - begin != math.prod(shape) * _SIZES[dtype]:
+        raise BaseModelMismatch(f"the tensor {name!r} has a shape that contradicts its offsets", where=str(path))
+    return StoredTensor(name, path.name, dtype, tuple(shape), start + begin, start + end)
+
+
+def header_bytes(tensors: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """The beginning of a safetensors file with these tensors in this order: name, dtype and shape of each."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + math.prod(shape) * _SIZES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

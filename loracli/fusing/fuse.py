@@ -1,0 +1,296 @@
+"""A composition folded into its base model: the same files, with W + dW in the place of W.
+
+One pass over the base's weights, each file in blocks of rows, one rounding (`fold.py`). Whole or not at all, the same
+bytes for the same inputs; stopped at any moment, it goes on where it was (`workplace.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+import loracli
+from loracli.atomic import flush_directory, write_file
+from loracli.errors import BaseModelMismatch, UsageError
+from loracli.export.source import Source
+from loracli.fitting.base import BasePlan, plan_base
+from loracli.fitting.loaded_names import tied_parameters
+from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files
+from loracli.fusing.card import fused_card
+from loracli.fusing.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint
+from loracli.fusing.composition import (
+    Composition,
+    changed_modules,
+    check_base_copies,
+    plan_composed_base,
+    read_composition,
+)
+from loracli.fusing.fold import Fold, make_fold
+from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
+from loracli.fusing.stream import Hashes, write_shard
+from loracli.fusing.workplace import FUSE_CERTIFICATE, Workplace, check_model_free, open_workplace
+from loracli.progress import SILENT, Progress
+from loracli.recipe import Recipe
+
+FUSE_SCHEMA = 1
+OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TASK = "fuse"
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What a fusion wrote.
+
+    Args:
+        path: the directory.
+        base_id: the base model.
+        modules: that were changed.
+        shards: files of weights.
+        resumed: how many of them an earlier run had finished.
+        size_bytes: of the weights.
+        dtypes: of the changed tensors.
+        untied: whether a tied matrix became two.
+        left_behind: names in the base's directory that did not come along.
+    """
+
+    path: Path
+    base_id: str
+    modules: int
+    shards: int
+    resumed: int
+    size_bytes: int
+    dtypes: tuple[str, ...]
+    untied: bool
+    left_behind: tuple[str, ...]
+
+
+def fuse_model(
+    recipe: str | Path | Recipe | None,
+    output: str | Path,
+    *,
+    adapters: Sequence[str] = (),
+    method: str | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> Fused:
+    """Writes the base model with the composition folded into its weights.
+
+    Args:
+        recipe: a recipe, its file, or an adapter's directory; None with `method` and `adapters`.
+        output: the directory to make.
+        adapters: with a recipe where its ingredients are now; with a method what is composed.
+        method: to compose by, None for the recipe's own mixing.
+        base: a Hub id or directory, None for the recorded one, or what the adapters name.
+        base_revision: of a base on the Hub.
+        dtype: of the floating point tensors of the result; None leaves each as it is in the base.
+        force: replace an existing fused model.
+        resume: go on with a fusion that was stopped.
+        progress: told how far it is.
+    Raises:
+        OutputExists: if `output` is taken, before any work.
+        BaseModelMismatch: if base and composition do not fit, or a weight of the base cannot be found, by name.
+        OutOfResources: if there is not enough room on the disk, before anything is written.
+        StateMismatch: with `resume`, if the interrupted fusion had other inputs.
+        IntegrityError: if an ingredient or the recorded base is not the one that was recorded.
+    """
+    output = Path(output)
+    if dtype is not None and dtype not in OUTPUT_DTYPES:
+        raise UsageError(f"--dtype {dtype} is not one of {', '.join(OUTPUT_DTYPES)}")
+    if not resume:
+        check_model_free(output, force=force)
+    composition = read_composition(recipe, adapters, method, base_given=base is not None, progress=progress)
+    planned = plan_composed_base(composition, base, base_revision, progress=progress)
+    fusion = _Fusion(composition, planned, None if dtype is None else OUTPUT_DTYPES[dtype], output, progress)
+    with open_workplace(output, fusion.identity(), force=force, resume=resume, progress=progress) as place:
+        return fusion.write(place)
+
+
+class _Fusion:
+    """One fusion: what is planned, and what is known of the files that are finished."""
+
+    def __init__(
+        self, composition: Composition, base: BasePlan, dtype: torch.dtype | None, output: Path, progress: Progress
+    ) -> None:
+        self._source: Source = composition.source(base.reference.id)
+        self._base, self._dtype, self._output, self._progress = base, dtype, output, progress
+        folder = base.reference.path
+        for path, what in [(a.path, f"the ingredient {a.reference}") for a in self._source.adapters] + [
+            (folder, "the base model")
+        ]:
+            if path.resolve().is_relative_to(output.resolve()):
+                raise UsageError(f"{output} holds {what}", hint="choose another name with -o")
+        self._checkpoint: Checkpoint = read_checkpoint(folder)
+        self._plan: FusionPlan = plan_fusion(
+            self._checkpoint, base.skeleton, changed_modules(base, self._source), dtype
+        )
+        check_base_copies(self._source.adapters, self._checkpoint, self._plan)
+        self._config = config_bytes(folder, untied=self._plan.untied, dtype=dtype)
+        self._taken, self._left = other_files(self._checkpoint)
+        if self._plan.untied:
+            self._check_untied()
+
+    def identity(self) -> dict[str, str]:
+        """What the bytes of the result depend on."""
+        checkpoint = hashlib.sha256()
+        for name, shard in self._checkpoint.shards.items():
+            checkpoint.update(f"{name}:{len(shard.header)}:".encode() + shard.header)
+        adapters = json.dumps([dict(adapter.sha256) for adapter in self._source.adapters], sort_keys=True)
+        return {
+            "composition": _sha256(json.dumps(self._source.document(), sort_keys=True).encode()),
+            "adapters": _sha256(adapters.encode()),
+            "base config": _sha256((self._checkpoint.folder / CONFIG).read_bytes()),
+            "base weights": checkpoint.hexdigest(),
+            "dtype": str(self._dtype),
+            "loracat": loracli.__version__,
+            "torch": torch.__version__,
+        }
+
+    def write(self, place: Workplace) -> Fused:
+        if place.done():
+            place.drop()
+            return self._result(resumed=len(self._plan.shards))
+        finished = self._finished(place)
+        waiting = [shard for shard in self._plan.shards if shard.name not in finished]
+        folder = self._checkpoint.folder
+        place.room_for(
+            sum(shard.size for shard in waiting) + sum((folder / name).stat().st_size for name in self._taken)
+        )
+        total = sum(tensor.source.size for shard in waiting for tensor in shard.tensors)
+        self._progress.begin(TASK, total, "B")
+        for shard in waiting:
+            path = place.folder / shard.name
+            partial = path.with_name(f".{path.name}.part")
+            for leftover in (partial, path):
+                leftover.unlink(missing_ok=True)
+            finished[shard.name] = write_shard(
+                self._checkpoint.shards[shard.name],
+                shard,
+                partial,
+                self._fold_of,
+                lambda size: self._progress.advance(TASK, size),
+            )
+            partial.rename(path)
+            place.finish(shard.name, finished[shard.name])
+        self._progress.finish(TASK)
+        certificate = self._write_others(place, finished)
+        flush_directory(place.folder)
+        place.complete(_sha256(certificate))
+        return self._result(resumed=len(self._plan.shards) - len(waiting))
+
+    def _finished(self, place: Workplace) -> dict[str, Hashes]:
+        found = {
+            shard.name: place.finished(shard.name, self._checkpoint.shards[shard.name].path)
+            for shard in self._plan.shards
+        }
+        return {name: hashes for name, hashes in found.items() if hashes is not None}
+
+    def _fold_of(self, tensor: FusedTensor) -> Fold | None:
+        if tensor.module is None:
+            return None
+        try:
+            composed = self._source.compose(tensor.module)
+        except ValueError as error:  # a method that these adapters do not suit
+            raise UsageError(f"the composition cannot be had: {error}", hint="choose another --method") from None
+        return make_fold(composed.factors, tensor.kind, FLOATS[tensor.dtype])
+
+    def _write_others(self, place: Workplace, finished: dict[str, Hashes]) -> bytes:
+        """Everything beside the weights; returns the certificate, which is written last."""
+        for entry in place.folder.iterdir():
+            if entry.name not in finished:
+                entry.unlink()
+        folder, index = self._checkpoint.folder, index_bytes(self._checkpoint, self._plan)
+        contents = {CONFIG: self._config, **({} if index is None else {INDEX_FILE: index})}
+        contents |= {name: (folder / name).read_bytes() for name in self._taken}
+        card = fused_card(
+            self._source.card(),
+            self._base.reference.id,
+            self._dtypes(),
+            converted=self._dtype is not None,
+            untied=self._plan.untied,
+        )
+        contents["README.md"] = card.encode()
+        for name, data in sorted(contents.items()):
+            write_file(place.folder / name, data)
+        files = {
+            **{name: hashes.fused for name, hashes in finished.items()},
+            **{name: _sha256(data) for name, data in contents.items()},
+        }
+        certificate = self._certificate(dict(sorted(files.items())), finished)
+        write_file(place.folder / FUSE_CERTIFICATE, certificate)
+        return certificate
+
+    def _certificate(self, files: dict[str, str], finished: dict[str, Hashes]) -> bytes:
+        reference = self._base.reference
+        config = _sha256((self._checkpoint.folder / CONFIG).read_bytes())
+        content: dict[str, Any] = {
+            "loracat_fuse": FUSE_SCHEMA,
+            "composition": self._source.document(),
+            "fuse": {
+                "base": {
+                    "id": reference.id,
+                    "commit": reference.commit,
+                    "sha256": {CONFIG: config, **{name: hashes.base for name, hashes in sorted(finished.items())}},
+                },
+                "dtype": None if self._dtype is None else str(self._dtype).removeprefix("torch."),
+                "untied": self._plan.untied,
+                "versions": {"loracat": loracli.__version__, "torch": torch.__version__},
+            },
+            "certificate": {
+                "modules": {
+                    tensor.module: tensor.name
+                    for shard in self._plan.shards
+                    for tensor in shard.tensors
+                    if tensor.module is not None
+                },
+                "files": files,
+            },
+        }
+        return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+    def _check_untied(self) -> None:
+        """Whether the config that will be written lets the model keep its two matrices apart."""
+        with TemporaryDirectory() as folder:
+            (Path(folder) / CONFIG).write_bytes(self._config)
+            tied = tied_parameters(plan_base(replace(self._base.reference, path=Path(folder))).skeleton)
+        for shard in self._plan.shards:
+            for tensor in shard.tensors:
+                if tensor.module is not None and len(tied[f"{tensor.module}.weight"]) > 1:
+                    raise BaseModelMismatch(
+                        f"the update of {tensor.module} needs a matrix of its own, and this model ties it whatever its "
+                        "config says",
+                        hint="serve the update as an adapter: loracat export",
+                    )
+
+    def _dtypes(self) -> tuple[str, ...]:
+        changed = {
+            FLOATS[tensor.dtype] for shard in self._plan.shards for tensor in shard.tensors if tensor.module is not None
+        }
+        return tuple(sorted(str(dtype).removeprefix("torch.") for dtype in changed))
+
+    def _result(self, *, resumed: int) -> Fused:
+        return Fused(
+            path=self._output,
+            base_id=self._base.reference.id,
+            modules=len(self._source.names()),
+            shards=len(self._plan.shards),
+            resumed=resumed,
+            size_bytes=sum(shard.size for shard in self._plan.shards),
+            dtypes=self._dtypes(),
+            untied=self._plan.untied,
+            left_behind=tuple(self._left),
+        )
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,180 @@
+"""What a fused checkpoint will hold, tensor by tensor, decided before any weight is read.
+
+Every tensor of the base stays where it is, in its file and its order. One that belongs to an adapted module gets its
+update. Where an adapted matrix is tied to another (an embedding that is the head too), PEFT and the attached model
+change the one and leave the other: so both are written, the config says that they are not tied, and the tensor that the
+base did not keep apart is added behind the one that it was tied to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loracli.errors import BaseModelMismatch
+from loracli.fitting.loaded_names import LoadedNames, loaded_names, tied_parameters
+from loracli.fusing.checkpoint import FLOATS, Checkpoint, StoredTensor, header_bytes
+from loracli.recipe import BaseModule, ModuleKind
+
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+
+@dataclass(frozen=True)
+class FusedTensor:
+    """A tensor of the result.
+
+    Args:
+        name: in the file.
+        source: of the base.
+        module: whose update is added, None for none.
+        kind: of the module.
+        dtype: as safetensors spells it.
+        added: whether the base has no tensor of this name.
+    """
+
+    name: str
+    source: StoredTensor
+    module: str | None
+    kind: ModuleKind
+    dtype: str
+    added: bool = False
+
+    @property
+    def changed(self) -> bool:
+        """Whether its bytes may differ from those of its source."""
+        return self.module is not None or self.dtype != self.source.dtype
+
+    @property
+    def size(self) -> int:
+        if self.dtype == self.source.dtype:
+            return self.source.size
+        return self.source.size // FLOATS[self.source.dtype].itemsize * FLOATS[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class FusedShard:
+    """A file of the result: the same name as the base's, its tensors in order, its first bytes."""
+
+    name: str
+    tensors: tuple[FusedTensor, ...]
+    header: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(tensor.size for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class FusionPlan:
+    """All files of weights of the result.
+
+    Args:
+        shards: in the order of their names.
+        untied: whether the config has to say that matrices are not tied.
+    """
+
+    shards: tuple[FusedShard, ...]
+    untied: bool
+
+    @property
+    def added(self) -> tuple[FusedTensor, ...]:
+        return tuple(tensor for shard in self.shards for tensor in shard.tensors if tensor.added)
+
+
+def plan_fusion(
+    checkpoint: Checkpoint, skeleton: Any, modules: Iterable[BaseModule], dtype: torch.dtype | None
+) -> FusionPlan:
+    """Places the updates of these modules.
+
+    Args:
+        checkpoint: of the base.
+        skeleton: its model without numbers.
+        modules: that are changed, as the base has them.
+        dtype: of the result's floating point tensors; None leaves each its own.
+    Raises:
+        BaseModelMismatch: if the weight of a module is not one tensor of the checkpoint, by the module's name.
+    """
+    names, tied = loaded_names(skeleton, checkpoint.tensors), tied_parameters(skeleton)
+    placed: dict[str, BaseModule] = {}  # by name of the stored tensor
+    added: dict[str, tuple[str, BaseModule | None]] = {}  # by new name: stored tensor, module
+    untied = False
+    for module in modules:
+        parameter = f"{module.name}.weight"
+        group = tied.get(parameter, (parameter,))
+        untied = untied or len(group) > 1
+        for member in group:
+            own = module if member == parameter else None
+            if member in names.stored:
+                stored = _the_one(names.stored[member], member)
+                _check(checkpoint.tensors[stored], skeleton, member)
+                if own is not None:
+                    placed[stored] = own
+            elif own is not None or member not in added:
+                added[member] = (_tied_source(checkpoint, names, skeleton, group, member), own)
+    shards = []
+    for name, shard in checkpoint.shards.items():
+        tensors = [_kept(tensor, placed.get(tensor.name), dtype) for tensor in shard.tensors]
+        for new, (stored, own) in sorted(added.items()):
+            source = checkpoint.tensors[stored]
+            if source.shard == name:
+                tensors.append(FusedTensor(new, source, *_of(own), _dtype_of(source, dtype), added=True))
+        header = header_bytes([(tensor.name, tensor.dtype, tensor.source.shape) for tensor in tensors])
+        shards.append(FusedShard(name, tuple(tensors), header))
+    return FusionPlan(tuple(shards), untied)
+
+
+def _kept(source: StoredTensor, module: BaseModule | None, dtype: torch.dtype | None) -> FusedTensor:
+    return FusedTensor(source.name, source, *_of(module), _dtype_of(source, dtype))
+
+
+def _of(module: BaseModule | None) -> tuple[str | None, ModuleKind]:
+    return (None, "other") if module is None else (module.name, module.kind)
+
+
+def _dtype_of(source: StoredTensor, dtype: torch.dtype | None) -> str:
+    return source.dtype if dtype is None or source.dtype not in FLOATS else _NAMES[dtype]
+
+
+def _the_one(stored: tuple[str, ...], parameter: str) -> str:
+    if len(stored) > 1:
+        raise BaseModelMismatch(f"the base model stores {parameter} twice, as {' and '.join(stored)}")
+    return stored[0]
+
+
+def _tied_source(
+    checkpoint: Checkpoint, names: LoadedNames, skeleton: Any, group: tuple[str, ...], parameter: str
+) -> str:
+    """The stored tensor that a parameter which is not stored itself is tied to."""
+    if parameter in names.computed:
+        raise BaseModelMismatch(
+            f"the base model's {parameter} is not stored as one tensor: it is made of others when the model loads",
+            hint="load the base once with transformers and save it with save_pretrained(..., save_original_format="
+            "False), then name that copy with --base",
+        )
+    sources = [name for member in group for name in names.stored.get(member, ())]
+    if len(sources) != 1:
+        raise BaseModelMismatch(
+            f"the base model's weights lack {parameter}",
+            hint="the download is incomplete, or the checkpoint names its tensors in a way that is not known",
+        )
+    if loaded_names(skeleton, [parameter]).stored.get(parameter) != (parameter,):
+        raise BaseModelMismatch(f"{parameter} is tied, and a tensor of its own would not load under its name")
+    _check(checkpoint.tensors[sources[0]], skeleton, parameter)
+    return sources[0]
+
+
+def _check(tensor: StoredTensor, skeleton: Any, parameter: str) -> None:
+    """Refuses a weight that is no matrix of floating point numbers in the model's shape."""
+    wanted = tuple(skeleton.get_parameter(parameter).shape)
+    if tensor.shape != wanted or len(wanted) != 2:
+        raise BaseModelMismatch(
+            f"{tensor.name} of the base model's weights has the shape {tensor.shape}; its config says {wanted}"
+        )
+    if tensor.dtype not in FLOATS:
+        raise BaseModelMismatch(
+            f"{tensor.name} of the base model's weights is stored as {tensor.dtype}: the base is quantised",
+            hint="give the unquantised model with --base",
+        )

@@ -1,0 +1,189 @@
+"""One file of weights, from the base to the result, in blocks: read, folded, written and hashed at the same time.
+
+    reader thread   pread of the base's file in order, and its sha256
+    this thread     W + dW where there is an update
+    writer thread   the result's bytes to the disk, and their sha256
+
+At most three blocks wait between two of them, so memory does not grow with the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loracli.adapters.tensor_file import open_regular
+from loracli.fusing.checkpoint import FLOATS, Shard, read_bytes
+from loracli.fusing.fold import BLOCK_BYTES, Fold, fold_rows
+from loracli.fusing.plan import FusedShard, FusedTensor
+
+WAITING = 3
+
+FoldOf = Callable[[FusedTensor], Fold | None]
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """The sha256 of a file of the base and of the one that was made of it."""
+
+    base: str
+    fused: str
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Bytes of a tensor's source: rows from `start` on; of a tensor that is only copied, any bytes."""
+
+    tensor: FusedTensor
+    start: int
+    offset: int
+    size: int
+
+
+def write_shard(base: Shard, shard: FusedShard, path: Path, fold_of: FoldOf, told: Callable[[int], object]) -> Hashes:
+    """Writes a new file and flushes it to the disk.
+
+    Args:
+        base: the file of the base.
+        shard: what goes into the new one.
+        path: must not exist.
+        fold_of: the update of a tensor in the layout of its weight; asked for once each, in order.
+        told: the bytes that are done, now and then.
+    """
+    with open_regular(base.path) as source, _created(path) as output:
+        digest = hashlib.sha256(base.header)
+        with _reader(source.fileno(), _blocks(shard), digest) as blocks, _writer(output) as writer:
+            writer.put(torch.frombuffer(bytearray(shard.header), dtype=torch.uint8))
+            current, fold = None, None
+            for block, data in blocks:
+                if block.tensor is not current:
+                    current, fold = block.tensor, fold_of(block.tensor)
+                writer.put(_transformed(block, data, fold))
+                told(block.size)
+        return Hashes(digest.hexdigest(), writer.sha256())
+
+
+def _blocks(shard: FusedShard) -> Iterator[_Block]:
+    for tensor in shard.tensors:
+        source = tensor.source
+        whole = source.size // source.shape[0] if tensor.changed and source.shape and source.size else 1
+        size = max(whole, BLOCK_BYTES // whole * whole)
+        for offset in range(0, source.size, size):
+            yield _Block(tensor, offset // whole, source.begin + offset, min(size, source.size - offset))
+
+
+def _transformed(block: _Block, data: Tensor, fold: Fold | None) -> Tensor:
+    tensor = block.tensor
+    if not tensor.changed:
+        return data
+    weight = data.view(FLOATS[tensor.source.dtype])
+    if tensor.source.shape:
+        weight = weight.view(-1, *tensor.source.shape[1:])
+    return fold_rows(tensor.name, weight, block.start, fold, FLOATS[tensor.dtype]).flatten().view(torch.uint8)
+
+
+@contextmanager
+def _reader(descriptor: int, blocks: Iterator[_Block], digest: Any) -> Iterator[Iterator[tuple[_Block, Tensor]]]:
+    """The blocks with their bytes, read ahead by a thread that also hashes what is no tensor's second reading."""
+    queue: Queue[tuple[_Block, Tensor] | BaseException | None] = Queue(WAITING)
+    stopped: list[bool] = []
+
+    def work() -> None:
+        try:
+            for block in blocks:
+                if stopped:
+                    return
+                data = read_bytes(descriptor, block.offset, block.size)
+                if not block.tensor.added:
+                    digest.update(data.numpy().data)
+                queue.put((block, data))
+            queue.put(None)
+        except BaseException as error:  # for the thread that takes it out
+            queue.put(error)
+
+    def taken() -> Iterator[tuple[_Block, Tensor]]:
+        while (item := queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield taken()
+    finally:
+        stopped.append(True)
+        while thread.is_alive():
+            while not queue.empty():
+                queue.get_nowait()
+            thread.join(0.01)
+
+
+class _Writer:
+    """Takes the bytes of a file and writes and hashes them in a thread of its own."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._digest = hashlib.sha256()
+        self._queue: Queue[Tensor | None] = Queue(WAITING)
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def put(self, data: Tensor) -> None:
+        if self._error is not None:
+            raise self._error
+        self._queue.put(data)
+
+    def finish(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def _work(self) -> None:
+        while (data := self._queue.get()) is not None:
+            if self._error is not None:
+                continue  # until the other thread notices
+            try:
+                view = data.numpy().data
+                self._digest.update(view)
+                while view:
+                    view = view[os.write(self._descriptor, view) :]
+            except BaseException as error:
+                self._error = error
+
+
+@contextmanager
+def _writer(descriptor: int) -> Iterator[_Writer]:
+    writer = _Writer(descriptor)
+    try:
+        yield writer
+    except BaseException:
+        writer._queue.put(None)
+        writer._thread.join()
+        raise
+    writer.finish()
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,252 @@
+"""An exported adapter against its record: hashes, config, every tensor, the figures of the certificate, and PEFT."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE
+from loracli.adapters.tensor_file import open_regular
+from loracli.algebra.concatenate import relative_error
+from loracli.algebra.factors import Factors, thin_svd
+from loracli.algebra.methods.method import Merged
+from loracli.algebra.truncate import truncate
+from loracli.atomic import CERTIFICATE_FILE
+from loracli.errors import InputError, IntegrityError, UsageError
+from loracli.export.certificate import ModuleCertificate
+from loracli.export.profile import PROFILES, choose_layout
+from loracli.export.source import MethodSource, RecipeSource, Source
+from loracli.progress import Progress
+from loracli.recipe import BaseModule
+from loracli.schema import decode
+from loracli.strict_json import parse_json
+from loracli.verifying.factors import compare_concatenation, compare_truncation, stripped
+from loracli.verifying.findings import Findings
+from loracli.verifying.origin import Origin, find_source, read_origin
+from loracli.verifying.peft_reload import reload_differences, skeleton_of
+
+TASK = "verify"
+FIGURE = 1e-6  # relative, of a figure of the certificate
+DENSE_NOISE = 1e-5  # of a method that approximates a dense matrix, see algebra/low_rank.py
+_ABSENT = "nothing"
+_EXPORT_KEYS = {"profile", "merged", "rank", "dtype"}
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What `loracat.json` says of the written bytes."""
+
+    profile: str
+    merged: bool
+    rank: int
+    dtype: str
+    sha256: str
+    largest_error: float
+    modules: dict[str, ModuleCertificate]
+    otherwise: tuple[str, ...]  # keys of the export that this version does not know
+
+
+def verify_adapter(
+    path: Path,
+    document: dict[str, Any],
+    findings: Findings,
+    *,
+    recipe: Path | None,
+    adapters: Sequence[str],
+    skeleton: nn.Module | None,
+    sha256: str,
+    progress: Progress,
+) -> None:
+    """Checks an exported adapter; everything that differs goes into the findings.
+
+    Args:
+        path: the directory.
+        document: its `loracat.json`.
+        findings: takes what is checked, not checked and different.
+        recipe, adapters: as in `find_source`.
+        skeleton: the base model without numbers, None if it is not at hand.
+        sha256: of the tensor file.
+        progress: told how far it is.
+    Raises:
+        IntegrityError: if the record is damaged, or an ingredient is not the recorded one.
+    """
+    origin, record = read_origin(document, path / CERTIFICATE_FILE), _read_record(document, path / CERTIFICATE_FILE)
+    if sha256 != record.sha256:
+        findings.differs(f"{TENSOR_FILE} is not the file of the certificate: its sha256 is {sha256}")
+    findings.checked.append(f"the sha256 of {TENSOR_FILE}")
+    try:
+        written = read_adapter(str(path))
+    except InputError as error:
+        findings.differs(f"it cannot be read as an adapter: {error}")
+        return
+    table = {m.name: m for m in origin.table} or _table_of(written)
+    if _check_config(path, written, origin, record, table, findings):
+        # A config that an export would not write is not handed to PEFT, which runs the patterns in it.
+        findings.differences += reload_differences(path, written, skeleton or skeleton_of(list(table.values())))
+        where = "the base model's own layers" if skeleton is not None else "layers of the recorded shapes"
+        findings.checked.append(f"that PEFT loads these tensors with these scalings, into {where}")
+    else:
+        findings.skip("what PEFT makes of it", f"{CONFIG_FILE} is not what an export of this record has")
+    source = find_source(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
+    if source is not None:
+        _check_composition(source, written, record, findings, progress)
+
+
+def _read_record(document: dict[str, Any], where: Path) -> _Record:
+    export, certificate = document.get("export"), document.get("certificate")
+    problems: list[str] = []
+    if not isinstance(export, dict) or not isinstance(certificate, dict):
+        raise IntegrityError("the record is damaged: it lacks export or certificate", where=str(where))
+    kinds = {"profile": str, "merged": bool, "rank": int, "dtype": str}
+    values = {key: decode(kind, export.get(key), f"export.{key}", problems) for key, kind in kinds.items()}
+    modules = decode(tuple[ModuleCertificate, ...], certificate.get("modules"), "certificate.modules", problems)
+    hashes = decode(dict[str, str], certificate.get("sha256"), "certificate.sha256", problems)
+    largest = decode(float, certificate.get("largest_relative_error"), "certificate.largest_relative_error", problems)
+    if not problems and (TENSOR_FILE not in hashes or not modules):
+        problems.append("certificate: no hash or no modules")
+    if not problems and (values["rank"] < 1 or any(module.rank < 1 for module in modules)):
+        problems.append("a rank is below 1")
+    if problems:
+        raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
+    return _Record(
+        **values,
+        sha256=hashes[TENSOR_FILE],
+        largest_error=largest,
+        modules={module.name: module for module in modules},
+        otherwise=tuple(sorted(set(export) - _EXPORT_KEYS)),
+    )
+
+
+def _table_of(written: LoraAdapter) -> dict[str, BaseModule]:
+    """The base's modules as far as an adapter itself tells."""
+    conv1d = written.config.fan_in_fan_out
+    return {
+        name: BaseModule(
+            name,
+            "conv1d" if conv1d and module.kind == "linear" else module.kind,
+            module.factors.in_features,
+            module.factors.out_features,
+        )
+        for name, module in written.modules.items()
+    }
+
+
+def _check_config(
+    path: Path,
+    written: LoraAdapter,
+    origin: Origin,
+    record: _Record,
+    table: dict[str, BaseModule],
+    findings: Findings,
+) -> bool:
+    """Whether the config is that of an export of this record; ranks and dtype in the file are compared too."""
+    ranks = {name: module.rank for name, module in record.modules.items()}
+    if record.profile not in PROFILES or record.otherwise or not ranks.keys() <= table.keys():
+        findings.skip(f"every field of {CONFIG_FILE}", "this version does not know such an export")
+        return False
+    try:
+        layout = choose_layout(list(table.values()), ranks, record.profile, rank=record.rank)
+    except UsageError as error:
+        findings.differs(f"the recorded layout is impossible: {error}")
+        return False
+    expected = layout.config(origin.base_id, table)
+    with open_regular(path / CONFIG_FILE) as file:
+        found = parse_json(file.read())
+    wrong = [k for k in sorted(expected.keys() | found.keys()) if expected.get(k, _ABSENT) != found.get(k, _ABSENT)]
+    for key in wrong:
+        findings.differs(
+            f"{CONFIG_FILE} has {key} = {found.get(key, _ABSENT)!r}; "
+            f"an export of this record has {expected.get(key, _ABSENT)!r}"
+        )
+    own = {name: module.factors.rank for name, module in written.modules.items()}
+    if own != dict(layout.ranks):
+        name = min(n for n in own.keys() | layout.ranks.keys() if own.get(n) != layout.ranks.get(n))
+        findings.differs(f"{name} has rank {own.get(name)} in the file and {layout.ranks.get(name)} in the record")
+    if str(written.dtype).removeprefix("torch.") != record.dtype:
+        findings.differs(f"the tensors are {written.dtype}, recorded as {record.dtype}".replace("torch.", ""))
+    findings.checked.append(f"every field of {CONFIG_FILE}, names, ranks and dtype of the tensors")
+    return not wrong
+
+
+def _check_composition(
+    source: Source, written: LoraAdapter, record: _Record, findings: Findings, progress: Progress
+) -> None:
+    names = source.names()
+    progress.begin(TASK, len(written.modules), "modules")
+    if set(names) != record.modules.keys():
+        findings.differs("the certificate is of other modules than the composition changes")
+    for name, module in written.modules.items():
+        progress.advance(TASK, 1)
+        findings.tensors += 2
+        if name not in names:
+            if module.factors.lora_A.any() or module.factors.lora_B.any():
+                findings.differs(f"{name} is not changed by the composition and has tensors that are not zero")
+            continue
+        if name in record.modules:
+            difference = _check_module(source, name, module.factors, record, findings)
+            if difference is not None:
+                findings.differs(f"{name}: {difference}")
+    for name in sorted(set(names) - written.modules.keys()):
+        findings.differs(f"{name} is missing")
+    largest = max((m.relative_error for m in record.modules.values()), default=0.0)
+    if not math.isclose(largest, record.largest_error, rel_tol=FIGURE):
+        findings.differs(f"the certificate's largest error is {record.largest_error:g} and not {largest:g}")
+    progress.finish(TASK)
+    findings.checked.append("every tensor against the composition of the ingredients in float64")
+    findings.checked.append("the errors and energies of the certificate")
+
+
+def _check_module(source: Source, name: str, found: Factors, record: _Record, findings: Findings) -> str | None:
+    """What differs in the tensors of one module; its figures are compared too."""
+    known = record.modules[name]
+    try:
+        composed = source.compose(name)
+    except ValueError as error:
+        return f"the recorded method cannot be applied: {error}"
+    own = stripped(found, known.rank)
+    if own is None:
+        return f"the rows and columns beyond rank {known.rank} are not zero"
+    if (own.in_features, own.out_features) != (composed.factors.in_features, composed.factors.out_features):
+        return "its shape is not that of the composition"
+    if known.rank < composed.factors.rank and not record.merged:
+        return f"is cut to rank {known.rank} from {composed.factors.rank}, and is recorded as not compressed"
+    if record.otherwise and record.merged:
+        findings.skip(f"the compression of {name}", f"made with {', '.join(record.otherwise)}")
+        return None
+    difference = _compare(source, composed, own, known.rank)
+    if difference is None:
+        _check_figures(composed, own, known, findings)
+    return difference
+
+
+def _compare(source: Source, composed: Merged, own: Factors, rank: int) -> str | None:
+    exact = composed.factors
+    noise = DENSE_NOISE if isinstance(source, MethodSource) and source.method.full_rank else 0.0
+    if rank < exact.rank:
+        others = thin_svd(exact)[1][rank:]
+        return compare_truncation(truncate(exact, rank).factors, own, others=others, noise=noise)
+    if isinstance(source, MethodSource) and source.weights is None:
+        return compare_truncation(exact, own, others=torch.zeros(0), noise=noise)
+    summed = isinstance(source, RecipeSource) and source.recipe.mixing.kind in ("rank", "core")
+    return compare_concatenation(exact, own, summed=summed)
+
+
+def _check_figures(composed: Merged, own: Factors, known: ModuleCertificate, findings: Findings) -> None:
+    """The certificate's error and energy of a module, computed again as `_Plan._compose` does."""
+    share = composed.kept_energy
+    kept = share * (truncate(composed.factors, known.rank).kept_energy if known.rank < composed.factors.rank else 1.0)
+    plain = Factors(own.lora_A, own.lora_B)
+    error = math.sqrt(max(1 - share + share * relative_error(plain, composed.factors) ** 2, 0.0))
+    for what, recorded, again in (
+        ("relative error", known.relative_error, error),
+        ("kept energy", known.kept_energy, kept),
+    ):
+        if not math.isclose(recorded, again, rel_tol=1e-3, abs_tol=1e-12):
+            findings.differs(f"{known.name}: the certificate's {what} is {recorded:g}; it is {again:g}")

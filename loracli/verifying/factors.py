@@ -1,0 +1,141 @@
+"""Written factors of one module against computed ones.
+
+A concatenation is unique: lora_A (R, in) are the ingredients' rows and lora_B (out, R) their columns times their
+weights, so every entry has to be the float64 value rounded to the file's dtype. Of mixings that are matrices, B M is
+summed in another order on another machine, which is allowed for.
+
+A truncation is unique as far as its singular values differ: with S_k the k-th and gap_k its distance to the others,
+another machine's SVD turns the k-th direction by about eps S_1 / gap_k (Davis and Kahan). So its entries may
+lie that far from the computed one before it is rounded, and the sign of the direction is free. Where singular values
+are equal, only the update as a whole is: |dW_written - dW|_F is held against what rounding can do, and so are
+A A^T and B^T B, which a change of scale between the two factors would move.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loracli.algebra.concatenate import concatenate
+from loracli.algebra.factors import Factors, norm
+
+TURN = 1e-13  # of a direction whose gap is as large as S_1
+ORDER = 2.0**-44  # of the largest entry, for a sum in another order
+
+
+def stripped(written: Factors, rank: int) -> Factors | None:
+    """The factors without the zeros that pad them to a common rank; None if what should be zero is not."""
+    if written.lora_A[rank:].any() or written.lora_B[:, rank:].any():
+        return None
+    return Factors(written.lora_A[:rank], written.lora_B[:, :rank], written.scaling)
+
+
+def compare_concatenation(expected: Factors, written: Factors, *, summed: bool) -> str | None:
+    """What differs between a concatenation and the tensors of a file, None if nothing does.
+
+    Args:
+        expected: float64, scaling 1.
+        written: as stored, without padding.
+        summed: whether lora_B comes from a product of matrices.
+    """
+    if written.rank != expected.rank:
+        return f"has rank {written.rank} instead of {expected.rank}"
+    for name, right, found in (
+        ("lora_A", expected.lora_A, written.lora_A),
+        ("lora_B", expected.lora_B, written.lora_B),
+    ):
+        slack = ORDER * float(right.abs().max()) if summed and name == "lora_B" else 0.0
+        wrong = _outside(right, found, slack)
+        if wrong:
+            return f"{wrong} of {found.numel()} entries of {name} are not the recorded composition's"
+    return None
+
+
+def compare_truncation(expected: Factors, written: Factors, *, others: Tensor, noise: float) -> str | None:
+    """What differs between a truncated update and the tensors of a file, None if nothing does.
+
+    Args:
+        expected: float64, scaling 1.
+        written: as stored, without padding.
+        others: singular values that the truncation left out.
+        noise: relative, of a computation that is less exact than an SVD; 0 otherwise.
+    """
+    if written.rank != expected.rank:
+        return f"has rank {written.rank} instead of {expected.rank}"
+    rounded = expected.to(written.lora_A.dtype)
+    if torch.equal(rounded.lora_A, written.lora_A) and torch.equal(rounded.lora_B, written.lora_B):
+        return None
+    info = torch.finfo(written.lora_A.dtype)
+    unit, least = info.eps / 2, info.smallest_normal * info.eps / 2
+    canonical = _singular_values(expected)
+    if canonical is not None and noise == 0.0:
+        wrong = _wrong_directions(expected, written, canonical, others)
+        if wrong:
+            return f"{wrong} of {expected.rank} directions are not those of the recorded composition"
+    exact = Factors(expected.lora_A.double(), expected.lora_B.double())
+    found = Factors(written.lora_A.double(), written.lora_B.double())
+    bound = _rounding(exact, unit, least, canonical) + max(noise, TURN) * norm(exact)
+    distance = norm(concatenate([found, exact], [1.0, -1.0]))
+    if distance > bound:
+        return f"the update is off by {distance:.2e}; rounding explains {bound:.2e}"
+    for name, own, other in (
+        ("lora_A", found.lora_A, exact.lora_A),
+        ("lora_B", found.lora_B.T, exact.lora_B.T),
+    ):
+        size = float(torch.linalg.matrix_norm(other)) * float(torch.linalg.matrix_norm(other, 2))
+        gram = float(torch.linalg.matrix_norm(_moments(own) - _moments(other)))
+        if gram > (3 * unit + max(noise, TURN)) * size:
+            return f"{name} has another scale than an export gives it"
+    return None
+
+
+def _moments(matrix: Tensor) -> Tensor:
+    """The eigenvalues of the rows' Gram matrix, which no turn among equal singular values changes."""
+    values: Tensor = torch.linalg.eigvalsh(matrix @ matrix.T)
+    return values[None]
+
+
+def _outside(expected: Tensor, written: Tensor, slack: Tensor | float) -> int:
+    """How many entries are not `expected`, give or take `slack`, rounded to their dtype."""
+    low, high = (expected - slack).to(written.dtype), (expected + slack).to(written.dtype)
+    return int(((written < low) | (written > high)).sum())
+
+
+def _singular_values(factors: Factors) -> Tensor | None:
+    """S of factors with sqrt(S) on both sides, None of others."""
+    left, right = factors.lora_B.T @ factors.lora_B, factors.lora_A @ factors.lora_A.T
+    singular = torch.diagonal(right)
+    largest = float(singular.max())
+    middle = torch.diag(singular)
+    alike = all(float((gram - middle).abs().max()) <= 1e-10 * largest for gram in (left, right))
+    return singular if alike and largest > 0 else None
+
+
+def _wrong_directions(expected: Factors, written: Factors, singular: Tensor, others: Tensor) -> int:
+    every = torch.cat([singular, others.to(singular), singular.new_zeros(1)])
+    distances = (singular[:, None] - every[None, :]).abs()
+    distances.diagonal().fill_(float("inf"))
+    gaps = distances.min(dim=1).values.clamp(min=torch.finfo(torch.float64).tiny)
+    slack = TURN * float(singular.max()) / gaps * singular.clamp(min=0).sqrt()
+    wrong = 0
+    for k in range(expected.rank):
+        agree = float(expected.lora_B[:, k] @ written.lora_B[:, k].double()) >= 0
+        sign = 1.0 if agree else -1.0
+        wrong += bool(
+            _outside(sign * expected.lora_A[k], written.lora_A[k], float(slack[k]))
+            or _outside(sign * expected.lora_B[:, k], written.lora_B[:, k], float(slack[k]))
+        )
+    return wrong
+
+
+def _rounding(exact: Factors, unit: float, least: float, singular: Tensor | None) -> float:
+    """How far rounding both factors can move the update, |.|_F.
+
+    |dB A|_F and |B dA|_F with |dB| <= u |B| + t entry by entry, where t is half the spacing of the smallest numbers:
+    with sqrt(S) on both sides the first term is at most u |S| for each.
+    """
+    sides = [(torch.linalg.matrix_norm(m), torch.linalg.matrix_norm(m, 2)) for m in (exact.lora_A, exact.lora_B)]
+    (a, a2), (b, b2) = sides
+    relative = 2 * singular.norm() if singular is not None else b * a2 + a * b2
+    tiny = least * (exact.lora_B.numel() ** 0.5 * a2 + exact.lora_A.numel() ** 0.5 * b2)
+    return float((1 + unit) * (unit * relative + tiny))

@@ -1,0 +1,240 @@
+"""A fused model against its record: hashes, every weight against base and composition, config, and the names that it
+loads under."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loracli.adapters.tensor_file import open_regular
+from loracli.errors import (
+    AccessDenied,
+    BaseModelMismatch,
+    HubUnreachable,
+    InputError,
+    IntegrityError,
+    MalformedAdapter,
+)
+from loracli.export.source import Source
+from loracli.fitting.base import BaseReference, check_shapes, find_base, plan_base
+from loracli.fitting.loaded_names import loaded_names, tied_parameters
+from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files
+from loracli.fusing.checkpoint import FLOATS, INDEX_FILE, Checkpoint, StoredTensor, read_bytes, read_checkpoint
+from loracli.fusing.composition import changed_modules
+from loracli.fusing.fold import BLOCK_BYTES, rounding_bounds
+from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
+from loracli.fusing.workplace import FUSE_CERTIFICATE, file_sha256
+from loracli.progress import Progress
+from loracli.schema import decode
+from loracli.verifying.findings import Findings
+from loracli.verifying.origin import COMPOSITION, find_source, read_origin
+
+TASK = "verify"
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What is recorded of the base."""
+
+    id: str
+    commit: str | None
+    sha256: dict[str, str]
+
+
+def verify_model(
+    path: Path,
+    document: dict[str, Any],
+    findings: Findings,
+    *,
+    recipe: Path | None,
+    adapters: Sequence[str],
+    base: str | None,
+    base_revision: str | None,
+    progress: Progress,
+) -> None:
+    """Checks a fused model; everything that differs goes into the findings.
+
+    Raises:
+        IntegrityError: if the record is damaged, or an ingredient or the base is not the recorded one.
+    """
+    where = path / FUSE_CERTIFICATE
+    files, recorded, dtype = _read_record(document, where)
+    _check_files(path, files, findings)
+    try:
+        written = read_checkpoint(path)
+        _check_loads(path, recorded, written, findings)
+    except (BaseModelMismatch, MalformedAdapter) as error:
+        findings.differs(f"it cannot be read as a model: {error}")
+        return
+    origin = read_origin(document.get("composition") or {}, where)
+    source = find_source(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
+    if source is None:
+        return
+    if base is None and recorded.commit is None:
+        findings.skip(COMPOSITION, f"{recorded.id} was a local directory: say where it is with --base")
+        return
+    try:
+        revision = base_revision or (recorded.commit if base is None else None)
+        reference = find_base(source.adapters, base or recorded.id, revision=revision, progress=progress)
+    except (HubUnreachable, AccessDenied, InputError) as error:
+        if base is not None:
+            raise
+        findings.skip(COMPOSITION, str(error))
+        return
+    _check_base(reference, recorded)
+    plan = plan_base(reference)
+    check_shapes(plan.skeleton, source.adapters)
+    checkpoint = read_checkpoint(reference.path)
+    fusion = plan_fusion(checkpoint, plan.skeleton, changed_modules(plan, source), dtype)
+    _check_others(path, checkpoint, fusion, dtype, findings)
+    _check_weights(checkpoint, written, fusion, source, findings, progress)
+
+
+def _read_record(document: dict[str, Any], where: Path) -> tuple[dict[str, str], _Base, torch.dtype | None]:
+    problems: list[str] = []
+    fuse, certificate = document.get("fuse"), document.get("certificate")
+    if not isinstance(fuse, dict) or not isinstance(certificate, dict):
+        raise IntegrityError("the record is damaged: it lacks fuse or certificate", where=str(where))
+    files = decode(dict[str, str], certificate.get("files"), "certificate.files", problems)
+    recorded = decode(_Base, fuse.get("base"), "fuse.base", problems)
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+    dtype = decode(str | None, fuse.get("dtype"), "fuse.dtype", problems)
+    if dtype is not None and dtype not in names:
+        problems.append("fuse.dtype: unknown")
+    if problems:
+        raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
+    return files, recorded, None if dtype is None else names[dtype]
+
+
+def _check_files(path: Path, files: dict[str, str], findings: Findings) -> None:
+    present = {e.name for e in path.iterdir() if not e.name.startswith(".")} - {FUSE_CERTIFICATE}
+    for name in sorted(present - files.keys()):
+        findings.differs(f"{name} is not in the record")
+    for name in sorted(files):
+        if name not in present:
+            findings.differs(f"{name} is missing")
+        elif file_sha256(path / name) != files[name]:
+            findings.differs(f"{name} is not the file of the certificate")
+    findings.checked.append("the sha256 of every file")
+
+
+def _check_loads(path: Path, recorded: _Base, written: Checkpoint, findings: Findings) -> None:
+    """Whether transformers would find every parameter of the model, in its shape.
+
+    Of a model that computes parameters from several tensors, such as fused experts, only those that it takes as they
+    are: one rule may make more than one parameter.
+    """
+    skeleton = plan_base(BaseReference(recorded.id, path, None)).skeleton
+    names, tied = loaded_names(skeleton, written.tensors), tied_parameters(skeleton)
+    for parameter, group in sorted(tied.items()):
+        stored = names.stored.get(parameter, ())
+        if not names.computed and not any(member in names.stored for member in group):
+            findings.differs(f"the model has no tensor for its {parameter}")
+        for name in stored:
+            if written.tensors[name].shape != tuple(skeleton.get_parameter(parameter).shape):
+                findings.differs(f"{name} has the shape {written.tensors[name].shape}, which the model does not take")
+    findings.checked.append(
+        "the shape of every tensor that transformers takes as it is"
+        if names.computed
+        else "that transformers finds a tensor for every parameter"
+    )
+
+
+def _check_base(reference: BaseReference, recorded: _Base) -> None:
+    """Raises IntegrityError if a file of the base is not the recorded one."""
+    present = {entry.name for entry in reference.path.iterdir()}
+    for name, digest in sorted(recorded.sha256.items()):
+        if name not in present or file_sha256(reference.path / name) != digest:
+            raise IntegrityError(
+                f"{name} of the base model {reference.id} is not the file that the update was folded into",
+                where=str(reference.path),
+                hint="name the base that was used with --base",
+            )
+
+
+def _check_others(
+    path: Path, checkpoint: Checkpoint, fusion: FusionPlan, dtype: torch.dtype | None, findings: Findings
+) -> None:
+    """Config, index and all other files are the base's, with what a fusion changes in them."""
+    contents = {CONFIG: config_bytes(checkpoint.folder, untied=fusion.untied, dtype=dtype)}
+    index = index_bytes(checkpoint, fusion)
+    if index is not None:
+        contents[INDEX_FILE] = index
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    digests |= {name: file_sha256(checkpoint.folder / name) for name in other_files(checkpoint)[0]}
+    for name, digest in sorted(digests.items()):
+        if not (path / name).is_file() or file_sha256(path / name) != digest:
+            findings.differs(f"{name} is not the base model's")
+    findings.checked.append("config and all other files against the base's")
+
+
+def _check_weights(
+    checkpoint: Checkpoint,
+    written: Checkpoint,
+    fusion: FusionPlan,
+    source: Source,
+    findings: Findings,
+    progress: Progress,
+) -> None:
+    planned = {tensor.name: tensor for shard in fusion.shards for tensor in shard.tensors}
+    for name in sorted(planned.keys() ^ written.tensors.keys()):
+        findings.differs(f"the tensor {name} is {'missing' if name in planned else 'one too many'}")
+    progress.begin(TASK, sum(tensor.source.size for tensor in planned.values()), "B")
+    for tensor in planned.values():
+        found = written.tensors.get(tensor.name)
+        if found is None:
+            continue
+        findings.tensors += 1
+        if (found.dtype, found.shape) != (tensor.dtype, tensor.source.shape):
+            findings.differs(f"{tensor.name} is {found.dtype} {found.shape} and not {tensor.dtype}")
+            continue
+        wrong = _wrong_entries(checkpoint, written, tensor, found, source, progress)
+        if wrong:
+            findings.differs(f"{tensor.name}: {wrong} entries are not base plus update, rounded once")
+    progress.finish(TASK)
+    findings.checked.append("every tensor against the base's plus the composition of the ingredients in float64")
+
+
+def _wrong_entries(
+    checkpoint: Checkpoint,
+    written: Checkpoint,
+    tensor: FusedTensor,
+    found: StoredTensor,
+    source: Source,
+    progress: Progress,
+) -> int:
+    own, output = tensor.source, FLOATS.get(tensor.dtype, torch.uint8)
+    left = right = None
+    if tensor.module is not None:
+        factors = source.compose(tensor.module).factors
+        left, right = factors.lora_B, factors.lora_A
+        if tensor.kind != "linear":
+            left, right = factors.lora_A.T, factors.lora_B.T
+    rows = own.shape[0] if own.shape else 1
+    if own.size == 0:
+        return 0
+    step, wrong = max(1, BLOCK_BYTES // max(1, own.size // rows)), 0
+    with open_regular(checkpoint.folder / own.shard) as base, open_regular(written.folder / found.shard) as file:
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            before, after = (
+                read_bytes(handle.fileno(), t.begin + start * (t.size // rows), (stop - start) * (t.size // rows))
+                for handle, t in ((base, own), (file, found))
+            )
+            progress.advance(TASK, len(before))
+            if not tensor.changed:
+                wrong += int((before != after).sum())
+                continue
+            weight = before.view(FLOATS[own.dtype]).view(stop - start, -1)
+            value = after.view(output).view(stop - start, -1)
+            if left is None or right is None:
+                wrong += int((weight.to(output) != value).sum())
+                continue
+            low, high = rounding_bounds(weight, left[start:stop], right, output)
+            wrong += int((~((value >= low) & (value <= high))).sum())
+    return wrong

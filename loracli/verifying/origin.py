@@ -1,0 +1,156 @@
+"""What a directory says it was made of, and those ingredients found again.
+
+The record is as untrusted as the weights: names in it lead to no path. An adapter of the Hub is fetched at its recorded
+commit; a local one has to be named by the user, by --adapters or by the recipe; all are held against recorded hashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.names import TENSOR_FILE
+from loracli.algebra.methods import METHODS
+from loracli.algebra.methods.method import Method, MethodOptions
+from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, IntegrityError, RecipeError
+from loracli.export.base_table import BaseTable
+from loracli.export.ingredients import read_recorded
+from loracli.export.source import MethodSource, RecipeSource, Source
+from loracli.progress import Progress
+from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, decode_recipe, load_recipe
+from loracli.schema import decode
+from loracli.verifying.findings import Findings
+
+COMPOSITION = "the composition of the written weights"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A recorded composition.
+
+    Args:
+        adapters: the ingredients, by names that may be published.
+        base_id: the base model.
+        recipe: as it may be published, None with a method.
+        recipe_sha256: of the recipe itself.
+        method, options, weights: that composed, None with a recipe.
+        table: of base modules, empty with a method.
+    """
+
+    adapters: tuple[RecipeAdapter, ...]
+    base_id: str
+    recipe: Recipe | None
+    recipe_sha256: str | None
+    method: Method | None
+    options: MethodOptions
+    weights: tuple[float, ...] | None
+    table: tuple[BaseModule, ...]
+
+
+def read_origin(document: dict[str, Any], where: Path) -> Origin:
+    """The origin in a record.
+
+    Raises:
+        IntegrityError: if it is damaged.
+    """
+    if "recipe" in document:
+        try:
+            recipe = decode_recipe(document["recipe"], "its recipe", Path())
+        except RecipeError as error:
+            raise IntegrityError(f"the record is damaged: {error.what}", where=str(where)) from None
+        digest = document.get("recipe_sha256")
+        if not isinstance(digest, str):
+            raise IntegrityError("the record has no recipe_sha256", where=str(where))
+        return Origin(recipe.adapters, recipe.base.id, recipe, digest, None, MethodOptions(), None, recipe.modules)
+    problems: list[str] = []
+    base, recorded = document.get("base"), document.get("method")
+    adapters = decode(tuple[RecipeAdapter, ...], document.get("adapters"), "adapters", problems)
+    if not isinstance(base, dict) or not isinstance(base.get("id"), str):
+        problems.append("base.id: missing")
+    if not isinstance(recorded, dict) or recorded.get("name") not in METHODS:
+        problems.append("method.name: none that this version has")
+    if problems or not isinstance(recorded, dict) or not isinstance(base, dict):
+        raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
+    options = _options(recorded.get("options"), problems)
+    weights = decode(tuple[float, ...] | None, recorded.get("weights"), "method.weights", problems)
+    if not adapters or (weights is not None and len(weights) != len(adapters)):
+        problems.append("method.weights: not one for each adapter")
+    if any(TENSOR_FILE not in adapter.sha256 for adapter in adapters):
+        problems.append("adapters: one without a hash")
+    if problems:
+        raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
+    return Origin(adapters, base["id"], None, None, METHODS[recorded["name"]], options, weights, ())
+
+
+def _options(recorded: Any, problems: list[str]) -> MethodOptions:
+    """The options of a method as they were set."""
+    known = {field.name for field in fields(MethodOptions)}
+    if not isinstance(recorded, dict) or not set(recorded) <= known:
+        problems.append("method.options: not those of a method")
+        return MethodOptions()
+    plain = {f.name: f.default for f in fields(MethodOptions)} | recorded
+    result: MethodOptions = decode(MethodOptions, plain, "method.options", problems)
+    return result
+
+
+def find_source(
+    origin: Origin, findings: Findings, *, recipe: Path | None, adapters: Sequence[str], progress: Progress
+) -> Source | None:
+    """The composition with its ingredients; None, and the findings say why, if they are not at hand.
+
+    Args:
+        origin: recorded.
+        findings: told what is not at hand or differs.
+        recipe: the recipe's file, None if the user has none.
+        adapters: where the ingredients are, in the recorded order; empty for where they are recorded.
+        progress: told of downloads.
+    Raises:
+        IntegrityError: if an ingredient is not the recorded one.
+        AdapterNotFound: if one that the user named is not there.
+    """
+    given = None if recipe is None else load_recipe(recipe)
+    if given is not None and origin.recipe is not None:
+        if sha256(given.to_json().encode()).hexdigest() != origin.recipe_sha256:
+            findings.differs(f"{recipe} is not the recipe that this was made with")
+            return None
+        if given.public().to_json() != origin.recipe.to_json():
+            findings.differs(f"the recorded recipe is not {recipe}")
+            return None
+    if origin.recipe is not None and origin.recipe.mixing.kind not in INLINE_KINDS and given is None:
+        findings.skip(COMPOSITION, "its mixing is kept in tensors beside the recipe: name the recipe with --recipe")
+        return None
+    read = _ingredients(origin, given, findings, adapters, progress)
+    if read is None:
+        return None
+    if origin.recipe is not None:
+        return RecipeSource(given or origin.recipe, read)
+    assert origin.method is not None
+    return MethodSource(
+        origin.method, origin.options, origin.weights, read, origin.adapters, BaseTable(origin.base_id, origin.table)
+    )
+
+
+def _ingredients(
+    origin: Origin, given: Recipe | None, findings: Findings, adapters: Sequence[str], progress: Progress
+) -> tuple[LoraAdapter, ...] | None:
+    if adapters:
+        return read_recorded(origin.adapters, Path(), relocated=adapters, progress=progress)
+    if given is None:
+        local = [adapter.reference for adapter in origin.adapters if adapter.repo_id is None]
+        if local:
+            findings.skip(COMPOSITION, f"{', '.join(local)} came from a directory: say where with --adapters")
+            return None
+    try:
+        wanted = origin.adapters if given is None else given.adapters
+        read = read_recorded(wanted, Path() if given is None else given.folder, progress=progress)
+    except (AdapterNotFound, HubUnreachable, AccessDenied) as error:
+        findings.skip(COMPOSITION, str(error))
+        return None
+    for adapter, recorded in zip(read, origin.adapters, strict=True):
+        if dict(adapter.sha256) != recorded.sha256:
+            raise IntegrityError(f"{adapter.reference} is not the adapter that is recorded as {recorded.reference}")
+    return read

@@ -1,0 +1,96 @@
+"""An adapter read by stock PEFT: which modules it changes there, with which factors and which scaling.
+
+PEFT's own loading code runs on a model without numbers: the base's own architecture where the base is at hand, else
+empty layers of the recorded names and shapes. `target_modules`, patterns and alpha mean here what they mean to PEFT.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.names import PREFIX
+from loracli.recipe import BaseModule
+
+
+def skeleton_of(table: Sequence[BaseModule]) -> nn.Module:
+    """A tree of empty layers with the names, kinds and shapes of the table, on the device `meta`."""
+    root = nn.Module()
+    with torch.device("meta"):
+        for module in table:
+            *parents, last = module.name.split(".")
+            place = root
+            for name in parents:
+                if name not in dict(place.named_children()):
+                    place.add_module(name, nn.Module())
+                place = place.get_submodule(name)
+            place.add_module(last, _layer(module))
+    return root
+
+
+def _layer(module: BaseModule) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    if module.kind == "linear":
+        return nn.Linear(module.in_features, module.out_features, bias=False)
+    if module.kind == "embedding":
+        return nn.Embedding(module.in_features, module.out_features)
+    layer: nn.Module = Conv1D(module.out_features, module.in_features) if module.kind == "conv1d" else nn.Identity()
+    return layer
+
+
+def _on_cpu(skeleton: nn.Module) -> nn.Module:
+    """The same model with every parameter one number seen everywhere: PEFT puts an adapter where its layer is, and on
+    `meta` there would be nothing to compare."""
+    for module in skeleton.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            empty = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+            module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    return skeleton
+
+
+def reload_differences(folder: Path, adapter: LoraAdapter, skeleton: nn.Module) -> list[str]:
+    """What PEFT makes of the adapter in `folder` otherwise than `adapter` says.
+
+    Args:
+        folder: whose config names no code and no initialisation that changes the base: `read_adapter` has seen it.
+        adapter: as loracat reads it.
+        skeleton: a model without numbers; is changed.
+    """
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import load_peft_weights
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on tied layers and Conv1D, and what is compared below
+        config = LoraConfig.from_pretrained(str(folder))
+        try:
+            model = inject_adapter_in_model(config, _on_cpu(skeleton))
+            weights = load_peft_weights(str(folder), device="cpu")
+            plain = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+            loaded = set_peft_model_state_dict(model, plain)
+        except (ValueError, RuntimeError, KeyError) as error:
+            return [f"PEFT cannot load it: {str(error).partition(chr(10))[0]}"]
+    differences = [f"PEFT finds no module for the tensor {name}" for name in sorted(loaded.unexpected_keys)]
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for name in sorted(layers.keys() - adapter.modules.keys()):
+        differences.append(f"PEFT adapts {name}, for which there are no tensors")
+    for name in sorted(adapter.modules.keys() - layers.keys()):
+        differences.append(f"PEFT does not adapt {name}")
+    for name in sorted(adapter.modules.keys() & layers.keys()):
+        layer, factors = layers[name], adapter.modules[name].factors
+        if layer.scaling["default"] != factors.scaling:
+            differences.append(f"PEFT scales {name} by {layer.scaling['default']:g} instead of {factors.scaling:g}")
+        if "default" in layer.lora_embedding_A:
+            found = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+        else:
+            found = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        for side, own, theirs in zip("AB", (factors.lora_A, factors.lora_B), found, strict=True):
+            if not torch.equal(theirs.detach().float(), own.float()):
+                differences.append(f"PEFT loads another lora_{side} for {name}")
+    return differences

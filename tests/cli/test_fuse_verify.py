@@ -1,0 +1,46 @@
+"""`loracat fuse` and `loracat verify` on the embedded example: what they write, print and end with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.cli.project import run
+
+
+def test_fuse_then_verify_as_the_hints_say(here: Path) -> None:
+    shown = run("fuse", "--base", "base", "-o", "model")
+    assert shown.exit_code == 0 and "loracat verify model" in shown.stderr
+    before, after = load_file("base/model.safetensors"), load_file("model/model.safetensors")
+    assert before.keys() <= after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    AutoModelForCausalLM.from_pretrained("model")
+    partly = json.loads(run("verify", "model", "--json").stdout)
+    assert partly["kind"] == "model" and partly["not_checked"][0]["why"]
+    whole = json.loads(run("verify", "model", "--recipe", "recipe.json", "--base", "base", "--json").stdout)
+    assert whole["not_checked"] == [] and whole["tensors"] == len(after)
+    again = run("fuse", "--base", "base", "-o", "model")
+    assert again.exit_code == 2 and "--force" in again.stderr
+    document = json.loads(run("fuse", "--base", "base", "-o", "model", "--force", "--json").stdout)
+    assert document["path"] == "model" and document["shards"] == 1 and document["resumed_shards"] == 0
+
+
+def test_verify_of_an_export_ends_with_7_and_names_every_difference(here: Path) -> None:
+    assert run("export", "-o", "cat").exit_code == 0
+    shown = run("verify", "cat", "--adapters", "know", "form")
+    assert shown.exit_code == 0 and "no difference" in shown.stdout and "NOT" not in shown.stdout
+    assert run("verify", "cat", "-q").stdout == "incomplete\n"
+    config = json.loads(Path("cat/adapter_config.json").read_text())
+    Path("cat/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1, "bias": "all"}))
+    failed = run("verify", "cat", "--json")
+    assert failed.exit_code == 7
+    error = json.loads(failed.stdout)["error"]
+    assert error["kind"] == "VerificationError" and error["problems"]
+    Path("cat/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
+    failed = run("verify", "cat", "--recipe", "recipe.json")
+    assert failed.exit_code == 7 and "lora_alpha = 1" in failed.stderr
+    assert run("verify", "know").exit_code == 3
