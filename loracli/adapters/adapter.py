@@ -23,9 +23,9 @@ from loracli.adapters.names import (
     whole_parameter,
 )
 from loracli.adapters.references import Reference
-from loracli.adapters.tensor_file import TensorFile, TensorReader, open_tensor_file
+from loracli.adapters.tensor_file import TensorFile, TensorReader, open_tensor_file, tensor_reader
 from loracli.algebra.factors import Factors
-from loracli.errors import MalformedAdapter
+from loracli.errors import IntegrityError, MalformedAdapter
 
 AdapterKind = Literal["linear", "embedding"]
 Key = TypeVar("Key")
@@ -93,15 +93,20 @@ class LoraAdapter:
 
     def read_base_copy(self, module: str) -> Tensor:
         """The stored copy of the base's matrix of `module`."""
-        return self._read(self.base_copies[module])
+        with tensor_reader(self.path / TENSOR_FILE) as reader:
+            return reader.read(self.base_copies[module])
 
     def read_saved(self, tensor: SavedTensor) -> Tensor:
-        """A parameter of a module that was saved whole."""
-        return self._read(tensor.name)
+        """A parameter of a module that was saved whole.
 
-    def _read(self, name: str) -> Tensor:
-        with open_tensor_file(self.path / TENSOR_FILE, any_shape=_may_have_any_shape).reader() as reader:
-            return reader.read(name)
+        Raises:
+            IntegrityError: if the file has changed since it was checked.
+        """
+        with tensor_reader(self.path / TENSOR_FILE) as reader:
+            found = reader.read(tensor.name)
+        if (tuple(found.shape), found.dtype) != (tensor.shape, tensor.dtype):
+            raise IntegrityError(f"{self.path / TENSOR_FILE} has changed since it was checked")
+        return found
 
 
 def read_adapter(source: str | Fetched) -> LoraAdapter:
@@ -177,7 +182,7 @@ def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
 _Sorted = tuple[dict[str, dict[Part, str]], dict[str, str], dict[str, dict[str, str]]]
 
 
-def _sort_tensors(names: Iterable[str], where: str, modules_to_save: Sequence[str]) -> _Sorted:
+def _sort_tensors(names: Iterable[str], where: str, modules_to_save: tuple[str, ...]) -> _Sorted:
     """Tensor names by module and part; of base matrices by module; of modules saved whole by module and parameter."""
     parts: dict[str, dict[Part, str]] = {}
     copies: dict[str, str] = {}
@@ -223,11 +228,11 @@ def _check_sorted(
             raise MalformedAdapter(f"{CONFIG_FILE} has {name!r} in modules_to_save, but no tensor of it", where=where)
 
 
-def _saved_module(parameter: str, modules_to_save: Sequence[str]) -> str | None:
+def _saved_module(parameter: str, modules_to_save: tuple[str, ...]) -> str | None:
     """The outermost module around a parameter whose name ends in one that was saved whole, as PEFT looks it up."""
     words = parameter.split(".")
     paths = (".".join(words[:end]) for end in range(1, len(words)))
-    return next((path for path in paths if any(path.endswith(name) for name in modules_to_save)), None)
+    return next((path for path in paths if path.endswith(modules_to_save)), None)
 
 
 def _may_have_any_shape(name: str) -> bool:

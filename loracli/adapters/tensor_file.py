@@ -13,7 +13,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,9 @@ class TensorFile:
     dtypes: dict[str, torch.dtype]
     sha256: str
 
-    @contextmanager
-    def reader(self) -> Iterator[TensorReader]:
-        """Opens the file for reading; no memory map, so that a file that shrinks cannot kill the process."""
-        try:
-            with safe_open(self.path, framework="pt", backend="pread") as file:
-                yield TensorReader(self.path, file)
-        except (SafetensorError, OSError) as error:
-            raise MalformedAdapter(f"cannot be read: {error}", where=str(self.path)) from None
+    def reader(self) -> AbstractContextManager[TensorReader]:
+        """Opens the file for reading."""
+        return tensor_reader(self.path)
 
 
 class TensorReader:
@@ -78,6 +73,16 @@ class TensorReader:
                 hint="the adapter's training has diverged; use an earlier checkpoint",
             )
         return tensor
+
+
+@contextmanager
+def tensor_reader(path: Path) -> Iterator[TensorReader]:
+    """Opens a file that was checked before; no memory map, so that a file that shrinks cannot kill the process."""
+    try:
+        with safe_open(path, framework="pt", backend="pread") as file:
+            yield TensorReader(path, file)
+    except (SafetensorError, OSError) as error:
+        raise MalformedAdapter(f"cannot be read: {error}", where=str(path)) from None
 
 
 def open_tensor_file(
