@@ -72,6 +72,7 @@ class LoraAdapter:
         base_copies: names of base matrices that PEFT stored beside embeddings; must equal the base's, never exported.
         dtype: the widest dtype among the factors and the modules that were saved whole.
         sha256: of each file that was read, by file name.
+        file: that the tensors are in.
         saved: modules that replace the base's (modules_to_save): by module, then by the parameter's path in the base.
     """
 
@@ -83,6 +84,7 @@ class LoraAdapter:
     base_copies: Mapping[str, str]
     dtype: torch.dtype
     sha256: Mapping[str, str]
+    file: TensorFile = field(repr=False)
     saved: Mapping[str, Mapping[str, SavedTensor]] = field(default_factory=dict)
 
     @property
@@ -109,11 +111,15 @@ class LoraAdapter:
         return self._read(self.base_copies[module])
 
     def read_saved(self, tensor: SavedTensor) -> Tensor:
-        """A parameter of a module that was saved whole."""
+        """A parameter of a module that was saved whole.
+
+        Raises:
+            IntegrityError: if the file has changed since it was checked.
+        """
         return self._read(tensor.name)
 
     def _read(self, name: str) -> Tensor:
-        with open_tensor_file(self.path / TENSOR_FILE, any_shape=may_have_any_shape).reader() as reader:
+        with self.file.reader() as reader:
             return reader.read(name)
 
 
@@ -191,6 +197,7 @@ def _adapter(
             CONFIG_FILE: sha256((fetched.path / CONFIG_FILE).read_bytes()).hexdigest(),
             file.path.name: file.sha256,
         },
+        file=file,
         saved=others.saved,
     )
 
@@ -206,7 +213,7 @@ def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
 _Sorted = tuple[dict[str, dict[Part, str]], dict[str, str], dict[str, dict[str, str]]]
 
 
-def sort_tensors(names: Iterable[str], where: str, modules_to_save: Sequence[str]) -> _Sorted:
+def sort_tensors(names: Iterable[str], where: str, modules_to_save: tuple[str, ...]) -> _Sorted:
     """Tensor names by module and part; of base matrices by module; of modules saved whole by module and parameter."""
     parts: dict[str, dict[Part, str]] = {}
     copies: dict[str, str] = {}
@@ -252,11 +259,11 @@ def _check_sorted(
             raise MalformedAdapter(f"{CONFIG_FILE} has {name!r} in modules_to_save, but no tensor of it", where=where)
 
 
-def _saved_module(parameter: str, modules_to_save: Sequence[str]) -> str | None:
+def _saved_module(parameter: str, modules_to_save: tuple[str, ...]) -> str | None:
     """The outermost module around a parameter whose name ends in one that was saved whole, as PEFT looks it up."""
     words = parameter.split(".")
     paths = (".".join(words[:end]) for end in range(1, len(words)))
-    return next((path for path in paths if any(path.endswith(name) for name in modules_to_save)), None)
+    return next((path for path in paths if path.endswith(modules_to_save)), None)
 
 
 def may_have_any_shape(name: str) -> bool:

@@ -19,13 +19,14 @@ from loracli.strict_json import StrictJsonError, parse_json
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 14
+MAX_SAVED = 256  # names in modules_to_save; each is held against every tensor's
 
 # Fields that choose modules or concern training and loading only: the tensors already say what came of them.
 _WITHOUT_EFFECT = frozenset(
     "auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode "
     "init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type peft_version "
     "qalora_group_size r rank_pattern alpha_pattern revision runtime_config target_modules task_type use_rslora "
-    "bias loftq_config lora_bias modules_to_save".split()
+    "bias loftq_config lora_bias merge_weights modules_to_save".split()  # merge_weights: of PEFT before 0.3
 )
 
 # Initialisations that leave the base model as it is. The others subtract from it what they put into the factors.
@@ -246,6 +247,8 @@ class _Fields:
         names = self._fields.get("modules_to_save") or []
         if not isinstance(names, list) or not all(isinstance(n, str) and n.isprintable() and n for n in names):
             raise self._bad("modules_to_save", names, "a list of names")
+        if len(names) > MAX_SAVED:
+            raise MalformedAdapter(f"modules_to_save has more than {MAX_SAVED} names", where=self._where)
         if names and self._flag("ensure_weight_tying"):
             raise UnsupportedAdapter(
                 "modules_to_save with ensure_weight_tying is not supported",

@@ -51,11 +51,15 @@ class SavedModules:
         return widest_dtype([tensor.dtype for sources in self.sources.values() for _, tensor in sources])
 
     def read(self, parameter: str) -> Tensor:
-        """A parameter in float64."""
-        total, sources = torch.zeros((), dtype=torch.float64), self.sources[parameter]
-        for adapter, tensor in sources:
-            total = total + adapter.read_saved(tensor).double()
-        return total / len(sources)
+        """A parameter: as it was saved where it comes from one adapter, else the mean in float64."""
+        (adapter, tensor), *others = self.sources[parameter]
+        first = adapter.read_saved(tensor)
+        if not others:
+            return first
+        total = first.double()
+        for adapter, tensor in others:
+            total += adapter.read_saved(tensor)
+        return total / (1 + len(others))
 
 
 def check_policy(text: str) -> None:

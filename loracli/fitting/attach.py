@@ -248,7 +248,7 @@ def _stack(
     if not biased:
         return Stack(lora_A, lora_B, scaling, embed_scale)
     firsts = [sum(f.rank for f in factors[:place]) for place in biased]  # any rank row of the adapter has its weight
-    entries = torch.tensor([*range(len(scaling)), *firsts], device=weight.device)
+    entries = torch.tensor([*range(len(scaling)), *firsts])
     biases = torch.stack([f.bias.to(weight.device, weight.dtype) for f in factors if f.bias is not None], dim=1)
     return Stack(lora_A, torch.cat([lora_B, biases], dim=1), scaling, embed_scale, entries)
 

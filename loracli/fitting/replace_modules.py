@@ -6,7 +6,6 @@ from torch import nn
 
 from loracli.adapters.saved_modules import SavedModules
 from loracli.errors import BaseModelMismatch
-from loracli.fitting.placement import is_sharded
 
 
 def replace_modules(model: nn.Module, saved: SavedModules | None) -> None:
@@ -14,17 +13,15 @@ def replace_modules(model: nn.Module, saved: SavedModules | None) -> None:
 
     A parameter that was tied to another, as a head to the embeddings, is tied no longer: PEFT wraps a copy too.
 
+    Args:
+        model: whole on this process.
+        saved: what replaces it, None for nothing.
     Raises:
-        BaseModelMismatch: if the model has no such parameter, or in another shape, or is shared out over processes.
+        BaseModelMismatch: if the model has no such parameter, or in another shape.
     """
     if saved is None:
         return
-    if is_sharded(model):
-        raise BaseModelMismatch(
-            "modules_to_save cannot replace modules of a base that is shared out over processes",
-            hint="leave --shard out",
-        )
-    check_saved(model, saved)
+    _check_saved(model, saved)
     for path in saved.sources:
         module, _, name = path.rpartition(".")
         own = model.get_parameter(path)
@@ -32,12 +29,7 @@ def replace_modules(model: nn.Module, saved: SavedModules | None) -> None:
         setattr(model.get_submodule(module), name, nn.Parameter(replaced, requires_grad=False))
 
 
-def check_saved(model: nn.Module, saved: SavedModules) -> None:
-    """What a model without numbers can tell of the saved modules.
-
-    Raises:
-        BaseModelMismatch: if the model has no such parameter, or in another shape.
-    """
+def _check_saved(model: nn.Module, saved: SavedModules) -> None:
     for path, shape in saved.shapes.items():
         try:
             own = tuple(model.get_parameter(path).shape)

@@ -119,6 +119,11 @@ def run_fit(
             "answers cannot be generated with a base that is shared out over processes",
             hint="leave out --select-by and --metric-command, or --shard",
         )
+    if placement.shard and inputs.saved is not None:
+        raise UsageError(
+            "modules_to_save cannot replace modules of a base that is shared out over processes",
+            hint="leave --shard out",
+        )
     decision = _memory_decision(inputs, placement, processes)
     (progress.warn if decision.tight else progress.note)(decision.note)
     with memory_errors():

@@ -121,6 +121,13 @@ def test_an_old_config_with_few_keys_is_accepted(tmp_path: Path) -> None:
     )
 
 
+def test_a_config_of_pefts_first_versions_is_accepted_unless_it_splits_a_layer(tmp_path: Path) -> None:
+    old = {"enable_lora": None, "merge_weights": True, "bias": "none", "fan_in_fan_out": False}
+    assert read(tmp_path, **old).rank == 8
+    with pytest.raises(UnsupportedAdapter, match="enable_lora"):
+        read(tmp_path, **{**old, "enable_lora": [True, False, True]})
+
+
 def test_an_alpha_of_zero_or_below_is_a_number(tmp_path: Path) -> None:
     assert read(tmp_path, lora_alpha=0).scaling_of("q") == 0.0
     assert read(tmp_path, lora_alpha=-4).scaling_of("q") == -0.5

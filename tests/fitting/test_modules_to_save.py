@@ -20,13 +20,16 @@ from loracli.comparison.settings import CompareSettings, Controls
 from loracli.errors import (
     BaseModelMismatch,
     IncompatibleAdapters,
+    IntegrityError,
     MalformedAdapter,
     UnsupportedAdapter,
     UsageError,
 )
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method
-from loracli.fitting.run import fit_mixing
+from loracli.fitting.inputs import prepare_fit
+from loracli.fitting.placement import Placement
+from loracli.fitting.run import fit_mixing, run_fit
 from loracli.fitting.settings import FitSettings
 from loracli.recipe import load_recipe
 from tests.test_whole_way import assert_whole_way, fit_case, nats_of_peft
@@ -329,3 +332,29 @@ def test_the_whole_way_with_saved_modules_and_a_bias(tmp_path: Path) -> None:
     adapter = make_saving(tmp_path / "a", base, ["lm_head"], seed=1, lora_bias=True)
     recipe = fit_case(tmp_path, base, [adapter], modules_to_save="pick:#1")
     assert_whole_way(tmp_path, base, recipe, [adapter])
+
+
+def test_a_file_that_has_changed_since_it_was_checked_is_refused(tmp_path: Path, made: tuple[Path, list[Path]]) -> None:
+    adapter = read_adapter(str(rewritten(made[1], tmp_path, {})))
+    found = saved_modules("average", [adapter])
+    assert found is not None
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file(tensors | {HEAD: tensors[HEAD].half()}, tmp_path / WEIGHTS)
+    with pytest.raises(IntegrityError):
+        found.read("lm_head.weight")
+
+
+def test_a_base_that_is_shared_out_is_refused_before_it_is_loaded(
+    tmp_path: Path, made: tuple[Path, list[Path]]
+) -> None:
+    base, paths = made
+    data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
+    settings = FitSettings(modules_to_save="average")
+    inputs = prepare_fit([str(paths[0])], data, base=str(base), settings=settings)
+    with pytest.raises(UsageError, match="modules_to_save"):
+        run_fit(inputs, placement=Placement(shard=True))
+
+
+def test_more_names_than_a_config_ever_has_are_refused(tmp_path: Path, made: tuple[Path, list[Path]]) -> None:
+    with pytest.raises(MalformedAdapter, match="more than 256"):
+        read_adapter(str(rewritten(made[1], tmp_path, {}, modules_to_save=["lm_head"] * 257)))
