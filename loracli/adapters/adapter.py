@@ -99,12 +99,8 @@ class LoraAdapter:
 
     def loaded(self) -> LoraAdapter:
         """The same adapter with all factors in memory."""
-        held = {
-            name: replace(module, factors=module.factors.loaded())
-            for name, module in self.modules.items()
-            if isinstance(module.factors, StoredFactors)
-        }
-        return replace(self, modules={**self.modules, **held})
+        modules = {name: replace(module, factors=module.factors.loaded()) for name, module in self.modules.items()}
+        return replace(self, modules=modules)
 
     def read_base_copy(self, module: str) -> Tensor:
         """The stored copy of the base's matrix of `module`."""

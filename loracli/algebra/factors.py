@@ -54,6 +54,10 @@ class Factors:
     def dtype(self) -> torch.dtype:
         return self.lora_A.dtype
 
+    def loaded(self) -> Factors:
+        """The same factors in memory, which these are in."""
+        return self
+
     def to(self, dtype: torch.dtype) -> Factors:
         """The same factors in another dtype; each entry is rounded once."""
         bias = None if self.bias is None else self.bias.to(dtype)

@@ -14,7 +14,6 @@ import loracli
 from loracli.adapters.adapter import LoraAdapter, widest_dtype
 from loracli.adapters.identity import identity_of
 from loracli.adapters.saved_modules import SavedModules
-from loracli.adapters.stored import StoredFactors
 from loracli.algebra.concatenate import concatenate, without_zeros
 from loracli.algebra.factors import Factors
 from loracli.algebra.methods.method import Merged, Method, MethodOptions
@@ -163,7 +162,7 @@ class MethodSource:
             return Merged(concatenate(*weighted))
         updates = [a.modules[module].factors if module in a.modules else None for a in self.adapters]
         return self.method.merge_updates(
-            [u.loaded() if isinstance(u, StoredFactors) else u for u in updates], self.options
+            [None if update is None else update.loaded() for update in updates], self.options
         )
 
     def document(self) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def read_composition(
             )
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         ingredients = read_ingredients(loaded, relocated=adapters, progress=progress)
+        _refuse_kept(ingredients)
         return Composition(ingredients, loaded, None, loaded.base)
     found = find_method(method)
     if found.search is not None or found.cuts:
@@ -90,7 +91,18 @@ def read_composition(
             hint=f"loracat export --method {method}{data}, then fuse the directory that it writes",
         )
     read, given = read_to_compose(adapters, recipe, base_given=base_given, progress=progress)
+    _refuse_kept(read)
     return Composition(read, None, found, given.base if given else None)
+
+
+def _refuse_kept(adapters: Sequence[LoraAdapter]) -> None:
+    for adapter in adapters:
+        if adapter.config.lora_bias or adapter.saved:
+            feature = "lora_bias" if adapter.config.lora_bias else "modules_to_save"
+            raise UsageError(
+                f"{adapter.reference} has {feature}, which is no update of a weight and cannot be folded in",
+                hint="serve it as an adapter: loracat export --profile peft",
+            )
 
 
 def plan_composed_base(

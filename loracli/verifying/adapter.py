@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE
+from loracli.adapters.names import CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.adapters.tensor_file import open_regular
 from loracli.algebra.concatenate import relative_error
 from loracli.algebra.factors import Factors, thin_svd
@@ -23,11 +23,12 @@ from loracli.errors import InputError, IntegrityError, UsageError
 from loracli.export.certificate import ModuleCertificate
 from loracli.export.profile import PROFILES, choose_layout
 from loracli.export.source import MethodSource, RecipeSource, Source
+from loracli.fusing.workplace import file_sha256
 from loracli.progress import Progress
 from loracli.recipe import BaseModule
 from loracli.schema import decode
 from loracli.strict_json import parse_json
-from loracli.verifying.factors import compare_concatenation, compare_truncation, stripped
+from loracli.verifying.factors import compare_bias, compare_concatenation, compare_truncation, stripped
 from loracli.verifying.findings import Findings
 from loracli.verifying.origin import Origin, find_source, read_origin
 from loracli.verifying.peft_reload import reload_differences, skeleton_of
@@ -36,7 +37,9 @@ TASK = "verify"
 FIGURE = 1e-6  # relative, of a figure of the certificate
 DENSE_NOISE = 1e-5  # of a method that approximates a dense matrix, see algebra/low_rank.py
 _ABSENT = "nothing"
-_EXPORT_KEYS = {"profile", "merged", "rank", "dtype"}
+_RULES = {"tolerance", "energy", "budget"}  # what ranks were chosen by, which stand in the certificate
+_DATA = {"activation_aware"}  # what took calibration records
+_EXPORT_KEYS = {"profile", "merged", "rank", "dtype"} | _RULES
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class _Record:
     merged: bool
     rank: int
     dtype: str
-    sha256: str
+    sha256: dict[str, str]  # of files
     largest_error: float
     modules: dict[str, ModuleCertificate]
     otherwise: tuple[str, ...]  # keys of the export that this version does not know
@@ -61,7 +64,6 @@ def verify_adapter(
     recipe: Path | None,
     adapters: Sequence[str],
     skeleton: nn.Module | None,
-    sha256: str,
     progress: Progress,
 ) -> None:
     """Checks an exported adapter; everything that differs goes into the findings.
@@ -72,22 +74,29 @@ def verify_adapter(
         findings: takes what is checked, not checked and different.
         recipe, adapters: as in `find_source`.
         skeleton: the base model without numbers, None if it is not at hand.
-        sha256: of the tensor file.
         progress: told how far it is.
     Raises:
         IntegrityError: if the record is damaged, or an ingredient is not the recorded one.
     """
     origin, record = read_origin(document, path / CERTIFICATE_FILE), _read_record(document, path / CERTIFICATE_FILE)
-    if sha256 != record.sha256:
-        findings.differs(f"{TENSOR_FILE} is not the file of the certificate: its sha256 is {sha256}")
-    findings.checked.append(f"the sha256 of {TENSOR_FILE}")
+    for name, recorded in record.sha256.items():
+        found = _sha256(path / name)
+        if found != recorded:
+            findings.differs(f"{name} is not the file of the certificate: its sha256 is {found}")
+        findings.checked.append(f"the sha256 of {name}")
+    if GGUF_FILE in record.sha256:
+        findings.skip(f"the tensors of {GGUF_FILE}", "they are copies of those of the other file; only its hash is")
     try:
         written = read_adapter(str(path))
     except InputError as error:
         findings.differs(f"it cannot be read as an adapter: {error}")
         return
     table = {m.name: m for m in origin.table} or _table_of(written)
-    if _check_config(path, written, origin, record, table, findings):
+    sound = _check_config(path, written, origin, record, table, findings)
+    if written.saved or record.profile == "mlx":
+        kept = "modules_to_save need the base model itself" if written.saved else "PEFT does not read this layout"
+        findings.skip("what PEFT makes of it", kept)
+    elif sound:
         # A config that an export would not write is not handed to PEFT, which runs the patterns in it.
         findings.differences += reload_differences(path, written, skeleton or skeleton_of(list(table.values())))
         where = "the base model's own layers" if skeleton is not None else "layers of the recorded shapes"
@@ -109,7 +118,8 @@ def _read_record(document: dict[str, Any], where: Path) -> _Record:
     modules = decode(tuple[ModuleCertificate, ...], certificate.get("modules"), "certificate.modules", problems)
     hashes = decode(dict[str, str], certificate.get("sha256"), "certificate.sha256", problems)
     largest = decode(float, certificate.get("largest_relative_error"), "certificate.largest_relative_error", problems)
-    if not problems and (TENSOR_FILE not in hashes or not modules):
+    tensors = MLX_TENSOR_FILE if values.get("profile") == "mlx" else TENSOR_FILE
+    if not problems and (tensors not in hashes or not hashes.keys() <= {tensors, GGUF_FILE} or not modules):
         problems.append("certificate: no hash or no modules")
     if not problems and (values["rank"] < 1 or any(module.rank < 1 for module in modules)):
         problems.append("a rank is below 1")
@@ -117,11 +127,15 @@ def _read_record(document: dict[str, Any], where: Path) -> _Record:
         raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
     return _Record(
         **values,
-        sha256=hashes[TENSOR_FILE],
+        sha256=hashes,
         largest_error=largest,
         modules={module.name: module for module in modules},
         otherwise=tuple(sorted(set(export) - _EXPORT_KEYS)),
     )
+
+
+def _sha256(path: Path) -> str:
+    return file_sha256(path) if path.is_file() and not path.is_symlink() else "none, for there is no such file"
 
 
 def _table_of(written: LoraAdapter) -> dict[str, BaseModule]:
@@ -148,11 +162,18 @@ def _check_config(
 ) -> bool:
     """Whether the config is that of an export of this record; ranks and dtype in the file are compared too."""
     ranks = {name: module.rank for name, module in record.modules.items()}
-    if record.profile not in PROFILES or record.otherwise or not ranks.keys() <= table.keys():
+    if record.profile not in PROFILES or set(record.otherwise) - _DATA or not ranks.keys() <= table.keys():
         findings.skip(f"every field of {CONFIG_FILE}", "this version does not know such an export")
         return False
     try:
-        layout = choose_layout(list(table.values()), ranks, record.profile, rank=record.rank)
+        layout = choose_layout(
+            list(table.values()),
+            ranks,
+            record.profile,
+            rank=record.rank,
+            lora_bias="it" if written.config.lora_bias else None,
+            saved=tuple(sorted(written.saved)),
+        )
     except UsageError as error:
         findings.differs(f"the recorded layout is impossible: {error}")
         return False
@@ -186,21 +207,37 @@ def _check_composition(
         progress.advance(TASK, 1)
         findings.tensors += 2
         if name not in names:
-            if module.factors.lora_A.any() or module.factors.lora_B.any():
+            factors = module.factors.loaded()
+            if factors.lora_A.any() or factors.lora_B.any() or (factors.bias is not None and factors.bias.any()):
                 findings.differs(f"{name} is not changed by the composition and has tensors that are not zero")
             continue
         if name in record.modules:
-            difference = _check_module(source, name, module.factors, record, findings)
+            difference = _check_module(source, name, module.factors.loaded(), record, findings)
             if difference is not None:
                 findings.differs(f"{name}: {difference}")
     for name in sorted(set(names) - written.modules.keys()):
         findings.differs(f"{name} is missing")
+    _check_saved(source, written, findings)
     largest = max((m.relative_error for m in record.modules.values()), default=0.0)
     if not math.isclose(largest, record.largest_error, rel_tol=FIGURE):
         findings.differs(f"the certificate's largest error is {record.largest_error:g} and not {largest:g}")
     progress.finish(TASK)
     findings.checked.append("every tensor against the composition of the ingredients in float64")
     findings.checked.append("the errors and energies of the certificate")
+
+
+def _check_saved(source: Source, written: LoraAdapter, findings: Findings) -> None:
+    """Modules that replace the base's, against those of the ingredients."""
+    found = {name: tensor for tensors in written.saved.values() for name, tensor in tensors.items()}
+    expected = {} if source.saved is None else source.saved.shapes
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found or name not in expected:
+            findings.differs(f"{name}: {'is missing' if name not in found else 'no ingredient replaces it'}")
+            continue
+        assert source.saved is not None
+        findings.tensors += 1
+        if not torch.equal(written.read_saved(found[name]), source.saved.read(name).to(found[name].dtype)):
+            findings.differs(f"{name} is not what the ingredients replace it by")
 
 
 def _check_module(source: Source, name: str, found: Factors, record: _Record, findings: Findings) -> str | None:
@@ -220,7 +257,7 @@ def _check_module(source: Source, name: str, found: Factors, record: _Record, fi
     if record.otherwise and record.merged:
         findings.skip(f"the compression of {name}", f"made with {', '.join(record.otherwise)}")
         return None
-    difference = _compare(source, composed, own, known.rank)
+    difference = compare_bias(composed.factors.delta_bias(), own.bias) or _compare(source, composed, own, known.rank)
     if difference is None:
         _check_figures(composed, own, known, findings)
     return difference
@@ -242,7 +279,7 @@ def _check_figures(composed: Merged, own: Factors, known: ModuleCertificate, fin
     """The certificate's error and energy of a module, computed again as `_Plan._compose` does."""
     share = composed.kept_energy
     kept = share * (truncate(composed.factors, known.rank).kept_energy if known.rank < composed.factors.rank else 1.0)
-    plain = Factors(own.lora_A, own.lora_B)
+    plain = Factors(own.lora_A, own.lora_B, bias=own.bias)
     error = math.sqrt(max(1 - share + share * relative_error(plain, composed.factors) ** 2, 0.0))
     for what, recorded, again in (
         ("relative error", known.relative_error, error),

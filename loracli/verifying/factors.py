@@ -27,7 +27,16 @@ def stripped(written: Factors, rank: int) -> Factors | None:
     """The factors without the zeros that pad them to a common rank; None if what should be zero is not."""
     if written.lora_A[rank:].any() or written.lora_B[:, rank:].any():
         return None
-    return Factors(written.lora_A[:rank], written.lora_B[:, :rank], written.scaling)
+    return Factors(written.lora_A[:rank], written.lora_B[:, :rank], written.scaling, written.bias)
+
+
+def compare_bias(expected: Tensor | None, written: Tensor | None) -> str | None:
+    """What differs between a float64 bias and that of a file, where None is a bias of zeros."""
+    if written is None:
+        wrong = 0 if expected is None else int(expected.count_nonzero())
+    else:
+        wrong = _outside(written.new_zeros(written.shape).double() if expected is None else expected, written, 0.0)
+    return f"{wrong} entries of the bias of lora_B are not the recorded composition's" if wrong else None
 
 
 def compare_concatenation(expected: Factors, written: Factors, *, summed: bool) -> str | None:

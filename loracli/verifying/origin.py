@@ -13,18 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.names import TENSOR_FILE
+from loracli.adapters.names import MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules
+from loracli.adapters.text_model import as_text_model
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
-from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, IntegrityError, RecipeError
+from loracli.errors import (
+    AccessDenied,
+    AdapterNotFound,
+    HubUnreachable,
+    IntegrityError,
+    RecipeError,
+    UnsupportedAdapter,
+    UsageError,
+)
 from loracli.export.base_table import BaseTable
-from loracli.export.ingredients import read_recorded
+from loracli.export.ingredients import read_recorded, recorded_policy
 from loracli.export.source import MethodSource, RecipeSource, Source
 from loracli.progress import Progress
 from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, decode_recipe, load_recipe
 from loracli.schema import decode
 from loracli.verifying.findings import Findings
 
+TENSOR_FILES = {TENSOR_FILE, MLX_TENSOR_FILE}
 COMPOSITION = "the composition of the written weights"
 
 
@@ -39,6 +50,7 @@ class Origin:
         recipe_sha256: of the recipe itself.
         method, options, weights: that composed, None with a recipe.
         table: of base modules, empty with a method.
+        policy: for modules that adapters saved whole.
     """
 
     adapters: tuple[RecipeAdapter, ...]
@@ -49,6 +61,7 @@ class Origin:
     options: MethodOptions
     weights: tuple[float, ...] | None
     table: tuple[BaseModule, ...]
+    policy: str
 
 
 def read_origin(document: dict[str, Any], where: Path) -> Origin:
@@ -62,10 +75,12 @@ def read_origin(document: dict[str, Any], where: Path) -> Origin:
             recipe = decode_recipe(document["recipe"], "its recipe", Path())
         except RecipeError as error:
             raise IntegrityError(f"the record is damaged: {error.what}", where=str(where)) from None
-        digest = document.get("recipe_sha256")
+        digest, policy = document.get("recipe_sha256"), recorded_policy(recipe)
         if not isinstance(digest, str):
             raise IntegrityError("the record has no recipe_sha256", where=str(where))
-        return Origin(recipe.adapters, recipe.base.id, recipe, digest, None, MethodOptions(), None, recipe.modules)
+        return Origin(
+            recipe.adapters, recipe.base.id, recipe, digest, None, MethodOptions(), None, recipe.modules, policy
+        )
     problems: list[str] = []
     base, recorded = document.get("base"), document.get("method")
     adapters = decode(tuple[RecipeAdapter, ...], document.get("adapters"), "adapters", problems)
@@ -79,11 +94,12 @@ def read_origin(document: dict[str, Any], where: Path) -> Origin:
     weights = decode(tuple[float, ...] | None, recorded.get("weights"), "method.weights", problems)
     if not adapters or (weights is not None and len(weights) != len(adapters)):
         problems.append("method.weights: not one for each adapter")
-    if any(TENSOR_FILE not in adapter.sha256 for adapter in adapters):
+    if any(not TENSOR_FILES & adapter.sha256.keys() for adapter in adapters):
         problems.append("adapters: one without a hash")
     if problems:
         raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
-    return Origin(adapters, base["id"], None, None, METHODS[recorded["name"]], options, weights, ())
+    policy = str(document.get("modules_to_save", REFUSE))
+    return Origin(adapters, base["id"], None, None, METHODS[recorded["name"]], options, weights, (), policy)
 
 
 def _options(recorded: Any, problems: list[str]) -> MethodOptions:
@@ -127,11 +143,26 @@ def find_source(
     if read is None:
         return None
     if origin.recipe is not None:
-        return RecipeSource(given or origin.recipe, read)
+        names = {module.name for module in origin.table}
+        read = tuple(as_text_model(adapter, names) for adapter in read)
+        return RecipeSource(given or origin.recipe, read, _saved(origin, read))
     assert origin.method is not None
     return MethodSource(
-        origin.method, origin.options, origin.weights, read, origin.adapters, BaseTable(origin.base_id, origin.table)
+        origin.method,
+        origin.options,
+        origin.weights,
+        read,
+        origin.adapters,
+        BaseTable(origin.base_id, origin.table),
+        _saved(origin, read),
     )
+
+
+def _saved(origin: Origin, adapters: tuple[LoraAdapter, ...]) -> SavedModules | None:
+    try:
+        return saved_modules(origin.policy, adapters)
+    except (UsageError, UnsupportedAdapter) as error:
+        raise IntegrityError(f"the recorded modules_to_save do not fit the ingredients: {error}") from None
 
 
 def _ingredients(

@@ -93,4 +93,9 @@ def reload_differences(folder: Path, adapter: LoraAdapter, skeleton: nn.Module) 
         for side, own, theirs in zip("AB", (factors.lora_A, factors.lora_B), found, strict=True):
             if not torch.equal(theirs.detach().float(), own.float()):
                 differences.append(f"PEFT loads another lora_{side} for {name}")
+        bias = getattr(layer.lora_B["default"], "bias", None) if "default" in layer.lora_B else None
+        if (bias is None) != (factors.bias is None):
+            differences.append(f"PEFT has {'no' if bias is None else 'a'} bias of lora_B for {name}")
+        elif bias is not None and factors.bias is not None and not torch.equal(bias.float(), factors.bias.float()):
+            differences.append(f"PEFT loads another bias of lora_B for {name}")
     return differences

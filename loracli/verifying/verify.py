@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loracli.adapters.names import TENSOR_FILE
+from loracli.adapters.names import MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.adapters.tensor_file import open_regular
 from loracli.atomic import CERTIFICATE_FILE
 from loracli.errors import InputError, IntegrityError
-from loracli.fusing.workplace import FUSE_CERTIFICATE, file_sha256
+from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.progress import SILENT, Progress
 from loracli.strict_json import StrictJsonError, parse_json
 from loracli.verifying.adapter import verify_adapter
@@ -63,7 +63,7 @@ def verify_directory(
             hint="give the directory of `loracat export` or `loracat fuse`",
         )
     document = _read(path / CERTIFICATE_FILE)
-    if not (path / TENSOR_FILE).is_file():
+    if not any((path / name).is_file() for name in (TENSOR_FILE, MLX_TENSOR_FILE)):
         raise IntegrityError(f"{path} has a record and no {TENSOR_FILE}")
     skeleton = None
     if base is not None:
@@ -77,7 +77,6 @@ def verify_directory(
         recipe=given,
         adapters=adapters,
         skeleton=skeleton,
-        sha256=file_sha256(path / TENSOR_FILE),
         progress=progress,
     )
     return findings.result(path, "adapter")

@@ -1,0 +1,109 @@
+"""What an export can hold beside factors, in every layout, is verified too: biases, whole modules, other files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loracli.errors import IntegrityError, UsageError
+from loracli.export.method import export_method
+from loracli.fusing.fuse import fuse_model
+from loracli.verifying.verify import verify_directory
+from tests.export.test_export import Made
+from tests.tiny import make_adapter
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def two(folder: Path, base: Path, *targets: str, **options: Any) -> list[str]:
+    """Two adapters that stock PEFT saved."""
+    made = [
+        make_adapter(folder / f"a{seed}", base, targets=targets, rank=2, alpha=6, seed=seed, **options)
+        for seed in (0, 1)
+    ]
+    return [str(path) for path in made]
+
+
+def edited(out: Path, edit: Callable[[dict[str, torch.Tensor]], object], file: str = WEIGHTS) -> str:
+    """What verifying says of changed tensors whose hash was changed with them."""
+    import hashlib
+
+    tensors = load_file(out / file)
+    edit(tensors)
+    save_file(tensors, out / file, metadata={"format": "pt"})
+    record = json.loads((out / "loracat.json").read_text())
+    record["certificate"]["sha256"][file] = hashlib.sha256((out / file).read_bytes()).hexdigest()
+    (out / "loracat.json").write_text(json.dumps(record))
+    with pytest.raises(IntegrityError) as caught:
+        verify_directory(out, adapters=[str(out.parent / "a0"), str(out.parent / "a1")])
+    return "\n".join(getattr(caught.value, "problems", ()))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_biases_are_compared(tmp_path: Path, tiny_base: Path, merge: bool) -> None:
+    paths = two(tmp_path, tiny_base, "q_proj", "down_proj", lora_bias=True)
+    export_method("uniform", tmp_path / "out", adapters=paths, base=str(tiny_base), merge=merge)
+    found = verify_directory(tmp_path / "out", adapters=paths)
+    assert not found.not_checked
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.bias"
+    said = edited(tmp_path / "out", lambda tensors: tensors[name].neg_())
+    assert "model.layers.1.mlp.down_proj" in said and "bias" in said
+
+
+def test_modules_saved_whole_are_compared(tmp_path: Path, tiny_base: Path) -> None:
+    paths = two(tmp_path, tiny_base, "q_proj", modules_to_save=["norm"])
+    options = {"adapters": paths, "base": str(tiny_base), "modules_to_save": "average"}
+    export_method("sum", tmp_path / "out", **options)  # type: ignore[arg-type]
+    found = verify_directory(tmp_path / "out", adapters=paths)
+    assert [skipped.what for skipped in found.not_checked] == ["what PEFT makes of it"]
+    said = edited(tmp_path / "out", lambda tensors: tensors["base_model.model.model.norm.weight"].add_(0.01))
+    assert "model.norm.weight is not what the ingredients replace it by" in said
+
+
+def test_the_layout_of_mlx_is_compared(tmp_path: Path, tiny_base: Path) -> None:
+    paths = two(tmp_path, tiny_base, "q_proj", "v_proj")
+    export_method("sum", tmp_path / "out", adapters=paths, base=str(tiny_base), profile="mlx")
+    found = verify_directory(tmp_path / "out", adapters=paths)
+    assert [skipped.what for skipped in found.not_checked] == ["what PEFT makes of it"]
+    assert found.tensors == len(load_file(tmp_path / "out" / "adapters.safetensors"))
+    file, name = "adapters.safetensors", "model.layers.0.self_attn.v_proj.lora_b"
+    assert "model.layers.0.self_attn.v_proj" in edited(tmp_path / "out", lambda t: t[name].mul_(-1), file)
+
+
+def test_a_gguf_file_is_held_against_its_hash(tmp_path: Path, tiny_base: Path) -> None:
+    paths = two(tmp_path, tiny_base, "q_proj", "v_proj")
+    export_method("sum", tmp_path / "out", adapters=paths, base=str(tiny_base), gguf=True)
+    found = verify_directory(tmp_path / "out", adapters=paths)
+    assert [skipped.what for skipped in found.not_checked] == ["the tensors of adapter.gguf"]
+    data = bytearray((tmp_path / "out" / "adapter.gguf").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "out" / "adapter.gguf").write_bytes(data)
+    with pytest.raises(IntegrityError) as caught:
+        verify_directory(tmp_path / "out", adapters=paths)
+    assert "adapter.gguf is not the file of the certificate" in "".join(caught.value.problems)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("rule", [{"tolerance": 0.4}, {"energy": 0.8}, {"budget": 12_000}])
+@pytest.mark.parametrize("profile", ["portable", "peft"])
+def test_ranks_that_were_chosen_by_a_rule_are_verified(tmp_path: Path, rule: dict[str, Any], profile: str) -> None:
+    from loracli.export.export import export_adapter
+
+    made = Made(tmp_path, "mixed ranks")
+    export_adapter(made.recipe, tmp_path / "out", merge=True, profile=profile, **rule)
+    assert not verify_directory(tmp_path / "out", adapters=[str(path) for path in made.paths]).not_checked
+
+
+@pytest.mark.parametrize("feature", [{"lora_bias": True}, {"modules_to_save": ["norm"]}])
+def test_what_is_no_update_of_a_weight_is_not_folded_in(
+    tmp_path: Path, tiny_base: Path, feature: dict[str, Any]
+) -> None:
+    paths = two(tmp_path, tiny_base, "q_proj", **feature)
+    with pytest.raises(UsageError, match=f"{next(iter(feature))}, which is no update of a weight"):
+        fuse_model(None, tmp_path / "model", adapters=paths, method="sum", base=str(tiny_base))
+    assert not (tmp_path / "model").exists()
