@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from loracli.export.ahead import in_order, one_thread_each
+from loracli.export.export import export_adapter
+from tests.export.test_export import Made
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -46,3 +49,17 @@ def test_the_number_of_threads_is_what_it_was_also_after_an_error() -> None:
         assert (threads, torch.get_num_threads()) == (before, 1)
         raise ValueError("x")
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_export_has_the_same_bytes_for_any_number_of_threads(tmp_path: Path, merge: bool) -> None:
+    made = Made(tmp_path, "mixed ranks")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            export_adapter(made.recipe, tmp_path / f"out{threads}", merge=merge)
+    finally:
+        torch.set_num_threads(before)
+    for file in sorted((tmp_path / "out1").iterdir()):
+        assert file.read_bytes() == (tmp_path / "out3" / file.name).read_bytes()
