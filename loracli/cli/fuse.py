@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -63,8 +64,9 @@ def fuse(
     from loracli.fusing.fuse import fuse_model
 
     out = Output(as_json=as_json, quiet=quiet)
+    composed = Path("recipe.json") if recipe is None and (method is None or not adapters) else recipe
     fused = fuse_model(
-        Path("recipe.json") if recipe is None and (method is None or not adapters) else recipe,
+        composed,
         output,
         adapters=adapters or (),
         method=method,
@@ -102,4 +104,7 @@ def fuse(
         out.line("  embedding and head were one matrix and are two now: tie_word_embeddings is false in config.json")
     if fused.left_behind:
         out.note(f"not taken along: {', '.join(fused.left_behind)}")
-    out.hint(f"loracat verify {fused.path}")
+    ingredients = [word for adapter in adapters or () for word in (" --adapters ", shlex.quote(adapter))]
+    known = [" --recipe ", shlex.quote(str(composed))] if composed and composed.is_file() else ingredients
+    bases = [" --base ", shlex.quote(base)] if base else []
+    out.hint("".join(["loracat verify ", shlex.quote(str(fused.path)), *known, *bases]))

@@ -200,6 +200,9 @@ def _check_composition(
     source: Source, written: LoraAdapter, record: _Record, findings: Findings, progress: Progress
 ) -> None:
     names = source.names()
+    if record.merged and record.otherwise:
+        findings.skip("every tensor against the composition", f"it was cut with {', '.join(record.otherwise)}")
+        return
     progress.begin(TASK, len(written.modules), "modules")
     if set(names) != record.modules.keys():
         findings.differs("the certificate is of other modules than the composition changes")
@@ -254,9 +257,6 @@ def _check_module(source: Source, name: str, found: Factors, record: _Record, fi
         return "its shape is not that of the composition"
     if known.rank < composed.factors.rank and not record.merged:
         return f"is cut to rank {known.rank} from {composed.factors.rank}, and is recorded as not compressed"
-    if record.otherwise and record.merged:
-        findings.skip(f"the compression of {name}", f"made with {', '.join(record.otherwise)}")
-        return None
     difference = compare_bias(composed.factors.delta_bias(), own.bias) or _compare(source, composed, own, known.rank)
     if difference is None:
         _check_figures(composed, own, known, findings)
