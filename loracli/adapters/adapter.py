@@ -72,7 +72,7 @@ class LoraAdapter:
         base_copies: names of base matrices that PEFT stored beside embeddings; must equal the base's, never exported.
         dtype: the widest dtype among the factors and the modules that were saved whole.
         sha256: of each file that was read, by file name.
-        file: that the tensors are in.
+        file: that the tensors are in, None of an adapter that was made in memory.
         saved: modules that replace the base's (modules_to_save): by module, then by the parameter's path in the base.
     """
 
@@ -84,7 +84,7 @@ class LoraAdapter:
     base_copies: Mapping[str, str]
     dtype: torch.dtype
     sha256: Mapping[str, str]
-    file: TensorFile = field(repr=False)
+    file: TensorFile | None = field(default=None, repr=False)
     saved: Mapping[str, Mapping[str, SavedTensor]] = field(default_factory=dict)
 
     @property
@@ -115,6 +115,7 @@ class LoraAdapter:
         return self._read(tensor.name)
 
     def _read(self, name: str) -> Tensor:
+        assert self.file is not None
         with self.file.reader() as reader:
             return reader.read(name)
 
