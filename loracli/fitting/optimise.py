@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,8 +14,7 @@ BETAS = (0.9, 0.95)
 EPSILON = 1e-8
 WARM_UP = 0.05
 ARMIJO = 1e-4
-BACK = 0.4  # of a step to where the loss is not finite
-SHORTEST, LONGEST = 0.05, 0.6  # shares of a step that did not descend, between which the next is
+BACK = 0.4  # of a step that did not descend
 FIRST_MOVE = 0.3  # largest change of a weight in the first step; mixing weights live on the scale of 1
 LARGEST_MOVE = 1.0  # and in any later one
 
@@ -31,7 +29,7 @@ class Minimum:
 
 
 def bfgs(evaluate: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, *, evaluations: int) -> Minimum:
-    """Quasi-Newton descent with a dense inverse Hessian and backtracking; Nocedal and Wright 2006, algorithms 6.1, 3.1.
+    """Quasi-Newton descent with a dense inverse Hessian and halving steps; Nocedal and Wright 2006, algorithm 6.1.
 
     Args:
         evaluate: theta to its value and gradient, which has theta's shape.
@@ -60,7 +58,7 @@ def bfgs(evaluate: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, *, e
             new_gradient = new_gradient.flatten()
             if new_value <= value + ARMIJO * step * slope:
                 break
-            step *= _interpolated(value, step * slope, new_value, step * float(new_gradient @ direction))
+            step *= BACK
         else:
             break
         s, y = trial - theta, new_gradient - gradient
@@ -73,19 +71,6 @@ def bfgs(evaluate: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, *, e
             inverse = left @ inverse @ left.T + rho * torch.outer(s, s)
         theta, value, gradient = trial, new_value, new_gradient
     return Minimum(theta.view(shape), value, used)
-
-
-def _interpolated(value: float, slope: float, new_value: float, new_slope: float) -> float:
-    """The share of a step at which the cubic through both ends, with their slopes along the step, is least; Nocedal and
-    Wright 2006, equation 3.59, kept within bounds. With few evaluations to spend, halving would use them all up."""
-    first = slope + new_slope - 3 * (new_value - value)
-    square = first * first - slope * new_slope
-    if square < 0:
-        return SHORTEST
-    second = math.sqrt(square)
-    bottom = new_slope - slope + 2 * second
-    share = 1 - (new_slope + second - first) / bottom if bottom > 0 else SHORTEST
-    return min(max(share, SHORTEST), LONGEST)
 
 
 def peak_rate(steps: int) -> float:
