@@ -166,7 +166,7 @@ def test_kill_9_at_random_moments_and_resume_ends_in_the_same_bytes(fit: Fit) ->
 def test_ctrl_c_and_sigterm_keep_the_state_and_say_how_to_go_on(fit: Fit, signum: int, code: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "loracli", "fit", "-a", *fit.adapters, "-d", str(fit.data), "--base", fit.base]
-        + ["--batch-tokens", "32", "--passes", "50"],
+        + ["--batch-tokens", "32", "--passes", "500"],
         cwd=fit.folder,
         env=environment(),
         stderr=subprocess.PIPE,
