@@ -63,6 +63,11 @@ def verify_directory(
             hint="give the directory of `loracat export` or `loracat fuse`",
         )
     document = _read(path / CERTIFICATE_FILE)
+    if "conversion" in document:
+        raise InputError(
+            f"{path} was made by `loracat convert`, and a conversion is not computed again",
+            hint="convert the adapter again and compare the sha256 of the two",
+        )
     if not any((path / name).is_file() for name in (TENSOR_FILE, MLX_TENSOR_FILE)):
         raise IntegrityError(f"{path} has a record and no {TENSOR_FILE}")
     skeleton = None

@@ -107,3 +107,13 @@ def test_what_is_no_update_of_a_weight_is_not_folded_in(
     with pytest.raises(UsageError, match=f"{next(iter(feature))}, which is no update of a weight"):
         fuse_model(None, tmp_path / "model", adapters=paths, method="sum", base=str(tiny_base))
     assert not (tmp_path / "model").exists()
+
+
+def test_a_converted_adapter_is_refused_by_name(tmp_path: Path, tiny_base: Path) -> None:
+    from loracli.conversion.convert import convert_adapter
+    from loracli.errors import InputError
+
+    make_adapter(tmp_path / "dora", tiny_base, targets=("q_proj",), rank=2, use_dora=True)
+    convert_adapter(str(tmp_path / "dora"), tmp_path / "out", base=str(tiny_base), rank=4)
+    with pytest.raises(InputError, match="made by `loracat convert`"):
+        verify_directory(tmp_path / "out")
