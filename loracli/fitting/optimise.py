@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,22 +15,31 @@ BETAS = (0.9, 0.95)
 EPSILON = 1e-8
 WARM_UP = 0.05
 ARMIJO = 1e-4
-BACK = 0.4  # of a step that did not descend
+BACK = 0.4  # of a step to where the loss is not finite
+SHORTEST, LONGEST = 0.05, 0.6  # shares of a step that did not descend, between which the next is
 FIRST_MOVE = 0.3  # largest change of a weight in the first step; mixing weights live on the scale of 1
 LARGEST_MOVE = 1.0  # and in any later one
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """The best point that a search saw: theta as given, its value, and how many evaluations were spent."""
+    """The best point that a search saw.
+
+    Args:
+        theta: of the shape of the start.
+        value: there.
+        values: of every evaluation, in order; where the loss was not finite there is none.
+        evaluations: how many were spent.
+    """
 
     theta: Tensor
     value: float
+    values: tuple[float, ...]
     evaluations: int
 
 
 def bfgs(evaluate: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, *, evaluations: int) -> Minimum:
-    """Quasi-Newton descent with a dense inverse Hessian and halving steps; Nocedal and Wright 2006, algorithm 6.1.
+    """Quasi-Newton descent with a dense inverse Hessian and backtracking; Nocedal and Wright 2006, algorithms 6.1, 3.1.
 
     Args:
         evaluate: theta to its value and gradient, which has theta's shape.
@@ -40,7 +50,7 @@ def bfgs(evaluate: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, *, e
     """
     shape = start.shape
     theta, (value, gradient) = start.flatten(), evaluate(start)
-    gradient = gradient.flatten()
+    gradient, values = gradient.flatten(), [value]
     inverse = torch.eye(theta.numel(), dtype=torch.float64) * (FIRST_MOVE / max(float(gradient.abs().max()), 1e-12))
     used, scaled = 1, False
     while used < evaluations and float(gradient.abs().max()) > 1e-7:
@@ -56,9 +66,10 @@ def bfgs(evaluate: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, *, e
                 step *= BACK
                 continue
             new_gradient = new_gradient.flatten()
+            values.append(new_value)
             if new_value <= value + ARMIJO * step * slope:
                 break
-            step *= BACK
+            step *= _interpolated(value, step * slope, new_value, step * float(new_gradient @ direction))
         else:
             break
         s, y = trial - theta, new_gradient - gradient
@@ -70,7 +81,20 @@ def bfgs(evaluate: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, *, e
             left = torch.eye(len(theta), dtype=torch.float64) - rho * torch.outer(s, y)
             inverse = left @ inverse @ left.T + rho * torch.outer(s, s)
         theta, value, gradient = trial, new_value, new_gradient
-    return Minimum(theta.view(shape), value, used)
+    return Minimum(theta.view(shape), value, tuple(values), used)
+
+
+def _interpolated(value: float, slope: float, new_value: float, new_slope: float) -> float:
+    """The share of a step at which the cubic through both ends, with their slopes along the step, is least; Nocedal and
+    Wright 2006, equation 3.59, kept within bounds. With few evaluations to spend, halving would use them all up."""
+    first = slope + new_slope - 3 * (new_value - value)
+    square = first * first - slope * new_slope
+    if square < 0:
+        return SHORTEST
+    second = math.sqrt(square)
+    bottom = new_slope - slope + 2 * second
+    share = 1 - (new_slope + second - first) / bottom if bottom > 0 else SHORTEST
+    return min(max(share, SHORTEST), LONGEST)
 
 
 def peak_rate(steps: int) -> float:

@@ -25,6 +25,14 @@ def test_bfgs_reaches_the_minimum_of_a_quadratic_in_few_evaluations() -> None:
     assert found.evaluations == len(calls) <= 15
 
 
+def test_bfgs_descends_where_the_first_step_is_far_too_long() -> None:
+    """The first step is 15 times the way to the minimum: what is seen at its end tells how long it should be, so three
+    evaluations are enough; shortening it by a fixed share would end where it began."""
+    evaluate, calls = quadratic(torch.tensor([0.02], dtype=torch.float64), torch.tensor([900.0], dtype=torch.float64))
+    found = bfgs(evaluate, torch.zeros(1, dtype=torch.float64), evaluations=3)
+    assert len(calls) == 3 and abs(float(found.theta) - 0.02) < 1e-6
+
+
 def test_bfgs_shortens_a_step_to_where_the_loss_is_not_finite() -> None:
     """A minimum at 1 with a wall at 1.1: steps beyond it raise, and the search still gets there."""
     beyond = []
