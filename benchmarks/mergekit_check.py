@@ -5,7 +5,7 @@
 
 The composition is the average. mergekit bakes each adapter into a full copy of the base, adds the differences to the
 base (`task_arithmetic`), and takes an adapter out of the result again (`mergekit-extract-lora`). loracat fuses the
-adapters into the base, and exports one adapter, concatenated and with --merge. All start from what is on disk, in turns;
+adapters into the base, and exports one adapter, concatenated and with --merge. All start from what is on disk, in turn;
 processes are timed whole, their peak memory is the resident size that the system reports, and mergekit's cache of baked
 copies is emptied before each round.
 
