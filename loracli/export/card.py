@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import loracli
+from loracli.adapters.references import URI_PREFIX
 from loracli.algebra.methods.method import Method
 from loracli.export.certificate import Certificate
+from loracli.export.licence import agreed_licence
 from loracli.export.profile import Layout
 from loracli.recipe import INLINE_KINDS, Recipe, RecipeAdapter
+
+_TAKE_RECIPE = """python -c "import json; print(json.dumps(json.load(open('loracat.json'))['recipe']))" > recipe.json"""
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,11 @@ class CardText:
         ingredients: a table of them, and what there is to say of it.
         results: a table of what held-out records say; nothing without one.
         repeat: the command that makes it again, without what concerns compression, dtype and layout.
-        origin: where the rest of the origin is.
+        given: the end of that command: what it is made of.
+        prepared: the command before it, None without one.
+        origin: what else is needed to make it again.
         version: of loracat.
+        licence: that all ingredients state, None if they do not.
         made: how it was made, for the heading; None of a composition.
     """
 
@@ -39,22 +48,29 @@ class CardText:
     ingredients: tuple[str, ...]
     results: tuple[str, ...]
     repeat: str
+    given: str
+    prepared: str | None
     origin: tuple[str, ...]
     version: str
+    licence: str | None
     made: str | None = None
 
 
-def recipe_card(recipe: Recipe) -> CardText:
-    """Of a recipe as it may be published."""
+def recipe_card(recipe: Recipe, licences: Sequence[str | None]) -> CardText:
+    """Of a recipe as it may be published, and the licence that each of its adapters states."""
+    local = any(adapter.repo_id is None for adapter in recipe.adapters)
     return CardText(
         base_id=recipe.base.id,
         adapters=len(recipe.adapters),
         how=tuple(_mixing(recipe)),
-        ingredients=tuple(_ingredients(recipe)),
+        ingredients=tuple(_ingredients(recipe, licences)),
         results=tuple(_held_out(recipe)),
         repeat="loracat export",
-        origin=("the recipe is the object `recipe` in `loracat.json`.", *_tensors(recipe)),
+        given=f"recipe.json{f' --adapters {words_of(recipe.adapters)}' if local else ''}",
+        prepared=_TAKE_RECIPE,
+        origin=("The recipe is the object `recipe` in `loracat.json`.", *_tensors(recipe)),
         version=recipe.versions.get("loracat", ""),
+        licence=agreed_licence(licences),
     )
 
 
@@ -64,23 +80,28 @@ def method_card(
     weights: Sequence[float] | None,
     base_id: str,
     adapters: Sequence[RecipeAdapter],
+    licences: Sequence[str | None],
 ) -> CardText:
-    """Of adapters, by the names that may be published, that a method composed."""
+    """Of adapters, by the names that may be published, that a method composed; and the licence that each states."""
     chosen = {name: value for name, value in options.items() if value is not None and name != "rank"}
     said = ", ".join(f"{name} {value:g}" for name, value in chosen.items() if isinstance(value, (int, float)))
     how = f"Its update of every module comes from theirs by `{method.name}`: {method.summary}"
     words = [f"--method {method.name}", *(f"--{name} {value:g}" for name, value in chosen.items())]
     columns: Sequence[list[float] | None] = [None] * len(adapters) if weights is None else [[w] for w in weights]
-    found = "" if method.search is None else " and the calibration file that the weights were found with"
+    found = "" if method.search is None else " --fit-data FILE"
+    searched = ("`FILE` is the calibration file that the weights were found with.",) if found else ()
     return CardText(
         base_id=base_id,
         adapters=len(adapters),
         how=(f"{how}{f' ({said})' if said else ''}.",),
-        ingredients=(*adapter_table(list(zip(adapters, columns, strict=True))), ""),
+        ingredients=(*adapter_table(list(zip(adapters, columns, licences, strict=True))), ""),
         results=(),
         repeat=f"loracat export {' '.join(words)}",
-        origin=(f"with `--adapters` and the adapters in this order{found}; `loracat.json` has their hashes.",),
+        given=f"--adapters {words_of(adapters)}{found}",
+        prepared=None,
+        origin=searched,
         version=loracli.__version__,
+        licence=agreed_licence(licences),
     )
 
 
@@ -89,7 +110,7 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
     title = f"compressed to rank {layout.rank}" if merged else f"of rank {layout.rank}"
     return "\n".join(
         [
-            *front_matter(text.base_id, "adapter", "mlx" if layout.profile == "mlx" else "peft"),
+            *front_matter(text.base_id, "adapter", "mlx" if layout.profile == "mlx" else "peft", text.licence),
             f"# LoRA adapter {text.made or f'composed of {text.adapters}'}, {title}",
             "",
             f"One LoRA adapter for `{text.base_id}` that carries the skills of its ingredients.",
@@ -99,6 +120,7 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
             "## Ingredients",
             "",
             *text.ingredients,
+            *_licence(text),
             *text.results,
             "## Exactness",
             "",
@@ -111,11 +133,36 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
             *_use(text.base_id, layout),
             "",
             *_servers(layout),
-            f"Repeat it with `{text.repeat}{options}`; {text.origin[0]}",
-            *text.origin[1:],
+            "## Make it again",
+            "",
+            "```bash",
+            *([] if text.prepared is None else [text.prepared]),
+            f"{text.repeat}{options} {text.given}",
+            "```",
+            "",
+            *text.origin,
+            "The hashes of ingredients and weights are in `loracat.json`.",
             "",
         ]
     )  # fmt: skip
+
+
+def words_of(adapters: Sequence[RecipeAdapter]) -> str:
+    """Adapters as they are named in a command: pinned to their commits, local ones by a path to fill in."""
+    return " ".join(shlex.quote(_printable(_word(adapter))) for adapter in adapters)
+
+
+def _word(adapter: RecipeAdapter) -> str:
+    if adapter.repo_id is None:
+        return f"path/to/{adapter.reference}"
+    pinned = f"{adapter.repo_id}@{adapter.commit}"
+    return f"{URI_PREFIX}{pinned}/{adapter.subfolder}" if adapter.subfolder else pinned
+
+
+def _licence(text: CardText) -> list[str]:
+    if text.licence is not None:
+        return []
+    return ["No licence is stated here, because the ingredients do not all state the same one.", ""]
 
 
 def _mixing(recipe: Recipe) -> list[str]:
@@ -161,14 +208,15 @@ def _use(base_id: str, layout: Layout) -> list[str]:
     ]
 
 
-def front_matter(base_id: str, relation: str, library: str) -> list[str]:
-    """What the Hub reads of a card: the base, and what this is of it."""
+def front_matter(base_id: str, relation: str, library: str, licence: str | None = None) -> list[str]:
+    """What the Hub reads of a card: the base, what this is of it, and its licence if it may state one."""
     tags = ["lora", "transformers", "loracat", "merge", f"base_model:{relation}:{base_id}"]
     return [
         "---",
         f"base_model: {json.dumps(base_id)}",
         f"base_model_relation: {relation}",
         f"library_name: {library}",
+        *([] if licence is None else [f"license: {json.dumps(licence)}"]),
         "pipeline_tag: text-generation",
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in tags),
@@ -177,28 +225,40 @@ def front_matter(base_id: str, relation: str, library: str) -> list[str]:
     ]
 
 
-def _ingredients(recipe: Recipe) -> list[str]:
+def _ingredients(recipe: Recipe, licences: Sequence[str | None]) -> list[str]:
     columns = [
         [weight for row in recipe.mixing.weights.values() if (weight := row[index]) is not None]
         for index in range(len(recipe.adapters))
     ]
-    lines = adapter_table(list(zip(recipe.adapters, columns, strict=True)))
+    lines = adapter_table(list(zip(recipe.adapters, columns, licences, strict=True)))
     if recipe.mixing.kind not in INLINE_KINDS:
         lines += ["", "The weights are a summary: those whose weighted sum comes closest to the update of a module."]
     return [*lines, ""]
 
 
-def adapter_table(adapters: Sequence[tuple[RecipeAdapter, Sequence[float] | None]]) -> list[str]:
-    """A line for each adapter with its weights in all modules, None of a method without weights."""
-    lines = ["| adapter | commit | sha256 | rank | mean weight | range |", "|---|---|---|--:|--:|---|"]
-    for adapter, weights in adapters:
+def adapter_table(adapters: Sequence[tuple[RecipeAdapter, Sequence[float] | None, str | None]]) -> list[str]:
+    """A line for each adapter: its weights in all modules, None of a method without weights, and its licence."""
+    lines = [
+        "| adapter | licence | commit | sha256 | rank | mean weight | range |",
+        "|---|---|---|---|--:|--:|---|",
+    ]
+    for adapter, weights, licence in adapters:
         mean = f"{sum(weights) / len(weights):.3f}" if weights else "-"
         spread = f"{min(weights):.3f} to {max(weights):.3f}" if weights else "-"
         lines.append(
-            f"| {_cell(adapter.reference)} | {(adapter.commit or 'local')[:12]} | "
+            f"| {_linked(adapter)} | {licence or 'not stated'} | {(adapter.commit or 'local')[:12]} | "
             f"{adapter.weights_sha256[:12]} | {adapter.rank} | {mean} | {spread} |"
         )
     return lines
+
+
+def _linked(adapter: RecipeAdapter) -> str:
+    """The adapter's name, leading to the Hub's page of its commit."""
+    name = _cell(adapter.reference)
+    if adapter.repo_id is None:
+        return name
+    folder = f"/{quote(adapter.subfolder)}" if adapter.subfolder else ""
+    return f"[{name}](https://huggingface.co/{adapter.repo_id}/tree/{adapter.commit}{folder})"
 
 
 def _held_out(recipe: Recipe) -> list[str]:
@@ -254,8 +314,11 @@ def _servers(layout: Layout) -> list[str]:
 
 def _cell(text: str) -> str:
     """Text for a Markdown table: no character of it is markup."""
-    printable = "".join(c if c.isprintable() else "?" for c in text)
-    return "`" + printable.replace("`", "'").replace("|", "\\|") + "`"
+    return "`" + _printable(text).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _percent(share: float) -> str:
