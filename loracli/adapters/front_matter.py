@@ -30,19 +30,23 @@ def read_front_matter(path: Path) -> dict[Any, Any]:
     with open_regular(path) as file:
         data = file.read(MAX_README_BYTES + 1)
     if len(data) > MAX_README_BYTES:
-        raise MalformedAdapter(f"is larger than {MAX_README_BYTES} bytes", where=str(path))
+        raise _malformed(path, f"is larger than {MAX_README_BYTES} bytes")
     try:
         block = _BLOCK.match(data.decode("utf-8"))
     except UnicodeDecodeError:
-        raise MalformedAdapter("is not UTF-8", where=str(path)) from None
+        raise _malformed(path, "is not UTF-8") from None
     if block is None:
         return {}
     if len(block[1]) > MAX_FRONT_MATTER:
-        raise MalformedAdapter(f"has more than {MAX_FRONT_MATTER} characters of metadata", where=str(path))
+        raise _malformed(path, f"has more than {MAX_FRONT_MATTER} characters of metadata")
     try:
         found = yaml.load(block[1], Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError):
-        raise MalformedAdapter("has metadata that is not valid YAML", where=str(path)) from None
+        raise _malformed(path, "has metadata that is not valid YAML") from None
     if found is not None and not isinstance(found, dict):
-        raise MalformedAdapter("has metadata that is no mapping", where=str(path))
+        raise _malformed(path, "has metadata that is no mapping")
     return found or {}
+
+
+def _malformed(path: Path, what: str) -> MalformedAdapter:
+    return MalformedAdapter(what, where=str(path), hint="put right what stands between the dashes at its head")
