@@ -23,7 +23,7 @@ from loracli.conversion.initialisation import Initial, initial_update
 from loracli.conversion.read import Convertible
 from loracli.errors import BaseModelMismatch, UnsupportedAdapter, UsageError
 from loracli.export.base_table import BaseTable
-from loracli.export.card import CardText, adapter_table, words_of
+from loracli.export.card import CardText, adapter_table, base_words, words_of
 from loracli.export.licence import agreed_licence, stated_licences
 from loracli.recipe import BaseModule, RecipeAdapter
 from loracli.schema import encode
@@ -248,7 +248,7 @@ class ConversionSource:
             ingredients=(*adapter_table(rows), ""),
             results=(),
             repeat="loracat convert" + ("" if self.cut.tolerance is None else f" --tolerance {self.cut.tolerance:g}"),
-            given=words_of(self.identities[:1]) + initial,
+            given=words_of(self.identities[:1]) + initial + base_words(self.base.id, self.identities),
             prepared=None,
             origin=(),
             version=loracli.__version__,

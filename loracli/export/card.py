@@ -97,7 +97,7 @@ def method_card(
         ingredients=(*adapter_table(list(zip(adapters, columns, licences, strict=True))), ""),
         results=(),
         repeat=f"loracat export {' '.join(words)}",
-        given=f"--adapters {words_of(adapters)}{found}",
+        given=f"--adapters {words_of(adapters)}{base_words(base_id, adapters)}{found}",
         prepared=None,
         origin=searched,
         version=loracli.__version__,
@@ -150,6 +150,12 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
 def words_of(adapters: Sequence[RecipeAdapter]) -> str:
     """Adapters as they are named in a command: pinned to their commits, local ones by a path to fill in."""
     return " ".join(shlex.quote(_printable(_word(adapter))) for adapter in adapters)
+
+
+def base_words(base_id: str, adapters: Sequence[RecipeAdapter]) -> str:
+    """The option that names the base model, where the adapters themselves do not."""
+    agreed = all(adapter.base_model == base_id for adapter in adapters)
+    return "" if agreed else f" --base {shlex.quote(_printable(base_id))}"
 
 
 def _word(adapter: RecipeAdapter) -> str:

@@ -17,6 +17,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public by its documentation alone
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from loracli.adapters.hub.failures import LOG_IN, HttpError, without_server_words
 from loracli.errors import AccessDenied, HubUnreachable, InputError, LoracatError
@@ -26,16 +31,30 @@ AGAIN = "run the same command again: a commit appears whole or not at all, and w
 
 @contextmanager
 def push_errors(repo_id: str, *, creating: bool = False) -> Iterator[None]:
-    """Turns what huggingface_hub raises into our errors; `creating` is about the repository itself."""
+    """Turns what huggingface_hub raises into our errors, and keeps it from drawing bars of its own; `creating` is about
+    the repository itself."""
     try:
-        with without_server_words(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the Hub remarks on a card's metadata
+        with without_server_words(), _silently():
             yield
     except (OSError, ValueError, RuntimeError, HttpError) as error:
         ours = _ours(error, repo_id, creating)
         if ours is None:
             raise
         raise ours from error
+
+
+@contextmanager
+def _silently() -> Iterator[None]:
+    """Without bars, and without warnings: those quote what the Hub remarks on a card's metadata."""
+    disabled = are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        disable_progress_bars()
+        try:
+            yield
+        finally:
+            if not disabled:
+                enable_progress_bars()
 
 
 def _ours(error: BaseException, repo_id: str, creating: bool) -> LoracatError | None:

@@ -159,6 +159,17 @@ def test_the_commands_of_a_card_make_the_same_weights_from_the_hub(
         assert record["certificate"] == json.loads((tmp_path / name / "loracat.json").read_text())["certificate"]
 
 
+def test_the_command_names_the_base_where_an_adapter_does_not(
+    adapters: list[Path], tmp_path: Path, tiny_base: Path
+) -> None:
+    config = adapters[0] / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "/home/alice/llama"}))
+    export_method("sum", tmp_path / "out", adapters=[str(path) for path in adapters], base=str(tiny_base))
+    front, text = card_of(tmp_path / "out")
+    assert f" --adapters path/to/first path/to/second --base {front['base_model']}\n" in text
+    assert "alice" not in "".join((tmp_path / "out" / name).read_text() for name in ("README.md", "loracat.json"))
+
+
 def test_local_ingredients_are_named_by_a_path_to_fill_in(adapters: list[Path], tmp_path: Path, made: Made) -> None:
     export_method("sum", tmp_path / "sum", adapters=[str(path) for path in adapters])
     assert "\nloracat export --method sum --adapters path/to/first path/to/second\n" in card_of(tmp_path / "sum")[1]

@@ -12,7 +12,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _http, are_progress_bars_disabled
 
 from loracli.adapters.hub import fetch_adapter
 from loracli.errors import (
@@ -108,6 +108,17 @@ def test_the_same_bytes_are_not_committed_twice(hub: UploadHub, push: Push) -> N
     assert (again.committed, again.commit, again.url) == (False, first.commit, first.url)
     assert {file.state for file in again.files} == {"same"} and not again.created
     assert len(hub.commits) == 1 and writes(hub) == []
+
+
+def test_a_large_file_that_the_hub_has_is_not_sent_again_and_nothing_is_drawn(
+    hub: UploadHub, push: Push, capfd: pytest.CaptureFixture[str]
+) -> None:
+    push()
+    hub.requests.clear()
+    assert push(repo_id="org/second").committed
+    assert not any("/store/" in path for _, path in hub.requests)
+    assert capfd.readouterr() == ("", "")
+    assert not are_progress_bars_disabled()
 
 
 def test_a_second_push_replaces_what_changed_and_no_file_of_anybody_else(hub: UploadHub, push: Push, out: Path) -> None:
