@@ -181,11 +181,8 @@ class _UploadHandler(_Handler):
         files = dict(before)
         for operation in operations:
             name, value = operation["value"]["path"], operation["value"]
-            if operation["key"] == "deletedFile":
-                del files[name]
-            else:
-                whole = operation["key"] == "file"
-                files[name] = base64.b64decode(value["content"]) if whole else hub.large[value["oid"]]
+            whole = operation["key"] == "file"
+            files[name] = base64.b64decode(value["content"]) if whole else hub.large[value["oid"]]
         for name, other in hub.damage.items():
             files.pop(name)
             if other is not None:

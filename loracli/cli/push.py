@@ -61,6 +61,10 @@ def push(
     if found.url is not None:
         out.value(found.url)
     _show(out, found, dry_run=dry_run)
+    if found.left_there:
+        out.warn(
+            f"the branch also holds {', '.join(found.left_there)}, which this export does not have; it was left there"
+        )
     if found.left_out:
         out.note(f"not uploaded: {', '.join(found.left_out)}")
     if not found.licence:
@@ -80,7 +84,7 @@ def _describe(found: Pushed) -> dict[str, Any]:
         "created": found.created,
         "private": found.private,
         "files": [asdict(file) for file in found.files],
-        "removed": list(found.removed),
+        "left_there": list(found.left_there),
         "left_out": list(found.left_out),
         "licence": found.licence,
         "not_checked": [asdict(item) for item in found.verification.not_checked],
@@ -91,6 +95,8 @@ def _show(out: Output, found: Pushed, *, dry_run: bool) -> None:
     """Where it is and what was done, then every file."""
     branch = f"{found.repo_id}, branch {found.revision}"
     out.line(found.url or branch, style="bold")
+    if found.private:
+        out.line("  private")
     if found.pull_request is not None:
         out.line(f"  pull request  {found.pull_request}")
     if found.commit is not None and not found.committed:
@@ -100,4 +106,4 @@ def _show(out: Output, found: Pushed, *, dry_run: bool) -> None:
     for item in found.verification.not_checked:
         out.line(f"  NOT checked: {item.what}: {item.why}")
     rows = [(f"  {f.name}", amount_text(f.size_bytes, "B"), f.state, f.sha256[:12]) for f in found.files]
-    out.table(["  file", "size", "is", "sha256"], rows + [(f"  {name}", "", "removed", "") for name in found.removed])
+    out.table(["  file", "size", "is", "sha256"], rows)

@@ -58,7 +58,7 @@ class Contents:
     Args:
         files: to upload, sorted by name.
         left_out: names of everything else in the directory.
-        base_id: the base model that the config names.
+        base_id: the base model that the record names.
         licence: whether the card states one.
     """
 
@@ -91,13 +91,12 @@ def read_contents(directory: Path, *, secrets: tuple[str, ...] = ()) -> Contents
     record = _read_json(directory / CERTIFICATE_FILE)
     recorded: dict[str, str] = record["certificate"]["sha256"]
     names = _names(directory, recorded)
-    config = _read_json(directory / CONFIG_FILE)
-    base_id = str(config.get("base_model_name_or_path") or "")
-    if not base_id or is_path(base_id):
+    base_id = str(record.get("recipe", record)["base"]["id"])
+    if is_path(base_id):
         raise no_hub_base(base_id, directory)
     for name in TEXT_FILES:
         _check_text(directory / name, secrets)
-    _check_values(directory / CONFIG_FILE, config)
+    _check_values(directory / CONFIG_FILE, _read_json(directory / CONFIG_FILE))
     _check_values(directory / CERTIFICATE_FILE, record)
     card = read_front_matter(directory / README_FILE)
     _check_card(directory, base_id, card)
@@ -185,7 +184,7 @@ def _check_card(directory: Path, base_id: str, card: dict[Any, Any]) -> None:
     named = card.get("base_model")
     if named not in (base_id, [base_id]):
         raise InputError(
-            f"the card's base_model is {named!r}, and {CONFIG_FILE} names {base_id!r}",
+            f"the card's base_model is {named!r}, and the record names {base_id!r}",
             where=str(directory / README_FILE),
             hint="the Hub shows an adapter beside the base that its card names: put it right, or export again",
         )

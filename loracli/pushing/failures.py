@@ -95,7 +95,12 @@ def _ours_by_status(status: int, repo_id: str, creating: bool) -> LoracatError:
     owner = repo_id.partition("/")[0]
     if status == 401:
         return AccessDenied("the Hub does not accept the token (401)", where=repo_id, hint=f"is it valid? {LOG_IN}")
-    if status == 403 or (status == 409 and creating):
+    if status == 409 and creating:
+        what = "it is there already, and was not shown to this token before (409)"
+        return AccessDenied(
+            what, where=repo_id, hint=f"try again; if it stays so, {LOG_IN}, as someone who may read it"
+        )
+    if status == 403:
         what = f"this account or token may not {'create it' if creating else 'write to it'} ({status})"
         hint = f"is {owner} you, or an organisation that you write for? the token needs write access: {LOG_IN}"
         return AccessDenied(what, where=repo_id, hint=hint)

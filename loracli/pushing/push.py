@@ -49,7 +49,8 @@ class Pushed:
         created: whether the repository was made, or would be.
         private: whether it is, None of one that would be made.
         files: of the export.
-        removed: files of an earlier export that this one does not have.
+        left_there: files that the branch has by names of an export's and this export does not have: perhaps of older
+            weights. A push removes nothing.
         left_out: what else is in the directory and was not uploaded.
         licence: whether the card states one.
         verification: of the directory.
@@ -64,7 +65,7 @@ class Pushed:
     created: bool
     private: bool | None
     files: tuple[PushedFile, ...]
-    removed: tuple[str, ...]
+    left_there: tuple[str, ...]
     left_out: tuple[str, ...]
     licence: bool
     verification: Verification
@@ -124,7 +125,8 @@ def push_adapter(
         raise no_hub_base(contents.base_id, directory)
     planned = _plan(repository, head, contents, verification)
     if dry_run:
-        return planned
+        there = head is not None and head.is_there
+        return planned if there else replace(planned, commit=None, url=None)
     if head is None:
         head = _create(repository, private=private)
     if not head.is_there:
@@ -134,7 +136,6 @@ def push_adapter(
     states = {file.name: file.state for file in planned.files}
     made = repository.commit(
         [file for file in contents.files if states[file.name] != "same"],
-        planned.removed,
         message=message or f"Upload a LoRA adapter made with loracat {loracli.__version__}",
         parent=head.commit,
         create_pr=create_pr,
@@ -184,8 +185,7 @@ def _plan(repository: Repository, head: Head | None, contents: Contents, verific
     there = {} if head is None else head.files
     files = tuple(PushedFile(f.name, f.size_bytes, f.sha256, _state(f, head)) for f in contents.files)
     own = {file.name for file in files}
-    removed = tuple(sorted(EXPORTED_FILES & there.keys() - own))
-    same = head is not None and not removed and all(file.state == "same" for file in files)
+    same = all(file.state == "same" for file in files)
     commit = head.commit if head is not None and same else None
     return Pushed(
         repo_id=repository.id,
@@ -197,7 +197,7 @@ def _plan(repository: Repository, head: Head | None, contents: Contents, verific
         created=head is None,
         private=head.private if head is not None else None,
         files=files,
-        removed=removed,
+        left_there=tuple(sorted(EXPORTED_FILES & there.keys() - own)),
         left_out=contents.left_out,
         licence=contents.licence,
         verification=verification,
@@ -221,15 +221,13 @@ def _create(repository: Repository, *, private: bool) -> Head:
 
 
 def _check_commit(repository: Repository, commit: str, files: Sequence[LocalFile]) -> None:
-    """Raises VerificationError if the commit does not hold these files, or holds others of an export."""
+    """Raises VerificationError if the commit does not hold these files."""
     there = repository.look_at(commit).files
-    own = {file.name for file in files}
     problems = [
         f"{file.name} {'has other bytes' if file.name in there else 'is not there'}"
         for file in files
         if not file.is_listed_as(there.get(file.name))
     ]
-    problems += [f"{name} is of another export" for name in sorted(EXPORTED_FILES & there.keys() - own)]
     if problems:
         raise VerificationError(
             f"commit {commit} of {repository.id} does not hold what was pushed",

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -107,7 +107,6 @@ class Repository:
     def commit(
         self,
         files: Sequence[LocalFile],
-        removed: Sequence[str],
         *,
         message: str,
         parent: str,
@@ -121,7 +120,6 @@ class Repository:
 
         Args:
             files: to add or to replace.
-            removed: names to remove.
             message: of the commit, its first line the summary.
             parent: the commit that the branch has to stand at.
             create_pr: open a pull request instead.
@@ -130,7 +128,7 @@ class Repository:
             IntegrityError: if a file is not what it was.
             LoracatError: of the kind that fits, if the Hub does not take it; nothing is committed then.
         """
-        summary, _, description = message.partition("\n")
+        summary, _, description = message.strip().partition("\n")
         with push_errors(self.id), ExitStack() as opened:
             additions: list[CommitOperationAdd] = []
             for file in files:
@@ -147,7 +145,7 @@ class Repository:
                 progress.finish(reader.task)
             info = self._api.create_commit(
                 self.id,
-                [*additions, *(CommitOperationDelete(name) for name in removed)],
+                additions,
                 commit_message=summary,
                 commit_description=description.strip(),
                 revision=self.branch,

@@ -23,7 +23,9 @@ from loracli.errors import (
     UsageError,
     VerificationError,
 )
+from loracli.export.method import export_method
 from loracli.progress import Silent
+from tests.export.test_export import Made
 from tests.pushing.conftest import Push
 from tests.stub_hub_uploads import EMPTY, UploadHub
 from tests.tiny import BASE_ID
@@ -101,6 +103,24 @@ def test_only_the_files_of_the_export_go_up_and_the_rest_is_named(hub: UploadHub
     assert hub.head(REPO).files.keys() == FILES | EMPTY.keys()
 
 
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({"profile": "mlx"}, {"adapters.safetensors"}),
+        ({"profile": "portable", "gguf": True}, {"adapter_model.safetensors", "adapter.gguf"}),
+    ],
+)
+def test_other_layouts_go_up_whole(
+    hub: UploadHub, push: Push, made: Made, tmp_path: Path, options: dict[str, Any], weights: set[str]
+) -> None:
+    folder, paths = tmp_path / "other", [str(path) for path in made.paths]
+    export_method("sum", folder, adapters=paths, base=str(made.base), **options)
+    found = push(folder)
+    names = FILES - {"adapter_model.safetensors"} | weights
+    assert {file.name for file in found.files} == names == contents(folder).keys()
+    assert hub.head(REPO).files == EMPTY | contents(folder)
+
+
 def test_the_same_bytes_are_not_committed_twice(hub: UploadHub, push: Push) -> None:
     first = push()
     hub.requests.clear()
@@ -124,16 +144,18 @@ def test_a_large_file_that_the_hub_has_is_not_sent_again_and_nothing_is_drawn(
 def test_a_second_push_replaces_what_changed_and_no_file_of_anybody_else(hub: UploadHub, push: Push, out: Path) -> None:
     hub.add(REPO, {"LICENSE": b"mine", "adapter.gguf": b"of an earlier export", "README.md": b"old"})
     found = push()
-    assert found.removed == ("adapter.gguf",) and not found.created
+    theirs = {"LICENSE": b"mine", "adapter.gguf": b"of an earlier export"}
+    assert found.left_there == ("adapter.gguf",) and not found.created
     assert {file.name: file.state for file in found.files}["README.md"] == "changed"
-    assert hub.head(REPO).files == {"LICENSE": b"mine", **contents(out)}
+    assert hub.head(REPO).files == theirs | contents(out)
+    assert not push().committed
     with (out / "README.md").open("a") as card:
         card.write("\nWords of the author.\n")
     hub.requests.clear()
     found = push()
     assert [file.name for file in found.files if file.state != "same"] == ["README.md"]
     assert not any("/store/" in path for _, path in hub.requests)
-    assert hub.head(REPO).files == {"LICENSE": b"mine", **contents(out)}
+    assert hub.head(REPO).files == theirs | contents(out)
 
 
 def test_private_is_for_new_repositories(hub: UploadHub, push: Push) -> None:
@@ -149,6 +171,10 @@ def test_private_is_for_new_repositories(hub: UploadHub, push: Push) -> None:
 def test_a_branch_is_made_and_the_default_one_is_left_alone(hub: UploadHub, push: Push, out: Path) -> None:
     new = push(revision="v2/cat")
     assert hub.head(REPO).files == EMPTY and hub.head(REPO, "v2/cat") == (new.commit, EMPTY | contents(out))
+    same = push().commit
+    assert push(revision="v3", dry_run=True).commit is None and "v3" not in hub.repositories[REPO].revisions
+    found = push(revision="v3")
+    assert (found.committed, found.commit) == (False, same) and hub.head(REPO, "v3").commit == same
     old = hub.add("org/old", {"README.md": b"old"})
     found = push(repo_id="org/old", revision="v2")
     assert hub.head("org/old").commit == old and hub.head("org/old", "v2").commit == found.commit
@@ -191,7 +217,7 @@ def test_a_push_that_meets_another_changes_nothing(hub: UploadHub, push: Push) -
     [
         ("create", 403, AccessDenied, "may not create it"),
         ("create", 404, InputError, "no user or organisation 'org'"),
-        ("create", 409, AccessDenied, "may not create it"),
+        ("create", 409, AccessDenied, "it is there already"),
         ("preupload", 401, AccessDenied, "not accept the token|shows no such repository"),
         ("preupload", 403, AccessDenied, "may not write to it"),
         ("batch", 403, AccessDenied, "may not write to it"),
