@@ -39,7 +39,7 @@ class UploadHub(StubHub):
         large: large files that were stored, by sha256.
         commits: the messages of all commits that were made here, in order.
         refuse: by the name of a step (`create`, `branch`, `validate`, `preupload`, `batch`, `store`, `commit`) the
-            status that it ends with; of `store`, 0 breaks the connection off.
+            status that it ends with; of `store`, 0 breaks the connection off. `answer` makes a commit and says nothing.
         before: called with nothing before a step is answered, by the name of the step.
         damage: names of files that a commit stores with other bytes, or with None not at all.
     """
@@ -193,6 +193,9 @@ class _UploadHandler(_Handler):
         number = len([name for name in repository.revisions if name.startswith("refs/pr/")]) + 1
         repository.revisions[f"refs/pr/{number}" if pull else revision] = made
         hub.commits.append(header["value"]["summary"])
+        if "answer" in hub.refuse:
+            self.connection.close()
+            return
         answer = {"success": True, "commitOid": made, "commitUrl": f"{hub.url}/{repo_id}/commit/{made}"}
         self._json({**answer, **({"pullRequestUrl": f"{hub.url}/{repo_id}/discussions/{number}"} if pull else {})})
 

@@ -7,6 +7,7 @@ and digests are taken here, once; what is uploaded later has to have them.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from loracli.adapters.tensor_file import open_regular
 from loracli.atomic import CERTIFICATE_FILE
 from loracli.errors import InputError, IntegrityError
 from loracli.fusing.workplace import FUSE_CERTIFICATE
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.strict_json import parse_json
 
 TEXT_FILES = (README_FILE, CONFIG_FILE, CERTIFICATE_FILE)
 _BLOCK = 1 << 20
@@ -134,28 +135,23 @@ def _names(directory: Path, recorded: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
+    """A document that the verification has read already."""
     with open_regular(path) as file:
-        data = file.read()
-    try:
-        document = parse_json(data)
-    except StrictJsonError as error:
-        raise InputError(str(error), where=str(path)) from None
-    if not isinstance(document, dict):
-        raise InputError("is no JSON object", where=str(path))
-    return document
+        return parse_json(file.read())
 
 
 def _check_text(path: Path, secrets: tuple[str, ...]) -> None:
     """Refuses a text with a secret, or with a path of the places that a command is typed in."""
-    places = {path.parent.resolve().parent, Path.cwd(), Path.home()}
-    shown = {str(place): f"the path {place} of this machine" for place in places if place != Path(place.anchor)}
-    shown |= {secret: "the token" for secret in secrets}
     with open_regular(path) as file:
         text = file.read().decode("utf-8", errors="replace")
-    for word, what in shown.items():
-        if re.search(rf"(?<![\w./-]){re.escape(word)}(?![\w-])", text):
-            raise InputError(f"{path.name} holds {what}", where=str(path), hint="take it out, or export it again")
+    if any(secret in text for secret in secrets):
+        raise InputError(f"{path.name} holds the token", where=str(path), hint="take it out, and revoke that token")
+    for place in (path.parent.resolve().parent, Path.cwd(), Path(os.path.expanduser("~"))):
+        named = rf"(?<![\w./-]){re.escape(str(place))}(?![\w-])"
+        if place.is_absolute() and place != Path(place.anchor) and re.search(named, text):
+            what = f"{path.name} holds the path {place} of this machine"
+            raise InputError(what, where=str(path), hint="take it out, or export it again")
 
 
 def _check_values(path: Path, document: Any) -> None:

@@ -19,6 +19,7 @@ from loracli.errors import (
     AccessDenied,
     HubUnreachable,
     InputError,
+    IntegrityError,
     LoracatError,
     UsageError,
     VerificationError,
@@ -255,6 +256,22 @@ def test_an_upload_that_breaks_off_commits_nothing_and_a_later_push_succeeds(
     assert told.done[name] <= (out / name).stat().st_size  # what is sent again is not counted again
     hub.refuse.clear()
     assert push().committed and hub.head(REPO).files == EMPTY | contents(out)
+
+
+def test_a_commit_whose_answer_was_lost_is_found_there(hub: UploadHub, push: Push, out: Path) -> None:
+    hub.refuse["answer"] = 0
+    with pytest.raises(HubUnreachable, match="breaks off"):
+        push()
+    hub.refuse.clear()
+    found = push()
+    assert (found.committed, found.commit) == (False, hub.head(REPO).commit) and len(hub.commits) == 1
+
+
+def test_a_file_that_changes_after_it_was_verified_does_not_go_up(hub: UploadHub, push: Push, out: Path) -> None:
+    hub.before["create"] = lambda: flip(out)
+    with pytest.raises(IntegrityError, match="adapter_model.safetensors has changed since"):
+        push()
+    assert hub.commits == [] and hub.large == {}
 
 
 def test_without_a_token_a_network_or_a_hub_nothing_begins(
