@@ -23,8 +23,9 @@ from loracli.conversion.initialisation import Initial, initial_update
 from loracli.conversion.read import Convertible
 from loracli.errors import BaseModelMismatch, UnsupportedAdapter, UsageError
 from loracli.export.base_table import BaseTable
-from loracli.export.card import CardText, adapter_table, base_words, words_of
+from loracli.export.card import CardText, adapter_table
 from loracli.export.licence import agreed_licence, stated_licences
+from loracli.export.repeat import Repeat, adapter_words, base_words
 from loracli.recipe import BaseModule, RecipeAdapter
 from loracli.schema import encode
 
@@ -240,17 +241,16 @@ class ConversionSource:
             how.append("What the initialisation took from the base was computed again from the base's weights.")
         licences = stated_licences(self.adapters)
         rows = [(identity, None, licence) for identity, licence in zip(self.identities, licences, strict=True)]
-        initial = "" if self.read.initial is None else f" --initial {words_of(self.identities[1:])}"
+        words = [adapter_words(self.identities[:1]), *base_words(self.base.id, self.identities)]
+        words += [] if self.read.initial is None else [f"--initial {adapter_words(self.identities[1:])}"]
+        tolerance = "" if self.cut.tolerance is None else f" --tolerance {self.cut.tolerance:g}"
         return CardText(
             base_id=self.base.id,
             adapters=len(self.identities),
             how=tuple(how),
             ingredients=(*adapter_table(rows), ""),
             results=(),
-            repeat="loracat convert" + ("" if self.cut.tolerance is None else f" --tolerance {self.cut.tolerance:g}"),
-            given=words_of(self.identities[:1]) + initial + base_words(self.base.id, self.identities),
-            prepared=None,
-            origin=(),
+            repeat=Repeat(f"loracat convert{tolerance}", " ".join(words)),
             version=loracli.__version__,
             licence=agreed_licence(licences),
             made=f"converted from {kind}",

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 import loracli
-from loracli.adapters.references import URI_PREFIX
 from loracli.algebra.methods.method import Method
 from loracli.export.certificate import Certificate
 from loracli.export.licence import agreed_licence
 from loracli.export.profile import Layout
+from loracli.export.repeat import Repeat, printable, repeat_method, repeat_recipe
 from loracli.recipe import INLINE_KINDS, Recipe, RecipeAdapter
-
-_TAKE_RECIPE = """python -c "import json; print(json.dumps(json.load(open('loracat.json'))['recipe']))" > recipe.json"""
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,7 @@ class CardText:
         how: what the update of a module is.
         ingredients: a table of them, and what there is to say of it.
         results: a table of what held-out records say; nothing without one.
-        repeat: the command that makes it again, without what concerns compression, dtype and layout.
-        given: the end of that command: what it is made of.
-        prepared: the command before it, None without one.
-        origin: what else is needed to make it again.
+        repeat: how it is made again.
         version: of loracat.
         licence: that all ingredients state, None if they do not.
         made: how it was made, for the heading; None of a composition.
@@ -47,10 +42,7 @@ class CardText:
     how: tuple[str, ...]
     ingredients: tuple[str, ...]
     results: tuple[str, ...]
-    repeat: str
-    given: str
-    prepared: str | None
-    origin: tuple[str, ...]
+    repeat: Repeat
     version: str
     licence: str | None
     made: str | None = None
@@ -58,17 +50,13 @@ class CardText:
 
 def recipe_card(recipe: Recipe, licences: Sequence[str | None]) -> CardText:
     """Of a recipe as it may be published, and the licence that each of its adapters states."""
-    local = any(adapter.repo_id is None for adapter in recipe.adapters)
     return CardText(
         base_id=recipe.base.id,
         adapters=len(recipe.adapters),
         how=tuple(_mixing(recipe)),
         ingredients=tuple(_ingredients(recipe, licences)),
         results=tuple(_held_out(recipe)),
-        repeat="loracat export",
-        given=f"recipe.json{f' --adapters {words_of(recipe.adapters)}' if local else ''}",
-        prepared=_TAKE_RECIPE,
-        origin=("The recipe is the object `recipe` in `loracat.json`.", *_tensors(recipe)),
+        repeat=repeat_recipe(recipe),
         version=recipe.versions.get("loracat", ""),
         licence=agreed_licence(licences),
     )
@@ -81,25 +69,30 @@ def method_card(
     base_id: str,
     adapters: Sequence[RecipeAdapter],
     licences: Sequence[str | None],
+    saved: str | None,
 ) -> CardText:
-    """Of adapters, by the names that may be published, that a method composed; and the licence that each states."""
+    """Of adapters, by the names that may be published, that a method composed.
+
+    Args:
+        method, options, weights: that composed them; weights None of a method without.
+        base_id: the base model.
+        adapters: N of them.
+        licences: that each of them states.
+        saved: the policy for modules that adapters saved whole, None where they have none.
+    """
     chosen = {name: value for name, value in options.items() if value is not None and name != "rank"}
     said = ", ".join(f"{name} {value:g}" for name, value in chosen.items() if isinstance(value, (int, float)))
     how = f"Its update of every module comes from theirs by `{method.name}`: {method.summary}"
     words = [f"--method {method.name}", *(f"--{name} {value:g}" for name, value in chosen.items())]
     columns: Sequence[list[float] | None] = [None] * len(adapters) if weights is None else [[w] for w in weights]
-    found = "" if method.search is None else " --fit-data FILE"
-    searched = ("`FILE` is the calibration file that the weights were found with.",) if found else ()
+    words += [] if saved is None else [f"--modules-to-save {shlex.quote(saved)}"]
     return CardText(
         base_id=base_id,
         adapters=len(adapters),
         how=(f"{how}{f' ({said})' if said else ''}.",),
         ingredients=(*adapter_table(list(zip(adapters, columns, licences, strict=True))), ""),
         results=(),
-        repeat=f"loracat export {' '.join(words)}",
-        given=f"--adapters {words_of(adapters)}{base_words(base_id, adapters)}{found}",
-        prepared=None,
-        origin=searched,
+        repeat=repeat_method(words, base_id, adapters, searched=method.search is not None),
         version=loracli.__version__,
         licence=agreed_licence(licences),
     )
@@ -133,36 +126,9 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
             *_use(text.base_id, layout),
             "",
             *_servers(layout),
-            "## Make it again",
-            "",
-            "```bash",
-            *([] if text.prepared is None else [text.prepared]),
-            f"{text.repeat}{options} {text.given}",
-            "```",
-            "",
-            *text.origin,
-            "The hashes of ingredients and weights are in `loracat.json`.",
-            "",
+            *text.repeat.section(options),
         ]
     )  # fmt: skip
-
-
-def words_of(adapters: Sequence[RecipeAdapter]) -> str:
-    """Adapters as they are named in a command: pinned to their commits, local ones by a path to fill in."""
-    return " ".join(shlex.quote(_printable(_word(adapter))) for adapter in adapters)
-
-
-def base_words(base_id: str, adapters: Sequence[RecipeAdapter]) -> str:
-    """The option that names the base model, where the adapters themselves do not."""
-    agreed = all(adapter.base_model == base_id for adapter in adapters)
-    return "" if agreed else f" --base {shlex.quote(_printable(base_id))}"
-
-
-def _word(adapter: RecipeAdapter) -> str:
-    if adapter.repo_id is None:
-        return f"path/to/{adapter.reference}"
-    pinned = f"{adapter.repo_id}@{adapter.commit}"
-    return f"{URI_PREFIX}{pinned}/{adapter.subfolder}" if adapter.subfolder else pinned
 
 
 def _licence(text: CardText) -> list[str]:
@@ -194,12 +160,6 @@ def _mixing(recipe: Recipe) -> list[str]:
         f"base and adapters stayed frozen (CAT, [LoRA Soups](https://arxiv.org/abs/2410.13025), {weights}).",
     ]
     return by_kind.get(recipe.mixing.kind, weighted_sum)
-
-
-def _tensors(recipe: Recipe) -> list[str]:
-    if recipe.mixing.tensors_sha256 is None:
-        return []
-    return [f"It takes a file of tensors beside it, which is not here: sha256 `{recipe.mixing.tensors_sha256}`."]
 
 
 def _use(base_id: str, layout: Layout) -> list[str]:
@@ -320,11 +280,7 @@ def _servers(layout: Layout) -> list[str]:
 
 def _cell(text: str) -> str:
     """Text for a Markdown table: no character of it is markup."""
-    return "`" + _printable(text).replace("`", "'").replace("|", "\\|") + "`"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return "`" + printable(text).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _percent(share: float) -> str:

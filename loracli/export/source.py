@@ -181,7 +181,8 @@ class MethodSource:
 
     def card(self) -> CardText:
         licences = stated_licences(self.adapters)
-        return method_card(self.method, self.taken(), self.weights, self.base.id, self.identities, licences)
+        saved = None if self.saved is None else self.saved.policy
+        return method_card(self.method, self.taken(), self.weights, self.base.id, self.identities, licences, saved)
 
 
 def takes(method: Method) -> frozenset[str]:

@@ -87,7 +87,7 @@ def _ours(error: BaseException, repo_id: str, creating: bool) -> LoracatError | 
         case OSError():
             return LoracatError(f"a file cannot be read: {error.strerror or type(error).__name__}", where=repo_id)
         case _:
-            # The client says ValueError to an answer that is none of a Hub's, and KeyError is a bug.
+            # The client says ValueError or RuntimeError to an answer that is none of a Hub's.
             return _unreachable(error, repo_id) if isinstance(error, (HttpError, ValueError, RuntimeError)) else None
 
 
