@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from tests.stub_hub import Repository, StubHub, _Handler, etag_of
 
@@ -106,7 +106,7 @@ class _UploadHandler(_Handler):
             self._commit("/".join(parts[2:4]), parts[5], data, pull="create_pr=1" in address.query)
         else:
             body = json.loads(data)
-            getattr(self, f"_{step}")(parts, body, parse_qs(address.query))
+            getattr(self, f"_{step}")(parts, body)
 
     @staticmethod
     def _step(parts: list[str]) -> str:
@@ -115,7 +115,7 @@ class _UploadHandler(_Handler):
         named = {"create": "create", "validate-yaml": "validate"}
         return named.get(parts[-1]) or parts[4]
 
-    def _create(self, parts: list[str], body: dict[str, Any], query: object) -> None:
+    def _create(self, parts: list[str], body: dict[str, Any]) -> None:
         hub, repo_id = self._hub, f"{body['organization']}/{body['name']}"
         if body["organization"] not in hub.owners:
             self._fail(403)
@@ -127,14 +127,14 @@ class _UploadHandler(_Handler):
                 hub.private.add(repo_id)
             self._json({"url": f"{hub.url}/{repo_id}"})
 
-    def _branch(self, parts: list[str], body: dict[str, Any], query: object) -> None:
+    def _branch(self, parts: list[str], body: dict[str, Any]) -> None:
         self._repository("/".join(parts[2:4])).revisions[parts[5]] = body["startingPoint"]
         self._json({})
 
-    def _validate(self, parts: list[str], body: dict[str, Any], query: object) -> None:
+    def _validate(self, parts: list[str], body: dict[str, Any]) -> None:
         self._json({"errors": [], "warnings": [{"message": "words of the server"}]})
 
-    def _preupload(self, parts: list[str], body: dict[str, Any], query: object) -> None:
+    def _preupload(self, parts: list[str], body: dict[str, Any]) -> None:
         found = self._repository("/".join(parts[2:4])).files(parts[5])
         if found is None:
             self._fail("no revision")
@@ -147,7 +147,7 @@ class _UploadHandler(_Handler):
             files.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self._json({"files": files})
 
-    def _batch(self, parts: list[str], body: dict[str, Any], query: object) -> None:
+    def _batch(self, parts: list[str], body: dict[str, Any]) -> None:
         objects = []
         for item in body["objects"]:
             action = {"upload": {"href": f"{self._hub.url}/store/{item['oid']}"}}

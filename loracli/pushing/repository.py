@@ -30,7 +30,7 @@ class Head(NamedTuple):
     Args:
         commit: that it stands at.
         private: whether the repository is.
-        files: of the top level, by name.
+        files: of the repository, by path.
         is_there: False for a branch that is still to be made; the rest is then that of the default branch.
     """
 
