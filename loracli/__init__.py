@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loracli.fitting.run import fit_mixing
     from loracli.fitting.settings import FitSettings
     from loracli.fusing.fuse import Fused, fuse_model
+    from loracli.pushing.push import Pushed, push_adapter
     from loracli.recipe import Recipe, load_recipe
     from loracli.report.report import write_report
     from loracli.serving.lint import Lint, lint_adapter
@@ -50,6 +51,7 @@ _HOMES = {
     "LoraAdapter": "loracli.adapters.adapter",
     "LoracatError": "loracli.errors",
     "MethodOptions": "loracli.algebra.methods.method",
+    "Pushed": "loracli.pushing.push",
     "Recipe": "loracli.recipe",
     "TaskMetric": "loracli.evaluation.task_metric",
     "Verification": "loracli.verifying.findings",
@@ -63,6 +65,7 @@ _HOMES = {
     "inspect_adapters": "loracli.adapters.summary",
     "lint_adapter": "loracli.serving.lint",
     "load_recipe": "loracli.recipe",
+    "push_adapter": "loracli.pushing.push",
     "read_adapter": "loracli.adapters.adapter",
     "verify_directory": "loracli.verifying.verify",
     "write_report": "loracli.report.report",
@@ -81,6 +84,7 @@ __all__ = [
     "LoraAdapter",
     "LoracatError",
     "MethodOptions",
+    "Pushed",
     "Recipe",
     "TaskMetric",
     "Verification",
@@ -94,6 +98,7 @@ __all__ = [
     "inspect_adapters",
     "lint_adapter",
     "load_recipe",
+    "push_adapter",
     "read_adapter",
     "verify_directory",
     "write_report",

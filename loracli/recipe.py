@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from loracli.adapters.base_claim import is_path
 from loracli.adapters.names import CONFIG_FILE, TENSOR_FILES, layer, leaf
 from loracli.atomic import replaced_file, write_atomically, write_file
 from loracli.errors import OutputExists, RecipeError
@@ -246,8 +247,9 @@ class Recipe:
         return labels_of(self.adapters, self.folder)
 
     def public(self) -> Recipe:
-        """The recipe as it may be published: adapters by their labels."""
-        return self._renamed(self.labels())
+        """The recipe as it may be published: adapters by their labels, and no path of anybody's machine."""
+        renamed = self._renamed(self.labels())
+        return replace(renamed, adapters=tuple(without_paths(adapter) for adapter in renamed.adapters))
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Writes the recipe, whole or not at all, and its tensors beside it; local adapters become relative to its
@@ -302,6 +304,12 @@ class Recipe:
         if adapter.repo_id is not None:
             return adapter.reference
         return local_reference(self.folder / adapter.reference, folder)
+
+
+def without_paths(adapter: RecipeAdapter) -> RecipeAdapter:
+    """The adapter without the name of its base model where that is a directory of whoever trained it."""
+    named = adapter.base_model
+    return replace(adapter, base_model=None) if named is not None and is_path(named) else adapter
 
 
 def labels_of(adapters: Sequence[RecipeAdapter], folder: Path) -> dict[str, str]:

@@ -136,6 +136,11 @@ def _holds_adapter(text: str) -> bool:
     return os.path.isfile(os.path.join(os.path.expanduser(text), CONFIG_FILE))
 
 
+def is_repo_id(text: str) -> bool:
+    """Whether `text` could name a repository on the Hub, `org/name`."""
+    return _REPO_ID.fullmatch(text) is not None
+
+
 def is_revision(text: str) -> bool:
     """Whether `text` could name a branch, tag or commit; if so it is also harmless as a path inside a cache."""
     return bool(text) and text.isprintable() and _BAD_REVISION.search(text) is None

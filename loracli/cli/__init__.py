@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import loracli
-from loracli.cli import compare, convert, demo, env, export, fetch, fit, fuse, inspect, lint, report, show, verify
+from loracli.cli import compare, convert, demo, env, export, fetch, fit, fuse, inspect, lint, push, report, show, verify
 from loracli.cli._greedy import GreedyCommand
 from loracli.cli._output import Output
 from loracli.errors import LoracatError, UsageError
@@ -98,6 +98,7 @@ app.command(name="compare", cls=GreedyCommand, epilog=compare.EPILOG)(compare.co
 app.command(name="export", cls=GreedyCommand, epilog=export.EPILOG)(export.export)
 app.command(name="fuse", cls=GreedyCommand, epilog=fuse.EPILOG)(fuse.fuse)
 app.command(name="verify", cls=GreedyCommand, epilog=verify.EPILOG)(verify.verify)
+app.command(name="push", epilog=push.EPILOG)(push.push)
 app.command(name="lint", epilog=lint.EPILOG)(lint.lint)
 app.command(name="report", cls=GreedyCommand, epilog=report.EPILOG)(report.report)
 app.command(name="demo")(demo.demo)

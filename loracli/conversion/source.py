@@ -24,6 +24,8 @@ from loracli.conversion.read import Convertible
 from loracli.errors import BaseModelMismatch, UnsupportedAdapter, UsageError
 from loracli.export.base_table import BaseTable
 from loracli.export.card import CardText, adapter_table
+from loracli.export.licence import agreed_licence, stated_licences
+from loracli.export.repeat import Repeat, adapter_words, base_words
 from loracli.recipe import BaseModule, RecipeAdapter
 from loracli.schema import encode
 
@@ -237,14 +239,19 @@ class ConversionSource:
             how.append("What the initialisation took from the base comes from the adapter before its training.")
         elif config.initialisation is not None:
             how.append("What the initialisation took from the base was computed again from the base's weights.")
+        licences = stated_licences(self.adapters)
+        rows = [(identity, None, licence) for identity, licence in zip(self.identities, licences, strict=True)]
+        words = [adapter_words(self.identities[:1]), *base_words(self.base.id, self.identities)]
+        words += [] if self.read.initial is None else [f"--initial {adapter_words(self.identities[1:])}"]
+        tolerance = "" if self.cut.tolerance is None else f" --tolerance {self.cut.tolerance:g}"
         return CardText(
             base_id=self.base.id,
             adapters=len(self.identities),
             how=tuple(how),
-            ingredients=(*adapter_table([(identity, None) for identity in self.identities]), ""),
+            ingredients=(*adapter_table(rows), ""),
             results=(),
-            repeat="loracat convert" + ("" if self.cut.tolerance is None else f" --tolerance {self.cut.tolerance:g}"),
-            origin=("with the adapter above; `loracat.json` has its hashes.",),
+            repeat=Repeat(f"loracat convert{tolerance}", " ".join(words)),
             version=loracli.__version__,
+            licence=agreed_licence(licences),
             made=f"converted from {kind}",
         )

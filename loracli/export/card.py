@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import loracli
 from loracli.algebra.methods.method import Method
 from loracli.export.certificate import Certificate
+from loracli.export.licence import agreed_licence
 from loracli.export.profile import Layout
+from loracli.export.repeat import Repeat, printable, repeat_method, repeat_recipe
 from loracli.recipe import INLINE_KINDS, Recipe, RecipeAdapter
 
 
@@ -27,9 +31,9 @@ class CardText:
         how: what the update of a module is.
         ingredients: a table of them, and what there is to say of it.
         results: a table of what held-out records say; nothing without one.
-        repeat: the command that makes it again, without what concerns compression, dtype and layout.
-        origin: where the rest of the origin is.
+        repeat: how it is made again.
         version: of loracat.
+        licence: that all ingredients state, None if they do not.
         made: how it was made, for the heading; None of a composition.
     """
 
@@ -38,23 +42,23 @@ class CardText:
     how: tuple[str, ...]
     ingredients: tuple[str, ...]
     results: tuple[str, ...]
-    repeat: str
-    origin: tuple[str, ...]
+    repeat: Repeat
     version: str
+    licence: str | None
     made: str | None = None
 
 
-def recipe_card(recipe: Recipe) -> CardText:
-    """Of a recipe as it may be published."""
+def recipe_card(recipe: Recipe, licences: Sequence[str | None]) -> CardText:
+    """Of a recipe as it may be published, and the licence that each of its adapters states."""
     return CardText(
         base_id=recipe.base.id,
         adapters=len(recipe.adapters),
         how=tuple(_mixing(recipe)),
-        ingredients=tuple(_ingredients(recipe)),
+        ingredients=tuple(_ingredients(recipe, licences)),
         results=tuple(_held_out(recipe)),
-        repeat="loracat export",
-        origin=("the recipe is the object `recipe` in `loracat.json`.", *_tensors(recipe)),
+        repeat=repeat_recipe(recipe),
         version=recipe.versions.get("loracat", ""),
+        licence=agreed_licence(licences),
     )
 
 
@@ -64,23 +68,33 @@ def method_card(
     weights: Sequence[float] | None,
     base_id: str,
     adapters: Sequence[RecipeAdapter],
+    licences: Sequence[str | None],
+    saved: str | None,
 ) -> CardText:
-    """Of adapters, by the names that may be published, that a method composed."""
+    """Of adapters, by the names that may be published, that a method composed.
+
+    Args:
+        method, options, weights: that composed them; weights None of a method without.
+        base_id: the base model.
+        adapters: N of them.
+        licences: that each of them states.
+        saved: the policy for modules that adapters saved whole, None where they have none.
+    """
     chosen = {name: value for name, value in options.items() if value is not None and name != "rank"}
     said = ", ".join(f"{name} {value:g}" for name, value in chosen.items() if isinstance(value, (int, float)))
     how = f"Its update of every module comes from theirs by `{method.name}`: {method.summary}"
     words = [f"--method {method.name}", *(f"--{name} {value:g}" for name, value in chosen.items())]
     columns: Sequence[list[float] | None] = [None] * len(adapters) if weights is None else [[w] for w in weights]
-    found = "" if method.search is None else " and the calibration file that the weights were found with"
+    words += [] if saved is None else [f"--modules-to-save {shlex.quote(saved)}"]
     return CardText(
         base_id=base_id,
         adapters=len(adapters),
         how=(f"{how}{f' ({said})' if said else ''}.",),
-        ingredients=(*adapter_table(list(zip(adapters, columns, strict=True))), ""),
+        ingredients=(*adapter_table(list(zip(adapters, columns, licences, strict=True))), ""),
         results=(),
-        repeat=f"loracat export {' '.join(words)}",
-        origin=(f"with `--adapters` and the adapters in this order{found}; `loracat.json` has their hashes.",),
+        repeat=repeat_method(words, base_id, adapters, searched=method.search is not None),
         version=loracli.__version__,
+        licence=agreed_licence(licences),
     )
 
 
@@ -89,7 +103,7 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
     title = f"compressed to rank {layout.rank}" if merged else f"of rank {layout.rank}"
     return "\n".join(
         [
-            *front_matter(text.base_id, "adapter", "mlx" if layout.profile == "mlx" else "peft"),
+            *front_matter(text.base_id, "adapter", "mlx" if layout.profile == "mlx" else "peft", text.licence),
             f"# LoRA adapter {text.made or f'composed of {text.adapters}'}, {title}",
             "",
             f"One LoRA adapter for `{text.base_id}` that carries the skills of its ingredients.",
@@ -99,6 +113,7 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
             "## Ingredients",
             "",
             *text.ingredients,
+            *_licence(text),
             *text.results,
             "## Exactness",
             "",
@@ -111,11 +126,15 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
             *_use(text.base_id, layout),
             "",
             *_servers(layout),
-            f"Repeat it with `{text.repeat}{options}`; {text.origin[0]}",
-            *text.origin[1:],
-            "",
+            *text.repeat.section(options),
         ]
     )  # fmt: skip
+
+
+def _licence(text: CardText) -> list[str]:
+    if text.licence is not None:
+        return []
+    return ["No licence is stated here, because the ingredients do not all state the same one.", ""]
 
 
 def _mixing(recipe: Recipe) -> list[str]:
@@ -143,12 +162,6 @@ def _mixing(recipe: Recipe) -> list[str]:
     return by_kind.get(recipe.mixing.kind, weighted_sum)
 
 
-def _tensors(recipe: Recipe) -> list[str]:
-    if recipe.mixing.tensors_sha256 is None:
-        return []
-    return [f"It takes a file of tensors beside it, which is not here: sha256 `{recipe.mixing.tensors_sha256}`."]
-
-
 def _use(base_id: str, layout: Layout) -> list[str]:
     if layout.profile == "mlx":
         base = base_id if re.fullmatch(r"[\w./-]+", base_id, re.ASCII) else "BASE"
@@ -161,14 +174,15 @@ def _use(base_id: str, layout: Layout) -> list[str]:
     ]
 
 
-def front_matter(base_id: str, relation: str, library: str) -> list[str]:
-    """What the Hub reads of a card: the base, and what this is of it."""
+def front_matter(base_id: str, relation: str, library: str, licence: str | None = None) -> list[str]:
+    """What the Hub reads of a card: the base, what this is of it, and its licence if it may state one."""
     tags = ["lora", "transformers", "loracat", "merge", f"base_model:{relation}:{base_id}"]
     return [
         "---",
         f"base_model: {json.dumps(base_id)}",
         f"base_model_relation: {relation}",
         f"library_name: {library}",
+        *([] if licence is None else [f"license: {json.dumps(licence)}"]),
         "pipeline_tag: text-generation",
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in tags),
@@ -177,28 +191,40 @@ def front_matter(base_id: str, relation: str, library: str) -> list[str]:
     ]
 
 
-def _ingredients(recipe: Recipe) -> list[str]:
+def _ingredients(recipe: Recipe, licences: Sequence[str | None]) -> list[str]:
     columns = [
         [weight for row in recipe.mixing.weights.values() if (weight := row[index]) is not None]
         for index in range(len(recipe.adapters))
     ]
-    lines = adapter_table(list(zip(recipe.adapters, columns, strict=True)))
+    lines = adapter_table(list(zip(recipe.adapters, columns, licences, strict=True)))
     if recipe.mixing.kind not in INLINE_KINDS:
         lines += ["", "The weights are a summary: those whose weighted sum comes closest to the update of a module."]
     return [*lines, ""]
 
 
-def adapter_table(adapters: Sequence[tuple[RecipeAdapter, Sequence[float] | None]]) -> list[str]:
-    """A line for each adapter with its weights in all modules, None of a method without weights."""
-    lines = ["| adapter | commit | sha256 | rank | mean weight | range |", "|---|---|---|--:|--:|---|"]
-    for adapter, weights in adapters:
+def adapter_table(adapters: Sequence[tuple[RecipeAdapter, Sequence[float] | None, str | None]]) -> list[str]:
+    """A line for each adapter: its weights in all modules, None of a method without weights, and its licence."""
+    lines = [
+        "| adapter | licence | commit | sha256 | rank | mean weight | range |",
+        "|---|---|---|---|--:|--:|---|",
+    ]
+    for adapter, weights, licence in adapters:
         mean = f"{sum(weights) / len(weights):.3f}" if weights else "-"
         spread = f"{min(weights):.3f} to {max(weights):.3f}" if weights else "-"
         lines.append(
-            f"| {_cell(adapter.reference)} | {(adapter.commit or 'local')[:12]} | "
+            f"| {_linked(adapter)} | {licence or 'not stated'} | {(adapter.commit or 'local')[:12]} | "
             f"{adapter.weights_sha256[:12]} | {adapter.rank} | {mean} | {spread} |"
         )
     return lines
+
+
+def _linked(adapter: RecipeAdapter) -> str:
+    """The adapter's name, leading to the Hub's page of its commit."""
+    name = _cell(adapter.reference)
+    if adapter.repo_id is None:
+        return name
+    folder = f"/{quote(adapter.subfolder)}" if adapter.subfolder else ""
+    return f"[{name}](https://huggingface.co/{adapter.repo_id}/tree/{adapter.commit}{folder})"
 
 
 def _held_out(recipe: Recipe) -> list[str]:
@@ -254,8 +280,7 @@ def _servers(layout: Layout) -> list[str]:
 
 def _cell(text: str) -> str:
     """Text for a Markdown table: no character of it is markup."""
-    printable = "".join(c if c.isprintable() else "?" for c in text)
-    return "`" + printable.replace("`", "'").replace("|", "\\|") + "`"
+    return "`" + printable(text).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _percent(share: float) -> str:

@@ -20,7 +20,8 @@ from loracli.algebra.methods.method import Merged, Method, MethodOptions
 from loracli.export.base_table import BaseTable
 from loracli.export.card import CardText, method_card, recipe_card
 from loracli.export.compose import compose_module, composed_dtype, composed_modules, composed_rank, weighted_updates
-from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter
+from loracli.export.licence import stated_licences
+from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, without_paths
 from loracli.schema import encode
 
 
@@ -106,7 +107,7 @@ class RecipeSource:
         }
 
     def card(self) -> CardText:
-        return recipe_card(self.recipe.public())
+        return recipe_card(self.recipe.public(), stated_licences(self.adapters))
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,9 @@ class MethodSource:
         return {name: value for name, value in asdict(self.options).items() if name in takes(self.method)}
 
     def card(self) -> CardText:
-        return method_card(self.method, self.taken(), self.weights, self.base.id, self.identities)
+        licences = stated_licences(self.adapters)
+        saved = None if self.saved is None else self.saved.policy
+        return method_card(self.method, self.taken(), self.weights, self.base.id, self.identities, licences, saved)
 
 
 def takes(method: Method) -> frozenset[str]:
@@ -190,5 +193,6 @@ def takes(method: Method) -> frozenset[str]:
 def identities_of(adapters: Sequence[LoraAdapter], labels: dict[str, str]) -> tuple[RecipeAdapter, ...]:
     """The adapters as they may be published, by their labels."""
     return tuple(
-        replace(identity_of(adapter, adapter.reference), reference=labels[adapter.reference]) for adapter in adapters
+        without_paths(replace(identity_of(adapter, adapter.reference), reference=labels[adapter.reference]))
+        for adapter in adapters
     )

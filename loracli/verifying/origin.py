@@ -7,7 +7,7 @@ commit; a local one has to be named by the user, by --adapters or by the recipe;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from loracli.export.base_table import BaseTable
 from loracli.export.ingredients import read_recorded, recorded_policy
 from loracli.export.source import MethodSource, RecipeSource, Source
 from loracli.progress import Progress
-from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, decode_recipe, load_recipe
+from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, decode_recipe, load_recipe, without_paths
 from loracli.schema import decode
 from loracli.verifying.findings import Findings
 
@@ -133,7 +133,9 @@ def find_source(
         if sha256(given.to_json().encode()).hexdigest() != origin.recipe_sha256:
             findings.differs(f"{recipe} is not the recipe that this was made with")
             return None
-        if given.public().to_json() != origin.recipe.to_json():
+        # Older exports kept a base model's path that an adapter names.
+        recorded = replace(origin.recipe, adapters=tuple(without_paths(a) for a in origin.recipe.adapters))
+        if given.public().to_json() != recorded.to_json():
             findings.differs(f"the recorded recipe is not {recipe}")
             return None
     if origin.recipe is not None and origin.recipe.mixing.kind not in INLINE_KINDS and given is None:

@@ -139,8 +139,8 @@ def test_a_method_is_written_to_a_folder_of_its_name_and_repeated_by_the_command
     result = run("export", "--method", "ties", "--density", "0.2", "--adapters", "know", "form")
     assert result.exit_code == 0 and "adapter-ties" in result.stdout
     card = (few / "adapter-ties" / "README.md").read_text()
-    command = next(line for line in card.splitlines() if line.startswith("Repeat it with")).split("`")[1]
-    again = run(*shlex.split(command)[1:], "--adapters", "know", "form", "-o", "again")
+    command = next(line for line in card.splitlines() if line.startswith("loracat export "))
+    again = run(*shlex.split(command.replace("path/to/", ""))[1:], "-o", "again")
     assert again.exit_code == 0, again.stderr
     one, two = (load_file(few / name / "adapter_model.safetensors") for name in ("adapter-ties", "again"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

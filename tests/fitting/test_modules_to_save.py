@@ -180,6 +180,7 @@ def test_a_method_and_a_comparison_follow_the_policy(tmp_path: Path, made: tuple
     with pytest.raises(UnsupportedAdapter, match="modules_to_save"):
         export_method("sum", tmp_path / "no", adapters=names)
     export_method("ties", tmp_path / "ties", adapters=names, modules_to_save="pick:#2")
+    assert " --modules-to-save 'pick:#2' --adapters path/to/" in (tmp_path / "ties" / "README.md").read_text()
     head = "base_model.model.lm_head.weight"
     assert torch.equal(saved_tensors(tmp_path / "ties")[head], saved_tensors(paths[1])[head])
     data = write_jsonl(tmp_path / "test.jsonl", random_records(20))

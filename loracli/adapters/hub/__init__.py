@@ -1,4 +1,4 @@
-"""The only room that talks to the Hub: adapters and base models by reference in, directories pinned to a commit out.
+"""The only room that reads from the Hub: adapters and base models by reference in, directories pinned to a commit out.
 
     Reference ── one request: commit, files, sizes ──> the few files wanted, by exact name ──> Fetched
                  none if the commit is given and cached
@@ -110,7 +110,7 @@ def fetch_adapter(
         text=reference.text,
         cache_dir=cache_dir,
         local_dir=local_dir.expanduser() if local_dir else None,
-        token=_checked_token(token),
+        token=checked_token(token),
         force=force,
         dry_run=dry_run,
         endpoint=endpoint,
@@ -148,7 +148,7 @@ def fetch_base(
         text=repo_id,
         cache_dir=cache_dir,
         local_dir=None,
-        token=_checked_token(token),
+        token=checked_token(token),
         force=force,
         dry_run=dry_run,
         endpoint=endpoint,
@@ -202,7 +202,7 @@ def _take_local(reference: Reference, local_dir: Path | None, progress: Progress
     return Fetched(reference, reference.path, None, tuple(file for file in files if file.name in ADAPTER_FILES))
 
 
-def _checked_token(token: str | None) -> str | None:
+def checked_token(token: str | None) -> str | None:
     """None for no token, so that `--token "$UNSET"` means the login; the HTTP client would quote a malformed one."""
     if token and not (token.isascii() and token.isprintable() and " " not in token):
         raise UsageError("the token holds characters that no token has", hint="copy it again from the Hub's settings")

@@ -28,25 +28,33 @@ from loracli.adapters.names import CONFIG_FILE
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, IntegrityError, LoracatError, OutOfResources
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 # The base of all errors of the HTTP client (httpx or httpx2, by version), reached through a public name.
-_HttpError: type[Exception] = HfHubHTTPError.__mro__[1]
+HttpError: type[Exception] = HfHubHTTPError.__mro__[1]
 
 
 @contextmanager
 def hub_errors(source: Source) -> Iterator[None]:
-    """Turns what huggingface_hub raises into our errors; keeps its warnings, which quote the server, off the screen."""
+    """Turns what huggingface_hub raises into our errors."""
+    try:
+        with without_server_words():
+            yield
+    except (OSError, ValueError, RuntimeError, HttpError) as error:
+        ours = _ours(error, source)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+@contextmanager
+def without_server_words() -> Iterator[None]:
+    """Keeps warnings of huggingface_hub, which quote the server, off the screen."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     if level == logging.WARNING:  # anything else is somebody's wish
         logger.setLevel(logging.ERROR)
     try:
         yield
-    except (OSError, ValueError, RuntimeError, _HttpError) as error:
-        ours = _ours(error, source)
-        if ours is None:
-            raise
-        raise ours from error
     finally:
         logger.setLevel(level)
 
@@ -58,7 +66,7 @@ def _ours(error: BaseException, source: Source) -> LoracatError | None:
         case OfflineModeIsEnabled():
             return HubUnreachable("offline, and not in the cache", where=name, hint="unset HF_HUB_OFFLINE to fetch it")
         case GatedRepoError():
-            hint = f"accept its terms at {url}, then {_LOG_IN}"
+            hint = f"accept its terms at {url}, then {LOG_IN}"
             return AccessDenied("the repository is gated and this account has no access", where=name, hint=hint)
         case RepositoryNotFoundError():
             return source.rejected("no such repository on the Hub, or a private one", hint=_hint_missing(source))
@@ -74,10 +82,10 @@ def _ours(error: BaseException, source: Source) -> LoracatError | None:
             return _ours_by_status(error.response.status_code, source)
         case HFValidationError():
             return source.rejected(f"'{source.repo_id}' cannot be the name of a Hub repository")
-        case LocalEntryNotFoundError() | ValueError() if isinstance(error.__cause__, (OSError, _HttpError)):
+        case LocalEntryNotFoundError() | ValueError() if isinstance(error.__cause__, (OSError, HttpError)):
             return _ours(error.__cause__, source)
         case UnicodeEncodeError():
-            return AccessDenied("the token holds characters that no token has", where=name, hint=_LOG_IN)
+            return AccessDenied("the token holds characters that no token has", where=name, hint=LOG_IN)
         case LocalEntryNotFoundError() | json.JSONDecodeError() | ConnectionError() | TimeoutError():
             return _unreachable(error, source)
         case OSError():
@@ -86,18 +94,18 @@ def _ours(error: BaseException, source: Source) -> LoracatError | None:
             full = f"os error {errno.ENOSPC}" in str(error)
             return _ours_by_errno(OSError(errno.ENOSPC, ""), source) if full else _unreachable(error, source)
         case _:
-            return _unreachable(error, source) if isinstance(error, _HttpError) else None
+            return _unreachable(error, source) if isinstance(error, HttpError) else None
 
 
 def _ours_by_status(status: int, source: Source) -> LoracatError:
     if status in (401, 403):
         return AccessDenied(
-            f"the Hub denies access ({status})", where=source.name, hint=f"is the token valid? {_LOG_IN}"
+            f"the Hub denies access ({status})", where=source.name, hint=f"is the token valid? {LOG_IN}"
         )
     if status == 404:
         return source.rejected("the Hub does not have it (404)", hint=_hint_missing(source))
     if status == 429:
-        hint = f"wait some minutes; {_LOG_IN}, for a higher limit"
+        hint = f"wait some minutes; {LOG_IN}, for a higher limit"
         return HubUnreachable("the Hub limits the number of requests (429)", where=source.name, hint=hint)
     return HubUnreachable(
         f"the Hub fails ({status})", where=source.name, hint="try again later; complete files are kept"
@@ -124,4 +132,4 @@ def _unreachable(error: BaseException, source: Source) -> HubUnreachable:
 def _hint_missing(source: Source) -> str:
     if source.kind.rejected is AdapterNotFound and os.path.isdir(source.text):
         return f"the directory {source.text} is here, but holds no {CONFIG_FILE}"
-    return f"check the spelling; if it is private, {_LOG_IN}"
+    return f"check the spelling; if it is private, {LOG_IN}"

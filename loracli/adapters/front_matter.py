@@ -1,0 +1,52 @@
+"""The metadata at the head of a README.md, as the Hub has it: YAML between two lines of three dashes.
+
+The README of an adapter is as untrusted as its weights. Every scalar is read as text and no tag is honoured, so that no
+date, number or merge key is built; size is limited before anything is parsed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loracli.adapters.tensor_file import open_regular
+from loracli.errors import MalformedAdapter
+
+README_FILE = "README.md"
+MAX_README_BYTES = 1 << 20
+MAX_FRONT_MATTER = 32 << 10  # characters
+_BLOCK = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
+
+
+def read_front_matter(path: Path) -> dict[Any, Any]:
+    """The metadata of a README.md, strings in mappings and lists; empty where there is none.
+
+    Raises:
+        MalformedAdapter: if it is too large, not UTF-8, or not the YAML of a mapping.
+    """
+    with open_regular(path) as file:
+        data = file.read(MAX_README_BYTES + 1)
+    if len(data) > MAX_README_BYTES:
+        raise _malformed(path, f"is larger than {MAX_README_BYTES} bytes")
+    try:
+        block = _BLOCK.match(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise _malformed(path, "is not UTF-8") from None
+    if block is None:
+        return {}
+    if len(block[1]) > MAX_FRONT_MATTER:
+        raise _malformed(path, f"has more than {MAX_FRONT_MATTER} characters of metadata")
+    try:
+        found = yaml.load(block[1], Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
+        raise _malformed(path, "has metadata that is not valid YAML") from None
+    if found is not None and not isinstance(found, dict):
+        raise _malformed(path, "has metadata that is no mapping")
+    return found or {}
+
+
+def _malformed(path: Path, what: str) -> MalformedAdapter:
+    return MalformedAdapter(what, where=str(path), hint="put right what stands between the dashes at its head")
