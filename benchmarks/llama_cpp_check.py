@@ -6,9 +6,9 @@
 
 For each architecture that `--gguf` writes, a tiny base with random weights, two adapters on all linear layers and their
 average in two profiles: every tensor of adapter.gguf is compared with what convert_lora_to_gguf.py makes of the same
-directory, to the last bit. With --run, a Python that has llama-cpp-python: convert_hf_to_gguf.py converts the base to
-float32, llama.cpp loads it with adapter.gguf, and the logits after a prompt are compared with those of stock PEFT,
-beside those of the base alone. Prints Markdown.
+directory, to the last bit. With --run, a Python that has llama-cpp-python, sentencepiece, torch and transformers:
+convert_hf_to_gguf.py converts the base to float32, llama.cpp loads it with adapter.gguf, and the logits after a prompt
+are compared with those of stock PEFT, beside those of the base alone. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def logits_of_llama_cpp(python: str, base: Path, lora: str, tokens: list[int], o
 def run_rows(llama_cpp: Path, python: str, base: Path, adapters: list[str], folder: Path) -> None:
     tokens = AutoTokenizer.from_pretrained(base)(PROMPT).input_ids
     gguf = folder / "base.gguf"
-    command = [sys.executable, str(llama_cpp / "convert_hf_to_gguf.py"), str(base), "--outtype", "f32"]
+    command = [python, str(llama_cpp / "convert_hf_to_gguf.py"), str(base), "--outtype", "f32"]
     subprocess.run([*command, "--outfile", str(gguf)], check=True, capture_output=True)
     exported = folder / "exported"
     export_method("uniform", exported, adapters=adapters, gguf=True, base=str(base), dtype="float32")
@@ -155,7 +155,7 @@ def run_rows(llama_cpp: Path, python: str, base: Path, adapters: list[str], fold
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("llama_cpp", type=Path, help="a checkout of llama.cpp")
-    parser.add_argument("--run", metavar="PYTHON", help="a Python that has llama-cpp-python")
+    parser.add_argument("--run", metavar="PYTHON", help="a Python that has llama-cpp-python and sentencepiece")
     parser.add_argument("--base", type=Path)
     parser.add_argument("--adapters", nargs="+")
     arguments = parser.parse_args()
