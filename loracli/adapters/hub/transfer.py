@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from loracli.errors import HubUnreachable, IntegrityError
 from loracli.progress import Progress
 
 SIDE_BY_SIDE = 4  # repositories at a time; each in its own order of files
+SECONDS_TO_STOP = 2.0  # for transfers to notice that they shall, and to remove what they have written
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,24 +41,41 @@ def fetch(sources: Sequence[Source]) -> list[Copy]:
 
 
 def _side_by_side(work: Callable[[T], R], items: Sequence[T], stopped: threading.Event) -> list[R]:
-    """work(item) of each, in a few threads; the first failure in the order of items stops the others."""
+    """work(item) of each, in a few threads; a failure, or Ctrl-C, stops the others."""
     if len(items) < 2:
         return [work(item) for item in items]
-    pool = ThreadPoolExecutor(SIDE_BY_SIDE)
+    waiting: queue.SimpleQueue[tuple[int, T]] = queue.SimpleQueue()
+    outcomes: queue.SimpleQueue[tuple[int, R | BaseException]] = queue.SimpleQueue()
+    for numbered in enumerate(items):
+        waiting.put(numbered)
+
+    def run() -> None:
+        with suppress(queue.Empty):
+            while not stopped.is_set():
+                number, item = waiting.get_nowait()
+                try:
+                    outcomes.put((number, work(item)))
+                except BaseException as error:
+                    outcomes.put((number, error))
+
+    # Daemons: a pool's threads would keep the process alive for as long as a server that has stopped sending likes.
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(min(len(items), SIDE_BY_SIDE))]
+    results: dict[int, R] = {}
     try:
-        futures = [pool.submit(work, item) for item in items]
-        if any(future.exception() for future in wait(futures, return_when=FIRST_EXCEPTION).done):
-            _stop(stopped)
+        for thread in threads:
+            thread.start()
+        while len(results) < len(items):
+            number, outcome = outcomes.get()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            results[number] = outcome
     except BaseException:
         _stop(stopped)
+        until = time.monotonic() + SECONDS_TO_STOP
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
         raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-    failures = [future.exception() for future in futures if not future.cancelled()]
-    for failure in failures:
-        if failure is not None and not isinstance(failure, _Stopped):
-            raise failure
-    return [future.result() for future in futures]
+    return [results[number] for number in range(len(items))]
 
 
 def _stop(stopped: threading.Event) -> None:
