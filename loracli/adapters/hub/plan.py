@@ -115,12 +115,13 @@ def _check_ceilings(plan: Plan) -> None:
                 hint="no config is that large: ask its author, or take another one",
             )
     total = sum(plan.size_of(name) for name in plan.names)
-    if source.max_bytes is not None and total > source.max_bytes:
+    is_here = all(plan.is_here(name) for name in plan.names)
+    if source.max_bytes is not None and total > source.max_bytes and not is_here:
         raise OutOfResources(
             f"its files have {total} bytes ({amount_text(total, 'B')}), and at most {source.max_bytes} are allowed "
             f"({amount_text(source.max_bytes, 'B')})",
             where=source.name,
-            hint=f"if it is worth that much, allow it with --max-size {total}",
+            hint=f"if it is worth that much: loracat fetch --max-size {total}",
         )
 
 
