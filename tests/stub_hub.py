@@ -152,9 +152,10 @@ def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda content: content.update({key: value})
 
 
-LISTING_FAULTS: dict[str | int | None, Callable[[dict[str, Any]], None]] = {
+LISTING_FAULTS: dict[str | int | None, Callable[[dict[str, Any]], object]] = {
     "no sizes": _without("size", "lfs"),
     "no hashes": _without("blobId", "lfs"),
+    "evil hashes": lambda info: [sibling.update(blobId="../" * 9 + "etc/passwd") for sibling in info["siblings"]],
     "no sha": _set("sha", None),
     "evil sha": _set("sha", "../../../" + "a" * 31),
 }

@@ -60,8 +60,8 @@ def fetch_all(
             wanted += [(one, recorded_reference(one, records[name].folder)) for one in records[name].adapters]
         else:
             wanted.append((None, parse_reference(name, revision=revision)))
-    if local_dir is not None and (len(wanted) > 1 or with_base):
-        raise UsageError("--local-dir takes the files of one adapter", hint="fetch the others by commands of their own")
+    if local_dir is not None and with_base:
+        raise UsageError("a local directory takes the files of one adapter", hint="fetch the base without it")
     references = [reference for _, reference in wanted]
     adapters = fetch_adapters(references, local_dir=local_dir, max_bytes=max_bytes, dry_run=dry_run, **options)
     for (recorded, _), fetched in zip(wanted, adapters, strict=True):

@@ -87,6 +87,7 @@ def test_unusual_ways_to_send_the_right_bytes_are_taken(hub: StubHub, options: d
         ("other commit", 0, "file", "another commit"),
         ("no sizes", 0, "info", "without size or hash"),
         ("no hashes", 0, "info", "without size or hash"),
+        ("evil hashes", 0, "info", "without size or hash"),
         ("no sha", 0, "info", "without a commit"),
         ("evil sha", 0, "info", "without a commit"),
     ],

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loracli.recipe import RecipeAdapter, RecipeBase
 from tests.stub_hub import StubHub
+from tests.test_recipe import make_recipe
 
 CONFIG = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"}).encode()
 ADAPTER = {"README.md": b"# math", "adapter_config.json": CONFIG, "adapter_model.safetensors": b"weights " * 500}
@@ -125,6 +129,61 @@ def test_a_dry_run_shows_each_file_and_downloads_none(hub: StubHub, loracat: Run
     assert done.returncode == 0
     assert ["adapter_model.safetensors", "4.0", "kB", "no"] in [line.split() for line in done.stdout.splitlines()]
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_dry_run_tells_the_same_in_json_and_what_is_cached(hub: StubHub, loracat: Run) -> None:
+    hub.add("org/math", ADAPTER)
+    sizes = [{"name": name, "size_bytes": len(data)} for name, data in ADAPTER.items()]
+    for cached in (False, True):
+        content = only_document(loracat("org/math", "--dry-run", "--json").stdout)
+        assert content["dry_run"] is True
+        assert content["adapters"][0]["files"] == [{**file, "cached": cached} for file in sizes]
+        if not cached:
+            loracat("org/math", "-q")
+
+
+def test_a_ceiling_ends_with_its_code_and_the_way_past_it(hub: StubHub, loracat: Run) -> None:
+    hub.add("org/math", ADAPTER)
+    size = sum(map(len, ADAPTER.values()))
+    done = loracat("org/math", "--max-size", "1kB")
+    assert done.returncode == 6 and f"{size} bytes" in done.stderr and "1000 are allowed" in done.stderr
+    assert loracat("org/math", "--max-size", str(size)).returncode == 0
+    assert loracat("org/math", "--max-size", "1 parsec").returncode == 2
+
+
+def test_a_damaged_copy_ends_with_its_code_once(hub: StubHub, loracat: Run) -> None:
+    hub.add("org/math", ADAPTER)
+    [path] = loracat("org/math", "-q").stdout.splitlines()
+    weights = Path(path, "adapter_model.safetensors")
+    weights.resolve().write_bytes(bytes(weights.stat().st_size))
+    done = loracat("org/math", HF_HUB_OFFLINE="1")
+    assert done.returncode == 7 and "it is removed; fetch again" in done.stderr
+    assert loracat("org/math").returncode == 0
+    assert weights.read_bytes() == ADAPTER["adapter_model.safetensors"]
+
+
+def test_a_recipe_is_fetched_and_names_nothing_to_inspect(hub: StubHub, loracat: Run, tmp_path: Path) -> None:
+    commits = [hub.add("org/math", ADAPTER), hub.add("org/base", BASE)]
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in ADAPTER.items() if name != "README.md"}
+    adapter = RecipeAdapter("org/math", "org/math", None, commits[0], hashes, 8, 16.0, False, "float32", "org/base")
+    base = RecipeBase("org/base", commits[1], hashlib.sha256(BASE["config.json"]).hexdigest())
+    (tmp_path / "recipe.json").write_text(replace(make_recipe(tmp_path, adapter), base=base).to_json())
+    done = loracat("recipe.json", "--with-base")
+    assert done.returncode == 0 and done.stderr == "" and all(commit in done.stdout for commit in commits)
+    content = only_document(loracat("recipe.json", "--with-base", "--json").stdout)
+    assert [content["adapters"][0]["commit"], content["base"]["commit"]] == commits
+
+
+@pytest.mark.parametrize("fault", [None, "other bytes", "bad token", 429])
+def test_the_token_is_in_no_output_even_where_the_client_tells_everything(
+    hub: StubHub, loracat: Run, tmp_path: Path, fault: str | int | None
+) -> None:
+    """The fixture looks for it in whatever is printed; here in the files, too."""
+    hub.add("org/math", ADAPTER)
+    hub.fail("org/math", fault)
+    done = loracat("org/math", "--token", TOKEN, "--json", HF_DEBUG="1", HF_TOKEN="")
+    assert hub.tokens == {f"Bearer {TOKEN}"} and "<TOKEN>" in done.stderr
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]
 
 
 def test_options_that_cannot_go_together_are_usage_errors(loracat: Run) -> None:

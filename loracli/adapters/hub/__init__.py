@@ -115,7 +115,7 @@ def fetch_adapters(
         references: each in any form that `parse_reference` reads.
         revision: branch, tag or commit, for references that name none.
         cache_dir: Hub cache to use instead of huggingface_hub's own.
-        local_dir: put plain files there instead of into a cache, under the repository's folder structure.
+        local_dir: put the files of one adapter there instead of into a cache, under the repository's folder structure.
         token: Hub token; by default the one of HF_TOKEN or of `hf auth login`.
         force: transfer what is there already, and replace files in `local_dir`.
         dry_run: transfer nothing, only tell what would be; nothing is verified.
@@ -132,6 +132,8 @@ def fetch_adapters(
     """
     if cache_dir is not None and local_dir is not None:
         raise UsageError("a cache directory and a local directory exclude each other", hint="give one of the two")
+    if local_dir is not None and len(references) > 1:
+        raise UsageError("a local directory takes the files of one adapter", hint="fetch the others by themselves")
     token = _checked_token(token)
     parsed = [_parse(reference, revision) for reference in references]
     sources = {

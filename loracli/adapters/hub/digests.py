@@ -1,7 +1,7 @@
 """Whether a file holds the bytes that the Hub lists, and the removal of one that does not.
 
-    large file    sha256(bytes)                              64 digits
-    other file    sha1("blob " + len(bytes) + "\\0" + bytes)  40 digits, git's hash of a blob
+    large file    sha256(bytes)                               64 digits
+    other file    sha1("blob " + len(bytes) + "\\0" + bytes)   40 digits, git's hash of a blob
 
 huggingface_hub itself compares sizes only. Its cache keeps each file as a link to a blob of that name, so that a
 cached file can be verified without the Hub, too.
@@ -62,10 +62,14 @@ def has_digest(place: Path, digest: str, progress: Progress = SILENT, task: str 
     return hasher.hexdigest() == digest
 
 
+def is_digest(text: str) -> bool:
+    return _DIGEST.fullmatch(text) is not None
+
+
 def blob_digest(place: Path) -> str | None:
     """The digest that a cached file has by the name of its blob; None in a cache without links."""
     blob = _blob_of(place)
-    return blob.name if blob is not None and _DIGEST.fullmatch(blob.name) else None
+    return blob.name if blob is not None and is_digest(blob.name) else None
 
 
 def _blob_of(place: Path) -> Path | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loracli.adapters.hub.contents import BASE_CONFIG
-from loracli.adapters.hub.digests import has_digest
+from loracli.adapters.hub.digests import has_digest, is_digest
 from loracli.adapters.hub.source import Copy, FetchedFile, Listing, Source
 from loracli.adapters.names import CONFIG_FILE
 from loracli.errors import HubUnreachable, OutOfResources, OutputExists
@@ -72,13 +72,14 @@ def make_plan(source: Source, listing: Listing) -> Plan:
     """
     names = source.kind.pick(source, listing)
     for name in names:
-        if None in listing.files[name]:
+        size, digest = listing.files[name]
+        if size is None or digest is None or not is_digest(digest):
             what = f"the Hub lists {name} without size or hash"
             raise HubUnreachable(what, where=source.name, hint="is HF_ENDPOINT a Hub?")
     plan = Plan(source, listing, tuple(names))
     if README in names and plan.size_of(README) > MAX_SMALL_BYTES:
-        size = amount_text(plan.size_of(README), "B")
-        source.progress.warn(f"{source.name}: {README} has {size} and is left out; nothing needs it")
+        much = amount_text(plan.size_of(README), "B")
+        source.progress.warn(f"{source.name}: {README} has {much} and is left out; nothing needs it")
         plan = Plan(source, listing, tuple(name for name in names if name != README))
     _check_ceilings(plan)
     if source.local_dir is not None and not source.force:
@@ -101,7 +102,7 @@ def check_room(plans: Iterable[Plan]) -> None:
         raise OutOfResources(
             f"the files need {total} bytes ({amount_text(total, 'B')}) and {free} are free ({amount_text(free, 'B')})",
             where=str(disk),
-            hint="free some space, or name a place on another disk with --cache-dir or HF_HOME",
+            hint="free some space, or name a place on another disk: --cache-dir, --local-dir, or HF_HOME",
         )
 
 

@@ -173,7 +173,7 @@ def _list_files(source: Source) -> Listing:
 
 def _tell_new_name(source: Source, name: str) -> None:
     """The Hub leads from a repository's old name to its new one until somebody else takes the old name."""
-    if name != source.repo_id and is_repo_id(name):
+    if name.lower() != source.repo_id.lower() and is_repo_id(name):
         source.progress.warn(f"{source.repo_id} is now {name}: use that name, somebody else may take the old one")
 
 
