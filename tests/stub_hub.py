@@ -164,7 +164,6 @@ LISTING_FAULTS: dict[str | int | None, Callable[[dict[str, Any]], object]] = {
 
 HEADER_FAULTS: dict[str | int | None, Callable[[dict[str, Any]], None]] = {
     "no etag": lambda headers: headers.pop("ETag"),
-    "no length": lambda headers: headers.pop("Content-Length"),
     "other commit": _set("X-Repo-Commit", "f" * 40),
 }
 
@@ -187,10 +186,14 @@ def _other_bytes(repository: Repository, headers: dict[str, str], data: bytes) -
     yield data[repository.at + 1 :]
 
 
-def _longer(repository: Repository, headers: dict[str, str], data: bytes) -> Body:
+def _without_length(repository: Repository, headers: dict[str, str], data: bytes) -> Body:
     del headers["Content-Length"]
     yield HEAD
-    yield data + b"more"
+    yield data
+
+
+def _longer(repository: Repository, headers: dict[str, str], data: bytes) -> Body:
+    yield from _without_length(repository, headers, data + b"more")
 
 
 def _compressed(repository: Repository, headers: dict[str, str], data: bytes) -> Body:
@@ -220,6 +223,7 @@ def _stall(repository: Repository, headers: dict[str, str], data: bytes) -> Body
 BODY_FAULTS: dict[str | int | None, Callable[[Repository, dict[str, str], bytes], Body]] = {
     "cut": _cut,
     "other bytes": _other_bytes,
+    "no length": _without_length,
     "longer": _longer,
     "gzip": _compressed,
     "bomb": _bomb,

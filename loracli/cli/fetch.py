@@ -16,7 +16,10 @@ from loracli.progress import amount_text
 if TYPE_CHECKING:
     from loracli.adapters.hub import Fetched, FetchedBase
 
-EPILOG = "loracat fetch org/math-lora org/code-lora@v1  ·  loracat inspect $(loracat fetch -q hf://org/runs/best)"
+EPILOG = (
+    "loracat fetch org/math-lora org/code-lora@v1  ·  loracat fetch recipe.json --with-base  ·  "
+    "loracat inspect $(loracat fetch -q hf://org/runs/best)"
+)
 
 
 def fetch(

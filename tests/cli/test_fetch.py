@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,16 +35,21 @@ def hub() -> Iterator[StubHub]:
 
 
 @pytest.fixture
-def loracat(hub: StubHub, tmp_path: Path) -> Run:
-    """Runs `loracat fetch` with a home of its own; whatever it prints, no token and no escape sequence is in it."""
+def environment(hub: StubHub, tmp_path: Path) -> dict[str, str]:
+    """A home of its own, this Hub, and a token to look out for."""
     home = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "LORACAT"))}
     home |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1"}
-    home |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return home | {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+@pytest.fixture
+def loracat(environment: dict[str, str], tmp_path: Path) -> Run:
+    """Runs `loracat fetch`; whatever it prints, no token and no escape sequence is in it."""
 
     def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "loracli", "fetch", *words]
         done = subprocess.run(
-            command, cwd=tmp_path, env=home | variables, capture_output=True, text=True, timeout=60, check=False
+            command, cwd=tmp_path, env=environment | variables, capture_output=True, text=True, timeout=60, check=False
         )
         assert TOKEN not in done.stdout + done.stderr and "\x1b" not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -184,6 +191,26 @@ def test_the_token_is_in_no_output_even_where_the_client_tells_everything(
     done = loracat("org/math", "--token", TOKEN, "--json", HF_DEBUG="1", HF_TOKEN="")
     assert hub.tokens == {f"Bearer {TOKEN}"} and "<TOKEN>" in done.stderr
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]
+
+
+def test_ctrl_c_ends_several_transfers_that_have_stopped_sending(
+    hub: StubHub, loracat: Run, environment: dict[str, str], tmp_path: Path
+) -> None:
+    names = ["org/math", "org/code"]
+    for name in names:
+        hub.add(name, ADAPTER)
+        hub.fail(name, "stall", on=("file",), at=100)
+    command = [sys.executable, "-m", "loracli", "fetch", *names]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    while sum("/large/" in path for _, path in hub.requests) < len(names):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, talk = process.communicate(timeout=60)
+    assert process.returncode == 130 and talk == "interrupted\n"
+    for name in names:
+        hub.fail(name, None)
+    assert loracat(*names).returncode == 0
 
 
 def test_options_that_cannot_go_together_are_usage_errors(loracat: Run) -> None:
