@@ -11,7 +11,10 @@ WORK = "work"  # the unit of effort that counts steps of different cost; only it
 
 
 class Progress(Protocol):
-    """What long work needs to say. A task is named once by `begin` and by the same name after."""
+    """What long work needs to say. A task is named once by `begin` and by the same name after.
+
+    Downloads call it from several threads at a time.
+    """
 
     def begin(self, task: str, total: int | None, unit: str) -> None:
         """A piece of work starts: `total` units of `unit` ("B" for bytes, "modules", WORK), None when unknown."""

@@ -384,6 +384,20 @@ def load_recipe(path: str | Path) -> Recipe:
         IntegrityError: if the tensors beside it are not those it was written with.
     """
     path = Path(path)
+    result = decode_recipe(read_document(path), f"the recipe {path}", path.parent)
+    if result.mixing.kind in INLINE_KINDS:
+        return result
+    from loracli.sidecar import read_sidecar
+
+    return replace(result, mixing=replace(result.mixing, tensors=read_sidecar(path, result)))
+
+
+def read_document(path: Path) -> Any:
+    """The JSON of a recipe's file.
+
+    Raises:
+        RecipeError: if it cannot be read.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -394,15 +408,9 @@ def load_recipe(path: str | Path) -> Recipe:
     if len(data) > MAX_RECIPE_BYTES:
         raise RecipeError(f"the recipe {path} is larger than {MAX_RECIPE_BYTES} bytes")
     try:
-        fields = parse_json(data)
+        return parse_json(data)
     except StrictJsonError as error:
         raise RecipeError(f"the recipe {path} is {error}") from None
-    result = decode_recipe(fields, f"the recipe {path}", path.parent)
-    if result.mixing.kind in INLINE_KINDS:
-        return result
-    from loracli.sidecar import read_sidecar
-
-    return replace(result, mixing=replace(result.mixing, tensors=read_sidecar(path, result)))
 
 
 def decode_recipe(fields: Any, name: str, folder: Path) -> Recipe:

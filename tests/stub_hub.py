@@ -11,10 +11,13 @@ the real Hub, safetensors are large files, known by their sha256 and behind a re
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import secrets
 import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -28,6 +31,8 @@ ANSWERS: dict[str, tuple[int, dict[str, str]]] = {
     "bad token": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
     "no revision": (404, {"X-Error-Code": "RevisionNotFound"}),
     "no entry": (404, {"X-Error-Code": "EntryNotFound"}),
+    "limited": (429, {"RateLimit": '"api";r=0;t=55', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}),
+    "retry after": (429, {"Retry-After": "17"}),
 }
 
 
@@ -37,14 +42,23 @@ class Repository:
 
     Attributes:
         fault: a name of ANSWERS or a status, given instead of an answer; `portal` for a page of HTML, `short` for files
-            that end early, `no commit` for files without the header that names it.
+            that end early, `no commit` for files without the header that names it; or a name of LISTING_FAULTS,
+            HEADER_FAULTS or BODY_FAULTS.
         faulty: which requests the fault meets: `info`, `file`.
+        at: the byte that a fault of BODY_FAULTS happens at.
+        times: how many bodies it spoils; None for all.
+        only: how the names of the files end that it spoils.
+        released: lets a stalled body go on.
     """
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
     fault: str | int | None = None
     faulty: tuple[str, ...] = ("info", "file")
+    at: int = 0
+    times: int | None = None
+    only: str = ".safetensors"
+    released: threading.Event = field(default_factory=threading.Event)
 
     def files(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
         commit = self.revisions.get(revision, revision)
@@ -58,6 +72,8 @@ class StubHub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self.tokens: set[str | None] = set()
+        self.renamed: dict[str, str] = {}  # old repository to new
+        self.elsewhere = ""  # address of another host that large files are redirected to
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self  # type: ignore[attr-defined]
@@ -73,6 +89,8 @@ class StubHub:
 
     def stop(self) -> None:
         """From here on the port refuses connections."""
+        for repository in self.repositories.values():
+            repository.released.set()
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()
@@ -87,10 +105,20 @@ class StubHub:
         repository.revisions[revision] = commit
         return commit
 
-    def fail(self, repo_id: str, fault: str | int, *, on: tuple[str, ...] = ("info", "file")) -> None:
-        """From here on the requests `on` the repository meet `fault`."""
+    def fail(
+        self,
+        repo_id: str,
+        fault: str | int | None,
+        *,
+        on: tuple[str, ...] = ("info", "file"),
+        at: int = 0,
+        times: int | None = None,
+        only: str = ".safetensors",
+    ) -> None:
+        """From here on the requests `on` the repository meet `fault`; None for no more."""
         repository = self.repositories.setdefault(repo_id, Repository())
         repository.fault, repository.faulty = fault, on
+        repository.at, repository.times, repository.only = at, times, only
 
     def count(self, method: str | None = None) -> int:
         """How many requests came since the start or since `requests.clear()`."""
@@ -102,6 +130,106 @@ def etag_of(name: str, data: bytes) -> str:
     if name.endswith(".safetensors"):
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+# Faults of a listing: what becomes of the repository's info.
+
+
+def _no_fault(content: dict[str, Any]) -> None:
+    pass
+
+
+def _without(*keys: str) -> Callable[[dict[str, Any]], None]:
+    def spoil(info: dict[str, Any]) -> None:
+        for sibling in info["siblings"]:
+            for key in keys:
+                sibling.pop(key, None)
+
+    return spoil
+
+
+def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content.update({key: value})
+
+
+LISTING_FAULTS: dict[str | int | None, Callable[[dict[str, Any]], object]] = {
+    "no sizes": _without("size", "lfs"),
+    "no hashes": _without("blobId", "lfs"),
+    "evil hashes": lambda info: [sibling.update(blobId="../" * 9 + "etc/passwd") for sibling in info["siblings"]],
+    "no sha": _set("sha", None),
+    "evil sha": _set("sha", "../../../" + "a" * 31),
+}
+
+# Faults of a file's headers.
+
+HEADER_FAULTS: dict[str | int | None, Callable[[dict[str, Any]], None]] = {
+    "no etag": lambda headers: headers.pop("ETag"),
+    "other commit": _set("X-Repo-Commit", "f" * 40),
+}
+
+# Faults of a file's body: HEAD once, when the status and the headers are sent, and blocks of bytes.
+
+HEAD = b"HEAD"
+Body = Iterator[bytes]
+
+
+def _cut(repository: Repository, headers: dict[str, str], data: bytes) -> Body:
+    """Ends the connection at a byte of the file, also of the parts that are asked for after."""
+    first = int(headers.get("Content-Range", "bytes 0").split()[1].split("-")[0])
+    yield HEAD
+    yield data[: max(0, repository.at - first)]
+
+
+def _other_bytes(repository: Repository, headers: dict[str, str], data: bytes) -> Body:
+    yield HEAD
+    yield data[: repository.at] + bytes(byte ^ 1 for byte in data[repository.at : repository.at + 1])
+    yield data[repository.at + 1 :]
+
+
+def _without_length(repository: Repository, headers: dict[str, str], data: bytes) -> Body:
+    del headers["Content-Length"]
+    yield HEAD
+    yield data
+
+
+def _longer(repository: Repository, headers: dict[str, str], data: bytes) -> Body:
+    yield from _without_length(repository, headers, data + b"more")
+
+
+def _compressed(repository: Repository, headers: dict[str, str], data: bytes) -> Body:
+    content = gzip.compress(data)
+    headers |= {"Content-Encoding": "gzip", "Content-Length": str(len(content))}
+    yield HEAD
+    yield content
+
+
+def _bomb(repository: Repository, headers: dict[str, str], data: bytes) -> Body:
+    yield from _compressed(repository, headers, data + bytes(24 << 20))
+
+
+def _drip(repository: Repository, headers: dict[str, str], data: bytes) -> Body:
+    yield HEAD
+    for start in range(0, len(data), 2000):
+        time.sleep(0.005)
+        yield data[start : start + 2000]
+
+
+def _stall(repository: Repository, headers: dict[str, str], data: bytes) -> Body:
+    yield HEAD
+    yield data[: repository.at]
+    repository.released.wait(30)
+
+
+BODY_FAULTS: dict[str | int | None, Callable[[Repository, dict[str, str], bytes], Body]] = {
+    "cut": _cut,
+    "other bytes": _other_bytes,
+    "no length": _without_length,
+    "longer": _longer,
+    "gzip": _compressed,
+    "bomb": _bomb,
+    "drip": _drip,
+    "stall": _stall,
+}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -121,6 +249,9 @@ class _Handler(BaseHTTPRequestHandler):
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         is_info = parts[:2] == ["api", "models"]
         repo_id, rest = "/".join(parts[2:4] if is_info else parts[:2]), parts[4:] if is_info else parts[2:]
+        if repo_id in hub.renamed:
+            self._send(307, {"Location": self.path.replace(repo_id, hub.renamed[repo_id], 1)}, b"")
+            return
         repository = hub.repositories.get(repo_id, Repository(fault="missing"))
         if repository.fault is not None and ("info" if is_info else "file") in repository.faulty:
             if self._fail(repository.fault):
@@ -129,7 +260,9 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             self._fail("no revision")
         elif is_info:
-            self._json(_tree(*found) if rest[:1] == ["tree"] else _info(repo_id, *found))
+            info = _info(repo_id, *found)
+            LISTING_FAULTS.get(repository.fault, _no_fault)(info)
+            self._json(_tree(*found) if rest[:1] == ["tree"] else info)
         else:
             self._file(*found, "/".join(rest[2:]), repository.fault, redirect=rest[0] == "resolve", body=body)
 
@@ -141,6 +274,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(fault, {"X-Error-Message": "\x1b[31mwords of the server"}, b"{}")
         elif fault in ANSWERS:
             self._send(*ANSWERS[fault], b"{}")
+        elif fault == "hangs up":
+            self.close_connection = True
         else:
             return False
         return True
@@ -155,8 +290,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": etag, "Content-Length": str(len(data))}
         if fault != "no commit":
             headers["X-Repo-Commit"] = commit
+        HEADER_FAULTS.get(fault, _no_fault)(headers)
         if redirect and name.endswith(".safetensors"):
-            location = self.path.replace("/resolve/", "/large/", 1)
+            location = self.server.hub.elsewhere + self.path.replace("/resolve/", "/large/", 1)  # type: ignore[attr-defined]
             linked = {"X-Linked-ETag": etag, "X-Linked-Size": str(len(data)), "Location": location}
             self._send(302, {**headers, **linked, "Content-Length": "0"}, b"")
             return
@@ -168,7 +304,28 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "short" and body:
             data = data[: len(data) // 2]
         headers["Content-Length"] = str(len(data))
+        if body and self._spoil(fault, status, headers, data):
+            return
         self._send(status, headers, data if body else b"")
+
+    def _spoil(self, fault: str | int | None, status: int, headers: dict[str, str], data: bytes) -> bool:
+        """Sends a body of BODY_FAULTS instead of `data`; False if there is none to send any more."""
+        repository = self.server.hub.repositories["/".join(self.path.split("/")[1:3])]  # type: ignore[attr-defined]
+        if fault not in BODY_FAULTS or repository.times == 0 or not self.path.endswith(repository.only):
+            return False
+        if repository.times is not None:
+            repository.times -= 1
+        for change in BODY_FAULTS[fault](repository, headers, data):
+            if change is HEAD:
+                self.send_response(status)
+                for key, value in headers.items():
+                    self.send_header(key, value)
+                self.end_headers()
+            else:
+                self.wfile.write(change)
+                self.wfile.flush()
+        self.close_connection = True
+        return True
 
     def _json(self, content: Any) -> None:
         warning = f"topic {secrets.token_hex(4)}; words of the server"  # the client logs each topic once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ LINES = (
     "loracat fit --adapters org/math-lora org/code-lora --data val.jsonl",
     "loracat export --merge",
 )
+TOKEN = "hf_9zq4canary"
 
 
 @pytest.fixture
@@ -43,17 +45,25 @@ def test_the_three_lines_give_one_adapter_that_peft_loads(tmp_path: Path, hub: S
     folder.mkdir()
     data = (example_folder() / "calibration.jsonl").read_text() + (example_folder() / "test.jsonl").read_text()
     (folder / "val.jsonl").write_text(data)
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": os.getcwd()}
+    home = tmp_path / "hf"
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "PYTHONPATH": os.getcwd()}
+    environment |= {"HF_TOKEN": TOKEN}
     for number, line in enumerate(LINES):
         if number == 2:
+            shutil.rmtree(home)
+            done = run("loracat fetch recipe.json", folder, environment)  # all that an export needs of the Hub
+            assert done.returncode == 0 and TOKEN not in done.stdout + done.stderr
             hub.stop()  # an export needs no Hub, no base model and no data
             (folder / "val.jsonl").unlink()
         done = run(line, folder, environment)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
+        assert TOKEN not in done.stdout + done.stderr
         if number == 1:
+            assert f"Bearer {TOKEN}" in hub.tokens
             assert re.findall(r"^next: (.*)$", done.stderr, flags=re.MULTILINE) == [LINES[2]]
     assert sorted(path.name for path in folder.iterdir()) == ["adapter-merged", "recipe.json"]
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]
     base = AutoModelForCausalLM.from_pretrained(example_folder() / "base", dtype=torch.float32)
     assert PeftModel.from_pretrained(base, folder / "adapter-merged").peft_config["default"].r == 16
 

@@ -104,7 +104,7 @@ def _parse_uri(text: str, revision: str | None) -> Reference:
     own_revision = unquote(own_revision)
     if not _REPO_ID.fullmatch(f"{org}/{name}") or (at and not is_revision(own_revision)):
         raise AdapterNotFound("not a reference to a Hub repository", where=text, hint=FORMS)
-    if tail and not _is_folder(tail):
+    if tail and not is_folder(tail):
         raise AdapterNotFound(f"'{tail}' cannot be a folder of a repository", where=text, hint=FORMS)
     return Reference(text, repo_id=f"{org}/{name}", revision=own_revision or revision, subfolder=tail or None)
 
@@ -146,6 +146,12 @@ def is_revision(text: str) -> bool:
     return bool(text) and text.isprintable() and _BAD_REVISION.search(text) is None
 
 
-def _is_folder(text: str) -> bool:
+def is_repo_id(text: str) -> bool:
+    """Whether `text` could name a repository of a user or an organisation, `org/name`."""
+    return _REPO_ID.fullmatch(text) is not None
+
+
+def is_folder(text: str) -> bool:
+    """Whether `text` could name a folder inside a repository."""
     parts = text.split("/")
     return "\\" not in text and text.isprintable() and all(part not in ("", ".", "..") for part in parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class Output:
         self._stderr = _console(sys.stderr)
         self._bars: RichProgress | None = None
         self._tasks: dict[str, _Line] = {}
+        self._lock = threading.RLock()  # downloads tell of themselves from threads of their own
 
     # Results: stdout.
 
@@ -162,6 +164,10 @@ class Output:
     # Progress: stderr, a bar on a terminal, a line now and then elsewhere.
 
     def begin(self, task: str, total: int | None, unit: str) -> None:
+        with self._lock:
+            self._begin(task, total, unit)
+
+    def _begin(self, task: str, total: int | None, unit: str) -> None:
         self.finish(task)
         if self._stderr.is_terminal and not (self.quiet or self.as_json):
             if self._bars is None:
@@ -181,31 +187,34 @@ class Output:
             self._tasks[task] = _Line(total, unit, None)
 
     def advance(self, task: str, amount: int, status: str = "") -> None:
-        line = self._tasks.get(task)
-        if line is None:
-            return
-        line.done += amount
-        line.status = status or line.status
-        if self._bars is not None and line.bar is not None:
-            self._bars.update(line.bar, advance=amount, status=safe(line.status))  # type: ignore[arg-type]
-        elif time.monotonic() - line.said > SECONDS_BETWEEN_LINES:
-            line.said = time.monotonic()
-            self.note(f"{task}: {line.describe()}")
+        with self._lock:
+            line = self._tasks.get(task)
+            if line is None:
+                return
+            line.done += amount
+            line.status = status or line.status
+            if self._bars is not None and line.bar is not None:
+                self._bars.update(line.bar, advance=amount, status=safe(line.status))  # type: ignore[arg-type]
+            elif time.monotonic() - line.said > SECONDS_BETWEEN_LINES:
+                line.said = time.monotonic()
+                self.note(f"{task}: {line.describe()}")
 
     def finish(self, task: str) -> None:
-        line = self._tasks.pop(task, None)
-        if line is None or self._bars is None or line.bar is None:
-            return
-        self._bars.remove_task(line.bar)  # type: ignore[arg-type]
-        if not self._tasks:
-            self.close()
+        with self._lock:
+            line = self._tasks.pop(task, None)
+            if line is None or self._bars is None or line.bar is None:
+                return
+            self._bars.remove_task(line.bar)  # type: ignore[arg-type]
+            if not self._tasks:
+                self.close()
 
     def close(self) -> None:
         """Takes any bar off the screen."""
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
-        self._tasks.clear()
+        with self._lock:
+            if self._bars is not None:
+                self._bars.stop()
+                self._bars = None
+            self._tasks.clear()
 
 
 def _console(stream: TextIO) -> Console:

@@ -121,13 +121,13 @@ def export(
 ) -> None:
     """Write one adapter: concatenated and exact, or with --merge compressed to a given rank."""
     from loracli.algebra.methods.method import MethodOptions
+    from loracli.byte_size import parse_bytes
     from loracli.comparison.exported import loss_of_export, read_loss_data
     from loracli.comparison.settings import check_options
     from loracli.errors import UsageError
     from loracli.evaluation.verdict import interval_text
     from loracli.export.export import export_adapter
     from loracli.export.method import export_method
-    from loracli.export.ranks import parse_bytes
 
     out = Output(as_json=as_json, quiet=quiet)
     directory = output or Path(f"adapter-{method or ('merged' if merge else 'cat')}")
@@ -139,7 +139,11 @@ def export(
         "gguf": gguf,
         "force": force,
     }
-    written |= {"tolerance": tolerance, "energy": energy, "budget": None if budget is None else parse_bytes(budget)}
+    written |= {
+        "tolerance": tolerance,
+        "energy": energy,
+        "budget": None if budget is None else parse_bytes(budget, "--budget"),
+    }
     options = MethodOptions(density, scale, seed)
     files = None if not data else read_loss_data(data, progress=out)
     if method is None:

@@ -8,28 +8,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loracli.byte_size import parse_bytes
 from loracli.cli._options import CacheDirOpt, JsonOpt, QuietOpt, RevisionOpt, TokenOpt
 from loracli.cli._output import Output
-from loracli.errors import UsageError
 from loracli.progress import amount_text
 
 if TYPE_CHECKING:
     from loracli.adapters.hub import Fetched, FetchedBase
 
-EPILOG = "loracat fetch org/math-lora org/code-lora@v1  ·  loracat inspect $(loracat fetch -q hf://org/runs/best)"
+EPILOG = (
+    "loracat fetch org/math-lora org/code-lora@v1  ·  loracat fetch recipe.json --with-base  ·  "
+    "loracat inspect $(loracat fetch -q hf://org/runs/best)"
+)
 
 
 def fetch(
     references: Annotated[
         list[str],
         typer.Argument(
-            metavar="REF", help="org/name, org/name@rev, hf://org/name@rev/sub/folder, or a local directory."
+            metavar="REF",
+            help="org/name, org/name@rev, hf://org/name@rev/sub/folder, a local directory, or a recipe's file.",
         ),
     ],
     revision: RevisionOpt = None,
-    with_base: Annotated[
-        bool, typer.Option("--with-base", help="Fetch the base model that the adapters name, too.")
-    ] = False,
+    with_base: Annotated[bool, typer.Option("--with-base", help="Fetch the base model that they name, too.")] = False,
+    max_size: Annotated[
+        str, typer.Option("--max-size", metavar="SIZE", help="Refuse an adapter with larger files: 500MB, 20GiB.")
+    ] = "8GiB",
     cache_dir: CacheDirOpt = None,
     local_dir: Annotated[
         Path | None, typer.Option("--local-dir", metavar="DIR", help="Put plain files there instead of into a cache.")
@@ -44,21 +49,24 @@ def fetch(
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
-    """Download adapters from the Hub: config, safetensors and README, nothing else."""
-    from loracli.adapters.hub import fetch_adapter, fetch_base_of
+    """Download adapters, or all that a recipe names, from the Hub: config, safetensors and README, nothing else."""
+    from loracli.adapters.fetch_all import fetch_all
+    from loracli.adapters.recorded import is_record
 
-    if local_dir is not None and (len(references) > 1 or with_base):
-        raise UsageError("--local-dir takes the files of one adapter", hint="fetch the others by commands of their own")
     out = Output(as_json=as_json, quiet=quiet)
-    options: dict[str, Any] = {
-        "cache_dir": cache_dir,
-        "token": token,
-        "force": force,
-        "dry_run": dry_run,
-        "progress": out,
-    }
-    adapters = [fetch_adapter(text, revision=revision, local_dir=local_dir, **options) for text in references]
-    base = fetch_base_of(adapters, **options) if with_base else None
+    fetched = fetch_all(
+        references,
+        revision=revision,
+        with_base=with_base,
+        local_dir=local_dir,
+        max_bytes=parse_bytes(max_size, "--max-size"),
+        dry_run=dry_run,
+        cache_dir=cache_dir,
+        token=token,
+        force=force,
+        progress=out,
+    )
+    adapters, base = fetched.adapters, fetched.base
     out.close()
     out.document(
         {
@@ -71,8 +79,9 @@ def fetch(
         _show(out, adapter.reference.text, adapter, with_files=dry_run)
     if base:
         _show(out, base.repo_id, base, with_files=dry_run)
-    if not dry_run:
-        out.hint(shlex.join(["loracat", "inspect", *references]))
+    named = [text for text in references if not is_record(text)]
+    if named and not dry_run:
+        out.hint(shlex.join(["loracat", "inspect", *named]))
 
 
 def _describe(fetched: Fetched | FetchedBase) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
-from loracli.adapters.hub import Fetched, fetch_adapter
-from loracli.adapters.references import Reference
+from loracli.adapters.hub import fetch_adapter
+from loracli.adapters.recorded import check_hashes, recorded_reference
 from loracli.adapters.saved_modules import REFUSE
 from loracli.adapters.text_model import as_text_model
-from loracli.errors import AdapterNotFound, IntegrityError, UsageError
+from loracli.errors import UsageError
 from loracli.export.ahead import in_order
 from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe, RecipeAdapter
@@ -47,40 +47,15 @@ def read_recorded(
             + ", ".join(a.reference for a in recorded),
         )
     found = [
-        fetch_adapter(relocated[number], progress=progress) if relocated else _find(folder, wanted, progress)
+        fetch_adapter(relocated[number] if relocated else recorded_reference(wanted, folder), progress=progress)
         for number, wanted in enumerate(recorded)
     ]
     result = tuple(in_order(open_adapter, found, workers=torch.get_num_threads()))
     for wanted, adapter in zip(recorded, result, strict=True):
-        _check_hashes(wanted, adapter)
+        check_hashes(wanted, adapter.sha256, adapter.path)
     return result
 
 
 def recorded_policy(recipe: Recipe) -> str:
     """What the recipe says of modules that its adapters saved whole; recipes of older versions have none."""
     return str(recipe.fit.settings.get("modules_to_save", REFUSE))
-
-
-def _find(folder: Path, wanted: RecipeAdapter, progress: Progress) -> Fetched:
-    if wanted.repo_id is not None:
-        reference = Reference(
-            wanted.reference, repo_id=wanted.repo_id, revision=wanted.commit, subfolder=wanted.subfolder
-        )
-        return fetch_adapter(reference, progress=progress)
-    path = folder / wanted.reference
-    if not (path / "adapter_config.json").is_file():
-        raise AdapterNotFound(
-            f"the recipe's adapter {wanted.reference} is not at {path}",
-            hint="if it has moved, name all adapters in the recipe's order: loracat export --adapters ...",
-        )
-    return fetch_adapter(Reference(wanted.reference, path=Path(path)), progress=progress)
-
-
-def _check_hashes(wanted: RecipeAdapter, adapter: LoraAdapter) -> None:
-    for name, recorded in wanted.sha256.items():
-        if adapter.sha256.get(name) != recorded:
-            raise IntegrityError(
-                f"{name} of the adapter {wanted.reference} is not the file that the weights were fitted for",
-                where=str(adapter.path / name),
-                hint="restore the original file, or fit again",
-            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,8 +9,6 @@ from torch import Tensor
 
 from loracli.algebra.spectrum import rank_for_energy, rank_within, ranks_for_bytes, ranks_for_energy
 from loracli.errors import UsageError
-
-UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -78,18 +75,6 @@ def choose_uniform_rank(rule: RankRule, spectra: Mapping[str, Tensor], size: Cal
     if not fitting:
         raise _too_small(rule.budget, size(1))
     return fitting[-1]
-
-
-def parse_bytes(text: str) -> int:
-    """`20MB`, `1.5 GiB`, `800000`; units are powers of 1000, with an i of 1024.
-
-    Raises:
-        UsageError: if it is no size.
-    """
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z]{0,3})", text.strip())
-    if found is None or found[2] not in UNITS:
-        raise UsageError(f"--budget {text} is no size", hint=f"for example 20MB; units: {', '.join(list(UNITS)[1:])}")
-    return int(float(found[1]) * UNITS[found[2]])
 
 
 def _too_small(budget: int, least: int) -> UsageError:

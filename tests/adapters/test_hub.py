@@ -30,6 +30,7 @@ from loracli.errors import (
     UnsupportedAdapter,
     UsageError,
 )
+from tests.adapters.conftest import Recorder
 from tests.stub_hub import StubHub
 
 REPO = "org/math"
@@ -54,40 +55,6 @@ NOT_WANTED = {
     "\x1b[31mred.json": b"evil",
     "adapter_config.json.safetensors": b"evil",
 }
-
-
-class Recorder:
-    """A Progress that remembers."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, int | None] = {}
-        self.done: dict[str, int] = {}
-        self.open: set[str] = set()
-        self.notes: list[str] = []
-
-    def begin(self, task: str, total: int | None, unit: str) -> None:
-        assert unit == "B"
-        self.totals[task], self.done[task] = total, 0
-        self.open.add(task)
-
-    def advance(self, task: str, amount: int, status: str = "") -> None:
-        assert task in self.open
-        self.done[task] += amount
-
-    def finish(self, task: str) -> None:
-        self.open.discard(task)
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def warn(self, message: str) -> None:
-        self.notes.append(message)
-
-
-@pytest.fixture
-def options(hub: StubHub, tmp_path: Path) -> dict[str, Any]:
-    """What every call here is given: this Hub, and a cache of its own."""
-    return {"endpoint": hub.url, "cache_dir": tmp_path / "cache"}
 
 
 def regular_files(path: Path) -> set[str]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loracli.recipe import RecipeAdapter, RecipeBase
 from tests.stub_hub import StubHub
+from tests.test_recipe import make_recipe
 
 CONFIG = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"}).encode()
 ADAPTER = {"README.md": b"# math", "adapter_config.json": CONFIG, "adapter_model.safetensors": b"weights " * 500}
@@ -29,16 +35,21 @@ def hub() -> Iterator[StubHub]:
 
 
 @pytest.fixture
-def loracat(hub: StubHub, tmp_path: Path) -> Run:
-    """Runs `loracat fetch` with a home of its own; whatever it prints, no token and no escape sequence is in it."""
+def environment(hub: StubHub, tmp_path: Path) -> dict[str, str]:
+    """A home of its own, this Hub, and a token to look out for."""
     home = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "LORACAT"))}
     home |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1"}
-    home |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return home | {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+@pytest.fixture
+def loracat(environment: dict[str, str], tmp_path: Path) -> Run:
+    """Runs `loracat fetch`; whatever it prints, no token and no escape sequence is in it."""
 
     def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "loracli", "fetch", *words]
         done = subprocess.run(
-            command, cwd=tmp_path, env=home | variables, capture_output=True, text=True, timeout=60, check=False
+            command, cwd=tmp_path, env=environment | variables, capture_output=True, text=True, timeout=60, check=False
         )
         assert TOKEN not in done.stdout + done.stderr and "\x1b" not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -125,6 +136,81 @@ def test_a_dry_run_shows_each_file_and_downloads_none(hub: StubHub, loracat: Run
     assert done.returncode == 0
     assert ["adapter_model.safetensors", "4.0", "kB", "no"] in [line.split() for line in done.stdout.splitlines()]
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_dry_run_tells_the_same_in_json_and_what_is_cached(hub: StubHub, loracat: Run) -> None:
+    hub.add("org/math", ADAPTER)
+    sizes = [{"name": name, "size_bytes": len(data)} for name, data in ADAPTER.items()]
+    for cached in (False, True):
+        content = only_document(loracat("org/math", "--dry-run", "--json").stdout)
+        assert content["dry_run"] is True
+        assert content["adapters"][0]["files"] == [{**file, "cached": cached} for file in sizes]
+        if not cached:
+            loracat("org/math", "-q")
+
+
+def test_a_ceiling_ends_with_its_code_and_the_way_past_it(hub: StubHub, loracat: Run) -> None:
+    hub.add("org/math", ADAPTER)
+    size = sum(map(len, ADAPTER.values()))
+    done = loracat("org/math", "--max-size", "1kB")
+    assert done.returncode == 6 and f"{size} bytes" in done.stderr and "1000 are allowed" in done.stderr
+    assert loracat("org/math", "--max-size", str(size)).returncode == 0
+    assert loracat("org/math", "--max-size", "1 parsec").returncode == 2
+
+
+def test_a_damaged_copy_ends_with_its_code_once(hub: StubHub, loracat: Run) -> None:
+    hub.add("org/math", ADAPTER)
+    [path] = loracat("org/math", "-q").stdout.splitlines()
+    weights = Path(path, "adapter_model.safetensors")
+    weights.resolve().write_bytes(bytes(weights.stat().st_size))
+    done = loracat("org/math", HF_HUB_OFFLINE="1")
+    assert done.returncode == 7 and "it is removed; fetch again" in done.stderr
+    assert loracat("org/math").returncode == 0
+    assert weights.read_bytes() == ADAPTER["adapter_model.safetensors"]
+
+
+def test_a_recipe_is_fetched_and_names_nothing_to_inspect(hub: StubHub, loracat: Run, tmp_path: Path) -> None:
+    commits = [hub.add("org/math", ADAPTER), hub.add("org/base", BASE)]
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in ADAPTER.items() if name != "README.md"}
+    adapter = RecipeAdapter("org/math", "org/math", None, commits[0], hashes, 8, 16.0, False, "float32", "org/base")
+    base = RecipeBase("org/base", commits[1], hashlib.sha256(BASE["config.json"]).hexdigest())
+    (tmp_path / "recipe.json").write_text(replace(make_recipe(tmp_path, adapter), base=base).to_json())
+    done = loracat("recipe.json", "--with-base")
+    assert done.returncode == 0 and done.stderr == "" and all(commit in done.stdout for commit in commits)
+    content = only_document(loracat("recipe.json", "--with-base", "--json").stdout)
+    assert [content["adapters"][0]["commit"], content["base"]["commit"]] == commits
+
+
+@pytest.mark.parametrize("fault", [None, "other bytes", "bad token", 429])
+def test_the_token_is_in_no_output_even_where_the_client_tells_everything(
+    hub: StubHub, loracat: Run, tmp_path: Path, fault: str | int | None
+) -> None:
+    """The fixture looks for it in whatever is printed; here in the files, too."""
+    hub.add("org/math", ADAPTER)
+    hub.fail("org/math", fault)
+    done = loracat("org/math", "--token", TOKEN, "--json", HF_DEBUG="1", HF_TOKEN="")
+    assert hub.tokens == {f"Bearer {TOKEN}"} and "<TOKEN>" in done.stderr
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]
+
+
+def test_ctrl_c_ends_several_transfers_that_have_stopped_sending(
+    hub: StubHub, loracat: Run, environment: dict[str, str], tmp_path: Path
+) -> None:
+    names = ["org/math", "org/code"]
+    for name in names:
+        hub.add(name, ADAPTER)
+        hub.fail(name, "stall", on=("file",), at=100)
+    command = [sys.executable, "-m", "loracli", "fetch", *names]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    while sum("/large/" in path for _, path in hub.requests) < len(names):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, talk = process.communicate(timeout=60)
+    assert process.returncode == 130 and talk == "interrupted\n"
+    for name in names:
+        hub.fail(name, None)
+    assert loracat(*names).returncode == 0
 
 
 def test_options_that_cannot_go_together_are_usage_errors(loracat: Run) -> None:

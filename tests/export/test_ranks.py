@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from loracli.byte_size import parse_bytes
 from loracli.errors import UsageError
 from loracli.export.export import Exported, export_adapter
 from loracli.export.method import export_method
-from loracli.export.ranks import parse_bytes
 from loracli.recipe import Recipe
 from tests.export.test_export import Made
 
@@ -183,10 +183,10 @@ def test_rules_out_of_their_range_or_together_are_refused(
     ("text", "size"), [("20MB", 20_000_000), ("1.5 GiB", 3 << 29), ("800000", 800_000), ("3kB", 3000), ("2B", 2)]
 )
 def test_sizes_are_read_as_they_are_written(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
+    assert parse_bytes(text, "--budget") == size
 
 
 @pytest.mark.parametrize("text", ["", "MB", "20 mb", "-3MB", "1e9", "20MBit", "²MB", "inf"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is no size"):
-        parse_bytes(text)
+        parse_bytes(text, "--budget")

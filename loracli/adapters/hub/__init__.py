@@ -1,7 +1,7 @@
 """The only room that reads from the Hub: adapters and base models by reference in, directories pinned to a commit out.
 
-    Reference ── one request: commit, files, sizes ──> the few files wanted, by exact name ──> Fetched
-                 none if the commit is given and cached
+    Reference ── one request: commit, files, sizes, hashes ──> the few files wanted, by exact name ──> Fetched
+                 none if the commit is given and cached        every byte verified
 
 Every error of huggingface_hub and its HTTP client leaves this room as one of ours. What the server says in words is
 never repeated: it is as untrusted as the files.
@@ -9,7 +9,7 @@ never repeated: it is as untrusted as the files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from loracli.adapters.hub.contents import (
     PICKLE_NAME,
     check_adapter,
 )
+from loracli.adapters.hub.plan import MAX_SMALL_BYTES
 from loracli.adapters.hub.source import FetchedFile, Source
 from loracli.adapters.hub.transfer import fetch
 from loracli.adapters.names import CONFIG_FILE
@@ -31,7 +32,7 @@ from loracli.errors import MalformedAdapter, UsageError
 from loracli.progress import SILENT, Progress
 from loracli.strict_json import StrictJsonError, parse_json
 
-MAX_CONFIG_BYTES = 1 << 20
+MAX_ADAPTER_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -70,54 +71,103 @@ def fetch_adapter(
     token: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    max_bytes: int = MAX_ADAPTER_BYTES,
     endpoint: str | None = None,
     progress: Progress = SILENT,
 ) -> Fetched:
-    """Brings an adapter's config, weights and README to this machine; a local directory is checked and left as it is.
+    """Brings an adapter's config, weights and README to this machine: `fetch_adapters` of one."""
+    [fetched] = fetch_adapters(
+        [reference],
+        revision=revision,
+        cache_dir=cache_dir,
+        local_dir=local_dir,
+        token=token,
+        force=force,
+        dry_run=dry_run,
+        max_bytes=max_bytes,
+        endpoint=endpoint,
+        progress=progress,
+    )
+    return fetched
 
-    The revision is resolved once and everything is read from that commit. Without the Hub, the cached copy that the
-    revision last stood for is used, and `progress` is told. A full commit that is cached takes no request at all.
+
+def fetch_adapters(
+    references: Sequence[str | Reference],
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    local_dir: Path | None = None,
+    token: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    max_bytes: int = MAX_ADAPTER_BYTES,
+    endpoint: str | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Fetched, ...]:
+    """Brings config, weights and README of adapters to this machine; local directories are checked and left alone.
+
+    A revision is resolved once and everything is read from that commit. The sizes of all adapters are known, and held
+    against the ceilings and the free disk, before the first is transferred; a few are then transferred side by side.
+    Every byte, cached or new, is verified against the hash that the Hub lists. Without the Hub, the cached copy that
+    the revision last stood for is used, and `progress` is told. A full commit that is cached takes no request at all.
 
     Args:
-        reference: any form that `parse_reference` reads.
-        revision: branch, tag or commit, if the reference names none.
+        references: each in any form that `parse_reference` reads.
+        revision: branch, tag or commit, for references that name none.
         cache_dir: Hub cache to use instead of huggingface_hub's own.
-        local_dir: put plain files there instead of into a cache, under the repository's folder structure.
+        local_dir: put the files of one adapter there instead of into a cache, under the repository's folder structure.
         token: Hub token; by default the one of HF_TOKEN or of `hf auth login`.
         force: transfer what is there already, and replace files in `local_dir`.
-        dry_run: transfer nothing, only tell what would be.
+        dry_run: transfer nothing, only tell what would be; nothing is verified.
+        max_bytes: refuse an adapter with more in all its files. A config may have 1 MiB; a larger README is left out.
         endpoint: address of the Hub; by default HF_ENDPOINT.
-        progress: told the bytes of each file, and what is worth knowing.
+        progress: told the bytes of each file, and what is worth knowing; from several threads.
     Raises:
         AdapterNotFound: no such reference, repository, revision or folder, or no adapter in it.
         UnsupportedAdapter: the weights are there only as a pickle file.
-        AccessDenied, HubUnreachable, IntegrityError, OutOfResources: the Hub or the disk does not give the files.
+        AccessDenied, HubUnreachable: the Hub does not give the files.
+        OutOfResources: a ceiling is exceeded, or the disk has no room.
+        IntegrityError: a file is not the one that the Hub lists; it is removed.
         UsageError: options that exclude each other; OutputExists: other files are in `local_dir`.
     """
     if cache_dir is not None and local_dir is not None:
         raise UsageError("a cache directory and a local directory exclude each other", hint="give one of the two")
-    if isinstance(reference, str):
-        reference = parse_reference(reference, revision=revision)
-    elif revision is not None:
-        reference = parse_reference(reference.text, revision=revision)
-    if reference.repo_id is None:
-        return _take_local(reference, local_dir, progress)
-    source = Source(
-        kind=ADAPTER,
-        repo_id=reference.repo_id,
-        revision=reference.revision,
-        folder=reference.subfolder or "",
-        text=reference.text,
-        cache_dir=cache_dir,
-        local_dir=local_dir.expanduser() if local_dir else None,
-        token=checked_token(token),
-        force=force,
-        dry_run=dry_run,
-        endpoint=endpoint,
-        progress=progress,
+    if local_dir is not None and len(references) > 1:
+        raise UsageError("a local directory takes the files of one adapter", hint="fetch the others by themselves")
+    token = checked_token(token)
+    parsed = [_parse(reference, revision) for reference in references]
+    sources = {
+        number: Source(
+            kind=ADAPTER,
+            repo_id=reference.repo_id,
+            revision=reference.revision,
+            folder=reference.subfolder or "",
+            text=reference.text,
+            cache_dir=cache_dir,
+            local_dir=local_dir.expanduser() if local_dir else None,
+            token=token,
+            force=force,
+            dry_run=dry_run,
+            max_bytes=max_bytes,
+            recheck=True,
+            endpoint=endpoint,
+            progress=progress,
+        )
+        for number, reference in enumerate(parsed)
+        if reference.repo_id is not None
+    }
+    local = {n: _take_local(reference, local_dir, progress) for n, reference in enumerate(parsed) if n not in sources}
+    copies = dict(zip(sources, fetch(list(sources.values())), strict=True))
+    return tuple(
+        local[n] if n in local else Fetched(reference, copies[n].path, copies[n].commit, copies[n].files)
+        for n, reference in enumerate(parsed)
     )
-    copy = fetch(source)
-    return Fetched(reference, copy.path, copy.commit, copy.files)
+
+
+def _parse(reference: str | Reference, revision: str | None) -> Reference:
+    if isinstance(reference, str):
+        return parse_reference(reference, revision=revision)
+    return reference if revision is None else parse_reference(reference.text, revision=revision)
 
 
 def fetch_base(
@@ -129,12 +179,15 @@ def fetch_base(
     force: bool = False,
     dry_run: bool = False,
     config_alone: bool = False,
+    recheck: bool = False,
     endpoint: str | None = None,
     progress: Progress = SILENT,
 ) -> FetchedBase:
     """Brings a base model to this machine: config, tokenizer, chat template and safetensors of the top level.
 
-    Never code, pickle or GGUF files. Arguments as for `fetch_adapter`; with `config_alone` its config.json and no more.
+    Never code, pickle or GGUF files. Arguments as for `fetch_adapters`, and there is no ceiling but the free disk; with
+    `config_alone` its config.json and no more. What is transferred is verified; what is cached, and may take minutes
+    to hash, with `recheck`.
 
     Raises:
         InputError: no such repository or revision, no safetensors in it, or it is an adapter itself.
@@ -151,23 +204,28 @@ def fetch_base(
         token=checked_token(token),
         force=force,
         dry_run=dry_run,
+        max_bytes=None,
+        recheck=recheck,
         endpoint=endpoint,
         progress=progress,
     )
-    copy = fetch(source)
+    [copy] = fetch([source])
     return FetchedBase(repo_id, copy.path, copy.commit, copy.files)
 
 
-def fetch_base_of(adapters: Sequence[Fetched], **options: Any) -> FetchedBase:
-    """Brings the base model that all of these fetched adapters name; `options` as for `fetch_base`.
+def fetch_base_of(
+    adapters: Sequence[Fetched], *, claims: Mapping[str, BaseClaim] | None = None, **options: Any
+) -> FetchedBase:
+    """Brings the base model that all of these fetched adapters, and further claims, name; `options` as for
+    `fetch_base`.
 
     Raises:
         IncompatibleAdapters: they name different base models or revisions of one, none, or a path on somebody's disk.
         UsageError: an adapter's config is not on this machine, after a dry run.
         MalformedAdapter: an adapter's config is damaged.
     """
-    claims = {adapter.reference.text: _base_claim(adapter) for adapter in adapters}
-    agreed = agreed_base(claims, way_out="leave --with-base out, or fetch the adapters one by one")
+    named = {adapter.reference.text: _base_claim(adapter) for adapter in adapters}
+    agreed = agreed_base({**(claims or {}), **named}, way_out="leave --with-base out, or fetch the adapters one by one")
     return fetch_base(str(agreed.base_model), revision=agreed.revision, **options)
 
 
@@ -176,7 +234,7 @@ def _base_claim(adapter: Fetched) -> BaseClaim:
     path = adapter.path / CONFIG_FILE
     try:
         with path.open("rb") as file:
-            config = parse_json(file.read(MAX_CONFIG_BYTES))
+            config = parse_json(file.read(MAX_SMALL_BYTES))
     except FileNotFoundError:
         hint = "fetch the adapter first, then the base"
         raise UsageError("the base is not known before the config is here", where=str(path), hint=hint) from None

@@ -6,7 +6,9 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Iterator
+import re
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from huggingface_hub import constants
@@ -26,6 +28,7 @@ from huggingface_hub.errors import (
 from loracli.adapters.hub.source import Source
 from loracli.adapters.names import CONFIG_FILE
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, IntegrityError, LoracatError, OutOfResources
+from loracli.progress import SILENT, Progress
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -35,28 +38,55 @@ HttpError: type[Exception] = HfHubHTTPError.__mro__[1]
 
 @contextmanager
 def hub_errors(source: Source) -> Iterator[None]:
-    """Turns what huggingface_hub raises into our errors."""
-    try:
-        with without_server_words():
+    """Turns what huggingface_hub raises into our errors, and its warnings, which quote the server, into our notes."""
+    with without_server_words(source.progress):
+        try:
             yield
-    except (OSError, ValueError, RuntimeError, HttpError) as error:
-        ours = _ours(error, source)
-        if ours is None:
-            raise
-        raise ours from error
+        except (OSError, ValueError, RuntimeError, HttpError) as error:
+            ours = _ours(error, source)
+            if ours is None:
+                raise
+            raise ours from error
 
 
 @contextmanager
-def without_server_words() -> Iterator[None]:
-    """Keeps warnings of huggingface_hub, which quote the server, off the screen."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    if level == logging.WARNING:  # anything else is somebody's wish
-        logger.setLevel(logging.ERROR)
+def without_server_words(progress: Progress = SILENT) -> Iterator[None]:
+    """Until the last thread leaves, the client's warnings go to a `_Translator` alone."""
+    with _lock:
+        _inside.append(progress)
+        if len(_inside) == 1 and _LOGGER.getEffectiveLevel() == logging.WARNING:  # anything else is somebody's wish
+            _replaced.append((_LOGGER.handlers, _LOGGER.propagate))
+            _LOGGER.handlers, _LOGGER.propagate = [_Translator()], False
     try:
         yield
     finally:
-        logger.setLevel(level)
+        with _lock:
+            _inside.remove(progress)
+            if not _inside and _replaced:
+                _LOGGER.handlers, _LOGGER.propagate = _replaced.pop()
+
+
+_LOGGER = logging.getLogger("huggingface_hub")
+_lock = threading.Lock()
+_inside: list[Progress] = []
+_replaced: list[tuple[list[logging.Handler], bool]] = []
+
+
+class _Translator(logging.Handler):
+    """Says in our own words that the client waits or tries again; a user would wonder about the silence otherwise."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if limited := re.match(r"Rate limited\. Waiting (\d+)", message):
+            note = f"the Hub limits the number of requests: waiting {limited[1]} s"
+        elif "Trying to resume" in message:
+            note = "the transfer broke off: going on with it"
+        elif message.startswith("Retrying in"):
+            note = "the Hub does not answer as it should: asking again"
+        else:
+            return
+        for progress in _inside[-1:]:
+            progress.note(note)
 
 
 def _ours(error: BaseException, source: Source) -> LoracatError | None:
@@ -79,7 +109,7 @@ def _ours(error: BaseException, source: Source) -> LoracatError | None:
         case FileMetadataError():
             return HubUnreachable("the Hub answers without file metadata", where=name, hint="is HF_ENDPOINT a Hub?")
         case HfHubHTTPError():
-            return _ours_by_status(error.response.status_code, source)
+            return _ours_by_status(error.response.status_code, error.response.headers, source)
         case HFValidationError():
             return source.rejected(f"'{source.repo_id}' cannot be the name of a Hub repository")
         case LocalEntryNotFoundError() | ValueError() if isinstance(error.__cause__, (OSError, HttpError)):
@@ -97,7 +127,7 @@ def _ours(error: BaseException, source: Source) -> LoracatError | None:
             return _unreachable(error, source) if isinstance(error, HttpError) else None
 
 
-def _ours_by_status(status: int, source: Source) -> LoracatError:
+def _ours_by_status(status: int, headers: Mapping[str, str], source: Source) -> LoracatError:
     if status in (401, 403):
         return AccessDenied(
             f"the Hub denies access ({status})", where=source.name, hint=f"is the token valid? {LOG_IN}"
@@ -105,7 +135,10 @@ def _ours_by_status(status: int, source: Source) -> LoracatError:
     if status == 404:
         return source.rejected("the Hub does not have it (404)", hint=_hint_missing(source))
     if status == 429:
-        hint = f"wait some minutes; {LOG_IN}, for a higher limit"
+        told = re.search(r";\s*t=([0-9]{1,6})\b", headers.get("RateLimit", "")) or re.fullmatch(
+            r"([0-9]{1,6})", headers.get("Retry-After", "")
+        )
+        hint = f"wait {f'{told[1]} s' if told else 'some minutes'}; {LOG_IN}, for a higher limit"
         return HubUnreachable("the Hub limits the number of requests (429)", where=source.name, hint=hint)
     return HubUnreachable(
         f"the Hub fails ({status})", where=source.name, hint="try again later; complete files are kept"

@@ -55,7 +55,13 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """One folder of one repository, and how to get at it."""
+    """One folder of one repository, and how to get at it.
+
+    Attributes:
+        max_bytes: the most that all of its files may have together; None for no ceiling.
+        recheck: whether what is cached is hashed again; what is transferred always is.
+        The others are the arguments of `fetch_adapter`, as given.
+    """
 
     kind: Kind
     repo_id: str
@@ -67,6 +73,8 @@ class Source:
     token: str | None
     force: bool
     dry_run: bool
+    max_bytes: int | None
+    recheck: bool
     endpoint: str | None
     progress: Progress
 
@@ -88,15 +96,24 @@ class Source:
         """Where the cache keeps the commit that the revision last stood for."""
         return self.cached_repo / "refs" / (self.revision or constants.DEFAULT_REVISION)
 
+    def cached_folder(self, commit: str) -> Path:
+        """Where the cache has the files of a commit."""
+        return self.cached_repo / "snapshots" / commit / self.folder
+
+    def destination(self, commit: str) -> Path:
+        """Where the files of a commit are once they are fetched."""
+        return self.local_dir / self.folder if self.local_dir is not None else self.cached_folder(commit)
+
     def rejected(self, what: str, hint: str | None = None) -> InputError:
         return self.kind.rejected(what, where=self.name, hint=hint)
 
 
 class Listed(NamedTuple):
-    """What the Hub says of a file; `digest` is the sha256 of a large one and git's blob hash of any other."""
+    """What the Hub says of a file; `digest` is the sha256 of a large one and git's blob hash of any other. Either is
+    None where the Hub, or a cache without links, does not say."""
 
     size_bytes: int | None
-    digest: str | None = None
+    digest: str | None
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,39 @@
-"""From the cache if it can be, by one listing and a few downloads if not."""
+"""From the cache if it can be, by one listing and a few downloads if not; several repositories side by side."""
 
 from __future__ import annotations
 
-import hashlib
 import os
+import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import HfApi, constants, hf_hub_download
 
 import loracli
+from loracli.adapters.hub.digests import blob_digest, verify
 from loracli.adapters.hub.failures import hub_errors
+from loracli.adapters.hub.plan import Plan, check_room, make_plan
+from loracli.adapters.hub.side_by_side import side_by_side
 from loracli.adapters.hub.source import COMMIT, Copy, FetchedFile, Listed, Listing, Source
 from loracli.adapters.names import CONFIG_FILE
-from loracli.adapters.references import is_revision
-from loracli.errors import HubUnreachable, IntegrityError, OutputExists
+from loracli.adapters.references import is_repo_id, is_revision
+from loracli.errors import HubUnreachable, IntegrityError
 from loracli.progress import Progress
 
 
-def fetch(source: Source) -> Copy:
+def fetch(sources: Sequence[Source]) -> list[Copy]:
+    """Plans all, sees whether there is room for all, and only then transfers; results in the order of the sources."""
+    stopped = threading.Event()
+    plans = side_by_side(_prepare, sources, stopped)
+    check_room(plan for plan in plans if isinstance(plan, Plan))
+    return side_by_side(partial(_carry_out, stopped=stopped), plans, stopped)
+
+
+def _prepare(source: Source) -> Copy | Plan:
     if source.revision is not None and not is_revision(source.revision):
         raise source.rejected(f"'{source.revision}' cannot be a branch, tag or commit")
     if source.pinned and (cached := _cached_copy(source, source.pinned)):
@@ -30,25 +42,43 @@ def fetch(source: Source) -> Copy:
         listing = _list_files(source)
     except HubUnreachable as error:
         return _copy_without_hub(source, error)
-    names = source.kind.pick(source, listing)
-    if source.local_dir is not None and not source.force:
-        _refuse_to_overwrite(source, source.local_dir, listing, names)
-    places, files = zip(*(_take(source, listing, name) for name in names), strict=True)
-    if source.local_dir is None and not source.dry_run:
-        _remember(source, listing.commit)
-    return Copy(places[0].parent, listing.commit, files)
+    return make_plan(source, listing)
 
 
-def _cached_copy(source: Source, commit: str) -> Copy | None:
-    """The files of `commit` if the cache has them all; None otherwise, or if the cache is not what was asked for."""
+def _carry_out(plan: Copy | Plan, stopped: threading.Event) -> Copy:
+    if isinstance(plan, Copy):
+        return plan
+    source = plan.source
+    if source.dry_run:
+        return plan.copy()
+    files = tuple(_take(plan, name, stopped) for name in plan.names)
+    if source.local_dir is None:
+        _remember(source, plan.listing.commit)
+    return Copy(plan.folder, plan.listing.commit, files)
+
+
+def _cached_copy(source: Source, commit: str, *, without_hub: bool = False) -> Copy | None:
+    """The files of `commit` if the cache has them all, verified; None otherwise, or if the cache was not asked for.
+
+    A cache without links does not know what a file should be; then the Hub is asked, if it can be.
+    """
     if source.force or source.local_dir is not None:
         return None
-    path = source.cached_repo / "snapshots" / commit / source.folder
-    sizes = {file.name: file.stat().st_size for file in path.glob("*") if file.is_file()}
-    if not source.kind.is_whole(set(sizes)):
+    path = source.cached_folder(commit)
+    found = {file.name: Listed(file.stat().st_size, blob_digest(file)) for file in path.glob("*") if file.is_file()}
+    if not source.kind.is_whole(set(found)):
         return None
-    names = source.kind.pick(source, Listing(commit, {name: Listed(size) for name, size in sizes.items()}))
-    return Copy(path, commit, tuple(FetchedFile(name, sizes[name], cached=True) for name in names))
+    names = source.kind.pick(source, Listing(commit, found))
+    if source.recheck and not source.dry_run:
+        unknown = [name for name in names if found[name].digest is None]
+        if unknown and not without_hub:
+            return None
+        if unknown:
+            source.progress.warn(f"{source.name}: the cache keeps no hash of {', '.join(unknown)}: not verified")
+        with hub_errors(source):
+            for name in names:
+                verify(source, commit, name, found[name])
+    return Copy(path, commit, tuple(FetchedFile(name, found[name].size_bytes or 0, cached=True) for name in names))
 
 
 def _copy_without_hub(source: Source, error: HubUnreachable) -> Copy:
@@ -57,7 +87,9 @@ def _copy_without_hub(source: Source, error: HubUnreachable) -> Copy:
     if commit is None:
         with suppress(OSError):
             commit = source.remembered.read_text(encoding="ascii").strip()
-    if commit is None or not COMMIT.fullmatch(commit) or (cached := _cached_copy(source, commit)) is None:
+    if commit is None or not COMMIT.fullmatch(commit):
+        raise error
+    if (cached := _cached_copy(source, commit, without_hub=True)) is None:
         raise error
     reason = "offline" if constants.HF_HUB_OFFLINE else "the Hub does not answer"
     source.progress.note(f"{reason}: using the cached copy of {source.name}, commit {commit}")
@@ -73,6 +105,7 @@ def _list_files(source: Source) -> Listing:
     commit = source.pinned or info.sha or ""
     if not COMMIT.fullmatch(commit):
         raise HubUnreachable("the Hub answers without a commit", where=source.name, hint="is HF_ENDPOINT a Hub?")
+    _tell_new_name(source, info.id)
     files, adapter_folders = {}, []
     for sibling in info.siblings or []:
         folder, _, name = sibling.rfilename.rpartition("/")
@@ -84,29 +117,26 @@ def _list_files(source: Source) -> Listing:
     return Listing(commit, files, tuple(sorted(adapter_folders)))
 
 
-def _take(source: Source, listing: Listing, name: str) -> tuple[Path, FetchedFile]:
-    """Downloads one file unless it is there; in a dry run, only asks."""
-    if source.dry_run:
-        place, size, cached = _ask(source, listing, name)
-        return place, FetchedFile(name, size, cached)
-    bar = _bar_for(source.progress, f"{source.name}/{name}")
-    with hub_errors(source):
-        place = Path(hf_hub_download(tqdm_class=cast(Any, bar), **_what(source, listing.commit, name)))
-        size = place.stat().st_size
-    listed = listing.files[name].size_bytes
-    if listed is not None and listed != size:
-        what = f"{name} has {size} bytes, the Hub lists {listed}"
-        raise IntegrityError(what, where=source.name, hint="--force fetches it again")
-    return place, FetchedFile(name, size, cached=not bar.used)
+def _tell_new_name(source: Source, name: str) -> None:
+    """The Hub leads from a repository's old name to its new one until somebody else takes the old name."""
+    if name.lower() != source.repo_id.lower() and is_repo_id(name):
+        source.progress.warn(f"{source.repo_id} is now {name}: use that name, somebody else may take the old one")
 
 
-def _ask(source: Source, listing: Listing, name: str) -> tuple[Path, int, bool]:
-    """Where the file would be, its size, and whether it is there."""
-    if source.local_dir is not None and not (place := source.local_dir / source.folder / name).exists():
-        return place, listing.files[name].size_bytes or 0, False  # asking would already create the directory
+def _take(plan: Plan, name: str, stopped: threading.Event) -> FetchedFile:
+    """Downloads one file unless it is there, and verifies it."""
+    source, commit = plan.source, plan.listing.commit
+    size = plan.size_of(name)
+    bar = _bar_for(source, name, size, stopped)
     with hub_errors(source):
-        info = hf_hub_download(dry_run=True, **_what(source, listing.commit, name))
-    return Path(info.local_path), info.file_size or 0, not info.will_download
+        place = Path(hf_hub_download(tqdm_class=cast(Any, bar), **_what(source, commit, name)))
+        if place.parent.resolve() != plan.folder.resolve():
+            place.unlink()
+            what = f"the Hub answers with another commit of {name} than it was asked for"
+            raise HubUnreachable(what, where=source.name, hint="is HF_ENDPOINT a Hub?")
+        listed = plan.listing.files[name]
+        verify(source, commit, name, listed if bar.used or source.recheck else listed._replace(digest=None))
+    return FetchedFile(name, size, cached=not bar.used)
 
 
 def _what(source: Source, commit: str, name: str) -> dict[str, Any]:
@@ -134,22 +164,6 @@ def _api(source: Source) -> HfApi:
     )
 
 
-def _refuse_to_overwrite(source: Source, local_dir: Path, listing: Listing, names: Iterable[str]) -> None:
-    for name in names:
-        place = local_dir / source.folder / name
-        if place.exists() and not (place.is_file() and _has_digest(listing.files[name].digest, place)):
-            raise OutputExists("another version of the file is there", where=str(place), hint="--force replaces it")
-
-
-def _has_digest(digest: str | None, place: Path) -> bool:
-    """Whether the file has this digest, of whichever kind it is."""
-    with place.open("rb") as file:
-        if digest is not None and len(digest) == 64:
-            return hashlib.file_digest(file, "sha256").hexdigest() == digest
-        blob = hashlib.sha1(b"blob %d\0" % place.stat().st_size, usedforsecurity=False)
-        return hashlib.file_digest(file, lambda: blob).hexdigest() == digest
-
-
 def _remember(source: Source, commit: str) -> None:
     """Writes down what the revision stood for, where huggingface_hub looks for it too; after the files, not before."""
     place = source.remembered
@@ -162,15 +176,29 @@ def _remember(source: Source, commit: str) -> None:
         os.replace(draft, place)
 
 
-class _Bar:
-    """Stands where huggingface_hub expects a tqdm class, draws nothing, and hands the bytes on."""
+class _Stopped(Exception):
+    """Ends the transfer of a thread because another one has failed."""
 
-    progress: Progress
-    task: str
+
+class _Bar:
+    """Stands where huggingface_hub expects a tqdm class, draws nothing, and hands the bytes on.
+
+    It also ends a transfer that was stopped, and one that sends more than was listed, which the client would write to
+    the disk to its end: a small compressed answer can become a very large file.
+    """
+
+    source: Source
+    name: str
+    size: int
+    stopped: threading.Event
     used = False
 
     def __init__(self, *args: Any, total: int | None = None, **kwargs: Any) -> None:
         type(self).used = True
+        self.task = f"{self.source.name}/{self.name}"
+        self.received = 0
+        self.thread = threading.get_ident()
+        self.progress: Progress = self.source.progress
         self.progress.begin(self.task, total, "B")
 
     def __enter__(self) -> _Bar:
@@ -180,7 +208,15 @@ class _Bar:
         self.close()
 
     def update(self, amount: float | None = 1) -> None:
+        self.received += int(amount or 0)
         self.progress.advance(self.task, int(amount or 0))
+        if threading.get_ident() != self.thread:
+            return  # of the transfer library written in Rust, which checks what it writes
+        if self.stopped.is_set():
+            raise _Stopped
+        if self.received > self.size:
+            what = f"more bytes of {self.name} come than the {self.size} that the Hub lists"
+            raise IntegrityError(what, where=self.source.name, hint="nothing of it is kept; try again later")
 
     def close(self) -> None:
         self.progress.finish(self.task)
@@ -195,5 +231,5 @@ class _Bar:
         pass
 
 
-def _bar_for(progress: Progress, task: str) -> type[_Bar]:
-    return type("_FileBar", (_Bar,), {"progress": progress, "task": task})
+def _bar_for(source: Source, name: str, size: int, stopped: threading.Event) -> type[_Bar]:
+    return type("_FileBar", (_Bar,), {"source": source, "name": name, "size": size, "stopped": stopped})
