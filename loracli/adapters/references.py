@@ -146,11 +146,6 @@ def is_revision(text: str) -> bool:
     return bool(text) and text.isprintable() and _BAD_REVISION.search(text) is None
 
 
-def is_repo_id(text: str) -> bool:
-    """Whether `text` could name a repository of a user or an organisation, `org/name`."""
-    return _REPO_ID.fullmatch(text) is not None
-
-
 def is_folder(text: str) -> bool:
     """Whether `text` could name a folder inside a repository."""
     parts = text.split("/")
