@@ -9,12 +9,13 @@ from loracli.calibration.records import read_records
 from loracli.calibration.render import render_file
 from loracli.calibration.sources import DataPaths, parse_sources
 from loracli.comparison.composition import of_factors
-from loracli.export.source import RecipeSource, Source
+from loracli.export.source import Source, recorded_base
 from loracli.fitting.activations import second_moments
 from loracli.fitting.attach import attach
 from loracli.fitting.base import check_fits, find_base, load_base
 from loracli.fitting.loss import check_causal, make_objective
 from loracli.fitting.memory import memory_errors
+from loracli.fitting.replace_modules import replace_modules
 from loracli.fitting.settings import FitSettings
 from loracli.progress import SILENT, Progress
 
@@ -40,12 +41,12 @@ def moments_of(
     """
     settings = FitSettings()
     files = tuple(read_records(path, progress=progress) for path in parse_sources(fit_data))
-    if base is None and isinstance(source, RecipeSource) and source.recipe.base.commit is not None:
-        base, base_revision = source.recipe.base.id, base_revision or source.recipe.base.commit
+    base, base_revision = recorded_base(source, base, base_revision)
     with memory_errors():
         reference = find_base(source.adapters, base, revision=base_revision, progress=progress)
         model = load_base(reference, progress=progress)
         check_fits(model, source.adapters)
+        replace_modules(model.model, source.saved)
         examples = [
             example
             for file in files
