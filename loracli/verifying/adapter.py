@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.adapters.names import CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.adapters.tensor_file import open_regular
 from loracli.algebra.concatenate import relative_error
 from loracli.algebra.factors import Factors, thin_svd
@@ -22,13 +22,14 @@ from loracli.atomic import CERTIFICATE_FILE
 from loracli.errors import InputError, IntegrityError, UsageError
 from loracli.export.certificate import ModuleCertificate
 from loracli.export.profile import PROFILES, choose_layout
+from loracli.export.refit import read_cores
 from loracli.export.source import MethodSource, RecipeSource, Source
 from loracli.fusing.workplace import file_sha256
 from loracli.progress import Progress
 from loracli.recipe import BaseModule
 from loracli.schema import decode
 from loracli.strict_json import parse_json
-from loracli.verifying.factors import compare_bias, compare_concatenation, compare_truncation, stripped
+from loracli.verifying.factors import compare_bias, compare_concatenation, compare_refit, compare_truncation, stripped
 from loracli.verifying.findings import Findings
 from loracli.verifying.origin import Origin, find_source, read_origin
 from loracli.verifying.peft_reload import reload_differences, skeleton_of
@@ -39,7 +40,7 @@ DENSE_NOISE = 1e-5  # of a method that approximates a dense matrix, see algebra/
 _ABSENT = "nothing"
 _RULES = {"tolerance", "energy", "budget"}  # what ranks were chosen by, which stand in the certificate
 _DATA = {"activation_aware"}  # what took calibration records
-_EXPORT_KEYS = {"profile", "merged", "rank", "dtype"} | _RULES
+_EXPORT_KEYS = {"profile", "merged", "rank", "dtype", "refit"} | _RULES
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class _Record:
     sha256: dict[str, str]  # of files
     largest_error: float
     modules: dict[str, ModuleCertificate]
+    refitted: bool
     otherwise: tuple[str, ...]  # keys of the export that this version does not know
 
 
@@ -105,7 +107,25 @@ def verify_adapter(
         findings.skip("what PEFT makes of it", f"{CONFIG_FILE} is not what an export of this record has")
     source = find_source(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
     if source is not None:
-        _check_composition(source, written, record, findings, progress)
+        _check_composition(source, written, record, _read_cores(path, record, findings), findings, progress)
+
+
+def _read_cores(path: Path, record: _Record, findings: Findings) -> dict[str, Tensor]:
+    """The cores of a refit by module, none where a cut was not refitted; each is square, of its module's rank."""
+    if not record.refitted:
+        return {}
+    findings.skip("that the refit found the best cores", "the records that they were fitted on are not kept")
+    cores = read_cores(path / CORES_FILE)
+    wrong = [
+        name
+        for name in sorted(cores.keys() | record.modules.keys())
+        if name not in cores
+        or name not in record.modules
+        or tuple(cores[name].shape) != (record.modules[name].rank,) * 2
+    ]
+    if wrong:
+        raise IntegrityError(f"the core of {wrong[0]} is none of this export's", where=str(path / CORES_FILE))
+    return cores
 
 
 def _read_record(document: dict[str, Any], where: Path) -> _Record:
@@ -114,13 +134,16 @@ def _read_record(document: dict[str, Any], where: Path) -> _Record:
     if not isinstance(export, dict) or not isinstance(certificate, dict):
         raise IntegrityError("the record is damaged: it lacks export or certificate", where=str(where))
     kinds = {"profile": str, "merged": bool, "rank": int, "dtype": str}
+    refitted = decode(bool, export.get("refit", False), "export.refit", problems)
     values = {key: decode(kind, export.get(key), f"export.{key}", problems) for key, kind in kinds.items()}
     modules = decode(tuple[ModuleCertificate, ...], certificate.get("modules"), "certificate.modules", problems)
     hashes = decode(dict[str, str], certificate.get("sha256"), "certificate.sha256", problems)
     largest = decode(float, certificate.get("largest_relative_error"), "certificate.largest_relative_error", problems)
     tensors = MLX_TENSOR_FILE if values.get("profile") == "mlx" else TENSOR_FILE
-    if not problems and (tensors not in hashes or not hashes.keys() <= {tensors, GGUF_FILE} or not modules):
+    if not problems and (tensors not in hashes or not hashes.keys() <= {tensors, GGUF_FILE, CORES_FILE} or not modules):
         problems.append("certificate: no hash or no modules")
+    if not problems and refitted != (CORES_FILE in hashes):
+        problems.append(f"export.refit and the hash of {CORES_FILE} contradict each other")
     if not problems and (values["rank"] < 1 or any(module.rank < 1 for module in modules)):
         problems.append("a rank is below 1")
     if problems:
@@ -130,6 +153,7 @@ def _read_record(document: dict[str, Any], where: Path) -> _Record:
         sha256=hashes,
         largest_error=largest,
         modules={module.name: module for module in modules},
+        refitted=refitted,
         otherwise=tuple(sorted(set(export) - _EXPORT_KEYS)),
     )
 
@@ -197,7 +221,12 @@ def _check_config(
 
 
 def _check_composition(
-    source: Source, written: LoraAdapter, record: _Record, findings: Findings, progress: Progress
+    source: Source,
+    written: LoraAdapter,
+    record: _Record,
+    cores: Mapping[str, Tensor],
+    findings: Findings,
+    progress: Progress,
 ) -> None:
     names = source.names()
     if record.merged and record.otherwise:
@@ -215,7 +244,7 @@ def _check_composition(
                 findings.differs(f"{name} is not changed by the composition and has tensors that are not zero")
             continue
         if name in record.modules:
-            difference = _check_module(source, name, module.factors.loaded(), record, findings)
+            difference = _check_module(source, name, module.factors.loaded(), record, cores.get(name), findings)
             if difference is not None:
                 findings.differs(f"{name}: {difference}")
     for name in sorted(set(names) - written.modules.keys()):
@@ -243,7 +272,9 @@ def _check_saved(source: Source, written: LoraAdapter, findings: Findings) -> No
             findings.differs(f"{name} is not what the ingredients replace it by")
 
 
-def _check_module(source: Source, name: str, found: Factors, record: _Record, findings: Findings) -> str | None:
+def _check_module(
+    source: Source, name: str, found: Factors, record: _Record, refit: Tensor | None, findings: Findings
+) -> str | None:
     """What differs in the tensors of one module; its figures are compared too."""
     known = record.modules[name]
     try:
@@ -257,14 +288,17 @@ def _check_module(source: Source, name: str, found: Factors, record: _Record, fi
         return "its shape is not that of the composition"
     if known.rank < composed.factors.rank and not record.merged:
         return f"is cut to rank {known.rank} from {composed.factors.rank}, and is recorded as not compressed"
-    difference = compare_bias(composed.factors.delta_bias(), own.bias) or _compare(source, composed, own, known.rank)
+    difference = compare_bias(composed.factors.delta_bias(), own.bias)
+    difference = difference or _compare(source, composed, own, known.rank, refit)
     if difference is None:
         _check_figures(composed, own, known, findings)
     return difference
 
 
-def _compare(source: Source, composed: Merged, own: Factors, rank: int) -> str | None:
+def _compare(source: Source, composed: Merged, own: Factors, rank: int, refit: Tensor | None) -> str | None:
     exact = composed.factors
+    if refit is not None:
+        return compare_refit(truncate(exact, rank).factors, refit, own, others=thin_svd(exact)[1][rank:])
     noise = DENSE_NOISE if isinstance(source, MethodSource) and source.method.full_rank else 0.0
     if rank < exact.rank:
         others = thin_svd(exact)[1][rank:]

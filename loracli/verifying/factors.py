@@ -9,6 +9,9 @@ another machine's SVD turns the k-th direction by about eps S_1 / gap_k (Davis a
 lie that far from the computed one before it is rounded, and the sign of the direction is free. Where singular values
 are equal, only the update as a whole is: |dW_written - dW|_F is held against what rounding can do, and so are
 A A^T and B^T B, which a change of scale between the two factors would move.
+
+A cut that was refitted is B' M A' with M at hand. Its A' is held against the truncation's as above; where a row has the
+other sign there, or is turned a little, so are M's row and what may differ of the entries of B' M.
 """
 
 from __future__ import annotations
@@ -98,6 +101,32 @@ def compare_truncation(expected: Factors, written: Factors, *, others: Tensor, n
     return None
 
 
+def compare_refit(expected: Factors, refit: Tensor, written: Factors, *, others: Tensor) -> str | None:
+    """What differs between a refitted cut and the tensors of a file, None if nothing does.
+
+    Args:
+        expected: the cut, lora_A (k, in) and lora_B (out, k), float64, sqrt(S) on both sides.
+        refit: M (k, k) between them.
+        written: as stored, without padding.
+        others: singular values that the cut left out.
+    """
+    if written.rank != expected.rank:
+        return f"has rank {written.rank} instead of {expected.rank}"
+    agree = (expected.lora_A * written.lora_A.double()).sum(dim=1) >= 0
+    signs = torch.where(agree, 1.0, -1.0).double()
+    slack = _turned(expected.lora_A.square().sum(dim=1), others)  # |row|^2 = S
+    lora_A, lora_B = signs[:, None] * expected.lora_A, (expected.lora_B * signs) @ refit
+    sums = ORDER * float(lora_B.abs().max())
+    for name, right, found, moved in (
+        ("lora_A", lora_A, written.lora_A, slack[:, None]),
+        ("lora_B", lora_B, written.lora_B, slack @ refit.abs() + sums),
+    ):
+        wrong = _outside(right, found, moved)
+        if wrong:
+            return f"{wrong} of {found.numel()} entries of {name} are not those of the refitted composition"
+    return None
+
+
 def _moments(matrix: Tensor) -> Tensor:
     """The eigenvalues of the rows' Gram matrix, which no turn among equal singular values changes."""
     values: Tensor = torch.linalg.eigvalsh(matrix @ matrix.T)
@@ -121,11 +150,7 @@ def _singular_values(factors: Factors) -> Tensor | None:
 
 
 def _wrong_directions(expected: Factors, written: Factors, singular: Tensor, others: Tensor) -> int:
-    every = torch.cat([singular, others.to(singular), singular.new_zeros(1)])
-    distances = (singular[:, None] - every[None, :]).abs()
-    distances.diagonal().fill_(float("inf"))
-    gaps = distances.min(dim=1).values.clamp(min=torch.finfo(torch.float64).tiny)
-    slack = TURN * float(singular.max()) / gaps * singular.clamp(min=0).sqrt()
+    slack = _turned(singular, others)
     wrong = 0
     for k in range(expected.rank):
         agree = float(expected.lora_B[:, k] @ written.lora_B[:, k].double()) >= 0
@@ -135,6 +160,15 @@ def _wrong_directions(expected: Factors, written: Factors, singular: Tensor, oth
             or _outside(sign * expected.lora_B[:, k], written.lora_B[:, k], float(slack[k]))
         )
     return wrong
+
+
+def _turned(singular: Tensor, others: Tensor) -> Tensor:
+    """(k,): how far another machine may turn the entries of each direction, with sqrt(S) on both sides."""
+    every = torch.cat([singular, others.to(singular), singular.new_zeros(1)])
+    distances = (singular[:, None] - every[None, :]).abs()
+    distances.diagonal().fill_(float("inf"))
+    gaps = distances.min(dim=1).values.clamp(min=torch.finfo(torch.float64).tiny)
+    return TURN * float(singular.max()) / gaps * singular.clamp(min=0).sqrt()
 
 
 def _rounding(exact: Factors, unit: float, least: float, singular: Tensor | None) -> float:
