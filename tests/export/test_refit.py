@@ -164,7 +164,7 @@ def test_where_nothing_was_lost_the_truncation_is_kept_to_the_byte(made: Planted
 
 
 def test_verify_computes_a_refit_of_chosen_ranks_again(made: Planted, tmp_path: Path) -> None:
-    exported = made.refitted(tmp_path / "out", rank=None, energy=0.7, profile="peft", dtype="bfloat16")
+    exported = made.refitted(tmp_path / "out", rank=None, energy=0.8, profile="peft", dtype="bfloat16")
     assert exported.refit is not None and exported.refit.kept == "refit"
     found = verify_directory(tmp_path / "out", adapters=[str(path) for path in made.paths])
     assert [skipped.what for skipped in found.not_checked] == ["that the refit found the best cores"]
