@@ -48,7 +48,9 @@ def export(
     ] = None,
     activation_aware: Annotated[
         bool,
-        typer.Option("--activation-aware", help="With --merge: cut what the records of --fit-data show least of."),
+        typer.Option(
+            "--activation-aware", help="With --merge: cut what the fit's records, or --fit-data's, show least of."
+        ),
     ] = False,
     refit: Annotated[
         bool,

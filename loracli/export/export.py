@@ -26,6 +26,7 @@ from loracli.algebra.spectrum import spectrum
 from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_file
 from loracli.calibration.sources import DataPaths
 from loracli.errors import IntegrityError, RecipeError, UsageError
+from loracli.export.activations import Moments, recorded_moments
 from loracli.export.ahead import in_order, one_thread_each
 from loracli.export.card import model_card
 from loracli.export.certificate import Certificate, ModuleCertificate
@@ -157,7 +158,8 @@ def export_adapter(
         recipe: a recipe, or the file of one.
         output: the directory to make.
         merge, rank, dtype, profile, tolerance, energy, budget, activation_aware: as in `ExportOptions`.
-        fit_data: calibration JSONL, for `activation_aware`; the base model is loaded for that alone.
+        fit_data: calibration JSONL, for `activation_aware`; the base model is loaded for that alone. None for what the
+            fit left beside the recipe.
         refit: with `merge`, fit the k x k core of every cut module; the base model is loaded for that.
         refit_data: calibration JSONL for it, of which a share is held out to score the result on.
         base, base_revision: of that base model; None for what the recipe or the adapters name.
@@ -183,9 +185,8 @@ def export_adapter(
         activation_aware=activation_aware,
     )
     options.check()
-    if activation_aware != (fit_data is not None):
-        wrong = "--activation-aware needs calibration records" if activation_aware else "--fit-data has no use here"
-        raise UsageError(wrong, hint="give --activation-aware and --fit-data FILE together")
+    if fit_data is not None and not activation_aware:
+        raise UsageError("--fit-data has no use here", hint="give --activation-aware and --fit-data FILE together")
     check_refit(refit=refit, data=refit_data, merge=merge)
     check_free(Path(output), force=force)
     refitting = None
@@ -194,25 +195,29 @@ def export_adapter(
 
         data = read_refit_data(refit_data, progress=progress)
         refitting = RefitOnRecords(data, base, base_revision, progress)
+    path = None if isinstance(recipe, Recipe) else Path(recipe)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     if gguf:
         from loracli.export.gguf_base import find_llama_cpp_base
 
-        found = find_llama_cpp_base(
+        llama_cpp = find_llama_cpp_base(
             base or recipe.base.id,
             revision=recipe.base.commit,
             config_sha256=recipe.base.config_sha256,
             progress=progress,
         )
-        options = dataclasses.replace(options, gguf=found)
+        options = dataclasses.replace(options, gguf=llama_cpp)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
     saved, moments = saved_modules(recorded_policy(recipe), ingredients), None
     source = RecipeSource(recipe, ingredients, saved)
     if fit_data is not None:
         from loracli.comparison.moments import moments_of
 
-        moments = moments_of(source, fit_data, base=base, base_revision=base_revision, progress=progress)
+        found = moments_of(source, fit_data, base=base, base_revision=base_revision, progress=progress)
+        moments = Moments(found, "records")
+    elif activation_aware:
+        moments = recorded_moments(source, path)
     return write_export(source, Path(output), options, moments=moments, refit=refitting, force=force, progress=progress)
 
 
@@ -221,14 +226,14 @@ def write_export(
     output: Path,
     options: ExportOptions,
     *,
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Moments | None = None,
     refit: Refit | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
     """Writes a composition; what `export_adapter` and `export_method` have in common.
 
-    `moments` are E[z z^T] of the modules to cut by, None to cut by |dW|_F; `refit` fits the cores of the cut.
+    `moments` are what the modules are cut by, None to cut by |dW|_F; `refit` fits the cores of the cut.
     """
     if refit is not None:
         check_refittable(source)
@@ -238,7 +243,7 @@ def write_export(
                 f"{output} holds the ingredient {ingredient.reference}", hint="choose another name with -o"
             )
     with one_thread_each() as threads:
-        plan = _Plan(source, options, moments or {}, progress, workers=min(threads, MOST_WORKERS))
+        plan = _Plan(source, options, moments, progress, workers=min(threads, MOST_WORKERS))
         cut = None if refit is None else plan.cut()
     if refit is not None and cut is not None:
         plan.refitted = refit(source, cut, plan.dtype)
@@ -257,9 +262,10 @@ class _Plan:
     """
 
     def __init__(
-        self, source: Source, options: ExportOptions, moments: Mapping[str, Tensor], progress: Progress, *, workers: int
+        self, source: Source, options: ExportOptions, moments: Moments | None, progress: Progress, *, workers: int
     ) -> None:
-        self._moments = moments
+        self._moments: Mapping[str, Tensor] = {} if moments is None else moments.by_module
+        self._moments_from = None if moments is None else moments.origin
         self.refitted: Refitted | None = None
         self._source, self._options, self._progress, self._workers = source, options, progress, workers
         self.dtype = OUTPUT_DTYPES[options.dtype] if options.dtype else source.dtype
@@ -466,10 +472,10 @@ class _Plan:
             },
         }
 
-    def _rule(self) -> dict[str, float | int | None]:
+    def _rule(self) -> dict[str, float | int | str | None]:
         """What decided on ranks and cuts, by the name of its option."""
         if self._options.activation_aware:
-            return {"activation_aware": True}
+            return {"activation_aware": True, "moments": self._moments_from}
         if self._options.rule is None:
             return {}
         return {name: value for name, value in dataclasses.asdict(self._options.rule).items() if value is not None}
@@ -480,7 +486,7 @@ class _Plan:
         rank = self._rank if chosen.merge else chosen.rank
         decided = {"rank": rank} if chosen.rule is None else self._rule()
         if chosen.activation_aware:
-            words.append(" --activation-aware --fit-data FILE")
+            words.append(" --activation-aware" + (" --fit-data FILE" if self._moments_from == "records" else ""))
         words += [] if self.refitted is None else [" --refit --data FILE"]
         for name, value in (*decided.items(), ("dtype", chosen.dtype), ("profile", chosen.profile)):
             words += [] if value is None else [f" --{name} {value}"]

@@ -18,6 +18,7 @@ from loracli.evaluation.held_out import FIT, held_out_table, static_points
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.scores import Scores
 from loracli.fit_certificate import FitCertificate
+from loracli.fitting.activations import chosen_records, fit_activations
 from loracli.fitting.attach import AttachedModel, attach
 from loracli.fitting.base import BaseModel, check_fits, load_base, plan_base
 from loracli.fitting.certificate import can_certify
@@ -192,6 +193,15 @@ def _run(
             passes = engine.meter.spent / (2 * tokens_of(examples.training))
             training_loss = _training_loss(engine, found, examples.training, settings)
             scores = _held_out_scores(engine, inputs, found, held_batches, examples.held_out, progress)
+            activations = fit_activations(
+                engine,
+                inputs.adapters,
+                found.mixing,
+                found.theta,
+                examples.training,
+                seed=settings.seed,
+                progress=progress,
+            )
         finally:
             progress.finish(TASK)
     table = held_out_table(
@@ -210,6 +220,7 @@ def _run(
         table,
         training_loss,
         certificate,
+        activations,
         passes=passes,
         halvings=engine.halvings,
         folds=validated,
@@ -247,7 +258,8 @@ def _work(inputs: FitInputs, examples: Examples, held_batches: Sequence[Batch]) 
     """Tokens forward plus tokens backward of the whole fit, for the bar and the estimate."""
     tokens = tokens_of(examples.training)
     methods = len(static_points(inputs.references)) + 1
-    return round(2 * inputs.settings.budget * tokens) + tokens + methods * sum(batch.tokens for batch in held_batches)
+    once = tokens + tokens_of(chosen_records(examples.training, seed=inputs.settings.seed))
+    return round(2 * inputs.settings.budget * tokens) + once + methods * sum(batch.tokens for batch in held_batches)
 
 
 def announce(

@@ -190,7 +190,7 @@ def damaged_recipe() -> None:
 
 
 def newer_recipe() -> None:
-    document = json.loads(Path("recipe.json").read_text()) | {"loracat_recipe": 3}
+    document = json.loads(Path("recipe.json").read_text()) | {"loracat_recipe": 4}
     Path("recipe.json").write_text(json.dumps(document))
 
 
