@@ -28,8 +28,12 @@ from loracli.fitting.activations import MOST_RECORDS, chosen_records
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.recipe import load_recipe
+from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
 from tests.tiny import random_records, write_jsonl
+from tests.verifying.test_verify_adapter import flip, problems, rewrite
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -217,3 +221,59 @@ def test_a_fit_looks_at_so_many_records_and_no_more_and_at_the_same_ones() -> No
     chosen = chosen_records(examples, seed=3)
     assert len(set(chosen)) == MOST_RECORDS == 64 and chosen == chosen_records(examples, seed=3)
     assert chosen != chosen_records(examples, seed=4)
+
+
+# Verified.
+
+
+def cut_on(fitted: Path, tiny_base: Path, output: Path, **options: Any) -> Path:
+    data = fitted.parent / "val.jsonl"
+    chosen = {"merge": True, "rank": 3, "activation_aware": True, "fit_data": data, "base": str(tiny_base)}
+    export_adapter(fitted, output, **{**chosen, **options})
+    return output
+
+
+@pytest.mark.parametrize("fitted", ["module"], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cut_by_records_is_held_against_its_own_column_space(
+    fitted: Path, tiny_base: Path, tmp_path: Path, dtype: str
+) -> None:
+    out = cut_on(fitted, tiny_base, tmp_path / "out", dtype=dtype)
+    found = verify_directory(out, recipe=fitted)
+    assert [skipped.what for skipped in found.not_checked] == ["that a cut by activations keeps the best directions"]
+    assert found.tensors == len(load_file(out / WEIGHTS))
+    tensor = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    size = {"float32": 1e-5, "bfloat16": 0.1}[dtype]
+
+    def moved(tensors: dict[str, Tensor]) -> None:
+        tensors[tensor][0] *= 1 + size
+
+    def scaled(tensors: dict[str, Tensor]) -> None:
+        tensors[tensor] *= 2.0
+        tensors[tensor.replace("lora_A", "lora_B")] /= 2.0
+
+    for edit, said in ((moved, "the update is off by"), (scaled, "another scale")):
+        copied = Path(shutil.copytree(out, tmp_path / edit.__name__))
+        rewrite(copied, edit, record=True)
+        assert said in problems(copied, [], recipe=fitted)
+
+
+def test_a_cut_by_the_recipe_is_computed_again_to_the_bit(fitted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_adapter(fitted, out, merge=True, rank=3, activation_aware=True)
+    found = verify_directory(out, recipe=fitted)
+    assert not found.not_checked and found.tensors == len(load_file(out / WEIGHTS))
+    for side in "AB":
+        copied = Path(shutil.copytree(out, tmp_path / side))
+        tensor = f"base_model.model.model.layers.1.self_attn.q_proj.lora_{side}.weight"
+        rewrite(copied, lambda tensors, tensor=tensor: flip(tensors, tensor), record=True)
+        assert "1 of 3 directions are not those" in problems(copied, [], recipe=fitted)
+
+
+@pytest.mark.parametrize("fitted", ["module"], indirect=True)
+def test_without_the_recipes_moments_what_cannot_be_checked_is_named(fitted: Path, tmp_path: Path) -> None:
+    export_adapter(fitted, tmp_path / "out", merge=True, rank=3, activation_aware=True)
+    paths = [str(adapter.path) for adapter in source_of(fitted).adapters]
+    found = verify_directory(tmp_path / "out", adapters=paths)
+    assert ["name the recipe with --recipe" in skipped.why for skipped in found.not_checked] == [True]
+    assert found.tensors == len(load_file(tmp_path / "out" / WEIGHTS))

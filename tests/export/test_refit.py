@@ -199,6 +199,13 @@ def test_verify_finds_another_core(made: Planted, out: tuple[Path, Exported], tm
         verify_directory(copied, adapters=paths)
 
 
+def test_a_cut_by_activations_is_refitted_and_verified_as_far_as_it_can_be(made: Planted, tmp_path: Path) -> None:
+    exported = made.refitted(tmp_path / "out", activation_aware=True, fit_data=made.data)
+    assert exported.refit is not None and exported.refit.kept == "refit"
+    found = verify_directory(tmp_path / "out", adapters=[str(path) for path in made.paths])
+    assert "every tensor against the composition" in [skipped.what for skipped in found.not_checked]
+
+
 def test_the_composition_of_a_method_is_refitted_too(made: Planted, tmp_path: Path) -> None:
     exported = export_method(
         "sum",
