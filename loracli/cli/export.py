@@ -94,7 +94,9 @@ def export(
     fit_data: Annotated[
         list[str] | None,
         typer.Option(
-            "--fit-data", metavar="FILE...", help="Calibration JSONL for task-arithmetic, lorahub, --activation-aware."
+            "--fit-data",
+            metavar="FILE...",
+            help="Calibration JSONL for task-arithmetic, lorahub, --activation-aware, --refit.",
         ),
     ] = None,
     base: Annotated[
@@ -153,7 +155,7 @@ def export(
         "gguf": gguf,
         "force": force,
     }
-    written |= {"refit": refit, "refit_data": data if refit and data else None}
+    written |= {"refit": refit, "data": data if refit and data else None}
     written |= {"tolerance": tolerance, "energy": energy, "budget": None if budget is None else parse_bytes(budget)}
     options = MethodOptions(density, scale, seed)
     files = None if refit or not data else read_loss_data(data, progress=out)

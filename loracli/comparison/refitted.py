@@ -53,14 +53,20 @@ TASK = "refit"
 START = "truncation"
 
 
-def read_refit_data(data: DataPaths, *, progress: Progress = SILENT) -> Dataset:
-    """The records, divided as those of a fit: a share of each file is held out, and nothing is fitted on it.
+def read_refit_data(fit_data: DataPaths | None, data: DataPaths | None, *, progress: Progress = SILENT) -> Dataset:
+    """The records, divided as those of a fit: to fit on, and held out.
 
+    Args:
+        fit_data: calibration files; None for those of `data`, of which a share is held out.
+        data: all of them held out, where there is `fit_data`; None for a share of that.
+        progress: told of what is not read.
     Raises:
         UsageError, CalibrationError: as `read_dataset`.
     """
     settings = FitSettings()
-    return read_dataset(data, None, holdout=settings.holdout, seed=settings.seed, progress=progress)
+    fitted, held_out = (fit_data, data) if fit_data is not None else (data, None)
+    assert fitted is not None
+    return read_dataset(fitted, held_out, holdout=settings.holdout, seed=settings.seed, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,7 @@ def _run(inputs: FitInputs, base: BaseModel, source: Source, dtype: torch.dtype,
         progress.finish(TASK)
     record = RefitRecord(
         data=tuple(RefitFile(file.source.name, file.sha256, len(file.records)) for file in inputs.data.files),
+        held_out=inputs.data.held_out_name,
         kept="refit" if found.cores else "truncation",
         numbers=CoreMixing(inputs.layout).numbers,
         gain=found.gain.mean,

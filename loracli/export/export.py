@@ -146,7 +146,7 @@ def export_adapter(
     activation_aware: bool = False,
     fit_data: DataPaths | None = None,
     refit: bool = False,
-    refit_data: DataPaths | None = None,
+    data: DataPaths | None = None,
     base: str | None = None,
     base_revision: str | None = None,
     force: bool = False,
@@ -158,10 +158,11 @@ def export_adapter(
         recipe: a recipe, or the file of one.
         output: the directory to make.
         merge, rank, dtype, profile, tolerance, energy, budget, activation_aware: as in `ExportOptions`.
-        fit_data: calibration JSONL, for `activation_aware`; the base model is loaded for that alone. None for what the
-            fit left beside the recipe.
+        fit_data: calibration JSONL, for `activation_aware` and `refit`; the base model is loaded for that alone. None
+            for what the fit left beside the recipe.
         refit: with `merge`, fit the k x k core of every cut module; the base model is loaded for that.
-        refit_data: calibration JSONL for it, of which a share is held out to score the result on.
+        data: calibration JSONL for `refit`, of which a share is held out to score the result on; with `fit_data`, which
+            is calibrated on then, all of it is.
         base, base_revision: of that base model; None for what the recipe or the adapters name.
         adapters: where the ingredients are now, in the recipe's order; empty for where the recipe says.
         gguf: write a GGUF file as well.
@@ -185,16 +186,16 @@ def export_adapter(
         activation_aware=activation_aware,
     )
     options.check()
-    if fit_data is not None and not activation_aware:
-        raise UsageError("--fit-data has no use here", hint="give --activation-aware and --fit-data FILE together")
-    check_refit(refit=refit, data=refit_data, merge=merge)
+    if fit_data is not None and not (activation_aware or refit):
+        raise UsageError("--fit-data has no use here", hint="give it with --activation-aware or --refit")
+    check_refit(refit=refit, fit_data=fit_data, data=data, merge=merge)
     check_free(Path(output), force=force)
     refitting = None
-    if refit_data is not None:
+    if refit:
         from loracli.comparison.refitted import RefitOnRecords, read_refit_data
 
-        data = read_refit_data(refit_data, progress=progress)
-        refitting = RefitOnRecords(data, base, base_revision, progress)
+        records = read_refit_data(fit_data, data, progress=progress)
+        refitting = RefitOnRecords(records, base, base_revision, progress)
     path = None if isinstance(recipe, Recipe) else Path(recipe)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
@@ -211,7 +212,7 @@ def export_adapter(
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
     saved, moments = saved_modules(recorded_policy(recipe), ingredients), None
     source = RecipeSource(recipe, ingredients, saved)
-    if fit_data is not None:
+    if activation_aware and fit_data is not None:
         from loracli.comparison.moments import moments_of
 
         found = moments_of(source, fit_data, base=base, base_revision=base_revision, progress=progress)

@@ -91,7 +91,7 @@ def export_method(
     energy: float | None = None,
     budget: int | None = None,
     refit: bool = False,
-    refit_data: DataPaths | None = None,
+    data: DataPaths | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -110,7 +110,7 @@ def export_method(
         base: a Hub id or directory, None for what recipe or adapters name.
         base_revision: of a base on the Hub.
         merge, rank, dtype, profile, tolerance, energy, budget: as in `ExportOptions`.
-        refit, refit_data: as in `export_adapter`; not of a method that cuts its own result.
+        refit, data: as in `export_adapter`; not of a method that cuts its own result.
         modules_to_save: `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse` without one.
         gguf: write a GGUF file as well.
         force: replace an existing adapter directory.
@@ -123,16 +123,17 @@ def export_method(
     method = find_method(name, method_options)
     options = ExportOptions(merge, rank, dtype, profile, tolerance=tolerance, energy=energy, budget=budget)
     options.check(cuts=method.cuts)
-    check_refit(refit=refit, data=refit_data, merge=merge)
+    check_refit(refit=refit, fit_data=fit_data, data=data, merge=merge)
     check_free(Path(output), force=force)
     refitting = None
-    if refit_data is not None:
+    if refit:
         from loracli.comparison.refitted import RefitOnRecords, read_refit_data
 
-        data = read_refit_data(refit_data, progress=progress)
-        refitting = RefitOnRecords(data, base, base_revision, progress)
+        records = read_refit_data(fit_data, data, progress=progress)
+        refitting = RefitOnRecords(records, base, base_revision, progress)
     read, loaded = read_to_compose(adapters, recipe, base_given=base is not None, progress=progress)
-    if (method.search is None) != (fit_data is None):
+    searching = fit_data is not None and not (refit and method.search is None)
+    if (method.search is None) == searching:
         need = "has to be fitted" if fit_data is None else "needs no calibration records"
         raise UsageError(f"{name} {need}", hint=f"{'give' if fit_data is None else 'leave out'} --fit-data")
     policy = modules_to_save or (REFUSE if loaded is None else recorded_policy(loaded))
@@ -155,7 +156,7 @@ def export_method(
         found = find_llama_cpp_base(base or table.id, revision=base_revision, progress=progress)
         options = replace(options, gguf=found)
     weights = None if method.weights is None else method.weights(len(read))
-    if fit_data is not None:
+    if fit_data is not None and searching:
         from loracli.comparison.searched import searched_weights
 
         weights = searched_weights(

@@ -62,7 +62,8 @@ class RefitRecord:
     """How the cores were found.
 
     Args:
-        data: the files.
+        data: the files that were fitted on, or divided.
+        held_out: the files that the held-out records come from.
         kept: what is written: `refit`, or `truncation` where the refit was not clearly better.
         numbers: how many were fitted.
         gain: of the refit over the cut on the validation records, nats per token.
@@ -74,6 +75,7 @@ class RefitRecord:
     """
 
     data: tuple[RefitFile, ...]
+    held_out: str
     kept: str
     numbers: int
     gain: float
@@ -99,18 +101,18 @@ class Refit(Protocol):
         """`cut` is the cut of each module, sqrt(S) on both sides, and `dtype` that of the output."""
 
 
-def check_refit(*, refit: bool, data: object, merge: bool) -> None:
-    """Refuses a refit of what was not cut, and one without records.
+def check_refit(*, refit: bool, fit_data: object, data: object, merge: bool) -> None:
+    """Refuses a refit of what was not cut, one without records, and records that nothing is done with.
 
     Raises:
         UsageError: naming the way out.
     """
     if refit and not merge:
-        raise UsageError(
-            "--refit is for --merge; a concatenation is exact already", hint="add --merge, or leave it out"
-        )
-    if refit and data is None:
+        raise UsageError("--refit is for --merge; a concatenation is exact already", hint="add --merge")
+    if refit and fit_data is None and data is None:
         raise UsageError("--refit needs calibration records", hint="give them with --data FILE")
+    if data is not None and not refit:
+        raise UsageError("records to refit on have no use without --refit", hint="add --refit")
 
 
 def check_refittable(source: Source) -> None:

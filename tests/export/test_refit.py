@@ -59,7 +59,7 @@ class Planted(Made):
         return [tokenizer.decode(row[1:]) for row in ids]
 
     def refitted(self, output: Path, **options: Any) -> Exported:
-        chosen = {"merge": True, "rank": RANK, "refit": True, "refit_data": self.data, "base": str(self.base)}
+        chosen = {"merge": True, "rank": RANK, "refit": True, "data": self.data, "base": str(self.base)}
         return export_adapter(self.recipe, output, **{**chosen, **options})
 
 
@@ -215,7 +215,7 @@ def test_the_composition_of_a_method_is_refitted_too(made: Planted, tmp_path: Pa
         merge=True,
         rank=RANK,
         refit=True,
-        refit_data=made.data,
+        data=made.data,
     )
     assert exported.refit is not None and exported.refit.kept == "refit"
     assert exported.refit.loss.refitted < exported.refit.loss.truncated
@@ -226,7 +226,7 @@ def test_the_composition_of_a_method_is_refitted_too(made: Planted, tmp_path: Pa
     ("options", "message"),
     [
         ({"merge": False, "rank": None}, "a concatenation is exact already"),
-        ({"refit_data": None}, "--refit needs calibration records"),
+        ({"data": None}, "--refit needs calibration records"),
     ],
 )
 def test_what_cannot_be_refitted_is_refused(
@@ -246,7 +246,7 @@ def test_a_method_that_cuts_its_own_result_is_refused(made: Planted, tmp_path: P
             base=str(made.base),
             merge=True,
             refit=True,
-            refit_data=made.data,
+            data=made.data,
         )
 
 
@@ -254,7 +254,7 @@ def test_too_few_records_are_refused(made: Planted, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(made.data.read_text().splitlines(keepends=True)[:12]))
     with pytest.raises(UsageError, match="--refit cannot choose with 6 training records"):
-        made.refitted(tmp_path / "out", refit_data=few)
+        made.refitted(tmp_path / "out", data=few)
 
 
 def test_lora_bias_is_refused(tmp_path: Path) -> None:
@@ -263,5 +263,15 @@ def test_lora_bias_is_refused(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "records.jsonl", random_records(60))
     with pytest.raises(UsageError, match="has lora_bias, which --refit cannot weigh"):
         export_method(
-            "sum", tmp_path / "out", adapters=[str(adapter)], base=str(base), merge=True, refit=True, refit_data=data
+            "sum", tmp_path / "out", adapters=[str(adapter)], base=str(base), merge=True, refit=True, data=data
         )
+
+
+def test_records_of_another_file_can_be_the_held_out_ones(made: Planted, tmp_path: Path) -> None:
+    lines = made.data.read_text().splitlines(keepends=True)
+    (tmp_path / "fit.jsonl").write_text("".join(lines[:60]))
+    (tmp_path / "test.jsonl").write_text("".join(lines[60:]))
+    exported = made.refitted(tmp_path / "out", fit_data=tmp_path / "fit.jsonl", data=tmp_path / "test.jsonl")
+    assert exported.refit is not None
+    assert exported.refit.loss.records == 60 and exported.refit.held_out == "test.jsonl"
+    assert [(file.name, file.records) for file in exported.refit.data] == [("fit.jsonl", 60)]
