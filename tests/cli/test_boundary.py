@@ -460,7 +460,9 @@ def test_every_command_prints_exactly_one_document_on_success(here: Path) -> Non
         "adapter-cat",
         "adapter-merged",
         "other.json",
+        "other.json.activations.safetensors",
         "recipe.json",
+        "recipe.json.activations.safetensors",
     ]
 
 
