@@ -126,7 +126,7 @@ def check_refittable(source: Source) -> None:
         raise UsageError(f"{biased} has lora_bias, which --refit cannot weigh", hint="leave out --refit")
     if isinstance(source, MethodSource) and source.weights is None:
         raise UsageError(
-            f"--refit cannot follow {source.method.name}, which cuts its own result while it composes",
+            f"--refit is for a recipe or a weighted sum, and {source.method.name} merges the factors themselves",
             hint="leave out --refit, or fit a recipe and refit that",
         )
 

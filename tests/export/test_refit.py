@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from loracli.adapters.names import CORES_FILE
 from loracli.calibration.dataset import read_dataset
+from loracli.cli import app
 from loracli.errors import IntegrityError, UsageError
 from loracli.export.export import Exported, export_adapter
 from loracli.export.method import export_method
@@ -206,20 +209,18 @@ def test_a_cut_by_activations_is_refitted_and_verified_as_far_as_it_can_be(made:
     assert "every tensor against the composition" in [skipped.what for skipped in found.not_checked]
 
 
-def test_the_composition_of_a_method_is_refitted_too(made: Planted, tmp_path: Path) -> None:
-    exported = export_method(
-        "sum",
-        tmp_path / "out",
-        adapters=[str(path) for path in made.paths],
-        base=str(made.base),
-        merge=True,
-        rank=RANK,
-        refit=True,
-        data=made.data,
-    )
-    assert exported.refit is not None and exported.refit.kept == "refit"
-    assert exported.refit.loss.refitted < exported.refit.loss.truncated
-    verify_directory(tmp_path / "out", adapters=[str(path) for path in made.paths])
+def test_a_method_is_refitted_too_and_another_file_can_be_held_out(made: Planted, tmp_path: Path) -> None:
+    lines = made.data.read_text().splitlines(keepends=True)
+    (tmp_path / "fit.jsonl").write_text("".join(lines[:90]))
+    (tmp_path / "test.jsonl").write_text("".join(lines[90:]))
+    paths = [str(path) for path in made.paths]
+    data = {"fit_data": tmp_path / "fit.jsonl", "data": tmp_path / "test.jsonl", "base": str(made.base)}
+    exported = export_method("sum", tmp_path / "out", adapters=paths, merge=True, rank=RANK, refit=True, **data)
+    refit = exported.refit
+    assert refit is not None and refit.kept == "refit" and refit.loss.refitted < refit.loss.truncated
+    assert refit.loss.records == 30 and refit.held_out == "test.jsonl"
+    assert [(file.name, file.records) for file in refit.data] == [("fit.jsonl", 90)]
+    verify_directory(tmp_path / "out", adapters=paths)
 
 
 @pytest.mark.parametrize(
@@ -237,8 +238,8 @@ def test_what_cannot_be_refitted_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_method_that_cuts_its_own_result_is_refused(made: Planted, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--refit cannot follow ties"):
+def test_a_method_that_merges_factors_is_refused(made: Planted, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--refit is for a recipe or a weighted sum, and ties"):
         export_method(
             "ties",
             tmp_path / "out",
@@ -267,11 +268,15 @@ def test_lora_bias_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_records_of_another_file_can_be_the_held_out_ones(made: Planted, tmp_path: Path) -> None:
-    lines = made.data.read_text().splitlines(keepends=True)
-    (tmp_path / "fit.jsonl").write_text("".join(lines[:60]))
-    (tmp_path / "test.jsonl").write_text("".join(lines[60:]))
-    exported = made.refitted(tmp_path / "out", fit_data=tmp_path / "fit.jsonl", data=tmp_path / "test.jsonl")
-    assert exported.refit is not None
-    assert exported.refit.loss.records == 60 and exported.refit.held_out == "test.jsonl"
-    assert [(file.name, file.records) for file in exported.refit.data] == [("fit.jsonl", 60)]
+def test_the_command_gives_the_three_losses_as_json(made: Planted, tmp_path: Path) -> None:
+    made.recipe.save(made.paths[0].parent / "recipe.json", force=True)
+    words = ["export", str(made.paths[0].parent / "recipe.json"), "--merge", "--rank", str(RANK), "--refit"]
+    words += ["--data", str(made.data), "--base", str(made.base), "-o", str(tmp_path / "out")]
+    result: Any = CliRunner().invoke(app, [*words, "--json"])
+    assert result.exit_code == 0, result.output
+    refit = json.loads(result.stdout)["refit"]
+    assert refit == json.loads((tmp_path / "out" / "loracat.json").read_text())["refit"]
+    assert refit["loss"]["composition"] < refit["loss"]["refitted"] < refit["loss"]["truncated"]
+    shown: Any = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "shown")])
+    for name, nats in (("composition", "composition"), ("truncation", "truncated"), ("refit", "refitted")):
+        assert re.search(rf"{name} +{refit['loss'][nats]:.4f}", shown.stdout)
