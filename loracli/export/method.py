@@ -110,7 +110,7 @@ def export_method(
         base: a Hub id or directory, None for what recipe or adapters name.
         base_revision: of a base on the Hub.
         merge, rank, dtype, profile, tolerance, energy, budget: as in `ExportOptions`.
-        refit, data: as in `export_adapter`; not of a method that cuts its own result.
+        refit, data: as in `export_adapter`; not of a method that merges the factors.
         modules_to_save: `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse` without one.
         gguf: write a GGUF file as well.
         force: replace an existing adapter directory.

@@ -19,7 +19,7 @@ from loracli.algebra.truncate import truncate_for
 from loracli.calibration.dataset import read_dataset
 from loracli.calibration.render import Example
 from loracli.comparison.moments import moments_of
-from loracli.errors import IntegrityError, RecipeError, UsageError
+from loracli.errors import IntegrityError, OutputExists, RecipeError, UsageError
 from loracli.export.activations import recorded_moments
 from loracli.export.export import export_adapter
 from loracli.export.ingredients import read_ingredients
@@ -27,9 +27,11 @@ from loracli.export.source import RecipeSource
 from loracli.fitting.activations import MOST_RECORDS, chosen_records
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.recipe import load_recipe
+from loracli.recipe import activations_path, load_recipe
+from loracli.sidecar import read_moments
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
+from tests.fitting.test_run import Listener
 from tests.tiny import random_records, write_jsonl
 from tests.verifying.test_verify_adapter import flip, problems, rewrite
 
@@ -221,6 +223,42 @@ def test_a_fit_looks_at_so_many_records_and_no_more_and_at_the_same_ones() -> No
     chosen = chosen_records(examples, seed=3)
     assert len(set(chosen)) == MOST_RECORDS == 64 and chosen == chosen_records(examples, seed=3)
     assert chosen != chosen_records(examples, seed=4)
+
+
+def test_moments_that_would_be_too_large_are_left_out_and_that_is_said(
+    tiny_base: Path, two_adapters: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loracli.fitting.activations.MOST_BYTES", 1)
+    data, listener = write_jsonl(tmp_path / "val.jsonl", random_records(44)), Listener()
+    settings = FitSettings(mixing="adapter", passes=2)
+    adapters = [str(path) for path in two_adapters]
+    recipe = fit_mixing(
+        adapters, data, base=str(tiny_base), settings=settings, folder=tmp_path, dtype="float32", progress=listener
+    )
+    assert recipe.activations is None
+    assert any("left out of the recipe" in line and "--fit-data" in line for line in listener.said)
+    recipe.save(tmp_path / "recipe.json")
+    assert json.loads((tmp_path / "recipe.json").read_text())["loracat_recipe"] == 2
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("fitted", ["module", "core"], indirect=True)
+def test_the_file_of_the_moments_stands_and_falls_with_its_recipe(fitted: Path, tmp_path: Path) -> None:
+    recipe, path = load_recipe(fitted), tmp_path / "recipe.json"
+    assert recipe.activations is not None
+    moments = read_moments(fitted, recipe.activations)
+    whole = replace(recipe, activations=replace(recipe.activations, moments=moments))
+    whole.save(path)
+    assert activations_path(path).read_bytes() == activations_path(fitted).read_bytes()
+    beside = activations_path(path)
+    path.unlink()
+    with pytest.raises(OutputExists, match="activations.safetensors exists"):
+        whole.save(path)
+    recipe.save(path, force=True)  # without the moments in memory
+    assert not beside.exists() and load_recipe(path).activations is None
+    beside.write_bytes((tmp_path / "recipe.json").read_bytes())
+    with pytest.raises(OutputExists, match="holds something else"):
+        whole.save(path, force=True)
 
 
 # Verified.
