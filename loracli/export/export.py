@@ -248,6 +248,7 @@ def write_export(
         cut = None if refit is None else plan.cut()
     if refit is not None and cut is not None:
         plan.refitted = refit(source, cut, plan.dtype)
+        progress.begin(TASK, len(cut), "modules")
         del cut
     with one_thread_each(), whole_directory(output, force=force) as folder:
         certificate, size = plan.write(folder)
