@@ -30,6 +30,7 @@ SCALES = {
     "F16": torch.float16,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+_FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 _UNUSED = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale")
 _COMPRESSED = ("float-quantized", "int-quantized", "naive-quantized")
 _WAY_OUT = "give the unquantised model with --base"
@@ -42,11 +43,14 @@ class Quantisation:
     Args:
         method: as its config calls it.
         scale: the last name of the scales of a weight.
+        dtypes: of quantised weights, as safetensors spells them; others stand for something else, as I8 in an fp8 base
+            does for two numbers in 4 bits.
         block: rows and columns that have a scale in common, None for a whole row or the whole matrix.
     """
 
     method: str
     scale: str
+    dtypes: frozenset[str]
     block: tuple[int, int] | None
 
 
@@ -75,9 +79,9 @@ def read_quantisation(fields: Mapping[str, Any], path: Path) -> Quantisation | N
     method = config.get("quant_method") if isinstance(config, dict) else None
     if method == "fp8":
         block = config.get("weight_block_size", [128, 128])
-        return Quantisation("fp8", "weight_scale_inv", None if block is None else _pair(block, path))
+        return Quantisation("fp8", "weight_scale_inv", _FLOAT8, None if block is None else _pair(block, path))
     if method == "compressed-tensors":
-        return Quantisation("compressed-tensors", "weight_scale", _compressed_block(config, path))
+        return _compressed(config, path)
     raise BaseModelMismatch(
         f"the base model is quantised by {method}, which --dequantise does not read; it reads fp8 and, of "
         f"compressed-tensors, {', '.join(_COMPRESSED)}",
@@ -86,32 +90,31 @@ def read_quantisation(fields: Mapping[str, Any], path: Path) -> Quantisation | N
     )
 
 
-def _compressed_block(config: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
-    """The one block size of all groups of a compressed-tensors config."""
-    groups = config.get("config_groups")
-    found: set[tuple[int, int] | None] = set()
+def _compressed(config: Mapping[str, Any], path: Path) -> Quantisation:
+    """What all groups of a compressed-tensors config say together."""
+    groups, blocks, dtypes = config.get("config_groups"), set[tuple[int, int] | None](), frozenset[str]()
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         form = (group.get("format") if isinstance(group, dict) else None) or config.get("format")
-        if not isinstance(weights, dict) or form not in _COMPRESSED or weights.get("num_bits") != 8:
+        rotated = bool(config.get("transform_config"))
+        if not isinstance(weights, dict) or form not in _COMPRESSED or weights.get("num_bits") != 8 or rotated:
+            how = "with a transform_config" if rotated else f"as {form}"
             raise BaseModelMismatch(
-                f"the base model is quantised by compressed-tensors as {form}, which --dequantise does not read; it "
-                f"reads {', '.join(_COMPRESSED)} in 8 bits",
+                f"the base model is quantised by compressed-tensors {how}, which --dequantise does not read; it reads "
+                f"{', '.join(_COMPRESSED)} in 8 bits",
                 where=str(path),
                 hint=_WAY_OUT,
             )
+        dtypes |= _FLOAT8 if weights.get("type") == "float" else {"I8"}
         strategy = weights.get("strategy")
-        if strategy == "block":
-            found.add(_pair(weights.get("block_structure"), path))
-        elif strategy == "group":
-            found.add(_pair([1, weights.get("group_size")], path))
-        else:
-            found.add(None)
-    if len(found - {None}) > 1:
+        block = weights.get("block_structure") if strategy == "block" else [1, weights.get("group_size")]
+        blocks.add(_pair(block, path) if strategy in ("block", "group") else None)
+    sizes = sorted(blocks - {None}, key=str)
+    if len(sizes) > 1:
         raise BaseModelMismatch(
-            "the base model is quantised in blocks of several sizes", where=str(path), hint=_WAY_OUT
+            f"the base model is quantised in blocks of several sizes: {sizes}", where=str(path), hint=_WAY_OUT
         )
-    return next(iter(found - {None}), None)
+    return Quantisation("compressed-tensors", "weight_scale", dtypes, sizes[0] if sizes else None)
 
 
 def _pair(block: Any, path: Path) -> tuple[int, int]:
@@ -139,7 +142,7 @@ def find_quantised(
         if last == quantisation.scale or name in unused or tensor.dtype in FLOATS:
             continue
         scales = checkpoint.tensors.get(f"{module}.{quantisation.scale}")
-        if tensor.dtype not in QUANTISED or last != "weight" or len(tensor.shape) != 2 or scales is None:
+        if tensor.dtype not in quantisation.dtypes or last != "weight" or len(tensor.shape) != 2 or scales is None:
             if tensor.dtype in ("I64", "I32", "BOOL") and scales is None:
                 continue  # a table of indices, which no format above stores weights as
             raise BaseModelMismatch(

@@ -192,6 +192,7 @@ def test_scales_in_another_file_and_a_resumed_run_make_no_difference(tmp_path: P
         ),
         ({"quant_method": "gptq", "bits": 4}, "quantised by gptq"),
         (compressed("group", "pack-quantized", "int", num_bits=4), "compressed-tensors as pack-quantized"),
+        (compressed("channel", "int-quantized", "int") | {"transform_config": {"r1": {}}}, "with a transform_config"),
         (fp8([16]), "has the block size"),
         (fp8([8, 8]), "does not fit"),
     ],
@@ -216,6 +217,7 @@ NAME = "model.layers.1.self_attn.q_proj"
         (lambda t: t.pop(f"{NAME}.weight_scale_inv"), rf"{NAME}\.weight .* is stored as F8_E4M3, which stands"),
         (lambda t: t.pop(f"{NAME}.weight"), rf"{NAME}\.weight_scale_inv .* scales nothing"),
         (lambda t: t.update({f"{NAME}.weight_zero_point": torch.zeros(2, 2)}), f"{NAME} is quantised around"),
+        (lambda t: t.update({f"{NAME}.weight": t[f"{NAME}.weight"].view(torch.int8)}), rf"{NAME}.* is stored as I8"),
         (lambda t: t.update({"model.norm.weight": torch.ones(32).to(E4M3)}), r"model\.norm\.weight .* is stored as F8"),
     ],
 )
