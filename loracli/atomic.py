@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loracli.adapters.names import CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.errors import LoracatError, OutOfResources, OutputExists
 
 CERTIFICATE_FILE = "loracat.json"
 # What an export consists of; --force replaces a directory of these and nothing else.
-EXPORTED_FILES = frozenset({CONFIG_FILE, TENSOR_FILE, MLX_TENSOR_FILE, GGUF_FILE, CERTIFICATE_FILE, "README.md"})
+EXPORTED_FILES = frozenset(
+    {CONFIG_FILE, TENSOR_FILE, MLX_TENSOR_FILE, GGUF_FILE, CORES_FILE, CERTIFICATE_FILE, "README.md"}
+)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

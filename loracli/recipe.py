@@ -3,7 +3,7 @@
 A recipe is JSON for people to read, diff and commit. It holds what changes the result and nothing of the machine: no
 host, user, time, device or absolute path. Adapters are identified by the sha256 of their files; local directories are
 kept relative to the recipe's own folder. A mixing too large to read is kept as tensors in a file beside it, by its
-sha256.
+sha256, and so is what the records show of the activations.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any, Literal, get_args
 
 from loracli.adapters.base_claim import is_path
 from loracli.adapters.names import CONFIG_FILE, TENSOR_FILES, layer, leaf
-from loracli.atomic import replaced_file, write_atomically, write_file
-from loracli.errors import OutputExists, RecipeError
+from loracli.atomic import replaced_file, write_file
+from loracli.errors import OutputExists, RecipeError, UsageError
 from loracli.fit_record import FitRecord
 from loracli.schema import decode, encode
 from loracli.strict_json import StrictJsonError, parse_json
 
-SCHEMA = 2
+SCHEMA = 3
+WITHOUT_ACTIVATIONS = 2  # the schema of a recipe that has none, as those of earlier versions
 MAX_RECIPE_BYTES = 64 << 20
 FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million records agree by chance once in 500
 
@@ -155,6 +156,24 @@ class RecipeMixing:
 
 
 @dataclass(frozen=True)
+class RecipeActivations:
+    """What calibration records show of the input x of every module: G = E[z z^T], z = A x, over their tokens.
+
+    Args:
+        records: how many of the training records.
+        tokens: in them.
+        sha256: of the file with G, which is beside the recipe.
+        moments: `<module>.moment`, G (R, R) in float32, with A (R, in) as in the mixing's tensors: the adapters' own,
+            stacked, or the trained one. Not part of the document; empty until they are read.
+    """
+
+    records: int
+    tokens: int
+    sha256: str
+    moments: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
 class HeldOutRow:
     """One line of the held-out table.
 
@@ -232,6 +251,7 @@ class Recipe:
     dtype: str
     held_out: HeldOut
     versions: dict[str, str]
+    activations: RecipeActivations | None = None
     folder: Path = field(default=Path(), compare=False)
 
     def weights_of(self, module: str) -> tuple[float | None, ...]:
@@ -253,32 +273,44 @@ class Recipe:
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Writes the recipe, whole or not at all, and its tensors beside it; local adapters become relative to its
-        folder.
+        folder. Activations whose moments were not read are left out.
 
         Raises:
             OutputExists: if a file is in the way and `force` is not set, or it is none to replace.
             UsageError: if the mixing has tensors and `path` does not end in `.json`.
         """
         path = Path(path)
-        mixing = self.mixing
+        mixing, activations = self.mixing, self.activations
         check_recipe_path(path, force=force, kind=mixing.kind)
-        if mixing.kind in INLINE_KINDS:
-            write_atomically(path, self._moved_to(path.parent).to_json().encode())
-            if force and tensors_path(path).exists():
+        written = self._moved_to(path.parent)
+        beside: dict[Path, Mapping[str, Any]] = {}
+        if mixing.kind not in INLINE_KINDS:
+            from loracli.sidecar import sidecar_sha256
+
+            beside[tensors_path(path)] = mixing.tensors
+            written = replace(written, mixing=replace(mixing, tensors_sha256=sidecar_sha256(mixing.tensors)))
+        if activations is not None and activations.moments:
+            beside[activations_path(path)] = activations.moments
+        else:
+            written = replace(written, activations=None)
+        with replaced_file(path) as temporary:  # gets its name last
+            write_file(temporary, written.to_json().encode())
+            for name, tensors in beside.items():
+                from loracli.sidecar import write_sidecar
+
+                write_sidecar(name, tensors)
+        for name in (activations_path(path), *((tensors_path(path),) if path.suffix == ".json" else ())):
+            if force and name not in beside and name.exists():
                 from loracli.sidecar import remove_sidecar
 
-                remove_sidecar(path)
-            return
-        from loracli.sidecar import sidecar_sha256, write_sidecar
-
-        written = replace(self, mixing=replace(mixing, tensors_sha256=sidecar_sha256(mixing.tensors)))
-        with replaced_file(path) as temporary:  # gets its name last
-            write_file(temporary, written._moved_to(path.parent).to_json().encode())
-            write_sidecar(path, mixing.tensors)
+                remove_sidecar(name)
 
     def to_json(self) -> str:
         """The document, the same bytes for the same recipe."""
         document = {"loracat_recipe": SCHEMA, **encode(self)}
+        if self.activations is None:
+            document["loracat_recipe"] = WITHOUT_ACTIVATIONS
+            del document["activations"]
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def _moved_to(self, folder: Path) -> Recipe:
@@ -350,15 +382,26 @@ def check_recipe_path(path: Path, *, force: bool, kind: str = "module") -> None:
         raise OutputExists(f"{path} is a directory", hint="name a file with -o")
     if os.path.lexists(path) and not force:
         raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
-    if kind not in INLINE_KINDS:
-        from loracli.sidecar import check_sidecar_path
+    if kind not in INLINE_KINDS and path.suffix != ".json":
+        raise UsageError(
+            f"{path} does not end in .json, and this mixing keeps its tensors in a file named after the recipe",
+            hint=f"-o {path}.json",
+        )
+    for name in (activations_path(path), *(() if kind in INLINE_KINDS else (tensors_path(path),))):
+        if os.path.lexists(name):
+            from loracli.sidecar import check_sidecar_path
 
-        check_sidecar_path(path, force=force)
+            check_sidecar_path(name, path, force=force)
 
 
 def tensors_path(recipe: Path) -> Path:
     """The file of the tensors of the recipe at this path."""
     return recipe.with_suffix(".safetensors")
+
+
+def activations_path(recipe: Path) -> Path:
+    """The file of the second moments of the recipe at this path."""
+    return recipe.with_name(f"{recipe.name}.activations.safetensors")
 
 
 def weights_by_leaf(recipe: Recipe) -> dict[str, list[tuple[float, float, float] | None]]:
@@ -423,9 +466,12 @@ def decode_recipe(fields: Any, name: str, folder: Path) -> Recipe:
         raise RecipeError(f"{name} is no recipe of loracat")
     fields = dict(fields)
     schema = fields.pop("loracat_recipe")
-    if type(schema) is not int or schema != SCHEMA:
+    if type(schema) is not int or schema not in (WITHOUT_ACTIVATIONS, SCHEMA):
         raise RecipeError(f"{name} has the schema {schema!r}; this version reads {SCHEMA}", hint=_schema_hint(schema))
     problems: list[str] = []
+    if (fields.get("activations") is not None) != (schema == SCHEMA):
+        problems.append(f"activations: {'missing' if schema == SCHEMA else 'unknown'}")
+    fields.setdefault("activations", None)
     recipe = decode(Recipe, fields, "", problems)
     if not problems:
         problems = _contradictions(recipe)

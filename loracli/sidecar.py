@@ -1,7 +1,8 @@
-"""The tensors of a recipe, in the file beside it: `recipe.json` has `recipe.safetensors`.
+"""The tensors of a recipe, in files beside it: `recipe.json` has `recipe.safetensors` for its mixing, where that is
+tensors, and `recipe.json.activations.safetensors` for what the records show of the activations.
 
-The recipe holds the file's sha256; the file's name follows from the recipe's. Both are written before either gets its
-name, the tensors first and the recipe last, which makes it the commit point. Who is killed between the two renames
+The recipe holds each file's sha256; the files' names follow from the recipe's. All are written before the recipe gets
+its name, which makes it the commit point. Who is killed between the two renames
 leaves the old recipe beside new tensors: it is then refused by its hash.
 """
 
@@ -19,15 +20,16 @@ from torch import Tensor
 
 from loracli.adapters.tensor_file import TensorFile, open_regular, open_tensor_file
 from loracli.atomic import flush_directory, replaced_file, translate_disk_errors
-from loracli.errors import IntegrityError, MalformedAdapter, OutputExists, RecipeError, UnsupportedAdapter, UsageError
-from loracli.recipe import TENSOR_PARTS, tensors_path
+from loracli.errors import IntegrityError, MalformedAdapter, OutputExists, RecipeError, UnsupportedAdapter
+from loracli.recipe import TENSOR_PARTS, activations_path, tensors_path
 from loracli.tensor_writer import file_parts, write_tensors
 
 if TYPE_CHECKING:
-    from loracli.recipe import Recipe
+    from loracli.recipe import Recipe, RecipeActivations
 
 PART_DTYPES = {"mixing": torch.float64, "lora_A": torch.float32, "lora_B": torch.float32}
 METADATA = {"format": "loracat_recipe"}  # tells our file from a model or an adapter of the same name
+MOMENT = "moment"
 _WAY_OUT = "a recipe and its tensors belong together: restore both from the same fit, or fit again"
 
 
@@ -39,28 +41,19 @@ def sidecar_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_sidecar(recipe: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes the tensors of the recipe at this path, whole or not at all; replaces what is there."""
-    with replaced_file(tensors_path(recipe)) as temporary:
+def write_sidecar(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a file of tensors of a recipe, whole or not at all; replaces what is there."""
+    with replaced_file(path) as temporary:
         write_tensors(temporary, *_layout(tensors), metadata=METADATA)
 
 
-def check_sidecar_path(recipe: Path, *, force: bool) -> None:
-    """Refuses a recipe's path where its tensors would meet a file that is not to be replaced.
+def check_sidecar_path(path: Path, recipe: Path, *, force: bool) -> None:
+    """Refuses a recipe's path where its tensors would meet this file, which is there and is not to be replaced.
 
     Raises:
-        UsageError: if the path does not end in `.json`, so that two recipes could share one file of tensors.
-        OutputExists: if the file is there and `force` is not set, or if it holds something else than a recipe's
-            tensors: a model's or an adapter's weights are never replaced.
+        OutputExists: if `force` is not set, or the file holds something else than a recipe's tensors: a model's or an
+            adapter's weights are never replaced.
     """
-    if recipe.suffix != ".json":
-        raise UsageError(
-            f"{recipe} does not end in .json, and this mixing keeps its tensors in a file named after the recipe",
-            hint=f"-o {recipe}.json",
-        )
-    path = tensors_path(recipe)
-    if not os.path.lexists(path):
-        return
     if not is_sidecar(path):
         raise OutputExists(
             f"{path}, where the tensors of {recipe.name} belong, holds something else", hint="choose another -o"
@@ -69,10 +62,9 @@ def check_sidecar_path(recipe: Path, *, force: bool) -> None:
         raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
 
 
-def remove_sidecar(recipe: Path) -> None:
-    """Removes the tensors of an earlier recipe at this path; what is not a recipe's stays."""
-    path = tensors_path(recipe)
-    if recipe.suffix == ".json" and is_sidecar(path):
+def remove_sidecar(path: Path) -> None:
+    """Removes the tensors of an earlier recipe; what is not a recipe's stays."""
+    if is_sidecar(path):
         with translate_disk_errors(path):
             path.unlink()
             flush_directory(path.parent)
@@ -96,28 +88,55 @@ def read_sidecar(path: Path, recipe: Recipe) -> dict[str, Tensor]:
         IntegrityError: if the file is not the one that the recipe was written with.
         RecipeError: if it is missing, damaged, or does not fit the recipe.
     """
-    sidecar = tensors_path(path)
-    if not os.path.lexists(sidecar):
-        raise RecipeError(f"the recipe {path} lacks its tensors: {sidecar} does not exist", hint=_WAY_OUT)
+    return _read(tensors_path(path), path, recipe.mixing.tensors_sha256, lambda file: _problems(file, recipe), _WAY_OUT)
+
+
+def read_moments(path: Path, activations: RecipeActivations) -> dict[str, Tensor]:
+    """`<module>.moment` (R, R) of each module, of the recipe that was read from `path`.
+
+    Raises:
+        IntegrityError: if the file is not the one that the recipe was written with.
+        RecipeError: if it is missing or damaged.
+    """
+
+    def problems(file: TensorFile) -> Iterable[str]:
+        for name, (rows, columns) in sorted(file.shapes.items()):
+            if name.rpartition(".")[2] != MOMENT or rows != columns or file.dtypes[name] != torch.float32:
+                yield f"{name}: no second moment"
+
+    way_out = "give calibration records with --fit-data"
+    return _read(activations_path(path), path, activations.sha256, problems, way_out)
+
+
+def _read(
+    path: Path,
+    recipe: Path,
+    sha256: str | None,
+    problems_of: Callable[[TensorFile], Iterable[str]],
+    way_out: str,
+) -> dict[str, Tensor]:
+    """The tensors of a file beside a recipe, if it has this sha256 and no problems."""
+    if not os.path.lexists(path):
+        raise RecipeError(f"the recipe {recipe} lacks its tensors: {path} does not exist", hint=way_out)
     try:
-        with open_regular(sidecar) as opened:
+        with open_regular(path) as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != recipe.mixing.tensors_sha256:
-            raise IntegrityError(f"{sidecar} is not the file that {path} was written with", hint=_WAY_OUT)
-        file = open_tensor_file(sidecar)
-        problems = tuple(_problems(file, recipe))
+        if found != sha256:
+            raise IntegrityError(f"{path} is not the file that {recipe} was written with", hint=way_out)
+        file = open_tensor_file(path)
+        problems = tuple(problems_of(file))
         if problems:
-            raise RecipeError(f"the tensors {sidecar} do not fit the recipe {path}", problems=problems)
+            raise RecipeError(f"the tensors {path} do not fit the recipe {recipe}", problems=problems)
         with file.reader() as reader:
             return {name: reader.read(name) for name in sorted(file.shapes)}
     except (MalformedAdapter, UnsupportedAdapter) as error:
-        raise RecipeError(f"the recipe's tensors {sidecar} cannot be used: {error.what}", hint=_WAY_OUT) from None
+        raise RecipeError(f"the recipe's tensors {path} cannot be used: {error.what}", hint=way_out) from None
 
 
 def _layout(
     tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, tuple[int, ...]], torch.dtype, Callable[[str], Tensor]]:
-    """What the tensor writer wants to know; the tensors of a mixing have one dtype."""
+    """What the tensor writer wants to know; the tensors of a file have one dtype."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return shapes, tensors[min(tensors)].dtype, tensors.__getitem__
 

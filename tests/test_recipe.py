@@ -328,7 +328,9 @@ def test_a_damaged_field_is_named_with_its_path(tmp_path: Path, field: str, valu
     assert problem in problems(tmp_path, saved(tmp_path, **{field: value}))
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Recipe) if f.name != "folder"])
+@pytest.mark.parametrize(
+    "field", [f.name for f in dataclasses.fields(Recipe) if f.name not in ("folder", "activations")]
+)
 def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
     document = saved(tmp_path)
     del document[field]
@@ -363,7 +365,7 @@ def test_a_weight_that_is_no_number_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "way_out"),
     [
-        (3, "upgrade"),
+        (4, "upgrade"),
         (99, "upgrade"),
         (1, "fit again"),
         (0, None),
@@ -378,7 +380,7 @@ def test_another_schema_is_refused_with_the_way_out_where_there_is_one(
     tmp_path: Path, version: object, way_out: str | None
 ) -> None:
     (tmp_path / "r.json").write_text(json.dumps(saved(tmp_path) | {"loracat_recipe": version, "new_field": 1}))
-    with pytest.raises(RecipeError, match="has the schema .*this version reads 2") as caught:
+    with pytest.raises(RecipeError, match="has the schema .*this version reads 3") as caught:
         load_recipe(tmp_path / "r.json")
     assert caught.value.problems == ()
     assert (way_out in (caught.value.hint or "")) if way_out else caught.value.hint is None

@@ -62,7 +62,11 @@ def test_the_three_lines_give_one_adapter_that_peft_loads(tmp_path: Path, hub: S
         if number == 1:
             assert f"Bearer {TOKEN}" in hub.tokens
             assert re.findall(r"^next: (.*)$", done.stderr, flags=re.MULTILINE) == [LINES[2]]
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter-merged", "recipe.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter-merged",
+        "recipe.json",
+        "recipe.json.activations.safetensors",
+    ]
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]
     base = AutoModelForCausalLM.from_pretrained(example_folder() / "base", dtype=torch.float32)
     assert PeftModel.from_pretrained(base, folder / "adapter-merged").peft_config["default"].r == 16

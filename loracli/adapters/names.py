@@ -32,6 +32,7 @@ TENSOR_FILE = "adapter_model.safetensors"
 MLX_TENSOR_FILE = "adapters.safetensors"
 TENSOR_FILES = (TENSOR_FILE, MLX_TENSOR_FILE)
 GGUF_FILE = "adapter.gguf"
+CORES_FILE = "loracat-refit.cores"
 
 PREFIX = "base_model.model."
 

@@ -65,14 +65,43 @@ def truncate_for(factors: Factors, rank: int, moment: Tensor) -> Truncation:
         moment: G (R, R) = E[z z^T]. DAMPING of its mean diagonal is added to the diagonal, so that directions which the
             records do not show are not cut at will. Where G = 0 the cut is that of `truncate`.
     """
-    damping = DAMPING * float(moment.diagonal().mean())
-    if damping == 0.0:
+    root = _root(moment)
+    if root is None:
         return truncate(factors, rank)
-    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
-    root = (vectors * (values.clamp(min=0.0) + damping).sqrt()) @ vectors.T  # (G + damping I)^1/2
     q_b, r_b = torch.linalg.qr(factors.lora_B.double())
     left = torch.linalg.svd(r_b @ root, full_matrices=False).U[:, :rank]
-    projected = Factors((left.T @ r_b) @ factors.lora_A.double(), q_b @ left, bias=factors.delta_bias())
+    return project(factors, q_b @ left)
+
+
+def project(factors: Factors, basis: Tensor) -> Truncation:
+    """Q Q^T dW with sqrt(S) on both sides.
+
+    Args:
+        factors: with scaling 1.
+        basis: Q (out, k), orthonormal columns.
+    """
+    projected = Factors((basis.T @ factors.lora_B.double()) @ factors.lora_A.double(), basis, bias=factors.delta_bias())
     whole = norm(factors) ** 2
     kept = norm(projected) ** 2 / whole if whole > 0 else 1.0
-    return Truncation(truncate(projected, rank).factors, min(kept, 1.0))
+    return Truncation(truncate(projected, basis.shape[1]).factors, min(kept, 1.0))
+
+
+def relative_gap(factors: Factors, rank: int, moment: Tensor) -> float:
+    """(s_k - s_k+1) / s_1 of B (G + d I)^1/2: how firmly `truncate_for` is told which subspace to keep; 0 where nothing
+    tells."""
+    root = _root(moment)
+    if root is None:
+        return 0.0
+    singular = torch.linalg.svdvals(torch.linalg.qr(factors.lora_B.double(), mode="r").R @ root)
+    following = float(singular[rank]) if rank < len(singular) else 0.0
+    return (float(singular[rank - 1]) - following) / float(singular[0]) if float(singular[0]) > 0 else 0.0
+
+
+def _root(moment: Tensor) -> Tensor | None:
+    """(G + d I)^1/2 (R, R), None where G = 0."""
+    damping = DAMPING * float(moment.diagonal().mean())
+    if damping == 0.0:
+        return None
+    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    root: Tensor = (vectors * (values.clamp(min=0.0) + damping).sqrt()) @ vectors.T
+    return root

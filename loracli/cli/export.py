@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from loracli.adapters.names import GGUF_FILE
 from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt
 from loracli.cli._output import Output
 from loracli.progress import amount_text
+
+if TYPE_CHECKING:
+    from loracli.export.refit import RefitRecord
 
 EPILOG = (
     "loracat export  ·  loracat export --merge --rank 16 -o soup/  ·  loracat export --merge --tolerance 0.1  ·  "
@@ -45,11 +48,22 @@ def export(
     ] = None,
     activation_aware: Annotated[
         bool,
-        typer.Option("--activation-aware", help="With --merge: cut what the records of --fit-data show least of."),
+        typer.Option(
+            "--activation-aware", help="With --merge: cut what the fit's records, or --fit-data's, show least of."
+        ),
+    ] = False,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="With --merge: fit the cut's k x k cores on records of --data; loads the base."),
     ] = False,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", "-d", metavar="FILE...", help="JSONL to score on, before and after; loads the base."),
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="FILE...",
+            help="JSONL to score on, before and after, or to refit on; loads the base.",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -80,7 +94,9 @@ def export(
     fit_data: Annotated[
         list[str] | None,
         typer.Option(
-            "--fit-data", metavar="FILE...", help="Calibration JSONL for task-arithmetic, lorahub, --activation-aware."
+            "--fit-data",
+            metavar="FILE...",
+            help="Calibration JSONL for task-arithmetic, lorahub, --activation-aware, --refit.",
         ),
     ] = None,
     base: Annotated[
@@ -139,13 +155,14 @@ def export(
         "gguf": gguf,
         "force": force,
     }
+    written |= {"refit": refit, "data": data if refit and data else None}
     written |= {
         "tolerance": tolerance,
         "energy": energy,
         "budget": None if budget is None else parse_bytes(budget, "--budget"),
     }
     options = MethodOptions(density, scale, seed)
-    files = None if not data else read_loss_data(data, progress=out)
+    files = None if refit or not data else read_loss_data(data, progress=out)
     if method is None:
         if modules_to_save is not None:
             raise UsageError(
@@ -162,8 +179,8 @@ def export(
             adapters=adapters or (),
             activation_aware=activation_aware,
             fit_data=fit_data or None,
-            base=base if fit_data or gguf else None,
-            base_revision=base_revision if fit_data else None,
+            base=base if fit_data or gguf or refit else None,
+            base_revision=base_revision if fit_data or refit else None,
             progress=out,
             **written,
         )
@@ -210,6 +227,7 @@ def export(
                 for module in certificate.modules
             ],
             **({} if loss is None else {"loss": {**asdict(loss), "difference": loss.difference}}),
+            **({} if exported.refit is None else {"refit": asdict(exported.refit)}),
         }
     )
     out.value(str(exported.path))
@@ -252,7 +270,30 @@ def export(
             f"  {loss.records} records, {loss.scored_tokens} scored tokens; difference {loss.difference:+.4f}, "
             f"95 % interval {interval_text(loss.interval)}"
         )
+    if exported.refit is not None:
+        _show_refit(out, exported.refit)
     if layout.profile == "mlx":
         out.hint(f"mlx_lm.generate --model BASE --adapter-path {exported.path} --prompt ...")
     else:
         out.hint(f'PeftModel.from_pretrained(base_model, "{exported.path}")')
+
+
+def _show_refit(out: Output, refit: RefitRecord) -> None:
+    """The three losses, and what was kept."""
+    from loracli.evaluation.verdict import interval_text
+
+    loss = refit.loss
+    rows = [("composition", loss.composition), ("truncation", loss.truncated), ("refit", loss.refitted)]
+    rows = rows if refit.kept == "refit" else rows[:2]
+    out.table(["  on held-out records", "nats per token"], [[f"  {name}", f"{nats:.4f}"] for name, nats in rows])
+    gain = f"a gain of {refit.gain:.4f} on the validation records, standard error {refit.standard_error:.4f}"
+    if refit.kept == "refit":
+        out.line(
+            f"  {loss.records} records, {loss.scored_tokens} scored tokens; refit minus truncation "
+            f"{loss.refitted - loss.truncated:+.4f}, 95 % interval {interval_text(loss.interval)}"
+        )
+        out.line(f"  refitted: {refit.numbers} numbers, {gain}")
+    else:
+        out.line(f"  the truncation is kept: {gain}")
+    if refit.stopped is not None:
+        out.warn(f"the refit stopped early: {refit.stopped}")

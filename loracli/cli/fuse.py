@@ -53,8 +53,15 @@ def fuse(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; default: as in the base."),
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            help="float32, float16 or bfloat16; default: as in the base; of a quantised one bfloat16.",
+        ),
     ] = None,
+    dequantise: Annotated[
+        bool, typer.Option("--dequantise", help="Compute the weights of a base in fp8 or 8-bit compressed-tensors.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a fusion that was stopped.")] = False,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
@@ -73,6 +80,7 @@ def fuse(
         base=base,
         base_revision=base_revision,
         dtype=dtype,
+        dequantise=dequantise,
         force=force,
         resume=resume,
         progress=out,
@@ -88,6 +96,7 @@ def fuse(
             "size_bytes": fused.size_bytes,
             "dtypes": list(fused.dtypes),
             "untied": fused.untied,
+            "dequantised": fused.dequantised,
             "left_behind": list(fused.left_behind),
         }
     )
@@ -100,6 +109,8 @@ def fuse(
     )
     if fused.resumed:
         out.line(f"  {fused.resumed} of them were there already")
+    if fused.dequantised:
+        out.line(f"  the base is quantised ({fused.dequantised}); this model is not")
     if fused.untied:
         out.line("  embedding and head were one matrix and are two now: tie_word_embeddings is false in config.json")
     if fused.left_behind:

@@ -15,13 +15,14 @@ from loracli.comparison.composition import of_factors
 from loracli.evaluation.bootstrap import paired_interval
 from loracli.evaluation.scores import Scores
 from loracli.export.export import Exported
-from loracli.export.source import RecipeSource
+from loracli.export.source import recorded_base
 from loracli.fitting.attach import attach
 from loracli.fitting.base import check_fits, find_base, load_base
 from loracli.fitting.engine import Engine
 from loracli.fitting.loss import check_causal, make_objective
 from loracli.fitting.memory import memory_errors
 from loracli.fitting.meter import Meter
+from loracli.fitting.replace_modules import replace_modules
 from loracli.fitting.settings import FitSettings
 from loracli.progress import SILENT, WORK, Progress
 
@@ -81,12 +82,12 @@ def loss_of_export(
         NonFiniteLoss: if one of the two has none.
     """
     source, settings = exported.source, FitSettings()
-    if base is None and isinstance(source, RecipeSource) and source.recipe.base.commit is not None:
-        base, base_revision = source.recipe.base.id, base_revision or source.recipe.base.commit
+    base, base_revision = recorded_base(source, base, base_revision)
     with memory_errors():
         reference = find_base(source.adapters, base, revision=base_revision, progress=progress)
         model = load_base(reference, progress=progress)
         check_fits(model, source.adapters)
+        replace_modules(model.model, source.saved)
         examples = tuple(
             example
             for file in files

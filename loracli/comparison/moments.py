@@ -9,14 +9,19 @@ from loracli.calibration.records import read_records
 from loracli.calibration.render import render_file
 from loracli.calibration.sources import DataPaths, parse_sources
 from loracli.comparison.composition import of_factors
-from loracli.export.source import RecipeSource, Source
+from loracli.export.source import Source, recorded_base
 from loracli.fitting.activations import second_moments
 from loracli.fitting.attach import attach
 from loracli.fitting.base import check_fits, find_base, load_base
+from loracli.fitting.engine import Engine
 from loracli.fitting.loss import check_causal, make_objective
 from loracli.fitting.memory import memory_errors
+from loracli.fitting.meter import Meter
+from loracli.fitting.replace_modules import replace_modules
 from loracli.fitting.settings import FitSettings
 from loracli.progress import SILENT, Progress
+
+TASK = "activations"
 
 
 def moments_of(
@@ -40,12 +45,12 @@ def moments_of(
     """
     settings = FitSettings()
     files = tuple(read_records(path, progress=progress) for path in parse_sources(fit_data))
-    if base is None and isinstance(source, RecipeSource) and source.recipe.base.commit is not None:
-        base, base_revision = source.recipe.base.id, base_revision or source.recipe.base.commit
+    base, base_revision = recorded_base(source, base, base_revision)
     with memory_errors():
         reference = find_base(source.adapters, base, revision=base_revision, progress=progress)
         model = load_base(reference, progress=progress)
         check_fits(model, source.adapters)
+        replace_modules(model.model, source.saved)
         examples = [
             example
             for file in files
@@ -56,8 +61,13 @@ def moments_of(
         batches = plan_batches(examples, batch_tokens=1)  # a record each, so that there is no padding
         check_causal(model.model, reference.id, batches[0])
         names = source.names()
-        factors = {name: source.compose(name).factors for name in names}
+        factors = [source.compose(name).factors for name in names]
+        composed = of_factors(factors)
+        lora_A = {name: update.lora_A for name, update in zip(names, factors, strict=True)}
         with attach(model.model, source.adapters, names) as attached:
-            composition = of_factors([factors[name] for name in names])
-            composition.mixing.apply(attached, composition.theta)
-            return second_moments(make_objective(attached, batches[0]), factors, batches)
+            engine = Engine(make_objective(attached, batches[0]), Meter(progress, task=TASK), progress=progress)
+            progress.begin(TASK, sum(batch.tokens for batch in batches), "tokens")
+            try:
+                return second_moments(engine, composed.mixing, composed.theta, lora_A, batches, examples)
+            finally:
+                progress.finish(TASK)

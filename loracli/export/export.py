@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.names import CONFIG_FILE, GGUF_FILE, PREFIX
+from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, PREFIX
 from loracli.adapters.saved_modules import saved_modules
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank
@@ -26,15 +26,17 @@ from loracli.algebra.spectrum import spectrum
 from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_file
 from loracli.calibration.sources import DataPaths
 from loracli.errors import IntegrityError, RecipeError, UsageError
+from loracli.export.activations import Moments, recorded_moments
 from loracli.export.ahead import in_order, one_thread_each
 from loracli.export.card import model_card
 from loracli.export.certificate import Certificate, ModuleCertificate
 from loracli.export.gguf_file import gguf_names, write_gguf
 from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.export.llama_cpp import LlamaCppBase
-from loracli.export.module import ModuleExport, module_export
+from loracli.export.module import ModuleExport, cut_module, module_export
 from loracli.export.profile import PROFILES, Layout, choose_layout
 from loracli.export.ranks import RankRule, choose_ranks, choose_uniform_rank
+from loracli.export.refit import Refit, RefitRecord, Refitted, check_refit, check_refittable, write_cores
 from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, Recipe, load_recipe
@@ -57,6 +59,7 @@ class Exported:
         certificate: exactness per module.
         size_bytes: of the tensor file.
         source: what it was made of.
+        refit: how the cut was refitted, None where that was not asked for.
     """
 
     path: Path
@@ -66,6 +69,7 @@ class Exported:
     certificate: Certificate
     size_bytes: int
     source: Source = field(repr=False)
+    refit: RefitRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,8 @@ def export_adapter(
     budget: int | None = None,
     activation_aware: bool = False,
     fit_data: DataPaths | None = None,
+    refit: bool = False,
+    data: DataPaths | None = None,
     base: str | None = None,
     base_revision: str | None = None,
     force: bool = False,
@@ -152,7 +158,11 @@ def export_adapter(
         recipe: a recipe, or the file of one.
         output: the directory to make.
         merge, rank, dtype, profile, tolerance, energy, budget, activation_aware: as in `ExportOptions`.
-        fit_data: calibration JSONL, for `activation_aware`; the base model is loaded for that alone.
+        fit_data: calibration JSONL, for `activation_aware` and `refit`; the base model is loaded for that alone. None
+            for what the fit left beside the recipe.
+        refit: with `merge`, fit the k x k core of every cut module; the base model is loaded for that.
+        data: calibration JSONL for `refit`, of which a share is held out to score the result on; with `fit_data`, which
+            is calibrated on then, all of it is.
         base, base_revision: of that base model; None for what the recipe or the adapters name.
         adapters: where the ingredients are now, in the recipe's order; empty for where the recipe says.
         gguf: write a GGUF file as well.
@@ -176,30 +186,40 @@ def export_adapter(
         activation_aware=activation_aware,
     )
     options.check()
-    if activation_aware != (fit_data is not None):
-        wrong = "--activation-aware needs calibration records" if activation_aware else "--fit-data has no use here"
-        raise UsageError(wrong, hint="give --activation-aware and --fit-data FILE together")
+    if fit_data is not None and not (activation_aware or refit):
+        raise UsageError("--fit-data has no use here", hint="give it with --activation-aware or --refit")
+    check_refit(refit=refit, fit_data=fit_data, data=data, merge=merge)
     check_free(Path(output), force=force)
+    refitting = None
+    if refit:
+        from loracli.comparison.refitted import RefitOnRecords, read_refit_data
+
+        records = read_refit_data(fit_data, data, progress=progress)
+        refitting = RefitOnRecords(records, base, base_revision, progress)
+    path = None if isinstance(recipe, Recipe) else Path(recipe)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     if gguf:
         from loracli.export.gguf_base import find_llama_cpp_base
 
-        found = find_llama_cpp_base(
+        llama_cpp = find_llama_cpp_base(
             base or recipe.base.id,
             revision=recipe.base.commit,
             config_sha256=recipe.base.config_sha256,
             progress=progress,
         )
-        options = dataclasses.replace(options, gguf=found)
+        options = dataclasses.replace(options, gguf=llama_cpp)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
     saved, moments = saved_modules(recorded_policy(recipe), ingredients), None
     source = RecipeSource(recipe, ingredients, saved)
-    if fit_data is not None:
+    if activation_aware and fit_data is not None:
         from loracli.comparison.moments import moments_of
 
-        moments = moments_of(source, fit_data, base=base, base_revision=base_revision, progress=progress)
-    return write_export(source, Path(output), options, moments=moments, force=force, progress=progress)
+        found = moments_of(source, fit_data, base=base, base_revision=base_revision, progress=progress)
+        moments = Moments(found, "records")
+    elif activation_aware:
+        moments = recorded_moments(source, path)
+    return write_export(source, Path(output), options, moments=moments, refit=refitting, force=force, progress=progress)
 
 
 def write_export(
@@ -207,36 +227,48 @@ def write_export(
     output: Path,
     options: ExportOptions,
     *,
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Moments | None = None,
+    refit: Refit | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
     """Writes a composition; what `export_adapter` and `export_method` have in common.
 
-    `moments` are E[z z^T] of the modules to cut by, None to cut by |dW|_F.
+    `moments` are what the modules are cut by, None to cut by |dW|_F; `refit` fits the cores of the cut.
     """
+    if refit is not None:
+        check_refittable(source)
     for ingredient in source.adapters:
         if ingredient.path.resolve().is_relative_to(output.resolve()):
             raise UsageError(
                 f"{output} holds the ingredient {ingredient.reference}", hint="choose another name with -o"
             )
     with one_thread_each() as threads:
-        plan = _Plan(source, options, moments or {}, progress, workers=min(threads, MOST_WORKERS))
-        with whole_directory(output, force=force) as folder:
-            certificate, size = plan.write(folder)
-    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, source)
+        plan = _Plan(source, options, moments, progress, workers=min(threads, MOST_WORKERS))
+        cut = None if refit is None else plan.cut()
+    if refit is not None and cut is not None:
+        plan.refitted = refit(source, cut, plan.dtype)
+        progress.begin(TASK, len(cut), "modules")
+        del cut
+    with one_thread_each(), whole_directory(output, force=force) as folder:
+        certificate, size = plan.write(folder)
+    record = None if plan.refitted is None else plan.refitted.record
+    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, source, record)
 
 
 class _Plan:
     """One export: what is computed for each module, and where it goes.
 
-    A module whose rank is not known beforehand is composed at once and held in the output's dtype.
+    `refitted` are the cores of the cut, once they are found. A module whose rank is not known beforehand is composed at
+    once and held in the output's dtype.
     """
 
     def __init__(
-        self, source: Source, options: ExportOptions, moments: Mapping[str, Tensor], progress: Progress, *, workers: int
+        self, source: Source, options: ExportOptions, moments: Moments | None, progress: Progress, *, workers: int
     ) -> None:
-        self._moments = moments
+        self._moments: Mapping[str, Tensor] = {} if moments is None else moments.by_module
+        self._moments_from = None if moments is None else moments.origin
+        self.refitted: Refitted | None = None
         self._source, self._options, self._progress, self._workers = source, options, progress, workers
         self.dtype = OUTPUT_DTYPES[options.dtype] if options.dtype else source.dtype
         self._table: dict[str, BaseModule] = {module.name: module for module in source.table}
@@ -322,7 +354,26 @@ class _Plan:
         return min(self._rank, total, module.in_features, module.out_features)
 
     def _export(self, name: str) -> ModuleExport:
-        return module_export(self._source, name, self.dtype, rank=self._cuts.get(name), moment=self._moments.get(name))
+        return module_export(
+            self._source,
+            name,
+            self.dtype,
+            rank=self._cuts.get(name),
+            moment=self._moments.get(name),
+            refit=self._cores.get(name),
+        )
+
+    @property
+    def _cores(self) -> Mapping[str, Tensor]:
+        return {} if self.refitted is None else self.refitted.cores
+
+    def cut(self) -> dict[str, Factors]:
+        """Every module cut, in float64, with sqrt(S) on both sides."""
+
+        def work(name: str) -> Factors:
+            return cut_module(self._source, name, self._cuts[name], self._moments.get(name)).factors
+
+        return dict(zip(self._ranks, in_order(work, self._ranks, workers=self._workers), strict=True))
 
     def write(self, folder: Path) -> tuple[Certificate, int]:
         certificates: list[ModuleCertificate] = []
@@ -346,6 +397,8 @@ class _Plan:
             self._hashes[GGUF_FILE] = write_gguf(
                 folder / GGUF_FILE, self._options.gguf, self._gguf_names, path, self.layout.places(self._table)
             )
+        if self._cores:
+            self._hashes[CORES_FILE] = write_cores(folder / CORES_FILE, self._cores)
         config = self.layout.config(self._source.base_id, self._table)
         write_file(folder / CONFIG_FILE, _json(config))
         write_file(folder / CERTIFICATE_FILE, _json(self._document(certificate)))
@@ -411,7 +464,9 @@ class _Plan:
                 "rank": self.layout.rank,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 **self._rule(),
+                **({"refit": True} if self._cores else {}),
             },
+            **({} if self.refitted is None else {"refit": dataclasses.asdict(self.refitted.record)}),
             "certificate": {
                 "sha256": {self.layout.tensor_file: certificate.sha256, **self._hashes},
                 "largest_relative_error": certificate.largest_error,
@@ -419,10 +474,10 @@ class _Plan:
             },
         }
 
-    def _rule(self) -> dict[str, float | int | None]:
+    def _rule(self) -> dict[str, float | int | str | None]:
         """What decided on ranks and cuts, by the name of its option."""
         if self._options.activation_aware:
-            return {"activation_aware": True}
+            return {"activation_aware": True, "moments": self._moments_from}
         if self._options.rule is None:
             return {}
         return {name: value for name, value in dataclasses.asdict(self._options.rule).items() if value is not None}
@@ -433,7 +488,8 @@ class _Plan:
         rank = self._rank if chosen.merge else chosen.rank
         decided = {"rank": rank} if chosen.rule is None else self._rule()
         if chosen.activation_aware:
-            words.append(" --activation-aware --fit-data FILE")
+            words.append(" --activation-aware" + (" --fit-data FILE" if self._moments_from == "records" else ""))
+        words += [] if self.refitted is None else [" --refit --data FILE"]
         for name, value in (*decided.items(), ("dtype", chosen.dtype), ("profile", chosen.profile)):
             words += [] if value is None else [f" --{name} {value}"]
         words += [] if chosen.gguf is None else [" --gguf"]

@@ -19,6 +19,7 @@ from loracli.errors import UsageError
 from loracli.export.base_table import BaseTable, base_table
 from loracli.export.export import Exported, ExportOptions, write_export
 from loracli.export.ingredients import read_ingredients, recorded_policy
+from loracli.export.refit import check_refit
 from loracli.export.source import MethodSource, identities_of, takes
 from loracli.progress import SILENT, Progress
 from loracli.recipe import MIXING_KINDS, Recipe, RecipeAdapter, labels_of, load_recipe
@@ -89,6 +90,8 @@ def export_method(
     tolerance: float | None = None,
     energy: float | None = None,
     budget: int | None = None,
+    refit: bool = False,
+    data: DataPaths | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -107,6 +110,7 @@ def export_method(
         base: a Hub id or directory, None for what recipe or adapters name.
         base_revision: of a base on the Hub.
         merge, rank, dtype, profile, tolerance, energy, budget: as in `ExportOptions`.
+        refit, data: as in `export_adapter`; not of a method that merges the factors.
         modules_to_save: `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse` without one.
         gguf: write a GGUF file as well.
         force: replace an existing adapter directory.
@@ -119,9 +123,17 @@ def export_method(
     method = find_method(name, method_options)
     options = ExportOptions(merge, rank, dtype, profile, tolerance=tolerance, energy=energy, budget=budget)
     options.check(cuts=method.cuts)
+    check_refit(refit=refit, fit_data=fit_data, data=data, merge=merge)
     check_free(Path(output), force=force)
+    refitting = None
+    if refit:
+        from loracli.comparison.refitted import RefitOnRecords, read_refit_data
+
+        records = read_refit_data(fit_data, data, progress=progress)
+        refitting = RefitOnRecords(records, base, base_revision, progress)
     read, loaded = read_to_compose(adapters, recipe, base_given=base is not None, progress=progress)
-    if (method.search is None) != (fit_data is None):
+    searching = fit_data is not None and not (refit and method.search is None)
+    if (method.search is None) == searching:
         need = "has to be fitted" if fit_data is None else "needs no calibration records"
         raise UsageError(f"{name} {need}", hint=f"{'give' if fit_data is None else 'leave out'} --fit-data")
     policy = modules_to_save or (REFUSE if loaded is None else recorded_policy(loaded))
@@ -144,7 +156,7 @@ def export_method(
         found = find_llama_cpp_base(base or table.id, revision=base_revision, progress=progress)
         options = replace(options, gguf=found)
     weights = None if method.weights is None else method.weights(len(read))
-    if fit_data is not None:
+    if fit_data is not None and searching:
         from loracli.comparison.searched import searched_weights
 
         weights = searched_weights(
@@ -170,7 +182,7 @@ def export_method(
         saved,
     )
     try:
-        return write_export(source, Path(output), options, force=force, progress=progress)
+        return write_export(source, Path(output), options, refit=refitting, force=force, progress=progress)
     except ValueError as error:
         raise UsageError(f"{name} cannot be had here: {error}", hint="choose another --method") from None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from loracli.algebra.concatenate import relative_error
 from loracli.algebra.factors import Factors, core
 from loracli.algebra.rounding import error_in_core, rounded_concatenation, rounding_error
-from loracli.algebra.truncate import truncate, truncate_core, truncate_for
+from loracli.algebra.truncate import Truncation, truncate, truncate_core, truncate_for
 from loracli.errors import UsageError
 from loracli.export.certificate import ModuleCertificate
 from loracli.export.source import Source
@@ -31,7 +31,13 @@ class ModuleExport:
 
 
 def module_export(
-    source: Source, name: str, dtype: torch.dtype, *, rank: int | None = None, moment: Tensor | None = None
+    source: Source,
+    name: str,
+    dtype: torch.dtype,
+    *,
+    rank: int | None = None,
+    moment: Tensor | None = None,
+    refit: Tensor | None = None,
 ) -> ModuleExport:
     """The factors of a module and their certificate.
 
@@ -41,6 +47,7 @@ def module_export(
         dtype: of the output.
         rank: to cut to; None to write all there is.
         moment: G = E[z z^T] to cut by, z = A x with the composition's A; None to cut by |dW|_F.
+        refit: M (k, k) between the factors of the cut, None for the cut itself.
     Raises:
         UsageError: if a value overflows `dtype`.
     """
@@ -50,7 +57,9 @@ def module_export(
         # dW has no more rank than the shorter side of the module, however large the one asked for
         rank = min(rank, weighted[0][0].in_features, weighted[0][0].out_features)
     whole = rank is None or (known is not None and rank >= known)
-    if weighted is not None and whole and all(update.bias is None for update in weighted[0]):
+    if rank is not None and refit is not None:
+        written, error, kept = _refitted(source, name, dtype, rank, moment, refit)
+    elif weighted is not None and whole and all(update.bias is None for update in weighted[0]):
         written, error = rounded_concatenation(*weighted, dtype)
         kept = 1.0
     else:
@@ -58,6 +67,34 @@ def module_export(
     if not written.is_finite():
         raise UsageError(f"{name} overflows {dtype}", hint="export with --dtype float32 or bfloat16")
     return ModuleExport(written, ModuleCertificate(name, written.rank, error, kept))
+
+
+def cut_module(source: Source, name: str, rank: int, moment: Tensor | None) -> Truncation:
+    """The update of a module cut to at most `rank`, sqrt(S) on both sides, in float64: what a refit starts from.
+
+    Args:
+        source, name, rank, moment: as in `module_export`.
+    """
+    return _cut(source.compose(name).factors, rank, moment)
+
+
+def _cut(exact: Factors, rank: int, moment: Tensor | None) -> Truncation:
+    return truncate(exact, rank) if moment is None else truncate_for(exact, rank, moment)
+
+
+def _refitted(
+    source: Source, name: str, dtype: torch.dtype, rank: int, moment: Tensor | None, refit: Tensor
+) -> tuple[Factors, float, float]:
+    """Factors, relative error, kept energy of B' M A'; the energy is what the cut kept, the error that of the whole."""
+    exact = source.compose(name).factors
+    cut = _cut(exact, rank, moment)
+    written = refitted_factors(cut.factors, refit).to(dtype)
+    return written, relative_error(written, exact), cut.kept_energy
+
+
+def refitted_factors(cut: Factors, refit: Tensor) -> Factors:
+    """B' M A' as it is written: A' as it is, M in B alone."""
+    return Factors(cut.lora_A, cut.lora_B @ refit)
 
 
 def _composed(
@@ -71,7 +108,7 @@ def _composed(
         written, kept = exact.to(dtype), share
         error = rounding_error(written, exact) if exact.bias is None else relative_error(written, exact)
     elif exact.bias is not None:
-        truncation = truncate(exact, rank) if moment is None else truncate_for(exact, rank, moment)
+        truncation = _cut(exact, rank, moment)
         written, kept = truncation.factors.to(dtype), share * truncation.kept_energy
         error = relative_error(written, exact)
     else:

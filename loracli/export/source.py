@@ -185,6 +185,13 @@ class MethodSource:
         return method_card(self.method, self.taken(), self.weights, self.base.id, self.identities, licences, saved)
 
 
+def recorded_base(source: Source, base: str | None, revision: str | None) -> tuple[str | None, str | None]:
+    """The base that is named, else the recipe's at its commit; None for what the adapters agree on."""
+    if base is None and isinstance(source, RecipeSource) and source.recipe.base.commit is not None:
+        return source.recipe.base.id, revision or source.recipe.base.commit
+    return base, revision
+
+
 def takes(method: Method) -> frozenset[str]:
     """The options that it takes; `rank` where it cuts its result itself."""
     return method.takes | ({"rank"} if method.cuts else set())

@@ -3,59 +3,147 @@
     G = E[z z^T]        over every token that reaches the module, x its input, A (R, in) of the composition
 
 With it |dW x|^2 has the mean trace(B G B^T), so a cut can be judged by what it does to the activations that occur
-without an (in, in) matrix.
+without an (in, in) matrix. A fit leaves G in its recipe, from one more forward of a few of its training records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loracli.algebra.factors import Factors
-from loracli.calibration.batches import Batch
+from loracli.adapters.adapter import LoraAdapter
+from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.render import Example
+from loracli.calibration.split import shuffled
+from loracli.fitting.engine import Engine
 from loracli.fitting.loss import Objective
+from loracli.fitting.mixing import Applied, FactorMixing, Mixing
+from loracli.progress import Progress, amount_text
+from loracli.recipe import RecipeActivations
+from loracli.sidecar import MOMENT, sidecar_sha256
+
+MOST_RECORDS = 64  # of a fit: some thousand tokens, against R of some dozens
+MOST_BYTES = 256 << 20  # of all G in float64, which every record's part has too
 
 
-def second_moments(objective: Objective, factors: Mapping[str, Factors], batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """G (R, R) of each module in float64, at the weights that are attached now.
+def second_moments(
+    engine: Engine,
+    mixing: Applied,
+    theta: Tensor,
+    lora_A: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    examples: Sequence[Example],
+) -> dict[str, Tensor]:
+    """G (R, R) of each module in float64, the same bits for any number of processes.
 
     Args:
-        objective: of the attached model.
-        factors: of each module, whose lora_A is A; products with it are in float32 or the model's wider dtype.
+        engine: of the attached model.
+        mixing, theta: what is attached meanwhile.
+        lora_A: A (R, in) of each module; products with it are in float32 or the model's wider dtype.
         batches: one record each, so that no padding is counted. An adapted head sees scored positions only.
+        examples: that the batches are made of.
     """
-    model = objective.attached.model
-    moments = {name: torch.zeros(f.rank, f.rank, dtype=torch.float64) for name, f in factors.items()}
-    rows = dict.fromkeys(factors, 0)
-    handles = []
+    sizes = [len(A) ** 2 for A in lora_A.values()]
+    with _watched(engine.objective, lora_A) as sums_of:
+        total = engine.summed(mixing, theta, batches, examples, sums_of, sum(sizes) + len(sizes))
+    *sums, rows = torch.split(total, [*sizes, len(sizes)])
+    return {
+        name: part.view(len(A), len(A)) / max(float(count), 1.0)
+        for (name, A), part, count in zip(lora_A.items(), sums, rows, strict=True)
+    }
+
+
+@contextmanager
+def _watched(objective: Objective, lora_A: Mapping[str, Tensor]) -> Iterator[Callable[[Batch], tuple[Tensor, Tensor]]]:
+    """A function of a batch: the sums of z z^T of all modules, end to end, and (L,) over how many rows."""
+    model, seen, handles = objective.attached.model, dict[str, Tensor](), []
 
     def watch(name: str, module: nn.Module) -> Any:
         precision = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
-        lora_A = factors[name].lora_A.to(module.weight.device, precision)  # type: ignore[arg-type]
+        A = lora_A[name].to(module.weight.device, precision)  # type: ignore[arg-type]
         scale = float(getattr(module, "embed_scale", 1.0))
 
-        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             if isinstance(module, nn.Embedding):
-                z = F.embedding(x.reshape(-1), lora_A.T) * scale
+                z = F.embedding(x.reshape(-1), A.T) * scale
             else:
-                z = F.linear(x.reshape(-1, x.shape[-1]).to(lora_A), lora_A)
-            z = z.cpu().double()  # (T, R)
-            moments[name].addmm_(z.T, z)
-            rows[name] += len(z)
+                z = F.linear(x.reshape(-1, x.shape[-1]).to(A), A)
+            seen[name] = z.cpu().double()  # (T, R)
 
-        return module.register_forward_pre_hook(add)
+        return module.register_forward_pre_hook(look)
+
+    def sums_of(batch: Batch) -> tuple[Tensor, Tensor]:
+        seen.clear()
+        objective.record_sums(batch)
+        none = {name: torch.zeros(0, len(A), dtype=torch.float64) for name, A in lora_A.items()}
+        every = [seen.get(name, none[name]) for name in lora_A]
+        sums = torch.cat([(z.T @ z).flatten() for z in every])
+        return sums, torch.tensor([len(z) for z in every], dtype=torch.float64)
 
     try:
-        for name in factors:
+        for name in lora_A:
             handles.append(watch(name, model.get_submodule(name)))
-        for batch in batches:
-            objective.record_sums(batch)
+        yield sums_of
     finally:
         for handle in handles:
             handle.remove()
-    return {name: moment / max(rows[name], 1) for name, moment in moments.items()}
+
+
+def chosen_records(training: Sequence[Example], *, seed: int) -> list[Example]:
+    """The training records that a fit leaves the second moments of."""
+    return shuffled(training, seed=seed)[:MOST_RECORDS]
+
+
+def fit_activations(
+    engine: Engine,
+    adapters: Sequence[LoraAdapter],
+    mixing: Mixing,
+    theta: Tensor,
+    training: Sequence[Example],
+    *,
+    seed: int,
+    progress: Progress,
+) -> RecipeActivations | None:
+    """What a fit leaves in its recipe; None, and it is said, where it would be too large or is not finite.
+
+    Args:
+        engine: of the attached model.
+        adapters: of the fit.
+        mixing, theta: that were found.
+        training: all records that were fitted on.
+        seed: of the choice among them.
+        progress: told of what is left out.
+    """
+    engine.meter.stage("activations")
+    lora_A = _input_factors(adapters, mixing, theta)
+    size = sum(len(A) ** 2 for A in lora_A.values()) * torch.float64.itemsize
+    without = "they are left out of the recipe, and export --activation-aware will need --fit-data"
+    if size > MOST_BYTES:
+        progress.note(f"the second moments of the activations take {amount_text(size, 'B')}: {without}")
+        return None
+    examples = chosen_records(training, seed=seed)
+    batches = plan_batches(examples, batch_tokens=1)
+    found = second_moments(engine, mixing, theta, lora_A, batches, examples)
+    moments = {f"{name}.{MOMENT}": moment.float() for name, moment in found.items()}
+    if not all(bool(torch.isfinite(moment).all()) for moment in moments.values()):
+        progress.warn(f"the second moments of the activations are not finite: {without}")
+        return None
+    tokens = sum(batch.tokens for batch in batches)
+    return RecipeActivations(len(examples), tokens, sidecar_sha256(moments), moments)
+
+
+def _input_factors(adapters: Sequence[LoraAdapter], mixing: Mixing, theta: Tensor) -> dict[str, Tensor]:
+    """A (R, in) of each module as an export has it: the trained one, or those of the adapters' files, stacked."""
+    modules = mixing.layout.modules
+    if isinstance(mixing, FactorMixing):
+        return dict(zip(modules, (lora_A for lora_A, _ in mixing.factors(theta)), strict=True))
+    return {
+        name: torch.cat([a.modules[name].factors.lora_A.float() for a in adapters if name in a.modules])
+        for name in modules
+    }

@@ -138,8 +138,11 @@ class BasePlan:
     device: str
 
 
-def plan_base(reference: BaseReference, *, dtype: str = "auto", device: str = "auto") -> BasePlan:
-    """Reads the config and settles dtype and device, as `load_base` will.
+def plan_base(
+    reference: BaseReference, *, dtype: str = "auto", device: str = "auto", dequantised: bool = False
+) -> BasePlan:
+    """Reads the config and settles dtype and device, as `load_base` will; `dequantised` takes a quantised base for the
+    model that it is in full precision.
 
     Raises:
         BaseModelMismatch: if transformers knows no such causal language model, or it is quantised.
@@ -150,6 +153,8 @@ def plan_base(reference: BaseReference, *, dtype: str = "auto", device: str = "a
     device = _resolve_device(device)
     with _loading(reference):
         config = AutoConfig.from_pretrained(reference.path, **OFFLINE)
+        if dequantised:
+            vars(config).pop("quantization_config", None)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:

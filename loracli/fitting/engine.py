@@ -149,6 +149,39 @@ class Engine:
             entry = self.remember(key, Entry({"rows": self._record_rows(mixing, theta, batches, examples, seed)}))
         return from_rows(entry.tensors["rows"])
 
+    def summed(
+        self,
+        mixing: Applied,
+        theta: Tensor,
+        batches: Sequence[Batch],
+        examples: Sequence[Example],
+        work: Work,
+        width: int,
+    ) -> Tensor:
+        """The sum (width,) over the batches of what `work` makes of each at theta, end to end, in float64 and added in
+        their order.
+
+        Args:
+            mixing, theta: what is attached.
+            batches: whose results may be added up from their halves.
+            examples: that the batches are made of.
+            work: a batch to two tensors; it takes no gradient.
+            width: of both together.
+        """
+        key = self.next_key()
+        entry = self.recall(key)
+        if entry is None:
+            with torch.no_grad():
+                mixing.apply(self.objective.attached, theta)
+            total, start = self._begun(torch.zeros(width, dtype=torch.float64))
+            fitting = partial(self._fitting_in, examples=examples, work=work, join=torch.add)
+            for done, (batch, part) in enumerate(self._parts(batches[start:], fitting), start + 1):
+                total += part
+                self.meter.count(batch.tokens, cost=SCORE_COST)
+                self._go_on(done, len(batches), total)
+            entry = self.remember(key, Entry({"sum": total}))
+        return entry.tensors["sum"]
+
     def next_key(self) -> str:
         """The key of the next operation: the same operation has the same key in a resumed fit."""
         self._keys += 1

@@ -20,6 +20,7 @@ from loracli.fitting.search import Found
 from loracli.recipe import (
     HeldOut,
     Recipe,
+    RecipeActivations,
     RecipeBase,
     RecipeData,
     RecipeMixing,
@@ -35,6 +36,7 @@ def make_recipe(
     table: HeldOut,
     training_loss: float | None,
     certificate: FitCertificate | None,
+    activations: RecipeActivations | None,
     *,
     passes: float,
     halvings: int,
@@ -50,6 +52,7 @@ def make_recipe(
         table: on the held-out records.
         training_loss: nats per token on all training records, None if not finite.
         certificate: of the weights, None if there is none.
+        activations: what the records show of them, None if that is not kept.
         passes: that were used.
         halvings: of micro-batches.
         folds: that were chosen with, 0 for none.
@@ -82,6 +85,7 @@ def make_recipe(
         dtype=dtype_name(base.dtype),
         held_out=table,
         versions={"loracat": loracli.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        activations=activations,
         folder=inputs.folder,
     )
 

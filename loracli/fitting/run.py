@@ -18,6 +18,7 @@ from loracli.evaluation.held_out import FIT, held_out_table, static_points
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.scores import Scores
 from loracli.fit_certificate import FitCertificate
+from loracli.fitting.activations import chosen_records, fit_activations
 from loracli.fitting.attach import AttachedModel, attach
 from loracli.fitting.base import BaseModel, check_fits, load_base, plan_base
 from loracli.fitting.certificate import can_certify
@@ -124,7 +125,7 @@ def run_fit(
             "modules_to_save cannot replace modules of a base that is shared out over processes",
             hint="leave --shard out",
         )
-    decision = _memory_decision(inputs, placement, processes)
+    decision = memory_decision(inputs, placement, processes)
     (progress.warn if decision.tight else progress.note)(decision.note)
     with memory_errors():
         base = load_base(
@@ -139,7 +140,7 @@ def run_fit(
             return _run(inputs, base, processes, journal, log, progress)
 
 
-def _memory_decision(inputs: FitInputs, placement: Placement, processes: Processes) -> MemoryDecision:
+def memory_decision(inputs: FitInputs, placement: Placement, processes: Processes) -> MemoryDecision:
     """What the estimate says, before any weight is loaded; the first process decides for all."""
     plan = plan_base(inputs.base, dtype=placement.dtype, device=placement.device)
     settings, sharded = inputs.settings, placement.shard
@@ -174,7 +175,7 @@ def _run(
     settings = inputs.settings
     check_fits(base, inputs.adapters)
     replace_modules(base.model, inputs.saved)
-    examples = render_inputs(inputs, base.tokenizer, max_length=_max_length(base, settings), progress=progress)
+    examples = render_inputs(inputs, base.tokenizer, max_length=usable_length(base, settings), progress=progress)
     folds = divide_training(inputs, examples.training)
     held_batches = plan_batches(examples.held_out, batch_tokens=settings.batch_tokens)
     check_causal(base.model, base.reference.id, held_batches[0])
@@ -184,7 +185,7 @@ def _run(
         meter = Meter(progress, log, tokens=tokens_of(examples.training))
         engine = Engine(objective, meter, processes=processes, journal=journal, progress=progress)
         work = _work(inputs, examples, held_batches)
-        _announce(engine, inputs, base, examples, folds, work, progress)
+        announce(engine, inputs, base, examples, folds, work, progress)
         progress.begin(TASK, work, WORK)
         try:
             found = find_mixing(engine, attached, inputs, folds, examples.training, base.tokenizer)
@@ -192,6 +193,15 @@ def _run(
             passes = engine.meter.spent / (2 * tokens_of(examples.training))
             training_loss = _training_loss(engine, found, examples.training, settings)
             scores = _held_out_scores(engine, inputs, found, held_batches, examples.held_out, progress)
+            activations = fit_activations(
+                engine,
+                inputs.adapters,
+                found.mixing,
+                found.theta,
+                examples.training,
+                seed=settings.seed,
+                progress=progress,
+            )
         finally:
             progress.finish(TASK)
     table = held_out_table(
@@ -210,6 +220,7 @@ def _run(
         table,
         training_loss,
         certificate,
+        activations,
         passes=passes,
         halvings=engine.halvings,
         folds=validated,
@@ -237,7 +248,8 @@ def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fol
     return (fold,)
 
 
-def _max_length(base: BaseModel, settings: FitSettings) -> int:
+def usable_length(base: BaseModel, settings: FitSettings) -> int:
+    """Tokens of a record that are used: as many as were asked for, and no more than the model takes."""
     limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
     return min(limit, settings.max_length) if isinstance(limit, int) else settings.max_length
 
@@ -246,10 +258,11 @@ def _work(inputs: FitInputs, examples: Examples, held_batches: Sequence[Batch]) 
     """Tokens forward plus tokens backward of the whole fit, for the bar and the estimate."""
     tokens = tokens_of(examples.training)
     methods = len(static_points(inputs.references)) + 1
-    return round(2 * inputs.settings.budget * tokens) + tokens + methods * sum(batch.tokens for batch in held_batches)
+    once = tokens + tokens_of(chosen_records(examples.training, seed=inputs.settings.seed))
+    return round(2 * inputs.settings.budget * tokens) + once + methods * sum(batch.tokens for batch in held_batches)
 
 
-def _announce(
+def announce(
     engine: Engine,
     inputs: FitInputs,
     base: BaseModel,

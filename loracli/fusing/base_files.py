@@ -14,6 +14,7 @@ from loracli.adapters.tensor_file import open_regular
 from loracli.errors import BaseModelMismatch
 from loracli.fusing.checkpoint import INDEX_FILE, Checkpoint
 from loracli.fusing.plan import FusionPlan
+from loracli.fusing.quantised import Quantisation
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.strict_json import StrictJsonError, parse_json
 
@@ -40,19 +41,35 @@ def other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
     return taken, left
 
 
-def config_bytes(folder: Path, *, untied: bool, dtype: torch.dtype | None) -> bytes:
-    """The base's config: as it is, or saying that matrices are not tied, or that the weights have another dtype."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of the base's config.
+
+    Raises:
+        BaseModelMismatch: if it is damaged.
+    """
     path = folder / CONFIG
     with open_regular(path) as file:
         data: bytes = file.read(MAX_CONFIG_BYTES + 1)
-    if not untied and dtype is None:
-        return data
     try:
         fields = parse_json(data) if len(data) <= MAX_CONFIG_BYTES else None
     except StrictJsonError as error:
         raise BaseModelMismatch(f"the base model's config is {error}", where=str(path)) from None
     if not isinstance(fields, dict):
         raise BaseModelMismatch("the base model's config is no JSON object", where=str(path))
+    return fields
+
+
+def config_bytes(
+    folder: Path, *, untied: bool, dtype: torch.dtype | None, quantisation: Quantisation | None = None
+) -> bytes:
+    """The base's config: as it is, or saying that matrices are not tied, or that the weights have another dtype, and
+    that they are quantised no longer."""
+    if not untied and dtype is None:
+        return (folder / CONFIG).read_bytes()
+    fields = read_config(folder)
+    if quantisation is not None:
+        for key in ("quantization_config", "compression_config"):
+            fields.pop(key, None)
     parts = [fields, *(value for key, value in fields.items() if key == "text_config" and isinstance(value, dict))]
     for part in parts:
         if untied and (part is fields or "tie_word_embeddings" in part):

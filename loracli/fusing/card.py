@@ -8,8 +8,18 @@ from loracli.export.card import CardText, front_matter
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 
 
-def fused_card(text: CardText, base_id: str, dtypes: Sequence[str], *, converted: bool, untied: bool) -> str:
-    """README.md of the fused model; `converted` if all weights have another dtype than in the base."""
+def fused_card(
+    text: CardText,
+    base_id: str,
+    dtypes: Sequence[str],
+    *,
+    converted: bool,
+    untied: bool,
+    dequantised: str | None = None,
+) -> str:
+    """README.md of the fused model; `converted` if all weights have another dtype than in the base, `dequantised` how
+    that was quantised."""
+    computed = [f"The base is quantised ({dequantised}): its weights are what its numbers and scales stand for.", ""]
     tied = [
         "The base used one matrix as embedding and as head; here they are two, as only one of them is changed.",
         "",
@@ -32,6 +42,7 @@ def fused_card(text: CardText, base_id: str, dtypes: Sequence[str], *, converted
             f"Every changed weight is the sum of base and update, rounded once to {' or '.join(dtypes)};",
             f"every other is the base's own, {'rounded to the same' if converted else 'byte for byte'}.",
             "",
+            *(computed if dequantised else []),
             *(tied if untied else []),
             "## Use",
             "",

@@ -93,6 +93,11 @@ class Checkpoint:
         with open_regular(self.folder / tensor.shard) as file:
             yield TensorRows(file.fileno(), tensor)
 
+    def read(self, tensor: StoredTensor) -> Tensor:
+        """All bytes of a small tensor, as uint8."""
+        with open_regular(self.folder / tensor.shard) as file:
+            return read_bytes(file.fileno(), tensor.begin, tensor.size)
+
 
 class TensorRows:
     """Reads rows of a matrix with floating point numbers, without a memory map."""

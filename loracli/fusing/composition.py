@@ -19,7 +19,8 @@ from loracli.export.ingredients import read_ingredients
 from loracli.export.method import DEFAULTS, find_method, published_identities, read_to_compose
 from loracli.export.source import MethodSource, RecipeSource, Source
 from loracli.fitting.base import BasePlan, base_modules, check_shapes, find_base, plan_base
-from loracli.fusing.checkpoint import Checkpoint
+from loracli.fusing.base_files import read_config
+from loracli.fusing.checkpoint import FLOATS, Checkpoint
 from loracli.fusing.plan import FusionPlan
 from loracli.progress import Progress
 from loracli.recipe import BaseModule, Recipe, RecipeBase, load_recipe
@@ -106,14 +107,19 @@ def _refuse_kept(adapters: Sequence[LoraAdapter]) -> None:
 
 
 def plan_composed_base(
-    composition: Composition, base: str | None, revision: str | None, *, progress: Progress
+    composition: Composition,
+    base: str | None,
+    revision: str | None,
+    *,
+    dequantise: bool = False,
+    progress: Progress,
 ) -> BasePlan:
-    """The base that the composition is meant for, without its weights.
+    """The base that the composition is meant for, without its weights; with `dequantise` one that is quantised.
 
     Raises:
         UsageError: if the recipe was fitted on a local directory and no base is given.
         IntegrityError: if the base at the recorded commit is not the one that was recorded.
-        BaseModelMismatch: if the adapters do not fit it.
+        BaseModelMismatch: if the adapters do not fit it, or it is quantised and need not be.
     """
     recorded, adapters = composition.base, composition.adapters
     asked = base
@@ -121,7 +127,13 @@ def plan_composed_base(
         if recorded.commit is None:
             raise UsageError(f"the recipe was fitted on a local copy of {recorded.id}", hint="name it with --base")
         asked, revision = recorded.id, revision or recorded.commit
-    plan = plan_base(find_base(adapters, asked, revision=revision, progress=progress))
+    reference = find_base(adapters, asked, revision=revision, progress=progress)
+    if not dequantise and "quantization_config" in read_config(reference.path):
+        raise BaseModelMismatch(
+            f"the base model {reference.id} is quantised",
+            hint="give the unquantised model with --base, or compute its weights with --dequantise",
+        )
+    plan = plan_base(reference, dequantised=dequantise)
     if recorded is not None:
         found = hashlib.sha256((plan.reference.path / "config.json").read_bytes()).hexdigest()
         if found != recorded.config_sha256:
@@ -155,6 +167,11 @@ def check_base_copies(adapters: Sequence[LoraAdapter], checkpoint: Checkpoint, p
     for adapter in adapters:
         for name in adapter.base_copies:
             copy, source = adapter.read_base_copy(name), sources[name]
+            if source.dtype not in FLOATS:
+                raise BaseModelMismatch(
+                    f"{adapter.reference} carries its own matrix for {name}, and that of the base model is quantised",
+                    hint="give the unquantised model with --base",
+                )
             with checkpoint.open(source) as rows:
                 own = rows.read(0, source.shape[0])
             if copy.shape != own.shape or not torch.equal(copy.to(own.dtype), own):

@@ -5,7 +5,8 @@
     embedding              W (vocab, dim)    (B A)^T           left = A^T    right = B^T
 
 with the composition's lora_A (R, in) and lora_B (out, R) in float64. For an output in bfloat16 or float16 both are
-rounded to float32 once and W + left @ right is summed there; for float32 and float64 it is summed in float64. With
+rounded to float32 once and W + left @ right is summed there; for float32 and float64, and where W is computed from a
+quantised weight, it is summed in float64. With
 eps = 2^-24 or 2^-53, the number before the last rounding is off by at most
 
     (R + 4) eps (|W| + |left_i| |right_j|)        |.| of row i of left and column j of right: Euclidean norms
@@ -37,9 +38,8 @@ class Fold:
     right: Tensor
 
 
-def make_fold(update: Factors, kind: ModuleKind, output: torch.dtype) -> Fold:
-    """The update of a module in the layout of its weight, for an output of this dtype."""
-    precision = precision_for(output)
+def make_fold(update: Factors, kind: ModuleKind, precision: torch.dtype) -> Fold:
+    """The update of a module in the layout of its weight, in the precision of the sum."""
     lora_A, lora_B = update.lora_A.double(), update.scaling * update.lora_B.double()
     if kind == "linear":
         return Fold(lora_B.to(precision), lora_A.to(precision))
@@ -64,7 +64,7 @@ def fold_rows(name: str, weight: Tensor, start: int, fold: Fold | None, output: 
         BaseModelMismatch: if the base's own numbers are not finite.
         UsageError: if the result overflows the output's dtype.
     """
-    total = weight.to(precision_for(output) if fold is not None else weight.dtype, copy=fold is not None)
+    total = weight.to(fold.left.dtype if fold is not None else weight.dtype, copy=fold is not None)
     if fold is not None:
         total.addmm_(fold.left[start : start + len(weight)], fold.right)
     result = total.to(output)

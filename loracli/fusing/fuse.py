@@ -22,7 +22,7 @@ from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.source import Source
 from loracli.fitting.base import BasePlan, plan_base
 from loracli.fitting.loaded_names import tied_parameters
-from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files
+from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files, read_config
 from loracli.fusing.card import fused_card
 from loracli.fusing.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint
 from loracli.fusing.composition import (
@@ -32,8 +32,9 @@ from loracli.fusing.composition import (
     plan_composed_base,
     read_composition,
 )
-from loracli.fusing.fold import Fold, make_fold
+from loracli.fusing.fold import Fold, make_fold, precision_for
 from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
+from loracli.fusing.quantised import Quantisation, read_quantisation, read_scales
 from loracli.fusing.stream import Hashes, write_shard
 from loracli.fusing.workplace import FUSE_CERTIFICATE, Workplace, check_model_free, open_workplace
 from loracli.progress import SILENT, Progress
@@ -57,6 +58,7 @@ class Fused:
         size_bytes: of the weights.
         dtypes: of the changed tensors.
         untied: whether a tied matrix became two.
+        dequantised: how the base was quantised whose weights were computed, None of one that was not.
         left_behind: names in the base's directory that did not come along.
     """
 
@@ -68,6 +70,7 @@ class Fused:
     size_bytes: int
     dtypes: tuple[str, ...]
     untied: bool
+    dequantised: str | None
     left_behind: tuple[str, ...]
 
 
@@ -80,6 +83,7 @@ def fuse_model(
     base: str | None = None,
     base_revision: str | None = None,
     dtype: str | None = None,
+    dequantise: bool = False,
     force: bool = False,
     resume: bool = False,
     progress: Progress = SILENT,
@@ -94,6 +98,7 @@ def fuse_model(
         base: a Hub id or directory, None for the recorded one, or what the adapters name.
         base_revision: of a base on the Hub.
         dtype: of the floating point tensors of the result; None leaves each as it is in the base.
+        dequantise: compute the weights of a quantised base; None for `dtype` is bfloat16 then.
         force: replace an existing fused model.
         resume: go on with a fusion that was stopped.
         progress: told how far it is.
@@ -110,18 +115,40 @@ def fuse_model(
     if not resume:
         check_model_free(output, force=force)
     composition = read_composition(recipe, adapters, method, base_given=base is not None, progress=progress)
-    planned = plan_composed_base(composition, base, base_revision, progress=progress)
-    fusion = _Fusion(composition, planned, None if dtype is None else OUTPUT_DTYPES[dtype], output, progress)
+    planned = plan_composed_base(composition, base, base_revision, dequantise=dequantise, progress=progress)
+    quantisation = quantisation_of(planned.reference.path) if dequantise else None
+    chosen = OUTPUT_DTYPES[dtype or "bfloat16"] if dequantise or dtype is not None else None
+    fusion = _Fusion(composition, planned, chosen, quantisation, output, progress)
     with open_workplace(output, fusion.identity(), force=force, resume=resume, progress=progress) as place:
         return fusion.write(place)
+
+
+def quantisation_of(folder: Path) -> Quantisation:
+    """Of the base model in a directory.
+
+    Raises:
+        UsageError: if it is not quantised.
+        BaseModelMismatch: if it is in a way that is not read here.
+    """
+    found = read_quantisation(read_config(folder), folder / CONFIG)
+    if found is None:
+        raise UsageError(f"the base model in {folder} is not quantised", hint="leave out --dequantise")
+    return found
 
 
 class _Fusion:
     """One fusion: what is planned, and what is known of the files that are finished."""
 
     def __init__(
-        self, composition: Composition, base: BasePlan, dtype: torch.dtype | None, output: Path, progress: Progress
+        self,
+        composition: Composition,
+        base: BasePlan,
+        dtype: torch.dtype | None,
+        quantisation: Quantisation | None,
+        output: Path,
+        progress: Progress,
     ) -> None:
+        self._quantisation = quantisation
         self._source: Source = composition.source(base.reference.id)
         self._base, self._dtype, self._output, self._progress = base, dtype, output, progress
         folder = base.reference.path
@@ -132,10 +159,10 @@ class _Fusion:
                 raise UsageError(f"{output} holds {what}", hint="choose another name with -o")
         self._checkpoint: Checkpoint = read_checkpoint(folder)
         self._plan: FusionPlan = plan_fusion(
-            self._checkpoint, base.skeleton, changed_modules(base, self._source), dtype
+            self._checkpoint, base.skeleton, changed_modules(base, self._source), dtype, quantisation
         )
         check_base_copies(self._source.adapters, self._checkpoint, self._plan)
-        self._config = config_bytes(folder, untied=self._plan.untied, dtype=dtype)
+        self._config = config_bytes(folder, untied=self._plan.untied, dtype=dtype, quantisation=quantisation)
         self._taken, self._left = other_files(self._checkpoint)
         if self._plan.untied:
             self._check_untied()
@@ -152,6 +179,7 @@ class _Fusion:
             "base config": _sha256((self._checkpoint.folder / CONFIG).read_bytes()),
             "base weights": checkpoint.hexdigest(),
             "dtype": str(self._dtype),
+            "dequantise": str(self._quantisation is not None),
             "loracat": loracli.__version__,
             "torch": torch.__version__,
         }
@@ -178,6 +206,7 @@ class _Fusion:
                 shard,
                 partial,
                 self._fold_of,
+                lambda quantised: read_scales(self._checkpoint, quantised),
                 lambda size: self._progress.advance(TASK, size),
             )
             partial.rename(path)
@@ -202,7 +231,8 @@ class _Fusion:
             composed = self._source.compose(tensor.module)
         except ValueError as error:  # a method that these adapters do not suit
             raise UsageError(f"the composition cannot be had: {error}", hint="choose another --method") from None
-        return make_fold(composed.factors, tensor.kind, FLOATS[tensor.dtype])
+        precision = torch.float64 if tensor.quantised is not None else precision_for(FLOATS[tensor.dtype])
+        return make_fold(composed.factors, tensor.kind, precision)
 
     def _write_others(self, place: Workplace, finished: dict[str, Hashes]) -> bytes:
         """Everything beside the weights; returns the certificate, which is written last."""
@@ -217,6 +247,7 @@ class _Fusion:
             self._base.reference.id,
             self._dtypes(),
             converted=self._dtype is not None,
+            dequantised=None if self._quantisation is None else self._quantisation.method,
             untied=self._plan.untied,
         )
         contents["README.md"] = card.encode()
@@ -244,6 +275,7 @@ class _Fusion:
                 },
                 "dtype": None if self._dtype is None else str(self._dtype).removeprefix("torch."),
                 "untied": self._plan.untied,
+                **({} if self._quantisation is None else {"dequantised": self._quantisation.method}),
                 "versions": {"loracat": loracli.__version__, "torch": torch.__version__},
             },
             "certificate": {
@@ -288,6 +320,7 @@ class _Fusion:
             size_bytes=sum(shard.size for shard in self._plan.shards),
             dtypes=self._dtypes(),
             untied=self._plan.untied,
+            dequantised=None if self._quantisation is None else self._quantisation.method,
             left_behind=tuple(self._left),
         )
 

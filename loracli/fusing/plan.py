@@ -8,7 +8,8 @@ base did not keep apart is added behind the one that it was tied to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from loracli.errors import BaseModelMismatch
 from loracli.fitting.loaded_names import LoadedNames, loaded_names, tied_parameters
 from loracli.fusing.checkpoint import FLOATS, Checkpoint, StoredTensor, header_bytes
+from loracli.fusing.quantised import Quantisation, Quantised, find_quantised
 from loracli.recipe import BaseModule, ModuleKind
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
@@ -33,6 +35,7 @@ class FusedTensor:
         kind: of the module.
         dtype: as safetensors spells it.
         added: whether the base has no tensor of this name.
+        quantised: what its numbers are computed with, None where they are stored.
     """
 
     name: str
@@ -41,6 +44,7 @@ class FusedTensor:
     kind: ModuleKind
     dtype: str
     added: bool = False
+    quantised: Quantised | None = None
 
     @property
     def changed(self) -> bool:
@@ -51,16 +55,18 @@ class FusedTensor:
     def size(self) -> int:
         if self.dtype == self.source.dtype:
             return self.source.size
-        return self.source.size // FLOATS[self.source.dtype].itemsize * FLOATS[self.dtype].itemsize
+        return math.prod(self.source.shape) * FLOATS[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class FusedShard:
-    """A file of the result: the same name as the base's, its tensors in order, its first bytes."""
+    """A file of the result: the same name as the base's, its tensors in order, its first bytes; and the tensors of the
+    base's file that it leaves out."""
 
     name: str
     tensors: tuple[FusedTensor, ...]
     header: bytes
+    left_out: tuple[StoredTensor, ...] = ()
 
     @property
     def size(self) -> int:
@@ -85,7 +91,11 @@ class FusionPlan:
 
 
 def plan_fusion(
-    checkpoint: Checkpoint, skeleton: Any, modules: Iterable[BaseModule], dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    skeleton: Any,
+    modules: Iterable[BaseModule],
+    dtype: torch.dtype | None,
+    quantisation: Quantisation | None = None,
 ) -> FusionPlan:
     """Places the updates of these modules.
 
@@ -94,10 +104,12 @@ def plan_fusion(
         skeleton: its model without numbers.
         modules: that are changed, as the base has them.
         dtype: of the result's floating point tensors; None leaves each its own.
+        quantisation: of a base whose weights are to be computed; `dtype` is given then.
     Raises:
         BaseModelMismatch: if the weight of a module is not one tensor of the checkpoint, by the module's name.
     """
-    names, tied = loaded_names(skeleton, checkpoint.tensors), tied_parameters(skeleton)
+    quantised, unused = find_quantised(checkpoint, quantisation)
+    names, tied = loaded_names(skeleton, checkpoint.tensors.keys() - unused), tied_parameters(skeleton)
     placed: dict[str, BaseModule] = {}  # by name of the stored tensor
     added: dict[str, tuple[str, BaseModule | None]] = {}  # by new name: stored tensor, module
     untied = False
@@ -109,33 +121,43 @@ def plan_fusion(
             own = module if member == parameter else None
             if member in names.stored:
                 stored = _the_one(names.stored[member], member)
-                _check(checkpoint.tensors[stored], skeleton, member)
+                _check(checkpoint.tensors[stored], skeleton, member, quantised)
                 if own is not None:
                     placed[stored] = own
             elif own is not None or member not in added:
-                added[member] = (_tied_source(checkpoint, names, skeleton, group, member), own)
+                added[member] = (_tied_source(checkpoint, names, skeleton, group, member, quantised), own)
     shards = []
     for name, shard in checkpoint.shards.items():
-        tensors = [_kept(tensor, placed.get(tensor.name), dtype) for tensor in shard.tensors]
+        tensors = [
+            _kept(tensor, placed.get(tensor.name), dtype, quantised.get(tensor.name))
+            for tensor in shard.tensors
+            if tensor.name not in unused
+        ]
         for new, (stored, own) in sorted(added.items()):
             source = checkpoint.tensors[stored]
             if source.shard == name:
-                tensors.append(FusedTensor(new, source, *_of(own), _dtype_of(source, dtype), added=True))
+                rest = quantised.get(stored)
+                tensors.append(FusedTensor(new, source, *_of(own), _dtype_of(source, dtype, rest), True, rest))
         header = header_bytes([(tensor.name, tensor.dtype, tensor.source.shape) for tensor in tensors])
-        shards.append(FusedShard(name, tuple(tensors), header))
+        left_out = tuple(tensor for tensor in shard.tensors if tensor.name in unused)
+        shards.append(FusedShard(name, tuple(tensors), header, left_out))
     return FusionPlan(tuple(shards), untied)
 
 
-def _kept(source: StoredTensor, module: BaseModule | None, dtype: torch.dtype | None) -> FusedTensor:
-    return FusedTensor(source.name, source, *_of(module), _dtype_of(source, dtype))
+def _kept(
+    source: StoredTensor, module: BaseModule | None, dtype: torch.dtype | None, quantised: Quantised | None
+) -> FusedTensor:
+    named = (source.name, source, *_of(module))
+    return FusedTensor(*named, _dtype_of(source, dtype, quantised), quantised=quantised)
 
 
 def _of(module: BaseModule | None) -> tuple[str | None, ModuleKind]:
     return (None, "other") if module is None else (module.name, module.kind)
 
 
-def _dtype_of(source: StoredTensor, dtype: torch.dtype | None) -> str:
-    return source.dtype if dtype is None or source.dtype not in FLOATS else _NAMES[dtype]
+def _dtype_of(source: StoredTensor, dtype: torch.dtype | None, quantised: Quantised | None) -> str:
+    numbers = quantised is not None or source.dtype in FLOATS
+    return source.dtype if dtype is None or not numbers else _NAMES[dtype]
 
 
 def _the_one(stored: tuple[str, ...], parameter: str) -> str:
@@ -145,7 +167,12 @@ def _the_one(stored: tuple[str, ...], parameter: str) -> str:
 
 
 def _tied_source(
-    checkpoint: Checkpoint, names: LoadedNames, skeleton: Any, group: tuple[str, ...], parameter: str
+    checkpoint: Checkpoint,
+    names: LoadedNames,
+    skeleton: Any,
+    group: tuple[str, ...],
+    parameter: str,
+    quantised: Mapping[str, Quantised],
 ) -> str:
     """The stored tensor that a parameter which is not stored itself is tied to."""
     if parameter in names.computed:
@@ -162,18 +189,18 @@ def _tied_source(
         )
     if loaded_names(skeleton, [parameter]).stored.get(parameter) != (parameter,):
         raise BaseModelMismatch(f"{parameter} is tied, and a tensor of its own would not load under its name")
-    _check(checkpoint.tensors[sources[0]], skeleton, parameter)
+    _check(checkpoint.tensors[sources[0]], skeleton, parameter, quantised)
     return sources[0]
 
 
-def _check(tensor: StoredTensor, skeleton: Any, parameter: str) -> None:
+def _check(tensor: StoredTensor, skeleton: Any, parameter: str, quantised: Mapping[str, Quantised]) -> None:
     """Refuses a weight that is no matrix of floating point numbers in the model's shape."""
     wanted = tuple(skeleton.get_parameter(parameter).shape)
     if tensor.shape != wanted or len(wanted) != 2:
         raise BaseModelMismatch(
             f"{tensor.name} of the base model's weights has the shape {tensor.shape}; its config says {wanted}"
         )
-    if tensor.dtype not in FLOATS:
+    if tensor.dtype not in FLOATS and tensor.name not in quantised:
         raise BaseModelMismatch(
             f"{tensor.name} of the base model's weights is stored as {tensor.dtype}: the base is quantised",
             hint="give the unquantised model with --base",

@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.tensor_file import open_regular
-from loracli.fusing.checkpoint import FLOATS, Shard, read_bytes
+from loracli.fusing.checkpoint import FLOATS, Shard, StoredTensor, read_bytes
 from loracli.fusing.fold import BLOCK_BYTES, Fold, fold_rows
 from loracli.fusing.plan import FusedShard, FusedTensor
+from loracli.fusing.quantised import Quantised, dequantised_rows
 
 WAITING = 3
 
 FoldOf = Callable[[FusedTensor], Fold | None]
+ScalesOf = Callable[[Quantised], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,15 @@ class Hashes:
 class _Block:
     """Bytes of a tensor's source: rows from `start` on; of a tensor that is only copied, any bytes."""
 
-    tensor: FusedTensor
+    tensor: FusedTensor | None  # None of bytes that are read for their hash alone
     start: int
     offset: int
     size: int
 
 
-def write_shard(base: Shard, shard: FusedShard, path: Path, fold_of: FoldOf, told: Callable[[int], object]) -> Hashes:
+def write_shard(
+    base: Shard, shard: FusedShard, path: Path, fold_of: FoldOf, scales_of: ScalesOf, told: Callable[[int], object]
+) -> Hashes:
     """Writes a new file and flushes it to the disk.
 
     Args:
@@ -58,38 +62,52 @@ def write_shard(base: Shard, shard: FusedShard, path: Path, fold_of: FoldOf, tol
         shard: what goes into the new one.
         path: must not exist.
         fold_of: the update of a tensor in the layout of its weight; asked for once each, in order.
+        scales_of: of a quantised tensor, likewise.
         told: the bytes that are done, now and then.
     """
     with open_regular(base.path) as source, _created(path) as output:
         digest = hashlib.sha256(base.header)
         with _reader(source.fileno(), _blocks(shard), digest) as blocks, _writer(output) as writer:
             writer.put(torch.frombuffer(bytearray(shard.header), dtype=torch.uint8))
-            current, fold = None, None
+            current, fold, scales = None, None, None
             for block, data in blocks:
+                if block.tensor is None:
+                    continue
                 if block.tensor is not current:
                     current, fold = block.tensor, fold_of(block.tensor)
-                writer.put(_transformed(block, data, fold))
+                    scales = None if current.quantised is None else scales_of(current.quantised)
+                writer.put(_transformed(block.tensor, block.start, data, fold, scales))
                 told(block.size)
         return Hashes(digest.hexdigest(), writer.sha256())
 
 
 def _blocks(shard: FusedShard) -> Iterator[_Block]:
-    for tensor in shard.tensors:
-        source = tensor.source
+    own: list[tuple[FusedTensor | None, StoredTensor]] = [(t, t.source) for t in shard.tensors if not t.added]
+    own += [(None, tensor) for tensor in shard.left_out]
+    added = [(tensor, tensor.source) for tensor in shard.tensors if tensor.added]
+    for tensor, source in [*sorted(own, key=lambda pair: pair[1].begin), *added]:
+        if tensor is None:
+            yield from (
+                _Block(None, 0, source.begin + o, min(BLOCK_BYTES, source.size - o))
+                for o in range(0, source.size, BLOCK_BYTES)
+            )
+            continue
         whole = source.size // source.shape[0] if tensor.changed and source.shape and source.size else 1
         size = max(whole, BLOCK_BYTES // whole * whole)
         for offset in range(0, source.size, size):
             yield _Block(tensor, offset // whole, source.begin + offset, min(size, source.size - offset))
 
 
-def _transformed(block: _Block, data: Tensor, fold: Fold | None) -> Tensor:
-    tensor = block.tensor
+def _transformed(tensor: FusedTensor, start: int, data: Tensor, fold: Fold | None, scales: Tensor | None) -> Tensor:
     if not tensor.changed:
         return data
-    weight = data.view(FLOATS[tensor.source.dtype])
-    if tensor.source.shape:
-        weight = weight.view(-1, *tensor.source.shape[1:])
-    return fold_rows(tensor.name, weight, block.start, fold, FLOATS[tensor.dtype]).flatten().view(torch.uint8)
+    if tensor.quantised is not None and scales is not None:
+        weight = dequantised_rows(data, tensor.source, start, scales, tensor.quantised.block)
+    else:
+        weight = data.view(FLOATS[tensor.source.dtype])
+        if tensor.source.shape:
+            weight = weight.view(-1, *tensor.source.shape[1:])
+    return fold_rows(tensor.name, weight, start, fold, FLOATS[tensor.dtype]).flatten().view(torch.uint8)
 
 
 @contextmanager
@@ -104,7 +122,7 @@ def _reader(descriptor: int, blocks: Iterator[_Block], digest: Any) -> Iterator[
                 if stopped:
                     return
                 data = read_bytes(descriptor, block.offset, block.size)
-                if not block.tensor.added:
+                if block.tensor is None or not block.tensor.added:
                     digest.update(data.numpy().data)
                 queue.put((block, data))
             queue.put(None)

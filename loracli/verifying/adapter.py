@@ -3,43 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.adapters.names import CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.adapters.tensor_file import open_regular
 from loracli.algebra.concatenate import relative_error
 from loracli.algebra.factors import Factors, thin_svd
 from loracli.algebra.methods.method import Merged
-from loracli.algebra.truncate import truncate
+from loracli.algebra.truncate import project, relative_gap, truncate, truncate_for
 from loracli.atomic import CERTIFICATE_FILE
 from loracli.errors import InputError, IntegrityError, UsageError
+from loracli.export.activations import recorded_moments
 from loracli.export.certificate import ModuleCertificate
 from loracli.export.profile import PROFILES, choose_layout
+from loracli.export.refit import read_cores
 from loracli.export.source import MethodSource, RecipeSource, Source
 from loracli.fusing.workplace import file_sha256
 from loracli.progress import Progress
 from loracli.recipe import BaseModule
 from loracli.schema import decode
 from loracli.strict_json import parse_json
-from loracli.verifying.factors import compare_bias, compare_concatenation, compare_truncation, stripped
+from loracli.verifying.factors import (
+    TURN,
+    column_space,
+    compare_bias,
+    compare_concatenation,
+    compare_projection,
+    compare_refit,
+    compare_truncation,
+    stripped,
+)
 from loracli.verifying.findings import Findings
 from loracli.verifying.origin import Origin, find_source, read_origin
 from loracli.verifying.peft_reload import reload_differences, skeleton_of
 
 TASK = "verify"
 FIGURE = 1e-6  # relative, of a figure of the certificate
+ROOT_NOISE = 4.0  # of a cut by activations: eps sqrt(cond) / 2, where damping keeps the condition of G below R 1e4
 DENSE_NOISE = 1e-5  # of a method that approximates a dense matrix, see algebra/low_rank.py
 _ABSENT = "nothing"
 _RULES = {"tolerance", "energy", "budget"}  # what ranks were chosen by, which stand in the certificate
-_DATA = {"activation_aware"}  # what took calibration records
-_EXPORT_KEYS = {"profile", "merged", "rank", "dtype"} | _RULES
+_EXPORT_KEYS = {"profile", "merged", "rank", "dtype", "activation_aware", "moments", "refit"} | _RULES
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What modules were cut by and refitted with.
+
+    Args:
+        moments: G by module of a cut by activations, none of a plain one, None where they are not at hand.
+        cores: M by module of a refit, none without.
+    """
+
+    moments: Mapping[str, Tensor] | None = field(default_factory=dict)
+    cores: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,6 +77,9 @@ class _Record:
     sha256: dict[str, str]  # of files
     largest_error: float
     modules: dict[str, ModuleCertificate]
+    activation_aware: bool
+    moments: str | None  # what a cut by activations went by: `recipe` or `records`
+    refitted: bool
     otherwise: tuple[str, ...]  # keys of the export that this version does not know
 
 
@@ -105,7 +132,41 @@ def verify_adapter(
         findings.skip("what PEFT makes of it", f"{CONFIG_FILE} is not what an export of this record has")
     source = find_source(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
     if source is not None:
-        _check_composition(source, written, record, findings, progress)
+        cut = _Cut(_find_moments(source, recipe, record, findings), _read_cores(path, record, findings))
+        _check_composition(source, written, record, cut, findings, progress)
+
+
+def _find_moments(
+    source: Source, recipe: Path | None, record: _Record, findings: Findings
+) -> Mapping[str, Tensor] | None:
+    """The second moments that a cut by activations went by, None where they are not at hand."""
+    if not record.activation_aware:
+        return {}
+    if record.moments == "recipe" and recipe is not None and isinstance(source, RecipeSource):
+        return recorded_moments(source, recipe).by_module
+    why = "the records that it went by are not kept"
+    if record.moments == "recipe":
+        why = "what it went by is beside the recipe: name the recipe with --recipe"
+    findings.skip("that a cut by activations keeps the best directions", why)
+    return None
+
+
+def _read_cores(path: Path, record: _Record, findings: Findings) -> dict[str, Tensor]:
+    """The cores of a refit by module, none where a cut was not refitted; each is square, of its module's rank."""
+    if not record.refitted:
+        return {}
+    findings.skip("that the refit found the best cores", "the records that they were fitted on are not kept")
+    cores = read_cores(path / CORES_FILE)
+    wrong = [
+        name
+        for name in sorted(cores.keys() | record.modules.keys())
+        if name not in cores
+        or name not in record.modules
+        or tuple(cores[name].shape) != (record.modules[name].rank,) * 2
+    ]
+    if wrong:
+        raise IntegrityError(f"the core of {wrong[0]} is none of this export's", where=str(path / CORES_FILE))
+    return cores
 
 
 def _read_record(document: dict[str, Any], where: Path) -> _Record:
@@ -114,13 +175,18 @@ def _read_record(document: dict[str, Any], where: Path) -> _Record:
     if not isinstance(export, dict) or not isinstance(certificate, dict):
         raise IntegrityError("the record is damaged: it lacks export or certificate", where=str(where))
     kinds = {"profile": str, "merged": bool, "rank": int, "dtype": str}
+    refitted = decode(bool, export.get("refit", False), "export.refit", problems)
+    aware = decode(bool, export.get("activation_aware", False), "export.activation_aware", problems)
+    moments = decode(str | None, export.get("moments"), "export.moments", problems)
     values = {key: decode(kind, export.get(key), f"export.{key}", problems) for key, kind in kinds.items()}
     modules = decode(tuple[ModuleCertificate, ...], certificate.get("modules"), "certificate.modules", problems)
     hashes = decode(dict[str, str], certificate.get("sha256"), "certificate.sha256", problems)
     largest = decode(float, certificate.get("largest_relative_error"), "certificate.largest_relative_error", problems)
     tensors = MLX_TENSOR_FILE if values.get("profile") == "mlx" else TENSOR_FILE
-    if not problems and (tensors not in hashes or not hashes.keys() <= {tensors, GGUF_FILE} or not modules):
+    if not problems and (tensors not in hashes or not hashes.keys() <= {tensors, GGUF_FILE, CORES_FILE} or not modules):
         problems.append("certificate: no hash or no modules")
+    if not problems and refitted != (CORES_FILE in hashes):
+        problems.append(f"export.refit and the hash of {CORES_FILE} contradict each other")
     if not problems and (values["rank"] < 1 or any(module.rank < 1 for module in modules)):
         problems.append("a rank is below 1")
     if problems:
@@ -130,6 +196,9 @@ def _read_record(document: dict[str, Any], where: Path) -> _Record:
         sha256=hashes,
         largest_error=largest,
         modules={module.name: module for module in modules},
+        activation_aware=aware,
+        moments=moments,
+        refitted=refitted,
         otherwise=tuple(sorted(set(export) - _EXPORT_KEYS)),
     )
 
@@ -162,7 +231,7 @@ def _check_config(
 ) -> bool:
     """Whether the config is that of an export of this record; ranks and dtype in the file are compared too."""
     ranks = {name: module.rank for name, module in record.modules.items()}
-    if record.profile not in PROFILES or set(record.otherwise) - _DATA or not ranks.keys() <= table.keys():
+    if record.profile not in PROFILES or record.otherwise or not ranks.keys() <= table.keys():
         findings.skip(f"every field of {CONFIG_FILE}", "this version does not know such an export")
         return False
     try:
@@ -197,11 +266,17 @@ def _check_config(
 
 
 def _check_composition(
-    source: Source, written: LoraAdapter, record: _Record, findings: Findings, progress: Progress
+    source: Source,
+    written: LoraAdapter,
+    record: _Record,
+    cut: _Cut,
+    findings: Findings,
+    progress: Progress,
 ) -> None:
     names = source.names()
-    if record.merged and record.otherwise:
-        findings.skip("every tensor against the composition", f"it was cut with {', '.join(record.otherwise)}")
+    if record.merged and (record.otherwise or (cut.moments is None and cut.cores)):
+        how = ", ".join(record.otherwise) or "activations that are not at hand, and refitted"
+        findings.skip("every tensor against the composition", f"it was cut with {how}")
         return
     progress.begin(TASK, len(written.modules), "modules")
     if set(names) != record.modules.keys():
@@ -215,7 +290,7 @@ def _check_composition(
                 findings.differs(f"{name} is not changed by the composition and has tensors that are not zero")
             continue
         if name in record.modules:
-            difference = _check_module(source, name, module.factors.loaded(), record, findings)
+            difference = _check_module(source, name, module.factors.loaded(), record, cut, findings)
             if difference is not None:
                 findings.differs(f"{name}: {difference}")
     for name in sorted(set(names) - written.modules.keys()):
@@ -243,7 +318,9 @@ def _check_saved(source: Source, written: LoraAdapter, findings: Findings) -> No
             findings.differs(f"{name} is not what the ingredients replace it by")
 
 
-def _check_module(source: Source, name: str, found: Factors, record: _Record, findings: Findings) -> str | None:
+def _check_module(
+    source: Source, name: str, found: Factors, record: _Record, cut: _Cut, findings: Findings
+) -> str | None:
     """What differs in the tensors of one module; its figures are compared too."""
     known = record.modules[name]
     try:
@@ -257,28 +334,51 @@ def _check_module(source: Source, name: str, found: Factors, record: _Record, fi
         return "its shape is not that of the composition"
     if known.rank < composed.factors.rank and not record.merged:
         return f"is cut to rank {known.rank} from {composed.factors.rank}, and is recorded as not compressed"
-    difference = compare_bias(composed.factors.delta_bias(), own.bias) or _compare(source, composed, own, known.rank)
+    difference = compare_bias(composed.factors.delta_bias(), own.bias)
+    difference = difference or _compare(source, composed, own, known, cut)
     if difference is None:
-        _check_figures(composed, own, known, findings)
+        _check_figures(composed, own, known, cut, findings)
     return difference
 
 
-def _compare(source: Source, composed: Merged, own: Factors, rank: int) -> str | None:
-    exact = composed.factors
+def _compare(source: Source, composed: Merged, own: Factors, known: ModuleCertificate, cut: _Cut) -> str | None:
+    exact, rank, refit = composed.factors, known.rank, cut.cores.get(known.name)
     noise = DENSE_NOISE if isinstance(source, MethodSource) and source.method.full_rank else 0.0
-    if rank < exact.rank:
-        others = thin_svd(exact)[1][rank:]
-        return compare_truncation(truncate(exact, rank).factors, own, others=others, noise=noise)
+    if refit is not None or rank < exact.rank:
+        if cut.moments is None:
+            return compare_projection(exact, own)
+        expected, others, turn = _cut_again(exact, rank, cut.moments.get(known.name))
+        if refit is not None:
+            return compare_refit(expected, refit, own, others=others, turn=turn)
+        return compare_truncation(expected, own, others=others, noise=noise, turn=turn)
     if isinstance(source, MethodSource) and source.weights is None:
         return compare_truncation(exact, own, others=torch.zeros(0), noise=noise)
     summed = isinstance(source, RecipeSource) and source.recipe.mixing.kind in ("rank", "core")
     return compare_concatenation(exact, own, summed=summed)
 
 
-def _check_figures(composed: Merged, own: Factors, known: ModuleCertificate, findings: Findings) -> None:
+def _cut_again(exact: Factors, rank: int, moment: Tensor | None) -> tuple[Factors, Tensor, float]:
+    """The cut, the singular values beside those of its own directions, and how far another machine may turn them."""
+    if moment is None:
+        return truncate(exact, rank).factors, thin_svd(exact)[1][rank:], TURN
+    gap = max(relative_gap(exact, rank, moment), torch.finfo(torch.float64).tiny)
+    return truncate_for(exact, rank, moment).factors, torch.zeros(0), TURN * ROOT_NOISE / gap
+
+
+def _kept_again(exact: Factors, own: Factors, known: ModuleCertificate, cut: _Cut) -> float:
+    """The share of |dW|_F^2 that a cut kept."""
+    if known.rank >= exact.rank:
+        return 1.0
+    if cut.moments is None:
+        return project(exact, column_space(own.lora_B)[0]).kept_energy
+    moment = cut.moments.get(known.name)
+    return (truncate(exact, known.rank) if moment is None else truncate_for(exact, known.rank, moment)).kept_energy
+
+
+def _check_figures(composed: Merged, own: Factors, known: ModuleCertificate, cut: _Cut, findings: Findings) -> None:
     """The certificate's error and energy of a module, computed again as `_Plan._compose` does."""
     share = composed.kept_energy
-    kept = share * (truncate(composed.factors, known.rank).kept_energy if known.rank < composed.factors.rank else 1.0)
+    kept = share * _kept_again(composed.factors, own, known, cut)
     plain = Factors(own.lora_A, own.lora_B, bias=own.bias)
     error = math.sqrt(max(1 - share + share * relative_error(plain, composed.factors) ** 2, 0.0))
     for what, recorded, again in (

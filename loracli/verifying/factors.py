@@ -9,15 +9,24 @@ another machine's SVD turns the k-th direction by about eps S_1 / gap_k (Davis a
 lie that far from the computed one before it is rounded, and the sign of the direction is free. Where singular values
 are equal, only the update as a whole is: |dW_written - dW|_F is held against what rounding can do, and so are
 A A^T and B^T B, which a change of scale between the two factors would move.
+
+A cut by activations is the projection of dW on the columns of its own lora_B, whatever it was that chose them: where
+the second moments that did are not at hand, that is what is checked.
+
+A cut that was refitted is B' M A' with M at hand. Its A' is held against the truncation's as above; where a row has the
+other sign there, or is turned a little, so are M's row and what may differ of the entries of B' M.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from loracli.algebra.concatenate import concatenate
+from loracli.algebra.concatenate import concatenate, pad_rank
 from loracli.algebra.factors import Factors, norm
+from loracli.algebra.truncate import project
 
 TURN = 1e-13  # of a direction whose gap is as large as S_1
 ORDER = 2.0**-44  # of the largest entry, for a sum in another order
@@ -60,7 +69,9 @@ def compare_concatenation(expected: Factors, written: Factors, *, summed: bool) 
     return None
 
 
-def compare_truncation(expected: Factors, written: Factors, *, others: Tensor, noise: float) -> str | None:
+def compare_truncation(
+    expected: Factors, written: Factors, *, others: Tensor, noise: float, turn: float = TURN
+) -> str | None:
     """What differs between a truncated update and the tensors of a file, None if nothing does.
 
     Args:
@@ -68,6 +79,7 @@ def compare_truncation(expected: Factors, written: Factors, *, others: Tensor, n
         written: as stored, without padding.
         others: singular values that the truncation left out.
         noise: relative, of a computation that is less exact than an SVD; 0 otherwise.
+        turn: how far another machine may turn a direction whose gap is as large as S_1.
     """
     if written.rank != expected.rank:
         return f"has rank {written.rank} instead of {expected.rank}"
@@ -78,23 +90,92 @@ def compare_truncation(expected: Factors, written: Factors, *, others: Tensor, n
     unit, least = info.eps / 2, info.smallest_normal * info.eps / 2
     canonical = _singular_values(expected)
     if canonical is not None and noise == 0.0:
-        wrong = _wrong_directions(expected, written, canonical, others)
+        wrong = _wrong_directions(expected, written, turn * _turned(canonical, others))
         if wrong:
             return f"{wrong} of {expected.rank} directions are not those of the recorded composition"
     exact = Factors(expected.lora_A.double(), expected.lora_B.double())
+    noise = max(noise, turn)
+    bound = _rounding(exact, unit, least, canonical) + noise * norm(exact)
+    return _off(exact, written, bound) or _other_scale(exact, written, 3 * unit + noise)
+
+
+def compare_projection(exact: Factors, written: Factors) -> str | None:
+    """What differs between the tensors of a file and the projection of an update on the columns of their lora_B, with
+    sqrt(S) on both sides; None if nothing does.
+
+    Rounding tilts those columns, which are orthogonal before it: by at most u sqrt(k) / s_k, with s_k the smallest
+    singular value of the columns at norm 1, and so it moves the projection of dW by that share of |dW|.
+
+    Args:
+        exact: dW, float64, scaling 1.
+        written: as stored, without padding.
+    """
+    info = torch.finfo(written.lora_A.dtype)
+    unit, least = info.eps / 2, info.smallest_normal * info.eps / 2
+    basis, tilt = column_space(written.lora_B)
+    tilt *= unit
+    if basis.shape[1] == 0:
+        return "lora_A is not zero beside a lora_B that is" if written.lora_A.any() else None
+    expected = pad_rank(project(exact, basis).factors, written.rank)
+    bound = _rounding(expected, unit, least, _singular_values(expected)) + 2 * tilt * norm(exact)
+    return _off(expected, written, bound) or _other_scale(expected, written, 3 * unit + 2 * tilt)
+
+
+def column_space(lora_B: Tensor) -> tuple[Tensor, float]:
+    """Orthonormal columns (out, m) with the span of lora_B's, and sqrt(k) / s_k of those at norm 1; zeros left out."""
+    columns = lora_B.double()
+    sizes = columns.norm(dim=0)
+    columns = columns[:, sizes > 0] / sizes[sizes > 0]
+    if columns.shape[1] == 0:
+        return columns, 0.0
+    smallest = float(torch.linalg.svdvals(columns)[-1])
+    return torch.linalg.qr(columns).Q, math.sqrt(columns.shape[1]) / max(smallest, torch.finfo(torch.float64).tiny)
+
+
+def _off(exact: Factors, written: Factors, bound: float) -> str | None:
     found = Factors(written.lora_A.double(), written.lora_B.double())
-    bound = _rounding(exact, unit, least, canonical) + max(noise, TURN) * norm(exact)
     distance = norm(concatenate([found, exact], [1.0, -1.0]))
-    if distance > bound:
-        return f"the update is off by {distance:.2e}; rounding explains {bound:.2e}"
+    return f"the update is off by {distance:.2e}; rounding explains {bound:.2e}" if distance > bound else None
+
+
+def _other_scale(exact: Factors, written: Factors, slack: float) -> str | None:
     for name, own, other in (
-        ("lora_A", found.lora_A, exact.lora_A),
-        ("lora_B", found.lora_B.T, exact.lora_B.T),
+        ("lora_A", written.lora_A.double(), exact.lora_A),
+        ("lora_B", written.lora_B.double().T, exact.lora_B.T),
     ):
         size = float(torch.linalg.matrix_norm(other)) * float(torch.linalg.matrix_norm(other, 2))
         gram = float(torch.linalg.matrix_norm(_moments(own) - _moments(other)))
-        if gram > (3 * unit + max(noise, TURN)) * size:
+        if gram > slack * size:
             return f"{name} has another scale than an export gives it"
+    return None
+
+
+def compare_refit(
+    expected: Factors, refit: Tensor, written: Factors, *, others: Tensor, turn: float = TURN
+) -> str | None:
+    """What differs between a refitted cut and the tensors of a file, None if nothing does.
+
+    Args:
+        expected: the cut, lora_A (k, in) and lora_B (out, k), float64, sqrt(S) on both sides.
+        refit: M (k, k) between them.
+        written: as stored, without padding.
+        others: singular values that the cut left out.
+        turn: as in `compare_truncation`.
+    """
+    if written.rank != expected.rank:
+        return f"has rank {written.rank} instead of {expected.rank}"
+    agree = (expected.lora_A * written.lora_A.double()).sum(dim=1) >= 0
+    signs = torch.where(agree, 1.0, -1.0).double()
+    slack = turn * _turned(expected.lora_A.square().sum(dim=1), others)  # |row|^2 = S
+    lora_A, lora_B = signs[:, None] * expected.lora_A, (expected.lora_B * signs) @ refit
+    sums = ORDER * float(lora_B.abs().max())
+    for name, right, found, moved in (
+        ("lora_A", lora_A, written.lora_A, slack[:, None]),
+        ("lora_B", lora_B, written.lora_B, slack @ refit.abs() + sums),
+    ):
+        wrong = _outside(right, found, moved)
+        if wrong:
+            return f"{wrong} of {found.numel()} entries of {name} are not those of the refitted composition"
     return None
 
 
@@ -120,12 +201,7 @@ def _singular_values(factors: Factors) -> Tensor | None:
     return singular if alike and largest > 0 else None
 
 
-def _wrong_directions(expected: Factors, written: Factors, singular: Tensor, others: Tensor) -> int:
-    every = torch.cat([singular, others.to(singular), singular.new_zeros(1)])
-    distances = (singular[:, None] - every[None, :]).abs()
-    distances.diagonal().fill_(float("inf"))
-    gaps = distances.min(dim=1).values.clamp(min=torch.finfo(torch.float64).tiny)
-    slack = TURN * float(singular.max()) / gaps * singular.clamp(min=0).sqrt()
+def _wrong_directions(expected: Factors, written: Factors, slack: Tensor) -> int:
     wrong = 0
     for k in range(expected.rank):
         agree = float(expected.lora_B[:, k] @ written.lora_B[:, k].double()) >= 0
@@ -135,6 +211,16 @@ def _wrong_directions(expected: Factors, written: Factors, singular: Tensor, oth
             or _outside(sign * expected.lora_B[:, k], written.lora_B[:, k], float(slack[k]))
         )
     return wrong
+
+
+def _turned(singular: Tensor, others: Tensor) -> Tensor:
+    """(k,): how far the entries of each direction move, with sqrt(S) on both sides, if one whose gap is as large as S_1
+    turns by 1."""
+    every = torch.cat([singular, others.to(singular), singular.new_zeros(1)])
+    distances = (singular[:, None] - every[None, :]).abs()
+    distances.diagonal().fill_(float("inf"))
+    gaps = distances.min(dim=1).values.clamp(min=torch.finfo(torch.float64).tiny)
+    return float(singular.max()) / gaps * singular.clamp(min=0).sqrt()
 
 
 def _rounding(exact: Factors, unit: float, least: float, singular: Tensor | None) -> float:

@@ -23,11 +23,12 @@ from loracli.errors import (
 from loracli.export.source import Source
 from loracli.fitting.base import BaseReference, check_shapes, find_base, plan_base
 from loracli.fitting.loaded_names import loaded_names, tied_parameters
-from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files
+from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files, read_config
 from loracli.fusing.checkpoint import FLOATS, INDEX_FILE, Checkpoint, StoredTensor, read_bytes, read_checkpoint
 from loracli.fusing.composition import changed_modules
 from loracli.fusing.fold import BLOCK_BYTES, rounding_bounds
 from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
+from loracli.fusing.quantised import dequantised_rows, read_quantisation, read_scales
 from loracli.fusing.workplace import FUSE_CERTIFICATE, file_sha256
 from loracli.progress import Progress
 from loracli.schema import decode
@@ -63,7 +64,7 @@ def verify_model(
         IntegrityError: if the record is damaged, or an ingredient or the base is not the recorded one.
     """
     where = path / FUSE_CERTIFICATE
-    files, recorded, dtype = _read_record(document, where)
+    files, recorded, dtype, dequantised = _read_record(document, where)
     _check_files(path, files, findings)
     try:
         written = read_checkpoint(path)
@@ -87,15 +88,18 @@ def verify_model(
         findings.skip(COMPOSITION, str(error))
         return
     _check_base(reference, recorded)
-    plan = plan_base(reference)
+    plan = plan_base(reference, dequantised=dequantised is not None)
     check_shapes(plan.skeleton, source.adapters)
     checkpoint = read_checkpoint(reference.path)
-    fusion = plan_fusion(checkpoint, plan.skeleton, changed_modules(plan, source), dtype)
-    _check_others(path, checkpoint, fusion, dtype, findings)
+    fields = {} if dequantised is None else read_config(reference.path)
+    quantisation = read_quantisation(fields, reference.path / CONFIG)
+    fusion = plan_fusion(checkpoint, plan.skeleton, changed_modules(plan, source), dtype, quantisation)
+    config = config_bytes(reference.path, untied=fusion.untied, dtype=dtype, quantisation=quantisation)
+    _check_others(path, checkpoint, fusion, config, findings)
     _check_weights(checkpoint, written, fusion, source, findings, progress)
 
 
-def _read_record(document: dict[str, Any], where: Path) -> tuple[dict[str, str], _Base, torch.dtype | None]:
+def _read_record(document: dict[str, Any], where: Path) -> tuple[dict[str, str], _Base, torch.dtype | None, str | None]:
     problems: list[str] = []
     fuse, certificate = document.get("fuse"), document.get("certificate")
     if not isinstance(fuse, dict) or not isinstance(certificate, dict):
@@ -106,9 +110,12 @@ def _read_record(document: dict[str, Any], where: Path) -> tuple[dict[str, str],
     dtype = decode(str | None, fuse.get("dtype"), "fuse.dtype", problems)
     if dtype is not None and dtype not in names:
         problems.append("fuse.dtype: unknown")
+    dequantised = decode(str | None, fuse.get("dequantised"), "fuse.dequantised", problems)
+    if dequantised is not None and dtype is None:
+        problems.append("fuse.dequantised: without a dtype")
     if problems:
         raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
-    return files, recorded, None if dtype is None else names[dtype]
+    return files, recorded, None if dtype is None else names[dtype], dequantised
 
 
 def _check_files(path: Path, files: dict[str, str], findings: Findings) -> None:
@@ -157,11 +164,9 @@ def _check_base(reference: BaseReference, recorded: _Base) -> None:
             )
 
 
-def _check_others(
-    path: Path, checkpoint: Checkpoint, fusion: FusionPlan, dtype: torch.dtype | None, findings: Findings
-) -> None:
+def _check_others(path: Path, checkpoint: Checkpoint, fusion: FusionPlan, config: bytes, findings: Findings) -> None:
     """Config, index and all other files are the base's, with what a fusion changes in them."""
-    contents = {CONFIG: config_bytes(checkpoint.folder, untied=fusion.untied, dtype=dtype)}
+    contents = {CONFIG: config}
     index = index_bytes(checkpoint, fusion)
     if index is not None:
         contents[INDEX_FILE] = index
@@ -219,6 +224,7 @@ def _wrong_entries(
     if own.size == 0:
         return 0
     step, wrong = max(1, BLOCK_BYTES // max(1, own.size // rows)), 0
+    scales = None if tensor.quantised is None else read_scales(checkpoint, tensor.quantised)
     with open_regular(checkpoint.folder / own.shard) as base, open_regular(written.folder / found.shard) as file:
         for start in range(0, rows, step):
             stop = min(start + step, rows)
@@ -230,7 +236,10 @@ def _wrong_entries(
             if not tensor.changed:
                 wrong += int((before != after).sum())
                 continue
-            weight = before.view(FLOATS[own.dtype]).view(stop - start, -1)
+            if tensor.quantised is not None and scales is not None:
+                weight = dequantised_rows(before, own, start, scales, tensor.quantised.block)
+            else:
+                weight = before.view(FLOATS[own.dtype]).view(stop - start, -1)
             value = after.view(output).view(stop - start, -1)
             if left is None or right is None:
                 wrong += int((weight.to(output) != value).sum())

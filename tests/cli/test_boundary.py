@@ -190,7 +190,7 @@ def damaged_recipe() -> None:
 
 
 def newer_recipe() -> None:
-    document = json.loads(Path("recipe.json").read_text()) | {"loracat_recipe": 3}
+    document = json.loads(Path("recipe.json").read_text()) | {"loracat_recipe": 4}
     Path("recipe.json").write_text(json.dumps(document))
 
 
@@ -460,7 +460,9 @@ def test_every_command_prints_exactly_one_document_on_success(here: Path) -> Non
         "adapter-cat",
         "adapter-merged",
         "other.json",
+        "other.json.activations.safetensors",
         "recipe.json",
+        "recipe.json.activations.safetensors",
     ]
 
 

@@ -52,7 +52,7 @@ def test_one_two_and_four_processes_write_the_same_bytes(started: Started) -> No
         assert done.stderr.count("training records") == 1
     assert documents[0] == documents[1] == documents[2]
     for count in (2, 4):
-        for name in ("recipe.json", "recipe.safetensors"):
+        for name in ("recipe.json", "recipe.safetensors", "recipe.json.activations.safetensors"):
             one, other = (started.folder / str(n) / name for n in (1, count))
             assert one.read_bytes() == other.read_bytes()
 

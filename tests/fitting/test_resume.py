@@ -69,8 +69,8 @@ class Fit:
         return listener.said
 
     def written(self, name: str) -> dict[str, bytes]:
-        """The recipe and what stands beside it, by suffix."""
-        return {path.suffix: path.read_bytes() for path in self.folder.glob(f"{name}.*")}
+        """The recipe and what stands beside it, by the end of its name."""
+        return {path.name.removeprefix(name): path.read_bytes() for path in self.folder.glob(f"{name}.*")}
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+"""The second moments that an activation-aware cut goes by: those of the recipe, or of records that are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loracli.errors import RecipeError, UsageError
+from loracli.export.source import RecipeSource
+from loracli.recipe import INLINE_KINDS
+from loracli.sidecar import MOMENT, read_moments
+
+
+@dataclass(frozen=True)
+class Moments:
+    """G = E[z z^T] (R, R) by module, z = A x with the composition's A, and what it was taken from."""
+
+    by_module: Mapping[str, Tensor]
+    origin: Literal["recipe", "records"]
+
+
+def recorded_moments(source: RecipeSource, path: Path | None) -> Moments:
+    """Those that the fit left beside the recipe.
+
+    Args:
+        source: of the recipe.
+        path: of the recipe's file, None where the recipe holds its moments itself.
+    Raises:
+        UsageError: if the recipe has none.
+        RecipeError: if the file beside it is missing, damaged, or does not fit the adapters.
+        IntegrityError: if it is not the file that the recipe was written with.
+    """
+    activations = source.recipe.activations
+    if activations is None or (path is None and not activations.moments):
+        raise UsageError(
+            "the recipe holds no second moments of activations for --activation-aware",
+            hint="give calibration records with --fit-data FILE, or fit again",
+        )
+    moments = activations.moments or read_moments(path or Path(), activations)
+    return Moments({name: _of_composition(source, name, moments) for name in source.names()}, "recipe")
+
+
+def _of_composition(source: RecipeSource, name: str, moments: Mapping[str, Tensor]) -> Tensor:
+    """The part of a module's G that belongs to the rows of its composition, in float64: an adapter of weight 0 has no
+    row there."""
+    recipe, found = source.recipe, moments.get(f"{name}.{MOMENT}")
+    if recipe.mixing.kind == "factors":
+        kept = torch.ones(source.known_rank(name) or 0, dtype=torch.bool)
+    else:
+        inline = recipe.mixing.kind in INLINE_KINDS
+        weights = recipe.weights_of(name) if inline else (1.0,) * len(source.adapters)
+        pairs = [(a.modules[name], w) for a, w in zip(source.adapters, weights, strict=True) if name in a.modules]
+        kept = torch.cat([torch.full((module.factors.rank,), weight != 0) for module, weight in pairs])
+    if found is None or len(found) != len(kept):
+        raise RecipeError(f"the recipe's second moments do not fit {name}", hint="give --fit-data FILE, or fit again")
+    if not kept.any():
+        return found.new_zeros(1, 1).double()  # the composition is one row of zeros
+    return found[kept][:, kept].double()

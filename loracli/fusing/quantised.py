@@ -1,0 +1,202 @@
+"""The weights of a quantised base as numbers, in float64 and so exactly, from the tensors that it stores.
+
+    W = s q        q (out, in) in 8 bits, s the scale of its block: of rows and columns, a row, a group of one, or all
+
+    fp8                  F8_E4M3, F8_E5M2   X.weight_scale_inv   weight_block_size, or one scale: DeepSeek-V3, Qwen3-FP8
+    compressed-tensors   the same, or I8    X.weight_scale       tensor, channel, group or block; symmetric
+
+A product of 8 and 24 bits of significand has 32 at most, which float64 holds. transformers multiplies in float32 and
+rounds that again (`Fp8Dequantize`, 5.23), so its weights may differ from ours in the last bit. What the formats keep
+beside the weights for their kernels, scales of activations and of the cache, has no use in a model in full precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loracli.errors import BaseModelMismatch
+from loracli.fusing.checkpoint import FLOATS, Checkpoint, StoredTensor
+
+QUANTISED = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8}
+SCALES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+_FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+_UNUSED = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale")
+_COMPRESSED = ("float-quantized", "int-quantized", "naive-quantized")
+_WAY_OUT = "give the unquantised model with --base"
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a base is quantised.
+
+    Args:
+        method: as its config calls it.
+        scale: the last name of the scales of a weight.
+        dtypes: of quantised weights, as safetensors spells them; others stand for something else, as I8 in an fp8 base
+            does for two numbers in 4 bits.
+        block: rows and columns that have a scale in common, None for a whole row or the whole matrix.
+    """
+
+    method: str
+    scale: str
+    dtypes: frozenset[str]
+    block: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """The rest of a quantised tensor.
+
+    Args:
+        scales: s, (rows of blocks, columns of blocks).
+        block: rows and columns of a block; the last ones may be cut short.
+    """
+
+    scales: StoredTensor
+    block: tuple[int, int]
+
+
+def read_quantisation(fields: Mapping[str, Any], path: Path) -> Quantisation | None:
+    """What a base's config says; None of one that is not quantised.
+
+    Raises:
+        BaseModelMismatch: if it is a format that is not read here, by its name.
+    """
+    config = fields.get("quantization_config") or fields.get("compression_config")
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    if method == "fp8":
+        block = config.get("weight_block_size", [128, 128])
+        return Quantisation("fp8", "weight_scale_inv", _FLOAT8, None if block is None else _pair(block, path))
+    if method == "compressed-tensors":
+        return _compressed(config, path)
+    raise BaseModelMismatch(
+        f"the base model is quantised by {method}, which --dequantise does not read; it reads fp8 and, of "
+        f"compressed-tensors, {', '.join(_COMPRESSED)}",
+        where=str(path),
+        hint=_WAY_OUT,
+    )
+
+
+def _compressed(config: Mapping[str, Any], path: Path) -> Quantisation:
+    """What all groups of a compressed-tensors config say together."""
+    groups, blocks, dtypes = config.get("config_groups"), set[tuple[int, int] | None](), frozenset[str]()
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        form = (group.get("format") if isinstance(group, dict) else None) or config.get("format")
+        rotated = bool(config.get("transform_config"))
+        if not isinstance(weights, dict) or form not in _COMPRESSED or weights.get("num_bits") != 8 or rotated:
+            how = "with a transform_config" if rotated else f"as {form}"
+            raise BaseModelMismatch(
+                f"the base model is quantised by compressed-tensors {how}, which --dequantise does not read; it reads "
+                f"{', '.join(_COMPRESSED)} in 8 bits",
+                where=str(path),
+                hint=_WAY_OUT,
+            )
+        dtypes |= _FLOAT8 if weights.get("type") == "float" else {"I8"}
+        strategy = weights.get("strategy")
+        block = weights.get("block_structure") if strategy == "block" else [1, weights.get("group_size")]
+        blocks.add(_pair(block, path) if strategy in ("block", "group") else None)
+    sizes = sorted(blocks - {None}, key=str)
+    if len(sizes) > 1:
+        raise BaseModelMismatch(
+            f"the base model is quantised in blocks of several sizes: {sizes}", where=str(path), hint=_WAY_OUT
+        )
+    return Quantisation("compressed-tensors", "weight_scale", dtypes, sizes[0] if sizes else None)
+
+
+def _pair(block: Any, path: Path) -> tuple[int, int]:
+    if not isinstance(block, list) or len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
+        raise BaseModelMismatch(f"the base model's config has the block size {block!r}", where=str(path), hint=_WAY_OUT)
+    return block[0], block[1]
+
+
+def find_quantised(
+    checkpoint: Checkpoint, quantisation: Quantisation | None
+) -> tuple[dict[str, Quantised], frozenset[str]]:
+    """Every quantised tensor by its name, and the names of those that are of no use beside them.
+
+    Raises:
+        BaseModelMismatch: naming a tensor whose numbers cannot be had.
+    """
+    if quantisation is None:
+        return {}, frozenset()
+    found: dict[str, Quantised] = {}
+    unused = {name for name in checkpoint.tensors if name.rpartition(".")[2] in _UNUSED}
+    for name, tensor in checkpoint.tensors.items():
+        module, _, last = name.rpartition(".")
+        if last == "weight_zero_point":
+            raise BaseModelMismatch(f"the base model's {module} is quantised around {name}", hint=_WAY_OUT)
+        if last == quantisation.scale or name in unused or tensor.dtype in FLOATS:
+            continue
+        scales = checkpoint.tensors.get(f"{module}.{quantisation.scale}")
+        if tensor.dtype not in quantisation.dtypes or last != "weight" or len(tensor.shape) != 2 or scales is None:
+            if tensor.dtype in ("I64", "I32", "BOOL") and scales is None:
+                continue  # a table of indices, which no format above stores weights as
+            raise BaseModelMismatch(
+                f"{name} of the base model's weights is stored as {tensor.dtype}, which stands for nothing known",
+                hint=_WAY_OUT,
+            )
+        found[name] = Quantised(scales, _block_of(tensor, scales, quantisation.block))
+        unused.add(scales.name)
+    loose = sorted(n for n in checkpoint.tensors.keys() - unused if n.rpartition(".")[2] == quantisation.scale)
+    if loose:
+        raise BaseModelMismatch(f"{loose[0]} of the base model's weights scales nothing that is stored", hint=_WAY_OUT)
+    return found, frozenset(unused)
+
+
+def _block_of(tensor: StoredTensor, scales: StoredTensor, block: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of a block, of which there are as many as scales."""
+    rows, columns = tensor.shape
+    grid = _grid(scales.shape)
+    fitting = [(rows, columns), (1, columns), *([] if block is None else [block])]
+    sizes = [size for size in fitting if (-(-rows // size[0]), -(-columns // size[1])) == grid]
+    if not sizes or scales.dtype not in SCALES:
+        raise BaseModelMismatch(
+            f"{scales.name} of the base model's weights is {scales.dtype} {scales.shape}, which does not fit "
+            f"{tensor.name} {tensor.shape}",
+            hint=_WAY_OUT,
+        )
+    return sizes[0]
+
+
+def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Of one scale, one for each row, or blocks."""
+    if len(shape) == 2:
+        return shape[0], shape[1]
+    return (shape[0], 1) if len(shape) == 1 else (1, 1) if not shape else (0, 0)
+
+
+def read_scales(checkpoint: Checkpoint, quantised: Quantised) -> Tensor:
+    """s in float64, (rows of blocks, columns of blocks)."""
+    data = checkpoint.read(quantised.scales).view(SCALES[quantised.scales.dtype])
+    return data.double().view(_grid(quantised.scales.shape))
+
+
+def dequantised_rows(data: Tensor, tensor: StoredTensor, start: int, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """Rows of W (rows, in) in float64.
+
+    Args:
+        data: their bytes, uint8.
+        tensor: that they are of.
+        start: their place in it.
+        scales: s, float64.
+        block: rows and columns of a block.
+    """
+    columns = tensor.shape[1]
+    weight = data.view(QUANTISED[tensor.dtype]).view(-1, columns).double()
+    of_row = torch.arange(start, start + len(weight)) // block[0]
+    of_column = torch.arange(columns) // block[1]
+    return weight.mul_(scales[of_row][:, of_column])

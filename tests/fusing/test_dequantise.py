@@ -1,0 +1,243 @@
+"""A model that is fused into a quantised base has the numbers that the base's tensors stand for, and no others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
+from loracli.fusing.fuse import fuse_model
+from loracli.verifying.verify import verify_directory
+from tests.export.test_export import Made
+from tests.fusing.test_fuse import exact_update, load, shard, tensors
+from tests.tiny import logits
+
+E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
+
+
+def spread(scales: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
+    """The scale of every entry, float64."""
+    rows = scales.double().repeat_interleave(block[0], 0)[: shape[0]]
+    return rows.repeat_interleave(block[1], 1)[:, : shape[1]]
+
+
+def scales_for(weight: Tensor, block: tuple[int, int], largest: float, dtype: torch.dtype) -> Tensor:
+    """The largest entry of each block over the largest number of the format, rounded to `dtype`."""
+    rows, columns = weight.shape
+    parts = [[part.abs().amax() for part in row.split(block[1], 1)] for row in weight.split(block[0], 0)]
+    scales = torch.stack([torch.stack(row) for row in parts]) / largest
+    return (2 ** scales.log2().ceil() if dtype == E8M0 else scales).to(dtype)
+
+
+class QuantisedBase:
+    """A base whose linear layers are quantised, and the numbers that they stand for by the formula."""
+
+    def __init__(
+        self,
+        made: Made,
+        *,
+        suffix: str,
+        block: Callable[[torch.Size], tuple[int, int]],
+        weight: torch.dtype = E4M3,
+        scale: torch.dtype = torch.float32,
+        config: dict[str, Any],
+        flat: bool = False,
+    ) -> None:
+        self.folder, self.exact = made.base, dict[str, Tensor]()
+        largest = 127.0 if weight == torch.int8 else torch.finfo(weight).max
+        stored: dict[str, Tensor] = {}
+        for name, tensor in load_file(made.base / "model.safetensors").items():
+            if "_proj" not in name:
+                stored[name] = tensor.bfloat16()
+                continue
+            size = block(tensor.shape)
+            scales = scales_for(tensor, size, largest, scale)
+            ratio = tensor.double() / spread(scales, tensor.shape, size)
+            q = (ratio.round() if weight == torch.int8 else ratio.float()).clamp(-largest, largest).to(weight)
+            stored |= {name: q, name.replace("weight", suffix): scales.flatten() if flat else scales}
+            stored[name.replace("weight", "input_scale")] = torch.ones(1)
+            self.exact[name] = q.double() * spread(scales, tensor.shape, size)
+        save_file(stored, made.base / "model.safetensors", metadata={"format": "pt"})
+        fields = json.loads((made.base / "config.json").read_text())
+        (made.base / "config.json").write_text(json.dumps(fields | {"quantization_config": config}))
+
+
+def fp8(block: list[int] | None = None) -> dict[str, Any]:
+    return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
+
+
+def compressed(strategy: str, form: str, kind: str, **weights: Any) -> dict[str, Any]:
+    scheme = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, **weights}
+    groups = {"group_0": {"targets": ["Linear"], "weights": scheme}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "blocks": {"suffix": "weight_scale_inv", "block": lambda _: (16, 16), "config": fp8([16, 16])},
+    "blocks that are cut short": {
+        "suffix": "weight_scale_inv",
+        "block": lambda _: (20, 12),
+        "scale": torch.bfloat16,
+        "config": fp8([20, 12]),
+    },
+    "powers of two, e5m2": {
+        "suffix": "weight_scale_inv",
+        "block": lambda _: (16, 16),
+        "weight": E5M2,
+        "scale": E8M0,
+        "config": fp8([16, 16]),
+    },
+    "one scale": {"suffix": "weight_scale_inv", "block": tuple, "config": fp8()},
+    "channels": {
+        "suffix": "weight_scale",
+        "block": lambda shape: (1, shape[1]),
+        "weight": torch.int8,
+        "scale": torch.bfloat16,
+        "config": compressed("channel", "int-quantized", "int"),
+    },
+    "one scale for a tensor": {
+        "suffix": "weight_scale",
+        "block": tuple,
+        "flat": True,
+        "config": compressed("tensor", "float-quantized", "float"),
+    },
+    "groups": {
+        "suffix": "weight_scale",
+        "block": lambda _: (1, 8),
+        "config": compressed("group", "naive-quantized", "float", group_size=8),
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_weight_is_the_float64_number_rounded_once(tmp_path: Path, form: str, dtype: str | None) -> None:
+    made = Made(tmp_path, "mixed ranks")
+    base = QuantisedBase(made, **FORMATS[form])
+    fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True, dtype=dtype)
+    before, after = load_file(made.base / "model.safetensors"), tensors(tmp_path / "out")
+    assert after.keys() == {name for name in before if not name.endswith(("scale", "scale_inv"))}
+    output = torch.bfloat16 if dtype is None else torch.float32
+    for name, weight in after.items():
+        assert weight.dtype == output
+        exact = base.exact[name] if name in base.exact else before[name].double()
+        module = name.removesuffix(".weight")
+        if module in made.recipe.mixing.weights:
+            exact = exact + exact_update(made.recipe, made, module)
+            assert (weight != exact.to(output)).double().mean() < 1e-2  # ties
+            torch.testing.assert_close(weight.double(), exact, rtol=torch.finfo(output).eps / 2 * 1.001, atol=1e-14)
+        else:
+            assert torch.equal(weight, exact.to(output))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == str(output).removeprefix("torch.")
+    model = load(tmp_path / "out")
+    assert model.dtype == output and bool(torch.isfinite(logits(model)).all())
+    paths = [str(path) for path in made.paths]
+    assert not verify_directory(tmp_path / "out", adapters=paths, base=str(made.base)).not_checked
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, which finds no GPU for the format
+def test_transformers_reads_the_same_weights_to_its_last_bit(tmp_path: Path) -> None:
+    made = Made(tmp_path, "plain")
+    QuantisedBase(made, **FORMATS["blocks"])
+    theirs = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.bfloat16).state_dict()
+    fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+    unchanged = 0
+    for name, weight in tensors(tmp_path / "out").items():
+        if name.removesuffix(".weight") not in made.recipe.mixing.weights:
+            torch.testing.assert_close(weight, theirs[name], rtol=2.0**-7, atol=0)
+            assert (weight != theirs[name]).double().mean() < 1e-2
+            unchanged += 1
+    assert unchanged == 24
+
+
+def test_scales_in_another_file_and_a_resumed_run_make_no_difference(tmp_path: Path) -> None:
+    made = Made(tmp_path, "plain")
+    QuantisedBase(made, **FORMATS["blocks"])
+    fuse_model(made.recipe, tmp_path / "one", base=str(made.base), dequantise=True)
+    shard(made.base, 5)
+    fused = fuse_model(made.recipe, tmp_path / "five", base=str(made.base), dequantise=True)
+    assert fused.dequantised == "fp8" and fused.dtypes == ("bfloat16",) and fused.shards == 5
+    one, five = tensors(tmp_path / "one"), tensors(tmp_path / "five")
+    assert one.keys() == five.keys() and all(torch.equal(one[name], five[name]) for name in one)
+    index = json.loads((tmp_path / "five" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == five.keys()
+    assert torch.equal(logits(load(tmp_path / "one")), logits(load(tmp_path / "five")))
+    paths = [str(path) for path in made.paths]
+    assert not verify_directory(tmp_path / "five", adapters=paths, base=str(made.base)).not_checked
+    (file,) = [
+        f for f in made.base.glob("*.safetensors") if "model.layers.0.mlp.up_proj.weight_scale_inv" in load_file(f)
+    ]
+    changed = load_file(file)
+    changed["model.layers.0.mlp.up_proj.weight_scale_inv"][0, 0] *= 2
+    save_file(changed, file, metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match="is not the file that the update was folded into"):
+        verify_directory(tmp_path / "five", adapters=paths, base=str(made.base))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "quantised by bitsandbytes, which --dequantise does not",
+        ),
+        ({"quant_method": "gptq", "bits": 4}, "quantised by gptq"),
+        (compressed("group", "pack-quantized", "int", num_bits=4), "compressed-tensors as pack-quantized"),
+        (compressed("channel", "int-quantized", "int") | {"transform_config": {"r1": {}}}, "with a transform_config"),
+        (fp8([16]), "has the block size"),
+        (fp8([8, 8]), "does not fit"),
+    ],
+)
+def test_other_formats_are_refused_by_name_with_the_way_out(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    made = Made(tmp_path, "plain")
+    QuantisedBase(made, **{**FORMATS["blocks"], "config": config})
+    with pytest.raises(BaseModelMismatch, match=message) as caught:
+        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+    assert "unquantised model with --base" in (caught.value.hint or "")
+    assert not (tmp_path / "out").exists()
+
+
+NAME = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{NAME}.weight_scale_inv"), rf"{NAME}\.weight .* is stored as F8_E4M3, which stands"),
+        (lambda t: t.pop(f"{NAME}.weight"), rf"{NAME}\.weight_scale_inv .* scales nothing"),
+        (lambda t: t.update({f"{NAME}.weight_zero_point": torch.zeros(2, 2)}), f"{NAME} is quantised around"),
+        (lambda t: t.update({f"{NAME}.weight": t[f"{NAME}.weight"].view(torch.int8)}), rf"{NAME}.* is stored as I8"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(32).to(E4M3)}), r"model\.norm\.weight .* is stored as F8"),
+    ],
+)
+def test_a_tensor_whose_numbers_cannot_be_had_is_refused_by_name(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    made = Made(tmp_path, "plain")
+    QuantisedBase(made, **FORMATS["blocks"])
+    stored = load_file(made.base / "model.safetensors")
+    change(stored)
+    save_file(stored, made.base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelMismatch, match=message):
+        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+
+
+def test_the_option_is_named_for_a_quantised_base_and_refused_for_another(tmp_path: Path) -> None:
+    made = Made(tmp_path, "plain")
+    with pytest.raises(UsageError, match="is not quantised"):
+        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+    QuantisedBase(made, **FORMATS["blocks"])
+    with pytest.raises(BaseModelMismatch, match="is quantised") as caught:
+        fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
+    assert "--dequantise" in (caught.value.hint or "")
