@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.config import AdapterConfig, read_config
+from loracli.adapters.experts import ExpertTensors, StoredExpert, targeted_parameters
 from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.adapters.mlx import is_mlx, read_mlx
 from loracli.adapters.names import (
     CONFIG_FILE,
     TENSOR_FILE,
     Part,
+    expert_name,
     format_tensor_name,
     parse_tensor_name,
+    target_of,
     whole_parameter,
 )
 from loracli.adapters.references import Reference
@@ -30,17 +33,19 @@ from loracli.errors import MalformedAdapter
 
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
-AdapterKind = Literal["linear", "embedding"]
+AdapterKind = Literal["linear", "embedding", "experts"]
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """The update of one module of the base model.
+    """The update of one module of the base model, or of one expert's matrix in a parameter.
 
     Args:
-        name: the module's path in the base model, `model.layers.0.self_attn.q_proj`.
-        kind: `linear` (nn.Linear and Conv1D) or `embedding` (then "in" is the vocabulary and "out" the width).
+        name: the module's path in the base model, `model.layers.0.self_attn.q_proj`, or the matrix's name,
+            `model.layers.0.mlp.experts.down_proj[3]`.
+        kind: `linear` (nn.Linear and Conv1D), `embedding` (then "in" is the vocabulary and "out" the width) or
+            `experts`, of which an adapter changes all of a parameter or none.
         factors: lora_A (r, in), lora_B (out, r) as stored, and the scaling; from `open_adapter` they are read from the
             file each time they are wanted.
     """
@@ -68,7 +73,7 @@ class LoraAdapter:
         path: the directory that was read.
         commit: of the Hub repository, None for a local directory.
         config: the checked `adapter_config.json`.
-        modules: by the module's path, in sorted order.
+        modules: by name, in sorted order; experts in their own.
         base_copies: names of base matrices that PEFT stored beside embeddings; must equal the base's, never exported.
         dtype: the widest dtype among the factors and the modules that were saved whole.
         sha256: of each file that was read, by file name.
@@ -96,6 +101,14 @@ class LoraAdapter:
     def ranks(self) -> tuple[int, ...]:
         """The ranks that occur, ascending."""
         return tuple(sorted({module.factors.rank for module in self.modules.values()}))
+
+    @property
+    def targets(self) -> dict[str, tuple[LoraModule, ...]]:
+        """What was adapted, each with its updates: a module with its one, a parameter with one for each expert."""
+        found: dict[str, list[LoraModule]] = {}
+        for name, module in self.modules.items():
+            found.setdefault(target_of(name), []).append(module)
+        return {name: tuple(modules) for name, modules in found.items()}
 
     def loaded(self) -> LoraAdapter:
         """The same adapter with all factors in memory."""
@@ -165,7 +178,13 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
         }
         for module, tensors in sorted(whole.items())
     }
-    modules = {name: _read_module(name, parts[name], config, file) for name in sorted(parts)}
+    parameters = targeted_parameters(parts, config.target_parameters, str(file.path))
+    modules: dict[str, LoraModule] = {}
+    for name in sorted(parts, key=lambda name: parameters.get(name, name)):
+        if name in parameters:
+            modules |= _read_experts(parameters[name], name, parts[name], config, file)
+        else:
+            modules[name] = _read_module(name, parts[name], config, file)
     return _adapter(fetched, config, modules, _Others(copies, saved), file)
 
 
@@ -197,6 +216,11 @@ def _adapter(
         file=file,
         saved=others.saved,
     )
+
+
+def module_names(adapters: Sequence[LoraAdapter]) -> tuple[str, ...]:
+    """The modules that any of the adapters changes, sorted; experts in their own order."""
+    return tuple(sorted(dict.fromkeys(name for adapter in adapters for name in adapter.modules), key=target_of))
 
 
 def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
@@ -276,6 +300,22 @@ def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:
             hint="the file holds two adapters, or one twice: save the one that is meant alone",
         )
     names[key] = name
+
+
+def _read_experts(
+    parameter: str, module: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile
+) -> dict[str, LoraModule]:
+    """The updates of the experts of a parameter, whose tensors go by the name of a module."""
+    if tensors.keys() != {"lora_A", "lora_B"}:
+        lacking = next((part for part in ("lora_A", "lora_B") if part not in tensors), None)
+        problem = f"lacks {format_tensor_name(module, lacking)!r}" if lacking else f"holds {max(tensors.values())!r}"  # type: ignore[arg-type]
+        raise MalformedAdapter(f"{problem}; experts have lora_A and lora_B alone", where=str(file.path))
+    stored = ExpertTensors(file, tensors["lora_A"], tensors["lora_B"], config.rank_of(parameter))
+    scaling = config.scaling_of(parameter)
+    names = [expert_name(parameter, expert) for expert in range(stored.experts)]
+    return {
+        name: LoraModule(name, "experts", StoredExpert(stored, expert, scaling)) for expert, name in enumerate(names)
+    }
 
 
 def _read_module(name: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile) -> LoraModule:

@@ -54,7 +54,7 @@ def base_table(
                 "compared with the base",
                 hint="make a recipe with `loracat fit`, which does that, then: loracat export RECIPE --method NAME",
             )
-    wanted = {leaf(name) for adapter in adapters for name in adapter.modules}
+    wanted = {leaf(m.name) for adapter in adapters for m in adapter.modules.values() if m.kind != "experts"}
     whole = frozenset[str]().union(*(adapter.config.whole_names for adapter in adapters))
     if base is None and wanted <= whole:
         claims = {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters}
@@ -71,11 +71,11 @@ def base_table(
 def _of_adapters(adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:
     known: dict[str, BaseModule] = {}
     for adapter in adapters:
-        for name, module in adapter.modules.items():
-            known.setdefault(name, _base_module(module, conv1d=adapter.config.fan_in_fan_out))
+        for name, modules in adapter.targets.items():
+            known.setdefault(name, _base_module(name, modules[0], conv1d=adapter.config.fan_in_fan_out))
     return tuple(known[name] for name in sorted(known))
 
 
-def _base_module(module: LoraModule, *, conv1d: bool) -> BaseModule:
+def _base_module(name: str, module: LoraModule, *, conv1d: bool) -> BaseModule:
     kind = "conv1d" if conv1d and module.kind == "linear" else module.kind
-    return BaseModule(module.name, kind, module.factors.in_features, module.factors.out_features)
+    return BaseModule(name, kind, module.factors.in_features, module.factors.out_features)

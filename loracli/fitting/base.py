@@ -115,7 +115,9 @@ def on_base(adapters: Sequence[LoraAdapter], reference: BaseReference) -> tuple[
     """
     if not any(inside_other_model(adapter) for adapter in adapters):
         return tuple(adapters)
-    names = {name for name, _ in plan_base(reference).skeleton.named_modules(remove_duplicate=False)}
+    skeleton = plan_base(reference).skeleton
+    names = {name for name, _ in skeleton.named_modules(remove_duplicate=False)}
+    names |= {name for name, parameter in skeleton.named_parameters() if parameter.dim() == 3}
     return tuple(as_text_model(adapter, names) for adapter in adapters)
 
 
@@ -243,14 +245,24 @@ def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
 def check_shapes(model: nn.Module, adapters: Sequence[LoraAdapter]) -> None:
     """As `check_fits`, for what a model without numbers can tell."""
     for adapter in adapters:
-        for module in adapter.modules.values():
-            _check_module(model, adapter, module)
+        for name, modules in adapter.targets.items():
+            if modules[0].kind == "experts":
+                _check_experts(model, adapter, name, modules)
+            else:
+                _check_module(model, adapter, modules[0])
 
 
 def base_modules(model: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:
-    """Every module of the base that any targeted leaf name matches: an export pads these without loading the base."""
-    leaves = {leaf(name) for adapter in adapters for name in adapter.modules}
+    """Every module of the base that any targeted leaf name matches: an export pads these without loading the base.
+
+    Of parameters with experts, which it does not pad, those that are targeted.
+    """
+    targets = {name: modules[0].kind for adapter in adapters for name, modules in adapter.targets.items()}
+    leaves = {leaf(name) for name, kind in targets.items() if kind != "experts"}
     found = []
+    for name in sorted(name for name, kind in targets.items() if kind == "experts"):
+        if (shape := expert_shape(model, name)) is not None:
+            found.append(BaseModule(name, "experts", shape[1], shape[2]))
     for name, module in model.named_modules():
         if name and leaf(name) in leaves:
             kind, in_features, out_features = kind_and_shape(module)
@@ -323,6 +335,39 @@ def kind_and_shape(module: nn.Module) -> tuple[ModuleKind, int, int]:
     if isinstance(module, nn.Embedding) and (scaled or type(module).forward is nn.Embedding.forward):
         return "embedding", module.num_embeddings, module.embedding_dim
     return "other", 0, 0
+
+
+def expert_shape(model: nn.Module, parameter: str) -> tuple[int, int, int] | None:
+    """Number of experts, in and out of a parameter with a matrix for each expert; None if it is no such parameter.
+
+    As PEFT takes it: (E, out, in), or (E, in, out) where the module says that it is transposed.
+    """
+    owner, _, name = parameter.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    tensor = dict(module.named_parameters(recurse=False)).get(name)
+    if tensor is None or tensor.dim() != 3:
+        return None
+    experts, rows, columns = tensor.shape
+    return (experts, rows, columns) if getattr(module, "is_transposed", False) else (experts, columns, rows)
+
+
+def _check_experts(model: nn.Module, adapter: LoraAdapter, name: str, modules: Sequence[LoraModule]) -> None:
+    shape, factors = expert_shape(model, name), modules[0].factors
+    if shape is None:
+        raise BaseModelMismatch(
+            f"{adapter.reference} adapts {name} as experts, and the base model has no parameter of that name with a "
+            "matrix for each expert",
+            hint="the adapter was trained on another model or model class; check --base",
+        )
+    theirs = (len(modules), factors.in_features, factors.out_features)
+    if theirs != shape:
+        raise BaseModelMismatch(
+            f"{adapter.reference} expects {name} to be (experts, in, out) = {theirs}; the base model has {shape}",
+            hint="the adapter was trained on another model; check --base",
+        )
 
 
 def _check_module(model: nn.Module, adapter: LoraAdapter, module: LoraModule) -> None:
