@@ -20,6 +20,7 @@ from loracli.adapters.hub import fetch_base
 from loracli.adapters.names import leaf
 from loracli.adapters.text_model import as_text_model, inside_other_model
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UsageError
+from loracli.fitting.experts import check_experts
 from loracli.fitting.placement import check_device_map, check_sharded, placement_options, whole
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, ModuleKind
@@ -191,6 +192,8 @@ def load_base(
 
     placement = placement_options(device, device_map, shard)
     plan = plan_base(reference, dtype=dtype, device=device)
+    if plan.dtype == torch.float64:  # which transformers' fast products for experts refuse
+        placement = {**placement, "experts_implementation": "eager"}
     progress.begin("load base model", None, "B")
     try:
         with _loading(reference):
@@ -225,12 +228,14 @@ def load_base(
 
 
 def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
-    """Every module that an adapter changes must be in the base, of the same kind and shape.
+    """Every module that an adapter changes must be in the base, of the same kind and shape, and such that adapters can
+    be attached to it.
 
     Raises:
         BaseModelMismatch: naming adapter, module, what was expected and what was found.
     """
     check_shapes(base.model, adapters)
+    check_experts(base.model, adapters)
     for adapter in adapters:
         for name in adapter.base_copies:
             own = whole(base.model.get_submodule(name).weight)
