@@ -45,10 +45,7 @@ def targeted_parameters(modules: Iterable[str], target_parameters: Iterable[str]
         by_container.setdefault(container, set()).add(parameter)
     levels: dict[str, list[str]] = {}
     for module in modules:
-        plain = module
-        while plain.endswith(WRAPPED):
-            plain = plain.removesuffix(WRAPPED)
-        levels.setdefault(plain, []).append(module)
+        levels.setdefault(plain_module(module), []).append(module)
     found: dict[str, str] = {}
     for module, names in levels.items():
         parameters = _of_module(module, by_container)
@@ -63,6 +60,18 @@ def targeted_parameters(modules: Iterable[str], target_parameters: Iterable[str]
         inner_first = sorted(names, key=len, reverse=True)
         found |= {name: f"{module}.{parameter}" for name, parameter in zip(inner_first, parameters, strict=True)}
     return found
+
+
+def plain_module(module: str) -> str:
+    """The module without the levels of PEFT's wrapping."""
+    while module.endswith(WRAPPED):
+        module = module.removesuffix(WRAPPED)
+    return module
+
+
+def order_of(parameter: str) -> int:
+    """The place of a parameter among those of its module."""
+    return ORDER.index(parameter) if parameter in ORDER else len(ORDER)
 
 
 def _of_module(module: str, by_container: Mapping[str, set[str]]) -> list[str]:
@@ -81,7 +90,7 @@ def _in_order(parameters: Collection[str]) -> list[str]:
             f"{unknown} cannot be told from their names",
             hint=f"train an adapter for each of them; known are {', '.join(ORDER)}",
         )
-    return sorted(parameters, key=lambda name: ORDER.index(name) if name in ORDER else 0)
+    return sorted(parameters, key=order_of)
 
 
 def module_of_parameter(parameter: str, targeted: Collection[str]) -> str:

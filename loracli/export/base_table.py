@@ -59,7 +59,7 @@ def base_table(
     if base is None and wanted <= whole:
         claims = {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters}
         found = agreed_base(claims, way_out="give the base with --base")
-        return BaseTable(str(found.base_model), _of_adapters(adapters))
+        return BaseTable(str(found.base_model), modules_of(adapters))
     from loracli.fitting.base import base_modules, check_shapes, find_base, plan_base
 
     reference = find_base(adapters, base, revision=revision, progress=progress)
@@ -68,7 +68,8 @@ def base_table(
     return BaseTable(reference.id, base_modules(skeleton, adapters))
 
 
-def _of_adapters(adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:
+def modules_of(adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:
+    """The base's modules as far as adapters themselves tell."""
     known: dict[str, BaseModule] = {}
     for adapter in adapters:
         for name, modules in adapter.targets.items():

@@ -167,7 +167,9 @@ def test_each_record_has_its_own_gradient_though_the_router_mixes_their_tokens(m
 def test_a_fit_of_experts_lowers_the_loss_and_certifies_it(tmp_path: Path, mixtral: Mixture) -> None:
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
     names = [str(path) for path in mixtral.paths]
-    recipe = fit_mixing(names, data, base=str(mixtral.base), settings=FitSettings(passes=6), folder=tmp_path)
+    recipe = fit_mixing(
+        names, data, eval_data=data, base=str(mixtral.base), settings=FitSettings(passes=6), folder=tmp_path
+    )
     assert set(recipe.mixing.weights) == {
         f"model.layers.{layer}.{name}" for layer in (0, 1) for name in (*BOTH, "self_attn.q_proj")
     }
@@ -194,7 +196,9 @@ def test_experts_that_compute_in_their_own_way_are_refused_by_name(mixtral: Mixt
 
 def test_a_base_with_other_experts_is_refused_by_name(tmp_path: Path, mixtral: Mixture) -> None:
     other = load(make_base(tmp_path / "qwen", "qwen3-moe"))
-    with pytest.raises(BaseModelMismatch, match=r"down_proj to be \(experts, in, out\) = \(4, 48, 32\); .* \(4, 24, 32\)"):
+    with pytest.raises(
+        BaseModelMismatch, match=r"down_proj to be \(experts, in, out\) = \(4, 48, 32\); .* \(4, 24, 32\)"
+    ):
         check_shapes(other, mixtral.adapters[1:])
     dense = load(make_base(tmp_path / "llama"))
     with pytest.raises(BaseModelMismatch, match="no parameter of that name with a matrix for each expert"):
