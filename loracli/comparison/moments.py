@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from loracli.adapters.names import is_expert
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import read_records
 from loracli.calibration.render import render_file
 from loracli.calibration.sources import DataPaths, parse_sources
 from loracli.comparison.composition import of_factors
+from loracli.errors import UsageError
 from loracli.export.source import RecipeSource, Source
 from loracli.fitting.activations import second_moments
 from loracli.fitting.attach import attach
@@ -37,7 +39,13 @@ def moments_of(
         progress: told of a download.
     Raises:
         InputError: of the kind that fits, if base or records are rejected.
+        UsageError: if an expert is changed.
     """
+    experts = next((name for name in source.names() if is_expert(name)), None)
+    if experts is not None:
+        raise UsageError(
+            f"the activations of the expert {experts} cannot be weighed", hint="leave --activation-aware out"
+        )
     settings = FitSettings()
     files = tuple(read_records(path, progress=progress) for path in parse_sources(fit_data))
     if base is None and isinstance(source, RecipeSource) and source.recipe.base.commit is not None:
@@ -58,6 +66,6 @@ def moments_of(
         names = source.names()
         factors = {name: source.compose(name).factors for name in names}
         with attach(model.model, source.adapters, names) as attached:
-            composition = of_factors([factors[name] for name in names])
+            composition = of_factors(factors)
             composition.mixing.apply(attached, composition.theta)
             return second_moments(make_objective(attached, batches[0]), factors, batches)

@@ -16,6 +16,7 @@ from torch import nn
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule
 from loracli.adapters.base_claim import BaseClaim, agreed_base, is_path
+from loracli.adapters.fused_experts import as_fused_experts, has_expert_layers
 from loracli.adapters.hub import fetch_base
 from loracli.adapters.names import leaf
 from loracli.adapters.text_model import as_text_model, inside_other_model
@@ -109,17 +110,20 @@ def find_base(
 
 
 def on_base(adapters: Sequence[LoraAdapter], reference: BaseReference) -> tuple[LoraAdapter, ...]:
-    """The adapters by the base's names: those that were trained inside a larger model on the text model alone.
+    """The adapters by the base's names: those that were trained inside a larger model on the text model alone, and
+    those with a module for each expert on a base that keeps experts in one parameter.
 
     Raises:
         BaseModelMismatch: as `plan_base`.
     """
-    if not any(inside_other_model(adapter) for adapter in adapters):
+    if not any(inside_other_model(adapter) or has_expert_layers(adapter) for adapter in adapters):
         return tuple(adapters)
     skeleton = plan_base(reference).skeleton
-    names = {name for name, _ in skeleton.named_modules(remove_duplicate=False)}
-    names |= {name for name, parameter in skeleton.named_parameters() if parameter.dim() == 3}
-    return tuple(as_text_model(adapter, names) for adapter in adapters)
+    outs = {
+        name: shape[2] for name, _ in skeleton.named_parameters() if (shape := expert_shape(skeleton, name)) is not None
+    }
+    names = {name for name, _ in skeleton.named_modules(remove_duplicate=False)} | outs.keys()
+    return tuple(as_fused_experts(as_text_model(adapter, names), outs) for adapter in adapters)
 
 
 @dataclass(frozen=True)
@@ -360,15 +364,17 @@ def expert_shape(model: nn.Module, parameter: str) -> tuple[int, int, int] | Non
 
 
 def _check_experts(model: nn.Module, adapter: LoraAdapter, name: str, modules: Sequence[LoraModule]) -> None:
-    shape, factors = expert_shape(model, name), modules[0].factors
+    shape = expert_shape(model, name)
     if shape is None:
         raise BaseModelMismatch(
             f"{adapter.reference} adapts {name} as experts, and the base model has no parameter of that name with a "
             "matrix for each expert",
             hint="the adapter was trained on another model or model class; check --base",
         )
-    theirs = (len(modules), factors.in_features, factors.out_features)
-    if theirs != shape:
+    for factors in (module.factors for module in modules):
+        theirs = (len(modules), factors.in_features, factors.out_features)
+        if theirs == shape:
+            continue
         raise BaseModelMismatch(
             f"{adapter.reference} expects {name} to be (experts, in, out) = {theirs}; the base model has {shape}",
             hint="the adapter was trained on another model; check --base",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import loracli
+from loracli.adapters.names import target_of
 from loracli.atomic import flush_directory, write_file
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.source import Source
@@ -35,6 +36,7 @@ from loracli.fusing.composition import (
 from loracli.fusing.fold import Fold, make_fold
 from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
 from loracli.fusing.stream import Hashes, write_shard
+from loracli.fusing.update import update_of
 from loracli.fusing.workplace import FUSE_CERTIFICATE, Workplace, check_model_free, open_workplace
 from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe
@@ -51,7 +53,7 @@ class Fused:
     Args:
         path: the directory.
         base_id: the base model.
-        modules: that were changed.
+        modules: that were changed; the experts of a parameter count as one.
         shards: files of weights.
         resumed: how many of them an earlier run had finished.
         size_bytes: of the weights.
@@ -110,7 +112,7 @@ def fuse_model(
     if not resume:
         check_model_free(output, force=force)
     composition = read_composition(recipe, adapters, method, base_given=base is not None, progress=progress)
-    planned = plan_composed_base(composition, base, base_revision, progress=progress)
+    planned, composition = plan_composed_base(composition, base, base_revision, progress=progress)
     fusion = _Fusion(composition, planned, None if dtype is None else OUTPUT_DTYPES[dtype], output, progress)
     with open_workplace(output, fusion.identity(), force=force, resume=resume, progress=progress) as place:
         return fusion.write(place)
@@ -196,13 +198,11 @@ class _Fusion:
         return {name: hashes for name, hashes in found.items() if hashes is not None}
 
     def _fold_of(self, tensor: FusedTensor) -> Fold | None:
-        if tensor.module is None:
-            return None
         try:
-            composed = self._source.compose(tensor.module)
+            update = update_of(self._source, tensor)
         except ValueError as error:  # a method that these adapters do not suit
             raise UsageError(f"the composition cannot be had: {error}", hint="choose another --method") from None
-        return make_fold(composed.factors, tensor.kind, FLOATS[tensor.dtype])
+        return None if update is None else make_fold(*update, FLOATS[tensor.dtype])
 
     def _write_others(self, place: Workplace, finished: dict[str, Hashes]) -> bytes:
         """Everything beside the weights; returns the certificate, which is written last."""
@@ -248,7 +248,7 @@ class _Fusion:
             },
             "certificate": {
                 "modules": {
-                    tensor.module: tensor.name
+                    tensor.changes: tensor.name
                     for shard in self._plan.shards
                     for tensor in shard.tensors
                     if tensor.module is not None
@@ -282,7 +282,7 @@ class _Fusion:
         return Fused(
             path=self._output,
             base_id=self._base.reference.id,
-            modules=len(self._source.names()),
+            modules=len({target_of(name) for name in self._source.names()}),
             shards=len(self._plan.shards),
             resumed=resumed,
             size_bytes=sum(shard.size for shard in self._plan.shards),

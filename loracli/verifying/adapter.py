@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ def verify_adapter(
     except InputError as error:
         findings.differs(f"it cannot be read as an adapter: {error}")
         return
-    table = {m.name: m for m in origin.table or modules_of([written])}
+    origin = replace(origin, table=origin.table or modules_of([written]))
+    table = {module.name: module for module in origin.table}
     sound = _check_config(path, written, origin, record, table, findings)
     if written.saved or record.profile == "mlx":
         kept = "modules_to_save need the base model itself" if written.saved else "PEFT does not read this layout"
