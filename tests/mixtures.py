@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from tests.tiny import BASE_ID
 
 EXPERTS = 4
 BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -27,6 +29,8 @@ def peft_deltas(adapter: Path, base: Path) -> dict[str, Tensor]:
     """dW of every module and parameter that stock PEFT changes, by its own get_delta_weight; experts as (E, out, in)
     or (E, in, out), as the base has them."""
     with warnings.catch_warnings():
+        # Of patterns it says that they are ignored even where it has used them for a parameter.
+        warnings.simplefilter("ignore", RuntimeWarning)
         warnings.simplefilter("ignore", UserWarning)
         model = PeftModel.from_pretrained(load(base, torch.float64), str(adapter), autocast_adapter_dtype=False)
     found: dict[str, Tensor] = {}
@@ -72,3 +76,38 @@ def add(model: Any, deltas: Mapping[str, Tensor], weight: float = 1.0) -> None:
         for name, delta in deltas.items():
             parameter = parameters.get(name, parameters.get(f"{name}.weight"))
             parameter += (weight * delta).to(parameter.dtype)
+
+
+def expert_layers(
+    folder: Path,
+    parts: Mapping[str, tuple[int, int]],
+    module: str,
+    *,
+    experts: int = EXPERTS,
+    rank: int = 2,
+    **more: Any,
+) -> Path:
+    """An adapter with linear layers for the experts of two decoder layers, as they were trained before transformers 5.
+
+    Args:
+        folder: to make.
+        parts: last names of the layers, with out and in.
+        module: of the experts in a decoder layer, `mlp.experts`.
+        experts: how many.
+        rank: of each.
+        more: fields of the config.
+    """
+    generator = torch.Generator().manual_seed(rank)
+    tensors = {}
+    for layer in (0, 1):
+        for expert in range(experts):
+            for part, (out, width) in parts.items():
+                name = f"base_model.model.model.layers.{layer}.{module}.{expert}.{part}"
+                tensors[f"{name}.lora_A.weight"] = 0.3 * torch.randn(rank, width, generator=generator)
+                tensors[f"{name}.lora_B.weight"] = 0.3 * torch.randn(out, rank, generator=generator)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 3 * rank, "target_modules": sorted(parts),
+              "base_model_name_or_path": BASE_ID, "task_type": "CAUSAL_LM", **more}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
