@@ -58,7 +58,9 @@ class Layout:
     @property
     def readers(self) -> str:
         """Who reads a layout that is not portable."""
-        return "PEFT" if self.lora_bias or self.modules_to_save else "PEFT and vLLM"
+        if self.lora_bias or self.modules_to_save:
+            return "PEFT"
+        return "PEFT, and for some models vLLM" if self.experts else "PEFT and vLLM"
 
     def config(self, base: str, modules: Mapping[str, BaseModule]) -> dict[str, Any]:
         """`adapter_config.json`, with long-standing keys only: older readers refuse others."""
@@ -214,7 +216,7 @@ def portable_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -
         if leaf(module.name) not in leaves:
             continue
         if module.kind == "experts":
-            return f"it changes the experts of {module.name}, whose parameters PEFT and vLLM alone adapt"
+            return f"it changes the experts of {module.name}, which lie in one parameter"
         if module.kind == "other":
             return f"the base's {module.name} has a targeted name and is no linear layer or embedding"
         other = first.setdefault(leaf(module.name), module)

@@ -100,9 +100,9 @@ def verify_adapter(
         findings.skip("what PEFT makes of it", kept)
     elif sound:
         # A config that an export would not write is not handed to PEFT, which runs the patterns in it.
-        findings.differences += reload_differences(
-            path, written, skeleton or skeleton_of(list(table.values()), written)
-        )
+        experts = {name: len(modules) for name, modules in written.targets.items()}
+        layers = skeleton or skeleton_of(origin.table, experts)
+        findings.differences += reload_differences(path, written, layers)
         where = "the base model's own layers" if skeleton is not None else "layers of the recorded shapes"
         findings.checked.append(f"that PEFT loads these tensors with these scalings, into {where}")
     else:

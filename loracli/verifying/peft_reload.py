@@ -7,7 +7,7 @@ empty layers of the recorded names and shapes. `target_modules`, patterns and al
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from loracli.algebra.factors import Factors
 from loracli.recipe import BaseModule
 
 
-def skeleton_of(table: Sequence[BaseModule], adapter: LoraAdapter) -> nn.Module:
-    """A tree of empty layers with the names, kinds and shapes of the table, on the device `meta`; of experts as many as
-    the adapter has."""
-    root, targets = nn.Module(), adapter.targets
+def skeleton_of(table: Sequence[BaseModule], experts: Mapping[str, int] | None = None) -> nn.Module:
+    """A tree of empty layers with the names, kinds and shapes of the table, on the device `meta`; `experts` is how many
+    a parameter has."""
+    root = nn.Module()
     with torch.device("meta"):
         # PEFT wraps the parameters of a module in the order in which it has them.
         for module in sorted(table, key=lambda module: order_of(leaf(module.name))):
@@ -37,7 +37,7 @@ def skeleton_of(table: Sequence[BaseModule], adapter: LoraAdapter) -> nn.Module:
                     place.add_module(name, nn.Module())
                 place = place.get_submodule(name)
             if module.kind == "experts":
-                shape = len(targets.get(module.name, ())), module.out_features, module.in_features
+                shape = (experts or {}).get(module.name, 1), module.out_features, module.in_features
                 place.register_parameter(last, nn.Parameter(torch.empty(shape)))
             else:
                 place.add_module(last, _layer(module))
