@@ -29,8 +29,9 @@ from loracli.adapters.references import Reference
 from loracli.adapters.stored import StoredFactors
 from loracli.adapters.tensor_file import TensorFile, open_tensor_file
 from loracli.algebra.factors import Factors
-from loracli.errors import MalformedAdapter
+from loracli.errors import MalformedAdapter, UnsupportedAdapter
 
+_MAY_BE_KERNELS = (".lora_A.weight", ".lora_B.weight")
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
 AdapterKind = Literal["linear", "embedding", "experts"]
@@ -172,6 +173,7 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
         MalformedAdapter, UnsupportedAdapter: as `read_adapter`.
     """
     parts, copies, whole = sort_tensors(names, str(file.path), config.modules_to_save)
+    _check_matrices(parts, file)
     saved = {
         module: {
             path: SavedTensor(name, file.shapes[name], file.dtypes[name]) for path, name in sorted(tensors.items())
@@ -288,8 +290,9 @@ def _saved_module(parameter: str, modules_to_save: tuple[str, ...]) -> str | Non
 
 
 def may_have_any_shape(name: str) -> bool:
-    """Factors and copies of base matrices are matrices; biases, magnitudes and modules saved whole need not be."""
-    return name.endswith((".bias", *_MAGNITUDES)) or whole_parameter(name) is not None
+    """Factors and copies of base matrices are matrices; biases, magnitudes and modules saved whole need not be, and
+    factors of a convolution, which are refused by that name, are not."""
+    return name.endswith((".bias", *_MAGNITUDES, *_MAY_BE_KERNELS)) or whole_parameter(name) is not None
 
 
 def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:
@@ -300,6 +303,21 @@ def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:
             hint="the file holds two adapters, or one twice: save the one that is meant alone",
         )
     names[key] = name
+
+
+def _check_matrices(parts: Mapping[str, Mapping[Part, str]], file: TensorFile) -> None:
+    for module, tensors in parts.items():
+        for part, name in tensors.items():
+            dimensions = len(file.shapes[name])
+            if part == "lora_bias" or dimensions == 2:
+                continue
+            if dimensions < 2:
+                raise MalformedAdapter(f"the tensor {name!r} is no matrix", where=str(file.path))
+            raise UnsupportedAdapter(
+                f"{module!r} is a convolution, by the {dimensions} dimensions of {name!r}",
+                where=str(file.path),
+                hint="train the adapter on linear layers; models of language alone have no convolutions to adapt",
+            )
 
 
 def _read_experts(
