@@ -180,7 +180,11 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
         }
         for module, tensors in sorted(whole.items())
     }
-    parameters = targeted_parameters(parts, config.target_parameters, str(file.path))
+    as_layer = {
+        name: "lora_A" not in tensors or file.shapes[tensors["lora_A"]][0] == config.rank_of(name)
+        for name, tensors in parts.items()
+    }
+    parameters = targeted_parameters(as_layer, config.target_parameters, str(file.path))
     modules: dict[str, LoraModule] = {}
     for name in sorted(parts, key=lambda name: parameters.get(name, name)):
         if name in parameters:

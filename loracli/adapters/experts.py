@@ -28,11 +28,14 @@ ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 WRAPPED = ".base_layer"
 
 
-def targeted_parameters(modules: Iterable[str], target_parameters: Iterable[str], where: str) -> dict[str, str]:
+def targeted_parameters(modules: Mapping[str, bool], target_parameters: Iterable[str], where: str) -> dict[str, str]:
     """The parameter, by its path in the base, that each module of tensor names stands for.
 
+    A target that is the name of a parameter alone is one of any module that has it, and that does not stand in the
+    file: of modules whose factors are not those of a layer.
+
     Args:
-        modules: of tensor names, `mlp.experts` and `mlp.experts.base_layer`.
+        modules: of tensor names, `mlp.experts` and `mlp.experts.base_layer`, and whether their rank is a layer's.
         target_parameters: of the config.
         where: the file, for errors.
     Raises:
@@ -43,12 +46,14 @@ def targeted_parameters(modules: Iterable[str], target_parameters: Iterable[str]
     for target in target_parameters:
         container, _, parameter = target.rpartition(".")
         by_container.setdefault(container, set()).add(parameter)
+    anywhere = by_container.pop("", set())
     levels: dict[str, list[str]] = {}
     for module in modules:
         levels.setdefault(plain_module(module), []).append(module)
     found: dict[str, str] = {}
     for module, names in levels.items():
-        parameters = _of_module(module, by_container)
+        alone = set() if any(modules[name] for name in names) else anywhere
+        parameters = _of_module(module, by_container, alone)
         if not parameters:
             continue
         if len(names) != len(parameters):
@@ -74,12 +79,12 @@ def order_of(parameter: str) -> int:
     return ORDER.index(parameter) if parameter in ORDER else len(ORDER)
 
 
-def _of_module(module: str, by_container: Mapping[str, set[str]]) -> list[str]:
+def _of_module(module: str, by_container: Mapping[str, set[str]], alone: set[str]) -> list[str]:
     """The parameters of a module that are targeted, as PEFT looks them up: by the path or an end of it; the innermost
     first."""
     words = module.split(".")
-    ends = ["", *(".".join(words[start:]) for start in range(len(words)))]
-    return _in_order(set[str]().union(*(by_container.get(end, set()) for end in ends)))
+    ends = [".".join(words[start:]) for start in range(len(words))]
+    return _in_order(alone.union(*(by_container.get(end, set()) for end in ends)))
 
 
 def _in_order(parameters: Collection[str]) -> list[str]:

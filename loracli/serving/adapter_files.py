@@ -110,8 +110,9 @@ class AdapterFiles:
         ranks = pattern if isinstance(pattern, dict) and len(pattern) <= MAX_PARAMETERS else {}
         if not 0 < len(targets) <= MAX_PARAMETERS:
             return pairs
+        as_layer = {name: pair.rank == lookup(ranks, name, self.config.get("r")) for name, pair in pairs.items()}
         try:
-            parameters = targeted_parameters(pairs, targets, str(self.path))
+            parameters = targeted_parameters(as_layer, targets, str(self.path))
         except (MalformedAdapter, UnsupportedAdapter):
             return pairs
         for module, parameter in parameters.items():

@@ -75,17 +75,20 @@ def test_the_levels_of_a_module_are_those_of_peft(names: tuple[str, ...]) -> Non
         for name, layer in peft_model.named_modules()
         if hasattr(layer, "parameter_name")
     }
-    assert targeted_parameters(levels, targets, "x") == levels
+    assert targeted_parameters(dict.fromkeys(levels, False), targets, "x") == levels
+    assert targeted_parameters(dict.fromkeys(levels, False), names, "x") == levels
     assert {parameter: module_of_parameter(parameter, levels.values()) for parameter in levels.values()} == {
         parameter: module for module, parameter in levels.items()
     }
 
 
 def test_targets_are_looked_up_by_the_ends_of_paths() -> None:
-    modules = ["model.layers.0.mlp.experts", "model.layers.10.mlp.experts", "experts", "xexperts", "mlp.q_proj"]
+    names = ["model.layers.0.mlp.experts", "model.layers.10.mlp.experts", "experts", "xexperts", "mlp.q_proj"]
+    modules = {name: name == "mlp.q_proj" for name in names}
     found = targeted_parameters(modules, ["experts.down_proj"], "x")
-    assert found == {name: f"{name}.down_proj" for name in modules[:3]}
-    assert targeted_parameters(modules, ["model.layers.0.mlp.experts.down_proj"], "x").keys() == {modules[0]}
+    assert found == {name: f"{name}.down_proj" for name in names[:3]}
+    assert targeted_parameters(modules, ["down_proj"], "x") == {name: f"{name}.down_proj" for name in names[:4]}
+    assert targeted_parameters(modules, ["model.layers.0.mlp.experts.down_proj"], "x").keys() == {names[0]}
     assert targeted_parameters(modules, ["layers.1.mlp.experts.down_proj"], "x") == {}
 
 
