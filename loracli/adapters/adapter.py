@@ -328,10 +328,12 @@ def _read_experts(
     parameter: str, module: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile
 ) -> dict[str, LoraModule]:
     """The updates of the experts of a parameter, whose tensors go by the name of a module."""
-    if tensors.keys() != {"lora_A", "lora_B"}:
-        lacking = next((part for part in ("lora_A", "lora_B") if part not in tensors), None)
-        problem = f"lacks {format_tensor_name(module, lacking)!r}" if lacking else f"holds {max(tensors.values())!r}"  # type: ignore[arg-type]
-        raise MalformedAdapter(f"{problem}; experts have lora_A and lora_B alone", where=str(file.path))
+    wanted: tuple[Part, Part] = ("lora_A", "lora_B")
+    for part in wanted:
+        if part not in tensors:
+            raise MalformedAdapter(f"lacks {format_tensor_name(module, part)!r}", where=str(file.path))
+    if len(tensors) > len(wanted):
+        raise MalformedAdapter(f"mixes factors of experts with others for {module!r}", where=str(file.path))
     stored = ExpertTensors(file, tensors["lora_A"], tensors["lora_B"], config.rank_of(parameter))
     scaling = config.scaling_of(parameter)
     names = [expert_name(parameter, expert) for expert in range(stored.experts)]

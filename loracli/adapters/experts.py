@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -113,8 +114,8 @@ def module_of_parameter(parameter: str, targeted: Collection[str]) -> str:
 class ExpertTensors:
     """The two matrices of a parameter in a checked file.
 
-    Reading raises IntegrityError if the file has changed since it was checked. What a thread read last is kept for its
-    next expert, so that going through the experts reads the file once.
+    Reading raises IntegrityError if the file has changed since it was checked. What a thread read last of a file is
+    kept for the next expert, so that going through the experts reads them once, however many adapters take turns.
 
     Args:
         file: that holds them.
@@ -125,7 +126,7 @@ class ExpertTensors:
         MalformedAdapter, UnsupportedAdapter: if their shapes are not those of several experts of this rank.
     """
 
-    _last = threading.local()
+    _kept = threading.local()
 
     def __init__(self, file: TensorFile, name_A: str, name_B: str, rank: int) -> None:
         self.file, self.rank = file, rank
@@ -160,12 +161,13 @@ class ExpertTensors:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """A_e (E, r, in) and B_e (E, out, r)."""
-        if getattr(self._last, "owner", None) is not self:
+        last: dict[Path, tuple[ExpertTensors, tuple[Tensor, Tensor]]] = vars(self._kept).setdefault("last", {})
+        owner, factors = last.get(self.file.path, (None, None))
+        if owner is not self or factors is None:
             with self.file.reader() as reader:
                 lora_A, lora_B = (reader.read(name).to(self.dtype) for name in (self._name_A, self._name_B))
-            self._last.factors = split_experts(lora_A, lora_B, self.experts)
-            self._last.owner = self
-        factors: tuple[Tensor, Tensor] = self._last.factors
+            factors = split_experts(lora_A, lora_B, self.experts)
+            last[self.file.path] = self, factors
         return factors
 
 

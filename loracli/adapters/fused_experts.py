@@ -94,9 +94,17 @@ def as_fused_experts(adapter: LoraAdapter, outs: Mapping[str, int]) -> LoraAdapt
         part = expert_part(name, outs)
         if part is None:
             modules[name] = module
-        else:
-            parts.setdefault(part.parameter, {})[part.expert, part.place] = module.factors
-            counts[part.parameter] = part.parts
+            continue
+        found = parts.setdefault(part.parameter, {})
+        if (part.expert, part.place) in found:
+            raise BaseModelMismatch(f"{adapter.reference} adapts a part of {part.parameter} twice, once as {name}")
+        if module.factors.bias is not None:
+            raise BaseModelMismatch(
+                f"{adapter.reference} has lora_bias for {name}, which is a part of {part.parameter} in the base",
+                hint="train the adapter without lora_bias",
+            )
+        found[part.expert, part.place] = module.factors
+        counts[part.parameter] = part.parts
     if not parts:
         return adapter
     for parameter, found in parts.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loracli.adapters.adapter import open_adapter, read_adapter
 from loracli.adapters.experts import module_of_parameter, targeted_parameters
+from loracli.adapters.tensor_file import TensorFile
 from loracli.algebra.experts import join_experts, split_experts
 from loracli.algebra.factors import Factors
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
@@ -104,6 +105,20 @@ def test_what_is_read_of_experts_is_read_again_only_from_the_same_file(tmp_path:
     save_file(tensors, path / "adapter_model.safetensors")
     with pytest.raises(IntegrityError, match="has changed"):
         second.loaded()
+
+
+def test_experts_are_read_once_though_adapters_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [
+        open_adapter(str(write(tmp_path / name, factors("mlp.experts"), target_parameters=["experts.down_proj"])))
+        for name in "ab"
+    ]
+    opened: list[Path] = []
+    own = TensorFile.reader
+    monkeypatch.setattr(TensorFile, "reader", lambda file: (opened.append(file.path), own(file))[1])
+    for expert in range(EXPERTS):
+        for adapter in both:
+            adapter.modules[f"model.layers.0.mlp.experts.down_proj[{expert}]"].factors.loaded()
+    assert [path.parent.name for path in opened] == ["a", "b"]
 
 
 def test_what_contradicts_the_config_is_refused(tmp_path: Path) -> None:

@@ -158,6 +158,29 @@ def test_a_layer_that_an_expert_lacks_is_zero(tmp_path: Path, qwen: Mixture) -> 
     assert experts[1][:24].any() and not experts[1][24:].any() and experts[3][24:].any()
 
 
+def test_layers_that_a_parameter_cannot_stand_for_are_refused_by_name(tmp_path: Path, qwen: Mixture) -> None:
+    reference = BaseReference("x", qwen.base, None)
+    biased = per_expert("qwen3-moe", tmp_path / "biased", lora_bias=True)
+    tensors = load_file(biased / "adapter_model.safetensors")
+    tensors |= {name[:-6] + "bias": torch.ones(len(t)) for name, t in tensors.items() if "lora_B" in name}
+    save_file(tensors, biased / "adapter_model.safetensors")
+    with pytest.raises(BaseModelMismatch, match="has lora_bias for .*experts.0.*, which is a part of .*_proj"):
+        on_base([read_adapter(str(biased))], reference)
+    twice = per_expert("qwen3-moe", tmp_path / "twice")
+    tensors = load_file(twice / "adapter_model.safetensors")
+    tensors |= {
+        name.replace("gate_proj", "w1"): t.clone() for name, t in tensors.items() if "experts.1.gate_proj" in name
+    }
+    save_file(tensors, twice / "adapter_model.safetensors")
+    with pytest.raises(BaseModelMismatch, match=r"adapts a part of .*gate_up_proj twice, once as .*experts\.1\."):
+        on_base([read_adapter(str(twice))], reference)
+    with pytest.raises(
+        BaseModelMismatch, match=r"\(experts, in, out\) = \(4, 48, 32\); the base model has \(4, 24, 32\)"
+    ):
+        other = expert_layers(tmp_path / "other", {"down_proj": (32, 48)}, "mlp.experts")
+        export_method("sum", tmp_path / "out", adapters=[str(other)], base=str(qwen.base))
+
+
 def test_a_recipe_of_layers_and_parameters_is_fitted_and_exported(tmp_path: Path, qwen: Mixture) -> None:
     """From the recipe's table alone, without the base; the export is the sum of what PEFT makes of each."""
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
