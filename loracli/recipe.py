@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from loracli.adapters.base_claim import is_path
-from loracli.adapters.names import CONFIG_FILE, TENSOR_FILES, layer, leaf
+from loracli.adapters.names import CONFIG_FILE, TENSOR_FILES, layer, leaf, target_of
 from loracli.atomic import replaced_file, write_file
 from loracli.errors import OutputExists, RecipeError, UsageError
 from loracli.fit_record import FitRecord
@@ -28,7 +28,7 @@ WITHOUT_ACTIVATIONS = 2  # the schema of a recipe that has none, as those of ear
 MAX_RECIPE_BYTES = 64 << 20
 FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million records agree by chance once in 500
 
-ModuleKind = Literal["linear", "conv1d", "embedding", "other"]
+ModuleKind = Literal["linear", "conv1d", "embedding", "experts", "other"]
 MixingKind = Literal["adapter", "layer", "module", "rank", "core", "factors"]
 
 MIXING_KINDS: tuple[MixingKind, ...] = get_args(MixingKind)
@@ -44,10 +44,11 @@ OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adap
 
 
 def group_name(module: str, kind: MixingKind) -> str:
-    """The group whose weights `module` takes: every module together, those of its decoder layer, or itself."""
+    """The group whose weights `module` takes: every module together, those of its decoder layer, or itself; the experts
+    of a parameter have one weight."""
     if kind == "adapter":
         return EVERY_MODULE
-    return layer(module) if kind == "layer" else module
+    return layer(module) if kind == "layer" else target_of(module)
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,10 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class BaseModule:
-    """A module of the base model that a targeted leaf name matches; `other` kinds cannot carry an adapter."""
+    """A module of the base model that a targeted leaf name matches; `other` kinds cannot carry an adapter.
+
+    `experts` is a parameter with a matrix for each expert; the sizes are those of one, as its factors have them.
+    """
 
     name: str
     kind: ModuleKind

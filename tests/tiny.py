@@ -18,10 +18,13 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 BASE_ID = "tiny/base"
@@ -70,6 +73,13 @@ CONFIGS: dict[str, Any] = {
         num_attention_heads=4,
         max_position_embeddings=256,
     ),
+    "mixtral": lambda: MixtralConfig(**_SMALL | {"num_hidden_layers": 2}, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3-moe": lambda: Qwen3MoeConfig(
+        **_SMALL | {"num_hidden_layers": 2}, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
+    ),
+    "gpt-oss": lambda: GptOssConfig(
+        **_SMALL | {"num_hidden_layers": 2, "intermediate_size": 24}, num_local_experts=4, num_experts_per_tok=2
+    ),
     "gpt2": lambda: GPT2Config(
         vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2, pad_token_id=0
     ),
@@ -82,7 +92,7 @@ def make_base(folder: Path, kind: str = "llama", *, seed: int = 0, dtype: torch.
     model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() in (2, 3):
                 parameter.normal_(0.0, 0.2)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -116,6 +126,7 @@ def make_adapter(
     base: Path,
     *,
     targets: Sequence[str] = ("q_proj", "v_proj"),
+    parameters: Sequence[str] = (),
     rank: int = 4,
     alpha: float = 8,
     seed: int = 0,
@@ -128,7 +139,8 @@ def make_adapter(
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
-    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM", **config)
+    config |= {"target_modules": list(targets), "target_parameters": list(parameters) or None}
+    lora = LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM", **config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PEFT's advice on tied embeddings and on Conv1D
         peft_model = get_peft_model(model, lora)

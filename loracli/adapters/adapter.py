@@ -12,35 +12,41 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.config import AdapterConfig, read_config
+from loracli.adapters.experts import ExpertTensors, StoredExpert, targeted_parameters
 from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.adapters.mlx import is_mlx, read_mlx
 from loracli.adapters.names import (
     CONFIG_FILE,
     TENSOR_FILE,
     Part,
+    expert_name,
     format_tensor_name,
     parse_tensor_name,
+    target_of,
     whole_parameter,
 )
 from loracli.adapters.references import Reference
 from loracli.adapters.stored import StoredFactors
 from loracli.adapters.tensor_file import TensorFile, open_tensor_file
 from loracli.algebra.factors import Factors
-from loracli.errors import MalformedAdapter
+from loracli.errors import MalformedAdapter, UnsupportedAdapter
 
+_MAY_BE_KERNELS = (".lora_A.weight", ".lora_B.weight")
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
-AdapterKind = Literal["linear", "embedding"]
+AdapterKind = Literal["linear", "embedding", "experts"]
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """The update of one module of the base model.
+    """The update of one module of the base model, or of one expert's matrix in a parameter.
 
     Args:
-        name: the module's path in the base model, `model.layers.0.self_attn.q_proj`.
-        kind: `linear` (nn.Linear and Conv1D) or `embedding` (then "in" is the vocabulary and "out" the width).
+        name: the module's path in the base model, `model.layers.0.self_attn.q_proj`, or the matrix's name,
+            `model.layers.0.mlp.experts.down_proj[3]`.
+        kind: `linear` (nn.Linear and Conv1D), `embedding` (then "in" is the vocabulary and "out" the width) or
+            `experts`, of which an adapter changes all of a parameter or none.
         factors: lora_A (r, in), lora_B (out, r) as stored, and the scaling; from `open_adapter` they are read from the
             file each time they are wanted.
     """
@@ -68,7 +74,7 @@ class LoraAdapter:
         path: the directory that was read.
         commit: of the Hub repository, None for a local directory.
         config: the checked `adapter_config.json`.
-        modules: by the module's path, in sorted order.
+        modules: by name, in sorted order; experts in their own.
         base_copies: names of base matrices that PEFT stored beside embeddings; must equal the base's, never exported.
         dtype: the widest dtype among the factors and the modules that were saved whole.
         sha256: of each file that was read, by file name.
@@ -96,6 +102,14 @@ class LoraAdapter:
     def ranks(self) -> tuple[int, ...]:
         """The ranks that occur, ascending."""
         return tuple(sorted({module.factors.rank for module in self.modules.values()}))
+
+    @property
+    def targets(self) -> dict[str, tuple[LoraModule, ...]]:
+        """What was adapted, each with its updates: a module with its one, a parameter with one for each expert."""
+        found: dict[str, list[LoraModule]] = {}
+        for name, module in self.modules.items():
+            found.setdefault(target_of(name), []).append(module)
+        return {name: tuple(modules) for name, modules in found.items()}
 
     def loaded(self) -> LoraAdapter:
         """The same adapter with all factors in memory."""
@@ -159,13 +173,24 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
         MalformedAdapter, UnsupportedAdapter: as `read_adapter`.
     """
     parts, copies, whole = sort_tensors(names, str(file.path), config.modules_to_save)
+    _check_matrices(parts, file)
     saved = {
         module: {
             path: SavedTensor(name, file.shapes[name], file.dtypes[name]) for path, name in sorted(tensors.items())
         }
         for module, tensors in sorted(whole.items())
     }
-    modules = {name: _read_module(name, parts[name], config, file) for name in sorted(parts)}
+    as_layer = {
+        name: "lora_A" not in tensors or file.shapes[tensors["lora_A"]][0] == config.rank_of(name)
+        for name, tensors in parts.items()
+    }
+    parameters = targeted_parameters(as_layer, config.target_parameters, str(file.path))
+    modules: dict[str, LoraModule] = {}
+    for name in sorted(parts, key=lambda name: parameters.get(name, name)):
+        if name in parameters:
+            modules |= _read_experts(parameters[name], name, parts[name], config, file)
+        else:
+            modules[name] = _read_module(name, parts[name], config, file)
     return _adapter(fetched, config, modules, _Others(copies, saved), file)
 
 
@@ -197,6 +222,11 @@ def _adapter(
         file=file,
         saved=others.saved,
     )
+
+
+def module_names(adapters: Sequence[LoraAdapter]) -> tuple[str, ...]:
+    """The modules that any of the adapters changes, sorted; experts in their own order."""
+    return tuple(sorted(dict.fromkeys(name for adapter in adapters for name in adapter.modules), key=target_of))
 
 
 def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
@@ -264,8 +294,9 @@ def _saved_module(parameter: str, modules_to_save: tuple[str, ...]) -> str | Non
 
 
 def may_have_any_shape(name: str) -> bool:
-    """Factors and copies of base matrices are matrices; biases, magnitudes and modules saved whole need not be."""
-    return name.endswith((".bias", *_MAGNITUDES)) or whole_parameter(name) is not None
+    """Factors and copies of base matrices are matrices; biases, magnitudes and modules saved whole need not be, and
+    factors of a convolution, which are refused by that name, are not."""
+    return name.endswith((".bias", *_MAGNITUDES, *_MAY_BE_KERNELS)) or whole_parameter(name) is not None
 
 
 def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:
@@ -276,6 +307,39 @@ def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:
             hint="the file holds two adapters, or one twice: save the one that is meant alone",
         )
     names[key] = name
+
+
+def _check_matrices(parts: Mapping[str, Mapping[Part, str]], file: TensorFile) -> None:
+    for module, tensors in parts.items():
+        for part, name in tensors.items():
+            dimensions = len(file.shapes[name])
+            if part == "lora_bias" or dimensions == 2:
+                continue
+            if dimensions < 2:
+                raise MalformedAdapter(f"the tensor {name!r} is no matrix", where=str(file.path))
+            raise UnsupportedAdapter(
+                f"{module!r} is a convolution, by the {dimensions} dimensions of {name!r}",
+                where=str(file.path),
+                hint="train the adapter on linear layers; models of language alone have no convolutions to adapt",
+            )
+
+
+def _read_experts(
+    parameter: str, module: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile
+) -> dict[str, LoraModule]:
+    """The updates of the experts of a parameter, whose tensors go by the name of a module."""
+    wanted: tuple[Part, Part] = ("lora_A", "lora_B")
+    for part in wanted:
+        if part not in tensors:
+            raise MalformedAdapter(f"lacks {format_tensor_name(module, part)!r}", where=str(file.path))
+    if len(tensors) > len(wanted):
+        raise MalformedAdapter(f"mixes factors of experts with others for {module!r}", where=str(file.path))
+    stored = ExpertTensors(file, tensors["lora_A"], tensors["lora_B"], config.rank_of(parameter))
+    scaling = config.scaling_of(parameter)
+    names = [expert_name(parameter, expert) for expert in range(stored.experts)]
+    return {
+        name: LoraModule(name, "experts", StoredExpert(stored, expert, scaling)) for expert, name in enumerate(names)
+    }
 
 
 def _read_module(name: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile) -> LoraModule:

@@ -37,6 +37,9 @@ def problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False) ->
     if len(names) > 1 and not base_given:
         claims = ", ".join(f"{a.reference} names {a.config.base_model}" for a in adapters)
         problems.append(f"the adapters name different base models: {claims}")
+    for name, (first, other) in _other_experts(adapters).items():
+        counts = ", ".join(f"{len(a.targets[name])} in {a.reference}" for a in (first, other))
+        problems.append(f"{name} has as many experts as {counts}")
     first_with: dict[str, LoraAdapter] = {}
     for adapter in adapters:
         for name, module in adapter.modules.items():
@@ -52,6 +55,18 @@ def problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False) ->
                     f"and {_shape(module.factors)} in {adapter.reference}"
                 )
     return problems
+
+
+def _other_experts(adapters: Sequence[LoraAdapter]) -> dict[str, tuple[LoraAdapter, LoraAdapter]]:
+    """The first two adapters that change a parameter with different numbers of experts, by the parameter."""
+    first_with: dict[str, tuple[LoraAdapter, int]] = {}
+    found: dict[str, tuple[LoraAdapter, LoraAdapter]] = {}
+    for adapter in adapters:
+        for name, modules in adapter.targets.items():
+            first, count = first_with.setdefault(name, (adapter, len(modules)))
+            if count != len(modules):
+                found.setdefault(name, (first, adapter))
+    return found
 
 
 def check_composable(adapters: Sequence[LoraAdapter], *, base_given: bool = False) -> None:

@@ -20,13 +20,15 @@ from loracli.strict_json import StrictJsonError, parse_json
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 14
 MAX_SAVED = 256  # names in modules_to_save; each is held against every tensor's
+MAX_PARAMETERS = 4096  # names in target_parameters
 
 # Fields that choose modules or concern training and loading only: the tensors already say what came of them.
 _WITHOUT_EFFECT = frozenset(
     "auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode "
     "init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type peft_version "
     "qalora_group_size r rank_pattern alpha_pattern revision runtime_config target_modules task_type use_rslora "
-    "bias loftq_config lora_bias merge_weights modules_to_save".split()  # merge_weights: of PEFT before 0.3
+    "bias loftq_config lora_bias modules_to_save target_parameters "
+    "merge_weights".split()  # the last: of PEFT before 0.3
 )
 
 # Initialisations that leave the base model as it is. The others subtract from it what they put into the factors.
@@ -42,7 +44,6 @@ CONVERT = "make a plain LoRA of it: loracat convert ADAPTER --base MODEL"
 # Features that change what the tensors mean, with the way out. "Off" is null, false, empty or absent.
 _REFUSED = {
     "use_dora": ("DoRA", CONVERT),
-    "target_parameters": ("target_parameters (LoRA on experts)", "train the adapter on target_modules"),
     "layer_replication": ("layer_replication", "train the adapter on the base model's own layers"),
     "trainable_token_indices": ("trainable tokens", "train the adapter without trainable_token_indices"),
     "alora_invocation_tokens": ("aLoRA", "an activated LoRA depends on the prompt and cannot be added to another"),
@@ -70,6 +71,7 @@ class AdapterConfig:
         task_type: `CAUSAL_LM`, another, or None.
         lora_bias: whether every lora_B of a linear layer has a bias.
         modules_to_save: ends of the names of modules that were saved whole.
+        target_parameters: ends of the paths of parameters that were adapted, as those of experts are.
         use_dora: whether magnitudes belong to it; only where it is read to be converted.
         initialisation: that was subtracted from the base, `pissa` or another; only where it is read to be converted.
     """
@@ -87,6 +89,7 @@ class AdapterConfig:
     task_type: str | None
     lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
     use_dora: bool = False
     initialisation: str | None = None
 
@@ -202,6 +205,7 @@ class _Fields:
             task_type=self._text("task_type"),
             lora_bias=self._flag("lora_bias"),
             modules_to_save=self._modules_to_save(),
+            target_parameters=self._target_parameters(),
             use_dora=_is_on(self._fields.get("use_dora")),
             initialisation=self._initialisation(),
         )
@@ -244,17 +248,32 @@ class _Fields:
         return frozenset(name for name in targets if isinstance(name, str) and "." not in name)
 
     def _modules_to_save(self) -> tuple[str, ...]:
-        names = self._fields.get("modules_to_save") or []
-        if not isinstance(names, list) or not all(isinstance(n, str) and n.isprintable() and n for n in names):
-            raise self._bad("modules_to_save", names, "a list of names")
-        if len(names) > MAX_SAVED:
-            raise MalformedAdapter(f"modules_to_save has more than {MAX_SAVED} names", where=self._where)
+        names = self._names("modules_to_save", MAX_SAVED)
         if names and self._flag("ensure_weight_tying"):
             raise UnsupportedAdapter(
                 "modules_to_save with ensure_weight_tying is not supported",
                 where=self._where,
                 hint="name embeddings and head in modules_to_save, and save without ensure_weight_tying",
             )
+        return names
+
+    def _target_parameters(self) -> tuple[str, ...]:
+        names = self._names("target_parameters", MAX_PARAMETERS)
+        for key, feature in (("lora_bias", "lora_bias"), ("use_dora", "DoRA")):
+            if names and self._flag(key):
+                raise UnsupportedAdapter(
+                    f"target_parameters with {feature} is not supported",
+                    where=self._where,
+                    hint=f"PEFT itself has no {feature} on parameters: train the adapter without it",
+                )
+        return names
+
+    def _names(self, field: str, most: int) -> tuple[str, ...]:
+        names = self._fields.get(field) or []
+        if not isinstance(names, list) or not all(isinstance(n, str) and n.isprintable() and n for n in names):
+            raise self._bad(field, names, "a list of names")
+        if len(names) > most:
+            raise MalformedAdapter(f"{field} has more than {most} names", where=self._where)
         return tuple(names)
 
     def _pattern(self, field: str) -> dict[str, Any]:

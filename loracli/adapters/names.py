@@ -8,6 +8,9 @@ base_model.model.<module>.lora_embedding_B         (dim, r)
 base_model.model.<module>.base_layer.weight        a copy of the base's matrix that PEFT writes beside embeddings and
 heads
 
+One expert's matrix in a parameter W (E, ., .) goes by the parameter's path and its number, as in Python:
+`model.layers.0.mlp.experts.down_proj[3]`. No tensor has such a name; adapters/experts.py reads those of all experts.
+
 Read as the same:
 
     lora_A.default.weight              a state dict that was saved as it is, with the adapter's name inside
@@ -152,9 +155,24 @@ def format_tensor_name(module: str, part: Part) -> str:
     return f"{PREFIX}{module}.{part}" + ("" if part.startswith("lora_embedding") else ".weight")
 
 
+def expert_name(parameter: str, expert: int) -> str:
+    """The name of one expert's matrix: `mlp.experts.down_proj[3]`."""
+    return f"{parameter}[{expert}]"
+
+
+def target_of(module: str) -> str:
+    """What was targeted: the parameter, of an expert's matrix in it, and the module itself otherwise."""
+    return module.partition("[")[0]
+
+
+def is_expert(module: str) -> bool:
+    """Whether the name is that of an expert's matrix in a parameter."""
+    return module.endswith("]")
+
+
 def leaf(module: str) -> str:
-    """The last component of a module's path: `q_proj`."""
-    return module.rpartition(".")[2]
+    """The last component of a module's path: `q_proj`; of an expert's matrix that of its parameter."""
+    return target_of(module).rpartition(".")[2]
 
 
 def layer(module: str) -> str:

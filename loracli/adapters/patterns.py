@@ -3,27 +3,32 @@ expression.
 
 PEFT takes the first key with `re.match(rf"(.*\\.)?({key})$", module)` (peft/utils/other.py, get_pattern_key). Of that
 language the keys that occur are read: a name or the end of one, with `^` for the beginning, `\\.` for a dot and `.` for
-any character.
+any character, and `.*\\.` in front, as PEFT writes it for experts.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 Value = TypeVar("Value")
 
+Start = Literal["beginning", "component", "below"]  # of the name, of any component, of any but the first
+
+_PARENT = r".*\."
 _PATTERN = re.compile(r"\^?(?:[A-Za-z0-9_\-]|\\?\.)+\$?")
 
 
-def parse_pattern(key: str) -> tuple[bool, str] | None:
-    """(anchored, characters) of a key, where "\\0" stands for any character; None if it is another regular
+def parse_pattern(key: str) -> tuple[Start, str] | None:
+    """Where a key may begin, and its characters, of which "\\0" stands for any; None if it is another regular
     expression."""
-    if not _PATTERN.fullmatch(key):
+    body = key.removeprefix(_PARENT)
+    if not _PATTERN.fullmatch(body) or (body != key and body.startswith("^")):
         return None
-    body = key.removeprefix("^").removesuffix("$")
-    return key.startswith("^"), body.replace("\\.", "\\").replace(".", "\0").replace("\\", ".")
+    start: Start = "below" if body != key else "beginning" if key.startswith("^") else "component"
+    body = body.removeprefix("^").removesuffix("$")
+    return start, body.replace("\\.", "\\").replace(".", "\0").replace("\\", ".")
 
 
 def lookup(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
@@ -35,8 +40,10 @@ def lookup(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
     return default
 
 
-def _matches(anchored: bool, characters: str, module: str) -> bool:
-    start = len(module) - len(characters)
-    if start < 0 or (start > 0 and (anchored or module[start - 1] != ".")):
+def _matches(start: Start, characters: str, module: str) -> bool:
+    place = len(module) - len(characters)
+    if place < 0 or (place > 0 and (start == "beginning" or module[place - 1] != ".")):
         return False
-    return all(expected in ("\0", found) for expected, found in zip(characters, module[start:], strict=True))
+    if place == 0 and start == "below":
+        return False
+    return all(expected in ("\0", found) for expected, found in zip(characters, module[place:], strict=True))

@@ -29,7 +29,7 @@ class AdapterSummary:
         lora_alpha: from the config.
         use_rslora: from the config.
         leaves: last names of the adapted modules.
-        modules: how many are adapted.
+        modules: how many are adapted; the experts of a parameter count as one.
         parameters: in all factors.
         dtype: the widest of the factors.
         norm: |dW|_F over all modules.
@@ -108,7 +108,7 @@ def _summary(adapter: LoraAdapter) -> AdapterSummary:
         lora_alpha=adapter.config.lora_alpha,
         use_rslora=adapter.config.use_rslora,
         leaves=tuple(sorted({leaf(name) for name in adapter.modules})),
-        modules=len(factors),
+        modules=len(adapter.targets),
         parameters=sum(f.lora_A.numel() + f.lora_B.numel() for f in factors),
         dtype=str(adapter.dtype).removeprefix("torch."),
         norm=sum(inner_product(f, f) for f in factors) ** 0.5,

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.names import target_of
 
 Value = TypeVar("Value")
 
@@ -29,17 +30,17 @@ def as_text_model(adapter: LoraAdapter, base: Container[str]) -> LoraAdapter:
 
     Args:
         adapter: as it was read.
-        base: names of the base's modules.
+        base: names of the base's modules, and of its parameters with experts.
     """
     plain = [_plain(name) for name in adapter.modules]
-    fits = all(name in base for name in plain) and len(set(plain)) == len(plain)
-    if not inside_other_model(adapter) or not fits or all(name in base for name in adapter.modules):
+    fits = all(target_of(name) in base for name in plain) and len(set(plain)) == len(plain)
+    if not inside_other_model(adapter) or not fits or all(target_of(name) in base for name in adapter.modules):
         return adapter
     modules = {_plain(name): replace(module, name=_plain(name)) for name, module in adapter.modules.items()}
     saved = {module: _renamed(tensors) for module, tensors in _renamed(adapter.saved).items()}
     return replace(
         adapter,
-        modules=dict(sorted(modules.items())),
+        modules=dict(sorted(modules.items(), key=lambda item: target_of(item[0]))),
         base_copies=_renamed(adapter.base_copies),
         saved=dict(sorted(saved.items())),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.adapter import LoraAdapter, module_names
 from loracli.algebra.methods import METHODS
 from loracli.comparison.composition import Composition, of_factors, of_method, of_recipe, weighted
 from loracli.comparison.controls import random_adapters, train_fresh_lora
@@ -148,7 +148,7 @@ def _random(inputs: CompareInputs, calibration: Calibration) -> Composition:
     drawn = random_adapters(inputs.adapters, seed=calibration.settings.seed)
     kind = "module" if inputs.recipe is None else inputs.recipe.mixing.kind
     fitted = fit_rung(kind, calibration, drawn, inputs.references, inputs.layout)
-    factors = [compose_module(fitted.mixing, drawn, module) for module in inputs.layout.modules]
+    factors = {name: compose_module(fitted.mixing, drawn, name) for name in module_names(drawn)}
     return of_factors(factors, note=f"{kind} on random directions of the same norms")
 
 

@@ -3,13 +3,15 @@ not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.adapter import LoraAdapter, module_names
+from loracli.adapters.names import is_expert, target_of
+from loracli.algebra.experts import stack_experts
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.errors import RecipeError
@@ -59,7 +61,7 @@ def of_recipe(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], layout: Lay
         theta = torch.tensor(_entries(mixing, diagonal), dtype=torch.float64)
         weights = tuple(theta.tolist()) if mixing.kind == "adapter" else None
         return Composition(diagonal, theta, max(layout.sizes), weights=weights, note=note)
-    return of_factors([compose_module(mixing, adapters, module) for module in layout.modules], note=note)
+    return of_factors({name: compose_module(mixing, adapters, name) for name in module_names(adapters)}, note=note)
 
 
 def of_method(method: Method, options: MethodOptions, adapters: Sequence[LoraAdapter], layout: Layout) -> Composition:
@@ -70,11 +72,11 @@ def of_method(method: Method, options: MethodOptions, adapters: Sequence[LoraAda
     """
     if method.weights is not None:
         return weighted(layout, method.weights(len(adapters)))
-    factors, kept, whole = [], 0.0, 0.0
-    for module in layout.modules:
+    factors, kept, whole = {}, 0.0, 0.0
+    for module in module_names(adapters):
         updates = [a.modules[module].factors if module in a.modules else None for a in adapters]
         merged = method.merge_updates(updates, options)
-        factors.append(merged.factors)
+        factors[module] = merged.factors
         energy = norm(merged.factors) ** 2
         kept += energy
         whole += energy / merged.kept_energy if merged.kept_energy > 0 else 0.0
@@ -82,10 +84,19 @@ def of_method(method: Method, options: MethodOptions, adapters: Sequence[LoraAda
     return of_factors(factors, kept_energy=kept / whole if method.full_rank and whole > 0 else None, note=note)
 
 
-def of_factors(factors: Sequence[Factors], *, kept_energy: float | None = None, note: str = "") -> Composition:
-    """Factors of every module of the layout, in its order."""
-    pairs = tuple((f.lora_A.float(), (f.scaling * f.lora_B.double()).float()) for f in factors)
-    return Composition(FixedFactors(pairs), NOTHING, max(f.rank for f in factors), kept_energy, note=note)
+def of_factors(factors: Mapping[str, Factors], *, kept_energy: float | None = None, note: str = "") -> Composition:
+    """Factors of every module, by name; experts in their own order."""
+    rank = max(f.rank for f in factors.values())
+    targets: dict[str, list[Factors]] = {}
+    for name, f in factors.items():
+        scaled = Factors(f.lora_A.float(), (f.scaling * f.lora_B.double()).float())
+        targets.setdefault(target_of(name), []).append(scaled)
+    experts = {target_of(name) for name in factors if is_expert(name)}
+    pairs = tuple(
+        stack_experts(scaled, max(f.rank for f in scaled)) if name in experts else (scaled[0].lora_A, scaled[0].lora_B)
+        for name, scaled in sorted(targets.items())
+    )
+    return Composition(FixedFactors(pairs), NOTHING, rank, kept_energy, note=note)
 
 
 def _entries(mixing: RecipeMixing, diagonal: DiagonalMixing) -> list[float]:

@@ -16,6 +16,7 @@ from loracli.calibration.batches import plan_batches
 from loracli.comparison.composition import Composition, of_factors
 from loracli.comparison.fitted import Calibration
 from loracli.comparison.settings import FRESH_LORA
+from loracli.errors import UsageError
 from loracli.fitting.attach import AttachedModel
 from loracli.fitting.descent import Descent, plan_steps
 from loracli.fitting.folds import one_fold
@@ -104,6 +105,7 @@ def train_fresh_lora(
 
     Raises:
         NonFiniteLoss: naming the records of a batch.
+        UsageError: if an adapter changes experts.
     """
     settings, examples = calibration.settings, calibration.examples
     records = calibration.data.training
@@ -123,7 +125,7 @@ def train_fresh_lora(
             return engine.score(fresh, descent.theta, batches, fold.validation).nats_per_token
 
         theta, at = _descend(descent, check, steps, max(1, plan.steps_a_pass // CHECKS_A_PASS))
-    factors = [Factors(lora_A, lora_B) for lora_A, lora_B in fresh.factors(theta)]
+    factors = {name: Factors(*pair) for name, pair in zip(layout.modules, fresh.factors(theta), strict=True)}
     return of_factors(factors, note=f"{fresh.numbers} numbers, stopped after {at / plan.steps_a_pass:.1f} passes")
 
 
@@ -143,6 +145,13 @@ def _descend(descent: Descent, check: Callable[[], float | None], steps: int, be
 
 
 def _shapes(adapters: Sequence[LoraAdapter], layout: Layout) -> list[tuple[int, int]]:
-    """(in, out) of each module."""
+    """(in, out) of each module.
+
+    Raises:
+        UsageError: if one of them is a parameter with experts.
+    """
+    experts = next((name for a in adapters for name, m in a.targets.items() if m[0].kind == "experts"), None)
+    if experts is not None:
+        raise UsageError(f"a new LoRA cannot be trained on the experts of {experts}", hint="leave fresh-lora out")
     found = [next(a.modules[m].factors for a in adapters if m in a.modules) for m in layout.modules]
     return [(factors.in_features, factors.out_features) for factors in found]

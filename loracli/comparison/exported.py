@@ -22,6 +22,7 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.loss import check_causal, make_objective
 from loracli.fitting.memory import memory_errors
 from loracli.fitting.meter import Meter
+from loracli.fitting.mixing import make_layout
 from loracli.fitting.replace_modules import replace_modules
 from loracli.fitting.settings import FitSettings
 from loracli.progress import SILENT, WORK, Progress
@@ -99,12 +100,12 @@ def loss_of_export(
         check_causal(model.model, reference.id, batches[0])
         names, written = source.names(), open_adapter(str(exported.path)).modules
         progress.begin(TASK, 2 * sum(batch.tokens for batch in batches), WORK)
-        with attach(model.model, source.adapters, names) as attached:
+        with attach(model.model, source.adapters, make_layout(source.adapters).modules) as attached:
             engine = Engine(make_objective(attached, batches[0]), Meter(progress, task=TASK), progress=progress)
 
             def score(way: str, factors_of: Callable[[str], Factors]) -> Scores:
                 engine.meter.stage(way)
-                composition = of_factors([factors_of(name) for name in names])
+                composition = of_factors({name: factors_of(name) for name in names})
                 return engine.score(composition.mixing, composition.theta, batches, examples)
 
             before = score("before", lambda name: source.compose(name).factors)

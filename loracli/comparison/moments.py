@@ -9,6 +9,7 @@ from loracli.calibration.records import read_records
 from loracli.calibration.render import render_file
 from loracli.calibration.sources import DataPaths, parse_sources
 from loracli.comparison.composition import of_factors
+from loracli.export.activations import check_weighable
 from loracli.export.source import Source, recorded_base
 from loracli.fitting.activations import second_moments
 from loracli.fitting.attach import attach
@@ -42,7 +43,9 @@ def moments_of(
         progress: told of a download.
     Raises:
         InputError: of the kind that fits, if base or records are rejected.
+        UsageError: if an expert is changed.
     """
+    check_weighable(source)
     settings = FitSettings()
     files = tuple(read_records(path, progress=progress) for path in parse_sources(fit_data))
     base, base_revision = recorded_base(source, base, base_revision)
@@ -61,9 +64,9 @@ def moments_of(
         batches = plan_batches(examples, batch_tokens=1)  # a record each, so that there is no padding
         check_causal(model.model, reference.id, batches[0])
         names = source.names()
-        factors = [source.compose(name).factors for name in names]
+        factors = {name: source.compose(name).factors for name in names}
         composed = of_factors(factors)
-        lora_A = {name: update.lora_A for name, update in zip(names, factors, strict=True)}
+        lora_A = {name: update.lora_A for name, update in factors.items()}
         with attach(model.model, source.adapters, names) as attached:
             engine = Engine(make_objective(attached, batches[0]), Meter(progress, task=TASK), progress=progress)
             progress.begin(TASK, sum(batch.tokens for batch in batches), "tokens")

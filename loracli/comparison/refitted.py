@@ -205,16 +205,16 @@ def _losses(
     held = examples.held_out
     batches = plan_batches(held, batch_tokens=FitSettings().batch_tokens)
 
-    def score(what: str, factors: list[Factors]) -> Scores:
+    def score(what: str, factors: dict[str, Factors]) -> Scores:
         engine.meter.stage(what)
         composition = of_factors(factors)
         return engine.score(composition.mixing, composition.theta, batches, held)
 
-    composed = score("composition", [source.compose(name).factors for name in cut])
-    truncated = score("truncation", [factors.to(dtype) for factors in cut.values()])
+    composed = score("composition", {name: source.compose(name).factors for name in cut})
+    truncated = score("truncation", {name: f.to(dtype) for name, f in cut.items()})
     refitted = truncated
     if cores:
-        refitted = score("refit", [refitted_factors(f, cores[name]).to(dtype) for name, f in cut.items()])
+        refitted = score("refit", {name: refitted_factors(f, cores[name]).to(dtype) for name, f in cut.items()})
     return RefitLoss(
         records=len(held),
         scored_tokens=sum(example.scored_tokens for example in held),

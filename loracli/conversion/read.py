@@ -70,8 +70,13 @@ def _read(fetched: Fetched) -> tuple[LoraAdapter, dict[str, Tensor]]:
     """The adapter, and its magnitudes by module."""
     config = read_config(fetched.path / CONFIG_FILE, convertible=True)
     where = str(fetched.path / TENSOR_FILE)
-    if config.lora_bias or config.modules_to_save:
-        feature = "lora_bias" if config.lora_bias else "modules_to_save"
+    kept = {
+        "lora_bias": config.lora_bias,
+        "modules_to_save": config.modules_to_save,
+        "target_parameters": config.target_parameters,
+    }
+    feature = next((name for name, value in kept.items() if value), None)
+    if feature is not None:
         raise UnsupportedAdapter(
             f"has {feature}, which a plain LoRA has not, and is to be converted into one",
             where=str(fetched.path / CONFIG_FILE),

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from loracli.adapters.names import is_expert
 from loracli.errors import RecipeError, UsageError
-from loracli.export.source import RecipeSource
+from loracli.export.source import RecipeSource, Source
 from loracli.recipe import INLINE_KINDS
 from loracli.sidecar import MOMENT, read_moments
 
@@ -24,6 +25,19 @@ class Moments:
     origin: Literal["recipe", "records"]
 
 
+def check_weighable(source: Source) -> None:
+    """Refuses a composition whose modules do not each have inputs of their own to weigh.
+
+    Raises:
+        UsageError: if an expert is changed, which sees the tokens that are routed to it.
+    """
+    expert = next((name for name in source.names() if is_expert(name)), None)
+    if expert is not None:
+        raise UsageError(
+            f"the activations of the expert {expert} cannot be weighed", hint="leave out --activation-aware"
+        )
+
+
 def recorded_moments(source: RecipeSource, path: Path | None) -> Moments:
     """Those that the fit left beside the recipe.
 
@@ -31,10 +45,11 @@ def recorded_moments(source: RecipeSource, path: Path | None) -> Moments:
         source: of the recipe.
         path: of the recipe's file, None where the recipe holds its moments itself.
     Raises:
-        UsageError: if the recipe has none.
+        UsageError: if the recipe has none, or an expert is changed.
         RecipeError: if the file beside it is missing, damaged, or does not fit the adapters.
         IntegrityError: if it is not the file that the recipe was written with.
     """
+    check_weighable(source)
     activations = source.recipe.activations
     if activations is None or (path is None and not activations.moments):
         raise UsageError(

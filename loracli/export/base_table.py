@@ -54,12 +54,12 @@ def base_table(
                 "compared with the base",
                 hint="make a recipe with `loracat fit`, which does that, then: loracat export RECIPE --method NAME",
             )
-    wanted = {leaf(name) for adapter in adapters for name in adapter.modules}
+    wanted = {leaf(m.name) for adapter in adapters for m in adapter.modules.values() if m.kind != "experts"}
     whole = frozenset[str]().union(*(adapter.config.whole_names for adapter in adapters))
     if base is None and wanted <= whole:
         claims = {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters}
         found = agreed_base(claims, way_out="give the base with --base")
-        return BaseTable(str(found.base_model), _of_adapters(adapters))
+        return BaseTable(str(found.base_model), modules_of(adapters))
     from loracli.fitting.base import base_modules, check_shapes, find_base, plan_base
 
     reference = find_base(adapters, base, revision=revision, progress=progress)
@@ -68,14 +68,15 @@ def base_table(
     return BaseTable(reference.id, base_modules(skeleton, adapters))
 
 
-def _of_adapters(adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:
+def modules_of(adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:
+    """The base's modules as far as adapters themselves tell."""
     known: dict[str, BaseModule] = {}
     for adapter in adapters:
-        for name, module in adapter.modules.items():
-            known.setdefault(name, _base_module(module, conv1d=adapter.config.fan_in_fan_out))
+        for name, modules in adapter.targets.items():
+            known.setdefault(name, _base_module(name, modules[0], conv1d=adapter.config.fan_in_fan_out))
     return tuple(known[name] for name in sorted(known))
 
 
-def _base_module(module: LoraModule, *, conv1d: bool) -> BaseModule:
+def _base_module(name: str, module: LoraModule, *, conv1d: bool) -> BaseModule:
     kind = "conv1d" if conv1d and module.kind == "linear" else module.kind
-    return BaseModule(module.name, kind, module.factors.in_features, module.factors.out_features)
+    return BaseModule(name, kind, module.factors.in_features, module.factors.out_features)

@@ -255,6 +255,12 @@ def _servers(layout: Layout) -> list[str]:
     if layout.profile == "peft":
         if layout.readers == "PEFT":
             return [f"Only PEFT reads this adapter: {layout.reason}.", ""]
+        if layout.experts:
+            return [
+                "This adapter changes the parameters of experts, which PEFT reads, and vLLM for the models whose",
+                f"experts it keeps in one tensor; other servers do not. Reason: {layout.reason}.",
+                "",
+            ]
         return [
             "This adapter keeps single ranks per module (rank_pattern), which PEFT and vLLM read; SGLang, TGI and",
             f"llama.cpp's converter may not. Reason: {layout.reason or 'asked for'}.",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from loracli.adapters.adapter import LoraAdapter, widest_dtype
+from loracli.adapters.adapter import LoraAdapter, module_names, widest_dtype
 from loracli.algebra.concatenate import concatenate, without_zeros
 from loracli.algebra.factors import Factors
 from loracli.errors import RecipeError
@@ -20,12 +20,12 @@ def composed_modules(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> tuple[s
     Raises:
         RecipeError: if the recipe has tensors for another module, which would be left out.
     """
-    modules = {name for adapter in adapters for name in adapter.modules}
+    modules = module_names(adapters)
     if recipe.mixing.kind not in INLINE_KINDS:
-        unknown = sorted(recipe.mixing.weights.keys() - modules)
+        unknown = sorted(recipe.mixing.weights.keys() - set(modules))
         if unknown:
             raise RecipeError(f"the recipe has tensors for {unknown[0]}, which no adapter changes")
-    return tuple(sorted(modules))
+    return modules
 
 
 def compose_module(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], module: str) -> Factors:

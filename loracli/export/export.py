@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, PREFIX
+from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, PREFIX, expert_name, target_of
 from loracli.adapters.saved_modules import saved_modules
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank
+from loracli.algebra.experts import join_experts
 from loracli.algebra.factors import Factors
 from loracli.algebra.spectrum import spectrum
 from loracli.atomic import CERTIFICATE_FILE, check_free, whole_directory, write_file
@@ -34,8 +36,8 @@ from loracli.export.gguf_file import gguf_names, write_gguf
 from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.export.llama_cpp import LlamaCppBase
 from loracli.export.module import ModuleExport, cut_module, module_export
-from loracli.export.profile import PROFILES, Layout, choose_layout
-from loracli.export.ranks import RankRule, choose_ranks, choose_uniform_rank
+from loracli.export.profile import PROFILES, Layout, choose_layout, ranks_of_targets
+from loracli.export.ranks import RankRule, choose_ranks, choose_uniform_rank, spectra_of_targets
 from loracli.export.refit import Refit, RefitRecord, Refitted, check_refit, check_refittable, write_cores
 from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
@@ -275,7 +277,7 @@ class _Plan:
         self._rank = options.rank or max(max(adapter.ranks) for adapter in source.adapters)
         self._held: dict[str, ModuleExport] = {}
         names = source.names()
-        missing = sorted(set(names) - self._table.keys())
+        missing = sorted({target_of(name) for name in names} - self._table.keys())
         if missing:
             raise RecipeError(f"the recipe's table of base modules lacks {missing[0]}, which an adapter changes")
         progress.begin(TASK, len(names) * (1 if options.rule is None else 2), "modules")
@@ -304,7 +306,8 @@ class _Plan:
     def _choose_cuts(self, names: Sequence[str], options: ExportOptions) -> int | None:
         """Sets the ranks to cut to, and gives the one rank of a uniform layout where that was decided on.
 
-        A layout of one rank takes one for all, because less would be filled up; `peft` takes one for each module.
+        A layout of one rank takes one for all, because less would be filled up; `peft` takes one for each module, and
+        for the experts of a parameter together.
         """
         if not options.merge:
             return None
@@ -319,8 +322,16 @@ class _Plan:
             return file_size(self._shapes(layout), self.dtype)
 
         if self._layout(most).profile == "peft":
-            costs = {name: self._bytes_of_a_rank(name) for name in names}
-            self._cuts = choose_ranks(options.rule, spectra, costs, lambda ranks: size(self._layout(ranks)))
+            if options.rule.tolerance is None:  # which holds for each expert; the others for what a file has
+                spectra = spectra_of_targets(spectra)
+            experts = Counter(target_of(name) for name in names)
+            costs = {target: count * self._bytes_of_a_rank(target) for target, count in experts.items()}
+
+            def cuts(ranks: Mapping[str, int]) -> dict[str, int]:
+                of_targets = ranks_of_targets(ranks)
+                return {name: of_targets[target_of(name)] for name in names}
+
+            self._cuts = cuts(choose_ranks(options.rule, spectra, costs, lambda ranks: size(self._layout(cuts(ranks)))))
             return None
         uniform = choose_uniform_rank(options.rule, spectra, lambda rank: size(self._layout(most, rank)))
         self._cuts = dict.fromkeys(names, uniform)
@@ -332,7 +343,8 @@ class _Plan:
         return found
 
     def _bytes_of_a_rank(self, name: str) -> int:
-        return (self._table[name].in_features + self._table[name].out_features) * self.dtype.itemsize
+        module = self._table[target_of(name)]
+        return (module.in_features + module.out_features) * self.dtype.itemsize
 
     @property
     def merged(self) -> bool:
@@ -341,8 +353,8 @@ class _Plan:
 
     def _rank_of(self, name: str) -> int:
         total = self._source.known_rank(name)
+        module = self._table[target_of(name)]
         if self._options.rule is not None:
-            module = self._table[name]
             return min(self._cuts[name], total or self._cuts[name], module.in_features, module.out_features)
         if total is None:
             self._held[name] = self._export(name)
@@ -350,7 +362,6 @@ class _Plan:
             return self._held[name].factors.rank
         if not self._options.merge:
             return total
-        module = self._table[name]
         return min(self._rank, total, module.in_features, module.out_features)
 
     def _export(self, name: str) -> ModuleExport:
@@ -379,7 +390,8 @@ class _Plan:
         certificates: list[ModuleCertificate] = []
         factors: dict[str, Factors] = {}  # of the module being written
         places = self.layout.places(self._table)
-        made = in_order(self._module, sorted(self.layout.ranks), workers=self._workers)
+        order = dict.fromkeys(places[name].module for name in sorted(places))  # that in which tensors are asked for
+        made = in_order(self._module, order, workers=self._workers)
 
         def tensor(name: str) -> Tensor:
             if name in self._whole:
@@ -426,24 +438,29 @@ class _Plan:
             raise UsageError(f"{path} overflows {self.dtype}", hint="export with --dtype float32 or bfloat16")
         return written
 
-    def _module(self, name: str) -> tuple[Factors, ModuleCertificate | None]:
-        """The module's factors as they go into the file, and its certificate; None where it only pads the layout."""
-        rank, module = self.layout.ranks[name], self._table[name]
+    def _module(self, name: str) -> tuple[Factors, tuple[ModuleCertificate, ...]]:
+        """The factors of a module, or of all experts of a parameter, as they go into the file, with a certificate for
+        each update; none where it only pads the layout."""
+        rank = self.layout.ranks[name]
+        if name in self.layout.experts:
+            experts = [self._made(expert_name(name, expert)) for expert in range(self.layout.experts[name])]
+            return join_experts([one.factors for one in experts], rank), tuple(one.certificate for one in experts)
         if name not in self._ranks:
+            module = self._table[name]
             zeros = Factors(torch.zeros(rank, module.in_features), torch.zeros(module.out_features, rank))
-            return zeros.to(self.dtype), None
-        made = self._held[name] if name in self._held else self._export(name)
-        return pad_rank(made.factors, rank), made.certificate
+            return zeros.to(self.dtype), ()
+        made = self._made(name)
+        return pad_rank(made.factors, rank), (made.certificate,)
+
+    def _made(self, name: str) -> ModuleExport:
+        return self._held[name] if name in self._held else self._export(name)
 
     def _written(
-        self, made: tuple[Factors, ModuleCertificate | None], certificates: list[ModuleCertificate]
+        self, made: tuple[Factors, tuple[ModuleCertificate, ...]], certificates: list[ModuleCertificate]
     ) -> Factors:
-        factors, certificate = made
-        if certificate is not None:
-            certificates.append(certificate)
-            if certificate.name not in self._held:
-                self._progress.advance(TASK, 1)
-        return factors
+        certificates += made[1]
+        self._progress.advance(TASK, sum(certificate.name not in self._held for certificate in made[1]))
+        return made[0]
 
     def _read_back(self, path: Path) -> str:
         """The sha256 of the file, after the safetensors library has read every tensor of it in the planned shape."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
+from loracli.adapters.fused_experts import as_fused_experts
 from loracli.adapters.hub import fetch_adapter
 from loracli.adapters.recorded import check_hashes, recorded_reference
 from loracli.adapters.saved_modules import REFUSE
@@ -15,7 +16,7 @@ from loracli.adapters.text_model import as_text_model
 from loracli.errors import UsageError
 from loracli.export.ahead import in_order
 from loracli.progress import SILENT, Progress
-from loracli.recipe import Recipe, RecipeAdapter
+from loracli.recipe import BaseModule, Recipe, RecipeAdapter
 
 
 def read_ingredients(
@@ -31,9 +32,14 @@ def read_ingredients(
         IntegrityError: if a file is not the one that the weights were fitted for.
         UsageError: if there are not as many in `relocated` as in the recipe.
     """
-    names = {module.name for module in recipe.modules}
     read = read_recorded(recipe.adapters, recipe.folder, relocated=relocated, progress=progress)
-    return tuple(as_text_model(adapter, names) for adapter in read)
+    return tuple(by_names_of(recipe.modules, adapter) for adapter in read)
+
+
+def by_names_of(modules: Sequence[BaseModule], adapter: LoraAdapter) -> LoraAdapter:
+    """The adapter by the names of a recipe's table, as a fit took it."""
+    outs = {module.name: module.out_features for module in modules if module.kind == "experts"}
+    return as_fused_experts(as_text_model(adapter, {module.name for module in modules}), outs)
 
 
 def read_recorded(

@@ -40,7 +40,7 @@ def mlx_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -> str
             return f"{name} is an embedding, whose update MLX gives to a tied head as well, and PEFT does not"
         if kinds[name] == "conv1d":
             return f"{name} is a Conv1D, which goes by another name in MLX"
-        if ".experts." in name:
+        if kinds[name] == "experts" or ".experts." in name:
             return f"{name} belongs to an expert, and MLX stacks experts into one layer"
         if not _SAME_NAME.fullmatch(name):
             return f"{name} may go by another name in MLX, which knows model.layers.<i>.<...> and lm_head"

@@ -15,11 +15,13 @@ vLLM read.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from loracli.adapters.names import MLX_TENSOR_FILE, TENSOR_FILE, format_tensor_name, leaf
+from loracli.adapters.experts import module_of_parameter
+from loracli.adapters.names import MLX_TENSOR_FILE, TENSOR_FILE, format_tensor_name, is_expert, leaf, target_of
 from loracli.errors import UsageError
 from loracli.export.mlx import mlx_config, mlx_obstacle
 from loracli.export.place import Place
@@ -35,12 +37,13 @@ class Layout:
 
     Args:
         profile: which rules.
-        ranks: of every module in the file, including those that are all zeros.
+        ranks: of every module in the file, including those that are all zeros; of a parameter that of all its experts.
         rank: `r` and `lora_alpha` of the config.
         targets: `target_modules`, or MLX's `keys`.
         reason: why it is not portable, None if it is.
         lora_bias: whether every linear layer has a bias on lora_B.
         modules_to_save: modules that replace the base's.
+        experts: how many of them a parameter has, by its path.
     """
 
     profile: ProfileName
@@ -50,11 +53,14 @@ class Layout:
     reason: str | None = None
     lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()
+    experts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def readers(self) -> str:
         """Who reads a layout that is not portable."""
-        return "PEFT" if self.lora_bias or self.modules_to_save else "PEFT and vLLM"
+        if self.lora_bias or self.modules_to_save:
+            return "PEFT"
+        return "PEFT, and for some models vLLM" if self.experts else "PEFT and vLLM"
 
     def config(self, base: str, modules: Mapping[str, BaseModule]) -> dict[str, Any]:
         """`adapter_config.json`, with long-standing keys only: older readers refuse others."""
@@ -62,7 +68,9 @@ class Layout:
             return mlx_config(base, self.targets, self.rank)
         odd = {} if self.profile == "portable" else {n: r for n, r in self.ranks.items() if r != self.rank}
         patterns: dict[str, int] = {"^" + re.escape(name): rank for name, rank in sorted(odd.items())}
-        newer = {"lora_bias": True} if self.lora_bias else {}
+        newer: dict[str, Any] = {"lora_bias": True} if self.lora_bias else {}
+        if self.experts:
+            newer["target_parameters"] = sorted(self.experts)
         return {
             "base_model_name_or_path": base,
             "bias": "none",
@@ -104,6 +112,9 @@ class Layout:
         found: dict[str, Place] = {}
         for name, rank in self.ranks.items():
             module = modules[name]
+            if name in self.experts:
+                found |= self._places_of_experts(module)
+                continue
             embedding = module.kind == "embedding"
             if mlx:
                 names = f"{name}.lora_a", f"{name}.lora_b"
@@ -117,6 +128,22 @@ class Layout:
             if self.lora_bias:
                 found[format_tensor_name(name, "lora_bias")] = Place(name, "bias", (module.out_features,))
         return found
+
+    def _places_of_experts(self, parameter: BaseModule) -> dict[str, Place]:
+        name, rank = parameter.name, self.ranks[parameter.name]
+        rows, module = self.experts[name] * rank, module_of_parameter(name, self.experts)
+        return {
+            format_tensor_name(module, "lora_A"): Place(name, "A", (rows, parameter.in_features)),
+            format_tensor_name(module, "lora_B"): Place(name, "B", (parameter.out_features, rows)),
+        }
+
+
+def ranks_of_targets(ranks: Mapping[str, int]) -> dict[str, int]:
+    """Of modules as they are, and of a parameter the largest of its experts, which all of them are filled up to."""
+    found: dict[str, int] = {}
+    for name, rank in ranks.items():
+        found[target_of(name)] = max(rank, found.get(target_of(name), 0))
+    return found
 
 
 def choose_layout(
@@ -132,7 +159,7 @@ def choose_layout(
 
     Args:
         modules: every module of the base that goes by the last name of a changed one.
-        ranks: of the modules that the composition changes.
+        ranks: of the modules that the composition changes, of each expert by itself.
         profile: asked for; None is portable where possible.
         rank: `r` of a layout with one rank; None is the largest of `ranks`.
         lora_bias: the ingredient that has biases on lora_B, None without one.
@@ -140,6 +167,8 @@ def choose_layout(
     Raises:
         UsageError: if portable or mlx was asked for and cannot be, with the reason, or no layout can hold this.
     """
+    experts = Counter(target_of(name) for name in ranks if is_expert(name))
+    ranks = ranks_of_targets(ranks)
     kinds = {module.name: module.kind for module in modules}
     embedding = next((name for name in sorted(ranks) if kinds[name] == "embedding"), None)
     if lora_bias and embedding:
@@ -162,11 +191,17 @@ def choose_layout(
         obstacle = "an adapter has lora_bias, which PEFT alone reads"
     if saved:
         obstacle = f"it replaces {saved[0]} as one of its modules_to_save, which PEFT alone reads"
+    if lora_bias and experts:
+        raise UsageError(
+            f"{lora_bias} has lora_bias, which PEFT has not beside adapted experts, and {min(experts)} has some",
+            hint="compose it with adapters that leave experts alone",
+        )
     if profile == "portable" and obstacle:
         raise UsageError(f"the portable profile is impossible: {obstacle}", hint="use --profile peft")
     largest = max(ranks.values())
     if profile == "peft" or obstacle:
-        return Layout("peft", dict(ranks), largest, tuple(sorted(ranks)), obstacle, bool(lora_bias), saved)
+        targets = tuple(sorted(ranks.keys() - experts.keys()))
+        return Layout("peft", ranks, largest, targets, obstacle, bool(lora_bias), saved, experts)
     leaves = tuple(sorted({leaf(name) for name in ranks}))
     names = [module.name for module in modules]
     uniform = rank or largest
@@ -180,6 +215,8 @@ def portable_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -
     for module in modules:
         if leaf(module.name) not in leaves:
             continue
+        if module.kind == "experts":
+            return f"it changes the experts of {module.name}, which lie in one parameter"
         if module.kind == "other":
             return f"the base's {module.name} has a targeted name and is no linear layer or embedding"
         other = first.setdefault(leaf(module.name), module)

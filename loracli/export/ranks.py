@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from loracli.adapters.names import target_of
 from loracli.algebra.spectrum import rank_for_energy, rank_within, ranks_for_bytes, ranks_for_energy
 from loracli.errors import UsageError
 
@@ -57,6 +59,18 @@ def choose_ranks(
             if size(ranks) <= rule.budget:
                 return ranks
     return least
+
+
+def spectra_of_targets(spectra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Squared singular values as a file can be cut: the experts of a parameter have one rank, so its k-th value is the
+    sum of theirs."""
+    experts: dict[str, list[Tensor]] = {}
+    for name, squares in spectra.items():
+        experts.setdefault(target_of(name), []).append(squares)
+    return {
+        name: torch.nn.utils.rnn.pad_sequence(several).sum(dim=1) if len(several) > 1 else several[0]
+        for name, several in experts.items()
+    }
 
 
 def choose_uniform_rank(rule: RankRule, spectra: Mapping[str, Tensor], size: Callable[[int], int]) -> int:

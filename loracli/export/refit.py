@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from loracli.adapters.names import is_expert
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.factors import Factors
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter, UsageError
@@ -124,6 +125,9 @@ def check_refittable(source: Source) -> None:
     biased = next((adapter.reference for adapter in source.adapters if adapter.config.lora_bias), None)
     if biased is not None:
         raise UsageError(f"{biased} has lora_bias, which --refit cannot weigh", hint="leave out --refit")
+    expert = next((name for name in source.names() if is_expert(name)), None)
+    if expert is not None:
+        raise UsageError(f"the expert {expert} has no core of its own for --refit", hint="leave out --refit")
     if isinstance(source, MethodSource) and source.weights is None:
         raise UsageError(
             f"--refit is for a recipe or a weighted sum, and {source.method.name} merges the factors themselves",

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 import loracli
-from loracli.adapters.adapter import LoraAdapter, widest_dtype
+from loracli.adapters.adapter import LoraAdapter, module_names, widest_dtype
 from loracli.adapters.identity import identity_of
 from loracli.adapters.saved_modules import SavedModules
 from loracli.algebra.concatenate import concatenate, without_zeros
@@ -49,7 +49,7 @@ class Source(Protocol):
         """That keeps what it is made of."""
 
     def names(self) -> tuple[str, ...]:
-        """The modules that it changes, sorted."""
+        """The modules that it changes, sorted; experts in their own order."""
 
     def known_rank(self, module: str) -> int | None:
         """The rank of `compose`, None where only doing it tells."""
@@ -145,7 +145,7 @@ class MethodSource:
         return widest_dtype([adapter.dtype for adapter in self.adapters])
 
     def names(self) -> tuple[str, ...]:
-        return tuple(sorted({name for adapter in self.adapters for name in adapter.modules}))
+        return module_names(self.adapters)
 
     def known_rank(self, module: str) -> int | None:
         weighted = self.weighted(module)

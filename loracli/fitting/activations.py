@@ -110,7 +110,8 @@ def fit_activations(
     seed: int,
     progress: Progress,
 ) -> RecipeActivations | None:
-    """What a fit leaves in its recipe; None, and it is said, where it would be too large or is not finite.
+    """What a fit leaves in its recipe; None, and it is said, where it would be too large or is not finite, and where
+    experts are changed, whose inputs no cut goes by.
 
     Args:
         engine: of the attached model.
@@ -120,6 +121,8 @@ def fit_activations(
         seed: of the choice among them.
         progress: told of what is left out.
     """
+    if any(module.kind == "experts" for adapter in adapters for module in adapter.modules.values()):
+        return None
     engine.meter.stage("activations")
     lora_A = _input_factors(adapters, mixing, theta)
     size = sum(len(A) ** 2 for A in lora_A.values()) * torch.float64.itemsize

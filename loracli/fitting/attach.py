@@ -13,6 +13,8 @@ The bias of a lora_B (PEFT's lora_bias) acts as one more rank row whose input is
 
     y = W x + [B, b_1, ...] (M' [z; 1])          M' = (c, w_1 s_1, ...), for diagonal M with a weight per adapter alone
 
+The experts of a mixture are such linear layers too, each for its own tokens, with one M for all (`fitting/experts.py`).
+
 A plain nn.Linear gets a forward of its own for the time being: both products land in the buffers of W x and of
 dL/dx, where a hook after the fact would copy them. Everything else (Conv1D, embeddings, layers that accelerate has
 wrapped) takes the hook.
@@ -20,18 +22,20 @@ wrapped) takes the hook.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.adapter import LoraAdapter, LoraModule
 from loracli.algebra.factors import Factors
 from loracli.algebra.gauge import canonical_stack
+from loracli.fitting.experts import ExpertLinear, expert_stack, experts_forward
 
 
 def _mixed(z: Tensor, core: Tensor) -> Tensor:
@@ -108,7 +112,7 @@ class AddedUpdate(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Stack:
-    """The adapters of one module, stacked along the rank.
+    """The adapters of one module, stacked along the rank; of experts with one dimension more in front.
 
     Args:
         lora_A: (R, in).
@@ -178,7 +182,8 @@ class AttachedModel:
         self.cores = tuple(matrix.to(self.device, self.precision) for matrix in matrices)
 
     def set_factors(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Takes L pairs of lora_A (R, in) and lora_B (out, R) in the place of the adapters' own, scaling 1."""
+        """Takes L pairs of lora_A (R, in) and lora_B (out, R) in the place of the adapters' own, scaling 1; of experts
+        (E, R, in) and (E, out, R)."""
         self.cores = tuple((lora_A.to(self.device), lora_B.to(self.device)) for lora_A, lora_B in factors)
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
@@ -194,40 +199,71 @@ def attach(
     model: Any, adapters: Sequence[LoraAdapter], modules: tuple[str, ...], *, canonical: bool = False
 ) -> Iterator[AttachedModel]:
     """Attaches the adapters at weight 0, which leaves the model's outputs as they are to the bit, and detaches them at
-    the end.
+    the end. Experts, which transformers computes in one of several orders, are as they are up to rounding.
 
     Args:
         model: a frozen model in evaluation mode; factors are cast to its modules' dtypes.
         adapters: N adapters that fit it.
-        modules: L names, the union of what the adapters change; row l of the weights belongs to the l-th.
+        modules: L names, the union of what the adapters change, of experts their parameter; row l of the weights
+            belongs to the l-th.
         canonical: factors in the canonical gauge (`algebra.gauge`) instead of the files' own.
     Raises:
-        ValueError: in the canonical gauge, if an adapter has biases.
+        ValueError: in the canonical gauge, if an adapter has biases or experts.
     """
     precision = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-    targets = [model.get_submodule(name) for name in modules]
-    present = [[(i, a.modules[name]) for i, a in enumerate(adapters) if name in a.modules] for name in modules]
+    every = [adapter.targets for adapter in adapters]
+    present = [[(i, targets[name]) for i, targets in enumerate(every) if name in targets] for name in modules]
     stacks = [
-        _stack(target, [m.factors for _, m in here], here[0][1].kind == "embedding", precision, canonical)
-        for target, here in zip(targets, present, strict=True)
+        _stack_of(model, name, [m for _, m in here], precision, canonical)
+        for name, here in zip(modules, present, strict=True)
     ]
-    owner = torch.tensor([i for here in present for i, m in here for _ in range(m.factors.rank)], dtype=torch.long)
+    rows = [(i, max(m.factors.rank for m in updates)) for here in present for i, updates in here]
+    owner = torch.tensor([i for i, rank in rows for _ in range(rank)], dtype=torch.long)
     attached = AttachedModel(model, modules, stacks, owner, precision)
-    handles = []
-    replaced = []
+    handles, replaced = [], []
+    experts: dict[nn.Module, dict[str, ExpertLinear]] = {}
     try:
-        for row, (target, stack) in enumerate(zip(targets, stacks, strict=True)):
+        for row, (name, here, stack) in enumerate(zip(modules, present, stacks, strict=True)):
+            if here[0][1][0].kind == "experts":
+                path, _, parameter = name.rpartition(".")
+                linears = experts.setdefault(model.get_submodule(path), {})
+                linears[parameter] = _expert_linear(attached, row, stack)
+                continue
+            target = model.get_submodule(name)
             if type(target) is nn.Linear and "forward" not in vars(target):
-                target.forward = _linear_forward(target, attached, row, stack)  # type: ignore[method-assign]
-                replaced.append(target)
+                replaced.append(_replaced(target, "forward", _linear_forward(target, attached, row, stack)))
             else:
                 handles.append(target.register_forward_hook(_hook(attached, row, stack)))
+        for target, linears in experts.items():
+            # accelerate's forward moves what it is given and calls the one that it found.
+            name = "_old_forward" if "_old_forward" in vars(target) else "forward"
+            replaced.append(_replaced(target, name, experts_forward(target, linears)))
         yield attached
     finally:
         for handle in handles:
             handle.remove()
-        for target in replaced:
-            del target.forward
+        for restore in replaced:
+            restore()
+
+
+def _replaced(target: nn.Module, name: str, forward: Any) -> Callable[[], None]:
+    """Gives a module another forward, and returns what takes it away again."""
+    own = vars(target).get(name)
+    setattr(target, name, forward)
+    return partial(delattr, target, name) if own is None else partial(setattr, target, name, own)
+
+
+def _stack_of(
+    model: Any, name: str, updates: Sequence[Sequence[LoraModule]], precision: torch.dtype, canonical: bool
+) -> Stack:
+    kind = updates[0][0].kind
+    if kind != "experts":
+        factors = [modules[0].factors for modules in updates]
+        return _stack(model.get_submodule(name), factors, kind == "embedding", precision, canonical)
+    if canonical:
+        raise ValueError("the experts of a parameter have no canonical gauge in common")
+    factors_of_experts = [[module.factors for module in modules] for modules in updates]
+    return Stack(*expert_stack(factors_of_experts, model.get_parameter(name), precision), None)
 
 
 def _stack(
@@ -262,6 +298,19 @@ def _linear_forward(module: nn.Linear, attached: AttachedModel, row: int, stack:
         return y
 
     return forward
+
+
+def _expert_linear(attached: AttachedModel, row: int, stack: Stack) -> ExpertLinear:
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, places: Tensor, tokens: int) -> Tensor:
+        core = attached.cores[row]
+        if isinstance(core, tuple):
+            return F.linear(x, weight, bias) + _trained_update(x, (core[0][expert], core[1][expert]))
+        if core.dim() == 3:  # each token is a record of its own, with the weights of the record that it is of
+            core = core[places // (tokens // len(core))]
+        y: Tensor = MixedLinear.apply(x, weight, bias, stack.lora_A[expert], stack.lora_B[expert], core)  # type: ignore[no-untyped-call]
+        return y
+
+    return linear
 
 
 def _hook(attached: AttachedModel, row: int, stack: Stack) -> Any:

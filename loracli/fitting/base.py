@@ -16,10 +16,12 @@ from torch import nn
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule
 from loracli.adapters.base_claim import BaseClaim, agreed_base, is_path
+from loracli.adapters.fused_experts import as_fused_experts, has_expert_layers
 from loracli.adapters.hub import fetch_base
 from loracli.adapters.names import leaf
 from loracli.adapters.text_model import as_text_model, inside_other_model
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UsageError
+from loracli.fitting.experts import check_experts
 from loracli.fitting.placement import check_device_map, check_sharded, placement_options, whole
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, ModuleKind
@@ -108,15 +110,20 @@ def find_base(
 
 
 def on_base(adapters: Sequence[LoraAdapter], reference: BaseReference) -> tuple[LoraAdapter, ...]:
-    """The adapters by the base's names: those that were trained inside a larger model on the text model alone.
+    """The adapters by the base's names: those that were trained inside a larger model on the text model alone, and
+    those with a module for each expert on a base that keeps experts in one parameter.
 
     Raises:
         BaseModelMismatch: as `plan_base`.
     """
-    if not any(inside_other_model(adapter) for adapter in adapters):
+    if not any(inside_other_model(adapter) or has_expert_layers(adapter) for adapter in adapters):
         return tuple(adapters)
-    names = {name for name, _ in plan_base(reference).skeleton.named_modules(remove_duplicate=False)}
-    return tuple(as_text_model(adapter, names) for adapter in adapters)
+    skeleton = plan_base(reference).skeleton
+    outs = {
+        name: shape[2] for name, _ in skeleton.named_parameters() if (shape := expert_shape(skeleton, name)) is not None
+    }
+    names = {name for name, _ in skeleton.named_modules(remove_duplicate=False)} | outs.keys()
+    return tuple(as_fused_experts(as_text_model(adapter, names), outs) for adapter in adapters)
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,8 @@ def load_base(
 
     placement = placement_options(device, device_map, shard)
     plan = plan_base(reference, dtype=dtype, device=device)
+    if plan.dtype == torch.float64:  # which transformers' fast products for experts refuse
+        placement = {**placement, "experts_implementation": "eager"}
     progress.begin("load base model", None, "B")
     try:
         with _loading(reference):
@@ -228,12 +237,14 @@ def load_base(
 
 
 def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
-    """Every module that an adapter changes must be in the base, of the same kind and shape.
+    """Every module that an adapter changes must be in the base, of the same kind and shape, and such that adapters can
+    be attached to it.
 
     Raises:
         BaseModelMismatch: naming adapter, module, what was expected and what was found.
     """
     check_shapes(base.model, adapters)
+    check_experts(base.model, adapters)
     for adapter in adapters:
         for name in adapter.base_copies:
             own = whole(base.model.get_submodule(name).weight)
@@ -248,14 +259,24 @@ def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
 def check_shapes(model: nn.Module, adapters: Sequence[LoraAdapter]) -> None:
     """As `check_fits`, for what a model without numbers can tell."""
     for adapter in adapters:
-        for module in adapter.modules.values():
-            _check_module(model, adapter, module)
+        for name, modules in adapter.targets.items():
+            if modules[0].kind == "experts":
+                _check_experts(model, adapter, name, modules)
+            else:
+                _check_module(model, adapter, modules[0])
 
 
 def base_modules(model: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:
-    """Every module of the base that any targeted leaf name matches: an export pads these without loading the base."""
-    leaves = {leaf(name) for adapter in adapters for name in adapter.modules}
+    """Every module of the base that any targeted leaf name matches: an export pads these without loading the base.
+
+    Of parameters with experts, which it does not pad, those that are targeted.
+    """
+    targets = {name: modules[0].kind for adapter in adapters for name, modules in adapter.targets.items()}
+    leaves = {leaf(name) for name, kind in targets.items() if kind != "experts"}
     found = []
+    for name in sorted(name for name, kind in targets.items() if kind == "experts"):
+        if (shape := expert_shape(model, name)) is not None:
+            found.append(BaseModule(name, "experts", shape[1], shape[2]))
     for name, module in model.named_modules():
         if name and leaf(name) in leaves:
             kind, in_features, out_features = kind_and_shape(module)
@@ -328,6 +349,41 @@ def kind_and_shape(module: nn.Module) -> tuple[ModuleKind, int, int]:
     if isinstance(module, nn.Embedding) and (scaled or type(module).forward is nn.Embedding.forward):
         return "embedding", module.num_embeddings, module.embedding_dim
     return "other", 0, 0
+
+
+def expert_shape(model: nn.Module, parameter: str) -> tuple[int, int, int] | None:
+    """Number of experts, in and out of a parameter with a matrix for each expert; None if it is no such parameter.
+
+    As PEFT takes it: (E, out, in), or (E, in, out) where the module says that it is transposed.
+    """
+    owner, _, name = parameter.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    tensor = dict(module.named_parameters(recurse=False)).get(name)
+    if tensor is None or tensor.dim() != 3:
+        return None
+    experts, rows, columns = tensor.shape
+    return (experts, rows, columns) if getattr(module, "is_transposed", False) else (experts, columns, rows)
+
+
+def _check_experts(model: nn.Module, adapter: LoraAdapter, name: str, modules: Sequence[LoraModule]) -> None:
+    shape = expert_shape(model, name)
+    if shape is None:
+        raise BaseModelMismatch(
+            f"{adapter.reference} adapts {name} as experts, and the base model has no parameter of that name with a "
+            "matrix for each expert",
+            hint="the adapter was trained on another model or model class; check --base",
+        )
+    for factors in (module.factors for module in modules):
+        theirs = (len(modules), factors.in_features, factors.out_features)
+        if theirs == shape:
+            continue
+        raise BaseModelMismatch(
+            f"{adapter.reference} expects {name} to be (experts, in, out) = {theirs}; the base model has {shape}",
+            hint="the adapter was trained on another model; check --base",
+        )
 
 
 def _check_module(model: nn.Module, adapter: LoraAdapter, module: LoraModule) -> None:

@@ -93,11 +93,12 @@ def prepare_fit(
     if twice is not None:
         raise UsageError(f"the adapter {twice} is given twice")
     check_composable(read, base_given=base is not None)
-    check_mixing(read, settings.mixing)
+    check_mixing(read, settings.mixing)  # before anything is fetched, and below by the base's names
     settings = replace(settings, modules_to_save=settled_policy(settings.modules_to_save, read, references))
     found = find_base(read, base, revision=base_revision, progress=progress)
     read = on_base(read, found)
     check_composable(read, base_given=base is not None)
+    check_mixing(read, settings.mixing)
     saved = saved_modules(settings.modules_to_save, read, progress=progress)
     for adapter in read:
         if settings.paper and adapter.config.lora_dropout:

@@ -21,11 +21,11 @@ class LoadedNames:
 
     Args:
         stored: names in the checkpoint that become a parameter as they are, by the parameter's name.
-        computed: parameters that are made of other tensors.
+        computed: names in the checkpoint of the tensors that a parameter is made of, by the parameter's name.
     """
 
     stored: dict[str, tuple[str, ...]]
-    computed: frozenset[str]
+    computed: dict[str, tuple[str, ...]]
 
 
 def loaded_names(skeleton: Any, names: Iterable[str]) -> LoadedNames:
@@ -38,14 +38,12 @@ def loaded_names(skeleton: Any, names: Iterable[str]) -> LoadedNames:
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     own = {name: tensor for name, tensor in _every_parameter(skeleton)}
     stored: dict[str, tuple[str, ...]] = {}
-    computed = set()
+    computed: dict[str, tuple[str, ...]] = {}
     for name in sorted(names):
         parameter, converter = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, own)
-        if converter is None:
-            stored[parameter] = (*stored.get(parameter, ()), name)
-        else:
-            computed.add(parameter)
-    return LoadedNames(stored, frozenset(computed))
+        found = stored if converter is None else computed
+        found[parameter] = (*found.get(parameter, ()), name)
+    return LoadedNames(stored, computed)
 
 
 def tied_parameters(skeleton: nn.Module) -> dict[str, tuple[str, ...]]:

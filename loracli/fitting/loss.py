@@ -64,6 +64,7 @@ class Objective:
         self.attached = attached
         self._head = head
         self._own_head = own_head
+        self._names_of_head = _names_of(attached.model, head)
 
     def nats(self, batch: Batch) -> Tensor:
         """(s,): -log p of every scored token of the batch, as many times as it counts, at the attached weights,
@@ -90,7 +91,7 @@ class Objective:
         attached.set_diagonal(c)
         # An adapted head sees scored positions instead of records.
         attached.cores = tuple(
-            core[batch.owners] if attached.model.get_submodule(name) is self._head else core
+            core[batch.owners] if name in self._names_of_head else core
             for name, core in zip(attached.modules, attached.cores, strict=True)
         )
 
@@ -178,7 +179,7 @@ def make_objective(attached: AttachedModel, probe: Batch) -> Objective:
     """
     head = attached.model.get_output_embeddings()
     linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    plain = linear and not any(attached.model.get_submodule(name) is head for name in attached.modules)
+    plain = linear and _names_of(attached.model, head).isdisjoint(attached.modules)
     own = Objective(attached, head, own_head=plain)
     if plain:
         with torch.no_grad():
@@ -207,6 +208,10 @@ def check_causal(model: Any, name: str, batch: Batch) -> None:
             f"the base model {name} is not causal: its predictions change with tokens that come later",
             hint="only causal language models can be fitted",
         )
+
+
+def _names_of(model: nn.Module, module: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, own in model.named_modules(remove_duplicate=False) if own is module)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class Layout:
     """What stands in which rank row of which module.
 
     Args:
-        modules: L names, sorted: the union of what the adapters change.
+        modules: L names, sorted: the union of what the adapters change; a parameter with experts is one of them.
         ranks: (L, N) rank of each adapter in each module, 0 where it changes nothing.
     """
 
@@ -61,8 +61,11 @@ class Layout:
 
 def make_layout(adapters: Sequence[LoraAdapter]) -> Layout:
     """The layout of these adapters."""
-    modules = tuple(sorted({name for adapter in adapters for name in adapter.modules}))
-    ranks = tuple(tuple(a.modules[name].factors.rank if name in a.modules else 0 for a in adapters) for name in modules)
+    every = [adapter.targets for adapter in adapters]
+    modules = tuple(sorted(set[str]().union(*every)))
+    ranks = tuple(
+        tuple(max((m.factors.rank for m in targets.get(name, ())), default=0) for targets in every) for name in modules
+    )
     return Layout(modules, ranks)
 
 
@@ -253,18 +256,22 @@ def make_diagonal(layout: Layout, kind: MixingKind, *, softmax: bool = False) ->
 
 
 def check_mixing(adapters: Sequence[LoraAdapter], kind: str) -> None:
-    """Refuses a rung that the adapters do not have: a bias of lora_B belongs to an adapter as a whole, so only a weight
-    for each adapter says what becomes of it.
+    """Refuses a rung that the adapters do not have: a bias of lora_B belongs to an adapter as a whole, and the experts
+    of a parameter share their weights, so only a weight for each adapter says what becomes of them.
 
     Raises:
         UsageError: naming the adapter and the rungs that it has.
     """
-    biased = next((adapter.reference for adapter in adapters if adapter.config.lora_bias), None)
-    if biased is not None and kind not in INLINE_KINDS:
-        raise UsageError(
-            f"{biased} has lora_bias, which --mixing {kind} cannot weigh",
-            hint=f"use --mixing {', '.join(INLINE_KINDS[:-1])} or {INLINE_KINDS[-1]}",
-        )
+    if kind in INLINE_KINDS:
+        return
+    for adapter in adapters:
+        experts = any(module.kind == "experts" for module in adapter.modules.values())
+        if adapter.config.lora_bias or experts:
+            feature = "lora_bias" if adapter.config.lora_bias else "updates of experts"
+            raise UsageError(
+                f"{adapter.reference} has {feature}, which --mixing {kind} cannot weigh",
+                hint=f"use --mixing {', '.join(INLINE_KINDS[:-1])} or {INLINE_KINDS[-1]}",
+            )
 
 
 def make_mixing(attached: AttachedModel, layout: Layout, kind: MixingKind) -> Mixing:

@@ -105,7 +105,7 @@ def estimate_memory(
     layer = _kept_by_layer(config, width, tokens, max_length, s)
     updates = [module.factors for adapter in adapters for module in adapter.modules.values()]
     numbers = sum(f.lora_A.numel() + f.lora_B.numel() for f in updates)
-    of_adapters = tokens * s * sum(f.rank for f in updates)
+    of_adapters = round(tokens * s * sum(_rank_rows(plan.skeleton, adapter) for adapter in adapters))
     if factors:
         inner = {name: m.factors.in_features for adapter in adapters for name, m in adapter.modules.items()}
         of_adapters += tokens * s * sum(inner.values())
@@ -171,6 +171,17 @@ def _inner_width(config: Any, width: int) -> int:
     names = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
     dense = next((value for name in names if (value := _setting(config, name))), 4 * width)
     return (_setting(config, "moe_intermediate_size") or dense) * max(_setting(config, "num_experts_per_tok"), 1)
+
+
+def _rank_rows(skeleton: Any, adapter: LoraAdapter) -> float:
+    """Rank rows that a token meets in all modules; of a parameter with experts those of the experts that it is sent
+    to."""
+    config = skeleton.config.get_text_config()
+    each = max(_setting(config, "num_experts_per_tok"), 1)
+    return sum(
+        sum(m.factors.rank for m in modules) * (min(each / len(modules), 1.0) if modules[0].kind == "experts" else 1.0)
+        for modules in adapter.targets.values()
+    )
 
 
 def _setting(config: Any, name: str) -> int:

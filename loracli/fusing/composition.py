@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.names import CONFIG_FILE
+from loracli.adapters.names import CONFIG_FILE, target_of
 from loracli.algebra.methods.method import Method
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
 from loracli.export.base_table import BaseTable
 from loracli.export.ingredients import read_ingredients
 from loracli.export.method import DEFAULTS, find_method, published_identities, read_to_compose
 from loracli.export.source import MethodSource, RecipeSource, Source
-from loracli.fitting.base import BasePlan, base_modules, check_shapes, find_base, plan_base
+from loracli.fitting.base import BasePlan, base_modules, check_shapes, find_base, on_base, plan_base
 from loracli.fusing.base_files import read_config
 from loracli.fusing.checkpoint import FLOATS, Checkpoint
 from loracli.fusing.plan import FusionPlan
@@ -113,8 +113,9 @@ def plan_composed_base(
     *,
     dequantise: bool = False,
     progress: Progress,
-) -> BasePlan:
-    """The base that the composition is meant for, without its weights; with `dequantise` one that is quantised.
+) -> tuple[BasePlan, Composition]:
+    """The base that the composition is meant for, without its weights, with `dequantise` one that is quantised; and the
+    composition by the base's names.
 
     Raises:
         UsageError: if the recipe was fitted on a local directory and no base is given.
@@ -141,24 +142,26 @@ def plan_composed_base(
             if base is None:
                 raise IntegrityError(said, where=str(plan.reference.path))
             progress.warn(f"{said}; only shapes are checked")
-    check_shapes(plan.skeleton, adapters)
-    return plan
+    composition = replace(composition, adapters=on_base(adapters, plan.reference))
+    check_shapes(plan.skeleton, composition.adapters)
+    return plan, composition
 
 
 def changed_modules(plan: BasePlan, source: Source) -> list[BaseModule]:
     """The modules that the composition changes, as the base has them.
 
     Raises:
-        BaseModelMismatch: if one is neither a linear layer nor an embedding.
+        BaseModelMismatch: if one is no linear layer, embedding or parameter with experts.
     """
     table = {module.name: module for module in base_modules(plan.skeleton, source.adapters)}
-    for name in source.names():
+    names = list(dict.fromkeys(target_of(name) for name in source.names()))
+    for name in names:
         if name not in table or table[name].kind == "other":
             raise BaseModelMismatch(
-                f"the update of {name} cannot be folded in: it is neither a linear layer nor an embedding",
+                f"the update of {name} cannot be folded in: it is no linear layer, embedding or experts",
                 hint="serve it as an adapter: loracat export",
             )
-    return [table[name] for name in source.names()]
+    return [table[name] for name in names]
 
 
 def check_base_copies(adapters: Sequence[LoraAdapter], checkpoint: Checkpoint, plan: FusionPlan) -> None:

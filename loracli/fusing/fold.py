@@ -1,12 +1,8 @@
 """W' = W + dW, rounded once, a few rows at a time.
 
-    nn.Linear              W (out, in)       dW = B A          left = B      right = A
-    Conv1D                 W (in, out)       dW^T = A^T B^T    left = A^T    right = B^T
-    embedding              W (vocab, dim)    (B A)^T           left = A^T    right = B^T
-
-with the composition's lora_A (R, in) and lora_B (out, R) in float64. For an output in bfloat16 or float16 both are
-rounded to float32 once and W + left @ right is summed there; for float32 and float64, and where W is computed from a
-quantised weight, it is summed in float64. With
+With left (rows, R) and right (R, columns) of `update.py`: for an output in bfloat16 or float16 both are rounded to
+float32 once and W + left @ right is summed there; for float32 and float64, and where W is computed from a quantised
+weight, it is summed in float64. With
 eps = 2^-24 or 2^-53, the number before the last rounding is off by at most
 
     (R + 4) eps (|W| + |left_i| |right_j|)        |.| of row i of left and column j of right: Euclidean norms
@@ -23,27 +19,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loracli.algebra.factors import Factors
 from loracli.errors import BaseModelMismatch, UsageError
-from loracli.recipe import ModuleKind
 
 BLOCK_BYTES = 8 << 20  # of a tensor's rows that are worked on at a time
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What is added to a matrix, left @ right; both in the precision of the sum."""
+    """What is added to a matrix, or to each of several, left @ right; both in the precision of the sum."""
 
     left: Tensor
     right: Tensor
 
 
-def make_fold(update: Factors, kind: ModuleKind, precision: torch.dtype) -> Fold:
-    """The update of a module in the layout of its weight, in the precision of the sum."""
-    lora_A, lora_B = update.lora_A.double(), update.scaling * update.lora_B.double()
-    if kind == "linear":
-        return Fold(lora_B.to(precision), lora_A.to(precision))
-    return Fold(lora_A.T.to(precision).contiguous(), lora_B.T.to(precision).contiguous())
+def make_fold(left: Tensor, right: Tensor, precision: torch.dtype) -> Fold:
+    """The update of a tensor in the precision of the sum."""
+    return Fold(left.to(precision).contiguous(), right.to(precision).contiguous())
 
 
 def precision_for(output: torch.dtype) -> torch.dtype:
@@ -56,7 +47,7 @@ def fold_rows(name: str, weight: Tensor, start: int, fold: Fold | None, output: 
 
     Args:
         name: of the tensor, for errors.
-        weight: (rows, ...) of the base, beginning with row `start`.
+        weight: (rows, ...) of the base, beginning with row `start`; of experts one matrix each.
         start: their place in the tensor.
         fold: what is added, None to round alone.
         output: the dtype of the result.
@@ -66,7 +57,11 @@ def fold_rows(name: str, weight: Tensor, start: int, fold: Fold | None, output: 
     """
     total = weight.to(fold.left.dtype if fold is not None else weight.dtype, copy=fold is not None)
     if fold is not None:
-        total.addmm_(fold.left[start : start + len(weight)], fold.right)
+        stop = start + len(weight)
+        if total.dim() == 3:
+            total.baddbmm_(fold.left[start:stop], fold.right[start:stop])
+        else:
+            total.addmm_(fold.left[start:stop], fold.right)
     result = total.to(output)
     # A finite sum is proof of finite terms, at a tenth of the price of a look at each. The narrow range of float16,
     # and the rare number that only rounding makes infinite, show in the largest.
@@ -89,13 +84,13 @@ def rounding_bounds(weight: Tensor, left: Tensor, right: Tensor, output: torch.d
     """The lowest and the highest value that each entry of W' may have, by the bound at the top.
 
     Args:
-        weight: rows of W, in any dtype.
-        left: (rows, R) of exactly these rows, float64.
-        right: (R, columns), float64.
+        weight: rows of W, in any dtype, or one matrix for each of some experts.
+        left: (rows, R) of exactly these rows, float64; of experts with one dimension more in front.
+        right: (R, columns), float64, likewise.
         output: of W'.
     """
-    exact = weight.double().addmm(left, right)
+    exact = weight.double() + left @ right
     eps = 2.0**-24 if precision_for(output) == torch.float32 else 2.0**-53
-    sizes = torch.outer(left.norm(dim=1), right.norm(dim=0)).add_(weight.double().abs())
-    slack = sizes.mul_((left.shape[1] + 4) * eps)
+    sizes = left.norm(dim=-1)[..., None] * right.norm(dim=-2)[..., None, :] + weight.double().abs()
+    slack = sizes.mul_((left.shape[-1] + 4) * eps)
     return (exact - slack).to(output), (exact + slack).to(output)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import loracli
+from loracli.adapters.names import target_of
 from loracli.atomic import flush_directory, write_file
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.source import Source
@@ -36,6 +37,7 @@ from loracli.fusing.fold import Fold, make_fold, precision_for
 from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
 from loracli.fusing.quantised import Quantisation, read_quantisation, read_scales
 from loracli.fusing.stream import Hashes, write_shard
+from loracli.fusing.update import update_of
 from loracli.fusing.workplace import FUSE_CERTIFICATE, Workplace, check_model_free, open_workplace
 from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe
@@ -52,7 +54,7 @@ class Fused:
     Args:
         path: the directory.
         base_id: the base model.
-        modules: that were changed.
+        modules: that were changed; the experts of a parameter count as one.
         shards: files of weights.
         resumed: how many of them an earlier run had finished.
         size_bytes: of the weights.
@@ -115,7 +117,9 @@ def fuse_model(
     if not resume:
         check_model_free(output, force=force)
     composition = read_composition(recipe, adapters, method, base_given=base is not None, progress=progress)
-    planned = plan_composed_base(composition, base, base_revision, dequantise=dequantise, progress=progress)
+    planned, composition = plan_composed_base(
+        composition, base, base_revision, dequantise=dequantise, progress=progress
+    )
     quantisation = quantisation_of(planned.reference.path) if dequantise else None
     chosen = OUTPUT_DTYPES[dtype or "bfloat16"] if dequantise or dtype is not None else None
     fusion = _Fusion(composition, planned, chosen, quantisation, output, progress)
@@ -225,14 +229,14 @@ class _Fusion:
         return {name: hashes for name, hashes in found.items() if hashes is not None}
 
     def _fold_of(self, tensor: FusedTensor) -> Fold | None:
-        if tensor.module is None:
-            return None
         try:
-            composed = self._source.compose(tensor.module)
+            update = update_of(self._source, tensor)
         except ValueError as error:  # a method that these adapters do not suit
             raise UsageError(f"the composition cannot be had: {error}", hint="choose another --method") from None
+        if update is None:
+            return None
         precision = torch.float64 if tensor.quantised is not None else precision_for(FLOATS[tensor.dtype])
-        return make_fold(composed.factors, tensor.kind, precision)
+        return make_fold(*update, precision)
 
     def _write_others(self, place: Workplace, finished: dict[str, Hashes]) -> bytes:
         """Everything beside the weights; returns the certificate, which is written last."""
@@ -280,7 +284,7 @@ class _Fusion:
             },
             "certificate": {
                 "modules": {
-                    tensor.module: tensor.name
+                    tensor.changes: tensor.name
                     for shard in self._plan.shards
                     for tensor in shard.tensors
                     if tensor.module is not None
@@ -314,7 +318,7 @@ class _Fusion:
         return Fused(
             path=self._output,
             base_id=self._base.reference.id,
-            modules=len(self._source.names()),
+            modules=len({target_of(name) for name in self._source.names()}),
             shards=len(self._plan.shards),
             resumed=resumed,
             size_bytes=sum(shard.size for shard in self._plan.shards),

@@ -1,7 +1,8 @@
 """What a fused checkpoint will hold, tensor by tensor, decided before any weight is read.
 
 Every tensor of the base stays where it is, in its file and its order. One that belongs to an adapted module gets its
-update. Where an adapted matrix is tied to another (an embedding that is the head too), PEFT and the attached model
+update; of a parameter with experts that may be all of it, or a part for each expert, as most bases are published. Where
+an adapted matrix is tied to another (an embedding that is the head too), PEFT and the attached model
 change the one and leave the other: so both are written, the config says that they are not tied, and the tensor that the
 base did not keep apart is added behind the one that it was tied to.
 """
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 
+from loracli.adapters.fused_experts import expert_part
+from loracli.adapters.names import expert_name
 from loracli.errors import BaseModelMismatch
 from loracli.fitting.loaded_names import LoadedNames, loaded_names, tied_parameters
 from loracli.fusing.checkpoint import FLOATS, Checkpoint, StoredTensor, header_bytes
@@ -31,8 +34,9 @@ class FusedTensor:
     Args:
         name: in the file.
         source: of the base.
-        module: whose update is added, None for none.
-        kind: of the module.
+        module: whose update is added, None for none: a module, a parameter with experts, or one expert's matrix in it.
+        kind: how the matrix lies: as that of a linear layer, or of a `conv1d` or `embedding`, turned.
+        rows: of the module's own matrix that this tensor has, from and to; None for all.
         dtype: as safetensors spells it.
         added: whether the base has no tensor of this name.
         quantised: what its numbers are computed with, None where they are stored.
@@ -44,7 +48,13 @@ class FusedTensor:
     kind: ModuleKind
     dtype: str
     added: bool = False
+    rows: tuple[int, int] | None = None
     quantised: Quantised | None = None
+
+    @property
+    def changes(self) -> str | None:
+        """What of the model it changes."""
+        return self.module if self.rows is None else f"{self.module}[{self.rows[0]}:{self.rows[1]}]"
 
     @property
     def changed(self) -> bool:
@@ -110,10 +120,13 @@ def plan_fusion(
     """
     quantised, unused = find_quantised(checkpoint, quantisation)
     names, tied = loaded_names(skeleton, checkpoint.tensors.keys() - unused), tied_parameters(skeleton)
-    placed: dict[str, BaseModule] = {}  # by name of the stored tensor
+    placed: dict[str, _Own] = {}  # by name of the stored tensor
     added: dict[str, tuple[str, BaseModule | None]] = {}  # by new name: stored tensor, module
     untied = False
     for module in modules:
+        if module.kind == "experts":
+            placed |= _placed_experts(checkpoint, names, skeleton, module, quantised)
+            continue
         parameter = f"{module.name}.weight"
         group = tied.get(parameter, (parameter,))
         untied = untied or len(group) > 1
@@ -123,36 +136,84 @@ def plan_fusion(
                 stored = _the_one(names.stored[member], member)
                 _check(checkpoint.tensors[stored], skeleton, member, quantised)
                 if own is not None:
-                    placed[stored] = own
+                    placed[stored] = _Own(own.name, own.kind)
             elif own is not None or member not in added:
                 added[member] = (_tied_source(checkpoint, names, skeleton, group, member, quantised), own)
     shards = []
     for name, shard in checkpoint.shards.items():
         tensors = [
-            _kept(tensor, placed.get(tensor.name), dtype, quantised.get(tensor.name))
+            _kept(tensor, placed.get(tensor.name, _NOBODY), dtype, quantised.get(tensor.name))
             for tensor in shard.tensors
             if tensor.name not in unused
         ]
         for new, (stored, own) in sorted(added.items()):
             source = checkpoint.tensors[stored]
             if source.shard == name:
-                rest = quantised.get(stored)
-                tensors.append(FusedTensor(new, source, *_of(own), _dtype_of(source, dtype, rest), True, rest))
+                whose, rest = _NOBODY if own is None else _Own(own.name, own.kind), quantised.get(stored)
+                named = (new, source, whose.module, whose.kind, _dtype_of(source, dtype, rest))
+                tensors.append(FusedTensor(*named, added=True, quantised=rest))
         header = header_bytes([(tensor.name, tensor.dtype, tensor.source.shape) for tensor in tensors])
         left_out = tuple(tensor for tensor in shard.tensors if tensor.name in unused)
         shards.append(FusedShard(name, tuple(tensors), header, left_out))
     return FusionPlan(tuple(shards), untied)
 
 
-def _kept(
-    source: StoredTensor, module: BaseModule | None, dtype: torch.dtype | None, quantised: Quantised | None
-) -> FusedTensor:
-    named = (source.name, source, *_of(module))
-    return FusedTensor(*named, _dtype_of(source, dtype, quantised), quantised=quantised)
+@dataclass(frozen=True)
+class _Own:
+    """Whose update a stored tensor gets: the fields of `FusedTensor` that say so."""
+
+    module: str | None
+    kind: ModuleKind
+    rows: tuple[int, int] | None = None
 
 
-def _of(module: BaseModule | None) -> tuple[str | None, ModuleKind]:
-    return (None, "other") if module is None else (module.name, module.kind)
+_NOBODY = _Own(None, "other")
+
+
+def _placed_experts(
+    checkpoint: Checkpoint,
+    names: LoadedNames,
+    skeleton: Any,
+    module: BaseModule,
+    quantised: Mapping[str, Quantised],
+) -> dict[str, _Own]:
+    """Where the updates of a parameter's experts go: into one tensor, or into those of each expert's layers."""
+    parameter, shape = module.name, tuple(skeleton.get_parameter(module.name).shape)
+    turned = getattr(skeleton.get_submodule(parameter.rpartition(".")[0]), "is_transposed", False)
+    if parameter in names.stored:
+        stored = _the_one(names.stored[parameter], parameter)
+        _check(checkpoint.tensors[stored], skeleton, parameter, quantised)
+        return {stored: _Own(parameter, "conv1d" if turned else "linear")}
+    found, places = {}, set()
+    for name in names.computed.get(parameter, ()):
+        part = expert_part(name.removesuffix(".weight"), {parameter: module.out_features})
+        tensor = checkpoint.tensors[name]
+        if part is None or turned or tensor.shape != (module.out_features // part.parts, module.in_features):
+            raise _of_others(parameter)
+        _check_float(tensor, quantised)
+        places.add((part.expert, part.place, part.parts))
+        rows = (part.place * tensor.shape[0], (part.place + 1) * tensor.shape[0])
+        found[name] = _Own(expert_name(parameter, part.expert), "linear", None if part.parts == 1 else rows)
+    parts = max((parts for _, _, parts in places), default=1)
+    if len(found) != len(places) or len(places) != shape[0] * parts:
+        raise BaseModelMismatch(
+            f"the base model's weights have {len(found)} of {shape[0] * parts} tensors of {parameter}",
+            hint="the download is incomplete, or the checkpoint names its tensors in a way that is not known",
+        )
+    return found
+
+
+def _of_others(parameter: str) -> BaseModelMismatch:
+    return BaseModelMismatch(
+        f"the base model's {parameter} is not stored as one tensor: it is made of others when the model loads",
+        hint="load the base once with transformers and save it with save_pretrained(..., save_original_format=False), "
+        "then name that copy with --base",
+    )
+
+
+def _kept(source: StoredTensor, own: _Own, dtype: torch.dtype | None, quantised: Quantised | None) -> FusedTensor:
+    named = (source.name, source, own.module, own.kind, _dtype_of(source, dtype, quantised))
+    return FusedTensor(*named, rows=own.rows, quantised=quantised)
 
 
 def _dtype_of(source: StoredTensor, dtype: torch.dtype | None, quantised: Quantised | None) -> str:
@@ -176,11 +237,7 @@ def _tied_source(
 ) -> str:
     """The stored tensor that a parameter which is not stored itself is tied to."""
     if parameter in names.computed:
-        raise BaseModelMismatch(
-            f"the base model's {parameter} is not stored as one tensor: it is made of others when the model loads",
-            hint="load the base once with transformers and save it with save_pretrained(..., save_original_format="
-            "False), then name that copy with --base",
-        )
+        raise _of_others(parameter)
     sources = [name for member in group for name in names.stored.get(member, ())]
     if len(sources) != 1:
         raise BaseModelMismatch(
@@ -194,12 +251,16 @@ def _tied_source(
 
 
 def _check(tensor: StoredTensor, skeleton: Any, parameter: str, quantised: Mapping[str, Quantised]) -> None:
-    """Refuses a weight that is no matrix of floating point numbers in the model's shape."""
+    """Refuses a weight that is no matrix, or matrices of experts, of floating point numbers in the model's shape."""
     wanted = tuple(skeleton.get_parameter(parameter).shape)
-    if tensor.shape != wanted or len(wanted) != 2:
+    if tensor.shape != wanted or len(wanted) not in (2, 3):
         raise BaseModelMismatch(
             f"{tensor.name} of the base model's weights has the shape {tensor.shape}; its config says {wanted}"
         )
+    _check_float(tensor, quantised)
+
+
+def _check_float(tensor: StoredTensor, quantised: Mapping[str, Quantised]) -> None:
     if tensor.dtype not in FLOATS and tensor.name not in quantised:
         raise BaseModelMismatch(
             f"{tensor.name} of the base model's weights is stored as {tensor.dtype}: the base is quantised",

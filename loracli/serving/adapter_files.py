@@ -8,17 +8,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from loracli.adapters.config import MAX_CONFIG_BYTES
+from loracli.adapters.config import MAX_CONFIG_BYTES, MAX_PARAMETERS
+from loracli.adapters.experts import targeted_parameters
 from loracli.adapters.names import CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, PREFIX, TENSOR_FILE
+from loracli.adapters.patterns import lookup
 from loracli.adapters.tensor_file import MAX_HEADER_BYTES, MAX_TENSORS, open_regular
 from loracli.atomic import CERTIFICATE_FILE
-from loracli.errors import AdapterNotFound, MalformedAdapter
+from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
 from loracli.strict_json import StrictJsonError, parse_json
 
 AdapterLayout = Literal["peft", "mlx"]
@@ -46,16 +48,18 @@ class Pair:
         a: shape of the first factor, as (rank, in).
         b: shape of the second, as (out, rank).
         embedding: whether it is an embedding's.
+        experts: of how many experts it is, None for the factors of a module.
     """
 
     a: tuple[int, ...] | None = None
     b: tuple[int, ...] | None = None
     embedding: bool = False
+    experts: int | None = None
 
     @property
     def rank(self) -> int | None:
-        """Of the factors, None without a first one."""
-        return self.a[0] if self.a and len(self.a) == 2 else None
+        """Of the factors, of each expert; None without a first one."""
+        return self.a[0] // (self.experts or 1) if self.a and len(self.a) == 2 else None
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class AdapterFiles:
 
     @cached_property
     def pairs(self) -> Mapping[str, Pair]:
-        """Factors by the module's path in the base, of tensors with ordinary names, sorted."""
+        """Factors by the module's path in the base, of tensors with ordinary names, sorted; of experts by that of their
+        parameter."""
         found: dict[str, Pair] = {}
         pattern = _MLX if self.layout == "mlx" else _PEFT
         for name, header in sorted(self.tensors.items()):
@@ -97,7 +102,25 @@ class AdapterFiles:
                 pair.a = shape
             else:
                 pair.b = shape
-        return found
+        return self._with_experts(found)
+
+    def _with_experts(self, pairs: dict[str, Pair]) -> dict[str, Pair]:
+        named, pattern = self.config.get("target_parameters"), self.config.get("rank_pattern")
+        targets = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+        ranks = pattern if isinstance(pattern, dict) and len(pattern) <= MAX_PARAMETERS else {}
+        if not 0 < len(targets) <= MAX_PARAMETERS:
+            return pairs
+        as_layer = {name: pair.rank == lookup(ranks, name, self.config.get("r")) for name, pair in pairs.items()}
+        try:
+            parameters = targeted_parameters(as_layer, targets, str(self.path))
+        except (MalformedAdapter, UnsupportedAdapter):
+            return pairs
+        for module, parameter in parameters.items():
+            rank = lookup(ranks, parameter, self.config.get("r"))
+            rows = (pairs[module].a or (0,))[0]
+            if type(rank) is int and rank > 0 and rows % rank == 0 and rows > rank:
+                pairs[parameter] = replace(pairs.pop(module), experts=rows // rank)
+        return dict(sorted(pairs.items()))
 
     @cached_property
     def largest_rank(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from loracli.fitting.base import kind_and_shape
+from loracli.fitting.base import expert_shape, kind_and_shape
 from loracli.fitting.base_config import plan_from_config
 from loracli.progress import SILENT, Progress
 
@@ -19,7 +19,8 @@ class BaseFacts:
         model_class: transformers' class of it, `LlamaForCausalLM`.
         layers: number of decoder layers.
         tied: whether the head is the embedding.
-        modules: (out, in) of every linear layer, and (dim, vocabulary) of every embedding, by path.
+        modules: (out, in) of every linear layer and of one expert of a parameter, and (dim, vocabulary) of every
+            embedding, by path.
     """
 
     id: str
@@ -37,6 +38,9 @@ def read_base_facts(base: str, *, progress: Progress = SILENT) -> BaseFacts:
         kind, in_features, out_features = kind_and_shape(module)
         if kind != "other":
             modules[name] = (out_features, in_features)
+    for name, _ in plan.skeleton.named_parameters():
+        if (shape := expert_shape(plan.skeleton, name)) is not None:
+            modules[name] = (shape[2], shape[1])
     return BaseFacts(
         id=base,
         model_class=type(plan.skeleton).__name__,

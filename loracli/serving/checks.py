@@ -193,7 +193,7 @@ def scaling(files: AdapterFiles, base: BaseFacts | None, *, formula: str) -> Ite
 
 
 def targets(files: AdapterFiles, base: BaseFacts | None, *, together: Sequence[Sequence[str]] = ()) -> Iterator[str]:
-    """Modules that target_modules names; a list in `together` stands for all of its names."""
+    """Modules that target_modules names, experts left aside; a list in `together` stands for all of its names."""
     named = files.config.get("target_modules")
     if not isinstance(named, list):
         if isinstance(named, str) and named not in ("all", "all-linear"):
@@ -203,9 +203,9 @@ def targets(files: AdapterFiles, base: BaseFacts | None, *, together: Sequence[S
     if together:
         known = {leaf(name) for name in known}
         known |= {name for group in together if known & set(group) for name in group}
-    for name in files.pairs:
+    for name, pair in files.pairs.items():
         parts = name.split(".")
-        if not any(".".join(parts[start:]) in known for start in range(len(parts))):
+        if pair.experts is None and not any(".".join(parts[start:]) in known for start in range(len(parts))):
             yield f"{name} is not in target_modules"
 
 
@@ -215,6 +215,25 @@ def companions(files: AdapterFiles, base: BaseFacts | None, *, leaf: str, needs:
         parent, _, last = name.rpartition(".")
         if last == leaf and f"{parent}.{needs}" not in files.pairs:
             yield f"{name} without {needs}"
+
+
+def no_experts(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """No update of the experts of a parameter."""
+    for name, pair in files.pairs.items():
+        if pair.experts is not None:
+            yield f"the {pair.experts} experts of {name}"
+
+
+def both_of_experts(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """Updates of two parameters of experts, or of none; whether vLLM has such a model, nothing tells."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, pair in files.pairs.items():
+        if pair.experts is not None:
+            found[name.rpartition(".")[0]].append(name)
+    alone = [names[0] for names in found.values() if len(names) == 1]
+    if found and not alone:
+        raise Unclear("whether vLLM's model of the base keeps all experts in one tensor (is_3d_moe_weight)")
+    yield from (f"{name} alone" for name in alone)
 
 
 def every_layer(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
@@ -326,6 +345,8 @@ CHECKS: dict[str, Check] = {
         scaling,
         targets,
         companions,
+        no_experts,
+        both_of_experts,
         every_layer,
         leaves,
         upright,

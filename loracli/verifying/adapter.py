@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from loracli.algebra.truncate import project, relative_gap, truncate, truncate_f
 from loracli.atomic import CERTIFICATE_FILE
 from loracli.errors import InputError, IntegrityError, UsageError
 from loracli.export.activations import recorded_moments
+from loracli.export.base_table import modules_of
 from loracli.export.certificate import ModuleCertificate
-from loracli.export.profile import PROFILES, choose_layout
+from loracli.export.profile import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
 from loracli.export.source import MethodSource, RecipeSource, Source
 from loracli.fusing.workplace import file_sha256
@@ -118,14 +119,17 @@ def verify_adapter(
     except InputError as error:
         findings.differs(f"it cannot be read as an adapter: {error}")
         return
-    table = {m.name: m for m in origin.table} or _table_of(written)
+    origin = replace(origin, table=origin.table or modules_of([written]))
+    table = {module.name: module for module in origin.table}
     sound = _check_config(path, written, origin, record, table, findings)
     if written.saved or record.profile == "mlx":
         kept = "modules_to_save need the base model itself" if written.saved else "PEFT does not read this layout"
         findings.skip("what PEFT makes of it", kept)
     elif sound:
         # A config that an export would not write is not handed to PEFT, which runs the patterns in it.
-        findings.differences += reload_differences(path, written, skeleton or skeleton_of(list(table.values())))
+        experts = {name: len(modules) for name, modules in written.targets.items()}
+        layers = skeleton or skeleton_of(origin.table, experts)
+        findings.differences += reload_differences(path, written, layers)
         where = "the base model's own layers" if skeleton is not None else "layers of the recorded shapes"
         findings.checked.append(f"that PEFT loads these tensors with these scalings, into {where}")
     else:
@@ -207,20 +211,6 @@ def _sha256(path: Path) -> str:
     return file_sha256(path) if path.is_file() and not path.is_symlink() else "none, for there is no such file"
 
 
-def _table_of(written: LoraAdapter) -> dict[str, BaseModule]:
-    """The base's modules as far as an adapter itself tells."""
-    conv1d = written.config.fan_in_fan_out
-    return {
-        name: BaseModule(
-            name,
-            "conv1d" if conv1d and module.kind == "linear" else module.kind,
-            module.factors.in_features,
-            module.factors.out_features,
-        )
-        for name, module in written.modules.items()
-    }
-
-
 def _check_config(
     path: Path,
     written: LoraAdapter,
@@ -231,7 +221,7 @@ def _check_config(
 ) -> bool:
     """Whether the config is that of an export of this record; ranks and dtype in the file are compared too."""
     ranks = {name: module.rank for name, module in record.modules.items()}
-    if record.profile not in PROFILES or record.otherwise or not ranks.keys() <= table.keys():
+    if record.profile not in PROFILES or record.otherwise or not ranks_of_targets(ranks).keys() <= table.keys():
         findings.skip(f"every field of {CONFIG_FILE}", "this version does not know such an export")
         return False
     try:
@@ -255,7 +245,7 @@ def _check_config(
             f"{CONFIG_FILE} has {key} = {found.get(key, _ABSENT)!r}; "
             f"an export of this record has {expected.get(key, _ABSENT)!r}"
         )
-    own = {name: module.factors.rank for name, module in written.modules.items()}
+    own = ranks_of_targets({name: module.factors.rank for name, module in written.modules.items()})
     if own != dict(layout.ranks):
         name = min(n for n in own.keys() | layout.ranks.keys() if own.get(n) != layout.ranks.get(n))
         findings.differs(f"{name} has rank {own.get(name)} in the file and {layout.ranks.get(name)} in the record")
@@ -279,11 +269,11 @@ def _check_composition(
         findings.skip("every tensor against the composition", f"it was cut with {how}")
         return
     progress.begin(TASK, len(written.modules), "modules")
+    findings.tensors += 2 * len(written.targets)
     if set(names) != record.modules.keys():
         findings.differs("the certificate is of other modules than the composition changes")
     for name, module in written.modules.items():
         progress.advance(TASK, 1)
-        findings.tensors += 2
         if name not in names:
             factors = module.factors.loaded()
             if factors.lora_A.any() or factors.lora_B.any() or (factors.bias is not None and factors.bias.any()):

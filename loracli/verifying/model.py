@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from loracli.errors import (
     MalformedAdapter,
 )
 from loracli.export.source import Source
-from loracli.fitting.base import BaseReference, check_shapes, find_base, plan_base
+from loracli.fitting.base import BaseReference, check_shapes, find_base, on_base, plan_base
 from loracli.fitting.loaded_names import loaded_names, tied_parameters
 from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files, read_config
 from loracli.fusing.checkpoint import FLOATS, INDEX_FILE, Checkpoint, StoredTensor, read_bytes, read_checkpoint
@@ -29,6 +29,7 @@ from loracli.fusing.composition import changed_modules
 from loracli.fusing.fold import BLOCK_BYTES, rounding_bounds
 from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
 from loracli.fusing.quantised import dequantised_rows, read_quantisation, read_scales
+from loracli.fusing.update import update_of
 from loracli.fusing.workplace import FUSE_CERTIFICATE, file_sha256
 from loracli.progress import Progress
 from loracli.schema import decode
@@ -88,6 +89,7 @@ def verify_model(
         findings.skip(COMPOSITION, str(error))
         return
     _check_base(reference, recorded)
+    source = replace(source, adapters=on_base(source.adapters, reference))
     plan = plan_base(reference, dequantised=dequantised is not None)
     check_shapes(plan.skeleton, source.adapters)
     checkpoint = read_checkpoint(reference.path)
@@ -214,12 +216,7 @@ def _wrong_entries(
     progress: Progress,
 ) -> int:
     own, output = tensor.source, FLOATS.get(tensor.dtype, torch.uint8)
-    left = right = None
-    if tensor.module is not None:
-        factors = source.compose(tensor.module).factors
-        left, right = factors.lora_B, factors.lora_A
-        if tensor.kind != "linear":
-            left, right = factors.lora_A.T, factors.lora_B.T
+    update = update_of(source, tensor)
     rows = own.shape[0] if own.shape else 1
     if own.size == 0:
         return 0
@@ -239,11 +236,12 @@ def _wrong_entries(
             if tensor.quantised is not None and scales is not None:
                 weight = dequantised_rows(before, own, start, scales, tensor.quantised.block)
             else:
-                weight = before.view(FLOATS[own.dtype]).view(stop - start, -1)
-            value = after.view(output).view(stop - start, -1)
-            if left is None or right is None:
+                weight = before.view(FLOATS[own.dtype]).view(stop - start, *own.shape[1:])
+            value = after.view(output).view(weight.shape)
+            if update is None:
                 wrong += int((weight.to(output) != value).sum())
                 continue
-            low, high = rounding_bounds(weight, left[start:stop], right, output)
+            left, right = update[0][start:stop], update[1]
+            low, high = rounding_bounds(weight, left, right[start:stop] if right.dim() == 3 else right, output)
             wrong += int((~((value >= low) & (value <= high))).sum())
     return wrong

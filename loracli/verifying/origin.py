@@ -15,7 +15,6 @@ from typing import Any
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.names import MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules
-from loracli.adapters.text_model import as_text_model
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.errors import (
@@ -28,8 +27,8 @@ from loracli.errors import (
     UsageError,
 )
 from loracli.export.base_table import BaseTable
-from loracli.export.ingredients import read_recorded, recorded_policy
-from loracli.export.source import MethodSource, RecipeSource, Source
+from loracli.export.ingredients import by_names_of, read_recorded, recorded_policy
+from loracli.export.source import MethodSource, RecipeSource
 from loracli.progress import Progress
 from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, decode_recipe, load_recipe, without_paths
 from loracli.schema import decode
@@ -49,7 +48,7 @@ class Origin:
         recipe: as it may be published, None with a method.
         recipe_sha256: of the recipe itself.
         method, options, weights: that composed, None with a recipe.
-        table: of base modules, empty with a method.
+        table: of base modules; with a method as far as what was written tells.
         policy: for modules that adapters saved whole.
     """
 
@@ -115,7 +114,7 @@ def _options(recorded: Any, problems: list[str]) -> MethodOptions:
 
 def find_source(
     origin: Origin, findings: Findings, *, recipe: Path | None, adapters: Sequence[str], progress: Progress
-) -> Source | None:
+) -> RecipeSource | MethodSource | None:
     """The composition with its ingredients; None, and the findings say why, if they are not at hand.
 
     Args:
@@ -144,9 +143,8 @@ def find_source(
     read = _ingredients(origin, given, findings, adapters, progress)
     if read is None:
         return None
+    read = tuple(by_names_of(origin.table, adapter) for adapter in read)
     if origin.recipe is not None:
-        names = {module.name for module in origin.table}
-        read = tuple(as_text_model(adapter, names) for adapter in read)
         return RecipeSource(given or origin.recipe, read, _saved(origin, read))
     assert origin.method is not None
     return MethodSource(

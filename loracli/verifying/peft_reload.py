@@ -7,29 +7,40 @@ empty layers of the recorded names and shapes. `target_modules`, patterns and al
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.names import PREFIX
+from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.adapters.experts import order_of, plain_module
+from loracli.adapters.names import PREFIX, leaf
+from loracli.algebra.experts import join_experts
+from loracli.algebra.factors import Factors
 from loracli.recipe import BaseModule
 
 
-def skeleton_of(table: Sequence[BaseModule]) -> nn.Module:
-    """A tree of empty layers with the names, kinds and shapes of the table, on the device `meta`."""
+def skeleton_of(table: Sequence[BaseModule], experts: Mapping[str, int] | None = None) -> nn.Module:
+    """A tree of empty layers with the names, kinds and shapes of the table, on the device `meta`; `experts` is how many
+    a parameter has."""
     root = nn.Module()
     with torch.device("meta"):
-        for module in table:
+        # PEFT wraps the parameters of a module in the order in which it has them.
+        for module in sorted(table, key=lambda module: order_of(leaf(module.name))):
             *parents, last = module.name.split(".")
             place = root
             for name in parents:
                 if name not in dict(place.named_children()):
                     place.add_module(name, nn.Module())
                 place = place.get_submodule(name)
-            place.add_module(last, _layer(module))
+            if module.kind == "experts":
+                shape = (experts or {}).get(module.name, 1), module.out_features, module.in_features
+                place.register_parameter(last, nn.Parameter(torch.empty(shape)))
+            else:
+                place.add_module(last, _layer(module))
     return root
 
 
@@ -77,13 +88,14 @@ def reload_differences(folder: Path, adapter: LoraAdapter, skeleton: nn.Module) 
         except (ValueError, RuntimeError, KeyError) as error:
             return [f"PEFT cannot load it: {str(error).partition(chr(10))[0]}"]
     differences = [f"PEFT finds no module for the tensor {name}" for name in sorted(loaded.unexpected_keys)]
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    for name in sorted(layers.keys() - adapter.modules.keys()):
+    layers = {_target(name, layer): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    targets = adapter.targets
+    for name in sorted(layers.keys() - targets.keys()):
         differences.append(f"PEFT adapts {name}, for which there are no tensors")
-    for name in sorted(adapter.modules.keys() - layers.keys()):
+    for name in sorted(targets.keys() - layers.keys()):
         differences.append(f"PEFT does not adapt {name}")
-    for name in sorted(adapter.modules.keys() & layers.keys()):
-        layer, factors = layers[name], adapter.modules[name].factors
+    for name in sorted(targets.keys() & layers.keys()):
+        layer, factors = layers[name], _matrices(targets[name])
         if layer.scaling["default"] != factors.scaling:
             differences.append(f"PEFT scales {name} by {layer.scaling['default']:g} instead of {factors.scaling:g}")
         if "default" in layer.lora_embedding_A:
@@ -99,3 +111,17 @@ def reload_differences(folder: Path, adapter: LoraAdapter, skeleton: nn.Module) 
         elif bias is not None and factors.bias is not None and not torch.equal(bias.float(), factors.bias.float()):
             differences.append(f"PEFT loads another bias of lora_B for {name}")
     return differences
+
+
+def _target(name: str, layer: Any) -> str:
+    """The path of the module or parameter that one of PEFT's layers changes."""
+    parameter = getattr(layer, "parameter_name", None)
+    return name if parameter is None else f"{plain_module(name)}.{parameter}"
+
+
+def _matrices(modules: Sequence[LoraModule]) -> Factors:
+    """The two matrices of a module, or of all experts of a parameter, with the scaling."""
+    first = modules[0]
+    if first.kind != "experts":
+        return first.factors
+    return replace(join_experts([m.factors for m in modules], first.factors.rank), scaling=first.factors.scaling)

@@ -140,7 +140,7 @@ def test_an_alpha_of_zero_or_below_is_a_number(tmp_path: Path) -> None:
     ("fields", "name"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"], "lora_bias": True}, "target_parameters with lora_bias"),
         ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication"),
         ({"trainable_token_indices": [5, 6]}, "trainable tokens"),
         ({"trainable_token_indices": {"embed_tokens": [5]}}, "trainable tokens"),

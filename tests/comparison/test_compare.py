@@ -25,7 +25,7 @@ from loracli.fitting.placement import Placement
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.progress import Silent
-from tests.tiny import make_adapter, random_records, write_jsonl
+from tests.tiny import make_adapter, make_base, random_records, write_jsonl
 
 QUICK = FitSettings(passes=3)
 DATA_FREE = [name for name, method in METHODS.items() if method.search is None]
@@ -131,6 +131,27 @@ def test_every_data_free_method_scores_what_its_export_scores_with_stock_peft(
         out = tmp_path / name
         export_method(name, out, adapters=[str(p) for p in alike])
         assert abs(peft_loss(tiny_base, out, data) - found.row(name).nats_per_token) < 2e-5, name
+
+
+def test_experts_are_compared_as_stock_peft_runs_their_exports(tmp_path: Path, data: Path) -> None:
+    """Data-free methods too, each of which has factors of its own for each expert; a new LoRA on experts is refused."""
+    base = make_base(tmp_path / "mixtral", "mixtral")
+    parameters = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    adapters = tuple(
+        make_adapter(tmp_path / str(i), base, targets=("q_proj",), parameters=parameters, rank=2, seed=i, size=0.1)
+        for i in (1, 2)
+    )
+    found = compare(data, base, adapters, settings=CompareSettings(("data-free",)))
+    assert {row.name for row in found.rows if row.kind == "method"} == set(DATA_FREE)
+    for name in DATA_FREE:
+        export_method(name, tmp_path / name, adapters=[str(p) for p in adapters])
+        assert abs(peft_loss(base, tmp_path / name, data) - found.row(name).nats_per_token) < 5e-4, name
+    controls = CompareSettings(("sum",), fit=QUICK, controls=Controls(fresh_lora=True))
+    with pytest.raises(UsageError, match="a new LoRA cannot be trained on the experts of model"):
+        compare(data, base, adapters, fit_data=data / "val.jsonl", settings=controls)
+    random = CompareSettings(("sum",), fit=QUICK, controls=Controls(random=True))
+    found = compare(data, base, adapters, fit_data=data / "val.jsonl", settings=random)
+    assert found.row("random").nats_per_token != found.row("sum").nats_per_token
 
 
 def peft_loss(base: Path, adapter: Path, data: Path) -> float:

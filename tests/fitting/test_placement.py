@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from loracli.fitting.checkpointing import checkpointed
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.placement import check_device_map, placement_options
 from tests.fitting.processes_started import torchrun
-from tests.tiny import logits, make_base
+from tests.tiny import logits, make_adapter, make_base
 
 SHARD = "tests.fitting.shard_program"
 
@@ -111,14 +110,13 @@ def test_options_that_contradict_each_other_are_refused(monkeypatch: pytest.Monk
     assert placement_options("cpu", None, 2)["distributed_config"].fsdp_size == 2
 
 
-def test_a_sharded_base_gives_the_numbers_of_a_whole_one(
-    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
-) -> None:
-    """Two processes, each on other tokens, with and without running layers again; a model that transformers has no plan
-    for is refused."""
-    shutil.copytree(tiny_base, tmp_path / "base")
-    for path, name in zip(two_adapters, ("first", "second"), strict=True):
-        shutil.copytree(path, tmp_path / name)
+def test_a_sharded_base_gives_the_numbers_of_a_whole_one(tmp_path: Path) -> None:
+    """Linear layers and experts; two processes, each on other tokens, with and without running layers again; a model
+    that transformers has no plan for is refused."""
+    base = make_base(tmp_path / "base", "mixtral")
+    parameters = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    make_adapter(tmp_path / "first", base, parameters=parameters, size=0.1, seed=1)
+    make_adapter(tmp_path / "second", base, targets=("q_proj", "o_proj"), parameters=parameters[1:], rank=2, seed=2)
     make_base(tmp_path / "gpt2", "gpt2")
     done = torchrun(2, SHARD, str(tmp_path))
     assert done.returncode == 0, done.stderr

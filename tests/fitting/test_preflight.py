@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig
+from transformers import Gemma2Config, LlamaConfig, MixtralConfig
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import make_batch
@@ -55,8 +55,11 @@ def built(
 ) -> tuple[Path, list[LoraAdapter]]:
     monkeypatch.setitem(tiny.CONFIGS, "measured", lambda: kind(**SHARED, **sizes))
     base = make_base(folder / "base", "measured")
-    first = make_adapter(folder / "a", base, targets=("q_proj", "v_proj", "up_proj"), rank=16)
-    second = make_adapter(folder / "b", base, targets=("down_proj", "v_proj"), rank=8)
+    experts = kind is MixtralConfig
+    mlp = ([], ["gate_up_proj"], ["down_proj"]) if experts else (["up_proj"], [], [])
+    first = make_adapter(folder / "a", base, targets=("q_proj", "v_proj", *mlp[0]), parameters=mlp[1], rank=16)
+    last = () if experts else ("down_proj",)
+    second = make_adapter(folder / "b", base, targets=(*last, "v_proj"), parameters=mlp[2], rank=8)
     return base, [read_adapter(str(first)), read_adapter(str(second))]
 
 
@@ -64,6 +67,7 @@ def built(
     ("kind", "sizes", "dtype"),
     [
         (LlamaConfig, WIDE_MLP, "float32"),
+        (MixtralConfig, {**WIDE_MLP, "num_local_experts": 8, "num_experts_per_tok": 2}, "float32"),
         (LlamaConfig, WIDE_ATTENTION, "bfloat16"),
         (Gemma2Config, WIDE_ATTENTION, "float32"),  # its attention is not fused
     ],

@@ -1,0 +1,216 @@
+"""LoRA on the experts of a mixture, as PEFT keeps it: one update for each expert of a parameter W (E, ., .).
+
+    base_model.model.<module>.lora_A.weight               (E r, in)     all experts, see algebra/experts.py
+    base_model.model.<module>.lora_B.weight               (out, r E)
+    base_model.model.<module>.base_layer.lora_A.weight    of another parameter of the same module, one for each level
+
+No tensor tells its parameter: the config's target_parameters do, and PEFT wraps those of one module in the order in
+which the module has them, so that the first lies innermost. An expert's update is read as that of a module of its own,
+`model.layers.0.mlp.experts.down_proj[3]`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loracli.adapters.tensor_file import TensorFile
+from loracli.algebra.experts import split_experts
+from loracli.algebra.factors import Factors
+from loracli.errors import MalformedAdapter, UnsupportedAdapter
+
+# The order in which transformers' mixtures have the parameters of their experts.
+ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+WRAPPED = ".base_layer"
+
+
+def targeted_parameters(modules: Mapping[str, bool], target_parameters: Iterable[str], where: str) -> dict[str, str]:
+    """The parameter, by its path in the base, that each module of tensor names stands for.
+
+    A target that is the name of a parameter alone is one of any module that has it, and that does not stand in the
+    file: of modules whose factors are not those of a layer.
+
+    Args:
+        modules: of tensor names, `mlp.experts` and `mlp.experts.base_layer`, and whether their rank is a layer's.
+        target_parameters: of the config.
+        where: the file, for errors.
+    Raises:
+        UnsupportedAdapter: if it cannot be told which of a module's parameters lies innermost.
+        MalformedAdapter: if there are more levels than parameters, or fewer.
+    """
+    by_container: dict[str, set[str]] = {}
+    for target in target_parameters:
+        container, _, parameter = target.rpartition(".")
+        by_container.setdefault(container, set()).add(parameter)
+    anywhere = by_container.pop("", set())
+    levels: dict[str, list[str]] = {}
+    for module in modules:
+        levels.setdefault(plain_module(module), []).append(module)
+    found: dict[str, str] = {}
+    for module, names in levels.items():
+        alone = set() if any(modules[name] for name in names) else anywhere
+        parameters = _of_module(module, by_container, alone)
+        if not parameters:
+            continue
+        if len(names) != len(parameters):
+            raise MalformedAdapter(
+                f"has {len(names)} pairs of factors for {len(parameters)} target_parameters of {module!r}: "
+                f"{', '.join(parameters)}",
+                where=where,
+            )
+        inner_first = sorted(names, key=len, reverse=True)
+        found |= {name: f"{module}.{parameter}" for name, parameter in zip(inner_first, parameters, strict=True)}
+    return found
+
+
+def plain_module(module: str) -> str:
+    """The module without the levels of PEFT's wrapping."""
+    while module.endswith(WRAPPED):
+        module = module.removesuffix(WRAPPED)
+    return module
+
+
+def order_of(parameter: str) -> int:
+    """The place of a parameter among those of its module."""
+    return ORDER.index(parameter) if parameter in ORDER else len(ORDER)
+
+
+def _of_module(module: str, by_container: Mapping[str, set[str]], alone: set[str]) -> list[str]:
+    """The parameters of a module that are targeted, as PEFT looks them up: by the path or an end of it; the innermost
+    first."""
+    words = module.split(".")
+    ends = [".".join(words[start:]) for start in range(len(words))]
+    return _in_order(alone.union(*(by_container.get(end, set()) for end in ends)))
+
+
+def _in_order(parameters: Collection[str]) -> list[str]:
+    unknown = min(set(parameters) - set(ORDER), default=None)
+    if unknown is not None and len(parameters) > 1:
+        raise UnsupportedAdapter(
+            f"target_parameters has {' and '.join(sorted(parameters))} of one module, and which tensors belong to "
+            f"{unknown} cannot be told from their names",
+            hint=f"train an adapter for each of them; known are {', '.join(ORDER)}",
+        )
+    return sorted(parameters, key=order_of)
+
+
+def module_of_parameter(parameter: str, targeted: Collection[str]) -> str:
+    """The inverse of `targeted_parameters`: the module that tensor names have for one of the targeted parameters.
+
+    Raises:
+        UnsupportedAdapter: if it cannot be told which of a module's parameters lies innermost.
+    """
+    module = parameter.rpartition(".")[0]
+    parameters = _in_order([name.rpartition(".")[2] for name in targeted if name.rpartition(".")[0] == module])
+    outside = len(parameters) - 1 - parameters.index(parameter.rpartition(".")[2])
+    return module + outside * WRAPPED
+
+
+class ExpertTensors:
+    """The two matrices of a parameter in a checked file.
+
+    Reading raises IntegrityError if the file has changed since it was checked. What a thread read last of a file is
+    kept for the next expert, so that going through the experts reads them once, however many adapters take turns.
+
+    Args:
+        file: that holds them.
+        name_A: of the matrix (E r, in).
+        name_B: of the matrix (out, r E).
+        rank: r, by the config.
+    Raises:
+        MalformedAdapter, UnsupportedAdapter: if their shapes are not those of several experts of this rank.
+    """
+
+    _kept = threading.local()
+
+    def __init__(self, file: TensorFile, name_A: str, name_B: str, rank: int) -> None:
+        self.file, self.rank = file, rank
+        self._name_A, self._name_B = name_A, name_B
+        rows, columns = file.shapes[name_A][0], file.shapes[name_B][1]
+        if rows != columns or rows % rank:
+            raise MalformedAdapter(
+                f"{name_A!r} has {rows} rows and {name_B!r} {columns} columns; both have to be the number of experts "
+                f"times the rank {rank}",
+                where=str(file.path),
+            )
+        self.experts = rows // rank
+        if self.experts == 1:
+            raise UnsupportedAdapter(
+                f"{name_A!r} is of one of the target_parameters and belongs to a matrix, not to several experts",
+                where=str(file.path),
+                hint="train the adapter with its layer in target_modules",
+            )
+
+    @property
+    def in_features(self) -> int:
+        return self.file.shapes[self._name_A][1]
+
+    @property
+    def out_features(self) -> int:
+        return self.file.shapes[self._name_B][0]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The wider dtype of the two."""
+        return torch.promote_types(self.file.dtypes[self._name_A], self.file.dtypes[self._name_B])
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """A_e (E, r, in) and B_e (E, out, r)."""
+        last: dict[Path, tuple[ExpertTensors, tuple[Tensor, Tensor]]] = vars(self._kept).setdefault("last", {})
+        owner, factors = last.get(self.file.path, (None, None))
+        if owner is not self or factors is None:
+            with self.file.reader() as reader:
+                lora_A, lora_B = (reader.read(name).to(self.dtype) for name in (self._name_A, self._name_B))
+            factors = split_experts(lora_A, lora_B, self.experts)
+            last[self.file.path] = self, factors
+        return factors
+
+
+class StoredExpert(Factors):
+    """The factors of one expert, read when they are wanted.
+
+    Args:
+        tensors: of all experts.
+        expert: e.
+        scaling: s.
+    """
+
+    tensors: ExpertTensors
+    expert: int
+
+    def __init__(self, tensors: ExpertTensors, expert: int, scaling: float) -> None:
+        # Factors are frozen
+        vars(self).update(tensors=tensors, expert=expert, scaling=scaling, bias=None)
+
+    @property
+    def lora_A(self) -> Tensor:
+        return self.tensors.read()[0][self.expert]
+
+    @property
+    def lora_B(self) -> Tensor:
+        return self.tensors.read()[1][self.expert]
+
+    @property
+    def rank(self) -> int:
+        return self.tensors.rank
+
+    @property
+    def in_features(self) -> int:
+        return self.tensors.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.tensors.out_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors.dtype
+
+    def loaded(self) -> Factors:
+        """The same factors in memory."""
+        return Factors(self.lora_A, self.lora_B, self.scaling)

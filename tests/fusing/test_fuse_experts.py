@@ -1,0 +1,225 @@
+"""A mixture with the updates of its experts folded in is the base with PEFT's own updates added, however its files keep
+the experts; adapters with a layer for each expert included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loracli.adapters.adapter import read_adapter
+from loracli.errors import BaseModelMismatch, IncompatibleAdapters, UsageError, VerificationError
+from loracli.export.export import export_adapter
+from loracli.export.method import export_method
+from loracli.fitting.base import BaseReference, on_base
+from loracli.fitting.inputs import prepare_fit
+from loracli.fitting.run import fit_mixing
+from loracli.fitting.settings import FitSettings
+from loracli.fusing.fuse import fuse_model
+from loracli.recipe import load_recipe
+from loracli.verifying.verify import verify_directory
+from tests.mixtures import BOTH, EXPERTS, add, expert_layers, load, peft_deltas
+from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
+
+QWEN = {"gate_proj": (24, 32), "up_proj": (24, 32), "down_proj": (32, 24)}
+MIXTRAL = {"w1": (48, 32), "w3": (48, 32), "w2": (32, 48)}
+
+
+def per_expert(kind: str, folder: Path, **more: Any) -> Path:
+    if kind == "mixtral":
+        return expert_layers(folder, MIXTRAL, "block_sparse_moe.experts", **more)
+    return expert_layers(folder, QWEN, "mlp.experts", **more)
+
+
+class Mixture:
+    """A tiny mixture, an adapter of its parameters, and one with a layer for each expert."""
+
+    def __init__(self, folder: Path, kind: str, *, original: bool) -> None:
+        self.base = make_base(folder / "base", kind)
+        self.layers = original and kind != "gpt-oss"
+        if not original:
+            load(self.base).save_pretrained(self.base, save_original_format=False)
+        self.paths = [make_adapter(folder / "a", self.base, parameters=BOTH, rank=3, seed=1)]
+        if kind != "gpt-oss":
+            self.paths.append(per_expert(kind, folder / "b"))
+        self.names = [str(path) for path in self.paths]
+
+    def summed(self) -> dict[str, torch.Tensor]:
+        total: dict[str, torch.Tensor] = {}
+        for path in self.paths:
+            for name, delta in peft_deltas(path, self.base).items():
+                total[name] = total.get(name, torch.zeros_like(delta)) + delta
+        return total
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("mixtral", True), ("mixtral", False), ("qwen3-moe", True), ("gpt-oss", True)],
+    ids=["mixtral-layers", "mixtral-fused", "qwen3-moe-layers", "gpt-oss-fused"],
+)
+def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    kind, original = request.param
+    return Mixture(tmp_path_factory.mktemp(kind), kind, original=original)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    return Mixture(tmp_path_factory.mktemp("qwen"), "qwen3-moe", original=True)
+
+
+def test_a_fused_mixture_is_the_base_with_the_dense_updates_added(tmp_path: Path, mixture: Mixture) -> None:
+    """Also in every weight, as transformers loads them."""
+    stored = sorted(load_file(mixture.base / "model.safetensors"))
+    assert any("experts.3." in name for name in stored) == mixture.layers
+    fused = fuse_model(None, tmp_path / "out", adapters=mixture.names, method="sum", base=str(mixture.base))
+    assert fused.modules == 2 * (2 + 2)
+    assert sorted(load_file(tmp_path / "out" / "model.safetensors")) == stored
+    expected, found = load(mixture.base, torch.float64), load(tmp_path / "out")
+    before = dict(load(mixture.base).named_parameters())
+    add(expected, mixture.summed())
+    changed = 0
+    for name, parameter in expected.named_parameters():
+        own = found.get_parameter(name)
+        assert torch.allclose(own.double(), parameter, rtol=1e-6, atol=1e-6), name
+        changed += not torch.equal(own, before[name])
+    assert changed == 2 * (2 + 2)
+    verify_directory(tmp_path / "out", adapters=mixture.names, base=str(mixture.base))
+
+
+def test_in_bfloat16_every_weight_is_rounded_once(tmp_path: Path, mixture: Mixture) -> None:
+    options = {"adapters": mixture.names, "method": "sum", "base": str(mixture.base)}
+    fuse_model(None, tmp_path / "out", dtype="bfloat16", **options)  # type: ignore[arg-type]
+    expected = load(mixture.base, torch.float64)
+    add(expected, mixture.summed())
+    found = load(tmp_path / "out", torch.bfloat16)
+    for name, parameter in expected.named_parameters():
+        rounded = parameter.to(torch.bfloat16)
+        wrong = (found.get_parameter(name) != rounded).float().mean()
+        assert float(wrong) < 2e-3, f"{name}: more than the few that lie in the middle between two"
+    verify_directory(tmp_path / "out", adapters=mixture.names, base=str(mixture.base))
+
+
+def test_verify_finds_one_wrong_entry_of_one_expert(tmp_path: Path, mixture: Mixture) -> None:
+    fuse_model(None, tmp_path / "out", adapters=mixture.names, method="sum", base=str(mixture.base))
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(
+        name
+        for name in sorted(tensors, reverse=True)
+        if "layers.1" in name and name.endswith(("w2.weight", "down_proj.weight", "down_proj"))
+    )
+    tensors[name].view(-1)[-3] += 0.01
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(VerificationError) as caught:
+        verify_directory(tmp_path / "out", adapters=mixture.names, base=str(mixture.base))
+    assert any(f"{name}: 1 entries are not" in problem for problem in caught.value.problems)
+
+
+def test_a_base_that_lacks_an_expert_is_refused_by_name(tmp_path: Path, qwen: Mixture) -> None:
+    base = make_base(tmp_path / "base", "qwen3-moe")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelMismatch, match=r"have 7 of 8 tensors of model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        fuse_model(None, tmp_path / "out", adapters=qwen.names, method="sum", base=str(base))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
+def test_layers_of_experts_are_taken_for_the_parameters_of_the_base(tmp_path: Path, kind: str) -> None:
+    """As PEFT converts such an adapter: dW of gate and up one below the other, whatever the scaling of each."""
+    base = make_base(tmp_path / "base", kind)
+    path = per_expert(kind, tmp_path / "a")
+    (adapter,) = on_base([read_adapter(str(path))], BaseReference("x", base, None))
+    theirs = peft_deltas(path, base)
+    assert adapter.targets.keys() == theirs.keys() and len(theirs) == 4
+    for parameter, delta in theirs.items():
+        own = torch.stack([module.factors.delta_weight() for module in adapter.targets[parameter]])
+        assert torch.allclose(own, delta, rtol=0, atol=1e-6)
+    one = per_expert(kind, tmp_path / "b", alpha_pattern={"up_proj": 1, "w3": 1})
+    (other,) = on_base([read_adapter(str(one))], BaseReference("x", base, None))
+    for parameter, delta in theirs.items():
+        own = torch.stack([module.factors.delta_weight() for module in other.targets[parameter]])
+        half = delta.shape[1] // 2
+        scaled = torch.cat([delta[:, :half], delta[:, half:] / 6], dim=1) if "gate_up" in parameter else delta
+        assert torch.allclose(own, scaled, rtol=0, atol=1e-6)
+
+
+def test_a_layer_that_an_expert_lacks_is_zero(tmp_path: Path, qwen: Mixture) -> None:
+    path = per_expert("qwen3-moe", tmp_path / "a")
+    tensors = load_file(path / "adapter_model.safetensors")
+    tensors = {name: t for name, t in tensors.items() if "experts.1.up_proj" not in name and "experts.2." not in name}
+    save_file(tensors, path / "adapter_model.safetensors")
+    (adapter,) = on_base([read_adapter(str(path))], BaseReference("x", qwen.base, None))
+    experts = [m.factors.delta_weight() for m in adapter.targets["model.layers.0.mlp.experts.gate_up_proj"]]
+    assert len(experts) == EXPERTS and not experts[2].any()
+    assert experts[1][:24].any() and not experts[1][24:].any() and experts[3][24:].any()
+
+
+def test_layers_that_a_parameter_cannot_stand_for_are_refused_by_name(tmp_path: Path, qwen: Mixture) -> None:
+    reference = BaseReference("x", qwen.base, None)
+    biased = per_expert("qwen3-moe", tmp_path / "biased", lora_bias=True)
+    tensors = load_file(biased / "adapter_model.safetensors")
+    tensors |= {name[:-6] + "bias": torch.ones(len(t)) for name, t in tensors.items() if "lora_B" in name}
+    save_file(tensors, biased / "adapter_model.safetensors")
+    with pytest.raises(BaseModelMismatch, match="has lora_bias for .*experts.0.*, which is a part of .*_proj"):
+        on_base([read_adapter(str(biased))], reference)
+    twice = per_expert("qwen3-moe", tmp_path / "twice")
+    tensors = load_file(twice / "adapter_model.safetensors")
+    tensors |= {
+        name.replace("gate_proj", "w1"): t.clone() for name, t in tensors.items() if "experts.1.gate_proj" in name
+    }
+    save_file(tensors, twice / "adapter_model.safetensors")
+    with pytest.raises(BaseModelMismatch, match=r"adapts a part of .*gate_up_proj twice, once as .*experts\.1\."):
+        on_base([read_adapter(str(twice))], reference)
+    with pytest.raises(
+        BaseModelMismatch, match=r"\(experts, in, out\) = \(4, 48, 32\); the base model has \(4, 24, 32\)"
+    ):
+        other = expert_layers(tmp_path / "other", {"down_proj": (32, 48)}, "mlp.experts")
+        export_method("sum", tmp_path / "out", adapters=[str(other)], base=str(qwen.base))
+
+
+def test_a_recipe_of_layers_and_parameters_is_fitted_and_exported(tmp_path: Path, qwen: Mixture) -> None:
+    """From the recipe's table alone, without the base; the export is the sum of what PEFT makes of each."""
+    data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
+    settings = FitSettings(passes=2)
+    recipe = fit_mixing(qwen.names, data, base=str(qwen.base), settings=settings, folder=tmp_path)
+    recipe.save(tmp_path / "recipe.json")
+    export_adapter(tmp_path / "recipe.json", tmp_path / "out")
+    expected: dict[str, torch.Tensor] = {}
+    for index, path in enumerate(qwen.paths):
+        for name, delta in peft_deltas(path, qwen.base).items():
+            weight = load_recipe(tmp_path / "recipe.json").weights_of(name)[index]
+            assert weight is not None
+            expected[name] = expected.get(name, torch.zeros_like(delta)) + weight * delta
+    found = peft_deltas(tmp_path / "out", qwen.base)
+    assert found.keys() == expected.keys()
+    for name, delta in expected.items():
+        assert float((found[name] - delta).norm()) < 1e-6 * float(delta.norm())
+    verify_directory(tmp_path / "out", recipe=tmp_path / "recipe.json", base=str(qwen.base))
+    fuse_model(str(tmp_path / "recipe.json"), tmp_path / "fused", base=str(qwen.base))
+    whole = load(qwen.base)
+    add(whole, expected)
+    assert torch.allclose(logits(load(tmp_path / "fused")), logits(whole), rtol=0, atol=1e-3)
+
+
+def test_methods_with_a_base_take_layers_for_parameters_and_verify(tmp_path: Path, qwen: Mixture) -> None:
+    export_method("ties", tmp_path / "out", adapters=qwen.names, base=str(qwen.base))
+    found = verify_directory(tmp_path / "out", adapters=qwen.names, base=str(qwen.base))
+    assert any("every tensor against the composition" in said for said in found.checked)
+    names = read_adapter(str(tmp_path / "out")).modules
+    assert "model.layers.0.mlp.experts.gate_up_proj[3]" in names and len(names) == 2 * (2 * EXPERTS + 2)
+
+
+def test_rungs_that_experts_do_not_have_are_refused_for_layers_too(tmp_path: Path, qwen: Mixture) -> None:
+    data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
+    with pytest.raises(UsageError, match="updates of experts, which --mixing core cannot weigh"):
+        prepare_fit(qwen.names[1:], data, base=str(qwen.base), settings=FitSettings(mixing="core"))
+
+
+def test_adapters_with_different_numbers_of_experts_are_refused_by_name(tmp_path: Path, qwen: Mixture) -> None:
+    few = expert_layers(tmp_path / "few", {"down_proj": (32, 24)}, "mlp.experts", experts=3)
+    with pytest.raises(IncompatibleAdapters, match=r"down_proj has as many experts as 4 in .*, 3 in "):
+        export_method("sum", tmp_path / "out", adapters=[qwen.names[0], str(few)], base=str(qwen.base))
