@@ -53,17 +53,17 @@ class Loracat(TyperGroup):
                 Output(as_json=as_json).error(error)
             sys.exit(error.exit_code)
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args and not ctx.resilient_parsing:
             typer.echo(ctx.get_help())
             raise typer.Exit(UsageError.exit_code)
         return super().parse_args(ctx, args)
 
-    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, " ".join(str(one.help).split())) for name, one in self.commands.items()])
 
-    def format_epilog(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
         write_examples(formatter, self.epilog)
 
 
@@ -133,7 +133,7 @@ app.command(name="verify", cls=Command, epilog=verify.EPILOG)(verify.verify)
 app.command(name="lint", cls=Command, epilog=lint.EPILOG)(lint.lint)
 app.command(name="report", cls=Command, epilog=report.EPILOG)(report.report)
 app.command(name="demo", cls=Command)(demo.demo)
-app.command(name="env", cls=Command)(env.env)
+app.command(name="env", cls=Command, epilog=env.EPILOG)(env.env)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

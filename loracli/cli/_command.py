@@ -40,7 +40,7 @@ class Command(GreedyCommand):
             parameter.envvar = variable(str(name), long)
             parameter.show_envvar = False  # said once, below the options
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         name = str(self.name)
         if unknown := unknown_variables(name, options_of(self)):
             hint = f"`loracat {name} --help` lists the options; unset the variable"
@@ -59,7 +59,7 @@ class Command(GreedyCommand):
         for parameter in self.params:
             source = getattr(ctx.get_parameter_source(str(parameter.name)), "name", "")
             long = next((word for word in getattr(parameter, "opts", ()) if word.startswith("--")), "")
-            if source == "DEFAULT_MAP":
+            if source == "DEFAULT_MAP" and (verbose or not _is_shared(parameter)):
                 by_origin.setdefault(ctx.meta[ORIGINS][parameter.name].origin, []).append(long)
             elif source == "ENVIRONMENT" and verbose:
                 by_origin.setdefault(str(parameter.envvar), []).append(long)
@@ -70,7 +70,7 @@ class Command(GreedyCommand):
 
     # The help. Typer's own one loads Rich and half of its width is frame.
 
-    def format_options(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_options(self, ctx: Any, formatter: Any) -> None:
         own: list[tuple[str, str]] = []
         shared: list[tuple[str, str]] = []
         arguments: list[tuple[str, str]] = []
@@ -89,7 +89,7 @@ class Command(GreedyCommand):
         formatter.write_paragraph()
         formatter.write_text(f"--max-length is {variable(str(self.name), 'max-length')} in the environment, and so on.")
 
-    def format_epilog(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
         write_examples(formatter, self.epilog)
 
 
@@ -118,6 +118,8 @@ def commands_of(ctx: typer.Context) -> Mapping[str, Options]:
 def _read_config(context: typer.Context, value: Path | None) -> Path | None:
     """Fills in the defaults before any other option is looked at."""
     if not context.resilient_parsing and config_files(value):
+        if value is not None and value.suffix == ".json" and context.command.name not in ("fit", "env"):
+            raise UsageError(f"{value}: a recipe is a configuration of loracat fit alone", hint="leave --config out")
         commands = commands_of(context)
         settings = read_settings(value, commands)
         name = str(context.command.name)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from loracli.cli._talk import DETAILS, TALK, TRACEBACKS
-from loracli.errors import CalibrationError, LoracatError, RecipeError, VerificationError
+from loracli.errors import CalibrationError, LoracatError, RecipeError, SettingsError, VerificationError
 from loracli.progress import WORK, amount_text, duration_text
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def _console(stream: TextIO) -> Console:
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    """Whether a bar can be drawn over: what FORCE_COLOR or `--color always` says of colours does not make a pipe one."""
+    """Whether a bar can be drawn over; FORCE_COLOR and `--color always` do not make a terminal of a pipe."""
     return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
@@ -319,6 +319,6 @@ def describe(error: LoracatError) -> dict[str, Any]:
         "message": str(error),
         "hint": error.hint,
     }
-    if isinstance(error, (CalibrationError, RecipeError, VerificationError)):
+    if isinstance(error, (CalibrationError, RecipeError, SettingsError, VerificationError)):
         content["problems"] = list(error.problems)
     return content

@@ -25,7 +25,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from loracli.errors import UsageError
+from loracli.errors import SettingsError, UsageError
 
 PROJECT_FILE = "loracat.toml"
 PREFIX = "LORACAT_"
@@ -95,14 +95,18 @@ def read_settings(explicit: Path | None, commands: Mapping[str, Options]) -> tup
         explicit: the file of `--config`, in place of the project's.
         commands: every command with its options, to tell what a name means.
     Raises:
-        UsageError: with every key that means nothing, in all files.
+        SettingsError: with every key that cannot be honoured, in all files.
+        UsageError: if a file cannot be read.
     """
     settings: list[Setting] = []
     problems: list[str] = []
     for path in config_files(explicit):
         settings += _read_file(path, commands, problems)
     if problems:
-        raise UsageError("; ".join(problems), hint="docs/configuration.md says what a file may hold")
+        files = " and ".join(dict.fromkeys(problem.partition(": ")[0] for problem in problems))
+        count = "a setting" if len(problems) == 1 else f"{len(problems)} settings"
+        hint = f"mend {files}; `loracat COMMAND --help` lists the options of a command"
+        raise SettingsError(f"{count} cannot be honoured", problems=tuple(problems), hint=hint)
     return tuple(settings)
 
 
@@ -134,7 +138,9 @@ def _read_file(path: Path, commands: Mapping[str, Options], problems: list[str])
     try:
         document = tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not TOML: {error}", hint="docs/configuration.md shows one") from None
+        raise UsageError(
+            f"{path} is not TOML: {error}", hint="it has a table for each command, such as [fit]"
+        ) from None
     settings = []
     for name, value in document.items():
         if isinstance(value, dict) and name in commands:

@@ -23,4 +23,4 @@ class Talk:
     verbosity: int = 0
 
 
-TALK: ContextVar[Talk] = ContextVar("talk", default=Talk())
+TALK: ContextVar[Talk] = ContextVar("talk", default=Talk())  # noqa: B039  # frozen

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from loracli.cli._complete import complete_adapter
 from loracli.cli._options import JsonOpt, MaxNewTokensOpt, MetricCommandOpt, ModulesToSaveOpt, QuietOpt, ToleranceOpt
 from loracli.cli._output import Output
 
@@ -31,6 +32,7 @@ def compare(
             "--adapters",
             "-a",
             metavar="ADAPTER...",
+            autocompletion=complete_adapter,
             help="Adapters to compose, without a fit; with a RECIPE: where its ingredients are now.",
         ),
     ] = None,

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loracli.adapters.names import GGUF_FILE
-from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt
+from loracli.cli._complete import complete_adapter
+from loracli.cli._options import DryRunOpt, ForceOpt, JsonOpt, QuietOpt
 from loracli.cli._output import Output
 from loracli.progress import amount_text
+
+if TYPE_CHECKING:
+    from loracli.export.export import Exported
 
 EPILOG = (
     "loracat export  ·  loracat export --merge --rank 16 -o soup/  ·  loracat export --merge --tolerance 0.1  ·  "
@@ -63,6 +67,7 @@ def export(
             "--adapters",
             "-a",
             metavar="ADAPTER",
+            autocompletion=complete_adapter,
             help="Where the ingredients are now, in the recipe's order; with --method the adapters to compose.",
         ),
     ] = None,
@@ -116,6 +121,7 @@ def export(
         bool, typer.Option("--gguf", help="Write adapter.gguf for llama.cpp as well; needs the extra loracat[gguf].")
     ] = False,
     force: ForceOpt = False,
+    dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
@@ -138,9 +144,12 @@ def export(
         "profile": profile,
         "gguf": gguf,
         "force": force,
+        "dry_run": dry_run,
     }
     written |= {"tolerance": tolerance, "energy": energy, "budget": None if budget is None else parse_bytes(budget)}
     options = MethodOptions(density, scale, seed)
+    if dry_run and data:
+        raise UsageError("--data scores what was written, and a dry run writes nothing", hint="leave out one of them")
     files = None if not data else read_loss_data(data, progress=out)
     if method is None:
         if modules_to_save is not None:
@@ -180,6 +189,9 @@ def export(
             progress=out,
             **written,
         )
+    if dry_run:
+        _print_plan(out, exported)
+        return
     loss = None
     if files is not None:
         loss = loss_of_export(exported, files, base=base, base_revision=base_revision, progress=out)
@@ -252,3 +264,29 @@ def export(
         out.hint(f"mlx_lm.generate --model BASE --adapter-path {exported.path} --prompt ...")
     else:
         out.hint(f'PeftModel.from_pretrained(base_model, "{exported.path}")')
+
+
+def _print_plan(out: Output, planned: Exported) -> None:
+    """What would be written, for --dry-run."""
+    layout, dtype = planned.layout, str(planned.dtype).removeprefix("torch.")
+    out.close()
+    out.document(
+        {
+            "plan": {
+                "path": str(planned.path),
+                "profile": layout.profile,
+                "merged": planned.merged,
+                "rank": layout.rank,
+                "dtype": dtype,
+                "size_bytes": planned.size_bytes,
+                "modules": [{"name": name, "rank": rank} for name, rank in sorted(layout.ranks.items())],
+                "tensors": [{"name": name, "shape": list(shape)} for name, shape in planned.shapes.items()],
+            }
+        }
+    )
+    out.value(str(planned.path))
+    out.line(f"{planned.path} would be written:", style="bold")
+    size = amount_text(planned.size_bytes, "B")
+    out.line(f"  rank {layout.rank}, {len(layout.ranks)} modules, {dtype}, {size}, profile {layout.profile}")
+    rows = [[f"  {name}", " x ".join(map(str, shape))] for name, shape in planned.shapes.items()]
+    out.table(["  tensor", "shape"], rows)

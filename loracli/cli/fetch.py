@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loracli.cli._complete import complete_adapter
 from loracli.cli._options import CacheDirOpt, JsonOpt, QuietOpt, RevisionOpt, TokenOpt
 from loracli.cli._output import Output
 from loracli.errors import UsageError
@@ -23,7 +24,9 @@ def fetch(
     references: Annotated[
         list[str],
         typer.Argument(
-            metavar="REF", help="org/name, org/name@rev, hf://org/name@rev/sub/folder, or a local directory."
+            metavar="REF",
+            autocompletion=complete_adapter,
+            help="org/name, org/name@rev, hf://org/name@rev/sub/folder, or a local directory.",
         ),
     ],
     revision: RevisionOpt = None,

@@ -54,9 +54,10 @@ class Exported:
         layout: profile, ranks and targets.
         dtype: of the tensors.
         merged: whether it was compressed.
-        certificate: exactness per module.
+        certificate: exactness per module; of no module after a dry run.
         size_bytes: of the tensor file.
         source: what it was made of.
+        shapes: of the tensors in the file, by name.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Exported:
     certificate: Certificate
     size_bytes: int
     source: Source = field(repr=False)
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def export_adapter(
     base: str | None = None,
     base_revision: str | None = None,
     force: bool = False,
+    dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
     """Writes the composition of a recipe as one PEFT adapter directory.
@@ -158,6 +161,7 @@ def export_adapter(
         gguf: write a GGUF file as well.
         base: where the base's config.json is, for `gguf`; None for the recipe's base on the Hub or in its cache.
         force: replace an existing adapter directory.
+        dry_run: write nothing, only tell what would be.
         progress: told how far it is.
     Raises:
         OutputExists: if `output` is taken, before any work.
@@ -195,11 +199,11 @@ def export_adapter(
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
     saved, moments = saved_modules(recorded_policy(recipe), ingredients), None
     source = RecipeSource(recipe, ingredients, saved)
-    if fit_data is not None:
+    if fit_data is not None and not dry_run:
         from loracli.comparison.moments import moments_of
 
         moments = moments_of(source, fit_data, base=base, base_revision=base_revision, progress=progress)
-    return write_export(source, Path(output), options, moments=moments, force=force, progress=progress)
+    return write_export(source, Path(output), options, moments=moments, force=force, dry_run=dry_run, progress=progress)
 
 
 def write_export(
@@ -209,6 +213,7 @@ def write_export(
     *,
     moments: Mapping[str, Tensor] | None = None,
     force: bool = False,
+    dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
     """Writes a composition; what `export_adapter` and `export_method` have in common.
@@ -222,9 +227,14 @@ def write_export(
             )
     with one_thread_each() as threads:
         plan = _Plan(source, options, moments or {}, progress, workers=min(threads, MOST_WORKERS))
-        with whole_directory(output, force=force) as folder:
-            certificate, size = plan.write(folder)
-    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, source)
+        shapes = plan.shapes(plan.layout)
+        if dry_run:
+            progress.finish(TASK)
+            certificate, size = Certificate((), ""), file_size(shapes, plan.dtype)
+        else:
+            with whole_directory(output, force=force) as folder:
+                certificate, size = plan.write(folder)
+    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, source, shapes)
 
 
 class _Plan:
@@ -284,7 +294,7 @@ class _Plan:
         most = {name: len(squares) for name, squares in spectra.items()}
 
         def size(layout: Layout) -> int:
-            return file_size(self._shapes(layout), self.dtype)
+            return file_size(self.shapes(layout), self.dtype)
 
         if self._layout(most).profile == "peft":
             costs = {name: self._bytes_of_a_rank(name) for name in names}
@@ -340,7 +350,7 @@ class _Plan:
             return place.tensor_of(factors[place.module])
 
         path = folder / self.layout.tensor_file
-        write_tensors(path, self._shapes(self.layout), self.dtype, tensor)
+        write_tensors(path, self.shapes(self.layout), self.dtype, tensor)
         certificate = Certificate(tuple(certificates), self._read_back(path))
         if self._options.gguf is not None:
             self._hashes[GGUF_FILE] = write_gguf(
@@ -356,7 +366,8 @@ class _Plan:
         self._progress.finish(TASK)
         return certificate, path.stat().st_size
 
-    def _shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
+    def shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
+        """Of every tensor in the file."""
         shapes: dict[str, tuple[int, ...]] = {n: place.shape for n, place in layout.places(self._table).items()}
         saved = self._source.saved
         return shapes if saved is None else shapes | {n: saved.shapes[path] for n, path in self._whole.items()}
@@ -394,7 +405,7 @@ class _Plan:
 
     def _read_back(self, path: Path) -> str:
         """The sha256 of the file, after the safetensors library has read every tensor of it in the planned shape."""
-        shapes = self._shapes(self.layout)
+        shapes = self.shapes(self.layout)
         file = open_tensor_file(path, any_shape=lambda name: len(shapes.get(name, ())) != 2)
         with file.reader() as reader:
             found = {name: tuple(reader.read(name).shape) for name in file.shapes}

@@ -19,7 +19,7 @@ from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.scores import Scores
 from loracli.fit_certificate import FitCertificate
 from loracli.fitting.attach import AttachedModel, attach
-from loracli.fitting.base import BaseModel, check_fits, load_base, plan_base
+from loracli.fitting.base import BaseModel, BasePlan, check_fits, load_base, plan_base
 from loracli.fitting.certificate import can_certify
 from loracli.fitting.checkpointing import checkpointed
 from loracli.fitting.criterion import LEAST_ANSWERS, loss_criterion, metric_criterion
@@ -35,7 +35,7 @@ from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_m
 from loracli.fitting.newton import NO_FINISH, certified, plan_finish
 from loracli.fitting.paper import fit_as_published
 from loracli.fitting.placement import Placement
-from loracli.fitting.preflight import MemoryDecision, decide_memory, estimate_memory
+from loracli.fitting.preflight import MemoryDecision, MemoryEstimate, decide_memory, estimate_memory
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.recording import dtype_name, make_recipe
 from loracli.fitting.replace_modules import replace_modules
@@ -124,7 +124,9 @@ def run_fit(
             "modules_to_save cannot replace modules of a base that is shared out over processes",
             hint="leave --shard out",
         )
-    decision = _memory_decision(inputs, placement, processes)
+    plan = plan_base(inputs.base, dtype=placement.dtype, device=placement.device)
+    estimate = memory_estimate(inputs, plan, placement, processes.world_size)
+    decision = processes.from_first(lambda: memory_decision(estimate, plan, placement, processes.world_size))
     (progress.warn if decision.tight else progress.note)(decision.note)
     with memory_errors():
         base = load_base(
@@ -139,27 +141,31 @@ def run_fit(
             return _run(inputs, base, processes, journal, log, progress)
 
 
-def _memory_decision(inputs: FitInputs, placement: Placement, processes: Processes) -> MemoryDecision:
-    """What the estimate says, before any weight is loaded; the first process decides for all."""
-    plan = plan_base(inputs.base, dtype=placement.dtype, device=placement.device)
-    settings, sharded = inputs.settings, placement.shard
-    estimate = estimate_memory(
+def memory_estimate(inputs: FitInputs, plan: BasePlan, placement: Placement, world_size: int) -> MemoryEstimate:
+    """The memory of one of `world_size` processes, before any weight is loaded."""
+    settings = inputs.settings
+    return estimate_memory(
         plan,
         inputs.adapters,
         batch_tokens=settings.batch_tokens,
         max_length=settings.max_length,
-        shards=processes.world_size if sharded else 1,
+        shards=world_size if placement.shard else 1,
         factors="factors" in LADDERS[settings.mixing],
     )
-    sharing = processes.world_size if plan.device == "cpu" else 1
-    return processes.from_first(
-        lambda: decide_memory(
-            estimate,
-            available_memory(plan.device, every=placement.device_map is not None),
-            plan,
-            processes=sharing,
-            sharded=sharded,
-        )
+
+
+def memory_decision(estimate: MemoryEstimate, plan: BasePlan, placement: Placement, world_size: int) -> MemoryDecision:
+    """What the estimate says beside the memory that is free now.
+
+    Raises:
+        OutOfResources: if the weights alone need more.
+    """
+    return decide_memory(
+        estimate,
+        available_memory(plan.device, every=placement.device_map is not None),
+        plan,
+        processes=world_size if plan.device == "cpu" else 1,
+        sharded=placement.shard,
     )
 
 
@@ -174,7 +180,9 @@ def _run(
     settings = inputs.settings
     check_fits(base, inputs.adapters)
     replace_modules(base.model, inputs.saved)
-    examples = render_inputs(inputs, base.tokenizer, max_length=_max_length(base, settings), progress=progress)
+    examples = render_inputs(
+        inputs, base.tokenizer, max_length=used_length(base.model.config, settings), progress=progress
+    )
     folds = divide_training(inputs, examples.training)
     held_batches = plan_batches(examples.held_out, batch_tokens=settings.batch_tokens)
     check_causal(base.model, base.reference.id, held_batches[0])
@@ -237,8 +245,9 @@ def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fol
     return (fold,)
 
 
-def _max_length(base: BaseModel, settings: FitSettings) -> int:
-    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+def used_length(config: Any, settings: FitSettings) -> int:
+    """Tokens of a record that are used: no more than the model has positions."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(limit, settings.max_length) if isinstance(limit, int) else settings.max_length
 
 

@@ -82,6 +82,7 @@ def fuse_model(
     dtype: str | None = None,
     force: bool = False,
     resume: bool = False,
+    dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> Fused:
     """Writes the base model with the composition folded into its weights.
@@ -96,6 +97,7 @@ def fuse_model(
         dtype: of the floating point tensors of the result; None leaves each as it is in the base.
         force: replace an existing fused model.
         resume: go on with a fusion that was stopped.
+        dry_run: write nothing, only tell what would be.
         progress: told how far it is.
     Raises:
         OutputExists: if `output` is taken, before any work.
@@ -112,6 +114,8 @@ def fuse_model(
     composition = read_composition(recipe, adapters, method, base_given=base is not None, progress=progress)
     planned = plan_composed_base(composition, base, base_revision, progress=progress)
     fusion = _Fusion(composition, planned, None if dtype is None else OUTPUT_DTYPES[dtype], output, progress)
+    if dry_run:
+        return fusion.result()
     with open_workplace(output, fusion.identity(), force=force, resume=resume, progress=progress) as place:
         return fusion.write(place)
 
@@ -159,7 +163,7 @@ class _Fusion:
     def write(self, place: Workplace) -> Fused:
         if place.done():
             place.drop()
-            return self._result(resumed=len(self._plan.shards))
+            return self.result(resumed=len(self._plan.shards))
         finished = self._finished(place)
         waiting = [shard for shard in self._plan.shards if shard.name not in finished]
         folder = self._checkpoint.folder
@@ -186,7 +190,7 @@ class _Fusion:
         certificate = self._write_others(place, finished)
         flush_directory(place.folder)
         place.complete(_sha256(certificate))
-        return self._result(resumed=len(self._plan.shards) - len(waiting))
+        return self.result(resumed=len(self._plan.shards) - len(waiting))
 
     def _finished(self, place: Workplace) -> dict[str, Hashes]:
         found = {
@@ -278,7 +282,8 @@ class _Fusion:
         }
         return tuple(sorted(str(dtype).removeprefix("torch.") for dtype in changed))
 
-    def _result(self, *, resumed: int) -> Fused:
+    def result(self, *, resumed: int = 0) -> Fused:
+        """What is there once all is written."""
         return Fused(
             path=self._output,
             base_id=self._base.reference.id,
