@@ -14,8 +14,10 @@ CACHED = "models--"  # what the name of a model's folder in a Hub cache begins w
 
 
 def complete_adapter(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    """Adapters in the folder that is being typed, and those in the Hub cache; a path that begins like one is left to the
-    shell."""
+    """Adapters in the folder that is being typed, and those in the Hub cache.
+
+    What can only be a path is left to the shell.
+    """
     if incomplete.startswith((".", "/", "~")):
         return []
     return [*_local(incomplete), *_cached(ctx.params.get("cache_dir"))]

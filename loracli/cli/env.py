@@ -32,7 +32,7 @@ def env(context: typer.Context, as_json: JsonOpt = False, quiet: QuietOpt = Fals
     facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     facts["threads"] = str(torch.get_num_threads())
     facts["hub"] = constants.ENDPOINT
-    facts["hub cache"] = constants.HF_HUB_CACHE
+    facts["hub_cache"] = constants.HF_HUB_CACHE
     facts["offline"] = "yes" if constants.HF_HUB_OFFLINE else "no"
     settings: Sequence[Setting] = context.meta.get(SETTINGS, ())
     rows = [{"origin": s.origin, "command": s.command or None, "option": s.option, "value": s.value} for s in settings]
@@ -40,8 +40,8 @@ def env(context: typer.Context, as_json: JsonOpt = False, quiet: QuietOpt = Fals
     files = [str(path) for path in config_files(None)]
     out.document({"env": facts, "config_files": files, "settings": rows})
     for name, value in facts.items():
-        out.line(f"{name:16} {value}")
-        out.value(f"{name.replace(' ', '_')}={value}")
+        out.line(f"{name.replace('_', ' '):16} {value}")
+        out.value(f"{name}={value}")
     out.line()
     out.line(f"settings from {', '.join(files) or 'no file'}, and from variables", style="bold")
     if rows:
