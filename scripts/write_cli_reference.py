@@ -27,8 +27,9 @@ INTRODUCTION = f"""\
 <!-- Written by `{COMMAND}`: change the commands' help texts, not this page. -->
 
 Results go to stdout; progress, notes, warnings and hints go to stderr. [Exit codes](exit-codes.md),
-[JSON documents](json.md), and [options from files and variables](configuration.md) have pages of their own. `--adapters` takes one or more words and may be repeated: `--adapters a b`,
-`--adapters a --adapters b` and `-a a b` mean the same. Write a recipe's name before it, not after.
+[JSON documents](json.md), and [options from files and variables](configuration.md) have pages of their own.
+`--adapters` takes one or more words and may be repeated: `--adapters a b`, `--adapters a --adapters b` and `-a a b`
+mean the same. Write a recipe's name before it, not after.
 """
 
 
