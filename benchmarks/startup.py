@@ -3,8 +3,8 @@
     python benchmarks/startup.py
     python benchmarks/startup.py --rounds 40
 
-In turns with `python -c pass`, which nothing written in Python goes below, and with `python -c "import typer"`, which no
-command that uses Typer goes below. Printed are the medians of the clock and of the processor's seconds, which a busy
+In turns with `python -c pass`, which nothing in Python goes below, and with `python -c "import typer"`, which nothing
+with Typer goes below. Printed are the medians of the clock and of the processor's seconds, which a busy
 machine changes less, the ratio of each to `python -c pass` by the processor, and how many modules are loaded.
 """
 

@@ -86,8 +86,10 @@ class Command(GreedyCommand):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
-        formatter.write_paragraph()
-        formatter.write_text(f"--max-length is {variable(str(self.name), 'max-length')} in the environment, and so on.")
+        if names := [name for name in options_of(self) if name not in SHARED]:
+            example = next((name for name in names if "-" in name), names[0])
+            formatter.write_paragraph()
+            formatter.write_text(f"In the environment --{example} is {variable(str(self.name), example)}, and so on.")
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         write_examples(formatter, self.epilog)
