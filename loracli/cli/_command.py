@@ -23,6 +23,7 @@ from loracli.cli._settings import (
 )
 from loracli.cli._talk import COLORS, DETAILS, TALK
 from loracli.errors import UsageError
+from loracli.fitting.launch import read_launch
 
 SETTINGS, ORIGINS = "loracat.settings", "loracat.origins"  # in a context's meta
 
@@ -63,7 +64,7 @@ class Command(GreedyCommand):
                 by_origin.setdefault(ctx.meta[ORIGINS][parameter.name].origin, []).append(long)
             elif source == "ENVIRONMENT" and verbose:
                 by_origin.setdefault(str(parameter.envvar), []).append(long)
-        if by_origin and not ctx.params.get("quiet"):
+        if by_origin and not ctx.params.get("quiet") and read_launch().first:
             out = Output()
             for origin, names in by_origin.items():
                 out.note(f"from {origin}: {', '.join(names)}")

@@ -126,14 +126,20 @@ class Output:
 
         every = [[safe(cell) for cell in row] for row in (columns, *rows)]
         widths = [max(cell_len(row[index]) for row in every) for index in range(len(columns))]
-        first = min(widths[0], self._stdout.width // 2)
-        for number, shown in enumerate(_parts(first, widths, self._stdout.width)):
+        room = self._stdout.width
+        first = min(widths[0], room // 2)
+        for number, shown in enumerate(_parts(first, widths, room)):
             if number:
                 self._stdout.print()
             table = Table(box=None, pad_edge=False, header_style="bold")
             for index in shown:
-                options: dict[str, Any] = {"max_width": first} if index == 0 else {"justify": "right", "no_wrap": True}
-                table.add_column(plain(every[0][index]), overflow="fold", **options)
+                table.add_column(
+                    plain(every[0][index]),
+                    justify="right" if index else "left",
+                    max_width=None if index else first,
+                    no_wrap=bool(index) and first + GAP + widths[index] <= room,
+                    overflow="fold",
+                )
             for place, row in enumerate(rows):
                 style = "bold green" if place == strong else ""
                 table.add_row(*(plain(row[index], style) for index in shown))
@@ -263,7 +269,7 @@ def _console(stream: TextIO) -> Console:
         markup=False,
         no_color=True if color == "never" else False if color == "always" else None,
         force_terminal=True if color == "always" else None,
-        color_system="standard" if color == "always" and not terminal else "auto",
+        color_system="standard" if color == "always" and not _is_terminal(stream) else "auto",
     )
 
 

@@ -79,8 +79,11 @@ def test_a_bar_vanishes_from_a_terminal(here: Path) -> None:
 WIDE = [f"column-{letter}" for letter in "abcdefghij"]
 
 
-def table(width: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A table of eleven columns as a terminal of that width shows it."""
+ROWS = [["first", *map(str, range(10))], ["second", *map(str, range(10, 20))]]
+
+
+def table(width: int, monkeypatch: pytest.MonkeyPatch, rows: list[list[str]] = ROWS) -> list[str]:
+    """A table as a terminal of that width shows it."""
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -91,8 +94,15 @@ def table(width: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    Output().table(["", *WIDE], [["first", *map(str, range(10))], ["second", *map(str, range(10, 20))]])
+    Output().table(["", *WIDE], rows)
     return [STYLE.sub("", line).rstrip() for line in screen.getvalue().splitlines()]
+
+
+def test_a_cell_wider_than_the_terminal_is_folded_and_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.WIDE", ["wide"])
+    lines = table(20, monkeypatch, [["first", "x" * 70 + "end"]])
+    assert max(map(len, lines)) <= 20 and "".join("".join(lines).split()).endswith("x" * 14 + "end")
+    assert sum(line.count("x") for line in lines) == 70
 
 
 def test_a_table_too_wide_for_a_terminal_comes_in_parts_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
