@@ -346,9 +346,7 @@ def test_the_next_command_is_named_with_what_was_given_and_can_be_typed(here: Pa
     adapters = ["know how; $(rm)", "form"]
     assert hinted("inspect", *adapters) == ["loracat", "fit", "--adapters", *adapters, "--data", "val.jsonl"]
     data = ["--data", "test.jsonl", "--base", "base"]
-    words = [*data, "--methods", "ties", "--density", "0.9", "--adapters", *adapters]
-    following = hinted("compare", *words)
-    assert following[:2] == ["loracat", "export"] and following[following.index("--adapters") + 1 :] == adapters
+    following = _export_of("ties", MethodOptions(density=0.9), None, adapters)
     assert run(*following[1:], "--dry-run").exit_code == 0
     fit = ["fit", "--adapters", *adapters, "--data", "calibration.jsonl", "--base", "base", "--mixing", "adapter"]
     following = hinted(*fit, "--passes", "2", "-o", "it's/soup.json")
