@@ -341,11 +341,11 @@ def hinted(*words: str) -> list[str]:
 
 
 def test_the_next_command_is_named_with_what_was_given_and_can_be_typed(here: Path) -> None:
+    assert hinted("compare", "--data", "test.jsonl", "--base", "base", "--methods", "uniform") == ["loracat", "export"]
     os.rename("know", "know how; $(rm)")
     Path("it's").mkdir()
     adapters = ["know how; $(rm)", "form"]
     assert hinted("inspect", *adapters) == ["loracat", "fit", "--adapters", *adapters, "--data", "val.jsonl"]
-    data = ["--data", "test.jsonl", "--base", "base"]
     following = _export_of("ties", MethodOptions(density=0.9), None, adapters)
     assert run(*following[1:], "--dry-run").exit_code == 0
     fit = ["fit", "--adapters", *adapters, "--data", "calibration.jsonl", "--base", "base", "--mixing", "adapter"]
@@ -353,7 +353,6 @@ def test_the_next_command_is_named_with_what_was_given_and_can_be_typed(here: Pa
     assert following == ["loracat", "export", "it's/soup.json", "--merge"]
     assert run(*following[1:], "-q").exit_code == 0
     assert hinted("show", "it's/soup.json") == following
-    assert hinted("compare", "it's/soup.json", *data, "--methods", "uniform")[:3] == following[:3]
 
 
 @pytest.mark.parametrize("best", ["ties", "dare", "lorahub", "fit", "module", "base", "random"])
