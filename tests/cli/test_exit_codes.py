@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import signal
 import subprocess
 from collections.abc import Callable
@@ -49,18 +48,14 @@ def offline(folder: Path) -> Any:
 
 def disk_full(folder: Path) -> Any:
     # The system's limit for one file: the same error as a full disk.
-    limited = "import resource, signal\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-    program = limited + "from loracli.cli import main\nmain()"
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
-    return subprocess.run(
-        [COMMAND[0], "-c", program, "report", "-o", "report.html"],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+    program = [COMMAND[0], "-c", limited + "from loracli.cli import main\nmain()", "fetch", "org/name"]
+    with StubHub() as hub:
+        hub.add("org/name", {"adapter_config.json": CONFIG, "adapter_model.safetensors": b"x" * 8192})
+        variables = environment(HF_ENDPOINT=hub.url, HF_HOME=str(folder))
+        return subprocess.run(
+            program, cwd=folder, env=variables, capture_output=True, text=True, timeout=120, check=False
+        )
 
 
 def other_bytes(folder: Path) -> Any:
