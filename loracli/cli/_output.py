@@ -7,6 +7,7 @@ import codecs
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -98,6 +99,7 @@ class Output:
         self._draws = _is_terminal(sys.stderr) and not (quiet or as_json)
         self._bars: RichProgress | None = None
         self._tasks: dict[str, _Line] = {}
+        self._lock = threading.RLock()  # downloads tell of themselves from threads of their own
 
     # Results: stdout.
 
@@ -213,6 +215,10 @@ class Output:
     # Progress: stderr, a bar on a terminal, a line now and then elsewhere.
 
     def begin(self, task: str, total: int | None, unit: str) -> None:
+        with self._lock:
+            self._begin(task, total, unit)
+
+    def _begin(self, task: str, total: int | None, unit: str) -> None:
         self.finish(task)
         bar = None
         if self._draws:
@@ -225,34 +231,37 @@ class Output:
         self._tasks[task] = _Line(total, unit, bar)
 
     def advance(self, task: str, amount: int, status: str = "") -> None:
-        line = self._tasks.get(task)
-        if line is None:
-            return
-        line.done += amount
-        line.status = status or line.status
-        if self._bars is not None and line.bar is not None:
-            self._bars.update(line.bar, advance=amount, status=safe(line.status))  # type: ignore[arg-type]
-        elif time.monotonic() - line.said > SECONDS_BETWEEN_LINES:
-            line.said = time.monotonic()
-            self.note(f"{task}: {line.describe()}")
+        with self._lock:
+            line = self._tasks.get(task)
+            if line is None:
+                return
+            line.done += amount
+            line.status = status or line.status
+            if self._bars is not None and line.bar is not None:
+                self._bars.update(line.bar, advance=amount, status=safe(line.status))  # type: ignore[arg-type]
+            elif time.monotonic() - line.said > SECONDS_BETWEEN_LINES:
+                line.said = time.monotonic()
+                self.note(f"{task}: {line.describe()}")
 
     def finish(self, task: str) -> None:
-        line = self._tasks.pop(task, None)
-        if line is None:
-            return
-        if self._bars is not None and line.bar is not None:
-            self._bars.remove_task(line.bar)  # type: ignore[arg-type]
-            if not self._tasks:
-                self.close()
-        if TALK.get().verbosity >= DETAILS:
-            self.note(f"{task}: {line.result()}")
+        with self._lock:
+            line = self._tasks.pop(task, None)
+            if line is None:
+                return
+            if self._bars is not None and line.bar is not None:
+                self._bars.remove_task(line.bar)  # type: ignore[arg-type]
+                if not self._tasks:
+                    self.close()
+            if TALK.get().verbosity >= DETAILS:
+                self.note(f"{task}: {line.result()}")
 
     def close(self) -> None:
         """Takes any bar off the screen."""
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
-        self._tasks.clear()
+        with self._lock:
+            if self._bars is not None:
+                self._bars.stop()
+                self._bars = None
+            self._tasks.clear()
 
 
 def _console(stream: TextIO) -> Console:

@@ -61,6 +61,11 @@ class BaseModel:
     dtype: torch.dtype
     config_sha256: str
 
+    @property
+    def config(self) -> Any:
+        """transformers' config of it."""
+        return self.model.config
+
 
 def find_base(
     adapters: Sequence[LoraAdapter],

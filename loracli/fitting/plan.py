@@ -8,7 +8,7 @@ from loracli.fitting.base import BasePlan, check_shapes, load_tokenizer, plan_ba
 from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.placement import Placement
 from loracli.fitting.preflight import MemoryDecision, MemoryEstimate
-from loracli.fitting.run import divide_training, memory_decision, memory_estimate, used_length
+from loracli.fitting.run import decision_on, divide_training, memory_estimate, usable_length
 from loracli.fitting.solved import tokens_of
 from loracli.progress import SILENT, Progress
 
@@ -62,7 +62,7 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
     """
     base = plan_base(inputs.base, dtype=placement.dtype, device=placement.device)
     check_shapes(base.skeleton, inputs.adapters)
-    length = used_length(base.config, inputs.settings)
+    length = usable_length(base, inputs.settings)
     examples = render_inputs(inputs, load_tokenizer(inputs.base), max_length=length, progress=progress)
     folds = divide_training(inputs, examples.training)
     memory = memory_estimate(inputs, base, placement, world_size)
@@ -79,5 +79,5 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
         cut=sum(data.cut for data in examples.data),
         dropped=sum(data.dropped for data in examples.data),
         memory=memory,
-        decision=memory_decision(memory, base, placement, world_size),
+        decision=decision_on(memory, base, placement, world_size),
     )

@@ -124,9 +124,7 @@ def run_fit(
             "modules_to_save cannot replace modules of a base that is shared out over processes",
             hint="leave --shard out",
         )
-    plan = plan_base(inputs.base, dtype=placement.dtype, device=placement.device)
-    estimate = memory_estimate(inputs, plan, placement, processes.world_size)
-    decision = processes.from_first(lambda: memory_decision(estimate, plan, placement, processes.world_size))
+    decision = memory_decision(inputs, placement, processes)
     (progress.warn if decision.tight else progress.note)(decision.note)
     with memory_errors():
         base = load_base(
@@ -139,6 +137,13 @@ def run_fit(
         )
         with checkpointed(base.model) if placement.checkpointing or decision.checkpointing else nullcontext():
             return _run(inputs, base, processes, journal, log, progress)
+
+
+def memory_decision(inputs: FitInputs, placement: Placement, processes: Processes) -> MemoryDecision:
+    """What the estimate says, before any weight is loaded; the first process decides for all."""
+    plan = plan_base(inputs.base, dtype=placement.dtype, device=placement.device)
+    estimate = memory_estimate(inputs, plan, placement, processes.world_size)
+    return processes.from_first(lambda: decision_on(estimate, plan, placement, processes.world_size))
 
 
 def memory_estimate(inputs: FitInputs, plan: BasePlan, placement: Placement, world_size: int) -> MemoryEstimate:
@@ -154,7 +159,7 @@ def memory_estimate(inputs: FitInputs, plan: BasePlan, placement: Placement, wor
     )
 
 
-def memory_decision(estimate: MemoryEstimate, plan: BasePlan, placement: Placement, world_size: int) -> MemoryDecision:
+def decision_on(estimate: MemoryEstimate, plan: BasePlan, placement: Placement, world_size: int) -> MemoryDecision:
     """What the estimate says beside the memory that is free now.
 
     Raises:
@@ -180,9 +185,7 @@ def _run(
     settings = inputs.settings
     check_fits(base, inputs.adapters)
     replace_modules(base.model, inputs.saved)
-    examples = render_inputs(
-        inputs, base.tokenizer, max_length=used_length(base.model.config, settings), progress=progress
-    )
+    examples = render_inputs(inputs, base.tokenizer, max_length=usable_length(base, settings), progress=progress)
     folds = divide_training(inputs, examples.training)
     held_batches = plan_batches(examples.held_out, batch_tokens=settings.batch_tokens)
     check_causal(base.model, base.reference.id, held_batches[0])
@@ -245,9 +248,9 @@ def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fol
     return (fold,)
 
 
-def used_length(config: Any, settings: FitSettings) -> int:
-    """Tokens of a record that are used: no more than the model has positions."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+def usable_length(base: BaseModel | BasePlan, settings: FitSettings) -> int:
+    """Tokens of a record that are used: as many as were asked for, and no more than the model takes."""
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     return min(limit, settings.max_length) if isinstance(limit, int) else settings.max_length
 
 

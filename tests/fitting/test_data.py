@@ -22,7 +22,7 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.loss import make_objective
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import make_diagonal, make_layout
-from loracli.fitting.run import fit_mixing, used_length
+from loracli.fitting.run import fit_mixing, usable_length
 from loracli.fitting.settings import FitSettings
 from loracli.progress import SILENT, Silent
 from loracli.recipe import load_recipe
@@ -158,6 +158,6 @@ def test_an_adapter_with_a_template_of_its_own_is_warned_of(
 def test_the_longest_length_is_that_of_the_text_model() -> None:
     text = {"max_position_embeddings": 300}
     for config in (Gemma3Config(text_config=text), LlamaConfig(**text)):
-        base: Any = SimpleNamespace(model=SimpleNamespace(config=config))
-        assert used_length(base.model.config, FitSettings(max_length=500)) == 300
-        assert used_length(base.model.config, FitSettings(max_length=200)) == 200
+        base: Any = SimpleNamespace(config=config)
+        assert usable_length(base, FitSettings(max_length=500)) == 300
+        assert usable_length(base, FitSettings(max_length=200)) == 200
