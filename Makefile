@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint types docs browser clean
+.PHONY: demo test check lint types docs dist dist-check audit browser clean
 
 # The whole story on the embedded example: fit, export, reload, compare.
 demo: $(READY)
@@ -22,6 +22,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/write_cli_reference.py --check
+	$(BIN)/python scripts/write_json_reference.py --check
 
 types: $(READY)
 	$(BIN)/mypy
@@ -34,9 +35,25 @@ browser:
 	fi; \
 	echo "no Chromium: the test that opens a report in it is skipped"
 
-# Writes docs/cli.md from the live --help.
+# Writes docs/cli.md from the live commands, and docs/json.md from the schema of the JSON documents.
 docs: $(READY)
 	$(BIN)/python scripts/write_cli_reference.py
+	$(BIN)/python scripts/write_json_reference.py
+
+# Wheel and sdist in dist/, the same bytes for the same commit.
+dist: $(READY)
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m hatchling build
+
+# Builds both twice, in other circumstances, and looks at what they hold.
+dist-check: $(READY)
+	$(BIN)/python scripts/check_distribution.py
+
+# Known vulnerabilities of the pinned versions. Asks a vulnerability service, so it needs a network.
+audit: $(READY)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet pip-audit
+	$(VENV)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,8 @@
 
     LoracatError                     1   a failure that is nobody's input
     ├── UsageError                   2   the command cannot be carried out as typed
-    │   └── OutputExists             2   an output is in the way and --force was not given
+    │   ├── OutputExists             2   an output is in the way and --force was not given
+    │   └── SettingsError            2   a configuration file holds what no option is
     ├── InputError                   3   something that was handed in is rejected
     │   ├── AdapterNotFound          3   the reference names no adapter
     │   ├── MalformedAdapter         3   a file of the adapter is damaged or contradicts another
@@ -64,6 +65,19 @@ class UsageError(LoracatError):
 
 class OutputExists(UsageError):
     """Raised before any work when an output path is taken and `--force` was not given."""
+
+
+class SettingsError(UsageError):
+    """Raised when configuration files hold keys that cannot be honoured.
+
+    Args:
+        what: the summary.
+        problems: one `file: key: reason` for each of them.
+    """
+
+    def __init__(self, what: str, *, problems: tuple[str, ...] = (), hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.problems = problems
 
 
 class InputError(LoracatError):

@@ -26,9 +26,10 @@ INTRODUCTION = f"""\
 
 <!-- Written by `{COMMAND}`: change the commands' help texts, not this page. -->
 
-Results go to stdout; progress, notes, warnings and hints go to stderr. The exit codes have
-[a page of their own](exit-codes.md). `--adapters` takes one or more words and may be repeated: `--adapters a b`,
-`--adapters a --adapters b` and `-a a b` mean the same. Write a recipe's name before it, not after.
+Results go to stdout; progress, notes, warnings and hints go to stderr. [Exit codes](exit-codes.md),
+[JSON documents](json.md), and [options from files and variables](configuration.md) have pages of their own.
+`--adapters` takes one or more words and may be repeated: `--adapters a b`, `--adapters a --adapters b` and `-a a b`
+mean the same. Write a recipe's name before it, not after.
 """
 
 
@@ -72,7 +73,8 @@ def _usage(argument: Any) -> str:
 
 
 def _spelling(option: Any) -> str:
-    value = "" if getattr(option, "is_flag", False) else f" {option.metavar or option.name.upper()}"
+    flag = getattr(option, "is_flag", False) or getattr(option, "count", False)
+    value = "" if flag else f" {option.metavar or option.name.upper()}"
     longest_first = sorted(option.opts, key=len, reverse=True)
     return ", ".join(f"`{name}{value}`" if i == 0 else f"`{name}`" for i, name in enumerate(longest_first))
 
@@ -80,7 +82,7 @@ def _spelling(option: Any) -> str:
 def _default(parameter: Any) -> str:
     if parameter.required:
         return "required"
-    flag = getattr(parameter, "is_flag", False)
+    flag = getattr(parameter, "is_flag", False) or getattr(parameter, "count", False)
     return "" if flag or parameter.default is None else f"`{parameter.default}`"
 
 

@@ -3,6 +3,7 @@ codes."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from typer.core import TyperGroup
 
 import loracli
 from loracli.cli import compare, convert, demo, env, export, fetch, fit, fuse, inspect, lint, push, report, show, verify
-from loracli.cli._greedy import GreedyCommand
-from loracli.cli._output import Output
+from loracli.cli._command import ORIGINS, Command, write_examples
+from loracli.cli._output import Output, print_anything
+from loracli.cli._talk import TALK, Talk
 from loracli.errors import LoracatError, UsageError
 from loracli.fitting.launch import read_launch
 
@@ -29,24 +31,54 @@ class Loracat(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in words
+        TALK.set(Talk())
         try:
-            # Not standalone: parse errors and interruptions come back instead of ending up as text on stderr.
-            code = super().main(args, *rest, **{**extra, "standalone_mode": not as_json}) or 0
-            if code == INTERRUPTED:
-                raise SystemExit(INTERRUPTED)
+            # Not standalone: parse errors and interruptions come back instead of ending up as Typer's text.
+            code = super().main(args, *rest, **{**extra, "standalone_mode": False}) or 0
+            sys.stdout.flush()  # here, where a closed pipe can still be told from a bug
             sys.exit(code)
+        except BrokenPipeError:
+            # Whoever read has gone, and nothing more can be said to it: not even by Python's own flush at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(LoracatError.exit_code)
         except SystemExit as end:
             if end.code in (INTERRUPTED, TERMINATED):
                 Output(as_json=as_json).interrupted(end.code)
             raise
         except _ParseError as error:
-            message = str(getattr(error, "message", error))
-            Output(as_json=True).error(UsageError(message, hint="see `loracat --help`"))
+            Output(as_json=as_json).error(_usage_error(error))
             sys.exit(UsageError.exit_code)
         except LoracatError as error:
             if _speaks(error):
                 Output(as_json=as_json).error(error)
             sys.exit(error.exit_code)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            raise typer.Exit(UsageError.exit_code)
+        return super().parse_args(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, " ".join(str(one.help).split())) for name, one in self.commands.items()])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        write_examples(formatter, self.epilog)
+
+
+def _usage_error(error: Any) -> UsageError:
+    """A parse error of Typer as one of ours, with the place where a value that was not typed came from."""
+    context, parameter = error.ctx, getattr(error, "param", None)
+    where = None
+    if parameter is not None and context.get_parameter_source(parameter.name) is not None:
+        source = context.get_parameter_source(parameter.name).name
+        if source == "ENVIRONMENT":
+            where = f"the variable {parameter.envvar}"
+        elif source == "DEFAULT_MAP":
+            where = context.meta[ORIGINS][parameter.name].origin
+    command = context.command_path if context is not None else "loracat"
+    return UsageError(error.format_message(), where=where, hint=f"see `{command} --help`")
 
 
 def _speaks(error: LoracatError) -> bool:
@@ -62,7 +94,7 @@ INTERRUPTED, TERMINATED = 130, 143  # Ctrl-C, SIGTERM
 app = typer.Typer(
     name="loracat",
     cls=Loracat,
-    no_args_is_help=True,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Compose several LoRA adapters into one, with mixing weights learnt on a small calibration file (CAT).",
@@ -89,20 +121,20 @@ def _root(
         raise UsageError(f"loracat {command} is for one process", hint="leave torchrun out; fit can use several")
 
 
-app.command(name="fetch", epilog=fetch.EPILOG)(fetch.fetch)
-app.command(name="inspect", epilog=inspect.EPILOG)(inspect.inspect)
-app.command(name="convert", epilog=convert.EPILOG)(convert.convert)
-app.command(name="fit", cls=GreedyCommand, epilog=fit.EPILOG)(fit.fit)
-app.command(name="show", epilog=show.EPILOG)(show.show)
-app.command(name="compare", cls=GreedyCommand, epilog=compare.EPILOG)(compare.compare)
-app.command(name="export", cls=GreedyCommand, epilog=export.EPILOG)(export.export)
-app.command(name="fuse", cls=GreedyCommand, epilog=fuse.EPILOG)(fuse.fuse)
-app.command(name="verify", cls=GreedyCommand, epilog=verify.EPILOG)(verify.verify)
-app.command(name="push", epilog=push.EPILOG)(push.push)
-app.command(name="lint", epilog=lint.EPILOG)(lint.lint)
-app.command(name="report", cls=GreedyCommand, epilog=report.EPILOG)(report.report)
-app.command(name="demo")(demo.demo)
-app.command(name="env")(env.env)
+app.command(name="fetch", cls=Command, epilog=fetch.EPILOG)(fetch.fetch)
+app.command(name="inspect", cls=Command, epilog=inspect.EPILOG)(inspect.inspect)
+app.command(name="convert", cls=Command, epilog=convert.EPILOG)(convert.convert)
+app.command(name="fit", cls=Command, epilog=fit.EPILOG)(fit.fit)
+app.command(name="show", cls=Command, epilog=show.EPILOG)(show.show)
+app.command(name="compare", cls=Command, epilog=compare.EPILOG)(compare.compare)
+app.command(name="export", cls=Command, epilog=export.EPILOG)(export.export)
+app.command(name="fuse", cls=Command, epilog=fuse.EPILOG)(fuse.fuse)
+app.command(name="verify", cls=Command, epilog=verify.EPILOG)(verify.verify)
+app.command(name="push", cls=Command, epilog=push.EPILOG)(push.push)
+app.command(name="lint", cls=Command, epilog=lint.EPILOG)(lint.lint)
+app.command(name="report", cls=Command, epilog=report.EPILOG)(report.report)
+app.command(name="demo", cls=Command)(demo.demo)
+app.command(name="env", cls=Command, epilog=env.EPILOG)(env.env)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
@@ -113,4 +145,5 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Entry point of `loracat` and of `python -m loracli`."""
     signal.signal(signal.SIGTERM, _stop)
+    print_anything()
     app(prog_name="loracat")

@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from loracli.cli._complete import complete_adapter
+
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout, also on failure.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print values only: no tables, notes or progress.")]
 ForceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")]
 RevisionOpt = Annotated[
     str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit for references without @REV.")
 ]
@@ -26,6 +29,7 @@ AdaptersOpt = Annotated[
         "--adapters",
         "-a",
         metavar="ADAPTER...",
+        autocompletion=complete_adapter,
         help="Adapters in order: org/name, org/name@rev, hf://org/name@rev/sub/folder, or a local directory.",
     ),
 ]

@@ -1,30 +1,50 @@
-"""Everything a person or a script sees: results on stdout, talk on stderr. The only user of Rich."""
+"""Everything a person or a script sees: results on stdout, talk on stderr. With `_bars` the only user of Rich, which is
+loaded when something is printed."""
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-from rich.progress import Task as RichTask
-from rich.table import Table
-from rich.text import Text
-
-from loracli.errors import CalibrationError, LoracatError, RecipeError, VerificationError
+from loracli.cli._talk import DETAILS, TALK, TRACEBACKS
+from loracli.errors import CalibrationError, LoracatError, RecipeError, SettingsError, VerificationError
 from loracli.progress import WORK, amount_text, duration_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+    from rich.text import Text
 
 SCHEMA = 1  # the version of every JSON document, under the key "loracat"; only ever added to
 SHOWN_PROBLEMS = 20
-PIPE_WIDTH = 200  # columns where stdout is no terminal, so that nothing a script reads is folded
+PIPE_WIDTH = 10_000  # columns where stdout is no terminal, so that nothing a script reads is folded
+GAP = 2  # columns between those of a table
 MIDDLE, ABOVE, BELOW = (238, 238, 238), (179, 89, 0), (11, 92, 173)  # of a map, in red, green and blue
 SECONDS_BETWEEN_LINES = 15.0  # where stderr is no terminal, a line now and then takes the bar's place
+ASCII = {"·": "|", "…": "..."}  # of our own signs, where the terminal's encoding lacks them
+
+
+def print_anything() -> None:
+    """From now on a character that a stream's encoding lacks is replaced or escaped, instead of ending the command."""
+
+    def replacement(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        lacking = error.object[error.start : error.end]
+        shown = "".join(ASCII.get(c, c.encode("ascii", "backslashreplace").decode("ascii")) for c in lacking)
+        return shown, error.end
+
+    codecs.register_error("loracat", replacement)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not under a test's capture
+            stream.reconfigure(errors="loracat")
 
 
 def safe(text: str) -> str:
@@ -35,6 +55,8 @@ def safe(text: str) -> str:
 
 def plain(text: str, style: str = "") -> Text:
     """`text` for Rich without markup, emoji or control characters."""
+    from rich.text import Text
+
     return Text(safe(text), style=style)
 
 
@@ -52,6 +74,8 @@ class Block:
 
     def rendered(self, width: int) -> Text:
         """The number on its colour, aligned to the right."""
+        from rich.text import Text
+
         far = ABOVE if self.share >= 0 else BELOW
         size = min(1.0, abs(self.share))
         red, green, blue = (round(m + size * (f - m)) for m, f in zip(MIDDLE, far, strict=True))
@@ -72,6 +96,7 @@ class Output:
         self.quiet = quiet
         self._stdout = _console(sys.stdout)
         self._stderr = _console(sys.stderr)
+        self._draws = _is_terminal(sys.stderr) and not (quiet or as_json)
         self._bars: RichProgress | None = None
         self._tasks: dict[str, _Line] = {}
         self._lock = threading.RLock()  # downloads tell of themselves from threads of their own
@@ -95,16 +120,32 @@ class Output:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, strong: int | None = None) -> None:
         """A table for people: the first column is text, the others are aligned to the right; row `strong` stands
-        out."""
+        out. One that is too wide for the terminal comes in parts, each with the first column."""
         if self.quiet or self.as_json:
             return
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
-        for index, row in enumerate(rows):
-            style = "bold green" if index == strong else ""
-            table.add_row(*(plain(cell, style) for cell in row))
-        self._stdout.print(table, soft_wrap=False)
+        from rich.cells import cell_len
+        from rich.table import Table
+
+        every = [[safe(cell) for cell in row] for row in (columns, *rows)]
+        widths = [max(cell_len(row[index]) for row in every) for index in range(len(columns))]
+        room = self._stdout.width
+        first = min(widths[0], room // 2)
+        for number, shown in enumerate(_parts(first, widths, room)):
+            if number:
+                self._stdout.print()
+            table = Table(box=None, pad_edge=False, header_style="bold")
+            for index in shown:
+                table.add_column(
+                    plain(every[0][index]),
+                    justify="right" if index else "left",
+                    max_width=None if index else first,
+                    no_wrap=bool(index) and first + GAP + widths[index] <= room,
+                    overflow="fold",
+                )
+            for place, row in enumerate(rows):
+                style = "bold green" if place == strong else ""
+                table.add_row(*(plain(row[index], style) for index in shown))
+            self._stdout.print(table, soft_wrap=False)
 
     def blocks(self, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Block | None]]]) -> None:
         """A map for people: coloured blocks with their numbers on a terminal that has colours, numbers elsewhere."""
@@ -114,6 +155,8 @@ class Output:
             cells = [[name, *("-" if b is None else b.text for b in blocks)] for name, blocks in rows]
             self.table(["", *columns], cells)
             return
+        from rich.text import Text
+
         left = max(len(name) for name, _ in rows) + 1
         widths = [max(len(column), 6) for column in columns]
         heading = "".join(f" {column:>{width}}" for column, width in zip(columns, widths, strict=True))
@@ -131,27 +174,35 @@ class Output:
             self._stderr.print(plain(message, "dim"))
 
     def warn(self, message: str) -> None:
-        self._stderr.print(Text.assemble(("warning: ", "yellow"), plain(message)))
+        self._say("warning: ", "yellow", message)
 
     def hint(self, command: str) -> None:
         """Names the next command to type."""
         if not (self.quiet or self.as_json):
-            self._stderr.print(Text.assemble(("next: ", "dim"), plain(command, "cyan")))
+            self._say("next: ", "dim", command, "cyan")
 
     def error(self, error: LoracatError) -> None:
         """One error: what and where, then the single problems if there are many, then what to do."""
         self.close()
+        if TALK.get().verbosity >= TRACEBACKS:
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                self._stderr.print(plain(line, "dim"))
         if self.as_json:
             self.document({"error": describe(error)})
             return
-        self._stderr.print(Text.assemble(("error: ", "bold red"), plain(str(error))))
+        self._say("error: ", "bold red", str(error))
         problems = getattr(error, "problems", ())
         for problem in problems[:SHOWN_PROBLEMS]:
             self._stderr.print(plain(f"  {problem}"))
         if len(problems) > SHOWN_PROBLEMS:
             self._stderr.print(plain(f"  ... and {len(problems) - SHOWN_PROBLEMS} more"))
         if error.hint:
-            self._stderr.print(Text.assemble(("hint: ", "cyan"), plain(error.hint)))
+            self._say("hint: ", "cyan", error.hint)
+
+    def _say(self, label: str, label_style: str, message: str, style: str = "") -> None:
+        from rich.text import Text
+
+        self._stderr.print(Text.assemble((label, label_style), plain(message, style)))
 
     def interrupted(self, code: int) -> None:
         """The last word after Ctrl-C or SIGTERM."""
@@ -169,22 +220,15 @@ class Output:
 
     def _begin(self, task: str, total: int | None, unit: str) -> None:
         self.finish(task)
-        if self._stderr.is_terminal and not (self.quiet or self.as_json):
+        bar = None
+        if self._draws:
             if self._bars is None:
-                self._bars = RichProgress(
-                    TextColumn("{task.description}", markup=False),
-                    BarColumn(bar_width=20),
-                    _Amount(),
-                    TextColumn("{task.fields[status]}", style="cyan", markup=False),
-                    TimeRemainingColumn(elapsed_when_finished=True),
-                    console=self._stderr,
-                    transient=True,
-                )
+                from loracli.cli._bars import progress_bars
+
+                self._bars = progress_bars(self._stderr)
                 self._bars.start()
             bar = self._bars.add_task(safe(task), total=total, status="", unit=unit)
-            self._tasks[task] = _Line(total, unit, bar)
-        else:
-            self._tasks[task] = _Line(total, unit, None)
+        self._tasks[task] = _Line(total, unit, bar)
 
     def advance(self, task: str, amount: int, status: str = "") -> None:
         with self._lock:
@@ -202,11 +246,14 @@ class Output:
     def finish(self, task: str) -> None:
         with self._lock:
             line = self._tasks.pop(task, None)
-            if line is None or self._bars is None or line.bar is None:
+            if line is None:
                 return
-            self._bars.remove_task(line.bar)  # type: ignore[arg-type]
-            if not self._tasks:
-                self.close()
+            if self._bars is not None and line.bar is not None:
+                self._bars.remove_task(line.bar)  # type: ignore[arg-type]
+                if not self._tasks:
+                    self.close()
+            if TALK.get().verbosity >= DETAILS:
+                self.note(f"{task}: {line.result()}")
 
     def close(self) -> None:
         """Takes any bar off the screen."""
@@ -218,10 +265,38 @@ class Output:
 
 
 def _console(stream: TextIO) -> Console:
-    """A terminal gets lines broken between words; a pipe gets every line whole."""
-    terminal = stream.isatty()
-    width = None if terminal else PIPE_WIDTH
-    return Console(file=stream, width=width, soft_wrap=not terminal, highlight=False, emoji=False, markup=False)
+    """A terminal gets lines broken between words; a pipe gets every line whole, and colours only if asked for."""
+    from rich.console import Console
+
+    terminal, color = stream.isatty(), TALK.get().color
+    return Console(
+        file=stream,
+        width=None if terminal else PIPE_WIDTH,
+        soft_wrap=not terminal,
+        highlight=False,
+        emoji=False,
+        markup=False,
+        no_color=True if color == "never" else False if color == "always" else None,
+        force_terminal=True if color == "always" else None,
+        color_system="standard" if color == "always" and not _is_terminal(stream) else "auto",
+    )
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether a bar can be drawn over; FORCE_COLOR and `--color always` do not make a terminal of a pipe."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def _parts(first: int, widths: Sequence[int], room: int) -> list[list[int]]:
+    """Which columns stand side by side, the first one in every part."""
+    parts, used = [[0]], first
+    for index in range(1, len(widths)):
+        if used + GAP + widths[index] > room and len(parts[-1]) > 1:
+            parts.append([0])
+            used = first
+        parts[-1].append(index)
+        used += GAP + widths[index]
+    return parts
 
 
 class _Line:
@@ -244,17 +319,11 @@ class _Line:
             parts.append(f"{duration_text(seconds * (self.total - self.done) / self.done)} left")
         return ", ".join(parts)
 
-
-class _Amount(ProgressColumn):
-    """Done of total with the rate, `12.1 MB / 48.0 MB  3.1 MB/s`; of work, which has no unit of its own, the share."""
-
-    def render(self, task: RichTask) -> Text:
-        unit = task.fields["unit"]
-        if unit == WORK:
-            return Text(f"{task.percentage:.0f} %")
-        total = "" if task.total is None else f" / {amount_text(task.total, unit)}"
-        speed = f"  {amount_text(task.speed, unit)}/s" if task.speed else ""
-        return Text(f"{amount_text(task.completed, unit)}{total}{speed}")
+    def result(self) -> str:
+        """What came of it, once it is done."""
+        seconds = time.monotonic() - self.started
+        amount = "" if self.unit == WORK or not self.done else f"{amount_text(self.done, self.unit)} in "
+        return f"{amount}{seconds:.2f} s" + (f", {self.status}" if self.status else "")
 
 
 def describe(error: LoracatError) -> dict[str, Any]:
@@ -265,6 +334,6 @@ def describe(error: LoracatError) -> dict[str, Any]:
         "message": str(error),
         "hint": error.hint,
     }
-    if isinstance(error, (CalibrationError, RecipeError, VerificationError)):
+    if isinstance(error, (CalibrationError, RecipeError, SettingsError, VerificationError)):
         content["problems"] = list(error.problems)
     return content

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loracli.cli._complete import complete_adapter
 from loracli.cli._options import JsonOpt, MaxNewTokensOpt, MetricCommandOpt, ModulesToSaveOpt, QuietOpt, ToleranceOpt
 from loracli.cli._output import Output
+
+if TYPE_CHECKING:
+    from loracli.algebra.methods.method import MethodOptions
 
 EPILOG = (
     "loracat compare --data test.jsonl  ·  loracat compare recipe.json --data test.jsonl --methods ties,dare  ·  "
@@ -31,6 +38,7 @@ def compare(
             "--adapters",
             "-a",
             metavar="ADAPTER...",
+            autocompletion=complete_adapter,
             help="Adapters to compose, without a fit; with a RECIPE: where its ingredients are now.",
         ),
     ] = None,
@@ -175,3 +183,23 @@ def compare(
     out.document(encode(found))
     out.value(found.best.name)
     comparison_lines(out, found)
+    words = _export_of(found.best.name, settings.options, recipe, adapters or ())
+    if words:
+        out.hint(shlex.join(words))
+
+
+def _export_of(best: str, options: MethodOptions, recipe: Path | None, adapters: Sequence[str]) -> list[str]:
+    """The command that writes the best row; nothing where it is no composition, or has to be fitted first."""
+    from loracli.algebra.methods import METHODS
+    from loracli.export.source import takes
+
+    words = ["loracat", "export", *([] if recipe is None else [str(recipe)])]
+    if best != "fit":
+        if best not in METHODS or METHODS[best].search is not None:
+            return []
+        words += ["--method", best]
+        for field in fields(options):
+            value = getattr(options, field.name)
+            if value != field.default and field.name in takes(METHODS[best]):
+                words += [f"--{field.name}", str(value)]
+    return [*words, *(["--adapters", *adapters] if adapters else [])]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from loracli.cli._complete import complete_adapter
 from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt
 from loracli.cli._output import Output
 from loracli.progress import amount_text
@@ -22,7 +24,11 @@ EPILOG = (
 def convert(
     adapter: Annotated[
         str,
-        typer.Argument(metavar="ADAPTER", help="DoRA, PiSSA, OLoRA, CorDA or LoRA-GA, on the Hub or in a directory."),
+        typer.Argument(
+            metavar="ADAPTER",
+            autocompletion=complete_adapter,
+            help="DoRA, PiSSA, OLoRA, CorDA or LoRA-GA, on the Hub or in a directory.",
+        ),
     ],
     base: Annotated[
         str | None,
@@ -115,4 +121,4 @@ def convert(
             ["  largest errors (all are in loracat.json)", "rank", "relative error"],
             [[f"  {module.name}", str(module.rank), f"{module.relative_error:.2%}"] for module in worst],
         )
-    out.hint(f"loracat inspect {exported.path}")
+    out.hint(shlex.join(["loracat", "inspect", str(exported.path)]))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from loracli.atomic import whole_directory
 from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
 from loracli.errors import OutputExists
@@ -23,6 +21,9 @@ def demo(
     quiet: QuietOpt = False,
 ) -> None:
     """Fit, export, reload and compare on an embedded small model with two adapters, in about a minute, offline."""
+    import tempfile
+
+    from loracli.atomic import whole_directory
     from loracli.demo.run import run_demo
 
     out = Output(as_json=as_json, quiet=quiet)

@@ -1,19 +1,29 @@
-"""`loracat env`: versions and devices, for bug reports."""
+"""`loracat env`: versions, devices, caches and the settings in force, for bug reports."""
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import version
+import os
+from collections.abc import Sequence
+from typing import Any
 
+import typer
+
+from loracli.cli._command import SETTINGS, commands_of
 from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
+from loracli.cli._settings import PREFIX, Setting, as_text, config_files, variable
 
 _PACKAGES = ("loracat", "torch", "transformers", "peft", "safetensors", "huggingface-hub", "typer", "rich")
+EPILOG = "loracat env  ·  loracat env --json"
 
 
-def env(as_json: JsonOpt = False, quiet: QuietOpt = False) -> None:
-    """Print versions and devices, for bug reports."""
+def env(context: typer.Context, as_json: JsonOpt = False, quiet: QuietOpt = False) -> None:
+    """Print versions, devices, caches and which settings are in force, for bug reports."""
+    import platform
+    from importlib.metadata import version
+
     import torch
+    from huggingface_hub import constants
 
     out = Output(as_json=as_json, quiet=quiet)
     facts = {name: version(name) for name in _PACKAGES}
@@ -21,7 +31,43 @@ def env(as_json: JsonOpt = False, quiet: QuietOpt = False) -> None:
     facts["system"] = f"{platform.system()} {platform.machine()}"
     facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     facts["threads"] = str(torch.get_num_threads())
-    out.document({"env": facts})
+    facts["hub"] = constants.ENDPOINT
+    facts["hub_cache"] = constants.HF_HUB_CACHE
+    facts["offline"] = "yes" if constants.HF_HUB_OFFLINE else "no"
+    settings: Sequence[Setting] = context.meta.get(SETTINGS, ())
+    rows = [{"origin": s.origin, "command": s.command or None, "option": s.option, "value": s.value} for s in settings]
+    rows += _from_variables(context)
+    files = [str(path) for path in config_files(None)]
+    out.document({"env": facts, "config_files": files, "settings": rows})
     for name, value in facts.items():
-        out.line(f"{name:16} {value}")
+        out.line(f"{name.replace('_', ' '):16} {value}")
         out.value(f"{name}={value}")
+    out.line()
+    out.line(f"settings from {', '.join(files) or 'no file'}, and from variables", style="bold")
+    if rows:
+        out.table(
+            ["option", "value", "from"],
+            [[_option_text(row), as_text(row["value"]), row["origin"]] for row in rows],
+        )
+
+
+def _from_variables(context: typer.Context) -> list[dict[str, Any]]:
+    """The `LORACAT_*` variables that are set; one that names no option has none."""
+    known = {
+        variable(command, option): (command, option)
+        for command, options in commands_of(context).items()
+        for option in (*options, "config")
+    }
+    shared = {variable("", option) for option in ("color", "quiet", "verbose", "config")}
+    rows = []
+    for name in sorted(name for name in os.environ if name.startswith(PREFIX)):
+        command, option = known.get(name, (None, None))
+        told = {"origin": name, "command": None if name in shared else command, "option": option}
+        rows.append(told | {"value": os.environ[name] if option else None})
+    return rows
+
+
+def _option_text(row: dict[str, Any]) -> str:
+    if row["option"] is None:
+        return "no option"
+    return f"{row['command']} --{row['option']}" if row["command"] else f"--{row['option']}"

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loracli.adapters.names import GGUF_FILE
-from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt
+from loracli.cli._complete import complete_adapter
+from loracli.cli._options import DryRunOpt, ForceOpt, JsonOpt, QuietOpt
 from loracli.cli._output import Output
 from loracli.progress import amount_text
 
 if TYPE_CHECKING:
+    from loracli.export.export import Exported
     from loracli.export.refit import RefitRecord
 
 EPILOG = (
@@ -77,6 +79,7 @@ def export(
             "--adapters",
             "-a",
             metavar="ADAPTER",
+            autocompletion=complete_adapter,
             help="Where the ingredients are now, in the recipe's order; with --method the adapters to compose.",
         ),
     ] = None,
@@ -132,6 +135,7 @@ def export(
         bool, typer.Option("--gguf", help="Write adapter.gguf for llama.cpp as well; needs the extra loracat[gguf].")
     ] = False,
     force: ForceOpt = False,
+    dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
@@ -154,6 +158,7 @@ def export(
         "profile": profile,
         "gguf": gguf,
         "force": force,
+        "dry_run": dry_run,
     }
     written |= {"refit": refit, "data": data if refit and data else None}
     written |= {
@@ -162,6 +167,8 @@ def export(
         "budget": None if budget is None else parse_bytes(budget, "--budget"),
     }
     options = MethodOptions(density, scale, seed)
+    if dry_run and data and not refit:
+        raise UsageError("--data scores what was written, and a dry run writes nothing", hint="leave out one of them")
     files = None if refit or not data else read_loss_data(data, progress=out)
     if method is None:
         if modules_to_save is not None:
@@ -201,6 +208,9 @@ def export(
             progress=out,
             **written,
         )
+    if dry_run:
+        _print_plan(out, exported)
+        return
     loss = None
     if files is not None:
         loss = loss_of_export(exported, files, base=base, base_revision=base_revision, progress=out)
@@ -297,3 +307,29 @@ def _show_refit(out: Output, refit: RefitRecord) -> None:
         out.line(f"  the truncation is kept: {gain}")
     if refit.stopped is not None:
         out.warn(f"the refit stopped early: {refit.stopped}")
+
+
+def _print_plan(out: Output, planned: Exported) -> None:
+    """What would be written, for --dry-run."""
+    layout, dtype = planned.layout, str(planned.dtype).removeprefix("torch.")
+    out.close()
+    out.document(
+        {
+            "plan": {
+                "path": str(planned.path),
+                "profile": layout.profile,
+                "merged": planned.merged,
+                "rank": layout.rank,
+                "dtype": dtype,
+                "size_bytes": planned.size_bytes,
+                "modules": [{"name": name, "rank": rank} for name, rank in sorted(layout.ranks.items())],
+                "tensors": [{"name": name, "shape": list(shape)} for name, shape in planned.shapes.items()],
+            }
+        }
+    )
+    out.value(str(planned.path))
+    out.line(f"{planned.path} would be written:", style="bold")
+    size = amount_text(planned.size_bytes, "B")
+    out.line(f"  rank {layout.rank}, {len(layout.ranks)} modules, {dtype}, {size}, profile {layout.profile}")
+    rows = [[f"  {name}", " x ".join(map(str, shape))] for name, shape in planned.shapes.items()]
+    out.table(["  tensor", "shape"], rows)

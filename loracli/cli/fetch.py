@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loracli.byte_size import parse_bytes
+from loracli.cli._complete import complete_adapter
 from loracli.cli._options import CacheDirOpt, JsonOpt, QuietOpt, RevisionOpt, TokenOpt
 from loracli.cli._output import Output
 from loracli.progress import amount_text
@@ -27,6 +28,7 @@ def fetch(
         list[str],
         typer.Argument(
             metavar="REF",
+            autocompletion=complete_adapter,
             help="org/name, org/name@rev, hf://org/name@rev/sub/folder, a local directory, or a recipe's file.",
         ),
     ],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loracli.cli._complete import complete_mixing
 from loracli.cli._options import (
     AdaptersOpt,
     ForceOpt,
@@ -19,9 +21,10 @@ from loracli.cli._options import (
     ToleranceOpt,
 )
 from loracli.cli._output import Output
-from loracli.cli._tables import held_out_lines, search_lines
+from loracli.progress import amount_text
 
 if TYPE_CHECKING:
+    from loracli.fitting.plan import FitPlan
     from loracli.recipe import Recipe
 
 EPILOG = (
@@ -50,6 +53,7 @@ def fit(
         typer.Option(
             "--mixing",
             metavar="KIND",
+            autocompletion=complete_mixing,
             help="adapter, layer, module (CAT), rank, core, factors; auto climbs as far as the data allow.",
         ),
     ] = "module",
@@ -151,7 +155,10 @@ def fit(
         Path | None, typer.Option("--log", metavar="FILE", help="Write one JSON object for each step.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check adapters and data and say what would be fitted; load no weights.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check adapters and data, and say what would be fitted in how much memory; write nothing."
+        ),
     ] = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -207,14 +214,18 @@ def fit(
             progress=progress,
         )
 
+    placement = Placement(dtype, device, device_map, checkpointing, shard)
     if dry_run:
+        from loracli.fitting.plan import plan_fit
+
         if launch.first:
-            _print_plan(out, prepare())
+            plan = plan_fit(prepare(), placement=placement, world_size=launch.world_size, progress=progress)
+            _print_plan(out, plan)
         return
     recipe = fit_to_file(
         prepare,
         output,
-        placement=Placement(dtype, device, device_map, checkpointing, shard),
+        placement=placement,
         launch=launch,
         resume=resume,
         log=log,
@@ -230,6 +241,8 @@ def fit(
 
 def _print_fit(out: Output, recipe: Recipe, output: Path) -> None:
     """What was found."""
+    from loracli.cli._tables import held_out_lines, search_lines
+
     out.close()
     table, record = recipe.held_out, recipe.fit
     if record.stopped is None:  # a failure has its own document
@@ -261,28 +274,43 @@ def _print_fit(out: Output, recipe: Recipe, output: Path) -> None:
     held_out_lines(out, recipe)
     out.line(f"written: {output}")
     if record.stopped is None:
-        name = "" if output == Path("recipe.json") else f" {output}"
-        out.hint(f"loracat export{name} --merge")
+        name = [] if output == Path("recipe.json") else [str(output)]
+        out.hint(shlex.join(["loracat", "export", *name, "--merge"]))
 
 
-def _print_plan(out: Output, inputs: Any) -> None:
+def _print_plan(out: Output, plan: FitPlan) -> None:
     """What a fit would do, for --dry-run."""
-    plan = {
+    inputs, settings, memory = plan.inputs, plan.inputs.settings, plan.memory
+    again = plan.decision.checkpointing
+    facts: dict[str, Any] = {
         "base": inputs.base.id,
         "base_commit": inputs.base.commit,
+        "dtype": str(plan.base.dtype).removeprefix("torch."),
+        "device": plan.base.device,
         "adapters": list(inputs.references),
-        "training_records": len(inputs.data.training),
-        "held_out_records": len(inputs.data.held_out),
-        "mixing": inputs.settings.mixing,
+        "training_records": plan.training_records,
+        "validation_records": plan.validation_records,
+        "held_out_records": plan.held_out_records,
+        "training_tokens": plan.training_tokens,
+        "scored_tokens": plan.scored_tokens,
+        "longest_record": plan.longest_record,
+        "cut_records": plan.cut,
+        "dropped_records": plan.dropped,
+        "mixing": settings.mixing,
         "numbers": inputs.numbers,
         "modules": len(inputs.layout.modules),
-        "passes": inputs.settings.budget,
-        "select_by": None if inputs.settings.metric is None else inputs.settings.metric.name,
+        "passes": settings.budget,
+        "select_by": None if settings.metric is None else settings.metric.name,
+        "memory_bytes": memory.total_checkpointed if again else memory.total,
+        "checkpointing": again,
     }
-    out.document({"plan": plan})
-    for key, value in plan.items():
-        if value is None:
+    out.close()
+    out.document({"plan": facts})
+    (out.warn if plan.decision.tight else out.note)(plan.decision.note)
+    shown = facts | {"adapters": ", ".join(facts["adapters"]), "memory_bytes": amount_text(facts["memory_bytes"], "B")}
+    for key, value in shown.items():
+        if value is None or key == "checkpointing":
             continue
-        shown = ", ".join(value) if isinstance(value, list) else str(value)
-        out.line(f"{key.replace('_', ' ')}: {shown}")
-        out.value(f"{key}={shown}")
+        words = f"{value:g}" if isinstance(value, float) else str(value)
+        out.line(f"{key.removesuffix('_bytes').replace('_', ' '):20} {words}")
+        out.value(f"{key}={facts[key] if key == 'memory_bytes' else words}")

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt
+from loracli.cli._complete import complete_adapter
+from loracli.cli._options import DryRunOpt, ForceOpt, JsonOpt, QuietOpt
 from loracli.cli._output import Output
 from loracli.progress import amount_text
 
@@ -44,6 +45,7 @@ def fuse(
             "--adapters",
             "-a",
             metavar="ADAPTER",
+            autocompletion=complete_adapter,
             help="Where the ingredients are now, in the recipe's order; with --method the adapters to compose.",
         ),
     ] = None,
@@ -64,6 +66,7 @@ def fuse(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a fusion that was stopped.")] = False,
     force: ForceOpt = False,
+    dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
@@ -83,11 +86,13 @@ def fuse(
         dequantise=dequantise,
         force=force,
         resume=resume,
+        dry_run=dry_run,
         progress=out,
     )
     out.close()
     out.document(
         {
+            "dry_run": dry_run,
             "path": str(fused.path),
             "base": fused.base_id,
             "modules": fused.modules,
@@ -101,7 +106,7 @@ def fuse(
         }
     )
     out.value(str(fused.path))
-    out.line(str(fused.path), style="bold")
+    out.line(str(fused.path) + (" would be written:" if dry_run else ""), style="bold")
     files = "1 file" if fused.shards == 1 else f"{fused.shards} files"
     out.line(
         f"  {fused.base_id} with {fused.modules} modules changed, {' and '.join(fused.dtypes)}, "
@@ -115,6 +120,8 @@ def fuse(
         out.line("  embedding and head were one matrix and are two now: tie_word_embeddings is false in config.json")
     if fused.left_behind:
         out.note(f"not taken along: {', '.join(fused.left_behind)}")
+    if dry_run:
+        return
     ingredients = [word for adapter in adapters or () for word in (" --adapters ", shlex.quote(adapter))]
     known = [" --recipe ", shlex.quote(str(composed))] if composed and composed.is_file() else ingredients
     bases = [" --base ", shlex.quote(base)] if base else []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
 
+from loracli.cli._complete import complete_adapter
 from loracli.cli._options import CacheDirOpt, JsonOpt, QuietOpt, RevisionOpt, TokenOpt
 from loracli.cli._output import Output
 
@@ -16,7 +18,10 @@ EPILOG = "loracat inspect org/math-lora org/code-lora  ·  loracat inspect ./ada
 
 def inspect(
     references: Annotated[
-        list[str], typer.Argument(metavar="REF", help="Adapters on the Hub or in local directories.")
+        list[str],
+        typer.Argument(
+            metavar="REF", autocompletion=complete_adapter, help="Adapters on the Hub or in local directories."
+        ),
     ],
     revision: RevisionOpt = None,
     cache_dir: CacheDirOpt = None,
@@ -68,4 +73,4 @@ def inspect(
         raise typer.Exit(3)
     if len(found.adapters) > 1:
         out.line("can be composed", style="bold green")
-        out.hint(f"loracat fit --adapters {' '.join(references)} --data val.jsonl")
+        out.hint(shlex.join(["loracat", "fit", "--adapters", *references, "--data", "val.jsonl"]))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from loracli.cli._complete import complete_adapter
 from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt
 from loracli.cli._output import Output
 
@@ -26,7 +28,13 @@ def report(
     ] = None,
     adapters: Annotated[
         list[str] | None,
-        typer.Option("--adapters", "-a", metavar="ADAPTER...", help="Where the ingredients are now, in order."),
+        typer.Option(
+            "--adapters",
+            "-a",
+            metavar="ADAPTER...",
+            autocompletion=complete_adapter,
+            help="Where the ingredients are now, in order.",
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")] = Path(
         "report.html"
@@ -46,4 +54,6 @@ def report(
     out.line(str(written.path), style="bold")
     out.line(f"  {written.size_bytes / 1000:.1f} kB: {', '.join(written.parts)}")
     if comparison is None:
-        out.hint(f"loracat compare {recipe} --data test.jsonl --json > comparison.json, then --comparison")
+        out.hint(
+            shlex.join(["loracat", "compare", str(recipe), "--data", "test.jsonl", "--json"]) + " > comparison.json"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,6 @@ import typer
 
 from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
-from loracli.cli._tables import data_lines, held_out_lines, search_lines, weight_maps
 
 EPILOG = "loracat show recipe.json  ·  loracat show recipe.json --json"
 
@@ -31,6 +31,7 @@ def show(
     quiet: QuietOpt = False,
 ) -> None:
     """Show a recipe: ingredients, weights, how they were found, and the held-out table."""
+    from loracli.cli._tables import data_lines, held_out_lines, search_lines, weight_maps
     from loracli.recipe import INLINE_KINDS, load_recipe, tensors_path, weights_by_leaf
 
     out = Output(as_json=as_json, quiet=quiet)
@@ -73,3 +74,4 @@ def show(
     search_lines(out, loaded)
     out.line()
     held_out_lines(out, loaded)
+    out.hint(shlex.join(["loracat", "export", str(recipe), "--merge"]))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from loracli.cli._complete import complete_adapter
 from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
 
@@ -25,7 +26,11 @@ def verify(
     adapters: Annotated[
         list[str] | None,
         typer.Option(
-            "--adapters", "-a", metavar="ADAPTER", help="Where the ingredients are now, in the recorded order."
+            "--adapters",
+            "-a",
+            metavar="ADAPTER",
+            autocompletion=complete_adapter,
+            help="Where the ingredients are now, in the recorded order.",
         ),
     ] = None,
     base: Annotated[

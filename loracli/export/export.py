@@ -58,9 +58,10 @@ class Exported:
         layout: profile, ranks and targets.
         dtype: of the tensors.
         merged: whether it was compressed.
-        certificate: exactness per module.
+        certificate: exactness per module; of no module after a dry run.
         size_bytes: of the tensor file.
         source: what it was made of.
+        shapes: of the tensors in the file, by name.
         refit: how the cut was refitted, None where that was not asked for.
     """
 
@@ -71,6 +72,7 @@ class Exported:
     certificate: Certificate
     size_bytes: int
     source: Source = field(repr=False)
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     refit: RefitRecord | None = None
 
 
@@ -152,6 +154,7 @@ def export_adapter(
     base: str | None = None,
     base_revision: str | None = None,
     force: bool = False,
+    dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
     """Writes the composition of a recipe as one PEFT adapter directory.
@@ -170,6 +173,7 @@ def export_adapter(
         gguf: write a GGUF file as well.
         base: where the base's config.json is, for `gguf`; None for the recipe's base on the Hub or in its cache.
         force: replace an existing adapter directory.
+        dry_run: write nothing, only tell what would be.
         progress: told how far it is.
     Raises:
         OutputExists: if `output` is taken, before any work.
@@ -212,16 +216,26 @@ def export_adapter(
         )
         options = dataclasses.replace(options, gguf=llama_cpp)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
-    saved, moments = saved_modules(recorded_policy(recipe), ingredients), None
+    saved = saved_modules(recorded_policy(recipe), ingredients)
     source = RecipeSource(recipe, ingredients, saved)
-    if activation_aware and fit_data is not None:
+    moments = None  # which change no shape, so that a dry run needs none
+    if activation_aware and fit_data is not None and not dry_run:
         from loracli.comparison.moments import moments_of
 
         found = moments_of(source, fit_data, base=base, base_revision=base_revision, progress=progress)
         moments = Moments(found, "records")
-    elif activation_aware:
+    elif activation_aware and not dry_run:
         moments = recorded_moments(source, path)
-    return write_export(source, Path(output), options, moments=moments, refit=refitting, force=force, progress=progress)
+    return write_export(
+        source,
+        Path(output),
+        options,
+        moments=moments,
+        refit=refitting,
+        force=force,
+        dry_run=dry_run,
+        progress=progress,
+    )
 
 
 def write_export(
@@ -232,6 +246,7 @@ def write_export(
     moments: Moments | None = None,
     refit: Refit | None = None,
     force: bool = False,
+    dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
     """Writes a composition; what `export_adapter` and `export_method` have in common.
@@ -247,15 +262,20 @@ def write_export(
             )
     with one_thread_each() as threads:
         plan = _Plan(source, options, moments, progress, workers=min(threads, MOST_WORKERS))
-        cut = None if refit is None else plan.cut()
+        shapes = plan.shapes(plan.layout)
+        cut = None if refit is None or dry_run else plan.cut()
     if refit is not None and cut is not None:
         plan.refitted = refit(source, cut, plan.dtype)
         progress.begin(TASK, len(cut), "modules")
         del cut
-    with one_thread_each(), whole_directory(output, force=force) as folder:
-        certificate, size = plan.write(folder)
+    if dry_run:
+        progress.finish(TASK)
+        certificate, size = Certificate((), ""), file_size(shapes, plan.dtype)
+    else:
+        with one_thread_each(), whole_directory(output, force=force) as folder:
+            certificate, size = plan.write(folder)
     record = None if plan.refitted is None else plan.refitted.record
-    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, source, record)
+    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, source, shapes, record)
 
 
 class _Plan:
@@ -319,7 +339,7 @@ class _Plan:
         most = {name: len(squares) for name, squares in spectra.items()}
 
         def size(layout: Layout) -> int:
-            return file_size(self._shapes(layout), self.dtype)
+            return file_size(self.shapes(layout), self.dtype)
 
         if self._layout(most).profile == "peft":
             if options.rule.tolerance is None:  # which holds for each expert; the others for what a file has
@@ -403,7 +423,7 @@ class _Plan:
             return place.tensor_of(factors[place.module])
 
         path = folder / self.layout.tensor_file
-        write_tensors(path, self._shapes(self.layout), self.dtype, tensor)
+        write_tensors(path, self.shapes(self.layout), self.dtype, tensor)
         certificate = Certificate(tuple(certificates), self._read_back(path))
         if self._options.gguf is not None:
             self._hashes[GGUF_FILE] = write_gguf(
@@ -421,7 +441,8 @@ class _Plan:
         self._progress.finish(TASK)
         return certificate, path.stat().st_size
 
-    def _shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
+    def shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
+        """Of every tensor in the file."""
         shapes: dict[str, tuple[int, ...]] = {n: place.shape for n, place in layout.places(self._table).items()}
         saved = self._source.saved
         return shapes if saved is None else shapes | {n: saved.shapes[path] for n, path in self._whole.items()}
@@ -464,7 +485,7 @@ class _Plan:
 
     def _read_back(self, path: Path) -> str:
         """The sha256 of the file, after the safetensors library has read every tensor of it in the planned shape."""
-        shapes = self._shapes(self.layout)
+        shapes = self.shapes(self.layout)
         file = open_tensor_file(path, any_shape=lambda name: len(shapes.get(name, ())) != 2)
         with file.reader() as reader:
             found = {name: tuple(reader.read(name).shape) for name in file.shapes}

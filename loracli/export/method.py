@@ -93,6 +93,7 @@ def export_method(
     refit: bool = False,
     data: DataPaths | None = None,
     force: bool = False,
+    dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
     """Writes what a method makes of some adapters as one PEFT adapter directory.
@@ -114,6 +115,7 @@ def export_method(
         modules_to_save: `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse` without one.
         gguf: write a GGUF file as well.
         force: replace an existing adapter directory.
+        dry_run: write nothing, only tell what would be.
         progress: told how far it is.
     Raises:
         OutputExists: if `output` is taken, before any work.
@@ -182,7 +184,9 @@ def export_method(
         saved,
     )
     try:
-        return write_export(source, Path(output), options, refit=refitting, force=force, progress=progress)
+        return write_export(
+            source, Path(output), options, refit=refitting, force=force, dry_run=dry_run, progress=progress
+        )
     except ValueError as error:
         raise UsageError(f"{name} cannot be had here: {error}", hint="choose another --method") from None
 

@@ -63,6 +63,11 @@ class BaseModel:
     dtype: torch.dtype
     config_sha256: str
 
+    @property
+    def config(self) -> Any:
+        """transformers' config of it."""
+        return self.model.config
+
 
 def find_base(
     adapters: Sequence[LoraAdapter],
@@ -197,7 +202,7 @@ def load_base(
         OutOfResources: if a device map leaves layers that fit on no CUDA device.
         UsageError: if there is no such dtype, the device cannot be used, or the options contradict each other.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     placement = placement_options(device, device_map, shard)
     plan = plan_base(reference, dtype=dtype, device=device)
@@ -205,8 +210,8 @@ def load_base(
         placement = {**placement, "experts_implementation": "eager"}
     progress.begin("load base model", None, "B")
     try:
+        tokenizer = load_tokenizer(reference)
         with _loading(reference):
-            tokenizer = AutoTokenizer.from_pretrained(reference.path, **OFFLINE)
             model, report = AutoModelForCausalLM.from_pretrained(
                 reference.path,
                 config=plan.config,
@@ -234,6 +239,18 @@ def load_base(
         check_sharded(model)
     digest = hashlib.sha256((reference.path / "config.json").read_bytes()).hexdigest()
     return BaseModel(reference, model, tokenizer, plan.dtype, digest)
+
+
+def load_tokenizer(reference: BaseReference) -> Any:
+    """The base model's tokenizer.
+
+    Raises:
+        BaseModelMismatch: if the directory has none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    with _loading(reference):
+        return AutoTokenizer.from_pretrained(reference.path, **OFFLINE)
 
 
 def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:

@@ -20,7 +20,7 @@ from loracli.evaluation.scores import Scores
 from loracli.fit_certificate import FitCertificate
 from loracli.fitting.activations import chosen_records, fit_activations
 from loracli.fitting.attach import AttachedModel, attach
-from loracli.fitting.base import BaseModel, check_fits, load_base, plan_base
+from loracli.fitting.base import BaseModel, BasePlan, check_fits, load_base, plan_base
 from loracli.fitting.certificate import can_certify
 from loracli.fitting.checkpointing import checkpointed
 from loracli.fitting.criterion import LEAST_ANSWERS, loss_criterion, metric_criterion
@@ -36,7 +36,7 @@ from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_m
 from loracli.fitting.newton import NO_FINISH, certified, plan_finish
 from loracli.fitting.paper import fit_as_published
 from loracli.fitting.placement import Placement
-from loracli.fitting.preflight import MemoryDecision, decide_memory, estimate_memory
+from loracli.fitting.preflight import MemoryDecision, MemoryEstimate, decide_memory, estimate_memory
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.recording import dtype_name, make_recipe
 from loracli.fitting.replace_modules import replace_modules
@@ -143,24 +143,35 @@ def run_fit(
 def memory_decision(inputs: FitInputs, placement: Placement, processes: Processes) -> MemoryDecision:
     """What the estimate says, before any weight is loaded; the first process decides for all."""
     plan = plan_base(inputs.base, dtype=placement.dtype, device=placement.device)
-    settings, sharded = inputs.settings, placement.shard
-    estimate = estimate_memory(
+    estimate = memory_estimate(inputs, plan, placement, processes.world_size)
+    return processes.from_first(lambda: decision_on(estimate, plan, placement, processes.world_size))
+
+
+def memory_estimate(inputs: FitInputs, plan: BasePlan, placement: Placement, world_size: int) -> MemoryEstimate:
+    """The memory of one of `world_size` processes, before any weight is loaded."""
+    settings = inputs.settings
+    return estimate_memory(
         plan,
         inputs.adapters,
         batch_tokens=settings.batch_tokens,
         max_length=settings.max_length,
-        shards=processes.world_size if sharded else 1,
+        shards=world_size if placement.shard else 1,
         factors="factors" in LADDERS[settings.mixing],
     )
-    sharing = processes.world_size if plan.device == "cpu" else 1
-    return processes.from_first(
-        lambda: decide_memory(
-            estimate,
-            available_memory(plan.device, every=placement.device_map is not None),
-            plan,
-            processes=sharing,
-            sharded=sharded,
-        )
+
+
+def decision_on(estimate: MemoryEstimate, plan: BasePlan, placement: Placement, world_size: int) -> MemoryDecision:
+    """What the estimate says beside the memory that is free now.
+
+    Raises:
+        OutOfResources: if the weights alone need more.
+    """
+    return decide_memory(
+        estimate,
+        available_memory(plan.device, every=placement.device_map is not None),
+        plan,
+        processes=world_size if plan.device == "cpu" else 1,
+        sharded=placement.shard,
     )
 
 
@@ -248,9 +259,9 @@ def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fol
     return (fold,)
 
 
-def usable_length(base: BaseModel, settings: FitSettings) -> int:
+def usable_length(base: BaseModel | BasePlan, settings: FitSettings) -> int:
     """Tokens of a record that are used: as many as were asked for, and no more than the model takes."""
-    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     return min(limit, settings.max_length) if isinstance(limit, int) else settings.max_length
 
 

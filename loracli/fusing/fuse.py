@@ -88,6 +88,7 @@ def fuse_model(
     dequantise: bool = False,
     force: bool = False,
     resume: bool = False,
+    dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> Fused:
     """Writes the base model with the composition folded into its weights.
@@ -103,6 +104,7 @@ def fuse_model(
         dequantise: compute the weights of a quantised base; None for `dtype` is bfloat16 then.
         force: replace an existing fused model.
         resume: go on with a fusion that was stopped.
+        dry_run: write nothing, only tell what would be.
         progress: told how far it is.
     Raises:
         OutputExists: if `output` is taken, before any work.
@@ -123,6 +125,8 @@ def fuse_model(
     quantisation = quantisation_of(planned.reference.path) if dequantise else None
     chosen = OUTPUT_DTYPES[dtype or "bfloat16"] if dequantise or dtype is not None else None
     fusion = _Fusion(composition, planned, chosen, quantisation, output, progress)
+    if dry_run:
+        return fusion.result()
     with open_workplace(output, fusion.identity(), force=force, resume=resume, progress=progress) as place:
         return fusion.write(place)
 
@@ -191,7 +195,7 @@ class _Fusion:
     def write(self, place: Workplace) -> Fused:
         if place.done():
             place.drop()
-            return self._result(resumed=len(self._plan.shards))
+            return self.result(resumed=len(self._plan.shards))
         finished = self._finished(place)
         waiting = [shard for shard in self._plan.shards if shard.name not in finished]
         folder = self._checkpoint.folder
@@ -219,7 +223,7 @@ class _Fusion:
         certificate = self._write_others(place, finished)
         flush_directory(place.folder)
         place.complete(_sha256(certificate))
-        return self._result(resumed=len(self._plan.shards) - len(waiting))
+        return self.result(resumed=len(self._plan.shards) - len(waiting))
 
     def _finished(self, place: Workplace) -> dict[str, Hashes]:
         found = {
@@ -314,7 +318,8 @@ class _Fusion:
         }
         return tuple(sorted(str(dtype).removeprefix("torch.") for dtype in changed))
 
-    def _result(self, *, resumed: int) -> Fused:
+    def result(self, *, resumed: int = 0) -> Fused:
+        """What is there once all is written."""
         return Fused(
             path=self._output,
             base_id=self._base.reference.id,

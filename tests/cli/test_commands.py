@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import read_adapter
+from loracli.algebra.methods.method import MethodOptions
+from loracli.cli.compare import _export_of
 from loracli.errors import NonFiniteLoss
 from loracli.fitting.engine import Engine
 from loracli.recipe import load_recipe, weights_by_leaf
@@ -326,3 +329,40 @@ def test_env_prints_versions_in_all_three_forms() -> None:
     assert facts["torch"] == torch.__version__
     assert f"torch={torch.__version__}\n" in run("env", "-q").stdout
     assert row(run("env").stdout, "torch") == ["torch", torch.__version__]
+
+
+# hints
+
+
+def hinted(*words: str) -> list[str]:
+    """The words of the command that is named next."""
+    result = run(*words)
+    assert result.exit_code == 0, result.stderr
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("next: ")]
+    return shlex.split(line.removeprefix("next: "))
+
+
+def test_the_next_command_is_named_with_what_was_given_and_can_be_typed(here: Path) -> None:
+    assert hinted("compare", "--data", "test.jsonl", "--base", "base", "--methods", "uniform") == ["loracat", "export"]
+    os.rename("know", "know how; $(rm)")
+    Path("it's").mkdir()
+    adapters = ["know how; $(rm)", "form"]
+    assert hinted("inspect", *adapters) == ["loracat", "fit", "--adapters", *adapters, "--data", "val.jsonl"]
+    following = _export_of("ties", MethodOptions(density=0.9), None, adapters)
+    assert run(*following[1:], "--dry-run").exit_code == 0
+    fit = ["fit", "--adapters", *adapters, "--data", "calibration.jsonl", "--base", "base", "--mixing", "adapter"]
+    following = hinted(*fit, "--passes", "2", "-o", "it's/soup.json")
+    assert following == ["loracat", "export", "it's/soup.json", "--merge"]
+    assert run(*following[1:], "-q").exit_code == 0
+    assert hinted("show", "it's/soup.json") == following
+
+
+@pytest.mark.parametrize("best", ["ties", "dare", "lorahub", "fit", "module", "base", "random"])
+def test_only_what_can_be_exported_is_named_after_a_comparison(best: str) -> None:
+    words = _export_of(best, MethodOptions(density=0.5, scale=2.0, seed=3), None, ["a b"])
+    expected = {
+        "ties": ["--method", "ties", "--density", "0.5", "--scale", "2.0", "--adapters", "a b"],
+        "dare": ["--method", "dare", "--density", "0.5", "--scale", "2.0", "--seed", "3", "--adapters", "a b"],
+        "fit": ["--adapters", "a b"],
+    }
+    assert words[2:] == expected.get(best, []) and words[:2] in ([], ["loracat", "export"])

@@ -158,6 +158,6 @@ def test_an_adapter_with_a_template_of_its_own_is_warned_of(
 def test_the_longest_length_is_that_of_the_text_model() -> None:
     text = {"max_position_embeddings": 300}
     for config in (Gemma3Config(text_config=text), LlamaConfig(**text)):
-        base: Any = SimpleNamespace(model=SimpleNamespace(config=config))
+        base: Any = SimpleNamespace(config=config)
         assert usable_length(base, FitSettings(max_length=500)) == 300
         assert usable_length(base, FitSettings(max_length=200)) == 200

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loracli.export.export import export_adapter
 from tests.cli.project import run
+from tests.cli.test_documents import check
 from tests.export.test_export import Made
 from tests.stub_hub_uploads import UploadHub
 from tests.tiny import BASE_ID
@@ -42,9 +43,11 @@ def test_quiet_prints_the_address_and_nothing_else(hub: UploadHub, out: Path) ->
 
 def test_json_is_one_document_with_every_file(hub: UploadHub, out: Path) -> None:
     before = json.loads(run("push", str(out), REPO, "--json", "--dry-run").stdout)
+    check(before, "push")
     assert before["dry_run"] and (before["commit"], before["url"], before["committed"]) == (None, None, False)
     done = run("push", str(out), REPO, "--json", "--private")
     found = json.loads(done.stdout)
+    check(found, "push")
     commit = hub.head(REPO).commit
     assert (found["repo"], found["commit"], found["url"]) == (REPO, commit, f"{hub.url}/{REPO}/commit/{commit}")
     assert found["pull_request"] is None and found["private"] and found["created"] and found["committed"]

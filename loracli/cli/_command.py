@@ -1,0 +1,195 @@
+"""What every command has: the shared options, values from files and variables, and a help that is quick to print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loracli.cli._greedy import GreedyCommand
+from loracli.cli._settings import (
+    SHARED,
+    Options,
+    Setting,
+    config_files,
+    defaults_for,
+    options_of,
+    read_settings,
+    unknown_variables,
+    variable,
+)
+from loracli.cli._talk import COLORS, DETAILS, TALK
+from loracli.errors import UsageError
+from loracli.fitting.launch import read_launch
+
+SETTINGS, ORIGINS = "loracat.settings", "loracat.origins"  # in a context's meta
+
+
+class Command(GreedyCommand):
+    """A command of `loracat`.
+
+    Each option can also be given as a variable or in a file (`loracli.cli._settings`), but for those that are named
+    there; `--config`, `--color` and `--verbose` are added here and reach no command function.
+    """
+
+    def __init__(self, name: str | None, *, params: Any = None, **options: Any) -> None:
+        super().__init__(name, params=[*(params or ()), *_shared_options()], **options)
+        for long, parameter in {**options_of(self), "config": self.params[-len(_ADDED)]}.items():
+            parameter.envvar = variable(str(name), long)
+            parameter.show_envvar = False  # said once, below the options
+
+    def invoke(self, ctx: Any) -> Any:
+        name = str(self.name)
+        if unknown := unknown_variables(name, options_of(self)):
+            hint = f"`loracat {name} --help` lists the options; unset the variable"
+            if any(word.endswith("_TOKEN") for word in unknown):
+                hint = "a token is read from HF_TOKEN, or from `hf auth login`"
+            raise UsageError(f"{', '.join(unknown)}: no variable of an option of loracat {name}", hint=hint)
+        self._tell_origins(ctx)
+        return super().invoke(ctx)
+
+    def _tell_origins(self, ctx: typer.Context) -> None:
+        """On stderr: what was set elsewhere than on the command line."""
+        from loracli.cli._output import Output
+
+        verbose = TALK.get().verbosity >= DETAILS
+        by_origin: dict[str, list[str]] = {}
+        for parameter in self.params:
+            source = getattr(ctx.get_parameter_source(str(parameter.name)), "name", "")
+            long = next((word for word in getattr(parameter, "opts", ()) if word.startswith("--")), "")
+            if source == "DEFAULT_MAP" and (verbose or not _is_shared(parameter)):
+                by_origin.setdefault(ctx.meta[ORIGINS][parameter.name].origin, []).append(long)
+            elif source == "ENVIRONMENT" and verbose:
+                by_origin.setdefault(str(parameter.envvar), []).append(long)
+        if by_origin and not ctx.params.get("quiet") and read_launch().first:
+            out = Output()
+            for origin, names in by_origin.items():
+                out.note(f"from {origin}: {', '.join(names)}")
+
+    # The help. Typer's own one loads Rich and half of its width is frame.
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        own: list[tuple[str, str]] = []
+        shared: list[tuple[str, str]] = []
+        arguments: list[tuple[str, str]] = []
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            if parameter.param_type_name == "argument":
+                arguments.append(record)
+            else:
+                (shared if _is_shared(parameter) else own).append(record)
+        for title, rows in (("Arguments", arguments), ("Options", own), ("Options of every command", shared)):
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+        if names := [name for name in options_of(self) if name not in SHARED]:
+            example = next((name for name in names if "-" in name), names[0])
+            formatter.write_paragraph()
+            formatter.write_text(f"In the environment --{example} is {variable(str(self.name), example)}, and so on.")
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        write_examples(formatter, self.epilog)
+
+
+def write_examples(formatter: Any, epilog: str | None) -> None:
+    """The examples of an epilog, each on a line of its own, to be copied as it stands."""
+    if epilog:
+        with formatter.section("Examples"):
+            for example in epilog.split("·"):
+                formatter.write(f"  {' '.join(example.split())}\n")
+
+
+def _is_shared(parameter: Any) -> bool:
+    names = {word.removeprefix("--") for word in parameter.opts}
+    return not names.isdisjoint((*SHARED, "config", "json", "help"))
+
+
+def commands_of(ctx: typer.Context) -> Mapping[str, Options]:
+    """The options of every command, by the command's name."""
+    root: Any = ctx.find_root().command
+    return {name: options_of(command) for name, command in root.commands.items()}
+
+
+# The shared options. They act through callbacks, so that no command has to hand them on.
+
+
+def _read_config(context: typer.Context, value: Path | None) -> Path | None:
+    """Fills in the defaults before any other option is looked at."""
+    if not context.resilient_parsing and config_files(value):
+        if value is not None and value.suffix == ".json" and context.command.name not in ("fit", "env"):
+            raise UsageError(f"{value}: a recipe is a configuration of loracat fit alone", hint="leave --config out")
+        commands = commands_of(context)
+        settings = read_settings(value, commands)
+        name = str(context.command.name)
+        found: dict[str, Setting] = defaults_for(name, commands[name], settings)
+        context.meta[SETTINGS] = settings
+        context.meta[ORIGINS] = found
+        context.default_map = {parameter: setting.value for parameter, setting in found.items()}
+    return value
+
+
+def _set_color(context: typer.Context, value: str) -> str:
+    if value not in COLORS:
+        raise typer.BadParameter(f"{value} is not one of {', '.join(COLORS)}")
+    TALK.set(replace(TALK.get(), color=value))
+    return value
+
+
+def _set_verbosity(context: typer.Context, value: int) -> int:
+    TALK.set(replace(TALK.get(), verbosity=value))
+    return value
+
+
+def _every_command(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            is_eager=True,
+            callback=_read_config,
+            help="TOML with options, or for fit a recipe to repeat; default: loracat.toml, where there is one.",
+        ),
+    ] = None,
+    color: Annotated[
+        str,
+        typer.Option(
+            "--color",
+            metavar="WHEN",
+            callback=_set_color,
+            autocompletion=lambda: list(COLORS),
+            help="auto, always or never; auto heeds NO_COLOR.",
+        ),
+    ] = "auto",
+    verbose: Annotated[
+        int,
+        typer.Option(
+            "--verbose",
+            "-v",
+            count=True,
+            callback=_set_verbosity,
+            show_default=False,
+            help="Say what was done and how long it took; -vv adds the traceback of an error.",
+        ),
+    ] = 0,
+) -> None:
+    """Carries the declarations; never called."""
+
+
+_ADDED = ("config", "color", "verbose")
+
+
+def _shared_options() -> list[Any]:
+    """Typer's objects for the declarations of `_every_command`."""
+    carrier = typer.Typer(add_completion=False)
+    carrier.command()(_every_command)
+    command: Any = typer.main.get_command(carrier)
+    options = [parameter for parameter in command.params if parameter.name in _ADDED]
+    for option in options:
+        option.expose_value = False
+    return options

@@ -1,0 +1,215 @@
+"""Options from elsewhere than the command line: `LORACAT_*` variables and configuration files.
+
+    the command line  >  LORACAT_* variables  >  --config FILE, or ./loracat.toml  >  the user's config.toml
+
+A file has a table for each command; its keys are the long names of the command's options. Above the tables stand the
+options that all commands share:
+
+    color = "never"
+
+    [fit]
+    adapters = ["org/math-lora", "org/code-lora"]
+    mixing = "auto"
+
+Paths mean what they would mean on the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from loracli.errors import SettingsError, UsageError
+
+PROJECT_FILE = "loracat.toml"
+PREFIX = "LORACAT_"
+SHARED = ("color", "quiet", "verbose")
+MAX_BYTES = 1 << 20
+
+NOT_IN_A_FILE = {
+    "token": "secrets do not belong there; use HF_TOKEN or `hf auth login`",
+    "config": "one file does not name another",
+    "json": "whoever reads the document asks for it",
+    "help": "it is no setting",
+}
+COMMAND_LINES = ("metric-command",)  # what they name is run, so a folder that was cloned must not bring them along
+
+Options = Mapping[str, Any]  # of one command, by their long names: `max-length`
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One option that a file sets.
+
+    Args:
+        command: that it is for; empty for every command.
+        option: its long name.
+        value: as TOML gives it; None to come back to the default.
+        origin: the file.
+    """
+
+    command: str
+    option: str
+    value: Any
+    origin: str
+
+
+def options_of(command: Any) -> dict[str, Any]:
+    """The options of a command that can be set elsewhere than on the command line, by their long names."""
+    found = {}
+    for parameter in command.params:
+        long = next((word.removeprefix("--") for word in parameter.opts if word.startswith("--")), None)
+        if parameter.param_type_name == "option" and long is not None and long not in NOT_IN_A_FILE:
+            found[long] = parameter
+    return found
+
+
+def variable(command: str, option: str) -> str:
+    """The environment variable of an option: `LORACAT_FIT_MAX_LENGTH`, `LORACAT_COLOR`."""
+    words = (option,) if option in (*SHARED, "config") else (command, option)
+    return PREFIX + "_".join(words).upper().replace("-", "_")
+
+
+def user_file() -> Path:
+    """`$XDG_CONFIG_HOME/loracat/config.toml`."""
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(home, "loracat", "config.toml")
+
+
+def config_files(explicit: Path | None) -> list[Path]:
+    """The files in force, the weakest first."""
+    project = Path(PROJECT_FILE) if explicit is None else explicit
+    return [path for path in (user_file(), project) if path == explicit or path.is_file()]
+
+
+def read_settings(explicit: Path | None, commands: Mapping[str, Options]) -> tuple[Setting, ...]:
+    """What the files in force set, the weakest first.
+
+    Args:
+        explicit: the file of `--config`, in place of the project's.
+        commands: every command with its options, to tell what a name means.
+    Raises:
+        SettingsError: with every key that cannot be honoured, in all files.
+        UsageError: if a file cannot be read.
+    """
+    settings: list[Setting] = []
+    problems: list[str] = []
+    for path in config_files(explicit):
+        settings += _read_file(path, commands, problems)
+    if problems:
+        files = " and ".join(dict.fromkeys(problem.partition(": ")[0] for problem in problems))
+        count = "a setting" if len(problems) == 1 else f"{len(problems)} settings"
+        hint = f"mend {files}; `loracat COMMAND --help` lists the options of a command"
+        raise SettingsError(f"{count} cannot be honoured", problems=tuple(problems), hint=hint)
+    return tuple(settings)
+
+
+def defaults_for(command: str, options: Options, settings: Iterable[Setting]) -> dict[str, Setting]:
+    """The settings that a command takes, by the name of its parameter."""
+    return {
+        options[setting.option].name: setting
+        for setting in settings
+        if setting.command in ("", command) and setting.option in options
+    }
+
+
+def unknown_variables(command: str, options: Options, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Variables that begin like those of a command, and name none of its options."""
+    known = {variable(command, option) for option in options}
+    return sorted(name for name in environment if name.startswith(variable(command, "")) and name not in known)
+
+
+def _read_file(path: Path, commands: Mapping[str, Options], problems: list[str]) -> list[Setting]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", hint="name another file with --config") from None
+    if len(data) > MAX_BYTES:
+        raise UsageError(f"{path} has more than {MAX_BYTES} bytes", hint="name another file with --config")
+    if path.suffix == ".json":
+        return _of_recipe(path)
+    try:
+        document = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(
+            f"{path} is not TOML: {error}", hint="it has a table for each command, such as [fit]"
+        ) from None
+    settings = []
+    for name, value in document.items():
+        if isinstance(value, dict) and name in commands:
+            rows = [(name, option, commands[name].get(option), item) for option, item in value.items()]
+        else:
+            every = {option: parameter for options in commands.values() for option, parameter in options.items()}
+            rows = [("", name, every.get(name) if name in SHARED else None, value)]
+        for command, option, parameter, item in rows:
+            reason = _problem(path, command, option, parameter, item, commands)
+            if reason is None:
+                settings.append(Setting(command, option, item, str(path)))
+            else:
+                problems.append(f"{path}: {f'{command}.' if command else ''}{option}: {reason}")
+    return settings
+
+
+def _problem(
+    path: Path, command: str, option: str, parameter: Any, value: Any, commands: Mapping[str, Options]
+) -> str | None:
+    """Why a key cannot be honoured; None if it can."""
+    if option in NOT_IN_A_FILE:
+        return NOT_IN_A_FILE[option]
+    if parameter is None:
+        names = commands[command] if command else [*commands, *SHARED]
+        near = get_close_matches(option, names, n=1)
+        owners = [] if command else [name for name, options in commands.items() if option in options]
+        if owners:
+            return f"an option of one command stands in its table, such as [{owners[0]}]"
+        kind = f"no option of loracat {command}" if command else "no command"
+        return kind + (f"; did you mean {near[0]}?" if near else "")
+    if option in COMMAND_LINES and path == Path(PROJECT_FILE):
+        return f"{PROJECT_FILE} is read without being asked for, so it names no program; use --config or the variable"
+    if parameter.multiple:
+        fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return None if fits else "expected a list of text"
+    if parameter.is_flag and not parameter.count:
+        return None if isinstance(value, bool) else "expected true or false"
+    fits = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    return None if fits else "expected text or a number"
+
+
+def _of_recipe(path: Path) -> list[Setting]:
+    """What a recipe says about the fit that wrote it: all but where its data are."""
+    from loracli.fitting.settings import FitSettings
+    from loracli.recipe import load_recipe
+
+    recipe = load_recipe(path)
+    found: dict[str, Any] = {"adapters": [_reference(recipe.folder, adapter) for adapter in recipe.adapters]}
+    found |= {"base": None, "base-revision": None, "dtype": recipe.dtype}
+    if recipe.base.commit is not None:
+        found |= {"base": recipe.base.id, "base-revision": recipe.base.commit}
+    for field in fields(FitSettings):
+        found[field.name.replace("_", "-")] = recipe.fit.settings.get(field.name)
+    if found.pop("metric-command") is not None:
+        raise UsageError(
+            f"{path} holds the sha256 of its --metric-command only, so it is no configuration",
+            hint="write the settings into a TOML file",
+        )
+    return [Setting("fit", option, value, str(path)) for option, value in found.items()]
+
+
+def _reference(folder: Path, adapter: Any) -> str:
+    """How to name an ingredient from here: pinned to its commit, or as a directory."""
+    if adapter.repo_id is None:
+        return os.path.join(os.curdir, os.path.relpath(folder / adapter.reference))
+    tail = f"/{adapter.subfolder}" if adapter.subfolder else ""
+    return f"hf://{adapter.repo_id}@{adapter.commit}{tail}"
+
+
+def as_text(value: Any) -> str:
+    """A value for people, as TOML would have it."""
+    return json.dumps(value, ensure_ascii=False)

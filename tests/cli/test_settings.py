@@ -1,0 +1,202 @@
+"""Options from variables and files: which of them holds, what is refused, and what is told of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from loracli.cli import app
+from loracli.cli._settings import options_of, read_settings
+from tests.cli.project import FIT, run, tree
+
+INPUTS = 'adapters = ["know", "form"]\ndata = ["calibration.jsonl"]\nbase = "base"\n'
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's file, with its folder."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    path = tmp_path / "xdg" / "loracat" / "config.toml"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def plan(*words: str) -> dict[str, Any]:
+    """What `loracat fit --dry-run` would do."""
+    result = run("fit", "--dry-run", "--json", *words)
+    assert result.exit_code == 0, result.stdout
+    content: dict[str, Any] = json.loads(result.stdout)["plan"]
+    return content
+
+
+def test_the_command_line_wins_over_variables_and_they_over_the_projects_file_and_it_over_the_users(
+    here: Path, user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user.write_text(f"[fit]\n{INPUTS}passes = 3\n")
+    assert plan()["passes"] == 3
+    Path("loracat.toml").write_text("[fit]\npasses = 4\n")
+    assert plan()["passes"] == 4 and plan()["adapters"] == ["know", "form"]
+    Path("run.toml").write_text("[fit]\npasses = 5\n")
+    assert plan("--config", "run.toml")["passes"] == 5
+    monkeypatch.setenv("LORACAT_CONFIG", "run.toml")
+    assert plan()["passes"] == 5
+    monkeypatch.setenv("LORACAT_FIT_PASSES", "6")
+    assert plan("--config", "run.toml")["passes"] == 6
+    assert plan("--passes", "7")["passes"] == 7
+
+
+def test_lists_and_flags_come_from_files_and_variables(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("loracat.toml").write_text(f"[fit]\n{INPUTS}paper = true\n")
+    assert plan()["passes"] == 1  # the published recipe takes one pass
+    monkeypatch.setenv("LORACAT_FIT_PAPER", "0")
+    assert plan()["passes"] == 8
+    monkeypatch.setenv("LORACAT_FIT_ADAPTERS", "form know")
+    assert plan()["adapters"] == ["form", "know"]
+    assert plan("-a", "know")["adapters"] == ["know"]
+    monkeypatch.setenv("LORACAT_FIT_PASSES", "many")
+    result = run("fit")
+    assert result.exit_code == 2 and "the variable LORACAT_FIT_PASSES: Invalid value for '--passes'" in result.stderr
+
+
+def test_a_file_speaks_of_every_command_and_of_the_shared_options(here: Path) -> None:
+    Path("loracat.toml").write_text('quiet = true\n[export]\nmerge = true\nrank = 3\n[fit]\nmixing = "core"\n')
+    assert run("export").stdout == "adapter-merged\n"
+    document = json.loads(run("export", "--force", "--json").stdout)
+    assert document["rank"] == 3
+
+
+def test_what_a_file_sets_is_told(here: Path) -> None:
+    Path("loracat.toml").write_text('color = "never"\n[export]\nmerge = true\n')
+    assert "from loracat.toml: --merge\n" in run("export", "--dry-run").stderr
+    assert "from loracat.toml: --merge, --color\n" in run("export", "--dry-run", "-v").stderr
+    assert "from loracat.toml" not in run("export", "--dry-run", "-q").stderr + run("show").stderr
+
+
+REFUSED = """
+tokn = 1
+quiet = 3
+passes = 1
+[fit]
+adapters = "know"
+token = "hf_canary"
+mixng = "core"
+paper = 1
+seed = [1]
+since = 1979-05-27
+[fitt]
+a = 1
+[fetch]
+token = "hf_canary"
+[show]
+json = true
+config = "x"
+"""
+
+
+def test_everything_that_cannot_be_honoured_is_named_at_once(here: Path) -> None:
+    Path("run.toml").write_text(REFUSED)
+    before = tree(here)
+    result = run(*FIT, "-o", "new.json", "--config", "run.toml", "--json")
+    assert result.exit_code == 2 and tree(here) == before
+    problems = json.loads(result.stdout)["error"]["problems"]
+    assert [problem.split(": ")[1] for problem in problems] == [
+        "tokn", "quiet", "passes", "fit.adapters", "fit.token", "fit.mixng", "fit.paper", "fit.seed", "fit.since",
+        "fitt", "fetch.token", "show.json", "show.config",
+    ]  # fmt: skip
+    assert all(problem.startswith("run.toml: ") for problem in problems)
+    said = "\n".join(problems)
+    assert "did you mean mixing?" in said and "did you mean fit?" in said and "such as [fit]" in said
+    assert "HF_TOKEN" in said and "hf_canary" not in said
+    spoken = run("show", "--config", "run.toml").stderr
+    assert all(f"  {problem}\n" in spoken for problem in problems)
+
+
+@pytest.mark.parametrize("content", ["[fit", "\xff", "a = " + "[" * 5000, "x" * (1 << 21)], ids=str)
+def test_a_file_that_is_none_is_refused(here: Path, content: str) -> None:
+    Path("run.toml").write_text(content[:20] if content == "\xff" else content, encoding="latin-1")
+    result = run("show", "--config", "run.toml")
+    assert result.exit_code == 2 and "run.toml" in result.stderr and result.stdout == ""
+    assert run("show", "--config", "missing.toml").exit_code == 2
+    assert run("show", "--config", ".").exit_code == 2
+
+
+def test_a_value_that_an_option_rejects_is_named_with_its_file(here: Path) -> None:
+    Path("loracat.toml").write_text('[fit]\nseed = "one"\n')
+    assert "error: loracat.toml: Invalid value for '--seed'" in run(*FIT).stderr
+
+
+def test_a_folder_brings_no_program_along(here: Path) -> None:
+    """A project's file is read without being asked for; one that is named, or the user's own, may name a program."""
+    Path("loracat.toml").write_text('[fit]\nmetric-command = "touch run"\n')
+    result = run(*FIT, "--dry-run")
+    assert result.exit_code == 2 and "fit.metric-command" in result.stderr
+    Path("loracat.toml").rename("run.toml")
+    assert run(*FIT, "--dry-run", "--config", "run.toml").exit_code == 0
+
+
+def test_a_variable_that_names_no_option_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORACAT_FETCH_TOKEN", "hf_canary")
+    result = run("fetch", "./know")
+    assert result.exit_code == 2 and "LORACAT_FETCH_TOKEN" in result.stderr and "HF_TOKEN" in result.stderr
+    assert "hf_canary" not in result.stderr
+    assert run("show").exit_code == 0  # it is no variable of that command
+    monkeypatch.setenv("LORACAT_SHOW_RECIPES", "x")
+    assert "LORACAT_SHOW_RECIPES" in run("show").stderr
+
+
+def test_a_recipe_repeats_its_fit_to_the_same_bytes(here: Path, user: Path) -> None:
+    user.write_text("[fit]\nridge = 0.5\nseed = 9\n")  # what a recipe leaves to the default, it leaves to the default
+    given = ["--data", "calibration.jsonl", "--eval-data", "test.jsonl", "--base", "base"]
+    result = run("fit", "--config", "recipe.json", *given, "-o", "again.json")
+    assert result.exit_code == 0, result.stderr
+    assert Path("again.json").read_bytes() == Path("recipe.json").read_bytes()
+
+
+def test_a_recipe_sets_all_that_it_records_wherever_it_lies(here: Path) -> None:
+    document = json.loads(Path("recipe.json").read_text().replace('"form"', '"org/form"'))
+    document["fit"]["settings"] |= {"ridge": 0.0, "seed": 3, "holdout": 0.0, "paper": False, "select_by": "exact"}
+    document["adapters"][1] |= {"repo_id": "org/form", "commit": "a" * 40, "subfolder": "best"}
+    Path("elsewhere").mkdir()
+    Path("elsewhere/soup.json").write_text(json.dumps(document))
+    command: Any = typer.main.get_command(app)
+    commands = {name: options_of(one) for name, one in command.commands.items()}
+    found = {s.option: s.value for s in read_settings(Path("elsewhere/soup.json"), commands)}
+    assert set(found) <= set(commands["fit"])
+    assert found["adapters"] == ["./elsewhere/know", f"hf://org/form@{'a' * 40}/best"]
+    assert (found["ridge"], found["seed"], found["holdout"], found["paper"]) == (0.0, 3, 0.0, False)
+    assert (found["select-by"], found["dtype"], found["passes"]) == ("exact", document["dtype"], 3.0)
+
+
+def test_a_recipe_is_no_configuration_of_what_it_does_not_record(here: Path) -> None:
+    assert run("export", "--config", "recipe.json").exit_code == 2
+    document = json.loads(Path("recipe.json").read_text())
+    document["fit"]["settings"]["metric_command"] = "0" * 64
+    Path("soup.json").write_text(json.dumps(document))
+    result = run(*FIT, "-o", "new.json", "--config", "soup.json")
+    assert result.exit_code == 2 and "--metric-command" in result.stderr
+
+
+def test_env_tells_what_is_in_force_and_where_it_comes_from(
+    here: Path, user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user.write_text("[fit]\npasses = 3\n")
+    Path("loracat.toml").write_text('color = "never"\n')
+    monkeypatch.setenv("LORACAT_EXPORT_RANK", "4")
+    monkeypatch.setenv("LORACAT_QUIET", "0")
+    monkeypatch.setenv("LORACAT_NONSENSE", "hf_canary")
+    document = json.loads(run("env", "--json").stdout)
+    assert document["config_files"] == [str(user), "loracat.toml"]
+    assert document["settings"] == [
+        {"origin": str(user), "command": "fit", "option": "passes", "value": 3},
+        {"origin": "loracat.toml", "command": None, "option": "color", "value": "never"},
+        {"origin": "LORACAT_EXPORT_RANK", "command": "export", "option": "rank", "value": "4"},
+        {"origin": "LORACAT_NONSENSE", "command": None, "option": None, "value": None},
+        {"origin": "LORACAT_QUIET", "command": None, "option": "quiet", "value": "0"},
+    ]
+    spoken = run("env").stdout
+    assert all(text in spoken for text in ("fit --passes", "export --rank", "LORACAT_NONSENSE", str(user)))
+    assert "hf_canary" not in spoken

@@ -1,0 +1,191 @@
+"""What reaches a terminal and what reaches a pipe: colours, widths, encodings, and a reader that goes away."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loracli.cli._output import Output, print_anything
+from loracli.cli._talk import TALK, Talk
+from tests.cli.process import COMMAND, environment, on_terminal, piped
+from tests.cli.project import run
+
+STYLE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "colours"),
+    [
+        ([], {}, True),
+        ([], {"NO_COLOR": "1"}, False),
+        ([], {"TERM": "dumb"}, False),
+        (["--color", "never"], {}, False),
+        (["--color", "always"], {"NO_COLOR": "1"}, True),
+        ([], {"LORACAT_COLOR": "never"}, False),
+    ],
+    ids=str,
+)
+def test_colours_on_a_terminal(here: Path, words: list[str], variables: dict[str, str], colours: bool) -> None:
+    code, sent = on_terminal("show", *words, cwd=here, variables=variables)
+    assert code == 0
+    assert any(match != "\x1b[0m" for match in re.findall(r"\x1b\[3[0-9;]*m|\x1b\[[34]8;[0-9;]*m", sent)) is colours
+    if not colours:
+        assert "\x1b[3" not in sent
+    assert "\x1b" not in STYLE.sub("", sent)
+
+
+@pytest.mark.parametrize(("words", "colours"), [([], False), (["--color", "always"], True)], ids=str)
+def test_colours_in_a_pipe(here: Path, words: list[str], colours: bool) -> None:
+    assert ("\x1b[" in piped("show", *words, cwd=here).stdout) is colours
+    assert ("\x1b[" in piped("show", "missing.json", *words, cwd=here).stderr) is colours
+    assert "\x1b" not in piped("show", "--json", *words, cwd=here).stdout
+
+
+@pytest.mark.parametrize("variables", [{"FORCE_COLOR": "1"}, {"TERM": "dumb"}, {}], ids=str)
+def test_no_bar_is_drawn_where_it_cannot_be_drawn_over(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    """Whatever is said of colours."""
+
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return variables.get("TERM") == "dumb"
+
+    stream = Stream()
+    monkeypatch.setattr(sys, "stderr", stream)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    out = Output()
+    out.begin("work", 2, "modules")
+    out.advance("work", 1)
+    out.finish("work")
+    assert stream.getvalue() == ""
+
+
+def test_a_bar_vanishes_from_a_terminal(here: Path) -> None:
+    code, sent = on_terminal("lint", "know", cwd=here)
+    assert code == 0 and "━" in sent and "\x1b[2K" in sent  # drawn, and the line erased
+    assert sent.rindex("\x1b[2K") > sent.rindex("━")
+
+
+WIDE = [f"column-{letter}" for letter in "abcdefghij"]
+
+
+ROWS = [["first", *map(str, range(10))], ["second", *map(str, range(10, 20))]]
+
+
+def table(width: int, monkeypatch: pytest.MonkeyPatch, rows: list[list[str]] = ROWS) -> list[str]:
+    """A table as a terminal of that width shows it."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    Output().table(["", *WIDE], rows)
+    return [STYLE.sub("", line).rstrip() for line in screen.getvalue().splitlines()]
+
+
+def test_a_cell_wider_than_the_terminal_is_folded_and_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.WIDE", ["wide"])
+    lines = table(20, monkeypatch, [["first", "x" * 70 + "end"]])
+    assert max(map(len, lines)) <= 20 and "".join("".join(lines).split()).endswith("x" * 14 + "end")
+    assert sum(line.count("x") for line in lines) == 70
+
+
+def test_a_table_too_wide_for_a_terminal_comes_in_parts_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for width in (40, 60, 80, 120):
+        lines = table(width, monkeypatch)
+        assert max(map(len, lines)) <= width
+        words = " ".join(lines).split()
+        assert [word for word in words if word.startswith("column")] == WIDE
+        for name, numbers in (("first", range(10)), ("second", range(10, 20))):
+            rows = [line.split() for line in lines if line.startswith(name)]
+            assert [cell for row in rows for cell in row[1:]] == [str(number) for number in numbers]
+            assert (len(rows) > 1) is (width < 120)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_line_of_a_result_or_of_a_help_is_broken_by_the_terminal(here: Path, width: int) -> None:
+    for words in (["show"], ["fit", "--help"], ["--help"]):
+        code, sent = on_terminal(*words, cwd=here, width=width)
+        lines = [line for line in STYLE.sub("", sent).splitlines() if not line.startswith("  loracat ")]  # to be copied
+        assert code == 0 and max(map(len, lines)) <= width
+
+
+def test_what_an_encoding_lacks_is_replaced_or_escaped(here: Path) -> None:
+    (here / "know").rename(here / "knöw·猫")
+    variables = {"PYTHONIOENCODING": "ascii"}
+    done = piped("inspect", "knöw·猫", "form", cwd=here, variables=variables)
+    assert done.returncode == 0, done.stderr
+    assert "kn\\xf6w|\\u732b" in done.stdout and "| form" in done.stdout
+    assert json.loads(piped("show", "naïve.json", "--json", cwd=here, variables=variables).stdout)["error"]["code"] == 3
+    done = piped("show", "naïve.json", cwd=here, variables=variables)
+    assert done.returncode == 3 and "na\\xefve.json" in done.stderr
+
+
+def test_streams_that_cannot_be_told_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    print_anything()
+
+
+@pytest.mark.parametrize("words", [["show"], ["show", "--json"], ["fit", "--help"]], ids=" ".join)
+def test_a_reader_that_goes_away_ends_a_command_quietly(here: Path, words: list[str]) -> None:
+    """Whether the pipe is full when it closes, as behind `head`, or was closed before the first line."""
+    with subprocess.Popen(
+        [*COMMAND, *words],
+        cwd=here,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGPIPE, signal.SIG_IGN),  # as Python itself has it
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert (process.returncode, said) == (1, "")
+
+
+def test_v_tells_what_was_done_and_vv_adds_the_traceback(here: Path) -> None:
+    assert "lint: " not in run("lint", "know").stderr
+    assert re.search(r"^lint: 6 servers in [\d.]+ s", run("lint", "know", "-v").stderr, re.MULTILINE)
+    plain, loud = run("show", "x.json"), run("show", "x.json", "-vv")
+    assert "Traceback" not in plain.stderr + run("show", "x.json", "-v").stderr
+    assert loud.stderr.startswith("Traceback") and loud.stderr.endswith(plain.stderr)
+    assert "RecipeError" in loud.stderr and loud.stdout == ""
+    content: Any = json.loads(run("show", "x.json", "-vv", "--json").stdout)
+    assert content["error"]["code"] == 3
+
+
+def test_how_one_command_talks_is_forgotten_by_the_next(here: Path) -> None:
+    run("show", "x.json", "-vv", "--color", "never", "--json")
+    assert "Traceback" not in run("show", "x.json").stderr
+    assert TALK.get() == Talk()
+
+
+def test_no_arguments_print_the_help_and_are_a_usage_error(here: Path) -> None:
+    alone, asked = run(), run("--help")
+    assert (alone.exit_code, asked.exit_code) == (2, 0)
+    assert alone.stdout == asked.stdout and "Commands:" in alone.stdout and alone.stderr == ""
+    assert run("-h").stdout == asked.stdout
+    assert run("-V").stdout == run("--version").stdout
+    for name in ("fit", "show", "env"):
+        assert run(name, "-h").stdout == run(name, "--help").stdout
+
+
+def test_examples_can_be_copied_line_by_line(here: Path) -> None:
+    text = run("fit", "--help").stdout
+    examples = text[text.index("Examples:\n") :].splitlines()[1:]
+    assert len(examples) == 2 and all(line.startswith("  loracat fit ") for line in examples)
