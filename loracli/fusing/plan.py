@@ -18,7 +18,7 @@ import torch
 from loracli.errors import BaseModelMismatch
 from loracli.fitting.loaded_names import LoadedNames, loaded_names, tied_parameters
 from loracli.fusing.checkpoint import FLOATS, Checkpoint, StoredTensor, header_bytes
-from loracli.fusing.quantised import Quantisation, Quantised, find_quantised
+from loracli.fusing.quantised import BITSANDBYTES, Quantisation, Quantised, find_quantised
 from loracli.recipe import BaseModule, ModuleKind
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
@@ -47,6 +47,11 @@ class FusedTensor:
     quantised: Quantised | None = None
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its numbers."""
+        return self.source.shape if self.quantised is None else self.quantised.shape
+
+    @property
     def changed(self) -> bool:
         """Whether its bytes may differ from those of its source."""
         return self.module is not None or self.dtype != self.source.dtype
@@ -55,7 +60,7 @@ class FusedTensor:
     def size(self) -> int:
         if self.dtype == self.source.dtype:
             return self.source.size
-        return math.prod(self.source.shape) * FLOATS[self.dtype].itemsize
+        return math.prod(self.shape) * FLOATS[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ def plan_fusion(
         BaseModelMismatch: if the weight of a module is not one tensor of the checkpoint, by the module's name.
     """
     quantised, unused = find_quantised(checkpoint, quantisation)
+    if quantisation is not None and quantisation.method == BITSANDBYTES:
+        _refuse_transposed(skeleton)
     names, tied = loaded_names(skeleton, checkpoint.tensors.keys() - unused), tied_parameters(skeleton)
     placed: dict[str, BaseModule] = {}  # by name of the stored tensor
     added: dict[str, tuple[str, BaseModule | None]] = {}  # by new name: stored tensor, module
@@ -138,10 +145,20 @@ def plan_fusion(
             if source.shard == name:
                 rest = quantised.get(stored)
                 tensors.append(FusedTensor(new, source, *_of(own), _dtype_of(source, dtype, rest), True, rest))
-        header = header_bytes([(tensor.name, tensor.dtype, tensor.source.shape) for tensor in tensors])
+        header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors])
         left_out = tuple(tensor for tensor in shard.tensors if tensor.name in unused)
         shards.append(FusedShard(name, tuple(tensors), header, left_out))
     return FusionPlan(tuple(shards), untied)
+
+
+def _refuse_transposed(skeleton: Any) -> None:
+    """bitsandbytes keeps the weights of a Conv1D the other way round."""
+    name = next((name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"), None)
+    if name is not None:
+        raise BaseModelMismatch(
+            f"the base model's {name} is a Conv1D, which bitsandbytes stores the other way round",
+            hint="give the unquantised model with --base",
+        )
 
 
 def _kept(
@@ -196,9 +213,10 @@ def _tied_source(
 def _check(tensor: StoredTensor, skeleton: Any, parameter: str, quantised: Mapping[str, Quantised]) -> None:
     """Refuses a weight that is no matrix of floating point numbers in the model's shape."""
     wanted = tuple(skeleton.get_parameter(parameter).shape)
-    if tensor.shape != wanted or len(wanted) != 2:
+    shape = quantised[tensor.name].shape if tensor.name in quantised else tensor.shape
+    if shape != wanted or len(wanted) != 2:
         raise BaseModelMismatch(
-            f"{tensor.name} of the base model's weights has the shape {tensor.shape}; its config says {wanted}"
+            f"{tensor.name} of the base model's weights has the shape {shape}; its config says {wanted}"
         )
     if tensor.dtype not in FLOATS and tensor.name not in quantised:
         raise BaseModelMismatch(
