@@ -29,6 +29,7 @@ from loracli.fusing.plan import FusedShard, FusedTensor
 from loracli.fusing.quantised import Decoder, Quantised
 
 WAITING = 3
+WIDENED = 16  # at most, from bytes that are stored to a number in float64
 
 FoldOf = Callable[[FusedTensor], Fold | None]
 DecoderOf = Callable[[Quantised], Decoder]
@@ -93,7 +94,8 @@ def _blocks(shard: FusedShard) -> Iterator[_Block]:
             )
             continue
         whole = source.size // tensor.shape[0] if tensor.changed and source.shape and source.size else 1
-        size = max(whole, BLOCK_BYTES // whole * whole)
+        limit = BLOCK_BYTES if tensor.quantised is None else BLOCK_BYTES // WIDENED
+        size = max(whole, limit // whole * whole)
         for offset in range(0, source.size, size):
             yield _Block(tensor, offset // whole, source.begin + offset, min(size, source.size - offset))
 

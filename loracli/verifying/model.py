@@ -29,6 +29,7 @@ from loracli.fusing.composition import changed_modules
 from loracli.fusing.fold import BLOCK_BYTES, rounding_bounds
 from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
 from loracli.fusing.quantised import read_quantisation
+from loracli.fusing.stream import WIDENED
 from loracli.fusing.workplace import FUSE_CERTIFICATE, file_sha256
 from loracli.progress import Progress
 from loracli.schema import decode
@@ -223,7 +224,8 @@ def _wrong_entries(
     rows = tensor.shape[0] if own.shape else 1
     if own.size == 0:
         return 0
-    step, wrong = max(1, BLOCK_BYTES // max(1, own.size // rows)), 0
+    block = BLOCK_BYTES if tensor.quantised is None else BLOCK_BYTES // WIDENED
+    step, wrong = max(1, block // max(1, own.size // rows)), 0
     decode = None if tensor.quantised is None else tensor.quantised.decoder(checkpoint)
     with open_regular(checkpoint.folder / own.shard) as base, open_regular(written.folder / found.shard) as file:
         for start in range(0, rows, step):

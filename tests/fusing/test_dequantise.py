@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from loracli.cli import app
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
 from loracli.fusing.fuse import fuse_model
 from loracli.verifying.verify import verify_directory
@@ -172,8 +174,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [None, "float32"])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("form", "dtype"), [*((form, None) for form in FORMATS), ("blocks", "float32")])
 def test_every_weight_is_the_float64_number_rounded_once(tmp_path: Path, form: str, dtype: str | None) -> None:
     made = Made(tmp_path, "mixed ranks")
     base = QuantisedBase(made, **FORMATS[form])
@@ -325,3 +326,34 @@ def test_a_transposed_layer_of_bitsandbytes_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
     with pytest.raises(BaseModelMismatch, match="is a Conv1D"):
         fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+
+
+@pytest.mark.parametrize("form", ["blocks that are cut short", "bitsandbytes, 4 bit, twice"])
+def test_rows_that_are_worked_on_apart_make_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    made = Made(tmp_path, "plain")
+    QuantisedBase(made, **FORMATS[form])
+    fuse_model(made.recipe, tmp_path / "whole", base=str(made.base), dequantise=True)
+    for module in ("loracli.fusing.stream", "loracli.verifying.model"):
+        monkeypatch.setattr(f"{module}.BLOCK_BYTES", 80 * 16)
+    fuse_model(made.recipe, tmp_path / "parts", base=str(made.base), dequantise=True)
+    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+    assert not verify_directory(
+        tmp_path / "parts", adapters=[str(path) for path in made.paths], base=str(made.base)
+    ).not_checked
+
+
+def test_the_command_says_what_the_base_was(tmp_path: Path) -> None:
+    made = Made(tmp_path, "plain")
+    QuantisedBase(made, **FORMATS["channels"])
+    made.recipe.save(tmp_path / "recipe.json")
+    words = ["fuse", str(tmp_path / "recipe.json"), "--base", str(made.base), "--dequantise"]
+    result: Any = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "out"), "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert (document["dequantised"], document["dtypes"]) == ("compressed-tensors", ["bfloat16"])
+    assert "quantised (compressed-tensors)" in (tmp_path / "out" / "README.md").read_text()
+    refused: Any = CliRunner().invoke(app, [*words[:-1], "-o", str(tmp_path / "other")])
+    assert refused.exit_code == 3 and "--dequantise" in refused.output
