@@ -62,7 +62,10 @@ def fuse(
         ),
     ] = None,
     dequantise: Annotated[
-        bool, typer.Option("--dequantise", help="Compute the weights of a base in fp8 or 8-bit compressed-tensors.")
+        bool,
+        typer.Option(
+            "--dequantise", help="Compute the weights of a base in fp8, bitsandbytes or 8-bit compressed-tensors."
+        ),
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a fusion that was stopped.")] = False,
     force: ForceOpt = False,

@@ -35,7 +35,7 @@ from loracli.fusing.composition import (
 )
 from loracli.fusing.fold import Fold, make_fold, precision_for
 from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
-from loracli.fusing.quantised import Quantisation, read_quantisation, read_scales
+from loracli.fusing.quantised import Quantisation, read_quantisation
 from loracli.fusing.stream import Hashes, write_shard
 from loracli.fusing.update import update_of
 from loracli.fusing.workplace import FUSE_CERTIFICATE, Workplace, check_model_free, open_workplace
@@ -214,7 +214,7 @@ class _Fusion:
                 shard,
                 partial,
                 self._fold_of,
-                lambda quantised: read_scales(self._checkpoint, quantised),
+                lambda quantised: quantised.decoder(self._checkpoint),
                 lambda size: self._progress.advance(TASK, size),
             )
             partial.rename(path)

@@ -21,7 +21,7 @@ from loracli.adapters.names import expert_name
 from loracli.errors import BaseModelMismatch
 from loracli.fitting.loaded_names import LoadedNames, loaded_names, tied_parameters
 from loracli.fusing.checkpoint import FLOATS, Checkpoint, StoredTensor, header_bytes
-from loracli.fusing.quantised import Quantisation, Quantised, find_quantised
+from loracli.fusing.quantised import BITSANDBYTES, Quantisation, Quantised, find_quantised
 from loracli.recipe import BaseModule, ModuleKind
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
@@ -57,6 +57,11 @@ class FusedTensor:
         return self.module if self.rows is None else f"{self.module}[{self.rows[0]}:{self.rows[1]}]"
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its numbers."""
+        return self.source.shape if self.quantised is None else self.quantised.shape
+
+    @property
     def changed(self) -> bool:
         """Whether its bytes may differ from those of its source."""
         return self.module is not None or self.dtype != self.source.dtype
@@ -65,7 +70,7 @@ class FusedTensor:
     def size(self) -> int:
         if self.dtype == self.source.dtype:
             return self.source.size
-        return math.prod(self.source.shape) * FLOATS[self.dtype].itemsize
+        return math.prod(self.shape) * FLOATS[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,8 @@ def plan_fusion(
         BaseModelMismatch: if the weight of a module is not one tensor of the checkpoint, by the module's name.
     """
     quantised, unused = find_quantised(checkpoint, quantisation)
+    if quantisation is not None and quantisation.method == BITSANDBYTES:
+        _refuse_transposed(skeleton)
     names, tied = loaded_names(skeleton, checkpoint.tensors.keys() - unused), tied_parameters(skeleton)
     placed: dict[str, _Own] = {}  # by name of the stored tensor
     added: dict[str, tuple[str, BaseModule | None]] = {}  # by new name: stored tensor, module
@@ -152,7 +159,7 @@ def plan_fusion(
                 whose, rest = _NOBODY if own is None else _Own(own.name, own.kind), quantised.get(stored)
                 named = (new, source, whose.module, whose.kind, _dtype_of(source, dtype, rest))
                 tensors.append(FusedTensor(*named, added=True, quantised=rest))
-        header = header_bytes([(tensor.name, tensor.dtype, tensor.source.shape) for tensor in tensors])
+        header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors])
         left_out = tuple(tensor for tensor in shard.tensors if tensor.name in unused)
         shards.append(FusedShard(name, tuple(tensors), header, left_out))
     return FusionPlan(tuple(shards), untied)
@@ -170,6 +177,16 @@ class _Own:
 _NOBODY = _Own(None, "other")
 
 
+def _refuse_transposed(skeleton: Any) -> None:
+    """bitsandbytes keeps the weights of a Conv1D the other way round."""
+    name = next((name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"), None)
+    if name is not None:
+        raise BaseModelMismatch(
+            f"the base model's {name} is a Conv1D, which bitsandbytes stores the other way round",
+            hint="give the unquantised model with --base",
+        )
+
+
 def _placed_experts(
     checkpoint: Checkpoint,
     names: LoadedNames,
@@ -178,7 +195,7 @@ def _placed_experts(
     quantised: Mapping[str, Quantised],
 ) -> dict[str, _Own]:
     """Where the updates of a parameter's experts go: into one tensor, or into those of each expert's layers."""
-    parameter, shape = module.name, tuple(skeleton.get_parameter(module.name).shape)
+    parameter, experts = module.name, skeleton.get_parameter(module.name).shape[0]
     turned = getattr(skeleton.get_submodule(parameter.rpartition(".")[0]), "is_transposed", False)
     if parameter in names.stored:
         stored = _the_one(names.stored[parameter], parameter)
@@ -188,16 +205,17 @@ def _placed_experts(
     for name in names.computed.get(parameter, ()):
         part = expert_part(name.removesuffix(".weight"), {parameter: module.out_features})
         tensor = checkpoint.tensors[name]
-        if part is None or turned or tensor.shape != (module.out_features // part.parts, module.in_features):
+        shape = _shape_of(tensor, quantised)
+        if part is None or turned or shape != (module.out_features // part.parts, module.in_features):
             raise _of_others(parameter)
         _check_float(tensor, quantised)
         places.add((part.expert, part.place, part.parts))
-        rows = (part.place * tensor.shape[0], (part.place + 1) * tensor.shape[0])
+        rows = (part.place * shape[0], (part.place + 1) * shape[0])
         found[name] = _Own(expert_name(parameter, part.expert), "linear", None if part.parts == 1 else rows)
     parts = max((parts for _, _, parts in places), default=1)
-    if len(found) != len(places) or len(places) != shape[0] * parts:
+    if len(found) != len(places) or len(places) != experts * parts:
         raise BaseModelMismatch(
-            f"the base model's weights have {len(found)} of {shape[0] * parts} tensors of {parameter}",
+            f"the base model's weights have {len(found)} of {experts * parts} tensors of {parameter}",
             hint="the download is incomplete, or the checkpoint names its tensors in a way that is not known",
         )
     return found
@@ -253,11 +271,16 @@ def _tied_source(
 def _check(tensor: StoredTensor, skeleton: Any, parameter: str, quantised: Mapping[str, Quantised]) -> None:
     """Refuses a weight that is no matrix, or matrices of experts, of floating point numbers in the model's shape."""
     wanted = tuple(skeleton.get_parameter(parameter).shape)
-    if tensor.shape != wanted or len(wanted) not in (2, 3):
+    shape = _shape_of(tensor, quantised)
+    if shape != wanted or len(wanted) not in (2, 3):
         raise BaseModelMismatch(
-            f"{tensor.name} of the base model's weights has the shape {tensor.shape}; its config says {wanted}"
+            f"{tensor.name} of the base model's weights has the shape {shape}; its config says {wanted}"
         )
     _check_float(tensor, quantised)
+
+
+def _shape_of(tensor: StoredTensor, quantised: Mapping[str, Quantised]) -> tuple[int, ...]:
+    return quantised[tensor.name].shape if tensor.name in quantised else tensor.shape
 
 
 def _check_float(tensor: StoredTensor, quantised: Mapping[str, Quantised]) -> None:

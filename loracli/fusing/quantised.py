@@ -4,6 +4,8 @@
 
     fp8                  F8_E4M3, F8_E5M2   X.weight_scale_inv   weight_block_size, or one scale: DeepSeek-V3, Qwen3-FP8
     compressed-tensors   the same, or I8    X.weight_scale       tensor, channel, group or block; symmetric
+    bitsandbytes, 8 bit  I8                 X.SCB                a row, s = SCB / 127 (LLM.int8, arXiv 2208.07339)
+    bitsandbytes, 4 bit  packed in U8       X.weight.absmax      see four_bits.py
 
 A product of 8 and 24 bits of significand has 32 at most, which float64 holds. transformers multiplies in float32 and
 rounds that again (`Fp8Dequantize`, 5.23), so its weights may differ from ours in the last bit. What the formats keep
@@ -12,16 +14,17 @@ beside the weights for their kernels, scales of activations and of the cache, ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from loracli.errors import BaseModelMismatch
 from loracli.fusing.checkpoint import FLOATS, Checkpoint, StoredTensor
+from loracli.fusing.four_bits import find_four_bits
 
 QUANTISED = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8}
 SCALES = {
@@ -31,8 +34,9 @@ SCALES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 _FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
-_UNUSED = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale")
+_UNUSED = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale", "weight_format")
 _COMPRESSED = ("float-quantized", "int-quantized", "naive-quantized")
+BITSANDBYTES = "bitsandbytes"
 _WAY_OUT = "give the unquantised model with --base"
 
 
@@ -54,17 +58,60 @@ class Quantisation:
     block: tuple[int, int] | None
 
 
+Decoder = Callable[[Tensor, int], Tensor]
+
+
+class Quantised(Protocol):
+    """The rest of a quantised tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, which may be stored in another."""
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the tensors that are of no use beside the weight."""
+
+    def decoder(self, checkpoint: Checkpoint) -> Decoder:
+        """A function of the bytes of some rows and the place of the first: these rows of W in float64."""
+
+
 @dataclass(frozen=True)
-class Quantised:
-    """The rest of a quantised tensor.
+class Scaled:
+    """A tensor of 8-bit numbers with scales.
 
     Args:
+        tensor: q.
         scales: s, (rows of blocks, columns of blocks).
         block: rows and columns of a block; the last ones may be cut short.
+        divisor: of the scales.
     """
 
+    tensor: StoredTensor
     scales: StoredTensor
     block: tuple[int, int]
+    divisor: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        return (self.scales.name,)
+
+    def decoder(self, checkpoint: Checkpoint) -> Decoder:
+        columns = self.tensor.shape[1]
+        data = checkpoint.read(self.scales).view(SCALES[self.scales.dtype])
+        scales = data.double().view(_grid(self.scales.shape)) / self.divisor
+        of_column = torch.arange(columns) // self.block[1]
+
+        def decode(rows: Tensor, start: int) -> Tensor:
+            weight = rows.view(QUANTISED[self.tensor.dtype]).view(-1, columns).double()
+            of_row = torch.arange(start, start + len(weight)) // self.block[0]
+            return weight.mul_(scales[of_row][:, of_column])
+
+        return decode
 
 
 def read_quantisation(fields: Mapping[str, Any], path: Path) -> Quantisation | None:
@@ -82,9 +129,12 @@ def read_quantisation(fields: Mapping[str, Any], path: Path) -> Quantisation | N
         return Quantisation("fp8", "weight_scale_inv", _FLOAT8, None if block is None else _pair(block, path))
     if method == "compressed-tensors":
         return _compressed(config, path)
+    if method == BITSANDBYTES and isinstance(config, dict):
+        four = bool(config.get("load_in_4bit") or config.get("_load_in_4bit"))
+        return Quantisation(BITSANDBYTES, "absmax" if four else "SCB", frozenset({"U8"} if four else {"I8"}), None)
     raise BaseModelMismatch(
-        f"the base model is quantised by {method}, which --dequantise does not read; it reads fp8 and, of "
-        f"compressed-tensors, {', '.join(_COMPRESSED)}",
+        f"the base model is quantised by {method}, which --dequantise does not read; it reads fp8, "
+        f"bitsandbytes and, of compressed-tensors, {', '.join(_COMPRESSED)}",
         where=str(path),
         hint=_WAY_OUT,
     )
@@ -135,11 +185,14 @@ def find_quantised(
         return {}, frozenset()
     found: dict[str, Quantised] = {}
     unused = {name for name in checkpoint.tensors if name.rpartition(".")[2] in _UNUSED}
+    if "U8" in quantisation.dtypes:
+        found |= find_four_bits(checkpoint)
+        unused |= {name for quantised in found.values() for name in quantised.unused}
     for name, tensor in checkpoint.tensors.items():
         module, _, last = name.rpartition(".")
         if last == "weight_zero_point":
             raise BaseModelMismatch(f"the base model's {module} is quantised around {name}", hint=_WAY_OUT)
-        if last == quantisation.scale or name in unused or tensor.dtype in FLOATS:
+        if last == quantisation.scale or name in unused or name in found or tensor.dtype in FLOATS:
             continue
         scales = checkpoint.tensors.get(f"{module}.{quantisation.scale}")
         if tensor.dtype not in quantisation.dtypes or last != "weight" or len(tensor.shape) != 2 or scales is None:
@@ -149,7 +202,8 @@ def find_quantised(
                 f"{name} of the base model's weights is stored as {tensor.dtype}, which stands for nothing known",
                 hint=_WAY_OUT,
             )
-        found[name] = Quantised(scales, _block_of(tensor, scales, quantisation.block))
+        divisor = 127.0 if quantisation.scale == "SCB" else 1.0
+        found[name] = Scaled(tensor, scales, _block_of(tensor, scales, quantisation.block), divisor)
         unused.add(scales.name)
     loose = sorted(n for n in checkpoint.tensors.keys() - unused if n.rpartition(".")[2] == quantisation.scale)
     if loose:
@@ -177,26 +231,3 @@ def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) == 2:
         return shape[0], shape[1]
     return (shape[0], 1) if len(shape) == 1 else (1, 1) if not shape else (0, 0)
-
-
-def read_scales(checkpoint: Checkpoint, quantised: Quantised) -> Tensor:
-    """s in float64, (rows of blocks, columns of blocks)."""
-    data = checkpoint.read(quantised.scales).view(SCALES[quantised.scales.dtype])
-    return data.double().view(_grid(quantised.scales.shape))
-
-
-def dequantised_rows(data: Tensor, tensor: StoredTensor, start: int, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Rows of W (rows, in) in float64.
-
-    Args:
-        data: their bytes, uint8.
-        tensor: that they are of.
-        start: their place in it.
-        scales: s, float64.
-        block: rows and columns of a block.
-    """
-    columns = tensor.shape[1]
-    weight = data.view(QUANTISED[tensor.dtype]).view(-1, columns).double()
-    of_row = torch.arange(start, start + len(weight)) // block[0]
-    of_column = torch.arange(columns) // block[1]
-    return weight.mul_(scales[of_row][:, of_column])

@@ -26,12 +26,13 @@ from loracli.adapters.tensor_file import open_regular
 from loracli.fusing.checkpoint import FLOATS, Shard, StoredTensor, read_bytes
 from loracli.fusing.fold import BLOCK_BYTES, Fold, fold_rows
 from loracli.fusing.plan import FusedShard, FusedTensor
-from loracli.fusing.quantised import Quantised, dequantised_rows
+from loracli.fusing.quantised import Decoder, Quantised
 
 WAITING = 3
+WIDENED = 16  # at most, from bytes that are stored to a number in float64
 
 FoldOf = Callable[[FusedTensor], Fold | None]
-ScalesOf = Callable[[Quantised], Tensor]
+DecoderOf = Callable[[Quantised], Decoder]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class _Block:
 
 
 def write_shard(
-    base: Shard, shard: FusedShard, path: Path, fold_of: FoldOf, scales_of: ScalesOf, told: Callable[[int], object]
+    base: Shard, shard: FusedShard, path: Path, fold_of: FoldOf, decoder_of: DecoderOf, told: Callable[[int], object]
 ) -> Hashes:
     """Writes a new file and flushes it to the disk.
 
@@ -62,21 +63,21 @@ def write_shard(
         shard: what goes into the new one.
         path: must not exist.
         fold_of: the update of a tensor in the layout of its weight; asked for once each, in order.
-        scales_of: of a quantised tensor, likewise.
+        decoder_of: what computes a quantised tensor, likewise.
         told: the bytes that are done, now and then.
     """
     with open_regular(base.path) as source, _created(path) as output:
         digest = hashlib.sha256(base.header)
         with _reader(source.fileno(), _blocks(shard), digest) as blocks, _writer(output) as writer:
             writer.put(torch.frombuffer(bytearray(shard.header), dtype=torch.uint8))
-            current, fold, scales = None, None, None
+            current, fold, decode = None, None, None
             for block, data in blocks:
                 if block.tensor is None:
                     continue
                 if block.tensor is not current:
                     current, fold = block.tensor, fold_of(block.tensor)
-                    scales = None if current.quantised is None else scales_of(current.quantised)
-                writer.put(_transformed(block.tensor, block.start, data, fold, scales))
+                    decode = None if current.quantised is None else decoder_of(current.quantised)
+                writer.put(_transformed(block.tensor, block.start, data, fold, decode))
                 told(block.size)
         return Hashes(digest.hexdigest(), writer.sha256())
 
@@ -92,17 +93,18 @@ def _blocks(shard: FusedShard) -> Iterator[_Block]:
                 for o in range(0, source.size, BLOCK_BYTES)
             )
             continue
-        whole = source.size // source.shape[0] if tensor.changed and source.shape and source.size else 1
-        size = max(whole, BLOCK_BYTES // whole * whole)
+        whole = source.size // tensor.shape[0] if tensor.changed and source.shape and source.size else 1
+        limit = BLOCK_BYTES if tensor.quantised is None else BLOCK_BYTES // WIDENED
+        size = max(whole, limit // whole * whole)
         for offset in range(0, source.size, size):
             yield _Block(tensor, offset // whole, source.begin + offset, min(size, source.size - offset))
 
 
-def _transformed(tensor: FusedTensor, start: int, data: Tensor, fold: Fold | None, scales: Tensor | None) -> Tensor:
+def _transformed(tensor: FusedTensor, start: int, data: Tensor, fold: Fold | None, decode: Decoder | None) -> Tensor:
     if not tensor.changed:
         return data
-    if tensor.quantised is not None and scales is not None:
-        weight = dequantised_rows(data, tensor.source, start, scales, tensor.quantised.block)
+    if decode is not None:
+        weight = decode(data, start)
     else:
         weight = data.view(FLOATS[tensor.source.dtype])
         if tensor.source.shape:

@@ -27,10 +27,10 @@ def update_of(source: Source, tensor: FusedTensor) -> tuple[Tensor, Tensor] | No
     """
     if tensor.module is None:
         return None
-    if len(tensor.source.shape) == 2:
+    if len(tensor.shape) == 2:
         left, right = _sides(source.compose(tensor.module).factors, tensor)
         return (left if tensor.rows is None else left[slice(*tensor.rows)]), right
-    names = [expert_name(tensor.module, expert) for expert in range(tensor.source.shape[0])]
+    names = [expert_name(tensor.module, expert) for expert in range(tensor.shape[0])]
     updates = [source.compose(name).factors for name in names]
     rank = max(update.rank for update in updates)
     lefts, rights = zip(*(_sides(pad_rank(update, rank), tensor) for update in updates), strict=True)

@@ -28,7 +28,8 @@ from loracli.fusing.checkpoint import FLOATS, INDEX_FILE, Checkpoint, StoredTens
 from loracli.fusing.composition import changed_modules
 from loracli.fusing.fold import BLOCK_BYTES, rounding_bounds
 from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
-from loracli.fusing.quantised import dequantised_rows, read_quantisation, read_scales
+from loracli.fusing.quantised import read_quantisation
+from loracli.fusing.stream import WIDENED
 from loracli.fusing.update import update_of
 from loracli.fusing.workplace import FUSE_CERTIFICATE, file_sha256
 from loracli.progress import Progress
@@ -197,7 +198,7 @@ def _check_weights(
         if found is None:
             continue
         findings.tensors += 1
-        if (found.dtype, found.shape) != (tensor.dtype, tensor.source.shape):
+        if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
             findings.differs(f"{tensor.name} is {found.dtype} {found.shape} and not {tensor.dtype}")
             continue
         wrong = _wrong_entries(checkpoint, written, tensor, found, source, progress)
@@ -217,11 +218,12 @@ def _wrong_entries(
 ) -> int:
     own, output = tensor.source, FLOATS.get(tensor.dtype, torch.uint8)
     update = update_of(source, tensor)
-    rows = own.shape[0] if own.shape else 1
+    rows = tensor.shape[0] if own.shape else 1
     if own.size == 0:
         return 0
-    step, wrong = max(1, BLOCK_BYTES // max(1, own.size // rows)), 0
-    scales = None if tensor.quantised is None else read_scales(checkpoint, tensor.quantised)
+    block = BLOCK_BYTES if tensor.quantised is None else BLOCK_BYTES // WIDENED
+    step, wrong = max(1, block // max(1, own.size // rows)), 0
+    decode = None if tensor.quantised is None else tensor.quantised.decoder(checkpoint)
     with open_regular(checkpoint.folder / own.shard) as base, open_regular(written.folder / found.shard) as file:
         for start in range(0, rows, step):
             stop = min(start + step, rows)
@@ -233,8 +235,8 @@ def _wrong_entries(
             if not tensor.changed:
                 wrong += int((before != after).sum())
                 continue
-            if tensor.quantised is not None and scales is not None:
-                weight = dequantised_rows(before, own, start, scales, tensor.quantised.block)
+            if decode is not None:
+                weight = decode(before, start)
             else:
                 weight = before.view(FLOATS[own.dtype]).view(stop - start, *own.shape[1:])
             value = after.view(output).view(weight.shape)

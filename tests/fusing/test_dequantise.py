@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from loracli.cli import app
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
 from loracli.fusing.fuse import fuse_model
 from loracli.verifying.verify import verify_directory
@@ -37,6 +40,43 @@ def scales_for(weight: Tensor, block: tuple[int, int], largest: float, dtype: to
     return (2 ** scales.log2().ceil() if dtype == E8M0 else scales).to(dtype)
 
 
+Stored = tuple[dict[str, Tensor], Tensor]
+
+
+def int8_of_bitsandbytes(name: str, weight: Tensor) -> Stored:
+    """LLM.int8: the largest of each row is 127."""
+    largest = weight.abs().amax(dim=1)
+    q = (weight.double() * 127 / largest.double()[:, None]).round().to(torch.int8)
+    module = name.removesuffix("weight")
+    stored = {name: q, f"{module}SCB": largest, f"{module}weight_format": torch.zeros((), dtype=torch.uint8)}
+    return stored, q.double() * largest.double()[:, None] / 127
+
+
+def four_bits(name: str, weight: Tensor, *, nested: bool) -> Stored:
+    """Two numbers in a byte, the first in the upper half, from a table of 16, times the largest of each 64."""
+    code, flat = torch.linspace(-1, 1, 16) ** 3, weight.flatten()
+    absmax = torch.stack([part.abs().amax() for part in flat.split(64)])
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+    stored, exact = {"absmax": absmax}, absmax.double()
+    if nested:
+        table, offset = torch.linspace(-1, 1, 256), float(absmax.mean())
+        coarse = torch.stack([part.abs().amax() for part in (absmax - offset).split(8)])
+        each = coarse.repeat_interleave(8)[: len(absmax)]
+        p = ((absmax - offset) / each)[:, None].sub(table).abs().argmin(dim=1)
+        exact = table.double()[p] * each.double() + offset
+        stored = {"absmax": p.to(torch.uint8), "nested_absmax": coarse, "nested_quant_map": table}
+        state |= {"nested_blocksize": 8, "nested_dtype": "float32", "nested_offset": offset}
+    scale = exact.repeat_interleave(64)[: len(flat)]
+    q = (flat / scale)[:, None].sub(code).abs().argmin(dim=1)
+    stored |= {
+        "quant_map": code,
+        "quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode())).byte(),
+    }
+    packed = (q[0::2] * 16 + q[1::2]).to(torch.uint8)[:, None]
+    exact = (code.double()[q] * scale).view(weight.shape)
+    return {name: packed, **{f"{name}.{part}": tensor for part, tensor in stored.items()}}, exact
+
+
 class QuantisedBase:
     """A base whose linear layers are quantised, and the numbers that they stand for by the formula."""
 
@@ -44,12 +84,13 @@ class QuantisedBase:
         self,
         made: Made,
         *,
-        suffix: str,
-        block: Callable[[torch.Size], tuple[int, int]],
+        suffix: str = "",
+        block: Callable[[torch.Size], tuple[int, int]] = tuple,  # type: ignore[assignment]
         weight: torch.dtype = E4M3,
         scale: torch.dtype = torch.float32,
         config: dict[str, Any],
         flat: bool = False,
+        store: Callable[[str, Tensor], Stored] | None = None,
     ) -> None:
         self.folder, self.exact = made.base, dict[str, Tensor]()
         largest = 127.0 if weight == torch.int8 else torch.finfo(weight).max
@@ -57,6 +98,10 @@ class QuantisedBase:
         for name, tensor in load_file(made.base / "model.safetensors").items():
             if "_proj" not in name:
                 stored[name] = tensor.bfloat16()
+                continue
+            if store is not None:
+                parts, self.exact[name] = store(name, tensor)
+                stored |= parts
                 continue
             size = block(tensor.shape)
             scales = scales_for(tensor, size, largest, scale)
@@ -109,6 +154,18 @@ FORMATS: dict[str, dict[str, Any]] = {
         "flat": True,
         "config": compressed("tensor", "float-quantized", "float"),
     },
+    "bitsandbytes, 8 bit": {
+        "store": int8_of_bitsandbytes,
+        "config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    },
+    "bitsandbytes, 4 bit": {
+        "store": partial(four_bits, nested=False),
+        "config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    },
+    "bitsandbytes, 4 bit, twice": {
+        "store": partial(four_bits, nested=True),
+        "config": {"quant_method": "bitsandbytes", "_load_in_4bit": True, "load_in_8bit": False},
+    },
     "groups": {
         "suffix": "weight_scale",
         "block": lambda _: (1, 8),
@@ -117,14 +174,13 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [None, "float32"])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("form", "dtype"), [*((form, None) for form in FORMATS), ("blocks", "float32")])
 def test_every_weight_is_the_float64_number_rounded_once(tmp_path: Path, form: str, dtype: str | None) -> None:
     made = Made(tmp_path, "mixed ranks")
     base = QuantisedBase(made, **FORMATS[form])
     fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True, dtype=dtype)
     before, after = load_file(made.base / "model.safetensors"), tensors(tmp_path / "out")
-    assert after.keys() == {name for name in before if not name.endswith(("scale", "scale_inv"))}
+    assert after.keys() == {name for name in before if name.endswith("weight")}
     output = torch.bfloat16 if dtype is None else torch.float32
     for name, weight in after.items():
         assert weight.dtype == output
@@ -186,11 +242,8 @@ def test_scales_in_another_file_and_a_resumed_run_make_no_difference(tmp_path: P
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            "quantised by bitsandbytes, which --dequantise does not",
-        ),
-        ({"quant_method": "gptq", "bits": 4}, "quantised by gptq"),
+        ({"quant_method": "gptq", "bits": 4}, "quantised by gptq, which --dequantise does not read"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "is stored as F8_E4M3, which stands for nothing"),
         (compressed("group", "pack-quantized", "int", num_bits=4), "compressed-tensors as pack-quantized"),
         (compressed("channel", "int-quantized", "int") | {"transform_config": {"r1": {}}}, "with a transform_config"),
         (fp8([16]), "has the block size"),
@@ -209,6 +262,7 @@ def test_other_formats_are_refused_by_name_with_the_way_out(
 
 
 NAME = "model.layers.1.self_attn.q_proj"
+STATE = ".quant_state.bitsandbytes__nf4"
 
 
 @pytest.mark.parametrize(
@@ -241,3 +295,65 @@ def test_the_option_is_named_for_a_quantised_base_and_refused_for_another(tmp_pa
     with pytest.raises(BaseModelMismatch, match="is quantised") as caught:
         fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
     assert "--dequantise" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{NAME}.weight.absmax"), "absmax .* does not fit"),
+        (lambda t: t.pop(f"{NAME}.weight.nested_quant_map"), "nested_quant_map .* does not fit"),
+        (lambda t: t.update({f"{NAME}.weight": t[f"{NAME}.weight"][:-1]}), "does not fit"),
+        (lambda t: t[f"{NAME}.weight{STATE}"].fill_(0), "is damaged"),
+        (lambda t: t.pop(f"{NAME}.weight{STATE}"), "stands for nothing known"),
+    ],
+)
+def test_what_stands_beside_packed_weights_has_to_fit_them(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    made = Made(tmp_path, "plain")
+    QuantisedBase(made, **FORMATS["bitsandbytes, 4 bit, twice"])
+    stored = load_file(made.base / "model.safetensors")
+    change(stored)
+    save_file(stored, made.base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelMismatch, match=message):
+        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+
+
+def test_a_transposed_layer_of_bitsandbytes_is_refused(tmp_path: Path) -> None:
+    made = Made(tmp_path, "conv1d")
+    path = made.base / "config.json"
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    with pytest.raises(BaseModelMismatch, match="is a Conv1D"):
+        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+
+
+@pytest.mark.parametrize("form", ["blocks that are cut short", "bitsandbytes, 4 bit, twice"])
+def test_rows_that_are_worked_on_apart_make_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    made = Made(tmp_path, "plain")
+    QuantisedBase(made, **FORMATS[form])
+    fuse_model(made.recipe, tmp_path / "whole", base=str(made.base), dequantise=True)
+    for module in ("loracli.fusing.stream", "loracli.verifying.model"):
+        monkeypatch.setattr(f"{module}.BLOCK_BYTES", 80 * 16)
+    fuse_model(made.recipe, tmp_path / "parts", base=str(made.base), dequantise=True)
+    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+    assert not verify_directory(
+        tmp_path / "parts", adapters=[str(path) for path in made.paths], base=str(made.base)
+    ).not_checked
+
+
+def test_the_command_says_what_the_base_was(tmp_path: Path) -> None:
+    made = Made(tmp_path, "plain")
+    QuantisedBase(made, **FORMATS["channels"])
+    made.recipe.save(tmp_path / "recipe.json")
+    words = ["fuse", str(tmp_path / "recipe.json"), "--base", str(made.base), "--dequantise"]
+    result: Any = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "out"), "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert (document["dequantised"], document["dtypes"]) == ("compressed-tensors", ["bfloat16"])
+    assert "quantised (compressed-tensors)" in (tmp_path / "out" / "README.md").read_text()
+    refused: Any = CliRunner().invoke(app, [*words[:-1], "-o", str(tmp_path / "other")])
+    assert refused.exit_code == 3 and "--dequantise" in refused.output
