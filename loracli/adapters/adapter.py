@@ -316,7 +316,7 @@ def _check_matrices(parts: Mapping[str, Mapping[Part, str]], file: TensorFile) -
             if part == "lora_bias" or dimensions == 2:
                 continue
             if dimensions < 2:
-                raise MalformedAdapter(f"the tensor {name!r} is no matrix", where=str(file.path))
+                raise MalformedAdapter(f"the tensor {name!r} is not a matrix", where=str(file.path))
             raise UnsupportedAdapter(
                 f"{module!r} is a convolution, by the {dimensions} dimensions of {name!r}",
                 where=str(file.path),

@@ -264,7 +264,7 @@ def export(
             ["  module", "rank", "energy kept", "relative error"],
             [
                 [f"  {module.name}", str(module.rank), f"{module.kept_energy:.2%}", f"{module.relative_error:.3f}"]
-                for module in sorted(certificate.modules, key=lambda module: module.kept_energy)
+                for module in certificate.worst
             ],
         )
     else:

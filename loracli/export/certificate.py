@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loracli.adapters.names import target_of
+
 
 @dataclass(frozen=True)
 class ModuleCertificate:
@@ -40,6 +42,14 @@ class Certificate:
     @property
     def least_energy(self) -> float:
         return min(module.kept_energy for module in self.modules)
+
+    @property
+    def worst(self) -> tuple[ModuleCertificate, ...]:
+        """Of each module, and of all experts of a parameter the one that kept least; least energy first."""
+        found: dict[str, ModuleCertificate] = {}
+        for module in sorted(self.modules, key=lambda module: module.kept_energy):
+            found.setdefault(target_of(module.name), module)
+        return tuple(found.values())
 
     @property
     def mean_energy(self) -> float:

@@ -305,6 +305,7 @@ def _expert_linear(attached: AttachedModel, row: int, stack: Stack) -> ExpertLin
         core = attached.cores[row]
         if isinstance(core, tuple):
             return F.linear(x, weight, bias) + _trained_update(x, (core[0][expert], core[1][expert]))
+        core = core.to(x.device)
         if core.dim() == 3:  # each token is a record of its own, with the weights of the record that it is of
             core = core[places // (tokens // len(core))]
         y: Tensor = MixedLinear.apply(x, weight, bias, stack.lora_A[expert], stack.lora_B[expert], core)  # type: ignore[no-untyped-call]

@@ -1,10 +1,10 @@
 """What a fused checkpoint will hold, tensor by tensor, decided before any weight is read.
 
 Every tensor of the base stays where it is, in its file and its order. One that belongs to an adapted module gets its
-update; of a parameter with experts that may be all of it, or a part for each expert, as most bases are published. Where
-an adapted matrix is tied to another (an embedding that is the head too), PEFT and the attached model
-change the one and leave the other: so both are written, the config says that they are not tied, and the tensor that the
-base did not keep apart is added behind the one that it was tied to.
+update; of a parameter with experts that may be all of it, or a layer for each expert. Where an adapted matrix is tied
+to another (an embedding that is the head too), PEFT and the attached model change the one and leave the other: so both
+are written, the config says that they are not tied, and the tensor that the base did not keep apart is added behind the
+one that it was tied to.
 """
 
 from __future__ import annotations

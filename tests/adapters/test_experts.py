@@ -149,4 +149,4 @@ def test_a_convolution_is_refused_by_name(tmp_path: Path) -> None:
     match = r"'model\.conv' is a convolution, by the 4 dimensions of "
     refused(UnsupportedAdapter, tmp_path / "a", tensors, match, target_modules=["conv"])
     flat = {f"{name}.lora_A.weight": torch.ones(8), f"{name}.lora_B.weight": torch.ones(4, 2)}
-    refused(MalformedAdapter, tmp_path / "b", flat, "lora_A.weight' is no matrix", target_modules=["conv"])
+    refused(MalformedAdapter, tmp_path / "b", flat, "lora_A.weight' is not a matrix", target_modules=["conv"])

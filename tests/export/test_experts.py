@@ -122,6 +122,11 @@ def test_merging_cuts_each_expert_to_its_best_approximation(tmp_path: Path, mixt
     close(peft_deltas(tmp_path / "out", mixture.base), expected, 1e-5)
     found = {module.name: module.kept_energy for module in exported.certificate.modules}
     assert found == pytest.approx(energies, rel=1e-6)
+    worst = exported.certificate.worst
+    assert [module.kept_energy for module in worst] == sorted(module.kept_energy for module in worst)
+    for parameter in (f"model.layers.{layer}.{name}" for layer in (0, 1) for name in BOTH):
+        (shown,) = [module for module in worst if module.name.startswith(f"{parameter}[")]
+        assert shown.kept_energy == min(energy for name, energy in found.items() if name.startswith(f"{parameter}["))
 
 
 @pytest.mark.parametrize("rule", [{"tolerance": 0.4}, {"energy": 0.7}, {"budget": 30_000}], ids=str)
