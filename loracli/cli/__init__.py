@@ -36,7 +36,7 @@ class Loracat(TyperGroup):
                 raise SystemExit(INTERRUPTED)
             sys.exit(code)
         except SystemExit as end:
-            if end.code in (INTERRUPTED, TERMINATED):
+            if end.code in (HUNG_UP, INTERRUPTED, TERMINATED):
                 Output(as_json=as_json).interrupted(end.code)
             raise
         except _ParseError as error:
@@ -57,7 +57,7 @@ def _speaks(error: LoracatError) -> bool:
         return True
 
 
-INTERRUPTED, TERMINATED = 130, 143  # Ctrl-C, SIGTERM
+HUNG_UP, INTERRUPTED, TERMINATED = 129, 130, 143  # SIGHUP, Ctrl-C, SIGTERM
 
 app = typer.Typer(
     name="loracat",
@@ -105,11 +105,13 @@ app.command(name="env")(env.env)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    # SIGTERM alone would skip every `finally`, and with it the removal of half-written outputs.
+    # By itself the signal would skip every `finally`, and with it the removal of half-written outputs.
     sys.exit(128 + signum)
 
 
 def main() -> None:
     """Entry point of `loracat` and of `python -m loracli`."""
-    signal.signal(signal.SIGTERM, _stop)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(signum, _stop)
     app(prog_name="loracat")

@@ -1,0 +1,230 @@
+"""Runs `loracat` hundreds of times without paying for its imports each time.
+
+The server is one process that has imported everything and run nothing. For each trial it forks a child, which becomes
+the command: own folder, own streams, own limits, the default action for every signal; then `main()` of the command
+line, and an interpreter that ends as any other does. What this leaves out of a real start is the imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+HUNG = 1000  # in place of an exit code
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code, or minus the signal that killed it, and what it said."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@dataclass
+class Started:
+    """A command that is running, or was forked `stopped` and waits for SIGCONT."""
+
+    server: ForkServer
+    pid: int
+    streams: tuple[Path, Path]
+
+    def send(self, signum: int) -> None:
+        """The pid stays this child's own until `wait` has returned, even if it has ended."""
+        os.kill(self.pid, signum)
+
+    def wait(self, seconds: float = 120.0) -> Ended:
+        code = self.server.ask(wait=self.pid, seconds=seconds)["code"]
+        stdout, stderr = (path.read_text(errors="replace") for path in self.streams)
+        return Ended(code, stdout, stderr)
+
+
+@dataclass
+class ForkServer:
+    """The client's side; a context manager.
+
+    Args:
+        folder: for the streams of the commands.
+        environment: of the server, and so of every command; what libraries read when they are imported is settled.
+    """
+
+    folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    started: int = 0
+
+    def __enter__(self) -> ForkServer:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.fork_server"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **self.environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._server.stdin and self._server.stdout
+        self._server.stdin.close()
+        self._server.wait(60)
+        self._server.stdout.close()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self._server.stdin and self._server.stdout
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
+        return answer
+
+    def start(
+        self,
+        *words: str,
+        cwd: Path,
+        stopped: bool = False,
+        stdout: Path | None = None,
+        limits: Mapping[str, int] | None = None,
+        tmpfs: tuple[Path, int] | None = None,
+    ) -> Started:
+        """Forks a child that becomes `loracat WORDS`.
+
+        Args:
+            words: of the command line.
+            cwd: where it runs.
+            stopped: it stops itself before it begins, so that a tracer can be attached.
+            stdout: where its results go, in place of a file of the server's.
+            limits: RLIMIT names to bytes; `AS` counts from what the child has mapped already.
+            tmpfs: a folder over which a file system of so many bytes is mounted, for the child alone.
+        """
+        self.started += 1
+        streams = stdout or self.folder / f"{self.started}.out", self.folder / f"{self.started}.err"
+        answer = self.ask(
+            words=words,
+            cwd=str(cwd),
+            stopped=stopped,
+            streams=[str(stream) for stream in streams],
+            limits=dict(limits or {}),
+            tmpfs=None if tmpfs is None else [str(tmpfs[0]), tmpfs[1]],
+        )
+        own = streams if stdout is None else (Path(os.devnull), streams[1])
+        return Started(self, answer["pid"], own)
+
+    def run(self, *words: str, cwd: Path, seconds: float = 120.0, **options: Any) -> Ended:
+        return self.start(*words, cwd=cwd, **options).wait(seconds)
+
+
+# The server's side.
+
+
+def import_everything() -> None:
+    """All that a command would import; `import transformers` alone gives little more than names."""
+    import loracli
+
+    for module in pkgutil.walk_packages(loracli.__path__, "loracli."):
+        if module.name != "loracli.__main__":
+            importlib.import_module(module.name)
+    for name in ("transformers.models.llama.modeling_llama", "transformers.tokenization_utils_fast", "peft"):
+        importlib.import_module(name)
+
+
+def serve() -> dict[str, Any] | None:
+    """Answers requests; returns the request in every child that is to become a command, None where there is no more."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = {"code": _ended(request["wait"], time.monotonic() + request["seconds"])}
+        else:
+            child = os.fork()
+            if child == 0:
+                return request
+            answer = {"pid": child}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    return None
+
+
+def _ended(pid: int, deadline: float) -> int:
+    descriptor = os.pidfd_open(pid)
+    try:
+        if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return HUNG
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        os.close(descriptor)
+
+
+def become(request: Mapping[str, Any]) -> None:
+    """Makes this child the process that a shell would have started."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    descriptors = (
+        os.open(os.devnull, os.O_RDONLY),
+        *(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666) for stream in request["streams"]),
+    )
+    for target, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, target)
+        os.close(descriptor)
+    sys.argv = ["loracat", *request["words"]]
+    os.chdir(request["cwd"])
+    if request["tmpfs"]:
+        mount_tmpfs(*request["tmpfs"])
+    for name, size in request["limits"].items():
+        used = _mapped() if name == "AS" else 0
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (used + size, used + size))
+    if request["stopped"]:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def mount_tmpfs(folder: str, size: int) -> None:
+    """Mounts a small file system that this process alone sees.
+
+    Raises:
+        OSError: where the system lets nobody do so.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group = os.getuid(), os.getgid()
+    new_namespaces = 0x00020000 | (0 if user == 0 else 0x10000000)  # CLONE_NEWNS, CLONE_NEWUSER
+    if libc.unshare(new_namespaces) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    if user != 0:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    private = 0x44000  # MS_REC | MS_PRIVATE
+    if libc.mount(b"none", b"/", None, private, None) != 0:
+        raise OSError(ctypes.get_errno(), "mount")
+    if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, b"size=%d,mode=0777" % size) != 0:
+        raise OSError(ctypes.get_errno(), "mount")
+    os.chdir(folder)
+
+
+def _mapped() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    import_everything()
+    own_request = serve()
+    if own_request is not None:
+        become(own_request)
+        from loracli.cli import main
+
+        main()
