@@ -14,6 +14,7 @@ from pathlib import Path
 
 from loracli.adapters.names import CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.errors import LoracatError, OutOfResources, OutputExists
+from loracli.machine import DISK_FULL
 
 CERTIFICATE_FILE = "loracat.json"
 # What an export consists of; --force replaces a directory of these and nothing else.
@@ -203,7 +204,7 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in DISK_FULL:
             raise OutOfResources(
                 f"no space left to write {path}", hint="free some space and run the same command again"
             ) from None

@@ -3,9 +3,11 @@ codes."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated, Any
 
@@ -18,35 +20,58 @@ from loracli.cli._greedy import GreedyCommand
 from loracli.cli._output import Output
 from loracli.errors import LoracatError, UsageError
 from loracli.fitting.launch import read_launch
+from loracli.machine import machine_error
 
 # Typer keeps its copy of Click private; this is Click's UsageError, reached through a public name.
 _ParseError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class Loracat(TyperGroup):
-    """The command group with the error boundary: knows `LoracatError` and parse errors; a bug keeps its traceback."""
+    """The command group with the error boundary: knows `LoracatError`, parse errors, and what the machine does; a bug
+    keeps its traceback."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in words
         try:
-            # Not standalone: parse errors and interruptions come back instead of ending up as text on stderr.
-            code = super().main(args, *rest, **{**extra, "standalone_mode": not as_json}) or 0
-            if code == INTERRUPTED:
-                raise SystemExit(INTERRUPTED)
+            try:
+                # Not standalone: parse errors and interruptions come back instead of ending up as text on stderr.
+                code = super().main(args, *rest, **{**extra, "standalone_mode": not as_json}) or 0
+            except SystemExit as end:
+                code = end.code
+            sys.stdout.flush()  # what cannot be written is known here, and not after the last word
+            if code in (HUNG_UP, INTERRUPTED, TERMINATED):
+                Output(as_json=as_json).interrupted(code)
             sys.exit(code)
-        except SystemExit as end:
-            if end.code in (HUNG_UP, INTERRUPTED, TERMINATED):
-                Output(as_json=as_json).interrupted(end.code)
-            raise
         except _ParseError as error:
             message = str(getattr(error, "message", error))
             Output(as_json=True).error(UsageError(message, hint="see `loracat --help`"))
             sys.exit(UsageError.exit_code)
         except LoracatError as error:
             if _speaks(error):
-                Output(as_json=as_json).error(error)
+                _tell(error, as_json)
             sys.exit(error.exit_code)
+        except (OSError, MemoryError, RuntimeError, ImportError) as error:
+            _give_up_stdout()
+            ours = machine_error(error)
+            if ours is None:
+                raise
+            if not isinstance(error, BrokenPipeError):  # nobody listens
+                _tell(ours, as_json)
+            sys.exit(ours.exit_code)
+
+
+def _tell(error: LoracatError, as_json: bool) -> None:
+    with suppress(OSError):  # the exit code says it too
+        Output(as_json=as_json).error(error)
+
+
+def _give_up_stdout() -> None:
+    """Drops what is left to write if it cannot be written, or the interpreter would try and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
 
 
 def _speaks(error: LoracatError) -> bool:

@@ -2,11 +2,14 @@
 
 The server is one process that has imported everything and run nothing. For each trial it forks a child, which becomes
 the command: own folder, own streams, own limits, the default action for every signal; then `main()` of the command
-line, and an interpreter that ends as any other does. What this leaves out of a real start is the imports.
+line, its exit handlers and its streams' last flush. What this leaves out of a real process is the imports at its start
+and the deallocation of all modules at its end.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import json
 import os
@@ -16,11 +19,13 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
 HUNG = 1000  # in place of an exit code
@@ -216,15 +221,36 @@ def mount_tmpfs(folder: str, size: int) -> None:
     os.chdir(folder)
 
 
+def end(command: Callable[[], object]) -> NoReturn:
+    """Runs the command and ends the process as the interpreter does, without taking the modules apart."""
+    code: object = 1
+    try:
+        command()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        code = 120  # the interpreter's own
+    sys.stderr.flush()
+    os._exit(int(code))  # type: ignore[call-overload]
+
+
 def _mapped() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 if __name__ == "__main__":
     import_everything()
+    gc.freeze()  # a collection in a child would touch, and so copy, all of it
     own_request = serve()
     if own_request is not None:
         become(own_request)
         from loracli.cli import main
 
-        main()
+        end(main)

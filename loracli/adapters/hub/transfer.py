@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +15,8 @@ from loracli.adapters.hub.failures import hub_errors
 from loracli.adapters.hub.source import COMMIT, Copy, FetchedFile, Listed, Listing, Source
 from loracli.adapters.names import CONFIG_FILE
 from loracli.adapters.references import is_revision
-from loracli.errors import HubUnreachable, IntegrityError, OutputExists
+from loracli.atomic import write_atomically
+from loracli.errors import HubUnreachable, IntegrityError, LoracatError, OutputExists
 from loracli.progress import Progress
 
 
@@ -153,13 +152,10 @@ def _has_digest(digest: str | None, place: Path) -> bool:
 def _remember(source: Source, commit: str) -> None:
     """Writes down what the revision stood for, where huggingface_hub looks for it too; after the files, not before."""
     place = source.remembered
-    with suppress(OSError):  # a cache that can only be read is still a cache
+    with suppress(OSError, LoracatError):  # a cache that can only be read is still a cache
         if source.pinned or (place.is_file() and place.read_text(encoding="ascii") == commit):
             return
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = place.with_name(f"{place.name}.{uuid.uuid4().hex[:8]}.tmp")
-        draft.write_text(commit, encoding="ascii")
-        os.replace(draft, place)
+        write_atomically(place, commit.encode())
 
 
 class _Bar:
