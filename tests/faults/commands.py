@@ -50,11 +50,12 @@ class Command:
         found = tree(folder)
         return {name: data for name, data in found.items() if not any(part in name for part in self.ignored)}
 
-    def golden(self, server: ForkServer, folder: Path) -> dict[str, bytes | None]:
-        """What it writes when it is left alone."""
-        ended = server.run(*self.words, cwd=self.place(folder))
+    def golden(self, server: ForkServer, folder: Path, *, seen: Path | None = None) -> dict[str, bytes | None]:
+        """What it writes when it is left alone; `seen` is the folder as this process sees it."""
+        self.place(seen or folder)
+        ended = server.run(*self.words, cwd=folder)
         assert ended.code == 0, ended
-        return self.written(folder)
+        return self.written(seen or folder)
 
     def check_whole(self, folder: Path, golden: dict[str, bytes | None]) -> None:
         """Everything under a name of its own is as it was before, or as it is in the end."""
@@ -68,13 +69,15 @@ class Command:
             if part != was and not (part.items() <= will.items() if self.grows else part == will):
                 raise AssertionError(f"{top} is torn: {dict(part.items() ^ will.items()).keys()}")
 
-    def repeat(self, server: ForkServer, folder: Path, golden: dict[str, bytes | None]) -> None:
+    def repeat(
+        self, server: ForkServer, folder: Path, golden: dict[str, bytes | None], *, seen: Path | None = None
+    ) -> None:
         """Runs it again where it was disturbed: it ends in the same bytes, and nothing else is left."""
         ended: Ended = server.run(*self.words, *self.again, cwd=folder)
         if ended.code == 2 and "exists" in ended.stderr:  # it had been disturbed after its last step
             ended = server.run(*self.words, "--force", cwd=folder)
         check_manners(ended, {0})
-        assert self.written(folder) == golden
+        assert self.written(seen or folder) == golden
 
 
 def _is_temporary(name: str) -> bool:

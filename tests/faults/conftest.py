@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,16 +54,20 @@ def hub(yard: Path) -> Iterator[StubHub]:
 def server(yard: Path, hub: StubHub) -> Iterator[ForkServer]:
     streams = yard / "streams"
     streams.mkdir()
-    environment = {
+    with ForkServer(streams, server_environment(yard, hub)) as running:
+        yield running
+
+
+def server_environment(yard: Path, hub: StubHub) -> dict[str, str]:
+    """In which the stub is the Hub and nothing of the user's is touched."""
+    return {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(yard / "hub-home"),
+        "HF_TOKEN": "",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
-        "TMPDIR": str(yard),
+        "NO_PROXY": "127.0.0.1",
     }
-    assert "HF_TOKEN" not in os.environ
-    with ForkServer(streams, environment) as running:
-        yield running
 
 
 @pytest.fixture(scope="session")

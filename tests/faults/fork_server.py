@@ -66,15 +66,17 @@ class ForkServer:
     Args:
         folder: for the streams of the commands.
         environment: of the server, and so of every command; what libraries read when they are imported is settled.
+        inside: a command that runs its arguments, for a server in a mount namespace of its own.
     """
 
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    inside: tuple[str, ...] = ()
     started: int = 0
 
     def __enter__(self) -> ForkServer:
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.fork_server"],
+            [*self.inside, sys.executable, "-m", "tests.faults.fork_server"],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **self.environment},
             stdin=subprocess.PIPE,
@@ -88,6 +90,10 @@ class ForkServer:
         self._server.stdin.close()
         self._server.wait(60)
         self._server.stdout.close()
+
+    @property
+    def pid(self) -> int:
+        return self._server.pid
 
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self._server.stdin and self._server.stdout
@@ -103,7 +109,6 @@ class ForkServer:
         stopped: bool = False,
         stdout: Path | None = None,
         limits: Mapping[str, int] | None = None,
-        tmpfs: tuple[Path, int] | None = None,
     ) -> Started:
         """Forks a child that becomes `loracat WORDS`.
 
@@ -113,7 +118,6 @@ class ForkServer:
             stopped: it stops itself before it begins, so that a tracer can be attached.
             stdout: where its results go, in place of a file of the server's.
             limits: RLIMIT names to bytes; `AS` counts from what the child has mapped already.
-            tmpfs: a folder over which a file system of so many bytes is mounted, for the child alone.
         """
         self.started += 1
         streams = stdout or self.folder / f"{self.started}.out", self.folder / f"{self.started}.err"
@@ -123,7 +127,6 @@ class ForkServer:
             stopped=stopped,
             streams=[str(stream) for stream in streams],
             limits=dict(limits or {}),
-            tmpfs=None if tmpfs is None else [str(tmpfs[0]), tmpfs[1]],
         )
         own = streams if stdout is None else (Path(os.devnull), streams[1])
         return Started(self, answer["pid"], own)
@@ -187,38 +190,11 @@ def become(request: Mapping[str, Any]) -> None:
         os.close(descriptor)
     sys.argv = ["loracat", *request["words"]]
     os.chdir(request["cwd"])
-    if request["tmpfs"]:
-        mount_tmpfs(*request["tmpfs"])
     for name, size in request["limits"].items():
         used = _mapped() if name == "AS" else 0
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (used + size, used + size))
     if request["stopped"]:
         os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def mount_tmpfs(folder: str, size: int) -> None:
-    """Mounts a small file system that this process alone sees.
-
-    Raises:
-        OSError: where the system lets nobody do so.
-    """
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    user, group = os.getuid(), os.getgid()
-    new_namespaces = 0x00020000 | (0 if user == 0 else 0x10000000)  # CLONE_NEWNS, CLONE_NEWUSER
-    if libc.unshare(new_namespaces) != 0:
-        raise OSError(ctypes.get_errno(), "unshare")
-    if user != 0:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-    private = 0x44000  # MS_REC | MS_PRIVATE
-    if libc.mount(b"none", b"/", None, private, None) != 0:
-        raise OSError(ctypes.get_errno(), "mount")
-    if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, b"size=%d,mode=0777" % size) != 0:
-        raise OSError(ctypes.get_errno(), "mount")
-    os.chdir(folder)
 
 
 def end(command: Callable[[], object]) -> NoReturn:
