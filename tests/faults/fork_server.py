@@ -47,7 +47,7 @@ class Started:
 
     server: ForkServer
     pid: int
-    streams: tuple[Path, Path]
+    streams: tuple[Path, ...]
 
     def send(self, signum: int) -> None:
         """The pid stays this child's own until `wait` has returned, even if it has ended."""
@@ -108,6 +108,7 @@ class ForkServer:
         cwd: Path,
         stopped: bool = False,
         stdout: Path | None = None,
+        terminal: Path | None = None,
         limits: Mapping[str, int] | None = None,
     ) -> Started:
         """Forks a child that becomes `loracat WORDS`.
@@ -117,10 +118,12 @@ class ForkServer:
             cwd: where it runs.
             stopped: it stops itself before it begins, so that a tracer can be attached.
             stdout: where its results go, in place of a file of the server's.
+            terminal: where its results and its talk go.
             limits: RLIMIT names to bytes; `AS` counts from what the child has mapped already.
         """
         self.started += 1
-        streams = stdout or self.folder / f"{self.started}.out", self.folder / f"{self.started}.err"
+        files = self.folder / f"{self.started}.out", self.folder / f"{self.started}.err"
+        streams = terminal or stdout or files[0], terminal or files[1]
         answer = self.ask(
             words=words,
             cwd=str(cwd),
@@ -128,8 +131,8 @@ class ForkServer:
             streams=[str(stream) for stream in streams],
             limits=dict(limits or {}),
         )
-        own = streams if stdout is None else (Path(os.devnull), streams[1])
-        return Started(self, answer["pid"], own)
+        own = (file if stream == file else Path(os.devnull) for file, stream in zip(files, streams, strict=True))
+        return Started(self, answer["pid"], tuple(own))
 
     def run(self, *words: str, cwd: Path, seconds: float = 120.0, **options: Any) -> Ended:
         return self.start(*words, cwd=cwd, **options).wait(seconds)

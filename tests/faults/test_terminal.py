@@ -1,0 +1,146 @@
+"""Names of strangers on a terminal and in a pipe: whatever is in them, they are shown, and do nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import threading
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from tests.faults.commands import FIT
+from tests.faults.fork_server import Ended, ForkServer
+from tests.faults.trials import Tally, check_manners, trials
+from tests.tiny import random_records, write_jsonl
+
+HOSTILE = (
+    "\x1b[31mred",
+    "\x1b]8;;http:x\x07link",
+    "\x1b]0;title\x07",
+    "\x1b[2J\x1b[H",
+    "\x9b31mred",
+    "\r\nerror: fake",
+    "\x07\x08\x7f\x0c",
+    "\u202egnp.exe",
+    "zero\u200bwidth\u2066",
+    "[bold red]x[",
+    "[nope]:smile:",
+    "[link=http:x]y",
+)
+NAMES = ("".join(HOSTILE), *HOSTILE)
+# What our own bars and colours write: colours, the cursor hidden and shown, a line erased, a line up, to its beginning.
+_OURS = re.compile(r"\x1b\[(?:[0-9;]*m|\?25[lh]|2K|\d*A)")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "inspect": ("inspect", "{name}", "second"),
+    "fit --dry-run": ("fit", "-a", "{name}", "second", "-d", "{name}.jsonl", *FIT[6:], "--dry-run"),
+    "fit": ("fit", "-a", "{name}", "second", "-d", "{name}.jsonl", *FIT[6:], "--mixing", "adapter", "--force"),
+    "show": ("show", "{name}.json"),
+    "export": ("export", "{name}.json", "-o", "{name}.out", "--force"),
+    "verify": ("verify", "{name}.out"),
+    "lint": ("lint", "{name}"),
+    "report": ("report", "{name}.json", "-o", "{name}.html", "--force"),
+    "compare": ("compare", "{name}.json", "-d", "{name}.jsonl", "--base", "../project/base", "--methods", "sum"),
+    "convert": ("convert", "{name}", "-o", "{name}.plain", "--base", "../project/base"),
+    "fuse": ("fuse", "{name}.json", "-o", "{name}.model", "--base", "../project/base", "--force"),
+    "fetch": ("fetch", "{name}/x"),
+    "an unknown command": ("{name}",),
+    "an unknown option": ("fit", "--{name}"),
+    "a file that is not there": ("show", "{name}.nothing"),
+}
+
+
+@pytest.fixture(scope="module")
+def hostile_yard(server: ForkServer, yard: Path) -> Path:
+    """Where each hostile string is the name of an adapter, a data file with a task of that name, and a recipe."""
+    folder = yard / "hostile"
+    shutil.copytree(yard / "project/second", folder / "second")
+    for name in NAMES:
+        shutil.copytree(yard / "project/first", folder / name)
+        task = "".join(c if c.isprintable() else "?" for c in name)[:99]
+        write_jsonl(folder / f"{name}.jsonl", [{**record, "task": task} for record in random_records(44)])
+    return folder
+
+
+@trials(1, 13)
+def test_hostile_names_are_shown_and_do_nothing(
+    server: ForkServer, hostile_yard: Path, tally: Tally, count: int
+) -> None:
+    """All twelve in one name; then each by itself."""
+    for name in NAMES[:count]:
+        for command, words in COMMANDS.items():
+            ended = server.run(*(word.format(name=name) for word in words), cwd=hostile_yard)
+            check(ended, command)
+            tally.add("hostile names in a pipe", ended.code)
+        for command in ("inspect", "fit --dry-run", "show", "lint", "an unknown command", "a file that is not there"):
+            typed = [word.format(name=name) for word in COMMANDS[command]]
+            ended, screen = on_a_terminal(server, hostile_yard, *typed)
+            for ours in set(_OURS.findall(screen)):
+                screen = screen.replace(ours, "")
+            check(Ended(ended.code, screen, screen), command)
+            tally.add("hostile names on a terminal", ended.code)
+
+
+def check(ended: Ended, command: str) -> None:
+    said = ended.stdout + ended.stderr
+    found = _UNPRINTABLE.search(said)
+    assert found is None, (command, said[max(0, found.start() - 80) : found.end() + 20])
+    assert "\nerror: fake" not in said and "MarkupError" not in said, (command, said)
+    check_manners(Ended(ended.code, "", "") if ended.code in (0, 2) else ended)
+
+
+def on_a_terminal(server: ForkServer, cwd: Path, *words: str) -> tuple[Ended, str]:
+    """How the command ended, and what it wrote to the terminal that both its streams are."""
+    ours, its = os.openpty()
+    written: list[bytes] = []
+
+    def listen() -> None:
+        while True:
+            try:
+                data = os.read(ours, 65536)
+            except OSError:  # the last one has closed it
+                return
+            written.append(data)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    started = server.start(*words, cwd=cwd, terminal=Path(os.ttyname(its)))
+    ended = started.wait()
+    os.close(its)
+    listener.join()
+    os.close(ours)
+    return ended, b"".join(written).decode(errors="replace")
+
+
+def test_the_check_sees_an_escape() -> None:
+    """Or the tests above could not fail."""
+    for text in HOSTILE[:9]:
+        if text != "\r\nerror: fake":
+            with pytest.raises(AssertionError):
+                check(Ended(0, text, ""), "")
+    with pytest.raises(AssertionError):
+        check(Ended(0, "\r\nerror: fake", ""), "")
+
+
+def test_hostile_text_in_files_is_shown_and_does_nothing(server: ForkServer, yard: Path) -> None:
+    """Tensor names, fields of the config, lines of data, a recipe."""
+    folder = yard / "texts"
+    shutil.copytree(yard / "project/first", folder / "adapter")
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    fields = cycle(("peft_type", "base_model_name_or_path", "bias", "init_lora_weights", ""))
+    for text in ("".join(HOSTILE), *HOSTILE):
+        spoilt = next(fields)
+        (folder / "adapter/adapter_config.json").write_text(json.dumps({**config, spoilt or text: text}))
+        (folder / "recipe.json").write_text(json.dumps({text: text, "loracat_recipe": 2, "base": text}))
+        (folder / "val.jsonl").write_text(json.dumps({text: text}) + "\n")
+        for words in (
+            ("inspect", "adapter"),
+            ("show",),
+            ("fit", "-a", "../project/first", "-d", "val.jsonl", "--base", "../project/base"),
+        ):
+            check(server.run(*words, cwd=folder), words[0])
