@@ -11,15 +11,24 @@ from loracli.errors import LoracatError, OutOfResources
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
-# What torch's CPU allocator, and Python for a thread, say in a plain RuntimeError.
-_MEMORY_MESSAGES = ("can't allocate memory", "not enough memory", "can't start new thread", "std::bad_alloc")
+# What torch's CPU allocator says in a plain RuntimeError, Python of a thread, and the linker in an ImportError.
+_MEMORY_MESSAGES = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "can't start new thread",
+    "failed to map segment",
+    "std::bad_alloc",
+)
 
 
 def says_memory_ran_out(error: BaseException) -> bool:
     """Whether Python, torch on the CPU, or the system says that memory ran out."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return isinstance(error, (RuntimeError, ImportError)) and any(m in str(error) for m in _MEMORY_MESSAGES)
+    return isinstance(error, (RuntimeError, ImportError)) and any(
+        message in str(error).lower() for message in _MEMORY_MESSAGES
+    )
 
 
 def machine_error(error: BaseException) -> LoracatError | None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -45,33 +45,47 @@ class Loracat(TyperGroup):
             sys.exit(code)
         except _ParseError as error:
             message = str(getattr(error, "message", error))
-            Output(as_json=True).error(UsageError(message, hint="see `loracat --help`"))
+            _tell(UsageError(message, hint="see `loracat --help`"), as_json=True)
             sys.exit(UsageError.exit_code)
         except LoracatError as error:
             if _speaks(error):
                 _tell(error, as_json)
             sys.exit(error.exit_code)
-        except (OSError, MemoryError, RuntimeError, ImportError) as error:
-            _give_up_stdout()
-            ours = machine_error(error)
-            if ours is None:
-                raise
-            if not isinstance(error, BrokenPipeError):  # nobody listens
-                _tell(ours, as_json)
-            sys.exit(ours.exit_code)
+        except MACHINE_ERRORS as error:
+            _end_by_machine(error, as_json)
 
 
 def _tell(error: LoracatError, as_json: bool) -> None:
-    with suppress(OSError):  # the exit code says it too
-        Output(as_json=as_json).error(error)
+    """Prints the error: where results cannot be written, as talk; where that cannot either, the exit code says it."""
+    if as_json:
+        try:
+            Output(as_json=True).error(error)
+            sys.stdout.flush()
+            return
+        except OSError:
+            _give_up_stdout()
+    with suppress(OSError):
+        Output().error(error)
 
 
 def _give_up_stdout() -> None:
-    """Drops what is left to write if it cannot be written, or the interpreter would try and complain."""
+    """Drops what is left to write, or the interpreter would try again, and complain."""
+    sys.stdout = open(os.devnull, "w")
+
+
+def _end_by_machine(error: Exception, as_json: bool) -> NoReturn:
+    """Says what the machine did, and ends; raises the error itself if that is a bug."""
     try:
         sys.stdout.flush()
     except OSError:
-        sys.stdout = open(os.devnull, "w")
+        _give_up_stdout()
+        as_json = False
+    ours = machine_error(error)
+    if ours is None:
+        raise error
+    if not isinstance(error, BrokenPipeError):  # nobody listens
+        _tell(ours, as_json)
+    sys.exit(ours.exit_code)
 
 
 def _speaks(error: LoracatError) -> bool:
@@ -83,6 +97,7 @@ def _speaks(error: LoracatError) -> bool:
 
 
 HUNG_UP, INTERRUPTED, TERMINATED = 129, 130, 143  # SIGHUP, Ctrl-C, SIGTERM
+MACHINE_ERRORS = (OSError, MemoryError, RuntimeError, ImportError)  # some of which are bugs
 
 app = typer.Typer(
     name="loracat",
@@ -139,4 +154,11 @@ def main() -> None:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) == signal.SIG_DFL:  # nohup has SIGHUP ignored
             signal.signal(signum, _stop)
-    app(prog_name="loracat")
+    try:
+        app(prog_name="loracat")
+    except MACHINE_ERRORS as error:  # before the command has begun
+        _end_by_machine(error, "--json" in sys.argv)
+    finally:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # one that comes now would meet the exit handlers
+                signal.signal(signum, signal.SIG_DFL)

@@ -69,6 +69,17 @@ class Command:
             if part != was and not (part.items() <= will.items() if self.grows else part == will):
                 raise AssertionError(f"{top} is torn: {dict(part.items() ^ will.items()).keys()}")
 
+    def check_done(self, folder: Path, golden: dict[str, bytes | None], *, unremovable: bool = False) -> None:
+        """Everything is there, and nothing else; but for what could not be removed, and for notes in a cache."""
+        found = self.written(folder)
+        if unremovable:
+            found = {name: data for name, data in found.items() if not _is_temporary(name)}
+        if self.grows:
+            found, golden = (
+                {name: data for name, data in names.items() if "/snapshots/" in name} for names in (found, golden)
+            )
+        assert found == golden
+
     def repeat(
         self, server: ForkServer, folder: Path, golden: dict[str, bytes | None], *, seen: Path | None = None
     ) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,11 +21,27 @@ def tally(request: pytest.FixtureRequest) -> Tally:
     return request.config.stash.setdefault(TALLY, Tally())
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of xdist hands its counts over."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = {
+            row: dict(outcomes) for row, outcomes in session.config.stash.setdefault(TALLY, Tally()).rows.items()
+        }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    total = node.config.stash.setdefault(TALLY, Tally())
+    for row, outcomes in node.workeroutput.get("faults", {}).items():
+        for outcome, count in outcomes.items():
+            total.add(row, outcome, count)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The table of trials; of one process, so not with xdist."""
+    """The table of trials."""
     found = config.stash.get(TALLY, None)
     if found is not None and found.rows:
-        terminalreporter.section("faults: trials, and the exit codes they ended with")
+        terminalreporter.section("faults: trials, and how they ended; numbers are exit codes")
         for line in found.lines():
             terminalreporter.write_line(line)
 
@@ -74,7 +91,7 @@ def server_environment(yard: Path, hub: StubHub) -> dict[str, str]:
 def fetch() -> Command:
     """Into a cache of its own; what huggingface_hub keeps there for itself is not ours to judge."""
     words = ("fetch", "org/first", "org/second", "--cache-dir", "cache")
-    return Command("fetch", words, ignored=("/blobs", ".locks", "CACHEDIR.TAG"), grows=True)
+    return Command("fetch", words, ignored=("/blobs", "/tmp", ".locks", "CACHEDIR.TAG"), grows=True)
 
 
 @pytest.fixture(scope="session")

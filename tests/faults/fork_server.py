@@ -143,13 +143,16 @@ class ForkServer:
 
 def import_everything() -> None:
     """All that a command would import; `import transformers` alone gives little more than names."""
-    import loracli
+    import typer
+
+    import loracli.cli
 
     for module in pkgutil.walk_packages(loracli.__path__, "loracli."):
         if module.name != "loracli.__main__":
             importlib.import_module(module.name)
     for name in ("transformers.models.llama.modeling_llama", "transformers.tokenization_utils_fast", "peft"):
         importlib.import_module(name)
+    typer.main.get_command(loracli.cli.app)  # imports more, where it is first asked for
 
 
 def serve() -> dict[str, Any] | None:

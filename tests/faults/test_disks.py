@@ -15,10 +15,9 @@ import pytest
 from tests.faults.commands import Command
 from tests.faults.conftest import server_environment
 from tests.faults.fork_server import ForkServer
-from tests.faults.trials import Tally, check_manners, trials
+from tests.faults.trials import Tally, check_manners, trials_of
 from tests.stub_hub import StubHub
 
-COMMANDS = ["fetch", "fit_core", "export", "export_force"]
 LARGE = 64 << 20
 CODES = {0, 6}
 
@@ -70,8 +69,7 @@ def disk(yard: Path, hub: StubHub) -> Iterator[Disk]:
         yield disk
 
 
-@trials(0, 12)
-@pytest.mark.parametrize("name", COMMANDS)
+@trials_of(fetch=(0, 12), fit_core=(0, 6), export=(0, 12), export_force=(0, 12))
 def test_a_full_disk_ends_a_command_with_6_and_more_room_lets_it_end(
     request: pytest.FixtureRequest, disk: Disk, yard: Path, tally: Tally, name: str, count: int
 ) -> None:
@@ -96,8 +94,7 @@ def test_a_full_disk_ends_a_command_with_6_and_more_room_lets_it_end(
     assert 6 in codes
 
 
-@trials(1, 12)
-@pytest.mark.parametrize("name", COMMANDS)
+@trials_of(fetch=(0, 6), fit_core=(0, 6), export=(0, 12), export_force=(1, 12))
 def test_a_limit_on_the_size_of_files_ends_a_command_with_6(
     request: pytest.FixtureRequest, server: ForkServer, yard: Path, tally: Tally, name: str, count: int
 ) -> None:

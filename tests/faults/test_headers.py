@@ -160,7 +160,7 @@ def test_a_damaged_file_is_refused_by_name_or_read_as_the_library_reads_it(
     assert {"read", "MalformedAdapter", "UnsupportedAdapter"} <= seen
 
 
-@trials(2, 60)
+@trials(0, 60)
 def test_the_command_ends_with_3_or_0_in_little_memory(
     server: ForkServer, yard: Path, tally: Tally, count: int
 ) -> None:

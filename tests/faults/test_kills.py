@@ -11,13 +11,12 @@ import pytest
 
 from tests.faults.commands import Command
 from tests.faults.fork_server import ForkServer
-from tests.faults.trials import Tally, check_manners, trials
+from tests.faults.trials import Tally, check_manners, trials_of
 
 CODE = -signal.SIGKILL
 
 
-@trials(2, 100)
-@pytest.mark.parametrize("name", ["fetch", "fit", "fit_core", "export", "export_force"])
+@trials_of(fetch=(1, 100), fit=(0, 40), fit_core=(1, 40), export=(0, 100), export_force=(2, 100))
 def test_a_command_killed_at_a_random_moment_can_be_repeated(
     request: pytest.FixtureRequest, server: ForkServer, yard: Path, tally: Tally, name: str, count: int
 ) -> None:

@@ -23,7 +23,7 @@ def together(
     return [one.wait() for one in started]
 
 
-@trials(3, 30)
+@trials(1, 30)
 def test_of_two_exports_to_one_path_one_wins(
     server: ForkServer, yard: Path, tally: Tally, export: Command, count: int
 ) -> None:
@@ -42,7 +42,7 @@ def test_of_two_exports_to_one_path_one_wins(
         tally.add("two exports to one path", f"winner {codes.index(0)}")
 
 
-@trials(2, 30)
+@trials(1, 30)
 def test_two_exports_that_replace_one_path_leave_one_of_them_whole(
     server: ForkServer, yard: Path, tally: Tally, export_force: Command, count: int
 ) -> None:
@@ -60,7 +60,7 @@ def test_two_exports_that_replace_one_path_leave_one_of_them_whole(
         tally.add("two exports with --force", "-".join(str(one.code) for one in ended))
 
 
-@trials(1, 20)
+@trials(1, 15)
 def test_of_two_fits_of_one_recipe_one_wins(
     server: ForkServer, yard: Path, tally: Tally, fit: Command, count: int
 ) -> None:
@@ -80,7 +80,7 @@ def test_of_two_fits_of_one_recipe_one_wins(
         tally.add("two fits of one recipe", "-".join(map(str, codes)))
 
 
-@trials(2, 20)
+@trials(1, 20)
 def test_four_fetches_of_one_adapter_all_have_it(
     server: ForkServer, yard: Path, tally: Tally, fetch: Command, count: int
 ) -> None:
@@ -94,7 +94,7 @@ def test_four_fetches_of_one_adapter_all_have_it(
         tally.add("four fetches of one adapter", 0)
 
 
-@trials(2, 20)
+@trials(1, 20)
 def test_an_export_that_reads_while_a_fetch_replaces_is_right_or_refuses(
     server: ForkServer, yard: Path, tally: Tally, fetch: Command, export: Command, count: int
 ) -> None:

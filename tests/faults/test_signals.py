@@ -14,14 +14,13 @@ import pytest
 
 from tests.faults.commands import Command
 from tests.faults.fork_server import ROOT, ForkServer
-from tests.faults.trials import Tally, check_manners, tree, trials
+from tests.faults.trials import Tally, check_manners, tree, trials, trials_of
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
-@trials(1, 30)
+@trials_of(fetch=(0, 12), fit_core=(0, 10), export_force=(1, 20))
 @pytest.mark.parametrize("signum", CODES, ids=lambda signum: signum.name)
-@pytest.mark.parametrize("name", ["fetch", "fit_core", "export_force"])
 def test_a_stopped_command_says_so_and_can_be_repeated(
     request: pytest.FixtureRequest,
     server: ForkServer,
@@ -42,7 +41,7 @@ def test_a_stopped_command_says_so_and_can_be_repeated(
         time.sleep(generator.uniform(0.05 * whole, whole))  # at first it is no command yet
         started.send(signum)
         ended = started.wait()
-        check_manners(ended, {0, CODES[signum]})
+        check_manners(ended, {0, CODES[signum], -signum})  # the last after its last step
         command.check_whole(folder, golden)
         assert not list(folder.glob(".*")) or command.grows, "a stopped command cleans up"
         command.repeat(server, folder, golden)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from tests.faults.fork_server import HUNG, Ended
 
@@ -23,9 +24,26 @@ CODES = frozenset({0, 1, 2, 3, 4, 5, 6, 7})  # of commands that nobody stopped
 
 def trials(quick: int, full: int) -> pytest.MarkDecorator:
     """Parametrizes `count`: so many trials in the ordinary tests, so many with `make faults`."""
+    return pytest.mark.parametrize("count", [param for *_, param in _params(quick, full)])
+
+
+def trials_of(**counts: tuple[int, int]) -> pytest.MarkDecorator:
+    """Parametrizes `name` and `count`: for each command what `trials` has for all."""
+    return pytest.mark.parametrize(
+        ("name", "count"),
+        [
+            pytest.param(name, count, id=f"{name}-{how}", marks=param.marks)
+            for name, (quick, full) in counts.items()
+            for how, count, param in _params(quick, full)
+        ],
+    )
+
+
+def _params(quick: int, full: int) -> Iterator[tuple[str, int, ParameterSet]]:
+    if quick:
+        yield "quick", quick, pytest.param(quick, id="quick")
     many = max(1, round(full * SHARE))
-    marked = pytest.param(many, id="full", marks=pytest.mark.faults)
-    return pytest.mark.parametrize("count", [pytest.param(quick, id="quick"), marked] if quick else [marked])
+    yield "full", many, pytest.param(many, id="full", marks=pytest.mark.faults)
 
 
 @dataclass
@@ -42,7 +60,7 @@ class Tally:
         return [
             f"{row:<{width}}  {counts.total():>6}  "
             + ", ".join(f"{outcome}: {count}" for outcome, count in sorted(counts.items()))
-            for row, counts in self.rows.items()
+            for row, counts in sorted(self.rows.items())
         ]
 
 
