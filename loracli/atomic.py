@@ -121,7 +121,7 @@ def _open_locked(folder: Path, *, needed: bool = False) -> int | None:
     A file system without locks locks nothing: a descriptor all the same, or, if the lock is `needed`, None.
     """
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         return None
     try:
