@@ -15,7 +15,7 @@ from loracli.adapters.hub.failures import hub_errors
 from loracli.adapters.hub.source import COMMIT, Copy, FetchedFile, Listed, Listing, Source
 from loracli.adapters.names import CONFIG_FILE
 from loracli.adapters.references import is_revision
-from loracli.atomic import write_atomically
+from loracli.atomic import remove_temporaries, write_atomically
 from loracli.errors import HubUnreachable, IntegrityError, LoracatError, OutputExists
 from loracli.progress import Progress
 
@@ -153,9 +153,12 @@ def _remember(source: Source, commit: str) -> None:
     """Writes down what the revision stood for, where huggingface_hub looks for it too; after the files, not before."""
     place = source.remembered
     with suppress(OSError, LoracatError):  # a cache that can only be read is still a cache
-        if source.pinned or (place.is_file() and place.read_text(encoding="ascii") == commit):
+        if source.pinned:
             return
-        write_atomically(place, commit.encode())
+        if place.is_file() and place.read_text(encoding="ascii") == commit:
+            remove_temporaries(place.parent, place.name)
+        else:
+            write_atomically(place, commit.encode())
 
 
 class _Bar:
