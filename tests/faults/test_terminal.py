@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import threading
-from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -130,20 +129,24 @@ def test_the_check_sees_an_escape() -> None:
         check(Ended(0, "\r\nerror: fake", ""), "")
 
 
-def test_hostile_text_in_files_is_shown_and_does_nothing(server: ForkServer, yard: Path) -> None:
-    """Tensor names, fields of the config, lines of data, a recipe."""
+@trials(1, 13)
+def test_hostile_text_in_files_is_shown_and_does_nothing(
+    server: ForkServer, yard: Path, tally: Tally, count: int
+) -> None:
+    """Fields of a config and their names, lines of data, a recipe."""
     folder = yard / "texts"
+    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(yard / "project/first", folder / "adapter")
-    config = json.loads((folder / "adapter/adapter_config.json").read_text())
-    fields = cycle(("peft_type", "base_model_name_or_path", "bias", "init_lora_weights", ""))
-    for text in ("".join(HOSTILE), *HOSTILE):
-        spoilt = next(fields)
-        (folder / "adapter/adapter_config.json").write_text(json.dumps({**config, spoilt or text: text}))
+    path = folder / "adapter/adapter_config.json"
+    config = json.loads(path.read_text())
+    for text in NAMES[:count]:
         (folder / "recipe.json").write_text(json.dumps({text: text, "loracat_recipe": 2, "base": text}))
         (folder / "val.jsonl").write_text(json.dumps({text: text}) + "\n")
-        for words in (
-            ("inspect", "adapter"),
-            ("show",),
-            ("fit", "-a", "../project/first", "-d", "val.jsonl", "--base", "../project/base"),
-        ):
-            check(server.run(*words, cwd=folder), words[0])
+        said = [server.run("show", cwd=folder), server.run(*FIT, "-d", "val.jsonl", "-o", "x.json", cwd=folder)]
+        for field in ("peft_type", "base_model_name_or_path", "bias", "init_lora_weights", text):
+            path.write_text(json.dumps({**config, field: text}))
+            said.append(server.run("inspect", "adapter", cwd=folder))
+        for ended in said:
+            assert ended.code in (0, 3)  # 0: text of printable characters can be the name of a base
+            check(ended, "a file")
+            tally.add("hostile text in files", ended.code)
