@@ -93,7 +93,17 @@ def server_environment(yard: Path, hub: StubHub) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def fetch() -> Command:
     """Into a cache of its own; what huggingface_hub keeps there for itself is not ours to judge."""
-    words = ("fetch", "org/first", "org/second", "--cache-dir", "cache")
+    return _fetch("org/first", "org/second")
+
+
+@pytest.fixture(scope="session")
+def fetch_one() -> Command:
+    """One alone is fetched in the main thread, several side by side in threads of their own."""
+    return _fetch("org/first")
+
+
+def _fetch(*references: str) -> Command:
+    words = ("fetch", *references, "--cache-dir", "cache")
     return Command("fetch", words, ignored=("/blobs", "/tmp", ".locks", "CACHEDIR.TAG"), grows=True)
 
 

@@ -27,7 +27,7 @@ def drawn(points: Sequence[Call], count: int, seed: str) -> list[Call]:
     return [points[index] for index in sorted(chosen)]
 
 
-@trials_of(fetch=(1, 60), fit_core=(1, 40), export=(0, 100), export_force=(2, 100))
+@trials_of(fetch_one=(1, 60), fit_core=(1, 40), export=(0, 100), export_force=(2, 100))
 def test_a_command_killed_at_a_system_call_can_be_repeated(
     request: pytest.FixtureRequest, server: ForkServer, yard: Path, tally: Tally, name: str, count: int
 ) -> None:
@@ -47,7 +47,7 @@ def test_a_command_killed_at_a_system_call_can_be_repeated(
     assert hit >= 0.8 * min(count, len(points))  # a few calls come in another number each time
 
 
-@trials_of(fetch=(0, 12), fit_core=(0, 8), export=(0, 16), export_force=(1, 16))
+@trials_of(fetch_one=(0, 12), fit_core=(0, 8), export=(0, 16), export_force=(1, 16))
 @pytest.mark.parametrize("onwards", [False, True], ids=["once", "for good"])
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 def test_a_system_call_that_fails_is_told_and_leaves_no_torn_output(
