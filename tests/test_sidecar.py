@@ -25,9 +25,9 @@ from loracli.recipe import (
     Recipe,
     RecipeMixing,
     check_recipe_path,
-    load_recipe,
     weights_by_leaf,
 )
+from loracli.recipe_reading import load_recipe
 from loracli.sidecar import METADATA, sidecar_sha256
 from tests.test_recipe import make_recipe
 

@@ -23,7 +23,8 @@ from loracli.fusing.base_files import read_config
 from loracli.fusing.checkpoint import FLOATS, Checkpoint
 from loracli.fusing.plan import FusionPlan
 from loracli.progress import Progress
-from loracli.recipe import BaseModule, Recipe, RecipeBase, load_recipe
+from loracli.recipe import BaseModule, Recipe, RecipeBase
+from loracli.recipe_reading import load_recipe
 
 
 @dataclass(frozen=True)
