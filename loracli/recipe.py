@@ -406,6 +406,13 @@ def activations_path(recipe: Path) -> Path:
     return recipe.with_name(f"{recipe.name}.activations.safetensors")
 
 
+def files_beside(recipe: Recipe, path: Path) -> list[Path]:
+    """What stands beside the recipe when it is saved at this path."""
+    tensors = [] if recipe.mixing.kind in INLINE_KINDS else [tensors_path(path)]
+    moments = recipe.activations is not None and recipe.activations.moments
+    return [*tensors, *([activations_path(path)] if moments else [])]
+
+
 def weights_by_leaf(recipe: Recipe) -> dict[str, list[tuple[float, float, float] | None]]:
     """By last name of the modules: mean, lowest and highest weight of each adapter; None where it changes nothing
     there."""
