@@ -188,6 +188,9 @@ def main() -> None:
         app(prog_name="loracat")
     except MACHINE_ERRORS as error:  # before the command has begun
         _end_by_machine(error, "--json" in sys.argv)
+    except KeyboardInterrupt:  # as early
+        Output(as_json="--json" in sys.argv).interrupted(INTERRUPTED)
+        sys.exit(INTERRUPTED)
     finally:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(signum) != signal.SIG_IGN:  # one that comes now would meet the exit handlers

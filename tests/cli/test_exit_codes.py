@@ -116,3 +116,29 @@ def test_the_program_ends_with_the_documented_code(here: Path, code: int) -> Non
         assert process.stdout == "" and process.stderr.startswith("error: ")
     else:
         assert process.stdout and process.stderr == ""
+
+
+BEFORE_ANY_COMMAND = """
+import os, signal
+import typer.main
+put_together = typer.main.get_command
+def interrupted(app):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.kill(os.getpid(), signal.SIGINT)
+    return put_together(app)
+typer.main.get_command = interrupted
+from loracli.cli import main
+main()
+"""
+
+
+def test_ctrl_c_while_the_commands_are_put_together_is_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [COMMAND[0], "-c", BEFORE_ANY_COMMAND],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -123,6 +123,8 @@ class ForkServer:
         """
         self.started += 1
         files = self.folder / f"{self.started}.out", self.folder / f"{self.started}.err"
+        for file in files:
+            file.touch()  # a child may be killed before it has opened them
         streams = terminal or stdout or files[0], terminal or files[1]
         answer = self.ask(
             words=words,
