@@ -207,17 +207,18 @@ def export_adapter(
     path = None if isinstance(recipe, Recipe) else Path(recipe)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
     if gguf:
         from loracli.export.gguf_base import find_llama_cpp_base
 
         llama_cpp = find_llama_cpp_base(
             base or recipe.base.id,
+            ingredients,
             revision=recipe.base.commit,
             config_sha256=recipe.base.config_sha256,
             progress=progress,
         )
         options = dataclasses.replace(options, gguf=llama_cpp)
-    ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
     saved = saved_modules(recorded_policy(recipe), ingredients)
     source = RecipeSource(recipe, ingredients, saved)
     moments = None  # which change no shape, so that a dry run needs none

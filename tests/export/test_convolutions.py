@@ -17,7 +17,6 @@ from loracli.algebra.methods import METHODS
 from loracli.errors import IncompatibleAdapters, LoracatError, UnsupportedAdapter, UsageError, VerificationError
 from loracli.export.base_table import modules_of
 from loracli.export.export import export_adapter
-from loracli.export.llama_cpp import ARCHITECTURES, LlamaCppBase
 from loracli.export.method import export_method
 from loracli.recipe import decode_recipe
 from loracli.serving.lint import lint_adapter
@@ -272,6 +271,7 @@ def test_the_task_is_the_one_that_the_adapters_agree_on(
     [
         ({"profile": "portable"}, UsageError, "portable profile is impossible: it changes the convolution first"),
         ({"profile": "mlx"}, UsageError, "mlx profile is impossible: first is a convolution"),
+        ({"gguf": True}, UsageError, "no GGUF can hold the update of first, a convolution"),
         ({"base": "tiny/other"}, UnsupportedAdapter, "a changes the convolution first, and only linear layers"),
         ({"merge": True, "refit": True, "data": "data"}, UsageError, "the convolution first has no core"),
     ],
@@ -289,12 +289,11 @@ def test_what_cannot_be_had_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cut_by_activations_and_a_gguf_are_refused_by_name(tmp_path: Path, vision: Vision) -> None:
+def test_a_recipes_cut_by_activations_and_gguf_are_refused_by_name(tmp_path: Path, vision: Vision) -> None:
     with pytest.raises(UsageError, match="the activations of the convolution first cannot be weighed"):
         export_adapter(vision.recipe, tmp_path / "out", merge=True, activation_aware=True)
-    modules = {module.name: module for module in vision.recipe.modules}
-    with pytest.raises(UsageError, match="no GGUF can hold the update of first: it is a convolution"):
-        LlamaCppBase(ARCHITECTURES["Qwen2ForCausalLM"], 2, 4, 4, False).check(modules)
+    with pytest.raises(UsageError, match="no GGUF can hold the update of first, a convolution"):
+        export_adapter(vision.recipe, tmp_path / "out", gguf=True)
 
 
 def test_adapters_that_name_no_base_are_told_where_to_write_it(tmp_path: Path) -> None:
