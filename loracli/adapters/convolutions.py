@@ -1,6 +1,6 @@
 """LoRA on convolutions, as PEFT keeps it: kernels for factors, one pair of them for all groups.
 
-    base_model.model.<module>.lora_A.weight    (r, in, kh, kw)            one size for nn.Conv1d, three for nn.Conv3d
+    base_model.model.<module>.lora_A.weight    (r, in, kh, kw)    one size for nn.Conv1d, three for nn.Conv3d
     base_model.model.<module>.lora_B.weight    (out, r / groups, 1, 1)
 
 The update of a group is read as that of a module of its own, `encoder.conv[1]`, with flat factors: A (r / groups,

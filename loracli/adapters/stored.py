@@ -47,8 +47,9 @@ class StoredFactors(Factors):
         groups: int = 1,
     ) -> None:
         # Factors are frozen
-        vars(self).update(file=file, name_A=name_A, name_B=name_B, scaling=scaling, name_bias=name_bias)
-        vars(self).update(group=group, groups=groups)
+        vars(self).update(
+            file=file, name_A=name_A, name_B=name_B, scaling=scaling, name_bias=name_bias, group=group, groups=groups
+        )
 
     @property
     def lora_A(self) -> Tensor:

@@ -317,6 +317,7 @@ class _Plan:
 
     def _layout(self, ranks: Mapping[str, int], rank: int | None = None) -> Layout:
         saved, adapters = self._source.saved, self._source.adapters
+        tasks = {adapter.config.task_type for adapter in adapters}
         return choose_layout(
             self._source.table,
             ranks,
@@ -325,7 +326,7 @@ class _Plan:
             lora_bias=next((adapter.reference for adapter in adapters if adapter.config.lora_bias), None),
             saved=() if saved is None else saved.modules,
             kernels=kernels_of(adapters),
-            task_types={adapter.config.task_type for adapter in adapters},
+            task_type=tasks.pop() if len(tasks) == 1 else None,
         )
 
     def _choose_cuts(self, names: Sequence[str], options: ExportOptions) -> int | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -199,7 +199,7 @@ def choose_layout(
     lora_bias: str | None = None,
     saved: tuple[str, ...] = (),
     kernels: Mapping[str, tuple[int, ...]] | None = None,
-    task_types: Collection[str | None] = (),
+    task_type: str | None = CAUSAL_LM,
 ) -> Layout:
     """The layout for a composition.
 
@@ -211,8 +211,8 @@ def choose_layout(
         lora_bias: the ingredient that has biases on lora_B, None without one.
         saved: modules that replace the base's.
         kernels: sizes of the kernels of convolutions that the composition changes, by path.
-        task_types: of the ingredients. A composition with convolutions keeps the one that they agree on, and has none
-            otherwise: PEFT then wraps any model. All others are of causal language models.
+        task_type: that the ingredients agree on, None without one: PEFT then wraps any model. It counts where a
+            convolution is changed; all other compositions are of causal language models.
     Raises:
         UsageError: if portable or mlx was asked for and cannot be, with the reason, or no layout can hold this.
     """
@@ -257,7 +257,6 @@ def choose_layout(
     if profile == "peft" or obstacle:
         targets = tuple(sorted(ranks.keys() - experts.keys()))
         largest = max(_config_ranks(ranks, convolutions).values())
-        agreed = next(iter(task_types)) if len(set(task_types)) == 1 else None
         return Layout(
             "peft",
             ranks,
@@ -268,7 +267,7 @@ def choose_layout(
             saved,
             experts,
             convolutions,
-            agreed if convolutions else CAUSAL_LM,
+            task_type if convolutions else CAUSAL_LM,
         )
     leaves = tuple(sorted({leaf(name) for name in ranks}))
     names = [module.name for module in modules]

@@ -236,7 +236,7 @@ def _check_config(
             lora_bias="it" if written.config.lora_bias else None,
             saved=tuple(sorted(written.saved)),
             kernels=kernels_of([written]),
-            task_types={written.config.task_type},
+            task_type=written.config.task_type,
         )
     except UsageError as error:
         findings.differs(f"the recorded layout is impossible: {error}")

@@ -54,7 +54,7 @@ def skeleton_of(
 
 def _convolution(module: BaseModule, known: Convolution) -> nn.Module:
     layer: type[nn.Conv1d | nn.Conv2d | nn.Conv3d] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(known.kernel) - 1]
-    channels = module.in_features // math.prod(known.kernel)
+    channels = known.groups * (module.in_features // (known.groups * math.prod(known.kernel)))
     return layer(channels, known.groups * module.out_features, known.kernel, groups=known.groups, bias=False)  # type: ignore[arg-type]
 
 

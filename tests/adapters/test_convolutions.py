@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from loracli.adapters.adapter import LoraAdapter, kernels_of, open_adapter, read
 from loracli.adapters.compatibility import problems_of
 from loracli.adapters.summary import inspect_adapters
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
-from tests.convolutions import ALL, GROUPS, Adapted, adapt, biases, close, deltas, images, load, model
+from tests.convolutions import ALL, GROUPS, Adapted, adapt, biases, close, config_of, deltas, images, load, model
 from tests.tiny import make_adapter, make_base
 
 FIELDS: dict[str, dict[str, Any]] = {
@@ -166,6 +167,14 @@ def test_factors_of_no_convolution_are_refused(
         {name.format("A"): torch.ones(lora_A), name.format("B"): torch.ones(lora_B)}, path / "adapter_model.safetensors"
     )
     with pytest.raises(MalformedAdapter, match=said):
+        read_adapter(str(path))
+
+
+def test_a_kernel_is_no_factor_of_experts(tmp_path: Path) -> None:
+    path = adapt(tmp_path / "a", model(), ("first",), r=4)
+    config = config_of(path) | {"target_parameters": ["first.weight"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(MalformedAdapter, match="first.lora_A.weight' is of one of the target_parameters and no matrix"):
         read_adapter(str(path))
 
 
