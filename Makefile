@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint types docs dist dist-check audit browser clean
+.PHONY: demo test faults check lint types docs dist dist-check audit browser strace clean
 
 # The whole story on the embedded example: fit, export, reload, compare.
 demo: $(READY)
@@ -15,6 +15,11 @@ demo: $(READY)
 # and several are slower.
 test: $(READY) lint types browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+
+# Thousands of faults: damaged inputs, kill -9, failing system calls, full disks, races, little memory, signals. About 20
+# minutes on two cores; LORACAT_FAULTS=0.1 makes a tenth of the trials. Prints the table of docs/reliability.md.
+faults: $(READY) strace
+	OMP_NUM_THREADS=1 LORACAT_STRACE=required $(BIN)/python -m pytest -m faults --numprocesses auto tests/faults
 
 check: lint types
 
@@ -34,6 +39,14 @@ browser:
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null && exit 0; \
 	fi; \
 	echo "no Chromium: the test that opens a report in it is skipped"
+
+# strace, for the faults at system calls.
+strace:
+	@command -v strace > /dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends strace > /dev/null && exit 0; \
+	fi; \
+	echo "strace is needed: install it, or run make faults as root where there is apt-get"; exit 1
 
 # Writes docs/cli.md from the live commands, and docs/json.md from the schema of the JSON documents.
 docs: $(READY)

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from loracli.fusing.checkpoint import header_bytes
+from loracli.checkpoint import header_bytes
 
 BLOCK = 16 << 20
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from loracli.fitting.settings import FitSettings
     from loracli.fusing.fuse import Fused, fuse_model
     from loracli.pushing.push import Pushed, push_adapter
-    from loracli.recipe import Recipe, load_recipe
+    from loracli.recipe import Recipe
+    from loracli.recipe_reading import load_recipe
     from loracli.report.report import write_report
     from loracli.serving.lint import Lint, lint_adapter
     from loracli.verifying.findings import Verification
@@ -64,7 +65,7 @@ _HOMES = {
     "fuse_model": "loracli.fusing.fuse",
     "inspect_adapters": "loracli.adapters.summary",
     "lint_adapter": "loracli.serving.lint",
-    "load_recipe": "loracli.recipe",
+    "load_recipe": "loracli.recipe_reading",
     "push_adapter": "loracli.pushing.push",
     "read_adapter": "loracli.adapters.adapter",
     "verify_directory": "loracli.verifying.verify",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.errors import LoracatError, OutOfResources, OutputExists
+from loracli.machine import DISK_FULL
 
 CERTIFICATE_FILE = "loracat.json"
 # What an export consists of; --force replaces a directory of these and nothing else.
@@ -30,15 +33,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 def replaced_file(path: Path) -> Iterator[Path]:
     """The name of a new file to write and flush, which is renamed over `path` at the end, or vanishes if anything
     fails."""
-    with translate_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            yield temporary
-            os.replace(temporary, path)
-            flush_directory(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with translate_disk_errors(path), _temporary_directory(path) as folder:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
+        flush_directory(path.parent)
 
 
 @contextmanager
@@ -49,31 +47,113 @@ def whole_directory(path: Path, *, force: bool) -> Iterator[Path]:
     is repaired by the next one.
 
     Raises:
-        OutputExists: before anything is written, if `path` exists and `force` is not set.
+        OutputExists: before anything is written, if `path` exists and `force` is not set; at the end, if another
+            process has made it meanwhile.
     """
     with translate_disk_errors(path):
         repair(path)
         check_free(path, force=force)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        temporary.mkdir()
-        try:
-            yield temporary
-            put_in_place(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if path.exists():
-                shutil.rmtree(_aside(path), ignore_errors=True)
-            else:
-                repair(path)
+        with _temporary_directory(path) as temporary:
+            try:
+                yield temporary
+                check_free(path, force=force)
+                put_in_place(temporary, path, replace=force)
+            finally:
+                if path.exists():
+                    shutil.rmtree(_aside(path), ignore_errors=True)
+                else:
+                    repair(path)
 
 
-def put_in_place(folder: Path, path: Path) -> None:
-    """Gives a filled directory its name; what had the name before is moved aside, to `.NAME.old`, and removed."""
+@contextmanager
+def _temporary_directory(path: Path) -> Iterator[Path]:
+    """A new directory beside `path`, removed at the end if it is still there.
+
+    It is locked while this process lives, so that those which killed processes have left are known, and removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(path.parent, path.name)
+    descriptor = None
+    while descriptor is None:  # again, if another process took the new directory for one that was left
+        folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        folder.mkdir()
+        descriptor = _open_locked(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def remove_temporaries(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes have left of an output of this name, or of any name, in a folder."""
+    pattern = "*" if name is None else glob.escape(name)
+    for left in folder.glob(f".{pattern}.{'[0-9a-f]' * 8}.tmp"):
+        if left.is_symlink() or not left.is_dir():
+            continue
+        descriptor = _open_locked(left, needed=True)
+        if descriptor is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)
+
+
+@contextmanager
+def locked_directory(folder: Path, output: Path) -> Iterator[None]:
+    """The folder, made if it is not there, for this process alone; if it is empty at the end, it is removed.
+
+    Raises:
+        LoracatError: if another process has it, which is then writing `output`.
+    """
+    with translate_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_locked(folder)
+    if descriptor is None:
+        raise LoracatError(f"another process is writing {output}", hint="wait for it, or choose another name with -o")
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it is not empty, or has got another name
+            folder.rmdir()
+        os.close(descriptor)
+
+
+def _open_locked(folder: Path, *, needed: bool = False) -> int | None:
+    """The descriptor of a directory that is locked until it is closed; None if another process has it, or removed it.
+
+    A file system without locks locks nothing: a descriptor all the same, or, if the lock is `needed`, None.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        if not needed:
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
+def put_in_place(folder: Path, path: Path, *, replace: bool = True) -> None:
+    """Gives a filled directory its name; what had the name before is moved aside, to `.NAME.old`, and removed.
+
+    Raises:
+        OutputExists: if another process does the same meanwhile.
+    """
     flush_directory(folder)
-    if path.exists():
-        os.rename(path, _aside(path))
-    os.rename(folder, path)
+    try:
+        if replace and path.exists():
+            os.rename(path, _aside(path))
+        os.rename(folder, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
+        raise OutputExists(f"another process has changed {path} meanwhile", hint="run the same command again") from None
     flush_directory(path.parent)
     shutil.rmtree(_aside(path), ignore_errors=True)
 
@@ -126,7 +206,7 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in DISK_FULL:
             raise OutOfResources(
                 f"no space left to write {path}", hint="free some space and run the same command again"
             ) from None

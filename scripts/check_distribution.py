@@ -27,6 +27,7 @@ ALONE_IN_SDIST = {
     "Makefile",
     "NOTICE",
     "README.md",
+    "SECURITY.md",
     "constraints.txt",
     "pyproject.toml",
 }

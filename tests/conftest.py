@@ -9,8 +9,9 @@ import pytest
 
 from tests.tiny import make_adapter, make_base
 
+OF_THE_TESTS = {"LORACAT_BROWSER", "LORACAT_FAULTS", "LORACAT_STRACE"}
 os.environ.pop("HF_HUB_OFFLINE", None)  # read once, when huggingface_hub is imported
-for name in [name for name in os.environ if name.startswith("LORACAT_") and name != "LORACAT_BROWSER"]:
+for name in [name for name in os.environ if name.startswith("LORACAT_") and name not in OF_THE_TESTS]:
     del os.environ[name]  # here, for the fits of session fixtures as well
 os.environ["XDG_CONFIG_HOME"] = str(Path(__file__).parent / "no-configuration")
 

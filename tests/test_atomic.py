@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -10,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from loracli.atomic import check_free, translate_disk_errors, whole_directory, write_atomically, write_file
+from loracli.atomic import (
+    check_free,
+    locked_directory,
+    translate_disk_errors,
+    whole_directory,
+    write_atomically,
+    write_file,
+)
 from loracli.errors import LoracatError, OutOfResources, OutputExists
 
 
@@ -179,6 +187,98 @@ def test_a_free_name_is_free(tmp_path: Path) -> None:
     check_free(tmp_path / "out", force=False)
     check_free(tmp_path / "missing" / "out", force=True)
     assert names(tmp_path) == []
+
+
+# Several processes, dead or alive.
+
+
+def test_what_killed_processes_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    for name in (".out.0123abcd.tmp", ".recipe.json.89abcdef.tmp"):
+        an_adapter(tmp_path / name)
+    for name in (".out.0123abcd.tmp.mine", ".other.0123abcd.tmp", ".out.notours.tmp"):
+        (tmp_path / name).mkdir()
+    with whole_directory(tmp_path / "out", force=False) as folder:
+        fill(folder)
+    write_atomically(tmp_path / "recipe.json", b"x")
+    kept = [".other.0123abcd.tmp", ".out.0123abcd.tmp.mine", ".out.notours.tmp"]
+    assert names(tmp_path) == [*kept, "out", "recipe.json"]
+
+
+@pytest.mark.parametrize("name", ["out[1]", "out*", "?"])
+def test_a_name_is_no_pattern_of_what_to_remove(tmp_path: Path, name: str) -> None:
+    (tmp_path / ".out1.0123abcd.tmp").mkdir()
+    (tmp_path / f".{name}.0123abcd.tmp").mkdir()
+    write_atomically(tmp_path / name, b"x")
+    assert names(tmp_path) == sorted([".out1.0123abcd.tmp", name])
+
+
+def test_what_another_is_at_work_in_stays(tmp_path: Path) -> None:
+    with whole_directory(tmp_path / "out", force=False) as first:
+        fill(first, "first")
+        with pytest.raises(ValueError), whole_directory(tmp_path / "out", force=False):
+            raise ValueError
+        assert content(first) == "first"
+    assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "first"
+
+
+def test_of_two_without_force_the_one_that_ends_first_wins(tmp_path: Path) -> None:
+    with pytest.raises(OutputExists), whole_directory(tmp_path / "out", force=False) as slow:
+        fill(slow, "slow")
+        with whole_directory(tmp_path / "out", force=False) as quick:
+            fill(quick, "quick")
+    assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "quick"
+
+
+def test_of_two_with_force_the_one_that_ends_last_wins(tmp_path: Path) -> None:
+    an_adapter(tmp_path / "out")
+    with whole_directory(tmp_path / "out", force=True) as slow:
+        fill(slow, "slow")
+        with whole_directory(tmp_path / "out", force=True) as quick:
+            fill(quick, "quick")
+        assert content(tmp_path / "out") == "quick"
+    assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "slow"
+
+
+def test_an_output_that_appears_between_two_renames_is_kept_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    an_adapter(tmp_path / "out")
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        real(source, target)
+        if target.name == ".out.old":
+            an_adapter(tmp_path / "out", "another's")
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OutputExists, match="meanwhile"), whole_directory(tmp_path / "out", force=True) as folder:
+        fill(folder)
+    assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "another's"
+
+
+def test_a_locked_directory_is_for_one_and_goes_when_it_is_empty(tmp_path: Path) -> None:
+    with locked_directory(tmp_path / "a" / "state", Path("recipe.json")):
+        with pytest.raises(LoracatError, match=r"another process is writing recipe\.json"):
+            with locked_directory(tmp_path / "a" / "state", Path("recipe.json")):
+                raise AssertionError("both have it")
+        assert names(tmp_path / "a") == ["state"]
+    assert names(tmp_path / "a") == []
+    with locked_directory(tmp_path / "a" / "state", Path("recipe.json")):
+        (tmp_path / "a" / "state" / "step").write_text("kept")
+    assert names(tmp_path / "a" / "state") == ["step"]
+
+
+def test_a_file_system_without_locks_is_written_to_and_nothing_there_is_taken_for_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    (tmp_path / ".out.0123abcd.tmp").mkdir()
+    with locked_directory(tmp_path / "state", Path("x")), whole_directory(tmp_path / "out", force=False) as folder:
+        fill(folder)
+    assert names(tmp_path) == [".out.0123abcd.tmp", "out"]
 
 
 # Files.

@@ -15,7 +15,6 @@ from loracli.errors import OutputExists, RecipeError
 from loracli.fit_record import FitRecord, RungRecord, StageRecord, StartRecord
 from loracli.recipe import (
     INLINE_KINDS,
-    MAX_RECIPE_BYTES,
     BaseModule,
     HeldOut,
     HeldOutRow,
@@ -27,9 +26,9 @@ from loracli.recipe import (
     RecipeData,
     RecipeMixing,
     group_name,
-    load_recipe,
     weights_by_leaf,
 )
+from loracli.recipe_reading import MAX_RECIPE_BYTES, load_recipe
 
 KINDS = "'adapter', 'layer', 'module', 'rank', 'core', 'factors'"
 FILES = {"adapter_config.json": "c" * 64, "adapter_model.safetensors": "d" * 64}

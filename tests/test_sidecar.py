@@ -25,9 +25,9 @@ from loracli.recipe import (
     Recipe,
     RecipeMixing,
     check_recipe_path,
-    load_recipe,
     weights_by_leaf,
 )
+from loracli.recipe_reading import load_recipe
 from loracli.sidecar import METADATA, sidecar_sha256
 from tests.test_recipe import make_recipe
 
@@ -135,7 +135,7 @@ def test_the_summary_is_grouped_by_leaf(tmp_path: Path) -> None:
 def test_a_recipe_without_tensors_is_read_and_written_without_torch(tmp_path: Path) -> None:
     make_recipe(tmp_path).save(tmp_path / "r.json")
     code = (
-        "import sys; from loracli.recipe import *; load_recipe('r.json').save('s.json', force=True); "
+        "import sys; from loracli.recipe_reading import load_recipe; load_recipe('r.json').save('s.json', force=True); "
         "sys.exit('torch' in sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

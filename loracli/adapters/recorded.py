@@ -10,7 +10,8 @@ from loracli.adapters.base_claim import BaseClaim
 from loracli.adapters.names import CONFIG_FILE
 from loracli.adapters.references import Reference, is_folder, is_repo_id, is_revision
 from loracli.errors import AdapterNotFound, IntegrityError, RecipeError
-from loracli.recipe import RecipeAdapter, decode_recipe, read_document
+from loracli.recipe import RecipeAdapter
+from loracli.recipe_reading import decode_recipe, read_document
 from loracli.schema import decode
 
 RECORD_SUFFIX = ".json"

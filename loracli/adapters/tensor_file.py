@@ -8,6 +8,7 @@ abuses.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
+from loracli.errors import IntegrityError, LoracatError, MalformedAdapter, UnsupportedAdapter
 from loracli.strict_json import StrictJsonError, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
@@ -205,7 +206,12 @@ def _state(descriptor: int) -> tuple[int, ...]:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[Any]:
-    """Opens a file for reading bytes; a directory, FIFO or device is refused instead of read from."""
+    """Opens a file for reading bytes; a directory, FIFO or device is refused instead of read from.
+
+    Raises:
+        MalformedAdapter: if it cannot be opened.
+        LoracatError: if the disk fails while it is read.
+    """
     # O_NONBLOCK: opening a FIFO must not hang.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -214,8 +220,13 @@ def open_regular(path: Path) -> Iterator[Any]:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise MalformedAdapter("is not a regular file", where=str(path))
-    with open(descriptor, "rb") as file:
-        yield file
+    try:
+        with open(descriptor, "rb") as file:
+            yield file
+    except OSError as error:
+        if error.errno != errno.EIO or error.filename is not None:
+            raise
+        raise LoracatError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
 
 def _check_header(

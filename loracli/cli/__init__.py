@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -20,38 +21,39 @@ from loracli.cli._output import Output, print_anything
 from loracli.cli._talk import TALK, Talk
 from loracli.errors import LoracatError, UsageError
 from loracli.fitting.launch import read_launch
+from loracli.machine import machine_error
 
 # Typer keeps its copy of Click private; this is Click's UsageError, reached through a public name.
 _ParseError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class Loracat(TyperGroup):
-    """The command group with the error boundary: knows `LoracatError` and parse errors; a bug keeps its traceback."""
+    """The command group with the error boundary: knows `LoracatError`, parse errors, and what the machine does; a bug
+    keeps its traceback."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in words
         TALK.set(Talk())
         try:
-            # Not standalone: parse errors and interruptions come back instead of ending up as Typer's text.
-            code = super().main(args, *rest, **{**extra, "standalone_mode": False}) or 0
-            sys.stdout.flush()  # here, where a closed pipe can still be told from a bug
+            try:
+                # Not standalone: parse errors and interruptions come back instead of ending up as Typer's text.
+                code = super().main(args, *rest, **{**extra, "standalone_mode": False}) or 0
+            except SystemExit as end:
+                code = end.code
+            sys.stdout.flush()  # what cannot be written is known here, and not after the last word
+            if code in (HUNG_UP, INTERRUPTED, TERMINATED):
+                Output(as_json=as_json).interrupted(code)
             sys.exit(code)
-        except BrokenPipeError:
-            # Whoever read has gone, and nothing more can be said to it: not even by Python's own flush at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(LoracatError.exit_code)
-        except SystemExit as end:
-            if end.code in (INTERRUPTED, TERMINATED):
-                Output(as_json=as_json).interrupted(end.code)
-            raise
         except _ParseError as error:
-            Output(as_json=as_json).error(_usage_error(error))
+            _tell(_usage_error(error), as_json)
             sys.exit(UsageError.exit_code)
         except LoracatError as error:
             if _speaks(error):
-                Output(as_json=as_json).error(error)
+                _tell(error, as_json)
             sys.exit(error.exit_code)
+        except MACHINE_ERRORS as error:
+            _end_by_machine(error, as_json)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args and not ctx.resilient_parsing:
@@ -65,6 +67,39 @@ class Loracat(TyperGroup):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         write_examples(formatter, self.epilog)
+
+
+def _tell(error: LoracatError, as_json: bool) -> None:
+    """Prints the error: where results cannot be written, as talk; where that cannot either, the exit code says it."""
+    if as_json:
+        try:
+            Output(as_json=True).error(error)
+            sys.stdout.flush()
+            return
+        except OSError:
+            _give_up_stdout()
+    with suppress(OSError):
+        Output().error(error)
+
+
+def _give_up_stdout() -> None:
+    """Drops what is left to write, or the interpreter would try again, and complain."""
+    sys.stdout = open(os.devnull, "w")
+
+
+def _end_by_machine(error: Exception, as_json: bool) -> NoReturn:
+    """Says what the machine did, and ends; raises the error itself if that is a bug."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _give_up_stdout()
+        as_json = False
+    ours = machine_error(error)
+    if ours is None:
+        raise error
+    if not isinstance(error, BrokenPipeError):  # nobody listens
+        _tell(ours, as_json)
+    sys.exit(ours.exit_code)
 
 
 def _usage_error(error: Any) -> UsageError:
@@ -89,7 +124,8 @@ def _speaks(error: LoracatError) -> bool:
         return True
 
 
-INTERRUPTED, TERMINATED = 130, 143  # Ctrl-C, SIGTERM
+HUNG_UP, INTERRUPTED, TERMINATED = 129, 130, 143  # SIGHUP, Ctrl-C, SIGTERM
+MACHINE_ERRORS = (OSError, MemoryError, RuntimeError, ImportError)  # some of which are bugs
 
 app = typer.Typer(
     name="loracat",
@@ -138,12 +174,21 @@ app.command(name="env", cls=Command, epilog=env.EPILOG)(env.env)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    # SIGTERM alone would skip every `finally`, and with it the removal of half-written outputs.
+    # By itself the signal would skip every `finally`, and with it the removal of half-written outputs.
     sys.exit(128 + signum)
 
 
 def main() -> None:
     """Entry point of `loracat` and of `python -m loracli`."""
-    signal.signal(signal.SIGTERM, _stop)
-    print_anything()
-    app(prog_name="loracat")
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(signum, _stop)
+    try:
+        print_anything()
+        app(prog_name="loracat")
+    except MACHINE_ERRORS as error:  # before the command has begun
+        _end_by_machine(error, "--json" in sys.argv)
+    finally:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # one that comes now would meet the exit handlers
+                signal.signal(signum, signal.SIG_DFL)

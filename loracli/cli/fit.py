@@ -242,13 +242,16 @@ def fit(
 def _print_fit(out: Output, recipe: Recipe, output: Path) -> None:
     """What was found."""
     from loracli.cli._tables import held_out_lines, search_lines
+    from loracli.recipe import files_beside
 
     out.close()
     table, record = recipe.held_out, recipe.fit
+    beside = [str(path) for path in files_beside(recipe, output)]
     if record.stopped is None:  # a failure has its own document
         out.document(
             {
                 "recipe": str(output),
+                "beside": beside,
                 "verdict": table.verdict,
                 "best_ingredient": table.best_ingredient,
                 "records": table.records,
@@ -272,7 +275,7 @@ def _print_fit(out: Output, recipe: Recipe, output: Path) -> None:
     search_lines(out, recipe)
     out.line()
     held_out_lines(out, recipe)
-    out.line(f"written: {output}")
+    out.line(f"written: {', '.join([str(output), *beside])}")
     if record.stopped is None:
         name = [] if output == Path("recipe.json") else [str(output)]
         out.hint(shlex.join(["loracat", "export", *name, "--merge"]))

@@ -20,7 +20,8 @@ from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.fitting.base import BaseReference, find_base, on_base
 from loracli.fitting.mixing import Layout, make_layout
 from loracli.progress import SILENT, Progress
-from loracli.recipe import FINGERPRINT, OTHER_ROWS, Recipe, load_recipe
+from loracli.recipe import FINGERPRINT, OTHER_ROWS, Recipe
+from loracli.recipe_reading import load_recipe
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from loracli.adapters.base_weights import BaseWeights
 from loracli.adapters.identity import identity_of
 from loracli.adapters.names import layer
 from loracli.atomic import check_free
+from loracli.conversion.base_weights import BaseWeights
 from loracli.conversion.cut import Cut
 from loracli.conversion.read import Convertible, read_convertible
 from loracli.conversion.source import ConversionSource

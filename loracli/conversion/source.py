@@ -12,11 +12,11 @@ from torch import Tensor
 
 import loracli
 from loracli.adapters.adapter import LoraAdapter, LoraModule
-from loracli.adapters.base_weights import BaseWeights
 from loracli.algebra.concatenate import concatenate
 from loracli.algebra.factors import norm
 from loracli.algebra.methods.method import Merged
 from loracli.algebra.truncate import Truncation
+from loracli.conversion.base_weights import BaseWeights
 from loracli.conversion.cut import Cut, cut_factors, cut_matrix
 from loracli.conversion.dora import dora_update
 from loracli.conversion.initialisation import Initial, initial_update

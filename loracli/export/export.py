@@ -43,7 +43,8 @@ from loracli.export.ranks import RankRule, choose_ranks, choose_uniform_rank, sp
 from loracli.export.refit import Refit, RefitRecord, Refitted, check_refit, check_refittable, write_cores
 from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
-from loracli.recipe import BaseModule, Recipe, load_recipe
+from loracli.recipe import BaseModule, Recipe
+from loracli.recipe_reading import load_recipe
 from loracli.tensor_writer import file_size, write_tensors
 
 OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -22,7 +22,8 @@ from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.export.refit import check_refit
 from loracli.export.source import MethodSource, identities_of, takes
 from loracli.progress import SILENT, Progress
-from loracli.recipe import MIXING_KINDS, Recipe, RecipeAdapter, labels_of, load_recipe
+from loracli.recipe import MIXING_KINDS, Recipe, RecipeAdapter, labels_of
+from loracli.recipe_reading import load_recipe
 
 DEFAULTS = MethodOptions()
 

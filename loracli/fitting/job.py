@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from loracli.atomic import translate_disk_errors
+from loracli.atomic import locked_directory, translate_disk_errors
 from loracli.errors import InputError, OutputExists, UsageError
 from loracli.fitting.base import BaseReference
 from loracli.fitting.inputs import FitInputs
@@ -58,12 +58,13 @@ def fit_to_file(
         StateMismatch: if the state belongs to a fit of other inputs.
     """
     placement = replace(placement, device=process_device(launch, placement.device))
-    with connect(launch, placement.device, sharded=placement.shard) as processes:
+    with connect(launch, placement.device, sharded=placement.shard) as processes, ExitStack() as held:
         inputs = _one_after_the_other(processes, prepare)
         kind = inputs.settings.mixing
         processes.from_first(lambda: check_recipe_path(output, force=force, kind=kind))
         processes.from_first(lambda: _check_log(log, force=force or resume))
         folder = state_folder(output)
+        processes.from_first(lambda: held.enter_context(locked_directory(folder, output)))
         resumed = processes.from_first(
             lambda: open_state(folder, _identity(inputs, placement), resume=resume, progress=progress)
         )

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from loracli.atomic import translate_disk_errors, write_atomically
+from loracli.atomic import remove_temporaries, write_atomically
 from loracli.errors import OutputExists, StateMismatch
 from loracli.progress import SILENT, Progress
 
@@ -95,9 +94,10 @@ def state_folder(output: Path) -> Path:
 
 
 def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progress: Progress = SILENT) -> bool:
-    """Makes the folder ready for a fit of this identity; whether it holds the state of an interrupted one.
+    """Makes the folder, which is there and locked, ready for a fit of this identity; whether it holds the state of an
+    interrupted one.
 
-    Without `resume`, or where there is no state, the folder is made anew, and that is said.
+    Without `resume`, or where there is no state, what is in it is dropped, and that is said.
 
     Raises:
         OutputExists: if the folder is there and is no state of ours.
@@ -121,21 +121,18 @@ def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progr
         progress.warn(f"there is no interrupted fit in {folder}: starting over")
     elif path.is_file():
         progress.warn(f"the interrupted fit in {folder} is dropped: --resume would have gone on with it")
-    if folder.exists() and not path.is_file() and any(folder.iterdir()):
+    remove_temporaries(folder)
+    if not path.is_file() and any(folder.iterdir()):
         raise OutputExists(f"{folder} is in the way of the fit's state", hint="move it, or choose another name with -o")
     remove_state(folder)
-    with translate_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(dict(identity), indent=2) + "\n").encode())
     return False
 
 
 def remove_state(folder: Path) -> None:
-    """Removes the state of a fit that is over; files that are not ours stay, and the folder with them."""
+    """Removes the state of a fit that is over from its folder; files that are not ours stay."""
     if not (folder / IDENTITY_FILE).is_file():
         return
-    for pattern in ("*.safetensors", ".*.tmp", IDENTITY_FILE):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
-    with suppress(OSError):  # something else is in there
-        folder.rmdir()
+    remove_temporaries(folder)
+    for path in (*folder.glob("*.safetensors"), folder / IDENTITY_FILE):
+        path.unlink(missing_ok=True)

@@ -10,9 +10,7 @@ from pathlib import Path
 import torch
 
 from loracli.errors import OutOfResources
-
-# What torch's CPU allocator says in a plain RuntimeError.
-_CPU_MESSAGES = ("can't allocate memory", "not enough memory")
+from loracli.machine import says_memory_ran_out
 
 
 @contextmanager
@@ -28,9 +26,7 @@ def memory_errors() -> Iterator[None]:
 
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether torch or Python says that memory ran out."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
+    return isinstance(error, torch.OutOfMemoryError) or says_memory_ran_out(error)
 
 
 def _ours() -> OutOfResources:

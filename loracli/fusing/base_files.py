@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from loracli.adapters.tensor_file import open_regular
+from loracli.checkpoint import INDEX_FILE, Checkpoint
 from loracli.errors import BaseModelMismatch
-from loracli.fusing.checkpoint import INDEX_FILE, Checkpoint
 from loracli.fusing.plan import FusionPlan
 from loracli.fusing.quantised import Quantisation
 from loracli.fusing.workplace import FUSE_CERTIFICATE

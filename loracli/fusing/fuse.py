@@ -19,13 +19,13 @@ import torch
 import loracli
 from loracli.adapters.names import target_of
 from loracli.atomic import flush_directory, write_file
+from loracli.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.source import Source
 from loracli.fitting.base import BasePlan, plan_base
 from loracli.fitting.loaded_names import tied_parameters
 from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files, read_config
 from loracli.fusing.card import fused_card
-from loracli.fusing.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint
 from loracli.fusing.composition import (
     Composition,
     changed_modules,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.tensor_file import open_regular
-from loracli.fusing.checkpoint import FLOATS, Shard, StoredTensor, read_bytes
+from loracli.checkpoint import FLOATS, Shard, StoredTensor, read_bytes
 from loracli.fusing.fold import BLOCK_BYTES, Fold, fold_rows
 from loracli.fusing.plan import FusedShard, FusedTensor
 from loracli.fusing.quantised import Decoder, Quantised

@@ -8,10 +8,8 @@ A file enters the second only when it is on the disk. One that a resumed run tak
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,12 +21,13 @@ from loracli.adapters.tensor_file import open_regular
 from loracli.atomic import (
     check_free,
     flush_directory,
+    locked_directory,
     put_in_place,
     repair,
     translate_disk_errors,
     write_atomically,
 )
-from loracli.errors import InputError, LoracatError, OutOfResources, StateMismatch, UsageError
+from loracli.errors import InputError, OutOfResources, StateMismatch, UsageError
 from loracli.fusing.stream import Hashes
 from loracli.progress import Progress, amount_text
 from loracli.strict_json import StrictJsonError, parse_json
@@ -162,7 +161,7 @@ def open_workplace(
         StateMismatch: as `Workplace.load`.
     """
     place = Workplace(output, identity)
-    with translate_disk_errors(output), _locked(place.folder, output):
+    with translate_disk_errors(output), locked_directory(place.folder, output):
         repair(output)
         place.load(resume=resume, progress=progress)
         try:
@@ -177,20 +176,6 @@ def open_workplace(
             raise
         finally:
             repair(output)
-
-
-@contextmanager
-def _locked(folder: Path, output: Path) -> Iterator[None]:
-    """The folder, made if it is not there, for this process alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise LoracatError(f"another process is writing {output}") from None
-    finally:
-        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

@@ -13,7 +13,8 @@ from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, InputE
 from loracli.evaluation.comparison import Comparison
 from loracli.export.ingredients import read_ingredients
 from loracli.progress import SILENT, Progress
-from loracli.recipe import Recipe, load_recipe
+from loracli.recipe import Recipe
+from loracli.recipe_reading import load_recipe
 from loracli.report import sections
 from loracli.report.page import page
 from loracli.schema import decode

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from loracli.adapters.tensor_file import open_regular
+from loracli.checkpoint import FLOATS, INDEX_FILE, Checkpoint, StoredTensor, read_bytes, read_checkpoint
 from loracli.errors import (
     AccessDenied,
     BaseModelMismatch,
@@ -24,7 +25,6 @@ from loracli.export.source import Source
 from loracli.fitting.base import BaseReference, check_shapes, find_base, on_base, plan_base
 from loracli.fitting.loaded_names import loaded_names, tied_parameters
 from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files, read_config
-from loracli.fusing.checkpoint import FLOATS, INDEX_FILE, Checkpoint, StoredTensor, read_bytes, read_checkpoint
 from loracli.fusing.composition import changed_modules
 from loracli.fusing.fold import BLOCK_BYTES, rounding_bounds
 from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion

@@ -30,7 +30,8 @@ from loracli.export.base_table import BaseTable
 from loracli.export.ingredients import by_names_of, read_recorded, recorded_policy
 from loracli.export.source import MethodSource, RecipeSource
 from loracli.progress import Progress
-from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, decode_recipe, load_recipe, without_paths
+from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, without_paths
+from loracli.recipe_reading import decode_recipe, load_recipe
 from loracli.schema import decode
 from loracli.verifying.findings import Findings
 

@@ -19,7 +19,8 @@ from loracli.algebra.methods.method import MethodOptions
 from loracli.cli.compare import _export_of
 from loracli.errors import NonFiniteLoss
 from loracli.fitting.engine import Engine
-from loracli.recipe import load_recipe, weights_by_leaf
+from loracli.recipe import weights_by_leaf
+from loracli.recipe_reading import load_recipe
 from tests.cli.project import FIT, run, tree
 
 

@@ -138,7 +138,7 @@ ZSH = """
 autoload -Uz compinit; compinit -u -d {folder}/zcompdump
 _arguments() {{ print -r -- "$@" }}
 source {script}
-words=(loracat fit --adapters math o)
+words=(loracat fit --adapters math o); CURRENT=5
 _loracat_completion
 """
 

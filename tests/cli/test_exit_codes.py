@@ -93,6 +93,7 @@ CODES: dict[int, Callable[[Path], Any]] = {
     5: offline,
     6: disk_full,
     7: other_bytes,
+    129: stopped_by(signal.SIGHUP),
     130: stopped_by(signal.SIGINT),
     143: stopped_by(signal.SIGTERM),
 }
@@ -108,7 +109,7 @@ def test_the_program_ends_with_the_documented_code(here: Path, code: int) -> Non
     process = CODES[code](here)
     assert process.returncode == code, process.stderr
     assert "Traceback" not in process.stderr and "\x1b" not in process.stdout + process.stderr
-    said = {130: "interrupted\n", 143: "terminated\n"}
+    said = {129: "terminated\n", 130: "interrupted\n", 143: "terminated\n"}
     if code in said:
         assert (process.stdout, process.stderr) == ("", said[code])
     elif code:

@@ -27,7 +27,8 @@ from loracli.export.source import RecipeSource
 from loracli.fitting.activations import MOST_RECORDS, chosen_records
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.recipe import activations_path, load_recipe
+from loracli.recipe import activations_path
+from loracli.recipe_reading import load_recipe
 from loracli.sidecar import read_moments
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made

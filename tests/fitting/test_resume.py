@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from loracli.errors import OutOfResources, StateMismatch
+from loracli.atomic import locked_directory
+from loracli.errors import LoracatError, OutOfResources, StateMismatch
 from loracli.fitting import job
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.job import fit_to_file
@@ -185,6 +186,20 @@ def stopped(fit: Fit, power: Power, output: str = "recipe.json") -> None:
     with pytest.raises(KeyboardInterrupt):
         fit.run(output)
     power.fails_at = None
+
+
+def test_a_second_fit_of_the_same_recipe_waits_for_nobody_and_touches_nothing(fit: Fit, power: Power) -> None:
+    fit.run("whole.json")
+    expected = fit.written("whole")
+    folder = state_folder(fit.folder / "broken.json")
+    with locked_directory(folder, fit.folder / "broken.json"):
+        (folder / "step").write_text("of the first")
+        with pytest.raises(LoracatError, match="another process is writing"):
+            fit.run("broken.json")
+        assert [path.name for path in folder.iterdir()] == ["step"]
+        (folder / "step").unlink()
+    fit.run("broken.json")
+    assert fit.written("broken") == expected
 
 
 def test_what_has_changed_is_named_and_nothing_is_lost(fit: Fit, power: Power) -> None:

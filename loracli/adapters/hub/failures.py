@@ -28,9 +28,9 @@ from huggingface_hub.errors import (
 from loracli.adapters.hub.source import Source
 from loracli.adapters.names import CONFIG_FILE
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, IntegrityError, LoracatError, OutOfResources
+from loracli.machine import DISK_FULL
 from loracli.progress import SILENT, Progress
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 # The base of all errors of the HTTP client (httpx or httpx2, by version), reached through a public name.
 HttpError: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -146,7 +146,7 @@ def _ours_by_status(status: int, headers: Mapping[str, str], source: Source) -> 
 
 
 def _ours_by_errno(error: OSError, source: Source) -> LoracatError:
-    if error.errno in _DISK_FULL:
+    if error.errno in DISK_FULL:
         hint = "free some space, or name another place with --cache-dir"
         return OutOfResources("the disk is full", where=source.name, hint=hint)
     if error.errno is None and "Consistency check failed" in str(error):

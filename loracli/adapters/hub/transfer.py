@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -21,7 +19,8 @@ from loracli.adapters.hub.side_by_side import side_by_side
 from loracli.adapters.hub.source import COMMIT, Copy, FetchedFile, Listed, Listing, Source
 from loracli.adapters.names import CONFIG_FILE
 from loracli.adapters.references import is_repo_id, is_revision
-from loracli.errors import HubUnreachable, IntegrityError
+from loracli.atomic import remove_temporaries, write_atomically
+from loracli.errors import HubUnreachable, IntegrityError, LoracatError
 from loracli.progress import Progress
 
 
@@ -167,13 +166,13 @@ def _api(source: Source) -> HfApi:
 def _remember(source: Source, commit: str) -> None:
     """Writes down what the revision stood for, where huggingface_hub looks for it too; after the files, not before."""
     place = source.remembered
-    with suppress(OSError):  # a cache that can only be read is still a cache
-        if source.pinned or (place.is_file() and place.read_text(encoding="ascii") == commit):
+    with suppress(OSError, LoracatError):  # a cache that can only be read is still a cache
+        if source.pinned:
             return
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = place.with_name(f"{place.name}.{uuid.uuid4().hex[:8]}.tmp")
-        draft.write_text(commit, encoding="ascii")
-        os.replace(draft, place)
+        if place.is_file() and place.read_text(encoding="ascii") == commit:
+            remove_temporaries(place.parent, place.name)
+        else:
+            write_atomically(place, commit.encode())
 
 
 class _Stopped(Exception):

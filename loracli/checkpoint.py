@@ -94,7 +94,7 @@ class Checkpoint:
             yield TensorRows(file.fileno(), tensor)
 
     def read(self, tensor: StoredTensor) -> Tensor:
-        """All bytes of a small tensor, as uint8."""
+        """All bytes of a tensor, as uint8."""
         with open_regular(self.folder / tensor.shard) as file:
             return read_bytes(file.fileno(), tensor.begin, tensor.size)
 
