@@ -40,10 +40,9 @@ from loracli.adapters.adapter import read_adapter
 from loracli.algebra.methods.method import MethodOptions
 from loracli.algebra.methods.sum import SUM
 from loracli.errors import LoracatError
-from loracli.export.base_table import BaseTable
+from loracli.export.base_table import BaseTable, modules_of
 from loracli.export.export import ExportOptions, write_export
 from loracli.export.source import MethodSource, identities_of
-from loracli.fitting.base import base_modules
 
 BASE_ID = "small/random"
 WIDTH, HIDDEN, RANK, ALPHA = 64, 96, 8, 16
@@ -215,7 +214,7 @@ class Bench:
         try:
             read = tuple(read_adapter(str(path)) for path in self.paths)
             identities = identities_of(read, {adapter.reference: adapter.path.name for adapter in read})
-            table = BaseTable(BASE_ID, base_modules(self.model, read))
+            table = BaseTable(BASE_ID, modules_of(read))
             source = MethodSource(SUM, MethodOptions(), self.case.weights, read, identities, table)
             write_export(source, out, ExportOptions(merge, self.case.rank if merge else None))
         except LoracatError as error:

@@ -26,7 +26,7 @@ SCHEMA = 3
 WITHOUT_ACTIVATIONS = 2  # the schema of a recipe that has none, as those of earlier versions
 FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million records agree by chance once in 500
 
-ModuleKind = Literal["linear", "conv1d", "embedding", "experts", "other"]
+ModuleKind = Literal["linear", "conv1d", "embedding", "experts", "convolution", "other"]
 MixingKind = Literal["adapter", "layer", "module", "rank", "core", "factors"]
 
 MIXING_KINDS: tuple[MixingKind, ...] = get_args(MixingKind)
@@ -43,7 +43,7 @@ OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adap
 
 def group_name(module: str, kind: MixingKind) -> str:
     """The group whose weights `module` takes: every module together, those of its decoder layer, or itself; the experts
-    of a parameter have one weight."""
+    of a parameter have one weight, and so have the groups of a convolution."""
     if kind == "adapter":
         return EVERY_MODULE
     return layer(module) if kind == "layer" else target_of(module)

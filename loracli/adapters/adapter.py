@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.config import AdapterConfig, read_config
+from loracli.adapters.convolutions import convolution_of
 from loracli.adapters.experts import ExpertTensors, StoredExpert, targeted_parameters
 from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.adapters.mlx import is_mlx, read_mlx
@@ -19,8 +20,8 @@ from loracli.adapters.names import (
     CONFIG_FILE,
     TENSOR_FILE,
     Part,
-    expert_name,
     format_tensor_name,
+    numbered_name,
     parse_tensor_name,
     target_of,
     whole_parameter,
@@ -28,32 +29,37 @@ from loracli.adapters.names import (
 from loracli.adapters.references import Reference
 from loracli.adapters.stored import StoredFactors
 from loracli.adapters.tensor_file import TensorFile, open_tensor_file
+from loracli.algebra.convolutions import Convolution
 from loracli.algebra.factors import Factors
-from loracli.errors import MalformedAdapter, UnsupportedAdapter
+from loracli.errors import MalformedAdapter
 
-_MAY_BE_KERNELS = (".lora_A.weight", ".lora_B.weight")
+_MAY_BE_KERNELS = frozenset({"lora_A", "lora_B"})
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
-AdapterKind = Literal["linear", "embedding", "experts"]
+AdapterKind = Literal["linear", "embedding", "experts", "convolution"]
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """The update of one module of the base model, or of one expert's matrix in a parameter.
+    """The update of one module of the base model, of one expert's matrix in a parameter, or of one group of a
+    convolution.
 
     Args:
-        name: the module's path in the base model, `model.layers.0.self_attn.q_proj`, or the matrix's name,
+        name: the module's path in the base model, `model.layers.0.self_attn.q_proj`, or the matrix's or group's name,
             `model.layers.0.mlp.experts.down_proj[3]`.
-        kind: `linear` (nn.Linear and Conv1D), `embedding` (then "in" is the vocabulary and "out" the width) or
-            `experts`, of which an adapter changes all of a parameter or none.
+        kind: `linear` (nn.Linear and Conv1D), `embedding` (then "in" is the vocabulary and "out" the width), `experts`,
+            of which an adapter changes all of a parameter or none, or `convolution` (then "in" is channels times
+            kernel, and "out" the channels of a group).
         factors: lora_A (r, in), lora_B (out, r) as stored, and the scaling; from `open_adapter` they are read from the
             file each time they are wanted.
+        kernel: size of a convolution's, (kh, kw); empty for others.
     """
 
     name: str
     kind: AdapterKind
     factors: Factors
+    kernel: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,7 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
         if name in parameters:
             modules |= _read_experts(parameters[name], name, parts[name], config, file)
         else:
-            modules[name] = _read_module(name, parts[name], config, file)
+            modules |= _read_module(name, parts[name], config, file)
     return _adapter(fetched, config, modules, _Others(copies, saved), file)
 
 
@@ -224,8 +230,13 @@ def _adapter(
     )
 
 
+def kernels_of(adapters: Sequence[LoraAdapter]) -> dict[str, tuple[int, ...]]:
+    """The convolutions that any of the adapters changes, with the sizes of their kernels."""
+    return {target_of(name): m.kernel for adapter in adapters for name, m in adapter.modules.items() if m.kernel}
+
+
 def module_names(adapters: Sequence[LoraAdapter]) -> tuple[str, ...]:
-    """The modules that any of the adapters changes, sorted; experts in their own order."""
+    """The modules that any of the adapters changes, sorted; experts and groups in their own order."""
     return tuple(sorted(dict.fromkeys(name for adapter in adapters for name in adapter.modules), key=target_of))
 
 
@@ -294,9 +305,10 @@ def _saved_module(parameter: str, modules_to_save: tuple[str, ...]) -> str | Non
 
 
 def may_have_any_shape(name: str) -> bool:
-    """Factors and copies of base matrices are matrices; biases, magnitudes and modules saved whole need not be, and
-    factors of a convolution, which are refused by that name, are not."""
-    return name.endswith((".bias", *_MAGNITUDES, *_MAY_BE_KERNELS)) or whole_parameter(name) is not None
+    """Copies of base matrices and the factors of embeddings are matrices; factors of a convolution, biases, magnitudes
+    and modules saved whole need not be."""
+    kernels = not _MAY_BE_KERNELS.isdisjoint(name.split("."))
+    return kernels or name.endswith((".bias", *_MAGNITUDES)) or whole_parameter(name) is not None
 
 
 def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:
@@ -310,18 +322,10 @@ def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:
 
 
 def _check_matrices(parts: Mapping[str, Mapping[Part, str]], file: TensorFile) -> None:
-    for module, tensors in parts.items():
+    for tensors in parts.values():
         for part, name in tensors.items():
-            dimensions = len(file.shapes[name])
-            if part == "lora_bias" or dimensions == 2:
-                continue
-            if dimensions < 2:
+            if part != "lora_bias" and len(file.shapes[name]) < 2:
                 raise MalformedAdapter(f"the tensor {name!r} is not a matrix", where=str(file.path))
-            raise UnsupportedAdapter(
-                f"{module!r} is a convolution, by the {dimensions} dimensions of {name!r}",
-                where=str(file.path),
-                hint="train the adapter on linear layers; models of language alone have no convolutions to adapt",
-            )
 
 
 def _read_experts(
@@ -334,15 +338,19 @@ def _read_experts(
             raise MalformedAdapter(f"lacks {format_tensor_name(module, part)!r}", where=str(file.path))
     if len(tensors) > len(wanted):
         raise MalformedAdapter(f"mixes factors of experts with others for {module!r}", where=str(file.path))
+    kernel = next((tensors[part] for part in wanted if len(file.shapes[tensors[part]]) > 2), None)
+    if kernel is not None:
+        raise MalformedAdapter(f"{kernel!r} is of one of the target_parameters and no matrix", where=str(file.path))
     stored = ExpertTensors(file, tensors["lora_A"], tensors["lora_B"], config.rank_of(parameter))
     scaling = config.scaling_of(parameter)
-    names = [expert_name(parameter, expert) for expert in range(stored.experts)]
+    names = [numbered_name(parameter, expert) for expert in range(stored.experts)]
     return {
         name: LoraModule(name, "experts", StoredExpert(stored, expert, scaling)) for expert, name in enumerate(names)
     }
 
 
-def _read_module(name: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile) -> LoraModule:
+def _read_module(name: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile) -> dict[str, LoraModule]:
+    """The update of a module, or those of the groups of a convolution."""
     where = str(file.path)
     kind: AdapterKind = "embedding" if "lora_embedding_A" in tensors or "lora_embedding_B" in tensors else "linear"
     wanted: tuple[Part, Part] = (
@@ -358,11 +366,11 @@ def _read_module(name: str, tensors: dict[Part, str], config: AdapterConfig, fil
         raise MalformedAdapter(f"holds {tensors['lora_bias']!r}, but in {CONFIG_FILE} {problem}", where=where)
     if tensors.keys() != expected:
         raise MalformedAdapter(f"mixes linear and embedding factors for {name!r}", where=where)
-    factors = StoredFactors(
-        file, tensors[wanted[0]], tensors[wanted[1]], config.scaling_of(name), tensors.get("lora_bias")
-    )
     shape_A, shape_B = (file.shapes[tensors[part]] for part in wanted)
-    if shape_A[0] != shape_B[1]:
+    found = Convolution(1, ())
+    if max(len(shape_A), len(shape_B)) > 2:
+        kind, found = "convolution", convolution_of(name, shape_A, shape_B, where)
+    elif shape_A[0] != shape_B[1]:
         raise MalformedAdapter(
             f"{name!r} has lora_A {shape_A} and lora_B {shape_B}, whose ranks differ",
             where=where,
@@ -375,4 +383,9 @@ def _read_module(name: str, tensors: dict[Part, str], config: AdapterConfig, fil
     if biased and file.shapes[tensors["lora_bias"]] != shape_B[:1]:
         shape = file.shapes[tensors["lora_bias"]]
         raise MalformedAdapter(f"{name!r} has lora_B {shape_B} with a bias {shape}", where=where)
-    return LoraModule(name, kind, factors)
+    names = [name] if found.groups == 1 else [numbered_name(name, group) for group in range(found.groups)]
+    stored = file, tensors[wanted[0]], tensors[wanted[1]], config.scaling_of(name), tensors.get("lora_bias")
+    return {
+        one: LoraModule(one, kind, StoredFactors(*stored, group=group, groups=found.groups), found.kernel)
+        for group, one in enumerate(names)
+    }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loracli.adapters.adapter import LoraAdapter
-from loracli.algebra.factors import Factors, inner_product
+from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.algebra.factors import inner_product
 from loracli.errors import IncompatibleAdapters
 
 
@@ -37,9 +38,10 @@ def problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False) ->
     if len(names) > 1 and not base_given:
         claims = ", ".join(f"{a.reference} names {a.config.base_model}" for a in adapters)
         problems.append(f"the adapters name different base models: {claims}")
-    for name, (first, other) in _other_experts(adapters).items():
+    for name, (first, other) in _other_counts(adapters).items():
         counts = ", ".join(f"{len(a.targets[name])} in {a.reference}" for a in (first, other))
-        problems.append(f"{name} has as many experts as {counts}")
+        what = "groups" if first.targets[name][0].kernel else "experts"
+        problems.append(f"{name} has as many {what} as {counts}")
     first_with: dict[str, LoraAdapter] = {}
     for adapter in adapters:
         for name, module in adapter.modules.items():
@@ -49,16 +51,18 @@ def problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False) ->
                 problems.append(
                     f"{name} is {theirs.kind} in {other.reference} and {module.kind} in {adapter.reference}"
                 )
-            elif _shape(module.factors) != _shape(theirs.factors):
+            elif _shape(module) != _shape(theirs):
+                sizes = "(out, in, kernel)" if module.kernel else "(out, in)"
                 problems.append(
-                    f"{name} is (out, in) = {_shape(theirs.factors)} in {other.reference} "
-                    f"and {_shape(module.factors)} in {adapter.reference}"
+                    f"{name} is {sizes} = {_shape(theirs)} in {other.reference} "
+                    f"and {_shape(module)} in {adapter.reference}"
                 )
     return problems
 
 
-def _other_experts(adapters: Sequence[LoraAdapter]) -> dict[str, tuple[LoraAdapter, LoraAdapter]]:
-    """The first two adapters that change a parameter with different numbers of experts, by the parameter."""
+def _other_counts(adapters: Sequence[LoraAdapter]) -> dict[str, tuple[LoraAdapter, LoraAdapter]]:
+    """The first two adapters that change a parameter with different numbers of experts, by the parameter, or a
+    convolution with different numbers of groups."""
     first_with: dict[str, tuple[LoraAdapter, int]] = {}
     found: dict[str, tuple[LoraAdapter, LoraAdapter]] = {}
     for adapter in adapters:
@@ -88,7 +92,7 @@ def overlaps_of(adapters: Sequence[LoraAdapter]) -> list[Overlap]:
             shared = sorted(
                 name
                 for name in first.modules.keys() & second.modules.keys()
-                if _shape(first.modules[name].factors) == _shape(second.modules[name].factors)
+                if _shape(first.modules[name]) == _shape(second.modules[name])
             )
             product = sum(inner_product(first.modules[n].factors, second.modules[n].factors) for n in shared)
             length = (squares[i] * squares[j]) ** 0.5
@@ -96,5 +100,7 @@ def overlaps_of(adapters: Sequence[LoraAdapter]) -> list[Overlap]:
     return result
 
 
-def _shape(factors: Factors) -> tuple[int, int]:
-    return factors.out_features, factors.in_features
+def _shape(module: LoraModule) -> tuple[int, ...]:
+    """(out, in), and of a convolution (out, in, kh, kw)."""
+    factors, kernel = module.factors, module.kernel
+    return factors.out_features, factors.in_features // math.prod(kernel), *kernel

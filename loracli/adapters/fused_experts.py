@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule
-from loracli.adapters.names import expert_name, target_of
+from loracli.adapters.names import numbered_name, target_of
 from loracli.algebra.factors import Factors
 from loracli.errors import BaseModelMismatch
 
@@ -117,7 +117,7 @@ def as_fused_experts(adapter: LoraAdapter, outs: Mapping[str, int]) -> LoraAdapt
             like.scaling,
         )
         for expert in range(max(expert for expert, _ in found) + 1):
-            name = expert_name(parameter, expert)
+            name = numbered_name(parameter, expert)
             if name in modules:
                 raise BaseModelMismatch(f"{adapter.reference} adapts {parameter} as a whole and by its experts' layers")
             below = tuple(found.get((expert, place), zeros) for place in range(counts[parameter]))

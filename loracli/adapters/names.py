@@ -2,6 +2,8 @@
 
 base_model.model.<module>.lora_A.weight            (r, in)         nn.Linear, Conv1D
 base_model.model.<module>.lora_B.weight            (out, r)
+base_model.model.<module>.lora_A.weight            (r, in, kh, kw)     nn.Conv2d; adapters/convolutions.py
+base_model.model.<module>.lora_B.weight            (out, r / groups, 1, 1)
 base_model.model.<module>.lora_B.bias              (out,)          with lora_bias
 base_model.model.<module>.lora_embedding_A         (r, vocab)      nn.Embedding
 base_model.model.<module>.lora_embedding_B         (dim, r)
@@ -10,6 +12,7 @@ heads
 
 One expert's matrix in a parameter W (E, ., .) goes by the parameter's path and its number, as in Python:
 `model.layers.0.mlp.experts.down_proj[3]`. No tensor has such a name; adapters/experts.py reads those of all experts.
+So does one group of a grouped convolution, `encoder.conv[1]`.
 
 Read as the same:
 
@@ -155,23 +158,24 @@ def format_tensor_name(module: str, part: Part) -> str:
     return f"{PREFIX}{module}.{part}" + ("" if part.startswith("lora_embedding") else ".weight")
 
 
-def expert_name(parameter: str, expert: int) -> str:
-    """The name of one expert's matrix: `mlp.experts.down_proj[3]`."""
-    return f"{parameter}[{expert}]"
+def numbered_name(target: str, number: int) -> str:
+    """The name of one of several updates: of an expert's matrix, `mlp.experts.down_proj[3]`, or a group of a
+    convolution, `encoder.conv[1]`."""
+    return f"{target}[{number}]"
 
 
 def target_of(module: str) -> str:
-    """What was targeted: the parameter, of an expert's matrix in it, and the module itself otherwise."""
+    """What was targeted: the parameter of an expert's matrix, the convolution of a group, else the module itself."""
     return module.partition("[")[0]
 
 
-def is_expert(module: str) -> bool:
-    """Whether the name is that of an expert's matrix in a parameter."""
+def is_numbered(module: str) -> bool:
+    """Whether the name is that of one of several updates: of an expert's matrix, or a group of a convolution."""
     return module.endswith("]")
 
 
 def leaf(module: str) -> str:
-    """The last component of a module's path: `q_proj`; of an expert's matrix that of its parameter."""
+    """The last component of a module's path: `q_proj`; of a numbered name that of what was targeted."""
     return target_of(module).rpartition(".")[2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 
 import torch
@@ -12,37 +13,51 @@ from loracli.algebra.factors import Factors
 
 
 class StoredFactors(Factors):
-    """The factors of a module in a checked file.
+    """The factors of a module in a checked file, or of one group of a convolution.
 
     `lora_A`, `lora_B` and `bias` are read from it every time, in the widest of their dtypes; rank and sizes come from
     the header. Reading raises IntegrityError if the file has changed since it was checked.
 
     Args:
         file: that holds them.
-        name_A: of lora_A (r, in) in it.
+        name_A: of lora_A (r, in) in it; of a convolution's, all dimensions after the first are "in".
         name_B: of lora_B (out, r) in it.
         scaling: s.
         name_bias: of b (out,) in it, None without one.
+        group: g, of which the rows are read (algebra/convolutions.py).
+        groups: G, 1 of what is no grouped convolution.
     """
 
     file: TensorFile
     name_A: str
     name_B: str
     name_bias: str | None
+    group: int
+    groups: int
 
     def __init__(
-        self, file: TensorFile, name_A: str, name_B: str, scaling: float, name_bias: str | None = None
+        self,
+        file: TensorFile,
+        name_A: str,
+        name_B: str,
+        scaling: float,
+        name_bias: str | None = None,
+        *,
+        group: int = 0,
+        groups: int = 1,
     ) -> None:
         # Factors are frozen
-        vars(self).update(file=file, name_A=name_A, name_B=name_B, scaling=scaling, name_bias=name_bias)
+        vars(self).update(
+            file=file, name_A=name_A, name_B=name_B, scaling=scaling, name_bias=name_bias, group=group, groups=groups
+        )
 
     @property
     def lora_A(self) -> Tensor:
-        return self._read(self.name_A)
+        return self._read(self.name_A).flatten(1)
 
     @property
     def lora_B(self) -> Tensor:
-        return self._read(self.name_B)
+        return self._read(self.name_B).flatten(1)
 
     @property
     def bias(self) -> Tensor | None:
@@ -50,15 +65,15 @@ class StoredFactors(Factors):
 
     @property
     def rank(self) -> int:
-        return self.file.shapes[self.name_A][0]
+        return self.file.shapes[self.name_A][0] // self.groups
 
     @property
     def in_features(self) -> int:
-        return self.file.shapes[self.name_A][1]
+        return math.prod(self.file.shapes[self.name_A][1:])
 
     @property
     def out_features(self) -> int:
-        return self.file.shapes[self.name_B][0]
+        return self.file.shapes[self.name_B][0] // self.groups
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,5 +86,6 @@ class StoredFactors(Factors):
         return Factors(self.lora_A, self.lora_B, self.scaling, self.bias)
 
     def _read(self, name: str) -> Tensor:
+        count = self.file.shapes[name][0] // self.groups
         with self.file.reader() as reader:
-            return reader.read(name).to(self.dtype)
+            return reader.read(name, range(self.group * count, (self.group + 1) * count)).to(self.dtype)

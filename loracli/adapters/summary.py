@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
 from loracli.adapters.compatibility import Overlap, overlaps_of, problems_of
 from loracli.adapters.hub import fetch_adapter
 from loracli.adapters.names import leaf
@@ -24,17 +24,18 @@ class AdapterSummary:
         reference: as it was typed.
         commit: pinned commit, None for a local directory.
         base_model: the base it names, or None.
-        ranks: that occur, ascending.
+        ranks: that occur, ascending; of a grouped convolution that of a group.
         scaling: lowest and highest s of a module.
         lora_alpha: from the config.
         use_rslora: from the config.
         leaves: last names of the adapted modules.
-        modules: how many are adapted; the experts of a parameter count as one.
+        modules: how many are adapted; the experts of a parameter count as one, and so do the groups of a convolution.
         parameters: in all factors.
         dtype: the widest of the factors.
         norm: |dW|_F over all modules.
         lora_bias: whether its lora_B have biases.
         modules_to_save: modules that it replaces as a whole.
+        convolutions: that are among the modules.
     """
 
     reference: str
@@ -51,6 +52,7 @@ class AdapterSummary:
     norm: float
     lora_bias: bool
     modules_to_save: tuple[str, ...]
+    convolutions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -114,4 +116,5 @@ def _summary(adapter: LoraAdapter) -> AdapterSummary:
         norm=sum(inner_product(f, f) for f in factors) ** 0.5,
         lora_bias=adapter.config.lora_bias,
         modules_to_save=tuple(adapter.saved),
+        convolutions=tuple(kernels_of([adapter])),
     )

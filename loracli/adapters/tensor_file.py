@@ -80,14 +80,17 @@ class TensorReader:
                 "has changed since it was checked", where=str(self._file.path), hint="run the same command again"
             )
 
-    def read(self, name: str) -> Tensor:
-        """The tensor.
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        """The tensor, or some of its rows, which follow each other.
 
         Raises:
             IntegrityError: if the file has changed since it was checked.
         """
-        tensor = torch.empty(self._file.shapes[name], dtype=self._file.dtypes[name])
-        read = _fill(self._descriptor, tensor, self._file.offsets[name])
+        first, *rest = self._file.shapes[name]
+        rows = range(first) if rows is None else rows
+        tensor = torch.empty((len(rows), *rest), dtype=self._file.dtypes[name])
+        before = rows.start * math.prod(rest) * tensor.itemsize
+        read = _fill(self._descriptor, tensor, self._file.offsets[name] + before)
         self.check_unchanged()
         if read < tensor.nbytes:
             raise MalformedAdapter(f"cannot be read: ends within {name!r}", where=str(self._file.path))

@@ -246,8 +246,9 @@ def export(
     if layout.profile == "portable" and layout.alone:
         out.warn(f"SGLang will not take {', '.join(layout.alone)}, which it stacks with each other")
     needed = max(module.rank for module in certificate.modules)
-    if exported.merged and layout.rank > needed:
-        out.warn(f"no module needs more than rank {needed}; up to {layout.rank} it is filled with zeros")
+    held = max(layout.ranks.values())
+    if exported.merged and held > needed:
+        out.warn(f"no module needs more than rank {needed}; up to {held} it is filled with zeros")
     out.line(str(exported.path), style="bold")
     out.line(
         f"  rank {layout.rank}, {len(layout.ranks)} modules, {str(exported.dtype).removeprefix('torch.')}, "

@@ -51,6 +51,8 @@ def inspect(
             f"  scaling     {scaling} (lora_alpha {adapter.lora_alpha:g}{', rsLoRA' if adapter.use_rslora else ''})"
         )
         out.line(f"  modules     {adapter.modules}: {', '.join(adapter.leaves)}")
+        if adapter.convolutions:
+            out.line(f"  of them     {', '.join(adapter.convolutions)} are convolutions, whose rank is that of a group")
         if adapter.modules_to_save:
             out.line(f"  replaced    {', '.join(adapter.modules_to_save)} (modules_to_save)")
         if adapter.lora_bias:
@@ -73,4 +75,6 @@ def inspect(
         raise typer.Exit(3)
     if len(found.adapters) > 1:
         out.line("can be composed", style="bold green")
-        out.hint(shlex.join(["loracat", "fit", "--adapters", *references, "--data", "val.jsonl"]))
+        fit = ["fit", "--adapters", *references, "--data", "val.jsonl"]
+        export = ["export", "--method", "sum", "--adapters", *references]  # what a fit cannot run
+        out.hint(shlex.join(["loracat", *(export if any(a.convolutions for a in found.adapters) else fit)]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter, module_names
-from loracli.adapters.names import is_expert, target_of
+from loracli.adapters.names import is_numbered, target_of
 from loracli.algebra.experts import stack_experts
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods.method import Method, MethodOptions
@@ -91,7 +91,7 @@ def of_factors(factors: Mapping[str, Factors], *, kept_energy: float | None = No
     for name, f in factors.items():
         scaled = Factors(f.lora_A.float(), (f.scaling * f.lora_B.double()).float())
         targets.setdefault(target_of(name), []).append(scaled)
-    experts = {target_of(name) for name in factors if is_expert(name)}
+    experts = {target_of(name) for name in factors if is_numbered(name)}
     pairs = tuple(
         stack_experts(scaled, max(f.rank for f in scaled)) if name in experts else (scaled[0].lora_A, scaled[0].lora_B)
         for name, scaled in sorted(targets.items())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from loracli.adapters.adapter import LoraAdapter, build_adapter, may_have_any_shape, sort_tensors
+from loracli.adapters.adapter import LoraAdapter, build_adapter, kernels_of, may_have_any_shape, sort_tensors
 from loracli.adapters.config import read_config
 from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE
@@ -96,6 +96,13 @@ def _read(fetched: Fetched) -> tuple[LoraAdapter, dict[str, Tensor]]:
 
     file = open_tensor_file(fetched.path / TENSOR_FILE, check_names=sort, any_shape=may_have_any_shape)
     adapter = build_adapter(fetched, config, file, others).loaded()
+    convolution = next(iter(kernels_of([adapter])), None)
+    if convolution is not None:
+        raise UnsupportedAdapter(
+            f"{convolution!r} is a convolution, and only adapters of linear layers and embeddings are converted",
+            where=where,
+            hint="train a plain LoRA",
+        )
     with file.reader() as reader:
         magnitudes = {module: reader.read(name) for module, name in names.items()}
     if config.use_dora:

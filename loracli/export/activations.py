@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loracli.adapters.names import is_expert
+from loracli.adapters.adapter import kernels_of
+from loracli.adapters.names import is_numbered
 from loracli.errors import RecipeError, UsageError
 from loracli.export.source import RecipeSource, Source
 from loracli.recipe import INLINE_KINDS
@@ -29,9 +30,14 @@ def check_weighable(source: Source) -> None:
     """Refuses a composition whose modules do not each have inputs of their own to weigh.
 
     Raises:
-        UsageError: if an expert is changed, which sees the tokens that are routed to it.
+        UsageError: if an expert is changed, which sees the tokens that are routed to it, or a convolution.
     """
-    expert = next((name for name in source.names() if is_expert(name)), None)
+    convolution = next(iter(kernels_of(source.adapters)), None)
+    if convolution is not None:
+        raise UsageError(
+            f"the activations of the convolution {convolution} cannot be weighed", hint="leave out --activation-aware"
+        )
+    expert = next((name for name in source.names() if is_numbered(name)), None)
     if expert is not None:
         raise UsageError(
             f"the activations of the expert {expert} cannot be weighed", hint="leave out --activation-aware"

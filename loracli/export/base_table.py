@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
 from loracli.adapters.base_claim import BaseClaim, agreed_base
 from loracli.adapters.names import leaf
 from loracli.errors import UsageError
@@ -35,7 +35,8 @@ def base_table(
     progress: Progress = SILENT,
 ) -> BaseTable:
     """From the adapters where each last name was targeted as such by one of them, so that it stands wherever the base
-    has it; else from the base's config, which is fetched with its weights if it is not there.
+    has it, and where a convolution is changed, so that nothing is padded; else from the base's config, which is fetched
+    with its weights if it is not there.
 
     Args:
         adapters: that are composed.
@@ -56,9 +57,11 @@ def base_table(
             )
     wanted = {leaf(m.name) for adapter in adapters for m in adapter.modules.values() if m.kind != "experts"}
     whole = frozenset[str]().union(*(adapter.config.whole_names for adapter in adapters))
-    if base is None and wanted <= whole:
+    convolutions = kernels_of(adapters)
+    if base is None and (wanted <= whole or convolutions):
         claims = {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters}
-        found = agreed_base(claims, way_out="give the base with --base")
+        named = "write its name into base_model_name_or_path of their adapter_config.json"
+        found = agreed_base(claims, way_out=named if convolutions else "give the base with --base")
         return BaseTable(str(found.base_model), modules_of(adapters))
     from loracli.fitting.base import base_modules, check_shapes, find_base, plan_base
 

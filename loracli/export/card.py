@@ -16,7 +16,7 @@ import loracli
 from loracli.algebra.methods.method import Method
 from loracli.export.certificate import Certificate
 from loracli.export.licence import agreed_licence
-from loracli.export.profile import Layout
+from loracli.export.profile import CAUSAL_LM, Layout
 from loracli.export.repeat import Repeat, printable, repeat_method, repeat_recipe
 from loracli.recipe import INLINE_KINDS, Recipe, RecipeAdapter
 
@@ -101,9 +101,10 @@ def method_card(
 def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merged: bool, options: str) -> str:
     """README.md of the export; `options` are those of its command that concern compression, dtype and layout."""
     title = f"compressed to rank {layout.rank}" if merged else f"of rank {layout.rank}"
+    library = "mlx" if layout.profile == "mlx" else "peft"
     return "\n".join(
         [
-            *front_matter(text.base_id, "adapter", "mlx" if layout.profile == "mlx" else "peft", text.licence),
+            *front_matter(text.base_id, "adapter", library, text.licence, writes=layout.task_type == CAUSAL_LM),
             f"# LoRA adapter {text.made or f'composed of {text.adapters}'}, {title}",
             "",
             f"One LoRA adapter for `{text.base_id}` that carries the skills of its ingredients.",
@@ -174,8 +175,11 @@ def _use(base_id: str, layout: Layout) -> list[str]:
     ]
 
 
-def front_matter(base_id: str, relation: str, library: str, licence: str | None = None) -> list[str]:
-    """What the Hub reads of a card: the base, what this is of it, and its licence if it may state one."""
+def front_matter(
+    base_id: str, relation: str, library: str, licence: str | None = None, *, writes: bool = True
+) -> list[str]:
+    """What the Hub reads of a card: the base, what this is of it, its licence if it may state one, and whether it is of
+    a model that writes text."""
     tags = ["lora", "transformers", "loracat", "merge", f"base_model:{relation}:{base_id}"]
     return [
         "---",
@@ -183,7 +187,7 @@ def front_matter(base_id: str, relation: str, library: str, licence: str | None 
         f"base_model_relation: {relation}",
         f"library_name: {library}",
         *([] if licence is None else [f"license: {json.dumps(licence)}"]),
-        "pipeline_tag: text-generation",
+        *(["pipeline_tag: text-generation"] if writes else []),
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in tags),
         "---",

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, PREFIX, expert_name, target_of
+from loracli.adapters.adapter import kernels_of
+from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, PREFIX, target_of
 from loracli.adapters.saved_modules import saved_modules
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank
+from loracli.algebra.convolutions import join_groups
 from loracli.algebra.experts import join_experts
 from loracli.algebra.factors import Factors
 from loracli.algebra.spectrum import spectrum
@@ -206,17 +208,18 @@ def export_adapter(
     path = None if isinstance(recipe, Recipe) else Path(recipe)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
     if gguf:
         from loracli.export.gguf_base import find_llama_cpp_base
 
         llama_cpp = find_llama_cpp_base(
             base or recipe.base.id,
+            ingredients,
             revision=recipe.base.commit,
             config_sha256=recipe.base.config_sha256,
             progress=progress,
         )
         options = dataclasses.replace(options, gguf=llama_cpp)
-    ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
     saved = saved_modules(recorded_policy(recipe), ingredients)
     source = RecipeSource(recipe, ingredients, saved)
     moments = None  # which change no shape, so that a dry run needs none
@@ -315,6 +318,7 @@ class _Plan:
 
     def _layout(self, ranks: Mapping[str, int], rank: int | None = None) -> Layout:
         saved, adapters = self._source.saved, self._source.adapters
+        tasks = {adapter.config.task_type for adapter in adapters}
         return choose_layout(
             self._source.table,
             ranks,
@@ -322,13 +326,15 @@ class _Plan:
             rank=rank,
             lora_bias=next((adapter.reference for adapter in adapters if adapter.config.lora_bias), None),
             saved=() if saved is None else saved.modules,
+            kernels=kernels_of(adapters),
+            task_type=tasks.pop() if len(tasks) == 1 else None,
         )
 
     def _choose_cuts(self, names: Sequence[str], options: ExportOptions) -> int | None:
         """Sets the ranks to cut to, and gives the one rank of a uniform layout where that was decided on.
 
         A layout of one rank takes one for all, because less would be filled up; `peft` takes one for each module, and
-        for the experts of a parameter together.
+        for the experts of a parameter or the groups of a convolution together.
         """
         if not options.merge:
             return None
@@ -343,10 +349,10 @@ class _Plan:
             return file_size(self.shapes(layout), self.dtype)
 
         if self._layout(most).profile == "peft":
-            if options.rule.tolerance is None:  # which holds for each expert; the others for what a file has
+            if options.rule.tolerance is None:  # which holds for each update; the others for what a file has
                 spectra = spectra_of_targets(spectra)
-            experts = Counter(target_of(name) for name in names)
-            costs = {target: count * self._bytes_of_a_rank(target) for target, count in experts.items()}
+            updates = Counter(target_of(name) for name in names)
+            costs = {target: count * self._bytes_of_a_rank(target) for target, count in updates.items()}
 
             def cuts(ranks: Mapping[str, int]) -> dict[str, int]:
                 of_targets = ranks_of_targets(ranks)
@@ -461,18 +467,19 @@ class _Plan:
         return written
 
     def _module(self, name: str) -> tuple[Factors, tuple[ModuleCertificate, ...]]:
-        """The factors of a module, or of all experts of a parameter, as they go into the file, with a certificate for
-        each update; none where it only pads the layout."""
+        """The factors of a module, of all experts of a parameter or all groups of a convolution, as they go into the
+        file, with a certificate for each update; none where it only pads the layout."""
         rank = self.layout.ranks[name]
-        if name in self.layout.experts:
-            experts = [self._made(expert_name(name, expert)) for expert in range(self.layout.experts[name])]
-            return join_experts([one.factors for one in experts], rank), tuple(one.certificate for one in experts)
+        if name in self.layout.experts or name in self.layout.convolutions:
+            made = [self._made(update) for update in self.layout.updates_of(name)]
+            join = join_experts if name in self.layout.experts else join_groups
+            return join([one.factors for one in made], rank), tuple(one.certificate for one in made)
         if name not in self._ranks:
             module = self._table[name]
             zeros = Factors(torch.zeros(rank, module.in_features), torch.zeros(module.out_features, rank))
             return zeros.to(self.dtype), ()
-        made = self._made(name)
-        return pad_rank(made.factors, rank), (made.certificate,)
+        one = self._made(name)
+        return pad_rank(one.factors, rank), (one.certificate,)
 
     def _made(self, name: str) -> ModuleExport:
         return self._held[name] if name in self._held else self._export(name)

@@ -3,7 +3,10 @@ an export does."""
 
 from __future__ import annotations
 
-from loracli.errors import BaseModelMismatch
+from collections.abc import Sequence
+
+from loracli.adapters.adapter import LoraAdapter, kernels_of
+from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.gguf_file import load_gguf
 from loracli.export.llama_cpp import LlamaCppBase, llama_cpp_base
 from loracli.fitting.base_config import WAY_OUT, plan_from_config
@@ -12,6 +15,7 @@ from loracli.progress import SILENT, Progress
 
 def find_llama_cpp_base(
     base: str,
+    adapters: Sequence[LoraAdapter],
     *,
     revision: str | None = None,
     config_sha256: str | None = None,
@@ -21,13 +25,21 @@ def find_llama_cpp_base(
 
     Args:
         base: a local directory with a config.json, or a Hub id, of which only config.json is fetched.
+        adapters: that are composed.
         revision: of a base on the Hub.
         config_sha256: that the config has to have, None for any.
         progress: told of a download.
     Raises:
-        UsageError: if the gguf package is not installed; others as of `plan_from_config`.
+        UsageError: if an adapter changes a convolution, or the gguf package is not installed; others as of
+            `plan_from_config`.
         BaseModelMismatch: if the config is another one, or its architecture cannot be had.
     """
+    convolution = next(iter(kernels_of(adapters)), None)
+    if convolution is not None:
+        raise UsageError(
+            f"no GGUF can hold the update of {convolution}, a convolution: llama.cpp has LoRA on matrices alone",
+            hint="leave --gguf out, and run the export with PEFT",
+        )
     load_gguf()
     plan, found = plan_from_config(base, revision=revision, progress=progress)
     if config_sha256 not in (None, found):

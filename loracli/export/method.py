@@ -156,7 +156,7 @@ def export_method(
     if gguf:
         from loracli.export.gguf_base import find_llama_cpp_base
 
-        found = find_llama_cpp_base(base or table.id, revision=base_revision, progress=progress)
+        found = find_llama_cpp_base(base or table.id, read, revision=base_revision, progress=progress)
         options = replace(options, gguf=found)
     weights = None if method.weights is None else method.weights(len(read))
     if fit_data is not None and searching:

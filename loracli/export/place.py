@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,16 +20,22 @@ class Place:
         side: lora_A (r, in), lora_B (out, r), or the bias of lora_B (out).
         factor_shape: of that factor.
         transposed: whether the file holds the transpose.
+        kernel: size of the kernel that the file holds the factor as, (1, 1) for the B of a convolution; empty for a
+            matrix.
     """
 
     module: str
     side: Literal["A", "B", "bias"]
     factor_shape: tuple[int, ...]
     transposed: bool = False
+    kernel: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the tensor in the file."""
+        if self.kernel:
+            rows, columns = self.factor_shape
+            return rows, columns // math.prod(self.kernel), *self.kernel
         return self.factor_shape[::-1] if self.transposed else self.factor_shape
 
     def tensor_of(self, factors: Factors) -> Tensor:
@@ -36,6 +43,8 @@ class Place:
         if self.side == "bias":
             return factors.lora_B.new_zeros(self.factor_shape) if factors.bias is None else factors.bias
         factor = factors.lora_A if self.side == "A" else factors.lora_B
+        if self.kernel:
+            return factor.reshape(self.shape)
         return factor.T.contiguous() if self.transposed else factor
 
     def factor_of(self, tensor: Tensor) -> Tensor:

@@ -21,7 +21,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from loracli.adapters.experts import module_of_parameter
-from loracli.adapters.names import MLX_TENSOR_FILE, TENSOR_FILE, format_tensor_name, is_expert, leaf, target_of
+from loracli.adapters.names import (
+    MLX_TENSOR_FILE,
+    TENSOR_FILE,
+    format_tensor_name,
+    is_numbered,
+    leaf,
+    numbered_name,
+    target_of,
+)
+from loracli.algebra.convolutions import Convolution
 from loracli.errors import UsageError
 from loracli.export.mlx import mlx_config, mlx_obstacle
 from loracli.export.place import Place
@@ -29,6 +38,7 @@ from loracli.recipe import BaseModule
 
 ProfileName = Literal["portable", "peft", "mlx"]
 PROFILES: tuple[ProfileName, ...] = get_args(ProfileName)
+CAUSAL_LM = "CAUSAL_LM"
 
 
 @dataclass(frozen=True)
@@ -37,13 +47,16 @@ class Layout:
 
     Args:
         profile: which rules.
-        ranks: of every module in the file, including those that are all zeros; of a parameter that of all its experts.
+        ranks: of every module in the file, including those that are all zeros; of a parameter that of all its experts,
+            of a convolution that of all its groups.
         rank: `r` and `lora_alpha` of the config.
         targets: `target_modules`, or MLX's `keys`.
         reason: why it is not portable, None if it is.
         lora_bias: whether every linear layer has a bias on lora_B.
         modules_to_save: modules that replace the base's.
         experts: how many of them a parameter has, by its path.
+        convolutions: their groups and kernels, by the convolution's path.
+        task_type: `task_type` of the config.
     """
 
     profile: ProfileName
@@ -54,11 +67,13 @@ class Layout:
     lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()
     experts: Mapping[str, int] = field(default_factory=dict)
+    convolutions: Mapping[str, Convolution] = field(default_factory=dict)
+    task_type: str | None = CAUSAL_LM
 
     @property
     def readers(self) -> str:
         """Who reads a layout that is not portable."""
-        if self.lora_bias or self.modules_to_save:
+        if self.lora_bias or self.modules_to_save or self.convolutions:
             return "PEFT"
         return "PEFT, and for some models vLLM" if self.experts else "PEFT and vLLM"
 
@@ -66,7 +81,8 @@ class Layout:
         """`adapter_config.json`, with long-standing keys only: older readers refuse others."""
         if self.profile == "mlx":
             return mlx_config(base, self.targets, self.rank)
-        odd = {} if self.profile == "portable" else {n: r for n, r in self.ranks.items() if r != self.rank}
+        ranks = _config_ranks(self.ranks, self.convolutions)
+        odd = {} if self.profile == "portable" else {n: r for n, r in ranks.items() if r != self.rank}
         patterns: dict[str, int] = {"^" + re.escape(name): rank for name, rank in sorted(odd.items())}
         newer: dict[str, Any] = {"lora_bias": True} if self.lora_bias else {}
         if self.experts:
@@ -86,7 +102,7 @@ class Layout:
             "rank_pattern": patterns,
             "alpha_pattern": patterns,
             "target_modules": list(self.targets),
-            "task_type": "CAUSAL_LM",
+            "task_type": self.task_type,
             "use_rslora": False,
         }
 
@@ -115,6 +131,9 @@ class Layout:
             if name in self.experts:
                 found |= self._places_of_experts(module)
                 continue
+            if name in self.convolutions:
+                found |= self._places_of_groups(module)
+                continue
             embedding = module.kind == "embedding"
             if mlx:
                 names = f"{name}.lora_a", f"{name}.lora_b"
@@ -137,9 +156,34 @@ class Layout:
             format_tensor_name(module, "lora_B"): Place(name, "B", (parameter.out_features, rows)),
         }
 
+    def _places_of_groups(self, convolution: BaseModule) -> dict[str, Place]:
+        name, rank, known = convolution.name, self.ranks[convolution.name], self.convolutions[convolution.name]
+        rows, out = known.groups * rank, known.groups * convolution.out_features
+        one = (1,) * len(known.kernel)
+        found = {
+            format_tensor_name(name, "lora_A"): Place(name, "A", (rows, convolution.in_features), kernel=known.kernel),
+            format_tensor_name(name, "lora_B"): Place(name, "B", (out, rank), kernel=one),
+        }
+        if self.lora_bias:
+            found[format_tensor_name(name, "lora_bias")] = Place(name, "bias", (out,))
+        return found
+
+    def updates_of(self, target: str) -> tuple[str, ...]:
+        """The names of the updates that one pair of tensors holds: of experts or groups, else the module's own."""
+        known = self.convolutions.get(target)
+        count = self.experts.get(target, 1) if known is None else known.groups
+        several = target in self.experts or count > 1
+        return tuple(numbered_name(target, number) for number in range(count)) if several else (target,)
+
+
+def _config_ranks(ranks: Mapping[str, int], convolutions: Mapping[str, Convolution]) -> dict[str, int]:
+    """PEFT's `r` of each module, which for a convolution counts the rows of all groups."""
+    return {name: rank * (convolutions[name].groups if name in convolutions else 1) for name, rank in ranks.items()}
+
 
 def ranks_of_targets(ranks: Mapping[str, int]) -> dict[str, int]:
-    """Of modules as they are, and of a parameter the largest of its experts, which all of them are filled up to."""
+    """Of modules as they are, and of a parameter or convolution the largest of its experts or groups, which all of them
+    are filled up to."""
     found: dict[str, int] = {}
     for name, rank in ranks.items():
         found[target_of(name)] = max(rank, found.get(target_of(name), 0))
@@ -154,21 +198,29 @@ def choose_layout(
     rank: int | None,
     lora_bias: str | None = None,
     saved: tuple[str, ...] = (),
+    kernels: Mapping[str, tuple[int, ...]] | None = None,
+    task_type: str | None = CAUSAL_LM,
 ) -> Layout:
     """The layout for a composition.
 
     Args:
         modules: every module of the base that goes by the last name of a changed one.
-        ranks: of the modules that the composition changes, of each expert by itself.
+        ranks: of the modules that the composition changes, of each expert and each group by itself.
         profile: asked for; None is portable where possible.
         rank: `r` of a layout with one rank; None is the largest of `ranks`.
         lora_bias: the ingredient that has biases on lora_B, None without one.
         saved: modules that replace the base's.
+        kernels: sizes of the kernels of convolutions that the composition changes, by path.
+        task_type: that the ingredients agree on, None without one: PEFT then wraps any model. It counts where a
+            convolution is changed; all other compositions are of causal language models.
     Raises:
         UsageError: if portable or mlx was asked for and cannot be, with the reason, or no layout can hold this.
     """
-    experts = Counter(target_of(name) for name in ranks if is_expert(name))
+    counts = Counter(target_of(name) for name in ranks if is_numbered(name))
     ranks = ranks_of_targets(ranks)
+    found = {name: kernel for name, kernel in (kernels or {}).items() if name in ranks}
+    convolutions = {name: Convolution(counts.get(name, 1), kernel) for name, kernel in sorted(found.items())}
+    experts = {name: count for name, count in counts.items() if name not in convolutions}
     kinds = {module.name: module.kind for module in modules}
     embedding = next((name for name in sorted(ranks) if kinds[name] == "embedding"), None)
     if lora_bias and embedding:
@@ -178,6 +230,8 @@ def choose_layout(
         )
     if profile == "mlx":
         unheld = mlx_obstacle(modules, ranks)
+        if convolutions:
+            unheld = f"{min(convolutions)} is a convolution, on which MLX has no LoRA"
         if lora_bias:
             unheld = f"{lora_bias} has lora_bias"
         if saved:
@@ -191,6 +245,8 @@ def choose_layout(
         obstacle = "an adapter has lora_bias, which PEFT alone reads"
     if saved:
         obstacle = f"it replaces {saved[0]} as one of its modules_to_save, which PEFT alone reads"
+    if convolutions:
+        obstacle = f"it changes the convolution {min(convolutions)}, which PEFT alone reads"
     if lora_bias and experts:
         raise UsageError(
             f"{lora_bias} has lora_bias, which PEFT has not beside adapted experts, and {min(experts)} has some",
@@ -198,13 +254,24 @@ def choose_layout(
         )
     if profile == "portable" and obstacle:
         raise UsageError(f"the portable profile is impossible: {obstacle}", hint="use --profile peft")
-    largest = max(ranks.values())
     if profile == "peft" or obstacle:
         targets = tuple(sorted(ranks.keys() - experts.keys()))
-        return Layout("peft", ranks, largest, targets, obstacle, bool(lora_bias), saved, experts)
+        largest = max(_config_ranks(ranks, convolutions).values())
+        return Layout(
+            "peft",
+            ranks,
+            largest,
+            targets,
+            obstacle,
+            bool(lora_bias),
+            saved,
+            experts,
+            convolutions,
+            task_type if convolutions else CAUSAL_LM,
+        )
     leaves = tuple(sorted({leaf(name) for name in ranks}))
     names = [module.name for module in modules]
-    uniform = rank or largest
+    uniform = rank or max(ranks.values())
     return Layout("portable", {name: uniform for name in sorted(names)}, uniform, leaves)
 
 

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loracli.adapters.names import is_expert
+from loracli.adapters.adapter import kernels_of
+from loracli.adapters.names import is_numbered
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.factors import Factors
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter, UsageError
@@ -125,7 +126,10 @@ def check_refittable(source: Source) -> None:
     biased = next((adapter.reference for adapter in source.adapters if adapter.config.lora_bias), None)
     if biased is not None:
         raise UsageError(f"{biased} has lora_bias, which --refit cannot weigh", hint="leave out --refit")
-    expert = next((name for name in source.names() if is_expert(name)), None)
+    convolution = next(iter(kernels_of(source.adapters)), None)
+    if convolution is not None:
+        raise UsageError(f"the convolution {convolution} has no core that --refit fits", hint="leave out --refit")
+    expert = next((name for name in source.names() if is_numbered(name)), None)
     if expert is not None:
         raise UsageError(f"the expert {expert} has no core of its own for --refit", hint="leave out --refit")
     if isinstance(source, MethodSource) and source.weights is None:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
 from loracli.adapters.base_claim import BaseClaim, agreed_base, is_path
 from loracli.adapters.fused_experts import as_fused_experts, has_expert_layers
 from loracli.adapters.hub import fetch_base
 from loracli.adapters.names import leaf
 from loracli.adapters.text_model import as_text_model, inside_other_model
-from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UsageError
+from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
 from loracli.fitting.experts import check_experts
 from loracli.fitting.placement import check_device_map, check_sharded, placement_options, whole
 from loracli.progress import SILENT, Progress
@@ -81,8 +81,10 @@ def find_base(
 
     Raises:
         IncompatibleAdapters: if no base is given and the adapters name none, or a path that only their author has.
+        UnsupportedAdapter: if an adapter changes a convolution.
         UsageError: if `base` is a directory without a model.
     """
+    _refuse_convolutions(adapters)
     claims = sorted({a.config.base_model for a in adapters if a.config.base_model})
     if base is None:
         claim = agreed_base(
@@ -112,6 +114,16 @@ def find_base(
         error.hint = "; ".join(filter(None, [error.hint, "or give a local copy of the model with --base"]))
         raise
     return BaseReference(base, fetched.path, fetched.commit)
+
+
+def _refuse_convolutions(adapters: Sequence[LoraAdapter]) -> None:
+    for adapter in adapters:
+        for name in kernels_of([adapter]):
+            raise UnsupportedAdapter(
+                f"{adapter.reference} changes the convolution {name}, and only linear layers, embeddings and experts "
+                "are run in a base model",
+                hint="compose it from the files alone: loracat export --method NAME --adapters ..., without --base",
+            )
 
 
 def on_base(adapters: Sequence[LoraAdapter], reference: BaseReference) -> tuple[LoraAdapter, ...]:

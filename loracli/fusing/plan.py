@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from loracli.adapters.fused_experts import expert_part
-from loracli.adapters.names import expert_name
+from loracli.adapters.names import numbered_name
 from loracli.checkpoint import FLOATS, Checkpoint, StoredTensor, header_bytes
 from loracli.errors import BaseModelMismatch
 from loracli.fitting.loaded_names import LoadedNames, loaded_names, tied_parameters
@@ -211,7 +211,7 @@ def _placed_experts(
         _check_float(tensor, quantised)
         places.add((part.expert, part.place, part.parts))
         rows = (part.place * shape[0], (part.place + 1) * shape[0])
-        found[name] = _Own(expert_name(parameter, part.expert), "linear", None if part.parts == 1 else rows)
+        found[name] = _Own(numbered_name(parameter, part.expert), "linear", None if part.parts == 1 else rows)
     parts = max((parts for _, _, parts in places), default=1)
     if len(found) != len(places) or len(places) != experts * parts:
         raise BaseModelMismatch(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loracli.adapters.names import expert_name
+from loracli.adapters.names import numbered_name
 from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
 from loracli.export.source import Source
@@ -30,7 +30,7 @@ def update_of(source: Source, tensor: FusedTensor) -> tuple[Tensor, Tensor] | No
     if len(tensor.shape) == 2:
         left, right = _sides(source.compose(tensor.module).factors, tensor)
         return (left if tensor.rows is None else left[slice(*tensor.rows)]), right
-    names = [expert_name(tensor.module, expert) for expert in range(tensor.shape[0])]
+    names = [numbered_name(tensor.module, expert) for expert in range(tensor.shape[0])]
     updates = [source.compose(name).factors for name in names]
     rank = max(update.rank for update in updates)
     lefts, rights = zip(*(_sides(pad_rank(update, rank), tensor) for update in updates), strict=True)

@@ -45,8 +45,8 @@ class Pair:
     """The factors of one module, as far as they are there.
 
     Args:
-        a: shape of the first factor, as (rank, in).
-        b: shape of the second, as (out, rank).
+        a: shape of the first factor, as (rank, in), of a convolution (rank, in, kh, kw).
+        b: shape of the second, as (out, rank), of a convolution (out, rank / groups, 1, 1).
         embedding: whether it is an embedding's.
         experts: of how many experts it is, None for the factors of a module.
     """
@@ -57,9 +57,14 @@ class Pair:
     experts: int | None = None
 
     @property
+    def is_convolution(self) -> bool:
+        """Whether the factors are kernels."""
+        return self.a is not None and len(self.a) > 2
+
+    @property
     def rank(self) -> int | None:
         """Of the factors, of each expert; None without a first one."""
-        return self.a[0] // (self.experts or 1) if self.a and len(self.a) == 2 else None
+        return self.a[0] // (self.experts or 1) if self.a and len(self.a) >= 2 else None
 
 
 @dataclass(frozen=True)

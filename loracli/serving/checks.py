@@ -113,8 +113,11 @@ def pairs(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
     for name, pair in files.pairs.items():
         if pair.a is None or pair.b is None:
             yield f"{name} has one factor of two"
-        elif pair.a[:1] != pair.b[-1:]:
-            yield f"{name} has factors of rank {pair.a[0] if pair.a else 0} and {pair.b[-1] if pair.b else 0}"
+            continue
+        rank, other = (pair.a or (0,))[0], (pair.b[1:2] or pair.b or (0,))[0]
+        grouped = pair.is_convolution and other > 0 and rank % other == 0
+        if rank != other and not grouped:
+            yield f"{name} has factors of rank {rank} and {other}"
 
 
 def matrices(files: AdapterFiles, base: BaseFacts | None, *, dimensions: int = 2) -> Iterator[str]:
@@ -151,7 +154,7 @@ def rank_by_patterns(files: AdapterFiles, base: BaseFacts | None) -> Iterator[st
     ranks = _pattern(files, "rank_pattern")
     for name, pair in files.pairs.items():
         said = lookup(ranks, name, files.config.get("r", 8))
-        if pair.rank is not None and len(pair.a or ()) == 2 and pair.rank != said:
+        if pair.rank is not None and pair.rank != said:
             yield f"{name} has rank {pair.rank}, and the config says {_short(said)}"
 
 
@@ -296,11 +299,18 @@ def mlx_keys(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
 def in_base(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
     """Modules that the base has, of its shapes."""
     known = _needed(base, "whether the base has these modules in these shapes").modules
+    found = []
     for name, pair in files.pairs.items():
+        if pair.is_convolution:
+            continue
         if name not in known:
-            yield f"the base has no {name}"
+            found.append(f"the base has no {name}")
         elif pair.a and pair.b and (pair.b[0], pair.a[-1]) != known[name]:
-            yield f"{name} is (out, in) = {(pair.b[0], pair.a[-1])}, in the base {known[name]}"
+            found.append(f"{name} is (out, in) = {(pair.b[0], pair.a[-1])}, in the base {known[name]}")
+    kernel = next((name for name, pair in files.pairs.items() if pair.is_convolution), None)
+    if kernel is not None and not found:
+        raise Unclear(f"whether the base has a convolution {kernel} of this shape")
+    yield from found
 
 
 def untied_head(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
 from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.adapters.tensor_file import open_regular
 from loracli.algebra.concatenate import relative_error
+from loracli.algebra.convolutions import Convolution
 from loracli.algebra.factors import Factors, thin_svd
 from loracli.algebra.methods.method import Merged
 from loracli.algebra.truncate import project, relative_gap, truncate, truncate_for
@@ -127,8 +128,10 @@ def verify_adapter(
         findings.skip("what PEFT makes of it", kept)
     elif sound:
         # A config that an export would not write is not handed to PEFT, which runs the patterns in it.
-        experts = {name: len(modules) for name, modules in written.targets.items()}
-        layers = skeleton or skeleton_of(origin.table, experts)
+        counts = {name: len(modules) for name, modules in written.targets.items()}
+        kernels = kernels_of([written]).items()
+        convolutions = {name: Convolution(counts[name], kernel) for name, kernel in kernels}
+        layers = skeleton or skeleton_of(origin.table, counts, convolutions)
         findings.differences += reload_differences(path, written, layers)
         where = "the base model's own layers" if skeleton is not None else "layers of the recorded shapes"
         findings.checked.append(f"that PEFT loads these tensors with these scalings, into {where}")
@@ -232,6 +235,8 @@ def _check_config(
             rank=record.rank,
             lora_bias="it" if written.config.lora_bias else None,
             saved=tuple(sorted(written.saved)),
+            kernels=kernels_of([written]),
+            task_type=written.config.task_type,
         )
     except UsageError as error:
         findings.differs(f"the recorded layout is impossible: {error}")

@@ -6,6 +6,7 @@ empty layers of the recorded names and shapes. `target_modules`, patterns and al
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,12 +19,17 @@ from torch import nn
 from loracli.adapters.adapter import LoraAdapter, LoraModule
 from loracli.adapters.experts import order_of, plain_module
 from loracli.adapters.names import PREFIX, leaf
+from loracli.algebra.convolutions import Convolution, join_groups
 from loracli.algebra.experts import join_experts
 from loracli.algebra.factors import Factors
 from loracli.recipe import BaseModule
 
 
-def skeleton_of(table: Sequence[BaseModule], experts: Mapping[str, int] | None = None) -> nn.Module:
+def skeleton_of(
+    table: Sequence[BaseModule],
+    experts: Mapping[str, int] | None = None,
+    convolutions: Mapping[str, Convolution] | None = None,
+) -> nn.Module:
     """A tree of empty layers with the names, kinds and shapes of the table, on the device `meta`; `experts` is how many
     a parameter has."""
     root = nn.Module()
@@ -36,12 +42,20 @@ def skeleton_of(table: Sequence[BaseModule], experts: Mapping[str, int] | None =
                 if name not in dict(place.named_children()):
                     place.add_module(name, nn.Module())
                 place = place.get_submodule(name)
-            if module.kind == "experts":
+            if convolutions and module.name in convolutions:
+                place.add_module(last, _convolution(module, convolutions[module.name]))
+            elif module.kind == "experts":
                 shape = (experts or {}).get(module.name, 1), module.out_features, module.in_features
                 place.register_parameter(last, nn.Parameter(torch.empty(shape)))
             else:
                 place.add_module(last, _layer(module))
     return root
+
+
+def _convolution(module: BaseModule, known: Convolution) -> nn.Module:
+    layer: type[nn.Conv1d | nn.Conv2d | nn.Conv3d] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(known.kernel) - 1]
+    channels = known.groups * (module.in_features // (known.groups * math.prod(known.kernel)))
+    return layer(channels, known.groups * module.out_features, known.kernel, groups=known.groups, bias=False)  # type: ignore[arg-type]
 
 
 def _layer(module: BaseModule) -> nn.Module:
@@ -103,7 +117,7 @@ def reload_differences(folder: Path, adapter: LoraAdapter, skeleton: nn.Module) 
         else:
             found = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         for side, own, theirs in zip("AB", (factors.lora_A, factors.lora_B), found, strict=True):
-            if not torch.equal(theirs.detach().float(), own.float()):
+            if not torch.equal(theirs.detach().float().flatten(1), own.float()):  # also of kernels
                 differences.append(f"PEFT loads another lora_{side} for {name}")
         bias = getattr(layer.lora_B["default"], "bias", None) if "default" in layer.lora_B else None
         if (bias is None) != (factors.bias is None):
@@ -120,8 +134,9 @@ def _target(name: str, layer: Any) -> str:
 
 
 def _matrices(modules: Sequence[LoraModule]) -> Factors:
-    """The two matrices of a module, or of all experts of a parameter, with the scaling."""
+    """The two matrices of a module, of all experts of a parameter or all groups of a convolution, with the scaling."""
     first = modules[0]
-    if first.kind != "experts":
+    if len(modules) == 1:
         return first.factors
-    return replace(join_experts([m.factors for m in modules], first.factors.rank), scaling=first.factors.scaling)
+    join = join_experts if first.kind == "experts" else join_groups
+    return replace(join([m.factors for m in modules], first.factors.rank), scaling=first.factors.scaling)

@@ -141,12 +141,3 @@ def test_what_cannot_be_told_is_refused_by_name(tmp_path: Path) -> None:
     matrix = factors("mlp.gate", rows=RANK, columns=RANK)
     match = "is of one of the target_parameters and belongs to a matrix"
     refused(UnsupportedAdapter, tmp_path / "b", matrix, match, target_parameters=["gate.weight"])
-
-
-def test_a_convolution_is_refused_by_name(tmp_path: Path) -> None:
-    name = "base_model.model.model.conv"
-    tensors = {f"{name}.lora_A.weight": torch.ones(2, 4, 3, 3), f"{name}.lora_B.weight": torch.ones(4, 2, 1, 1)}
-    match = r"'model\.conv' is a convolution, by the 4 dimensions of "
-    refused(UnsupportedAdapter, tmp_path / "a", tensors, match, target_modules=["conv"])
-    flat = {f"{name}.lora_A.weight": torch.ones(8), f"{name}.lora_B.weight": torch.ones(4, 2)}
-    refused(MalformedAdapter, tmp_path / "b", flat, "lora_A.weight' is not a matrix", target_modules=["conv"])
