@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(
     reason="no strace here; `make faults` installs it",
 )
 
+EVERY = 1000  # more than there are; a fit has hundreds, most of them of its state, over and over
+
 
 def drawn(points: Sequence[Call], count: int, seed: str) -> list[Call]:
     """So many of the points, in their order; all if there are no more."""
@@ -27,7 +29,7 @@ def drawn(points: Sequence[Call], count: int, seed: str) -> list[Call]:
     return [points[index] for index in sorted(chosen)]
 
 
-@trials_of(fetch_one=(1, 60), fit_core=(1, 40), export=(0, 100), export_force=(2, 100))
+@trials_of(fetch_one=(1, EVERY), fit_core=(1, 60), export=(0, EVERY), export_force=(2, EVERY))
 def test_a_command_killed_at_a_system_call_can_be_repeated(
     request: pytest.FixtureRequest, server: ForkServer, yard: Path, tally: Tally, name: str, count: int
 ) -> None:
@@ -47,7 +49,7 @@ def test_a_command_killed_at_a_system_call_can_be_repeated(
     assert hit >= 0.8 * min(count, len(points))  # a few calls come in another number each time
 
 
-@trials_of(fetch_one=(0, 12), fit_core=(0, 8), export=(0, 16), export_force=(1, 16))
+@trials_of(fetch_one=(0, EVERY), fit_core=(0, 24), export=(0, EVERY), export_force=(1, EVERY))
 @pytest.mark.parametrize("onwards", [False, True], ids=["once", "for good"])
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 def test_a_system_call_that_fails_is_told_and_leaves_no_torn_output(
