@@ -41,7 +41,8 @@ from loracli.algebra.methods.method import MethodOptions
 from loracli.algebra.methods.sum import SUM
 from loracli.errors import LoracatError
 from loracli.export.base_table import BaseTable, modules_of
-from loracli.export.export import ExportOptions, write_export
+from loracli.export.export import write_export
+from loracli.export.options import ExportOptions
 from loracli.export.source import MethodSource, identities_of
 
 BASE_ID = "small/random"

@@ -22,7 +22,8 @@ from loracli.conversion.read import Convertible, read_convertible
 from loracli.conversion.source import ConversionSource
 from loracli.errors import UnsupportedAdapter, UsageError
 from loracli.export.base_table import BaseTable, base_table
-from loracli.export.export import Exported, ExportOptions, write_export
+from loracli.export.export import Exported, write_export
+from loracli.export.options import ExportOptions
 from loracli.export.source import identities_of
 from loracli.progress import SILENT, Progress
 from loracli.recipe import RecipeAdapter, labels_of

@@ -17,8 +17,9 @@ from loracli.atomic import check_free
 from loracli.calibration.sources import DataPaths
 from loracli.errors import UsageError
 from loracli.export.base_table import BaseTable, base_table
-from loracli.export.export import Exported, ExportOptions, write_export
+from loracli.export.export import Exported, write_export
 from loracli.export.ingredients import read_ingredients, recorded_policy
+from loracli.export.options import ExportOptions
 from loracli.export.refit import check_refit
 from loracli.export.source import MethodSource, identities_of, takes
 from loracli.progress import SILENT, Progress

@@ -21,6 +21,7 @@ from loracli.adapters.names import target_of
 from loracli.atomic import flush_directory, write_file
 from loracli.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint
 from loracli.errors import BaseModelMismatch, UsageError
+from loracli.export.options import OUTPUT_DTYPES
 from loracli.export.source import Source
 from loracli.fitting.base import BasePlan, plan_base
 from loracli.fitting.loaded_names import tied_parameters
@@ -43,7 +44,6 @@ from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe
 
 FUSE_SCHEMA = 1
-OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TASK = "fuse"
 
 
