@@ -71,7 +71,7 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
     if text.startswith((".", "/", "~")) or _holds_adapter(text):
         return _parse_local(text, revision)
     repo_id, at, own_revision = text.partition("@")
-    if text.endswith(".jsonl") or not _REPO_ID.fullmatch(repo_id):
+    if text.endswith(".jsonl") or not _REPO_ID.fullmatch(repo_id) or os.path.isfile(text):
         _refuse(text)
     if at and not is_revision(own_revision):
         raise AdapterNotFound(f"'{own_revision}' cannot be a branch, tag or commit", where=text, hint=FORMS)

@@ -43,7 +43,8 @@ def env(context: typer.Context, as_json: JsonOpt = False, quiet: QuietOpt = Fals
         out.line(f"{name.replace('_', ' '):16} {value}")
         out.value(f"{name}={value}")
     out.line()
-    out.line(f"settings from {', '.join(files) or 'no file'}, and from variables", style="bold")
+    sources = [*files, *(["variables"] if any(row["origin"] not in files for row in rows) else [])]
+    out.line(f"settings from {', '.join(sources) or 'no file and no variable'}", style="bold")
     if rows:
         out.table(
             ["option", "value", "from"],

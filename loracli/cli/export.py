@@ -78,7 +78,7 @@ def export(
         typer.Option(
             "--adapters",
             "-a",
-            metavar="ADAPTER",
+            metavar="ADAPTER...",
             autocompletion=complete_adapter,
             help="Where the ingredients are now, in the recipe's order; with --method the adapters to compose.",
         ),
@@ -269,9 +269,8 @@ def export(
             ],
         )
     else:
-        out.line(
-            f"  exact to {certificate.largest_error:.1e}, the rounding of {str(exported.dtype).removeprefix('torch.')}"
-        )
+        rounding = f" to {certificate.largest_error:.1e}, the rounding of {str(exported.dtype).removeprefix('torch.')}"
+        out.line(f"  exact{rounding if certificate.largest_error else ''}")
     if loss is not None:
         out.table(
             ["  on held-out records", "nats per token"],

@@ -44,7 +44,7 @@ def fuse(
         typer.Option(
             "--adapters",
             "-a",
-            metavar="ADAPTER",
+            metavar="ADAPTER...",
             autocompletion=complete_adapter,
             help="Where the ingredients are now, in the recipe's order; with --method the adapters to compose.",
         ),
@@ -125,7 +125,7 @@ def fuse(
         out.note(f"not taken along: {', '.join(fused.left_behind)}")
     if dry_run:
         return
-    ingredients = [word for adapter in adapters or () for word in (" --adapters ", shlex.quote(adapter))]
+    ingredients = [" --adapters ", shlex.join(adapters)] if adapters else []
     known = [" --recipe ", shlex.quote(str(composed))] if composed and composed.is_file() else ingredients
     bases = [" --base ", shlex.quote(base)] if base else []
     out.hint("".join(["loracat verify ", shlex.quote(str(fused.path)), *known, *bases]))

@@ -28,7 +28,7 @@ def verify(
         typer.Option(
             "--adapters",
             "-a",
-            metavar="ADAPTER",
+            metavar="ADAPTER...",
             autocompletion=complete_adapter,
             help="Where the ingredients are now, in the recorded order.",
         ),

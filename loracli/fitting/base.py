@@ -22,12 +22,11 @@ from loracli.adapters.names import leaf
 from loracli.adapters.text_model import as_text_model, inside_other_model
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
 from loracli.fitting.experts import check_experts
-from loracli.fitting.placement import check_device_map, check_sharded, placement_options, whole
+from loracli.fitting.placement import DTYPES, check_device_map, check_sharded, placement_options, whole
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, ModuleKind
 
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from loracli.errors import OutOfResources, UsageError
 from loracli.fitting.checkpointing import decoder_layers
 from loracli.fitting.launch import read_launch
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -33,6 +35,17 @@ class Placement:
     device_map: str | None = None
     checkpointing: bool = False
     shard: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for what no machine has, before anything is looked for."""
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype} is not one of auto, {', '.join(DTYPES)}")
+        try:
+            torch.device("cpu" if self.device == "auto" else self.device)
+        except RuntimeError:
+            raise UsageError(
+                f"--device {self.device} is no device of torch", hint="cpu, cuda, cuda:1 or mps, for example"
+            ) from None
 
 
 def placement_options(device: str, device_map: str | None, shard: int | None) -> dict[str, Any]:

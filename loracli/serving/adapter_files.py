@@ -162,7 +162,7 @@ def read_adapter_files(path: Path) -> AdapterFiles:
     """
     fetch = "a directory is needed; loracat fetch REF prints the one it fetches to"
     if not path.is_dir():
-        raise AdapterNotFound("no such directory", where=str(path), hint=fetch)
+        raise AdapterNotFound("is no directory" if path.exists() else "no such directory", where=str(path), hint=fetch)
     names = frozenset(entry.name for entry in os.scandir(path))
     if CONFIG_FILE not in names:
         raise AdapterNotFound(f"no {CONFIG_FILE} in it", where=str(path), hint=fetch)

@@ -27,6 +27,7 @@ from loracli.export.certificate import ModuleCertificate
 from loracli.export.profile import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
 from loracli.export.source import MethodSource, RecipeSource, Source
+from loracli.fitting.base import check_shapes
 from loracli.fusing.workplace import file_sha256
 from loracli.progress import Progress
 from loracli.recipe import BaseModule
@@ -131,6 +132,8 @@ def verify_adapter(
         counts = {name: len(modules) for name, modules in written.targets.items()}
         kernels = kernels_of([written]).items()
         convolutions = {name: Convolution(counts[name], kernel) for name, kernel in kernels}
+        if skeleton is not None:
+            check_shapes(skeleton, [written])
         layers = skeleton or skeleton_of(origin.table, counts, convolutions)
         findings.differences += reload_differences(path, written, layers)
         where = "the base model's own layers" if skeleton is not None else "layers of the recorded shapes"

@@ -100,7 +100,7 @@ def reload_differences(folder: Path, adapter: LoraAdapter, skeleton: nn.Module) 
             plain = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
             loaded = set_peft_model_state_dict(model, plain)
         except (ValueError, RuntimeError, KeyError) as error:
-            return [f"PEFT cannot load it: {str(error).partition(chr(10))[0]}"]
+            return [f"PEFT cannot load it: {' '.join(str(error).split())}"]
     differences = [f"PEFT finds no module for the tensor {name}" for name in sorted(loaded.unexpected_keys)]
     layers = {_target(name, layer): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     targets = adapter.targets

@@ -233,6 +233,8 @@ FAILURES: list[tuple[Callable[[], None], list[str], int, str | None]] = [
     (nothing, [*OTHER, "--passes", "nan"], 2, "UsageError"),
     (nothing, [*OTHER, "--seed", "-1"], 2, "UsageError"),
     (nothing, [*OTHER, "--dtype", "int8"], 2, "UsageError"),
+    (nothing, [*OTHER, "--base", "org/not-looked-for", "--dtype", "int8"], 2, "UsageError"),
+    (nothing, [*OTHER, "--base", "org/not-looked-for", "--device", "no-such-device"], 2, "UsageError"),
     (nothing, [*OTHER, "--device", "no-such-device"], 2, "UsageError"),
     (nothing, [*OTHER, "--device", "meta"], 2, "UsageError"),
     (nothing, [*OTHER, "--paper", "--ridge", "1"], 2, "UsageError"),

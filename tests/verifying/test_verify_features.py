@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loracli.errors import IntegrityError, UsageError
+from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
 from loracli.export.method import export_method
 from loracli.fusing.fuse import fuse_model
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
-from tests.tiny import make_adapter
+from tests.tiny import make_adapter, make_base
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -54,6 +54,14 @@ def test_biases_are_compared(tmp_path: Path, tiny_base: Path, merge: bool) -> No
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.bias"
     said = edited(tmp_path / "out", lambda tensors: tensors[name].neg_())
     assert "model.layers.1.mlp.down_proj" in said and "bias" in said
+
+
+def test_another_base_is_no_fault_of_the_export(tmp_path: Path, tiny_base: Path) -> None:
+    paths = two(tmp_path, tiny_base, "q_proj", "down_proj")
+    export_method("sum", tmp_path / "out", adapters=paths, base=str(tiny_base))
+    other = make_base(tmp_path / "other", "gpt2")
+    with pytest.raises(BaseModelMismatch, match="q_proj|down_proj"):
+        verify_directory(tmp_path / "out", adapters=paths, base=str(other))
 
 
 def test_modules_saved_whole_are_compared(tmp_path: Path, tiny_base: Path) -> None:
