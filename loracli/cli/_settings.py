@@ -101,7 +101,7 @@ def read_settings(explicit: Path | None, commands: Mapping[str, Options]) -> tup
     settings: list[Setting] = []
     problems: list[str] = []
     for path in config_files(explicit):
-        settings += _read_file(path, commands, problems)
+        settings += _read_file(path, commands, problems, asked=path in (explicit, user_file()))
     if problems:
         files = " and ".join(dict.fromkeys(problem.partition(": ")[0] for problem in problems))
         count = "a setting" if len(problems) == 1 else f"{len(problems)} settings"
@@ -125,7 +125,7 @@ def unknown_variables(command: str, options: Options, environment: Mapping[str, 
     return sorted(name for name in environment if name.startswith(variable(command, "")) and name not in known)
 
 
-def _read_file(path: Path, commands: Mapping[str, Options], problems: list[str]) -> list[Setting]:
+def _read_file(path: Path, commands: Mapping[str, Options], problems: list[str], *, asked: bool) -> list[Setting]:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -149,7 +149,7 @@ def _read_file(path: Path, commands: Mapping[str, Options], problems: list[str])
             every = {option: parameter for options in commands.values() for option, parameter in options.items()}
             rows = [("", name, every.get(name) if name in SHARED else None, value)]
         for command, option, parameter, item in rows:
-            reason = _problem(path, command, option, parameter, item, commands)
+            reason = _problem(command, option, parameter, item, commands, asked=asked)
             if reason is None:
                 settings.append(Setting(command, option, item, str(path)))
             else:
@@ -158,7 +158,7 @@ def _read_file(path: Path, commands: Mapping[str, Options], problems: list[str])
 
 
 def _problem(
-    path: Path, command: str, option: str, parameter: Any, value: Any, commands: Mapping[str, Options]
+    command: str, option: str, parameter: Any, value: Any, commands: Mapping[str, Options], *, asked: bool
 ) -> str | None:
     """Why a key cannot be honoured; None if it can."""
     if option in NOT_IN_A_FILE:
@@ -171,7 +171,7 @@ def _problem(
             return f"an option of one command stands in its table, such as [{owners[0]}]"
         kind = f"no option of loracat {command}" if command else "no command"
         return kind + (f"; did you mean {near[0]}?" if near else "")
-    if option in COMMAND_LINES and path == Path(PROJECT_FILE):
+    if option in COMMAND_LINES and not asked:
         return f"{PROJECT_FILE} is read without being asked for, so it names no program; use --config or the variable"
     if parameter.multiple:
         fits = isinstance(value, list) and all(isinstance(item, str) for item in value)

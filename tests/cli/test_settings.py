@@ -134,6 +134,7 @@ def test_a_folder_brings_no_program_along(here: Path) -> None:
     Path("loracat.toml").write_text('[fit]\nmetric-command = "touch run"\n')
     result = run(*FIT, "--dry-run")
     assert result.exit_code == 2 and "fit.metric-command" in result.stderr
+    assert run(*FIT, "--dry-run", "--config", "loracat.toml").exit_code == 0
     Path("loracat.toml").rename("run.toml")
     assert run(*FIT, "--dry-run", "--config", "run.toml").exit_code == 0
 
