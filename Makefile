@@ -16,8 +16,8 @@ demo: $(READY)
 test: $(READY) lint types browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
-# Thousands of faults: damaged inputs, kill -9, failing system calls, full disks, races, little memory, signals. About 20
-# minutes on two cores; LORACAT_FAULTS=0.1 makes a tenth of the trials. Prints the table of docs/reliability.md.
+# Thousands of faults: damaged inputs, kill -9, failing system calls, full disks, races, little memory, signals. About
+# half an hour on two cores; LORACAT_FAULTS=0.1 makes a tenth of the trials. Prints the table of docs/reliability.md.
 faults: $(READY) strace
 	OMP_NUM_THREADS=1 LORACAT_STRACE=required $(BIN)/python -m pytest -m faults --numprocesses auto tests/faults
 
