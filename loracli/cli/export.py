@@ -178,7 +178,11 @@ def export(
         if options != MethodOptions():
             raise UsageError("--density, --scale and --seed are for a method", hint="name it with --method")
         if (base or base_revision) and not (data or fit_data or gguf):
-            raise UsageError("--base is for a method, --data, --fit-data or --gguf", hint="name a method with --method")
+            option = "--base" if base else "--base-revision"
+            raise UsageError(
+                f"{option} has no use here: no base model is read",
+                hint=f"give it with --method, --data, --fit-data or --gguf, or leave {option} out",
+            )
         loaded = recipe or Path("recipe.json")
         exported = export_adapter(
             loaded,
@@ -187,7 +191,7 @@ def export(
             activation_aware=activation_aware,
             fit_data=fit_data or None,
             base=base if fit_data or gguf or refit else None,
-            base_revision=base_revision if fit_data or refit else None,
+            base_revision=base_revision if fit_data or gguf or refit else None,
             progress=out,
             **written,
         )
