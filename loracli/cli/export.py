@@ -27,7 +27,10 @@ EPILOG = (
 def export(
     recipe: Annotated[
         Path | None,
-        typer.Argument(metavar="[RECIPE]", help="That `loracat fit` wrote; default: recipe.json, without --method."),
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="That `loracat fit` wrote; default: recipe.json, unless --method has --adapters.",
+        ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Compress to one adapter of rank --rank.")] = False,
     rank: Annotated[
@@ -169,7 +172,9 @@ def export(
     options = MethodOptions(density, scale, seed)
     if dry_run and data and not refit:
         raise UsageError("--data scores what was written, and a dry run writes nothing", hint="leave out one of them")
-    files = None if refit or not data else read_loss_data(data, progress=out)
+    files = None
+    if data and not refit:
+        files = read_loss_data(data, base=base, base_revision=base_revision, progress=out)
     if method is None:
         if modules_to_save is not None:
             raise UsageError(

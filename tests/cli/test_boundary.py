@@ -251,7 +251,7 @@ FAILURES: list[tuple[Callable[[], None], list[str], int, str | None]] = [
     (changed_bytes, EXPORT, 7, "IntegrityError"),
     (changed_config, EXPORT, 7, "IntegrityError"),
     (changed_bytes, ["export", "--merge"], 7, "IntegrityError"),
-    (nothing, ["export", "--adapters", "form", "--adapters", "know"], 7, "IntegrityError"),
+    (nothing, ["export", "--adapters", "form", "--adapters", "know"], 2, "UsageError"),
     (nothing, ["export", "--adapters", "know"], 2, "UsageError"),
     (missing_adapter, EXPORT, 3, "AdapterNotFound"),
     (truncated_tensors, EXPORT, 3, "MalformedAdapter"),
