@@ -114,10 +114,10 @@ def test_a_file_is_refused_with_a_pointer_to_its_directory(here: Path) -> None:
 
 @pytest.mark.parametrize("text", ["val.jsonl", "./val.jsonl", "data/val.jsonl", "/x/val.jsonl"])
 def test_a_data_file_among_the_adapters_is_told_apart(text: str) -> None:
-    """Also by commands that take no data, so no option is named."""
+    """Also by commands that take no data, so the hint is true of each."""
     with pytest.raises(AdapterNotFound, match="a data file is no adapter") as caught:
         parse_reference(text)
-    assert "--" not in (caught.value.hint or "--")
+    assert str(caught.value.hint).startswith("a command that takes data takes them with --data; for an adapter write ")
 
 
 @pytest.mark.parametrize(
