@@ -164,9 +164,11 @@ def holds_export(path: Path) -> bool:
     return not names or (CERTIFICATE_FILE in names and names <= EXPORTED_FILES)
 
 
-def check_free(path: Path, *, force: bool, replaceable: Callable[[Path], bool] = holds_export) -> None:
+def check_free(
+    path: Path, *, force: bool, replaceable: Callable[[Path], bool] = holds_export, noun: str = "an export"
+) -> None:
     """Raises OutputExists if `path` is taken and `force` is not set, or if it is something that --force should not
-    remove: a directory that is not `replaceable`."""
+    remove: a directory that is not `replaceable`, which only `noun` of loracat is."""
     if not os.path.lexists(path):
         return
     if not force:
@@ -177,7 +179,7 @@ def check_free(path: Path, *, force: bool, replaceable: Callable[[Path], bool] =
         raise OutputExists(f"{path} is not a directory", hint="choose another name with -o")
     if not replaceable(path):
         raise OutputExists(
-            f"{path} is a directory that holds something else than an export of loracat",
+            f"{path} is a directory that holds something else than {noun} of loracat, so --force does not replace it",
             hint="choose another name with -o",
         )
 

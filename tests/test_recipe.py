@@ -291,7 +291,8 @@ def test_the_recipe_that_the_cases_below_damage_is_fine(tmp_path: Path) -> None:
         (
             "modules__2__kind",
             "conv2d",
-            "modules[2].kind: expected one of 'linear', 'conv1d', 'embedding', 'experts', 'other', got 'conv2d'",
+            "modules[2].kind: expected one of 'linear', 'conv1d', 'embedding', 'experts', 'convolution', 'other', "
+            "got 'conv2d'",
         ),
         ("held_out__rows__0__interval", [0.5], "held_out.rows[0].interval: expected 2 values, got 1"),
         ("held_out__rows__0__interval", [0, 1, 2], "held_out.rows[0].interval: expected 2 values, got 3"),

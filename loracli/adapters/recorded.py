@@ -83,7 +83,8 @@ def recorded_reference(recorded: RecipeAdapter, folder: Path) -> Reference:
     if not (path / CONFIG_FILE).is_file():
         raise AdapterNotFound(
             f"the recipe's adapter {recorded.reference} is not at {path}",
-            hint="if it has moved, name all adapters in the recipe's order: loracat export --adapters ...",
+            hint="put it there, or name all adapters where they are now: with --adapters, in the recipe's order; to "
+            "fetch, by themselves",
         )
     return Reference(recorded.reference, path=path)
 

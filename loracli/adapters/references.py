@@ -113,7 +113,8 @@ def _refuse(text: str) -> NoReturn:
     """Says why `text` is no reference, as precisely as the disk allows."""
     path = os.path.expanduser(text)
     if text.endswith(".jsonl"):
-        raise AdapterNotFound("a data file is no adapter", where=text, hint=f"did you mean --data {text}?")
+        hint = f"a command that takes data takes them with --data; for an adapter {FORMS}"
+        raise AdapterNotFound("a data file is no adapter", where=text, hint=hint)
     if os.path.isdir(path):
         raise AdapterNotFound(f"the directory holds no {CONFIG_FILE}", where=text, hint=_hint_inside(path))
     if os.path.isfile(path):

@@ -27,7 +27,10 @@ EPILOG = (
 def export(
     recipe: Annotated[
         Path | None,
-        typer.Argument(metavar="[RECIPE]", help="That `loracat fit` wrote; default: recipe.json, without --method."),
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="That `loracat fit` wrote; default: recipe.json, unless --method has --adapters.",
+        ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Compress to one adapter of rank --rank.")] = False,
     rank: Annotated[
@@ -169,7 +172,9 @@ def export(
     options = MethodOptions(density, scale, seed)
     if dry_run and data and not refit:
         raise UsageError("--data scores what was written, and a dry run writes nothing", hint="leave out one of them")
-    files = None if refit or not data else read_loss_data(data, progress=out)
+    files = None
+    if data and not refit:
+        files = read_loss_data(data, base=base, base_revision=base_revision, progress=out)
     if method is None:
         if modules_to_save is not None:
             raise UsageError(
@@ -178,7 +183,11 @@ def export(
         if options != MethodOptions():
             raise UsageError("--density, --scale and --seed are for a method", hint="name it with --method")
         if (base or base_revision) and not (data or fit_data or gguf):
-            raise UsageError("--base is for a method, --data, --fit-data or --gguf", hint="name a method with --method")
+            option = "--base" if base else "--base-revision"
+            raise UsageError(
+                f"{option} has no use here: no base model is read",
+                hint=f"give it with --method, --data, --fit-data or --gguf, or leave {option} out",
+            )
         loaded = recipe or Path("recipe.json")
         exported = export_adapter(
             loaded,
@@ -187,7 +196,7 @@ def export(
             activation_aware=activation_aware,
             fit_data=fit_data or None,
             base=base if fit_data or gguf or refit else None,
-            base_revision=base_revision if fit_data or refit else None,
+            base_revision=base_revision if fit_data or gguf or refit else None,
             progress=out,
             **written,
         )

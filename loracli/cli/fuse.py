@@ -24,7 +24,8 @@ def fuse(
         Path | None,
         typer.Argument(
             metavar="[RECIPE]",
-            help="That `loracat fit` wrote, or an adapter's directory; default: recipe.json, without --method.",
+            help="That `loracat fit` wrote, or an adapter's directory; default: recipe.json, unless --method has "
+            "--adapters.",
         ),
     ] = None,
     output: Annotated[

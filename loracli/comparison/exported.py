@@ -17,7 +17,7 @@ from loracli.evaluation.scores import Scores
 from loracli.export.export import Exported
 from loracli.export.source import recorded_base
 from loracli.fitting.attach import attach
-from loracli.fitting.base import check_fits, find_base, load_base
+from loracli.fitting.base import base_directory, check_fits, find_base, load_base
 from loracli.fitting.engine import Engine
 from loracli.fitting.loss import check_causal, make_objective
 from loracli.fitting.memory import memory_errors
@@ -53,12 +53,17 @@ class ExportLoss:
         return self.after - self.before
 
 
-def read_loss_data(data: DataPaths, *, progress: Progress = SILENT) -> tuple[CalibrationFile, ...]:
-    """The records, before the work whose result is scored on them.
+def read_loss_data(
+    data: DataPaths, *, base: str | None = None, base_revision: str | None = None, progress: Progress = SILENT
+) -> tuple[CalibrationFile, ...]:
+    """The records, before the work whose result is scored on them, on the base that is named.
 
     Raises:
         CalibrationError: if they cannot be used.
+        InputError, UsageError: as `base_directory`.
     """
+    if base is not None:
+        base_directory(base, revision=base_revision)
     return tuple(read_records(source, progress=progress) for source in parse_sources(data))
 
 

@@ -82,7 +82,8 @@ def prepare_comparison(
         settings: of the comparison.
         progress: told what happens.
     Raises:
-        UsageError: if nothing is to be composed, or a control needs calibration data and there are none.
+        UsageError: if nothing is to be composed, a control needs calibration data and there are none, or an option has
+            no use.
         InputError: of the kind that fits, if an input is rejected.
     """
     settings = settings or CompareSettings()
@@ -91,6 +92,7 @@ def prepare_comparison(
     needing = settings.controls.fitted
     if needing and fit_data is None:
         raise UsageError(f"--control {needing[0]} has to be fitted", hint="give calibration records with --fit-data")
+    settings.check_used(fit_data=fit_data is not None, guard=guard is not None)
     test, calibration = _read_data(data, fit_data, settings, progress)
     guarded = () if guard is None else _read_files(guard, settings, progress)
     loaded = None if recipe is None else load_recipe(recipe)

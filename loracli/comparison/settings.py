@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import MethodOptions
 from loracli.errors import UsageError
+from loracli.export.source import takes
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.recipe import MIXING_KINDS
 
@@ -58,7 +59,10 @@ def parse_controls(words: Sequence[str]) -> Controls:
                 raise UsageError("--control datamix lacks its adapter", hint="--control datamix DIR")
             datamix = rest.pop(0)
         else:
-            raise UsageError(f"--control {word} is not one of {', '.join(CONTROLS)}", hint="--control datamix DIR")
+            raise UsageError(
+                f"--control {word} is not one of {', '.join(CONTROLS)}",
+                hint="only datamix is followed by another word, its adapter: --control datamix DIR",
+            )
     return Controls(fresh_lora, random, datamix)
 
 
@@ -81,7 +85,7 @@ class CompareSettings:
     margin: float = MARGIN
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a method that there is not, or an option out of its range."""
+        """Raises UsageError for a method that there is not, or an option out of its range or that no method takes."""
         known = (ALL, DATA_FREE, *METHODS, *RUNGS)
         for name in self.methods:
             if name not in known:
@@ -89,6 +93,44 @@ class CompareSettings:
         check_options(self.options)
         if not 0 < self.margin < 100:
             raise UsageError(f"--margin {self.margin} is not between 0 and 100")
+        self._check_taken()
+
+    def _check_taken(self) -> None:
+        """Raises UsageError for an option that none of the methods takes; the seed is the bootstrap's too."""
+        if ALL in self.methods or DATA_FREE in self.methods:
+            return
+        taken = {"seed"}.union(*(takes(METHODS[name]) for name in self.methods if name in METHODS))
+        for option in fields(self.options):
+            if getattr(self.options, option.name) != option.default and option.name not in taken:
+                able = ", ".join(name for name, method in METHODS.items() if option.name in takes(method))
+                raise UsageError(
+                    f"none of the --methods {','.join(self.methods)} takes --{option.name}",
+                    hint=f"leave it out, or compare one that does: {able}",
+                )
+
+    def check_used(self, *, fit_data: bool, guard: bool) -> None:
+        """Raises UsageError for what could change no row: records or settings of a fit without one, a margin of
+        nothing.
+
+        Args:
+            fit_data: whether there are calibration records.
+            guard: whether there are records that must not get worse.
+        """
+        if self.margin != MARGIN and not guard:
+            raise UsageError("--margin is for the records of --guard", hint="give --guard FILE, or leave --margin out")
+        fits = bool(self.controls.fitted) or any(name == ALL or name in RUNGS for name in self.methods)
+        searches = any(name in METHODS and METHODS[name].search is not None for name in self.methods)
+        if fit_data and not (fits or searches):
+            raise UsageError(
+                "--fit-data has no use here: nothing is fitted",
+                hint="name what is fitted, such as --methods data-free,module or --control random, or leave it out",
+            )
+        for option, value in (("--passes", self.fit.passes), ("--cv", self.fit.cv)):
+            if value is not None and not (fit_data and fits):
+                raise UsageError(
+                    f"{option} has no use here: no mixing is fitted",
+                    hint=f"name one, such as --methods data-free,module with --fit-data, or leave {option} out",
+                )
 
 
 def check_options(options: MethodOptions) -> None:

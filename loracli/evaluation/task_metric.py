@@ -53,10 +53,19 @@ def task_metric(
     """The metric of the options `--generate` (or `--select-by`) and `--metric-command`; None for neither.
 
     Raises:
-        UsageError: if both are given, or one is out of its range.
+        UsageError: if both are given, one is out of its range, or there is neither and a setting of answers.
     """
     if name is not None and command is not None:
         raise UsageError("a metric by name and --metric-command are two metrics; give one of them")
     if name is None and command is None:
+        for option, changed in (
+            ("--max-new-tokens", max_new_tokens != MAX_NEW_TOKENS),
+            ("--tolerance", tolerance != TOLERANCE),
+        ):
+            if changed:
+                raise UsageError(
+                    f"{option} is for answers that are judged, and no metric is named",
+                    hint=f"leave {option} out, or name a metric, such as a program with --metric-command",
+                )
         return None
     return TaskMetric(name or COMMAND, command, max_new_tokens, tolerance)

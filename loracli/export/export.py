@@ -96,10 +96,10 @@ def export_adapter(
         refit: with `merge`, fit the k x k core of every cut module; the base model is loaded for that.
         data: calibration JSONL for `refit`, of which a share is held out to score the result on; with `fit_data`, which
             is calibrated on then, all of it is.
-        base, base_revision: of that base model; None for what the recipe or the adapters name.
+        base, base_revision: of that base model, and of the config that `gguf` reads; None for what the recipe or the
+            adapters name.
         adapters: where the ingredients are now, in the recipe's order; empty for where the recipe says.
         gguf: write a GGUF file as well.
-        base: where the base's config.json is, for `gguf`; None for the recipe's base on the Hub or in its cache.
         force: replace an existing adapter directory.
         dry_run: write nothing, only tell what would be.
         progress: told how far it is.
@@ -140,7 +140,7 @@ def export_adapter(
         llama_cpp = find_llama_cpp_base(
             base or recipe.base.id,
             ingredients,
-            revision=recipe.base.commit,
+            revision=base_revision or (recipe.base.commit if base is None else None),
             config_sha256=recipe.base.config_sha256,
             progress=progress,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def read_ingredients(
         progress: told of downloads.
     Raises:
         IntegrityError: if a file is not the one that the weights were fitted for.
-        UsageError: if there are not as many in `relocated` as in the recipe.
+        UsageError: if there are not as many in `relocated` as in the recipe, or in another order.
     """
     read = read_recorded(recipe.adapters, recipe.folder, relocated=relocated, progress=progress)
     return tuple(by_names_of(recipe.modules, adapter) for adapter in read)
@@ -57,9 +58,23 @@ def read_recorded(
         for number, wanted in enumerate(recorded)
     ]
     result = tuple(in_order(open_adapter, found, workers=torch.get_num_threads()))
+    if relocated:
+        _check_order(recorded, result, relocated)
     for wanted, adapter in zip(recorded, result, strict=True):
         check_hashes(wanted, adapter.sha256, adapter.path)
     return result
+
+
+def _check_order(recorded: Sequence[RecipeAdapter], read: Sequence[LoraAdapter], given: Sequence[str]) -> None:
+    """Raises UsageError if all the recorded adapters were given, in another order than the recorded one."""
+    hashes = [dict(adapter.sha256) for adapter in read]
+    wanted = [dict(adapter.sha256) for adapter in recorded]
+    if hashes != wanted and all(hashes.count(one) == wanted.count(one) for one in wanted):
+        right = [given[hashes.index(one)] for one in wanted]
+        raise UsageError(
+            "--adapters names the ingredients in another order than the recipe's",
+            hint=f"give them as --adapters {shlex.join(right)}",
+        )
 
 
 def recorded_policy(recipe: Recipe) -> str:

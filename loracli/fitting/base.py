@@ -27,6 +27,7 @@ from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, ModuleKind
 
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
+WAY_OUT = "give a directory that holds the base's config.json with --base, or its Hub id"
 
 
 @dataclass(frozen=True)
@@ -81,38 +82,55 @@ def find_base(
     Raises:
         IncompatibleAdapters: if no base is given and the adapters name none, or a path that only their author has.
         UnsupportedAdapter: if an adapter changes a convolution.
-        UsageError: if `base` is a directory without a model.
+        InputError, UsageError: as `base_directory`.
     """
     _refuse_convolutions(adapters)
+    claimed = None
     claims = sorted({a.config.base_model for a in adapters if a.config.base_model})
     if base is None:
         claim = agreed_base(
             {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters},
             way_out="give the base with --base",
         )
-        base, revision = str(claim.base_model), revision or claim.revision
-    local = Path(base).expanduser()
-    if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise UsageError(
-                f"the base model {base} has no config.json", hint="give a directory that save_pretrained wrote"
-            )
-        if (local / "adapter_config.json").exists():
-            raise UsageError(f"the base model {base} is an adapter: it holds adapter_config.json")
+        base, claimed = str(claim.base_model), claim.revision
+    local = base_directory(base, revision=revision)
+    if local is not None:
         name = claims[0] if len(claims) == 1 and not is_path(claims[0]) else local.resolve().name
         taken_for = f", taken for {name}, which the adapters name; shapes are checked" if name in claims else ""
         progress.note(f"base model: the local directory {base}{taken_for if name != base else ''}")
         return BaseReference(name, local, None)
-    if is_path(base):
-        raise UsageError(f"the base model {base} is no directory")
     if claims and claims != [base]:
         progress.warn(f"the adapters name {', '.join(claims)} and not {base}; only shapes are checked")
     try:
-        fetched = fetch_base(base, revision=revision, progress=progress)
+        fetched = fetch_base(base, revision=revision or claimed, progress=progress)
     except (HubUnreachable, InputError) as error:
         error.hint = "; ".join(filter(None, [error.hint, "or give a local copy of the model with --base"]))
         raise
     return BaseReference(base, fetched.path, fetched.commit)
+
+
+def base_directory(base: str, *, revision: str | None = None) -> Path | None:
+    """The local directory that `base` names; None for an id on the Hub.
+
+    Raises:
+        InputError: if it is no directory of a base model.
+        UsageError: if a revision is asked of a directory, which has none.
+    """
+    local = Path(base).expanduser()
+    if not local.is_dir():
+        if is_path(base):
+            raise InputError(f"the base model {base} is no directory", hint=WAY_OUT)
+        return None
+    if revision is not None:
+        raise UsageError(
+            f"the base model {base} is a local directory, which has no revision {revision}",
+            hint=f"to use the directory give --base {base} without --base-revision",
+        )
+    if not (local / "config.json").is_file():
+        raise InputError(f"the base model {base} has no config.json", hint=WAY_OUT)
+    if (local / "adapter_config.json").exists():
+        raise InputError(f"the base model {base} is an adapter: it holds adapter_config.json", hint=WAY_OUT)
+    return local
 
 
 def _refuse_convolutions(adapters: Sequence[LoraAdapter]) -> None:

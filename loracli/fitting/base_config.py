@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from hashlib import sha256
-from pathlib import Path
 
-from loracli.adapters.base_claim import is_path
 from loracli.adapters.hub import fetch_base
-from loracli.errors import HubUnreachable, InputError, UsageError
-from loracli.fitting.base import BasePlan, BaseReference, plan_base
+from loracli.errors import HubUnreachable, InputError
+from loracli.fitting.base import WAY_OUT, BasePlan, BaseReference, base_directory, plan_base
 from loracli.progress import SILENT, Progress
-
-WAY_OUT = "give a directory that holds the base's config.json with --base"
 
 
 def plan_from_config(base: str, *, revision: str | None = None, progress: Progress = SILENT) -> tuple[BasePlan, str]:
@@ -22,23 +18,16 @@ def plan_from_config(base: str, *, revision: str | None = None, progress: Progre
         revision: of a base on the Hub.
         progress: told of a download.
     Raises:
-        UsageError: if there is no such directory.
+        InputError, UsageError: as `base_directory`.
         BaseModelMismatch: if transformers knows no such causal language model.
         InputError, HubUnreachable: if the Hub does not give the config.
     """
-    local = Path(base).expanduser()
-    if local.is_dir():
-        path = local
-    elif is_path(base):
-        raise UsageError(f"the base model {base} is no directory", hint=WAY_OUT)
-    else:
+    path = base_directory(base, revision=revision)
+    if path is None:
         try:
             path = fetch_base(base, revision=revision, config_alone=True, progress=progress).path
         except (HubUnreachable, InputError) as error:
             error.hint = "; ".join(filter(None, [error.hint, WAY_OUT]))
             raise
-    file = path / "config.json"
-    if not file.is_file():
-        raise UsageError(f"the base model {base} has no config.json", hint=WAY_OUT)
     plan = plan_base(BaseReference(base, path, None), device="cpu")
-    return plan, sha256(file.read_bytes()).hexdigest()
+    return plan, sha256((path / "config.json").read_bytes()).hexdigest()

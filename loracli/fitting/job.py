@@ -57,6 +57,7 @@ def fit_to_file(
         OutputExists: if the recipe or the log is there and `force` is not set.
         StateMismatch: if the state belongs to a fit of other inputs.
     """
+    placement.check_processes(launch.world_size)
     placement = replace(placement, device=process_device(launch, placement.device))
     with connect(launch, placement.device, sharded=placement.shard) as processes, ExitStack() as held:
         inputs = _one_after_the_other(processes, prepare)

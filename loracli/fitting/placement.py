@@ -47,6 +47,14 @@ class Placement:
                 f"--device {self.device} is no device of torch", hint="cpu, cuda, cuda:1 or mps, for example"
             ) from None
 
+    def check_processes(self, world_size: int) -> None:
+        """Raises UsageError for a base that is to be shared out over one process."""
+        if self.shard and world_size == 1:
+            raise UsageError(
+                "--shard shares the base model out over processes, and this is the only one",
+                hint="start them with torchrun --nproc-per-node, or leave --shard out",
+            )
+
 
 def placement_options(device: str, device_map: str | None, shard: int | None) -> dict[str, Any]:
     """What `from_pretrained` is told beside the usual; nothing, where the model goes to one device.

@@ -57,9 +57,10 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
     Raises:
         BaseModelMismatch: if a module of an adapter is not in the base, or in another shape.
         CalibrationError: as `render_inputs`.
-        UsageError: if there are too few records to choose with.
+        UsageError: if there are too few records to choose with, or too few processes for `shard`.
         OutOfResources: if the weights alone need more memory than there is.
     """
+    placement.check_processes(world_size)
     base = plan_base(inputs.base, dtype=placement.dtype, device=placement.device)
     check_shapes(base.skeleton, inputs.adapters)
     length = usable_length(base, inputs.settings)

@@ -49,7 +49,7 @@ def holds_fused_model(path: Path) -> bool:
 
 def check_model_free(output: Path, *, force: bool) -> None:
     """Raises OutputExists if the output is taken, or is no fused model that --force could replace."""
-    check_free(output, force=force, replaceable=holds_fused_model)
+    check_free(output, force=force, replaceable=holds_fused_model, noun="a fused model")
 
 
 class Workplace:

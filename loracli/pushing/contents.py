@@ -145,7 +145,8 @@ def _check_text(path: Path, secrets: tuple[str, ...]) -> None:
     """Refuses a text with a secret, or with a path of the places that a command is typed in."""
     with open_regular(path) as file:
         text = file.read().decode("utf-8", errors="replace")
-    if any(secret in text for secret in secrets):
+    # As a word of its own: a mistyped token can be so short that it stands in a hash.
+    if any(re.search(rf"(?<![0-9A-Za-z]){re.escape(secret)}(?![0-9A-Za-z])", text) for secret in secrets):
         raise InputError(f"{path.name} holds the token", where=str(path), hint="take it out, and revoke that token")
     for place in (path.parent.resolve().parent, Path.cwd(), Path(os.path.expanduser("~"))):
         named = rf"(?<![\w./-]){re.escape(str(place))}(?![\w-])"

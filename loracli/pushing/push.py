@@ -86,7 +86,8 @@ def push_adapter(
 ) -> Pushed:
     """Uploads an exported adapter in one commit, and compares what the Hub then holds with the files here.
 
-    The directory is verified first, as `verify_directory` does it. The commit is made on top of the one that was
+    The directory is verified first, as `verify_directory` does it; whatever is refused for what it
+    holds is refused without a token. The commit is made on top of the one that was
     looked at: if somebody else has pushed since, it is refused and nothing is changed. The same bytes are not
     committed twice.
 
@@ -111,13 +112,13 @@ def push_adapter(
     directory = Path(directory)
     _check_options(repo_id, revision, message)
     token = checked_token(token) or get_token()
+    refuse_model(directory)
+    verification = verify_directory(directory, progress=progress)
+    contents = read_contents(directory, secrets=() if token is None else (token,))
     if token is None:
         raise AccessDenied("a push needs a Hub token with write access", where=repo_id, hint=LOG_IN)
     if constants.HF_HUB_OFFLINE:
         raise HubUnreachable("offline, and a push needs the Hub", where=repo_id, hint="unset HF_HUB_OFFLINE")
-    refuse_model(directory)
-    verification = verify_directory(directory, progress=progress)
-    contents = read_contents(directory, secrets=(token,))
     repository = Repository(repo_id, revision or constants.DEFAULT_REVISION, token, endpoint)
     head = repository.look()
     _check_target(repository, head, private=private, create_pr=create_pr)

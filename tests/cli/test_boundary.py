@@ -96,6 +96,7 @@ def test_version_is_the_packages(tmp_path: Path) -> None:
 
 OTHER = [*FIT, "-o", "other.json"]
 EXPORT = ["export"]
+ELSEWHERE = ["--base", "base", "--base-revision", "main"]
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -221,8 +222,17 @@ FAILURES: list[tuple[Callable[[], None], list[str], int, str | None]] = [
     (pickle_only, OTHER, 3, None),
     (nothing, [*OTHER, "--data", "missing.jsonl"], 3, "CalibrationError"),
     (nothing, [*OTHER, "--eval-data", "missing.jsonl"], 3, "CalibrationError"),
-    (nothing, [*OTHER, "--base", "./missing"], 2, "UsageError"),
-    (base_is_an_adapter, OTHER, 2, "UsageError"),
+    (nothing, [*OTHER, "--base", "./missing"], 3, "InputError"),
+    (taken_output, [*OTHER, "--base", "adapter-cat"], 3, "InputError"),
+    (nothing, ["fuse", "--base", "./missing"], 3, "InputError"),
+    (nothing, ["lint", "know", "--base", "./missing"], 3, "InputError"),
+    (nothing, ["lint", "know", "--base", "form"], 3, "InputError"),
+    (base_is_an_adapter, OTHER, 3, "InputError"),
+    (nothing, [*OTHER, "--base-revision", "main"], 2, "UsageError"),
+    (nothing, ["fuse", "--base", "base", "--base-revision", "main"], 2, "UsageError"),
+    (nothing, ["export", "--method", "sum", "-a", "know", "-a", "form", *ELSEWHERE], 2, "UsageError"),
+    (nothing, ["compare", "--data", "test.jsonl", *ELSEWHERE], 2, "UsageError"),
+    (nothing, ["export", "--merge", "--data", "test.jsonl", *ELSEWHERE], 2, "UsageError"),
     (nothing, FIT, 2, "OutputExists"),
     (nothing, [*FIT, "-o", "know", "--force"], 2, "OutputExists"),
     (nothing, [*OTHER, "--mixing", "soup"], 2, "UsageError"),
@@ -243,7 +253,7 @@ FAILURES: list[tuple[Callable[[], None], list[str], int, str | None]] = [
     (changed_bytes, EXPORT, 7, "IntegrityError"),
     (changed_config, EXPORT, 7, "IntegrityError"),
     (changed_bytes, ["export", "--merge"], 7, "IntegrityError"),
-    (nothing, ["export", "--adapters", "form", "--adapters", "know"], 7, "IntegrityError"),
+    (nothing, ["export", "--adapters", "form", "--adapters", "know"], 2, "UsageError"),
     (nothing, ["export", "--adapters", "know"], 2, "UsageError"),
     (missing_adapter, EXPORT, 3, "AdapterNotFound"),
     (truncated_tensors, EXPORT, 3, "MalformedAdapter"),

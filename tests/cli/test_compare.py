@@ -99,14 +99,23 @@ def test_answers_are_judged_by_name_or_by_a_command(few: Path) -> None:
         (["--generate", "bleu"], 2, "the metric bleu is not one of"),
         (["--density", "0"], 2, "--density 0.0 is not above 0"),
         (["--guard", "none.jsonl"], 3, "none.jsonl cannot be read"),
-        (["--metric-command", "false"], 1, "the metric command ended with the code 1"),
+        (["--methods", "sum", "--scale", "2"], 2, "none of the --methods sum takes --scale"),
+        (["--methods", "sum,module", "--density", "0.5"], 2, "none of the --methods sum,module takes --density"),
+        (["--methods", "sum", "--rank", "4"], 2, "none of the --methods sum takes --rank"),
+        (["--margin", "0.1"], 2, "--margin is for the records of --guard"),
+        (["--fit-data", "calibration.jsonl"], 2, "--fit-data has no use here"),
+        (["--passes", "3"], 2, "--passes has no use here"),
+        (["--methods", "lorahub", "--fit-data", "calibration.jsonl", "--cv", "3"], 2, "--cv has no use here"),
+        (["--max-new-tokens", "1"], 2, "--max-new-tokens is for answers that are judged"),
+        (["--tolerance", "0.1"], 2, "--tolerance is for answers that are judged"),
+        (["--metric-command", "false", "--max-new-tokens", "1"], 1, "the metric command ended with the code 1"),
     ],
 )
 def test_what_cannot_be_compared_ends_in_one_error_and_its_code(
     few: Path, words: list[str], code: int, said: str
 ) -> None:
     before = tree(few)
-    result = run(*ALONE, "--max-new-tokens", "1", *words)
+    result = run(*ALONE, *words)
     assert (result.exit_code, result.stderr.count("error: ")) == (code, 1) and said in result.stderr
     assert tree(few) == before and "Traceback" not in result.stderr
 

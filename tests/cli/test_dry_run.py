@@ -49,6 +49,9 @@ def test_a_fit_that_would_be_refused_is_refused_in_a_dry_run(here: Path) -> None
     few = Path("calibration.jsonl").read_text().splitlines(keepends=True)[:2]
     Path("calibration.jsonl").write_text("".join(few))
     assert run(*words, "--mixing", "auto").exit_code == 2
+    for way in (words, [*FIT, "-o", "new.json"]):
+        alone = run(*way, "--shard")
+        assert alone.exit_code == 2 and "this is the only one" in alone.stderr
     tokenizer = Path("base/tokenizer.json")
     tokenizer.write_text("{")
     assert run(*words).exit_code == 3

@@ -249,7 +249,10 @@ def test_test_records_that_were_calibrated_on_are_counted(
     assert inputs.repeated == 5
     assert any("5 of the test records" in message for message in listener.said)
     adapters = [str(path) for path in two_adapters]
-    both = prepare_comparison(mixed, adapters=adapters, fit_data=data / "val.jsonl", base=str(tiny_base))
+    fitted = CompareSettings(("sum", "module"))
+    both = prepare_comparison(
+        mixed, adapters=adapters, fit_data=data / "val.jsonl", base=str(tiny_base), settings=fitted
+    )
     assert both.repeated == 5
     assert prepare_comparison(mixed, adapters=adapters, base=str(tiny_base)).repeated == 0
     assert compare(data, tiny_base, recipe=recipe, settings=CompareSettings(("sum",))).repeated_records == 0

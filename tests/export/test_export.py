@@ -249,8 +249,11 @@ def test_moved_ingredients_are_found_with_adapters_in_the_recipes_order_only(tmp
     moved = [str(tmp_path / "moved0"), str(tmp_path / "moved1")]
     with pytest.raises(Exception, match="is not at"):
         export_adapter(made.recipe, tmp_path / "out")
-    with pytest.raises(IntegrityError):
+    with pytest.raises(UsageError, match="in another order than the recipe's") as caught:
         export_adapter(made.recipe, tmp_path / "out", adapters=moved[::-1])
+    assert caught.value.hint == f"give them as --adapters {moved[0]} {moved[1]}"
+    with pytest.raises(IntegrityError, match="is not the file"):
+        export_adapter(made.recipe, tmp_path / "out", adapters=[moved[0], moved[0]])
     with pytest.raises(UsageError, match="2 adapters and 1"):
         export_adapter(made.recipe, tmp_path / "out", adapters=moved[:1])
     export_adapter(made.recipe, tmp_path / "out", adapters=moved)

@@ -210,6 +210,17 @@ def test_what_no_gguf_can_hold_is_refused_by_name_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_local_copy_of_a_base_on_the_hub_is_as_good(tmp_path: Path) -> None:
+    """The recorded commit is the Hub's, and no revision of the directory."""
+    made = Made(tmp_path, "plain")
+    recipe = recipe_of(made)
+    recipe = replace(recipe, base=replace(recipe.base, commit="c" * 40))
+    export_adapter(recipe, tmp_path / "out", gguf=True, base=str(made.base))
+    assert (tmp_path / "out" / "adapter.gguf").is_file()
+    with pytest.raises(UsageError, match="has no revision main"):
+        export_adapter(recipe, tmp_path / "other", gguf=True, base=str(made.base), base_revision="main")
+
+
 def test_another_base_than_the_recipes_is_refused(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     with pytest.raises(BaseModelMismatch, match="not the config of the base"):

@@ -174,6 +174,8 @@ def test_what_a_metric_cannot_choose_is_refused(tmp_path: Path, tiny_base: Path)
         {"select_by": "exact", "metric_command": "grade"},
         {"select_by": "bleu"},
         {"select_by": "exact", "max_new_tokens": 0},
+        {"max_new_tokens": 8},
+        {"tolerance": 0.1},
     ):
         with pytest.raises(UsageError):
             FitSettings(**fields)  # type: ignore[arg-type]

@@ -356,7 +356,7 @@ def test_force_replaces_a_fused_model_and_nothing_else(tmp_path: Path) -> None:
     fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dtype="float16", force=True)
     assert {t.dtype for t in tensors(tmp_path / "out").values()} == {torch.float16}
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputExists, match="something else"):
+    with pytest.raises(OutputExists, match="something else than a fused model of loracat"):
         fuse_model(made.recipe, tmp_path / "out", base=str(made.base), force=True)
     with pytest.raises((OutputExists, UsageError)):
         fuse_model(made.recipe, made.base, base=str(made.base), force=True)

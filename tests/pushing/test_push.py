@@ -367,6 +367,25 @@ def test_what_must_not_go_up_is_refused_before_any_request(
     assert hub.token not in str(caught.value)
 
 
+def test_what_a_directory_holds_is_refused_without_a_token(
+    hub: UploadHub, push: Push, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("loracli.pushing.push.get_token", lambda: None)
+    link(out)
+    with pytest.raises(InputError, match="README.md is a symbolic link"):
+        push()
+    flip(out)
+    with pytest.raises(VerificationError):
+        push()
+    assert hub.requests == []
+
+
+def test_a_text_that_stands_inside_a_hash_is_no_token_in_a_file(hub: UploadHub, push: Push, out: Path) -> None:
+    [digest, *_] = json.loads((out / "loracat.json").read_text())["certificate"]["sha256"].values()
+    assert push(token=digest[5:9], dry_run=True).files
+
+
 @pytest.mark.parametrize("repo_id", ["name", "org/name/more", "../name", "org/na me", "org/name@v2"])
 def test_a_name_that_no_repository_has_is_refused(hub: UploadHub, push: Push, repo_id: str) -> None:
     with pytest.raises(UsageError, match="is not the name of a Hub repository"):
