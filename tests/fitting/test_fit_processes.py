@@ -48,7 +48,7 @@ def test_one_two_and_four_processes_write_the_same_bytes(started: Started) -> No
     for count in (1, 2, 4):
         done = started.run(count, *options, "-o", f"{count}/recipe.json")
         assert done.returncode == 0, done.stderr
-        documents.append({**json.loads(done.stdout), "recipe": None})
+        documents.append({**json.loads(done.stdout), "recipe": None, "beside": None})
         assert done.stderr.count("training records") == 1
     assert documents[0] == documents[1] == documents[2]
     for count in (2, 4):
