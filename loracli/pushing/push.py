@@ -86,10 +86,9 @@ def push_adapter(
 ) -> Pushed:
     """Uploads an exported adapter in one commit, and compares what the Hub then holds with the files here.
 
-    The directory is verified first, as `verify_directory` does it; whatever is refused for what it
-    holds is refused without a token. The commit is made on top of the one that was
-    looked at: if somebody else has pushed since, it is refused and nothing is changed. The same bytes are not
-    committed twice.
+    The directory is verified first, as `verify_directory` does it; whatever is refused for what it holds is refused
+    without a token. The commit is made on top of the one that was looked at: if somebody else has pushed since, it is
+    refused and nothing is changed. The same bytes are not committed twice.
 
     Args:
         directory: that `export_adapter` or `export_method` wrote.
