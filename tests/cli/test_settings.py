@@ -115,7 +115,9 @@ def test_everything_that_cannot_be_honoured_is_named_at_once(here: Path) -> None
     assert all(f"  {problem}\n" in spoken for problem in problems)
 
 
-@pytest.mark.parametrize("content", ["[fit", "\xff", "a = " + "[" * 5000, "x" * (1 << 21)], ids=str)
+@pytest.mark.parametrize(
+    "content", ["[fit", "\xff", "a = " + "[" * 5000, "x" * (1 << 21)], ids=["cut", "bytes", "deep", "large"]
+)
 def test_a_file_that_is_none_is_refused(here: Path, content: str) -> None:
     Path("run.toml").write_text(content[:20] if content == "\xff" else content, encoding="latin-1")
     result = run("show", "--config", "run.toml")
@@ -184,6 +186,7 @@ def test_a_recipe_is_no_configuration_of_what_it_does_not_record(here: Path) -> 
 def test_env_tells_what_is_in_force_and_where_it_comes_from(
     here: Path, user: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("LORACAT_BROWSER", raising=False)
     user.write_text("[fit]\npasses = 3\n")
     Path("loracat.toml").write_text('color = "never"\n')
     monkeypatch.setenv("LORACAT_EXPORT_RANK", "4")

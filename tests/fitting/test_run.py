@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import read_adapter
-from loracli.errors import BaseModelMismatch, CalibrationError, IncompatibleAdapters, NonFiniteLoss, UsageError
+from loracli.errors import (
+    BaseModelMismatch,
+    CalibrationError,
+    IncompatibleAdapters,
+    InputError,
+    NonFiniteLoss,
+    UsageError,
+)
 from loracli.export.export import export_adapter
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
@@ -193,7 +200,7 @@ def test_combinations_that_cannot_be_fitted_are_refused_before_the_base_is_loade
         prepare_fit([], data)
     with pytest.raises(UsageError, match="leaves nothing to score on"):
         prepare_fit([first], data, base=str(tiny_base), settings=FitSettings(holdout=0))
-    with pytest.raises(UsageError, match="it holds adapter_config"):
+    with pytest.raises(InputError, match="it holds adapter_config"):
         trap = shutil.copytree(tiny_base, tmp_path / "trap")
         (trap / "adapter_config.json").write_text("{}")
         prepare_fit([first], data, base=str(trap))

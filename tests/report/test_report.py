@@ -132,8 +132,10 @@ def test_without_a_comparison_or_its_adapters_the_page_leaves_their_parts_out_an
 
 
 def test_an_adapter_that_changed_is_an_error(tmp_path: Path, story: Story, two_adapters: tuple[Path, Path]) -> None:
-    with pytest.raises(IntegrityError):
-        write_report(story.recipe, tmp_path / "r.html", adapters=[str(two_adapters[1]), str(two_adapters[0])])
+    first, second = map(str, two_adapters)
+    for adapters, kind in (([second, second], IntegrityError), ([second, first], UsageError)):
+        with pytest.raises(kind):
+            write_report(story.recipe, tmp_path / "r.html", adapters=adapters)
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loracli.errors import IntegrityError
+from loracli.errors import IntegrityError, UsageError
 from loracli.fusing.fuse import fuse_model
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
@@ -128,5 +128,5 @@ def test_a_model_fused_from_an_adapters_directory_or_a_method_is_computed_again(
     assert not verify_directory(tmp_path / "one", adapters=paths[:1], base=str(made.base)).not_checked
     fuse_model(None, tmp_path / "two", adapters=paths, method="uniform", base=str(made.base))
     assert not verify_directory(tmp_path / "two", adapters=paths, base=str(made.base)).not_checked
-    with pytest.raises(IntegrityError):
+    with pytest.raises(UsageError, match="another order"):
         verify_directory(tmp_path / "two", adapters=paths[::-1], base=str(made.base))
