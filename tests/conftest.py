@@ -14,10 +14,8 @@ OF_THE_TESTS = {"LORACAT_BROWSER", "LORACAT_FAULTS", "LORACAT_STRACE"}
 os.environ.pop("HF_HUB_OFFLINE", None)  # read once, when huggingface_hub is imported
 for name in [name for name in os.environ if name.startswith("LORACAT_") and name not in OF_THE_TESTS]:
     del os.environ[name]  # here, for the fits of session fixtures as well
-for signum in (
-    signal.SIGINT,
-    signal.SIGHUP,
-):  # ignored below nohup or a shell's &, and then by all that is started here
+# Ignored below nohup or a shell's &, and then by all that is started here.
+for signum in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(signum) == signal.SIG_IGN:
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 os.environ["XDG_CONFIG_HOME"] = str(Path(__file__).parent / "no-configuration")
