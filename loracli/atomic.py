@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, README_FILE, TENSOR_FILE
 from loracli.errors import LoracatError, OutOfResources, OutputExists
 from loracli.machine import DISK_FULL
 
 CERTIFICATE_FILE = "loracat.json"
 # What an export consists of; --force replaces a directory of these and nothing else.
 EXPORTED_FILES = frozenset(
-    {CONFIG_FILE, TENSOR_FILE, MLX_TENSOR_FILE, GGUF_FILE, CORES_FILE, CERTIFICATE_FILE, "README.md"}
+    {CONFIG_FILE, TENSOR_FILE, MLX_TENSOR_FILE, GGUF_FILE, CORES_FILE, CERTIFICATE_FILE, README_FILE}
 )
 
 

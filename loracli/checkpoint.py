@@ -90,12 +90,12 @@ class Checkpoint:
     @contextmanager
     def open(self, tensor: StoredTensor) -> Iterator[TensorRows]:
         """Opens the file of a matrix, to read rows of it."""
-        with open_regular(self.folder / tensor.shard) as file:
+        with _open(self.folder / tensor.shard) as file:
             yield TensorRows(file.fileno(), tensor)
 
     def read(self, tensor: StoredTensor) -> Tensor:
         """All bytes of a tensor, as uint8."""
-        with open_regular(self.folder / tensor.shard) as file:
+        with _open(self.folder / tensor.shard) as file:
             return read_bytes(file.fileno(), tensor.begin, tensor.size)
 
 
@@ -168,8 +168,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, shards, index, tensors)
 
 
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """The file; what is wrong with it is the base's fault."""
+    try:
+        with open_regular(path) as file:
+            yield file
+    except MalformedAdapter as error:
+        raise BaseModelMismatch(f"the base model's weights cannot be used: {error.what}", where=error.where) from None
+
+
 def _read_index(path: Path) -> dict[str, Any]:
-    with open_regular(path) as file:
+    with _open(path) as file:
         data = file.read(MAX_INDEX_BYTES + 1)
     try:
         fields = parse_json(data) if len(data) <= MAX_INDEX_BYTES else None
@@ -183,16 +193,13 @@ def _read_index(path: Path) -> dict[str, Any]:
         or not all(isinstance(file, str) for file in names.values())
     ):
         raise BaseModelMismatch("the index has no map of tensors to files", where=str(path))
-    return {**fields}
+    return fields
 
 
 def _read_shard(path: Path) -> Shard:
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            header, raw = read_header(file, size, str(path))
-    except MalformedAdapter as error:
-        raise BaseModelMismatch(f"the base model's weights cannot be used: {error.what}", where=error.where) from None
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        header, raw = read_header(file, size, str(path))
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise BaseModelMismatch(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=str(path))

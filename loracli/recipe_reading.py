@@ -63,7 +63,10 @@ def decode_recipe(fields: Any, name: str, folder: Path) -> Recipe:
     fields = dict(fields)
     schema = fields.pop("loracat_recipe")
     if type(schema) is not int or schema not in (WITHOUT_ACTIVATIONS, SCHEMA):
-        raise RecipeError(f"{name} has the schema {schema!r}; this version reads {SCHEMA}", hint=_schema_hint(schema))
+        raise RecipeError(
+            f"{name} has the schema {schema!r}; this version reads {WITHOUT_ACTIVATIONS} and {SCHEMA}",
+            hint=_schema_hint(schema),
+        )
     problems: list[str] = []
     if (fields.get("activations") is not None) != (schema == SCHEMA):
         problems.append(f"activations: {'missing' if schema == SCHEMA else 'unknown'}")

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loracli.adapters.tensor_file import TensorFile, open_regular, open_tensor_file
+from loracli.adapters.tensor_file import TensorFile, file_sha256, open_tensor_file
 from loracli.atomic import flush_directory, replaced_file, translate_disk_errors
 from loracli.errors import IntegrityError, MalformedAdapter, OutputExists, RecipeError, UnsupportedAdapter
 from loracli.recipe import TENSOR_PARTS, activations_path, tensors_path
@@ -119,9 +119,7 @@ def _read(
     if not os.path.lexists(path):
         raise RecipeError(f"the recipe {recipe} lacks its tensors: {path} does not exist", hint=way_out)
     try:
-        with open_regular(path) as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != sha256:
+        if file_sha256(path) != sha256:
             raise IntegrityError(f"{path} is not the file that {recipe} was written with", hint=way_out)
         file = open_tensor_file(path)
         problems = tuple(problems_of(file))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ for name in [name for name in os.environ if name.startswith("LORACAT_") and name
 for signum in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(signum) == signal.SIG_IGN:
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-os.environ["XDG_CONFIG_HOME"] = str(Path(__file__).parent / "no-configuration")
+NO_CONFIGURATION = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # a browser writes there, too
+os.environ["XDG_CONFIG_HOME"] = NO_CONFIGURATION.name
 
 
 @pytest.fixture(autouse=True)

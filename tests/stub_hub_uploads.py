@@ -36,6 +36,7 @@ class UploadHub(StubHub):
         token: that may write.
         owners: that it may make repositories of.
         private: repositories that are.
+        all_public: makes none that is, whatever is asked for.
         large: large files that were stored, by sha256.
         commits: the messages of all commits that were made here, in order.
         refuse: by the name of a step (`create`, `branch`, `validate`, `preupload`, `batch`, `store`, `commit`) the
@@ -50,6 +51,7 @@ class UploadHub(StubHub):
         self.token = "hf_canary_that_may_write"
         self.owners = ("org",)
         self.private: set[str] = set()
+        self.all_public = False
         self.large: dict[str, bytes] = {}
         self.commits: list[str] = []
         self.refuse: dict[str, int] = {}
@@ -123,7 +125,7 @@ class _UploadHandler(_Handler):
             self._fail(409)
         else:
             hub.add(repo_id, EMPTY)
-            if body.get("private") or body.get("visibility") == "private":
+            if not hub.all_public and (body.get("private") or body.get("visibility") == "private"):
                 hub.private.add(repo_id)
             self._json({"url": f"{hub.url}/{repo_id}"})
 

@@ -380,7 +380,7 @@ def test_another_schema_is_refused_with_the_way_out_where_there_is_one(
     tmp_path: Path, version: object, way_out: str | None
 ) -> None:
     (tmp_path / "r.json").write_text(json.dumps(saved(tmp_path) | {"loracat_recipe": version, "new_field": 1}))
-    with pytest.raises(RecipeError, match="has the schema .*this version reads 3") as caught:
+    with pytest.raises(RecipeError, match="has the schema .*this version reads 2 and 3") as caught:
         load_recipe(tmp_path / "r.json")
     assert caught.value.problems == ()
     assert (way_out in (caught.value.hint or "")) if way_out else caught.value.hint is None

@@ -41,7 +41,7 @@ def problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False) ->
     for name, (first, other) in _other_counts(adapters).items():
         counts = ", ".join(f"{len(a.targets[name])} in {a.reference}" for a in (first, other))
         what = "groups" if first.targets[name][0].kernel else "experts"
-        problems.append(f"{name} has as many {what} as {counts}")
+        problems.append(f"{name} has different numbers of {what}: {counts}")
     first_with: dict[str, LoraAdapter] = {}
     for adapter in adapters:
         for name, module in adapter.modules.items():

@@ -115,7 +115,8 @@ class ExpertTensors:
     """The two matrices of a parameter in a checked file.
 
     Reading raises IntegrityError if the file has changed since it was checked. What a thread read last of a file is
-    kept for the next expert, so that going through the experts reads them once, however many adapters take turns.
+    kept for the next expert, so that going through the experts reads them once, however many adapters take turns. That
+    is one parameter of each file, for as long as the thread lives, and it is not held against the file again.
 
     Args:
         file: that holds them.

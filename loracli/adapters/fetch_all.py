@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from loracli.adapters.hub import MAX_ADAPTER_BYTES, Fetched, FetchedBase, fetch_
 from loracli.adapters.hub.contents import BASE_CONFIG
 from loracli.adapters.recorded import Recorded, check_hashes, is_record, read_recorded, recorded_reference
 from loracli.adapters.references import Reference, parse_reference
+from loracli.adapters.tensor_file import file_sha256
 from loracli.errors import IntegrityError, UsageError
 from loracli.recipe import RecipeAdapter
 
@@ -66,7 +66,7 @@ def fetch_all(
     adapters = fetch_adapters(references, local_dir=local_dir, max_bytes=max_bytes, dry_run=dry_run, **options)
     for (recorded, _), fetched in zip(wanted, adapters, strict=True):
         if recorded is not None and not dry_run:
-            check_hashes(recorded, {f.name: _sha256(fetched.path / f.name) for f in fetched.files}, fetched.path)
+            check_hashes(recorded, {f.name: file_sha256(fetched.path / f.name) for f in fetched.files}, fetched.path)
     if not with_base:
         return FetchedAll(adapters, None)
     named = [fetched for (recorded, _), fetched in zip(wanted, adapters, strict=True) if recorded is None]
@@ -80,11 +80,6 @@ def fetch_all(
 
 def _check_base(name: str, record: Recorded, base: FetchedBase) -> None:
     config = base.path / BASE_CONFIG
-    if record.config_sha256 not in (None, _sha256(config)):
+    if record.config_sha256 not in (None, file_sha256(config)):
         what = f"{BASE_CONFIG} of the base model {base.repo_id} is not the one that {name} records"
         raise IntegrityError(what, where=str(config), hint="the weights were fitted on another base model")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

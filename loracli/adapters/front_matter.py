@@ -1,7 +1,8 @@
 """The metadata at the head of a README.md, as the Hub has it: YAML between two lines of three dashes.
 
 The README of an adapter is as untrusted as its weights. Every scalar is read as text and no tag is honoured, so that no
-date, number or merge key is built; size is limited before anything is parsed.
+date, number or merge key is built; size is limited before anything is parsed. Aliases share what they name, so what
+they multiply is endless only where somebody writes it out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import yaml
 from loracli.adapters.tensor_file import open_regular
 from loracli.errors import MalformedAdapter
 
-README_FILE = "README.md"
 MAX_README_BYTES = 1 << 20
 MAX_FRONT_MATTER = 32 << 10  # characters
 _BLOCK = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)

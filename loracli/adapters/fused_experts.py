@@ -79,7 +79,8 @@ def has_expert_layers(adapter: LoraAdapter) -> bool:
 def as_fused_experts(adapter: LoraAdapter, outs: Mapping[str, int]) -> LoraAdapter:
     """The adapter by the base's names, where the base keeps in a parameter what the adapter has modules for.
 
-    An expert that lies between changed ones and is not changed itself gets an update of zeros.
+    An expert before the last changed one that is not changed itself gets an update of zeros; those after it get none,
+    so that adapters that end at different experts cannot be composed.
 
     Args:
         adapter: as it was read.
@@ -108,13 +109,15 @@ def as_fused_experts(adapter: LoraAdapter, outs: Mapping[str, int]) -> LoraAdapt
     if not parts:
         return adapter
     for parameter, found in parts.items():
-        like = next(iter(found.values()))
-        if any(factors.in_features != like.in_features for factors in found.values()):
-            raise BaseModelMismatch(f"{adapter.reference} adapts experts of {parameter} with inputs of several sizes")
+        like, out = next(iter(found.values())), outs[parameter] // counts[parameter]
+        for factors in found.values():
+            if (factors.out_features, factors.in_features) != (out, like.in_features):
+                raise BaseModelMismatch(
+                    f"{adapter.reference} adapts experts of {parameter} by layers of (out, in) = "
+                    f"{(factors.out_features, factors.in_features)}, not {(out, like.in_features)}"
+                )
         zeros = Factors(
-            torch.zeros(1, like.in_features, dtype=like.dtype),
-            torch.zeros(outs[parameter] // counts[parameter], 1, dtype=like.dtype),
-            like.scaling,
+            torch.zeros(1, like.in_features, dtype=like.dtype), torch.zeros(out, 1, dtype=like.dtype), like.scaling
         )
         for expert in range(max(expert for expert, _ in found) + 1):
             name = numbered_name(parameter, expert)

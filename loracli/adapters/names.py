@@ -34,6 +34,7 @@ from typing import Literal
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 
 CONFIG_FILE = "adapter_config.json"
+README_FILE = "README.md"
 TENSOR_FILE = "adapter_model.safetensors"
 MLX_TENSOR_FILE = "adapters.safetensors"
 TENSOR_FILES = (TENSOR_FILE, MLX_TENSOR_FILE)

@@ -229,6 +229,12 @@ def open_regular(path: Path) -> Iterator[Any]:
         raise LoracatError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
 
+def file_sha256(path: Path) -> str:
+    """Of a regular file."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _check_header(
     header: dict[str, Any], where: str, data_bytes: int, any_shape: Callable[[str], bool]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], dict[str, int]]:

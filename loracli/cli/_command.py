@@ -25,7 +25,7 @@ from loracli.cli._talk import COLORS, DETAILS, TALK
 from loracli.errors import UsageError
 from loracli.fitting.launch import read_launch
 
-SETTINGS, ORIGINS = "loracat.settings", "loracat.origins"  # in a context's meta
+FILES, SETTINGS, ORIGINS = "loracat.files", "loracat.settings", "loracat.origins"  # in a context's meta
 
 
 class Command(GreedyCommand):
@@ -41,15 +41,22 @@ class Command(GreedyCommand):
             parameter.envvar = variable(str(name), long)
             parameter.show_envvar = False  # said once, below the options
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            self._refuse_unknown_variables()  # before an option is missed that was to come from one
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
+        self._tell_origins(ctx)
+        return super().invoke(ctx)
+
+    def _refuse_unknown_variables(self) -> None:
         name = str(self.name)
         if unknown := unknown_variables(name, options_of(self)):
             hint = f"`loracat {name} --help` lists the options; unset the variable"
             if any(word.endswith("_TOKEN") for word in unknown):
                 hint = "a token is read from HF_TOKEN, or from `hf auth login`"
             raise UsageError(f"{', '.join(unknown)}: no variable of an option of loracat {name}", hint=hint)
-        self._tell_origins(ctx)
-        return super().invoke(ctx)
 
     def _tell_origins(self, ctx: typer.Context) -> None:
         """On stderr: what was set elsewhere than on the command line."""
@@ -120,7 +127,8 @@ def commands_of(ctx: typer.Context) -> Mapping[str, Options]:
 
 def _read_config(context: typer.Context, value: Path | None) -> Path | None:
     """Fills in the defaults before any other option is looked at."""
-    if not context.resilient_parsing and config_files(value):
+    context.meta[FILES] = config_files(value)
+    if not context.resilient_parsing and context.meta[FILES]:
         if value is not None and value.suffix == ".json" and context.command.name not in ("fit", "env"):
             raise UsageError(f"{value}: a recipe is a configuration of loracat fit alone", hint="leave --config out")
         commands = commands_of(context)

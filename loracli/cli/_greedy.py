@@ -1,8 +1,7 @@
 """Options that take several words: `--adapters a b` beside `--adapters a --adapters b` and `--adapters=a`.
 
 Click refuses such options by design (pallets/click#1351) and Typer inherits that, so the words are rewritten to the
-repeated form before Typer parses them. Only documented methods of the command class are used, the same from Typer 0.16
-on.
+repeated form before Typer parses them. Only documented methods of the command class are used.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ class Output:
         self._stderr.print(Text.assemble((label, label_style), plain(message, style)))
 
     def interrupted(self, code: int) -> None:
-        """The last word after Ctrl-C or SIGTERM."""
+        """The last word after Ctrl-C, SIGTERM or SIGHUP."""
         message = "interrupted" if code == 130 else "terminated"
         if self.as_json:
             self.document({"error": {"code": code, "kind": "Interrupted", "message": message, "hint": None}})

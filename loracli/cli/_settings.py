@@ -97,6 +97,7 @@ def read_settings(explicit: Path | None, commands: Mapping[str, Options]) -> tup
     Raises:
         SettingsError: with every key that cannot be honoured, in all files.
         UsageError: if a file cannot be read.
+        RecipeError: if it is a recipe that cannot be read.
     """
     settings: list[Setting] = []
     problems: list[str] = []
@@ -126,6 +127,8 @@ def unknown_variables(command: str, options: Options, environment: Mapping[str, 
 
 
 def _read_file(path: Path, commands: Mapping[str, Options], problems: list[str], *, asked: bool) -> list[Setting]:
+    if path.suffix == ".json":
+        return _of_recipe(path)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -133,8 +136,6 @@ def _read_file(path: Path, commands: Mapping[str, Options], problems: list[str],
         raise UsageError(f"{path} cannot be read: {error.strerror}", hint="name another file with --config") from None
     if len(data) > MAX_BYTES:
         raise UsageError(f"{path} has more than {MAX_BYTES} bytes", hint="name another file with --config")
-    if path.suffix == ".json":
-        return _of_recipe(path)
     try:
         document = tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -183,13 +183,17 @@ def compare(
     out.document(encode(found))
     out.value(found.best.name)
     comparison_lines(out, found)
-    words = _export_of(found.best.name, settings.options, recipe, adapters or ())
+    given = {"base": base, "base-revision": base_revision, "modules-to-save": modules_to_save}
+    words = _export_of(found.best.name, settings.options, recipe, adapters or (), given)
     if words:
         out.hint(shlex.join(words))
 
 
-def _export_of(best: str, options: MethodOptions, recipe: Path | None, adapters: Sequence[str]) -> list[str]:
-    """The command that writes the best row; nothing where it is no composition, or has to be fitted first."""
+def _export_of(
+    best: str, options: MethodOptions, recipe: Path | None, adapters: Sequence[str], given: Mapping[str, str | None]
+) -> list[str]:
+    """The command that writes the best row; nothing where it is no composition, or has to be fitted first. `given` are
+    options that a method needs as well, and a recipe knows."""
     from loracli.algebra.methods import METHODS
     from loracli.export.source import takes
 
@@ -202,4 +206,6 @@ def _export_of(best: str, options: MethodOptions, recipe: Path | None, adapters:
             value = getattr(options, field.name)
             if value != field.default and field.name in takes(METHODS[best]):
                 words += [f"--{field.name}", str(value)]
+        for option, text in given.items():
+            words += [] if text in (None, "refuse") else [f"--{option}", str(text)]
     return [*words, *(["--adapters", *adapters] if adapters else [])]

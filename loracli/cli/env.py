@@ -8,10 +8,10 @@ from typing import Any
 
 import typer
 
-from loracli.cli._command import SETTINGS, commands_of
+from loracli.cli._command import FILES, SETTINGS, commands_of
 from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
-from loracli.cli._settings import PREFIX, Setting, as_text, config_files, variable
+from loracli.cli._settings import PREFIX, SHARED, Setting, as_text, variable
 
 _PACKAGES = ("loracat", "torch", "transformers", "peft", "safetensors", "huggingface-hub", "typer", "rich")
 EPILOG = "loracat env  ·  loracat env --json"
@@ -36,14 +36,15 @@ def env(context: typer.Context, as_json: JsonOpt = False, quiet: QuietOpt = Fals
     facts["offline"] = "yes" if constants.HF_HUB_OFFLINE else "no"
     settings: Sequence[Setting] = context.meta.get(SETTINGS, ())
     rows = [{"origin": s.origin, "command": s.command or None, "option": s.option, "value": s.value} for s in settings]
-    rows += _from_variables(context)
-    files = [str(path) for path in config_files(None)]
+    variables = _from_variables(context)
+    rows += variables
+    files = [str(path) for path in context.meta[FILES]]
     out.document({"env": facts, "config_files": files, "settings": rows})
     for name, value in facts.items():
         out.line(f"{name.replace('_', ' '):16} {value}")
         out.value(f"{name}={value}")
     out.line()
-    sources = [*files, *(["variables"] if any(row["origin"] not in files for row in rows) else [])]
+    sources = [*files, *(["variables"] if variables else [])]
     out.line(f"settings from {', '.join(sources) or 'no file and no variable'}", style="bold")
     if rows:
         out.table(
@@ -59,7 +60,7 @@ def _from_variables(context: typer.Context) -> list[dict[str, Any]]:
         for command, options in commands_of(context).items()
         for option in (*options, "config")
     }
-    shared = {variable("", option) for option in ("color", "quiet", "verbose", "config")}
+    shared = {variable("", option) for option in (*SHARED, "config")}
     rows = []
     for name in sorted(name for name in os.environ if name.startswith(PREFIX)):
         command, option = known.get(name, (None, None))

@@ -113,9 +113,11 @@ def loss_of_export(
                 composition = of_factors({name: factors_of(name) for name in names})
                 return engine.score(composition.mixing, composition.theta, batches, examples)
 
-            before = score("before", lambda name: source.compose(name).factors)
-            after = score("after", lambda name: written[name].factors)
-        progress.finish(TASK)
+            try:
+                before = score("before", lambda name: source.compose(name).factors)
+                after = score("after", lambda name: written[name].factors)
+            finally:
+                progress.finish(TASK)
     return ExportLoss(
         records=len(examples),
         scored_tokens=sum(example.scored_tokens for example in examples),

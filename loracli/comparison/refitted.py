@@ -53,28 +53,12 @@ TASK = "refit"
 START = "truncation"
 
 
-def read_refit_data(fit_data: DataPaths | None, data: DataPaths | None, *, progress: Progress = SILENT) -> Dataset:
-    """The records, divided as those of a fit: to fit on, and held out.
-
-    Args:
-        fit_data: calibration files; None for those of `data`, of which a share is held out.
-        data: all of them held out, where there is `fit_data`; None for a share of that.
-        progress: told of what is not read.
-    Raises:
-        UsageError, CalibrationError: as `read_dataset`.
-    """
-    settings = FitSettings()
-    fitted, held_out = (fit_data, data) if fit_data is not None else (data, None)
-    assert fitted is not None
-    return read_dataset(fitted, held_out, holdout=settings.holdout, seed=settings.seed, progress=progress)
-
-
 @dataclass(frozen=True)
 class RefitOnRecords:
     """A `loracli.export.refit.Refit` on calibration records.
 
     Args:
-        data: from `read_refit_data`.
+        data: to fit on, and held out.
         base: a Hub id or directory, None for the recipe's, or the one that all adapters name.
         base_revision: of a base on the Hub.
         progress: told what happens.
@@ -114,6 +98,30 @@ class RefitOnRecords:
                 return _run(inputs, model, source, dtype, self.progress)
 
 
+def refit_on(
+    fit_data: DataPaths | None,
+    data: DataPaths | None,
+    *,
+    base: str | None = None,
+    base_revision: str | None = None,
+    progress: Progress = SILENT,
+) -> RefitOnRecords:
+    """A refit on the records of these files, which are read and divided as those of a fit.
+
+    Args:
+        fit_data: calibration files; None for those of `data`, of which a share is held out.
+        data: all of them held out, where there is `fit_data`; None for a share of that.
+        base, base_revision, progress: as in `RefitOnRecords`.
+    Raises:
+        UsageError, CalibrationError: as `read_dataset`.
+    """
+    settings = FitSettings()
+    fitted, held_out = (fit_data, data) if fit_data is not None else (data, None)
+    assert fitted is not None
+    records = read_dataset(fitted, held_out, holdout=settings.holdout, seed=settings.seed, progress=progress)
+    return RefitOnRecords(records, base, base_revision, progress)
+
+
 def _as_adapter(source: Source, cut: Mapping[str, Factors]) -> LoraAdapter:
     """The cut as the one adapter of a fit."""
     kinds = {name: module.kind for adapter in source.adapters for name, module in adapter.modules.items()}
@@ -140,13 +148,16 @@ def _run(inputs: FitInputs, base: BaseModel, source: Source, dtype: torch.dtype,
         work = round(2 * settings.budget * tokens) + 3 * sum(batch.tokens for batch in held)
         announce(engine, inputs, base, examples, (fold,), work, progress)
         progress.begin(TASK, work, WORK)
-        found = _search(engine, inputs, fold, examples)
-        passes = round(engine.meter.spent / (2 * tokens), 2)
-        cut = {name: module.factors for name, module in inputs.adapters[0].modules.items()}
-        loss = _losses(engine, source, cut, found.cores, dtype, examples)
-        progress.finish(TASK)
+        try:
+            found = _search(engine, inputs, fold, examples)
+            passes = round(engine.meter.spent / (2 * tokens), 2)
+            cut = {name: module.factors for name, module in inputs.adapters[0].modules.items()}
+            loss = _losses(engine, source, cut, found.cores, dtype, examples)
+        finally:
+            progress.finish(TASK)
     record = RefitRecord(
         data=tuple(RefitFile(file.source.name, file.sha256, len(file.records)) for file in inputs.data.files),
+        divided=not inputs.data.eval_files,
         held_out=inputs.data.held_out_name,
         kept="refit" if found.cores else "truncation",
         numbers=CoreMixing(inputs.layout).numbers,

@@ -126,10 +126,9 @@ def export_adapter(
     check_free(Path(output), force=force)
     refitting = None
     if refit:
-        from loracli.comparison.refitted import RefitOnRecords, read_refit_data
+        from loracli.comparison.refitted import refit_on
 
-        records = read_refit_data(fit_data, data, progress=progress)
-        refitting = RefitOnRecords(records, base, base_revision, progress)
+        refitting = refit_on(fit_data, data, base=base, base_revision=base_revision, progress=progress)
     path = None if isinstance(recipe, Recipe) else Path(recipe)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)

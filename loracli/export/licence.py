@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.front_matter import README_FILE, read_front_matter
+from loracli.adapters.front_matter import read_front_matter
+from loracli.adapters.names import README_FILE
 from loracli.errors import MalformedAdapter
 
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")

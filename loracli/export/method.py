@@ -131,10 +131,9 @@ def export_method(
     check_free(Path(output), force=force)
     refitting = None
     if refit:
-        from loracli.comparison.refitted import RefitOnRecords, read_refit_data
+        from loracli.comparison.refitted import refit_on
 
-        records = read_refit_data(fit_data, data, progress=progress)
-        refitting = RefitOnRecords(records, base, base_revision, progress)
+        refitting = refit_on(fit_data, data, base=base, base_revision=base_revision, progress=progress)
     read, loaded = read_to_compose(adapters, recipe, base_given=base is not None, progress=progress)
     searching = fit_data is not None and not (refit and method.search is None)
     if (method.search is None) == searching:

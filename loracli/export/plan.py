@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import kernels_of
-from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, PREFIX, target_of
+from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, PREFIX, README_FILE, target_of
 from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.convolutions import join_groups
@@ -32,7 +32,7 @@ from loracli.export.options import OUTPUT_DTYPES, ExportOptions
 from loracli.export.profile import Layout, choose_layout, ranks_of_targets
 from loracli.export.ranks import choose_ranks, choose_uniform_rank, spectra_of_targets
 from loracli.export.refit import Refitted, write_cores
-from loracli.export.source import Source
+from loracli.export.source import MethodSource, Source
 from loracli.progress import Progress
 from loracli.recipe import BaseModule
 from loracli.tensor_writer import file_size, write_tensors
@@ -172,6 +172,12 @@ class AdapterPlan:
         return dict(zip(self._ranks, in_order(work, self._ranks, workers=self._workers), strict=True))
 
     def write(self, folder: Path) -> tuple[Certificate, int]:
+        """Writes every file into an empty directory; returns the certificate and the bytes of the tensor file.
+
+        Raises:
+            UsageError: if a value overflows the output's dtype.
+            IntegrityError: if an ingredient changes meanwhile, or what was written reads back otherwise.
+        """
         certificates: list[ModuleCertificate] = []
         factors: dict[str, Factors] = {}  # of the module being written
         places = self.layout.places(self._table)
@@ -202,7 +208,7 @@ class AdapterPlan:
         card = model_card(
             self._source.card(), self.layout, certificate, merged=self.merged, options=self._repeated_options()
         )
-        write_file(folder / "README.md", card.encode())
+        write_file(folder / README_FILE, card.encode())
         self._progress.finish(TASK)
         return certificate, path.stat().st_size
 
@@ -291,13 +297,26 @@ class AdapterPlan:
         words = [" --merge"] if chosen.merge else []
         rank = self._rank if chosen.merge else chosen.rank
         decided = {"rank": rank} if chosen.rule is None else self._rule()
-        if chosen.activation_aware:
-            words.append(" --activation-aware" + (" --fit-data FILE" if self._moments_from == "records" else ""))
-        words += [] if self.refitted is None else [" --refit --data FILE"]
+        words += [" --activation-aware"] if chosen.activation_aware else []
+        words += self._records_options()
         for name, value in (*decided.items(), ("dtype", chosen.dtype), ("profile", chosen.profile)):
             words += [] if value is None else [f" --{name} {value}"]
         words += [] if chosen.gguf is None else [" --gguf"]
         return "".join(words)
+
+    def _records_options(self) -> list[str]:
+        """Options about records: FILE is fitted on, HELD_OUT is not; a method that searches names its FILE itself."""
+        searched = isinstance(self._source, MethodSource) and self._source.method.search is not None
+        refit = None if self.refitted is None else self.refitted.record
+        apart = refit is not None and not refit.divided
+        fitted = apart or self._moments_from == "records"
+        words = [] if refit is None else [" --refit"]
+        words += [" --fit-data FILE"] if fitted and not searched else []
+        if apart:
+            words.append(" --data HELD_OUT")
+        elif refit is not None and not fitted and not searched:
+            words.append(" --data FILE")
+        return words
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -62,14 +62,14 @@ def choose_ranks(
 
 
 def spectra_of_targets(spectra: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Squared singular values as a file can be cut: the experts of a parameter have one rank, so its k-th value is the
-    sum of theirs."""
-    experts: dict[str, list[Tensor]] = {}
+    """Squared singular values as a file can be cut: the experts of a parameter, or the groups of a convolution, have
+    one rank, so its k-th value is the sum of theirs."""
+    updates: dict[str, list[Tensor]] = {}
     for name, squares in spectra.items():
-        experts.setdefault(target_of(name), []).append(squares)
+        updates.setdefault(target_of(name), []).append(squares)
     return {
         name: torch.nn.utils.rnn.pad_sequence(several).sum(dim=1) if len(several) > 1 else several[0]
-        for name, several in experts.items()
+        for name, several in updates.items()
     }
 
 

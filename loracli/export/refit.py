@@ -65,6 +65,7 @@ class RefitRecord:
 
     Args:
         data: the files that were fitted on, or divided.
+        divided: whether the held-out records are a share of them.
         held_out: the files that the held-out records come from.
         kept: what is written: `refit`, or `truncation` where the refit was not clearly better.
         numbers: how many were fitted.
@@ -77,6 +78,7 @@ class RefitRecord:
     """
 
     data: tuple[RefitFile, ...]
+    divided: bool
     held_out: str
     kept: str
     numbers: int

@@ -61,7 +61,7 @@ def second_moments(
 @contextmanager
 def _watched(objective: Objective, lora_A: Mapping[str, Tensor]) -> Iterator[Callable[[Batch], tuple[Tensor, Tensor]]]:
     """A function of a batch: the sums of z z^T of all modules, end to end, and (L,) over how many rows."""
-    model, seen, handles = objective.attached.model, dict[str, Tensor](), []
+    model, seen, handles = objective.attached.model, dict[str, list[Tensor]](), []
 
     def watch(name: str, module: nn.Module) -> Any:
         precision = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
@@ -74,7 +74,7 @@ def _watched(objective: Objective, lora_A: Mapping[str, Tensor]) -> Iterator[Cal
                 z = F.embedding(x.reshape(-1), A.T) * scale
             else:
                 z = F.linear(x.reshape(-1, x.shape[-1]).to(A), A)
-            seen[name] = z.cpu().double()  # (T, R)
+            seen.setdefault(name, []).append(z.cpu().double())  # (T, R); a model may run a layer twice
 
         return module.register_forward_pre_hook(look)
 
@@ -82,7 +82,7 @@ def _watched(objective: Objective, lora_A: Mapping[str, Tensor]) -> Iterator[Cal
         seen.clear()
         objective.record_sums(batch)
         none = {name: torch.zeros(0, len(A), dtype=torch.float64) for name, A in lora_A.items()}
-        every = [seen.get(name, none[name]) for name in lora_A]
+        every = [torch.cat([none[name], *seen.get(name, ())]) for name in lora_A]
         sums = torch.cat([(z.T @ z).flatten() for z in every])
         return sums, torch.tensor([len(z) for z in every], dtype=torch.float64)
 

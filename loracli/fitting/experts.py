@@ -44,7 +44,9 @@ def check_experts(model: nn.Module, adapters: Sequence[LoraAdapter]) -> None:
                 continue
             owner, _, parameter = name.rpartition(".")
             module = model.get_submodule(owner)
-            if not hasattr(module, "_apply_gate") or parameter not in (_first_of(module), "down_proj"):
+            # What transformers' decorator sets, and what the class itself has.
+            common = hasattr(module, "has_gate") and hasattr(module, "_apply_gate")
+            if not common or parameter not in (_first_of(module), "down_proj"):
                 raise BaseModelMismatch(
                     f"{adapter.reference} adapts {name}, and the experts of a {type(module).__name__} compute in a way "
                     "that loracat cannot mix adapters in",
@@ -65,10 +67,10 @@ def expert_stack(
     """
     parts_A, parts_B, scalings = [], [], []
     for experts in updates:
-        own = {update.scaling for update in experts}
-        scaling = own.pop() if len(own) == 1 else 1.0
+        same = len({update.scaling for update in experts}) == 1
+        scaling = experts[0].scaling if same else 1.0
         rank = max(update.rank for update in experts)
-        shared = [Factors(u.lora_A, u.lora_B * (u.scaling / scaling) if own else u.lora_B) for u in experts]
+        shared = [Factors(u.lora_A, u.lora_B if same else u.lora_B * u.scaling) for u in experts]
         lora_A, lora_B = stack_experts(shared, rank)
         parts_A.append(lora_A.to(weight.device, weight.dtype))
         parts_B.append(lora_B.to(weight.device, weight.dtype))

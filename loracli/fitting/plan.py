@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loracli.fitting.base import BasePlan, check_shapes, load_tokenizer, plan_base
+from loracli.fitting.experts import check_experts
 from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.placement import Placement
 from loracli.fitting.preflight import MemoryDecision, MemoryEstimate
@@ -55,7 +56,8 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
         world_size: how many processes would share the work.
         progress: told what is found.
     Raises:
-        BaseModelMismatch: if a module of an adapter is not in the base, or in another shape.
+        BaseModelMismatch: if a module of an adapter is not in the base, in another shape, or one of experts that
+            compute in a way of their own.
         CalibrationError: as `render_inputs`.
         UsageError: if there are too few records to choose with, or too few processes for `shard`.
         OutOfResources: if the weights alone need more memory than there is.
@@ -63,6 +65,7 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
     placement.check_processes(world_size)
     base = plan_base(inputs.base, dtype=placement.dtype, device=placement.device)
     check_shapes(base.skeleton, inputs.adapters)
+    check_experts(base.skeleton, inputs.adapters)
     length = usable_length(base, inputs.settings)
     examples = render_inputs(inputs, load_tokenizer(inputs.base), max_length=length, progress=progress)
     folds = divide_training(inputs, examples.training)

@@ -130,7 +130,7 @@ def plan_composed_base(
             raise UsageError(f"the recipe was fitted on a local copy of {recorded.id}", hint="name it with --base")
         asked, revision = recorded.id, revision or recorded.commit
     reference = find_base(adapters, asked, revision=revision, progress=progress)
-    if not dequantise and "quantization_config" in read_config(reference.path):
+    if not dequantise and read_config(reference.path).get("quantization_config") is not None:
         raise BaseModelMismatch(
             f"the base model {reference.id} is quantised",
             hint="give the unquantised model with --base, or compute its weights with --dequantise",

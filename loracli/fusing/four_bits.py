@@ -90,7 +90,7 @@ def _four_bits(checkpoint: Checkpoint, tensor: StoredTensor, state: StoredTensor
         block, nested = fields["blocksize"], None
         if "nested_blocksize" in fields:
             nested = (fields["nested_blocksize"], float(fields["nested_offset"]))
-    except (StrictJsonError, KeyError, TypeError, ValueError):
+    except (StrictJsonError, KeyError, TypeError, ValueError, OverflowError):
         raise BaseModelMismatch(f"{state.name} of the base model's weights is damaged", hint=_HINT) from None
     entries = _product(rows, columns, block, *(nested or (1,))[:1])
     expected: dict[str, tuple[str, int]] = {"quant_map": ("F32", 16)}

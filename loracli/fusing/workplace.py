@@ -8,7 +8,6 @@ A file enters the second only when it is on the disk. One that a resumed run tak
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loracli.adapters.tensor_file import open_regular
+from loracli.adapters.tensor_file import file_sha256
 from loracli.atomic import (
     check_free,
     flush_directory,
@@ -176,9 +175,3 @@ def open_workplace(
             raise
         finally:
             repair(output)
-
-
-def file_sha256(path: Path) -> str:
-    """Of a regular file."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.base_claim import is_path
-from loracli.adapters.front_matter import README_FILE, read_front_matter
+from loracli.adapters.front_matter import read_front_matter
 from loracli.adapters.hub.source import Listed
-from loracli.adapters.names import CONFIG_FILE
+from loracli.adapters.names import CONFIG_FILE, README_FILE
 from loracli.adapters.tensor_file import open_regular
 from loracli.atomic import CERTIFICATE_FILE
 from loracli.errors import InputError, IntegrityError
@@ -149,7 +149,7 @@ def _check_text(path: Path, secrets: tuple[str, ...]) -> None:
     if any(re.search(rf"(?<![0-9A-Za-z]){re.escape(secret)}(?![0-9A-Za-z])", text) for secret in secrets):
         raise InputError(f"{path.name} holds the token", where=str(path), hint="take it out, and revoke that token")
     for place in (path.parent.resolve().parent, Path.cwd(), Path(os.path.expanduser("~"))):
-        named = rf"(?<![\w./-]){re.escape(str(place))}(?![\w-])"
+        named = rf"(?:(?<![\w./-])|(?<=://)){re.escape(str(place))}(?![\w-])"
         if place.is_absolute() and place != Path(place.anchor) and re.search(named, text):
             what = f"{path.name} holds the path {place} of this machine"
             raise InputError(what, where=str(path), hint="take it out, or export it again")
@@ -180,8 +180,9 @@ def _strings(document: Any) -> Iterator[str]:
 def _check_card(directory: Path, base_id: str, card: dict[Any, Any]) -> None:
     named = card.get("base_model")
     if named not in (base_id, [base_id]):
+        shown = repr(named) if isinstance(named, str) else "no single name"  # aliases can make a list endless
         raise InputError(
-            f"the card's base_model is {named!r}, and the record names {base_id!r}",
+            f"the card's base_model is {shown}, and the record names {base_id!r}",
             where=str(directory / README_FILE),
             hint="the Hub shows an adapter beside the base that its card names: put it right, or export again",
         )

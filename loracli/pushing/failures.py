@@ -24,7 +24,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public by i
 )
 
 from loracli.adapters.hub.failures import LOG_IN, HttpError, without_server_words
-from loracli.errors import AccessDenied, HubUnreachable, InputError, LoracatError
+from loracli.errors import AccessDenied, HubUnreachable, InputError, LoracatError, OutOfResources
+from loracli.machine import says_memory_ran_out
 
 AGAIN = "run the same command again: a commit appears whole or not at all, and what is there is not sent twice"
 
@@ -37,10 +38,7 @@ def push_errors(repo_id: str, *, creating: bool = False) -> Iterator[None]:
         with without_server_words(), _silently():
             yield
     except (OSError, ValueError, RuntimeError, HttpError) as error:
-        ours = _ours(error, repo_id, creating)
-        if ours is None:
-            raise
-        raise ours from error
+        raise _ours(error, repo_id, creating) from error
 
 
 @contextmanager
@@ -57,9 +55,11 @@ def _silently() -> Iterator[None]:
                 enable_progress_bars()
 
 
-def _ours(error: BaseException, repo_id: str, creating: bool) -> LoracatError | None:
-    """Our error for one of huggingface_hub's; None for a bug. Order matters: they inherit from each other freely."""
+def _ours(error: BaseException, repo_id: str, creating: bool) -> LoracatError:
+    """Our error for one of huggingface_hub's. Order matters: they inherit from each other freely."""
     match error:
+        case _ if says_memory_ran_out(error):
+            return OutOfResources("memory ran out", where=repo_id, hint="end other programs, then push again")
         case OfflineModeIsEnabled():
             return HubUnreachable("offline, and a push needs the Hub", where=repo_id, hint="unset HF_HUB_OFFLINE")
         case GatedRepoError():
@@ -88,7 +88,7 @@ def _ours(error: BaseException, repo_id: str, creating: bool) -> LoracatError | 
             return LoracatError(f"a file cannot be read: {error.strerror or type(error).__name__}", where=repo_id)
         case _:
             # The client says ValueError or RuntimeError to an answer that is none of a Hub's.
-            return _unreachable(error, repo_id) if isinstance(error, (HttpError, ValueError, RuntimeError)) else None
+            return _unreachable(error, repo_id)
 
 
 def _ours_by_status(status: int, repo_id: str, creating: bool) -> LoracatError:
@@ -101,7 +101,7 @@ def _ours_by_status(status: int, repo_id: str, creating: bool) -> LoracatError:
             what, where=repo_id, hint=f"try again; if it stays so, {LOG_IN}, as someone who may read it"
         )
     if status == 403:
-        what = f"this account or token may not {'create it' if creating else 'write to it'} ({status})"
+        what = f"this account or token may not {'create it' if creating else 'write to it'} (403)"
         hint = f"is {owner} you, or an organisation that you write for? the token needs write access: {LOG_IN}"
         return AccessDenied(what, where=repo_id, hint=hint)
     if status == 404 and creating:

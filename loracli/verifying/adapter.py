@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
 from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
-from loracli.adapters.tensor_file import open_regular
+from loracli.adapters.tensor_file import file_sha256, open_regular
 from loracli.algebra.concatenate import relative_error
 from loracli.algebra.convolutions import Convolution
 from loracli.algebra.factors import Factors, thin_svd
@@ -28,7 +28,6 @@ from loracli.export.profile import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
 from loracli.export.source import MethodSource, RecipeSource, Source
 from loracli.fitting.base import check_shapes
-from loracli.fusing.workplace import file_sha256
 from loracli.progress import Progress
 from loracli.recipe import BaseModule
 from loracli.schema import decode
@@ -374,7 +373,7 @@ def _kept_again(exact: Factors, own: Factors, known: ModuleCertificate, cut: _Cu
 
 
 def _check_figures(composed: Merged, own: Factors, known: ModuleCertificate, cut: _Cut, findings: Findings) -> None:
-    """The certificate's error and energy of a module, computed again as `_Plan._compose` does."""
+    """The certificate's error and energy of a module, computed again as `loracli.export.module.module_export` does."""
     share = composed.kept_energy
     kept = share * _kept_again(composed.factors, own, known, cut)
     plain = Factors(own.lora_A, own.lora_B, bias=own.bias)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from loracli.adapters.tensor_file import open_regular
+from loracli.adapters.tensor_file import file_sha256, open_regular
 from loracli.checkpoint import FLOATS, INDEX_FILE, Checkpoint, StoredTensor, read_bytes, read_checkpoint
 from loracli.errors import (
     AccessDenied,
@@ -31,7 +31,7 @@ from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
 from loracli.fusing.quantised import read_quantisation
 from loracli.fusing.stream import WIDENED
 from loracli.fusing.update import update_of
-from loracli.fusing.workplace import FUSE_CERTIFICATE, file_sha256
+from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.progress import Progress
 from loracli.schema import decode
 from loracli.verifying.findings import Findings

@@ -31,7 +31,7 @@ def skeleton_of(
     convolutions: Mapping[str, Convolution] | None = None,
 ) -> nn.Module:
     """A tree of empty layers with the names, kinds and shapes of the table, on the device `meta`; `experts` is how many
-    a parameter has."""
+    a parameter has, `convolutions` are the groups and kernels of those."""
     root = nn.Module()
     with torch.device("meta"):
         # PEFT wraps the parameters of a module in the order in which it has them.

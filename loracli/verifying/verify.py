@@ -44,6 +44,8 @@ def verify_directory(
         InputError: if the directory is none of loracat's, or an ingredient that is named cannot be used.
     """
     path, findings = Path(path), Findings()
+    if not path.is_dir():
+        raise InputError(f"{path} is no directory" if path.exists() else f"there is no directory {path}")
     given = None if recipe is None else Path(recipe)
     if (path / FUSE_CERTIFICATE).is_file():
         verify_model(

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from loracli.adapters.base_claim import BaseClaim
 from loracli.adapters.fetch_all import fetch_all
+from loracli.adapters.recorded import read_recorded
 from loracli.errors import (
     AdapterNotFound,
     IncompatibleAdapters,
@@ -104,10 +106,12 @@ def test_the_record_of_an_export_is_as_good_as_the_recipe(
 ) -> None:
     adapters, record = recipe.adapters[:2], tmp_path / "loracat.json"
     with_recipe = {"recipe": json.loads(make_recipe(tmp_path, *adapters).to_json()), "export": {}}
-    with_method = {"method": {}, "base": {"id": "org/base"}, "adapters": [encode(adapter) for adapter in adapters]}
+    base = {"id": "org/base", "commit": "c" * 40}
+    with_method = {"method": {}, "base": base, "adapters": [encode(adapter) for adapter in adapters]}
     for document in (with_recipe, with_method):
         record.write_text(json.dumps(document))
         assert [a.commit for a in fetch_all([str(record)], **options).adapters] == [a.commit for a in adapters]
+    assert read_recorded(record).base == BaseClaim("org/base", "c" * 40)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

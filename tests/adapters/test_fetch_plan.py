@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from loracli.adapters.hub import MAX_ADAPTER_BYTES, fetch_adapter, fetch_adapters, fetch_base
+from loracli.adapters.hub.side_by_side import side_by_side
 from loracli.errors import OutOfResources
 from tests.adapters.conftest import Recorder
 from tests.stub_hub import StubHub
@@ -79,7 +81,7 @@ def test_a_readme_above_a_mebibyte_is_left_out_and_that_is_said(hub: StubHub, op
     progress = Recorder()
     fetched = fetch_adapter(REPO, progress=progress, **options)
     assert [file.name for file in fetched.files] == ["adapter_config.json", WEIGHTS]
-    assert progress.notes == [f"{REPO}: README.md has 1.0 MB and is left out; nothing needs it"]
+    assert progress.notes == [f"{REPO}: README.md has 1.0 MB and is left out, and so is the licence that it states"]
     hub.add(REPO, {**ADAPTER, "README.md": bytes(MIB)})
     assert len(fetch_adapter(REPO, **options).files) == 3
 
@@ -138,3 +140,17 @@ def test_a_dry_run_tells_file_by_file_what_is_cached_and_asks_once(hub: StubHub,
     }
     assert fetch_adapter(REPO, **options).files == planned.files
     assert not any(file.cached for file in fetch_adapter(REPO, dry_run=True, force=True, **options).files)
+
+
+def test_a_failure_tells_the_others_to_stop() -> None:
+    stopped, told = threading.Event(), []
+
+    def work(number: int) -> int:
+        if number == 0:
+            raise OutOfResources("the first fails")
+        told.append(stopped.wait(20))
+        return number
+
+    with pytest.raises(OutOfResources, match="the first fails"):
+        side_by_side(work, range(8), stopped)
+    assert len(told) < 7 and all(told)  # the rest was never begun

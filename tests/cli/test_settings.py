@@ -131,13 +131,16 @@ def test_a_value_that_an_option_rejects_is_named_with_its_file(here: Path) -> No
     assert "error: loracat.toml: Invalid value for '--seed'" in run(*FIT).stderr
 
 
-def test_a_folder_brings_no_program_along(here: Path) -> None:
+def test_a_folder_brings_no_program_along(here: Path, user: Path) -> None:
     """A project's file is read without being asked for; one that is named, or the user's own, may name a program."""
     Path("loracat.toml").write_text('[fit]\nmetric-command = "touch run"\n')
     result = run(*FIT, "--dry-run")
     assert result.exit_code == 2 and "fit.metric-command" in result.stderr
     assert run(*FIT, "--dry-run", "--config", "loracat.toml").exit_code == 0
+    user.write_text('[fit]\nmetric-command = "cat"\n')
     Path("loracat.toml").rename("run.toml")
+    assert run(*FIT, "--dry-run").exit_code == 0
+    user.unlink()
     assert run(*FIT, "--dry-run", "--config", "run.toml").exit_code == 0
 
 
@@ -149,6 +152,8 @@ def test_a_variable_that_names_no_option_is_refused(here: Path, monkeypatch: pyt
     assert run("show").exit_code == 0  # it is no variable of that command
     monkeypatch.setenv("LORACAT_SHOW_RECIPES", "x")
     assert "LORACAT_SHOW_RECIPES" in run("show").stderr
+    monkeypatch.setenv("LORACAT_FIT_ADAPTER", "know form")
+    assert "LORACAT_FIT_ADAPTER" in run("fit").stderr  # rather than that --adapters is missing
 
 
 def test_a_recipe_repeats_its_fit_to_the_same_bytes(here: Path, user: Path) -> None:
@@ -157,6 +162,8 @@ def test_a_recipe_repeats_its_fit_to_the_same_bytes(here: Path, user: Path) -> N
     result = run("fit", "--config", "recipe.json", *given, "-o", "again.json")
     assert result.exit_code == 0, result.stderr
     assert Path("again.json").read_bytes() == Path("recipe.json").read_bytes()
+    Path("large.json").write_text(Path("recipe.json").read_text() + " " * (2 << 20))
+    assert run("fit", "--config", "large.json", *given, "-o", "third.json", "--dry-run").exit_code == 0
 
 
 def test_a_recipe_sets_all_that_it_records_wherever_it_lies(here: Path) -> None:
@@ -204,3 +211,10 @@ def test_env_tells_what_is_in_force_and_where_it_comes_from(
     spoken = run("env").stdout
     assert all(text in spoken for text in ("fit --passes", "export --rank", "LORACAT_NONSENSE", str(user)))
     assert "hf_canary" not in spoken
+    assert json.loads(run("env", "--config", "recipe.json", "--json").stdout)["config_files"] == [
+        str(user),
+        "recipe.json",
+    ]
+    for name in ("EXPORT_RANK", "QUIET", "NONSENSE"):
+        monkeypatch.delenv(f"LORACAT_{name}")
+    assert f"settings from {user}, loracat.toml\n" in run("env").stdout

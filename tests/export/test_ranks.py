@@ -16,6 +16,7 @@ from loracli.byte_size import parse_bytes
 from loracli.errors import UsageError
 from loracli.export.export import Exported, export_adapter
 from loracli.export.method import export_method
+from loracli.export.ranks import spectra_of_targets
 from loracli.recipe import Recipe
 from tests.export.test_export import Made
 
@@ -190,3 +191,8 @@ def test_sizes_are_read_as_they_are_written(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is no size"):
         parse_bytes(text, "--budget")
+
+
+def test_what_has_one_rank_is_judged_by_the_sum_of_its_updates() -> None:
+    found = spectra_of_targets({"p[0]": Tensor([4, 1]), "p[1]": Tensor([9]), "q": Tensor([2])})
+    assert {name: squares.tolist() for name, squares in found.items()} == {"p": [13, 1], "q": [2]}

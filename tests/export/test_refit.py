@@ -207,6 +207,11 @@ def test_a_cut_by_activations_is_refitted_and_verified_as_far_as_it_can_be(made:
     assert exported.refit is not None and exported.refit.kept == "refit"
     found = verify_directory(tmp_path / "out", adapters=[str(path) for path in made.paths])
     assert "every tensor against the composition" in [skipped.what for skipped in found.not_checked]
+    again = "loracat export --merge --activation-aware --refit --fit-data FILE --data HELD_OUT --rank 2 "
+    assert again in (tmp_path / "out" / "README.md").read_text()
+    made.refitted(tmp_path / "divided", activation_aware=True, fit_data=made.data, data=None)
+    again = "loracat export --merge --activation-aware --refit --fit-data FILE --rank 2 "
+    assert again in (tmp_path / "divided" / "README.md").read_text()
 
 
 def test_a_method_is_refitted_too_and_another_file_can_be_held_out(made: Planted, tmp_path: Path) -> None:
@@ -219,7 +224,9 @@ def test_a_method_is_refitted_too_and_another_file_can_be_held_out(made: Planted
     refit = exported.refit
     assert refit is not None and refit.kept == "refit" and refit.loss.refitted < refit.loss.truncated
     assert refit.loss.records == 30 and refit.held_out == "test.jsonl"
-    assert [(file.name, file.records) for file in refit.data] == [("fit.jsonl", 90)]
+    assert [(file.name, file.records) for file in refit.data] == [("fit.jsonl", 90)] and not refit.divided
+    again = "--merge --refit --fit-data FILE --data HELD_OUT --rank 2 "
+    assert again in (tmp_path / "out" / "README.md").read_text()
     verify_directory(tmp_path / "out", adapters=paths)
 
 

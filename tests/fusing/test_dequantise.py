@@ -291,10 +291,19 @@ def test_the_option_is_named_for_a_quantised_base_and_refused_for_another(tmp_pa
     made = Made(tmp_path, "plain")
     with pytest.raises(UsageError, match="is not quantised"):
         fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+    config = made.base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": None}))
+    fuse_model(made.recipe, tmp_path / "null", base=str(made.base), dry_run=True)  # is not quantised either
     QuantisedBase(made, **FORMATS["blocks"])
     with pytest.raises(BaseModelMismatch, match="is quantised") as caught:
         fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
     assert "--dequantise" in (caught.value.hint or "")
+
+
+def endless(state: Tensor) -> Tensor:
+    """A state of packed weights with an offset that no float can hold."""
+    fields = json.loads(bytes(state.tolist())) | {"nested_offset": 10**400}
+    return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -304,6 +313,7 @@ def test_the_option_is_named_for_a_quantised_base_and_refused_for_another(tmp_pa
         (lambda t: t.pop(f"{NAME}.weight.nested_quant_map"), "nested_quant_map .* does not fit"),
         (lambda t: t.update({f"{NAME}.weight": t[f"{NAME}.weight"][:-1]}), "does not fit"),
         (lambda t: t[f"{NAME}.weight{STATE}"].fill_(0), "is damaged"),
+        (lambda t: t.update({f"{NAME}.weight{STATE}": endless(t[f"{NAME}.weight{STATE}"])}), "is damaged"),
         (lambda t: t.pop(f"{NAME}.weight{STATE}"), "stands for nothing known"),
     ],
 )

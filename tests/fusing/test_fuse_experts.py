@@ -179,6 +179,9 @@ def test_layers_that_a_parameter_cannot_stand_for_are_refused_by_name(tmp_path: 
     ):
         other = expert_layers(tmp_path / "other", {"down_proj": (32, 48)}, "mlp.experts")
         export_method("sum", tmp_path / "out", adapters=[str(other)], base=str(qwen.base))
+    uneven = expert_layers(tmp_path / "uneven", {"gate_proj": (10, 32), "up_proj": (38, 32)}, "mlp.experts")
+    with pytest.raises(BaseModelMismatch, match=r"gate_up_proj by layers of \(out, in\) = \(10, 32\), not \(24, 32\)"):
+        on_base([read_adapter(str(uneven))], reference)  # together they have the base's 48 rows
 
 
 def test_a_recipe_of_layers_and_parameters_is_fitted_and_exported(tmp_path: Path, qwen: Mixture) -> None:
@@ -221,5 +224,5 @@ def test_rungs_that_experts_do_not_have_are_refused_for_layers_too(tmp_path: Pat
 
 def test_adapters_with_different_numbers_of_experts_are_refused_by_name(tmp_path: Path, qwen: Mixture) -> None:
     few = expert_layers(tmp_path / "few", {"down_proj": (32, 24)}, "mlp.experts", experts=3)
-    with pytest.raises(IncompatibleAdapters, match=r"down_proj has as many experts as 4 in .*, 3 in "):
+    with pytest.raises(IncompatibleAdapters, match=r"down_proj has different numbers of experts: 4 in .*, 3 in "):
         export_method("sum", tmp_path / "out", adapters=[qwen.names[0], str(few)], base=str(qwen.base))

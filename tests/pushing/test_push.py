@@ -169,6 +169,13 @@ def test_private_is_for_new_repositories(hub: UploadHub, push: Push) -> None:
     assert writes(hub) == []
 
 
+def test_a_repository_that_was_to_be_private_and_is_not_gets_nothing(hub: UploadHub, push: Push) -> None:
+    hub.all_public = True
+    with pytest.raises(AccessDenied, match="has made the repository public; nothing was uploaded"):
+        push(private=True)
+    assert hub.commits == [] and hub.large == {}
+
+
 def test_a_branch_is_made_and_the_default_one_is_left_alone(hub: UploadHub, push: Push, out: Path) -> None:
     new = push(revision="v2/cat")
     assert hub.head(REPO).files == EMPTY and hub.head(REPO, "v2/cat") == (new.commit, EMPTY | contents(out))
@@ -333,6 +340,14 @@ def base_in_card(out: Path) -> None:
     card.write_text(card.read_text().replace(f'base_model: "{BASE_ID}"', "base_model: else/where"))
 
 
+def endless_base_in_card(out: Path) -> None:
+    """Seven levels of eight are two million names, written out."""
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 8)]
+    names = "\n".join(["a0: &a0 x", *levels, "base_model: *a7"])
+    card = out / "README.md"
+    card.write_text(card.read_text().replace(f'base_model: "{BASE_ID}"', names))
+
+
 def path_of_author(fields: dict[str, Any]) -> None:
     fields["recipe"]["adapters"][0]["base_model"] = "/home/alice/llama"
 
@@ -351,15 +366,25 @@ def path_of_author(fields: dict[str, Any]) -> None:
         (lambda out: (out / "README.md").unlink(), 3, "lacks README.md"),
         (base_in_card, 3, "the card's base_model is 'else/where'"),
         (lambda out: (out / "README.md").write_text("---\n- a\n---\n"), 3, "is no mapping"),
+        (endless_base_in_card, 3, "the card's base_model is no single name, and"),
         (lambda out: add_to_card(out, f"see {Path.cwd()}/recipe.json"), 3, "holds the path"),
         (lambda out: add_to_card(out, f"see `{out.parent}`"), 3, "holds the path"),
+        (lambda out: add_to_card(out, f"see file://{out.parent}/recipe.json"), 3, "holds the path"),
+        (lambda out: add_to_card(out, f"see {Path.home()}/recipe.json"), 3, "holds the path"),
         (lambda out: add_to_card(out, "token: hf_canary_that_may_write"), 3, "holds the token"),
         (lambda out: change(out / "loracat.json", path_of_author), 3, "holds the path /home/alice/llama"),
     ],
 )
 def test_what_must_not_go_up_is_refused_before_any_request(
-    hub: UploadHub, push: Push, out: Path, damage: Callable[[Path], object], code: int, said: str
+    hub: UploadHub,
+    push: Push,
+    out: Path,
+    damage: Callable[[Path], object],
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")  # neither the current folder nor above the export
     damage(out)
     with pytest.raises(LoracatError, match=said) as caught:
         push()

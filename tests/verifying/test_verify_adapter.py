@@ -215,6 +215,8 @@ def test_without_ingredients_it_says_what_was_not_checked(tmp_path: Path) -> Non
         verify_directory(out, adapters=[paths[0], str(tmp_path / "nowhere")])
     with pytest.raises(InputError, match="nothing that loracat wrote"):
         verify_directory(made.paths[0])
+    with pytest.raises(InputError, match="there is no directory"):
+        verify_directory(tmp_path / "nowhere")
 
 
 def test_a_changed_ingredient_and_another_recipe_are_found(tmp_path: Path) -> None:

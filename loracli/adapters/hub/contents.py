@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable
 
 from loracli.adapters.hub.source import Kind, Listing, Source
-from loracli.adapters.names import CONFIG_FILE, MLX_TENSOR_FILE, TENSOR_FILE, TENSOR_FILES
+from loracli.adapters.names import CONFIG_FILE, MLX_TENSOR_FILE, README_FILE, TENSOR_FILE, TENSOR_FILES
 from loracli.adapters.references import URI_PREFIX
 from loracli.errors import AdapterNotFound, InputError, UnsupportedAdapter
 
 PICKLE_NAME = "adapter_model.bin"
 # In the order of download: whoever finds the weights in the cache knows that the rest came before them.
-ADAPTER_FILES = ("README.md", CONFIG_FILE, *TENSOR_FILES)
+ADAPTER_FILES = (README_FILE, CONFIG_FILE, *TENSOR_FILES)
 
 BASE_CONFIG = "config.json"
 BASE_WEIGHTS = "model.safetensors"

@@ -10,11 +10,10 @@ from pathlib import Path
 from loracli.adapters.hub.contents import BASE_CONFIG
 from loracli.adapters.hub.digests import has_digest, is_digest
 from loracli.adapters.hub.source import Copy, FetchedFile, Listing, Source
-from loracli.adapters.names import CONFIG_FILE
+from loracli.adapters.names import CONFIG_FILE, README_FILE
 from loracli.errors import HubUnreachable, OutOfResources, OutputExists
 from loracli.progress import amount_text
 
-README = "README.md"
 MAX_SMALL_BYTES = 1 << 20  # of a config or a README; whoever writes them may be anybody
 _CONFIGS = (CONFIG_FILE, BASE_CONFIG)
 
@@ -77,10 +76,12 @@ def make_plan(source: Source, listing: Listing) -> Plan:
             what = f"the Hub lists {name} without size or hash"
             raise HubUnreachable(what, where=source.name, hint="is HF_ENDPOINT a Hub?")
     plan = Plan(source, listing, tuple(names))
-    if README in names and plan.size_of(README) > MAX_SMALL_BYTES:
-        much = amount_text(plan.size_of(README), "B")
-        source.progress.warn(f"{source.name}: {README} has {much} and is left out; nothing needs it")
-        plan = Plan(source, listing, tuple(name for name in names if name != README))
+    if README_FILE in names and plan.size_of(README_FILE) > MAX_SMALL_BYTES:
+        much = amount_text(plan.size_of(README_FILE), "B")
+        source.progress.warn(
+            f"{source.name}: {README_FILE} has {much} and is left out, and so is the licence that it states"
+        )
+        plan = Plan(source, listing, tuple(name for name in names if name != README_FILE))
     _check_ceilings(plan)
     if source.local_dir is not None and not source.force:
         _refuse_to_overwrite(plan)

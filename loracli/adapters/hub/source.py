@@ -60,7 +60,7 @@ class Source:
     Attributes:
         max_bytes: the most that all of its files may have together; None for no ceiling.
         recheck: whether what is cached is hashed again; what is transferred always is.
-        The others are the arguments of `fetch_adapter`, as given.
+        The others are as for `fetch_adapters`.
     """
 
     kind: Kind
