@@ -349,7 +349,8 @@ def test_the_next_command_is_named_with_what_was_given_and_can_be_typed(here: Pa
     Path("it's").mkdir()
     adapters = ["know how; $(rm)", "form"]
     assert hinted("inspect", *adapters) == ["loracat", "fit", "--adapters", *adapters, "--data", "val.jsonl"]
-    following = _export_of("ties", MethodOptions(density=0.9), None, adapters)
+    following = _export_of("ties", MethodOptions(density=0.9), None, adapters, {"base": "base"})
+    assert following[-2:] == adapters and following[-5:-3] == ["--base", "base"]
     assert run(*following[1:], "--dry-run").exit_code == 0
     fit = ["fit", "--adapters", *adapters, "--data", "calibration.jsonl", "--base", "base", "--mixing", "adapter"]
     following = hinted(*fit, "--passes", "2", "-o", "it's/soup.json")
@@ -360,10 +361,24 @@ def test_the_next_command_is_named_with_what_was_given_and_can_be_typed(here: Pa
 
 @pytest.mark.parametrize("best", ["ties", "dare", "lorahub", "fit", "module", "base", "random"])
 def test_only_what_can_be_exported_is_named_after_a_comparison(best: str) -> None:
-    words = _export_of(best, MethodOptions(density=0.5, scale=2.0, seed=3), None, ["a b"])
+    given = {"base": "my base", "base-revision": None, "modules-to-save": "refuse"}
+    words = _export_of(best, MethodOptions(density=0.5, scale=2.0, seed=3), None, ["a b"], given)
     expected = {
-        "ties": ["--method", "ties", "--density", "0.5", "--scale", "2.0", "--adapters", "a b"],
-        "dare": ["--method", "dare", "--density", "0.5", "--scale", "2.0", "--seed", "3", "--adapters", "a b"],
+        "ties": ["--method", "ties", "--density", "0.5", "--scale", "2.0", "--base", "my base", "--adapters", "a b"],
+        "dare": [
+            "--method",
+            "dare",
+            "--density",
+            "0.5",
+            "--scale",
+            "2.0",
+            "--seed",
+            "3",
+            "--base",
+            "my base",
+            "--adapters",
+            "a b",
+        ],
         "fit": ["--adapters", "a b"],
     }
     assert words[2:] == expected.get(best, []) and words[:2] in ([], ["loracat", "export"])

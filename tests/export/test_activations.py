@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from loracli.export.activations import recorded_moments
 from loracli.export.export import export_adapter
 from loracli.export.ingredients import read_ingredients
 from loracli.export.source import RecipeSource
-from loracli.fitting.activations import MOST_RECORDS, chosen_records
+from loracli.fitting.activations import MOST_RECORDS, _watched, chosen_records
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.recipe import activations_path
@@ -82,6 +83,18 @@ def test_the_moments_are_those_of_a_model_with_the_update_in_its_weights(tmp_pat
         x = seen[name]
         z = lora_A.T[x] if isinstance(model.get_submodule(name), nn.Embedding) else x.double() @ lora_A.T
         torch.testing.assert_close(found[name], z.T @ z / len(z), rtol=1e-3, atol=1e-4 * float(found[name].abs().max()))
+
+
+def test_a_layer_that_a_model_runs_twice_is_seen_twice() -> None:
+    torch.manual_seed(0)
+    layer, A, inputs = nn.Linear(5, 5, bias=False), torch.randn(3, 5), torch.randn(2, 4, 5)
+    model = nn.ModuleDict({"shared": layer})
+    objective: Any = SimpleNamespace(attached=SimpleNamespace(model=model), record_sums=lambda _: layer(layer(inputs)))
+    with _watched(objective, {"shared": A}) as sums_of, torch.inference_mode():
+        sums, rows = sums_of(objective)
+        z = torch.cat([x.reshape(-1, 5) for x in (inputs, layer(inputs))]) @ A.T
+    assert rows.tolist() == [16]
+    torch.testing.assert_close(sums.view(3, 3), (z.T @ z).double(), rtol=1e-5, atol=1e-5)
 
 
 def test_an_export_cuts_every_module_by_its_moment(tmp_path: Path, data: Path) -> None:

@@ -21,7 +21,7 @@ from loracli.fitting.base import BasePlan, BaseReference, load_base, plan_base
 from loracli.fitting.checkpointing import checkpointed
 from loracli.fitting.loss import Objective, make_objective
 from loracli.fitting.mixing import make_layout
-from loracli.fitting.preflight import MemoryEstimate, decide_memory, estimate_memory
+from loracli.fitting.preflight import MemoryEstimate, _rank_rows, decide_memory, estimate_memory
 from tests import tiny
 from tests.fitting.allocations import allocated_bytes, saved_bytes
 from tests.tiny import make_adapter, make_base
@@ -103,6 +103,17 @@ def test_the_estimate_is_within_half_of_what_is_allocated(
     assert 1 / 1.5 < estimate.activations / saved < 1.5
     assert 1 / 1.5 < (estimate.activations + estimate.head) / peaks[0] < 1.5
     assert 1 / 1.5 < (estimate.checkpointed + estimate.head) / peaks[1] < 1.5
+
+
+def test_a_token_meets_the_ranks_of_the_experts_that_it_is_sent_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rank 16 in gate_up_proj of 8 experts, 2 a token; and of q_proj and v_proj in each layer."""
+    sizes = {**WIDE_MLP, "num_local_experts": 8, "num_experts_per_tok": 2}
+    path, (first, _) = built(tmp_path, monkeypatch, MixtralConfig, sizes)
+    skeleton = plan_of(path).skeleton
+    layers = len([name for name in first.targets if name.endswith("gate_up_proj")])
+    assert layers and _rank_rows(skeleton, first) == layers * (2 * 16 + 2 * 16)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
