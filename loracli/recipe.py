@@ -20,10 +20,10 @@ from loracli.adapters.names import TENSOR_FILES, layer, leaf, target_of
 from loracli.atomic import replaced_file, write_file
 from loracli.errors import OutputExists, UsageError
 from loracli.fit_record import FitRecord
-from loracli.schema import encode
+from loracli.schema import added, encode, schema_of
 
-SCHEMA = 3
-WITHOUT_ACTIVATIONS = 2  # the schema of a recipe that has none, as those of earlier versions
+FIRST_SCHEMA = 2  # that is still read
+SCHEMA = 4
 FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million records agree by chance once in 500
 
 ModuleKind = Literal["linear", "conv1d", "embedding", "experts", "convolution", "other"]
@@ -108,6 +108,7 @@ class RecipeData:
         dropped: records of the file that have nothing scored within the longest length.
         cut: records of the file that were cut at the longest length, the dropped ones included.
         template_sha256: of the chat template that rendered it, None where none did.
+        unread: keys of its records that were not read.
         record_sha256: the first 12 digits of the sha256 of each training record's content, end to end, so that a later
             comparison can tell a record that was fitted on.
     """
@@ -124,6 +125,7 @@ class RecipeData:
     cut: int
     template_sha256: str | None
     record_sha256: str
+    unread: tuple[str, ...] = added(4, ())
 
     def fingerprints(self) -> set[str]:
         """What `record_sha256` holds."""
@@ -145,6 +147,7 @@ class RecipeMixing:
         numbers: how many numbers were fitted.
         tensors_sha256: of the file with the tensors, None without.
         tensors: by name, float64 M_l (R, R), or float32 lora_A (r, in) and lora_B (out, r); not part of the document.
+        unreached: modules that no record reached; the weight of one that stands alone in its group is the start's.
     """
 
     kind: MixingKind
@@ -152,6 +155,7 @@ class RecipeMixing:
     numbers: int
     tensors_sha256: str | None = None
     tensors: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    unreached: tuple[str, ...] = added(4, ())
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,7 @@ class Recipe:
     dtype: str
     held_out: HeldOut
     versions: dict[str, str]
-    activations: RecipeActivations | None = None
+    activations: RecipeActivations | None = added(3, None)
     folder: Path = field(default=Path(), compare=False)
 
     def weights_of(self, module: str) -> tuple[float | None, ...]:
@@ -309,10 +313,7 @@ class Recipe:
 
     def to_json(self) -> str:
         """The document, the same bytes for the same recipe."""
-        document = {"loracat_recipe": SCHEMA, **encode(self)}
-        if self.activations is None:
-            document["loracat_recipe"] = WITHOUT_ACTIVATIONS
-            del document["activations"]
+        document = {"loracat_recipe": schema_of(self, FIRST_SCHEMA), **encode(self)}
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def _moved_to(self, folder: Path) -> Recipe:

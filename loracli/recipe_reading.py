@@ -8,8 +8,8 @@ from typing import Any
 
 from loracli.adapters.names import CONFIG_FILE, TENSOR_FILES
 from loracli.errors import RecipeError
-from loracli.recipe import INLINE_KINDS, OTHER_ROWS, SCHEMA, WITHOUT_ACTIVATIONS, Recipe, RecipeMixing
-from loracli.schema import decode
+from loracli.recipe import FIRST_SCHEMA, INLINE_KINDS, OTHER_ROWS, SCHEMA, Recipe, RecipeMixing
+from loracli.schema import decode, schema_of
 from loracli.strict_json import StrictJsonError, parse_json
 
 MAX_RECIPE_BYTES = 64 << 20
@@ -62,16 +62,15 @@ def decode_recipe(fields: Any, name: str, folder: Path) -> Recipe:
         raise RecipeError(f"{name} is no recipe of loracat")
     fields = dict(fields)
     schema = fields.pop("loracat_recipe")
-    if type(schema) is not int or schema not in (WITHOUT_ACTIVATIONS, SCHEMA):
+    if type(schema) is not int or not FIRST_SCHEMA <= schema <= SCHEMA:
         raise RecipeError(
-            f"{name} has the schema {schema!r}; this version reads {WITHOUT_ACTIVATIONS} and {SCHEMA}",
+            f"{name} has the schema {schema!r}; this version reads {FIRST_SCHEMA} to {SCHEMA}",
             hint=_schema_hint(schema),
         )
     problems: list[str] = []
-    if (fields.get("activations") is not None) != (schema == SCHEMA):
-        problems.append(f"activations: {'missing' if schema == SCHEMA else 'unknown'}")
-    fields.setdefault("activations", None)
     recipe = decode(Recipe, fields, "", problems)
+    if not problems and schema != (least := schema_of(recipe, FIRST_SCHEMA)):
+        problems.append(f"loracat_recipe: expected {least} for these fields, got {schema}")
     if not problems:
         problems = _contradictions(recipe)
     if problems:

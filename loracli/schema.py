@@ -1,4 +1,8 @@
-"""Frozen dataclasses to JSON and back, with every problem of a document found at once."""
+"""Frozen dataclasses to JSON and back, with every problem of a document found at once.
+
+A field that came later (`added`) is left out of the document where it has its default. So a document says no more than
+it has to, older readers take what holds nothing new, and `schema_of` gives the first schema that has all of it.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,35 @@ import json
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+_SINCE = "since"  # in the metadata of a field
+
 
 def document_fields(kind: Any) -> list[dataclasses.Field[Any]]:
     """The fields of a dataclass that belong to its document: those by which two values are compared."""
     return [field for field in dataclasses.fields(kind) if field.compare]
 
 
+def added(since: int, default: Any) -> Any:
+    """A field that documents have from the schema `since` on, and only where it is not the default."""
+    return dataclasses.field(default=default, metadata={_SINCE: since})
+
+
+def schema_of(value: Any, first: int) -> int:
+    """The first schema, `first` or later, that has every field of the value's document."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        written = _written(value)
+        return max([first, *(int(f.metadata.get(_SINCE, first)) for f in written),
+                    *(schema_of(getattr(value, f.name), first) for f in written)])  # fmt: skip
+    if isinstance(value, (dict, tuple, list)):
+        items = value.values() if isinstance(value, dict) else value
+        return max((schema_of(item, first) for item in items), default=first)
+    return first
+
+
 def encode(value: Any) -> Any:
     """The value in JSON's own types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: encode(getattr(value, f.name)) for f in document_fields(value)}
+        return {f.name: encode(getattr(value, f.name)) for f in _written(value)}
     if isinstance(value, dict):
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -64,13 +87,20 @@ def _fields(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         problems.append(f"{path or 'the document'}: expected an object, got {json.dumps(value)[:60]}")
         return value
     hints = get_type_hints(kind)
-    names = [f.name for f in document_fields(kind)]
+    names = {f.name: _SINCE in f.metadata for f in document_fields(kind)}  # and whether it may be left out
     prefix = f"{path}." if path else ""
-    problems += [f"{prefix}{name}: missing" for name in names if name not in value]
+    missing = [name for name, added in names.items() if name not in value and not added]
+    problems += [f"{prefix}{name}: missing" for name in missing]
     problems += [f"{prefix}{name}: unknown" for name in value if name not in names]
-    if any(name not in value for name in names):
+    if missing:
         return value
-    return kind(**{name: decode(hints[name], value[name], f"{prefix}{name}", problems) for name in names})
+    there = [name for name in names if name in value]
+    return kind(**{name: decode(hints[name], value[name], f"{prefix}{name}", problems) for name in there})
+
+
+def _written(value: Any) -> list[dataclasses.Field[Any]]:
+    """The fields that stand in a value's document."""
+    return [f for f in document_fields(value) if _SINCE not in f.metadata or getattr(value, f.name) != f.default]
 
 
 def _fits(kind: Any, value: Any) -> bool:

@@ -362,10 +362,25 @@ def test_a_weight_that_is_no_number_is_refused(tmp_path: Path) -> None:
             load_recipe(tmp_path / "r.json")
 
 
+def test_a_recipe_has_the_first_schema_that_has_its_fields(tmp_path: Path) -> None:
+    fields = saved(tmp_path)
+    assert fields["loracat_recipe"] == 2 and "unread" not in fields["data"][0]
+    fields["data"][0]["unread"] = ["notes"]
+    path = tmp_path / "edited.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert caught.value.problems == ("loracat_recipe: expected 4 for these fields, got 2",)
+    path.write_text(json.dumps(fields | {"loracat_recipe": 4}))
+    recipe = load_recipe(path)
+    assert recipe.data[0].unread == ("notes",)
+    assert json.loads(recipe.to_json())["loracat_recipe"] == 4
+
+
 @pytest.mark.parametrize(
     ("version", "way_out"),
     [
-        (4, "upgrade"),
+        (5, "upgrade"),
         (99, "upgrade"),
         (1, "fit again"),
         (0, None),
@@ -380,7 +395,7 @@ def test_another_schema_is_refused_with_the_way_out_where_there_is_one(
     tmp_path: Path, version: object, way_out: str | None
 ) -> None:
     (tmp_path / "r.json").write_text(json.dumps(saved(tmp_path) | {"loracat_recipe": version, "new_field": 1}))
-    with pytest.raises(RecipeError, match="has the schema .*this version reads 2 and 3") as caught:
+    with pytest.raises(RecipeError, match="has the schema .*this version reads 2 to 4") as caught:
         load_recipe(tmp_path / "r.json")
     assert caught.value.problems == ()
     assert (way_out in (caught.value.hint or "")) if way_out else caught.value.hint is None
