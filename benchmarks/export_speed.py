@@ -38,8 +38,9 @@ import torch
 from torch import nn
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
-from loracli.adapters.names import CONFIG_FILE, TENSOR_FILE, format_tensor_name
+from loracli.adapters.names import format_tensor_name
 from loracli.export.export import export_adapter
+from loracli.file_names import CONFIG_FILE, TENSOR_FILE
 from loracli.fit_record import FitRecord
 from loracli.recipe import (
     BaseModule,

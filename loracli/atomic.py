@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, README_FILE, TENSOR_FILE
 from loracli.errors import LoracatError, OutOfResources, OutputExists
+from loracli.file_names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, README_FILE, TENSOR_FILE
 from loracli.machine import DISK_FULL
 
 CERTIFICATE_FILE = "loracat.json"

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loracli.adapters.names import CONFIG_FILE, TENSOR_FILES
 from loracli.errors import RecipeError
+from loracli.file_names import CONFIG_FILE, TENSOR_FILES
 from loracli.recipe import FIRST_SCHEMA, INLINE_KINDS, OTHER_ROWS, SCHEMA, Recipe, RecipeMixing
 from loracli.schema import decode, schema_of
 from loracli.strict_json import StrictJsonError, parse_json

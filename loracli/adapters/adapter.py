@@ -17,8 +17,6 @@ from loracli.adapters.experts import ExpertTensors, StoredExpert, targeted_param
 from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.adapters.mlx import is_mlx, read_mlx
 from loracli.adapters.names import (
-    CONFIG_FILE,
-    TENSOR_FILE,
     Part,
     format_tensor_name,
     numbered_name,
@@ -32,6 +30,7 @@ from loracli.adapters.tensor_file import TensorFile, open_tensor_file
 from loracli.algebra.convolutions import Convolution
 from loracli.algebra.factors import Factors
 from loracli.errors import MalformedAdapter
+from loracli.file_names import CONFIG_FILE, TENSOR_FILE
 
 _MAY_BE_KERNELS = frozenset({"lora_A", "lora_B"})
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")

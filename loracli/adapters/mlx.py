@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from loracli.adapters.config import MAX_RANK, AdapterConfig, read_fields
-from loracli.adapters.names import CONFIG_FILE, MLX_TENSOR_FILE, TENSOR_FILE, leaf
+from loracli.adapters.names import leaf
 from loracli.adapters.tensor_file import TensorFile, open_tensor_file
 from loracli.algebra.factors import Factors
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
+from loracli.file_names import CONFIG_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 
 _NAME = re.compile(r"(?P<module>[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)\.(?P<part>lora_[ab])")
 # An MLX embedding shares its update with the head of a tied base, which the file does not tell.

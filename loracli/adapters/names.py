@@ -33,14 +33,6 @@ from typing import Literal
 
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 
-CONFIG_FILE = "adapter_config.json"
-README_FILE = "README.md"
-TENSOR_FILE = "adapter_model.safetensors"
-MLX_TENSOR_FILE = "adapters.safetensors"
-TENSOR_FILES = (TENSOR_FILE, MLX_TENSOR_FILE)
-GGUF_FILE = "adapter.gguf"
-CORES_FILE = "loracat-refit.cores"
-
 PREFIX = "base_model.model."
 
 Part = Literal["lora_A", "lora_B", "lora_bias", "lora_embedding_A", "lora_embedding_B", "base_layer"]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loracli.adapters.names import GGUF_FILE
 from loracli.cli._complete import complete_adapter
 from loracli.cli._options import DryRunOpt, ForceOpt, JsonOpt, QuietOpt
 from loracli.cli._output import Output
+from loracli.file_names import GGUF_FILE
 from loracli.progress import amount_text
 
 if TYPE_CHECKING:

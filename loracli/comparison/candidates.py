@@ -12,7 +12,8 @@ from loracli.comparison.composition import Composition, of_factors, of_method, o
 from loracli.comparison.controls import random_adapters, train_fresh_lora
 from loracli.comparison.fitted import SEARCH_RECORDS, Calibration, fit_rung, search_weights
 from loracli.comparison.inputs import CompareInputs
-from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FRESH_LORA, PAPER, RANDOM, RUNGS
+from loracli.comparison.paper_name import PAPER
+from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FRESH_LORA, RANDOM, RUNGS
 from loracli.errors import UsageError
 from loracli.evaluation.comparison import RowKind, Skipped
 from loracli.evaluation.held_out import FIT

@@ -15,7 +15,7 @@ from loracli.calibration.dataset import Dataset
 from loracli.calibration.render import Example
 from loracli.calibration.split import shuffled
 from loracli.comparison.composition import Composition, weighted
-from loracli.comparison.settings import PAPER
+from loracli.comparison.paper_name import PAPER
 from loracli.fitting.attach import AttachedModel, attach
 from loracli.fitting.base import BaseModel
 from loracli.fitting.engine import Engine

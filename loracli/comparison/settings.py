@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields
 
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import MethodOptions
+from loracli.comparison.paper_name import PAPER
 from loracli.errors import UsageError
 from loracli.export.source import takes
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.recipe import MIXING_KINDS
 
 ALL, DATA_FREE = "all", "data-free"
-PAPER = "paper"
 RUNGS = (*MIXING_KINDS, AUTO, PAPER)
 FRESH_LORA, RANDOM, DATAMIX = "fresh-lora", "random", "datamix"
 CONTROLS = (FRESH_LORA, RANDOM, DATAMIX)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.names import CONFIG_FILE, target_of
+from loracli.adapters.names import target_of
 from loracli.algebra.methods.method import Method
 from loracli.checkpoint import FLOATS, Checkpoint
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
@@ -19,6 +19,7 @@ from loracli.export.base_table import BaseTable
 from loracli.export.ingredients import read_ingredients
 from loracli.export.method import DEFAULTS, find_method, published_identities, read_to_compose
 from loracli.export.source import MethodSource, RecipeSource, Source
+from loracli.file_names import CONFIG_FILE
 from loracli.fitting.base import BasePlan, base_modules, check_shapes, find_base, on_base, plan_base
 from loracli.fusing.base_files import read_config
 from loracli.fusing.plan import FusionPlan

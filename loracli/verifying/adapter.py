@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
-from loracli.adapters.names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.adapters.tensor_file import file_sha256, open_regular
 from loracli.algebra.concatenate import relative_error
 from loracli.algebra.convolutions import Convolution
@@ -27,6 +26,7 @@ from loracli.export.certificate import ModuleCertificate
 from loracli.export.profile import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
 from loracli.export.source import MethodSource, RecipeSource, Source
+from loracli.file_names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.fitting.base import check_shapes
 from loracli.progress import Progress
 from loracli.recipe import BaseModule

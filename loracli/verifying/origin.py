@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.names import MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
@@ -29,6 +28,7 @@ from loracli.errors import (
 from loracli.export.base_table import BaseTable
 from loracli.export.ingredients import by_names_of, read_recorded, recorded_policy
 from loracli.export.source import MethodSource, RecipeSource
+from loracli.file_names import MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.progress import Progress
 from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, without_paths
 from loracli.recipe_reading import decode_recipe, load_recipe

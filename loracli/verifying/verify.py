@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loracli.adapters.names import MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.adapters.tensor_file import open_regular
 from loracli.atomic import CERTIFICATE_FILE
 from loracli.errors import InputError, IntegrityError
+from loracli.file_names import MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.progress import SILENT, Progress
 from loracli.strict_json import StrictJsonError, parse_json

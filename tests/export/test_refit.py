@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from loracli.adapters.names import CORES_FILE
 from loracli.calibration.dataset import read_dataset
 from loracli.cli import app
 from loracli.errors import IntegrityError, UsageError
@@ -25,6 +24,7 @@ from loracli.export.export import Exported, export_adapter
 from loracli.export.method import export_method
 from loracli.export.refit import read_cores, write_cores
 from loracli.export.source import RecipeSource
+from loracli.file_names import CORES_FILE
 from loracli.fitting.attach import attach
 from loracli.fitting.mixing import make_layout
 from loracli.recipe import RecipeMixing

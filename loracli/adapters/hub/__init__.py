@@ -26,9 +26,9 @@ from loracli.adapters.hub.contents import (
 from loracli.adapters.hub.plan import MAX_SMALL_BYTES
 from loracli.adapters.hub.source import FetchedFile, Source
 from loracli.adapters.hub.transfer import fetch
-from loracli.adapters.names import CONFIG_FILE
 from loracli.adapters.references import URI_PREFIX, Reference, parse_reference
 from loracli.errors import MalformedAdapter, UsageError
+from loracli.file_names import CONFIG_FILE
 from loracli.progress import SILENT, Progress
 from loracli.strict_json import StrictJsonError, parse_json
 

@@ -26,8 +26,8 @@ from huggingface_hub.errors import (
 )
 
 from loracli.adapters.hub.source import Source
-from loracli.adapters.names import CONFIG_FILE
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, IntegrityError, LoracatError, OutOfResources
+from loracli.file_names import CONFIG_FILE
 from loracli.machine import DISK_FULL
 from loracli.progress import SILENT, Progress
 

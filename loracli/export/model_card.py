@@ -1,0 +1,123 @@
+"""The model card of an exported adapter: README.md, with metadata that the Hub understands."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from loracli.export.card import CardText
+from loracli.export.certificate import Certificate
+from loracli.export.profile import CAUSAL_LM, Layout
+
+
+def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merged: bool, options: str) -> str:
+    """README.md of the export; `options` are those of its command that concern compression, dtype and layout."""
+    title = f"compressed to rank {layout.rank}" if merged else f"of rank {layout.rank}"
+    library = "mlx" if layout.profile == "mlx" else "peft"
+    return "\n".join(
+        [
+            *front_matter(text.base_id, "adapter", library, text.licence, writes=layout.task_type == CAUSAL_LM),
+            f"# LoRA adapter {text.made or f'composed of {text.adapters}'}, {title}",
+            "",
+            f"One LoRA adapter for `{text.base_id}` that carries the skills of its ingredients.",
+            *text.how,
+            f"Made with loracat {text.version}.",
+            "",
+            "## Ingredients",
+            "",
+            *text.ingredients,
+            *_licence(text),
+            *text.results,
+            "## Exactness",
+            "",
+            f"Largest relative error of a written update against the exact one: {certificate.largest_error:.1e}."
+            + (f" Energy kept by the truncation: {_percent(certificate.mean_energy)} on average, "
+               f"{_percent(certificate.least_energy)} at least." if merged else ""),
+            "",
+            "## Use",
+            "",
+            *_use(text.base_id, layout),
+            "",
+            *_servers(layout),
+            *text.repeat.section(options),
+        ]
+    )  # fmt: skip
+
+
+def _licence(text: CardText) -> list[str]:
+    if text.licence is not None:
+        return []
+    return ["No licence is stated here, because the ingredients do not all state the same one.", ""]
+
+
+def _use(base_id: str, layout: Layout) -> list[str]:
+    if layout.profile == "mlx":
+        base = base_id if re.fullmatch(r"[\w./-]+", base_id, re.ASCII) else "BASE"
+        return ["```bash", f"mlx_lm.generate --model {base} --adapter-path path/to/this/adapter --prompt ...", "```"]
+    return [
+        "```python",
+        "from peft import PeftModel",
+        'model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")',
+        "```",
+    ]
+
+
+def front_matter(
+    base_id: str, relation: str, library: str, licence: str | None = None, *, writes: bool = True
+) -> list[str]:
+    """What the Hub reads of a card: the base, what this is of it, its licence if it may state one, and whether it is of
+    a model that writes text."""
+    tags = ["lora", "transformers", "loracat", "merge", f"base_model:{relation}:{base_id}"]
+    return [
+        "---",
+        f"base_model: {json.dumps(base_id)}",
+        f"base_model_relation: {relation}",
+        f"library_name: {library}",
+        *([] if licence is None else [f"license: {json.dumps(licence)}"]),
+        *(["pipeline_tag: text-generation"] if writes else []),
+        "tags:",
+        *(f"- {json.dumps(tag)}" for tag in tags),
+        "---",
+        "",
+    ]
+
+
+def _servers(layout: Layout) -> list[str]:
+    kinds = {name.rpartition(".")[2] for name in layout.ranks}
+    embeddings = sorted(kinds & {"embed_tokens", "lm_head", "wte", "wpe"})
+    if layout.profile == "mlx":
+        return ["This adapter is in the layout of mlx-lm; nothing else reads it.", ""]
+    if layout.profile == "peft":
+        if layout.readers == "PEFT":
+            return [f"Only PEFT reads this adapter: {layout.reason}.", ""]
+        if layout.experts:
+            return [
+                "This adapter changes the parameters of experts, which PEFT reads, and vLLM for the models whose",
+                f"experts it keeps in one tensor; other servers do not. Reason: {layout.reason}.",
+                "",
+            ]
+        return [
+            "This adapter keeps single ranks per module (rank_pattern), which PEFT and vLLM read; SGLang, TGI and",
+            f"llama.cpp's converter may not. Reason: {layout.reason or 'asked for'}.",
+            "",
+        ]
+    if embeddings:
+        return [
+            f"It adapts {', '.join(embeddings)}: PEFT and vLLM read that; for other servers look it up first.",
+            "",
+        ]
+    if layout.alone:
+        return [
+            f"It adapts {', '.join(layout.alone)}: PEFT, vLLM, TGI and llama.cpp's converter read that, SGLang stacks",
+            "the two and does not.",
+            "",
+        ]
+    return [
+        "The layout keeps to what PEFT, vLLM, SGLang, TGI and llama.cpp's converter have in common: one rank,",
+        "scaling 1, no patterns. It was tested by loading with PEFT.",
+        "",
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
