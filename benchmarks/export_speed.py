@@ -40,19 +40,10 @@ from torch import nn
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.names import format_tensor_name
 from loracli.export.export import export_adapter
-from loracli.file_names import CONFIG_FILE, TENSOR_FILE
 from loracli.fit_record import FitRecord
-from loracli.recipe import (
-    BaseModule,
-    HeldOut,
-    HeldOutRow,
-    Recipe,
-    RecipeAdapter,
-    RecipeBase,
-    RecipeData,
-    RecipeMixing,
-)
-from loracli.tensor_writer import write_tensors
+from loracli.recipe import BaseModule, HeldOut, HeldOutRow, Recipe, RecipeAdapter, RecipeBase, RecipeData, RecipeMixing
+from loracli.system.files import CONFIG_FILE, TENSOR_FILE
+from loracli.system.tensor_file import write_tensors
 
 HIDDEN, INTERMEDIATE, KV = 4096, 14336, 1024
 SHAPES = {  # (out, in)

@@ -1,6 +1,6 @@
 """The weights of a base model as they lie on the disk: one safetensors file, or shards with an index.
 
-A stranger wrote them. Headers are read with the limits of `adapters.tensor_file` and checked before a byte of data is;
+A stranger wrote them. Headers are read with the limits of `system.tensor_file` and checked before a byte of data is;
 the names of files in an index are looked up among those that are in the directory, and never make a path.
 """
 
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.tensor_file import MAX_TENSORS, open_regular, read_header
 from loracli.errors import BaseModelMismatch, MalformedAdapter
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.tensor_file import MAX_TENSORS, open_regular, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

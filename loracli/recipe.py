@@ -17,11 +17,10 @@ from typing import Any, Literal, get_args
 
 from loracli.adapters.base_claim import is_path
 from loracli.adapters.names import layer, leaf, target_of
-from loracli.atomic import replaced_file, write_file
 from loracli.errors import OutputExists, UsageError
-from loracli.file_names import TENSOR_FILES
 from loracli.fit_record import FitRecord
-from loracli.schema import added, encode, schema_of
+from loracli.system.document import added, encode, schema_of
+from loracli.system.files import TENSOR_FILES, replaced_file, write_file
 
 FIRST_SCHEMA = 2  # that is still read
 SCHEMA = 4

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from loracli.errors import RecipeError
-from loracli.file_names import CONFIG_FILE, TENSOR_FILES
 from loracli.recipe import FIRST_SCHEMA, INLINE_KINDS, OTHER_ROWS, SCHEMA, Recipe, RecipeMixing
-from loracli.schema import decode, schema_of
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.system.document import decode, schema_of
+from loracli.system.files import CONFIG_FILE, TENSOR_FILES
+from loracli.system.strict_json import StrictJsonError, parse_json
 
 MAX_RECIPE_BYTES = 64 << 20
 

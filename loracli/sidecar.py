@@ -18,11 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loracli.adapters.tensor_file import TensorFile, file_sha256, open_tensor_file
-from loracli.atomic import flush_directory, replaced_file, translate_disk_errors
 from loracli.errors import IntegrityError, MalformedAdapter, OutputExists, RecipeError, UnsupportedAdapter
 from loracli.recipe import TENSOR_PARTS, activations_path, tensors_path
-from loracli.tensor_writer import file_parts, write_tensors
+from loracli.system.files import flush_directory, replaced_file, translate_disk_errors
+from loracli.system.tensor_file import TensorFile, file_parts, file_sha256, open_tensor_file, write_tensors
 
 if TYPE_CHECKING:
     from loracli.recipe import Recipe, RecipeActivations

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from loracli.atomic import (
+from loracli.errors import LoracatError, OutOfResources, OutputExists
+from loracli.system.files import (
     check_free,
     locked_directory,
     translate_disk_errors,
@@ -19,7 +20,6 @@ from loracli.atomic import (
     write_atomically,
     write_file,
 )
-from loracli.errors import LoracatError, OutOfResources, OutputExists
 
 
 class Stop(BaseException):

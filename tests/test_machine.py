@@ -9,7 +9,7 @@ import pytest
 
 from loracli import cli
 from loracli.errors import LoracatError, OutOfResources
-from loracli.machine import machine_error
+from loracli.system.machine import machine_error
 
 
 @pytest.mark.parametrize(

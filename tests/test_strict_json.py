@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.system.strict_json import StrictJsonError, parse_json
 
 
 def random_value(generator: random.Random, depth: int = 0) -> Any:

@@ -35,7 +35,7 @@ from loracli.fitting.base import find_base, load_base
 from loracli.fitting.placement import Placement
 from loracli.fitting.settings import FitSettings
 from loracli.progress import Silent
-from loracli.schema import decode, encode
+from loracli.system.document import decode, encode
 
 SKILLS = "skills"
 CALIBRATIONS = (SKILLS, "8", "24", "96")

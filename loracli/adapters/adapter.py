@@ -26,11 +26,11 @@ from loracli.adapters.names import (
 )
 from loracli.adapters.references import Reference
 from loracli.adapters.stored import StoredFactors
-from loracli.adapters.tensor_file import TensorFile, open_tensor_file
 from loracli.algebra.convolutions import Convolution
 from loracli.algebra.factors import Factors
 from loracli.errors import MalformedAdapter
-from loracli.file_names import CONFIG_FILE, TENSOR_FILE
+from loracli.system.files import CONFIG_FILE, TENSOR_FILE
+from loracli.system.tensor_file import TensorFile, open_tensor_file
 
 _MAY_BE_KERNELS = frozenset({"lora_A", "lora_B"})
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")

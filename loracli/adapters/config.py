@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.patterns import lookup, parse_pattern
-from loracli.adapters.tensor_file import open_regular
 from loracli.algebra.factors import lora_scaling
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.tensor_file import open_regular
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 14

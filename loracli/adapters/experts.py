@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loracli.adapters.tensor_file import TensorFile
 from loracli.algebra.experts import split_experts
 from loracli.algebra.factors import Factors
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
+from loracli.system.tensor_file import TensorFile
 
 # The order in which transformers' mixtures have the parameters of their experts.
 ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")

@@ -11,9 +11,9 @@ from loracli.adapters.hub import MAX_ADAPTER_BYTES, Fetched, FetchedBase, fetch_
 from loracli.adapters.hub.contents import BASE_CONFIG
 from loracli.adapters.recorded import Recorded, check_hashes, is_record, read_recorded, recorded_reference
 from loracli.adapters.references import Reference, parse_reference
-from loracli.adapters.tensor_file import file_sha256
 from loracli.errors import IntegrityError, UsageError
 from loracli.recipe import RecipeAdapter
+from loracli.system.tensor_file import file_sha256
 
 
 @dataclass(frozen=True)

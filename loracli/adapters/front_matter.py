@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from loracli.adapters.tensor_file import open_regular
 from loracli.errors import MalformedAdapter
+from loracli.system.tensor_file import open_regular
 
 MAX_README_BYTES = 1 << 20
 MAX_FRONT_MATTER = 32 << 10  # characters

@@ -21,10 +21,10 @@ import torch
 
 from loracli.adapters.config import MAX_RANK, AdapterConfig, read_fields
 from loracli.adapters.names import leaf
-from loracli.adapters.tensor_file import TensorFile, open_tensor_file
 from loracli.algebra.factors import Factors
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
-from loracli.file_names import CONFIG_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.system.files import CONFIG_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.system.tensor_file import TensorFile, open_tensor_file
 
 _NAME = re.compile(r"(?P<module>[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)\.(?P<part>lora_[ab])")
 # An MLX embedding shares its update with the head of a tied base, which the file does not tell.

@@ -9,10 +9,10 @@ from pathlib import Path
 from loracli.adapters.base_claim import BaseClaim
 from loracli.adapters.references import Reference, is_folder, is_repo_id, is_revision
 from loracli.errors import AdapterNotFound, IntegrityError, RecipeError
-from loracli.file_names import CONFIG_FILE
 from loracli.recipe import RecipeAdapter
 from loracli.recipe_reading import decode_recipe, read_document
-from loracli.schema import decode
+from loracli.system.document import decode
+from loracli.system.files import CONFIG_FILE
 
 RECORD_SUFFIX = ".json"
 

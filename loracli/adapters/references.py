@@ -14,7 +14,7 @@ from typing import NoReturn
 from urllib.parse import unquote
 
 from loracli.errors import AdapterNotFound, UsageError
-from loracli.file_names import CONFIG_FILE
+from loracli.system.files import CONFIG_FILE
 
 URI_PREFIX = "hf://"
 FORMS = f"write org/name, org/name@revision, hf://org/name@revision/sub/folder, or a directory that holds {CONFIG_FILE}"

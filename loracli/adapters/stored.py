@@ -8,8 +8,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from loracli.adapters.tensor_file import TensorFile
 from loracli.algebra.factors import Factors
+from loracli.system.tensor_file import TensorFile
 
 
 class StoredFactors(Factors):

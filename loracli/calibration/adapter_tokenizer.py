@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.system.strict_json import StrictJsonError, parse_json
 
 MAX_BYTES = 64 << 20
 SHOWN_TOKENS = 5

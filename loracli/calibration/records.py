@@ -17,7 +17,7 @@ from loracli.calibration.shapes import Shape, detect_shape, keys_of, read_conten
 from loracli.calibration.sources import DataSource, parse_source
 from loracli.errors import CalibrationError
 from loracli.progress import SILENT, Progress
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.system.strict_json import StrictJsonError, parse_json
 
 MAX_LINE_BYTES = 16 << 20
 MAX_CHOICES = 26

@@ -20,8 +20,8 @@ from loracli.cli._command import ORIGINS, Command, write_examples
 from loracli.cli._output import Output, print_anything
 from loracli.cli._talk import TALK, Talk
 from loracli.errors import LoracatError, UsageError
-from loracli.fitting.launch import read_launch
-from loracli.machine import machine_error
+from loracli.system.launch import read_launch
+from loracli.system.machine import machine_error
 
 # Typer keeps its copy of Click private; this is Click's UsageError, reached through a public name.
 _ParseError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -23,7 +23,7 @@ from loracli.cli._settings import (
 )
 from loracli.cli._talk import COLORS, DETAILS, TALK
 from loracli.errors import UsageError
-from loracli.fitting.launch import read_launch
+from loracli.system.launch import read_launch
 
 FILES, SETTINGS, ORIGINS = "loracat.files", "loracat.settings", "loracat.origins"  # in a context's meta
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from loracli.file_names import CONFIG_FILE
+from loracli.system.files import CONFIG_FILE
 
 CACHED = "models--"  # what the name of a model's folder in a Hub cache begins with
 

@@ -144,7 +144,7 @@ def compare(
     from loracli.evaluation.task_metric import task_metric
     from loracli.fitting.placement import Placement
     from loracli.fitting.settings import FitSettings
-    from loracli.schema import encode
+    from loracli.system.document import encode
 
     out = Output(as_json=as_json, quiet=quiet)
     metric = task_metric(generate, metric_command, max_new_tokens=max_new_tokens, tolerance=tolerance)

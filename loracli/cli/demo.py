@@ -23,8 +23,8 @@ def demo(
     """Fit, export, reload and compare on an embedded small model with two adapters, in about a minute, offline."""
     import tempfile
 
-    from loracli.atomic import whole_directory
     from loracli.demo.run import run_demo
+    from loracli.system.files import whole_directory
 
     out = Output(as_json=as_json, quiet=quiet)
     if output is not None and output.exists():

@@ -11,8 +11,8 @@ import typer
 from loracli.cli._complete import complete_adapter
 from loracli.cli._options import DryRunOpt, ForceOpt, JsonOpt, QuietOpt
 from loracli.cli._output import Output
-from loracli.file_names import GGUF_FILE
 from loracli.progress import amount_text
+from loracli.system.files import GGUF_FILE
 
 if TYPE_CHECKING:
     from loracli.export.export import Exported

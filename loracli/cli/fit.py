@@ -168,11 +168,11 @@ def fit(
     from loracli.errors import FitError, UsageError
     from loracli.fitting.inputs import FitInputs, prepare_fit
     from loracli.fitting.job import fit_to_file
-    from loracli.fitting.launch import read_launch
     from loracli.fitting.placement import Placement
     from loracli.fitting.settings import FitSettings
     from loracli.progress import SILENT
     from loracli.recipe import check_recipe_path
+    from loracli.system.launch import read_launch
 
     launch = read_launch()
     out = Output(as_json=as_json, quiet=quiet)

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loracli.adapters.tensor_file import DTYPES
 from loracli.checkpoint import StoredTensor, read_checkpoint
 from loracli.errors import BaseModelMismatch
+from loracli.system.tensor_file import DTYPES
 
 
 class BaseWeights:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from loracli.adapters.identity import identity_of
 from loracli.adapters.names import layer
-from loracli.atomic import check_free
 from loracli.conversion.base_weights import BaseWeights
 from loracli.conversion.cut import Cut
 from loracli.conversion.read import Convertible, read_convertible
@@ -27,6 +26,7 @@ from loracli.export.options import ExportOptions
 from loracli.export.source import identities_of
 from loracli.progress import SILENT, Progress
 from loracli.recipe import RecipeAdapter, labels_of
+from loracli.system.files import check_free
 
 DEFAULT_TOLERANCE = 0.1  # of DoRA, where neither a rank nor a tolerance is given
 DEFAULT_MOST = 512  # and the largest rank to spend on it: no server loads a larger one

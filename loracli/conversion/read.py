@@ -13,11 +13,11 @@ from torch import Tensor
 from loracli.adapters.adapter import LoraAdapter, build_adapter, kernels_of, may_have_any_shape, sort_tensors
 from loracli.adapters.config import read_config
 from loracli.adapters.hub import Fetched, fetch_adapter
-from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.factors import Factors
 from loracli.errors import IncompatibleAdapters, MalformedAdapter, UnsupportedAdapter, UsageError
-from loracli.file_names import CONFIG_FILE, TENSOR_FILE
 from loracli.progress import SILENT, Progress
+from loracli.system.files import CONFIG_FILE, TENSOR_FILE
+from loracli.system.tensor_file import open_tensor_file
 
 # Folders that PEFT's examples save the initial adapter to, inside that of the training.
 INITIAL_FOLDERS = ("pissa_init", "olora_init", "corda_init", "loraga_init")

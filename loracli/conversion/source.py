@@ -27,7 +27,7 @@ from loracli.export.card import CardText, adapter_table
 from loracli.export.licence import agreed_licence, stated_licences
 from loracli.export.repeat import Repeat, adapter_words, base_words
 from loracli.recipe import BaseModule, RecipeAdapter
-from loracli.schema import encode
+from loracli.system.document import encode
 
 MOST_UNCERTAIN = 0.05  # of |dW|, that an initialisation computed again may be off
 TRIED_FIRST = 2  # times the adapter's rank

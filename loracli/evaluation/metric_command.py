@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from loracli.errors import MetricError, UsageError
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.system.strict_json import StrictJsonError, parse_json
 
 TIMEOUT = 3600.0  # seconds
 SHOWN = 2000  # characters of its stderr

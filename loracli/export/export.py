@@ -15,11 +15,9 @@ from pathlib import Path
 import torch
 
 from loracli.adapters.saved_modules import saved_modules
-from loracli.atomic import check_free, whole_directory
 from loracli.calibration.sources import DataPaths
 from loracli.errors import UsageError
 from loracli.export.activations import Moments, recorded_moments
-from loracli.export.ahead import one_thread_each
 from loracli.export.certificate import Certificate
 from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.export.options import ExportOptions
@@ -30,7 +28,9 @@ from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe
 from loracli.recipe_reading import load_recipe
-from loracli.tensor_writer import file_size
+from loracli.system.files import check_free, whole_directory
+from loracli.system.tensor_file import file_size
+from loracli.system.threads import one_thread_each
 
 MOST_WORKERS = 4  # modules that are worked on at once; each is held in float64 while it is compressed
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.tensor_file import TensorFile, open_tensor_file
 from loracli.errors import UsageError
 from loracli.export.llama_cpp import LlamaCppBase
 from loracli.export.place import Place
 from loracli.recipe import BaseModule
+from loracli.system.tensor_file import TensorFile, open_tensor_file
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 

@@ -15,9 +15,9 @@ from loracli.adapters.recorded import check_hashes, recorded_reference
 from loracli.adapters.saved_modules import REFUSE
 from loracli.adapters.text_model import as_text_model
 from loracli.errors import UsageError
-from loracli.export.ahead import in_order
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, Recipe, RecipeAdapter
+from loracli.system.threads import in_order
 
 
 def read_ingredients(

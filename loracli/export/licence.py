@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.front_matter import read_front_matter
 from loracli.errors import MalformedAdapter
-from loracli.file_names import README_FILE
+from loracli.system.files import README_FILE
 
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _NAMES_NONE = ("other", "unknown")  # two adapters that both say so need not mean the same

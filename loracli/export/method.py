@@ -13,7 +13,6 @@ from loracli.adapters.identity import identity_of
 from loracli.adapters.saved_modules import REFUSE, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
-from loracli.atomic import check_free
 from loracli.calibration.sources import DataPaths
 from loracli.errors import UsageError
 from loracli.export.base_table import BaseTable, base_table
@@ -25,6 +24,7 @@ from loracli.export.source import MethodSource, identities_of, takes
 from loracli.progress import SILENT, Progress
 from loracli.recipe import MIXING_KINDS, Recipe, RecipeAdapter, labels_of
 from loracli.recipe_reading import load_recipe
+from loracli.system.files import check_free
 
 DEFAULTS = MethodOptions()
 

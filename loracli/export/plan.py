@@ -14,16 +14,13 @@ from torch import Tensor
 
 from loracli.adapters.adapter import kernels_of
 from loracli.adapters.names import PREFIX, target_of
-from loracli.adapters.tensor_file import open_tensor_file
 from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.convolutions import join_groups
 from loracli.algebra.experts import join_experts
 from loracli.algebra.factors import Factors
 from loracli.algebra.spectrum import spectrum
-from loracli.atomic import CERTIFICATE_FILE, write_file
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.activations import Moments
-from loracli.export.ahead import in_order
 from loracli.export.certificate import Certificate, ModuleCertificate
 from loracli.export.gguf_file import gguf_names, write_gguf
 from loracli.export.model_card import model_card
@@ -33,10 +30,11 @@ from loracli.export.profile import Layout, choose_layout, ranks_of_targets
 from loracli.export.ranks import choose_ranks, choose_uniform_rank, spectra_of_targets
 from loracli.export.refit import Refitted, write_cores
 from loracli.export.source import MethodSource, Source
-from loracli.file_names import CONFIG_FILE, CORES_FILE, GGUF_FILE, README_FILE
 from loracli.progress import Progress
 from loracli.recipe import BaseModule
-from loracli.tensor_writer import file_size, write_tensors
+from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, CORES_FILE, GGUF_FILE, README_FILE, write_file
+from loracli.system.tensor_file import file_size, open_tensor_file, write_tensors
+from loracli.system.threads import in_order
 
 TASK = "export"
 

@@ -26,8 +26,8 @@ from loracli.algebra.convolutions import Convolution
 from loracli.errors import UsageError
 from loracli.export.mlx import mlx_config, mlx_obstacle
 from loracli.export.place import Place
-from loracli.file_names import MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.recipe import BaseModule
+from loracli.system.files import MLX_TENSOR_FILE, TENSOR_FILE
 
 ProfileName = Literal["portable", "peft", "mlx"]
 PROFILES: tuple[ProfileName, ...] = get_args(ProfileName)

@@ -22,7 +22,7 @@ from loracli.export.card import CardText, method_card, recipe_card
 from loracli.export.compose import compose_module, composed_dtype, composed_modules, composed_rank, weighted_updates
 from loracli.export.licence import stated_licences
 from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, without_paths
-from loracli.schema import encode
+from loracli.system.document import encode
 
 
 class Source(Protocol):

@@ -10,18 +10,18 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from loracli.atomic import locked_directory, translate_disk_errors
 from loracli.errors import InputError, OutputExists, UsageError
 from loracli.fitting.base import BaseReference
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.journal import Journal, open_state, remove_state, state_folder
-from loracli.fitting.launch import Launch
 from loracli.fitting.meter import StepLog
 from loracli.fitting.placement import Placement
 from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.run import run_fit
 from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe, check_recipe_path
+from loracli.system.files import locked_directory, translate_disk_errors
+from loracli.system.launch import Launch
 
 VERSIONS = ("loracat", "torch", "transformers")
 

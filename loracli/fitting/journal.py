@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from loracli.atomic import remove_temporaries, write_atomically
 from loracli.errors import OutputExists, StateMismatch
 from loracli.progress import SILENT, Progress
+from loracli.system.files import remove_temporaries, write_atomically
 
 IDENTITY_FILE = "identity.json"
 SECONDS = 15.0  # between two writes of a step that goes on

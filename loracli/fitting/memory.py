@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from loracli.errors import OutOfResources
-from loracli.machine import says_memory_ran_out
+from loracli.system.machine import says_memory_ran_out
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loracli.errors import OutOfResources, UsageError
 from loracli.fitting.checkpointing import decoder_layers
-from loracli.fitting.launch import read_launch
+from loracli.system.launch import read_launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 

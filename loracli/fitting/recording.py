@@ -17,14 +17,7 @@ from loracli.fitting.base import BaseModel, base_modules
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.mixing import DiagonalMixing, FactorMixing
 from loracli.fitting.search import Found
-from loracli.recipe import (
-    HeldOut,
-    Recipe,
-    RecipeActivations,
-    RecipeBase,
-    RecipeData,
-    RecipeMixing,
-)
+from loracli.recipe import HeldOut, Recipe, RecipeActivations, RecipeBase, RecipeData, RecipeMixing
 from loracli.tensor_mixing import tensor_mixing
 
 

@@ -19,13 +19,13 @@ from loracli.export.base_table import BaseTable
 from loracli.export.ingredients import read_ingredients
 from loracli.export.method import DEFAULTS, find_method, published_identities, read_to_compose
 from loracli.export.source import MethodSource, RecipeSource, Source
-from loracli.file_names import CONFIG_FILE
 from loracli.fitting.base import BasePlan, base_modules, check_shapes, find_base, on_base, plan_base
 from loracli.fusing.base_files import read_config
 from loracli.fusing.plan import FusionPlan
 from loracli.progress import Progress
 from loracli.recipe import BaseModule, Recipe, RecipeBase
 from loracli.recipe_reading import load_recipe
+from loracli.system.files import CONFIG_FILE
 
 
 @dataclass(frozen=True)

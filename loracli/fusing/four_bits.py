@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loracli.checkpoint import Checkpoint, StoredTensor
 from loracli.errors import BaseModelMismatch
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.system.strict_json import StrictJsonError, parse_json
 
 _STATE = ".quant_state.bitsandbytes__"
 _HINT = "give the unquantised model with --base"

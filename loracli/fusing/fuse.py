@@ -18,7 +18,6 @@ import torch
 
 import loracli
 from loracli.adapters.names import target_of
-from loracli.atomic import flush_directory, write_file
 from loracli.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.options import OUTPUT_DTYPES
@@ -42,6 +41,7 @@ from loracli.fusing.update import update_of
 from loracli.fusing.workplace import FUSE_CERTIFICATE, Workplace, check_model_free, open_workplace
 from loracli.progress import SILENT, Progress
 from loracli.recipe import Recipe
+from loracli.system.files import flush_directory, write_file
 
 FUSE_SCHEMA = 1
 TASK = "fuse"

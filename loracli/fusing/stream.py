@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.adapters.tensor_file import open_regular
 from loracli.checkpoint import FLOATS, Shard, StoredTensor, read_bytes
 from loracli.fusing.fold import BLOCK_BYTES, Fold, fold_rows
 from loracli.fusing.plan import FusedShard, FusedTensor
 from loracli.fusing.quantised import Decoder, Quantised
+from loracli.system.tensor_file import open_regular
 
 WAITING = 3
 WIDENED = 16  # at most, from bytes that are stored to a number in float64

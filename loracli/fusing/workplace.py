@@ -16,8 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loracli.adapters.tensor_file import file_sha256
-from loracli.atomic import (
+from loracli.errors import InputError, OutOfResources, StateMismatch, UsageError
+from loracli.fusing.stream import Hashes
+from loracli.progress import Progress, amount_text
+from loracli.system.files import (
     check_free,
     flush_directory,
     locked_directory,
@@ -26,10 +28,8 @@ from loracli.atomic import (
     translate_disk_errors,
     write_atomically,
 )
-from loracli.errors import InputError, OutOfResources, StateMismatch, UsageError
-from loracli.fusing.stream import Hashes
-from loracli.progress import Progress, amount_text
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.tensor_file import file_sha256
 
 FUSE_CERTIFICATE = "loracat-fuse.json"
 

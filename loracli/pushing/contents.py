@@ -17,12 +17,11 @@ from typing import Any
 from loracli.adapters.base_claim import is_path
 from loracli.adapters.front_matter import read_front_matter
 from loracli.adapters.hub.source import Listed
-from loracli.adapters.tensor_file import open_regular
-from loracli.atomic import CERTIFICATE_FILE
 from loracli.errors import InputError, IntegrityError
-from loracli.file_names import CONFIG_FILE, README_FILE
 from loracli.fusing.workplace import FUSE_CERTIFICATE
-from loracli.strict_json import parse_json
+from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, README_FILE
+from loracli.system.strict_json import parse_json
+from loracli.system.tensor_file import open_regular
 
 TEXT_FILES = (README_FILE, CONFIG_FILE, CERTIFICATE_FILE)
 _BLOCK = 1 << 20

@@ -25,7 +25,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public by i
 
 from loracli.adapters.hub.failures import LOG_IN, HttpError, without_server_words
 from loracli.errors import AccessDenied, HubUnreachable, InputError, LoracatError, OutOfResources
-from loracli.machine import says_memory_ran_out
+from loracli.system.machine import says_memory_ran_out
 
 AGAIN = "run the same command again: a commit appears whole or not at all, and what is there is not sent twice"
 

@@ -14,11 +14,11 @@ from loracli.adapters.hub import checked_token
 from loracli.adapters.hub.failures import LOG_IN
 from loracli.adapters.hub.source import COMMIT
 from loracli.adapters.references import is_repo_id, is_revision
-from loracli.atomic import EXPORTED_FILES
 from loracli.errors import AccessDenied, HubUnreachable, InputError, UsageError, VerificationError
 from loracli.progress import SILENT, Progress
 from loracli.pushing.contents import Contents, LocalFile, no_hub_base, read_contents, refuse_model
 from loracli.pushing.repository import Head, Repository
+from loracli.system.files import EXPORTED_FILES
 from loracli.verifying.findings import Verification
 from loracli.verifying.verify import verify_directory
 

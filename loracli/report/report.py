@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.atomic import write_atomically
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, InputError, OutputExists, UsageError
 from loracli.evaluation.comparison import Comparison
 from loracli.export.ingredients import read_ingredients
@@ -17,8 +16,9 @@ from loracli.recipe import Recipe
 from loracli.recipe_reading import load_recipe
 from loracli.report import sections
 from loracli.report.page import page
-from loracli.schema import decode
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.system.document import decode
+from loracli.system.files import write_atomically
+from loracli.system.strict_json import StrictJsonError, parse_json
 
 MAX_COMPARISON_BYTES = 64 << 20
 

@@ -18,11 +18,10 @@ from loracli.adapters.config import MAX_CONFIG_BYTES, MAX_PARAMETERS
 from loracli.adapters.experts import targeted_parameters
 from loracli.adapters.names import PREFIX
 from loracli.adapters.patterns import lookup
-from loracli.adapters.tensor_file import MAX_HEADER_BYTES, MAX_TENSORS, open_regular
-from loracli.atomic import CERTIFICATE_FILE
 from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
-from loracli.file_names import CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.tensor_file import MAX_HEADER_BYTES, MAX_TENSORS, open_regular
 
 AdapterLayout = Literal["peft", "mlx"]
 MAX_DIMENSIONS = 8

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
-from loracli.adapters.tensor_file import file_sha256, open_regular
 from loracli.algebra.concatenate import relative_error
 from loracli.algebra.convolutions import Convolution
 from loracli.algebra.factors import Factors, thin_svd
 from loracli.algebra.methods.method import Merged
 from loracli.algebra.truncate import project, relative_gap, truncate, truncate_for
-from loracli.atomic import CERTIFICATE_FILE
 from loracli.errors import InputError, IntegrityError, UsageError
 from loracli.export.activations import recorded_moments
 from loracli.export.base_table import modules_of
@@ -26,12 +24,13 @@ from loracli.export.certificate import ModuleCertificate
 from loracli.export.profile import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
 from loracli.export.source import MethodSource, RecipeSource, Source
-from loracli.file_names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.fitting.base import check_shapes
 from loracli.progress import Progress
 from loracli.recipe import BaseModule
-from loracli.schema import decode
-from loracli.strict_json import parse_json
+from loracli.system.document import decode
+from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.system.strict_json import parse_json
+from loracli.system.tensor_file import file_sha256, open_regular
 from loracli.verifying.factors import (
     TURN,
     column_space,

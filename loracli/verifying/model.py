@@ -11,16 +11,8 @@ from typing import Any
 
 import torch
 
-from loracli.adapters.tensor_file import file_sha256, open_regular
 from loracli.checkpoint import FLOATS, INDEX_FILE, Checkpoint, StoredTensor, read_bytes, read_checkpoint
-from loracli.errors import (
-    AccessDenied,
-    BaseModelMismatch,
-    HubUnreachable,
-    InputError,
-    IntegrityError,
-    MalformedAdapter,
-)
+from loracli.errors import AccessDenied, BaseModelMismatch, HubUnreachable, InputError, IntegrityError, MalformedAdapter
 from loracli.export.source import Source
 from loracli.fitting.base import BaseReference, check_shapes, find_base, on_base, plan_base
 from loracli.fitting.loaded_names import loaded_names, tied_parameters
@@ -33,7 +25,8 @@ from loracli.fusing.stream import WIDENED
 from loracli.fusing.update import update_of
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.progress import Progress
-from loracli.schema import decode
+from loracli.system.document import decode
+from loracli.system.tensor_file import file_sha256, open_regular
 from loracli.verifying.findings import Findings
 from loracli.verifying.origin import COMPOSITION, find_source, read_origin
 

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loracli.adapters.tensor_file import open_regular
-from loracli.atomic import CERTIFICATE_FILE
 from loracli.errors import InputError, IntegrityError
-from loracli.file_names import MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.progress import SILENT, Progress
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.system.files import CERTIFICATE_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.tensor_file import open_regular
 from loracli.verifying.adapter import verify_adapter
 from loracli.verifying.findings import Findings, Verification
 from loracli.verifying.model import verify_model

@@ -14,15 +14,9 @@ import pytest
 from loracli.adapters.base_claim import BaseClaim
 from loracli.adapters.fetch_all import fetch_all
 from loracli.adapters.recorded import read_recorded
-from loracli.errors import (
-    AdapterNotFound,
-    IncompatibleAdapters,
-    IntegrityError,
-    RecipeError,
-    UsageError,
-)
+from loracli.errors import AdapterNotFound, IncompatibleAdapters, IntegrityError, RecipeError, UsageError
 from loracli.recipe import Recipe, RecipeAdapter, RecipeBase
-from loracli.schema import encode
+from loracli.system.document import encode
 from tests.stub_hub import StubHub
 from tests.test_recipe import make_recipe
 

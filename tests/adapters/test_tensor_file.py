@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loracli.adapters.tensor_file import MAX_HEADER_BYTES, MAX_TENSORS, TensorFile, open_tensor_file
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
+from loracli.system.tensor_file import MAX_HEADER_BYTES, MAX_TENSORS, TensorFile, open_tensor_file
 
 Entry = dict[str, Any]
 
@@ -114,7 +114,7 @@ def test_an_oversized_header_is_refused_before_it_is_read(tmp_path: Path) -> Non
 
 def test_too_many_tensors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_TENSORS == 200_000
-    monkeypatch.setattr("loracli.adapters.tensor_file.MAX_TENSORS", 2)
+    monkeypatch.setattr("loracli.system.tensor_file.MAX_TENSORS", 2)
     header = {f"t{i}": entry((1, 1), "F32", (4 * i, 4 * i + 4)) for i in range(3)}
     assert "holds 3 tensors; at most 2" in refused_bytes(tmp_path, pack(header, b"\0" * 12))
     del header["t2"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from loracli.evaluation.comparison import Comparison
 from loracli.recipe_reading import load_recipe
-from loracli.schema import decode
+from loracli.system.document import decode
 from tests.cli.project import run, tree
 
 ALONE = "compare --adapters know form --data few.jsonl --base base".split()

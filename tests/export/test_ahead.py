@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loracli.export.ahead import in_order, one_thread_each
 from loracli.export.export import export_adapter
+from loracli.system.threads import in_order, one_thread_each
 from tests.export.test_export import Made
 
 

@@ -14,10 +14,7 @@ from safetensors.torch import load_file, save_file
 from loracli.adapters.adapter import read_adapter
 from loracli.adapters.summary import inspect_adapters
 from loracli.algebra.methods import METHODS
-from loracli.errors import (
-    UsageError,
-    VerificationError,
-)
+from loracli.errors import UsageError, VerificationError
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method
 from loracli.fitting.base import base_modules

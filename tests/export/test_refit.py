@@ -24,10 +24,10 @@ from loracli.export.export import Exported, export_adapter
 from loracli.export.method import export_method
 from loracli.export.refit import read_cores, write_cores
 from loracli.export.source import RecipeSource
-from loracli.file_names import CORES_FILE
 from loracli.fitting.attach import attach
 from loracli.fitting.mixing import make_layout
 from loracli.recipe import RecipeMixing
+from loracli.system.files import CORES_FILE
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl

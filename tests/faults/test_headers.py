@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from loracli.adapters.tensor_file import open_tensor_file
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
+from loracli.system.tensor_file import open_tensor_file
 from tests.faults.fork_server import ForkServer
 from tests.faults.trials import Tally, check_manners, trials
 

@@ -18,11 +18,11 @@ from loracli.calibration.render import Example
 from loracli.fitting.attach import attach
 from loracli.fitting.base import BaseReference, load_base
 from loracli.fitting.checkpointing import checkpointed
-from loracli.fitting.launch import read_launch
 from loracli.fitting.loss import Objective
 from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.fitting.processes import ALONE, Processes, connect
 from loracli.fitting.record_gradients import record_gradients
+from loracli.system.launch import read_launch
 
 
 def examples() -> list[Example]:

@@ -13,8 +13,8 @@ import torch
 
 from loracli.errors import CalibrationError, LoracatError, NonFiniteLoss
 from loracli.fitting import processes as module
-from loracli.fitting.launch import read_launch
 from loracli.fitting.processes import Processes, connect
+from loracli.system.launch import read_launch
 
 ITEMS = range(7)
 held: list[object] = []

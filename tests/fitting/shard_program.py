@@ -17,11 +17,11 @@ from loracli.errors import UsageError
 from loracli.fitting.attach import AttachedModel, attach
 from loracli.fitting.base import BaseModel, BaseReference, base_modules, check_fits, load_base
 from loracli.fitting.checkpointing import checkpointed
-from loracli.fitting.launch import read_launch
 from loracli.fitting.loss import Objective
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.placement import whole
 from loracli.fitting.processes import connect
+from loracli.system.launch import read_launch
 
 
 def batch(seed: int, length: int) -> Batch:

@@ -28,7 +28,7 @@ from loracli.fitting.loss import Objective, make_objective
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_layout, make_mixing
 from loracli.fitting.record_gradients import RecordGradients, from_rows, record_gradients
 from loracli.recipe import MixingKind
-from loracli.schema import decode, encode
+from loracli.system.document import decode, encode
 from tests.fitting.processes_started import torchrun
 from tests.tiny import make_adapter, make_base
 

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from loracli.atomic import locked_directory
 from loracli.errors import LoracatError, OutOfResources, StateMismatch
 from loracli.fitting import job
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.job import fit_to_file
 from loracli.fitting.journal import Journal, state_folder
-from loracli.fitting.launch import Launch
 from loracli.fitting.loss import Objective
 from loracli.fitting.placement import Placement
 from loracli.fitting.settings import FitSettings
 from loracli.progress import Silent
+from loracli.system.files import locked_directory
+from loracli.system.launch import Launch
 from tests.fitting.processes_started import environment
 from tests.tiny import random_records, write_jsonl
 

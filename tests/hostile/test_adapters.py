@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loracli.adapters.tensor_file import open_tensor_file
+from loracli.system.tensor_file import open_tensor_file
 from tests.cli.project import FIT, run, tree
 from tests.hostile.canary import Canary, reading_commands
 

@@ -14,7 +14,7 @@ from loracli.comparison.settings import CompareSettings
 from loracli.evaluation.task_metric import TaskMetric
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.schema import encode
+from loracli.system.document import encode
 from tests.tiny import random_records, write_jsonl
 
 

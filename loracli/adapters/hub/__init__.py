@@ -15,22 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.base_claim import BaseClaim, agreed_base
-from loracli.adapters.hub.contents import (
-    ADAPTER,
-    ADAPTER_FILES,
-    BASE,
-    BASE_CONFIG_ALONE,
-    PICKLE_NAME,
-    check_adapter,
-)
+from loracli.adapters.hub.contents import ADAPTER, ADAPTER_FILES, BASE, BASE_CONFIG_ALONE, PICKLE_NAME, check_adapter
 from loracli.adapters.hub.plan import MAX_SMALL_BYTES
 from loracli.adapters.hub.source import FetchedFile, Source
 from loracli.adapters.hub.transfer import fetch
 from loracli.adapters.references import URI_PREFIX, Reference, parse_reference
 from loracli.errors import MalformedAdapter, UsageError
-from loracli.file_names import CONFIG_FILE
 from loracli.progress import SILENT, Progress
-from loracli.strict_json import StrictJsonError, parse_json
+from loracli.system.files import CONFIG_FILE
+from loracli.system.strict_json import StrictJsonError, parse_json
 
 MAX_ADAPTER_BYTES = 8 << 30
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from loracli.adapters.hub.source import Kind, Listing, Source
 from loracli.adapters.references import URI_PREFIX
 from loracli.errors import AdapterNotFound, InputError, UnsupportedAdapter
-from loracli.file_names import CONFIG_FILE, MLX_TENSOR_FILE, README_FILE, TENSOR_FILE, TENSOR_FILES
+from loracli.system.files import CONFIG_FILE, MLX_TENSOR_FILE, README_FILE, TENSOR_FILE, TENSOR_FILES
 
 PICKLE_NAME = "adapter_model.bin"
 # In the order of download: whoever finds the weights in the cache knows that the rest came before them.

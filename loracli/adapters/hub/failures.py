@@ -27,9 +27,9 @@ from huggingface_hub.errors import (
 
 from loracli.adapters.hub.source import Source
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, IntegrityError, LoracatError, OutOfResources
-from loracli.file_names import CONFIG_FILE
-from loracli.machine import DISK_FULL
 from loracli.progress import SILENT, Progress
+from loracli.system.files import CONFIG_FILE
+from loracli.system.machine import DISK_FULL
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 # The base of all errors of the HTTP client (httpx or httpx2, by version), reached through a public name.

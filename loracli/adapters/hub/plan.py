@@ -11,8 +11,8 @@ from loracli.adapters.hub.contents import BASE_CONFIG
 from loracli.adapters.hub.digests import has_digest, is_digest
 from loracli.adapters.hub.source import Copy, FetchedFile, Listing, Source
 from loracli.errors import HubUnreachable, OutOfResources, OutputExists
-from loracli.file_names import CONFIG_FILE, README_FILE
 from loracli.progress import amount_text
+from loracli.system.files import CONFIG_FILE, README_FILE
 
 MAX_SMALL_BYTES = 1 << 20  # of a config or a README; whoever writes them may be anybody
 _CONFIGS = (CONFIG_FILE, BASE_CONFIG)

@@ -18,10 +18,9 @@ from loracli.adapters.hub.plan import Plan, check_room, make_plan
 from loracli.adapters.hub.side_by_side import side_by_side
 from loracli.adapters.hub.source import COMMIT, Copy, FetchedFile, Listed, Listing, Source
 from loracli.adapters.references import is_repo_id, is_revision
-from loracli.atomic import remove_temporaries, write_atomically
 from loracli.errors import HubUnreachable, IntegrityError, LoracatError
-from loracli.file_names import CONFIG_FILE
 from loracli.progress import Progress
+from loracli.system.files import CONFIG_FILE, remove_temporaries, write_atomically
 
 
 def fetch(sources: Sequence[Source]) -> list[Copy]:

@@ -1,4 +1,9 @@
-"""Outputs that appear whole or not at all, with their bytes on the disk before their name is."""
+"""Files: the names of those that make an adapter, and writing that appears whole or not at all.
+
+Names of the files of an adapter and of an export.
+
+Outputs that appear whole or not at all, with their bytes on the disk before their name is.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +18,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loracli.errors import LoracatError, OutOfResources, OutputExists
-from loracli.file_names import CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, README_FILE, TENSOR_FILE
-from loracli.machine import DISK_FULL
+from loracli.system.machine import DISK_FULL
+
+CONFIG_FILE = "adapter_config.json"
+README_FILE = "README.md"
+TENSOR_FILE = "adapter_model.safetensors"
+MLX_TENSOR_FILE = "adapters.safetensors"
+TENSOR_FILES = (TENSOR_FILE, MLX_TENSOR_FILE)
+GGUF_FILE = "adapter.gguf"
+CORES_FILE = "loracat-refit.cores"
+
 
 CERTIFICATE_FILE = "loracat.json"
 # What an export consists of; --force replaces a directory of these and nothing else.
