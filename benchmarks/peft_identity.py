@@ -37,8 +37,8 @@ from transformers.pytorch_utils import Conv1D
 
 import loracli
 from loracli.adapters.adapter import read_adapter
+from loracli.algebra.methods.linear import SUM
 from loracli.algebra.methods.method import MethodOptions
-from loracli.algebra.methods.sum import SUM
 from loracli.errors import LoracatError
 from loracli.export.base_table import BaseTable, modules_of
 from loracli.export.export import write_export

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter
+from loracli.algebra.basis import projection
 from loracli.algebra.concatenate import mix
 from loracli.algebra.factors import Factors
-from loracli.algebra.projection import projection
 from loracli.errors import RecipeError
 from loracli.recipe import TENSOR_PARTS, MixingKind, RecipeMixing
 from loracli.sidecar import PART_DTYPES, sidecar_sha256

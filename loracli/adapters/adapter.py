@@ -26,8 +26,8 @@ from loracli.adapters.names import (
 )
 from loracli.adapters.references import Reference
 from loracli.adapters.stored import StoredFactors
-from loracli.algebra.convolutions import Convolution
 from loracli.algebra.factors import Factors
+from loracli.algebra.packing import Convolution
 from loracli.errors import MalformedAdapter
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE
 from loracli.system.tensor_file import TensorFile, open_tensor_file

@@ -5,12 +5,12 @@
 
 The update of a group is read as that of a module of its own, `encoder.conv[1]`, with flat factors: A (r / groups,
 in kh kw) and B (out / groups, r / groups). That of a convolution of one group goes by its own name. How many groups
-there are, the two shapes tell (algebra/convolutions.py).
+there are, the two shapes tell (algebra/packing.py).
 """
 
 from __future__ import annotations
 
-from loracli.algebra.convolutions import Convolution
+from loracli.algebra.packing import Convolution
 from loracli.errors import MalformedAdapter
 
 Shape = tuple[int, ...]

@@ -1,6 +1,6 @@
 """LoRA on the experts of a mixture, as PEFT keeps it: one update for each expert of a parameter W (E, ., .).
 
-    base_model.model.<module>.lora_A.weight               (E r, in)     all experts, see algebra/experts.py
+    base_model.model.<module>.lora_A.weight               (E r, in)     all experts, see algebra/packing.py
     base_model.model.<module>.lora_B.weight               (out, r E)
     base_model.model.<module>.base_layer.lora_A.weight    of another parameter of the same module, one for each level
 
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loracli.algebra.experts import split_experts
 from loracli.algebra.factors import Factors
+from loracli.algebra.packing import split_experts
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 from loracli.system.tensor_file import TensorFile
 

@@ -24,7 +24,7 @@ class StoredFactors(Factors):
         name_B: of lora_B (out, r) in it.
         scaling: s.
         name_bias: of b (out,) in it, None without one.
-        group: g, of which the rows are read (algebra/convolutions.py).
+        group: g, of which the rows are read (algebra/packing.py).
         groups: G, 1 of what is no grouped convolution.
     """
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter, module_names
 from loracli.adapters.names import is_numbered, target_of
-from loracli.algebra.experts import stack_experts
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods.method import Method, MethodOptions
+from loracli.algebra.packing import stack_experts
 from loracli.errors import RecipeError
 from loracli.export.compose import compose_module
 from loracli.fitting.mixing import Applied, DiagonalMixing, FixedFactors, Layout, make_diagonal

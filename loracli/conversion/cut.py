@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loracli.algebra.factors import Factors
-from loracli.algebra.low_rank import best_approximation
-from loracli.algebra.truncate import Truncation, truncate
+from loracli.algebra.truncate import Truncation, best_approximation, truncate
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from loracli.algebra.factors import Factors
-from loracli.algebra.leading import leading_left
+from loracli.algebra.truncate import leading_left
 
 EPS = torch.finfo(torch.float32).eps
 

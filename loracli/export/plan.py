@@ -15,10 +15,9 @@ from torch import Tensor
 from loracli.adapters.adapter import kernels_of
 from loracli.adapters.names import PREFIX, target_of
 from loracli.algebra.concatenate import pad_rank
-from loracli.algebra.convolutions import join_groups
-from loracli.algebra.experts import join_experts
 from loracli.algebra.factors import Factors
-from loracli.algebra.spectrum import spectrum
+from loracli.algebra.packing import join_experts, join_groups
+from loracli.algebra.truncate import spectrum
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.activations import Moments
 from loracli.export.certificate import Certificate, ModuleCertificate

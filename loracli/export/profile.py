@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 
 from loracli.adapters.experts import module_of_parameter
 from loracli.adapters.names import format_tensor_name, is_numbered, leaf, numbered_name, target_of
-from loracli.algebra.convolutions import Convolution
+from loracli.algebra.packing import Convolution
 from loracli.errors import UsageError
 from loracli.export.mlx import mlx_config, mlx_obstacle
 from loracli.export.place import Place

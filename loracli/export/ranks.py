@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.names import target_of
-from loracli.algebra.spectrum import rank_for_energy, rank_within, ranks_for_bytes, ranks_for_energy
+from loracli.algebra.truncate import rank_for_energy, rank_within, ranks_for_bytes, ranks_for_energy
 from loracli.errors import UsageError
 
 

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.algebra.basis import canonical_stack
 from loracli.algebra.factors import Factors
-from loracli.algebra.gauge import canonical_stack
 from loracli.fitting.experts import ExpertLinear, expert_stack, experts_forward
 
 
@@ -206,7 +206,7 @@ def attach(
         adapters: N adapters that fit it.
         modules: L names, the union of what the adapters change, of experts their parameter; row l of the weights
             belongs to the l-th.
-        canonical: factors in the canonical gauge (`algebra.gauge`) instead of the files' own.
+        canonical: factors in the canonical gauge (`algebra.basis`) instead of the files' own.
     Raises:
         ValueError: in the canonical gauge, if an adapter has biases or experts.
     """

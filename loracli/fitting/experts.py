@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.algebra.experts import stack_experts
 from loracli.algebra.factors import Factors
+from loracli.algebra.packing import stack_experts
 from loracli.errors import BaseModelMismatch
 
 # (x (t, in), weight (out, in), bias (out,), expert, places (t,), tokens) to (t, out); places are those of the t tokens

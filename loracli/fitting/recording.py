@@ -10,7 +10,7 @@ import transformers
 import loracli
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.identity import identity_of
-from loracli.algebra.gauge import canonical_stack, mixing_in_file_gauge
+from loracli.algebra.basis import canonical_stack, mixing_in_file_gauge
 from loracli.fit_certificate import FitCertificate
 from loracli.fit_record import FitRecord
 from loracli.fitting.base import BaseModel, base_modules

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.names import leaf
-from loracli.algebra.interference import Interference, interference
+from loracli.algebra.basis import Interference, interference
 from loracli.evaluation.comparison import Comparison, ComparisonRow
 from loracli.evaluation.verdict import claim, interval_text, metric_claim, verdict
 from loracli.recipe import INLINE_KINDS, HeldOut, Recipe

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
 from loracli.algebra.concatenate import relative_error
-from loracli.algebra.convolutions import Convolution
 from loracli.algebra.factors import Factors, thin_svd
 from loracli.algebra.methods.method import Merged
+from loracli.algebra.packing import Convolution
 from loracli.algebra.truncate import project, relative_gap, truncate, truncate_for
 from loracli.errors import InputError, IntegrityError, UsageError
 from loracli.export.activations import recorded_moments
@@ -48,7 +48,7 @@ from loracli.verifying.peft_reload import reload_differences, skeleton_of
 TASK = "verify"
 FIGURE = 1e-6  # relative, of a figure of the certificate
 ROOT_NOISE = 4.0  # of a cut by activations: eps sqrt(cond) / 2, where damping keeps the condition of G below R 1e4
-DENSE_NOISE = 1e-5  # of a method that approximates a dense matrix, see algebra/low_rank.py
+DENSE_NOISE = 1e-5  # of a method that approximates a dense matrix, see algebra/truncate.py
 _ABSENT = "nothing"
 _RULES = {"tolerance", "energy", "budget"}  # what ranks were chosen by, which stand in the certificate
 _EXPORT_KEYS = {"profile", "merged", "rank", "dtype", "activation_aware", "moments", "refit"} | _RULES

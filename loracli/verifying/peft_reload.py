@@ -19,9 +19,8 @@ from torch import nn
 from loracli.adapters.adapter import LoraAdapter, LoraModule
 from loracli.adapters.experts import order_of, plain_module
 from loracli.adapters.names import PREFIX, leaf
-from loracli.algebra.convolutions import Convolution, join_groups
-from loracli.algebra.experts import join_experts
 from loracli.algebra.factors import Factors
+from loracli.algebra.packing import Convolution, join_experts, join_groups
 from loracli.recipe import BaseModule
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from loracli.adapters.adapter import open_adapter, read_adapter
 from loracli.adapters.experts import module_of_parameter, targeted_parameters
-from loracli.algebra.experts import join_experts, split_experts
 from loracli.algebra.factors import Factors
+from loracli.algebra.packing import join_experts, split_experts
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
 from loracli.system.tensor_file import TensorFile
 

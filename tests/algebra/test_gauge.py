@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from loracli.algebra.basis import CanonicalStack, canonical_stack, mixing_in_file_gauge
 from loracli.algebra.factors import Factors
-from loracli.algebra.gauge import CanonicalStack, canonical_stack, mixing_in_file_gauge
 from tests.algebra.test_factors import random_factors
 
 

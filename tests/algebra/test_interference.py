@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loracli.algebra.basis import interference, shared_space
 from loracli.algebra.factors import Factors
-from loracli.algebra.interference import interference, shared_space
 
 OUT, IN = 40, 60
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loracli.algebra import leading
-from loracli.algebra.leading import leading_left
+from loracli.algebra import truncate as leading
+from loracli.algebra.truncate import leading_left
 
 
 def with_spectrum(n: int, m: int, values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loracli.algebra.concatenate import concatenate
 from loracli.algebra.factors import Factors
-from loracli.algebra.spectrum import rank_for_energy, rank_within, ranks_for_bytes, ranks_for_energy, spectrum
+from loracli.algebra.truncate import rank_for_energy, rank_within, ranks_for_bytes, ranks_for_energy, spectrum
 from tests.algebra.test_factors import random_factors
 
 SPECTRA = {

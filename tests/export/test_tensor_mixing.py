@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.algebra.gauge import CanonicalStack, canonical_stack, mixing_in_file_gauge
+from loracli.algebra.basis import CanonicalStack, canonical_stack, mixing_in_file_gauge
 from loracli.cli import app
 from loracli.errors import RecipeError
 from loracli.export.export import export_adapter

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.algebra.gauge import canonical_stack
+from loracli.algebra.basis import canonical_stack
 from loracli.calibration.batches import make_batch
 from loracli.calibration.render import Example
 from loracli.fitting.attach import attach

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from loracli.algebra.concatenate import relative_error
 from loracli.algebra.factors import Factors, norm
-from loracli.algebra.low_rank import best_approximation
 from loracli.algebra.methods import METHODS
-from loracli.algebra.methods.dare import drop
 from loracli.algebra.methods.method import Method, MethodOptions
-from loracli.algebra.methods.order import present_in_own_order
+from loracli.algebra.methods.sparse import drop, present_in_own_order
+from loracli.algebra.truncate import best_approximation
 
 OUT, IN = 20, 28
 EVERYTHING = MethodOptions(density=1.0)

@@ -1,4 +1,6 @@
-"""The canonical gauge of updates, and the way of a mixing from there to the gauge of the files.
+"""Bases and inner products of updates: the canonical gauge, the closest weights, how much two overlap.
+
+The canonical gauge of updates, and the way of a mixing from there to the gauge of the files.
 
 B -> B G, A -> G^-1 A leaves an update as it is, but changes what a weight of one row of A means and how a penalty on M
 measures. So a mixing finer than a weight per adapter is fitted between canonical factors, the thin SVD of each
@@ -11,6 +13,22 @@ With equal singular values that basis is not unique, so it is no basis to keep: 
 For N adapters in one module, stacked, with block-diagonal G_A and G_B (R, R):
 
     lora_B M_can lora_A = B M A        M = G_B M_can G_A        A = [A_1; ...; A_N], B = [s_1 B_1, ..., s_N B_N]
+
+The weights that come closest to a composition: what a finer mixing amounts to for each adapter.
+
+    argmin_w |dW - sum_i w_i dW_i|_F        C w = c,  C_ij = <dW_i, dW_j> (N, N),  c_i = <dW_i, dW>
+
+From factors alone, by inner products. Where adapters are dependent, the shortest w over updates of norm 1.
+
+How much two updates of one module get in each other's way, from their factors.
+
+    cosine   <dW_1, dW_2> / (|dW_1| |dW_2|)                  whether they push the same way
+    input    |Q_1^T Q_2|_F^2 / min(r_1, r_2)                 share of the smaller input space that the other reads too
+    output   the same of the column spaces of B              share of the smaller output space that both write to
+
+Q_i is an orthonormal basis of the rows of A_i, or of the columns of B_i; the shares are means of squared cosines of
+principal angles (Golub and Van Loan, section 6.4.3), 0 for spaces at right angles and 1 for one within the other. Two
+random spaces of ranks r_1 >= r_2 in n dimensions have r_1 / n.
 """
 
 from __future__ import annotations
@@ -21,7 +39,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loracli.algebra.factors import Factors, thin_svd
+from loracli.algebra.factors import Factors, inner_product, norm, thin_svd
 
 # A direction below this share of its adapter's largest singular value carries nothing: rounding puts it there when an
 # update has a lower rank than its factors.
@@ -100,3 +118,69 @@ def _canonical(update: Factors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def _pad(matrix: Tensor, *, rows: int = 0, columns: int = 0) -> Tensor:
     return torch.nn.functional.pad(matrix, (0, columns, 0, rows))
+
+
+DEPENDENT = 1e-10  # share of C's largest eigenvalue, updates at norm 1, below which a direction counts as none
+
+
+def projection(composed: Factors, updates: Sequence[Factors | None]) -> tuple[float | None, ...]:
+    """The least-squares weights of an update on N others of the same module.
+
+    Args:
+        composed: dW.
+        updates: dW_i of each adapter; None for one that does not have the module.
+    Returns:
+        w_i for each adapter; None where it changes nothing, because it lacks the module or dW_i = 0.
+    """
+    sizes = [0.0 if update is None else norm(update) for update in updates]
+    present = [(update, size) for update, size in zip(updates, sizes, strict=True) if update is not None and size > 0]
+    if not present:
+        return (None,) * len(updates)
+    directions = [Factors(update.lora_A, update.lora_B, update.scaling / size) for update, size in present]
+    gram = torch.tensor([[inner_product(a, b) for b in directions] for a in directions], dtype=torch.float64)
+    target = torch.tensor([inner_product(direction, composed) for direction in directions], dtype=torch.float64)
+    solution = torch.linalg.pinv(gram, rtol=DEPENDENT, hermitian=True) @ target
+    weights = iter((solution / torch.tensor([size for _, size in present], dtype=torch.float64)).tolist())
+    return tuple(next(weights) if size > 0 else None for size in sizes)
+
+
+ROUNDING = 1e-6  # share of the largest singular value: below, a direction is rounding
+
+
+@dataclass(frozen=True)
+class Interference:
+    """Two updates of one module.
+
+    Args:
+        cosine: in [-1, 1]; 0 where one of them is 0.
+        input: in [0, 1].
+        output: in [0, 1].
+    """
+
+    cosine: float
+    input: float
+    output: float
+
+
+def interference(first: Factors, second: Factors) -> Interference:
+    """The three numbers, in O((in + out) r^2) and float64."""
+    length = norm(first) * norm(second)
+    return Interference(
+        inner_product(first, second) / length if length > 0 else 0.0,
+        shared_space(first.lora_A.double().T, second.lora_A.double().T),
+        shared_space(first.lora_B.double(), second.lora_B.double()),
+    )
+
+
+def shared_space(first: Tensor, second: Tensor) -> float:
+    """Share of the smaller column space, of (n, r_1) and (n, r_2), that lies in the other; 0 if one is empty."""
+    bases = [_basis(first), _basis(second)]
+    smaller = min(basis.shape[1] for basis in bases)
+    return float((bases[0].T @ bases[1]).square().sum()) / smaller if smaller else 0.0
+
+
+def _basis(matrix: Tensor) -> Tensor:
+    left, singular, _ = torch.linalg.svd(matrix, full_matrices=False)
+    kept = singular > ROUNDING * singular.max() if singular.numel() else singular > 0
+    basis: Tensor = left[:, kept & (singular > 0)]
+    return basis
