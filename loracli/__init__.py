@@ -17,7 +17,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from loracli.adapters.adapter import LoraAdapter, read_adapter
-    from loracli.adapters.hub import Fetched, fetch_adapter
     from loracli.adapters.summary import inspect_adapters
     from loracli.algebra.methods.method import MethodOptions
     from loracli.comparison.compare import compare_adapters
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from loracli.fitting.run import fit_mixing
     from loracli.fitting.settings import FitSettings
     from loracli.fusing.fuse import Fused, fuse_model
+    from loracli.hub.fetch import Fetched, fetch_adapter
     from loracli.pushing.push import Pushed, push_adapter
     from loracli.recipe import Recipe
     from loracli.recipe_reading import load_recipe
@@ -45,7 +45,7 @@ _HOMES = {
     "Controls": "loracli.comparison.settings",
     "Converted": "loracli.conversion.convert",
     "Exported": "loracli.export.export",
-    "Fetched": "loracli.adapters.hub",
+    "Fetched": "loracli.hub.fetch",
     "FitSettings": "loracli.fitting.settings",
     "Fused": "loracli.fusing.fuse",
     "Lint": "loracli.serving.lint",
@@ -60,7 +60,7 @@ _HOMES = {
     "convert_adapter": "loracli.conversion.convert",
     "export_adapter": "loracli.export.export",
     "export_method": "loracli.export.method",
-    "fetch_adapter": "loracli.adapters.hub",
+    "fetch_adapter": "loracli.hub.fetch",
     "fit_mixing": "loracli.fitting.run",
     "fuse_model": "loracli.fusing.fuse",
     "inspect_adapters": "loracli.adapters.summary",

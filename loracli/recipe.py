@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from loracli.adapters.base_claim import is_path
 from loracli.adapters.names import layer, leaf, target_of
 from loracli.errors import OutputExists, UsageError
 from loracli.fit_record import FitRecord
+from loracli.hub.references import is_path
 from loracli.system.document import added, encode, schema_of
 from loracli.system.files import TENSOR_FILES, replaced_file, write_file
 

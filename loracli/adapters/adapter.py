@@ -14,7 +14,6 @@ from torch import Tensor
 from loracli.adapters.config import AdapterConfig, read_config
 from loracli.adapters.convolutions import convolution_of
 from loracli.adapters.experts import ExpertTensors, StoredExpert, targeted_parameters
-from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.adapters.mlx import is_mlx, read_mlx
 from loracli.adapters.names import (
     Part,
@@ -24,11 +23,12 @@ from loracli.adapters.names import (
     target_of,
     whole_parameter,
 )
-from loracli.adapters.references import Reference
 from loracli.adapters.stored import StoredFactors
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution
 from loracli.errors import MalformedAdapter
+from loracli.hub.fetch import Fetched, fetch_adapter
+from loracli.hub.references import Reference
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE
 from loracli.system.tensor_file import TensorFile, open_tensor_file
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loracli.adapters.hub import MAX_ADAPTER_BYTES, Fetched, FetchedBase, fetch_adapters, fetch_base_of
-from loracli.adapters.hub.contents import BASE_CONFIG
 from loracli.adapters.recorded import Recorded, check_hashes, is_record, read_recorded, recorded_reference
-from loracli.adapters.references import Reference, parse_reference
 from loracli.errors import IntegrityError, UsageError
+from loracli.hub.fetch import MAX_ADAPTER_BYTES, Fetched, FetchedBase, fetch_adapters, fetch_base_of
+from loracli.hub.plan import BASE_CONFIG
+from loracli.hub.references import Reference, parse_reference
 from loracli.recipe import RecipeAdapter
 from loracli.system.tensor_file import file_sha256
 

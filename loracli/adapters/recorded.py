@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loracli.adapters.base_claim import BaseClaim
-from loracli.adapters.references import Reference, is_folder, is_repo_id, is_revision
 from loracli.errors import AdapterNotFound, IntegrityError, RecipeError
+from loracli.hub.references import BaseClaim, Reference, is_folder, is_repo_id, is_revision
 from loracli.recipe import RecipeAdapter
 from loracli.recipe_reading import decode_recipe, read_document
 from loracli.system.document import decode

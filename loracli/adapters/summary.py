@@ -10,9 +10,9 @@ from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
 from loracli.adapters.compatibility import Overlap, overlaps_of, problems_of
-from loracli.adapters.hub import fetch_adapter
 from loracli.adapters.names import leaf
 from loracli.algebra.factors import inner_product
+from loracli.hub.fetch import fetch_adapter
 from loracli.progress import SILENT, Progress
 
 

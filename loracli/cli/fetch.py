@@ -15,7 +15,7 @@ from loracli.cli._output import Output
 from loracli.progress import amount_text
 
 if TYPE_CHECKING:
-    from loracli.adapters.hub import Fetched, FetchedBase
+    from loracli.hub.fetch import Fetched, FetchedBase
 
 EPILOG = (
     "loracat fetch org/math-lora org/code-lora@v1  ·  loracat fetch recipe.json --with-base  ·  "

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter, build_adapter, kernels_of, may_have_any_shape, sort_tensors
 from loracli.adapters.config import read_config
-from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.algebra.factors import Factors
 from loracli.errors import IncompatibleAdapters, MalformedAdapter, UnsupportedAdapter, UsageError
+from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE
 from loracli.system.tensor_file import open_tensor_file

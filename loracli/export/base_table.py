@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
-from loracli.adapters.base_claim import BaseClaim, agreed_base
 from loracli.adapters.names import leaf
 from loracli.errors import UsageError
+from loracli.hub.references import BaseClaim, agreed_base
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule
 

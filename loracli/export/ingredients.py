@@ -10,11 +10,11 @@ import torch
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.fused_experts import as_fused_experts
-from loracli.adapters.hub import fetch_adapter
 from loracli.adapters.recorded import check_hashes, recorded_reference
 from loracli.adapters.saved_modules import REFUSE
 from loracli.adapters.text_model import as_text_model
 from loracli.errors import UsageError
+from loracli.hub.fetch import fetch_adapter
 from loracli.progress import SILENT, Progress
 from loracli.recipe import BaseModule, Recipe, RecipeAdapter
 from loracli.system.threads import in_order

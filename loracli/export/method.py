@@ -8,7 +8,6 @@ from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.compatibility import check_composable
-from loracli.adapters.hub import fetch_adapter
 from loracli.adapters.identity import identity_of
 from loracli.adapters.saved_modules import REFUSE, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
@@ -21,6 +20,7 @@ from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.export.options import ExportOptions
 from loracli.export.refit import check_refit
 from loracli.export.source import MethodSource, identities_of, takes
+from loracli.hub.fetch import fetch_adapter
 from loracli.progress import SILENT, Progress
 from loracli.recipe import MIXING_KINDS, Recipe, RecipeAdapter, labels_of
 from loracli.recipe_reading import load_recipe

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hashlib import sha256
 
-from loracli.adapters.hub import fetch_base
 from loracli.errors import HubUnreachable, InputError
 from loracli.fitting.base import WAY_OUT, BasePlan, BaseReference, base_directory, plan_base
+from loracli.hub.fetch import fetch_base
 from loracli.progress import SILENT, Progress
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatibility import check_composable
-from loracli.adapters.hub import Fetched, fetch_adapter
 from loracli.adapters.saved_modules import SavedModules, saved_modules, settled_policy
 from loracli.calibration.adapter_tokenizer import tokenizer_differences
 from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset
@@ -18,6 +17,7 @@ from loracli.errors import UsageError
 from loracli.fitting.base import BaseReference, find_base, on_base
 from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout
 from loracli.fitting.settings import AUTO, FitSettings
+from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.progress import SILENT, Progress
 from loracli.recipe import local_reference
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loracli.adapters.hub import Fetched
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.dataset import Examples
 from loracli.calibration.render import Example
@@ -43,6 +42,7 @@ from loracli.fitting.replace_modules import replace_modules
 from loracli.fitting.search import LADDERS, Found, search
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.fitting.solved import Task, tokens_of
+from loracli.hub.fetch import Fetched
 from loracli.progress import SILENT, WORK, Progress, duration_text
 from loracli.recipe import INLINE_KINDS, Recipe
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loracli.adapters.base_claim import is_path
 from loracli.adapters.front_matter import read_front_matter
-from loracli.adapters.hub.source import Listed
 from loracli.errors import InputError, IntegrityError
 from loracli.fusing.workplace import FUSE_CERTIFICATE
+from loracli.hub.references import is_path
+from loracli.hub.source import Listed
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, README_FILE
 from loracli.system.strict_json import parse_json
 from loracli.system.tensor_file import open_regular

@@ -23,8 +23,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public by i
     enable_progress_bars,
 )
 
-from loracli.adapters.hub.failures import LOG_IN, HttpError, without_server_words
 from loracli.errors import AccessDenied, HubUnreachable, InputError, LoracatError, OutOfResources
+from loracli.hub.source import LOG_IN, HttpError, without_server_words
 from loracli.system.machine import says_memory_ran_out
 
 AGAIN = "run the same command again: a commit appears whole or not at all, and what is there is not sent twice"

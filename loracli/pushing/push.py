@@ -10,11 +10,10 @@ from typing import Literal
 from huggingface_hub import constants, get_token
 
 import loracli
-from loracli.adapters.hub import checked_token
-from loracli.adapters.hub.failures import LOG_IN
-from loracli.adapters.hub.source import COMMIT
-from loracli.adapters.references import is_repo_id, is_revision
 from loracli.errors import AccessDenied, HubUnreachable, InputError, UsageError, VerificationError
+from loracli.hub.fetch import checked_token
+from loracli.hub.references import is_repo_id, is_revision
+from loracli.hub.source import COMMIT, LOG_IN
 from loracli.progress import SILENT, Progress
 from loracli.pushing.contents import Contents, LocalFile, no_hub_base, read_contents, refuse_model
 from loracli.pushing.repository import Head, Repository

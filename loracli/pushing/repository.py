@@ -17,8 +17,8 @@ from huggingface_hub.errors import (
 )
 
 import loracli
-from loracli.adapters.hub.source import COMMIT, Listed
 from loracli.errors import HubUnreachable, IntegrityError
+from loracli.hub.source import COMMIT, Listed
 from loracli.progress import Progress
 from loracli.pushing.contents import LocalFile
 from loracli.pushing.failures import push_errors

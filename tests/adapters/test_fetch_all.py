@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from loracli.adapters.base_claim import BaseClaim
 from loracli.adapters.fetch_all import fetch_all
 from loracli.adapters.recorded import read_recorded
 from loracli.errors import AdapterNotFound, IncompatibleAdapters, IntegrityError, RecipeError, UsageError
+from loracli.hub.references import BaseClaim
 from loracli.recipe import Recipe, RecipeAdapter, RecipeBase
 from loracli.system.document import encode
 from tests.stub_hub import StubHub

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from loracli.adapters.hub import MAX_ADAPTER_BYTES, fetch_adapter, fetch_adapters, fetch_base
-from loracli.adapters.hub.side_by_side import side_by_side
 from loracli.errors import OutOfResources
+from loracli.hub.fetch import MAX_ADAPTER_BYTES, fetch_adapter, fetch_adapters, fetch_base
+from loracli.hub.transfer import side_by_side
 from tests.adapters.conftest import Recorder
 from tests.stub_hub import StubHub
 

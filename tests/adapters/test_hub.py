@@ -13,9 +13,6 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from loracli.adapters.hub import Fetched, fetch_adapter, fetch_base, fetch_base_of
-from loracli.adapters.hub import transfer as hub_module
-from loracli.adapters.references import parse_reference
 from loracli.errors import (
     AccessDenied,
     AdapterNotFound,
@@ -30,6 +27,9 @@ from loracli.errors import (
     UnsupportedAdapter,
     UsageError,
 )
+from loracli.hub import transfer as hub_module
+from loracli.hub.fetch import Fetched, fetch_adapter, fetch_base, fetch_base_of
+from loracli.hub.references import parse_reference
 from tests.adapters.conftest import Recorder
 from tests.stub_hub import StubHub
 

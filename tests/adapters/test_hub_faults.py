@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http
 
-from loracli.adapters.hub import fetch_adapter, fetch_adapters, fetch_base
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, IntegrityError, LoracatError
+from loracli.hub.fetch import fetch_adapter, fetch_adapters, fetch_base
 from tests.adapters.conftest import Recorder
 from tests.stub_hub import StubHub
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loracli.adapters.adapter import read_adapter
-from loracli.adapters.hub import fetch_adapter
 from loracli.adapters.summary import inspect_adapters
 from loracli.errors import InputError, MalformedAdapter, UnsupportedAdapter
+from loracli.hub.fetch import fetch_adapter
 from tests.stub_hub import StubHub
 
 Q, UP = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loracli.adapters.references import Reference, parse_reference
 from loracli.errors import AdapterNotFound, UsageError
+from loracli.hub.references import Reference, parse_reference
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -14,7 +14,6 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub.utils import _http, are_progress_bars_disabled
 
-from loracli.adapters.hub import fetch_adapter
 from loracli.errors import (
     AccessDenied,
     HubUnreachable,
@@ -25,6 +24,7 @@ from loracli.errors import (
     VerificationError,
 )
 from loracli.export.method import export_method
+from loracli.hub.fetch import fetch_adapter
 from loracli.progress import Silent
 from tests.export.test_export import Made
 from tests.pushing.conftest import Push

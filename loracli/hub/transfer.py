@@ -1,26 +1,83 @@
-"""From the cache if it can be, by one listing and a few downloads if not; several repositories side by side."""
+"""The transfer of a plan: files side by side, each verified, into the cache of huggingface_hub.
+
+A few repositories at a time, and an end for all of them when one fails.
+
+From the cache if it can be, by one listing and a few downloads if not; several repositories side by side.
+"""
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from huggingface_hub import HfApi, constants, hf_hub_download
 
 import loracli
-from loracli.adapters.hub.digests import blob_digest, verify
-from loracli.adapters.hub.failures import hub_errors
-from loracli.adapters.hub.plan import Plan, check_room, make_plan
-from loracli.adapters.hub.side_by_side import side_by_side
-from loracli.adapters.hub.source import COMMIT, Copy, FetchedFile, Listed, Listing, Source
-from loracli.adapters.references import is_repo_id, is_revision
 from loracli.errors import HubUnreachable, IntegrityError, LoracatError
+from loracli.hub.plan import Plan, check_room, make_plan
+from loracli.hub.references import is_repo_id, is_revision
+from loracli.hub.source import COMMIT, Copy, FetchedFile, Listed, Listing, Source, blob_digest, hub_errors, verify
 from loracli.progress import Progress
 from loracli.system.files import CONFIG_FILE, remove_temporaries, write_atomically
+
+WORKERS = 4
+SECONDS_TO_STOP = 2.0  # for transfers to notice that they shall, and to remove what they have written
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def side_by_side(work: Callable[[T], R], items: Sequence[T], stopped: threading.Event) -> list[R]:
+    """work(item) of each, in a few threads, in the order of the items; `stopped` is set by a failure, or by Ctrl-C."""
+    if len(items) < 2:
+        return [work(item) for item in items]
+    waiting: queue.SimpleQueue[tuple[int, T]] = queue.SimpleQueue()
+    outcomes: queue.SimpleQueue[tuple[int, R | BaseException]] = queue.SimpleQueue()
+    for numbered in enumerate(items):
+        waiting.put(numbered)
+
+    def run() -> None:
+        with suppress(queue.Empty):
+            while not stopped.is_set():
+                number, item = waiting.get_nowait()
+                try:
+                    outcomes.put((number, work(item)))
+                except BaseException as error:
+                    outcomes.put((number, error))
+
+    # Daemons: a pool's threads would keep the process alive for as long as a server that has stopped sending likes.
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(min(len(items), WORKERS))]
+    results: dict[int, R] = {}
+    try:
+        for thread in threads:
+            thread.start()
+        while len(results) < len(items):
+            number, outcome = outcomes.get()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            results[number] = outcome
+    except BaseException:
+        _stop(stopped)
+        until = time.monotonic() + SECONDS_TO_STOP
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        raise
+    return [results[number] for number in range(len(items))]
+
+
+def _stop(stopped: threading.Event) -> None:
+    """Lets the transfers of other threads end at their next block."""
+    stopped.set()
+    with suppress(ImportError):  # not in every version; those transfers then end with their file
+        from huggingface_hub.utils._xet import abort_xet_session
+
+        abort_xet_session()  # type: ignore[no-untyped-call]
 
 
 def fetch(sources: Sequence[Source]) -> list[Copy]:

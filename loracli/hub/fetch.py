@@ -14,13 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loracli.adapters.base_claim import BaseClaim, agreed_base
-from loracli.adapters.hub.contents import ADAPTER, ADAPTER_FILES, BASE, BASE_CONFIG_ALONE, PICKLE_NAME, check_adapter
-from loracli.adapters.hub.plan import MAX_SMALL_BYTES
-from loracli.adapters.hub.source import FetchedFile, Source
-from loracli.adapters.hub.transfer import fetch
-from loracli.adapters.references import URI_PREFIX, Reference, parse_reference
 from loracli.errors import MalformedAdapter, UsageError
+from loracli.hub.plan import (
+    ADAPTER,
+    ADAPTER_FILES,
+    BASE,
+    BASE_CONFIG_ALONE,
+    MAX_SMALL_BYTES,
+    PICKLE_NAME,
+    check_adapter,
+)
+from loracli.hub.references import URI_PREFIX, BaseClaim, Reference, agreed_base, parse_reference
+from loracli.hub.source import FetchedFile, Source
+from loracli.hub.transfer import fetch
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CONFIG_FILE
 from loracli.system.strict_json import StrictJsonError, parse_json
