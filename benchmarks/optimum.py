@@ -28,9 +28,9 @@ from torch import Tensor
 
 from loracli.adapters.adapter import read_adapter
 from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import shuffled
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
-from loracli.calibration.split import shuffled
 from loracli.fitting.attach import AttachedModel, attach
 from loracli.fitting.base import find_base, load_base
 from loracli.fitting.criterion import loss_criterion

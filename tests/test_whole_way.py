@@ -19,9 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loracli.adapters.summary import inspect_adapters
-from loracli.calibration.records import read_records
+from loracli.calibration.records import parse_sources, read_records
 from loracli.calibration.render import render_file
-from loracli.calibration.sources import parse_sources
 from loracli.export.export import export_adapter
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings

@@ -1,19 +1,176 @@
-"""All data of a fit: the files, and which of their records are held out."""
+"""All data of a fit: files, tokens, and which records are held out.
+
+Which records are held out: decided by their content and the seed, so that equal records never stand on both
+sides.
+
+Whether an adapter was trained with another chat template or other tokens than the base model has.
+
+Training scripts often save the tokenizer beside the adapter. Only the base model's is ever used, so where the two
+differ, the adapter sees text in a form that it was not trained on. A download from the Hub leaves those files there,
+so this is about local directories.
+
+All data of a fit: the files, and which of their records are held out.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from loracli.calibration.records import SHOWN_LINES, CalibrationFile, Record, read_records
+from loracli.calibration.records import (
+    SHOWN_LINES,
+    CalibrationFile,
+    DataPaths,
+    DataSource,
+    Record,
+    parse_sources,
+    read_records,
+)
 from loracli.calibration.render import Example, RenderedFile, render_file
 from loracli.calibration.shapes import SHAPES, Shape
-from loracli.calibration.sources import DataPaths, DataSource, parse_sources
-from loracli.calibration.split import MIN_HELD_OUT, split_files
 from loracli.errors import CalibrationError, UsageError
 from loracli.progress import SILENT, Progress
 from loracli.recipe import FINGERPRINT, RecipeData
+from loracli.system.strict_json import StrictJsonError, parse_json
+
+MIN_HELD_OUT = 20  # below this, a paired interval says nothing
+
+
+def held_out_count(records: int, share: float) -> int:
+    """`share` of the records, at least 20, at most half."""
+    return min(max(math.ceil(share * records), MIN_HELD_OUT), records // 2)
+
+
+def split_records(records: Sequence[Record], count: int, *, seed: int) -> tuple[list[Record], list[Record]]:
+    """(kept, held out), each in file order.
+
+    Records are ordered by a hash of seed and content, and whole groups of equal records are held out until there are
+    `count`.
+    """
+    order = sorted({record.fingerprint for record in records}, key=lambda fingerprint: _key(seed, fingerprint))
+    groups: dict[str, list[Record]] = {fingerprint: [] for fingerprint in order}
+    for record in records:
+        groups[record.fingerprint].append(record)
+    chosen: set[str] = set()
+    held = 0
+    for fingerprint in order:
+        if held >= count:
+            break
+        chosen.add(fingerprint)
+        held += len(groups[fingerprint])
+    return (
+        [record for record in records if record.fingerprint not in chosen],
+        [record for record in records if record.fingerprint in chosen],
+    )
+
+
+def split_files(
+    files: Sequence[Sequence[Record]], share: float, *, seed: int
+) -> tuple[list[list[Record]], list[list[Record]]]:
+    """(kept, held out) of each file, so that each stands on both sides as far as it has different records.
+
+    `held_out_count` of all records together, from each file by its size. A record that is held out of one file is held
+    out of all.
+    """
+    total = sum(len(records) for records in files)
+    count = held_out_count(total, share)
+    chosen: set[str] = set()
+    for records in files:
+        part = min(-(-count * len(records) // total), len(records) // 2)
+        chosen |= {record.fingerprint for record in split_records(records, part, seed=seed)[1]}
+    return (
+        [[record for record in records if record.fingerprint not in chosen] for records in files],
+        [[record for record in records if record.fingerprint in chosen] for records in files],
+    )
+
+
+def dealt(records: Sequence[Record], count: int, *, seed: int) -> list[list[Record]]:
+    """The records in `count` parts, each in file order; equal records in the same one."""
+    order = sorted({record.fingerprint for record in records}, key=lambda fingerprint: _key(seed, fingerprint))
+    part_of = {fingerprint: place % count for place, fingerprint in enumerate(order)}
+    return [[record for record in records if part_of[record.fingerprint] == part] for part in range(count)]
+
+
+Item = TypeVar("Item")
+
+
+def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
+    """The items in an order that depends on the seed alone, the same on every machine."""
+    return [items[i] for i in sorted(range(len(items)), key=lambda i: _key(seed, str(i)))]
+
+
+def _key(seed: int, text: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{text}".encode()).digest()
+
+
+MAX_BYTES = 64 << 20
+SHOWN_TOKENS = 5
+TEMPLATE_FILE = "chat_template.jinja"
+CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+ADDED_FILE = "added_tokens.json"
+
+_IS_OTHER = "that differs from the base model's, which is the one used"
+_IS_NEW = "and the base model's tokenizer has none; none is used"
+
+
+def tokenizer_differences(folder: Path, tokenizer: Any) -> list[str]:
+    """What an adapter's directory has otherwise than the base model's tokenizer, a sentence each.
+
+    Args:
+        folder: of the adapter; its tokenizer files are there or not.
+        tokenizer: the base model's.
+    """
+    config = _json(folder / CONFIG_FILE)
+    found = []
+    template = _text(folder / TEMPLATE_FILE) or config.get("chat_template")
+    ours = _default_template(tokenizer).strip()
+    if isinstance(template, str) and template.strip() != ours:
+        found.append(f"it comes with a chat template {_IS_OTHER if ours else _IS_NEW}")
+    known = tokenizer.get_vocab()
+    unknown = sorted(token for token in _added_tokens(folder, config) if token not in known)
+    if unknown:
+        more = f" and {len(unknown) - SHOWN_TOKENS} more" if len(unknown) > SHOWN_TOKENS else ""
+        named = ", ".join(token[:40] for token in unknown[:SHOWN_TOKENS])
+        found.append(f"it comes with tokens that the base model's tokenizer does not have: {named}{more}")
+    return found
+
+
+def _default_template(tokenizer: Any) -> str:
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return template if isinstance(template, str) else str(template.get("default", ""))
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> set[str]:
+    """The texts of added tokens, wherever a version of transformers kept them."""
+    listed = _json(folder / TOKENIZER_FILE).get("added_tokens")
+    numbered = config.get("added_tokens_decoder")
+    entries = list(listed) if isinstance(listed, list) else []
+    entries += numbered.values() if isinstance(numbered, dict) else []
+    texts = [entry.get("content") for entry in entries if isinstance(entry, dict)]
+    return {text for text in (*texts, *_json(folder / ADDED_FILE)) if isinstance(text, str)}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is none, or none that can be read: it is only compared."""
+    try:
+        value = parse_json(_text(path) or "{}")
+    except StrictJsonError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _text(path: Path) -> str | None:
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            return None
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 @dataclass(frozen=True)

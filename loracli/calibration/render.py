@@ -1,18 +1,156 @@
-"""From records to tokens, with a mask of the positions that are scored."""
+"""From records to tokens, with a mask of the positions that are scored.
+
+Text to tokens, as a served model meets them.
+
+No token reaches across the place where generation would start: a served model sees the prompt's tokens and then
+produces the completion's, so that is the boundary the loss has to see.
+
+Conversations through the base model's chat template, with the places of the scored turns.
+
+Where a turn stands is found by rendering twice: what came before it with the generation prompt, and all up to its end.
+The first has to be how the second begins; so no mark of the template is needed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loracli.calibration.chat import RenderError, render_chat
 from loracli.calibration.records import CalibrationFile, skipped_lines
-from loracli.calibration.tokens import Rendered, prepended_tokens, render_completion
+from loracli.calibration.shapes import Message
 from loracli.errors import CalibrationError
 from loracli.progress import SILENT, Progress
+
+Rendered = tuple[list[int], list[bool]]  # T tokens, and which of them are scored
+
+
+def render_completion(prompt: str, completion: str, tokenizer: Any, prepended: list[int]) -> Rendered:
+    """Prompt and completion as they stand, the completion and the end-of-sequence token after it scored.
+
+    Args:
+        prompt: may be empty.
+        completion: what is scored.
+        tokenizer: the base model's, with an end-of-sequence token.
+        prepended: what the tokenizer puts before a text of its own accord; left out where the text begins with it.
+    """
+    if tokens(tokenizer, prompt or completion)[: len(prepended)] == prepended:
+        prepended = []
+    context = [*prepended, *tokens(tokenizer, prompt)]
+    target = continuation(tokenizer, prompt, completion)
+    if target[-1:] != [tokenizer.eos_token_id]:
+        target.append(tokenizer.eos_token_id)
+    return context + target, [False] * len(context) + [True] * len(target)
+
+
+def prepended_tokens(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer itself puts before every text: none, a beginning-of-sequence token, or, as for
+    GLM, several.
+
+    Raises:
+        CalibrationError: if the text's own tokens are not among those that it makes with them.
+    """
+    probe = "a"
+    plain, whole = tokens(tokenizer, probe), list(tokenizer(probe).input_ids)
+    for start in range(len(whole)):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    raise CalibrationError("the base model's tokenizer writes a text otherwise where it adds special tokens")
+
+
+def continuation(tokenizer: Any, context: str, text: str) -> list[int]:
+    """The tokens of `text` after `context`, whose own tokens stay as they are.
+
+    Some tokenizers put a space before whatever they are given, so `text` alone would get one. Where a token would reach
+    across the border, `text` is tokenised alone after all: a served model has read the context's tokens and cannot take
+    one back.
+    """
+    before, whole = tokens(tokenizer, context), tokens(tokenizer, context + text)
+    return whole[len(before) :] if whole[: len(before)] == before else tokens(tokenizer, text)
+
+
+def tokens(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of the text alone, without any that the tokenizer adds."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+# A template is a program of strangers: beside its own refusals it can fail as any does.
+_FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+class RenderError(Exception):
+    """The reason why one record cannot be rendered."""
+
+
+def render_chat(content: dict[str, Any], tokenizer: Any, special: set[int]) -> Rendered:
+    """The conversation up to the end of its last scored turn.
+
+    Args:
+        content: a conversation, in the form of `loracli.calibration.shapes`.
+        tokenizer: the base model's, with a chat template.
+        special: its special and added tokens, one of which ends a turn.
+    Raises:
+        RenderError: if the template refuses it, or leaves the place of an answer unknown.
+    """
+    messages: list[Message] = content["messages"]
+    tools = content.get("tools")
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns: list[int] = content.get("scored", answers)
+    if tools and _template(tokenizer, messages[: turns[0]], tools) == _template(tokenizer, messages[: turns[0]], None):
+        raise RenderError("tools: the chat template does not write them")
+    ids: list[int] = []
+    scored: list[bool] = []
+    done = ""  # what has been rendered and tokenised
+    for index in turns:
+        before = _template(tokenizer, messages[:index], tools)
+        after = _template(tokenizer, messages[: index + 1], tools, generation_prompt=False)
+        if not before.startswith(done):
+            raise RenderError(
+                f"turn {index + 1}: the chat template renders earlier turns anew, so a conversation has no one text; "
+                'give earlier assistant turns "weight": 0'
+            )
+        if not after.startswith(before):
+            raise RenderError(
+                f"turn {index + 1}: the answer as the chat template writes it does not begin with its generation prompt"
+            )
+        context = continuation(tokenizer, done, before[len(done) :])
+        turn = continuation(tokenizer, before, after[len(before) :])
+        if not turn:
+            raise RenderError(f"turn {index + 1}: the chat template writes nothing for it")
+        end = _end_of_turn(turn, special, tokenizer)
+        ids += context + turn
+        scored += [False] * len(context) + [i < end for i in range(len(turn))]
+        done = after
+    last = max(i for i, flag in enumerate(scored) if flag) + 1
+    return ids[:last], scored[:last]
+
+
+def _end_of_turn(turn: Sequence[int], special: set[int], tokenizer: Any) -> int:
+    """How many tokens the model itself would produce: up to its end-of-turn token, without the template's white space
+    after."""
+    for index in range(len(turn) - 1, -1, -1):
+        if turn[index] in special:
+            return index + 1
+        if tokenizer.decode([turn[index]]).strip():
+            break
+    return len(turn)
+
+
+def _template(
+    tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None, *, generation_prompt: bool = True
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except (TemplateError, *_FAILURES) as error:
+        raise RenderError(f"the chat template refuses it: {error}") from None
+    return text
+
 
 MAX_DROPPED = 0.1
 

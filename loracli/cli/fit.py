@@ -164,7 +164,7 @@ def fit(
     quiet: QuietOpt = False,
 ) -> None:
     """Learn the mixing weights of adapters on a small calibration file (CAT) and write a recipe."""
-    from loracli.calibration.sources import parse_sources
+    from loracli.calibration.records import parse_sources
     from loracli.errors import FitError, UsageError
     from loracli.fitting.inputs import FitInputs, prepare_fit
     from loracli.fitting.job import fit_to_file

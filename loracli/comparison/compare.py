@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.calibration.adapter_tokenizer import tokenizer_differences
 from loracli.calibration.batches import Batch, plan_batches
-from loracli.calibration.dataset import render_dataset
-from loracli.calibration.records import CalibrationFile
+from loracli.calibration.dataset import render_dataset, tokenizer_differences
+from loracli.calibration.records import CalibrationFile, DataPaths
 from loracli.calibration.render import Example, render_file
-from loracli.calibration.sources import DataPaths
 from loracli.comparison.candidates import Candidate, candidates, datamix_candidate
 from loracli.comparison.composition import Composition
 from loracli.comparison.fitted import TASK, Calibration

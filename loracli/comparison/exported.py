@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from loracli.adapters.adapter import open_adapter
 from loracli.algebra.factors import Factors
 from loracli.calibration.batches import plan_batches
-from loracli.calibration.records import CalibrationFile, read_records
+from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.calibration.render import render_file
-from loracli.calibration.sources import DataPaths, parse_sources
 from loracli.comparison.composition import of_factors
 from loracli.evaluation.bootstrap import paired_interval
 from loracli.evaluation.scores import Scores

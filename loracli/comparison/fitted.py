@@ -11,9 +11,8 @@ from typing import Any
 from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.batches import plan_batches
-from loracli.calibration.dataset import Dataset
+from loracli.calibration.dataset import Dataset, shuffled
 from loracli.calibration.render import Example
-from loracli.calibration.split import shuffled
 from loracli.comparison.composition import Composition, weighted
 from loracli.comparison.paper_name import PAPER
 from loracli.fitting.attach import AttachedModel, attach

@@ -11,8 +11,7 @@ from loracli.adapters.compatibility import check_composable
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
-from loracli.calibration.records import CalibrationFile, read_records
-from loracli.calibration.sources import DataPaths, parse_sources
+from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.comparison.settings import RUNGS, CompareSettings
 from loracli.errors import UsageError
 from loracli.export.ingredients import read_ingredients, recorded_policy

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from loracli.calibration.batches import plan_batches
-from loracli.calibration.records import read_records
+from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.calibration.render import render_file
-from loracli.calibration.sources import DataPaths, parse_sources
 from loracli.comparison.composition import of_factors
 from loracli.export.activations import check_weighable
 from loracli.export.source import Source, recorded_base

@@ -20,7 +20,7 @@ from loracli.adapters.adapter import LoraAdapter, LoraModule
 from loracli.algebra.factors import Factors
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.dataset import Dataset, Examples, read_dataset
-from loracli.calibration.sources import DataPaths
+from loracli.calibration.records import DataPaths
 from loracli.comparison.composition import of_factors
 from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.bootstrap import paired_interval

@@ -8,9 +8,8 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.saved_modules import SavedModules
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.dataset import Dataset
-from loracli.calibration.records import read_records
+from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.calibration.render import render_file
-from loracli.calibration.sources import DataPaths, parse_sources
 from loracli.comparison.fitted import TASK, Calibration, search_weights
 from loracli.fitting.base import check_fits, find_base, load_base
 from loracli.fitting.memory import memory_errors

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from loracli.calibration.dataset import MIN_HELD_OUT
 from loracli.calibration.render import Example
-from loracli.calibration.split import MIN_HELD_OUT
 from loracli.evaluation.bootstrap import paired_interval
 from loracli.evaluation.scores import Scores
 from loracli.recipe import HeldOut, HeldOutRow, HeldOutTask

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from loracli.adapters.saved_modules import saved_modules
-from loracli.calibration.sources import DataPaths
+from loracli.calibration.records import DataPaths
 from loracli.errors import UsageError
 from loracli.export.activations import Moments, recorded_moments
 from loracli.export.certificate import Certificate

@@ -12,7 +12,7 @@ from loracli.adapters.identity import identity_of
 from loracli.adapters.saved_modules import REFUSE, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
-from loracli.calibration.sources import DataPaths
+from loracli.calibration.records import DataPaths
 from loracli.errors import UsageError
 from loracli.export.base_table import BaseTable, base_table
 from loracli.export.export import Exported, write_export

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import shuffled
 from loracli.calibration.render import Example
-from loracli.calibration.split import shuffled
 from loracli.fitting.engine import Engine
 from loracli.fitting.loss import Objective
 from loracli.fitting.mixing import Applied, FactorMixing, Mixing

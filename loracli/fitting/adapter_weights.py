@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import shuffled
 from loracli.calibration.render import Example
-from loracli.calibration.split import shuffled
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.held_out import static_points
 from loracli.evaluation.scores import Scores

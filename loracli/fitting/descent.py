@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import shuffled
 from loracli.calibration.render import Example
-from loracli.calibration.split import shuffled
 from loracli.fit_record import StageRecord
 from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Entry

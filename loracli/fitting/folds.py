@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loracli.calibration.dataset import dealt, split_records
 from loracli.calibration.records import Record
 from loracli.calibration.render import Example
-from loracli.calibration.split import dealt, split_records
 from loracli.errors import UsageError
 
 VALIDATION_SHARE = 0.2

@@ -10,9 +10,8 @@ from typing import Any
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatibility import check_composable
 from loracli.adapters.saved_modules import SavedModules, saved_modules, settled_policy
-from loracli.calibration.adapter_tokenizer import tokenizer_differences
-from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset
-from loracli.calibration.sources import DataPaths
+from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset, tokenizer_differences
+from loracli.calibration.records import DataPaths
 from loracli.errors import UsageError
 from loracli.fitting.base import BaseReference, find_base, on_base
 from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout

@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 
 from loracli.calibration.batches import make_batch
+from loracli.calibration.dataset import shuffled
 from loracli.calibration.render import Example
-from loracli.calibration.split import shuffled
 from loracli.errors import NonFiniteLoss
 from loracli.fit_record import RungRecord, StageRecord, StartRecord
 from loracli.fitting.descent import Descent, Step

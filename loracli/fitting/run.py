@@ -10,8 +10,8 @@ from typing import Any
 
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.dataset import Examples
+from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
-from loracli.calibration.sources import DataPaths
 from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.held_out import FIT, held_out_table, static_points
 from loracli.evaluation.scorer import Scorer, make_scorer

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loracli.calibration.adapter_tokenizer import tokenizer_differences
+from loracli.calibration.dataset import tokenizer_differences
 from tests.tiny import CHAT_TEMPLATE, make_tokenizer
 
 OTHER = "it comes with a chat template that differs from the base model's, which is the one used"

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loracli.calibration.records import MAX_LINE_BYTES, CalibrationFile, read_records
-from loracli.calibration.sources import DataSource
+from loracli.calibration.records import MAX_LINE_BYTES, CalibrationFile, DataSource, read_records
 from loracli.errors import CalibrationError
 from loracli.progress import Silent
 

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
-from loracli.calibration.records import CalibrationFile, Record
+from loracli.calibration.records import CalibrationFile, DataSource, Record
 from loracli.calibration.render import Example, render_file, template_sha256
 from loracli.calibration.shapes import Shape
-from loracli.calibration.sources import DataSource
 from loracli.errors import CalibrationError
 from loracli.progress import Silent
 from tests.tiny import CHAT_TEMPLATE, make_tokenizer

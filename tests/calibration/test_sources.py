@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loracli.calibration.records import read_records
-from loracli.calibration.sources import DataSource, parse_source, parse_sources
+from loracli.calibration.records import DataSource, parse_source, parse_sources, read_records
 from loracli.errors import UsageError
 
 

@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 
+from loracli.calibration.dataset import MIN_HELD_OUT, held_out_count, shuffled, split_files, split_records
 from loracli.calibration.records import Record
-from loracli.calibration.split import MIN_HELD_OUT, held_out_count, shuffled, split_files, split_records
 
 
 def records(texts: list[str], file: str = "val.jsonl") -> list[Record]:

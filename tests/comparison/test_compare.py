@@ -155,9 +155,8 @@ def test_experts_are_compared_as_stock_peft_runs_their_exports(tmp_path: Path, d
 
 
 def peft_loss(base: Path, adapter: Path, data: Path) -> float:
-    from loracli.calibration.records import read_records
+    from loracli.calibration.records import parse_sources, read_records
     from loracli.calibration.render import render_file
-    from loracli.calibration.sources import parse_sources
     from tests.tiny import make_tokenizer
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()

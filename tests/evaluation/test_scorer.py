@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loracli.calibration.records import CalibrationFile, read_records
+from loracli.calibration.records import CalibrationFile, parse_sources, read_records
 from loracli.calibration.render import render_file
-from loracli.calibration.sources import parse_sources
 from loracli.errors import CalibrationError, UsageError
 from loracli.evaluation.generate import greedy_answers
 from loracli.evaluation.scorer import make_scorer, prompt_of
