@@ -40,7 +40,7 @@ from loracli.fitting.mixing import make_layout
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.progress import Silent
-from loracli.recipe import Recipe
+from loracli.recipe.recipe import Recipe
 
 HIGHER_RATE = 1e-2  # for the published recipe, whose own 1e-4 cannot move the weights
 

@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from loracli.adapters.adapter import LoraAdapter, read_adapter
-    from loracli.adapters.summary import inspect_adapters
+    from loracli.adapters.compatible import inspect_adapters
     from loracli.algebra.methods.method import MethodOptions
     from loracli.comparison.compare import compare_adapters
     from loracli.comparison.settings import CompareSettings, Controls
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from loracli.fusing.fuse import Fused, fuse_model
     from loracli.hub.fetch import Fetched, fetch_adapter
     from loracli.pushing.push import Pushed, push_adapter
-    from loracli.recipe import Recipe
-    from loracli.recipe_reading import load_recipe
+    from loracli.recipe.reading import load_recipe
+    from loracli.recipe.recipe import Recipe
     from loracli.report.report import write_report
     from loracli.serving.lint import Lint, lint_adapter
     from loracli.verifying.findings import Verification
@@ -53,7 +53,7 @@ _HOMES = {
     "LoracatError": "loracli.errors",
     "MethodOptions": "loracli.algebra.methods.method",
     "Pushed": "loracli.pushing.push",
-    "Recipe": "loracli.recipe",
+    "Recipe": "loracli.recipe.recipe",
     "TaskMetric": "loracli.evaluation.task_metric",
     "Verification": "loracli.verifying.findings",
     "compare_adapters": "loracli.comparison.compare",
@@ -63,9 +63,9 @@ _HOMES = {
     "fetch_adapter": "loracli.hub.fetch",
     "fit_mixing": "loracli.fitting.run",
     "fuse_model": "loracli.fusing.fuse",
-    "inspect_adapters": "loracli.adapters.summary",
+    "inspect_adapters": "loracli.adapters.compatible",
     "lint_adapter": "loracli.serving.lint",
-    "load_recipe": "loracli.recipe_reading",
+    "load_recipe": "loracli.recipe.reading",
     "push_adapter": "loracli.pushing.push",
     "read_adapter": "loracli.adapters.adapter",
     "verify_directory": "loracli.verifying.verify",

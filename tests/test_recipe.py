@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from loracli.errors import OutputExists, RecipeError
-from loracli.fit_record import FitRecord, RungRecord, StageRecord, StartRecord
-from loracli.recipe import (
+from loracli.recipe.reading import MAX_RECIPE_BYTES, load_recipe
+from loracli.recipe.recipe import (
     INLINE_KINDS,
     BaseModule,
     HeldOut,
@@ -28,7 +28,7 @@ from loracli.recipe import (
     group_name,
     weights_by_leaf,
 )
-from loracli.recipe_reading import MAX_RECIPE_BYTES, load_recipe
+from loracli.recipe.record import FitRecord, RungRecord, StageRecord, StartRecord
 
 KINDS = "'adapter', 'layer', 'module', 'rank', 'core', 'factors'"
 FILES = {"adapter_config.json": "c" * 64, "adapter_model.safetensors": "d" * 64}

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loracli.errors import IntegrityError, OutOfResources, OutputExists, RecipeError, UsageError
-from loracli.recipe import (
+from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import (
     INLINE_KINDS,
     TENSOR_PARTS,
     MixingKind,
@@ -27,8 +28,7 @@ from loracli.recipe import (
     check_recipe_path,
     weights_by_leaf,
 )
-from loracli.recipe_reading import load_recipe
-from loracli.sidecar import METADATA, sidecar_sha256
+from loracli.recipe.tensors import METADATA, sidecar_sha256
 from tests.test_recipe import make_recipe
 
 KINDS: tuple[MixingKind, ...] = ("rank", "core", "factors")
@@ -135,7 +135,7 @@ def test_the_summary_is_grouped_by_leaf(tmp_path: Path) -> None:
 def test_a_recipe_without_tensors_is_read_and_written_without_torch(tmp_path: Path) -> None:
     make_recipe(tmp_path).save(tmp_path / "r.json")
     code = (
-        "import sys; from loracli.recipe_reading import load_recipe; load_recipe('r.json').save('s.json', force=True); "
+        "import sys; from loracli.recipe.reading import load_recipe; load_recipe('r.json').save('s.json', force=True); "
         "sys.exit('torch' in sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -326,7 +326,7 @@ def test_a_recipe_with_tensors_ends_in_json_so_that_no_two_share_a_file(tmp_path
 # What is interrupted.
 
 
-@pytest.mark.parametrize("failing", ["loracli.sidecar.write_tensors", "loracli.recipe.write_file"])
+@pytest.mark.parametrize("failing", ["loracli.recipe.tensors.write_tensors", "loracli.recipe.recipe.write_file"])
 def test_a_full_disk_leaves_the_old_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     with_tensors(tmp_path, "core").save(tmp_path / "r.json")
     before = files(tmp_path)

@@ -18,13 +18,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loracli.adapters.summary import inspect_adapters
+from loracli.adapters.compatible import inspect_adapters
 from loracli.calibration.records import parse_sources, read_records
 from loracli.calibration.render import render_file
 from loracli.export.export import export_adapter
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.recipe_reading import load_recipe
+from loracli.recipe.reading import load_recipe
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl
 
 CONV1D = {"fan_in_fan_out": True}

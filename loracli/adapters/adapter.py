@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.config import AdapterConfig, read_config
-from loracli.adapters.convolutions import convolution_of
-from loracli.adapters.experts import ExpertTensors, StoredExpert, targeted_parameters
+from loracli.adapters.experts import ExpertTensors, StoredExpert, convolution_of, targeted_parameters
 from loracli.adapters.mlx import is_mlx, read_mlx
 from loracli.adapters.names import (
     Part,

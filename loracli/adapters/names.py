@@ -2,7 +2,7 @@
 
 base_model.model.<module>.lora_A.weight            (r, in)         nn.Linear, Conv1D
 base_model.model.<module>.lora_B.weight            (out, r)
-base_model.model.<module>.lora_A.weight            (r, in, kh, kw)     nn.Conv2d; adapters/convolutions.py
+base_model.model.<module>.lora_A.weight            (r, in, kh, kw)     nn.Conv2d; adapters/experts.py
 base_model.model.<module>.lora_B.weight            (out, r / groups, 1, 1)
 base_model.model.<module>.lora_B.bias              (out,)          with lora_bias
 base_model.model.<module>.lora_embedding_A         (r, vocab)      nn.Embedding

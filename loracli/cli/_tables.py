@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from loracli.cli._output import Block, Output
 from loracli.evaluation.verdict import interval_text, verdict
-from loracli.fit_certificate import FitCertificate
-from loracli.recipe import HeldOut, Recipe
+from loracli.recipe.recipe import HeldOut, Recipe
+from loracli.recipe.record import FitCertificate
 
 SHOWN_TASKS = 20
 SHOWN_FAR = 5

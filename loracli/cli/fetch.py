@@ -52,8 +52,7 @@ def fetch(
     quiet: QuietOpt = False,
 ) -> None:
     """Download adapters, or all that a recipe names, from the Hub: config, safetensors and README, nothing else."""
-    from loracli.adapters.fetch_all import fetch_all
-    from loracli.adapters.recorded import is_record
+    from loracli.recipe.ingredients import fetch_all, is_record
 
     out = Output(as_json=as_json, quiet=quiet)
     fetched = fetch_all(

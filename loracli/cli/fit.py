@@ -25,7 +25,7 @@ from loracli.progress import amount_text
 
 if TYPE_CHECKING:
     from loracli.fitting.plan import FitPlan
-    from loracli.recipe import Recipe
+    from loracli.recipe.recipe import Recipe
 
 EPILOG = (
     "loracat fit --adapters org/math-lora org/code-lora --data val.jsonl  ·  "
@@ -171,7 +171,7 @@ def fit(
     from loracli.fitting.placement import Placement
     from loracli.fitting.settings import FitSettings
     from loracli.progress import SILENT
-    from loracli.recipe import check_recipe_path
+    from loracli.recipe.recipe import check_recipe_path
     from loracli.system.launch import read_launch
 
     launch = read_launch()
@@ -242,7 +242,7 @@ def fit(
 def _print_fit(out: Output, recipe: Recipe, output: Path) -> None:
     """What was found."""
     from loracli.cli._tables import held_out_lines, search_lines
-    from loracli.recipe import files_beside
+    from loracli.recipe.recipe import files_beside
 
     out.close()
     table, record = recipe.held_out, recipe.fit

@@ -31,7 +31,7 @@ def inspect(
 ) -> None:
     """Show ranks, modules, scaling and base model of adapters, whether they can be composed, and how much they
     overlap."""
-    from loracli.adapters.summary import inspect_adapters
+    from loracli.adapters.compatible import inspect_adapters
 
     out = Output(as_json=as_json, quiet=quiet)
     found = inspect_adapters(references, revision=revision, cache_dir=cache_dir, token=token, progress=out)

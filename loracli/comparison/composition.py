@@ -17,7 +17,7 @@ from loracli.algebra.packing import stack_experts
 from loracli.errors import RecipeError
 from loracli.export.compose import compose_module
 from loracli.fitting.mixing import Applied, DiagonalMixing, FixedFactors, Layout, make_diagonal
-from loracli.recipe import INLINE_KINDS, RecipeMixing
+from loracli.recipe.recipe import INLINE_KINDS, RecipeMixing
 
 NOTHING = torch.zeros(0)
 

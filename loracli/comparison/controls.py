@@ -23,7 +23,7 @@ from loracli.fitting.folds import one_fold
 from loracli.fitting.mixing import Layout, Mixing
 from loracli.fitting.optimise import WARM_UP, AdamW
 from loracli.fitting.settings import PASSES
-from loracli.recipe import MixingKind
+from loracli.recipe.recipe import MixingKind
 
 # A usual recipe for a LoRA on few records: lora_alpha twice the rank, so that the scaling is 2.
 RATE, SCALING = 1e-3, 2.0

@@ -26,7 +26,7 @@ from loracli.fitting.recording import recipe_mixing
 from loracli.fitting.run import divide_training, find_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.progress import SILENT, Progress
-from loracli.recipe import INLINE_KINDS, RecipeMixing
+from loracli.recipe.recipe import INLINE_KINDS, RecipeMixing
 
 TASK = "compare"
 SEARCH_RECORDS = 64  # that methods with a number or two are fitted on, as the first rung of the ladder

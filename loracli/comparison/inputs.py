@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.adapters.compatibility import check_composable
+from loracli.adapters.compatible import check_composable
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.comparison.settings import RUNGS, CompareSettings
 from loracli.errors import UsageError
-from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.fitting.base import BaseReference, find_base, on_base
 from loracli.fitting.mixing import Layout, make_layout
 from loracli.hub.fetch import fetch_adapter
 from loracli.progress import SILENT, Progress
-from loracli.recipe import FINGERPRINT, OTHER_ROWS, Recipe
-from loracli.recipe_reading import load_recipe
+from loracli.recipe.ingredients import read_ingredients, recorded_policy
+from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import FINGERPRINT, OTHER_ROWS, Recipe
 
 
 @dataclass(frozen=True)

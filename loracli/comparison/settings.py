@@ -11,7 +11,7 @@ from loracli.comparison.paper_name import PAPER
 from loracli.errors import UsageError
 from loracli.export.source import takes
 from loracli.fitting.settings import AUTO, FitSettings
-from loracli.recipe import MIXING_KINDS
+from loracli.recipe.recipe import MIXING_KINDS
 
 ALL, DATA_FREE = "all", "data-free"
 RUNGS = (*MIXING_KINDS, AUTO, PAPER)

@@ -13,7 +13,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from loracli.adapters.identity import identity_of
 from loracli.adapters.names import layer
 from loracli.conversion.base_weights import BaseWeights
 from loracli.conversion.cut import Cut
@@ -25,7 +24,8 @@ from loracli.export.export import Exported, write_export
 from loracli.export.options import ExportOptions
 from loracli.export.source import identities_of
 from loracli.progress import SILENT, Progress
-from loracli.recipe import RecipeAdapter, labels_of
+from loracli.recipe.ingredients import identity_of
+from loracli.recipe.recipe import RecipeAdapter, labels_of
 from loracli.system.files import check_free
 
 DEFAULT_TOLERANCE = 0.1  # of DoRA, where neither a rank nor a tolerance is given

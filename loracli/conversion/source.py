@@ -12,6 +12,7 @@ from torch import Tensor
 
 import loracli
 from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.adapters.licence import agreed_licence, stated_licences
 from loracli.algebra.concatenate import concatenate
 from loracli.algebra.factors import norm
 from loracli.algebra.methods.method import Merged
@@ -24,9 +25,8 @@ from loracli.conversion.read import Convertible
 from loracli.errors import BaseModelMismatch, UnsupportedAdapter, UsageError
 from loracli.export.base_table import BaseTable
 from loracli.export.card import CardText, adapter_table
-from loracli.export.licence import agreed_licence, stated_licences
 from loracli.export.repeat import Repeat, adapter_words, base_words
-from loracli.recipe import BaseModule, RecipeAdapter
+from loracli.recipe.recipe import BaseModule, RecipeAdapter
 from loracli.system.document import encode
 
 MOST_UNCERTAIN = 0.05  # of |dW|, that an initialisation computed again may be off

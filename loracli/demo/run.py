@@ -31,7 +31,7 @@ from loracli.fitting.loss import Objective, make_objective
 from loracli.fitting.placement import Placement
 from loracli.fitting.run import run_fit
 from loracli.progress import SILENT, Progress
-from loracli.recipe import Recipe
+from loracli.recipe.recipe import Recipe
 
 ADAPTERS = ("know", "form")
 MAX_NEW_TOKENS = 24

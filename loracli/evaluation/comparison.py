@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from loracli.recipe import HeldOutTask
+from loracli.recipe.recipe import HeldOutTask
 
 RowKind = Literal["base", "ingredient", "method", "fit", "control"]
 

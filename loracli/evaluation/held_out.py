@@ -8,7 +8,7 @@ from loracli.calibration.dataset import MIN_HELD_OUT
 from loracli.calibration.render import Example
 from loracli.evaluation.bootstrap import paired_interval
 from loracli.evaluation.scores import Scores
-from loracli.recipe import HeldOut, HeldOutRow, HeldOutTask
+from loracli.recipe.recipe import HeldOut, HeldOutRow, HeldOutTask
 
 FIT = "fit"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loracli.evaluation.comparison import Comparison
-from loracli.recipe import HeldOut
+from loracli.recipe.recipe import HeldOut
 
 
 def verdict(table: HeldOut) -> str:

@@ -14,8 +14,8 @@ from loracli.adapters.adapter import kernels_of
 from loracli.adapters.names import is_numbered
 from loracli.errors import RecipeError, UsageError
 from loracli.export.source import RecipeSource, Source
-from loracli.recipe import INLINE_KINDS
-from loracli.sidecar import MOMENT, read_moments
+from loracli.recipe.recipe import INLINE_KINDS
+from loracli.recipe.tensors import MOMENT, read_moments
 
 
 @dataclass(frozen=True)

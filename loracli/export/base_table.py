@@ -11,7 +11,7 @@ from loracli.adapters.names import leaf
 from loracli.errors import UsageError
 from loracli.hub.references import BaseClaim, agreed_base
 from loracli.progress import SILENT, Progress
-from loracli.recipe import BaseModule
+from loracli.recipe.recipe import BaseModule
 
 
 @dataclass(frozen=True)

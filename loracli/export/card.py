@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 import loracli
+from loracli.adapters.licence import agreed_licence
 from loracli.algebra.methods.method import Method
-from loracli.export.licence import agreed_licence
 from loracli.export.repeat import Repeat, printable, repeat_method, repeat_recipe
-from loracli.recipe import INLINE_KINDS, Recipe, RecipeAdapter
+from loracli.recipe.recipe import INLINE_KINDS, Recipe, RecipeAdapter
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from loracli.adapters.adapter import LoraAdapter, module_names, widest_dtype
 from loracli.algebra.concatenate import concatenate, without_zeros
 from loracli.algebra.factors import Factors
 from loracli.errors import RecipeError
-from loracli.recipe import INLINE_KINDS, Recipe, RecipeMixing, group_name
-from loracli.tensor_mixing import composed_update
+from loracli.recipe.recipe import INLINE_KINDS, Recipe, RecipeMixing, group_name
+from loracli.recipe.tensors import composed_update
 
 
 def composed_modules(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> tuple[str, ...]:

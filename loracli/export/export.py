@@ -19,15 +19,15 @@ from loracli.calibration.records import DataPaths
 from loracli.errors import UsageError
 from loracli.export.activations import Moments, recorded_moments
 from loracli.export.certificate import Certificate
-from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.export.options import ExportOptions
 from loracli.export.plan import TASK, AdapterPlan
 from loracli.export.profile import Layout
 from loracli.export.refit import Refit, RefitRecord, check_refit, check_refittable
 from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
-from loracli.recipe import Recipe
-from loracli.recipe_reading import load_recipe
+from loracli.recipe.ingredients import read_ingredients, recorded_policy
+from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import Recipe
 from loracli.system.files import check_free, whole_directory
 from loracli.system.tensor_file import file_size
 from loracli.system.threads import one_thread_each

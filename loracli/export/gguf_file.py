@@ -22,7 +22,7 @@ from torch import Tensor
 from loracli.errors import UsageError
 from loracli.export.llama_cpp import LlamaCppBase
 from loracli.export.place import Place
-from loracli.recipe import BaseModule
+from loracli.recipe.recipe import BaseModule
 from loracli.system.tensor_file import TensorFile, open_tensor_file
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

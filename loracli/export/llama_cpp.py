@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loracli.adapters.names import leaf
 from loracli.errors import BaseModelMismatch, UsageError
-from loracli.recipe import BaseModule
+from loracli.recipe.recipe import BaseModule
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
-from loracli.adapters.compatibility import check_composable
-from loracli.adapters.identity import identity_of
+from loracli.adapters.compatible import check_composable
 from loracli.adapters.saved_modules import REFUSE, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
@@ -16,14 +15,14 @@ from loracli.calibration.records import DataPaths
 from loracli.errors import UsageError
 from loracli.export.base_table import BaseTable, base_table
 from loracli.export.export import Exported, write_export
-from loracli.export.ingredients import read_ingredients, recorded_policy
 from loracli.export.options import ExportOptions
 from loracli.export.refit import check_refit
 from loracli.export.source import MethodSource, identities_of, takes
 from loracli.hub.fetch import fetch_adapter
 from loracli.progress import SILENT, Progress
-from loracli.recipe import MIXING_KINDS, Recipe, RecipeAdapter, labels_of
-from loracli.recipe_reading import load_recipe
+from loracli.recipe.ingredients import identity_of, read_ingredients, recorded_policy
+from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import MIXING_KINDS, Recipe, RecipeAdapter, labels_of
 from loracli.system.files import check_free
 
 DEFAULTS = MethodOptions()

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loracli.adapters.names import layer
-from loracli.recipe import BaseModule
+from loracli.recipe.recipe import BaseModule
 
 # Where MLX's models have the names of transformers': its loaders rename what lies elsewhere.
 _SAME_NAME = re.compile(r"(model\.layers\.\d+\.[A-Za-z0-9_.]+|lm_head)")

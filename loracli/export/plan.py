@@ -30,7 +30,7 @@ from loracli.export.ranks import choose_ranks, choose_uniform_rank, spectra_of_t
 from loracli.export.refit import Refitted, write_cores
 from loracli.export.source import MethodSource, Source
 from loracli.progress import Progress
-from loracli.recipe import BaseModule
+from loracli.recipe.recipe import BaseModule
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, CORES_FILE, GGUF_FILE, README_FILE, write_file
 from loracli.system.tensor_file import file_size, open_tensor_file, write_tensors
 from loracli.system.threads import in_order

@@ -26,7 +26,7 @@ from loracli.algebra.packing import Convolution
 from loracli.errors import UsageError
 from loracli.export.mlx import mlx_config, mlx_obstacle
 from loracli.export.place import Place
-from loracli.recipe import BaseModule
+from loracli.recipe.recipe import BaseModule
 from loracli.system.files import MLX_TENSOR_FILE, TENSOR_FILE
 
 ProfileName = Literal["portable", "peft", "mlx"]

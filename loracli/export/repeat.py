@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loracli.hub.references import URI_PREFIX
-from loracli.recipe import Recipe, RecipeAdapter
+from loracli.recipe.recipe import Recipe, RecipeAdapter
 
 _TAKE_RECIPE = """python -c "import json; print(json.dumps(json.load(open('loracat.json'))['recipe']))" > recipe.json"""
 

@@ -12,7 +12,7 @@ import torch
 
 import loracli
 from loracli.adapters.adapter import LoraAdapter, module_names, widest_dtype
-from loracli.adapters.identity import identity_of
+from loracli.adapters.licence import stated_licences
 from loracli.adapters.saved_modules import SavedModules
 from loracli.algebra.concatenate import concatenate, without_zeros
 from loracli.algebra.factors import Factors
@@ -20,8 +20,8 @@ from loracli.algebra.methods.method import Merged, Method, MethodOptions
 from loracli.export.base_table import BaseTable
 from loracli.export.card import CardText, method_card, recipe_card
 from loracli.export.compose import compose_module, composed_dtype, composed_modules, composed_rank, weighted_updates
-from loracli.export.licence import stated_licences
-from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, without_paths
+from loracli.recipe.ingredients import identity_of
+from loracli.recipe.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, without_paths
 from loracli.system.document import encode
 
 

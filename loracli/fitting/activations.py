@@ -24,8 +24,8 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.loss import Objective
 from loracli.fitting.mixing import Applied, FactorMixing, Mixing
 from loracli.progress import Progress, amount_text
-from loracli.recipe import RecipeActivations
-from loracli.sidecar import MOMENT, sidecar_sha256
+from loracli.recipe.recipe import RecipeActivations
+from loracli.recipe.tensors import MOMENT, sidecar_sha256
 
 MOST_RECORDS = 64  # of a fit: some thousand tokens, against R of some dozens
 MOST_BYTES = 256 << 20  # of all G in float64, which every record's part has too

@@ -15,16 +15,15 @@ import torch
 from torch import nn
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
-from loracli.adapters.fused_experts import as_fused_experts, has_expert_layers
 from loracli.adapters.names import leaf
-from loracli.adapters.text_model import as_text_model, inside_other_model
+from loracli.adapters.on_base import as_fused_experts, as_text_model, has_expert_layers, inside_other_model
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
 from loracli.fitting.experts import check_experts
 from loracli.fitting.placement import DTYPES, check_device_map, check_sharded, placement_options, whole
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import BaseClaim, agreed_base, is_path
 from loracli.progress import SILENT, Progress
-from loracli.recipe import BaseModule, ModuleKind
+from loracli.recipe.recipe import BaseModule, ModuleKind
 
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 WAY_OUT = "give a directory that holds the base's config.json with --base, or its Hub id"

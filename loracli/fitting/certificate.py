@@ -31,10 +31,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loracli.fit_certificate import RECORDS_PER_NUMBER, FitCertificate
 from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.record_gradients import RecordGradients
-from loracli.recipe import INLINE_KINDS
+from loracli.recipe.recipe import INLINE_KINDS
+from loracli.recipe.record import RECORDS_PER_NUMBER, FitCertificate
 
 MOST_NUMBERS = 2000  # G is P x P, and a row for each record is 2 P
 EXTRAPOLATED = 2.0  # an adapter was trained to act at 1

@@ -12,11 +12,11 @@ from torch import Tensor
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.dataset import shuffled
 from loracli.calibration.render import Example
-from loracli.fit_record import StageRecord
 from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Entry
 from loracli.fitting.mixing import Mixing
 from loracli.fitting.optimise import AdamW
+from loracli.recipe.record import StageRecord
 
 FEWEST_STEPS_A_PASS = 64
 MOST_STEPS_A_PASS = 128

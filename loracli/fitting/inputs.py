@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.adapters.compatibility import check_composable
+from loracli.adapters.compatible import check_composable
 from loracli.adapters.saved_modules import SavedModules, saved_modules, settled_policy
 from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset, tokenizer_differences
 from loracli.calibration.records import DataPaths
@@ -18,7 +18,7 @@ from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_lay
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.progress import SILENT, Progress
-from loracli.recipe import local_reference
+from loracli.recipe.recipe import local_reference
 
 
 @dataclass(frozen=True)

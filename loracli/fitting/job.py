@@ -19,7 +19,7 @@ from loracli.fitting.placement import Placement
 from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.run import run_fit
 from loracli.progress import SILENT, Progress
-from loracli.recipe import Recipe, check_recipe_path
+from loracli.recipe.recipe import Recipe, check_recipe_path
 from loracli.system.files import locked_directory, translate_disk_errors
 from loracli.system.launch import Launch
 

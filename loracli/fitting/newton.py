@@ -15,12 +15,12 @@ from torch import Tensor
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fit_certificate import RECORDS_PER_NUMBER, FitCertificate
 from loracli.fitting.certificate import can_certify, certify, newton_step
 from loracli.fitting.engine import CERTIFICATE_COST, GRADIENT_COST, Engine
 from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.fitting.solved import tokens_of
+from loracli.recipe.record import RECORDS_PER_NUMBER, FitCertificate
 
 FEWEST_PASSES = 6.0  # of a budget that has room for a certificate
 WORTH_A_STEP = 1e-5  # nats per token

@@ -18,13 +18,13 @@ from loracli.calibration.batches import make_batch
 from loracli.calibration.dataset import shuffled
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fit_record import RungRecord, StageRecord, StartRecord
 from loracli.fitting.descent import Descent, Step
 from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import DiagonalMixing
 from loracli.fitting.optimise import AdamW
 from loracli.fitting.search import Found
 from loracli.fitting.settings import FitSettings
+from loracli.recipe.record import RungRecord, StageRecord, StartRecord
 
 RATE = 1e-4
 WARM_UP_STEPS = 100

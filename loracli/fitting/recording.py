@@ -9,16 +9,15 @@ import transformers
 
 import loracli
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.identity import identity_of
 from loracli.algebra.basis import canonical_stack, mixing_in_file_gauge
-from loracli.fit_certificate import FitCertificate
-from loracli.fit_record import FitRecord
 from loracli.fitting.base import BaseModel, base_modules
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.mixing import DiagonalMixing, FactorMixing
 from loracli.fitting.search import Found
-from loracli.recipe import HeldOut, Recipe, RecipeActivations, RecipeBase, RecipeData, RecipeMixing
-from loracli.tensor_mixing import tensor_mixing
+from loracli.recipe.ingredients import identity_of
+from loracli.recipe.recipe import HeldOut, Recipe, RecipeActivations, RecipeBase, RecipeData, RecipeMixing
+from loracli.recipe.record import FitCertificate, FitRecord
+from loracli.recipe.tensors import tensor_mixing
 
 
 def make_recipe(

@@ -16,7 +16,6 @@ from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.held_out import FIT, held_out_table, static_points
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.scores import Scores
-from loracli.fit_certificate import FitCertificate
 from loracli.fitting.activations import chosen_records, fit_activations
 from loracli.fitting.attach import AttachedModel, attach
 from loracli.fitting.base import BaseModel, BasePlan, check_fits, load_base, plan_base
@@ -44,7 +43,8 @@ from loracli.fitting.settings import AUTO, FitSettings
 from loracli.fitting.solved import Task, tokens_of
 from loracli.hub.fetch import Fetched
 from loracli.progress import SILENT, WORK, Progress, duration_text
-from loracli.recipe import INLINE_KINDS, Recipe
+from loracli.recipe.recipe import INLINE_KINDS, Recipe
+from loracli.recipe.record import FitCertificate
 
 
 def fit_mixing(

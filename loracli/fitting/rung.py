@@ -16,13 +16,13 @@ from torch import Tensor
 
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.scores import Scores
-from loracli.fit_record import StageRecord, StartRecord
 from loracli.fitting.criterion import gain
 from loracli.fitting.descent import Descent, Plan, Ran, plan_steps
 from loracli.fitting.mixing import Mixing
 from loracli.fitting.optimise import WARM_UP, AdamW, peak_rate
 from loracli.fitting.solved import Solved, Task, left_out, nats_per_token, padded_tokens
-from loracli.recipe import MixingKind
+from loracli.recipe.recipe import MixingKind
+from loracli.recipe.record import StageRecord, StartRecord
 
 # From strong to none. Trained factors have thousands of numbers for one mixing weight, so each is held more loosely.
 RIDGE_PATH = (1e-2, 1e-3, 0.0)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fit_record import RungRecord, StageRecord
 from loracli.fitting.adapter_weights import minimise, solve_adapters
 from loracli.fitting.criterion import Gain, gain
 from loracli.fitting.descent import Descent, plan_steps
@@ -30,7 +29,8 @@ from loracli.fitting.optimise import WARM_UP, AdamW
 from loracli.fitting.rung import rate_for, solve_rung
 from loracli.fitting.settings import AUTO
 from loracli.fitting.solved import Solved, Task, mean_of, nats_per_token, padded_tokens, tokens_of
-from loracli.recipe import MixingKind
+from loracli.recipe.recipe import MixingKind
+from loracli.recipe.record import RungRecord, StageRecord
 
 # Rungs with the share of the search's budget that each may take.
 LADDERS: dict[str, dict[MixingKind, float]] = {

@@ -9,7 +9,7 @@ from loracli.adapters.saved_modules import REFUSE, check_policy
 from loracli.errors import UsageError
 from loracli.evaluation.answers import TOLERANCE
 from loracli.evaluation.task_metric import MAX_NEW_TOKENS, TaskMetric, task_metric
-from loracli.recipe import MIXING_KINDS
+from loracli.recipe.recipe import MIXING_KINDS
 
 AUTO = "auto"
 PASSES = 8.0

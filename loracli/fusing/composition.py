@@ -16,15 +16,15 @@ from loracli.algebra.methods.method import Method
 from loracli.checkpoint import FLOATS, Checkpoint
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
 from loracli.export.base_table import BaseTable
-from loracli.export.ingredients import read_ingredients
 from loracli.export.method import DEFAULTS, find_method, published_identities, read_to_compose
 from loracli.export.source import MethodSource, RecipeSource, Source
 from loracli.fitting.base import BasePlan, base_modules, check_shapes, find_base, on_base, plan_base
 from loracli.fusing.base_files import read_config
 from loracli.fusing.plan import FusionPlan
 from loracli.progress import Progress
-from loracli.recipe import BaseModule, Recipe, RecipeBase
-from loracli.recipe_reading import load_recipe
+from loracli.recipe.ingredients import read_ingredients
+from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import BaseModule, Recipe, RecipeBase
 from loracli.system.files import CONFIG_FILE
 
 

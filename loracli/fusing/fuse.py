@@ -40,7 +40,7 @@ from loracli.fusing.stream import Hashes, write_shard
 from loracli.fusing.update import update_of
 from loracli.fusing.workplace import FUSE_CERTIFICATE, Workplace, check_model_free, open_workplace
 from loracli.progress import SILENT, Progress
-from loracli.recipe import Recipe
+from loracli.recipe.recipe import Recipe
 from loracli.system.files import flush_directory, write_file
 
 FUSE_SCHEMA = 1

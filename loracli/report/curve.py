@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loracli.fit_record import FitRecord, StageRecord
+from loracli.recipe.record import FitRecord, StageRecord
 from loracli.report.html import svg, tag, text
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 360.0, 190.0, 42.0, 24.0, 22.0

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loracli.adapters.names import layer, leaf
-from loracli.recipe import Recipe
+from loracli.recipe.recipe import Recipe
 
 LEAST_SPAN = 0.25  # of a weight from uniform: a smaller range is not blown up
 OUTSIDE = "-"  # the row of modules that belong to no layer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loracli.recipe import Recipe
+from loracli.recipe.recipe import Recipe
 from loracli.report.grid import Grid, described, grids, layer_numbers, short_names, span_of
 from loracli.report.html import svg, tag, text
 

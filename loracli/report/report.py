@@ -10,10 +10,10 @@ from pathlib import Path
 from loracli.adapters.adapter import LoraAdapter
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, InputError, OutputExists, UsageError
 from loracli.evaluation.comparison import Comparison
-from loracli.export.ingredients import read_ingredients
 from loracli.progress import SILENT, Progress
-from loracli.recipe import Recipe
-from loracli.recipe_reading import load_recipe
+from loracli.recipe.ingredients import read_ingredients
+from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import Recipe
 from loracli.report import sections
 from loracli.report.page import page
 from loracli.system.document import decode

@@ -9,7 +9,7 @@ from loracli.adapters.names import leaf
 from loracli.algebra.basis import Interference, interference
 from loracli.evaluation.comparison import Comparison, ComparisonRow
 from loracli.evaluation.verdict import claim, interval_text, metric_claim, verdict
-from loracli.recipe import INLINE_KINDS, HeldOut, Recipe
+from loracli.recipe.recipe import INLINE_KINDS, HeldOut, Recipe
 from loracli.report.curve import loss_curve, ridge_path
 from loracli.report.grid import numbers
 from loracli.report.heat_map import heat_map

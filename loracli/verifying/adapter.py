@@ -26,7 +26,7 @@ from loracli.export.refit import read_cores
 from loracli.export.source import MethodSource, RecipeSource, Source
 from loracli.fitting.base import check_shapes
 from loracli.progress import Progress
-from loracli.recipe import BaseModule
+from loracli.recipe.recipe import BaseModule
 from loracli.system.document import decode
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.system.strict_json import parse_json

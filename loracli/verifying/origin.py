@@ -26,11 +26,11 @@ from loracli.errors import (
     UsageError,
 )
 from loracli.export.base_table import BaseTable
-from loracli.export.ingredients import by_names_of, read_recorded, recorded_policy
 from loracli.export.source import MethodSource, RecipeSource
 from loracli.progress import Progress
-from loracli.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, without_paths
-from loracli.recipe_reading import decode_recipe, load_recipe
+from loracli.recipe.ingredients import by_names_of, read_recorded, recorded_policy
+from loracli.recipe.reading import decode_recipe, load_recipe
+from loracli.recipe.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, without_paths
 from loracli.system.document import decode
 from loracli.system.files import MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.verifying.findings import Findings

@@ -21,7 +21,7 @@ from loracli.adapters.experts import order_of, plain_module
 from loracli.adapters.names import PREFIX, leaf
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution, join_experts, join_groups
-from loracli.recipe import BaseModule
+from loracli.recipe.recipe import BaseModule
 
 
 def skeleton_of(

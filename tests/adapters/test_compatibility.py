@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.adapters.compatibility import check_composable, overlaps_of, problems_of
+from loracli.adapters.compatible import check_composable, overlaps_of, problems_of
 from loracli.errors import IncompatibleAdapters
 
 Shapes = dict[str, tuple[int, int]]  # (out, in) by module

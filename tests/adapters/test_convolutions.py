@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from loracli import compare_adapters, convert_adapter, fit_mixing, fuse_model
 from loracli.adapters.adapter import LoraAdapter, kernels_of, open_adapter, read_adapter
-from loracli.adapters.compatibility import problems_of
-from loracli.adapters.summary import inspect_adapters
+from loracli.adapters.compatible import inspect_adapters, problems_of
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
 from tests.convolutions import ALL, GROUPS, Adapted, adapt, biases, close, config_of, deltas, images, load, model
 from tests.tiny import make_adapter, make_base

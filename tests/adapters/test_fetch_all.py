@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from loracli.adapters.fetch_all import fetch_all
-from loracli.adapters.recorded import read_recorded
 from loracli.errors import AdapterNotFound, IncompatibleAdapters, IntegrityError, RecipeError, UsageError
 from loracli.hub.references import BaseClaim
-from loracli.recipe import Recipe, RecipeAdapter, RecipeBase
+from loracli.recipe.ingredients import fetch_all, read_record
+from loracli.recipe.recipe import Recipe, RecipeAdapter, RecipeBase
 from loracli.system.document import encode
 from tests.stub_hub import StubHub
 from tests.test_recipe import make_recipe
@@ -105,7 +104,7 @@ def test_the_record_of_an_export_is_as_good_as_the_recipe(
     for document in (with_recipe, with_method):
         record.write_text(json.dumps(document))
         assert [a.commit for a in fetch_all([str(record)], **options).adapters] == [a.commit for a in adapters]
-    assert read_recorded(record).base == BaseClaim("org/base", "c" * 40)
+    assert read_record(record).base == BaseClaim("org/base", "c" * 40)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loracli.adapters.adapter import read_adapter
-from loracli.adapters.summary import inspect_adapters
+from loracli.adapters.compatible import inspect_adapters
 from loracli.errors import InputError, MalformedAdapter, UnsupportedAdapter
 from loracli.hub.fetch import fetch_adapter
 from tests.stub_hub import StubHub

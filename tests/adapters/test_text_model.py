@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loracli.adapters.adapter import read_adapter
-from loracli.adapters.text_model import as_text_model
+from loracli.adapters.on_base import as_text_model
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
 from loracli.errors import BaseModelMismatch

@@ -23,14 +23,14 @@ from loracli.comparison.moments import moments_of
 from loracli.errors import IntegrityError, OutputExists, RecipeError, UsageError
 from loracli.export.activations import recorded_moments
 from loracli.export.export import export_adapter
-from loracli.export.ingredients import read_ingredients
 from loracli.export.source import RecipeSource
 from loracli.fitting.activations import MOST_RECORDS, _watched, chosen_records
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.recipe import activations_path
-from loracli.recipe_reading import load_recipe
-from loracli.sidecar import read_moments
+from loracli.recipe.ingredients import read_ingredients
+from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import activations_path
+from loracli.recipe.tensors import read_moments
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
 from tests.fitting.test_run import Listener

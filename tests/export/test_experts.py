@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from loracli.adapters.adapter import read_adapter
-from loracli.adapters.summary import inspect_adapters
+from loracli.adapters.compatible import inspect_adapters
 from loracli.algebra.methods import METHODS
 from loracli.errors import UsageError, VerificationError
 from loracli.export.export import export_adapter

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.errors import IntegrityError, OutputExists, RecipeError, UsageError
 from loracli.export.export import export_adapter
-from loracli.fit_record import FitRecord
 from loracli.fitting.attach import attach
 from loracli.fitting.base import base_modules
 from loracli.fitting.mixing import make_diagonal, make_layout
-from loracli.recipe import HeldOut, HeldOutRow, Recipe, RecipeAdapter, RecipeBase, RecipeData, RecipeMixing
+from loracli.recipe.recipe import HeldOut, HeldOutRow, Recipe, RecipeAdapter, RecipeBase, RecipeData, RecipeMixing
+from loracli.recipe.record import FitRecord
 from tests.tiny import BASE_ID, logits, make_adapter, make_base
 
 CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {

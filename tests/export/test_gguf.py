@@ -18,7 +18,7 @@ from loracli.errors import BaseModelMismatch, OutOfResources, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.llama_cpp import ARCHITECTURES, LlamaCppBase
 from loracli.export.method import export_method
-from loracli.recipe import Recipe
+from loracli.recipe.recipe import Recipe
 from tests.cli.project import run
 from tests.export.test_export import CASES, Made
 from tests.export.test_mlx import exact

@@ -17,7 +17,7 @@ from loracli.errors import UsageError
 from loracli.export.export import Exported, export_adapter
 from loracli.export.method import export_method
 from loracli.export.ranks import spectra_of_targets
-from loracli.recipe import Recipe
+from loracli.recipe.recipe import Recipe
 from tests.export.test_export import Made
 
 NAME = "adapter_model.safetensors"

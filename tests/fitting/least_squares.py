@@ -19,7 +19,7 @@ from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal
 from loracli.fitting.settings import FitSettings
 from loracli.fitting.solved import Task
 from loracli.progress import SILENT
-from loracli.recipe import MixingKind
+from loracli.recipe.recipe import MixingKind
 
 REFERENCES = ("first", "second")
 LAYOUT = Layout(tuple(f"layers.{i}.proj" for i in range(6)), ((1, 1),) * 5 + ((1, 0),))

@@ -25,7 +25,7 @@ from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.fitting.run import fit_mixing, usable_length
 from loracli.fitting.settings import FitSettings
 from loracli.progress import SILENT, Silent
-from loracli.recipe_reading import load_recipe
+from loracli.recipe.reading import load_recipe
 from tests.tiny import make_tokenizer, random_records, write_jsonl
 
 

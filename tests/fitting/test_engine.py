@@ -28,7 +28,7 @@ from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import Mixing, make_layout, make_mixing
 from loracli.fitting.processes import WAIT, Processes
 from loracli.progress import SILENT, Silent
-from loracli.recipe import MixingKind
+from loracli.recipe.recipe import MixingKind
 from tests.tiny import make_adapter, make_base
 
 OUT_OF_MEMORY = [

@@ -30,7 +30,7 @@ from loracli.fitting.loss import make_objective
 from loracli.fitting.mixing import make_layout, make_mixing
 from loracli.fitting.record_gradients import record_gradients
 from loracli.fitting.settings import FitSettings
-from loracli.recipe import INLINE_KINDS, MixingKind, RecipeMixing
+from loracli.recipe.recipe import INLINE_KINDS, MixingKind, RecipeMixing
 from tests.test_whole_way import fit_case
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
 

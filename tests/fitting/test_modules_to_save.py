@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import read_adapter
+from loracli.adapters.compatible import inspect_adapters
 from loracli.adapters.saved_modules import saved_modules, settled_policy
-from loracli.adapters.summary import inspect_adapters
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings, Controls
 from loracli.errors import (
@@ -31,7 +31,7 @@ from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.placement import Placement
 from loracli.fitting.run import fit_mixing, run_fit
 from loracli.fitting.settings import FitSettings
-from loracli.recipe_reading import load_recipe
+from loracli.recipe.reading import load_recipe
 from tests.test_whole_way import assert_whole_way, fit_case, nats_of_peft
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
 

@@ -249,7 +249,7 @@ def test_what_runs_out_leaves_the_state(fit: Fit, power: Power, monkeypatch: pyt
         raise OutOfResources("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("loracli.recipe.Recipe.save", fails)
+        patch.setattr("loracli.recipe.recipe.Recipe.save", fails)
         with pytest.raises(OutOfResources):
             fit.run("recipe.json")
     used = power.used

@@ -29,7 +29,7 @@ from loracli.fitting.rung import FACTOR_RIDGE_PATH, RIDGE_PATH, ridge_path, solv
 from loracli.fitting.search import Found, search
 from loracli.fitting.settings import FitSettings
 from loracli.fitting.solved import Solved, Task
-from loracli.recipe import MixingKind
+from loracli.recipe.recipe import MixingKind
 from tests.fitting import two_basins
 from tests.fitting.least_squares import (
     LAYOUT,

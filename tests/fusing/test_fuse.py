@@ -21,7 +21,7 @@ from loracli.fitting.base import BaseReference, plan_base
 from loracli.fitting.loaded_names import loaded_names
 from loracli.fusing import workplace
 from loracli.fusing.fuse import fuse_model
-from loracli.recipe import Recipe
+from loracli.recipe.recipe import Recipe
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import CASES, Made
 from tests.tiny import logits, make_adapter, make_base

@@ -19,7 +19,7 @@ from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.fusing.fuse import fuse_model
-from loracli.recipe_reading import load_recipe
+from loracli.recipe.reading import load_recipe
 from loracli.verifying.verify import verify_directory
 from tests.mixtures import BOTH, EXPERTS, add, expert_layers, load, peft_deltas
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl

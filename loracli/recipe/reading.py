@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loracli.errors import RecipeError
-from loracli.recipe import FIRST_SCHEMA, INLINE_KINDS, OTHER_ROWS, SCHEMA, Recipe, RecipeMixing
+from loracli.recipe.recipe import FIRST_SCHEMA, INLINE_KINDS, OTHER_ROWS, SCHEMA, Recipe, RecipeMixing
 from loracli.system.document import decode, schema_of
 from loracli.system.files import CONFIG_FILE, TENSOR_FILES
 from loracli.system.strict_json import StrictJsonError, parse_json
@@ -26,7 +26,7 @@ def load_recipe(path: str | Path) -> Recipe:
     result = decode_recipe(read_document(path), f"the recipe {path}", path.parent)
     if result.mixing.kind in INLINE_KINDS:
         return result
-    from loracli.sidecar import read_sidecar
+    from loracli.recipe.tensors import read_sidecar
 
     return replace(result, mixing=replace(result.mixing, tensors=read_sidecar(path, result)))
 

@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args
 
 from loracli.adapters.names import layer, leaf, target_of
 from loracli.errors import OutputExists, UsageError
-from loracli.fit_record import FitRecord
 from loracli.hub.references import is_path
+from loracli.recipe.record import FitRecord
 from loracli.system.document import added, encode, schema_of
 from loracli.system.files import TENSOR_FILES, replaced_file, write_file
 
@@ -141,7 +141,7 @@ class RecipeMixing:
     Args:
         kind: how free M_l is: `adapter`, `layer` and `module` have one weight for each adapter, blockdiag(w_i I);
             `rank` one for each singular direction of an adapter; `core` a full M_l; `factors` has trained A_l and B_l
-            themselves. The last three are tensors: `loracli.tensor_mixing` makes this object of them.
+            themselves. The last three are tensors: `loracli.recipe.tensors` makes this object of them.
         weights: by group, one for each adapter in order, null where the adapter changes nothing there. With tensors a
             summary by module: the weights of the adapters that come closest to the composition.
         numbers: how many numbers were fitted.
@@ -291,7 +291,7 @@ class Recipe:
         written = self._moved_to(path.parent)
         beside: dict[Path, Mapping[str, Any]] = {}
         if mixing.kind not in INLINE_KINDS:
-            from loracli.sidecar import sidecar_sha256
+            from loracli.recipe.tensors import sidecar_sha256
 
             beside[tensors_path(path)] = mixing.tensors
             written = replace(written, mixing=replace(mixing, tensors_sha256=sidecar_sha256(mixing.tensors)))
@@ -302,12 +302,12 @@ class Recipe:
         with replaced_file(path) as temporary:  # gets its name last
             write_file(temporary, written.to_json().encode())
             for name, tensors in beside.items():
-                from loracli.sidecar import write_sidecar
+                from loracli.recipe.tensors import write_sidecar
 
                 write_sidecar(name, tensors)
         for name in (activations_path(path), *((tensors_path(path),) if path.suffix == ".json" else ())):
             if force and name not in beside and name.exists():
-                from loracli.sidecar import remove_sidecar
+                from loracli.recipe.tensors import remove_sidecar
 
                 remove_sidecar(name)
 
@@ -392,7 +392,7 @@ def check_recipe_path(path: Path, *, force: bool, kind: str = "module") -> None:
         )
     for name in (activations_path(path), *(() if kind in INLINE_KINDS else (tensors_path(path),))):
         if os.path.lexists(name):
-            from loracli.sidecar import check_sidecar_path
+            from loracli.recipe.tensors import check_sidecar_path
 
             check_sidecar_path(name, path, force=force)
 

@@ -1,19 +1,27 @@
-"""The metadata at the head of a README.md, as the Hub has it: YAML between two lines of three dashes.
+"""What the README of an adapter says that its composition must respect: metadata and licence.
+
+The metadata at the head of a README.md, as the Hub has it: YAML between two lines of three dashes.
 
 The README of an adapter is as untrusted as its weights. Every scalar is read as text and no tag is honoured, so that no
 date, number or merge key is built; size is limited before anything is parsed. Aliases share what they name, so what
 they multiply is endless only where somebody writes it out.
+
+Which licence a composition may state: the one that all of its ingredients state.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from loracli.adapters.adapter import LoraAdapter
 from loracli.errors import MalformedAdapter
+from loracli.system.files import README_FILE
 from loracli.system.tensor_file import open_regular
 
 MAX_README_BYTES = 1 << 20
@@ -50,3 +58,30 @@ def read_front_matter(path: Path) -> dict[Any, Any]:
 
 def _malformed(path: Path, what: str) -> MalformedAdapter:
     return MalformedAdapter(what, where=str(path), hint="put right what stands between the dashes at its head")
+
+
+_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+_NAMES_NONE = ("other", "unknown")  # two adapters that both say so need not mean the same
+
+
+def stated_licences(adapters: Sequence[LoraAdapter]) -> tuple[str | None, ...]:
+    """The Hub's identifier of the licence that each adapter's README.md states, None where it states none that can be
+    read as one."""
+    return tuple(_stated(adapter) for adapter in adapters)
+
+
+def agreed_licence(licences: Sequence[str | None]) -> str | None:
+    """The licence that all of them are, None if any differs or is not stated."""
+    return licences[0] if len(set(licences)) == 1 else None
+
+
+def _stated(adapter: LoraAdapter) -> str | None:
+    path = adapter.path / README_FILE
+    if not os.path.lexists(path):
+        return None
+    try:
+        found = read_front_matter(path).get("license")
+    except MalformedAdapter:
+        return None
+    stated = found.strip().lower() if isinstance(found, str) else ""
+    return stated if _IDENTIFIER.fullmatch(stated) and stated not in _NAMES_NONE else None

@@ -1,0 +1,274 @@
+"""The adapters that a recipe or an export names, found again and proven to be the same bytes.
+
+What a recipe and an export keep of an adapter, so that it can be found again and proven to be the same.
+
+What a recipe, or the record of an export, names: where it is to be found, and whether it is the same bytes.
+
+The adapters that a recipe names, found again and proven to be the same bytes.
+
+References and recipes in, everything that they name on this machine out.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loracli.adapters.adapter import LoraAdapter, open_adapter
+from loracli.adapters.on_base import as_fused_experts, as_text_model
+from loracli.adapters.saved_modules import REFUSE
+from loracli.errors import AdapterNotFound, IntegrityError, RecipeError, UsageError
+from loracli.hub.fetch import MAX_ADAPTER_BYTES, Fetched, FetchedBase, fetch_adapter, fetch_adapters, fetch_base_of
+from loracli.hub.plan import BASE_CONFIG
+from loracli.hub.references import BaseClaim, Reference, is_folder, is_repo_id, is_revision, parse_reference
+from loracli.progress import SILENT, Progress
+from loracli.recipe.reading import decode_recipe, read_document
+from loracli.recipe.recipe import BaseModule, Recipe, RecipeAdapter
+from loracli.system.document import decode
+from loracli.system.files import CONFIG_FILE
+from loracli.system.tensor_file import file_sha256
+from loracli.system.threads import in_order
+
+
+def identity_of(adapter: LoraAdapter, reference: str) -> RecipeAdapter:
+    """The adapter by the name it goes by there, with its origin and the sha256 of its files."""
+    return RecipeAdapter(
+        reference=reference,
+        repo_id=adapter.source.repo_id,
+        subfolder=adapter.source.subfolder,
+        commit=adapter.commit,
+        sha256=dict(adapter.sha256),
+        rank=max(adapter.ranks),
+        lora_alpha=adapter.config.lora_alpha,
+        use_rslora=adapter.config.use_rslora,
+        dtype=str(adapter.dtype).removeprefix("torch."),
+        base_model=adapter.config.base_model,
+    )
+
+
+RECORD_SUFFIX = ".json"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The inputs of a composition.
+
+    Args:
+        adapters: the ingredients.
+        base: the base model, and its commit if it came from the Hub.
+        config_sha256: of the base's config, None where the record has none.
+        folder: that local references are relative to.
+    """
+
+    adapters: tuple[RecipeAdapter, ...]
+    base: BaseClaim
+    config_sha256: str | None
+    folder: Path
+
+
+def is_record(name: str) -> bool:
+    """Whether a name is that of a recipe or a record, and not of an adapter."""
+    return name.endswith(RECORD_SUFFIX) and "://" not in name
+
+
+def read_record(path: Path) -> Recorded:
+    """Reads a recipe, or the `loracat.json` of an export; the tensors of a mixing are not looked at.
+
+    Raises:
+        RecipeError: if it is neither, or damaged.
+    """
+    document, name = read_document(path), f"the recipe {path}"
+    if isinstance(document, dict) and "loracat_recipe" not in document:
+        if "recipe" in document:
+            document = document["recipe"]
+        elif "adapters" in document:
+            return _read_method(document, path)
+    recipe = decode_recipe(document, name, path.parent)
+    return Recorded(
+        recipe.adapters, BaseClaim(recipe.base.id, recipe.base.commit), recipe.base.config_sha256, path.parent
+    )
+
+
+def _read_method(document: dict[str, object], path: Path) -> Recorded:
+    problems: list[str] = []
+    adapters = decode(tuple[RecipeAdapter, ...], document["adapters"], "adapters", problems)
+    base = decode(dict[str, str | None], document.get("base"), "base", problems)
+    if problems:
+        raise RecipeError(f"the record {path} is damaged", problems=tuple(problems))
+    return Recorded(adapters, BaseClaim(base.get("id"), base.get("commit")), None, path.parent)
+
+
+def recorded_reference(recorded: RecipeAdapter, folder: Path) -> Reference:
+    """Where an adapter is to be found; `folder` is where local references are relative to.
+
+    Raises:
+        RecipeError: if its repository, commit or subfolder cannot be one.
+        AdapterNotFound: if a local directory is not there.
+    """
+    if recorded.repo_id is not None:
+        commit, subfolder = recorded.commit, recorded.subfolder
+        fits = is_repo_id(recorded.repo_id) and (commit is None or is_revision(commit))
+        if not fits or not (subfolder is None or is_folder(subfolder)):
+            raise RecipeError(f"the recipe's adapter {recorded.reference} has no possible place on the Hub")
+        return Reference(recorded.reference, repo_id=recorded.repo_id, revision=commit, subfolder=subfolder)
+    path = folder / recorded.reference
+    if not (path / CONFIG_FILE).is_file():
+        raise AdapterNotFound(
+            f"the recipe's adapter {recorded.reference} is not at {path}",
+            hint="put it there, or name all adapters where they are now: with --adapters, in the recipe's order; to "
+            "fetch, by themselves",
+        )
+    return Reference(recorded.reference, path=path)
+
+
+def check_hashes(recorded: RecipeAdapter, sha256: Mapping[str, str], path: Path) -> None:
+    """Raises IntegrityError unless the files have the recorded hashes.
+
+    Args:
+        recorded: what they were.
+        sha256: what they are, by name.
+        path: of their directory.
+    """
+    for name, wanted in recorded.sha256.items():
+        if sha256.get(name) != wanted:
+            raise IntegrityError(
+                f"{name} of the adapter {recorded.reference} is not the file that the weights were fitted for",
+                where=str(path / name),
+                hint="restore the original file, or fit again",
+            )
+
+
+def read_ingredients(
+    recipe: Recipe, *, relocated: Sequence[str] = (), progress: Progress = SILENT
+) -> tuple[LoraAdapter, ...]:
+    """Opens the adapters of a recipe, in its order; `loaded()` of one brings its factors into memory.
+
+    Args:
+        recipe: names them.
+        relocated: references to use instead, one for each, where the directories have moved.
+        progress: told of downloads.
+    Raises:
+        IntegrityError: if a file is not the one that the weights were fitted for.
+        UsageError: if there are not as many in `relocated` as in the recipe, or in another order.
+    """
+    read = read_recorded(recipe.adapters, recipe.folder, relocated=relocated, progress=progress)
+    return tuple(by_names_of(recipe.modules, adapter) for adapter in read)
+
+
+def by_names_of(modules: Sequence[BaseModule], adapter: LoraAdapter) -> LoraAdapter:
+    """The adapter by the names of a recipe's table, as a fit took it."""
+    outs = {module.name: module.out_features for module in modules if module.kind == "experts"}
+    return as_fused_experts(as_text_model(adapter, {module.name for module in modules}), outs)
+
+
+def read_recorded(
+    recorded: Sequence[RecipeAdapter], folder: Path, *, relocated: Sequence[str] = (), progress: Progress = SILENT
+) -> tuple[LoraAdapter, ...]:
+    """As `read_ingredients`, of the adapters themselves; `folder` is where local references are relative to."""
+    if relocated and len(relocated) != len(recorded):
+        raise UsageError(
+            f"the recipe has {len(recorded)} adapters and {len(relocated)} were given",
+            hint="give them all in the recipe's order, and a recipe's name before --adapters: "
+            + ", ".join(a.reference for a in recorded),
+        )
+    found = [
+        fetch_adapter(relocated[number] if relocated else recorded_reference(wanted, folder), progress=progress)
+        for number, wanted in enumerate(recorded)
+    ]
+    result = tuple(in_order(open_adapter, found, workers=torch.get_num_threads()))
+    if relocated:
+        _check_order(recorded, result, relocated)
+    for wanted, adapter in zip(recorded, result, strict=True):
+        check_hashes(wanted, adapter.sha256, adapter.path)
+    return result
+
+
+def _check_order(recorded: Sequence[RecipeAdapter], read: Sequence[LoraAdapter], given: Sequence[str]) -> None:
+    """Raises UsageError if all the recorded adapters were given, in another order than the recorded one."""
+    hashes = [dict(adapter.sha256) for adapter in read]
+    wanted = [dict(adapter.sha256) for adapter in recorded]
+    if hashes != wanted and all(hashes.count(one) == wanted.count(one) for one in wanted):
+        right = [given[hashes.index(one)] for one in wanted]
+        raise UsageError(
+            "--adapters names the ingredients in another order than the recipe's",
+            hint=f"give them as --adapters {shlex.join(right)}",
+        )
+
+
+def recorded_policy(recipe: Recipe) -> str:
+    """What the recipe says of modules that its adapters saved whole; recipes of older versions have none."""
+    return str(recipe.fit.settings.get("modules_to_save", REFUSE))
+
+
+@dataclass(frozen=True)
+class FetchedAll:
+    """Adapters in the order of the names, those of a recipe in its own order, and the base if it was asked for."""
+
+    adapters: tuple[Fetched, ...]
+    base: FetchedBase | None
+
+
+def fetch_all(
+    names: Sequence[str],
+    *,
+    revision: str | None = None,
+    with_base: bool = False,
+    local_dir: Path | None = None,
+    max_bytes: int = MAX_ADAPTER_BYTES,
+    dry_run: bool = False,
+    **options: Any,
+) -> FetchedAll:
+    """Fetches adapters, and what recipes name: adapters at their commits, with the sha256 that are recorded.
+
+    Args:
+        names: references of adapters; files of recipes, or `loracat.json` of exports.
+        revision: branch, tag or commit, for references that name none.
+        with_base: the base model too, which all have to agree on.
+        local_dir: for the files of one adapter.
+        max_bytes: of an adapter.
+        dry_run: transfer and verify nothing.
+        options: as of `fetch_adapters` and `fetch_base`.
+    Raises:
+        RecipeError: if a recipe cannot be read.
+        IntegrityError: if a file is not the one that a recipe records, or the one that the Hub lists.
+        IncompatibleAdapters: with `with_base`, if no base is named, or more than one.
+        UsageError: if a local directory is given for more than one adapter, or a revision for a recipe.
+        LoracatError: as `fetch_adapters`.
+    """
+    records = {name: read_record(Path(name)) for name in names if is_record(name)}
+    if records and revision is not None:
+        raise UsageError("a recipe has its own commits", where=next(iter(records)), hint="leave --revision out")
+    wanted: list[tuple[RecipeAdapter | None, Reference]] = []
+    for name in names:
+        if name in records:
+            wanted += [(one, recorded_reference(one, records[name].folder)) for one in records[name].adapters]
+        else:
+            wanted.append((None, parse_reference(name, revision=revision)))
+    if local_dir is not None and with_base:
+        raise UsageError("a local directory takes the files of one adapter", hint="fetch the base without it")
+    references = [reference for _, reference in wanted]
+    adapters = fetch_adapters(references, local_dir=local_dir, max_bytes=max_bytes, dry_run=dry_run, **options)
+    for (recorded, _), fetched in zip(wanted, adapters, strict=True):
+        if recorded is not None and not dry_run:
+            check_hashes(recorded, {f.name: file_sha256(fetched.path / f.name) for f in fetched.files}, fetched.path)
+    if not with_base:
+        return FetchedAll(adapters, None)
+    named = [fetched for (recorded, _), fetched in zip(wanted, adapters, strict=True) if recorded is None]
+    claims = {name: record.base for name, record in records.items()}
+    base = fetch_base_of(named, claims=claims, recheck=True, dry_run=dry_run, **options)
+    for name, record in records.items():
+        if not dry_run:
+            _check_base(name, record, base)
+    return FetchedAll(adapters, base)
+
+
+def _check_base(name: str, record: Recorded, base: FetchedBase) -> None:
+    config = base.path / BASE_CONFIG
+    if record.config_sha256 not in (None, file_sha256(config)):
+        what = f"{BASE_CONFIG} of the base model {base.repo_id} is not the one that {name} records"
+        raise IntegrityError(what, where=str(config), hint="the weights were fitted on another base model")
