@@ -30,9 +30,9 @@ from loracli.calibration.render import Example, render_file
 from loracli.conversion.convert import convert_adapter
 from loracli.demo.run import example_folder
 from loracli.errors import UsageError
-from loracli.fitting.attach import attach
-from loracli.fitting.base import find_base, load_base
-from loracli.fitting.loss import make_objective
+from loracli.model.attach import attach
+from loracli.model.base import find_base, load_base
+from loracli.model.loss import make_objective
 
 KINDS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loracli.algebra.factors import Factors
-from loracli.fitting.attach import AttachedModel, attach
-from loracli.fitting.loss import FrozenHead
+from loracli.model.attach import AttachedModel, attach
+from loracli.model.loss import FrozenHead
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VOCABULARY = 4096

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from loracli.checkpoint import header_bytes
+from loracli.model.checkpoint import header_bytes
 
 BLOCK = 16 << 20
 

@@ -24,18 +24,17 @@ from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
 from loracli.evaluation.bootstrap import paired_interval
 from loracli.evaluation.held_out import static_points
-from loracli.evaluation.scores import Scores
-from loracli.fitting.attach import attach
-from loracli.fitting.base import find_base, load_base
 from loracli.fitting.criterion import gain, loss_criterion
 from loracli.fitting.engine import Engine
 from loracli.fitting.folds import cross_folds, one_fold
-from loracli.fitting.loss import make_objective
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import make_layout, make_mixing
 from loracli.fitting.search import LADDERS, REFIT_SHARE, refit, solve_next, worth_climbing
 from loracli.fitting.settings import FitSettings
 from loracli.fitting.solved import Solved, Task, mean_of, tokens_of
+from loracli.model.attach import attach
+from loracli.model.base import find_base, load_base
+from loracli.model.loss import Scores, make_objective
 from loracli.progress import SILENT
 
 

@@ -31,14 +31,13 @@ from loracli.calibration.records import read_records
 from loracli.calibration.render import render_file
 from loracli.evaluation.bootstrap import paired_interval
 from loracli.evaluation.held_out import static_points
-from loracli.evaluation.scores import Scores
 from loracli.export.export import export_adapter
-from loracli.fitting.attach import attach
-from loracli.fitting.base import BaseModel, find_base, load_base
-from loracli.fitting.loss import make_objective
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
+from loracli.model.attach import attach
+from loracli.model.base import BaseModel, find_base, load_base
+from loracli.model.loss import Scores, make_objective
 from loracli.progress import Silent
 from loracli.recipe.recipe import Recipe
 

@@ -31,9 +31,9 @@ from loracli.comparison.inputs import prepare_comparison
 from loracli.comparison.settings import CompareSettings, Controls
 from loracli.evaluation.comparison import Comparison, ComparisonRow
 from loracli.evaluation.task_metric import TaskMetric
-from loracli.fitting.base import find_base, load_base
-from loracli.fitting.placement import Placement
 from loracli.fitting.settings import FitSettings
+from loracli.model.base import find_base, load_base
+from loracli.model.placement import Placement
 from loracli.progress import Silent
 from loracli.system.document import decode, encode
 

@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model
 from loracli.calibration.batches import Batch, make_batch
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
-from loracli.fitting.attach import attach
-from loracli.fitting.base import BaseModel
-from loracli.fitting.loss import make_objective
+from loracli.model.attach import attach
+from loracli.model.base import BaseModel
+from loracli.model.loss import make_objective
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERY_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]

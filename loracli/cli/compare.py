@@ -142,8 +142,8 @@ def compare(
     from loracli.comparison.compare import compare_adapters
     from loracli.comparison.settings import CompareSettings, parse_controls, parse_methods
     from loracli.evaluation.task_metric import task_metric
-    from loracli.fitting.placement import Placement
     from loracli.fitting.settings import FitSettings
+    from loracli.model.placement import Placement
     from loracli.system.document import encode
 
     out = Output(as_json=as_json, quiet=quiet)

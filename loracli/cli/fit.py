@@ -168,8 +168,8 @@ def fit(
     from loracli.errors import FitError, UsageError
     from loracli.fitting.inputs import FitInputs, prepare_fit
     from loracli.fitting.job import fit_to_file
-    from loracli.fitting.placement import Placement
     from loracli.fitting.settings import FitSettings
+    from loracli.model.placement import Placement
     from loracli.progress import SILENT
     from loracli.recipe.recipe import check_recipe_path
     from loracli.system.launch import read_launch

@@ -22,16 +22,14 @@ from loracli.errors import NonFiniteLoss
 from loracli.evaluation.comparison import Comparison, Skipped
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.task_metric import TaskMetric
-from loracli.fitting.attach import attach
-from loracli.fitting.base import BaseModel, check_fits, load_base
 from loracli.fitting.engine import Engine
-from loracli.fitting.loss import check_causal, make_objective
-from loracli.fitting.memory import memory_errors
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import Layout, make_diagonal, make_layout
-from loracli.fitting.placement import Placement
 from loracli.fitting.recording import dtype_name
-from loracli.fitting.replace_modules import replace_modules
+from loracli.model.attach import attach, replace_modules
+from loracli.model.base import BaseModel, check_fits, load_base
+from loracli.model.loss import check_causal, make_objective
+from loracli.model.placement import Placement, memory_errors
 from loracli.progress import SILENT, WORK, Progress, duration_text
 
 

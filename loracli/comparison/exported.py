@@ -12,18 +12,16 @@ from loracli.calibration.records import CalibrationFile, DataPaths, parse_source
 from loracli.calibration.render import render_file
 from loracli.comparison.composition import of_factors
 from loracli.evaluation.bootstrap import paired_interval
-from loracli.evaluation.scores import Scores
 from loracli.export.export import Exported
 from loracli.export.source import recorded_base
-from loracli.fitting.attach import attach
-from loracli.fitting.base import base_directory, check_fits, find_base, load_base
 from loracli.fitting.engine import Engine
-from loracli.fitting.loss import check_causal, make_objective
-from loracli.fitting.memory import memory_errors
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import make_layout
-from loracli.fitting.replace_modules import replace_modules
 from loracli.fitting.settings import FitSettings
+from loracli.model.attach import attach, replace_modules
+from loracli.model.base import base_directory, check_fits, find_base, load_base
+from loracli.model.loss import Scores, check_causal, make_objective
+from loracli.model.placement import memory_errors
 from loracli.progress import SILENT, WORK, Progress
 
 TASK = "loss"

@@ -15,16 +15,16 @@ from loracli.calibration.dataset import Dataset, shuffled
 from loracli.calibration.render import Example
 from loracli.comparison.composition import Composition, weighted
 from loracli.comparison.paper_name import PAPER
-from loracli.fitting.attach import AttachedModel, attach
-from loracli.fitting.base import BaseModel
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs
-from loracli.fitting.loss import make_objective
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import Layout, check_mixing, make_diagonal
 from loracli.fitting.recording import recipe_mixing
 from loracli.fitting.run import divide_training, find_mixing
 from loracli.fitting.settings import FitSettings
+from loracli.model.attach import AttachedModel, attach
+from loracli.model.base import BaseModel
+from loracli.model.loss import make_objective
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import INLINE_KINDS, RecipeMixing
 

@@ -14,9 +14,9 @@ from loracli.calibration.dataset import Dataset, check_shape, read_dataset
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.comparison.settings import RUNGS, CompareSettings
 from loracli.errors import UsageError
-from loracli.fitting.base import BaseReference, find_base, on_base
 from loracli.fitting.mixing import Layout, make_layout
 from loracli.hub.fetch import fetch_adapter
+from loracli.model.base import BaseReference, find_base, on_base
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.reading import load_recipe

@@ -11,14 +11,13 @@ from loracli.comparison.composition import of_factors
 from loracli.export.activations import check_weighable
 from loracli.export.source import Source, recorded_base
 from loracli.fitting.activations import second_moments
-from loracli.fitting.attach import attach
-from loracli.fitting.base import check_fits, find_base, load_base
 from loracli.fitting.engine import Engine
-from loracli.fitting.loss import check_causal, make_objective
-from loracli.fitting.memory import memory_errors
 from loracli.fitting.meter import Meter
-from loracli.fitting.replace_modules import replace_modules
 from loracli.fitting.settings import FitSettings
+from loracli.model.attach import attach, replace_modules
+from loracli.model.base import check_fits, find_base, load_base
+from loracli.model.loss import check_causal, make_objective
+from loracli.model.placement import memory_errors
 from loracli.progress import SILENT, Progress
 
 TASK = "activations"

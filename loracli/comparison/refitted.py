@@ -24,29 +24,25 @@ from loracli.calibration.records import DataPaths
 from loracli.comparison.composition import of_factors
 from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.bootstrap import paired_interval
-from loracli.evaluation.scores import Scores
 from loracli.export.module import refitted_factors
 from loracli.export.refit import RefitFile, RefitLoss, RefitRecord, Refitted
 from loracli.export.source import Source, recorded_base
-from loracli.fitting.attach import attach
-from loracli.fitting.base import BaseModel, check_fits, find_base, load_base
-from loracli.fitting.checkpointing import checkpointed
 from loracli.fitting.criterion import Gain, gain, loss_criterion
 from loracli.fitting.engine import Engine
 from loracli.fitting.folds import FEWEST_TO_VALIDATE, Fold, one_fold
 from loracli.fitting.inputs import FitInputs, render_inputs
-from loracli.fitting.loss import check_causal, make_objective
-from loracli.fitting.memory import memory_errors
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import CoreMixing, make_layout
-from loracli.fitting.placement import Placement
 from loracli.fitting.processes import ALONE
-from loracli.fitting.replace_modules import replace_modules
 from loracli.fitting.run import announce, memory_decision, usable_length
 from loracli.fitting.rung import solve_rung
 from loracli.fitting.search import REFIT_SHARE, refit
 from loracli.fitting.settings import FitSettings
 from loracli.fitting.solved import Task, mean_of, tokens_of
+from loracli.model.attach import attach, replace_modules
+from loracli.model.base import BaseModel, check_fits, find_base, load_base
+from loracli.model.loss import Scores, check_causal, make_objective
+from loracli.model.placement import Placement, checkpointed, memory_errors
 from loracli.progress import SILENT, WORK, Progress
 
 TASK = "refit"

@@ -11,11 +11,11 @@ from loracli.calibration.dataset import Dataset
 from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.calibration.render import render_file
 from loracli.comparison.fitted import TASK, Calibration, search_weights
-from loracli.fitting.base import check_fits, find_base, load_base
-from loracli.fitting.memory import memory_errors
 from loracli.fitting.mixing import make_layout
-from loracli.fitting.replace_modules import replace_modules
 from loracli.fitting.settings import FitSettings
+from loracli.model.attach import replace_modules
+from loracli.model.base import check_fits, find_base, load_base
+from loracli.model.placement import memory_errors
 from loracli.progress import SILENT, Progress
 
 

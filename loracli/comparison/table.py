@@ -25,7 +25,7 @@ from loracli.evaluation.comparison import (
 from loracli.evaluation.held_out import task_losses
 from loracli.evaluation.mcnemar import mcnemar
 from loracli.evaluation.multiplicity import best_of, detectable
-from loracli.evaluation.scores import Scores
+from loracli.model.loss import Scores
 
 BASE, INGREDIENT, UNIFORM = "base", "ingredient", "uniform"
 CONTENDERS: tuple[RowKind, ...] = ("ingredient", "method", "fit")  # for the best; not the base, nor a control

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loracli.checkpoint import StoredTensor, read_checkpoint
 from loracli.errors import BaseModelMismatch
+from loracli.model.checkpoint import StoredTensor, read_checkpoint
 from loracli.system.tensor_file import DTYPES
 
 

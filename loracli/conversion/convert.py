@@ -135,7 +135,7 @@ def _find_base(
     outside = any(layer(name) == name for name in adapter.modules)
     if not (read.magnitudes or computed or adapter.base_copies or outside):
         return base_table([adapter], base, revision=revision, progress=progress), None, None
-    from loracli.fitting.base import base_modules, check_shapes, find_base, plan_base
+    from loracli.model.base import base_modules, check_shapes, find_base, plan_base
 
     reference = find_base([adapter], base, revision=revision, progress=progress)
     skeleton = plan_base(reference).skeleton

@@ -10,8 +10,8 @@ import torch
 
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
-from loracli.fitting.attach import attach
-from loracli.fitting.loss import make_objective
+from loracli.model.attach import attach
+from loracli.model.loss import make_objective
 
 STEPS = 120
 CHECK_EVERY = 10

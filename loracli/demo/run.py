@@ -24,12 +24,12 @@ from loracli.evaluation.held_out import FIT, static_points
 from loracli.evaluation.scorer import make_scorer
 from loracli.evaluation.task_metric import TaskMetric
 from loracli.export.export import Exported, export_adapter
-from loracli.fitting.attach import attach
-from loracli.fitting.base import BaseModel, BaseReference, load_base
 from loracli.fitting.inputs import prepare_fit
-from loracli.fitting.loss import Objective, make_objective
-from loracli.fitting.placement import Placement
 from loracli.fitting.run import run_fit
+from loracli.model.attach import attach
+from loracli.model.base import BaseModel, BaseReference, load_base
+from loracli.model.loss import Objective, make_objective
+from loracli.model.placement import Placement
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from loracli.calibration.dataset import MIN_HELD_OUT
 from loracli.calibration.render import Example
 from loracli.evaluation.bootstrap import paired_interval
-from loracli.evaluation.scores import Scores
+from loracli.model.loss import Scores
 from loracli.recipe.recipe import HeldOut, HeldOutRow, HeldOutTask
 
 FIT = "fit"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loracli.evaluation.bootstrap import RESAMPLES, resampled
 from loracli.evaluation.comparison import BestOf
-from loracli.evaluation.scores import Scores
+from loracli.model.loss import Scores
 
 SIGNIFICANCE = 0.05
 # z(1 - 0.05 / 2) + z(0.8): a test at 5 % on two sides finds a difference of so many standard errors four times in five.

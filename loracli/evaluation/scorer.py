@@ -21,7 +21,7 @@ from loracli.evaluation.task_metric import CHOICE, COMMAND, TaskMetric
 from loracli.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from loracli.fitting.loss import Objective
+    from loracli.model.loss import Objective
 
 UNCUT = 1 << 20  # tokens: a record is judged whole, whatever part of it the loss sees
 

@@ -63,7 +63,7 @@ def base_table(
         named = "write its name into base_model_name_or_path of their adapter_config.json"
         found = agreed_base(claims, way_out=named if convolutions else "give the base with --base")
         return BaseTable(str(found.base_model), modules_of(adapters))
-    from loracli.fitting.base import base_modules, check_shapes, find_base, plan_base
+    from loracli.model.base import base_modules, check_shapes, find_base, plan_base
 
     reference = find_base(adapters, base, revision=revision, progress=progress)
     skeleton = plan_base(reference).skeleton

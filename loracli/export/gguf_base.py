@@ -9,8 +9,7 @@ from loracli.adapters.adapter import LoraAdapter, kernels_of
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.gguf_file import load_gguf
 from loracli.export.llama_cpp import LlamaCppBase, llama_cpp_base
-from loracli.fitting.base import WAY_OUT
-from loracli.fitting.base_config import plan_from_config
+from loracli.model.base import WAY_OUT, plan_from_config
 from loracli.progress import SILENT, Progress
 
 

@@ -142,7 +142,7 @@ def export_method(
     policy = settled_policy(policy, read, [adapter.reference for adapter in read])
     if loaded is None:
         if base is not None:
-            from loracli.fitting.base import find_base, on_base
+            from loracli.model.base import find_base, on_base
 
             read = on_base(read, find_base(read, base, revision=base_revision))
             check_composable(read, base_given=True)

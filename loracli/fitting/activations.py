@@ -21,8 +21,8 @@ from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.dataset import shuffled
 from loracli.calibration.render import Example
 from loracli.fitting.engine import Engine
-from loracli.fitting.loss import Objective
 from loracli.fitting.mixing import Applied, FactorMixing, Mixing
+from loracli.model.loss import Objective
 from loracli.progress import Progress, amount_text
 from loracli.recipe.recipe import RecipeActivations
 from loracli.recipe.tensors import MOMENT, sidecar_sha256

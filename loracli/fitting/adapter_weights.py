@@ -18,10 +18,10 @@ from loracli.calibration.dataset import shuffled
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.held_out import static_points
-from loracli.evaluation.scores import Scores
 from loracli.fitting.mixing import Mixing
 from loracli.fitting.optimise import Minimum, bfgs
 from loracli.fitting.solved import Solved, Task, left_out, nats_per_token, padded_tokens, tokens_of
+from loracli.model.loss import Scores
 from loracli.recipe.record import StartRecord
 
 EVALUATIONS = 4  # of BFGS where the rung is only a start for the next

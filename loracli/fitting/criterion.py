@@ -16,9 +16,9 @@ from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.evaluation.multiplicity import standard_error
 from loracli.evaluation.scorer import Scorer
-from loracli.evaluation.scores import Scores
 from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import Mixing
+from loracli.model.loss import Scores
 
 Criterion = Callable[[Mixing, Tensor, Sequence[Example]], Scores]
 

@@ -19,14 +19,13 @@ from loracli.calibration.batches import Batch, make_batch
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, OutOfResources
 from loracli.evaluation.scorer import Scorer
-from loracli.evaluation.scores import Scores
 from loracli.fitting.journal import Entry, Journal
-from loracli.fitting.loss import Objective
-from loracli.fitting.memory import ran_out_of_memory
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import Applied, DiagonalMixing, Mixing
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.record_gradients import RecordGradients, from_rows, record_gradients
+from loracli.model.loss import Objective, Scores
+from loracli.model.placement import ran_out_of_memory
 from loracli.progress import SILENT, Progress
 
 UNDER_WAY = "sum"  # the key of a sum that is not at its end

@@ -13,10 +13,10 @@ from loracli.adapters.saved_modules import SavedModules, saved_modules, settled_
 from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset, tokenizer_differences
 from loracli.calibration.records import DataPaths
 from loracli.errors import UsageError
-from loracli.fitting.base import BaseReference, find_base, on_base
 from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched, fetch_adapter
+from loracli.model.base import BaseReference, find_base, on_base
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import local_reference
 

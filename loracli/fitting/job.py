@@ -11,13 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from loracli.errors import InputError, OutputExists, UsageError
-from loracli.fitting.base import BaseReference
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.journal import Journal, open_state, remove_state, state_folder
 from loracli.fitting.meter import StepLog
-from loracli.fitting.placement import Placement
 from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.run import run_fit
+from loracli.model.base import BaseReference
+from loracli.model.placement import Placement
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, check_recipe_path
 from loracli.system.files import locked_directory, translate_disk_errors

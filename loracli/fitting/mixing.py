@@ -27,7 +27,7 @@ from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.errors import UsageError
-from loracli.fitting.attach import AttachedModel
+from loracli.model.attach import AttachedModel
 from loracli.recipe.recipe import INLINE_KINDS, MixingKind, group_name
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loracli.fitting.base import BasePlan, check_shapes, load_tokenizer, plan_base
-from loracli.fitting.experts import check_experts
 from loracli.fitting.inputs import FitInputs, render_inputs
-from loracli.fitting.placement import Placement
-from loracli.fitting.preflight import MemoryDecision, MemoryEstimate
 from loracli.fitting.run import decision_on, divide_training, memory_estimate, usable_length
 from loracli.fitting.solved import tokens_of
+from loracli.model.base import BasePlan, check_shapes, load_tokenizer, plan_base
+from loracli.model.experts import check_experts
+from loracli.model.placement import Placement
+from loracli.model.preflight import MemoryDecision, MemoryEstimate
 from loracli.progress import SILENT, Progress
 
 

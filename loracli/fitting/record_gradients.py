@@ -26,9 +26,9 @@ from torch import Tensor
 
 from loracli.calibration.batches import Batch
 from loracli.calibration.render import Example
-from loracli.fitting.loss import Objective
 from loracli.fitting.mixing import DiagonalMixing
-from loracli.fitting.placement import is_sharded
+from loracli.model.loss import Objective
+from loracli.model.placement import is_sharded
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import transformers
 import loracli
 from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.basis import canonical_stack, mixing_in_file_gauge
-from loracli.fitting.base import BaseModel, base_modules
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.mixing import DiagonalMixing, FactorMixing
 from loracli.fitting.search import Found
+from loracli.model.base import BaseModel, base_modules
 from loracli.recipe.ingredients import identity_of
 from loracli.recipe.recipe import HeldOut, Recipe, RecipeActivations, RecipeBase, RecipeData, RecipeMixing
 from loracli.recipe.record import FitCertificate, FitRecord

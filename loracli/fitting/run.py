@@ -15,33 +15,29 @@ from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.held_out import FIT, held_out_table, static_points
 from loracli.evaluation.scorer import Scorer, make_scorer
-from loracli.evaluation.scores import Scores
 from loracli.fitting.activations import chosen_records, fit_activations
-from loracli.fitting.attach import AttachedModel, attach
-from loracli.fitting.base import BaseModel, BasePlan, check_fits, load_base, plan_base
 from loracli.fitting.certificate import can_certify
-from loracli.fitting.checkpointing import checkpointed
 from loracli.fitting.criterion import LEAST_ANSWERS, loss_criterion, metric_criterion
 from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine
 from loracli.fitting.folds import Fold, cross_folds, one_fold
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
 from loracli.fitting.journal import Journal
-from loracli.fitting.loss import check_causal, make_objective
-from loracli.fitting.memory import available_memory, memory_errors
 from loracli.fitting.meter import TASK, Meter, StepLog
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
 from loracli.fitting.newton import NO_FINISH, certified, plan_finish
 from loracli.fitting.paper import fit_as_published
-from loracli.fitting.placement import Placement
-from loracli.fitting.preflight import MemoryDecision, MemoryEstimate, decide_memory, estimate_memory
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.recording import dtype_name, make_recipe
-from loracli.fitting.replace_modules import replace_modules
 from loracli.fitting.search import LADDERS, Found, search
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.fitting.solved import Task, tokens_of
 from loracli.hub.fetch import Fetched
+from loracli.model.attach import AttachedModel, attach, replace_modules
+from loracli.model.base import BaseModel, BasePlan, check_fits, load_base, plan_base
+from loracli.model.loss import Scores, check_causal, make_objective
+from loracli.model.placement import Placement, available_memory, checkpointed, memory_errors
+from loracli.model.preflight import MemoryDecision, MemoryEstimate, decide_memory, estimate_memory
 from loracli.progress import SILENT, WORK, Progress, duration_text
 from loracli.recipe.recipe import INLINE_KINDS, Recipe
 from loracli.recipe.record import FitCertificate

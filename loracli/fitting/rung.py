@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from loracli.errors import NonFiniteLoss
-from loracli.evaluation.scores import Scores
 from loracli.fitting.criterion import gain
 from loracli.fitting.descent import Descent, Plan, Ran, plan_steps
 from loracli.fitting.mixing import Mixing
 from loracli.fitting.optimise import WARM_UP, AdamW, peak_rate
 from loracli.fitting.solved import Solved, Task, left_out, nats_per_token, padded_tokens
+from loracli.model.loss import Scores
 from loracli.recipe.recipe import MixingKind
 from loracli.recipe.record import StageRecord, StartRecord
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.evaluation.scores import Scores
 from loracli.fitting.criterion import LEAST_GAIN, Criterion, joined
 from loracli.fitting.engine import Engine
 from loracli.fitting.folds import Fold
 from loracli.fitting.mixing import Mixing
 from loracli.fitting.settings import FitSettings
+from loracli.model.loss import Scores
 from loracli.recipe.record import StageRecord, StartRecord
 
 

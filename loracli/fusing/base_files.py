@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from loracli.checkpoint import INDEX_FILE, Checkpoint
 from loracli.errors import BaseModelMismatch
 from loracli.fusing.plan import FusionPlan
 from loracli.fusing.quantised import Quantisation
 from loracli.fusing.workplace import FUSE_CERTIFICATE
+from loracli.model.checkpoint import INDEX_FILE, Checkpoint
 from loracli.system.strict_json import StrictJsonError, parse_json
 from loracli.system.tensor_file import open_regular
 

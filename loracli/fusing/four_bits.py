@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.checkpoint import Checkpoint, StoredTensor
 from loracli.errors import BaseModelMismatch
+from loracli.model.checkpoint import Checkpoint, StoredTensor
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 _STATE = ".quant_state.bitsandbytes__"

@@ -18,12 +18,9 @@ import torch
 
 import loracli
 from loracli.adapters.names import target_of
-from loracli.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.options import OUTPUT_DTYPES
 from loracli.export.source import Source
-from loracli.fitting.base import BasePlan, plan_base
-from loracli.fitting.loaded_names import tied_parameters
 from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files, read_config
 from loracli.fusing.card import fused_card
 from loracli.fusing.composition import (
@@ -39,6 +36,8 @@ from loracli.fusing.quantised import Quantisation, read_quantisation
 from loracli.fusing.stream import Hashes, write_shard
 from loracli.fusing.update import update_of
 from loracli.fusing.workplace import FUSE_CERTIFICATE, Workplace, check_model_free, open_workplace
+from loracli.model.base import BasePlan, plan_base
+from loracli.model.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe
 from loracli.system.files import flush_directory, write_file

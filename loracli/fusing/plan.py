@@ -18,10 +18,17 @@ import torch
 
 from loracli.adapters.names import numbered_name
 from loracli.adapters.on_base import expert_part
-from loracli.checkpoint import FLOATS, Checkpoint, StoredTensor, header_bytes
 from loracli.errors import BaseModelMismatch
-from loracli.fitting.loaded_names import LoadedNames, loaded_names, tied_parameters
 from loracli.fusing.quantised import BITSANDBYTES, Quantisation, Quantised, find_quantised
+from loracli.model.checkpoint import (
+    FLOATS,
+    Checkpoint,
+    LoadedNames,
+    StoredTensor,
+    header_bytes,
+    loaded_names,
+    tied_parameters,
+)
 from loracli.recipe.recipe import BaseModule, ModuleKind
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}

@@ -22,9 +22,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from loracli.checkpoint import FLOATS, Checkpoint, StoredTensor
 from loracli.errors import BaseModelMismatch
 from loracli.fusing.four_bits import find_four_bits
+from loracli.model.checkpoint import FLOATS, Checkpoint, StoredTensor
 
 QUANTISED = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8}
 SCALES = {

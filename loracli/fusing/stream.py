@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.checkpoint import FLOATS, Shard, StoredTensor, read_bytes
 from loracli.fusing.fold import BLOCK_BYTES, Fold, fold_rows
 from loracli.fusing.plan import FusedShard, FusedTensor
 from loracli.fusing.quantised import Decoder, Quantised
+from loracli.model.checkpoint import FLOATS, Shard, StoredTensor, read_bytes
 from loracli.system.tensor_file import open_regular
 
 WAITING = 3

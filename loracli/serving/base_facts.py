@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from loracli.fitting.base import expert_shape, kind_and_shape
-from loracli.fitting.base_config import plan_from_config
+from loracli.model.base import expert_shape, kind_and_shape, plan_from_config
 from loracli.progress import SILENT, Progress
 
 

@@ -24,7 +24,7 @@ from loracli.export.certificate import ModuleCertificate
 from loracli.export.profile import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
 from loracli.export.source import MethodSource, RecipeSource, Source
-from loracli.fitting.base import check_shapes
+from loracli.model.base import check_shapes
 from loracli.progress import Progress
 from loracli.recipe.recipe import BaseModule
 from loracli.system.document import decode

@@ -11,11 +11,8 @@ from typing import Any
 
 import torch
 
-from loracli.checkpoint import FLOATS, INDEX_FILE, Checkpoint, StoredTensor, read_bytes, read_checkpoint
 from loracli.errors import AccessDenied, BaseModelMismatch, HubUnreachable, InputError, IntegrityError, MalformedAdapter
 from loracli.export.source import Source
-from loracli.fitting.base import BaseReference, check_shapes, find_base, on_base, plan_base
-from loracli.fitting.loaded_names import loaded_names, tied_parameters
 from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files, read_config
 from loracli.fusing.composition import changed_modules
 from loracli.fusing.fold import BLOCK_BYTES, rounding_bounds
@@ -24,6 +21,17 @@ from loracli.fusing.quantised import read_quantisation
 from loracli.fusing.stream import WIDENED
 from loracli.fusing.update import update_of
 from loracli.fusing.workplace import FUSE_CERTIFICATE
+from loracli.model.base import BaseReference, check_shapes, find_base, on_base, plan_base
+from loracli.model.checkpoint import (
+    FLOATS,
+    INDEX_FILE,
+    Checkpoint,
+    StoredTensor,
+    loaded_names,
+    read_bytes,
+    read_checkpoint,
+    tied_parameters,
+)
 from loracli.progress import Progress
 from loracli.system.document import decode
 from loracli.system.tensor_file import file_sha256, open_regular

@@ -73,7 +73,7 @@ def verify_directory(
         raise IntegrityError(f"{path} has a record and no {TENSOR_FILE}")
     skeleton = None
     if base is not None:
-        from loracli.fitting.base import find_base, plan_base
+        from loracli.model.base import find_base, plan_base
 
         skeleton = plan_base(find_base((), base, revision=base_revision, progress=progress)).skeleton
     verify_adapter(

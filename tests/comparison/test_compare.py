@@ -21,9 +21,9 @@ from loracli.errors import UsageError
 from loracli.evaluation.comparison import Comparison
 from loracli.evaluation.task_metric import TaskMetric
 from loracli.export.method import export_method
-from loracli.fitting.placement import Placement
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
+from loracli.model.placement import Placement
 from loracli.progress import Silent
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl
 

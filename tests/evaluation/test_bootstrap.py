@@ -8,7 +8,7 @@ import torch
 from loracli.calibration.render import Example
 from loracli.evaluation.bootstrap import paired_interval
 from loracli.evaluation.held_out import held_out_table, static_points
-from loracli.evaluation.scores import Scores
+from loracli.model.loss import Scores
 
 
 def test_the_interval_has_the_width_that_the_central_limit_theorem_gives() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from loracli.evaluation.mcnemar import mcnemar
 from loracli.evaluation.multiplicity import best_of, detectable, holm, standard_error
-from loracli.evaluation.scores import Scores
+from loracli.model.loss import Scores
 
 
 def test_holm_gives_the_corrected_values_of_the_textbook_example() -> None:

@@ -15,8 +15,8 @@ from loracli.errors import CalibrationError, UsageError
 from loracli.evaluation.generate import greedy_answers
 from loracli.evaluation.scorer import make_scorer, prompt_of
 from loracli.evaluation.task_metric import TaskMetric, task_metric
-from loracli.fitting.attach import attach
-from loracli.fitting.loss import make_objective
+from loracli.model.attach import attach
+from loracli.model.loss import make_objective
 from tests.tiny import make_tokenizer, random_records, write_jsonl
 
 

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.errors import IntegrityError, OutputExists, RecipeError, UsageError
 from loracli.export.export import export_adapter
-from loracli.fitting.attach import attach
-from loracli.fitting.base import base_modules
 from loracli.fitting.mixing import make_diagonal, make_layout
+from loracli.model.attach import attach
+from loracli.model.base import base_modules
 from loracli.recipe.recipe import HeldOut, HeldOutRow, Recipe, RecipeAdapter, RecipeBase, RecipeData, RecipeMixing
 from loracli.recipe.record import FitRecord
 from tests.tiny import BASE_ID, logits, make_adapter, make_base

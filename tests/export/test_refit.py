@@ -24,8 +24,8 @@ from loracli.export.export import Exported, export_adapter
 from loracli.export.method import export_method
 from loracli.export.refit import read_cores, write_cores
 from loracli.export.source import RecipeSource
-from loracli.fitting.attach import attach
 from loracli.fitting.mixing import make_layout
+from loracli.model.attach import attach
 from loracli.recipe.recipe import RecipeMixing
 from loracli.system.files import CORES_FILE
 from loracli.verifying.verify import verify_directory

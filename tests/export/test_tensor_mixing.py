@@ -20,7 +20,7 @@ from loracli.algebra.basis import CanonicalStack, canonical_stack, mixing_in_fil
 from loracli.cli import app
 from loracli.errors import RecipeError
 from loracli.export.export import export_adapter
-from loracli.fitting.base import base_modules
+from loracli.model.base import base_modules
 from loracli.recipe.reading import load_recipe
 from loracli.recipe.recipe import TENSOR_PARTS, MixingKind, Recipe
 from loracli.recipe.tensors import composed_update, tensor_mixing

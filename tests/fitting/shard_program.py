@@ -14,13 +14,12 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import Batch, make_batch
 from loracli.calibration.render import Example
 from loracli.errors import UsageError
-from loracli.fitting.attach import AttachedModel, attach
-from loracli.fitting.base import BaseModel, BaseReference, base_modules, check_fits, load_base
-from loracli.fitting.checkpointing import checkpointed
-from loracli.fitting.loss import Objective
 from loracli.fitting.mixing import make_layout
-from loracli.fitting.placement import whole
 from loracli.fitting.processes import connect
+from loracli.model.attach import AttachedModel, attach
+from loracli.model.base import BaseModel, BaseReference, base_modules, check_fits, load_base
+from loracli.model.loss import Objective
+from loracli.model.placement import checkpointed, whole
 from loracli.system.launch import read_launch
 
 

@@ -12,9 +12,9 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.algebra.basis import canonical_stack
 from loracli.calibration.batches import make_batch
 from loracli.calibration.render import Example
-from loracli.fitting.attach import attach
-from loracli.fitting.loss import make_objective
 from loracli.fitting.mixing import make_layout, make_mixing
+from loracli.model.attach import attach
+from loracli.model.loss import make_objective
 from loracli.recipe.recipe import MIXING_KINDS, MixingKind
 from tests.tiny import logits, make_adapter, make_base
 

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import Batch, make_batch
 from loracli.calibration.render import Example
-from loracli.fitting import loss as loss_module
-from loracli.fitting.attach import attach
 from loracli.fitting.certificate import can_certify, certify
-from loracli.fitting.checkpointing import checkpointed
-from loracli.fitting.loss import Objective, make_objective
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_layout, make_mixing
 from loracli.fitting.record_gradients import RecordGradients, from_rows, record_gradients
+from loracli.model import loss as loss_module
+from loracli.model.attach import attach
+from loracli.model.loss import Objective, make_objective
+from loracli.model.placement import checkpointed
 from loracli.recipe.recipe import MixingKind
 from loracli.recipe.record import FitCertificate
 from loracli.system.document import decode, encode

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.errors import UsageError
-from loracli.fitting.attach import attach
-from loracli.fitting.checkpointing import checkpointed, decoder_layers
 from loracli.fitting.mixing import make_layout
+from loracli.model.attach import attach
+from loracli.model.placement import checkpointed, decoder_layers
 from tests.fitting.allocations import allocated_bytes, saved_bytes
 from tests.tiny import logits, make_adapter, make_base
 

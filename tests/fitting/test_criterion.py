@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from loracli.adapters.adapter import read_adapter
-from loracli.evaluation.scores import Scores
 from loracli.fitting.criterion import Gain, gain, joined, loss_criterion
 from loracli.fitting.mixing import make_diagonal, make_layout
+from loracli.model.loss import Scores
 from tests.fitting.planted import make_engine, planted
 
 

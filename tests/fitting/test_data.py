@@ -17,13 +17,13 @@ from loracli.adapters.adapter import read_adapter
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.calibration.shapes import Shape
-from loracli.fitting.attach import attach
 from loracli.fitting.engine import Engine
-from loracli.fitting.loss import make_objective
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.fitting.run import fit_mixing, usable_length
 from loracli.fitting.settings import FitSettings
+from loracli.model.attach import attach
+from loracli.model.loss import make_objective
 from loracli.progress import SILENT, Silent
 from loracli.recipe.reading import load_recipe
 from tests.tiny import make_tokenizer, random_records, write_jsonl

@@ -20,13 +20,13 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, OutOfResources
-from loracli.fitting.attach import attach
 from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Journal
-from loracli.fitting.loss import make_objective
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import Mixing, make_layout, make_mixing
 from loracli.fitting.processes import WAIT, Processes
+from loracli.model.attach import attach
+from loracli.model.loss import make_objective
 from loracli.progress import SILENT, Silent
 from loracli.recipe.recipe import MixingKind
 from tests.tiny import make_adapter, make_base

@@ -13,14 +13,14 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import BaseModelMismatch, UsageError
-from loracli.fitting.attach import attach
-from loracli.fitting.base import check_shapes
-from loracli.fitting.experts import check_experts
-from loracli.fitting.loss import make_objective
 from loracli.fitting.mixing import check_mixing, make_diagonal, make_layout
 from loracli.fitting.record_gradients import record_gradients
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
+from loracli.model.attach import attach
+from loracli.model.base import check_shapes
+from loracli.model.experts import check_experts
+from loracli.model.loss import make_objective
 from tests.mixtures import BOTH, add, load, peft_deltas
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
 

@@ -24,12 +24,12 @@ from loracli.errors import MalformedAdapter, RecipeError, UsageError
 from loracli.export.compose import compose_module
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method
-from loracli.fitting.attach import attach
 from loracli.fitting.inputs import prepare_fit
-from loracli.fitting.loss import make_objective
 from loracli.fitting.mixing import make_layout, make_mixing
 from loracli.fitting.record_gradients import record_gradients
 from loracli.fitting.settings import FitSettings
+from loracli.model.attach import attach
+from loracli.model.loss import make_objective
 from loracli.recipe.recipe import INLINE_KINDS, MixingKind, RecipeMixing
 from tests.test_whole_way import fit_case
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl

@@ -11,10 +11,10 @@ from loracli.adapters.adapter import read_adapter
 from loracli.calibration.batches import make_batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import BaseModelMismatch
-from loracli.fitting import loss as loss_module
-from loracli.fitting.attach import attach
-from loracli.fitting.loss import FrozenHead, check_causal, make_objective
 from loracli.fitting.mixing import make_layout
+from loracli.model import loss as loss_module
+from loracli.model.attach import attach
+from loracli.model.loss import FrozenHead, check_causal, make_objective
 from tests.tiny import make_adapter, make_base
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.fitting.attach import AttachedModel, attach
 from loracli.fitting.mixing import (
     DiagonalMixing,
     FactorMixing,
@@ -25,6 +24,7 @@ from loracli.fitting.mixing import (
     make_mixing,
 )
 from loracli.fitting.search import LADDERS
+from loracli.model.attach import AttachedModel, attach
 from loracli.recipe.recipe import INLINE_KINDS, MIXING_KINDS, MixingKind, group_name
 from tests.tiny import logits, make_adapter, make_base
 

@@ -13,11 +13,10 @@ from accelerate import dispatch_model
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.errors import BaseModelMismatch, OutOfResources, UsageError
-from loracli.fitting.attach import attach
-from loracli.fitting.base import BaseReference, check_fits, load_base, plan_base
-from loracli.fitting.checkpointing import checkpointed
 from loracli.fitting.mixing import make_layout
-from loracli.fitting.placement import check_device_map, placement_options
+from loracli.model.attach import attach
+from loracli.model.base import BaseReference, check_fits, load_base, plan_base
+from loracli.model.placement import check_device_map, checkpointed, placement_options
 from tests.fitting.processes_started import torchrun
 from tests.tiny import logits, make_adapter, make_base
 

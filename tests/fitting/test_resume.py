@@ -21,9 +21,9 @@ from loracli.fitting import job
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.job import fit_to_file
 from loracli.fitting.journal import Journal, state_folder
-from loracli.fitting.loss import Objective
-from loracli.fitting.placement import Placement
 from loracli.fitting.settings import FitSettings
+from loracli.model.loss import Objective
+from loracli.model.placement import Placement
 from loracli.progress import Silent
 from loracli.system.files import locked_directory
 from loracli.system.launch import Launch

@@ -17,10 +17,8 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.evaluation.scores import Scores
 from loracli.fitting import rung as rung_module
 from loracli.fitting.adapter_weights import solve_adapters
-from loracli.fitting.attach import AttachedModel, attach
 from loracli.fitting.descent import Descent, Ran
 from loracli.fitting.engine import Engine
 from loracli.fitting.folds import Fold
@@ -29,6 +27,8 @@ from loracli.fitting.rung import FACTOR_RIDGE_PATH, RIDGE_PATH, ridge_path, solv
 from loracli.fitting.search import Found, search
 from loracli.fitting.settings import FitSettings
 from loracli.fitting.solved import Solved, Task
+from loracli.model.attach import AttachedModel, attach
+from loracli.model.loss import Scores
 from loracli.recipe.recipe import MixingKind
 from tests.fitting import two_basins
 from tests.fitting.least_squares import (

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from loracli.errors import BaseModelMismatch, LoracatError, OutOfResources, OutputExists, StateMismatch, UsageError
 from loracli.export.export import export_adapter
-from loracli.fitting.base import BaseReference, plan_base
-from loracli.fitting.loaded_names import loaded_names
 from loracli.fusing import workplace
 from loracli.fusing.fuse import fuse_model
+from loracli.model.base import BaseReference, plan_base
+from loracli.model.checkpoint import loaded_names
 from loracli.recipe.recipe import Recipe
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import CASES, Made

@@ -14,11 +14,11 @@ from loracli.adapters.adapter import read_adapter
 from loracli.errors import BaseModelMismatch, IncompatibleAdapters, UsageError, VerificationError
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method
-from loracli.fitting.base import BaseReference, on_base
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.fusing.fuse import fuse_model
+from loracli.model.base import BaseReference, on_base
 from loracli.recipe.reading import load_recipe
 from loracli.verifying.verify import verify_directory
 from tests.mixtures import BOTH, EXPERTS, add, expert_layers, load, peft_deltas

@@ -13,11 +13,13 @@ The bias of a lora_B (PEFT's lora_bias) acts as one more rank row whose input is
 
     y = W x + [B, b_1, ...] (M' [z; 1])          M' = (c, w_1 s_1, ...), for diagonal M with a weight per adapter alone
 
-The experts of a mixture are such linear layers too, each for its own tokens, with one M for all (`fitting/experts.py`).
+The experts of a mixture are such linear layers too, each for its own tokens, with one M for all (`model/experts.py`).
 
 A plain nn.Linear gets a forward of its own for the time being: both products land in the buffers of W x and of
 dL/dx, where a hook after the fact would copy them. Everything else (Conv1D, embeddings, layers that accelerate has
 wrapped) takes the hook.
+
+The base model with modules that adapters saved whole in the place of its own.
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.adapters.saved_modules import SavedModules
 from loracli.algebra.basis import canonical_stack
 from loracli.algebra.factors import Factors
-from loracli.fitting.experts import ExpertLinear, expert_stack, experts_forward
+from loracli.errors import BaseModelMismatch
+from loracli.model.experts import ExpertLinear, expert_stack, experts_forward
 
 
 def _mixed(z: Tensor, core: Tensor) -> Tensor:
@@ -340,3 +344,40 @@ def _trained_update(x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
     """B A x, with both in the dtype of x; here x and A x are kept for the backward pass."""
     lora_A, lora_B = (factor.to(x.device, x.dtype) for factor in factors)
     return F.linear(F.linear(x, lora_A), lora_B)
+
+
+def replace_modules(model: nn.Module, saved: SavedModules | None) -> None:
+    """Gives the model the saved parameters, each rounded once to the dtype of its own, which they replace for good.
+
+    A parameter that was tied to another, as a head to the embeddings, is tied no longer: PEFT wraps a copy too.
+
+    Args:
+        model: whole on this process.
+        saved: what replaces it, None for nothing.
+    Raises:
+        BaseModelMismatch: if the model has no such parameter, or in another shape.
+    """
+    if saved is None:
+        return
+    _check_saved(model, saved)
+    for path in saved.sources:
+        module, _, name = path.rpartition(".")
+        own = model.get_parameter(path)
+        replaced = saved.read(path).to(own.device, own.dtype)
+        setattr(model.get_submodule(module), name, nn.Parameter(replaced, requires_grad=False))
+
+
+def _check_saved(model: nn.Module, saved: SavedModules) -> None:
+    for path, shape in saved.shapes.items():
+        try:
+            own = tuple(model.get_parameter(path).shape)
+        except AttributeError:
+            raise BaseModelMismatch(
+                f"an adapter saved {path}, which the base model does not have",
+                hint="the adapter was trained on another model or model class; check --base",
+            ) from None
+        if own != shape:
+            raise BaseModelMismatch(
+                f"an adapter saved {path} in the shape {shape}; the base model has {own}",
+                hint="if its vocabulary was resized for training, give the resized model with --base",
+            )

@@ -1,5 +1,10 @@
-"""The base model: found, loaded, and held against what the adapters expect of it. The only loader of transformers'
-models."""
+"""The base model: found, loaded, and held against what the adapters expect of it.
+
+The base model: found, loaded, and held against what the adapters expect of it. The only loader of transformers'
+models.
+
+A base model as far as its config tells: found without any weight.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +24,10 @@ from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
 from loracli.adapters.names import leaf
 from loracli.adapters.on_base import as_fused_experts, as_text_model, has_expert_layers, inside_other_model
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
-from loracli.fitting.experts import check_experts
-from loracli.fitting.placement import DTYPES, check_device_map, check_sharded, placement_options, whole
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import BaseClaim, agreed_base, is_path
+from loracli.model.experts import check_experts
+from loracli.model.placement import DTYPES, check_device_map, check_sharded, placement_options, whole
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import BaseModule, ModuleKind
 
@@ -452,3 +458,26 @@ def _check_module(model: nn.Module, adapter: LoraAdapter, module: LoraModule) ->
             f"{(out_features, in_features)}",
             hint="the adapter was trained on another model; check --base",
         )
+
+
+def plan_from_config(base: str, *, revision: str | None = None, progress: Progress = SILENT) -> tuple[BasePlan, str]:
+    """The plan of a base model, and the sha256 of its config.
+
+    Args:
+        base: a local directory with a config.json, or a Hub id, of which only config.json is fetched.
+        revision: of a base on the Hub.
+        progress: told of a download.
+    Raises:
+        InputError, UsageError: as `base_directory`.
+        BaseModelMismatch: if transformers knows no such causal language model.
+        InputError, HubUnreachable: if the Hub does not give the config.
+    """
+    path = base_directory(base, revision=revision)
+    if path is None:
+        try:
+            path = fetch_base(base, revision=revision, config_alone=True, progress=progress).path
+        except (HubUnreachable, InputError) as error:
+            error.hint = "; ".join(filter(None, [error.hint, WAY_OUT]))
+            raise
+    plan = plan_base(BaseReference(base, path, None), device="cpu")
+    return plan, sha256((path / "config.json").read_bytes()).hexdigest()

@@ -1,4 +1,8 @@
-"""Nats per scored token: the head runs on scored positions only, in chunks, with its gradient taken in the forward
+"""What records cost a model, in nats per scored token, and the gradient of that.
+
+What a set of records costs a model.
+
+Nats per scored token: the head runs on scored positions only, in chunks, with its gradient taken in the forward
 pass.
 
     loss = sum of v -log p(token) over all scored positions / sum of v, with v the weight of the position's file
@@ -10,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +23,29 @@ from torch.nn import functional as F
 
 from loracli.calibration.batches import Batch
 from loracli.errors import BaseModelMismatch
-from loracli.evaluation.scores import Scores
-from loracli.fitting.attach import AttachedModel
+from loracli.model.attach import AttachedModel
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What each of n records costs.
+
+    Args:
+        nats: (n,) sums over the record's scored tokens, each as many times as it counts, float64.
+        tokens: (n,) how many those are, counted likewise.
+    """
+
+    nats: Tensor
+    tokens: Tensor
+
+    @property
+    def nats_per_token(self) -> float:
+        return float(self.nats.sum() / self.tokens.sum())
+
+    def part(self, records: Sequence[int]) -> Scores:
+        """The scores of some of the n records."""
+        return Scores(self.nats[list(records)], self.tokens[list(records)])
+
 
 CHUNK_BYTES = 64 << 20  # of float32 logits at a time
 NOT_ROUNDING = 0.02  # of the largest logit: more than bfloat16 loses, far less than a look at the future changes

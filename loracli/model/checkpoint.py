@@ -1,7 +1,16 @@
-"""The weights of a base model as they lie on the disk: one safetensors file, or shards with an index.
+"""The weights of a base model on the disk, and which parameter each becomes.
+
+The weights of a base model as they lie on the disk: one safetensors file, or shards with an index.
 
 A stranger wrote them. Headers are read with the limits of `system.tensor_file` and checked before a byte of data is;
 the names of files in an index are looked up among those that are in the directory, and never make a path.
+
+Which parameter of the model a tensor of its checkpoint becomes, by transformers' own rules.
+
+A checkpoint may leave out or add the prefix of the inner model (GPT-2's `h.0.attn.c_attn.weight` is the model's
+`transformer.h.0.attn.c_attn.weight`), be renamed by a table, or be computed from several tensors, as fused experts are.
+transformers applies its tables when it loads (`core_model_loading.rename_source_key`, 5.3 to 5.23); they are asked here
+instead of guessed at, without reading a weight.
 """
 
 from __future__ import annotations
@@ -10,14 +19,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loracli.errors import BaseModelMismatch, MalformedAdapter
 from loracli.system.strict_json import StrictJsonError, parse_json
@@ -240,3 +249,46 @@ def header_bytes(tensors: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class LoadedNames:
+    """Where the parameters of a model come from.
+
+    Args:
+        stored: names in the checkpoint that become a parameter as they are, by the parameter's name.
+        computed: names in the checkpoint of the tensors that a parameter is made of, by the parameter's name.
+    """
+
+    stored: dict[str, tuple[str, ...]]
+    computed: dict[str, tuple[str, ...]]
+
+
+def loaded_names(skeleton: Any, names: Iterable[str]) -> LoadedNames:
+    """How the tensors of these names load into a model without numbers."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(skeleton)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    own = {name: tensor for name, tensor in _every_parameter(skeleton)}
+    stored: dict[str, tuple[str, ...]] = {}
+    computed: dict[str, tuple[str, ...]] = {}
+    for name in sorted(names):
+        parameter, converter = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, own)
+        found = stored if converter is None else computed
+        found[parameter] = (*found.get(parameter, ()), name)
+    return LoadedNames(stored, computed)
+
+
+def tied_parameters(skeleton: nn.Module) -> dict[str, tuple[str, ...]]:
+    """By name of each parameter, the names of all that are the same one, itself included."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in _every_parameter(skeleton):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: tuple(sorted(group)) for group in groups.values() for name in group}
+
+
+def _every_parameter(skeleton: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    return skeleton.named_parameters(remove_duplicate=False)

@@ -8,9 +8,9 @@ from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.errors import OutOfResources
-from loracli.fitting.base import BasePlan
-from loracli.fitting.checkpointing import decoder_layers
-from loracli.fitting.loss import CHUNK_BYTES
+from loracli.model.base import BasePlan
+from loracli.model.loss import CHUNK_BYTES
+from loracli.model.placement import decoder_layers
 from loracli.progress import amount_text
 
 HEADROOM = 0.9  # of the memory that is free: estimates err, and allocators leave gaps
