@@ -22,8 +22,7 @@ from loracli.adapters.adapter import read_adapter
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
-from loracli.evaluation.bootstrap import paired_interval
-from loracli.evaluation.held_out import static_points
+from loracli.evaluation.statistics import paired_interval, static_points
 from loracli.fitting.criterion import gain, loss_criterion
 from loracli.fitting.engine import Engine
 from loracli.fitting.folds import cross_folds, one_fold

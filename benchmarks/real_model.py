@@ -29,8 +29,7 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import read_records
 from loracli.calibration.render import render_file
-from loracli.evaluation.bootstrap import paired_interval
-from loracli.evaluation.held_out import static_points
+from loracli.evaluation.statistics import paired_interval, static_points
 from loracli.export.export import export_adapter
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.run import fit_mixing

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loracli.conversion.convert import Converted, convert_adapter
     from loracli.errors import LoracatError
     from loracli.evaluation.comparison import Comparison
-    from loracli.evaluation.task_metric import TaskMetric
+    from loracli.evaluation.metrics import TaskMetric
     from loracli.export.export import Exported, export_adapter
     from loracli.export.method import export_method
     from loracli.fitting.run import fit_mixing
@@ -54,7 +54,7 @@ _HOMES = {
     "MethodOptions": "loracli.algebra.methods.method",
     "Pushed": "loracli.pushing.push",
     "Recipe": "loracli.recipe.recipe",
-    "TaskMetric": "loracli.evaluation.task_metric",
+    "TaskMetric": "loracli.evaluation.metrics",
     "Verification": "loracli.verifying.findings",
     "compare_adapters": "loracli.comparison.compare",
     "convert_adapter": "loracli.conversion.convert",

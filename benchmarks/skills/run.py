@@ -30,7 +30,7 @@ from loracli.comparison.compare import run_comparison
 from loracli.comparison.inputs import prepare_comparison
 from loracli.comparison.settings import CompareSettings, Controls
 from loracli.evaluation.comparison import Comparison, ComparisonRow
-from loracli.evaluation.task_metric import TaskMetric
+from loracli.evaluation.metrics import TaskMetric
 from loracli.fitting.settings import FitSettings
 from loracli.model.base import find_base, load_base
 from loracli.model.placement import Placement

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from loracli.cli._output import Output
-from loracli.evaluation.comparison import Comparison, ComparisonRow
-from loracli.evaluation.verdict import claim, interval_text, metric_claim
+from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim
 
 SHOWN_TASKS = 12
 KIND_ORDER = ("base", "ingredient", "method", "fit", "control")

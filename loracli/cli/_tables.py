@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loracli.cli._output import Block, Output
-from loracli.evaluation.verdict import interval_text, verdict
+from loracli.evaluation.comparison import interval_text, verdict
 from loracli.recipe.recipe import HeldOut, Recipe
 from loracli.recipe.record import FitCertificate
 

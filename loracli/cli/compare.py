@@ -141,7 +141,7 @@ def compare(
     from loracli.cli._comparison import comparison_lines
     from loracli.comparison.compare import compare_adapters
     from loracli.comparison.settings import CompareSettings, parse_controls, parse_methods
-    from loracli.evaluation.task_metric import task_metric
+    from loracli.evaluation.metrics import task_metric
     from loracli.fitting.settings import FitSettings
     from loracli.model.placement import Placement
     from loracli.system.document import encode

@@ -148,7 +148,7 @@ def export(
     from loracli.comparison.exported import loss_of_export, read_loss_data
     from loracli.comparison.settings import check_options
     from loracli.errors import UsageError
-    from loracli.evaluation.verdict import interval_text
+    from loracli.evaluation.comparison import interval_text
     from loracli.export.export import export_adapter
     from loracli.export.method import export_method
 
@@ -299,7 +299,7 @@ def export(
 
 def _show_refit(out: Output, refit: RefitRecord) -> None:
     """The three losses, and what was kept."""
-    from loracli.evaluation.verdict import interval_text
+    from loracli.evaluation.comparison import interval_text
 
     loss = refit.loss
     rows = [("composition", loss.composition), ("truncation", loss.truncated), ("refit", loss.refitted)]

@@ -16,7 +16,7 @@ from loracli.comparison.paper_name import PAPER
 from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FRESH_LORA, RANDOM, RUNGS
 from loracli.errors import UsageError
 from loracli.evaluation.comparison import RowKind, Skipped
-from loracli.evaluation.held_out import FIT
+from loracli.evaluation.statistics import FIT
 from loracli.export.compose import compose_module
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.settings import AUTO, AUTO_PASSES, PASSES

@@ -20,8 +20,8 @@ from loracli.comparison.settings import CompareSettings
 from loracli.comparison.table import INGREDIENT, Evaluated, Names, comparison_of
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.comparison import Comparison, Skipped
+from loracli.evaluation.metrics import TaskMetric
 from loracli.evaluation.scorer import Scorer, make_scorer
-from loracli.evaluation.task_metric import TaskMetric
 from loracli.fitting.engine import Engine
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import Layout, make_diagonal, make_layout

@@ -11,7 +11,7 @@ from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.calibration.render import render_file
 from loracli.comparison.composition import of_factors
-from loracli.evaluation.bootstrap import paired_interval
+from loracli.evaluation.statistics import paired_interval
 from loracli.export.export import Exported
 from loracli.export.source import recorded_base
 from loracli.fitting.engine import Engine

@@ -23,7 +23,7 @@ from loracli.calibration.dataset import Dataset, Examples, read_dataset
 from loracli.calibration.records import DataPaths
 from loracli.comparison.composition import of_factors
 from loracli.errors import NonFiniteLoss, UsageError
-from loracli.evaluation.bootstrap import paired_interval
+from loracli.evaluation.statistics import paired_interval
 from loracli.export.module import refitted_factors
 from loracli.export.refit import RefitFile, RefitLoss, RefitRecord, Refitted
 from loracli.export.source import Source, recorded_base

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from loracli.calibration.render import Example
 from loracli.comparison.composition import Composition
-from loracli.evaluation.bootstrap import intervals
 from loracli.evaluation.comparison import (
     BestOf,
     Comparison,
@@ -22,9 +21,7 @@ from loracli.evaluation.comparison import (
     RowKind,
     Skipped,
 )
-from loracli.evaluation.held_out import task_losses
-from loracli.evaluation.mcnemar import mcnemar
-from loracli.evaluation.multiplicity import best_of, detectable
+from loracli.evaluation.statistics import best_of, detectable, intervals, mcnemar, task_losses
 from loracli.model.loss import Scores
 
 BASE, INGREDIENT, UNIFORM = "base", "ingredient", "uniform"

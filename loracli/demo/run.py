@@ -20,9 +20,9 @@ from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.records import CalibrationFile
 from loracli.calibration.render import render_file
 from loracli.demo.fresh_lora import train_fresh_lora
-from loracli.evaluation.held_out import FIT, static_points
+from loracli.evaluation.metrics import TaskMetric
 from loracli.evaluation.scorer import make_scorer
-from loracli.evaluation.task_metric import TaskMetric
+from loracli.evaluation.statistics import FIT, static_points
 from loracli.export.export import Exported, export_adapter
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import run_fit

@@ -17,7 +17,7 @@ from loracli.calibration.batches import plan_batches
 from loracli.calibration.dataset import shuffled
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.evaluation.held_out import static_points
+from loracli.evaluation.statistics import static_points
 from loracli.fitting.mixing import Mixing
 from loracli.fitting.optimise import Minimum, bfgs
 from loracli.fitting.solved import Solved, Task, left_out, nats_per_token, padded_tokens, tokens_of

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
-from loracli.evaluation.multiplicity import standard_error
 from loracli.evaluation.scorer import Scorer
+from loracli.evaluation.statistics import standard_error
 from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import Mixing
 from loracli.model.loss import Scores

@@ -13,8 +13,8 @@ from loracli.calibration.dataset import Examples
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, UsageError
-from loracli.evaluation.held_out import FIT, held_out_table, static_points
 from loracli.evaluation.scorer import Scorer, make_scorer
+from loracli.evaluation.statistics import FIT, held_out_table, static_points
 from loracli.fitting.activations import chosen_records, fit_activations
 from loracli.fitting.certificate import can_certify
 from loracli.fitting.criterion import LEAST_ANSWERS, loss_criterion, metric_criterion

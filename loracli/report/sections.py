@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.names import leaf
 from loracli.algebra.basis import Interference, interference
-from loracli.evaluation.comparison import Comparison, ComparisonRow
-from loracli.evaluation.verdict import claim, interval_text, metric_claim, verdict
+from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim, verdict
 from loracli.recipe.recipe import INLINE_KINDS, HeldOut, Recipe
 from loracli.report.curve import loss_curve, ridge_path
 from loracli.report.grid import numbers

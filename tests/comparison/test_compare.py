@@ -19,7 +19,7 @@ from loracli.comparison.inputs import prepare_comparison
 from loracli.comparison.settings import CompareSettings, Controls, parse_controls, parse_methods
 from loracli.errors import UsageError
 from loracli.evaluation.comparison import Comparison
-from loracli.evaluation.task_metric import TaskMetric
+from loracli.evaluation.metrics import TaskMetric
 from loracli.export.method import export_method
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loracli.evaluation.answers import contains, is_exact, is_same_number, last_number
+from loracli.evaluation.metrics import contains, is_exact, is_same_number, last_number
 
 
 def test_exact_forgives_white_space_at_the_ends_alone() -> None:

@@ -6,8 +6,7 @@ from dataclasses import replace
 import torch
 
 from loracli.calibration.render import Example
-from loracli.evaluation.bootstrap import paired_interval
-from loracli.evaluation.held_out import held_out_table, static_points
+from loracli.evaluation.statistics import held_out_table, paired_interval, static_points
 from loracli.model.loss import Scores
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loracli.errors import MetricError, UsageError
-from loracli.evaluation.metric_command import run_metric
+from loracli.evaluation.metrics import run_metric
 
 ANSWERS = [
     {"line": 3, "prompt": "2+2=", "reference": "4", "output": "4", "task": None},

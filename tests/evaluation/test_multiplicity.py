@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from loracli.evaluation.mcnemar import mcnemar
-from loracli.evaluation.multiplicity import best_of, detectable, holm, standard_error
+from loracli.evaluation.statistics import best_of, detectable, holm, mcnemar, standard_error
 from loracli.model.loss import Scores
 
 

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 from loracli.calibration.records import CalibrationFile, parse_sources, read_records
 from loracli.calibration.render import render_file
 from loracli.errors import CalibrationError, UsageError
-from loracli.evaluation.generate import greedy_answers
-from loracli.evaluation.scorer import make_scorer, prompt_of
-from loracli.evaluation.task_metric import TaskMetric, task_metric
+from loracli.evaluation.metrics import TaskMetric, task_metric
+from loracli.evaluation.scorer import greedy_answers, make_scorer, prompt_of
 from loracli.model.attach import attach
 from loracli.model.loss import make_objective
 from tests.tiny import make_tokenizer, random_records, write_jsonl

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from loracli.adapters.adapter import LoraAdapter
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
-from loracli.evaluation.held_out import static_points
+from loracli.evaluation.statistics import static_points
 from loracli.fitting.criterion import loss_criterion
 from loracli.fitting.engine import Engine
 from loracli.fitting.folds import Fold

@@ -11,7 +11,7 @@ import pytest
 from loracli.comparison.compare import run_comparison
 from loracli.comparison.inputs import prepare_comparison
 from loracli.comparison.settings import CompareSettings
-from loracli.evaluation.task_metric import TaskMetric
+from loracli.evaluation.metrics import TaskMetric
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.system.document import encode
