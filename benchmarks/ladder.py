@@ -23,14 +23,13 @@ from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
 from loracli.evaluation.statistics import paired_interval, static_points
-from loracli.fitting.criterion import gain, loss_criterion
+from loracli.fitting.criterion import cross_folds, gain, loss_criterion, one_fold
 from loracli.fitting.engine import Engine
-from loracli.fitting.folds import cross_folds, one_fold
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import make_layout, make_mixing
+from loracli.fitting.rung import Solved, Task, mean_of, tokens_of
 from loracli.fitting.search import LADDERS, REFIT_SHARE, refit, solve_next, worth_climbing
 from loracli.fitting.settings import FitSettings
-from loracli.fitting.solved import Solved, Task, mean_of, tokens_of
 from loracli.model.attach import attach
 from loracli.model.base import find_base, load_base
 from loracli.model.loss import Scores, make_objective

@@ -31,18 +31,16 @@ from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.dataset import shuffled
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
-from loracli.fitting.criterion import loss_criterion
-from loracli.fitting.descent import Descent, plan_steps
+from loracli.fitting.certificate import certified, plan_finish
+from loracli.fitting.criterion import Fold, loss_criterion
+from loracli.fitting.descent import AdamW, Descent, plan_steps
 from loracli.fitting.engine import Engine
-from loracli.fitting.folds import Fold
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_layout
-from loracli.fitting.newton import certified, plan_finish
-from loracli.fitting.optimise import AdamW
 from loracli.fitting.paper import fit_as_published
+from loracli.fitting.rung import Task, tokens_of
 from loracli.fitting.search import search
 from loracli.fitting.settings import FitSettings
-from loracli.fitting.solved import Task, tokens_of
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.base import find_base, load_base
 from loracli.model.loss import make_objective

@@ -24,7 +24,7 @@ from loracli.cli._output import Output
 from loracli.progress import amount_text
 
 if TYPE_CHECKING:
-    from loracli.fitting.plan import FitPlan
+    from loracli.fitting.job import FitPlan
     from loracli.recipe.recipe import Recipe
 
 EPILOG = (
@@ -216,7 +216,7 @@ def fit(
 
     placement = Placement(dtype, device, device_map, checkpointing, shard)
     if dry_run:
-        from loracli.fitting.plan import plan_fit
+        from loracli.fitting.job import plan_fit
 
         if launch.first:
             plan = plan_fit(prepare(), placement=placement, world_size=launch.world_size, progress=progress)

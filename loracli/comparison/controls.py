@@ -17,10 +17,9 @@ from loracli.comparison.composition import Composition, of_factors
 from loracli.comparison.fitted import Calibration
 from loracli.comparison.settings import FRESH_LORA
 from loracli.errors import UsageError
-from loracli.fitting.descent import Descent, plan_steps
-from loracli.fitting.folds import one_fold
+from loracli.fitting.criterion import one_fold
+from loracli.fitting.descent import WARM_UP, AdamW, Descent, plan_steps
 from loracli.fitting.mixing import Layout, Mixing
-from loracli.fitting.optimise import WARM_UP, AdamW
 from loracli.fitting.settings import PASSES
 from loracli.model.attach import AttachedModel
 from loracli.recipe.recipe import MixingKind

@@ -27,18 +27,16 @@ from loracli.evaluation.statistics import paired_interval
 from loracli.export.module import refitted_factors
 from loracli.export.refit import RefitFile, RefitLoss, RefitRecord, Refitted
 from loracli.export.source import Source, recorded_base
-from loracli.fitting.criterion import Gain, gain, loss_criterion
+from loracli.fitting.criterion import FEWEST_TO_VALIDATE, Fold, Gain, gain, loss_criterion, one_fold
 from loracli.fitting.engine import Engine
-from loracli.fitting.folds import FEWEST_TO_VALIDATE, Fold, one_fold
 from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import CoreMixing, make_layout
 from loracli.fitting.processes import ALONE
 from loracli.fitting.run import announce, memory_decision, usable_length
-from loracli.fitting.rung import solve_rung
+from loracli.fitting.rung import Task, mean_of, solve_rung, tokens_of
 from loracli.fitting.search import REFIT_SHARE, refit
 from loracli.fitting.settings import FitSettings
-from loracli.fitting.solved import Task, mean_of, tokens_of
 from loracli.model.attach import attach, replace_modules
 from loracli.model.base import BaseModel, check_fits, find_base, load_base
 from loracli.model.loss import Scores, check_causal, make_objective

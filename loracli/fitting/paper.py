@@ -18,10 +18,9 @@ from loracli.calibration.batches import make_batch
 from loracli.calibration.dataset import shuffled
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fitting.descent import Descent, Step
+from loracli.fitting.descent import AdamW, Descent, Step
 from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import DiagonalMixing
-from loracli.fitting.optimise import AdamW
 from loracli.fitting.search import Found
 from loracli.fitting.settings import FitSettings
 from loracli.recipe.record import RungRecord, StageRecord, StartRecord

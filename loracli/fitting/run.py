@@ -16,22 +16,20 @@ from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.statistics import FIT, held_out_table, static_points
 from loracli.fitting.activations import chosen_records, fit_activations
-from loracli.fitting.certificate import can_certify
-from loracli.fitting.criterion import LEAST_ANSWERS, loss_criterion, metric_criterion
+from loracli.fitting.certificate import NO_FINISH, can_certify, certified, plan_finish
+from loracli.fitting.criterion import LEAST_ANSWERS, Fold, cross_folds, loss_criterion, metric_criterion, one_fold
 from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine
-from loracli.fitting.folds import Fold, cross_folds, one_fold
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
 from loracli.fitting.journal import Journal
 from loracli.fitting.meter import TASK, Meter, StepLog
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
-from loracli.fitting.newton import NO_FINISH, certified, plan_finish
 from loracli.fitting.paper import fit_as_published
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.recording import dtype_name, make_recipe
+from loracli.fitting.rung import Task, tokens_of
 from loracli.fitting.search import LADDERS, Found, search
 from loracli.fitting.settings import AUTO, FitSettings
-from loracli.fitting.solved import Task, tokens_of
 from loracli.hub.fetch import Fetched
 from loracli.model.attach import AttachedModel, attach, replace_modules
 from loracli.model.base import BaseModel, BasePlan, check_fits, load_base, plan_base

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from loracli.calibration.batches import Batch
 from loracli.calibration.render import Example
-from loracli.fitting.criterion import loss_criterion
+from loracli.fitting.criterion import Fold, loss_criterion
 from loracli.fitting.engine import Engine
-from loracli.fitting.folds import Fold
 from loracli.fitting.journal import Journal
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal
+from loracli.fitting.rung import Task
 from loracli.fitting.settings import FitSettings
-from loracli.fitting.solved import Task
 from loracli.progress import SILENT
 from loracli.recipe.recipe import MixingKind
 

@@ -13,14 +13,13 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.evaluation.statistics import static_points
-from loracli.fitting.criterion import loss_criterion
+from loracli.fitting.criterion import Fold, loss_criterion
 from loracli.fitting.engine import Engine
-from loracli.fitting.folds import Fold
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import make_diagonal, make_layout, make_mixing
+from loracli.fitting.rung import Task
 from loracli.fitting.search import Found, search
 from loracli.fitting.settings import FitSettings
-from loracli.fitting.solved import Task
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.loss import make_objective
 from loracli.progress import SILENT

@@ -15,9 +15,8 @@ from torch import Tensor
 from loracli.calibration.batches import Batch
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fitting.descent import Descent, Plan, Ran, plan_steps
+from loracli.fitting.descent import AdamW, Descent, Plan, Ran, plan_steps
 from loracli.fitting.engine import Engine
-from loracli.fitting.optimise import AdamW
 from tests.fitting.least_squares import LeastSquares, engine_of, random_examples, rung
 
 SIZES = (16, 17, 31, 64, 100, 500, 2000, 20_000)

@@ -9,7 +9,7 @@ import pytest
 from loracli.calibration.records import Record
 from loracli.calibration.render import Example
 from loracli.errors import UsageError
-from loracli.fitting.folds import FEWEST_TO_VALIDATE, MOST_TO_VALIDATE, Fold, cross_folds, one_fold
+from loracli.fitting.criterion import FEWEST_TO_VALIDATE, MOST_TO_VALIDATE, Fold, cross_folds, one_fold
 
 
 def made(contents: Sequence[str], *, without: Sequence[int] = ()) -> tuple[list[Example], list[Record]]:

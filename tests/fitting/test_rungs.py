@@ -18,15 +18,13 @@ from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting import rung as rung_module
-from loracli.fitting.adapter_weights import solve_adapters
+from loracli.fitting.criterion import Fold
 from loracli.fitting.descent import Descent, Ran
 from loracli.fitting.engine import Engine
-from loracli.fitting.folds import Fold
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout
-from loracli.fitting.rung import FACTOR_RIDGE_PATH, RIDGE_PATH, ridge_path, solve_rung
-from loracli.fitting.search import Found, search
+from loracli.fitting.rung import FACTOR_RIDGE_PATH, RIDGE_PATH, Solved, Task, ridge_path, solve_rung
+from loracli.fitting.search import Found, search, solve_adapters
 from loracli.fitting.settings import FitSettings
-from loracli.fitting.solved import Solved, Task
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.loss import Scores
 from loracli.recipe.recipe import MixingKind
