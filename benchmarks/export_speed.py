@@ -210,8 +210,8 @@ def one_module(width: int) -> str:
 
 def export_of(recipe: Recipe, adapters: list[LoraAdapter]) -> tuple[float, float]:
     """Seconds that an export spends on one module at weights of 1, median of several, and its relative error."""
+    from loracli.composition.composition import RecipeSource
     from loracli.export.module import module_export
-    from loracli.export.source import RecipeSource
 
     name = next(iter(adapters[0].modules))
     ones = {name: (1.0,) * ADAPTERS}

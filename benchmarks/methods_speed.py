@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
-from loracli.comparison.composition import of_method
+from loracli.composition.attached import of_method
 from loracli.export.method import export_method
 from loracli.fitting.mixing import Layout, make_layout
 

@@ -39,11 +39,11 @@ import loracli
 from loracli.adapters.adapter import read_adapter
 from loracli.algebra.methods.linear import SUM
 from loracli.algebra.methods.method import MethodOptions
+from loracli.composition.base_table import BaseTable, modules_of
+from loracli.composition.composition import MethodSource, identities_of
 from loracli.errors import LoracatError
-from loracli.export.base_table import BaseTable, modules_of
 from loracli.export.export import write_export
 from loracli.export.options import ExportOptions
-from loracli.export.source import MethodSource, identities_of
 
 BASE_ID = "small/random"
 WIDTH, HIDDEN, RANK, ALPHA = 64, 96, 8, 16

@@ -195,7 +195,7 @@ def _export_of(
     """The command that writes the best row; nothing where it is no composition, or has to be fitted first. `given` are
     options that a method needs as well, and a recipe knows."""
     from loracli.algebra.methods import METHODS
-    from loracli.export.source import takes
+    from loracli.composition.composition import takes
 
     words = ["loracat", "export", *([] if recipe is None else [str(recipe)])]
     if best != "fit":

@@ -8,16 +8,15 @@ from functools import partial
 
 from loracli.adapters.adapter import LoraAdapter, module_names
 from loracli.algebra.methods import METHODS
-from loracli.comparison.composition import Composition, of_factors, of_method, of_recipe, weighted
 from loracli.comparison.controls import random_adapters, train_fresh_lora
-from loracli.comparison.fitted import SEARCH_RECORDS, Calibration, fit_rung, search_weights
 from loracli.comparison.inputs import CompareInputs
-from loracli.comparison.paper_name import PAPER
 from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FRESH_LORA, RANDOM, RUNGS
+from loracli.composition.attached import Composition, of_factors, of_method, of_recipe, weighted
+from loracli.composition.composition import compose_module
+from loracli.composition.fitted import PAPER, SEARCH_RECORDS, Calibration, fit_rung, search_weights
 from loracli.errors import UsageError
 from loracli.evaluation.comparison import RowKind, Skipped
 from loracli.evaluation.statistics import FIT
-from loracli.export.compose import compose_module
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.settings import AUTO, AUTO_PASSES, PASSES
 

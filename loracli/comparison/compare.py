@@ -13,11 +13,11 @@ from loracli.calibration.dataset import render_dataset, tokenizer_differences
 from loracli.calibration.records import CalibrationFile, DataPaths
 from loracli.calibration.render import Example, render_file
 from loracli.comparison.candidates import Candidate, candidates, datamix_candidate
-from loracli.comparison.composition import Composition
-from loracli.comparison.fitted import TASK, Calibration
 from loracli.comparison.inputs import CompareInputs, prepare_comparison
 from loracli.comparison.settings import CompareSettings
 from loracli.comparison.table import INGREDIENT, Evaluated, Names, comparison_of
+from loracli.composition.attached import Composition
+from loracli.composition.fitted import TASK, Calibration
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.comparison import Comparison, Skipped
 from loracli.evaluation.metrics import TaskMetric

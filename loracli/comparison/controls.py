@@ -13,9 +13,9 @@ from torch import Tensor
 from loracli.adapters.adapter import LoraAdapter, LoraModule
 from loracli.algebra.factors import Factors, norm
 from loracli.calibration.batches import plan_batches
-from loracli.comparison.composition import Composition, of_factors
-from loracli.comparison.fitted import Calibration
 from loracli.comparison.settings import FRESH_LORA
+from loracli.composition.attached import Composition, of_factors
+from loracli.composition.fitted import Calibration
 from loracli.errors import UsageError
 from loracli.fitting.criterion import one_fold
 from loracli.fitting.descent import WARM_UP, AdamW, Descent, plan_steps

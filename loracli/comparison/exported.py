@@ -10,10 +10,10 @@ from loracli.algebra.factors import Factors
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.calibration.render import render_file
-from loracli.comparison.composition import of_factors
+from loracli.composition.attached import of_factors
+from loracli.composition.composition import recorded_base
 from loracli.evaluation.statistics import paired_interval
 from loracli.export.export import Exported
-from loracli.export.source import recorded_base
 from loracli.fitting.engine import Engine
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import make_layout

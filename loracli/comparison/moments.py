@@ -7,9 +7,9 @@ from torch import Tensor
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.calibration.render import render_file
-from loracli.comparison.composition import of_factors
+from loracli.composition.attached import of_factors
+from loracli.composition.composition import Source, recorded_base
 from loracli.export.activations import check_weighable
-from loracli.export.source import Source, recorded_base
 from loracli.fitting.activations import second_moments
 from loracli.fitting.engine import Engine
 from loracli.fitting.meter import Meter

@@ -21,12 +21,12 @@ from loracli.algebra.factors import Factors
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.dataset import Dataset, Examples, read_dataset
 from loracli.calibration.records import DataPaths
-from loracli.comparison.composition import of_factors
+from loracli.composition.attached import of_factors
+from loracli.composition.composition import Source, recorded_base
 from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.statistics import paired_interval
 from loracli.export.module import refitted_factors
 from loracli.export.refit import RefitFile, RefitLoss, RefitRecord, Refitted
-from loracli.export.source import Source, recorded_base
 from loracli.fitting.criterion import FEWEST_TO_VALIDATE, Fold, Gain, gain, loss_criterion, one_fold
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs, render_inputs

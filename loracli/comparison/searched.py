@@ -10,7 +10,7 @@ from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.dataset import Dataset
 from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.calibration.render import render_file
-from loracli.comparison.fitted import TASK, Calibration, search_weights
+from loracli.composition.fitted import TASK, Calibration, search_weights
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import replace_modules

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import MethodOptions
-from loracli.comparison.paper_name import PAPER
+from loracli.composition.composition import takes
+from loracli.composition.fitted import PAPER
 from loracli.errors import UsageError
-from loracli.export.source import takes
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.recipe.recipe import MIXING_KINDS
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loracli.calibration.render import Example
-from loracli.comparison.composition import Composition
+from loracli.composition.attached import Composition
 from loracli.evaluation.comparison import (
     BestOf,
     Comparison,

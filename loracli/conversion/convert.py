@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loracli.adapters.names import layer
+from loracli.composition.base_table import BaseTable, base_table
+from loracli.composition.composition import identities_of
 from loracli.conversion.base_weights import BaseWeights
 from loracli.conversion.cut import Cut
 from loracli.conversion.read import Convertible, read_convertible
 from loracli.conversion.source import ConversionSource
 from loracli.errors import UnsupportedAdapter, UsageError
-from loracli.export.base_table import BaseTable, base_table
 from loracli.export.export import Exported, write_export
 from loracli.export.options import ExportOptions
-from loracli.export.source import identities_of
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import identity_of
 from loracli.recipe.recipe import RecipeAdapter, labels_of

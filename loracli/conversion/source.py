@@ -17,15 +17,14 @@ from loracli.algebra.concatenate import concatenate
 from loracli.algebra.factors import norm
 from loracli.algebra.methods.method import Merged
 from loracli.algebra.truncate import Truncation
+from loracli.composition.base_table import BaseTable
+from loracli.composition.card import CardText, Repeat, adapter_table, adapter_words, base_words
 from loracli.conversion.base_weights import BaseWeights
 from loracli.conversion.cut import Cut, cut_factors, cut_matrix
 from loracli.conversion.dora import dora_update
 from loracli.conversion.initialisation import Initial, initial_update
 from loracli.conversion.read import Convertible
 from loracli.errors import BaseModelMismatch, UnsupportedAdapter, UsageError
-from loracli.export.base_table import BaseTable
-from loracli.export.card import CardText, adapter_table
-from loracli.export.repeat import Repeat, adapter_words, base_words
 from loracli.recipe.recipe import BaseModule, RecipeAdapter
 from loracli.system.document import encode
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from loracli.adapters.adapter import kernels_of
 from loracli.adapters.names import is_numbered
+from loracli.composition.composition import RecipeSource, Source
 from loracli.errors import RecipeError, UsageError
-from loracli.export.source import RecipeSource, Source
 from loracli.recipe.recipe import INLINE_KINDS
 from loracli.recipe.tensors import MOMENT, read_moments
 

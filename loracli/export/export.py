@@ -16,14 +16,14 @@ import torch
 
 from loracli.adapters.saved_modules import saved_modules
 from loracli.calibration.records import DataPaths
+from loracli.composition.card import Certificate
+from loracli.composition.composition import RecipeSource, Source
 from loracli.errors import UsageError
 from loracli.export.activations import Moments, recorded_moments
-from loracli.export.certificate import Certificate
 from loracli.export.options import ExportOptions
 from loracli.export.plan import TASK, AdapterPlan
 from loracli.export.profile import Layout
 from loracli.export.refit import Refit, RefitRecord, check_refit, check_refittable
-from loracli.export.source import RecipeSource, Source
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.reading import load_recipe

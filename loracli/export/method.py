@@ -12,12 +12,12 @@ from loracli.adapters.saved_modules import REFUSE, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.records import DataPaths
+from loracli.composition.base_table import BaseTable, base_table
+from loracli.composition.composition import MethodSource, identities_of, takes
 from loracli.errors import UsageError
-from loracli.export.base_table import BaseTable, base_table
 from loracli.export.export import Exported, write_export
 from loracli.export.options import ExportOptions
 from loracli.export.refit import check_refit
-from loracli.export.source import MethodSource, identities_of, takes
 from loracli.hub.fetch import fetch_adapter
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import identity_of, read_ingredients, recorded_policy

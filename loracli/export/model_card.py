@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from loracli.export.card import CardText
-from loracli.export.certificate import Certificate
+from loracli.composition.card import CardText, Certificate
 from loracli.export.profile import CAUSAL_LM, Layout
 
 

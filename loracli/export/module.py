@@ -12,9 +12,9 @@ from loracli.algebra.concatenate import relative_error
 from loracli.algebra.factors import Factors, core
 from loracli.algebra.rounding import error_in_core, rounded_concatenation, rounding_error
 from loracli.algebra.truncate import Truncation, truncate, truncate_core, truncate_for
+from loracli.composition.card import ModuleCertificate
+from loracli.composition.composition import Source
 from loracli.errors import UsageError
-from loracli.export.certificate import ModuleCertificate
-from loracli.export.source import Source
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import join_experts, join_groups
 from loracli.algebra.truncate import spectrum
+from loracli.composition.card import Certificate, ModuleCertificate
+from loracli.composition.composition import MethodSource, Source
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.activations import Moments
-from loracli.export.certificate import Certificate, ModuleCertificate
 from loracli.export.gguf_file import gguf_names, write_gguf
 from loracli.export.model_card import model_card
 from loracli.export.module import ModuleExport, cut_module, module_export
@@ -28,7 +29,6 @@ from loracli.export.options import OUTPUT_DTYPES, ExportOptions
 from loracli.export.profile import Layout, choose_layout, ranks_of_targets
 from loracli.export.ranks import choose_ranks, choose_uniform_rank, spectra_of_targets
 from loracli.export.refit import Refitted, write_cores
-from loracli.export.source import MethodSource, Source
 from loracli.progress import Progress
 from loracli.recipe.recipe import BaseModule
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, CORES_FILE, GGUF_FILE, README_FILE, write_file

@@ -20,8 +20,8 @@ from torch import Tensor
 from loracli.adapters.adapter import kernels_of
 from loracli.adapters.names import is_numbered
 from loracli.algebra.factors import Factors
+from loracli.composition.composition import MethodSource, Source
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter, UsageError
-from loracli.export.source import MethodSource, Source
 from loracli.system.tensor_file import open_tensor_file, write_tensors
 
 _METADATA = {"format": "loracat_refit"}

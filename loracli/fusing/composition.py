@@ -13,10 +13,10 @@ import torch
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.names import target_of
 from loracli.algebra.methods.method import Method
+from loracli.composition.base_table import BaseTable
+from loracli.composition.composition import MethodSource, RecipeSource, Source
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
-from loracli.export.base_table import BaseTable
 from loracli.export.method import DEFAULTS, find_method, published_identities, read_to_compose
-from loracli.export.source import MethodSource, RecipeSource, Source
 from loracli.fusing.base_files import read_config
 from loracli.fusing.plan import FusionPlan
 from loracli.model.base import BasePlan, base_modules, check_shapes, find_base, on_base, plan_base

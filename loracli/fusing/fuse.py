@@ -18,9 +18,9 @@ import torch
 
 import loracli
 from loracli.adapters.names import target_of
+from loracli.composition.composition import Source
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.options import OUTPUT_DTYPES
-from loracli.export.source import Source
 from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files, read_config
 from loracli.fusing.card import fused_card
 from loracli.fusing.composition import (

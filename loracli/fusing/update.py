@@ -15,7 +15,7 @@ from torch import Tensor
 from loracli.adapters.names import numbered_name
 from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
-from loracli.export.source import Source
+from loracli.composition.composition import Source
 from loracli.fusing.plan import FusedTensor
 
 

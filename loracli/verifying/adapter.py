@@ -17,13 +17,13 @@ from loracli.algebra.factors import Factors, thin_svd
 from loracli.algebra.methods.method import Merged
 from loracli.algebra.packing import Convolution
 from loracli.algebra.truncate import project, relative_gap, truncate, truncate_for
+from loracli.composition.base_table import modules_of
+from loracli.composition.card import ModuleCertificate
+from loracli.composition.composition import MethodSource, RecipeSource, Source
 from loracli.errors import InputError, IntegrityError, UsageError
 from loracli.export.activations import recorded_moments
-from loracli.export.base_table import modules_of
-from loracli.export.certificate import ModuleCertificate
 from loracli.export.profile import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
-from loracli.export.source import MethodSource, RecipeSource, Source
 from loracli.model.base import check_shapes
 from loracli.progress import Progress
 from loracli.recipe.recipe import BaseModule

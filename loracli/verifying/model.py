@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from loracli.composition.composition import Source
 from loracli.errors import AccessDenied, BaseModelMismatch, HubUnreachable, InputError, IntegrityError, MalformedAdapter
-from loracli.export.source import Source
 from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files, read_config
 from loracli.fusing.composition import changed_modules
 from loracli.fusing.fold import BLOCK_BYTES, rounding_bounds

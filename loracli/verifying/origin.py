@@ -16,6 +16,8 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
+from loracli.composition.base_table import BaseTable
+from loracli.composition.composition import MethodSource, RecipeSource
 from loracli.errors import (
     AccessDenied,
     AdapterNotFound,
@@ -25,8 +27,6 @@ from loracli.errors import (
     UnsupportedAdapter,
     UsageError,
 )
-from loracli.export.base_table import BaseTable
-from loracli.export.source import MethodSource, RecipeSource
 from loracli.progress import Progress
 from loracli.recipe.ingredients import by_names_of, read_recorded, recorded_policy
 from loracli.recipe.reading import decode_recipe, load_recipe

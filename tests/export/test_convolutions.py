@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from loracli.adapters.adapter import read_adapter
 from loracli.algebra.methods import METHODS
+from loracli.composition.base_table import modules_of
 from loracli.errors import IncompatibleAdapters, LoracatError, UnsupportedAdapter, UsageError, VerificationError
-from loracli.export.base_table import modules_of
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method
 from loracli.recipe.reading import decode_recipe

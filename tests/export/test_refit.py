@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from loracli.calibration.dataset import read_dataset
 from loracli.cli import app
+from loracli.composition.composition import RecipeSource
 from loracli.errors import IntegrityError, UsageError
 from loracli.export.export import Exported, export_adapter
 from loracli.export.method import export_method
 from loracli.export.refit import read_cores, write_cores
-from loracli.export.source import RecipeSource
 from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
 from loracli.recipe.recipe import RecipeMixing

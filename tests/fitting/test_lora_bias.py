@@ -20,8 +20,8 @@ from loracli.calibration.batches import make_batch
 from loracli.calibration.render import Example
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
+from loracli.composition.composition import compose_module
 from loracli.errors import MalformedAdapter, RecipeError, UsageError
-from loracli.export.compose import compose_module
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method
 from loracli.fitting.inputs import prepare_fit

@@ -1,5 +1,6 @@
 """Which modules of the base an export has to name, without loading the base: an export pads those that no adapter
-changes, so it has to know them."""
+changes, so it has to know them.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """One way to compose, as the attached model takes it: weights where it lies in their span, factors where it does
-not."""
+not.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from loracli.adapters.names import is_numbered, target_of
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.algebra.packing import stack_experts
+from loracli.composition.composition import compose_module
 from loracli.errors import RecipeError
-from loracli.export.compose import compose_module
 from loracli.fitting.mixing import Applied, DiagonalMixing, FixedFactors, Layout, make_diagonal
 from loracli.recipe.recipe import INLINE_KINDS, RecipeMixing
 

@@ -13,8 +13,7 @@ from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.dataset import Dataset, shuffled
 from loracli.calibration.render import Example
-from loracli.comparison.composition import Composition, weighted
-from loracli.comparison.paper_name import PAPER
+from loracli.composition.attached import Composition, weighted
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.meter import Meter
@@ -27,6 +26,9 @@ from loracli.model.base import BaseModel
 from loracli.model.loss import make_objective
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import INLINE_KINDS, RecipeMixing
+
+PAPER = "paper"
+
 
 TASK = "compare"
 SEARCH_RECORDS = 64  # that methods with a number or two are fitted on, as the first rung of the ladder

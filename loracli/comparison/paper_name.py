@@ -1,5 +1,0 @@
-"""x"""
-
-from __future__ import annotations
-
-PAPER = "paper"
