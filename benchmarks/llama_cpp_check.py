@@ -28,7 +28,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from loracli.export.llama_cpp import ARCHITECTURES
+from loracli.export.gguf import ARCHITECTURES
 from loracli.export.method import export_method
 
 SMALL = {

@@ -145,11 +145,11 @@ def export(
     """Write one adapter: concatenated and exact, or with --merge compressed to a given rank."""
     from loracli.algebra.methods.method import MethodOptions
     from loracli.byte_size import parse_bytes
-    from loracli.comparison.exported import loss_of_export, read_loss_data
     from loracli.comparison.settings import check_options
     from loracli.errors import UsageError
     from loracli.evaluation.comparison import interval_text
     from loracli.export.export import export_adapter
+    from loracli.export.loss import loss_of_export, read_loss_data
     from loracli.export.method import export_method
 
     out = Output(as_json=as_json, quiet=quiet)

@@ -20,9 +20,9 @@ from loracli.composition.card import Certificate
 from loracli.composition.composition import RecipeSource, Source
 from loracli.errors import UsageError
 from loracli.export.activations import Moments, recorded_moments
+from loracli.export.layout import Layout
 from loracli.export.options import ExportOptions
 from loracli.export.plan import TASK, AdapterPlan
-from loracli.export.profile import Layout
 from loracli.export.refit import Refit, RefitRecord, check_refit, check_refittable
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
@@ -126,7 +126,7 @@ def export_adapter(
     check_free(Path(output), force=force)
     refitting = None
     if refit:
-        from loracli.comparison.refitted import refit_on
+        from loracli.export.refit import refit_on
 
         refitting = refit_on(fit_data, data, base=base, base_revision=base_revision, progress=progress)
     path = None if isinstance(recipe, Recipe) else Path(recipe)
@@ -134,7 +134,7 @@ def export_adapter(
         recipe = load_recipe(recipe)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
     if gguf:
-        from loracli.export.gguf_base import find_llama_cpp_base
+        from loracli.export.gguf import find_llama_cpp_base
 
         llama_cpp = find_llama_cpp_base(
             base or recipe.base.id,
@@ -148,7 +148,7 @@ def export_adapter(
     source = RecipeSource(recipe, ingredients, saved)
     moments = None  # which change no shape, so that a dry run needs none
     if activation_aware and fit_data is not None and not dry_run:
-        from loracli.comparison.moments import moments_of
+        from loracli.export.activations import moments_of
 
         found = moments_of(source, fit_data, base=base, base_revision=base_revision, progress=progress)
         moments = Moments(found, "records")

@@ -1,4 +1,9 @@
-"""A method that needs no recipe becomes one adapter directory: adapters and a name in, the same kind of export out."""
+"""Adapters composed by a method that needs no recipe, to one adapter directory.
+
+A method that needs no recipe becomes one adapter directory: adapters and a name in, the same kind of export out.
+
+The weights of a method that searches for them, outside a comparison: what an export of it needs.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +13,25 @@ from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.compatible import check_composable
-from loracli.adapters.saved_modules import REFUSE, saved_modules, settled_policy
+from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
-from loracli.calibration.records import DataPaths
+from loracli.calibration.dataset import Dataset
+from loracli.calibration.records import DataPaths, parse_sources, read_records
+from loracli.calibration.render import render_file
 from loracli.composition.base_table import BaseTable, base_table
 from loracli.composition.composition import MethodSource, identities_of, takes
+from loracli.composition.fitted import TASK, Calibration, search_weights
 from loracli.errors import UsageError
 from loracli.export.export import Exported, write_export
 from loracli.export.options import ExportOptions
 from loracli.export.refit import check_refit
+from loracli.fitting.mixing import make_layout
+from loracli.fitting.settings import FitSettings
 from loracli.hub.fetch import fetch_adapter
+from loracli.model.attach import replace_modules
+from loracli.model.base import check_fits, find_base, load_base
+from loracli.model.placement import memory_errors
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import identity_of, read_ingredients, recorded_policy
 from loracli.recipe.reading import load_recipe
@@ -130,7 +143,7 @@ def export_method(
     check_free(Path(output), force=force)
     refitting = None
     if refit:
-        from loracli.comparison.refitted import refit_on
+        from loracli.export.refit import refit_on
 
         refitting = refit_on(fit_data, data, base=base, base_revision=base_revision, progress=progress)
     read, loaded = read_to_compose(adapters, recipe, base_given=base is not None, progress=progress)
@@ -153,14 +166,12 @@ def export_method(
             base, base_revision = loaded.base.id, base_revision or loaded.base.commit
     saved = saved_modules(policy, read, progress=progress)
     if gguf:
-        from loracli.export.gguf_base import find_llama_cpp_base
+        from loracli.export.gguf import find_llama_cpp_base
 
         found = find_llama_cpp_base(base or table.id, read, revision=base_revision, progress=progress)
         options = replace(options, gguf=found)
     weights = None if method.weights is None else method.weights(len(read))
     if fit_data is not None and searching:
-        from loracli.comparison.searched import searched_weights
-
         weights = searched_weights(
             method,
             method_options,
@@ -201,3 +212,54 @@ def published_identities(adapters: Sequence[LoraAdapter]) -> tuple[RecipeAdapter
 def _name(adapter: LoraAdapter) -> str:
     """A name that labels can be made of: a directory by its path."""
     return adapter.reference if adapter.source.path is None else str(adapter.path)
+
+
+def searched_weights(
+    method: Method,
+    options: MethodOptions,
+    adapters: Sequence[LoraAdapter],
+    fit_data: DataPaths,
+    *,
+    base: str | None = None,
+    base_revision: str | None = None,
+    saved: SavedModules | None = None,
+    progress: Progress = SILENT,
+) -> tuple[float, ...]:
+    """One weight for each adapter, found on calibration records with the base model as `loracat compare` finds it.
+
+    Args:
+        method: that searches.
+        options: of it.
+        adapters: to compose.
+        fit_data: calibration JSONL.
+        base: a Hub id or directory, None for what the adapters name.
+        base_revision: of a base on the Hub.
+        saved: modules that replace the base's.
+        progress: told how far it is.
+    Raises:
+        InputError: of the kind that fits, if base or records are rejected.
+        UsageError: if the method needs an extra that is not installed.
+    """
+    settings = FitSettings(seed=options.seed)
+    files = tuple(read_records(source, progress=progress) for source in parse_sources(fit_data))
+    training = tuple(record for file in files for record in file.records)
+    with memory_errors():
+        model = load_base(find_base(adapters, base, revision=base_revision, progress=progress), progress=progress)
+        check_fits(model, adapters)
+        replace_modules(model.model, saved)
+        examples = tuple(
+            example
+            for file in files
+            for example in render_file(
+                file, model.tokenizer, max_length=settings.max_length, progress=progress
+            ).examples
+        )
+        calibration = Calibration(model, Dataset(files, (), training, ()), examples, settings, progress)
+        progress.begin(TASK, None, "tokens")
+        try:
+            found = search_weights(method, options, calibration, adapters, make_layout(adapters))
+        finally:
+            progress.finish(TASK)
+    progress.note(f"{method.name}: {found.note}")
+    assert found.weights is not None
+    return found.weights

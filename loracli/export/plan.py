@@ -22,12 +22,11 @@ from loracli.composition.card import Certificate, ModuleCertificate
 from loracli.composition.composition import MethodSource, Source
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.activations import Moments
-from loracli.export.gguf_file import gguf_names, write_gguf
-from loracli.export.model_card import model_card
+from loracli.export.card import model_card
+from loracli.export.gguf import gguf_names, write_gguf
+from loracli.export.layout import Layout, choose_layout, ranks_of_targets
 from loracli.export.module import ModuleExport, cut_module, module_export
-from loracli.export.options import OUTPUT_DTYPES, ExportOptions
-from loracli.export.profile import Layout, choose_layout, ranks_of_targets
-from loracli.export.ranks import choose_ranks, choose_uniform_rank, spectra_of_targets
+from loracli.export.options import OUTPUT_DTYPES, ExportOptions, choose_ranks, choose_uniform_rank, spectra_of_targets
 from loracli.export.refit import Refitted, write_cores
 from loracli.progress import Progress
 from loracli.recipe.recipe import BaseModule

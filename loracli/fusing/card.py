@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loracli.composition.card import CardText
-from loracli.export.model_card import front_matter
+from loracli.export.card import front_matter
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 
 

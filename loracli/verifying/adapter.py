@@ -22,7 +22,7 @@ from loracli.composition.card import ModuleCertificate
 from loracli.composition.composition import MethodSource, RecipeSource, Source
 from loracli.errors import InputError, IntegrityError, UsageError
 from loracli.export.activations import recorded_moments
-from loracli.export.profile import PROFILES, choose_layout, ranks_of_targets
+from loracli.export.layout import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
 from loracli.model.base import check_shapes
 from loracli.progress import Progress

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from loracli.adapters.adapter import read_adapter
 from loracli.algebra.factors import norm
 from loracli.algebra.methods import METHODS
+from loracli.comparison.candidates import random_adapters
 from loracli.comparison.compare import run_comparison
-from loracli.comparison.controls import random_adapters
 from loracli.comparison.inputs import prepare_comparison
 from loracli.comparison.settings import CompareSettings, Controls, parse_controls, parse_methods
 from loracli.errors import UsageError

@@ -19,10 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from loracli.algebra.truncate import truncate_for
 from loracli.calibration.dataset import read_dataset
 from loracli.calibration.render import Example
-from loracli.comparison.moments import moments_of
 from loracli.composition.composition import RecipeSource
 from loracli.errors import IntegrityError, OutputExists, RecipeError, UsageError
-from loracli.export.activations import recorded_moments
+from loracli.export.activations import moments_of, recorded_moments
 from loracli.export.export import export_adapter
 from loracli.fitting.activations import MOST_RECORDS, _watched, chosen_records
 from loracli.fitting.run import fit_mixing

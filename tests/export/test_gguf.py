@@ -16,7 +16,7 @@ import torch
 
 from loracli.errors import BaseModelMismatch, OutOfResources, UsageError
 from loracli.export.export import export_adapter
-from loracli.export.llama_cpp import ARCHITECTURES, LlamaCppBase
+from loracli.export.gguf import ARCHITECTURES, LlamaCppBase
 from loracli.export.method import export_method
 from loracli.recipe.recipe import Recipe
 from tests.cli.project import run

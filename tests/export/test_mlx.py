@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from loracli.errors import UsageError
 from loracli.export.export import export_adapter
-from loracli.export.profile import choose_layout
+from loracli.export.layout import choose_layout
 from loracli.recipe.recipe import BaseModule
 from tests.export.test_export import Made
 

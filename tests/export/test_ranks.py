@@ -16,7 +16,7 @@ from loracli.byte_size import parse_bytes
 from loracli.errors import UsageError
 from loracli.export.export import Exported, export_adapter
 from loracli.export.method import export_method
-from loracli.export.ranks import spectra_of_targets
+from loracli.export.options import spectra_of_targets
 from loracli.recipe.recipe import Recipe
 from tests.export.test_export import Made
 

@@ -1,4 +1,17 @@
-"""Layouts of an exported adapter: what its config says and how its factors are padded.
+"""Where every factor goes: names and shapes in the file, for the profile that the readers take.
+
+Where a factor goes: which tensor of the file holds which factor of which module, and how it lies there.
+
+The layout that mlx-lm reads (mlx-lm 0.32, mlx_lm/tuner/utils.py and lora.py).
+
+    <path>.lora_a   (in, r)    the transpose of lora_A
+    <path>.lora_b   (r, out)   the transpose of lora_B        y = W x + scale (x lora_a) lora_b
+
+One rank and one scale for all. `keys` are whole module paths, which mlx-lm looks up in the model itself: those relative
+to a layer, as it writes them, count layers from the last, and an export does not know how many there are. mlx-lm fills
+a key without tensors with random numbers times zero, and raises on a tensor without a key.
+
+Layouts of an exported adapter: what its config says and how its factors are padded.
 
 `portable` is the one layout that PEFT, vLLM, SGLang, llama.cpp's converter and TGI read alike: the same rank R in every
 module, lora_alpha = R so that the scaling is 1 by every server's rule, no patterns, no rsLoRA, and leaf names as
@@ -9,25 +22,99 @@ leaves them nothing to differ on.
 `peft` keeps each module at its own rank through rank_pattern and alpha_pattern with escaped full names, which PEFT and
 vLLM read.
 
-`mlx` is what mlx-lm reads: another file, other names, transposed factors, one rank (export/mlx.py).
+`mlx` is what mlx-lm reads: another file, other names, transposed factors, one rank (export/layout.py).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from loracli.adapters.experts import module_of_parameter
-from loracli.adapters.names import format_tensor_name, is_numbered, leaf, numbered_name, target_of
+from loracli.adapters.names import format_tensor_name, is_numbered, layer, leaf, numbered_name, target_of
+from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution
 from loracli.errors import UsageError
-from loracli.export.mlx import mlx_config, mlx_obstacle
-from loracli.export.place import Place
 from loracli.recipe.recipe import BaseModule
 from loracli.system.files import MLX_TENSOR_FILE, TENSOR_FILE
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor of an exported file.
+
+    Args:
+        module: whose update it is a factor of.
+        side: lora_A (r, in), lora_B (out, r), or the bias of lora_B (out).
+        factor_shape: of that factor.
+        transposed: whether the file holds the transpose.
+        kernel: size of the kernel that the file holds the factor as, (1, 1) for the B of a convolution; empty for a
+            matrix.
+    """
+
+    module: str
+    side: Literal["A", "B", "bias"]
+    factor_shape: tuple[int, ...]
+    transposed: bool = False
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor in the file."""
+        if self.kernel:
+            rows, columns = self.factor_shape
+            return rows, columns // math.prod(self.kernel), *self.kernel
+        return self.factor_shape[::-1] if self.transposed else self.factor_shape
+
+    def tensor_of(self, factors: Factors) -> Tensor:
+        """The tensor as the file holds it."""
+        if self.side == "bias":
+            return factors.lora_B.new_zeros(self.factor_shape) if factors.bias is None else factors.bias
+        factor = factors.lora_A if self.side == "A" else factors.lora_B
+        if self.kernel:
+            return factor.reshape(self.shape)
+        return factor.T.contiguous() if self.transposed else factor
+
+    def factor_of(self, tensor: Tensor) -> Tensor:
+        """The factor that a tensor of the file is."""
+        return tensor.T if self.transposed else tensor
+
+
+# Where MLX's models have the names of transformers': its loaders rename what lies elsewhere.
+_SAME_NAME = re.compile(r"(model\.layers\.\d+\.[A-Za-z0-9_.]+|lm_head)")
+
+
+def mlx_config(base: str, keys: Sequence[str], rank: int) -> dict[str, Any]:
+    """`adapter_config.json`; the scale is folded into the factors."""
+    layers = {layer(key) for key in keys if key.startswith("model.layers.")}
+    return {
+        "fine_tune_type": "lora",
+        "lora_parameters": {"dropout": 0.0, "keys": list(keys), "rank": rank, "scale": 1.0},
+        "model": base,
+        "num_layers": len(layers),
+    }
+
+
+def mlx_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -> str | None:
+    """Why MLX cannot hold a composition, naming the module, or None."""
+    kinds = {module.name: module.kind for module in modules}
+    for name in sorted(ranks):
+        if kinds[name] == "embedding":
+            return f"{name} is an embedding, whose update MLX gives to a tied head as well, and PEFT does not"
+        if kinds[name] == "conv1d":
+            return f"{name} is a Conv1D, which goes by another name in MLX"
+        if kinds[name] == "experts" or ".experts." in name:
+            return f"{name} belongs to an expert, and MLX stacks experts into one layer"
+        if not _SAME_NAME.fullmatch(name):
+            return f"{name} may go by another name in MLX, which knows model.layers.<i>.<...> and lm_head"
+    return None
+
 
 ProfileName = Literal["portable", "peft", "mlx"]
 PROFILES: tuple[ProfileName, ...] = get_args(ProfileName)

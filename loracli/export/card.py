@@ -6,7 +6,7 @@ import json
 import re
 
 from loracli.composition.card import CardText, Certificate
-from loracli.export.profile import CAUSAL_LM, Layout
+from loracli.export.layout import CAUSAL_LM, Layout
 
 
 def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merged: bool, options: str) -> str:
