@@ -493,7 +493,7 @@ def main() -> int:
             agree = "yes" if row.agree else "NO"
             detail = row.detail.replace("|", "/")
             print(f"| {row.case} | {row.server} | {row.rules} | {row.ours} | {row.theirs} | {detail} | {agree} |")
-        from loracli.serving.rules import load_server
+        from loracli.serving.lint import load_server
 
         ranks = servers["vllm"].ranks == load_server("vllm").ranks
         print(f"\n{sum(row.agree for row in found)} of {len(found)} rows agree; vLLM's ranks are ours: {ranks}")

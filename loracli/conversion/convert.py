@@ -16,10 +16,8 @@ from pathlib import Path
 from loracli.adapters.names import layer
 from loracli.composition.base_table import BaseTable, base_table
 from loracli.composition.composition import identities_of
-from loracli.conversion.base_weights import BaseWeights
-from loracli.conversion.cut import Cut
-from loracli.conversion.read import Convertible, read_convertible
-from loracli.conversion.source import ConversionSource
+from loracli.conversion.read import BaseWeights, Convertible, read_convertible
+from loracli.conversion.source import ConversionSource, Cut
 from loracli.errors import UnsupportedAdapter, UsageError
 from loracli.export.export import Exported, write_export
 from loracli.export.options import ExportOptions

@@ -17,8 +17,8 @@ from loracli.composition.base_table import BaseTable
 from loracli.composition.composition import MethodSource, RecipeSource, Source
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
 from loracli.export.method import DEFAULTS, find_method, published_identities, read_to_compose
-from loracli.fusing.base_files import read_config
 from loracli.fusing.plan import FusionPlan
+from loracli.fusing.workplace import read_config
 from loracli.model.base import BasePlan, base_modules, check_shapes, find_base, on_base, plan_base
 from loracli.model.checkpoint import FLOATS, Checkpoint
 from loracli.progress import Progress

@@ -1,4 +1,8 @@
-"""A composition folded into its base model: the same files, with W + dW in the place of W.
+"""A composition folded into the base model: files in, a model directory with its card out.
+
+The model card of a fused model: what was folded into which base, and how exactly.
+
+A composition folded into its base model: the same files, with W + dW in the place of W.
 
 One pass over the base's weights, each file in blocks of rows, one rounding (`fold.py`). Whole or not at all, the same
 bytes for the same inputs; stopped at any moment, it goes on where it was (`workplace.py`).
@@ -18,11 +22,11 @@ import torch
 
 import loracli
 from loracli.adapters.names import target_of
+from loracli.composition.card import CardText
 from loracli.composition.composition import Source
 from loracli.errors import BaseModelMismatch, UsageError
+from loracli.export.card import front_matter
 from loracli.export.options import OUTPUT_DTYPES
-from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files, read_config
-from loracli.fusing.card import fused_card
 from loracli.fusing.composition import (
     Composition,
     changed_modules,
@@ -30,17 +34,76 @@ from loracli.fusing.composition import (
     plan_composed_base,
     read_composition,
 )
-from loracli.fusing.fold import Fold, make_fold, precision_for
 from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
 from loracli.fusing.quantised import Quantisation, read_quantisation
-from loracli.fusing.stream import Hashes, write_shard
-from loracli.fusing.update import update_of
-from loracli.fusing.workplace import FUSE_CERTIFICATE, Workplace, check_model_free, open_workplace
+from loracli.fusing.stream import Fold, Hashes, make_fold, precision_for, update_of, write_shard
+from loracli.fusing.workplace import (
+    CONFIG,
+    FUSE_CERTIFICATE,
+    Workplace,
+    check_model_free,
+    config_bytes,
+    index_bytes,
+    open_workplace,
+    other_files,
+    read_config,
+)
 from loracli.model.base import BasePlan, plan_base
 from loracli.model.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe
 from loracli.system.files import flush_directory, write_file
+
+
+def fused_card(
+    text: CardText,
+    base_id: str,
+    dtypes: Sequence[str],
+    *,
+    converted: bool,
+    untied: bool,
+    dequantised: str | None = None,
+) -> str:
+    """README.md of the fused model; `converted` if all weights have another dtype than in the base, `dequantised` how
+    that was quantised."""
+    computed = [f"The base is quantised ({dequantised}): its weights are what its numbers and scales stand for.", ""]
+    tied = [
+        "The base used one matrix as embedding and as head; here they are two, as only one of them is changed.",
+        "",
+    ]
+    return "\n".join(
+        [
+            *front_matter(base_id, "merge", "transformers"),
+            f"# `{base_id}` with {text.adapters} LoRA adapter{'s' if text.adapters > 1 else ''} folded in",
+            "",
+            f"The weights of `{base_id}`, with the update of every adapted module added. No adapter is needed.",
+            *text.how,
+            f"Made with loracat {text.version}.",
+            "",
+            "## Ingredients",
+            "",
+            *text.ingredients,
+            *text.results,
+            "## Exactness",
+            "",
+            f"Every changed weight is the sum of base and update, rounded once to {' or '.join(dtypes)};",
+            f"every other is the base's own, {'rounded to the same' if converted else 'byte for byte'}.",
+            "",
+            *(computed if dequantised else []),
+            *(tied if untied else []),
+            "## Use",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/model")',
+            "```",
+            "",
+            "What it was made of, with commits and hashes, is in",
+            f"`{FUSE_CERTIFICATE}`; `loracat verify` computes it again.",
+            "",
+        ]
+    )
+
 
 FUSE_SCHEMA = 1
 TASK = "fuse"

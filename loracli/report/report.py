@@ -1,4 +1,9 @@
-"""From a recipe, and a comparison where there is one, to a file of HTML."""
+"""A report: its parts, each from a recipe, a comparison or the factors, in one file of HTML.
+
+The parts of the page, each from a recipe, a comparison, or the adapters' factors.
+
+From a recipe, and a comparison where there is one, to a file of HTML.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +13,221 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.names import leaf
+from loracli.algebra.basis import Interference, interference
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, InputError, OutputExists, UsageError
-from loracli.evaluation.comparison import Comparison
+from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim, verdict
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import Recipe
-from loracli.report import sections
-from loracli.report.page import page
+from loracli.recipe.recipe import INLINE_KINDS, HeldOut, Recipe
+from loracli.report import report as sections
+from loracli.report.charts import Line, heat_map, intervals_chart, loss_curve, ridge_path
+from loracli.report.grid import numbers
+from loracli.report.page import folded, page, section, table, tag, text
 from loracli.system.document import decode
 from loracli.system.files import write_atomically
 from loracli.system.strict_json import StrictJsonError, parse_json
+
+KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
+
+
+def headline(recipe: Recipe) -> str:
+    """The adapters, and the verdict in a sentence; of a recipe as it may be published."""
+    names = " + ".join(adapter.reference for adapter in recipe.adapters)
+    kind = {"better": "better", "not better": "worse"}.get(recipe.held_out.verdict, "")
+    said = verdict(recipe.held_out)
+    return (
+        tag("h1", text(names))
+        + tag("p", text(said[:1].upper() + said[1:] + "."), class_=f"verdict {kind}".strip())
+        + tag("p", text(f"One LoRA adapter for {recipe.base.id}, mixed by {recipe.mixing.kind}."), class_="soft")
+    )
+
+
+def held_out(table_of: HeldOut) -> str:
+    """The recipe's own table, drawn and in numbers."""
+    lines = [Line(row.name, row.difference, row.interval, row.name != "base") for row in table_of.rows]
+    rows = [
+        [
+            row.name,
+            f"{row.nats_per_token:.4f}",
+            f"{row.difference:+.4f}",
+            interval_text(row.interval),
+            f"{row.worse_records:.0%}",
+        ]
+        for row in table_of.rows
+    ]
+    strong = next((i for i, row in enumerate(table_of.rows) if row.name == "fit"), None)
+    return section(
+        "On held-out records",
+        _caption(
+            f"{table_of.records} records of {table_of.name}, {table_of.scored_tokens} scored tokens; difference in "
+            f"nats per token to the best single adapter, {table_of.best_ingredient}, with its paired 95 % interval. "
+            "Left of zero is better."
+        ),
+        intervals_chart(lines, "differences on held-out records"),
+        table(["", "nats per token", "difference", "95 % interval", "worse on"], rows, strong=strong),
+        _tasks(table_of),
+    )
+
+
+def _tasks(table_of: HeldOut) -> str:
+    if len(table_of.tasks) < 2:
+        return ""
+    names = [row.name for row in table_of.rows]
+    rows = [[t.task, str(t.records), *(f"{t.nats_per_token[n]:.4f}" for n in names)] for t in table_of.tasks]
+    return folded("by task", table(["task", "records", *names], rows))
+
+
+def compared(found: Comparison) -> str:
+    """A comparison, drawn and in numbers."""
+    rows = sorted(found.rows, key=lambda row: KIND_ORDER.index(row.kind))
+    lines = [Line(row.name, row.difference, row.interval, row.name not in ("base", "random")) for row in rows]
+    columns = ["", "rank", "nats per token", "difference", "95 % interval", "worse on"]
+    metric = [f"{found.metric} (to best adapter)"] if found.metric else []
+    guard = ["guard"] if found.guard else []
+    strong = next((i for i, row in enumerate(rows) if row.name == found.best.name), None)
+    said = [tag("p", text(f"{sentence}.")) for sentence in filter(None, (claim(found), metric_claim(found)))]
+    repeated = f" {found.repeated_records} of the records were calibrated on." if found.repeated_records else ""
+    return section(
+        "Every way to compose",
+        *said,
+        _caption(
+            f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens; difference to the best "
+            f"single adapter, {found.best_ingredient}. So many records show a true difference of "
+            f"{found.detectable:.4f} nats per token four times in five.{repeated}"
+        ),
+        intervals_chart(lines, "differences of every way to compose"),
+        table([*columns, *metric, *guard], [_compared_row(row) for row in rows], strong=strong),
+        _notes(found),
+    )
+
+
+def _compared_row(row: ComparisonRow) -> list[str]:
+    cells = [
+        row.name,
+        "-" if row.rank is None else str(row.rank),
+        f"{row.nats_per_token:.4f}",
+        f"{row.difference:+.4f}",
+        interval_text(row.interval),
+        f"{row.worse_records:.0%}",
+    ]
+    if row.metric is not None:
+        cells.append(f"{row.metric.mean:.3f} ({interval_text(row.metric.interval)})")
+    if row.guard is not None:
+        cells.append(f"{row.guard.difference.mean:+.4f}, {'safe' if row.guard.safe else 'not shown safe'}")
+    return cells
+
+
+def _notes(found: Comparison) -> str:
+    lines = [f"{row.name}: {row.note}" for row in found.rows if row.note]
+    lines += [f"{skipped.name} was left out: {skipped.reason}" for skipped in found.skipped]
+    return folded("notes", *(tag("p", text(line)) for line in lines)) if lines else ""
+
+
+def weights(recipe: Recipe) -> str:
+    """The map of the weights, and the same in numbers."""
+    summary = "" if recipe.mixing.kind in INLINE_KINDS else (
+        f" The mixing is {recipe.mixing.kind}, {recipe.mixing.numbers} numbers; shown are the weights whose weighted "
+        "sum comes closest to it."
+    )  # fmt: skip
+    return section(
+        "Mixing weights",
+        _caption(
+            f"By layer and module; uniform, {1 / len(recipe.adapters):.3g}, has no colour. Each cell tells its number "
+            f"when it is pointed at.{summary}"
+        ),
+        heat_map(recipe),
+        folded("the weights as numbers", table(*numbers(recipe))),
+    )
+
+
+def search(recipe: Recipe) -> str:
+    """How the weights were found: the curve, the path of ridges, the rungs."""
+    fit = recipe.fit
+    parts = [tag("p", text(f"{rung.kind}: {rung.why}.")) for rung in fit.rungs]
+    if fit.stages:
+        parts.insert(0, loss_curve(fit))
+        parts.append(folded("the stages with their ridges", table(*ridge_path(fit.stages))))
+    certificate = fit.certificate
+    if certificate is not None:
+        bound = "" if certificate.certain else "at most "
+        parts.append(
+            tag(
+                "p",
+                text(
+                    f"A Newton step would gain {bound}{certificate.decrement:.1e} nats per token; the records "
+                    f"determine {certificate.effective_numbers:.1f} of the {recipe.mixing.numbers} numbers."
+                ),
+            )
+        )
+    chosen = "" if fit.criterion == "nats per token" else f" Chosen by {fit.criterion}; costs are 1 minus its mean."
+    stopped = f" Stopped early: {fit.stopped}." if fit.stopped else ""
+    refitted = "then fitted once more on all training records" if fit.refitted else "not fitted again"
+    return section("The search", _caption(f"{fit.passes:g} passes, {refitted}.{chosen}{stopped}"), *parts)
+
+
+def interferences(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> str:
+    """How far the adapters share directions, pair by pair and name by name."""
+    labels = [adapter.reference for adapter in recipe.adapters]
+    parts = []
+    for i, first in enumerate(adapters):
+        for j in range(i + 1, len(adapters)):
+            second = adapters[j]
+            by_leaf: dict[str, list[Interference]] = {}
+            for name in first.modules.keys() & second.modules.keys():
+                pair = interference(first.modules[name].factors, second.modules[name].factors)
+                by_leaf.setdefault(leaf(name), []).append(pair)
+            rows = [
+                [
+                    name,
+                    f"{_mean([p.cosine for p in found]):+.3f}",
+                    f"{max(abs(p.cosine) for p in found):.3f}",
+                    f"{_mean([p.input for p in found]):.3f}",
+                    f"{_mean([p.output for p in found]):.3f}",
+                ]
+                for name, found in sorted(by_leaf.items())
+            ]
+            title = tag("h3", text(f"{labels[i]} and {labels[j]}"))
+            columns = ["modules", "cosine", "largest", "shared input", "shared output"]
+            parts.append(title + (table(columns, rows) if rows else tag("p", "They change no module together.")))
+    return section(
+        "Interference",
+        _caption(
+            "From the factors alone: the cosine of the two updates (mean over layers, and the largest in size), and "
+            "which share of the smaller input and output space the other one uses too. 0 is none, 1 is all."
+        ),
+        *parts,
+    )
+
+
+def provenance(recipe: Recipe) -> str:
+    """What went in, by hash."""
+    adapters = [
+        [a.reference, (a.commit or "local")[:12], a.weights_sha256[:16], str(a.rank), f"{a.lora_alpha:g}", a.dtype]
+        for a in recipe.adapters
+    ]
+    data = [[d.name, d.shape, str(d.records), str(d.scored_tokens), d.sha256[:16]] for d in recipe.data]
+    settings = [[name, "default" if value is None else str(value)] for name, value in recipe.fit.settings.items()]
+    versions = ", ".join(f"{name} {version}" for name, version in recipe.versions.items())
+    base = f"Base model {recipe.base.id}, {recipe.base.commit or 'a local directory'}, run in {recipe.dtype}."
+    return section(
+        "Provenance",
+        tag("p", text(base)),
+        table(["adapter", "commit", "sha256", "rank", "alpha", "dtype"], adapters),
+        table(["data", "shape", "records", "scored tokens", "sha256"], data),
+        folded("settings", table(["setting", "value"], settings)),
+        _caption(versions),
+    )
+
+
+def _caption(content: str) -> str:
+    return tag("p", text(content), class_="soft")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
 
 MAX_COMPARISON_BYTES = 64 << 20
 

@@ -1,6 +1,10 @@
-"""What an adapter's directory holds, read as leniently as is safe: also of adapters that loracat itself refuses.
+"""What a server finds: the files of an adapter, and what the config of the base tells.
+
+What an adapter's directory holds, read as leniently as is safe: also of adapters that loracat itself refuses.
 
 Only the config and the headers of the tensors are read, with limits; a config's regular expressions are never compiled.
+
+What rules need to know of a base model, from its config alone.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from loracli.adapters.experts import targeted_parameters
 from loracli.adapters.names import PREFIX
 from loracli.adapters.patterns import lookup
 from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
+from loracli.model.base import expert_shape, kind_and_shape, plan_from_config
+from loracli.progress import SILENT, Progress
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.system.strict_json import StrictJsonError, parse_json
 from loracli.system.tensor_file import MAX_HEADER_BYTES, MAX_TENSORS, open_regular
@@ -220,3 +226,43 @@ def _object(data: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MalformedAdapter("is not a JSON object", where=str(path))
     return value
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """A base model.
+
+    Args:
+        id: as it was named.
+        model_class: transformers' class of it, `LlamaForCausalLM`.
+        layers: number of decoder layers.
+        tied: whether the head is the embedding.
+        modules: (out, in) of every linear layer and of one expert of a parameter, and (dim, vocabulary) of every
+            embedding, by path.
+    """
+
+    id: str
+    model_class: str
+    layers: int
+    tied: bool
+    modules: Mapping[str, tuple[int, int]]
+
+
+def read_base_facts(base: str, *, progress: Progress = SILENT) -> BaseFacts:
+    """Of a local directory or a Hub id; errors as of `plan_from_config`."""
+    plan, _ = plan_from_config(base, progress=progress)
+    modules = {}
+    for name, module in plan.skeleton.named_modules():
+        kind, in_features, out_features = kind_and_shape(module)
+        if kind != "other":
+            modules[name] = (out_features, in_features)
+    for name, _ in plan.skeleton.named_parameters():
+        if (shape := expert_shape(plan.skeleton, name)) is not None:
+            modules[name] = (shape[2], shape[1])
+    return BaseFacts(
+        id=base,
+        model_class=type(plan.skeleton).__name__,
+        layers=int(plan.config.get_text_config().num_hidden_layers),
+        tied=bool(plan.config.tie_word_embeddings),
+        modules=modules,
+    )

@@ -15,8 +15,7 @@ from typing import Any
 from loracli.adapters.names import leaf
 from loracli.adapters.patterns import lookup, parse_pattern
 from loracli.algebra.factors import lora_scaling
-from loracli.serving.adapter_files import AdapterFiles
-from loracli.serving.base_facts import BaseFacts
+from loracli.serving.adapter_files import AdapterFiles, BaseFacts
 
 Check = Callable[..., Iterator[str]]
 MAX_MATCHES = 1_000_000  # of patterns with modules: a hostile config makes as many of both as it can

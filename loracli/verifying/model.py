@@ -13,14 +13,11 @@ import torch
 
 from loracli.composition.composition import Source
 from loracli.errors import AccessDenied, BaseModelMismatch, HubUnreachable, InputError, IntegrityError, MalformedAdapter
-from loracli.fusing.base_files import CONFIG, config_bytes, index_bytes, other_files, read_config
 from loracli.fusing.composition import changed_modules
-from loracli.fusing.fold import BLOCK_BYTES, rounding_bounds
 from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
 from loracli.fusing.quantised import read_quantisation
-from loracli.fusing.stream import WIDENED
-from loracli.fusing.update import update_of
-from loracli.fusing.workplace import FUSE_CERTIFICATE
+from loracli.fusing.stream import BLOCK_BYTES, WIDENED, rounding_bounds, update_of
+from loracli.fusing.workplace import CONFIG, FUSE_CERTIFICATE, config_bytes, index_bytes, other_files, read_config
 from loracli.model.base import BaseReference, check_shapes, find_base, on_base, plan_base
 from loracli.model.checkpoint import (
     FLOATS,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from loracli.conversion.base_weights import BaseWeights
+from loracli.conversion.read import BaseWeights
 from loracli.errors import BaseModelMismatch
 from loracli.model.checkpoint import INDEX_FILE, SINGLE_FILE
 from tests.tiny import make_base

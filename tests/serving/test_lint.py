@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM
 from loracli.errors import AdapterNotFound, MalformedAdapter, UsageError
 from loracli.export.method import export_method
 from loracli.serving.checks import CHECKS
-from loracli.serving.lint import ServerReport, lint_adapter
-from loracli.serving.rules import SERVERS, SEVERITIES, load_server
+from loracli.serving.lint import SERVERS, SEVERITIES, ServerReport, lint_adapter, load_server
 from tests.cli.project import run
 from tests.tiny import BASE_ID, make_adapter, make_base
 

@@ -1,0 +1,202 @@
+"""The pictures of a report: intervals, the curve of a search, the map of the weights.
+
+Differences with their 95 % intervals, a line for each row, around zero.
+
+The loss of the steps of a search, stage by stage, with what each came to on validation records.
+
+Mixing weights as a map, layer by module, one panel for each adapter; colours run both ways from uniform, 1 / N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from loracli.recipe.recipe import Recipe
+from loracli.recipe.record import FitRecord, StageRecord
+from loracli.report.grid import Grid, described, grids, layer_numbers, short_names, span_of
+from loracli.report.page import svg, tag, text
+
+INTERVALS_WIDTH, INTERVALS_LEFT, RIGHT, INTERVALS_HEIGHT, INTERVALS_TOP = 360.0, 112.0, 66.0, 20.0, 22.0
+NAMED = 16  # characters of a row's name
+FAR = 4.0  # times the median difference
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row: its name, its difference, its interval, and whether it may set the range of the axis."""
+
+    name: str
+    difference: float
+    interval: tuple[float, float]
+    in_range: bool = True
+
+
+def intervals_chart(lines: Sequence[Line], label: str) -> str:
+    """Rows out of the axis' range end in an arrow, and all have their number beside them."""
+    low, high = _range(lines)
+    plot = INTERVALS_WIDTH - INTERVALS_LEFT - RIGHT
+
+    def x(value: float) -> float:
+        return INTERVALS_LEFT + plot * (min(max(value, low), high) - low) / (high - low)
+
+    bottom = INTERVALS_TOP + INTERVALS_HEIGHT * len(lines)
+    parts = [tag("line", x1=x(0.0), x2=x(0.0), y1=INTERVALS_TOP - 4, y2=bottom, class_="axis")]
+    for value in (low, 0.0, high):
+        parts.append(tag("text", text(f"{value:+.2g}" if value else "0"), x=x(value), y=12, text_anchor="middle"))
+    for index, line in enumerate(lines):
+        parts.append(_line(line, INTERVALS_TOP + INTERVALS_HEIGHT * (index + 0.5), x, low, high))
+    return tag("div", svg(INTERVALS_WIDTH, bottom + 4, label, *parts), class_="chart")
+
+
+def _line(line: Line, y: float, x: Callable[[float], float], low: float, high: float) -> str:
+    start, end = line.interval
+    kind = "better" if end < 0 else "worse" if start > 0 else "unsure"
+    name = line.name if len(line.name) <= NAMED else f"...{line.name[3 - NAMED :]}"
+    parts = [
+        tag("title", text(f"{line.name}: {line.difference:+.4f}, 95 % interval {start:+.4f} to {end:+.4f}")),
+        tag("text", text(name), x=INTERVALS_LEFT - 8, y=y + 4, text_anchor="end"),
+        tag("line", x1=x(start), x2=x(end), y1=y, y2=y, class_=f"range {kind}"),
+    ]
+    if low <= line.difference <= high:
+        parts.append(tag("circle", cx=x(line.difference), cy=y, r=4, class_=kind))
+    else:
+        edge, way = (x(high), -1) if line.difference > high else (x(low), 1)
+        parts.append(tag("path", d=f"M{edge:g} {y:g} l{6 * way} -4 v8 z", class_=kind))
+    parts.append(
+        tag("text", text(f"{line.difference:+.3f}"), x=INTERVALS_WIDTH - 2, y=y + 4, text_anchor="end", class_="soft")
+    )
+    return tag("g", *parts)
+
+
+def _range(lines: Sequence[Line]) -> tuple[float, float]:
+    """Of the rows that may set it, and of zero, with a little room. A row that is far worse than most would press all
+    others together, so it does not set it."""
+    ends = [0.0, *(end for line in lines if line.in_range for end in line.interval)]
+    sizes = [abs(line.difference) for line in lines if line.in_range and line.difference]
+    low, high = min(ends), max(ends)
+    if sizes:
+        high = min(high, max(FAR * median(sizes), -low))
+    room = 0.05 * (high - low) or 0.01
+    return low - room, high + room
+
+
+CURVE_WIDTH, CURVE_HEIGHT, CURVE_LEFT, CURVE_BOTTOM, CURVE_TOP = 360.0, 190.0, 42.0, 24.0, 22.0
+NATS = "nats per token"
+
+
+def loss_curve(fit: FitRecord) -> str:
+    """The losses of all stages end to end; circles are validation losses, where they are in the same unit."""
+    stages = [stage for stage in fit.stages if stage.losses]
+    steps = sum(stage.steps for stage in stages)
+    dots = [s.validation for s in stages if s.validation is not None] if fit.criterion == NATS else []
+    values = sorted(loss for stage in stages for loss in stage.losses)
+    low = min([values[0], *dots])
+    high = max([values[int(0.98 * (len(values) - 1))], *dots])  # a few wild steps do not set the scale
+    high = high if high > low else low + 1.0
+
+    def x(step: float) -> float:
+        return CURVE_LEFT + (CURVE_WIDTH - CURVE_LEFT - 8) * step / steps
+
+    def y(loss: float) -> float:
+        return CURVE_TOP + (CURVE_HEIGHT - CURVE_TOP - CURVE_BOTTOM) * (high - min(max(loss, low), high)) / (high - low)
+
+    parts = []
+    for value in (low, (low + high) / 2, high):
+        parts.append(tag("line", x1=CURVE_LEFT, x2=CURVE_WIDTH - 8, y1=y(value), y2=y(value), class_="grid"))
+        parts.append(tag("text", f"{value:.3f}", x=CURVE_LEFT - 4, y=y(value) + 4, text_anchor="end", class_="soft"))
+    done = 0
+    for index, stage in enumerate(stages):
+        count = len(stage.losses)
+        points = [(x(done + stage.steps * (i + 0.5) / count), y(loss)) for i, loss in enumerate(stage.losses)]
+        line = " ".join(f"{a:.5g},{b:.5g}" for a, b in points)
+        title = tag("title", text(f"{_stage_label(stage)}: {stage.steps} steps"))
+        parts.append(tag("polyline", title, points=line, class_="curve other" if index % 2 else "curve"))
+        done += stage.steps
+        if stage.validation is not None and fit.criterion == NATS:
+            said = tag("title", text(f"{_stage_label(stage)}: {stage.validation:.4f} on validation records"))
+            parts.append(tag("circle", said, cx=x(done), cy=y(stage.validation), r=3.5))
+    parts.append(tag("text", f"{steps} steps", x=CURVE_WIDTH - 8, y=CURVE_HEIGHT - 6, text_anchor="end", class_="soft"))
+    parts.append(tag("text", "nats per token", x=2, y=12, class_="soft"))
+    return tag("div", svg(CURVE_WIDTH, CURVE_HEIGHT, "loss of the steps of the search", *parts), class_="chart")
+
+
+def _stage_label(stage: StageRecord) -> str:
+    """`module from sum, ridge 0.001`."""
+    where = f"{stage.rung} on all records" if stage.stage == "refit" else f"{stage.rung} from {stage.start}"
+    return f"{where}, first steps" if stage.stage == "probe" else f"{where}, ridge {stage.ridge:g}"
+
+
+def ridge_path(stages: Sequence[StageRecord]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: each stage with its ridge and what it came to."""
+    rows = [
+        [
+            _stage_label(stage),
+            str(stage.steps),
+            f"{stage.ridge:g}",
+            "-" if stage.validation is None else f"{stage.validation:.4f}",
+        ]
+        for stage in stages
+    ]
+    return ["stage", "steps", "ridge", "validation"], rows
+
+
+WIDTH, LABELS, HEADER = 330.0, 34.0, 54.0
+MOST_CELL = 46.0
+
+
+def heat_map(recipe: Recipe) -> str:
+    """The panels with their scale."""
+    found, uniform = grids(recipe), 1 / len(recipe.adapters)
+    span = span_of(found, uniform)
+    panels = [
+        tag("div", tag("h3", text(label)), _panel(label, grid, uniform, span), class_="panel")
+        for label, grid in found.items()
+    ]
+    return _scale(uniform, span) + tag("div", *panels, class_="panels")
+
+
+def _panel(label: str, grid: Grid, uniform: float, span: float) -> str:
+    width = min(MOST_CELL, (WIDTH - LABELS) / max(1, len(grid.columns)))
+    height = 16.0 if len(grid.rows) <= 32 else 9.0
+    parts: list[str] = []
+    if width > 8:
+        parts = [_heading(name, LABELS + (i + 0.5) * width) for i, name in enumerate(short_names(grid.columns))]
+    for r, (row, number) in enumerate(zip(grid.rows, layer_numbers(grid.rows), strict=True)):
+        y = HEADER + r * height
+        if height > 12 or r % 4 == 0:
+            parts.append(tag("text", text(number), x=LABELS - 6, y=y + height - 4, text_anchor="end", class_="soft"))
+        for c, column in enumerate(grid.columns):
+            place = {"x": LABELS + c * width + 0.5, "y": y + 0.5, "width": width - 1, "height": height - 1}
+            cell = grid.cells.get((row, column))
+            if cell is None:
+                parts.append(tag("rect", class_="empty", **place))
+            else:
+                parts.append(_colour(cell.weight, uniform, span, tag("title", text(described(cell))), **place))
+    total = HEADER + len(grid.rows) * height + 2
+    return svg(LABELS + len(grid.columns) * width + 24, total, f"weights of {label}, layer by module", *parts)
+
+
+def _heading(name: str, x: float) -> str:
+    return tag("text", text(name), x=0, y=0, font_size=10, transform=f"translate({x:.5g},{HEADER - 6:g}) rotate(-38)")
+
+
+def _colour(weight: float, uniform: float, span: float, *content: str, **place: float) -> str:
+    """Above uniform in one colour and below in the other, the stronger the farther; uniform is the page's own."""
+    share = min(1.0, abs(weight - uniform) / span)
+    fill = tag("rect", class_="above" if weight >= uniform else "below", fill_opacity=share, **place)
+    return tag("g", fill, tag("rect", class_="frame", pointer_events="all", **place), *content)
+
+
+def _scale(uniform: float, span: float) -> str:
+    steps, width, left = 11, 24.0, 33.0
+    parts = []
+    for step in range(steps):
+        weight = uniform + span * (2 * step / (steps - 1) - 1)
+        parts.append(_colour(weight, uniform, span, x=left + step * width, y=2, width=width, height=12))
+    for step in (0, (steps - 1) // 2, steps - 1):
+        weight = uniform + span * (2 * step / (steps - 1) - 1)
+        said = f"{weight:.2f}" + (" uniform" if step == (steps - 1) // 2 else "")
+        parts.append(tag("text", text(said), x=left + (step + 0.5) * width, y=28, text_anchor="middle"))
+    return tag("div", svg(WIDTH, 34, "the scale of the colours", *parts), class_="panel")
