@@ -17,8 +17,7 @@ from typer.core import TyperGroup
 import loracli
 from loracli.cli import compare, convert, demo, env, export, fetch, fit, fuse, inspect, lint, push, report, show, verify
 from loracli.cli._command import ORIGINS, Command, write_examples
-from loracli.cli._output import Output, print_anything
-from loracli.cli._talk import TALK, Talk
+from loracli.cli._output import TALK, Output, Talk, print_anything
 from loracli.errors import LoracatError, UsageError
 from loracli.system.launch import read_launch
 from loracli.system.machine import machine_error

@@ -1,5 +1,12 @@
-"""Everything a person or a script sees: results on stdout, talk on stderr. With `_bars` the only user of Rich, which is
-loaded when something is printed."""
+"""Everything a person or a script sees: results on stdout, talk and progress on stderr.
+
+How a command talks, set once by the options that every command has.
+
+Progress bars on a terminal. Loaded when the first one is drawn.
+
+Everything a person or a script sees: results on stdout, talk on stderr. With `_bars` the only user of Rich, which is
+loaded when something is printed.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +18,14 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from loracli.cli._talk import DETAILS, TALK, TRACEBACKS
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
 from loracli.errors import CalibrationError, LoracatError, RecipeError, SettingsError, VerificationError
 from loracli.progress import WORK, amount_text, duration_text
 
@@ -22,6 +33,53 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
     from rich.text import Text
+
+
+COLORS = ("auto", "always", "never")
+DETAILS, TRACEBACKS = 1, 2  # -v and -vv
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What `--color` and `--verbose` say.
+
+    Args:
+        color: `auto` for colours on a terminal, `always`, or `never`.
+        verbosity: how many times `-v` was given: 1 tells what was done and how long it took, 2 adds the traceback of an
+            error.
+    """
+
+    color: str = "auto"
+    verbosity: int = 0
+
+
+TALK: ContextVar[Talk] = ContextVar("talk", default=Talk())  # noqa: B039  # frozen
+
+
+def progress_bars(console: Console) -> Progress:
+    """Bars that vanish when they are done; every task has the fields `unit` and `status`."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        _Amount(),
+        TextColumn("{task.fields[status]}", style="cyan", markup=False),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        transient=True,
+    )
+
+
+class _Amount(ProgressColumn):
+    """Done of total with the rate, `12.1 MB / 48.0 MB  3.1 MB/s`; of work, which has no unit of its own, the share."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields["unit"]
+        if unit == WORK:
+            return Text(f"{task.percentage:.0f} %")
+        total = "" if task.total is None else f" / {amount_text(task.total, unit)}"
+        speed = f"  {amount_text(task.speed, unit)}/s" if task.speed else ""
+        return Text(f"{amount_text(task.completed, unit)}{total}{speed}")
+
 
 SCHEMA = 1  # the version of every JSON document, under the key "loracat"; only ever added to
 SHOWN_PROBLEMS = 20
@@ -223,8 +281,6 @@ class Output:
         bar = None
         if self._draws:
             if self._bars is None:
-                from loracli.cli._bars import progress_bars
-
                 self._bars = progress_bars(self._stderr)
                 self._bars.start()
             bar = self._bars.add_task(safe(task), total=total, status="", unit=unit)

@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loracli.cli._complete import complete_adapter
-from loracli.cli._options import JsonOpt, MaxNewTokensOpt, MetricCommandOpt, ModulesToSaveOpt, QuietOpt, ToleranceOpt
+from loracli.cli._options import (
+    JsonOpt,
+    MaxNewTokensOpt,
+    MetricCommandOpt,
+    ModulesToSaveOpt,
+    QuietOpt,
+    ToleranceOpt,
+    complete_adapter,
+)
 from loracli.cli._output import Output
 
 if TYPE_CHECKING:
@@ -138,7 +145,7 @@ def compare(
 ) -> None:
     """Compare every way to compose adapters on your own records, with paired confidence intervals."""
     from loracli.algebra.methods.method import MethodOptions
-    from loracli.cli._comparison import comparison_lines
+    from loracli.cli._tables import comparison_lines
     from loracli.comparison.compare import compare_adapters
     from loracli.comparison.settings import CompareSettings, parse_controls, parse_methods
     from loracli.evaluation.metrics import task_metric

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._complete import complete_adapter
-from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt
+from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt, complete_adapter
 from loracli.cli._output import Output
 from loracli.progress import amount_text
 

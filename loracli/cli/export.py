@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loracli.cli._complete import complete_adapter
-from loracli.cli._options import DryRunOpt, ForceOpt, JsonOpt, QuietOpt
+from loracli.cli._options import DryRunOpt, ForceOpt, JsonOpt, QuietOpt, complete_adapter
 from loracli.cli._output import Output
 from loracli.progress import amount_text
 from loracli.system.files import GGUF_FILE
@@ -144,7 +143,7 @@ def export(
 ) -> None:
     """Write one adapter: concatenated and exact, or with --merge compressed to a given rank."""
     from loracli.algebra.methods.method import MethodOptions
-    from loracli.byte_size import parse_bytes
+    from loracli.cli._options import parse_bytes
     from loracli.comparison.settings import check_options
     from loracli.errors import UsageError
     from loracli.evaluation.comparison import interval_text

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loracli.byte_size import parse_bytes
-from loracli.cli._complete import complete_adapter
-from loracli.cli._options import CacheDirOpt, JsonOpt, QuietOpt, RevisionOpt, TokenOpt
+from loracli.cli._options import CacheDirOpt, JsonOpt, QuietOpt, RevisionOpt, TokenOpt, complete_adapter, parse_bytes
 from loracli.cli._output import Output
 from loracli.progress import amount_text
 

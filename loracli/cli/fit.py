@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loracli.cli._complete import complete_mixing
 from loracli.cli._options import (
     AdaptersOpt,
     ForceOpt,
@@ -19,6 +18,7 @@ from loracli.cli._options import (
     ModulesToSaveOpt,
     QuietOpt,
     ToleranceOpt,
+    complete_mixing,
 )
 from loracli.cli._output import Output
 from loracli.progress import amount_text

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._complete import complete_adapter
-from loracli.cli._options import CacheDirOpt, JsonOpt, QuietOpt, RevisionOpt, TokenOpt
+from loracli.cli._options import CacheDirOpt, JsonOpt, QuietOpt, RevisionOpt, TokenOpt, complete_adapter
 from loracli.cli._output import Output
 
 SHOWN_PROBLEMS = 5  # one wrong base makes a problem of every module; --json has them all

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._complete import complete_adapter
-from loracli.cli._options import JsonOpt, QuietOpt
+from loracli.cli._options import JsonOpt, QuietOpt, complete_adapter
 from loracli.cli._output import Output
 
 EPILOG = (

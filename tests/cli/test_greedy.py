@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from loracli.cli import app
-from loracli.cli._greedy import GreedyCommand
+from loracli.cli._command import GreedyCommand
 
 Parsed = dict[str, Any]
 ParseError: Any = typer.BadParameter.__mro__[1]

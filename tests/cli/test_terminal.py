@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from loracli.cli._output import Output, print_anything
-from loracli.cli._talk import TALK, Talk
+from loracli.cli._output import TALK, Output, Talk, print_anything
 from tests.cli.process import COMMAND, environment, on_terminal, piped
 from tests.cli.project import run
 

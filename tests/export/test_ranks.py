@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loracli.byte_size import parse_bytes
+from loracli.cli._options import parse_bytes
 from loracli.errors import UsageError
 from loracli.export.export import Exported, export_adapter
 from loracli.export.method import export_method
