@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-import loracli
+from loracli._version import __version__
 from loracli.cli import compare, convert, demo, env, export, fetch, fit, fuse, inspect, lint, push, report, show, verify
 from loracli.cli._command import ORIGINS, Command, write_examples
 from loracli.cli._output import TALK, Output, Talk, print_anything
@@ -140,7 +140,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"loracat {loracli.__version__}")
+        typer.echo(f"loracat {__version__}")
         raise typer.Exit
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-import loracli
+from loracli._version import __version__
 from loracli.adapters.licence import agreed_licence
 from loracli.adapters.names import target_of
 from loracli.algebra.methods.method import Method
@@ -227,7 +227,7 @@ def method_card(
         ingredients=(*adapter_table(list(zip(adapters, columns, licences, strict=True))), ""),
         results=(),
         repeat=repeat_method(words, base_id, adapters, searched=method.search is not None),
-        version=loracli.__version__,
+        version=__version__,
         licence=agreed_licence(licences),
     )
 

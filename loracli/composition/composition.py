@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-import loracli
+from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, module_names, widest_dtype
 from loracli.adapters.licence import stated_licences
 from loracli.adapters.saved_modules import SavedModules
@@ -259,7 +259,7 @@ class MethodSource:
             "base": {"id": self.base.id},
             **({} if self.saved is None else {"modules_to_save": self.saved.policy}),
             "adapters": [encode(identity) for identity in self.identities],
-            "versions": {"loracat": loracli.__version__, "torch": torch.__version__},
+            "versions": {"loracat": __version__, "torch": torch.__version__},
         }
 
     def taken(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import loracli
+from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, LoraModule
 from loracli.adapters.licence import agreed_licence, stated_licences
 from loracli.algebra.concatenate import concatenate
@@ -289,7 +289,7 @@ class ConversionSource:
             },
             "base": {"id": self.base.id, "commit": self.base_commit},
             "adapters": [encode(identity) for identity in self.identities],
-            "versions": {"loracat": loracli.__version__, "torch": torch.__version__},
+            "versions": {"loracat": __version__, "torch": torch.__version__},
         }
 
     def _origin_of_initial(self) -> str | None:
@@ -323,7 +323,7 @@ class ConversionSource:
             ingredients=(*adapter_table(rows), ""),
             results=(),
             repeat=Repeat(f"loracat convert{tolerance}", " ".join(words)),
-            version=loracli.__version__,
+            version=__version__,
             licence=agreed_licence(licences),
             made=f"converted from {kind}",
         )

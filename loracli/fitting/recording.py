@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import transformers
 
-import loracli
+from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.basis import canonical_stack, mixing_in_file_gauge
 from loracli.fitting.inputs import FitInputs
@@ -76,7 +76,7 @@ def make_recipe(
         modules=base_modules(base.model, inputs.adapters),
         dtype=dtype_name(base.dtype),
         held_out=table,
-        versions={"loracat": loracli.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        versions={"loracat": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         activations=activations,
         folder=inputs.folder,
     )

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-import loracli
+from loracli._version import __version__
 from loracli.adapters.names import target_of
 from loracli.composition.card import CardText
 from loracli.composition.composition import Source
@@ -250,7 +250,7 @@ class _Fusion:
             "base weights": checkpoint.hexdigest(),
             "dtype": str(self._dtype),
             "dequantise": str(self._quantisation is not None),
-            "loracat": loracli.__version__,
+            "loracat": __version__,
             "torch": torch.__version__,
         }
 
@@ -346,7 +346,7 @@ class _Fusion:
                 "dtype": None if self._dtype is None else str(self._dtype).removeprefix("torch."),
                 "untied": self._plan.untied,
                 **({} if self._quantisation is None else {"dequantised": self._quantisation.method}),
-                "versions": {"loracat": loracli.__version__, "torch": torch.__version__},
+                "versions": {"loracat": __version__, "torch": torch.__version__},
             },
             "certificate": {
                 "modules": {

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 from huggingface_hub import HfApi, constants, hf_hub_download
 
-import loracli
+from loracli._version import __version__
 from loracli.errors import HubUnreachable, IntegrityError, LoracatError
 from loracli.hub.plan import Plan, check_room, make_plan
 from loracli.hub.references import is_repo_id, is_revision
@@ -206,7 +206,7 @@ def _what(source: Source, commit: str, name: str) -> dict[str, Any]:
         "token": source.token,
         "endpoint": source.endpoint,
         "library_name": "loracat",
-        "library_version": loracli.__version__,
+        "library_version": __version__,
     }
 
 
@@ -215,7 +215,7 @@ def _api(source: Source) -> HfApi:
         endpoint=source.endpoint,
         token=source.token,
         library_name="loracat",
-        library_version=loracli.__version__,
+        library_version=__version__,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from huggingface_hub import constants, get_token
 
-import loracli
+from loracli._version import __version__
 from loracli.errors import AccessDenied, HubUnreachable, InputError, UsageError, VerificationError
 from loracli.hub.fetch import checked_token
 from loracli.hub.references import is_repo_id, is_revision
@@ -135,7 +135,7 @@ def push_adapter(
     states = {file.name: file.state for file in planned.files}
     made = repository.commit(
         [file for file in contents.files if states[file.name] != "same"],
-        message=message or f"Upload a LoRA adapter made with loracat {loracli.__version__}",
+        message=message or f"Upload a LoRA adapter made with loracat {__version__}",
         parent=head.commit,
         create_pr=create_pr,
         progress=progress,

@@ -32,7 +32,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public by i
     enable_progress_bars,
 )
 
-import loracli
+from loracli._version import __version__
 from loracli.errors import AccessDenied, HubUnreachable, InputError, IntegrityError, LoracatError, OutOfResources
 from loracli.hub.source import COMMIT, LOG_IN, HttpError, Listed, without_server_words
 from loracli.progress import Progress
@@ -172,9 +172,7 @@ class Repository:
 
     @property
     def _api(self) -> HfApi:
-        return HfApi(
-            endpoint=self.endpoint, token=self.token, library_name="loracat", library_version=loracli.__version__
-        )
+        return HfApi(endpoint=self.endpoint, token=self.token, library_name="loracat", library_version=__version__)
 
     def look(self) -> Head | None:
         """What the branch holds, in one request or two; None if there is no such repository, or none to be seen."""
