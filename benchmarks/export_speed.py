@@ -40,16 +40,8 @@ from torch import nn
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.names import format_tensor_name
 from loracli.export.export import export_adapter
-from loracli.recipe.recipe import (
-    BaseModule,
-    HeldOut,
-    HeldOutRow,
-    Recipe,
-    RecipeAdapter,
-    RecipeBase,
-    RecipeData,
-    RecipeMixing,
-)
+from loracli.recipe.mixing import RecipeMixing
+from loracli.recipe.recipe import BaseModule, HeldOut, HeldOutRow, Recipe, RecipeAdapter, RecipeBase, RecipeData
 from loracli.recipe.record import FitRecord
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE
 from loracli.system.tensor_file import write_tensors

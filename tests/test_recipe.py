@@ -12,20 +12,17 @@ from typing import Any
 import pytest
 
 from loracli.errors import OutputExists, RecipeError
+from loracli.recipe.mixing import INLINE_KINDS, MixingKind, RecipeMixing, group_name
 from loracli.recipe.reading import MAX_RECIPE_BYTES, load_recipe
 from loracli.recipe.recipe import (
-    INLINE_KINDS,
     BaseModule,
     HeldOut,
     HeldOutRow,
     HeldOutTask,
-    MixingKind,
     Recipe,
     RecipeAdapter,
     RecipeBase,
     RecipeData,
-    RecipeMixing,
-    group_name,
     weights_by_leaf,
 )
 from loracli.recipe.record import FitRecord, RungRecord, StageRecord, StartRecord

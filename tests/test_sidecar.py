@@ -18,16 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loracli.errors import IntegrityError, OutOfResources, OutputExists, RecipeError, UsageError
+from loracli.recipe.mixing import INLINE_KINDS, TENSOR_PARTS, MixingKind, RecipeMixing
 from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import (
-    INLINE_KINDS,
-    TENSOR_PARTS,
-    MixingKind,
-    Recipe,
-    RecipeMixing,
-    check_recipe_path,
-    weights_by_leaf,
-)
+from loracli.recipe.recipe import Recipe, check_recipe_path, weights_by_leaf
 from loracli.recipe.tensors import METADATA, sidecar_sha256
 from tests.test_recipe import make_recipe
 

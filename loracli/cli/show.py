@@ -32,8 +32,9 @@ def show(
 ) -> None:
     """Show a recipe: ingredients, weights, how they were found, and the held-out table."""
     from loracli.cli._tables import data_lines, held_out_lines, search_lines, weight_maps
+    from loracli.recipe.mixing import INLINE_KINDS, tensors_path
     from loracli.recipe.reading import load_recipe
-    from loracli.recipe.recipe import INLINE_KINDS, tensors_path, weights_by_leaf
+    from loracli.recipe.recipe import weights_by_leaf
 
     out = Output(as_json=as_json, quiet=quiet)
     loaded = load_recipe(recipe)

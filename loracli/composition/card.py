@@ -24,7 +24,8 @@ from loracli.adapters.licence import agreed_licence
 from loracli.adapters.names import target_of
 from loracli.algebra.methods.method import Method
 from loracli.hub.references import URI_PREFIX
-from loracli.recipe.recipe import INLINE_KINDS, Recipe, RecipeAdapter
+from loracli.recipe.mixing import INLINE_KINDS
+from loracli.recipe.recipe import Recipe, RecipeAdapter
 
 
 @dataclass(frozen=True)

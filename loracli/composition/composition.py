@@ -26,15 +26,8 @@ from loracli.composition.base_table import BaseTable
 from loracli.composition.card import CardText, method_card, recipe_card
 from loracli.errors import RecipeError
 from loracli.recipe.ingredients import identity_of
-from loracli.recipe.recipe import (
-    INLINE_KINDS,
-    BaseModule,
-    Recipe,
-    RecipeAdapter,
-    RecipeMixing,
-    group_name,
-    without_paths,
-)
+from loracli.recipe.mixing import INLINE_KINDS, RecipeMixing, group_name
+from loracli.recipe.recipe import BaseModule, Recipe, RecipeAdapter, without_paths
 from loracli.recipe.tensors import composed_update
 from loracli.system.document import encode
 

@@ -34,8 +34,9 @@ from loracli.model.base import check_fits, find_base, load_base
 from loracli.model.placement import memory_errors
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import identity_of, read_ingredients, recorded_policy
+from loracli.recipe.mixing import MIXING_KINDS
 from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import MIXING_KINDS, Recipe, RecipeAdapter, labels_of
+from loracli.recipe.recipe import Recipe, RecipeAdapter, labels_of
 from loracli.system.files import check_free
 
 DEFAULTS = MethodOptions()

@@ -15,7 +15,8 @@ from loracli.fitting.mixing import DiagonalMixing, FactorMixing
 from loracli.fitting.search import Found
 from loracli.model.base import BaseModel, base_modules
 from loracli.recipe.ingredients import identity_of
-from loracli.recipe.recipe import HeldOut, Recipe, RecipeActivations, RecipeBase, RecipeData, RecipeMixing
+from loracli.recipe.mixing import RecipeActivations, RecipeMixing
+from loracli.recipe.recipe import HeldOut, Recipe, RecipeBase, RecipeData
 from loracli.recipe.record import FitCertificate, FitRecord
 from loracli.recipe.tensors import tensor_mixing
 

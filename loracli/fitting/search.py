@@ -50,7 +50,7 @@ from loracli.fitting.rung import (
 )
 from loracli.fitting.settings import AUTO
 from loracli.model.loss import Scores
-from loracli.recipe.recipe import MixingKind
+from loracli.recipe.mixing import MixingKind
 from loracli.recipe.record import RungRecord, StageRecord, StartRecord
 
 EVALUATIONS = 4  # of BFGS where the rung is only a start for the next

@@ -8,7 +8,7 @@ from hashlib import sha256
 from loracli.adapters.saved_modules import REFUSE, check_policy
 from loracli.errors import UsageError
 from loracli.evaluation.metrics import MAX_NEW_TOKENS, TOLERANCE, TaskMetric, task_metric
-from loracli.recipe.recipe import MIXING_KINDS
+from loracli.recipe.mixing import MIXING_KINDS
 
 AUTO = "auto"
 PASSES = 8.0

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from loracli.errors import RecipeError
-from loracli.recipe.recipe import FIRST_SCHEMA, INLINE_KINDS, OTHER_ROWS, SCHEMA, Recipe, RecipeMixing
+from loracli.recipe.mixing import INLINE_KINDS, RecipeMixing
+from loracli.recipe.recipe import FIRST_SCHEMA, OTHER_ROWS, SCHEMA, Recipe
 from loracli.system.document import decode, schema_of
 from loracli.system.files import CONFIG_FILE, TENSOR_FILES
 from loracli.system.strict_json import StrictJsonError, parse_json

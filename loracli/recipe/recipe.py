@@ -13,11 +13,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from loracli.adapters.names import layer, leaf, target_of
+from loracli.adapters.names import leaf
 from loracli.errors import OutputExists, UsageError
 from loracli.hub.references import is_path
+from loracli.recipe.mixing import (
+    INLINE_KINDS,
+    RecipeActivations,
+    RecipeMixing,
+    activations_path,
+    group_name,
+    tensors_path,
+)
 from loracli.recipe.record import FitRecord
 from loracli.system.document import added, encode, schema_of
 from loracli.system.files import TENSOR_FILES, replaced_file, write_file
@@ -27,26 +35,8 @@ SCHEMA = 4
 FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million records agree by chance once in 500
 
 ModuleKind = Literal["linear", "conv1d", "embedding", "experts", "convolution", "other"]
-MixingKind = Literal["adapter", "layer", "module", "rank", "core", "factors"]
 
-MIXING_KINDS: tuple[MixingKind, ...] = get_args(MixingKind)
-INLINE_KINDS: tuple[MixingKind, ...] = ("adapter", "layer", "module")  # their numbers stand in the recipe itself
-# The other kinds are tensors: `<module>.<part>` for each module and each of these parts.
-TENSOR_PARTS: dict[MixingKind, tuple[str, ...]] = {
-    "rank": ("mixing",),
-    "core": ("mixing",),
-    "factors": ("lora_A", "lora_B"),
-}
-EVERY_MODULE = "*"  # the one group of the mixing `adapter`
 OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
-
-
-def group_name(module: str, kind: MixingKind) -> str:
-    """The group whose weights `module` takes: every module together, those of its decoder layer, or itself; the experts
-    of a parameter have one weight, and so have the groups of a convolution."""
-    if kind == "adapter":
-        return EVERY_MODULE
-    return layer(module) if kind == "layer" else target_of(module)
 
 
 @dataclass(frozen=True)
@@ -130,50 +120,6 @@ class RecipeData:
     def fingerprints(self) -> set[str]:
         """What `record_sha256` holds."""
         return {self.record_sha256[i : i + FINGERPRINT] for i in range(0, len(self.record_sha256), FINGERPRINT)}
-
-
-@dataclass(frozen=True)
-class RecipeMixing:
-    """The mixing of every module.
-
-        dW_l = B_l M_l A_l    A_l = [A_1; ...; A_N] (R, in), B_l = [s_1 B_1, ..., s_N B_N] (out, R)
-
-    Args:
-        kind: how free M_l is: `adapter`, `layer` and `module` have one weight for each adapter, blockdiag(w_i I);
-            `rank` one for each singular direction of an adapter; `core` a full M_l; `factors` has trained A_l and B_l
-            themselves. The last three are tensors: `loracli.recipe.tensors` makes this object of them.
-        weights: by group, one for each adapter in order, null where the adapter changes nothing there. With tensors a
-            summary by module: the weights of the adapters that come closest to the composition.
-        numbers: how many numbers were fitted.
-        tensors_sha256: of the file with the tensors, None without.
-        tensors: by name, float64 M_l (R, R), or float32 lora_A (r, in) and lora_B (out, r); not part of the document.
-        unreached: modules that no record reached; the weight of one that stands alone in its group is the start's.
-    """
-
-    kind: MixingKind
-    weights: dict[str, tuple[float | None, ...]]
-    numbers: int
-    tensors_sha256: str | None = None
-    tensors: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    unreached: tuple[str, ...] = added(4, ())
-
-
-@dataclass(frozen=True)
-class RecipeActivations:
-    """What calibration records show of the input x of every module: G = E[z z^T], z = A x, over their tokens.
-
-    Args:
-        records: how many of the training records.
-        tokens: in them.
-        sha256: of the file with G, which is beside the recipe.
-        moments: `<module>.moment`, G (R, R) in float32, with A (R, in) as in the mixing's tensors: the adapters' own,
-            stacked, or the trained one. Not part of the document; empty until they are read.
-    """
-
-    records: int
-    tokens: int
-    sha256: str
-    moments: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -395,16 +341,6 @@ def check_recipe_path(path: Path, *, force: bool, kind: str = "module") -> None:
             from loracli.recipe.tensors import check_sidecar_path
 
             check_sidecar_path(name, path, force=force)
-
-
-def tensors_path(recipe: Path) -> Path:
-    """The file of the tensors of the recipe at this path."""
-    return recipe.with_suffix(".safetensors")
-
-
-def activations_path(recipe: Path) -> Path:
-    """The file of the second moments of the recipe at this path."""
-    return recipe.with_name(f"{recipe.name}.activations.safetensors")
 
 
 def files_beside(recipe: Recipe, path: Path) -> list[Path]:

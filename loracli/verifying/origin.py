@@ -29,8 +29,9 @@ from loracli.errors import (
 )
 from loracli.progress import Progress
 from loracli.recipe.ingredients import by_names_of, read_recorded, recorded_policy
+from loracli.recipe.mixing import INLINE_KINDS
 from loracli.recipe.reading import decode_recipe, load_recipe
-from loracli.recipe.recipe import INLINE_KINDS, BaseModule, Recipe, RecipeAdapter, without_paths
+from loracli.recipe.recipe import BaseModule, Recipe, RecipeAdapter, without_paths
 from loracli.system.document import decode
 from loracli.system.files import MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.verifying.findings import Findings
