@@ -26,6 +26,7 @@ check: lint types
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/python scripts/write_cli_reference.py --check
 	$(BIN)/python scripts/write_json_reference.py --check
 

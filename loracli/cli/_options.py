@@ -48,9 +48,9 @@ def _local(incomplete: str) -> list[tuple[str, str]]:
 def _cached(cache_dir: Path | None) -> list[tuple[str, str]]:
     """Repositories of which any snapshot is an adapter."""
     if cache_dir is None:
-        from huggingface_hub.constants import HF_HUB_CACHE
+        from loracli.hub.surroundings import surroundings
 
-        cache_dir = Path(HF_HUB_CACHE)
+        cache_dir = surroundings().cache
     folder = glob.escape(str(cache_dir))
     found = glob.glob(os.path.join(folder, f"{CACHED}*", "snapshots", "*", CONFIG_FILE))
     names = {Path(path).parents[2].name.removeprefix(CACHED).replace("--", "/") for path in found}

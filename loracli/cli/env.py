@@ -23,7 +23,8 @@ def env(context: typer.Context, as_json: JsonOpt = False, quiet: QuietOpt = Fals
     from importlib.metadata import version
 
     import torch
-    from huggingface_hub import constants
+
+    from loracli.hub.surroundings import surroundings
 
     out = Output(as_json=as_json, quiet=quiet)
     facts = {name: version(name) for name in _PACKAGES}
@@ -31,9 +32,10 @@ def env(context: typer.Context, as_json: JsonOpt = False, quiet: QuietOpt = Fals
     facts["system"] = f"{platform.system()} {platform.machine()}"
     facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     facts["threads"] = str(torch.get_num_threads())
-    facts["hub"] = constants.ENDPOINT
-    facts["hub_cache"] = constants.HF_HUB_CACHE
-    facts["offline"] = "yes" if constants.HF_HUB_OFFLINE else "no"
+    hub = surroundings()
+    facts["hub"] = hub.endpoint
+    facts["hub_cache"] = str(hub.cache)
+    facts["offline"] = "yes" if hub.offline else "no"
     settings: Sequence[Setting] = context.meta.get(SETTINGS, ())
     rows = [{"origin": s.origin, "command": s.command or None, "option": s.option, "value": s.value} for s in settings]
     variables = _from_variables(context)
