@@ -1,4 +1,4 @@
-"""Where huggingface_hub looks, as its variables say: HF_ENDPOINT, HF_HUB_CACHE, HF_HUB_OFFLINE and those they follow."""
+"""Where huggingface_hub looks, as its variables say: HF_ENDPOINT, HF_HUB_CACHE, HF_HUB_OFFLINE."""
 
 from __future__ import annotations
 
