@@ -212,6 +212,7 @@ def read_dataset(
     holdout: float,
     seed: int,
     shape: str | None = None,
+    fields: str | None = None,
     skip_bad: bool = False,
     progress: Progress = SILENT,
 ) -> Dataset:
@@ -223,6 +224,7 @@ def read_dataset(
         holdout: that share.
         seed: of the division.
         shape: of all records; None to see it from each file.
+        fields: other names of what is read, as `prompt=question,completion=answer`.
         skip_bad: leave out bad lines.
         progress: told of what is not read and of what may flatter the fit.
     Raises:
@@ -238,10 +240,7 @@ def read_dataset(
         raise UsageError("--holdout 0 leaves nothing to score on", hint="give held-out records with --eval-data")
 
     def read(source: DataSource) -> CalibrationFile:
-        file = read_records(source, shape=known, skip_bad=skip_bad, progress=progress)
-        if file.ignored_keys:
-            progress.note(f"{source}: these keys are not read: {', '.join(file.ignored_keys)}")
-        return file
+        return read_records(source, shape=known, fields=fields, skip_bad=skip_bad, progress=progress)
 
     files, eval_files = (tuple(read(source) for source in group) for group in (sources, eval_sources))
     if eval_files:
@@ -287,6 +286,7 @@ def render_dataset(
             max_length=max_length,
             allow_truncation=allow_truncation,
             skip_bad=skip_bad,
+            whole=True,
             progress=progress,
         )
 
@@ -347,4 +347,5 @@ def _account(rendered: RenderedFile, training: Sequence[Example]) -> RecipeData:
         cut=rendered.cut,
         template_sha256=rendered.template_sha256,
         record_sha256="".join(kept),
+        unread=file.ignored_keys,
     )

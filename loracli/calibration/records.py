@@ -2,7 +2,7 @@
 
 Where records come from: `FILE`, `FILE:WEIGHT`, or `-` for standard input.
 
-Calibration records: JSONL, every line checked, in one of the shapes of `loracli.calibration.shapes`.
+Calibration records: every line checked, in one of the shapes of `loracli.calibration.shapes`.
 
 The first record whose keys are those of a shape decides; every other must have that shape too.
 """
@@ -11,20 +11,45 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shlex
+import stat
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
-from loracli.calibration.shapes import LineError, Shape, check_text, detect_shape, keys_of, kind_of, read_content
+from loracli.calibration.beside import (
+    SYSTEM_KEYS,
+    DoubtfulMark,
+    check_context,
+    check_marks,
+    check_media,
+    grades,
+    is_class,
+)
+from loracli.calibration.fields import parse_fields, renamed, shadowed
+from loracli.calibration.file_forms import MAX_BYTES, FileForm, Unreadable, decoded, numbered, too_large
+from loracli.calibration.shapes import (
+    LineError,
+    Shape,
+    check_text,
+    detect_shape,
+    is_nothing,
+    keys_of,
+    keys_of_shapes,
+    kind_of,
+    read_content,
+    shown_keys,
+)
 from loracli.errors import CalibrationError, UsageError
 from loracli.progress import SILENT, Progress
 from loracli.system.strict_json import StrictJsonError, parse_json
 
-DataPaths: TypeAlias = str | Path | Sequence[str | Path]
-
 STDIN = "-"
+# What a shell's <(...) gives, or /dev/stdin: a pipe that is open already, and so has somebody who writes.
+_OPEN_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 WEIGHTS = (1e-6, 1e6)  # least and greatest; losses are multiplied in float32
 
 
@@ -35,10 +60,12 @@ class DataSource:
     Args:
         path: None for standard input.
         weight: how many times each scored token counts.
+        fields: other names of what is read of a record, as `prompt=question,completion=answer`; None for none.
     """
 
     path: Path | None
     weight: float = 1.0
+    fields: str | None = None
 
     def __str__(self) -> str:
         """As messages call it, so that an editor can open `file:line`."""
@@ -49,24 +76,58 @@ class DataSource:
         """As recipes call it: without its folder."""
         return "<stdin>" if self.path is None else self.path.name
 
+    @property
+    def read_once(self) -> bool:
+        """Whether it is a pipe, which only one reader gets."""
+        return self.path is None or str(self.path).startswith(_OPEN_PIPES)
+
     def read(self) -> bytes:
         """Everything in it.
 
         Raises:
-            CalibrationError: if it cannot be read.
+            CalibrationError: if it cannot be read, is neither a file nor an open pipe, is too large, or changes
+                while it is read.
         """
         try:
-            return sys.stdin.buffer.read() if self.path is None else self.path.read_bytes()
+            if self.path is None:
+                return self._within(sys.stdin.buffer)
+            # O_NONBLOCK: opening a FIFO that nobody writes must not hang.
+            descriptor = os.open(self.path, os.O_RDONLY | (0 if self.read_once else os.O_NONBLOCK))
+            with open(descriptor, "rb") as file:
+                before = os.fstat(descriptor)
+                if self.read_once and not stat.S_ISDIR(before.st_mode):
+                    return self._within(file)
+                if not stat.S_ISREG(before.st_mode):
+                    raise CalibrationError(
+                        f"{self} cannot be read: it is not a regular file",
+                        hint=f"of a pipe, give what it holds: cat {shlex.quote(str(self))} | loracat ... --data -",
+                    )
+                data = self._within(file)
+                after = os.fstat(descriptor)
         except OSError as error:
             raise CalibrationError(f"{self} cannot be read: {error.strerror}") from None
+        if (len(data), after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise CalibrationError(f"{self} changed while it was read", hint="wait until it is written, or copy it")
+        return data
+
+    def _within(self, file: BinaryIO) -> bytes:
+        data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            too_large(f"{self} has more than {MAX_BYTES >> 20} MiB")
+        return data
 
 
-def parse_source(text: str | Path) -> DataSource:
+DataPaths: TypeAlias = str | Path | DataSource | Sequence[str | Path | DataSource]
+
+
+def parse_source(text: str | Path | DataSource) -> DataSource:
     """`FILE`, `FILE:WEIGHT` or `-`; where a file of exactly that name exists, it is the file.
 
     Raises:
         UsageError: for a weight that is not between 1e-6 and 1e6.
     """
+    if isinstance(text, DataSource):
+        return text
     text = str(text)
     file, colon, number = text.rpartition(":")
     weight = _number(number)
@@ -83,7 +144,7 @@ def parse_sources(data: DataPaths) -> tuple[DataSource, ...]:
     Raises:
         UsageError: if there is none, or one is given twice.
     """
-    texts = [data] if isinstance(data, (str, Path)) else list(data)
+    texts = [data] if isinstance(data, (str, Path, DataSource)) else list(data)
     sources = tuple(parse_source(text) for text in texts)
     if not sources:
         raise UsageError("no data file is given")
@@ -94,6 +155,16 @@ def parse_sources(data: DataPaths) -> tuple[DataSource, ...]:
             raise UsageError(f"{source} is given twice", hint=f"to count it twice, give it a weight: {source}:2")
         seen.add(place)
     return sources
+
+
+def with_fields(data: DataPaths, fields: str | None) -> tuple[DataSource, ...]:
+    """The sources, each with other names of what is read.
+
+    Raises:
+        UsageError: if a source or the names cannot be understood.
+    """
+    parse_fields(fields)
+    return tuple(replace(source, fields=fields) for source in parse_sources(data))
 
 
 def _number(text: str) -> float | None:
@@ -107,6 +178,7 @@ MAX_LINE_BYTES = 16 << 20
 MAX_CHOICES = 26
 MAX_TASK_LENGTH = 100  # it becomes the head of a table
 SHOWN_LINES = 20
+MAX_UNREAD = 100  # keys that are kept of a file, each of at most MAX_UNREAD characters
 
 _HARMLESS = frozenset({"id", "task", "skill", "choices"})  # beside what a shape reads
 
@@ -116,7 +188,7 @@ class Record:
     """One line of a calibration file.
 
     Args:
-        place: `file:line`, for messages.
+        place: `file:line`, for messages; of a JSON array the number of the record.
         content: what is rendered, of one of three kinds: a text, prompt and completion, or a conversation.
         task: what it belongs to, for a table of its own; its key `task`, or `skill`.
         choices: texts that its last answer is one of, for a metric of multiple choice; its key `choices`.
@@ -129,7 +201,7 @@ class Record:
 
     @property
     def line(self) -> int:
-        """The number of its line, from 1."""
+        """The number of its line, or of the record in an array, from 1."""
         return int(self.place.rpartition(":")[2])
 
     @property
@@ -144,7 +216,7 @@ class CalibrationFile:
 
     Args:
         source: the file, with its weight.
-        sha256: of its bytes.
+        sha256: of its bytes, as they are on disk.
         shape: of all its records.
         records: in file order, blank lines left out.
         ignored_keys: keys that some record has and nobody reads.
@@ -159,50 +231,110 @@ class CalibrationFile:
     skipped: tuple[int, ...] = ()
 
 
+@dataclass
+class _Read:
+    """What has been read of a file so far."""
+
+    records: dict[int, Record] = field(default_factory=dict)  # by line, as are the others
+    problems: dict[int, LineError] = field(default_factory=dict)
+    doubtful: dict[int, Record] = field(default_factory=dict)  # whose problem is a label of 0
+    classes: bool = False  # whether another label says that it is a class
+    ignored: set[str] = field(default_factory=set)
+    graded: set[str] = field(default_factory=set)
+    systems: set[str] = field(default_factory=set)
+
+
 def read_records(
     source: str | Path | DataSource,
     *,
     shape: Shape | None = None,
+    fields: str | None = None,
     skip_bad: bool = False,
     progress: Progress = SILENT,
 ) -> CalibrationFile:
-    """Reads a JSONL file.
+    """Reads a file of JSON objects: one on each line, or in one array; plain or gzipped.
 
     Args:
         source: the file, as `parse_source` takes it.
         shape: of the records; None to see it from them.
+        fields: other names of what is read, as `parse_fields` takes them; None for those of the source.
         skip_bad: leave bad lines out, and say which, as long as there is a good one.
-        progress: told of bad lines that are left out.
+        progress: told of bad lines that are left out, and of what is not read.
     Raises:
-        CalibrationError: if the file cannot be read, is empty, or has bad lines: each as `file:line: path: reason`.
+        UsageError: if `fields` cannot be understood.
+        CalibrationError: if the file cannot be read, is in another form, is empty, or has bad lines: each as
+            `file:line: path: reason`.
     """
-    if not isinstance(source, DataSource):
-        source = parse_source(source)
+    source = parse_source(source)
+    names = parse_fields(source.fields if fields is None else fields)
     data = source.read()
-    records: list[Record] = []
-    problems: dict[int, str] = {}  # by line
-    ignored: set[str] = set()
-    for number, line in _lines(data):
-        place = f"{source}:{number}"
+    form, text = decoded(data, source.path, str(source))
+    read = _Read()
+    for number, line in numbered(text, form):
         try:
-            fields = _parse_line(line)
-            shape = shape or detect_shape(fields)
-            records.append(Record(place, read_content(fields, shape), _task(fields), _choices(fields)))
-            ignored |= fields.keys() - keys_of(shape) - _HARMLESS
+            record = _parse_line(line)
+            shape = shape or detect_shape(renamed(record, names))
+            _read_one(read, number, f"{source}:{number}", record, shape, names)
         except LineError as error:
-            problems[number] = f"{place}: {error}"
-    if not problems and not records:
+            read.problems[number] = error
+    if read.classes:
+        read.records |= read.doubtful
+        read.problems = {number: error for number, error in read.problems.items() if number not in read.doubtful}
+    problems = {number: f"{source}:{number}: {error}" for number, error in read.problems.items()}
+    if not problems and not read.records:
         raise CalibrationError(f"{source} holds no records", hint="write one JSON object on each line")
-    if shape is None or not records or (problems and not skip_bad):
+    if shape is None or not read.records or (problems and not skip_bad):
         raise CalibrationError(
-            f"{len(problems)} of {len(problems) + len(records)} records in {source} cannot be used",
+            f"{len(problems)} of {len(problems) + len(read.records)} records in {source} cannot be used",
             problems=tuple(problems.values()),
-            hint=None if skip_bad else "mend these lines, or leave them out with --skip-bad",
+            hint=_way_out(read, form, skip_bad=skip_bad),
         )
     if problems:
         progress.warn(skipped_lines(source, tuple(problems), next(iter(problems.values()))))
-    digest = hashlib.sha256(data).hexdigest()
-    return CalibrationFile(source, digest, shape, tuple(records), tuple(sorted(ignored)), tuple(problems))
+    if read.systems:
+        progress.note(f"{source}: {shown_keys(read.systems)}: becomes the first turn of its conversation")
+    if read.ignored:
+        progress.note(f"{source}: these keys are not read: {shown_keys(read.ignored)}")
+    if read.graded:
+        progress.warn(f"{source}: {shown_keys(read.graded)}: not read; every answer is learnt, whatever its grade")
+    return CalibrationFile(
+        source=source,
+        sha256=hashlib.sha256(data).hexdigest(),
+        shape=shape,
+        records=tuple(record for _, record in sorted(read.records.items())),
+        ignored_keys=tuple(sorted(key[:MAX_UNREAD] for key in read.ignored)[:MAX_UNREAD]),
+        skipped=tuple(problems),
+    )
+
+
+def _read_one(
+    read: _Read, number: int, place: str, record: dict[str, Any], shape: Shape, names: Mapping[str, str]
+) -> None:
+    """Takes one record in, if it can be used."""
+    fields, known = renamed(record, names), keys_of(shape)
+    found = Record(place, read_content(fields, shape), _task(fields), _choices(fields))
+    read.classes = read.classes or is_class(fields)
+    check_media(fields, known)
+    check_context(fields, known | keys_of_shapes(fields), found.content)
+    read.ignored |= (fields.keys() - known - _HARMLESS) | shadowed(record, names)
+    read.graded |= grades(fields)
+    read.systems |= {key for key in SYSTEM_KEYS if key in known and not is_nothing(fields.get(key))}
+    try:
+        check_marks(fields, has_answer=shape != "text", chosen="chosen" in names.values())
+    except DoubtfulMark:
+        read.doubtful[number] = found
+        raise
+    read.records[number] = found
+
+
+def _way_out(read: _Read, form: FileForm, *, skip_bad: bool) -> str | None:
+    """The hint for a file with bad lines: what mends all of a kind, if that is known."""
+    found = next((error.way_out for error in read.problems.values() if error.way_out is not None), None)
+    if found is not None:
+        return found(form)
+    if not read.records:
+        return "mend these lines; docs/calibration-data.md has the shapes, and what to do about each refusal"
+    return None if skip_bad else "mend these lines, or leave them out with --skip-bad"
 
 
 def skipped_lines(source: DataSource, lines: tuple[int, ...], first_problem: str) -> str:
@@ -211,14 +343,9 @@ def skipped_lines(source: DataSource, lines: tuple[int, ...], first_problem: str
     return f"{source}: {len(lines)} bad lines are left out: {numbers}; the first is {first_problem}"
 
 
-def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    # Split on the byte, not with str.splitlines: U+2028 inside a string is no line end.
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            yield number, line
-
-
-def _parse_line(line: bytes) -> dict[str, Any]:
+def _parse_line(line: bytes | str | Unreadable) -> dict[str, Any]:
+    if isinstance(line, Unreadable):
+        raise LineError(line.reason)
     if len(line) > MAX_LINE_BYTES:
         raise LineError(f"the line has {len(line)} bytes; at most {MAX_LINE_BYTES} are read")
     try:

@@ -8,7 +8,8 @@ produces the completion's, so that is the boundary the loss has to see.
 Conversations through the base model's chat template, with the places of the scored turns.
 
 Where a turn stands is found by rendering twice: what came before it with the generation prompt, and all up to its end.
-The first has to be how the second begins; so no mark of the template is needed.
+The first has to be how the second begins; so no mark of the template is needed. That every turn is written is seen by
+looking for its text.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from loracli.calibration.records import CalibrationFile, skipped_lines
 from loracli.calibration.shapes import Message
+from loracli.calibration.template_process import ChatTemplate, TemplateExceeded, TemplateRefused
 from loracli.errors import CalibrationError
 from loracli.progress import SILENT, Progress
 
@@ -76,36 +78,108 @@ def tokens(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-# A template is a program of strangers: beside its own refusals it can fail as any does.
-_FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+Part = dict[str, Any]
+
+# What a model closes its reasoning with; templates leave out the reasoning of earlier turns.
+_REASONING_ENDS = (
+    "</think>", "</thinking>", "</thought>", "</reasoning>", "</seed:think>", "[/THINK]", "<|channel|>final<|message|>",
+    "<|END_THINKING|>",
+)  # fmt: skip
+_NEAR = 4096  # characters before a text that its tokens can depend on
+_WAYS_OUT = {
+    "system": "; write its text into the first user turn",
+    "developer": "; write its text into the first user turn",
+    "tool": "; write its text into a user turn",
+}
 
 
 class RenderError(Exception):
     """The reason why one record cannot be rendered."""
 
 
-def render_chat(content: dict[str, Any], tokenizer: Any, special: set[int]) -> Rendered:
-    """The conversation up to the end of its last scored turn.
+class TurnNotWritten(RenderError):
+    """A turn whose text is not in what the template makes of the record; `rendered` is that."""
+
+    def __init__(self, place: int, turn: Message, rendered: Rendered) -> None:
+        way_out = _WAYS_OUT.get(turn["role"], "")
+        super().__init__(f"turn {place + 1}: the chat template does not write this {turn['role']} turn's text{way_out}")
+        self.rendered = rendered
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a template takes conversations of certain roles: `roles` by its own names, `parts` for content as a list."""
+
+    roles: tuple[str, ...]
+    parts: bool = False
+    lost: int | None = None  # the first turn that it does not write
+
+
+class Conversations:
+    """Renders conversations with a tokenizer.
 
     Args:
-        content: a conversation, in the form of `loracli.calibration.shapes`.
         tokenizer: the base model's, with a chat template.
-        special: its special and added tokens, one of which ends a turn.
-    Raises:
-        RenderError: if the template refuses it, or leaves the place of an answer unknown.
+        max_length: tokens after which the rest of a conversation is of no interest.
     """
-    messages: list[Message] = content["messages"]
-    tools = content.get("tools")
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    turns: list[int] = content.get("scored", answers)
-    if tools and _template(tokenizer, messages[: turns[0]], tools) == _template(tokenizer, messages[: turns[0]], None):
-        raise RenderError("tools: the chat template does not write them")
-    ids: list[int] = []
-    scored: list[bool] = []
-    done = ""  # what has been rendered and tokenised
-    for index in turns:
-        before = _template(tokenizer, messages[:index], tools)
-        after = _template(tokenizer, messages[: index + 1], tools, generation_prompt=False)
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._template = ChatTemplate(tokenizer)
+        self._special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+        self._forms: dict[tuple[tuple[str, ...], bool], _Form] = {}
+
+    def render(self, content: dict[str, Any]) -> Rendered:
+        """A conversation up to the end of its last scored turn, or the first that ends beyond the longest length.
+
+        Args:
+            content: in the form of `loracli.calibration.shapes`.
+        Raises:
+            RenderError: if the template refuses it, or leaves the place of an answer unknown.
+            TurnNotWritten: if it leaves a turn out.
+            TemplateExceeded: if it takes more time or memory than it may.
+        """
+        try:
+            return self._rendered(content)
+        except TemplateRefused as error:
+            raise RenderError(f"the chat template refuses it: {error}") from None
+
+    def _rendered(self, content: dict[str, Any]) -> Rendered:
+        said: list[Message] = content["messages"]
+        tools = content.get("tools")
+        turns: list[int] = content.get("scored", [i for i, turn in enumerate(said) if turn["role"] == "assistant"])
+        form = self._form(said[: turns[-1] + 1], tools)
+        messages = _in_form(said, form)
+        if tools and self._template.render(messages[: turns[0]], tools) == self._template.render(messages[: turns[0]]):
+            raise RenderError("tools: the chat template does not write them")
+        ids: list[int] = []
+        scored: list[bool] = []
+        done = ""  # what has been rendered and tokenised
+        last = 0
+        for index in turns:
+            before, after = self._around(messages, index, tools, done)
+            context = self._continuation(done, before[len(done) :])
+            turn = self._continuation(before, after[len(before) :])
+            if not turn:
+                raise RenderError(f"turn {index + 1}: the chat template writes nothing for it")
+            end = _end_of_turn(turn, self._special, self._tokenizer)
+            ids += context + turn
+            scored += [False] * len(context) + [i < end for i in range(len(turn))]
+            done, last = after, len(ids) - len(turn) + end
+            if last > self._max_length:
+                break
+        rendered = ids[:last], scored[:last]
+        lost = form.lost if form.lost is not None else _not_written(said[: index + 1], set(turns), done)
+        if lost is not None and lost <= index:
+            raise TurnNotWritten(lost, said[lost], rendered)
+        return rendered
+
+    def _around(
+        self, messages: list[Part], index: int, tools: list[dict[str, Any]] | None, done: str
+    ) -> tuple[str, str]:
+        """The text before a turn and up to its end."""
+        before = self._template.render(messages[:index], tools)
+        after = self._template.render(messages[: index + 1], tools, generation_prompt=False)
         if not before.startswith(done):
             raise RenderError(
                 f"turn {index + 1}: the chat template renders earlier turns anew, so a conversation has no one text; "
@@ -115,16 +189,75 @@ def render_chat(content: dict[str, Any], tokenizer: Any, special: set[int]) -> R
             raise RenderError(
                 f"turn {index + 1}: the answer as the chat template writes it does not begin with its generation prompt"
             )
-        context = continuation(tokenizer, done, before[len(done) :])
-        turn = continuation(tokenizer, before, after[len(before) :])
-        if not turn:
-            raise RenderError(f"turn {index + 1}: the chat template writes nothing for it")
-        end = _end_of_turn(turn, special, tokenizer)
-        ids += context + turn
-        scored += [False] * len(context) + [i < end for i in range(len(turn))]
-        done = after
-    last = max(i for i, flag in enumerate(scored) if flag) + 1
-    return ids[:last], scored[:last]
+        return before, after
+
+    def _continuation(self, context: str, text: str) -> list[int]:
+        return continuation(self._tokenizer, context[-_NEAR:], text)
+
+    def _form(self, said: Sequence[Message], tools: list[dict[str, Any]] | None) -> _Form:
+        """How the template takes such turns, seen by a word in the place of each text."""
+        key = (tuple(turn["role"] if turn["content"].strip() else "" for turn in said), bool(tools))
+        if key not in self._forms:
+            self._forms[key] = self._probe(said, tools)
+        return self._forms[key]
+
+    def _probe(self, said: Sequence[Message], tools: list[dict[str, Any]] | None) -> _Form:
+        own = "developer" in self._template.source(tools)
+        roles = tuple("system" if turn["role"] == "developer" and not own else turn["role"] for turn in said)
+        words = [f"turn-{place}-of-these" if turn["content"].strip() else "" for place, turn in enumerate(said)]
+        lost = []
+        for parts in (False, True):
+            form = _Form(roles, parts)
+            messages = _in_form(
+                [{"role": turn["role"], "content": word} for turn, word in zip(said, words, strict=True)], form
+            )
+            try:
+                text = self._template.render(messages, tools, generation_prompt=False)
+            except TemplateRefused:
+                continue  # as it then refuses the record itself, in its own words, or objects to parts
+            missing = [place for place, word in enumerate(words) if word not in text]
+            if not missing and not (parts and ("'type':" in text or '"type":' in text)):
+                return form
+            lost += missing[:1] if not parts else []
+        return _Form(roles, lost=lost[0] if lost else None)
+
+
+def _in_form(said: Sequence[Message], form: _Form) -> list[Part]:
+    roles = (*form.roles, *(turn["role"] for turn in said[len(form.roles) :]))
+    return [
+        {"role": role, "content": [{"type": "text", "text": turn["content"]}] if form.parts else turn["content"]}
+        for role, turn in zip(roles, said, strict=True)
+    ]
+
+
+def _not_written(said: Sequence[Message], scored: set[int], text: str) -> int | None:
+    """The first turn whose text is not in what was rendered, white space and escapes aside.
+
+    Reasoning of a turn that is not scored may be left out: that is how the model sees earlier turns.
+    """
+    written, place = _squeezed(text), 0
+    for index, turn in enumerate(said):
+        ways = [
+            turn["content"],
+            json.dumps(turn["content"], ensure_ascii=False)[1:-1],
+            json.dumps(turn["content"])[1:-1],
+        ]
+        if turn["role"] == "assistant" and index not in scored:
+            ways += [turn["content"].rpartition(end)[2] for end in _REASONING_ENDS if end in turn["content"]]
+        for way in dict.fromkeys(map(_squeezed, ways)):
+            found = written.find(way, place)  # mostly in order, so that all is looked through once
+            if found >= 0:
+                place = found + len(way)
+                break
+            if way in written:
+                break
+        else:
+            return index
+    return None
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _end_of_turn(turn: Sequence[int], special: set[int], tokenizer: Any) -> int:
@@ -136,20 +269,6 @@ def _end_of_turn(turn: Sequence[int], special: set[int], tokenizer: Any) -> int:
         if tokenizer.decode([turn[index]]).strip():
             break
     return len(turn)
-
-
-def _template(
-    tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None, *, generation_prompt: bool = True
-) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except (TemplateError, *_FAILURES) as error:
-        raise RenderError(f"the chat template refuses it: {error}") from None
-    return text
 
 
 MAX_DROPPED = 0.1
@@ -207,6 +326,7 @@ def render_file(
     max_length: int,
     allow_truncation: bool = False,
     skip_bad: bool = False,
+    whole: bool = False,
     progress: Progress = SILENT,
 ) -> RenderedFile:
     """Tokenises the records of a file, cut to `max_length` tokens from the start.
@@ -217,23 +337,37 @@ def render_file(
         max_length: tokens of a record that are kept.
         allow_truncation: go on although more than a tenth of the records have nothing scored left.
         skip_bad: leave out records that cannot be rendered.
+        whole: refuse a record with a turn that the chat template leaves out, as whatever fits or scores does;
+            otherwise that is warned of, and the example is what the model would see.
         progress: told of records that are cut, dropped or left out.
     Raises:
         CalibrationError: if the tokenizer lacks what the shape needs, a template cannot render a record, more than a
             tenth of the records have nothing scored left after the cut, or none has.
     """
     templated = _takes_template(file, tokenizer, progress)
-    render = _renderer(file, tokenizer, templated=templated)
+    render = _renderer(file, tokenizer, max_length, templated=templated)
     examples: list[Example] = []
     dropped: list[str] = []
     problems: dict[int, str] = {}  # by line
+    unwritten: list[str] = []
     cut = 0
     for record in file.records:
         try:
-            ids, scored = render(record.content)
+            try:
+                ids, scored = render(record.content)
+            except TurnNotWritten as error:
+                if whole:
+                    raise
+                ids, scored = error.rendered
+                unwritten.append(f"{record.place}: {error}")
         except RenderError as error:
             problems[record.line] = f"{record.place}: {error}"
             continue
+        except TemplateExceeded as error:
+            raise CalibrationError(
+                f"{record.place}: the base model's chat template cannot be used: {error}",
+                hint='write {"prompt": ..., "completion": ...} records with the text as the model should see it',
+            ) from None
         cut += len(ids) > max_length
         scored = [False, *scored[1:max_length]]
         if any(scored):
@@ -245,11 +379,13 @@ def render_file(
         raise CalibrationError(
             f"{len(problems)} of {len(file.records)} records in {file.source} cannot be rendered",
             problems=tuple(problems.values()),
-            hint="write prompt and completion, with the text as the model should see it, or leave them out with "
-            "--skip-bad",
+            hint="write prompt and completion, with the text as the model should see it"
+            + ("" if skip_bad or len(problems) == len(file.records) else ", or leave them out with --skip-bad"),
         )
     if problems:
         progress.warn(skipped_lines(file.source, tuple(problems), next(iter(problems.values()))))
+    if unwritten:
+        progress.warn(f"{len(unwritten)} of {len(file.records)} records lose a turn; the first is {unwritten[0]}")
     _check_dropped(file, examples, dropped, max_length, allow_truncation=allow_truncation)
     if cut:
         lost = f"; {len(dropped)} of them are dropped, as nothing scored is left" if dropped else ""
@@ -290,10 +426,11 @@ def _takes_template(file: CalibrationFile, tokenizer: Any, progress: Progress) -
     return templated
 
 
-def _renderer(file: CalibrationFile, tokenizer: Any, *, templated: bool) -> Callable[[dict[str, Any]], Rendered]:
+def _renderer(
+    file: CalibrationFile, tokenizer: Any, max_length: int, *, templated: bool
+) -> Callable[[dict[str, Any]], Rendered]:
     if templated:
-        special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-        return lambda content: render_chat(content, tokenizer, special)
+        return Conversations(tokenizer, max_length).render
     if tokenizer.eos_token_id is None:
         raise CalibrationError(
             f"{file.source}: the base model's tokenizer has no end-of-sequence token to close a completion with",
@@ -307,6 +444,8 @@ def _as_pair(content: dict[str, Any]) -> tuple[str, str]:
     """Prompt and completion; of a conversation the turns before the last, each on lines of its own, and the last."""
     if "text" in content:
         return "", content["text"]
+    if "tools" in content:
+        raise RenderError("tools: there is no chat template to write them")
     if "messages" in content:
         *turns, last = (message["content"] for message in content["messages"])
         return "".join(f"{turn}\n" for turn in turns), last

@@ -14,23 +14,43 @@ The shapes of a record, and what each becomes.
     text                              {"text": "..."}
     prompt-completion                 {"prompt": "...", "completion": "..."}
     conversational-prompt-completion  {"prompt": [messages], "completion": [messages]}
-    messages                          {"messages": [messages], "tools": [...]?}
-    sharegpt                          {"conversations": [{"from": "...", "value": "..."}], "system": "..."?}
+    messages                          {"messages": [messages], ...}
+    sharegpt                          {"conversations": [{"from": "...", "value": "..."}], ...}
     alpaca                            {"instruction": "...", "input": "..."?, "output": "...", ...}
 
-The first two stay as they are; the others become a conversation (`loracli.calibration.shapes`).
+The first two stay as they are; the others become a conversation (`loracli.calibration.shapes`), and take a
+system text and `tools` as well.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from loracli.calibration.beside import SYSTEM_KEYS, preference_beside_none
+from loracli.calibration.fields import suggestion
+from loracli.calibration.file_forms import FileForm
+from loracli.system.strict_json import StrictJsonError, parse_json
+
+SHOWN_KEYS = 20
+SHOWN_KEY = 60  # characters of one
+
+WayOut = Callable[[FileForm], str]  # the hint that mends a whole file of such lines
+
 
 class LineError(Exception):
-    """`path: reason` of one bad line; the caller adds the place."""
+    """`path: reason` of one bad line; the caller adds the place.
+
+    Args:
+        reason: with the path.
+        way_out: what else than mending the line by hand helps, where something does.
+    """
+
+    def __init__(self, reason: str, *, way_out: WayOut | None = None) -> None:
+        super().__init__(reason)
+        self.way_out = way_out
 
 
 def check_text(value: Any, path: str, *, may_be_empty: bool) -> str:
@@ -58,22 +78,45 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+def shown_keys(keys: Iterable[str]) -> str:
+    """The first keys in order, between commas, each cut to a length."""
+    ordered = sorted(keys)
+    more = f" and {len(ordered) - SHOWN_KEYS} more" if len(ordered) > SHOWN_KEYS else ""
+    return ", ".join(key if len(key) <= SHOWN_KEY else f"{key[:SHOWN_KEY]}..." for key in ordered[:SHOWN_KEYS]) + more
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a field says nothing: null, false, an empty text, or a list or object of such."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, (list, dict)):
+            left += item.values() if isinstance(item, dict) else item
+        elif item is not None and item is not False and not (isinstance(item, str) and not item.strip()):
+            return False
+    return True
+
+
 Message = dict[str, str]
 
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-SHAREGPT_ROLES = {
+ROLES = {
     "system": "system",
-    "human": "user",
+    "developer": "developer",
     "user": "user",
-    "gpt": "assistant",
+    "human": "user",
     "assistant": "assistant",
+    "gpt": "assistant",
     "model": "assistant",
     "chatgpt": "assistant",
-    "observation": "tool",
     "tool": "tool",
+    "observation": "tool",
 }
+PAIRS = (("role", "content"), ("from", "value"))  # the keys of a turn, by OpenAI and by ShareGPT
 _CALLS = "calls are not read, as chat templates write them in many ways; write the call into an assistant turn's text"
 _REFUSED = ("tool_calls", "function_call")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_THOUGHT = "reasoning apart from the answer is not read; write it into the turn's text as the model should write it"
+MAX_TURNS = 1000  # of a conversation: where each answer stands is found by rendering all before it
 MAX_NESTING = 50  # of tool definitions: whatever walks them later has a stack of its own
 
 
@@ -85,17 +128,13 @@ class Turns:
     scored: list[int]
 
 
-def read_turns(
-    value: Any, path: str, *, role: str = "role", text: str = "content", roles: Mapping[str, str] = ROLES
-) -> Turns:
-    """A list of turns.
+def read_turns(value: Any, path: str, *, sharegpt: bool = False) -> Turns:
+    """A list of turns, each with the keys of OpenAI or of ShareGPT.
 
     Args:
         value: as JSON gives it.
         path: of the list, for messages.
-        role: the key that holds the role.
-        text: the key that holds what is said.
-        roles: the roles that may occur, and ours for each.
+        sharegpt: whether the keys of ShareGPT are the ones to miss.
     """
     if not isinstance(value, list) or not value:
         raise LineError(f"{path}: expected a list of messages, got {kind_of(value)}")
@@ -105,21 +144,28 @@ def read_turns(
         place = f"{path}[{index}]"
         if not isinstance(turn, dict):
             raise LineError(f"{place}: expected an object, got {kind_of(turn)}")
+        role, text = next((pair for pair in PAIRS if pair[0] in turn), PAIRS[sharegpt])
+        if sharegpt and PAIRS[1][0] in turn:
+            role, text = PAIRS[1]
         name = turn.get(role)
         if name == "function_call":
             raise LineError(f"{place}.{role}: {_CALLS}")
-        if not isinstance(name, str) or name not in roles:
-            raise LineError(f"{place}.{role}: expected one of {', '.join(roles)}, got {shown(name)}")
+        if not isinstance(name, str) or name not in ROLES:
+            raise LineError(f"{place}.{role}: expected one of {', '.join(ROLES)}, got {shown(name)}")
         for key in sorted(turn.keys() - {role, text, "weight"}):
-            if turn[key] is not None:  # a null stands where a table of all keys was filled up
-                raise LineError(
-                    f"{place}.{key}: {_CALLS if key in _REFUSED else f'only {role}, {text} and weight are read'}"
-                )
-        answers = roles[name] == "assistant"
+            if not _is_filler(turn[key]):
+                reason = _CALLS if key in _REFUSED else _THOUGHT if key in _REASONING else ""
+                raise LineError(f"{place}.{shown_keys([key])}: {reason or f'only {role}, {text} and weight are read'}")
+        answers = ROLES[name] == "assistant"
         if _weight(turn.get("weight"), f"{place}.weight", answers=answers) and answers:
             scored.append(index)
-        messages.append({"role": roles[name], "content": _said(turn.get(text), f"{place}.{text}", answers=answers)})
+        messages.append({"role": ROLES[name], "content": _said(turn.get(text), f"{place}.{text}", answers=answers)})
     return Turns(messages, scored)
+
+
+def _is_filler(value: Any) -> bool:
+    """What stands where a table of all keys was filled up."""
+    return value is None or value in ("", [], {})
 
 
 def chat(turns: Turns, path: str, tools: Any = None) -> dict[str, Any]:
@@ -130,6 +176,8 @@ def chat(turns: Turns, path: str, tools: Any = None) -> dict[str, Any]:
         path: of the list, for messages.
         tools: the record's tool definitions, which go to the chat template.
     """
+    if len(turns.messages) > MAX_TURNS:
+        raise LineError(f"{path}: {len(turns.messages)} turns; at most {MAX_TURNS} are read; divide the conversation")
     answers = [index for index, message in enumerate(turns.messages) if message["role"] == "assistant"]
     if answers[:1] == [0]:
         raise LineError(f"{path}[0]: an assistant turn with nothing before it")
@@ -139,8 +187,9 @@ def chat(turns: Turns, path: str, tools: Any = None) -> dict[str, Any]:
     content: dict[str, Any] = {"messages": turns.messages}
     if turns.scored != answers:
         content["scored"] = turns.scored
-    if tools:
-        content["tools"] = _tools(tools)
+    definitions = _tools(tools)
+    if definitions:
+        content["tools"] = definitions
     return content
 
 
@@ -170,14 +219,28 @@ def _weight(value: Any, path: str, *, answers: bool) -> bool:
 
 
 def _tools(value: Any) -> list[dict[str, Any]]:
+    """A list of objects; it, or each of them, may be JSON as a text, as tables keep what has no one type."""
+    value = _from_json(value, "tools")
+    if not value:
+        return []
     if not isinstance(value, list):
         raise LineError(f"tools: expected a list of objects, got {kind_of(value)}")
-    for index, tool in enumerate(value):
+    tools = [_from_json(tool, f"tools[{index}]") for index, tool in enumerate(value)]
+    for index, tool in enumerate(tools):
         if not isinstance(tool, dict):
             raise LineError(f"tools[{index}]: expected an object, got {kind_of(tool)}")
-    if _deeper(value, MAX_NESTING):
+    if _deeper(tools, MAX_NESTING):
         raise LineError(f"tools: nested more than {MAX_NESTING} deep")
-    return value
+    return tools
+
+
+def _from_json(value: Any, path: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value) if value.strip() else None
+    except StrictJsonError as error:
+        raise LineError(f"{path}: a text that is {error}") from None
 
 
 def _deeper(value: Any, levels: int) -> bool:
@@ -214,14 +277,22 @@ def detect_shape(fields: Fields) -> Shape:
         return found[0]
     if found:
         raise LineError(f"has the keys of the shapes {', '.join(found)}; say with --format which to read")
-    if "chosen" in fields or "rejected" in fields:
-        raise LineError("chosen/rejected: preference data has no single completion to learn from")
+    if preference_beside_none(fields):
+        reason = "chosen/rejected: preference data has no single completion to learn from"
+        raise LineError(reason, way_out=_by_fields(fields, "to learn what was chosen, give "))
     for shape, form in _FORMS.items():
         if form.required[0] in fields:
             missing = next(key for key in form.required if key not in fields)
-            raise LineError(f"{missing}: missing; {form.required[0]} makes it a record of the shape {shape}")
+            reason = f"{missing}: missing; {form.required[0]} makes it a record of the shape {shape}"
+            raise LineError(reason, way_out=_by_fields(fields))
     keys = dict.fromkeys(form.required[0] for form in _FORMS.values())
-    raise LineError(f"has none of the keys {', '.join(keys)}; found: {', '.join(sorted(fields)) or 'nothing'}")
+    reason = f"has none of the keys {', '.join(keys)}; found: {shown_keys(fields) or 'nothing'}"
+    raise LineError(reason, way_out=_by_fields(fields))
+
+
+def _by_fields(fields: Fields, why: str = "say what the keys are: ") -> WayOut | None:
+    option = suggestion(fields)
+    return None if option is None else lambda form: f"{why}{option}"
 
 
 def read_content(fields: Fields, shape: Shape) -> dict[str, Any]:
@@ -242,6 +313,11 @@ def keys_of(shape: Shape) -> set[str]:
     return {*_FORMS[shape].required, *_FORMS[shape].optional}
 
 
+def keys_of_shapes(fields: Fields) -> set[str]:
+    """The keys that make a record one of each shape that it has: of several, the user has said which to read."""
+    return {key for form in _FORMS.values() if set(form.required) <= fields.keys() for key in form.required}
+
+
 def _text(fields: Fields) -> dict[str, Any]:
     return {"text": check_text(fields["text"], "text", may_be_empty=False)}
 
@@ -260,19 +336,17 @@ def _conversational(fields: Fields) -> dict[str, Any]:
     if not completion.scored:
         raise LineError("completion: every assistant turn has the weight 0, so nothing is scored")
     turns = Turns(prompt.messages + completion.messages, [len(prompt.messages) + i for i in completion.scored])
-    return chat(turns, "prompt", fields.get("tools"))
+    return chat(_after_system(fields, turns), "prompt", fields.get("tools"))
 
 
 def _messages(fields: Fields) -> dict[str, Any]:
-    return chat(read_turns(fields["messages"], "messages"), "messages", fields.get("tools"))
+    turns = read_turns(fields["messages"], "messages")
+    return chat(_after_system(fields, turns), "messages", fields.get("tools"))
 
 
 def _sharegpt(fields: Fields) -> dict[str, Any]:
-    turns = read_turns(fields["conversations"], "conversations", role="from", text="value", roles=SHAREGPT_ROLES)
-    system = fields.get("system")
-    if system and turns.messages[0]["role"] == "system":
-        raise LineError("system: the conversation has a system turn of its own")
-    return chat(_after_system(system, turns), "conversations", fields.get("tools"))
+    turns = read_turns(fields["conversations"], "conversations", sharegpt=True)
+    return chat(_after_system(fields, turns), "conversations", fields.get("tools"))
 
 
 def _alpaca(fields: Fields) -> dict[str, Any]:
@@ -280,13 +354,14 @@ def _alpaca(fields: Fields) -> dict[str, Any]:
     asked = check_text(fields["instruction"], "instruction", may_be_empty=False)
     addition = check_text(_or_empty(fields.get("input")), "input", may_be_empty=True)
     answer = check_text(fields["output"], "output", may_be_empty=False)
-    turns = [*_history(fields.get("history")), (f"{asked}\n{addition}" if addition else asked, answer)]
+    pairs = [*_history(fields.get("history")), (f"{asked}\n{addition}" if addition else asked, answer)]
     messages = [
         {"role": role, "content": text}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
-    return chat(_after_system(fields.get("system"), Turns(messages, [len(messages) - 1])), "history")
+    turns = Turns(messages, [len(messages) - 1])
+    return chat(_after_system(fields, turns), "history", fields.get("tools"))
 
 
 def _history(value: Any) -> list[tuple[str, str]]:
@@ -301,11 +376,18 @@ def _history(value: Any) -> list[tuple[str, str]]:
     return pairs
 
 
-def _after_system(system: Any, turns: Turns) -> Turns:
-    """The turns with a system turn before them, if there is one."""
-    text = check_text(_or_empty(system), "system", may_be_empty=True)
-    if not text:
+def _after_system(fields: Fields, turns: Turns) -> Turns:
+    """The turns with a system turn before them, if the record has a system text that is not theirs already."""
+    found = {key: check_text(_or_empty(fields.get(key)), key, may_be_empty=True) for key in SYSTEM_KEYS}
+    texts = {key: text for key, text in found.items() if text}
+    key, text = next(iter(texts.items()), ("", ""))
+    if len(set(texts.values())) > 1:
+        raise LineError(f"{' and '.join(texts)}: system texts that differ; keep one of them")
+    first = turns.messages[0]
+    if not text or (first["role"] in ("system", "developer") and first["content"].strip() == text.strip()):
         return turns
+    if first["role"] in ("system", "developer"):
+        raise LineError(f"{key}: the conversation has a system turn of its own")
     return Turns([{"role": "system", "content": text}, *turns.messages], [1 + index for index in turns.scored])
 
 
@@ -313,11 +395,12 @@ def _or_empty(value: Any) -> Any:
     return "" if value is None else value
 
 
+_OF_CHATS = (*SYSTEM_KEYS, "tools")
 _FORMS: dict[Shape, _Form] = {
     "text": _Form(("text",), (), _text),
     "prompt-completion": _Form(("prompt", "completion"), (), _prompt_completion),
-    "conversational-prompt-completion": _Form(("prompt", "completion"), ("tools",), _conversational),
-    "messages": _Form(("messages",), ("tools",), _messages),
-    "sharegpt": _Form(("conversations",), ("system", "tools"), _sharegpt),
-    "alpaca": _Form(("instruction", "output"), ("input", "system", "history"), _alpaca),
+    "conversational-prompt-completion": _Form(("prompt", "completion"), _OF_CHATS, _conversational),
+    "messages": _Form(("messages",), _OF_CHATS, _messages),
+    "sharegpt": _Form(("conversations",), _OF_CHATS, _sharegpt),
+    "alpaca": _Form(("instruction", "output"), ("input", "history", *_OF_CHATS), _alpaca),
 }

@@ -113,5 +113,13 @@ MetricCommandOpt = Annotated[
         help="Judge greedy answers by your own program: JSONL in, a number a line out.",
     ),
 ]
+FieldsOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--fields",
+        metavar="NAME=KEY,...",
+        help="What the data call the fields that are read: prompt=question,completion=answer.",
+    ),
+]
 MaxNewTokensOpt = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Of a generated answer.")]
 ToleranceOpt = Annotated[float, typer.Option("--tolerance", metavar="X", help="Relative, of the metric numeric.")]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loracli.cli._options import (
+    FieldsOpt,
     JsonOpt,
     MaxNewTokensOpt,
     MetricCommandOpt,
@@ -111,6 +112,7 @@ def compare(
     shape: Annotated[
         str | None, typer.Option("--format", metavar="SHAPE", help="Of all records, as in `loracat fit`.")
     ] = None,
+    fields: FieldsOpt = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out lines that cannot be used, and say which.")
     ] = False,
@@ -162,6 +164,7 @@ def compare(
         cv=cv,
         seed=seed,
         format=shape,
+        fields=fields,
         allow_truncation=allow_truncation,
         skip_bad=skip_bad,
         modules_to_save=modules_to_save,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loracli.cli._options import DryRunOpt, ForceOpt, JsonOpt, QuietOpt, complete_adapter
+from loracli.cli._options import DryRunOpt, FieldsOpt, ForceOpt, JsonOpt, QuietOpt, complete_adapter
 from loracli.cli._output import Output
 from loracli.progress import amount_text
 from loracli.system.files import GGUF_FILE
@@ -104,6 +104,7 @@ def export(
             help="Calibration JSONL for task-arithmetic, lorahub, --activation-aware, --refit.",
         ),
     ] = None,
+    fields: FieldsOpt = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -143,6 +144,7 @@ def export(
 ) -> None:
     """Write one adapter: concatenated and exact, or with --merge compressed to a given rank."""
     from loracli.algebra.methods.method import MethodOptions
+    from loracli.calibration.records import with_fields
     from loracli.cli._options import parse_bytes
     from loracli.comparison.settings import check_options
     from loracli.errors import UsageError
@@ -152,6 +154,10 @@ def export(
     from loracli.export.method import export_method
 
     out = Output(as_json=as_json, quiet=quiet)
+    if fields is not None and not (data or fit_data):
+        raise UsageError("--fields has no use here: no data are read", hint="give it with --data or --fit-data")
+    scored = with_fields(data, fields) if data else None
+    fitted = with_fields(fit_data, fields) if fit_data else None
     directory = output or Path(f"adapter-{method or ('merged' if merge else 'cat')}")
     written: dict[str, Any] = {
         "merge": merge,
@@ -162,7 +168,7 @@ def export(
         "force": force,
         "dry_run": dry_run,
     }
-    written |= {"refit": refit, "data": data if refit and data else None}
+    written |= {"refit": refit, "data": scored if refit else None}
     written |= {
         "tolerance": tolerance,
         "energy": energy,
@@ -172,8 +178,8 @@ def export(
     if dry_run and data and not refit:
         raise UsageError("--data scores what was written, and a dry run writes nothing", hint="leave out one of them")
     files = None
-    if data and not refit:
-        files = read_loss_data(data, base=base, base_revision=base_revision, progress=out)
+    if scored and not refit:
+        files = read_loss_data(scored, base=base, base_revision=base_revision, progress=out)
     if method is None:
         if modules_to_save is not None:
             raise UsageError(
@@ -193,7 +199,7 @@ def export(
             directory,
             adapters=adapters or (),
             activation_aware=activation_aware,
-            fit_data=fit_data or None,
+            fit_data=fitted,
             base=base if fit_data or gguf or refit else None,
             base_revision=base_revision if fit_data or gguf or refit else None,
             progress=out,
@@ -209,7 +215,7 @@ def export(
             adapters=adapters or (),
             recipe=Path("recipe.json") if recipe is None and not adapters else recipe,
             method_options=options,
-            fit_data=fit_data or None,
+            fit_data=fitted,
             base=base,
             base_revision=base_revision,
             modules_to_save=modules_to_save,

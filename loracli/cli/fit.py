@@ -11,6 +11,7 @@ import typer
 
 from loracli.cli._options import (
     AdaptersOpt,
+    FieldsOpt,
     ForceOpt,
     JsonOpt,
     MaxNewTokensOpt,
@@ -73,6 +74,7 @@ def fit(
             "what each file's first record has.",
         ),
     ] = None,
+    fields: FieldsOpt = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out lines that cannot be used, and say which.")
     ] = False,
@@ -177,8 +179,8 @@ def fit(
     launch = read_launch()
     out = Output(as_json=as_json, quiet=quiet)
     progress = out if launch.first else SILENT
-    if launch.world_size > 1 and any(s.path is None for s in parse_sources([*data, *(eval_data or ())])):
-        raise UsageError("standard input reaches one process only", hint="give the data as a file")
+    if launch.world_size > 1 and any(s.read_once for s in parse_sources([*data, *(eval_data or ())])):
+        raise UsageError("a pipe or standard input reaches one process only", hint="give the data as a file")
     if not dry_run:
         check_recipe_path(output, force=force, kind=mixing)
     settings = FitSettings(
@@ -193,6 +195,7 @@ def fit(
         learning_rate=learning_rate,
         seed=seed,
         format=shape,
+        fields=fields,
         allow_truncation=allow_truncation,
         skip_bad=skip_bad,
         select_by=select_by,

@@ -164,6 +164,7 @@ class _Comparison:
                 max_length=settings.max_length,
                 allow_truncation=settings.allow_truncation,
                 skip_bad=settings.skip_bad,
+                whole=True,
                 progress=self._progress,
             ).examples
         )

@@ -149,6 +149,7 @@ def _read_data(
         holdout=0.0,
         seed=fit.seed,
         shape=fit.format,
+        fields=fit.fields,
         skip_bad=fit.skip_bad,
         progress=progress,
     )
@@ -156,9 +157,9 @@ def _read_data(
 
 
 def _read_files(data: DataPaths, settings: CompareSettings, progress: Progress) -> tuple[CalibrationFile, ...]:
-    shape = check_shape(settings.fit.format)
+    fit, shape = settings.fit, check_shape(settings.fit.format)
     return tuple(
-        read_records(source, shape=shape, skip_bad=settings.fit.skip_bad, progress=progress)
+        read_records(source, shape=shape, fields=fit.fields, skip_bad=fit.skip_bad, progress=progress)
         for source in parse_sources(data)
     )
 

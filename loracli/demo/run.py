@@ -142,7 +142,7 @@ def _run(folder: Path, example: Path, progress: Progress) -> DemoResult:
         progress.note(f"scoring {name}, loaded by PEFT")
         rows.append(test.row_of(name, _load_with_peft(inputs.base, exported.path)))
     progress.note("training a fresh LoRA on the same calibration records")
-    calibration = render_file(inputs.data.files[0], base.tokenizer, max_length=128).examples
+    calibration = render_file(inputs.data.files[0], base.tokenizer, max_length=128, whole=True).examples
     targets = sorted({name.rpartition(".")[2] for name in inputs.layout.modules})
     fresh = train_fresh_lora(base.model, targets, max(inputs.adapters[0].ranks), calibration, seed=0)
     rows.append(test.row_of("fresh LoRA", fresh))
@@ -153,7 +153,7 @@ class _Test:
     """The test questions, tokenised once."""
 
     def __init__(self, base: BaseModel, file: CalibrationFile) -> None:
-        examples = render_file(file, base.tokenizer, max_length=128).examples
+        examples = render_file(file, base.tokenizer, max_length=128, whole=True).examples
         self.batches: list[Batch] = plan_batches(examples, batch_tokens=4096)
         self._count = len(examples)
         exact = TaskMetric("exact", max_new_tokens=MAX_NEW_TOKENS)

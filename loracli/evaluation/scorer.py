@@ -196,7 +196,7 @@ def _questions(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any, m
 
 
 def _rendered(file: CalibrationFile, tokenizer: Any) -> tuple[Example, ...]:
-    return render_file(file, tokenizer, max_length=UNCUT).examples
+    return render_file(file, tokenizer, max_length=UNCUT, whole=True).examples
 
 
 def _answered(

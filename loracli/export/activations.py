@@ -138,7 +138,7 @@ def moments_of(
             example
             for file in files
             for example in render_file(
-                file, model.tokenizer, max_length=settings.max_length, progress=progress
+                file, model.tokenizer, max_length=settings.max_length, whole=True, progress=progress
             ).examples
         ]
         batches = plan_batches(examples, batch_tokens=1)  # a record each, so that there is no padding

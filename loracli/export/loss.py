@@ -95,7 +95,7 @@ def loss_of_export(
             example
             for file in files
             for example in render_file(
-                file, model.tokenizer, max_length=settings.max_length, progress=progress
+                file, model.tokenizer, max_length=settings.max_length, whole=True, progress=progress
             ).examples
         )
         batches = plan_batches(examples, batch_tokens=settings.batch_tokens)

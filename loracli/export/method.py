@@ -252,7 +252,7 @@ def searched_weights(
             example
             for file in files
             for example in render_file(
-                file, model.tokenizer, max_length=settings.max_length, progress=progress
+                file, model.tokenizer, max_length=settings.max_length, whole=True, progress=progress
             ).examples
         )
         calibration = Calibration(model, Dataset(files, (), training, ()), examples, settings, progress)

@@ -79,6 +79,7 @@ def prepare_fit(
         holdout=settings.holdout,
         seed=settings.seed,
         shape=settings.format,
+        fields=settings.fields,
         skip_bad=settings.skip_bad,
         progress=progress,
     )

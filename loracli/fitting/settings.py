@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 
 from loracli.adapters.saved_modules import REFUSE, check_policy
+from loracli.calibration.fields import parse_fields
 from loracli.errors import UsageError
 from loracli.evaluation.metrics import MAX_NEW_TOKENS, TOLERANCE, TaskMetric, task_metric
 from loracli.recipe.mixing import MIXING_KINDS
@@ -34,6 +35,7 @@ class FitSettings:
             1e-4 with `paper`.
         seed: of the split, the order of batches and the paper's random start.
         format: the shape of all records; None to see it from each file.
+        fields: other names of what is read of a record, as `prompt=question,completion=answer`; None for none.
         allow_truncation: go on although more than a tenth of a file's records have nothing scored within `max_length`.
         skip_bad: leave out lines that cannot be used.
         select_by: the task metric that chooses among starts, ridges and rungs in place of the loss; None for the loss.
@@ -55,6 +57,7 @@ class FitSettings:
     learning_rate: float | None = None
     seed: int = 0
     format: str | None = None
+    fields: str | None = None
     allow_truncation: bool = False
     skip_bad: bool = False
     select_by: str | None = None
@@ -74,6 +77,7 @@ class FitSettings:
         if self.mixing == "adapter" and (self.ridge is not None or self.learning_rate is not None):
             raise UsageError("--mixing adapter has no ridge and no rate; leave out --ridge and --learning-rate")
         check_policy(self.modules_to_save)
+        parse_fields(self.fields)
         if self.metric is not None and self.paper:
             raise UsageError("--paper has nothing to choose; leave out --select-by and --metric-command")
         for name, low, high in (

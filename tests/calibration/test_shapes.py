@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -105,7 +106,7 @@ def test_bad_texts_are_named(fields: dict[str, Any], reason: str) -> None:
 
 # Messages.
 
-ROLES = "expected one of system, user, assistant, tool, got "
+ROLES = "expected one of system, developer, user, human, assistant, gpt, model, chatgpt, tool, observation, got "
 CALLS = "calls are not read, as chat templates write them in many ways; write the call into an assistant turn's text"
 
 
@@ -117,7 +118,7 @@ CALLS = "calls are not read, as chat templates write them in many ways; write th
         ("hi", "messages: expected a list of messages, got a string"),
         ([*turns(ASK), "hi"], "messages[1]: expected an object, got a string"),
         ([*turns(ASK), {"content": "a"}], f"messages[1].role: {ROLES}null"),
-        (turns(("human", "u"), ANSWER), f'messages[0].role: {ROLES}"human"'),
+        (turns(("bing", "u"), ANSWER), f'messages[0].role: {ROLES}"bing"'),
         ([{"role": ["user"], "content": "u"}], f"messages[0].role: {ROLES}a list"),
         ([{"role": "x" * 99, "content": "u"}], f'messages[0].role: {ROLES}"{"x" * 59}...'),
         (turns(ASK, ANSWER, ("user", None)), "messages[2].content: expected a string, got null"),
@@ -137,7 +138,10 @@ def test_bad_messages_are_named(messages: Any, reason: str) -> None:
 
 
 def test_a_null_where_a_table_of_all_keys_was_filled_up_is_no_key() -> None:
-    filled = [turn | {"name": None, "tool_calls": None, "weight": None} for turn in turns(ASK, ANSWER)]
+    filled = [
+        turn | {"name": None, "tool_calls": [], "function_call": {}, "reasoning_content": "", "weight": None}
+        for turn in turns(ASK, ANSWER)
+    ]
     assert read({"messages": filled, "tools": None}) == {"messages": turns(ASK, ANSWER)}
 
 
@@ -197,12 +201,22 @@ def test_tools_go_with_the_conversation() -> None:
         assert read(RECORDS[shape] | {"tools": []}) == {"messages": turns(ASK, ANSWER)}
 
 
+def test_tools_may_be_json_as_a_text_as_tables_keep_them() -> None:
+    tools = [{"type": "function", "function": {"name": "é", "parameters": {}}}]
+    for given in (json.dumps(tools), [json.dumps(tool) for tool in tools]):
+        assert read(RECORDS["messages"] | {"tools": given}) == {"messages": turns(ASK, ANSWER), "tools": tools}
+    for nothing in ("", "[]", " ", "null"):
+        assert read(RECORDS["messages"] | {"tools": nothing}) == {"messages": turns(ASK, ANSWER)}
+
+
 def test_other_tools_are_refused() -> None:
     deep: Any = 1
     for _ in range(60):
         deep = {"a": [deep]}
     for tools, reason in (
-        ("[]", "tools: expected a list of objects, got a string"),
+        ("[", "tools: a text that is not valid JSON: Expecting value (column 2)"),
+        ("7", "tools: expected a list of objects, got a number"),
+        ({"a": 1}, "tools: expected a list of objects, got an object"),
         ([1], "tools[0]: expected an object, got a number"),
         ([deep], "tools: nested more than 50 deep"),
     ):
@@ -266,21 +280,57 @@ def test_a_sharegpt_system_text_comes_first_and_moves_what_is_scored() -> None:
         ({"conversations": said(("human", "u"), ("function_call", "{}"))},
          f"conversations[1].from: {CALLS}"),
         ({"conversations": said(("human", "u"), ("bing", "a"))},
-         "conversations[1].from: expected one of system, human, user, gpt, assistant, model, chatgpt, observation, "
-         'tool, got "bing"'),
+         f'conversations[1].from: {ROLES}"bing"'),
         ({"conversations": [{"from": "human", "value": "u", "content": "x"}]},
          "conversations[0].content: only from, value and weight are read"),
-        ({"conversations": said(("system", "s"), ("human", "u"), ("gpt", "a")), "system": "s"},
+        ({"conversations": said(("system", "s"), ("human", "u"), ("gpt", "a")), "system": "other"},
          "system: the conversation has a system turn of its own"),
         ({"conversations": said(("human", "u"), ("gpt", "a")), "system": 5}, "system: expected a string, got a number"),
         ({"conversations": said(("gpt", "a"), ("human", "u"), ("gpt", "a"))},
          "conversations[0]: an assistant turn with nothing before it"),
-        ({"conversations": turns(ASK, ANSWER)}, "conversations[0].from: expected one of system, human"),
+        ({"conversations": [{"value": "u"}]}, "conversations[0].from: expected one of system"),
     ],
     ids=lambda value: repr(value)[:60],
 )  # fmt: skip
 def test_bad_sharegpt_records_are_named(fields: dict[str, Any], reason: str) -> None:
     assert problem(fields).startswith(reason)
+
+
+# Either keys under either name, and what stands beside.
+
+
+def test_the_turns_themselves_tell_the_keys_of_a_turn() -> None:
+    content = {"messages": turns(ASK, ANSWER)}
+    assert read({"conversations": turns(ASK, ANSWER)}) == content
+    assert read({"messages": said(("human", "u"), ("gpt", "a"))}) == content
+    assert read({"prompt": said(("human", "u")), "completion": said(("gpt", "a"))}) == content
+    mixed = [*said(("human", "u")), *turns(ANSWER)]
+    assert read({"messages": mixed}) == read({"conversations": mixed}) == content
+
+
+@pytest.mark.parametrize("shape", SHAPES[2:])
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])
+def test_a_system_text_beside_a_conversation_is_its_first_turn(shape: Shape, key: str) -> None:
+    expected = {"messages": turns(("system", "s"), ASK, ANSWER)}
+    assert read(RECORDS[shape] | {key: "s"}) == expected
+    assert read(RECORDS[shape] | {key: "s", "system": "s"}) == expected
+    assert read(RECORDS[shape] | {key: "", "system": None}) == {"messages": turns(ASK, ANSWER)}
+
+
+def test_system_texts_that_differ_are_refused_and_equal_ones_are_one() -> None:
+    own = turns(("system", "s"), ASK, ANSWER)
+    assert read({"messages": own, "system": "s "}) == {"messages": own}
+    assert problem({"messages": own, "system": "t"}) == "system: the conversation has a system turn of its own"
+    assert problem(RECORDS["messages"] | {"system": "s", "system_prompt": "t"}) == (
+        "system and system_prompt: system texts that differ; keep one of them"
+    )
+
+
+def test_a_conversation_has_a_longest_length() -> None:
+    assert len(read({"messages": turns(*(ASK, ANSWER) * 500)})["messages"]) == 1000
+    reason = "1002 turns; at most 1000 are read; divide the conversation"
+    assert problem({"messages": turns(*(ASK, ANSWER) * 501)}) == f"messages: {reason}"
+    assert problem(RECORDS["alpaca"] | {"history": [["u", "a"]] * 500}) == f"history: {reason}"
 
 
 # Alpaca.

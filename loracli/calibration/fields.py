@@ -1,0 +1,80 @@
+"""Other names of what a shape reads: `--fields prompt=question,completion=answer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loracli.calibration.beside import SYSTEM_KEYS
+from loracli.calibration.shapes import is_nothing
+from loracli.errors import UsageError
+
+READABLE = (
+    "text", "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system", "history",
+    "tools", "task", "choices",
+)  # fmt: skip
+
+# What people call the two texts, most telling first.
+_QUESTIONS = ("question", "query", "problem", "instruction", "prompt", "input", "inputs", "user", "human", "source")
+_ANSWERS = (
+    "answer", "response", "completion", "output", "solution", "target", "targets", "outputs", "reply", "generation",
+    "assistant", "gpt",
+)  # fmt: skip
+
+
+def parse_fields(text: str | None) -> dict[str, str]:
+    """The key of the file for each of ours: {"prompt": "question"}.
+
+    Raises:
+        UsageError: if it is not NAME=KEY between commas, or a name is twice there or read by no shape.
+    """
+    found: dict[str, str] = {}
+    for pair in (text or "").split(",") if text is not None else ():
+        name, sign, key = (word.strip() for word in pair.partition("="))
+        if not sign or not key:
+            raise UsageError(f"--fields {text}: {pair or 'nothing'} is not NAME=KEY", hint=_EXAMPLE)
+        if name not in READABLE:
+            raise UsageError(f"--fields {text}: {name} is not one of {', '.join(READABLE)}", hint=_EXAMPLE)
+        if name in found:
+            raise UsageError(f"--fields {text}: {name} is there twice", hint=_EXAMPLE)
+        found[name] = key
+    return found
+
+
+_EXAMPLE = "write it as --fields prompt=question,completion=answer"
+
+
+def renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The record with our names; a key that it lacks is left to what is missed later."""
+    there = {name: key for name, key in names.items() if key in fields}
+    kept = {key: value for key, value in fields.items() if key not in there.values() and key not in there}
+    return kept | {name: fields[key] for name, key in there.items()}
+
+
+def shadowed(fields: Mapping[str, Any], names: Mapping[str, str]) -> set[str]:
+    """Keys of the record whose names stand for another of its keys."""
+    return {name for name, key in names.items() if key in fields and name in fields and name != key}
+
+
+def suggestion(fields: Mapping[str, Any]) -> str | None:
+    """The option that reads a record of no shape, None where nothing suggests one."""
+    if "chosen" in fields:
+        if isinstance(fields["chosen"], list) and "prompt" not in fields:
+            return "--fields messages=chosen"
+        return "--fields completion=chosen" if "prompt" in fields else _pair(fields, ("chosen",))
+    return _pair(fields, _ANSWERS)
+
+
+def _pair(fields: Mapping[str, Any], answers: tuple[str, ...]) -> str | None:
+    texts = {
+        key.lower(): key for key, value in reversed(list(fields.items())) if isinstance(value, str) and len(key) <= 60
+    }
+    answer = next((texts[name] for name in answers if name in texts), None)
+    more = [f"{name}={texts[name]}" for name in ("context",) if not is_nothing(fields.get(texts.get(name, "")))]
+    question = next((texts[name] for name in _QUESTIONS if name in texts and texts[name] != answer), None)
+    if answer is None or question is None:
+        return None
+    if more or any(not is_nothing(fields.get(key)) for key in SYSTEM_KEYS):
+        inputs = ",input=" + texts["context"] if more else ""
+        return f"--fields instruction={question}{inputs},output={answer}"
+    return f"--fields prompt={question},completion={answer}"

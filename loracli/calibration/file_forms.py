@@ -1,0 +1,271 @@
+"""From the bytes of a data file to its records: JSON objects on lines, or one array of them, plain or gzipped.
+
+Every other form is named for what it is, with one command that makes JSONL of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import shlex
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from loracli.errors import CalibrationError
+
+MAX_BYTES = 512 << 20  # of a file, and of what a compressed one holds
+BOM = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
+CHUNK = 1 << 20
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_ARRAY = re.compile(rb"\s*\[\s*\{")
+_PLAIN_END = re.compile(rb'["\d\]el}]\s*[}\]]\s*\Z')  # no zeros between its last characters
+_HEADER_CELL = re.compile(r"[\w .\-/()]{1,60}")
+_FIRST_LINE = 1 << 16  # bytes of it that are looked at
+# Names that make a line of words the header of a table.
+_COLUMNS = frozenset(
+    "answer chosen completion content conversation conversations id input instruction label messages output prompt "
+    "query question response role source target task text".split()
+)
+
+
+@dataclass(frozen=True)
+class FileForm:
+    """How a file holds its records.
+
+    Args:
+        path: None for standard input.
+        gzipped: whether it is compressed.
+        array: whether it is one JSON array.
+    """
+
+    path: Path | None
+    gzipped: bool = False
+    array: bool = False
+
+    def rewritten(self, row: str = "r", *, where: str = "True") -> str:
+        """A command that writes JSONL of `row` for each record `r` for which `where` holds, both in Python."""
+        lines = self._opened('encoding="utf-8-sig"')
+        rows = f"json.load({lines})" if self.array else f"map(json.loads, filter(str.strip, {lines}))"
+        condition = "" if where == "True" else f" if {where}"
+        return self._command(f"import gzip, json, sys; [print(json.dumps({row})) for r in {rows}{condition}]", "kept")
+
+    def of_table(self, delimiter: str) -> str:
+        """The command for a table with a head."""
+        options = "" if delimiter == "," else f", delimiter={json.dumps(delimiter)}"
+        opened = self._opened('encoding="utf-8-sig", newline=""')
+        rows = f"csv.DictReader({opened}{options})"
+        code = f"import csv, gzip, json, sys; csv.field_size_limit(2**30); [print(json.dumps(r)) for r in {rows}]"
+        return self._command(code, "rows")
+
+    def of_encoding(self, encoding: str) -> str:
+        """The command for a text in another encoding."""
+        opened = self._opened(f'encoding="{encoding}"')
+        return self._command(f"import gzip, sys; sys.stdout.buffer.write({opened}.read().encode())", "utf8")
+
+    def of_xml(self) -> str:
+        """The command that makes a record of each child of the root, and fields of its children."""
+        file = "gzip.open(sys.argv[1])" if self.gzipped else "sys.argv[1]"
+        row = '{c.tag: "".join(c.itertext()) for c in r}'
+        code = f"import gzip, json, sys; from xml.etree import ElementTree; rows = ElementTree.parse({file}).getroot()"
+        return self._command(f"{code}; [print(json.dumps({row})) for r in rows]", "rows")
+
+    def of_arrow(self, module: str, rows: str) -> str:
+        """The command for a file that pyarrow reads."""
+        code = f"import json, sys, {module}; [print(json.dumps(r, default=str)) for r in {rows}.to_pylist()]"
+        return self._command(code, "rows")
+
+    def unpacked(self, module: str) -> str:
+        """The command for a file that a module of Python decompresses."""
+        code = f"import {module}, shutil, sys; shutil.copyfileobj({module}.open(sys.argv[1]), sys.stdout.buffer)"
+        return self._command(code, "unpacked")
+
+    @property
+    def word(self) -> str:
+        """The file's name for a command line."""
+        return shlex.quote("FILE" if self.path is None else str(self.path))
+
+    def _opened(self, options: str) -> str:
+        return f'gzip.open(sys.argv[1], "rt", {options})' if self.gzipped else f"open(sys.argv[1], {options})"
+
+    def _command(self, code: str, kind: str) -> str:
+        """Runs `code` on the file, into JSONL beside it; `kind` tells its name from that of the file."""
+        name = "FILE" if self.path is None else str(self.path)
+        stem = str(Path(name.removesuffix(".gz")).with_suffix(""))
+        target = f"{stem}.jsonl" if f"{stem}.jsonl" != name.removesuffix(".gz") else f"{stem}.{kind}.jsonl"
+        return f"python -c {shlex.quote(code)} {self.word} > {shlex.quote(target)}"
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In place of a record: why it and all after it cannot be told apart."""
+
+    reason: str
+
+
+def decoded(data: bytes, path: Path | None, named: str) -> tuple[FileForm, bytes]:
+    """The form of a file, and its text in UTF-8 without a byte order mark.
+
+    Args:
+        data: of the file.
+        path: of it, None for standard input.
+        named: what messages call it.
+    Raises:
+        CalibrationError: if it is compressed and damaged or too large, or in a form that is not read.
+    """
+    gzipped = data.startswith(GZIP)
+    text = _gunzip(data, named) if gzipped else data
+    form = FileForm(path, gzipped)
+    _check_form(text, form, named)
+    text = text.removeprefix(BOM)
+    return FileForm(path, gzipped, _is_array(text)), text
+
+
+def numbered(text: bytes, form: FileForm) -> Iterator[tuple[int, bytes | str | Unreadable]]:
+    """Each record with its number from 1: that of its line, or, in an array, its own."""
+    return _elements(text) if form.array else _lines(text)
+
+
+def _lines(text: bytes) -> Iterator[tuple[int, bytes]]:
+    # Split on the byte, not with str.splitlines: U+2028 inside a string is no line end.
+    for number, line in enumerate(io.BytesIO(text), start=1):
+        if line.strip():
+            yield number, line.removesuffix(b"\n")
+
+
+def _elements(data: bytes) -> Iterator[tuple[int, str | Unreadable]]:
+    """Each is cut out with a plain parser, so that a strict one can judge it alone."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        yield 1, Unreadable(f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}")
+        return
+    decoder, number = json.JSONDecoder(), 0
+    place = text.index("[") + 1
+    while True:
+        number += 1
+        begin = _after_space(text, place)
+        try:
+            end = decoder.raw_decode(text, begin)[1]
+        except json.JSONDecodeError as error:
+            yield number, Unreadable(f"not valid JSON: {error.msg} (line {error.lineno} column {error.colno})")
+            return
+        except (RecursionError, ValueError) as error:
+            yield number, Unreadable("nested too deeply" if isinstance(error, RecursionError) else str(error))
+            return
+        yield number, text[begin:end]
+        place = _after_space(text, end)
+        if text[place : place + 1] == ",":
+            place += 1
+            continue
+        if text[place : place + 1] != "]":
+            yield number + 1, Unreadable("not valid JSON: a comma or the end of the array is missing before it")
+        elif _after_space(text, place + 1) != len(text):
+            yield number + 1, Unreadable("not valid JSON: something stands after the end of the array")
+        return
+
+
+def _after_space(text: str, place: int) -> int:
+    match = _SPACE.match(text, place)
+    assert match is not None
+    return match.end()
+
+
+def _is_array(text: bytes) -> bool:
+    """Whether it is one array of objects, and not a first line with an array among other lines."""
+    if not _ARRAY.match(text):
+        return False
+    start = len(text) - len(text.lstrip())
+    line_end = text.find(b"\n", start)
+    return line_end < 0 or not text[start:line_end].rstrip().endswith(b"]") or not text[line_end:].strip()
+
+
+def _gunzip(data: bytes, named: str) -> bytes:
+    found = bytearray()
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            while part := file.read(CHUNK):
+                found += part
+                if len(found) > MAX_BYTES:
+                    too_large(f"{named} holds more than {MAX_BYTES >> 20} MiB when it is decompressed")
+    except (OSError, EOFError, zlib.error) as error:
+        raise CalibrationError(f"{named} is a damaged gzip file: {error}", hint="fetch it again") from None
+    return bytes(found)
+
+
+def too_large(what: str) -> NoReturn:
+    """Refuses a file beyond MAX_BYTES."""
+    raise CalibrationError(what, hint="some hundreds of records are enough: give a sample of them")
+
+
+def _check_form(data: bytes, form: FileForm, named: str) -> None:
+    """Refuses what is neither JSONL nor a JSON array, by its first bytes."""
+
+    def refuse(what: str, hint: str) -> NoReturn:
+        raise CalibrationError(f"{named} is {what}, not JSONL", hint=hint)
+
+    start = data[:_FIRST_LINE]
+    if start.startswith(b"PAR1"):
+        command = form.of_arrow("pyarrow.parquet", "pyarrow.parquet.read_table(sys.argv[1])")
+        refuse("a Parquet file", f"with pyarrow installed: {command}")
+    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        opened = "open_file" if start.startswith(b"ARROW1") else "open_stream"
+        command = form.of_arrow("pyarrow.ipc", f"pyarrow.ipc.{opened}(sys.argv[1]).read_all()")
+        refuse("an Arrow file", f"with pyarrow installed: {command}")
+    if start.startswith(b"PK\x03\x04"):
+        refuse("a ZIP archive", f"unpack it: python -m zipfile -e {form.word} .")
+    if start.startswith(b"\x28\xb5\x2f\xfd"):
+        refuse("compressed by zstd", f"unpack it: zstd -d {form.word}")
+    for magic, module in ((b"BZh", "bz2"), (b"\xfd7zXZ\0", "lzma")):
+        if start.startswith(magic):
+            refuse(f"compressed by {'xz' if module == 'lzma' else module}", form.unpacked(module))
+    encoding = _wide_encoding(start)
+    if encoding is not None and not _PLAIN_END.search(data[-_FIRST_LINE:]):  # else its first line alone is damaged
+        refuse(f"{encoding[:6].upper()} text", form.of_encoding(encoding))
+    if start.startswith(b"version https://git-lfs"):
+        refuse("a pointer of git LFS", "fetch the file itself: git lfs pull")
+    first = start.removeprefix(BOM).lstrip()
+    if first[:14].lower().startswith((b"<!doctype html", b"<html")):
+        refuse("an HTML page", "fetch the file itself")
+    if first.startswith(b"<"):
+        refuse("XML", form.of_xml())
+    delimiter = _delimiter(first, form)
+    if delimiter is not None:
+        refuse("a table (CSV)" if delimiter != "\t" else "a table (TSV, CSV with tabs)", form.of_table(delimiter))
+
+
+def _wide_encoding(start: bytes) -> str | None:
+    """UTF-16 or UTF-32, by the mark at the start or the zeros beside its first characters."""
+    if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "utf-32"
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    if len(start) >= 4 and start[1] == start[3] == 0 and start[0] and start[2]:
+        return "utf-16-le"
+    if len(start) >= 4 and start[0] == start[2] == 0 and start[1] and start[3]:
+        return "utf-16-be"
+    return None
+
+
+def _delimiter(first: bytes, form: FileForm) -> str | None:
+    """What divides the head of a table; None if the first line is no such head."""
+    line = first.split(b"\n", 1)[0].strip().decode(errors="replace")
+    if not line or line[0] in "{[":
+        return None
+    suffixes = () if form.path is None else {suffix.lower() for suffix in form.path.suffixes}
+    for delimiter in ("\t", ",", ";", "|"):
+        try:
+            cells = [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))]
+        except csv.Error:
+            continue
+        if len(cells) > 1 and all(map(_HEADER_CELL.fullmatch, cells)) and len(set(cells)) == len(cells):
+            if {".csv", ".tsv", ".tab"} & set(suffixes) or _COLUMNS & {cell.lower() for cell in cells}:
+                return delimiter
+    return "," if ".csv" in suffixes else "\t" if {".tsv", ".tab"} & set(suffixes) else None

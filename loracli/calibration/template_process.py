@@ -1,0 +1,197 @@
+"""A chat template is a program of strangers: it runs in a process of its own, with limits of time, memory and output.
+
+One process serves this one as long as it lives, and is started when the first template is rendered. It takes and
+answers JSON on lines, and ends with its input. Within a process nothing stops a loop in C, as of `10 ** 10 ** 10`;
+from outside the system does, whichever thread waits.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MEMORY = 2 << 30  # bytes of address space
+MAX_TEXT = 64 << 20  # characters of one rendering; a record has at most 16 MiB
+SECONDS = 10.0  # of processor time that a file of records may take beside what its records are worth
+SECONDS_EACH = 0.02  # for each rendering
+SECONDS_A_TURN = 0.001  # for each turn in it; some microseconds are usual
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+
+
+class TemplateRefused(Exception):
+    """What the template, or the interpreter of it, objects to."""
+
+
+class TemplateExceeded(Exception):
+    """Which limit was reached; the template is at fault, whatever the record."""
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, with what time it has left.
+
+    Args:
+        tokenizer: with a template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._variables = {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()}
+        self._left = SECONDS
+
+    def source(self, tools: Sequence[Any] | None = None) -> str:
+        """Its text; of several, the one that is used with such tools."""
+        try:
+            return str(self._tokenizer.get_chat_template(None, tools))
+        except (ValueError, TypeError) as error:
+            raise TemplateRefused(str(error)) from None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        generation_prompt: bool = True,
+    ) -> str:
+        """What `apply_chat_template` of the tokenizer gives as text.
+
+        Raises:
+            TemplateRefused: if the template fails, in whatever way.
+            TemplateExceeded: if it takes more than it may.
+        """
+        self._left += SECONDS_EACH + SECONDS_A_TURN * len(messages)
+        request = {
+            "chat_template": self.source(tools),
+            "conversations": [messages],
+            "tools": tools,
+            "add_generation_prompt": generation_prompt,
+            **self._variables,
+        }
+        answer = _SERVER.ask({"seconds": max(self._left, SECONDS_EACH), "longest": MAX_TEXT, "request": request})
+        self._left -= answer.get("seconds", 0.0)
+        if "refused" in answer:
+            raise TemplateRefused(answer["refused"])
+        if "exceeded" in answer:
+            raise TemplateExceeded(answer["exceeded"])
+        return str(answer["text"])
+
+
+def _plain(value: Any) -> Any:
+    return [str(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
+
+
+class _Server:
+    """The process, which is started when it is needed and again where it was ended."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._lock = threading.Lock()
+
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Its answer, or what became of it."""
+        line = json.dumps(question).encode() + b"\n"
+        with self._lock:
+            if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+                self._process, self._owner = _start(), os.getpid()
+            process = self._process
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                process.stdin.write(line)
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BrokenPipeError:
+                answer = b""
+            except BaseException:
+                process.kill()  # an answer that nobody waits for would be taken for the next one
+                self._close()
+                raise
+            if answer.endswith(b"\n"):
+                found: dict[str, Any] = json.loads(answer)
+                return found
+            self._close()
+            return {"exceeded": _end_of(process.returncode)}
+
+    def close(self) -> None:
+        """Ends the process, if this one has started it."""
+        with self._lock:
+            if self._owner == os.getpid():
+                self._close()
+
+    def _close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            assert process.stdin is not None and process.stdout is not None
+            for pipe in (process.stdin, process.stdout):
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    pass
+            process.wait()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    # -I: nothing of the current directory is imported; the path is that of this process.
+    code = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import serve; serve()"
+    kept = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", code, *sys.path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=kept | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )
+
+
+def _end_of(code: int) -> str:
+    if code == -signal.SIGPROF:
+        return (
+            f"it does not end in the processor time that it may take: {SECONDS:g} seconds for a file, and "
+            f"{SECONDS_EACH:g} more for each text"
+        )
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}"
+    return f"its process ended with the code {code}"
+
+
+_SERVER = _Server()
+atexit.register(_SERVER.close)
+
+
+def serve() -> None:
+    """The other side: renders until its input ends."""
+    import resource
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole terminal; the end of the input says when to end
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    for line in sys.stdin.buffer:
+        question = json.loads(line)
+        # Without a handler the signal ends the process, also in the middle of a computation in C.
+        signal.setitimer(signal.ITIMER_PROF, question["seconds"])
+        begun = time.process_time()
+        answer: dict[str, Any]
+        try:
+            text, longest = render_jinja_template(**question["request"])[0][0], question["longest"]
+            answer = {"text": text}
+            if len(text) > longest:
+                answer = {"exceeded": f"it writes {len(text)} characters; at most {longest} are taken"}
+        except MemoryError:
+            answer = {"exceeded": f"it takes more than {MEMORY >> 30} GiB of memory"}
+        except Exception as error:
+            answer = {"refused": str(error) or type(error).__name__}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        answer["seconds"] = time.process_time() - begun
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
