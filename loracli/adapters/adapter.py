@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -25,14 +26,21 @@ from loracli.adapters.names import (
 from loracli.adapters.stored import StoredFactors
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution
-from loracli.errors import MalformedAdapter
+from loracli.errors import MalformedAdapter, UnsupportedAdapter
 from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.hub.references import Reference
+from loracli.progress import SILENT, Progress
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE
-from loracli.system.tensor_file import TensorFile, open_tensor_file
+from loracli.system.tensor_file import GATHER, TensorFile, open_tensor_file
 
 _MAY_BE_KERNELS = frozenset({"lora_A", "lora_B"})
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+
+IDLE = (
+    "changes nothing: in every module lora_A or lora_B is zero. It was saved before its training, or another file was "
+    "taken for the one of the training"
+)
+_IDLE_BUT_SAVED = "only its modules_to_save change anything: in every module lora_A or lora_B is zero"
 
 AdapterKind = Literal["linear", "embedding", "experts", "convolution"]
 Key = TypeVar("Key")
@@ -84,6 +92,7 @@ class LoraAdapter:
         sha256: of each file that was read, by file name.
         file: that the tensors are in, None of an adapter that was made in memory.
         saved: modules that replace the base's (modules_to_save): by module, then by the parameter's path in the base.
+        warnings: what whoever uses it should know, in a sentence each.
     """
 
     source: Reference
@@ -96,6 +105,7 @@ class LoraAdapter:
     sha256: Mapping[str, str]
     file: TensorFile | None = field(default=None, repr=False)
     saved: Mapping[str, Mapping[str, SavedTensor]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def reference(self) -> str:
@@ -107,7 +117,7 @@ class LoraAdapter:
         """The ranks that occur, ascending."""
         return tuple(sorted({module.factors.rank for module in self.modules.values()}))
 
-    @property
+    @cached_property
     def targets(self) -> dict[str, tuple[LoraModule, ...]]:
         """What was adapted, each with its updates: a module with its one, a parameter with one for each expert."""
         found: dict[str, list[LoraModule]] = {}
@@ -138,17 +148,17 @@ class LoraAdapter:
             return reader.read(name)
 
 
-def read_adapter(source: str | Fetched) -> LoraAdapter:
-    """Reads an adapter's directory into memory; a reference is fetched first.
+def read_adapter(source: str | Fetched, *, progress: Progress = SILENT) -> LoraAdapter:
+    """Reads an adapter's directory into memory; a reference is fetched first, and `progress` is told its warnings.
 
     Raises:
         MalformedAdapter: if a file is damaged, or tensors and config contradict each other.
         UnsupportedAdapter: if the adapter uses a feature that cannot be honoured exactly.
     """
-    return open_adapter(source).loaded()
+    return open_adapter(source, progress=progress).loaded()
 
 
-def open_adapter(source: str | Fetched) -> LoraAdapter:
+def open_adapter(source: str | Fetched, *, progress: Progress = SILENT) -> LoraAdapter:
     """As `read_adapter`, with all of its checks, but the factors stay in the file: for work that goes through the
     modules once. Factors that are read after the file has changed raise IntegrityError.
 
@@ -156,10 +166,18 @@ def open_adapter(source: str | Fetched) -> LoraAdapter:
         MalformedAdapter, UnsupportedAdapter: as `read_adapter`.
     """
     fetched = fetch_adapter(source) if isinstance(source, str) else source
+    adapter = _open(fetched)
+    for warning in adapter.warnings:
+        progress.warn(warning)
+    return adapter
+
+
+def _open(fetched: Fetched) -> LoraAdapter:
     if is_mlx(fetched.path):
         config, factors, file = read_mlx(fetched.path)
         modules = {name: LoraModule(name, "linear", update) for name, update in factors.items()}
-        return _adapter(fetched, config, modules, _Others({}, {}), file)
+        idle = not any(bool(f.lora_A.any() and f.lora_B.any()) for f in factors.values())
+        return _adapter(fetched, config, modules, _Others({}, {}, idle), file)
     config = read_config(fetched.path / CONFIG_FILE)
     path = fetched.path / TENSOR_FILE
 
@@ -184,6 +202,12 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
         }
         for module, tensors in sorted(whole.items())
     }
+    if saved and config.ensure_weight_tying:
+        raise UnsupportedAdapter(
+            "modules_to_save with ensure_weight_tying is not supported",
+            where=str(fetched.path / CONFIG_FILE),
+            hint="name embeddings and head in modules_to_save, and save without ensure_weight_tying",
+        )
     as_layer = {
         name: "lora_A" not in tensors or file.shapes[tensors["lora_A"]][0] == config.rank_of(name)
         for name, tensors in parts.items()
@@ -195,15 +219,27 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
             modules |= _read_experts(parameters[name], name, parts[name], config, file)
         else:
             modules |= _read_module(name, parts[name], config, file)
-    return _adapter(fetched, config, modules, _Others(copies, saved), file)
+    return _adapter(fetched, config, modules, _Others(copies, saved, _are_idle(parts, file)), file)
+
+
+def _are_idle(parts: Mapping[str, Mapping[Part, str]], file: TensorFile) -> bool:
+    """Whether the update of every module is zero, because one of its factors is, and its bias too."""
+
+    def idle(tensors: Mapping[Part, str]) -> bool:
+        factors = (name in file.zeros for part, name in tensors.items() if part != "lora_bias")
+        return any(factors) and ("lora_bias" not in tensors or tensors["lora_bias"] in file.zeros)
+
+    return all(map(idle, parts.values()))
 
 
 @dataclass(frozen=True)
 class _Others:
-    """What a file holds beside updates: names of base matrices by module, and modules that were saved whole."""
+    """What a file holds beside updates: names of base matrices by module, and modules that were saved whole; and
+    whether the updates are all zero."""
 
     copies: Mapping[str, str]
     saved: Mapping[str, Mapping[str, SavedTensor]]
+    idle: bool
 
 
 def _adapter(
@@ -225,6 +261,10 @@ def _adapter(
         },
         file=file,
         saved=others.saved,
+        warnings=tuple(
+            f"{fetched.reference.text}: {warning}"
+            for warning in (*config.doubts, *([_IDLE_BUT_SAVED if others.saved else IDLE] if others.idle else []))
+        ),
     )
 
 
@@ -274,32 +314,23 @@ def sort_tensors(names: Iterable[str], where: str, modules_to_save: tuple[str, .
             _take(copies, module, name, where)  # PEFT wrote the embedding's own matrix under the name of the module
         else:
             parse_tensor_name(name, where=where)  # says what it is, and refuses it
-    _check_sorted(parts, copies, saved, where, modules_to_save)
+    _check_sorted(parts, copies, where)
     return parts, copies, saved
 
 
-def _check_sorted(
-    parts: Mapping[str, object],
-    copies: Mapping[str, str],
-    saved: Mapping[str, object],
-    where: str,
-    modules_to_save: Sequence[str],
-) -> None:
+def _check_sorted(parts: Mapping[str, object], copies: Mapping[str, str], where: str) -> None:
     if not parts:
-        raise MalformedAdapter("holds no LoRA factors", where=where)
+        raise MalformedAdapter("holds no LoRA factors", where=where, hint=GATHER)
     stray = sorted(copies.keys() - parts.keys())
     if stray:
         raise MalformedAdapter(f"holds a base matrix of {stray[0]!r} but no factors for it", where=where)
-    for name in modules_to_save:
-        if not any(module.endswith(name) for module in saved):
-            raise MalformedAdapter(f"{CONFIG_FILE} has {name!r} in modules_to_save, but no tensor of it", where=where)
 
 
 def _saved_module(parameter: str, modules_to_save: tuple[str, ...]) -> str | None:
     """The outermost module around a parameter whose name ends in one that was saved whole, as PEFT looks it up."""
-    words = parameter.split(".")
-    paths = (".".join(words[:end]) for end in range(1, len(words)))
-    return next((path for path in paths if path.endswith(modules_to_save)), None)
+    places = ((parameter.find(f"{name}."), len(name)) for name in modules_to_save)
+    end = min((place + length for place, length in places if place >= 0), default=None)
+    return None if end is None else parameter[:end]
 
 
 def may_have_any_shape(name: str) -> bool:

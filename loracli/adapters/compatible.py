@@ -188,7 +188,9 @@ def inspect_adapters(
         MalformedAdapter, UnsupportedAdapter: as `read_adapter`, for the first adapter that cannot be read.
     """
     adapters = [
-        read_adapter(fetch_adapter(r, revision=revision, cache_dir=cache_dir, token=token, progress=progress))
+        read_adapter(
+            fetch_adapter(r, revision=revision, cache_dir=cache_dir, token=token, progress=progress), progress=progress
+        )
         for r in references
     ]
     problems = problems_of(adapters)

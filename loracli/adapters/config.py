@@ -7,15 +7,18 @@ something else: every key here is either known, or refused unless it is off.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from loracli.adapters.patterns import lookup, parse_pattern
+from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.algebra.factors import lora_scaling
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 from loracli.system.strict_json import StrictJsonError, parse_json
 from loracli.system.tensor_file import open_regular
+
+Value = TypeVar("Value")
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 14
@@ -28,17 +31,21 @@ _WITHOUT_EFFECT = frozenset(
     "init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type peft_version "
     "qalora_group_size r rank_pattern alpha_pattern revision runtime_config target_modules task_type use_rslora "
     "bias loftq_config lora_bias modules_to_save target_parameters "
-    "merge_weights".split()  # the last: of PEFT before 0.3
+    "corda_config lora_ga_config "  # init_lora_weights says whether they count
+    "merge_weights "  # of PEFT before 0.3
+    "nvfp4_merge_aware "  # of axolotl: to which four bits the merged weights go
+    "swift_type lora_dtype lorap_lr_ratio lorap_emb_lr lr_ratio model_key_mapping".split()  # of ms-swift
 )
 
-# Initialisations that leave the base model as it is. The others subtract from it what they put into the factors.
-_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Initialisations that leave the base model as it is, in any capitals. The others subtract from it what they put into
+# the factors.
+PLAIN_INITIALISATIONS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
 
 # Of those others, the ones that `loracat convert` can put right, by how PEFT's names begin.
-_SUBTRACTING_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
-_CONVERTIBLE_FIELDS = frozenset({"use_dora", "corda_config", "lora_ga_config"})
+SUBTRACTING_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
+_CONVERTIBLE_FIELDS = frozenset({"use_dora"})
 _LOFTQ = "it belongs to the quantised base of its training; on that very base, and no other, set the field to true"
-_PEFT_CONVERTS = "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+_UNKNOWN_INITIALISATION = "PEFT has none of that name; if the base was left as it is, set the field to true"
 CONVERT = "make a plain LoRA of it: loracat convert ADAPTER --base MODEL"
 
 # Features that change what the tensors mean, with the way out. "Off" is null, false, empty or absent.
@@ -50,6 +57,31 @@ _REFUSED = {
     "use_qalora": ("QALoRA", "train the adapter without use_qalora"),
     "use_bdlora": ("BD-LoRA", "train the adapter without use_bdlora"),
     "megatron_config": ("Megatron layers", "convert the adapter to ordinary layers first"),
+    "enable_lora": (
+        "a fused layer of q, k and v that is adapted in parts, as by PEFT before 0.3,",
+        "train the adapter again with a PEFT of today, which adapts the whole layer",
+    ),
+    "use_merged_linear": (
+        "a merged linear layer of ms-swift",
+        "train the adapter without use_merged_linear; ms-swift cannot save it for PEFT either",
+    ),
+    "use_qa_lora": ("QA-LoRA of ms-swift", "train the adapter without use_qa_lora"),
+    "kasa_config": (
+        "KaSA, which cuts the base's weights and has a diagonal between the factors,",
+        "train an ordinary LoRA",
+    ),
+    "velora_config": (
+        "VeLoRA",
+        "its update is that of a plain LoRA: leave out the field velora_config and the tensors lora_velora_embed",
+    ),
+    "monteclora_config": (
+        "MonteCLoRA",
+        "merged it is a plain LoRA: leave out the field monteclora_config and the tensors lora_monteclora_sampler",
+    ),
+    "arrow_config": (
+        "Arrow, which chooses among adapters for each token,",
+        "compose the adapters that it chooses among",
+    ),
 }
 
 
@@ -63,17 +95,19 @@ class AdapterConfig:
         rank: `r`.
         lora_alpha: `lora_alpha`.
         use_rslora: whether the scaling is lora_alpha / sqrt(r).
-        rank_pattern: ranks of single modules, by PEFT's pattern; in file order.
+        rank_pattern: ranks of single modules, by PEFT's patterns.
         alpha_pattern: the same for lora_alpha.
         fan_in_fan_out: whether the base stores its weights as (in, out), as GPT-2's Conv1D does.
         whole_names: last names of which the adapter was put on every module that the base has.
         lora_dropout: the dropout of training; never used here.
         task_type: `CAUSAL_LM`, another, or None.
         lora_bias: whether every lora_B of a linear layer has a bias.
-        modules_to_save: ends of the names of modules that were saved whole.
+        modules_to_save: ends of the names of modules that were saved whole, where the base has such.
+        ensure_weight_tying: whether what ties to such a module follows it.
         target_parameters: ends of the paths of parameters that were adapted, as those of experts are.
         use_dora: whether magnitudes belong to it; only where it is read to be converted.
         initialisation: that was subtracted from the base, `pissa` or another; only where it is read to be converted.
+        doubts: what could be read in another way, in a sentence each.
     """
 
     base_model: str | None
@@ -81,25 +115,27 @@ class AdapterConfig:
     rank: int
     lora_alpha: float
     use_rslora: bool
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
+    rank_pattern: ModulePatterns[int]
+    alpha_pattern: ModulePatterns[float]
     fan_in_fan_out: bool
     whole_names: frozenset[str]
     lora_dropout: float
     task_type: str | None
     lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
     target_parameters: tuple[str, ...] = ()
     use_dora: bool = False
     initialisation: str | None = None
+    doubts: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
         """The rank that the config gives `module`."""
-        return lookup(self.rank_pattern, module, self.rank)
+        return self.rank_pattern.get(module, self.rank)
 
     def scaling_of(self, module: str) -> float:
         """s of `module`, after `rank_pattern`, `alpha_pattern` and rsLoRA."""
-        alpha = lookup(self.alpha_pattern, module, self.lora_alpha)
+        alpha = self.alpha_pattern.get(module, self.lora_alpha)
         return lora_scaling(alpha, self.rank_of(module), use_rslora=self.use_rslora)
 
 
@@ -139,43 +175,69 @@ def read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
+def is_of_mlx_vlm(fields: dict[str, Any]) -> bool:
+    """Whether the fields are those of mlx-vlm's config, which has rank and alpha at its top."""
+    return fields.keys() >= {"rank", "alpha"} and fields.keys().isdisjoint({"peft_type", "r", "lora_parameters"})
+
+
+def refuse_mlx_vlm(where: str) -> UnsupportedAdapter:
+    """The refusal of an adapter of mlx-vlm."""
+    return UnsupportedAdapter(
+        "is a config of mlx-vlm (rank, alpha, dropout), whose scaling differs from version to version",
+        where=where,
+        hint="train the adapter with mlx-lm or PEFT",
+    )
+
+
 def _refuse_features(fields: dict[str, Any], where: str, *, convertible: bool) -> None:
     peft_type = fields.get("peft_type")
+    if is_of_mlx_vlm(fields):
+        raise refuse_mlx_vlm(where)
     if peft_type != "LORA":
         raise UnsupportedAdapter(f"peft_type is {peft_type!r}; only LORA can be composed", where=where)
     for key, (feature, way_out) in _REFUSED.items():
         if _is_on(fields.get(key)) and not (convertible and key in _CONVERTIBLE_FIELDS):
             raise UnsupportedAdapter(f"{feature} is not supported (field {key!r})", where=where, hint=way_out)
-    if fields.get("bias", "none") != "none":
+    if fields.get("bias", "none") not in ("none", "lora_only", "all"):  # whether biases were trained, the tensors tell
         raise UnsupportedAdapter(
-            f"bias is {fields['bias']!r}: trained biases are not supported",
+            f"bias is {fields['bias']!r}, which PEFT does not know",
             where=where,
             hint='train the adapter with bias="none"',
         )
     initialisation = fields.get("init_lora_weights", True)
-    plain = any(initialisation is known or initialisation == known for known in _PLAIN_INITIALISATIONS)
-    if not plain and not (convertible and _is_subtracting(initialisation)):
+    if not _is_plain(initialisation) and not (convertible and _is_subtracting(initialisation)):
+        loftq = isinstance(initialisation, str) and initialisation.lower() == "loftq"
+        assumed = loftq or _is_subtracting(initialisation)
         raise UnsupportedAdapter(
-            f"init_lora_weights is {initialisation!r}: such an adapter assumes a changed base model",
+            f"init_lora_weights is {initialisation!r}"
+            + (": such an adapter assumes a changed base model" if assumed else ""),
             where=where,
-            hint=CONVERT
-            if _is_subtracting(initialisation)
-            else _LOFTQ
-            if initialisation == "loftq"
-            else _PEFT_CONVERTS,
+            hint=CONVERT if _is_subtracting(initialisation) else _LOFTQ if loftq else _UNKNOWN_INITIALISATION,
         )
-    known = _WITHOUT_EFFECT | _CONVERTIBLE_FIELDS if convertible else _WITHOUT_EFFECT
     for key, value in fields.items():
-        if key not in known and key not in _REFUSED and _is_on(value):
+        if key not in _WITHOUT_EFFECT and key not in _REFUSED and _is_on(value):
             raise UnsupportedAdapter(
                 f"the field {key!r} is not known to loracat and is not off",
                 where=where,
-                hint="a newer PEFT may give it a meaning that changes the adapter; remove it if it has none",
+                hint="neither PEFT nor a trainer that loracat knows has it; remove it if it changes nothing of the "
+                "update",
             )
 
 
+def _is_plain(initialisation: Any) -> bool:
+    known = isinstance(initialisation, str) and initialisation.lower() in PLAIN_INITIALISATIONS
+    return known or initialisation is None or isinstance(initialisation, bool)
+
+
 def _is_subtracting(initialisation: Any) -> bool:
-    return isinstance(initialisation, str) and initialisation.lower().startswith(_SUBTRACTING_INITIALISATIONS)
+    return isinstance(initialisation, str) and _initialisation_name(initialisation).startswith(
+        SUBTRACTING_INITIALISATIONS
+    )
+
+
+def _initialisation_name(initialisation: str) -> str:
+    """As PEFT spells it; ms-swift has hyphens."""
+    return initialisation.lower().replace("-", "_")
 
 
 def _is_on(value: Any) -> bool:
@@ -193,18 +255,17 @@ class _Fields:
             base_model=self._text("base_model_name_or_path"),
             base_revision=self._text("revision"),
             rank=self._rank("r", self._fields.get("r")),
-            lora_alpha=self._number("lora_alpha", self._fields.get("lora_alpha")),
+            lora_alpha=self._alpha("lora_alpha", self._fields.get("lora_alpha")),
             use_rslora=self._flag("use_rslora"),
-            rank_pattern={k: self._rank(f"rank_pattern[{k!r}]", v) for k, v in self._pattern("rank_pattern").items()},
-            alpha_pattern={
-                k: self._number(f"alpha_pattern[{k!r}]", v) for k, v in self._pattern("alpha_pattern").items()
-            },
+            rank_pattern=self._patterns("rank_pattern", self._rank),
+            alpha_pattern=self._patterns("alpha_pattern", self._alpha),
             fan_in_fan_out=self._flag("fan_in_fan_out"),
             whole_names=self._whole_names(),
             lora_dropout=self._number("lora_dropout", self._fields.get("lora_dropout") or 0.0),
             task_type=self._text("task_type"),
             lora_bias=self._flag("lora_bias"),
-            modules_to_save=self._modules_to_save(),
+            modules_to_save=self._names("modules_to_save", MAX_SAVED),
+            ensure_weight_tying=self._flag("ensure_weight_tying"),
             target_parameters=self._target_parameters(),
             use_dora=_is_on(self._fields.get("use_dora")),
             initialisation=self._initialisation(),
@@ -223,6 +284,16 @@ class _Fields:
             raise self._bad(field, value, "a number")
         return float(value)
 
+    def _alpha(self, field: str, value: Any) -> float:
+        alpha = self._number(field, value)
+        if alpha == 0:
+            raise UnsupportedAdapter(
+                f"the field {field} is 0, and with it the whole update",
+                where=self._where,
+                hint="set it to the lora_alpha of the training: some converters write 0 and leave the number to you",
+            )
+        return alpha
+
     def _flag(self, field: str) -> bool:
         value = self._fields.get(field)
         if value is not None and not isinstance(value, bool):
@@ -237,7 +308,7 @@ class _Fields:
 
     def _initialisation(self) -> str | None:
         value = self._fields.get("init_lora_weights")
-        return str(value).lower() if _is_subtracting(value) else None
+        return _initialisation_name(str(value)) if _is_subtracting(value) else None
 
     def _whole_names(self) -> frozenset[str]:
         """PEFT adapts every module whose name is, or ends in a dot and, a name of the list."""
@@ -246,16 +317,6 @@ class _Fields:
         if narrowed or not isinstance(targets, list):
             return frozenset()
         return frozenset(name for name in targets if isinstance(name, str) and "." not in name)
-
-    def _modules_to_save(self) -> tuple[str, ...]:
-        names = self._names("modules_to_save", MAX_SAVED)
-        if names and self._flag("ensure_weight_tying"):
-            raise UnsupportedAdapter(
-                "modules_to_save with ensure_weight_tying is not supported",
-                where=self._where,
-                hint="name embeddings and head in modules_to_save, and save without ensure_weight_tying",
-            )
-        return names
 
     def _target_parameters(self) -> tuple[str, ...]:
         names = self._names("target_parameters", MAX_PARAMETERS)
@@ -276,15 +337,16 @@ class _Fields:
             raise MalformedAdapter(f"{field} has more than {most} names", where=self._where)
         return tuple(names)
 
-    def _pattern(self, field: str) -> dict[str, Any]:
-        value = self._fields.get(field) or {}
-        if not isinstance(value, dict):
-            raise self._bad(field, value, "an object")
-        for key in value:
-            if parse_pattern(key) is None:
-                raise UnsupportedAdapter(
-                    f"{field} has the key {key!r}, a regular expression",
-                    where=self._where,
-                    hint="only module names, with ^ in front or \\. for a dot, are read; write the names out",
-                )
-        return value
+    def _patterns(self, field: str, checked: Callable[[str, Any], Value]) -> ModulePatterns[Value]:
+        values = self._fields.get(field) or {}
+        if not isinstance(values, dict):
+            raise self._bad(field, values, "an object")
+        try:
+            return ModulePatterns({key: checked(f"{field}[{key!r}]", value) for key, value in values.items()})
+        except PatternError as error:
+            raise UnsupportedAdapter(
+                f"{field} {error}" if error.key is None else f"{field} has the key {error.key!r}, {error}",
+                where=self._where,
+                hint="read are names of modules, with ^ $ \\. . | ( ) [ ] and a repeated character such as .* or \\d+; "
+                "write the names out",
+            ) from None

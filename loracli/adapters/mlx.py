@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from loracli.adapters.config import MAX_RANK, AdapterConfig, read_fields
+from loracli.adapters.config import MAX_RANK, AdapterConfig, is_of_mlx_vlm, read_fields, refuse_mlx_vlm
 from loracli.adapters.names import leaf
+from loracli.adapters.patterns import ModulePatterns
 from loracli.algebra.factors import Factors
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 from loracli.system.files import CONFIG_FILE, MLX_TENSOR_FILE, TENSOR_FILE
@@ -74,26 +75,49 @@ def _read_config(path: Path) -> tuple[AdapterConfig, float]:
             where=str(path),
             hint="train it with --fine-tune-type lora",
         )
+    if is_of_mlx_vlm(fields):
+        raise refuse_mlx_vlm(str(path))
     parameters = fields.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise MalformedAdapter(f"the field lora_parameters is {parameters!r}; expected an object", where=str(path))
     rank, scale = parameters.get("rank"), parameters.get("scale")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         raise _bad(path, "rank", rank, f"a whole number from 1 to {MAX_RANK}")
+    scaling = _number(path, "scale", scale)
+    if scaling == 0:
+        raise UnsupportedAdapter(
+            "the field lora_parameters.scale is 0, and with it the whole update",
+            where=str(path),
+            hint="set it to the scale of the training",
+        )
     config = AdapterConfig(
         base_model=_text(path, fields, "model") or _text(path, fields, "base_model_name_or_path"),
         base_revision=None,
         rank=rank,
-        lora_alpha=_number(path, "scale", scale) * rank,
+        lora_alpha=scaling * rank,
         use_rslora=False,
-        rank_pattern={},
-        alpha_pattern={},
+        rank_pattern=ModulePatterns({}),
+        alpha_pattern=ModulePatterns({}),
         fan_in_fan_out=False,
         whole_names=frozenset(),  # MLX adapts the last num_layers layers
         lora_dropout=_number(path, "dropout", parameters.get("dropout") or 0.0),
         task_type="CAUSAL_LM",
+        doubts=_doubts(path, parameters.get("alpha"), rank, scaling),
     )
-    return config, float(scale)  # type: ignore[arg-type]
+    return config, scaling
+
+
+def _doubts(path: Path, alpha: Any, rank: int, scale: float) -> tuple[str, ...]:
+    """mlx-lm of April to June 2024 had the scaling scale * alpha / rank; after that it wrote alpha and did not use it,
+    and no config tells which of the two it was."""
+    if alpha is None or _number(path, "alpha", alpha) == rank:
+        return ()
+    other = scale * float(alpha) / rank
+    return (
+        f"the scaling was taken to be scale = {scale:g}, and alpha = {float(alpha):g} was not read; mlx-lm of April to "
+        f"June 2024 meant scale * alpha / rank = {other:g}: if the adapter is of that time, set scale to {other:g} and "
+        f"alpha to {rank} in lora_parameters",
+    )
 
 
 def _pairs(names: Iterable[str], where: str) -> dict[str, dict[str, str]]:

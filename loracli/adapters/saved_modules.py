@@ -109,12 +109,13 @@ def saved_modules(policy: str, adapters: Sequence[LoraAdapter], *, progress: Pro
     if policy == REFUSE:
         return None
     chosen = adapters if policy == AVERAGE else [adapters[int(policy.removeprefix(f"{PICK}#")) - 1]]
-    modules = sorted({module for adapter in chosen for module in adapter.saved})
+    replaced = {module for adapter in chosen for module in adapter.saved}
+    modules = sorted(replaced)
     for adapter in adapters:
-        left_out = sorted(adapter.saved.keys() - set(modules))
+        left_out = sorted(adapter.saved.keys() - replaced)
         if left_out:
             progress.note(f"modules_to_save of {adapter.reference} left out: {', '.join(left_out)}")
-        clash = next((n for n in adapter.modules for m in modules if n == m or n.startswith(f"{m}.")), None)
+        clash = next((n for n in adapter.modules if not replaced.isdisjoint(_around(n))), None)
         if clash is not None:
             raise IncompatibleAdapters(
                 f"{adapter.reference} adapts {clash}, which another adapter replaces as one of its modules_to_save",
@@ -133,6 +134,12 @@ def saved_modules(policy: str, adapters: Sequence[LoraAdapter], *, progress: Pro
         for name in sorted(shapes[0]):
             sources[name] = tuple((owner, owner.saved[module][name]) for owner in owners)
     return SavedModules(policy, tuple(modules), sources)
+
+
+def _around(module: str) -> list[str]:
+    """The module and all that it is in."""
+    words = module.split(".")
+    return [".".join(words[:end]) for end in range(1, len(words) + 1)]
 
 
 def _place_of(name: str, adapters: Sequence[LoraAdapter], names: Sequence[str]) -> int:

@@ -96,7 +96,7 @@ def prepare_comparison(
     guarded = () if guard is None else _read_files(guard, settings, progress)
     loaded = None if recipe is None else load_recipe(recipe)
     if loaded is None:
-        read = tuple(read_adapter(fetch_adapter(reference, progress=progress)) for reference in adapters)
+        read = tuple(read_adapter(fetch_adapter(one, progress=progress), progress=progress) for one in adapters)
         references = tuple(_row_name(adapter.reference) for adapter in read)
     else:
         read = tuple(a.loaded() for a in read_ingredients(loaded, relocated=adapters, progress=progress))
@@ -116,7 +116,9 @@ def prepare_comparison(
     check_composable(read, base_given=base is not None)
     saved = saved_modules(policy, read, progress=progress)
     datamix = settings.controls.datamix
-    mixed = None if datamix is None else on_base([read_adapter(fetch_adapter(datamix, progress=progress))], found)[0]
+    mixed = None
+    if datamix is not None:
+        mixed = on_base([read_adapter(fetch_adapter(datamix, progress=progress), progress=progress)], found)[0]
     if mixed is not None and (mixed.saved or saved is not None):
         raise UsageError(
             "datamix cannot be compared where modules are replaced whole", hint="leave --control datamix out"

@@ -125,7 +125,7 @@ def read_convertible(reference: str, initial: str | None = None, *, progress: Pr
         IncompatibleAdapters: if the initial adapter is not of the same modules, ranks and scalings.
         UsageError: if the initial adapter is the adapter itself.
     """
-    adapter, magnitudes = _read(fetch_adapter(reference, progress=progress))
+    adapter, magnitudes = _read(fetch_adapter(reference, progress=progress), progress)
     if initial is None and adapter.config.initialisation is not None and adapter.commit is None:
         found = [name for name in INITIAL_FOLDERS if (adapter.path / name / CONFIG_FILE).is_file()]
         if len(found) == 1:
@@ -133,27 +133,17 @@ def read_convertible(reference: str, initial: str | None = None, *, progress: Pr
             progress.note(f"the adapter before its training: {Path(reference) / found[0]}")
     if initial is None:
         return Convertible(adapter, magnitudes, None)
-    before, _ = _read(fetch_adapter(initial, progress=progress))
+    before, _ = _read(fetch_adapter(initial, progress=progress), SILENT)  # an update of zero is nothing odd there
     _check_initial(adapter, before)
     return Convertible(adapter, magnitudes, before)
 
 
-def _read(fetched: Fetched) -> tuple[LoraAdapter, dict[str, Tensor]]:
+def _read(fetched: Fetched, progress: Progress) -> tuple[LoraAdapter, dict[str, Tensor]]:
     """The adapter, and its magnitudes by module."""
     config = read_config(fetched.path / CONFIG_FILE, convertible=True)
     where = str(fetched.path / TENSOR_FILE)
-    kept = {
-        "lora_bias": config.lora_bias,
-        "modules_to_save": config.modules_to_save,
-        "target_parameters": config.target_parameters,
-    }
-    feature = next((name for name, value in kept.items() if value), None)
-    if feature is not None:
-        raise UnsupportedAdapter(
-            f"has {feature}, which a plain LoRA has not, and is to be converted into one",
-            where=str(fetched.path / CONFIG_FILE),
-            hint=f"train the adapter without {feature}",
-        )
+    kept = {"lora_bias": config.lora_bias, "target_parameters": config.target_parameters}
+    _refuse_kept(next((name for name, value in kept.items() if value), None), fetched)
     names: dict[str, str] = {}  # of the magnitudes, by module
     others: list[str] = []
 
@@ -167,7 +157,11 @@ def _read(fetched: Fetched) -> tuple[LoraAdapter, dict[str, Tensor]]:
         sort_tensors(others, where, config.modules_to_save)
 
     file = open_tensor_file(fetched.path / TENSOR_FILE, check_names=sort, any_shape=may_have_any_shape)
-    adapter = build_adapter(fetched, config, file, others).loaded()
+    opened = build_adapter(fetched, config, file, others)
+    _refuse_kept("modules_to_save" if opened.saved else None, fetched)
+    for warning in opened.warnings:
+        progress.warn(warning)
+    adapter = opened.loaded()
     convolution = next(iter(kernels_of([adapter])), None)
     if convolution is not None:
         raise UnsupportedAdapter(
@@ -180,6 +174,15 @@ def _read(fetched: Fetched) -> tuple[LoraAdapter, dict[str, Tensor]]:
     if config.use_dora:
         _check_magnitudes(adapter, magnitudes, where)
     return adapter, magnitudes
+
+
+def _refuse_kept(feature: str | None, fetched: Fetched) -> None:
+    if feature is not None:
+        raise UnsupportedAdapter(
+            f"has {feature}, which a plain LoRA has not, and is to be converted into one",
+            where=str(fetched.path / CONFIG_FILE),
+            hint=f"train the adapter without {feature}",
+        )
 
 
 def _check_magnitudes(adapter: LoraAdapter, magnitudes: Mapping[str, Tensor], where: str) -> None:

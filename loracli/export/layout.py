@@ -32,6 +32,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -230,11 +231,20 @@ class Layout:
 
     def _places_of_experts(self, parameter: BaseModule) -> dict[str, Place]:
         name, rank = parameter.name, self.ranks[parameter.name]
-        rows, module = self.experts[name] * rank, module_of_parameter(name, self.experts)
+        rows = self.experts[name] * rank
+        module = module_of_parameter(name, self._parameters[name.rpartition(".")[0]])
         return {
             format_tensor_name(module, "lora_A"): Place(name, "A", (rows, parameter.in_features)),
             format_tensor_name(module, "lora_B"): Place(name, "B", (parameter.out_features, rows)),
         }
+
+    @cached_property
+    def _parameters(self) -> dict[str, list[str]]:
+        """The parameters with experts, by their modules."""
+        found: dict[str, list[str]] = {}
+        for name in self.experts:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+        return found
 
     def _places_of_groups(self, convolution: BaseModule) -> dict[str, Place]:
         name, rank, known = convolution.name, self.ranks[convolution.name], self.convolutions[convolution.name]

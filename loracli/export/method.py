@@ -78,7 +78,7 @@ def read_to_compose(
         return read_ingredients(loaded, relocated=adapters, progress=progress), loaded
     if not adapters:
         raise UsageError("nothing to export", hint="give a RECIPE, or --adapters")
-    read = tuple(open_adapter(fetch_adapter(reference, progress=progress)) for reference in adapters)
+    read = tuple(open_adapter(fetch_adapter(reference, progress=progress), progress=progress) for reference in adapters)
     twice = next((a.reference for a in read if [b.reference for b in read].count(a.reference) > 1), None)
     if twice is not None:
         raise UsageError(f"the adapter {twice} is given twice")

@@ -84,7 +84,7 @@ def prepare_fit(
         progress=progress,
     )
     read = tuple(
-        read_adapter(fetch_adapter(source, progress=progress) if isinstance(source, str) else source)
+        read_adapter(fetch_adapter(source, progress=progress) if isinstance(source, str) else source, progress=progress)
         for source in adapters
     )
     folder = Path(folder)

@@ -185,6 +185,8 @@ def read_recorded(
         _check_order(recorded, result, relocated)
     for wanted, adapter in zip(recorded, result, strict=True):
         check_hashes(wanted, adapter.sha256, adapter.path)
+        for warning in adapter.warnings:
+            progress.warn(warning)
     return result
 
 

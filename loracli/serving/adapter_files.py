@@ -16,18 +16,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from loracli.adapters.config import MAX_CONFIG_BYTES, MAX_PARAMETERS
 from loracli.adapters.experts import targeted_parameters
 from loracli.adapters.names import PREFIX
-from loracli.adapters.patterns import lookup
+from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
 from loracli.model.base import expert_shape, kind_and_shape, plan_from_config
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import MAX_HEADER_BYTES, MAX_TENSORS, open_regular
+from loracli.system.tensor_file import BLOCK, MAX_HEADER_BYTES, MAX_NAME, MAX_TENSORS, open_regular, read_header
 
 AdapterLayout = Literal["peft", "mlx"]
 MAX_DIMENSIONS = 8
@@ -116,22 +116,46 @@ class AdapterFiles:
         return self._with_experts(found)
 
     def _with_experts(self, pairs: dict[str, Pair]) -> dict[str, Pair]:
-        named, pattern = self.config.get("target_parameters"), self.config.get("rank_pattern")
+        named, ranks = self.config.get("target_parameters"), self.patterns["rank_pattern"]
         targets = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-        ranks = pattern if isinstance(pattern, dict) and len(pattern) <= MAX_PARAMETERS else {}
-        if not 0 < len(targets) <= MAX_PARAMETERS:
+        if not 0 < len(targets) <= MAX_PARAMETERS or isinstance(ranks, PatternError):
             return pairs
-        as_layer = {name: pair.rank == lookup(ranks, name, self.config.get("r")) for name, pair in pairs.items()}
+        as_layer = {name: pair.rank == ranks.get(name, self.config.get("r")) for name, pair in pairs.items()}
         try:
             parameters = targeted_parameters(as_layer, targets, str(self.path))
         except (MalformedAdapter, UnsupportedAdapter):
             return pairs
         for module, parameter in parameters.items():
-            rank = lookup(ranks, parameter, self.config.get("r"))
+            rank = ranks.get(parameter, self.config.get("r"))
             rows = (pairs[module].a or (0,))[0]
             if type(rank) is int and rank > 0 and rows % rank == 0 and rows > rank:
                 pairs[parameter] = replace(pairs.pop(module), experts=rows // rank)
         return dict(sorted(pairs.items()))
+
+    @cached_property
+    def patterns(self) -> Mapping[str, ModulePatterns[Any] | PatternError]:
+        """`rank_pattern` and `alpha_pattern` of the config, or why they are not read."""
+        return {field: _patterns(self.config.get(field)) for field in ("rank_pattern", "alpha_pattern")}
+
+    def changes_nothing(self) -> bool:
+        """Whether all of the second factors are zero, or all of the first; each is read up to one that is not.
+
+        Raises:
+            MalformedAdapter: if the file cannot be read.
+        """
+        sides: dict[str, list[str]] = {}
+        pattern = _MLX if self.layout == "mlx" else _PEFT
+        for name in self.tensors:
+            match = pattern.fullmatch(name)
+            if match is not None:
+                side = match["side"] or match["embedding"]
+                sides.setdefault(side.upper(), []).append(name)
+        path = self.path / self.tensor_file
+        with open_regular(path) as file:
+            header, raw = read_header(file, os.fstat(file.fileno()).st_size, str(path))
+            return any(
+                not any(_has_a_bit(file, len(raw), header.get(name)) for name in names) for names in sides.values()
+            )
 
     @cached_property
     def largest_rank(self) -> int:
@@ -197,6 +221,11 @@ def read_headers(path: Path) -> dict[str, Header]:
         raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=str(path))
     found = {}
     for name, entry in header.items():
+        if len(name) > MAX_NAME:
+            raise MalformedAdapter(
+                f"the name of the tensor {name[:60]!r}... has {len(name)} characters; at most {MAX_NAME} are read",
+                where=str(path),
+            )
         shape = entry.get("shape") if isinstance(entry, dict) else None
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
         if not (
@@ -208,6 +237,28 @@ def read_headers(path: Path) -> dict[str, Header]:
             raise MalformedAdapter(f"the tensor {name!r} has no dtype and shape", where=str(path))
         found[name] = Header(dtype, tuple(shape))
     return found
+
+
+def _patterns(value: object) -> ModulePatterns[Any] | PatternError:
+    try:
+        return ModulePatterns(value if isinstance(value, dict) else {})
+    except PatternError as error:
+        return error
+
+
+def _has_a_bit(file: BinaryIO, start: int, entry: Any) -> bool:
+    """Whether any bit of a tensor's values is set, whatever their dtype; also if they are not to be had."""
+    try:
+        begin, end = entry["data_offsets"]
+        file.seek(start + begin)
+        while begin < end:
+            block = file.read(min(BLOCK, end - begin))
+            if not block or block.strip(b"\0"):
+                return True
+            begin += len(block)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return True
+    return False
 
 
 def _read(path: Path, limit: int) -> bytes:

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from loracli.adapters.names import leaf
-from loracli.adapters.patterns import lookup, parse_pattern
+from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.algebra.factors import lora_scaling
 from loracli.serving.adapter_files import AdapterFiles, BaseFacts
 
 Check = Callable[..., Iterator[str]]
-MAX_MATCHES = 1_000_000  # of patterns with modules: a hostile config makes as many of both as it can
 
 _FORMS = {
     "lora": r".+\.lora_[AB]\.weight",
@@ -152,7 +151,7 @@ def rank_by_patterns(files: AdapterFiles, base: BaseFacts | None) -> Iterator[st
     """Factors of the rank that `r` and `rank_pattern` give their module."""
     ranks = _pattern(files, "rank_pattern")
     for name, pair in files.pairs.items():
-        said = lookup(ranks, name, files.config.get("r", 8))
+        said = ranks.get(name, files.config.get("r", 8))
         if pair.rank is not None and pair.rank != said:
             yield f"{name} has rank {pair.rank}, and the config says {_short(said)}"
 
@@ -181,7 +180,7 @@ def scaling(files: AdapterFiles, base: BaseFacts | None, *, formula: str) -> Ite
     for name, pair in files.pairs.items():
         if pair.rank is None:
             continue
-        own_rank, own_alpha = _number(lookup(ranks, name, rank)), _number(lookup(alphas, name, alpha))
+        own_rank, own_alpha = _number(ranks.get(name, rank)), _number(alphas.get(name, alpha))
         if not own_rank or own_rank < 1 or own_alpha is None:
             continue
         right = lora_scaling(own_alpha, int(own_rank), use_rslora=rslora)
@@ -376,15 +375,12 @@ def _needed(base: BaseFacts | None, what: str) -> BaseFacts:
     return base
 
 
-def _pattern(files: AdapterFiles, field: str) -> dict[str, Any]:
+def _pattern(files: AdapterFiles, field: str) -> ModulePatterns[Any]:
     """`rank_pattern` or `alpha_pattern`."""
-    value = files.config.get(field)
-    pattern = value if isinstance(value, dict) else {}
-    if any(parse_pattern(key) is None for key in pattern):
-        raise Unclear(f"{field} is a regular expression of a stranger, which is not run")
-    if len(pattern) * len(files.pairs) > MAX_MATCHES:
-        raise Unclear(f"{field} has {len(pattern)} patterns for {len(files.pairs)} modules, which are not tried")
-    return pattern
+    patterns = files.patterns[field]
+    if isinstance(patterns, PatternError):
+        raise Unclear(f"{field} has a regular expression of a stranger, which is not run: {patterns}")
+    return patterns
 
 
 def _short(value: Any) -> str:

@@ -25,6 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from loracli.adapters.adapter import IDLE
 from loracli.errors import UsageError
 from loracli.progress import SILENT, Progress
 from loracli.serving.adapter_files import AdapterFiles, AdapterLayout, BaseFacts, read_adapter_files, read_base_facts
@@ -225,6 +226,8 @@ def lint_adapter(
     if unknown is not None:
         raise UsageError(f"--for {unknown} is not one of {', '.join(SERVERS)}")
     files = read_adapter_files(Path(path))
+    if files.changes_nothing():
+        progress.warn(f"{path}: {IDLE}")
     facts = None if base is None else read_base_facts(base, progress=progress)
     asked = [load_server(name) for name in dict.fromkeys(servers or SERVERS)]
     chosen = asked if servers else [server for server in asked if server.layout == files.layout]

@@ -39,7 +39,12 @@ from loracli.system.strict_json import StrictJsonError, parse_json
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 200_000
 MAX_DIMENSIONS = 8
+MAX_NAME = 1000  # characters of a tensor's name; what is done with a name may take the square of that
 BLOCK = 1 << 20  # bytes that are read at once; a multiple of every item size
+GATHER = (
+    "FSDP and DeepSpeed ZeRO-3 leave a shard to each process: save it with the weights gathered, by FULL_STATE_DICT or "
+    "stage3_gather_16bit_weights_on_model_save; zero_to_fp32.py beside a checkpoint of ZeRO-3 does it later"
+)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -54,6 +59,7 @@ class TensorFile:
         offsets: of the first byte of each tensor in the file.
         sha256: of the whole file.
         state: of the file when it was checked, to see whether it is still the same.
+        zeros: names of tensors that are zero everywhere.
     """
 
     path: Path
@@ -62,6 +68,7 @@ class TensorFile:
     offsets: dict[str, int]
     sha256: str
     state: tuple[int, ...]
+    zeros: frozenset[str] = frozenset()
 
     @contextmanager
     def reader(self) -> Iterator[TensorReader]:
@@ -132,6 +139,12 @@ def open_tensor_file(
         header.pop("__metadata__", None)
         if len(header) > MAX_TENSORS:
             raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
+        long = next((name for name in header if len(name) > MAX_NAME), None)
+        if long is not None:
+            raise MalformedAdapter(
+                f"the name of the tensor {long[:60]!r}... has {len(long)} characters; at most {MAX_NAME} are read",
+                where=where,
+            )
         if check_names is not None:
             check_names(header)
         shapes, dtypes, offsets = _check_header(header, where, size - len(raw), any_shape)
@@ -143,8 +156,8 @@ def open_tensor_file(
         digest = hashlib.sha256(raw)
         places = {name: len(raw) + begin for name, begin in offsets.items()}
         checked = TensorFile(path, shapes, dtypes, places, "", _state(file.fileno()))
-        _check_data(checked, file.fileno(), digest)
-    return replace(checked, sha256=digest.hexdigest())
+        zeros = _check_data(checked, file.fileno(), digest)
+    return replace(checked, sha256=digest.hexdigest(), zeros=zeros)
 
 
 def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], bytes]:
@@ -170,11 +183,13 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
     return header, start + raw
 
 
-def _check_data(file: TensorFile, descriptor: int, digest: Any) -> None:
-    """Feeds all tensors, in the order of the file, to the digest, and refuses one that is not finite everywhere.
+def _check_data(file: TensorFile, descriptor: int, digest: Any) -> frozenset[str]:
+    """Feeds all tensors, in the order of the file, to the digest, and refuses one that is not finite everywhere; gives
+    the names of those that are zero everywhere.
 
     In blocks that stay in the cache between the two.
     """
+    zeros = set(file.offsets)
     block = torch.empty(BLOCK, dtype=torch.uint8)
     for name in sorted(file.offsets, key=file.offsets.__getitem__):
         offset, dtype, bad = file.offsets[name], file.dtypes[name], 0
@@ -185,7 +200,10 @@ def _check_data(file: TensorFile, descriptor: int, digest: Any) -> None:
                 raise MalformedAdapter(f"cannot be read: ends within {name!r}", where=str(file.path))
             digest.update(part.numpy())
             values = part.view(dtype)
-            if not all(map(math.isfinite, values.aminmax())):  # NaN comes through
+            least, most = values.aminmax()
+            if least or most:
+                zeros.discard(name)
+            if not (math.isfinite(least) and math.isfinite(most)):  # NaN comes through
                 bad += values.numel() - int(torch.isfinite(values).sum())
         if bad:
             raise MalformedAdapter(
@@ -193,6 +211,7 @@ def _check_data(file: TensorFile, descriptor: int, digest: Any) -> None:
                 where=str(file.path),
                 hint="the adapter's training has diverged; use an earlier checkpoint",
             )
+    return frozenset(zeros)
 
 
 def _fill(descriptor: int, tensor: Tensor, offset: int) -> int:
@@ -256,6 +275,8 @@ def _check_header(
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if isinstance(shape, list) and 0 in shape and begin == end:
+                raise MalformedAdapter(f"the tensor {name!r} is empty, of shape {shape}", where=where, hint=GATHER)
             if len(shape) != 2 and not (any_shape(name) and 1 <= len(shape) <= MAX_DIMENSIONS):
                 raise ValueError
             whole = all(type(number) is int for number in (*shape, begin, end))

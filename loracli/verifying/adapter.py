@@ -115,7 +115,7 @@ def verify_adapter(
     if GGUF_FILE in record.sha256:
         findings.skip(f"the tensors of {GGUF_FILE}", "they are copies of those of the other file; only its hash is")
     try:
-        written = read_adapter(str(path))
+        written = read_adapter(str(path), progress=progress)
     except InputError as error:
         findings.differs(f"it cannot be read as an adapter: {error}")
         return

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter, read_adapter, widest_dtype
+from loracli.adapters.compatible import problems_of
+from loracli.adapters.saved_modules import saved_modules
 from loracli.errors import InputError, IntegrityError, MalformedAdapter, UnsupportedAdapter
+from tests.steps import steps
 
 SHAPES = {"layers.0.q_proj": (6, 5), "layers.0.up_proj": (9, 5), "layers.1.q_proj": (6, 5), "layers.1.up_proj": (9, 5)}
 
@@ -333,6 +337,108 @@ def test_what_peft_saves_with_such_a_feature_is_refused_even_if_the_config_denie
     save_tiny(tmp_path, **config)
     reconfigure(tmp_path, **dict.fromkeys(config))
     assert feature in refused(tmp_path, UnsupportedAdapter).what
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_a_bias_is_decided_by_the_tensors(tmp_path: Path, bias: str) -> None:
+    """PEFT saves the biases of the base, where it has any; where it has none, W + s B A is all."""
+    model = save_tiny(tmp_path / "biased", bias=bias)
+    assert ".bias" in refused(tmp_path / "biased", UnsupportedAdapter).what
+    for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
+        layer.bias = None
+    model.base_model.model.c_attn.bias = None
+    model.save_pretrained(tmp_path / "none", save_embedding_layers=False)
+    assert json.loads((tmp_path / "none" / "adapter_config.json").read_text())["bias"] == bias
+    assert_same_updates(read_adapter(str(tmp_path / "none")), model, SHAPES)
+
+
+def test_mica_is_the_update_that_peft_adds_to_an_unchanged_base(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before = Tiny()
+    weights = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    lora = LoraConfig(target_modules=["q_proj", "up_proj"], r=4, init_lora_weights="mica")
+    model = get_peft_model(before, lora)
+    for name in SHAPES:
+        assert torch.equal(model.base_model.model.get_submodule(name).base_layer.weight, weights[f"{name}.weight"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert_same_updates(read_adapter(str(tmp_path)), model, SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("config", "out"),
+    [
+        ({"velora_config": VeloraConfig(num_groups=1)}, "lora_velora_embed"),
+        ({"monteclora_config": MontecloraConfig(num_samples=2)}, "lora_monteclora_sampler"),
+    ],
+    ids=["velora", "monteclora"],
+)
+def test_the_way_out_of_a_variant_leads_to_the_update_that_it_adds(
+    tmp_path: Path, config: dict[str, Any], out: str
+) -> None:
+    model = save_tiny(tmp_path, **config)
+    (field,) = config
+    with pytest.raises(UnsupportedAdapter, match=field) as caught:
+        read_adapter(str(tmp_path))
+    assert field in str(caught.value.hint) and out in str(caught.value.hint)
+    reconfigure(tmp_path, **{field: None})
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    rewrite(tmp_path, {name: tensor for name, tensor in tensors.items() if out not in name})
+    adapter = read_adapter(str(tmp_path))
+    x = torch.randn(3, 5)
+    for name in SHAPES:
+        layer = model.base_model.model.get_submodule(name).eval()
+        added = layer(x) - layer.base_layer(x)
+        torch.testing.assert_close(x.double() @ adapter.modules[name].factors.delta_weight().T, added.double(),
+                                   rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5)], ids=str)
+def test_what_fsdp_and_zero_3_leave_of_a_shard_is_named(
+    plain: tuple[Path, dict[str, Tensor]], shape: tuple[int, ...]
+) -> None:
+    folder, tensors = plain
+    for changed in ({name: torch.zeros(shape) for name in tensors}, {}):
+        rewrite(folder, changed)
+        error = refused(folder, MalformedAdapter)
+        assert "is empty, of shape" in error.what if changed else "no LoRA factors" in error.what
+        assert "ZeRO-3" in str(error.hint) and "FULL_STATE_DICT" in str(error.hint)
+
+
+@pytest.mark.parametrize("saved", [[], ["norm", "lm_head"]], ids=["factors", "saved"])
+def test_twice_as_many_modules_patterns_and_saved_modules_are_twice_as_much_work(
+    tmp_path: Path, saved: list[str]
+) -> None:
+    def work(count: int) -> int:
+        folder = tmp_path / f"{count}"
+        folder.mkdir()
+        tensors = {}
+        for i in range(count):
+            prefix = f"base_model.model.model.layers.{i}"
+            tensors[f"{prefix}.mlp.up_proj.lora_A.weight"] = torch.ones(2, 3)
+            tensors[f"{prefix}.mlp.up_proj.lora_B.weight"] = torch.ones(3, 2)
+            tensors |= {f"{prefix}.{name}.weight": torch.ones(3) for name in saved}
+        save_file(tensors, folder / "adapter_model.safetensors")
+        ranks = {f"model.layers.{i}.mlp.up_proj": 2 for i in range(count)}
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "rank_pattern": ranks, "alpha_pattern": ranks}
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": saved}))
+        adapters: list[LoraAdapter] = []
+        lines = steps(lambda: adapters.extend(open_adapter(str(folder)) for _ in range(2)))
+        assert len(adapters[0].modules) == count and len(adapters[0].saved) == count * len(saved)
+        lines += steps(lambda: saved_modules("average" if saved else "refuse", adapters))
+        return lines + steps(lambda: problems_of(adapters))
+
+    once, twice = work(100), work(200)
+    assert twice < 2.2 * once
+
+
+def test_a_name_that_is_longer_than_any_modules_is_refused(plain: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, tensors = plain
+    rewrite(folder, tensors | {"base_model.model." + "a." * 500 + "lora_A.weight": torch.ones(4, 5)})
+    assert "at most 1000 are read" in refused(folder, MalformedAdapter).what
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatible import check_composable, overlaps_of, problems_of
 from loracli.errors import IncompatibleAdapters
 
+TENSORS = "adapter_model.safetensors"
 Shapes = dict[str, tuple[int, int]]  # (out, in) by module
 
 
@@ -147,7 +148,9 @@ def test_an_adapter_and_its_copy_overlap_fully_and_its_negative_not_at_all(tmp_p
 
 
 def test_an_adapter_that_does_nothing_overlaps_with_none(tmp_path: Path) -> None:
-    [overlap] = overlaps_of([adapter(tmp_path / "a", SHAPES, alpha=0), adapter(tmp_path / "b", SHAPES)])
+    other = adapter(tmp_path / "a", SHAPES)
+    save_file({n: t * ("lora_A" in n) for n, t in load_file(other.path / TENSORS).items()}, other.path / TENSORS)
+    [overlap] = overlaps_of([read_adapter(str(other.path)), adapter(tmp_path / "b", SHAPES)])
     assert (overlap.cosine, overlap.shared_modules) == (0.0, 3)
 
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import EvaConfig, LoraConfig
+from peft.tuners.lora.config import CordaConfig
+from peft.utils.other import get_pattern_key
 
-from loracli.adapters.config import MAX_CONFIG_BYTES, AdapterConfig, read_config
+from loracli.adapters.config import (
+    MAX_CONFIG_BYTES,
+    PLAIN_INITIALISATIONS,
+    SUBTRACTING_INITIALISATIONS,
+    AdapterConfig,
+    read_config,
+)
+from loracli.adapters.patterns import ModulePatterns
 from loracli.errors import InputError, MalformedAdapter, UnsupportedAdapter
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
@@ -49,8 +60,8 @@ def test_pefts_default_config_is_accepted_as_it_stands(tmp_path: Path) -> None:
         rank=8,
         lora_alpha=8.0,
         use_rslora=False,
-        rank_pattern={},
-        alpha_pattern={},
+        rank_pattern=ModulePatterns({}),
+        alpha_pattern=ModulePatterns({}),
         fan_in_fan_out=False,
         whole_names=frozenset({"q_proj"}),
         lora_dropout=0.0,
@@ -128,9 +139,58 @@ def test_a_config_of_pefts_first_versions_is_accepted_unless_it_splits_a_layer(t
         read(tmp_path, **{**old, "enable_lora": [True, False, True]})
 
 
-def test_an_alpha_of_zero_or_below_is_a_number(tmp_path: Path) -> None:
-    assert read(tmp_path, lora_alpha=0).scaling_of("q") == 0.0
+def test_an_alpha_below_zero_is_a_number(tmp_path: Path) -> None:
     assert read(tmp_path, lora_alpha=-4).scaling_of("q") == -0.5
+
+
+@pytest.mark.parametrize("fields", [{"lora_alpha": 0}, {"lora_alpha": 0.0}, {"alpha_pattern": {"q_proj": 0}}], ids=str)
+def test_an_alpha_of_zero_is_refused_with_what_to_set(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """A converter of a trainer writes 0, and leaves it to people to put the number in."""
+    error = refused(tmp_path, UnsupportedAdapter, **fields)
+    assert next(iter(fields)) in error.what and "is 0" in error.what
+    assert "lora_alpha of the training" in str(error.hint)
+    way_out = json.loads(json.dumps(fields).replace("0.0", "12").replace("0", "12"))
+    assert read(tmp_path, **way_out).scaling_of("model.q_proj") == 12 / 8
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN_INITIALISATIONS))
+def test_an_initialisation_that_leaves_the_base_as_it_is_may_be_in_any_capitals(tmp_path: Path, name: str) -> None:
+    for spelt in (name, name.upper(), name.capitalize()):
+        assert read(tmp_path, init_lora_weights=spelt).scaling_of("q_proj") == 2.0
+
+
+def test_every_initialisation_of_peft_is_known_for_what_it_does_to_the_base() -> None:
+    """By the list in PEFT's own types: a new one fails here, and not in silence."""
+    kinds = typing.get_args(typing.get_type_hints(LoraConfig)["init_lora_weights"])
+    names = {name for kind in kinds for name in typing.get_args(kind)}
+    assert {"gaussian", "pissa", "mica"} <= names
+    others = {name for name in names - PLAIN_INITIALISATIONS if not name.startswith(SUBTRACTING_INITIALISATIONS)}
+    assert others == {"loftq"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"swift_type": "LORA", "lora_dtype": None, "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6, "enable_lora": None,
+         "use_merged_linear": False, "use_qa_lora": False, "model_key_mapping": None},
+        {"lora_dtype": "bf16", "lorap_lr_ratio": None, "lorap_emb_lr": 1e-6},
+        {"nvfp4_merge_aware": {"scale_mode": "fresh", "pts_policy": "base_fused_max", "start_step": 0}},
+        {"corda_config": {"corda_method": "ipm"}, "lora_ga_config": {"direction": "ArB2r"}},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)  # fmt: skip
+def test_keys_of_other_trainers_that_change_nothing_are_taken(tmp_path: Path, fields: dict[str, Any]) -> None:
+    assert read(tmp_path, **fields) == read(tmp_path)
+
+
+def test_settings_of_an_initialisation_that_was_not_used_are_ignored_as_peft_ignores_them(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="will be ignored"):
+        assert saved_by_peft(tmp_path, corda_config=CordaConfig()).rank == 8
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_whether_biases_were_trained_is_left_to_the_tensors(tmp_path: Path, bias: str) -> None:
+    assert saved_by_peft(tmp_path, bias=bias).rank == 8
 
 
 # What is refused by name.
@@ -148,12 +208,31 @@ def test_an_alpha_of_zero_or_below_is_a_number(tmp_path: Path) -> None:
         ({"use_qalora": True}, "QALoRA"),
         ({"use_bdlora": {"target_modules_bd_a": ["q_proj"]}}, "BD-LoRA"),
         ({"megatron_config": {"x": 1}}, "Megatron"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"bias": "some"}, "bias is 'some'"),
         ({"bias": None}, "bias is None"),
+        ({"enable_lora": [True, False, True]}, "before 0.3"),
+        ({"use_merged_linear": True}, "ms-swift"),
+        ({"use_qa_lora": True}, "QA-LoRA"),
+        ({"kasa_config": {"x": 1}}, "KaSA"),
+        ({"velora_config": {"x": 1}}, "VeLoRA"),
+        ({"monteclora_config": {"x": 1}}, "MonteCLoRA"),
+        ({"arrow_config": {"x": 1}}, "Arrow"),
         *[
             ({"init_lora_weights": name}, name)
-            for name in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "true", "something")
+            for name in (
+                "pissa",
+                "pissa_niter_16",
+                "olora",
+                "corda",
+                "loftq",
+                "lora_ga",
+                "true",
+                "something",
+                "PiSSA",
+                "LoftQ",
+                "OLoRA",
+                "lora-ga",
+            )
         ],
         ({"init_lora_weights": {"a": 1}}, "init_lora_weights"),
         *[
@@ -169,6 +248,7 @@ def test_a_feature_that_cannot_be_honoured_is_refused_by_name(
     error = refused(tmp_path, UnsupportedAdapter, **fields)
     assert name in error.what
     assert error.hint or "peft_type" in fields
+    assert "newer PEFT" not in str(error)
 
 
 def test_a_config_without_peft_type_is_refused(tmp_path: Path) -> None:
@@ -192,15 +272,42 @@ def test_an_unknown_key_that_is_not_off_is_refused_by_name(tmp_path: Path, value
     assert "'from_the_future'" in refused(tmp_path, UnsupportedAdapter, from_the_future=value).what
 
 
-@pytest.mark.parametrize("key", ["arrow_config", "kasa_config", "monteclora_config", "velora_config", "lora_ga_config"])
-def test_configs_of_variants_are_refused_by_their_key(tmp_path: Path, key: str) -> None:
-    assert repr(key) in refused(tmp_path, UnsupportedAdapter, **{key: {"x": 1}}).what
+def test_every_variant_of_peft_is_known_by_name(tmp_path: Path) -> None:
+    """By the mark in PEFT's own fields: a new one fails here for want of a sentence of its own."""
+    variants = [field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")]
+    assert {"use_dora", "kasa_config", "velora_config"} <= set(variants)
+    for name in variants:
+        error = refused(tmp_path, UnsupportedAdapter, **{name: {"x": 1}})
+        assert repr(name) in error.what and "is not supported" in error.what
+
+
+def test_a_config_of_mlx_vlm_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"rank": 10, "alpha": 0.1, "dropout": 0.1}))
+    with pytest.raises(UnsupportedAdapter, match="mlx-vlm") as caught:
+        read_config(path)
+    assert "mlx-lm or PEFT" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_is_a_regular_expression_is_refused(tmp_path: Path, key: str) -> None:
     error = refused(tmp_path, UnsupportedAdapter, **{key: {"q_proj": 8, "(([a-z._0-9]+)+)+$X": 8}})
     assert key in error.what and "(([a-z._0-9]+)+)+$X" in error.what
+    assert "write the names out" in str(error.hint)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_the_alternatives_that_people_write_decide_as_in_peft(tmp_path: Path, field: str) -> None:
+    pattern = {r".*\.(q_proj|v_proj)$": 4, r"^model\.layers\.(0|1)\.mlp\.": 5, "model.layers.[0-9]+.mlp.up_proj": 6}
+    config = read(tmp_path, **{field: pattern})
+    modules = ["model.layers.0.self_attn.q_proj", "q_proj", "model.layers.11.mlp.up_proj", "model.layers.1.mlp.x"]
+    default = {"rank_pattern": 8, "alpha_pattern": 16}[field]
+    right = [pattern.get(get_pattern_key(pattern, module), default) for module in modules]
+    assert right == [4, default, 6, default]
+    if field == "rank_pattern":
+        assert [config.rank_of(module) for module in modules] == right
+    else:
+        assert [config.scaling_of(module) for module in modules] == [value / 8 for value in right]
 
 
 # What is damaged.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,42 @@ def test_a_scale_that_alpha_over_rank_does_not_give_back_is_kept_to_the_bit(tmp_
     assert scale * RANK / RANK != scale
     save_mlx(tmp_path, lora_parameters={"rank": RANK, "scale": scale, "dropout": 0.0})
     assert read_adapter(str(tmp_path)).modules[Q].factors.scaling == scale
+
+
+@pytest.mark.parametrize(
+    ("alpha", "other"), [(16.0, 160 / 3), (1, 10 / 3), (RANK, None), (3.0, None), (None, None)], ids=str
+)
+def test_an_early_alpha_beside_scale_is_warned_of_where_it_would_matter(
+    tmp_path: Path, alpha: float | None, other: float | None
+) -> None:
+    """mlx-lm of April to June 2024: scale * alpha / rank; later versions wrote alpha and did not use it."""
+    save_mlx(tmp_path, lora_parameters={"rank": RANK, "alpha": alpha, "scale": SCALE, "dropout": 0.0})
+    adapter = read_adapter(str(tmp_path))
+    assert adapter.modules[Q].factors.scaling == SCALE
+    assert len(adapter.warnings) == (other is not None)
+    if other is not None:
+        (said,) = adapter.warnings
+        assert f"scale = {SCALE:g}" in said and f"scale * alpha / rank = {other:g}" in said
+        meant = float(re.search(r"set scale to ([\d.]+) and alpha to 3", said)[1])  # type: ignore[index]
+        save_mlx(tmp_path, lora_parameters={"rank": RANK, "alpha": RANK, "scale": meant, "dropout": 0.0})
+        again = read_adapter(str(tmp_path))
+        assert again.warnings == () and again.modules[Q].factors.scaling == pytest.approx(other, rel=1e-5)
+
+
+def test_an_update_of_zero_is_warned_of_and_a_scale_of_zero_refused(tmp_path: Path) -> None:
+    tensors = save_mlx(tmp_path)
+    save_file({n: t * n.endswith("lora_a") for n, t in tensors.items()}, tmp_path / "adapters.safetensors")
+    assert "changes nothing" in read_adapter(str(tmp_path)).warnings[0]
+    save_mlx(tmp_path, lora_parameters={"rank": RANK, "scale": 0.0, "dropout": 0.0})
+    assert "scale is 0" in refused(tmp_path, UnsupportedAdapter).what
+
+
+def test_a_config_of_mlx_vlm_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    """Its scaling is alpha, or alpha / rank, by its version."""
+    save_file({f"language_model.{Q}.A": torch.ones(5, 3)}, tmp_path / "adapters.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"rank": 3, "alpha": 0.1, "dropout": 0.0}))
+    error = refused(tmp_path, UnsupportedAdapter)
+    assert "mlx-vlm" in error.what and "mlx-lm or PEFT" in str(error.hint)
 
 
 def test_an_old_config_without_a_type_is_a_lora(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,6 @@ def test_other_spellings_are_the_same_module(tmp_path: Path, made: tuple[Path, l
     [
         ({"modules_to_save": None}, UnsupportedAdapter, HEAD),
         ({"modules_to_save": ["norm"]}, UnsupportedAdapter, HEAD),
-        ({"modules_to_save": ["lm_head", "score"]}, MalformedAdapter, "'score'"),
         ({"modules_to_save": "lm_head"}, MalformedAdapter, "modules_to_save"),
         ({"modules_to_save": [1]}, MalformedAdapter, "modules_to_save"),
         ({"ensure_weight_tying": True}, UnsupportedAdapter, "ensure_weight_tying"),
@@ -311,6 +311,36 @@ def test_a_config_that_says_something_else_is_refused(
 ) -> None:
     with pytest.raises(kind, match=said.replace(".", r"\.")):
         read_adapter(str(rewritten(made[1], tmp_path, {}, **fields)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"modules_to_save": ["classifier", "score"]},  # as PEFT writes it for classification
+        {"modules_to_save": ["embed_out"], "ensure_weight_tying": True},
+    ],
+    ids=str,
+)
+def test_a_name_of_which_no_tensor_is_there_replaces_nothing(
+    tmp_path: Path, made: tuple[Path, list[Path]], fields: dict[str, Any]
+) -> None:
+    """As in stock PEFT, which the plain adapter and this one give the same logits."""
+    base, paths = made
+    adapter = rewritten([paths[0], paths[2]], tmp_path, {}, **fields)
+    read, plain = read_adapter(str(adapter)), read_adapter(str(paths[2]))
+    assert read.saved == {} and settled_policy("refuse", [read], ["a"]) == "refuse"
+    assert read.modules.keys() == plain.modules.keys()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
+        models = [
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path) for path in (adapter, paths[2])
+        ]
+    assert torch.equal(*map(logits, models))
+
+
+def test_names_of_a_classifier_beside_its_tensor_are_no_matter(tmp_path: Path, made: tuple[Path, list[Path]]) -> None:
+    adapter = read_adapter(str(rewritten(made[1], tmp_path, {}, modules_to_save=["lm_head", "score"])))
+    assert list(adapter.saved) == ["lm_head"]
 
 
 def test_stock_peft_gives_the_logits_of_the_composed_model(tmp_path: Path, made: tuple[Path, list[Path]]) -> None:

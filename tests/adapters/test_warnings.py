@@ -1,0 +1,126 @@
+"""What whoever uses an adapter is told of it: by every command, and of nothing that is as it should be."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.adapters.compatible import inspect_adapters
+from loracli.comparison.inputs import prepare_comparison
+from loracli.conversion.read import read_convertible
+from loracli.export.export import export_adapter
+from loracli.export.method import export_method
+from loracli.fitting.inputs import prepare_fit
+from loracli.fitting.run import fit_mixing
+from loracli.fitting.settings import FitSettings
+from loracli.fusing.composition import read_composition
+from loracli.progress import Progress, Silent
+from loracli.serving.lint import lint_adapter
+from loracli.verifying.verify import verify_directory
+from tests.tiny import logits, make_adapter, random_records, write_jsonl
+
+WEIGHTS = "adapter_model.safetensors"
+Zeroed = Callable[[str], bool]
+
+
+class Said(Silent):
+    """A Progress that keeps its warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def zeroed(adapter: Path, folder: Path, which: Zeroed) -> Path:
+    """A copy of the adapter whose tensors of those names are zero."""
+    shutil.copytree(adapter, folder)
+    tensors = load_file(adapter / WEIGHTS)
+    save_file({n: torch.zeros_like(t) if which(n) else t for n, t in tensors.items()}, folder / WEIGHTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory, two_adapters: tuple[Path, Path]) -> Path:
+    """An adapter as it is before its training."""
+    return zeroed(two_adapters[0], tmp_path_factory.mktemp("idle") / "idle", lambda name: "lora_B" in name)
+
+
+COMMANDS: dict[str, Callable[[Path, Path, Path, Progress], object]] = {
+    "inspect": lambda idle, base, data, progress: inspect_adapters([str(idle)], progress=progress),
+    "lint": lambda idle, base, data, progress: lint_adapter(idle, progress=progress),
+    "fit": lambda idle, base, data, progress: prepare_fit([str(idle)], str(data), base=str(base), progress=progress),
+    "compare": lambda idle, base, data, progress: prepare_comparison(
+        str(data), adapters=[str(idle)], base=str(base), progress=progress
+    ),
+    "fuse": lambda idle, base, data, progress: read_composition(
+        str(idle), [], None, base_given=True, progress=progress
+    ),
+    "convert": lambda idle, base, data, progress: read_convertible(str(idle), progress=progress),
+    "export --method": lambda idle, base, data, progress: export_method(
+        "sum", data.parent / "out", adapters=[str(idle)], base=str(base), progress=progress
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_warns_of_an_adapter_that_changes_nothing(
+    tmp_path: Path, idle: Path, tiny_base: Path, command: str
+) -> None:
+    progress = Said()
+    data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
+    COMMANDS[command](idle, tiny_base, data, progress)
+    assert [said for said in progress.warnings if f"{idle}: changes nothing" in said]
+
+
+def test_a_recipe_and_what_is_exported_of_it_are_warned_of_too(tmp_path: Path, idle: Path, tiny_base: Path) -> None:
+    progress = Said()
+    data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
+    recipe = fit_mixing([str(idle)], data, base=str(tiny_base), settings=FitSettings(passes=2))
+    export_adapter(recipe, tmp_path / "out", progress=progress)
+    assert [said for said in progress.warnings if "changes nothing" in said]
+    progress.warnings.clear()
+    verify_directory(tmp_path / "out", progress=progress)
+    assert [said for said in progress.warnings if "changes nothing" in said]
+
+
+@pytest.mark.parametrize(
+    ("which", "warned"),
+    [
+        (lambda name: "lora_A" in name, True),
+        (lambda name: ("lora_A" if "q_proj" in name else "lora_B") in name, True),
+        (lambda name: "lora_B" in name and "layers.0.self_attn.q_proj" not in name, False),
+        (lambda name: "lora_B" in name and "v_proj" in name, False),
+        (lambda name: False, False),
+    ],
+    ids=["A", "one of both in each", "all but one module", "one kind", "none"],
+)
+def test_only_what_is_zero_in_every_module_is_warned_of(
+    tmp_path: Path, two_adapters: tuple[Path, Path], tiny_base: Path, which: Zeroed, warned: bool
+) -> None:
+    """By stock PEFT: with such an adapter the base's logits are the same."""
+    adapter = zeroed(two_adapters[0], tmp_path / "a", which)
+    assert bool(read_adapter(str(adapter)).warnings) is warned
+    base = logits(AutoModelForCausalLM.from_pretrained(tiny_base))
+    with_it = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), adapter))
+    assert torch.equal(base, with_it) is warned
+
+
+def test_a_bias_and_modules_that_were_saved_whole_are_a_change(tmp_path: Path, tiny_base: Path) -> None:
+    def read(name: str, which: Zeroed, **config: object) -> LoraAdapter:
+        made = make_adapter(tmp_path / f"{name}-trained", tiny_base, **config)
+        return read_adapter(str(zeroed(made, tmp_path / name, which)))
+
+    assert read("bias", lambda n: n.endswith("lora_B.weight"), lora_bias=True).warnings == ()
+    assert "changes nothing" in read("none", lambda n: "lora_B" in n, lora_bias=True).warnings[0]
+    (said,) = read("saved", lambda n: "lora_B" in n, modules_to_save=["lm_head"]).warnings
+    assert "only its modules_to_save" in said
