@@ -53,6 +53,14 @@ def fuse(
         str | None,
         typer.Option("--method", metavar="NAME", help="Compose by a method that needs no data instead of a fit."),
     ] = None,
+    modules_to_save: Annotated[
+        str | None,
+        typer.Option(
+            "--modules-to-save",
+            metavar="POLICY",
+            help="With --method, of modules that adapters saved whole: pick:NAME, average or refuse.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -83,6 +91,7 @@ def fuse(
         output,
         adapters=adapters or (),
         method=method,
+        modules_to_save=modules_to_save,
         base=base,
         base_revision=base_revision,
         dtype=dtype,
@@ -106,6 +115,8 @@ def fuse(
             "untied": fused.untied,
             "dequantised": fused.dequantised,
             "left_behind": list(fused.left_behind),
+            "replaced": list(fused.replaced),
+            "bypassed": list(fused.bypassed),
         }
     )
     out.value(str(fused.path))
@@ -119,6 +130,8 @@ def fuse(
         out.line(f"  {fused.resumed} of them were there already")
     if fused.dequantised:
         out.line(f"  the base is quantised ({fused.dequantised}); this model is not")
+    if fused.replaced:
+        out.line(f"  replaced as an adapter saved them (modules_to_save): {', '.join(fused.replaced)}")
     if fused.untied:
         out.line("  embedding and head were one matrix and are two now: tie_word_embeddings is false in config.json")
     if fused.left_behind:

@@ -69,6 +69,12 @@ def show(
         ["", *labels.values()],
         [[name, *(_spread(cell) for cell in cells)] for name, cells in weights_by_leaf(loaded).items()],
     )
+    for what, names in (
+        ("weight read without calling the layer, so that the update acts neither here nor in PEFT", mixing.bypassed),
+        ("reached by no record", [name for name in mixing.unreached if name not in mixing.bypassed]),
+    ):
+        if names:
+            out.line(f"{what}: {', '.join(names)}")
     out.line()
     if mixing.kind != "adapter":
         weight_maps(out, loaded)

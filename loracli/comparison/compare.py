@@ -25,6 +25,7 @@ from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.fitting.engine import Engine
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import Layout, make_diagonal, make_layout
+from loracli.fitting.reach import find_reach
 from loracli.fitting.recording import dtype_name
 from loracli.model.attach import attach, replace_modules
 from loracli.model.base import BaseModel, check_fits, load_base
@@ -204,6 +205,7 @@ class _Comparison:
         with attach(self._base.model, inputs.adapters, inputs.layout.modules) as attached:
             batch = self._test.batches[len(self._test.batches) // 2]
             engine = Engine(make_objective(attached, batch), Meter(SILENT))
+            self._find_reach(engine)
             mixing = make_diagonal(inputs.layout, "module")
             seconds = engine.seconds(mixing, mixing.constant([0.0] * adapters), batch)
         about = duration_text(work * seconds / (2 * batch.tokens))
@@ -214,6 +216,9 @@ class _Comparison:
         )
         self._progress.begin(TASK, work, WORK)
 
+    def _find_reach(self, engine: Engine) -> None:
+        find_reach(engine, self._test.batches, self._test.examples, self._base.reference, self._progress)
+
     def _evaluate(
         self,
         rows: Sequence[Candidate],
@@ -221,13 +226,15 @@ class _Comparison:
         adapters: Sequence[LoraAdapter],
         layout: Layout,
     ) -> list[Evaluated]:
-        evaluated = []
+        inputs, evaluated = self._inputs, []
         with attach(self._base.model, adapters, layout.modules) as attached:
             engine = Engine(
                 make_objective(attached, self._test.batches[0]),
                 Meter(self._progress, task=TASK),
                 progress=self._progress,
             )
+            if adapters is not inputs.adapters:
+                self._find_reach(engine)
             for row in rows:
                 composition = before[row.name] if row.name in before else row.composed(self._skipped)
                 if composition is None:

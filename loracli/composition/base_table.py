@@ -22,10 +22,12 @@ class BaseTable:
     Args:
         id: the name that it carries.
         modules: all that go by the last name of a changed one.
+        bypassed: changed modules whose weight it reads without calling the layer, as far as its config was read.
     """
 
     id: str
     modules: tuple[BaseModule, ...]
+    bypassed: tuple[str, ...] = ()
 
 
 def base_table(
@@ -46,16 +48,16 @@ def base_table(
         progress: told of a download.
     Raises:
         IncompatibleAdapters: if they name no base or different ones, and none is given.
-        BaseModelMismatch: if an adapter does not fit the base that is given.
-        UsageError: if an adapter carries a copy of a matrix of the base, which only a loaded base can be held against.
+        BaseModelMismatch: if an adapter does not fit the base that is given, or carries another matrix for a module.
+        UsageError: if an adapter carries a copy of a matrix of the base, and none is given to compare it with.
     """
-    for adapter in adapters:
-        if adapter.base_copies:
-            raise UsageError(
-                f"{adapter.reference} carries a copy of the base's {next(iter(adapter.base_copies))}, which has to be "
-                "compared with the base",
-                hint="make a recipe with `loracat fit`, which does that, then: loracat export RECIPE --method NAME",
-            )
+    carrying = [adapter for adapter in adapters if adapter.base_copies]
+    if carrying and base is None:
+        raise UsageError(
+            f"{carrying[0].reference} carries a copy of the base's {next(iter(carrying[0].base_copies))}, which has to "
+            "be compared with the base",
+            hint="give the base with --base",
+        )
     wanted = {leaf(m.name) for adapter in adapters for m in adapter.modules.values() if m.kind != "experts"}
     whole = frozenset[str]().union(*(adapter.config.whole_names for adapter in adapters))
     convolutions = kernels_of(adapters)
@@ -64,12 +66,19 @@ def base_table(
         named = "write its name into base_model_name_or_path of their adapter_config.json"
         found = agreed_base(claims, way_out=named if convolutions else "give the base with --base")
         return BaseTable(str(found.base_model), modules_of(adapters))
+    from loracli.fitting.base_copies import check_base_copies, stored_weights
+    from loracli.fitting.reach import weights_read
     from loracli.model.base import base_modules, check_shapes, find_base, plan_base
+    from loracli.model.checkpoint import read_checkpoint
 
     reference = find_base(adapters, base, revision=revision, progress=progress)
     skeleton = plan_base(reference).skeleton
     check_shapes(skeleton, adapters)
-    return BaseTable(reference.id, base_modules(skeleton, adapters))
+    if carrying:
+        check_base_copies(carrying, stored_weights(read_checkpoint(reference.path), skeleton))
+    targets = {name for adapter in adapters for name in adapter.targets}
+    bypassed = tuple(sorted(targets & weights_read(reference).bypassed))
+    return BaseTable(reference.id, base_modules(skeleton, adapters), bypassed)
 
 
 def modules_of(adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:

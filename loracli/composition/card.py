@@ -170,6 +170,7 @@ class CardText:
         version: of loracat.
         licence: that all ingredients state, None if they do not.
         made: how it was made, for the heading; None of a composition.
+        reach: what there is to say of modules that the base does not call.
     """
 
     base_id: str
@@ -181,6 +182,7 @@ class CardText:
     version: str
     licence: str | None
     made: str | None = None
+    reach: tuple[str, ...] = ()
 
 
 def recipe_card(recipe: Recipe, licences: Sequence[str | None]) -> CardText:
@@ -194,6 +196,7 @@ def recipe_card(recipe: Recipe, licences: Sequence[str | None]) -> CardText:
         repeat=repeat_recipe(recipe),
         version=recipe.versions.get("loracat", ""),
         licence=agreed_licence(licences),
+        reach=tuple(_reach(recipe.base.id, recipe.mixing.unreached, recipe.mixing.bypassed)),
     )
 
 
@@ -205,6 +208,8 @@ def method_card(
     adapters: Sequence[RecipeAdapter],
     licences: Sequence[str | None],
     saved: str | None,
+    *,
+    bypassed: Sequence[str] = (),
 ) -> CardText:
     """Of adapters, by the names that may be published, that a method composed.
 
@@ -214,6 +219,7 @@ def method_card(
         adapters: N of them.
         licences: that each of them states.
         saved: the policy for modules that adapters saved whole, None where they have none.
+        bypassed: modules whose weight the base reads without calling the layer.
     """
     chosen = {name: value for name, value in options.items() if value is not None and name != "rank"}
     said = ", ".join(f"{name} {value:g}" for name, value in chosen.items() if isinstance(value, (int, float)))
@@ -230,7 +236,28 @@ def method_card(
         repeat=repeat_method(words, base_id, adapters, searched=method.search is not None),
         version=__version__,
         licence=agreed_licence(licences),
+        reach=tuple(_reach(base_id, bypassed, bypassed)),
     )
+
+
+def _reach(base_id: str, unreached: Sequence[str], bypassed: Sequence[str]) -> list[str]:
+    """What is to be said of modules that the base did not call for the records of the fit."""
+    lines = []
+    if bypassed:
+        lines += [
+            f"`{base_id}` reads the weight of these modules without calling the layer, so that PEFT ignores their",
+            "update; `merge_and_unload`, and engines that call the layer, add it and run another model:",
+            ", ".join(map(_cell, bypassed)) + ".",
+            "",
+        ]
+    passed_by = [name for name in unreached if name not in bypassed]
+    if passed_by:
+        lines += [
+            "No record of the fit reached these modules; the weights that are theirs alone stand where the fit began:",
+            ", ".join(map(_cell, passed_by)) + ".",
+            "",
+        ]
+    return lines
 
 
 def _mixing(recipe: Recipe) -> list[str]:

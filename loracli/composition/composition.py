@@ -262,7 +262,16 @@ class MethodSource:
     def card(self) -> CardText:
         licences = stated_licences(self.adapters)
         saved = None if self.saved is None else self.saved.policy
-        return method_card(self.method, self.taken(), self.weights, self.base.id, self.identities, licences, saved)
+        return method_card(
+            self.method,
+            self.taken(),
+            self.weights,
+            self.base.id,
+            self.identities,
+            licences,
+            saved,
+            bypassed=self.base.bypassed,
+        )
 
 
 def recorded_base(source: Source, base: str | None, revision: str | None) -> tuple[str | None, str | None]:

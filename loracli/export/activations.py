@@ -26,6 +26,7 @@ from loracli.errors import RecipeError, UsageError
 from loracli.fitting.activations import second_moments
 from loracli.fitting.engine import Engine
 from loracli.fitting.meter import Meter
+from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach, replace_modules
 from loracli.model.base import check_fits, find_base, load_base
@@ -149,6 +150,7 @@ def moments_of(
         lora_A = {name: update.lora_A for name, update in factors.items()}
         with attach(model.model, source.adapters, names) as attached:
             engine = Engine(make_objective(attached, batches[0]), Meter(progress, task=TASK), progress=progress)
+            find_reach(engine, batches, examples, reference, progress)
             progress.begin(TASK, sum(batch.tokens for batch in batches), "tokens")
             try:
                 return second_moments(engine, composed.mixing, composed.theta, lora_A, batches, examples)

@@ -38,6 +38,7 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
             *_use(text.base_id, layout),
             "",
             *_servers(layout),
+            *text.reach,
             *text.repeat.section(options),
         ]
     )  # fmt: skip

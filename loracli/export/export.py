@@ -146,6 +146,10 @@ def export_adapter(
         options = dataclasses.replace(options, gguf=llama_cpp)
     saved = saved_modules(recorded_policy(recipe), ingredients)
     source = RecipeSource(recipe, ingredients, saved)
+    if recipe.mixing.bypassed:
+        from loracli.fitting.reach import warn_of_merging
+
+        warn_of_merging(recipe.base.id, recipe.mixing.bypassed, progress)
     moments = None  # which change no shape, so that a dry run needs none
     if activation_aware and fit_data is not None and not dry_run:
         from loracli.export.activations import moments_of

@@ -17,6 +17,7 @@ from loracli.export.export import Exported
 from loracli.fitting.engine import Engine
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import make_layout
+from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach, replace_modules
 from loracli.model.base import base_directory, check_fits, find_base, load_base
@@ -104,6 +105,7 @@ def loss_of_export(
         progress.begin(TASK, 2 * sum(batch.tokens for batch in batches), WORK)
         with attach(model.model, source.adapters, make_layout(source.adapters).modules) as attached:
             engine = Engine(make_objective(attached, batches[0]), Meter(progress, task=TASK), progress=progress)
+            find_reach(engine, batches, examples, reference, progress)
 
             def score(way: str, factors_of: Callable[[str], Factors]) -> Scores:
                 engine.meter.stage(way)

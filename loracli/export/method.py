@@ -16,6 +16,7 @@ from loracli.adapters.compatible import check_composable
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
+from loracli.calibration.batches import plan_batches
 from loracli.calibration.dataset import Dataset
 from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.calibration.render import render_file
@@ -27,6 +28,7 @@ from loracli.export.export import Exported, write_export
 from loracli.export.options import ExportOptions
 from loracli.export.refit import check_refit
 from loracli.fitting.mixing import make_layout
+from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
 from loracli.hub.fetch import fetch_adapter
 from loracli.model.attach import replace_modules
@@ -162,9 +164,13 @@ def export_method(
             check_composable(read, base_given=True)
         table = base_table(read, base, revision=base_revision, progress=progress)
     else:
-        table = BaseTable(loaded.base.id, loaded.modules)
+        table = BaseTable(loaded.base.id, loaded.modules, loaded.mixing.bypassed)
         if base is None and loaded.base.commit is not None:
             base, base_revision = loaded.base.id, base_revision or loaded.base.commit
+    if table.bypassed:
+        from loracli.fitting.reach import warn_of_merging
+
+        warn_of_merging(table.id, table.bypassed, progress)
     saved = saved_modules(policy, read, progress=progress)
     if gguf:
         from loracli.export.gguf import find_llama_cpp_base
@@ -256,9 +262,13 @@ def searched_weights(
             ).examples
         )
         calibration = Calibration(model, Dataset(files, (), training, ()), examples, settings, progress)
+        layout = make_layout(adapters)
+        with calibration.engine(adapters, layout.modules) as (engine, _):
+            batches = plan_batches(examples, batch_tokens=settings.batch_tokens)
+            find_reach(engine, batches, examples, model.reference, progress)
         progress.begin(TASK, None, "tokens")
         try:
-            found = search_weights(method, options, calibration, adapters, make_layout(adapters))
+            found = search_weights(method, options, calibration, adapters, layout)
         finally:
             progress.finish(TASK)
     progress.note(f"{method.name}: {found.note}")

@@ -44,6 +44,7 @@ from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import CoreMixing, make_layout
 from loracli.fitting.processes import ALONE
+from loracli.fitting.reach import find_reach
 from loracli.fitting.run import announce, memory_decision, usable_length
 from loracli.fitting.rung import Task, mean_of, solve_rung, tokens_of
 from loracli.fitting.search import REFIT_SHARE, refit
@@ -287,6 +288,8 @@ def _run(inputs: FitInputs, base: BaseModel, source: Source, dtype: torch.dtype,
     check_causal(base.model, inputs.base.id, held[0])
     with attach(base.model, inputs.adapters, modules) as attached:
         engine = Engine(make_objective(attached, held[0]), Meter(progress, task=TASK), progress=progress)
+        training = plan_batches(examples.training, batch_tokens=settings.batch_tokens)
+        find_reach(engine, training, examples.training, inputs.base, progress)
         tokens = tokens_of(examples.training)
         work = round(2 * settings.budget * tokens) + 3 * sum(batch.tokens for batch in held)
         announce(engine, inputs, base, examples, (fold,), work, progress)

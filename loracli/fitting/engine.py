@@ -24,7 +24,7 @@ from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import Applied, DiagonalMixing, Mixing
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.record_gradients import RecordGradients, from_rows, record_gradients
-from loracli.model.loss import Objective, Scores
+from loracli.model.loss import Objective, Scores, gradient_of
 from loracli.model.placement import ran_out_of_memory
 from loracli.progress import SILENT, Progress
 
@@ -181,6 +181,29 @@ class Engine:
             entry = self.remember(key, Entry({"sum": total}))
         return entry.tensors["sum"]
 
+    def unreached(self, batches: Sequence[Batch], examples: Sequence[Example]) -> tuple[str, ...]:
+        """The modules that the model calls for no record, at what is attached; batch by batch until all are called. Not
+        counted in the budget."""
+        key, attached = self.next_key(), self.objective.attached
+        entry = self.recall(key)
+        if entry is None:
+
+            def work(batch: Batch) -> tuple[Tensor, Tensor]:
+                attached.reached.clear()
+                self.objective.record_sums(batch)
+                called = torch.zeros(len(attached.modules), dtype=torch.float64)
+                called[list(attached.reached)] = 1
+                return called, torch.zeros(0, dtype=torch.float64)
+
+            reached = torch.zeros(len(attached.modules), dtype=torch.float64)
+            fitting = partial(self._fitting_in, examples=examples, work=work, join=torch.maximum)
+            for _, called in self._parts(batches, fitting):
+                reached = torch.maximum(reached, called)
+                if bool(reached.all()):
+                    break
+            entry = self.remember(key, Entry({"reached": reached}))
+        return tuple(m for m, called in zip(attached.modules, entry.tensors["reached"], strict=True) if not called)
+
     def next_key(self) -> str:
         """The key of the next operation: the same operation has the same key in a resumed fit."""
         self._keys += 1
@@ -327,8 +350,7 @@ class Engine:
         leaf = theta.clone().requires_grad_(True)
         mixing.apply(self.objective.attached, leaf)
         total = self.objective.nats(batch).cpu().double().sum()
-        (gradient,) = torch.autograd.grad(total, leaf)
-        return total.detach()[None], gradient.double()
+        return total.detach()[None], gradient_of(total, leaf).double()
 
     def _fitting_in(self, batch: Batch, examples: Sequence[Example], work: Work, join: Join) -> tuple[Tensor, Tensor]:
         """What `work` makes of a batch; of its halves, joined, if it is too big for the memory.

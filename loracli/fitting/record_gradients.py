@@ -27,7 +27,7 @@ from torch import Tensor
 from loracli.calibration.batches import Batch
 from loracli.calibration.render import Example
 from loracli.fitting.mixing import DiagonalMixing
-from loracli.model.loss import Objective
+from loracli.model.loss import Objective, gradient_of
 from loracli.model.placement import is_sharded
 
 
@@ -88,10 +88,10 @@ def record_gradients(
     nats, sampled_nats = forward()
     # A sharded model gives its weights up after a backward pass, and the graph is of no use then.
     sharded = is_sharded(objective.attached.model)
-    (first,) = torch.autograd.grad((nats * v.to(nats)).sum(), weights, retain_graph=not sharded)
+    first = gradient_of((nats * v.to(nats)).sum(), weights, retain_graph=not sharded)
     if sharded:
         _, sampled_nats = forward()
-    (second,) = torch.autograd.grad((sampled_nats * v.to(nats).sqrt()).sum(), weights)
+    second = gradient_of((sampled_nats * v.to(nats).sqrt()).sum(), weights)
     with torch.no_grad():
         mixing.apply(objective.attached, theta)
     none = torch.zeros(len(batch.indices), dtype=torch.float64)

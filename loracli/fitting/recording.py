@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import transformers
@@ -12,6 +13,7 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.basis import canonical_stack, mixing_in_file_gauge
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.mixing import DiagonalMixing, FactorMixing
+from loracli.fitting.reach import Reach
 from loracli.fitting.search import Found
 from loracli.model.base import BaseModel, base_modules
 from loracli.recipe.ingredients import identity_of
@@ -32,6 +34,7 @@ def make_recipe(
     activations: RecipeActivations | None,
     *,
     passes: float,
+    reach: Reach,
     halvings: int,
     folds: int,
 ) -> Recipe:
@@ -47,6 +50,7 @@ def make_recipe(
         certificate: of the weights, None if there is none.
         activations: what the records show of them, None if that is not kept.
         passes: that were used.
+        reach: which modules the records did not reach.
         halvings: of micro-batches.
         folds: that were chosen with, 0 for none.
     """
@@ -73,7 +77,11 @@ def make_recipe(
         ),
         data=data,
         fit=record,
-        mixing=recipe_mixing(inputs.adapters, inputs.layout.modules, found),
+        mixing=replace(
+            recipe_mixing(inputs.adapters, inputs.layout.modules, found),
+            unreached=reach.unreached,
+            bypassed=reach.bypassed,
+        ),
         modules=base_modules(base.model, inputs.adapters),
         dtype=dtype_name(base.dtype),
         held_out=table,

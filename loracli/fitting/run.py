@@ -26,6 +26,7 @@ from loracli.fitting.meter import TASK, Meter, StepLog
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
 from loracli.fitting.paper import fit_as_published
 from loracli.fitting.processes import ALONE, Processes
+from loracli.fitting.reach import find_reach
 from loracli.fitting.recording import dtype_name, make_recipe
 from loracli.fitting.rung import Task, tokens_of
 from loracli.fitting.search import LADDERS, Found, search
@@ -190,6 +191,8 @@ def _run(
         objective = make_objective(attached, held_batches[0])
         meter = Meter(progress, log, tokens=tokens_of(examples.training))
         engine = Engine(objective, meter, processes=processes, journal=journal, progress=progress)
+        training = plan_batches(examples.training, batch_tokens=settings.batch_tokens)
+        reach = find_reach(engine, training, examples.training, base.reference, progress)
         work = _work(inputs, examples, held_batches)
         announce(engine, inputs, base, examples, folds, work, progress)
         progress.begin(TASK, work, WORK)
@@ -228,6 +231,7 @@ def _run(
         certificate,
         activations,
         passes=passes,
+        reach=reach,
         halvings=engine.halvings,
         folds=validated,
     )

@@ -12,17 +12,21 @@ import torch
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.names import target_of
+from loracli.adapters.saved_modules import PICK, REFUSE, saved_modules, settled_policy
 from loracli.algebra.methods.method import Method
 from loracli.composition.base_table import BaseTable
 from loracli.composition.composition import MethodSource, RecipeSource, Source
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
 from loracli.export.method import DEFAULTS, find_method, published_identities, read_to_compose
-from loracli.fusing.plan import FusionPlan
+from loracli.fitting.reach import named, weights_read
+from loracli.fusing.plan import FusionPlan, plan_fusion
+from loracli.fusing.quantised import Quantisation
 from loracli.fusing.workplace import read_config
-from loracli.model.base import BasePlan, base_modules, check_shapes, find_base, on_base, plan_base
-from loracli.model.checkpoint import FLOATS, Checkpoint
-from loracli.progress import Progress
-from loracli.recipe.ingredients import read_ingredients
+from loracli.model.attach import check_saved
+from loracli.model.base import BasePlan, BaseReference, base_modules, check_shapes, find_base, on_base, plan_base
+from loracli.model.checkpoint import Checkpoint
+from loracli.progress import SILENT, Progress
+from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.reading import load_recipe
 from loracli.recipe.recipe import BaseModule, Recipe, RecipeBase
 from loracli.system.files import CONFIG_FILE
@@ -37,21 +41,24 @@ class Composition:
         recipe: whose mixing composes them, None with a method.
         method: that composes them, None with a recipe's mixing.
         base: as a recipe recorded it, None where nothing did.
+        policy: for modules that adapters saved whole.
     """
 
     adapters: tuple[LoraAdapter, ...]
     recipe: Recipe | None
     method: Method | None
     base: RecipeBase | None
+    policy: str = REFUSE
 
-    def source(self, base_id: str) -> Source:
-        """What gives the update of every module."""
+    def source(self, base_id: str, *, progress: Progress = SILENT) -> Source:
+        """What gives the update of every module, and the modules that replace the base's."""
+        saved = saved_modules(self.policy, self.adapters, progress=progress)
         if self.method is None:
             assert self.recipe is not None
-            return RecipeSource(self.recipe, self.adapters)
+            return RecipeSource(self.recipe, self.adapters, saved)
         weights = None if self.method.weights is None else self.method.weights(len(self.adapters))
         identities = published_identities(self.adapters)
-        return MethodSource(self.method, DEFAULTS, weights, self.adapters, identities, BaseTable(base_id, ()))
+        return MethodSource(self.method, DEFAULTS, weights, self.adapters, identities, BaseTable(base_id, ()), saved)
 
 
 def read_composition(
@@ -59,6 +66,7 @@ def read_composition(
     adapters: Sequence[str],
     method: str | None,
     *,
+    modules_to_save: str | None = None,
     base_given: bool,
     progress: Progress,
 ) -> Composition:
@@ -68,12 +76,22 @@ def read_composition(
         recipe: a recipe, its file, or an adapter's directory; None with a method and adapters.
         adapters: with a recipe where its ingredients are now; with a method what is composed.
         method: a name of `loracli.algebra.methods`, None for the recipe's own mixing.
+        modules_to_save: a policy for modules that adapters saved whole, with a method; None for the recipe's, and
+            `refuse` without one. An adapter by itself has its own.
         base_given: whether the user named the base.
         progress: told of downloads.
     Raises:
         UsageError: if these do not go together, or the method has to be fitted or cuts its result.
+        UnsupportedAdapter: if adapters saved modules whole and nothing says which of them the composition has.
     """
-    if isinstance(recipe, (str, Path)) and (Path(recipe) / CONFIG_FILE).is_file():
+    alone = isinstance(recipe, (str, Path)) and (Path(recipe) / CONFIG_FILE).is_file()
+    if modules_to_save is not None and (alone or method is None):
+        raise UsageError(
+            "--modules-to-save goes with --method: an adapter by itself has its own modules, and a recipe those that "
+            "it was fitted with",
+            hint="leave it out",
+        )
+    if alone:
         if adapters or method:
             raise UsageError(f"{recipe} is an adapter: it goes without --adapters and --method")
         recipe, adapters, method = None, [str(recipe)], "sum"
@@ -84,8 +102,8 @@ def read_composition(
             )
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         ingredients = read_ingredients(loaded, relocated=adapters, progress=progress)
-        _refuse_kept(ingredients)
-        return Composition(ingredients, loaded, None, loaded.base)
+        _refuse_biases(ingredients)
+        return Composition(ingredients, loaded, None, loaded.base, recorded_policy(loaded))
     found = find_method(method)
     if found.search is not None or found.cuts:
         data = " --fit-data FILE" if found.search else ""
@@ -94,16 +112,19 @@ def read_composition(
             hint=f"loracat export --method {method}{data}, then fuse the directory that it writes",
         )
     read, given = read_to_compose(adapters, recipe, base_given=base_given, progress=progress)
-    _refuse_kept(read)
-    return Composition(read, None, found, given.base if given else None)
+    _refuse_biases(read)
+    policy = modules_to_save or (REFUSE if given is None else recorded_policy(given))
+    if alone and read[0].saved:
+        policy = f"{PICK}#1"
+    policy = settled_policy(policy, read, [adapter.reference for adapter in read])
+    return Composition(read, None, found, given.base if given else None, policy)
 
 
-def _refuse_kept(adapters: Sequence[LoraAdapter]) -> None:
+def _refuse_biases(adapters: Sequence[LoraAdapter]) -> None:
     for adapter in adapters:
-        if adapter.config.lora_bias or adapter.saved:
-            feature = "lora_bias" if adapter.config.lora_bias else "modules_to_save"
+        if adapter.config.lora_bias:
             raise UsageError(
-                f"{adapter.reference} has {feature}, which is no update of a weight and cannot be folded in",
+                f"{adapter.reference} has lora_bias, which is no update of a weight and cannot be folded in",
                 hint="serve it as an adapter: loracat export --profile peft",
             )
 
@@ -149,14 +170,46 @@ def plan_composed_base(
     return plan, composition
 
 
-def changed_modules(plan: BasePlan, source: Source) -> list[BaseModule]:
-    """The modules that the composition changes, as the base has them.
+def bypassed_modules(reference: BaseReference, source: Source, progress: Progress) -> tuple[str, ...]:
+    """Changed modules whose weight the base reads without calling the layer: there the update acts neither in a fit nor
+    in PEFT, so that a model with it would not be the one that was measured.
+
+    Args:
+        reference: of the base.
+        source: the composition; a recipe names those that its fit saw too.
+        progress: told where one matrix is used in two ways, and if the base's forward could not be tried.
+    """
+    targets = {target_of(name) for name in source.names()}
+    read = weights_read(reference)
+    if read.failure is not None:
+        progress.warn(
+            f"whether {reference.id} reads weights without calling their layers could not be tried: {read.failure}; "
+            "if it does, the fused model has updates that the fit and PEFT ignore"
+        )
+    shared = sorted(targets & read.shared)
+    if shared:
+        progress.warn(
+            f"{reference.id} also reads the weight of {named(shared)} besides calling the layer; the fused model has "
+            "the update in both, PEFT and the fit in the layer alone"
+        )
+    seen = source.recipe.mixing.bypassed if isinstance(source, RecipeSource) else ()
+    return tuple(sorted(targets & read.bypassed.union(seen)))
+
+
+def changed_modules(plan: BasePlan, source: Source, bypassed: Sequence[str]) -> list[BaseModule]:
+    """The modules that the composition changes, as the base has them, without those that are bypassed.
 
     Raises:
-        BaseModelMismatch: if one is no linear layer, embedding or parameter with experts.
+        BaseModelMismatch: if one is no linear layer, embedding or parameter with experts, or none is left.
     """
     table = {module.name: module for module in base_modules(plan.skeleton, source.adapters)}
-    names = list(dict.fromkeys(target_of(name) for name in source.names()))
+    names = [name for name in dict.fromkeys(map(target_of, source.names())) if name not in bypassed]
+    if not names and source.saved is None:
+        raise BaseModelMismatch(
+            f"{plan.reference.id} reads the weight of {named(bypassed)} without calling the layer, so PEFT ignores "
+            "all of this composition, and the fused model would be the base",
+            hint="take adapters of layers that the model calls",
+        )
     for name in names:
         if name not in table or table[name].kind == "other":
             raise BaseModelMismatch(
@@ -166,21 +219,27 @@ def changed_modules(plan: BasePlan, source: Source) -> list[BaseModule]:
     return [table[name] for name in names]
 
 
-def check_base_copies(adapters: Sequence[LoraAdapter], checkpoint: Checkpoint, plan: FusionPlan) -> None:
-    """Raises BaseModelMismatch if an adapter carries a matrix of the base that is not the base's own."""
-    sources = {t.module: t.source for shard in plan.shards for t in shard.tensors if t.module is not None}
-    for adapter in adapters:
-        for name in adapter.base_copies:
-            copy, source = adapter.read_base_copy(name), sources[name]
-            if source.dtype not in FLOATS:
-                raise BaseModelMismatch(
-                    f"{adapter.reference} carries its own matrix for {name}, and that of the base model is quantised",
-                    hint="give the unquantised model with --base",
-                )
-            with checkpoint.open(source) as rows:
-                own = rows.read(0, source.shape[0])
-            if copy.shape != own.shape or not torch.equal(copy.to(own.dtype), own):
-                raise BaseModelMismatch(
-                    f"{adapter.reference} carries its own matrix for {name}, and it differs from the base model's",
-                    hint="the adapter was trained with a changed embedding, which an adapter cannot carry",
-                )
+def planned_fusion(
+    checkpoint: Checkpoint,
+    base: BasePlan,
+    source: Source,
+    dtype: torch.dtype | None,
+    quantisation: Quantisation | None,
+    *,
+    bypassed: Sequence[str],
+) -> FusionPlan:
+    """Where everything of a composition goes in the base's files.
+
+    Args:
+        checkpoint, base: the base.
+        source: the composition.
+        dtype, quantisation: as for `plan_fusion`.
+        bypassed: modules whose update is left out.
+    Raises:
+        BaseModelMismatch: as `plan_fusion`, `changed_modules` and `check_saved`.
+    """
+    if source.saved is not None:
+        check_saved(base.skeleton, source.saved)
+    modules = changed_modules(base, source, bypassed)
+    replaced = () if source.saved is None else source.saved.sources
+    return plan_fusion(checkpoint, base.skeleton, modules, dtype, quantisation, replaced)

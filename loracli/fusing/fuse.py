@@ -27,16 +27,27 @@ from loracli.composition.composition import Source
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.card import front_matter
 from loracli.export.options import OUTPUT_DTYPES
+from loracli.fitting.base_copies import check_base_copies, stored_weights
+from loracli.fitting.reach import named
 from loracli.fusing.composition import (
     Composition,
-    changed_modules,
-    check_base_copies,
+    bypassed_modules,
     plan_composed_base,
+    planned_fusion,
     read_composition,
 )
-from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
+from loracli.fusing.plan import FusedTensor, FusionPlan
 from loracli.fusing.quantised import Quantisation, read_quantisation
-from loracli.fusing.stream import Fold, Hashes, make_fold, precision_for, update_of, write_shard
+from loracli.fusing.stream import (
+    Fold,
+    Hashes,
+    Replacement,
+    make_fold,
+    make_replacement,
+    precision_for,
+    update_of,
+    write_shard,
+)
 from loracli.fusing.workplace import (
     CONFIG,
     FUSE_CERTIFICATE,
@@ -63,9 +74,21 @@ def fused_card(
     converted: bool,
     untied: bool,
     dequantised: str | None = None,
+    replaced: Sequence[str] = (),
+    bypassed: Sequence[str] = (),
 ) -> str:
-    """README.md of the fused model; `converted` if all weights have another dtype than in the base, `dequantised` how
-    that was quantised."""
+    """README.md of the fused model.
+
+    Args:
+        text: of the composition.
+        base_id: the base.
+        dtypes: of the changed tensors.
+        converted: whether all weights have another dtype than in the base.
+        untied: whether a tied matrix became two.
+        dequantised: how the base was quantised, None if it was not.
+        replaced: modules that adapters saved whole.
+        bypassed: modules whose update was left out.
+    """
     computed = [f"The base is quantised ({dequantised}): its weights are what its numbers and scales stand for.", ""]
     tied = [
         "The base used one matrix as embedding and as head; here they are two, as only one of them is changed.",
@@ -91,6 +114,11 @@ def fused_card(
             "",
             *(computed if dequantised else []),
             *(tied if untied else []),
+            *(
+                [f"As an adapter saved them whole, and not as the base has them: {_code(replaced)}.", ""]
+                * bool(replaced)
+            ),
+            *([*_left_out(base_id, bypassed), ""] if bypassed else []),
             "## Use",
             "",
             "```python",
@@ -103,6 +131,17 @@ def fused_card(
             "",
         ]
     )
+
+
+def _left_out(base_id: str, bypassed: Sequence[str]) -> list[str]:
+    return [
+        f"`{base_id}` reads the weight of these modules without calling the layer, so that PEFT ignores their update.",
+        f"It is left out here: {_code(bypassed)}.",
+    ]
+
+
+def _code(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 FUSE_SCHEMA = 1
@@ -124,6 +163,8 @@ class Fused:
         untied: whether a tied matrix became two.
         dequantised: how the base was quantised whose weights were computed, None of one that was not.
         left_behind: names in the base's directory that did not come along.
+        replaced: modules that adapters saved whole, in the place of the base's.
+        bypassed: modules whose update was left out, as the model reads their weight without calling the layer.
     """
 
     path: Path
@@ -136,6 +177,8 @@ class Fused:
     untied: bool
     dequantised: str | None
     left_behind: tuple[str, ...]
+    replaced: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
 
 
 def fuse_model(
@@ -144,6 +187,7 @@ def fuse_model(
     *,
     adapters: Sequence[str] = (),
     method: str | None = None,
+    modules_to_save: str | None = None,
     base: str | None = None,
     base_revision: str | None = None,
     dtype: str | None = None,
@@ -160,6 +204,8 @@ def fuse_model(
         output: the directory to make.
         adapters: with a recipe where its ingredients are now; with a method what is composed.
         method: to compose by, None for the recipe's own mixing.
+        modules_to_save: with a method `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse`
+            without one.
         base: a Hub id or directory, None for the recorded one, or what the adapters name.
         base_revision: of a base on the Hub.
         dtype: of the floating point tensors of the result; None leaves each as it is in the base.
@@ -180,7 +226,9 @@ def fuse_model(
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(OUTPUT_DTYPES)}")
     if not resume:
         check_model_free(output, force=force)
-    composition = read_composition(recipe, adapters, method, base_given=base is not None, progress=progress)
+    composition = read_composition(
+        recipe, adapters, method, modules_to_save=modules_to_save, base_given=base is not None, progress=progress
+    )
     planned, composition = plan_composed_base(
         composition, base, base_revision, dequantise=dequantise, progress=progress
     )
@@ -219,7 +267,7 @@ class _Fusion:
         progress: Progress,
     ) -> None:
         self._quantisation = quantisation
-        self._source: Source = composition.source(base.reference.id)
+        self._source: Source = composition.source(base.reference.id, progress=progress)
         self._base, self._dtype, self._output, self._progress = base, dtype, output, progress
         folder = base.reference.path
         for path, what in [(a.path, f"the ingredient {a.reference}") for a in self._source.adapters] + [
@@ -228,10 +276,16 @@ class _Fusion:
             if path.resolve().is_relative_to(output.resolve()):
                 raise UsageError(f"{output} holds {what}", hint="choose another name with -o")
         self._checkpoint: Checkpoint = read_checkpoint(folder)
-        self._plan: FusionPlan = plan_fusion(
-            self._checkpoint, base.skeleton, changed_modules(base, self._source), dtype, quantisation
+        self._bypassed = bypassed_modules(base.reference, self._source, progress)
+        if self._bypassed:
+            progress.warn(
+                f"{base.reference.id} reads the weight of {named(self._bypassed)} without calling the layer: their "
+                "updates are left out, as PEFT and the fit ignore them"
+            )
+        self._plan: FusionPlan = planned_fusion(
+            self._checkpoint, base, self._source, dtype, quantisation, bypassed=self._bypassed
         )
-        check_base_copies(self._source.adapters, self._checkpoint, self._plan)
+        check_base_copies(self._source.adapters, stored_weights(self._checkpoint, base.skeleton))
         self._config = config_bytes(folder, untied=self._plan.untied, dtype=dtype, quantisation=quantisation)
         self._taken, self._left = other_files(self._checkpoint)
         if self._plan.untied:
@@ -250,6 +304,7 @@ class _Fusion:
             "base weights": checkpoint.hexdigest(),
             "dtype": str(self._dtype),
             "dequantise": str(self._quantisation is not None),
+            "bypassed": ",".join(self._bypassed),
             "loracat": __version__,
             "torch": torch.__version__,
         }
@@ -294,7 +349,10 @@ class _Fusion:
         }
         return {name: hashes for name, hashes in found.items() if hashes is not None}
 
-    def _fold_of(self, tensor: FusedTensor) -> Fold | None:
+    def _fold_of(self, tensor: FusedTensor) -> Fold | Replacement | None:
+        if tensor.replaced is not None:
+            assert self._source.saved is not None
+            return make_replacement(tensor.replaced, self._source.saved.read(tensor.replaced), FLOATS[tensor.dtype])
         try:
             update = update_of(self._source, tensor)
         except ValueError as error:  # a method that these adapters do not suit
@@ -319,6 +377,8 @@ class _Fusion:
             converted=self._dtype is not None,
             dequantised=None if self._quantisation is None else self._quantisation.method,
             untied=self._plan.untied,
+            replaced=self._replaced(),
+            bypassed=self._bypassed,
         )
         contents["README.md"] = card.encode()
         for name, data in sorted(contents.items()):
@@ -346,6 +406,7 @@ class _Fusion:
                 "dtype": None if self._dtype is None else str(self._dtype).removeprefix("torch."),
                 "untied": self._plan.untied,
                 **({} if self._quantisation is None else {"dequantised": self._quantisation.method}),
+                **({"bypassed": self._bypassed} if self._bypassed else {}),
                 "versions": {"loracat": __version__, "torch": torch.__version__},
             },
             "certificate": {
@@ -355,6 +416,7 @@ class _Fusion:
                     for tensor in shard.tensors
                     if tensor.module is not None
                 },
+                **({"replaced": replaced} if (replaced := self._plan.replaced) else {}),
                 "files": files,
             },
         }
@@ -367,16 +429,23 @@ class _Fusion:
             tied = tied_parameters(plan_base(replace(self._base.reference, path=Path(folder))).skeleton)
         for shard in self._plan.shards:
             for tensor in shard.tensors:
-                if tensor.module is not None and len(tied[f"{tensor.module}.weight"]) > 1:
+                parameter = tensor.replaced or f"{tensor.module}.weight"
+                if len(tied.get(parameter, ())) > 1:
                     raise BaseModelMismatch(
-                        f"the update of {tensor.module} needs a matrix of its own, and this model ties it whatever its "
+                        f"the change of {parameter} needs a tensor of its own, and this model ties it whatever its "
                         "config says",
                         hint="serve the update as an adapter: loracat export",
                     )
 
+    def _replaced(self) -> tuple[str, ...]:
+        return () if self._source.saved is None else self._source.saved.modules
+
     def _dtypes(self) -> tuple[str, ...]:
         changed = {
-            FLOATS[tensor.dtype] for shard in self._plan.shards for tensor in shard.tensors if tensor.module is not None
+            FLOATS[tensor.dtype]
+            for shard in self._plan.shards
+            for tensor in shard.tensors
+            if tensor.module is not None or tensor.replaced is not None
         }
         return tuple(sorted(str(dtype).removeprefix("torch.") for dtype in changed))
 
@@ -385,7 +454,7 @@ class _Fusion:
         return Fused(
             path=self._output,
             base_id=self._base.reference.id,
-            modules=len({target_of(name) for name in self._source.names()}),
+            modules=len({target_of(name) for name in self._source.names()} - {*self._bypassed}),
             shards=len(self._plan.shards),
             resumed=resumed,
             size_bytes=sum(shard.size for shard in self._plan.shards),
@@ -393,6 +462,8 @@ class _Fusion:
             untied=self._plan.untied,
             dequantised=None if self._quantisation is None else self._quantisation.method,
             left_behind=tuple(self._left),
+            replaced=self._replaced(),
+            bypassed=self._bypassed,
         )
 
 

@@ -4,14 +4,14 @@ Every tensor of the base stays where it is, in its file and its order. One that 
 update; of a parameter with experts that may be all of it, or a layer for each expert. Where an adapted matrix is tied
 to another (an embedding that is the head too), PEFT and the attached model change the one and leave the other: so both
 are written, the config says that they are not tied, and the tensor that the base did not keep apart is added behind the
-one that it was tied to.
+one that it was tied to. The same holds where an adapter saved one of them whole, which replaces the base's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class FusedTensor:
         dtype: as safetensors spells it.
         added: whether the base has no tensor of this name.
         quantised: what its numbers are computed with, None where they are stored.
+        replaced: the parameter whose saved values it takes instead of the base's, None for none.
     """
 
     name: str
@@ -57,6 +58,7 @@ class FusedTensor:
     added: bool = False
     rows: tuple[int, int] | None = None
     quantised: Quantised | None = None
+    replaced: str | None = None
 
     @property
     def changes(self) -> str | None:
@@ -71,7 +73,7 @@ class FusedTensor:
     @property
     def changed(self) -> bool:
         """Whether its bytes may differ from those of its source."""
-        return self.module is not None or self.dtype != self.source.dtype
+        return self.module is not None or self.replaced is not None or self.dtype != self.source.dtype
 
     @property
     def size(self) -> int:
@@ -111,6 +113,12 @@ class FusionPlan:
     def added(self) -> tuple[FusedTensor, ...]:
         return tuple(tensor for shard in self.shards for tensor in shard.tensors if tensor.added)
 
+    @property
+    def replaced(self) -> dict[str, str]:
+        """Parameters that adapters saved whole, and the tensors that hold them."""
+        every = (tensor for shard in self.shards for tensor in shard.tensors)
+        return {tensor.replaced: tensor.name for tensor in every if tensor.replaced is not None}
+
 
 def plan_fusion(
     checkpoint: Checkpoint,
@@ -118,8 +126,9 @@ def plan_fusion(
     modules: Iterable[BaseModule],
     dtype: torch.dtype | None,
     quantisation: Quantisation | None = None,
+    replaced: Iterable[str] = (),
 ) -> FusionPlan:
-    """Places the updates of these modules.
+    """Places the updates of these modules, and the parameters that replace the base's.
 
     Args:
         checkpoint: of the base.
@@ -127,32 +136,34 @@ def plan_fusion(
         modules: that are changed, as the base has them.
         dtype: of the result's floating point tensors; None leaves each its own.
         quantisation: of a base whose weights are to be computed; `dtype` is given then.
+        replaced: paths of parameters that adapters saved whole.
     Raises:
-        BaseModelMismatch: if the weight of a module is not one tensor of the checkpoint, by the module's name.
+        BaseModelMismatch: if the weight of a module, or such a parameter, is not one tensor of the checkpoint, by name.
     """
     quantised, unused = find_quantised(checkpoint, quantisation)
     if quantisation is not None and quantisation.method == BITSANDBYTES:
         _refuse_transposed(skeleton)
     names, tied = loaded_names(skeleton, checkpoint.tensors.keys() - unused), tied_parameters(skeleton)
     placed: dict[str, _Own] = {}  # by name of the stored tensor
-    added: dict[str, tuple[str, BaseModule | None]] = {}  # by new name: stored tensor, module
-    untied = False
+    added: dict[str, tuple[str, _Own]] = {}  # by new name: stored tensor, whose it is
+    changes = {parameter: _Own(None, "other", replaced=parameter) for parameter in replaced}
     for module in modules:
         if module.kind == "experts":
             placed |= _placed_experts(checkpoint, names, skeleton, module, quantised)
-            continue
-        parameter = f"{module.name}.weight"
+        else:
+            changes[f"{module.name}.weight"] = _Own(module.name, module.kind)
+    untied = any(len(tied.get(parameter, ())) > 1 for parameter in changes)
+    for parameter, own in changes.items():
         group = tied.get(parameter, (parameter,))
-        untied = untied or len(group) > 1
         for member in group:
-            own = module if member == parameter else None
+            mine = own if member == parameter else _NOBODY
             if member in names.stored:
                 stored = _the_one(names.stored[member], member)
-                _check(checkpoint.tensors[stored], skeleton, member, quantised)
-                if own is not None:
-                    placed[stored] = _Own(own.name, own.kind)
-            elif own is not None or member not in added:
-                added[member] = (_tied_source(checkpoint, names, skeleton, group, member, quantised), own)
+                _check(checkpoint.tensors[stored], skeleton, member, quantised, replaced=own.replaced is not None)
+                if mine is not _NOBODY:
+                    placed[stored] = mine
+            elif mine is not _NOBODY or member not in added:
+                added[member] = (_tied_source(checkpoint, names, skeleton, group, member, quantised), mine)
     shards = []
     for name, shard in checkpoint.shards.items():
         tensors = [
@@ -160,12 +171,11 @@ def plan_fusion(
             for tensor in shard.tensors
             if tensor.name not in unused
         ]
-        for new, (stored, own) in sorted(added.items()):
+        for new, (stored, whose) in sorted(added.items()):
             source = checkpoint.tensors[stored]
             if source.shard == name:
-                whose, rest = _NOBODY if own is None else _Own(own.name, own.kind), quantised.get(stored)
-                named = (new, source, whose.module, whose.kind, _dtype_of(source, dtype, rest))
-                tensors.append(FusedTensor(*named, added=True, quantised=rest))
+                tensor = _kept(source, whose, dtype, quantised.get(stored))
+                tensors.append(replace(tensor, name=new, added=True))
         header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors])
         left_out = tuple(tensor for tensor in shard.tensors if tensor.name in unused)
         shards.append(FusedShard(name, tuple(tensors), header, left_out))
@@ -179,6 +189,7 @@ class _Own:
     module: str | None
     kind: ModuleKind
     rows: tuple[int, int] | None = None
+    replaced: str | None = None
 
 
 _NOBODY = _Own(None, "other")
@@ -238,7 +249,7 @@ def _of_others(parameter: str) -> BaseModelMismatch:
 
 def _kept(source: StoredTensor, own: _Own, dtype: torch.dtype | None, quantised: Quantised | None) -> FusedTensor:
     named = (source.name, source, own.module, own.kind, _dtype_of(source, dtype, quantised))
-    return FusedTensor(*named, rows=own.rows, quantised=quantised)
+    return FusedTensor(*named, rows=own.rows, quantised=quantised, replaced=own.replaced)
 
 
 def _dtype_of(source: StoredTensor, dtype: torch.dtype | None, quantised: Quantised | None) -> str:
@@ -275,11 +286,24 @@ def _tied_source(
     return sources[0]
 
 
-def _check(tensor: StoredTensor, skeleton: Any, parameter: str, quantised: Mapping[str, Quantised]) -> None:
-    """Refuses a weight that is no matrix, or matrices of experts, of floating point numbers in the model's shape."""
+def _check(
+    tensor: StoredTensor,
+    skeleton: Any,
+    parameter: str,
+    quantised: Mapping[str, Quantised],
+    *,
+    replaced: bool = False,
+) -> None:
+    """Refuses a weight that is no matrix, or matrices of experts, of floating point numbers in the model's shape; one
+    that is replaced may have any, but is not quantised."""
     wanted = tuple(skeleton.get_parameter(parameter).shape)
     shape = _shape_of(tensor, quantised)
-    if shape != wanted or len(wanted) not in (2, 3):
+    if replaced and tensor.name in quantised:
+        raise BaseModelMismatch(
+            f"an adapter replaces {parameter} whole, and the base model has it quantised",
+            hint="give the unquantised model with --base",
+        )
+    if shape != wanted or (len(wanted) not in (2, 3) and not replaced):
         raise BaseModelMismatch(
             f"{tensor.name} of the base model's weights has the shape {shape}; its config says {wanted}"
         )

@@ -66,6 +66,13 @@ class Fold:
     right: Tensor
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """What stands in the place of a tensor, in the output's dtype."""
+
+    values: Tensor
+
+
 def make_fold(left: Tensor, right: Tensor, precision: torch.dtype) -> Fold:
     """The update of a tensor in the precision of the sum."""
     return Fold(left.to(precision).contiguous(), right.to(precision).contiguous())
@@ -105,13 +112,29 @@ def fold_rows(name: str, weight: Tensor, start: int, fold: Fold | None, output: 
     return result
 
 
+def make_replacement(name: str, values: Tensor, output: torch.dtype) -> Replacement:
+    """A saved tensor, rounded once.
+
+    Raises:
+        UsageError: if it overflows the output's dtype.
+    """
+    rounded = values.to(output)
+    if not bool(torch.isfinite(rounded).all()):
+        raise _overflow(name, output)
+    return Replacement(rounded)
+
+
+def _overflow(name: str, output: torch.dtype) -> UsageError:
+    dtype = str(output).removeprefix("torch.")
+    return UsageError(f"{name} overflows {dtype}", hint="fuse with --dtype float32 or bfloat16")
+
+
 def _refuse(name: str, weight: Tensor, result: Tensor, output: torch.dtype) -> None:
     if torch.isfinite(result).all():
         return  # only the sum of all overflowed
     if not torch.isfinite(weight).all():
         raise BaseModelMismatch(f"the base model's {name} holds values that are infinite or not a number")
-    dtype = str(output).removeprefix("torch.")
-    raise UsageError(f"{name} overflows {dtype}", hint="fuse with --dtype float32 or bfloat16")
+    raise _overflow(name, output)
 
 
 def rounding_bounds(weight: Tensor, left: Tensor, right: Tensor, output: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -156,7 +179,7 @@ def _sides(update: Factors, tensor: FusedTensor) -> tuple[Tensor, Tensor]:
 WAITING = 3
 WIDENED = 16  # at most, from bytes that are stored to a number in float64
 
-FoldOf = Callable[[FusedTensor], Fold | None]
+FoldOf = Callable[[FusedTensor], Fold | Replacement | None]
 DecoderOf = Callable[[Quantised], Decoder]
 
 
@@ -187,7 +210,7 @@ def write_shard(
         base: the file of the base.
         shard: what goes into the new one.
         path: must not exist.
-        fold_of: the update of a tensor in the layout of its weight; asked for once each, in order.
+        fold_of: the update of a tensor in the layout of its weight, or what replaces it; asked for once each, in order.
         decoder_of: what computes a quantised tensor, likewise.
         told: the bytes that are done, now and then.
     """
@@ -225,9 +248,13 @@ def _blocks(shard: FusedShard) -> Iterator[_Block]:
             yield _Block(tensor, offset // whole, source.begin + offset, min(size, source.size - offset))
 
 
-def _transformed(tensor: FusedTensor, start: int, data: Tensor, fold: Fold | None, decode: Decoder | None) -> Tensor:
+def _transformed(
+    tensor: FusedTensor, start: int, data: Tensor, fold: Fold | Replacement | None, decode: Decoder | None
+) -> Tensor:
     if not tensor.changed:
         return data
+    if isinstance(fold, Replacement):
+        return replaced_rows(tensor, start, data.numel(), fold.values).contiguous().flatten().view(torch.uint8)
     if decode is not None:
         weight = decode(data, start)
     else:
@@ -235,6 +262,13 @@ def _transformed(tensor: FusedTensor, start: int, data: Tensor, fold: Fold | Non
         if tensor.source.shape:
             weight = weight.view(-1, *tensor.source.shape[1:])
     return fold_rows(tensor.name, weight, start, fold, FLOATS[tensor.dtype]).flatten().view(torch.uint8)
+
+
+def replaced_rows(tensor: FusedTensor, start: int, size: int, values: Tensor) -> Tensor:
+    """The values in the place of `size` bytes of a tensor's source that begin with row `start`."""
+    if not tensor.shape or not tensor.source.size:
+        return values
+    return values[start : start + size * tensor.shape[0] // tensor.source.size]
 
 
 @contextmanager

@@ -16,8 +16,11 @@ The bias of a lora_B (PEFT's lora_bias) acts as one more rank row whose input is
 The experts of a mixture are such linear layers too, each for its own tokens, with one M for all (`model/experts.py`).
 
 A plain nn.Linear gets a forward of its own for the time being: both products land in the buffers of W x and of
-dL/dx, where a hook after the fact would copy them. Everything else (Conv1D, embeddings, layers that accelerate has
-wrapped) takes the hook.
+dL/dx, where a hook after the fact would copy them. Everything else (Conv1D, embeddings, subclasses of nn.Linear, layers
+that accelerate has wrapped) takes the hook.
+
+Both act where the model calls the layer, as PEFT's wrapper does. A layer whose weight the model takes without calling
+it is not reached (`fitting/reach.py`).
 
 The base model with modules that adapters saved whole in the place of its own.
 """
@@ -145,6 +148,9 @@ class AttachedModel:
         stacks: of each.
         owner: (sum R_l,) which adapter each rank row belongs to.
         precision: of the mixing weights and of what is summed for their gradient.
+    Attributes:
+        cores: L mixing matrices, as they were set last.
+        reached: places of the modules that the model has called; whoever wants to know clears it before.
     """
 
     def __init__(
@@ -160,6 +166,7 @@ class AttachedModel:
         self._owner = owner
         self._row = torch.repeat_interleave(torch.arange(len(modules)), torch.tensor(self._sizes, dtype=torch.long))
         self.cores: tuple[Core, ...] = ()
+        self.reached: set[int] = set()
         self.set_diagonal(torch.zeros(len(owner), dtype=precision))
 
     def set_weights(self, weights: Tensor) -> None:
@@ -189,6 +196,11 @@ class AttachedModel:
         """Takes L pairs of lora_A (R, in) and lora_B (out, R) in the place of the adapters' own, scaling 1; of experts
         (E, R, in) and (E, out, R)."""
         self.cores = tuple((lora_A.to(self.device), lora_B.to(self.device)) for lora_A, lora_B in factors)
+
+    def core_for(self, row: int) -> Core:
+        """The mixing matrix of a module that is being called."""
+        self.reached.add(row)
+        return self.cores[row]
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """L pairs of the stacked lora_A (R, in) and lora_B (out, R) with the scaling in B, on the CPU in float32 or
@@ -295,7 +307,7 @@ def _stack(
 
 def _linear_forward(module: nn.Linear, attached: AttachedModel, row: int, stack: Stack) -> Any:
     def forward(x: Tensor) -> Tensor:
-        core = attached.cores[row]
+        core = attached.core_for(row)
         if isinstance(core, tuple):
             return F.linear(x, module.weight, module.bias) + _trained_update(x, core)
         y: Tensor = MixedLinear.apply(x, module.weight, module.bias, stack.lora_A, stack.lora_B, core)  # type: ignore[no-untyped-call]
@@ -306,7 +318,7 @@ def _linear_forward(module: nn.Linear, attached: AttachedModel, row: int, stack:
 
 def _expert_linear(attached: AttachedModel, row: int, stack: Stack) -> ExpertLinear:
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, places: Tensor, tokens: int) -> Tensor:
-        core = attached.cores[row]
+        core = attached.core_for(row)
         if isinstance(core, tuple):
             return F.linear(x, weight, bias) + _trained_update(x, (core[0][expert], core[1][expert]))
         core = core.to(x.device)
@@ -323,7 +335,7 @@ def _hook(attached: AttachedModel, row: int, stack: Stack) -> Any:
     lora_A = stack.lora_A if stack.embed_scale is None else stack.lora_A.T.contiguous()
 
     def add_update(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        core, x = attached.cores[row], args[0].to(y.device)
+        core, x = attached.core_for(row), args[0].to(y.device)
         if stack.embed_scale is not None:
             rows = core[0].to(lora_A.dtype).T if isinstance(core, tuple) else lora_A
             z = F.embedding(x, rows).view(-1, rows.shape[1]) * stack.embed_scale.to(rows.dtype)  # (T, R)
@@ -359,7 +371,7 @@ def replace_modules(model: nn.Module, saved: SavedModules | None) -> None:
     """
     if saved is None:
         return
-    _check_saved(model, saved)
+    check_saved(model, saved)
     for path in saved.sources:
         module, _, name = path.rpartition(".")
         own = model.get_parameter(path)
@@ -367,7 +379,12 @@ def replace_modules(model: nn.Module, saved: SavedModules | None) -> None:
         setattr(model.get_submodule(module), name, nn.Parameter(replaced, requires_grad=False))
 
 
-def _check_saved(model: nn.Module, saved: SavedModules) -> None:
+def check_saved(model: nn.Module, saved: SavedModules) -> None:
+    """Whether the model, which may be without numbers, has the parameters that are to be replaced.
+
+    Raises:
+        BaseModelMismatch: as `replace_modules`.
+    """
     for path, shape in saved.shapes.items():
         try:
             own = tuple(model.get_parameter(path).shape)

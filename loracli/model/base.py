@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
 from loracli.adapters.names import leaf
 from loracli.adapters.on_base import as_fused_experts, as_text_model, has_expert_layers, inside_other_model
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
+from loracli.fitting.base_copies import check_base_copies
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import BaseClaim, agreed_base, is_path
 from loracli.model.experts import check_experts
@@ -296,15 +298,7 @@ def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
     """
     check_shapes(base.model, adapters)
     check_experts(base.model, adapters)
-    for adapter in adapters:
-        for name in adapter.base_copies:
-            own = whole(base.model.get_submodule(name).weight)
-            copy = adapter.read_base_copy(name)
-            if copy.shape != own.shape or not torch.equal(copy.to(own.dtype), own.cpu()):
-                raise BaseModelMismatch(
-                    f"{adapter.reference} carries its own matrix for {name}, and it differs from the base model's",
-                    hint="the adapter was trained with a changed embedding, which an adapter cannot carry",
-                )
+    check_base_copies(adapters, lambda name: whole(base.model.get_submodule(name).weight).cpu())
 
 
 def check_shapes(model: nn.Module, adapters: Sequence[LoraAdapter]) -> None:
@@ -391,8 +385,7 @@ def _cpu_has_bfloat16() -> bool:
 def kind_and_shape(module: nn.Module) -> tuple[ModuleKind, int, int]:
     from transformers.pytorch_utils import Conv1D
 
-    # A subclass with a forward of its own (a quantised layer, say) computes something else than W x.
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    if isinstance(module, nn.Linear) and _is_linear(module):
         return "linear", module.in_features, module.out_features
     if isinstance(module, Conv1D):
         return "conv1d", module.weight.shape[0], module.weight.shape[1]
@@ -400,6 +393,38 @@ def kind_and_shape(module: nn.Module) -> tuple[ModuleKind, int, int]:
     if isinstance(module, nn.Embedding) and (scaled or type(module).forward is nn.Embedding.forward):
         return "embedding", module.num_embeddings, module.embedding_dim
     return "other", 0, 0
+
+
+def _is_linear(module: nn.Linear) -> bool:
+    """Whether its forward is x W^T + b. That of a subclass is tried on a copy with a few numbers of its own: a layer of
+    the same class and attributes, 3 x 5, on inputs of several shapes and sizes. One with more tensors than weight and
+    bias, with another shape or kind of weight, as quantised layers have, or with hooks into it is not tried."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    own = {**module._parameters, **module._buffers, **module._modules}
+    plain = type(module.weight) is nn.Parameter and module.weight.is_floating_point()
+    shape = (module.out_features, module.in_features)
+    if own.keys() - {"weight", "bias"} or not plain or tuple(module.weight.shape) != shape:
+        return False
+    numbers = torch.Generator(device="cpu").manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=numbers, dtype=torch.float64, device="cpu")
+
+    tried = copy(module)
+    weight, bias = draw(3, 5), None if module.bias is None else draw(3)
+    parameters = {"weight": weight, "bias": bias}
+    tried._parameters = {n: None if t is None else nn.Parameter(t, requires_grad=False) for n, t in parameters.items()}
+    tried.in_features, tried.out_features = 5, 3
+    try:
+        with torch.no_grad():
+            for x in (draw(5), draw(4, 5), 1e4 * draw(2, 4, 5), 1e-4 * draw(2, 4, 5)):
+                y = type(module).forward(tried, x)
+                if not isinstance(y, torch.Tensor) or not torch.allclose(y, F.linear(x, weight, bias), rtol=1e-9):
+                    return False
+    except Exception:  # a forward that takes or needs something else
+        return False
+    return True
 
 
 def expert_shape(model: nn.Module, parameter: str) -> tuple[int, int, int] | None:

@@ -236,6 +236,14 @@ def check_causal(model: Any, name: str, batch: Batch) -> None:
         )
 
 
+def gradient_of(total: Tensor, leaf: Tensor, *, retain_graph: bool = False) -> Tensor:
+    """d total / d leaf; zeros where no module that the leaf acts on was reached on the way to the total."""
+    if not total.requires_grad:
+        return torch.zeros_like(leaf)
+    (found,) = torch.autograd.grad(total, leaf, retain_graph=retain_graph, allow_unused=True, materialize_grads=True)
+    return found
+
+
 def _names_of(model: nn.Module, module: nn.Module) -> frozenset[str]:
     return frozenset(name for name, own in model.named_modules(remove_duplicate=False) if own is module)
 

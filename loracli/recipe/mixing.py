@@ -45,7 +45,9 @@ class RecipeMixing:
         numbers: how many numbers were fitted.
         tensors_sha256: of the file with the tensors, None without.
         tensors: by name, float64 M_l (R, R), or float32 lora_A (r, in) and lora_B (out, r); not part of the document.
-        unreached: modules that no record reached; the weight of one that stands alone in its group is the start's.
+        unreached: modules that the base called for no training record; a weight of theirs alone is the start's.
+        bypassed: of those, the ones whose weight the base reads without calling the layer: their update acts neither in
+            the fit nor in PEFT, but would in a weight that it is merged into.
     """
 
     kind: MixingKind
@@ -54,6 +56,7 @@ class RecipeMixing:
     tensors_sha256: str | None = None
     tensors: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     unreached: tuple[str, ...] = added(4, ())
+    bypassed: tuple[str, ...] = added(4, ())
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,8 @@ def _mixing_contradictions(mixing: RecipeMixing, adapters: int) -> list[str]:
     ]
     if mixing.numbers < 1:
         problems.append(f"mixing.numbers: expected at least 1, got {mixing.numbers}")
+    if not set(mixing.bypassed) <= set(mixing.unreached):
+        problems.append("mixing.bypassed: not all of them are in mixing.unreached")
     if (mixing.tensors_sha256 is None) != (mixing.kind in INLINE_KINDS):
         expected = "null" if mixing.kind in INLINE_KINDS else "the sha256 of its tensors"
         problems.append(f"mixing.tensors_sha256: expected {expected} with the kind {mixing.kind!r}")

@@ -13,10 +13,11 @@ import torch
 
 from loracli.composition.composition import Source
 from loracli.errors import AccessDenied, BaseModelMismatch, HubUnreachable, InputError, IntegrityError, MalformedAdapter
-from loracli.fusing.composition import changed_modules
-from loracli.fusing.plan import FusedTensor, FusionPlan, plan_fusion
+from loracli.fitting.reach import named
+from loracli.fusing.composition import bypassed_modules, planned_fusion
+from loracli.fusing.plan import FusedTensor, FusionPlan
 from loracli.fusing.quantised import read_quantisation
-from loracli.fusing.stream import BLOCK_BYTES, WIDENED, rounding_bounds, update_of
+from loracli.fusing.stream import BLOCK_BYTES, WIDENED, replaced_rows, rounding_bounds, update_of
 from loracli.fusing.workplace import CONFIG, FUSE_CERTIFICATE, config_bytes, index_bytes, other_files, read_config
 from loracli.model.base import BaseReference, check_shapes, find_base, on_base, plan_base
 from loracli.model.checkpoint import (
@@ -64,7 +65,7 @@ def verify_model(
         IntegrityError: if the record is damaged, or an ingredient or the base is not the recorded one.
     """
     where = path / FUSE_CERTIFICATE
-    files, recorded, dtype, dequantised = _read_record(document, where)
+    files, recorded, dtype, dequantised, recorded_bypassed = _read_record(document, where)
     _check_files(path, files, findings)
     try:
         written = read_checkpoint(path)
@@ -94,13 +95,21 @@ def verify_model(
     checkpoint = read_checkpoint(reference.path)
     fields = {} if dequantised is None else read_config(reference.path)
     quantisation = read_quantisation(fields, reference.path / CONFIG)
-    fusion = plan_fusion(checkpoint, plan.skeleton, changed_modules(plan, source), dtype, quantisation)
+    bypassed = bypassed_modules(reference, source, progress)
+    if bypassed != recorded_bypassed:
+        findings.differs(
+            f"the record leaves out the updates of {named(recorded_bypassed) or 'no module'}, and PEFT ignores those "
+            f"of {named(bypassed) or 'none'}"
+        )
+    fusion = planned_fusion(checkpoint, plan, source, dtype, quantisation, bypassed=bypassed)
     config = config_bytes(reference.path, untied=fusion.untied, dtype=dtype, quantisation=quantisation)
     _check_others(path, checkpoint, fusion, config, findings)
     _check_weights(checkpoint, written, fusion, source, findings, progress)
 
 
-def _read_record(document: dict[str, Any], where: Path) -> tuple[dict[str, str], _Base, torch.dtype | None, str | None]:
+def _read_record(
+    document: dict[str, Any], where: Path
+) -> tuple[dict[str, str], _Base, torch.dtype | None, str | None, tuple[str, ...]]:
     problems: list[str] = []
     fuse, certificate = document.get("fuse"), document.get("certificate")
     if not isinstance(fuse, dict) or not isinstance(certificate, dict):
@@ -114,9 +123,10 @@ def _read_record(document: dict[str, Any], where: Path) -> tuple[dict[str, str],
     dequantised = decode(str | None, fuse.get("dequantised"), "fuse.dequantised", problems)
     if dequantised is not None and dtype is None:
         problems.append("fuse.dequantised: without a dtype")
+    bypassed = decode(tuple[str, ...], fuse.get("bypassed", []), "fuse.bypassed", problems)
     if problems:
         raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
-    return files, recorded, None if dtype is None else names[dtype], dequantised
+    return files, recorded, None if dtype is None else names[dtype], dequantised, bypassed
 
 
 def _check_files(path: Path, files: dict[str, str], findings: Findings) -> None:
@@ -201,7 +211,8 @@ def _check_weights(
             continue
         wrong = _wrong_entries(checkpoint, written, tensor, found, source, progress)
         if wrong:
-            findings.differs(f"{tensor.name}: {wrong} entries are not base plus update, rounded once")
+            what = "base plus update" if tensor.replaced is None else "what the adapter saved"
+            findings.differs(f"{tensor.name}: {wrong} entries are not {what}, rounded once")
     progress.finish(TASK)
     findings.checked.append("every tensor against the base's plus the composition of the ingredients in float64")
 
@@ -215,7 +226,10 @@ def _wrong_entries(
     progress: Progress,
 ) -> int:
     own, output = tensor.source, FLOATS.get(tensor.dtype, torch.uint8)
-    update = update_of(source, tensor)
+    update, replacement = update_of(source, tensor), None
+    if tensor.replaced is not None:
+        assert source.saved is not None
+        replacement = source.saved.read(tensor.replaced).to(output)
     rows = tensor.shape[0] if own.shape else 1
     if own.size == 0:
         return 0
@@ -238,6 +252,9 @@ def _wrong_entries(
             else:
                 weight = before.view(FLOATS[own.dtype]).view(stop - start, *own.shape[1:])
             value = after.view(output).view(weight.shape)
+            if replacement is not None:
+                wrong += int((replaced_rows(tensor, start, len(before), replacement) != value).sum())
+                continue
             if update is None:
                 wrong += int((weight.to(output) != value).sum())
                 continue
