@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from loracli.calibration.shapes import LineError, WayOut, is_nothing, kind_of, shown
+from loracli.calibration.checks import LineError, WayOut, is_nothing, kind_of, shown
 
 Fields = Mapping[str, Any]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loracli.calibration.beside import SYSTEM_KEYS
-from loracli.calibration.shapes import is_nothing
+from loracli.calibration.checks import is_nothing
 from loracli.errors import UsageError
 
 READABLE = (

@@ -29,20 +29,10 @@ from loracli.calibration.beside import (
     grades,
     is_class,
 )
+from loracli.calibration.checks import LineError, check_text, is_nothing, kind_of
 from loracli.calibration.fields import parse_fields, renamed, shadowed
 from loracli.calibration.file_forms import MAX_BYTES, FileForm, Unreadable, decoded, numbered, too_large
-from loracli.calibration.shapes import (
-    LineError,
-    Shape,
-    check_text,
-    detect_shape,
-    is_nothing,
-    keys_of,
-    keys_of_shapes,
-    kind_of,
-    read_content,
-    shown_keys,
-)
+from loracli.calibration.shapes import Shape, detect_shape, keys_of, keys_of_shapes, read_content, shown_keys
 from loracli.errors import CalibrationError, UsageError
 from loracli.progress import SILENT, Progress
 from loracli.system.strict_json import StrictJsonError, parse_json

@@ -24,58 +24,17 @@ system text and `tools` as well.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from loracli.calibration.beside import SYSTEM_KEYS, preference_beside_none
+from loracli.calibration.checks import LineError, WayOut, check_text, kind_of, shown
 from loracli.calibration.fields import suggestion
-from loracli.calibration.file_forms import FileForm
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 SHOWN_KEYS = 20
 SHOWN_KEY = 60  # characters of one
-
-WayOut = Callable[[FileForm], str]  # the hint that mends a whole file of such lines
-
-
-class LineError(Exception):
-    """`path: reason` of one bad line; the caller adds the place.
-
-    Args:
-        reason: with the path.
-        way_out: what else than mending the line by hand helps, where something does.
-    """
-
-    def __init__(self, reason: str, *, way_out: WayOut | None = None) -> None:
-        super().__init__(reason)
-        self.way_out = way_out
-
-
-def check_text(value: Any, path: str, *, may_be_empty: bool) -> str:
-    """The value, if it is a string, and not only white space unless it may be empty."""
-    if not isinstance(value, str):
-        raise LineError(f"{path}: expected a string, got {kind_of(value)}")
-    if not may_be_empty and not value.strip():
-        raise LineError(f"{path}: empty")
-    return value
-
-
-def kind_of(value: Any) -> str:
-    """`a string`, `a number`, `null`, ..., as JSON calls it."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    kinds = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "an empty list" if value == [] else kinds[type(value)]
-
-
-def shown(value: Any) -> str:
-    """The value for a message: a string as JSON has it, cut to a length; of anything that holds others, its kind."""
-    if isinstance(value, (list, dict)):
-        return kind_of(value)
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def shown_keys(keys: Iterable[str]) -> str:
@@ -83,18 +42,6 @@ def shown_keys(keys: Iterable[str]) -> str:
     ordered = sorted(keys)
     more = f" and {len(ordered) - SHOWN_KEYS} more" if len(ordered) > SHOWN_KEYS else ""
     return ", ".join(key if len(key) <= SHOWN_KEY else f"{key[:SHOWN_KEY]}..." for key in ordered[:SHOWN_KEYS]) + more
-
-
-def is_nothing(value: Any) -> bool:
-    """Whether a field says nothing: null, false, an empty text, or a list or object of such."""
-    left = [value]
-    while left:
-        item = left.pop()
-        if isinstance(item, (list, dict)):
-            left += item.values() if isinstance(item, dict) else item
-        elif item is not None and item is not False and not (isinstance(item, str) and not item.strip()):
-            return False
-    return True
 
 
 Message = dict[str, str]

@@ -66,9 +66,9 @@ def base_table(
         named = "write its name into base_model_name_or_path of their adapter_config.json"
         found = agreed_base(claims, way_out=named if convolutions else "give the base with --base")
         return BaseTable(str(found.base_model), modules_of(adapters))
-    from loracli.fitting.base_copies import check_base_copies, stored_weights
     from loracli.fitting.reach import weights_read
     from loracli.model.base import base_modules, check_shapes, find_base, plan_base
+    from loracli.model.base_copies import check_base_copies, stored_weights
     from loracli.model.checkpoint import read_checkpoint
 
     reference = find_base(adapters, base, revision=revision, progress=progress)

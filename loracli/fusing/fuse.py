@@ -27,7 +27,6 @@ from loracli.composition.composition import Source
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.card import front_matter
 from loracli.export.options import OUTPUT_DTYPES
-from loracli.fitting.base_copies import check_base_copies, stored_weights
 from loracli.fitting.reach import named
 from loracli.fusing.composition import (
     Composition,
@@ -60,6 +59,7 @@ from loracli.fusing.workplace import (
     read_config,
 )
 from loracli.model.base import BasePlan, plan_base
+from loracli.model.base_copies import check_base_copies, stored_weights
 from loracli.model.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe

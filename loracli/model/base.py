@@ -25,9 +25,9 @@ from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
 from loracli.adapters.names import leaf
 from loracli.adapters.on_base import as_fused_experts, as_text_model, has_expert_layers, inside_other_model
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
-from loracli.fitting.base_copies import check_base_copies
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import BaseClaim, agreed_base, is_path
+from loracli.model.base_copies import check_base_copies
 from loracli.model.experts import check_experts
 from loracli.model.placement import DTYPES, check_device_map, check_sharded, placement_options, whole
 from loracli.progress import SILENT, Progress

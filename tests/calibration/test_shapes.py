@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from loracli.calibration.shapes import SHAPES, LineError, Shape, detect_shape, keys_of, read_content
+from loracli.calibration.checks import LineError
+from loracli.calibration.shapes import SHAPES, Shape, detect_shape, keys_of, read_content
 
 Turn = dict[str, Any]
 
