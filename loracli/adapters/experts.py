@@ -38,6 +38,7 @@ from loracli.system.tensor_file import TensorFile
 # The order in which transformers' mixtures have the parameters of their experts.
 ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 WRAPPED = ".base_layer"
+MAX_EXPERTS = 1 << 14  # of a parameter
 
 
 def targeted_parameters(modules: Mapping[str, bool], target_parameters: Iterable[str], where: str) -> dict[str, str]:
@@ -151,6 +152,12 @@ class ExpertTensors:
                 where=str(file.path),
             )
         self.experts = rows // rank
+        if self.experts > MAX_EXPERTS:
+            raise MalformedAdapter(
+                f"{name_A!r} has {rows} rows, those of {self.experts} experts of rank {rank}; at most {MAX_EXPERTS} "
+                "are read",
+                where=str(file.path),
+            )
         if self.experts == 1:
             raise UnsupportedAdapter(
                 f"{name_A!r} is of one of the target_parameters and belongs to a matrix, not to several experts",

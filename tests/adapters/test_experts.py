@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loracli.adapters.adapter import open_adapter, read_adapter
-from loracli.adapters.experts import module_of_parameter, targeted_parameters
+from loracli.adapters.experts import MAX_EXPERTS, module_of_parameter, targeted_parameters
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import join_experts, split_experts
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
@@ -131,6 +131,15 @@ def test_what_contradicts_the_config_is_refused(tmp_path: Path) -> None:
     refused(MalformedAdapter, tmp_path / "c", two, "has 2 pairs of factors for 1 target_parameters", **one)
     lacking = {name: t for name, t in factors("mlp.experts").items() if "lora_B" not in name}
     refused(MalformedAdapter, tmp_path / "d", lacking, r"lacks .*experts\.lora_B", **one)
+
+
+def test_more_experts_than_any_model_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes are an expert's factors, and what stands for it in memory is much more."""
+    one: dict[str, Any] = {"target_parameters": ["experts.down_proj"]}
+    many = factors("mlp.experts", rows=RANK * (MAX_EXPERTS + 1), columns=RANK * (MAX_EXPERTS + 1))
+    refused(MalformedAdapter, tmp_path / "a", many, f"at most {MAX_EXPERTS} are read", **one)
+    monkeypatch.setattr("loracli.adapters.adapter.MAX_UPDATES", EXPERTS - 1)
+    refused(MalformedAdapter, tmp_path / "b", factors("mlp.experts"), f"more than {EXPERTS - 1} experts", **one)
 
 
 def test_what_cannot_be_told_is_refused_by_name(tmp_path: Path) -> None:
