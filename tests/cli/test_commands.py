@@ -382,3 +382,15 @@ def test_only_what_can_be_exported_is_named_after_a_comparison(best: str) -> Non
         "fit": ["--adapters", "a b"],
     }
     assert words[2:] == expected.get(best, []) and words[:2] in ([], ["loracat", "export"])
+
+
+def test_other_names_of_fields_are_taken_with_data_alone(here: Path) -> None:
+    rows = [{"question": f"{i}", "answer": "a"} for i in range(60)]
+    Path("qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["fit", "-a", "know", "form", "--base", "base", "-f", "--data", "qa.jsonl", "--dry-run"]
+    refused = run(*words)
+    assert refused.exit_code == 3 and "--fields prompt=question,completion=answer" in refused.stderr
+    assert "--skip-bad" not in refused.stderr
+    assert run(*words, "--fields", "prompt=question,completion=answer").exit_code == 0
+    idle = run("export", "recipe.json", "-o", "none", "--fields", "prompt=question")
+    assert idle.exit_code == 2 and "no data are read" in idle.stderr and not Path("none").exists()

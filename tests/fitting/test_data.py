@@ -17,6 +17,7 @@ from loracli.adapters.adapter import read_adapter
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.calibration.shapes import Shape
+from loracli.errors import UsageError
 from loracli.fitting.engine import Engine
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import make_diagonal, make_layout
@@ -140,6 +141,25 @@ def test_the_recipe_accounts_for_every_file_and_the_settings_of_the_data(
     assert all(list(task.nats_per_token) == rows for task in loaded.held_out.tasks)
     public = loaded.public()
     assert list(public.held_out.tasks[0].nats_per_token) == [row.name for row in public.held_out.rows]
+
+
+def test_an_array_under_other_names_fits_as_its_jsonl_does_and_the_recipe_keeps_both(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    records = random_records(50)
+    lines = write_jsonl(tmp_path / "lines.jsonl", records)
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps([{"question": r["prompt"], "answer": r["completion"], "seen": 1} for r in records]))
+    names = "prompt=question,completion=answer"
+    settings = FitSettings(mixing="adapter", passes=3, fields=names)
+    recipe = fit(two_adapters, tiny_base, array, settings=settings, folder=tmp_path)
+    recipe.save(tmp_path / "recipe.json")
+    loaded = load_recipe(tmp_path / "recipe.json")
+    assert loaded.fit.settings["fields"] == names and loaded.data[0].unread == ("seen",)
+    plain = fit(two_adapters, tiny_base, lines, folder=tmp_path)
+    assert plain.mixing == recipe.mixing and plain.data[0].record_sha256 == recipe.data[0].record_sha256
+    with pytest.raises(UsageError, match="question is not one of text, prompt"):
+        FitSettings(fields="question=prompt")
 
 
 def test_an_adapter_with_a_template_of_its_own_is_warned_of(
