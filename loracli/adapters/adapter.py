@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -25,11 +24,11 @@ from loracli.adapters.names import (
 from loracli.adapters.stored import StoredFactors
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution
-from loracli.errors import MalformedAdapter
+from loracli.errors import IntegrityError, MalformedAdapter
 from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.hub.references import Reference
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE
-from loracli.system.tensor_file import TensorFile, open_tensor_file
+from loracli.system.tensor_file import TensorFile, file_sha256, open_tensor_file
 
 _MAY_BE_KERNELS = frozenset({"lora_A", "lora_B"})
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
@@ -154,8 +153,17 @@ def open_adapter(source: str | Fetched) -> LoraAdapter:
 
     Raises:
         MalformedAdapter, UnsupportedAdapter: as `read_adapter`.
+        IntegrityError: if the config changes while it is read.
     """
     fetched = fetch_adapter(source) if isinstance(source, str) else source
+    before = file_sha256(fetched.path / CONFIG_FILE)
+    adapter = _open(fetched)
+    if adapter.sha256[CONFIG_FILE] != before:  # its hash would be recorded for what it never said
+        raise IntegrityError(f"{CONFIG_FILE} changed while it was read", where=str(fetched.path))
+    return adapter
+
+
+def _open(fetched: Fetched) -> LoraAdapter:
     if is_mlx(fetched.path):
         config, factors, file = read_mlx(fetched.path)
         modules = {name: LoraModule(name, "linear", update) for name, update in factors.items()}
@@ -220,7 +228,7 @@ def _adapter(
         base_copies=others.copies,
         dtype=widest_dtype(dtypes),
         sha256={
-            CONFIG_FILE: sha256((fetched.path / CONFIG_FILE).read_bytes()).hexdigest(),
+            CONFIG_FILE: file_sha256(fetched.path / CONFIG_FILE),
             file.path.name: file.sha256,
         },
         file=file,
