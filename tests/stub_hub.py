@@ -271,7 +271,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "portal":
             self._send(200, {"Content-Type": "text/html"}, b"<html>Please accept our terms</html>")
         elif isinstance(fault, int):
-            self._send(fault, {"X-Error-Message": "\x1b[31mwords of the server"}, b"{}")
+            told = f"\x1b[31mwords of the server on {self.headers.get('Authorization')}"
+            self._send(fault, {"X-Error-Message": told}, json.dumps({"error": told}).encode())
         elif fault in ANSWERS:
             self._send(*ANSWERS[fault], b"{}")
         elif fault == "hangs up":

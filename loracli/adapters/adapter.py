@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -26,12 +25,12 @@ from loracli.adapters.names import (
 from loracli.adapters.stored import StoredFactors
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution
-from loracli.errors import MalformedAdapter, UnsupportedAdapter
+from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
 from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.hub.references import Reference
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE
-from loracli.system.tensor_file import GATHER, TensorFile, open_tensor_file
+from loracli.system.tensor_file import GATHER, TensorFile, file_sha256, open_tensor_file
 
 MAX_UPDATES = 1 << 19  # of experts and groups, of which a small file can claim many more than it has tensors
 _MAY_BE_KERNELS = frozenset({"lora_A", "lora_B"})
@@ -165,9 +164,13 @@ def open_adapter(source: str | Fetched, *, progress: Progress = SILENT) -> LoraA
 
     Raises:
         MalformedAdapter, UnsupportedAdapter: as `read_adapter`.
+        IntegrityError: if the config changes while it is read.
     """
     fetched = fetch_adapter(source) if isinstance(source, str) else source
+    before = file_sha256(fetched.path / CONFIG_FILE)
     adapter = _open(fetched)
+    if adapter.sha256[CONFIG_FILE] != before:  # its hash would be recorded for what it never said
+        raise IntegrityError(f"{CONFIG_FILE} changed while it was read", where=str(fetched.path))
     for warning in adapter.warnings:
         progress.warn(warning)
     return adapter
@@ -261,7 +264,7 @@ def _adapter(
         base_copies=others.copies,
         dtype=widest_dtype(dtypes),
         sha256={
-            CONFIG_FILE: sha256((fetched.path / CONFIG_FILE).read_bytes()).hexdigest(),
+            CONFIG_FILE: file_sha256(fetched.path / CONFIG_FILE),
             file.path.name: file.sha256,
         },
         file=file,

@@ -17,7 +17,7 @@ from typing import Any
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of, read_adapter
 from loracli.adapters.names import leaf
 from loracli.algebra.factors import inner_product
-from loracli.errors import IncompatibleAdapters
+from loracli.errors import IncompatibleAdapters, UsageError
 from loracli.hub.fetch import fetch_adapter
 from loracli.progress import SILENT, Progress
 
@@ -91,6 +91,30 @@ def check_composable(adapters: Sequence[LoraAdapter], *, base_given: bool = Fals
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         hint = "name the right base model with --base" if problems[0].startswith("the adapters name") else None
         raise IncompatibleAdapters(problems[0] + more, hint=hint or "the adapters were trained on different models")
+
+
+def check_distinct(adapters: Sequence[LoraAdapter], references: Sequence[str]) -> None:
+    """Raises UsageError if two of the adapters are one: by their names, or one file by links or by another spelling.
+
+    Args:
+        adapters: that are composed.
+        references: what they are called.
+    """
+    names: set[str] = set()
+    files: dict[tuple[int, int], str] = {}
+    for reference, adapter in zip(references, adapters, strict=True):
+        if reference in names:
+            raise UsageError(f"the adapter {reference} is given twice")
+        names.add(reference)
+        if adapter.file is None:
+            continue
+        try:
+            found = adapter.file.path.stat()
+        except OSError:  # gone since it was read, which whoever reads it next will say
+            continue
+        other = files.setdefault((found.st_dev, found.st_ino), reference)
+        if other != reference:
+            raise UsageError(f"{other} and {reference} are one adapter: the same file", hint="leave one of them out")
 
 
 def overlaps_of(adapters: Sequence[LoraAdapter]) -> list[Overlap]:

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
@@ -54,6 +55,32 @@ class Talk:
 
 
 TALK: ContextVar[Talk] = ContextVar("talk", default=Talk())  # noqa: B039  # frozen
+
+# Of the Hub's client: their messages repeat what a server says, which can be anything, a token that was sent to it too.
+_REPEAT_A_SERVER = ("huggingface_hub", "httpx", "httpx2", "httpcore", "h11", "h2", "requests", "urllib3", "hf_xet")
+
+
+def told_traceback(error: BaseException) -> list[str]:
+    """The lines of an error's traceback for -vv, its causes first, without words of a server."""
+    lines: list[str] = []
+    for one in _chain(error):
+        frames: TracebackType | None = one.__traceback__
+        lines += ["Traceback (most recent call last):", *"".join(traceback.format_tb(frames)).splitlines()]
+        kind = f"{type(one).__module__}.{type(one).__qualname__}"
+        silent = kind.partition(".")[0] in _REPEAT_A_SERVER
+        shown = [f"{kind}: its message is left out"] if silent else traceback.format_exception_only(one)
+        lines += [*"".join(shown).splitlines(), ""]
+    return lines[:-1]
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error after what it came from."""
+    found: list[BaseException] = []
+    rest: BaseException | None = error
+    while rest is not None and rest not in found:
+        found.append(rest)
+        rest = rest.__cause__ or (None if rest.__suppress_context__ else rest.__context__)
+    return found[::-1]
 
 
 def progress_bars(console: Console) -> Progress:
@@ -243,7 +270,7 @@ class Output:
         """One error: what and where, then the single problems if there are many, then what to do."""
         self.close()
         if TALK.get().verbosity >= TRACEBACKS:
-            for line in "".join(traceback.format_exception(error)).splitlines():
+            for line in told_traceback(error):
                 self._stderr.print(plain(line, "dim"))
         if self.as_json:
             self.document({"error": describe(error)})

@@ -25,6 +25,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from loracli.cli._unasked import refusal
 from loracli.errors import SettingsError, UsageError
 
 PROJECT_FILE = "loracat.toml"
@@ -38,7 +39,6 @@ NOT_IN_A_FILE = {
     "json": "whoever reads the document asks for it",
     "help": "it is no setting",
 }
-COMMAND_LINES = ("metric-command",)  # what they name is run, so a folder that was cloned must not bring them along
 
 Options = Mapping[str, Any]  # of one command, by their long names: `max-length`
 
@@ -101,8 +101,16 @@ def read_settings(explicit: Path | None, commands: Mapping[str, Options]) -> tup
     """
     settings: list[Setting] = []
     problems: list[str] = []
+    unasked: list[str] = []
     for path in config_files(explicit):
-        settings += _read_file(path, commands, problems, asked=path in (explicit, user_file()))
+        settings += _read_file(path, commands, problems, None if path in (explicit, user_file()) else unasked)
+    if unasked and not problems:
+        raise SettingsError(
+            f"{PROJECT_FILE} is in force without having been asked for, and sets what only you may set",
+            problems=tuple(unasked),
+            hint=f"if you trust it, say so: --config {PROJECT_FILE}; or mend it",
+        )
+    problems += unasked
     if problems:
         files = " and ".join(dict.fromkeys(problem.partition(": ")[0] for problem in problems))
         count = "a setting" if len(problems) == 1 else f"{len(problems)} settings"
@@ -126,7 +134,11 @@ def unknown_variables(command: str, options: Options, environment: Mapping[str, 
     return sorted(name for name in environment if name.startswith(variable(command, "")) and name not in known)
 
 
-def _read_file(path: Path, commands: Mapping[str, Options], problems: list[str], *, asked: bool) -> list[Setting]:
+def _read_file(
+    path: Path, commands: Mapping[str, Options], problems: list[str], unasked: list[str] | None
+) -> list[Setting]:
+    """The settings of a file; what cannot be honoured goes into `problems`, and what a file that nobody asked for may
+    not set into `unasked`, which is None for other files."""
     if path.suffix == ".json":
         return _of_recipe(path)
     try:
@@ -150,17 +162,17 @@ def _read_file(path: Path, commands: Mapping[str, Options], problems: list[str],
             every = {option: parameter for options in commands.values() for option, parameter in options.items()}
             rows = [("", name, every.get(name) if name in SHARED else None, value)]
         for command, option, parameter, item in rows:
-            reason = _problem(command, option, parameter, item, commands, asked=asked)
-            if reason is None:
-                settings.append(Setting(command, option, item, str(path)))
+            place = f"{path}: {f'{command}.' if command else ''}{option}"
+            if (reason := _problem(command, option, parameter, item, commands)) is not None:
+                problems.append(f"{place}: {reason}")
+            elif unasked is not None and (reason := refusal(command, option, item)) is not None:
+                unasked.append(f"{place}: {reason}")
             else:
-                problems.append(f"{path}: {f'{command}.' if command else ''}{option}: {reason}")
+                settings.append(Setting(command, option, item, str(path)))
     return settings
 
 
-def _problem(
-    command: str, option: str, parameter: Any, value: Any, commands: Mapping[str, Options], *, asked: bool
-) -> str | None:
+def _problem(command: str, option: str, parameter: Any, value: Any, commands: Mapping[str, Options]) -> str | None:
     """Why a key cannot be honoured; None if it can."""
     if option in NOT_IN_A_FILE:
         return NOT_IN_A_FILE[option]
@@ -172,8 +184,6 @@ def _problem(
             return f"an option of one command stands in its table, such as [{owners[0]}]"
         kind = f"no option of loracat {command}" if command else "no command"
         return kind + (f"; did you mean {near[0]}?" if near else "")
-    if option in COMMAND_LINES and not asked:
-        return f"{PROJECT_FILE} is read without being asked for, so it names no program; use --config or the variable"
     if parameter.multiple:
         fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
         return None if fits else "expected a list of text"
@@ -186,13 +196,14 @@ def _problem(
 def _of_recipe(path: Path) -> list[Setting]:
     """What a recipe says about the fit that wrote it: all but where its data are."""
     from loracli.fitting.settings import FitSettings
+    from loracli.hub.references import URI_PREFIX
     from loracli.recipe.reading import load_recipe
 
     recipe = load_recipe(path)
     found: dict[str, Any] = {"adapters": [_reference(recipe.folder, adapter) for adapter in recipe.adapters]}
     found |= {"base": None, "base-revision": None, "dtype": recipe.dtype}
     if recipe.base.commit is not None:
-        found |= {"base": recipe.base.id, "base-revision": recipe.base.commit}
+        found |= {"base": f"{URI_PREFIX}{recipe.base.id}", "base-revision": recipe.base.commit}
     for field in fields(FitSettings):
         found[field.name.replace("_", "-")] = recipe.fit.settings.get(field.name)
     if found.pop("metric-command") is not None:

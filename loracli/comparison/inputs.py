@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.adapters.compatible import check_composable
+from loracli.adapters.compatible import check_composable, check_distinct
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
@@ -101,19 +101,16 @@ def prepare_comparison(
     else:
         read = tuple(a.loaded() for a in read_ingredients(loaded, relocated=adapters, progress=progress))
         references = tuple(_row_name(adapter.reference) for adapter in loaded.adapters)
-        if base is None and loaded.base.commit is not None:
-            base, base_revision = loaded.base.id, base_revision or loaded.base.commit
-    twice = next((r for r in references if references.count(r) > 1), None)
-    if twice is not None:
-        raise UsageError(f"the adapter {twice} is given twice")
-    check_composable(read, base_given=base is not None)
+    check_distinct(read, references)
+    asked = base or (None if loaded is None else loaded.base.claim)
+    check_composable(read, base_given=asked is not None)
     policy = settings.fit.modules_to_save
     if loaded is not None and policy == REFUSE:
         policy = recorded_policy(loaded)
     policy = settled_policy(policy, read, references)
-    found = find_base(read, base, revision=base_revision, progress=progress)
+    found = find_base(read, asked, revision=base_revision, progress=progress)
     read = on_base(read, found)
-    check_composable(read, base_given=base is not None)
+    check_composable(read, base_given=asked is not None)
     saved = saved_modules(policy, read, progress=progress)
     datamix = settings.controls.datamix
     mixed = None

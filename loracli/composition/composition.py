@@ -24,10 +24,11 @@ from loracli.algebra.factors import Factors
 from loracli.algebra.methods.method import Merged, Method, MethodOptions
 from loracli.composition.base_table import BaseTable
 from loracli.composition.card import CardText, method_card, recipe_card
-from loracli.errors import RecipeError
+from loracli.errors import RecipeError, UsageError
+from loracli.hub.references import BaseClaim, is_repo_id
 from loracli.recipe.ingredients import identity_of
 from loracli.recipe.mixing import INLINE_KINDS, RecipeMixing, group_name
-from loracli.recipe.recipe import BaseModule, Recipe, RecipeAdapter, without_paths
+from loracli.recipe.recipe import BaseModule, Recipe, RecipeAdapter, RecipeBase, without_paths
 from loracli.recipe.tensors import composed_update
 from loracli.system.document import encode
 
@@ -274,11 +275,20 @@ class MethodSource:
         )
 
 
-def recorded_base(source: Source, base: str | None, revision: str | None) -> tuple[str | None, str | None]:
-    """The base that is named, else the recipe's at its commit; None for what the adapters agree on."""
-    if base is None and isinstance(source, RecipeSource) and source.recipe.base.commit is not None:
-        return source.recipe.base.id, revision or source.recipe.base.commit
-    return base, revision
+def recorded_base(source: Source, base: str | None) -> str | BaseClaim | None:
+    """The base that the user names, else the recipe's at its commit; None for what the adapters agree on."""
+    return base or (source.recipe.base.claim if isinstance(source, RecipeSource) else None)
+
+
+def base_of_config(recorded: RecipeBase, base: str | None) -> str | BaseClaim:
+    """Where the config of a recipe's base is to be had: from the base that the user names, else from the Hub.
+
+    Raises:
+        UsageError: if the recipe was fitted on a local directory that has no name on the Hub either.
+    """
+    if base is None and recorded.commit is None and not is_repo_id(recorded.id):
+        raise UsageError(f"the recipe was fitted on the local directory {recorded.id}", hint="name it with --base")
+    return base or BaseClaim(recorded.id, recorded.commit)
 
 
 def takes(method: Method) -> frozenset[str]:

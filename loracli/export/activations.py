@@ -129,9 +129,9 @@ def moments_of(
     check_weighable(source)
     settings = FitSettings()
     files = tuple(read_records(path, progress=progress) for path in parse_sources(fit_data))
-    base, base_revision = recorded_base(source, base, base_revision)
     with memory_errors():
-        reference = find_base(source.adapters, base, revision=base_revision, progress=progress)
+        asked = recorded_base(source, base)
+        reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)
         model = load_base(reference, progress=progress)
         check_fits(model, source.adapters)
         replace_modules(model.model, source.saved)

@@ -17,7 +17,7 @@ import torch
 from loracli.adapters.saved_modules import saved_modules
 from loracli.calibration.records import DataPaths
 from loracli.composition.card import Certificate
-from loracli.composition.composition import RecipeSource, Source
+from loracli.composition.composition import RecipeSource, Source, base_of_config
 from loracli.errors import UsageError
 from loracli.export.activations import Moments, recorded_moments
 from loracli.export.layout import Layout
@@ -28,7 +28,7 @@ from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.reading import load_recipe
 from loracli.recipe.recipe import Recipe
-from loracli.system.files import check_free, whole_directory
+from loracli.system.files import check_free, holds, whole_directory
 from loracli.system.tensor_file import file_size
 from loracli.system.threads import one_thread_each
 
@@ -137,9 +137,9 @@ def export_adapter(
         from loracli.export.gguf import find_llama_cpp_base
 
         llama_cpp = find_llama_cpp_base(
-            base or recipe.base.id,
+            base_of_config(recipe.base, base),
             ingredients,
-            revision=base_revision or (recipe.base.commit if base is None else None),
+            revision=base_revision,
             config_sha256=recipe.base.config_sha256,
             progress=progress,
         )
@@ -188,7 +188,7 @@ def write_export(
     if refit is not None:
         check_refittable(source)
     for ingredient in source.adapters:
-        if ingredient.path.resolve().is_relative_to(output.resolve()):
+        if holds(output, ingredient.path):
             raise UsageError(
                 f"{output} holds the ingredient {ingredient.reference}", hint="choose another name with -o"
             )

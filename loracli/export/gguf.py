@@ -39,6 +39,7 @@ from loracli.adapters.adapter import LoraAdapter, kernels_of
 from loracli.adapters.names import leaf
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.layout import Place
+from loracli.hub.references import BaseClaim
 from loracli.model.base import WAY_OUT, plan_from_config
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import BaseModule
@@ -276,7 +277,7 @@ def _flush(path: Path) -> str:
 
 
 def find_llama_cpp_base(
-    base: str,
+    base: str | BaseClaim,
     adapters: Sequence[LoraAdapter],
     *,
     revision: str | None = None,
@@ -286,7 +287,7 @@ def find_llama_cpp_base(
     """How llama.cpp has a base model.
 
     Args:
-        base: a local directory with a config.json, or a Hub id, of which only config.json is fetched.
+        base: as `locate_base` takes it; of one on the Hub only config.json is fetched.
         adapters: that are composed.
         revision: of a base on the Hub.
         config_sha256: that the config has to have, None for any.
@@ -306,6 +307,7 @@ def find_llama_cpp_base(
     plan, found = plan_from_config(base, revision=revision, progress=progress)
     if config_sha256 not in (None, found):
         raise BaseModelMismatch(
-            f"the config.json of {base} is not the config of the base that the recipe was fitted on", hint=WAY_OUT
+            f"the config.json of {plan.reference.id} is not the config of the base that the recipe was fitted on",
+            hint=WAY_OUT,
         )
     return llama_cpp_base(type(plan.skeleton).__name__, plan.config)

@@ -20,7 +20,7 @@ from loracli.fitting.mixing import make_layout
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach, replace_modules
-from loracli.model.base import base_directory, check_fits, find_base, load_base
+from loracli.model.base import check_fits, find_base, load_base, locate_base
 from loracli.model.loss import Scores, check_causal, make_objective
 from loracli.model.placement import memory_errors
 from loracli.progress import SILENT, WORK, Progress
@@ -58,10 +58,10 @@ def read_loss_data(
 
     Raises:
         CalibrationError: if they cannot be used.
-        InputError, UsageError: as `base_directory`.
+        InputError, UsageError: as `locate_base`.
     """
     if base is not None:
-        base_directory(base, revision=base_revision)
+        locate_base(base, revision=base_revision)
     return tuple(read_records(source, progress=progress) for source in parse_sources(data))
 
 
@@ -86,9 +86,9 @@ def loss_of_export(
         NonFiniteLoss: if one of the two has none.
     """
     source, settings = exported.source, FitSettings()
-    base, base_revision = recorded_base(source, base, base_revision)
     with memory_errors():
-        reference = find_base(source.adapters, base, revision=base_revision, progress=progress)
+        asked = recorded_base(source, base)
+        reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)
         model = load_base(reference, progress=progress)
         check_fits(model, source.adapters)
         replace_modules(model.model, source.saved)

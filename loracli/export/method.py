@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
-from loracli.adapters.compatible import check_composable
+from loracli.adapters.compatible import check_composable, check_distinct
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
@@ -21,7 +21,7 @@ from loracli.calibration.dataset import Dataset
 from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.calibration.render import render_file
 from loracli.composition.base_table import BaseTable, base_table
-from loracli.composition.composition import MethodSource, identities_of, takes
+from loracli.composition.composition import MethodSource, base_of_config, identities_of, takes
 from loracli.composition.fitted import TASK, Calibration, search_weights
 from loracli.errors import UsageError
 from loracli.export.export import Exported, write_export
@@ -31,6 +31,7 @@ from loracli.fitting.mixing import make_layout
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
 from loracli.hub.fetch import fetch_adapter
+from loracli.hub.references import BaseClaim
 from loracli.model.attach import replace_modules
 from loracli.model.base import check_fits, find_base, load_base
 from loracli.model.placement import memory_errors
@@ -81,9 +82,7 @@ def read_to_compose(
     if not adapters:
         raise UsageError("nothing to export", hint="give a RECIPE, or --adapters")
     read = tuple(open_adapter(fetch_adapter(reference, progress=progress), progress=progress) for reference in adapters)
-    twice = next((a.reference for a in read if [b.reference for b in read].count(a.reference) > 1), None)
-    if twice is not None:
-        raise UsageError(f"the adapter {twice} is given twice")
+    check_distinct(read, [adapter.reference for adapter in read])
     check_composable(read, base_given=base_given)
     return read, None
 
@@ -165,8 +164,6 @@ def export_method(
         table = base_table(read, base, revision=base_revision, progress=progress)
     else:
         table = BaseTable(loaded.base.id, loaded.modules, loaded.mixing.bypassed)
-        if base is None and loaded.base.commit is not None:
-            base, base_revision = loaded.base.id, base_revision or loaded.base.commit
     if table.bypassed:
         from loracli.fitting.reach import warn_of_merging
 
@@ -175,7 +172,8 @@ def export_method(
     if gguf:
         from loracli.export.gguf import find_llama_cpp_base
 
-        found = find_llama_cpp_base(base or table.id, read, revision=base_revision, progress=progress)
+        named = base or BaseClaim(table.id, None) if loaded is None else base_of_config(loaded.base, base)
+        found = find_llama_cpp_base(named, read, revision=base_revision, progress=progress)
         options = replace(options, gguf=found)
     weights = None if method.weights is None else method.weights(len(read))
     if fit_data is not None and searching:
@@ -184,7 +182,7 @@ def export_method(
             method_options,
             read,
             fit_data,
-            base=base,
+            base=base or (None if loaded is None else loaded.base.claim),
             base_revision=base_revision,
             saved=saved,
             progress=progress,
@@ -227,7 +225,7 @@ def searched_weights(
     adapters: Sequence[LoraAdapter],
     fit_data: DataPaths,
     *,
-    base: str | None = None,
+    base: str | BaseClaim | None = None,
     base_revision: str | None = None,
     saved: SavedModules | None = None,
     progress: Progress = SILENT,
@@ -239,7 +237,7 @@ def searched_weights(
         options: of it.
         adapters: to compose.
         fit_data: calibration JSONL.
-        base: a Hub id or directory, None for what the adapters name.
+        base: as of `find_base`.
         base_revision: of a base on the Hub.
         saved: modules that replace the base's.
         progress: told how far it is.

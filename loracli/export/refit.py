@@ -222,12 +222,12 @@ class RefitOnRecords:
             UsageError: if there are too few records to choose with.
             NonFiniteLoss: if the cut, or what it is compared with, has no finite loss.
         """
-        base, revision = recorded_base(source, self.base, self.base_revision)
+        base = recorded_base(source, self.base)
         adapter = _as_adapter(source, cut)
         inputs = FitInputs(
             adapters=(adapter,),
             references=(START,),
-            base=find_base(source.adapters, base, revision=revision, progress=self.progress),
+            base=find_base(source.adapters, base, revision=self.base_revision, progress=self.progress),
             data=self.data,
             layout=make_layout([adapter]),
             settings=FitSettings(mixing="core"),

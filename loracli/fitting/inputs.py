@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.adapters.compatible import check_composable
+from loracli.adapters.compatible import check_composable, check_distinct
 from loracli.adapters.saved_modules import SavedModules, saved_modules, settled_policy
 from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset, tokenizer_differences
 from loracli.calibration.records import DataPaths
@@ -89,9 +89,7 @@ def prepare_fit(
     )
     folder = Path(folder)
     references = tuple(_reference_from(adapter, folder) for adapter in read)
-    twice = next((r for r in references if references.count(r) > 1), None)
-    if twice is not None:
-        raise UsageError(f"the adapter {twice} is given twice")
+    check_distinct(read, references)
     check_composable(read, base_given=base is not None)
     check_mixing(read, settings.mixing)  # before anything is fetched, and below by the base's names
     settings = replace(settings, modules_to_save=settled_policy(settings.modules_to_save, read, references))

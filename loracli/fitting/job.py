@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from pathlib import Path
 from loracli.errors import InputError, OutputExists, UsageError
 from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.journal import Journal, open_state, remove_state, state_folder
-from loracli.fitting.meter import StepLog
+from loracli.fitting.meter import StepLog, is_step_log
 from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.run import decision_on, divide_training, memory_estimate, run_fit, usable_length
 from loracli.fitting.rung import tokens_of
@@ -27,8 +28,9 @@ from loracli.model.experts import check_experts
 from loracli.model.placement import Placement
 from loracli.model.preflight import MemoryDecision, MemoryEstimate
 from loracli.progress import SILENT, Progress
+from loracli.recipe.mixing import activations_path, tensors_path
 from loracli.recipe.recipe import Recipe, check_recipe_path
-from loracli.system.files import locked_directory, translate_disk_errors
+from loracli.system.files import locked_directory, same_file, translate_disk_errors
 from loracli.system.launch import Launch
 
 
@@ -136,7 +138,9 @@ def fit_to_file(
         the recipe, as it was written; None on all processes but the first.
     Raises:
         LoracatError: as `fit_mixing`, on all processes.
-        OutputExists: if the recipe or the log is there and `force` is not set.
+        OutputExists: if the recipe or the log is there and `force` is not set, or the log is none that could be
+            replaced or gone on with.
+        UsageError: if the recipe or the log would be a file that is read.
         StateMismatch: if the state belongs to a fit of other inputs.
     """
     placement.check_processes(launch.world_size)
@@ -145,7 +149,8 @@ def fit_to_file(
         inputs = _one_after_the_other(processes, prepare)
         kind = inputs.settings.mixing
         processes.from_first(lambda: check_recipe_path(output, force=force, kind=kind))
-        processes.from_first(lambda: _check_log(log, force=force or resume))
+        processes.from_first(lambda: _check_places(output, log, inputs))
+        processes.from_first(lambda: _check_log(log, force=force, resume=resume))
         folder = state_folder(output)
         processes.from_first(lambda: held.enter_context(locked_directory(folder, output)))
         resumed = processes.from_first(
@@ -170,8 +175,29 @@ def _one_after_the_other(processes: Processes, prepare: Callable[[], FitInputs])
     return prepare()
 
 
-def _check_log(log: Path | None, *, force: bool) -> None:
-    if log is not None and log.exists() and not force:
+def _check_places(output: Path, log: Path | None, inputs: FitInputs) -> None:
+    """Raises UsageError if what is written would be what is read, or each other, under any name."""
+    written = {"-o": [output, tensors_path(output), activations_path(output)], "--log": [] if log is None else [log]}
+    if log is not None and any(same_file(log, path) for path in (*written["-o"], state_folder(output))):
+        raise UsageError(f"--log {log} is written as the recipe too", hint="choose another name with --log")
+    data = (*inputs.data.files, *inputs.data.eval_files)
+    read = {str(file.source): file.source.path for file in data if file.source.path is not None}
+    folders = {f"the adapter {a.reference}": a.path for a in inputs.adapters} | {"the base model": inputs.base.path}
+    read |= {f"{entry.name} of {name}": entry for name, folder in folders.items() for entry in sorted(folder.iterdir())}
+    for option, paths in written.items():
+        for path in paths:
+            name = next((name for name, other in read.items() if same_file(path, other)), None)
+            if name is not None:
+                raise UsageError(f"{path} is {name}, which is read", hint=f"choose another name with {option}")
+
+
+def _check_log(log: Path | None, *, force: bool, resume: bool) -> None:
+    """Raises OutputExists for what may not be replaced, and is no log to go on with."""
+    if log is None or not os.path.lexists(log):
+        return
+    if log.is_symlink() or not log.is_file():
+        raise OutputExists(f"{log} is no regular file", hint="choose another name with --log")
+    if not force and not (resume and is_step_log(log)):
         raise OutputExists(f"{log} exists", hint="choose another name with --log, or replace it with --force")
 
 

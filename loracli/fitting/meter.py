@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import IO
 
 from loracli.progress import Progress
+from loracli.system.strict_json import StrictJsonError, parse_json
 
 TASK = "fit"
+_MAX_LINE = 1 << 16  # bytes of a log's line
 
 
 class Meter:
@@ -114,3 +116,14 @@ class StepLog:
         del self._ends[self.lines + 1 :]
         self._file.seek(self._ends[-1])
         self._file.truncate()
+
+
+def is_step_log(path: Path) -> bool:
+    """Whether a file begins as a log of steps does, or is empty."""
+    with open(path, "rb") as file:
+        line = file.readline(_MAX_LINE)
+    try:
+        content = parse_json(line or b'{"seconds": 0}')
+    except StrictJsonError:
+        return False
+    return isinstance(content, dict) and "seconds" in content

@@ -146,12 +146,10 @@ def plan_composed_base(
         BaseModelMismatch: if the adapters do not fit it, or it is quantised and need not be.
     """
     recorded, adapters = composition.base, composition.adapters
-    asked = base
-    if asked is None and recorded is not None:
-        if recorded.commit is None:
-            raise UsageError(f"the recipe was fitted on a local copy of {recorded.id}", hint="name it with --base")
-        asked, revision = recorded.id, revision or recorded.commit
-    reference = find_base(adapters, asked, revision=revision, progress=progress)
+    claim = None if recorded is None else recorded.claim
+    if base is None and recorded is not None and claim is None:
+        raise UsageError(f"the recipe was fitted on a local copy of {recorded.id}", hint="name it with --base")
+    reference = find_base(adapters, base or claim, revision=revision, progress=progress)
     if not dequantise and read_config(reference.path).get("quantization_config") is not None:
         raise BaseModelMismatch(
             f"the base model {reference.id} is quantised",

@@ -63,7 +63,7 @@ from loracli.model.base_copies import check_base_copies, stored_weights
 from loracli.model.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe
-from loracli.system.files import flush_directory, write_file
+from loracli.system.files import flush_directory, holds, write_file
 
 
 def fused_card(
@@ -273,7 +273,7 @@ class _Fusion:
         for path, what in [(a.path, f"the ingredient {a.reference}") for a in self._source.adapters] + [
             (folder, "the base model")
         ]:
-            if path.resolve().is_relative_to(output.resolve()):
+            if holds(output, path):
                 raise UsageError(f"{output} holds {what}", hint="choose another name with -o")
         self._checkpoint: Checkpoint = read_checkpoint(folder)
         self._bypassed = bypassed_modules(base.reference, self._source, progress)

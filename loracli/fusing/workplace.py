@@ -197,6 +197,7 @@ _WEIGHTS = re.compile(
     re.IGNORECASE,
 )
 _OURS = frozenset({"README.md", "loracat.json", FUSE_CERTIFICATE, CONFIG, INDEX_FILE})
+_FOLDED = frozenset(name.casefold() for name in _OURS)
 
 
 def other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
@@ -207,7 +208,8 @@ def other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
         name = entry.name
         if name.startswith(".") or name in _OURS or name in checkpoint.shards:
             continue
-        (taken if entry.is_file() and not _WEIGHTS.fullmatch(name) else left).append(name)
+        ours = name.casefold() in _FOLDED  # where case does not count, it would be the same file
+        (taken if entry.is_file() and not ours and not _WEIGHTS.fullmatch(name) else left).append(name)
     return taken, left
 
 

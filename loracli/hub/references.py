@@ -6,6 +6,9 @@ Parsing looks at the disk, never at the network: a directory that holds `adapter
 same spelling, and the reference remembers that it did (`shadows_hub`).
 
 Which base model adapters name. A claim, not a fact: shapes are checked when the model is loaded.
+
+A claim is the name of a repository on the Hub or nothing. It is never looked for on the disk, where a folder of that
+name may have come along with the adapter; a directory is what a user names with `--base`.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ URI_PREFIX = "hf://"
 FORMS = f"write org/name, org/name@revision, hf://org/name@revision/sub/folder, or a directory that holds {CONFIG_FILE}"
 
 _NAME = r"\w(?:[\w.-]{0,94}\w)?"
-_REPO_ID = re.compile(rf"(?!.*(?:--|\.\.))(?!.*\.git$){_NAME}/{_NAME}", re.ASCII)
+_RULES = r"(?!.*(?:--|\.\.))(?!.*\.git$)"
+_REPO_ID = re.compile(rf"{_RULES}{_NAME}/{_NAME}", re.ASCII)
+_HUB_ID = re.compile(rf"{_RULES}(?:{_NAME}/)?{_NAME}", re.ASCII)
 # What git forbids in a name, and what could leave the folder that a cache keeps it in.
 _BAD_REVISION = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|^[/.-]|[/.]$")
 _SPECIAL_REF = re.compile(r"refs/(?:pr/\d+|convert/\w+)(?=/|$)")
@@ -147,6 +152,11 @@ def is_repo_id(text: str) -> bool:
     return _REPO_ID.fullmatch(text) is not None
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether `text` could name a model on the Hub: `org/name`, or one of the old ones without an organisation."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
 def is_revision(text: str) -> bool:
     """Whether `text` could name a branch, tag or commit; if so it is also harmless as a path inside a cache."""
     return bool(text) and text.isprintable() and _BAD_REVISION.search(text) is None
@@ -160,7 +170,7 @@ def is_folder(text: str) -> bool:
 
 @dataclass(frozen=True)
 class BaseClaim:
-    """What one adapter's config names; None for what it does not name."""
+    """What an adapter's config, a recipe or a record names; None for what it does not name."""
 
     base_model: str | None
     revision: str | None
@@ -173,7 +183,7 @@ def agreed_base(claims: Mapping[str, BaseClaim], *, way_out: str) -> BaseClaim:
         claims: by the adapter's reference.
         way_out: what the user can do, for the error.
     Raises:
-        IncompatibleAdapters: if they name different models or revisions, none, or a path, which only their author has.
+        IncompatibleAdapters: if they name different models or revisions, none, or what is no name on the Hub.
     """
     named = {text: claim for text, claim in claims.items() if claim.base_model}
     models = {claim.base_model for claim in named.values()}
@@ -186,14 +196,16 @@ def agreed_base(claims: Mapping[str, BaseClaim], *, way_out: str) -> BaseClaim:
             for text, claim in named.items()
         )
         raise IncompatibleAdapters(f"the adapters name different base models: {said}", hint=way_out)
-    model = models.pop()
-    if model is None or is_path(model):
-        raise IncompatibleAdapters(
-            f"the adapters name the base model {model}, a path on their author's machine", hint=way_out
-        )
-    return BaseClaim(model, next(iter(revisions), None))
+    claim = BaseClaim(models.pop(), next(iter(revisions), None))
+    if (reason := not_on_the_hub(claim)) is not None:
+        raise IncompatibleAdapters(f"the adapters name {reason}", hint=way_out)
+    return claim
 
 
-def is_path(name: str) -> bool:
-    """Whether a base model's name can only be a directory, never a Hub id."""
-    return Path(name).is_absolute() or name.startswith((".", "~")) or "\\" in name
+def not_on_the_hub(claim: BaseClaim) -> str | None:
+    """What a claim names that no repository on the Hub goes by; None if one could."""
+    if claim.base_model is None or not is_hub_id(claim.base_model):
+        return f"the base model {claim.base_model}, which is no name on the Hub"
+    if claim.revision is not None and not is_revision(claim.revision):
+        return f"the revision {claim.revision} of the base model, which cannot be a branch, tag or commit"
+    return None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,11 +26,13 @@ from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
 from loracli.adapters.names import leaf
 from loracli.adapters.on_base import as_fused_experts, as_text_model, has_expert_layers, inside_other_model
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
+from loracli.fitting.base_trust import check_base_files, neutralise
 from loracli.hub.fetch import fetch_base
-from loracli.hub.references import BaseClaim, agreed_base, is_path
+from loracli.hub.references import URI_PREFIX, BaseClaim, agreed_base, is_hub_id, is_revision, not_on_the_hub
 from loracli.model.base_copies import check_base_copies
+from loracli.model.checkpoint import shard_names
 from loracli.model.experts import check_experts
-from loracli.model.placement import DTYPES, check_device_map, check_sharded, placement_options, whole
+from loracli.model.placement import DTYPES, check_device_map, check_sharded, placement_options, ran_out_of_memory, whole
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import BaseModule, ModuleKind
 
@@ -78,7 +81,7 @@ class BaseModel:
 
 def find_base(
     adapters: Sequence[LoraAdapter],
-    base: str | None,
+    base: str | BaseClaim | None,
     *,
     revision: str | None = None,
     progress: Progress = SILENT,
@@ -86,57 +89,81 @@ def find_base(
     """The base model to use: `base`, or what all adapters agree on, fetched from the Hub unless it is a local
     directory.
 
+    Args:
+        adapters: that are run in it.
+        base: text that the user named; what a recipe or a record claims; None for what the adapters claim.
+        revision: that the user named, for a base on the Hub.
+        progress: told of a download.
     Raises:
-        IncompatibleAdapters: if no base is given and the adapters name none, or a path that only their author has.
+        IncompatibleAdapters: if no base is given and the adapters name none, or what is no name on the Hub.
         UnsupportedAdapter: if an adapter changes a convolution.
-        InputError, UsageError: as `base_directory`.
+        InputError, UsageError: as `locate_base`.
     """
     _refuse_convolutions(adapters)
-    claimed = None
     claims = sorted({a.config.base_model for a in adapters if a.config.base_model})
     if base is None:
-        claim = agreed_base(
+        base = agreed_base(
             {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters},
             way_out="give the base with --base",
         )
-        base, claimed = str(claim.base_model), claim.revision
-    local = base_directory(base, revision=revision)
-    if local is not None:
-        name = claims[0] if len(claims) == 1 and not is_path(claims[0]) else local.resolve().name
+    place = locate_base(base, revision=revision)
+    if isinstance(place, Path):
+        name = claims[0] if len(claims) == 1 and is_hub_id(claims[0]) else place.resolve().name
         taken_for = f", taken for {name}, which the adapters name; shapes are checked" if name in claims else ""
         progress.note(f"base model: the local directory {base}{taken_for if name != base else ''}")
-        return BaseReference(name, local, None)
-    if claims and claims != [base]:
-        progress.warn(f"the adapters name {', '.join(claims)} and not {base}; only shapes are checked")
+        return BaseReference(name, place, None)
+    name = str(place.base_model)
+    if claims and claims != [name]:
+        progress.warn(f"the adapters name {', '.join(claims)} and not {name}; only shapes are checked")
     try:
-        fetched = fetch_base(base, revision=revision or claimed, progress=progress)
+        fetched = fetch_base(name, revision=place.revision, progress=progress)
     except (HubUnreachable, InputError) as error:
         error.hint = "; ".join(filter(None, [error.hint, "or give a local copy of the model with --base"]))
         raise
-    return BaseReference(base, fetched.path, fetched.commit)
+    return BaseReference(name, fetched.path, fetched.commit)
 
 
-def base_directory(base: str, *, revision: str | None = None) -> Path | None:
-    """The local directory that `base` names; None for an id on the Hub.
+def locate_base(base: str | BaseClaim, *, revision: str | None = None) -> Path | BaseClaim:
+    """The local directory of a base model, or its name on the Hub with the revision that is wanted.
 
+    Args:
+        base: text is what the user named: a directory if there is one, else a Hub id, and with `hf://` always a Hub id.
+            A claim is somebody else's word, and never looked for on the disk.
+        revision: that the user named; None for the claim's own.
     Raises:
-        InputError: if it is no directory of a base model.
-        UsageError: if a revision is asked of a directory, which has none.
+        InputError: if it is neither a directory of a base model nor a name on the Hub.
+        UsageError: if a revision is asked of a directory, which has none, or it cannot be one.
     """
+    if revision is not None and not is_revision(revision):
+        raise UsageError(f"--base-revision {revision} cannot be a branch, tag or commit")
+    if isinstance(base, str) and base.startswith(URI_PREFIX):
+        base = BaseClaim(base.removeprefix(URI_PREFIX), None)
+    elif isinstance(base, str):
+        local = _directory(base, revision)
+        if local is not None:
+            return local
+        base = BaseClaim(base, None)
+    if (reason := not_on_the_hub(base)) is not None:
+        raise InputError(f"no base model can be had: there is {reason}", hint=WAY_OUT)
+    return BaseClaim(base.base_model, revision or base.revision)
+
+
+def _directory(base: str, revision: str | None) -> Path | None:
+    """The directory that the user named; None for a name on the Hub."""
     local = Path(base).expanduser()
     if not local.is_dir():
-        if is_path(base):
+        if not is_hub_id(base):
             raise InputError(f"the base model {base} is no directory", hint=WAY_OUT)
         return None
     if revision is not None:
         raise UsageError(
             f"the base model {base} is a local directory, which has no revision {revision}",
-            hint=f"to use the directory give --base {base} without --base-revision",
+            hint=f"to use the directory give --base {base} without --base-revision"
+            + (f"; for the Hub's, --base {URI_PREFIX}{base}" if is_hub_id(base) else ""),
         )
     if not (local / "config.json").is_file():
         raise InputError(f"the base model {base} has no config.json", hint=WAY_OUT)
-    if (local / "adapter_config.json").exists():
-        raise InputError(f"the base model {base} is an adapter: it holds adapter_config.json", hint=WAY_OUT)
+    check_base_files(local, base)
     return local
 
 
@@ -193,22 +220,24 @@ def plan_base(
     model that it is in full precision.
 
     Raises:
-        BaseModelMismatch: if transformers knows no such causal language model, or it is quantised.
+        BaseModelMismatch: if transformers knows no such causal language model, it is quantised, or its files name what
+            is not followed.
         UsageError: if there is no such dtype, or the device cannot be used.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = _resolve_device(device)
+    check_base_files(reference.path, reference.id)
     with _loading(reference):
-        config = AutoConfig.from_pretrained(reference.path, **OFFLINE)
-        if dequantised:
-            vars(config).pop("quantization_config", None)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=False)
+        config = neutralise(AutoConfig.from_pretrained(reference.path, **OFFLINE))
+    if dequantised:
+        vars(config).pop("quantization_config", None)
     if getattr(config, "quantization_config", None) is not None:
         raise BaseModelMismatch(
             f"the base model {reference.id} is quantised", hint="give the unquantised model with --base"
         )
+    with _loading(reference), torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=False)
     if skeleton.get_output_embeddings() is None:
         raise BaseModelMismatch(f"the base model {reference.id} has no language model head")
     resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), device)
@@ -244,10 +273,11 @@ def load_base(
     plan = plan_base(reference, dtype=dtype, device=device)
     if plan.dtype == torch.float64:  # which transformers' fast products for experts refuse
         placement = {**placement, "experts_implementation": "eager"}
+    shard_names(reference.path)
     progress.begin("load base model", None, "B")
     try:
         tokenizer = load_tokenizer(reference)
-        with _loading(reference):
+        with _loading(reference, _NO_WEIGHTS):
             model, report = AutoModelForCausalLM.from_pretrained(
                 reference.path,
                 config=plan.config,
@@ -329,9 +359,13 @@ def base_modules(model: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[Bas
     return tuple(found)
 
 
+# Where weights are loaded, others may be a device's fault.
+_NO_WEIGHTS = (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, SafetensorError)
+
+
 @contextmanager
-def _loading(reference: BaseReference) -> Iterator[None]:
-    """transformers without bars and chatter, and its errors as ours."""
+def _loading(reference: BaseReference, errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """transformers without bars and chatter, and its errors as ours: of files that make no sense it raises any kind."""
     from transformers.utils import logging
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -339,7 +373,9 @@ def _loading(reference: BaseReference) -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except errors as error:
+        if ran_out_of_memory(error):
+            raise
         message = str(error).strip().splitlines()
         raise BaseModelMismatch(
             f"the base model {reference.id} cannot be loaded: {message[0] if message else type(error).__name__}",
@@ -485,24 +521,29 @@ def _check_module(model: nn.Module, adapter: LoraAdapter, module: LoraModule) ->
         )
 
 
-def plan_from_config(base: str, *, revision: str | None = None, progress: Progress = SILENT) -> tuple[BasePlan, str]:
+def plan_from_config(
+    base: str | BaseClaim, *, revision: str | None = None, progress: Progress = SILENT
+) -> tuple[BasePlan, str]:
     """The plan of a base model, and the sha256 of its config.
 
     Args:
-        base: a local directory with a config.json, or a Hub id, of which only config.json is fetched.
+        base: as `locate_base` takes it; of one on the Hub only config.json is fetched.
         revision: of a base on the Hub.
         progress: told of a download.
     Raises:
-        InputError, UsageError: as `base_directory`.
+        InputError, UsageError: as `locate_base`.
         BaseModelMismatch: if transformers knows no such causal language model.
         InputError, HubUnreachable: if the Hub does not give the config.
     """
-    path = base_directory(base, revision=revision)
-    if path is None:
+    place = locate_base(base, revision=revision)
+    if isinstance(place, Path):
+        reference = BaseReference(str(base), place, None)
+    else:
         try:
-            path = fetch_base(base, revision=revision, config_alone=True, progress=progress).path
+            fetched = fetch_base(str(place.base_model), revision=place.revision, config_alone=True, progress=progress)
         except (HubUnreachable, InputError) as error:
             error.hint = "; ".join(filter(None, [error.hint, WAY_OUT]))
             raise
-    plan = plan_base(BaseReference(base, path, None), device="cpu")
-    return plan, sha256((path / "config.json").read_bytes()).hexdigest()
+        reference = BaseReference(fetched.repo_id, fetched.path, fetched.commit)
+    plan = plan_base(reference, device="cpu")
+    return plan, sha256((reference.path / "config.json").read_bytes()).hexdigest()

@@ -144,26 +144,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         BaseModelMismatch: if there are no safetensors, one is damaged, or index and files contradict each other.
     """
-    present = sorted(entry.name for entry in folder.iterdir())
-    index = None
-    if SINGLE_FILE in present:  # as transformers chooses
-        names = [SINGLE_FILE]
-    elif INDEX_FILE in present:
-        index = _read_index(folder / INDEX_FILE)
-        names = sorted(set(index["weight_map"].values()))
-    else:
-        raise BaseModelMismatch(
-            "the base model has no weights in safetensors",
-            where=str(folder),
-            hint="load and save it once with transformers, or give another copy with --base",
-        )
-    missing = [name for name in names if name not in present or not _SHARD_NAME.fullmatch(name)]
-    if missing:
-        raise BaseModelMismatch(
-            f"the index names the file {missing[0]!r}, which is not in the directory",
-            where=str(folder / INDEX_FILE),
-            hint="the download is incomplete: fetch the base again",
-        )
+    names, index = shard_names(folder)
     shards = {name: _read_shard(folder / name) for name in names}
     tensors: dict[str, StoredTensor] = {}
     for shard in shards.values():
@@ -175,6 +156,36 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if name not in tensors or tensors[name].shard != file:
             raise BaseModelMismatch(f"the index names {name!r} in {file!r}, which does not hold it", where=str(folder))
     return Checkpoint(folder, shards, index, tensors)
+
+
+def shard_names(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
+    """The files that hold the weights, as transformers chooses them, and the fields of their index, None without one.
+
+    Raises:
+        BaseModelMismatch: if there are none, or the index names what is no file directly in the directory.
+    """
+    present = sorted(entry.name for entry in folder.iterdir())
+    if SINGLE_FILE in present:
+        return [SINGLE_FILE], None
+    if INDEX_FILE not in present:
+        raise BaseModelMismatch(
+            "the base model has no weights in safetensors",
+            where=str(folder),
+            hint="load and save it once with transformers, or give another copy with --base",
+        )
+    index = _read_index(folder / INDEX_FILE)
+    names = sorted(set(index["weight_map"].values()))
+    if len({name.casefold() for name in names}) < len(names):
+        raise BaseModelMismatch("two files of the index differ only in case", where=str(folder / INDEX_FILE))
+    known = set(present)
+    missing = [name for name in names if name not in known or not _SHARD_NAME.fullmatch(name)]
+    if missing:
+        raise BaseModelMismatch(
+            f"the index names the file {missing[0]!r}, which is not in the directory",
+            where=str(folder / INDEX_FILE),
+            hint="the download is incomplete: fetch the base again",
+        )
+    return names, index
 
 
 @contextmanager

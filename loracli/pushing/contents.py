@@ -17,7 +17,7 @@ from typing import Any
 from loracli.adapters.licence import read_front_matter
 from loracli.errors import InputError, IntegrityError
 from loracli.fusing.workplace import FUSE_CERTIFICATE
-from loracli.hub.references import is_path
+from loracli.hub.references import is_hub_id
 from loracli.hub.source import Listed
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, README_FILE
 from loracli.system.strict_json import parse_json
@@ -92,7 +92,7 @@ def read_contents(directory: Path, *, secrets: tuple[str, ...] = ()) -> Contents
     recorded: dict[str, str] = record["certificate"]["sha256"]
     names = _names(directory, recorded)
     base_id = str(record.get("recipe", record)["base"]["id"])
-    if is_path(base_id):
+    if not is_hub_id(base_id):
         raise no_hub_base(base_id, directory)
     for name in TEXT_FILES:
         _check_text(directory / name, secrets)

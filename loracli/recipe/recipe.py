@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from loracli.adapters.names import leaf
 from loracli.errors import OutputExists, UsageError
-from loracli.hub.references import is_path
+from loracli.hub.references import BaseClaim, is_hub_id
 from loracli.recipe.mixing import (
     INLINE_KINDS,
     RecipeActivations,
@@ -46,6 +46,11 @@ class RecipeBase:
     id: str
     commit: str | None
     config_sha256: str
+
+    @property
+    def claim(self) -> BaseClaim | None:
+        """What to fetch where the user names no base; None for a local directory, which only the user knows."""
+        return None if self.commit is None else BaseClaim(self.id, self.commit)
 
 
 @dataclass(frozen=True)
@@ -288,9 +293,9 @@ class Recipe:
 
 
 def without_paths(adapter: RecipeAdapter) -> RecipeAdapter:
-    """The adapter without the name of its base model where that is a directory of whoever trained it."""
+    """The adapter without the name of its base model where that is no Hub id but, say, a directory of its author."""
     named = adapter.base_model
-    return replace(adapter, base_model=None) if named is not None and is_path(named) else adapter
+    return adapter if named is None or is_hub_id(named) else replace(adapter, base_model=None)
 
 
 def labels_of(adapters: Sequence[RecipeAdapter], folder: Path) -> dict[str, str]:

@@ -27,7 +27,7 @@ from loracli.report.charts import Line, heat_map, intervals_chart, loss_curve, r
 from loracli.report.grid import numbers
 from loracli.report.page import folded, page, section, table, tag, text
 from loracli.system.document import decode
-from loracli.system.files import write_atomically
+from loracli.system.files import same_file, write_atomically
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
@@ -269,7 +269,7 @@ def write_report(
         IntegrityError: if an ingredient is not the file that the weights were fitted for.
     """
     output = Path(output)
-    _check_free(output, force=force)
+    _check_free(output, force=force, read=(recipe, comparison))
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     found = None if comparison is None else read_comparison(Path(comparison), loaded)
     ingredients = _ingredients(loaded, adapters, progress)
@@ -333,8 +333,10 @@ def _ingredients(recipe: Recipe, adapters: Sequence[str], progress: Progress) ->
         return ()
 
 
-def _check_free(path: Path, *, force: bool) -> None:
+def _check_free(path: Path, *, force: bool, read: Sequence[object]) -> None:
     if path.is_dir():
         raise OutputExists(f"{path} is a directory", hint="name a file with -o")
     if os.path.lexists(path) and not force:
         raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
+    if any(same_file(path, Path(name)) for name in read if isinstance(name, (str, Path))):
+        raise UsageError(f"{path} is what the report is made of", hint="choose another name with -o")

@@ -300,7 +300,7 @@ class BaseFacts:
 
 
 def read_base_facts(base: str, *, progress: Progress = SILENT) -> BaseFacts:
-    """Of a local directory or a Hub id; errors as of `plan_from_config`."""
+    """Of a directory or Hub id that the user names; errors as of `plan_from_config`."""
     plan, _ = plan_from_config(base, progress=progress)
     modules = {}
     for name, module in plan.skeleton.named_modules():
@@ -311,7 +311,7 @@ def read_base_facts(base: str, *, progress: Progress = SILENT) -> BaseFacts:
         if (shape := expert_shape(plan.skeleton, name)) is not None:
             modules[name] = (shape[2], shape[1])
     return BaseFacts(
-        id=base,
+        id=plan.reference.id,
         model_class=type(plan.skeleton).__name__,
         layers=int(plan.config.get_text_config().num_hidden_layers),
         tied=bool(plan.config.tie_word_embeddings),

@@ -36,6 +36,23 @@ EXPORTED_FILES = frozenset(
 )
 
 
+def same_file(first: Path, second: Path) -> bool:
+    """Whether two paths lead to one file or directory: by links of any kind, or by names that differ and that a file
+    system takes for one."""
+    if first.resolve() == second.resolve():
+        return True
+    try:
+        return first.samefile(second)
+    except OSError:  # one of them is not there
+        return False
+
+
+def holds(folder: Path, path: Path) -> bool:
+    """Whether a path is the folder or lies below it, by whatever names."""
+    place = path.resolve()
+    return any(same_file(folder, above) for above in (place, *place.parents))
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file beside `path`, flushes it to the disk, and renames it over `path`."""
     with replaced_file(path) as temporary:

@@ -19,6 +19,7 @@ from loracli.fusing.plan import FusedTensor, FusionPlan
 from loracli.fusing.quantised import read_quantisation
 from loracli.fusing.stream import BLOCK_BYTES, WIDENED, replaced_rows, rounding_bounds, update_of
 from loracli.fusing.workplace import CONFIG, FUSE_CERTIFICATE, config_bytes, index_bytes, other_files, read_config
+from loracli.hub.references import BaseClaim
 from loracli.model.base import BaseReference, check_shapes, find_base, on_base, plan_base
 from loracli.model.checkpoint import (
     FLOATS,
@@ -81,8 +82,8 @@ def verify_model(
         findings.skip(COMPOSITION, f"{recorded.id} was a local directory: say where it is with --base")
         return
     try:
-        revision = base_revision or (recorded.commit if base is None else None)
-        reference = find_base(source.adapters, base or recorded.id, revision=revision, progress=progress)
+        asked = base or BaseClaim(recorded.id, recorded.commit)
+        reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)
     except (HubUnreachable, AccessDenied, InputError) as error:
         if base is not None:
             raise

@@ -465,7 +465,7 @@ def test_adapters_that_do_not_agree_on_a_base_are_refused(hub: StubHub, options:
     assert (fetch_base_of([adapter, pinned[0]], **options).path / "config.json").read_bytes() == b"v1"
     with pytest.raises(IncompatibleAdapters, match="no adapter names its base"):
         fetch_base_of([adapter_with(b"{}")], **options)
-    with pytest.raises(IncompatibleAdapters, match="path on their author"):
+    with pytest.raises(IncompatibleAdapters, match="no name on the Hub"):
         fetch_base_of([adapter_with(b'{"base_model_name_or_path": "/home/author/base"}')], **options)
     with pytest.raises(MalformedAdapter, match="not valid JSON"):
         fetch_base_of([adapter_with(b"{")], **options)

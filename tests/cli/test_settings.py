@@ -11,9 +11,11 @@ import typer
 
 from loracli.cli import app
 from loracli.cli._settings import options_of, read_settings
+from loracli.cli._unasked import RULES, TABLE
 from tests.cli.project import FIT, run, tree
 
 INPUTS = 'adapters = ["know", "form"]\ndata = ["calibration.jsonl"]\nbase = "base"\n'
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -50,7 +52,8 @@ def test_the_command_line_wins_over_variables_and_they_over_the_projects_file_an
 
 
 def test_lists_and_flags_come_from_files_and_variables(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("loracat.toml").write_text(f"[fit]\n{INPUTS}paper = true\n")
+    Path("run.toml").write_text(f"[fit]\n{INPUTS}paper = true\n")
+    monkeypatch.setenv("LORACAT_CONFIG", "run.toml")
     assert plan()["passes"] == 1  # the published recipe takes one pass
     monkeypatch.setenv("LORACAT_FIT_PAPER", "0")
     assert plan()["passes"] == 8
@@ -63,9 +66,9 @@ def test_lists_and_flags_come_from_files_and_variables(here: Path, monkeypatch: 
 
 
 def test_a_file_speaks_of_every_command_and_of_the_shared_options(here: Path) -> None:
-    Path("loracat.toml").write_text('quiet = true\n[export]\nmerge = true\nrank = 3\n[fit]\nmixing = "core"\n')
-    assert run("export").stdout == "adapter-merged\n"
-    document = json.loads(run("export", "--force", "--json").stdout)
+    Path("run.toml").write_text('quiet = true\n[export]\nmerge = true\nrank = 3\n[fit]\nmixing = "core"\n')
+    assert run("export", "--config", "run.toml").stdout == "adapter-merged\n"
+    document = json.loads(run("export", "--config", "run.toml", "--force", "--json").stdout)
     assert document["rank"] == 3
 
 
@@ -129,6 +132,97 @@ def test_a_file_that_is_none_is_refused(here: Path, content: str) -> None:
 def test_a_value_that_an_option_rejects_is_named_with_its_file(here: Path) -> None:
     Path("loracat.toml").write_text('[fit]\nseed = "one"\n')
     assert "error: loracat.toml: Invalid value for '--seed'" in run(*FIT).stderr
+
+
+def options_of_every_command() -> dict[str, dict[str, Any]]:
+    command: Any = typer.main.get_command(app)
+    return {name: options_of(one) for name, one in command.commands.items()}
+
+
+def test_the_table_of_what_an_unasked_file_may_say_knows_every_option_and_no_other() -> None:
+    every = {f"{command}.{option}" for command, options in options_of_every_command().items() for option in options}
+    named = {option for row in TABLE for option in row.options}
+    assert sum(len(row.options) for row in TABLE) == len(named)
+    assert {option for option in every if option not in named} - {
+        option for option in every if option.partition(".")[2] in named
+    } == set(), "give each new option a row in loracli/cli/_unasked.py and in docs/configuration.md"
+    known = every | {option.partition(".")[2] for option in every}
+    assert named <= known
+
+
+def test_the_page_prints_that_table() -> None:
+    words = {"no": "no", "inside": "inside the folder", "yes": "yes"}
+    rows = [f"| {', '.join(f'`{o}`' for o in r.options)} | {words[r.rule]} | {r.why} |" for r in TABLE]
+    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    assert "\n".join(rows) in page, "\n".join(rows)
+
+
+@pytest.mark.parametrize("option", sorted(option for option, row in RULES.items() if row.rule == "no"))
+def test_what_an_unasked_file_may_not_set_is_refused_and_may_stand_elsewhere(
+    here: Path, user: Path, option: str
+) -> None:
+    command, _, long = option.rpartition(".")
+    commands = options_of_every_command()
+    command = command or next(name for name, options in commands.items() if long in options)
+    value = "true" if commands[command][long].is_flag else '"x"'
+    Path("loracat.toml").write_text(f"[{command}]\n{long} = {value}\n")
+    before = tree(here)
+    result = run("show", "--json")
+    error = json.loads(result.stdout)["error"]
+    assert result.exit_code == error["code"] == 2 and error["kind"] == "SettingsError"
+    assert error["problems"] == [f"loracat.toml: {command}.{long}: {RULES[option].why}"]
+    assert "--config loracat.toml" in error["hint"] and tree(here) == before
+    assert run("show", "--config", "loracat.toml").exit_code == 0
+    Path("loracat.toml").rename(user)
+    assert run("show").exit_code == 0
+
+
+def test_quiet_above_the_tables_hides_nothing(here: Path) -> None:
+    Path("loracat.toml").write_text("quiet = true\n[export]\nmerge = true\n")
+    result = run("export", "--dry-run")
+    assert result.exit_code == 2 and "loracat.toml: quiet: hides" in result.stderr
+
+
+@pytest.mark.parametrize("value", ["/etc/x", "../x", "~/x", "link/x", "a/../../x", "inside/../../x"])
+@pytest.mark.parametrize("option", sorted(option for option, row in RULES.items() if row.rule == "inside"))
+def test_a_path_in_an_unasked_file_stays_in_the_folder(here: Path, option: str, value: str) -> None:
+    Path("link").symlink_to(here.parent)
+    commands = options_of_every_command()
+    command = next(name for name, options in commands.items() if option in options)
+    multiple = commands[command][option].multiple
+    for text, taken in ((value, False), (f"{value}:2", False), ("inside/x", True), (str(here / "x"), True)):
+        Path("loracat.toml").write_text(f"[{command}]\n{option} = {json.dumps([text] if multiple else text)}\n")
+        result = run("show")
+        assert (result.exit_code == 0) == taken, (text, result.stderr)
+        assert taken or f"loracat.toml: {command}.{option}: " in result.stderr
+
+
+def test_an_unasked_file_names_no_hidden_output_nor_standard_input_but_adapters_on_the_hub(here: Path) -> None:
+    for content, taken in (
+        ('[report]\noutput = ".bashrc"', False),
+        ('[report]\noutput = ".git/hooks/x"', False),
+        ('[report]\noutput = "./soup.html"', True),
+        ('[fit]\ndata = ["-"]', False),
+        ('[fit]\ndata = ["val.jsonl:2"]', True),
+        ('[fit]\nadapters = ["org/a@v1", "hf://org/b@main/sub"]', True),
+    ):
+        Path("loracat.toml").write_text(content + "\n")
+        assert (run("show").exit_code == 0) == taken, content
+
+
+def test_an_unasked_file_overwrites_nothing(here: Path) -> None:
+    """What it could do when `log` truncated a file and `force` replaced one."""
+    (here.parent / "rc").write_text("precious")
+    Path("recipe.html").write_text("precious")
+    for content in (
+        f'[fit]\nlog = "{here.parent}/rc"',
+        '[fit]\nlog = "recipe.html"',
+        '[report]\noutput = "recipe.html"',
+    ):
+        Path("loracat.toml").write_text(content + "\n")
+        assert run(*FIT, "-o", "other.json").exit_code in (0, 2) and run("report").exit_code == 2
+        assert (here.parent / "rc").read_text() == Path("recipe.html").read_text() == "precious"
+        Path("other.json").unlink(missing_ok=True)
 
 
 def test_a_folder_brings_no_program_along(here: Path, user: Path) -> None:
