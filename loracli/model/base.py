@@ -26,13 +26,13 @@ from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
 from loracli.adapters.names import leaf
 from loracli.adapters.on_base import as_fused_experts, as_text_model, has_expert_layers, inside_other_model
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
-from loracli.fitting.base_trust import check_base_files, neutralise
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import URI_PREFIX, BaseClaim, agreed_base, is_hub_id, is_revision, not_on_the_hub
 from loracli.model.base_copies import check_base_copies
 from loracli.model.checkpoint import shard_names
 from loracli.model.experts import check_experts
 from loracli.model.placement import DTYPES, check_device_map, check_sharded, placement_options, ran_out_of_memory, whole
+from loracli.model.trust import check_base_files, neutralise
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import BaseModule, ModuleKind
 

@@ -16,9 +16,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, PreTrainedConfig
 
 from loracli.errors import BaseModelMismatch, LoracatError
-from loracli.fitting.base_trust import IGNORED, MAX_LAYERS, REFUSED, TOKENIZER
 from loracli.hub.references import is_hub_id
 from loracli.model.base import BaseReference, load_base, plan_base
+from loracli.model.trust import IGNORED, MAX_LAYERS, REFUSED, TOKENIZER
 from tests.cli.project import FIT, run, tree
 
 WITHOUT_BASE = [word for word in FIT if word not in ("--base", "base")]
