@@ -290,16 +290,15 @@ def _check_sorted(
     stray = sorted(copies.keys() - parts.keys())
     if stray:
         raise MalformedAdapter(f"holds a base matrix of {stray[0]!r} but no factors for it", where=where)
-    for name in modules_to_save:
+    for name in modules_to_save:  # MAX_SAVED of them
         if not any(module.endswith(name) for module in saved):
             raise MalformedAdapter(f"{CONFIG_FILE} has {name!r} in modules_to_save, but no tensor of it", where=where)
 
 
 def _saved_module(parameter: str, modules_to_save: tuple[str, ...]) -> str | None:
     """The outermost module around a parameter whose name ends in one that was saved whole, as PEFT looks it up."""
-    words = parameter.split(".")
-    paths = (".".join(words[:end]) for end in range(1, len(words)))
-    return next((path for path in paths if path.endswith(modules_to_save)), None)
+    ends = (place for place, character in enumerate(parameter) if character == ".")
+    return next((parameter[:end] for end in ends if parameter.endswith(modules_to_save, 0, end)), None)
 
 
 def may_have_any_shape(name: str) -> bool:

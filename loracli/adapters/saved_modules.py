@@ -12,7 +12,7 @@ A recipe keeps `pick:#2` for its second adapter, whatever that one is called lat
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,12 +109,13 @@ def saved_modules(policy: str, adapters: Sequence[LoraAdapter], *, progress: Pro
     if policy == REFUSE:
         return None
     chosen = adapters if policy == AVERAGE else [adapters[int(policy.removeprefix(f"{PICK}#")) - 1]]
-    modules = sorted({module for adapter in chosen for module in adapter.saved})
+    replaced = {module for adapter in chosen for module in adapter.saved}
+    modules = sorted(replaced)
     for adapter in adapters:
-        left_out = sorted(adapter.saved.keys() - set(modules))
+        left_out = sorted(adapter.saved.keys() - replaced)
         if left_out:
             progress.note(f"modules_to_save of {adapter.reference} left out: {', '.join(left_out)}")
-        clash = next((n for n in adapter.modules for m in modules if n == m or n.startswith(f"{m}.")), None)
+        clash = next((name for name in adapter.modules if not replaced.isdisjoint(_within(name))), None)
         if clash is not None:
             raise IncompatibleAdapters(
                 f"{adapter.reference} adapts {clash}, which another adapter replaces as one of its modules_to_save",
@@ -133,6 +134,13 @@ def saved_modules(policy: str, adapters: Sequence[LoraAdapter], *, progress: Pro
         for name in sorted(shapes[0]):
             sources[name] = tuple((owner, owner.saved[module][name]) for owner in owners)
     return SavedModules(policy, tuple(modules), sources)
+
+
+def _within(module: str) -> Iterator[str]:
+    """The module and every module around it."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
 
 
 def _place_of(name: str, adapters: Sequence[LoraAdapter], names: Sequence[str]) -> int:

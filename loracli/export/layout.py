@@ -206,10 +206,13 @@ class Layout:
         """Every tensor of the file, by name."""
         mlx = self.profile == "mlx"
         found: dict[str, Place] = {}
+        of_one: dict[str, list[str]] = {}  # parameters with experts, by their module
+        for name in self.experts:
+            of_one.setdefault(name.rpartition(".")[0], []).append(name)
         for name, rank in self.ranks.items():
             module = modules[name]
             if name in self.experts:
-                found |= self._places_of_experts(module)
+                found |= self._places_of_experts(module, of_one[name.rpartition(".")[0]])
                 continue
             if name in self.convolutions:
                 found |= self._places_of_groups(module)
@@ -228,9 +231,10 @@ class Layout:
                 found[format_tensor_name(name, "lora_bias")] = Place(name, "bias", (module.out_features,))
         return found
 
-    def _places_of_experts(self, parameter: BaseModule) -> dict[str, Place]:
+    def _places_of_experts(self, parameter: BaseModule, beside: Sequence[str]) -> dict[str, Place]:
+        """`beside` are the parameters of the same module that are in the file, this one among them."""
         name, rank = parameter.name, self.ranks[parameter.name]
-        rows, module = self.experts[name] * rank, module_of_parameter(name, self.experts)
+        rows, module = self.experts[name] * rank, module_of_parameter(name, beside)
         return {
             format_tensor_name(module, "lora_A"): Place(name, "A", (rows, parameter.in_features)),
             format_tensor_name(module, "lora_B"): Place(name, "B", (parameter.out_features, rows)),

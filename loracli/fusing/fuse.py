@@ -22,9 +22,10 @@ import torch
 
 from loracli._version import __version__
 from loracli.adapters.names import target_of
-from loracli.composition.card import CardText
+from loracli.composition.card import CardText, closed
 from loracli.composition.composition import Source
 from loracli.errors import BaseModelMismatch, UsageError
+from loracli.escaping import markdown_code
 from loracli.export.card import front_matter
 from loracli.export.options import OUTPUT_DTYPES
 from loracli.fusing.composition import (
@@ -66,6 +67,7 @@ def fused_card(
 ) -> str:
     """README.md of the fused model; `converted` if all weights have another dtype than in the base, `dequantised` how
     that was quantised."""
+    name = markdown_code(base_id)
     computed = [f"The base is quantised ({dequantised}): its weights are what its numbers and scales stand for.", ""]
     tied = [
         "The base used one matrix as embedding and as head; here they are two, as only one of them is changed.",
@@ -74,11 +76,11 @@ def fused_card(
     return "\n".join(
         [
             *front_matter(base_id, "merge", "transformers"),
-            f"# `{base_id}` with {text.adapters} LoRA adapter{'s' if text.adapters > 1 else ''} folded in",
+            f"# {name} with {text.adapters} LoRA adapter{'s' if text.adapters > 1 else ''} folded in",
             "",
-            f"The weights of `{base_id}`, with the update of every adapted module added. No adapter is needed.",
+            f"The weights of {name}, with the update of every adapted module added. No adapter is needed.",
             *text.how,
-            f"Made with loracat {text.version}.",
+            f"Made with loracat {markdown_code(text.version)}.",
             "",
             "## Ingredients",
             "",
@@ -358,7 +360,7 @@ class _Fusion:
                 "files": files,
             },
         }
-        return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return (json.dumps(closed(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
     def _check_untied(self) -> None:
         """Whether the config that will be written lets the model keep its two matrices apart."""

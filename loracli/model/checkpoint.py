@@ -144,7 +144,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         BaseModelMismatch: if there are no safetensors, one is damaged, or index and files contradict each other.
     """
-    present = sorted(entry.name for entry in folder.iterdir())
+    present = {entry.name for entry in folder.iterdir()}
     index = None
     if SINGLE_FILE in present:  # as transformers chooses
         names = [SINGLE_FILE]

@@ -27,7 +27,7 @@ from loracli.model.base import expert_shape, kind_and_shape, plan_from_config
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import MAX_HEADER_BYTES, MAX_TENSORS, open_regular
+from loracli.system.tensor_file import MAX_HEADER_BYTES, MAX_TENSORS, check_names_short, open_regular
 
 AdapterLayout = Literal["peft", "mlx"]
 MAX_DIMENSIONS = 8
@@ -193,6 +193,7 @@ def read_headers(path: Path) -> dict[str, Header]:
             raise MalformedAdapter("the file is cut short, or it is no safetensors file", where=str(path))
         header = _object(file.read(length), path)
     header.pop("__metadata__", None)
+    check_names_short(header, str(path))
     if len(header) > MAX_TENSORS:
         raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=str(path))
     found = {}

@@ -38,6 +38,7 @@ from loracli.system.strict_json import StrictJsonError, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 200_000
+MAX_NAME = 1000  # characters of a tensor's name: what looks at each end of it is quick only while it is short
 MAX_DIMENSIONS = 8
 BLOCK = 1 << 20  # bytes that are read at once; a multiple of every item size
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -167,7 +168,18 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
         raise MalformedAdapter(f"the header is {error}", where=where) from None
     if not isinstance(header, dict):
         raise MalformedAdapter("the header is not a JSON object", where=where)
+    check_names_short(header, where)
     return header, start + raw
+
+
+def check_names_short(names: Iterable[str], where: str) -> None:
+    """Raises MalformedAdapter if a tensor's name is longer than any that a model has."""
+    name = next((name for name in names if len(name) > MAX_NAME), None)
+    if name is not None:
+        raise MalformedAdapter(
+            f"the tensor {name[:60]!r}... has a name of {len(name)} characters; at most {MAX_NAME} are read",
+            where=where,
+        )
 
 
 def _check_data(file: TensorFile, descriptor: int, digest: Any) -> None:
