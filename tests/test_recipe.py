@@ -310,7 +310,7 @@ def test_the_recipe_that_the_cases_below_damage_is_fine(tmp_path: Path) -> None:
         ("adapters__0__sha256", {}, "adapters[0].sha256: lacks adapter_config.json"),
         (
             "adapters__0__sha256",
-            {"adapter_config.json": "c"},
+            {"adapter_config.json": "c" * 64},
             "adapters[0].sha256: lacks adapter_model.safetensors or adapters.safetensors",
         ),
         (

@@ -336,9 +336,8 @@ def _check_sorted(parts: Mapping[str, object], copies: Mapping[str, str], where:
 
 def _saved_module(parameter: str, modules_to_save: tuple[str, ...]) -> str | None:
     """The outermost module around a parameter whose name ends in one that was saved whole, as PEFT looks it up."""
-    places = ((parameter.find(f"{name}."), len(name)) for name in modules_to_save)
-    end = min((place + length for place, length in places if place >= 0), default=None)
-    return None if end is None else parameter[:end]
+    ends = (place for place, character in enumerate(parameter) if character == ".")
+    return next((parameter[:end] for end in ends if parameter.endswith(modules_to_save, 0, end)), None)
 
 
 def may_have_any_shape(name: str) -> bool:

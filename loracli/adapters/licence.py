@@ -4,7 +4,8 @@ The metadata at the head of a README.md, as the Hub has it: YAML between two lin
 
 The README of an adapter is as untrusted as its weights. Every scalar is read as text and no tag is honoured, so that no
 date, number or merge key is built; size is limited before anything is parsed. Aliases share what they name, so what
-they multiply is endless only where somebody writes it out.
+they multiply is endless only where somebody writes it out. How deep brackets are nested is limited too: the parser
+looks at every open one for each token.
 
 Which licence a composition may state: the one that all of its ingredients state.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from loracli.system.tensor_file import open_regular
 
 MAX_README_BYTES = 1 << 20
 MAX_FRONT_MATTER = 32 << 10  # characters
+MAX_OPEN = 100  # brackets at once, of any kind, those in text counted along
 _BLOCK = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
 
 
@@ -47,6 +50,8 @@ def read_front_matter(path: Path) -> dict[Any, Any]:
         return {}
     if len(block[1]) > MAX_FRONT_MATTER:
         raise _malformed(path, f"has more than {MAX_FRONT_MATTER} characters of metadata")
+    if _most_open(block[1]) > MAX_OPEN:
+        raise _malformed(path, f"has metadata with more than {MAX_OPEN} open brackets")
     try:
         found = yaml.load(block[1], Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError):
@@ -54,6 +59,11 @@ def read_front_matter(path: Path) -> dict[Any, Any]:
     if found is not None and not isinstance(found, dict):
         raise _malformed(path, "has metadata that is no mapping")
     return found or {}
+
+
+def _most_open(block: str) -> int:
+    steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", block))
+    return max(accumulate(steps), default=0)
 
 
 def _malformed(path: Path, what: str) -> MalformedAdapter:

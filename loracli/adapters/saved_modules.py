@@ -12,7 +12,7 @@ A recipe keeps `pick:#2` for its second adapter, whatever that one is called lat
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +115,7 @@ def saved_modules(policy: str, adapters: Sequence[LoraAdapter], *, progress: Pro
         left_out = sorted(adapter.saved.keys() - replaced)
         if left_out:
             progress.note(f"modules_to_save of {adapter.reference} left out: {', '.join(left_out)}")
-        clash = next((n for n in adapter.modules if not replaced.isdisjoint(_around(n))), None)
+        clash = next((name for name in adapter.modules if not replaced.isdisjoint(_within(name))), None)
         if clash is not None:
             raise IncompatibleAdapters(
                 f"{adapter.reference} adapts {clash}, which another adapter replaces as one of its modules_to_save",
@@ -136,10 +136,11 @@ def saved_modules(policy: str, adapters: Sequence[LoraAdapter], *, progress: Pro
     return SavedModules(policy, tuple(modules), sources)
 
 
-def _around(module: str) -> list[str]:
-    """The module and all that it is in."""
-    words = module.split(".")
-    return [".".join(words[:end]) for end in range(1, len(words) + 1)]
+def _within(module: str) -> Iterator[str]:
+    """The module and every module around it."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
 
 
 def _place_of(name: str, adapters: Sequence[LoraAdapter], names: Sequence[str]) -> int:

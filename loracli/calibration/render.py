@@ -74,8 +74,21 @@ def continuation(tokenizer: Any, context: str, text: str) -> list[int]:
 
 
 def tokens(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of the text alone, without any that the tokenizer adds."""
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    """The tokens of the text alone, without any that the tokenizer adds.
+
+    Raises:
+        CalibrationError: if a regular expression of the tokenizer takes more than ten million steps back for one match,
+            where the library that runs it gives up.
+    """
+    try:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, which no module exports and no Exception is
+            raise
+        raise CalibrationError(
+            f"the base model's tokenizer gives up on a text of {len(text)} characters: {error}",
+            hint="a regular expression of its tokenizer.json does not suit such a text: leave it out, or check --base",
+        ) from None
 
 
 Part = dict[str, Any]

@@ -96,6 +96,9 @@ AdaptersOpt = Annotated[
         help="Adapters in order: org/name, org/name@rev, hf://org/name@rev/sub/folder, or a local directory.",
     ),
 ]
+EditedCardOpt = Annotated[
+    bool, typer.Option("--edited-card", help="Let a README.md pass whose words were changed after it was written.")
+]
 RecipeArg = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that `loracat fit` wrote.")]
 ModulesToSaveOpt = Annotated[
     str,

@@ -28,6 +28,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from loracli.errors import CalibrationError, LoracatError, RecipeError, SettingsError, VerificationError
+from loracli.escaping import visible
 from loracli.progress import WORK, amount_text, duration_text
 
 if TYPE_CHECKING:
@@ -132,17 +133,11 @@ def print_anything() -> None:
             stream.reconfigure(errors="loracat")
 
 
-def safe(text: str) -> str:
-    """`text` with every control, bidirectional or otherwise unprintable character escaped, so that names stay
-    harmless."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def plain(text: str, style: str = "") -> Text:
-    """`text` for Rich without markup, emoji or control characters."""
+    """`text` for Rich without markup, emoji, control or unseen characters."""
     from rich.text import Text
 
-    return Text(safe(text), style=style)
+    return Text(visible(text), style=style)
 
 
 @dataclass(frozen=True)
@@ -165,7 +160,7 @@ class Block:
         size = min(1.0, abs(self.share))
         red, green, blue = (round(m + size * (f - m)) for m, f in zip(MIDDLE, far, strict=True))
         ink = "white" if size > 0.6 else "black"
-        return Text(f"{safe(self.text):>{width}}", style=f"{ink} on rgb({red},{green},{blue})")
+        return Text(f"{visible(self.text):>{width}}", style=f"{ink} on rgb({red},{green},{blue})")
 
 
 class Output:
@@ -211,7 +206,7 @@ class Output:
         from rich.cells import cell_len
         from rich.table import Table
 
-        every = [[safe(cell) for cell in row] for row in (columns, *rows)]
+        every = [[visible(cell) for cell in row] for row in (columns, *rows)]
         widths = [max(cell_len(row[index]) for row in every) for index in range(len(columns))]
         room = self._stdout.width
         first = min(widths[0], room // 2)
@@ -310,7 +305,7 @@ class Output:
             if self._bars is None:
                 self._bars = progress_bars(self._stderr)
                 self._bars.start()
-            bar = self._bars.add_task(safe(task), total=total, status="", unit=unit)
+            bar = self._bars.add_task(visible(task), total=total, status="", unit=unit)
         self._tasks[task] = _Line(total, unit, bar)
 
     def advance(self, task: str, amount: int, status: str = "") -> None:
@@ -321,7 +316,7 @@ class Output:
             line.done += amount
             line.status = status or line.status
             if self._bars is not None and line.bar is not None:
-                self._bars.update(line.bar, advance=amount, status=safe(line.status))  # type: ignore[arg-type]
+                self._bars.update(line.bar, advance=amount, status=visible(line.status))  # type: ignore[arg-type]
             elif time.monotonic() - line.said > SECONDS_BETWEEN_LINES:
                 line.said = time.monotonic()
                 self.note(f"{task}: {line.describe()}")

@@ -129,9 +129,11 @@ def data_lines(out: Output, recipe: Recipe) -> None:
 
 def weight_maps(out: Output, recipe: Recipe) -> None:
     """The weight of each module, layer by layer, a map for each adapter."""
-    from loracli.report.grid import grids, layer_numbers, short_names, span_of
+    from loracli.report.grid import NO_MAP, grids, layer_numbers, short_names, span_of
 
     found, uniform = grids(recipe), 1 / len(recipe.adapters)
+    if not found:
+        out.line(f"no map of the weights: {NO_MAP}")
     span = span_of(found, uniform)
     for label, grid in found.items():
         out.line(f"weights of {label}, layer by module", style="bold")

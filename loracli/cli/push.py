@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loracli.cli._options import JsonOpt, QuietOpt, TokenOpt
+from loracli.cli._options import EditedCardOpt, JsonOpt, QuietOpt, TokenOpt
 from loracli.cli._output import Output
 from loracli.progress import amount_text
 
@@ -37,6 +37,7 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show what would be uploaded; change nothing.")
     ] = False,
+    edited_card: EditedCardOpt = False,
     token: TokenOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -53,6 +54,7 @@ def push(
         create_pr=create_pr,
         message=message,
         dry_run=dry_run,
+        edited_card=edited_card,
         token=token,
         progress=out,
     )

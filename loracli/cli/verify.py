@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._options import JsonOpt, QuietOpt, complete_adapter
+from loracli.cli._options import EditedCardOpt, JsonOpt, QuietOpt, complete_adapter
 from loracli.cli._output import Output
 
 EPILOG = (
@@ -39,6 +39,7 @@ def verify(
     base_revision: Annotated[
         str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
     ] = None,
+    edited_card: EditedCardOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
@@ -52,6 +53,7 @@ def verify(
         adapters=adapters or (),
         base=base,
         base_revision=base_revision,
+        edited_card=edited_card,
         progress=out,
     )
     out.close()

@@ -1,6 +1,7 @@
 """The origin of an export in words, for its model card: ingredients, results, exactness, how to make it again.
 
-The certificate of an export: how far the bytes that were written are from the exact composition.
+The certificate of an export: how far the bytes that were written are from the exact composition; and the digest that
+closes its record.
 
 Per module, |dW_written - dW_exact|_F / |dW_exact|_F, with dW_exact = B_l M_l A_l in float64 from ingredients and
 recipe, and dW_written from the tensors as rounded to the output dtype. Both norms come from factors.
@@ -14,18 +15,22 @@ No local path appears: a local ingredient goes by the name of its directory and 
 
 from __future__ import annotations
 
-import shlex
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from urllib.parse import quote
+from hashlib import sha256
+from typing import Any
 
 from loracli._version import __version__
 from loracli.adapters.licence import agreed_licence
 from loracli.adapters.names import target_of
 from loracli.algebra.methods.method import Method
+from loracli.escaping import markdown_code, markdown_link, shell_word
 from loracli.hub.references import URI_PREFIX
 from loracli.recipe.mixing import INLINE_KINDS
 from loracli.recipe.recipe import Recipe, RecipeAdapter
+
+RECORD_DIGEST = "record_sha256"  # the key of a record's own digest
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,18 @@ class Certificate:
         return sum(module.kept_energy for module in self.modules) / len(self.modules)
 
 
+def closed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its digest, so that a change of any field of it is noticed."""
+    return {**document, RECORD_DIGEST: record_digest(document)}
+
+
+def record_digest(document: Mapping[str, Any]) -> str:
+    """sha256 of a record's fields but the digest itself: as JSON with sorted keys and without white space, in UTF-8."""
+    fields = {key: value for key, value in document.items() if key != RECORD_DIGEST}
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return sha256(text.encode()).hexdigest()
+
+
 _TAKE_RECIPE = """python -c "import json; print(json.dumps(json.load(open('loracat.json'))['recipe']))" > recipe.json"""
 
 
@@ -111,7 +128,7 @@ class Repeat:
 def repeat_recipe(recipe: Recipe) -> Repeat:
     """Of a recipe as it may be published."""
     digest = recipe.mixing.tensors_sha256
-    tensors = f"It takes a file of tensors beside it, which is not here: sha256 `{digest}`."
+    tensors = f"It takes a file of tensors beside it, which is not here: sha256 {markdown_code(digest or '')}."
     local = any(adapter.repo_id is None for adapter in recipe.adapters)
     return Repeat(
         "loracat export",
@@ -135,18 +152,13 @@ def repeat_method(options: Sequence[str], base_id: str, adapters: Sequence[Recip
 
 def adapter_words(adapters: Sequence[RecipeAdapter]) -> str:
     """Adapters as a command names them: pinned to their commits, local ones by a path to fill in."""
-    return " ".join(shlex.quote(printable(_word(adapter))) for adapter in adapters)
+    return " ".join(shell_word(_word(adapter)) for adapter in adapters)
 
 
 def base_words(base_id: str, adapters: Sequence[RecipeAdapter]) -> list[str]:
     """The option that names the base model, where the adapters themselves do not."""
     agreed = all(adapter.base_model == base_id for adapter in adapters)
-    return [] if agreed else [f"--base {shlex.quote(printable(base_id))}"]
-
-
-def printable(text: str) -> str:
-    """The text with a question mark for every character that is none to print, a line break among them."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return [] if agreed else [f"--base {shell_word(base_id)}"]
 
 
 def _word(adapter: RecipeAdapter) -> str:
@@ -226,7 +238,7 @@ def method_card(
     how = f"Its update of every module comes from theirs by `{method.name}`: {method.summary}"
     words = [f"--method {method.name}", *(f"--{name} {value:g}" for name, value in chosen.items())]
     columns: Sequence[list[float] | None] = [None] * len(adapters) if weights is None else [[w] for w in weights]
-    words += [] if saved is None else [f"--modules-to-save {shlex.quote(saved)}"]
+    words += [] if saved is None else [f"--modules-to-save {shell_word(saved)}"]
     return CardText(
         base_id=base_id,
         adapters=len(adapters),
@@ -245,16 +257,16 @@ def _reach(base_id: str, unreached: Sequence[str], bypassed: Sequence[str]) -> l
     lines = []
     if bypassed:
         lines += [
-            f"`{base_id}` reads the weight of these modules without calling the layer, so that PEFT ignores their",
+            f"{markdown_code(base_id)} reads the weight of these modules without calling the layer, so that PEFT ignores their",
             "update; `merge_and_unload`, and engines that call the layer, add it and run another model:",
-            ", ".join(map(_cell, bypassed)) + ".",
+            ", ".join(map(markdown_code, bypassed)) + ".",
             "",
         ]
     passed_by = [name for name in unreached if name not in bypassed]
     if passed_by:
         lines += [
             "No record of the fit reached these modules; the weights that are theirs alone stand where the fit began:",
-            ", ".join(map(_cell, passed_by)) + ".",
+            ", ".join(map(markdown_code, passed_by)) + ".",
             "",
         ]
     return lines
@@ -304,21 +316,21 @@ def adapter_table(adapters: Sequence[tuple[RecipeAdapter, Sequence[float] | None
     ]
     for adapter, weights, licence in adapters:
         mean = f"{sum(weights) / len(weights):.3f}" if weights else "-"
+        commit = markdown_code(adapter.commit[:12]) if adapter.commit else "local"
         spread = f"{min(weights):.3f} to {max(weights):.3f}" if weights else "-"
         lines.append(
-            f"| {_linked(adapter)} | {licence or 'not stated'} | {(adapter.commit or 'local')[:12]} | "
-            f"{adapter.weights_sha256[:12]} | {adapter.rank} | {mean} | {spread} |"
+            f"| {_linked(adapter)} | {licence or 'not stated'} | {commit} | "
+            f"{markdown_code(adapter.weights_sha256[:12])} | {adapter.rank} | {mean} | {spread} |"
         )
     return lines
 
 
 def _linked(adapter: RecipeAdapter) -> str:
     """The adapter's name, leading to the Hub's page of its commit."""
-    name = _cell(adapter.reference)
-    if adapter.repo_id is None:
-        return name
-    folder = f"/{quote(adapter.subfolder)}" if adapter.subfolder else ""
-    return f"[{name}](https://huggingface.co/{adapter.repo_id}/tree/{adapter.commit}{folder})"
+    if adapter.repo_id is None or adapter.commit is None:
+        return markdown_code(adapter.reference)
+    folder = [adapter.subfolder] if adapter.subfolder else []
+    return markdown_link(adapter.reference, adapter.repo_id, "tree", adapter.commit, *folder)
 
 
 def _held_out(recipe: Recipe) -> list[str]:
@@ -327,7 +339,7 @@ def _held_out(recipe: Recipe) -> list[str]:
         "## On held-out records",
         "",
         f"{table.records} records, {table.scored_tokens} scored tokens; difference to the best ingredient,",
-        f"{_cell(table.best_ingredient)}, with its paired 95 % bootstrap interval. The fit was scored before",
+        f"{markdown_code(table.best_ingredient)}, with its paired 95 % bootstrap interval. The fit was scored before",
         "compression and rounding.",
         "",
         "| | nats per token | difference | 95 % interval |",
@@ -335,12 +347,6 @@ def _held_out(recipe: Recipe) -> list[str]:
     ]
     for row in table.rows:
         low, high = row.interval
-        lines.append(
-            f"| {_cell(row.name)} | {row.nats_per_token:.4f} | {row.difference:+.4f} | {low:+.4f} to {high:+.4f} |"
-        )
+        numbers = f"{row.nats_per_token:.4f} | {row.difference:+.4f} | {low:+.4f} to {high:+.4f}"
+        lines.append(f"| {markdown_code(row.name)} | {numbers} |")
     return [*lines, ""]
-
-
-def _cell(text: str) -> str:
-    """Text for a Markdown table: no character of it is markup."""
-    return "`" + printable(text).replace("`", "'").replace("|", "\\|") + "`"

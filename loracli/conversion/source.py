@@ -29,6 +29,7 @@ from loracli.composition.card import CardText, Repeat, adapter_table, adapter_wo
 from loracli.conversion.initialisation import Initial, dora_update, initial_update
 from loracli.conversion.read import BaseWeights, Convertible
 from loracli.errors import BaseModelMismatch, UnsupportedAdapter, UsageError
+from loracli.escaping import markdown_code
 from loracli.recipe.recipe import BaseModule, RecipeAdapter
 from loracli.system.document import encode
 
@@ -299,10 +300,9 @@ class ConversionSource:
 
     def card(self) -> CardText:
         config = self.read.adapter.config
-        kind = (
-            ", ".join(filter(None, ("DoRA" if config.use_dora else "", config.initialisation or "")))
-            or "an adapter on a changed base"
-        )
+        named = ["DoRA"] if config.use_dora else []
+        named += [markdown_code(config.initialisation)] if config.initialisation else []
+        kind = ", ".join(named) or "an adapter on a changed base"
         how = [
             f"Its update of every module is what the adapter below ({kind}) changes in the base's weights, as",
             f"a plain LoRA: the relative error over all modules is {self.tally.error():.1e}, before rounding.",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
-
 from loracli.composition.card import CardText, Certificate
+from loracli.escaping import markdown_code, shell_word, yaml_text
 from loracli.export.layout import CAUSAL_LM, Layout
 
 
@@ -18,9 +16,9 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
             *front_matter(text.base_id, "adapter", library, text.licence, writes=layout.task_type == CAUSAL_LM),
             f"# LoRA adapter {text.made or f'composed of {text.adapters}'}, {title}",
             "",
-            f"One LoRA adapter for `{text.base_id}` that carries the skills of its ingredients.",
+            f"One LoRA adapter for {markdown_code(text.base_id)} that carries the skills of its ingredients.",
             *text.how,
-            f"Made with loracat {text.version}.",
+            f"Made with loracat {markdown_code(text.version)}.",
             "",
             "## Ingredients",
             "",
@@ -52,8 +50,11 @@ def _licence(text: CardText) -> list[str]:
 
 def _use(base_id: str, layout: Layout) -> list[str]:
     if layout.profile == "mlx":
-        base = base_id if re.fullmatch(r"[\w./-]+", base_id, re.ASCII) else "BASE"
-        return ["```bash", f"mlx_lm.generate --model {base} --adapter-path path/to/this/adapter --prompt ...", "```"]
+        return [
+            "```bash",
+            f"mlx_lm.generate --model {shell_word(base_id)} --adapter-path path/to/this/adapter --prompt ...",
+            "```",
+        ]
     return [
         "```python",
         "from peft import PeftModel",
@@ -70,13 +71,13 @@ def front_matter(
     tags = ["lora", "transformers", "loracat", "merge", f"base_model:{relation}:{base_id}"]
     return [
         "---",
-        f"base_model: {json.dumps(base_id)}",
+        f"base_model: {yaml_text(base_id)}",
         f"base_model_relation: {relation}",
         f"library_name: {library}",
-        *([] if licence is None else [f"license: {json.dumps(licence)}"]),
+        *([] if licence is None else [f"license: {yaml_text(licence)}"]),
         *(["pipeline_tag: text-generation"] if writes else []),
         "tags:",
-        *(f"- {json.dumps(tag)}" for tag in tags),
+        *(f"- {yaml_text(tag)}" for tag in tags),
         "---",
         "",
     ]
@@ -88,17 +89,18 @@ def _servers(layout: Layout) -> list[str]:
     if layout.profile == "mlx":
         return ["This adapter is in the layout of mlx-lm; nothing else reads it.", ""]
     if layout.profile == "peft":
+        reason = markdown_code(layout.reason) if layout.reason else "asked for"
         if layout.readers == "PEFT":
-            return [f"Only PEFT reads this adapter: {layout.reason}.", ""]
+            return [f"Only PEFT reads this adapter: {reason}.", ""]
         if layout.experts:
             return [
                 "This adapter changes the parameters of experts, which PEFT reads, and vLLM for the models whose",
-                f"experts it keeps in one tensor; other servers do not. Reason: {layout.reason}.",
+                f"experts it keeps in one tensor; other servers do not. Reason: {reason}.",
                 "",
             ]
         return [
             "This adapter keeps single ranks per module (rank_pattern), which PEFT and vLLM read; SGLang, TGI and",
-            f"llama.cpp's converter may not. Reason: {layout.reason or 'asked for'}.",
+            f"llama.cpp's converter may not. Reason: {reason}.",
             "",
         ]
     if embeddings:

@@ -32,7 +32,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -207,10 +206,13 @@ class Layout:
         """Every tensor of the file, by name."""
         mlx = self.profile == "mlx"
         found: dict[str, Place] = {}
+        of_one: dict[str, list[str]] = {}  # parameters with experts, by their module
+        for name in self.experts:
+            of_one.setdefault(name.rpartition(".")[0], []).append(name)
         for name, rank in self.ranks.items():
             module = modules[name]
             if name in self.experts:
-                found |= self._places_of_experts(module)
+                found |= self._places_of_experts(module, of_one[name.rpartition(".")[0]])
                 continue
             if name in self.convolutions:
                 found |= self._places_of_groups(module)
@@ -229,22 +231,14 @@ class Layout:
                 found[format_tensor_name(name, "lora_bias")] = Place(name, "bias", (module.out_features,))
         return found
 
-    def _places_of_experts(self, parameter: BaseModule) -> dict[str, Place]:
+    def _places_of_experts(self, parameter: BaseModule, beside: Sequence[str]) -> dict[str, Place]:
+        """`beside` are the parameters of the same module that are in the file, this one among them."""
         name, rank = parameter.name, self.ranks[parameter.name]
-        rows = self.experts[name] * rank
-        module = module_of_parameter(name, self._parameters[name.rpartition(".")[0]])
+        rows, module = self.experts[name] * rank, module_of_parameter(name, beside)
         return {
             format_tensor_name(module, "lora_A"): Place(name, "A", (rows, parameter.in_features)),
             format_tensor_name(module, "lora_B"): Place(name, "B", (parameter.out_features, rows)),
         }
-
-    @cached_property
-    def _parameters(self) -> dict[str, list[str]]:
-        """The parameters with experts, by their modules."""
-        found: dict[str, list[str]] = {}
-        for name in self.experts:
-            found.setdefault(name.rpartition(".")[0], []).append(name)
-        return found
 
     def _places_of_groups(self, convolution: BaseModule) -> dict[str, Place]:
         name, rank, known = convolution.name, self.ranks[convolution.name], self.convolutions[convolution.name]

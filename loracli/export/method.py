@@ -39,7 +39,7 @@ from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import identity_of, read_ingredients, recorded_policy
 from loracli.recipe.mixing import MIXING_KINDS
 from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import Recipe, RecipeAdapter, labels_of
+from loracli.recipe.recipe import MAX_ADAPTERS, Recipe, RecipeAdapter, labels_of
 from loracli.system.files import check_free
 
 DEFAULTS = MethodOptions()
@@ -81,6 +81,8 @@ def read_to_compose(
         return read_ingredients(loaded, relocated=adapters, progress=progress), loaded
     if not adapters:
         raise UsageError("nothing to export", hint="give a RECIPE, or --adapters")
+    if len(adapters) > MAX_ADAPTERS:
+        raise UsageError(f"{len(adapters)} adapters are given, and a record holds at most {MAX_ADAPTERS}")
     read = tuple(open_adapter(fetch_adapter(reference, progress=progress), progress=progress) for reference in adapters)
     check_distinct(read, [adapter.reference for adapter in read])
     check_composable(read, base_given=base_given)

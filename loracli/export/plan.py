@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import join_experts, join_groups
 from loracli.algebra.truncate import spectrum
-from loracli.composition.card import Certificate, ModuleCertificate
+from loracli.composition.card import Certificate, ModuleCertificate, closed
 from loracli.composition.composition import MethodSource, Source
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.activations import Moments
@@ -199,13 +200,14 @@ class AdapterPlan:
             )
         if self._cores:
             self._hashes[CORES_FILE] = write_cores(folder / CORES_FILE, self._cores)
-        config = self.layout.config(self._source.base_id, self._table)
-        write_file(folder / CONFIG_FILE, _json(config))
-        write_file(folder / CERTIFICATE_FILE, _json(self._document(certificate)))
         card = model_card(
             self._source.card(), self.layout, certificate, merged=self.merged, options=self._repeated_options()
         )
-        write_file(folder / README_FILE, card.encode())
+        config = self.layout.config(self._source.base_id, self._table)
+        texts = {CONFIG_FILE: _json(config), README_FILE: card.encode()}
+        for name, data in texts.items():
+            write_file(folder / name, data)
+        write_file(folder / CERTIFICATE_FILE, _json(closed(self._document(certificate, texts))))
         self._progress.finish(TASK)
         return certificate, path.stat().st_size
 
@@ -262,7 +264,7 @@ class AdapterPlan:
             raise IntegrityError(f"{path.name} reads back with other shapes than were written")
         return file.sha256
 
-    def _document(self, certificate: Certificate) -> dict[str, Any]:
+    def _document(self, certificate: Certificate, texts: Mapping[str, bytes]) -> dict[str, Any]:
         return {
             **self._source.document(),
             "export": {
@@ -279,6 +281,7 @@ class AdapterPlan:
                 "largest_relative_error": certificate.largest_error,
                 "modules": [dataclasses.asdict(module) for module in certificate.modules],
             },
+            "text_sha256": {name: sha256(data).hexdigest() for name, data in texts.items()},
         }
 
     def _rule(self) -> dict[str, float | int | str | None]:

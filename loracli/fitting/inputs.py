@@ -18,7 +18,7 @@ from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.model.base import BaseReference, find_base, on_base
 from loracli.progress import SILENT, Progress
-from loracli.recipe.recipe import local_reference
+from loracli.recipe.recipe import MAX_ADAPTERS, local_reference
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def prepare_fit(
     settings = settings or FitSettings()
     if not adapters:
         raise UsageError("a fit needs at least one adapter")
+    if len(adapters) > MAX_ADAPTERS:
+        raise UsageError(f"{len(adapters)} adapters are given, and a recipe holds at most {MAX_ADAPTERS}")
     dataset = read_dataset(
         data,
         eval_data,

@@ -22,9 +22,10 @@ import torch
 
 from loracli._version import __version__
 from loracli.adapters.names import target_of
-from loracli.composition.card import CardText
+from loracli.composition.card import CardText, closed
 from loracli.composition.composition import Source
 from loracli.errors import BaseModelMismatch, UsageError
+from loracli.escaping import markdown_code
 from loracli.export.card import front_matter
 from loracli.export.options import OUTPUT_DTYPES
 from loracli.fitting.reach import named
@@ -89,6 +90,7 @@ def fused_card(
         replaced: modules that adapters saved whole.
         bypassed: modules whose update was left out.
     """
+    name = markdown_code(base_id)
     computed = [f"The base is quantised ({dequantised}): its weights are what its numbers and scales stand for.", ""]
     tied = [
         "The base used one matrix as embedding and as head; here they are two, as only one of them is changed.",
@@ -97,11 +99,11 @@ def fused_card(
     return "\n".join(
         [
             *front_matter(base_id, "merge", "transformers"),
-            f"# `{base_id}` with {text.adapters} LoRA adapter{'s' if text.adapters > 1 else ''} folded in",
+            f"# {name} with {text.adapters} LoRA adapter{'s' if text.adapters > 1 else ''} folded in",
             "",
-            f"The weights of `{base_id}`, with the update of every adapted module added. No adapter is needed.",
+            f"The weights of {name}, with the update of every adapted module added. No adapter is needed.",
             *text.how,
-            f"Made with loracat {text.version}.",
+            f"Made with loracat {markdown_code(text.version)}.",
             "",
             "## Ingredients",
             "",
@@ -135,13 +137,13 @@ def fused_card(
 
 def _left_out(base_id: str, bypassed: Sequence[str]) -> list[str]:
     return [
-        f"`{base_id}` reads the weight of these modules without calling the layer, so that PEFT ignores their update.",
+        f"{markdown_code(base_id)} reads the weight of these modules without calling the layer, so that PEFT ignores their update.",
         f"It is left out here: {_code(bypassed)}.",
     ]
 
 
 def _code(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+    return ", ".join(map(markdown_code, names))
 
 
 FUSE_SCHEMA = 1
@@ -420,7 +422,7 @@ class _Fusion:
                 "files": files,
             },
         }
-        return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return (json.dumps(closed(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
     def _check_untied(self) -> None:
         """Whether the config that will be written lets the model keep its two matrices apart."""

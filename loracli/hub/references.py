@@ -29,7 +29,7 @@ FORMS = f"write org/name, org/name@revision, hf://org/name@revision/sub/folder, 
 
 _NAME = r"\w(?:[\w.-]{0,94}\w)?"
 _RULES = r"(?!.*(?:--|\.\.))(?!.*\.git$)"
-_REPO_ID = re.compile(rf"{_RULES}{_NAME}/{_NAME}", re.ASCII)
+REPO_ID = re.compile(rf"{_RULES}{_NAME}/{_NAME}", re.ASCII)
 _HUB_ID = re.compile(rf"{_RULES}(?:{_NAME}/)?{_NAME}", re.ASCII)
 # What git forbids in a name, and what could leave the folder that a cache keeps it in.
 _BAD_REVISION = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|^[/.-]|[/.]$")
@@ -81,7 +81,7 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
     if text.startswith((".", "/", "~")) or _holds_adapter(text):
         return _parse_local(text, revision)
     repo_id, at, own_revision = text.partition("@")
-    if text.endswith(".jsonl") or not _REPO_ID.fullmatch(repo_id) or os.path.isfile(text):
+    if text.endswith(".jsonl") or not REPO_ID.fullmatch(repo_id) or os.path.isfile(text):
         _refuse(text)
     if at and not is_revision(own_revision):
         raise AdapterNotFound(f"'{own_revision}' cannot be a branch, tag or commit", where=text, hint=FORMS)
@@ -91,7 +91,7 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
 def _parse_local(text: str, revision: str | None) -> Reference:
     if not _holds_adapter(text):
         _refuse(text)
-    shadows_hub = _REPO_ID.fullmatch(text) is not None
+    shadows_hub = REPO_ID.fullmatch(text) is not None
     if revision is not None:
         way_out = f"{URI_PREFIX}{text}@{revision}" if shadows_hub else f"org/name@{revision}"
         raise UsageError(
@@ -112,7 +112,7 @@ def _parse_uri(text: str, revision: str | None) -> Reference:
         own_revision = special.group()
         tail = rest.partition("@")[2][special.end() + 1 :]
     own_revision = unquote(own_revision)
-    if not _REPO_ID.fullmatch(f"{org}/{name}") or (at and not is_revision(own_revision)):
+    if not REPO_ID.fullmatch(f"{org}/{name}") or (at and not is_revision(own_revision)):
         raise AdapterNotFound("not a reference to a Hub repository", where=text, hint=FORMS)
     if tail and not is_folder(tail):
         raise AdapterNotFound(f"'{tail}' cannot be a folder of a repository", where=text, hint=FORMS)
@@ -149,7 +149,7 @@ def _holds_adapter(text: str) -> bool:
 
 def is_repo_id(text: str) -> bool:
     """Whether `text` could name a repository on the Hub, `org/name`."""
-    return _REPO_ID.fullmatch(text) is not None
+    return REPO_ID.fullmatch(text) is not None
 
 
 def is_hub_id(text: str) -> bool:

@@ -76,11 +76,12 @@ def refuse_model(directory: Path) -> None:
         )
 
 
-def read_contents(directory: Path, *, secrets: tuple[str, ...] = ()) -> Contents:
+def read_contents(directory: Path, *, secrets: tuple[str, ...] = (), edited_card: bool = False) -> Contents:
     """Looks through the directory of an export that has been verified.
 
     Args:
         directory: that `export_adapter` or `export_method` wrote.
+        edited_card: whether the card may be another than the record has the hash of.
         secrets: text that must not be in any file that people read, such as the token.
     Raises:
         InputError: if it is no export, a file of it is missing or a symbolic link, its base has no name on a Hub, or a
@@ -101,7 +102,10 @@ def read_contents(directory: Path, *, secrets: tuple[str, ...] = ()) -> Contents
     card = read_front_matter(directory / README_FILE)
     _check_card(directory, base_id, card)
     files = tuple(_measure(directory, name) for name in names)
-    changed = [file.name for file in files if recorded.get(file.name, file.sha256) != file.sha256]
+    verified = {**record.get("text_sha256", {}), **recorded}
+    if edited_card:
+        verified.pop(README_FILE, None)
+    changed = [file.name for file in files if verified.get(file.name, file.sha256) != file.sha256]
     if changed:
         raise IntegrityError(f"{changed[0]} has changed since it was verified", where=str(directory))
     left_out = tuple(sorted(entry.name for entry in directory.iterdir() if entry.name not in names))

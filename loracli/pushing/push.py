@@ -79,6 +79,7 @@ def push_adapter(
     create_pr: bool = False,
     message: str | None = None,
     dry_run: bool = False,
+    edited_card: bool = False,
     token: str | None = None,
     endpoint: str | None = None,
     progress: Progress = SILENT,
@@ -97,6 +98,7 @@ def push_adapter(
         create_pr: open a pull request for that branch instead of committing to it.
         message: of the commit.
         dry_run: change nothing on the Hub, only tell what would be.
+        edited_card: push a README.md that was changed after the export wrote it.
         token: Hub token with write access; by default the one of HF_TOKEN or of `hf auth login`.
         endpoint: address of the Hub; by default HF_ENDPOINT.
         progress: told the bytes of each file.
@@ -111,8 +113,8 @@ def push_adapter(
     _check_options(repo_id, revision, message)
     token = checked_token(token) or get_token()
     refuse_model(directory)
-    verification = verify_directory(directory, progress=progress)
-    contents = read_contents(directory, secrets=() if token is None else (token,))
+    verification = verify_directory(directory, edited_card=edited_card, progress=progress)
+    contents = read_contents(directory, secrets=() if token is None else (token,), edited_card=edited_card)
     if token is None:
         raise AccessDenied("a push needs a Hub token with write access", where=repo_id, hint=LOG_IN)
     if constants.HF_HUB_OFFLINE:

@@ -27,8 +27,8 @@ from loracli.hub.fetch import MAX_ADAPTER_BYTES, Fetched, FetchedBase, fetch_ada
 from loracli.hub.plan import BASE_CONFIG
 from loracli.hub.references import BaseClaim, Reference, is_folder, is_repo_id, is_revision, parse_reference
 from loracli.progress import SILENT, Progress
-from loracli.recipe.reading import decode_recipe, read_document
-from loracli.recipe.recipe import BaseModule, Recipe, RecipeAdapter
+from loracli.recipe.reading import adapter_problems, base_problems, decode_recipe, read_document
+from loracli.recipe.recipe import BaseModule, Recipe, RecipeAdapter, RecordedAdapters
 from loracli.system.document import decode
 from loracli.system.files import CONFIG_FILE
 from loracli.system.tensor_file import file_sha256
@@ -96,8 +96,11 @@ def read_record(path: Path) -> Recorded:
 
 def _read_method(document: dict[str, object], path: Path) -> Recorded:
     problems: list[str] = []
-    adapters = decode(tuple[RecipeAdapter, ...], document["adapters"], "adapters", problems)
+    adapters = decode(RecordedAdapters, document["adapters"], "adapters", problems)
     base = decode(dict[str, str | None], document.get("base"), "base", problems)
+    if not problems:
+        problems += [problem for adapter in adapters for problem in adapter_problems(adapter)]
+        problems += [] if base.get("id") is None else base_problems(str(base["id"]), base.get("commit"))
     if problems:
         raise RecipeError(f"the record {path} is damaged", problems=tuple(problems))
     return Recorded(adapters, BaseClaim(base.get("id"), base.get("commit")), None, path.parent)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from loracli.adapters.names import layer, target_of
-from loracli.system.document import added
+from loracli.recipe.recipe import MAX_MODULES, Sha256
+from loracli.system.document import AtMost, added
 
 MixingKind = Literal["adapter", "layer", "module", "rank", "core", "factors"]
 MIXING_KINDS: tuple[MixingKind, ...] = get_args(MixingKind)
@@ -51,9 +52,9 @@ class RecipeMixing:
     """
 
     kind: MixingKind
-    weights: dict[str, tuple[float | None, ...]]
+    weights: Annotated[dict[str, tuple[float | None, ...]], AtMost(MAX_MODULES)]
     numbers: int
-    tensors_sha256: str | None = None
+    tensors_sha256: Sha256 | None = None
     tensors: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     unreached: tuple[str, ...] = added(4, ())
     bypassed: tuple[str, ...] = added(4, ())
@@ -73,7 +74,7 @@ class RecipeActivations:
 
     records: int
     tokens: int
-    sha256: str
+    sha256: Sha256
     moments: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 

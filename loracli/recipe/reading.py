@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from loracli.errors import RecipeError
-from loracli.recipe.mixing import INLINE_KINDS, RecipeMixing
-from loracli.recipe.recipe import FIRST_SCHEMA, OTHER_ROWS, SCHEMA, Recipe
-from loracli.system.document import decode, schema_of
+from loracli.hub.references import URI_PREFIX, is_folder, is_hub_id
+from loracli.recipe.mixing import INLINE_KINDS
+from loracli.recipe.recipe import FIRST_SCHEMA, OTHER_ROWS, SCHEMA, Recipe, RecipeAdapter
+from loracli.system.document import MAX_PROBLEMS, decode, schema_of
 from loracli.system.files import CONFIG_FILE, TENSOR_FILES
 from loracli.system.strict_json import StrictJsonError, parse_json
 
@@ -39,7 +42,8 @@ def read_document(path: Path) -> Any:
         RecipeError: if it cannot be read.
     """
     try:
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(MAX_RECIPE_BYTES + 1)
     except OSError as error:
         raise RecipeError(
             f"the recipe {path} cannot be read: {error.strerror}",
@@ -65,7 +69,7 @@ def decode_recipe(fields: Any, name: str, folder: Path) -> Recipe:
     schema = fields.pop("loracat_recipe")
     if type(schema) is not int or not FIRST_SCHEMA <= schema <= SCHEMA:
         raise RecipeError(
-            f"{name} has the schema {schema!r}; this version reads {FIRST_SCHEMA} to {SCHEMA}",
+            f"{name} has the schema {repr(schema)[:60]}; this version reads {FIRST_SCHEMA} to {SCHEMA}",
             hint=_schema_hint(schema),
         )
     problems: list[str] = []
@@ -73,7 +77,7 @@ def decode_recipe(fields: Any, name: str, folder: Path) -> Recipe:
     if not problems and schema != (least := schema_of(recipe, FIRST_SCHEMA)):
         problems.append(f"loracat_recipe: expected {least} for these fields, got {schema}")
     if not problems:
-        problems = _contradictions(recipe)
+        problems = list(islice(_contradictions(recipe), MAX_PROBLEMS))
     if problems:
         raise RecipeError(f"{name} is damaged", problems=tuple(problems))
     result: Recipe = replace(recipe, folder=folder)
@@ -88,41 +92,80 @@ def _schema_hint(schema: object) -> str | None:
     return "it was written by an older loracat: fit again"
 
 
-def _contradictions(recipe: Recipe) -> list[str]:
-    problems = _mixing_contradictions(recipe.mixing, len(recipe.adapters))
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    yield from _of_mixing(recipe)
+    yield from base_problems(recipe.base.id, recipe.base.commit)
     for name in ("adapters", "data"):
         if not getattr(recipe, name):
-            problems.append(f"{name}: empty")
-    references = [adapter.reference for adapter in recipe.adapters]
+            yield f"{name}: empty"
+    taken = set(OTHER_ROWS)
     for index, adapter in enumerate(recipe.adapters):
-        if adapter.reference in (*references[:index], *OTHER_ROWS):
-            problems.append(f"adapters[{index}].reference: {adapter.reference!r} names another row of the table")
-        if CONFIG_FILE not in adapter.sha256:
-            problems.append(f"adapters[{index}].sha256: lacks {CONFIG_FILE}")
-        if adapter.sha256.keys().isdisjoint(TENSOR_FILES):
-            problems.append(f"adapters[{index}].sha256: lacks {' or '.join(TENSOR_FILES)}")
-    if recipe.held_out.best_ingredient not in references:
-        problems.append(f"held_out.best_ingredient: {recipe.held_out.best_ingredient!r} is none of the adapters")
-    rows = [row.name for row in recipe.held_out.rows]
+        if adapter.reference in taken:
+            yield f"adapters[{index}].reference: {adapter.reference!r} names another row of the table"
+        taken.add(adapter.reference)
+        yield from (f"adapters[{index}].{problem}" for problem in adapter_problems(adapter))
+    yield from _of_table(recipe, taken)
+
+
+def base_problems(base_id: str, commit: str | None) -> Iterator[str]:
+    """What a record says of a base that no base can be."""
+    if commit is not None and not is_hub_id(base_id):
+        yield f"base.id: {base_id!r} has a commit and is no repository on the Hub"
+    if not base_id.isprintable():
+        yield f"base.id: {base_id!r} has a character that no name has"
+
+
+def adapter_problems(adapter: RecipeAdapter) -> Iterator[str]:
+    """What a record says of an adapter that no adapter can be."""
+    if CONFIG_FILE not in adapter.sha256:
+        yield f"sha256: lacks {CONFIG_FILE}"
+    if adapter.sha256.keys().isdisjoint(TENSOR_FILES):
+        yield f"sha256: lacks {' or '.join(TENSOR_FILES)}"
+    if (adapter.repo_id is None) != (adapter.commit is None):
+        yield "commit: one that has a repo_id has a commit, and no other"
+    if adapter.subfolder is not None and (adapter.repo_id is None or not is_folder(adapter.subfolder)):
+        yield f"subfolder: {adapter.subfolder!r} is no folder of a repository"
+    if adapter.repo_id is not None:
+        named = adapter.reference.removeprefix(URI_PREFIX).removeprefix("models/")
+        if not named.startswith(adapter.repo_id) or named[len(adapter.repo_id) :][:1] not in ("", "@", "/"):
+            yield f"reference: {adapter.reference!r} does not name the repository {adapter.repo_id}"
+
+
+def _of_table(recipe: Recipe, known: set[str]) -> Iterator[str]:
+    """Of the held-out table; `known` are the names that its rows may have."""
+    table = recipe.held_out
+    if table.best_ingredient not in known - set(OTHER_ROWS):
+        yield f"held_out.best_ingredient: {table.best_ingredient!r} is none of the adapters"
+    rows: set[str] = set()
+    for index, row in enumerate(table.rows):
+        if row.name not in known or row.name in rows:
+            what = "a second row of that name" if row.name in rows else f"none of the adapters, {', '.join(OTHER_ROWS)}"
+            yield f"held_out.rows[{index}].name: {row.name!r} is {what}"
+        rows.add(row.name)
     if "fit" not in rows:
-        problems.append("held_out.rows: no row 'fit'")
-    for index, task in enumerate(recipe.held_out.tasks):
-        if sorted(task.nats_per_token) != sorted(rows):
-            problems.append(f"held_out.tasks[{index}].nats_per_token: not the names of held_out.rows")
-    return problems
+        yield "held_out.rows: no row 'fit'"
+    for index, task in enumerate(table.tasks):
+        if task.nats_per_token.keys() != rows:
+            yield f"held_out.tasks[{index}].nats_per_token: not the names of held_out.rows"
 
 
-def _mixing_contradictions(mixing: RecipeMixing, adapters: int) -> list[str]:
-    problems = [
-        f"mixing.weights[{group!r}]: {len(weights)} weights for {adapters} adapters"
-        for group, weights in mixing.weights.items()
-        if len(weights) != adapters
-    ]
+def _of_mixing(recipe: Recipe) -> Iterator[str]:
+    """Of the weights, and of what is said of each by the place of its adapter."""
+    mixing, adapters, certificate = recipe.mixing, len(recipe.adapters), recipe.fit.certificate
+    for group, weights in mixing.weights.items():
+        if len(weights) != adapters:
+            yield f"mixing.weights[{group!r}]: {len(weights)} weights for {adapters} adapters"
     if mixing.numbers < 1:
-        problems.append(f"mixing.numbers: expected at least 1, got {mixing.numbers}")
+        yield f"mixing.numbers: expected at least 1, got {mixing.numbers}"
     if not set(mixing.bypassed) <= set(mixing.unreached):
-        problems.append("mixing.bypassed: not all of them are in mixing.unreached")
+        yield "mixing.bypassed: not all of them are in mixing.unreached"
     if (mixing.tensors_sha256 is None) != (mixing.kind in INLINE_KINDS):
         expected = "null" if mixing.kind in INLINE_KINDS else "the sha256 of its tensors"
-        problems.append(f"mixing.tensors_sha256: expected {expected} with the kind {mixing.kind!r}")
-    return problems
+        yield f"mixing.tensors_sha256: expected {expected} with the kind {mixing.kind!r}"
+    if certificate is not None:
+        for group, errors in certificate.standard_errors.items():
+            if len(errors) != adapters:
+                yield f"fit.certificate.standard_errors[{group!r}]: {len(errors)} for {adapters} adapters"
+        for group, places in certificate.extrapolated.items():
+            if any(not 0 <= place < adapters for place in places):
+                yield f"fit.certificate.extrapolated[{group!r}]: not places of the {adapters} adapters"

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from loracli.adapters.names import leaf
 from loracli.errors import OutputExists, UsageError
-from loracli.hub.references import BaseClaim, is_hub_id
+from loracli.hub.references import REPO_ID, BaseClaim, is_hub_id
 from loracli.recipe.mixing import (
     INLINE_KINDS,
     RecipeActivations,
@@ -27,12 +29,24 @@ from loracli.recipe.mixing import (
     tensors_path,
 )
 from loracli.recipe.record import FitRecord
-from loracli.system.document import added, encode, schema_of
+from loracli.system.document import AtMost, Matches, added, encode, schema_of
 from loracli.system.files import TENSOR_FILES, replaced_file, write_file
 
 FIRST_SCHEMA = 2  # that is still read
 SCHEMA = 4
 FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million records agree by chance once in 500
+
+MAX_ADAPTERS = 1000
+MAX_FILES = 10_000  # of calibration data
+MAX_TASKS = 100_000
+MAX_MODULES = 200_000  # as many as tensors in a file
+
+Sha256 = Annotated[str, Matches(re.compile(r"[0-9a-f]{64}"), "a sha256, 64 hexadecimal digits")]
+Commit = Annotated[str, Matches(re.compile(r"[0-9a-f]{40}"), "a commit, 40 hexadecimal digits")]
+RepoId = Annotated[str, Matches(REPO_ID, "a repository on the Hub, org/name")]
+AdapterReference = Annotated[str, Matches(re.compile(r"[^\0]{1,4096}"), "a name of 1 to 4096 characters")]
+Version = Annotated[str, Matches(re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,99}"), "a version")]
+Word = Annotated[str, Matches(re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]{0,99}"), "a name of letters, digits, ., _ and -")]
 
 ModuleKind = Literal["linear", "conv1d", "embedding", "experts", "convolution", "other"]
 
@@ -43,9 +57,9 @@ OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adap
 class RecipeBase:
     """The base model: `id` is the name an export carries; `commit` is None for a local directory."""
 
-    id: str
-    commit: str | None
-    config_sha256: str
+    id: Annotated[str, Matches(re.compile(r"[^\0]{1,255}"), "a name of 1 to 255 characters")]
+    commit: Commit | None
+    config_sha256: Sha256
 
     @property
     def claim(self) -> BaseClaim | None:
@@ -70,21 +84,24 @@ class RecipeAdapter:
         base_model: the base model it names, or None.
     """
 
-    reference: str
-    repo_id: str | None
+    reference: AdapterReference
+    repo_id: RepoId | None
     subfolder: str | None
-    commit: str | None
-    sha256: dict[str, str]
+    commit: Commit | None
+    sha256: Annotated[dict[Word, Sha256], AtMost(10)]
     rank: int
     lora_alpha: float
     use_rslora: bool
-    dtype: str
+    dtype: Word
     base_model: str | None
 
     @property
     def weights_sha256(self) -> str:
         """Of the file that holds the factors."""
         return next(self.sha256[name] for name in TENSOR_FILES if name in self.sha256)
+
+
+RecordedAdapters = Annotated[tuple[RecipeAdapter, ...], AtMost(MAX_ADAPTERS)]
 
 
 @dataclass(frozen=True)
@@ -109,8 +126,8 @@ class RecipeData:
     """
 
     name: str
-    sha256: str
-    shape: str
+    sha256: Sha256
+    shape: Word
     weight: float
     records: int
     scored_tokens: int
@@ -118,8 +135,8 @@ class RecipeData:
     skipped_lines: tuple[int, ...]
     dropped: int
     cut: int
-    template_sha256: str | None
-    record_sha256: str
+    template_sha256: Sha256 | None
+    record_sha256: Annotated[str, Matches(re.compile(r"[0-9a-f]*"), "hexadecimal digits")]
     unread: tuple[str, ...] = added(4, ())
 
     def fingerprints(self) -> set[str]:
@@ -175,7 +192,7 @@ class HeldOut:
     scored_tokens: int
     best_ingredient: str
     rows: tuple[HeldOutRow, ...]
-    tasks: tuple[HeldOutTask, ...]
+    tasks: Annotated[tuple[HeldOutTask, ...], AtMost(MAX_TASKS)]
     verdict: Literal["better", "not better", "too few records"]
 
     def row(self, name: str) -> HeldOutRow:
@@ -189,7 +206,7 @@ class BaseModule:
     `experts` is a parameter with a matrix for each expert; the sizes are those of one, as its factors have them.
     """
 
-    name: str
+    name: Annotated[str, Matches(re.compile(r"[\w.-]{1,1000}"), "the name of a module")]
     kind: ModuleKind
     in_features: int
     out_features: int
@@ -200,14 +217,14 @@ class Recipe:
     """A recipe. `folder` is where local adapters are looked for from; it is not part of the document."""
 
     base: RecipeBase
-    adapters: tuple[RecipeAdapter, ...]
-    data: tuple[RecipeData, ...]
+    adapters: RecordedAdapters
+    data: Annotated[tuple[RecipeData, ...], AtMost(MAX_FILES)]
     fit: FitRecord
     mixing: RecipeMixing
-    modules: tuple[BaseModule, ...]
-    dtype: str
+    modules: Annotated[tuple[BaseModule, ...], AtMost(MAX_MODULES)]
+    dtype: Word
     held_out: HeldOut
-    versions: dict[str, str]
+    versions: Annotated[dict[Word, Version], AtMost(100)]
     activations: RecipeActivations | None = added(3, None)
     folder: Path = field(default=Path(), compare=False)
 
@@ -308,14 +325,23 @@ def labels_of(adapters: Sequence[RecipeAdapter], folder: Path) -> dict[str, str]
         adapters: of one composition.
         folder: that local references are relative to.
     """
-    parts = {a.reference: list((folder / a.reference).resolve().parts[1:]) for a in adapters if a.repo_id is None}
+    names = {
+        a.reference: tuple(reversed((folder / a.reference).resolve().parts[1:])) for a in adapters if a.repo_id is None
+    }
     labels = {a.reference: a.reference for a in adapters}
-    for reference, own in parts.items():
-        others = [other for name, other in parts.items() if name != reference]
-        taken = [[name] for name in OTHER_ROWS]
-        count = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others + taken)), len(own))
-        labels[reference] = "/".join(own[-count:])
+    # Sorted by their last names, what a directory shares with any other one it shares with one of its neighbours.
+    ordered = sorted([*((own, text) for text, own in names.items()), *(((row,), "") for row in OTHER_ROWS)])
+    shared = [0, *(_shared(first, second) for (first, _), (second, _) in pairwise(ordered)), 0]
+    for place, (own, reference) in enumerate(ordered):
+        if reference:
+            count = min(1 + max(shared[place], shared[place + 1]), len(own))
+            labels[reference] = "/".join(reversed(own[:count]))
     return labels
+
+
+def _shared(first: Sequence[str], second: Sequence[str]) -> int:
+    """How many names two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def local_reference(directory: Path, folder: Path) -> str:

@@ -15,7 +15,7 @@ from statistics import median
 
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import FitRecord, StageRecord
-from loracli.report.grid import Grid, described, grids, layer_numbers, short_names, span_of
+from loracli.report.grid import NO_MAP, Grid, described, grids, layer_numbers, short_names, span_of
 from loracli.report.page import svg, tag, text
 
 INTERVALS_WIDTH, INTERVALS_LEFT, RIGHT, INTERVALS_HEIGHT, INTERVALS_TOP = 360.0, 112.0, 66.0, 20.0, 22.0
@@ -149,6 +149,8 @@ MOST_CELL = 46.0
 def heat_map(recipe: Recipe) -> str:
     """The panels with their scale."""
     found, uniform = grids(recipe), 1 / len(recipe.adapters)
+    if not found:
+        return tag("p", text(f"{NO_MAP}."))
     span = span_of(found, uniform)
     panels = [
         tag("div", tag("h3", text(label)), _panel(label, grid, uniform, span), class_="panel")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from loracli.adapters.names import layer, leaf
 from loracli.recipe.recipe import Recipe
 
 LEAST_SPAN = 0.25  # of a weight from uniform: a smaller range is not blown up
+MOST_EMPTY = 20  # places of a map for each module: names that share neither layer nor kind would make it endless
+NO_MAP = "the modules' names share too few layers and kinds for a map"
 OUTSIDE = "-"  # the row of modules that belong to no layer
 
 
@@ -37,10 +40,13 @@ class Grid:
 
 
 def grids(recipe: Recipe) -> dict[str, Grid]:
-    """A grid for each adapter, by its label, all with the same rows and columns."""
+    """A grid for each adapter, by its label, all with the same rows and columns; none where they would be empty nearly
+    everywhere."""
     modules = [module.name for module in recipe.modules if _has_weights(recipe, module.name)]
     rows = tuple(sorted({_row(name) for name in modules}, key=_order))
     columns = tuple(dict.fromkeys(_column(name) for name in modules))
+    if len(rows) * len(columns) > MOST_EMPTY * max(len(modules), 50):
+        return {}
     found = {}
     for index, label in enumerate(recipe.labels().values()):
         cells = {}
@@ -99,7 +105,8 @@ def _error(recipe: Recipe, module: str, index: int) -> float | None:
 def short_names(columns: Sequence[str]) -> list[str]:
     """The last name of each column, or the whole where two have the same."""
     last = [leaf(column) for column in columns]
-    return [name if last.count(name) == 1 else column for name, column in zip(last, columns, strict=True)]
+    counts = Counter(last)
+    return [name if counts[name] == 1 else column for name, column in zip(last, columns, strict=True)]
 
 
 def layer_numbers(rows: Sequence[str]) -> list[str]:
@@ -120,4 +127,4 @@ def _column(module: str) -> str:
 
 def _order(row: str) -> tuple[bool, str, int]:
     kind, _, number = row.rpartition(".")
-    return (row == OUTSIDE, kind, int(number) if number.isdigit() else 0)
+    return (row == OUTSIDE, kind, int(number) if number.isdecimal() and len(number) < 10 else 0)

@@ -1,6 +1,6 @@
 """The page as text: HTML and SVG with every string escaped, and its frame.
 
-HTML and SVG as text: every string from outside goes through `text` or an attribute, both of which escape it.
+HTML and SVG as text: every string from outside goes through `html_text` or an attribute, both of which escape it.
 
 The frame of the page: its head, its colours in light and dark, and the promise that it loads nothing.
 """
@@ -8,12 +8,10 @@ The frame of the page: its head, its colours in light and dark, and the promise 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 
+from loracli.escaping import html_text
 
-def text(content: str) -> str:
-    """A string as harmless text: markup is escaped, and what cannot be printed is shown by its code."""
-    return escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in content))
+text = html_text
 
 
 def tag(name: str, *content: str, **attributes: str | float | None) -> str:

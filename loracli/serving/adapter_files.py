@@ -27,7 +27,14 @@ from loracli.model.base import expert_shape, kind_and_shape, plan_from_config
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import BLOCK, MAX_HEADER_BYTES, MAX_NAME, MAX_TENSORS, open_regular, read_header
+from loracli.system.tensor_file import (
+    BLOCK,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    check_names_short,
+    open_regular,
+    read_header,
+)
 
 AdapterLayout = Literal["peft", "mlx"]
 MAX_DIMENSIONS = 8
@@ -217,15 +224,11 @@ def read_headers(path: Path) -> dict[str, Header]:
             raise MalformedAdapter("the file is cut short, or it is no safetensors file", where=str(path))
         header = _object(file.read(length), path)
     header.pop("__metadata__", None)
+    check_names_short(header, str(path))
     if len(header) > MAX_TENSORS:
         raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=str(path))
     found = {}
     for name, entry in header.items():
-        if len(name) > MAX_NAME:
-            raise MalformedAdapter(
-                f"the name of the tensor {name[:60]!r}... has {len(name)} characters; at most {MAX_NAME} are read",
-                where=str(path),
-            )
         shape = entry.get("shape") if isinstance(entry, dict) else None
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
         if not (

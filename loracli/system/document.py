@@ -2,16 +2,38 @@
 
 A field that came later (`added`) is left out of the document where it has its default. So a document says no more than
 it has to, older readers take what holds nothing new, and `schema_of` gives the first schema that has all of it.
+
+What is decoded is a stranger's: the work is linear in its size, and of its text a problem quotes a beginning.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from functools import lru_cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+MAX_PROBLEMS = 1000  # of one document that are listed
+QUOTED = 60  # characters of a value in a problem
+QUOTED_KEY = 200  # and of a key in a path
 _SINCE = "since"  # in the metadata of a field
+
+
+@dataclasses.dataclass(frozen=True)
+class Matches:
+    """Of text, in `Annotated`: what it has to be, as a regular expression for all of it, and in words."""
+
+    pattern: re.Pattern[str]
+    what: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AtMost:
+    """Of a list or an object, in `Annotated`: how many items it may have."""
+
+    items: int
 
 
 def document_fields(kind: Any) -> list[dataclasses.Field[Any]]:
@@ -51,13 +73,17 @@ def decode(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     """The value as `kind`: dataclasses, tuples, string-keyed dicts, unions, literals and JSON's own types.
 
     Args:
-        kind: the type wanted.
+        kind: the type wanted; `Annotated` with `Matches` or `AtMost` for more than a type says.
         value: as JSON gives it.
         path: of the value in the document, for the problems.
         problems: takes `path: reason` of everything that does not fit; what is returned is of use only if it stays
             empty.
     """
     origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        if _keeps(arguments[1], value, path, problems):
+            return decode(arguments[0], value, path, problems)
+        return value
     if dataclasses.is_dataclass(kind):
         return _fields(kind, value, path, problems)
     if origin in (Union, types.UnionType):
@@ -65,33 +91,69 @@ def decode(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         return decode(fitting, value, path, problems)
     if origin is Literal:
         if value not in arguments:
-            problems.append(f"{path}: expected one of {', '.join(map(repr, arguments))}, got {value!r}")
+            _say(problems, f"{path}: expected one of {', '.join(map(repr, arguments))}, got {repr(value)[:QUOTED]}")
         return value
     if not _fits(kind, value):
-        problems.append(f"{path}: expected {_name(kind)}, got {json.dumps(value)[:60]}")
+        _say(problems, f"{path}: expected {_name(kind)}, got {json.dumps(value)[:QUOTED]}")
         return value
     if origin is dict:
-        return {key: decode(arguments[1], item, f"{path}[{key!r}]", problems) for key, item in value.items()}
+        keys, items = arguments
+        return {
+            decode(keys, key, f"a key of {path}", problems): decode(
+                items, item, f"{path}[{_short(key, QUOTED_KEY)}]", problems
+            )
+            for key, item in value.items()
+        }
     if origin is tuple:
         repeated = len(arguments) == 2 and arguments[1] is Ellipsis
         if not repeated and len(arguments) != len(value):
-            problems.append(f"{path}: expected {len(arguments)} values, got {len(value)}")
+            _say(problems, f"{path}: expected {len(arguments)} values, got {len(value)}")
             return value
         kinds = [arguments[0]] * len(value) if repeated else arguments
         return tuple(decode(k, v, f"{path}[{i}]", problems) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     return float(value) if kind is float else value
 
 
+def _keeps(limit: Any, value: Any, path: str, problems: list[str]) -> bool:
+    """Whether a value is within the limit; one of another type is left to `decode`."""
+    if isinstance(limit, AtMost) and isinstance(value, (list, dict)) and len(value) > limit.items:
+        _say(problems, f"{path}: {len(value)} items; at most {limit.items} are read")
+        return False
+    if isinstance(limit, Matches) and isinstance(value, str) and not limit.pattern.fullmatch(value):
+        _say(problems, f"{path}: expected {limit.what}, got {_short(value, QUOTED)}")
+        return False
+    return True
+
+
+def _say(problems: list[str], problem: str) -> None:
+    """Adds a problem; after many of them there is no use in more."""
+    if len(problems) < MAX_PROBLEMS:
+        problems.append(problem)
+
+
+def _short(text: str, most: int) -> str:
+    """The text in quotes, or a beginning of it, so that no path grows with a stranger's keys."""
+    return repr(text if len(text) <= most else f"{text[:most]}...")
+
+
+@lru_cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
 def _fields(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, dict):
-        problems.append(f"{path or 'the document'}: expected an object, got {json.dumps(value)[:60]}")
+        _say(problems, f"{path or 'the document'}: expected an object, got {json.dumps(value)[:QUOTED]}")
         return value
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     names = {f.name: _SINCE in f.metadata for f in document_fields(kind)}  # and whether it may be left out
     prefix = f"{path}." if path else ""
     missing = [name for name, added in names.items() if name not in value and not added]
-    problems += [f"{prefix}{name}: missing" for name in missing]
-    problems += [f"{prefix}{name}: unknown" for name in value if name not in names]
+    for name in missing:
+        _say(problems, f"{prefix}{name}: missing")
+    for name in value:
+        if name not in names:
+            _say(problems, f"{prefix}{name[:QUOTED_KEY]}: unknown")
     if missing:
         return value
     there = [name for name in names if name in value]
@@ -104,6 +166,8 @@ def _written(value: Any) -> list[dataclasses.Field[Any]]:
 
 
 def _fits(kind: Any, value: Any) -> bool:
+    if get_origin(kind) is Annotated:
+        return _fits(get_args(kind)[0], value)
     plain = get_origin(kind) or kind
     if plain is types.NoneType:
         return value is None

@@ -10,6 +10,8 @@ import json
 import math
 from typing import Any, NoReturn
 
+QUOTED = 1000  # characters of a key in a message
+
 
 class StrictJsonError(ValueError):
     """Raised with the reason, for the caller to add the place."""
@@ -45,9 +47,11 @@ def parse_json(data: bytes | str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise StrictJsonError(f"the key {twice!r} appears twice in one object")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise StrictJsonError(f"the key {key[:QUOTED]!r} appears twice in one object")
+            seen.add(key)
     return result
 
 

@@ -38,8 +38,8 @@ from loracli.system.strict_json import StrictJsonError, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 200_000
+MAX_NAME = 1000  # characters of a tensor's name: what looks at each end of it is quick only while it is short
 MAX_DIMENSIONS = 8
-MAX_NAME = 1000  # characters of a tensor's name; what is done with a name may take the square of that
 BLOCK = 1 << 20  # bytes that are read at once; a multiple of every item size
 GATHER = (
     "FSDP and DeepSpeed ZeRO-3 leave a shard to each process: save it with the weights gathered, by FULL_STATE_DICT or "
@@ -139,12 +139,6 @@ def open_tensor_file(
         header.pop("__metadata__", None)
         if len(header) > MAX_TENSORS:
             raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
-        long = next((name for name in header if len(name) > MAX_NAME), None)
-        if long is not None:
-            raise MalformedAdapter(
-                f"the name of the tensor {long[:60]!r}... has {len(long)} characters; at most {MAX_NAME} are read",
-                where=where,
-            )
         if check_names is not None:
             check_names(header)
         shapes, dtypes, offsets = _check_header(header, where, size - len(raw), any_shape)
@@ -180,7 +174,18 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
         raise MalformedAdapter(f"the header is {error}", where=where) from None
     if not isinstance(header, dict):
         raise MalformedAdapter("the header is not a JSON object", where=where)
+    check_names_short(header, where)
     return header, start + raw
+
+
+def check_names_short(names: Iterable[str], where: str) -> None:
+    """Raises MalformedAdapter if a tensor's name is longer than any that a model has."""
+    name = next((name for name in names if len(name) > MAX_NAME), None)
+    if name is not None:
+        raise MalformedAdapter(
+            f"the tensor {name[:60]!r}... has a name of {len(name)} characters; at most {MAX_NAME} are read",
+            where=where,
+        )
 
 
 def _check_data(file: TensorFile, descriptor: int, digest: Any) -> frozenset[str]:

@@ -28,7 +28,15 @@ from loracli.model.base import check_shapes
 from loracli.progress import Progress
 from loracli.recipe.recipe import BaseModule
 from loracli.system.document import decode
-from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, CORES_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.system.files import (
+    CERTIFICATE_FILE,
+    CONFIG_FILE,
+    CORES_FILE,
+    GGUF_FILE,
+    MLX_TENSOR_FILE,
+    README_FILE,
+    TENSOR_FILE,
+)
 from loracli.system.strict_json import parse_json
 from loracli.system.tensor_file import file_sha256, open_regular
 from loracli.verifying.factors import (
@@ -76,6 +84,7 @@ class _Record:
     rank: int
     dtype: str
     sha256: dict[str, str]  # of files
+    text_sha256: dict[str, str]  # of those that people read; none of an older export
     largest_error: float
     modules: dict[str, ModuleCertificate]
     activation_aware: bool
@@ -92,6 +101,7 @@ def verify_adapter(
     recipe: Path | None,
     adapters: Sequence[str],
     skeleton: nn.Module | None,
+    edited_card: bool,
     progress: Progress,
 ) -> None:
     """Checks an exported adapter; everything that differs goes into the findings.
@@ -102,11 +112,14 @@ def verify_adapter(
         findings: takes what is checked, not checked and different.
         recipe, adapters: as in `find_source`.
         skeleton: the base model without numbers, None if it is not at hand.
+        edited_card: whether the card may have been changed.
         progress: told how far it is.
     Raises:
         IntegrityError: if the record is damaged, or an ingredient is not the recorded one.
     """
     origin, record = read_origin(document, path / CERTIFICATE_FILE), _read_record(document, path / CERTIFICATE_FILE)
+    findings.check_record(document, CERTIFICATE_FILE)
+    _check_texts(path, record, findings, edited_card=edited_card)
     for name, recorded in record.sha256.items():
         found = _sha256(path / name)
         if found != recorded:
@@ -142,6 +155,19 @@ def verify_adapter(
     if source is not None:
         cut = _Cut(_find_moments(source, recipe, record, findings), _read_cores(path, record, findings))
         _check_composition(source, written, record, cut, findings, progress)
+
+
+def _check_texts(path: Path, record: _Record, findings: Findings, *, edited_card: bool) -> None:
+    """The files that people read, against their recorded hashes; older exports have none."""
+    if not record.text_sha256:
+        findings.skip(README_FILE, "an older version wrote no hash of it: export again")
+    for name, recorded in record.text_sha256.items():
+        there = (path / name).is_file() and not (path / name).is_symlink()
+        found = file_sha256(path / name) if there else None
+        if name == README_FILE:
+            findings.check_card(found, recorded, edited=edited_card)
+        elif found != recorded:
+            findings.differs(f"{name} {'was changed after it was written' if there else 'is missing'}")
 
 
 def _find_moments(
@@ -189,10 +215,13 @@ def _read_record(document: dict[str, Any], where: Path) -> _Record:
     values = {key: decode(kind, export.get(key), f"export.{key}", problems) for key, kind in kinds.items()}
     modules = decode(tuple[ModuleCertificate, ...], certificate.get("modules"), "certificate.modules", problems)
     hashes = decode(dict[str, str], certificate.get("sha256"), "certificate.sha256", problems)
+    texts = decode(dict[str, str], document.get("text_sha256", {}), "text_sha256", problems)
     largest = decode(float, certificate.get("largest_relative_error"), "certificate.largest_relative_error", problems)
     tensors = MLX_TENSOR_FILE if values.get("profile") == "mlx" else TENSOR_FILE
     if not problems and (tensors not in hashes or not hashes.keys() <= {tensors, GGUF_FILE, CORES_FILE} or not modules):
         problems.append("certificate: no hash or no modules")
+    if not problems and texts and texts.keys() != {README_FILE, CONFIG_FILE}:
+        problems.append("text_sha256: not those of card and config")
     if not problems and refitted != (CORES_FILE in hashes):
         problems.append(f"export.refit and the hash of {CORES_FILE} contradict each other")
     if not problems and (values["rank"] < 1 or any(module.rank < 1 for module in modules)):
@@ -202,6 +231,7 @@ def _read_record(document: dict[str, Any], where: Path) -> _Record:
     return _Record(
         **values,
         sha256=hashes,
+        text_sha256=texts,
         largest_error=largest,
         modules={module.name: module for module in modules},
         activation_aware=aware,

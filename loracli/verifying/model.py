@@ -33,6 +33,7 @@ from loracli.model.checkpoint import (
 )
 from loracli.progress import Progress
 from loracli.system.document import decode
+from loracli.system.files import README_FILE
 from loracli.system.tensor_file import file_sha256, open_regular
 from loracli.verifying.findings import Findings
 from loracli.verifying.origin import COMPOSITION, find_source, read_origin
@@ -58,6 +59,7 @@ def verify_model(
     adapters: Sequence[str],
     base: str | None,
     base_revision: str | None,
+    edited_card: bool,
     progress: Progress,
 ) -> None:
     """Checks a fused model; everything that differs goes into the findings.
@@ -67,7 +69,8 @@ def verify_model(
     """
     where = path / FUSE_CERTIFICATE
     files, recorded, dtype, dequantised, recorded_bypassed = _read_record(document, where)
-    _check_files(path, files, findings)
+    findings.check_record(document, FUSE_CERTIFICATE)
+    _check_files(path, files, findings, edited_card=edited_card)
     try:
         written = read_checkpoint(path)
         _check_loads(path, recorded, written, findings)
@@ -130,16 +133,18 @@ def _read_record(
     return files, recorded, None if dtype is None else names[dtype], dequantised, bypassed
 
 
-def _check_files(path: Path, files: dict[str, str], findings: Findings) -> None:
+def _check_files(path: Path, files: dict[str, str], findings: Findings, *, edited_card: bool) -> None:
     present = {e.name for e in path.iterdir() if not e.name.startswith(".")} - {FUSE_CERTIFICATE}
     for name in sorted(present - files.keys()):
         findings.differs(f"{name} is not in the record")
     for name in sorted(files):
         if name not in present:
             findings.differs(f"{name} is missing")
+        elif name == README_FILE:
+            findings.check_card(file_sha256(path / name), files[name], edited=edited_card)
         elif file_sha256(path / name) != files[name]:
             findings.differs(f"{name} is not the file of the certificate")
-    findings.checked.append("the sha256 of every file")
+    findings.checked.append("the sha256 of every other file")
 
 
 def _check_loads(path: Path, recorded: _Base, written: Checkpoint, findings: Findings) -> None:

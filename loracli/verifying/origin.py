@@ -30,14 +30,13 @@ from loracli.errors import (
 from loracli.progress import Progress
 from loracli.recipe.ingredients import by_names_of, read_recorded, recorded_policy
 from loracli.recipe.mixing import INLINE_KINDS
-from loracli.recipe.reading import decode_recipe, load_recipe
-from loracli.recipe.recipe import BaseModule, Recipe, RecipeAdapter, without_paths
+from loracli.recipe.reading import adapter_problems, base_problems, decode_recipe, load_recipe
+from loracli.recipe.recipe import BaseModule, Recipe, RecipeAdapter, RecordedAdapters, without_paths
 from loracli.system.document import decode
-from loracli.system.files import MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.verifying.findings import Findings
 
-TENSOR_FILES = {TENSOR_FILE, MLX_TENSOR_FILE}
 COMPOSITION = "the composition of the written weights"
+EVIDENCE = "the held-out table and how the mixing was found, as recorded"
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,11 @@ def read_origin(document: dict[str, Any], where: Path) -> Origin:
         )
     problems: list[str] = []
     base, recorded = document.get("base"), document.get("method")
-    adapters = decode(tuple[RecipeAdapter, ...], document.get("adapters"), "adapters", problems)
+    adapters = decode(RecordedAdapters, document.get("adapters"), "adapters", problems)
     if not isinstance(base, dict) or not isinstance(base.get("id"), str):
         problems.append("base.id: missing")
+    elif not problems:
+        problems += [*base_problems(base["id"], None), *(p for adapter in adapters for p in adapter_problems(adapter))]
     if not isinstance(recorded, dict) or recorded.get("name") not in METHODS:
         problems.append("method.name: none that this version has")
     if problems or not isinstance(recorded, dict) or not isinstance(base, dict):
@@ -95,8 +96,6 @@ def read_origin(document: dict[str, Any], where: Path) -> Origin:
     weights = decode(tuple[float, ...] | None, recorded.get("weights"), "method.weights", problems)
     if not adapters or (weights is not None and len(weights) != len(adapters)):
         problems.append("method.weights: not one for each adapter")
-    if any(not TENSOR_FILES & adapter.sha256.keys() for adapter in adapters):
-        problems.append("adapters: one without a hash")
     if problems:
         raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
     policy = str(document.get("modules_to_save", REFUSE))
@@ -139,6 +138,9 @@ def find_source(
         if given.public().to_json() != recorded.to_json():
             findings.differs(f"the recorded recipe is not {recipe}")
             return None
+        findings.checked.append("the recorded recipe, its held-out table included, against the one that is given")
+    elif origin.recipe is not None:
+        findings.skip(EVIDENCE, "only the recipe itself tells whether they are its own: name it with --recipe")
     if origin.recipe is not None and origin.recipe.mixing.kind not in INLINE_KINDS and given is None:
         findings.skip(COMPOSITION, "its mixing is kept in tensors beside the recipe: name the recipe with --recipe")
         return None

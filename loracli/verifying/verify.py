@@ -26,6 +26,7 @@ def verify_directory(
     adapters: Sequence[str] = (),
     base: str | None = None,
     base_revision: str | None = None,
+    edited_card: bool = False,
     progress: Progress = SILENT,
 ) -> Verification:
     """Computes again what was written, from the recorded ingredients, and compares every tensor.
@@ -36,6 +37,7 @@ def verify_directory(
         adapters: where the ingredients are, in the recorded order; empty for where they are recorded.
         base: a Hub id or directory; of a fused model None is the recorded one.
         base_revision: of a base on the Hub.
+        edited_card: let a README.md pass, unchecked, that was changed after it was written.
         progress: told how far it is.
     Raises:
         VerificationError: if anything differs, with every difference.
@@ -55,6 +57,7 @@ def verify_directory(
             adapters=adapters,
             base=base,
             base_revision=base_revision,
+            edited_card=edited_card,
             progress=progress,
         )
         return findings.result(path, "model")
@@ -83,6 +86,7 @@ def verify_directory(
         recipe=given,
         adapters=adapters,
         skeleton=skeleton,
+        edited_card=edited_card,
         progress=progress,
     )
     return findings.result(path, "adapter")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from loracli.calibration.records import CalibrationFile, DataSource, Record
-from loracli.calibration.render import Example, render_file, template_sha256
+from loracli.calibration.render import Example, render_file, template_sha256, tokens
 from loracli.calibration.shapes import Shape
 from loracli.errors import CalibrationError
 from loracli.progress import Silent
@@ -513,3 +514,13 @@ def test_a_tokenizer_that_puts_a_space_before_texts_puts_none_before_the_complet
     example = one(pairs(("a:", "b")), tokenizer)
     assert tokenizer.decode(example.input_ids) == " a:b</s>"
     assert example.scored == (False, False, False, True, True)
+
+
+def test_a_regular_expression_that_goes_back_too_often_ends_in_one_error() -> None:
+    """tokenizers gives up after ten million steps, about a second, in a way that no `except Exception` sees."""
+    tokenizer = Tokenizer(models.WordLevel({"x": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert tokens(fast, "aaa!") == [1]
+    with pytest.raises(CalibrationError, match="gives up on a text of 41 characters"):
+        tokens(fast, "a" * 40 + "!")

@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 
 import loracli
 from loracli.cli import app
-from loracli.cli._output import SHOWN_PROBLEMS, Output, describe, safe
+from loracli.cli._output import SHOWN_PROBLEMS, Output, describe
 from loracli.demo.run import example_folder
 from loracli.errors import CalibrationError, LoracatError, UsageError
+from loracli.escaping import visible
 from tests.cli.project import FIT, run, tree
 
 HEAVY = ("torch", "transformers", "peft", "safetensors", "huggingface_hub", "numpy", "tokenizers")
@@ -414,7 +415,7 @@ def test_an_interrupted_command_prints_one_document_too(
     ],
 )
 def test_what_cannot_be_printed_is_escaped(text: str, shown: str) -> None:
-    assert safe(text) == shown
+    assert visible(text) == shown
 
 
 HOSTILE = "evil\x1b]8;;http://x\x07[bold]:cat:[/nope]"

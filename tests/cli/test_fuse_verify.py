@@ -31,8 +31,10 @@ def test_fuse_then_verify_as_the_hints_say(here: Path) -> None:
 
 def test_verify_of_an_export_ends_with_7_and_names_every_difference(here: Path) -> None:
     assert run("export", "-o", "cat").exit_code == 0
-    shown = run("verify", "cat", "--adapters", "know", "form")
+    shown = run("verify", "cat", "--recipe", "recipe.json")
     assert shown.exit_code == 0 and "no difference" in shown.stdout and "NOT" not in shown.stdout
+    shown = run("verify", "cat", "--adapters", "know", "form")
+    assert shown.exit_code == 0 and shown.stdout.count("NOT checked: the held-out table") == 1
     assert run("verify", "cat", "-q").stdout == "incomplete\n"
     config = json.loads(Path("cat/adapter_config.json").read_text())
     Path("cat/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1, "bias": "all"}))

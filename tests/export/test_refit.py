@@ -28,10 +28,11 @@ from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
 from loracli.recipe.mixing import RecipeMixing
 from loracli.system.files import CORES_FILE
+from loracli.verifying.origin import EVIDENCE
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl
-from tests.verifying.test_verify_adapter import change, flip, problems, rewrite
+from tests.verifying.test_verify_adapter import change, flip, only_the_recipe_is_missing, problems, rewrite
 
 WEIGHTS = "adapter_model.safetensors"
 RANK = 2
@@ -163,14 +164,14 @@ def test_where_nothing_was_lost_the_truncation_is_kept_to_the_byte(made: Planted
     assert not (tmp_path / "out" / CORES_FILE).exists()
     document = json.loads((tmp_path / "out" / "loracat.json").read_text())
     assert "refit" not in document["export"] and document["refit"]["kept"] == "truncation"
-    assert not verify_directory(tmp_path / "out", adapters=[str(path) for path in made.paths]).not_checked
+    assert only_the_recipe_is_missing(verify_directory(tmp_path / "out", adapters=[str(path) for path in made.paths]))
 
 
 def test_verify_computes_a_refit_of_chosen_ranks_again(made: Planted, tmp_path: Path) -> None:
     exported = made.refitted(tmp_path / "out", rank=None, energy=0.8, profile="peft", dtype="bfloat16")
     assert exported.refit is not None and exported.refit.kept == "refit"
     found = verify_directory(tmp_path / "out", adapters=[str(path) for path in made.paths])
-    assert [skipped.what for skipped in found.not_checked] == ["that the refit found the best cores"]
+    assert [skipped.what for skipped in found.not_checked] == [EVIDENCE, "that the refit found the best cores"]
     assert found.tensors == len(load_file(tmp_path / "out" / WEIGHTS))
 
 

@@ -187,6 +187,25 @@ def test_a_million_tensors_are_refused_in_little_memory(server: ForkServer, yard
     check_manners(ended, {3})
 
 
+def test_files_that_took_the_square_of_their_size_are_refused_at_once(
+    server: ForkServer, yard: Path, recipe: Path
+) -> None:
+    """A header of 13 MB with a doubled key at its end, and 20,000 adapters in a recipe."""
+    folder = yard / "square"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes((yard / "project/first/adapter_config.json").read_bytes())
+    entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    entries = ",".join(f'"t{i}":{entry}' for i in range(220_000))
+    (folder / "adapter_model.safetensors").write_bytes(joined(f'{{{entries},"t219999":{entry}}}'.encode(), b""))
+    document = json.loads((recipe / "recipe.json").read_text())
+    document["adapters"] = [{**document["adapters"][0], "reference": f"a/{i}"} for i in range(20_000)]
+    (folder / "recipe.json").write_text(json.dumps(document))
+    for words in (("inspect", "."), ("lint", "."), ("show", "recipe.json"), ("report", "recipe.json")):
+        ended = server.run(*words, cwd=folder, limits={"CPU": 60})
+        check_manners(ended, {3})
+        assert "appears twice" in ended.stderr or "at most 1000 are read" in ended.stderr
+
+
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_every_damage_damages(damage: Damage) -> None:
     """Or the trials above would be of sound files."""

@@ -30,6 +30,7 @@ from tests.export.test_export import Made
 from tests.pushing.conftest import Push
 from tests.stub_hub_uploads import EMPTY, UploadHub
 from tests.tiny import BASE_ID
+from tests.verifying.test_verify_adapter import change
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "loracat.json"}
 REPO = "org/name"
@@ -153,8 +154,12 @@ def test_a_second_push_replaces_what_changed_and_no_file_of_anybody_else(hub: Up
     with (out / "README.md").open("a") as card:
         card.write("\nWords of the author.\n")
     hub.requests.clear()
-    found = push()
+    with pytest.raises(VerificationError) as caught:
+        push()
+    assert "--edited-card" in caught.value.problems[0] and hub.requests == []
+    found = push(edited_card=True)
     assert [file.name for file in found.files if file.state != "same"] == ["README.md"]
+    assert "README.md" in [item.what for item in found.verification.not_checked]
     assert not any("/store/" in path for _, path in hub.requests)
     assert hub.head(REPO).files == theirs | contents(out)
 
@@ -313,12 +318,6 @@ def test_what_the_hub_holds_is_compared_with_what_was_pushed(
         assert caught.value.exit_code == 7 and caught.value.problems == (f"{name} {said}",)
 
 
-def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    fields = json.loads(path.read_text())
-    edit(fields)
-    path.write_text(json.dumps(fields))
-
-
 def flip(out: Path) -> None:
     data = bytearray((out / "adapter_model.safetensors").read_bytes())
     data[-1] ^= 1
@@ -362,8 +361,8 @@ def path_of_author(fields: dict[str, Any]) -> None:
         (lambda out: (out / "loracat.json").unlink(), 3, "nothing that loracat wrote"),
         (lambda out: change(out / "loracat.json", lambda f: f.update(conversion={})), 3, "loracat convert"),
         (lambda out: (out / "loracat-fuse.json").write_text("{}"), 3, "is a fused model"),
-        (link, 3, "README.md is a symbolic link"),
-        (lambda out: (out / "README.md").unlink(), 3, "lacks README.md"),
+        (link, 7, "not what its record says"),
+        (lambda out: (out / "README.md").unlink(), 7, "not what its record says"),
         (base_in_card, 3, "the card's base_model is 'else/where'"),
         (lambda out: (out / "README.md").write_text("---\n- a\n---\n"), 3, "is no mapping"),
         (endless_base_in_card, 3, "the card's base_model is no single name, and"),
@@ -387,7 +386,7 @@ def test_what_must_not_go_up_is_refused_before_any_request(
     monkeypatch.setenv("HOME", "/home/somebody")  # neither the current folder nor above the export
     damage(out)
     with pytest.raises(LoracatError, match=said) as caught:
-        push()
+        push(edited_card=True)
     assert caught.value.exit_code == code and (caught.value.hint or code == 7) and hub.requests == []
     assert hub.token not in str(caught.value)
 
@@ -397,9 +396,9 @@ def test_what_a_directory_holds_is_refused_without_a_token(
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("loracli.pushing.push.get_token", lambda: None)
-    link(out)
-    with pytest.raises(InputError, match="README.md is a symbolic link"):
-        push()
+    add_to_card(out, f"see {Path.home()}/recipe.json")
+    with pytest.raises(InputError, match="holds the path"):
+        push(edited_card=True)
     flip(out)
     with pytest.raises(VerificationError):
         push()
