@@ -28,8 +28,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from loracli.errors import CalibrationError, LoracatError, RecipeError, SettingsError, VerificationError
-from loracli.escaping import visible
 from loracli.progress import WORK, amount_text, duration_text
+from loracli.system.escaping import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -25,10 +25,10 @@ from loracli._version import __version__
 from loracli.adapters.licence import agreed_licence
 from loracli.adapters.names import target_of
 from loracli.algebra.methods.method import Method
-from loracli.escaping import markdown_code, markdown_link, shell_word
 from loracli.hub.references import URI_PREFIX
 from loracli.recipe.mixing import INLINE_KINDS
 from loracli.recipe.recipe import Recipe, RecipeAdapter
+from loracli.system.escaping import markdown_code, markdown_link, shell_word
 
 RECORD_DIGEST = "record_sha256"  # the key of a record's own digest
 
@@ -257,8 +257,8 @@ def _reach(base_id: str, unreached: Sequence[str], bypassed: Sequence[str]) -> l
     lines = []
     if bypassed:
         lines += [
-            f"{markdown_code(base_id)} reads the weight of these modules without calling the layer, so that PEFT ignores their",
-            "update; `merge_and_unload`, and engines that call the layer, add it and run another model:",
+            f"{markdown_code(base_id)} reads the weight of these modules without calling the layer, so that PEFT ignores",
+            "their update; `merge_and_unload`, and engines that call the layer, add it and run another model:",
             ", ".join(map(markdown_code, bypassed)) + ".",
             "",
         ]

@@ -29,9 +29,9 @@ from loracli.composition.card import CardText, Repeat, adapter_table, adapter_wo
 from loracli.conversion.initialisation import Initial, dora_update, initial_update
 from loracli.conversion.read import BaseWeights, Convertible
 from loracli.errors import BaseModelMismatch, UnsupportedAdapter, UsageError
-from loracli.escaping import markdown_code
 from loracli.recipe.recipe import BaseModule, RecipeAdapter
 from loracli.system.document import encode
+from loracli.system.escaping import markdown_code
 
 
 @dataclass(frozen=True)

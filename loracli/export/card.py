@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from loracli.composition.card import CardText, Certificate
-from loracli.escaping import markdown_code, shell_word, yaml_text
 from loracli.export.layout import CAUSAL_LM, Layout
+from loracli.system.escaping import markdown_code, shell_word, yaml_text
 
 
 def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merged: bool, options: str) -> str:

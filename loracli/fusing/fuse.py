@@ -25,7 +25,6 @@ from loracli.adapters.names import target_of
 from loracli.composition.card import CardText, closed
 from loracli.composition.composition import Source
 from loracli.errors import BaseModelMismatch, UsageError
-from loracli.escaping import markdown_code
 from loracli.export.card import front_matter
 from loracli.export.options import OUTPUT_DTYPES
 from loracli.fitting.reach import named
@@ -64,6 +63,7 @@ from loracli.model.base_copies import check_base_copies, stored_weights
 from loracli.model.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe
+from loracli.system.escaping import markdown_code
 from loracli.system.files import flush_directory, holds, write_file
 
 
@@ -137,8 +137,8 @@ def fused_card(
 
 def _left_out(base_id: str, bypassed: Sequence[str]) -> list[str]:
     return [
-        f"{markdown_code(base_id)} reads the weight of these modules without calling the layer, so that PEFT ignores their update.",
-        f"It is left out here: {_code(bypassed)}.",
+        f"{markdown_code(base_id)} reads the weight of these modules without calling the layer, so that PEFT ignores",
+        f"their update. It is left out here: {_code(bypassed)}.",
     ]
 
 

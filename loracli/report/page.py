@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from loracli.escaping import html_text
+from loracli.system.escaping import html_text
 
 text = html_text
 

@@ -23,7 +23,7 @@ from loracli.cli import app
 from loracli.cli._output import SHOWN_PROBLEMS, Output, describe
 from loracli.demo.run import example_folder
 from loracli.errors import CalibrationError, LoracatError, UsageError
-from loracli.escaping import visible
+from loracli.system.escaping import visible
 from tests.cli.project import FIT, run, tree
 
 HEAVY = ("torch", "transformers", "peft", "safetensors", "huggingface_hub", "numpy", "tokenizers")

@@ -16,10 +16,10 @@ import yaml
 
 from loracli.adapters.licence import read_front_matter
 from loracli.errors import RecipeError
-from loracli.escaping import html_text, markdown_code, markdown_link, shell_word, visible, yaml_text
 from loracli.export.export import export_adapter
 from loracli.recipe.reading import load_recipe
 from loracli.report.report import write_report
+from loracli.system.escaping import html_text, markdown_code, markdown_link, shell_word, visible, yaml_text
 from tests.cli.project import run
 from tests.export.test_export import Made
 from tests.test_recipe import saved
