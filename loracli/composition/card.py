@@ -257,8 +257,8 @@ def _reach(base_id: str, unreached: Sequence[str], bypassed: Sequence[str]) -> l
     lines = []
     if bypassed:
         lines += [
-            f"{markdown_code(base_id)} reads the weight of these modules without calling the layer, so that PEFT ignores",
-            "their update; `merge_and_unload`, and engines that call the layer, add it and run another model:",
+            f"{markdown_code(base_id)} reads the weight of these modules without calling the layer, so that PEFT",
+            "ignores their update; `merge_and_unload`, and engines that call the layer, add it and run another model:",
             ", ".join(map(markdown_code, bypassed)) + ".",
             "",
         ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from loracli.adapters.names import layer, target_of
-from loracli.recipe.recipe import MAX_MODULES, Sha256
-from loracli.system.document import AtMost, added
+from loracli.system.document import AtMost, Matches, added
 
+MAX_MODULES = 200_000  # as many as tensors in a file
+Sha256 = Annotated[str, Matches(re.compile(r"[0-9a-f]{64}"), "a sha256, 64 hexadecimal digits")]
 MixingKind = Literal["adapter", "layer", "module", "rank", "core", "factors"]
 MIXING_KINDS: tuple[MixingKind, ...] = get_args(MixingKind)
 INLINE_KINDS: tuple[MixingKind, ...] = ("adapter", "layer", "module")  # their numbers stand in the recipe itself

@@ -22,8 +22,10 @@ from loracli.errors import OutputExists, UsageError
 from loracli.hub.references import REPO_ID, BaseClaim, is_hub_id
 from loracli.recipe.mixing import (
     INLINE_KINDS,
+    MAX_MODULES,
     RecipeActivations,
     RecipeMixing,
+    Sha256,
     activations_path,
     group_name,
     tensors_path,
@@ -39,9 +41,7 @@ FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million 
 MAX_ADAPTERS = 1000
 MAX_FILES = 10_000  # of calibration data
 MAX_TASKS = 100_000
-MAX_MODULES = 200_000  # as many as tensors in a file
 
-Sha256 = Annotated[str, Matches(re.compile(r"[0-9a-f]{64}"), "a sha256, 64 hexadecimal digits")]
 Commit = Annotated[str, Matches(re.compile(r"[0-9a-f]{40}"), "a commit, 40 hexadecimal digits")]
 RepoId = Annotated[str, Matches(REPO_ID, "a repository on the Hub, org/name")]
 AdapterReference = Annotated[str, Matches(re.compile(r"[^\0]{1,4096}"), "a name of 1 to 4096 characters")]
