@@ -13,14 +13,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    BloomConfig,
     CohereConfig,
+    FalconConfig,
+    FalconMambaConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    JambaConfig,
     LlamaConfig,
+    MambaConfig,
     MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -46,6 +52,8 @@ _SMALL = {
     "pad_token_id": 0,
     "head_dim": 8,
 }
+
+_FEW = {name: _SMALL[name] for name in ("vocab_size", "hidden_size", "bos_token_id", "eos_token_id", "pad_token_id")}
 
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_SMALL, tie_word_embeddings=False),
@@ -79,6 +87,32 @@ CONFIGS: dict[str, Any] = {
     ),
     "gpt-oss": lambda: GptOssConfig(
         **_SMALL | {"num_hidden_layers": 2, "intermediate_size": 24}, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "falcon": lambda: FalconConfig(
+        **_FEW, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True
+    ),
+    # A layer's weight is read without calling the layer: dt_proj; dense and dense_4h_to_h.
+    "mamba": lambda: MambaConfig(**_FEW, num_hidden_layers=2, state_size=8),
+    "falcon-mamba": lambda: FalconMambaConfig(**_FEW, num_hidden_layers=2, state_size=8),
+    "jamba": lambda: JambaConfig(
+        **_SMALL | {"num_hidden_layers": 2}, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8
+    ),
+    "bloom-slow": lambda: BloomConfig(**_FEW, n_layer=2, n_head=4, pretraining_tp=2, slow_but_exact=True),
+    # With a tower for pictures.
+    "gemma3-vision": lambda: Gemma3Config(
+        text_config={**_SMALL, "num_hidden_layers": 2, "query_pre_attn_scalar": 8},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=258,
+        boi_token_index=257,
+        eoi_token_index=256,
     ),
     "gpt2": lambda: GPT2Config(
         vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2, pad_token_id=0

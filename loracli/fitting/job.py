@@ -21,6 +21,7 @@ from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.journal import Journal, open_state, remove_state, state_folder
 from loracli.fitting.meter import StepLog, is_step_log
 from loracli.fitting.processes import Processes, connect, process_device
+from loracli.fitting.reach import foresee_bypassed
 from loracli.fitting.run import decision_on, divide_training, memory_estimate, run_fit, usable_length
 from loracli.fitting.rung import tokens_of
 from loracli.model.base import BasePlan, BaseReference, check_shapes, load_tokenizer, plan_base
@@ -77,7 +78,7 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
         progress: told what is found.
     Raises:
         BaseModelMismatch: if a module of an adapter is not in the base, in another shape, or one of experts that
-            compute in a way of their own.
+            compute in a way of their own; or if the base bypasses all of them.
         CalibrationError: as `render_inputs`.
         UsageError: if there are too few records to choose with, or too few processes for `shard`.
         OutOfResources: if the weights alone need more memory than there is.
@@ -86,6 +87,7 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
     base = plan_base(inputs.base, dtype=placement.dtype, device=placement.device)
     check_shapes(base.skeleton, inputs.adapters)
     check_experts(base.skeleton, inputs.adapters)
+    foresee_bypassed(inputs.layout.modules, inputs.base, progress)
     length = usable_length(base, inputs.settings)
     examples = render_inputs(inputs, load_tokenizer(inputs.base), max_length=length, progress=progress)
     folds = divide_training(inputs, examples.training)

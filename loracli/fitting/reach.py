@@ -90,15 +90,31 @@ def find_reach(
         return Reach()
     read = weights_read(base)
     found = Reach(unreached, tuple(name for name in unreached if name in read.bypassed))
-    if len(unreached) == len(engine.objective.attached.modules):
+    _tell(found, engine.objective.attached.modules, base.id, progress)
+    return found
+
+
+def foresee_bypassed(modules: Sequence[str], base: BaseReference, progress: Progress) -> None:
+    """Tells beforehand what `find_reach` will of modules that the base bypasses, from its config alone.
+
+    Raises:
+        BaseModelMismatch: if it bypasses all of them.
+    """
+    read = weights_read(base)
+    bypassed = tuple(name for name in modules if name in read.bypassed)
+    _tell(Reach(bypassed, bypassed), modules, base.id, progress)
+
+
+def _tell(found: Reach, modules: Sequence[str], base_id: str, progress: Progress) -> None:
+    if len(found.unreached) == len(modules):
         raise BaseModelMismatch(
-            f"no record reaches a module that the adapters change: {named(unreached)}"
-            + ("; " + _taken(base.id, found.bypassed) if found.bypassed else ""),
+            f"no record reaches a module that the adapters change: {named(found.passed_by or found.bypassed)}"
+            + ("; " + _taken(base_id, found.bypassed) if found.bypassed else ""),
             hint="take adapters of layers that the model calls for text; PEFT ignores these for it too",
         )
     if found.bypassed:
         progress.warn(
-            f"{_taken(base.id, found.bypassed)}: their updates act neither here nor in PEFT, and a fit leaves their "
+            f"{_taken(base_id, found.bypassed)}: their updates act neither here nor in PEFT, and a fit leaves their "
             "weights where it begins"
         )
     if found.passed_by:
@@ -106,7 +122,6 @@ def find_reach(
             f"no record reaches {named(found.passed_by)}: nothing here says what their updates do, and a fit leaves "
             "weights that are theirs alone where it begins"
         )
-    return found
 
 
 def warn_of_merging(base_id: str, bypassed: Sequence[str], progress: Progress) -> None:

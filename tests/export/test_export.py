@@ -57,6 +57,8 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "gemma2": ("gemma2", [{}, {"targets": ("up_proj",)}]),
     "conv1d": ("gpt2", [{"targets": ("c_attn",), "fan_in_fan_out": True}] * 2),
     "conv1d of two shapes": ("gpt2", [{"targets": ("c_attn", "c_proj"), "fan_in_fan_out": True}] * 2),
+    "subclass of linear": ("falcon", [{"targets": ("query_key_value",)}, {"targets": ("dense", "dense_h_to_4h")}]),
+    "weights that are read": ("mamba", [{"targets": ("x_proj", "dt_proj")}, {"targets": ("in_proj", "dt_proj")}]),
     "one adapter": ("llama", [{}]),
     "three adapters": ("llama", [{}, {"targets": ("o_proj",)}, {"rank": 1}]),
 }
