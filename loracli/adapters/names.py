@@ -33,6 +33,8 @@ from typing import Literal
 
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 
+PICKLE_FILE = "adapter_model.bin"  # opened by conversion/unpickle.py alone
+
 PREFIX = "base_model.model."
 
 Part = Literal["lora_A", "lora_B", "lora_bias", "lora_embedding_A", "lora_embedding_B", "base_layer"]

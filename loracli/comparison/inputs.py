@@ -9,6 +9,7 @@ from pathlib import Path
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatible import check_composable
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
+from loracli.adapters.tasks import check_language_models
 from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
@@ -106,6 +107,7 @@ def prepare_comparison(
     twice = next((r for r in references if references.count(r) > 1), None)
     if twice is not None:
         raise UsageError(f"the adapter {twice} is given twice")
+    check_language_models(read, "a comparison")
     check_composable(read, base_given=base is not None)
     policy = settings.fit.modules_to_save
     if loaded is not None and policy == REFUSE:

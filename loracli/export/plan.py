@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loracli.adapters.adapter import kernels_of
 from loracli.adapters.names import PREFIX, target_of
+from loracli.adapters.tasks import head_size
 from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import join_experts, join_groups
@@ -73,7 +74,6 @@ class AdapterPlan:
 
     def _layout(self, ranks: Mapping[str, int], rank: int | None = None) -> Layout:
         saved, adapters = self._source.saved, self._source.adapters
-        tasks = {adapter.config.task_type for adapter in adapters}
         return choose_layout(
             self._source.table,
             ranks,
@@ -82,7 +82,7 @@ class AdapterPlan:
             lora_bias=next((adapter.reference for adapter in adapters if adapter.config.lora_bias), None),
             saved=() if saved is None else saved.modules,
             kernels=kernels_of(adapters),
-            task_type=tasks.pop() if len(tasks) == 1 else None,
+            task_type=self._source.task_type,
         )
 
     def _choose_cuts(self, names: Sequence[str], options: ExportOptions) -> int | None:
@@ -203,7 +203,12 @@ class AdapterPlan:
         write_file(folder / CONFIG_FILE, _json(config))
         write_file(folder / CERTIFICATE_FILE, _json(self._document(certificate)))
         card = model_card(
-            self._source.card(), self.layout, certificate, merged=self.merged, options=self._repeated_options()
+            self._source.card(),
+            self.layout,
+            certificate,
+            merged=self.merged,
+            options=self._repeated_options(),
+            labels=None if self._source.saved is None else head_size(self._source.saved.shapes),
         )
         write_file(folder / README_FILE, card.encode())
         self._progress.finish(TASK)

@@ -12,6 +12,7 @@ import torch
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.names import target_of
+from loracli.adapters.tasks import agreed_task
 from loracli.algebra.methods.method import Method
 from loracli.composition.base_table import BaseTable
 from loracli.composition.composition import MethodSource, RecipeSource, Source
@@ -72,6 +73,7 @@ def read_composition(
         progress: told of downloads.
     Raises:
         UsageError: if these do not go together, or the method has to be fitted or cuts its result.
+        IncompatibleAdapters: if they are for different tasks.
     """
     if isinstance(recipe, (str, Path)) and (Path(recipe) / CONFIG_FILE).is_file():
         if adapters or method:
@@ -95,6 +97,7 @@ def read_composition(
         )
     read, given = read_to_compose(adapters, recipe, base_given=base_given, progress=progress)
     _refuse_kept(read)
+    agreed_task(read)
     return Composition(read, None, found, given.base if given else None)
 
 

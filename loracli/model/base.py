@@ -9,6 +9,7 @@ A base model as far as its config tells: found without any weight.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -23,9 +24,11 @@ from torch import nn
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
 from loracli.adapters.names import leaf
 from loracli.adapters.on_base import as_fused_experts, as_text_model, has_expert_layers, inside_other_model
+from loracli.adapters.other_bases import other_bases, say_other_bases
+from loracli.adapters.tasks import CAUSAL_LM, model_class
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
 from loracli.hub.fetch import fetch_base
-from loracli.hub.references import BaseClaim, agreed_base, is_path
+from loracli.hub.references import BaseClaim, agreed_base, is_path, is_repo_id
 from loracli.model.experts import check_experts
 from loracli.model.placement import DTYPES, check_device_map, check_sharded, placement_options, whole
 from loracli.progress import SILENT, Progress
@@ -91,7 +94,8 @@ def find_base(
     """
     _refuse_convolutions(adapters)
     claimed = None
-    claims = sorted({a.config.base_model for a in adapters if a.config.base_model})
+    stated = {adapter.reference: adapter.config.base_model for adapter in adapters}
+    claims = sorted({model for model in stated.values() if model})
     if base is None:
         claim = agreed_base(
             {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters},
@@ -103,15 +107,26 @@ def find_base(
         name = claims[0] if len(claims) == 1 and not is_path(claims[0]) else local.resolve().name
         taken_for = f", taken for {name}, which the adapters name; shapes are checked" if name in claims else ""
         progress.note(f"base model: the local directory {base}{taken_for if name != base else ''}")
+        others = other_bases(local.resolve().name, stated, directory=True, saved_as=_saved_as(local))
+        say_other_bases(base, others, progress)
         return BaseReference(name, local, None)
-    if claims and claims != [base]:
-        progress.warn(f"the adapters name {', '.join(claims)} and not {base}; only shapes are checked")
+    say_other_bases(base, other_bases(base, stated), progress)
     try:
         fetched = fetch_base(base, revision=revision or claimed, progress=progress)
     except (HubUnreachable, InputError) as error:
         error.hint = "; ".join(filter(None, [error.hint, "or give a local copy of the model with --base"]))
         raise
     return BaseReference(base, fetched.path, fetched.commit)
+
+
+def _saved_as(folder: Path) -> str | None:
+    """The Hub id that older versions of transformers kept in the config of what they saved, None without one."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # said when it is loaded
+    name = config.get("_name_or_path") if isinstance(config, dict) else None
+    return name if isinstance(name, str) and is_repo_id(name) and not Path(name).exists() else None
 
 
 def base_directory(base: str, *, revision: str | None = None) -> Path | None:
@@ -148,16 +163,18 @@ def _refuse_convolutions(adapters: Sequence[LoraAdapter]) -> None:
             )
 
 
-def on_base(adapters: Sequence[LoraAdapter], reference: BaseReference) -> tuple[LoraAdapter, ...]:
+def on_base(
+    adapters: Sequence[LoraAdapter], reference: BaseReference, *, task: str | None = None
+) -> tuple[LoraAdapter, ...]:
     """The adapters by the base's names: those that were trained inside a larger model on the text model alone, and
-    those with a module for each expert on a base that keeps experts in one parameter.
+    those with a module for each expert on a base that keeps experts in one parameter; `task` as for `plan_base`.
 
     Raises:
         BaseModelMismatch: as `plan_base`.
     """
     if not any(inside_other_model(adapter) or has_expert_layers(adapter) for adapter in adapters):
         return tuple(adapters)
-    skeleton = plan_base(reference).skeleton
+    skeleton = plan_base(reference, task=task).skeleton
     outs = {
         name: shape[2] for name, _ in skeleton.named_parameters() if (shape := expert_shape(skeleton, name)) is not None
     }
@@ -185,29 +202,36 @@ class BasePlan:
 
 
 def plan_base(
-    reference: BaseReference, *, dtype: str = "auto", device: str = "auto", dequantised: bool = False
+    reference: BaseReference,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    dequantised: bool = False,
+    task: str | None = None,
 ) -> BasePlan:
     """Reads the config and settles dtype and device, as `load_base` will; `dequantised` takes a quantised base for the
-    model that it is in full precision.
+    model that it is in full precision, `task` (PEFT's name of it) for another than a causal language model.
 
     Raises:
-        BaseModelMismatch: if transformers knows no such causal language model, or it is quantised.
+        BaseModelMismatch: if transformers knows no such model, or it is quantised.
         UsageError: if there is no such dtype, or the device cannot be used.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
     device = _resolve_device(device)
-    with _loading(reference):
+    auto = getattr(transformers, model_class(task))
+    with _loading(reference, auto.__name__):
         config = AutoConfig.from_pretrained(reference.path, **OFFLINE)
         if dequantised:
             vars(config).pop("quantization_config", None)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=False)
+            skeleton = auto.from_config(deepcopy(config), trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise BaseModelMismatch(
             f"the base model {reference.id} is quantised", hint="give the unquantised model with --base"
         )
-    if skeleton.get_output_embeddings() is None:
+    if task in (None, CAUSAL_LM) and skeleton.get_output_embeddings() is None:
         raise BaseModelMismatch(f"the base model {reference.id} has no language model head")
     resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), device)
     return BasePlan(reference, config, skeleton, resolved, device)
@@ -336,8 +360,8 @@ def base_modules(model: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[Bas
 
 
 @contextmanager
-def _loading(reference: BaseReference) -> Iterator[None]:
-    """transformers without bars and chatter, and its errors as ours."""
+def _loading(reference: BaseReference, auto: str = "AutoModelForCausalLM") -> Iterator[None]:
+    """transformers without bars and chatter, and its errors as ours; `auto` is its class for the base."""
     from transformers.utils import logging
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -347,9 +371,10 @@ def _loading(reference: BaseReference) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         message = str(error).strip().splitlines()
+        kind = "a causal language model" if auto == "AutoModelForCausalLM" else f"a model for {auto}"
         raise BaseModelMismatch(
             f"the base model {reference.id} cannot be loaded: {message[0] if message else type(error).__name__}",
-            hint="it must be a causal language model in safetensors that transformers knows without remote code",
+            hint=f"it must be {kind} in safetensors that transformers knows without remote code",
         ) from error
     finally:
         logging.set_verbosity(verbosity)

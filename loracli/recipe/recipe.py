@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loracli.adapters.names import leaf
+from loracli.adapters.other_bases import OtherBase, other_bases
 from loracli.errors import OutputExists, UsageError
-from loracli.hub.references import is_path
+from loracli.hub.references import is_path, is_repo_id
 from loracli.recipe.mixing import (
     INLINE_KINDS,
     RecipeActivations,
@@ -80,6 +81,18 @@ class RecipeAdapter:
     def weights_sha256(self) -> str:
         """Of the file that holds the factors."""
         return next(self.sha256[name] for name in TENSOR_FILES if name in self.sha256)
+
+
+def is_named(base_id: str, adapters: Sequence[RecipeAdapter]) -> bool:
+    """Whether a base goes by a name that it can be loaded by, a Hub id or what an adapter names; else it is that of a
+    directory."""
+    return is_repo_id(base_id) or any(adapter.base_model == base_id for adapter in adapters)
+
+
+def other_bases_of(base_id: str, adapters: Sequence[RecipeAdapter]) -> tuple[OtherBase, ...]:
+    """The adapters that name another base than the one they are composed for."""
+    claims = {adapter.reference: adapter.base_model for adapter in adapters}
+    return other_bases(base_id, claims, directory=not is_named(base_id, adapters))
 
 
 @dataclass(frozen=True)
