@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loracli.comparison.compare import compare_adapters
     from loracli.comparison.settings import CompareSettings, Controls
     from loracli.conversion.convert import Converted, convert_adapter
+    from loracli.conversion.from_pickle import Unpickled, convert_pickle
     from loracli.errors import LoracatError
     from loracli.evaluation.comparison import Comparison
     from loracli.evaluation.metrics import TaskMetric
@@ -55,9 +56,11 @@ _HOMES = {
     "Pushed": "loracli.pushing.push",
     "Recipe": "loracli.recipe.recipe",
     "TaskMetric": "loracli.evaluation.metrics",
+    "Unpickled": "loracli.conversion.from_pickle",
     "Verification": "loracli.verifying.findings",
     "compare_adapters": "loracli.comparison.compare",
     "convert_adapter": "loracli.conversion.convert",
+    "convert_pickle": "loracli.conversion.from_pickle",
     "export_adapter": "loracli.export.export",
     "export_method": "loracli.export.method",
     "fetch_adapter": "loracli.hub.fetch",
@@ -88,9 +91,11 @@ __all__ = [
     "Pushed",
     "Recipe",
     "TaskMetric",
+    "Unpickled",
     "Verification",
     "compare_adapters",
     "convert_adapter",
+    "convert_pickle",
     "export_adapter",
     "export_method",
     "fetch_adapter",

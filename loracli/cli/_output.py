@@ -179,6 +179,7 @@ class Output:
         self._draws = _is_terminal(sys.stderr) and not (quiet or as_json)
         self._bars: RichProgress | None = None
         self._tasks: dict[str, _Line] = {}
+        self._warned: set[str] = set()  # each is said once, however many parts of the work find it
         self._lock = threading.RLock()  # downloads tell of themselves from threads of their own
 
     # Results: stdout.
@@ -254,7 +255,11 @@ class Output:
             self._stderr.print(plain(message, "dim"))
 
     def warn(self, message: str) -> None:
-        self._say("warning: ", "yellow", message)
+        with self._lock:
+            known = message in self._warned
+            self._warned.add(message)
+        if not known:
+            self._say("warning: ", "yellow", message)
 
     def hint(self, command: str) -> None:
         """Names the next command to type."""

@@ -59,14 +59,33 @@ def convert(
         str | None,
         typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; default: the adapter's own."),
     ] = None,
+    from_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--from-pickle",
+            help="Make safetensors of adapter_model.bin, which a process of its own opens, within limits.",
+        ),
+    ] = False,
     force: ForceOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
-    """Make a plain LoRA, at a stated error, of an adapter that is refused without its base model."""
+    """Make a plain LoRA, at a stated error, of an adapter that is refused without its base model; or safetensors of a
+    pickle file."""
     from loracli.conversion.convert import convert_adapter
 
     out = Output(as_json=as_json, quiet=quiet)
+    if from_pickle:
+        others = {
+            "--base": base,
+            "--base-revision": base_revision,
+            "--initial": initial,
+            "--rank": rank,
+            "--tolerance": tolerance,
+            "--dtype": dtype,
+        }
+        _from_pickle(out, adapter, output, [name for name, value in others.items() if value is not None], force=force)
+        return
     made = convert_adapter(
         adapter,
         output,
@@ -92,6 +111,7 @@ def convert(
             "relative_error": made.relative_error,
             "largest_relative_error": exported.certificate.largest_error,
             "initial_uncertainty": made.uncertainty,
+            "pickle_sha256": None,
             "modules": [
                 {"name": module.name, "rank": module.rank, "relative_error": module.relative_error}
                 for module in modules
@@ -121,3 +141,43 @@ def convert(
             [[f"  {module.name}", str(module.rank), f"{module.relative_error:.2%}"] for module in worst],
         )
     out.hint(shlex.join(["loracat", "inspect", str(exported.path)]))
+
+
+def _from_pickle(out: Output, reference: str, output: Path, others: list[str], *, force: bool) -> None:
+    """`convert --from-pickle`; `others` are options that were given beside it."""
+    from loracli.conversion.from_pickle import convert_pickle
+    from loracli.errors import UsageError
+
+    if others:
+        raise UsageError(
+            f"--from-pickle changes nothing in the tensors, and {others[0]} is for another conversion",
+            hint="make safetensors first, then convert those",
+        )
+    made = convert_pickle(reference, output, force=force, progress=out)
+    adapter, dtype = made.adapter, str(made.adapter.dtype).removeprefix("torch.")
+    out.close()
+    out.document(
+        {
+            "path": str(made.path),
+            "profile": "peft",
+            "rank": max(adapter.ranks),
+            "dtype": dtype,
+            "size_bytes": made.size_bytes,
+            "relative_error": 0.0,
+            "largest_relative_error": 0.0,
+            "initial_uncertainty": None,
+            "modules": [
+                {"name": name, "rank": module.factors.rank, "relative_error": 0.0}
+                for name, module in adapter.modules.items()
+            ],
+            "pickle_sha256": made.pickle_sha256,
+        }
+    )
+    out.value(str(made.path))
+    out.line(str(made.path), style="bold")
+    out.line(
+        f"  rank {max(adapter.ranks)}, {len(adapter.targets)} modules, {dtype}, {amount_text(made.size_bytes, 'B')}, "
+        "with the values of the pickle file"
+    )
+    command = ["loracat", "convert" if made.needs_conversion else "inspect", str(made.path)]
+    out.hint(shlex.join(command + (["--base", "MODEL"] if made.needs_conversion else [])))

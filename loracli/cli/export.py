@@ -134,6 +134,12 @@ def export(
             help="With --method: modules that adapters saved whole: pick:NAME, average, refuse; default: the recipe's.",
         ),
     ] = None,
+    task_type: Annotated[
+        str | None,
+        typer.Option(
+            "--task-type", metavar="NAME", help="With --method: of the export; default: the one that the adapters have."
+        ),
+    ] = None,
     gguf: Annotated[
         bool, typer.Option("--gguf", help="Write adapter.gguf for llama.cpp as well; needs the extra loracat[gguf].")
     ] = False,
@@ -185,6 +191,8 @@ def export(
             raise UsageError(
                 "--modules-to-save was settled when the recipe was fitted", hint="leave it out, or fit again with it"
             )
+        if task_type is not None:
+            raise UsageError("--task-type is for --method: a recipe is of a causal language model", hint="leave it out")
         if options != MethodOptions():
             raise UsageError("--density, --scale and --seed are for a method", hint="name it with --method")
         if (base or base_revision) and not (data or fit_data or gguf):
@@ -219,6 +227,7 @@ def export(
             base=base,
             base_revision=base_revision,
             modules_to_save=modules_to_save,
+            task_type=task_type,
             progress=out,
             **written,
         )
@@ -299,7 +308,7 @@ def export(
     if layout.profile == "mlx":
         out.hint(f"mlx_lm.generate --model BASE --adapter-path {exported.path} --prompt ...")
     else:
-        out.hint(f'PeftModel.from_pretrained(base_model, "{exported.path}")')
+        out.hint(exported.loading_line(base))
 
 
 def _show_refit(out: Output, refit: RefitRecord) -> None:

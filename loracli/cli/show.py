@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,7 @@ def show(
     from loracli.cli._tables import data_lines, held_out_lines, search_lines, weight_maps
     from loracli.recipe.mixing import INLINE_KINDS, tensors_path
     from loracli.recipe.reading import load_recipe
-    from loracli.recipe.recipe import weights_by_leaf
+    from loracli.recipe.recipe import other_bases_of, weights_by_leaf
 
     out = Output(as_json=as_json, quiet=quiet)
     loaded = load_recipe(recipe)
@@ -57,6 +58,8 @@ def show(
             for a in loaded.adapters
         ],
     )
+    for other in other_bases_of(loaded.base.id, loaded.adapters):
+        out.line(f"base model: {replace(other, adapter=labels[other.adapter])}")
     out.line()
     mixing, spread = loaded.mixing, "mean over modules (lowest to highest)"
     if mixing.kind in INLINE_KINDS:

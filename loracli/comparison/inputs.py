@@ -9,6 +9,7 @@ from pathlib import Path
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatible import check_composable, check_distinct
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
+from loracli.adapters.tasks import check_language_models
 from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
@@ -102,6 +103,7 @@ def prepare_comparison(
         read = tuple(a.loaded() for a in read_ingredients(loaded, relocated=adapters, progress=progress))
         references = tuple(_row_name(adapter.reference) for adapter in loaded.adapters)
     check_distinct(read, references)
+    check_language_models(read, "a comparison")
     asked = base or (None if loaded is None else loaded.base.claim)
     check_composable(read, base_given=asked is not None)
     policy = settings.fit.modules_to_save

@@ -35,6 +35,7 @@ def base_table(
     base: str | None = None,
     *,
     revision: str | None = None,
+    task: str | None = None,
     progress: Progress = SILENT,
 ) -> BaseTable:
     """From the adapters where each last name was targeted as such by one of them, so that it stands wherever the base
@@ -45,6 +46,7 @@ def base_table(
         adapters: that are composed.
         base: a Hub id or directory, None for the one that all adapters name.
         revision: of a base on the Hub.
+        task: PEFT's name of what the base computes, None for a causal language model.
         progress: told of a download.
     Raises:
         IncompatibleAdapters: if they name no base or different ones, and none is given.
@@ -72,7 +74,7 @@ def base_table(
     from loracli.model.checkpoint import read_checkpoint
 
     reference = find_base(adapters, base, revision=revision, progress=progress)
-    skeleton = plan_base(reference).skeleton
+    skeleton = plan_base(reference, task=task).skeleton
     check_shapes(skeleton, adapters)
     if carrying:
         check_base_copies(carrying, stored_weights(read_checkpoint(reference.path), skeleton))

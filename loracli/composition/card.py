@@ -27,7 +27,7 @@ from loracli.adapters.names import target_of
 from loracli.algebra.methods.method import Method
 from loracli.hub.references import URI_PREFIX
 from loracli.recipe.mixing import INLINE_KINDS
-from loracli.recipe.recipe import Recipe, RecipeAdapter
+from loracli.recipe.recipe import Recipe, RecipeAdapter, is_named, other_bases_of
 from loracli.system.escaping import markdown_code, markdown_link, shell_word
 
 RECORD_DIGEST = "record_sha256"  # the key of a record's own digest
@@ -183,6 +183,7 @@ class CardText:
         licence: that all ingredients state, None if they do not.
         made: how it was made, for the heading; None of a composition.
         reach: what there is to say of modules that the base does not call.
+        base_named: whether the base can be loaded by `base_id`, which of a directory is only the last name.
     """
 
     base_id: str
@@ -195,6 +196,7 @@ class CardText:
     licence: str | None
     made: str | None = None
     reach: tuple[str, ...] = ()
+    base_named: bool = False
 
 
 def recipe_card(recipe: Recipe, licences: Sequence[str | None]) -> CardText:
@@ -209,6 +211,7 @@ def recipe_card(recipe: Recipe, licences: Sequence[str | None]) -> CardText:
         version=recipe.versions.get("loracat", ""),
         licence=agreed_licence(licences),
         reach=tuple(_reach(recipe.base.id, recipe.mixing.unreached, recipe.mixing.bypassed)),
+        base_named=is_named(recipe.base.id, recipe.adapters),
     )
 
 
@@ -222,6 +225,7 @@ def method_card(
     saved: str | None,
     *,
     bypassed: Sequence[str] = (),
+    task_type: str | None = None,
 ) -> CardText:
     """Of adapters, by the names that may be published, that a method composed.
 
@@ -232,6 +236,7 @@ def method_card(
         licences: that each of them states.
         saved: the policy for modules that adapters saved whole, None where they have none.
         bypassed: modules whose weight the base reads without calling the layer.
+        task_type: that the user chose, None where the adapters agree on it.
     """
     chosen = {name: value for name, value in options.items() if value is not None and name != "rank"}
     said = ", ".join(f"{name} {value:g}" for name, value in chosen.items() if isinstance(value, (int, float)))
@@ -239,16 +244,22 @@ def method_card(
     words = [f"--method {method.name}", *(f"--{name} {value:g}" for name, value in chosen.items())]
     columns: Sequence[list[float] | None] = [None] * len(adapters) if weights is None else [[w] for w in weights]
     words += [] if saved is None else [f"--modules-to-save {shell_word(saved)}"]
+    words += [] if task_type is None else [f"--task-type {task_type}"]
     return CardText(
         base_id=base_id,
         adapters=len(adapters),
         how=(f"{how}{f' ({said})' if said else ''}.",),
-        ingredients=(*adapter_table(list(zip(adapters, columns, licences, strict=True))), ""),
+        ingredients=(
+            *adapter_table(list(zip(adapters, columns, licences, strict=True))),
+            "",
+            *other_base_lines(base_id, adapters),
+        ),
         results=(),
         repeat=repeat_method(words, base_id, adapters, searched=method.search is not None),
         version=__version__,
         licence=agreed_licence(licences),
         reach=tuple(_reach(base_id, bypassed, bypassed)),
+        base_named=is_named(base_id, adapters),
     )
 
 
@@ -305,7 +316,20 @@ def _ingredients(recipe: Recipe, licences: Sequence[str | None]) -> list[str]:
     lines = adapter_table(list(zip(recipe.adapters, columns, licences, strict=True)))
     if recipe.mixing.kind not in INLINE_KINDS:
         lines += ["", "The weights are a summary: those whose weighted sum comes closest to the update of a module."]
-    return [*lines, ""]
+    return [*lines, "", *other_base_lines(recipe.base.id, recipe.adapters)]
+
+
+def other_base_lines(base_id: str, adapters: Sequence[RecipeAdapter]) -> list[str]:
+    """What there is to say of adapters that name another base."""
+    lines = []
+    for other in other_bases_of(base_id, adapters):
+        copy = (
+            ""
+            if other.copy_of is None
+            else f", by its name the same model as {markdown_code(other.copy_of)}, quantised"
+        )
+        lines.append(f"{markdown_code(other.adapter)} names {markdown_code(other.model)} as its base{copy}.")
+    return [*lines, ""] if lines else []
 
 
 def adapter_table(adapters: Sequence[tuple[RecipeAdapter, Sequence[float] | None, str | None]]) -> list[str]:

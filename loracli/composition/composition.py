@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import torch
 
 from loracli._version import __version__
-from loracli.adapters.adapter import LoraAdapter, module_names, widest_dtype
+from loracli.adapters.adapter import LoraAdapter, kernels_of, module_names, widest_dtype
 from loracli.adapters.licence import stated_licences
 from loracli.adapters.saved_modules import SavedModules
+from loracli.adapters.tasks import CAUSAL_LM, agreed_task
 from loracli.algebra.concatenate import concatenate, without_zeros
 from loracli.algebra.factors import Factors
 from loracli.algebra.methods.method import Merged, Method, MethodOptions
@@ -126,6 +127,10 @@ class Source(Protocol):
         """Every module of the base that goes by the last name of a changed one."""
 
     @property
+    def task_type(self) -> str | None:
+        """PEFT's name of its task, None without one."""
+
+    @property
     def dtype(self) -> torch.dtype:
         """That keeps what it is made of."""
 
@@ -163,6 +168,10 @@ class RecipeSource:
     @property
     def table(self) -> tuple[BaseModule, ...]:
         return self.recipe.modules
+
+    @property
+    def task_type(self) -> str | None:
+        return task_of_recipe(self.adapters)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -203,6 +212,8 @@ class MethodSource:
         identities: of them, by the names that may be published.
         base: what is known of the base model.
         saved: modules that replace the base's, None without any.
+        task_type: PEFT's name of its task, None without one.
+        task_asked: whether the user chose it.
     """
 
     method: Method
@@ -212,6 +223,8 @@ class MethodSource:
     identities: tuple[RecipeAdapter, ...]
     base: BaseTable
     saved: SavedModules | None = None
+    task_type: str | None = None
+    task_asked: bool = False
 
     @property
     def base_id(self) -> str:
@@ -263,16 +276,14 @@ class MethodSource:
     def card(self) -> CardText:
         licences = stated_licences(self.adapters)
         saved = None if self.saved is None else self.saved.policy
-        return method_card(
-            self.method,
-            self.taken(),
-            self.weights,
-            self.base.id,
-            self.identities,
-            licences,
-            saved,
-            bypassed=self.base.bypassed,
-        )
+        named = (self.method, self.taken(), self.weights, self.base.id, self.identities, licences, saved)
+        task = self.task_type if self.task_asked else None
+        return method_card(*named, bypassed=self.base.bypassed, task_type=task)
+
+
+def task_of_recipe(adapters: Sequence[LoraAdapter]) -> str | None:
+    """That of what a recipe's adapters make: a fit runs causal language models, and nothing with a convolution."""
+    return agreed_task(adapters) if kernels_of(adapters) else CAUSAL_LM
 
 
 def recorded_base(source: Source, base: str | None) -> str | BaseClaim | None:

@@ -125,7 +125,7 @@ def read_convertible(reference: str, initial: str | None = None, *, progress: Pr
         IncompatibleAdapters: if the initial adapter is not of the same modules, ranks and scalings.
         UsageError: if the initial adapter is the adapter itself.
     """
-    adapter, magnitudes = _read(fetch_adapter(reference, progress=progress), progress)
+    adapter, magnitudes = read_trained(fetch_adapter(reference, progress=progress), progress=progress)
     if initial is None and adapter.config.initialisation is not None and adapter.commit is None:
         found = [name for name in INITIAL_FOLDERS if (adapter.path / name / CONFIG_FILE).is_file()]
         if len(found) == 1:
@@ -133,12 +133,12 @@ def read_convertible(reference: str, initial: str | None = None, *, progress: Pr
             progress.note(f"the adapter before its training: {Path(reference) / found[0]}")
     if initial is None:
         return Convertible(adapter, magnitudes, None)
-    before, _ = _read(fetch_adapter(initial, progress=progress), SILENT)  # an update of zero is nothing odd there
+    before, _ = read_trained(fetch_adapter(initial, progress=progress))  # an update of zero is nothing odd there
     _check_initial(adapter, before)
     return Convertible(adapter, magnitudes, before)
 
 
-def _read(fetched: Fetched, progress: Progress) -> tuple[LoraAdapter, dict[str, Tensor]]:
+def read_trained(fetched: Fetched, *, progress: Progress = SILENT) -> tuple[LoraAdapter, dict[str, Tensor]]:
     """The adapter, and its magnitudes by module."""
     config = read_config(fetched.path / CONFIG_FILE, convertible=True)
     where = str(fetched.path / TENSOR_FILE)

@@ -20,16 +20,17 @@ from torch import Tensor
 from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, LoraModule
 from loracli.adapters.licence import agreed_licence, stated_licences
+from loracli.adapters.tasks import agreed_task
 from loracli.algebra.concatenate import concatenate
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods.method import Merged
 from loracli.algebra.truncate import Truncation, best_approximation, truncate
 from loracli.composition.base_table import BaseTable
-from loracli.composition.card import CardText, Repeat, adapter_table, adapter_words, base_words
+from loracli.composition.card import CardText, Repeat, adapter_table, adapter_words, base_words, other_base_lines
 from loracli.conversion.initialisation import Initial, dora_update, initial_update
 from loracli.conversion.read import BaseWeights, Convertible
 from loracli.errors import BaseModelMismatch, UnsupportedAdapter, UsageError
-from loracli.recipe.recipe import BaseModule, RecipeAdapter
+from loracli.recipe.recipe import BaseModule, RecipeAdapter, is_named
 from loracli.system.document import encode
 from loracli.system.escaping import markdown_code
 
@@ -161,6 +162,10 @@ class ConversionSource:
     @property
     def table(self) -> tuple[BaseModule, ...]:
         return self.base.modules
+
+    @property
+    def task_type(self) -> str | None:
+        return agreed_task([self.read.adapter])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -320,10 +325,11 @@ class ConversionSource:
             base_id=self.base.id,
             adapters=len(self.identities),
             how=tuple(how),
-            ingredients=(*adapter_table(rows), ""),
+            ingredients=(*adapter_table(rows), "", *other_base_lines(self.base.id, self.identities)),
             results=(),
             repeat=Repeat(f"loracat convert{tolerance}", " ".join(words)),
             version=__version__,
             licence=agreed_licence(licences),
             made=f"converted from {kind}",
+            base_named=is_named(self.base.id, self.identities),
         )

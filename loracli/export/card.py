@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from loracli.adapters.tasks import CAUSAL_LM, loading_lines
 from loracli.composition.card import CardText, Certificate
-from loracli.export.layout import CAUSAL_LM, Layout
+from loracli.export.layout import Layout
 from loracli.system.escaping import markdown_code, shell_word, yaml_text
 
 
-def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merged: bool, options: str) -> str:
-    """README.md of the export; `options` are those of its command that concern compression, dtype and layout."""
+def model_card(
+    text: CardText,
+    layout: Layout,
+    certificate: Certificate,
+    *,
+    merged: bool,
+    options: str,
+    labels: int | None = None,
+) -> str:
+    """README.md of the export; `options` are those of its command that concern compression, dtype and layout, `labels`
+    how many a classifier has that it brings."""
     title = f"compressed to rank {layout.rank}" if merged else f"of rank {layout.rank}"
     library = "mlx" if layout.profile == "mlx" else "peft"
     return "\n".join(
@@ -33,7 +43,7 @@ def model_card(text: CardText, layout: Layout, certificate: Certificate, *, merg
             "",
             "## Use",
             "",
-            *_use(text.base_id, layout),
+            *_use(text, layout, labels),
             "",
             *_servers(layout),
             *text.reach,
@@ -48,19 +58,16 @@ def _licence(text: CardText) -> list[str]:
     return ["No licence is stated here, because the ingredients do not all state the same one.", ""]
 
 
-def _use(base_id: str, layout: Layout) -> list[str]:
+def _use(text: CardText, layout: Layout, labels: int | None) -> list[str]:
     if layout.profile == "mlx":
         return [
             "```bash",
-            f"mlx_lm.generate --model {shell_word(base_id)} --adapter-path path/to/this/adapter --prompt ...",
+            f"mlx_lm.generate --model {shell_word(text.base_id)} --adapter-path path/to/this/adapter --prompt ...",
             "```",
         ]
-    return [
-        "```python",
-        "from peft import PeftModel",
-        'model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")',
-        "```",
-    ]
+    place = "path/to/this/adapter"
+    *imports, loaded = loading_lines(layout.task_type, place, text.base_id, named=text.base_named, labels=labels)
+    return ["```python", *imports, f"model = {loaded}", "```"]
 
 
 def front_matter(

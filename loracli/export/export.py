@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
+from loracli.adapters.other_bases import say_other_bases
 from loracli.adapters.saved_modules import saved_modules
+from loracli.adapters.tasks import head_size, loading_lines
 from loracli.calibration.records import DataPaths
 from loracli.composition.card import Certificate
 from loracli.composition.composition import RecipeSource, Source, base_of_config
@@ -27,7 +29,7 @@ from loracli.export.refit import Refit, RefitRecord, check_refit, check_refittab
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import Recipe
+from loracli.recipe.recipe import Recipe, other_bases_of
 from loracli.system.files import check_free, holds, whole_directory
 from loracli.system.tensor_file import file_size
 from loracli.system.threads import one_thread_each
@@ -60,6 +62,15 @@ class Exported:
     source: Source = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     refit: RefitRecord | None = None
+
+    def loading_line(self, base: str | None = None) -> str:
+        """The Python that loads it with PEFT, with the class for its task; `base` is the one that the user named."""
+        card, saved = self.source.card(), self.source.saved
+        local = base is not None and Path(base).expanduser().is_dir()
+        known = base if local else card.base_id if card.base_named else None
+        labels = None if saved is None else head_size(saved.shapes)
+        named = card.base_named and not local
+        return loading_lines(self.layout.task_type, str(self.path), known, named=named, labels=labels)[-1]
 
 
 def export_adapter(
@@ -133,6 +144,9 @@ def export_adapter(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
+    if fit_data is None and not refit:  # which look for the base, and say so
+        others = other_bases_of(recipe.base.id, recipe.adapters)
+        say_other_bases(recipe.base.id, others, progress)
     if gguf:
         from loracli.export.gguf import find_llama_cpp_base
 

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from loracli.adapters.experts import module_of_parameter
 from loracli.adapters.names import format_tensor_name, is_numbered, layer, leaf, numbered_name, target_of
+from loracli.adapters.tasks import CAUSAL_LM
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution
 from loracli.errors import UsageError
@@ -118,7 +119,6 @@ def mlx_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -> str
 
 ProfileName = Literal["portable", "peft", "mlx"]
 PROFILES: tuple[ProfileName, ...] = get_args(ProfileName)
-CAUSAL_LM = "CAUSAL_LM"
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Layout:
         modules_to_save: modules that replace the base's.
         experts: how many of them a parameter has, by its path.
         convolutions: their groups and kernels, by the convolution's path.
-        task_type: `task_type` of the config.
+        task_type: `task_type` of the config, None without one: PEFT then wraps any model.
     """
 
     profile: ProfileName
@@ -295,8 +295,7 @@ def choose_layout(
         lora_bias: the ingredient that has biases on lora_B, None without one.
         saved: modules that replace the base's.
         kernels: sizes of the kernels of convolutions that the composition changes, by path.
-        task_type: that the ingredients agree on, None without one: PEFT then wraps any model. It counts where a
-            convolution is changed; all other compositions are of causal language models.
+        task_type: of the composition, None without one.
     Raises:
         UsageError: if portable or mlx was asked for and cannot be, with the reason, or no layout can hold this.
     """
@@ -316,12 +315,14 @@ def choose_layout(
         unheld = mlx_obstacle(modules, ranks)
         if convolutions:
             unheld = f"{min(convolutions)} is a convolution, on which MLX has no LoRA"
+        if task_type not in (None, CAUSAL_LM):
+            unheld = f"its task type is {task_type}, and mlx-lm runs causal language models alone"
         if lora_bias:
             unheld = f"{lora_bias} has lora_bias"
         if saved:
             unheld = f"it replaces {saved[0]} as one of its modules_to_save"
         if unheld:
-            raise UsageError(f"the mlx profile is impossible: {unheld}", hint="leave that module out, or use peft")
+            raise UsageError(f"the mlx profile is impossible: {unheld}", hint="leave that out, or use --profile peft")
         uniform = rank or max(ranks.values())
         return Layout("mlx", dict.fromkeys(sorted(ranks), uniform), uniform, tuple(sorted(ranks)))
     obstacle = portable_obstacle(modules, ranks)
@@ -351,12 +352,12 @@ def choose_layout(
             saved,
             experts,
             convolutions,
-            task_type if convolutions else CAUSAL_LM,
+            task_type,
         )
     leaves = tuple(sorted({leaf(name) for name in ranks}))
     names = [module.name for module in modules]
     uniform = rank or max(ranks.values())
-    return Layout("portable", {name: uniform for name in sorted(names)}, uniform, leaves)
+    return Layout("portable", {name: uniform for name in sorted(names)}, uniform, leaves, task_type=task_type)
 
 
 def portable_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -> str | None:

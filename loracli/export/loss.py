@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loracli.adapters.adapter import open_adapter
+from loracli.adapters.tasks import check_language_models
 from loracli.algebra.factors import Factors
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
@@ -86,6 +87,7 @@ def loss_of_export(
         NonFiniteLoss: if one of the two has none.
     """
     source, settings = exported.source, FitSettings()
+    check_language_models(source.adapters, "scoring records")
     with memory_errors():
         asked = recorded_base(source, base)
         reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)

@@ -14,6 +14,7 @@ from pathlib import Path
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.compatible import check_composable, check_distinct
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
+from loracli.adapters.tasks import agreed_task, check_language_models, checked_task
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.batches import plan_batches
@@ -21,7 +22,7 @@ from loracli.calibration.dataset import Dataset
 from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.calibration.render import render_file
 from loracli.composition.base_table import BaseTable, base_table
-from loracli.composition.composition import MethodSource, base_of_config, identities_of, takes
+from loracli.composition.composition import MethodSource, base_of_config, identities_of, takes, task_of_recipe
 from loracli.composition.fitted import TASK, Calibration, search_weights
 from loracli.errors import UsageError
 from loracli.export.export import Exported, write_export
@@ -104,6 +105,7 @@ def export_method(
     dtype: str | None = None,
     profile: str | None = None,
     modules_to_save: str | None = None,
+    task_type: str | None = None,
     gguf: bool = False,
     tolerance: float | None = None,
     energy: float | None = None,
@@ -131,6 +133,7 @@ def export_method(
         merge, rank, dtype, profile, tolerance, energy, budget: as in `ExportOptions`.
         refit, data: as in `export_adapter`; not of a method that merges the factors.
         modules_to_save: `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse` without one.
+        task_type: PEFT's name of the export's task; None for the one that the adapters agree on.
         gguf: write a GGUF file as well.
         force: replace an existing adapter directory.
         dry_run: write nothing, only tell what would be.
@@ -141,6 +144,7 @@ def export_method(
         InputError: of the kind that fits, if an adapter is rejected.
     """
     method = find_method(name, method_options)
+    asked = None if task_type is None else checked_task(task_type)
     options = ExportOptions(merge, rank, dtype, profile, tolerance=tolerance, energy=energy, budget=budget)
     options.check(cuts=method.cuts)
     check_refit(refit=refit, fit_data=fit_data, data=data, merge=merge)
@@ -155,15 +159,18 @@ def export_method(
     if (method.search is None) == searching:
         need = "has to be fitted" if fit_data is None else "needs no calibration records"
         raise UsageError(f"{name} {need}", hint=f"{'give' if fit_data is None else 'leave out'} --fit-data")
+    task = asked or _agreed(read, loaded)
+    if fit_data is not None or refit:
+        check_language_models(read, "what is fitted on records")
     policy = modules_to_save or (REFUSE if loaded is None else recorded_policy(loaded))
     policy = settled_policy(policy, read, [adapter.reference for adapter in read])
     if loaded is None:
         if base is not None:
             from loracli.model.base import find_base, on_base
 
-            read = on_base(read, find_base(read, base, revision=base_revision))
+            read = on_base(read, find_base(read, base, revision=base_revision), task=task)
             check_composable(read, base_given=True)
-        table = base_table(read, base, revision=base_revision, progress=progress)
+        table = base_table(read, base, revision=base_revision, task=task, progress=progress)
     else:
         table = BaseTable(loaded.base.id, loaded.modules, loaded.mixing.bypassed)
     if table.bypassed:
@@ -200,6 +207,8 @@ def export_method(
         published_identities(read),
         table,
         saved,
+        task,
+        asked is not None,
     )
     try:
         return write_export(
@@ -207,6 +216,11 @@ def export_method(
         )
     except ValueError as error:
         raise UsageError(f"{name} cannot be had here: {error}", hint="choose another --method") from None
+
+
+def _agreed(adapters: Sequence[LoraAdapter], recipe: Recipe | None) -> str | None:
+    """The task of what a method makes of adapters."""
+    return agreed_task(adapters, option="--task-type") if recipe is None else task_of_recipe(adapters)
 
 
 def published_identities(adapters: Sequence[LoraAdapter]) -> tuple[RecipeAdapter, ...]:

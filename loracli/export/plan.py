@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loracli.adapters.adapter import kernels_of
 from loracli.adapters.names import PREFIX, target_of
+from loracli.adapters.tasks import head_size
 from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import join_experts, join_groups
@@ -74,7 +75,6 @@ class AdapterPlan:
 
     def _layout(self, ranks: Mapping[str, int], rank: int | None = None) -> Layout:
         saved, adapters = self._source.saved, self._source.adapters
-        tasks = {adapter.config.task_type for adapter in adapters}
         return choose_layout(
             self._source.table,
             ranks,
@@ -83,7 +83,7 @@ class AdapterPlan:
             lora_bias=next((adapter.reference for adapter in adapters if adapter.config.lora_bias), None),
             saved=() if saved is None else saved.modules,
             kernels=kernels_of(adapters),
-            task_type=tasks.pop() if len(tasks) == 1 else None,
+            task_type=self._source.task_type,
         )
 
     def _choose_cuts(self, names: Sequence[str], options: ExportOptions) -> int | None:
@@ -201,7 +201,12 @@ class AdapterPlan:
         if self._cores:
             self._hashes[CORES_FILE] = write_cores(folder / CORES_FILE, self._cores)
         card = model_card(
-            self._source.card(), self.layout, certificate, merged=self.merged, options=self._repeated_options()
+            self._source.card(),
+            self.layout,
+            certificate,
+            merged=self.merged,
+            options=self._repeated_options(),
+            labels=None if self._source.saved is None else head_size(self._source.saved.shapes),
         )
         config = self.layout.config(self._source.base_id, self._table)
         texts = {CONFIG_FILE: _json(config), README_FILE: card.encode()}

@@ -10,6 +10,7 @@ from typing import Any
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatible import check_composable, check_distinct
 from loracli.adapters.saved_modules import SavedModules, saved_modules, settled_policy
+from loracli.adapters.tasks import check_language_models
 from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset, tokenizer_differences
 from loracli.calibration.records import DataPaths
 from loracli.errors import UsageError
@@ -92,6 +93,7 @@ def prepare_fit(
     folder = Path(folder)
     references = tuple(_reference_from(adapter, folder) for adapter in read)
     check_distinct(read, references)
+    check_language_models(read, "a fit")
     check_composable(read, base_given=base is not None)
     check_mixing(read, settings.mixing)  # before anything is fetched, and below by the base's names
     settings = replace(settings, modules_to_save=settled_policy(settings.modules_to_save, read, references))

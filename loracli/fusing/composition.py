@@ -13,6 +13,7 @@ import torch
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.names import target_of
 from loracli.adapters.saved_modules import PICK, REFUSE, saved_modules, settled_policy
+from loracli.adapters.tasks import agreed_task
 from loracli.algebra.methods.method import Method
 from loracli.composition.base_table import BaseTable
 from loracli.composition.composition import MethodSource, RecipeSource, Source
@@ -83,6 +84,7 @@ def read_composition(
     Raises:
         UsageError: if these do not go together, or the method has to be fitted or cuts its result.
         UnsupportedAdapter: if adapters saved modules whole and nothing says which of them the composition has.
+        IncompatibleAdapters: if they are for different tasks.
     """
     alone = isinstance(recipe, (str, Path)) and (Path(recipe) / CONFIG_FILE).is_file()
     if modules_to_save is not None and (alone or method is None):
@@ -113,6 +115,7 @@ def read_composition(
         )
     read, given = read_to_compose(adapters, recipe, base_given=base_given, progress=progress)
     _refuse_biases(read)
+    agreed_task(read)
     policy = modules_to_save or (REFUSE if given is None else recorded_policy(given))
     if alone and read[0].saved:
         policy = f"{PICK}#1"

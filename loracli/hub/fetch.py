@@ -21,14 +21,15 @@ from loracli.hub.plan import (
     BASE,
     BASE_CONFIG_ALONE,
     MAX_SMALL_BYTES,
-    PICKLE_NAME,
+    PICKLED_ADAPTER,
     check_adapter,
+    check_pickle,
 )
 from loracli.hub.references import URI_PREFIX, BaseClaim, Reference, agreed_base, parse_reference
 from loracli.hub.source import FetchedFile, Source
 from loracli.hub.transfer import fetch
 from loracli.progress import SILENT, Progress
-from loracli.system.files import CONFIG_FILE
+from loracli.system.files import CONFIG_FILE, PICKLE_FILE
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 MAX_ADAPTER_BYTES = 8 << 30
@@ -72,6 +73,7 @@ def fetch_adapter(
     dry_run: bool = False,
     max_bytes: int = MAX_ADAPTER_BYTES,
     endpoint: str | None = None,
+    from_pickle: bool = False,
     progress: Progress = SILENT,
 ) -> Fetched:
     """Brings an adapter's config, weights and README to this machine: `fetch_adapters` of one."""
@@ -85,6 +87,7 @@ def fetch_adapter(
         dry_run=dry_run,
         max_bytes=max_bytes,
         endpoint=endpoint,
+        from_pickle=from_pickle,
         progress=progress,
     )
     return fetched
@@ -101,6 +104,7 @@ def fetch_adapters(
     dry_run: bool = False,
     max_bytes: int = MAX_ADAPTER_BYTES,
     endpoint: str | None = None,
+    from_pickle: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Fetched, ...]:
     """Brings config, weights and README of adapters to this machine; local directories are checked and left alone.
@@ -120,10 +124,12 @@ def fetch_adapters(
         dry_run: transfer nothing, only tell what would be; nothing is verified.
         max_bytes: refuse an adapter with more in all its files. A config may have 1 MiB; a larger README is left out.
         endpoint: address of the Hub; by default HF_ENDPOINT.
+        from_pickle: bring config and adapter_model.bin of adapters that have no safetensors; whoever opens that file
+            has to know what it can do.
         progress: told the bytes of each file, and what is worth knowing; from several threads.
     Raises:
         AdapterNotFound: no such reference, repository, revision or folder, or no adapter in it.
-        UnsupportedAdapter: the weights are there only as a pickle file.
+        UnsupportedAdapter: the weights are there only as a pickle file, without `from_pickle`.
         AccessDenied, HubUnreachable: the Hub does not give the files.
         OutOfResources: a ceiling is exceeded, or the disk has no room.
         IntegrityError: a file is not the one that the Hub lists; it is removed.
@@ -137,7 +143,7 @@ def fetch_adapters(
     parsed = [_parse(reference, revision) for reference in references]
     sources = {
         number: Source(
-            kind=ADAPTER,
+            kind=PICKLED_ADAPTER if from_pickle else ADAPTER,
             repo_id=reference.repo_id,
             revision=reference.revision,
             folder=reference.subfolder or "",
@@ -155,7 +161,11 @@ def fetch_adapters(
         for number, reference in enumerate(parsed)
         if reference.repo_id is not None
     }
-    local = {n: _take_local(reference, local_dir, progress) for n, reference in enumerate(parsed) if n not in sources}
+    local = {
+        n: _take_local(reference, local_dir, progress, from_pickle=from_pickle)
+        for n, reference in enumerate(parsed)
+        if n not in sources
+    }
     copies = dict(zip(sources, fetch(list(sources.values())), strict=True))
     return tuple(
         local[n] if n in local else Fetched(reference, copies[n].path, copies[n].commit, copies[n].files)
@@ -246,17 +256,21 @@ def _base_claim(adapter: Fetched) -> BaseClaim:
     return BaseClaim(named[0] or None, named[1] or None)
 
 
-def _take_local(reference: Reference, local_dir: Path | None, progress: Progress) -> Fetched:
+def _take_local(reference: Reference, local_dir: Path | None, progress: Progress, *, from_pickle: bool) -> Fetched:
     """A local directory, once it is seen to hold what an adapter needs."""
     assert reference.path is not None
     if local_dir is not None:
         raise UsageError("a local directory is used where it is", where=reference.text, hint="leave --local-dir out")
     if reference.shadows_hub:
         progress.note(f"{reference.text} is a directory here; for the Hub's, write {URI_PREFIX}{reference.text}")
-    present = [name for name in (*ADAPTER_FILES, PICKLE_NAME) if (reference.path / name).is_file()]
-    check_adapter(present, reference.text)
+    present = [name for name in (*ADAPTER_FILES, PICKLE_FILE) if (reference.path / name).is_file()]
+    if from_pickle:
+        check_pickle(present, reference.text)
+    else:
+        check_adapter(present, reference.text, text=reference.text)
     files = [FetchedFile(name, (reference.path / name).stat().st_size, cached=True) for name in present]
-    return Fetched(reference, reference.path, None, tuple(file for file in files if file.name in ADAPTER_FILES))
+    taken = (CONFIG_FILE, PICKLE_FILE) if from_pickle else ADAPTER_FILES
+    return Fetched(reference, reference.path, None, tuple(file for file in files if file.name in taken))
 
 
 def checked_token(token: str | None) -> str | None:

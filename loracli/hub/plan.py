@@ -8,18 +8,26 @@ What a fetch will transfer, held against its ceilings and the free disk before t
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loracli.errors import AdapterNotFound, HubUnreachable, InputError, OutOfResources, OutputExists, UnsupportedAdapter
+from loracli.errors import (
+    AdapterNotFound,
+    HubUnreachable,
+    InputError,
+    OutOfResources,
+    OutputExists,
+    UnsupportedAdapter,
+    UsageError,
+)
 from loracli.hub.references import URI_PREFIX
 from loracli.hub.source import Copy, FetchedFile, Kind, Listing, Source, has_digest, is_digest
 from loracli.progress import amount_text
-from loracli.system.files import CONFIG_FILE, MLX_TENSOR_FILE, README_FILE, TENSOR_FILE, TENSOR_FILES
+from loracli.system.files import CONFIG_FILE, MLX_TENSOR_FILE, PICKLE_FILE, README_FILE, TENSOR_FILE, TENSOR_FILES
 
-PICKLE_NAME = "adapter_model.bin"
 # In the order of download: whoever finds the weights in the cache knows that the rest came before them.
 ADAPTER_FILES = (README_FILE, CONFIG_FILE, *TENSOR_FILES)
 
@@ -46,12 +54,31 @@ _PICKLE = re.compile(r".+\.(bin|pt|pth|pkl|ckpt)")
 def _pick_adapter_files(source: Source, listing: Listing) -> list[str]:
     if source.folder and not listing.files:
         raise source.rejected(f"the repository has no folder '{source.folder}'", hint=_other_folders(source, listing))
-    check_adapter(listing.files, source.name, hint=_other_folders(source, listing))
+    check_adapter(listing.files, source.name, hint=_other_folders(source, listing), text=source.text)
     spare = {MLX_TENSOR_FILE} if TENSOR_FILE in listing.files else set()
     return [name for name in ADAPTER_FILES if name in listing.files and name not in spare]
 
 
-def check_adapter(names: Iterable[str], where: str, hint: str | None = None) -> None:
+def _pick_pickle_files(source: Source, listing: Listing) -> list[str]:
+    if PICKLE_FILE not in listing.files or CONFIG_FILE not in listing.files:
+        _pick_adapter_files(source, listing)
+    check_pickle(listing.files, source.name)
+    return [CONFIG_FILE, PICKLE_FILE]
+
+
+def check_pickle(names: Iterable[str], where: str) -> None:
+    """Raises UsageError if the weights are there without a pickle, AdapterNotFound if there are none."""
+    present = set(names)
+    found = next((name for name in TENSOR_FILES if name in present), None)
+    if found is not None:
+        raise UsageError(f"it has {found}, which needs no --from-pickle", where=where, hint="leave --from-pickle out")
+    if PICKLE_FILE not in present:
+        raise AdapterNotFound(f"no {PICKLE_FILE} in it", where=where)
+
+
+def check_adapter(names: Iterable[str], where: str, hint: str | None = None, *, text: str) -> None:
+    """Raises AdapterNotFound or UnsupportedAdapter for a folder without what an adapter needs; `text` is how it was
+    named."""
     present = set(names)
     if CONFIG_FILE not in present:
         if hint is None and BASE_CONFIG in present:
@@ -59,11 +86,12 @@ def check_adapter(names: Iterable[str], where: str, hint: str | None = None) -> 
         raise AdapterNotFound(f"no {CONFIG_FILE} in it", where=where, hint=hint)
     if not present.isdisjoint(TENSOR_FILES):
         return
-    if PICKLE_NAME in present:
+    if PICKLE_FILE in present:
         raise UnsupportedAdapter(
-            f"its weights are only in {PICKLE_NAME}, a pickle file, which can run code when it is opened",
+            f"its weights are only in {PICKLE_FILE}, a pickle file, which can run code when it is opened",
             where=where,
-            hint=f"only {TENSOR_FILE} is read: ask the author for it, or load and save the adapter once with PEFT",
+            hint=f"only {TENSOR_FILE} is read; to make one of its tensors, in a process of its own: "
+            f"{shlex.join(['loracat', 'convert', text, '--from-pickle'])}",
         )
     raise AdapterNotFound(f"no {TENSOR_FILE} in it", where=where, hint=hint)
 
@@ -108,7 +136,12 @@ def _is_whole_base(names: set[str]) -> bool:
     return BASE_WEIGHTS in names or (bool(shards) and all(int(shard[1]) == len(shards) for shard in shards))
 
 
+def _is_whole_pickle(names: set[str]) -> bool:
+    return {CONFIG_FILE, PICKLE_FILE} <= names
+
+
 ADAPTER = Kind(AdapterNotFound, _pick_adapter_files, _is_whole_adapter)
+PICKLED_ADAPTER = Kind(AdapterNotFound, _pick_pickle_files, _is_whole_pickle)
 BASE = Kind(InputError, _pick_base_files, _is_whole_base)
 BASE_CONFIG_ALONE = Kind(InputError, _pick_base_config, lambda names: BASE_CONFIG in names)
 
@@ -222,7 +255,9 @@ def _check_ceilings(plan: Plan) -> None:
             f"its files have {total} bytes ({amount_text(total, 'B')}), and at most {source.max_bytes} are allowed "
             f"({amount_text(source.max_bytes, 'B')})",
             where=source.name,
-            hint=f"if it is worth that much: loracat fetch --max-size {total}",
+            hint="download it by itself, and name the directory"
+            if PICKLE_FILE in plan.names
+            else f"if it is worth that much: loracat fetch --max-size {total}",
         )
 
 

@@ -9,6 +9,7 @@ A base model as far as its config tells: found without any weight.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -25,6 +26,8 @@ from torch.nn import functional as F
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
 from loracli.adapters.names import leaf
 from loracli.adapters.on_base import as_fused_experts, as_text_model, has_expert_layers, inside_other_model
+from loracli.adapters.other_bases import other_bases, say_other_bases
+from loracli.adapters.tasks import CAUSAL_LM, model_class
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import URI_PREFIX, BaseClaim, agreed_base, is_hub_id, is_revision, not_on_the_hub
@@ -100,7 +103,8 @@ def find_base(
         InputError, UsageError: as `locate_base`.
     """
     _refuse_convolutions(adapters)
-    claims = sorted({a.config.base_model for a in adapters if a.config.base_model})
+    stated = {adapter.reference: adapter.config.base_model for adapter in adapters}
+    claims = sorted({model for model in stated.values() if model})
     if base is None:
         base = agreed_base(
             {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters},
@@ -111,16 +115,27 @@ def find_base(
         name = claims[0] if len(claims) == 1 and is_hub_id(claims[0]) else place.resolve().name
         taken_for = f", taken for {name}, which the adapters name; shapes are checked" if name in claims else ""
         progress.note(f"base model: the local directory {base}{taken_for if name != base else ''}")
+        others = other_bases(place.resolve().name, stated, directory=True, saved_as=_saved_as(place))
+        say_other_bases(str(base), others, progress)
         return BaseReference(name, place, None)
     name = str(place.base_model)
-    if claims and claims != [name]:
-        progress.warn(f"the adapters name {', '.join(claims)} and not {name}; only shapes are checked")
+    say_other_bases(name, other_bases(name, stated), progress)
     try:
         fetched = fetch_base(name, revision=place.revision, progress=progress)
     except (HubUnreachable, InputError) as error:
         error.hint = "; ".join(filter(None, [error.hint, "or give a local copy of the model with --base"]))
         raise
     return BaseReference(name, fetched.path, fetched.commit)
+
+
+def _saved_as(folder: Path) -> str | None:
+    """The Hub id that older versions of transformers kept in the config of what they saved, None without one."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # said when it is loaded
+    name = config.get("_name_or_path") if isinstance(config, dict) else None
+    return name if isinstance(name, str) and "/" in name and is_hub_id(name) else None
 
 
 def locate_base(base: str | BaseClaim, *, revision: str | None = None) -> Path | BaseClaim:
@@ -177,16 +192,18 @@ def _refuse_convolutions(adapters: Sequence[LoraAdapter]) -> None:
             )
 
 
-def on_base(adapters: Sequence[LoraAdapter], reference: BaseReference) -> tuple[LoraAdapter, ...]:
+def on_base(
+    adapters: Sequence[LoraAdapter], reference: BaseReference, *, task: str | None = None
+) -> tuple[LoraAdapter, ...]:
     """The adapters by the base's names: those that were trained inside a larger model on the text model alone, and
-    those with a module for each expert on a base that keeps experts in one parameter.
+    those with a module for each expert on a base that keeps experts in one parameter; `task` as for `plan_base`.
 
     Raises:
         BaseModelMismatch: as `plan_base`.
     """
     if not any(inside_other_model(adapter) or has_expert_layers(adapter) for adapter in adapters):
         return tuple(adapters)
-    skeleton = plan_base(reference).skeleton
+    skeleton = plan_base(reference, task=task).skeleton
     outs = {
         name: shape[2] for name, _ in skeleton.named_parameters() if (shape := expert_shape(skeleton, name)) is not None
     }
@@ -214,21 +231,27 @@ class BasePlan:
 
 
 def plan_base(
-    reference: BaseReference, *, dtype: str = "auto", device: str = "auto", dequantised: bool = False
+    reference: BaseReference,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    dequantised: bool = False,
+    task: str | None = None,
 ) -> BasePlan:
     """Reads the config and settles dtype and device, as `load_base` will; `dequantised` takes a quantised base for the
-    model that it is in full precision.
+    model that it is in full precision, `task` (PEFT's name of it) for another than a causal language model.
 
     Raises:
-        BaseModelMismatch: if transformers knows no such causal language model, it is quantised, or its files name what
-            is not followed.
+        BaseModelMismatch: if transformers knows no such model, it is quantised, or its files name what is not followed.
         UsageError: if there is no such dtype, or the device cannot be used.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
     device = _resolve_device(device)
+    auto = getattr(transformers, model_class(task))
     check_base_files(reference.path, reference.id)
-    with _loading(reference):
+    with _loading(reference, auto.__name__):
         config = neutralise(AutoConfig.from_pretrained(reference.path, **OFFLINE))
     if dequantised:
         vars(config).pop("quantization_config", None)
@@ -236,9 +259,9 @@ def plan_base(
         raise BaseModelMismatch(
             f"the base model {reference.id} is quantised", hint="give the unquantised model with --base"
         )
-    with _loading(reference), torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=False)
-    if skeleton.get_output_embeddings() is None:
+    with _loading(reference, auto.__name__), torch.device("meta"):
+        skeleton = auto.from_config(deepcopy(config), trust_remote_code=False)
+    if task in (None, CAUSAL_LM) and skeleton.get_output_embeddings() is None:
         raise BaseModelMismatch(f"the base model {reference.id} has no language model head")
     resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), device)
     return BasePlan(reference, config, skeleton, resolved, device)
@@ -277,7 +300,7 @@ def load_base(
     progress.begin("load base model", None, "B")
     try:
         tokenizer = load_tokenizer(reference)
-        with _loading(reference, _NO_WEIGHTS):
+        with _loading(reference, errors=_NO_WEIGHTS):
             model, report = AutoModelForCausalLM.from_pretrained(
                 reference.path,
                 config=plan.config,
@@ -364,8 +387,11 @@ _NO_WEIGHTS = (OSError, ValueError, LookupError, ImportError, TypeError, Attribu
 
 
 @contextmanager
-def _loading(reference: BaseReference, errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """transformers without bars and chatter, and its errors as ours: of files that make no sense it raises any kind."""
+def _loading(
+    reference: BaseReference, auto: str = "AutoModelForCausalLM", *, errors: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """transformers without bars and chatter, and its errors as ours: of files that make no sense it raises any kind.
+    `auto` is its class for the base."""
     from transformers.utils import logging
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -377,9 +403,10 @@ def _loading(reference: BaseReference, errors: tuple[type[Exception], ...] = (Ex
         if ran_out_of_memory(error):
             raise
         message = str(error).strip().splitlines()
+        kind = "a causal language model" if auto == "AutoModelForCausalLM" else f"a model for {auto}"
         raise BaseModelMismatch(
             f"the base model {reference.id} cannot be loaded: {message[0] if message else type(error).__name__}",
-            hint="it must be a causal language model in safetensors that transformers knows without remote code",
+            hint=f"it must be {kind} in safetensors that transformers knows without remote code",
         ) from error
     finally:
         logging.set_verbosity(verbosity)

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from loracli.adapters.names import leaf
+from loracli.adapters.other_bases import OtherBase, other_bases
 from loracli.errors import OutputExists, UsageError
-from loracli.hub.references import REPO_ID, BaseClaim, is_hub_id
+from loracli.hub.references import REPO_ID, BaseClaim, is_hub_id, is_repo_id
 from loracli.recipe.mixing import (
     INLINE_KINDS,
     MAX_MODULES,
@@ -102,6 +103,19 @@ class RecipeAdapter:
 
 
 RecordedAdapters = Annotated[tuple[RecipeAdapter, ...], AtMost(MAX_ADAPTERS)]
+
+
+def is_named(base_id: str, adapters: Sequence[RecipeAdapter]) -> bool:
+    """Whether a base goes by a name that it can be loaded by, a Hub id or what an adapter names; else it is that of a
+    directory."""
+    named = any(adapter.base_model == base_id for adapter in adapters)
+    return is_repo_id(base_id) or (named and is_hub_id(base_id))
+
+
+def other_bases_of(base_id: str, adapters: Sequence[RecipeAdapter]) -> tuple[OtherBase, ...]:
+    """The adapters that name another base than the one they are composed for."""
+    claims = {adapter.reference: adapter.base_model for adapter in adapters}
+    return other_bases(base_id, claims, directory=not is_named(base_id, adapters))
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def read_adapter_files(path: Path) -> AdapterFiles:
 
     Raises:
         AdapterNotFound: if it is no directory with an adapter_config.json and a safetensors file of an adapter.
-        MalformedAdapter: if a file is damaged or beyond the limits.
+        MalformedAdapter: if a file is damaged or beyond the limits, or holds tensors that no program loads.
     """
     fetch = "a directory is needed; loracat fetch REF prints the one it fetches to"
     if not path.is_dir():
@@ -208,7 +208,28 @@ def read_adapter_files(path: Path) -> AdapterFiles:
     if file not in names:
         raise AdapterNotFound(f"no {TENSOR_FILE} or {MLX_TENSOR_FILE} in it", where=str(path), hint=fetch)
     config = _object(_read(path / CONFIG_FILE, MAX_CONFIG_BYTES), path / CONFIG_FILE)
-    return AdapterFiles(path, layout, config, read_headers(path / file), names)
+    headers = read_headers(path / file)
+    _refuse_ungathered(headers, _MLX if layout == "mlx" else _PEFT, path / file)
+    return AdapterFiles(path, layout, config, headers, names)
+
+
+def _refuse_ungathered(headers: Mapping[str, Header], factors: re.Pattern[str], path: Path) -> None:
+    """Raises MalformedAdapter for a tensor without values, and for a factor that is a vector: no program loads those,
+    and rules about shapes would give another reason."""
+    for name, header in sorted(headers.items()):
+        shape = list(header.shape)
+        if 0 in shape:
+            found = f"the tensor {name!r} has the shape {shape} and no values"
+        elif len(shape) < 2 and factors.fullmatch(name):
+            found = f"the factor {name!r} has the shape {shape} and is no matrix"
+        else:
+            continue
+        raise MalformedAdapter(
+            found,
+            where=str(path),
+            hint="a rank of 0, or the part of one process of a training that shares weights out (ZeRO-3, FSDP): gather "
+            "them before save_pretrained",
+        )
 
 
 def read_headers(path: Path) -> dict[str, Header]:
@@ -231,6 +252,9 @@ def read_headers(path: Path) -> dict[str, Header]:
     for name, entry in header.items():
         shape = entry.get("shape") if isinstance(entry, dict) else None
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        place = entry.get("data_offsets") if isinstance(entry, dict) else None
+        if isinstance(place, list) and any(type(n) is int and n > size - 8 - length for n in place):
+            raise MalformedAdapter(f"the file is cut short: it ends before {name!r} does", where=str(path))
         if not (
             isinstance(dtype, str)
             and isinstance(shape, list)

@@ -24,6 +24,7 @@ CONFIG_FILE = "adapter_config.json"
 README_FILE = "README.md"
 TENSOR_FILE = "adapter_model.safetensors"
 MLX_TENSOR_FILE = "adapters.safetensors"
+PICKLE_FILE = "adapter_model.bin"  # opened by conversion/unpickle.py alone
 TENSOR_FILES = (TENSOR_FILE, MLX_TENSOR_FILE)
 GGUF_FILE = "adapter.gguf"
 CORES_FILE = "loracat-refit.cores"

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loracli.adapters.config import read_fields
+from loracli.adapters.tasks import TASKS
 from loracli.errors import InputError, IntegrityError
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.progress import SILENT, Progress
-from loracli.system.files import CERTIFICATE_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.system.strict_json import StrictJsonError, parse_json
 from loracli.system.tensor_file import open_regular
 from loracli.verifying.adapter import verify_adapter
@@ -78,7 +80,8 @@ def verify_directory(
     if base is not None:
         from loracli.model.base import find_base, plan_base
 
-        skeleton = plan_base(find_base((), base, revision=base_revision, progress=progress)).skeleton
+        reference = find_base((), base, revision=base_revision, progress=progress)
+        skeleton = plan_base(reference, task=_stated_task(path)).skeleton
     verify_adapter(
         path,
         document,
@@ -90,6 +93,12 @@ def verify_directory(
         progress=progress,
     )
     return findings.result(path, "adapter")
+
+
+def _stated_task(path: Path) -> str | None:
+    """The task that the config of an adapter states, None for none of PEFT's: the config is compared later."""
+    stated = read_fields(path / CONFIG_FILE).get("task_type")
+    return stated if stated in TASKS else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -341,13 +341,36 @@ def test_an_adapter_only_as_pickle_is_refused_by_name(hub: StubHub, options: dic
     hub.add(REPO, files)
     with pytest.raises(UnsupportedAdapter, match=r"adapter_model\.bin, a pickle file") as caught:
         fetch_adapter(REPO, **options)
-    assert "adapter_model.safetensors" in (caught.value.hint or "")
+    assert f"loracat convert {REPO} --from-pickle" in (caught.value.hint or "")
     assert not (tmp_path / "cache").exists()
     (tmp_path / "local").mkdir()
     for name, data in files.items():
         (tmp_path / "local" / name).write_bytes(data)
     with pytest.raises(UnsupportedAdapter, match="pickle"):
         fetch_adapter(str(tmp_path / "local"))
+
+
+def test_the_pickle_is_fetched_only_where_it_is_asked_for(
+    hub: StubHub, options: dict[str, Any], tmp_path: Path
+) -> None:
+    files = {"adapter_config.json": CONFIG, "adapter_model.bin": b"pickle", "README.md": b"#", "optimizer.pt": b"x"}
+    commit = hub.add(REPO, files)
+    fetched = fetch_adapter(REPO, from_pickle=True, **options)
+    assert [file.name for file in fetched.files] == ["adapter_config.json", "adapter_model.bin"]
+    assert regular_files(fetched.path) == {"adapter_config.json", "adapter_model.bin"}
+    requests = hub.count()
+    assert fetch_adapter(f"{REPO}@{commit}", from_pickle=True, **options).files[1].cached and hub.count() == requests
+    with pytest.raises(UnsupportedAdapter, match="pickle"):  # the cached copy is no adapter either
+        fetch_adapter(f"{REPO}@{commit}", **options)
+    with pytest.raises(OutOfResources, match="at most 3 are allowed") as caught:
+        fetch_adapter(REPO, from_pickle=True, max_bytes=3, **{**options, "cache_dir": tmp_path / "other"})
+    assert "download it by itself" in str(caught.value.hint)
+    hub.add("org/both", {**files, "adapter_model.safetensors": b"weights"})
+    with pytest.raises(UsageError, match=r"it has adapter_model\.safetensors, which needs no --from-pickle"):
+        fetch_adapter("org/both", from_pickle=True, **options)
+    hub.add("org/neither", {"adapter_config.json": CONFIG})
+    with pytest.raises(AdapterNotFound, match=r"no adapter_model\.safetensors in it"):
+        fetch_adapter("org/neither", from_pickle=True, **options)
 
 
 def test_a_repository_without_an_adapter_says_what_it_holds_instead(hub: StubHub, options: dict[str, Any]) -> None:

@@ -487,6 +487,9 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
         lambda path: (path / "adapter_config.json").write_text('{"x": ' + "[" * 5000 + "]" * 5000 + "}"),
         lambda path: (path / "adapter_model.safetensors").write_bytes(b"\xff" * 8 + b"{}"),
         lambda path: (path / "adapter_model.safetensors").write_bytes(b""),
+        lambda path: os.truncate(
+            path / "adapter_model.safetensors", (path / "adapter_model.safetensors").stat().st_size - 1
+        ),
         lambda path: (path / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]"),
         lambda path: (path / "adapter_model.safetensors").write_bytes(
             (len(b'{"x":{"dtype":"F32","shape":[-1]}}')).to_bytes(8, "little") + b'{"x":{"dtype":"F32","shape":[-1]}}'
@@ -498,6 +501,30 @@ def test_damaged_files_are_rejected(tmp_path: Path, damage: Callable[[Path], Any
     damage(path)
     with pytest.raises(MalformedAdapter):
         lint_adapter(path)
+
+
+@pytest.mark.parametrize("server", ["peft", "vllm", "llamacpp"])
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        (((0,), (0,)), r"has the shape \[0\] and no values"),
+        (((0, 32), (32, 0)), r"has the shape \[0, 32\] and no values"),
+        (((128,), (128,)), r"has the shape \[128\] and is no matrix"),
+    ],
+    ids=["zero-3", "rank 0", "fsdp"],
+)
+def test_factors_that_no_program_loads_are_refused_for_what_they_are(
+    tmp_path: Path, tiny_base: Path, server: str, shapes: tuple[tuple[int, ...], ...], said: str
+) -> None:
+    """Stock PEFT raises for each of them too."""
+    name = f"{LAYER}.1.self_attn.q_proj.lora_"
+    spoilt = {f"{name}{side}.weight": torch.ones(shape) for side, shape in zip("AB", shapes, strict=True)}
+    path = write(tmp_path / "adapter", adding(spoilt, rank_pattern={"layers.1.self_attn.q_proj": shapes[0][0]}))
+    with pytest.raises(MalformedAdapter, match=said) as caught:
+        lint_adapter(path, servers=[server])
+    assert "gather" in str(caught.value.hint)
+    with pytest.raises((ValueError, RuntimeError)):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), path)
 
 
 def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:

@@ -1,0 +1,250 @@
+"""The task of an export: what its ingredients state, and the line that loads it in stock PEFT."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from peft.peft_model import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from loracli.adapters.adapter import read_adapter
+from loracli.adapters.tasks import TASKS, agreed_task, head_size, loading_lines, model_class
+from loracli.errors import IncompatibleAdapters, UnsupportedAdapter, UsageError
+from loracli.export.method import export_method
+from loracli.fitting.inputs import prepare_fit
+from loracli.verifying.verify import verify_directory
+from tests.cli.project import run
+from tests.tiny import random_records, write_jsonl
+
+_SIZES: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LLAMA = LlamaConfig(**_SIZES, intermediate_size=48, num_key_value_heads=2, pad_token_id=0, num_labels=3)
+_BERT = BertConfig(**_SIZES, intermediate_size=48, max_position_embeddings=64)
+_T5 = T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+_BY_TASK: dict[str | None, tuple[type[Any], Any, list[str]]] = {
+    "CAUSAL_LM": (LlamaForCausalLM, _LLAMA, ["q_proj", "v_proj"]),
+    "SEQ_2_SEQ_LM": (T5ForConditionalGeneration, _T5, ["q", "v"]),
+    "SEQ_CLS": (LlamaForSequenceClassification, _LLAMA, ["q_proj", "v_proj"]),
+    "TOKEN_CLS": (BertForTokenClassification, _BERT, ["query", "value"]),
+    "QUESTION_ANS": (BertForQuestionAnswering, _BERT, ["query", "value"]),
+    "FEATURE_EXTRACTION": (LlamaModel, _LLAMA, ["q_proj", "v_proj"]),
+    None: (LlamaModel, _LLAMA, ["q_proj", "v_proj"]),
+}
+
+
+_HEADS = {"SEQ_CLS": "score", "TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}
+PREFIX = "base_model.model."
+
+
+def make(folder: Path, base: Path, task: str | None, seed: int) -> Path:
+    """An adapter as PEFT writes it for a task."""
+    model, _, targets = _BY_TASK[task]
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type=task)
+    wrapped = get_peft_model(model.from_pretrained(base), lora)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            nn.init.normal_(parameter, 0.0, 0.3)
+    wrapped.save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    saved = [_HEADS[task]] if task in _HEADS else None
+    config |= {"base_model_name_or_path": "org/base", "modules_to_save": saved}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def summed(base: Path, task: str | None, first: Path, second: Path) -> Any:
+    """The base with W + 2 B A of both adapters, and the head of the first."""
+    model = _BY_TASK[task][0].from_pretrained(base)
+    own, other = (load_file(path / "adapter_model.safetensors") for path in (first, second))
+    state = model.state_dict()
+    for tensors in (own, other):
+        for name in (name for name in tensors if ".lora_A." in name):
+            update = tensors[name.replace("lora_A", "lora_B")].double() @ tensors[name].double()
+            weight = name.removeprefix(PREFIX).replace(".lora_A", "")
+            state[weight] = state[weight].double() + 2 * update
+    state |= {name.removeprefix(PREFIX): tensor for name, tensor in own.items() if ".lora_" not in name}
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT's classes by name look for a tokenizer on the Hub
+    return tmp_path
+
+
+def base_of(task: str | None, folder: Path) -> Path:
+    model, config, _ = _BY_TASK[task]
+    torch.manual_seed(0)
+    model(config).save_pretrained(folder)
+    return folder
+
+
+def features(model: Any) -> torch.Tensor:
+    ids = torch.arange(5, 20).unsqueeze(0)
+    asked = {"decoder_input_ids": ids} if isinstance(model.config, T5Config) else {}
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids, **asked)[0]
+    return found
+
+
+def test_the_classes_are_those_of_peft() -> None:
+    from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+    assert set(TASKS) == set(MODEL_TYPE_TO_PEFT_MODEL_MAPPING)
+    for task, wrapped in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items():
+        imported, line = loading_lines(task, "x", None, named=True, labels=None)
+        auto = getattr(peft, imported.split()[-1])
+        assert line.startswith(f"{auto.__name__}.from_pretrained(")
+        assert (auto._target_peft_class, auto._target_class.__name__) == (wrapped, model_class(task))
+
+
+@pytest.mark.parametrize("by_name", [True, False], ids=["by name", "local base"])
+@pytest.mark.parametrize("task", _BY_TASK, ids=str)
+def test_peft_loads_an_export_with_the_line_that_is_printed_and_computes_the_sum(
+    here: Path, task: str | None, by_name: bool
+) -> None:
+    base = base_of(task, here / "org" / "base")
+    first, second = make(here / "a", base, task, 1), make(here / "b", base, task, 2)
+    named = [] if by_name or task is None else ["--base", "org/base"]
+    named += ["--modules-to-save", "pick:./a"] if task in _HEADS else []
+    talk = run("export", "--method", "sum", "--adapters", "./a", "./b", "-o", "out", *named).stderr
+    assert json.loads((here / "out" / "adapter_config.json").read_text())["task_type"] == task
+    line = talk.partition("next: ")[2].strip()
+    assert (line.startswith("AutoPeft")) == (by_name and task is not None)
+    names = {**vars(peft), **vars(transformers), "base_model": _BY_TASK[task][0].from_pretrained(base)}
+    loaded = eval(line, names)
+    assert type(loaded) is (PeftModel if task is None else peft.auto.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task])
+    right = features(summed(base, task, first, second).eval())
+    torch.testing.assert_close(features(loaded.eval()), right, atol=1e-5, rtol=1e-5)
+    own = None if task is None else str(base)
+    assert verify_directory(here / "out", adapters=["./a", "./b"], base=own).tensors > 0
+
+
+def test_a_classifier_that_was_saved_comes_with_the_number_of_its_labels(here: Path) -> None:
+    base = base_of("CAUSAL_LM", here / "org" / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    model = get_peft_model(LlamaForSequenceClassification.from_pretrained(base, num_labels=5), lora)
+    nn.init.normal_(model.base_model.model.score.modules_to_save["default"].weight)
+    model.peft_config["default"].modules_to_save = ["score"]
+    model.peft_config["default"].base_model_name_or_path = "org/base"
+    model.save_pretrained(here / "a")
+    words = ("--adapters", "./a", "--modules-to-save", "pick:./a", "-o", "out")
+    talk = run("export", "--method", "sum", *words).stderr
+    line = talk.partition("next: ")[2].strip()
+    assert line == 'AutoPeftModelForSequenceClassification.from_pretrained("out", num_labels=5)'
+    assert f"model = {line}".replace('"out"', '"path/to/this/adapter"') in (here / "out" / "README.md").read_text()
+    loaded = eval(line, dict(vars(peft)))
+    torch.testing.assert_close(features(loaded.eval()), features(model.eval()))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "labels"),
+    [
+        ({"score.weight": (7, 32)}, 7),
+        ({"classifier.dense.weight": (32, 32), "classifier.out_proj.weight": (4, 32)}, 4),
+        ({"classifier.weight": (4, 32), "classifier.bias": (4,)}, 4),
+        ({"model.underscore.weight": (9, 9)}, None),
+        ({"lm_head.weight": (99, 32)}, None),
+    ],
+)
+def test_labels_are_the_rows_of_the_last_matrix_of_a_classifier(
+    shapes: dict[str, tuple[int, ...]], labels: int | None
+) -> None:
+    assert head_size(shapes) == labels
+
+
+def _pair(here: Path, *tasks: str | None) -> tuple[Path, Path]:
+    base = base_of("FEATURE_EXTRACTION", here / "org" / "base")
+    paths = make(here / "a", base, None, 1), make(here / "b", base, None, 2)
+    for path, task in zip(paths, tasks, strict=True):
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps({**config, "task_type": task}))
+    return paths
+
+
+def test_different_tasks_are_refused_until_one_is_chosen(here: Path) -> None:
+    _pair(here, "SEQ_CLS", "FEATURE_EXTRACTION")
+    words = ("export", "--method", "sum", "--adapters", "./a", "./b", "-o", "out")
+    refused = run(*words)
+    assert refused.exit_code == 3
+    talk = refused.stderr
+    assert "./a is for SEQ_CLS, ./b is for FEATURE_EXTRACTION" in talk
+    assert not (here / "out").exists()
+    option = talk.partition("say which one the result has, as ")[2].split()
+    assert option == ["--task-type", "SEQ_CLS"]
+    assert run(*words, *option).exit_code == 0
+    assert json.loads((here / "out" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    assert "loracat export --method sum --task-type SEQ_CLS --adapters" in (here / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "agreed"),
+    [
+        ((None, None), None),
+        (("SEQ_CLS", None), None),
+        (("causal_lm", "CAUSAL_LM"), "CAUSAL_LM"),
+    ],
+)
+def test_the_task_is_the_one_that_all_state(here: Path, tasks: tuple[str | None, ...], agreed: str | None) -> None:
+    assert agreed_task([read_adapter(str(path)) for path in _pair(here, *tasks)]) == agreed
+
+
+def test_a_task_that_peft_does_not_know_is_refused_by_name(here: Path) -> None:
+    paths = _pair(here, "os.system", None)
+    with pytest.raises(UnsupportedAdapter, match=r"has the task_type os\.system, which PEFT does not know") as caught:
+        export_method("sum", here / "out", adapters=[str(path) for path in paths])
+    assert "--task-type CAUSAL_LM" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="--task-type os is not one of CAUSAL_LM, SEQ_2_SEQ_LM"):
+        export_method("sum", here / "out", adapters=[str(path) for path in paths], task_type="os")
+    assert not (here / "out").exists()
+
+
+def test_what_runs_a_language_model_refuses_adapters_of_other_tasks(here: Path) -> None:
+    data = write_jsonl(here / "data.jsonl", random_records(20))
+    paths = [str(path) for path in _pair(here, "SEQ_CLS", "CAUSAL_LM")]
+    with pytest.raises(UnsupportedAdapter, match="task_type SEQ_CLS, and a fit takes those of causal language models"):
+        prepare_fit(paths, data, base=str(here / "org" / "base"))
+    with pytest.raises(UnsupportedAdapter, match="task_type SEQ_CLS, and what is fitted on records takes"):
+        export_method("task-arithmetic", here / "out", adapters=paths, fit_data=data, task_type="CAUSAL_LM")
+    with pytest.raises(UsageError, match="its task type is SEQ_CLS, and mlx-lm runs causal language models alone"):
+        export_method("sum", here / "out", adapters=paths, profile="mlx", task_type="SEQ_CLS")
+
+
+def test_a_base_of_another_task_is_read_as_the_class_of_the_task(here: Path) -> None:
+    """Where not all of the base's layers are targeted, the export has to know the others."""
+    base = base_of("SEQ_2_SEQ_LM", here / "org" / "base")
+    path = make(here / "a", base, "SEQ_2_SEQ_LM", 1)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": r"decoder.*\.(q|v)"}))
+    shutil.rmtree(here / "out", ignore_errors=True)
+    exported = export_method("sum", here / "out", adapters=[str(path)], base=str(base))
+    assert {name.split(".")[0] for name in exported.layout.ranks} == {"encoder", "decoder"}
+
+
+def test_tasks_that_disagree_are_named_all(here: Path) -> None:
+    with pytest.raises(IncompatibleAdapters) as caught:
+        agreed_task([read_adapter(str(path)) for path in _pair(here, "SEQ_CLS", "TOKEN_CLS")])
+    assert "a is for SEQ_CLS" in str(caught.value) and "b is for TOKEN_CLS" in str(caught.value)
+    assert "write the right one of CAUSAL_LM" in str(caught.value.hint)
