@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 2e-3], quick=[2e-3])
     parser.add_argument("--steps", type=int, default=60, quick=2)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64], quick=[8])
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), quick=["DoRA", "PiSSA"])
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), quick=["DoRA"])
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     base = load_base(find_base([], str(arguments.base)), dtype="float32")

@@ -77,7 +77,7 @@ def main() -> None:
         make(folder / "model", of_layers(SHAPES, arguments.layers))
         make(folder / "small", {"model.layers.0.self_attn.q_proj": (64, 64)})
         print_export(folder, arguments.layers, arguments.rounds)
-        print_memory(folder, arguments.threads)
+        print_memory(folder, arguments.threads, list(WAYS)[-1:] if arguments.quick else list(WAYS))
     if arguments.widths:
         torch.set_num_threads(1)
         print_modules(arguments.widths)
@@ -121,12 +121,12 @@ def copy(files: list[Path], target: Path, size: int) -> None:
         os.fsync(out.fileno())
 
 
-def print_memory(folder: Path, threads: int) -> None:
+def print_memory(folder: Path, threads: int, ways: list[str]) -> None:
     largest = max(out + inner for out, inner in SHAPES.values()) * ADAPTERS * RANK
     print("\nPeak memory above the interpreter; the largest module's factors, concatenated, are ", end="")
     print(f"{2 * largest / 1e6:.1f} MB in bfloat16 and {8 * largest / 1e6:.1f} MB in float64:\n")
     print("| | MB | times the factors in bfloat16 | in float64 |\n|---|--:|--:|--:|")
-    for way in WAYS:
+    for way in ways:
         command = [sys.executable, __file__, "--threads", str(threads), "--memory-of", str(folder), way]
         found = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(f"| {way} | {found / 1e6:.1f} | {found / (2 * largest):.1f} | {found / (8 * largest):.1f} |", flush=True)

@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, quick=6, help="the first so many")
     parser.add_argument("--planted", type=int, default=0, help="so many records that the model writes itself")
     parser.add_argument("--iterations", type=int, default=200, quick=2)
-    parser.add_argument("--passes", type=float, nargs="+", default=[2, 3, 5, 8], quick=[1])
+    parser.add_argument("--passes", type=float, nargs="+", default=[2, 3, 5, 8], quick=[2])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only-ours", action="store_true")
     arguments = parser.parse_args()

@@ -6,7 +6,7 @@
 Calibrates on --data, scores everything on --eval-data: base, each adapter alone, uniform, sum, the fit, an adapter
 trained on both skills' data at once, the published recipe at its own rate and at a higher one, and the exported
 directories as stock PEFT loads them. Differences are paired over records, with 95 % bootstrap intervals. Any model,
-adapters and data will do; --quick takes the embedded example, and one of its adapters as the data mix.
+adapters and data will do; --quick takes a part of the embedded example, and one of its adapters as the data mix.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from benchmarks.made_inputs import part_of_example
 from benchmarks.measuring import BenchmarkParser
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import read_records
 from loracli.calibration.render import render_file
-from loracli.demo.run import example_folder
 from loracli.evaluation.statistics import paired_interval, static_points
 from loracli.export.export import export_adapter
 from loracli.fitting.mixing import make_layout
@@ -107,16 +107,21 @@ def matrix(recipe: Recipe, modules: tuple[str, ...]) -> torch.Tensor:
 
 
 def main() -> None:
-    example = example_folder()
-    parser = BenchmarkParser(__doc__)
-    parser.add_argument("--base", required=True, quick=str(example / "base"))
-    parser.add_argument("--adapters", nargs="+", required=True, quick=[str(example / "know"), str(example / "form")])
-    parser.add_argument("--datamix", quick=str(example / "form"), help="an adapter trained on the data of all skills")
-    parser.add_argument("--data", type=Path, required=True, quick=example / "calibration.jsonl")
-    parser.add_argument("--eval-data", type=Path, required=True, quick=example / "test.jsonl")
-    parser.add_argument("--dtype", default="auto", help="of the fit and of all scores but the last two")
-    parser.add_argument("--passes", type=float, default=None, quick=2.0)
-    run(parser.parse_args())
+    with tempfile.TemporaryDirectory() as scratch:
+        parser = BenchmarkParser(__doc__)
+        example = part_of_example(Path(scratch) / "part", calibration=12, test=12) if parser.quick else Path()
+        parser.add_argument("--base", required=True, quick=str(example / "base"))
+        parser.add_argument(
+            "--adapters", nargs="+", required=True, quick=[str(example / "know"), str(example / "form")]
+        )
+        parser.add_argument(
+            "--datamix", quick=str(example / "form"), help="an adapter trained on the data of all skills"
+        )
+        parser.add_argument("--data", type=Path, required=True, quick=example / "calibration.jsonl")
+        parser.add_argument("--eval-data", type=Path, required=True, quick=example / "test.jsonl")
+        parser.add_argument("--dtype", default="auto", help="of the fit and of all scores but the last two")
+        parser.add_argument("--passes", type=float, default=None, quick=2.0)
+        run(parser.parse_args())
 
 
 def fit_all(arguments: argparse.Namespace, held: Held) -> dict[str, Recipe]:

@@ -62,7 +62,7 @@ class Case:
 def main() -> None:
     parser = BenchmarkParser(__doc__)
     parser.add_argument("--rounds", type=int, default=20, quick=1)
-    rounds = parser.parse_args().rounds
+    arguments = parser.parse_args()
     cases = [
         Case("python -c pass", ("-c", "pass")),
         Case('python -c "import typer"', ("-c", "import typer")),
@@ -72,11 +72,11 @@ def main() -> None:
         Case("loracat fit --no-such-option", (*LORACAT, "fit", "--no-such-option")),
         Case("completion of an adapter", LORACAT, COMPLETION),
     ]
-    for case in cases:  # the first of each compiles and fills the system's cache
+    for case in () if arguments.quick else cases:  # the first of each compiles and fills the system's cache
         case.run()
         case.clock.clear()
         case.processor.clear()
-    for _ in range(rounds):
+    for _ in range(arguments.rounds):
         for case in cases:
             case.run()
     least = statistics.median(cases[0].processor)

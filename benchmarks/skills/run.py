@@ -79,17 +79,15 @@ def main() -> None:
         "--calibrate",
         nargs="+",
         default=CALIBRATIONS,
-        quick=(SKILLS, "4"),
+        quick=("4",),
         help="on the skills' own data, or on so many composite records",
     )
     parser.add_argument(
-        "--controls", nargs="*", choices=CONTROLS, default=CONTROLS, quick=CONTROLS[:1], help="beside what is fitted"
+        "--controls", nargs="*", choices=CONTROLS, default=CONTROLS, quick=(), help="beside what is fitted"
     )
-    parser.add_argument(
-        "--fitted", nargs="+", default=FITTED, quick=("paper", "module"), help="methods that are fitted"
-    )
-    parser.add_argument("--test-records", type=int, quick=4, help="the first so many of the test")
-    parser.add_argument("--records", type=int, quick=8, help="the first so many of each file of data; default: all")
+    parser.add_argument("--fitted", nargs="+", default=FITTED, quick=("module",), help="methods that are fitted")
+    parser.add_argument("--test-records", type=int, quick=2, help="the first so many of the test")
+    parser.add_argument("--records", type=int, quick=4, help="the first so many of each file of data; default: all")
     parser.add_argument("--math-code-data", type=Path, help="folder of the files that math_code.py names")
     parser.add_argument("--base-id", help="the name of the base in the adapters' configs; default: as it was given")
     parser.add_argument("--dtype", default="auto", help="of the base's weights")
