@@ -1,7 +1,7 @@
 """How well a plain LoRA stands in for a trained DoRA, PiSSA or OLoRA adapter. Prints Markdown for docs/convert.md.
 
-    python -m benchmarks.convert_error
-    python -m benchmarks.convert_error --base DIR --data calibration.jsonl --eval-data test.jsonl --steps 100
+    python benchmarks/convert_error.py
+    python benchmarks/convert_error.py --base DIR --data calibration.jsonl --eval-data test.jsonl --steps 100
 
 Trains each with stock PEFT on every linear layer, converts it, loads what was written with stock PEFT on the untouched
 base, and scores the trained model and the converted ones on the same records. The relative error is that of the change
@@ -10,7 +10,6 @@ in the base's weights over all modules, as `loracat convert` states it. Without 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from benchmarks.measuring import BenchmarkParser
 from benchmarks.skills.training import EVERY_LINEAR, epoch_of
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import read_records
@@ -43,15 +43,15 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     example = example_folder()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BenchmarkParser(__doc__)
     parser.add_argument("--base", type=Path, default=example / "base")
     parser.add_argument("--data", type=Path, default=example / "calibration.jsonl")
     parser.add_argument("--eval-data", type=Path, default=example / "test.jsonl")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 2e-3])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 2e-3], quick=[2e-3])
+    parser.add_argument("--steps", type=int, default=60, quick=2)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64], quick=[8])
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), quick=["DoRA"])
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     base = load_base(find_base([], str(arguments.base)), dtype="float32")

@@ -3,12 +3,11 @@
     python benchmarks/demo_seeds.py --seeds 0 1 2
 
 Makes each example from nothing with scripts/make_demo.py (its people and facts, its base model, its two adapters), then
-runs what `loracat demo` runs. Some minutes for each seed.
+runs what `loracat demo` runs. Some minutes for each seed; --quick makes none and runs a part of the embedded one.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.made_inputs import part_of_example
+from benchmarks.measuring import BenchmarkParser, left_out
 from loracli.demo.run import DemoResult, run_demo
 
 MAKER = Path(__file__).parent.parent / "scripts" / "make_demo.py"
@@ -30,14 +31,18 @@ def make_example(folder: Path, seed: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], quick=[0])
     parser.add_argument("--jobs", type=int, default=2, help="examples made at the same time")
     arguments = parser.parse_args()
     results: dict[int, DemoResult] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            examples = list(pool.map(lambda seed: make_example(Path(scratch), seed), arguments.seeds))
+        if arguments.quick:
+            left_out("making an example, which takes minutes; this is a part of the embedded one")
+            examples = [part_of_example(Path(scratch) / "part", calibration=4, test=4)] * len(arguments.seeds)
+        else:
+            with ThreadPoolExecutor(arguments.jobs) as pool:
+                examples = list(pool.map(lambda seed: make_example(Path(scratch), seed), arguments.seeds))
         for seed, example in zip(arguments.seeds, examples, strict=True):
             output = Path(scratch) / f"run{seed}"
             output.mkdir()

@@ -30,42 +30,39 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import peft
 import torch
 from torch import nn
 
+from benchmarks.made_inputs import llama_layer, of_layers, write_adapter
+from benchmarks.measuring import BenchmarkParser, in_turns, median
 from loracli.adapters.adapter import LoraAdapter, open_adapter
-from loracli.adapters.names import format_tensor_name
 from loracli.export.export import export_adapter
 from loracli.recipe.mixing import RecipeMixing
 from loracli.recipe.recipe import BaseModule, HeldOut, HeldOutRow, Recipe, RecipeAdapter, RecipeBase, RecipeData
 from loracli.recipe.record import FitRecord
-from loracli.system.files import CONFIG_FILE, TENSOR_FILE
-from loracli.system.tensor_file import write_tensors
+from loracli.system.files import TENSOR_FILE
 
-HIDDEN, INTERMEDIATE, KV = 4096, 14336, 1024
-SHAPES = {  # (out, in)
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KV, HIDDEN),
-    "self_attn.v_proj": (KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+SHAPES = llama_layer(4096, 14336, 1024)
 ADAPTERS, RANK = 4, 16
 BASE = "random/llama-8b"
 BLOCK = 1 << 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32, help="of 32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--widths", nargs="*", type=int, default=[1024, 2048, 4096], help="of modules beside PEFT")
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("--layers", type=int, default=32, quick=1, help="of 32")
+    parser.add_argument("--rounds", type=int, default=5, quick=1)
+    parser.add_argument(
+        "--widths", nargs="*", type=int, default=[1024, 2048, 4096], quick=[128], help="of modules beside PEFT"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary directory")
     parser.add_argument("--memory-of", nargs=2, metavar=("RECIPE_FOLDER", "WAY"), help=argparse.SUPPRESS)
@@ -74,20 +71,16 @@ def main() -> None:
     if arguments.memory_of:
         print(memory_of(Path(arguments.memory_of[0]), arguments.memory_of[1]))
         return
-    print(f"torch {torch.__version__}, PEFT {peft.__version__}, {arguments.threads} threads, {platform.machine()}.")
+    print(f"torch {torch.__version__}, PEFT {version('peft')}, {arguments.threads} threads, {platform.machine()}.")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        make(folder / "model", {n: SHAPES[leaf] for n, leaf in _modules(arguments.layers)})
+        make(folder / "model", of_layers(SHAPES, arguments.layers))
         make(folder / "small", {"model.layers.0.self_attn.q_proj": (64, 64)})
         print_export(folder, arguments.layers, arguments.rounds)
-        print_memory(folder, arguments.threads)
+        print_memory(folder, arguments.threads, list(WAYS)[-1:] if arguments.quick else list(WAYS))
     if arguments.widths:
         torch.set_num_threads(1)
         print_modules(arguments.widths)
-
-
-def _modules(layers: int) -> Iterator[tuple[str, str]]:
-    return ((f"model.layers.{layer}.{leaf}", leaf) for layer in range(layers) for leaf in SHAPES)
 
 
 WAYS: dict[str, dict[str, object]] = {"concatenated": {}, "--merge --rank 16": {"merge": True, "rank": RANK}}
@@ -101,24 +94,18 @@ def print_export(folder: Path, layers: int, rounds: int) -> None:
     work: dict[str, Callable[[], object]] = {"read and write as many bytes": lambda: copy(files, folder / "copy", size)}
     for way, options in WAYS.items():
         work[way] = lambda options=options: export_adapter(recipe, folder / "out", force=True, **options)  # type: ignore[misc]
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
-    for _ in range(rounds):
-        for name, run in work.items():
-            started, busy = time.perf_counter(), time.process_time()
-            run()
-            times[name].append((time.perf_counter() - started, time.process_time() - busy))
-    plain = _median(times["read and write as many bytes"])
+    spent = in_turns(work, rounds)
+    plain = median(spent["read and write as many bytes"]).seconds
     print(f"\n{ADAPTERS} adapters of rank {RANK}, {layers} layers, {size / 1e6:.0f} MB; medians of {rounds} rounds:\n")
     print("| | seconds | least | most | of the processor | times reading and writing |")
     print("|---|--:|--:|--:|--:|--:|")
-    for name, found in times.items():
-        least, most = min(found)[0], max(found)[0]
-        middle, busy = _median(found), statistics.median(processor for _, processor in found)
-        print(f"| {name} | {middle:.2f} | {least:.2f} | {most:.2f} | {busy:.2f} | {middle / plain:.2f} |", flush=True)
-
-
-def _median(found: list[tuple[float, float]]) -> float:
-    return statistics.median(wall for wall, _ in found)
+    for name, found in spent.items():
+        middle, seconds = median(found), [one.seconds for one in found]
+        print(
+            f"| {name} | {middle.seconds:.2f} | {min(seconds):.2f} | {max(seconds):.2f} | {middle.processor:.2f} | "
+            f"{middle.seconds / plain:.2f} |",
+            flush=True,
+        )
 
 
 def copy(files: list[Path], target: Path, size: int) -> None:
@@ -134,12 +121,12 @@ def copy(files: list[Path], target: Path, size: int) -> None:
         os.fsync(out.fileno())
 
 
-def print_memory(folder: Path, threads: int) -> None:
+def print_memory(folder: Path, threads: int, ways: list[str]) -> None:
     largest = max(out + inner for out, inner in SHAPES.values()) * ADAPTERS * RANK
     print("\nPeak memory above the interpreter; the largest module's factors, concatenated, are ", end="")
     print(f"{2 * largest / 1e6:.1f} MB in bfloat16 and {8 * largest / 1e6:.1f} MB in float64:\n")
     print("| | MB | times the factors in bfloat16 | in float64 |\n|---|--:|--:|--:|")
-    for way in WAYS:
+    for way in ways:
         command = [sys.executable, __file__, "--threads", str(threads), "--memory-of", str(folder), way]
         found = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(f"| {way} | {found / 1e6:.1f} | {found / (2 * largest):.1f} | {found / (8 * largest):.1f} |", flush=True)
@@ -217,8 +204,10 @@ def export_of(recipe: Recipe, adapters: list[LoraAdapter]) -> tuple[float, float
     return statistics.median(times[1:]), error
 
 
-def peft_model(adapters: list[LoraAdapter], width: int) -> peft.PeftModel:
+def peft_model(adapters: list[LoraAdapter], width: int) -> PeftModel:
     """The adapters attached to a model of one nn.Linear by PEFT."""
+    import peft
+
     base = nn.Module()
     base.layer = nn.Linear(width, width, bias=False)
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["layer"])
@@ -239,28 +228,7 @@ def peft_model(adapters: list[LoraAdapter], width: int) -> peft.PeftModel:
 def make(folder: Path, shapes: dict[str, tuple[int, int]], dtype: torch.dtype = torch.bfloat16) -> None:
     """Four adapters with random factors on these modules, and the table of the modules."""
     for i in range(ADAPTERS):
-        directory = folder / f"a{i}"
-        directory.mkdir(parents=True)
-        sizes = {}
-        for name, (rows, columns) in shapes.items():
-            sizes[format_tensor_name(name, "lora_A")] = (RANK, columns)
-            sizes[format_tensor_name(name, "lora_B")] = (rows, RANK)
-        generator = torch.Generator().manual_seed(i)
-        write_tensors(
-            directory / TENSOR_FILE,
-            sizes,
-            dtype,
-            lambda name, sizes=sizes, generator=generator: torch.randn(sizes[name], generator=generator).to(dtype),  # type: ignore[misc]
-        )
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": BASE,
-            "r": RANK,
-            "lora_alpha": 2 * RANK,
-            "target_modules": sorted({name.rpartition(".")[2] for name in shapes}),
-        }
-        (directory / CONFIG_FILE).write_text(json.dumps(config))
+        write_adapter(folder / f"a{i}", shapes, RANK, seed=i, base_id=BASE, dtype=dtype)
     (folder / "shapes.json").write_text(json.dumps(shapes))
 
 

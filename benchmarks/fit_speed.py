@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,32 +31,29 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loracli.algebra.factors import Factors
+from benchmarks.made_inputs import LINEAR, write_adapter
+from benchmarks.measuring import BenchmarkParser, spent_by
+from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.calibration.batches import Batch, make_batch
+from loracli.calibration.render import Example
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.loss import FrozenHead
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VOCABULARY = 4096
 
 
-class RandomAdapter:
-    """An adapter with random factors, as `attach` reads one."""
-
-    def __init__(self, model: nn.Module, rank: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.modules = {}
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and name.endswith(TARGETS):
-                lora_A = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
-                lora_B = 0.02 * torch.randn(module.out_features, rank, generator=generator)
-                self.modules[name] = _Module(Factors(lora_A, lora_B, 2.0))
-
-
-class _Module:
-    kind = "linear"
-
-    def __init__(self, factors: Factors) -> None:
-        self.factors = factors
+def make_adapters(base: LlamaForCausalLM, count: int, rank: int) -> list[LoraAdapter]:
+    """Adapters on all linear layers, written and read."""
+    shapes = {
+        name: (module.out_features, module.in_features)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(LINEAR)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        return [
+            read_adapter(str(write_adapter(Path(folder) / f"a{i}", shapes, rank, seed=i, base_id="random/llama")))
+            for i in range(count)
+        ]
 
 
 def make_base(width: int, layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -72,14 +70,12 @@ def make_base(width: int, layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
 
-class Batch:
+def make_two_records(tokens: int) -> Batch:
     """Two records whose second halves are scored."""
-
-    def __init__(self, tokens: int) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.input_ids = torch.randint(0, VOCABULARY, (2, tokens // 2), generator=generator)
-        scored = torch.arange(tokens).view(2, -1)[:, tokens // 4 :].flatten()
-        self.positions, self.labels = scored, self.input_ids.flatten()[scored]
+    length = tokens // 2
+    ids = torch.randint(0, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(1))
+    scored = tuple(place >= length // 2 for place in range(length))
+    return make_batch([Example(f"record {i}", tuple(row), scored) for i, row in enumerate(ids.tolist())], (0, 1))
 
 
 def loss(model: Any, head: nn.Linear, batch: Batch, inputs: Tensor) -> Tensor:
@@ -110,10 +106,10 @@ def peft_step(scalings: list[Tensor], peft: PeftModel, batch: Batch, *, through:
     return torch.stack(torch.autograd.grad(loss(base.model, base.lm_head, batch, inputs), scalings))
 
 
-def make_peft(base: LlamaForCausalLM, adapters: list[RandomAdapter]) -> tuple[PeftModel, list[Tensor]]:
+def make_peft(base: LlamaForCausalLM, adapters: list[LoraAdapter]) -> tuple[PeftModel, list[Tensor]]:
     """PEFT's model with all adapters active at weight 1/2, and the scalings, module after module, as leaves."""
     rank = next(iter(adapters[0].modules.values())).factors.rank
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LINEAR))
     names = [f"a{i}" for i in range(len(adapters))]
     peft = get_peft_model(base, config, adapter_name=names[0])
     for name in names[1:]:
@@ -153,23 +149,25 @@ def kept_bytes(step: Callable[[], Any]) -> int:
 
 def measure(width: int, count: int, args: argparse.Namespace) -> list[str]:
     dtype = getattr(torch, args.dtype)
-    batch, rank = Batch(args.tokens), args.total_rank // count
+    batch = make_two_records(args.tokens)
     base = make_base(width, args.layers, dtype)
-    adapters = [RandomAdapter(base, rank, seed) for seed in range(count)]
+    adapters = make_adapters(base, count, args.total_rank // count)
     modules = tuple(sorted(adapters[0].modules))
     peft, scalings = make_peft(make_base(width, args.layers, dtype), adapters)
     times: dict[str, list[float]] = {"bare": [], "ours": [], "PEFT": []}
     for turn in range(args.repeats + 1):
-        steps: dict[str, Callable[[], Any]] = {"bare": lambda: bare_step(base, batch)}
-        _time(times["bare"], steps["bare"], turn)
-        with attach(base, adapters, modules) as attached:  # type: ignore[arg-type]
-            _time(times["ours"], lambda: our_step(attached, count, batch), turn)  # noqa: B023
+        spent = {"bare": spent_by(lambda: bare_step(base, batch))}
+        with attach(base, adapters, modules) as attached:
+            spent["ours"] = spent_by(lambda: our_step(attached, count, batch))  # noqa: B023
             if turn == 0:
                 kept_bytes.weights = {s.data_ptr() for s in _constants(attached, base, peft)}  # type: ignore[attr-defined]
                 ours = our_step(attached, count, batch)
                 kept = [kept_bytes(lambda: our_step(attached, count, batch, through=True))]  # noqa: B023
-        _time(times["PEFT"], lambda: peft_step(scalings, peft, batch), turn)
-        if turn == 0:
+        spent["PEFT"] = spent_by(lambda: peft_step(scalings, peft, batch))
+        if turn:  # the first is warm-up
+            for name, found in spent.items():
+                times[name].append(found.seconds)
+        else:
             theirs = peft_step(scalings, peft, batch).view(len(modules), count)
             error = float((ours - 2.0 * theirs).abs().max() / ours.abs().max())
             kept = [
@@ -201,25 +199,18 @@ def _constants(attached: AttachedModel, base: nn.Module, peft: nn.Module) -> lis
     return [tensor.untyped_storage() for tensor in tensors]
 
 
-def _time(times: list[float], step: Callable[[], Any], turn: int) -> None:
-    started = time.perf_counter()
-    step()
-    if turn:  # the first is warm-up
-        times.append(time.perf_counter() - started)
-
-
 def _ratio(left: list[float], right: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(left, right, strict=True))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--adapters", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--total-rank", type=int, default=64)
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048], quick=[64])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[2, 4, 8, 16], quick=[2])
+    parser.add_argument("--total-rank", type=int, default=64, quick=8)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=512, quick=32)
+    parser.add_argument("--repeats", type=int, default=7, quick=1)
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)

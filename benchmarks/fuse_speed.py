@@ -26,13 +26,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.made_inputs import llama_layer, of_layers, write_adapter
+from benchmarks.measuring import BenchmarkParser, Spent, median, spent_by
 from loracli.model.checkpoint import header_bytes
 
 BLOCK = 16 << 20
@@ -59,25 +60,18 @@ class Shapes:
 
     @property
     def modules(self) -> dict[str, tuple[int, int]]:
-        keys = self.hidden // 4
-        return {
-            "self_attn.q_proj": (self.hidden, self.hidden),
-            "self_attn.k_proj": (keys, self.hidden),
-            "self_attn.v_proj": (keys, self.hidden),
-            "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.inner, self.hidden),
-            "mlp.up_proj": (self.inner, self.hidden),
-            "mlp.down_proj": (self.hidden, self.inner),
-        }
+        return llama_layer(self.hidden, self.inner, self.hidden // 4)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=6, help="of the 32 of an 8B model")
-    parser.add_argument("--shrink", type=int, default=1, help="divide all widths by this, for a look in a minute")
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("--layers", type=int, default=6, quick=1, help="of the 32 of an 8B model")
+    parser.add_argument(
+        "--shrink", type=int, default=1, quick=32, help="divide all widths by this, for a look in a minute"
+    )
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, quick=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, help="default: a temporary one")
     parser.add_argument("--worker", nargs="*", help=argparse.SUPPRESS)
@@ -92,37 +86,46 @@ def main() -> None:
 def measure(folder: Path, arguments: argparse.Namespace) -> None:
     shapes = Shapes(arguments.layers, arguments.shrink)
     base = write_base(folder / "base", shapes)
-    adapters = [write_adapter(folder / f"a{i}", shapes, arguments.rank, i) for i in range(arguments.adapters)]
+    adapters = [
+        write_adapter(
+            folder / f"a{i}",
+            of_layers(shapes.modules, shapes.layers),
+            arguments.rank,
+            seed=i,
+            base_id="random/llama",
+            dtype=torch.bfloat16,
+        )
+        for i in range(arguments.adapters)
+    ]
     size = sum(file.stat().st_size for file in base.iterdir())
-    times: dict[str, list[float]] = {"copy": [], "cp": [], "fuse": []}
-    work: dict[str, list[float]] = {name: [] for name in times}
-    memory = 0.0
+    out = folder / "out"
+    copies: dict[str, Callable[[], object]] = {
+        "copy": lambda: copy(base, out),
+        "cp": lambda: subprocess.run(["cp", "-r", base, out], check=True),
+    }
+    spent: dict[str, list[Spent]] = {"copy": [], "cp": [], "fuse": []}
+    memory = 0
     for _ in range(arguments.rounds):
-        for name in times:
-            shutil.rmtree(folder / "out", ignore_errors=True)
+        for name, found in spent.items():
+            shutil.rmtree(out, ignore_errors=True)
             os.sync()
-            if name == "fuse":
-                found = fuse(base, adapters, folder / "out", arguments.threads)
-                seconds, spent, memory = found["seconds"], found["cpu"], max(memory, found["memory"])
+            if name in copies:
+                found.append(spent_by(copies[name]))
             else:
-                started, before = time.perf_counter(), cpu_seconds()
-                copy(base, folder / "out") if name == "copy" else subprocess.run(
-                    ["cp", "-r", base, folder / "out"], check=True
-                )
-                seconds, spent = time.perf_counter() - started, cpu_seconds() - before
-            times[name].append(seconds)
-            work[name].append(spent)
+                taken, peak = fuse(base, adapters, out, arguments.threads)
+                found.append(taken)
+                memory = max(memory, peak)
     print(
         f"{size / 1e9:.1f} GB in bfloat16, {arguments.layers} layers, {arguments.adapters} adapters of rank "
         f"{arguments.rank}, {arguments.threads} threads, medians of {arguments.rounds} rounds\n"
     )
     print("| | seconds | GB/s | processor | fuse takes | pairs |\n|---|--:|--:|--:|--:|---|")
-    for name, found in times.items():
-        ratios = [a / b for a, b in zip(times["fuse"], found, strict=True)]
+    for name, found in spent.items():
+        ratios = [a.seconds / b.seconds for a, b in zip(spent["fuse"], found, strict=True)]
         pairs = "" if name == "fuse" else " ".join(f"{ratio:.2f}" for ratio in ratios)
-        middle = statistics.median(found)
+        middle = median(found)
         print(
-            f"| {name} | {middle:.1f} | {size / 1e9 / middle:.2f} | {statistics.median(work[name]):.1f} s | "
+            f"| {name} | {middle.seconds:.1f} | {size / 1e9 / middle.seconds:.2f} | {middle.processor:.1f} s | "
             f"{statistics.median(ratios):.2f} x | {pairs} |"
         )
     largest = 2 * max(shapes.vocabulary, shapes.inner) * shapes.hidden
@@ -138,17 +141,11 @@ def copy(source: Path, target: Path) -> None:
             os.fsync(written.fileno())
 
 
-def cpu_seconds() -> float:
-    """Of this process and those that it has waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
-
-
-def fuse(base: Path, adapters: list[Path], output: Path, threads: int) -> dict[str, float]:
-    """Seconds, the processor's seconds, and bytes of memory above the imports."""
+def fuse(base: Path, adapters: list[Path], output: Path, threads: int) -> tuple[Spent, int]:
+    """What a fusion takes in a process of its own, and its bytes of memory above the imports."""
     words = [sys.executable, __file__, "--worker", str(threads), str(base), str(output), *map(str, adapters)]
-    found: dict[str, float] = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return found
+    found = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return Spent(found["seconds"], found["processor"]), found["memory"]
 
 
 def worker(threads: str, base: str, output: str, *adapters: str) -> None:
@@ -160,11 +157,9 @@ def worker(threads: str, base: str, output: str, *adapters: str) -> None:
     transformers.AutoModelForCausalLM  # noqa: B018
     torch.set_num_threads(int(threads))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started, spent = time.perf_counter(), cpu_seconds()
-    fuse_model(None, output, adapters=adapters, method="sum", base=base)
-    seconds, spent = time.perf_counter() - started, cpu_seconds() - spent
+    spent = spent_by(lambda: fuse_model(None, output, adapters=adapters, method="sum", base=base))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "cpu": spent, "memory": 1024 * (peak - before)}))
+    print(json.dumps({**vars(spent), "memory": 1024 * (peak - before)}))
 
 
 def write_base(folder: Path, model: Shapes) -> Path:
@@ -218,30 +213,6 @@ def random_blocks(shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
     while rest > 0:
         yield random_block()[:rest]
         rest -= len(random_block())
-
-
-def write_adapter(folder: Path, model: Shapes, rank: int, seed: int) -> Path:
-    from safetensors.torch import save_file
-
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(model.layers):
-        for name, (rows, columns) in model.modules.items():
-            prefix = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, columns, generator=generator).mul_(0.01).bfloat16()
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, rank, generator=generator).mul_(0.01).bfloat16()
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "random/llama",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "target_modules": sorted(name.rpartition(".")[2] for name in model.modules),
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 if __name__ == "__main__":

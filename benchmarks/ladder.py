@@ -6,6 +6,7 @@
 One climb a size: adapter, module, core, factors, each from the rung below and from the sum, within the budget that
 `--mixing auto` gives it, and then fitted once more on all training records as `fit` does. `auto` would stop where the
 gain on validation records is not clear; here all rungs are climbed, so that the table shows what it passes by.
+--quick takes some records of the embedded example.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measuring import BenchmarkParser
 from loracli.adapters.adapter import read_adapter
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
+from loracli.demo.run import example_folder
 from loracli.evaluation.statistics import paired_interval, static_points
 from loracli.fitting.criterion import cross_folds, gain, loss_criterion, one_fold
 from loracli.fitting.engine import Engine
@@ -37,14 +40,15 @@ from loracli.progress import SILENT
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True)
-    parser.add_argument("--adapters", nargs="+", required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--records", type=int, nargs="+", required=True, help="the first so many of --data")
-    parser.add_argument("--eval-data", type=Path, required=True)
-    parser.add_argument("--eval-records", type=int, help="the first so many of --eval-data")
-    parser.add_argument("--passes", type=float, default=20.0)
+    example = example_folder()
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("--base", required=True, quick=str(example / "base"))
+    parser.add_argument("--adapters", nargs="+", required=True, quick=[str(example / "know"), str(example / "form")])
+    parser.add_argument("--data", type=Path, required=True, quick=example / "calibration.jsonl")
+    parser.add_argument("--records", type=int, nargs="+", required=True, quick=[4], help="the first so many of --data")
+    parser.add_argument("--eval-data", type=Path, required=True, quick=example / "test.jsonl")
+    parser.add_argument("--eval-records", type=int, quick=4, help="the first so many of --eval-data")
+    parser.add_argument("--passes", type=float, default=20.0, quick=2.0)
     parser.add_argument("--folds-below", type=int, default=40, help="four folds with fewer records than this")
     parser.add_argument("--dtype", default="auto")
     run(parser.parse_args())

@@ -9,43 +9,37 @@ average in two profiles: every tensor of adapter.gguf is compared with what conv
 directory, to the last bit. With --run, a Python that has llama-cpp-python, sentencepiece, torch and transformers:
 convert_hf_to_gguf.py converts the base to float32, llama.cpp loads it with adapter.gguf, and the logits after a prompt
 are compared with those of stock PEFT, beside those of the base alone. Prints Markdown.
+
+--quick takes two of the architectures, and without a checkout of llama.cpp writes the files and reads them alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.made_inputs import LINEAR, write_peft_adapter, write_tiny_base
+from benchmarks.measuring import BenchmarkParser, left_out
 from loracli.export.gguf import ARCHITECTURES
 from loracli.export.method import export_method
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
 MODEL_TYPES = {"Gemma3ForCausalLM": "gemma3_text"}
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPT = "Write a Python function that returns the sum of two numbers."
 LOGITS = """
 import json, sys, numpy as np, llama_cpp
@@ -57,24 +51,9 @@ np.save(out, np.array(model.scores[: model.n_tokens], dtype=np.float64))
 
 
 def make_base(folder: Path, model_class: str) -> Path:
-    model_type = MODEL_TYPES.get(model_class, model_class.removesuffix("ForCausalLM").lower())
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SMALL))
-    assert type(model).__name__ == model_class, type(model)
-    model.save_pretrained(folder)
-    return folder
-
-
-def make_adapter(folder: Path, base: Path, *, rank: int, targets: list[str], seed: int) -> Path:
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.05)
-    adapted.peft_config["default"].base_model_name_or_path = "tiny/base"
-    adapted.save_pretrained(folder)
+    write_tiny_base(folder, MODEL_TYPES.get(model_class, model_class.removesuffix("ForCausalLM").lower()))
+    [found] = json.loads((folder / "config.json").read_text())["architectures"]
+    assert found == model_class, found
     return folder
 
 
@@ -84,11 +63,8 @@ def converted(llama_cpp: Path, adapter: Path, base: Path, output: Path) -> Path:
     return output
 
 
-def compared(ours: Path, theirs: Path) -> tuple[int, list[str], bool]:
-    """How many tensors there are, the names of those that differ, and whether alpha is the same."""
-    from gguf import GGUFReader
-
-    left, right = GGUFReader(ours), GGUFReader(theirs)
+def compared(left: GGUFReader, right: GGUFReader) -> tuple[list[str], bool]:
+    """The names of the tensors that differ, and whether alpha is the same."""
     tensors: list[dict[str, Any]] = [{t.name: t for t in reader.tensors} for reader in (left, right)]
     different = sorted(tensors[0].keys() ^ tensors[1].keys())
     for name in tensors[0].keys() & tensors[1].keys():
@@ -98,29 +74,34 @@ def compared(ours: Path, theirs: Path) -> tuple[int, list[str], bool]:
         elif not np.array_equal(one.data, other.data):
             different.append(name)
     alphas = [reader.fields["adapter.lora.alpha"].parts[-1][0] for reader in (left, right)]
-    return len(tensors[0]), different, bool(alphas[0] == alphas[1])
+    return different, bool(alphas[0] == alphas[1])
 
 
-def converter_rows(llama_cpp: Path, folder: Path) -> bool:
+def converter_rows(llama_cpp: Path | None, folder: Path, classes: Sequence[str]) -> bool:
+    from gguf import GGUFReader
+
     print("| base | profile | tensors | that differ | alpha |")
     print("|---|---|--:|--:|---|")
     right = True
-    for model_class in ARCHITECTURES:
+    for model_class in classes:
         place = folder / model_class
         base = make_base(place / "base", model_class)
         adapters = [
-            str(make_adapter(place / "a", base, rank=4, targets=LINEAR, seed=1)),
-            str(make_adapter(place / "b", base, rank=2, targets=["q_proj", "v_proj"], seed=2)),
+            str(write_peft_adapter(place / "a", base, targets=LINEAR, seed=1, r=4, lora_alpha=8)),
+            str(write_peft_adapter(place / "b", base, targets=("q_proj", "v_proj"), seed=2, r=2, lora_alpha=4)),
         ]
         for profile in ("portable", "peft"):
             output = place / profile
             export_method("uniform", output, adapters=adapters, profile=profile, gguf=True, base=str(base))
-            theirs = converted(llama_cpp, output, base, place / f"{profile}.gguf")
-            count, different, alpha = compared(output / "adapter.gguf", theirs)
-            said = f"{len(different)}" + (f", {different[0]} first" if different else "")
-            same = "the same" if alpha else "another"
-            print(f"| {model_class} | {profile} | {count} | {said} | {same} |", flush=True)
-            right &= not different
+            ours = GGUFReader(output / "adapter.gguf")
+            said, same = "not compared", "not compared"
+            if llama_cpp:
+                theirs = GGUFReader(converted(llama_cpp, output, base, place / f"{profile}.gguf"))
+                different, alpha = compared(ours, theirs)
+                said = f"{len(different)}" + (f", {different[0]} first" if different else "")
+                same = "the same" if alpha else "another"
+                right &= not different
+            print(f"| {model_class} | {profile} | {len(ours.tensors)} | {said} | {same} |", flush=True)
     return right
 
 
@@ -153,18 +134,25 @@ def run_rows(llama_cpp: Path, python: str, base: Path, adapters: list[str], fold
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("llama_cpp", type=Path, help="a checkout of llama.cpp")
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("llama_cpp", type=Path, quick=None, help="a checkout of llama.cpp")
     parser.add_argument("--run", metavar="PYTHON", help="a Python that has llama-cpp-python and sentencepiece")
     parser.add_argument("--base", type=Path)
     parser.add_argument("--adapters", nargs="+")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if find_spec("gguf") is None:
+        left_out("everything: the gguf package is not installed (`pip install .[gguf]`)")
+        return 0 if arguments.quick else 1
+    llama_cpp = arguments.llama_cpp and arguments.llama_cpp.resolve()
+    if llama_cpp is None:
+        left_out("llama.cpp's converter, as no checkout of it was given")
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        right = converter_rows(arguments.llama_cpp.resolve(), Path(place))
+        classes = list(ARCHITECTURES)[: 2 if arguments.quick else None]
+        right = converter_rows(llama_cpp, Path(place), classes)
         if arguments.run:
-            run_rows(arguments.llama_cpp.resolve(), arguments.run, arguments.base, arguments.adapters, Path(place))
+            run_rows(llama_cpp, arguments.run, arguments.base, arguments.adapters, Path(place))
     return 0 if right else 1
 
 

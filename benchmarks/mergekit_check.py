@@ -16,7 +16,6 @@ model whose every weight is W + dW in float64, rounded once, stands below. The e
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -34,7 +33,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from benchmarks.measuring import BenchmarkParser, left_out
 from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.demo.run import example_folder
 
 
 @dataclass(frozen=True)
@@ -112,43 +113,60 @@ def mergekit_config(base: Path, adapters: list[Path], path: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mergekit", type=Path, help="the folder of mergekit's commands")
-    parser.add_argument("--base", type=Path, required=True, help="a directory with one model.safetensors in bfloat16")
-    parser.add_argument("--adapters", type=Path, nargs="+", required=True)
-    parser.add_argument("--rounds", type=int, default=3)
+    example = example_folder()
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("mergekit", type=Path, quick=None, help="the folder of mergekit's commands")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        required=True,
+        quick=example / "base",
+        help="a directory with one model.safetensors in bfloat16",
+    )
+    parser.add_argument("--adapters", type=Path, nargs="+", required=True, quick=[example / "know", example / "form"])
+    parser.add_argument("--rounds", type=int, default=3, quick=1)
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     base, adapters = arguments.base.resolve(), [path.resolve() for path in arguments.adapters]
     read = [read_adapter(str(path)) for path in adapters]
     rank = sum(max(adapter.ranks) for adapter in read)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         config = mergekit_config(base, adapters, folder / "merge.yml")
         loracat = [sys.executable, "-m", "loracli"]
         method = ["--method", "uniform", "--adapters", *adapters, "--quiet", "--force", "--output"]
         cut = ["--merge", "--rank", str(max(max(adapter.ranks) for adapter in read))]
         extract = ["--model", folder / "model", "--base-model", base, "--max-rank", str(rank), "--out-path"]
         merge = [config, folder / "model", "--lora-merge-cache", folder / "baked"]
+        theirs: dict[str, list[str | Path]] = {}
+        if arguments.mergekit is None:
+            left_out("mergekit, as no folder of its commands was given")
+        else:
+            yaml, extracting = arguments.mergekit / "mergekit-yaml", arguments.mergekit / "mergekit-extract-lora"
+            theirs = {
+                "mergekit-yaml": [yaml, *merge],
+                "mergekit-extract-lora": [extracting, *extract, folder / "extracted"],
+            }
         commands: dict[str, list[str | Path]] = {
-            "mergekit-yaml": [arguments.mergekit / "mergekit-yaml", *merge],
-            "mergekit-extract-lora": [arguments.mergekit / "mergekit-extract-lora", *extract, folder / "extracted"],
+            **theirs,
             "loracat fuse": [*loracat, "fuse", "--base", base, *method, folder / "fused"],
             "loracat export": [*loracat, "export", *method, folder / "exported"],
             "loracat export --merge": [*loracat, "export", *cut, *method, folder / "merged"],
         }
+        if arguments.quick:
+            del commands["loracat export"]  # whose code is that of the next
         runs: dict[str, list[Run]] = {name: [] for name in commands}
         for _ in range(arguments.rounds):
             shutil.rmtree(folder / "baked", ignore_errors=True)
             for name, command in commands.items():
                 runs[name].append(run(*command))
         exact = exact_updates(read)
-        errors = {
-            "mergekit-yaml": ("a model", error_of_model(folder / "model", base, exact)),
-            "mergekit-extract-lora": (f"an adapter, rank {rank}", error_of_adapter(folder / "extracted", exact)),
-            "loracat fuse": ("a model", error_of_model(folder / "fused", base, exact)),
-            "loracat export": (f"an adapter, rank {rank}", error_of_adapter(folder / "exported", exact)),
-            "loracat export --merge": (f"an adapter, rank {cut[-1]}", error_of_adapter(folder / "merged", exact)),
+        written = {
+            "mergekit-yaml": ("a model", "model"),
+            "mergekit-extract-lora": (f"an adapter, rank {rank}", "extracted"),
+            "loracat fuse": ("a model", "fused"),
+            "loracat export": (f"an adapter, rank {rank}", "exported"),
+            "loracat export --merge": (f"an adapter, rank {cut[-1]}", "merged"),
         }
         print(f"Medians of {arguments.rounds} rounds; {len(exact)} modules.\n")
         print("| | writes | relative error of the update | seconds | of the processor | peak MB |")
@@ -157,8 +175,13 @@ def main() -> None:
             middle = [
                 statistics.median(getattr(one, what) for one in found) for what in ("seconds", "processor", "memory")
             ]
-            written, error = errors[name]
-            print(f"| {name} | {written} | {error:.2e} | {middle[0]:.1f} | {middle[1]:.1f} | {middle[2]:.0f} |")
+            kind, place = written[name]
+            error = (
+                error_of_model(folder / place, base, exact)
+                if kind == "a model"
+                else error_of_adapter(folder / place, exact)
+            )
+            print(f"| {name} | {kind} | {error:.2e} | {middle[0]:.1f} | {middle[1]:.1f} | {middle[2]:.0f} |")
         print(f"\nEvery weight in float64 and rounded once: {error_of_rounding(base, exact):.2e}.")
 
 

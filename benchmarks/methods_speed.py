@@ -12,17 +12,14 @@ the others work on factors.
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from benchmarks.made_inputs import llama_layer, of_layers, write_adapter
+from benchmarks.measuring import BenchmarkParser, in_turns, median
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
@@ -36,11 +33,11 @@ DATA_FREE = [name for name, method in METHODS.items() if method.search is None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", nargs="+", type=int, default=[576, 1024, 2048])
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("--widths", nargs="+", type=int, default=[576, 1024, 2048], quick=[64])
     parser.add_argument("--adapters", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, quick=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{arguments.adapters} adapters of rank {arguments.rank}, {LAYERS} layers of 7 modules, one thread;")
@@ -53,7 +50,10 @@ def main() -> None:
 
 def measured(width: int, count: int, rank: int, rounds: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        paths = [write_adapter(Path(folder) / f"a{i}", width, rank, seed=i) for i in range(count)]
+        shapes = of_layers(llama_layer(width, 3 * width, width // 4), LAYERS)
+        paths = [
+            write_adapter(Path(folder) / f"a{i}", shapes, rank, seed=i, base_id="random/llama") for i in range(count)
+        ]
         adapters = [read_adapter(str(path)) for path in paths]
         layout = make_layout(adapters)
         work: dict[str, Callable[[], object]] = {
@@ -61,15 +61,9 @@ def measured(width: int, count: int, rank: int, rounds: int) -> str:
             "reading": lambda: [read_adapter(str(path)) for path in paths],
             **{name: composing(METHODS[name], adapters, layout) for name in DATA_FREE},
         }
-        times: dict[str, list[float]] = {name: [] for name in work}
-        for _ in range(rounds):
-            for name, run in work.items():
-                started = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - started)
-    median = {name: statistics.median(found) for name, found in times.items()}
-    export = median["export"] - median["reading"]
-    ratios = {name: median[name] / export for name in DATA_FREE}
+        seconds = {name: median(found).seconds for name, found in in_turns(work, rounds).items()}
+    export = seconds["export"] - seconds["reading"]
+    ratios = {name: seconds[name] / export for name in DATA_FREE}
     cheap = sum(ratio for name, ratio in ratios.items() if name not in DENSE)
     each = " | ".join(f"{ratio:.2f}" for ratio in ratios.values())
     return f"| {width} | {export:.2f} s | {each} | {cheap:.2f} | {sum(ratios.values()):.2f} |"
@@ -77,32 +71,6 @@ def measured(width: int, count: int, rank: int, rounds: int) -> str:
 
 def composing(method: Method, adapters: Sequence[LoraAdapter], layout: Layout) -> Callable[[], object]:
     return lambda: of_method(method, MethodOptions(), adapters, layout)
-
-
-def write_adapter(folder: Path, width: int, rank: int, *, seed: int) -> Path:
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    shapes = {"self_attn.q_proj": (width, width), "self_attn.o_proj": (width, width)}
-    shapes |= {f"self_attn.{name}": (width // 4, width) for name in ("k_proj", "v_proj")}
-    shapes |= {f"mlp.{name}": (3 * width, width) for name in ("gate_proj", "up_proj")}
-    shapes |= {"mlp.down_proj": (width, 3 * width)}
-    for layer in range(LAYERS):
-        for name, (rows, columns) in shapes.items():
-            prefix = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "random/llama",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "target_modules": sorted(name.rpartition(".")[2] for name in shapes),
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 if __name__ == "__main__":

@@ -26,11 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import BenchmarkParser
 from loracli.adapters.adapter import read_adapter
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.dataset import shuffled
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
+from loracli.demo.run import example_folder
 from loracli.fitting.certificate import certified, plan_finish
 from loracli.fitting.criterion import Fold, loss_criterion
 from loracli.fitting.descent import AdamW, Descent, plan_steps
@@ -46,7 +48,6 @@ from loracli.model.base import find_base, load_base
 from loracli.model.loss import make_objective
 from loracli.progress import SILENT
 
-DEMO = Path(__file__).parents[1] / "loracli" / "demo" / "data"
 BATCH_TOKENS = 1024
 LORAHUB_EVALUATIONS, LORAHUB_BOUND, LORAHUB_L1 = 40, 1.5, 0.05
 
@@ -209,14 +210,16 @@ def lorahub(p: Problem) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=str(DEMO / "base"))
-    parser.add_argument("--adapters", nargs="+", default=[str(DEMO / "know"), str(DEMO / "form")])
-    parser.add_argument("--data", type=Path, nargs="+", default=[DEMO / "calibration.jsonl", DEMO / "test.jsonl"])
-    parser.add_argument("--records", type=int, help="the first so many")
+    example = example_folder()
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("--base", default=str(example / "base"))
+    parser.add_argument("--adapters", nargs="+", default=[str(example / "know"), str(example / "form")])
+    files = [example / "calibration.jsonl", example / "test.jsonl"]
+    parser.add_argument("--data", type=Path, nargs="+", default=files)
+    parser.add_argument("--records", type=int, quick=6, help="the first so many")
     parser.add_argument("--planted", type=int, default=0, help="so many records that the model writes itself")
-    parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--passes", type=float, nargs="+", default=[2, 3, 5, 8])
+    parser.add_argument("--iterations", type=int, default=200, quick=2)
+    parser.add_argument("--passes", type=float, nargs="+", default=[2, 3, 5, 8], quick=[2])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only-ours", action="store_true")
     arguments = parser.parse_args()

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import loracli
+from benchmarks.measuring import BenchmarkParser
 from loracli.adapters.adapter import read_adapter
 from loracli.algebra.methods.linear import SUM
 from loracli.algebra.methods.method import MethodOptions
@@ -227,6 +228,9 @@ class Bench:
 
 
 def main() -> None:
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("--cases", type=int, default=len(CASES), quick=3, help="the first so many rows")
+    cases = CASES[: parser.parse_args().cases]
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # PEFT's advice on grouped convolutions, which is part of what is measured
     print(
@@ -236,7 +240,7 @@ def main() -> None:
     print(f"| | {' | '.join(f'PEFT `{name}`' for name in COMBINATIONS)} | {' | '.join(f'`{n}`' for n in OURS)} |")
     print(f"|---|{'---|' * (len(COMBINATIONS) + len(OURS))}")
     notes: list[str] = []
-    for case in CASES:
+    for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(case, Path(folder))
             cells = [bench.peft(name) for name in COMBINATIONS] + [bench.ours(merge=merge) for merge in (False, True)]

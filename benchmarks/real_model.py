@@ -6,7 +6,7 @@
 Calibrates on --data, scores everything on --eval-data: base, each adapter alone, uniform, sum, the fit, an adapter
 trained on both skills' data at once, the published recipe at its own rate and at a higher one, and the exported
 directories as stock PEFT loads them. Differences are paired over records, with 95 % bootstrap intervals. Any model,
-adapters and data will do.
+adapters and data will do; --quick takes a part of the embedded example, and one of its adapters as the data mix.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from benchmarks.made_inputs import part_of_example
+from benchmarks.measuring import BenchmarkParser
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import read_records
@@ -105,38 +107,44 @@ def matrix(recipe: Recipe, modules: tuple[str, ...]) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True)
-    parser.add_argument("--adapters", nargs="+", required=True)
-    parser.add_argument("--datamix", help="an adapter trained on the data of all skills")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--eval-data", type=Path, required=True)
-    parser.add_argument("--dtype", default="auto", help="of the fit and of all scores but the last two")
-    parser.add_argument("--passes", type=float, default=None)
-    arguments = parser.parse_args()
-    run(arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        parser = BenchmarkParser(__doc__)
+        example = part_of_example(Path(scratch) / "part", calibration=12, test=12) if parser.quick else Path()
+        parser.add_argument("--base", required=True, quick=str(example / "base"))
+        parser.add_argument(
+            "--adapters", nargs="+", required=True, quick=[str(example / "know"), str(example / "form")]
+        )
+        parser.add_argument(
+            "--datamix", quick=str(example / "form"), help="an adapter trained on the data of all skills"
+        )
+        parser.add_argument("--data", type=Path, required=True, quick=example / "calibration.jsonl")
+        parser.add_argument("--eval-data", type=Path, required=True, quick=example / "test.jsonl")
+        parser.add_argument("--dtype", default="auto", help="of the fit and of all scores but the last two")
+        parser.add_argument("--passes", type=float, default=None, quick=2.0)
+        run(parser.parse_args())
 
 
 def fit_all(arguments: argparse.Namespace, held: Held) -> dict[str, Recipe]:
     """The fit and the published recipe at two rates. Their own tables are kept short: all records are scored later."""
-    few = Path(tempfile.mkdtemp()) / "few.jsonl"
-    few.write_text("".join(arguments.eval_data.read_text().splitlines(keepends=True)[:20]))
     recipes: dict[str, Recipe] = {}
-    for name, settings in (
-        ("fit", FitSettings(passes=arguments.passes)),
-        ("published recipe, rate 1e-4", FitSettings(paper=True)),
-        (f"published recipe, rate {HIGHER_RATE:g}", FitSettings(paper=True, learning_rate=HIGHER_RATE)),
-    ):
-        with held.timed(f"{name} (search)"):
-            recipes[name] = fit_mixing(
-                arguments.adapters,
-                arguments.data,
-                eval_data=few,
-                base=arguments.base,
-                settings=settings,
-                dtype=arguments.dtype,
-                progress=_Talk(),
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        few = Path(folder) / "few.jsonl"
+        few.write_text("".join(arguments.eval_data.read_text().splitlines(keepends=True)[:20]))
+        for name, settings in (
+            ("fit", FitSettings(passes=arguments.passes)),
+            ("published recipe, rate 1e-4", FitSettings(paper=True)),
+            (f"published recipe, rate {HIGHER_RATE:g}", FitSettings(paper=True, learning_rate=HIGHER_RATE)),
+        ):
+            with held.timed(f"{name} (search)"):
+                recipes[name] = fit_mixing(
+                    arguments.adapters,
+                    arguments.data,
+                    eval_data=few,
+                    base=arguments.base,
+                    settings=settings,
+                    dtype=arguments.dtype,
+                    progress=_Talk(),
+                )
     return recipes
 
 

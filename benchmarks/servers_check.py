@@ -15,7 +15,6 @@ Restated and not run: that SGLang copies a tensor only into a buffer of its shap
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib.util
 import json
@@ -27,7 +26,7 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.made_inputs import LINEAR, TINY, write_peft_adapter, write_tiny_base
+from benchmarks.measuring import BenchmarkParser, left_out
 from loracli.export.method import export_method
-from loracli.serving.lint import lint_adapter
+from loracli.serving.lint import lint_adapter, load_server
 
-LAYERS, HEADS, KV_HEADS, HEAD = 3, 4, 2, 8
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LAYERS = 3
+HEADS, KV_HEADS, HEAD = TINY["num_attention_heads"], TINY["num_key_value_heads"], TINY["head_dim"]
 TOLERANCE = 1e-5
 
 
@@ -48,40 +49,14 @@ TOLERANCE = 1e-5
 
 
 def make_base(folder: Path) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_tiny_base(folder, num_hidden_layers=LAYERS, tie_word_embeddings=False, pad_token_id=None)
 
 
-def make_adapter(folder: Path, base: Path, *, targets: Any = ("q_proj", "v_proj"), **options: Any) -> Path:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    chosen = targets if isinstance(targets, str) else list(targets)
+def make_adapter(
+    folder: Path, base: Path, *, targets: Sequence[str] | str = ("q_proj", "v_proj"), **options: Any
+) -> Path:
     settings = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", **options}
-    adapted = get_peft_model(model, LoraConfig(target_modules=chosen, **settings))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad and "magnitude" not in name:
-                parameter.normal_(0, 0.05)
-    adapted.peft_config["default"].base_model_name_or_path = "tiny/base"
-    adapted.save_pretrained(folder, save_embedding_layers=False)
-    return folder
+    return write_peft_adapter(folder, base, targets=targets, seed=1, **settings)
 
 
 def edited(source: Path, folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> Path:
@@ -474,12 +449,17 @@ def mlx_row(python: str, folder: Path, base: Path, sources: list[str]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("vllm", type=Path, help="an unpacked wheel of vLLM")
-    parser.add_argument("sglang", type=Path, help="an unpacked wheel of SGLang")
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("vllm", type=Path, quick=None, help="an unpacked wheel of vLLM")
+    parser.add_argument("sglang", type=Path, quick=None, help="an unpacked wheel of SGLang")
     parser.add_argument("--mlx", metavar="PYTHON", help="a Python that has mlx-lm")
     arguments = parser.parse_args()
-    servers: dict[str, Any] = {"vllm": VLLM(arguments.vllm), "sglang": SGLang(arguments.sglang)}
+    servers: dict[str, Any] = {}
+    for name, server, wheel in (("vllm", VLLM, arguments.vllm), ("sglang", SGLang, arguments.sglang)):
+        if wheel is None:
+            left_out(f"{name}, as no unpacked wheel of it was given")
+        else:
+            servers[name] = server(wheel)
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(place)
@@ -493,10 +473,9 @@ def main() -> int:
             agree = "yes" if row.agree else "NO"
             detail = row.detail.replace("|", "/")
             print(f"| {row.case} | {row.server} | {row.rules} | {row.ours} | {row.theirs} | {detail} | {agree} |")
-        from loracli.serving.lint import load_server
-
-        ranks = servers["vllm"].ranks == load_server("vllm").ranks
-        print(f"\n{sum(row.agree for row in found)} of {len(found)} rows agree; vLLM's ranks are ours: {ranks}")
+        ranks = "vllm" not in servers or servers["vllm"].ranks == load_server("vllm").ranks
+        said = f"; vLLM's ranks are ours: {ranks}" if "vllm" in servers else ""
+        print(f"\n{sum(row.agree for row in found)} of {len(found)} rows agree{said}")
         if arguments.mlx:
             sources = [str(cases["ranks and alphas of their own"]), str(cases["rsLoRA"])]
             print(mlx_row(arguments.mlx, folder, base, sources))

@@ -4,21 +4,21 @@
     python benchmarks/startup.py --rounds 40
 
 In turns with `python -c pass`, which nothing in Python goes below, and with `python -c "import typer"`, which nothing
-with Typer goes below. Printed are the medians of the clock and of the processor's seconds, which a busy
+with Typer goes below. Printed, as Markdown, are the medians of the clock and of the processor's seconds, which a busy
 machine changes less, the ratio of each to `python -c pass` by the processor, and how many modules are loaded.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from benchmarks.measuring import BenchmarkParser, children_seconds
 
 LORACAT = ("-m", "loracli")
 COMPLETION = {"_LORACAT_COMPLETE": "complete_bash", "COMP_WORDS": "loracat fit --adapters o", "COMP_CWORD": "3"}
@@ -36,12 +36,12 @@ class Case:
     processor: list[float] = field(default_factory=list)
 
     def run(self) -> None:
-        before, started = _processor(), time.perf_counter()
+        before, started = children_seconds(), time.perf_counter()
         subprocess.run(
             [sys.executable, *self.arguments], env=os.environ | self.variables, capture_output=True, check=False
         )
         self.clock.append(time.perf_counter() - started)
-        self.processor.append(_processor() - before)
+        self.processor.append(children_seconds() - before)
 
     def modules(self) -> int:
         """How many are loaded at its end."""
@@ -59,15 +59,10 @@ class Case:
         return int(done.stderr.split()[-1])
 
 
-def _processor() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How long a command takes that does no work.")
-    parser.add_argument("--rounds", type=int, default=20)
-    rounds = parser.parse_args().rounds
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("--rounds", type=int, default=20, quick=1)
+    arguments = parser.parse_args()
     cases = [
         Case("python -c pass", ("-c", "pass")),
         Case('python -c "import typer"', ("-c", "import typer")),
@@ -77,18 +72,18 @@ def main() -> None:
         Case("loracat fit --no-such-option", (*LORACAT, "fit", "--no-such-option")),
         Case("completion of an adapter", LORACAT, COMPLETION),
     ]
-    for case in cases:  # the first of each compiles and fills the system's cache
+    for case in () if arguments.quick else cases:  # the first of each compiles and fills the system's cache
         case.run()
         case.clock.clear()
         case.processor.clear()
-    for _ in range(rounds):
+    for _ in range(arguments.rounds):
         for case in cases:
             case.run()
     least = statistics.median(cases[0].processor)
-    print(f"{'':30} {'clock':>8} {'processor':>10} {'ratio':>6} {'modules':>8}")
+    print("| | clock | processor | ratio | modules |\n|---|--:|--:|--:|--:|")
     for case in cases:
         clock, processor = statistics.median(case.clock), statistics.median(case.processor)
-        print(f"{case.name:30} {clock:7.3f}s {processor:9.3f}s {processor / least:6.1f} {case.modules():8}")
+        print(f"| {case.name} | {clock:.3f} s | {processor:.3f} s | {processor / least:.1f} | {case.modules()} |")
 
 
 if __name__ == "__main__":

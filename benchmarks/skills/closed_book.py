@@ -18,7 +18,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from training import ATTENTION, EVERY_LINEAR, Training
+from benchmarks.skills.training import ATTENTION, EVERY_LINEAR, Training
 
 PEOPLE, CALIBRATION_PEOPLE, SKILL_RECORDS = 30, 10, 40  # the last of each skill
 ADAPTERS = ("know", "form")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from training import ATTENTION, EVERY_LINEAR, Training
+from benchmarks.skills.training import ATTENTION, EVERY_LINEAR, Training
 
 ADAPTERS = ("math", "code")
 TRAINING = {

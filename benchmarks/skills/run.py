@@ -1,7 +1,9 @@
 """LoRA Soups' claim, measured again: two skills composed, beside everything else that could be done. Prints Markdown.
 
-    python benchmarks/skills/run.py BASE OUT [--pairs closed-book math-code] [--seeds 0 1 2] [--quick]
+    python benchmarks/skills/run.py BASE OUT [--pairs closed-book math-code] [--seeds 0 1 2]
         [--calibrate skills 8 24 96] [--fitted NAME ...] [--math-code-data DIR] [--base-id NAME]
+    python benchmarks/skills/run.py BASE OUT --test-records 24 --calibrate skills 8 --fitted lorahub paper module \
+        --controls fresh-lora
 
 For each pair and seed: the data, an adapter for each skill and one trained on the data of both (as many tokens as the
 two together); then every way to compose, on test records that no calibration record touches, calibrated on the
@@ -10,25 +12,27 @@ with its paired interval against the best single adapter; for the closed book al
 to the letter.
 
 Every stage ends in a file or folder of OUT, and what is there is not done again, so it goes on where it was stopped. On
-one core of a CPU and a model of 135 million weights a pair takes some hours; --quick takes a part of the records and of
-the settings and minutes, once the adapters are there. An adapter in OUT/<pair>-<seed>/<name> is taken as it is.
+one core of a CPU and a model of 135 million weights a pair takes some hours, the second command minutes, once the
+adapters are there. An adapter in OUT/<pair>-<seed>/<name> is taken as it is. --quick takes the base of the embedded
+example, some of the records, and a folder that is deleted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import closed_book
-import math_code
-from training import say, train
-
+from benchmarks.measuring import BenchmarkParser
+from benchmarks.skills import closed_book, math_code
+from benchmarks.skills.training import say, train
 from loracli.comparison.compare import run_comparison
 from loracli.comparison.inputs import prepare_comparison
 from loracli.comparison.settings import CompareSettings, Controls
+from loracli.demo.run import example_folder
 from loracli.evaluation.comparison import Comparison, ComparisonRow
 from loracli.evaluation.metrics import TaskMetric
 from loracli.fitting.settings import FitSettings
@@ -42,7 +46,6 @@ CALIBRATIONS = (SKILLS, "8", "24", "96")
 CONTROLS = ("fresh-lora", "random")
 FITTED = ("task-arithmetic", "lorahub", "paper", "adapter", "module", "core", "auto")
 FOLDED_BELOW = 40  # records, with four folds
-QUICK_TEST, QUICK_FITTED = 24, ("lorahub", "paper", "module")
 
 
 @dataclass(frozen=True)
@@ -67,39 +70,47 @@ PAIRS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", help="a directory, or a Hub id")
-    parser.add_argument("out", type=Path)
+    parser = BenchmarkParser(__doc__)
+    parser.add_argument("base", quick=str(example_folder() / "base"), help="a directory, or a Hub id")
+    parser.add_argument("out", type=Path, quick=None)
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=["closed-book"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument(
-        "--calibrate", nargs="+", default=CALIBRATIONS, help="on the skills' own data, or on so many composite records"
+        "--calibrate",
+        nargs="+",
+        default=CALIBRATIONS,
+        quick=("4",),
+        help="on the skills' own data, or on so many composite records",
     )
-    parser.add_argument("--controls", nargs="*", choices=CONTROLS, default=CONTROLS, help="beside what is fitted")
-    parser.add_argument("--fitted", nargs="+", default=FITTED, help="methods that are fitted")
-    parser.add_argument("--test-records", type=int, help="the first so many of the test")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--controls", nargs="*", choices=CONTROLS, default=CONTROLS, quick=(), help="beside what is fitted"
+    )
+    parser.add_argument("--fitted", nargs="+", default=FITTED, quick=("module",), help="methods that are fitted")
+    parser.add_argument("--test-records", type=int, quick=2, help="the first so many of the test")
+    parser.add_argument("--records", type=int, quick=4, help="the first so many of each file of data; default: all")
     parser.add_argument("--math-code-data", type=Path, help="folder of the files that math_code.py names")
     parser.add_argument("--base-id", help="the name of the base in the adapters' configs; default: as it was given")
     parser.add_argument("--dtype", default="auto", help="of the base's weights")
     arguments = parser.parse_args()
-    for name in arguments.pairs:
-        for seed in arguments.seeds:
-            run(PAIRS[name], seed, arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = arguments.out or Path(scratch)
+        for name in arguments.pairs:
+            for seed in arguments.seeds:
+                run(PAIRS[name], seed, out, arguments)
 
 
-def run(pair: Pair, seed: int, arguments: argparse.Namespace) -> None:
-    folder = arguments.out / f"{pair.name}-{seed}"
+def run(pair: Pair, seed: int, out: Path, arguments: argparse.Namespace) -> None:
+    folder = out / f"{pair.name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     make_data(pair, folder, seed, arguments)
     make_adapters(pair, folder, seed, arguments)
-    test = head(folder / "composite_test.jsonl", QUICK_TEST if arguments.quick else arguments.test_records)
+    test = head(folder / "composite_test.jsonl", arguments.test_records)
     suffix = "" if test.name == "composite_test.jsonl" else f"-{test.stem}"
     found = {"": compared(pair, folder, test, None, folder / f"static{suffix}.json", seed, arguments)}
     calibrations: dict[str, Path] = {}
     composite = folder / "composite_calib.jsonl"
     most = len(composite.read_text().splitlines())
-    for word in CALIBRATIONS[:2] if arguments.quick else arguments.calibrate:
+    for word in arguments.calibrate:
         if word == SKILLS:
             calibrations["the skills' own records"] = folder / "skills_calib.jsonl"
         else:
@@ -121,6 +132,8 @@ def make_data(pair: Pair, folder: Path, seed: int, arguments: argparse.Namespace
         math_code.write_data(folder, arguments.math_code_data, seed)
     else:
         closed_book.write_data(folder, seed)
+    for path in folder.glob("*.jsonl") if arguments.records else ():
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[: arguments.records]))
 
 
 def make_adapters(pair: Pair, folder: Path, seed: int, arguments: argparse.Namespace) -> None:
@@ -164,12 +177,12 @@ def compared(
         return kept
     say(f"{folder.name}: {output.stem}")
     records = 0 if calibration is None else len(calibration.read_text().splitlines())
-    fit = FitSettings(seed=seed, cv=4 if records < FOLDED_BELOW else None)
+    fit = FitSettings(seed=seed, cv=4 if 0 < records < FOLDED_BELOW else None)
     if calibration is None:
         methods, controls = ("data-free",), Controls(datamix=str(folder / "datamix"))
     else:
-        methods = tuple(QUICK_FITTED if arguments.quick else arguments.fitted)
-        wanted = CONTROLS[:1] if arguments.quick else arguments.controls
+        methods = tuple(arguments.fitted)
+        wanted = arguments.controls
         controls = Controls(fresh_lora="fresh-lora" in wanted, random="random" in wanted)
     inputs = prepare_comparison(
         test,

@@ -15,6 +15,7 @@ import json
 import os
 import pkgutil
 import resource
+import runpy
 import select
 import signal
 import subprocess
@@ -110,6 +111,7 @@ class ForkServer:
         stdout: Path | None = None,
         terminal: Path | None = None,
         limits: Mapping[str, int] | None = None,
+        program: Path | None = None,
     ) -> Started:
         """Forks a child that becomes `loracat WORDS`.
 
@@ -120,6 +122,7 @@ class ForkServer:
             stdout: where its results go, in place of a file of the server's.
             terminal: where its results and its talk go.
             limits: RLIMIT names to bytes; `AS` counts from what the child has mapped already.
+            program: another file of Python to run in the place of `loracat`.
         """
         self.started += 1
         files = self.folder / f"{self.started}.out", self.folder / f"{self.started}.err"
@@ -132,6 +135,7 @@ class ForkServer:
             stopped=stopped,
             streams=[str(stream) for stream in streams],
             limits=dict(limits or {}),
+            program=str(program or "loracat"),
         )
         own = (file if stream == file else Path(os.devnull) for file, stream in zip(files, streams, strict=True))
         return Started(self, answer["pid"], tuple(own))
@@ -196,7 +200,7 @@ def become(request: Mapping[str, Any]) -> None:
     for target, descriptor in enumerate(descriptors):
         os.dup2(descriptor, target)
         os.close(descriptor)
-    sys.argv = ["loracat", *request["words"]]
+    sys.argv = [request["program"], *request["words"]]
     os.chdir(request["cwd"])
     for name, size in request["limits"].items():
         used = _mapped() if name == "AS" else 0
@@ -237,4 +241,5 @@ if __name__ == "__main__":
         become(own_request)
         from loracli.cli import main
 
-        end(main)
+        program = own_request["program"]
+        end(main if program == "loracat" else lambda: runpy.run_path(program, run_name="__main__"))
