@@ -15,6 +15,7 @@ from transformers import (
     BertConfig,
     CohereConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -53,6 +54,21 @@ CONFIGS: dict[str, Any] = {
     "qwen2": lambda: Qwen2Config(**_SMALL),
     "gemma2": lambda: Gemma2Config(**_SMALL, final_logit_softcapping=0.5, query_pre_attn_scalar=8),
     "gemma3": lambda: Gemma3TextConfig(**_SMALL, query_pre_attn_scalar=8),
+    "gemma3-vision": lambda: Gemma3Config(
+        text_config=_SMALL | {"num_hidden_layers": 2, "query_pre_attn_scalar": 8},
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=258,
+        boi_token_index=257,
+        eoi_token_index=256,
+    ),
     "granite": lambda: GraniteConfig(**_SMALL, logits_scaling=3.0),
     "cohere": lambda: CohereConfig(**_SMALL, logit_scale=0.3),
     "neox": lambda: GPTNeoXConfig(
@@ -76,6 +92,9 @@ CONFIGS: dict[str, Any] = {
     "mixtral": lambda: MixtralConfig(**_SMALL | {"num_hidden_layers": 2}, num_local_experts=4, num_experts_per_tok=2),
     "qwen3-moe": lambda: Qwen3MoeConfig(
         **_SMALL | {"num_hidden_layers": 2}, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
+    ),
+    "square-moe": lambda: Qwen3MoeConfig(  # gate_up_proj of an expert is (32, 32)
+        **_SMALL | {"num_hidden_layers": 2}, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2
     ),
     "gpt-oss": lambda: GptOssConfig(
         **_SMALL | {"num_hidden_layers": 2, "intermediate_size": 24}, num_local_experts=4, num_experts_per_tok=2
@@ -139,7 +158,8 @@ def make_adapter(
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
-    config |= {"target_modules": list(targets), "target_parameters": list(parameters) or None}
+    wanted = targets if isinstance(targets, str) else list(targets)
+    config |= {"target_modules": wanted, "target_parameters": list(parameters) or None}
     lora = LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM", **config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PEFT's advice on tied embeddings and on Conv1D

@@ -7,10 +7,12 @@ something else: every key here is either known, or refused unless it is off.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loracli.adapters.experts import LORA_B_LAYOUTS
 from loracli.adapters.patterns import lookup, parse_pattern
 from loracli.algebra.factors import lora_scaling
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
@@ -27,7 +29,7 @@ _WITHOUT_EFFECT = frozenset(
     "auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode "
     "init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type peft_version "
     "qalora_group_size r rank_pattern alpha_pattern revision runtime_config target_modules task_type use_rslora "
-    "bias loftq_config lora_bias modules_to_save target_parameters "
+    "bias loftq_config lora_bias modules_to_save target_parameters lora_B_layout "
     "merge_weights".split()  # the last: of PEFT before 0.3
 )
 
@@ -72,6 +74,9 @@ class AdapterConfig:
         lora_bias: whether every lora_B of a linear layer has a bias.
         modules_to_save: ends of the names of modules that were saved whole.
         target_parameters: ends of the paths of parameters that were adapted, as those of experts are.
+        peft_version: that wrote it, (0, 18, 1); None if it does not say.
+        lora_B_layout: how lora_B of experts lies, by unsloth's key; None if it does not say.
+        made_by_unsloth: whether unsloth wrote it.
         use_dora: whether magnitudes belong to it; only where it is read to be converted.
         initialisation: that was subtracted from the base, `pissa` or another; only where it is read to be converted.
     """
@@ -90,6 +95,9 @@ class AdapterConfig:
     lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
+    peft_version: tuple[int, ...] | None = None
+    lora_B_layout: str | None = None
+    made_by_unsloth: bool = False
     use_dora: bool = False
     initialisation: str | None = None
 
@@ -206,6 +214,9 @@ class _Fields:
             lora_bias=self._flag("lora_bias"),
             modules_to_save=self._modules_to_save(),
             target_parameters=self._target_parameters(),
+            peft_version=self._peft_version(),
+            lora_B_layout=self._lora_B_layout(),
+            made_by_unsloth=self._made_by_unsloth(),
             use_dora=_is_on(self._fields.get("use_dora")),
             initialisation=self._initialisation(),
         )
@@ -267,6 +278,21 @@ class _Fields:
                     hint=f"PEFT itself has no {feature} on parameters: train the adapter without it",
                 )
         return names
+
+    def _peft_version(self) -> tuple[int, ...] | None:
+        value = self._fields.get("peft_version")
+        numbers = re.match(r"(\d{1,6})\.(\d{1,6})", value, re.ASCII) if isinstance(value, str) else None
+        return None if numbers is None else (int(numbers[1]), int(numbers[2]))
+
+    def _lora_B_layout(self) -> str | None:
+        value = self._fields.get("lora_B_layout")
+        if value is not None and value not in LORA_B_LAYOUTS:
+            raise self._bad("lora_B_layout", value, f"one of {', '.join(LORA_B_LAYOUTS)}")
+        return value
+
+    def _made_by_unsloth(self) -> bool:
+        mapping = self._fields.get("auto_mapping")
+        return isinstance(mapping, dict) and mapping.get("unsloth_fixed") is True
 
     def _names(self, field: str, most: int) -> tuple[str, ...]:
         names = self._fields.get(field) or []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatible import check_composable
+from loracli.adapters.expert_orders import warn_of_open_orders
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
@@ -98,6 +99,7 @@ def prepare_comparison(
     if loaded is None:
         read = tuple(read_adapter(fetch_adapter(reference, progress=progress)) for reference in adapters)
         references = tuple(_row_name(adapter.reference) for adapter in read)
+        warn_of_open_orders(read, progress)
     else:
         read = tuple(a.loaded() for a in read_ingredients(loaded, relocated=adapters, progress=progress))
         references = tuple(_row_name(adapter.reference) for adapter in loaded.adapters)
@@ -113,7 +115,7 @@ def prepare_comparison(
     policy = settled_policy(policy, read, references)
     found = find_base(read, base, revision=base_revision, progress=progress)
     read = on_base(read, found)
-    check_composable(read, base_given=base is not None)
+    check_composable(read, base_given=base is not None, base_known=True)
     saved = saved_modules(policy, read, progress=progress)
     datamix = settings.controls.datamix
     mixed = None if datamix is None else on_base([read_adapter(fetch_adapter(datamix, progress=progress))], found)[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.compatible import check_composable
+from loracli.adapters.expert_orders import warn_of_open_orders
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
@@ -82,6 +83,7 @@ def read_to_compose(
     twice = next((a.reference for a in read if [b.reference for b in read].count(a.reference) > 1), None)
     if twice is not None:
         raise UsageError(f"the adapter {twice} is given twice")
+    warn_of_open_orders(read, progress)
     check_composable(read, base_given=base_given)
     return read, None
 
@@ -155,12 +157,8 @@ def export_method(
     policy = modules_to_save or (REFUSE if loaded is None else recorded_policy(loaded))
     policy = settled_policy(policy, read, [adapter.reference for adapter in read])
     if loaded is None:
-        if base is not None:
-            from loracli.model.base import find_base, on_base
-
-            read = on_base(read, find_base(read, base, revision=base_revision))
-            check_composable(read, base_given=True)
-        table = base_table(read, base, revision=base_revision, progress=progress)
+        table, read = base_table(read, base, revision=base_revision, progress=progress)
+        check_composable(read, base_given=base is not None, base_known=True)
     else:
         table = BaseTable(loaded.base.id, loaded.modules)
         if base is None and loaded.base.commit is not None:

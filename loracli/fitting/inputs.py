@@ -9,6 +9,7 @@ from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatible import check_composable
+from loracli.adapters.expert_orders import warn_of_open_orders
 from loracli.adapters.saved_modules import SavedModules, saved_modules, settled_policy
 from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset, tokenizer_differences
 from loracli.calibration.records import DataPaths
@@ -91,12 +92,13 @@ def prepare_fit(
     twice = next((r for r in references if references.count(r) > 1), None)
     if twice is not None:
         raise UsageError(f"the adapter {twice} is given twice")
+    warn_of_open_orders(read, progress)
     check_composable(read, base_given=base is not None)
     check_mixing(read, settings.mixing)  # before anything is fetched, and below by the base's names
     settings = replace(settings, modules_to_save=settled_policy(settings.modules_to_save, read, references))
     found = find_base(read, base, revision=base_revision, progress=progress)
     read = on_base(read, found)
-    check_composable(read, base_given=base is not None)
+    check_composable(read, base_given=base is not None, base_known=True)
     check_mixing(read, settings.mixing)
     saved = saved_modules(settings.modules_to_save, read, progress=progress)
     for adapter in read:

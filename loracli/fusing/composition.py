@@ -19,7 +19,7 @@ from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
 from loracli.export.method import DEFAULTS, find_method, published_identities, read_to_compose
 from loracli.fusing.plan import FusionPlan
 from loracli.fusing.workplace import read_config
-from loracli.model.base import BasePlan, base_modules, check_shapes, find_base, on_base, plan_base
+from loracli.model.base import BasePlan, base_modules, check_shapes, find_base, named_as, plan_base
 from loracli.model.checkpoint import FLOATS, Checkpoint
 from loracli.progress import Progress
 from loracli.recipe.ingredients import read_ingredients
@@ -144,7 +144,7 @@ def plan_composed_base(
             if base is None:
                 raise IntegrityError(said, where=str(plan.reference.path))
             progress.warn(f"{said}; only shapes are checked")
-    composition = replace(composition, adapters=on_base(adapters, plan.reference))
+    composition = replace(composition, adapters=named_as(plan.skeleton, adapters))
     check_shapes(plan.skeleton, composition.adapters)
     return plan, composition
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from loracli.errors import RecipeError
 from loracli.recipe.mixing import INLINE_KINDS, RecipeMixing
-from loracli.recipe.recipe import FIRST_SCHEMA, OTHER_ROWS, SCHEMA, Recipe
+from loracli.recipe.recipe import FIRST_SCHEMA, MAX_EXPERTS, OTHER_ROWS, SCHEMA, Recipe, RecipeAdapter
 from loracli.system.document import decode, schema_of
 from loracli.system.files import CONFIG_FILE, TENSOR_FILES
 from loracli.system.strict_json import StrictJsonError, parse_json
@@ -97,10 +97,14 @@ def _contradictions(recipe: Recipe) -> list[str]:
     for index, adapter in enumerate(recipe.adapters):
         if adapter.reference in (*references[:index], *OTHER_ROWS):
             problems.append(f"adapters[{index}].reference: {adapter.reference!r} names another row of the table")
+        problems += [f"adapters[{index}].{problem}" for problem in place_problems(adapter)]
         if CONFIG_FILE not in adapter.sha256:
             problems.append(f"adapters[{index}].sha256: lacks {CONFIG_FILE}")
         if adapter.sha256.keys().isdisjoint(TENSOR_FILES):
             problems.append(f"adapters[{index}].sha256: lacks {' or '.join(TENSOR_FILES)}")
+    for index, module in enumerate(recipe.modules):
+        if not 0 <= module.experts <= MAX_EXPERTS:
+            problems.append(f"modules[{index}].experts: expected 0 to {MAX_EXPERTS}, got {module.experts}")
     if recipe.held_out.best_ingredient not in references:
         problems.append(f"held_out.best_ingredient: {recipe.held_out.best_ingredient!r} is none of the adapters")
     rows = [row.name for row in recipe.held_out.rows]
@@ -110,6 +114,15 @@ def _contradictions(recipe: Recipe) -> list[str]:
         if sorted(task.nats_per_token) != sorted(rows):
             problems.append(f"held_out.tasks[{index}].nats_per_token: not the names of held_out.rows")
     return problems
+
+
+def place_problems(adapter: RecipeAdapter) -> list[str]:
+    """What is impossible in the places that are recorded of an adapter."""
+    return [
+        f"renamed[{name!r}]: part {place.part} of {place.parts}"
+        for name, place in (adapter.renamed or {}).items()
+        if not 0 <= place.part < place.parts
+    ]
 
 
 def _mixing_contradictions(mixing: RecipeMixing, adapters: int) -> list[str]:

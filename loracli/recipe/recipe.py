@@ -34,8 +34,9 @@ FIRST_SCHEMA = 2  # that is still read
 SCHEMA = 4
 FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million records agree by chance once in 500
 
-ModuleKind = Literal["linear", "conv1d", "embedding", "experts", "convolution", "other"]
+ModuleKind = Literal["linear", "conv1d", "embedding", "parameter", "experts", "convolution", "other"]
 
+MAX_EXPERTS = 1 << 14  # of a parameter; for each there is an update, if only of zeros
 OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
 
 
@@ -46,6 +47,24 @@ class RecipeBase:
     id: str
     commit: str | None
     config_sha256: str
+
+
+@dataclass(frozen=True)
+class RecipePlace:
+    """Where the base has what an adapter calls otherwise.
+
+    Args:
+        base: the module's path in the base, or an expert's matrix in a parameter, `mlp.experts.down_proj[3]`; each `*`
+            is the number that the adapter's name has there.
+        part: which part of the expert's matrix, from its first row down.
+        parts: how many there are.
+        turned: whether lora_A and lora_B of each expert change places.
+    """
+
+    base: str
+    part: int = added(4, 0)
+    parts: int = added(4, 1)
+    turned: bool = added(4, False)
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,7 @@ class RecipeAdapter:
         use_rslora: from its config.
         dtype: of its factors.
         base_model: the base model it names, or None.
+        renamed: what the base calls otherwise than the adapter, by the adapter's name; None for nothing.
     """
 
     reference: str
@@ -75,6 +95,7 @@ class RecipeAdapter:
     use_rslora: bool
     dtype: str
     base_model: str | None
+    renamed: dict[str, RecipePlace] | None = added(4, None)
 
     @property
     def weights_sha256(self) -> str:
@@ -181,13 +202,16 @@ class HeldOut:
 class BaseModule:
     """A module of the base model that a targeted leaf name matches; `other` kinds cannot carry an adapter.
 
-    `experts` is a parameter with a matrix for each expert; the sizes are those of one, as its factors have them.
+    The kind `experts` is a parameter with a matrix for each expert; the sizes are those of one, as its factors have
+    them, and `experts` is how many there are (0 in recipes before schema 4). `parameter` is a module of another class
+    with a matrix as its weight, as a mixture's router is.
     """
 
     name: str
     kind: ModuleKind
     in_features: int
     out_features: int
+    experts: int = added(4, 0)
 
 
 @dataclass(frozen=True)

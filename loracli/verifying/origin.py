@@ -30,7 +30,7 @@ from loracli.errors import (
 from loracli.progress import Progress
 from loracli.recipe.ingredients import by_names_of, read_recorded, recorded_policy
 from loracli.recipe.mixing import INLINE_KINDS
-from loracli.recipe.reading import decode_recipe, load_recipe
+from loracli.recipe.reading import decode_recipe, load_recipe, place_problems
 from loracli.recipe.recipe import BaseModule, Recipe, RecipeAdapter, without_paths
 from loracli.system.document import decode
 from loracli.system.files import MLX_TENSOR_FILE, TENSOR_FILE
@@ -95,6 +95,7 @@ def read_origin(document: dict[str, Any], where: Path) -> Origin:
     weights = decode(tuple[float, ...] | None, recorded.get("weights"), "method.weights", problems)
     if not adapters or (weights is not None and len(weights) != len(adapters)):
         problems.append("method.weights: not one for each adapter")
+    problems += [f"adapters: {problem}" for adapter in adapters or () for problem in place_problems(adapter)]
     if any(not TENSOR_FILES & adapter.sha256.keys() for adapter in adapters):
         problems.append("adapters: one without a hash")
     if problems:
@@ -145,7 +146,9 @@ def find_source(
     read = _ingredients(origin, given, findings, adapters, progress)
     if read is None:
         return None
-    read = tuple(by_names_of(origin.table, adapter) for adapter in read)
+    if origin.table:
+        together = zip(read, origin.adapters, strict=True)
+        read = tuple(by_names_of(origin.table, adapter, recorded) for adapter, recorded in together)
     if origin.recipe is not None:
         return RecipeSource(given or origin.recipe, read, _saved(origin, read))
     assert origin.method is not None

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 from peft import EvaConfig, LoraConfig
 
@@ -55,6 +56,7 @@ def test_pefts_default_config_is_accepted_as_it_stands(tmp_path: Path) -> None:
         whole_names=frozenset({"q_proj"}),
         lora_dropout=0.0,
         task_type=None,
+        peft_version=tuple(int(number) for number in peft.__version__.split(".")[:2]),
     )
 
 
