@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import BASE_ID
 
 EXPERTS = 4
+ROUTERS = {"mixtral": "mlp.gate", "qwen3-moe": "mlp.gate", "gpt-oss": "mlp.router"}
 BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
@@ -27,7 +28,7 @@ def load(base: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def peft_deltas(adapter: Path, base: Path) -> dict[str, Tensor]:
     """dW of every module and parameter that stock PEFT changes, by its own get_delta_weight; experts as (E, out, in)
-    or (E, in, out), as the base has them."""
+    or (E, in, out), as the base has them, and a router's weight by the name of its module."""
     with warnings.catch_warnings():
         # Of patterns it says that they are ignored even where it has used them for a parameter.
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -38,7 +39,8 @@ def peft_deltas(adapter: Path, base: Path) -> dict[str, Tensor]:
         if not hasattr(layer, "get_delta_weight") or not getattr(layer, "lora_A", None):
             continue
         plain = name.replace(".base_layer", "")
-        name = f"{plain}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else plain
+        matrix = not isinstance(layer, ParamWrapper) or layer.num_experts == 1  # a router's weight
+        name = plain if matrix else f"{plain}.{layer.parameter_name}"
         found[name] = layer.get_delta_weight("default").detach().double()
     return found
 
@@ -83,7 +85,7 @@ def expert_layers(
     parts: Mapping[str, tuple[int, int]],
     module: str,
     *,
-    experts: int = EXPERTS,
+    experts: Iterable[int] = range(EXPERTS),
     rank: int = 2,
     **more: Any,
 ) -> Path:
@@ -93,14 +95,14 @@ def expert_layers(
         folder: to make.
         parts: last names of the layers, with out and in.
         module: of the experts in a decoder layer, `mlp.experts`.
-        experts: how many.
+        experts: which of them.
         rank: of each.
         more: fields of the config.
     """
     generator = torch.Generator().manual_seed(rank)
     tensors = {}
     for layer in (0, 1):
-        for expert in range(experts):
+        for expert in experts:
             for part, (out, width) in parts.items():
                 name = f"base_model.model.model.layers.{layer}.{module}.{expert}.{part}"
                 tensors[f"{name}.lora_A.weight"] = 0.3 * torch.randn(rank, width, generator=generator)

@@ -288,8 +288,8 @@ def test_the_recipe_that_the_cases_below_damage_is_fine(tmp_path: Path) -> None:
         (
             "modules__2__kind",
             "conv2d",
-            "modules[2].kind: expected one of 'linear', 'conv1d', 'embedding', 'experts', 'convolution', 'other', "
-            "got 'conv2d'",
+            "modules[2].kind: expected one of 'linear', 'conv1d', 'embedding', 'parameter', 'experts', "
+            "'convolution', 'other', got 'conv2d'",
         ),
         ("held_out__rows__0__interval", [0.5], "held_out.rows[0].interval: expected 2 values, got 1"),
         ("held_out__rows__0__interval", [0, 1, 2], "held_out.rows[0].interval: expected 2 values, got 3"),
@@ -323,6 +323,14 @@ def test_the_recipe_that_the_cases_below_damage_is_fine(tmp_path: Path) -> None:
 )
 def test_a_damaged_field_is_named_with_its_path(tmp_path: Path, field: str, value: object, problem: str) -> None:
     assert problem in problems(tmp_path, saved(tmp_path, **{field: value}))
+
+
+def test_places_and_experts_that_cannot_be_are_named(tmp_path: Path) -> None:
+    """Of a recipe that names modules otherwise than an adapter, or counts experts."""
+    places = {"loracat_recipe": 4, "adapters__0__renamed": {"q": {"base": "p", "part": 2, "parts": 2}}}
+    assert "adapters[0].renamed['q']: part 2 of 2" in problems(tmp_path, saved(tmp_path, **places))
+    counted = {"loracat_recipe": 4, "modules__2__experts": 1 << 20}
+    assert "modules[2].experts: expected 0 to 16384, got 1048576" in problems(tmp_path, saved(tmp_path, **counted))
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,9 @@ CONFIGS: dict[str, Any] = {
     "qwen3-moe": lambda: Qwen3MoeConfig(
         **_SMALL | {"num_hidden_layers": 2}, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
     ),
+    "square-moe": lambda: Qwen3MoeConfig(  # gate_up_proj of an expert is (32, 32)
+        **_SMALL | {"num_hidden_layers": 2}, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2
+    ),
     "gpt-oss": lambda: GptOssConfig(
         **_SMALL | {"num_hidden_layers": 2, "intermediate_size": 24}, num_local_experts=4, num_experts_per_tok=2
     ),
@@ -173,7 +176,8 @@ def make_adapter(
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
-    config |= {"target_modules": list(targets), "target_parameters": list(parameters) or None}
+    wanted = targets if isinstance(targets, str) else list(targets)
+    config |= {"target_modules": wanted, "target_parameters": list(parameters) or None}
     lora = LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM", **config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PEFT's advice on tied embeddings and on Conv1D

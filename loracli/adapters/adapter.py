@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.config import AdapterConfig, read_config
-from loracli.adapters.experts import ExpertTensors, StoredExpert, convolution_of, targeted_parameters
+from loracli.adapters.experts import RANK_MAJOR, ExpertTensors, StoredExpert, convolution_of, targeted_parameters
 from loracli.adapters.mlx import is_mlx, read_mlx
 from loracli.adapters.names import (
+    BasePlace,
     Part,
     format_tensor_name,
     numbered_name,
@@ -42,7 +43,7 @@ IDLE = (
 )
 _IDLE_BUT_SAVED = "only its modules_to_save change anything: in every module lora_A or lora_B is zero"
 
-AdapterKind = Literal["linear", "embedding", "experts", "convolution"]
+AdapterKind = Literal["linear", "embedding", "parameter", "experts", "convolution"]
 Key = TypeVar("Key")
 
 
@@ -54,9 +55,10 @@ class LoraModule:
     Args:
         name: the module's path in the base model, `model.layers.0.self_attn.q_proj`, or the matrix's or group's name,
             `model.layers.0.mlp.experts.down_proj[3]`.
-        kind: `linear` (nn.Linear and Conv1D), `embedding` (then "in" is the vocabulary and "out" the width), `experts`,
-            of which an adapter changes all of a parameter or none, or `convolution` (then "in" is channels times
-            kernel, and "out" the channels of a group).
+        kind: `linear` (nn.Linear and Conv1D), `embedding` (then "in" is the vocabulary and "out" the width),
+            `parameter` (the weight of a module of another class, as a mixture's router is, dW = s B A), `experts`, of
+            which an adapter changes all of a parameter or none, or `convolution` (then "in" is channels times kernel,
+            and "out" the channels of a group).
         factors: lora_A (r, in), lora_B (out, r) as stored, and the scaling; from `open_adapter` they are read from the
             file each time they are wanted.
         kernel: size of a convolution's, (kh, kw); empty for others.
@@ -93,6 +95,7 @@ class LoraAdapter:
         file: that the tensors are in, None of an adapter that was made in memory.
         saved: modules that replace the base's (modules_to_save): by module, then by the parameter's path in the base.
         warnings: what whoever uses it should know, in a sentence each.
+        places: where the base has what the files call otherwise, by the files' names; once the base is known.
     """
 
     source: Reference
@@ -106,6 +109,7 @@ class LoraAdapter:
     file: TensorFile | None = field(default=None, repr=False)
     saved: Mapping[str, Mapping[str, SavedTensor]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    places: Mapping[str, BasePlace] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -219,7 +223,9 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
     parameters = targeted_parameters(as_layer, config.target_parameters, str(file.path))
     modules: dict[str, LoraModule] = {}
     for name in sorted(parts, key=lambda name: parameters.get(name, name)):
-        if name in parameters:
+        if name in parameters and _is_matrix(parameters[name], parts[name], config, file):
+            modules |= _read_module(name, parts[name], config, file, parameter=parameters[name])
+        elif name in parameters:
             modules |= _read_experts(parameters[name], name, parts[name], config, file)
         else:
             modules |= _read_module(name, parts[name], config, file)
@@ -364,6 +370,12 @@ def _check_matrices(parts: Mapping[str, Mapping[Part, str]], file: TensorFile) -
                 raise MalformedAdapter(f"the tensor {name!r} is not a matrix", where=str(file.path))
 
 
+def _is_matrix(parameter: str, tensors: Mapping[Part, str], config: AdapterConfig, file: TensorFile) -> bool:
+    """Whether one of the target_parameters is the one matrix of a module, rather than those of several experts."""
+    plain = {"lora_A", "lora_B"} == tensors.keys() and all(len(file.shapes[name]) == 2 for name in tensors.values())
+    return plain and parameter.endswith(".weight") and file.shapes[tensors["lora_A"]][0] == config.rank_of(parameter)
+
+
 def _read_experts(
     parameter: str, module: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile
 ) -> dict[str, LoraModule]:
@@ -377,7 +389,9 @@ def _read_experts(
     kernel = next((tensors[part] for part in wanted if len(file.shapes[tensors[part]]) > 2), None)
     if kernel is not None:
         raise MalformedAdapter(f"{kernel!r} is of one of the target_parameters and no matrix", where=str(file.path))
-    stored = ExpertTensors(file, tensors["lora_A"], tensors["lora_B"], config.rank_of(parameter))
+    stored = ExpertTensors(
+        file, tensors["lora_A"], tensors["lora_B"], config.rank_of(parameter), config.lora_B_layout or RANK_MAJOR
+    )
     scaling = config.scaling_of(parameter)
     names = [numbered_name(parameter, expert) for expert in range(stored.experts)]
     return {
@@ -385,9 +399,12 @@ def _read_experts(
     }
 
 
-def _read_module(name: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile) -> dict[str, LoraModule]:
-    """The update of a module, or those of the groups of a convolution."""
-    where = str(file.path)
+def _read_module(
+    name: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile, *, parameter: str | None = None
+) -> dict[str, LoraModule]:
+    """The update of a module, or those of the groups of a convolution; with `parameter` that of its weight, which
+    patterns go by."""
+    where, patterned = str(file.path), parameter or name
     kind: AdapterKind = "embedding" if "lora_embedding_A" in tensors or "lora_embedding_B" in tensors else "linear"
     wanted: tuple[Part, Part] = (
         ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A", "lora_B")
@@ -411,16 +428,17 @@ def _read_module(name: str, tensors: dict[Part, str], config: AdapterConfig, fil
             f"{name!r} has lora_A {shape_A} and lora_B {shape_B}, whose ranks differ",
             where=where,
         )
-    if shape_A[0] != config.rank_of(name):
+    if shape_A[0] != config.rank_of(patterned):
         raise MalformedAdapter(
-            f"{name!r} has rank {shape_A[0]} in the tensors and {config.rank_of(name)} in {CONFIG_FILE}",
+            f"{name!r} has rank {shape_A[0]} in the tensors and {config.rank_of(patterned)} in {CONFIG_FILE}",
             where=where,
         )
     if biased and file.shapes[tensors["lora_bias"]] != shape_B[:1]:
         shape = file.shapes[tensors["lora_bias"]]
         raise MalformedAdapter(f"{name!r} has lora_B {shape_B} with a bias {shape}", where=where)
     names = [name] if found.groups == 1 else [numbered_name(name, group) for group in range(found.groups)]
-    stored = file, tensors[wanted[0]], tensors[wanted[1]], config.scaling_of(name), tensors.get("lora_bias")
+    kind = kind if parameter is None else "parameter"
+    stored = file, tensors[wanted[0]], tensors[wanted[1]], config.scaling_of(patterned), tensors.get("lora_bias")
     return {
         one: LoraModule(one, kind, StoredFactors(*stored, group=group, groups=found.groups), found.kernel)
         for group, one in enumerate(names)

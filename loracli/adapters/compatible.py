@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of, read_adapter
+from loracli.adapters.expert_orders import warn_of_open_orders
 from loracli.adapters.names import leaf
 from loracli.algebra.factors import inner_product
 from loracli.errors import IncompatibleAdapters, UsageError
@@ -37,12 +38,14 @@ class Overlap:
     shared_modules: int
 
 
-def problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False) -> list[str]:
+def problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False, base_known: bool = False) -> list[str]:
     """Every reason why these adapters cannot be composed; empty if they can.
 
     Args:
         adapters: any number.
         base_given: the user names the base model, so that what the adapters name need not agree.
+        base_known: the adapters go by its names and in its order; else experts may have lora_A and lora_B the other way
+            round.
     """
     problems = []
     names = {adapter.config.base_model for adapter in adapters if adapter.config.base_model}
@@ -58,11 +61,13 @@ def problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False) ->
         for name, module in adapter.modules.items():
             other = first_with.setdefault(name, adapter)
             theirs = other.modules[name]
-            if module.kind != theirs.kind:
+            if module.kind != theirs.kind and {module.kind, theirs.kind} != {"linear", "parameter"}:
                 problems.append(
                     f"{name} is {theirs.kind} in {other.reference} and {module.kind} in {adapter.reference}"
                 )
-            elif _shape(module) != _shape(theirs):
+            elif _shape(module) != _shape(theirs) and not (
+                module.kind == "experts" and _shape(module) == _shape(theirs)[::-1] and not base_known
+            ):
                 sizes = "(out, in, kernel)" if module.kernel else "(out, in)"
                 problems.append(
                     f"{name} is {sizes} = {_shape(theirs)} in {other.reference} "
@@ -84,9 +89,9 @@ def _other_counts(adapters: Sequence[LoraAdapter]) -> dict[str, tuple[LoraAdapte
     return found
 
 
-def check_composable(adapters: Sequence[LoraAdapter], *, base_given: bool = False) -> None:
+def check_composable(adapters: Sequence[LoraAdapter], *, base_given: bool = False, base_known: bool = False) -> None:
     """Raises IncompatibleAdapters with the first reason and the number of others, if there is any."""
-    problems = problems_of(adapters, base_given=base_given)
+    problems = problems_of(adapters, base_given=base_given, base_known=base_known)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         hint = "name the right base model with --base" if problems[0].startswith("the adapters name") else None
@@ -217,6 +222,7 @@ def inspect_adapters(
         )
         for r in references
     ]
+    warn_of_open_orders(adapters, progress)
     problems = problems_of(adapters)
     return Inspection(
         adapters=tuple(_summary(adapter) for adapter in adapters),

@@ -7,11 +7,13 @@ something else: every key here is either known, or refused unless it is off.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loracli.adapters.experts import LORA_B_LAYOUTS
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.algebra.factors import lora_scaling
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
@@ -30,7 +32,7 @@ _WITHOUT_EFFECT = frozenset(
     "auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode "
     "init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type peft_version "
     "qalora_group_size r rank_pattern alpha_pattern revision runtime_config target_modules task_type use_rslora "
-    "bias loftq_config lora_bias modules_to_save target_parameters "
+    "bias loftq_config lora_bias modules_to_save target_parameters lora_B_layout "
     "corda_config lora_ga_config "  # init_lora_weights says whether they count
     "merge_weights "  # of PEFT before 0.3
     "nvfp4_merge_aware "  # of axolotl: to which four bits the merged weights go
@@ -105,6 +107,9 @@ class AdapterConfig:
         modules_to_save: ends of the names of modules that were saved whole, where the base has such.
         ensure_weight_tying: whether what ties to such a module follows it.
         target_parameters: ends of the paths of parameters that were adapted, as those of experts are.
+        peft_version: that wrote it, (0, 18, 1); None if it does not say.
+        lora_B_layout: how lora_B of experts lies, by unsloth's key; None if it does not say.
+        made_by_unsloth: whether unsloth wrote it.
         use_dora: whether magnitudes belong to it; only where it is read to be converted.
         initialisation: that was subtracted from the base, `pissa` or another; only where it is read to be converted.
         doubts: what could be read in another way, in a sentence each.
@@ -125,6 +130,9 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...] = ()
     ensure_weight_tying: bool = False
     target_parameters: tuple[str, ...] = ()
+    peft_version: tuple[int, ...] | None = None
+    lora_B_layout: str | None = None
+    made_by_unsloth: bool = False
     use_dora: bool = False
     initialisation: str | None = None
     doubts: tuple[str, ...] = ()
@@ -267,6 +275,9 @@ class _Fields:
             modules_to_save=self._names("modules_to_save", MAX_SAVED),
             ensure_weight_tying=self._flag("ensure_weight_tying"),
             target_parameters=self._target_parameters(),
+            peft_version=self._peft_version(),
+            lora_B_layout=self._lora_B_layout(),
+            made_by_unsloth=self._made_by_unsloth(),
             use_dora=_is_on(self._fields.get("use_dora")),
             initialisation=self._initialisation(),
         )
@@ -328,6 +339,21 @@ class _Fields:
                     hint=f"PEFT itself has no {feature} on parameters: train the adapter without it",
                 )
         return names
+
+    def _peft_version(self) -> tuple[int, ...] | None:
+        value = self._fields.get("peft_version")
+        numbers = re.match(r"(\d{1,6})\.(\d{1,6})", value, re.ASCII) if isinstance(value, str) else None
+        return None if numbers is None else (int(numbers[1]), int(numbers[2]))
+
+    def _lora_B_layout(self) -> str | None:
+        value = self._fields.get("lora_B_layout")
+        if value is not None and value not in LORA_B_LAYOUTS:
+            raise self._bad("lora_B_layout", value, f"one of {', '.join(LORA_B_LAYOUTS)}")
+        return value
+
+    def _made_by_unsloth(self) -> bool:
+        mapping = self._fields.get("auto_mapping")
+        return isinstance(mapping, dict) and mapping.get("unsloth_fixed") is True
 
     def _names(self, field: str, most: int) -> tuple[str, ...]:
         names = self._fields.get(field) or []

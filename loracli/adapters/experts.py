@@ -6,6 +6,11 @@ LoRA on the experts of a mixture, as PEFT keeps it: one update for each expert o
     base_model.model.<module>.lora_B.weight               (out, r E)
     base_model.model.<module>.base_layer.lora_A.weight    of another parameter of the same module, one for each level
 
+That is the order of PEFT 0.20 and later. PEFT 0.17 to 0.19 has lora_A and lora_B of a parameter (E, out, in) the other
+way round, PEFT 0.19 those of a parameter (E, in, out) too: then lora_A is (E r, out) and lora_B (in, r E), dW_e = s
+A_e^T B_e^T. unsloth before September 2026 kept lora_B expert after expert as well, (out, E r); its later versions say
+which in the config's `lora_B_layout`.
+
 No tensor tells its parameter: the config's target_parameters do, and PEFT wraps those of one module in the order in
 which the module has them, so that the first lies innermost. An expert's update is read as that of a module of its own,
 `model.layers.0.mlp.experts.down_proj[3]`.
@@ -34,6 +39,10 @@ from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution, split_experts
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 from loracli.system.tensor_file import TensorFile
+
+# What unsloth writes into `lora_B_layout` (unsloth-zoo, pull request 1232); the first is PEFT's.
+RANK_MAJOR, GROUPED_BY_EXPERT = "rank_major", "grouped_by_expert"
+LORA_B_LAYOUTS = (RANK_MAJOR, GROUPED_BY_EXPERT)
 
 # The order in which transformers' mixtures have the parameters of their experts.
 ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -123,6 +132,19 @@ def module_of_parameter(parameter: str, targeted: Collection[str]) -> str:
     return module + outside * WRAPPED
 
 
+def turned_by_version(peft_version: tuple[int, ...] | None, *, transposed: bool) -> bool:
+    """Whether the PEFT of this version keeps lora_A and lora_B of experts the other way round; False where it is not
+    known.
+
+    Args:
+        peft_version: major and minor.
+        transposed: whether the parameter is (E, in, out).
+    """
+    if peft_version is None or peft_version >= (0, 20):
+        return False
+    return peft_version >= (0, 19) or not transposed
+
+
 class ExpertTensors:
     """The two matrices of a parameter in a checked file.
 
@@ -135,14 +157,15 @@ class ExpertTensors:
         name_A: of the matrix (E r, in).
         name_B: of the matrix (out, r E).
         rank: r, by the config.
+        layout: of lora_B, one of `LORA_B_LAYOUTS`.
     Raises:
         MalformedAdapter, UnsupportedAdapter: if their shapes are not those of several experts of this rank.
     """
 
     _kept = threading.local()
 
-    def __init__(self, file: TensorFile, name_A: str, name_B: str, rank: int) -> None:
-        self.file, self.rank = file, rank
+    def __init__(self, file: TensorFile, name_A: str, name_B: str, rank: int, layout: str = RANK_MAJOR) -> None:
+        self.file, self.rank, self._layout = file, rank, layout
         self._name_A, self._name_B = name_A, name_B
         rows, columns = file.shapes[name_A][0], file.shapes[name_B][1]
         if rows != columns or rows % rank:
@@ -160,9 +183,9 @@ class ExpertTensors:
             )
         if self.experts == 1:
             raise UnsupportedAdapter(
-                f"{name_A!r} is of one of the target_parameters and belongs to a matrix, not to several experts",
+                f"{name_A!r} is of one of the target_parameters, a matrix that is no module's weight",
                 where=str(file.path),
-                hint="train the adapter with its layer in target_modules",
+                hint="train the adapter with the weight of a module or with experts in target_parameters",
             )
 
     @property
@@ -185,7 +208,7 @@ class ExpertTensors:
         if owner is not self or factors is None:
             with self.file.reader() as reader:
                 lora_A, lora_B = (reader.read(name).to(self.dtype) for name in (self._name_A, self._name_B))
-            factors = split_experts(lora_A, lora_B, self.experts)
+            factors = split_experts(lora_A, lora_B, self.experts, by_expert=self._layout == GROUPED_BY_EXPERT)
             last[self.file.path] = self, factors
         return factors
 
@@ -233,6 +256,49 @@ class StoredExpert(Factors):
     def loaded(self) -> Factors:
         """The same factors in memory."""
         return Factors(self.lora_A, self.lora_B, self.scaling)
+
+
+class TurnedExpert(Factors):
+    """The update of one expert of a parameter whose lora_A and lora_B an older PEFT kept the other way round:
+    (B A)^T = A^T B^T.
+
+    Args:
+        stored: the factors as the file has them.
+    """
+
+    stored: Factors
+
+    def __init__(self, stored: Factors) -> None:
+        # Factors are frozen
+        vars(self).update(stored=stored, scaling=stored.scaling, bias=None)
+
+    @property
+    def lora_A(self) -> Tensor:
+        return self.stored.lora_B.T
+
+    @property
+    def lora_B(self) -> Tensor:
+        return self.stored.lora_A.T
+
+    @property
+    def rank(self) -> int:
+        return self.stored.rank
+
+    @property
+    def in_features(self) -> int:
+        return self.stored.out_features
+
+    @property
+    def out_features(self) -> int:
+        return self.stored.in_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    def loaded(self) -> Factors:
+        """The same factors in memory."""
+        return Factors(self.lora_A.contiguous(), self.lora_B.contiguous(), self.scaling)
 
 
 Shape = tuple[int, ...]

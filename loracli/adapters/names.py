@@ -162,6 +162,25 @@ def target_of(module: str) -> str:
     return module.partition("[")[0]
 
 
+@dataclass(frozen=True)
+class BasePlace:
+    """Where a base has what an adapter has a module for.
+
+    Args:
+        target: the module's path in the base, or that of a parameter with experts.
+        expert: whose matrix in the parameter it is; None for a module, and for the parameter as a whole.
+        part: which part of the matrix, from its first row down.
+        parts: how many there are.
+        turned: whether lora_A and lora_B of each expert change places, as adapters of older PEFT need it.
+    """
+
+    target: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+    turned: bool = False
+
+
 def is_numbered(module: str) -> bool:
     """Whether the name is that of one of several updates: of an expert's matrix, or a group of a convolution."""
     return module.endswith("]")

@@ -1,83 +1,36 @@
 """Adapters by the names that the base model has for their modules.
 
-Adapters that were trained inside a model of text and images, on a base that is the text model alone.
-
-There a module of the text model has one component more in its path, `model.language_model.layers.0` or
-`language_model.model.layers.0` for `model.layers.0`. Only the base tells which of the two it is, so nothing is renamed
-without its names, and then all modules of an adapter or none.
-
 Adapters that have a module for each expert, on a base that keeps the experts of a layer in one parameter.
 
 Until transformers 5 the experts of most mixtures were linear layers, and other tools still have them so. Now a
 parameter holds them all, and of gate and up both, one below the other:
 
-    experts.3.gate_proj, experts.3.up_proj    experts.gate_up_proj[3]    also w1 and w3
-    experts.3.down_proj                       experts.down_proj[3]       also w2
+    experts.3.gate_proj, experts.3.up_proj    experts.gate_up_proj[3]
+    experts.3.down_proj                       experts.down_proj[3]
 
     dW = [s_g B_g A_g; s_u B_u A_u] = blockdiag(s_g B_g, s_u B_u) [A_g; A_u]
 
-These are transformers' own rules (conversion_mapping.py, 5.23), and what PEFT does with such an adapter when it loads
-it. Which of the two the base has, only the base tells.
+which is what PEFT does with such an adapter when it loads it. What goes where is transformers' own table
+(fitting/base_places.py); an expert that an adapter has no module for, or a part of one, gets an update of zeros.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from loracli.adapters.adapter import LoraAdapter, LoraModule
-from loracli.adapters.names import numbered_name, target_of
+from loracli.adapters.adapter import LoraModule
+from loracli.adapters.names import BasePlace, numbered_name
 from loracli.algebra.factors import Factors
 from loracli.errors import BaseModelMismatch
+from loracli.recipe.recipe import MAX_EXPERTS, BaseModule
 
-Value = TypeVar("Value")
-
-_WRAPPER = "language_model"
-
-
-def inside_other_model(adapter: LoraAdapter) -> bool:
-    """Whether its names may be those of a text model inside another one."""
-    return any(_WRAPPER in name.split(".") for name in adapter.modules)
-
-
-def as_text_model(adapter: LoraAdapter, base: Container[str]) -> LoraAdapter:
-    """The adapter by the base's names, if all its modules are in the base once that component is left out; otherwise as
-    it is.
-
-    Args:
-        adapter: as it was read.
-        base: names of the base's modules, and of its parameters with experts.
-    """
-    plain = [_plain(name) for name in adapter.modules]
-    fits = all(target_of(name) in base for name in plain) and len(set(plain)) == len(plain)
-    if not inside_other_model(adapter) or not fits or all(target_of(name) in base for name in adapter.modules):
-        return adapter
-    modules = {_plain(name): replace(module, name=_plain(name)) for name, module in adapter.modules.items()}
-    saved = {module: _renamed(tensors) for module, tensors in _renamed(adapter.saved).items()}
-    return replace(
-        adapter,
-        modules=dict(sorted(modules.items(), key=lambda item: target_of(item[0]))),
-        base_copies=_renamed(adapter.base_copies),
-        saved=dict(sorted(saved.items())),
-    )
-
-
-def _plain(name: str) -> str:
-    return ".".join(word for word in name.split(".") if word != _WRAPPER)
-
-
-def _renamed(named: Mapping[str, Value]) -> dict[str, Value]:
-    return {_plain(name): value for name, value in named.items()}
-
-
-# The parts of a parameter, from its first row down, in each of their spellings.
-PARTS = {
+# The spellings that recipes before schema 4 rely on.
+_OLDER_PARTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "up_proj": (("up_proj",),),
     "down_proj": (("down_proj",), ("w2",)),
@@ -85,96 +38,72 @@ PARTS = {
 _EXPERT = re.compile(r"(?P<experts>(?:.+\.)?experts)\.(?P<expert>\d{1,4})\.(?P<part>\w+)", re.ASCII)
 
 
-@dataclass(frozen=True)
-class ExpertPart:
-    """Where the matrix of one expert's linear layer lies in a parameter.
+def fused_experts(
+    reference: str, parameter: str, parts: Mapping[BasePlace, LoraModule], base: BaseModule | None
+) -> dict[str, LoraModule]:
+    """The updates of all experts of a parameter, made of an adapter's modules for parts of them.
 
     Args:
-        parameter: the parameter's path.
-        expert: whose it is.
-        place: which of the parts of the expert's matrix.
-        parts: how many those are.
-    """
-
-    parameter: str
-    expert: int
-    place: int
-    parts: int
-
-
-def expert_part(module: str, outs: Mapping[str, int]) -> ExpertPart | None:
-    """Of a module of one expert, `mlp.experts.3.up_proj`; None if the base has no parameter for it.
-
-    Args:
-        module: its path.
-        outs: of the base's parameters with experts, by path.
-    """
-    match = _EXPERT.fullmatch(module)
-    if match is None:
-        return None
-    for experts in (match["experts"], match["experts"].replace(".block_sparse_moe.", ".mlp.")):
-        for name, spellings in PARTS.items():
-            for parts in spellings:
-                if match["part"] in parts and f"{experts}.{name}" in outs:
-                    return ExpertPart(f"{experts}.{name}", int(match["expert"]), parts.index(match["part"]), len(parts))
-    return None
-
-
-def has_expert_layers(adapter: LoraAdapter) -> bool:
-    """Whether it has modules of experts, which the base may have in a parameter."""
-    return any(_EXPERT.fullmatch(name) for name in adapter.modules)
-
-
-def as_fused_experts(adapter: LoraAdapter, outs: Mapping[str, int]) -> LoraAdapter:
-    """The adapter by the base's names, where the base keeps in a parameter what the adapter has modules for.
-
-    An expert before the last changed one that is not changed itself gets an update of zeros; those after it get none,
-    so that adapters that end at different experts cannot be composed.
-
-    Args:
-        adapter: as it was read.
-        outs: `out` of one expert of the base's parameters with experts, by path.
+        reference: of the adapter, for errors.
+        parameter: its path in the base.
+        parts: modules by where they lie in it.
+        base: the parameter; None, or without a number of experts, where older records do not say it: then the experts
+            behind the last changed one get no update.
     Raises:
-        BaseModelMismatch: if its layers of one parameter do not fit together.
+        BaseModelMismatch: if the modules do not fit together or into the parameter.
     """
-    parts: dict[str, dict[tuple[int, int], Factors]] = {}
-    modules: dict[str, LoraModule] = {}
-    counts: dict[str, int] = {}
-    for name, module in adapter.modules.items():
-        part = expert_part(name, outs)
-        if part is None:
-            modules[name] = module
-            continue
-        found = parts.setdefault(part.parameter, {})
-        if (part.expert, part.place) in found:
-            raise BaseModelMismatch(f"{adapter.reference} adapts a part of {part.parameter} twice, once as {name}")
+    found: dict[tuple[int, int], Factors] = {}
+    for place, module in parts.items():
         if module.factors.bias is not None:
             raise BaseModelMismatch(
-                f"{adapter.reference} has lora_bias for {name}, which is a part of {part.parameter} in the base",
+                f"{reference} has lora_bias for {module.name}, which is a part of {parameter} in the base",
                 hint="train the adapter without lora_bias",
             )
-        found[part.expert, part.place] = module.factors
-        counts[part.parameter] = part.parts
-    if not parts:
-        return adapter
-    for parameter, found in parts.items():
-        like, out = next(iter(found.values())), outs[parameter] // counts[parameter]
-        for factors in found.values():
-            if (factors.out_features, factors.in_features) != (out, like.in_features):
-                raise BaseModelMismatch(
-                    f"{adapter.reference} adapts experts of {parameter} by layers of (out, in) = "
-                    f"{(factors.out_features, factors.in_features)}, not {(out, like.in_features)}"
-                )
-        zeros = Factors(
-            torch.zeros(1, like.in_features, dtype=like.dtype), torch.zeros(out, 1, dtype=like.dtype), like.scaling
+        found[int(place.expert or 0), place.part] = module.factors
+    counts = {place.parts for place in parts}
+    if len(counts) > 1:
+        raise BaseModelMismatch(f"{reference} adapts experts of {parameter} in different divisions")
+    count, like = counts.pop(), next(iter(found.values()))
+    out = like.out_features if base is None else base.out_features // count
+    for factors in found.values():
+        if (factors.out_features, factors.in_features) != (out, like.in_features):
+            raise BaseModelMismatch(
+                f"{reference} adapts experts of {parameter} by layers of (out, in) = "
+                f"{(factors.out_features, factors.in_features)}, not {(out, like.in_features)}"
+            )
+    last = max(expert for expert, _ in found)
+    known = 0 if base is None else base.experts
+    experts = known or min(last + 1, MAX_EXPERTS)
+    if last >= experts:
+        raise BaseModelMismatch(
+            f"{reference} adapts the expert {last} of {parameter}, and the base has {experts}, from 0 on",
+            hint="the adapter was trained on another model; check --base",
         )
-        for expert in range(max(expert for expert, _ in found) + 1):
-            name = numbered_name(parameter, expert)
-            if name in modules:
-                raise BaseModelMismatch(f"{adapter.reference} adapts {parameter} as a whole and by its experts' layers")
-            below = tuple(found.get((expert, place), zeros) for place in range(counts[parameter]))
-            modules[name] = LoraModule(name, "experts", FusedExpert(below))
-    return replace(adapter, modules=dict(sorted(modules.items(), key=lambda item: target_of(item[0]))))
+    zeros = Factors(
+        torch.zeros(1, like.in_features, dtype=like.dtype), torch.zeros(out, 1, dtype=like.dtype), like.scaling
+    )
+    modules = {}
+    for expert in range(experts):
+        name = numbered_name(parameter, expert)
+        below = tuple(found.get((expert, part), zeros) for part in range(count))
+        modules[name] = LoraModule(name, "experts", FusedExpert(below))
+    return modules
+
+
+def older_expert_places(names: Iterable[str], base: Mapping[str, BaseModule]) -> dict[str, BasePlace]:
+    """Where the modules of experts lie, by the spellings that were known before places were kept."""
+    found = {}
+    for name in names:
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            continue
+        for experts in (match["experts"], match["experts"].replace(".block_sparse_moe.", ".mlp.")):
+            for parameter, spellings in _OLDER_PARTS.items():
+                for parts in spellings:
+                    if match["part"] in parts and f"{experts}.{parameter}" in base and name not in found:
+                        place = parts.index(match["part"])
+                        found[name] = BasePlace(f"{experts}.{parameter}", int(match["expert"]), place, len(parts))
+    return found
 
 
 class FusedExpert(Factors):

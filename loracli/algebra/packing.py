@@ -36,9 +36,12 @@ from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
 
 
-def split_experts(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """A_e (E, r, in) and B_e (E, out, r) from the matrices (E r, in) and (out, r E)."""
+def split_experts(lora_A: Tensor, lora_B: Tensor, experts: int, *, by_expert: bool = False) -> tuple[Tensor, Tensor]:
+    """A_e (E, r, in) and B_e (E, out, r) from the matrices (E r, in) and (out, r E); with `by_expert` B is (out, E r),
+    expert after expert as A is, which PEFT does not write."""
     parts_A = lora_A.view(experts, -1, lora_A.shape[1])
+    if by_expert:
+        return parts_A, lora_B.view(lora_B.shape[0], experts, -1).transpose(0, 1).contiguous()
     parts_B = lora_B.view(lora_B.shape[0], -1, experts).permute(2, 0, 1).contiguous()
     return parts_A, parts_B
 

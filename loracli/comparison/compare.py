@@ -23,6 +23,7 @@ from loracli.evaluation.comparison import Comparison, Skipped
 from loracli.evaluation.metrics import TaskMetric
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.fitting.engine import Engine
+from loracli.fitting.expert_orders import say_likelier_orders
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import Layout, make_diagonal, make_layout
 from loracli.fitting.reach import find_reach
@@ -127,6 +128,13 @@ class _Comparison:
     def run(self) -> Comparison:
         inputs = self._inputs
         check_causal(self._base.model, self._base.reference.id, self._test.batches[0])
+        say_likelier_orders(
+            self._base.model,
+            inputs.adapters,
+            self._test.examples,
+            batch_tokens=inputs.settings.fit.batch_tokens,
+            progress=self._progress,
+        )
         rows = candidates(inputs, self._calibration(), self._skipped)
         others = [] if inputs.datamix is None else [datamix_candidate(inputs.datamix)]
         self._announce([*rows, *others])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatible import check_composable, check_distinct
+from loracli.adapters.expert_orders import warn_of_open_orders
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.adapters.tasks import check_language_models
 from loracli.algebra.methods import METHODS
@@ -99,6 +100,7 @@ def prepare_comparison(
     if loaded is None:
         read = tuple(read_adapter(fetch_adapter(one, progress=progress), progress=progress) for one in adapters)
         references = tuple(_row_name(adapter.reference) for adapter in read)
+        warn_of_open_orders(read, progress)
     else:
         read = tuple(a.loaded() for a in read_ingredients(loaded, relocated=adapters, progress=progress))
         references = tuple(_row_name(adapter.reference) for adapter in loaded.adapters)
@@ -112,7 +114,7 @@ def prepare_comparison(
     policy = settled_policy(policy, read, references)
     found = find_base(read, asked, revision=base_revision, progress=progress)
     read = on_base(read, found)
-    check_composable(read, base_given=asked is not None)
+    check_composable(read, base_given=asked is not None, base_known=True)
     saved = saved_modules(policy, read, progress=progress)
     datamix = settings.controls.datamix
     mixed = None

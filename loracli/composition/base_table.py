@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
+from loracli.adapters.base_names import named_apart
+from loracli.adapters.experts import turned_by_version
 from loracli.adapters.names import leaf
 from loracli.errors import UsageError
 from loracli.hub.references import BaseClaim, agreed_base
@@ -37,10 +39,8 @@ def base_table(
     revision: str | None = None,
     task: str | None = None,
     progress: Progress = SILENT,
-) -> BaseTable:
-    """From the adapters where each last name was targeted as such by one of them, so that it stands wherever the base
-    has it, and where a convolution is changed, so that nothing is padded; else from the base's config, which is fetched
-    with its weights if it is not there.
+) -> tuple[BaseTable, tuple[LoraAdapter, ...]]:
+    """The table, and the adapters by its names.
 
     Args:
         adapters: that are composed.
@@ -60,27 +60,51 @@ def base_table(
             "be compared with the base",
             hint="give the base with --base",
         )
-    wanted = {leaf(m.name) for adapter in adapters for m in adapter.modules.values() if m.kind != "experts"}
-    whole = frozenset[str]().union(*(adapter.config.whole_names for adapter in adapters))
-    convolutions = kernels_of(adapters)
-    if base is None and (wanted <= whole or convolutions):
-        claims = {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters}
-        named = "write its name into base_model_name_or_path of their adapter_config.json"
-        found = agreed_base(claims, way_out=named if convolutions else "give the base with --base")
-        return BaseTable(str(found.base_model), modules_of(adapters))
+    known = None if base is not None else table_of_adapters(adapters)
+    if known is not None:
+        return known, tuple(adapters)
     from loracli.fitting.reach import weights_read
-    from loracli.model.base import base_modules, check_shapes, find_base, plan_base
+    from loracli.model.base import base_modules, check_shapes, find_base, named_as, plan_base
     from loracli.model.base_copies import check_base_copies, stored_weights
     from loracli.model.checkpoint import read_checkpoint
 
     reference = find_base(adapters, base, revision=revision, progress=progress)
     skeleton = plan_base(reference, task=task).skeleton
-    check_shapes(skeleton, adapters)
+    named = named_as(skeleton, adapters)
+    check_shapes(skeleton, named)
     if carrying:
-        check_base_copies(carrying, stored_weights(read_checkpoint(reference.path), skeleton))
-    targets = {name for adapter in adapters for name in adapter.targets}
+        weights = stored_weights(read_checkpoint(reference.path), skeleton)
+        check_base_copies([adapter for adapter in named if adapter.base_copies], weights)
+    targets = {name for adapter in named for name in adapter.targets}
     bypassed = tuple(sorted(targets & weights_read(reference).bypassed))
-    return BaseTable(reference.id, base_modules(skeleton, adapters), bypassed)
+    return BaseTable(reference.id, base_modules(skeleton, named), bypassed), named
+
+
+def table_of_adapters(adapters: Sequence[LoraAdapter]) -> BaseTable | None:
+    """The table without the base: where each last name was targeted as such by one of the adapters, so that it stands
+    wherever the base has it, and where a convolution is changed, so that nothing is padded. None where only the base
+    tells: of other names, of layers that adapters name in different ways, and how older PEFT has the factors of
+    experts.
+
+    Raises:
+        IncompatibleAdapters: if the adapters name no base or different ones.
+    """
+    apart = ("experts", "parameter")  # which are never padded
+    wanted = {leaf(m.name) for adapter in adapters for m in adapter.modules.values() if m.kind not in apart}
+    whole = frozenset[str]().union(*(adapter.config.whole_names for adapter in adapters))
+    convolutions = kernels_of(adapters)
+    older = any(
+        module.kind == "experts" and turned_by_version(adapter.config.peft_version, transposed=False)
+        for adapter in adapters
+        for module in adapter.modules.values()
+    )
+    apart_names = not convolutions and named_apart(adapters)
+    if older or apart_names or not (wanted <= whole or convolutions):
+        return None
+    claims = {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters}
+    named = "write its name into base_model_name_or_path of their adapter_config.json"
+    found = agreed_base(claims, way_out=named if convolutions else "give the base with --base")
+    return BaseTable(str(found.base_model), modules_of(adapters))
 
 
 def modules_of(adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:
@@ -88,10 +112,11 @@ def modules_of(adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:
     known: dict[str, BaseModule] = {}
     for adapter in adapters:
         for name, modules in adapter.targets.items():
-            known.setdefault(name, _base_module(name, modules[0], conv1d=adapter.config.fan_in_fan_out))
+            experts = len(modules) if modules[0].kind == "experts" else 0
+            known.setdefault(name, _base_module(name, modules[0], experts, conv1d=adapter.config.fan_in_fan_out))
     return tuple(known[name] for name in sorted(known))
 
 
-def _base_module(name: str, module: LoraModule, *, conv1d: bool) -> BaseModule:
+def _base_module(name: str, module: LoraModule, experts: int, *, conv1d: bool) -> BaseModule:
     kind = "conv1d" if conv1d and module.kind == "linear" else module.kind
-    return BaseModule(name, kind, module.factors.in_features, module.factors.out_features)
+    return BaseModule(name, kind, module.factors.in_features, module.factors.out_features, experts)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from loracli.adapters.names import layer
 from loracli.adapters.tasks import agreed_task
-from loracli.composition.base_table import BaseTable, base_table
+from loracli.composition.base_table import BaseTable, table_of_adapters
 from loracli.composition.composition import identities_of
 from loracli.conversion.read import BaseWeights, Convertible, read_convertible
 from loracli.conversion.source import ConversionSource, Cut
@@ -133,15 +133,20 @@ def _find_base(
     computed = adapter.config.initialisation is not None and read.initial is None
     task = agreed_task([adapter])
     outside = any(layer(name) == name for name in adapter.modules)
-    if not (read.magnitudes or computed or adapter.base_copies or outside):
-        return base_table([adapter], base, revision=revision, task=task, progress=progress), None, None
+    needed = bool(read.magnitudes or computed or adapter.base_copies or outside)
+    table = None if needed or base is not None else table_of_adapters([adapter])
+    if table is not None:
+        return table, None, None
     from loracli.model.base import base_modules, check_shapes, find_base, plan_base
 
     reference = find_base([adapter], base, revision=revision, progress=progress)
     skeleton = plan_base(reference, task=task).skeleton
     check_shapes(skeleton, [adapter])
+    modules = BaseTable(reference.id, base_modules(skeleton, [adapter]))
+    if not needed:
+        return modules, None, None
     weights = BaseWeights(reference.path, prefix=skeleton.base_model_prefix, tied=dict(skeleton.all_tied_weights_keys))
-    return BaseTable(reference.id, base_modules(skeleton, [adapter])), reference.commit, weights
+    return modules, reference.commit, weights
 
 
 def _check_modules(read: Convertible, table: BaseTable, weights: BaseWeights | None) -> None:

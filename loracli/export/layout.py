@@ -110,6 +110,8 @@ def mlx_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -> str
             return f"{name} is an embedding, whose update MLX gives to a tied head as well, and PEFT does not"
         if kinds[name] == "conv1d":
             return f"{name} is a Conv1D, which goes by another name in MLX"
+        if kinds[name] == "parameter":
+            return f"{name} is no linear layer of the base but a module with a matrix of its own"
         if kinds[name] == "experts" or ".experts." in name:
             return f"{name} belongs to an expert, and MLX stacks experts into one layer"
         if not _SAME_NAME.fullmatch(name):
@@ -137,6 +139,7 @@ class Layout:
         experts: how many of them a parameter has, by its path.
         convolutions: their groups and kernels, by the convolution's path.
         task_type: `task_type` of the config, None without one: PEFT then wraps any model.
+        parameters: modules of whose classes PEFT adapts the weight alone, as one of the target_parameters.
     """
 
     profile: ProfileName
@@ -149,11 +152,14 @@ class Layout:
     experts: Mapping[str, int] = field(default_factory=dict)
     convolutions: Mapping[str, Convolution] = field(default_factory=dict)
     task_type: str | None = CAUSAL_LM
+    parameters: tuple[str, ...] = ()
 
     @property
     def readers(self) -> str:
         """Who reads a layout that is not portable."""
         if self.lora_bias or self.modules_to_save or self.convolutions:
+            return "PEFT"
+        if self.parameters:
             return "PEFT"
         return "PEFT, and for some models vLLM" if self.experts else "PEFT and vLLM"
 
@@ -162,11 +168,14 @@ class Layout:
         if self.profile == "mlx":
             return mlx_config(base, self.targets, self.rank)
         ranks = _config_ranks(self.ranks, self.convolutions)
+        ranks = {f"{name}.weight" if name in self.parameters else name: rank for name, rank in ranks.items()}
         odd = {} if self.profile == "portable" else {n: r for n, r in ranks.items() if r != self.rank}
         patterns: dict[str, int] = {"^" + re.escape(name): rank for name, rank in sorted(odd.items())}
         newer: dict[str, Any] = {"lora_bias": True} if self.lora_bias else {}
+        if self.experts or self.parameters:
+            newer["target_parameters"] = sorted([*self.experts, *(f"{name}.weight" for name in self.parameters)])
         if self.experts:
-            newer["target_parameters"] = sorted(self.experts)
+            newer["peft_version"] = "0.20.0"  # whose order of factors this is; older PEFT has another
         return {
             "base_model_name_or_path": base,
             "bias": "none",
@@ -325,6 +334,7 @@ def choose_layout(
             raise UsageError(f"the mlx profile is impossible: {unheld}", hint="leave that out, or use --profile peft")
         uniform = rank or max(ranks.values())
         return Layout("mlx", dict.fromkeys(sorted(ranks), uniform), uniform, tuple(sorted(ranks)))
+    parameters = tuple(name for name in sorted(ranks) if kinds[name] == "parameter")
     obstacle = portable_obstacle(modules, ranks)
     if lora_bias:
         obstacle = "an adapter has lora_bias, which PEFT alone reads"
@@ -332,15 +342,16 @@ def choose_layout(
         obstacle = f"it replaces {saved[0]} as one of its modules_to_save, which PEFT alone reads"
     if convolutions:
         obstacle = f"it changes the convolution {min(convolutions)}, which PEFT alone reads"
-    if lora_bias and experts:
+    if lora_bias and (experts or parameters):
+        what = f"adapted experts, and {min(experts)} has some" if experts else f"the adapted parameter {parameters[0]}"
         raise UsageError(
-            f"{lora_bias} has lora_bias, which PEFT has not beside adapted experts, and {min(experts)} has some",
-            hint="compose it with adapters that leave experts alone",
+            f"{lora_bias} has lora_bias, which PEFT has not beside {what}",
+            hint="compose it with adapters that leave experts and routers alone",
         )
     if profile == "portable" and obstacle:
         raise UsageError(f"the portable profile is impossible: {obstacle}", hint="use --profile peft")
     if profile == "peft" or obstacle:
-        targets = tuple(sorted(ranks.keys() - experts.keys()))
+        targets = tuple(sorted(ranks.keys() - experts.keys() - set(parameters)))
         largest = max(_config_ranks(ranks, convolutions).values())
         return Layout(
             "peft",
@@ -353,6 +364,7 @@ def choose_layout(
             experts,
             convolutions,
             task_type,
+            parameters,
         )
     leaves = tuple(sorted({leaf(name) for name in ranks}))
     names = [module.name for module in modules]
@@ -369,6 +381,8 @@ def portable_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -
             continue
         if module.kind == "experts":
             return f"it changes the experts of {module.name}, which lie in one parameter"
+        if module.kind == "parameter":
+            return f"the base's {module.name} has a targeted name and is adapted as a parameter"
         if module.kind == "other":
             return f"the base's {module.name} has a targeted name and is no linear layer or embedding"
         other = first.setdefault(leaf(module.name), module)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.compatible import check_composable, check_distinct
+from loracli.adapters.expert_orders import warn_of_open_orders
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.adapters.tasks import agreed_task, check_language_models, checked_task
 from loracli.algebra.methods import METHODS
@@ -86,6 +87,7 @@ def read_to_compose(
         raise UsageError(f"{len(adapters)} adapters are given, and a record holds at most {MAX_ADAPTERS}")
     read = tuple(open_adapter(fetch_adapter(reference, progress=progress), progress=progress) for reference in adapters)
     check_distinct(read, [adapter.reference for adapter in read])
+    warn_of_open_orders(read, progress)
     check_composable(read, base_given=base_given)
     return read, None
 
@@ -165,12 +167,8 @@ def export_method(
     policy = modules_to_save or (REFUSE if loaded is None else recorded_policy(loaded))
     policy = settled_policy(policy, read, [adapter.reference for adapter in read])
     if loaded is None:
-        if base is not None:
-            from loracli.model.base import find_base, on_base
-
-            read = on_base(read, find_base(read, base, revision=base_revision), task=task)
-            check_composable(read, base_given=True)
-        table = base_table(read, base, revision=base_revision, task=task, progress=progress)
+        table, read = base_table(read, base, revision=base_revision, task=task, progress=progress)
+        check_composable(read, base_given=base is not None, base_known=True)
     else:
         table = BaseTable(loaded.base.id, loaded.modules, loaded.mixing.bypassed)
     if table.bypassed:

@@ -9,6 +9,7 @@ from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatible import check_composable, check_distinct
+from loracli.adapters.expert_orders import warn_of_open_orders
 from loracli.adapters.saved_modules import SavedModules, saved_modules, settled_policy
 from loracli.adapters.tasks import check_language_models
 from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset, tokenizer_differences
@@ -94,12 +95,13 @@ def prepare_fit(
     references = tuple(_reference_from(adapter, folder) for adapter in read)
     check_distinct(read, references)
     check_language_models(read, "a fit")
+    warn_of_open_orders(read, progress)
     check_composable(read, base_given=base is not None)
     check_mixing(read, settings.mixing)  # before anything is fetched, and below by the base's names
     settings = replace(settings, modules_to_save=settled_policy(settings.modules_to_save, read, references))
     found = find_base(read, base, revision=base_revision, progress=progress)
     read = on_base(read, found)
-    check_composable(read, base_given=base is not None)
+    check_composable(read, base_given=base is not None, base_known=True)
     check_mixing(read, settings.mixing)
     saved = saved_modules(settings.modules_to_save, read, progress=progress)
     for adapter in read:

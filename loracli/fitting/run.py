@@ -20,6 +20,7 @@ from loracli.fitting.certificate import NO_FINISH, can_certify, certified, plan_
 from loracli.fitting.criterion import LEAST_ANSWERS, Fold, cross_folds, loss_criterion, metric_criterion, one_fold
 from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine
+from loracli.fitting.expert_orders import say_likelier_orders
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
 from loracli.fitting.journal import Journal
 from loracli.fitting.meter import TASK, Meter, StepLog
@@ -186,6 +187,9 @@ def _run(
     folds = divide_training(inputs, examples.training)
     held_batches = plan_batches(examples.held_out, batch_tokens=settings.batch_tokens)
     check_causal(base.model, base.reference.id, held_batches[0])
+    say_likelier_orders(
+        base.model, inputs.adapters, examples.training, batch_tokens=settings.batch_tokens, progress=progress
+    )
     canonical = settings.mixing not in INLINE_KINDS
     with attach(base.model, inputs.adapters, inputs.layout.modules, canonical=canonical) as attached:
         objective = make_objective(attached, held_batches[0])

@@ -24,7 +24,7 @@ from loracli.fusing.plan import FusionPlan, plan_fusion
 from loracli.fusing.quantised import Quantisation
 from loracli.fusing.workplace import read_config
 from loracli.model.attach import check_saved
-from loracli.model.base import BasePlan, BaseReference, base_modules, check_shapes, find_base, on_base, plan_base
+from loracli.model.base import BasePlan, BaseReference, base_modules, check_shapes, find_base, named_as, plan_base
 from loracli.model.checkpoint import Checkpoint
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
@@ -166,7 +166,7 @@ def plan_composed_base(
             if base is None:
                 raise IntegrityError(said, where=str(plan.reference.path))
             progress.warn(f"{said}; only shapes are checked")
-    composition = replace(composition, adapters=on_base(adapters, plan.reference))
+    composition = replace(composition, adapters=named_as(plan.skeleton, adapters))
     check_shapes(plan.skeleton, composition.adapters)
     return plan, composition
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from loracli.adapters.names import numbered_name
-from loracli.adapters.on_base import expert_part
 from loracli.errors import BaseModelMismatch
 from loracli.fusing.quantised import BITSANDBYTES, Quantisation, Quantised, find_quantised
 from loracli.model.checkpoint import (
@@ -151,7 +150,8 @@ def plan_fusion(
         if module.kind == "experts":
             placed |= _placed_experts(checkpoint, names, skeleton, module, quantised)
         else:
-            changes[f"{module.name}.weight"] = _Own(module.name, module.kind)
+            kind = "linear" if module.kind == "parameter" else module.kind
+            changes[f"{module.name}.weight"] = _Own(module.name, kind)
     untied = any(len(tied.get(parameter, ())) > 1 for parameter in changes)
     for parameter, own in changes.items():
         group = tied.get(parameter, (parameter,))
@@ -220,16 +220,18 @@ def _placed_experts(
         _check(checkpoint.tensors[stored], skeleton, parameter, quantised)
         return {stored: _Own(parameter, "conv1d" if turned else "linear")}
     found, places = {}, set()
-    for name in names.computed.get(parameter, ()):
-        part = expert_part(name.removesuffix(".weight"), {parameter: module.out_features})
+    for name, loaded in names.computed.get(parameter, {}).items():
         tensor = checkpoint.tensors[name]
         shape = _shape_of(tensor, quantised)
-        if part is None or turned or shape != (module.out_features // part.parts, module.in_features):
+        if loaded.expert is None or loaded.parts_of_experts is None or turned:
+            raise _of_others(parameter)
+        place, parts = loaded.parts_of_experts
+        if shape != (module.out_features // parts, module.in_features):
             raise _of_others(parameter)
         _check_float(tensor, quantised)
-        places.add((part.expert, part.place, part.parts))
-        rows = (part.place * shape[0], (part.place + 1) * shape[0])
-        found[name] = _Own(numbered_name(parameter, part.expert), "linear", None if part.parts == 1 else rows)
+        places.add((loaded.expert, place, parts))
+        rows = (place * shape[0], (place + 1) * shape[0])
+        found[name] = _Own(numbered_name(parameter, loaded.expert), "linear", None if parts == 1 else rows)
     parts = max((parts for _, _, parts in places), default=1)
     if len(found) != len(places) or len(places) != experts * parts:
         raise BaseModelMismatch(

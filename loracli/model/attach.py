@@ -42,7 +42,7 @@ from loracli.adapters.saved_modules import SavedModules
 from loracli.algebra.basis import canonical_stack
 from loracli.algebra.factors import Factors
 from loracli.errors import BaseModelMismatch
-from loracli.model.experts import ExpertLinear, expert_stack, experts_forward
+from loracli.model.experts import ExpertLinear, expert_stack, experts_forward, weight_forward
 
 
 def _mixed(z: Tensor, core: Tensor) -> Tensor:
@@ -246,7 +246,11 @@ def attach(
                 linears[parameter] = _expert_linear(attached, row, stack)
                 continue
             target = model.get_submodule(name)
-            if type(target) is nn.Linear and "forward" not in vars(target):
+            if here[0][1][0].kind == "parameter":
+                own = "_old_forward" if "_old_forward" in vars(target) else "forward"
+                forward = weight_forward(target, getattr(target, own), partial(_weight_updates, attached, row, stack))
+                replaced.append(_replaced(target, own, forward))
+            elif type(target) is nn.Linear and "forward" not in vars(target):
                 replaced.append(_replaced(target, "forward", _linear_forward(target, attached, row, stack)))
             else:
                 handles.append(target.register_forward_hook(_hook(attached, row, stack)))
@@ -328,6 +332,18 @@ def _expert_linear(attached: AttachedModel, row: int, stack: Stack) -> ExpertLin
         return y
 
     return linear
+
+
+def _weight_updates(attached: AttachedModel, row: int, stack: Stack) -> list[Tensor]:
+    """B M A (out, in) in the precision of M: of all tokens, or of those of each record."""
+    core = attached.cores[row]
+    if isinstance(core, tuple):
+        return [core[1] @ core[0]]
+    core = core.to(stack.lora_A.device)
+    lora_A, lora_B = stack.lora_A.to(core.dtype), stack.lora_B.to(core.dtype)
+    if core.dim() == 2:
+        return [lora_B @ core @ lora_A]
+    return [(lora_B * weights) @ lora_A for weights in core.view(-1, core.shape[-1])]
 
 
 def _hook(attached: AttachedModel, row: int, stack: Stack) -> Any:

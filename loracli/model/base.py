@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
-from loracli.adapters.names import leaf
-from loracli.adapters.on_base import as_fused_experts, as_text_model, has_expert_layers, inside_other_model
+from loracli.adapters.base_names import by_base_names
+from loracli.adapters.experts import turned_by_version
+from loracli.adapters.names import BasePlace, leaf
 from loracli.adapters.other_bases import other_bases, say_other_bases
 from loracli.adapters.tasks import CAUSAL_LM, model_class
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
+from loracli.fitting.base_places import BaseNames
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import URI_PREFIX, BaseClaim, agreed_base, is_hub_id, is_revision, not_on_the_hub
 from loracli.model.base_copies import check_base_copies
@@ -195,20 +197,50 @@ def _refuse_convolutions(adapters: Sequence[LoraAdapter]) -> None:
 def on_base(
     adapters: Sequence[LoraAdapter], reference: BaseReference, *, task: str | None = None
 ) -> tuple[LoraAdapter, ...]:
-    """The adapters by the base's names: those that were trained inside a larger model on the text model alone, and
-    those with a module for each expert on a base that keeps experts in one parameter; `task` as for `plan_base`.
+    """The adapters by the base's names (model/base_places.py), with an update for every expert of a parameter, and
+    the factors of experts in the order of today's PEFT; `task` as for `plan_base`.
 
     Raises:
-        BaseModelMismatch: as `plan_base`.
+        BaseModelMismatch: as `plan_base` and `by_base_names`.
     """
-    if not any(inside_other_model(adapter) or has_expert_layers(adapter) for adapter in adapters):
-        return tuple(adapters)
-    skeleton = plan_base(reference, task=task).skeleton
-    outs = {
-        name: shape[2] for name, _ in skeleton.named_parameters() if (shape := expert_shape(skeleton, name)) is not None
-    }
-    names = {name for name, _ in skeleton.named_modules(remove_duplicate=False)} | outs.keys()
-    return tuple(as_fused_experts(as_text_model(adapter, names), outs) for adapter in adapters)
+    skeleton = plan_base(reference, task=task, dequantised=True).skeleton
+    return named_as(skeleton, adapters)
+
+
+def named_as(skeleton: Any, adapters: Sequence[LoraAdapter]) -> tuple[LoraAdapter, ...]:
+    """As `on_base`, of a model without numbers."""
+    names, found = BaseNames(skeleton), []
+    for adapter in adapters:
+        places = names.places(adapter)
+        base = {place.target: _base_module(skeleton, place.target) for place in places.values()}
+        turned = _turned_experts(skeleton, adapter, places)
+        found.append(by_base_names(adapter, places | turned, {n: m for n, m in base.items() if m is not None}))
+    return tuple(found)
+
+
+def _base_module(skeleton: Any, target: str) -> BaseModule | None:
+    """A module of the base or a parameter with experts; None of what carries no update."""
+    if (shape := expert_shape(skeleton, target)) is not None:
+        return BaseModule(target, "experts", shape[1], shape[2], shape[0])
+    kind, in_features, out_features = kind_and_shape(skeleton.get_submodule(target))
+    return None if kind == "other" else BaseModule(target, kind, in_features, out_features)
+
+
+def _turned_experts(skeleton: Any, adapter: LoraAdapter, places: Mapping[str, BasePlace]) -> dict[str, BasePlace]:
+    """The parameters whose lora_A and lora_B change places: by their shapes, and where those are alike by the PEFT that
+    wrote them."""
+    found = {}
+    for target, modules in adapter.targets.items():
+        shape = expert_shape(skeleton, places[target].target) if target in places else None
+        if modules[0].kind != "experts" or shape is None or adapter.places:
+            continue
+        factors, sizes = modules[0].factors, shape[1:]
+        theirs = factors.in_features, factors.out_features
+        owner = skeleton.get_submodule(places[target].target.rpartition(".")[0])
+        older = turned_by_version(adapter.config.peft_version, transposed=getattr(owner, "is_transposed", False))
+        if theirs == sizes[::-1] and (sizes[0] != sizes[1] or older):
+            found[target] = replace(places[target], turned=True)
+    return found
 
 
 @dataclass(frozen=True)
@@ -374,7 +406,7 @@ def base_modules(model: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[Bas
     found = []
     for name in sorted(name for name, kind in targets.items() if kind == "experts"):
         if (shape := expert_shape(model, name)) is not None:
-            found.append(BaseModule(name, "experts", shape[1], shape[2]))
+            found.append(BaseModule(name, "experts", shape[1], shape[2], shape[0]))
     for name, module in model.named_modules():
         if name and leaf(name) in leaves:
             kind, in_features, out_features = kind_and_shape(module)
@@ -452,6 +484,10 @@ def kind_and_shape(module: nn.Module) -> tuple[ModuleKind, int, int]:
         return "linear", module.in_features, module.out_features
     if isinstance(module, Conv1D):
         return "conv1d", module.weight.shape[0], module.weight.shape[1]
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    known = isinstance(module, (nn.Linear, nn.Embedding))  # with a forward of its own, or numbers that are not stored
+    if not known and weight is not None and weight.dim() == 2 and weight.is_floating_point():
+        return "parameter", weight.shape[1], weight.shape[0]
     scaled = hasattr(module, "embed_scale")  # as Gemma 3 has it; PEFT scales the update too
     if isinstance(module, nn.Embedding) and (scaled or type(module).forward is nn.Embedding.forward):
         return "embedding", module.num_embeddings, module.embedding_dim
@@ -534,8 +570,7 @@ def _check_module(model: nn.Module, adapter: LoraAdapter, module: LoraModule) ->
             hint="the adapter was trained on another model or model class; check --base",
         ) from None
     kind, in_features, out_features = kind_and_shape(target)
-    expected = ("embedding",) if module.kind == "embedding" else ("linear", "conv1d")
-    if kind not in expected:
+    if kind not in {"embedding": ("embedding",), "parameter": ("parameter",)}.get(module.kind, ("linear", "conv1d")):
         raise BaseModelMismatch(
             f"{adapter.reference} adapts {module.name}, a {type(target).__name__}, as {module.kind}"
         )

@@ -263,33 +263,85 @@ def header_bytes(tensors: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """What becomes of a tensor.
+
+    Args:
+        parameter: of the model.
+        computed: whether it is made of several tensors.
+        expert: whose matrix of a parameter with experts the tensor is; None for others.
+        parts_of_experts: which part of that matrix, from its first row down, and how many parts there are.
+    """
+
+    parameter: str
+    computed: bool = False
+    expert: int | None = None
+    parts_of_experts: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class LoadedNames:
     """Where the parameters of a model come from.
 
     Args:
         stored: names in the checkpoint that become a parameter as they are, by the parameter's name.
-        computed: names in the checkpoint of the tensors that a parameter is made of, by the parameter's name.
+        computed: what a parameter is made of, by its name: names in the checkpoint, with what becomes of each.
     """
 
     stored: dict[str, tuple[str, ...]]
-    computed: dict[str, tuple[str, ...]]
+    computed: dict[str, dict[str, Loaded]]
+
+
+class LoadingRules:
+    """transformers' rules for one model.
+
+    Args:
+        skeleton: the model without numbers.
+    """
+
+    def __init__(self, skeleton: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        rules = get_model_conversion_mapping(skeleton)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._prefix = skeleton.base_model_prefix
+        self._own = dict(_every_parameter(skeleton))
+
+    def has(self, parameter: str) -> bool:
+        """Whether the model has a parameter of that name."""
+        return parameter in self._own
+
+    def loaded(self, name: str) -> Loaded:
+        """What becomes of a tensor of this name."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist, rename_source_key
+
+        parameter, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._own)
+        if pattern is None:
+            return Loaded(parameter)
+        converter = next(rule for rule in self._converters if pattern in rule.source_patterns)
+        kinds, numbers, rest = [type(op) for op in converter.operations], _numbers(name), _numbers(parameter)
+        merged = kinds[:1] == [MergeModulelist] and converter.operations[0].dim == 0
+        joined = kinds[1:] == [Concatenate] and converter.operations[1].dim == 1
+        below = joined or (len(kinds) == 1 and len(converter.source_patterns) == 1)
+        if not merged or not below or len(converter.target_patterns) != 1 or not numbers or numbers[:-1] != rest:
+            return Loaded(parameter, computed=True)
+        place = converter.source_patterns.index(pattern), len(converter.source_patterns)
+        return Loaded(parameter, computed=True, expert=numbers[-1], parts_of_experts=place)
 
 
 def loaded_names(skeleton: Any, names: Iterable[str]) -> LoadedNames:
     """How the tensors of these names load into a model without numbers."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules = get_model_conversion_mapping(skeleton)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    own = {name: tensor for name, tensor in _every_parameter(skeleton)}
+    rules = LoadingRules(skeleton)
     stored: dict[str, tuple[str, ...]] = {}
-    computed: dict[str, tuple[str, ...]] = {}
+    computed: dict[str, dict[str, Loaded]] = {}
     for name in sorted(names):
-        parameter, converter = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, own)
-        found = stored if converter is None else computed
-        found[parameter] = (*found.get(parameter, ()), name)
+        loaded = rules.loaded(name)
+        if loaded.computed:
+            computed.setdefault(loaded.parameter, {})[name] = loaded
+        else:
+            stored[loaded.parameter] = (*stored.get(loaded.parameter, ()), name)
     return LoadedNames(stored, computed)
 
 
@@ -303,3 +355,8 @@ def tied_parameters(skeleton: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _every_parameter(skeleton: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     return skeleton.named_parameters(remove_duplicate=False)
+
+
+def _numbers(name: str) -> list[int]:
+    """Of layers and experts, in a name."""
+    return [int(word) for word in name.split(".") if re.fullmatch(r"\d{1,6}", word, re.ASCII)]

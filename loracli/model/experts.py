@@ -1,4 +1,4 @@
-"""The experts of a mixture with adapters on their parameters.
+"""The experts of a mixture with adapters on their parameters, and its routers.
 
 The tokens that the router sends to expert e go through its matrices as through linear layers (`attach.MixedLinear`):
 
@@ -8,6 +8,9 @@ so nothing as large as W is made or kept. transformers gives the experts of near
 own fast implementations rely on (integrations/moe.py, `use_experts_implementation`, 5.23): parameters gate_up_proj, or
 up_proj, and down_proj, with `_apply_gate` or `act_fn` between them. That form is computed here, expert by expert; of
 others the update cannot be mixed, and `check_experts` says so.
+
+A router multiplies by a weight of its own and chooses by the product, each class in its way. It runs as it is, with
+W + B M A, which is no larger than W, as its weight.
 
 A batch's tokens come in the order of its records, so which record's weights a token takes is known by its place,
 however the router spreads them.
@@ -108,3 +111,48 @@ def experts_forward(module: Any, linears: Mapping[str, ExpertLinear]) -> Any:
         return weighted.view(tokens, each, -1).sum(dim=1).to(hidden_states.dtype)
 
     return forward
+
+
+def weight_forward(module: Any, own: Callable[..., Any], updates: Callable[[], Sequence[Tensor]]) -> Any:
+    """A forward in the place of the module's own, with W + dW as its weight W (out, in), whatever it does with it.
+
+    Args:
+        module: with a matrix as its weight, whose tokens come along the first dimension of what it is given.
+        own: its forward so far.
+        updates: dW (out, in) of all tokens, or of those of each record of the batch.
+    """
+
+    def once(dW: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        weight = module._parameters["weight"]
+        module._parameters["weight"] = weight + dW.to(weight.device, weight.dtype)
+        try:
+            return own(*args, **kwargs)
+        finally:
+            module._parameters["weight"] = weight
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        found = updates()
+        if len(found) == 1:
+            return once(found[0], args, kwargs)
+        tokens = len(args[0])
+
+        def part(value: Any, record: int) -> Any:
+            split = isinstance(value, Tensor) and value.dim() > 0 and len(value) == tokens
+            return value[record * tokens // len(found) : (record + 1) * tokens // len(found)] if split else value
+
+        return _together(
+            [
+                once(dW, [part(v, i) for v in args], {name: part(v, i) for name, v in kwargs.items()})
+                for i, dW in enumerate(found)
+            ]
+        )
+
+    return forward
+
+
+def _together(outputs: Sequence[Any]) -> Any:
+    """What a module returns for parts of its tokens, as for all of them."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(outputs))
+    return tuple(_together(each) for each in zip(*outputs, strict=True)) if isinstance(first, (tuple, list)) else first

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
-from loracli.adapters.on_base import as_fused_experts, as_text_model
+from loracli.adapters.base_names import adapted_names, by_base_names, older_places, read_places, recorded_places
+from loracli.adapters.names import BasePlace
 from loracli.adapters.saved_modules import REFUSE
 from loracli.errors import AdapterNotFound, IntegrityError, RecipeError, UsageError
 from loracli.hub.fetch import MAX_ADAPTER_BYTES, Fetched, FetchedBase, fetch_adapter, fetch_adapters, fetch_base_of
@@ -48,6 +49,7 @@ def identity_of(adapter: LoraAdapter, reference: str) -> RecipeAdapter:
         use_rslora=adapter.config.use_rslora,
         dtype=str(adapter.dtype).removeprefix("torch."),
         base_model=adapter.config.base_model,
+        renamed=recorded_places(adapter.places) or None,
     )
 
 
@@ -160,13 +162,25 @@ def read_ingredients(
         UsageError: if there are not as many in `relocated` as in the recipe, or in another order.
     """
     read = read_recorded(recipe.adapters, recipe.folder, relocated=relocated, progress=progress)
-    return tuple(by_names_of(recipe.modules, adapter) for adapter in read)
+    return tuple(
+        by_names_of(recipe.modules, adapter, recorded) for adapter, recorded in zip(read, recipe.adapters, strict=True)
+    )
 
 
-def by_names_of(modules: Sequence[BaseModule], adapter: LoraAdapter) -> LoraAdapter:
-    """The adapter by the names of a recipe's table, as a fit took it."""
-    outs = {module.name: module.out_features for module in modules if module.kind == "experts"}
-    return as_fused_experts(as_text_model(adapter, {module.name for module in modules}), outs)
+def by_names_of(modules: Sequence[BaseModule], adapter: LoraAdapter, recorded: RecipeAdapter) -> LoraAdapter:
+    """The adapter by the names of a table of the base, as a fit or an export took it.
+
+    Args:
+        modules: of the base.
+        adapter: as it was read.
+        recorded: what was kept of it.
+    """
+    table = {module.name: module for module in modules}
+    if recorded.renamed is None:
+        return by_base_names(adapter, older_places(adapter, table), table)
+    names = adapted_names(adapter)
+    plain = {name: BasePlace(name) for name in names}
+    return by_base_names(adapter, plain | read_places(recorded.renamed, names), table)
 
 
 def read_recorded(

@@ -11,7 +11,7 @@ from typing import Any
 from loracli.errors import RecipeError
 from loracli.hub.references import URI_PREFIX, is_folder, is_hub_id
 from loracli.recipe.mixing import INLINE_KINDS
-from loracli.recipe.recipe import FIRST_SCHEMA, OTHER_ROWS, SCHEMA, Recipe, RecipeAdapter
+from loracli.recipe.recipe import FIRST_SCHEMA, MAX_EXPERTS, OTHER_ROWS, SCHEMA, Recipe, RecipeAdapter
 from loracli.system.document import MAX_PROBLEMS, decode, schema_of
 from loracli.system.files import CONFIG_FILE, TENSOR_FILES
 from loracli.system.strict_json import StrictJsonError, parse_json
@@ -104,6 +104,9 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"adapters[{index}].reference: {adapter.reference!r} names another row of the table"
         taken.add(adapter.reference)
         yield from (f"adapters[{index}].{problem}" for problem in adapter_problems(adapter))
+    for index, module in enumerate(recipe.modules):
+        if not 0 <= module.experts <= MAX_EXPERTS:
+            yield f"modules[{index}].experts: expected 0 to {MAX_EXPERTS}, got {module.experts}"
     yield from _of_table(recipe, taken)
 
 
@@ -129,6 +132,9 @@ def adapter_problems(adapter: RecipeAdapter) -> Iterator[str]:
         named = adapter.reference.removeprefix(URI_PREFIX).removeprefix("models/")
         if not named.startswith(adapter.repo_id) or named[len(adapter.repo_id) :][:1] not in ("", "@", "/"):
             yield f"reference: {adapter.reference!r} does not name the repository {adapter.repo_id}"
+    for name, place in (adapter.renamed or {}).items():
+        if not 0 <= place.part < place.parts:
+            yield f"renamed[{name!r}]: part {place.part} of {place.parts}"
 
 
 def _of_table(recipe: Recipe, known: set[str]) -> Iterator[str]:

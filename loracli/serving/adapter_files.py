@@ -23,6 +23,7 @@ from loracli.adapters.experts import targeted_parameters
 from loracli.adapters.names import PREFIX
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
+from loracli.fitting.base_places import BaseNames
 from loracli.model.base import expert_shape, kind_and_shape, plan_from_config
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
@@ -62,12 +63,14 @@ class Pair:
         b: shape of the second, as (out, rank), of a convolution (out, rank / groups, 1, 1).
         embedding: whether it is an embedding's.
         experts: of how many experts it is, None for the factors of a module.
+        parameter: whether it is of the one matrix of a module among the target_parameters.
     """
 
     a: tuple[int, ...] | None = None
     b: tuple[int, ...] | None = None
     embedding: bool = False
     experts: int | None = None
+    parameter: bool = False
 
     @property
     def is_convolution(self) -> bool:
@@ -137,6 +140,8 @@ class AdapterFiles:
             rows = (pairs[module].a or (0,))[0]
             if type(rank) is int and rank > 0 and rows % rank == 0 and rows > rank:
                 pairs[parameter] = replace(pairs.pop(module), experts=rows // rank)
+            elif type(rank) is int and rows == rank and parameter.endswith(".weight"):
+                pairs[module] = replace(pairs[module], parameter=True)
         return dict(sorted(pairs.items()))
 
     @cached_property
@@ -315,8 +320,10 @@ class BaseFacts:
         model_class: transformers' class of it, `LlamaForCausalLM`.
         layers: number of decoder layers.
         tied: whether the head is the embedding.
-        modules: (out, in) of every linear layer and of one expert of a parameter, and (dim, vocabulary) of every
-            embedding, by path.
+        modules: (out, in) of every linear layer, of a router's weight and of one expert of a parameter, and (dim,
+            vocabulary) of every embedding, by path.
+        experts: how many a parameter has, by its path.
+        names: what becomes of an adapter's names.
     """
 
     id: str
@@ -324,23 +331,27 @@ class BaseFacts:
     layers: int
     tied: bool
     modules: Mapping[str, tuple[int, int]]
+    experts: Mapping[str, int]
+    names: BaseNames
 
 
 def read_base_facts(base: str, *, progress: Progress = SILENT) -> BaseFacts:
     """Of a directory or Hub id that the user names; errors as of `plan_from_config`."""
     plan, _ = plan_from_config(base, progress=progress)
-    modules = {}
+    modules, experts = {}, {}
     for name, module in plan.skeleton.named_modules():
         kind, in_features, out_features = kind_and_shape(module)
         if kind != "other":
             modules[name] = (out_features, in_features)
     for name, _ in plan.skeleton.named_parameters():
         if (shape := expert_shape(plan.skeleton, name)) is not None:
-            modules[name] = (shape[2], shape[1])
+            modules[name], experts[name] = (shape[2], shape[1]), shape[0]
     return BaseFacts(
         id=plan.reference.id,
         model_class=type(plan.skeleton).__name__,
         layers=int(plan.config.get_text_config().num_hidden_layers),
         tied=bool(plan.config.tie_word_embeddings),
         modules=modules,
+        experts=experts,
+        names=BaseNames(plan.skeleton),
     )

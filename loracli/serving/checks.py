@@ -12,10 +12,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from loracli.adapters.names import leaf
+from loracli.adapters.names import BasePlace, leaf
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.algebra.factors import lora_scaling
-from loracli.serving.adapter_files import AdapterFiles, BaseFacts
+from loracli.errors import BaseModelMismatch
+from loracli.serving.adapter_files import AdapterFiles, BaseFacts, Pair
 
 Check = Callable[..., Iterator[str]]
 
@@ -151,7 +152,7 @@ def rank_by_patterns(files: AdapterFiles, base: BaseFacts | None) -> Iterator[st
     """Factors of the rank that `r` and `rank_pattern` give their module."""
     ranks = _pattern(files, "rank_pattern")
     for name, pair in files.pairs.items():
-        said = ranks.get(name, files.config.get("r", 8))
+        said = ranks.get(_patterned(name, pair), files.config.get("r", 8))
         if pair.rank is not None and pair.rank != said:
             yield f"{name} has rank {pair.rank}, and the config says {_short(said)}"
 
@@ -180,7 +181,8 @@ def scaling(files: AdapterFiles, base: BaseFacts | None, *, formula: str) -> Ite
     for name, pair in files.pairs.items():
         if pair.rank is None:
             continue
-        own_rank, own_alpha = _number(ranks.get(name, rank)), _number(alphas.get(name, alpha))
+        key = _patterned(name, pair)
+        own_rank, own_alpha = _number(ranks.get(key, rank)), _number(alphas.get(key, alpha))
         if not own_rank or own_rank < 1 or own_alpha is None:
             continue
         right = lora_scaling(own_alpha, int(own_rank), use_rslora=rslora)
@@ -194,19 +196,20 @@ def scaling(files: AdapterFiles, base: BaseFacts | None, *, formula: str) -> Ite
 
 
 def targets(files: AdapterFiles, base: BaseFacts | None, *, together: Sequence[Sequence[str]] = ()) -> Iterator[str]:
-    """Modules that target_modules names, experts left aside; a list in `together` stands for all of its names."""
-    named = files.config.get("target_modules")
-    if not isinstance(named, list):
-        if isinstance(named, str) and named not in ("all", "all-linear"):
+    """Modules that target_modules names, target_parameters aside; a list in `together` stands for all of its names."""
+    asked = files.config.get("target_modules")
+    if not isinstance(asked, list):
+        if isinstance(asked, str) and asked not in ("all", "all-linear"):
             raise Unclear("target_modules is a regular expression of a stranger, which is not run")
         return
-    known = {name for name in named if isinstance(name, str)}
+    known = {name for name in asked if isinstance(name, str)}
     if together:
         known = {leaf(name) for name in known}
         known |= {name for group in together if known & set(group) for name in group}
     for name, pair in files.pairs.items():
         parts = name.split(".")
-        if pair.experts is None and not any(".".join(parts[start:]) in known for start in range(len(parts))):
+        named = any(".".join(parts[start:]) in known for start in range(len(parts)))
+        if not (named or pair.experts or pair.parameter):
             yield f"{name} is not in target_modules"
 
 
@@ -219,14 +222,16 @@ def companions(files: AdapterFiles, base: BaseFacts | None, *, leaf: str, needs:
 
 
 def no_experts(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
-    """No update of the experts of a parameter."""
-    for name, pair in files.pairs.items():
-        if pair.experts is not None:
-            yield f"the {pair.experts} experts of {name}"
+    """No update of the experts of a parameter; of the one matrix of a module it is not known."""
+    found = [name for name, pair in files.pairs.items() if pair.experts is not None]
+    if not found:
+        _doubt_parameters(files)
+    yield from (f"the {files.pairs[name].experts} experts of {name}" for name in found)
 
 
 def both_of_experts(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
-    """Updates of two parameters of experts, or of none; whether vLLM has such a model, nothing tells."""
+    """Updates of two parameters of experts, or of none; whether vLLM has such a model, nothing tells, nor whether it
+    takes the one matrix of a module."""
     found: dict[str, list[str]] = defaultdict(list)
     for name, pair in files.pairs.items():
         if pair.experts is not None:
@@ -234,7 +239,15 @@ def both_of_experts(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str
     alone = [names[0] for names in found.values() if len(names) == 1]
     if found and not alone:
         raise Unclear("whether vLLM's model of the base keeps all experts in one tensor (is_3d_moe_weight)")
+    if not alone:
+        _doubt_parameters(files)
     yield from (f"{name} alone" for name in alone)
+
+
+def _doubt_parameters(files: AdapterFiles) -> None:
+    name = next((name for name, pair in files.pairs.items() if pair.parameter), None)
+    if name is not None:
+        raise Unclear(f"whether the server puts LoRA on {name}, whose weight is one of the target_parameters")
 
 
 def every_layer(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
@@ -294,21 +307,42 @@ def mlx_keys(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
             yield f"{name} is under no key"
 
 
-def in_base(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
-    """Modules that the base has, of its shapes."""
-    known = _needed(base, "whether the base has these modules in these shapes").modules
-    found = []
+def in_base(files: AdapterFiles, base: BaseFacts | None, *, renames: bool = False) -> Iterator[str]:
+    """Modules that the base has, of its shapes; with `renames` also by the tables that transformers has for names of
+    other versions."""
+    facts = _needed(base, "whether the base has these modules in these shapes")
+    found, experts = [], defaultdict[str, list[BasePlace]](list)
     for name, pair in files.pairs.items():
         if pair.is_convolution:
             continue
-        if name not in known:
+        place = _place(facts, name, pair) if renames else BasePlace(name)
+        if place is None or place.target not in facts.modules:
             found.append(f"the base has no {name}")
-        elif pair.a and pair.b and (pair.b[0], pair.a[-1]) != known[name]:
-            found.append(f"{name} is (out, in) = {(pair.b[0], pair.a[-1])}, in the base {known[name]}")
-    kernel = next((name for name, pair in files.pairs.items() if pair.is_convolution), None)
-    if kernel is not None and not found:
-        raise Unclear(f"whether the base has a convolution {kernel} of this shape")
+            continue
+        out, width = facts.modules[place.target]
+        if place.expert is not None:
+            experts[place.target].append(place)
+        own = out // place.parts, width
+        if pair.a and pair.b and (pair.b[0], pair.a[-1]) != own:
+            found.append(f"{name} is (out, in) = {(pair.b[0], pair.a[-1])}, in the base {own}")
+    for parameter, places in experts.items():
+        wanted = facts.experts[parameter] * places[0].parts
+        if len(places) != wanted:
+            found.append(f"{parameter} is made of {wanted} layers of experts, and {len(places)} are there")
+    if not found:
+        kernel = next((name for name, pair in files.pairs.items() if pair.is_convolution), None)
+        if kernel is not None:
+            raise Unclear(f"whether the base has a convolution {kernel} of this shape")
+        if experts:
+            raise Unclear(f"whether the layers of experts become the parameters of a {facts.model_class}")
     yield from found
+
+
+def _place(facts: BaseFacts, name: str, pair: Pair) -> BasePlace | None:
+    try:
+        return facts.names.by_tables(name, name if pair.experts is not None else f"{name}.weight")
+    except BaseModelMismatch:
+        return None
 
 
 def untied_head(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
@@ -381,6 +415,11 @@ def _pattern(files: AdapterFiles, field: str) -> ModulePatterns[Any]:
     if isinstance(patterns, PatternError):
         raise Unclear(f"{field} has a regular expression of a stranger, which is not run: {patterns}")
     return patterns
+
+
+def _patterned(name: str, pair: Pair) -> str:
+    """What patterns go by: the module's path, or that of its weight among the target_parameters."""
+    return f"{name}.weight" if pair.parameter else name
 
 
 def _short(value: Any) -> str:

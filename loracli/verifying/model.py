@@ -20,7 +20,7 @@ from loracli.fusing.quantised import read_quantisation
 from loracli.fusing.stream import BLOCK_BYTES, WIDENED, replaced_rows, rounding_bounds, update_of
 from loracli.fusing.workplace import CONFIG, FUSE_CERTIFICATE, config_bytes, index_bytes, other_files, read_config
 from loracli.hub.references import BaseClaim
-from loracli.model.base import BaseReference, check_shapes, find_base, on_base, plan_base
+from loracli.model.base import BaseReference, check_shapes, find_base, named_as, plan_base
 from loracli.model.checkpoint import (
     FLOATS,
     INDEX_FILE,
@@ -93,8 +93,8 @@ def verify_model(
         findings.skip(COMPOSITION, str(error))
         return
     _check_base(reference, recorded)
-    source = replace(source, adapters=on_base(source.adapters, reference))
     plan = plan_base(reference, dequantised=dequantised is not None)
+    source = replace(source, adapters=named_as(plan.skeleton, source.adapters))
     check_shapes(plan.skeleton, source.adapters)
     checkpoint = read_checkpoint(reference.path)
     fields = {} if dequantised is None else read_config(reference.path)

@@ -147,7 +147,9 @@ def find_source(
     read = _ingredients(origin, given, findings, adapters, progress)
     if read is None:
         return None
-    read = tuple(by_names_of(origin.table, adapter) for adapter in read)
+    if origin.table:
+        together = zip(read, origin.adapters, strict=True)
+        read = tuple(by_names_of(origin.table, adapter, recorded) for adapter, recorded in together)
     if origin.recipe is not None:
         return RecipeSource(given or origin.recipe, read, _saved(origin, read))
     assert origin.method is not None

@@ -62,6 +62,10 @@ def _layer(module: BaseModule) -> nn.Module:
 
     if module.kind == "linear":
         return nn.Linear(module.in_features, module.out_features, bias=False)
+    if module.kind == "parameter":
+        owner = nn.Module()
+        owner.weight = nn.Parameter(torch.empty(module.out_features, module.in_features))
+        return owner
     if module.kind == "embedding":
         return nn.Embedding(module.in_features, module.out_features)
     layer: nn.Module = Conv1D(module.out_features, module.in_features) if module.kind == "conv1d" else nn.Identity()
@@ -127,9 +131,11 @@ def reload_differences(folder: Path, adapter: LoraAdapter, skeleton: nn.Module) 
 
 
 def _target(name: str, layer: Any) -> str:
-    """The path of the module or parameter that one of PEFT's layers changes."""
+    """The path of the module or parameter that one of PEFT's layers changes; of a module's one matrix the module's."""
     parameter = getattr(layer, "parameter_name", None)
-    return name if parameter is None else f"{plain_module(name)}.{parameter}"
+    if parameter is None or (parameter == "weight" and layer.num_experts == 1):
+        return plain_module(name)
+    return f"{plain_module(name)}.{parameter}"
 
 
 def _matrices(modules: Sequence[LoraModule]) -> Factors:

@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 from peft import EvaConfig, LoraConfig
 from peft.tuners.lora.config import CordaConfig
@@ -66,6 +67,7 @@ def test_pefts_default_config_is_accepted_as_it_stands(tmp_path: Path) -> None:
         whole_names=frozenset({"q_proj"}),
         lora_dropout=0.0,
         task_type=None,
+        peft_version=tuple(int(number) for number in peft.__version__.split(".")[:2]),
     )
 
 

@@ -147,6 +147,9 @@ def test_what_cannot_be_told_is_refused_by_name(tmp_path: Path) -> None:
     names = ["ffn.experts.v1", "ffn.experts.w1"]
     match = "target_parameters has v1 and w1 of one module, and which tensors belong to v1 cannot be told"
     refused(UnsupportedAdapter, tmp_path / "a", two, match, target_parameters=names)
-    matrix = factors("mlp.gate", rows=RANK, columns=RANK)
-    match = "is of one of the target_parameters and belongs to a matrix"
-    refused(UnsupportedAdapter, tmp_path / "b", matrix, match, target_parameters=["gate.weight"])
+    matrix = factors("mixer", rows=RANK, columns=RANK)
+    match = "is of one of the target_parameters, a matrix that is no module's weight"
+    refused(UnsupportedAdapter, tmp_path / "b", matrix, match, target_parameters=["mixer.A_log"])
+    layout = {"target_parameters": ["experts.down_proj"], "lora_B_layout": "expert_major"}
+    match = "lora_B_layout is 'expert_major'; expected one of rank_major, grouped_by_expert"
+    refused(MalformedAdapter, tmp_path / "c", factors("mlp.experts"), match, **layout)

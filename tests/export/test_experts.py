@@ -20,7 +20,7 @@ from loracli.export.method import export_method
 from loracli.model.base import base_modules
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import make_recipe
-from tests.mixtures import BOTH, EXPERTS, add, file_deltas, load, peft_deltas
+from tests.mixtures import BOTH, EXPERTS, ROUTERS, add, file_deltas, load, peft_deltas
 from tests.tiny import logits, make_adapter, make_base
 
 # PEFT looks for the keys of patterns among modules alone, and says so even where it has used them for a parameter.
@@ -33,12 +33,13 @@ class Mixture:
     """A tiny mixture, three adapters, and a recipe with weights of both signs."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        self.base = make_base(folder / "base", kind)
+        self.base, router = make_base(folder / "base", kind), f"{ROUTERS[kind]}.weight"
+        q, both = ("q_proj",), (*BOTH, router)
         self.paths = [
-            make_adapter(folder / "a", self.base, targets=("q_proj",), parameters=BOTH, rank=3, alpha=6, seed=1),
+            make_adapter(folder / "a", self.base, targets=q, parameters=both, rank=3, alpha=6, seed=1),
             make_adapter(folder / "b", self.base, targets=(), parameters=BOTH[1:], rank=3, alpha=1, seed=2),
-            make_adapter(folder / "c", self.base, targets=(), parameters=BOTH, alpha=5, seed=3, use_rslora=True,
-                         rank_pattern={"mlp.experts.gate_up_proj": 5}, alpha_pattern={"down_proj": 9}),
+            make_adapter(folder / "c", self.base, targets=(), parameters=both, alpha=5, seed=3, use_rslora=True,
+                         rank_pattern={"mlp.experts.gate_up_proj": 5, router: 2}, alpha_pattern={"down_proj": 9}),
         ]  # fmt: skip
         adapters = [read_adapter(str(path)) for path in self.paths]
         self.recipe = make_recipe(folder, adapters, base_modules(load(self.base), adapters))
@@ -92,7 +93,7 @@ def test_a_recipe_is_exported_as_the_weighted_sum_of_each_expert(tmp_path: Path,
     assert exported.layout.profile == "peft" and "experts" in str(exported.layout.reason)
     assert exported.layout.ranks["model.layers.0.mlp.experts.gate_up_proj"] == 3 + 5
     assert exported.layout.ranks["model.layers.0.mlp.experts.down_proj"] == 3 + 3 + 4
-    assert len(exported.certificate.modules) == 2 * (2 * EXPERTS + 1)
+    assert len(exported.certificate.modules) == 2 * (2 * EXPERTS + 2)
     assert exported.certificate.largest_error < 1e-7
     close(peft_deltas(tmp_path / "out", mixture.base), mixture.composed())
 
@@ -165,7 +166,7 @@ def test_methods_act_on_each_expert_by_itself(tmp_path: Path, mixtral: Mixture, 
         expected = linear[key.replace("[", ".").replace("]", "")].factors.delta_weight()
         scale = float(expected.abs().max())
         assert torch.allclose(module.factors.delta_weight(), expected, rtol=0, atol=1e-5 * max(scale, 1.0)), key
-    assert len(experts) == len(linear) == 4 * EXPERTS + 2
+    assert len(experts) == len(linear) == 4 * EXPERTS + 4
     verify_directory(tmp_path / "out", adapters=mixtral.names[:2])
 
 
@@ -186,7 +187,7 @@ def as_linear_layers(adapter: Path, folder: Path) -> None:
         "lora_alpha": 2,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        "target_modules": ["q_proj", *map(str, range(EXPERTS))],
+        "target_modules": ["q_proj", "gate", *map(str, range(EXPERTS))],
         "base_model_name_or_path": "tiny/base",
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -219,7 +220,7 @@ def test_verify_finds_one_wrong_entry_of_one_expert(tmp_path: Path, mixtral: Mix
 
 def test_inspect_counts_parameters_and_compares_experts(mixtral: Mixture) -> None:
     seen = inspect_adapters(mixtral.names[:2])
-    assert [adapter.modules for adapter in seen.adapters] == [2 * 3, 2]
+    assert [adapter.modules for adapter in seen.adapters] == [2 * 4, 2]
     assert seen.adapters[1].leaves == ("down_proj",)
     dense = [peft_deltas(path, mixtral.base) for path in mixtral.paths[:2]]
     assert seen.adapters[0].norm == pytest.approx(sum(float(d.square().sum()) for d in dense[0].values()) ** 0.5)

@@ -1,4 +1,5 @@
-"""Adapters on experts act in a fit as their dense updates would, whatever the router does with the records."""
+"""Adapters on experts and routers act in a fit as their dense updates would, whatever the router does with the
+records."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from loracli.model.attach import attach
 from loracli.model.base import check_shapes
 from loracli.model.experts import check_experts
 from loracli.model.loss import make_objective
-from tests.mixtures import BOTH, add, load, peft_deltas
+from tests.mixtures import BOTH, ROUTERS, add, load, peft_deltas
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
 
 KINDS = ("mixtral", "qwen3-moe", "gpt-oss")
@@ -31,10 +32,11 @@ class Mixture:
     """A tiny mixture in float64 and two adapters, of different ranks and targets."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        self.base = make_base(folder / "base", kind)
+        self.base, router = make_base(folder / "base", kind), (f"{ROUTERS[kind]}.weight",)
+        q, both = ("q_proj",), (*BOTH, *router)
         self.paths = [
-            make_adapter(folder / "a", self.base, targets=("q_proj",), parameters=BOTH, rank=3, alpha=6, seed=1),
-            make_adapter(folder / "b", self.base, targets=(), parameters=BOTH[1:], rank=2, alpha=1, seed=2),
+            make_adapter(folder / "a", self.base, targets=q, parameters=both, rank=3, alpha=6, seed=1),
+            make_adapter(folder / "b", self.base, targets=(), parameters=(*BOTH[1:], *router), rank=2, alpha=1, seed=2),
         ]
         self.adapters = [read_adapter(str(path)) for path in self.paths]
 
@@ -168,7 +170,7 @@ def test_a_fit_of_experts_lowers_the_loss_and_certifies_it(tmp_path: Path, mixtr
         names, data, eval_data=data, base=str(mixtral.base), settings=FitSettings(passes=6), folder=tmp_path
     )
     assert set(recipe.mixing.weights) == {
-        f"model.layers.{layer}.{name}" for layer in (0, 1) for name in (*BOTH, "self_attn.q_proj")
+        f"model.layers.{layer}.{name}" for layer in (0, 1) for name in (*BOTH, "mlp.gate", "self_attn.q_proj")
     }
     assert recipe.mixing.weights["model.layers.0.mlp.experts.gate_up_proj"][1] is None
     assert {module.kind for module in recipe.modules if "experts" in module.name} == {"experts"}

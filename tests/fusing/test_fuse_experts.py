@@ -3,6 +3,7 @@ the experts; adapters with a layer for each expert included."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loracli.adapters.adapter import read_adapter
-from loracli.errors import BaseModelMismatch, IncompatibleAdapters, UsageError, VerificationError
+from loracli.errors import BaseModelMismatch, UsageError, VerificationError
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method
 from loracli.fitting.inputs import prepare_fit
@@ -166,14 +167,18 @@ def test_layers_that_a_parameter_cannot_stand_for_are_refused_by_name(tmp_path: 
     save_file(tensors, biased / "adapter_model.safetensors")
     with pytest.raises(BaseModelMismatch, match="has lora_bias for .*experts.0.*, which is a part of .*_proj"):
         on_base([read_adapter(str(biased))], reference)
-    twice = per_expert("qwen3-moe", tmp_path / "twice")
+    twice = per_expert("mixtral", tmp_path / "twice")
     tensors = load_file(twice / "adapter_model.safetensors")
     tensors |= {
-        name.replace("gate_proj", "w1"): t.clone() for name, t in tensors.items() if "experts.1.gate_proj" in name
+        name.replace("block_sparse_moe", "mlp"): t.clone() for name, t in tensors.items() if "experts.1.w1" in name
     }
     save_file(tensors, twice / "adapter_model.safetensors")
-    with pytest.raises(BaseModelMismatch, match=r"adapts a part of .*gate_up_proj twice, once as .*experts\.1\."):
-        on_base([read_adapter(str(twice))], reference)
+    mixtral = BaseReference("x", make_base(tmp_path / "mixtral", "mixtral"), None)
+    with pytest.raises(BaseModelMismatch, match=r"adapts .*gate_up_proj twice, once as .*experts\.1\."):
+        on_base([read_adapter(str(twice))], mixtral)
+    more = per_expert("qwen3-moe", tmp_path / "more", experts=(0, EXPERTS))
+    with pytest.raises(BaseModelMismatch, match=r"adapts the expert 4 of .*, and the base has 4, from 0 on"):
+        on_base([read_adapter(str(more))], reference)
     with pytest.raises(
         BaseModelMismatch, match=r"\(experts, in, out\) = \(4, 48, 32\); the base model has \(4, 24, 32\)"
     ):
@@ -222,7 +227,68 @@ def test_rungs_that_experts_do_not_have_are_refused_for_layers_too(tmp_path: Pat
         prepare_fit(qwen.names[1:], data, base=str(qwen.base), settings=FitSettings(mixing="core"))
 
 
-def test_adapters_with_different_numbers_of_experts_are_refused_by_name(tmp_path: Path, qwen: Mixture) -> None:
-    few = expert_layers(tmp_path / "few", {"down_proj": (32, 24)}, "mlp.experts", experts=3)
-    with pytest.raises(IncompatibleAdapters, match=r"down_proj has different numbers of experts: 4 in .*, 3 in "):
-        export_method("sum", tmp_path / "out", adapters=[qwen.names[0], str(few)], base=str(qwen.base))
+def test_adapters_of_some_experts_are_zero_at_the_others_and_compose(tmp_path: Path, qwen: Mixture) -> None:
+    """Two that have no expert in common give what one with all of them gives, in a fusion and in an export."""
+    whole = per_expert("qwen3-moe", tmp_path / "whole")
+    parts = [tmp_path / "first", tmp_path / "last"]
+    for path, numbers in zip(parts, ((0, 1), (2, 3)), strict=True):
+        per_expert("qwen3-moe", path, experts=numbers)
+        tensors = load_file(whole / "adapter_model.safetensors")
+        kept = {n: t for n, t in tensors.items() if any(f"experts.{number}." in n for number in numbers)}
+        save_file(kept, path / "adapter_model.safetensors")
+    names, theirs = [str(path) for path in parts], peft_deltas(whole, qwen.base)
+    export_method("sum", tmp_path / "out", adapters=names, base=str(qwen.base))
+    found = peft_deltas(tmp_path / "out", qwen.base)
+    assert found.keys() == theirs.keys()
+    assert all(torch.allclose(found[name], delta, rtol=0, atol=1e-6) for name, delta in theirs.items())
+    export_method("sum", tmp_path / "one", adapters=names[:1], base=str(qwen.base))
+    for name, delta in peft_deltas(tmp_path / "one", qwen.base).items():
+        assert torch.allclose(delta[:2], theirs[name][:2], rtol=0, atol=1e-6) and not delta[2:].any()
+    fuse_model(None, tmp_path / "fused", adapters=names, method="sum", base=str(qwen.base))
+    model = load(qwen.base)
+    add(model, theirs)
+    assert torch.allclose(logits(load(tmp_path / "fused")), logits(model), rtol=0, atol=1e-4)
+    for made in ("out", "fused"):
+        verify_directory(tmp_path / made, adapters=names, base=str(qwen.base))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
+def test_a_router_is_adapted_by_its_old_name_and_by_its_new(tmp_path: Path, kind: str) -> None:
+    """A linear layer before transformers 5, a parameter since; stock PEFT loads both."""
+    base = make_base(tmp_path / "base", kind)
+    new = make_adapter(tmp_path / "new", base, parameters=(*BOTH, "mlp.gate.weight"), rank=3, seed=1)
+    old = per_expert(kind, tmp_path / "old")
+    router = "block_sparse_moe.gate" if kind == "mixtral" else "mlp.gate"
+    tensors = load_file(old / "adapter_model.safetensors")
+    for layer in (0, 1):
+        name = f"base_model.model.model.layers.{layer}.{router}"
+        tensors |= {f"{name}.lora_A.weight": torch.randn(2, 32), f"{name}.lora_B.weight": torch.randn(EXPERTS, 2)}
+    save_file(tensors, old / "adapter_model.safetensors")
+    config = json.loads((old / "adapter_config.json").read_text())
+    (old / "adapter_config.json").write_text(
+        json.dumps({**config, "target_modules": [*config["target_modules"], "gate"]})
+    )
+    names, model = [str(new), str(old)], load(base)
+    theirs = [peft_deltas(path, base) for path in (new, old)]
+    assert all(f"model.layers.{layer}.mlp.gate" in deltas for deltas in theirs for layer in (0, 1))
+    for deltas in theirs:
+        add(model, deltas)
+    fuse_model(None, tmp_path / "fused", adapters=names, method="sum", base=str(base))
+    assert torch.allclose(logits(load(tmp_path / "fused")), logits(model), rtol=0, atol=1e-3)
+    export_method("sum", tmp_path / "out", adapters=names, base=str(base))
+    found = peft_deltas(tmp_path / "out", base)
+    for name, delta in found.items():
+        expected = sum((deltas[name] for deltas in theirs if name in deltas), torch.zeros(()))
+        assert float((delta - expected).norm()) < 1e-6 * float(delta.norm()), name
+    assert len(found) == 2 * (2 + 2 + 1)
+    for made in ("out", "fused"):
+        verify_directory(tmp_path / made, adapters=names, base=str(base))
+    data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
+    recipe = fit_mixing(names, data, base=str(base), settings=FitSettings(passes=2), folder=tmp_path)
+    recipe.save(tmp_path / "recipe.json")
+    export_adapter(tmp_path / "recipe.json", tmp_path / "fitted")
+    verify_directory(tmp_path / "fitted", recipe=tmp_path / "recipe.json", base=str(base))
+    weight = recipe.weights_of("model.layers.1.mlp.gate")
+    expected = sum(w * deltas["model.layers.1.mlp.gate"] for w, deltas in zip(weight, theirs, strict=True))  # type: ignore[operator]
+    found = peft_deltas(tmp_path / "fitted", base)["model.layers.1.mlp.gate"]
+    assert float((found - expected).norm()) < 1e-6 * float(expected.norm())

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from loracli.export.method import export_method
 from loracli.serving.checks import CHECKS
 from loracli.serving.lint import SERVERS, SEVERITIES, ServerReport, lint_adapter, load_server
 from tests.cli.project import run
+from tests.mixtures import expert_layers
 from tests.tiny import BASE_ID, make_adapter, make_base
 
 LAYER = "base_model.model.model.layers"
@@ -132,6 +134,7 @@ BROKEN: list[tuple[str, str, Change]] = [
     ("peft", "ranks", adding(RANK_4)),
     ("peft", "targets", setting(target_modules=["q_proj"])),
     ("peft", "base", adding(FOURTH_LAYER)),
+    ("peft", "expert-order", setting(lora_B_layout="grouped_by_expert")),
     ("vllm", "required-fields", lacking("target_modules")),
     ("vllm", "rank-positive", setting(r=0)),
     ("vllm", "rank-limit", rank_600),
@@ -146,6 +149,7 @@ BROKEN: list[tuple[str, str, Change]] = [
     ("vllm", "pairs", dropping("1.self_attn.q_proj.lora_B")),
     ("vllm", "matrices", adding(CONVOLUTION)),
     ("vllm", "both-of-experts", adding(EXPERTS, **DOWN)),
+    ("vllm", "expert-order", setting(lora_B_layout="grouped_by_expert")),
     ("vllm", "base", adding(FOURTH_LAYER)),
     ("sglang", "required-fields", lacking("r")),
     ("sglang", "peft-type", setting(peft_type="LOHA")),
@@ -550,3 +554,36 @@ def test_nonsense_in_every_field_is_a_report_and_no_crash(
     lint_adapter(path, base=str(tiny_base))
     mlx = write(tmp_path / "mlx", lambda c, t: (c.clear(), c.update(lora_parameters=config["r"])), mlx=True)
     lint_adapter(mlx, base=str(tiny_base))
+
+
+def spelt(peft: Path, folder: Path, before: str, after: str) -> Path:
+    shutil.copytree(peft, folder)
+    tensors = {n.replace(before, after): t for n, t in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_names_that_peft_translates_are_no_violation_for_it(tmp_path: Path) -> None:
+    """Gemma 3 as transformers before 4.52 had it; a server without these tables has no such module."""
+    base = make_base(tmp_path / "base", "gemma3-vision")
+    new = make_adapter(tmp_path / "new", base, targets=r".*language_model.*\.(q_proj|v_proj)")
+    old = spelt(new, tmp_path / "old", "model.model.language_model.", "model.language_model.model.")
+    assert report(old, "peft", base).verdict == report(new, "peft", base).verdict == "takes"
+    assert {v.rule for v in report(old, "llamacpp", base).violations} >= {"base"}
+    wrong = spelt(new, tmp_path / "wrong", "model.model.language_model.", "model.language_model.decoder.")
+    assert report(wrong, "peft", base).verdict == "refuses"
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+def test_layers_of_experts_and_routers_are_held_against_a_base_that_has_parameters(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "mixtral")
+    parts = {"w1": (48, 32), "w3": (48, 32), "w2": (32, 48)}
+    whole = report(expert_layers(tmp_path / "whole", parts, "block_sparse_moe.experts"), "peft", base)
+    assert whole.verdict == "takes" and any("become the parameters of a Mixtral" in doubt for doubt in whole.unclear)
+    some = report(expert_layers(tmp_path / "some", parts, "block_sparse_moe.experts", experts=(0, 2)), "peft", base)
+    assert some.verdict == "refuses"
+    assert "experts.gate_up_proj is made of 8 layers of experts, and 4 are there" in str(some.violations)
+    router = make_adapter(tmp_path / "router", base, parameters=("mlp.gate.weight",), rank_pattern={"gate.weight": 2})
+    assert report(router, "peft", base).verdict == "takes"
+    for server in ("vllm", "llamacpp"):
+        assert any("puts LoRA on model.layers.0.mlp.gate" in doubt for doubt in report(router, server, base).unclear)

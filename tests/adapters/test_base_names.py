@@ -1,0 +1,230 @@
+"""Adapters go by the base's names: those of other versions of transformers, of a model around the text model, and of
+the text model inside another one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from loracli.adapters.adapter import read_adapter
+from loracli.adapters.base_names import by_base_names, named_apart, older_places, read_places, recorded_places
+from loracli.adapters.names import BasePlace
+from loracli.comparison.compare import compare_adapters
+from loracli.comparison.settings import CompareSettings
+from loracli.composition.base_table import table_of_adapters
+from loracli.errors import BaseModelMismatch
+from loracli.export.export import export_adapter
+from loracli.export.method import export_method
+from loracli.fusing.fuse import fuse_model
+from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import BaseModule, ModuleKind
+from loracli.verifying.verify import verify_directory
+from tests.mixtures import expert_layers
+from tests.test_whole_way import assert_whole_way, fit_case, nats_of_peft
+from tests.tiny import logits, make_adapter, make_base
+
+WEIGHTS = "adapter_model.safetensors"
+SPELLINGS = {
+    "new": ("model.layers", "model.language_model.layers"),
+    "old": ("model.layers", "language_model.model.layers"),
+}
+
+
+def moved_inside(peft: Path, folder: Path, how: str, *, beside: bool = False) -> Path:
+    """The same numbers by the names of a model around the text model; `beside`: with a module of another part."""
+    folder.mkdir()
+    tensors = load_file(peft / WEIGHTS)
+    inside = {name.replace(*SPELLINGS[how]): tensor for name, tensor in tensors.items()}
+    if beside:
+        A, B = (next(t for n, t in sorted(tensors.items()) if part in n) for part in ("lora_A", "lora_B"))
+        name = "base_model.model.model.visual.blocks.0.q_proj"
+        inside |= {f"{name}.lora_A.weight": A.clone(), f"{name}.lora_B.weight": B.clone()}
+    save_file(inside, folder / WEIGHTS)
+    (folder / "adapter_config.json").write_bytes((peft / "adapter_config.json").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("how", SPELLINGS)
+def test_they_go_the_whole_way_beside_one_of_the_text_model(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], how: str
+) -> None:
+    inside = moved_inside(two_adapters[0], tmp_path / "inside", how)
+    recipe = fit_case(tmp_path, tiny_base, [inside, two_adapters[1]])
+    assert all("language_model" not in name for name in recipe.mixing.weights)
+    assert_whole_way(tmp_path, tiny_base, recipe, list(two_adapters))
+
+
+def test_a_method_and_a_comparison_see_the_same(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    names = [str(moved_inside(two_adapters[0], tmp_path / "inside", "new")), str(two_adapters[1])]
+    fit_case(tmp_path, tiny_base, [two_adapters[1]])  # writes the records
+    export_method("sum", tmp_path / "sum", adapters=names, base=str(tiny_base))
+    found = compare_adapters(
+        tmp_path / "test.jsonl", adapters=names, base=str(tiny_base), settings=CompareSettings(("sum",))
+    )
+    rows = {row.name: row.nats_per_token for row in found.rows}
+    for row, witness in ((names[0], two_adapters[0]), ("sum", tmp_path / "sum")):
+        assert rows[row] == pytest.approx(nats_of_peft(tiny_base, witness, tmp_path / "test.jsonl"), rel=2e-5)
+
+
+def test_without_every_module_in_the_base_nothing_is_renamed(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    inside = moved_inside(two_adapters[0], tmp_path / "inside", "new", beside=True)
+    with pytest.raises(BaseModelMismatch, match="language_model"):
+        fit_case(tmp_path, tiny_base, [inside])
+
+
+def table_of(names: Iterable[str], kind: ModuleKind = "linear", experts: int = 0) -> dict[str, BaseModule]:
+    return {name: BaseModule(name, kind, 32, 32, experts) for name in names}
+
+
+def test_a_base_that_has_them_keeps_them(tmp_path: Path, two_adapters: tuple[Path, Path]) -> None:
+    """By a recipe from before names were kept: then its table of the base tells."""
+    adapter = read_adapter(str(moved_inside(two_adapters[0], tmp_path / "inside", "new")))
+    own = set(adapter.modules)
+    plain = {name.replace("language_model.", "") for name in own}
+    for base in (own, own | plain, set[str]()):
+        assert by_base_names(adapter, older_places(adapter, table_of(base)), table_of(base)) is adapter
+    named = by_base_names(adapter, older_places(adapter, table_of(plain)), table_of(plain))
+    assert set(named.modules) == plain
+
+
+def test_saved_modules_and_copies_go_by_the_same_names(tmp_path: Path, tiny_base: Path) -> None:
+    peft = make_adapter(tmp_path / "a", tiny_base, targets=("embed_tokens",), modules_to_save=["layers.0.mlp"])
+    tensors = load_file(peft / WEIGHTS)
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"] = load_file(tiny_base / "model.safetensors")[
+        "model.embed_tokens.weight"
+    ]
+    save_file({n.replace("base_model.model.model.", "base_model.model.model.language_model."): t
+               for n, t in tensors.items()}, peft / WEIGHTS)  # fmt: skip
+    base = table_of(["model.embed_tokens"], "embedding")
+    adapter = read_adapter(str(peft))
+    found = by_base_names(adapter, older_places(adapter, base), base)
+    assert list(found.modules) == list(found.base_copies) == ["model.embed_tokens"]
+    assert list(found.saved) == ["model.layers.0.mlp"]
+    assert all(path.startswith("model.layers.0.mlp.") for path in found.saved["model.layers.0.mlp"])
+    assert json.loads((peft / "adapter_config.json").read_text())["modules_to_save"] == ["layers.0.mlp"]
+
+
+class Gemma:
+    """A model of text and images, an adapter of its text model under three names, and stock PEFT's own of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base = make_base(folder / "base", "gemma3-vision")
+        targets = r".*language_model.*\.(q_proj|v_proj)"
+        self.new, self.other, self.twin = (folder / name for name in ("new", "other", "twin"))
+        for seed, path in enumerate((self.new, self.other)):
+            make_adapter(path, self.base, targets=targets, seed=seed)
+        self.old = self.respelt(self.other, folder / "old", "language_model.model.")
+        self.text = self.respelt(self.other, folder / "text", "model.")
+
+    @staticmethod
+    def respelt(peft: Path, folder: Path, front: str) -> Path:
+        """As transformers before 4.52 had the names, or as the text model has them alone."""
+        folder.mkdir()
+        tensors = load_file(peft / WEIGHTS)
+        save_file({n.replace("model.model.language_model.", f"model.{front}"): t for n, t in tensors.items()},
+                  folder / WEIGHTS)  # fmt: skip
+        config = json.loads((peft / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj", "v_proj"]}))
+        return folder
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Gemma:
+    return Gemma(tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.mark.parametrize("how", ["old", "text"])
+def test_names_of_other_versions_and_of_the_text_model_alone_go_the_whole_way(
+    tmp_path: Path, gemma: Gemma, how: str
+) -> None:
+    """The witness is stock PEFT with the adapter by today's names; a recipe holds what the base calls otherwise."""
+    other: Path = getattr(gemma, how)
+    recipe = fit_case(tmp_path, gemma.base, [gemma.new, other])
+    assert_whole_way(tmp_path, gemma.base, recipe, [gemma.new, gemma.other])
+    recipe.save(tmp_path / "recipe.json")
+    front = {"old": "language_model.model", "text": "model"}[how]
+    loaded = load_recipe(tmp_path / "recipe.json")
+    assert loaded.adapters == recipe.adapters and loaded.adapters[0].renamed is None
+    assert {name: place.base for name, place in (loaded.adapters[1].renamed or {}).items()} == {
+        f"{front}.layers.*.self_attn.{leaf}": f"model.language_model.layers.*.self_attn.{leaf}"
+        for leaf in ("q_proj", "v_proj")
+    }
+    export_adapter(tmp_path / "recipe.json", tmp_path / "again")
+    fuse_model(str(tmp_path / "recipe.json"), tmp_path / "fused", base=str(gemma.base))
+    for made in ("again", "fused"):
+        verify_directory(tmp_path / made, recipe=tmp_path / "recipe.json", base=str(gemma.base))
+
+
+def test_stock_peft_runs_the_old_names_as_a_fusion_has_them(tmp_path: Path, gemma: Gemma) -> None:
+    fuse_model(str(gemma.old), tmp_path / "fused", base=str(gemma.base))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the vision tower's modules, which the list names too
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gemma.base), str(gemma.old)).eval()
+    fused = AutoModelForCausalLM.from_pretrained(tmp_path / "fused").eval()
+    assert torch.allclose(logits(fused), logits(theirs), rtol=0, atol=1e-4)
+    assert not torch.allclose(logits(fused), logits(AutoModelForCausalLM.from_pretrained(gemma.base)), atol=1e-2)
+
+
+def test_adapters_that_name_the_same_layers_differently_need_the_base(tmp_path: Path, gemma: Gemma) -> None:
+    """Without it they would be composed side by side, into a file in which PEFT finds one module twice."""
+    names = [str(gemma.other), str(gemma.text)]
+    export_method("sum", tmp_path / "sum", adapters=names, base=str(gemma.base))
+    adapters = [read_adapter(name) for name in names]
+    assert named_apart(adapters) and not named_apart(adapters[:1]) and table_of_adapters(adapters) is None
+    found = read_adapter(str(tmp_path / "sum")).modules
+    for name, module in adapters[0].modules.items():
+        assert torch.allclose(found[name].factors.delta_weight(), 2 * module.factors.delta_weight(), atol=1e-6)
+    assert found.keys() == adapters[0].modules.keys()
+
+
+def test_a_layer_that_is_named_twice_is_refused(tmp_path: Path, gemma: Gemma) -> None:
+    both = tmp_path / "both"
+    both.mkdir()
+    save_file(load_file(gemma.old / WEIGHTS) | load_file(gemma.other / WEIGHTS), both / WEIGHTS)
+    (both / "adapter_config.json").write_bytes((gemma.old / "adapter_config.json").read_bytes())
+    with pytest.raises(BaseModelMismatch, match=r"adapts model\.language_model\..* twice, once as "):
+        fuse_model(str(both), tmp_path / "out", base=str(gemma.base))
+    assert not (tmp_path / "out").exists()
+
+
+def test_places_are_kept_for_all_layers_at_once_or_each_by_itself() -> None:
+    experts = {
+        f"m.layers.{i}.experts.{e}.w{w}": BasePlace(f"n.layers.{i}.mlp.experts.up", e, int(w == 3), 2)
+        for i in range(3)
+        for e in range(4)
+        for w in (1, 3)
+    }
+    turned = {f"m.layers.{i}.experts.down": BasePlace(f"m.layers.{i}.experts.down", turned=True) for i in range(3)}
+    shifted = {f"q.{i}": BasePlace(f"layers.{i + 1}.q") for i in range(3)}
+    for places, entries in ((experts | turned, 3), (shifted, 3), (shifted | experts, 3 + 2)):
+        recorded = recorded_places(places)
+        assert len(recorded) == entries and read_places(recorded, [*places, "lm_head"]) == places
+    assert read_places(recorded_places(experts), ["m.layers.7.experts.2.w3"]) == {
+        "m.layers.7.experts.2.w3": BasePlace("n.layers.7.mlp.experts.up", 2, 1, 2)
+    }
+
+
+def test_a_recipe_from_before_places_were_kept_is_read_as_ever(tmp_path: Path) -> None:
+    """Its table names the base's parameters, not how many experts they have; layers go there by their last names."""
+    parts = {"w1": (48, 32), "w3": (48, 32), "w2": (32, 48)}
+    adapter = read_adapter(str(expert_layers(tmp_path / "a", parts, "block_sparse_moe.experts")))
+    names = [f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")]
+    base = {name: BaseModule(name, "experts", 32, 96) if "up" in name else BaseModule(name, "experts", 48, 32)
+            for name in names}  # fmt: skip
+    found = by_base_names(adapter, older_places(adapter, base), base)
+    assert sorted(found.targets) == sorted(names) and all(len(modules) == 4 for modules in found.targets.values())
+    gate_up = found.modules["model.layers.1.mlp.experts.gate_up_proj[2]"].factors.delta_weight()
+    layers = [adapter.modules[f"model.layers.1.block_sparse_moe.experts.2.{w}"].factors for w in ("w1", "w3")]
+    assert torch.allclose(gate_up, torch.cat([layer.delta_weight() for layer in layers]))
