@@ -41,9 +41,10 @@ from torch import nn
 from benchmarks.made_inputs import llama_layer, of_layers, write_adapter
 from benchmarks.measuring import BenchmarkParser, in_turns, median
 from loracli.adapters.adapter import LoraAdapter, open_adapter
+from loracli.adapters.base_module import BaseModule
 from loracli.export.export import export_adapter
 from loracli.recipe.mixing import RecipeMixing
-from loracli.recipe.recipe import BaseModule, HeldOut, HeldOutRow, Recipe, RecipeAdapter, RecipeBase, RecipeData
+from loracli.recipe.recipe import HeldOut, HeldOutRow, Recipe, RecipeAdapter, RecipeBase, RecipeData
 from loracli.recipe.record import FitRecord
 from loracli.system.files import TENSOR_FILE
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from loracli.adapters.base_module import BaseModule
 from loracli.errors import OutputExists, RecipeError
 from loracli.recipe.mixing import INLINE_KINDS, MixingKind, RecipeMixing, group_name
 from loracli.recipe.reading import MAX_RECIPE_BYTES, load_recipe
 from loracli.recipe.recipe import (
-    BaseModule,
     HeldOut,
     HeldOutRow,
     HeldOutTask,

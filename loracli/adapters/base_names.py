@@ -1,7 +1,7 @@
 """An adapter by the names of a base, which may call its modules otherwise than the model that the adapter was trained
 in.
 
-Which module of the base is meant is settled where the base is (fitting/base_places.py), and kept in what is written, so
+Which module of the base is meant is settled where the base is (model/base_places.py), and kept in what is written, so
 that it holds without the base too and with any later version of transformers.
 """
 
@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import TypeVar
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.adapters.base_module import BaseModule, RecipePlace
 from loracli.adapters.experts import TurnedExpert
 from loracli.adapters.names import BasePlace, numbered_name, target_of
 from loracli.adapters.on_base import fused_experts, older_expert_places
 from loracli.errors import BaseModelMismatch
-from loracli.recipe.recipe import BaseModule, RecipePlace
 
 Value = TypeVar("Value")
 

@@ -11,7 +11,7 @@ parameter holds them all, and of gate and up both, one below the other:
     dW = [s_g B_g A_g; s_u B_u A_u] = blockdiag(s_g B_g, s_u B_u) [A_g; A_u]
 
 which is what PEFT does with such an adapter when it loads it. What goes where is transformers' own table
-(fitting/base_places.py); an expert that an adapter has no module for, or a part of one, gets an update of zeros.
+(model/base_places.py); an expert that an adapter has no module for, or a part of one, gets an update of zeros.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraModule
+from loracli.adapters.base_module import MAX_EXPERTS, BaseModule
 from loracli.adapters.names import BasePlace, numbered_name
 from loracli.algebra.factors import Factors
 from loracli.errors import BaseModelMismatch
-from loracli.recipe.recipe import MAX_EXPERTS, BaseModule
 
 # The spellings that recipes before schema 4 rely on.
 _OLDER_PARTS = {

@@ -17,6 +17,7 @@ import torch
 
 from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, kernels_of, module_names, widest_dtype
+from loracli.adapters.base_module import BaseModule
 from loracli.adapters.licence import stated_licences
 from loracli.adapters.saved_modules import SavedModules
 from loracli.adapters.tasks import CAUSAL_LM, agreed_task
@@ -29,7 +30,7 @@ from loracli.errors import RecipeError, UsageError
 from loracli.hub.references import BaseClaim, is_repo_id
 from loracli.recipe.ingredients import identity_of
 from loracli.recipe.mixing import INLINE_KINDS, RecipeMixing, group_name
-from loracli.recipe.recipe import BaseModule, Recipe, RecipeAdapter, RecipeBase, without_paths
+from loracli.recipe.recipe import Recipe, RecipeAdapter, RecipeBase, without_paths
 from loracli.recipe.tensors import composed_update
 from loracli.system.document import encode
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.adapters.base_module import BaseModule
 from loracli.adapters.licence import agreed_licence, stated_licences
 from loracli.adapters.tasks import agreed_task
 from loracli.algebra.concatenate import concatenate
@@ -30,7 +31,7 @@ from loracli.composition.card import CardText, Repeat, adapter_table, adapter_wo
 from loracli.conversion.initialisation import Initial, dora_update, initial_update
 from loracli.conversion.read import BaseWeights, Convertible
 from loracli.errors import BaseModelMismatch, UnsupportedAdapter, UsageError
-from loracli.recipe.recipe import BaseModule, RecipeAdapter, is_named
+from loracli.recipe.recipe import RecipeAdapter, is_named
 from loracli.system.document import encode
 from loracli.system.escaping import markdown_code
 

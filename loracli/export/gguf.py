@@ -36,13 +36,13 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of
+from loracli.adapters.base_module import BaseModule
 from loracli.adapters.names import leaf
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.layout import Place
 from loracli.hub.references import BaseClaim
 from loracli.model.base import WAY_OUT, plan_from_config
 from loracli.progress import SILENT, Progress
-from loracli.recipe.recipe import BaseModule
 from loracli.system.tensor_file import TensorFile, open_tensor_file
 
 

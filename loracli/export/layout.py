@@ -36,13 +36,13 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from loracli.adapters.base_module import BaseModule
 from loracli.adapters.experts import module_of_parameter
 from loracli.adapters.names import format_tensor_name, is_numbered, layer, leaf, numbered_name, target_of
 from loracli.adapters.tasks import CAUSAL_LM
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution
 from loracli.errors import UsageError
-from loracli.recipe.recipe import BaseModule
 from loracli.system.files import MLX_TENSOR_FILE, TENSOR_FILE
 
 

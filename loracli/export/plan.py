@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import kernels_of
+from loracli.adapters.base_module import BaseModule
 from loracli.adapters.names import PREFIX, target_of
 from loracli.adapters.tasks import head_size
 from loracli.algebra.concatenate import pad_rank
@@ -31,7 +32,6 @@ from loracli.export.module import ModuleExport, cut_module, module_export
 from loracli.export.options import OUTPUT_DTYPES, ExportOptions, choose_ranks, choose_uniform_rank, spectra_of_targets
 from loracli.export.refit import Refitted, write_cores
 from loracli.progress import Progress
-from loracli.recipe.recipe import BaseModule
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, CORES_FILE, GGUF_FILE, README_FILE, write_file
 from loracli.system.tensor_file import file_size, open_tensor_file, write_tensors
 from loracli.system.threads import in_order

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.base_module import BaseModule
 from loracli.adapters.names import target_of
 from loracli.adapters.saved_modules import PICK, REFUSE, saved_modules, settled_policy
 from loracli.adapters.tasks import agreed_task
@@ -29,7 +30,7 @@ from loracli.model.checkpoint import Checkpoint
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import BaseModule, Recipe, RecipeBase
+from loracli.recipe.recipe import Recipe, RecipeBase
 from loracli.system.files import CONFIG_FILE
 
 

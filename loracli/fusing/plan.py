@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from loracli.adapters.base_module import BaseModule, ModuleKind
 from loracli.adapters.names import numbered_name
 from loracli.errors import BaseModelMismatch
 from loracli.fusing.quantised import BITSANDBYTES, Quantisation, Quantised, find_quantised
@@ -28,7 +29,6 @@ from loracli.model.checkpoint import (
     loaded_names,
     tied_parameters,
 )
-from loracli.recipe.recipe import BaseModule, ModuleKind
 
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 

@@ -24,22 +24,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
+from loracli.adapters.base_module import BaseModule, ModuleKind
 from loracli.adapters.base_names import by_base_names
 from loracli.adapters.experts import turned_by_version
 from loracli.adapters.names import BasePlace, leaf
 from loracli.adapters.other_bases import other_bases, say_other_bases
 from loracli.adapters.tasks import CAUSAL_LM, model_class
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
-from loracli.fitting.base_places import BaseNames
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import URI_PREFIX, BaseClaim, agreed_base, is_hub_id, is_revision, not_on_the_hub
 from loracli.model.base_copies import check_base_copies
+from loracli.model.base_places import BaseNames
 from loracli.model.checkpoint import shard_names
 from loracli.model.experts import check_experts
 from loracli.model.placement import DTYPES, check_device_map, check_sharded, placement_options, ran_out_of_memory, whole
 from loracli.model.trust import check_base_files, neutralise
 from loracli.progress import SILENT, Progress
-from loracli.recipe.recipe import BaseModule, ModuleKind
 
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 WAY_OUT = "give a directory that holds the base's config.json with --base, or its Hub id"

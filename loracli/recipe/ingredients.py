@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
+from loracli.adapters.base_module import BaseModule
 from loracli.adapters.base_names import adapted_names, by_base_names, older_places, read_places, recorded_places
 from loracli.adapters.names import BasePlace
 from loracli.adapters.saved_modules import REFUSE
@@ -29,7 +30,7 @@ from loracli.hub.plan import BASE_CONFIG
 from loracli.hub.references import BaseClaim, Reference, is_folder, is_repo_id, is_revision, parse_reference
 from loracli.progress import SILENT, Progress
 from loracli.recipe.reading import adapter_problems, base_problems, decode_recipe, read_document
-from loracli.recipe.recipe import BaseModule, Recipe, RecipeAdapter, RecordedAdapters
+from loracli.recipe.recipe import Recipe, RecipeAdapter, RecordedAdapters
 from loracli.system.document import decode
 from loracli.system.files import CONFIG_FILE
 from loracli.system.tensor_file import file_sha256

@@ -8,10 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from loracli.adapters.base_module import MAX_EXPERTS
 from loracli.errors import RecipeError
 from loracli.hub.references import URI_PREFIX, is_folder, is_hub_id
 from loracli.recipe.mixing import INLINE_KINDS
-from loracli.recipe.recipe import FIRST_SCHEMA, MAX_EXPERTS, OTHER_ROWS, SCHEMA, Recipe, RecipeAdapter
+from loracli.recipe.recipe import FIRST_SCHEMA, OTHER_ROWS, SCHEMA, Recipe, RecipeAdapter
 from loracli.system.document import MAX_PROBLEMS, decode, schema_of
 from loracli.system.files import CONFIG_FILE, TENSOR_FILES
 from loracli.system.strict_json import StrictJsonError, parse_json

@@ -17,6 +17,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from loracli.adapters.base_module import BaseModule, RecipePlace
 from loracli.adapters.names import leaf
 from loracli.adapters.other_bases import OtherBase, other_bases
 from loracli.errors import OutputExists, UsageError
@@ -49,9 +50,7 @@ AdapterReference = Annotated[str, Matches(re.compile(r"[^\0]{1,4096}"), "a name 
 Version = Annotated[str, Matches(re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,99}"), "a version")]
 Word = Annotated[str, Matches(re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]{0,99}"), "a name of letters, digits, ., _ and -")]
 
-ModuleKind = Literal["linear", "conv1d", "embedding", "parameter", "experts", "convolution", "other"]
 
-MAX_EXPERTS = 1 << 14  # of a parameter; for each there is an update, if only of zeros
 OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
 
 
@@ -67,24 +66,6 @@ class RecipeBase:
     def claim(self) -> BaseClaim | None:
         """What to fetch where the user names no base; None for a local directory, which only the user knows."""
         return None if self.commit is None else BaseClaim(self.id, self.commit)
-
-
-@dataclass(frozen=True)
-class RecipePlace:
-    """Where the base has what an adapter calls otherwise.
-
-    Args:
-        base: the module's path in the base, or an expert's matrix in a parameter, `mlp.experts.down_proj[3]`; each `*`
-            is the number that the adapter's name has there.
-        part: which part of the expert's matrix, from its first row down.
-        parts: how many there are.
-        turned: whether lora_A and lora_B of each expert change places.
-    """
-
-    base: str
-    part: int = added(4, 0)
-    parts: int = added(4, 1)
-    turned: bool = added(4, False)
 
 
 @dataclass(frozen=True)
@@ -232,22 +213,6 @@ class HeldOut:
 
     def row(self, name: str) -> HeldOutRow:
         return next(row for row in self.rows if row.name == name)
-
-
-@dataclass(frozen=True)
-class BaseModule:
-    """A module of the base model that a targeted leaf name matches; `other` kinds cannot carry an adapter.
-
-    The kind `experts` is a parameter with a matrix for each expert; the sizes are those of one, as its factors have
-    them, and `experts` is how many there are (0 in recipes before schema 4). `parameter` is a module of another class
-    with a matrix as its weight, as a mixture's router is.
-    """
-
-    name: Annotated[str, Matches(re.compile(r"[\w.-]{1,1000}"), "the name of a module")]
-    kind: ModuleKind
-    in_features: int
-    out_features: int
-    experts: int = added(4, 0)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from loracli.adapters.experts import targeted_parameters
 from loracli.adapters.names import PREFIX
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
-from loracli.fitting.base_places import BaseNames
 from loracli.model.base import expert_shape, kind_and_shape, plan_from_config
+from loracli.model.base_places import BaseNames
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
 from loracli.system.strict_json import StrictJsonError, parse_json

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
+from loracli.adapters.base_module import BaseModule
 from loracli.algebra.concatenate import relative_error
 from loracli.algebra.factors import Factors, thin_svd
 from loracli.algebra.methods.method import Merged
@@ -26,7 +27,6 @@ from loracli.export.layout import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
 from loracli.model.base import check_shapes
 from loracli.progress import Progress
-from loracli.recipe.recipe import BaseModule
 from loracli.system.document import decode
 from loracli.system.files import (
     CERTIFICATE_FILE,

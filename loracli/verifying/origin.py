@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.base_module import BaseModule
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
@@ -31,7 +32,7 @@ from loracli.progress import Progress
 from loracli.recipe.ingredients import by_names_of, read_recorded, recorded_policy
 from loracli.recipe.mixing import INLINE_KINDS
 from loracli.recipe.reading import adapter_problems, base_problems, decode_recipe, load_recipe
-from loracli.recipe.recipe import BaseModule, Recipe, RecipeAdapter, RecordedAdapters, without_paths
+from loracli.recipe.recipe import Recipe, RecipeAdapter, RecordedAdapters, without_paths
 from loracli.system.document import decode
 from loracli.verifying.findings import Findings
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import read_adapter
+from loracli.adapters.base_module import BaseModule, ModuleKind
 from loracli.adapters.base_names import by_base_names, named_apart, older_places, read_places, recorded_places
 from loracli.adapters.names import BasePlace
 from loracli.comparison.compare import compare_adapters
@@ -25,7 +26,6 @@ from loracli.export.export import export_adapter
 from loracli.export.method import export_method
 from loracli.fusing.fuse import fuse_model
 from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import BaseModule, ModuleKind
 from loracli.verifying.verify import verify_directory
 from tests.mixtures import expert_layers
 from tests.test_whole_way import assert_whole_way, fit_case, nats_of_peft
