@@ -244,6 +244,15 @@ def test_what_trainers_leave_in_those_files_is_taken(here: Path) -> None:
     assert result.exit_code == 0, result.stderr
 
 
+def test_a_template_includes_no_other_file(here: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 40
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for words in ("{% include '/etc/hostname' %}", "{% extends 'chats.jsonl' %}", "{% import 'chats.jsonl' as x %}"):
+        Path("base/chat_template.jinja").write_text(words + "{% for m in messages %}{{ m.content }}{% endfor %}")
+        given = ["fit", "-a", "know", "form", "-d", "chats.jsonl", "--base", "base", "-o", "other.json", "--dry-run"]
+        assert run(*given).exit_code == 3
+
+
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "folder/x.safetensors", "gone.safetensors"])
 def test_the_index_of_a_base_leads_to_no_file_elsewhere(here: Path, name: str) -> None:
     Path("base/model.safetensors").rename("outside.safetensors")
