@@ -54,7 +54,7 @@ _PICKLE = re.compile(r".+\.(bin|pt|pth|pkl|ckpt)")
 def _pick_adapter_files(source: Source, listing: Listing) -> list[str]:
     if source.folder and not listing.files:
         raise source.rejected(f"the repository has no folder '{source.folder}'", hint=_other_folders(source, listing))
-    check_adapter(listing.files, source.name, hint=_other_folders(source, listing), text=source.text)
+    check_adapter(listing.files, source.name, hint=_other_folders(source, listing), text=_as_typed(source))
     spare = {MLX_TENSOR_FILE} if TENSOR_FILE in listing.files else set()
     return [name for name in ADAPTER_FILES if name in listing.files and name not in spare]
 
@@ -76,6 +76,12 @@ def check_pickle(names: Iterable[str], where: str) -> None:
         raise AdapterNotFound(f"no {PICKLE_FILE} in it", where=where)
 
 
+def from_pickle_hint(text: str) -> str:
+    """The way out for an adapter that has only a pickle file, by the reference that it goes by."""
+    command = shlex.join(["loracat", "convert", text, "--from-pickle"])
+    return f"only {TENSOR_FILE} is read; to make one of its tensors, in a process of its own: {command}"
+
+
 def check_adapter(names: Iterable[str], where: str, hint: str | None = None, *, text: str) -> None:
     """Raises AdapterNotFound or UnsupportedAdapter for a folder without what an adapter needs; `text` is how it was
     named."""
@@ -90,10 +96,16 @@ def check_adapter(names: Iterable[str], where: str, hint: str | None = None, *, 
         raise UnsupportedAdapter(
             f"its weights are only in {PICKLE_FILE}, a pickle file, which can run code when it is opened",
             where=where,
-            hint=f"only {TENSOR_FILE} is read; to make one of its tensors, in a process of its own: "
-            f"{shlex.join(['loracat', 'convert', text, '--from-pickle'])}",
+            hint=from_pickle_hint(text),
         )
     raise AdapterNotFound(f"no {TENSOR_FILE} in it", where=where, hint=hint)
+
+
+def _as_typed(source: Source) -> str:
+    """A reference to the folder at the revision, which may have been given beside it."""
+    at = f"@{source.revision}" if source.revision else ""
+    plain = f"{source.repo_id}{at}"
+    return f"{URI_PREFIX}{plain}/{source.folder}" if source.folder else plain
 
 
 def _other_folders(source: Source, listing: Listing) -> str | None:

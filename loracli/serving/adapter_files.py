@@ -23,10 +23,11 @@ from loracli.adapters.experts import targeted_parameters
 from loracli.adapters.names import PREFIX
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
+from loracli.hub.plan import from_pickle_hint
 from loracli.model.base import expert_shape, kind_and_shape, plan_from_config
 from loracli.model.base_places import BaseNames
 from loracli.progress import SILENT, Progress
-from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, PICKLE_FILE, TENSOR_FILE
 from loracli.system.strict_json import StrictJsonError, parse_json
 from loracli.system.tensor_file import (
     BLOCK,
@@ -211,7 +212,8 @@ def read_adapter_files(path: Path) -> AdapterFiles:
     layout: AdapterLayout = "mlx" if MLX_TENSOR_FILE in names and TENSOR_FILE not in names else "peft"
     file = MLX_TENSOR_FILE if layout == "mlx" else TENSOR_FILE
     if file not in names:
-        raise AdapterNotFound(f"no {TENSOR_FILE} or {MLX_TENSOR_FILE} in it", where=str(path), hint=fetch)
+        hint = from_pickle_hint(str(path)) if PICKLE_FILE in names else fetch
+        raise AdapterNotFound(f"no {TENSOR_FILE} or {MLX_TENSOR_FILE} in it", where=str(path), hint=hint)
     config = _object(_read(path / CONFIG_FILE, MAX_CONFIG_BYTES), path / CONFIG_FILE)
     headers = read_headers(path / file)
     _refuse_ungathered(headers, _MLX if layout == "mlx" else _PEFT, path / file)

@@ -342,6 +342,9 @@ def test_an_adapter_only_as_pickle_is_refused_by_name(hub: StubHub, options: dic
     with pytest.raises(UnsupportedAdapter, match=r"adapter_model\.bin, a pickle file") as caught:
         fetch_adapter(REPO, **options)
     assert f"loracat convert {REPO} --from-pickle" in (caught.value.hint or "")
+    with pytest.raises(UnsupportedAdapter) as caught:
+        fetch_adapter(REPO, revision="main", **options)
+    assert f"loracat convert {REPO}@main --from-pickle" in (caught.value.hint or "")
     assert not (tmp_path / "cache").exists()
     (tmp_path / "local").mkdir()
     for name, data in files.items():

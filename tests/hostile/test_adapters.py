@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def test_a_pickle_is_never_opened(here: Path, canary: Canary, words: list[str]) 
     (here / "form/adapter_model.bin").write_bytes(canary.pickle())
     result = run(*words)
     assert result.exit_code == 3 and "adapter_model.safetensors" in result.stderr
+    assert re.search(r"loracat convert (\./)?form --from-pickle", " ".join(result.stderr.split())), result.stderr
     assert not canary.sang()
 
 
