@@ -140,10 +140,10 @@ def test_a_dry_run_of_a_recipe_knows_the_base_before_anything_is_here(
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"repo_id": "../../etc"}, RecipeError, "no possible place"),
-        ({"commit": "../../etc"}, RecipeError, "no possible place"),
-        ({"subfolder": "../../etc"}, RecipeError, "no possible place"),
-        ({"repo_id": None, "reference": "moved"}, AdapterNotFound, "is not at"),
+        ({"repo_id": "../../etc"}, RecipeError, "is damaged"),
+        ({"commit": "../../etc"}, RecipeError, "is damaged"),
+        ({"subfolder": "../../etc"}, RecipeError, "is damaged"),
+        ({"repo_id": None, "commit": None, "subfolder": None, "reference": "moved"}, AdapterNotFound, "is not at"),
     ],
 )
 def test_places_that_cannot_be_are_refused_before_any_request(
