@@ -135,6 +135,8 @@ def base_directory(base: str, *, revision: str | None = None) -> Path | None:
         raise InputError(f"the base model {base} has no config.json", hint=WAY_OUT)
     if (local / "adapter_config.json").exists():
         raise InputError(f"the base model {base} is an adapter: it holds adapter_config.json", hint=WAY_OUT)
+    if not local.resolve().name.isprintable():  # it may become the id that a recipe keeps, which is one line of text
+        raise InputError(f"the directory {base} has a name with control characters", hint="rename it")
     return local
 
 
