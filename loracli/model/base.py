@@ -181,6 +181,8 @@ def _directory(base: str, revision: str | None) -> Path | None:
     if not (local / "config.json").is_file():
         raise InputError(f"the base model {base} has no config.json", hint=WAY_OUT)
     check_base_files(local, base)
+    if not local.resolve().name.isprintable():  # it may become the id that a recipe keeps, which is one line of text
+        raise InputError(f"the directory {base} has a name with control characters", hint="rename it")
     return local
 
 

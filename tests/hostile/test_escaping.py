@@ -15,8 +15,9 @@ import regex
 import yaml
 
 from loracli.adapters.licence import read_front_matter
-from loracli.errors import RecipeError
+from loracli.errors import InputError, RecipeError
 from loracli.export.export import export_adapter
+from loracli.model.base import base_directory
 from loracli.recipe.reading import load_recipe
 from loracli.report.report import write_report
 from loracli.system.escaping import html_text, markdown_code, markdown_link, shell_word, visible, yaml_text
@@ -149,3 +150,11 @@ def test_what_names_something_is_checked_when_a_recipe_is_read(
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "recipe.json")
     assert any(problem.startswith(said) for problem in caught.value.problems), caught.value.problems
+
+
+def test_a_base_whose_directory_has_no_name_for_a_recipe_is_refused_before_a_fit(tmp_path: Path) -> None:
+    folder = tmp_path / "a\nb"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="control characters"):
+        base_directory(str(folder))
