@@ -2,7 +2,7 @@
 
 Where records come from: `FILE`, `FILE:WEIGHT`, or `-` for standard input.
 
-Calibration records: every line checked, in one of the shapes of `loracli.calibration.shapes`.
+Calibration records: every line checked, in one of the shapes of `calibration.shapes`.
 
 The first record whose keys are those of a shape decides; every other must have that shape too.
 """

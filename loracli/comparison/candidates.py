@@ -1,8 +1,5 @@
-"""Which ways to compose are compared, the controls of a sceptic among them.
-
-The baselines that a sceptic asks for: a new LoRA on the same records, and adapters that know nothing.
-
-Which ways to compose are compared: the rows to be, each with the work that comes before its first forward pass.
+"""Which ways to compose are compared, each with the work that comes before its first forward pass; the controls of a
+sceptic among them: a new LoRA on the same records, and adapters that know nothing.
 """
 
 from __future__ import annotations

@@ -6,10 +6,6 @@ closes its record.
 Per module, |dW_written - dW_exact|_F / |dW_exact|_F, with dW_exact = B_l M_l A_l in float64 from ingredients and
 recipe, and dW_written from the tensors as rounded to the output dtype. Both norms come from factors.
 
-The commands that make an export again: what its card says to type, with every ingredient pinned.
-
-The model card of an exported adapter: metadata that the Hub understands, ingredients, weights, the held-out table.
-
 No local path appears: a local ingredient goes by the name of its directory and the sha256 of its tensors.
 """
 

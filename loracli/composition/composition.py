@@ -1,8 +1,5 @@
-"""A composition: adapters and what makes one update of theirs, from a recipe or by a method.
-
-The composition of a recipe, module by module: algebra on factors, without base model or data.
-
-What an export is made of: a recipe, or adapters and a method. Both give the update of a module, and their origin.
+"""A composition: adapters and what makes one update of theirs, from a recipe or by a method, with its origin. Algebra
+on factors, module by module, without base model or data.
 """
 
 from __future__ import annotations

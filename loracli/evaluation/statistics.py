@@ -9,8 +9,6 @@ pairing as in arXiv 2411.00640.
 McNemar's exact test: whether two ways of answering the same questions are equally often right.
 
 Whether one of many ways is the best beyond chance, and how small a difference so many records can show.
-
-The held-out table: base, each adapter alone, uniform, sum and the fit, against the best single adapter.
 """
 
 from __future__ import annotations

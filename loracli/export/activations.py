@@ -1,8 +1,5 @@
-"""What records show of the activations, to cut by: left by the fit, or computed from calibration data.
-
-The second moments that an activation-aware cut goes by: those of the recipe, or of records that are given.
-
-The second moments of a composition on calibration records, outside a fit: what an activation-aware export needs.
+"""The second moments that an activation-aware cut goes by: those that the fit left beside its recipe, or those of
+calibration records that are given.
 """
 
 from __future__ import annotations

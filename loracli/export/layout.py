@@ -1,7 +1,5 @@
 """Where every factor goes: names and shapes in the file, for the profile that the readers take.
 
-Where a factor goes: which tensor of the file holds which factor of which module, and how it lies there.
-
 The layout that mlx-lm reads (mlx-lm 0.32, mlx_lm/tuner/utils.py and lora.py).
 
     <path>.lora_a   (in, r)    the transpose of lora_A
@@ -10,8 +8,6 @@ The layout that mlx-lm reads (mlx-lm 0.32, mlx_lm/tuner/utils.py and lora.py).
 One rank and one scale for all. `keys` are whole module paths, which mlx-lm looks up in the model itself: those relative
 to a layer, as it writes them, count layers from the last, and an export does not know how many there are. mlx-lm fills
 a key without tensors with random numbers times zero, and raises on a tensor without a key.
-
-Layouts of an exported adapter: what its config says and how its factors are padded.
 
 `portable` is the one layout that PEFT, vLLM, SGLang, llama.cpp's converter and TGI read alike: the same rank R in every
 module, lora_alpha = R so that the scaling is 1 by every server's rule, no patterns, no rsLoRA, and leaf names as

@@ -1,8 +1,5 @@
-"""Adapters composed by a method that needs no recipe, to one adapter directory.
-
-A method that needs no recipe becomes one adapter directory: adapters and a name in, the same kind of export out.
-
-The weights of a method that searches for them, outside a comparison: what an export of it needs.
+"""Adapters and the name of a method in, one adapter directory out, as of a recipe; with the search for weights where
+the method has one.
 """
 
 from __future__ import annotations

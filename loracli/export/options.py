@@ -1,8 +1,6 @@
 """What can be chosen for an export, ranks by an error, an energy or a size among it.
 
 The ranks of a compressed export: given, or chosen from the singular values of every module.
-
-What can be chosen for an export, and what contradicts itself.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
-"""What chooses between fits: folds of the records, and the criterion on those left out.
-
-Which training records are descended on and which choose among what was found: one split, or K of them.
-
-What a search chooses by: a score of each record that the choice was not fitted to.
+"""What chooses between fits: which training records are descended on and which choose, in one split or K folds, and the
+score of each record that the choice was not fitted to.
 
 Starts, ridges and rungs are chosen by the same criterion, and only through this file. The loss is the default; a task
 metric has the same form: a cost of each record, and how much each record counts.

@@ -1,8 +1,5 @@
-"""Descent on the mixing weights: the optimisers, and a fit by them from one start.
-
-The two searches: BFGS for a handful of numbers, AdamW for hundreds.
-
-One descent by AdamW over shuffled steps, which can be broken off at any step and taken up again.
+"""Descent on the mixing weights from one start: BFGS for a handful of numbers, AdamW over shuffled steps for hundreds,
+which can be broken off at any step and taken up again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""A fit as a job: planned beforehand, run on one process or many, resumed.
-
-A fit up to the moment where the base model's weights would be loaded: what it would do, and what it would need.
+"""A fit as a job: planned up to the moment where weights would be loaded, run on one process or many, kept on disk
+while it runs, and taken up again after a stop.
 
 A fit that ends in a file: on one process or many, kept on disk while it runs, and taken up again after a stop.
 """

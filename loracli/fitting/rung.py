@@ -1,7 +1,5 @@
 """One kind of mixing on the ladder: what is tried and what comes of it.
 
-What solving one rung needs and what comes of it; the same for BFGS on a few numbers and for a descent on many.
-
 One rung above `adapter`: some steps from each start, then on from the better along a path of falling ridge.
 
 The solution of the rung below can be a trap, where one adapter is switched off and nothing leads back; so the sum, each

@@ -5,8 +5,6 @@ The lowest rung, one weight for each adapter: screen the points that need no fit
 1. SCREEN  base, each adapter alone, uniform and sum on a subset of the fitting records, forward only.
 2. BFGS    from the best of them; where this rung is the one asked for, from the sum too, and on all fitting records.
 
-The search for a mixing: up the ladder, each rung from the solution below and from the sum, then once more on all.
-
     adapter -> layer
     adapter -> module -> rank
     adapter -> module -> core

@@ -1,10 +1,7 @@
 """A composition folded into the base model: files in, a model directory with its card out.
 
-The model card of a fused model: what was folded into which base, and how exactly.
-
-A composition folded into its base model: the same files, with W + dW in the place of W.
-
-One pass over the base's weights, each file in blocks of rows, one rounding (`fold.py`). Whole or not at all, the same
+The same files as the base's, with W + dW in the place of W. One pass over its weights, each file in blocks of rows, one
+rounding (`stream.py`). Whole or not at all, the same
 bytes for the same inputs; stopped at any moment, it goes on where it was (`workplace.py`).
 """
 

@@ -16,7 +16,7 @@ The weights of a quantised base as numbers, in float64 and so exactly, from the 
     fp8                  F8_E4M3, F8_E5M2   X.weight_scale_inv   weight_block_size, or one scale: DeepSeek-V3, Qwen3-FP8
     compressed-tensors   the same, or I8    X.weight_scale       tensor, channel, group or block; symmetric
     bitsandbytes, 8 bit  I8                 X.SCB                a row, s = SCB / 127 (LLM.int8, arXiv 2208.07339)
-    bitsandbytes, 4 bit  packed in U8       X.weight.absmax      see four_bits.py
+    bitsandbytes, 4 bit  packed in U8       X.weight.absmax      as at the top
 
 A product of 8 and 24 bits of significand has 32 at most, which float64 holds. transformers multiplies in float32 and
 rounds that again (`Fp8Dequantize`, 5.23), so its weights may differ from ours in the last bit. What the formats keep

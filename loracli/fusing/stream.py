@@ -2,7 +2,7 @@
 
 W' = W + dW, rounded once, a few rows at a time.
 
-With left (rows, R) and right (R, columns) of `update.py`: for an output in bfloat16 or float16 both are rounded to
+With left (rows, R) and right (R, columns): for an output in bfloat16 or float16 both are rounded to
 float32 once and W + left @ right is summed there; for float32 and float64, and where W is computed from a quantised
 weight, it is summed in float64. With
 eps = 2^-24 or 2^-53, the number before the last rounding is off by at most

@@ -1,7 +1,5 @@
 """What a fetch takes of a repository, and what that will transfer.
 
-Which files make an adapter, and which a base model; everything else in a repository is left there.
-
 What a fetch will transfer, held against its ceilings and the free disk before the first byte.
 """
 

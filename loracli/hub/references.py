@@ -5,8 +5,6 @@ How an adapter is named: `org/name`, `org/name@rev`, `hf://org/name@rev/sub/fold
 Parsing looks at the disk, never at the network: a directory that holds `adapter_config.json` wins over a Hub id of the
 same spelling, and the reference remembers that it did (`shadows_hub`).
 
-Which base model adapters name. A claim, not a fact: shapes are checked when the model is loaded.
-
 A claim is the name of a repository on the Hub or nothing. It is never looked for on the disk, where a folder of that
 name may have come along with the adapter; a directory is what a user names with `--base`.
 """

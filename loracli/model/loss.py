@@ -1,7 +1,5 @@
 """What records cost a model, in nats per scored token, and the gradient of that.
 
-What a set of records costs a model.
-
 Nats per scored token: the head runs on scored positions only, in chunks, with its gradient taken in the forward
 pass.
 

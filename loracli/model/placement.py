@@ -1,6 +1,5 @@
-"""Where a base model goes and what it takes: memory, activation checkpointing, devices and processes.
-
-How much memory there is, what running out of it looks like, and what to do about it.
+"""Where a base model goes and what it takes: how much memory there is and what running out of it looks like, activation
+checkpointing, devices and processes.
 
 Activation checkpointing: each decoder layer keeps its input only, and runs a second time in the backward pass.
 

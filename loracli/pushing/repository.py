@@ -1,8 +1,5 @@
-"""One repository on the Hub as a push sees it, and its failures as errors of ours.
-
-What huggingface_hub raises while something is pushed, as errors of ours. The server's words are never repeated.
-
-One repository on the Hub as a push sees it: what its branch holds, and one commit on top of that.
+"""One repository on the Hub as a push sees it: what its branch holds, and one commit on top of that. What
+huggingface_hub raises meanwhile leaves as errors of ours; the server's words are never repeated.
 """
 
 from __future__ import annotations

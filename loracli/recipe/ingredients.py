@@ -1,12 +1,5 @@
-"""The adapters that a recipe or an export names, found again and proven to be the same bytes.
-
-What a recipe and an export keep of an adapter, so that it can be found again and proven to be the same.
-
-What a recipe, or the record of an export, names: where it is to be found, and whether it is the same bytes.
-
-The adapters that a recipe names, found again and proven to be the same bytes.
-
-References and recipes in, everything that they name on this machine out.
+"""The adapters that a recipe or the record of an export names: found again, proven to be the same bytes, and with
+everything else that it names on this machine.
 """
 
 from __future__ import annotations

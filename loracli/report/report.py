@@ -1,9 +1,4 @@
-"""A report: its parts, each from a recipe, a comparison or the factors, in one file of HTML.
-
-The parts of the page, each from a recipe, a comparison, or the adapters' factors.
-
-From a recipe, and a comparison where there is one, to a file of HTML.
-"""
+"""A report: its parts, each from a recipe, a comparison or the factors, in one file of HTML."""
 
 from __future__ import annotations
 
