@@ -285,6 +285,7 @@ def _end_of_turn(turn: Sequence[int], special: set[int], tokenizer: Any) -> int:
 
 
 MAX_DROPPED = 0.1
+MAX_PROBLEMS = 19  # texts of records that cannot be rendered; one more counts the others
 
 
 @dataclass(frozen=True)
@@ -361,8 +362,9 @@ def render_file(
     render = _renderer(file, tokenizer, max_length, templated=templated)
     examples: list[Example] = []
     dropped: list[str] = []
-    problems: dict[int, str] = {}  # by line
-    unwritten: list[str] = []
+    bad: list[int] = []  # lines
+    problems: list[str] = []  # of the first of them
+    unwritten, first_unwritten = 0, ""
     cut = 0
     for record in file.records:
         try:
@@ -372,9 +374,12 @@ def render_file(
                 if whole:
                     raise
                 ids, scored = error.rendered
-                unwritten.append(f"{record.place}: {error}")
+                unwritten += 1
+                first_unwritten = first_unwritten or f"{record.place}: {error}"
         except RenderError as error:
-            problems[record.line] = f"{record.place}: {error}"
+            bad.append(record.line)
+            if len(problems) < MAX_PROBLEMS:
+                problems.append(f"{record.place}: {error}")
             continue
         except TemplateExceeded as error:
             raise CalibrationError(
@@ -388,17 +393,18 @@ def render_file(
             examples.append(Example(record.place, tuple(ids[:max_length]), tuple(scored), weight, record.task))
         else:
             dropped.append(record.place)
-    if len(problems) == len(file.records) or (problems and not skip_bad):
+    if len(bad) == len(file.records) or (bad and not skip_bad):
+        more = (f"... and {len(bad) - len(problems)} more",) if len(bad) > len(problems) else ()
         raise CalibrationError(
-            f"{len(problems)} of {len(file.records)} records in {file.source} cannot be rendered",
-            problems=tuple(problems.values()),
+            f"{len(bad)} of {len(file.records)} records in {file.source} cannot be rendered",
+            problems=(*problems, *more),
             hint="write prompt and completion, with the text as the model should see it"
-            + ("" if skip_bad or len(problems) == len(file.records) else ", or leave them out with --skip-bad"),
+            + ("" if skip_bad or len(bad) == len(file.records) else ", or leave them out with --skip-bad"),
         )
-    if problems:
-        progress.warn(skipped_lines(file.source, tuple(problems), next(iter(problems.values()))))
+    if bad:
+        progress.warn(skipped_lines(file.source, tuple(bad), problems[0]))
     if unwritten:
-        progress.warn(f"{len(unwritten)} of {len(file.records)} records lose a turn; the first is {unwritten[0]}")
+        progress.warn(f"{unwritten} of {len(file.records)} records lose a turn; the first is {first_unwritten}")
     _check_dropped(file, examples, dropped, max_length, allow_truncation=allow_truncation)
     if cut:
         lost = f"; {len(dropped)} of them are dropped, as nothing scored is left" if dropped else ""
@@ -407,7 +413,7 @@ def render_file(
             f"the end{lost}"
         )
     digest = template_sha256(tokenizer) if templated else None
-    return RenderedFile(file, tuple(examples), digest, tuple(sorted((*file.skipped, *problems))), cut, len(dropped))
+    return RenderedFile(file, tuple(examples), digest, tuple(sorted((*file.skipped, *bad))), cut, len(dropped))
 
 
 def template_sha256(tokenizer: Any) -> str | None:

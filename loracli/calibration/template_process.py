@@ -19,7 +19,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MEMORY = 2 << 30  # bytes of address space
-MAX_TEXT = 64 << 20  # characters of one rendering; a record has at most 16 MiB
+MAX_TEXT = 64 << 20  # characters of one rendering, whatever the conversation
+MAX_OWN_TEXT = 256 << 10  # characters that a template may write beside what the conversation is worth
+TIMES = 16  # as many characters of a rendering as the conversation has as JSON: some escape, some write a turn twice
+MAX_REASON = 300  # characters of an error's text, which may be the template's own
 SECONDS = 10.0  # of processor time that a file of records may take beside what its records are worth
 SECONDS_EACH = 0.02  # for each rendering
 SECONDS_A_TURN = 0.001  # for each turn in it; some microseconds are usual
@@ -51,7 +54,7 @@ class ChatTemplate:
         try:
             return str(self._tokenizer.get_chat_template(None, tools))
         except (ValueError, TypeError) as error:
-            raise TemplateRefused(str(error)) from None
+            raise TemplateRefused(str(error)[:MAX_REASON]) from None
 
     def render(
         self,
@@ -74,12 +77,13 @@ class ChatTemplate:
             "add_generation_prompt": generation_prompt,
             **self._variables,
         }
-        answer = _SERVER.ask({"seconds": max(self._left, SECONDS_EACH), "longest": MAX_TEXT, "request": request})
+        longest = min(MAX_TEXT, MAX_OWN_TEXT + TIMES * len(json.dumps([messages, tools])))
+        answer = _SERVER.ask({"seconds": max(self._left, SECONDS_EACH), "longest": longest, "request": request})
         self._left -= answer.get("seconds", 0.0)
         if "refused" in answer:
-            raise TemplateRefused(answer["refused"])
+            raise TemplateRefused(answer["refused"][:MAX_REASON])
         if "exceeded" in answer:
-            raise TemplateExceeded(answer["exceeded"])
+            raise TemplateExceeded(answer["exceeded"][:MAX_REASON])
         return str(answer["text"])
 
 
@@ -98,6 +102,7 @@ class _Server:
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Its answer, or what became of it."""
         line = json.dumps(question).encode() + b"\n"
+        most = 12 * (question["longest"] + MAX_REASON) + 200  # bytes of an answer: JSON takes up to 12 a character
         with self._lock:
             if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
                 self._process, self._owner = _start(), os.getpid()
@@ -106,7 +111,7 @@ class _Server:
             try:
                 process.stdin.write(line)
                 process.stdin.flush()
-                answer = process.stdout.readline()
+                answer = process.stdout.readline(most)
             except BrokenPipeError:
                 answer = b""
             except BaseException:
@@ -116,6 +121,10 @@ class _Server:
             if answer.endswith(b"\n"):
                 found: dict[str, Any] = json.loads(answer)
                 return found
+            if len(answer) == most:
+                process.kill()
+                self._close()
+                return {"exceeded": f"its process answers with more than {most} bytes"}
             self._close()
             return {"exceeded": _end_of(process.returncode)}
 
@@ -190,7 +199,7 @@ def serve() -> None:
         except MemoryError:
             answer = {"exceeded": f"it takes more than {MEMORY >> 30} GiB of memory"}
         except Exception as error:
-            answer = {"refused": str(error) or type(error).__name__}
+            answer = {"refused": str(error)[:MAX_REASON] or type(error).__name__}
         signal.setitimer(signal.ITIMER_PROF, 0)
         answer["seconds"] = time.process_time() - begun
         answers.write(json.dumps(answer).encode() + b"\n")

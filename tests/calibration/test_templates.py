@@ -3,13 +3,15 @@ a template that does not end is ended."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from typing import Any
 
 import pytest
 
 from loracli.calibration import template_process
-from loracli.calibration.render import Conversations, TurnNotWritten, render_file
+from loracli.calibration.render import MAX_PROBLEMS, Conversations, TurnNotWritten, render_file
 from loracli.errors import CalibrationError
 from tests.calibration.test_render import Heard, chats, file_of, ids_of, one, scored_text, turns
 from tests.tiny import CHAT_TEMPLATE, make_tokenizer
@@ -211,6 +213,40 @@ def test_a_template_without_end_is_one_error_and_the_next_one_works(
     assert str(caught.value).startswith("val.jsonl:1: the base model's chat template cannot be used: ")
     assert reason in str(caught.value) and caught.value.problems == () and caught.value.exit_code == 3
     assert len(render_file(file, make_tokenizer(), max_length=500).examples) == 3
+
+
+def test_the_error_text_of_a_template_is_cut_and_kept_for_a_few_records() -> None:
+    template = "{{ raise_exception('x' * 3000000) }}"
+    count = MAX_PROBLEMS + 5
+    with pytest.raises(CalibrationError, match=f"{count} of {count} records") as caught:
+        render_file(chats(*[turns(ASK, ANSWER)] * count), make_tokenizer(chat_template=template), max_length=500)
+    *problems, rest = caught.value.problems
+    assert rest == "... and 5 more" and len(problems) == MAX_PROBLEMS
+    assert {problem.count("x") for problem in problems} == {template_process.MAX_REASON}
+
+
+def test_an_answer_of_the_process_is_read_no_further_than_it_may_be_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the process does: this one answers without end."""
+    monkeypatch.setattr(template_process, "_start", lambda: subprocess.Popen(
+        [sys.executable, "-c", "while True: print('x' * 999, end='')"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ))  # fmt: skip
+    answer = template_process._Server().ask({"longest": 1000})
+    assert "answers with more than" in answer["exceeded"]
+
+
+@pytest.mark.parametrize(("times", "taken"), [(12, True), (17, False)])
+def test_a_rendering_is_as_long_as_its_conversation_explains(
+    monkeypatch: pytest.MonkeyPatch, times: int, taken: bool
+) -> None:
+    monkeypatch.setattr(template_process, "MAX_OWN_TEXT", 0)
+    template = "{% for m in messages %}{{ m.content * " + str(times) + " }}{% endfor %}"
+    ours = template_process.ChatTemplate(make_tokenizer(chat_template=template))
+    for length in (10**4, 10**6):
+        if taken:
+            assert len(ours.render(turns(("user", "z" * length)))) == times * length
+        else:
+            with pytest.raises(template_process.TemplateExceeded, match="characters; at most"):
+                ours.render(turns(("user", "z" * length)))
 
 
 def test_templates_that_are_slow_have_a_common_limit(monkeypatch: pytest.MonkeyPatch) -> None:
