@@ -20,8 +20,10 @@ from loracli.system.strict_json import StrictJsonError, parse_json
 from loracli.system.tensor_file import open_regular
 
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer_config.json", "generation_config.json"
+SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 MAX_BYTES = 16 << 20
-MAX_LAYERS = 4096  # and experts of one: each becomes a Python object, whatever the size of the file
+MAX_LAYERS = 4096  # and experts of one, and labels: each becomes a Python object, whatever the size of the file
+MAX_TOKEN = (1 << 32) - 1  # of a tokenizer
 
 # Taken out of the config, at every depth: transformers' own defaults hold.
 IGNORED: dict[str, str] = {
@@ -57,12 +59,17 @@ REFUSED: dict[str, dict[str, str]] = {
 }
 _NESTED = frozenset({"quantization_config", "compression_config"})  # at the top they have an error of their own
 _ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:", "file:")
-_COUNTS = re.compile(r"(?:num|n)_(?:\w+_)?(?:layers?|experts|blocks)")
+_COUNTS = re.compile(
+    r"(?:\w+_)?(?:layers|depths?)|num_labels|(?:num|n)_(?:\w+_)?(?:layers?|experts|blocks|stages|codebooks|groups)"
+)
+# transformers hands every entry of that file to the tokenizer's class, where many a name has a meaning.
+_TOKEN_NAMES = re.compile(r"\w+_token|(?:additional|extra)_special_tokens")
+_TOKEN_FLAGS = frozenset({"lstrip", "rstrip", "normalized", "single_word", "special"})
 _NEVER_OPENED = frozenset({"special_tokens_map_file", "added_tokens_file", "tokenizer_config_file"})
 
 
 def check_base_files(folder: Path, name: str) -> None:
-    """Refuses a base with a config.json, tokenizer_config.json or generation_config.json that must not be followed.
+    """Refuses a base with a JSON file beside its weights that must not be followed.
 
     Args:
         folder: of the base.
@@ -75,11 +82,15 @@ def check_base_files(folder: Path, name: str) -> None:
         raise InputError(
             f"the base model {name} is an adapter: it holds {CONFIG_FILE}", hint="name the model that it was trained on"
         )
-    for file, refused in REFUSED.items():
+    for file in (*REFUSED, SPECIAL_TOKENS, ADDED_TOKENS):
         if not os.path.lexists(folder / file):
             continue
-        for path, key, value in _entries(_read(folder / file)):
-            reason = _problem(file, path, key, value, refused, folder)
+        fields = _read(folder / file)
+        if file in REFUSED:
+            found = ((key, _problem(file, path, key, value, folder)) for path, key, value in _entries(fields))
+        else:
+            found = ((key, _token_problem(file, key, value)) for key, value in fields.items())
+        for key, reason in found:
             if reason is not None:
                 raise BaseModelMismatch(
                     f"{file} of the base model {name} {reason}",
@@ -110,17 +121,19 @@ def neutralise(config: Any) -> Any:
     return config
 
 
-def _problem(file: str, path: str, key: str, value: Any, refused: dict[str, str], folder: Path) -> str | None:
+def _problem(file: str, path: str, key: str, value: Any, folder: Path) -> str | None:
     """What an entry says that is not followed; None if it may be there."""
     if value in (None, False, "", [], {}):
         return None
+    refused = REFUSED[file]
     if key in refused and not (key == "transformers_weights" and value == "model.safetensors"):
         return f"{refused[key]}: {path}"
     if file == CONFIG:
         if key in _NESTED and path != key:
             return f"says that a part of it is quantised: {path}"
-        if isinstance(value, int) and value > MAX_LAYERS and _COUNTS.fullmatch(key):
-            return f"has {path} = {value}, and more than {MAX_LAYERS} are not taken"
+        count = _count(key, value)
+        if count > MAX_LAYERS:
+            return f"has {path} = {count}, and more than {MAX_LAYERS} are not taken"
         if isinstance(value, str) and value.startswith(_ELSEWHERE):
             return f"names another model to download: {path}"
     if key == "auto_map" and not isinstance(value, (dict, list)):
@@ -131,6 +144,51 @@ def _problem(file: str, path: str, key: str, value: Any, refused: dict[str, str]
         if key.endswith("_file") and key not in _NEVER_OPENED and _leads_out(value, folder):
             return f"names a file outside of its folder: {path}"
     return None
+
+
+def _count(key: str, value: Any) -> int:
+    """How many layers, experts or the like an entry makes; 0 if it is about something else."""
+    if key == "attention_types" and isinstance(value, list):  # of GPT-Neo: each kind as often as the number beside it
+        pairs = (item for item in value if isinstance(item, list) and len(item) > 1)
+        return sum(
+            len(kinds) * max(times, 0)
+            for kinds, times, *_ in pairs
+            if isinstance(kinds, (str, list, dict)) and isinstance(times, int)
+        )
+    if not isinstance(value, (int, list)) or not _COUNTS.fullmatch(key):
+        return 0
+    if isinstance(value, int):
+        return value
+    counts = [item for item in value if isinstance(item, int)]
+    # depths are those of stages, one after another; layers are also listed by their places
+    return sum(max(count, 0) for count in counts) if key.endswith(("depth", "depths")) else max(counts, default=0)
+
+
+def _token_problem(file: str, key: str, value: Any) -> str | None:
+    """What an entry of a list of tokens says that is not followed; None if it may be there."""
+    if file == ADDED_TOKENS:
+        if type(value) is int and 0 <= value <= MAX_TOKEN:
+            return None
+        return f"has an entry that is no token with its number: {key}"
+    if not _TOKEN_NAMES.fullmatch(key):
+        return f"has an entry that is no special token: {key}"
+    several = key.endswith("_tokens")
+    if several and isinstance(value, dict) and "content" not in value:
+        value = list(value.values())  # by the names of a model's own
+    tokens = value if several and isinstance(value, list) else [value]
+    return None if all(map(_is_token, tokens)) else f"has an entry that is no token: {key}"
+
+
+def _is_token(value: Any) -> bool:
+    if isinstance(value, dict):  # tokenizers' AddedToken
+        flags = value.keys() - {"content", "__type"}
+        return (
+            isinstance(value.get("content"), str)
+            and value.get("__type", "AddedToken") == "AddedToken"
+            and flags <= _TOKEN_FLAGS
+            and all(isinstance(value[flag], bool) for flag in flags)
+        )
+    return value is None or isinstance(value, str)
 
 
 def _leads_out(value: Any, folder: Path) -> bool:

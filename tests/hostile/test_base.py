@@ -13,12 +13,12 @@ import pytest
 import torch
 import transformers.modeling_utils
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gemma3Config, PreTrainedConfig
 
 from loracli.errors import BaseModelMismatch, LoracatError
 from loracli.hub.references import is_hub_id
 from loracli.model.base import BaseReference, load_base, plan_base
-from loracli.model.trust import IGNORED, MAX_LAYERS, REFUSED, TOKENIZER
+from loracli.model.trust import ADDED_TOKENS, IGNORED, MAX_LAYERS, REFUSED, SPECIAL_TOKENS, TOKENIZER, check_base_files
 from tests.cli.project import FIT, run, tree
 
 WITHOUT_BASE = [word for word in FIT if word not in ("--base", "base")]
@@ -218,16 +218,61 @@ FOLLOWED: list[tuple[str, str, Any]] = [
     (TOKENIZER, "auto_map", "attack.Attack"),
     (TOKENIZER, "vocab_file", "/etc/passwd"),
     (TOKENIZER, "sp_model_kwargs", {"model_file": "/etc/passwd"}),
+    (SPECIAL_TOKENS, "tokenizer_file", "/etc/passwd"),
+    (SPECIAL_TOKENS, "bos_token", ["x"]),
+    (SPECIAL_TOKENS, "bos_token", {"content": "x", "special": "/etc/passwd"}),
+    (SPECIAL_TOKENS, "additional_special_tokens", [{"file": "/etc/passwd"}]),
+    (ADDED_TOKENS, "x", "/etc/passwd"),
+    (ADDED_TOKENS, "x", -1),
 ]
 
 
 @pytest.mark.parametrize(("file", "key", "value"), FOLLOWED, ids=lambda value: str(value)[:24])
 def test_what_a_base_may_not_name_is_refused_by_name(here: Path, file: str, key: str, value: Any) -> None:
+    if file in (SPECIAL_TOKENS, ADDED_TOKENS):
+        Path("base", file).write_text("{}")
     edit(here / "base" / file, **{key: value})
     before = tree(here)
     result = run(*FIT, "-o", "other.json", "--dry-run")
     assert result.exit_code == 3 and f"{file} of the base model base" in result.stderr and key in result.stderr
     assert "--base" in result.stderr and tree(here) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_labels", 4_000_000), ("decoder_layers", 5000), ("encoder_layers", 5000), ("depth", 5000),
+     ("depths", [3000] * 2), ("n_layer", 5000), ("layers", 5000), ("num_local_experts", 5000),
+     ("attention_types", [[["global"], 40_000_000]]),
+     ("attention_types", [[["global", "local"], 2049]]), ("attention_types", [[["global"], 2049]] * 2)],
+)  # fmt: skip
+def test_a_count_that_a_small_config_makes_large_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    for fields in ({key: value}, {"text_config": {"parts": [{key: value}]}}):
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        with pytest.raises(BaseModelMismatch, match=f"{key} = .* more than {MAX_LAYERS} are not taken"):
+            check_base_files(tmp_path, "base")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["bart", "bloom", "cohere2", "dbrx", "deepseek_v3", "falcon", "gemma3", "gemma3n", "gpt2", "gpt_neo", "gpt_neox",
+     "gpt_oss", "granite", "jamba", "llama", "llama4", "mamba", "mistral", "mixtral", "olmo2", "opt", "phi3",
+     "qwen2_5_vl", "qwen3_moe", "qwen3_next", "recurrent_gemma", "t5", "zamba2"],
+)  # fmt: skip
+def test_the_configs_of_models_are_taken(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_MAPPING[kind]().to_dict()))
+    check_base_files(tmp_path, "base")
+
+
+def test_special_and_added_tokens_are_taken_in_every_form(tmp_path: Path) -> None:
+    whole = {"content": "<s>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    special: dict[str, Any] = {
+        "bos_token": whole, "eos_token": "</s>", "unk_token": {**whole, "__type": "AddedToken", "special": True},
+        "pad_token": None, "boi_token": "<image>", "additional_special_tokens": ["<a>", whole],
+    }  # fmt: skip
+    for extra in (["<b>", whole], {"image_token": "<image>", "eoi_token": whole}, {}):
+        (tmp_path / SPECIAL_TOKENS).write_text(json.dumps({**special, "extra_special_tokens": extra}))
+        (tmp_path / ADDED_TOKENS).write_text(json.dumps({"tokenizer_file": 0, "<tool_call>": 151_657}))
+        check_base_files(tmp_path, "base")
 
 
 def test_what_trainers_leave_in_those_files_is_taken(here: Path) -> None:
