@@ -12,6 +12,7 @@ from loracli.adapters.base_module import BaseModule
 from loracli.adapters.base_names import named_apart
 from loracli.adapters.experts import turned_by_version
 from loracli.adapters.names import leaf
+from loracli.adapters.tasks import CAUSAL_LM
 from loracli.errors import UsageError
 from loracli.hub.references import BaseClaim, agreed_base
 from loracli.progress import SILENT, Progress
@@ -76,7 +77,9 @@ def base_table(
         weights = stored_weights(read_checkpoint(reference.path), skeleton)
         check_base_copies([adapter for adapter in named if adapter.base_copies], weights)
     targets = {name for adapter in named for name in adapter.targets}
-    bypassed = tuple(sorted(targets & weights_read(reference).bypassed))
+    bypassed: tuple[str, ...] = ()
+    if task in (None, CAUSAL_LM):  # which alone is tried
+        bypassed = tuple(sorted(targets & weights_read(reference).bypassed))
     return BaseTable(reference.id, base_modules(skeleton, named), bypassed), named
 
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from loracli.composition.card import closed
 from loracli.errors import BaseModelMismatch, LoracatError, UnsupportedAdapter, UsageError, VerificationError
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method
@@ -115,7 +116,7 @@ def test_one_value_that_was_changed_is_found(tmp_path: Path, made: tuple[Path, l
     save_file(whole, path, metadata={"format": "pt"})
     document = json.loads(where.read_text())
     document["certificate"]["files"]["model.safetensors"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    where.write_text(json.dumps(document))
+    where.write_text(json.dumps(closed(document)))
     with pytest.raises(VerificationError) as caught:
         verify_directory(tmp_path / "out", adapters=names[:1], base=str(base))
     assert [name in problem for problem in caught.value.problems] == [True]

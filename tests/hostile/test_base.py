@@ -15,6 +15,7 @@ import transformers.modeling_utils
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gemma3Config, PreTrainedConfig
 
+from loracli.composition.card import closed
 from loracli.errors import BaseModelMismatch, LoracatError
 from loracli.hub.references import is_hub_id
 from loracli.model.base import BaseReference, load_base, plan_base
@@ -110,7 +111,7 @@ def test_a_fused_model_that_claims_a_base_is_not_verified_against_a_folder(here:
     assert run("fuse", "-o", "fused", "--base", "base").exit_code == 0
     edit_record = json.loads(Path("fused/loracat-fuse.json").read_text())
     edit_record["fuse"]["base"] |= {"id": "evil/base", "commit": "a" * 40}
-    Path("fused/loracat-fuse.json").write_text(json.dumps(edit_record))
+    Path("fused/loracat-fuse.json").write_text(json.dumps(closed(edit_record)))
     shutil.copytree("base", "evil/base")
     checked = run("verify", "fused", "--recipe", "recipe.json")
     assert checked.exit_code == 0 and "NOT checked" in checked.stdout and "evil/base" in checked.stdout
