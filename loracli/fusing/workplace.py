@@ -128,8 +128,8 @@ class Workplace:
             return
         if found is None and any(self.folder.iterdir()):
             raise OutputExists(
-                f"{self.folder} is in the way: it holds something, and {self._state.name} beside it does not say that it "
-                "is an interrupted fusion",
+                f"{self.folder} is in the way: it holds something, and {self._state.name} beside it does not say "
+                "that it is an interrupted fusion",
                 hint="move it, or choose another name with -o",
             )
         if resume:

@@ -1,4 +1,4 @@
-"""Files: the names of those that make an adapter, reading that does not wait, and writing that appears whole or not at all.
+"""Files: names of those that make an adapter, reading that never waits, writing that appears whole or not at all.
 
 Names of the files of an adapter and of an export.
 
