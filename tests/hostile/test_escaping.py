@@ -17,7 +17,7 @@ import yaml
 from loracli.adapters.licence import read_front_matter
 from loracli.errors import InputError, RecipeError
 from loracli.export.export import export_adapter
-from loracli.model.base import base_directory
+from loracli.model.base import locate_base
 from loracli.recipe.reading import load_recipe
 from loracli.report.report import write_report
 from loracli.system.escaping import html_text, markdown_code, markdown_link, shell_word, visible, yaml_text
@@ -159,4 +159,4 @@ def test_a_base_whose_directory_has_no_name_for_a_recipe_is_refused_before_a_fit
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     with pytest.raises(InputError, match="control characters"):
-        base_directory(str(folder))
+        locate_base(str(folder))
