@@ -268,6 +268,20 @@ def test_a_locked_directory_is_for_one_and_goes_when_it_is_empty(tmp_path: Path)
     assert names(tmp_path / "a" / "state") == ["step"]
 
 
+@pytest.mark.parametrize("target", ["precious", "missing", "a file"])
+def test_a_locked_directory_is_no_link_and_no_file(tmp_path: Path, target: str) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "photo").write_text("kept")
+    place = tmp_path / ".out.fusing"
+    place.write_text("kept") if target == "a file" else place.symlink_to(tmp_path / target)
+    kind = "not a directory" if target == "a file" else "a symbolic link"
+    with pytest.raises(OutputExists, match=rf"\.out\.fusing, where out would be made, is {kind}"):
+        with locked_directory(place, Path("out")):
+            raise AssertionError("it was entered")
+    assert os.path.lexists(place) and (tmp_path / "precious" / "photo").read_text() == "kept"
+    assert names(tmp_path) == [".out.fusing", "precious"]
+
+
 def test_a_file_system_without_locks_is_written_to_and_nothing_there_is_taken_for_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

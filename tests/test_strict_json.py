@@ -71,6 +71,17 @@ def test_nesting_that_exhausts_the_stack_is_refused(data: bytes) -> None:
         parse_json(data)
 
 
+@pytest.mark.parametrize(("left", "right"), [("[", "]"), ('{"a":', "}")])
+def test_a_hundred_levels_are_read_and_one_more_is_refused(left: str, right: str) -> None:
+    """So that what is done with the value later, by recursion, cannot exhaust the stack either."""
+    for depth, inner in ((100, "1"), (99, "[]")):
+        text = left * depth + inner + right * depth
+        assert parse_json(text) == json.loads(text)
+        for deeper in (f"[{text}]", f'{{"x": 0, "y": {text}}}'):
+            with pytest.raises(StrictJsonError, match="^nested too deeply$"):
+                parse_json(deeper)
+
+
 def test_an_integer_of_thousands_of_digits_is_refused() -> None:
     with pytest.raises(StrictJsonError, match="digits"):
         parse_json(b"1" + b"0" * 5000)

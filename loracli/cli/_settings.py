@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -27,11 +28,27 @@ from typing import Any
 
 from loracli.cli._unasked import refusal
 from loracli.errors import SettingsError, UsageError
+from loracli.system.files import read_regular
 
 PROJECT_FILE = "loracat.toml"
 PREFIX = "LORACAT_"
 SHARED = ("color", "quiet", "verbose")
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 16
+MAX_DOTS = 8  # in a key: a parser's work and memory grow with the square of them
+
+QUOTED = 60  # characters of a key in a message
+
+# Of TOML, what tells where its keys are: strings of four kinds, comments, dots, and what stands between keys. What
+# is not closed reaches to the end, where the parser would stop too.
+_TOML = re.compile(
+    r'"{3}(?:[^"\\]|\\.?|"(?!""))*+(?:"{3,5}|\Z)'
+    r"|'{3}.*?(?:'{3,5}|\Z)"
+    r'|"(?:[^"\\\n]|\\.?)*+"?'
+    r"|'[^'\n]*+'?"
+    r"|\#[^\n]*+|[.=\[\]{},\n]",
+    re.DOTALL,
+)
+_BETWEEN = frozenset("=[]{},\n")
 
 NOT_IN_A_FILE = {
     "token": "secrets do not belong there; use HF_TOKEN or `hf auth login`",
@@ -142,17 +159,22 @@ def _read_file(
     if path.suffix == ".json":
         return _of_recipe(path)
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_regular(path, MAX_BYTES)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", hint="name another file with --config") from None
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"{path} has more than {MAX_BYTES} bytes", hint="name another file with --config")
     try:
-        document = tomllib.loads(data.decode())
+        text = data.decode()
+        _check_dots(path, text)
+        document = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(
             f"{path} is not TOML: {error}", hint="it has a table for each command, such as [fit]"
+        ) from None
+    except ValueError:  # Python reads no whole number of more than 4,300 digits
+        raise SettingsError(
+            "a setting cannot be honoured",
+            problems=(f"{path}: a whole number of thousands of digits",),
+            hint=f"mend {path}",
         ) from None
     settings = []
     for name, value in document.items():
@@ -172,6 +194,28 @@ def _read_file(
     return settings
 
 
+def _check_dots(path: Path, text: str) -> None:
+    """Raises SettingsError, before the text is parsed, if a key or the header of a table has too many parts.
+
+    Counted are the dots outside of strings and comments from one of `= [ ] { } ,` or the end of a line to the next.
+    """
+    begin = dots = 0
+    for found in _TOML.finditer(text):
+        token = found.group()
+        if token == ".":
+            dots += 1
+            if dots > MAX_DOTS:
+                key = text[begin : found.end()].strip()[:QUOTED]
+                line = text.count("\n", 0, begin) + 1
+                raise SettingsError(
+                    "a setting cannot be honoured",
+                    problems=(f"{path}: line {line}: the key {key!r}... has more than {MAX_DOTS} dots",),
+                    hint=f"mend {path}; it has a table for each command, such as [fit]",
+                )
+        elif token in _BETWEEN:
+            begin, dots = found.end(), 0
+
+
 def _problem(command: str, option: str, parameter: Any, value: Any, commands: Mapping[str, Options]) -> str | None:
     """Why a key cannot be honoured; None if it can."""
     if option in NOT_IN_A_FILE:
@@ -189,6 +233,8 @@ def _problem(command: str, option: str, parameter: Any, value: Any, commands: Ma
         return None if fits else "expected a list of text"
     if parameter.is_flag and not parameter.count:
         return None if isinstance(value, bool) else "expected true or false"
+    if isinstance(value, int) and abs(value) >= 1 << 63:  # in base 16 it may have any length
+        return "expected a number that has at most 64 bits"
     fits = isinstance(value, (str, int, float)) and not isinstance(value, bool)
     return None if fits else "expected text or a number"
 

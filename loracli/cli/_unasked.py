@@ -13,7 +13,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loracli.hub.references import URI_PREFIX
+from loracli.errors import LoracatError
+from loracli.hub.references import URI_PREFIX, parse_reference
 
 Rule = Literal["yes", "inside", "no"]
 
@@ -63,6 +64,7 @@ TABLE = (
 )
 RULES = {option: row for row in TABLE for option in row.options}
 WRITTEN = frozenset({"output"})
+REFERENCES = frozenset({"adapters", "control", "initial"})  # what else is inside of the folder is a path
 
 
 def refusal(command: str, option: str, value: Any) -> str | None:
@@ -79,6 +81,8 @@ def refusal(command: str, option: str, value: Any) -> str | None:
     if row.rule == "yes":
         return None
     for text in value if isinstance(value, list) else [value]:
+        if option in REFERENCES and _is_on_the_hub(str(text)):
+            continue
         if not is_inside(str(text)) or (option in WRITTEN and _is_hidden(str(text))):
             return f"{text!r} is not inside of the folder: {row.why}"
     return None
@@ -86,13 +90,21 @@ def refusal(command: str, option: str, value: Any) -> str | None:
 
 def is_inside(text: str) -> bool:
     """Whether a path, of which a weight may be part, leads to the current folder or below it, links followed."""
-    if text.startswith(URI_PREFIX):
-        return True
     if text == "-" or text.startswith("~") or "\0" in text:
         return False
     here = os.path.realpath(os.curdir)
     without_weight = text.rpartition(":")[0] or text
     return all(os.path.commonpath([here, os.path.realpath(path)]) == here for path in (text, without_weight))
+
+
+def _is_on_the_hub(text: str) -> bool:
+    """Whether this is `hf://...` as only a repository on the Hub is named."""
+    if not text.startswith(URI_PREFIX):
+        return False
+    try:
+        return parse_reference(text).repo_id is not None
+    except LoracatError:
+        return False
 
 
 def _is_hidden(text: str) -> bool:

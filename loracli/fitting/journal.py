@@ -26,9 +26,11 @@ from torch import Tensor
 
 from loracli.errors import OutputExists, StateMismatch
 from loracli.progress import SILENT, Progress
-from loracli.system.files import remove_temporaries, write_atomically
+from loracli.system.files import read_regular, remove_temporaries, write_atomically
+from loracli.system.strict_json import StrictJsonError, parse_json
 
 IDENTITY_FILE = "identity.json"
+MAX_IDENTITY_BYTES = 64 << 20
 SECONDS = 15.0  # between two writes of a step that goes on
 
 Value = float | int | str | bool | list[float] | None
@@ -106,9 +108,10 @@ def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progr
     path = folder / IDENTITY_FILE
     if resume and path.is_file():
         try:
-            known = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            known = {}
+            known = parse_json(read_regular(path, MAX_IDENTITY_BYTES))
+        except (OSError, StrictJsonError):
+            known = None
+        known = known if isinstance(known, dict) else {}
         changed = sorted(name for name in {*known, *identity} if known.get(name) != identity.get(name))
         if changed:
             raise StateMismatch(

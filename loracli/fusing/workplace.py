@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from loracli.errors import BaseModelMismatch, InputError, OutOfResources, StateMismatch, UsageError
+from loracli.errors import BaseModelMismatch, InputError, OutOfResources, OutputExists, StateMismatch, UsageError
 from loracli.fusing.plan import FusionPlan
 from loracli.fusing.quantised import Quantisation
 from loracli.fusing.stream import Hashes
@@ -35,6 +35,7 @@ from loracli.system.files import (
     flush_directory,
     locked_directory,
     put_in_place,
+    read_regular,
     repair,
     translate_disk_errors,
     write_atomically,
@@ -43,6 +44,7 @@ from loracli.system.strict_json import StrictJsonError, parse_json
 from loracli.system.tensor_file import file_sha256, open_regular
 
 FUSE_CERTIFICATE = "loracat-fuse.json"
+MAX_STATE_BYTES = 64 << 20  # of that, and of what is known of an interrupted fusion
 
 
 def holds_fused_model(path: Path) -> bool:
@@ -51,7 +53,7 @@ def holds_fused_model(path: Path) -> bool:
     if not names:
         return True
     try:
-        listed = parse_json((path / FUSE_CERTIFICATE).read_bytes())["certificate"]["files"]
+        listed = parse_json(read_regular(path / FUSE_CERTIFICATE, MAX_STATE_BYTES))["certificate"]["files"]
     except (OSError, StrictJsonError, KeyError, TypeError):
         return False
     return isinstance(listed, dict) and names <= {*listed, FUSE_CERTIFICATE}
@@ -76,7 +78,7 @@ class Workplace:
         """The hashes of a file that an earlier run finished, None unless it and the base's file still have them."""
         known = self._finished.get(name)
         path = self.folder / name
-        if not isinstance(known, dict) or not path.is_file():
+        if not isinstance(known, dict) or path.is_symlink() or not path.is_file():
             return None
         found = Hashes(base=file_sha256(base), fused=file_sha256(path))
         return found if asdict(found) == known else None
@@ -102,13 +104,14 @@ class Workplace:
 
     def drop(self) -> None:
         """Removes what is left of this fusion."""
-        self._state.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._state.unlink(missing_ok=True)  # last: without it the folder would be taken for somebody else's
 
     def load(self, *, resume: bool, progress: Progress) -> None:
         """Takes over what an earlier run left, or drops it.
 
         Raises:
+            OutputExists: if the folder holds something and no state of ours is beside it.
             StateMismatch: with `resume`, if it was begun with other inputs or options; names them.
         """
         found = self._read_state()
@@ -123,6 +126,12 @@ class Workplace:
             self._finished = found["finished"]
             progress.note(f"going on from {self.folder}")
             return
+        if found is None and any(self.folder.iterdir()):
+            raise OutputExists(
+                f"{self.folder} is in the way: it holds something, and {self._state.name} beside it does not say "
+                "that it is an interrupted fusion",
+                hint="move it, or choose another name with -o",
+            )
         if resume:
             progress.warn(f"there is no interrupted fusion in {self.folder}: starting over")
         elif found is not None:
@@ -145,7 +154,7 @@ class Workplace:
 
     def _read_state(self) -> dict[str, Any] | None:
         try:
-            fields = parse_json(self._state.read_bytes())
+            fields = parse_json(read_regular(self._state, MAX_STATE_BYTES))
         except (OSError, StrictJsonError):
             return None
         if not isinstance(fields, dict) or not all(

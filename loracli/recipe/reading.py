@@ -14,7 +14,7 @@ from loracli.hub.references import URI_PREFIX, is_folder, is_hub_id
 from loracli.recipe.mixing import INLINE_KINDS
 from loracli.recipe.recipe import FIRST_SCHEMA, OTHER_ROWS, SCHEMA, Recipe, RecipeAdapter
 from loracli.system.document import MAX_PROBLEMS, decode, schema_of
-from loracli.system.files import CONFIG_FILE, TENSOR_FILES
+from loracli.system.files import CONFIG_FILE, TENSOR_FILES, read_regular
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 MAX_RECIPE_BYTES = 64 << 20
@@ -43,15 +43,12 @@ def read_document(path: Path) -> Any:
         RecipeError: if it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_RECIPE_BYTES + 1)
+        data = read_regular(path, MAX_RECIPE_BYTES)
     except OSError as error:
         raise RecipeError(
             f"the recipe {path} cannot be read: {error.strerror}",
             hint="`loracat fit` writes one; name it if it is elsewhere",
         ) from None
-    if len(data) > MAX_RECIPE_BYTES:
-        raise RecipeError(f"the recipe {path} is larger than {MAX_RECIPE_BYTES} bytes")
     try:
         return parse_json(data)
     except StrictJsonError as error:

@@ -22,7 +22,7 @@ from loracli.report.charts import Line, heat_map, intervals_chart, loss_curve, r
 from loracli.report.grid import numbers
 from loracli.report.page import folded, page, section, table, tag, text
 from loracli.system.document import decode
-from loracli.system.files import same_file, write_atomically
+from loracli.system.files import read_regular, same_file, write_atomically
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
@@ -291,17 +291,16 @@ def read_comparison(path: Path, recipe: Recipe) -> Comparison:
         UsageError: if it compares other adapters than the recipe's, or not its fit.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_COMPARISON_BYTES + 1)
+        data = read_regular(path, MAX_COMPARISON_BYTES)
     except OSError as error:
         raise InputError(f"the comparison {path} cannot be read: {error.strerror}") from None
     hint = "write one with: loracat compare RECIPE --data test.jsonl --json > comparison.json"
     try:
-        document = parse_json(data) if len(data) <= MAX_COMPARISON_BYTES else None
+        document = parse_json(data)
     except StrictJsonError as error:
         raise InputError(f"the comparison {path} is {error}", hint=hint) from None
     if not isinstance(document, dict):
-        raise InputError(f"the comparison {path} is no JSON object of at most {MAX_COMPARISON_BYTES} bytes", hint=hint)
+        raise InputError(f"the comparison {path} is no JSON object", hint=hint)
     wanted = {field.name for field in fields(Comparison)}
     problems: list[str] = []
     found: Comparison = decode(Comparison, {k: v for k, v in document.items() if k in wanted}, "", problems)

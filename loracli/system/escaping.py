@@ -19,12 +19,12 @@ from html import escape
 from urllib.parse import quote
 
 # Default_Ignorable_Code_Point of Unicode 16 (DerivedCoreProperties.txt): variation selectors, fillers, tags, soft
-# hyphens, joiners. Then two that are drawn as nothing and are not among them: the blank Braille pattern and the null
-# notehead.
+# hyphens, joiners. Then those that are drawn as nothing and are not among them: the blank Braille pattern, the null
+# notehead, fillers, and the marks that only join or stack the letters around them.
 _UNSEEN = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
-    "\u2800\U0001d159]"
+    "\u2800\U0001d159\U00016fe4\u2d7f\u1039\u17d2\u1a60\U00010a3f\U0001107f]"
 )
 
 

@@ -1,6 +1,8 @@
-"""Files: the names of those that make an adapter, and writing that appears whole or not at all.
+"""Files: names of those that make an adapter, reading that never waits, writing that appears whole or not at all.
 
 Names of the files of an adapter and of an export.
+
+Reading of regular files alone, with a ceiling.
 
 Outputs that appear whole or not at all, with their bytes on the disk before their name is.
 """
@@ -13,6 +15,7 @@ import glob
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,6 +55,37 @@ def holds(folder: Path, path: Path) -> bool:
     """Whether a path is the folder or lies below it, by whatever names."""
     place = path.resolve()
     return any(same_file(folder, above) for above in (place, *place.parents))
+
+
+class NoRegularFile(OSError):
+    """Raised for a directory, FIFO or device in place of a file."""
+
+
+def open_descriptor(path: Path) -> int:
+    """The descriptor of a regular file, to be read. Opening anything else does not wait.
+
+    Raises:
+        NoRegularFile: if it is something else.
+        OSError: if it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NoRegularFile(errno.EINVAL, "it is not a regular file")
+    return descriptor
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a regular file that has at most `most` of them.
+
+    Raises:
+        OSError: if it is something else, has more, or cannot be read; `strerror` says which.
+    """
+    with open(open_descriptor(path), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most} bytes")
+    return data
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -133,11 +167,20 @@ def locked_directory(folder: Path, output: Path) -> Iterator[None]:
     """The folder, made if it is not there, for this process alone; if it is empty at the end, it is removed.
 
     Raises:
+        OutputExists: if the name is taken by something else than a directory; a link to one is something else.
         LoracatError: if another process has it, which is then writing `output`.
     """
     with translate_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_locked(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = _open_locked(folder)
+        except OSError:
+            if not os.path.lexists(folder) or (folder.is_dir() and not folder.is_symlink()):
+                raise
+            kind = "a symbolic link" if folder.is_symlink() else "not a directory"
+            raise OutputExists(
+                f"{folder}, where {output} would be made, is {kind}", hint="move it, or choose another name with -o"
+            ) from None
     if descriptor is None:
         raise LoracatError(f"another process is writing {output}", hint="wait for it, or choose another name with -o")
     try:
@@ -152,14 +195,17 @@ def _open_locked(folder: Path, *, needed: bool = False) -> int | None:
     """The descriptor of a directory that is locked until it is closed; None if another process has it, or removed it.
 
     A file system without locks locks nothing: a descriptor all the same, or, if the lock is `needed`, None.
+
+    Raises:
+        OSError: if it is no directory itself: no link is followed.
     """
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+        if os.path.samestat(os.fstat(descriptor), os.lstat(folder)):
             return descriptor
     except (BlockingIOError, FileNotFoundError):
         pass

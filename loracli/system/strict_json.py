@@ -1,7 +1,8 @@
 """JSON as strangers write it: what Python's parser lets pass and would bite later is refused.
 
 Refused: duplicate keys (Python keeps the last), NaN, Infinity and numbers too large for a float, nesting that exhausts
-the stack, integers of thousands of digits, and lone surrogates (they crash a tokenizer later).
+the stack, here or in what is done with the value, integers of thousands of digits, and lone surrogates (they crash a
+tokenizer later).
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 import math
 from typing import Any, NoReturn
 
+MAX_DEPTH = 100  # objects and lists within each other
 QUOTED = 1000  # characters of a key in a message
+_NESTING = (dict, list)
 
 
 class StrictJsonError(ValueError):
@@ -37,11 +40,23 @@ def parse_json(data: bytes | str) -> Any:
         raise StrictJsonError("nested too deeply") from None
     except ValueError as error:
         raise StrictJsonError(str(error)) from None
+    _check_depth(value)
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise StrictJsonError("a lone surrogate (\\ud800 to \\udfff) in a string") from None
     return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raises StrictJsonError if the value is nested deeper than any document is: level by level, without recursion."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        parts = (outer.values() if isinstance(outer, dict) else outer for outer in level if isinstance(outer, _NESTING))
+        level = [inner for part in parts for inner in part if isinstance(inner, _NESTING)]
+        if not level:
+            return
+    raise StrictJsonError("nested too deeply")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

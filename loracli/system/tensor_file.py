@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loracli.errors import IntegrityError, LoracatError, MalformedAdapter, UnsupportedAdapter
+from loracli.system.files import NoRegularFile, open_descriptor
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
@@ -246,14 +246,12 @@ def open_regular(path: Path) -> Iterator[Any]:
         MalformedAdapter: if it cannot be opened.
         LoracatError: if the disk fails while it is read.
     """
-    # O_NONBLOCK: opening a FIFO must not hang.
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = open_descriptor(path)
+    except NoRegularFile:
+        raise MalformedAdapter("is not a regular file", where=str(path)) from None
     except OSError as error:
         raise MalformedAdapter(f"cannot be opened: {error.strerror}", where=str(path)) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise MalformedAdapter("is not a regular file", where=str(path))
     try:
         with open(descriptor, "rb") as file:
             yield file

@@ -129,6 +129,50 @@ def test_a_file_that_is_none_is_refused(here: Path, content: str) -> None:
     assert run("show", "--config", ".").exit_code == 2
 
 
+PARTS = ".".join("a" * 10)  # one dot more than a key may have
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (".".join("a" * 30_000) + " = 1", 1),
+        (f"[fit]\n\n[{PARTS}]", 3),
+        (f"[[{PARTS}]]", 1),
+        ('"a" . ' * 9 + "'a' = 1", 1),
+        (f"a = {{b = 1, {PARTS} = 1}}", 1),
+        (f'a = {{b = """\n"" """, {PARTS} = 1}}', 2),
+        (f'a = {{b = """x"""", {PARTS} = 1}}', 1),
+        (f"a = {{b = '''\n# ' '''', {PARTS} = 1}}", 2),
+        (f'a = {{b = "\\"", {PARTS} = 1}} # "', 1),
+    ],
+)
+def test_a_key_of_many_parts_is_refused_before_it_is_parsed(
+    here: Path, monkeypatch: pytest.MonkeyPatch, content: str, line: int
+) -> None:
+    """The parser takes the square of them in time and memory."""
+    monkeypatch.setattr("tomllib.loads", None)
+    Path("loracat.toml").write_text(content)
+    result = run("show", "--json")
+    error = json.loads(result.stdout)["error"]
+    assert result.exit_code == 2 and error["kind"] == "SettingsError" and len(result.stdout) < 1000
+    assert error["problems"][0].startswith(f"loracat.toml: line {line}: the key ")
+
+
+def test_dots_in_strings_comments_and_numbers_are_no_parts_of_a_key(here: Path) -> None:
+    dots = "a." * 20
+    strings = f"'{dots}', \"{dots}\", \"\"\"\n{dots}\"\"\", '''{dots}'''"
+    Path("loracat.toml").write_text(f"# {dots}\n[fit]\nadapters = [{strings}]  # {dots}\nridge = 1.5\n")
+    assert run("show").exit_code == 0
+
+
+@pytest.mark.parametrize(("number", "reason"), [("1" * 5000, "thousands of digits"), ("0x" + "f" * 9000, "64 bits")])
+def test_a_number_that_is_too_long_is_one_error(here: Path, number: str, reason: str) -> None:
+    Path("loracat.toml").write_text(f"[fit]\nseed = {number}\n")
+    result = run("show", "--json")
+    error = json.loads(result.stdout)["error"]
+    assert result.exit_code == 2 and error["kind"] == "SettingsError" and reason in error["problems"][0]
+
+
 def test_a_value_that_an_option_rejects_is_named_with_its_file(here: Path) -> None:
     Path("loracat.toml").write_text('[fit]\nseed = "one"\n')
     assert "error: loracat.toml: Invalid value for '--seed'" in run(*FIT).stderr
@@ -183,10 +227,13 @@ def test_quiet_above_the_tables_hides_nothing(here: Path) -> None:
     assert result.exit_code == 2 and "loracat.toml: quiet: hides" in result.stderr
 
 
-@pytest.mark.parametrize("value", ["/etc/x", "../x", "~/x", "link/x", "a/../../x", "inside/../../x"])
+@pytest.mark.parametrize(
+    "value", ["/etc/x", "../x", "~/x", "link/x", "a/../../x", "inside/../../x", "hf://../../x", "hf://x"]
+)
 @pytest.mark.parametrize("option", sorted(option for option, row in RULES.items() if row.rule == "inside"))
 def test_a_path_in_an_unasked_file_stays_in_the_folder(here: Path, option: str, value: str) -> None:
     Path("link").symlink_to(here.parent)
+    Path("hf:").symlink_to(here.parent)
     commands = options_of_every_command()
     command = next(name for name, options in commands.items() if option in options)
     multiple = commands[command][option].multiple

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,20 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
 
     fuse_model(made.recipe, tmp_path / "out", base=str(made.base), progress=Second(0))
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_somebody_else_in_the_place_of_a_fusion_is_refused_and_keeps_its_files(
+    tmp_path: Path, resume: bool
+) -> None:
+    made = Made(tmp_path, "plain")
+    (tmp_path / ".out.fusing" / "deep").mkdir(parents=True)
+    (tmp_path / ".out.fusing" / "deep" / "photo").write_text("kept")
+    os.mkfifo(tmp_path / ".out.fusing.json")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputExists, match=r"\.out\.fusing is in the way"):
+        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), resume=resume)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_too_little_room_is_said_in_bytes_before_anything_is_written(

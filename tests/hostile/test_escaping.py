@@ -35,6 +35,8 @@ def test_every_character_that_is_not_seen_is_shown_by_its_code() -> None:
     for character in map(chr, range(0x110000)):
         if unseen.fullmatch(character):
             assert visible(character).isascii() and visible(character).startswith("\\")
+    for character in "\u2800\U0001d159\U00016fe4\u2d7f\u1039\u17d2\u1a60\U00010a3f\U0001107f":  # drawn as nothing too
+        assert visible(f"a{character}") == "a" + character.encode("unicode_escape").decode()
     assert visible("plain é 猫 🐈 модель") == "plain é 猫 🐈 модель"
 
 
