@@ -18,7 +18,7 @@ from loracli.composition.card import Certificate, ModuleCertificate
 from loracli.composition.composition import MethodSource, Source
 from loracli.errors import UsageError
 from loracli.export.card import model_card
-from loracli.export.layout import PROFILES, Layout, choose_layout
+from loracli.export.layout import PROFILES, Layout, choose_layout, ranks_of_targets
 from loracli.system.files import README_FILE
 from loracli.system.tensor_file import open_regular
 from loracli.verifying.findings import Findings
@@ -107,13 +107,16 @@ def _layouts(
     asked: bool,
     task_type: str | None,
 ) -> list[Layout]:
-    found = []
+    found: list[Layout] = []
+    ranks = {name: module.rank for name, module in modules.items()}
+    if not ranks_of_targets(ranks).keys() <= {module.name for module in source.table}:
+        return found  # the certificate is of other modules, which is a difference of its own
     bias = next((adapter.reference for adapter in source.adapters if adapter.config.lora_bias), None)
     for uniform in (None, rank):
         try:
             layout = choose_layout(
                 source.table,
-                {name: module.rank for name, module in modules.items()},
+                ranks,
                 next(name for name in PROFILES if name == profile) if asked else None,
                 rank=uniform,
                 lora_bias=bias,
