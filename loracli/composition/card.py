@@ -27,6 +27,8 @@ from loracli.recipe.recipe import Recipe, RecipeAdapter, is_named, other_bases_o
 from loracli.system.escaping import markdown_code, markdown_link, shell_word
 
 RECORD_DIGEST = "record_sha256"  # the key of a record's own digest
+EXPORT_FORMAT = "loracat_export"  # the key of the format of an export's record; the first had neither it nor digests
+EXPORT_SCHEMA = 2
 
 
 @dataclass(frozen=True)

@@ -262,6 +262,7 @@ class MethodSource:
         return {
             "method": {"name": self.method.name, "options": self.taken(), "weights": self.weights},
             "base": {"id": self.base.id},
+            **({"bypassed": list(self.base.bypassed)} if self.base.bypassed else {}),
             **({} if self.saved is None else {"modules_to_save": self.saved.policy}),
             "adapters": [encode(identity) for identity in self.identities],
             "versions": {"loracat": __version__, "torch": torch.__version__},

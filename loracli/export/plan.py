@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loracli._version import __version__
 from loracli.adapters.adapter import kernels_of
 from loracli.adapters.base_module import BaseModule
 from loracli.adapters.names import PREFIX, target_of
@@ -21,7 +22,7 @@ from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import join_experts, join_groups
 from loracli.algebra.truncate import spectrum
-from loracli.composition.card import Certificate, ModuleCertificate, closed
+from loracli.composition.card import EXPORT_FORMAT, EXPORT_SCHEMA, Certificate, ModuleCertificate, closed
 from loracli.composition.composition import MethodSource, Source
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.activations import Moments
@@ -271,7 +272,9 @@ class AdapterPlan:
 
     def _document(self, certificate: Certificate, texts: Mapping[str, bytes]) -> dict[str, Any]:
         return {
+            EXPORT_FORMAT: EXPORT_SCHEMA,
             **self._source.document(),
+            "versions": {"loracat": __version__, "torch": torch.__version__},
             "export": {
                 "profile": self.layout.profile,
                 "merged": self.merged,
@@ -279,6 +282,7 @@ class AdapterPlan:
                 "dtype": str(self.dtype).removeprefix("torch."),
                 **self._rule(),
                 **({"refit": True} if self._cores else {}),
+                "options": self._repeated_options(),
             },
             **({} if self.refitted is None else {"refit": dataclasses.asdict(self.refitted.record)}),
             "certificate": {

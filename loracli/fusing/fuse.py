@@ -372,7 +372,7 @@ class _Fusion:
         card = fused_card(
             self._source.card(),
             self._base.reference.id,
-            self._dtypes(),
+            changed_dtypes(self._plan),
             converted=self._dtype is not None,
             dequantised=None if self._quantisation is None else self._quantisation.method,
             untied=self._plan.untied,
@@ -439,15 +439,6 @@ class _Fusion:
     def _replaced(self) -> tuple[str, ...]:
         return () if self._source.saved is None else self._source.saved.modules
 
-    def _dtypes(self) -> tuple[str, ...]:
-        changed = {
-            FLOATS[tensor.dtype]
-            for shard in self._plan.shards
-            for tensor in shard.tensors
-            if tensor.module is not None or tensor.replaced is not None
-        }
-        return tuple(sorted(str(dtype).removeprefix("torch.") for dtype in changed))
-
     def result(self, *, resumed: int = 0) -> Fused:
         """What is there once all is written."""
         return Fused(
@@ -457,13 +448,24 @@ class _Fusion:
             shards=len(self._plan.shards),
             resumed=resumed,
             size_bytes=sum(shard.size for shard in self._plan.shards),
-            dtypes=self._dtypes(),
+            dtypes=changed_dtypes(self._plan),
             untied=self._plan.untied,
             dequantised=None if self._quantisation is None else self._quantisation.method,
             left_behind=tuple(self._left),
             replaced=self._replaced(),
             bypassed=self._bypassed,
         )
+
+
+def changed_dtypes(plan: FusionPlan) -> tuple[str, ...]:
+    """Of the tensors that a fusion changes, for its card."""
+    changed = {
+        FLOATS[tensor.dtype]
+        for shard in plan.shards
+        for tensor in shard.tensors
+        if tensor.module is not None or tensor.replaced is not None
+    }
+    return tuple(sorted(str(dtype).removeprefix("torch.") for dtype in changed))
 
 
 def _sha256(data: bytes) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.licence import read_front_matter
+from loracli.composition.card import RECORD_DIGEST
 from loracli.errors import InputError, IntegrityError
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.hub.references import is_hub_id
@@ -85,12 +86,19 @@ def read_contents(directory: Path, *, secrets: tuple[str, ...] = (), edited_card
         secrets: text that must not be in any file that people read, such as the token.
     Raises:
         InputError: if it is no export, a file of it is missing or a symbolic link, its base has no name on a Hub, or a
-            text in it leads to this machine.
+            text in it leads to this machine; or its record lacks the hashes that tell of a change.
         MalformedAdapter: if the card's metadata cannot be read.
         IntegrityError: if a file has changed since it was verified.
     """
     record = _read_json(directory / CERTIFICATE_FILE)
     recorded: dict[str, str] = record["certificate"]["sha256"]
+    texts: dict[str, str] = record.get("text_sha256", {})
+    if RECORD_DIGEST not in record or not texts:
+        raise InputError(
+            f"{CERTIFICATE_FILE} has no hashes of itself and of {README_FILE}, so a change of them cannot be told",
+            where=str(directory),
+            hint="export it again; versions of loracat before this one wrote none",
+        )
     names = _names(directory, recorded)
     base_id = str(record.get("recipe", record)["base"]["id"])
     if not is_hub_id(base_id):
@@ -102,7 +110,7 @@ def read_contents(directory: Path, *, secrets: tuple[str, ...] = (), edited_card
     card = read_front_matter(directory / README_FILE)
     _check_card(directory, base_id, card)
     files = tuple(_measure(directory, name) for name in names)
-    verified = {**record.get("text_sha256", {}), **recorded}
+    verified = {**texts, **recorded}
     if edited_card:
         verified.pop(README_FILE, None)
     changed = [file.name for file in files if verified.get(file.name, file.sha256) != file.sha256]

@@ -19,7 +19,7 @@ from loracli.algebra.methods.method import Merged
 from loracli.algebra.packing import Convolution
 from loracli.algebra.truncate import project, relative_gap, truncate, truncate_for
 from loracli.composition.base_table import modules_of
-from loracli.composition.card import ModuleCertificate
+from loracli.composition.card import EXPORT_FORMAT, EXPORT_SCHEMA, ModuleCertificate
 from loracli.composition.composition import MethodSource, RecipeSource, Source
 from loracli.errors import InputError, IntegrityError, UsageError
 from loracli.export.activations import recorded_moments
@@ -52,6 +52,7 @@ from loracli.verifying.factors import (
 from loracli.verifying.findings import Findings
 from loracli.verifying.origin import Origin, find_source, read_origin
 from loracli.verifying.peft_reload import reload_differences, skeleton_of
+from loracli.verifying.readme import UNPROVEN, compare_card, export_cards, readable_options
 
 TASK = "verify"
 FIGURE = 1e-6  # relative, of a figure of the certificate
@@ -59,7 +60,7 @@ ROOT_NOISE = 4.0  # of a cut by activations: eps sqrt(cond) / 2, where damping k
 DENSE_NOISE = 1e-5  # of a method that approximates a dense matrix, see algebra/truncate.py
 _ABSENT = "nothing"
 _RULES = {"tolerance", "energy", "budget"}  # what ranks were chosen by, which stand in the certificate
-_EXPORT_KEYS = {"profile", "merged", "rank", "dtype", "activation_aware", "moments", "refit"} | _RULES
+_EXPORT_KEYS = {"profile", "merged", "rank", "dtype", "activation_aware", "moments", "refit", "options"} | _RULES
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class _Record:
     activation_aware: bool
     moments: str | None  # what a cut by activations went by: `recipe` or `records`
     refitted: bool
+    options: str | None  # of the command, as the card has them; none of an older export
+    written_by: str | None  # version of loracat
     otherwise: tuple[str, ...]  # keys of the export that this version does not know
 
 
@@ -119,7 +122,7 @@ def verify_adapter(
     """
     origin, record = read_origin(document, path / CERTIFICATE_FILE), _read_record(document, path / CERTIFICATE_FILE)
     findings.check_record(document, CERTIFICATE_FILE)
-    _check_texts(path, record, findings, edited_card=edited_card)
+    whole_card = _check_texts(path, record, findings, edited_card=edited_card)
     for name, recorded in record.sha256.items():
         found = _sha256(path / name)
         if found != recorded:
@@ -152,22 +155,37 @@ def verify_adapter(
     else:
         findings.skip("what PEFT makes of it", f"{CONFIG_FILE} is not what an export of this record has")
     source = find_source(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
+    if whole_card and source is None:
+        findings.skip(README_FILE, f"{UNPROVEN}, and the ingredients that it is made again of are not at hand")
     if source is not None:
+        if whole_card and record.profile in PROFILES:
+            cards = export_cards(
+                source,
+                record.modules,
+                profile=record.profile,
+                rank=record.rank,
+                merged=record.merged,
+                options=record.options,
+                task_type=written.config.task_type,
+            )
+            compare_card(path, cards, record.written_by, source, findings)
         cut = _Cut(_find_moments(source, recipe, record, findings), _read_cores(path, record, findings))
         _check_composition(source, written, record, cut, findings, progress)
 
 
-def _check_texts(path: Path, record: _Record, findings: Findings, *, edited_card: bool) -> None:
-    """The files that people read, against their recorded hashes; older exports have none."""
+def _check_texts(path: Path, record: _Record, findings: Findings, *, edited_card: bool) -> bool:
+    """Whether the card is as recorded; it and the config are held against their hashes, which older exports lack."""
     if not record.text_sha256:
         findings.skip(README_FILE, "an older version wrote no hash of it: export again")
+    whole_card = False
     for name, recorded in record.text_sha256.items():
         there = (path / name).is_file() and not (path / name).is_symlink()
         found = file_sha256(path / name) if there else None
         if name == README_FILE:
-            findings.check_card(found, recorded, edited=edited_card)
+            whole_card = findings.check_card(found, recorded, edited=edited_card)
         elif found != recorded:
             findings.differs(f"{name} {'was changed after it was written' if there else 'is missing'}")
+    return whole_card
 
 
 def _find_moments(
@@ -216,6 +234,15 @@ def _read_record(document: dict[str, Any], where: Path) -> _Record:
     modules = decode(tuple[ModuleCertificate, ...], certificate.get("modules"), "certificate.modules", problems)
     hashes = decode(dict[str, str], certificate.get("sha256"), "certificate.sha256", problems)
     texts = decode(dict[str, str], document.get("text_sha256", {}), "text_sha256", problems)
+    options = decode(str | None, export.get("options"), "export.options", problems)
+    versions = decode(dict[str, str], document.get("versions", {}), "versions", problems)
+    if not problems and not readable_options(options):
+        problems.append("export.options: not those of an export")
+    if not problems and EXPORT_FORMAT in document:
+        if document[EXPORT_FORMAT] != EXPORT_SCHEMA:
+            problems.append(f"{EXPORT_FORMAT}: {EXPORT_SCHEMA} is the only format that this version knows")
+        elif not texts:
+            problems.append("text_sha256: missing, which an export of its format has")
     largest = decode(float, certificate.get("largest_relative_error"), "certificate.largest_relative_error", problems)
     tensors = MLX_TENSOR_FILE if values.get("profile") == "mlx" else TENSOR_FILE
     if not problems and (tensors not in hashes or not hashes.keys() <= {tensors, GGUF_FILE, CORES_FILE} or not modules):
@@ -237,6 +264,8 @@ def _read_record(document: dict[str, Any], where: Path) -> _Record:
         activation_aware=aware,
         moments=moments,
         refitted=refitted,
+        options=options,
+        written_by=versions.get("loracat"),
         otherwise=tuple(sorted(set(export) - _EXPORT_KEYS)),
     )
 

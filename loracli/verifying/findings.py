@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from loracli.composition.card import RECORD_DIGEST, record_digest
+from loracli.composition.card import EXPORT_FORMAT, RECORD_DIGEST, record_digest
 from loracli.errors import VerificationError
 from loracli.system.files import README_FILE
 
@@ -59,25 +59,30 @@ class Findings:
     def check_record(self, document: Mapping[str, Any], name: str) -> None:
         """Holds a record against its own digest; records of older versions have none."""
         if RECORD_DIGEST not in document:
+            if EXPORT_FORMAT in document:
+                self.differs(f"{name} has no {RECORD_DIGEST}, which a record of its format has")
+                return
             self.skip(f"whether {name} is as it was written", "an older version wrote no digest of it: make it again")
             return
         if document[RECORD_DIGEST] != record_digest(document):
             self.differs(f"{name} was changed: its fields are not those that its own {RECORD_DIGEST} is of")
         self.checked.append(f"{name} against its own digest")
 
-    def check_card(self, found: str | None, recorded: str, *, edited: bool) -> None:
+    def check_card(self, found: str | None, recorded: str, *, edited: bool) -> bool:
         """Holds the sha256 of the card, None where there is none, against the recorded one; a card whose words were
-        `edited` on purpose is not checked."""
+        `edited` on purpose is not checked. Returns whether it is as recorded, which says little: whoever changes the
+        card can write its hash anew."""
         if found is None:
             self.differs(f"{README_FILE} is missing")
         elif found == recorded:
-            self.checked.append(f"the sha256 of {README_FILE}")
+            return True
         elif edited:
             self.skip(README_FILE, f"it was changed after it was written, and {EDITED_CARD} allows that")
         else:
             self.differs(
                 f"{README_FILE} was changed after it was written; if its new words are yours, say so with {EDITED_CARD}"
             )
+        return False
 
     def result(self, path: Path, kind: Literal["adapter", "model"]) -> Verification:
         """The verification.

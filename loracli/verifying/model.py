@@ -15,6 +15,7 @@ from loracli.composition.composition import Source
 from loracli.errors import AccessDenied, BaseModelMismatch, HubUnreachable, InputError, IntegrityError, MalformedAdapter
 from loracli.fitting.reach import named
 from loracli.fusing.composition import bypassed_modules, planned_fusion
+from loracli.fusing.fuse import changed_dtypes, fused_card
 from loracli.fusing.plan import FusedTensor, FusionPlan
 from loracli.fusing.quantised import read_quantisation
 from loracli.fusing.stream import BLOCK_BYTES, WIDENED, replaced_rows, rounding_bounds, update_of
@@ -37,8 +38,10 @@ from loracli.system.files import README_FILE
 from loracli.system.tensor_file import file_sha256, open_regular
 from loracli.verifying.findings import Findings
 from loracli.verifying.origin import COMPOSITION, find_source, read_origin
+from loracli.verifying.readme import UNPROVEN, compare_card
 
 TASK = "verify"
+_LEFT_BEHIND = {".git", ".gitattributes", ".gitignore", ".DS_Store", ".cache"}  # .cache: what `hf download` keeps
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,23 @@ def verify_model(
         IntegrityError: if the record is damaged, or an ingredient or the base is not the recorded one.
     """
     where = path / FUSE_CERTIFICATE
-    files, recorded, dtype, dequantised, recorded_bypassed = _read_record(document, where)
+    files, recorded, dtype, dequantised, recorded_bypassed, version = _read_record(document, where)
     findings.check_record(document, FUSE_CERTIFICATE)
-    _check_files(path, files, findings, edited_card=edited_card)
+    whole_card = _check_files(path, files, findings, edited_card=edited_card)
     try:
         written = read_checkpoint(path)
         _check_loads(path, recorded, written, findings)
     except (BaseModelMismatch, MalformedAdapter) as error:
         findings.differs(f"it cannot be read as a model: {error}")
         return
-    origin = read_origin(document.get("composition") or {}, where)
+    origin = read_origin(document.get("composition"), where)
     source = find_source(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
     if source is None:
+        _leave_card(whole_card, findings)
         return
     if base is None and recorded.commit is None:
         findings.skip(COMPOSITION, f"{recorded.id} was a local directory: say where it is with --base")
+        _leave_card(whole_card, findings)
         return
     try:
         asked = base or BaseClaim(recorded.id, recorded.commit)
@@ -91,6 +96,7 @@ def verify_model(
         if base is not None:
             raise
         findings.skip(COMPOSITION, str(error))
+        _leave_card(whole_card, findings)
         return
     _check_base(reference, recorded)
     plan = plan_base(reference, dequantised=dequantised is not None)
@@ -108,12 +114,30 @@ def verify_model(
     fusion = planned_fusion(checkpoint, plan, source, dtype, quantisation, bypassed=bypassed)
     config = config_bytes(reference.path, untied=fusion.untied, dtype=dtype, quantisation=quantisation)
     _check_others(path, checkpoint, fusion, config, findings)
+    if whole_card:
+        card = fused_card(
+            source.card(),
+            recorded.id,
+            changed_dtypes(fusion),
+            converted=dtype is not None,
+            untied=fusion.untied,
+            dequantised=None if quantisation is None else quantisation.method,
+            replaced=() if source.saved is None else source.saved.modules,
+            bypassed=bypassed,
+        )
+        compare_card(path, [card], version, source, findings)
     _check_weights(checkpoint, written, fusion, source, findings, progress)
+
+
+def _leave_card(whole: bool, findings: Findings) -> None:
+    """Of a card that is as recorded, where what it is made again of is missing."""
+    if whole:
+        findings.skip(README_FILE, f"{UNPROVEN}, and base and ingredients that it is made again of are not at hand")
 
 
 def _read_record(
     document: dict[str, Any], where: Path
-) -> tuple[dict[str, str], _Base, torch.dtype | None, str | None, tuple[str, ...]]:
+) -> tuple[dict[str, str], _Base, torch.dtype | None, str | None, tuple[str, ...], str | None]:
     problems: list[str] = []
     fuse, certificate = document.get("fuse"), document.get("certificate")
     if not isinstance(fuse, dict) or not isinstance(certificate, dict):
@@ -128,23 +152,29 @@ def _read_record(
     if dequantised is not None and dtype is None:
         problems.append("fuse.dequantised: without a dtype")
     bypassed = decode(tuple[str, ...], fuse.get("bypassed", []), "fuse.bypassed", problems)
+    versions = decode(dict[str, str], fuse.get("versions", {}), "fuse.versions", problems)
     if problems:
         raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
-    return files, recorded, None if dtype is None else names[dtype], dequantised, bypassed
+    return files, recorded, None if dtype is None else names[dtype], dequantised, bypassed, versions.get("loracat")
 
 
-def _check_files(path: Path, files: dict[str, str], findings: Findings, *, edited_card: bool) -> None:
-    present = {e.name for e in path.iterdir() if not e.name.startswith(".")} - {FUSE_CERTIFICATE}
+def _check_files(path: Path, files: dict[str, str], findings: Findings, *, edited_card: bool) -> bool:
+    """Whether the card is as recorded; every file is held against its hash, and there may be no other."""
+    present, whole_card = {entry.name for entry in path.iterdir()} - {FUSE_CERTIFICATE}, False
     for name in sorted(present - files.keys()):
-        findings.differs(f"{name} is not in the record")
+        if name in _LEFT_BEHIND:
+            findings.skip(name, "version control or a file manager leaves it there, and no fusion wrote it")
+        else:
+            findings.differs(f"{name} is not in the record")
     for name in sorted(files):
         if name not in present:
             findings.differs(f"{name} is missing")
         elif name == README_FILE:
-            findings.check_card(file_sha256(path / name), files[name], edited=edited_card)
+            whole_card = findings.check_card(file_sha256(path / name), files[name], edited=edited_card)
         elif file_sha256(path / name) != files[name]:
             findings.differs(f"{name} is not the file of the certificate")
     findings.checked.append("the sha256 of every other file")
+    return whole_card
 
 
 def _check_loads(path: Path, recorded: _Base, written: Checkpoint, findings: Findings) -> None:

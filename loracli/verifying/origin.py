@@ -52,6 +52,7 @@ class Origin:
         method, options, weights: that composed, None with a recipe.
         table: of base modules; with a method as far as what was written tells.
         policy: for modules that adapters saved whole.
+        bypassed: with a method, modules whose weight the base is said to read without calling the layer.
     """
 
     adapters: tuple[RecipeAdapter, ...]
@@ -63,14 +64,17 @@ class Origin:
     weights: tuple[float, ...] | None
     table: tuple[BaseModule, ...]
     policy: str
+    bypassed: tuple[str, ...] = ()
 
 
-def read_origin(document: dict[str, Any], where: Path) -> Origin:
+def read_origin(document: Any, where: Path) -> Origin:
     """The origin in a record.
 
     Raises:
         IntegrityError: if it is damaged.
     """
+    if not isinstance(document, dict):
+        raise IntegrityError("the record is damaged: its composition is no JSON object", where=str(where))
     if "recipe" in document:
         try:
             recipe = decode_recipe(document["recipe"], "its recipe", Path())
@@ -89,18 +93,20 @@ def read_origin(document: dict[str, Any], where: Path) -> Origin:
         problems.append("base.id: missing")
     elif not problems:
         problems += [*base_problems(base["id"], None), *(p for adapter in adapters for p in adapter_problems(adapter))]
-    if not isinstance(recorded, dict) or recorded.get("name") not in METHODS:
+    name = recorded.get("name") if isinstance(recorded, dict) else None
+    if not isinstance(name, str) or name not in METHODS:
         problems.append("method.name: none that this version has")
     if problems or not isinstance(recorded, dict) or not isinstance(base, dict):
         raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
     options = _options(recorded.get("options"), problems)
     weights = decode(tuple[float, ...] | None, recorded.get("weights"), "method.weights", problems)
+    bypassed = decode(tuple[str, ...], document.get("bypassed", []), "bypassed", problems)
     if not adapters or (weights is not None and len(weights) != len(adapters)):
         problems.append("method.weights: not one for each adapter")
     if problems:
         raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
     policy = str(document.get("modules_to_save", REFUSE))
-    return Origin(adapters, base["id"], None, None, METHODS[recorded["name"]], options, weights, (), policy)
+    return Origin(adapters, base["id"], None, None, METHODS[recorded["name"]], options, weights, (), policy, bypassed)
 
 
 def _options(recorded: Any, problems: list[str]) -> MethodOptions:
@@ -160,7 +166,7 @@ def find_source(
         origin.weights,
         read,
         origin.adapters,
-        BaseTable(origin.base_id, origin.table),
+        BaseTable(origin.base_id, origin.table, origin.bypassed),
         _saved(origin, read),
     )
 

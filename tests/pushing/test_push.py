@@ -391,6 +391,19 @@ def test_what_must_not_go_up_is_refused_before_any_request(
     assert hub.token not in str(caught.value)
 
 
+@pytest.mark.parametrize("also", [(), ("loracat_export", "versions")])
+def test_a_record_without_hashes_is_not_pushed(hub: UploadHub, push: Push, out: Path, also: tuple[str, ...]) -> None:
+    add_to_card(out, "It beats everything.")
+    record = out / "loracat.json"
+    fields = json.loads(record.read_text())
+    for key in ("record_sha256", "text_sha256", *also):
+        del fields[key]
+    record.write_text(json.dumps(fields))
+    with pytest.raises(InputError if also else IntegrityError, match="export it again|text_sha256: missing|no hashes"):
+        push()
+    assert hub.requests == []
+
+
 def test_what_a_directory_holds_is_refused_without_a_token(
     hub: UploadHub, push: Push, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -214,7 +214,7 @@ def test_a_changed_weight_in_the_record_is_found(tmp_path: Path) -> None:
 def test_without_ingredients_it_says_what_was_not_checked(tmp_path: Path) -> None:
     out, paths, made = exported(tmp_path, "plain")
     found = verify_directory(out)
-    assert [item.what for item in found.not_checked] == [EVIDENCE, COMPOSITION]
+    assert [item.what for item in found.not_checked] == [EVIDENCE, COMPOSITION, "README.md"]
     assert "say where with --adapters" in found.not_checked[1].why and found.tensors == 0
     recipe = tmp_path / "recipe.json"
     made.recipe.save(recipe)
