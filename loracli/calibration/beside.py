@@ -114,7 +114,7 @@ class FileMarks:
     yes: set[str] = field(default_factory=set)  # keys that say of some answer that it is good
     nulls: dict[str, list[int]] = field(default_factory=dict)  # lines where such a key is null
     booleans: dict[str, set[bool]] = field(default_factory=dict)
-    noes: set[str] = field(default_factory=set)  # keys of no known meaning whose text says no
+    noes: set[str] = field(default_factory=set)  # keys that say no by a text or number that may mean something else
 
     def count_label(self, fields: Fields) -> None:
         """Of every record, also one that is refused."""
@@ -134,7 +134,9 @@ class FileMarks:
                     self.yes.add(key)
             if low in _GRADES:
                 continue
-            if isinstance(value, bool):
+            if low in _NOT_BY_NUMBER and _says(value, _NO):
+                self.noes.add(key)
+            elif isinstance(value, bool):
                 self.booleans.setdefault(key, set()).add(value)
             elif isinstance(value, str) and value.strip()[:1].isalpha() and _says(value, _NO):
                 self.noes.add(key)
@@ -146,7 +148,7 @@ class FileMarks:
 
     def refused(self) -> Iterator[tuple[int, LineError]]:
         """Lines where a key is null that says of other answers that they are good."""
-        for key in sorted(self.yes & self.nulls.keys()):
+        for key in sorted((self.yes & self.nulls.keys()) - ({"label"} if self.classes else set())):
             for number in self.nulls[key]:
                 reason = f"{key}: null, where other answers are marked as good"
                 yield number, LineError(reason, way_out=_keeping(key, ("none",)))

@@ -101,6 +101,8 @@ def test_a_label_that_is_a_class_is_no_mark(tmp_path: Path) -> None:
     assert len(read_records(write(tmp_path / "text.jsonl", *rows)).records) == 3
     rows = [RECORDS["prompt-completion"] | {"label": number} for number in (0, 1, 1) * 20 + (2,)]
     assert len(refused(write(tmp_path / "one.jsonl", *rows)).problems) == 20
+    rows = [RECORDS["prompt-completion"] | {"label": number} for number in (1, None, 3)]
+    assert len(read_records(write(tmp_path / "null.jsonl", *rows)).records) == 3
     choice = RECORDS["prompt-completion"] | {"choices": ["c", "d"], "correct": 0}
     assert len(read_records(write(tmp_path / "choice.jsonl", choice)).records) == 1
 
@@ -153,6 +155,13 @@ def test_what_may_say_no_of_an_answer_under_an_unknown_name_is_warned_of(
     assert len(read_records(path, progress=heard).records) == 2
     said = [f"{path}: checked_by_me: not read; every answer is learnt, whatever it says"]
     assert heard.warnings == (said if warned else [])
+
+
+def test_a_count_of_none_is_warned_of(tmp_path: Path) -> None:
+    heard = Heard()
+    path = write(tmp_path / "val.jsonl", *(RECORDS["messages"] | {"thumbs_up": count} for count in (2, 0)))
+    assert len(read_records(path, progress=heard).records) == 2
+    assert heard.warnings == [f"{path}: thumbs_up: not read; every answer is learnt, whatever it says"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
