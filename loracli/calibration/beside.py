@@ -64,7 +64,7 @@ _CONTEXT = frozenset((
     "query", "prompt", "tools", "functions",
 ))  # fmt: skip
 _WORD = re.compile(r"[^\W\u2e80-\uffff]+|\S")  # of scripts that divide no words, each character
-_MAX_TEXTS = 1000  # of one key that are looked for, each in all that is read of the record
+_MAX_SEARCHES = 200  # in all that is read of a record; a text that is a whole turn needs none
 LONGEST_KEY = 60  # of what is looked at
 
 
@@ -184,11 +184,16 @@ def check_context(fields: Fields, read: set[str], content: Fields) -> None:
     if not beside:
         return
     there = " and ".join(sorted(read & fields.keys()))
+    seen = {answers: list(map(_words, _before_answer(content, answers=answers))) for answers in (False, True)}
+    joined = {answers: "\n".join(texts) for answers, texts in seen.items()}
+    searches = 0
     for key in beside:
         name = spelled(key)
-        before = "\n".join(map(_words, _before_answer(content, answers=name in HISTORY_NAMES)))
+        answers = name in HISTORY_NAMES
         own = {words for text in _texts(fields[key]) if (words := _words(text)).strip()}
-        if not own or len(own) > _MAX_TEXTS or any(words not in before for words in own):
+        parts = own.difference(seen[answers])
+        searches += len(parts)
+        if not own or searches > _MAX_SEARCHES or any(words not in joined[answers] for words in parts):
             way_out = _without(key, "if it is nothing that the model should see, leave it out: ")
             if name in SYSTEM_NAMES and "system" in read and "system" not in fields:
                 way_out = _read_as_system(key)

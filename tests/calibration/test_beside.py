@@ -293,6 +293,17 @@ def test_what_becomes_the_first_turn_is_said_and_what_is_not_read_is_kept_for_th
     assert data.unread == ("x" * 100,)
 
 
+def test_a_text_is_looked_for_a_limited_number_of_times(tmp_path: Path) -> None:
+    """So that the time for a record grows with its size alone."""
+    words = [f"w{index}" for index in range(201)]
+    pair = {"prompt": " ".join(words), "completion": "c"}
+    assert len(read_records(write(tmp_path / "val.jsonl", pair | {"documents": words[:200]})).records) == 1
+    assert refused(write(tmp_path / "val.jsonl", pair | {"documents": words})).problems
+    turns = [{"role": ("user", "assistant")[index % 2], "content": f"w{index}"} for index in range(600)]
+    long = {"messages": turns, "chat_history": [turn["content"] for turn in turns[:-1]]}
+    assert len(read_records(write(tmp_path / "val.jsonl", long)).records) == 1
+
+
 def test_deep_and_wide_values_beside_are_looked_at_all_the_same(tmp_path: Path) -> None:
     deep: Any = "x"
     for _ in range(400):
