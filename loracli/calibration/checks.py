@@ -49,13 +49,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+_EMPTY = ("", "[]", "{}", "null")  # as a table of texts keeps them
+
+
 def is_nothing(value: Any) -> bool:
-    """Whether a field says nothing: null, false, an empty text, or a list or object of such."""
+    """Whether a field says nothing: null, false, an empty text, one of an empty list or object, or such in a list."""
     left = [value]
     while left:
         item = left.pop()
         if isinstance(item, (list, dict)):
             left += item.values() if isinstance(item, dict) else item
-        elif item is not None and item is not False and not (isinstance(item, str) and not item.strip()):
+        elif item is not None and item is not False and not (isinstance(item, str) and item.strip() in _EMPTY):
             return False
     return True

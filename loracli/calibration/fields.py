@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from loracli.calibration.beside import SYSTEM_KEYS
+from loracli.calibration.beside import HISTORY_NAMES, PASSAGE_NAMES, SYSTEM_KEYS, SYSTEM_NAMES, spelled
 from loracli.calibration.checks import is_nothing
 from loracli.errors import UsageError
 
@@ -58,23 +59,43 @@ def shadowed(fields: Mapping[str, Any], names: Mapping[str, str]) -> set[str]:
 
 def suggestion(fields: Mapping[str, Any]) -> str | None:
     """The option that reads a record of no shape, None where nothing suggests one."""
+    chosen = fields.get("chosen")
+    if isinstance(chosen, list):
+        first = chosen[0] if chosen and isinstance(chosen[0], dict) else {}
+        answers = first.get("role", first.get("from")) in ("assistant", "gpt")
+        return "--fields completion=chosen" if answers and "prompt" in fields else "--fields messages=chosen"
     if "chosen" in fields:
-        if isinstance(fields["chosen"], list) and "prompt" not in fields:
-            return "--fields messages=chosen"
-        return "--fields completion=chosen" if "prompt" in fields else _pair(fields, ("chosen",))
+        return _pair(fields, ("chosen",))
     return _pair(fields, _ANSWERS)
 
 
 def _pair(fields: Mapping[str, Any], answers: tuple[str, ...]) -> str | None:
-    texts = {
-        key.lower(): key for key, value in reversed(list(fields.items())) if isinstance(value, str) and len(key) <= 60
-    }
+    """Prompt and completion; where a record has more that the model should see, an instruction that keeps it."""
+    keys = {spelled(key): key for key, value in reversed(list(fields.items())) if not is_nothing(value)}
+    texts = {name: key for name, key in keys.items() if isinstance(fields[key], str)}
     answer = next((texts[name] for name in answers if name in texts), None)
-    more = [f"{name}={texts[name]}" for name in ("context",) if not is_nothing(fields.get(texts.get(name, "")))]
     question = next((texts[name] for name in _QUESTIONS if name in texts and texts[name] != answer), None)
     if answer is None or question is None:
         return None
-    if more or any(not is_nothing(fields.get(key)) for key in SYSTEM_KEYS):
-        inputs = ",input=" + texts["context"] if more else ""
-        return f"--fields instruction={question}{inputs},output={answer}"
-    return f"--fields prompt={question},completion={answer}"
+    beside = [texts[name] for name in ("input", *PASSAGE_NAMES) if name in texts]
+    more = {
+        "system": next((texts[name] for name in SYSTEM_NAMES if name in texts), None),
+        "history": next(
+            (keys[name] for name in HISTORY_NAMES if isinstance(fields.get(keys.get(name, "")), list)), None
+        ),
+        "input": next((key for key in beside if key not in (question, answer)), None),
+    }
+    if not any(more.values()):
+        return _option({"prompt": question, "completion": answer})
+    return _option({"instruction": question} | {name: key for name, key in more.items() if key} | {"output": answer})
+
+
+def _option(names: Mapping[str, str]) -> str | None:
+    """Without what is called so already; None where a key cannot be written."""
+    if any(set(key) & set(",=") or key != key.strip() for key in names.values()):
+        return None
+    written = (f"{name}={key}" for name, key in names.items() if key != name and (name, key) not in _READ_AS_THEY_ARE)
+    return "--fields " + shlex.quote(",".join(written))
+
+
+_READ_AS_THEY_ARE = {("system", key) for key in SYSTEM_KEYS}

@@ -28,6 +28,8 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _ARRAY = re.compile(rb"\s*\[\s*\{")
 _PLAIN_END = re.compile(rb'["\d\]el}]\s*[}\]]\s*\Z')  # no zeros between its last characters
 _HEADER_CELL = re.compile(r"[\w .\-/()]{1,60}")
+# Keys that tell of a file beside the list of its records.
+_ABOUT = ("version", "name", "description", "license", "author", "meta", "metadata", "info", "features", "config")
 _FIRST_LINE = 1 << 16  # bytes of it that are looked at
 # Names that make a line of words the header of a table.
 _COLUMNS = frozenset(
@@ -56,6 +58,12 @@ class FileForm:
         rows = f"json.load({lines})" if self.array else f"map(json.loads, filter(str.strip, {lines}))"
         condition = "" if where == "True" else f" if {where}"
         return self._command(f"import gzip, json, sys; [print(json.dumps({row})) for r in {rows}{condition}]", "kept")
+
+    def of_object(self, key: str) -> str:
+        """The command for one object that holds the records in a list under `key`."""
+        opened = self._opened('encoding="utf-8-sig"')
+        rows = f"json.load({opened})[{json.dumps(key)}]"
+        return self._command(f"import gzip, json, sys; [print(json.dumps(r)) for r in {rows}]", "rows")
 
     def of_table(self, delimiter: str) -> str:
         """The command for a table with a head."""
@@ -219,6 +227,12 @@ def _check_form(data: bytes, form: FileForm, named: str) -> None:
         opened = "open_file" if start.startswith(b"ARROW1") else "open_stream"
         command = form.of_arrow("pyarrow.ipc", f"pyarrow.ipc.{opened}(sys.argv[1]).read_all()")
         refuse("an Arrow file", f"with pyarrow installed: {command}")
+    if start.startswith(b"PK\x03\x04") and (
+        b"xl/workbook" in data or (form.path and form.path.suffix.lower() == ".xlsx")
+    ):
+        refuse("a spreadsheet (XLSX)", "save it as CSV, and give that: you are then shown what makes JSONL of it")
+    if start[257:262] == b"ustar":
+        refuse("a tar archive", f"unpack it, and give the file in it: tar -xf {form.word}")
     if start.startswith(b"PK\x03\x04"):
         refuse("a ZIP archive", f"unpack it: python -m zipfile -e {form.word} .")
     if start.startswith(b"\x28\xb5\x2f\xfd"):
@@ -236,6 +250,9 @@ def _check_form(data: bytes, form: FileForm, named: str) -> None:
         refuse("an HTML page", "fetch the file itself")
     if first.startswith(b"<"):
         refuse("XML", form.of_xml())
+    key = _list_of_records(data) if first.startswith(b"{") else None
+    if key is not None:
+        refuse(f"an object that holds its records in {key}", form.of_object(key))
     delimiter = _delimiter(first, form)
     if delimiter is not None:
         refuse("a table (CSV)" if delimiter != "\t" else "a table (TSV, CSV with tabs)", form.of_table(delimiter))
@@ -252,6 +269,28 @@ def _wide_encoding(start: bytes) -> str | None:
     if len(start) >= 4 and start[0] == start[2] == 0 and start[1] and start[3]:
         return "utf-16-be"
     return None
+
+
+def _list_of_records(data: bytes) -> str | None:
+    """The key of the only list of a file that is one object, with no text beside it that could be a prompt or answer.
+
+    None as well where its objects are the turns of a conversation.
+    """
+    text = data.removeprefix(BOM).strip()
+    first = text.split(b"\n", 1)[0].strip()
+    if first.endswith(b"}") and len(first) < len(text):
+        return None  # lines of objects
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    lists = [key for key, value in fields.items() if isinstance(value, list)]
+    if len(lists) != 1 or len(lists[0]) > 60 or not lists[0].isidentifier():
+        return None
+    [key] = lists
+    others = [value for name, value in fields.items() if name not in (key, *_ABOUT)]
+    turns = any(not isinstance(row, dict) or {"role", "from"} & row.keys() for row in fields[key])
+    return key if fields[key] and not turns and not others else None
 
 
 def _delimiter(first: bytes, form: FileForm) -> str | None:

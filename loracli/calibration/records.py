@@ -23,11 +23,11 @@ from typing import Any, BinaryIO, TypeAlias
 from loracli.calibration.beside import (
     SYSTEM_KEYS,
     DoubtfulMark,
+    FileMarks,
     check_context,
     check_marks,
     check_media,
     grades,
-    is_class,
 )
 from loracli.calibration.checks import LineError, check_text, is_nothing, kind_of
 from loracli.calibration.fields import parse_fields, renamed, shadowed
@@ -228,7 +228,8 @@ class _Read:
     records: dict[int, Record] = field(default_factory=dict)  # by line, as are the others
     problems: dict[int, LineError] = field(default_factory=dict)
     doubtful: dict[int, Record] = field(default_factory=dict)  # whose problem is a label of 0
-    classes: bool = False  # whether another label says that it is a class
+    marks: FileMarks = field(default_factory=FileMarks)
+    broken: int | None = None  # the record of an array behind which nothing can be told apart
     ignored: set[str] = field(default_factory=set)
     graded: set[str] = field(default_factory=set)
     systems: set[str] = field(default_factory=set)
@@ -261,21 +262,27 @@ def read_records(
     form, text = decoded(data, source.path, str(source))
     read = _Read()
     for number, line in numbered(text, form):
+        if isinstance(line, Unreadable):
+            read.broken = number
         try:
             record = _parse_line(line)
             shape = shape or detect_shape(renamed(record, names))
             _read_one(read, number, f"{source}:{number}", record, shape, names)
         except LineError as error:
             read.problems[number] = error
-    if read.classes:
+    if read.marks.classes:
         read.records |= read.doubtful
         read.problems = {number: error for number, error in read.problems.items() if number not in read.doubtful}
-    problems = {number: f"{source}:{number}: {error}" for number, error in read.problems.items()}
+    for number, unmarked in read.marks.refused():
+        if read.records.pop(number, None) is not None:
+            read.problems[number] = unmarked
+    problems = {number: f"{source}:{number}: {error}" for number, error in sorted(read.problems.items())}
     if not problems and not read.records:
         raise CalibrationError(f"{source} holds no records", hint="write one JSON object on each line")
-    if shape is None or not read.records or (problems and not skip_bad):
+    if shape is None or not read.records or (problems and not skip_bad) or read.broken:
+        behind = f", and nothing behind record {read.broken} can be read" if read.broken else ""
         raise CalibrationError(
-            f"{len(problems)} of {len(problems) + len(read.records)} records in {source} cannot be used",
+            f"{len(problems)} of {len(problems) + len(read.records)} records in {source} cannot be used{behind}",
             problems=tuple(problems.values()),
             hint=_way_out(read, form, skip_bad=skip_bad),
         )
@@ -287,6 +294,9 @@ def read_records(
         progress.note(f"{source}: these keys are not read: {shown_keys(read.ignored)}")
     if read.graded:
         progress.warn(f"{source}: {shown_keys(read.graded)}: not read; every answer is learnt, whatever its grade")
+    doubtful = read.marks.doubtful()
+    if doubtful:
+        progress.warn(f"{source}: {shown_keys(doubtful)}: not read; every answer is learnt, whatever it says")
     return CalibrationFile(
         source=source,
         sha256=hashlib.sha256(data).hexdigest(),
@@ -303,10 +313,11 @@ def _read_one(
     """Takes one record in, if it can be used."""
     fields, known = renamed(record, names), keys_of(shape)
     found = Record(place, read_content(fields, shape), _task(fields), _choices(fields))
-    read.classes = read.classes or is_class(fields)
+    read.marks.count_label(fields)
     check_media(fields, known)
     check_context(fields, known | keys_of_shapes(fields), found.content)
-    read.ignored |= (fields.keys() - known - _HARMLESS) | shadowed(record, names)
+    unread = fields.keys() - known - _HARMLESS
+    read.ignored |= unread | shadowed(record, names)
     read.graded |= grades(fields)
     read.systems |= {key for key in SYSTEM_KEYS if key in known and not is_nothing(fields.get(key))}
     try:
@@ -314,11 +325,14 @@ def _read_one(
     except DoubtfulMark:
         read.doubtful[number] = found
         raise
+    read.marks.add(number, fields, unread, has_answer=shape != "text")
     read.records[number] = found
 
 
 def _way_out(read: _Read, form: FileForm, *, skip_bad: bool) -> str | None:
     """The hint for a file with bad lines: what mends all of a kind, if that is known."""
+    if read.broken is not None:
+        return f"mend the array at record {read.broken}: nothing behind it can be read, so it cannot be left out"
     found = next((error.way_out for error in read.problems.values() if error.way_out is not None), None)
     if found is not None:
         return found(form)

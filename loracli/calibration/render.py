@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -398,7 +398,8 @@ def render_file(
         raise CalibrationError(
             f"{len(bad)} of {len(file.records)} records in {file.source} cannot be rendered",
             problems=(*problems, *more),
-            hint="write prompt and completion, with the text as the model should see it"
+            hint=_where_system(file, frozenset(bad))
+            + "write prompt and completion, with the text as the model should see it"
             + ("" if skip_bad or len(bad) == len(file.records) else ", or leave them out with --skip-bad"),
         )
     if bad:
@@ -443,6 +444,15 @@ def _takes_template(file: CalibrationFile, tokenizer: Any, progress: Progress) -
     if templated and "strftime_now" in _template_text(tokenizer):  # as Llama 3.2's default system turn
         progress.warn(f"{file.source}: the chat template can write today's date; on another day the tokens may differ")
     return templated
+
+
+def _where_system(file: CalibrationFile, problems: Collection[int]) -> str:
+    """The way out that a record with a system turn has, for the beginning of a hint."""
+    for record in file.records:
+        turns = record.content.get("messages", ()) if record.line in problems else ()
+        if any(turn["role"] in ("system", "developer") for turn in turns):
+            return "if the template takes no system turn, write its text into the first user turn; or "
+    return ""
 
 
 def _renderer(

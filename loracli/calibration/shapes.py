@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from loracli.calibration.beside import SYSTEM_KEYS, preference_beside_none
-from loracli.calibration.checks import LineError, WayOut, check_text, kind_of, shown
+from loracli.calibration.checks import LineError, WayOut, check_text, is_nothing, kind_of, shown
 from loracli.calibration.fields import suggestion
 from loracli.system.strict_json import StrictJsonError, parse_json
 
@@ -112,7 +112,7 @@ def read_turns(value: Any, path: str, *, sharegpt: bool = False) -> Turns:
 
 def _is_filler(value: Any) -> bool:
     """What stands where a table of all keys was filled up."""
-    return value is None or value in ("", [], {})
+    return value is None or value in ([], {}) or (isinstance(value, str) and is_nothing(value))
 
 
 def chat(turns: Turns, path: str, tools: Any = None) -> dict[str, Any]:
@@ -149,6 +149,9 @@ def _said(value: Any, path: str, *, answers: bool) -> str:
             if not isinstance(part, dict) or part.get("type") != "text":
                 kind = shown(part.get("type")) if isinstance(part, dict) else kind_of(part)
                 raise LineError(f'{place}: only parts of the type "text" are read, got {kind}')
+            more = [key for key in part if key not in ("type", "text") and not _is_filler(part[key])]
+            if more:
+                raise LineError(f"{place}.{shown_keys(more[:1])}: only type and text of a part are read")
             parts.append(check_text(part.get("text"), f"{place}.text", may_be_empty=True))
         value = "".join(parts)
     return check_text(value, path, may_be_empty=not answers)

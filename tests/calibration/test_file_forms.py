@@ -88,7 +88,10 @@ def test_a_bad_record_of_an_array_is_named_by_its_number(tmp_path: Path) -> None
 def test_an_array_that_breaks_off_is_named_at_the_record(tmp_path: Path, text: str, problem: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
-    assert refused(path).problems == (f"{path}:{problem}",)
+    for skip_bad in (False, True):
+        error = refused(path, skip_bad=skip_bad)
+        assert error.problems == (f"{path}:{problem}",) and "--skip-bad" not in (error.hint or "")
+        assert str(error).endswith(f"nothing behind record {problem[0]} can be read") and error.hint
 
 
 def test_an_array_on_the_first_of_several_lines_is_a_bad_line(tmp_path: Path) -> None:
@@ -127,6 +130,10 @@ PAIRS = [{"question": "q, 1", "answer": "a1"}, {"question": "q2", "answer": "a\n
         ("u32.json", json.dumps(PAIRS).encode("utf-32"), "UTF-32 text"),
         ("x.xml", b"<?xml version='1.0'?><rows><r><question>q, 1</question><answer>a1</answer></r>"
                   b"<r><question>q2</question><answer>a\n<b>2</b></answer></r></rows>", "XML"),
+        ("o.json", json.dumps({"version": "1", "data": PAIRS}, indent=1).encode(),
+         "an object that holds its records in data"),
+        ("o.jsonl", json.dumps({"train": PAIRS}).encode(), "an object that holds its records in train"),
+        ("o.json.gz", gzip.compress(json.dumps({"x": PAIRS}).encode()), "an object that holds its records in x"),
         ("z.jsonl.bz2", bz2.compress("".join(json.dumps(r) + "\n" for r in PAIRS).encode()), "compressed by bz2"),
         ("z.jsonl.xz", lzma.compress("".join(json.dumps(r) + "\n" for r in PAIRS).encode()), "compressed by xz"),
     ],
@@ -152,6 +159,8 @@ def test_another_form_is_named_and_the_command_shown_makes_jsonl_of_it(
         (b"ARROW1\0\0", "an Arrow file", "pyarrow.ipc.open_file(sys.argv[1])"),
         (b"\xff\xff\xff\xff\x10\0", "an Arrow file", "pyarrow.ipc.open_stream(sys.argv[1])"),
         (b"PK\x03\x04", "a ZIP archive", "python -m zipfile -e data ."),
+        (b"PK\x03\x04" + b"\0" * 26 + b"xl/workbook.xml", "a spreadsheet (XLSX)", "save it as CSV"),
+        (gzip.compress(b"a.jsonl".ljust(257, b"\0") + b"ustar\0" + b"\0" * 249), "a tar archive", "tar -xf data"),
         (b"\x28\xb5\x2f\xfd\0", "compressed by zstd", "zstd -d data"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of git LFS", "git lfs pull"),
         (b"\n<!DOCTYPE html>\n<html>", "an HTML page", "fetch the file itself"),
@@ -164,6 +173,18 @@ def test_what_needs_another_tool_is_named(
     Path("data").write_bytes(data)
     error = refused(Path("data"))
     assert str(error) == f"data is {what}, not JSONL" and hint in (error.hint or "")
+
+
+def test_a_record_that_holds_a_list_is_a_record(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = write(tmp_path / "val.jsonl", {"dialog": talk})
+    assert contents(read_records(path, fields="messages=dialog")) == [{"messages": talk}]
+    asked = {"prompt": "p", "completion": "c", "sources": [{"url": "u"}]}
+    assert len(read_records(write(path, asked)).records) == 1
+    assert (
+        len(read_records(write(path, {"q": "p", "a": "c", "n": [{"u": 1}]}), fields="prompt=q,completion=a").records)
+        == 1
+    )
 
 
 def test_lines_of_text_are_no_table(tmp_path: Path) -> None:
@@ -252,11 +273,24 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
         ({"instruction": "q", "response": "a"}, "prompt=instruction,completion=response"),
         ({"instruction": "q", "context": "", "response": "a"}, "prompt=instruction,completion=response"),
         ({"Question": "q", "Answer": "a"}, "prompt=Question,completion=Answer"),
-        ({"prompt": "q", "response": "a"}, "prompt=prompt,completion=response"),
-        ({"instruction": "q", "context": "c", "response": "a"},
-         "instruction=instruction,input=context,output=response"),
+        ({"prompt": "q", "response": "a"}, "completion=response"),
+        ({"instruction": "q", "context": "c", "response": "a"}, "input=context,output=response"),
         ({"system_prompt": "s", "question": "q", "response": "a"}, "instruction=question,output=response"),
+        ({"system": "s", "question": "q", "response": "a"}, "instruction=question,output=response"),
+        ({"preprompt": "s", "question": "q", "answer": "a"}, "instruction=question,system=preprompt,output=answer"),
+        *(({key: "c", "question": "q", "answer": "a"}, f"instruction=question,input={key},output=answer")
+          for key in ("passage", "document", "background", "knowledge", "evidence", "Context", "paragraph")),
+        ({"instruction": "q", "input": "c", "target": "a"}, "output=target"),
+        ({"input": "q", "context": "c", "output": "a"}, "instruction=input,input=context"),
+        ({"query": "q", "response": "a", "history": [["h", "i"]]}, "instruction=query,output=response"),
+        ({"query": "q", "response": "a", "chat_history": [["h", "i"]]},
+         "instruction=query,history=chat_history,output=response"),
+        ({"the question": "x", "question": "q", "my passage": "", "answer": "a"}, "prompt=question,completion=answer"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "completion=chosen"),
+        ({"prompt": "q", "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+          "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]}, "messages=chosen"),
+        ({"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "a"}],
+          "rejected": [{"role": "assistant", "content": "b"}]}, "completion=chosen"),
         ({"question": "q", "chosen": "a", "rejected": "b"}, "prompt=question,completion=chosen"),
         ({"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "rejected": []},
          "messages=chosen"),
@@ -268,8 +302,9 @@ def test_the_refusal_shows_the_option_that_reads_the_file(tmp_path: Path, row: d
     assert (error.hint or "").endswith(f"--fields {option}") and len(error.problems) == 2
     file = read_records(path, fields=option)
     texts = json.dumps(file.records[0].content)
-    assert '"q' in texts and '"a"' in texts and ('\\nc"' in texts) == bool(row.get("context"))
-    assert ('"s"' in texts) == ("system_prompt" in row)
+    assert '"q' in texts and '"a"' in texts and ('\\nc"' in texts) == ("c" in row.values())
+    assert ('"s"' in texts) == ("s" in row.values()) and ('"h"' in texts) == any("history" in key for key in row)
+    assert file.shape == "alpaca" or not {"c", "s"} & {str(value) for value in row.values()}
     assert contents(read_records(DataSource(path, fields=option))) == contents(file)
 
 

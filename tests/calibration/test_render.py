@@ -277,6 +277,7 @@ def test_a_template_that_refuses_a_record_is_quoted_and_every_such_record_named(
         render_file(chats(system, turns(ASK, ANSWER), system), make_tokenizer(chat_template=template), max_length=500)
     reason = "the chat template refuses it: no system turn"
     assert caught.value.problems == (f"val.jsonl:1: {reason}", f"val.jsonl:3: {reason}")
+    assert "write its text into the first user turn" in (caught.value.hint or "")
 
 
 def test_records_that_cannot_be_rendered_are_left_out_on_request() -> None:

@@ -140,9 +140,10 @@ def test_bad_messages_are_named(messages: Any, reason: str) -> None:
 
 def test_a_null_where_a_table_of_all_keys_was_filled_up_is_no_key() -> None:
     filled = [
-        turn | {"name": None, "tool_calls": [], "function_call": {}, "reasoning_content": "", "weight": None}
+        turn | {"name": None, "tool_calls": [], "function_call": {}, "reasoning_content": " ", "weight": None}
         for turn in turns(ASK, ANSWER)
     ]
+    filled[1]["tool_calls"] = "[]"
     assert read({"messages": filled, "tools": None}) == {"messages": turns(ASK, ANSWER)}
 
 
@@ -187,6 +188,8 @@ def test_text_parts_are_joined_as_they_stand() -> None:
         (["u"], 'messages[0].content[0]: only parts of the type "text" are read, got a string'),
         ([{"type": "text", "text": "u"}, {"type": "image_url", "image_url": {"url": "x"}}],
          'messages[0].content[1]: only parts of the type "text" are read, got "image_url"'),
+        ([{"type": "text", "text": "u", "image_url": {"url": "x"}}],
+         "messages[0].content[0].image_url: only type and text of a part are read"),
         ([{"text": "u"}], 'messages[0].content[0]: only parts of the type "text" are read, got null'),
         ([{"type": "text"}], "messages[0].content[0].text: expected a string, got null"),
     ],
