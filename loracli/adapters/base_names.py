@@ -98,8 +98,8 @@ def named_apart(adapters: Sequence[LoraAdapter]) -> bool:
     kinds = [{m[0].kind == "experts" for n, m in a.targets.items() if "experts" in n.split(".")} for a in adapters]
     first: dict[str, tuple[str, int]] = {}
     for target, modules in (item for adapter in adapters for item in adapter.targets.items()):
-        own = modules[0].kind, modules[0].factors.in_features
-        if first.setdefault(target, own) != own:
+        size = modules[0].kind, modules[0].factors.in_features
+        if first.setdefault(target, size) != size:
             return True
     return len(set().union(*kinds)) > 1
 

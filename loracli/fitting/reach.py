@@ -132,7 +132,8 @@ def warn_untried(read: WeightsRead, base_id: str, unknown: str, progress: Progre
     """Tells of a base whose forward could not be tried, and what is not known for that."""
     if read.failure is not None:
         progress.warn(
-            f"whether {base_id} reads weights without calling their layers could not be tried: {read.failure}; {unknown}"
+            f"whether {base_id} reads weights without calling their layers could not be tried: {read.failure}; "
+            f"{unknown}"
         )
 
 

@@ -289,12 +289,11 @@ def _has_a_value(file: BinaryIO, start: int, entry: Any) -> bool:
         size = _FLOAT_BYTES.get(entry["dtype"])
         file.seek(start + begin)
         while begin < end:
-            block = file.read(min(BLOCK, end - begin))
+            block = bytearray(file.read(min(BLOCK, end - begin)))
             if not block:
                 return True
             begin += len(block)
             if size is not None:
-                block = bytearray(block)
                 block[size - 1 :: size] = block[size - 1 :: size].translate(_UNSIGNED)
             if block.strip(b"\0"):
                 return True
