@@ -87,27 +87,41 @@ def adapted_names(adapter: LoraAdapter) -> dict[str, str]:
 def named_apart(adapters: Sequence[LoraAdapter]) -> bool:
     """Whether the adapters may have different names for the same layers, so that only the base tells.
 
-    Nothing in front of a layer's number is the same, and what is behind it is; or one has a layer for each expert and
-    another a parameter; or what has one name is of another kind or size. An encoder's layers and a decoder's are what
-    they say.
+    Layers of one have in front of their number what no layer of another has, and the other way round, and the same
+    behind it; or one has a layer for each expert and another a parameter; or what has one name is of another kind or
+    size. An encoder's layers and a decoder's are what they say.
     """
-    fronts: list[tuple[set[str], set[str]]] = []
-    for adapter in adapters:
-        split = [_NUMBER.split(name, maxsplit=1) for name in adapter.targets]
-        layers = [(front, _NUMBER.sub(_ANY_NUMBER, behind)) for front, behind in (s for s in split if len(s) == 2)]
-        fronts.append(({front for front, _ in layers}, {behind for _, behind in layers}))
-    for place, (front, behind) in enumerate(fronts):
-        for other, theirs in fronts[:place]:
-            apart = front and other and not front & other and behind & theirs
-            if apart and not _STACKS.search(" ".join(front | other)):
-                return True
+    stacks = [_stacks_of(adapter) for adapter in adapters]
+    for place, own in enumerate(stacks):
+        if any(_may_be_one(own, other) for other in stacks[:place]):
+            return True
     kinds = [{m[0].kind == "experts" for n, m in a.targets.items() if "experts" in n.split(".")} for a in adapters]
     first: dict[str, tuple[str, int]] = {}
     for target, modules in (item for adapter in adapters for item in adapter.targets.items()):
-        own = modules[0].kind, modules[0].factors.in_features
-        if first.setdefault(target, own) != own:
+        size = modules[0].kind, modules[0].factors.in_features
+        if first.setdefault(target, size) != size:
             return True
     return len(set().union(*kinds)) > 1
+
+
+def _stacks_of(adapter: LoraAdapter) -> dict[str, set[str]]:
+    """What stands behind the number of a layer, by what stands in front of it."""
+    stacks: dict[str, set[str]] = {}
+    for name in adapter.targets:
+        front, *behind = _NUMBER.split(name, maxsplit=1)
+        for rest in behind:
+            stacks.setdefault(front, set()).add(_NUMBER.sub(_ANY_NUMBER, rest))
+    return stacks
+
+
+def _may_be_one(own: Mapping[str, set[str]], other: Mapping[str, set[str]]) -> bool:
+    """Whether a stack of layers that only one adapter has may be one that only the other has, by another name."""
+
+    def alone(stacks: Mapping[str, set[str]], others: Mapping[str, set[str]]) -> set[tuple[frozenset[str], str]]:
+        fronts = stacks.keys() - others.keys()
+        return {(frozenset(_STACKS.findall(front)), behind) for front in fronts for behind in stacks[front]}
+
+    return not alone(own, other).isdisjoint(alone(other, own))
 
 
 def without_wrapper(name: str) -> str:

@@ -20,6 +20,7 @@ from loracli.adapters.names import leaf
 from loracli.algebra.factors import inner_product
 from loracli.errors import IncompatibleAdapters, UsageError
 from loracli.hub.fetch import fetch_adapter
+from loracli.hub.references import distinct_bases
 from loracli.progress import SILENT, Progress
 
 
@@ -48,7 +49,7 @@ def problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False, ba
             round.
     """
     problems = []
-    names = {adapter.config.base_model for adapter in adapters if adapter.config.base_model}
+    names = distinct_bases(adapter.config.base_model for adapter in adapters)
     if len(names) > 1 and not base_given:
         claims = ", ".join(f"{a.reference} names {a.config.base_model}" for a in adapters)
         problems.append(f"the adapters name different base models: {claims}")

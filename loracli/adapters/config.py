@@ -299,7 +299,7 @@ class _Fields:
         alpha = self._number(field, value)
         if alpha == 0:
             raise UnsupportedAdapter(
-                f"the field {field} is 0, and with it the whole update",
+                f"the field {field} is 0, and with it the update of each module that it is for",
                 where=self._where,
                 hint="set it to the lora_alpha of the training: some converters write 0 and leave the number to you",
             )

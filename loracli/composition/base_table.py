@@ -64,7 +64,7 @@ def base_table(
     known = None if base is not None else table_of_adapters(adapters)
     if known is not None:
         return known, tuple(adapters)
-    from loracli.fitting.reach import weights_read
+    from loracli.fitting.reach import IGNORED, warn_untried, weights_read
     from loracli.model.base import base_modules, check_shapes, find_base, named_as, plan_base
     from loracli.model.base_copies import check_base_copies, stored_weights
     from loracli.model.checkpoint import read_checkpoint
@@ -79,7 +79,9 @@ def base_table(
     targets = {name for adapter in named for name in adapter.targets}
     bypassed: tuple[str, ...] = ()
     if task in (None, CAUSAL_LM):  # which alone is tried
-        bypassed = tuple(sorted(targets & weights_read(reference).bypassed))
+        read = weights_read(reference)
+        warn_untried(read, reference.id, IGNORED, progress)
+        bypassed = tuple(sorted(targets & read.bypassed))
     return BaseTable(reference.id, base_modules(skeleton, named), bypassed), named
 
 

@@ -10,7 +10,8 @@ An adapter acts where its layer is called, in PEFT as here. Two kinds of layers 
 
 Which modules are reached is seen on the records. Which weights a model takes is seen without any, and without the
 base's numbers: its forward is run once on a few tokens with every layer replaced by one that gives zeros, while each
-operation is looked at for the weights that go into it.
+operation is looked at for the weights that go into it. A router, which takes its own weight when it is called, stays as
+it is.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from loracli.progress import Progress
 
 NAMED = 4  # modules in a message; of the others the number
 TOKENS = 4  # of the trial
+IGNORED = "it is not known which updates the base ignores"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def find_reach(
     if not unreached:
         return Reach()
     read = weights_read(base)
+    warn_untried(read, base.id, IGNORED, progress)
     found = Reach(unreached, tuple(name for name in unreached if name in read.bypassed))
     _tell(found, engine.objective.attached.modules, base.id, progress)
     return found
@@ -101,6 +104,7 @@ def foresee_bypassed(modules: Sequence[str], base: BaseReference, progress: Prog
         BaseModelMismatch: if it bypasses all of them.
     """
     read = weights_read(base)
+    warn_untried(read, base.id, IGNORED, progress)
     bypassed = tuple(name for name in modules if name in read.bypassed)
     _tell(Reach(bypassed, bypassed), modules, base.id, progress)
 
@@ -121,6 +125,15 @@ def _tell(found: Reach, modules: Sequence[str], base_id: str, progress: Progress
         progress.warn(
             f"no record reaches {named(found.passed_by)}: nothing here says what their updates do, and a fit leaves "
             "weights that are theirs alone where it begins"
+        )
+
+
+def warn_untried(read: WeightsRead, base_id: str, unknown: str, progress: Progress) -> None:
+    """Tells of a base whose forward could not be tried, and what is not known for that."""
+    if read.failure is not None:
+        progress.warn(
+            f"whether {base_id} reads weights without calling their layers could not be tried: {read.failure}; "
+            f"{unknown}"
         )
 
 
@@ -171,6 +184,8 @@ class _Trial:
         self._layers: list[tuple[str, nn.Module]] = []
         for name, module in skeleton.named_modules():
             kind, in_features, out_features = kind_and_shape(module)
+            if kind == "parameter":  # a router, whose forward makes more of its weight than W x, and keeps it
+                continue
             if kind != "other":
                 dtype = module.weight.dtype if kind == "embedding" else None
                 module.forward = partial(self._layer, name, out_features, dtype)

@@ -20,7 +20,7 @@ from loracli.composition.base_table import BaseTable
 from loracli.composition.composition import MethodSource, RecipeSource, Source
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
 from loracli.export.method import DEFAULTS, find_method, published_identities, read_to_compose
-from loracli.fitting.reach import named, weights_read
+from loracli.fitting.reach import named, warn_untried, weights_read
 from loracli.fusing.plan import FusionPlan, plan_fusion
 from loracli.fusing.quantised import Quantisation
 from loracli.fusing.workplace import read_config
@@ -183,11 +183,8 @@ def bypassed_modules(reference: BaseReference, source: Source, progress: Progres
     """
     targets = {target_of(name) for name in source.names()}
     read = weights_read(reference)
-    if read.failure is not None:
-        progress.warn(
-            f"whether {reference.id} reads weights without calling their layers could not be tried: {read.failure}; "
-            "if it does, the fused model has updates that the fit and PEFT ignore"
-        )
+    unknown = "if it does, the fused model has updates that the fit and PEFT ignore"
+    warn_untried(read, reference.id, unknown, progress)
     shared = sorted(targets & read.shared)
     if shared:
         progress.warn(

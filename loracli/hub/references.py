@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -174,8 +174,18 @@ class BaseClaim:
     revision: str | None
 
 
+def distinct_bases(names: Iterable[str | None]) -> tuple[str, ...]:
+    """The base models that are named, each as it is spelt first: the Hub takes a name in any capitals, a path may be
+    another in others."""
+    first: dict[str, str] = {}
+    for name in names:
+        if name:
+            first.setdefault(name.lower() if is_hub_id(name) else name, name)
+    return tuple(first.values())
+
+
 def agreed_base(claims: Mapping[str, BaseClaim], *, way_out: str) -> BaseClaim:
-    """The one base model, and revision if any, that all adapters which name one agree on.
+    """The one base model, and revision if any, that all adapters which name one agree on, as the first spells it.
 
     Args:
         claims: by the adapter's reference.
@@ -184,7 +194,7 @@ def agreed_base(claims: Mapping[str, BaseClaim], *, way_out: str) -> BaseClaim:
         IncompatibleAdapters: if they name different models or revisions, none, or what is no name on the Hub.
     """
     named = {text: claim for text, claim in claims.items() if claim.base_model}
-    models = {claim.base_model for claim in named.values()}
+    models = distinct_bases(claim.base_model for claim in named.values())
     revisions = {claim.revision for claim in named.values() if claim.revision}
     if not models:
         raise IncompatibleAdapters("no adapter names its base model", hint=way_out)
@@ -194,7 +204,7 @@ def agreed_base(claims: Mapping[str, BaseClaim], *, way_out: str) -> BaseClaim:
             for text, claim in named.items()
         )
         raise IncompatibleAdapters(f"the adapters name different base models: {said}", hint=way_out)
-    claim = BaseClaim(models.pop(), next(iter(revisions), None))
+    claim = BaseClaim(models[0], next(iter(revisions), None))
     if (reason := not_on_the_hub(claim)) is not None:
         raise IncompatibleAdapters(f"the adapters name {reason}", hint=way_out)
     return claim

@@ -336,7 +336,7 @@ def _expert_linear(attached: AttachedModel, row: int, stack: Stack) -> ExpertLin
 
 def _weight_updates(attached: AttachedModel, row: int, stack: Stack) -> list[Tensor]:
     """B M A (out, in) in the precision of M: of all tokens, or of those of each record."""
-    core = attached.cores[row]
+    core = attached.core_for(row)
     if isinstance(core, tuple):
         return [core[1] @ core[0]]
     core = core.to(stack.lora_A.device)

@@ -32,7 +32,15 @@ from loracli.adapters.other_bases import other_bases, say_other_bases
 from loracli.adapters.tasks import CAUSAL_LM, model_class
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
 from loracli.hub.fetch import fetch_base
-from loracli.hub.references import URI_PREFIX, BaseClaim, agreed_base, is_hub_id, is_revision, not_on_the_hub
+from loracli.hub.references import (
+    URI_PREFIX,
+    BaseClaim,
+    agreed_base,
+    distinct_bases,
+    is_hub_id,
+    is_revision,
+    not_on_the_hub,
+)
 from loracli.model.base_copies import check_base_copies
 from loracli.model.base_places import BaseNames
 from loracli.model.checkpoint import shard_names
@@ -106,7 +114,7 @@ def find_base(
     """
     _refuse_convolutions(adapters)
     stated = {adapter.reference: adapter.config.base_model for adapter in adapters}
-    claims = sorted({model for model in stated.values() if model})
+    claims = distinct_bases(stated.values())
     if base is None:
         base = agreed_base(
             {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters},

@@ -42,6 +42,8 @@ AdapterLayout = Literal["peft", "mlx"]
 MAX_DIMENSIONS = 8
 MAX_SIZE = 1 << 48  # of a dimension
 MAX_CERTIFICATE_BYTES = 64 << 20
+_FLOAT_BYTES = {"F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # the last begins with the sign
+_UNSIGNED = bytes(byte & 0x7F for byte in range(256))
 
 _PEFT = re.compile(r"(?P<module>.+?)\.(lora_(?P<side>[AB])(\.default)?\.weight|lora_embedding_(?P<embedding>[AB]))")
 _MLX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ab])")
@@ -167,7 +169,7 @@ class AdapterFiles:
         with open_regular(path) as file:
             header, raw = read_header(file, os.fstat(file.fileno()).st_size, str(path))
             return any(
-                not any(_has_a_bit(file, len(raw), header.get(name)) for name in names) for names in sides.values()
+                not any(_has_a_value(file, len(raw), header.get(name)) for name in names) for names in sides.values()
             )
 
     @cached_property
@@ -280,16 +282,21 @@ def _patterns(value: object) -> ModulePatterns[Any] | PatternError:
         return error
 
 
-def _has_a_bit(file: BinaryIO, start: int, entry: Any) -> bool:
-    """Whether any bit of a tensor's values is set, whatever their dtype; also if they are not to be had."""
+def _has_a_value(file: BinaryIO, start: int, entry: Any) -> bool:
+    """Whether any of a tensor's values is not 0, or -0 of a floating point format; also if they are not to be had."""
     try:
         begin, end = entry["data_offsets"]
+        size = _FLOAT_BYTES.get(entry["dtype"])
         file.seek(start + begin)
         while begin < end:
-            block = file.read(min(BLOCK, end - begin))
-            if not block or block.strip(b"\0"):
+            block = bytearray(file.read(min(BLOCK, end - begin)))
+            if not block:
                 return True
             begin += len(block)
+            if size is not None:
+                block[size - 1 :: size] = block[size - 1 :: size].translate(_UNSIGNED)
+            if block.strip(b"\0"):
+                return True
     except (KeyError, TypeError, ValueError, OverflowError):
         return True
     return False

@@ -189,6 +189,32 @@ def test_adapters_that_name_the_same_layers_differently_need_the_base(tmp_path: 
     assert found.keys() == adapters[0].modules.keys()
 
 
+@pytest.mark.parametrize(
+    ("fronts", "apart"),
+    [
+        ({"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower."}, True),
+        ({"model.language_model.": "language_model.model."}, True),
+        ({"model.vision_tower.": "vision_tower."}, True),
+        ({"model.language_model.": "model.decoder.", "model.vision_tower.encoder.": "model.encoder."}, True),
+        ({"model.language_model.": "model.decoder."}, False),
+        ({}, False),
+    ],
+    ids=["both", "text", "tower", "an encoder", "a decoder", "none"],
+)
+def test_each_stack_of_layers_is_held_against_those_of_its_own_part(
+    tmp_path: Path, gemma: Gemma, fronts: dict[str, str], apart: bool
+) -> None:
+    """A tower with an encoder beside the text model says nothing of the text model's names."""
+    paths = [make_adapter(tmp_path / name, gemma.base, seed=i) for i, name in enumerate("ab")]
+    tensors = load_file(paths[1] / WEIGHTS)
+    for front, other in fronts.items():
+        tensors = {name.replace(f"model.{front}", f"model.{other}"): tensor for name, tensor in tensors.items()}
+    save_file(tensors, paths[1] / WEIGHTS)
+    adapters = [read_adapter(str(path)) for path in paths]
+    assert named_apart(adapters) is named_apart(adapters[::-1]) is apart
+    assert (table_of_adapters(adapters) is None) is apart
+
+
 def test_a_layer_that_is_named_twice_is_refused(tmp_path: Path, gemma: Gemma) -> None:
     both = tmp_path / "both"
     both.mkdir()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatible import check_composable, overlaps_of, problems_of
 from loracli.errors import IncompatibleAdapters
+from loracli.hub.references import BaseClaim, agreed_base, distinct_bases
 
 TENSORS = "adapter_model.safetensors"
 Shapes = dict[str, tuple[int, int]]  # (out, in) by module
@@ -70,6 +71,19 @@ def test_different_bases_are_a_problem_unless_the_user_names_the_base(tmp_path: 
         check_composable(pair)
     assert "--base" in (caught.value.hint or "")
     check_composable(pair, base_given=True)
+
+
+def test_a_base_in_other_capitals_is_the_same_and_the_first_spelling_counts(tmp_path: Path) -> None:
+    check_composable([adapter(tmp_path / name, SHAPES, base=f"Org/{name}") for name in ("Llama", "llama")])
+
+    def agreed(*names: str) -> str | None:
+        return agreed_base({f"{i}": BaseClaim(name, None) for i, name in enumerate(names)}, way_out="").base_model
+
+    assert agreed("Org/Llama-8B", "org/llama-8b") == "Org/Llama-8B"
+    assert agreed("org/llama-8b", "Org/Llama-8B") == "org/llama-8b"
+    assert distinct_bases(["Org/A", None, "org/a", "org/b", "/x/A", "/x/a"]) == ("Org/A", "org/b", "/x/A", "/x/a")
+    with pytest.raises(IncompatibleAdapters, match="different base models"):
+        agreed("Org/Llama-8B", "org/llama-8b", "org/llama-9b")
 
 
 def test_an_adapter_that_names_no_base_fits_any(tmp_path: Path) -> None:

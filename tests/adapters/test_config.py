@@ -149,7 +149,9 @@ def test_an_alpha_below_zero_is_a_number(tmp_path: Path) -> None:
 def test_an_alpha_of_zero_is_refused_with_what_to_set(tmp_path: Path, fields: dict[str, Any]) -> None:
     """A converter of a trainer writes 0, and leaves it to people to put the number in."""
     error = refused(tmp_path, UnsupportedAdapter, **fields)
-    assert next(iter(fields)) in error.what and "is 0" in error.what
+    assert (
+        next(iter(fields)) in error.what and "is 0, and with it the update of each module that it is for" in error.what
+    )
     assert "lora_alpha of the training" in str(error.hint)
     way_out = json.loads(json.dumps(fields).replace("0.0", "12").replace("0", "12"))
     assert read(tmp_path, **way_out).scaling_of("model.q_proj") == 12 / 8

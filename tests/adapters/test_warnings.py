@@ -115,6 +115,23 @@ def test_only_what_is_zero_in_every_module_is_warned_of(
     assert torch.equal(base, with_it) is warned
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_zeros_below_zero_are_zeros_for_lint_as_for_all_others(
+    tmp_path: Path, two_adapters: tuple[Path, Path], dtype: torch.dtype
+) -> None:
+    folder = zeroed(two_adapters[0], tmp_path / "a", lambda name: False)
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / WEIGHTS).items()}
+    last = max(name for name in tensors if "lora_B" in name)
+    for smallest in (0.0, torch.finfo(dtype).tiny):
+        changed = {name: torch.full_like(t, -0.0) if "lora_B" in name else t for name, t in tensors.items()}
+        changed[last].view(-1)[-1] -= smallest
+        save_file(changed, folder / WEIGHTS)
+        progress = Said()
+        lint_adapter(folder, progress=progress)
+        said = [warning for warning in progress.warnings if "changes nothing" in warning]
+        assert bool(said) is bool(read_adapter(str(folder)).warnings) is (not smallest)
+
+
 def test_a_bias_and_modules_that_were_saved_whole_are_a_change(tmp_path: Path, tiny_base: Path) -> None:
     def read(name: str, which: Zeroed, **config: object) -> LoraAdapter:
         made = make_adapter(tmp_path / f"{name}-trained", tiny_base, **config)

@@ -148,6 +148,43 @@ def test_what_no_record_comes_by_is_named_and_kept(tmp_path: Path) -> None:
     assert name in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_router_is_reached_and_adapters_of_it_alone_fit(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "mixtral")
+    routers = {"targets": (), "parameters": ("mlp.gate.weight",), "size": 0.6}
+    paths = [make_adapter(tmp_path / name, base, seed=i, **routers) for i, name in enumerate("ab")]
+    recipe = fit_case(tmp_path, base, paths)
+    assert recipe.mixing.unreached == recipe.mixing.bypassed == ()
+    assert recipe.fit.largest_move > 1e-3
+    export_adapter(recipe, tmp_path / "out")
+    reported = recipe.held_out.row("fit").nats_per_token
+    assert nats_of_peft(base, tmp_path / "out", tmp_path / "test.jsonl") == pytest.approx(reported, rel=2e-5)
+
+
+def test_a_base_whose_forward_could_not_be_tried_is_said_to_be_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "base", "mamba")
+    names = [str(make_adapter(tmp_path / "a", base, targets=READ["mamba"]))]
+    data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("loracli.fitting.reach._Trial.run", fail)
+
+    commands = [
+        lambda heard: plan_fit(prepare_fit(names, data, base=str(base)), placement=Placement(), progress=heard),
+        lambda heard: fit_mixing(names, data, base=str(base), settings=FitSettings(passes=2), progress=heard),
+        lambda heard: export_method("sum", tmp_path / "out", adapters=names, base=str(base), progress=heard),
+        lambda heard: fuse_model(None, tmp_path / "fused", adapters=names, method="sum", base=str(base),
+                                 progress=heard),
+    ]  # fmt: skip
+    for command in commands:
+        heard = Heard()
+        command(heard)
+        assert len([said for said in heard.warnings if "could not be tried: no such operator" in said]) == 1
+
+
 def test_adapters_of_which_nothing_is_called_are_refused_by_everything_that_runs_or_fuses_them(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "mamba")
     names = [str(make_adapter(tmp_path / n, base, targets=("dt_proj",), seed=i)) for i, n in enumerate("ab")]
