@@ -262,7 +262,9 @@ def test_the_task_is_the_one_that_the_adapters_agree_on(
     assert config_of(tmp_path / "out")["task_type"] == written
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("pipeline_tag: text-generation" in card) == tag
-    assert "Only PEFT reads this adapter: `it changes the convolution first`" in card
+    assert [line for line in card.splitlines() if line.startswith("Only PEFT")] == [
+        "Only PEFT reads this adapter: `it changes the convolution first, which PEFT alone reads`."
+    ]
     verify_directory(tmp_path / "out", adapters=[str(path) for path in paths])
 
 
