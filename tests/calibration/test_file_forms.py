@@ -133,7 +133,7 @@ PAIRS = [{"question": "q, 1", "answer": "a1"}, {"question": "q2", "answer": "a\n
         ("o.json", json.dumps({"version": "1", "data": PAIRS}, indent=1).encode(),
          "an object that holds its records in data"),
         ("o.jsonl", json.dumps({"train": PAIRS}).encode(), "an object that holds its records in train"),
-        ("o.json.gz", gzip.compress(json.dumps({"x": PAIRS}).encode(), mtime=0), "an object that holds its records in x"),
+        ("o.json.gz", gzip.compress(b'{"x": ' + json.dumps(PAIRS).encode() + b"}", mtime=0), "an object that holds"),
         ("z.jsonl.bz2", bz2.compress("".join(json.dumps(r) + "\n" for r in PAIRS).encode()), "compressed by bz2"),
         ("z.jsonl.xz", lzma.compress("".join(json.dumps(r) + "\n" for r in PAIRS).encode()), "compressed by xz"),
     ],
