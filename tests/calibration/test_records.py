@@ -152,8 +152,10 @@ NO_KEYS = "has none of the keys text, prompt, messages, conversations, instructi
         ('{"prompt": "p", "task": 5, "completion": "c"}', "task: expected a string, got a number"),
         ('{"text": "t", "skill": " "}', "skill: empty"),
         (f'{{"text": "t", "task": "{"x" * 101}"}}', "task: longer than 100 characters"),
-        ("[" * 500 + "]" * 500, "expected a JSON object, got a list"),
-        ('{"text": "t", "task": ' + "[" * 900 + "]" * 900 + "}", "task: expected a string, got a list"),
+        ("[" * 90 + "]" * 90, "expected a JSON object, got a list"),
+        ("[" * 500 + "]" * 500, "nested too deeply"),
+        ('{"text": "t", "task": ' + "[" * 90 + "]" * 90 + "}", "task: expected a string, got a list"),
+        ('{"text": "t", "task": ' + "[" * 900 + "]" * 900 + "}", "nested too deeply"),
     ],
     ids=lambda value: repr(value)[:60],
 )  # fmt: skip

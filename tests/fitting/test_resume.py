@@ -154,7 +154,7 @@ def test_kill_9_at_random_moments_and_resume_ends_in_the_same_bytes(fit: Fit) ->
         process = started("broken.json", "--resume")
         while not state.exists() and process.poll() is None:
             time.sleep(0.02)
-        time.sleep(generator.uniform(0.1, 1.2))
+        time.sleep(generator.uniform(0.05, 0.4))
         process.send_signal(signal.SIGKILL)
         kills += process.wait(60) == -signal.SIGKILL
     assert kills >= 2
