@@ -24,8 +24,8 @@ from loracli.evaluation.comparison import (
 from loracli.evaluation.statistics import best_of, detectable, intervals, mcnemar, task_losses
 from loracli.model.loss import Scores
 
-BASE, INGREDIENT, UNIFORM = "base", "ingredient", "uniform"
-CONTENDERS: tuple[RowKind, ...] = ("ingredient", "method", "fit")  # for the best; not the base, nor a control
+_BASE, INGREDIENT, UNIFORM = "base", "ingredient", "uniform"
+_CONTENDERS: tuple[RowKind, ...] = ("ingredient", "method", "fit")  # for the best; not the base, nor a control
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def comparison_of(
     """
     best = min((r for r in rows if r.kind == INGREDIENT), key=lambda row: row.scores.nats_per_token)
     table = _Table(rows, best, margin, seed)
-    contenders = {row.name: row.scores for row in rows if row.kind in CONTENDERS}
+    contenders = {row.name: row.scores for row in rows if row.kind in _CONTENDERS}
     claim = best_of(contenders, seed=seed)
     return Comparison(
         data=names.data,
@@ -106,7 +106,7 @@ def comparison_of(
 
 def _detectable(rows: Sequence[Evaluated], best: Evaluated, claim: BestOf) -> float:
     """Judged by the fit, or without one by the best of the others."""
-    others = [row for row in rows if row.kind in CONTENDERS and row is not best]
+    others = [row for row in rows if row.kind in _CONTENDERS and row is not best]
     if not others:
         return 0.0
     judged = next((r for r in others if r.kind == "fit"), None) or next(
@@ -177,7 +177,7 @@ class _Table:
         return found
 
     def _guards(self) -> list[GuardScore | None]:
-        base = next((row.guard for row in self._evaluated if row.kind == BASE), None)
+        base = next((row.guard for row in self._evaluated if row.kind == _BASE), None)
         if base is None:
             return [None] * len(self._evaluated)
         found: list[GuardScore | None] = []

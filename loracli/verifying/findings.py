@@ -11,8 +11,6 @@ from loracli.composition.card import EXPORT_FORMAT, RECORD_DIGEST, record_digest
 from loracli.errors import VerificationError
 from loracli.system.files import README_FILE
 
-EDITED_CARD = "--edited-card"
-
 
 @dataclass(frozen=True)
 class Unchecked:
@@ -77,10 +75,10 @@ class Findings:
         elif found == recorded:
             return True
         elif edited:
-            self.skip(README_FILE, f"it was changed after it was written, and {EDITED_CARD} allows that")
+            self.skip(README_FILE, "it was changed after it was written, and --edited-card allows that")
         else:
             self.differs(
-                f"{README_FILE} was changed after it was written; if its new words are yours, say so with {EDITED_CARD}"
+                f"{README_FILE} was changed after it was written; if its new words are yours, say so with --edited-card"
             )
         return False
 

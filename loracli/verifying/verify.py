@@ -18,7 +18,7 @@ from loracli.verifying.adapter import verify_adapter
 from loracli.verifying.findings import Findings, Verification
 from loracli.verifying.model import verify_model
 
-MAX_RECORD_BYTES = 128 << 20
+_MAX_RECORD_BYTES = 128 << 20
 
 
 def verify_directory(
@@ -103,9 +103,9 @@ def _stated_task(path: Path) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     with open_regular(path) as file:
-        data = file.read(MAX_RECORD_BYTES + 1)
+        data = file.read(_MAX_RECORD_BYTES + 1)
     try:
-        document = parse_json(data) if len(data) <= MAX_RECORD_BYTES else None
+        document = parse_json(data) if len(data) <= _MAX_RECORD_BYTES else None
     except StrictJsonError as error:
         raise IntegrityError(f"the record is damaged: {error}", where=str(path)) from None
     if not isinstance(document, dict):
