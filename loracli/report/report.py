@@ -17,9 +17,20 @@ from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.mixing import INLINE_KINDS
 from loracli.recipe.reading import load_recipe
 from loracli.recipe.recipe import HeldOut, Recipe
-from loracli.report.charts import Line, heat_map, intervals_chart, loss_curve, ridge_path
+from loracli.report.charts import (
+    Line,
+    folded,
+    heat_map,
+    intervals_chart,
+    loss_curve,
+    page,
+    ridge_path,
+    section,
+    table,
+    tag,
+    text,
+)
 from loracli.report.grid import numbers
-from loracli.report.page import folded, page, section, table, tag, text
 from loracli.system.document import decode
 from loracli.system.files import read_regular, same_file, write_atomically
 from loracli.system.strict_json import StrictJsonError, parse_json

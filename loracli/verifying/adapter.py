@@ -49,10 +49,9 @@ from loracli.verifying.factors import (
     compare_truncation,
     stripped,
 )
-from loracli.verifying.findings import Findings
+from loracli.verifying.findings import UNPROVEN, Findings, compare_card, export_cards, readable_options
 from loracli.verifying.origin import Origin, find_source, read_origin
 from loracli.verifying.peft_reload import reload_differences, skeleton_of
-from loracli.verifying.readme import UNPROVEN, compare_card, export_cards, readable_options
 
 _TASK = "verify"
 _FIGURE = 1e-6  # relative, of a figure of the certificate
