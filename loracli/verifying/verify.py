@@ -42,7 +42,7 @@ from loracli.verifying.adapter import verify_adapter
 from loracli.verifying.findings import UNPROVEN, Findings, Verification, compare_card
 from loracli.verifying.origin import COMPOSITION, find_source, read_origin
 
-TASK = "verify"
+_TASK = "verify"
 _LEFT_BEHIND = {".git", ".gitattributes", ".gitignore", ".DS_Store", ".cache"}  # .cache: what `hf download` keeps
 
 
@@ -55,7 +55,7 @@ class _Base:
     sha256: dict[str, str]
 
 
-def verify_model(
+def _verify_model(
     path: Path,
     document: dict[str, Any],
     findings: Findings,
@@ -238,7 +238,7 @@ def _check_weights(
     planned = {tensor.name: tensor for shard in fusion.shards for tensor in shard.tensors}
     for name in sorted(planned.keys() ^ written.tensors.keys()):
         findings.differs(f"the tensor {name} is {'missing' if name in planned else 'one too many'}")
-    progress.begin(TASK, sum(tensor.source.size for tensor in planned.values()), "B")
+    progress.begin(_TASK, sum(tensor.source.size for tensor in planned.values()), "B")
     for tensor in planned.values():
         found = written.tensors.get(tensor.name)
         if found is None:
@@ -251,7 +251,7 @@ def _check_weights(
         if wrong:
             what = "base plus update" if tensor.replaced is None else "what the adapter saved"
             findings.differs(f"{tensor.name}: {wrong} entries are not {what}, rounded once")
-    progress.finish(TASK)
+    progress.finish(_TASK)
     findings.checked.append("every tensor against the base's plus the composition of the ingredients in float64")
 
 
@@ -281,7 +281,7 @@ def _wrong_entries(
                 read_bytes(handle.fileno(), t.begin + start * (t.size // rows), (stop - start) * (t.size // rows))
                 for handle, t in ((base, own), (file, found))
             )
-            progress.advance(TASK, len(before))
+            progress.advance(_TASK, len(before))
             if not tensor.changed:
                 wrong += int((before != after).sum())
                 continue
@@ -335,7 +335,7 @@ def verify_directory(
         raise InputError(f"{path} is no directory" if path.exists() else f"there is no directory {path}")
     given = None if recipe is None else Path(recipe)
     if (path / FUSE_CERTIFICATE).is_file():
-        verify_model(
+        _verify_model(
             path,
             _read(path / FUSE_CERTIFICATE),
             findings,
