@@ -26,6 +26,7 @@ from loracli.evaluation.comparison import Comparison
 from loracli.evaluation.metrics import TaskMetric
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method
+from loracli.fitting.criterion import Fold, one_fold
 from loracli.fitting.mixing import FixedFactors, Layout
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
@@ -382,6 +383,23 @@ def test_fitted_rows_are_fitted_on_the_calibration_records_alone(
         assert found.row(name).nats_per_token != tested.row(name).nats_per_token
     for name in ("base", "uniform", *adapters):
         assert found.row(name).nats_per_token == pytest.approx(fitted.row(name).nats_per_token, abs=1e-9)
+
+
+def test_a_new_lora_is_trained_and_stopped_on_the_records_that_a_fit_has_for_each(
+    data: Path, tiny_base: Path, two_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folds: dict[str, Fold] = {}
+    for room in ("comparison.candidates", "fitting.run"):
+
+        def divided(*args: Any, room: str = room, **options: Any) -> Fold:
+            return folds.setdefault(room, one_fold(*args, **options))
+
+        monkeypatch.setattr(f"loracli.{room}.one_fold", divided)
+    settings = CompareSettings(("module",), fit=QUICK, controls=Controls(fresh_lora=True))
+    compare(data, tiny_base, two_adapters, fit_data=data / "val.jsonl", settings=settings)
+    control, fit = folds["comparison.candidates"], folds["fitting.run"]
+    assert control == fit and control.validation
+    assert not set(control.fitting) & set(control.validation)
 
 
 def test_two_files_are_compared_as_one_that_holds_both(
