@@ -57,7 +57,6 @@ class _Base:
 
 def _verify_model(
     path: Path,
-    document: dict[str, Any],
     findings: Findings,
     *,
     recipe: Path | None,
@@ -73,6 +72,7 @@ def _verify_model(
         IntegrityError: if the record is damaged, or an ingredient or the base is not the recorded one.
     """
     where = path / FUSE_CERTIFICATE
+    document = _read(where)
     files, recorded, dtype, dequantised, recorded_bypassed, version = _read_record(document, where)
     findings.check_record(document, FUSE_CERTIFICATE)
     whole_card = _check_files(path, files, findings, edited_card=edited_card)
@@ -337,7 +337,6 @@ def verify_directory(
     if (path / FUSE_CERTIFICATE).is_file():
         _verify_model(
             path,
-            _read(path / FUSE_CERTIFICATE),
             findings,
             recipe=given,
             adapters=adapters,

@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from loracli.calibration.render import Example
-from loracli.comparison.table import Evaluated, Names, comparison_of
+from loracli.comparison.inputs import CompareInputs
+from loracli.comparison.settings import CompareSettings
+from loracli.comparison.table import Evaluated, comparison_of
 from loracli.composition.attached import Composition
 from loracli.evaluation.comparison import Comparison, RowKind, Skipped
 from loracli.evaluation.statistics import RESAMPLES, detectable, holm
-from loracli.fitting.mixing import FixedFactors
+from loracli.fitting.mixing import FixedFactors, Layout
+from loracli.fitting.settings import FitSettings
+from loracli.model.base import BaseReference
 from loracli.model.loss import Scores
 
 COUNT = 30
 TOKENS = torch.randint(1, 12, (COUNT,), generator=torch.Generator().manual_seed(0)).double()
-NAMES = Names(data="test.jsonl", base="tiny/base", adapters=("a", "b"), metric=None, guard=None)
+INPUTS = CompareInputs(
+    adapters=(),
+    references=("a", "b"),
+    recipe=None,
+    base=BaseReference("tiny/base", Path("base"), None),
+    test=(),
+    guard=(),
+    calibration=None,
+    datamix=None,
+    layout=Layout(("model.a",), ((2, 2),)),
+    settings=CompareSettings(),
+    repeated=3,
+)
 
 
 def composition(rank: int | None = 4) -> Composition:
@@ -49,13 +66,14 @@ ROWS = [
 ]
 
 
-def compared(rows: list[Evaluated], *, margin: float = 0.02, seed: int = 0, names: Names = NAMES) -> Comparison:
+def compared(rows: list[Evaluated], *, margin: float = 0.02, seed: int = 0, metric: str | None = None) -> Comparison:
     examples = [
         Example(f"x:{line}", (5,) * (1 + int(tokens)), (False, *[True] * int(tokens)), task=[None, "odd"][line % 2])
         for line, tokens in enumerate(TOKENS.tolist())
     ]
     skipped = [Skipped("svd", "why not")]
-    return comparison_of(rows, skipped, names, examples=examples, margin=margin, repeated=3, seed=seed)
+    inputs = replace(INPUTS, settings=CompareSettings(margin=margin, fit=FitSettings(seed=seed)))
+    return comparison_of(rows, skipped, inputs, examples=examples, metric=metric)
 
 
 def ratios(difference: Tensor, tokens: Tensor, *, seed: int = 0) -> Tensor:
@@ -81,6 +99,7 @@ def test_every_row_has_the_loss_and_the_difference_to_the_best_adapter_that_sums
     assert (found.best_ingredient, found.records, found.scored_tokens) == ("a", COUNT, int(TOKENS.sum()))
     assert [r.name for r in found.rows] == [r.name for r in ROWS] and found.repeated_records == 3
     assert found.skipped == (Skipped("svd", "why not"),)
+    assert (found.base, found.adapters, found.metric, found.guard) == ("tiny/base", ("a", "b"), None, None)
     for ours, given in zip(found.rows, ROWS, strict=True):
         loss = sum(given.scores.nats.tolist()) / sum(TOKENS.tolist())
         assert ours.kind == given.kind and ours.nats_per_token == pytest.approx(loss, rel=1e-12)
@@ -179,7 +198,7 @@ def test_a_guard_row_is_safe_only_where_its_whole_interval_lies_below_the_margin
 def test_the_metric_is_paired_with_the_adapter_that_is_best_by_it_and_not_by_loss() -> None:
     right = {"base": 3, "a": 9, "b": 21, "ties": 27}
     judged = [replace(r, values=(torch.arange(COUNT) < right[r.name]).double()) for r in ROWS if r.name in right]
-    found = compared(judged, names=replace(NAMES, metric="exact"))
+    found = compared(judged, metric="exact")
     assert found.best_ingredient == "a" and found.metric == "exact"
     scores = {r.name: r.metric for r in found.rows}
     best = (torch.arange(COUNT) < right["b"]).double()
