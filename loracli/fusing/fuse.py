@@ -143,7 +143,7 @@ def _code(names: Sequence[str]) -> str:
     return ", ".join(map(markdown_code, names))
 
 
-FUSE_SCHEMA = 1
+_FUSE_SCHEMA = 1
 TASK = "fuse"
 
 
@@ -231,7 +231,7 @@ def fuse_model(
     planned, composition = plan_composed_base(
         composition, base, base_revision, dequantise=dequantise, progress=progress
     )
-    quantisation = quantisation_of(planned.reference.path) if dequantise else None
+    quantisation = _quantisation_of(planned.reference.path) if dequantise else None
     chosen = OUTPUT_DTYPES[dtype or "bfloat16"] if dequantise or dtype is not None else None
     fusion = _Fusion(composition, planned, chosen, quantisation, output, progress)
     if dry_run:
@@ -240,7 +240,7 @@ def fuse_model(
         return fusion.write(place)
 
 
-def quantisation_of(folder: Path) -> Quantisation:
+def _quantisation_of(folder: Path) -> Quantisation:
     """Of the base model in a directory.
 
     Raises:
@@ -394,7 +394,7 @@ class _Fusion:
         reference = self._base.reference
         config = _sha256((self._checkpoint.folder / CONFIG).read_bytes())
         content: dict[str, Any] = {
-            "loracat_fuse": FUSE_SCHEMA,
+            "loracat_fuse": _FUSE_SCHEMA,
             "composition": self._source.document(),
             "fuse": {
                 "base": {

@@ -44,7 +44,7 @@ from loracli.system.strict_json import StrictJsonError, parse_json
 from loracli.system.tensor_file import file_sha256, open_regular
 
 FUSE_CERTIFICATE = "loracat-fuse.json"
-MAX_STATE_BYTES = 64 << 20  # of that, and of what is known of an interrupted fusion
+_MAX_STATE_BYTES = 64 << 20  # of that, and of what is known of an interrupted fusion
 
 
 def holds_fused_model(path: Path) -> bool:
@@ -53,7 +53,7 @@ def holds_fused_model(path: Path) -> bool:
     if not names:
         return True
     try:
-        listed = parse_json(read_regular(path / FUSE_CERTIFICATE, MAX_STATE_BYTES))["certificate"]["files"]
+        listed = parse_json(read_regular(path / FUSE_CERTIFICATE, _MAX_STATE_BYTES))["certificate"]["files"]
     except (OSError, StrictJsonError, KeyError, TypeError):
         return False
     return isinstance(listed, dict) and names <= {*listed, FUSE_CERTIFICATE}
@@ -154,7 +154,7 @@ class Workplace:
 
     def _read_state(self) -> dict[str, Any] | None:
         try:
-            fields = parse_json(read_regular(self._state, MAX_STATE_BYTES))
+            fields = parse_json(read_regular(self._state, _MAX_STATE_BYTES))
         except (OSError, StrictJsonError):
             return None
         if not isinstance(fields, dict) or not all(

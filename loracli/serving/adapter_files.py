@@ -40,8 +40,8 @@ from loracli.system.tensor_file import (
 
 AdapterLayout = Literal["peft", "mlx"]
 MAX_DIMENSIONS = 8
-MAX_SIZE = 1 << 48  # of a dimension
-MAX_CERTIFICATE_BYTES = 64 << 20
+_MAX_SIZE = 1 << 48  # of a dimension
+_MAX_CERTIFICATE_BYTES = 64 << 20
 _FLOAT_BYTES = {"F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # the last begins with the sign
 _UNSIGNED = bytes(byte & 0x7F for byte in range(256))
 
@@ -187,7 +187,7 @@ class AdapterFiles:
         if not {GGUF_FILE, CERTIFICATE_FILE} <= self.names:
             return False
         try:
-            document = parse_json(_read(self.path / CERTIFICATE_FILE, MAX_CERTIFICATE_BYTES))
+            document = parse_json(_read(self.path / CERTIFICATE_FILE, _MAX_CERTIFICATE_BYTES))
             recorded = document["certificate"]["sha256"][GGUF_FILE]
         except (StrictJsonError, KeyError, TypeError):
             return False
@@ -268,7 +268,7 @@ def read_headers(path: Path) -> dict[str, Header]:
             isinstance(dtype, str)
             and isinstance(shape, list)
             and len(shape) <= MAX_DIMENSIONS
-            and all(type(n) is int and 0 <= n < MAX_SIZE for n in shape)
+            and all(type(n) is int and 0 <= n < _MAX_SIZE for n in shape)
         ):
             raise MalformedAdapter(f"the tensor {name!r} has no dtype and shape", where=str(path))
         found[name] = Header(dtype, tuple(shape))
