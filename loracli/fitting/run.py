@@ -28,7 +28,7 @@ from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_m
 from loracli.fitting.paper import fit_as_published
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.reach import find_reach
-from loracli.fitting.recording import dtype_name, make_recipe
+from loracli.fitting.recording import make_recipe
 from loracli.fitting.rung import Task, tokens_of
 from loracli.fitting.search import LADDERS, Found, search
 from loracli.fitting.settings import AUTO, FitSettings
@@ -42,6 +42,7 @@ from loracli.progress import SILENT, WORK, Progress, duration_text
 from loracli.recipe.mixing import INLINE_KINDS
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import FitCertificate
+from loracli.system.document import dtype_name
 
 
 def fit_mixing(

@@ -30,6 +30,7 @@ from loracli.fusing.quantised import Quantisation
 from loracli.fusing.stream import Hashes
 from loracli.model.checkpoint import INDEX_FILE, Checkpoint
 from loracli.progress import Progress, amount_text
+from loracli.system.document import dtype_name
 from loracli.system.files import (
     check_free,
     flush_directory,
@@ -256,7 +257,7 @@ def config_bytes(
         if untied and (part is fields or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
         if dtype is not None:
-            _set_dtype(part, str(dtype).removeprefix("torch."))
+            _set_dtype(part, dtype_name(dtype))
     return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -24,7 +24,7 @@ from loracli.hub.references import BaseClaim, Reference, is_folder, is_repo_id, 
 from loracli.progress import SILENT, Progress
 from loracli.recipe.reading import adapter_problems, base_problems, decode_recipe, read_document
 from loracli.recipe.recipe import Recipe, RecipeAdapter, RecordedAdapters
-from loracli.system.document import decode
+from loracli.system.document import decode, dtype_name
 from loracli.system.files import CONFIG_FILE
 from loracli.system.tensor_file import file_sha256
 from loracli.system.threads import in_order
@@ -41,7 +41,7 @@ def identity_of(adapter: LoraAdapter, reference: str) -> RecipeAdapter:
         rank=max(adapter.ranks),
         lora_alpha=adapter.config.lora_alpha,
         use_rslora=adapter.config.use_rslora,
-        dtype=str(adapter.dtype).removeprefix("torch."),
+        dtype=dtype_name(adapter.dtype),
         base_model=adapter.config.base_model,
         renamed=recorded_places(adapter.places) or None,
     )

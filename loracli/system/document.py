@@ -69,6 +69,11 @@ def encode(value: Any) -> Any:
     return value
 
 
+def dtype_name(dtype: object) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def decode(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     """The value as `kind`: dataclasses, tuples, string-keyed dicts, unions, literals and JSON's own types.
 

@@ -27,7 +27,7 @@ from loracli.export.layout import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
 from loracli.model.base import check_shapes
 from loracli.progress import Progress
-from loracli.system.document import decode
+from loracli.system.document import decode, dtype_name
 from loracli.system.files import (
     CERTIFICATE_FILE,
     CONFIG_FILE,
@@ -314,7 +314,7 @@ def _check_config(
     if own != dict(layout.ranks):
         name = min(n for n in own.keys() | layout.ranks.keys() if own.get(n) != layout.ranks.get(n))
         findings.differs(f"{name} has rank {own.get(name)} in the file and {layout.ranks.get(name)} in the record")
-    if str(written.dtype).removeprefix("torch.") != record.dtype:
+    if dtype_name(written.dtype) != record.dtype:
         findings.differs(f"the tensors are {written.dtype}, recorded as {record.dtype}".replace("torch.", ""))
     findings.checked.append(f"every field of {CONFIG_FILE}, names, ranks and dtype of the tensors")
     return not wrong

@@ -33,7 +33,7 @@ from loracli.model.checkpoint import (
     tied_parameters,
 )
 from loracli.progress import Progress
-from loracli.system.document import decode
+from loracli.system.document import decode, dtype_name
 from loracli.system.files import README_FILE
 from loracli.system.tensor_file import file_sha256, open_regular
 from loracli.verifying.findings import Findings
@@ -144,7 +144,7 @@ def _read_record(
         raise IntegrityError("the record is damaged: it lacks fuse or certificate", where=str(where))
     files = decode(dict[str, str], certificate.get("files"), "certificate.files", problems)
     recorded = decode(_Base, fuse.get("base"), "fuse.base", problems)
-    names = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+    names = {dtype_name(dtype): dtype for dtype in FLOATS.values()}
     dtype = decode(str | None, fuse.get("dtype"), "fuse.dtype", problems)
     if dtype is not None and dtype not in names:
         problems.append("fuse.dtype: unknown")
