@@ -34,7 +34,7 @@ from loracli.calibration.render import Example, RenderedFile, render_file
 from loracli.calibration.shapes import SHAPES, Shape
 from loracli.errors import CalibrationError, UsageError
 from loracli.progress import SILENT, Progress
-from loracli.recipe.recipe import FINGERPRINT, RecipeData
+from loracli.recipe.record import FINGERPRINT, RecipeData
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 MIN_HELD_OUT = 20  # below this, a paired interval says nothing

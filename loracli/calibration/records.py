@@ -20,17 +20,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from loracli.calibration.beside import (
+from loracli.calibration.fields import (
     SYSTEM_KEYS,
     DoubtfulMark,
     FileMarks,
+    LineError,
     check_context,
     check_marks,
     check_media,
+    check_text,
     grades,
+    is_nothing,
+    kind_of,
+    parse_fields,
+    renamed,
+    shadowed,
 )
-from loracli.calibration.checks import LineError, check_text, is_nothing, kind_of
-from loracli.calibration.fields import parse_fields, renamed, shadowed
 from loracli.calibration.file_forms import MAX_BYTES, FileForm, Unreadable, decoded, numbered, too_large
 from loracli.calibration.shapes import Shape, detect_shape, keys_of, keys_of_shapes, read_content, shown_keys
 from loracli.errors import CalibrationError, UsageError

@@ -28,9 +28,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from loracli.calibration.beside import SYSTEM_KEYS, preference_beside_none
-from loracli.calibration.checks import LineError, WayOut, check_text, is_nothing, kind_of, shown
-from loracli.calibration.fields import suggestion
+from loracli.calibration.fields import (
+    SYSTEM_KEYS,
+    LineError,
+    WayOut,
+    check_text,
+    is_nothing,
+    kind_of,
+    preference_beside_none,
+    shown,
+    suggestion,
+)
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 SHOWN_KEYS = 20

@@ -35,7 +35,7 @@ def complete_adapter(ctx: typer.Context, incomplete: str) -> list[tuple[str, str
 
 def complete_mixing() -> list[str]:
     """What `--mixing` takes."""
-    from loracli.recipe.mixing import MIXING_KINDS
+    from loracli.recipe.record import MIXING_KINDS
 
     return [*MIXING_KINDS, "auto"]
 

@@ -17,9 +17,16 @@ from loracli.fitting.reach import Reach
 from loracli.fitting.search import Found
 from loracli.model.base import BaseModel, base_modules
 from loracli.recipe.ingredients import identity_of
-from loracli.recipe.mixing import RecipeActivations, RecipeMixing
-from loracli.recipe.recipe import HeldOut, Recipe, RecipeBase, RecipeData
-from loracli.recipe.record import FitCertificate, FitRecord
+from loracli.recipe.recipe import Recipe
+from loracli.recipe.record import (
+    FitCertificate,
+    FitRecord,
+    HeldOut,
+    RecipeActivations,
+    RecipeBase,
+    RecipeData,
+    RecipeMixing,
+)
 from loracli.recipe.tensors import tensor_mixing
 from loracli.system.document import dtype_name
 

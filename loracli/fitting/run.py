@@ -39,9 +39,8 @@ from loracli.model.loss import Scores, check_causal, make_objective
 from loracli.model.placement import Placement, available_memory, checkpointed, memory_errors
 from loracli.model.preflight import MemoryDecision, MemoryEstimate, decide_memory, estimate_memory
 from loracli.progress import SILENT, WORK, Progress, duration_text
-from loracli.recipe.mixing import INLINE_KINDS
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import FitCertificate
+from loracli.recipe.record import INLINE_KINDS, FitCertificate
 from loracli.system.document import dtype_name
 
 

@@ -22,8 +22,8 @@ from loracli.hub.fetch import MAX_ADAPTER_BYTES, Fetched, FetchedBase, fetch_ada
 from loracli.hub.plan import BASE_CONFIG
 from loracli.hub.references import BaseClaim, Reference, is_folder, is_repo_id, is_revision, parse_reference
 from loracli.progress import SILENT, Progress
-from loracli.recipe.reading import adapter_problems, base_problems, decode_recipe, read_document
-from loracli.recipe.recipe import Recipe, RecipeAdapter, RecordedAdapters
+from loracli.recipe.recipe import Recipe, adapter_problems, base_problems, decode_recipe, read_document
+from loracli.recipe.record import RecipeAdapter, RecordedAdapters
 from loracli.system.document import decode, dtype_name
 from loracli.system.files import CONFIG_FILE
 from loracli.system.tensor_file import file_sha256

@@ -33,13 +33,13 @@ from loracli.algebra.basis import projection
 from loracli.algebra.concatenate import mix
 from loracli.algebra.factors import Factors
 from loracli.errors import IntegrityError, MalformedAdapter, OutputExists, RecipeError, UnsupportedAdapter
-from loracli.recipe.mixing import TENSOR_PARTS, MixingKind, RecipeMixing, activations_path, tensors_path
+from loracli.recipe.record import TENSOR_PARTS, MixingKind, RecipeMixing, activations_path, tensors_path
 from loracli.system.files import flush_directory, replaced_file, translate_disk_errors
 from loracli.system.tensor_file import TensorFile, file_parts, file_sha256, open_tensor_file, write_tensors
 
 if TYPE_CHECKING:
-    from loracli.recipe.mixing import RecipeActivations
     from loracli.recipe.recipe import Recipe
+    from loracli.recipe.record import RecipeActivations
 
 
 PART_DTYPES = {"mixing": torch.float64, "lora_A": torch.float32, "lora_B": torch.float32}
