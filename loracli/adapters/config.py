@@ -17,8 +17,8 @@ from loracli.adapters.experts import LORA_B_LAYOUTS
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.algebra.factors import lora_scaling
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
+from loracli.system.files import open_regular
 from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import open_regular
 
 Value = TypeVar("Value")
 

@@ -54,7 +54,7 @@ from loracli.fusing.plan import FusedShard, FusedTensor
 from loracli.fusing.quantised import Decoder, Quantised
 from loracli.model.checkpoint import FLOATS, Shard, StoredTensor, read_bytes
 from loracli.system.document import dtype_name
-from loracli.system.tensor_file import open_regular
+from loracli.system.files import open_regular
 
 BLOCK_BYTES = 8 << 20  # of a tensor's rows that are worked on at a time
 

@@ -33,8 +33,10 @@ from loracli.progress import Progress, amount_text
 from loracli.system.document import dtype_name
 from loracli.system.files import (
     check_free,
+    file_sha256,
     flush_directory,
     locked_directory,
+    open_regular,
     put_in_place,
     read_regular,
     repair,
@@ -42,7 +44,6 @@ from loracli.system.files import (
     write_atomically,
 )
 from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import file_sha256, open_regular
 
 FUSE_CERTIFICATE = "loracat-fuse.json"
 MAX_STATE_BYTES = 64 << 20  # of that, and of what is known of an interrupted fusion

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from loracli.errors import BaseModelMismatch, MalformedAdapter
+from loracli.system.files import open_regular
 from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import MAX_TENSORS, open_regular, read_header
+from loracli.system.tensor_file import MAX_TENSORS, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

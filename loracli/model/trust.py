@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from loracli.errors import BaseModelMismatch, InputError, MalformedAdapter
-from loracli.system.files import CONFIG_FILE
+from loracli.system.files import CONFIG_FILE, open_regular
 from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import open_regular
 
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer_config.json", "generation_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"

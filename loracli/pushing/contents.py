@@ -20,9 +20,8 @@ from loracli.errors import InputError, IntegrityError
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.hub.references import is_hub_id
 from loracli.hub.source import Listed
-from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, README_FILE
+from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, README_FILE, open_regular
 from loracli.system.strict_json import parse_json
-from loracli.system.tensor_file import open_regular
 
 TEXT_FILES = (README_FILE, CONFIG_FILE, CERTIFICATE_FILE)
 _BLOCK = 1 << 20

@@ -25,8 +25,7 @@ from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, adapter_problems, base_problems, decode_recipe, read_document
 from loracli.recipe.record import RecipeAdapter, RecordedAdapters
 from loracli.system.document import decode, dtype_name
-from loracli.system.files import CONFIG_FILE
-from loracli.system.tensor_file import file_sha256
+from loracli.system.files import CONFIG_FILE, file_sha256
 from loracli.system.threads import in_order
 
 

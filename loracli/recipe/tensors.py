@@ -34,8 +34,8 @@ from loracli.algebra.concatenate import mix
 from loracli.algebra.factors import Factors
 from loracli.errors import IntegrityError, MalformedAdapter, OutputExists, RecipeError, UnsupportedAdapter
 from loracli.recipe.record import TENSOR_PARTS, MixingKind, RecipeMixing, activations_path, tensors_path
-from loracli.system.files import flush_directory, replaced_file, translate_disk_errors
-from loracli.system.tensor_file import TensorFile, file_parts, file_sha256, open_tensor_file, write_tensors
+from loracli.system.files import file_sha256, flush_directory, replaced_file, translate_disk_errors
+from loracli.system.tensor_file import TensorFile, file_parts, open_tensor_file, write_tensors
 
 if TYPE_CHECKING:
     from loracli.recipe.recipe import Recipe

@@ -27,16 +27,17 @@ from loracli.hub.plan import from_pickle_hint
 from loracli.model.base import expert_shape, kind_and_shape, plan_from_config
 from loracli.model.base_places import BaseNames
 from loracli.progress import SILENT, Progress
-from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, PICKLE_FILE, TENSOR_FILE
-from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import (
-    BLOCK,
-    MAX_HEADER_BYTES,
-    MAX_TENSORS,
-    check_names_short,
+from loracli.system.files import (
+    CERTIFICATE_FILE,
+    CONFIG_FILE,
+    GGUF_FILE,
+    MLX_TENSOR_FILE,
+    PICKLE_FILE,
+    TENSOR_FILE,
     open_regular,
-    read_header,
 )
+from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.tensor_file import BLOCK, MAX_HEADER_BYTES, MAX_TENSORS, check_names_short, read_header
 
 AdapterLayout = Literal["peft", "mlx"]
 MAX_DIMENSIONS = 8

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import hashlib
 import os
 import secrets
 import shutil
@@ -19,8 +20,14 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from loracli.errors import LoracatError, OutOfResources, OutputExists
+from loracli.errors import (
+    LoracatError,
+    MalformedAdapter,
+    OutOfResources,
+    OutputExists,
+)
 from loracli.system.machine import DISK_FULL
 
 CONFIG_FILE = "adapter_config.json"
@@ -303,3 +310,32 @@ def repair(path: Path) -> None:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[Any]:
+    """Opens a file for reading bytes; a directory, FIFO or device is refused instead of read from.
+
+    Raises:
+        MalformedAdapter: if it cannot be opened.
+        LoracatError: if the disk fails while it is read.
+    """
+    try:
+        descriptor = open_descriptor(path)
+    except NoRegularFile:
+        raise MalformedAdapter("is not a regular file", where=str(path)) from None
+    except OSError as error:
+        raise MalformedAdapter(f"cannot be opened: {error.strerror}", where=str(path)) from None
+    try:
+        with open(descriptor, "rb") as file:
+            yield file
+    except OSError as error:
+        if error.errno != errno.EIO or error.filename is not None:
+            raise
+        raise LoracatError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def file_sha256(path: Path) -> str:
+    """Of a regular file."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

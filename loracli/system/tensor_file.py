@@ -16,7 +16,6 @@ multiple of 8, raw data.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -32,8 +31,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loracli.errors import IntegrityError, LoracatError, MalformedAdapter, UnsupportedAdapter
-from loracli.system.files import NoRegularFile, open_descriptor
+from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
+from loracli.system.files import open_regular
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
@@ -236,35 +235,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def _state(descriptor: int) -> tuple[int, ...]:
     status = os.fstat(descriptor)
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-@contextmanager
-def open_regular(path: Path) -> Iterator[Any]:
-    """Opens a file for reading bytes; a directory, FIFO or device is refused instead of read from.
-
-    Raises:
-        MalformedAdapter: if it cannot be opened.
-        LoracatError: if the disk fails while it is read.
-    """
-    try:
-        descriptor = open_descriptor(path)
-    except NoRegularFile:
-        raise MalformedAdapter("is not a regular file", where=str(path)) from None
-    except OSError as error:
-        raise MalformedAdapter(f"cannot be opened: {error.strerror}", where=str(path)) from None
-    try:
-        with open(descriptor, "rb") as file:
-            yield file
-    except OSError as error:
-        if error.errno != errno.EIO or error.filename is not None:
-            raise
-        raise LoracatError(f"cannot be read: {error.strerror}", where=str(path)) from None
-
-
-def file_sha256(path: Path) -> str:
-    """Of a regular file."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_header(

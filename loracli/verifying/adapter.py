@@ -36,9 +36,10 @@ from loracli.system.files import (
     MLX_TENSOR_FILE,
     README_FILE,
     TENSOR_FILE,
+    file_sha256,
+    open_regular,
 )
 from loracli.system.strict_json import parse_json
-from loracli.system.tensor_file import file_sha256, open_regular
 from loracli.verifying.factors import (
     TURN,
     column_space,

@@ -34,8 +34,7 @@ from loracli.model.checkpoint import (
 )
 from loracli.progress import Progress
 from loracli.system.document import decode, dtype_name
-from loracli.system.files import README_FILE
-from loracli.system.tensor_file import file_sha256, open_regular
+from loracli.system.files import README_FILE, file_sha256, open_regular
 from loracli.verifying.findings import Findings
 from loracli.verifying.origin import COMPOSITION, find_source, read_origin
 from loracli.verifying.readme import UNPROVEN, compare_card

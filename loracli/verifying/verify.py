@@ -11,9 +11,8 @@ from loracli.adapters.tasks import TASKS
 from loracli.errors import InputError, IntegrityError
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.progress import SILENT, Progress
-from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, MLX_TENSOR_FILE, TENSOR_FILE, open_regular
 from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import open_regular
 from loracli.verifying.adapter import verify_adapter
 from loracli.verifying.findings import Findings, Verification
 from loracli.verifying.model import verify_model
