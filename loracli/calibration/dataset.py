@@ -32,10 +32,10 @@ from loracli.calibration.records import (
 )
 from loracli.calibration.render import Example, RenderedFile, render_file
 from loracli.calibration.shapes import SHAPES, Shape
-from loracli.errors import CalibrationError, UsageError
+from loracli.errors import CalibrationError, LoracatError, UsageError
 from loracli.progress import SILENT, Progress
 from loracli.recipe.record import FINGERPRINT, RecipeData
-from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.strict_json import read_object
 
 MIN_HELD_OUT = 20  # below this, a paired interval says nothing
 
@@ -158,10 +158,9 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> set[str]:
 def _json(path: Path) -> dict[str, Any]:
     """The object in a file; an empty one where there is none, or none that can be read: it is only compared."""
     try:
-        value = parse_json(_text(path) or "{}")
-    except StrictJsonError:
+        return read_object(path, MAX_BYTES)
+    except LoracatError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _text(path: Path) -> str | None:

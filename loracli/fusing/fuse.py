@@ -57,12 +57,13 @@ from loracli.fusing.workplace import (
 )
 from loracli.model.base import BasePlan, plan_base
 from loracli.model.base_copies import check_base_copies, stored_weights
-from loracli.model.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
+from loracli.model.checkpoint import INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe
 from loracli.system.document import dtype_name
 from loracli.system.escaping import markdown_code
 from loracli.system.files import flush_directory, holds, write_file
+from loracli.system.tensor_file import FLOATS
 
 
 def fused_card(

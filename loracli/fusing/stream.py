@@ -52,9 +52,10 @@ from loracli.composition.composition import Source
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.fusing.plan import FusedShard, FusedTensor
 from loracli.fusing.quantised import Decoder, Quantised
-from loracli.model.checkpoint import FLOATS, Shard, StoredTensor, read_bytes
+from loracli.model.checkpoint import Shard, StoredTensor, read_bytes
 from loracli.system.document import dtype_name
 from loracli.system.files import open_regular
+from loracli.system.tensor_file import FLOATS
 
 BLOCK_BYTES = 8 << 20  # of a tensor's rows that are worked on at a time
 

@@ -30,7 +30,7 @@ from loracli.hub.source import FetchedFile, Source
 from loracli.hub.transfer import fetch
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CONFIG_FILE, PICKLE_FILE
-from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.strict_json import read_object
 
 MAX_ADAPTER_BYTES = 8 << 30
 
@@ -241,15 +241,10 @@ def fetch_base_of(
 def _base_claim(adapter: Fetched) -> BaseClaim:
     """What a fetched adapter's config names."""
     path = adapter.path / CONFIG_FILE
-    try:
-        with path.open("rb") as file:
-            config = parse_json(file.read(MAX_SMALL_BYTES))
-    except FileNotFoundError:
+    if not path.exists():
         hint = "fetch the adapter first, then the base"
-        raise UsageError("the base is not known before the config is here", where=str(path), hint=hint) from None
-    except StrictJsonError as error:
-        raise MalformedAdapter(str(error), where=str(path)) from None
-    fields = config if isinstance(config, dict) else {}
+        raise UsageError("the base is not known before the config is here", where=str(path), hint=hint)
+    fields = read_object(path, MAX_SMALL_BYTES)
     named = fields.get("base_model_name_or_path"), fields.get("revision")
     if not all(value is None or (isinstance(value, str) and value.isprintable()) for value in named):
         raise MalformedAdapter("the base model's name is no printable text", where=str(path))

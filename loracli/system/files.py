@@ -19,8 +19,8 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
 from loracli.errors import (
     LoracatError,
@@ -64,22 +64,52 @@ def holds(folder: Path, path: Path) -> bool:
     return any(same_file(folder, above) for above in (place, *place.parents))
 
 
-class NoRegularFile(OSError):
+class _NoRegularFile(OSError):
     """Raised for a directory, FIFO or device in place of a file."""
 
 
-def open_descriptor(path: Path) -> int:
+def _open_descriptor(path: Path) -> int:
     """The descriptor of a regular file, to be read. Opening anything else does not wait.
 
     Raises:
-        NoRegularFile: if it is something else.
+        _NoRegularFile: if it is something else.
         OSError: if it cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise NoRegularFile(errno.EINVAL, "it is not a regular file")
+        raise _NoRegularFile(errno.EINVAL, "it is not a regular file")
     return descriptor
+
+
+@contextmanager
+def open_regular(path: Path, refused: Callable[[str], LoracatError] | None = None) -> Iterator[BufferedReader]:
+    """Opens a file for reading bytes; a directory, FIFO or device is refused instead of read from.
+
+    Args:
+        path: of the file.
+        refused: makes the caller's error of the reason why it cannot be opened; None for MalformedAdapter.
+    Raises:
+        LoracatError: if the disk fails while it is read.
+    """
+    try:
+        descriptor = _open_descriptor(path)
+    except OSError as error:
+        reason = "is not a regular file" if isinstance(error, _NoRegularFile) else f"cannot be opened: {error.strerror}"
+        raise refused(reason) if refused else MalformedAdapter(reason, where=str(path)) from None
+    try:
+        with open(descriptor, "rb") as file:
+            yield file
+    except OSError as error:
+        if error.errno != errno.EIO or error.filename is not None:
+            raise
+        raise LoracatError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def file_sha256(path: Path) -> str:
+    """Of a regular file."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_regular(path: Path, most: int) -> bytes:
@@ -88,7 +118,7 @@ def read_regular(path: Path, most: int) -> bytes:
     Raises:
         OSError: if it is something else, has more, or cannot be read; `strerror` says which.
     """
-    with open(open_descriptor(path), "rb") as file:
+    with open(_open_descriptor(path), "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most} bytes")
@@ -310,32 +340,3 @@ def repair(path: Path) -> None:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
-
-
-@contextmanager
-def open_regular(path: Path) -> Iterator[Any]:
-    """Opens a file for reading bytes; a directory, FIFO or device is refused instead of read from.
-
-    Raises:
-        MalformedAdapter: if it cannot be opened.
-        LoracatError: if the disk fails while it is read.
-    """
-    try:
-        descriptor = open_descriptor(path)
-    except NoRegularFile:
-        raise MalformedAdapter("is not a regular file", where=str(path)) from None
-    except OSError as error:
-        raise MalformedAdapter(f"cannot be opened: {error.strerror}", where=str(path)) from None
-    try:
-        with open(descriptor, "rb") as file:
-            yield file
-    except OSError as error:
-        if error.errno != errno.EIO or error.filename is not None:
-            raise
-        raise LoracatError(f"cannot be read: {error.strerror}", where=str(path)) from None
-
-
-def file_sha256(path: Path) -> str:
-    """Of a regular file."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
+
+from loracli.errors import LoracatError, MalformedAdapter
+from loracli.system.files import open_regular
 
 MAX_DEPTH = 100  # objects and lists within each other
 QUOTED = 1000  # characters of a key in a message
@@ -45,6 +50,27 @@ def parse_json(data: bytes | str) -> Any:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise StrictJsonError("a lone surrogate (\\ud800 to \\udfff) in a string") from None
+    return value
+
+
+def read_object(path: Path, most: int, refused: Callable[[str], LoracatError] | None = None) -> dict[str, Any]:
+    """The JSON object of a regular file.
+
+    Args:
+        path: of the file.
+        most: how many bytes of it are read.
+        refused: makes the caller's error of the reason: `is larger than 1048576 bytes`, `is not a JSON object`, what
+            `parse_json` says, or why it cannot be opened; None for MalformedAdapter.
+    """
+    with open_regular(path, refused) as file:
+        data = file.read(most + 1)
+    try:
+        value = parse_json(data) if len(data) <= most else None
+        reason = f"is larger than {most} bytes" if len(data) > most else "is not a JSON object"
+    except StrictJsonError as error:
+        value, reason = None, str(error)
+    if not isinstance(value, dict):
+        raise refused(reason) if refused else MalformedAdapter(reason, where=str(path))
     return value
 
 

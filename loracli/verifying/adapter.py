@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
 from loracli.adapters.base_module import BaseModule
+from loracli.adapters.config import read_fields
 from loracli.algebra.concatenate import relative_error
 from loracli.algebra.factors import Factors, thin_svd
 from loracli.algebra.methods.method import Merged
@@ -37,9 +38,7 @@ from loracli.system.files import (
     README_FILE,
     TENSOR_FILE,
     file_sha256,
-    open_regular,
 )
-from loracli.system.strict_json import parse_json
 from loracli.verifying.factors import (
     TURN,
     column_space,
@@ -303,8 +302,7 @@ def _check_config(
         findings.differs(f"the recorded layout is impossible: {error}")
         return False
     expected = layout.config(origin.base_id, table)
-    with open_regular(path / CONFIG_FILE) as file:
-        found = parse_json(file.read())
+    found = read_fields(path / CONFIG_FILE)
     wrong = [k for k in sorted(expected.keys() | found.keys()) if expected.get(k, _ABSENT) != found.get(k, _ABSENT)]
     for key in wrong:
         findings.differs(

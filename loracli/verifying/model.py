@@ -23,7 +23,6 @@ from loracli.fusing.workplace import CONFIG, FUSE_CERTIFICATE, config_bytes, ind
 from loracli.hub.references import BaseClaim
 from loracli.model.base import BaseReference, check_shapes, find_base, named_as, plan_base
 from loracli.model.checkpoint import (
-    FLOATS,
     INDEX_FILE,
     Checkpoint,
     StoredTensor,
@@ -35,6 +34,7 @@ from loracli.model.checkpoint import (
 from loracli.progress import Progress
 from loracli.system.document import decode, dtype_name
 from loracli.system.files import README_FILE, file_sha256, open_regular
+from loracli.system.tensor_file import FLOATS
 from loracli.verifying.findings import Findings
 from loracli.verifying.origin import COMPOSITION, find_source, read_origin
 from loracli.verifying.readme import UNPROVEN, compare_card

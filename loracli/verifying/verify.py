@@ -11,8 +11,8 @@ from loracli.adapters.tasks import TASKS
 from loracli.errors import InputError, IntegrityError
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.progress import SILENT, Progress
-from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, MLX_TENSOR_FILE, TENSOR_FILE, open_regular
-from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, MLX_TENSOR_FILE, TENSOR_FILE
+from loracli.system.strict_json import read_object
 from loracli.verifying.adapter import verify_adapter
 from loracli.verifying.findings import Findings, Verification
 from loracli.verifying.model import verify_model
@@ -101,12 +101,8 @@ def _stated_task(path: Path) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with open_regular(path) as file:
-        data = file.read(MAX_RECORD_BYTES + 1)
-    try:
-        document = parse_json(data) if len(data) <= MAX_RECORD_BYTES else None
-    except StrictJsonError as error:
-        raise IntegrityError(f"the record is damaged: {error}", where=str(path)) from None
-    if not isinstance(document, dict):
-        raise IntegrityError("the record is damaged: it is no JSON object", where=str(path))
-    return document
+    return read_object(
+        path,
+        MAX_RECORD_BYTES,
+        lambda reason: IntegrityError(f"the record is damaged: {reason}", where=str(path)),
+    )
