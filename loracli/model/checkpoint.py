@@ -194,7 +194,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     fields = read_object(
         path,
         MAX_INDEX_BYTES,
-        lambda reason: BaseModelMismatch(f"the index of the base model's weights: {reason}", where=str(path)),
+        lambda reason: BaseModelMismatch(f"the index cannot be read: {reason}", where=str(path)),
     )
     names = fields.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
