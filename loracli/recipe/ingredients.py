@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 
@@ -21,6 +21,7 @@ from loracli.errors import AdapterNotFound, IntegrityError, RecipeError, UsageEr
 from loracli.hub.fetch import MAX_ADAPTER_BYTES, Fetched, FetchedBase, fetch_adapter, fetch_adapters, fetch_base_of
 from loracli.hub.plan import BASE_CONFIG
 from loracli.hub.references import BaseClaim, Reference, is_folder, is_repo_id, is_revision, parse_reference
+from loracli.hub.source import HubOptions
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, adapter_problems, base_problems, decode_recipe, read_document
 from loracli.recipe.record import RecipeAdapter, RecordedAdapters
@@ -232,8 +233,7 @@ def fetch_all(
     with_base: bool = False,
     local_dir: Path | None = None,
     max_bytes: int = MAX_ADAPTER_BYTES,
-    dry_run: bool = False,
-    **options: Any,
+    **options: Unpack[HubOptions],
 ) -> FetchedAll:
     """Fetches adapters, and what recipes name: adapters at their commits, with the sha256 that are recorded.
 
@@ -243,8 +243,7 @@ def fetch_all(
         with_base: the base model too, which all have to agree on.
         local_dir: for the files of one adapter.
         max_bytes: of an adapter.
-        dry_run: transfer and verify nothing.
-        options: as of `fetch_adapters` and `fetch_base`.
+        options: how the Hub is asked and where the files go.
     Raises:
         RecipeError: if a recipe cannot be read.
         IntegrityError: if a file is not the one that a recipe records, or the one that the Hub lists.
@@ -252,6 +251,7 @@ def fetch_all(
         UsageError: if a local directory is given for more than one adapter, or a revision for a recipe.
         LoracatError: as `fetch_adapters`.
     """
+    dry_run = options.get("dry_run", False)
     records = {name: read_record(Path(name)) for name in names if is_record(name)}
     if records and revision is not None:
         raise UsageError("a recipe has its own commits", where=next(iter(records)), hint="leave --revision out")
@@ -264,7 +264,7 @@ def fetch_all(
     if local_dir is not None and with_base:
         raise UsageError("a local directory takes the files of one adapter", hint="fetch the base without it")
     references = [reference for _, reference in wanted]
-    adapters = fetch_adapters(references, local_dir=local_dir, max_bytes=max_bytes, dry_run=dry_run, **options)
+    adapters = fetch_adapters(references, local_dir=local_dir, max_bytes=max_bytes, **options)
     for (recorded, _), fetched in zip(wanted, adapters, strict=True):
         if recorded is not None and not dry_run:
             check_hashes(recorded, {f.name: file_sha256(fetched.path / f.name) for f in fetched.files}, fetched.path)
@@ -272,7 +272,7 @@ def fetch_all(
         return FetchedAll(adapters, None)
     named = [fetched for (recorded, _), fetched in zip(wanted, adapters, strict=True) if recorded is None]
     claims = {name: record.base for name, record in records.items()}
-    base = fetch_base_of(named, claims=claims, recheck=True, dry_run=dry_run, **options)
+    base = fetch_base_of(named, claims=claims, recheck=True, **options)
     for name, record in records.items():
         if not dry_run:
             _check_base(name, record, base)
