@@ -175,7 +175,7 @@ def fit(
     from loracli.model.placement import Placement
     from loracli.progress import SILENT
     from loracli.recipe.recipe import check_recipe_path
-    from loracli.system.launch import read_launch
+    from loracli.system.machine import read_launch
 
     launch = read_launch()
     out = Output(as_json=as_json, quiet=quiet)

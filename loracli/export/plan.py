@@ -35,8 +35,8 @@ from loracli.export.refit import Refitted, write_cores
 from loracli.progress import Progress
 from loracli.system.document import dtype_name
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, CORES_FILE, GGUF_FILE, README_FILE, write_file
+from loracli.system.machine import in_order
 from loracli.system.tensor_file import file_size, open_tensor_file, write_tensors
-from loracli.system.threads import in_order
 
 TASK = "export"
 

@@ -31,7 +31,7 @@ from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, check_recipe_path
 from loracli.recipe.record import activations_path, tensors_path
 from loracli.system.files import locked_directory, same_file, translate_disk_errors
-from loracli.system.launch import Launch
+from loracli.system.machine import Launch
 
 
 @dataclass(frozen=True)

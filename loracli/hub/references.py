@@ -1,4 +1,4 @@
-"""What an adapter and a base model are called, before anything is looked up.
+"""What an adapter and a base model are called, before anything is looked up, and where it would be.
 
 How an adapter is named: `org/name`, `org/name@rev`, `hf://org/name@rev/sub/folder`, or a local directory.
 
@@ -217,3 +217,25 @@ def not_on_the_hub(claim: BaseClaim) -> str | None:
     if claim.revision is not None and not is_revision(claim.revision):
         return f"the revision {claim.revision} of the base model, which cannot be a branch, tag or commit"
     return None
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is asked and what is kept.
+
+    Args:
+        endpoint: the address of the Hub or of a mirror.
+        cache: the directory of downloads, which other tools share.
+        offline: whether nothing is asked at all.
+    """
+
+    endpoint: str
+    cache: Path
+    offline: bool
+
+
+def surroundings() -> Surroundings:
+    """As huggingface_hub reads them. It is imported here and not above: completion asks at a keystroke."""
+    from huggingface_hub import constants
+
+    return Surroundings(constants.ENDPOINT, Path(constants.HF_HUB_CACHE), bool(constants.HF_HUB_OFFLINE))

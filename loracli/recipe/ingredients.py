@@ -27,7 +27,7 @@ from loracli.recipe.recipe import Recipe, adapter_problems, base_problems, decod
 from loracli.recipe.record import RecipeAdapter, RecordedAdapters
 from loracli.system.document import decode, dtype_name
 from loracli.system.files import CONFIG_FILE, file_sha256
-from loracli.system.threads import in_order
+from loracli.system.machine import in_order
 
 
 def identity_of(adapter: LoraAdapter, reference: str) -> RecipeAdapter:

@@ -22,12 +22,7 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
-from loracli.errors import (
-    LoracatError,
-    MalformedAdapter,
-    OutOfResources,
-    OutputExists,
-)
+from loracli.errors import LoracatError, MalformedAdapter, OutOfResources, OutputExists
 from loracli.system.machine import DISK_FULL
 
 CONFIG_FILE = "adapter_config.json"
