@@ -72,7 +72,7 @@ def is_nothing(value: Any) -> bool:
     return True
 
 
-Fields = Mapping[str, Any]
+_Fields = Mapping[str, Any]
 
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 
@@ -110,27 +110,27 @@ _MEDIA = re.compile(
     r"(_(url|uri|path|file|filepath|filename|name|id|base64|bytes|data|input|array|list|token|grid|thw|mask)s?)*"
     r"(_?\d+)?|files"
 )
-SYSTEM_NAMES = (*SYSTEM_KEYS, "sys", "preprompt", "persona")
-HISTORY_NAMES = ("history", "chat_history", "dialogue_history", "conversation_history")
-PASSAGE_NAMES = (
+_SYSTEM_NAMES = (*SYSTEM_KEYS, "sys", "preprompt", "persona")
+_HISTORY_NAMES = ("history", "chat_history", "dialogue_history", "conversation_history")
+_PASSAGE_NAMES = (
     "context", "contexts", "passage", "passages", "document", "documents", "background", "knowledge", "evidence",
     "article", "story", "paragraph", "title",
 )  # fmt: skip
 # Text, tools and documents that belong before an answer.
 _CONTEXT = frozenset((
-    *SYSTEM_NAMES, *HISTORY_NAMES, *PASSAGE_NAMES, "instruction", "instructions", "input", "inputs", "question",
+    *_SYSTEM_NAMES, *_HISTORY_NAMES, *_PASSAGE_NAMES, "instruction", "instructions", "input", "inputs", "question",
     "query", "prompt", "tools", "functions",
 ))  # fmt: skip
 _WORD = re.compile(r"[^\W\u2e80-\uffff]+|\S")  # of scripts that divide no words, each character
 _MAX_SEARCHES = 200  # in all that is read of a record; a text that is a whole turn needs none
-LONGEST_KEY = 60  # of what is looked at
+_LONGEST_KEY = 60  # of what is looked at
 
 
 class DoubtfulMark(LineError):
     """A `label` of 0: a bad answer, or the first of several classes; the other records tell."""
 
 
-def check_marks(fields: Fields, *, has_answer: bool, chosen: bool) -> None:
+def check_marks(fields: _Fields, *, has_answer: bool, chosen: bool) -> None:
     """Refuses a record whose answer is marked as bad, or stands beside one to choose from.
 
     Args:
@@ -141,7 +141,7 @@ def check_marks(fields: Fields, *, has_answer: bool, chosen: bool) -> None:
         LineError: with the command that keeps the others.
     """
     for key, value in fields.items():
-        low = spelled(key)
+        low = _spelled(key)
         if low in _LEARNT and _says(value, _NO):
             raise LineError(f"{key}: {shown(value)} marks the record as one not to learn", way_out=_keeping(key, _NO))
         if low in _WEIGHTS and value is not None and value != 1:
@@ -174,17 +174,17 @@ class FileMarks:
     booleans: dict[str, set[bool]] = field(default_factory=dict)
     noes: set[str] = field(default_factory=set)  # keys that say no by a text or number that may mean something else
 
-    def count_label(self, fields: Fields) -> None:
+    def count_label(self, fields: _Fields) -> None:
         """Of every record, also one that is refused."""
         label = fields.get("label")
         if isinstance(label, (int, float)) and not isinstance(label, bool):
             self.labelled += 1
             self.beyond += label > 1
 
-    def add(self, number: int, fields: Fields, unread: Iterable[str], *, has_answer: bool) -> None:
+    def add(self, number: int, fields: _Fields, unread: Iterable[str], *, has_answer: bool) -> None:
         """Of a record on line `number` that is taken so far."""
         for key in unread:
-            value, low = fields[key], spelled(key)
+            value, low = fields[key], _spelled(key)
             if low in _GOOD and (has_answer or low != "label"):
                 if value is None:
                     self.nulls.setdefault(key, []).append(number)
@@ -216,19 +216,19 @@ class FileMarks:
         return {key for key, values in self.booleans.items() if len(values) > 1} | self.noes
 
 
-def grades(fields: Fields) -> set[str]:
+def grades(fields: _Fields) -> set[str]:
     """Keys that grade an answer on a scale that nobody knows."""
-    return {key for key in fields if spelled(key) in _GRADES and not is_nothing(fields[key])}
+    return {key for key in fields if _spelled(key) in _GRADES and not is_nothing(fields[key])}
 
 
-def check_media(fields: Fields, read: set[str]) -> None:
+def check_media(fields: _Fields, read: set[str]) -> None:
     """Refuses pictures, audio and video that belong to a record."""
     for key, value in fields.items():
-        if key not in read and _MEDIA.fullmatch(spelled(key)) and not is_nothing(value):
+        if key not in read and _MEDIA.fullmatch(_spelled(key)) and not is_nothing(value):
             raise LineError(f"{key}: {kind_of(value)} of what is no text; only text is read")
 
 
-def check_context(fields: Fields, read: set[str], content: Fields) -> None:
+def check_context(fields: _Fields, read: set[str], content: _Fields) -> None:
     """Refuses text that belongs before the answer and does not stand there, whole, in what is read of the record.
 
     Args:
@@ -236,9 +236,9 @@ def check_context(fields: Fields, read: set[str], content: Fields) -> None:
         read: the keys that its shape reads.
         content: what was read.
     """
-    beside = [key for key in fields if key not in read and spelled(key) in _CONTEXT and not is_nothing(fields[key])]
+    beside = [key for key in fields if key not in read and _spelled(key) in _CONTEXT and not is_nothing(fields[key])]
     if "text" in content:  # whose title is no part of it
-        beside = [key for key in beside if spelled(key) != "title"]
+        beside = [key for key in beside if _spelled(key) != "title"]
     if not beside:
         return
     there = " and ".join(sorted(read & fields.keys()))
@@ -246,21 +246,21 @@ def check_context(fields: Fields, read: set[str], content: Fields) -> None:
     joined = {answers: "\n".join(texts) for answers, texts in seen.items()}
     searches = 0
     for key in beside:
-        name = spelled(key)
-        answers = name in HISTORY_NAMES
+        name = _spelled(key)
+        answers = name in _HISTORY_NAMES
         own = {words for text in _texts(fields[key]) if (words := _words(text)).strip()}
         parts = own.difference(seen[answers])
         searches += len(parts)
         if not own or searches > _MAX_SEARCHES or any(words not in joined[answers] for words in parts):
             way_out = _without(key, "if it is nothing that the model should see, leave it out: ")
-            if name in SYSTEM_NAMES and "system" in read and "system" not in fields:
+            if name in _SYSTEM_NAMES and "system" in read and "system" not in fields:
                 way_out = _read_as_system(key)
             raise LineError(
                 f"{key}: the model would not see it, as it is not read beside {there}; write it there", way_out=way_out
             )
 
 
-def _before_answer(content: Fields, *, answers: bool) -> list[str]:
+def _before_answer(content: _Fields, *, answers: bool) -> list[str]:
     """The texts that the model sees before its last answer, those that it learns as answers only if asked for.
 
     Of a record that is one text, all of it.
@@ -274,14 +274,14 @@ def _before_answer(content: Fields, *, answers: bool) -> list[str]:
     return [message["content"] for index, message in enumerate(messages[: scored[-1]]) if index not in learnt]
 
 
-def preference_beside_none(fields: Fields) -> bool:
+def preference_beside_none(fields: _Fields) -> bool:
     """Whether a record of no shape is one of preferences."""
-    return any(_PREFERENCE.search(spelled(key)) for key in fields)
+    return any(_PREFERENCE.search(_spelled(key)) for key in fields)
 
 
-def spelled(key: str) -> str:
+def _spelled(key: str) -> str:
     """A key as snake case writes it: `system_prompt` for `systemPrompt`; empty if it is too long to be known."""
-    if len(key) > LONGEST_KEY:
+    if len(key) > _LONGEST_KEY:
         return ""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_").replace(" ", "_")
 
@@ -329,7 +329,7 @@ def _words(text: str) -> str:
     return f" {' '.join(_WORD.findall(text))} "
 
 
-READABLE = (
+_READABLE = (
     "text", "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system", "history",
     "tools", "task", "choices",
 )  # fmt: skip
@@ -353,8 +353,8 @@ def parse_fields(text: str | None) -> dict[str, str]:
         name, sign, key = (word.strip() for word in pair.partition("="))
         if not sign or not key:
             raise UsageError(f"--fields {text}: {pair or 'nothing'} is not NAME=KEY", hint=_EXAMPLE)
-        if name not in READABLE:
-            raise UsageError(f"--fields {text}: {name} is not one of {', '.join(READABLE)}", hint=_EXAMPLE)
+        if name not in _READABLE:
+            raise UsageError(f"--fields {text}: {name} is not one of {', '.join(_READABLE)}", hint=_EXAMPLE)
         if name in found:
             raise UsageError(f"--fields {text}: {name} is there twice", hint=_EXAMPLE)
         found[name] = key
@@ -390,17 +390,17 @@ def suggestion(fields: Mapping[str, Any]) -> str | None:
 
 def _pair(fields: Mapping[str, Any], answers: tuple[str, ...]) -> str | None:
     """Prompt and completion; where a record has more that the model should see, an instruction that keeps it."""
-    keys = {spelled(key): key for key, value in reversed(list(fields.items())) if not is_nothing(value)}
+    keys = {_spelled(key): key for key, value in reversed(list(fields.items())) if not is_nothing(value)}
     texts = {name: key for name, key in keys.items() if isinstance(fields[key], str)}
     answer = next((texts[name] for name in answers if name in texts), None)
     question = next((texts[name] for name in _QUESTIONS if name in texts and texts[name] != answer), None)
     if answer is None or question is None:
         return None
-    beside = [texts[name] for name in ("input", *PASSAGE_NAMES) if name in texts]
+    beside = [texts[name] for name in ("input", *_PASSAGE_NAMES) if name in texts]
     more = {
-        "system": next((texts[name] for name in SYSTEM_NAMES if name in texts), None),
+        "system": next((texts[name] for name in _SYSTEM_NAMES if name in texts), None),
         "history": next(
-            (keys[name] for name in HISTORY_NAMES if isinstance(fields.get(keys.get(name, "")), list)), None
+            (keys[name] for name in _HISTORY_NAMES if isinstance(fields.get(keys.get(name, "")), list)), None
         ),
         "input": next((key for key in beside if key not in (question, answer)), None),
     }

@@ -47,7 +47,7 @@ def identity_of(adapter: LoraAdapter, reference: str) -> RecipeAdapter:
     )
 
 
-RECORD_SUFFIX = ".json"
+_RECORD_SUFFIX = ".json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Recorded:
 
 def is_record(name: str) -> bool:
     """Whether a name is that of a recipe or a record, and not of an adapter."""
-    return name.endswith(RECORD_SUFFIX) and "://" not in name
+    return name.endswith(_RECORD_SUFFIX) and "://" not in name
 
 
 def read_record(path: Path) -> Recorded:
@@ -102,7 +102,7 @@ def _read_method(document: dict[str, object], path: Path) -> Recorded:
     return Recorded(adapters, BaseClaim(base.get("id"), base.get("commit")), None, path.parent)
 
 
-def recorded_reference(recorded: RecipeAdapter, folder: Path) -> Reference:
+def _recorded_reference(recorded: RecipeAdapter, folder: Path) -> Reference:
     """Where an adapter is to be found; `folder` is where local references are relative to.
 
     Raises:
@@ -125,7 +125,7 @@ def recorded_reference(recorded: RecipeAdapter, folder: Path) -> Reference:
     return Reference(recorded.reference, path=path)
 
 
-def check_hashes(recorded: RecipeAdapter, sha256: Mapping[str, str], path: Path) -> None:
+def _check_hashes(recorded: RecipeAdapter, sha256: Mapping[str, str], path: Path) -> None:
     """Raises IntegrityError unless the files have the recorded hashes.
 
     Args:
@@ -188,14 +188,14 @@ def read_recorded(
             + ", ".join(a.reference for a in recorded),
         )
     found = [
-        fetch_adapter(relocated[number] if relocated else recorded_reference(wanted, folder), progress=progress)
+        fetch_adapter(relocated[number] if relocated else _recorded_reference(wanted, folder), progress=progress)
         for number, wanted in enumerate(recorded)
     ]
     result = tuple(in_order(open_adapter, found, workers=torch.get_num_threads()))
     if relocated:
         _check_order(recorded, result, relocated)
     for wanted, adapter in zip(recorded, result, strict=True):
-        check_hashes(wanted, adapter.sha256, adapter.path)
+        _check_hashes(wanted, adapter.sha256, adapter.path)
         for warning in adapter.warnings:
             progress.warn(warning)
     return result
@@ -258,7 +258,7 @@ def fetch_all(
     wanted: list[tuple[RecipeAdapter | None, Reference]] = []
     for name in names:
         if name in records:
-            wanted += [(one, recorded_reference(one, records[name].folder)) for one in records[name].adapters]
+            wanted += [(one, _recorded_reference(one, records[name].folder)) for one in records[name].adapters]
         else:
             wanted.append((None, parse_reference(name, revision=revision)))
     if local_dir is not None and with_base:
@@ -267,7 +267,7 @@ def fetch_all(
     adapters = fetch_adapters(references, local_dir=local_dir, max_bytes=max_bytes, **options)
     for (recorded, _), fetched in zip(wanted, adapters, strict=True):
         if recorded is not None and not dry_run:
-            check_hashes(recorded, {f.name: file_sha256(fetched.path / f.name) for f in fetched.files}, fetched.path)
+            _check_hashes(recorded, {f.name: file_sha256(fetched.path / f.name) for f in fetched.files}, fetched.path)
     if not with_base:
         return FetchedAll(adapters, None)
     named = [fetched for (recorded, _), fetched in zip(wanted, adapters, strict=True) if recorded is None]

@@ -43,10 +43,10 @@ from loracli.system.document import MAX_PROBLEMS, AtMost, added, decode, encode,
 from loracli.system.files import CONFIG_FILE, TENSOR_FILES, read_regular, replaced_file, write_file
 from loracli.system.strict_json import StrictJsonError, parse_json
 
-FIRST_SCHEMA = 2  # that is still read
+_FIRST_SCHEMA = 2  # that is still read
 SCHEMA = 4
 
-MAX_FILES = 10_000  # of calibration data
+_MAX_FILES = 10_000  # of calibration data
 
 
 OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
@@ -58,7 +58,7 @@ class Recipe:
 
     base: RecipeBase
     adapters: RecordedAdapters
-    data: Annotated[tuple[RecipeData, ...], AtMost(MAX_FILES)]
+    data: Annotated[tuple[RecipeData, ...], AtMost(_MAX_FILES)]
     fit: FitRecord
     mixing: RecipeMixing
     modules: Annotated[tuple[BaseModule, ...], AtMost(MAX_MODULES)]
@@ -121,7 +121,7 @@ class Recipe:
 
     def to_json(self) -> str:
         """The document, the same bytes for the same recipe."""
-        document = {"loracat_recipe": schema_of(self, FIRST_SCHEMA), **encode(self)}
+        document = {"loracat_recipe": schema_of(self, _FIRST_SCHEMA), **encode(self)}
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def _moved_to(self, folder: Path) -> Recipe:
@@ -284,14 +284,14 @@ def decode_recipe(fields: Any, name: str, folder: Path) -> Recipe:
         raise RecipeError(f"{name} is no recipe of loracat")
     fields = dict(fields)
     schema = fields.pop("loracat_recipe")
-    if type(schema) is not int or not FIRST_SCHEMA <= schema <= SCHEMA:
+    if type(schema) is not int or not _FIRST_SCHEMA <= schema <= SCHEMA:
         raise RecipeError(
-            f"{name} has the schema {repr(schema)[:60]}; this version reads {FIRST_SCHEMA} to {SCHEMA}",
+            f"{name} has the schema {repr(schema)[:60]}; this version reads {_FIRST_SCHEMA} to {SCHEMA}",
             hint=_schema_hint(schema),
         )
     problems: list[str] = []
     recipe = decode(Recipe, fields, "", problems)
-    if not problems and schema != (least := schema_of(recipe, FIRST_SCHEMA)):
+    if not problems and schema != (least := schema_of(recipe, _FIRST_SCHEMA)):
         problems.append(f"loracat_recipe: expected {least} for these fields, got {schema}")
     if not problems:
         problems = list(islice(_contradictions(recipe), MAX_PROBLEMS))

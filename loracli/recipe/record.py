@@ -20,7 +20,7 @@ from loracli.system.document import AtMost, Matches, added
 from loracli.system.files import TENSOR_FILES
 
 MAX_MODULES = 200_000  # as many as tensors in a file
-Sha256 = Annotated[str, Matches(re.compile(r"[0-9a-f]{64}"), "a sha256, 64 hexadecimal digits")]
+_Sha256 = Annotated[str, Matches(re.compile(r"[0-9a-f]{64}"), "a sha256, 64 hexadecimal digits")]
 MixingKind = Literal["adapter", "layer", "module", "rank", "core", "factors"]
 MIXING_KINDS: tuple[MixingKind, ...] = get_args(MixingKind)
 INLINE_KINDS: tuple[MixingKind, ...] = ("adapter", "layer", "module")  # their numbers stand in the recipe itself
@@ -30,14 +30,14 @@ TENSOR_PARTS: dict[MixingKind, tuple[str, ...]] = {
     "core": ("mixing",),
     "factors": ("lora_A", "lora_B"),
 }
-EVERY_MODULE = "*"  # the one group of the mixing `adapter`
+_EVERY_MODULE = "*"  # the one group of the mixing `adapter`
 
 
 def group_name(module: str, kind: MixingKind) -> str:
     """The group whose weights `module` takes: every module together, those of its decoder layer, or itself; the experts
     of a parameter have one weight, and so have the groups of a convolution."""
     if kind == "adapter":
-        return EVERY_MODULE
+        return _EVERY_MODULE
     return layer(module) if kind == "layer" else target_of(module)
 
 
@@ -64,7 +64,7 @@ class RecipeMixing:
     kind: MixingKind
     weights: Annotated[dict[str, tuple[float | None, ...]], AtMost(MAX_MODULES)]
     numbers: int
-    tensors_sha256: Sha256 | None = None
+    tensors_sha256: _Sha256 | None = None
     tensors: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     unreached: tuple[str, ...] = added(4, ())
     bypassed: tuple[str, ...] = added(4, ())
@@ -84,7 +84,7 @@ class RecipeActivations:
 
     records: int
     tokens: int
-    sha256: Sha256
+    sha256: _Sha256
     moments: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -259,16 +259,16 @@ FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million 
 MAX_ADAPTERS = 1000
 
 
-MAX_TASKS = 100_000
+_MAX_TASKS = 100_000
 
 
-Commit = Annotated[str, Matches(re.compile(r"[0-9a-f]{40}"), "a commit, 40 hexadecimal digits")]
+_Commit = Annotated[str, Matches(re.compile(r"[0-9a-f]{40}"), "a commit, 40 hexadecimal digits")]
 
 
-RepoId = Annotated[str, Matches(REPO_ID, "a repository on the Hub, org/name")]
+_RepoId = Annotated[str, Matches(REPO_ID, "a repository on the Hub, org/name")]
 
 
-AdapterReference = Annotated[str, Matches(re.compile(r"[^\0]{1,4096}"), "a name of 1 to 4096 characters")]
+_AdapterReference = Annotated[str, Matches(re.compile(r"[^\0]{1,4096}"), "a name of 1 to 4096 characters")]
 
 
 Version = Annotated[str, Matches(re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,99}"), "a version")]
@@ -282,8 +282,8 @@ class RecipeBase:
     """The base model: `id` is the name an export carries; `commit` is None for a local directory."""
 
     id: Annotated[str, Matches(re.compile(r"[^\0]{1,255}"), "a name of 1 to 255 characters")]
-    commit: Commit | None
-    config_sha256: Sha256
+    commit: _Commit | None
+    config_sha256: _Sha256
 
     @property
     def claim(self) -> BaseClaim | None:
@@ -309,11 +309,11 @@ class RecipeAdapter:
         renamed: what the base calls otherwise than the adapter, by the adapter's name; None for nothing.
     """
 
-    reference: AdapterReference
-    repo_id: RepoId | None
+    reference: _AdapterReference
+    repo_id: _RepoId | None
     subfolder: str | None
-    commit: Commit | None
-    sha256: Annotated[dict[Word, Sha256], AtMost(10)]
+    commit: _Commit | None
+    sha256: Annotated[dict[Word, _Sha256], AtMost(10)]
     rank: int
     lora_alpha: float
     use_rslora: bool
@@ -365,7 +365,7 @@ class RecipeData:
     """
 
     name: str
-    sha256: Sha256
+    sha256: _Sha256
     shape: Word
     weight: float
     records: int
@@ -374,7 +374,7 @@ class RecipeData:
     skipped_lines: tuple[int, ...]
     dropped: int
     cut: int
-    template_sha256: Sha256 | None
+    template_sha256: _Sha256 | None
     record_sha256: Annotated[str, Matches(re.compile(r"[0-9a-f]*"), "hexadecimal digits")]
     unread: tuple[str, ...] = added(4, ())
 
@@ -431,7 +431,7 @@ class HeldOut:
     scored_tokens: int
     best_ingredient: str
     rows: tuple[HeldOutRow, ...]
-    tasks: Annotated[tuple[HeldOutTask, ...], AtMost(MAX_TASKS)]
+    tasks: Annotated[tuple[HeldOutTask, ...], AtMost(_MAX_TASKS)]
     verdict: Literal["better", "not better", "too few records"]
 
     def row(self, name: str) -> HeldOutRow:

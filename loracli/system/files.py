@@ -267,14 +267,14 @@ def put_in_place(folder: Path, path: Path, *, replace: bool = True) -> None:
     shutil.rmtree(_aside(path), ignore_errors=True)
 
 
-def holds_export(path: Path) -> bool:
+def _holds_export(path: Path) -> bool:
     """Whether a directory holds an export and nothing else, or nothing at all."""
     names = {entry.name for entry in path.iterdir()}
     return not names or (CERTIFICATE_FILE in names and names <= EXPORTED_FILES)
 
 
 def check_free(
-    path: Path, *, force: bool, replaceable: Callable[[Path], bool] = holds_export, noun: str = "an export"
+    path: Path, *, force: bool, replaceable: Callable[[Path], bool] = _holds_export, noun: str = "an export"
 ) -> None:
     """Raises OutputExists if `path` is taken and `force` is not set, or if it is something that --force should not
     remove: a directory that is not `replaceable`, which only `noun` of loracat is."""

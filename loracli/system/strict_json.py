@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 from loracli.errors import LoracatError, MalformedAdapter
 from loracli.system.files import open_regular
 
-MAX_DEPTH = 100  # objects and lists within each other
-QUOTED = 1000  # characters of a key in a message
+_MAX_DEPTH = 100  # objects and lists within each other
+_QUOTED = 1000  # characters of a key in a message
 _NESTING = (dict, list)
 
 
@@ -77,7 +77,7 @@ def read_object(path: Path, most: int, refused: Callable[[str], LoracatError] | 
 def _check_depth(value: Any) -> None:
     """Raises StrictJsonError if the value is nested deeper than any document is: level by level, without recursion."""
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(_MAX_DEPTH):
         parts = (outer.values() if isinstance(outer, dict) else outer for outer in level if isinstance(outer, _NESTING))
         level = [inner for part in parts for inner in part if isinstance(inner, _NESTING)]
         if not level:
@@ -91,7 +91,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise StrictJsonError(f"the key {key[:QUOTED]!r} appears twice in one object")
+                raise StrictJsonError(f"the key {key[:_QUOTED]!r} appears twice in one object")
             seen.add(key)
     return result
 

@@ -279,7 +279,7 @@ def _check_header(
     return shapes, dtypes, offsets
 
 
-PEFT_METADATA = MappingProxyType({"format": "pt"})  # PEFT and transformers look for it
+_PEFT_METADATA = MappingProxyType({"format": "pt"})  # PEFT and transformers look for it
 
 FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
@@ -290,7 +290,7 @@ def write_tensors(
     dtype: torch.dtype,
     tensor: Callable[[str], Tensor],
     *,
-    metadata: Mapping[str, str] = PEFT_METADATA,
+    metadata: Mapping[str, str] = _PEFT_METADATA,
 ) -> None:
     """Writes a new file, one tensor at a time, and flushes it to the disk.
 
@@ -314,7 +314,7 @@ def file_parts(
     dtype: torch.dtype,
     tensor: Callable[[str], Tensor],
     *,
-    metadata: Mapping[str, str] = PEFT_METADATA,
+    metadata: Mapping[str, str] = _PEFT_METADATA,
 ) -> Iterator[bytes | memoryview]:
     """The bytes that `write_tensors` writes: the header, then each tensor.
 
@@ -330,7 +330,7 @@ def file_parts(
 
 
 def file_size(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, metadata: Mapping[str, str] = PEFT_METADATA
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, metadata: Mapping[str, str] = _PEFT_METADATA
 ) -> int:
     """Bytes of the file that `write_tensors` writes."""
     data = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
@@ -342,7 +342,7 @@ def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata:
 
 
 def header_bytes(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] = PEFT_METADATA
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] = _PEFT_METADATA
 ) -> bytes:
     """The beginning of a safetensors file with these tensors in this order: name, dtype as the format calls it, and
     shape of each."""
