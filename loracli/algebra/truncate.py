@@ -244,13 +244,20 @@ def _leading_space(matrix: Tensor, k: int, columns: int) -> Tensor:
         if found - captured <= _GAIN * found or basis.shape[1] + columns > min(matrix.shape):
             break
         captured = found
-        block = half @ images[:, -columns:]
-        for _ in range(2):  # once leaves what rounding left of the space in it
-            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        block = _orthogonal_to([basis], half @ images[:, -columns:])
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, half.T @ block], dim=1)
     leading = basis @ rotation[:, -columns:]
     polished: Tensor = torch.linalg.qr(matrix @ (matrix.T @ leading.double())).Q
     return polished
+
+
+def _orthogonal_to(bases: Sequence[Tensor], block: Tensor) -> Tensor:
+    """An orthonormal basis of what a block of a Krylov space adds to the bases before it, each orthonormal."""
+    for _ in range(2):  # at length 1 again: of what is almost in the space already, once leaves mostly that
+        for basis in bases:
+            block = block - basis @ (basis.T @ block)
+        block = torch.linalg.qr(block).Q
+    return block
 
 
 _BLOCK_MARGIN = 16  # columns of a block beyond those that are wanted
@@ -277,12 +284,7 @@ def leading_left(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
             found = _converged(matrix, torch.cat(bases, dim=1), torch.cat(images, dim=1), count)
             if found is not None:
                 return found
-        new = matrix @ images[-1]
-        for _ in range(2):  # at length 1 again: of what is almost in the space already, once leaves mostly that
-            for basis in bases:
-                new = new - basis @ (basis.T @ new)
-            new = torch.linalg.qr(new).Q
-        bases.append(new)
+        bases.append(_orthogonal_to(bases, matrix @ images[-1]))
         images.append(matrix.T @ bases[-1])
     values, vectors = torch.linalg.eigh(matrix @ matrix.T)
     return values[-count:].flip(0).clamp(min=0.0).sqrt(), vectors[:, -count:].flip(1)
