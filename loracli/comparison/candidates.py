@@ -30,7 +30,7 @@ from loracli.fitting.descent import WARM_UP, AdamW, Descent, plan_steps
 from loracli.fitting.mixing import Layout, Mixing, make_layout
 from loracli.fitting.settings import AUTO, AUTO_PASSES, PASSES
 from loracli.model.attach import AttachedModel
-from loracli.recipe.mixing import MixingKind
+from loracli.recipe.record import MixingKind
 
 # A usual recipe for a LoRA on few records: lora_alpha twice the rank, so that the scaling is 2.
 _RATE, _SCALING = 1e-3, 2.0

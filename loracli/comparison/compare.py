@@ -27,12 +27,12 @@ from loracli.fitting.expert_orders import say_likelier_orders
 from loracli.fitting.meter import Meter
 from loracli.fitting.mixing import Layout, make_diagonal, make_layout
 from loracli.fitting.reach import find_reach
-from loracli.fitting.recording import dtype_name
 from loracli.model.attach import attach, replace_modules
 from loracli.model.base import BaseModel, check_fits, load_base
 from loracli.model.loss import check_causal, make_objective
 from loracli.model.placement import Placement, memory_errors
 from loracli.progress import SILENT, WORK, Progress, duration_text
+from loracli.system.document import dtype_name
 
 
 def compare_adapters(

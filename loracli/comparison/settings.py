@@ -11,7 +11,7 @@ from loracli.composition.composition import takes
 from loracli.composition.fitted import PAPER
 from loracli.errors import UsageError
 from loracli.fitting.settings import AUTO, FitSettings
-from loracli.recipe.mixing import MIXING_KINDS
+from loracli.recipe.record import MIXING_KINDS
 
 ALL, DATA_FREE = "all", "data-free"
 RUNGS = (*MIXING_KINDS, AUTO, PAPER)

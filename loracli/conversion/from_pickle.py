@@ -33,10 +33,11 @@ from loracli.system.files import (
     PICKLE_FILE,
     TENSOR_FILE,
     check_free,
+    file_sha256,
+    open_regular,
     whole_directory,
     write_file,
 )
-from loracli.system.tensor_file import file_sha256, open_regular
 
 _TASK = "unpickle"
 # What opening a file of `size` bytes may take, in all: a view can repeat numbers, as two tied matrices do.

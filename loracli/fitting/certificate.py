@@ -48,8 +48,7 @@ from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.record_gradients import RecordGradients
 from loracli.fitting.rung import tokens_of
 from loracli.fitting.settings import FitSettings
-from loracli.recipe.mixing import INLINE_KINDS
-from loracli.recipe.record import RECORDS_PER_NUMBER, FitCertificate
+from loracli.recipe.record import INLINE_KINDS, RECORDS_PER_NUMBER, FitCertificate
 
 MOST_NUMBERS = 2000  # G is P x P, and a row for each record is 2 P
 EXTRAPOLATED = 2.0  # an adapter was trained to act at 1

@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from loracli.errors import OutputExists, StateMismatch
+from loracli.errors import LoracatError, OutputExists, StateMismatch
 from loracli.progress import SILENT, Progress
-from loracli.system.files import read_regular, remove_temporaries, write_atomically
-from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.files import remove_temporaries, write_atomically
+from loracli.system.strict_json import read_object
 
 IDENTITY_FILE = "identity.json"
 MAX_IDENTITY_BYTES = 64 << 20
@@ -108,10 +108,9 @@ def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progr
     path = folder / IDENTITY_FILE
     if resume and path.is_file():
         try:
-            known = parse_json(read_regular(path, MAX_IDENTITY_BYTES))
-        except (OSError, StrictJsonError):
-            known = None
-        known = known if isinstance(known, dict) else {}
+            known = read_object(path, MAX_IDENTITY_BYTES)
+        except LoracatError:
+            known = {}
         changed = sorted(name for name in {*known, *identity} if known.get(name) != identity.get(name))
         if changed:
             raise StateMismatch(

@@ -28,7 +28,7 @@ from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_m
 from loracli.fitting.paper import fit_as_published
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.reach import find_reach
-from loracli.fitting.recording import dtype_name, make_recipe
+from loracli.fitting.recording import make_recipe
 from loracli.fitting.rung import Task, tokens_of
 from loracli.fitting.search import LADDERS, Found, search
 from loracli.fitting.settings import AUTO, FitSettings
@@ -39,9 +39,9 @@ from loracli.model.loss import Scores, check_causal, make_objective
 from loracli.model.placement import Placement, available_memory, checkpointed, memory_errors
 from loracli.model.preflight import MemoryDecision, MemoryEstimate, decide_memory, estimate_memory
 from loracli.progress import SILENT, WORK, Progress, duration_text
-from loracli.recipe.mixing import INLINE_KINDS
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import FitCertificate
+from loracli.recipe.record import INLINE_KINDS, FitCertificate
+from loracli.system.document import dtype_name
 
 
 def fit_mixing(

@@ -48,8 +48,7 @@ from loracli.fitting.rung import (
 )
 from loracli.fitting.settings import AUTO
 from loracli.model.loss import Scores
-from loracli.recipe.mixing import MixingKind
-from loracli.recipe.record import RungRecord, StageRecord, StartRecord
+from loracli.recipe.record import MixingKind, RungRecord, StageRecord, StartRecord
 
 EVALUATIONS = 4  # of BFGS where the rung is only a start for the next
 SUBSET_RECORDS = 256

@@ -29,8 +29,8 @@ from loracli.model.base import BasePlan, BaseReference, base_modules, check_shap
 from loracli.model.checkpoint import Checkpoint
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
-from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import Recipe, RecipeBase
+from loracli.recipe.recipe import Recipe, load_recipe
+from loracli.recipe.record import RecipeBase
 from loracli.system.files import CONFIG_FILE
 
 

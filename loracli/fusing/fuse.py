@@ -57,11 +57,13 @@ from loracli.fusing.workplace import (
 )
 from loracli.model.base import BasePlan, plan_base
 from loracli.model.base_copies import check_base_copies, stored_weights
-from loracli.model.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
+from loracli.model.checkpoint import INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe
+from loracli.system.document import dtype_name
 from loracli.system.escaping import markdown_code
 from loracli.system.files import flush_directory, holds, write_file
+from loracli.system.tensor_file import FLOATS
 
 
 def fused_card(
@@ -402,7 +404,7 @@ class _Fusion:
                     "commit": reference.commit,
                     "sha256": {CONFIG: config, **{name: hashes.base for name, hashes in sorted(finished.items())}},
                 },
-                "dtype": None if self._dtype is None else str(self._dtype).removeprefix("torch."),
+                "dtype": None if self._dtype is None else dtype_name(self._dtype),
                 "untied": self._plan.untied,
                 **({} if self._quantisation is None else {"dequantised": self._quantisation.method}),
                 **({"bypassed": self._bypassed} if self._bypassed else {}),
@@ -465,7 +467,7 @@ def changed_dtypes(plan: FusionPlan) -> tuple[str, ...]:
         for tensor in shard.tensors
         if tensor.module is not None or tensor.replaced is not None
     }
-    return tuple(sorted(str(dtype).removeprefix("torch.") for dtype in changed))
+    return tuple(sorted(dtype_name(dtype) for dtype in changed))
 
 
 def _sha256(data: bytes) -> str:

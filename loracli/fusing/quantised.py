@@ -35,8 +35,9 @@ import torch
 from torch import Tensor
 
 from loracli.errors import BaseModelMismatch
-from loracli.model.checkpoint import FLOATS, Checkpoint, StoredTensor
+from loracli.model.checkpoint import Checkpoint, StoredTensor
 from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.tensor_file import FLOATS
 
 _STATE = ".quant_state.bitsandbytes__"
 _HINT = "give the unquantised model with --base"

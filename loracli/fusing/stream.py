@@ -52,8 +52,10 @@ from loracli.composition.composition import Source
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.fusing.plan import FusedShard, FusedTensor
 from loracli.fusing.quantised import Decoder, Quantised
-from loracli.model.checkpoint import FLOATS, Shard, StoredTensor, read_bytes
-from loracli.system.tensor_file import open_regular
+from loracli.model.checkpoint import Shard, StoredTensor, read_bytes
+from loracli.system.document import dtype_name
+from loracli.system.files import open_regular
+from loracli.system.tensor_file import FLOATS
 
 BLOCK_BYTES = 8 << 20  # of a tensor's rows that are worked on at a time
 
@@ -125,7 +127,7 @@ def make_replacement(name: str, values: Tensor, output: torch.dtype) -> Replacem
 
 
 def _overflow(name: str, output: torch.dtype) -> UsageError:
-    dtype = str(output).removeprefix("torch.")
+    dtype = dtype_name(output)
     return UsageError(f"{name} overflows {dtype}", hint="fuse with --dtype float32 or bfloat16")
 
 

@@ -20,9 +20,9 @@ from loracli.errors import InputError, IntegrityError
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.hub.references import is_hub_id
 from loracli.hub.source import Listed
-from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, README_FILE
-from loracli.system.strict_json import parse_json
-from loracli.system.tensor_file import open_regular
+from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, README_FILE, open_regular
+from loracli.system.strict_json import read_object
+from loracli.verifying.verify import MAX_RECORD_BYTES
 
 _TEXT_FILES = (README_FILE, CONFIG_FILE, CERTIFICATE_FILE)
 _BLOCK = 1 << 20
@@ -148,8 +148,7 @@ def _names(directory: Path, recorded: Iterable[str]) -> tuple[str, ...]:
 
 def _read_json(path: Path) -> Any:
     """A document that the verification has read already."""
-    with open_regular(path) as file:
-        return parse_json(file.read())
+    return read_object(path, MAX_RECORD_BYTES)
 
 
 def _check_text(path: Path, secrets: tuple[str, ...]) -> None:

@@ -14,9 +14,8 @@ from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, InputE
 from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim, verdict
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients
-from loracli.recipe.mixing import INLINE_KINDS
-from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import HeldOut, Recipe
+from loracli.recipe.recipe import Recipe, load_recipe
+from loracli.recipe.record import INLINE_KINDS, HeldOut
 from loracli.report.charts import (
     Line,
     folded,

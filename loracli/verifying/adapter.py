@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
 from loracli.adapters.base_module import BaseModule
+from loracli.adapters.config import read_fields
 from loracli.algebra.concatenate import relative_error
 from loracli.algebra.factors import Factors, thin_svd
 from loracli.algebra.methods.method import Merged
@@ -27,7 +28,7 @@ from loracli.export.layout import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
 from loracli.model.base import check_shapes
 from loracli.progress import Progress
-from loracli.system.document import decode
+from loracli.system.document import decode, dtype_name
 from loracli.system.files import (
     CERTIFICATE_FILE,
     CONFIG_FILE,
@@ -36,9 +37,8 @@ from loracli.system.files import (
     MLX_TENSOR_FILE,
     README_FILE,
     TENSOR_FILE,
+    file_sha256,
 )
-from loracli.system.strict_json import parse_json
-from loracli.system.tensor_file import file_sha256, open_regular
 from loracli.verifying.factors import (
     TURN,
     column_space,
@@ -301,8 +301,7 @@ def _check_config(
         findings.differs(f"the recorded layout is impossible: {error}")
         return False
     expected = layout.config(origin.base_id, table)
-    with open_regular(path / CONFIG_FILE) as file:
-        found = parse_json(file.read())
+    found = read_fields(path / CONFIG_FILE)
     wrong = [k for k in sorted(expected.keys() | found.keys()) if expected.get(k, _ABSENT) != found.get(k, _ABSENT)]
     for key in wrong:
         findings.differs(
@@ -313,7 +312,7 @@ def _check_config(
     if own != dict(layout.ranks):
         name = min(n for n in own.keys() | layout.ranks.keys() if own.get(n) != layout.ranks.get(n))
         findings.differs(f"{name} has rank {own.get(name)} in the file and {layout.ranks.get(name)} in the record")
-    if str(written.dtype).removeprefix("torch.") != record.dtype:
+    if dtype_name(written.dtype) != record.dtype:
         findings.differs(f"the tensors are {written.dtype}, recorded as {record.dtype}".replace("torch.", ""))
     findings.checked.append(f"every field of {CONFIG_FILE}, names, ranks and dtype of the tensors")
     return not wrong

@@ -16,8 +16,7 @@ from loracli.composition.composition import MethodSource, Source
 from loracli.errors import UsageError, VerificationError
 from loracli.export.card import model_card
 from loracli.export.layout import PROFILES, Layout, choose_layout, ranks_of_targets
-from loracli.system.files import README_FILE
-from loracli.system.tensor_file import open_regular
+from loracli.system.files import README_FILE, open_regular
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from loracli.fusing.workplace import CONFIG, FUSE_CERTIFICATE, config_bytes, ind
 from loracli.hub.references import BaseClaim
 from loracli.model.base import BaseReference, check_shapes, find_base, named_as, plan_base
 from loracli.model.checkpoint import (
-    FLOATS,
     INDEX_FILE,
     Checkpoint,
     StoredTensor,
@@ -34,10 +33,18 @@ from loracli.model.checkpoint import (
     tied_parameters,
 )
 from loracli.progress import SILENT, Progress
-from loracli.system.document import decode
-from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, MLX_TENSOR_FILE, README_FILE, TENSOR_FILE
-from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import file_sha256, open_regular
+from loracli.system.document import decode, dtype_name
+from loracli.system.files import (
+    CERTIFICATE_FILE,
+    CONFIG_FILE,
+    MLX_TENSOR_FILE,
+    README_FILE,
+    TENSOR_FILE,
+    file_sha256,
+    open_regular,
+)
+from loracli.system.strict_json import read_object
+from loracli.system.tensor_file import FLOATS
 from loracli.verifying.adapter import verify_adapter
 from loracli.verifying.findings import UNPROVEN, Findings, Verification, compare_card
 from loracli.verifying.origin import COMPOSITION, find_source, read_origin
@@ -146,7 +153,7 @@ def _read_record(
         raise IntegrityError("the record is damaged: it lacks fuse or certificate", where=str(where))
     files = decode(dict[str, str], certificate.get("files"), "certificate.files", problems)
     recorded = decode(_Base, fuse.get("base"), "fuse.base", problems)
-    names = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+    names = {dtype_name(dtype): dtype for dtype in FLOATS.values()}
     dtype = decode(str | None, fuse.get("dtype"), "fuse.dtype", problems)
     if dtype is not None and dtype not in names:
         problems.append("fuse.dtype: unknown")
@@ -302,7 +309,7 @@ def _wrong_entries(
     return wrong
 
 
-_MAX_RECORD_BYTES = 128 << 20
+MAX_RECORD_BYTES = 128 << 20
 
 
 def verify_directory(
@@ -385,12 +392,8 @@ def _stated_task(path: Path) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with open_regular(path) as file:
-        data = file.read(_MAX_RECORD_BYTES + 1)
-    try:
-        document = parse_json(data) if len(data) <= _MAX_RECORD_BYTES else None
-    except StrictJsonError as error:
-        raise IntegrityError(f"the record is damaged: {error}", where=str(path)) from None
-    if not isinstance(document, dict):
-        raise IntegrityError("the record is damaged: it is no JSON object", where=str(path))
-    return document
+    return read_object(
+        path,
+        MAX_RECORD_BYTES,
+        lambda reason: IntegrityError(f"the record is damaged: {reason}", where=str(path)),
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loracli.calibration.checks import LineError
+from loracli.calibration.fields import LineError
 from loracli.calibration.shapes import SHAPES, Shape, detect_shape, keys_of, read_content
 
 Turn = dict[str, Any]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from loracli.evaluation.comparison import Comparison
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from loracli.system.document import decode
 from tests.cli.project import run, tree
 

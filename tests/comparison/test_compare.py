@@ -88,7 +88,7 @@ def test_base_ingredients_uniform_sum_and_fit_are_those_of_the_held_out_table(
 ) -> None:
     """Also their intervals: the same records are drawn for both."""
     found = compare(data, tiny_base, recipe=recipe, settings=CompareSettings(("uniform", "sum")))
-    from loracli.recipe.reading import load_recipe
+    from loracli.recipe.recipe import load_recipe
 
     table = load_recipe(recipe).held_out
     assert [row.name for row in found.rows] == [row.name for row in table.rows]
@@ -204,7 +204,7 @@ def test_fitted_methods_and_controls_stand_beside_the_others(
 def test_a_rung_finds_what_loracat_fit_finds_on_the_same_records(
     data: Path, tiny_base: Path, two_adapters: tuple[Path, Path], recipe: Path
 ) -> None:
-    from loracli.recipe.reading import load_recipe
+    from loracli.recipe.recipe import load_recipe
 
     settings = CompareSettings(("module",), fit=QUICK)
     found = compare(data, tiny_base, two_adapters, fit_data=data / "val.jsonl", settings=settings)

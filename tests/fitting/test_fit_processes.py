@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from tests.fitting.processes_started import environment, free_port
 from tests.tiny import random_records, write_jsonl
 

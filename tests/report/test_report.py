@@ -12,7 +12,7 @@ import pytest
 
 from loracli.errors import InputError, IntegrityError, OutputExists, UsageError
 from loracli.progress import Silent
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from loracli.report.charts import tag, text
 from loracli.report.grid import grids, numbers, short_names, span_of
 from loracli.report.report import write_report
