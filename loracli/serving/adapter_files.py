@@ -37,10 +37,9 @@ from loracli.system.files import (
     open_regular,
 )
 from loracli.system.strict_json import read_object
-from loracli.system.tensor_file import BLOCK, read_header
+from loracli.system.tensor_file import BLOCK, MAX_DIMENSIONS, read_header
 
 AdapterLayout = Literal["peft", "mlx"]
-MAX_DIMENSIONS = 8
 _MAX_SIZE = 1 << 48  # of a dimension
 _MAX_CERTIFICATE_BYTES = 64 << 20
 _FLOAT_BYTES = {"F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # the last begins with the sign
