@@ -76,9 +76,9 @@ def other_bytes(folder: Path) -> Any:
 # it has waited.
 STOP = """
 import os, signal
-import loracli.recipe.reading
+import loracli.recipe.recipe
 signal.signal(signal.SIGINT, signal.default_int_handler)
-loracli.recipe.reading.read_document = lambda path: os.kill(os.getpid(), {number})
+loracli.recipe.recipe.read_document = lambda path: os.kill(os.getpid(), {number})
 """
 
 
