@@ -92,7 +92,7 @@ def fetch_adapters(
         revision: branch, tag or commit, for references that name none.
         from_pickle: bring config and adapter_model.bin of adapters that have no safetensors; whoever opens that file
             has to know what it can do.
-        options: how the Hub is asked and where the files go.
+        options: how the Hub is asked and where the files go, see `loracli.hub.source.FetchOptions`.
     Raises:
         AdapterNotFound: no such reference, repository, revision or folder, or no adapter in it.
         UnsupportedAdapter: the weights are there only as a pickle file, without `from_pickle`.
@@ -158,7 +158,8 @@ def fetch_base(
     """Brings a base model to this machine: config, tokenizer, chat template and safetensors of the top level.
 
     Never code, pickle or GGUF files. There is no ceiling but the free disk; with `config_alone` its config.json and no
-    more. What is transferred is verified; what is cached, and may take minutes to hash, with `recheck`.
+    more. What is transferred is verified; what is cached, and may take minutes to hash, with `recheck`. The options are
+    those of `loracli.hub.source.HubOptions`.
 
     Raises:
         InputError: no such repository or revision, no safetensors in it, or it is an adapter itself.

@@ -243,7 +243,7 @@ def fetch_all(
         with_base: the base model too, which all have to agree on.
         local_dir: for the files of one adapter.
         max_bytes: of an adapter.
-        options: how the Hub is asked and where the files go.
+        options: how the Hub is asked, see `loracli.hub.source.HubOptions`.
     Raises:
         RecipeError: if a recipe cannot be read.
         IntegrityError: if a file is not the one that a recipe records, or the one that the Hub lists.

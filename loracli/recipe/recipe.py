@@ -45,10 +45,8 @@ from loracli.system.strict_json import StrictJsonError, parse_json
 
 _FIRST_SCHEMA = 2  # that is still read
 SCHEMA = 4
-
+MAX_RECIPE_BYTES = 64 << 20
 _MAX_FILES = 10_000  # of calibration data
-
-
 OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
 
 
@@ -234,9 +232,6 @@ def weights_by_leaf(recipe: Recipe) -> dict[str, list[tuple[float, float, float]
 def _spread(column: tuple[float | None, ...]) -> tuple[float, float, float] | None:
     present = [weight for weight in column if weight is not None]
     return (sum(present) / len(present), min(present), max(present)) if present else None
-
-
-MAX_RECIPE_BYTES = 64 << 20
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -20,7 +20,18 @@ from loracli.system.document import AtMost, Matches, added
 from loracli.system.files import TENSOR_FILES
 
 MAX_MODULES = 200_000  # as many as tensors in a file
+MAX_ADAPTERS = 1000
+_MAX_TASKS = 100_000
+FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million records agree by chance once in 500
+RECORDS_PER_NUMBER = 4  # below, sampling makes standard errors too large by more than a half
+
 _Sha256 = Annotated[str, Matches(re.compile(r"[0-9a-f]{64}"), "a sha256, 64 hexadecimal digits")]
+_Commit = Annotated[str, Matches(re.compile(r"[0-9a-f]{40}"), "a commit, 40 hexadecimal digits")]
+_RepoId = Annotated[str, Matches(REPO_ID, "a repository on the Hub, org/name")]
+_AdapterReference = Annotated[str, Matches(re.compile(r"[^\0]{1,4096}"), "a name of 1 to 4096 characters")]
+Version = Annotated[str, Matches(re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,99}"), "a version")]
+Word = Annotated[str, Matches(re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]{0,99}"), "a name of letters, digits, ., _ and -")]
+
 MixingKind = Literal["adapter", "layer", "module", "rank", "core", "factors"]
 MIXING_KINDS: tuple[MixingKind, ...] = get_args(MixingKind)
 INLINE_KINDS: tuple[MixingKind, ...] = ("adapter", "layer", "module")  # their numbers stand in the recipe itself
@@ -96,9 +107,6 @@ def tensors_path(recipe: Path) -> Path:
 def activations_path(recipe: Path) -> Path:
     """The file of the second moments of the recipe at this path."""
     return recipe.with_name(f"{recipe.name}.activations.safetensors")
-
-
-RECORDS_PER_NUMBER = 4  # below, sampling makes standard errors too large by more than a half
 
 
 @dataclass(frozen=True)
@@ -251,30 +259,6 @@ class FitRecord:
     certificate: FitCertificate | None = None
     halvings: int = 0
     stopped: str | None = None
-
-
-FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million records agree by chance once in 500
-
-
-MAX_ADAPTERS = 1000
-
-
-_MAX_TASKS = 100_000
-
-
-_Commit = Annotated[str, Matches(re.compile(r"[0-9a-f]{40}"), "a commit, 40 hexadecimal digits")]
-
-
-_RepoId = Annotated[str, Matches(REPO_ID, "a repository on the Hub, org/name")]
-
-
-_AdapterReference = Annotated[str, Matches(re.compile(r"[^\0]{1,4096}"), "a name of 1 to 4096 characters")]
-
-
-Version = Annotated[str, Matches(re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,99}"), "a version")]
-
-
-Word = Annotated[str, Matches(re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]{0,99}"), "a name of letters, digits, ., _ and -")]
 
 
 @dataclass(frozen=True)

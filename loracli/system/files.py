@@ -85,6 +85,7 @@ def open_regular(path: Path, refused: Callable[[str], LoracatError] | None = Non
         path: of the file.
         refused: makes the caller's error of the reason why it cannot be opened; None for MalformedAdapter.
     Raises:
+        MalformedAdapter, or what `refused` makes: if it cannot be opened.
         LoracatError: if the disk fails while it is read.
     """
     try:

@@ -61,6 +61,9 @@ def read_object(path: Path, most: int, refused: Callable[[str], LoracatError] | 
         most: how many bytes of it are read.
         refused: makes the caller's error of the reason: `is larger than 1048576 bytes`, `is not a JSON object`, what
             `parse_json` says, or why it cannot be opened; None for MalformedAdapter.
+    Raises:
+        MalformedAdapter, or what `refused` makes: for any of these reasons.
+        LoracatError: if the disk fails while it is read.
     """
     with open_regular(path, refused) as file:
         data = file.read(most + 1)
