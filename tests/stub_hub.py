@@ -193,7 +193,7 @@ def _without_length(repository: Repository, headers: dict[str, str], data: bytes
 
 
 def _longer(repository: Repository, headers: dict[str, str], data: bytes) -> Body:
-    yield from _without_length(repository, headers, data + b"more")
+    yield from _without_length(repository, headers, data + b".")
 
 
 def _compressed(repository: Repository, headers: dict[str, str], data: bytes) -> Body:

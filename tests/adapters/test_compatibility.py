@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.adapters.adapter import AdapterKind, LoraAdapter, read_adapter
 from loracli.adapters.compatible import check_composable, overlaps_of, problems_of
 from loracli.errors import IncompatibleAdapters
 from loracli.hub.references import BaseClaim, agreed_base, distinct_bases
@@ -55,6 +56,21 @@ def test_other_ranks_alphas_and_modules_are_no_problem(tmp_path: Path) -> None:
     first = adapter(tmp_path / "a", {"l.0.q": (6, 5)}, rank=2, alpha=1)
     second = adapter(tmp_path / "b", {"l.0.v": (4, 5)}, rank=7, rslora=True)
     assert problems_of([first, second]) == []
+
+
+def test_experts_the_other_way_round_are_a_problem_only_once_the_orders_are_the_bases(tmp_path: Path) -> None:
+    """Before that, a config without a word on the order leaves both open; other modules are never turned."""
+
+    def of_kind(name: str, kind: AdapterKind, shape: tuple[int, int]) -> LoraAdapter:
+        found = adapter(tmp_path / name, {"l.0.x": shape})
+        return replace(found, modules={n: replace(m, kind=kind) for n, m in found.modules.items()})
+
+    experts = [of_kind("a", "experts", (6, 5)), of_kind("b", "experts", (5, 6))]
+    assert problems_of(experts) == []
+    (said,) = problems_of(experts, base_known=True)
+    assert said.startswith("l.0.x is (out, in) = (6, 5) in ") and "and (5, 6) in " in said
+    assert len(problems_of([of_kind("c", "linear", (6, 5)), of_kind("d", "linear", (5, 6))])) == 1
+    assert len(problems_of([of_kind("e", "experts", (6, 5)), of_kind("f", "experts", (7, 6))])) == 1
 
 
 def test_one_adapter_fits_itself(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from loracli.cli._options import parse_bytes
 from loracli.errors import UsageError
 from loracli.export.export import Exported, export_adapter
 from loracli.export.method import export_method
-from loracli.export.options import spectra_of_targets
+from loracli.export.options import RankRule, choose_ranks, spectra_of_targets
 from loracli.recipe.recipe import Recipe
 from tests.export.test_export import Made
 
@@ -103,6 +103,21 @@ def test_a_budget_is_kept_to_the_byte_and_used(made: Made, tmp_path: Path, profi
             assert exported.layout.rank == (3 if budget >= sizes[2] else 2 if budget >= sizes[1] else 1)
     with pytest.raises(UsageError, match=f"rank 1 the tensor file has {sizes[0]} bytes"):
         export(made, tmp_path / "out", budget=sizes[0] - 1 if profile == "portable" else 100, profile="portable")
+
+
+def test_ranks_that_fill_a_budget_to_its_last_byte_are_taken() -> None:
+    """100 bytes of header and 10 of each rank; a byte less costs the rank that matters least."""
+    spectra, costs = (
+        {"a": torch.tensor([9.0, 1.0]).double(), "b": torch.tensor([8.0, 2.0]).double()},
+        {"a": 10, "b": 10},
+    )
+
+    def chosen(budget: int) -> dict[str, int]:
+        return choose_ranks(RankRule(budget=budget), spectra, costs, lambda ranks: 100 + 10 * sum(ranks.values()))
+
+    assert chosen(140) == {"a": 2, "b": 2} and chosen(139) == {"a": 1, "b": 2} and chosen(120) == {"a": 1, "b": 1}
+    with pytest.raises(UsageError):
+        chosen(119)
 
 
 def test_ranks_under_one_budget_lose_less_than_one_rank_for_all(made: Made, tmp_path: Path) -> None:

@@ -86,6 +86,12 @@ def nats_at(objective: Objective, mixing: DiagonalMixing, theta: Tensor, records
     return objective.score([batch], len(records)).nats
 
 
+@pytest.mark.parametrize(("records", "certain"), [(12, True), (11, False), (13, True)])
+def test_four_records_for_each_effective_number_are_enough_to_be_certain(records: int, certain: bool) -> None:
+    found = FitCertificate(records, 3, 0.1, 1.0, 0.0, 0.0, 0.0, 3.0, {}, {})
+    assert found.certain is certain
+
+
 # What belongs to a record.
 
 

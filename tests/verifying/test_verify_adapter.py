@@ -189,6 +189,23 @@ def test_a_changed_figure_of_the_certificate_is_found(tmp_path: Path) -> None:
         (out / "loracat.json").write_text(whole)
 
 
+def test_a_figure_of_the_certificate_that_is_a_hundredth_off_is_named_with_the_right_one(tmp_path: Path) -> None:
+    out, paths, _ = exported(tmp_path, "plain", merge=True)
+    whole = (out / "loracat.json").read_text()
+    module = json.loads(whole)["certificate"]["modules"][0]
+    for figure in ("relative_error", "kept_energy"):
+        wrong = 0.99 * module[figure]
+        change(
+            out / "loracat.json",
+            lambda d, figure=figure, wrong=wrong: d["certificate"]["modules"][0].update({figure: wrong}),  # type: ignore[misc]
+        )
+        what = f"the certificate's {figure.replace('_', ' ')} is {wrong:g}; it is {module[figure]:g}"
+        assert f"{module['name']}: {what}" in problems(out, paths)
+        (out / "loracat.json").write_text(whole)
+    change(out / "loracat.json", lambda d: d["certificate"].update(largest_relative_error=0.0))
+    assert "the certificate's largest error is 0 and not " in problems(out, paths)
+
+
 def test_what_pads_an_export_is_zero(tmp_path: Path, tiny_base: Path) -> None:
     some = make_adapter(tmp_path / "some", tiny_base, layers_to_transform=[1], seed=3)
     wide = make_adapter(tmp_path / "wide", tiny_base, layers_to_transform=[1], targets=("o_proj",), rank=6, seed=4)
