@@ -25,7 +25,7 @@ from tests.pins.made import ENVIRONMENT, EXACT, fingerprint
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PINNED: dict[str, Any] = json.loads((HERE / "pins.json").read_text(encoding="utf-8"))
-NUMBER = re.compile(r"[<>≤]?[+-]?(\d+\.[\w.+]*\d\w*|\d+e[+-]?\d+)( ?%)?")
+NUMBER = re.compile(r"(?<![\w.])[+-]?(\d+(\.\d+)?e[+-]?\d+|\d+(\.\d+)+([+.]?[a-z]+\d*)*)(?![\w.]*\w)( ?%)?")
 DIGEST = re.compile(r"\b[0-9a-f]{12,}\b")
 
 
