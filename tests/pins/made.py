@@ -390,7 +390,7 @@ def make(here: Path) -> Pins:
     pins.add("command report", "report.html", Path("report.html").read_text(), "")
     pins.run(
         "command compare-fits",
-        f"compare -a a b {WITH_BASE} --methods lorahub,core,paper --fit-data other.jsonl --passes 2",
+        f"compare -a a b {WITH_BASE} --methods module,core,paper --fit-data other.jsonl --passes 2",
         again=None,
     )
     for name, words in FAILURES.items():
