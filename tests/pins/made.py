@@ -273,7 +273,8 @@ class Pins:
             self.card = self.card or set(text.splitlines())
         self.add(thing, part, text, shown)
         if self.said(text) != text:  # other files name its digest
-            self.words[sha256(raw).hexdigest()] = f"<sha256 of {path}>"
+            digest = sha256(raw).hexdigest()
+            self.words |= {digest: f"<sha256 of {path}>", digest[:12]: f"<sha256 of {path}>"}
 
     def shortened(self, text: str) -> str:
         """A JSON document in which a recipe that is pinned itself is but named."""
