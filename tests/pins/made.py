@@ -37,7 +37,7 @@ from typer.testing import CliRunner
 import loracli
 from loracli.cli import app
 from loracli.demo.run import DemoResult, DemoRow
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from tests.convolutions import adapt, model
 from tests.mixtures import BOTH, ROUTERS
 from tests.stub_hub_uploads import UploadHub
