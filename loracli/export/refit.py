@@ -333,7 +333,7 @@ def _search(engine: Engine, inputs: FitInputs, fold: Fold, examples: Examples) -
     criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
     task = Task(engine, (fold,), criterion, settings, inputs.references)
     budget = settings.budget * 2 * tokens_of(examples.training)
-    before = criterion(mixing, identity, fold.validation)
+    before = criterion(mixing, identity, fold.validation, None)
     solved = solve_rung(task, mixing, {START: [identity]}, budget * (1 - REFIT_SHARE) - engine.meter.spent)
     assert solved.scores is not None
     compared = gain(before, solved.scores)

@@ -216,11 +216,13 @@ def certified(
     batches = plan_batches(training, batch_tokens=settings.batch_tokens)
     cost = _certificate_cost(training, settings)
     best: FitCertificate | None = None
-    trial = theta
+    trial, number = theta, 0
     while engine.meter.spent + cost <= whole:
         engine.meter.stage("certificate", rung=mixing.kind, start="", stage="certificate", ridge=ridge)
         try:
-            records = engine.record_gradients(mixing, trial, batches, training, seed=settings.seed)
+            number += 1
+            key = f"{mixing.kind}, certificate {number}"
+            records = engine.record_gradients(mixing, trial, batches, training, seed=settings.seed, key=key)
         except NonFiniteLoss:
             break  # of a step too far, or of records that have stopped the search already
         found = certify(mixing, trial, anchor, records, ridge=ridge)

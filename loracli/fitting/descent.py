@@ -164,7 +164,6 @@ class AdamW:
 FEWEST_STEPS_A_PASS = 64
 MOST_STEPS_A_PASS = 128
 MOST_POINTS = 48  # of a curve in a recipe
-UNDER_WAY = "descent"  # the key of a run that is not at its end
 
 
 @dataclass(frozen=True)
@@ -291,24 +290,23 @@ class Descent:
     def theta(self) -> Tensor:
         return self._adam.theta
 
-    def run(self, steps: int, ridge: float = 0.0) -> Ran:
-        """Takes so many steps; a run that an interrupted fit has made is taken from there.
+    def run(self, steps: int, ridge: float = 0.0, *, key: str | None = None) -> Ran:
+        """Takes so many steps, or those that are left of a run that an interrupted fit has under this key.
 
         Raises:
             NonFiniteLoss: naming the records of a batch; theta stays at the last finite step.
         """
-        key = self._engine.next_key()
         entry = self._engine.recall(key)
-        if entry is not None:
-            return self._restore(entry)[1]
-        entry = self._engine.recall(UNDER_WAY, of=key)
         none = Ran(torch.zeros_like(self.theta), 0.0, 0.0, torch.zeros(steps, dtype=torch.float64))
         done, ran = (0, none) if entry is None else self._restore(entry)
+        if entry is not None and done == steps:
+            return ran
         total, nats, tokens, losses = ran.average, ran.nats, ran.tokens, ran.losses
         averaged = max(steps // 4, 1)
         for number in range(done, steps):
             step = self._step(self._adam.step_number)
-            more, gradient = self._engine.total(self._mixing, self.theta, step.batches, self._examples)
+            within = None if key is None else f"{key}, step {number}"
+            more, gradient = self._engine.total(self._mixing, self.theta, step.batches, self._examples, key=within)
             scored = sum(batch.scored_tokens for batch in step.batches)
             losses[number] = more / scored
             if number >= steps // 2:
@@ -317,17 +315,15 @@ class Descent:
             if number >= steps - averaged:
                 total = total + self.theta
             self._engine.stepped(loss=more / scored, rate=self._adam.rate())
-            if number + 1 < steps and self._engine.due(UNDER_WAY):
-                self._leave(UNDER_WAY, number + 1, Ran(total, nats, tokens, losses), of=key)
+            if number + 1 < steps and self._engine.due(key):
+                self._leave(key, number + 1, Ran(total, nats, tokens, losses))
         ran = Ran(total / averaged, nats, tokens, losses)
         self._leave(key, steps, ran)
         return ran
 
-    def _leave(self, key: str, done: int, ran: Ran, *, of: str | None = None) -> None:
+    def _leave(self, key: str | None, done: int, ran: Ran) -> None:
         values = {"done": done, "nats": ran.nats, "tokens": ran.tokens, "step_number": self._adam.step_number}
-        self._engine.remember(
-            key, Entry({**self._adam.state(), "average": ran.average, "losses": ran.losses}, values), of=of
-        )
+        self._engine.remember(key, Entry({**self._adam.state(), "average": ran.average, "losses": ran.losses}, values))
 
     def _restore(self, entry: Entry) -> tuple[int, Ran]:
         done, nats, tokens, number = (entry.values[name] for name in ("done", "nats", "tokens", "step_number"))

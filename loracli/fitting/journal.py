@@ -6,14 +6,17 @@ So there is no second path through the search for resumed runs, and the same byt
 
     <output>.state/
       identity.json       sha256 of every input and all settings: the state of another fit is refused by name
-      <key>.safetensors   tensors of one operation; numbers, and how far the fit was, in the metadata
+      <sha256 of its key>.safetensors   tensors of one operation; its key, numbers, and how far the fit was, in the
+                                        metadata
 
-Files are replaced by rename. A step that is long in itself (a descent, a sum over all batches) writes where it is at
-most every `seconds` seconds, and when it is done.
+A key says what the operation is of: `module from adapter, descent, ridge 0.001, fold 2`. Files are replaced by rename.
+A step that is long in itself (a descent, a sum over all batches) writes where it is at most every `seconds` seconds,
+and when it is done.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -30,6 +33,8 @@ from loracli.system.files import read_regular, remove_temporaries, write_atomica
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 IDENTITY_FILE = "identity.json"
+FORM = "2"  # of keys and entries: raised whenever either changes, so that no state is read as what it is not
+_FORM = "form of the state"
 MAX_IDENTITY_BYTES = 64 << 20
 SECONDS = 15.0  # between two writes of a step that goes on
 
@@ -57,18 +62,22 @@ class Journal:
         self._seconds = seconds
         self._opened = time.monotonic()
         self._written: dict[str, float] = {}
+        self._recalled: set[str] = set()
 
     def recall(self, key: str) -> Entry | None:
-        """What the step left, None if there is nothing that can be read."""
+        """What the step left, None if there is nothing that can be read. Each key is asked for once."""
         if self._folder is None:
             return None
+        assert key not in self._recalled, f"two steps are called {key}"
+        self._recalled.add(key)
         path = self._path(key)
         if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-                return Entry(tensors, json.loads((file.metadata() or {})["values"]))
+                metadata = file.metadata() or {}
+                return Entry(tensors, json.loads(metadata["values"])) if metadata["key"] == key else None
         except (SafetensorError, OSError, KeyError, ValueError):
             return None  # damaged: the step is done again
 
@@ -77,7 +86,7 @@ class Journal:
         if self._folder is None:
             return
         tensors = {name: tensor.contiguous() for name, tensor in entry.tensors.items()}
-        write_atomically(self._path(key), save(tensors, {"values": json.dumps(dict(entry.values))}))
+        write_atomically(self._path(key), save(tensors, {"key": key, "values": json.dumps(dict(entry.values))}))
         self._written[key] = time.monotonic()
 
     def due(self, key: str) -> bool:
@@ -87,7 +96,7 @@ class Journal:
 
     def _path(self, key: str) -> Path:
         assert self._folder is not None
-        return self._folder / f"{key}.safetensors"
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
 
 def state_folder(output: Path) -> Path:
@@ -103,8 +112,10 @@ def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progr
 
     Raises:
         OutputExists: if the folder is there and is no state of ours.
-        StateMismatch: with `resume`, naming every input that is not the one the state was written for.
+        StateMismatch: with `resume`, naming every input that is not the one the state was written for, or the form of
+            the state where another version wrote it.
     """
+    identity = {_FORM: FORM, **identity}
     path = folder / IDENTITY_FILE
     if resume and path.is_file():
         try:
@@ -112,6 +123,12 @@ def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progr
         except (OSError, StrictJsonError):
             known = None
         known = known if isinstance(known, dict) else {}
+        if known and known.get(_FORM) != FORM:
+            raise StateMismatch(
+                f"the state in {folder} has the form {known.get(_FORM, '1')}, of another version of loracat, and this "
+                f"one goes on from the form {FORM}",
+                hint="go on with the version that began the fit, or leave out --resume to start over",
+            )
         changed = sorted(name for name in {*known, *identity} if known.get(name) != identity.get(name))
         if changed:
             raise StateMismatch(
@@ -128,7 +145,7 @@ def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progr
     if not path.is_file() and any(folder.iterdir()):
         raise OutputExists(f"{folder} is in the way of the fit's state", hint="move it, or choose another name with -o")
     remove_state(folder)
-    write_atomically(path, (json.dumps(dict(identity), indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps(identity, indent=2) + "\n").encode())
     return False
 
 

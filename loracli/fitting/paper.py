@@ -53,7 +53,7 @@ def fit_as_published(
     descent = Descent(engine, mixing, examples, lambda number: steps[number], adam, start)
     stopped, stages = None, tuple[StageRecord, ...]()
     try:
-        stages = (descent.run(len(steps)).recorded(mixing.kind, "random", "descent", 0.0),)
+        stages = (descent.run(len(steps), key="published recipe").recorded(mixing.kind, "random", "descent", 0.0),)
     except NonFiniteLoss as error:
         if adam.step_number == 0:
             raise

@@ -87,7 +87,7 @@ def find_reach(
     Raises:
         BaseModelMismatch: if none is reached.
     """
-    unreached = engine.unreached(batches, examples)
+    unreached = engine.unreached(batches, examples, key="reach")
     if not unreached:
         return Reach()
     read = weights_read(base)

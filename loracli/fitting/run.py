@@ -379,7 +379,7 @@ def _training_loss(engine: Engine, found: Found, training: Sequence[Example], se
     engine.meter.stage("training loss")
     batches = plan_batches(training, batch_tokens=settings.batch_tokens)
     try:
-        return engine.score(found.mixing, found.theta, batches, training).nats_per_token
+        return engine.score(found.mixing, found.theta, batches, training, key="training loss").nats_per_token
     except NonFiniteLoss:
         if found.stopped is None:
             raise
@@ -404,10 +404,12 @@ def _held_out_scores(
     scores: dict[str, Scores] = {}
     for name, point in static_points(inputs.references).items():
         try:
-            scores[name] = engine.score(adapters, adapters.constant(point), batches, examples)
+            scores[name] = engine.score(
+                adapters, adapters.constant(point), batches, examples, key=f"held out, point {name!r}"
+            )
         except NonFiniteLoss as error:
             progress.warn(f"{name} is left out of the held-out table: {error}")
             if name == inputs.references[-1] and not any(reference in scores for reference in inputs.references):
                 raise
-    scores[FIT] = engine.score(found.mixing, found.theta, batches, examples)
+    scores[FIT] = engine.score(found.mixing, found.theta, batches, examples, key="held out, the fit")
     return scores

@@ -59,15 +59,20 @@ class Task:
     def validated(self) -> bool:
         return bool(self.folds[0].validation)
 
-    def check(self, mixing: Mixing, thetas: Sequence[Tensor]) -> Scores | None:
-        """Each fold's theta on its validation records; None without such records.
+    def check(self, mixing: Mixing, thetas: Sequence[Tensor], key: str) -> Scores | None:
+        """Each fold's theta on its validation records; None without such records. The key says what is checked.
 
         Raises:
             NonFiniteLoss: if the loss there is not finite.
         """
         if not self.validated:
             return None
-        return joined([self.criterion(mixing, t, fold.validation) for t, fold in zip(thetas, self.folds, strict=True)])
+        return joined(
+            [
+                self.criterion(mixing, theta, fold.validation, f"{key}, fold {number}")
+                for number, (theta, fold) in enumerate(zip(thetas, self.folds, strict=True))
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -211,14 +216,17 @@ class _Rung:
     def _probe(self, name: str) -> list[Descent] | None:
         """The first steps from a start; None if the loss is not finite there."""
         starts, before = self._starts[name], None
-        self._stage(name, "probe", None)
+        key = self._stage(name, "probe", None)
         try:
-            before = self._task.check(self._mixing, starts)
+            before = self._task.check(self._mixing, starts, f"{key}, before")
             if before is not None:
                 self._offer(name, starts, before, None)
             descents = [self._descent(start, steps) for start, steps in zip(starts, self._steps, strict=True)]
-            ran = [d.run(s.probe, self._path[0]) for d, s in zip(descents, self._steps, strict=True)]
-            after = self._task.check(self._mixing, [descent.theta for descent in descents])
+            ran = [
+                descent.run(steps.probe, self._path[0], key=f"{key}, fold {fold}")
+                for fold, (descent, steps) in enumerate(zip(descents, self._steps, strict=True))
+            ]
+            after = self._task.check(self._mixing, [descent.theta for descent in descents], f"{key}, after")
         except NonFiniteLoss as error:
             self._reports.append(left_out(name, nats_per_token(before), error))
             self._failure = error
@@ -231,14 +239,14 @@ class _Rung:
     def _walk(self, name: str, descents: Sequence[Descent]) -> None:
         """The path of falling ridge; ends where the solution gets clearly worse."""
         for stage, ridge in enumerate(self._path):
-            self._stage(name, "descent", ridge)
+            key = self._stage(name, "descent", ridge)
             try:
                 ran = [
-                    descent.run(steps.part(stage, len(self._path)), ridge)
-                    for descent, steps in zip(descents, self._steps, strict=True)
+                    descent.run(steps.part(stage, len(self._path)), ridge, key=f"{key}, fold {fold}")
+                    for fold, (descent, steps) in enumerate(zip(descents, self._steps, strict=True))
                 ]
                 thetas = tuple(r.average for r in ran)
-                scores = self._task.check(self._mixing, thetas)
+                scores = self._task.check(self._mixing, thetas, f"{key}, after")
             except NonFiniteLoss as error:
                 self._stop(name, descents, str(error))
                 return
@@ -272,10 +280,12 @@ class _Rung:
         adam = AdamW(start, steps=count, rate=rate, warm_up=max(1, round(WARM_UP * count)))
         return Descent(self._task.engine, self._mixing, steps.plan.examples, steps.plan.step, adam, start)
 
-    def _stage(self, name: str, what: str, ridge: float | None) -> None:
+    def _stage(self, name: str, what: str, ridge: float | None) -> str:
+        """Tells of what follows; the key of it."""
         kind = self._mixing.kind
         text = f"{kind} from {name}" + ("" if ridge is None or len(self._path) == 1 else f", ridge {ridge:g}")
         self._task.engine.meter.stage(text, rung=kind, start=name, stage=what, ridge=ridge)
+        return f"{kind} from {name}, {what}" + ("" if ridge is None else f", ridge {ridge:g}")
 
 
 def _unseen(ran: Sequence[Ran], after: Scores | None) -> float:

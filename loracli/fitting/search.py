@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) ->
         _subset(fold.fitting, share * SCREEN_SHARE / points if alone else share / (points + 2 * EVALUATIONS), task)
         for fold in task.folds
     ]
-    bests = [_screen(task, mixing, screen) for screen in screens]
+    bests = [_screen(task, mixing, screen, f"adapter, screen, fold {fold}") for fold, screen in enumerate(screens)]
     left = share - (task.engine.meter.spent - before_screen) / len(task.folds)
     starts = {SCREENED: [mixing.constant(static_points(task.references)[name]) for name in bests]}
     total = mixing.constant([1.0] * len(task.references))
@@ -84,16 +84,18 @@ def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) ->
     reports: list[StartRecord] = []
     ends: dict[str, tuple[list[Minimum], Scores | None]] = {}
     for name, thetas in starts.items():
-        task.engine.meter.stage(f"adapter from {name}", rung="adapter", start=name)
+        key = f"adapter from {name}"
+        task.engine.meter.stage(key, rung="adapter", start=name)
         before = None
         try:
-            before = nats_per_token(task.check(mixing, thetas))
+            before = nats_per_token(task.check(mixing, thetas, f"{key}, before"))
             minima = []
-            for fold, screen, theta in zip(task.folds, screens, thetas, strict=True):
+            for number, (fold, screen, theta) in enumerate(zip(task.folds, screens, thetas, strict=True)):
                 examples = fold.fitting if alone else screen
-                count = _affordable(task, left / len(starts), fold.validation, examples)
-                minima.append(minimise(task, mixing, theta, examples, count if alone else EVALUATIONS))
-            after = task.check(mixing, [minimum.theta for minimum in minima])
+                most = _affordable(task, left / len(starts), fold.validation, examples)
+                allowed = most if alone else EVALUATIONS
+                minima.append(minimise(task, mixing, theta, examples, allowed, f"{key}, fold {number}"))
+            after = task.check(mixing, [minimum.theta for minimum in minima], f"{key}, after")
         except NonFiniteLoss as error:
             reports.append(left_out(name, before, error))
             if len(reports) == len(starts) and not ends:
@@ -108,14 +110,21 @@ def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) ->
     return Solved(mixing, found, tuple(starts[chosen]), scores, tuple(reports), chosen, None)
 
 
-def minimise(task: Task, mixing: Mixing, theta: Tensor, examples: Sequence[Example], evaluations: int) -> Minimum:
-    """BFGS on the mean loss of the examples.
+def minimise(
+    task: Task, mixing: Mixing, theta: Tensor, examples: Sequence[Example], evaluations: int, key: str
+) -> Minimum:
+    """BFGS on the mean loss of the examples; the key says which this is.
 
     Raises:
         NonFiniteLoss: if the loss at theta is not finite.
     """
     batches = plan_batches(examples, batch_tokens=task.settings.batch_tokens)
-    evaluate = partial(task.engine.mean_and_gradient, mixing, batches=batches, examples=examples)
+    numbers = count()
+
+    def evaluate(at: Tensor) -> tuple[float, Tensor]:
+        named = f"{key}, evaluation {next(numbers)}"
+        return task.engine.mean_and_gradient(mixing, at, batches, examples, key=named)
+
     return bfgs(evaluate, theta, evaluations=evaluations)
 
 
@@ -140,7 +149,7 @@ def _subset(examples: Sequence[Example], wanted: float, task: Task) -> list[Exam
     return chosen
 
 
-def _screen(task: Task, mixing: Mixing, examples: Sequence[Example]) -> str:
+def _screen(task: Task, mixing: Mixing, examples: Sequence[Example], key: str) -> str:
     """The name of the best point that needs no fit.
 
     Raises:
@@ -152,7 +161,8 @@ def _screen(task: Task, mixing: Mixing, examples: Sequence[Example]) -> str:
     failure: NonFiniteLoss | None = None
     for name, point in static_points(task.references).items():
         try:
-            losses[name] = task.engine.score(mixing, mixing.constant(point), batches, examples).nats_per_token
+            scores = task.engine.score(mixing, mixing.constant(point), batches, examples, key=f"{key}, point {name!r}")
+            losses[name] = scores.nats_per_token
         except NonFiniteLoss as error:  # no point to start from
             losses[name], failure = math.inf, error
     best = min(losses, key=lambda name: losses[name])
@@ -358,7 +368,7 @@ def refit(
     kind = last.mixing.kind
     task.engine.meter.stage(f"{kind} on all records", rung=kind, start="", stage="refit", ridge=last.ridge)
     descent = Descent(task.engine, last.mixing, training, plan.step, adam, mean_of(last.anchors))
-    ran = descent.run(steps, last.ridge or 0.0)
+    ran = descent.run(steps, last.ridge or 0.0, key=f"{kind} on all records")
     return ran.average, ran.recorded(kind, last.chosen, "refit", last.ridge or 0.0)
 
 
@@ -371,6 +381,6 @@ def _minimise_again(
     if evaluations < 2:  # the first one is of what there is
         return None
     task.engine.meter.stage("adapter on all records", rung="adapter", start="", stage="refit", ridge=0.0)
-    minimum = minimise(task, last.mixing, mean_of(last.thetas), training, evaluations)
+    minimum = minimise(task, last.mixing, mean_of(last.thetas), training, evaluations, "adapter on all records")
     losses = tuple(float(f"{value:.6g}") for value in minimum.values)
     return minimum.theta, StageRecord("adapter", last.chosen, "refit", 0.0, minimum.evaluations, None, losses)
