@@ -46,7 +46,7 @@ from loracli.fitting.mixing import CoreMixing, make_layout
 from loracli.fitting.processes import ALONE
 from loracli.fitting.reach import find_reach
 from loracli.fitting.run import announce, memory_decision, usable_length
-from loracli.fitting.rung import Task, mean_of, solve_rung, tokens_of
+from loracli.fitting.rung import Task, solve_rung, tokens_of
 from loracli.fitting.search import REFIT_SHARE, refit
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach, replace_modules
@@ -339,11 +339,11 @@ def _search(engine: Engine, inputs: FitInputs, fold: Fold, examples: Examples) -
     compared = gain(before, solved.scores)
     if not solved.moved or not compared.clear:
         return _Found({}, compared, solved.ridge, solved.stopped)
-    theta, stopped = mean_of(solved.thetas), solved.stopped
+    theta, stopped = solved.theta, solved.stopped
     if stopped is None:
         try:
             again = refit(task, [solved], examples.training, min(REFIT_SHARE * budget, budget - engine.meter.spent))
-            theta = theta if again is None else again[0]
+            theta = theta if again is None else again.theta
         except NonFiniteLoss as error:
             stopped = str(error)
     cores = dict(zip(inputs.layout.modules, (core.clone() for core in mixing.matrices(theta)), strict=True))

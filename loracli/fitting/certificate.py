@@ -159,32 +159,13 @@ FEWEST_PASSES = 6.0  # of a budget that has room for a certificate
 WORTH_A_STEP = 1e-5  # nats per token
 
 
-@dataclass(frozen=True)
-class Finish:
-    """How a fit of a mixing ends.
-
-    Args:
-        certificates: how many the budget is to leave room for.
-        instead_of_refit: whether a Newton step between two certificates is the last fit on all records.
-        reserved: tokens of the budget that this takes.
-    """
-
-    certificates: int
-    instead_of_refit: bool
-    reserved: int
-
-
-NO_FINISH = Finish(0, False, 0)
-
-
-def plan_finish(mixing: Mixing, training: Sequence[Example], settings: FitSettings) -> Finish:
-    """One certificate; two with a step between them for `adapter`, whose few numbers any records determine; none where
-    the mixing or the budget has no room for it."""
+def certificate_tokens(mixing: Mixing, training: Sequence[Example], settings: FitSettings) -> int:
+    """The tokens of the budget that the end of a fit takes: of one certificate; of two with a step between them for
+    `adapter`, whose few numbers any records determine; none where the mixing or the budget has no room for it."""
     if not can_certify(mixing) or settings.budget < FEWEST_PASSES:
-        return NO_FINISH
+        return 0
     few = mixing.kind == "adapter" and len(training) >= RECORDS_PER_NUMBER * mixing.numbers
-    certificates = 2 if few else 1
-    return Finish(certificates, few, certificates * _certificate_cost(training, settings))
+    return (2 if few else 1) * _certificate_cost(training, settings)
 
 
 def _certificate_cost(training: Sequence[Example], settings: FitSettings) -> int:

@@ -21,7 +21,7 @@ from loracli.errors import NonFiniteLoss
 from loracli.fitting.descent import AdamW, Descent, Step
 from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import DiagonalMixing
-from loracli.fitting.search import Found
+from loracli.fitting.rung import Solution
 from loracli.fitting.settings import FitSettings
 from loracli.recipe.record import RungRecord, StageRecord, StartRecord
 
@@ -38,7 +38,7 @@ def with_prompts(example: Example) -> Example:
 
 def fit_as_published(
     engine: Engine, mixing: DiagonalMixing, training: Sequence[Example], settings: FitSettings
-) -> Found:
+) -> Solution:
     """One epoch; theta are the logits."""
     examples = [with_prompts(example) for example in training]
     order = shuffled(range(len(examples)), seed=settings.seed)
@@ -61,4 +61,6 @@ def fit_as_published(
     starts = (StartRecord("random", None, None, None),)
     why = "the published recipe has one rung and one start"
     rung = RungRecord(mixing.kind, mixing.numbers, starts, "random", None, None, None, None, True, why)
-    return Found(mixing, descent.theta, start, (rung,), stages, None, False, stopped)
+    return Solution(
+        mixing, (descent.theta,), (start,), None, starts, "random", None, stopped=stopped, stages=stages, rungs=(rung,)
+    )

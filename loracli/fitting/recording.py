@@ -14,7 +14,7 @@ from loracli.algebra.basis import canonical_stack, mixing_in_file_gauge
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.mixing import DiagonalMixing, FactorMixing
 from loracli.fitting.reach import Reach
-from loracli.fitting.search import Found
+from loracli.fitting.rung import Solution
 from loracli.model.base import BaseModel, base_modules
 from loracli.recipe.ingredients import identity_of
 from loracli.recipe.mixing import RecipeActivations, RecipeMixing
@@ -27,7 +27,7 @@ def make_recipe(
     inputs: FitInputs,
     base: BaseModel,
     data: tuple[RecipeData, ...],
-    found: Found,
+    found: Solution,
     table: HeldOut,
     training_loss: float | None,
     certificate: FitCertificate | None,
@@ -96,14 +96,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _largest_move(found: Found) -> float:
+def _largest_move(found: Solution) -> float:
     mixing = found.mixing
     if isinstance(mixing, DiagonalMixing):
         return float((mixing.weights(found.theta) - mixing.weights(found.anchor)).abs().max())
     return float((found.theta - found.anchor).abs().max())
 
 
-def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found: Found) -> RecipeMixing:
+def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found: Solution) -> RecipeMixing:
     """The mixing as the files' factors take it: what was fitted in the canonical gauge is brought back from there."""
     mixing = found.mixing
     if isinstance(mixing, DiagonalMixing) and mixing.kind != "rank":

@@ -16,7 +16,7 @@ from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.statistics import FIT, held_out_table, static_points
 from loracli.fitting.activations import chosen_records, fit_activations
-from loracli.fitting.certificate import NO_FINISH, can_certify, certified, plan_finish
+from loracli.fitting.certificate import can_certify, certificate_tokens, certified
 from loracli.fitting.criterion import LEAST_ANSWERS, Fold, cross_folds, loss_criterion, metric_criterion, one_fold
 from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine
@@ -29,8 +29,8 @@ from loracli.fitting.paper import fit_as_published
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.reach import find_reach
 from loracli.fitting.recording import dtype_name, make_recipe
-from loracli.fitting.rung import Task, tokens_of
-from loracli.fitting.search import LADDERS, Found, search
+from loracli.fitting.rung import Solution, Task, tokens_of
+from loracli.fitting.search import LADDERS, search
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched
 from loracli.model.attach import AttachedModel, attach, replace_modules
@@ -312,7 +312,7 @@ def find_mixing(
     folds: tuple[Fold, ...],
     training: Sequence[Example],
     tokenizer: Any,
-) -> Found:
+) -> Solution:
     """The search of `inputs.settings` on an attached model.
 
     Args:
@@ -326,12 +326,12 @@ def find_mixing(
     settings = inputs.settings
     if settings.paper:
         return fit_as_published(engine, make_diagonal(inputs.layout, "module", softmax=True), training, settings)
-    finish = NO_FINISH  # which rung `auto` ends on is not known, and so is what it leaves of the budget
+    reserved = 0  # which rung `auto` ends on is not known, and so is what it leaves of the budget
     if settings.mixing != AUTO:
         target = make_mixing(attached, inputs.layout, settings.mixing)  # type: ignore[arg-type]
-        finish = plan_finish(target, training, settings)
+        reserved = certificate_tokens(target, training, settings)
     task = _task(engine, inputs, folds, tokenizer)
-    return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training, finish)
+    return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training, reserved)
 
 
 def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], tokenizer: Any) -> Task:
@@ -364,17 +364,17 @@ def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], tokenizer:
 
 
 def _certified(
-    engine: Engine, found: Found, training: Sequence[Example], settings: FitSettings
-) -> tuple[Found, FitCertificate | None]:
+    engine: Engine, found: Solution, training: Sequence[Example], settings: FitSettings
+) -> tuple[Solution, FitCertificate | None]:
     mixing = found.mixing
     if not isinstance(mixing, DiagonalMixing) or not can_certify(mixing) or found.stopped:
         return found, None
     ridge = found.ridge or 0.0
     theta, certificate = certified(engine, mixing, found.theta, found.anchor, ridge, training, settings)
-    return replace(found, theta=theta), certificate
+    return replace(found, thetas=(theta,)), certificate
 
 
-def _training_loss(engine: Engine, found: Found, training: Sequence[Example], settings: FitSettings) -> float | None:
+def _training_loss(engine: Engine, found: Solution, training: Sequence[Example], settings: FitSettings) -> float | None:
     """None where the search stopped at records whose loss is not finite."""
     engine.meter.stage("training loss")
     batches = plan_batches(training, batch_tokens=settings.batch_tokens)
@@ -389,7 +389,7 @@ def _training_loss(engine: Engine, found: Found, training: Sequence[Example], se
 def _held_out_scores(
     engine: Engine,
     inputs: FitInputs,
-    found: Found,
+    found: Solution,
     batches: Sequence[Batch],
     examples: Sequence[Example],
     progress: Progress,

@@ -27,7 +27,7 @@ from loracli.fitting.mixing import Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
 from loracli.recipe.mixing import MixingKind
-from loracli.recipe.record import StageRecord, StartRecord
+from loracli.recipe.record import RungRecord, StageRecord, StartRecord
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,21 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Solved:
-    """A rung's solution on every fold.
+class Solution:
+    """What was found on one kind of mixing, on every fold; at the end of a search one for all folds.
 
     Args:
-        mixing: the rung.
-        thetas: by fold.
-        anchors: by fold, the start that won.
+        mixing: the kind.
+        thetas: (P,) by fold.
+        anchors: (P,) by fold, the start that won, which the ridge pulls towards.
         scores: by the criterion, on the validation records of all folds; None without such records.
         starts: what they were.
         chosen: the name of the start that won.
         ridge: of the stage that won; None if the start was never beaten, or there was no path.
         stopped: why the search ended early, None if it did not.
-        stages: the descents, in order.
+        stages: the descents, in order; at the end those of all kinds.
+        rungs: at the end, all kinds that were tried.
+        refitted: whether it was fitted once more on all training records.
     """
 
     mixing: Mixing
@@ -100,6 +102,18 @@ class Solved:
     ridge: float | None
     stopped: str | None = None
     stages: tuple[StageRecord, ...] = ()
+    rungs: tuple[RungRecord, ...] = ()
+    refitted: bool = False
+
+    @property
+    def theta(self) -> Tensor:
+        """(P,) for all folds: the mean of theirs."""
+        return _mean(self.thetas)
+
+    @property
+    def anchor(self) -> Tensor:
+        """(P,) likewise."""
+        return _mean(self.anchors)
 
     @property
     def moved(self) -> bool:
@@ -107,8 +121,7 @@ class Solved:
         return any(not torch.equal(t, a) for t, a in zip(self.thetas, self.anchors, strict=True))
 
 
-def mean_of(thetas: Sequence[Tensor]) -> Tensor:
-    """One theta for all folds."""
+def _mean(thetas: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(thetas)).mean(dim=0) if len(thetas) > 1 else thetas[0]
 
 
@@ -152,7 +165,7 @@ def rate_for(task: Task, mixing: Mixing, steps: int) -> float:
     return task.settings.learning_rate or min(peak_rate(steps), RATES.get(mixing.kind, math.inf))
 
 
-def solve_rung(task: Task, mixing: Mixing, starts: Mapping[str, Sequence[Tensor]], budget: float) -> Solved:
+def solve_rung(task: Task, mixing: Mixing, starts: Mapping[str, Sequence[Tensor]], budget: float) -> Solution:
     """Finds theta on every fold within the budget.
 
     Args:
@@ -183,7 +196,7 @@ class _Rung:
         self._task, self._mixing, self._starts = task, mixing, starts
         self._path = ridge_path(task, mixing)
         self._steps = [self._plan(fold_index, budget / len(task.folds)) for fold_index in range(len(task.folds))]
-        self._best: Solved | None = None
+        self._best: Solution | None = None
         self._failure: NonFiniteLoss | None = None
         self._reports: list[StartRecord] = []
         self._stages: list[StageRecord] = []
@@ -197,7 +210,7 @@ class _Rung:
         rest = plan.steps_within(tokens - len(self._starts) * plan.tokens_of(range(probe)), first=probe)
         return _Steps(plan, probe, max(rest, len(self._path)))
 
-    def solve(self) -> Solved:
+    def solve(self) -> Solution:
         descents = {}
         for name in self._starts:
             descent = self._probe(name)
@@ -262,7 +275,7 @@ class _Rung:
         if best is not None and best.scores is not None and scores is not None:
             if scores.nats_per_token >= best.scores.nats_per_token:
                 return
-        self._best = Solved(self._mixing, thetas, self._starts[name], scores, (), name, ridge)
+        self._best = Solution(self._mixing, thetas, self._starts[name], scores, (), name, ridge)
 
     def _stop(self, name: str, descents: Sequence[Descent], why: str) -> None:
         """A loss that is not finite ends the search; the best solution until then is kept."""

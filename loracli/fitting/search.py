@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 
 import torch
@@ -30,16 +30,14 @@ from loracli.calibration.dataset import shuffled
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.statistics import static_points
-from loracli.fitting.certificate import NO_FINISH, Finish
 from loracli.fitting.criterion import Gain, gain
 from loracli.fitting.descent import WARM_UP, AdamW, Descent, Minimum, bfgs, plan_steps
 from loracli.fitting.engine import GRADIENT_COST
 from loracli.fitting.mixing import Mixing
 from loracli.fitting.rung import (
-    Solved,
+    Solution,
     Task,
     left_out,
-    mean_of,
     nats_per_token,
     padded_tokens,
     rate_for,
@@ -58,7 +56,7 @@ SCREENED = "screened"
 SUM = "sum"
 
 
-def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) -> Solved:
+def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) -> Solution:
     """Finds theta (N,) on every fold.
 
     Args:
@@ -107,7 +105,7 @@ def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) ->
     chosen = min(ends, key=lambda name: _cost(*ends[name]))
     minima, scores = ends[chosen]
     found = tuple(minimum.theta for minimum in minima)
-    return Solved(mixing, found, tuple(starts[chosen]), scores, tuple(reports), chosen, None)
+    return Solution(mixing, found, tuple(starts[chosen]), scores, tuple(reports), chosen, None)
 
 
 def minimise(
@@ -186,58 +184,24 @@ REFIT_SHARE = 0.4  # of the budget
 REFIT_RATE = 0.6  # of the rate of the search, whose solution is near already
 
 
-@dataclass(frozen=True)
-class Found:
-    """The outcome of a search.
-
-    Args:
-        mixing: the rung that won.
-        theta: its numbers.
-        anchor: where the search that found them began.
-        rungs: all that were tried.
-        stages: the descents, in order.
-        ridge: towards the anchor, of the stage that won; None if the start was never beaten, or there was none.
-        refitted: whether it was fitted once more on all training records.
-        stopped: why the search ended early, None if it did not.
-    """
-
-    mixing: Mixing
-    theta: Tensor
-    anchor: Tensor
-    rungs: tuple[RungRecord, ...]
-    stages: tuple[StageRecord, ...]
-    ridge: float | None
-    refitted: bool
-    stopped: str | None
-
-
 def search(
-    task: Task, make_mixing: Callable[[MixingKind], Mixing], training: Sequence[Example], finish: Finish = NO_FINISH
-) -> Found:
+    task: Task, make_mixing: Callable[[MixingKind], Mixing], training: Sequence[Example], reserved: int = 0
+) -> Solution:
     """Finds a mixing within the budget of `settings.passes`.
 
     Args:
         task: what is fitted.
         make_mixing: a rung by its kind.
         training: all records of the folds.
-        finish: what comes after, which takes its part of the budget, and may stand for the last fit.
+        reserved: tokens of the budget for what comes after.
     Raises:
         NonFiniteLoss: if no start is finite.
     """
-    whole = task.settings.budget * 2 * tokens_of(training) - finish.reserved
-    refitting = task.validated and not finish.instead_of_refit and task.settings.mixing != "adapter"
+    whole = task.settings.budget * 2 * tokens_of(training) - reserved
+    refitting = task.validated and task.settings.mixing != "adapter"
     solved, rungs, stages = _climb(task, make_mixing, whole * (1 - REFIT_SHARE * refitting))
     winner = solved[-1]
-    found = Found(
-        winner.mixing,
-        mean_of(winner.thetas),
-        mean_of(winner.anchors),
-        rungs,
-        stages,
-        winner.ridge,
-        refitted=False,
-        stopped=winner.stopped,
-    )
+    found = replace(winner, thetas=(winner.theta,), anchors=(winner.anchor,), rungs=rungs, stages=stages)
     if winner.stopped or not refitting:
         return found
     try:
@@ -246,16 +210,15 @@ def search(
         return replace(found, stopped=str(error))
     if again is None:
         return found
-    theta, stage = again
-    return replace(found, theta=theta, stages=(*stages, stage), refitted=True)
+    return replace(found, thetas=again.thetas, stages=(*stages, *again.stages), refitted=True)
 
 
 def _climb(
     task: Task, make_mixing: Callable[[MixingKind], Mixing], budget: float
-) -> tuple[list[Solved], tuple[RungRecord, ...], tuple[StageRecord, ...]]:
+) -> tuple[list[Solution], tuple[RungRecord, ...], tuple[StageRecord, ...]]:
     """The solutions up to the rung asked for, or with `auto` to the best one, and what is reported of all."""
     asked = task.settings.mixing
-    solutions: list[Solved] = []
+    solutions: list[Solution] = []
     records: list[RungRecord] = []
     stages: list[StageRecord] = []
     for kind in LADDERS[asked]:
@@ -281,7 +244,7 @@ def _share(asked: str, kind: MixingKind) -> float:
     return shares[kind] / sum(shares[other] for other in kinds[kinds.index(kind) :])
 
 
-def solve_next(task: Task, mixing: Mixing, below: Solved | None, left: float) -> Solved:
+def solve_next(task: Task, mixing: Mixing, below: Solution | None, left: float) -> Solution:
     """One rung, from the solution below and from the sum.
 
     Args:
@@ -303,7 +266,7 @@ def solve_next(task: Task, mixing: Mixing, below: Solved | None, left: float) ->
     return solve_rung(task, mixing, starts, budget)
 
 
-def _compare(best: Solved | None, solved: Solved) -> Gain | None:
+def _compare(best: Solution | None, solved: Solution) -> Gain | None:
     if best is None or best.scores is None or solved.scores is None:
         return None
     return gain(best.scores, solved.scores)
@@ -314,7 +277,7 @@ def worth_climbing(compared: Gain, least: float) -> bool:
     return compared.clear and compared.mean > least
 
 
-def _record(task: Task, solved: Solved, compared: Gain | None, best: Solved | None, climbed: bool) -> RungRecord:
+def _record(task: Task, solved: Solution, compared: Gain | None, best: Solution | None, climbed: bool) -> RungRecord:
     asked, kind = task.settings.mixing, solved.mixing.kind
     if best is None or compared is None:
         why = "the first rung" if best is None else "not compared: there are no validation records"
@@ -341,10 +304,9 @@ def _record(task: Task, solved: Solved, compared: Gain | None, best: Solved | No
     )
 
 
-def refit(
-    task: Task, solved: Sequence[Solved], training: Sequence[Example], budget: float
-) -> tuple[Tensor, StageRecord] | None:
-    """The last solution fitted once more, on all training records; None if there is nothing to fit, or no budget.
+def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], budget: float) -> Solution | None:
+    """The last solution fitted once more, on all training records, with that stage alone; None if there is nothing to
+    fit, or no budget.
 
     Where a rung did not beat the solution of the rung below, that one is fitted.
 
@@ -358,29 +320,31 @@ def refit(
         if len(solved) == 1 or last.chosen != solved[-2].mixing.kind:
             return None
         below = refit(task, solved[:-1], training, budget)
-        return None if below is None else (last.mixing.lift(solved[-2].mixing, below[0]), below[1])
+        if below is None:
+            return None
+        return replace(last, thetas=(last.mixing.lift(below.mixing, below.theta),), stages=below.stages)
     plan = plan_steps(training, batch_tokens=task.settings.batch_tokens, seed=task.settings.seed + 1)
     steps = plan.steps_within(budget / 2)
     if steps == 0:
         return None
     rate = REFIT_RATE * rate_for(task, last.mixing, steps)
-    adam = AdamW(mean_of(last.thetas), steps=steps, rate=rate, warm_up=max(1, round(WARM_UP * steps)))
+    adam = AdamW(last.theta, steps=steps, rate=rate, warm_up=max(1, round(WARM_UP * steps)))
     kind = last.mixing.kind
     task.engine.meter.stage(f"{kind} on all records", rung=kind, start="", stage="refit", ridge=last.ridge)
-    descent = Descent(task.engine, last.mixing, training, plan.step, adam, mean_of(last.anchors))
+    descent = Descent(task.engine, last.mixing, training, plan.step, adam, last.anchor)
     ran = descent.run(steps, last.ridge or 0.0, key=f"{kind} on all records")
-    return ran.average, ran.recorded(kind, last.chosen, "refit", last.ridge or 0.0)
+    stage = ran.recorded(kind, last.chosen, "refit", last.ridge or 0.0)
+    return replace(last, thetas=(ran.average,), stages=(stage,))
 
 
-def _minimise_again(
-    task: Task, last: Solved, training: Sequence[Example], budget: float
-) -> tuple[Tensor, StageRecord] | None:
+def _minimise_again(task: Task, last: Solution, training: Sequence[Example], budget: float) -> Solution | None:
     """The lowest rung as the start of others is found on a few records in a few evaluations; where it is the answer, on
     all of them."""
     evaluations = int(budget / (GRADIENT_COST * padded_tokens(training, task.settings.batch_tokens)))
     if evaluations < 2:  # the first one is of what there is
         return None
     task.engine.meter.stage("adapter on all records", rung="adapter", start="", stage="refit", ridge=0.0)
-    minimum = minimise(task, last.mixing, mean_of(last.thetas), training, evaluations, "adapter on all records")
+    minimum = minimise(task, last.mixing, last.theta, training, evaluations, "adapter on all records")
     losses = tuple(float(f"{value:.6g}") for value in minimum.values)
-    return minimum.theta, StageRecord("adapter", last.chosen, "refit", 0.0, minimum.evaluations, None, losses)
+    stage = StageRecord("adapter", last.chosen, "refit", 0.0, minimum.evaluations, None, losses)
+    return replace(last, thetas=(minimum.theta,), stages=(stage,))

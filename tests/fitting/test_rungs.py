@@ -22,8 +22,8 @@ from loracli.fitting.criterion import Fold
 from loracli.fitting.descent import Descent, Ran
 from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout
-from loracli.fitting.rung import FACTOR_RIDGE_PATH, RIDGE_PATH, Solved, Task, ridge_path, solve_rung
-from loracli.fitting.search import Found, search, solve_adapters
+from loracli.fitting.rung import FACTOR_RIDGE_PATH, RIDGE_PATH, Solution, Task, ridge_path, solve_rung
+from loracli.fitting.search import search, solve_adapters
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.loss import Scores
@@ -48,9 +48,9 @@ from tests.tiny import make_adapter, make_base
 class TwoBasins:
     """What the adapter rung finds, what the module rung finds from there alone, and what the search finds."""
 
-    adapter: Solved
-    alone: Solved
-    found: Found
+    adapter: Solution
+    alone: Solution
+    found: Solution
     losses: dict[str, float]  # on held-out records, `alone` and `truth` among them
 
 
@@ -197,7 +197,7 @@ TRUTH = torch.tensor([0.2, 1.5, -0.3, 0.8, 1.2, 0.1, 0.9, 0.4, 1.4, -0.2, 0.6], 
 
 def searched(
     objective: LeastSquares, examples: Sequence[Example], settings: FitSettings, *, validate: bool = True
-) -> tuple[Found, Engine]:
+) -> tuple[Solution, Engine]:
     engine = engine_of(objective)
     return search(one_task(engine, examples, settings, validate=validate), rung, examples), engine
 
