@@ -40,17 +40,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fitting.engine import CERTIFICATE_COST, GRADIENT_COST, Engine
+from loracli.fitting.engine import GRADIENT_COST, Engine
 from loracli.fitting.mixing import DiagonalMixing, Mixing
-from loracli.fitting.record_gradients import RecordGradients
+from loracli.fitting.record_gradients import RecordGradients, from_rows, record_gradients
 from loracli.fitting.rung import tokens_of
 from loracli.fitting.settings import FitSettings
 from loracli.recipe.mixing import INLINE_KINDS
 from loracli.recipe.record import RECORDS_PER_NUMBER, FitCertificate
 
+CERTIFICATE_COST = 3  # of a token: forward, and twice backward
 MOST_NUMBERS = 2000  # G is P x P, and a row for each record is 2 P
 EXTRAPOLATED = 2.0  # an adapter was trained to act at 1
 NO_CURVATURE = 1e-10  # of the largest eigenvalue of G: what rounding leaves of float32 gradients of equal directions
@@ -203,7 +204,7 @@ def certified(
         try:
             number += 1
             key = f"{mixing.kind}, certificate {number}"
-            records = engine.record_gradients(mixing, trial, batches, training, seed=settings.seed, key=key)
+            records = _gradients(engine, mixing, trial, batches, training, settings.seed, key)
         except NonFiniteLoss:
             break  # of a step too far, or of records that have stopped the search already
         found = certify(mixing, trial, anchor, records, ridge=ridge)
@@ -214,3 +215,24 @@ def certified(
             break
         trial = theta + newton_step(theta, anchor, records, ridge=ridge)
     return theta, best
+
+
+def _gradients(
+    engine: Engine,
+    mixing: DiagonalMixing,
+    theta: Tensor,
+    batches: Sequence[Batch],
+    training: Sequence[Example],
+    seed: int,
+    key: str,
+) -> RecordGradients:
+    """Of all training records at theta.
+
+    Raises:
+        NonFiniteLoss: naming the records of a batch.
+    """
+
+    def work(batch: Batch) -> Tensor:
+        return record_gradients(engine.objective, mixing, theta, batch, training, seed=seed).rows()
+
+    return from_rows(engine.of_records(batches, training, work, 2 + 2 * len(theta), cost=CERTIFICATE_COST, key=key))

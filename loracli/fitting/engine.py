@@ -22,17 +22,15 @@ from loracli.errors import NonFiniteLoss, OutOfResources
 from loracli.evaluation.scorer import Scorer
 from loracli.fitting.journal import Entry, Journal
 from loracli.fitting.meter import Meter
-from loracli.fitting.mixing import Applied, DiagonalMixing, Mixing
+from loracli.fitting.mixing import Applied, Mixing
 from loracli.fitting.processes import ALONE, Processes
-from loracli.fitting.record_gradients import RecordGradients, from_rows, record_gradients
 from loracli.model.loss import Objective, Scores, gradient_of
 from loracli.model.placement import ran_out_of_memory
 from loracli.progress import SILENT, Progress
 
 UNDER_WAY = "a sum that is not at its end"  # the key of the one that a fit is in
 
-# Of a token: a forward pass is 1, a backward pass another.
-SCORE_COST, GRADIENT_COST, CERTIFICATE_COST = 1, 2, 3
+SCORE_COST, GRADIENT_COST = 1, 2  # of a token: a forward pass is 1, a backward pass another
 
 Work = Callable[[Batch], Tensor]
 
@@ -185,31 +183,35 @@ class Engine:
         tokens = sum(batch.scored_tokens for batch in batches)
         return float(entry.values["nats"]) / tokens, entry.tensors["gradient"] / tokens  # type: ignore[arg-type]
 
-    def record_gradients(
+    def of_records(
         self,
-        mixing: DiagonalMixing,
-        theta: Tensor,
         batches: Sequence[Batch],
         examples: Sequence[Example],
+        work: Work,
+        width: int,
         *,
-        seed: int,
+        cost: int,
         key: str | None = None,
-    ) -> RecordGradients:
-        """The gradients of each record at theta, for its labels and for sampled ones; the batches hold all records.
+    ) -> Tensor:
+        """(n, width) in float64: what `work` makes of each record; the batches hold them all.
 
+        Args:
+            batches: of the examples.
+            examples: the n records.
+            work: a batch to a tensor (b, width).
+            width: of it.
+            cost: of a token.
+            key: of what is remembered.
         Raises:
             NonFiniteLoss: naming the records of a batch.
         """
 
-        def work(batch: Batch) -> Tensor:
-            return record_gradients(self.objective, mixing, theta, batch, examples, seed=seed).rows()
-
         def rows() -> Entry:
-            zeros = torch.zeros(len(examples), 2 + 2 * theta.numel(), dtype=torch.float64)
-            of_records = _Pass(work, by_record=True, cost=CERTIFICATE_COST, finite=True)
-            return Entry({"rows": self._over(batches, examples, of_records, zeros, key)})
+            zeros = torch.zeros(len(examples), width, dtype=torch.float64)
+            what = _Pass(work, by_record=True, cost=cost, finite=True)
+            return Entry({"rows": self._over(batches, examples, what, zeros, key)})
 
-        return from_rows(self._remembered(key, rows).tensors["rows"])
+        return self._remembered(key, rows).tensors["rows"]
 
     def summed(
         self,
