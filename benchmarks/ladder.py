@@ -28,9 +28,9 @@ from loracli.demo.run import example_folder
 from loracli.evaluation.statistics import paired_interval, static_points
 from loracli.fitting.criterion import cross_folds, gain, loss_criterion, one_fold
 from loracli.fitting.engine import Engine
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
+from loracli.fitting.level import Solution, Task, tokens_of
 from loracli.fitting.mixing import make_layout, make_mixing
-from loracli.fitting.rung import Solution, Task, tokens_of
 from loracli.fitting.search import LADDERS, REFIT_SHARE, refit, solve_next, worth_climbing
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach

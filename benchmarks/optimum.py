@@ -37,11 +37,10 @@ from loracli.fitting.certificate import certificate_tokens, certified
 from loracli.fitting.criterion import Fold, loss_criterion
 from loracli.fitting.descent import AdamW, Descent, plan_steps
 from loracli.fitting.engine import Engine
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
+from loracli.fitting.level import Task, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_layout
-from loracli.fitting.paper import fit_as_published
-from loracli.fitting.rung import Task, tokens_of
-from loracli.fitting.search import search
+from loracli.fitting.search import fit_as_published, search
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.base import find_base, load_base

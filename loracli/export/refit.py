@@ -41,12 +41,12 @@ from loracli.export.module import refitted_factors
 from loracli.fitting.criterion import FEWEST_TO_VALIDATE, Fold, Gain, gain, loss_criterion, one_fold
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs, render_inputs
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
+from loracli.fitting.level import Task, solve_rung, tokens_of
 from loracli.fitting.mixing import CoreMixing, make_layout
 from loracli.fitting.processes import ALONE
 from loracli.fitting.reach import find_reach
 from loracli.fitting.run import announce, memory_decision, usable_length
-from loracli.fitting.rung import Task, solve_rung, tokens_of
 from loracli.fitting.search import REFIT_SHARE, refit
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach, replace_modules

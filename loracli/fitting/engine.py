@@ -20,8 +20,7 @@ from loracli.calibration.batches import Batch, make_batch
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, OutOfResources
 from loracli.evaluation.scorer import Scorer
-from loracli.fitting.journal import Entry, Journal
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Entry, Journal, Meter
 from loracli.fitting.mixing import Applied, Mixing
 from loracli.fitting.processes import ALONE, Processes
 from loracli.model.loss import Objective, Scores, gradient_of

@@ -12,9 +12,9 @@ from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.basis import canonical_stack, mixing_in_file_gauge
 from loracli.fitting.inputs import FitInputs
+from loracli.fitting.level import Solution
 from loracli.fitting.mixing import DiagonalMixing, FactorMixing
 from loracli.fitting.reach import Reach
-from loracli.fitting.rung import Solution
 from loracli.model.base import BaseModel, base_modules
 from loracli.recipe.ingredients import identity_of
 from loracli.recipe.mixing import RecipeActivations, RecipeMixing

@@ -20,17 +20,14 @@ from loracli.fitting.certificate import can_certify, certificate_tokens, certifi
 from loracli.fitting.criterion import LEAST_ANSWERS, Fold, cross_folds, loss_criterion, metric_criterion, one_fold
 from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine
-from loracli.fitting.expert_orders import say_likelier_orders
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
-from loracli.fitting.journal import Journal
-from loracli.fitting.meter import TASK, Meter, StepLog
+from loracli.fitting.journal import TASK, Journal, Meter, StepLog
+from loracli.fitting.level import Solution, Task, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
-from loracli.fitting.paper import fit_as_published
 from loracli.fitting.processes import ALONE, Processes
-from loracli.fitting.reach import find_reach
+from loracli.fitting.reach import find_reach, say_likelier_orders
 from loracli.fitting.recording import dtype_name, make_recipe
-from loracli.fitting.rung import Solution, Task, tokens_of
-from loracli.fitting.search import LADDERS, search
+from loracli.fitting.search import LADDERS, fit_as_published, search
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched
 from loracli.model.attach import AttachedModel, attach, replace_modules

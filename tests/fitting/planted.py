@@ -15,9 +15,9 @@ from loracli.calibration.render import Example
 from loracli.evaluation.statistics import static_points
 from loracli.fitting.criterion import Fold, loss_criterion
 from loracli.fitting.engine import Engine
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
+from loracli.fitting.level import Solution, Task
 from loracli.fitting.mixing import make_diagonal, make_layout, make_mixing
-from loracli.fitting.rung import Solution, Task
 from loracli.fitting.search import search
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach

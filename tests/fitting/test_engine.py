@@ -22,8 +22,7 @@ from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, OutOfResources
 from loracli.fitting.engine import Engine
-from loracli.fitting.journal import Journal
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Journal, Meter
 from loracli.fitting.mixing import Mixing, make_layout, make_mixing
 from loracli.fitting.processes import WAIT, Processes
 from loracli.model.attach import attach

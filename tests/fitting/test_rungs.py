@@ -17,12 +17,12 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fitting import rung as rung_module
+from loracli.fitting import level as rung_module
 from loracli.fitting.criterion import Fold
 from loracli.fitting.descent import Descent, Ran
 from loracli.fitting.engine import Engine
+from loracli.fitting.level import FACTOR_RIDGE_PATH, RIDGE_PATH, Solution, Task, ridge_path, solve_rung
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout
-from loracli.fitting.rung import FACTOR_RIDGE_PATH, RIDGE_PATH, Solution, Task, ridge_path, solve_rung
 from loracli.fitting.search import search, solve_adapters
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach
