@@ -42,7 +42,7 @@ from loracli.fitting.criterion import FEWEST_TO_VALIDATE, Fold, Gain, gain, loss
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.journal import Meter
-from loracli.fitting.level import Task, solve_rung, tokens_of
+from loracli.fitting.level import Task, solve_level, tokens_of
 from loracli.fitting.mixing import CoreMixing, make_layout
 from loracli.fitting.processes import ALONE
 from loracli.fitting.reach import find_reach
@@ -334,7 +334,7 @@ def _search(engine: Engine, inputs: FitInputs, fold: Fold, examples: Examples) -
     task = Task(engine, (fold,), criterion, settings, inputs.references)
     budget = settings.budget * 2 * tokens_of(examples.training)
     before = criterion(mixing, identity, fold.validation, None)
-    solved = solve_rung(task, mixing, {START: [identity]}, budget * (1 - REFIT_SHARE) - engine.meter.spent)
+    solved = solve_level(task, mixing, {START: [identity]}, budget * (1 - REFIT_SHARE) - engine.meter.spent)
     assert solved.scores is not None
     compared = gain(before, solved.scores)
     if not solved.moved or not compared.clear:

@@ -1,28 +1,11 @@
-"""The gradient of every record by itself, for the true labels and for sampled ones: what a certificate is made of.
-
-Of the nats of record n, whose scored positions t count v times each:
-
-    g_n = sum_t v d/dtheta -log p(y_t)                y_t the label
-    h_n = sum_t sqrt(v) d/dtheta -log p(s_t)          s_t sampled from p, the model's distribution at position t
-
-Under the model, scores d/dtheta log p(s_t) have mean 0 and those of different positions are uncorrelated. So
-E[sum_n h_n h_n^T] = sum_n v sum_t F_t with F_t the Fisher information of position t, which for the cross-entropy of a
-softmax is the Gauss-Newton matrix (Martens, arXiv 1412.1193). With the labels in the place of samples it would not be
-(Kunstner et al., arXiv 1905.12558).
-
-Each record is given mixing weights of its own, all at the same theta: one backward pass then leaves the gradients of
-all records of a batch side by side. Forward and twice backward costs 3 units a token, where a step of a fit costs 2; a
-sharded model costs 4, for there each backward pass needs a forward of its own.
-
-How good a fit is, from the gradients of single records, and the Newton step that this allows.
-
-The certificate of a fit, from the gradients of its records: is this the optimum, and how sure are the weights?
+"""The certificate of a fit, from the gradients of its records: is this the optimum, and how sure are the weights?
+And the Gauss-Newton steps that end a fit of few numbers, while they promise something.
 
 With T scored tokens, each as many times as it counts, t_n of them in record n, and w_0 the weights that the ridge
 rho pulls towards:
 
     L(w) = 1/T sum_n nats_n(w) + rho/2 |w - w_0|^2
-    g    = 1/T sum_n g_n + rho (w - w_0)               g_n, h_n: `fitting.certificate`
+    g    = 1/T sum_n g_n + rho (w - w_0)               g_n, h_n: below
     G    = 1/T sum_n h_n h_n^T                         estimates the Gauss-Newton matrix of the first term
     H    = G + rho I
 
@@ -40,11 +23,23 @@ effective number and without bound below, so there none is given. The n records 
 and rho = 0, H has no inverse. The pseudo-inverse takes its place, the decrement tells of what the seen directions can
 gain, and the length of the gradient in the others stands beside it.
 
-The end of a fit of few numbers: Gauss-Newton steps while they promise something, and a certificate.
+Where the records determine G well, the step w - H^-1 g goes to the optimum of the quadratic model; it is kept if the
+objective there is lower.
 
-One forward and two backward passes give the gradient g and the Gauss-Newton matrix G of the objective (see
-`fitting.certificate`). Where the records determine G well, the step w - (G + rho I)^-1 g goes to the optimum of the
-quadratic model; it is kept if the objective there is lower.
+g_n and h_n are the gradients of every record by itself, for the true labels and for sampled ones. Of its nats, whose
+scored positions t count v times each:
+
+    g_n = sum_t v d/dtheta -log p(y_t)                y_t the label
+    h_n = sum_t sqrt(v) d/dtheta -log p(s_t)          s_t sampled from p, the model's distribution at position t
+
+Under the model, scores d/dtheta log p(s_t) have mean 0 and those of different positions are uncorrelated. So
+E[sum_n h_n h_n^T] = sum_n v sum_t F_t with F_t the Fisher information of position t, which for the cross-entropy of a
+softmax is the Gauss-Newton matrix (Martens, arXiv 1412.1193). With the labels in the place of samples it would not be
+(Kunstner et al., arXiv 1905.12558).
+
+Each record is given mixing weights of its own, all at the same theta: one backward pass then leaves the gradients of
+all records of a batch side by side. Forward and twice backward costs 3 units a token, where a step of a fit costs 2; a
+sharded model costs 4, for there each backward pass needs a forward of its own.
 """
 
 from __future__ import annotations
@@ -156,11 +151,11 @@ def _draws(example: Example, seed: int) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32) / (1 << 24)
 
 
-CERTIFICATE_COST = 3  # of a token: forward, and twice backward
-MOST_NUMBERS = 2000  # G is P x P, and a row for each record is 2 P
-EXTRAPOLATED = 2.0  # an adapter was trained to act at 1
-NO_CURVATURE = 1e-10  # of the largest eigenvalue of G: what rounding leaves of float32 gradients of equal directions
-UNDETERMINED = 1e-6  # share of a weight that lies in directions without curvature
+_CERTIFICATE_COST = 3  # of a token: forward, and twice backward
+_MOST_NUMBERS = 2000  # G is P x P, and a row for each record is 2 P
+_EXTRAPOLATED = 2.0  # an adapter was trained to act at 1
+_NO_CURVATURE = 1e-10  # of the largest eigenvalue of G: what rounding leaves of float32 gradients of equal directions
+_UNDETERMINED = 1e-6  # share of a weight that lies in directions without curvature
 
 
 def can_certify(mixing: Mixing) -> bool:
@@ -169,7 +164,7 @@ def can_certify(mixing: Mixing) -> bool:
         isinstance(mixing, DiagonalMixing)
         and mixing.kind in INLINE_KINDS
         and not mixing.softmax
-        and mixing.numbers <= MOST_NUMBERS
+        and mixing.numbers <= _MOST_NUMBERS
     )
 
 
@@ -196,13 +191,13 @@ def _model(theta: Tensor, start: Tensor, records: RecordGradients, ridge: float)
     total = records.tokens.sum()
     gradient = records.gradients.sum(dim=0) / total + ridge * (theta - start)
     eigenvalues, vectors = torch.linalg.eigh(records.sampled.T @ records.sampled / total)
-    seen = eigenvalues > NO_CURVATURE * eigenvalues[-1]
+    seen = eigenvalues > _NO_CURVATURE * eigenvalues[-1]
     curvature = eigenvalues * seen  # (P,), of G
     inverse = torch.where(seen | (ridge > 0), 1 / (curvature + ridge), 0.0)
     return _Model(vectors, seen, curvature, inverse, vectors.T @ gradient)
 
 
-def newton_step(theta: Tensor, start: Tensor, records: RecordGradients, *, ridge: float) -> Tensor:
+def _newton_step(theta: Tensor, start: Tensor, records: RecordGradients, *, ridge: float) -> Tensor:
     """-H^-1 g (P,), from theta to the optimum of the quadratic model; arguments as for `certify`."""
     model = _model(theta, start, records, ridge)
     return -(model.vectors @ (model.inverse * model.rotated))
@@ -231,7 +226,7 @@ def certify(
     errors = ((parts @ vectors * inverse) @ vectors.T).square().sum(dim=0).sqrt()
     held = vectors.square() @ (curvature * inverse)  # (P,) diagonal of H^-1 G
     enough = len(records.nats) >= RECORDS_PER_NUMBER * held.sum()
-    determined = enough & (held > (0.5 if ridge > 0 else 1 - UNDETERMINED))
+    determined = enough & (held > (0.5 if ridge > 0 else 1 - _UNDETERMINED))
     return FitCertificate(
         records=len(records.nats),
         directions=int(model.seen.sum()),
@@ -255,20 +250,20 @@ def _without_nan(by_group: dict[str, tuple[float | None, ...]]) -> dict[str, tup
 
 def _extrapolated(weights: dict[str, tuple[float | None, ...]]) -> dict[str, tuple[int, ...]]:
     places = {
-        group: tuple(i for i, weight in enumerate(row) if weight is not None and abs(weight) > EXTRAPOLATED)
+        group: tuple(i for i, weight in enumerate(row) if weight is not None and abs(weight) > _EXTRAPOLATED)
         for group, row in weights.items()
     }
     return {group: found for group, found in places.items() if found}
 
 
-FEWEST_PASSES = 6.0  # of a budget that has room for a certificate
-WORTH_A_STEP = 1e-5  # nats per token
+_FEWEST_PASSES = 6.0  # of a budget that has room for a certificate
+_WORTH_A_STEP = 1e-5  # nats per token
 
 
 def certificate_tokens(mixing: Mixing, training: Sequence[Example], settings: FitSettings) -> int:
     """The tokens of the budget that the end of a fit takes: of one certificate; of two with a step between them for
     `adapter`, whose few numbers any records determine; none where the mixing or the budget has no room for it."""
-    if not can_certify(mixing) or settings.budget < FEWEST_PASSES:
+    if not can_certify(mixing) or settings.budget < _FEWEST_PASSES:
         return 0
     few = mixing.kind == "adapter" and len(training) >= RECORDS_PER_NUMBER * mixing.numbers
     return (2 if few else 1) * _certificate_cost(training, settings)
@@ -276,7 +271,7 @@ def certificate_tokens(mixing: Mixing, training: Sequence[Example], settings: Fi
 
 def _certificate_cost(training: Sequence[Example], settings: FitSettings) -> int:
     """What one certificate takes of the budget, in tokens."""
-    return CERTIFICATE_COST * sum(b.tokens for b in plan_batches(training, batch_tokens=settings.batch_tokens))
+    return _CERTIFICATE_COST * sum(b.tokens for b in plan_batches(training, batch_tokens=settings.batch_tokens))
 
 
 def certified(
@@ -316,9 +311,9 @@ def certified(
         if best is not None and found.loss >= best.loss:
             break
         theta, best = trial, found
-        if not found.certain or found.decrement < WORTH_A_STEP:
+        if not found.certain or found.decrement < _WORTH_A_STEP:
             break
-        trial = theta + newton_step(theta, anchor, records, ridge=ridge)
+        trial = theta + _newton_step(theta, anchor, records, ridge=ridge)
     return theta, best
 
 
@@ -340,4 +335,4 @@ def _gradients(
     def work(batch: Batch) -> Tensor:
         return record_gradients(engine.objective, mixing, theta, batch, training, seed=seed).rows()
 
-    return from_rows(engine.of_records(batches, training, work, 2 + 2 * len(theta), cost=CERTIFICATE_COST, key=key))
+    return from_rows(engine.of_records(batches, training, work, 2 + 2 * len(theta), cost=_CERTIFICATE_COST, key=key))

@@ -27,9 +27,9 @@ from loracli.model.loss import Objective, Scores, gradient_of
 from loracli.model.placement import ran_out_of_memory
 from loracli.progress import SILENT, Progress
 
-UNDER_WAY = "a sum that is not at its end"  # the key of the one that a fit is in
+_UNDER_WAY = "a sum that is not at its end"  # the key of the one that a fit is in
 
-SCORE_COST, GRADIENT_COST = 1, 2  # of a token: a forward pass is 1, a backward pass another
+_SCORE_COST, GRADIENT_COST = 1, 2  # of a token: a forward pass is 1, a backward pass another
 
 Work = Callable[[Batch], Tensor]
 
@@ -50,7 +50,7 @@ class _Pass:
     work: Work
     join: Callable[..., Tensor] = torch.add
     by_record: bool = False
-    cost: int = SCORE_COST
+    cost: int = _SCORE_COST
     nats: bool = False
     finite: bool = False
     until: Callable[[Tensor], bool] = lambda _: False
@@ -92,7 +92,7 @@ class Engine:
         self._progress = progress
         self._halved_here = 0
         self._most_tokens: int | None = None  # of a micro-batch, once memory has run out
-        self._sum_under_way = self._from_journal(UNDER_WAY)
+        self._sum_under_way = self._from_journal(_UNDER_WAY)
 
     # What a search asks.
 
@@ -350,8 +350,8 @@ class Engine:
                 self.meter.count(batch.tokens, cost=what.cost, nats=nats)
             if what.until(total):
                 break
-            if done < len(batches) and key is not None and self.due(UNDER_WAY):
-                self.remember(UNDER_WAY, Entry({"sum": total}, {"of": key, "done": done}))
+            if done < len(batches) and key is not None and self.due(_UNDER_WAY):
+                self.remember(_UNDER_WAY, Entry({"sum": total}, {"of": key, "done": done}))
         return total
 
     def _begun(self, zeros: Tensor, key: str | None) -> tuple[Tensor, int]:

@@ -107,7 +107,7 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
     )
 
 
-VERSIONS = ("loracat", "torch", "transformers")
+_VERSIONS = ("loracat", "torch", "transformers")
 
 
 def fit_to_file(
@@ -249,7 +249,7 @@ def _identity(inputs: FitInputs, placement: Placement) -> dict[str, str]:
         **data,
         **settings,
         **placed,
-        **{f"version of {name}": version(name) for name in VERSIONS},
+        **{f"version of {name}": version(name) for name in _VERSIONS},
     }
 
 

@@ -1,4 +1,5 @@
-"""Where a fit is, on disk, so that nothing is lost when it is stopped at any moment.
+"""Where a fit is: what it has spent, the line and the log that tell of it, and its state on disk, so that
+nothing is lost when it is stopped at any moment.
 
 A fit is a deterministic program. Its long steps write what they found into a folder, one safetensors file each; a
 resumed fit runs the same program from its beginning, and every step that finds its file takes the result from there.
@@ -12,8 +13,6 @@ So there is no second path through the search for resumed runs, and the same byt
 A key says what the operation is of: `module from adapter, descent, ridge 0.001, fold 2`. Files are replaced by rename.
 A step that is long in itself (a descent, a sum over all batches) writes where it is at most every `seconds` seconds,
 and when it is done.
-
-What a fit has spent, and what it says while it runs: the progress line and the log of steps.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from loracli.progress import SILENT, Progress
 from loracli.system.files import read_regular, remove_temporaries, write_atomically
 from loracli.system.strict_json import StrictJsonError, parse_json
 
-IDENTITY_FILE = "identity.json"
-FORM = "2"  # of keys and entries: raised whenever either changes, so that no state is read as what it is not
-_FORM = "form of the state"
-MAX_IDENTITY_BYTES = 64 << 20
-SECONDS = 15.0  # between two writes of a step that goes on
+_IDENTITY_FILE = "identity.json"
+_FORM = "2"  # of keys and entries: raised whenever either changes, so that no state is read as what it is not
+_FORM_NAME = "form of the state"
+_MAX_IDENTITY_BYTES = 64 << 20
+_SECONDS = 15.0  # between two writes of a step that goes on
 
-Value = float | int | str | bool | list[float] | None
+_Value = float | int | str | bool | list[float] | None
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Entry:
     """What one step leaves: tensors, and values of JSON's kinds (floats come back to the bit)."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    values: Mapping[str, Value] = field(default_factory=dict)
+    values: Mapping[str, _Value] = field(default_factory=dict)
 
 
 class Journal:
@@ -60,7 +59,7 @@ class Journal:
         seconds: between two writes of a step that goes on.
     """
 
-    def __init__(self, folder: Path | None = None, *, seconds: float = SECONDS) -> None:
+    def __init__(self, folder: Path | None = None, *, seconds: float = _SECONDS) -> None:
         self._folder = folder
         self._seconds = seconds
         self._opened = time.monotonic()
@@ -118,18 +117,18 @@ def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progr
         StateMismatch: with `resume`, naming every input that is not the one the state was written for, or the form of
             the state where another version wrote it.
     """
-    identity = {_FORM: FORM, **identity}
-    path = folder / IDENTITY_FILE
+    identity = {_FORM_NAME: _FORM, **identity}
+    path = folder / _IDENTITY_FILE
     if resume and path.is_file():
         try:
-            known = parse_json(read_regular(path, MAX_IDENTITY_BYTES))
+            known = parse_json(read_regular(path, _MAX_IDENTITY_BYTES))
         except (OSError, StrictJsonError):
             known = None
         known = known if isinstance(known, dict) else {}
-        if known and known.get(_FORM) != FORM:
+        if known and known.get(_FORM_NAME) != _FORM:
             raise StateMismatch(
                 f"the state in {folder} has the form {known.get(_FORM, '1')}, of another version of loracat, and this "
-                f"one goes on from the form {FORM}",
+                f"one goes on from the form {_FORM}",
                 hint="go on with the version that began the fit, or leave out --resume to start over",
             )
         changed = sorted(name for name in {*known, *identity} if known.get(name) != identity.get(name))
@@ -154,10 +153,10 @@ def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progr
 
 def remove_state(folder: Path) -> None:
     """Removes the state of a fit that is over from its folder; files that are not ours stay."""
-    if not (folder / IDENTITY_FILE).is_file():
+    if not (folder / _IDENTITY_FILE).is_file():
         return
     remove_temporaries(folder)
-    for path in (*folder.glob("*.safetensors"), folder / IDENTITY_FILE):
+    for path in (*folder.glob("*.safetensors"), folder / _IDENTITY_FILE):
         path.unlink(missing_ok=True)
 
 

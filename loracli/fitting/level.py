@@ -1,11 +1,11 @@
-"""One kind of mixing on the ladder: what is tried and what comes of it.
+"""One kind of mixing, a level of the ladder: what is tried and what comes of it.
 
-One rung above `adapter`: some steps from each start, then on from the better along a path of falling ridge.
+Above `adapter`: some steps from each start, then on from the better along a path of falling ridge.
 
-The solution of the rung below can be a trap, where one adapter is switched off and nothing leads back; so the sum, each
-adapter at full strength, is a start too. The start whose loss is lower on records that were not yet descended on goes
-on. At the end of each stage of the path the average of its last quarter is scored on the validation records; the best
-of these and the starts is the answer.
+The solution of the level below can be a trap, where one adapter is switched off and nothing leads back; so the sum,
+each adapter at full strength, is a start too. The start whose loss is lower on records that were not yet descended on
+goes on. At the end of each stage of the path the average of its last quarter is scored on the validation records; the
+best of these and the starts is the answer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from loracli.recipe.record import RungRecord, StageRecord, StartRecord
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that is the same for all rungs.
+    """Everything that is the same for all levels.
 
     Args:
         engine: the attached model.
@@ -148,8 +148,8 @@ def left_out(name: str, before: float | None, error: NonFiniteLoss) -> StartReco
 # From strong to none. Trained factors have thousands of numbers for one mixing weight, so each is held more loosely.
 RIDGE_PATH = (1e-2, 1e-3, 0.0)
 FACTOR_RIDGE_PATH = (1e-5, 1e-6, 0.0)
-RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.01}  # at most; the others go by the number of steps
-PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
+_RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.01}  # at most; the others go by the number of steps
+_PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
 
 
 def ridge_path(task: Task, mixing: Mixing) -> tuple[float, ...]:
@@ -162,21 +162,21 @@ def ridge_path(task: Task, mixing: Mixing) -> tuple[float, ...]:
 
 def rate_for(task: Task, mixing: Mixing, steps: int) -> float:
     """The peak rate of a descent of so many steps."""
-    return task.settings.learning_rate or min(peak_rate(steps), RATES.get(mixing.kind, math.inf))
+    return task.settings.learning_rate or min(peak_rate(steps), _RATES.get(mixing.kind, math.inf))
 
 
-def solve_rung(task: Task, mixing: Mixing, starts: Mapping[str, Sequence[Tensor]], budget: float) -> Solution:
+def solve_level(task: Task, mixing: Mixing, starts: Mapping[str, Sequence[Tensor]], budget: float) -> Solution:
     """Finds theta on every fold within the budget.
 
     Args:
         task: what is fitted.
-        mixing: the rung.
+        mixing: the kind.
         starts: theta of each fold, by the name of the start.
         budget: tokens, a forward counting 1 and a backward 1.
     Raises:
         NonFiniteLoss: if no start is finite.
     """
-    return _Rung(task, mixing, {name: tuple(thetas) for name, thetas in starts.items()}, budget).solve()
+    return _Level(task, mixing, {name: tuple(thetas) for name, thetas in starts.items()}, budget).solve()
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class _Steps:
         return self.rest // stages + (stage < self.rest % stages)
 
 
-class _Rung:
+class _Level:
     def __init__(self, task: Task, mixing: Mixing, starts: Mapping[str, tuple[Tensor, ...]], budget: float) -> None:
         self._task, self._mixing, self._starts = task, mixing, starts
         self._path = ridge_path(task, mixing)
@@ -206,7 +206,7 @@ class _Rung:
         plan = plan_steps(fold.fitting, batch_tokens=settings.batch_tokens, seed=settings.seed)
         checks = 2 * len(self._starts) + len(self._path)
         tokens = (budget - checks * padded_tokens(fold.validation, settings.batch_tokens)) / 2  # forward and backward
-        probe = max(1, min(plan.steps_a_pass, plan.steps_within(PROBE_SHARE * tokens)))
+        probe = max(1, min(plan.steps_a_pass, plan.steps_within(_PROBE_SHARE * tokens)))
         rest = plan.steps_within(tokens - len(self._starts) * plan.tokens_of(range(probe)), first=probe)
         return _Steps(plan, probe, max(rest, len(self._path)))
 

@@ -1,4 +1,5 @@
-"""Which of the modules that adapters change a model ever calls.
+"""What a model makes of adapters before any fit: which of the modules that they change it ever calls, and which order
+of the experts' factors it likes better, where an adapter leaves that open.
 
 An adapter acts where its layer is called, in PEFT as here. Two kinds of layers are not:
 
@@ -12,8 +13,6 @@ Which modules are reached is seen on the records. Which weights a model takes is
 base's numbers: its forward is run once on a few tokens with every layer replaced by one that gives zeros, while each
 operation is looked at for the weights that go into it. A router, which takes its own weight when it is called, stays as
 it is.
-
-What records say of adapters that leave the order of their experts' factors open.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ from loracli.model.base import BaseReference, kind_and_shape, plan_base
 from loracli.model.loss import make_objective
 from loracli.progress import Progress
 
-NAMED = 4  # modules in a message; of the others the number
-TOKENS = 4  # of the trial
+_NAMED = 4  # modules in a message; of the others the number
+_TOKENS = 4  # of the trial
 IGNORED = "it is not known which updates the base ignores"
 
 
@@ -153,8 +152,8 @@ def warn_of_merging(base_id: str, bypassed: Sequence[str], progress: Progress) -
 
 def named(names: Sequence[str]) -> str:
     """The first of some modules, and how many more there are."""
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _taken(base_id: str, names: Sequence[str]) -> str:
@@ -205,7 +204,7 @@ class _Trial:
         for name, module in self._layers:
             names.setdefault(id(module.weight), []).append(name)
         with torch.no_grad(), _Watch(names.keys()) as watch:
-            self._skeleton(input_ids=torch.ones(1, TOKENS, dtype=torch.long, device=device), use_cache=False)
+            self._skeleton(input_ids=torch.ones(1, _TOKENS, dtype=torch.long, device=device), use_cache=False)
         bypassed: set[str] = set()
         shared: set[str] = set()
         for weight in watch.read:

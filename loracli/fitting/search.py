@@ -1,9 +1,9 @@
 """The search: from one weight for each adapter up the kinds of mixing, as far as the records carry.
 
-The lowest rung, one weight for each adapter: screen the points that need no fit, then BFGS.
+The lowest level, one weight for each adapter: screen the points that need no fit, then BFGS.
 
 1. SCREEN  base, each adapter alone, uniform and sum on a subset of the fitting records, forward only.
-2. BFGS    from the best of them; where this rung is the one asked for, from the sum too, and on all fitting records.
+2. BFGS    from the best of them; where this level is the one asked for, from the sum too, and on all fitting records.
 
     adapter -> layer
     adapter -> module -> rank
@@ -48,7 +48,7 @@ from loracli.fitting.level import (
     nats_per_token,
     padded_tokens,
     rate_for,
-    solve_rung,
+    solve_level,
     tokens_of,
 )
 from loracli.fitting.mixing import DiagonalMixing, Mixing
@@ -57,11 +57,11 @@ from loracli.model.loss import Scores
 from loracli.recipe.mixing import MixingKind
 from loracli.recipe.record import RungRecord, StageRecord, StartRecord
 
-EVALUATIONS = 4  # of BFGS where the rung is only a start for the next
-SUBSET_RECORDS = 256
-SCREEN_SHARE = 0.1  # of the budget, where the rung is the one asked for
-SCREENED = "screened"
-SUM = "sum"
+_EVALUATIONS = 4  # of BFGS where the level is only a start for the next
+_SUBSET_RECORDS = 256
+_SCREEN_SHARE = 0.1  # of the budget, where the level is the one asked for
+_SCREENED = "screened"
+_SUM = "sum"
 
 
 def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) -> Solution:
@@ -69,24 +69,24 @@ def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) ->
 
     Args:
         task: what is fitted.
-        mixing: the rung `adapter`.
+        mixing: the kind `adapter`.
         budget: tokens, a forward counting 1 and a backward 1.
-        alone: whether this rung is the one asked for.
+        alone: whether this level is the one asked for.
     Raises:
         NonFiniteLoss: if no point is finite.
     """
     share, before_screen = budget / len(task.folds), task.engine.meter.spent
     points = len(static_points(task.references))
     screens = [
-        _subset(fold.fitting, share * SCREEN_SHARE / points if alone else share / (points + 2 * EVALUATIONS), task)
+        _subset(fold.fitting, share * _SCREEN_SHARE / points if alone else share / (points + 2 * _EVALUATIONS), task)
         for fold in task.folds
     ]
     bests = [_screen(task, mixing, screen, f"adapter, screen, fold {fold}") for fold, screen in enumerate(screens)]
     left = share - (task.engine.meter.spent - before_screen) / len(task.folds)
-    starts = {SCREENED: [mixing.constant(static_points(task.references)[name]) for name in bests]}
+    starts = {_SCREENED: [mixing.constant(static_points(task.references)[name]) for name in bests]}
     total = mixing.constant([1.0] * len(task.references))
-    if alone and not all(torch.equal(theta, total) for theta in starts[SCREENED]):
-        starts[SUM] = [total] * len(task.folds)
+    if alone and not all(torch.equal(theta, total) for theta in starts[_SCREENED]):
+        starts[_SUM] = [total] * len(task.folds)
     reports: list[StartRecord] = []
     ends: dict[str, tuple[list[Minimum], Scores | None]] = {}
     for name, thetas in starts.items():
@@ -99,8 +99,8 @@ def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) ->
             for number, (fold, screen, theta) in enumerate(zip(task.folds, screens, thetas, strict=True)):
                 examples = fold.fitting if alone else screen
                 most = _affordable(task, left / len(starts), fold.validation, examples)
-                allowed = most if alone else EVALUATIONS
-                minima.append(minimise(task, mixing, theta, examples, allowed, f"{key}, fold {number}"))
+                allowed = most if alone else _EVALUATIONS
+                minima.append(_minimise(task, mixing, theta, examples, allowed, f"{key}, fold {number}"))
             after = task.check(mixing, [minimum.theta for minimum in minima], f"{key}, after")
         except NonFiniteLoss as error:
             reports.append(left_out(name, before, error))
@@ -116,7 +116,7 @@ def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) ->
     return Solution(mixing, found, tuple(starts[chosen]), scores, tuple(reports), chosen, None)
 
 
-def minimise(
+def _minimise(
     task: Task, mixing: Mixing, theta: Tensor, examples: Sequence[Example], evaluations: int, key: str
 ) -> Minimum:
     """BFGS on the mean loss of the examples; the key says which this is.
@@ -148,7 +148,7 @@ def _affordable(task: Task, budget: float, validation: Sequence[Example], exampl
 def _subset(examples: Sequence[Example], wanted: float, task: Task) -> list[Example]:
     """Records of about so many tokens, in an order that depends on the seed; at least one."""
     chosen: list[Example] = []
-    for example in shuffled(examples, seed=task.settings.seed)[:SUBSET_RECORDS]:
+    for example in shuffled(examples, seed=task.settings.seed)[:_SUBSET_RECORDS]:
         if chosen and tokens_of(chosen) + len(example.input_ids) > wanted:
             break
         chosen.append(example)
@@ -177,7 +177,7 @@ def _screen(task: Task, mixing: Mixing, examples: Sequence[Example], key: str) -
     return best
 
 
-# Rungs with the share of the search's budget that each may take.
+# Levels with the share of the search's budget that each may take.
 LADDERS: dict[str, dict[MixingKind, float]] = {
     "adapter": {"adapter": 1.0},
     "layer": {"adapter": 0.2, "layer": 0.8},
@@ -187,9 +187,9 @@ LADDERS: dict[str, dict[MixingKind, float]] = {
     "factors": {"adapter": 0.2, "module": 0.35, "factors": 0.45},
     "auto": {"adapter": 0.15, "module": 0.3, "core": 0.3, "factors": 0.25},
 }
-SAME_START = 0.05  # starts closer than this are one
+_SAME_START = 0.05  # starts closer than this are one
 REFIT_SHARE = 0.4  # of the budget
-REFIT_RATE = 0.6  # of the rate of the search, whose solution is near already
+_REFIT_RATE = 0.6  # of the rate of the search, whose solution is near already
 
 
 def search(
@@ -199,7 +199,7 @@ def search(
 
     Args:
         task: what is fitted.
-        make_mixing: a rung by its kind.
+        make_mixing: a kind of mixing by its name.
         training: all records of the folds.
         reserved: tokens of the budget for what comes after.
     Raises:
@@ -224,7 +224,7 @@ def search(
 def _climb(
     task: Task, make_mixing: Callable[[MixingKind], Mixing], budget: float
 ) -> tuple[list[Solution], tuple[RungRecord, ...], tuple[StageRecord, ...]]:
-    """The solutions up to the rung asked for, or with `auto` to the best one, and what is reported of all."""
+    """The solutions up to the level asked for, or with `auto` to the best one, and what is reported of all."""
     asked = task.settings.mixing
     solutions: list[Solution] = []
     records: list[RungRecord] = []
@@ -246,20 +246,20 @@ def _climb(
 
 
 def _share(asked: str, kind: MixingKind) -> float:
-    """The share of what is left that a rung may take."""
+    """The share of what is left that a level may take."""
     shares = LADDERS[asked]
     kinds = list(shares)
     return shares[kind] / sum(shares[other] for other in kinds[kinds.index(kind) :])
 
 
 def solve_next(task: Task, mixing: Mixing, below: Solution | None, left: float) -> Solution:
-    """One rung, from the solution below and from the sum.
+    """One level, from the solution below and from the sum.
 
     Args:
         task: what is fitted.
-        mixing: the rung.
-        below: the solution of the rung below, None for the first.
-        left: tokens that this rung and those above may spend together.
+        mixing: its kind.
+        below: the solution of the level below, None for the first.
+        left: tokens that this level and those above may spend together.
     Raises:
         NonFiniteLoss: if no start is finite.
     """
@@ -269,9 +269,9 @@ def solve_next(task: Task, mixing: Mixing, below: Solution | None, left: float) 
         return solve_adapters(task, mixing, budget, alone=kind == asked)
     starts: dict[str, list[Tensor]] = {below.mixing.kind: [mixing.lift(below.mixing, theta) for theta in below.thetas]}
     total = mixing.constant([1.0] * len(task.references))
-    if any(float((start - total).abs().max()) > SAME_START for start in starts[below.mixing.kind]):
-        starts[SUM] = [total] * len(task.folds)
-    return solve_rung(task, mixing, starts, budget)
+    if any(float((start - total).abs().max()) > _SAME_START for start in starts[below.mixing.kind]):
+        starts[_SUM] = [total] * len(task.folds)
+    return solve_level(task, mixing, starts, budget)
 
 
 def _compare(best: Solution | None, solved: Solution) -> Gain | None:
@@ -281,7 +281,8 @@ def _compare(best: Solution | None, solved: Solution) -> Gain | None:
 
 
 def worth_climbing(compared: Gain, least: float) -> bool:
-    """Where the loss is close to nothing, so is the standard error; a higher rung overfits more easily all the same."""
+    """Where the loss is close to nothing, so is the standard error; a higher level overfits more easily all the
+    same."""
     return compared.clear and compared.mean > least
 
 
@@ -316,7 +317,7 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
     """The last solution fitted once more, on all training records, with that stage alone; None if there is nothing to
     fit, or no budget.
 
-    Where a rung did not beat the solution of the rung below, that one is fitted.
+    Where a level did not beat the solution of the one below, that one is fitted.
 
     Raises:
         NonFiniteLoss: naming the records of a batch.
@@ -335,7 +336,7 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
     steps = plan.steps_within(budget / 2)
     if steps == 0:
         return None
-    rate = REFIT_RATE * rate_for(task, last.mixing, steps)
+    rate = _REFIT_RATE * rate_for(task, last.mixing, steps)
     adam = AdamW(last.theta, steps=steps, rate=rate, warm_up=max(1, round(WARM_UP * steps)))
     kind = last.mixing.kind
     task.engine.meter.stage(f"{kind} on all records", rung=kind, start="", stage="refit", ridge=last.ridge)
@@ -346,13 +347,13 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
 
 
 def _minimise_again(task: Task, last: Solution, training: Sequence[Example], budget: float) -> Solution | None:
-    """The lowest rung as the start of others is found on a few records in a few evaluations; where it is the answer, on
-    all of them."""
+    """The lowest level as the start of others is found on a few records in a few evaluations; where it is the answer,
+    on all of them."""
     evaluations = int(budget / (GRADIENT_COST * padded_tokens(training, task.settings.batch_tokens)))
     if evaluations < 2:  # the first one is of what there is
         return None
     task.engine.meter.stage("adapter on all records", rung="adapter", start="", stage="refit", ridge=0.0)
-    minimum = minimise(task, last.mixing, last.theta, training, evaluations, "adapter on all records")
+    minimum = _minimise(task, last.mixing, last.theta, training, evaluations, "adapter on all records")
     losses = tuple(float(f"{value:.6g}") for value in minimum.values)
     stage = StageRecord("adapter", last.chosen, "refit", 0.0, minimum.evaluations, None, losses)
     return replace(last, thetas=(minimum.theta,), stages=(stage,))

@@ -21,7 +21,7 @@ from loracli.fitting import level as rung_module
 from loracli.fitting.criterion import Fold
 from loracli.fitting.descent import Descent, Ran
 from loracli.fitting.engine import Engine
-from loracli.fitting.level import FACTOR_RIDGE_PATH, RIDGE_PATH, Solution, Task, ridge_path, solve_rung
+from loracli.fitting.level import FACTOR_RIDGE_PATH, RIDGE_PATH, Solution, Task, ridge_path, solve_level
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout
 from loracli.fitting.search import search, solve_adapters
 from loracli.fitting.settings import FitSettings
@@ -65,7 +65,7 @@ def solved(tmp_path_factory: pytest.TempPathFactory) -> TwoBasins:
         lowest, module = make_diagonal(layout, "adapter"), make_diagonal(layout, "module")
         adapter = solve_adapters(task, lowest, 0.2 * budget, alone=False)
         start = [module.lift(lowest, theta) for theta in adapter.thetas]
-        alone = solve_rung(task, module, {"adapter": start}, 0.8 * budget)
+        alone = solve_level(task, module, {"adapter": start}, 0.8 * budget)
         found, _ = run_search(attached, adapters, examples, settings)
         losses = held_out_losses(attached, adapters, held, found)
         batches = plan_batches(held, batch_tokens=2048)
@@ -428,7 +428,7 @@ def test_the_path_ends_where_the_solution_gets_clearly_worse(monkeypatch: pytest
 
     task = Task(task.engine, task.folds, scripted, task.settings, task.references)
     starts = {name: [rung("module").constant([1.0, weight])] for name, weight in (("adapter", 0.3), ("sum", 1.0))}
-    found = solve_rung(task, rung("module"), starts, 5000.0)
+    found = solve_level(task, rung("module"), starts, 5000.0)
     assert ridges == [RIDGE_PATH[0]] * 3  # two starts, and one stage of three
     assert found.scores is not None and found.scores.nats_per_token == pytest.approx(3.0)
     assert (found.chosen, found.ridge, found.moved) == ("adapter", None, False)
@@ -551,7 +551,7 @@ def test_what_a_fold_finds_does_not_hang_on_the_records_that_it_chooses_with(mon
             low = solve_adapters(task, rung("adapter"), 3000.0, alone=False)
             below = [rung("module").lift(low.mixing, theta) for theta in low.thetas]
             total = [rung("module").constant([1.0, 1.0])] * FOLDS
-            solve_rung(task, rung("module"), {"adapter": below, "sum": total}, 12_000.0)
+            solve_level(task, rung("module"), {"adapter": below, "sum": total}, 12_000.0)
         return thetas, heard
 
     thetas, heard = checked(examples, None)
