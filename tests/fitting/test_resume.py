@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +25,7 @@ from loracli.model.placement import Placement
 from loracli.progress import Silent
 from loracli.system.files import locked_directory
 from loracli.system.launch import Launch
-from tests.fitting.processes_started import environment
+from tests.faults.fork_server import ForkServer
 from tests.tiny import random_records, write_jsonl
 
 SETTINGS = FitSettings(mixing="auto", passes=3, cv=2, batch_tokens=256)
@@ -133,51 +131,36 @@ def test_a_fit_stopped_at_every_seventh_of_its_work_ends_in_the_same_bytes(fit: 
     assert not state_folder(fit.folder / "broken.json").exists()
 
 
-def test_kill_9_at_random_moments_and_resume_ends_in_the_same_bytes(fit: Fit) -> None:
+def test_kill_9_at_random_moments_and_resume_ends_in_the_same_bytes(fit: Fit, server: ForkServer) -> None:
     """Real processes, real kills; the last one is left to end."""
-    settings = ["--mixing", "core", "--passes", "4", "--batch-tokens", "64", "--dtype", "float32", "--device", "cpu"]
-    command = [sys.executable, "-m", "loracli", "fit", "-a", *fit.adapters, "-d", str(fit.data), "--base", fit.base]
-
-    def started(output: str, *more: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [*command, *settings, "-o", output, *more],
-            cwd=fit.folder,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    assert started("whole.json").wait(120) == 0
+    words = ["fit", "-a", *fit.adapters, "-d", str(fit.data), "--base", fit.base, "--mixing", "core", "--passes", "4"]
+    words += ["--batch-tokens", "64", "--dtype", "float32", "--device", "cpu"]
+    assert server.run(*words, "-o", "whole.json", cwd=fit.folder).code == 0
     state, generator = state_folder(fit.folder / "broken.json"), random.Random(0)
-    kills = 0
     for _ in range(4):
-        process = started("broken.json", "--resume")
-        while not state.exists() and process.poll() is None:
-            time.sleep(0.02)
+        process = server.start(*words, "-o", "broken.json", "--resume", cwd=fit.folder)
+        while not state.exists():
+            time.sleep(0.01)
         time.sleep(generator.uniform(0.05, 0.4))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait(60) == -signal.SIGKILL
-    assert kills >= 2
-    assert started("broken.json", "--resume").wait(120) == 0
+        process.send(signal.SIGKILL)
+        assert process.wait().code == -signal.SIGKILL
+    assert server.run(*words, "-o", "broken.json", "--resume", cwd=fit.folder).code == 0
     assert fit.written("whole") == fit.written("broken")
     assert not state.exists()
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_keep_the_state_and_say_how_to_go_on(fit: Fit, signum: int, code: int) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "loracli", "fit", "-a", *fit.adapters, "-d", str(fit.data), "--base", fit.base]
-        + ["--batch-tokens", "32", "--passes", "500"],
-        cwd=fit.folder,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not list(fit.folder.glob("recipe.json.state/*.safetensors")) and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signum)
-    assert "the same command with --resume goes on from there" in process.communicate(timeout=60)[1]
-    assert process.returncode == code
+def test_ctrl_c_and_sigterm_keep_the_state_and_say_how_to_go_on(
+    fit: Fit, server: ForkServer, signum: int, code: int
+) -> None:
+    words = ["fit", "-a", *fit.adapters, "-d", str(fit.data), "--base", fit.base, "--batch-tokens", "32"]
+    process = server.start(*words, "--passes", "500", cwd=fit.folder)
+    while not list(fit.folder.glob("recipe.json.state/*.safetensors")):
+        time.sleep(0.01)
+    process.send(signum)
+    ended = process.wait()
+    assert "the same command with --resume goes on from there" in ended.stderr
+    assert ended.code == code
     assert sorted(path.name for path in fit.folder.iterdir()) == ["recipe.json.state", "val.data"]
 
 
