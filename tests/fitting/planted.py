@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.calibration.batches import plan_batches
@@ -31,9 +31,11 @@ def sampled_examples(model: object, count: int, length: int, seed: int) -> list[
     """Sequences drawn token by token from the model as it stands: random first token, all others scored."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 259, (count, 1), generator=generator)
+    seen = DynamicCache()
     with torch.no_grad():
         for _ in range(length - 1):
-            p = torch.softmax(model(input_ids=ids).logits[:, -1].double(), dim=-1)  # type: ignore[operator]
+            done = model(input_ids=ids[:, -1:], past_key_values=seen, use_cache=True)  # type: ignore[operator]
+            p = torch.softmax(done.logits[:, -1].double(), dim=-1)
             ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
     flags = (False, *(True,) * (length - 1))
     return [Example(f"val.jsonl:{line}", tuple(row), flags) for line, row in enumerate(ids.tolist())]

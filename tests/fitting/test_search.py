@@ -27,7 +27,7 @@ def adapters(two_adapters: tuple[Path, Path]) -> list[LoraAdapter]:
 def test_planted_adapter_weights_are_recovered_to_one_hundredth(tiny_base: Path, adapters: list[LoraAdapter]) -> None:
     truth = torch.tensor([[0.6, 1.3]])
     with planted(tiny_base, adapters, truth, count=2000) as (attached, examples, held):
-        settings = FitSettings(mixing="adapter", passes=12, batch_tokens=4096)
+        settings = FitSettings(mixing="adapter", passes=8, batch_tokens=4096)
         found, _ = run_search(attached, adapters, examples, settings)
         assert (found.theta - truth).abs().max() < 1e-2
         losses = held_out_losses(attached, adapters, held, found)
