@@ -24,8 +24,8 @@ from loracli.recipe.reading import load_recipe
 from tests.faults.fork_server import ForkServer
 from tests.fitting.least_squares import LAYOUT, LeastSquares, engine_of, one_task, random_examples, rung
 from tests.fitting.test_fit_processes import SmallFit
-from tests.fitting.test_resume import Fit, Power, power
-from tests.fitting.test_rungs import TRUTH, TwoWells
+from tests.fitting.test_journal import Fit, Power, power
+from tests.fitting.test_level import TRUTH, TwoWells
 from tests.tiny import make_adapter, random_records, write_jsonl
 
 __all__ = ["power"]  # a fixture
