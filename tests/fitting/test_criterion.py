@@ -105,8 +105,8 @@ def test_the_loss_is_that_of_each_record_whatever_the_batches(tiny_base: Path, t
     with planted(tiny_base, adapters, torch.tensor([[1.0, 0.5]]), count=6) as (attached, examples, _):
         engine = make_engine(attached, examples)
         theta = mixing.constant([0.8, 0.3])
-        small, large = (loss_criterion(engine, batch_tokens=size)(mixing, theta, examples) for size in (24, 512))
-        backwards = loss_criterion(engine, batch_tokens=48)(mixing, theta, examples[::-1])
+        small, large = (loss_criterion(engine, batch_tokens=size)(mixing, theta, examples, None) for size in (24, 512))
+        backwards = loss_criterion(engine, batch_tokens=48)(mixing, theta, examples[::-1], None)
     assert engine.meter.validation == backwards.nats_per_token
     assert torch.equal(large.tokens, torch.full((6,), 23.0, dtype=torch.float64))
     torch.testing.assert_close(small.nats, large.nats, rtol=1e-5, atol=1e-5)
