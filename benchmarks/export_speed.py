@@ -43,9 +43,8 @@ from benchmarks.measuring import BenchmarkParser, in_turns, median
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.base_module import BaseModule
 from loracli.export.export import export_adapter
-from loracli.recipe.mixing import RecipeMixing
-from loracli.recipe.recipe import HeldOut, HeldOutRow, Recipe, RecipeAdapter, RecipeBase, RecipeData
-from loracli.recipe.record import FitRecord
+from loracli.recipe.recipe import Recipe
+from loracli.recipe.record import FitRecord, HeldOut, HeldOutRow, RecipeAdapter, RecipeBase, RecipeData, RecipeMixing
 from loracli.system.files import TENSOR_FILE
 
 if TYPE_CHECKING:

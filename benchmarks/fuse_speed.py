@@ -34,7 +34,7 @@ import torch
 
 from benchmarks.made_inputs import llama_layer, of_layers, write_adapter
 from benchmarks.measuring import BenchmarkParser, Spent, median, spent_by
-from loracli.model.checkpoint import header_bytes
+from loracli.system.tensor_file import header_bytes
 
 BLOCK = 16 << 20
 

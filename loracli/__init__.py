@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from loracli.fusing.fuse import Fused, fuse_model
     from loracli.hub.fetch import Fetched, fetch_adapter
     from loracli.pushing.push import Pushed, push_adapter
-    from loracli.recipe.reading import load_recipe
-    from loracli.recipe.recipe import Recipe
+    from loracli.recipe.recipe import Recipe, load_recipe
     from loracli.report.report import write_report
     from loracli.serving.lint import Lint, lint_adapter
     from loracli.verifying.findings import Verification
@@ -68,7 +67,7 @@ _HOMES = {
     "fuse_model": "loracli.fusing.fuse",
     "inspect_adapters": "loracli.adapters.compatible",
     "lint_adapter": "loracli.serving.lint",
-    "load_recipe": "loracli.recipe.reading",
+    "load_recipe": "loracli.recipe.recipe",
     "push_adapter": "loracli.pushing.push",
     "read_adapter": "loracli.adapters.adapter",
     "verify_directory": "loracli.verifying.verify",

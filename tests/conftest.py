@@ -7,6 +7,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.tiny import make_adapter, make_base
@@ -19,6 +20,9 @@ for name in [name for name in os.environ if name.startswith("LORACAT_") and name
 for signum in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(signum) == signal.SIG_IGN:
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+# The same examples on every machine, and few enough for a quick suite.
+hypothesis.settings.register_profile("suite", derandomize=True, max_examples=50, deadline=None, database=None)
+hypothesis.settings.load_profile("suite")
 NO_CONFIGURATION = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # a browser writes there, too
 os.environ["XDG_CONFIG_HOME"] = NO_CONFIGURATION.name
 

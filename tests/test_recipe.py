@@ -13,19 +13,23 @@ import pytest
 
 from loracli.adapters.base_module import BaseModule
 from loracli.errors import OutputExists, RecipeError
-from loracli.recipe.mixing import INLINE_KINDS, MixingKind, RecipeMixing, group_name
-from loracli.recipe.reading import MAX_RECIPE_BYTES, load_recipe
-from loracli.recipe.recipe import (
+from loracli.recipe.recipe import MAX_RECIPE_BYTES, Recipe, load_recipe, weights_by_leaf
+from loracli.recipe.record import (
+    INLINE_KINDS,
+    FitRecord,
     HeldOut,
     HeldOutRow,
     HeldOutTask,
-    Recipe,
+    MixingKind,
     RecipeAdapter,
     RecipeBase,
     RecipeData,
-    weights_by_leaf,
+    RecipeMixing,
+    RungRecord,
+    StageRecord,
+    StartRecord,
+    group_name,
 )
-from loracli.recipe.record import FitRecord, RungRecord, StageRecord, StartRecord
 
 KINDS = "'adapter', 'layer', 'module', 'rank', 'core', 'factors'"
 FILES = {"adapter_config.json": "c" * 64, "adapter_model.safetensors": "d" * 64}

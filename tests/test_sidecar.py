@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loracli.errors import IntegrityError, OutOfResources, OutputExists, RecipeError, UsageError
-from loracli.recipe.mixing import INLINE_KINDS, TENSOR_PARTS, MixingKind, RecipeMixing
-from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import Recipe, check_recipe_path, weights_by_leaf
+from loracli.recipe.recipe import Recipe, check_recipe_path, load_recipe, weights_by_leaf
+from loracli.recipe.record import INLINE_KINDS, TENSOR_PARTS, MixingKind, RecipeMixing
 from loracli.recipe.tensors import METADATA, sidecar_sha256
 from tests.test_recipe import make_recipe
 
@@ -128,7 +127,7 @@ def test_the_summary_is_grouped_by_leaf(tmp_path: Path) -> None:
 def test_a_recipe_without_tensors_is_read_and_written_without_torch(tmp_path: Path) -> None:
     make_recipe(tmp_path).save(tmp_path / "r.json")
     code = (
-        "import sys; from loracli.recipe.reading import load_recipe; load_recipe('r.json').save('s.json', force=True); "
+        "import sys; from loracli.recipe.recipe import load_recipe; load_recipe('r.json').save('s.json', force=True); "
         "sys.exit('torch' in sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import json
-import random
-import string
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loracli.system.strict_json import StrictJsonError, parse_json
 
-
-def random_value(generator: random.Random, depth: int = 0) -> Any:
-    kind = generator.randrange(7 if depth < 3 else 5)
-    if kind == 0:
-        return generator.choice([None, True, False])
-    if kind == 1:
-        return generator.randint(-(10**20), 10**20)
-    if kind == 2:
-        return generator.uniform(-1e300, 1e300)
-    if kind in (3, 4):
-        return "".join(generator.choices(string.printable + "é\u2028\U0001f408\x00", k=generator.randrange(9)))
-    if kind == 5:
-        return [random_value(generator, depth + 1) for _ in range(generator.randrange(4))]
-    return {str(i): random_value(generator, depth + 1) for i in range(generator.randrange(4))}
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+NUMBERS = st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+)
 
 
-def test_ordinary_json_has_the_value_that_python_gives_it() -> None:
-    generator = random.Random(0)
-    for _ in range(300):
-        value = random_value(generator)
-        for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
-            assert parse_json(text) == parse_json(text.encode()) == json.loads(text) == value
+@given(VALUES)
+def test_ordinary_json_has_the_value_that_python_gives_it(value: Any) -> None:
+    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
+        assert parse_json(text) == parse_json(text.encode()) == json.loads(text) == value
+
+
+@given(VALUES.map(json.dumps), st.integers(0, 200), st.binary(min_size=1, max_size=3))
+def test_damaged_json_is_refused_with_a_reason_or_has_the_value_that_python_gives_it(
+    text: str, place: int, other: bytes
+) -> None:
+    data = text.encode()
+    data = data[:place] + other + data[place + 1 :]
+    try:
+        value = parse_json(data)
+    except StrictJsonError as error:
+        assert str(error)
+    else:
+        assert value == json.loads(data)
 
 
 @pytest.mark.parametrize(

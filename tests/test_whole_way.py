@@ -24,7 +24,7 @@ from loracli.calibration.render import render_file
 from loracli.export.export import export_adapter
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl
 
 CONV1D = {"fan_in_fan_out": True}

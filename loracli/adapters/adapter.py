@@ -30,8 +30,8 @@ from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
 from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.hub.references import Reference
 from loracli.progress import SILENT, Progress
-from loracli.system.files import CONFIG_FILE, TENSOR_FILE
-from loracli.system.tensor_file import GATHER, TensorFile, file_sha256, open_tensor_file
+from loracli.system.files import CONFIG_FILE, TENSOR_FILE, file_sha256
+from loracli.system.tensor_file import GATHER, TensorFile, open_tensor_file
 
 MAX_UPDATES = 1 << 19  # of experts and groups, of which a small file can claim many more than it has tensors
 _MAY_BE_KERNELS = frozenset({"lora_A", "lora_B"})

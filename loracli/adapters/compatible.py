@@ -22,6 +22,7 @@ from loracli.errors import IncompatibleAdapters, UsageError
 from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import distinct_bases
 from loracli.progress import SILENT, Progress
+from loracli.system.document import dtype_name
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def _summary(adapter: LoraAdapter) -> AdapterSummary:
         leaves=tuple(sorted({leaf(name) for name in adapter.modules})),
         modules=len(adapter.targets),
         parameters=sum(f.lora_A.numel() + f.lora_B.numel() for f in factors),
-        dtype=str(adapter.dtype).removeprefix("torch."),
+        dtype=dtype_name(adapter.dtype),
         norm=sum(inner_product(f, f) for f in factors) ** 0.5,
         lora_bias=adapter.config.lora_bias,
         modules_to_save=tuple(adapter.saved),

@@ -17,8 +17,7 @@ from loracli.adapters.experts import LORA_B_LAYOUTS
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.algebra.factors import lora_scaling
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
-from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import open_regular
+from loracli.system.strict_json import read_object
 
 Value = TypeVar("Value")
 
@@ -169,18 +168,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     Raises:
         MalformedAdapter: if the file is damaged, or too large.
     """
-    where = str(path)
-    with open_regular(path) as file:
-        data = file.read(MAX_CONFIG_BYTES + 1)
-    if len(data) > MAX_CONFIG_BYTES:
-        raise MalformedAdapter(f"is larger than {MAX_CONFIG_BYTES} bytes", where=where)
-    try:
-        fields = parse_json(data)
-    except StrictJsonError as error:
-        raise MalformedAdapter(str(error), where=where) from None
-    if not isinstance(fields, dict):
-        raise MalformedAdapter("is not a JSON object", where=where)
-    return fields
+    return read_object(path, MAX_CONFIG_BYTES)
 
 
 def is_of_mlx_vlm(fields: dict[str, Any]) -> bool:

@@ -23,8 +23,7 @@ import yaml
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.errors import MalformedAdapter
-from loracli.system.files import README_FILE
-from loracli.system.tensor_file import open_regular
+from loracli.system.files import README_FILE, open_regular
 
 MAX_README_BYTES = 1 << 20
 MAX_FRONT_MATTER = 32 << 10  # characters

@@ -43,7 +43,7 @@ from loracli.algebra.factors import Factors, inner_product, norm, thin_svd
 
 # A direction below this share of its adapter's largest singular value carries nothing: rounding puts it there when an
 # update has a lower rank than its factors.
-NEGLIGIBLE = 1e-12
+_NEGLIGIBLE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def mixing_in_file_gauge(stack: CanonicalStack, mixing: Tensor) -> Tensor:
 def _canonical(update: Factors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lora_A (r, in), lora_B (out, r), G_A (r, r), G_B (r, r), present (r,) of one adapter."""
     left, singular, right = thin_svd(update)  # (out, m), (m,), (m, in) with m <= r
-    present = singular > NEGLIGIBLE * singular.max()
+    present = singular > _NEGLIGIBLE * singular.max()
     root = torch.where(present, singular, 0.0).sqrt()
     inverse = torch.where(present, singular.rsqrt(), 0.0)
     missing = update.rank - singular.numel()
@@ -120,7 +120,7 @@ def _pad(matrix: Tensor, *, rows: int = 0, columns: int = 0) -> Tensor:
     return torch.nn.functional.pad(matrix, (0, columns, 0, rows))
 
 
-DEPENDENT = 1e-10  # share of C's largest eigenvalue, updates at norm 1, below which a direction counts as none
+_DEPENDENT = 1e-10  # share of C's largest eigenvalue, updates at norm 1, below which a direction counts as none
 
 
 def projection(composed: Factors, updates: Sequence[Factors | None]) -> tuple[float | None, ...]:
@@ -139,12 +139,12 @@ def projection(composed: Factors, updates: Sequence[Factors | None]) -> tuple[fl
     directions = [Factors(update.lora_A, update.lora_B, update.scaling / size) for update, size in present]
     gram = torch.tensor([[inner_product(a, b) for b in directions] for a in directions], dtype=torch.float64)
     target = torch.tensor([inner_product(direction, composed) for direction in directions], dtype=torch.float64)
-    solution = torch.linalg.pinv(gram, rtol=DEPENDENT, hermitian=True) @ target
+    solution = torch.linalg.pinv(gram, rtol=_DEPENDENT, hermitian=True) @ target
     weights = iter((solution / torch.tensor([size for _, size in present], dtype=torch.float64)).tolist())
     return tuple(next(weights) if size > 0 else None for size in sizes)
 
 
-ROUNDING = 1e-6  # share of the largest singular value: below, a direction is rounding
+_ROUNDING = 1e-6  # share of the largest singular value: below, a direction is rounding
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,6 @@ def shared_space(first: Tensor, second: Tensor) -> float:
 
 def _basis(matrix: Tensor) -> Tensor:
     left, singular, _ = torch.linalg.svd(matrix, full_matrices=False)
-    kept = singular > ROUNDING * singular.max() if singular.numel() else singular > 0
+    kept = singular > _ROUNDING * singular.max() if singular.numel() else singular > 0
     basis: Tensor = left[:, kept & (singular > 0)]
     return basis

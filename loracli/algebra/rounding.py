@@ -5,7 +5,7 @@ Rounded factors B' = B + E_B, A' = A + E_A:
     B' A' - B A = [E_B, B'] [A; E_A]        |L R|_F^2 = sum((L^T L) * (R R^T))
 
 The differences are taken entry by entry in float64, so nothing cancels in them, and Gram matrices (R, R) are enough:
-about a third of the work of the QR of both sides. Where the terms of such a sum cancel to less than CANCELLED of their
+about a third of the work of the QR of both sides. Where the terms of such a sum cancel to less than _CANCELLED of their
 size, as with an adapter and its negative, too few digits would be left and QR takes over.
 
 A cut update stands in the exact one's own coordinates, dW = Q_B K Q_A^T from one QR of both sides:
@@ -27,9 +27,9 @@ from torch import Tensor
 from loracli.algebra.concatenate import concatenate, relative_error
 from loracli.algebra.factors import Factors
 
-BLOCK_ROWS = 1024  # of (rows, R) in float64: small enough for the cache
+_BLOCK_ROWS = 1024  # of (rows, R) in float64: small enough for the cache
 # A sum of Gram products below this share of its terms is computed by QR; above it, a norm has 16 - 7 = 9 digits.
-CANCELLED = 1e-7
+_CANCELLED = 1e-7
 
 
 def rounded_concatenation(
@@ -131,7 +131,7 @@ def _total(left: Tensor, right: Tensor) -> float | None:
     total, size = float(terms.sum()), float(terms.abs().sum())
     if not math.isfinite(size):  # overflow in the output's dtype, which the caller refuses
         return math.inf
-    return total if size == 0.0 or total > CANCELLED * size else None
+    return total if size == 0.0 or total > _CANCELLED * size else None
 
 
 def _ratio(difference: float, reference: float) -> float:
@@ -141,4 +141,4 @@ def _ratio(difference: float, reference: float) -> float:
 
 
 def _blocks(length: int) -> list[slice]:
-    return [slice(start, min(start + BLOCK_ROWS, length)) for start in range(0, length, BLOCK_ROWS)]
+    return [slice(start, min(start + _BLOCK_ROWS, length)) for start in range(0, length, _BLOCK_ROWS)]

@@ -56,7 +56,7 @@ from torch import Tensor
 
 from loracli.algebra.factors import Factors, core, norm, svd_of_core
 
-DAMPING = 1e-4
+_DAMPING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def truncate_for(factors: Factors, rank: int, moment: Tensor) -> Truncation:
     Args:
         factors: with scaling 1.
         rank: k.
-        moment: G (R, R) = E[z z^T]. DAMPING of its mean diagonal is added to the diagonal, so that directions which the
-            records do not show are not cut at will. Where G = 0 the cut is that of `truncate`.
+        moment: G (R, R) = E[z z^T]. _DAMPING of its mean diagonal is added to the diagonal, so that directions which
+            the records do not show are not cut at will. Where G = 0 the cut is that of `truncate`.
     """
     root = _root(moment)
     if root is None:
@@ -132,7 +132,7 @@ def relative_gap(factors: Factors, rank: int, moment: Tensor) -> float:
 
 def _root(moment: Tensor) -> Tensor | None:
     """(G + d I)^1/2 (R, R), None where G = 0."""
-    damping = DAMPING * float(moment.diagonal().mean())
+    damping = _DAMPING * float(moment.diagonal().mean())
     if damping == 0.0:
         return None
     values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
@@ -208,10 +208,10 @@ def _by_worth(spectra: Mapping[str, Tensor], costs: Mapping[str, int]) -> list[t
     return sorted(found, key=lambda item: -item[1] / costs[item[0]])
 
 
-OVERSAMPLED = 10  # columns more than the rank
-GAIN = 1e-6  # of the captured energy, below which the space is large enough
-MOST_BLOCKS = 12
-SMALL = 4  # blocks to the shorter side of a matrix, below which its own SVD is as cheap
+_OVERSAMPLED = 10  # columns more than the rank
+_GAIN = 1e-6  # of the captured energy, below which the space is large enough
+_MOST_BLOCKS = 12
+_SMALL = 4  # blocks to the shorter side of a matrix, below which its own SVD is as cheap
 
 
 def best_approximation(matrix: Tensor, rank: int) -> Truncation:
@@ -220,10 +220,10 @@ def best_approximation(matrix: Tensor, rank: int) -> Truncation:
     k = min(rank, *matrix.shape)
     if total == 0.0:
         return Truncation(Factors(matrix.new_zeros(k, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], k)), 1.0)
-    if min(matrix.shape) <= SMALL * (k + OVERSAMPLED):
+    if min(matrix.shape) <= _SMALL * (k + _OVERSAMPLED):
         u, singular, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        q = _leading_space(matrix, k, k + OVERSAMPLED)  # (out, p)
+        q = _leading_space(matrix, k, k + _OVERSAMPLED)  # (out, p)
         u, singular, vh = torch.linalg.svd(q.T @ matrix, full_matrices=False)
         u = q @ u
     root = singular[:k].sqrt()
@@ -238,24 +238,31 @@ def _leading_space(matrix: Tensor, k: int, columns: int) -> Tensor:
     basis = torch.linalg.qr(half @ torch.randn(matrix.shape[1], columns, generator=generator)).Q  # (out, c)
     images = half.T @ basis  # (in, c): M^T Q
     captured = 0.0
-    for _ in range(MOST_BLOCKS):
+    for _ in range(_MOST_BLOCKS):
         energies, rotation = torch.linalg.eigh(images.T @ images)  # ascending
         found = float(energies[-k:].double().sum())
-        if found - captured <= GAIN * found or basis.shape[1] + columns > min(matrix.shape):
+        if found - captured <= _GAIN * found or basis.shape[1] + columns > min(matrix.shape):
             break
         captured = found
-        block = half @ images[:, -columns:]
-        for _ in range(2):  # once leaves what rounding left of the space in it
-            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        block = _orthogonal_to([basis], half @ images[:, -columns:])
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, half.T @ block], dim=1)
     leading = basis @ rotation[:, -columns:]
     polished: Tensor = torch.linalg.qr(matrix @ (matrix.T @ leading.double())).Q
     return polished
 
 
-BLOCK_MARGIN = 16  # columns of a block beyond those that are wanted
-RESIDUAL = 1e-10  # of the largest eigenvalue of W W^T; float32 would leave 1e-7
-CHECK_EVERY = 3  # blocks
+def _orthogonal_to(bases: Sequence[Tensor], block: Tensor) -> Tensor:
+    """An orthonormal basis of what a block of a Krylov space adds to the bases before it, each orthonormal."""
+    for _ in range(2):  # at length 1 again: of what is almost in the space already, once leaves mostly that
+        for basis in bases:
+            block = block - basis @ (basis.T @ block)
+        block = torch.linalg.qr(block).Q
+    return block
+
+
+_BLOCK_MARGIN = 16  # columns of a block beyond those that are wanted
+_RESIDUAL = 1e-10  # of the largest eigenvalue of W W^T; float32 would leave 1e-7
+_CHECK_EVERY = 3  # blocks
 DENSE_SHARE = 0.5  # of n, beyond which all eigenvectors cost no more
 
 
@@ -267,22 +274,17 @@ def leading_left(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
         count: at most min(n, m).
     """
     n = matrix.shape[0]
-    block = min(count + BLOCK_MARGIN, n)
+    block = min(count + _BLOCK_MARGIN, n)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[1], block, generator=generator, dtype=torch.float64)
     bases = [torch.linalg.qr(matrix @ start).Q]  # each (n, block)
     images = [matrix.T @ bases[0]]  # W^T Q_j, each (m, block)
     while len(bases) * block <= DENSE_SHARE * n:
-        if len(bases) % CHECK_EVERY == 0:
+        if len(bases) % _CHECK_EVERY == 0:
             found = _converged(matrix, torch.cat(bases, dim=1), torch.cat(images, dim=1), count)
             if found is not None:
                 return found
-        new = matrix @ images[-1]
-        for _ in range(2):  # at length 1 again: of what is almost in the space already, once leaves mostly that
-            for basis in bases:
-                new = new - basis @ (basis.T @ new)
-            new = torch.linalg.qr(new).Q
-        bases.append(new)
+        bases.append(_orthogonal_to(bases, matrix @ images[-1]))
         images.append(matrix.T @ bases[-1])
     values, vectors = torch.linalg.eigh(matrix @ matrix.T)
     return values[-count:].flip(0).clamp(min=0.0).sqrt(), vectors[:, -count:].flip(1)
@@ -294,6 +296,6 @@ def _converged(matrix: Tensor, basis: Tensor, image: Tensor, count: int) -> tupl
     values, inner = values[-count:].flip(0), inner[:, -count:].flip(1)
     vectors = basis @ inner
     residual = matrix @ (image @ inner) - vectors * values
-    if float(torch.linalg.vector_norm(residual, dim=0).max()) > RESIDUAL * float(values[0]):
+    if float(torch.linalg.vector_norm(residual, dim=0).max()) > _RESIDUAL * float(values[0]):
         return None
     return values.clamp(min=0.0).sqrt(), vectors

@@ -32,10 +32,10 @@ from loracli.calibration.records import (
 )
 from loracli.calibration.render import Example, RenderedFile, render_file
 from loracli.calibration.shapes import SHAPES, Shape
-from loracli.errors import CalibrationError, UsageError
+from loracli.errors import CalibrationError, LoracatError, UsageError
 from loracli.progress import SILENT, Progress
-from loracli.recipe.recipe import FINGERPRINT, RecipeData
-from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.recipe.record import FINGERPRINT, RecipeData
+from loracli.system.strict_json import read_object
 
 MIN_HELD_OUT = 20  # below this, a paired interval says nothing
 
@@ -95,10 +95,10 @@ def dealt(records: Sequence[Record], count: int, *, seed: int) -> list[list[Reco
     return [[record for record in records if part_of[record.fingerprint] == part] for part in range(count)]
 
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 
-def shuffled(items: Sequence[Item], *, seed: int) -> list[Item]:
+def shuffled(items: Sequence[_Item], *, seed: int) -> list[_Item]:
     """The items in an order that depends on the seed alone, the same on every machine."""
     return [items[i] for i in sorted(range(len(items)), key=lambda i: _key(seed, str(i)))]
 
@@ -107,12 +107,12 @@ def _key(seed: int, text: str) -> bytes:
     return hashlib.sha256(f"{seed}:{text}".encode()).digest()
 
 
-MAX_BYTES = 64 << 20
-SHOWN_TOKENS = 5
-TEMPLATE_FILE = "chat_template.jinja"
-CONFIG_FILE = "tokenizer_config.json"
-TOKENIZER_FILE = "tokenizer.json"
-ADDED_FILE = "added_tokens.json"
+_MAX_BYTES = 64 << 20
+_SHOWN_TOKENS = 5
+_TEMPLATE_FILE = "chat_template.jinja"
+_CONFIG_FILE = "tokenizer_config.json"
+_TOKENIZER_FILE = "tokenizer.json"
+_ADDED_FILE = "added_tokens.json"
 
 _IS_OTHER = "that differs from the base model's, which is the one used"
 _IS_NEW = "and the base model's tokenizer has none; none is used"
@@ -125,17 +125,17 @@ def tokenizer_differences(folder: Path, tokenizer: Any) -> list[str]:
         folder: of the adapter; its tokenizer files are there or not.
         tokenizer: the base model's.
     """
-    config = _json(folder / CONFIG_FILE)
+    config = _json(folder / _CONFIG_FILE)
     found = []
-    template = _text(folder / TEMPLATE_FILE) or config.get("chat_template")
+    template = _text(folder / _TEMPLATE_FILE) or config.get("chat_template")
     ours = _default_template(tokenizer).strip()
     if isinstance(template, str) and template.strip() != ours:
         found.append(f"it comes with a chat template {_IS_OTHER if ours else _IS_NEW}")
     known = tokenizer.get_vocab()
     unknown = sorted(token for token in _added_tokens(folder, config) if token not in known)
     if unknown:
-        more = f" and {len(unknown) - SHOWN_TOKENS} more" if len(unknown) > SHOWN_TOKENS else ""
-        named = ", ".join(token[:40] for token in unknown[:SHOWN_TOKENS])
+        more = f" and {len(unknown) - _SHOWN_TOKENS} more" if len(unknown) > _SHOWN_TOKENS else ""
+        named = ", ".join(token[:40] for token in unknown[:_SHOWN_TOKENS])
         found.append(f"it comes with tokens that the base model's tokenizer does not have: {named}{more}")
     return found
 
@@ -147,26 +147,25 @@ def _default_template(tokenizer: Any) -> str:
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> set[str]:
     """The texts of added tokens, wherever a version of transformers kept them."""
-    listed = _json(folder / TOKENIZER_FILE).get("added_tokens")
+    listed = _json(folder / _TOKENIZER_FILE).get("added_tokens")
     numbered = config.get("added_tokens_decoder")
     entries = list(listed) if isinstance(listed, list) else []
     entries += numbered.values() if isinstance(numbered, dict) else []
     texts = [entry.get("content") for entry in entries if isinstance(entry, dict)]
-    return {text for text in (*texts, *_json(folder / ADDED_FILE)) if isinstance(text, str)}
+    return {text for text in (*texts, *_json(folder / _ADDED_FILE)) if isinstance(text, str)}
 
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in a file; an empty one where there is none, or none that can be read: it is only compared."""
     try:
-        value = parse_json(_text(path) or "{}")
-    except StrictJsonError:
+        return read_object(path, _MAX_BYTES)
+    except LoracatError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _text(path: Path) -> str | None:
     try:
-        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
             return None
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

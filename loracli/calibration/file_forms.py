@@ -20,9 +20,9 @@ from typing import NoReturn
 from loracli.errors import CalibrationError
 
 MAX_BYTES = 512 << 20  # of a file, and of what a compressed one holds
-BOM = b"\xef\xbb\xbf"
-GZIP = b"\x1f\x8b"
-CHUNK = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_GZIP = b"\x1f\x8b"
+_CHUNK = 1 << 20
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _ARRAY = re.compile(rb"\s*\[\s*\{")
@@ -128,11 +128,11 @@ def decoded(data: bytes, path: Path | None, named: str) -> tuple[FileForm, bytes
     Raises:
         CalibrationError: if it is compressed and damaged or too large, or in a form that is not read.
     """
-    gzipped = data.startswith(GZIP)
+    gzipped = data.startswith(_GZIP)
     text = _gunzip(data, named) if gzipped else data
     form = FileForm(path, gzipped)
     _check_form(text, form, named)
-    text = text.removeprefix(BOM)
+    text = text.removeprefix(_BOM)
     return FileForm(path, gzipped, _is_array(text)), text
 
 
@@ -199,7 +199,7 @@ def _gunzip(data: bytes, named: str) -> bytes:
     found = bytearray()
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            while part := file.read(CHUNK):
+            while part := file.read(_CHUNK):
                 found += part
                 if len(found) > MAX_BYTES:
                     too_large(f"{named} holds more than {MAX_BYTES >> 20} MiB when it is decompressed")
@@ -245,7 +245,7 @@ def _check_form(data: bytes, form: FileForm, named: str) -> None:
         refuse(f"{encoding[:6].upper()} text", form.of_encoding(encoding))
     if start.startswith(b"version https://git-lfs"):
         refuse("a pointer of git LFS", "fetch the file itself: git lfs pull")
-    first = start.removeprefix(BOM).lstrip()
+    first = start.removeprefix(_BOM).lstrip()
     if first[:14].lower().startswith((b"<!doctype html", b"<html")):
         refuse("an HTML page", "fetch the file itself")
     if first.startswith(b"<"):
@@ -276,7 +276,7 @@ def _list_of_records(data: bytes) -> str | None:
 
     None as well where its objects are the turns of a conversation.
     """
-    text = data.removeprefix(BOM).strip()
+    text = data.removeprefix(_BOM).strip()
     first = text.split(b"\n", 1)[0].strip()
     if first.endswith(b"}") and len(first) < len(text):
         return None  # lines of objects

@@ -20,27 +20,32 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from loracli.calibration.beside import (
+from loracli.calibration.fields import (
     SYSTEM_KEYS,
     DoubtfulMark,
     FileMarks,
+    LineError,
     check_context,
     check_marks,
     check_media,
+    check_text,
     grades,
+    is_nothing,
+    kind_of,
+    parse_fields,
+    renamed,
+    shadowed,
 )
-from loracli.calibration.checks import LineError, check_text, is_nothing, kind_of
-from loracli.calibration.fields import parse_fields, renamed, shadowed
 from loracli.calibration.file_forms import MAX_BYTES, FileForm, Unreadable, decoded, numbered, too_large
 from loracli.calibration.shapes import Shape, detect_shape, keys_of, keys_of_shapes, read_content, shown_keys
 from loracli.errors import CalibrationError, UsageError
 from loracli.progress import SILENT, Progress
 from loracli.system.strict_json import StrictJsonError, parse_json
 
-STDIN = "-"
+_STDIN = "-"
 # What a shell's <(...) gives, or /dev/stdin: a pipe that is open already, and so has somebody who writes.
 _OPEN_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
-WEIGHTS = (1e-6, 1e6)  # least and greatest; losses are multiplied in float32
+_WEIGHTS = (1e-6, 1e6)  # least and greatest; losses are multiplied in float32
 
 
 @dataclass(frozen=True)
@@ -122,10 +127,10 @@ def parse_source(text: str | Path | DataSource) -> DataSource:
     file, colon, number = text.rpartition(":")
     weight = _number(number)
     if not colon or not file or weight is None or Path(text).exists():
-        return DataSource(None if text == STDIN else Path(text))
-    if not WEIGHTS[0] <= weight <= WEIGHTS[1]:  # also refuses NaN
-        raise UsageError(f"the weight of {text} is not between {WEIGHTS[0]:g} and {WEIGHTS[1]:g}")
-    return DataSource(None if file == STDIN else Path(file), weight)
+        return DataSource(None if text == _STDIN else Path(text))
+    if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:  # also refuses NaN
+        raise UsageError(f"the weight of {text} is not between {_WEIGHTS[0]:g} and {_WEIGHTS[1]:g}")
+    return DataSource(None if file == _STDIN else Path(file), weight)
 
 
 def parse_sources(data: DataPaths) -> tuple[DataSource, ...]:
@@ -165,10 +170,10 @@ def _number(text: str) -> float | None:
 
 
 MAX_LINE_BYTES = 16 << 20
-MAX_CHOICES = 26
-MAX_TASK_LENGTH = 100  # it becomes the head of a table
+_MAX_CHOICES = 26
+_MAX_TASK_LENGTH = 100  # it becomes the head of a table
 SHOWN_LINES = 20
-MAX_UNREAD = 100  # keys that are kept of a file, each of at most MAX_UNREAD characters
+_MAX_UNREAD = 100  # keys that are kept of a file, each of at most as many characters
 
 _HARMLESS = frozenset({"id", "task", "skill", "choices"})  # beside what a shape reads
 
@@ -302,7 +307,7 @@ def read_records(
         sha256=hashlib.sha256(data).hexdigest(),
         shape=shape,
         records=tuple(record for _, record in sorted(read.records.items())),
-        ignored_keys=tuple(sorted(key[:MAX_UNREAD] for key in read.ignored)[:MAX_UNREAD]),
+        ignored_keys=tuple(sorted(key[:_MAX_UNREAD] for key in read.ignored)[:_MAX_UNREAD]),
         skipped=tuple(problems),
     )
 
@@ -365,8 +370,8 @@ def _task(fields: dict[str, Any]) -> str | None:
     for key in ("task", "skill"):
         if fields.get(key) is not None:
             task = check_text(fields[key], key, may_be_empty=False)
-            if len(task) > MAX_TASK_LENGTH:
-                raise LineError(f"{key}: longer than {MAX_TASK_LENGTH} characters")
+            if len(task) > _MAX_TASK_LENGTH:
+                raise LineError(f"{key}: longer than {_MAX_TASK_LENGTH} characters")
             return task
     return None
 
@@ -374,7 +379,7 @@ def _task(fields: dict[str, Any]) -> str | None:
 def _choices(fields: dict[str, Any]) -> tuple[str, ...]:
     """The options, where the key holds a list of different texts; other data sets use the key for other things."""
     value = fields.get("choices")
-    if not isinstance(value, list) or not 2 <= len(value) <= MAX_CHOICES:
+    if not isinstance(value, list) or not 2 <= len(value) <= _MAX_CHOICES:
         return ()
     texts = tuple(text for text in value if isinstance(text, str) and text)
     return texts if len(set(texts)) == len(value) else ()

@@ -29,7 +29,7 @@ from loracli.progress import SILENT, Progress
 Rendered = tuple[list[int], list[bool]]  # T tokens, and which of them are scored
 
 
-def render_completion(prompt: str, completion: str, tokenizer: Any, prepended: list[int]) -> Rendered:
+def _render_completion(prompt: str, completion: str, tokenizer: Any, prepended: list[int]) -> Rendered:
     """Prompt and completion as they stand, the completion and the end-of-sequence token after it scored.
 
     Args:
@@ -47,7 +47,7 @@ def render_completion(prompt: str, completion: str, tokenizer: Any, prepended: l
     return context + target, [False] * len(context) + [True] * len(target)
 
 
-def prepended_tokens(tokenizer: Any) -> list[int]:
+def _prepended_tokens(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer itself puts before every text: none, a beginning-of-sequence token, or, as for
     GLM, several.
 
@@ -91,7 +91,7 @@ def tokens(tokenizer: Any, text: str) -> list[int]:
         ) from None
 
 
-Part = dict[str, Any]
+_Part = dict[str, Any]
 
 # What a model closes its reasoning with; templates leave out the reasoning of earlier turns.
 _REASONING_ENDS = (
@@ -188,7 +188,7 @@ class Conversations:
         return rendered
 
     def _around(
-        self, messages: list[Part], index: int, tools: list[dict[str, Any]] | None, done: str
+        self, messages: list[_Part], index: int, tools: list[dict[str, Any]] | None, done: str
     ) -> tuple[str, str]:
         """The text before a turn and up to its end."""
         before = self._template.render(messages[:index], tools)
@@ -235,7 +235,7 @@ class Conversations:
         return _Form(roles, lost=lost[0] if lost else None)
 
 
-def _in_form(said: Sequence[Message], form: _Form) -> list[Part]:
+def _in_form(said: Sequence[Message], form: _Form) -> list[_Part]:
     roles = (*form.roles, *(turn["role"] for turn in said[len(form.roles) :]))
     return [
         {"role": role, "content": [{"type": "text", "text": turn["content"]}] if form.parts else turn["content"]}
@@ -284,7 +284,7 @@ def _end_of_turn(turn: Sequence[int], special: set[int], tokenizer: Any) -> int:
     return len(turn)
 
 
-MAX_DROPPED = 0.1
+_MAX_DROPPED = 0.1
 MAX_PROBLEMS = 19  # texts of records that cannot be rendered; one more counts the others
 
 
@@ -465,8 +465,8 @@ def _renderer(
             f"{file.source}: the base model's tokenizer has no end-of-sequence token to close a completion with",
             hint='use {"messages": ...} records with its chat template',
         )
-    prepended = prepended_tokens(tokenizer)
-    return lambda content: render_completion(*_as_pair(content), tokenizer, prepended)
+    prepended = _prepended_tokens(tokenizer)
+    return lambda content: _render_completion(*_as_pair(content), tokenizer, prepended)
 
 
 def _as_pair(content: dict[str, Any]) -> tuple[str, str]:
@@ -485,7 +485,7 @@ def _check_dropped(
     file: CalibrationFile, examples: list[Example], dropped: list[str], max_length: int, *, allow_truncation: bool
 ) -> None:
     total = len(dropped) + len(examples)
-    if not dropped or (examples and (allow_truncation or len(dropped) <= MAX_DROPPED * total)):
+    if not dropped or (examples and (allow_truncation or len(dropped) <= _MAX_DROPPED * total)):
         return
     raise CalibrationError(
         f"{len(dropped)} of {total} records in {file.source} have nothing scored within {max_length} tokens, the first "

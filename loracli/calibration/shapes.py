@@ -28,25 +28,35 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from loracli.calibration.beside import SYSTEM_KEYS, preference_beside_none
-from loracli.calibration.checks import LineError, WayOut, check_text, is_nothing, kind_of, shown
-from loracli.calibration.fields import suggestion
+from loracli.calibration.fields import (
+    SYSTEM_KEYS,
+    LineError,
+    WayOut,
+    check_text,
+    is_nothing,
+    kind_of,
+    preference_beside_none,
+    shown,
+    suggestion,
+)
 from loracli.system.strict_json import StrictJsonError, parse_json
 
-SHOWN_KEYS = 20
-SHOWN_KEY = 60  # characters of one
+_SHOWN_KEYS = 20
+_SHOWN_KEY = 60  # characters of one
 
 
 def shown_keys(keys: Iterable[str]) -> str:
     """The first keys in order, between commas, each cut to a length."""
     ordered = sorted(keys)
-    more = f" and {len(ordered) - SHOWN_KEYS} more" if len(ordered) > SHOWN_KEYS else ""
-    return ", ".join(key if len(key) <= SHOWN_KEY else f"{key[:SHOWN_KEY]}..." for key in ordered[:SHOWN_KEYS]) + more
+    more = f" and {len(ordered) - _SHOWN_KEYS} more" if len(ordered) > _SHOWN_KEYS else ""
+    return (
+        ", ".join(key if len(key) <= _SHOWN_KEY else f"{key[:_SHOWN_KEY]}..." for key in ordered[:_SHOWN_KEYS]) + more
+    )
 
 
 Message = dict[str, str]
 
-ROLES = {
+_ROLES = {
     "system": "system",
     "developer": "developer",
     "user": "user",
@@ -58,13 +68,13 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-PAIRS = (("role", "content"), ("from", "value"))  # the keys of a turn, by OpenAI and by ShareGPT
+_PAIRS = (("role", "content"), ("from", "value"))  # the keys of a turn, by OpenAI and by ShareGPT
 _CALLS = "calls are not read, as chat templates write them in many ways; write the call into an assistant turn's text"
 _REFUSED = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT = "reasoning apart from the answer is not read; write it into the turn's text as the model should write it"
-MAX_TURNS = 1000  # of a conversation: where each answer stands is found by rendering all before it
-MAX_NESTING = 50  # of tool definitions: whatever walks them later has a stack of its own
+_MAX_TURNS = 1000  # of a conversation: where each answer stands is found by rendering all before it
+_MAX_NESTING = 50  # of tool definitions: whatever walks them later has a stack of its own
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Turns:
     scored: list[int]
 
 
-def read_turns(value: Any, path: str, *, sharegpt: bool = False) -> Turns:
+def _read_turns(value: Any, path: str, *, sharegpt: bool = False) -> Turns:
     """A list of turns, each with the keys of OpenAI or of ShareGPT.
 
     Args:
@@ -91,22 +101,22 @@ def read_turns(value: Any, path: str, *, sharegpt: bool = False) -> Turns:
         place = f"{path}[{index}]"
         if not isinstance(turn, dict):
             raise LineError(f"{place}: expected an object, got {kind_of(turn)}")
-        role, text = next((pair for pair in PAIRS if pair[0] in turn), PAIRS[sharegpt])
-        if sharegpt and PAIRS[1][0] in turn:
-            role, text = PAIRS[1]
+        role, text = next((pair for pair in _PAIRS if pair[0] in turn), _PAIRS[sharegpt])
+        if sharegpt and _PAIRS[1][0] in turn:
+            role, text = _PAIRS[1]
         name = turn.get(role)
         if name == "function_call":
             raise LineError(f"{place}.{role}: {_CALLS}")
-        if not isinstance(name, str) or name not in ROLES:
-            raise LineError(f"{place}.{role}: expected one of {', '.join(ROLES)}, got {shown(name)}")
+        if not isinstance(name, str) or name not in _ROLES:
+            raise LineError(f"{place}.{role}: expected one of {', '.join(_ROLES)}, got {shown(name)}")
         for key in sorted(turn.keys() - {role, text, "weight"}):
             if not _is_filler(turn[key]):
                 reason = _CALLS if key in _REFUSED else _THOUGHT if key in _REASONING else ""
                 raise LineError(f"{place}.{shown_keys([key])}: {reason or f'only {role}, {text} and weight are read'}")
-        answers = ROLES[name] == "assistant"
+        answers = _ROLES[name] == "assistant"
         if _weight(turn.get("weight"), f"{place}.weight", answers=answers) and answers:
             scored.append(index)
-        messages.append({"role": ROLES[name], "content": _said(turn.get(text), f"{place}.{text}", answers=answers)})
+        messages.append({"role": _ROLES[name], "content": _said(turn.get(text), f"{place}.{text}", answers=answers)})
     return Turns(messages, scored)
 
 
@@ -115,7 +125,7 @@ def _is_filler(value: Any) -> bool:
     return value is None or value in ([], {}) or (isinstance(value, str) and is_nothing(value))
 
 
-def chat(turns: Turns, path: str, tools: Any = None) -> dict[str, Any]:
+def _chat(turns: Turns, path: str, tools: Any = None) -> dict[str, Any]:
     """The conversation in our form, if it has something to score.
 
     Args:
@@ -123,8 +133,8 @@ def chat(turns: Turns, path: str, tools: Any = None) -> dict[str, Any]:
         path: of the list, for messages.
         tools: the record's tool definitions, which go to the chat template.
     """
-    if len(turns.messages) > MAX_TURNS:
-        raise LineError(f"{path}: {len(turns.messages)} turns; at most {MAX_TURNS} are read; divide the conversation")
+    if len(turns.messages) > _MAX_TURNS:
+        raise LineError(f"{path}: {len(turns.messages)} turns; at most {_MAX_TURNS} are read; divide the conversation")
     answers = [index for index, message in enumerate(turns.messages) if message["role"] == "assistant"]
     if answers[:1] == [0]:
         raise LineError(f"{path}[0]: an assistant turn with nothing before it")
@@ -179,8 +189,8 @@ def _tools(value: Any) -> list[dict[str, Any]]:
     for index, tool in enumerate(tools):
         if not isinstance(tool, dict):
             raise LineError(f"tools[{index}]: expected an object, got {kind_of(tool)}")
-    if _deeper(tools, MAX_NESTING):
-        raise LineError(f"tools: nested more than {MAX_NESTING} deep")
+    if _deeper(tools, _MAX_NESTING):
+        raise LineError(f"tools: nested more than {_MAX_NESTING} deep")
     return tools
 
 
@@ -201,7 +211,7 @@ def _deeper(value: Any, levels: int) -> bool:
 Shape = Literal["text", "prompt-completion", "conversational-prompt-completion", "messages", "sharegpt", "alpaca"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 
-Fields = dict[str, Any]
+_Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -210,10 +220,10 @@ class _Form:
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    read: Callable[[Fields], dict[str, Any]]
+    read: Callable[[_Fields], dict[str, Any]]
 
 
-def detect_shape(fields: Fields) -> Shape:
+def detect_shape(fields: _Fields) -> Shape:
     """The one shape whose keys a record has.
 
     Raises:
@@ -240,12 +250,12 @@ def detect_shape(fields: Fields) -> Shape:
     raise LineError(reason, way_out=_by_fields(fields))
 
 
-def _by_fields(fields: Fields, why: str = "say what the keys are: ") -> WayOut | None:
+def _by_fields(fields: _Fields, why: str = "say what the keys are: ") -> WayOut | None:
     option = suggestion(fields)
     return None if option is None else lambda form: f"{why}{option}"
 
 
-def read_content(fields: Fields, shape: Shape) -> dict[str, Any]:
+def read_content(fields: _Fields, shape: Shape) -> dict[str, Any]:
     """What is rendered of a record: a text, prompt and completion, or a conversation.
 
     Raises:
@@ -263,22 +273,22 @@ def keys_of(shape: Shape) -> set[str]:
     return {*_FORMS[shape].required, *_FORMS[shape].optional}
 
 
-def keys_of_shapes(fields: Fields) -> set[str]:
+def keys_of_shapes(fields: _Fields) -> set[str]:
     """The keys that make a record one of each shape that it has: of several, the user has said which to read."""
     return {key for form in _FORMS.values() if set(form.required) <= fields.keys() for key in form.required}
 
 
-def _text(fields: Fields) -> dict[str, Any]:
+def _text(fields: _Fields) -> dict[str, Any]:
     return {"text": check_text(fields["text"], "text", may_be_empty=False)}
 
 
-def _prompt_completion(fields: Fields) -> dict[str, Any]:
+def _prompt_completion(fields: _Fields) -> dict[str, Any]:
     prompt = check_text(fields["prompt"], "prompt", may_be_empty=True)
     return {"prompt": prompt, "completion": check_text(fields["completion"], "completion", may_be_empty=False)}
 
 
-def _conversational(fields: Fields) -> dict[str, Any]:
-    prompt, completion = (read_turns(fields[key], key) for key in ("prompt", "completion"))
+def _conversational(fields: _Fields) -> dict[str, Any]:
+    prompt, completion = (_read_turns(fields[key], key) for key in ("prompt", "completion"))
     if prompt.messages[-1]["role"] == "assistant":
         raise LineError(f"prompt[{len(prompt.messages) - 1}]: an assistant turn, which the completion would go on with")
     if completion.messages[0]["role"] != "assistant":
@@ -286,20 +296,20 @@ def _conversational(fields: Fields) -> dict[str, Any]:
     if not completion.scored:
         raise LineError("completion: every assistant turn has the weight 0, so nothing is scored")
     turns = Turns(prompt.messages + completion.messages, [len(prompt.messages) + i for i in completion.scored])
-    return chat(_after_system(fields, turns), "prompt", fields.get("tools"))
+    return _chat(_after_system(fields, turns), "prompt", fields.get("tools"))
 
 
-def _messages(fields: Fields) -> dict[str, Any]:
-    turns = read_turns(fields["messages"], "messages")
-    return chat(_after_system(fields, turns), "messages", fields.get("tools"))
+def _messages(fields: _Fields) -> dict[str, Any]:
+    turns = _read_turns(fields["messages"], "messages")
+    return _chat(_after_system(fields, turns), "messages", fields.get("tools"))
 
 
-def _sharegpt(fields: Fields) -> dict[str, Any]:
-    turns = read_turns(fields["conversations"], "conversations", sharegpt=True)
-    return chat(_after_system(fields, turns), "conversations", fields.get("tools"))
+def _sharegpt(fields: _Fields) -> dict[str, Any]:
+    turns = _read_turns(fields["conversations"], "conversations", sharegpt=True)
+    return _chat(_after_system(fields, turns), "conversations", fields.get("tools"))
 
 
-def _alpaca(fields: Fields) -> dict[str, Any]:
+def _alpaca(fields: _Fields) -> dict[str, Any]:
     """Instruction and input are one user turn of two lines; earlier turns are not scored."""
     asked = check_text(fields["instruction"], "instruction", may_be_empty=False)
     addition = check_text(_or_empty(fields.get("input")), "input", may_be_empty=True)
@@ -311,7 +321,7 @@ def _alpaca(fields: Fields) -> dict[str, Any]:
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
     turns = Turns(messages, [len(messages) - 1])
-    return chat(_after_system(fields, turns), "history", fields.get("tools"))
+    return _chat(_after_system(fields, turns), "history", fields.get("tools"))
 
 
 def _history(value: Any) -> list[tuple[str, str]]:
@@ -326,7 +336,7 @@ def _history(value: Any) -> list[tuple[str, str]]:
     return pairs
 
 
-def _after_system(fields: Fields, turns: Turns) -> Turns:
+def _after_system(fields: _Fields, turns: Turns) -> Turns:
     """The turns with a system turn before them, if the record has a system text that is not theirs already."""
     found = {key: check_text(_or_empty(fields.get(key)), key, may_be_empty=True) for key in SYSTEM_KEYS}
     texts = {key: text for key, text in found.items() if text}

@@ -18,14 +18,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MEMORY = 2 << 30  # bytes of address space
-MAX_TEXT = 64 << 20  # characters of one rendering, whatever the conversation
-MAX_OWN_TEXT = 256 << 10  # characters that a template may write beside what the conversation is worth
-TIMES = 16  # as many characters of a rendering as the conversation has as JSON: some escape, some write a turn twice
+_MEMORY = 2 << 30  # bytes of address space
+_MAX_TEXT = 64 << 20  # characters of one rendering, whatever the conversation
+_MAX_OWN_TEXT = 256 << 10  # characters that a template may write beside what the conversation is worth
+_TIMES = 16  # as many characters of a rendering as the conversation has as JSON: some escape, some write a turn twice
 MAX_REASON = 300  # characters of an error's text, which may be the template's own
-SECONDS = 10.0  # of processor time that a file of records may take beside what its records are worth
-SECONDS_EACH = 0.02  # for each rendering
-SECONDS_A_TURN = 0.001  # for each turn in it; some microseconds are usual
+_SECONDS = 10.0  # of processor time that a file of records may take beside what its records are worth
+_SECONDS_EACH = 0.02  # for each rendering
+_SECONDS_A_TURN = 0.001  # for each turn in it; some microseconds are usual
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 
 
@@ -47,7 +47,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._variables = {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()}
-        self._left = SECONDS
+        self._left = _SECONDS
 
     def source(self, tools: Sequence[Any] | None = None) -> str:
         """Its text; of several, the one that is used with such tools."""
@@ -69,7 +69,7 @@ class ChatTemplate:
             TemplateRefused: if the template fails, in whatever way.
             TemplateExceeded: if it takes more than it may.
         """
-        self._left += SECONDS_EACH + SECONDS_A_TURN * len(messages)
+        self._left += _SECONDS_EACH + _SECONDS_A_TURN * len(messages)
         request = {
             "chat_template": self.source(tools),
             "conversations": [messages],
@@ -77,8 +77,8 @@ class ChatTemplate:
             "add_generation_prompt": generation_prompt,
             **self._variables,
         }
-        longest = min(MAX_TEXT, MAX_OWN_TEXT + TIMES * len(json.dumps([messages, tools])))
-        answer = _SERVER.ask({"seconds": max(self._left, SECONDS_EACH), "longest": longest, "request": request})
+        longest = min(_MAX_TEXT, _MAX_OWN_TEXT + _TIMES * len(json.dumps([messages, tools])))
+        answer = _SERVER.ask({"seconds": max(self._left, _SECONDS_EACH), "longest": longest, "request": request})
         self._left -= answer.get("seconds", 0.0)
         if "refused" in answer:
             raise TemplateRefused(answer["refused"][:MAX_REASON])
@@ -148,7 +148,7 @@ class _Server:
 
 def _start() -> subprocess.Popen[bytes]:
     # -I: nothing of the current directory is imported; the path is that of this process.
-    code = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import serve; serve()"
+    code = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import _serve; _serve()"
     kept = {name: value for name, value in os.environ.items() if name not in _SECRETS}
     return subprocess.Popen(
         [sys.executable, "-I", "-c", code, *sys.path],
@@ -162,8 +162,8 @@ def _start() -> subprocess.Popen[bytes]:
 def _end_of(code: int) -> str:
     if code == -signal.SIGPROF:
         return (
-            f"it does not end in the processor time that it may take: {SECONDS:g} seconds for a file, and "
-            f"{SECONDS_EACH:g} more for each text"
+            f"it does not end in the processor time that it may take: {_SECONDS:g} seconds for a file, and "
+            f"{_SECONDS_EACH:g} more for each text"
         )
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}"
@@ -174,7 +174,7 @@ _SERVER = _Server()
 atexit.register(_SERVER.close)
 
 
-def serve() -> None:
+def _serve() -> None:
     """The other side: renders until its input ends."""
     import resource
 
@@ -184,7 +184,7 @@ def serve() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     for line in sys.stdin.buffer:
         question = json.loads(line)
         # Without a handler the signal ends the process, also in the middle of a computation in C.
@@ -197,7 +197,7 @@ def serve() -> None:
             if len(text) > longest:
                 answer = {"exceeded": f"it writes {len(text)} characters; at most {longest} are taken"}
         except MemoryError:
-            answer = {"exceeded": f"it takes more than {MEMORY >> 30} GiB of memory"}
+            answer = {"exceeded": f"it takes more than {_MEMORY >> 30} GiB of memory"}
         except Exception as error:
             answer = {"refused": str(error)[:MAX_REASON] or type(error).__name__}
         signal.setitimer(signal.ITIMER_PROF, 0)

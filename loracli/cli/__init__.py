@@ -19,8 +19,7 @@ from loracli.cli import compare, convert, demo, env, export, fetch, fit, fuse, i
 from loracli.cli._command import ORIGINS, Command, write_examples
 from loracli.cli._output import TALK, Output, Talk, print_anything
 from loracli.errors import LoracatError, UsageError
-from loracli.system.launch import read_launch
-from loracli.system.machine import machine_error
+from loracli.system.machine import machine_error, read_launch
 
 # Typer keeps its copy of Click private; this is Click's UsageError, reached through a public name.
 _ParseError: type[Exception] = typer.BadParameter.__mro__[1]

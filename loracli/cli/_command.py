@@ -31,7 +31,7 @@ from loracli.cli._settings import (
     variable,
 )
 from loracli.errors import UsageError
-from loracli.system.launch import read_launch
+from loracli.system.machine import read_launch
 
 
 class GreedyCommand(TyperCommand):

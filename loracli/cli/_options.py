@@ -35,7 +35,7 @@ def complete_adapter(ctx: typer.Context, incomplete: str) -> list[tuple[str, str
 
 def complete_mixing() -> list[str]:
     """What `--mixing` takes."""
-    from loracli.recipe.mixing import MIXING_KINDS
+    from loracli.recipe.record import MIXING_KINDS
 
     return [*MIXING_KINDS, "auto"]
 
@@ -48,7 +48,7 @@ def _local(incomplete: str) -> list[tuple[str, str]]:
 def _cached(cache_dir: Path | None) -> list[tuple[str, str]]:
     """Repositories of which any snapshot is an adapter."""
     if cache_dir is None:
-        from loracli.hub.surroundings import surroundings
+        from loracli.hub.references import surroundings
 
         cache_dir = surroundings().cache
     folder = glob.escape(str(cache_dir))

@@ -243,7 +243,7 @@ def _of_recipe(path: Path) -> list[Setting]:
     """What a recipe says about the fit that wrote it: all but where its data are."""
     from loracli.fitting.settings import FitSettings
     from loracli.hub.references import URI_PREFIX
-    from loracli.recipe.reading import load_recipe
+    from loracli.recipe.recipe import load_recipe
 
     recipe = load_recipe(path)
     found: dict[str, Any] = {"adapters": [_reference(recipe.folder, adapter) for adapter in recipe.adapters]}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from loracli.cli._output import Block, Output
 from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim, verdict
-from loracli.recipe.recipe import HeldOut, Recipe
-from loracli.recipe.record import FitCertificate
+from loracli.recipe.recipe import Recipe
+from loracli.recipe.record import FitCertificate, HeldOut
 
 COMPARED_TASKS = 12
 KIND_ORDER = ("base", "ingredient", "method", "fit", "control")

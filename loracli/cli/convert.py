@@ -11,6 +11,7 @@ import typer
 from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt, complete_adapter
 from loracli.cli._output import Output
 from loracli.progress import amount_text
+from loracli.system.document import dtype_name
 
 SHOWN_MODULES = 5
 
@@ -100,13 +101,13 @@ def convert(
     )
     out.close()
     exported, modules = made.exported, made.exported.certificate.modules
-    layout, dtype_name = exported.layout, str(exported.dtype).removeprefix("torch.")
+    layout, dtype = exported.layout, dtype_name(exported.dtype)
     out.document(
         {
             "path": str(exported.path),
             "profile": layout.profile,
             "rank": layout.rank,
-            "dtype": dtype_name,
+            "dtype": dtype,
             "size_bytes": exported.size_bytes,
             "relative_error": made.relative_error,
             "largest_relative_error": exported.certificate.largest_error,
@@ -123,7 +124,7 @@ def convert(
         out.warn(f"written for PEFT and vLLM only: {layout.reason}")
     out.line(str(exported.path), style="bold")
     out.line(
-        f"  rank {layout.rank}, {len(layout.ranks)} modules, {dtype_name}, "
+        f"  rank {layout.rank}, {len(layout.ranks)} modules, {dtype}, "
         f"{amount_text(exported.size_bytes, 'B')}, profile {layout.profile}"
     )
     out.line(
@@ -154,7 +155,7 @@ def _from_pickle(out: Output, reference: str, output: Path, others: list[str], *
             hint="make safetensors first, then convert those",
         )
     made = convert_pickle(reference, output, force=force, progress=out)
-    adapter, dtype = made.adapter, str(made.adapter.dtype).removeprefix("torch.")
+    adapter, dtype = made.adapter, dtype_name(made.adapter.dtype)
     out.close()
     out.document(
         {

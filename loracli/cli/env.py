@@ -24,7 +24,7 @@ def env(context: typer.Context, as_json: JsonOpt = False, quiet: QuietOpt = Fals
 
     import torch
 
-    from loracli.hub.surroundings import surroundings
+    from loracli.hub.references import surroundings
 
     out = Output(as_json=as_json, quiet=quiet)
     facts = {name: version(name) for name in _PACKAGES}

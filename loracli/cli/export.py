@@ -11,6 +11,7 @@ import typer
 from loracli.cli._options import DryRunOpt, FieldsOpt, ForceOpt, JsonOpt, QuietOpt, complete_adapter
 from loracli.cli._output import Output
 from loracli.progress import amount_text
+from loracli.system.document import dtype_name
 from loracli.system.files import GGUF_FILE
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def export(
             "profile": layout.profile,
             "merged": exported.merged,
             "rank": layout.rank,
-            "dtype": str(exported.dtype).removeprefix("torch."),
+            "dtype": dtype_name(exported.dtype),
             "gguf": str(exported.path / GGUF_FILE) if gguf else None,
             "size_bytes": exported.size_bytes,
             "largest_relative_error": certificate.largest_error,
@@ -334,7 +335,7 @@ def _show_refit(out: Output, refit: RefitRecord) -> None:
 
 def _print_plan(out: Output, planned: Exported) -> None:
     """What would be written, for --dry-run."""
-    layout, dtype = planned.layout, str(planned.dtype).removeprefix("torch.")
+    layout, dtype = planned.layout, dtype_name(planned.dtype)
     out.close()
     out.document(
         {

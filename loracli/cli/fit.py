@@ -23,6 +23,7 @@ from loracli.cli._options import (
 )
 from loracli.cli._output import Output
 from loracli.progress import amount_text
+from loracli.system.document import dtype_name
 
 if TYPE_CHECKING:
     from loracli.fitting.job import FitPlan
@@ -174,7 +175,7 @@ def fit(
     from loracli.model.placement import Placement
     from loracli.progress import SILENT
     from loracli.recipe.recipe import check_recipe_path
-    from loracli.system.launch import read_launch
+    from loracli.system.machine import read_launch
 
     launch = read_launch()
     out = Output(as_json=as_json, quiet=quiet)
@@ -291,7 +292,7 @@ def _print_plan(out: Output, plan: FitPlan) -> None:
     facts: dict[str, Any] = {
         "base": inputs.base.id,
         "base_commit": inputs.base.commit,
-        "dtype": str(plan.base.dtype).removeprefix("torch."),
+        "dtype": dtype_name(plan.base.dtype),
         "device": plan.base.device,
         "adapters": list(inputs.references),
         "training_records": plan.training_records,

@@ -33,9 +33,8 @@ def show(
 ) -> None:
     """Show a recipe: ingredients, weights, how they were found, and the held-out table."""
     from loracli.cli._tables import data_lines, held_out_lines, search_lines, weight_maps
-    from loracli.recipe.mixing import INLINE_KINDS, tensors_path
-    from loracli.recipe.reading import load_recipe
-    from loracli.recipe.recipe import other_bases_of, weights_by_leaf
+    from loracli.recipe.recipe import load_recipe, weights_by_leaf
+    from loracli.recipe.record import INLINE_KINDS, other_bases_of, tensors_path
 
     out = Output(as_json=as_json, quiet=quiet)
     loaded = load_recipe(recipe)

@@ -30,12 +30,12 @@ from loracli.fitting.descent import WARM_UP, AdamW, Descent, plan_steps
 from loracli.fitting.mixing import Layout, Mixing, make_layout
 from loracli.fitting.settings import AUTO, AUTO_PASSES, PASSES
 from loracli.model.attach import AttachedModel
-from loracli.recipe.mixing import MixingKind
+from loracli.recipe.record import MixingKind
 
 # A usual recipe for a LoRA on few records: lora_alpha twice the rank, so that the scaling is 2.
-RATE, SCALING = 1e-3, 2.0
-CHECKS_A_PASS = 2
-PATIENCE = 4  # checks in a row that are worse than the best
+_RATE, _SCALING = 1e-3, 2.0
+_CHECKS_A_PASS = 2
+_PATIENCE = 4  # checks in a row that are worse than the best
 
 
 def random_adapters(adapters: Sequence[LoraAdapter], *, seed: int) -> list[LoraAdapter]:
@@ -94,7 +94,7 @@ class FreshLora(Mixing):
         parts = torch.split(theta, [rows * columns for rows, columns in self._shapes])
         both = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
         half = len(both) // 2
-        return [(lora_A, SCALING * lora_B) for lora_A, lora_B in zip(both[:half], both[half:], strict=True)]
+        return [(lora_A, _SCALING * lora_B) for lora_A, lora_B in zip(both[:half], both[half:], strict=True)]
 
     def apply(self, attached: AttachedModel, theta: Tensor) -> None:
         attached.set_factors(self.factors(theta))
@@ -122,7 +122,7 @@ def train_fresh_lora(
     plan = plan_steps(fold.fitting, batch_tokens=settings.batch_tokens, seed=settings.seed)
     steps = max(1, round((settings.passes or PASSES) * plan.steps_a_pass))
     fresh = FreshLora(layout, _shapes(adapters, layout), rank, seed=settings.seed)
-    adam = AdamW(fresh.start, steps=steps, rate=RATE, warm_up=max(1, round(WARM_UP * steps)))
+    adam = AdamW(fresh.start, steps=steps, rate=_RATE, warm_up=max(1, round(WARM_UP * steps)))
     with calibration.engine(adapters, layout.modules) as (engine, _):
         engine.meter.stage(FRESH_LORA)
         descent = Descent(engine, fresh, fold.fitting, plan.step, adam, fresh.start)
@@ -133,7 +133,7 @@ def train_fresh_lora(
             batches = plan_batches(fold.validation, batch_tokens=settings.batch_tokens)
             return engine.score(fresh, descent.theta, batches, fold.validation).nats_per_token
 
-        theta, at = _descend(descent, check, steps, max(1, plan.steps_a_pass // CHECKS_A_PASS))
+        theta, at = _descend(descent, check, steps, max(1, plan.steps_a_pass // _CHECKS_A_PASS))
     factors = {name: Factors(*pair) for name, pair in zip(layout.modules, fresh.factors(theta), strict=True)}
     return of_factors(factors, note=f"{fresh.numbers} numbers, stopped after {at / plan.steps_a_pass:.1f} passes")
 
@@ -141,7 +141,7 @@ def train_fresh_lora(
 def _descend(descent: Descent, check: Callable[[], float | None], steps: int, between: int) -> tuple[Tensor, int]:
     """Theta at the best check, and after how many steps it was; the last step's where nothing can be checked."""
     best, kept, kept_at, worse, done = math.inf, descent.theta, 0, 0, 0
-    while done < steps and worse < PATIENCE:
+    while done < steps and worse < _PATIENCE:
         run = min(between, steps - done)
         descent.run(run)
         done += run
@@ -167,7 +167,7 @@ def _shapes(adapters: Sequence[LoraAdapter], layout: Layout) -> list[tuple[int, 
 
 
 UNIFORM = "uniform"
-EVALUATIONS = 40  # of a search, at most: what the progress bar expects
+_EVALUATIONS = 40  # of a search, at most: what the progress bar expects
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def _method(name: str, inputs: CompareInputs, calibration: Calibration | None, b
         )
     share = min(1.0, SEARCH_RECORDS / len(calibration.examples))
     search = partial(search_weights, METHODS[name], options, calibration, adapters, layout)
-    return Candidate(name, "method", search, round(EVALUATIONS * share * tokens), fitted=True, by_name=by_name)
+    return Candidate(name, "method", search, round(_EVALUATIONS * share * tokens), fitted=True, by_name=by_name)
 
 
 def _controls(inputs: CompareInputs, calibration: Calibration) -> list[Candidate]:

@@ -15,7 +15,7 @@ from loracli.calibration.render import Example, render_file
 from loracli.comparison.candidates import Candidate, candidates, datamix_candidate
 from loracli.comparison.inputs import CompareInputs, prepare_comparison
 from loracli.comparison.settings import CompareSettings
-from loracli.comparison.table import INGREDIENT, Evaluated, Names, comparison_of
+from loracli.comparison.table import INGREDIENT, Evaluated, comparison_of
 from loracli.composition.attached import Composition
 from loracli.composition.fitted import TASK, Calibration
 from loracli.errors import NonFiniteLoss
@@ -26,12 +26,12 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import Layout, make_diagonal, make_layout
 from loracli.fitting.reach import find_reach, say_likelier_orders
-from loracli.fitting.recording import dtype_name
 from loracli.model.attach import attach, replace_modules
 from loracli.model.base import BaseModel, check_fits, load_base
 from loracli.model.loss import check_causal, make_objective
 from loracli.model.placement import Placement, memory_errors
 from loracli.progress import SILENT, WORK, Progress, duration_text
+from loracli.system.document import dtype_name
 
 
 def compare_adapters(
@@ -144,22 +144,8 @@ class _Comparison:
                 evaluated += self._evaluate(others, {}, [inputs.datamix], make_layout([inputs.datamix]))
         finally:
             self._progress.finish(TASK)
-        sources = [", ".join(file.source.name for file in files) for files in (inputs.test, inputs.guard)]
-        return comparison_of(
-            evaluated,
-            self._skipped,
-            Names(
-                data=sources[0],
-                base=self._base.reference.id,
-                adapters=inputs.references,
-                metric=None if self._metric is None else self._metric.name,
-                guard=sources[1] or None,
-            ),
-            examples=self._test.examples,
-            margin=inputs.settings.margin,
-            repeated=inputs.repeated,
-            seed=inputs.settings.fit.seed,
-        )
+        metric = None if self._metric is None else self._metric.name
+        return comparison_of(evaluated, self._skipped, inputs, examples=self._test.examples, metric=metric)
 
     def _render(self, files: Sequence[CalibrationFile]) -> _Set:
         settings = self._inputs.settings.fit

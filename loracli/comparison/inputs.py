@@ -21,8 +21,8 @@ from loracli.hub.fetch import fetch_adapter
 from loracli.model.base import BaseReference, find_base, on_base
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
-from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import FINGERPRINT, OTHER_ROWS, Recipe
+from loracli.recipe.recipe import OTHER_ROWS, Recipe, load_recipe
+from loracli.recipe.record import FINGERPRINT
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from loracli.composition.composition import takes
 from loracli.composition.fitted import PAPER
 from loracli.errors import UsageError
 from loracli.fitting.settings import AUTO, FitSettings
-from loracli.recipe.mixing import MIXING_KINDS
+from loracli.recipe.record import MIXING_KINDS
 
 ALL, DATA_FREE = "all", "data-free"
 RUNGS = (*MIXING_KINDS, AUTO, PAPER)
 FRESH_LORA, RANDOM, DATAMIX = "fresh-lora", "random", "datamix"
-CONTROLS = (FRESH_LORA, RANDOM, DATAMIX)
-MARGIN = 0.02
+_CONTROLS = (FRESH_LORA, RANDOM, DATAMIX)
+_MARGIN = 0.02
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def parse_controls(words: Sequence[str]) -> Controls:
             datamix = rest.pop(0)
         else:
             raise UsageError(
-                f"--control {word} is not one of {', '.join(CONTROLS)}",
+                f"--control {word} is not one of {', '.join(_CONTROLS)}",
                 hint="only datamix is followed by another word, its adapter: --control datamix DIR",
             )
     return Controls(fresh_lora, random, datamix)
@@ -82,7 +82,7 @@ class CompareSettings:
     options: MethodOptions = MethodOptions()
     fit: FitSettings = FitSettings()
     controls: Controls = Controls()
-    margin: float = MARGIN
+    margin: float = _MARGIN
 
     def __post_init__(self) -> None:
         """Raises UsageError for a method that there is not, or an option out of its range or that no method takes."""
@@ -116,7 +116,7 @@ class CompareSettings:
             fit_data: whether there are calibration records.
             guard: whether there are records that must not get worse.
         """
-        if self.margin != MARGIN and not guard:
+        if self.margin != _MARGIN and not guard:
             raise UsageError("--margin is for the records of --guard", hint="give --guard FILE, or leave --margin out")
         fits = bool(self.controls.fitted) or any(name == ALL or name in RUNGS for name in self.methods)
         searches = any(name in METHODS and METHODS[name].search is not None for name in self.methods)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loracli.calibration.render import Example
+from loracli.comparison.inputs import CompareInputs
 from loracli.composition.attached import Composition
 from loracli.evaluation.comparison import (
     BestOf,
@@ -24,8 +25,8 @@ from loracli.evaluation.comparison import (
 from loracli.evaluation.statistics import best_of, detectable, intervals, mcnemar, task_losses
 from loracli.model.loss import Scores
 
-BASE, INGREDIENT, UNIFORM = "base", "ingredient", "uniform"
-CONTENDERS: tuple[RowKind, ...] = ("ingredient", "method", "fit")  # for the best; not the base, nor a control
+_BASE, INGREDIENT, UNIFORM = "base", "ingredient", "uniform"
+_CONTENDERS: tuple[RowKind, ...] = ("ingredient", "method", "fit")  # for the best; not the base, nor a control
 
 
 @dataclass(frozen=True)
@@ -49,46 +50,33 @@ class Evaluated:
     values: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Names:
-    """What a comparison is of, for its document."""
-
-    data: str
-    base: str
-    adapters: tuple[str, ...]
-    metric: str | None
-    guard: str | None
-
-
 def comparison_of(
     rows: Sequence[Evaluated],
     skipped: Sequence[Skipped],
-    names: Names,
+    inputs: CompareInputs,
     *,
     examples: Sequence[Example],
-    margin: float,
-    repeated: int,
-    seed: int,
+    metric: str | None,
 ) -> Comparison:
     """The comparison.
 
     Args:
         rows: base, ingredients, methods, fit, controls, each with a finite loss; an ingredient is among them.
         skipped: what was left out.
-        names: what it is of.
+        inputs: what was compared, and with which margin and seed.
         examples: the n test records.
-        margin: nats per token that the guard records may get worse by.
-        repeated: how many of the records were calibrated on.
-        seed: of the bootstrap.
+        metric: name of the task metric, None without one.
     """
+    data, guard = (", ".join(file.source.name for file in files) for files in (inputs.test, inputs.guard))
+    margin, seed = inputs.settings.margin, inputs.settings.fit.seed
     best = min((r for r in rows if r.kind == INGREDIENT), key=lambda row: row.scores.nats_per_token)
     table = _Table(rows, best, margin, seed)
-    contenders = {row.name: row.scores for row in rows if row.kind in CONTENDERS}
+    contenders = {row.name: row.scores for row in rows if row.kind in _CONTENDERS}
     claim = best_of(contenders, seed=seed)
     return Comparison(
-        data=names.data,
-        base=names.base,
-        adapters=names.adapters,
+        data=data,
+        base=inputs.base.id,
+        adapters=inputs.references,
         records=len(examples),
         scored_tokens=sum(example.scored_tokens for example in examples),
         best_ingredient=best.name,
@@ -97,16 +85,16 @@ def comparison_of(
         tasks=task_losses({row.name: row.scores for row in rows}, examples),
         best=claim,
         detectable=_detectable(rows, best, claim),
-        metric=names.metric,
-        guard=names.guard,
+        metric=metric,
+        guard=guard or None,
         margin=margin,
-        repeated_records=repeated,
+        repeated_records=inputs.repeated,
     )
 
 
 def _detectable(rows: Sequence[Evaluated], best: Evaluated, claim: BestOf) -> float:
     """Judged by the fit, or without one by the best of the others."""
-    others = [row for row in rows if row.kind in CONTENDERS and row is not best]
+    others = [row for row in rows if row.kind in _CONTENDERS and row is not best]
     if not others:
         return 0.0
     judged = next((r for r in others if r.kind == "fit"), None) or next(
@@ -177,7 +165,7 @@ class _Table:
         return found
 
     def _guards(self) -> list[GuardScore | None]:
-        base = next((row.guard for row in self._evaluated if row.kind == BASE), None)
+        base = next((row.guard for row in self._evaluated if row.kind == _BASE), None)
         if base is None:
             return [None] * len(self._evaluated)
         found: list[GuardScore | None] = []

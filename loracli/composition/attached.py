@@ -18,7 +18,7 @@ from loracli.algebra.packing import stack_experts
 from loracli.composition.composition import compose_module
 from loracli.errors import RecipeError
 from loracli.fitting.mixing import Applied, DiagonalMixing, FixedFactors, Layout, make_diagonal
-from loracli.recipe.mixing import INLINE_KINDS, RecipeMixing
+from loracli.recipe.record import INLINE_KINDS, RecipeMixing
 
 NOTHING = torch.zeros(0)
 

@@ -22,8 +22,8 @@ from loracli.adapters.licence import agreed_licence
 from loracli.adapters.names import target_of
 from loracli.algebra.methods.method import Method
 from loracli.hub.references import URI_PREFIX
-from loracli.recipe.mixing import INLINE_KINDS
-from loracli.recipe.recipe import Recipe, RecipeAdapter, is_named, other_bases_of
+from loracli.recipe.recipe import Recipe
+from loracli.recipe.record import INLINE_KINDS, RecipeAdapter, is_named, other_bases_of
 from loracli.system.escaping import markdown_code, markdown_link, shell_word
 
 RECORD_DIGEST = "record_sha256"  # the key of a record's own digest

@@ -26,8 +26,8 @@ from loracli.composition.card import CardText, method_card, recipe_card
 from loracli.errors import RecipeError, UsageError
 from loracli.hub.references import BaseClaim, is_repo_id
 from loracli.recipe.ingredients import identity_of
-from loracli.recipe.mixing import INLINE_KINDS, RecipeMixing, group_name
-from loracli.recipe.recipe import Recipe, RecipeAdapter, RecipeBase, without_paths
+from loracli.recipe.recipe import Recipe, without_paths
+from loracli.recipe.record import INLINE_KINDS, RecipeAdapter, RecipeBase, RecipeMixing, group_name
 from loracli.recipe.tensors import composed_update
 from loracli.system.document import encode
 

@@ -25,7 +25,7 @@ from loracli.model.attach import AttachedModel, attach
 from loracli.model.base import BaseModel
 from loracli.model.loss import make_objective
 from loracli.progress import SILENT, Progress
-from loracli.recipe.mixing import INLINE_KINDS, RecipeMixing
+from loracli.recipe.record import INLINE_KINDS, RecipeMixing
 
 PAPER = "paper"
 

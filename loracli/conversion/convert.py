@@ -24,7 +24,8 @@ from loracli.export.export import Exported, write_export
 from loracli.export.options import ExportOptions
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import identity_of
-from loracli.recipe.recipe import RecipeAdapter, labels_of
+from loracli.recipe.recipe import labels_of
+from loracli.recipe.record import RecipeAdapter
 from loracli.system.files import check_free
 
 DEFAULT_TOLERANCE = 0.1  # of DoRA, where neither a rank nor a tolerance is given

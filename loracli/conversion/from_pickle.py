@@ -33,19 +33,20 @@ from loracli.system.files import (
     PICKLE_FILE,
     TENSOR_FILE,
     check_free,
+    file_sha256,
+    open_regular,
     whole_directory,
     write_file,
 )
-from loracli.system.tensor_file import file_sha256, open_regular
 
-TASK = "unpickle"
+_TASK = "unpickle"
 # What opening a file of `size` bytes may take, in all: a view can repeat numbers, as two tied matrices do.
-MOST_DATA = 4  # times its size, in all tensors
-MORE_DATA = 1 << 20
-MOST_MEMORY = 3  # times its size: mapped or read, and one tensor beside
+_MOST_DATA = 4  # times its size, in all tensors
+_MORE_DATA = 1 << 20
+_MOST_MEMORY = 3  # times its size: mapped or read, and one tensor beside
 MORE_MEMORY = 1 << 30
 SECONDS = 60  # of processor time, and one for each
-BYTES_PER_SECOND = 10 << 20
+_BYTES_PER_SECOND = 10 << 20
 WAIT = 4  # seconds by the clock for each of them: other work may be on the machine
 _KEPT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "HOME", "LANG", "LC_ALL")
 _HINT = "ask its author for safetensors"
@@ -96,7 +97,7 @@ def convert_pickle(adapter: str, output: str | Path, *, force: bool = False, pro
     with open_regular(source) as file:
         size = os.fstat(file.fileno()).st_size
     digest = file_sha256(source)
-    progress.begin(TASK, None, "B")
+    progress.begin(_TASK, None, "B")
     try:
         with whole_directory(Path(output), force=force) as folder:
             target = folder / TENSOR_FILE
@@ -109,7 +110,7 @@ def convert_pickle(adapter: str, output: str | Path, *, force: bool = False, pro
             write_file(folder / CERTIFICATE_FILE, _record(fetched, written, digest))
             size_bytes = target.stat().st_size
     finally:
-        progress.finish(TASK)
+        progress.finish(_TASK)
     return Unpickled(Path(output), written, size_bytes, digest, needs_conversion)
 
 
@@ -119,11 +120,11 @@ def _unpickle(source: Path, target: Path, size: int) -> None:
     Raises:
         MalformedAdapter: if it refuses the file, or does not end well.
     """
-    seconds = SECONDS + size // BYTES_PER_SECOND
+    seconds = SECONDS + size // _BYTES_PER_SECOND
     limits = {
-        "memory": MOST_MEMORY * size + MORE_MEMORY,
+        "memory": _MOST_MEMORY * size + MORE_MEMORY,
         "seconds": seconds,
-        "data": MOST_DATA * size + MORE_DATA,
+        "data": _MOST_DATA * size + _MORE_DATA,
     }
     words = [sys.executable, "-P", "-m", "loracli.conversion.unpickle"]
     words += [str(source.resolve()), str(target.resolve()), json.dumps(limits)]

@@ -28,7 +28,7 @@ from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.model.checkpoint import StoredTensor, read_checkpoint
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE
-from loracli.system.tensor_file import DTYPES, open_tensor_file
+from loracli.system.tensor_file import FLOATS, open_tensor_file
 
 
 class BaseWeights:
@@ -70,13 +70,13 @@ class BaseWeights:
                 hint="save the base once with transformers' save_pretrained, which gives its tensors their own names",
             )
         path = self._checkpoint.folder / stored.shard
-        if stored.dtype not in DTYPES:
+        if stored.dtype not in FLOATS:
             raise BaseModelMismatch(
                 f"the base model's {name!r} has dtype {stored.dtype}",
                 where=str(path),
                 hint="give the unquantised model with --base",
             )
-        tensor = self._checkpoint.read(stored).view(DTYPES[stored.dtype]).view(stored.shape)
+        tensor = self._checkpoint.read(stored).view(FLOATS[stored.dtype]).view(stored.shape)
         if not torch.isfinite(tensor).all():
             raise BaseModelMismatch(f"the base model's {name!r} holds infinite or undefined values", where=str(path))
         return tensor

@@ -31,7 +31,7 @@ from loracli.composition.card import CardText, Repeat, adapter_table, adapter_wo
 from loracli.conversion.initialisation import Initial, dora_update, initial_update
 from loracli.conversion.read import BaseWeights, Convertible
 from loracli.errors import BaseModelMismatch, UnsupportedAdapter, UsageError
-from loracli.recipe.recipe import RecipeAdapter, is_named
+from loracli.recipe.record import RecipeAdapter, is_named
 from loracli.system.document import encode
 from loracli.system.escaping import markdown_code
 

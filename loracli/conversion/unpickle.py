@@ -21,14 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loracli.model.checkpoint import header_bytes
 from loracli.system.machine import DISK_FULL
-from loracli.system.tensor_file import DTYPES, MAX_TENSORS, tensor_bytes
+from loracli.system.tensor_file import FLOAT_NAMES, MAX_TENSORS, header_bytes, tensor_bytes
 
 REFUSED, NO_ROOM = 3, 6
 MOST_WORDS = 300  # characters of what is said; names are a stranger's
 _GLOBAL = re.compile(r"GLOBAL ([\w.]{1,100})", re.ASCII)
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Refused(Exception):
@@ -123,7 +121,7 @@ def _checked(content: Any, most: int) -> dict[str, Tensor]:
             raise Refused(f"{name!r:.100} is a {type(value).__name__} and no tensor")
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise Refused(f"{name!r:.100} is no ordinary tensor, but {value.layout} on {value.device}")
-        if value.dtype not in _NAMES:
+        if value.dtype not in FLOAT_NAMES:
             raise Refused(f"{name!r:.100} has the dtype {str(value.dtype).removeprefix('torch.')}")
         total += value.numel() * value.element_size()
         if total > most:  # a view of a few numbers can have any shape, and one storage any number of views
@@ -143,7 +141,9 @@ def _write(target: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file in sorted order, one tensor in memory at a time."""
     order = sorted(tensors)
     with target.open("xb") as file:
-        file.write(header_bytes([(name, _NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order]))
+        file.write(
+            header_bytes([(name, FLOAT_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order])
+        )
         for name in order:
             value = tensors[name].detach()
             file.write(tensor_bytes(value.resolve_conj().resolve_neg().contiguous()))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from loracli.recipe.recipe import HeldOut, HeldOutTask
+from loracli.recipe.record import HeldOut, HeldOutTask
 
 RowKind = Literal["base", "ingredient", "method", "fit", "control"]
 

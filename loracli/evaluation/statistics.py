@@ -23,7 +23,7 @@ from loracli.calibration.dataset import MIN_HELD_OUT
 from loracli.calibration.render import Example
 from loracli.evaluation.comparison import BestOf
 from loracli.model.loss import Scores
-from loracli.recipe.recipe import HeldOut, HeldOutRow, HeldOutTask
+from loracli.recipe.record import HeldOut, HeldOutRow, HeldOutTask
 
 _RESAMPLES = 10_000
 _LEVEL = 0.95

@@ -30,7 +30,7 @@ from loracli.model.base import check_fits, find_base, load_base
 from loracli.model.loss import check_causal, make_objective
 from loracli.model.placement import memory_errors
 from loracli.progress import SILENT, Progress
-from loracli.recipe.mixing import INLINE_KINDS
+from loracli.recipe.record import INLINE_KINDS
 from loracli.recipe.tensors import MOMENT, read_moments
 
 

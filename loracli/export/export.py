@@ -28,11 +28,11 @@ from loracli.export.plan import TASK, AdapterPlan
 from loracli.export.refit import Refit, RefitRecord, check_refit, check_refittable
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
-from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import Recipe, other_bases_of
+from loracli.recipe.recipe import Recipe, load_recipe
+from loracli.recipe.record import other_bases_of
 from loracli.system.files import check_free, holds, whole_directory
+from loracli.system.machine import one_thread_each
 from loracli.system.tensor_file import file_size
-from loracli.system.threads import one_thread_each
 
 MOST_WORKERS = 4  # modules that are worked on at once; each is held in float64 while it is compressed
 

@@ -36,9 +36,8 @@ from loracli.model.base import check_fits, find_base, load_base
 from loracli.model.placement import memory_errors
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import identity_of, read_ingredients, recorded_policy
-from loracli.recipe.mixing import MIXING_KINDS
-from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import MAX_ADAPTERS, Recipe, RecipeAdapter, labels_of
+from loracli.recipe.recipe import Recipe, labels_of, load_recipe
+from loracli.recipe.record import MAX_ADAPTERS, MIXING_KINDS, RecipeAdapter
 from loracli.system.files import check_free
 
 DEFAULTS = MethodOptions()

@@ -33,9 +33,10 @@ from loracli.export.module import ModuleExport, cut_module, module_export
 from loracli.export.options import OUTPUT_DTYPES, ExportOptions, choose_ranks, choose_uniform_rank, spectra_of_targets
 from loracli.export.refit import Refitted, write_cores
 from loracli.progress import Progress
+from loracli.system.document import dtype_name
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, CORES_FILE, GGUF_FILE, README_FILE, write_file
+from loracli.system.machine import in_order
 from loracli.system.tensor_file import file_size, open_tensor_file, write_tensors
-from loracli.system.threads import in_order
 
 TASK = "export"
 
@@ -279,7 +280,7 @@ class AdapterPlan:
                 "profile": self.layout.profile,
                 "merged": self.merged,
                 "rank": self.layout.rank,
-                "dtype": str(self.dtype).removeprefix("torch."),
+                "dtype": dtype_name(self.dtype),
                 **self._rule(),
                 **({"refit": True} if self._cores else {}),
                 "options": self._repeated_options(),

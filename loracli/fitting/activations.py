@@ -24,7 +24,7 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import Applied, FactorMixing, Mixing
 from loracli.model.loss import Objective
 from loracli.progress import Progress, amount_text
-from loracli.recipe.mixing import RecipeActivations
+from loracli.recipe.record import RecipeActivations
 from loracli.recipe.tensors import MOMENT, sidecar_sha256
 
 MOST_RECORDS = 64  # of a fit: some thousand tokens, against R of some dozens

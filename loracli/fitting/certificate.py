@@ -61,8 +61,7 @@ from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Objective, gradient_of
 from loracli.model.placement import is_sharded
-from loracli.recipe.mixing import INLINE_KINDS
-from loracli.recipe.record import RECORDS_PER_NUMBER, FitCertificate
+from loracli.recipe.record import INLINE_KINDS, RECORDS_PER_NUMBER, FitCertificate
 
 
 @dataclass(frozen=True)

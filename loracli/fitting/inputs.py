@@ -20,7 +20,8 @@ from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.model.base import BaseReference, find_base, on_base
 from loracli.progress import SILENT, Progress
-from loracli.recipe.recipe import MAX_ADAPTERS, local_reference
+from loracli.recipe.recipe import local_reference
+from loracli.recipe.record import MAX_ADAPTERS
 
 
 @dataclass(frozen=True)

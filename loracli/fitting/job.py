@@ -27,10 +27,10 @@ from loracli.model.experts import check_experts
 from loracli.model.placement import Placement
 from loracli.model.preflight import MemoryDecision, MemoryEstimate
 from loracli.progress import SILENT, Progress
-from loracli.recipe.mixing import activations_path, tensors_path
 from loracli.recipe.recipe import Recipe, check_recipe_path
+from loracli.recipe.record import activations_path, tensors_path
 from loracli.system.files import locked_directory, same_file, translate_disk_errors
-from loracli.system.launch import Launch
+from loracli.system.machine import Launch
 
 
 @dataclass(frozen=True)

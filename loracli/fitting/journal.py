@@ -29,10 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from loracli.errors import OutputExists, StateMismatch
+from loracli.errors import LoracatError, OutputExists, StateMismatch
 from loracli.progress import SILENT, Progress
-from loracli.system.files import read_regular, remove_temporaries, write_atomically
-from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.files import remove_temporaries, write_atomically
+from loracli.system.strict_json import StrictJsonError, parse_json, read_object
 
 _IDENTITY_FILE = "identity.json"
 _FORM = "2"  # of keys and entries: raised whenever either changes, so that no state is read as what it is not
@@ -121,14 +121,13 @@ def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progr
     path = folder / _IDENTITY_FILE
     if resume and path.is_file():
         try:
-            known = parse_json(read_regular(path, _MAX_IDENTITY_BYTES))
-        except (OSError, StrictJsonError):
-            known = None
-        known = known if isinstance(known, dict) else {}
+            known = read_object(path, _MAX_IDENTITY_BYTES)
+        except LoracatError:
+            known = {}
         if known and known.get(_FORM_NAME) != _FORM:
             raise StateMismatch(
-                f"the state in {folder} has the form {known.get(_FORM, '1')}, of another version of loracat, and this "
-                f"one goes on from the form {_FORM}",
+                f"the state in {folder} has the form {known.get(_FORM_NAME, '1')}, of another version of loracat, and "
+                f"this one goes on from the form {_FORM}",
                 hint="go on with the version that began the fit, or leave out --resume to start over",
             )
         changed = sorted(name for name in {*known, *identity} if known.get(name) != identity.get(name))

@@ -26,8 +26,7 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
-from loracli.recipe.mixing import MixingKind
-from loracli.recipe.record import RungRecord, StageRecord, StartRecord
+from loracli.recipe.record import MixingKind, RungRecord, StageRecord, StartRecord
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch import Tensor
 from loracli.adapters.adapter import LoraAdapter
 from loracli.errors import UsageError
 from loracli.model.attach import AttachedModel
-from loracli.recipe.mixing import INLINE_KINDS, MixingKind, group_name
+from loracli.recipe.record import INLINE_KINDS, MixingKind, group_name
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from loracli.errors import FitError, LoracatError, ProcessLost, UsageError
-from loracli.system.launch import Launch
+from loracli.system.machine import Launch
 
 START = timedelta(seconds=60)  # in which all processes must have come up
 WAIT = timedelta(hours=2)  # for one that is alive but slow: the first may fetch a large model meanwhile

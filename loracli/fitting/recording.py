@@ -17,10 +17,18 @@ from loracli.fitting.mixing import DiagonalMixing, FactorMixing
 from loracli.fitting.reach import Reach
 from loracli.model.base import BaseModel, base_modules
 from loracli.recipe.ingredients import identity_of
-from loracli.recipe.mixing import RecipeActivations, RecipeMixing
-from loracli.recipe.recipe import HeldOut, Recipe, RecipeBase, RecipeData
-from loracli.recipe.record import FitCertificate, FitRecord
+from loracli.recipe.recipe import Recipe
+from loracli.recipe.record import (
+    FitCertificate,
+    FitRecord,
+    HeldOut,
+    RecipeActivations,
+    RecipeBase,
+    RecipeData,
+    RecipeMixing,
+)
 from loracli.recipe.tensors import tensor_mixing
+from loracli.system.document import dtype_name
 
 
 def make_recipe(
@@ -89,11 +97,6 @@ def make_recipe(
         activations=activations,
         folder=inputs.folder,
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _largest_move(found: Solution) -> float:

@@ -26,7 +26,7 @@ from loracli.fitting.level import Solution, Task, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.reach import find_reach, say_likelier_orders
-from loracli.fitting.recording import dtype_name, make_recipe
+from loracli.fitting.recording import make_recipe
 from loracli.fitting.search import LADDERS, fit_as_published, search
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched
@@ -36,9 +36,9 @@ from loracli.model.loss import Scores, check_causal, make_objective
 from loracli.model.placement import Placement, available_memory, checkpointed, memory_errors
 from loracli.model.preflight import MemoryDecision, MemoryEstimate, decide_memory, estimate_memory
 from loracli.progress import SILENT, WORK, Progress, duration_text
-from loracli.recipe.mixing import INLINE_KINDS
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import FitCertificate
+from loracli.recipe.record import INLINE_KINDS, FitCertificate
+from loracli.system.document import dtype_name
 
 
 def fit_mixing(

@@ -54,8 +54,7 @@ from loracli.fitting.level import (
 from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.model.loss import Scores
-from loracli.recipe.mixing import MixingKind
-from loracli.recipe.record import RungRecord, StageRecord, StartRecord
+from loracli.recipe.record import MixingKind, RungRecord, StageRecord, StartRecord
 
 _EVALUATIONS = 4  # of BFGS where the level is only a start for the next
 _SUBSET_RECORDS = 256

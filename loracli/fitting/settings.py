@@ -9,7 +9,7 @@ from loracli.adapters.saved_modules import REFUSE, check_policy
 from loracli.calibration.fields import parse_fields
 from loracli.errors import UsageError
 from loracli.evaluation.metrics import MAX_NEW_TOKENS, TOLERANCE, TaskMetric, task_metric
-from loracli.recipe.mixing import MIXING_KINDS
+from loracli.recipe.record import MIXING_KINDS
 
 AUTO = "auto"
 PASSES = 8.0

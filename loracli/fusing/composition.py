@@ -29,8 +29,8 @@ from loracli.model.base import BasePlan, BaseReference, base_modules, check_shap
 from loracli.model.checkpoint import Checkpoint
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
-from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import Recipe, RecipeBase
+from loracli.recipe.recipe import Recipe, load_recipe
+from loracli.recipe.record import RecipeBase
 from loracli.system.files import CONFIG_FILE
 
 
@@ -195,7 +195,7 @@ def bypassed_modules(reference: BaseReference, source: Source, progress: Progres
     return tuple(sorted(targets & read.bypassed.union(seen)))
 
 
-def changed_modules(plan: BasePlan, source: Source, bypassed: Sequence[str]) -> list[BaseModule]:
+def _changed_modules(plan: BasePlan, source: Source, bypassed: Sequence[str]) -> list[BaseModule]:
     """The modules that the composition changes, as the base has them, without those that are bypassed.
 
     Raises:
@@ -239,6 +239,6 @@ def planned_fusion(
     """
     if source.saved is not None:
         check_saved(base.skeleton, source.saved)
-    modules = changed_modules(base, source, bypassed)
+    modules = _changed_modules(base, source, bypassed)
     replaced = () if source.saved is None else source.saved.sources
     return plan_fusion(checkpoint, base.skeleton, modules, dtype, quantisation, replaced)

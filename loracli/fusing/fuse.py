@@ -57,11 +57,13 @@ from loracli.fusing.workplace import (
 )
 from loracli.model.base import BasePlan, plan_base
 from loracli.model.base_copies import check_base_copies, stored_weights
-from loracli.model.checkpoint import FLOATS, INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
+from loracli.model.checkpoint import INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe
+from loracli.system.document import dtype_name
 from loracli.system.escaping import markdown_code
 from loracli.system.files import flush_directory, holds, write_file
+from loracli.system.tensor_file import FLOATS
 
 
 def fused_card(
@@ -143,7 +145,7 @@ def _code(names: Sequence[str]) -> str:
     return ", ".join(map(markdown_code, names))
 
 
-FUSE_SCHEMA = 1
+_FUSE_SCHEMA = 1
 TASK = "fuse"
 
 
@@ -231,7 +233,7 @@ def fuse_model(
     planned, composition = plan_composed_base(
         composition, base, base_revision, dequantise=dequantise, progress=progress
     )
-    quantisation = quantisation_of(planned.reference.path) if dequantise else None
+    quantisation = _quantisation_of(planned.reference.path) if dequantise else None
     chosen = OUTPUT_DTYPES[dtype or "bfloat16"] if dequantise or dtype is not None else None
     fusion = _Fusion(composition, planned, chosen, quantisation, output, progress)
     if dry_run:
@@ -240,7 +242,7 @@ def fuse_model(
         return fusion.write(place)
 
 
-def quantisation_of(folder: Path) -> Quantisation:
+def _quantisation_of(folder: Path) -> Quantisation:
     """Of the base model in a directory.
 
     Raises:
@@ -394,7 +396,7 @@ class _Fusion:
         reference = self._base.reference
         config = _sha256((self._checkpoint.folder / CONFIG).read_bytes())
         content: dict[str, Any] = {
-            "loracat_fuse": FUSE_SCHEMA,
+            "loracat_fuse": _FUSE_SCHEMA,
             "composition": self._source.document(),
             "fuse": {
                 "base": {
@@ -402,7 +404,7 @@ class _Fusion:
                     "commit": reference.commit,
                     "sha256": {CONFIG: config, **{name: hashes.base for name, hashes in sorted(finished.items())}},
                 },
-                "dtype": None if self._dtype is None else str(self._dtype).removeprefix("torch."),
+                "dtype": None if self._dtype is None else dtype_name(self._dtype),
                 "untied": self._plan.untied,
                 **({} if self._quantisation is None else {"dequantised": self._quantisation.method}),
                 **({"bypassed": self._bypassed} if self._bypassed else {}),
@@ -465,7 +467,7 @@ def changed_dtypes(plan: FusionPlan) -> tuple[str, ...]:
         for tensor in shard.tensors
         if tensor.module is not None or tensor.replaced is not None
     }
-    return tuple(sorted(str(dtype).removeprefix("torch.") for dtype in changed))
+    return tuple(sorted(dtype_name(dtype) for dtype in changed))
 
 
 def _sha256(data: bytes) -> str:

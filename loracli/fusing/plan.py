@@ -20,17 +20,8 @@ from loracli.adapters.base_module import BaseModule, ModuleKind
 from loracli.adapters.names import numbered_name
 from loracli.errors import BaseModelMismatch
 from loracli.fusing.quantised import BITSANDBYTES, Quantisation, Quantised, find_quantised
-from loracli.model.checkpoint import (
-    FLOATS,
-    Checkpoint,
-    LoadedNames,
-    StoredTensor,
-    header_bytes,
-    loaded_names,
-    tied_parameters,
-)
-
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+from loracli.model.checkpoint import Checkpoint, LoadedNames, StoredTensor, loaded_names, tied_parameters
+from loracli.system.tensor_file import FLOAT_NAMES, FLOATS, header_bytes
 
 
 @dataclass(frozen=True)
@@ -256,7 +247,7 @@ def _kept(source: StoredTensor, own: _Own, dtype: torch.dtype | None, quantised:
 
 def _dtype_of(source: StoredTensor, dtype: torch.dtype | None, quantised: Quantised | None) -> str:
     numbers = quantised is not None or source.dtype in FLOATS
-    return source.dtype if dtype is None or not numbers else _NAMES[dtype]
+    return source.dtype if dtype is None or not numbers else FLOAT_NAMES[dtype]
 
 
 def _the_one(stored: tuple[str, ...], parameter: str) -> str:

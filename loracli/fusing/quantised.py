@@ -35,8 +35,9 @@ import torch
 from torch import Tensor
 
 from loracli.errors import BaseModelMismatch
-from loracli.model.checkpoint import FLOATS, Checkpoint, StoredTensor
+from loracli.model.checkpoint import Checkpoint, StoredTensor
 from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.tensor_file import FLOATS
 
 _STATE = ".quant_state.bitsandbytes__"
 _HINT = "give the unquantised model with --base"
@@ -84,7 +85,7 @@ class FourBits:
         return decode
 
 
-def find_four_bits(checkpoint: Checkpoint) -> dict[str, FourBits]:
+def _find_four_bits(checkpoint: Checkpoint) -> dict[str, FourBits]:
     """Every packed tensor by its name.
 
     Raises:
@@ -133,8 +134,8 @@ def _stored(checkpoint: Checkpoint, name: str) -> tuple[str, int] | None:
     return None if tensor is None else (tensor.dtype, math.prod(tensor.shape))
 
 
-QUANTISED = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8}
-SCALES = {
+_QUANTISED = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8}
+_SCALES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -209,12 +210,12 @@ class Scaled:
 
     def decoder(self, checkpoint: Checkpoint) -> Decoder:
         columns = self.tensor.shape[1]
-        data = checkpoint.read(self.scales).view(SCALES[self.scales.dtype])
+        data = checkpoint.read(self.scales).view(_SCALES[self.scales.dtype])
         scales = data.double().view(_grid(self.scales.shape)) / self.divisor
         of_column = torch.arange(columns) // self.block[1]
 
         def decode(rows: Tensor, start: int) -> Tensor:
-            weight = rows.view(QUANTISED[self.tensor.dtype]).view(-1, columns).double()
+            weight = rows.view(_QUANTISED[self.tensor.dtype]).view(-1, columns).double()
             of_row = torch.arange(start, start + len(weight)) // self.block[0]
             return weight.mul_(scales[of_row][:, of_column])
 
@@ -293,7 +294,7 @@ def find_quantised(
     found: dict[str, Quantised] = {}
     unused = {name for name in checkpoint.tensors if name.rpartition(".")[2] in _UNUSED}
     if "U8" in quantisation.dtypes:
-        found |= find_four_bits(checkpoint)
+        found |= _find_four_bits(checkpoint)
         unused |= {name for quantised in found.values() for name in quantised.unused}
     for name, tensor in checkpoint.tensors.items():
         module, _, last = name.rpartition(".")
@@ -324,7 +325,7 @@ def _block_of(tensor: StoredTensor, scales: StoredTensor, block: tuple[int, int]
     grid = _grid(scales.shape)
     fitting = [(rows, columns), (1, columns), *([] if block is None else [block])]
     sizes = [size for size in fitting if (-(-rows // size[0]), -(-columns // size[1])) == grid]
-    if not sizes or scales.dtype not in SCALES:
+    if not sizes or scales.dtype not in _SCALES:
         raise BaseModelMismatch(
             f"{scales.name} of the base model's weights is {scales.dtype} {scales.shape}, which does not fit "
             f"{tensor.name} {tensor.shape}",

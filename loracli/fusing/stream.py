@@ -52,8 +52,10 @@ from loracli.composition.composition import Source
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.fusing.plan import FusedShard, FusedTensor
 from loracli.fusing.quantised import Decoder, Quantised
-from loracli.model.checkpoint import FLOATS, Shard, StoredTensor, read_bytes
-from loracli.system.tensor_file import open_regular
+from loracli.model.checkpoint import Shard, StoredTensor, read_bytes
+from loracli.system.document import dtype_name
+from loracli.system.files import open_regular
+from loracli.system.tensor_file import FLOATS
 
 BLOCK_BYTES = 8 << 20  # of a tensor's rows that are worked on at a time
 
@@ -83,7 +85,7 @@ def precision_for(output: torch.dtype) -> torch.dtype:
     return torch.float32 if output.itemsize == 2 else torch.float64
 
 
-def fold_rows(name: str, weight: Tensor, start: int, fold: Fold | None, output: torch.dtype) -> Tensor:
+def _fold_rows(name: str, weight: Tensor, start: int, fold: Fold | None, output: torch.dtype) -> Tensor:
     """Rows of W' from rows of W.
 
     Args:
@@ -125,7 +127,7 @@ def make_replacement(name: str, values: Tensor, output: torch.dtype) -> Replacem
 
 
 def _overflow(name: str, output: torch.dtype) -> UsageError:
-    dtype = str(output).removeprefix("torch.")
+    dtype = dtype_name(output)
     return UsageError(f"{name} overflows {dtype}", hint="fuse with --dtype float32 or bfloat16")
 
 
@@ -176,7 +178,7 @@ def _sides(update: Factors, tensor: FusedTensor) -> tuple[Tensor, Tensor]:
     return (lora_B, lora_A) if tensor.kind == "linear" else (lora_A.T, lora_B.T)
 
 
-WAITING = 3
+_WAITING = 3
 WIDENED = 16  # at most, from bytes that are stored to a number in float64
 
 FoldOf = Callable[[FusedTensor], Fold | Replacement | None]
@@ -261,7 +263,7 @@ def _transformed(
         weight = data.view(FLOATS[tensor.source.dtype])
         if tensor.source.shape:
             weight = weight.view(-1, *tensor.source.shape[1:])
-    return fold_rows(tensor.name, weight, start, fold, FLOATS[tensor.dtype]).flatten().view(torch.uint8)
+    return _fold_rows(tensor.name, weight, start, fold, FLOATS[tensor.dtype]).flatten().view(torch.uint8)
 
 
 def replaced_rows(tensor: FusedTensor, start: int, size: int, values: Tensor) -> Tensor:
@@ -274,7 +276,7 @@ def replaced_rows(tensor: FusedTensor, start: int, size: int, values: Tensor) ->
 @contextmanager
 def _reader(descriptor: int, blocks: Iterator[_Block], digest: Any) -> Iterator[Iterator[tuple[_Block, Tensor]]]:
     """The blocks with their bytes, read ahead by a thread that also hashes what is no tensor's second reading."""
-    queue: Queue[tuple[_Block, Tensor] | BaseException | None] = Queue(WAITING)
+    queue: Queue[tuple[_Block, Tensor] | BaseException | None] = Queue(_WAITING)
     stopped: list[bool] = []
 
     def work() -> None:
@@ -314,7 +316,7 @@ class _Writer:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._digest = hashlib.sha256()
-        self._queue: Queue[Tensor | None] = Queue(WAITING)
+        self._queue: Queue[Tensor | None] = Queue(_WAITING)
         self._error: BaseException | None = None
         self._thread = Thread(target=self._work, daemon=True)
         self._thread.start()

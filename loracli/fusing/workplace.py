@@ -24,27 +24,35 @@ from typing import Any
 
 import torch
 
-from loracli.errors import BaseModelMismatch, InputError, OutOfResources, OutputExists, StateMismatch, UsageError
+from loracli.errors import (
+    BaseModelMismatch,
+    InputError,
+    LoracatError,
+    OutOfResources,
+    OutputExists,
+    StateMismatch,
+    UsageError,
+)
 from loracli.fusing.plan import FusionPlan
 from loracli.fusing.quantised import Quantisation
 from loracli.fusing.stream import Hashes
 from loracli.model.checkpoint import INDEX_FILE, Checkpoint
 from loracli.progress import Progress, amount_text
+from loracli.system.document import dtype_name
 from loracli.system.files import (
     check_free,
+    file_sha256,
     flush_directory,
     locked_directory,
     put_in_place,
-    read_regular,
     repair,
     translate_disk_errors,
     write_atomically,
 )
-from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import file_sha256, open_regular
+from loracli.system.strict_json import read_object
 
 FUSE_CERTIFICATE = "loracat-fuse.json"
-MAX_STATE_BYTES = 64 << 20  # of that, and of what is known of an interrupted fusion
+_MAX_STATE_BYTES = 64 << 20  # of that, and of what is known of an interrupted fusion
 
 
 def holds_fused_model(path: Path) -> bool:
@@ -53,8 +61,8 @@ def holds_fused_model(path: Path) -> bool:
     if not names:
         return True
     try:
-        listed = parse_json(read_regular(path / FUSE_CERTIFICATE, MAX_STATE_BYTES))["certificate"]["files"]
-    except (OSError, StrictJsonError, KeyError, TypeError):
+        listed = read_object(path / FUSE_CERTIFICATE, _MAX_STATE_BYTES)["certificate"]["files"]
+    except (LoracatError, KeyError, TypeError):
         return False
     return isinstance(listed, dict) and names <= {*listed, FUSE_CERTIFICATE}
 
@@ -154,14 +162,10 @@ class Workplace:
 
     def _read_state(self) -> dict[str, Any] | None:
         try:
-            fields = parse_json(read_regular(self._state, MAX_STATE_BYTES))
-        except (OSError, StrictJsonError):
+            fields = read_object(self._state, _MAX_STATE_BYTES)
+        except LoracatError:
             return None
-        if not isinstance(fields, dict) or not all(
-            isinstance(fields.get(name), dict) for name in ("identity", "finished")
-        ):
-            return None
-        return fields
+        return fields if all(isinstance(fields.get(name), dict) for name in ("identity", "finished")) else None
 
     def _write_state(self) -> None:
         content = {"identity": self._identity, "finished": self._finished}
@@ -229,15 +233,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         BaseModelMismatch: if it is damaged.
     """
     path = folder / CONFIG
-    with open_regular(path) as file:
-        data: bytes = file.read(MAX_CONFIG_BYTES + 1)
-    try:
-        fields = parse_json(data) if len(data) <= MAX_CONFIG_BYTES else None
-    except StrictJsonError as error:
-        raise BaseModelMismatch(f"the base model's config is {error}", where=str(path)) from None
-    if not isinstance(fields, dict):
-        raise BaseModelMismatch("the base model's config is no JSON object", where=str(path))
-    return fields
+    return read_object(
+        path,
+        MAX_CONFIG_BYTES,
+        lambda reason: BaseModelMismatch(f"the base model's config cannot be read: {reason}", where=str(path)),
+    )
 
 
 def config_bytes(
@@ -256,7 +256,7 @@ def config_bytes(
         if untied and (part is fields or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
         if dtype is not None:
-            _set_dtype(part, str(dtype).removeprefix("torch."))
+            _set_dtype(part, dtype_name(dtype))
     return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -10,9 +10,9 @@ never repeated: it is as untrusted as the files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from loracli.errors import MalformedAdapter, UsageError
 from loracli.hub.plan import (
@@ -26,11 +26,10 @@ from loracli.hub.plan import (
     check_pickle,
 )
 from loracli.hub.references import URI_PREFIX, BaseClaim, Reference, agreed_base, parse_reference
-from loracli.hub.source import FetchedFile, Source
+from loracli.hub.source import FetchedFile, FetchOptions, HubOptions, Source
 from loracli.hub.transfer import fetch
-from loracli.progress import SILENT, Progress
 from loracli.system.files import CONFIG_FILE, PICKLE_FILE
-from loracli.system.strict_json import StrictJsonError, parse_json
+from loracli.system.strict_json import read_object
 
 MAX_ADAPTER_BYTES = 8 << 30
 
@@ -66,30 +65,11 @@ def fetch_adapter(
     reference: str | Reference,
     *,
     revision: str | None = None,
-    cache_dir: Path | None = None,
-    local_dir: Path | None = None,
-    token: str | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-    max_bytes: int = MAX_ADAPTER_BYTES,
-    endpoint: str | None = None,
     from_pickle: bool = False,
-    progress: Progress = SILENT,
+    **options: Unpack[FetchOptions],
 ) -> Fetched:
     """Brings an adapter's config, weights and README to this machine: `fetch_adapters` of one."""
-    [fetched] = fetch_adapters(
-        [reference],
-        revision=revision,
-        cache_dir=cache_dir,
-        local_dir=local_dir,
-        token=token,
-        force=force,
-        dry_run=dry_run,
-        max_bytes=max_bytes,
-        endpoint=endpoint,
-        from_pickle=from_pickle,
-        progress=progress,
-    )
+    [fetched] = fetch_adapters([reference], revision=revision, from_pickle=from_pickle, **options)
     return fetched
 
 
@@ -97,15 +77,8 @@ def fetch_adapters(
     references: Sequence[str | Reference],
     *,
     revision: str | None = None,
-    cache_dir: Path | None = None,
-    local_dir: Path | None = None,
-    token: str | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-    max_bytes: int = MAX_ADAPTER_BYTES,
-    endpoint: str | None = None,
     from_pickle: bool = False,
-    progress: Progress = SILENT,
+    **options: Unpack[FetchOptions],
 ) -> tuple[Fetched, ...]:
     """Brings config, weights and README of adapters to this machine; local directories are checked and left alone.
 
@@ -117,16 +90,9 @@ def fetch_adapters(
     Args:
         references: each in any form that `parse_reference` reads.
         revision: branch, tag or commit, for references that name none.
-        cache_dir: Hub cache to use instead of huggingface_hub's own.
-        local_dir: put the files of one adapter there instead of into a cache, under the repository's folder structure.
-        token: Hub token; by default the one of HF_TOKEN or of `hf auth login`.
-        force: transfer what is there already, and replace files in `local_dir`.
-        dry_run: transfer nothing, only tell what would be; nothing is verified.
-        max_bytes: refuse an adapter with more in all its files. A config may have 1 MiB; a larger README is left out.
-        endpoint: address of the Hub; by default HF_ENDPOINT.
         from_pickle: bring config and adapter_model.bin of adapters that have no safetensors; whoever opens that file
             has to know what it can do.
-        progress: told the bytes of each file, and what is worth knowing; from several threads.
+        options: how the Hub is asked and where the files go.
     Raises:
         AdapterNotFound: no such reference, repository, revision or folder, or no adapter in it.
         UnsupportedAdapter: the weights are there only as a pickle file, without `from_pickle`.
@@ -135,34 +101,24 @@ def fetch_adapters(
         IntegrityError: a file is not the one that the Hub lists; it is removed.
         UsageError: options that exclude each other; OutputExists: other files are in `local_dir`.
     """
-    if cache_dir is not None and local_dir is not None:
-        raise UsageError("a cache directory and a local directory exclude each other", hint="give one of the two")
-    if local_dir is not None and len(references) > 1:
+    options.setdefault("max_bytes", MAX_ADAPTER_BYTES)
+    hub = _at_the_hub(Source(PICKLED_ADAPTER if from_pickle else ADAPTER, recheck=True, **options))
+    if hub.local_dir is not None and len(references) > 1:
         raise UsageError("a local directory takes the files of one adapter", hint="fetch the others by themselves")
-    token = checked_token(token)
     parsed = [_parse(reference, revision) for reference in references]
     sources = {
-        number: Source(
-            kind=PICKLED_ADAPTER if from_pickle else ADAPTER,
+        number: replace(
+            hub,
             repo_id=reference.repo_id,
             revision=reference.revision,
             folder=reference.subfolder or "",
             text=reference.text,
-            cache_dir=cache_dir,
-            local_dir=local_dir.expanduser() if local_dir else None,
-            token=token,
-            force=force,
-            dry_run=dry_run,
-            max_bytes=max_bytes,
-            recheck=True,
-            endpoint=endpoint,
-            progress=progress,
         )
         for number, reference in enumerate(parsed)
         if reference.repo_id is not None
     }
     local = {
-        n: _take_local(reference, local_dir, progress, from_pickle=from_pickle)
+        n: _take_local(reference, hub, from_pickle=from_pickle)
         for n, reference in enumerate(parsed)
         if n not in sources
     }
@@ -171,6 +127,18 @@ def fetch_adapters(
         local[n] if n in local else Fetched(reference, copies[n].path, copies[n].commit, copies[n].files)
         for n, reference in enumerate(parsed)
     )
+
+
+def _at_the_hub(source: Source) -> Source:
+    """The source with a token and a local directory as they are used.
+
+    Raises:
+        UsageError: if the options exclude each other, or the token cannot be one.
+    """
+    if source.cache_dir is not None and source.local_dir is not None:
+        raise UsageError("a cache directory and a local directory exclude each other", hint="give one of the two")
+    local_dir = source.local_dir.expanduser() if source.local_dir else None
+    return replace(source, local_dir=local_dir, token=checked_token(source.token))
 
 
 def _parse(reference: str | Reference, revision: str | None) -> Reference:
@@ -183,50 +151,32 @@ def fetch_base(
     repo_id: str,
     *,
     revision: str | None = None,
-    cache_dir: Path | None = None,
-    token: str | None = None,
-    force: bool = False,
-    dry_run: bool = False,
     config_alone: bool = False,
     recheck: bool = False,
-    endpoint: str | None = None,
-    progress: Progress = SILENT,
+    **options: Unpack[HubOptions],
 ) -> FetchedBase:
     """Brings a base model to this machine: config, tokenizer, chat template and safetensors of the top level.
 
-    Never code, pickle or GGUF files. Arguments as for `fetch_adapters`, and there is no ceiling but the free disk; with
-    `config_alone` its config.json and no more. What is transferred is verified; what is cached, and may take minutes
-    to hash, with `recheck`.
+    Never code, pickle or GGUF files. There is no ceiling but the free disk; with `config_alone` its config.json and no
+    more. What is transferred is verified; what is cached, and may take minutes to hash, with `recheck`.
 
     Raises:
         InputError: no such repository or revision, no safetensors in it, or it is an adapter itself.
         AccessDenied, HubUnreachable, IntegrityError, OutOfResources: the Hub or the disk does not give the files.
     """
-    source = Source(
-        kind=BASE_CONFIG_ALONE if config_alone else BASE,
-        repo_id=repo_id,
-        revision=revision,
-        folder="",
-        text=repo_id,
-        cache_dir=cache_dir,
-        local_dir=None,
-        token=checked_token(token),
-        force=force,
-        dry_run=dry_run,
-        max_bytes=None,
-        recheck=recheck,
-        endpoint=endpoint,
-        progress=progress,
-    )
-    [copy] = fetch([source])
+    kind = BASE_CONFIG_ALONE if config_alone else BASE
+    [copy] = fetch([_at_the_hub(Source(kind, repo_id, revision, text=repo_id, recheck=recheck, **options))])
     return FetchedBase(repo_id, copy.path, copy.commit, copy.files)
 
 
 def fetch_base_of(
-    adapters: Sequence[Fetched], *, claims: Mapping[str, BaseClaim] | None = None, **options: Any
+    adapters: Sequence[Fetched],
+    *,
+    claims: Mapping[str, BaseClaim] | None = None,
+    recheck: bool = False,
+    **options: Unpack[HubOptions],
 ) -> FetchedBase:
-    """Brings the base model that all of these fetched adapters, and further claims, name; `options` as for
-    `fetch_base`.
+    """Brings the base model that all of these fetched adapters, and further claims, name, as `fetch_base`.
 
     Raises:
         IncompatibleAdapters: they name different base models or revisions of one, none, or a path on somebody's disk.
@@ -235,34 +185,29 @@ def fetch_base_of(
     """
     named = {adapter.reference.text: _base_claim(adapter) for adapter in adapters}
     agreed = agreed_base({**(claims or {}), **named}, way_out="leave --with-base out, or fetch the adapters one by one")
-    return fetch_base(str(agreed.base_model), revision=agreed.revision, **options)
+    return fetch_base(str(agreed.base_model), revision=agreed.revision, recheck=recheck, **options)
 
 
 def _base_claim(adapter: Fetched) -> BaseClaim:
     """What a fetched adapter's config names."""
     path = adapter.path / CONFIG_FILE
-    try:
-        with path.open("rb") as file:
-            config = parse_json(file.read(MAX_SMALL_BYTES))
-    except FileNotFoundError:
+    if not path.exists():
         hint = "fetch the adapter first, then the base"
-        raise UsageError("the base is not known before the config is here", where=str(path), hint=hint) from None
-    except StrictJsonError as error:
-        raise MalformedAdapter(str(error), where=str(path)) from None
-    fields = config if isinstance(config, dict) else {}
+        raise UsageError("the base is not known before the config is here", where=str(path), hint=hint)
+    fields = read_object(path, MAX_SMALL_BYTES)
     named = fields.get("base_model_name_or_path"), fields.get("revision")
     if not all(value is None or (isinstance(value, str) and value.isprintable()) for value in named):
         raise MalformedAdapter("the base model's name is no printable text", where=str(path))
     return BaseClaim(named[0] or None, named[1] or None)
 
 
-def _take_local(reference: Reference, local_dir: Path | None, progress: Progress, *, from_pickle: bool) -> Fetched:
-    """A local directory, once it is seen to hold what an adapter needs."""
+def _take_local(reference: Reference, hub: Source, *, from_pickle: bool) -> Fetched:
+    """A local directory, once it is seen to hold what an adapter needs; `hub` is what was asked for others."""
     assert reference.path is not None
-    if local_dir is not None:
+    if hub.local_dir is not None:
         raise UsageError("a local directory is used where it is", where=reference.text, hint="leave --local-dir out")
     if reference.shadows_hub:
-        progress.note(f"{reference.text} is a directory here; for the Hub's, write {URI_PREFIX}{reference.text}")
+        hub.progress.note(f"{reference.text} is a directory here; for the Hub's, write {URI_PREFIX}{reference.text}")
     present = [name for name in (*ADAPTER_FILES, PICKLE_FILE) if (reference.path / name).is_file()]
     if from_pickle:
         check_pickle(present, reference.text)

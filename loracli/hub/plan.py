@@ -30,9 +30,9 @@ from loracli.system.files import CONFIG_FILE, MLX_TENSOR_FILE, PICKLE_FILE, READ
 ADAPTER_FILES = (README_FILE, CONFIG_FILE, *TENSOR_FILES)
 
 BASE_CONFIG = "config.json"
-BASE_WEIGHTS = "model.safetensors"
-BASE_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-BASE_FILES = (
+_BASE_WEIGHTS = "model.safetensors"
+_BASE_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_BASE_FILES = (
     BASE_CONFIG,
     "generation_config.json",
     "chat_template.jinja",
@@ -41,8 +41,8 @@ BASE_FILES = (
     "merges.txt",
     "special_tokens_map.json",
     "tokenizer_config.json",
-    *BASE_TOKENIZERS,
-    f"{BASE_WEIGHTS}.index.json",
+    *_BASE_TOKENIZERS,
+    f"{_BASE_WEIGHTS}.index.json",
 )
 _SHARD = re.compile(r"(?!consolidated)[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")  # consolidated*: the weights once more
 _NUMBERED_SHARD = re.compile(r".+-\d+-of-(\d+)\.safetensors")
@@ -122,14 +122,14 @@ def _pick_base_files(source: Source, listing: Listing) -> list[str]:
     if CONFIG_FILE in names:
         raise source.rejected("this is an adapter, not a base model", hint="name the model that it was trained on")
     # As transformers chooses: one file if there is one, else the shards.
-    weights = [BASE_WEIGHTS] if BASE_WEIGHTS in names else sorted(name for name in names if _SHARD.fullmatch(name))
+    weights = [_BASE_WEIGHTS] if _BASE_WEIGHTS in names else sorted(name for name in names if _SHARD.fullmatch(name))
     if BASE_CONFIG not in names:
         raise source.rejected(f"no {BASE_CONFIG} in it", hint="a base model is a transformers model repository")
     if not weights:
         found = next((name for name in names if _PICKLE.fullmatch(name)), None)
         what = f"its weights are pickle files ({found})" if found else "no weights in it"
         raise source.rejected(f"{what}; only safetensors are read", hint="look for a converted copy or a pull request")
-    return [name for name in BASE_FILES if name in names] + weights
+    return [name for name in _BASE_FILES if name in names] + weights
 
 
 def _pick_base_config(source: Source, listing: Listing) -> list[str]:
@@ -140,10 +140,10 @@ def _pick_base_config(source: Source, listing: Listing) -> list[str]:
 
 def _is_whole_base(names: set[str]) -> bool:
     """Config, a tokenizer, and the one weights file or every numbered shard."""
-    if BASE_CONFIG not in names or names.isdisjoint(BASE_TOKENIZERS):
+    if BASE_CONFIG not in names or names.isdisjoint(_BASE_TOKENIZERS):
         return False
     shards = [match for name in names if (match := _NUMBERED_SHARD.fullmatch(name)) and _SHARD.fullmatch(name)]
-    return BASE_WEIGHTS in names or (bool(shards) and all(int(shard[1]) == len(shards) for shard in shards))
+    return _BASE_WEIGHTS in names or (bool(shards) and all(int(shard[1]) == len(shards) for shard in shards))
 
 
 def _is_whole_pickle(names: set[str]) -> bool:

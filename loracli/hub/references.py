@@ -1,4 +1,4 @@
-"""What an adapter and a base model are called, before anything is looked up.
+"""What an adapter and a base model are called, before anything is looked up, and where it would be.
 
 How an adapter is named: `org/name`, `org/name@rev`, `hf://org/name@rev/sub/folder`, or a local directory.
 
@@ -23,7 +23,9 @@ from loracli.errors import AdapterNotFound, IncompatibleAdapters, UsageError
 from loracli.system.files import CONFIG_FILE
 
 URI_PREFIX = "hf://"
-FORMS = f"write org/name, org/name@revision, hf://org/name@revision/sub/folder, or a directory that holds {CONFIG_FILE}"
+_FORMS = (
+    f"write org/name, org/name@revision, hf://org/name@revision/sub/folder, or a directory that holds {CONFIG_FILE}"
+)
 
 _NAME = r"\w(?:[\w.-]{0,94}\w)?"
 _RULES = r"(?!.*(?:--|\.\.))(?!.*\.git$)"
@@ -73,7 +75,7 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
     if revision is not None and not is_revision(revision):
         raise UsageError(f"'{revision}' cannot be a branch, tag or commit")
     if not text.strip():
-        raise AdapterNotFound("an adapter reference is empty", hint=FORMS)
+        raise AdapterNotFound("an adapter reference is empty", hint=_FORMS)
     if text.startswith(URI_PREFIX):
         return _parse_uri(text, revision)
     if text.startswith((".", "/", "~")) or _holds_adapter(text):
@@ -82,7 +84,7 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
     if text.endswith(".jsonl") or not REPO_ID.fullmatch(repo_id) or os.path.isfile(text):
         _refuse(text)
     if at and not is_revision(own_revision):
-        raise AdapterNotFound(f"'{own_revision}' cannot be a branch, tag or commit", where=text, hint=FORMS)
+        raise AdapterNotFound(f"'{own_revision}' cannot be a branch, tag or commit", where=text, hint=_FORMS)
     return Reference(text, repo_id=repo_id, revision=own_revision or revision)
 
 
@@ -103,7 +105,7 @@ def _parse_uri(text: str, revision: str | None) -> Reference:
     body = text.removeprefix(URI_PREFIX).removeprefix("models/").rstrip("/")
     org, _, rest = body.partition("/")
     if org in _OTHER_KINDS:
-        raise AdapterNotFound(f"an adapter is a model repository, not one of {org}", where=text, hint=FORMS)
+        raise AdapterNotFound(f"an adapter is a model repository, not one of {org}", where=text, hint=_FORMS)
     head, _, tail = rest.partition("/")
     name, at, own_revision = head.partition("@")
     if at and (special := _SPECIAL_REF.match(rest.partition("@")[2])):  # the one kind of revision that holds slashes
@@ -111,9 +113,9 @@ def _parse_uri(text: str, revision: str | None) -> Reference:
         tail = rest.partition("@")[2][special.end() + 1 :]
     own_revision = unquote(own_revision)
     if not REPO_ID.fullmatch(f"{org}/{name}") or (at and not is_revision(own_revision)):
-        raise AdapterNotFound("not a reference to a Hub repository", where=text, hint=FORMS)
+        raise AdapterNotFound("not a reference to a Hub repository", where=text, hint=_FORMS)
     if tail and not is_folder(tail):
-        raise AdapterNotFound(f"'{tail}' cannot be a folder of a repository", where=text, hint=FORMS)
+        raise AdapterNotFound(f"'{tail}' cannot be a folder of a repository", where=text, hint=_FORMS)
     return Reference(text, repo_id=f"{org}/{name}", revision=own_revision or revision, subfolder=tail or None)
 
 
@@ -121,15 +123,15 @@ def _refuse(text: str) -> NoReturn:
     """Says why `text` is no reference, as precisely as the disk allows."""
     path = os.path.expanduser(text)
     if text.endswith(".jsonl"):
-        hint = f"a command that takes data takes them with --data; for an adapter {FORMS}"
+        hint = f"a command that takes data takes them with --data; for an adapter {_FORMS}"
         raise AdapterNotFound("a data file is no adapter", where=text, hint=hint)
     if os.path.isdir(path):
         raise AdapterNotFound(f"the directory holds no {CONFIG_FILE}", where=text, hint=_hint_inside(path))
     if os.path.isfile(path):
         raise AdapterNotFound("a file is no adapter", where=text, hint=f"name the directory that holds {CONFIG_FILE}")
     if text.startswith((".", "/", "~")):
-        raise AdapterNotFound("no such directory", where=text, hint=FORMS)
-    raise AdapterNotFound("neither a local directory nor a Hub repository's name", where=text, hint=FORMS)
+        raise AdapterNotFound("no such directory", where=text, hint=_FORMS)
+    raise AdapterNotFound("neither a local directory nor a Hub repository's name", where=text, hint=_FORMS)
 
 
 def _hint_inside(path: str) -> str:
@@ -138,7 +140,7 @@ def _hint_inside(path: str) -> str:
         inside = sorted(name for name in os.listdir(path) if _holds_adapter(os.path.join(path, name)))
     except OSError:
         inside = []
-    return f"it has adapters inside: {', '.join(inside[:5])}" if inside else FORMS
+    return f"it has adapters inside: {', '.join(inside[:5])}" if inside else _FORMS
 
 
 def _holds_adapter(text: str) -> bool:
@@ -217,3 +219,25 @@ def not_on_the_hub(claim: BaseClaim) -> str | None:
     if claim.revision is not None and not is_revision(claim.revision):
         return f"the revision {claim.revision} of the base model, which cannot be a branch, tag or commit"
     return None
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is asked and what is kept.
+
+    Args:
+        endpoint: the address of the Hub or of a mirror.
+        cache: the directory of downloads, which other tools share.
+        offline: whether nothing is asked at all.
+    """
+
+    endpoint: str
+    cache: Path
+    offline: bool
+
+
+def surroundings() -> Surroundings:
+    """As huggingface_hub reads them. It is imported here and not above: completion asks at a keystroke."""
+    from huggingface_hub import constants
+
+    return Surroundings(constants.ENDPOINT, Path(constants.HF_HUB_CACHE), bool(constants.HF_HUB_OFFLINE))

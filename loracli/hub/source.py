@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -95,6 +95,39 @@ class Copy(NamedTuple):
     files: tuple[FetchedFile, ...]
 
 
+class HubOptions(TypedDict, total=False):
+    """How the Hub is asked, and what becomes of the files.
+
+    Keys:
+        cache_dir: Hub cache to use instead of huggingface_hub's own.
+        token: Hub token; by default the one of HF_TOKEN or of `hf auth login`.
+        force: transfer what is there already, and replace files in a local directory.
+        dry_run: transfer nothing, only tell what would be; nothing is verified.
+        endpoint: address of the Hub; by default HF_ENDPOINT.
+        progress: told the bytes of each file, and what is worth knowing; from several threads.
+    """
+
+    cache_dir: Path | None
+    token: str | None
+    force: bool
+    dry_run: bool
+    endpoint: str | None
+    progress: Progress
+
+
+class FetchOptions(HubOptions, total=False):
+    """The same for adapters.
+
+    Keys:
+        local_dir: put the files of one adapter there instead of into a cache, under the repository's folder structure.
+        max_bytes: refuse an adapter with more in all its files, by default 8 GiB. A config may have 1 MiB; a larger
+            README is left out.
+    """
+
+    local_dir: Path | None
+    max_bytes: int
+
+
 @dataclass(frozen=True)
 class Source:
     """One folder of one repository, and how to get at it.
@@ -102,23 +135,23 @@ class Source:
     Attributes:
         max_bytes: the most that all of its files may have together; None for no ceiling.
         recheck: whether what is cached is hashed again; what is transferred always is.
-        The others are as for `fetch_adapters`.
+        The others are those of `HubOptions` and `FetchOptions`.
     """
 
     kind: Kind
-    repo_id: str
-    revision: str | None
-    folder: str
-    text: str
-    cache_dir: Path | None
-    local_dir: Path | None
-    token: str | None
-    force: bool
-    dry_run: bool
-    max_bytes: int | None
-    recheck: bool
-    endpoint: str | None
-    progress: Progress
+    repo_id: str = ""
+    revision: str | None = None
+    folder: str = ""
+    text: str = ""
+    cache_dir: Path | None = None
+    local_dir: Path | None = None
+    token: str | None = None
+    force: bool = False
+    dry_run: bool = False
+    max_bytes: int | None = None
+    recheck: bool = False
+    endpoint: str | None = None
+    progress: Progress = SILENT
 
     @property
     def name(self) -> str:

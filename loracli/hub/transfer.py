@@ -26,8 +26,8 @@ from loracli.hub.source import COMMIT, Copy, FetchedFile, Listed, Listing, Sourc
 from loracli.progress import Progress
 from loracli.system.files import CONFIG_FILE, remove_temporaries, write_atomically
 
-WORKERS = 4
-SECONDS_TO_STOP = 2.0  # for transfers to notice that they shall, and to remove what they have written
+_WORKERS = 4
+_SECONDS_TO_STOP = 2.0  # for transfers to notice that they shall, and to remove what they have written
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -52,7 +52,7 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T], stopped: threading.
                     outcomes.put((number, error))
 
     # Daemons: a pool's threads would keep the process alive for as long as a server that has stopped sending likes.
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(min(len(items), WORKERS))]
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(min(len(items), _WORKERS))]
     results: dict[int, R] = {}
     try:
         for thread in threads:
@@ -64,7 +64,7 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T], stopped: threading.
             results[number] = outcome
     except BaseException:
         _stop(stopped)
-        until = time.monotonic() + SECONDS_TO_STOP
+        until = time.monotonic() + _SECONDS_TO_STOP
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
         raise

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.errors import BaseModelMismatch
-from loracli.model.checkpoint import FLOATS, Checkpoint, loaded_names, tied_parameters
+from loracli.model.checkpoint import Checkpoint, loaded_names, tied_parameters
+from loracli.system.tensor_file import FLOATS
 
 
 def check_base_copies(adapters: Sequence[LoraAdapter], weight_of: Callable[[str], Tensor]) -> None:

@@ -15,7 +15,6 @@ instead of guessed at, without reading a weight.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -29,21 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from loracli.errors import BaseModelMismatch, MalformedAdapter
-from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import MAX_TENSORS, open_regular, read_header
+from loracli.system.files import open_regular
+from loracli.system.strict_json import read_object
+from loracli.system.tensor_file import FLOATS, ITEM_BYTES, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SIZES = {
-    **{name: dtype.itemsize for name, dtype in FLOATS.items()},
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
-    **dict.fromkeys(("I16", "U16"), 2),
-    **dict.fromkeys(("I32", "U32"), 4),
-    **dict.fromkeys(("I64", "U64"), 8),
-}
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
@@ -199,19 +191,13 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    with _open(path) as file:
-        data = file.read(MAX_INDEX_BYTES + 1)
-    try:
-        fields = parse_json(data) if len(data) <= MAX_INDEX_BYTES else None
-    except StrictJsonError as error:
-        raise BaseModelMismatch(f"the index is {error}", where=str(path)) from None
-    names = fields.get("weight_map") if isinstance(fields, dict) else None
-    if (
-        not isinstance(fields, dict)
-        or not isinstance(names, dict)
-        or not names
-        or not all(isinstance(file, str) for file in names.values())
-    ):
+    fields = read_object(
+        path,
+        MAX_INDEX_BYTES,
+        lambda reason: BaseModelMismatch(f"the index cannot be read: {reason}", where=str(path)),
+    )
+    names = fields.get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise BaseModelMismatch("the index has no map of tensors to files", where=str(path))
     return fields
 
@@ -220,9 +206,6 @@ def _read_shard(path: Path) -> Shard:
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         header, raw = read_header(file, size, str(path))
-    header.pop("__metadata__", None)
-    if len(header) > MAX_TENSORS:
-        raise BaseModelMismatch(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=str(path))
     tensors = sorted(
         (_tensor(name, entry, path, len(raw)) for name, entry in header.items()), key=lambda t: (t.begin, t.end)
     )
@@ -242,24 +225,11 @@ def _tensor(name: str, entry: Any, path: Path, start: int) -> StoredTensor:
         whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         raise BaseModelMismatch(f"the tensor {name!r} lacks dtype, shape or offsets", where=str(path)) from None
-    if not isinstance(dtype, str) or dtype not in _SIZES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise BaseModelMismatch(f"the tensor {name!r} has the dtype {dtype!r}, which is not known", where=str(path))
-    if not whole or end - begin != math.prod(shape) * _SIZES[dtype]:
+    if not whole or end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise BaseModelMismatch(f"the tensor {name!r} has a shape that contradicts its offsets", where=str(path))
     return StoredTensor(name, path.name, dtype, tuple(shape), start + begin, start + end)
-
-
-def header_bytes(tensors: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
-    """The beginning of a safetensors file with these tensors in this order: name, dtype and shape of each."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, dtype, shape in tensors:
-        end = offset + math.prod(shape) * _SIZES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 @dataclass(frozen=True)

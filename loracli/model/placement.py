@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from loracli.errors import OutOfResources, UsageError
-from loracli.system.launch import read_launch
-from loracli.system.machine import says_memory_ran_out
+from loracli.system.machine import read_launch, says_memory_ran_out
 
 
 @contextmanager

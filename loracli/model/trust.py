@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loracli.errors import BaseModelMismatch, InputError, MalformedAdapter
+from loracli.errors import BaseModelMismatch, InputError
 from loracli.system.files import CONFIG_FILE
-from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import open_regular
+from loracli.system.strict_json import read_object
 
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer_config.json", "generation_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
@@ -214,14 +213,8 @@ def _entries(document: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        with open_regular(path) as file:
-            data: bytes = file.read(MAX_BYTES + 1)
-        fields = parse_json(data) if len(data) <= MAX_BYTES else None
-    except MalformedAdapter as error:
-        raise BaseModelMismatch(f"the base model's {path.name} cannot be read: {error.what}", where=str(path)) from None
-    except StrictJsonError as error:
-        raise BaseModelMismatch(f"the base model's {path.name} is {error}", where=str(path)) from None
-    if not isinstance(fields, dict):
-        raise BaseModelMismatch(f"the base model's {path.name} is no JSON object of at most 16 MiB", where=str(path))
-    return fields
+    return read_object(
+        path,
+        MAX_BYTES,
+        lambda reason: BaseModelMismatch(f"the base model's {path.name} cannot be read: {reason}", where=str(path)),
+    )

@@ -20,11 +20,11 @@ from loracli.errors import InputError, IntegrityError
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.hub.references import is_hub_id
 from loracli.hub.source import Listed
-from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, README_FILE
-from loracli.system.strict_json import parse_json
-from loracli.system.tensor_file import open_regular
+from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, README_FILE, open_regular
+from loracli.system.strict_json import read_object
+from loracli.verifying.verify import MAX_RECORD_BYTES
 
-TEXT_FILES = (README_FILE, CONFIG_FILE, CERTIFICATE_FILE)
+_TEXT_FILES = (README_FILE, CONFIG_FILE, CERTIFICATE_FILE)
 _BLOCK = 1 << 20
 _ABSOLUTE = re.compile(r"/|~[/\\]|[A-Za-z]:[/\\]|\\\\")
 
@@ -103,7 +103,7 @@ def read_contents(directory: Path, *, secrets: tuple[str, ...] = (), edited_card
     base_id = str(record.get("recipe", record)["base"]["id"])
     if not is_hub_id(base_id):
         raise no_hub_base(base_id, directory)
-    for name in TEXT_FILES:
+    for name in _TEXT_FILES:
         _check_text(directory / name, secrets)
     _check_values(directory / CONFIG_FILE, _read_json(directory / CONFIG_FILE))
     _check_values(directory / CERTIFICATE_FILE, record)
@@ -132,7 +132,7 @@ def no_hub_base(base_id: str, directory: Path) -> InputError:
 
 def _names(directory: Path, recorded: Iterable[str]) -> tuple[str, ...]:
     """The files of the export, sorted: those that every export has, and those that the record has hashes of."""
-    names = tuple(sorted({*TEXT_FILES, *recorded}))
+    names = tuple(sorted({*_TEXT_FILES, *recorded}))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise InputError(f"{directory} lacks {', '.join(missing)}", hint="export it again")
@@ -148,8 +148,7 @@ def _names(directory: Path, recorded: Iterable[str]) -> tuple[str, ...]:
 
 def _read_json(path: Path) -> Any:
     """A document that the verification has read already."""
-    with open_regular(path) as file:
-        return parse_json(file.read())
+    return read_object(path, MAX_RECORD_BYTES)
 
 
 def _check_text(path: Path, secrets: tuple[str, ...]) -> None:

@@ -36,7 +36,7 @@ from loracli.progress import Progress
 from loracli.pushing.contents import LocalFile
 from loracli.system.machine import says_memory_ran_out
 
-AGAIN = "run the same command again: a commit appears whole or not at all, and what is there is not sent twice"
+_AGAIN = "run the same command again: a commit appears whole or not at all, and what is there is not sent twice"
 
 
 @contextmanager
@@ -123,12 +123,12 @@ def _ours_by_status(status: int, repo_id: str, creating: bool) -> LoracatError:
         return HubUnreachable("the Hub limits the number of requests (429)", where=repo_id, hint=hint)
     if 400 <= status < 500:
         return InputError(f"the Hub refuses it ({status})", where=repo_id, hint="is --revision the name of a branch?")
-    return HubUnreachable(f"the Hub fails ({status})", where=repo_id, hint=AGAIN)
+    return HubUnreachable(f"the Hub fails ({status})", where=repo_id, hint=_AGAIN)
 
 
 def _unreachable(error: BaseException | None, repo_id: str) -> HubUnreachable:
     what = f"the Hub does not answer, or breaks off ({type(error).__name__})"
-    return HubUnreachable(what, where=repo_id, hint=AGAIN)
+    return HubUnreachable(what, where=repo_id, hint=_AGAIN)
 
 
 class Head(NamedTuple):

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 
@@ -21,13 +21,13 @@ from loracli.errors import AdapterNotFound, IntegrityError, RecipeError, UsageEr
 from loracli.hub.fetch import MAX_ADAPTER_BYTES, Fetched, FetchedBase, fetch_adapter, fetch_adapters, fetch_base_of
 from loracli.hub.plan import BASE_CONFIG
 from loracli.hub.references import BaseClaim, Reference, is_folder, is_repo_id, is_revision, parse_reference
+from loracli.hub.source import HubOptions
 from loracli.progress import SILENT, Progress
-from loracli.recipe.reading import adapter_problems, base_problems, decode_recipe, read_document
-from loracli.recipe.recipe import Recipe, RecipeAdapter, RecordedAdapters
-from loracli.system.document import decode
-from loracli.system.files import CONFIG_FILE
-from loracli.system.tensor_file import file_sha256
-from loracli.system.threads import in_order
+from loracli.recipe.recipe import Recipe, adapter_problems, base_problems, decode_recipe, read_document
+from loracli.recipe.record import RecipeAdapter, RecordedAdapters
+from loracli.system.document import decode, dtype_name
+from loracli.system.files import CONFIG_FILE, file_sha256
+from loracli.system.machine import in_order
 
 
 def identity_of(adapter: LoraAdapter, reference: str) -> RecipeAdapter:
@@ -41,13 +41,13 @@ def identity_of(adapter: LoraAdapter, reference: str) -> RecipeAdapter:
         rank=max(adapter.ranks),
         lora_alpha=adapter.config.lora_alpha,
         use_rslora=adapter.config.use_rslora,
-        dtype=str(adapter.dtype).removeprefix("torch."),
+        dtype=dtype_name(adapter.dtype),
         base_model=adapter.config.base_model,
         renamed=recorded_places(adapter.places) or None,
     )
 
 
-RECORD_SUFFIX = ".json"
+_RECORD_SUFFIX = ".json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Recorded:
 
 def is_record(name: str) -> bool:
     """Whether a name is that of a recipe or a record, and not of an adapter."""
-    return name.endswith(RECORD_SUFFIX) and "://" not in name
+    return name.endswith(_RECORD_SUFFIX) and "://" not in name
 
 
 def read_record(path: Path) -> Recorded:
@@ -102,7 +102,7 @@ def _read_method(document: dict[str, object], path: Path) -> Recorded:
     return Recorded(adapters, BaseClaim(base.get("id"), base.get("commit")), None, path.parent)
 
 
-def recorded_reference(recorded: RecipeAdapter, folder: Path) -> Reference:
+def _recorded_reference(recorded: RecipeAdapter, folder: Path) -> Reference:
     """Where an adapter is to be found; `folder` is where local references are relative to.
 
     Raises:
@@ -125,7 +125,7 @@ def recorded_reference(recorded: RecipeAdapter, folder: Path) -> Reference:
     return Reference(recorded.reference, path=path)
 
 
-def check_hashes(recorded: RecipeAdapter, sha256: Mapping[str, str], path: Path) -> None:
+def _check_hashes(recorded: RecipeAdapter, sha256: Mapping[str, str], path: Path) -> None:
     """Raises IntegrityError unless the files have the recorded hashes.
 
     Args:
@@ -188,14 +188,14 @@ def read_recorded(
             + ", ".join(a.reference for a in recorded),
         )
     found = [
-        fetch_adapter(relocated[number] if relocated else recorded_reference(wanted, folder), progress=progress)
+        fetch_adapter(relocated[number] if relocated else _recorded_reference(wanted, folder), progress=progress)
         for number, wanted in enumerate(recorded)
     ]
     result = tuple(in_order(open_adapter, found, workers=torch.get_num_threads()))
     if relocated:
         _check_order(recorded, result, relocated)
     for wanted, adapter in zip(recorded, result, strict=True):
-        check_hashes(wanted, adapter.sha256, adapter.path)
+        _check_hashes(wanted, adapter.sha256, adapter.path)
         for warning in adapter.warnings:
             progress.warn(warning)
     return result
@@ -233,8 +233,7 @@ def fetch_all(
     with_base: bool = False,
     local_dir: Path | None = None,
     max_bytes: int = MAX_ADAPTER_BYTES,
-    dry_run: bool = False,
-    **options: Any,
+    **options: Unpack[HubOptions],
 ) -> FetchedAll:
     """Fetches adapters, and what recipes name: adapters at their commits, with the sha256 that are recorded.
 
@@ -244,8 +243,7 @@ def fetch_all(
         with_base: the base model too, which all have to agree on.
         local_dir: for the files of one adapter.
         max_bytes: of an adapter.
-        dry_run: transfer and verify nothing.
-        options: as of `fetch_adapters` and `fetch_base`.
+        options: how the Hub is asked and where the files go.
     Raises:
         RecipeError: if a recipe cannot be read.
         IntegrityError: if a file is not the one that a recipe records, or the one that the Hub lists.
@@ -253,27 +251,28 @@ def fetch_all(
         UsageError: if a local directory is given for more than one adapter, or a revision for a recipe.
         LoracatError: as `fetch_adapters`.
     """
+    dry_run = options.get("dry_run", False)
     records = {name: read_record(Path(name)) for name in names if is_record(name)}
     if records and revision is not None:
         raise UsageError("a recipe has its own commits", where=next(iter(records)), hint="leave --revision out")
     wanted: list[tuple[RecipeAdapter | None, Reference]] = []
     for name in names:
         if name in records:
-            wanted += [(one, recorded_reference(one, records[name].folder)) for one in records[name].adapters]
+            wanted += [(one, _recorded_reference(one, records[name].folder)) for one in records[name].adapters]
         else:
             wanted.append((None, parse_reference(name, revision=revision)))
     if local_dir is not None and with_base:
         raise UsageError("a local directory takes the files of one adapter", hint="fetch the base without it")
     references = [reference for _, reference in wanted]
-    adapters = fetch_adapters(references, local_dir=local_dir, max_bytes=max_bytes, dry_run=dry_run, **options)
+    adapters = fetch_adapters(references, local_dir=local_dir, max_bytes=max_bytes, **options)
     for (recorded, _), fetched in zip(wanted, adapters, strict=True):
         if recorded is not None and not dry_run:
-            check_hashes(recorded, {f.name: file_sha256(fetched.path / f.name) for f in fetched.files}, fetched.path)
+            _check_hashes(recorded, {f.name: file_sha256(fetched.path / f.name) for f in fetched.files}, fetched.path)
     if not with_base:
         return FetchedAll(adapters, None)
     named = [fetched for (recorded, _), fetched in zip(wanted, adapters, strict=True) if recorded is None]
     claims = {name: record.base for name, record in records.items()}
-    base = fetch_base_of(named, claims=claims, recheck=True, dry_run=dry_run, **options)
+    base = fetch_base_of(named, claims=claims, recheck=True, **options)
     for name, record in records.items():
         if not dry_run:
             _check_base(name, record, base)

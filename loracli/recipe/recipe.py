@@ -4,215 +4,52 @@ A recipe is JSON for people to read, diff and commit. It holds what changes the 
 host, user, time, device or absolute path. Adapters are identified by the sha256 of their files; local directories are
 kept relative to the recipe's own folder. A mixing too large to read is kept as tensors in a file beside it, by its
 sha256, and so is what the records show of the activations.
+
+Read back, every field of it is checked, and what contradicts itself is refused, all problems at once.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, takewhile
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from loracli.adapters.base_module import BaseModule, RecipePlace
+from loracli.adapters.base_module import MAX_EXPERTS, BaseModule
 from loracli.adapters.names import leaf
-from loracli.adapters.other_bases import OtherBase, other_bases
-from loracli.errors import OutputExists, UsageError
-from loracli.hub.references import REPO_ID, BaseClaim, is_hub_id, is_repo_id
-from loracli.recipe.mixing import (
+from loracli.errors import OutputExists, RecipeError, UsageError
+from loracli.hub.references import URI_PREFIX, is_folder, is_hub_id
+from loracli.recipe.record import (
     INLINE_KINDS,
     MAX_MODULES,
+    FitRecord,
+    HeldOut,
     RecipeActivations,
+    RecipeAdapter,
+    RecipeBase,
+    RecipeData,
     RecipeMixing,
-    Sha256,
+    RecordedAdapters,
+    Version,
+    Word,
     activations_path,
     group_name,
     tensors_path,
 )
-from loracli.recipe.record import FitRecord
-from loracli.system.document import AtMost, Matches, added, encode, schema_of
-from loracli.system.files import TENSOR_FILES, replaced_file, write_file
+from loracli.system.document import MAX_PROBLEMS, AtMost, added, decode, encode, schema_of
+from loracli.system.files import CONFIG_FILE, TENSOR_FILES, read_regular, replaced_file, write_file
+from loracli.system.strict_json import StrictJsonError, parse_json
 
-FIRST_SCHEMA = 2  # that is still read
+_FIRST_SCHEMA = 2  # that is still read
 SCHEMA = 4
-FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million records agree by chance once in 500
 
-MAX_ADAPTERS = 1000
-MAX_FILES = 10_000  # of calibration data
-MAX_TASKS = 100_000
-
-Commit = Annotated[str, Matches(re.compile(r"[0-9a-f]{40}"), "a commit, 40 hexadecimal digits")]
-RepoId = Annotated[str, Matches(REPO_ID, "a repository on the Hub, org/name")]
-AdapterReference = Annotated[str, Matches(re.compile(r"[^\0]{1,4096}"), "a name of 1 to 4096 characters")]
-Version = Annotated[str, Matches(re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,99}"), "a version")]
-Word = Annotated[str, Matches(re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]{0,99}"), "a name of letters, digits, ., _ and -")]
+_MAX_FILES = 10_000  # of calibration data
 
 
 OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
-
-
-@dataclass(frozen=True)
-class RecipeBase:
-    """The base model: `id` is the name an export carries; `commit` is None for a local directory."""
-
-    id: Annotated[str, Matches(re.compile(r"[^\0]{1,255}"), "a name of 1 to 255 characters")]
-    commit: Commit | None
-    config_sha256: Sha256
-
-    @property
-    def claim(self) -> BaseClaim | None:
-        """What to fetch where the user names no base; None for a local directory, which only the user knows."""
-        return None if self.commit is None else BaseClaim(self.id, self.commit)
-
-
-@dataclass(frozen=True)
-class RecipeAdapter:
-    """One ingredient.
-
-    Args:
-        reference: as asked for, or the directory relative to the recipe's folder.
-        repo_id: of a Hub adapter, None for a local directory.
-        subfolder: within the repository, or None.
-        commit: the pinned commit, None for a local directory.
-        sha256: of each file, by name.
-        rank: the largest rank of a module.
-        lora_alpha: from its config.
-        use_rslora: from its config.
-        dtype: of its factors.
-        base_model: the base model it names, or None.
-        renamed: what the base calls otherwise than the adapter, by the adapter's name; None for nothing.
-    """
-
-    reference: AdapterReference
-    repo_id: RepoId | None
-    subfolder: str | None
-    commit: Commit | None
-    sha256: Annotated[dict[Word, Sha256], AtMost(10)]
-    rank: int
-    lora_alpha: float
-    use_rslora: bool
-    dtype: Word
-    base_model: str | None
-    renamed: dict[str, RecipePlace] | None = added(4, None)
-
-    @property
-    def weights_sha256(self) -> str:
-        """Of the file that holds the factors."""
-        return next(self.sha256[name] for name in TENSOR_FILES if name in self.sha256)
-
-
-RecordedAdapters = Annotated[tuple[RecipeAdapter, ...], AtMost(MAX_ADAPTERS)]
-
-
-def is_named(base_id: str, adapters: Sequence[RecipeAdapter]) -> bool:
-    """Whether a base goes by a name that it can be loaded by, a Hub id or what an adapter names; else it is that of a
-    directory."""
-    named = any(adapter.base_model == base_id for adapter in adapters)
-    return is_repo_id(base_id) or (named and is_hub_id(base_id))
-
-
-def other_bases_of(base_id: str, adapters: Sequence[RecipeAdapter]) -> tuple[OtherBase, ...]:
-    """The adapters that name another base than the one they are composed for."""
-    claims = {adapter.reference: adapter.base_model for adapter in adapters}
-    return other_bases(base_id, claims, directory=not is_named(base_id, adapters))
-
-
-@dataclass(frozen=True)
-class RecipeData:
-    """One calibration file.
-
-    Args:
-        name: of the file, without its folder.
-        sha256: of its bytes.
-        shape: of its records, as it was read.
-        weight: how many times each of its scored tokens counts.
-        records: in the training part.
-        scored_tokens: in them, whatever the weight.
-        skipped: bad lines that were left out.
-        skipped_lines: the numbers of the first of them.
-        dropped: records of the file that have nothing scored within the longest length.
-        cut: records of the file that were cut at the longest length, the dropped ones included.
-        template_sha256: of the chat template that rendered it, None where none did.
-        unread: keys of its records that were not read.
-        record_sha256: the first 12 digits of the sha256 of each training record's content, end to end, so that a later
-            comparison can tell a record that was fitted on.
-    """
-
-    name: str
-    sha256: Sha256
-    shape: Word
-    weight: float
-    records: int
-    scored_tokens: int
-    skipped: int
-    skipped_lines: tuple[int, ...]
-    dropped: int
-    cut: int
-    template_sha256: Sha256 | None
-    record_sha256: Annotated[str, Matches(re.compile(r"[0-9a-f]*"), "hexadecimal digits")]
-    unread: tuple[str, ...] = added(4, ())
-
-    def fingerprints(self) -> set[str]:
-        """What `record_sha256` holds."""
-        return {self.record_sha256[i : i + FINGERPRINT] for i in range(0, len(self.record_sha256), FINGERPRINT)}
-
-
-@dataclass(frozen=True)
-class HeldOutRow:
-    """One line of the held-out table.
-
-    Args:
-        name: `base`, an adapter's reference, `uniform`, `sum`, or `fit`.
-        nats_per_token: total nats over total scored tokens.
-        difference: to the best ingredient in nats per token; negative is better.
-        interval: 95 % bootstrap interval of the difference over records, low and high.
-        worse_records: share of the records on which it costs more than the best ingredient.
-    """
-
-    name: str
-    nats_per_token: float
-    difference: float
-    interval: tuple[float, float]
-    worse_records: float
-
-
-@dataclass(frozen=True)
-class HeldOutTask:
-    """The held-out records of one task: `nats_per_token` by the name of the row."""
-
-    task: str
-    records: int
-    scored_tokens: int
-    nats_per_token: dict[str, float]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What held-out records say, read once at the end.
-
-    Args:
-        name: of the files they came from, each with its weight where it has one.
-        records: how many.
-        scored_tokens: in them, whatever the weights.
-        best_ingredient: the adapter with the lowest loss on them.
-        rows: the table.
-        tasks: one for each task that the records name.
-        verdict: `better`, `not better`, or `too few records`.
-    """
-
-    name: str
-    records: int
-    scored_tokens: int
-    best_ingredient: str
-    rows: tuple[HeldOutRow, ...]
-    tasks: Annotated[tuple[HeldOutTask, ...], AtMost(MAX_TASKS)]
-    verdict: Literal["better", "not better", "too few records"]
-
-    def row(self, name: str) -> HeldOutRow:
-        return next(row for row in self.rows if row.name == name)
 
 
 @dataclass(frozen=True)
@@ -221,7 +58,7 @@ class Recipe:
 
     base: RecipeBase
     adapters: RecordedAdapters
-    data: Annotated[tuple[RecipeData, ...], AtMost(MAX_FILES)]
+    data: Annotated[tuple[RecipeData, ...], AtMost(_MAX_FILES)]
     fit: FitRecord
     mixing: RecipeMixing
     modules: Annotated[tuple[BaseModule, ...], AtMost(MAX_MODULES)]
@@ -284,7 +121,7 @@ class Recipe:
 
     def to_json(self) -> str:
         """The document, the same bytes for the same recipe."""
-        document = {"loracat_recipe": schema_of(self, FIRST_SCHEMA), **encode(self)}
+        document = {"loracat_recipe": schema_of(self, _FIRST_SCHEMA), **encode(self)}
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def _moved_to(self, folder: Path) -> Recipe:
@@ -397,3 +234,161 @@ def weights_by_leaf(recipe: Recipe) -> dict[str, list[tuple[float, float, float]
 def _spread(column: tuple[float | None, ...]) -> tuple[float, float, float] | None:
     present = [weight for weight in column if weight is not None]
     return (sum(present) / len(present), min(present), max(present)) if present else None
+
+
+MAX_RECIPE_BYTES = 64 << 20
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Reads a recipe, and its tensors if its mixing has any.
+
+    Raises:
+        RecipeError: if it cannot be read, naming every problem at once.
+        IntegrityError: if the tensors beside it are not those it was written with.
+    """
+    path = Path(path)
+    result = decode_recipe(read_document(path), f"the recipe {path}", path.parent)
+    if result.mixing.kind in INLINE_KINDS:
+        return result
+    from loracli.recipe.tensors import read_sidecar
+
+    return replace(result, mixing=replace(result.mixing, tensors=read_sidecar(path, result)))
+
+
+def read_document(path: Path) -> Any:
+    """The JSON of a recipe's file.
+
+    Raises:
+        RecipeError: if it cannot be read.
+    """
+    try:
+        data = read_regular(path, MAX_RECIPE_BYTES)
+    except OSError as error:
+        raise RecipeError(
+            f"the recipe {path} cannot be read: {error.strerror}",
+            hint="`loracat fit` writes one; name it if it is elsewhere",
+        ) from None
+    try:
+        return parse_json(data)
+    except StrictJsonError as error:
+        raise RecipeError(f"the recipe {path} is {error}") from None
+
+
+def decode_recipe(fields: Any, name: str, folder: Path) -> Recipe:
+    """A recipe from its JSON, without the tensors of its mixing; `name` is what errors call it.
+
+    Raises:
+        RecipeError: naming every problem at once.
+    """
+    if not isinstance(fields, dict) or "loracat_recipe" not in fields:
+        raise RecipeError(f"{name} is no recipe of loracat")
+    fields = dict(fields)
+    schema = fields.pop("loracat_recipe")
+    if type(schema) is not int or not _FIRST_SCHEMA <= schema <= SCHEMA:
+        raise RecipeError(
+            f"{name} has the schema {repr(schema)[:60]}; this version reads {_FIRST_SCHEMA} to {SCHEMA}",
+            hint=_schema_hint(schema),
+        )
+    problems: list[str] = []
+    recipe = decode(Recipe, fields, "", problems)
+    if not problems and schema != (least := schema_of(recipe, _FIRST_SCHEMA)):
+        problems.append(f"loracat_recipe: expected {least} for these fields, got {schema}")
+    if not problems:
+        problems = list(islice(_contradictions(recipe), MAX_PROBLEMS))
+    if problems:
+        raise RecipeError(f"{name} is damaged", problems=tuple(problems))
+    result: Recipe = replace(recipe, folder=folder)
+    return result
+
+
+def _schema_hint(schema: object) -> str | None:
+    if type(schema) is not int or schema < 1:
+        return None
+    if schema > SCHEMA:
+        return "it was written by a newer loracat: upgrade"
+    return "it was written by an older loracat: fit again"
+
+
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    yield from _of_mixing(recipe)
+    yield from base_problems(recipe.base.id, recipe.base.commit)
+    for name in ("adapters", "data"):
+        if not getattr(recipe, name):
+            yield f"{name}: empty"
+    taken = set(OTHER_ROWS)
+    for index, adapter in enumerate(recipe.adapters):
+        if adapter.reference in taken:
+            yield f"adapters[{index}].reference: {adapter.reference!r} names another row of the table"
+        taken.add(adapter.reference)
+        yield from (f"adapters[{index}].{problem}" for problem in adapter_problems(adapter))
+    for index, module in enumerate(recipe.modules):
+        if not 0 <= module.experts <= MAX_EXPERTS:
+            yield f"modules[{index}].experts: expected 0 to {MAX_EXPERTS}, got {module.experts}"
+    yield from _of_table(recipe, taken)
+
+
+def base_problems(base_id: str, commit: str | None) -> Iterator[str]:
+    """What a record says of a base that no base can be."""
+    if commit is not None and not is_hub_id(base_id):
+        yield f"base.id: {base_id!r} has a commit and is no repository on the Hub"
+    if not base_id.isprintable():
+        yield f"base.id: {base_id!r} has a character that no name has"
+
+
+def adapter_problems(adapter: RecipeAdapter) -> Iterator[str]:
+    """What a record says of an adapter that no adapter can be."""
+    if CONFIG_FILE not in adapter.sha256:
+        yield f"sha256: lacks {CONFIG_FILE}"
+    if adapter.sha256.keys().isdisjoint(TENSOR_FILES):
+        yield f"sha256: lacks {' or '.join(TENSOR_FILES)}"
+    if (adapter.repo_id is None) != (adapter.commit is None):
+        yield "commit: one that has a repo_id has a commit, and no other"
+    if adapter.subfolder is not None and (adapter.repo_id is None or not is_folder(adapter.subfolder)):
+        yield f"subfolder: {adapter.subfolder!r} is no folder of a repository"
+    if adapter.repo_id is not None:
+        named = adapter.reference.removeprefix(URI_PREFIX).removeprefix("models/")
+        if not named.startswith(adapter.repo_id) or named[len(adapter.repo_id) :][:1] not in ("", "@", "/"):
+            yield f"reference: {adapter.reference!r} does not name the repository {adapter.repo_id}"
+    for name, place in (adapter.renamed or {}).items():
+        if not 0 <= place.part < place.parts:
+            yield f"renamed[{name!r}]: part {place.part} of {place.parts}"
+
+
+def _of_table(recipe: Recipe, known: set[str]) -> Iterator[str]:
+    """Of the held-out table; `known` are the names that its rows may have."""
+    table = recipe.held_out
+    if table.best_ingredient not in known - set(OTHER_ROWS):
+        yield f"held_out.best_ingredient: {table.best_ingredient!r} is none of the adapters"
+    rows: set[str] = set()
+    for index, row in enumerate(table.rows):
+        if row.name not in known or row.name in rows:
+            what = "a second row of that name" if row.name in rows else f"none of the adapters, {', '.join(OTHER_ROWS)}"
+            yield f"held_out.rows[{index}].name: {row.name!r} is {what}"
+        rows.add(row.name)
+    if "fit" not in rows:
+        yield "held_out.rows: no row 'fit'"
+    for index, task in enumerate(table.tasks):
+        if task.nats_per_token.keys() != rows:
+            yield f"held_out.tasks[{index}].nats_per_token: not the names of held_out.rows"
+
+
+def _of_mixing(recipe: Recipe) -> Iterator[str]:
+    """Of the weights, and of what is said of each by the place of its adapter."""
+    mixing, adapters, certificate = recipe.mixing, len(recipe.adapters), recipe.fit.certificate
+    for group, weights in mixing.weights.items():
+        if len(weights) != adapters:
+            yield f"mixing.weights[{group!r}]: {len(weights)} weights for {adapters} adapters"
+    if mixing.numbers < 1:
+        yield f"mixing.numbers: expected at least 1, got {mixing.numbers}"
+    if not set(mixing.bypassed) <= set(mixing.unreached):
+        yield "mixing.bypassed: not all of them are in mixing.unreached"
+    if (mixing.tensors_sha256 is None) != (mixing.kind in INLINE_KINDS):
+        expected = "null" if mixing.kind in INLINE_KINDS else "the sha256 of its tensors"
+        yield f"mixing.tensors_sha256: expected {expected} with the kind {mixing.kind!r}"
+    if certificate is not None:
+        for group, errors in certificate.standard_errors.items():
+            if len(errors) != adapters:
+                yield f"fit.certificate.standard_errors[{group!r}]: {len(errors)} for {adapters} adapters"
+        for group, places in certificate.extrapolated.items():
+            if any(not 0 <= place < adapters for place in places):
+                yield f"fit.certificate.extrapolated[{group!r}]: not places of the {adapters} adapters"

@@ -1,14 +1,102 @@
-"""How a mixing was found, and how close it stands to the optimum: the part of a recipe that tells of the fit.
+"""The parts of a recipe: what was mixed and with which weights, and how that was found.
 
-The certificate of a fit: how close the mixing weights stand to the optimum of their objective, and how well the
-records determine them.
-
-How a mixing was found: the part of a recipe that tells of the search.
+Of the mixing the kinds there are, and what is numbers and what tensors; of the fit the search, and the certificate: how
+close the mixing weights stand to the optimum of their objective, and how well the records determine them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from loracli.adapters.base_module import RecipePlace
+from loracli.adapters.names import layer, target_of
+from loracli.adapters.other_bases import OtherBase, other_bases
+from loracli.hub.references import REPO_ID, BaseClaim, is_hub_id, is_repo_id
+from loracli.system.document import AtMost, Matches, added
+from loracli.system.files import TENSOR_FILES
+
+MAX_MODULES = 200_000  # as many as tensors in a file
+_Sha256 = Annotated[str, Matches(re.compile(r"[0-9a-f]{64}"), "a sha256, 64 hexadecimal digits")]
+MixingKind = Literal["adapter", "layer", "module", "rank", "core", "factors"]
+MIXING_KINDS: tuple[MixingKind, ...] = get_args(MixingKind)
+INLINE_KINDS: tuple[MixingKind, ...] = ("adapter", "layer", "module")  # their numbers stand in the recipe itself
+# The other kinds are tensors: `<module>.<part>` for each module and each of these parts.
+TENSOR_PARTS: dict[MixingKind, tuple[str, ...]] = {
+    "rank": ("mixing",),
+    "core": ("mixing",),
+    "factors": ("lora_A", "lora_B"),
+}
+_EVERY_MODULE = "*"  # the one group of the mixing `adapter`
+
+
+def group_name(module: str, kind: MixingKind) -> str:
+    """The group whose weights `module` takes: every module together, those of its decoder layer, or itself; the experts
+    of a parameter have one weight, and so have the groups of a convolution."""
+    if kind == "adapter":
+        return _EVERY_MODULE
+    return layer(module) if kind == "layer" else target_of(module)
+
+
+@dataclass(frozen=True)
+class RecipeMixing:
+    """The mixing of every module.
+
+        dW_l = B_l M_l A_l    A_l = [A_1; ...; A_N] (R, in), B_l = [s_1 B_1, ..., s_N B_N] (out, R)
+
+    Args:
+        kind: how free M_l is: `adapter`, `layer` and `module` have one weight for each adapter, blockdiag(w_i I);
+            `rank` one for each singular direction of an adapter; `core` a full M_l; `factors` has trained A_l and B_l
+            themselves. The last three are tensors: `loracli.recipe.tensors` makes this object of them.
+        weights: by group, one for each adapter in order, null where the adapter changes nothing there. With tensors a
+            summary by module: the weights of the adapters that come closest to the composition.
+        numbers: how many numbers were fitted.
+        tensors_sha256: of the file with the tensors, None without.
+        tensors: by name, float64 M_l (R, R), or float32 lora_A (r, in) and lora_B (out, r); not part of the document.
+        unreached: modules that the base called for no training record; a weight of theirs alone is the start's.
+        bypassed: of those, the ones whose weight the base reads without calling the layer: their update acts neither in
+            the fit nor in PEFT, but would in a weight that it is merged into.
+    """
+
+    kind: MixingKind
+    weights: Annotated[dict[str, tuple[float | None, ...]], AtMost(MAX_MODULES)]
+    numbers: int
+    tensors_sha256: _Sha256 | None = None
+    tensors: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    unreached: tuple[str, ...] = added(4, ())
+    bypassed: tuple[str, ...] = added(4, ())
+
+
+@dataclass(frozen=True)
+class RecipeActivations:
+    """What calibration records show of the input x of every module: G = E[z z^T], z = A x, over their tokens.
+
+    Args:
+        records: how many of the training records.
+        tokens: in them.
+        sha256: of the file with G, which is beside the recipe.
+        moments: `<module>.moment`, G (R, R) in float32, with A (R, in) as in the mixing's tensors: the adapters' own,
+            stacked, or the trained one. Not part of the document; empty until they are read.
+    """
+
+    records: int
+    tokens: int
+    sha256: _Sha256
+    moments: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+def tensors_path(recipe: Path) -> Path:
+    """The file of the tensors of the recipe at this path."""
+    return recipe.with_suffix(".safetensors")
+
+
+def activations_path(recipe: Path) -> Path:
+    """The file of the second moments of the recipe at this path."""
+    return recipe.with_name(f"{recipe.name}.activations.safetensors")
+
 
 RECORDS_PER_NUMBER = 4  # below, sampling makes standard errors too large by more than a half
 
@@ -163,3 +251,188 @@ class FitRecord:
     certificate: FitCertificate | None = None
     halvings: int = 0
     stopped: str | None = None
+
+
+FINGERPRINT = 12  # digits of a record's sha256 that are kept: two of a million records agree by chance once in 500
+
+
+MAX_ADAPTERS = 1000
+
+
+_MAX_TASKS = 100_000
+
+
+_Commit = Annotated[str, Matches(re.compile(r"[0-9a-f]{40}"), "a commit, 40 hexadecimal digits")]
+
+
+_RepoId = Annotated[str, Matches(REPO_ID, "a repository on the Hub, org/name")]
+
+
+_AdapterReference = Annotated[str, Matches(re.compile(r"[^\0]{1,4096}"), "a name of 1 to 4096 characters")]
+
+
+Version = Annotated[str, Matches(re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,99}"), "a version")]
+
+
+Word = Annotated[str, Matches(re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]{0,99}"), "a name of letters, digits, ., _ and -")]
+
+
+@dataclass(frozen=True)
+class RecipeBase:
+    """The base model: `id` is the name an export carries; `commit` is None for a local directory."""
+
+    id: Annotated[str, Matches(re.compile(r"[^\0]{1,255}"), "a name of 1 to 255 characters")]
+    commit: _Commit | None
+    config_sha256: _Sha256
+
+    @property
+    def claim(self) -> BaseClaim | None:
+        """What to fetch where the user names no base; None for a local directory, which only the user knows."""
+        return None if self.commit is None else BaseClaim(self.id, self.commit)
+
+
+@dataclass(frozen=True)
+class RecipeAdapter:
+    """One ingredient.
+
+    Args:
+        reference: as asked for, or the directory relative to the recipe's folder.
+        repo_id: of a Hub adapter, None for a local directory.
+        subfolder: within the repository, or None.
+        commit: the pinned commit, None for a local directory.
+        sha256: of each file, by name.
+        rank: the largest rank of a module.
+        lora_alpha: from its config.
+        use_rslora: from its config.
+        dtype: of its factors.
+        base_model: the base model it names, or None.
+        renamed: what the base calls otherwise than the adapter, by the adapter's name; None for nothing.
+    """
+
+    reference: _AdapterReference
+    repo_id: _RepoId | None
+    subfolder: str | None
+    commit: _Commit | None
+    sha256: Annotated[dict[Word, _Sha256], AtMost(10)]
+    rank: int
+    lora_alpha: float
+    use_rslora: bool
+    dtype: Word
+    base_model: str | None
+    renamed: dict[str, RecipePlace] | None = added(4, None)
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the file that holds the factors."""
+        return next(self.sha256[name] for name in TENSOR_FILES if name in self.sha256)
+
+
+RecordedAdapters = Annotated[tuple[RecipeAdapter, ...], AtMost(MAX_ADAPTERS)]
+
+
+def is_named(base_id: str, adapters: Sequence[RecipeAdapter]) -> bool:
+    """Whether a base goes by a name that it can be loaded by, a Hub id or what an adapter names; else it is that of a
+    directory."""
+    named = any(adapter.base_model == base_id for adapter in adapters)
+    return is_repo_id(base_id) or (named and is_hub_id(base_id))
+
+
+def other_bases_of(base_id: str, adapters: Sequence[RecipeAdapter]) -> tuple[OtherBase, ...]:
+    """The adapters that name another base than the one they are composed for."""
+    claims = {adapter.reference: adapter.base_model for adapter in adapters}
+    return other_bases(base_id, claims, directory=not is_named(base_id, adapters))
+
+
+@dataclass(frozen=True)
+class RecipeData:
+    """One calibration file.
+
+    Args:
+        name: of the file, without its folder.
+        sha256: of its bytes.
+        shape: of its records, as it was read.
+        weight: how many times each of its scored tokens counts.
+        records: in the training part.
+        scored_tokens: in them, whatever the weight.
+        skipped: bad lines that were left out.
+        skipped_lines: the numbers of the first of them.
+        dropped: records of the file that have nothing scored within the longest length.
+        cut: records of the file that were cut at the longest length, the dropped ones included.
+        template_sha256: of the chat template that rendered it, None where none did.
+        unread: keys of its records that were not read.
+        record_sha256: the first 12 digits of the sha256 of each training record's content, end to end, so that a later
+            comparison can tell a record that was fitted on.
+    """
+
+    name: str
+    sha256: _Sha256
+    shape: Word
+    weight: float
+    records: int
+    scored_tokens: int
+    skipped: int
+    skipped_lines: tuple[int, ...]
+    dropped: int
+    cut: int
+    template_sha256: _Sha256 | None
+    record_sha256: Annotated[str, Matches(re.compile(r"[0-9a-f]*"), "hexadecimal digits")]
+    unread: tuple[str, ...] = added(4, ())
+
+    def fingerprints(self) -> set[str]:
+        """What `record_sha256` holds."""
+        return {self.record_sha256[i : i + FINGERPRINT] for i in range(0, len(self.record_sha256), FINGERPRINT)}
+
+
+@dataclass(frozen=True)
+class HeldOutRow:
+    """One line of the held-out table.
+
+    Args:
+        name: `base`, an adapter's reference, `uniform`, `sum`, or `fit`.
+        nats_per_token: total nats over total scored tokens.
+        difference: to the best ingredient in nats per token; negative is better.
+        interval: 95 % bootstrap interval of the difference over records, low and high.
+        worse_records: share of the records on which it costs more than the best ingredient.
+    """
+
+    name: str
+    nats_per_token: float
+    difference: float
+    interval: tuple[float, float]
+    worse_records: float
+
+
+@dataclass(frozen=True)
+class HeldOutTask:
+    """The held-out records of one task: `nats_per_token` by the name of the row."""
+
+    task: str
+    records: int
+    scored_tokens: int
+    nats_per_token: dict[str, float]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What held-out records say, read once at the end.
+
+    Args:
+        name: of the files they came from, each with its weight where it has one.
+        records: how many.
+        scored_tokens: in them, whatever the weights.
+        best_ingredient: the adapter with the lowest loss on them.
+        rows: the table.
+        tasks: one for each task that the records name.
+        verdict: `better`, `not better`, or `too few records`.
+    """
+
+    name: str
+    records: int
+    scored_tokens: int
+    best_ingredient: str
+    rows: tuple[HeldOutRow, ...]
+    tasks: Annotated[tuple[HeldOutTask, ...], AtMost(_MAX_TASKS)]
+    verdict: Literal["better", "not better", "too few records"]
+
+    def row(self, name: str) -> HeldOutRow:
+        return next(row for row in self.rows if row.name == name)

@@ -33,16 +33,16 @@ from loracli.algebra.basis import projection
 from loracli.algebra.concatenate import mix
 from loracli.algebra.factors import Factors
 from loracli.errors import IntegrityError, MalformedAdapter, OutputExists, RecipeError, UnsupportedAdapter
-from loracli.recipe.mixing import TENSOR_PARTS, MixingKind, RecipeMixing, activations_path, tensors_path
-from loracli.system.files import flush_directory, replaced_file, translate_disk_errors
-from loracli.system.tensor_file import TensorFile, file_parts, file_sha256, open_tensor_file, write_tensors
+from loracli.recipe.record import TENSOR_PARTS, MixingKind, RecipeMixing, activations_path, tensors_path
+from loracli.system.files import file_sha256, flush_directory, replaced_file, translate_disk_errors
+from loracli.system.tensor_file import TensorFile, file_parts, open_tensor_file, write_tensors
 
 if TYPE_CHECKING:
-    from loracli.recipe.mixing import RecipeActivations
     from loracli.recipe.recipe import Recipe
+    from loracli.recipe.record import RecipeActivations
 
 
-PART_DTYPES = {"mixing": torch.float64, "lora_A": torch.float32, "lora_B": torch.float32}
+_PART_DTYPES = {"mixing": torch.float64, "lora_A": torch.float32, "lora_B": torch.float32}
 METADATA = {"format": "loracat_recipe"}  # tells our file from a model or an adapter of the same name
 MOMENT = "moment"
 _WAY_OUT = "a recipe and its tensors belong together: restore both from the same fit, or fit again"
@@ -69,7 +69,7 @@ def check_sidecar_path(path: Path, recipe: Path, *, force: bool) -> None:
         OutputExists: if `force` is not set, or the file holds something else than a recipe's tensors: a model's or an
             adapter's weights are never replaced.
     """
-    if not is_sidecar(path):
+    if not _is_sidecar(path):
         raise OutputExists(
             f"{path}, where the tensors of {recipe.name} belong, holds something else", hint="choose another -o"
         )
@@ -79,13 +79,13 @@ def check_sidecar_path(path: Path, recipe: Path, *, force: bool) -> None:
 
 def remove_sidecar(path: Path) -> None:
     """Removes the tensors of an earlier recipe; what is not a recipe's stays."""
-    if is_sidecar(path):
+    if _is_sidecar(path):
         with translate_disk_errors(path):
             path.unlink()
             flush_directory(path.parent)
 
 
-def is_sidecar(path: Path) -> bool:
+def _is_sidecar(path: Path) -> bool:
     """Whether this is a regular file that `write_sidecar` wrote."""
     if path.is_symlink() or not path.is_file():
         return False
@@ -161,7 +161,7 @@ def _problems(file: TensorFile, recipe: Recipe) -> Iterable[str]:
     yield from (f"{name}: missing" for name in sorted(wanted - file.shapes.keys()))
     yield from (f"{name}: unknown" for name in sorted(file.shapes.keys() - wanted))
     for name in sorted(wanted & file.shapes.keys()):
-        dtype = PART_DTYPES[name.rpartition(".")[2]]
+        dtype = _PART_DTYPES[name.rpartition(".")[2]]
         if file.dtypes[name] != dtype:
             yield f"{name}: expected {dtype}, got {file.dtypes[name]}".replace("torch.", "")
     if wanted == file.shapes.keys():
@@ -207,7 +207,7 @@ def tensor_mixing(
     if unknown:
         raise ValueError(f"{min(unknown)} is no tensor of a {kind} mixing of these adapters")
     kept = {
-        name: tensor.detach().to("cpu", PART_DTYPES[name.rpartition(".")[2]]).contiguous()
+        name: tensor.detach().to("cpu", _PART_DTYPES[name.rpartition(".")[2]]).contiguous()
         for name, tensor in sorted(tensors.items())
     }
     weights = {}

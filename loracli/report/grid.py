@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from loracli.adapters.names import layer, leaf
 from loracli.recipe.recipe import Recipe
 
-LEAST_SPAN = 0.25  # of a weight from uniform: a smaller range is not blown up
-MOST_EMPTY = 20  # places of a map for each module: names that share neither layer nor kind would make it endless
+_LEAST_SPAN = 0.25  # of a weight from uniform: a smaller range is not blown up
+_MOST_EMPTY = 20  # places of a map for each module: names that share neither layer nor kind would make it endless
 NO_MAP = "the modules' names share too few layers and kinds for a map"
-OUTSIDE = "-"  # the row of modules that belong to no layer
+_OUTSIDE = "-"  # the row of modules that belong to no layer
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def grids(recipe: Recipe) -> dict[str, Grid]:
     modules = [module.name for module in recipe.modules if _has_weights(recipe, module.name)]
     rows = tuple(sorted({_row(name) for name in modules}, key=_order))
     columns = tuple(dict.fromkeys(_column(name) for name in modules))
-    if len(rows) * len(columns) > MOST_EMPTY * max(len(modules), 50):
+    if len(rows) * len(columns) > _MOST_EMPTY * max(len(modules), 50):
         return {}
     found = {}
     for index, label in enumerate(recipe.labels().values()):
@@ -60,7 +60,7 @@ def grids(recipe: Recipe) -> dict[str, Grid]:
 
 def span_of(found: Mapping[str, Grid], uniform: float) -> float:
     """The largest distance of a weight from uniform: full colour."""
-    return max([LEAST_SPAN, *(abs(c.weight - uniform) for grid in found.values() for c in grid.cells.values())])
+    return max([_LEAST_SPAN, *(abs(c.weight - uniform) for grid in found.values() for c in grid.cells.values())])
 
 
 def described(cell: Cell) -> str:
@@ -111,13 +111,13 @@ def short_names(columns: Sequence[str]) -> list[str]:
 
 def layer_numbers(rows: Sequence[str]) -> list[str]:
     """The number of each layer, or the whole path where there are several kinds of layers."""
-    kinds = {row.rpartition(".")[0] for row in rows if row != OUTSIDE}
+    kinds = {row.rpartition(".")[0] for row in rows if row != _OUTSIDE}
     return [row.rpartition(".")[2] if len(kinds) <= 1 else row for row in rows]
 
 
 def _row(module: str) -> str:
     path = layer(module)
-    return OUTSIDE if path == module else path
+    return _OUTSIDE if path == module else path
 
 
 def _column(module: str) -> str:
@@ -127,4 +127,4 @@ def _column(module: str) -> str:
 
 def _order(row: str) -> tuple[bool, str, int]:
     kind, _, number = row.rpartition(".")
-    return (row == OUTSIDE, kind, int(number) if number.isdecimal() and len(number) < 10 else 0)
+    return (row == _OUTSIDE, kind, int(number) if number.isdecimal() and len(number) < 10 else 0)

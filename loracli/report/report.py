@@ -14,21 +14,30 @@ from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, InputE
 from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim, verdict
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients
-from loracli.recipe.mixing import INLINE_KINDS
-from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import HeldOut, Recipe
-from loracli.report import report as sections
-from loracli.report.charts import Line, heat_map, intervals_chart, loss_curve, ridge_path
+from loracli.recipe.recipe import Recipe, load_recipe
+from loracli.recipe.record import INLINE_KINDS, HeldOut
+from loracli.report.charts import (
+    Line,
+    folded,
+    heat_map,
+    intervals_chart,
+    loss_curve,
+    page,
+    ridge_path,
+    section,
+    table,
+    tag,
+    text,
+)
 from loracli.report.grid import numbers
-from loracli.report.page import folded, page, section, table, tag, text
 from loracli.system.document import decode
 from loracli.system.files import read_regular, same_file, write_atomically
 from loracli.system.strict_json import StrictJsonError, parse_json
 
-KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
+_KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
 
 
-def headline(recipe: Recipe) -> str:
+def _headline(recipe: Recipe) -> str:
     """The adapters, and the verdict in a sentence; of a recipe as it may be published."""
     names = " + ".join(adapter.reference for adapter in recipe.adapters)
     kind = {"better": "better", "not better": "worse"}.get(recipe.held_out.verdict, "")
@@ -40,7 +49,7 @@ def headline(recipe: Recipe) -> str:
     )
 
 
-def held_out(table_of: HeldOut) -> str:
+def _held_out(table_of: HeldOut) -> str:
     """The recipe's own table, drawn and in numbers."""
     lines = [Line(row.name, row.difference, row.interval, row.name != "base") for row in table_of.rows]
     rows = [
@@ -75,9 +84,9 @@ def _tasks(table_of: HeldOut) -> str:
     return folded("by task", table(["task", "records", *names], rows))
 
 
-def compared(found: Comparison) -> str:
+def _compared(found: Comparison) -> str:
     """A comparison, drawn and in numbers."""
-    rows = sorted(found.rows, key=lambda row: KIND_ORDER.index(row.kind))
+    rows = sorted(found.rows, key=lambda row: _KIND_ORDER.index(row.kind))
     lines = [Line(row.name, row.difference, row.interval, row.name not in ("base", "random")) for row in rows]
     columns = ["", "rank", "nats per token", "difference", "95 % interval", "worse on"]
     metric = [f"{found.metric} (to best adapter)"] if found.metric else []
@@ -121,7 +130,7 @@ def _notes(found: Comparison) -> str:
     return folded("notes", *(tag("p", text(line)) for line in lines)) if lines else ""
 
 
-def weights(recipe: Recipe) -> str:
+def _weights(recipe: Recipe) -> str:
     """The map of the weights, and the same in numbers."""
     summary = "" if recipe.mixing.kind in INLINE_KINDS else (
         f" The mixing is {recipe.mixing.kind}, {recipe.mixing.numbers} numbers; shown are the weights whose weighted "
@@ -138,7 +147,7 @@ def weights(recipe: Recipe) -> str:
     )
 
 
-def search(recipe: Recipe) -> str:
+def _search(recipe: Recipe) -> str:
     """How the weights were found: the curve, the path of ridges, the rungs."""
     fit = recipe.fit
     parts = [tag("p", text(f"{rung.kind}: {rung.why}.")) for rung in fit.rungs]
@@ -163,7 +172,7 @@ def search(recipe: Recipe) -> str:
     return section("The search", _caption(f"{fit.passes:g} passes, {refitted}.{chosen}{stopped}"), *parts)
 
 
-def interferences(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> str:
+def _interferences(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> str:
     """How far the adapters share directions, pair by pair and name by name."""
     labels = [adapter.reference for adapter in recipe.adapters]
     parts = []
@@ -197,7 +206,7 @@ def interferences(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> str:
     )
 
 
-def provenance(recipe: Recipe) -> str:
+def _provenance(recipe: Recipe) -> str:
     """What went in, by hash."""
     adapters = [
         [a.reference, (a.commit or "local")[:12], a.weights_sha256[:16], str(a.rank), f"{a.lora_alpha:g}", a.dtype]
@@ -225,7 +234,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-MAX_COMPARISON_BYTES = 64 << 20
+_MAX_COMPARISON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -266,24 +275,24 @@ def write_report(
     output = Path(output)
     _check_free(output, force=force, read=(recipe, comparison))
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    found = None if comparison is None else read_comparison(Path(comparison), loaded)
+    found = None if comparison is None else _read_comparison(Path(comparison), loaded)
     ingredients = _ingredients(loaded, adapters, progress)
     public = loaded.public()
-    parts = {"verdict": sections.headline(public)}
+    parts = {"verdict": _headline(public)}
     if found is not None:
-        parts["comparison"] = sections.compared(found.renamed(loaded.labels()))
-    parts["held out"] = sections.held_out(public.held_out)
-    parts["weights"] = sections.weights(loaded)
-    parts["search"] = sections.search(public)
+        parts["comparison"] = _compared(found.renamed(loaded.labels()))
+    parts["held out"] = _held_out(public.held_out)
+    parts["weights"] = _weights(loaded)
+    parts["search"] = _search(public)
     if len(ingredients) > 1:
-        parts["interference"] = sections.interferences(public, ingredients)
-    parts["provenance"] = sections.provenance(public)
+        parts["interference"] = _interferences(public, ingredients)
+    parts["provenance"] = _provenance(public)
     content = page("loracat: " + " + ".join(a.reference for a in public.adapters), *parts.values()).encode()
     write_atomically(output, content)
     return Written(output, len(content), tuple(parts))
 
 
-def read_comparison(path: Path, recipe: Recipe) -> Comparison:
+def _read_comparison(path: Path, recipe: Recipe) -> Comparison:
     """A comparison from the JSON document of `loracat compare`.
 
     Raises:
@@ -291,7 +300,7 @@ def read_comparison(path: Path, recipe: Recipe) -> Comparison:
         UsageError: if it compares other adapters than the recipe's, or not its fit.
     """
     try:
-        data = read_regular(path, MAX_COMPARISON_BYTES)
+        data = read_regular(path, _MAX_COMPARISON_BYTES)
     except OSError as error:
         raise InputError(f"the comparison {path} cannot be read: {error.strerror}") from None
     hint = "write one with: loracat compare RECIPE --data test.jsonl --json > comparison.json"

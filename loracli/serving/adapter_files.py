@@ -27,21 +27,21 @@ from loracli.hub.plan import from_pickle_hint
 from loracli.model.base import expert_shape, kind_and_shape, plan_from_config
 from loracli.model.base_places import BaseNames
 from loracli.progress import SILENT, Progress
-from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, GGUF_FILE, MLX_TENSOR_FILE, PICKLE_FILE, TENSOR_FILE
-from loracli.system.strict_json import StrictJsonError, parse_json
-from loracli.system.tensor_file import (
-    BLOCK,
-    MAX_HEADER_BYTES,
-    MAX_TENSORS,
-    check_names_short,
+from loracli.system.files import (
+    CERTIFICATE_FILE,
+    CONFIG_FILE,
+    GGUF_FILE,
+    MLX_TENSOR_FILE,
+    PICKLE_FILE,
+    TENSOR_FILE,
     open_regular,
-    read_header,
 )
+from loracli.system.strict_json import read_object
+from loracli.system.tensor_file import BLOCK, MAX_DIMENSIONS, read_header
 
 AdapterLayout = Literal["peft", "mlx"]
-MAX_DIMENSIONS = 8
-MAX_SIZE = 1 << 48  # of a dimension
-MAX_CERTIFICATE_BYTES = 64 << 20
+_MAX_SIZE = 1 << 48  # of a dimension
+_MAX_CERTIFICATE_BYTES = 64 << 20
 _FLOAT_BYTES = {"F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # the last begins with the sign
 _UNSIGNED = bytes(byte & 0x7F for byte in range(256))
 
@@ -187,9 +187,9 @@ class AdapterFiles:
         if not {GGUF_FILE, CERTIFICATE_FILE} <= self.names:
             return False
         try:
-            document = parse_json(_read(self.path / CERTIFICATE_FILE, MAX_CERTIFICATE_BYTES))
+            document = read_object(self.path / CERTIFICATE_FILE, _MAX_CERTIFICATE_BYTES)
             recorded = document["certificate"]["sha256"][GGUF_FILE]
-        except (StrictJsonError, KeyError, TypeError):
+        except (MalformedAdapter, KeyError, TypeError):
             return False
         digest = sha256()
         with open_regular(self.path / GGUF_FILE) as file:
@@ -216,7 +216,7 @@ def read_adapter_files(path: Path) -> AdapterFiles:
     if file not in names:
         hint = from_pickle_hint(str(path)) if PICKLE_FILE in names else fetch
         raise AdapterNotFound(f"no {TENSOR_FILE} or {MLX_TENSOR_FILE} in it", where=str(path), hint=hint)
-    config = _object(_read(path / CONFIG_FILE, MAX_CONFIG_BYTES), path / CONFIG_FILE)
+    config = read_object(path / CONFIG_FILE, MAX_CONFIG_BYTES)
     headers = read_headers(path / file)
     _refuse_ungathered(headers, _MLX if layout == "mlx" else _PEFT, path / file)
     return AdapterFiles(path, layout, config, headers, names)
@@ -249,26 +249,19 @@ def read_headers(path: Path) -> dict[str, Header]:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise MalformedAdapter("the file is cut short, or it is no safetensors file", where=str(path))
-        header = _object(file.read(length), path)
-    header.pop("__metadata__", None)
-    check_names_short(header, str(path))
-    if len(header) > MAX_TENSORS:
-        raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=str(path))
+        header, raw = read_header(file, size, str(path))
     found = {}
     for name, entry in header.items():
         shape = entry.get("shape") if isinstance(entry, dict) else None
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
         place = entry.get("data_offsets") if isinstance(entry, dict) else None
-        if isinstance(place, list) and any(type(n) is int and n > size - 8 - length for n in place):
+        if isinstance(place, list) and any(type(n) is int and n > size - len(raw) for n in place):
             raise MalformedAdapter(f"the file is cut short: it ends before {name!r} does", where=str(path))
         if not (
             isinstance(dtype, str)
             and isinstance(shape, list)
             and len(shape) <= MAX_DIMENSIONS
-            and all(type(n) is int and 0 <= n < MAX_SIZE for n in shape)
+            and all(type(n) is int and 0 <= n < _MAX_SIZE for n in shape)
         ):
             raise MalformedAdapter(f"the tensor {name!r} has no dtype and shape", where=str(path))
         found[name] = Header(dtype, tuple(shape))
@@ -300,24 +293,6 @@ def _has_a_value(file: BinaryIO, start: int, entry: Any) -> bool:
     except (KeyError, TypeError, ValueError, OverflowError):
         return True
     return False
-
-
-def _read(path: Path, limit: int) -> bytes:
-    with open_regular(path) as file:
-        data: bytes = file.read(limit + 1)
-    if len(data) > limit:
-        raise MalformedAdapter(f"is larger than {limit} bytes", where=str(path))
-    return data
-
-
-def _object(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = parse_json(data)
-    except StrictJsonError as error:
-        raise MalformedAdapter(str(error), where=str(path)) from None
-    if not isinstance(value, dict):
-        raise MalformedAdapter("is not a JSON object", where=str(path))
-    return value
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 MAX_PROBLEMS = 1000  # of one document that are listed
-QUOTED = 60  # characters of a value in a problem
-QUOTED_KEY = 200  # and of a key in a path
+_QUOTED = 60  # characters of a value in a problem
+_QUOTED_KEY = 200  # and of a key in a path
 _SINCE = "since"  # in the metadata of a field
 
 
@@ -36,7 +36,7 @@ class AtMost:
     items: int
 
 
-def document_fields(kind: Any) -> list[dataclasses.Field[Any]]:
+def _document_fields(kind: Any) -> list[dataclasses.Field[Any]]:
     """The fields of a dataclass that belong to its document: those by which two values are compared."""
     return [field for field in dataclasses.fields(kind) if field.compare]
 
@@ -69,6 +69,11 @@ def encode(value: Any) -> Any:
     return value
 
 
+def dtype_name(dtype: object) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def decode(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     """The value as `kind`: dataclasses, tuples, string-keyed dicts, unions, literals and JSON's own types.
 
@@ -91,16 +96,16 @@ def decode(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         return decode(fitting, value, path, problems)
     if origin is Literal:
         if value not in arguments:
-            _say(problems, f"{path}: expected one of {', '.join(map(repr, arguments))}, got {repr(value)[:QUOTED]}")
+            _say(problems, f"{path}: expected one of {', '.join(map(repr, arguments))}, got {repr(value)[:_QUOTED]}")
         return value
     if not _fits(kind, value):
-        _say(problems, f"{path}: expected {_name(kind)}, got {json.dumps(value)[:QUOTED]}")
+        _say(problems, f"{path}: expected {_name(kind)}, got {json.dumps(value)[:_QUOTED]}")
         return value
     if origin is dict:
         keys, items = arguments
         return {
             decode(keys, key, f"a key of {path}", problems): decode(
-                items, item, f"{path}[{_short(key, QUOTED_KEY)}]", problems
+                items, item, f"{path}[{_short(key, _QUOTED_KEY)}]", problems
             )
             for key, item in value.items()
         }
@@ -120,7 +125,7 @@ def _keeps(limit: Any, value: Any, path: str, problems: list[str]) -> bool:
         _say(problems, f"{path}: {len(value)} items; at most {limit.items} are read")
         return False
     if isinstance(limit, Matches) and isinstance(value, str) and not limit.pattern.fullmatch(value):
-        _say(problems, f"{path}: expected {limit.what}, got {_short(value, QUOTED)}")
+        _say(problems, f"{path}: expected {limit.what}, got {_short(value, _QUOTED)}")
         return False
     return True
 
@@ -143,17 +148,17 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 def _fields(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, dict):
-        _say(problems, f"{path or 'the document'}: expected an object, got {json.dumps(value)[:QUOTED]}")
+        _say(problems, f"{path or 'the document'}: expected an object, got {json.dumps(value)[:_QUOTED]}")
         return value
     hints = _hints(kind)
-    names = {f.name: _SINCE in f.metadata for f in document_fields(kind)}  # and whether it may be left out
+    names = {f.name: _SINCE in f.metadata for f in _document_fields(kind)}  # and whether it may be left out
     prefix = f"{path}." if path else ""
     missing = [name for name, added in names.items() if name not in value and not added]
     for name in missing:
         _say(problems, f"{prefix}{name}: missing")
     for name in value:
         if name not in names:
-            _say(problems, f"{prefix}{name[:QUOTED_KEY]}: unknown")
+            _say(problems, f"{prefix}{name[:_QUOTED_KEY]}: unknown")
     if missing:
         return value
     there = [name for name in names if name in value]
@@ -162,7 +167,7 @@ def _fields(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
 
 def _written(value: Any) -> list[dataclasses.Field[Any]]:
     """The fields that stand in a value's document."""
-    return [f for f in document_fields(value) if _SINCE not in f.metadata or getattr(value, f.name) != f.default]
+    return [f for f in _document_fields(value) if _SINCE not in f.metadata or getattr(value, f.name) != f.default]
 
 
 def _fits(kind: Any, value: Any) -> bool:

@@ -12,15 +12,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import hashlib
 import os
 import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 
-from loracli.errors import LoracatError, OutOfResources, OutputExists
+from loracli.errors import LoracatError, MalformedAdapter, OutOfResources, OutputExists
 from loracli.system.machine import DISK_FULL
 
 CONFIG_FILE = "adapter_config.json"
@@ -57,22 +59,52 @@ def holds(folder: Path, path: Path) -> bool:
     return any(same_file(folder, above) for above in (place, *place.parents))
 
 
-class NoRegularFile(OSError):
+class _NoRegularFile(OSError):
     """Raised for a directory, FIFO or device in place of a file."""
 
 
-def open_descriptor(path: Path) -> int:
+def _open_descriptor(path: Path) -> int:
     """The descriptor of a regular file, to be read. Opening anything else does not wait.
 
     Raises:
-        NoRegularFile: if it is something else.
+        _NoRegularFile: if it is something else.
         OSError: if it cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise NoRegularFile(errno.EINVAL, "it is not a regular file")
+        raise _NoRegularFile(errno.EINVAL, "it is not a regular file")
     return descriptor
+
+
+@contextmanager
+def open_regular(path: Path, refused: Callable[[str], LoracatError] | None = None) -> Iterator[BufferedReader]:
+    """Opens a file for reading bytes; a directory, FIFO or device is refused instead of read from.
+
+    Args:
+        path: of the file.
+        refused: makes the caller's error of the reason why it cannot be opened; None for MalformedAdapter.
+    Raises:
+        LoracatError: if the disk fails while it is read.
+    """
+    try:
+        descriptor = _open_descriptor(path)
+    except OSError as error:
+        reason = "is not a regular file" if isinstance(error, _NoRegularFile) else f"cannot be opened: {error.strerror}"
+        raise refused(reason) if refused else MalformedAdapter(reason, where=str(path)) from None
+    try:
+        with open(descriptor, "rb") as file:
+            yield file
+    except OSError as error:
+        if error.errno != errno.EIO or error.filename is not None:
+            raise
+        raise LoracatError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def file_sha256(path: Path) -> str:
+    """Of a regular file."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_regular(path: Path, most: int) -> bytes:
@@ -81,7 +113,7 @@ def read_regular(path: Path, most: int) -> bytes:
     Raises:
         OSError: if it is something else, has more, or cannot be read; `strerror` says which.
     """
-    with open(open_descriptor(path), "rb") as file:
+    with open(_open_descriptor(path), "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most} bytes")
@@ -235,14 +267,14 @@ def put_in_place(folder: Path, path: Path, *, replace: bool = True) -> None:
     shutil.rmtree(_aside(path), ignore_errors=True)
 
 
-def holds_export(path: Path) -> bool:
+def _holds_export(path: Path) -> bool:
     """Whether a directory holds an export and nothing else, or nothing at all."""
     names = {entry.name for entry in path.iterdir()}
     return not names or (CERTIFICATE_FILE in names and names <= EXPORTED_FILES)
 
 
 def check_free(
-    path: Path, *, force: bool, replaceable: Callable[[Path], bool] = holds_export, noun: str = "an export"
+    path: Path, *, force: bool, replaceable: Callable[[Path], bool] = _holds_export, noun: str = "an export"
 ) -> None:
     """Raises OutputExists if `path` is taken and `force` is not set, or if it is something that --force should not
     remove: a directory that is not `replaceable`, which only `noun` of loracat is."""

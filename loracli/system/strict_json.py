@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-MAX_DEPTH = 100  # objects and lists within each other
-QUOTED = 1000  # characters of a key in a message
+from loracli.errors import LoracatError, MalformedAdapter
+from loracli.system.files import open_regular
+
+_MAX_DEPTH = 100  # objects and lists within each other
+_QUOTED = 1000  # characters of a key in a message
 _NESTING = (dict, list)
 
 
@@ -48,10 +53,31 @@ def parse_json(data: bytes | str) -> Any:
     return value
 
 
+def read_object(path: Path, most: int, refused: Callable[[str], LoracatError] | None = None) -> dict[str, Any]:
+    """The JSON object of a regular file.
+
+    Args:
+        path: of the file.
+        most: how many bytes of it are read.
+        refused: makes the caller's error of the reason: `is larger than 1048576 bytes`, `is not a JSON object`, what
+            `parse_json` says, or why it cannot be opened; None for MalformedAdapter.
+    """
+    with open_regular(path, refused) as file:
+        data = file.read(most + 1)
+    try:
+        value = parse_json(data) if len(data) <= most else None
+        reason = f"is larger than {most} bytes" if len(data) > most else "is not a JSON object"
+    except StrictJsonError as error:
+        value, reason = None, str(error)
+    if not isinstance(value, dict):
+        raise refused(reason) if refused else MalformedAdapter(reason, where=str(path))
+    return value
+
+
 def _check_depth(value: Any) -> None:
     """Raises StrictJsonError if the value is nested deeper than any document is: level by level, without recursion."""
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(_MAX_DEPTH):
         parts = (outer.values() if isinstance(outer, dict) else outer for outer in level if isinstance(outer, _NESTING))
         level = [inner for part in parts for inner in part if isinstance(inner, _NESTING)]
         if not level:
@@ -65,7 +91,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise StrictJsonError(f"the key {key[:QUOTED]!r} appears twice in one object")
+                raise StrictJsonError(f"the key {key[:_QUOTED]!r} appears twice in one object")
             seen.add(key)
     return result
 

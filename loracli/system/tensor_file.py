@@ -16,7 +16,6 @@ multiple of 8, raw data.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -32,8 +31,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loracli.errors import IntegrityError, LoracatError, MalformedAdapter, UnsupportedAdapter
-from loracli.system.files import NoRegularFile, open_descriptor
+from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
+from loracli.system.files import open_regular
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
@@ -45,7 +44,14 @@ GATHER = (
     "FSDP and DeepSpeed ZeRO-3 leave a shard to each process: save it with the weights gathered, by FULL_STATE_DICT or "
     "stage3_gather_16bit_weights_on_model_save; zero_to_fp32.py beside a checkpoint of ZeRO-3 does it later"
 )
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ITEM_BYTES = {  # of every dtype of the format
+    **{name: dtype.itemsize for name, dtype in FLOATS.items()},
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
+    **dict.fromkeys(("I16", "U16"), 2),
+    **dict.fromkeys(("I32", "U32"), 4),
+    **dict.fromkeys(("I64", "U64"), 8),
+}
 
 
 @dataclass(frozen=True)
@@ -136,9 +142,6 @@ def open_tensor_file(
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         header, raw = read_header(file, size, where)
-        header.pop("__metadata__", None)
-        if len(header) > MAX_TENSORS:
-            raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
         if check_names is not None:
             check_names(header)
         shapes, dtypes, offsets = _check_header(header, where, size - len(raw), any_shape)
@@ -155,8 +158,8 @@ def open_tensor_file(
 
 
 def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], bytes]:
-    """The header of an open safetensors file of `size` bytes, and the bytes before the data; what it says of tensors is
-    not checked.
+    """What the header of an open safetensors file of `size` bytes says of each tensor, unchecked, and the bytes before
+    the data.
 
     Raises:
         MalformedAdapter: if it is damaged or beyond the limits.
@@ -174,18 +177,16 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
         raise MalformedAdapter(f"the header is {error}", where=where) from None
     if not isinstance(header, dict):
         raise MalformedAdapter("the header is not a JSON object", where=where)
-    check_names_short(header, where)
-    return header, start + raw
-
-
-def check_names_short(names: Iterable[str], where: str) -> None:
-    """Raises MalformedAdapter if a tensor's name is longer than any that a model has."""
-    name = next((name for name in names if len(name) > MAX_NAME), None)
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
+    name = next((name for name in header if len(name) > MAX_NAME), None)
     if name is not None:
         raise MalformedAdapter(
             f"the tensor {name[:60]!r}... has a name of {len(name)} characters; at most {MAX_NAME} are read",
             where=where,
         )
+    return header, start + raw
 
 
 def _check_data(file: TensorFile, descriptor: int, digest: Any) -> frozenset[str]:
@@ -238,35 +239,6 @@ def _state(descriptor: int) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-@contextmanager
-def open_regular(path: Path) -> Iterator[Any]:
-    """Opens a file for reading bytes; a directory, FIFO or device is refused instead of read from.
-
-    Raises:
-        MalformedAdapter: if it cannot be opened.
-        LoracatError: if the disk fails while it is read.
-    """
-    try:
-        descriptor = open_descriptor(path)
-    except NoRegularFile:
-        raise MalformedAdapter("is not a regular file", where=str(path)) from None
-    except OSError as error:
-        raise MalformedAdapter(f"cannot be opened: {error.strerror}", where=str(path)) from None
-    try:
-        with open(descriptor, "rb") as file:
-            yield file
-    except OSError as error:
-        if error.errno != errno.EIO or error.filename is not None:
-            raise
-        raise LoracatError(f"cannot be read: {error.strerror}", where=str(path)) from None
-
-
-def file_sha256(path: Path) -> str:
-    """Of a regular file."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check_header(
     header: dict[str, Any], where: str, data_bytes: int, any_shape: Callable[[str], bool]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], dict[str, int]]:
@@ -288,7 +260,7 @@ def _check_header(
             raise MalformedAdapter(
                 f"the tensor {name!r} is not a {what} with a dtype and offsets", where=where
             ) from None
-        if not isinstance(dtype, str) or dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in FLOATS:
             raise UnsupportedAdapter(
                 f"the tensor {name!r} has dtype {dtype!r}",
                 where=where,
@@ -296,9 +268,9 @@ def _check_header(
             )
         if not whole or any(size < 1 for size in shape):
             raise MalformedAdapter(f"the tensor {name!r} has the impossible shape {shape}", where=where)
-        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        if end - begin != math.prod(shape) * FLOATS[dtype].itemsize:
             raise MalformedAdapter(f"the tensor {name!r} has a shape that contradicts its offsets", where=where)
-        shapes[name], dtypes[name], offsets[name] = tuple(shape), DTYPES[dtype], begin
+        shapes[name], dtypes[name], offsets[name] = tuple(shape), FLOATS[dtype], begin
         total += end - begin
     if total != data_bytes:
         raise MalformedAdapter(
@@ -307,9 +279,9 @@ def _check_header(
     return shapes, dtypes, offsets
 
 
-PEFT_METADATA = MappingProxyType({"format": "pt"})  # PEFT and transformers look for it
+_PEFT_METADATA = MappingProxyType({"format": "pt"})  # PEFT and transformers look for it
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 def write_tensors(
@@ -318,7 +290,7 @@ def write_tensors(
     dtype: torch.dtype,
     tensor: Callable[[str], Tensor],
     *,
-    metadata: Mapping[str, str] = PEFT_METADATA,
+    metadata: Mapping[str, str] = _PEFT_METADATA,
 ) -> None:
     """Writes a new file, one tensor at a time, and flushes it to the disk.
 
@@ -342,7 +314,7 @@ def file_parts(
     dtype: torch.dtype,
     tensor: Callable[[str], Tensor],
     *,
-    metadata: Mapping[str, str] = PEFT_METADATA,
+    metadata: Mapping[str, str] = _PEFT_METADATA,
 ) -> Iterator[bytes | memoryview]:
     """The bytes that `write_tensors` writes: the header, then each tensor.
 
@@ -358,7 +330,7 @@ def file_parts(
 
 
 def file_size(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, metadata: Mapping[str, str] = PEFT_METADATA
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, metadata: Mapping[str, str] = _PEFT_METADATA
 ) -> int:
     """Bytes of the file that `write_tensors` writes."""
     data = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
@@ -366,12 +338,20 @@ def file_size(
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str]) -> bytes:
+    return header_bytes([(name, FLOAT_NAMES[dtype], shapes[name]) for name in sorted(shapes)], metadata)
+
+
+def header_bytes(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] = _PEFT_METADATA
+) -> bytes:
+    """The beginning of a safetensors file with these tensors in this order: name, dtype as the format calls it, and
+    shape of each."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
-    for name in sorted(shapes):
-        size = torch.Size(shapes[name]).numel() * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [offset, offset + size]}
-        offset += size
+    for name, dtype, shape in tensors:
+        end = offset + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
 from loracli.adapters.base_module import BaseModule
+from loracli.adapters.config import read_fields
 from loracli.algebra.concatenate import relative_error
 from loracli.algebra.factors import Factors, thin_svd
 from loracli.algebra.methods.method import Merged
@@ -27,7 +28,7 @@ from loracli.export.layout import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
 from loracli.model.base import check_shapes
 from loracli.progress import Progress
-from loracli.system.document import decode
+from loracli.system.document import decode, dtype_name
 from loracli.system.files import (
     CERTIFICATE_FILE,
     CONFIG_FILE,
@@ -36,9 +37,8 @@ from loracli.system.files import (
     MLX_TENSOR_FILE,
     README_FILE,
     TENSOR_FILE,
+    file_sha256,
 )
-from loracli.system.strict_json import parse_json
-from loracli.system.tensor_file import file_sha256, open_regular
 from loracli.verifying.factors import (
     TURN,
     column_space,
@@ -49,15 +49,14 @@ from loracli.verifying.factors import (
     compare_truncation,
     stripped,
 )
-from loracli.verifying.findings import Findings
+from loracli.verifying.findings import UNPROVEN, Findings, compare_card, export_cards, readable_options
 from loracli.verifying.origin import Origin, find_source, read_origin
 from loracli.verifying.peft_reload import reload_differences, skeleton_of
-from loracli.verifying.readme import UNPROVEN, compare_card, export_cards, readable_options
 
-TASK = "verify"
-FIGURE = 1e-6  # relative, of a figure of the certificate
-ROOT_NOISE = 4.0  # of a cut by activations: eps sqrt(cond) / 2, where damping keeps the condition of G below R 1e4
-DENSE_NOISE = 1e-5  # of a method that approximates a dense matrix, see algebra/truncate.py
+_TASK = "verify"
+_FIGURE = 1e-6  # relative, of a figure of the certificate
+_ROOT_NOISE = 4.0  # of a cut by activations: eps sqrt(cond) / 2, where damping keeps the condition of G below R 1e4
+_DENSE_NOISE = 1e-5  # of a method that approximates a dense matrix, see algebra/truncate.py
 _ABSENT = "nothing"
 _RULES = {"tolerance", "energy", "budget"}  # what ranks were chosen by, which stand in the certificate
 _EXPORT_KEYS = {"profile", "merged", "rank", "dtype", "activation_aware", "moments", "refit", "options"} | _RULES
@@ -302,8 +301,7 @@ def _check_config(
         findings.differs(f"the recorded layout is impossible: {error}")
         return False
     expected = layout.config(origin.base_id, table)
-    with open_regular(path / CONFIG_FILE) as file:
-        found = parse_json(file.read())
+    found = read_fields(path / CONFIG_FILE)
     wrong = [k for k in sorted(expected.keys() | found.keys()) if expected.get(k, _ABSENT) != found.get(k, _ABSENT)]
     for key in wrong:
         findings.differs(
@@ -314,7 +312,7 @@ def _check_config(
     if own != dict(layout.ranks):
         name = min(n for n in own.keys() | layout.ranks.keys() if own.get(n) != layout.ranks.get(n))
         findings.differs(f"{name} has rank {own.get(name)} in the file and {layout.ranks.get(name)} in the record")
-    if str(written.dtype).removeprefix("torch.") != record.dtype:
+    if dtype_name(written.dtype) != record.dtype:
         findings.differs(f"the tensors are {written.dtype}, recorded as {record.dtype}".replace("torch.", ""))
     findings.checked.append(f"every field of {CONFIG_FILE}, names, ranks and dtype of the tensors")
     return not wrong
@@ -333,12 +331,12 @@ def _check_composition(
         how = ", ".join(record.otherwise) or "activations that are not at hand, and refitted"
         findings.skip("every tensor against the composition", f"it was cut with {how}")
         return
-    progress.begin(TASK, len(written.modules), "modules")
+    progress.begin(_TASK, len(written.modules), "modules")
     findings.tensors += 2 * len(written.targets)
     if set(names) != record.modules.keys():
         findings.differs("the certificate is of other modules than the composition changes")
     for name, module in written.modules.items():
-        progress.advance(TASK, 1)
+        progress.advance(_TASK, 1)
         if name not in names:
             factors = module.factors.loaded()
             if factors.lora_A.any() or factors.lora_B.any() or (factors.bias is not None and factors.bias.any()):
@@ -352,9 +350,9 @@ def _check_composition(
         findings.differs(f"{name} is missing")
     _check_saved(source, written, findings)
     largest = max((m.relative_error for m in record.modules.values()), default=0.0)
-    if not math.isclose(largest, record.largest_error, rel_tol=FIGURE):
+    if not math.isclose(largest, record.largest_error, rel_tol=_FIGURE):
         findings.differs(f"the certificate's largest error is {record.largest_error:g} and not {largest:g}")
-    progress.finish(TASK)
+    progress.finish(_TASK)
     findings.checked.append("every tensor against the composition of the ingredients in float64")
     findings.checked.append("the errors and energies of the certificate")
 
@@ -398,7 +396,7 @@ def _check_module(
 
 def _compare(source: Source, composed: Merged, own: Factors, known: ModuleCertificate, cut: _Cut) -> str | None:
     exact, rank, refit = composed.factors, known.rank, cut.cores.get(known.name)
-    noise = DENSE_NOISE if isinstance(source, MethodSource) and source.method.full_rank else 0.0
+    noise = _DENSE_NOISE if isinstance(source, MethodSource) and source.method.full_rank else 0.0
     if refit is not None or rank < exact.rank:
         if cut.moments is None:
             return compare_projection(exact, own)
@@ -417,7 +415,7 @@ def _cut_again(exact: Factors, rank: int, moment: Tensor | None) -> tuple[Factor
     if moment is None:
         return truncate(exact, rank).factors, thin_svd(exact)[1][rank:], TURN
     gap = max(relative_gap(exact, rank, moment), torch.finfo(torch.float64).tiny)
-    return truncate_for(exact, rank, moment).factors, torch.zeros(0), TURN * ROOT_NOISE / gap
+    return truncate_for(exact, rank, moment).factors, torch.zeros(0), TURN * _ROOT_NOISE / gap
 
 
 def _kept_again(exact: Factors, own: Factors, known: ModuleCertificate, cut: _Cut) -> float:

@@ -30,9 +30,8 @@ from loracli.errors import (
 )
 from loracli.progress import Progress
 from loracli.recipe.ingredients import by_names_of, read_recorded, recorded_policy
-from loracli.recipe.mixing import INLINE_KINDS
-from loracli.recipe.reading import adapter_problems, base_problems, decode_recipe, load_recipe
-from loracli.recipe.recipe import Recipe, RecipeAdapter, RecordedAdapters, without_paths
+from loracli.recipe.recipe import Recipe, adapter_problems, base_problems, decode_recipe, load_recipe, without_paths
+from loracli.recipe.record import INLINE_KINDS, RecipeAdapter, RecordedAdapters
 from loracli.system.document import decode
 from loracli.verifying.findings import Findings
 

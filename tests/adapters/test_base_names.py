@@ -25,7 +25,7 @@ from loracli.errors import BaseModelMismatch
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method
 from loracli.fusing.fuse import fuse_model
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from loracli.verifying.verify import verify_directory
 from tests.mixtures import expert_layers
 from tests.test_whole_way import assert_whole_way, fit_case, nats_of_peft

@@ -14,7 +14,8 @@ import pytest
 from loracli.errors import AdapterNotFound, IncompatibleAdapters, IntegrityError, RecipeError, UsageError
 from loracli.hub.references import BaseClaim
 from loracli.recipe.ingredients import fetch_all, read_record
-from loracli.recipe.recipe import Recipe, RecipeAdapter, RecipeBase
+from loracli.recipe.recipe import Recipe
+from loracli.recipe.record import RecipeAdapter, RecipeBase
 from loracli.system.document import encode
 from tests.stub_hub import StubHub
 from tests.test_recipe import make_recipe

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loracli.errors import AdapterNotFound, UsageError
-from loracli.hub.references import Reference, parse_reference
+from loracli.hub.references import Reference, is_folder, is_repo_id, is_revision, parse_reference
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -191,3 +193,32 @@ def test_a_reference_is_either_local_or_of_the_hub() -> None:
         Reference("x")
     with pytest.raises(ValueError):
         Reference("x", path=Path("x"), repo_id="org/name")
+
+
+LETTERS = st.text("aZ0._-/@: é", min_size=1, max_size=12)
+
+
+@given(LETTERS, LETTERS, LETTERS, LETTERS)
+def test_a_reference_made_of_possible_parts_is_read_as_these_parts(
+    org: str, name: str, revision: str, folder: str
+) -> None:
+    text = f"hf://{org}/{name}@{revision}/{folder}"
+    possible = is_repo_id(f"{org}/{name}") and is_revision(revision) and is_folder(folder) and "/" not in revision
+    if not possible or folder.endswith("/"):
+        return
+    found = parse_reference(text)
+    assert (found.repo_id, found.revision, found.subfolder) == (f"{org}/{name}", revision, folder)
+
+
+@given(
+    st.one_of(st.text(max_size=40), st.from_regex(r"(hf://)?[\w.-]+/[\w.-]+(@[\w./-]*)?(/[\w./-]*)?", fullmatch=True))
+)
+def test_any_text_is_a_reference_of_possible_parts_or_refused(text: str) -> None:
+    try:
+        found = parse_reference(text)
+    except (AdapterNotFound, UsageError) as error:
+        assert error.what
+        return
+    assert found.repo_id is not None and is_repo_id(found.repo_id)
+    assert found.revision is None or is_revision(found.revision)
+    assert found.subfolder is None or is_folder(found.subfolder)

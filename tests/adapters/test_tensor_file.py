@@ -7,16 +7,26 @@ import json
 import os
 import socket
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
-from loracli.system.tensor_file import MAX_HEADER_BYTES, MAX_TENSORS, TensorFile, open_tensor_file
+from loracli.system.tensor_file import (
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    TensorFile,
+    file_size,
+    open_tensor_file,
+    write_tensors,
+)
 
 Entry = dict[str, Any]
 
@@ -357,3 +367,52 @@ def test_hostile_tensor_names_are_shown_escaped(tmp_path: Path) -> None:
 def test_a_hostile_dtype_is_shown_escaped(tmp_path: Path) -> None:
     message = refused_bytes(tmp_path, pack({"x": entry(dtype="\x1b[31m\nerror: fake")}, b""), UnsupportedAdapter)
     assert "\x1b" not in message and "\n" not in message
+
+
+MATRICES = st.dictionaries(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda name: name[0] != "_"),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(MATRICES, st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]), st.integers(0, 99))
+def test_what_is_written_is_read_back_by_this_reader_and_by_the_library(
+    shapes: dict[str, tuple[int, int]], dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter_model.safetensors"
+        write_tensors(path, shapes, dtype, tensors.__getitem__)
+        assert path.stat().st_size == file_size(shapes, dtype)
+        for found in (read_all(path), load_file(path)):
+            assert found.keys() == tensors.keys()
+            assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == dtype for name in tensors)
+
+
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "F16", "I8", "f32", "", 3, None]),
+        "shape": st.lists(st.integers(-1, 4) | st.sampled_from([2**40, 2**64, 0.5, "2", None]), max_size=3),
+        "data_offsets": st.lists(st.integers(-1, 40) | st.sampled_from([2**64, 1.5, None]), max_size=3),
+    }
+)
+
+
+@given(
+    st.dictionaries(st.text("ab_", max_size=3), ENTRIES | st.none() | st.integers(), max_size=3), st.binary(max_size=64)
+)
+def test_any_header_is_refused_by_name_or_read_as_the_library_reads_it(header: dict[str, Any], data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter_model.safetensors"
+        path.write_bytes(pack(header, data))
+        try:
+            found = read_all(path)
+        except (MalformedAdapter, UnsupportedAdapter) as error:
+            assert str(path) in str(error)
+        else:
+            expected = load_file(path)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in found)

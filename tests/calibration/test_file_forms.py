@@ -202,7 +202,7 @@ def test_lines_of_text_are_no_table(tmp_path: Path) -> None:
 
 
 def test_what_is_compressed_may_hold_no_more_than_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_forms, "CHUNK", 1000)
+    monkeypatch.setattr(file_forms, "_CHUNK", 1000)
     monkeypatch.setattr(file_forms, "MAX_BYTES", len(JSONL))
     path = tmp_path / "val.gz"
     path.write_bytes(gzip.compress(JSONL))

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loracli.calibration.records import MAX_LINE_BYTES, CalibrationFile, DataSource, read_records
 from loracli.errors import CalibrationError
@@ -278,3 +281,30 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.jsonl", tmp_path):
         with pytest.raises(CalibrationError, match="cannot be read"):
             read_records(path)
+
+
+GOOD = st.builds(
+    lambda text: json.dumps({"text": text}, ensure_ascii=False).encode(),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.strip),
+)
+BAD = (b"{", b"[]", b"null", b"\xff", b'{"text": ""}', b'{"text": 1}', b'{"text": "a", "text": "b"}', b"{}")
+
+
+@given(st.lists(GOOD | st.sampled_from(BAD) | st.just(b""), max_size=8))
+def test_every_line_is_a_record_or_a_problem_of_that_line(lines: list[bytes]) -> None:
+    numbers = {
+        good: [number for number, line in enumerate(lines, 1) if line and (line not in BAD) is good]
+        for good in (True, False)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), *lines)
+        if not any(lines):
+            with pytest.raises(CalibrationError, match="no records"):
+                read_records(path)
+        if numbers[False]:
+            assert [int(problem.split(":")[1]) for problem in problems(path)] == numbers[False]
+        if numbers[True]:
+            file = read_records(path, skip_bad=True)
+            assert [record.line for record in file.records] == numbers[True]
+            assert [record.content for record in file.records] == [json.loads(lines[n - 1]) for n in numbers[True]]
+            assert list(file.skipped) == numbers[False]

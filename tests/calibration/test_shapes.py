@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from loracli.calibration.checks import LineError
+from loracli.calibration.fields import LineError
 from loracli.calibration.shapes import SHAPES, Shape, detect_shape, keys_of, read_content
 
 Turn = dict[str, Any]
@@ -207,8 +209,8 @@ def test_tools_go_with_the_conversation() -> None:
 
 def test_tools_may_be_json_as_a_text_as_tables_keep_them() -> None:
     tools = [{"type": "function", "function": {"name": "é", "parameters": {}}}]
-    for given in (json.dumps(tools), [json.dumps(tool) for tool in tools]):
-        assert read(RECORDS["messages"] | {"tools": given}) == {"messages": turns(ASK, ANSWER), "tools": tools}
+    for written in (json.dumps(tools), [json.dumps(tool) for tool in tools]):
+        assert read(RECORDS["messages"] | {"tools": written}) == {"messages": turns(ASK, ANSWER), "tools": tools}
     for nothing in ("", "[]", " ", "null"):
         assert read(RECORDS["messages"] | {"tools": nothing}) == {"messages": turns(ASK, ANSWER)}
 
@@ -375,3 +377,51 @@ def test_an_alpaca_record_with_empty_fields_is_one_without_them(nothing: Any) ->
 )
 def test_bad_alpaca_records_are_named(changes: dict[str, Any], reason: str) -> None:
     assert problem({"instruction": "i", "output": "o"} | changes) == reason
+
+
+# Whatever a record holds.
+
+SAID = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.strip)
+PAIRS = st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3)
+
+
+@given(PAIRS, st.none() | SAID)
+def test_a_conversation_is_the_same_content_in_the_words_of_openai_and_of_sharegpt(
+    pairs: list[tuple[str, str]], system: str | None
+) -> None:
+    texts = [] if system is None else [("system", system)]
+    texts += [turn for asked, answered in pairs for turn in (("user", asked), ("assistant", answered))]
+    content = {"messages": turns(*texts)}
+    human = [({"user": "human", "assistant": "gpt"}.get(role, role), text) for role, text in texts]
+    assert read({"messages": turns(*texts)}) == content
+    assert read({"conversations": said(*human)}) == content
+    beside = {} if system is None else {"system": system}
+    assert read({"messages": turns(*(turn for turn in texts if turn[0] != "system"))} | beside) == content
+    assert read(beside | {"prompt": turns(*texts[:-1]), "completion": turns(texts[-1])})["messages"] == turns(*texts)
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-1, 2) | st.floats(allow_nan=False) | st.text(max_size=4)
+KEYS = st.sampled_from([
+    "text", "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "history", "system",
+    "tools", "role", "content", "from", "value", "weight", "type", "chosen",
+])  # fmt: skip
+ANYTHING = st.recursive(
+    LEAVES | st.sampled_from(["user", "assistant", "gpt"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(KEYS, ANYTHING, max_size=5))
+def test_any_record_is_refused_with_a_reason_or_has_something_to_score(fields: dict[str, Any]) -> None:
+    try:
+        content = read(fields)
+    except LineError as error:
+        assert str(error)
+        return
+    if "messages" in content:
+        places = [i for i, turn in enumerate(content["messages"]) if turn["role"] == "assistant"]
+        assert set(content.get("scored", places)) <= set(places) and content.get("scored", places)
+        assert all(turn.keys() == {"role", "content"} for turn in content["messages"])
+    else:
+        assert str(content.get("completion", content.get("text"))).strip()

@@ -204,9 +204,9 @@ def test_a_template_without_end_is_one_error_and_the_next_one_works(
     monkeypatch: pytest.MonkeyPatch, fault: str, reason: str
 ) -> None:
     """Whatever --skip-bad says: the template is at fault, not the record."""
-    monkeypatch.setattr(template_process, "SECONDS", 0.3)
+    monkeypatch.setattr(template_process, "_SECONDS", 0.3)
     if "2000" in fault:
-        monkeypatch.setattr(template_process, "MAX_TEXT", 1000)
+        monkeypatch.setattr(template_process, "_MAX_TEXT", 1000)
     file = chats(*[turns(ASK, ANSWER)] * 3)
     with pytest.raises(CalibrationError) as caught:
         render_file(file, make_tokenizer(chat_template=fault + CHAT_TEMPLATE), max_length=500, skip_bad=True)
@@ -238,7 +238,7 @@ def test_an_answer_of_the_process_is_read_no_further_than_it_may_be_long(monkeyp
 def test_a_rendering_is_as_long_as_its_conversation_explains(
     monkeypatch: pytest.MonkeyPatch, times: int, taken: bool
 ) -> None:
-    monkeypatch.setattr(template_process, "MAX_OWN_TEXT", 0)
+    monkeypatch.setattr(template_process, "_MAX_OWN_TEXT", 0)
     template = "{% for m in messages %}{{ m.content * " + str(times) + " }}{% endfor %}"
     ours = template_process.ChatTemplate(make_tokenizer(chat_template=template))
     for length in (10**4, 10**6):
@@ -251,7 +251,7 @@ def test_a_rendering_is_as_long_as_its_conversation_explains(
 
 def test_templates_that_are_slow_have_a_common_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each text of these takes more than it is worth, and no single one all that a file may take."""
-    monkeypatch.setattr(template_process, "SECONDS", 0.5)
+    monkeypatch.setattr(template_process, "_SECONDS", 0.5)
     slow = "{% for a in range(90000) %}{% for b in range(12) %}{% endfor %}{% endfor %}"
     with pytest.raises(CalibrationError, match="does not end in the processor time"):
         render_file(
@@ -260,7 +260,7 @@ def test_templates_that_are_slow_have_a_common_limit(monkeypatch: pytest.MonkeyP
 
 
 def test_a_template_is_ended_in_whatever_thread_it_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_process, "SECONDS", 0.3)
+    monkeypatch.setattr(template_process, "_SECONDS", 0.3)
     found: list[str] = []
 
     def render() -> None:

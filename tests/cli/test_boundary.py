@@ -390,7 +390,7 @@ def test_an_interrupted_command_prints_one_document_too(
     def fail(*_: object) -> None:
         raise stop
 
-    monkeypatch.setattr("loracli.recipe.reading.load_recipe", fail)
+    monkeypatch.setattr("loracli.recipe.recipe.load_recipe", fail)
     result = run("show", "x.json", "--json")
     assert result.exit_code == json.loads(result.stdout)["error"]["code"] == code
     result = run("show", "x.json")
@@ -538,7 +538,7 @@ def test_every_error_ends_the_command_with_its_own_code(
     def fail(*_: object) -> None:
         raise kind("it failed", hint="do this")
 
-    monkeypatch.setattr("loracli.recipe.reading.load_recipe", fail)
+    monkeypatch.setattr("loracli.recipe.recipe.load_recipe", fail)
     result = run("show", "x.json")
     assert (result.exit_code, result.stdout) == (kind.exit_code, "")
     assert result.stderr == "error: it failed\nhint: do this\n"
@@ -559,7 +559,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("loracli.recipe.reading.load_recipe", fail)
+    monkeypatch.setattr("loracli.recipe.recipe.load_recipe", fail)
     for words in (["show", "x.json"], ["show", "x.json", "--json"]):
         assert isinstance(CliRunner().invoke(app, words).exception, ZeroDivisionError)
 

@@ -19,8 +19,7 @@ from loracli.algebra.methods.method import MethodOptions
 from loracli.cli.compare import _export_of
 from loracli.errors import NonFiniteLoss
 from loracli.fitting.engine import Engine
-from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import weights_by_leaf
+from loracli.recipe.recipe import load_recipe, weights_by_leaf
 from tests.cli.project import FIT, run, tree
 
 

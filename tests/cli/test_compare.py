@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from loracli.evaluation.comparison import Comparison
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from loracli.system.document import decode
 from tests.cli.project import run, tree
 
@@ -86,6 +86,53 @@ def test_answers_are_judged_by_name_or_by_a_command(few: Path) -> None:
         assert ours["metric"] == theirs["metric"]
     shown = run(*common, "--generate", "exact")
     assert "by exact, " in shown.stdout and "McNemar's p = " in shown.stdout
+
+
+def test_every_number_of_the_table_is_the_one_of_the_document(few: Path) -> None:
+    """Rows in the same order, each with its rank, loss, perplexity, difference, intervals and share, rounded alone."""
+    words = (*ALONE, "--methods", "ties,svd", "--guard", "calibration.jsonl")
+    found, lines = document(*words), run(*words).stdout.splitlines()
+
+    def interval(pair: list[float]) -> str:
+        return f"{pair[0]:+.4f} to {pair[1]:+.4f}"
+
+    expected = [
+        [
+            row["name"],
+            *([] if row["rank"] is None else [str(row["rank"])]),
+            f"{row['nats_per_token']:.4f}",
+            f"{row['perplexity']:.4g}",
+            f"{row['difference']:+.4f}",
+            *interval(row["interval"]).split(),
+            *interval(row["against_uniform"]["interval"]).split(),
+            f"{row['worse_records']:.0%}",
+        ]
+        for row in found["rows"]
+    ]
+    start = next(i for i, line in enumerate(lines) if line.split()[:1] == ["base"])
+    assert [line.split() for line in lines[start : start + len(expected)]] == expected
+    for row in found["rows"][1:]:
+        guard = row["guard"]
+        shown = [f"{guard['nats_per_token']:.4f}", f"{guard['difference']['mean']:+.4f}"]
+        safe = "safe" if guard["safe"] else "NOT SHOWN SAFE"
+        assert [row["name"], *shown, *interval(guard["difference"]["interval"]).split(), *safe.split()] in [
+            line.split() for line in lines
+        ]
+
+
+@pytest.mark.parametrize("stage", ["read", "loaded", "scored"])
+def test_a_comparison_that_is_stopped_leaves_nothing(few: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """Neither a file nor a row, wherever it is stopped."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    place = {"read": "load_base", "loaded": "candidates", "scored": "comparison_of"}[stage]
+    monkeypatch.setattr(f"loracli.comparison.compare.{place}", stop)
+    before = tree(few)
+    result = run(*ALONE, "--methods", "sum", "--json")
+    assert result.exit_code == 130 and tree(few) == before
+    assert json.loads(result.stdout)["error"]["kind"] == "Interrupted" and "rows" not in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 from loracli.cli import app
 from loracli.demo.run import DemoResult, DemoRow
 from loracli.errors import SettingsError
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from scripts.write_json_reference import PAGE, reference
 from tests.cli.project import FIT, run
 from tests.conversion.training import Trained, train
@@ -176,7 +176,7 @@ def test_an_interruption_prints_the_document_that_is_described(monkeypatch: pyte
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loracli.recipe.reading.load_recipe", stop)
+    monkeypatch.setattr("loracli.recipe.recipe.load_recipe", stop)
     document = json.loads(run("show", "x.json", "--json").stdout)
     check(document, "error")
     assert (document["error"]["code"], document["error"]["kind"]) == (130, "Interrupted")

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from tests.cli.project import FIT, run, tree
 
 

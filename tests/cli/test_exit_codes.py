@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -16,6 +15,19 @@ from tests.cli.process import COMMAND, ROOT, environment, piped
 from tests.stub_hub import StubHub
 
 CONFIG = b'{"peft_type": "LORA", "base_model_name_or_path": "org/base"}'
+
+
+def after(statements: str, *words: str, cwd: Path, **variables: str) -> Any:
+    """The finished program, before which some statements ran in its process."""
+    return subprocess.run(
+        [COMMAND[0], "-c", f"{statements}\nfrom loracli.cli import main\nmain()", *words],
+        cwd=cwd,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def done(folder: Path) -> Any:
@@ -49,13 +61,9 @@ def offline(folder: Path) -> Any:
 def disk_full(folder: Path) -> Any:
     # The system's limit for one file: the same error as a full disk.
     limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-    program = [COMMAND[0], "-c", limited + "from loracli.cli import main\nmain()", "fetch", "org/name"]
     with StubHub() as hub:
         hub.add("org/name", {"adapter_config.json": CONFIG, "adapter_model.safetensors": b"x" * 8192})
-        variables = environment(HF_ENDPOINT=hub.url, HF_HOME=str(folder))
-        return subprocess.run(
-            program, cwd=folder, env=variables, capture_output=True, text=True, timeout=120, check=False
-        )
+        return after(limited, "fetch", "org/name", cwd=folder, HF_ENDPOINT=hub.url, HF_HOME=str(folder))
 
 
 def other_bytes(folder: Path) -> Any:
@@ -64,22 +72,19 @@ def other_bytes(folder: Path) -> Any:
     return piped("export", cwd=folder)
 
 
+# A signal that comes from elsewhere may come just before the command begins to wait, and would then be seen only when
+# it has waited.
+STOP = """
+import os, signal
+import loracli.recipe.recipe
+signal.signal(signal.SIGINT, signal.default_int_handler)
+loracli.recipe.recipe.read_document = lambda path: os.kill(os.getpid(), {number})
+"""
+
+
 def stopped_by(number: signal.Signals) -> Callable[[Path], Any]:
     def stop(folder: Path) -> Any:
-        os.mkfifo(folder / "pipe")
-        with subprocess.Popen(
-            [*COMMAND, "show", "pipe"],
-            cwd=folder,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        ) as process:
-            with (folder / "pipe").open("wb"):  # waits until the command reads, which then waits for more
-                process.send_signal(number)
-                stdout, stderr = process.communicate(timeout=60)
-        return subprocess.CompletedProcess([], process.returncode, stdout, stderr)
+        return after(STOP.format(number=int(number)), "show", "recipe.json", cwd=folder)
 
     return stop
 
@@ -127,18 +132,9 @@ def interrupted(app):
     os.kill(os.getpid(), signal.SIGINT)
     return put_together(app)
 typer.main.get_command = interrupted
-from loracli.cli import main
-main()
 """
 
 
 def test_ctrl_c_while_the_commands_are_put_together_is_no_traceback(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [COMMAND[0], "-c", BEFORE_ANY_COMMAND],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = after(BEFORE_ANY_COMMAND, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

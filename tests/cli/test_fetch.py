@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from loracli.recipe.recipe import RecipeAdapter, RecipeBase
+from loracli.recipe.record import RecipeAdapter, RecipeBase
 from tests.stub_hub import StubHub
 from tests.test_recipe import make_recipe
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +16,18 @@ from transformers import AutoModelForCausalLM
 from loracli.adapters.adapter import read_adapter
 from loracli.algebra.factors import norm
 from loracli.algebra.methods import METHODS
-from loracli.comparison.candidates import random_adapters
-from loracli.comparison.compare import run_comparison
+from loracli.comparison.candidates import Candidate, FreshLora, _descend, random_adapters
+from loracli.comparison.compare import _Comparison, run_comparison
 from loracli.comparison.inputs import prepare_comparison
-from loracli.comparison.settings import CompareSettings, Controls, parse_controls, parse_methods
-from loracli.errors import UsageError
+from loracli.comparison.settings import CompareSettings, Controls
+from loracli.composition.fitted import TASK
+from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.comparison import Comparison
 from loracli.evaluation.metrics import TaskMetric
+from loracli.export.export import export_adapter
 from loracli.export.method import export_method
+from loracli.fitting.criterion import Fold, one_fold
+from loracli.fitting.mixing import FixedFactors, Layout
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.placement import Placement
@@ -81,7 +88,7 @@ def test_base_ingredients_uniform_sum_and_fit_are_those_of_the_held_out_table(
 ) -> None:
     """Also their intervals: the same records are drawn for both."""
     found = compare(data, tiny_base, recipe=recipe, settings=CompareSettings(("uniform", "sum")))
-    from loracli.recipe.reading import load_recipe
+    from loracli.recipe.recipe import load_recipe
 
     table = load_recipe(recipe).held_out
     assert [row.name for row in found.rows] == [row.name for row in table.rows]
@@ -154,12 +161,14 @@ def test_experts_are_compared_as_stock_peft_runs_their_exports(tmp_path: Path, d
     assert found.row("random").nats_per_token != found.row("sum").nats_per_token
 
 
-def peft_loss(base: Path, adapter: Path, data: Path) -> float:
+def peft_loss(base: Path, adapter: Path | None, data: Path) -> float:
     from loracli.calibration.records import parse_sources, read_records
     from loracli.calibration.render import render_file
     from tests.tiny import make_tokenizer
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
     (source,) = parse_sources(data / "test.jsonl")
     nats, tokens = 0.0, 0
     for example in render_file(read_records(source), make_tokenizer(), max_length=256).examples:
@@ -195,7 +204,7 @@ def test_fitted_methods_and_controls_stand_beside_the_others(
 def test_a_rung_finds_what_loracat_fit_finds_on_the_same_records(
     data: Path, tiny_base: Path, two_adapters: tuple[Path, Path], recipe: Path
 ) -> None:
-    from loracli.recipe.reading import load_recipe
+    from loracli.recipe.recipe import load_recipe
 
     settings = CompareSettings(("module",), fit=QUICK)
     found = compare(data, tiny_base, two_adapters, fit_data=data / "val.jsonl", settings=settings)
@@ -295,17 +304,263 @@ def test_a_comparison_repeats(data: Path, tiny_base: Path, two_adapters: tuple[P
     assert first == second
 
 
-def test_words_of_methods_and_controls() -> None:
-    assert parse_methods(" ties, dare,ties") == ("ties", "dare")
-    assert parse_controls(["random", "datamix", "x", "fresh-lora"]) == Controls(True, True, "x")
-    for bad in (["datamix"], ["other"]):
-        with pytest.raises(UsageError):
-            parse_controls(bad)
-    with pytest.raises(UsageError):
-        parse_methods(" , ")
-    for options in ({"methods": ("tie",)}, {"margin": 0.0}):
-        with pytest.raises(UsageError):
-            CompareSettings(**options)  # type: ignore[arg-type]
+def loss_of(found: Comparison, adapter: Path) -> float:
+    return found.row(str(adapter)).nats_per_token
+
+
+def test_rows_come_as_base_adapters_methods_in_the_order_asked_fit_and_controls(
+    data: Path, tiny_base: Path, recipe: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    """`uniform` first of the methods, as it is there unasked; with `data-free`, in the order of the methods."""
+    settings = CompareSettings(("svd", "sum"), controls=Controls(datamix=str(two_adapters[0])))
+    found = compare(data, tiny_base, recipe=recipe, settings=settings)
+    first, second = found.adapters
+    assert [row.name for row in found.rows] == ["base", first, second, "uniform", "svd", "sum", "fit", "datamix"]
+    kinds = ["base", "ingredient", "ingredient", "method", "method", "method", "fit", "control"]
+    assert [row.kind for row in found.rows] == kinds
+    all_free = compare(data, tiny_base, two_adapters, settings=CompareSettings(("data-free",)))
+    able = [name for name in DATA_FREE if name != "linear-peft"]  # ranks differ
+    assert [row.name for row in all_free.rows] == ["base", *all_free.adapters, *able]
+    assert [skipped.name for skipped in all_free.skipped] == ["linear-peft"]
+
+
+def test_the_fit_of_every_kind_of_mixing_scores_what_its_export_scores_with_stock_peft(
+    tmp_path: Path, data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    """The row `fit`, whether it is set as weights or as factors, against PEFT's own forward pass; and the base's row
+    against the model alone."""
+    for mixing in ("adapter", "rank", "core", "factors"):
+        fitted = fit_mixing(
+            [str(path) for path in two_adapters],
+            data / "val.jsonl",
+            eval_data=data / "test.jsonl",
+            base=str(tiny_base),
+            settings=replace(QUICK, mixing=mixing),
+            folder=tmp_path,
+        )
+        fitted.save(tmp_path / f"{mixing}.json")
+        found = compare(data, tiny_base, recipe=tmp_path / f"{mixing}.json", settings=CompareSettings(("sum",)))
+        export_adapter(tmp_path / f"{mixing}.json", tmp_path / mixing)
+        assert abs(peft_loss(tiny_base, tmp_path / mixing, data) - found.row("fit").nats_per_token) < 5e-5, mixing
+    for path in two_adapters:
+        (row,) = (row for row in found.rows if row.name.endswith(f"/{path.name}"))
+        assert abs(peft_loss(tiny_base, path, data) - row.nats_per_token) < 2e-5
+    assert abs(peft_loss(tiny_base, None, data) - found.row("base").nats_per_token) < 2e-5
+
+
+def test_fitted_rows_are_fitted_on_the_calibration_records_alone(
+    tmp_path: Path, data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    """Other test records change every loss and no weight; other calibration records change the weights."""
+    settings = CompareSettings(
+        ("adapter", "task-arithmetic", "paper", "module"), fit=QUICK, controls=Controls(fresh_lora=True, random=True)
+    )
+    adapters = [str(path) for path in two_adapters]
+    other_test = write_jsonl(tmp_path / "test.jsonl", random_records(9, seed=11))
+    other_fit = write_jsonl(tmp_path / "val.jsonl", random_records(40, seed=12))
+
+    def run(test: Path, fit: Path) -> tuple[Comparison, dict[str, torch.Tensor]]:
+        """The comparison and, of each row, the numbers that were set on the model."""
+        numbers: dict[str, torch.Tensor] = {}
+        with pytest.MonkeyPatch.context() as patch:
+            inner = _Comparison._measure
+
+            def measure(self: _Comparison, row: Candidate, composition: Any, engine: Any) -> Any:
+                pairs = composition.mixing.factors if isinstance(composition.mixing, FixedFactors) else ()
+                numbers[row.name] = torch.cat([composition.theta, *(t.flatten().double() for p in pairs for t in p)])
+                return inner(self, row, composition, engine)
+
+            patch.setattr(_Comparison, "_measure", measure)
+            inputs = prepare_comparison(test, adapters=adapters, fit_data=fit, base=str(tiny_base), settings=settings)
+            return run_comparison(inputs), numbers
+
+    found, weights = run(data / "test.jsonl", data / "val.jsonl")
+    tested, unmoved = run(other_test, data / "val.jsonl")
+    fitted, moved = run(data / "test.jsonl", other_fit)
+    for name in ("adapter", "task-arithmetic", "paper", "module", "fresh-lora", "random"):
+        assert weights[name].numel() and torch.equal(weights[name], unmoved[name]), name
+        assert name == "task-arithmetic" or not torch.equal(weights[name], moved[name]), name  # it tries few scales
+        assert found.row(name).nats_per_token != tested.row(name).nats_per_token
+    for name in ("base", "uniform", *adapters):
+        assert found.row(name).nats_per_token == pytest.approx(fitted.row(name).nats_per_token, abs=1e-9)
+
+
+def test_a_new_lora_is_trained_and_stopped_on_the_records_that_a_fit_has_for_each(
+    data: Path, tiny_base: Path, two_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folds: dict[str, Fold] = {}
+    for room in ("comparison.candidates", "fitting.run"):
+
+        def divided(*args: Any, room: str = room, **options: Any) -> Fold:
+            return folds.setdefault(room, one_fold(*args, **options))
+
+        monkeypatch.setattr(f"loracli.{room}.one_fold", divided)
+    settings = CompareSettings(("module",), fit=QUICK, controls=Controls(fresh_lora=True))
+    compare(data, tiny_base, two_adapters, fit_data=data / "val.jsonl", settings=settings)
+    control, fit = folds["comparison.candidates"], folds["fitting.run"]
+    assert control == fit and control.validation
+    assert not set(control.fitting) & set(control.validation)
+
+
+def test_two_files_are_compared_as_one_that_holds_both(
+    tmp_path: Path, data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    lines = (data / "test.jsonl").read_text().splitlines(keepends=True)
+    parts = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for path, part in zip(parts, (lines[:7], lines[7:]), strict=True):
+        path.write_text("".join(part))
+    adapters = [str(path) for path in two_adapters]
+    both = run_comparison(prepare_comparison([str(p) for p in parts], adapters=adapters, base=str(tiny_base)))
+    one = compare(data, tiny_base, two_adapters)
+    assert both.data == "one.jsonl, two.jsonl" and both.records == one.records == 24
+    for ours, theirs in zip(both.rows, one.rows, strict=True):
+        assert ours.nats_per_token == pytest.approx(theirs.nats_per_token, abs=1e-7)
+        assert ours.interval == pytest.approx(theirs.interval, abs=1e-7)
+
+
+def test_one_adapter_is_compared_with_the_base_and_with_no_mean_of_one(
+    data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    found = compare(data, tiny_base, two_adapters[:1], settings=CompareSettings(("svd",)))
+    assert [row.name for row in found.rows] == ["base", str(two_adapters[0]), "svd"]
+    assert all(row.against_uniform is None for row in found.rows)
+    assert found.row("svd").nats_per_token == pytest.approx(loss_of(found, two_adapters[0]), abs=1e-5)
+
+
+def test_an_adapter_in_a_directory_of_a_methods_name_is_a_row_of_its_own(
+    tmp_path: Path, data: Path, tiny_base: Path, two_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, path in zip(("ties", "fresh-lora"), two_adapters, strict=True):
+        shutil.copytree(path, tmp_path / name)
+    found = compare(data, tiny_base, (Path("ties"), Path("fresh-lora")), settings=CompareSettings(("ties",)))
+    assert [row.name for row in found.rows] == ["base", "./ties", "./fresh-lora", "uniform", "ties"]
+    assert found.adapters == ("./ties", "./fresh-lora")
+
+
+def test_another_seed_draws_other_records_for_the_intervals_and_changes_no_loss(
+    data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    one, other = (
+        compare(data, tiny_base, two_adapters, settings=CompareSettings(("sum",), fit=FitSettings(seed=seed)))
+        for seed in (0, 1)
+    )
+    for ours, theirs in zip(one.rows, other.rows, strict=True):
+        assert (ours.nats_per_token, ours.difference) == (theirs.nats_per_token, theirs.difference)
+    assert one.row("sum").interval != other.row("sum").interval
+
+
+def test_an_adapter_whose_loss_is_not_finite_is_left_out_by_name_and_all_of_them_are_an_error(
+    tmp_path: Path, data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    huge = make_adapter(tmp_path / "huge", tiny_base, targets=("q_proj", "v_proj"), seed=3, size=1e19)
+    listener = Listener()
+    adapters = [str(huge), str(two_adapters[0])]
+    found = run_comparison(
+        prepare_comparison(data / "test.jsonl", adapters=adapters, base=str(tiny_base)), progress=listener
+    )
+    skipped = {entry.name: entry.reason for entry in found.skipped}
+    assert str(huge) in skipped and str(huge) not in {row.name for row in found.rows}
+    assert any(f"{huge} is left out: " in message for message in listener.said)
+    assert found.best_ingredient == str(two_adapters[0])
+    assert "uniform" in skipped and all(row.against_uniform is None for row in found.rows)
+    with pytest.raises(NonFiniteLoss):
+        compare(data, tiny_base, (huge,))
+
+
+def test_what_is_fitted_is_announced_measured_and_finished_even_where_it_is_stopped(
+    data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    """The task that is shown begins once and ends once, also where a row raises what nobody expects."""
+
+    class Told(Listener):
+        begun = finished = 0
+
+        def begin(self, task: str, total: int | None, unit: str) -> None:
+            self.begun += task == TASK
+
+        def finish(self, task: str) -> None:
+            self.finished += task == TASK
+
+        def note(self, message: str) -> None:
+            self.said.append(message)
+
+    adapters = [str(path) for path in two_adapters]
+    inputs = prepare_comparison(data / "test.jsonl", adapters=adapters, base=str(tiny_base))
+    told = Told()
+    run_comparison(inputs, progress=told)
+    assert (told.begun, told.finished) == (1, 1)
+    ways = 3 + len(DATA_FREE)  # the base, two adapters, and every method that needs no fit
+    assert any(f"{ways} ways to compose on 24 records: about " in message for message in told.said)
+    stopped = Told()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Candidate, "composed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_comparison(inputs, progress=stopped)
+    assert (stopped.begun, stopped.finished) == (1, 1)
+
+
+# A new LoRA, the control
+
+
+def fresh(rank: int = 3) -> FreshLora:
+    layout = Layout(("model.a", "model.b"), ((rank,), (rank,)))
+    return FreshLora(layout, [(8, 5), (6, 4)], rank, seed=0)
+
+
+def test_a_new_lora_starts_as_peft_starts_one() -> None:
+    """B is 0, and A is spread as torch spreads it with Kaiming's a = sqrt 5: uniformly within 1 / sqrt(in)."""
+    control = fresh(rank=400)
+    for (lora_A, lora_B), (width, out) in zip(control.factors(control.start), [(8, 5), (6, 4)], strict=True):
+        assert lora_A.shape == (400, width) and lora_B.shape == (out, 400) and not lora_B.any()
+        like = torch.empty(400, width)
+        torch.nn.init.kaiming_uniform_(like, a=math.sqrt(5))
+        assert lora_A.abs().max() <= 1 / math.sqrt(width)
+        assert float(lora_A.std()) == pytest.approx(float(like.std()), rel=0.05)
+        assert abs(float(lora_A.mean())) < 0.03
+
+
+def test_a_new_lora_has_a_scaling_of_two_on_each_b_and_its_numbers_in_the_order_of_the_modules() -> None:
+    control = fresh()
+    assert control.numbers == 3 * (8 + 6 + 5 + 4)
+    pairs = control.factors(torch.arange(control.numbers).double())
+    assert [(tuple(a.shape), tuple(b.shape)) for a, b in pairs] == [((3, 8), (5, 3)), ((3, 6), (4, 3))]
+    assert (
+        pairs[0][0][0, 0] == 0
+        and pairs[1][0][0, 0] == 24
+        and pairs[0][1][0, 0] == 2 * 42
+        and pairs[1][1][-1, -1] == 2 * 68
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "best_at", "runs"),
+    [
+        ([5, 4, 3, 2, 1], 10, [2, 2, 2, 2, 2]),  # the last is the best
+        ([5, 1, 2, 2, 2, 2, 9], 4, [2] * 6),  # four worse in a row: no more
+        ([5, 1, 2, 2, 2, 0.5, 1], 12, [2] * 7),  # three in a row are not enough
+        ([3, 3, 3, 3, 3, 3], 2, [2] * 5),  # as good is not better
+        ([None, None, None], 5, [2, 2, 1]),  # nothing to check with: the last, and no step too many
+    ],
+)
+def test_a_new_lora_stops_where_its_validation_loss_was_lowest(
+    losses: list[float | None], best_at: int, runs: list[int]
+) -> None:
+    class Steps:
+        def __init__(self) -> None:
+            self.done: list[int] = []
+
+        def run(self, steps: int) -> None:
+            self.done.append(steps)
+
+        @property
+        def theta(self) -> torch.Tensor:
+            return torch.tensor([sum(self.done)])
+
+    steps, given = Steps(), iter(losses)
+    total = 5 if losses[0] is None else 2 * len(losses)
+    theta, at = _descend(steps, lambda: next(given), total, 2)  # type: ignore[arg-type]
+    assert (int(theta), at, steps.done) == (best_at, best_at, runs)
 
 
 def test_what_cannot_be_compared_is_refused_before_the_base_is_loaded(

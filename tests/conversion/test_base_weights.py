@@ -68,7 +68,7 @@ def test_what_is_no_weight_to_compute_with_is_refused(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_damaged_index_is_refused(tmp_path: Path, index: str) -> None:
     (tmp_path / INDEX_FILE).write_text(index)
-    refused(tmp_path, "the index (is|has no map|names)")
+    refused(tmp_path, "the index (cannot be read|has no map|names)")
 
 
 def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pickle
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -27,10 +27,30 @@ from loracli.conversion.from_pickle import convert_pickle
 from loracli.errors import LoracatError, MalformedAdapter, OutputExists, UsageError
 from tests.cli.project import run, tree
 from tests.conversion.training import train
+from tests.faults.fork_server import ForkServer
 from tests.hostile.canary import Canary
 from tests.tiny import logits, make_adapter
 
 Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    with ForkServer(tmp_path_factory.mktemp("streams")) as running:
+        yield running
+
+
+@pytest.fixture
+def forked(server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program runs in a fork of a process that has imported it, with the limits that it gives itself."""
+
+    def run_forked(words: list[str], said: IO[bytes], seconds: float) -> int:
+        assert words[:4] == [sys.executable, "-P", "-m", "loracli.conversion.unpickle"]
+        ended = server.run(*words[4:], program=Path(unpickle.__file__), cwd=tmp_path, seconds=seconds)
+        said.write(ended.stdout.encode())
+        return ended.code
+
+    monkeypatch.setattr(from_pickle, "_run", run_forked)
 
 
 @pytest.fixture
@@ -58,6 +78,7 @@ def views(tensors: Tensors) -> Tensors:
     return found
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("content", "options"),
     [
@@ -91,6 +112,7 @@ def test_the_tensors_are_those_of_the_pickle_and_stock_peft_computes_the_same(
         assert torch.equal(logits(loaded), logits(right))
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_pickle_that_runs_code_is_refused_and_runs_none(tmp_path: Path, folder: Path, canary: Canary) -> None:
     def with_attack(tensors: Tensors) -> dict[str, Any]:
         return {**tensors, "x": Attack(canary.path)}
@@ -149,6 +171,7 @@ def repeated(folder: Path) -> None:
     torch.save({f"x{number}": whole[:] for number in range(99)}, folder / "adapter_model.bin")
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("bomb", [deflated, array_of_a_terabyte, expanded, repeated])
 def test_a_file_that_unfolds_to_more_than_its_size_explains_is_refused(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, bomb: Callable[[Path], None]
@@ -223,6 +246,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path: Path, folder: Path, legac
         unpickle._checked(unpickle._opened(tmp_path / "x.bin"), 1 << 20)
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("change", "kind", "said"),
     [
@@ -272,6 +296,7 @@ def test_the_command_names_itself_writes_whole_and_replaces_its_own_alone(
     assert beside.exit_code == 2 and "--rank is for another conversion" in beside.stderr
 
 
+@pytest.mark.usefixtures("forked")
 def test_an_adapter_that_needs_its_base_is_converted_in_two_steps(tmp_path: Path, tiny_base: Path) -> None:
     dora = train(tmp_path / "dora", tiny_base, use_dora=True)
     right = run("convert", str(dora.path), "--base", str(tiny_base), "--rank", "3", "-o", str(tmp_path / "right"))

@@ -27,8 +27,8 @@ from loracli.fitting.activations import MOST_RECORDS, _watched, chosen_records
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.recipe.ingredients import read_ingredients
-from loracli.recipe.mixing import activations_path
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
+from loracli.recipe.record import activations_path
 from loracli.recipe.tensors import read_moments
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loracli.export.export import export_adapter
-from loracli.system.threads import in_order, one_thread_each
+from loracli.system.machine import in_order, one_thread_each
 from tests.export.test_export import Made
 
 

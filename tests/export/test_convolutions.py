@@ -18,7 +18,7 @@ from loracli.composition.base_table import modules_of
 from loracli.errors import IncompatibleAdapters, LoracatError, UnsupportedAdapter, UsageError, VerificationError
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method
-from loracli.recipe.reading import decode_recipe
+from loracli.recipe.recipe import decode_recipe
 from loracli.serving.lint import lint_adapter
 from loracli.verifying.verify import verify_directory
 from tests.convolutions import GROUPS, Adapted, adapt, biases, close, config_of, deltas, images, load, model, total

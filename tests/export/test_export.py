@@ -21,9 +21,8 @@ from loracli.export.export import export_adapter
 from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.model.attach import attach
 from loracli.model.base import base_modules
-from loracli.recipe.mixing import RecipeMixing
-from loracli.recipe.recipe import HeldOut, HeldOutRow, Recipe, RecipeAdapter, RecipeBase, RecipeData
-from loracli.recipe.record import FitRecord
+from loracli.recipe.recipe import Recipe
+from loracli.recipe.record import FitRecord, HeldOut, HeldOutRow, RecipeAdapter, RecipeBase, RecipeData, RecipeMixing
 from tests.tiny import BASE_ID, logits, make_adapter, make_base
 
 CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {

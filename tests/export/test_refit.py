@@ -26,7 +26,7 @@ from loracli.export.method import export_method
 from loracli.export.refit import read_cores, write_cores
 from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
-from loracli.recipe.mixing import RecipeMixing
+from loracli.recipe.record import RecipeMixing
 from loracli.system.files import CORES_FILE
 from loracli.verifying.origin import EVIDENCE
 from loracli.verifying.verify import verify_directory

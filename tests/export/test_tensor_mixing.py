@@ -21,9 +21,8 @@ from loracli.cli import app
 from loracli.errors import RecipeError
 from loracli.export.export import export_adapter
 from loracli.model.base import base_modules
-from loracli.recipe.mixing import TENSOR_PARTS, MixingKind
-from loracli.recipe.reading import load_recipe
-from loracli.recipe.recipe import Recipe
+from loracli.recipe.recipe import Recipe, load_recipe
+from loracli.recipe.record import TENSOR_PARTS, MixingKind
 from loracli.recipe.tensors import composed_update, tensor_mixing
 from tests.export.test_export import Made, make_recipe
 from tests.tiny import make_adapter, make_base

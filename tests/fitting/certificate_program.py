@@ -22,7 +22,7 @@ from loracli.model.attach import attach
 from loracli.model.base import BaseReference, load_base
 from loracli.model.loss import Objective
 from loracli.model.placement import checkpointed
-from loracli.system.launch import read_launch
+from loracli.system.machine import read_launch
 
 
 def examples() -> list[Example]:

@@ -17,7 +17,7 @@ from loracli.fitting.level import Task
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal
 from loracli.fitting.settings import FitSettings
 from loracli.progress import SILENT
-from loracli.recipe.mixing import MixingKind
+from loracli.recipe.record import MixingKind
 
 REFERENCES = ("first", "second")
 LAYOUT = Layout(tuple(f"layers.{i}.proj" for i in range(6)), ((1, 1),) * 5 + ((1, 0),))

@@ -14,7 +14,7 @@ import torch
 from loracli.errors import CalibrationError, LoracatError, NonFiniteLoss
 from loracli.fitting import processes as module
 from loracli.fitting.processes import Processes, connect
-from loracli.system.launch import read_launch
+from loracli.system.machine import read_launch
 
 ITEMS = range(7)
 held: list[object] = []

@@ -20,7 +20,7 @@ from loracli.model.attach import AttachedModel, attach
 from loracli.model.base import BaseModel, BaseReference, base_modules, check_fits, load_base
 from loracli.model.loss import Objective
 from loracli.model.placement import checkpointed, whole
-from loracli.system.launch import read_launch
+from loracli.system.machine import read_launch
 
 
 def batch(seed: int, length: int) -> Batch:

@@ -15,7 +15,7 @@ from loracli.calibration.render import Example
 from loracli.fitting.mixing import make_layout, make_mixing
 from loracli.model.attach import attach
 from loracli.model.loss import make_objective
-from loracli.recipe.mixing import MIXING_KINDS, MixingKind
+from loracli.recipe.record import MIXING_KINDS, MixingKind
 from tests.tiny import logits, make_adapter, make_base
 
 

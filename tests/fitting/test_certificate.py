@@ -25,8 +25,7 @@ from loracli.model import loss as loss_module
 from loracli.model.attach import attach
 from loracli.model.loss import Objective, make_objective
 from loracli.model.placement import checkpointed
-from loracli.recipe.mixing import MixingKind
-from loracli.recipe.record import FitCertificate
+from loracli.recipe.record import FitCertificate, MixingKind
 from loracli.system.document import decode, encode
 from tests.faults.fork_server import ForkServer
 from tests.fitting.processes_started import forked

@@ -26,7 +26,7 @@ from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach
 from loracli.model.loss import make_objective
 from loracli.progress import SILENT, Silent
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from tests.tiny import make_tokenizer, random_records, write_jsonl
 
 

@@ -28,7 +28,7 @@ from loracli.fitting.processes import WAIT, Processes
 from loracli.model.attach import attach
 from loracli.model.loss import make_objective
 from loracli.progress import SILENT, Silent
-from loracli.recipe.mixing import MixingKind
+from loracli.recipe.record import MixingKind
 from tests.tiny import make_adapter, make_base
 
 OUT_OF_MEMORY = [

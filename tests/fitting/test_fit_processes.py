@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from tests.faults.fork_server import Ended, ForkServer, Started
 from tests.fitting.processes_started import fork_all, torchrun
 from tests.tiny import random_records, write_jsonl

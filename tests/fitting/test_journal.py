@@ -24,7 +24,7 @@ from loracli.model.loss import Objective
 from loracli.model.placement import Placement
 from loracli.progress import Silent
 from loracli.system.files import locked_directory
-from loracli.system.launch import Launch
+from loracli.system.machine import Launch
 from tests.faults.fork_server import ForkServer
 from tests.tiny import random_records, write_jsonl
 

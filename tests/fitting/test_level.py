@@ -27,7 +27,7 @@ from loracli.fitting.search import search, solve_adapters
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.loss import Scores
-from loracli.recipe.mixing import MixingKind
+from loracli.recipe.record import MixingKind
 from tests.fitting import two_basins
 from tests.fitting.least_squares import (
     LAYOUT,

@@ -30,7 +30,7 @@ from loracli.fitting.mixing import make_layout, make_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach
 from loracli.model.loss import make_objective
-from loracli.recipe.mixing import INLINE_KINDS, MixingKind, RecipeMixing
+from loracli.recipe.record import INLINE_KINDS, MixingKind, RecipeMixing
 from tests.test_whole_way import fit_case
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
 

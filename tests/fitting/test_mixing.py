@@ -25,7 +25,7 @@ from loracli.fitting.mixing import (
 )
 from loracli.fitting.search import LADDERS
 from loracli.model.attach import AttachedModel, attach
-from loracli.recipe.mixing import INLINE_KINDS, MIXING_KINDS, MixingKind, group_name
+from loracli.recipe.record import INLINE_KINDS, MIXING_KINDS, MixingKind, group_name
 from tests.tiny import logits, make_adapter, make_base
 
 STEPS = sorted({step for ladder in LADDERS.values() for step in pairwise(ladder)})

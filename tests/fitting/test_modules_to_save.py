@@ -32,7 +32,7 @@ from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing, run_fit
 from loracli.fitting.settings import FitSettings
 from loracli.model.placement import Placement
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from tests.test_whole_way import assert_whole_way, fit_case, nats_of_peft
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
 

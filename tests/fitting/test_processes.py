@@ -13,7 +13,7 @@ import torch
 
 from loracli.errors import ProcessLost, UsageError
 from loracli.fitting.processes import ALONE, connect, process_device
-from loracli.system.launch import Launch, read_launch
+from loracli.system.machine import Launch, read_launch
 from tests.faults.fork_server import ForkServer
 from tests.fitting.process_program import ITEMS, work
 from tests.fitting.processes_started import ROOT, environment, forked, free_port, start_all, torchrun
@@ -137,7 +137,7 @@ def test_a_broken_environment_is_refused(change: dict[str, str], message: str) -
 
 
 def test_reading_the_environment_loads_no_torch() -> None:
-    code = "import sys, loracli.system.launch as m; m.read_launch(); sys.exit('torch' in sys.modules)"
+    code = "import sys, loracli.system.machine as m; m.read_launch(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment()).returncode == 0
 
 

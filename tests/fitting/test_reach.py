@@ -36,7 +36,7 @@ from loracli.model.base import BaseReference, kind_and_shape
 from loracli.model.loss import gradient_of
 from loracli.model.placement import Placement
 from loracli.progress import Silent
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from loracli.verifying.verify import verify_directory
 from tests.test_whole_way import fit_case, nats_of_peft
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl

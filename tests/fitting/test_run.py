@@ -25,8 +25,8 @@ from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.progress import Silent
-from loracli.recipe.mixing import MIXING_KINDS
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
+from loracli.recipe.record import MIXING_KINDS
 from tests.tiny import BASE_ID, make_adapter, make_base, random_records, write_jsonl
 
 QUICK = FitSettings(passes=3)

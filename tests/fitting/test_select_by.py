@@ -20,7 +20,7 @@ from loracli.fitting.criterion import metric_criterion
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.search import LADDERS, search
 from loracli.fitting.settings import FitSettings
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from tests.faults.fork_server import ForkServer
 from tests.fitting.least_squares import LAYOUT, LeastSquares, engine_of, one_task, random_examples, rung
 from tests.fitting.test_fit_processes import SmallFit

@@ -346,7 +346,7 @@ def test_rows_that_are_worked_on_apart_make_no_difference(
     made = Made(tmp_path, "plain")
     QuantisedBase(made, **FORMATS[form])
     fuse_model(made.recipe, tmp_path / "whole", base=str(made.base), dequantise=True)
-    for module in ("loracli.fusing.stream", "loracli.verifying.model"):
+    for module in ("loracli.fusing.stream", "loracli.verifying.verify"):
         monkeypatch.setattr(f"{module}.BLOCK_BYTES", 80 * 16)
     fuse_model(made.recipe, tmp_path / "parts", base=str(made.base), dequantise=True)
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))

@@ -20,7 +20,7 @@ from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.fusing.fuse import fuse_model
 from loracli.model.base import BaseReference, on_base
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
 from loracli.verifying.verify import verify_directory
 from tests.mixtures import BOTH, EXPERTS, add, expert_layers, load, peft_deltas
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl

@@ -16,8 +16,8 @@ from loracli.adapters.adapter import sort_tensors
 from loracli.adapters.licence import read_front_matter
 from loracli.errors import BaseModelMismatch, LoracatError, MalformedAdapter, RecipeError
 from loracli.model.checkpoint import read_checkpoint
-from loracli.recipe.reading import decode_recipe
-from loracli.recipe.recipe import MAX_ADAPTERS, Recipe
+from loracli.recipe.recipe import Recipe, decode_recipe
+from loracli.recipe.record import MAX_ADAPTERS
 from loracli.report.charts import heat_map
 from loracli.report.grid import grids, short_names
 from loracli.serving.adapter_files import read_headers

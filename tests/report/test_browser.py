@@ -121,7 +121,7 @@ def test_the_page_fits_a_phone_and_a_desk_in_light_and_dark(look: Look, story: S
 def test_a_page_with_long_and_hostile_names_still_fits(look: Look, story: Story) -> None:
     from dataclasses import replace
 
-    from loracli.recipe.reading import load_recipe
+    from loracli.recipe.recipe import load_recipe
 
     recipe = load_recipe(story.recipe)
     long = "org/" + "x" * 120 + "<script>document.title='gone'</script>"

@@ -12,9 +12,9 @@ import pytest
 
 from loracli.errors import InputError, IntegrityError, OutputExists, UsageError
 from loracli.progress import Silent
-from loracli.recipe.reading import load_recipe
+from loracli.recipe.recipe import load_recipe
+from loracli.report.charts import tag, text
 from loracli.report.grid import grids, numbers, short_names, span_of
-from loracli.report.page import tag, text
 from loracli.report.report import write_report
 from tests.report.conftest import Story
 

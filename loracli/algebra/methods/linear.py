@@ -38,28 +38,28 @@ from loracli.algebra.factors import Factors
 from loracli.algebra.methods.method import Loss, Merged, Method, MethodOptions
 
 
-def sum_weights(adapters: int) -> tuple[float, ...]:
+def _sum_weights(adapters: int) -> tuple[float, ...]:
     """1 for each of N adapters."""
     return (1.0,) * adapters
 
 
-SUM = Method("sum", "each adapter at full strength", weights=sum_weights)
+SUM = Method("sum", "each adapter at full strength", weights=_sum_weights)
 
 
-def uniform_weights(adapters: int) -> tuple[float, ...]:
+def _uniform_weights(adapters: int) -> tuple[float, ...]:
     """1/N for each of N adapters; one that lacks a module counts there with dW_i = 0."""
     return (1.0 / adapters,) * adapters
 
 
-UNIFORM = Method("uniform", "the average, 1/N each", weights=uniform_weights)
+UNIFORM = Method("uniform", "the average, 1/N each", weights=_uniform_weights)
 
 
-GRID = (0.3, 0.6, 0.9, 1.2, 1.5)
-REFINEMENTS = 3
-CLOSE = 1e-3  # scales nearer than this are one
+_GRID = (0.3, 0.6, 0.9, 1.2, 1.5)
+_REFINEMENTS = 3
+_CLOSE = 1e-3  # scales nearer than this are one
 
 
-def search_scale(loss: Loss, adapters: int, options: MethodOptions) -> tuple[float, ...]:
+def _search_scale(loss: Loss, adapters: int, options: MethodOptions) -> tuple[float, ...]:
     """lambda for each of N adapters, with at most 8 evaluations; the best point that was seen."""
     seen: dict[float, float] = {}
 
@@ -67,11 +67,11 @@ def search_scale(loss: Loss, adapters: int, options: MethodOptions) -> tuple[flo
         value = loss((scale,) * adapters)
         seen[scale] = value if math.isfinite(value) else math.inf
 
-    for scale in GRID:
+    for scale in _GRID:
         evaluate(scale)
-    for _ in range(REFINEMENTS):
+    for _ in range(_REFINEMENTS):
         trial = _vertex(seen)
-        if trial is None or min(abs(trial - scale) for scale in seen) < CLOSE:
+        if trial is None or min(abs(trial - scale) for scale in seen) < _CLOSE:
             break
         evaluate(trial)
     return (min(seen, key=lambda scale: seen[scale]),) * adapters
@@ -92,15 +92,15 @@ def _vertex(seen: dict[float, float]) -> float | None:
     return vertex if a < vertex < c else None
 
 
-TASK_ARITHMETIC = Method("task-arithmetic", "the sum, times one fitted scale", search=search_scale)
+TASK_ARITHMETIC = Method("task-arithmetic", "the sum, times one fitted scale", search=_search_scale)
 
 
-EVALUATIONS = 40
-LARGEST = 1.5
-PENALTY = 0.05
+_EVALUATIONS = 40
+_LARGEST = 1.5
+_PENALTY = 0.05
 
 
-def search_weights(loss: Loss, adapters: int, options: MethodOptions) -> tuple[float, ...]:
+def _search_weights(loss: Loss, adapters: int, options: MethodOptions) -> tuple[float, ...]:
     """Weights of N adapters, the best that were seen.
 
     Raises:
@@ -116,14 +116,14 @@ def search_weights(loss: Loss, adapters: int, options: MethodOptions) -> tuple[f
 
 
 def _search(nevergrad: Any, loss: Loss, adapters: int, seed: int) -> tuple[float, ...]:
-    parameters = nevergrad.p.Array(init=[0.0] * adapters).set_bounds(-LARGEST, LARGEST)
+    parameters = nevergrad.p.Array(init=[0.0] * adapters).set_bounds(-_LARGEST, _LARGEST)
     parameters.random_state.seed(seed % (1 << 32))
-    optimiser = nevergrad.optimizers.NGOpt(parametrization=parameters, budget=EVALUATIONS)
+    optimiser = nevergrad.optimizers.NGOpt(parametrization=parameters, budget=_EVALUATIONS)
     best, found = math.inf, (0.0,) * adapters
-    for _ in range(EVALUATIONS):
+    for _ in range(_EVALUATIONS):
         trial = optimiser.ask()
         weights = tuple(float(weight) for weight in trial.value)
-        value = loss(weights) + PENALTY * sum(map(abs, weights)) / adapters
+        value = loss(weights) + _PENALTY * sum(map(abs, weights)) / adapters
         optimiser.tell(trial, value if math.isfinite(value) else 1e9)
         if value < best:
             best, found = value, weights
@@ -133,13 +133,13 @@ def _search(nevergrad: Any, loss: Loss, adapters: int, seed: int) -> tuple[float
 LORAHUB = Method(
     "lorahub",
     "one weight each, found without gradients",
-    search=search_weights,
+    search=_search_weights,
     takes=frozenset({"seed"}),
     extra="lorahub",
 )
 
 
-def average_factors(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
+def _average_factors(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
     """The factor average of one module.
 
     Raises:
@@ -157,4 +157,4 @@ def average_factors(updates: Sequence[Factors | None], options: MethodOptions) -
     return Merged(Factors(lora_A.sum(dim=0), lora_B.sum(dim=0)))
 
 
-LINEAR_PEFT = Method("linear-peft", "PEFT's average of A and of B, with its cross terms", merge=average_factors)
+LINEAR_PEFT = Method("linear-peft", "PEFT's average of A and of B, with its cross terms", merge=_average_factors)

@@ -37,10 +37,10 @@ from loracli.algebra.truncate import best_approximation
 def present_in_own_order(updates: Sequence[Factors | None]) -> list[Factors]:
     """The updates that are there, ordered by their content: sums over them are then the same to the bit however the
     adapters are ordered, and no elected sign hangs on it."""
-    return sorted((update for update in updates if update is not None), key=digest)
+    return sorted((update for update in updates if update is not None), key=_digest)
 
 
-def digest(update: Factors) -> bytes:
+def _digest(update: Factors) -> bytes:
     """sha256 of the factors' bytes and the scaling."""
     result = hashlib.sha256(f"{update.scaling!r}:".encode())
     for factor in (update.lora_A, update.lora_B):
@@ -49,14 +49,14 @@ def digest(update: Factors) -> bytes:
 
 
 TIES_DENSITY = 0.2  # the paper's top-20 %
-BLOCK = 1 << 17  # entries that are merged at a time, which a processor's cache holds
+_BLOCK = 1 << 17  # entries that are merged at a time, which a processor's cache holds
 
 
-def ties(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
+def _ties(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
     """TIES of one module: its best approximation of the rank, as the result has full rank."""
     density = TIES_DENSITY if options.density is None else options.density
     present = present_in_own_order(updates)
-    return approximated(disjoint_mean([trim(update.delta_weight(), density) for update in present]), present, options)
+    return _approximated(disjoint_mean([trim(update.delta_weight(), density) for update in present]), present, options)
 
 
 def trim(matrix: Tensor, density: float) -> Tensor:
@@ -73,7 +73,7 @@ def trim(matrix: Tensor, density: float) -> Tensor:
 def disjoint_mean(matrices: Sequence[Tensor]) -> Tensor:
     """Elects the sign of the sum of each entry, and takes the mean over the entries that have it."""
     result = torch.empty_like(matrices[0])
-    rows = max(1, BLOCK // result.shape[1])
+    rows = max(1, _BLOCK // result.shape[1])
     for start in range(0, result.shape[0], rows):
         parts = [matrix[start : start + rows] for matrix in matrices]
         elected = torch.stack(parts).sum(dim=0).sign()
@@ -83,7 +83,7 @@ def disjoint_mean(matrices: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def approximated(matrix: Tensor, present: Sequence[Factors], options: MethodOptions) -> Merged:
+def _approximated(matrix: Tensor, present: Sequence[Factors], options: MethodOptions) -> Merged:
     """scale * matrix at the rank that is asked for, or the sum of the ranks."""
     rank = sum(update.rank for update in present) if options.rank is None else options.rank
     found = best_approximation(matrix, rank)
@@ -94,27 +94,27 @@ def approximated(matrix: Tensor, present: Sequence[Factors], options: MethodOpti
 TIES = Method(
     "ties",
     "trimmed, signs elected, disjoint mean",
-    merge=ties,
+    merge=_ties,
     takes=frozenset({"density", "scale"}),
     full_rank=True,
 )
 
 
-DARE_DENSITY = 0.5  # the paper tries drop rates from 0.1 to 0.99
+_DARE_DENSITY = 0.5  # the paper tries drop rates from 0.1 to 0.99
 
 
-def dare(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
+def _dare(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
     """DARE of one module: its best approximation of the rank, as the result has full rank."""
     present = present_in_own_order(updates)
     total = drop(present[0], options)
     for update in present[1:]:
         total = total + drop(update, options)
-    return approximated(total, present, options)
+    return _approximated(total, present, options)
 
 
 def drop(update: Factors, options: MethodOptions) -> Tensor:
     """m * dW / density (out, in), float64."""
-    density = DARE_DENSITY if options.density is None else options.density
+    density = _DARE_DENSITY if options.density is None else options.density
     matrix = update.delta_weight()
     if density == 1.0:
         return matrix
@@ -123,29 +123,29 @@ def drop(update: Factors, options: MethodOptions) -> Tensor:
 
 
 def _generator(update: Factors, seed: int) -> torch.Generator:
-    drawn = hashlib.sha256(f"{seed}:".encode() + digest(update)).digest()
+    drawn = hashlib.sha256(f"{seed}:".encode() + _digest(update)).digest()
     return torch.Generator().manual_seed(int.from_bytes(drawn[:7], "big"))
 
 
 DARE = Method(
     "dare",
     "entries dropped at random and rescaled, then the sum",
-    merge=dare,
+    merge=_dare,
     takes=frozenset({"density", "scale", "seed"}),
     full_rank=True,
 )
 
 
-def dare_ties(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
+def _dare_ties(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
     """DARE-TIES of one module: its best approximation of the rank, as the result has full rank."""
     present = present_in_own_order(updates)
-    return approximated(disjoint_mean([drop(update, options) for update in present]), present, options)
+    return _approximated(disjoint_mean([drop(update, options) for update in present]), present, options)
 
 
 DARE_TIES = Method(
     "dare-ties",
     "dropped at random and rescaled, signs elected, disjoint mean",
-    merge=dare_ties,
+    merge=_dare_ties,
     takes=frozenset({"density", "scale", "seed"}),
     full_rank=True,
 )

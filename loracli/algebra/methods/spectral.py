@@ -36,7 +36,7 @@ from loracli.algebra.methods.sparse import TIES_DENSITY, disjoint_mean, present_
 from loracli.algebra.truncate import truncate
 
 
-def svd(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
+def _svd(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
     """The truncated sum of one module."""
     present = [update for update in updates if update is not None]
     rank = max(update.rank for update in present) if options.rank is None else options.rank
@@ -44,13 +44,13 @@ def svd(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
     return Merged(found.factors, found.kept_energy)
 
 
-SVD = Method("svd", "the sum, cut to the largest ingredient's rank", merge=svd, takes=frozenset({"rank"}))
+SVD = Method("svd", "the sum, cut to the largest ingredient's rank", merge=_svd, takes=frozenset({"rank"}))
 
 
-NEGLIGIBLE = 1e-12  # share of an adapter's largest singular value
+_NEGLIGIBLE = 1e-12  # share of an adapter's largest singular value
 
 
-def tsv(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
+def _tsv(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
     """TSV-M of one module."""
     present = [update for update in updates if update is not None]
     most = max(1, min(present[0].in_features, present[0].out_features) // len(present))
@@ -64,7 +64,7 @@ def tsv(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
 
 def _leading(update: Factors, most: int) -> tuple[Tensor, Tensor, Tensor]:
     left, singular, right = thin_svd(update)  # (out, m), (m,), (m, in)
-    kept = min(most, int((singular > NEGLIGIBLE * singular.max()).sum()))
+    kept = min(most, int((singular > _NEGLIGIBLE * singular.max()).sum()))
     return left[:, :kept], singular[:kept], right[:kept]
 
 
@@ -76,10 +76,10 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     return closest
 
 
-TSV = Method("tsv", "singular vectors of all, made orthogonal", merge=tsv, takes=frozenset({"scale"}))
+TSV = Method("tsv", "singular vectors of all, made orthogonal", merge=_tsv, takes=frozenset({"scale"}))
 
 
-def knots(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
+def _knots(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
     """KnOTS with TIES of one module."""
     present = present_in_own_order(updates)
     density = TIES_DENSITY if options.density is None else options.density
@@ -89,10 +89,12 @@ def knots(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
         [part @ side.R.T for part, side in zip(r.split([u.rank for u in present], dim=1), sides, strict=True)], dim=1
     )  # (p, sum q_i)
     u, singular, vh = torch.linalg.svd(middle, full_matrices=False)
-    kept = singular > NEGLIGIBLE * singular.max()
+    kept = singular > _NEGLIGIBLE * singular.max()
     scaled = (singular[:, None] * vh)[kept].split([side.Q.shape[1] for side in sides], dim=1)
     tasks = [trim(part @ side.Q.T, density) for part, side in zip(scaled, sides, strict=True)]  # (m, in) each
     return Merged(Factors(disjoint_mean(tasks), options.scale * (q @ u[:, kept])))
 
 
-KNOTS = Method("knots", "TIES in one basis of all updates' outputs", merge=knots, takes=frozenset({"density", "scale"}))
+KNOTS = Method(
+    "knots", "TIES in one basis of all updates' outputs", merge=_knots, takes=frozenset({"density", "scale"})
+)
