@@ -195,17 +195,22 @@ def test_what_has_changed_is_named_and_nothing_is_lost(fit: Fit, power: Power) -
     assert sorted(path.name for path in state_folder(fit.folder / "recipe.json").iterdir()) == kept
 
 
-def test_the_state_of_another_version_is_refused_by_its_form_with_the_way_out(fit: Fit, power: Power) -> None:
-    """As version 0.9 left it, whose entries had numbers in the place of keys."""
+@pytest.mark.parametrize(("said", "form"), [(None, "1"), ("3", "3")])
+def test_the_state_of_another_version_is_refused_by_its_form_with_the_way_out(
+    fit: Fit, power: Power, said: str | None, form: str
+) -> None:
+    """The first form said nothing of itself, and its entries had numbers in the place of keys."""
     fit.run("whole.json")
     stopped(fit, power)
     folder = state_folder(fit.folder / "recipe.json")
     identity = json.loads((folder / "identity.json").read_text())
     del identity["form of the state"]
-    (folder / "identity.json").write_text(json.dumps(identity))
+    (folder / "identity.json").write_text(json.dumps(identity | ({} if said is None else {"form of the state": said})))
     next(folder.glob("*.safetensors")).rename(folder / "00001.safetensors")
     kept = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(StateMismatch, match="has the form 1, of another version of loracat") as refused:
+    with pytest.raises(
+        StateMismatch, match=f"has the form {form}, of another version of loracat, and this one goes on from the form 2"
+    ) as refused:
         fit.run("recipe.json", resume=True)
     assert "leave out --resume to start over" in str(refused.value.hint)
     assert sorted(path.name for path in folder.iterdir()) == kept
