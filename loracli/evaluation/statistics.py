@@ -25,7 +25,7 @@ from loracli.evaluation.comparison import BestOf
 from loracli.model.loss import Scores
 from loracli.recipe.record import HeldOut, HeldOutRow, HeldOutTask
 
-_RESAMPLES = 10_000
+RESAMPLES = 10_000
 _LEVEL = 0.95
 _ROWS = 500  # resamples at a time, so that memory stays at a few megabytes per thousand records
 
@@ -42,8 +42,8 @@ def resampled(differences: Tensor, tokens: Tensor, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     together = torch.cat([differences, tokens[None]]).T  # (n, K + 1)
     sums = []
-    for start in range(0, _RESAMPLES, _ROWS):
-        rows = min(_ROWS, _RESAMPLES - start)
+    for start in range(0, RESAMPLES, _ROWS):
+        rows = min(_ROWS, RESAMPLES - start)
         drawn = torch.randint(n, (rows, n), generator=generator)
         times = torch.zeros(rows, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(rows, n).double())
         sums.append(times @ together)
@@ -120,7 +120,7 @@ def best_of(scores: Mapping[str, Scores], *, seed: int = 0) -> BestOf:
     differences = torch.stack([scores[name].nats - scores[best].nats for name in others])
     draws = resampled(differences, scores[best].tokens, seed=seed)
     as_good = (draws <= 0).sum(dim=1).tolist()
-    rivals = holm({name: (1 + count) / (1 + _RESAMPLES) for name, count in zip(others, as_good, strict=True)})
+    rivals = holm({name: (1 + count) / (1 + RESAMPLES) for name, count in zip(others, as_good, strict=True)})
     return BestOf(best, rivals, clear=all(p < _SIGNIFICANCE for p in rivals.values()))
 
 
