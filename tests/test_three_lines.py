@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from loracli.demo.run import example_folder
+from tests.faults.fork_server import Ended, ForkServer
 from tests.stub_hub import StubHub
 
 LINES = (
@@ -35,28 +34,35 @@ def hub() -> Iterator[StubHub]:
         yield hub
 
 
-def run(line: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "loracli", *line.split()[1:]]
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def server(tmp_path: Path, hub: StubHub) -> Iterator[ForkServer]:
+    """Each line is a process of its own; what it imports is there already."""
+    if sys.platform != "linux":
+        pytest.skip("the server watches its processes as Linux has them")
+    (tmp_path / "streams").mkdir()
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN}
+    with ForkServer(tmp_path / "streams", environment) as running:
+        yield running
 
 
-def test_the_three_lines_give_one_adapter_that_peft_loads(tmp_path: Path, hub: StubHub) -> None:
+def test_the_three_lines_give_one_adapter_that_peft_loads(tmp_path: Path, hub: StubHub, server: ForkServer) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    data = (example_folder() / "calibration.jsonl").read_text() + (example_folder() / "test.jsonl").read_text()
-    (folder / "val.jsonl").write_text(data)
-    home = tmp_path / "hf"
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "PYTHONPATH": os.getcwd()}
-    environment |= {"HF_TOKEN": TOKEN}
+    records = (example_folder() / "calibration.jsonl").read_text().splitlines(keepends=True)
+    (folder / "val.jsonl").write_text("".join(records[:60]))
+
+    def run(line: str) -> Ended:
+        return server.run(*line.split()[1:], cwd=folder)
+
     for number, line in enumerate(LINES):
         if number == 2:
-            shutil.rmtree(home)
-            done = run("loracat fetch recipe.json", folder, environment)  # all that an export needs of the Hub
-            assert done.returncode == 0 and TOKEN not in done.stdout + done.stderr
+            shutil.rmtree(tmp_path / "hf")
+            done = run("loracat fetch recipe.json")  # all that an export needs of the Hub
+            assert done.code == 0 and TOKEN not in done.stdout + done.stderr
             hub.stop()  # an export needs no Hub, no base model and no data
             (folder / "val.jsonl").unlink()
-        done = run(line, folder, environment)
-        assert done.returncode == 0, done.stderr
+        done = run(line)
+        assert done.code == 0, done.stderr
         assert "Traceback" not in done.stderr
         assert TOKEN not in done.stdout + done.stderr
         if number == 1:

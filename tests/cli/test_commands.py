@@ -118,11 +118,11 @@ def test_a_loss_that_is_not_finite_leaves_the_best_weights_and_names_the_records
 ) -> None:
     total, calls = Engine.total, []
 
-    def breaks(self: Engine, *arguments: object) -> object:
+    def breaks(self: Engine, *arguments: object, **key: Any) -> object:
         calls.append(arguments)
         if len(calls) > 40:
             raise NonFiniteLoss("the loss is not finite on the records at calibration.jsonl:3")
-        return total(self, *arguments)  # type: ignore[arg-type]
+        return total(self, *arguments, **key)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Engine, "total", breaks)
     result = run(*FIT, "-o", "new.json")

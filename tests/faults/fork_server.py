@@ -112,6 +112,7 @@ class ForkServer:
         terminal: Path | None = None,
         limits: Mapping[str, int] | None = None,
         program: Path | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> Started:
         """Forks a child that becomes `loracat WORDS`.
 
@@ -123,6 +124,7 @@ class ForkServer:
             terminal: where its results and its talk go.
             limits: RLIMIT names to bytes; `AS` counts from what the child has mapped already.
             program: another file of Python to run in the place of `loracat`.
+            variables: of its environment, beside the server's.
         """
         self.started += 1
         files = self.folder / f"{self.started}.out", self.folder / f"{self.started}.err"
@@ -136,6 +138,7 @@ class ForkServer:
             streams=[str(stream) for stream in streams],
             limits=dict(limits or {}),
             program=str(program or "loracat"),
+            variables=dict(variables or {}),
         )
         own = (file if stream == file else Path(os.devnull) for file, stream in zip(files, streams, strict=True))
         return Started(self, answer["pid"], tuple(own))
@@ -202,6 +205,7 @@ def become(request: Mapping[str, Any]) -> None:
         os.close(descriptor)
     sys.argv = [request["program"], *request["words"]]
     os.chdir(request["cwd"])
+    os.environ.update(request["variables"])
     for name, size in request["limits"].items():
         used = _mapped() if name == "AS" else 0
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (used + size, used + size))

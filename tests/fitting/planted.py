@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.calibration.batches import plan_batches
@@ -15,10 +15,10 @@ from loracli.calibration.render import Example
 from loracli.evaluation.statistics import static_points
 from loracli.fitting.criterion import Fold, loss_criterion
 from loracli.fitting.engine import Engine
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
+from loracli.fitting.level import Solution, Task
 from loracli.fitting.mixing import make_diagonal, make_layout, make_mixing
-from loracli.fitting.rung import Task
-from loracli.fitting.search import Found, search
+from loracli.fitting.search import search
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.loss import make_objective
@@ -31,9 +31,11 @@ def sampled_examples(model: object, count: int, length: int, seed: int) -> list[
     """Sequences drawn token by token from the model as it stands: random first token, all others scored."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 259, (count, 1), generator=generator)
+    seen = DynamicCache()
     with torch.no_grad():
         for _ in range(length - 1):
-            p = torch.softmax(model(input_ids=ids).logits[:, -1].double(), dim=-1)  # type: ignore[operator]
+            done = model(input_ids=ids[:, -1:], past_key_values=seen, use_cache=True)  # type: ignore[operator]
+            p = torch.softmax(done.logits[:, -1].double(), dim=-1)
             ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
     flags = (False, *(True,) * (length - 1))
     return [Example(f"val.jsonl:{line}", tuple(row), flags) for line, row in enumerate(ids.tolist())]
@@ -59,7 +61,7 @@ def make_engine(attached: AttachedModel, examples: Sequence[Example]) -> Engine:
 
 def run_search(
     attached: AttachedModel, adapters: list[LoraAdapter], examples: list[Example], settings: FitSettings
-) -> tuple[Found, float]:
+) -> tuple[Solution, float]:
     """What is found with a fifth of the examples to choose with, and the passes that it took."""
     held = len(examples) // 5
     engine = make_engine(attached, examples)
@@ -72,7 +74,7 @@ def run_search(
 
 
 def held_out_losses(
-    attached: AttachedModel, adapters: list[LoraAdapter], held: list[Example], found: Found
+    attached: AttachedModel, adapters: list[LoraAdapter], held: list[Example], found: Solution
 ) -> dict[str, float]:
     engine = make_engine(attached, held)
     batches = plan_batches(held, batch_tokens=2048)

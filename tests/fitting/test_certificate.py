@@ -19,16 +19,16 @@ from transformers import AutoModelForCausalLM
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import Batch, make_batch
 from loracli.calibration.render import Example
-from loracli.fitting.certificate import can_certify, certify
+from loracli.fitting.certificate import RecordGradients, can_certify, certify, from_rows, record_gradients
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_layout, make_mixing
-from loracli.fitting.record_gradients import RecordGradients, from_rows, record_gradients
 from loracli.model import loss as loss_module
 from loracli.model.attach import attach
 from loracli.model.loss import Objective, make_objective
 from loracli.model.placement import checkpointed
 from loracli.recipe.record import FitCertificate, MixingKind
 from loracli.system.document import decode, encode
-from tests.fitting.processes_started import torchrun
+from tests.faults.fork_server import ForkServer
+from tests.fitting.processes_started import forked
 from tests.tiny import make_adapter, make_base
 
 # The first two normalise in float64; RMSNorm goes through float32, on which small differences drown.
@@ -167,14 +167,14 @@ def test_recomputed_layers_give_the_same_bits_and_the_model_is_left_at_theta(tmp
 
 
 def test_two_processes_give_the_same_bits_and_a_base_sharded_over_them_the_same_numbers(
-    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+    server: ForkServer, tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
 ) -> None:
     """A sharded model gives its weights up in a backward pass, so there each of the two has a forward of its own."""
     for name, path in zip(("base", "first", "second"), (tiny_base, *two_adapters), strict=True):
         shutil.copytree(path, tmp_path / name)
-    ended = torchrun(2, "tests.fitting.certificate_program", str(tmp_path))
-    assert ended.returncode == 0, ended.stderr
-    outcome = json.loads(ended.stdout)
+    first, second = forked(server, 2, str(tmp_path), program="certificate_program")
+    assert (first.code, second.code) == (0, 0), (first, second)
+    outcome = json.loads(first.stdout)
     assert outcome["equal"]
     assert max(outcome["sharded"]) < 1e-5
 

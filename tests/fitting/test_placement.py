@@ -17,10 +17,9 @@ from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
 from loracli.model.base import BaseReference, check_fits, load_base, plan_base
 from loracli.model.placement import check_device_map, checkpointed, placement_options
-from tests.fitting.processes_started import torchrun
+from tests.faults.fork_server import ForkServer
+from tests.fitting.processes_started import forked
 from tests.tiny import logits, make_adapter, make_base
-
-SHARD = "tests.fitting.shard_program"
 
 
 def reference(base: Path) -> BaseReference:
@@ -109,7 +108,7 @@ def test_options_that_contradict_each_other_are_refused(monkeypatch: pytest.Monk
     assert placement_options("cpu", None, 2)["distributed_config"].fsdp_size == 2
 
 
-def test_a_sharded_base_gives_the_numbers_of_a_whole_one(tmp_path: Path) -> None:
+def test_a_sharded_base_gives_the_numbers_of_a_whole_one(server: ForkServer, tmp_path: Path) -> None:
     """Linear layers and experts; two processes, each on other tokens, with and without running layers again; a model
     that transformers has no plan for is refused."""
     base = make_base(tmp_path / "base", "mixtral")
@@ -117,9 +116,9 @@ def test_a_sharded_base_gives_the_numbers_of_a_whole_one(tmp_path: Path) -> None
     make_adapter(tmp_path / "first", base, parameters=parameters, size=0.1, seed=1)
     make_adapter(tmp_path / "second", base, targets=("q_proj", "o_proj"), parameters=parameters[1:], rank=2, seed=2)
     make_base(tmp_path / "gpt2", "gpt2")
-    done = torchrun(2, SHARD, str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    for outcome in json.loads(done.stdout):
+    first, second = forked(server, 2, str(tmp_path), program="shard_program")
+    assert (first.code, second.code) == (0, 0), (first, second)
+    for outcome in json.loads(second.stdout):
         assert outcome["local"] == [16, 32]
         assert outcome["whole"] and outcome["modules"]
         assert outcome["recompute False"] < 1e-5 and outcome["recompute True"] < 1e-5

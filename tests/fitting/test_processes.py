@@ -14,13 +14,14 @@ import torch
 from loracli.errors import ProcessLost, UsageError
 from loracli.fitting.processes import ALONE, connect, process_device
 from loracli.system.machine import Launch, read_launch
+from tests.faults.fork_server import ForkServer
 from tests.fitting.process_program import ITEMS, work
-from tests.fitting.processes_started import ROOT, environment, free_port, start_all, torchrun
+from tests.fitting.processes_started import ROOT, environment, forked, free_port, start_all, torchrun
 
-PROGRAM = "tests.fitting.process_program"
+PROGRAM = "process_program"
 
 
-def test_sums_have_the_same_bits_for_one_two_and_four_processes() -> None:
+def test_sums_have_the_same_bits_for_one_two_and_four_processes(server: ForkServer) -> None:
     """7 items are uneven for 2 and 4; another order of addition gives other bits, so the plan's order was kept."""
     total = torch.zeros(50, dtype=torch.float64)
     for item in ITEMS:
@@ -31,9 +32,9 @@ def test_sums_have_the_same_bits_for_one_two_and_four_processes() -> None:
     assert not torch.equal(total, backwards)
     assert torch.equal(ALONE.fold(ITEMS, work), total)
     for count, turns in ((2, [4, 4]), (4, [2, 2, 2, 2])):
-        done = torchrun(count, PROGRAM, "sums")
-        assert done.returncode == 0, done.stderr
-        result = json.loads(done.stdout)  # one document: the first process alone has printed
+        done = forked(server, count, "sums", program=PROGRAM)
+        assert [process.code for process in done] == [0] * count, done
+        result = json.loads("".join(process.stdout for process in done))  # one document: the first alone has printed
         assert result["fold"] == result["lockstep"] == [x.hex() for x in total.tolist()]
         assert result["in_order"] == [[item, [float(item)] * (item % 3)] for item in ITEMS]
         assert result["sum_exact"] == [float(work(item)[0]).hex() for item in ITEMS]
@@ -48,35 +49,40 @@ def test_sums_have_the_same_bits_for_one_two_and_four_processes() -> None:
         ("at_the_end", 1, "error: NonFiniteLoss: too late (None)"),
     ],
 )
-def test_an_error_on_one_process_ends_all_with_its_code_and_one_message(what: str, code: int, message: str) -> None:
-    codes, talk = start_all(2, PROGRAM, what)
-    assert codes == [code, code], talk
-    assert talk[0].strip() == message
-    assert talk[1].strip() == ""
+def test_an_error_on_one_process_ends_all_with_its_code_and_one_message(
+    server: ForkServer, what: str, code: int, message: str
+) -> None:
+    first, second = forked(server, 2, what, program=PROGRAM)
+    assert (first.code, second.code) == (code, code), (first, second)
+    assert first.stderr.strip() == message
+    assert second.stderr.strip() == ""
 
 
-def test_a_bug_keeps_its_traceback_where_it_is_and_ends_the_others() -> None:
-    codes, talk = start_all(2, PROGRAM, "bug")
-    assert codes == [1, 1]
-    assert talk[0].strip() == "error: FitError: process 1 failed: TypeError: a bug (None)"
-    assert "Traceback" in talk[1] and "TypeError: a bug" in talk[1]
+def test_a_bug_keeps_its_traceback_where_it_is_and_ends_the_others(server: ForkServer) -> None:
+    first, second = forked(server, 2, "bug", program=PROGRAM)
+    assert (first.code, second.code) == (1, 1)
+    assert first.stderr.strip() == "error: FitError: process 1 failed: TypeError: a bug (None)"
+    assert "Traceback" in second.stderr and "TypeError: a bug" in second.stderr
 
 
 @pytest.mark.parametrize("what", ["unheard", "stuck"])
-def test_an_error_that_nobody_hears_of_is_printed_by_its_own_process(what: str) -> None:
-    """Because the first process is busy for long, or waits for the other in a forward that all take part in."""
-    codes, talk = start_all(2, PROGRAM, what)
-    assert codes == [1, 1]
-    assert talk[1].strip() == "error: NonFiniteLoss: nobody hears this (None)"
-    assert talk[0].startswith("error: ProcessLost: another process")
+def test_an_error_that_nobody_hears_of_is_printed_by_its_own_process(server: ForkServer, what: str) -> None:
+    """Because the first process is busy for long, or waits for the other in a forward that all take part in; there the
+    end of the interpreter, which takes the group apart, is to end as well."""
+    first, second = (
+        forked(server, 2, what, program=PROGRAM) if what == "unheard" else start_all(2, what, program=PROGRAM)
+    )
+    assert (first.code, second.code) == (1, 1)
+    assert second.stderr.strip() == "error: NonFiniteLoss: nobody hears this (None)"
+    assert first.stderr.startswith("error: ProcessLost: another process")
 
 
-def test_a_killed_process_ends_all_within_a_minute() -> None:
+def test_a_killed_process_ends_all_within_a_minute(server: ForkServer) -> None:
     started = time.monotonic()
-    codes, talk = start_all(2, PROGRAM, "killed")
-    assert codes == [1, -9]
-    assert talk[0].startswith("error: ProcessLost: another process of this fit has ended")
-    assert torchrun(2, PROGRAM, "killed").returncode == 1
+    first, second = forked(server, 2, "killed", program=PROGRAM)
+    assert (first.code, second.code) == (1, -9)
+    assert first.stderr.startswith("error: ProcessLost: another process of this fit has ended")
+    assert torchrun(2, f"tests.fitting.{PROGRAM}", "killed").returncode == 1
     assert time.monotonic() - started < 60
 
 

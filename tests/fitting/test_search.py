@@ -11,9 +11,9 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
+from loracli.fitting.level import Solution
 from loracli.fitting.mixing import DiagonalMixing, make_diagonal, make_layout
-from loracli.fitting.paper import fit_as_published, with_prompts
-from loracli.fitting.search import Found
+from loracli.fitting.search import fit_as_published, with_prompts
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel
 from tests.fitting.planted import different_by_layer, held_out_losses, make_engine, planted, run_search
@@ -27,7 +27,7 @@ def adapters(two_adapters: tuple[Path, Path]) -> list[LoraAdapter]:
 def test_planted_adapter_weights_are_recovered_to_one_hundredth(tiny_base: Path, adapters: list[LoraAdapter]) -> None:
     truth = torch.tensor([[0.6, 1.3]])
     with planted(tiny_base, adapters, truth, count=2000) as (attached, examples, held):
-        settings = FitSettings(mixing="adapter", passes=12, batch_tokens=4096)
+        settings = FitSettings(mixing="adapter", passes=8, batch_tokens=4096)
         found, _ = run_search(attached, adapters, examples, settings)
         assert (found.theta - truth).abs().max() < 1e-2
         losses = held_out_losses(attached, adapters, held, found)
@@ -76,7 +76,7 @@ def test_a_strong_ridge_holds_the_weights_at_their_start(tiny_base: Path, adapte
 
 def published(
     attached: AttachedModel, adapters: list[LoraAdapter], examples: list[Example], rate: float | None
-) -> Found:
+) -> Solution:
     mixing = make_diagonal(make_layout(adapters), "module", softmax=True)
     engine = make_engine(attached, examples)
     return fit_as_published(engine, mixing, examples, FitSettings(paper=True, learning_rate=rate))

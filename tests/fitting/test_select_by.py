@@ -21,10 +21,11 @@ from loracli.fitting.run import fit_mixing
 from loracli.fitting.search import LADDERS, search
 from loracli.fitting.settings import FitSettings
 from loracli.recipe.recipe import load_recipe
+from tests.faults.fork_server import ForkServer
 from tests.fitting.least_squares import LAYOUT, LeastSquares, engine_of, one_task, random_examples, rung
-from tests.fitting.test_fit_processes import Started
-from tests.fitting.test_resume import Fit, Power, power
-from tests.fitting.test_rungs import TRUTH, TwoWells
+from tests.fitting.test_fit_processes import SmallFit
+from tests.fitting.test_journal import Fit, Power, power
+from tests.fitting.test_level import TRUTH, TwoWells
 from tests.tiny import make_adapter, random_records, write_jsonl
 
 __all__ = ["power"]  # a fixture
@@ -67,7 +68,7 @@ def test_a_cost_is_what_is_not_right_and_the_loss_decides_between_equals() -> No
         return lambda objective: right
 
     criterion = metric_criterion(engine, scorer_of, batch_tokens=1024)
-    far, near = (criterion(rung("adapter"), rung("adapter").constant([w, w]), examples) for w in (9.0, 1.0))
+    far, near = (criterion(rung("adapter"), rung("adapter").constant([w, w]), examples, None) for w in (9.0, 1.0))
     for scores in (far, near):
         assert (scores.nats - (1 - right)).min() >= 0 and (scores.nats - (1 - right)).max() <= 1e-4
         assert scores.tokens.tolist() == [1.0] * 3
@@ -140,15 +141,14 @@ def test_a_fit_that_is_stopped_among_its_answers_ends_in_the_same_bytes(
 
 
 def test_one_and_two_processes_choose_the_same(
-    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+    server: ForkServer, tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
 ) -> None:
-    started = Started(tmp_path, tiny_base, two_adapters)
+    small = SmallFit(server, tmp_path, tiny_base, two_adapters)
     options = ("--select-by", "contains", "--max-new-tokens", "4", "--passes", "2")
     for count in (1, 2):
-        done = started.run(count, *options, "-o", f"{count}.json")
-        assert done.returncode == 0, done.stderr
+        small.run(count, *options, "-o", f"{count}.json")
     assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
-    refused = started.run(2, *options, "--shard", "-o", "3.json")
+    refused = small.run(2, *options, "--shard", "-o", "3.json", code=2)
     assert "answers cannot be generated with a base that is shared out" in refused.stderr
 
 

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +25,7 @@ from loracli.model.placement import Placement
 from loracli.progress import Silent
 from loracli.system.files import locked_directory
 from loracli.system.machine import Launch
-from tests.fitting.processes_started import environment
+from tests.faults.fork_server import ForkServer
 from tests.tiny import random_records, write_jsonl
 
 SETTINGS = FitSettings(mixing="auto", passes=3, cv=2, batch_tokens=256)
@@ -133,51 +131,36 @@ def test_a_fit_stopped_at_every_seventh_of_its_work_ends_in_the_same_bytes(fit: 
     assert not state_folder(fit.folder / "broken.json").exists()
 
 
-def test_kill_9_at_random_moments_and_resume_ends_in_the_same_bytes(fit: Fit) -> None:
+def test_kill_9_at_random_moments_and_resume_ends_in_the_same_bytes(fit: Fit, server: ForkServer) -> None:
     """Real processes, real kills; the last one is left to end."""
-    settings = ["--mixing", "core", "--passes", "4", "--batch-tokens", "64", "--dtype", "float32", "--device", "cpu"]
-    command = [sys.executable, "-m", "loracli", "fit", "-a", *fit.adapters, "-d", str(fit.data), "--base", fit.base]
-
-    def started(output: str, *more: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [*command, *settings, "-o", output, *more],
-            cwd=fit.folder,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    assert started("whole.json").wait(120) == 0
+    words = ["fit", "-a", *fit.adapters, "-d", str(fit.data), "--base", fit.base, "--mixing", "core", "--passes", "4"]
+    words += ["--batch-tokens", "64", "--dtype", "float32", "--device", "cpu"]
+    assert server.run(*words, "-o", "whole.json", cwd=fit.folder).code == 0
     state, generator = state_folder(fit.folder / "broken.json"), random.Random(0)
-    kills = 0
     for _ in range(4):
-        process = started("broken.json", "--resume")
-        while not state.exists() and process.poll() is None:
-            time.sleep(0.02)
+        process = server.start(*words, "-o", "broken.json", "--resume", cwd=fit.folder)
+        while not state.exists():
+            time.sleep(0.01)
         time.sleep(generator.uniform(0.05, 0.4))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait(60) == -signal.SIGKILL
-    assert kills >= 2
-    assert started("broken.json", "--resume").wait(120) == 0
+        process.send(signal.SIGKILL)
+        assert process.wait().code == -signal.SIGKILL
+    assert server.run(*words, "-o", "broken.json", "--resume", cwd=fit.folder).code == 0
     assert fit.written("whole") == fit.written("broken")
     assert not state.exists()
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_keep_the_state_and_say_how_to_go_on(fit: Fit, signum: int, code: int) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "loracli", "fit", "-a", *fit.adapters, "-d", str(fit.data), "--base", fit.base]
-        + ["--batch-tokens", "32", "--passes", "500"],
-        cwd=fit.folder,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not list(fit.folder.glob("recipe.json.state/0*")) and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signum)
-    assert "the same command with --resume goes on from there" in process.communicate(timeout=60)[1]
-    assert process.returncode == code
+def test_ctrl_c_and_sigterm_keep_the_state_and_say_how_to_go_on(
+    fit: Fit, server: ForkServer, signum: int, code: int
+) -> None:
+    words = ["fit", "-a", *fit.adapters, "-d", str(fit.data), "--base", fit.base, "--batch-tokens", "32"]
+    process = server.start(*words, "--passes", "500", cwd=fit.folder)
+    while not list(fit.folder.glob("recipe.json.state/*.safetensors")):
+        time.sleep(0.01)
+    process.send(signum)
+    ended = process.wait()
+    assert "the same command with --resume goes on from there" in ended.stderr
+    assert ended.code == code
     assert sorted(path.name for path in fit.folder.iterdir()) == ["recipe.json.state", "val.data"]
 
 
@@ -212,6 +195,30 @@ def test_what_has_changed_is_named_and_nothing_is_lost(fit: Fit, power: Power) -
     assert sorted(path.name for path in state_folder(fit.folder / "recipe.json").iterdir()) == kept
 
 
+@pytest.mark.parametrize(("said", "form"), [(None, "1"), ("3", "3")])
+def test_the_state_of_another_version_is_refused_by_its_form_with_the_way_out(
+    fit: Fit, power: Power, said: str | None, form: str
+) -> None:
+    """The first form said nothing of itself, and its entries had numbers in the place of keys."""
+    fit.run("whole.json")
+    stopped(fit, power)
+    folder = state_folder(fit.folder / "recipe.json")
+    identity = json.loads((folder / "identity.json").read_text())
+    del identity["form of the state"]
+    (folder / "identity.json").write_text(json.dumps(identity | ({} if said is None else {"form of the state": said})))
+    next(folder.glob("*.safetensors")).rename(folder / "00001.safetensors")
+    kept = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(
+        StateMismatch, match=f"has the form {form}, of another version of loracat, and this one goes on from the form 2"
+    ) as refused:
+        fit.run("recipe.json", resume=True)
+    assert "leave out --resume to start over" in str(refused.value.hint)
+    assert sorted(path.name for path in folder.iterdir()) == kept
+    fit.run("recipe.json")
+    assert fit.written("recipe") == fit.written("whole")
+    assert not folder.exists()
+
+
 def test_a_base_written_anew_is_named(fit: Fit, power: Power) -> None:
     stopped(fit, power)
     weights = Path(fit.base) / "model.safetensors"
@@ -237,7 +244,7 @@ def test_without_resume_a_fit_starts_over_and_says_so(fit: Fit, power: Power) ->
 def test_a_damaged_entry_is_done_again(fit: Fit, power: Power) -> None:
     fit.run("whole.json")
     stopped(fit, power, "broken.json")
-    entries = sorted(state_folder(fit.folder / "broken.json").glob("0*.safetensors"))
+    entries = sorted(state_folder(fit.folder / "broken.json").glob("*.safetensors"))
     entries[len(entries) // 2].write_bytes(b"nonsense")
     entries[-1].write_bytes(entries[-1].read_bytes()[:-1])
     fit.run("broken.json", resume=True)
