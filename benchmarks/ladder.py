@@ -28,9 +28,9 @@ from loracli.demo.run import example_folder
 from loracli.evaluation.statistics import paired_interval, static_points
 from loracli.fitting.criterion import cross_folds, gain, loss_criterion, one_fold
 from loracli.fitting.engine import Engine
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
+from loracli.fitting.level import Solution, Task, tokens_of
 from loracli.fitting.mixing import make_layout, make_mixing
-from loracli.fitting.rung import Solved, Task, mean_of, tokens_of
 from loracli.fitting.search import LADDERS, REFIT_SHARE, refit, solve_next, worth_climbing
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach
@@ -99,7 +99,7 @@ def score(engine: Engine, mixing: object, theta: torch.Tensor, examples: Sequenc
 def climbed(task: Task, make, some: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Scores]:  # type: ignore[no-untyped-def]
     """The held-out scores of every rung, the one of `auto` marked; says what each cost and gained."""
     whole = task.settings.budget * 2 * tokens_of(some)
-    solved: list[Solved] = []
+    solved: list[Solution] = []
     found: dict[str, Scores] = {}
     chosen, going, spent = "adapter", True, 0
     for kind in LADDERS["auto"]:
@@ -114,7 +114,7 @@ def climbed(task: Task, make, some: Sequence[Example], held_out: Sequence[Exampl
             going = worth_climbing(compared, task.least_gain)
             chosen = kind if going else chosen
         again = refit(task, solved, some, REFIT_SHARE * whole)
-        found[kind] = score(task.engine, last.mixing, mean_of(last.thetas) if again is None else again[0], held_out)
+        found[kind] = score(task.engine, last.mixing, last.theta if again is None else again.theta, held_out)
         said = "" if compared is None else f", validation gain {compared.mean:.4f} +- {compared.standard_error:.4f}"
         print(
             f"- {len(some)} records, {kind}: {last.mixing.numbers} numbers, from {last.chosen}, ridge {last.ridge}, "

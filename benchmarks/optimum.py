@@ -33,15 +33,14 @@ from loracli.calibration.dataset import shuffled
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
 from loracli.demo.run import example_folder
-from loracli.fitting.certificate import certified, plan_finish
+from loracli.fitting.certificate import certificate_tokens, certified
 from loracli.fitting.criterion import Fold, loss_criterion
 from loracli.fitting.descent import AdamW, Descent, plan_steps
 from loracli.fitting.engine import Engine
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
+from loracli.fitting.level import Task, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_layout
-from loracli.fitting.paper import fit_as_published
-from loracli.fitting.rung import Task, tokens_of
-from loracli.fitting.search import search
+from loracli.fitting.search import fit_as_published, search
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.base import find_base, load_base
@@ -147,11 +146,11 @@ def ours(p: Problem, settings: FitSettings, name: str) -> Row:
     held = min(len(order) // 5, 512)
     fold = Fold(tuple(order[held:]), tuple(order[:held]))
     task = Task(engine, (fold,), loss_criterion(engine, batch_tokens=BATCH_TOKENS), settings, p.names)
-    finish = plan_finish(p.mixing, p.examples, settings)
-    found = search(task, lambda kind: make_diagonal(p.layout, kind), p.examples, finish)
+    reserved = certificate_tokens(p.mixing, p.examples, settings)
+    found = search(task, lambda kind: make_diagonal(p.layout, kind), p.examples, reserved)
     theta, mixing = found.theta, found.mixing
     assert isinstance(mixing, DiagonalMixing)
-    if finish.certificates:
+    if reserved:
         theta, _ = certified(engine, mixing, theta, found.anchor, found.ridge or 0.0, p.examples, settings)
     return name, p.passes(engine), p.loss(theta), time.monotonic() - began
 

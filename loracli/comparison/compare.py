@@ -23,10 +23,9 @@ from loracli.evaluation.comparison import Comparison, Skipped
 from loracli.evaluation.metrics import TaskMetric
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.fitting.engine import Engine
-from loracli.fitting.expert_orders import say_likelier_orders
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import Layout, make_diagonal, make_layout
-from loracli.fitting.reach import find_reach
+from loracli.fitting.reach import find_reach, say_likelier_orders
 from loracli.model.attach import attach, replace_modules
 from loracli.model.base import BaseModel, check_fits, load_base
 from loracli.model.loss import check_causal, make_objective

@@ -16,7 +16,7 @@ from loracli.calibration.render import Example
 from loracli.composition.attached import Composition, weighted
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import Layout, check_mixing, make_diagonal
 from loracli.fitting.recording import recipe_mixing
 from loracli.fitting.run import divide_training, find_mixing

@@ -69,11 +69,11 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-TIMEOUT = 3600.0  # seconds
-SHOWN = 2000  # characters of its stderr
+_TIMEOUT = 3600.0  # seconds
+_SHOWN = 2000  # characters of its stderr
 
 
-def split_command(command: str) -> list[str]:
+def _split_command(command: str) -> list[str]:
     """The words of a command, as a shell would split them; no shell runs it.
 
     Raises:
@@ -88,7 +88,7 @@ def split_command(command: str) -> list[str]:
     return words
 
 
-def run_metric(command: str, answers: Sequence[Mapping[str, object]], *, timeout: float = TIMEOUT) -> list[float]:
+def run_metric(command: str, answers: Sequence[Mapping[str, object]], *, timeout: float = _TIMEOUT) -> list[float]:
     """What the command makes of the answers: one number each, higher is better.
 
     Args:
@@ -101,12 +101,12 @@ def run_metric(command: str, answers: Sequence[Mapping[str, object]], *, timeout
     """
     lines = "".join(json.dumps(dict(answer), ensure_ascii=False) + "\n" for answer in answers)
     try:
-        done = subprocess.run(split_command(command), input=lines.encode(), capture_output=True, timeout=timeout)
+        done = subprocess.run(_split_command(command), input=lines.encode(), capture_output=True, timeout=timeout)
     except OSError as error:
         raise MetricError(f"the metric command cannot be run: {error.strerror}: {command}") from None
     except subprocess.TimeoutExpired:
         raise MetricError(f"the metric command takes longer than {timeout:g} seconds: {command}") from None
-    said = done.stderr.decode(errors="replace").strip()[-SHOWN:]
+    said = done.stderr.decode(errors="replace").strip()[-_SHOWN:]
     if done.returncode != 0:
         raise MetricError(f"the metric command ended with the code {done.returncode}", hint=said or None)
     written = done.stdout.splitlines()
@@ -131,9 +131,9 @@ def _score(line: bytes, number: int) -> float:
     return float(value)
 
 
-GENERATED = ("exact", "contains", "numeric")
+_GENERATED = ("exact", "contains", "numeric")
 CHOICE, COMMAND = "choice", "command"
-METRICS = (*GENERATED, CHOICE)
+_METRICS = (*_GENERATED, CHOICE)
 MAX_NEW_TOKENS = 256
 
 
@@ -155,10 +155,10 @@ class TaskMetric:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a setting that is out of its range."""
-        if self.name not in (*METRICS, COMMAND):
-            raise UsageError(f"the metric {self.name} is not one of {', '.join(METRICS)}")
+        if self.name not in (*_METRICS, COMMAND):
+            raise UsageError(f"the metric {self.name} is not one of {', '.join(_METRICS)}")
         if self.name == COMMAND:
-            split_command(self.command or "")
+            _split_command(self.command or "")
         if not 1 <= self.max_new_tokens <= 1 << 16:
             raise UsageError(f"--max-new-tokens {self.max_new_tokens} is not between 1 and {1 << 16}")
         if not 0 <= self.tolerance <= 1:

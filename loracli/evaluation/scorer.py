@@ -105,14 +105,14 @@ def _greedy(model: Any, max_new_tokens: int, ends: Sequence[int], pad: int) -> I
         model.generation_config = own
 
 
-UNCUT = 1 << 20  # tokens: a record is judged whole, whatever part of it the loss sees
+_UNCUT = 1 << 20  # tokens: a record is judged whole, whatever part of it the loss sees
 
 # What an attached model scores on each record, (n,) in float64, higher is better.
 Scorer = Callable[["Objective"], Tensor]
 
 
 @dataclass(frozen=True)
-class Question:
+class _Question:
     """A record as it is asked.
 
     Args:
@@ -157,7 +157,7 @@ def make_scorer(
     return partial(_answered, metric, [by_place[place] for place in places], tokenizer, 4 * batch_tokens, progress)
 
 
-def reference_of(content: dict[str, Any]) -> str:
+def _reference_of(content: dict[str, Any]) -> str:
     """The text that a record has as its last answer."""
     if "messages" in content:
         messages = content["messages"]
@@ -173,7 +173,7 @@ def prompt_of(example: Example) -> tuple[int, ...]:
     return example.input_ids[:start]
 
 
-def _questions(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any, max_length: int) -> list[Question]:
+def _questions(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any, max_length: int) -> list[_Question]:
     records = tuple(record for record in file.records if record.place in wanted)
     if not records:
         return []
@@ -191,17 +191,17 @@ def _questions(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any, m
                 f"{record.place}: the prompt has {len(prompt)} tokens; an answer needs 1 to {max_length}",
                 hint="raise --max-length, or leave the record out",
             )
-        questions.append(Question(record, prompt, last if last in special else None))
+        questions.append(_Question(record, prompt, last if last in special else None))
     return questions
 
 
 def _rendered(file: CalibrationFile, tokenizer: Any) -> tuple[Example, ...]:
-    return render_file(file, tokenizer, max_length=UNCUT, whole=True).examples
+    return render_file(file, tokenizer, max_length=_UNCUT, whole=True).examples
 
 
 def _answered(
     metric: TaskMetric,
-    questions: Sequence[Question],
+    questions: Sequence[_Question],
     tokenizer: Any,
     batch_tokens: int,
     progress: Progress,
@@ -219,7 +219,7 @@ def _answered(
         progress=progress,
     )
     outputs = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-    references = [reference_of(question.record.content) for question in questions]
+    references = [_reference_of(question.record.content) for question in questions]
     if metric.name == COMMAND:
         values = run_metric(
             metric.command or "",
@@ -248,7 +248,7 @@ def _choices(files: Sequence[CalibrationFile], wanted: dict[str, None], tokenize
     for file in files:
         records = [record for record in file.records if record.place in wanted]
         for record in records:
-            if reference_of(record.content) not in record.choices:
+            if _reference_of(record.content) not in record.choices:
                 reason = "its answer is none of its choices" if record.choices else "no choices"
                 raise CalibrationError(
                     f"{record.place}: {reason}",
@@ -258,7 +258,7 @@ def _choices(files: Sequence[CalibrationFile], wanted: dict[str, None], tokenize
         each = tuple(_answering(record, option) for record in records for option in record.choices)
         if each:
             examples += _rendered(replace(file, records=each), tokenizer)
-    right = {record.place: reference_of(record.content) for file in files for record in file.records}
+    right = {record.place: _reference_of(record.content) for file in files for record in file.records}
     batches = plan_batches(examples, batch_tokens=batch_tokens)
 
     def score(objective: Objective) -> Tensor:

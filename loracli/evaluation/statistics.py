@@ -25,8 +25,8 @@ from loracli.evaluation.comparison import BestOf
 from loracli.model.loss import Scores
 from loracli.recipe.record import HeldOut, HeldOutRow, HeldOutTask
 
-RESAMPLES = 10_000
-LEVEL = 0.95
+_RESAMPLES = 10_000
+_LEVEL = 0.95
 _ROWS = 500  # resamples at a time, so that memory stays at a few megabytes per thousand records
 
 
@@ -42,8 +42,8 @@ def resampled(differences: Tensor, tokens: Tensor, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     together = torch.cat([differences, tokens[None]]).T  # (n, K + 1)
     sums = []
-    for start in range(0, RESAMPLES, _ROWS):
-        rows = min(_ROWS, RESAMPLES - start)
+    for start in range(0, _RESAMPLES, _ROWS):
+        rows = min(_ROWS, _RESAMPLES - start)
         drawn = torch.randint(n, (rows, n), generator=generator)
         times = torch.zeros(rows, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(rows, n).double())
         sums.append(times @ together)
@@ -53,7 +53,7 @@ def resampled(differences: Tensor, tokens: Tensor, *, seed: int = 0) -> Tensor:
 
 def intervals(differences: Tensor, tokens: Tensor, *, seed: int = 0) -> list[tuple[float, float]]:
     """The 95 % interval of each of K differences, as `resampled` takes them: low and high, in nats per token."""
-    tail = (1 - LEVEL) / 2
+    tail = (1 - _LEVEL) / 2
     levels = torch.tensor([tail, 1 - tail], dtype=torch.float64)
     ends = torch.quantile(resampled(differences, tokens, seed=seed), levels, dim=1)  # (2, K)
     return [(low, high) for low, high in ends.T.tolist()]
@@ -86,9 +86,9 @@ def mcnemar(first: Tensor, second: Tensor) -> float:
     return min(1.0, 2 * tail / (1 << (b + c)))
 
 
-SIGNIFICANCE = 0.05
+_SIGNIFICANCE = 0.05
 # z(1 - 0.05 / 2) + z(0.8): a test at 5 % on two sides finds a difference of so many standard errors four times in five.
-DETECTED = 1.959964 + 0.841621
+_DETECTED = 1.959964 + 0.841621
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -120,8 +120,8 @@ def best_of(scores: Mapping[str, Scores], *, seed: int = 0) -> BestOf:
     differences = torch.stack([scores[name].nats - scores[best].nats for name in others])
     draws = resampled(differences, scores[best].tokens, seed=seed)
     as_good = (draws <= 0).sum(dim=1).tolist()
-    rivals = holm({name: (1 + count) / (1 + RESAMPLES) for name, count in zip(others, as_good, strict=True)})
-    return BestOf(best, rivals, clear=all(p < SIGNIFICANCE for p in rivals.values()))
+    rivals = holm({name: (1 + count) / (1 + _RESAMPLES) for name, count in zip(others, as_good, strict=True)})
+    return BestOf(best, rivals, clear=all(p < _SIGNIFICANCE for p in rivals.values()))
 
 
 def standard_error(difference: Tensor, tokens: Tensor) -> float:
@@ -139,7 +139,7 @@ def standard_error(difference: Tensor, tokens: Tensor) -> float:
 def detectable(difference: Tensor, tokens: Tensor) -> float:
     """The true difference in nats per token that so many records would show with a probability of 80 %, judged by how
     much this one varies over records."""
-    return DETECTED * standard_error(difference, tokens)
+    return _DETECTED * standard_error(difference, tokens)
 
 
 FIT = "fit"

@@ -22,7 +22,7 @@ from loracli.composition.composition import RecipeSource, Source, recorded_base
 from loracli.errors import RecipeError, UsageError
 from loracli.fitting.activations import second_moments
 from loracli.fitting.engine import Engine
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach, replace_modules

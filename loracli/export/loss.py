@@ -16,7 +16,7 @@ from loracli.composition.composition import recorded_base
 from loracli.evaluation.statistics import paired_interval
 from loracli.export.export import Exported
 from loracli.fitting.engine import Engine
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings

@@ -41,12 +41,12 @@ from loracli.export.module import refitted_factors
 from loracli.fitting.criterion import FEWEST_TO_VALIDATE, Fold, Gain, gain, loss_criterion, one_fold
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs, render_inputs
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
+from loracli.fitting.level import Task, solve_level, tokens_of
 from loracli.fitting.mixing import CoreMixing, make_layout
 from loracli.fitting.processes import ALONE
 from loracli.fitting.reach import find_reach
 from loracli.fitting.run import announce, memory_decision, usable_length
-from loracli.fitting.rung import Task, mean_of, solve_rung, tokens_of
 from loracli.fitting.search import REFIT_SHARE, refit
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach, replace_modules
@@ -333,17 +333,17 @@ def _search(engine: Engine, inputs: FitInputs, fold: Fold, examples: Examples) -
     criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
     task = Task(engine, (fold,), criterion, settings, inputs.references)
     budget = settings.budget * 2 * tokens_of(examples.training)
-    before = criterion(mixing, identity, fold.validation)
-    solved = solve_rung(task, mixing, {START: [identity]}, budget * (1 - REFIT_SHARE) - engine.meter.spent)
+    before = criterion(mixing, identity, fold.validation, None)
+    solved = solve_level(task, mixing, {START: [identity]}, budget * (1 - REFIT_SHARE) - engine.meter.spent)
     assert solved.scores is not None
     compared = gain(before, solved.scores)
     if not solved.moved or not compared.clear:
         return _Found({}, compared, solved.ridge, solved.stopped)
-    theta, stopped = mean_of(solved.thetas), solved.stopped
+    theta, stopped = solved.theta, solved.stopped
     if stopped is None:
         try:
             again = refit(task, [solved], examples.training, min(REFIT_SHARE * budget, budget - engine.meter.spent))
-            theta = theta if again is None else again[0]
+            theta = theta if again is None else again.theta
         except NonFiniteLoss as error:
             stopped = str(error)
     cores = dict(zip(inputs.layout.modules, (core.clone() for core in mixing.matrices(theta)), strict=True))

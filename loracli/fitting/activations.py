@@ -38,6 +38,8 @@ def second_moments(
     lora_A: Mapping[str, Tensor],
     batches: Sequence[Batch],
     examples: Sequence[Example],
+    *,
+    key: str | None = None,
 ) -> dict[str, Tensor]:
     """G (R, R) of each module in float64, the same bits for any number of processes.
 
@@ -47,10 +49,11 @@ def second_moments(
         lora_A: A (R, in) of each module; products with it are in float32 or the model's wider dtype.
         batches: one record each, so that no padding is counted. An adapted head sees scored positions only.
         examples: that the batches are made of.
+        key: of what is remembered.
     """
     sizes = [len(A) ** 2 for A in lora_A.values()]
     with _watched(engine.objective, lora_A) as sums_of:
-        total = engine.summed(mixing, theta, batches, examples, sums_of, sum(sizes) + len(sizes))
+        total = engine.summed(mixing, theta, batches, examples, sums_of, sum(sizes) + len(sizes), key=key)
     *sums, rows = torch.split(total, [*sizes, len(sizes)])
     return {
         name: part.view(len(A), len(A)) / max(float(count), 1.0)
@@ -59,8 +62,8 @@ def second_moments(
 
 
 @contextmanager
-def _watched(objective: Objective, lora_A: Mapping[str, Tensor]) -> Iterator[Callable[[Batch], tuple[Tensor, Tensor]]]:
-    """A function of a batch: the sums of z z^T of all modules, end to end, and (L,) over how many rows."""
+def _watched(objective: Objective, lora_A: Mapping[str, Tensor]) -> Iterator[Callable[[Batch], Tensor]]:
+    """A function of a batch: the sums of z z^T of all modules, end to end, and then L numbers, over how many rows."""
     model, seen, handles = objective.attached.model, dict[str, list[Tensor]](), []
 
     def watch(name: str, module: nn.Module) -> Any:
@@ -78,13 +81,12 @@ def _watched(objective: Objective, lora_A: Mapping[str, Tensor]) -> Iterator[Cal
 
         return module.register_forward_pre_hook(look)
 
-    def sums_of(batch: Batch) -> tuple[Tensor, Tensor]:
+    def sums_of(batch: Batch) -> Tensor:
         seen.clear()
         objective.record_sums(batch)
         none = {name: torch.zeros(0, len(A), dtype=torch.float64) for name, A in lora_A.items()}
         every = [torch.cat([none[name], *seen.get(name, ())]) for name in lora_A]
-        sums = torch.cat([(z.T @ z).flatten() for z in every])
-        return sums, torch.tensor([len(z) for z in every], dtype=torch.float64)
+        return torch.cat([*((z.T @ z).flatten() for z in every), torch.tensor([len(z) for z in every]).double()])
 
     try:
         for name in lora_A:
@@ -132,7 +134,7 @@ def fit_activations(
         return None
     examples = chosen_records(training, seed=seed)
     batches = plan_batches(examples, batch_tokens=1)
-    found = second_moments(engine, mixing, theta, lora_A, batches, examples)
+    found = second_moments(engine, mixing, theta, lora_A, batches, examples, key="activations")
     moments = {f"{name}.{MOMENT}": moment.float() for name, moment in found.items()}
     if not all(bool(torch.isfinite(moment).all()) for moment in moments.values()):
         progress.warn(f"the second moments of the activations are not finite: {without}")

@@ -1,12 +1,11 @@
-"""How good a fit is, from the gradients of single records, and the Newton step that this allows.
-
-The certificate of a fit, from the gradients of its records: is this the optimum, and how sure are the weights?
+"""The certificate of a fit, from the gradients of its records: is this the optimum, and how sure are the weights?
+And the Gauss-Newton steps that end a fit of few numbers, while they promise something.
 
 With T scored tokens, each as many times as it counts, t_n of them in record n, and w_0 the weights that the ridge
 rho pulls towards:
 
     L(w) = 1/T sum_n nats_n(w) + rho/2 |w - w_0|^2
-    g    = 1/T sum_n g_n + rho (w - w_0)               g_n, h_n: `fitting.record_gradients`
+    g    = 1/T sum_n g_n + rho (w - w_0)               g_n, h_n: below
     G    = 1/T sum_n h_n h_n^T                         estimates the Gauss-Newton matrix of the first term
     H    = G + rho I
 
@@ -24,15 +23,28 @@ effective number and without bound below, so there none is given. The n records 
 and rho = 0, H has no inverse. The pseudo-inverse takes its place, the decrement tells of what the seen directions can
 gain, and the length of the gradient in the others stands beside it.
 
-The end of a fit of few numbers: Gauss-Newton steps while they promise something, and a certificate.
+Where the records determine G well, the step w - H^-1 g goes to the optimum of the quadratic model; it is kept if the
+objective there is lower.
 
-One forward and two backward passes give the gradient g and the Gauss-Newton matrix G of the objective (see
-`fitting.certificate`). Where the records determine G well, the step w - (G + rho I)^-1 g goes to the optimum of the
-quadratic model; it is kept if the objective there is lower.
+g_n and h_n are the gradients of every record by itself, for the true labels and for sampled ones. Of its nats, whose
+scored positions t count v times each:
+
+    g_n = sum_t v d/dtheta -log p(y_t)                y_t the label
+    h_n = sum_t sqrt(v) d/dtheta -log p(s_t)          s_t sampled from p, the model's distribution at position t
+
+Under the model, scores d/dtheta log p(s_t) have mean 0 and those of different positions are uncorrelated. So
+E[sum_n h_n h_n^T] = sum_n v sum_t F_t with F_t the Fisher information of position t, which for the cross-entropy of a
+softmax is the Gauss-Newton matrix (Martens, arXiv 1412.1193). With the labels in the place of samples it would not be
+(Kunstner et al., arXiv 1905.12558).
+
+Each record is given mixing weights of its own, all at the same theta: one backward pass then leaves the gradients of
+all records of a batch side by side. Forward and twice backward costs 3 units a token, where a step of a fit costs 2; a
+sharded model costs 4, for there each backward pass needs a forward of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,20 +52,109 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fitting.engine import CERTIFICATE_COST, GRADIENT_COST, Engine
+from loracli.fitting.engine import GRADIENT_COST, Engine
+from loracli.fitting.level import tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing
-from loracli.fitting.record_gradients import RecordGradients
-from loracli.fitting.rung import tokens_of
 from loracli.fitting.settings import FitSettings
+from loracli.model.loss import Objective, gradient_of
+from loracli.model.placement import is_sharded
 from loracli.recipe.record import INLINE_KINDS, RECORDS_PER_NUMBER, FitCertificate
 
-MOST_NUMBERS = 2000  # G is P x P, and a row for each record is 2 P
-EXTRAPOLATED = 2.0  # an adapter was trained to act at 1
-NO_CURVATURE = 1e-10  # of the largest eigenvalue of G: what rounding leaves of float32 gradients of equal directions
-UNDETERMINED = 1e-6  # share of a weight that lies in directions without curvature
+
+@dataclass(frozen=True)
+class RecordGradients:
+    """Of n records at one theta (P,), all float64.
+
+    Args:
+        nats: (n,) sums over the scored tokens, each as many times as it counts.
+        tokens: (n,) how many those are, counted likewise.
+        gradients: (n, P) g_n, of those nats.
+        sampled: (n, P) h_n, of the nats of sampled labels.
+    """
+
+    nats: Tensor
+    tokens: Tensor
+    gradients: Tensor
+    sampled: Tensor
+
+    def rows(self) -> Tensor:
+        """(n, 2 + 2P): one row for each record."""
+        return torch.cat([self.nats[:, None], self.tokens[:, None], self.gradients, self.sampled], dim=1)
+
+
+def from_rows(rows: Tensor) -> RecordGradients:
+    """The inverse of `RecordGradients.rows`."""
+    gradients, sampled = rows[:, 2:].chunk(2, dim=1)
+    return RecordGradients(rows[:, 0], rows[:, 1], gradients, sampled)
+
+
+def record_gradients(
+    objective: Objective, mixing: DiagonalMixing, theta: Tensor, batch: Batch, examples: Sequence[Example], *, seed: int
+) -> RecordGradients:
+    """The gradients of each of the b records of a batch; the attached model is left at theta.
+
+    What is drawn for a record is decided by the seed and its tokens: not by its place, nor by the batch.
+
+    Args:
+        objective: of the attached model.
+        mixing: without softmax.
+        theta: (P,).
+        batch: of some of the examples.
+        examples: that the batch was made from.
+        seed: of the sampled labels.
+    Raises:
+        ValueError: if the weights of the mixing are a softmax.
+    """
+    if mixing.softmax:
+        raise ValueError("theta is not the weights themselves where they are a softmax")
+    weights = theta[mixing.index].repeat(len(batch.indices), 1).requires_grad_(True)  # (b, sum R)
+    draws = torch.cat([_draws(examples[index], seed) for index in batch.indices])  # (s,)
+    v = torch.ones(len(draws), dtype=torch.float64) if batch.weights is None else batch.weights  # (s,)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        objective.set_weights_of_records(batch, weights)
+        return objective.nats_and_sampled_nats(batch, draws)
+
+    nats, sampled_nats = forward()
+    # A sharded model gives its weights up after a backward pass, and the graph is of no use then.
+    sharded = is_sharded(objective.attached.model)
+    first = gradient_of((nats * v.to(nats)).sum(), weights, retain_graph=not sharded)
+    if sharded:
+        _, sampled_nats = forward()
+    second = gradient_of((sampled_nats * v.to(nats).sqrt()).sum(), weights)
+    with torch.no_grad():
+        mixing.apply(objective.attached, theta)
+    none = torch.zeros(len(batch.indices), dtype=torch.float64)
+    return RecordGradients(
+        nats=none.index_add(0, batch.owners, nats.detach().cpu().double() * v),
+        tokens=none.index_add(0, batch.owners, v),
+        gradients=_by_number(first, mixing),
+        sampled=_by_number(second, mixing),
+    )
+
+
+def _by_number(gradient: Tensor, mixing: DiagonalMixing) -> Tensor:
+    """(b, P): the sums over the rank rows that take the same number, from (b, sum R)."""
+    return torch.zeros(len(gradient), mixing.numbers, dtype=torch.float64).index_add(1, mixing.index, gradient)
+
+
+def _draws(example: Example, seed: int) -> Tensor:
+    """(scored tokens,) uniform on the multiples of 2^-24 in [0, 1), which float32 holds, from SHAKE-256 of the seed and
+    what the record is."""
+    source = hashlib.shake_256(f"{seed}:{example.input_ids}:{example.scored}".encode())
+    stream = source.digest(3 * example.scored_tokens)
+    numbers = [int.from_bytes(stream[i : i + 3]) for i in range(0, len(stream), 3)]
+    return torch.tensor(numbers, dtype=torch.float32) / (1 << 24)
+
+
+_CERTIFICATE_COST = 3  # of a token: forward, and twice backward
+_MOST_NUMBERS = 2000  # G is P x P, and a row for each record is 2 P
+_EXTRAPOLATED = 2.0  # an adapter was trained to act at 1
+_NO_CURVATURE = 1e-10  # of the largest eigenvalue of G: what rounding leaves of float32 gradients of equal directions
+_UNDETERMINED = 1e-6  # share of a weight that lies in directions without curvature
 
 
 def can_certify(mixing: Mixing) -> bool:
@@ -62,7 +163,7 @@ def can_certify(mixing: Mixing) -> bool:
         isinstance(mixing, DiagonalMixing)
         and mixing.kind in INLINE_KINDS
         and not mixing.softmax
-        and mixing.numbers <= MOST_NUMBERS
+        and mixing.numbers <= _MOST_NUMBERS
     )
 
 
@@ -89,13 +190,13 @@ def _model(theta: Tensor, start: Tensor, records: RecordGradients, ridge: float)
     total = records.tokens.sum()
     gradient = records.gradients.sum(dim=0) / total + ridge * (theta - start)
     eigenvalues, vectors = torch.linalg.eigh(records.sampled.T @ records.sampled / total)
-    seen = eigenvalues > NO_CURVATURE * eigenvalues[-1]
+    seen = eigenvalues > _NO_CURVATURE * eigenvalues[-1]
     curvature = eigenvalues * seen  # (P,), of G
     inverse = torch.where(seen | (ridge > 0), 1 / (curvature + ridge), 0.0)
     return _Model(vectors, seen, curvature, inverse, vectors.T @ gradient)
 
 
-def newton_step(theta: Tensor, start: Tensor, records: RecordGradients, *, ridge: float) -> Tensor:
+def _newton_step(theta: Tensor, start: Tensor, records: RecordGradients, *, ridge: float) -> Tensor:
     """-H^-1 g (P,), from theta to the optimum of the quadratic model; arguments as for `certify`."""
     model = _model(theta, start, records, ridge)
     return -(model.vectors @ (model.inverse * model.rotated))
@@ -124,7 +225,7 @@ def certify(
     errors = ((parts @ vectors * inverse) @ vectors.T).square().sum(dim=0).sqrt()
     held = vectors.square() @ (curvature * inverse)  # (P,) diagonal of H^-1 G
     enough = len(records.nats) >= RECORDS_PER_NUMBER * held.sum()
-    determined = enough & (held > (0.5 if ridge > 0 else 1 - UNDETERMINED))
+    determined = enough & (held > (0.5 if ridge > 0 else 1 - _UNDETERMINED))
     return FitCertificate(
         records=len(records.nats),
         directions=int(model.seen.sum()),
@@ -148,47 +249,28 @@ def _without_nan(by_group: dict[str, tuple[float | None, ...]]) -> dict[str, tup
 
 def _extrapolated(weights: dict[str, tuple[float | None, ...]]) -> dict[str, tuple[int, ...]]:
     places = {
-        group: tuple(i for i, weight in enumerate(row) if weight is not None and abs(weight) > EXTRAPOLATED)
+        group: tuple(i for i, weight in enumerate(row) if weight is not None and abs(weight) > _EXTRAPOLATED)
         for group, row in weights.items()
     }
     return {group: found for group, found in places.items() if found}
 
 
-FEWEST_PASSES = 6.0  # of a budget that has room for a certificate
-WORTH_A_STEP = 1e-5  # nats per token
+_FEWEST_PASSES = 6.0  # of a budget that has room for a certificate
+_WORTH_A_STEP = 1e-5  # nats per token
 
 
-@dataclass(frozen=True)
-class Finish:
-    """How a fit of a mixing ends.
-
-    Args:
-        certificates: how many the budget is to leave room for.
-        instead_of_refit: whether a Newton step between two certificates is the last fit on all records.
-        reserved: tokens of the budget that this takes.
-    """
-
-    certificates: int
-    instead_of_refit: bool
-    reserved: int
-
-
-NO_FINISH = Finish(0, False, 0)
-
-
-def plan_finish(mixing: Mixing, training: Sequence[Example], settings: FitSettings) -> Finish:
-    """One certificate; two with a step between them for `adapter`, whose few numbers any records determine; none where
-    the mixing or the budget has no room for it."""
-    if not can_certify(mixing) or settings.budget < FEWEST_PASSES:
-        return NO_FINISH
+def certificate_tokens(mixing: Mixing, training: Sequence[Example], settings: FitSettings) -> int:
+    """The tokens of the budget that the end of a fit takes: of one certificate; of two with a step between them for
+    `adapter`, whose few numbers any records determine; none where the mixing or the budget has no room for it."""
+    if not can_certify(mixing) or settings.budget < _FEWEST_PASSES:
+        return 0
     few = mixing.kind == "adapter" and len(training) >= RECORDS_PER_NUMBER * mixing.numbers
-    certificates = 2 if few else 1
-    return Finish(certificates, few, certificates * _certificate_cost(training, settings))
+    return (2 if few else 1) * _certificate_cost(training, settings)
 
 
 def _certificate_cost(training: Sequence[Example], settings: FitSettings) -> int:
     """What one certificate takes of the budget, in tokens."""
-    return CERTIFICATE_COST * sum(b.tokens for b in plan_batches(training, batch_tokens=settings.batch_tokens))
+    return _CERTIFICATE_COST * sum(b.tokens for b in plan_batches(training, batch_tokens=settings.batch_tokens))
 
 
 def certified(
@@ -215,18 +297,41 @@ def certified(
     batches = plan_batches(training, batch_tokens=settings.batch_tokens)
     cost = _certificate_cost(training, settings)
     best: FitCertificate | None = None
-    trial = theta
+    trial, number = theta, 0
     while engine.meter.spent + cost <= whole:
         engine.meter.stage("certificate", rung=mixing.kind, start="", stage="certificate", ridge=ridge)
         try:
-            records = engine.record_gradients(mixing, trial, batches, training, seed=settings.seed)
+            number += 1
+            key = f"{mixing.kind}, certificate {number}"
+            records = _gradients(engine, mixing, trial, batches, training, settings.seed, key)
         except NonFiniteLoss:
             break  # of a step too far, or of records that have stopped the search already
         found = certify(mixing, trial, anchor, records, ridge=ridge)
         if best is not None and found.loss >= best.loss:
             break
         theta, best = trial, found
-        if not found.certain or found.decrement < WORTH_A_STEP:
+        if not found.certain or found.decrement < _WORTH_A_STEP:
             break
-        trial = theta + newton_step(theta, anchor, records, ridge=ridge)
+        trial = theta + _newton_step(theta, anchor, records, ridge=ridge)
     return theta, best
+
+
+def _gradients(
+    engine: Engine,
+    mixing: DiagonalMixing,
+    theta: Tensor,
+    batches: Sequence[Batch],
+    training: Sequence[Example],
+    seed: int,
+    key: str,
+) -> RecordGradients:
+    """Of all training records at theta.
+
+    Raises:
+        NonFiniteLoss: naming the records of a batch.
+    """
+
+    def work(batch: Batch) -> Tensor:
+        return record_gradients(engine.objective, mixing, theta, batch, training, seed=seed).rows()
+
+    return from_rows(engine.of_records(batches, training, work, 2 + 2 * len(theta), cost=_CERTIFICATE_COST, key=key))

@@ -24,7 +24,7 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import Mixing
 from loracli.model.loss import Scores
 
-VALIDATION_SHARE = 0.2
+_VALIDATION_SHARE = 0.2
 FEWEST_TO_VALIDATE = 8  # below, every record is fitted on and the ridge stays strong
 MOST_TO_VALIDATE = 512
 
@@ -52,7 +52,7 @@ def one_fold(training: Sequence[Example], records: Sequence[Record], *, seed: in
     """
     if len(training) < FEWEST_TO_VALIDATE:
         return Fold(tuple(training), ())
-    count = min(max(2, round(VALIDATION_SHARE * len(training))), MOST_TO_VALIDATE)
+    count = min(max(2, round(_VALIDATION_SHARE * len(training))), MOST_TO_VALIDATE)
     _, chosen = split_records(records, count, seed=seed)
     fold = _fold(training, chosen)
     # Equal records stand together, so a few of them many times over can leave nothing on one side.
@@ -82,11 +82,11 @@ def _fold(training: Sequence[Example], chosen: Sequence[Record]) -> Fold:
     )
 
 
-Criterion = Callable[[Mixing, Tensor, Sequence[Example]], Scores]
+Criterion = Callable[[Mixing, Tensor, Sequence[Example], str | None], Scores]  # with the key of what is remembered
 
 LEAST_GAIN = 0.005  # nats per token, that `auto` climbs for
 LEAST_ANSWERS = 0.5  # right ones more, that `auto` climbs for where a task metric chooses
-TIE = 1e-4  # of a cost that goes by the loss, among solutions with the same answers
+_TIE = 1e-4  # of a cost that goes by the loss, among solutions with the same answers
 
 
 def loss_criterion(engine: Engine, *, batch_tokens: int) -> Criterion:
@@ -96,8 +96,8 @@ def loss_criterion(engine: Engine, *, batch_tokens: int) -> Criterion:
         NonFiniteLoss: naming the records.
     """
 
-    def criterion(mixing: Mixing, theta: Tensor, examples: Sequence[Example]) -> Scores:
-        scores = engine.score(mixing, theta, plan_batches(examples, batch_tokens=batch_tokens), examples)
+    def criterion(mixing: Mixing, theta: Tensor, examples: Sequence[Example], key: str | None) -> Scores:
+        scores = engine.score(mixing, theta, plan_batches(examples, batch_tokens=batch_tokens), examples, key=key)
         engine.meter.validation = scores.nats_per_token
         return scores
 
@@ -121,13 +121,14 @@ def metric_criterion(
     """
     scorers: dict[tuple[str, ...], Scorer] = {}
 
-    def criterion(mixing: Mixing, theta: Tensor, examples: Sequence[Example]) -> Scores:
+    def criterion(mixing: Mixing, theta: Tensor, examples: Sequence[Example], key: str | None) -> Scores:
         places = tuple(example.place for example in examples)
         if places not in scorers:
             scorers[places] = scorer_of(examples)
-        loss = engine.score(mixing, theta, plan_batches(examples, batch_tokens=batch_tokens), examples)
+        loss = engine.score(mixing, theta, plan_batches(examples, batch_tokens=batch_tokens), examples, key=key)
         nats = loss.nats / loss.tokens
-        costs = 1 - engine.answer(mixing, theta, scorers[places]) + TIE * nats / (1 + nats)
+        values = engine.answer(mixing, theta, scorers[places], key=None if key is None else f"{key}, answers")
+        costs = 1 - values + _TIE * nats / (1 + nats)
         scores = Scores(costs, torch.ones_like(costs))
         engine.meter.validation = scores.nats_per_token
         return scores

@@ -21,14 +21,14 @@ from loracli.fitting.journal import Entry
 from loracli.fitting.mixing import Mixing
 from loracli.recipe.record import StageRecord
 
-BETAS = (0.9, 0.95)
-EPSILON = 1e-8
+_BETAS = (0.9, 0.95)
+_EPSILON = 1e-8
 WARM_UP = 0.05
-ARMIJO = 1e-4
-BACK = 0.4  # of a step to where the loss is not finite
-SHORTEST, LONGEST = 0.05, 0.6  # shares of a step that did not descend, between which the next is
-FIRST_MOVE = 0.3  # largest change of a weight in the first step; mixing weights live on the scale of 1
-LARGEST_MOVE = 1.0  # and in any later one
+_ARMIJO = 1e-4
+_BACK = 0.4  # of a step to where the loss is not finite
+_SHORTEST, _LONGEST = 0.05, 0.6  # shares of a step that did not descend, between which the next is
+_FIRST_MOVE = 0.3  # largest change of a weight in the first step; mixing weights live on the scale of 1
+_LARGEST_MOVE = 1.0  # and in any later one
 
 
 @dataclass(frozen=True)
@@ -61,23 +61,23 @@ def bfgs(evaluate: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, *, e
     shape = start.shape
     theta, (value, gradient) = start.flatten(), evaluate(start)
     gradient, values = gradient.flatten(), [value]
-    inverse = torch.eye(theta.numel(), dtype=torch.float64) * (FIRST_MOVE / max(float(gradient.abs().max()), 1e-12))
+    inverse = torch.eye(theta.numel(), dtype=torch.float64) * (_FIRST_MOVE / max(float(gradient.abs().max()), 1e-12))
     used, scaled = 1, False
     while used < evaluations and float(gradient.abs().max()) > 1e-7:
         direction = -(inverse @ gradient)
         slope = float(direction @ gradient)
-        step = min(1.0, LARGEST_MOVE / float(direction.abs().max()))
+        step = min(1.0, _LARGEST_MOVE / float(direction.abs().max()))
         while used < evaluations:
             trial = theta + step * direction
             used += 1
             try:
                 new_value, new_gradient = evaluate(trial.view(shape))
             except NonFiniteLoss:  # too far: as any step that climbs
-                step *= BACK
+                step *= _BACK
                 continue
             new_gradient = new_gradient.flatten()
             values.append(new_value)
-            if new_value <= value + ARMIJO * step * slope:
+            if new_value <= value + _ARMIJO * step * slope:
                 break
             step *= _interpolated(value, step * slope, new_value, step * float(new_gradient @ direction))
         else:
@@ -100,11 +100,11 @@ def _interpolated(value: float, slope: float, new_value: float, new_slope: float
     first = slope + new_slope - 3 * (new_value - value)
     square = first * first - slope * new_slope
     if square < 0:
-        return SHORTEST
+        return _SHORTEST
     second = math.sqrt(square)
     bottom = new_slope - slope + 2 * second
-    share = 1 - (new_slope + second - first) / bottom if bottom > 0 else SHORTEST
-    return min(max(share, SHORTEST), LONGEST)
+    share = 1 - (new_slope + second - first) / bottom if bottom > 0 else _SHORTEST
+    return min(max(share, _SHORTEST), _LONGEST)
 
 
 def peak_rate(steps: int) -> float:
@@ -126,7 +126,7 @@ class AdamW:
     """
 
     def __init__(
-        self, start: Tensor, *, steps: int, rate: float, warm_up: int, betas: tuple[float, float] = BETAS
+        self, start: Tensor, *, steps: int, rate: float, warm_up: int, betas: tuple[float, float] = _BETAS
     ) -> None:
         self.theta = start.clone()
         self._betas = betas
@@ -151,7 +151,7 @@ class AdamW:
         self._second = second * self._second + (1 - second) * gradient.square()
         mean = self._first / (1 - first**self.step_number)
         square = self._second / (1 - second**self.step_number)
-        self.theta = self.theta - self.rate() * mean / (square.sqrt() + EPSILON)
+        self.theta = self.theta - self.rate() * mean / (square.sqrt() + _EPSILON)
 
     def rate(self) -> float:
         """The rate of the current step: as transformers' linear schedule, which the published recipe uses, but counted
@@ -161,10 +161,9 @@ class AdamW:
         return self._rate * max(self._steps - self.step_number + 1, 0) / max(self._steps - self._warm_up, 1)
 
 
-FEWEST_STEPS_A_PASS = 64
-MOST_STEPS_A_PASS = 128
-MOST_POINTS = 48  # of a curve in a recipe
-UNDER_WAY = "descent"  # the key of a run that is not at its end
+_FEWEST_STEPS_A_PASS = 64
+_MOST_STEPS_A_PASS = 128
+_MOST_POINTS = 48  # of a curve in a recipe
 
 
 @dataclass(frozen=True)
@@ -229,12 +228,12 @@ def _order(count: int, seed: int) -> list[int]:
 def plan_steps(examples: Sequence[Example], *, batch_tokens: int, seed: int) -> Plan:
     """64 to 128 steps a pass where there are as many records: a step has `batch_tokens` tokens, or less where there are
     few, or several micro-batches of them where there are many."""
-    limit = min(batch_tokens, sum(len(example.input_ids) for example in examples) / FEWEST_STEPS_A_PASS)
+    limit = min(batch_tokens, sum(len(example.input_ids) for example in examples) / _FEWEST_STEPS_A_PASS)
     batches = plan_batches(examples, batch_tokens=int(limit))
-    while len(batches) < min(FEWEST_STEPS_A_PASS, len(examples)):  # a few long records hold most of the tokens
+    while len(batches) < min(_FEWEST_STEPS_A_PASS, len(examples)):  # a few long records hold most of the tokens
         limit *= 0.8
         batches = plan_batches(examples, batch_tokens=int(limit))
-    return Plan(tuple(examples), tuple(batches), -(-len(batches) // MOST_STEPS_A_PASS), seed)
+    return Plan(tuple(examples), tuple(batches), -(-len(batches) // _MOST_STEPS_A_PASS), seed)
 
 
 @dataclass(frozen=True)
@@ -256,7 +255,7 @@ class Ran:
 
     def recorded(self, rung: str, start: str, stage: str, ridge: float, validation: float | None = None) -> StageRecord:
         """What a recipe keeps of it: the losses to six digits, at most 48, each the mean of a run of steps."""
-        count = min(MOST_POINTS, len(self.losses))
+        count = min(_MOST_POINTS, len(self.losses))
         curve = [float(f"{float(part.mean()):.6g}") for part in self.losses.tensor_split(count)] if count else []
         return StageRecord(rung, start, stage, ridge, len(self.losses), validation, tuple(curve))
 
@@ -291,24 +290,23 @@ class Descent:
     def theta(self) -> Tensor:
         return self._adam.theta
 
-    def run(self, steps: int, ridge: float = 0.0) -> Ran:
-        """Takes so many steps; a run that an interrupted fit has made is taken from there.
+    def run(self, steps: int, ridge: float = 0.0, *, key: str | None = None) -> Ran:
+        """Takes so many steps, or those that are left of a run that an interrupted fit has under this key.
 
         Raises:
             NonFiniteLoss: naming the records of a batch; theta stays at the last finite step.
         """
-        key = self._engine.next_key()
         entry = self._engine.recall(key)
-        if entry is not None:
-            return self._restore(entry)[1]
-        entry = self._engine.recall(UNDER_WAY, of=key)
         none = Ran(torch.zeros_like(self.theta), 0.0, 0.0, torch.zeros(steps, dtype=torch.float64))
         done, ran = (0, none) if entry is None else self._restore(entry)
+        if entry is not None and done == steps:
+            return ran
         total, nats, tokens, losses = ran.average, ran.nats, ran.tokens, ran.losses
         averaged = max(steps // 4, 1)
         for number in range(done, steps):
             step = self._step(self._adam.step_number)
-            more, gradient = self._engine.total(self._mixing, self.theta, step.batches, self._examples)
+            within = None if key is None else f"{key}, step {number}"
+            more, gradient = self._engine.total(self._mixing, self.theta, step.batches, self._examples, key=within)
             scored = sum(batch.scored_tokens for batch in step.batches)
             losses[number] = more / scored
             if number >= steps // 2:
@@ -317,17 +315,15 @@ class Descent:
             if number >= steps - averaged:
                 total = total + self.theta
             self._engine.stepped(loss=more / scored, rate=self._adam.rate())
-            if number + 1 < steps and self._engine.due(UNDER_WAY):
-                self._leave(UNDER_WAY, number + 1, Ran(total, nats, tokens, losses), of=key)
+            if number + 1 < steps and self._engine.due(key):
+                self._leave(key, number + 1, Ran(total, nats, tokens, losses))
         ran = Ran(total / averaged, nats, tokens, losses)
         self._leave(key, steps, ran)
         return ran
 
-    def _leave(self, key: str, done: int, ran: Ran, *, of: str | None = None) -> None:
+    def _leave(self, key: str | None, done: int, ran: Ran) -> None:
         values = {"done": done, "nats": ran.nats, "tokens": ran.tokens, "step_number": self._adam.step_number}
-        self._engine.remember(
-            key, Entry({**self._adam.state(), "average": ran.average, "losses": ran.losses}, values), of=of
-        )
+        self._engine.remember(key, Entry({**self._adam.state(), "average": ran.average, "losses": ran.losses}, values))
 
     def _restore(self, entry: Entry) -> tuple[int, Ran]:
         done, nats, tokens, number = (entry.values[name] for name in ("done", "nats", "tokens", "step_number"))

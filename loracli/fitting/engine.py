@@ -2,14 +2,15 @@
 
 Sums are taken micro-batch by micro-batch in the order of the plan, each result whole before the next is added, so they
 are the same bits for any number of processes; process k of K takes every K-th micro-batch. What took long is
-remembered, so a resumed fit does not do it again. Where memory runs out, a micro-batch is halved.
+remembered, under a key that says what it is, so a resumed fit does not do it again. Where memory runs out, a
+micro-batch is halved.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,26 +20,48 @@ from loracli.calibration.batches import Batch, make_batch
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, OutOfResources
 from loracli.evaluation.scorer import Scorer
-from loracli.fitting.journal import Entry, Journal
-from loracli.fitting.meter import Meter
-from loracli.fitting.mixing import Applied, DiagonalMixing, Mixing
+from loracli.fitting.journal import Entry, Journal, Meter
+from loracli.fitting.mixing import Applied, Mixing
 from loracli.fitting.processes import ALONE, Processes
-from loracli.fitting.record_gradients import RecordGradients, from_rows, record_gradients
 from loracli.model.loss import Objective, Scores, gradient_of
 from loracli.model.placement import ran_out_of_memory
 from loracli.progress import SILENT, Progress
 
-UNDER_WAY = "sum"  # the key of a sum that is not at its end
+_UNDER_WAY = "a sum that is not at its end"  # the key of the one that a fit is in
 
-# Of a token: a forward pass is 1, a backward pass another.
-SCORE_COST, GRADIENT_COST, CERTIFICATE_COST = 1, 2, 3
+_SCORE_COST, GRADIENT_COST = 1, 2  # of a token: a forward pass is 1, a backward pass another
 
-Work = Callable[[Batch], tuple[Tensor, Tensor]]
-Join = Callable[[Tensor, Tensor], Tensor]
+Work = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What is made of every micro-batch, and how the results come together.
+
+    Args:
+        work: a batch to a tensor, with a row for each of its records if they are `by_record`.
+        join: of two results.
+        cost: of a token; 0 is not counted in the budget.
+        nats: whether a result begins with the total nats, to be shown.
+        finite: whether a result that is not finite ends it.
+        until: whether nothing more can come.
+    """
+
+    work: Work
+    join: Callable[..., Tensor] = torch.add
+    by_record: bool = False
+    cost: int = _SCORE_COST
+    nats: bool = False
+    finite: bool = False
+    until: Callable[[Tensor], bool] = lambda _: False
 
 
 class Engine:
     """The attached model with everything around it that a search should not have to think of.
+
+    What is asked for with a `key` is remembered under it, and taken from there by a resumed fit. A key names what it is
+    of (the kind of mixing, the start, the stage, the fold, the step), so that no other order of the same work can take
+    it for something else; each is used once. Without a key nothing is remembered.
 
     Args:
         objective: the attached model's loss.
@@ -67,86 +90,127 @@ class Engine:
         self._processes = processes
         self._journal = journal or Journal()
         self._progress = progress
-        self._keys = 0
         self._halved_here = 0
         self._most_tokens: int | None = None  # of a micro-batch, once memory has run out
-        self._sum_under_way = self._from_journal(UNDER_WAY)
+        self._sum_under_way = self._from_journal(_UNDER_WAY)
 
-    # Whole operations, remembered.
+    # What a search asks.
 
-    def score(self, mixing: Applied, theta: Tensor, batches: Sequence[Batch], examples: Sequence[Example]) -> Scores:
+    def score(
+        self,
+        mixing: Applied,
+        theta: Tensor,
+        batches: Sequence[Batch],
+        examples: Sequence[Example],
+        *,
+        key: str | None = None,
+    ) -> Scores:
         """Nats of each example at theta; the batches hold them all.
 
         Raises:
             NonFiniteLoss: naming the first records by their places.
         """
-        key = self.next_key()
-        entry = self.recall(key)
-        if entry is None:
-            with torch.no_grad():
-                mixing.apply(self.objective.attached, theta)
-            nats, tokens = self._record_sums(batches, examples)
-            entry = self.remember(key, Entry({"nats": nats, "tokens": tokens}))
-        scores = Scores(entry.tensors["nats"], entry.tensors["tokens"])
-        bad = (~torch.isfinite(scores.nats)).nonzero().flatten().tolist()
+
+        def work(batch: Batch) -> Tensor:
+            return torch.stack(self.objective.record_sums(batch), dim=1)  # (b, 2) nats and counted tokens
+
+        def rows() -> Entry:
+            self._apply(mixing, theta)
+            zeros = torch.zeros(len(examples), 2, dtype=torch.float64)
+            return Entry({"rows": self._over(batches, examples, _Pass(work, by_record=True), zeros, key)})
+
+        nats, tokens = self._remembered(key, rows).tensors["rows"].T.contiguous()
+        bad = (~torch.isfinite(nats)).nonzero().flatten().tolist()
         if bad:
             raise _non_finite([examples[i] for i in bad])
-        return scores
+        return Scores(nats, tokens)
 
-    def answer(self, mixing: Applied, theta: Tensor, scorer: Scorer) -> Tensor:
+    def answer(self, mixing: Applied, theta: Tensor, scorer: Scorer, *, key: str | None = None) -> Tensor:
         """What a task metric gives each record at theta, (n,) in float64. The first process answers for all; it is not
         counted in the budget.
 
         Raises:
             MetricError: if the user's command fails.
         """
-        key = self.next_key()
-        entry = self.recall(key)
-        if entry is None:
 
-            def work() -> Tensor:
-                with torch.no_grad():
-                    mixing.apply(self.objective.attached, theta)
-                return scorer(self.objective)
+        def work() -> Tensor:
+            self._apply(mixing, theta)
+            return scorer(self.objective)
 
-            entry = self.remember(key, Entry({"values": self._processes.from_first(work)}))
-        return entry.tensors["values"]
+        return self._remembered(key, lambda: Entry({"values": self._processes.from_first(work)})).tensors["values"]
+
+    def total(
+        self,
+        mixing: Mixing,
+        theta: Tensor,
+        batches: Sequence[Batch],
+        examples: Sequence[Example],
+        *,
+        key: str | None = None,
+    ) -> tuple[float, Tensor]:
+        """Total nats of some batches at theta and their gradient (P,), both in float64 and added in order. With a
+        key the sum is remembered while it is under way, and not its result.
+
+        Raises:
+            NonFiniteLoss: naming the records of the first batch where either is not finite.
+        """
+        work = partial(self._nats_and_gradient, mixing, theta)
+        zeros = torch.zeros(1 + theta.numel(), dtype=torch.float64)
+        total = self._over(batches, examples, _Pass(work, cost=GRADIENT_COST, nats=True, finite=True), zeros, key)
+        return float(total[0]), total[1:]
 
     def mean_and_gradient(
-        self, mixing: Mixing, theta: Tensor, batches: Sequence[Batch], examples: Sequence[Example]
+        self,
+        mixing: Mixing,
+        theta: Tensor,
+        batches: Sequence[Batch],
+        examples: Sequence[Example],
+        *,
+        key: str | None = None,
     ) -> tuple[float, Tensor]:
         """Nats per scored token over all batches, and the gradient; sums first, one division.
 
         Raises:
             NonFiniteLoss: naming the records of a batch.
         """
-        key = self.next_key()
-        entry = self.recall(key)
-        if entry is None:
-            nats, gradient = self.total(mixing, theta, batches, examples)
-            entry = self.remember(key, Entry({"gradient": gradient}, {"nats": nats}))
+
+        def sums() -> Entry:
+            nats, gradient = self.total(mixing, theta, batches, examples, key=key)
+            return Entry({"gradient": gradient}, {"nats": nats})
+
+        entry = self._remembered(key, sums)
         tokens = sum(batch.scored_tokens for batch in batches)
         return float(entry.values["nats"]) / tokens, entry.tensors["gradient"] / tokens  # type: ignore[arg-type]
 
-    def record_gradients(
+    def of_records(
         self,
-        mixing: DiagonalMixing,
-        theta: Tensor,
         batches: Sequence[Batch],
         examples: Sequence[Example],
+        work: Work,
+        width: int,
         *,
-        seed: int,
-    ) -> RecordGradients:
-        """The gradients of each record at theta, for its labels and for sampled ones; the batches hold all records.
+        cost: int,
+        key: str | None = None,
+    ) -> Tensor:
+        """(n, width) in float64: what `work` makes of each record; the batches hold them all.
 
+        Args:
+            batches: of the examples.
+            examples: the n records.
+            work: a batch to a tensor (b, width).
+            width: of it.
+            cost: of a token.
+            key: of what is remembered.
         Raises:
             NonFiniteLoss: naming the records of a batch.
         """
-        key = self.next_key()
-        entry = self.recall(key)
-        if entry is None:
-            entry = self.remember(key, Entry({"rows": self._record_rows(mixing, theta, batches, examples, seed)}))
-        return from_rows(entry.tensors["rows"])
+
+        def rows() -> Entry:
+            zeros = torch.zeros(len(examples), width, dtype=torch.float64)
+            what = _Pass(work, by_record=True, cost=cost, finite=True)
+            return Entry({"rows": self._over(batches, examples, what, zeros, key)})
+
+        return self._remembered(key, rows).tensors["rows"]
 
     def summed(
         self,
@@ -156,108 +220,48 @@ class Engine:
         examples: Sequence[Example],
         work: Work,
         width: int,
+        *,
+        key: str | None = None,
     ) -> Tensor:
-        """The sum (width,) over the batches of what `work` makes of each at theta, end to end, in float64 and added in
-        their order.
+        """The sum (width,) over the batches of what `work` makes of each at theta, in float64 and added in their order.
 
         Args:
             mixing, theta: what is attached.
             batches: whose results may be added up from their halves.
             examples: that the batches are made of.
-            work: a batch to two tensors; it takes no gradient.
-            width: of both together.
+            work: a batch to a tensor (width,); it takes no gradient.
+            width: of it.
+            key: of what is remembered.
         """
-        key = self.next_key()
-        entry = self.recall(key)
-        if entry is None:
-            with torch.no_grad():
-                mixing.apply(self.objective.attached, theta)
-            total, start = self._begun(torch.zeros(width, dtype=torch.float64))
-            fitting = partial(self._fitting_in, examples=examples, work=work, join=torch.add)
-            for done, (batch, part) in enumerate(self._parts(batches[start:], fitting), start + 1):
-                total += part
-                self.meter.count(batch.tokens, cost=SCORE_COST)
-                self._go_on(done, len(batches), total)
-            entry = self.remember(key, Entry({"sum": total}))
-        return entry.tensors["sum"]
 
-    def unreached(self, batches: Sequence[Batch], examples: Sequence[Example]) -> tuple[str, ...]:
+        def total() -> Entry:
+            self._apply(mixing, theta)
+            zeros = torch.zeros(width, dtype=torch.float64)
+            return Entry({"sum": self._over(batches, examples, _Pass(work), zeros, key)})
+
+        return self._remembered(key, total).tensors["sum"]
+
+    def unreached(
+        self, batches: Sequence[Batch], examples: Sequence[Example], *, key: str | None = None
+    ) -> tuple[str, ...]:
         """The modules that the model calls for no record, at what is attached; batch by batch until all are called. Not
         counted in the budget."""
-        key, attached = self.next_key(), self.objective.attached
-        entry = self.recall(key)
-        if entry is None:
+        attached = self.objective.attached
 
-            def work(batch: Batch) -> tuple[Tensor, Tensor]:
-                attached.reached.clear()
-                self.objective.record_sums(batch)
-                called = torch.zeros(len(attached.modules), dtype=torch.float64)
-                called[list(attached.reached)] = 1
-                return called, torch.zeros(0, dtype=torch.float64)
+        def work(batch: Batch) -> Tensor:
+            attached.reached.clear()
+            self.objective.record_sums(batch)
+            called = torch.zeros(len(attached.modules), dtype=torch.float64)
+            called[list(attached.reached)] = 1
+            return called
 
-            reached = torch.zeros(len(attached.modules), dtype=torch.float64)
-            fitting = partial(self._fitting_in, examples=examples, work=work, join=torch.maximum)
-            for _, called in self._parts(batches, fitting):
-                reached = torch.maximum(reached, called)
-                if bool(reached.all()):
-                    break
-            entry = self.remember(key, Entry({"reached": reached}))
-        return tuple(m for m, called in zip(attached.modules, entry.tensors["reached"], strict=True) if not called)
+        def reached() -> Entry:
+            seen = _Pass(work, torch.maximum, cost=0, until=lambda called: bool(called.all()))
+            zeros = torch.zeros(len(attached.modules), dtype=torch.float64)
+            return Entry({"reached": self._over(batches, examples, seen, zeros, key)})
 
-    def next_key(self) -> str:
-        """The key of the next operation: the same operation has the same key in a resumed fit."""
-        self._keys += 1
-        return f"{self._keys:05d}"
-
-    def recall(self, key: str, *, of: str | None = None) -> Entry | None:
-        """What an interrupted fit left under a key; the meter goes to where it was then.
-
-        Args:
-            key: of the entry.
-            of: the operation that the entry must belong to, where the key says nothing of it.
-        """
-        entry = self._from_journal(key)
-        if entry is None or (of is not None and entry.values["of"] != of):
-            return None
-        self._restore(entry)
-        return entry
-
-    def remember(self, key: str, entry: Entry, *, of: str | None = None) -> Entry:
-        """Leaves something under a key for a resumed fit."""
-        self._journal.write(key, replace(entry, values={**entry.values, **self._position(), "of": of}))
-        return entry
-
-    def due(self, key: str) -> bool:
-        """Whether an operation that goes on should leave under the key where it is; decides nothing else."""
-        return self._journal.due(key)
-
-    def stepped(self, **fields: float) -> None:
-        """A descent took a step."""
-        self.steps += 1
-        self.meter.step(number=self.steps, **fields)
-
-    # Sums over micro-batches.
-
-    def total(
-        self, mixing: Mixing, theta: Tensor, batches: Sequence[Batch], examples: Sequence[Example]
-    ) -> tuple[float, Tensor]:
-        """Total nats of some batches at theta and their gradient (P,), both in float64 and added in order.
-
-        Raises:
-            NonFiniteLoss: naming the records of the first batch where either is not finite.
-        """
-
-        def work(batch: Batch) -> tuple[Tensor, Tensor]:
-            return self._fitting_in(batch, examples, partial(self._nats_and_gradient, mixing, theta), torch.add)
-
-        total, start = self._begun(torch.zeros(1 + theta.numel(), dtype=torch.float64))
-        for done, (batch, part) in enumerate(self._parts(batches[start:], work), start + 1):
-            if not torch.isfinite(part).all():
-                raise _non_finite([examples[i] for i in batch.indices])
-            total += part
-            self.meter.count(batch.tokens, cost=GRADIENT_COST, nats=float(part[0]) / batch.scored_tokens)
-            self._go_on(done, len(batches), total)
-        return float(total[0]), total[1:]
+        called = self._remembered(key, reached).tensors["reached"]
+        return tuple(module for module, is_called in zip(attached.modules, called, strict=True) if not is_called)
 
     def seconds(self, mixing: Mixing, theta: Tensor, batch: Batch) -> float:
         """How long a batch takes forward and backward, not counted; judged by its first half if it is too big for the
@@ -273,94 +277,112 @@ class Engine:
         half = batch.first_records(len(batch.indices) // 2)
         return self.seconds(mixing, theta, half) * batch.tokens / half.tokens
 
-    def _record_sums(self, batches: Sequence[Batch], examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """Nats (n,) and counted tokens (n,) of each record."""
+    def stepped(self, **fields: float) -> None:
+        """A descent took a step."""
+        self.steps += 1
+        self.meter.step(number=self.steps, **fields)
 
-        def work(batch: Batch) -> tuple[Tensor, Tensor]:
-            return self._fitting_in(batch, examples, self.objective.record_sums, _side_by_side)
+    # What is remembered.
 
-        records = len(examples)
-        sums, start = self._begun(torch.zeros(2 * records, dtype=torch.float64))
-        for done, (batch, part) in enumerate(self._parts(batches[start:], work), start + 1):
-            places = torch.tensor(batch.indices)
-            sums[torch.cat([places, records + places])] = part
-            self.meter.count(batch.tokens, cost=SCORE_COST)
-            self._go_on(done, len(batches), sums)
-        return sums[:records], sums[records:]
+    def recall(self, key: str | None) -> Entry | None:
+        """What an interrupted fit left under a key; the meter goes to where it was then."""
+        if key is None:
+            return None
+        entry = self._from_journal(key)
+        if entry is not None:
+            self._restore(entry)
+        return entry
 
-    def _record_rows(
-        self,
-        mixing: DiagonalMixing,
-        theta: Tensor,
-        batches: Sequence[Batch],
-        examples: Sequence[Example],
-        seed: int,
+    def remember(self, key: str | None, entry: Entry) -> Entry:
+        """Leaves something under a key for a resumed fit."""
+        if key is not None:
+            position = {
+                "spent": self.meter.spent,
+                "logged": self.meter.logged,
+                "steps": self.steps,
+                "halvings": self.halvings,
+            }
+            self._journal.write(key, replace(entry, values={**entry.values, **position}))
+        return entry
+
+    def due(self, key: str | None) -> bool:
+        """Whether an operation that goes on should leave under the key where it is; decides nothing else."""
+        return key is not None and self._journal.due(key)
+
+    def _remembered(self, key: str | None, make: Callable[[], Entry]) -> Entry:
+        entry = self.recall(key)
+        return self.remember(key, make()) if entry is None else entry
+
+    def _from_journal(self, key: str) -> Entry | None:
+        return self._processes.from_first(lambda: self._journal.recall(key))
+
+    def _restore(self, entry: Entry) -> None:
+        spent, logged, self.steps, self.halvings = (
+            int(entry.values[name])  # type: ignore[arg-type]
+            for name in ("spent", "logged", "steps", "halvings")
+        )
+        self.meter.restore(spent, logged)
+
+    # A pass over micro-batches.
+
+    def _over(
+        self, batches: Sequence[Batch], examples: Sequence[Example], what: _Pass, total: Tensor, key: str | None
     ) -> Tensor:
-        """(n, 2 + 2P): a row for each record."""
-        width = 2 + 2 * theta.numel()
-
-        def rows_of(batch: Batch) -> tuple[Tensor, Tensor]:
-            found = record_gradients(self.objective, mixing, theta, batch, examples, seed=seed)
-            return found.rows().flatten(), torch.zeros(0, dtype=torch.float64)
-
-        def work(batch: Batch) -> tuple[Tensor, Tensor]:
-            return self._fitting_in(batch, examples, rows_of, _side_by_side)
-
-        rows, start = self._begun(torch.zeros(len(examples), width, dtype=torch.float64))
-        for done, (batch, part) in enumerate(self._parts(batches[start:], work), start + 1):
-            if not torch.isfinite(part).all():
-                raise _non_finite([examples[i] for i in batch.indices])
-            rows[list(batch.indices)] = part.view(-1, width)
-            self.meter.count(batch.tokens, cost=CERTIFICATE_COST)
-            self._go_on(done, len(batches), rows)
-        return rows
-
-    def _parts(self, batches: Sequence[Batch], work: Work) -> Iterator[tuple[Batch, Tensor]]:
-        """Every batch with what `work` makes of it, end to end, in order; counts the halvings of all processes."""
+        """The results of all batches put into `total` in their order, from where an interrupted fit was in it."""
+        total, start = self._begun(total, key)
 
         def counted(batch: Batch) -> Tensor:
             before = self._halved_here
-            result = torch.cat(work(batch))
+            result = self._fitting_in(batch, examples, what).flatten()
             return torch.cat([result, torch.tensor([self._halved_here - before], dtype=torch.float64)])
 
-        for batch, part in self._processes.in_order(batches, counted):
-            self.halvings += int(part[-1])
-            yield batch, part[:-1]
+        for done, (batch, found) in enumerate(self._processes.in_order(batches[start:], counted), start + 1):
+            part = found[:-1]
+            self.halvings += int(found[-1])
+            if what.finite and not torch.isfinite(part).all():
+                raise _non_finite([examples[i] for i in batch.indices])
+            if what.by_record:
+                total[list(batch.indices)] = part.view(len(batch.indices), -1)
+            else:
+                what.join(total, part, out=total)
+            if what.cost:
+                nats = float(part[0]) / batch.scored_tokens if what.nats else None
+                self.meter.count(batch.tokens, cost=what.cost, nats=nats)
+            if what.until(total):
+                break
+            if done < len(batches) and key is not None and self.due(_UNDER_WAY):
+                self.remember(_UNDER_WAY, Entry({"sum": total}, {"of": key, "done": done}))
+        return total
 
-    def _begun(self, zeros: Tensor) -> tuple[Tensor, int]:
+    def _begun(self, zeros: Tensor, key: str | None) -> tuple[Tensor, int]:
         """The sum that an interrupted fit was in, and how many batches are in it; the zeros if it was in none here."""
         entry = self._sum_under_way
-        if entry is None or entry.values["of"] != self._place:
+        if entry is None or key is None or entry.values["of"] != key:
             return zeros, 0
         self._sum_under_way = None
         self._restore(entry)
         return entry.tensors["sum"], int(entry.values["done"])  # type: ignore[arg-type]
 
-    def _go_on(self, done: int, of: int, total: Tensor) -> None:
-        if done < of and self.due(UNDER_WAY):
-            self.remember(UNDER_WAY, Entry({"sum": total}, {"done": done}), of=self._place)
+    def _apply(self, mixing: Applied, theta: Tensor) -> None:
+        with torch.no_grad():
+            mixing.apply(self.objective.attached, theta)
 
-    @property
-    def _place(self) -> str:
-        """Where in the search the next sum stands."""
-        return f"{self._keys}/{self.steps}"
-
-    def _nats_and_gradient(self, mixing: Mixing, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(1,) and (P,), in float64."""
+    def _nats_and_gradient(self, mixing: Mixing, theta: Tensor, batch: Batch) -> Tensor:
+        """(1 + P,) in float64."""
         leaf = theta.clone().requires_grad_(True)
         mixing.apply(self.objective.attached, leaf)
         total = self.objective.nats(batch).cpu().double().sum()
-        return total.detach()[None], gradient_of(total, leaf).double()
+        return torch.cat([total.detach()[None], gradient_of(total, leaf).double()])
 
-    def _fitting_in(self, batch: Batch, examples: Sequence[Example], work: Work, join: Join) -> tuple[Tensor, Tensor]:
-        """What `work` makes of a batch; of its halves, joined, if it is too big for the memory.
+    def _fitting_in(self, batch: Batch, examples: Sequence[Example], what: _Pass) -> Tensor:
+        """What is made of a batch; of its halves, joined, if it is too big for the memory.
 
         Raises:
             OutOfResources: if a single record is too big.
         """
         if self._most_tokens is None or batch.tokens <= self._most_tokens or len(batch.indices) == 1:
             try:
-                return work(batch)
+                return what.work(batch)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise
@@ -378,33 +400,10 @@ class Engine:
             )
         half = len(batch.indices) // 2
         left, right = (
-            self._fitting_in(make_batch(examples, rows), examples, work, join)
+            self._fitting_in(make_batch(examples, rows), examples, what)
             for rows in (batch.indices[:half], batch.indices[half:])
         )
-        return join(left[0], right[0]), join(left[1], right[1])
-
-    def _from_journal(self, key: str) -> Entry | None:
-        return self._processes.from_first(lambda: self._journal.recall(key))
-
-    def _position(self) -> dict[str, int]:
-        return {
-            "spent": self.meter.spent,
-            "logged": self.meter.logged,
-            "keys": self._keys,
-            "steps": self.steps,
-            "halvings": self.halvings,
-        }
-
-    def _restore(self, entry: Entry) -> None:
-        spent, logged, self._keys, self.steps, self.halvings = (
-            int(entry.values[name])  # type: ignore[arg-type]
-            for name in ("spent", "logged", "keys", "steps", "halvings")
-        )
-        self.meter.restore(spent, logged)
-
-
-def _side_by_side(left: Tensor, right: Tensor) -> Tensor:
-    return torch.cat([left, right])
+        return torch.cat([left, right]) if what.by_record else what.join(left, right)
 
 
 def _non_finite(examples: Sequence[Example]) -> NonFiniteLoss:

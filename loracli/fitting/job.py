@@ -17,12 +17,11 @@ from pathlib import Path
 
 from loracli.errors import InputError, OutputExists, UsageError
 from loracli.fitting.inputs import FitInputs, render_inputs
-from loracli.fitting.journal import Journal, open_state, remove_state, state_folder
-from loracli.fitting.meter import StepLog, is_step_log
+from loracli.fitting.journal import Journal, StepLog, is_step_log, open_state, remove_state, state_folder
+from loracli.fitting.level import tokens_of
 from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.reach import foresee_bypassed
 from loracli.fitting.run import decision_on, divide_training, memory_estimate, run_fit, usable_length
-from loracli.fitting.rung import tokens_of
 from loracli.model.base import BasePlan, BaseReference, check_shapes, load_tokenizer, plan_base
 from loracli.model.experts import check_experts
 from loracli.model.placement import Placement
@@ -108,7 +107,7 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
     )
 
 
-VERSIONS = ("loracat", "torch", "transformers")
+_VERSIONS = ("loracat", "torch", "transformers")
 
 
 def fit_to_file(
@@ -250,7 +249,7 @@ def _identity(inputs: FitInputs, placement: Placement) -> dict[str, str]:
         **data,
         **settings,
         **placed,
-        **{f"version of {name}": version(name) for name in VERSIONS},
+        **{f"version of {name}": version(name) for name in _VERSIONS},
     }
 
 

@@ -1,4 +1,5 @@
-"""Where a fit is, on disk, so that nothing is lost when it is stopped at any moment.
+"""Where a fit is: what it has spent, the line and the log that tell of it, and its state on disk, so that
+nothing is lost when it is stopped at any moment.
 
 A fit is a deterministic program. Its long steps write what they found into a folder, one safetensors file each; a
 resumed fit runs the same program from its beginning, and every step that finds its file takes the result from there.
@@ -6,19 +7,23 @@ So there is no second path through the search for resumed runs, and the same byt
 
     <output>.state/
       identity.json       sha256 of every input and all settings: the state of another fit is refused by name
-      <key>.safetensors   tensors of one operation; numbers, and how far the fit was, in the metadata
+      <sha256 of its key>.safetensors   tensors of one operation; its key, numbers, and how far the fit was, in the
+                                        metadata
 
-Files are replaced by rename. A step that is long in itself (a descent, a sum over all batches) writes where it is at
-most every `seconds` seconds, and when it is done.
+A key says what the operation is of: `module from adapter, descent, ridge 0.001, fold 2`. Files are replaced by rename.
+A step that is long in itself (a descent, a sum over all batches) writes where it is at most every `seconds` seconds,
+and when it is done.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -27,13 +32,15 @@ from torch import Tensor
 from loracli.errors import LoracatError, OutputExists, StateMismatch
 from loracli.progress import SILENT, Progress
 from loracli.system.files import remove_temporaries, write_atomically
-from loracli.system.strict_json import read_object
+from loracli.system.strict_json import StrictJsonError, parse_json, read_object
 
-IDENTITY_FILE = "identity.json"
-MAX_IDENTITY_BYTES = 64 << 20
-SECONDS = 15.0  # between two writes of a step that goes on
+_IDENTITY_FILE = "identity.json"
+_FORM = "2"  # of keys and entries: raised whenever either changes, so that no state is read as what it is not
+_FORM_NAME = "form of the state"
+_MAX_IDENTITY_BYTES = 64 << 20
+_SECONDS = 15.0  # between two writes of a step that goes on
 
-Value = float | int | str | bool | list[float] | None
+_Value = float | int | str | bool | list[float] | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Entry:
     """What one step leaves: tensors, and values of JSON's kinds (floats come back to the bit)."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    values: Mapping[str, Value] = field(default_factory=dict)
+    values: Mapping[str, _Value] = field(default_factory=dict)
 
 
 class Journal:
@@ -52,23 +59,27 @@ class Journal:
         seconds: between two writes of a step that goes on.
     """
 
-    def __init__(self, folder: Path | None = None, *, seconds: float = SECONDS) -> None:
+    def __init__(self, folder: Path | None = None, *, seconds: float = _SECONDS) -> None:
         self._folder = folder
         self._seconds = seconds
         self._opened = time.monotonic()
         self._written: dict[str, float] = {}
+        self._recalled: set[str] = set()
 
     def recall(self, key: str) -> Entry | None:
-        """What the step left, None if there is nothing that can be read."""
+        """What the step left, None if there is nothing that can be read. Each key is asked for once."""
         if self._folder is None:
             return None
+        assert key not in self._recalled, f"two steps are called {key}"
+        self._recalled.add(key)
         path = self._path(key)
         if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-                return Entry(tensors, json.loads((file.metadata() or {})["values"]))
+                metadata = file.metadata() or {}
+                return Entry(tensors, json.loads(metadata["values"])) if metadata["key"] == key else None
         except (SafetensorError, OSError, KeyError, ValueError):
             return None  # damaged: the step is done again
 
@@ -77,7 +88,7 @@ class Journal:
         if self._folder is None:
             return
         tensors = {name: tensor.contiguous() for name, tensor in entry.tensors.items()}
-        write_atomically(self._path(key), save(tensors, {"values": json.dumps(dict(entry.values))}))
+        write_atomically(self._path(key), save(tensors, {"key": key, "values": json.dumps(dict(entry.values))}))
         self._written[key] = time.monotonic()
 
     def due(self, key: str) -> bool:
@@ -87,7 +98,7 @@ class Journal:
 
     def _path(self, key: str) -> Path:
         assert self._folder is not None
-        return self._folder / f"{key}.safetensors"
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
 
 def state_folder(output: Path) -> Path:
@@ -103,14 +114,22 @@ def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progr
 
     Raises:
         OutputExists: if the folder is there and is no state of ours.
-        StateMismatch: with `resume`, naming every input that is not the one the state was written for.
+        StateMismatch: with `resume`, naming every input that is not the one the state was written for, or the form of
+            the state where another version wrote it.
     """
-    path = folder / IDENTITY_FILE
+    identity = {_FORM_NAME: _FORM, **identity}
+    path = folder / _IDENTITY_FILE
     if resume and path.is_file():
         try:
-            known = read_object(path, MAX_IDENTITY_BYTES)
+            known = read_object(path, _MAX_IDENTITY_BYTES)
         except LoracatError:
             known = {}
+        if known and known.get(_FORM_NAME) != _FORM:
+            raise StateMismatch(
+                f"the state in {folder} has the form {known.get(_FORM_NAME, '1')}, of another version of loracat, and "
+                f"this one goes on from the form {_FORM}",
+                hint="go on with the version that began the fit, or leave out --resume to start over",
+            )
         changed = sorted(name for name in {*known, *identity} if known.get(name) != identity.get(name))
         if changed:
             raise StateMismatch(
@@ -127,14 +146,132 @@ def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progr
     if not path.is_file() and any(folder.iterdir()):
         raise OutputExists(f"{folder} is in the way of the fit's state", hint="move it, or choose another name with -o")
     remove_state(folder)
-    write_atomically(path, (json.dumps(dict(identity), indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps(identity, indent=2) + "\n").encode())
     return False
 
 
 def remove_state(folder: Path) -> None:
     """Removes the state of a fit that is over from its folder; files that are not ours stay."""
-    if not (folder / IDENTITY_FILE).is_file():
+    if not (folder / _IDENTITY_FILE).is_file():
         return
     remove_temporaries(folder)
-    for path in (*folder.glob("*.safetensors"), folder / IDENTITY_FILE):
+    for path in (*folder.glob("*.safetensors"), folder / _IDENTITY_FILE):
         path.unlink(missing_ok=True)
+
+
+TASK = "fit"
+_MAX_LINE = 1 << 16  # bytes of a log's line
+
+
+class Meter:
+    """Counts what was spent: a token forward is 1, forward and backward 2.
+
+    Args:
+        progress: told of every micro-batch.
+        log: takes one JSON object for each step, None for none.
+        tokens: of a pass over the training records, 0 if passes are not to be said.
+        task: of the progress.
+    """
+
+    def __init__(self, progress: Progress, log: StepLog | None = None, *, tokens: int = 0, task: str = TASK) -> None:
+        self.spent = 0
+        self.validation: float | None = None  # nats per token, the last measured
+        self._progress = progress
+        self._task = task
+        self._log = log
+        self._a_pass = 2 * tokens
+        self._stage = _Stage("", {})
+        self._started = time.monotonic()
+        self._tokens = 0
+
+    def stage(self, text: str, **fields: str | float | None) -> None:
+        """Names what the following batches are for; `fields` go into the log of each step."""
+        self._stage = _Stage(text, fields)
+        self._started, self._tokens = time.monotonic(), 0
+
+    def count(self, tokens: int, *, cost: int, nats: float | None = None) -> None:
+        """Some tokens are done, each at this cost, and at `nats` per scored token if that is known."""
+        self.spent += cost * tokens
+        self._tokens += tokens
+        parts = [self._stage.text]
+        if self._a_pass:
+            parts.append(f"pass {self.spent / self._a_pass:.1f}")
+        if nats is not None:
+            parts.append(f"loss {nats:.3f}")
+        if self.validation is not None:
+            parts.append(f"validation {self.validation:.3f}")
+        rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
+        self._progress.advance(self._task, cost * tokens, ", ".join([*parts, f"{rate:.0f} tok/s"]))
+
+    def restore(self, spent: int, logged: int) -> None:
+        """Goes to where an interrupted fit was: what it had spent, and how many lines its log had."""
+        self._progress.advance(self._task, spent - self.spent)
+        self.spent = spent
+        if self._log is not None:
+            self._log.lines = logged
+
+    def step(self, **fields: float) -> None:
+        """Writes one line of the log."""
+        if self._log is not None:
+            self._log.write({**self._stage.fields, **fields, "validation": self.validation, "spent_tokens": self.spent})
+
+    @property
+    def logged(self) -> int:
+        """Lines in the log."""
+        return self._log.lines if self._log is not None else 0
+
+
+@dataclass(frozen=True)
+class _Stage:
+    text: str
+    fields: dict[str, str | float | None]
+
+
+class StepLog:
+    """A JSONL file that grows by one line a step.
+
+    Args:
+        path: of the file.
+        resume: keep what is in it, up to where the fit goes on.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = open(path, "r+b" if resume and path.exists() else "w+b")
+        self._ends = [0]
+        for line in self._file:
+            if line.endswith(b"\n"):
+                self._ends.append(self._ends[-1] + len(line))
+        self.lines = 0
+        self._started = time.monotonic()
+
+    def write(self, content: dict[str, str | float | None]) -> None:
+        """Writes the line after the first `lines`, drops any that followed, and hands it to the system."""
+        line = {**content, "seconds": round(time.monotonic() - self._started, 3)}
+        self._cut()
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        self._ends.append(self._file.tell())
+        self.lines += 1
+
+    def close(self) -> None:
+        """Closes the file; lines after the first `lines` go."""
+        self._cut()
+        self._file.close()
+
+    def _cut(self) -> None:
+        self.lines = min(self.lines, len(self._ends) - 1)
+        del self._ends[self.lines + 1 :]
+        self._file.seek(self._ends[-1])
+        self._file.truncate()
+
+
+def is_step_log(path: Path) -> bool:
+    """Whether a file begins as a log of steps does, or is empty."""
+    with open(path, "rb") as file:
+        line = file.readline(_MAX_LINE)
+    try:
+        content = parse_json(line or b'{"seconds": 0}')
+    except StrictJsonError:
+        return False
+    return isinstance(content, dict) and "seconds" in content

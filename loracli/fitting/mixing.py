@@ -87,7 +87,7 @@ class FixedFactors:
 
 
 class Mixing(ABC):
-    """One rung: theta (P,) to the mixing matrices of a layout."""
+    """One kind of mixing: theta (P,) to the mixing matrices of a layout."""
 
     kind: MixingKind
     layout: Layout
@@ -104,7 +104,7 @@ class Mixing(ABC):
 
     @abstractmethod
     def lift(self, lower: Mixing, theta: Tensor) -> Tensor:
-        """The theta of this rung that is the same update as `theta` of a lower one."""
+        """The theta of this kind that is the same update as `theta` of a lower one."""
 
     @abstractmethod
     def matrices(self, theta: Tensor) -> list[Tensor]:
@@ -239,7 +239,7 @@ def _root_mean_square(tensor: Tensor) -> float:
 
 
 def make_diagonal(layout: Layout, kind: MixingKind, *, softmax: bool = False) -> DiagonalMixing:
-    """One of the rungs `adapter`, `layer`, `module`, `rank`."""
+    """One of the kinds `adapter`, `layer`, `module`, `rank`."""
     if kind == "rank":
         rows = len(layout.owner)
         return DiagonalMixing(kind, layout, torch.arange(rows), layout.modules, torch.ones(0, dtype=torch.bool))
@@ -256,11 +256,11 @@ def make_diagonal(layout: Layout, kind: MixingKind, *, softmax: bool = False) ->
 
 
 def check_mixing(adapters: Sequence[LoraAdapter], kind: str) -> None:
-    """Refuses a rung that the adapters do not have: a bias of lora_B belongs to an adapter as a whole, and the experts
-    of a parameter share their weights, so only a weight for each adapter says what becomes of them.
+    """Refuses a kind of mixing that the adapters do not have: a bias of lora_B belongs to an adapter as a whole, and
+    the experts of a parameter share their weights, so only a weight for each adapter says what becomes of them.
 
     Raises:
-        UsageError: naming the adapter and the rungs that it has.
+        UsageError: naming the adapter and the kinds that it has.
     """
     if kind in INLINE_KINDS:
         return
@@ -275,7 +275,7 @@ def check_mixing(adapters: Sequence[LoraAdapter], kind: str) -> None:
 
 
 def make_mixing(attached: AttachedModel, layout: Layout, kind: MixingKind) -> Mixing:
-    """The rung of this name for an attached model."""
+    """The kind of this name for an attached model."""
     if kind == "core":
         return CoreMixing(layout)
     if kind == "factors":
@@ -284,7 +284,7 @@ def make_mixing(attached: AttachedModel, layout: Layout, kind: MixingKind) -> Mi
 
 
 def count_numbers(adapters: Sequence[LoraAdapter], layout: Layout, kind: MixingKind) -> int:
-    """How many numbers a rung has, without attaching anything."""
+    """How many numbers a kind of mixing has, without attaching anything."""
     if kind == "core":
         return CoreMixing(layout).numbers
     if kind == "factors":

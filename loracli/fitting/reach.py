@@ -1,4 +1,5 @@
-"""Which of the modules that adapters change a model ever calls.
+"""What a model makes of adapters before any fit: which of the modules that they change it ever calls, and which order
+of the experts' factors it likes better, where an adapter leaves that open.
 
 An adapter acts where its layer is called, in PEFT as here. Two kinds of layers are not:
 
@@ -28,15 +29,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loracli.calibration.batches import Batch
+from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.expert_orders import open_orders, read_otherwise
+from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import BaseModelMismatch
 from loracli.fitting.engine import Engine
+from loracli.model.attach import attach
 from loracli.model.base import BaseReference, kind_and_shape, plan_base
+from loracli.model.loss import make_objective
 from loracli.progress import Progress
 
-NAMED = 4  # modules in a message; of the others the number
-TOKENS = 4  # of the trial
+_NAMED = 4  # modules in a message; of the others the number
+_TOKENS = 4  # of the trial
 IGNORED = "it is not known which updates the base ignores"
 
 
@@ -87,7 +92,7 @@ def find_reach(
     Raises:
         BaseModelMismatch: if none is reached.
     """
-    unreached = engine.unreached(batches, examples)
+    unreached = engine.unreached(batches, examples, key="reach")
     if not unreached:
         return Reach()
     read = weights_read(base)
@@ -147,8 +152,8 @@ def warn_of_merging(base_id: str, bypassed: Sequence[str], progress: Progress) -
 
 def named(names: Sequence[str]) -> str:
     """The first of some modules, and how many more there are."""
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _taken(base_id: str, names: Sequence[str]) -> str:
@@ -199,7 +204,7 @@ class _Trial:
         for name, module in self._layers:
             names.setdefault(id(module.weight), []).append(name)
         with torch.no_grad(), _Watch(names.keys()) as watch:
-            self._skeleton(input_ids=torch.ones(1, TOKENS, dtype=torch.long, device=device), use_cache=False)
+            self._skeleton(input_ids=torch.ones(1, _TOKENS, dtype=torch.long, device=device), use_cache=False)
         bypassed: set[str] = set()
         shared: set[str] = set()
         for weight in watch.read:
@@ -255,3 +260,42 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+_RECORDS_OF_AN_ORDER = 64  # enough to tell an adapter from its scrambled experts
+
+
+def say_likelier_orders(
+    model: Any, adapters: Sequence[LoraAdapter], examples: Sequence[Example], *, batch_tokens: int, progress: Progress
+) -> None:
+    """Warns, of each adapter with an open order, which of its readings the records like better.
+
+    Args:
+        model: the base, without adapters.
+        adapters: that fit it.
+        examples: records; the first of them are run.
+        batch_tokens: of a batch.
+        progress: told.
+    """
+    for adapter in adapters:
+        for order in open_orders(adapter):
+            taken, other = (
+                _nats_per_token(model, reading, examples[:_RECORDS_OF_AN_ORDER], batch_tokens)
+                for reading in (adapter, read_otherwise(adapter, order))
+            )
+            value = order.taken if taken <= other else order.other
+            progress.warn(
+                f'{adapter.reference} alone costs {taken:.4f} nats per token read with "{order.field}": '
+                f'"{order.taken}", as it is, and {other:.4f} with "{order.other}": "{value}" is likelier; write it '
+                "into its adapter_config.json"
+            )
+
+
+def _nats_per_token(model: Any, adapter: LoraAdapter, examples: Sequence[Example], batch_tokens: int) -> float:
+    batches = plan_batches(examples, batch_tokens=batch_tokens)
+    with torch.no_grad(), attach(model, [adapter], tuple(sorted(adapter.targets))) as attached:
+        attached.set_weights(torch.ones(len(attached.modules), 1, dtype=attached.precision))
+        objective = make_objective(attached, batches[0])
+        nats = sum(float(objective.nats(batch).double().sum()) for batch in batches)
+    counted = sum(len(batch.labels) if batch.weights is None else float(batch.weights.sum()) for batch in batches)
+    return nats / counted

@@ -12,9 +12,9 @@ from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.basis import canonical_stack, mixing_in_file_gauge
 from loracli.fitting.inputs import FitInputs
+from loracli.fitting.level import Solution
 from loracli.fitting.mixing import DiagonalMixing, FactorMixing
 from loracli.fitting.reach import Reach
-from loracli.fitting.search import Found
 from loracli.model.base import BaseModel, base_modules
 from loracli.recipe.ingredients import identity_of
 from loracli.recipe.recipe import Recipe
@@ -35,7 +35,7 @@ def make_recipe(
     inputs: FitInputs,
     base: BaseModel,
     data: tuple[RecipeData, ...],
-    found: Found,
+    found: Solution,
     table: HeldOut,
     training_loss: float | None,
     certificate: FitCertificate | None,
@@ -99,14 +99,14 @@ def make_recipe(
     )
 
 
-def _largest_move(found: Found) -> float:
+def _largest_move(found: Solution) -> float:
     mixing = found.mixing
     if isinstance(mixing, DiagonalMixing):
         return float((mixing.weights(found.theta) - mixing.weights(found.anchor)).abs().max())
     return float((found.theta - found.anchor).abs().max())
 
 
-def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found: Found) -> RecipeMixing:
+def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found: Solution) -> RecipeMixing:
     """The mixing as the files' factors take it: what was fitted in the canonical gauge is brought back from there."""
     mixing = found.mixing
     if isinstance(mixing, DiagonalMixing) and mixing.kind != "rank":

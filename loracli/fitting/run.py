@@ -16,21 +16,18 @@ from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.statistics import FIT, held_out_table, static_points
 from loracli.fitting.activations import chosen_records, fit_activations
-from loracli.fitting.certificate import NO_FINISH, can_certify, certified, plan_finish
+from loracli.fitting.certificate import can_certify, certificate_tokens, certified
 from loracli.fitting.criterion import LEAST_ANSWERS, Fold, cross_folds, loss_criterion, metric_criterion, one_fold
 from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine
-from loracli.fitting.expert_orders import say_likelier_orders
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
-from loracli.fitting.journal import Journal
-from loracli.fitting.meter import TASK, Meter, StepLog
+from loracli.fitting.journal import TASK, Journal, Meter, StepLog
+from loracli.fitting.level import Solution, Task, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
-from loracli.fitting.paper import fit_as_published
 from loracli.fitting.processes import ALONE, Processes
-from loracli.fitting.reach import find_reach
+from loracli.fitting.reach import find_reach, say_likelier_orders
 from loracli.fitting.recording import make_recipe
-from loracli.fitting.rung import Task, tokens_of
-from loracli.fitting.search import LADDERS, Found, search
+from loracli.fitting.search import LADDERS, fit_as_published, search
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched
 from loracli.model.attach import AttachedModel, attach, replace_modules
@@ -312,7 +309,7 @@ def find_mixing(
     folds: tuple[Fold, ...],
     training: Sequence[Example],
     tokenizer: Any,
-) -> Found:
+) -> Solution:
     """The search of `inputs.settings` on an attached model.
 
     Args:
@@ -326,12 +323,12 @@ def find_mixing(
     settings = inputs.settings
     if settings.paper:
         return fit_as_published(engine, make_diagonal(inputs.layout, "module", softmax=True), training, settings)
-    finish = NO_FINISH  # which rung `auto` ends on is not known, and so is what it leaves of the budget
+    reserved = 0  # which rung `auto` ends on is not known, and so is what it leaves of the budget
     if settings.mixing != AUTO:
         target = make_mixing(attached, inputs.layout, settings.mixing)  # type: ignore[arg-type]
-        finish = plan_finish(target, training, settings)
+        reserved = certificate_tokens(target, training, settings)
     task = _task(engine, inputs, folds, tokenizer)
-    return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training, finish)
+    return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training, reserved)
 
 
 def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], tokenizer: Any) -> Task:
@@ -364,22 +361,22 @@ def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], tokenizer:
 
 
 def _certified(
-    engine: Engine, found: Found, training: Sequence[Example], settings: FitSettings
-) -> tuple[Found, FitCertificate | None]:
+    engine: Engine, found: Solution, training: Sequence[Example], settings: FitSettings
+) -> tuple[Solution, FitCertificate | None]:
     mixing = found.mixing
     if not isinstance(mixing, DiagonalMixing) or not can_certify(mixing) or found.stopped:
         return found, None
     ridge = found.ridge or 0.0
     theta, certificate = certified(engine, mixing, found.theta, found.anchor, ridge, training, settings)
-    return replace(found, theta=theta), certificate
+    return replace(found, thetas=(theta,)), certificate
 
 
-def _training_loss(engine: Engine, found: Found, training: Sequence[Example], settings: FitSettings) -> float | None:
+def _training_loss(engine: Engine, found: Solution, training: Sequence[Example], settings: FitSettings) -> float | None:
     """None where the search stopped at records whose loss is not finite."""
     engine.meter.stage("training loss")
     batches = plan_batches(training, batch_tokens=settings.batch_tokens)
     try:
-        return engine.score(found.mixing, found.theta, batches, training).nats_per_token
+        return engine.score(found.mixing, found.theta, batches, training, key="training loss").nats_per_token
     except NonFiniteLoss:
         if found.stopped is None:
             raise
@@ -389,7 +386,7 @@ def _training_loss(engine: Engine, found: Found, training: Sequence[Example], se
 def _held_out_scores(
     engine: Engine,
     inputs: FitInputs,
-    found: Found,
+    found: Solution,
     batches: Sequence[Batch],
     examples: Sequence[Example],
     progress: Progress,
@@ -404,10 +401,12 @@ def _held_out_scores(
     scores: dict[str, Scores] = {}
     for name, point in static_points(inputs.references).items():
         try:
-            scores[name] = engine.score(adapters, adapters.constant(point), batches, examples)
+            scores[name] = engine.score(
+                adapters, adapters.constant(point), batches, examples, key=f"held out, point {name!r}"
+            )
         except NonFiniteLoss as error:
             progress.warn(f"{name} is left out of the held-out table: {error}")
             if name == inputs.references[-1] and not any(reference in scores for reference in inputs.references):
                 raise
-    scores[FIT] = engine.score(found.mixing, found.theta, batches, examples)
+    scores[FIT] = engine.score(found.mixing, found.theta, batches, examples, key="held out, the fit")
     return scores

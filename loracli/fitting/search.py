@@ -1,9 +1,9 @@
 """The search: from one weight for each adapter up the kinds of mixing, as far as the records carry.
 
-The lowest rung, one weight for each adapter: screen the points that need no fit, then BFGS.
+The lowest level, one weight for each adapter: screen the points that need no fit, then BFGS.
 
 1. SCREEN  base, each adapter alone, uniform and sum on a subset of the fitting records, forward only.
-2. BFGS    from the best of them; where this rung is the one asked for, from the sum too, and on all fitting records.
+2. BFGS    from the best of them; where this level is the one asked for, from the sum too, and on all fitting records.
 
     adapter -> layer
     adapter -> module -> rank
@@ -13,86 +13,94 @@ The lowest rung, one weight for each adapter: screen the points that need no fit
 
 Everything is chosen inside the training records, on those of each fold that its solution was not fitted to; held-out
 records are not seen here. What was chosen is then fitted once more on all training records.
+
+The published recipe of LoRA Soups, for comparison (github.com/aksh555/LoRA-Soups, cat_train.py and train_cat.sh at
+7ce7a2e).
+
+Softmax over the adapters of each module, from N(0, 1) draws; AdamW at a peak of 1e-4 with 100 steps of warm-up and
+linear decay, one epoch, six records a step, loss on prompt and completion. The sum of the rates over such an epoch is
+below 0.1, so Adam cannot move a logit by more, and the weights stay near their draw. Ours differs in two ways: the draw
+is seeded, and adapter dropout is off.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.batches import make_batch, plan_batches
 from loracli.calibration.dataset import shuffled
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.statistics import static_points
-from loracli.fitting.certificate import NO_FINISH, Finish
 from loracli.fitting.criterion import Gain, gain
-from loracli.fitting.descent import WARM_UP, AdamW, Descent, Minimum, bfgs, plan_steps
-from loracli.fitting.engine import GRADIENT_COST
-from loracli.fitting.mixing import Mixing
-from loracli.fitting.rung import (
-    Solved,
+from loracli.fitting.descent import WARM_UP, AdamW, Descent, Minimum, Step, bfgs, plan_steps
+from loracli.fitting.engine import GRADIENT_COST, Engine
+from loracli.fitting.level import (
+    Solution,
     Task,
     left_out,
-    mean_of,
     nats_per_token,
     padded_tokens,
     rate_for,
-    solve_rung,
+    solve_level,
     tokens_of,
 )
-from loracli.fitting.settings import AUTO
+from loracli.fitting.mixing import DiagonalMixing, Mixing
+from loracli.fitting.settings import AUTO, FitSettings
 from loracli.model.loss import Scores
 from loracli.recipe.record import MixingKind, RungRecord, StageRecord, StartRecord
 
-EVALUATIONS = 4  # of BFGS where the rung is only a start for the next
-SUBSET_RECORDS = 256
-SCREEN_SHARE = 0.1  # of the budget, where the rung is the one asked for
-SCREENED = "screened"
-SUM = "sum"
+_EVALUATIONS = 4  # of BFGS where the level is only a start for the next
+_SUBSET_RECORDS = 256
+_SCREEN_SHARE = 0.1  # of the budget, where the level is the one asked for
+_SCREENED = "screened"
+_SUM = "sum"
 
 
-def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) -> Solved:
+def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) -> Solution:
     """Finds theta (N,) on every fold.
 
     Args:
         task: what is fitted.
-        mixing: the rung `adapter`.
+        mixing: the kind `adapter`.
         budget: tokens, a forward counting 1 and a backward 1.
-        alone: whether this rung is the one asked for.
+        alone: whether this level is the one asked for.
     Raises:
         NonFiniteLoss: if no point is finite.
     """
     share, before_screen = budget / len(task.folds), task.engine.meter.spent
     points = len(static_points(task.references))
     screens = [
-        _subset(fold.fitting, share * SCREEN_SHARE / points if alone else share / (points + 2 * EVALUATIONS), task)
+        _subset(fold.fitting, share * _SCREEN_SHARE / points if alone else share / (points + 2 * _EVALUATIONS), task)
         for fold in task.folds
     ]
-    bests = [_screen(task, mixing, screen) for screen in screens]
+    bests = [_screen(task, mixing, screen, f"adapter, screen, fold {fold}") for fold, screen in enumerate(screens)]
     left = share - (task.engine.meter.spent - before_screen) / len(task.folds)
-    starts = {SCREENED: [mixing.constant(static_points(task.references)[name]) for name in bests]}
+    starts = {_SCREENED: [mixing.constant(static_points(task.references)[name]) for name in bests]}
     total = mixing.constant([1.0] * len(task.references))
-    if alone and not all(torch.equal(theta, total) for theta in starts[SCREENED]):
-        starts[SUM] = [total] * len(task.folds)
+    if alone and not all(torch.equal(theta, total) for theta in starts[_SCREENED]):
+        starts[_SUM] = [total] * len(task.folds)
     reports: list[StartRecord] = []
     ends: dict[str, tuple[list[Minimum], Scores | None]] = {}
     for name, thetas in starts.items():
-        task.engine.meter.stage(f"adapter from {name}", rung="adapter", start=name)
+        key = f"adapter from {name}"
+        task.engine.meter.stage(key, rung="adapter", start=name)
         before = None
         try:
-            before = nats_per_token(task.check(mixing, thetas))
+            before = nats_per_token(task.check(mixing, thetas, f"{key}, before"))
             minima = []
-            for fold, screen, theta in zip(task.folds, screens, thetas, strict=True):
+            for number, (fold, screen, theta) in enumerate(zip(task.folds, screens, thetas, strict=True)):
                 examples = fold.fitting if alone else screen
-                count = _affordable(task, left / len(starts), fold.validation, examples)
-                minima.append(minimise(task, mixing, theta, examples, count if alone else EVALUATIONS))
-            after = task.check(mixing, [minimum.theta for minimum in minima])
+                most = _affordable(task, left / len(starts), fold.validation, examples)
+                allowed = most if alone else _EVALUATIONS
+                minima.append(_minimise(task, mixing, theta, examples, allowed, f"{key}, fold {number}"))
+            after = task.check(mixing, [minimum.theta for minimum in minima], f"{key}, after")
         except NonFiniteLoss as error:
             reports.append(left_out(name, before, error))
             if len(reports) == len(starts) and not ends:
@@ -104,17 +112,24 @@ def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) ->
     chosen = min(ends, key=lambda name: _cost(*ends[name]))
     minima, scores = ends[chosen]
     found = tuple(minimum.theta for minimum in minima)
-    return Solved(mixing, found, tuple(starts[chosen]), scores, tuple(reports), chosen, None)
+    return Solution(mixing, found, tuple(starts[chosen]), scores, tuple(reports), chosen, None)
 
 
-def minimise(task: Task, mixing: Mixing, theta: Tensor, examples: Sequence[Example], evaluations: int) -> Minimum:
-    """BFGS on the mean loss of the examples.
+def _minimise(
+    task: Task, mixing: Mixing, theta: Tensor, examples: Sequence[Example], evaluations: int, key: str
+) -> Minimum:
+    """BFGS on the mean loss of the examples; the key says which this is.
 
     Raises:
         NonFiniteLoss: if the loss at theta is not finite.
     """
     batches = plan_batches(examples, batch_tokens=task.settings.batch_tokens)
-    evaluate = partial(task.engine.mean_and_gradient, mixing, batches=batches, examples=examples)
+    numbers = count()
+
+    def evaluate(at: Tensor) -> tuple[float, Tensor]:
+        named = f"{key}, evaluation {next(numbers)}"
+        return task.engine.mean_and_gradient(mixing, at, batches, examples, key=named)
+
     return bfgs(evaluate, theta, evaluations=evaluations)
 
 
@@ -132,14 +147,14 @@ def _affordable(task: Task, budget: float, validation: Sequence[Example], exampl
 def _subset(examples: Sequence[Example], wanted: float, task: Task) -> list[Example]:
     """Records of about so many tokens, in an order that depends on the seed; at least one."""
     chosen: list[Example] = []
-    for example in shuffled(examples, seed=task.settings.seed)[:SUBSET_RECORDS]:
+    for example in shuffled(examples, seed=task.settings.seed)[:_SUBSET_RECORDS]:
         if chosen and tokens_of(chosen) + len(example.input_ids) > wanted:
             break
         chosen.append(example)
     return chosen
 
 
-def _screen(task: Task, mixing: Mixing, examples: Sequence[Example]) -> str:
+def _screen(task: Task, mixing: Mixing, examples: Sequence[Example], key: str) -> str:
     """The name of the best point that needs no fit.
 
     Raises:
@@ -151,7 +166,8 @@ def _screen(task: Task, mixing: Mixing, examples: Sequence[Example]) -> str:
     failure: NonFiniteLoss | None = None
     for name, point in static_points(task.references).items():
         try:
-            losses[name] = task.engine.score(mixing, mixing.constant(point), batches, examples).nats_per_token
+            scores = task.engine.score(mixing, mixing.constant(point), batches, examples, key=f"{key}, point {name!r}")
+            losses[name] = scores.nats_per_token
         except NonFiniteLoss as error:  # no point to start from
             losses[name], failure = math.inf, error
     best = min(losses, key=lambda name: losses[name])
@@ -160,7 +176,7 @@ def _screen(task: Task, mixing: Mixing, examples: Sequence[Example]) -> str:
     return best
 
 
-# Rungs with the share of the search's budget that each may take.
+# Levels with the share of the search's budget that each may take.
 LADDERS: dict[str, dict[MixingKind, float]] = {
     "adapter": {"adapter": 1.0},
     "layer": {"adapter": 0.2, "layer": 0.8},
@@ -170,63 +186,29 @@ LADDERS: dict[str, dict[MixingKind, float]] = {
     "factors": {"adapter": 0.2, "module": 0.35, "factors": 0.45},
     "auto": {"adapter": 0.15, "module": 0.3, "core": 0.3, "factors": 0.25},
 }
-SAME_START = 0.05  # starts closer than this are one
+_SAME_START = 0.05  # starts closer than this are one
 REFIT_SHARE = 0.4  # of the budget
-REFIT_RATE = 0.6  # of the rate of the search, whose solution is near already
-
-
-@dataclass(frozen=True)
-class Found:
-    """The outcome of a search.
-
-    Args:
-        mixing: the rung that won.
-        theta: its numbers.
-        anchor: where the search that found them began.
-        rungs: all that were tried.
-        stages: the descents, in order.
-        ridge: towards the anchor, of the stage that won; None if the start was never beaten, or there was none.
-        refitted: whether it was fitted once more on all training records.
-        stopped: why the search ended early, None if it did not.
-    """
-
-    mixing: Mixing
-    theta: Tensor
-    anchor: Tensor
-    rungs: tuple[RungRecord, ...]
-    stages: tuple[StageRecord, ...]
-    ridge: float | None
-    refitted: bool
-    stopped: str | None
+_REFIT_RATE = 0.6  # of the rate of the search, whose solution is near already
 
 
 def search(
-    task: Task, make_mixing: Callable[[MixingKind], Mixing], training: Sequence[Example], finish: Finish = NO_FINISH
-) -> Found:
+    task: Task, make_mixing: Callable[[MixingKind], Mixing], training: Sequence[Example], reserved: int = 0
+) -> Solution:
     """Finds a mixing within the budget of `settings.passes`.
 
     Args:
         task: what is fitted.
-        make_mixing: a rung by its kind.
+        make_mixing: a kind of mixing by its name.
         training: all records of the folds.
-        finish: what comes after, which takes its part of the budget, and may stand for the last fit.
+        reserved: tokens of the budget for what comes after.
     Raises:
         NonFiniteLoss: if no start is finite.
     """
-    whole = task.settings.budget * 2 * tokens_of(training) - finish.reserved
-    refitting = task.validated and not finish.instead_of_refit and task.settings.mixing != "adapter"
+    whole = task.settings.budget * 2 * tokens_of(training) - reserved
+    refitting = task.validated and task.settings.mixing != "adapter"
     solved, rungs, stages = _climb(task, make_mixing, whole * (1 - REFIT_SHARE * refitting))
     winner = solved[-1]
-    found = Found(
-        winner.mixing,
-        mean_of(winner.thetas),
-        mean_of(winner.anchors),
-        rungs,
-        stages,
-        winner.ridge,
-        refitted=False,
-        stopped=winner.stopped,
-    )
+    found = replace(winner, thetas=(winner.theta,), anchors=(winner.anchor,), rungs=rungs, stages=stages)
     if winner.stopped or not refitting:
         return found
     try:
@@ -235,16 +217,15 @@ def search(
         return replace(found, stopped=str(error))
     if again is None:
         return found
-    theta, stage = again
-    return replace(found, theta=theta, stages=(*stages, stage), refitted=True)
+    return replace(found, thetas=again.thetas, stages=(*stages, *again.stages), refitted=True)
 
 
 def _climb(
     task: Task, make_mixing: Callable[[MixingKind], Mixing], budget: float
-) -> tuple[list[Solved], tuple[RungRecord, ...], tuple[StageRecord, ...]]:
-    """The solutions up to the rung asked for, or with `auto` to the best one, and what is reported of all."""
+) -> tuple[list[Solution], tuple[RungRecord, ...], tuple[StageRecord, ...]]:
+    """The solutions up to the level asked for, or with `auto` to the best one, and what is reported of all."""
     asked = task.settings.mixing
-    solutions: list[Solved] = []
+    solutions: list[Solution] = []
     records: list[RungRecord] = []
     stages: list[StageRecord] = []
     for kind in LADDERS[asked]:
@@ -264,20 +245,20 @@ def _climb(
 
 
 def _share(asked: str, kind: MixingKind) -> float:
-    """The share of what is left that a rung may take."""
+    """The share of what is left that a level may take."""
     shares = LADDERS[asked]
     kinds = list(shares)
     return shares[kind] / sum(shares[other] for other in kinds[kinds.index(kind) :])
 
 
-def solve_next(task: Task, mixing: Mixing, below: Solved | None, left: float) -> Solved:
-    """One rung, from the solution below and from the sum.
+def solve_next(task: Task, mixing: Mixing, below: Solution | None, left: float) -> Solution:
+    """One level, from the solution below and from the sum.
 
     Args:
         task: what is fitted.
-        mixing: the rung.
-        below: the solution of the rung below, None for the first.
-        left: tokens that this rung and those above may spend together.
+        mixing: its kind.
+        below: the solution of the level below, None for the first.
+        left: tokens that this level and those above may spend together.
     Raises:
         NonFiniteLoss: if no start is finite.
     """
@@ -287,23 +268,24 @@ def solve_next(task: Task, mixing: Mixing, below: Solved | None, left: float) ->
         return solve_adapters(task, mixing, budget, alone=kind == asked)
     starts: dict[str, list[Tensor]] = {below.mixing.kind: [mixing.lift(below.mixing, theta) for theta in below.thetas]}
     total = mixing.constant([1.0] * len(task.references))
-    if any(float((start - total).abs().max()) > SAME_START for start in starts[below.mixing.kind]):
-        starts[SUM] = [total] * len(task.folds)
-    return solve_rung(task, mixing, starts, budget)
+    if any(float((start - total).abs().max()) > _SAME_START for start in starts[below.mixing.kind]):
+        starts[_SUM] = [total] * len(task.folds)
+    return solve_level(task, mixing, starts, budget)
 
 
-def _compare(best: Solved | None, solved: Solved) -> Gain | None:
+def _compare(best: Solution | None, solved: Solution) -> Gain | None:
     if best is None or best.scores is None or solved.scores is None:
         return None
     return gain(best.scores, solved.scores)
 
 
 def worth_climbing(compared: Gain, least: float) -> bool:
-    """Where the loss is close to nothing, so is the standard error; a higher rung overfits more easily all the same."""
+    """Where the loss is close to nothing, so is the standard error; a higher level overfits more easily all the
+    same."""
     return compared.clear and compared.mean > least
 
 
-def _record(task: Task, solved: Solved, compared: Gain | None, best: Solved | None, climbed: bool) -> RungRecord:
+def _record(task: Task, solved: Solution, compared: Gain | None, best: Solution | None, climbed: bool) -> RungRecord:
     asked, kind = task.settings.mixing, solved.mixing.kind
     if best is None or compared is None:
         why = "the first rung" if best is None else "not compared: there are no validation records"
@@ -330,12 +312,11 @@ def _record(task: Task, solved: Solved, compared: Gain | None, best: Solved | No
     )
 
 
-def refit(
-    task: Task, solved: Sequence[Solved], training: Sequence[Example], budget: float
-) -> tuple[Tensor, StageRecord] | None:
-    """The last solution fitted once more, on all training records; None if there is nothing to fit, or no budget.
+def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], budget: float) -> Solution | None:
+    """The last solution fitted once more, on all training records, with that stage alone; None if there is nothing to
+    fit, or no budget.
 
-    Where a rung did not beat the solution of the rung below, that one is fitted.
+    Where a level did not beat the solution of the one below, that one is fitted.
 
     Raises:
         NonFiniteLoss: naming the records of a batch.
@@ -347,29 +328,72 @@ def refit(
         if len(solved) == 1 or last.chosen != solved[-2].mixing.kind:
             return None
         below = refit(task, solved[:-1], training, budget)
-        return None if below is None else (last.mixing.lift(solved[-2].mixing, below[0]), below[1])
+        if below is None:
+            return None
+        return replace(last, thetas=(last.mixing.lift(below.mixing, below.theta),), stages=below.stages)
     plan = plan_steps(training, batch_tokens=task.settings.batch_tokens, seed=task.settings.seed + 1)
     steps = plan.steps_within(budget / 2)
     if steps == 0:
         return None
-    rate = REFIT_RATE * rate_for(task, last.mixing, steps)
-    adam = AdamW(mean_of(last.thetas), steps=steps, rate=rate, warm_up=max(1, round(WARM_UP * steps)))
+    rate = _REFIT_RATE * rate_for(task, last.mixing, steps)
+    adam = AdamW(last.theta, steps=steps, rate=rate, warm_up=max(1, round(WARM_UP * steps)))
     kind = last.mixing.kind
     task.engine.meter.stage(f"{kind} on all records", rung=kind, start="", stage="refit", ridge=last.ridge)
-    descent = Descent(task.engine, last.mixing, training, plan.step, adam, mean_of(last.anchors))
-    ran = descent.run(steps, last.ridge or 0.0)
-    return ran.average, ran.recorded(kind, last.chosen, "refit", last.ridge or 0.0)
+    descent = Descent(task.engine, last.mixing, training, plan.step, adam, last.anchor)
+    ran = descent.run(steps, last.ridge or 0.0, key=f"{kind} on all records")
+    stage = ran.recorded(kind, last.chosen, "refit", last.ridge or 0.0)
+    return replace(last, thetas=(ran.average,), stages=(stage,))
 
 
-def _minimise_again(
-    task: Task, last: Solved, training: Sequence[Example], budget: float
-) -> tuple[Tensor, StageRecord] | None:
-    """The lowest rung as the start of others is found on a few records in a few evaluations; where it is the answer, on
-    all of them."""
+def _minimise_again(task: Task, last: Solution, training: Sequence[Example], budget: float) -> Solution | None:
+    """The lowest level as the start of others is found on a few records in a few evaluations; where it is the answer,
+    on all of them."""
     evaluations = int(budget / (GRADIENT_COST * padded_tokens(training, task.settings.batch_tokens)))
     if evaluations < 2:  # the first one is of what there is
         return None
     task.engine.meter.stage("adapter on all records", rung="adapter", start="", stage="refit", ridge=0.0)
-    minimum = minimise(task, last.mixing, mean_of(last.thetas), training, evaluations)
+    minimum = _minimise(task, last.mixing, last.theta, training, evaluations, "adapter on all records")
     losses = tuple(float(f"{value:.6g}") for value in minimum.values)
-    return minimum.theta, StageRecord("adapter", last.chosen, "refit", 0.0, minimum.evaluations, None, losses)
+    stage = StageRecord("adapter", last.chosen, "refit", 0.0, minimum.evaluations, None, losses)
+    return replace(last, thetas=(minimum.theta,), stages=(stage,))
+
+
+_PUBLISHED_RATE = 1e-4
+_PUBLISHED_WARM_UP = 100
+_PUBLISHED_BATCH = 6
+_PUBLISHED_BETAS = (0.9, 0.999)  # the defaults of transformers' Trainer
+
+
+def with_prompts(example: Example) -> Example:
+    """The example with every token scored but the first, as with the reference's train_on_inputs."""
+    return replace(example, scored=(False, *(True for _ in example.input_ids[1:])))
+
+
+def fit_as_published(
+    engine: Engine, mixing: DiagonalMixing, training: Sequence[Example], settings: FitSettings
+) -> Solution:
+    """One epoch; theta are the logits."""
+    examples = [with_prompts(example) for example in training]
+    order = shuffled(range(len(examples)), seed=settings.seed)
+    batches = [make_batch(examples, order[i : i + _PUBLISHED_BATCH]) for i in range(0, len(order), _PUBLISHED_BATCH)]
+    generator = torch.Generator().manual_seed(settings.seed)
+    logits = torch.randn(mixing.present.numel(), generator=generator, dtype=mixing.dtype)  # (G * N,)
+    start = logits[mixing.present]
+    rate = settings.learning_rate or _PUBLISHED_RATE
+    adam = AdamW(start, steps=len(batches), rate=rate, warm_up=_PUBLISHED_WARM_UP, betas=_PUBLISHED_BETAS)
+    steps = [Step((batch,), 1.0 / batch.scored_tokens) for batch in batches]
+    engine.meter.stage("published recipe", rung=mixing.kind, start="random", stage="descent", ridge=None)
+    descent = Descent(engine, mixing, examples, lambda number: steps[number], adam, start)
+    stopped, stages = None, tuple[StageRecord, ...]()
+    try:
+        stages = (descent.run(len(steps), key="published recipe").recorded(mixing.kind, "random", "descent", 0.0),)
+    except NonFiniteLoss as error:
+        if adam.step_number == 0:
+            raise
+        stopped = str(error)
+    starts = (StartRecord("random", None, None, None),)
+    why = "the published recipe has one rung and one start"
+    rung = RungRecord(mixing.kind, mixing.numbers, starts, "random", None, None, None, None, True, why)
+    return Solution(
+        mixing, (descent.theta,), (start,), None, starts, "random", None, stopped=stopped, stages=stages, rungs=(rung,)
+    )

@@ -15,9 +15,9 @@ from torch import Tensor
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
+from loracli.fitting.certificate import record_gradients
 from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.fitting.processes import ALONE, Processes, connect
-from loracli.fitting.record_gradients import record_gradients
 from loracli.model.attach import attach
 from loracli.model.base import BaseReference, load_base
 from loracli.model.loss import Objective

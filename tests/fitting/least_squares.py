@@ -12,10 +12,9 @@ from loracli.calibration.batches import Batch
 from loracli.calibration.render import Example
 from loracli.fitting.criterion import Fold, loss_criterion
 from loracli.fitting.engine import Engine
-from loracli.fitting.journal import Journal
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Journal, Meter
+from loracli.fitting.level import Task
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal
-from loracli.fitting.rung import Task
 from loracli.fitting.settings import FitSettings
 from loracli.progress import SILENT
 from loracli.recipe.record import MixingKind

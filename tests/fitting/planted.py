@@ -15,10 +15,10 @@ from loracli.calibration.render import Example
 from loracli.evaluation.statistics import static_points
 from loracli.fitting.criterion import Fold, loss_criterion
 from loracli.fitting.engine import Engine
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
+from loracli.fitting.level import Solution, Task
 from loracli.fitting.mixing import make_diagonal, make_layout, make_mixing
-from loracli.fitting.rung import Task
-from loracli.fitting.search import Found, search
+from loracli.fitting.search import search
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.loss import make_objective
@@ -59,7 +59,7 @@ def make_engine(attached: AttachedModel, examples: Sequence[Example]) -> Engine:
 
 def run_search(
     attached: AttachedModel, adapters: list[LoraAdapter], examples: list[Example], settings: FitSettings
-) -> tuple[Found, float]:
+) -> tuple[Solution, float]:
     """What is found with a fifth of the examples to choose with, and the passes that it took."""
     held = len(examples) // 5
     engine = make_engine(attached, examples)
@@ -72,7 +72,7 @@ def run_search(
 
 
 def held_out_losses(
-    attached: AttachedModel, adapters: list[LoraAdapter], held: list[Example], found: Found
+    attached: AttachedModel, adapters: list[LoraAdapter], held: list[Example], found: Solution
 ) -> dict[str, float]:
     engine = make_engine(attached, held)
     batches = plan_batches(held, batch_tokens=2048)

@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import Batch, make_batch
 from loracli.calibration.render import Example
-from loracli.fitting.certificate import can_certify, certify
+from loracli.fitting.certificate import RecordGradients, can_certify, certify, from_rows, record_gradients
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_layout, make_mixing
-from loracli.fitting.record_gradients import RecordGradients, from_rows, record_gradients
 from loracli.model import loss as loss_module
 from loracli.model.attach import attach
 from loracli.model.loss import Objective, make_objective

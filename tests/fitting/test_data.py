@@ -19,7 +19,7 @@ from loracli.calibration.render import Example
 from loracli.calibration.shapes import Shape
 from loracli.errors import UsageError
 from loracli.fitting.engine import Engine
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.fitting.run import fit_mixing, usable_length
 from loracli.fitting.settings import FitSettings

@@ -129,8 +129,10 @@ def test_a_run_averages_its_last_quarter_and_scores_its_later_half_before_each_s
     seen: list[tuple[Tensor, float, float]] = []
     total = engine.total
 
-    def spied(mixing: Any, theta: Tensor, batches: tuple[Batch, ...], examples: Any) -> tuple[float, Tensor]:
-        nats, gradient = total(mixing, theta, batches, examples)
+    def spied(
+        mixing: Any, theta: Tensor, batches: tuple[Batch, ...], examples: Any, **key: Any
+    ) -> tuple[float, Tensor]:
+        nats, gradient = total(mixing, theta, batches, examples, **key)
         seen.append((theta, nats, sum(batch.scored_tokens for batch in batches)))
         return nats, gradient
 
@@ -208,8 +210,8 @@ def program(engine: Engine, dtype: torch.dtype) -> tuple[list[Ran], list[Tensor]
     assert plan.batches_a_step == 2
     starts = [rung("module").constant(point).to(dtype) for point in ([0.2, 0.5], [1.0, 1.0])]
     descents = [descent_on(engine, plan, start, 9) for start in starts]
-    runs = [descent.run(4, 0.01) for descent in descents]
-    runs.append(descents[1].run(5, 0.0))
+    runs = [descent.run(4, 0.01, key=f"start {i}") for i, descent in enumerate(descents)]
+    runs.append(descents[1].run(5, 0.0, key="on from start 1"))
     states = [tensor for descent in descents for tensor in descent._adam.state().values()]
     return runs, states, engine.steps, engine.meter.spent
 

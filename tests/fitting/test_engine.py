@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, OutOfResources
 from loracli.fitting.engine import Engine
-from loracli.fitting.journal import Journal
-from loracli.fitting.meter import Meter
+from loracli.fitting.journal import Journal, Meter
 from loracli.fitting.mixing import Mixing, make_layout, make_mixing
 from loracli.fitting.processes import WAIT, Processes
 from loracli.model.attach import attach
@@ -299,7 +299,7 @@ def test_halvings_of_all_processes_are_counted_once_also_in_a_resumed_fit(
     def count(rig: Rig, processes: Threads) -> int:
         journal = Journal(tmp_path, seconds=0) if processes.first else None
         rig.engine = Engine(rig.engine.objective, Meter(SILENT), processes=processes, journal=journal)
-        rig.score(80)
+        rig.engine.score(rig.mixing, rig.theta, rig.batches(80), examples, key="scores")
         return rig.engine.halvings
 
     with rig(base, adapters, examples) as one, rig(base, adapters, examples) as two:
@@ -311,3 +311,37 @@ def test_halvings_of_all_processes_are_counted_once_also_in_a_resumed_fit(
             with ThreadPoolExecutor(2) as pool:
                 assert list(pool.map(count, (one, two), both)) == [1, 1]
         assert tried == [80, 40, 40]  # the resumed fit has taken the scores from the state
+
+
+def test_an_entry_belongs_to_its_key_in_whatever_order_a_resumed_fit_asks(
+    tmp_path: Path, base: Path, adapters: list[LoraAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked under one key is never answered with what another left, nor with an entry that was renamed."""
+    examples = some_examples([20, 9, 14])
+    with rig(base, adapters, examples) as r:
+        thetas = {"module, fold 0": r.theta, "module, fold 1": r.theta / 2}
+        objective = r.engine.objective
+
+        def asked(keys: list[str]) -> dict[str, Tensor]:
+            engine = Engine(objective, Meter(SILENT), journal=Journal(tmp_path))
+            batches = r.batches(20)
+            return {key: engine.score(r.mixing, thetas[key], batches, examples, key=key).nats for key in keys}
+
+        first = asked(list(thetas))
+        tried = memory_for(99, OUT_OF_MEMORY[0], r, monkeypatch)
+        turned = asked(list(thetas)[::-1])
+        assert not tried  # all of it was there
+        assert all(torch.equal(turned[key], first[key]) for key in thetas)
+        ours = {key: tmp_path / f"{sha256(key.encode()).hexdigest()}.safetensors" for key in thetas}
+        ours["module, fold 0"].replace(ours["module, fold 1"])
+        again = asked(list(thetas))
+        assert len(tried) == 2 * len(r.batches(20))
+        assert all(torch.equal(again[key], first[key]) for key in thetas)
+
+
+def test_two_operations_of_one_key_are_a_mistake(tmp_path: Path, base: Path, adapters: list[LoraAdapter]) -> None:
+    with rig(base, adapters, some_examples([9])) as r:
+        engine = Engine(r.engine.objective, Meter(SILENT), journal=Journal(tmp_path))
+        engine.score(r.mixing, r.theta, r.batches(9), r.examples, key="held out")
+        with pytest.raises(AssertionError, match="two steps are called held out"):
+            engine.score(r.mixing, r.theta, r.batches(9), r.examples, key="held out")

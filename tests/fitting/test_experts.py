@@ -14,8 +14,8 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import BaseModelMismatch, UsageError
+from loracli.fitting.certificate import record_gradients
 from loracli.fitting.mixing import check_mixing, make_diagonal, make_layout
-from loracli.fitting.record_gradients import record_gradients
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach

@@ -24,9 +24,9 @@ from loracli.composition.composition import compose_module
 from loracli.errors import MalformedAdapter, RecipeError, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method
+from loracli.fitting.certificate import record_gradients
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.mixing import make_layout, make_mixing
-from loracli.fitting.record_gradients import record_gradients
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach
 from loracli.model.loss import make_objective

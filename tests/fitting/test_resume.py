@@ -173,7 +173,7 @@ def test_ctrl_c_and_sigterm_keep_the_state_and_say_how_to_go_on(fit: Fit, signum
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not list(fit.folder.glob("recipe.json.state/0*")) and process.poll() is None:
+    while not list(fit.folder.glob("recipe.json.state/*.safetensors")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signum)
     assert "the same command with --resume goes on from there" in process.communicate(timeout=60)[1]
@@ -212,6 +212,25 @@ def test_what_has_changed_is_named_and_nothing_is_lost(fit: Fit, power: Power) -
     assert sorted(path.name for path in state_folder(fit.folder / "recipe.json").iterdir()) == kept
 
 
+def test_the_state_of_another_version_is_refused_by_its_form_with_the_way_out(fit: Fit, power: Power) -> None:
+    """As version 0.9 left it, whose entries had numbers in the place of keys."""
+    fit.run("whole.json")
+    stopped(fit, power)
+    folder = state_folder(fit.folder / "recipe.json")
+    identity = json.loads((folder / "identity.json").read_text())
+    del identity["form of the state"]
+    (folder / "identity.json").write_text(json.dumps(identity))
+    next(folder.glob("*.safetensors")).rename(folder / "00001.safetensors")
+    kept = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(StateMismatch, match="has the form 1, of another version of loracat") as refused:
+        fit.run("recipe.json", resume=True)
+    assert "leave out --resume to start over" in str(refused.value.hint)
+    assert sorted(path.name for path in folder.iterdir()) == kept
+    fit.run("recipe.json")
+    assert fit.written("recipe") == fit.written("whole")
+    assert not folder.exists()
+
+
 def test_a_base_written_anew_is_named(fit: Fit, power: Power) -> None:
     stopped(fit, power)
     weights = Path(fit.base) / "model.safetensors"
@@ -237,7 +256,7 @@ def test_without_resume_a_fit_starts_over_and_says_so(fit: Fit, power: Power) ->
 def test_a_damaged_entry_is_done_again(fit: Fit, power: Power) -> None:
     fit.run("whole.json")
     stopped(fit, power, "broken.json")
-    entries = sorted(state_folder(fit.folder / "broken.json").glob("0*.safetensors"))
+    entries = sorted(state_folder(fit.folder / "broken.json").glob("*.safetensors"))
     entries[len(entries) // 2].write_bytes(b"nonsense")
     entries[-1].write_bytes(entries[-1].read_bytes()[:-1])
     fit.run("broken.json", resume=True)

@@ -17,13 +17,13 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fitting import rung as rung_module
+from loracli.fitting import level as rung_module
 from loracli.fitting.criterion import Fold
 from loracli.fitting.descent import Descent, Ran
 from loracli.fitting.engine import Engine
+from loracli.fitting.level import FACTOR_RIDGE_PATH, RIDGE_PATH, Solution, Task, ridge_path, solve_level
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout
-from loracli.fitting.rung import FACTOR_RIDGE_PATH, RIDGE_PATH, Solved, Task, ridge_path, solve_rung
-from loracli.fitting.search import Found, search, solve_adapters
+from loracli.fitting.search import search, solve_adapters
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.loss import Scores
@@ -48,9 +48,9 @@ from tests.tiny import make_adapter, make_base
 class TwoBasins:
     """What the adapter rung finds, what the module rung finds from there alone, and what the search finds."""
 
-    adapter: Solved
-    alone: Solved
-    found: Found
+    adapter: Solution
+    alone: Solution
+    found: Solution
     losses: dict[str, float]  # on held-out records, `alone` and `truth` among them
 
 
@@ -65,7 +65,7 @@ def solved(tmp_path_factory: pytest.TempPathFactory) -> TwoBasins:
         lowest, module = make_diagonal(layout, "adapter"), make_diagonal(layout, "module")
         adapter = solve_adapters(task, lowest, 0.2 * budget, alone=False)
         start = [module.lift(lowest, theta) for theta in adapter.thetas]
-        alone = solve_rung(task, module, {"adapter": start}, 0.8 * budget)
+        alone = solve_level(task, module, {"adapter": start}, 0.8 * budget)
         found, _ = run_search(attached, adapters, examples, settings)
         losses = held_out_losses(attached, adapters, held, found)
         batches = plan_batches(held, batch_tokens=2048)
@@ -197,7 +197,7 @@ TRUTH = torch.tensor([0.2, 1.5, -0.3, 0.8, 1.2, 0.1, 0.9, 0.4, 1.4, -0.2, 0.6], 
 
 def searched(
     objective: LeastSquares, examples: Sequence[Example], settings: FitSettings, *, validate: bool = True
-) -> tuple[Found, Engine]:
+) -> tuple[Solution, Engine]:
     engine = engine_of(objective)
     return search(one_task(engine, examples, settings, validate=validate), rung, examples), engine
 
@@ -240,8 +240,8 @@ def scores_seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[MixingKind, float
     seen: list[tuple[MixingKind, float]] = []
     check = Task.check
 
-    def checked(task: Task, mixing: Mixing, thetas: Sequence[Tensor]) -> Scores | None:
-        scores = check(task, mixing, thetas)
+    def checked(task: Task, mixing: Mixing, thetas: Sequence[Tensor], key: str) -> Scores | None:
+        scores = check(task, mixing, thetas, key)
         if scores is not None:
             seen.append((mixing.kind, scores.nats_per_token))
         return scores
@@ -322,7 +322,9 @@ def test_a_loss_that_is_not_finite_in_the_middle_keeps_the_best_solution_until_t
     losses = [loss for kind, loss in seen if kind == "module"]
     assert len(losses) == 5 and module.validation == losses[-1] == min(losses)
     assert module.ridge == found.ridge == RIDGE_PATH[0] and not found.refitted and module.won
-    scores = one_task(engine_of(LeastSquares(TRUTH)), examples, FitSettings()).check(found.mixing, [found.theta])
+    scores = one_task(engine_of(LeastSquares(TRUTH)), examples, FitSettings()).check(
+        found.mixing, [found.theta], "found"
+    )
     assert scores is not None and scores.nats_per_token == losses[-1]
 
 
@@ -332,7 +334,9 @@ def test_a_loss_that_is_not_finite_in_the_last_fit_keeps_what_was_chosen(monkeyp
     break_at(monkeypatch, engine, objective, lambda at: at.fields.get("stage") == "refit" and at.descended > 2)
     found = search(one_task(engine, examples, FitSettings()), rung, examples)
     assert found.stopped is not None and not found.refitted
-    scores = one_task(engine_of(LeastSquares(TRUTH)), examples, FitSettings()).check(found.mixing, [found.theta])
+    scores = one_task(engine_of(LeastSquares(TRUTH)), examples, FitSettings()).check(
+        found.mixing, [found.theta], "found"
+    )
     assert scores is not None and scores.nats_per_token == found.rungs[-1].validation
 
 
@@ -343,9 +347,9 @@ def test_without_validation_records_the_last_finite_step_is_kept(monkeypatch: py
     break_at(monkeypatch, engine, objective, lambda at: at.fields.get("stage") == "descent" and at.descended > 4)
     run = Descent.run
 
-    def watched(descent: Descent, steps: int, ridge: float = 0.0) -> Ran:
+    def watched(descent: Descent, steps: int, ridge: float = 0.0, **key: Any) -> Ran:
         try:
-            return run(descent, steps, ridge)
+            return run(descent, steps, ridge, **key)
         finally:
             thetas.append(descent.theta)
 
@@ -360,9 +364,9 @@ def ridges_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     ridges: list[float] = []
     run = Descent.run
 
-    def watched(descent: Descent, steps: int, ridge: float = 0.0) -> Ran:
+    def watched(descent: Descent, steps: int, ridge: float = 0.0, **key: Any) -> Ran:
         ridges.append(ridge)
-        return run(descent, steps, ridge)
+        return run(descent, steps, ridge, **key)
 
     monkeypatch.setattr(Descent, "run", watched)
     return ridges
@@ -418,13 +422,13 @@ def test_the_path_ends_where_the_solution_gets_clearly_worse(monkeypatch: pytest
     task = one_task(engine_of(LeastSquares(TRUTH)), some_examples(), FitSettings())
     turns = iter([3.0, 2.0, 3.0, 2.5, 3.4, 1.0, 1.0])
 
-    def scripted(mixing: Mixing, theta: Tensor, examples: Sequence[Example]) -> Scores:
+    def scripted(mixing: Mixing, theta: Tensor, examples: Sequence[Example], key: str | None) -> Scores:
         tokens = torch.full((len(examples),), 4.0, dtype=torch.float64)
         return Scores(tokens * next(turns) + torch.linspace(-0.1, 0.1, len(examples)), tokens)
 
     task = Task(task.engine, task.folds, scripted, task.settings, task.references)
     starts = {name: [rung("module").constant([1.0, weight])] for name, weight in (("adapter", 0.3), ("sum", 1.0))}
-    found = solve_rung(task, rung("module"), starts, 5000.0)
+    found = solve_level(task, rung("module"), starts, 5000.0)
     assert ridges == [RIDGE_PATH[0]] * 3  # two starts, and one stage of three
     assert found.scores is not None and found.scores.nats_per_token == pytest.approx(3.0)
     assert (found.chosen, found.ridge, found.moved) == ("adapter", None, False)
@@ -490,9 +494,11 @@ def test_no_fold_descends_on_a_record_that_it_chooses_with(monkeypatch: pytest.M
     stage: list[Any] = [None]
     visited: dict[Any, list[set[str]]] = {}
 
-    def spied(mixing: Mixing, theta: Tensor, batches: Sequence[Batch], of: Sequence[Example]) -> tuple[float, Tensor]:
+    def spied(
+        mixing: Mixing, theta: Tensor, batches: Sequence[Batch], of: Sequence[Example], **key: Any
+    ) -> tuple[float, Tensor]:
         visited.setdefault(stage[0], []).append({of[i].place for batch in batches for i in batch.indices})
-        return total(mixing, theta, batches, of)
+        return total(mixing, theta, batches, of, **key)
 
     def announced(text: str, **fields: Any) -> None:
         stage[0] = (fields.get("rung"), fields.get("stage"))
@@ -532,9 +538,9 @@ def test_what_a_fold_finds_does_not_hang_on_the_records_that_it_chooses_with(mon
             heard.append(found if played is None else played[len(heard)])
             return heard[-1]
 
-        def criterion(mixing: Mixing, theta: Tensor, validation: Sequence[Example]) -> Scores:
+        def criterion(mixing: Mixing, theta: Tensor, validation: Sequence[Example], key: str | None) -> Scores:
             thetas.append(theta)
-            scores: Scores = play(loss(mixing, theta, validation))
+            scores: Scores = play(loss(mixing, theta, validation, key))
             return scores
 
         task = task_of(engine_of(LeastSquares(TRUTH)), folds_of(examples), settings)
@@ -545,7 +551,7 @@ def test_what_a_fold_finds_does_not_hang_on_the_records_that_it_chooses_with(mon
             low = solve_adapters(task, rung("adapter"), 3000.0, alone=False)
             below = [rung("module").lift(low.mixing, theta) for theta in low.thetas]
             total = [rung("module").constant([1.0, 1.0])] * FOLDS
-            solve_rung(task, rung("module"), {"adapter": below, "sum": total}, 12_000.0)
+            solve_level(task, rung("module"), {"adapter": below, "sum": total}, 12_000.0)
         return thetas, heard
 
     thetas, heard = checked(examples, None)

@@ -11,9 +11,9 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
+from loracli.fitting.level import Solution
 from loracli.fitting.mixing import DiagonalMixing, make_diagonal, make_layout
-from loracli.fitting.paper import fit_as_published, with_prompts
-from loracli.fitting.search import Found
+from loracli.fitting.search import fit_as_published, with_prompts
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel
 from tests.fitting.planted import different_by_layer, held_out_losses, make_engine, planted, run_search
@@ -76,7 +76,7 @@ def test_a_strong_ridge_holds_the_weights_at_their_start(tiny_base: Path, adapte
 
 def published(
     attached: AttachedModel, adapters: list[LoraAdapter], examples: list[Example], rate: float | None
-) -> Found:
+) -> Solution:
     mixing = make_diagonal(make_layout(adapters), "module", softmax=True)
     engine = make_engine(attached, examples)
     return fit_as_published(engine, mixing, examples, FitSettings(paper=True, learning_rate=rate))

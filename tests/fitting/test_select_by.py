@@ -67,7 +67,7 @@ def test_a_cost_is_what_is_not_right_and_the_loss_decides_between_equals() -> No
         return lambda objective: right
 
     criterion = metric_criterion(engine, scorer_of, batch_tokens=1024)
-    far, near = (criterion(rung("adapter"), rung("adapter").constant([w, w]), examples) for w in (9.0, 1.0))
+    far, near = (criterion(rung("adapter"), rung("adapter").constant([w, w]), examples, None) for w in (9.0, 1.0))
     for scores in (far, near):
         assert (scores.nats - (1 - right)).min() >= 0 and (scores.nats - (1 - right)).max() <= 1e-4
         assert scores.tokens.tolist() == [1.0] * 3

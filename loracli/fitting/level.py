@@ -1,11 +1,11 @@
-"""One kind of mixing on the ladder: what is tried and what comes of it.
+"""One kind of mixing, a level of the ladder: what is tried and what comes of it.
 
-One rung above `adapter`: some steps from each start, then on from the better along a path of falling ridge.
+Above `adapter`: some steps from each start, then on from the better along a path of falling ridge.
 
-The solution of the rung below can be a trap, where one adapter is switched off and nothing leads back; so the sum, each
-adapter at full strength, is a start too. The start whose loss is lower on records that were not yet descended on goes
-on. At the end of each stage of the path the average of its last quarter is scored on the validation records; the best
-of these and the starts is the answer.
+The solution of the level below can be a trap, where one adapter is switched off and nothing leads back; so the sum,
+each adapter at full strength, is a start too. The start whose loss is lower on records that were not yet descended on
+goes on. At the end of each stage of the path the average of its last quarter is scored on the validation records; the
+best of these and the starts is the answer.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
-from loracli.recipe.record import MixingKind, StageRecord, StartRecord
+from loracli.recipe.record import MixingKind, RungRecord, StageRecord, StartRecord
 
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that is the same for all rungs.
+    """Everything that is the same for all levels.
 
     Args:
         engine: the attached model.
@@ -58,31 +58,38 @@ class Task:
     def validated(self) -> bool:
         return bool(self.folds[0].validation)
 
-    def check(self, mixing: Mixing, thetas: Sequence[Tensor]) -> Scores | None:
-        """Each fold's theta on its validation records; None without such records.
+    def check(self, mixing: Mixing, thetas: Sequence[Tensor], key: str) -> Scores | None:
+        """Each fold's theta on its validation records; None without such records. The key says what is checked.
 
         Raises:
             NonFiniteLoss: if the loss there is not finite.
         """
         if not self.validated:
             return None
-        return joined([self.criterion(mixing, t, fold.validation) for t, fold in zip(thetas, self.folds, strict=True)])
+        return joined(
+            [
+                self.criterion(mixing, theta, fold.validation, f"{key}, fold {number}")
+                for number, (theta, fold) in enumerate(zip(thetas, self.folds, strict=True))
+            ]
+        )
 
 
 @dataclass(frozen=True)
-class Solved:
-    """A rung's solution on every fold.
+class Solution:
+    """What was found on one kind of mixing, on every fold; at the end of a search one for all folds.
 
     Args:
-        mixing: the rung.
-        thetas: by fold.
-        anchors: by fold, the start that won.
+        mixing: the kind.
+        thetas: (P,) by fold.
+        anchors: (P,) by fold, the start that won, which the ridge pulls towards.
         scores: by the criterion, on the validation records of all folds; None without such records.
         starts: what they were.
         chosen: the name of the start that won.
         ridge: of the stage that won; None if the start was never beaten, or there was no path.
         stopped: why the search ended early, None if it did not.
-        stages: the descents, in order.
+        stages: the descents, in order; at the end those of all kinds.
+        rungs: at the end, all kinds that were tried.
+        refitted: whether it was fitted once more on all training records.
     """
 
     mixing: Mixing
@@ -94,6 +101,18 @@ class Solved:
     ridge: float | None
     stopped: str | None = None
     stages: tuple[StageRecord, ...] = ()
+    rungs: tuple[RungRecord, ...] = ()
+    refitted: bool = False
+
+    @property
+    def theta(self) -> Tensor:
+        """(P,) for all folds: the mean of theirs."""
+        return _mean(self.thetas)
+
+    @property
+    def anchor(self) -> Tensor:
+        """(P,) likewise."""
+        return _mean(self.anchors)
 
     @property
     def moved(self) -> bool:
@@ -101,8 +120,7 @@ class Solved:
         return any(not torch.equal(t, a) for t, a in zip(self.thetas, self.anchors, strict=True))
 
 
-def mean_of(thetas: Sequence[Tensor]) -> Tensor:
-    """One theta for all folds."""
+def _mean(thetas: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(thetas)).mean(dim=0) if len(thetas) > 1 else thetas[0]
 
 
@@ -129,8 +147,8 @@ def left_out(name: str, before: float | None, error: NonFiniteLoss) -> StartReco
 # From strong to none. Trained factors have thousands of numbers for one mixing weight, so each is held more loosely.
 RIDGE_PATH = (1e-2, 1e-3, 0.0)
 FACTOR_RIDGE_PATH = (1e-5, 1e-6, 0.0)
-RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.01}  # at most; the others go by the number of steps
-PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
+_RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.01}  # at most; the others go by the number of steps
+_PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
 
 
 def ridge_path(task: Task, mixing: Mixing) -> tuple[float, ...]:
@@ -143,21 +161,21 @@ def ridge_path(task: Task, mixing: Mixing) -> tuple[float, ...]:
 
 def rate_for(task: Task, mixing: Mixing, steps: int) -> float:
     """The peak rate of a descent of so many steps."""
-    return task.settings.learning_rate or min(peak_rate(steps), RATES.get(mixing.kind, math.inf))
+    return task.settings.learning_rate or min(peak_rate(steps), _RATES.get(mixing.kind, math.inf))
 
 
-def solve_rung(task: Task, mixing: Mixing, starts: Mapping[str, Sequence[Tensor]], budget: float) -> Solved:
+def solve_level(task: Task, mixing: Mixing, starts: Mapping[str, Sequence[Tensor]], budget: float) -> Solution:
     """Finds theta on every fold within the budget.
 
     Args:
         task: what is fitted.
-        mixing: the rung.
+        mixing: the kind.
         starts: theta of each fold, by the name of the start.
         budget: tokens, a forward counting 1 and a backward 1.
     Raises:
         NonFiniteLoss: if no start is finite.
     """
-    return _Rung(task, mixing, {name: tuple(thetas) for name, thetas in starts.items()}, budget).solve()
+    return _Level(task, mixing, {name: tuple(thetas) for name, thetas in starts.items()}, budget).solve()
 
 
 @dataclass(frozen=True)
@@ -172,12 +190,12 @@ class _Steps:
         return self.rest // stages + (stage < self.rest % stages)
 
 
-class _Rung:
+class _Level:
     def __init__(self, task: Task, mixing: Mixing, starts: Mapping[str, tuple[Tensor, ...]], budget: float) -> None:
         self._task, self._mixing, self._starts = task, mixing, starts
         self._path = ridge_path(task, mixing)
         self._steps = [self._plan(fold_index, budget / len(task.folds)) for fold_index in range(len(task.folds))]
-        self._best: Solved | None = None
+        self._best: Solution | None = None
         self._failure: NonFiniteLoss | None = None
         self._reports: list[StartRecord] = []
         self._stages: list[StageRecord] = []
@@ -187,11 +205,11 @@ class _Rung:
         plan = plan_steps(fold.fitting, batch_tokens=settings.batch_tokens, seed=settings.seed)
         checks = 2 * len(self._starts) + len(self._path)
         tokens = (budget - checks * padded_tokens(fold.validation, settings.batch_tokens)) / 2  # forward and backward
-        probe = max(1, min(plan.steps_a_pass, plan.steps_within(PROBE_SHARE * tokens)))
+        probe = max(1, min(plan.steps_a_pass, plan.steps_within(_PROBE_SHARE * tokens)))
         rest = plan.steps_within(tokens - len(self._starts) * plan.tokens_of(range(probe)), first=probe)
         return _Steps(plan, probe, max(rest, len(self._path)))
 
-    def solve(self) -> Solved:
+    def solve(self) -> Solution:
         descents = {}
         for name in self._starts:
             descent = self._probe(name)
@@ -210,14 +228,17 @@ class _Rung:
     def _probe(self, name: str) -> list[Descent] | None:
         """The first steps from a start; None if the loss is not finite there."""
         starts, before = self._starts[name], None
-        self._stage(name, "probe", None)
+        key = self._stage(name, "probe", None)
         try:
-            before = self._task.check(self._mixing, starts)
+            before = self._task.check(self._mixing, starts, f"{key}, before")
             if before is not None:
                 self._offer(name, starts, before, None)
             descents = [self._descent(start, steps) for start, steps in zip(starts, self._steps, strict=True)]
-            ran = [d.run(s.probe, self._path[0]) for d, s in zip(descents, self._steps, strict=True)]
-            after = self._task.check(self._mixing, [descent.theta for descent in descents])
+            ran = [
+                descent.run(steps.probe, self._path[0], key=f"{key}, fold {fold}")
+                for fold, (descent, steps) in enumerate(zip(descents, self._steps, strict=True))
+            ]
+            after = self._task.check(self._mixing, [descent.theta for descent in descents], f"{key}, after")
         except NonFiniteLoss as error:
             self._reports.append(left_out(name, nats_per_token(before), error))
             self._failure = error
@@ -230,14 +251,14 @@ class _Rung:
     def _walk(self, name: str, descents: Sequence[Descent]) -> None:
         """The path of falling ridge; ends where the solution gets clearly worse."""
         for stage, ridge in enumerate(self._path):
-            self._stage(name, "descent", ridge)
+            key = self._stage(name, "descent", ridge)
             try:
                 ran = [
-                    descent.run(steps.part(stage, len(self._path)), ridge)
-                    for descent, steps in zip(descents, self._steps, strict=True)
+                    descent.run(steps.part(stage, len(self._path)), ridge, key=f"{key}, fold {fold}")
+                    for fold, (descent, steps) in enumerate(zip(descents, self._steps, strict=True))
                 ]
                 thetas = tuple(r.average for r in ran)
-                scores = self._task.check(self._mixing, thetas)
+                scores = self._task.check(self._mixing, thetas, f"{key}, after")
             except NonFiniteLoss as error:
                 self._stop(name, descents, str(error))
                 return
@@ -253,7 +274,7 @@ class _Rung:
         if best is not None and best.scores is not None and scores is not None:
             if scores.nats_per_token >= best.scores.nats_per_token:
                 return
-        self._best = Solved(self._mixing, thetas, self._starts[name], scores, (), name, ridge)
+        self._best = Solution(self._mixing, thetas, self._starts[name], scores, (), name, ridge)
 
     def _stop(self, name: str, descents: Sequence[Descent], why: str) -> None:
         """A loss that is not finite ends the search; the best solution until then is kept."""
@@ -271,10 +292,12 @@ class _Rung:
         adam = AdamW(start, steps=count, rate=rate, warm_up=max(1, round(WARM_UP * count)))
         return Descent(self._task.engine, self._mixing, steps.plan.examples, steps.plan.step, adam, start)
 
-    def _stage(self, name: str, what: str, ridge: float | None) -> None:
+    def _stage(self, name: str, what: str, ridge: float | None) -> str:
+        """Tells of what follows; the key of it."""
         kind = self._mixing.kind
         text = f"{kind} from {name}" + ("" if ridge is None or len(self._path) == 1 else f", ridge {ridge:g}")
         self._task.engine.meter.stage(text, rung=kind, start=name, stage=what, ridge=ridge)
+        return f"{kind} from {name}, {what}" + ("" if ridge is None else f", ridge {ridge:g}")
 
 
 def _unseen(ran: Sequence[Ran], after: Scores | None) -> float:
