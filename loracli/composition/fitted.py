@@ -92,8 +92,8 @@ def fit_rung(
     inputs = FitInputs(tuple(adapters), tuple(references), base.reference, calibration.data, layout, settings, Path())
     folds = divide_training(inputs, training)
     canonical = settings.mixing not in INLINE_KINDS
-    with calibration.engine(adapters, layout.modules, canonical=canonical) as (engine, attached):
-        found = find_mixing(engine, attached, inputs, folds, training, base.tokenizer)
+    with calibration.engine(adapters, layout.modules, canonical=canonical) as (engine, _):
+        found = find_mixing(engine, inputs, folds, training, base.tokenizer)
     note = f"{found.mixing.kind}, {found.mixing.numbers} numbers" if found.mixing.kind != name else ""
     if name == PAPER:
         note = "softmax weights from a random start, one epoch at a rate of 1e-4, as published"
