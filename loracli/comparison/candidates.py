@@ -16,7 +16,6 @@ from torch import Tensor
 from loracli.adapters.adapter import LoraAdapter, LoraModule, module_names
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods import METHODS
-from loracli.calibration.batches import plan_batches
 from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FRESH_LORA, RANDOM, RUNGS
 from loracli.composition.attached import Composition, of_factors, of_method, of_recipe, weighted
@@ -123,14 +122,14 @@ def train_fresh_lora(
     steps = max(1, round((settings.passes or PASSES) * plan.steps_a_pass))
     fresh = FreshLora(layout, _shapes(adapters, layout), rank, seed=settings.seed)
     adam = AdamW(fresh.start, steps=steps, rate=_RATE, warm_up=max(1, round(WARM_UP * steps)))
-    with calibration.engine(adapters, layout.modules) as (engine, _):
+    with calibration.engine(adapters, layout.modules) as engine:
         engine.meter.stage(FRESH_LORA)
         descent = Descent(engine, fresh, fold.fitting, plan.step, adam, fresh.start)
 
         def check() -> float | None:
             if not fold.validation:
                 return None
-            batches = plan_batches(fold.validation, batch_tokens=settings.batch_tokens)
+            batches = calibration.session.batches(fold.validation)
             return engine.score(fresh, descent.theta, batches, fold.validation).nats_per_token
 
         theta, at = _descend(descent, check, steps, max(1, plan.steps_a_pass // _CHECKS_A_PASS))

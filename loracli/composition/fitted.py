@@ -10,7 +10,6 @@ from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.methods.method import Method, MethodOptions
-from loracli.calibration.batches import plan_batches
 from loracli.calibration.dataset import Dataset, shuffled
 from loracli.calibration.render import Example
 from loracli.composition.attached import Composition, weighted
@@ -21,10 +20,7 @@ from loracli.fitting.mixing import Layout, check_mixing, make_diagonal
 from loracli.fitting.recording import recipe_mixing
 from loracli.fitting.run import divide_training, find_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.model.attach import AttachedModel, attach
-from loracli.model.base import BaseModel
-from loracli.model.loss import make_objective
-from loracli.progress import SILENT, Progress
+from loracli.model.session import Session
 from loracli.recipe.record import INLINE_KINDS, RecipeMixing
 
 PAPER = "paper"
@@ -39,28 +35,25 @@ class Calibration:
     """What is fitted on.
 
     Args:
-        base: the loaded base model.
+        session: of the base.
         data: the files; its training records are all of them.
         examples: of the training records.
         settings: of the fits.
-        progress: told how far they are.
     """
 
-    base: BaseModel
+    session: Session
     data: Dataset
     examples: tuple[Example, ...]
     settings: FitSettings
-    progress: Progress = SILENT
 
     @contextmanager
     def engine(
         self, adapters: Sequence[LoraAdapter], modules: tuple[str, ...], *, canonical: bool = False
-    ) -> Iterator[tuple[Engine, AttachedModel]]:
-        """The base with adapters attached, and an engine whose meter begins at 0."""
-        with attach(self.base.model, adapters, modules, canonical=canonical) as attached:
-            probe = plan_batches(self.examples, batch_tokens=self.settings.batch_tokens)[0]
-            meter = Meter(self.progress, task=TASK)
-            yield Engine(make_objective(attached, probe), meter, progress=self.progress), attached
+    ) -> Iterator[Engine]:
+        """Of the base with adapters attached; its meter begins at 0."""
+        with self.session.attached(adapters, modules, self.examples, canonical=canonical) as objective:
+            progress = self.session.progress
+            yield Engine(objective, Meter(progress, task=TASK), progress=progress)
 
 
 @dataclass(frozen=True)
@@ -88,12 +81,13 @@ def fit_rung(
     """
     settings = _settings_of(name, calibration.settings)
     check_mixing(adapters, settings.mixing)
-    base, training = calibration.base, calibration.examples
-    inputs = FitInputs(tuple(adapters), tuple(references), base.reference, calibration.data, layout, settings, Path())
+    session, training = calibration.session, calibration.examples
+    base = session.base.reference
+    inputs = FitInputs(tuple(adapters), tuple(references), base, calibration.data, layout, settings, Path())
     folds = divide_training(inputs, training)
     canonical = settings.mixing not in INLINE_KINDS
-    with calibration.engine(adapters, layout.modules, canonical=canonical) as (engine, _):
-        found = find_mixing(engine, inputs, folds, training, base.tokenizer)
+    with calibration.engine(adapters, layout.modules, canonical=canonical) as engine:
+        found = find_mixing(engine, inputs, folds, training, session.tokenizer)
     note = f"{found.mixing.kind}, {found.mixing.numbers} numbers" if found.mixing.kind != name else ""
     if name == PAPER:
         note = "softmax weights from a random start, one epoch at a rate of 1e-4, as published"
@@ -117,11 +111,10 @@ def search_weights(
 ) -> Composition:
     """A method that searches for one weight an adapter by the loss on up to 64 calibration records."""
     assert method.search is not None
-    settings = calibration.settings
-    chosen = shuffled(calibration.examples, seed=settings.seed)[:SEARCH_RECORDS]
-    batches = plan_batches(chosen, batch_tokens=settings.batch_tokens)
+    chosen = shuffled(calibration.examples, seed=calibration.settings.seed)[:SEARCH_RECORDS]
+    batches = calibration.session.batches(chosen)
     mixing = make_diagonal(layout, "adapter")
-    with calibration.engine(adapters, layout.modules) as (engine, _):
+    with calibration.engine(adapters, layout.modules) as engine:
         engine.meter.stage(method.name)
 
         def loss(weights: Sequence[float]) -> float:

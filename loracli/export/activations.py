@@ -135,7 +135,7 @@ def moments_of(
         lora_A = {name: update.lora_A for name, update in factors.items()}
         with session.attached(source.adapters, names, examples) as objective:
             engine = Engine(objective, Meter(progress, task=TASK), progress=progress)
-            find_reach(engine, batches, examples, reference, progress)
+            find_reach(engine, session, examples)
             progress.begin(TASK, sum(batch.tokens for batch in batches), "tokens")
             try:
                 return second_moments(engine, composed.mixing, composed.theta, lora_A, batches, examples)

@@ -96,7 +96,7 @@ def loss_of_export(
         progress.begin(TASK, 2 * sum(batch.tokens for batch in batches), WORK)
         with session.attached(source.adapters, make_layout(source.adapters).modules, examples) as objective:
             engine = Engine(objective, Meter(progress, task=TASK), progress=progress)
-            find_reach(engine, batches, examples, reference, progress)
+            find_reach(engine, session, examples)
 
             def score(way: str, factors_of: Callable[[str], Factors]) -> Scores:
                 engine.meter.stage(way)

@@ -281,7 +281,7 @@ def _run(inputs: FitInputs, session: Session, source: Source, dtype: torch.dtype
     session.check_causal(held_out)
     with session.attached(inputs.adapters, inputs.layout.modules, held_out) as objective:
         engine = Engine(objective, Meter(progress, task=TASK), progress=progress)
-        find_reach(engine, session.batches(training), training, inputs.base, progress)
+        find_reach(engine, session, training)
         tokens = tokens_of(training)
         work = round(2 * settings.budget * tokens) + 3 * sum(batch.tokens for batch in session.batches(held_out))
         announce(engine, inputs, session, examples, (fold,), work)

@@ -151,7 +151,7 @@ def _run(
     with session.attached(inputs.adapters, inputs.layout.modules, held_out, canonical=canonical) as objective:
         meter = Meter(progress, log, tokens=tokens_of(training))
         engine = Engine(objective, meter, processes=processes, journal=journal, progress=progress)
-        reach = find_reach(engine, session.batches(training), training, session.base.reference, progress)
+        reach = find_reach(engine, session, training)
         work = _work(inputs, examples, session.batches(held_out))
         announce(engine, inputs, session, examples, folds, work)
         progress.begin(TASK, work, WORK)
