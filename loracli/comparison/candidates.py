@@ -18,9 +18,9 @@ from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods import METHODS
 from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FRESH_LORA, RANDOM, RUNGS
-from loracli.composition.attached import Composition, of_factors, of_method, of_recipe, weighted
+from loracli.composition.attached import MixingPoint, of_factors, of_method, of_recipe, weighted
 from loracli.composition.composition import compose_module
-from loracli.composition.fitted import PAPER, SEARCH_RECORDS, Calibration, fit_rung, search_weights
+from loracli.composition.fitted import PAPER, SEARCH_RECORDS, Calibration, fit_level, search_weights
 from loracli.errors import UsageError
 from loracli.evaluation.comparison import RowKind, Skipped
 from loracli.evaluation.statistics import FIT
@@ -107,7 +107,7 @@ class FreshLora(Mixing):
 
 def train_fresh_lora(
     calibration: Calibration, layout: Layout, adapters: Sequence[LoraAdapter], *, rank: int
-) -> Composition:
+) -> MixingPoint:
     """A new LoRA of the rank on the adapters' modules, trained by AdamW on the calibration records within the budget of
     a fit, and stopped where the loss on its validation records was lowest.
 
@@ -184,12 +184,12 @@ class Candidate:
 
     name: str
     kind: RowKind
-    compose: Callable[[], Composition]
+    compose: Callable[[], MixingPoint]
     cost: int = 0
     fitted: bool = False
     by_name: bool = True
 
-    def composed(self, skipped: list[Skipped]) -> Composition | None:
+    def composed(self, skipped: list[Skipped]) -> MixingPoint | None:
         """What is set; None with an entry in `skipped` where the adapters cannot be honoured.
 
         Raises:
@@ -283,17 +283,17 @@ def _controls(inputs: CompareInputs, calibration: Calibration) -> list[Candidate
     return rows
 
 
-def _rung(name: str, inputs: CompareInputs, calibration: Calibration) -> Composition:
-    fitted = fit_rung(name, calibration, inputs.adapters, inputs.references, inputs.layout)
-    return of_recipe(fitted.mixing, inputs.adapters, inputs.layout, note=fitted.note)
+def _rung(name: str, inputs: CompareInputs, calibration: Calibration) -> MixingPoint:
+    mixing, note = fit_level(name, calibration, inputs.adapters, inputs.references, inputs.layout)
+    return of_recipe(mixing, inputs.adapters, inputs.layout, note=note)
 
 
-def _random(inputs: CompareInputs, calibration: Calibration) -> Composition:
+def _random(inputs: CompareInputs, calibration: Calibration) -> MixingPoint:
     """The fit on random adapters, as factors: where it is measured, the true ones are attached."""
     drawn = random_adapters(inputs.adapters, seed=calibration.settings.seed)
     kind = "module" if inputs.recipe is None else inputs.recipe.mixing.kind
-    fitted = fit_rung(kind, calibration, drawn, inputs.references, inputs.layout)
-    factors = {name: compose_module(fitted.mixing, drawn, name) for name in module_names(drawn)}
+    mixing, _ = fit_level(kind, calibration, drawn, inputs.references, inputs.layout)
+    factors = {name: compose_module(mixing, drawn, name) for name in module_names(drawn)}
     return of_factors(factors, note=f"{kind} on random directions of the same norms")
 
 

@@ -14,7 +14,7 @@ from loracli.comparison.candidates import Candidate, candidates, datamix_candida
 from loracli.comparison.inputs import CompareInputs, prepare_comparison
 from loracli.comparison.settings import CompareSettings
 from loracli.comparison.table import INGREDIENT, Evaluated, comparison_of
-from loracli.composition.attached import Composition
+from loracli.composition.attached import MixingPoint
 from loracli.composition.fitted import TASK, Calibration
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.comparison import Comparison, Skipped
@@ -175,7 +175,7 @@ class _Comparison:
     def _evaluate(
         self,
         rows: Sequence[Candidate],
-        before: dict[str, Composition | None],
+        before: dict[str, MixingPoint | None],
         adapters: Sequence[LoraAdapter],
         layout: Layout,
     ) -> list[Evaluated]:
@@ -184,12 +184,12 @@ class _Comparison:
             if adapters is not inputs.adapters:
                 find_reach(engine, self._session, self._test)
             for row in rows:
-                composition = before[row.name] if row.name in before else row.composed(self._skipped)
-                if composition is None:
+                point = before[row.name] if row.name in before else row.composed(self._skipped)
+                if point is None:
                     continue
                 engine.meter.stage(row.name)
                 try:
-                    evaluated.append(self._measure(row, composition, engine))
+                    evaluated.append(self._measure(row, point, engine))
                 except NonFiniteLoss as error:
                     if row.kind == INGREDIENT and not any(
                         other.kind == INGREDIENT for other in rows if other is not row
@@ -199,11 +199,11 @@ class _Comparison:
                     self._progress.warn(f"{row.name} is left out: {error}")
         return evaluated
 
-    def _measure(self, row: Candidate, composition: Composition, engine: Engine) -> Evaluated:
+    def _measure(self, row: Candidate, point: MixingPoint, engine: Engine) -> Evaluated:
         def score(examples: tuple[Example, ...]) -> Scores:
-            return engine.score(composition.mixing, composition.theta, self._session.batches(examples), examples)
+            return engine.score(point.mixing, point.theta, self._session.batches(examples), examples)
 
         guard = score(self._guard) if self._guard else None
         scores = score(self._test)
         values = None if self._answers is None else self._answers(engine.objective)
-        return Evaluated(row.name, row.kind, composition, scores, guard, values)
+        return Evaluated(row.name, row.kind, point, scores, guard, values)

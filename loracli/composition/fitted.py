@@ -1,4 +1,4 @@
-"""Ways to compose that have to be fitted: the rungs of the ladder, and methods that search for weights."""
+"""Ways to compose that have to be fitted: the levels of the ladder, and methods that search for weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.dataset import Dataset, shuffled
 from loracli.calibration.render import Example
-from loracli.composition.attached import Composition, weighted
+from loracli.composition.attached import MixingPoint, weighted
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.journal import Meter
@@ -27,7 +27,7 @@ PAPER = "paper"
 
 
 TASK = "compare"
-SEARCH_RECORDS = 64  # that methods with a number or two are fitted on, as the first rung of the ladder
+SEARCH_RECORDS = 64  # that methods with a number or two are fitted on, as the first level of the ladder
 
 
 @dataclass(frozen=True)
@@ -56,27 +56,20 @@ class Calibration:
             yield Engine(objective, Meter(progress, task=TASK), progress=progress)
 
 
-@dataclass(frozen=True)
-class FittedRung:
-    """What a fit found, as a recipe keeps it, and what there is to say of it."""
-
-    mixing: RecipeMixing
-    note: str
-
-
-def fit_rung(
+def fit_level(
     name: str, calibration: Calibration, adapters: Sequence[LoraAdapter], references: Sequence[str], layout: Layout
-) -> FittedRung:
-    """A rung of the ladder, `auto` or `paper`, as `loracat fit` finds it, all calibration records being for training.
+) -> tuple[RecipeMixing, str]:
+    """A level of the ladder, `auto` or `paper`, as `loracat fit` finds it, all calibration records being for training:
+    what was found, as a recipe keeps it, and what there is to say of it.
 
     Args:
-        name: of the rung.
+        name: of the level.
         calibration: what is fitted on.
         adapters: that are composed.
         references: of them.
         layout: of them.
     Raises:
-        UsageError: if there are too few records to choose with, or the adapters do not have the rung.
+        UsageError: if there are too few records to choose with, or the adapters do not have the level.
         NonFiniteLoss: if no start is finite.
     """
     settings = _settings_of(name, calibration.settings)
@@ -93,11 +86,11 @@ def fit_rung(
         note = "softmax weights from a random start, one epoch at a rate of 1e-4, as published"
     if found.stopped:
         note = f"stopped early: {found.stopped}"
-    return FittedRung(recipe_mixing(adapters, layout.modules, found), note)
+    return recipe_mixing(adapters, layout.modules, found), note
 
 
 def _settings_of(name: str, settings: FitSettings) -> FitSettings:
-    """Those of the fit, without what does not go with a rung."""
+    """Those of the fit, without what does not go with a level."""
     changes: dict[str, Any] = {"mixing": name}
     if name in (PAPER, "adapter"):
         changes |= {"ridge": None, "learning_rate": None}
@@ -108,7 +101,7 @@ def _settings_of(name: str, settings: FitSettings) -> FitSettings:
 
 def search_weights(
     method: Method, options: MethodOptions, calibration: Calibration, adapters: Sequence[LoraAdapter], layout: Layout
-) -> Composition:
+) -> MixingPoint:
     """A method that searches for one weight an adapter by the loss on up to 64 calibration records."""
     assert method.search is not None
     chosen = shuffled(calibration.examples, seed=calibration.settings.seed)[:SEARCH_RECORDS]

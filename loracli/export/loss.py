@@ -100,8 +100,8 @@ def loss_of_export(
 
             def score(way: str, factors_of: Callable[[str], Factors]) -> Scores:
                 engine.meter.stage(way)
-                composition = of_factors({name: factors_of(name) for name in names})
-                return engine.score(composition.mixing, composition.theta, batches, examples)
+                point = of_factors({name: factors_of(name) for name in names})
+                return engine.score(point.mixing, point.theta, batches, examples)
 
             try:
                 before = score("before", lambda name: source.compose(name).factors)

@@ -356,8 +356,8 @@ def _losses(
 
     def score(what: str, factors: dict[str, Factors]) -> Scores:
         engine.meter.stage(what)
-        composition = of_factors(factors)
-        return engine.score(composition.mixing, composition.theta, batches, held)
+        point = of_factors(factors)
+        return engine.score(point.mixing, point.theta, batches, held)
 
     composed = score("composition", {name: source.compose(name).factors for name in cut})
     truncated = score("truncation", {name: f.to(dtype) for name, f in cut.items()})

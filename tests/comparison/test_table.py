@@ -14,7 +14,7 @@ from loracli.calibration.render import Example
 from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.settings import CompareSettings
 from loracli.comparison.table import Evaluated, comparison_of
-from loracli.composition.attached import Composition
+from loracli.composition.attached import MixingPoint
 from loracli.evaluation.comparison import Comparison, RowKind, Skipped
 from loracli.evaluation.statistics import _RESAMPLES, detectable, holm
 from loracli.fitting.mixing import FixedFactors, Layout
@@ -39,8 +39,8 @@ INPUTS = CompareInputs(
 )
 
 
-def composition(rank: int | None = 4) -> Composition:
-    return Composition(FixedFactors(()), torch.zeros(0), rank)
+def point(rank: int | None = 4) -> MixingPoint:
+    return MixingPoint(FixedFactors(()), torch.zeros(0), rank)
 
 
 def losses(level: float, *, seed: int = 0) -> Scores:
@@ -52,7 +52,7 @@ def losses(level: float, *, seed: int = 0) -> Scores:
 def row(
     name: str, kind: RowKind, scores: Scores, *, guard: Scores | None = None, values: Tensor | None = None
 ) -> Evaluated:
-    return Evaluated(name, kind, composition(), scores, guard, values)
+    return Evaluated(name, kind, point(), scores, guard, values)
 
 
 ROWS = [
