@@ -32,9 +32,10 @@ from loracli.export.export import Exported, export_adapter
 from loracli.fitting.inputs import FitInputs, prepare_fit
 from loracli.fitting.run import run_fit
 from loracli.model.attach import attach
-from loracli.model.base import BaseReference, load_base
+from loracli.model.base import load_base
 from loracli.model.loss import Objective, make_objective
 from loracli.model.placement import Placement
+from loracli.model.reference import BaseReference
 from loracli.model.session import Opening, Session, open_session
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe

@@ -23,7 +23,7 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
-from loracli.model.base import find_base
+from loracli.model.reference import find_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, Progress
 from loracli.recipe.record import INLINE_KINDS

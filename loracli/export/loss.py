@@ -18,8 +18,8 @@ from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
-from loracli.model.base import find_base, locate_base
 from loracli.model.loss import Scores
+from loracli.model.reference import find_base, locate_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, WORK, Progress
 

@@ -29,7 +29,7 @@ from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
 from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import BaseClaim
-from loracli.model.base import find_base
+from loracli.model.reference import find_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import identity_of, read_ingredients, recorded_policy

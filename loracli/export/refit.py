@@ -47,9 +47,9 @@ from loracli.fitting.reach import find_reach
 from loracli.fitting.run import announce, opening_of
 from loracli.fitting.search import REFIT_SHARE, refit
 from loracli.fitting.settings import FitSettings
-from loracli.model.base import find_base
 from loracli.model.loss import Scores
 from loracli.model.placement import Placement
+from loracli.model.reference import find_base
 from loracli.model.session import Session, open_session, settle_memory
 from loracli.progress import SILENT, WORK, Progress
 from loracli.system.tensor_file import open_tensor_file, write_tensors

@@ -18,7 +18,8 @@ from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched, fetch_adapter
-from loracli.model.base import BaseReference, find_base, on_base
+from loracli.model.base import on_base
+from loracli.model.reference import BaseReference, find_base
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import local_reference
 from loracli.recipe.record import MAX_ADAPTERS

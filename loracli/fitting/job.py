@@ -22,10 +22,12 @@ from loracli.fitting.level import tokens_of
 from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.reach import foresee_bypassed
 from loracli.fitting.run import divide_training, opening_of, run_fit
-from loracli.model.base import BasePlan, BaseReference, check_shapes, load_tokenizer
+from loracli.model.base import BasePlan, load_tokenizer
 from loracli.model.experts import check_experts
+from loracli.model.modules import check_shapes
 from loracli.model.placement import Placement
 from loracli.model.preflight import MemoryDecision, MemoryEstimate
+from loracli.model.reference import BaseReference
 from loracli.model.session import usable_length
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, check_recipe_path

@@ -31,7 +31,9 @@ from torch.utils._pytree import tree_leaves
 from loracli.calibration.render import Example
 from loracli.errors import BaseModelMismatch
 from loracli.fitting.engine import Engine
-from loracli.model.base import BaseReference, kind_and_shape, plan_base
+from loracli.model.base import plan_base
+from loracli.model.modules import kind_and_shape
+from loracli.model.reference import BaseReference
 from loracli.model.session import Session
 from loracli.progress import Progress
 

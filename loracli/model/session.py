@@ -27,10 +27,11 @@ from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.records import CalibrationFile
 from loracli.calibration.render import Example, render_file
 from loracli.model.attach import attach, replace_modules
-from loracli.model.base import BaseModel, BasePlan, BaseReference, check_fits, load_base, plan_base
+from loracli.model.base import BaseModel, BasePlan, check_fits, load_base, plan_base
 from loracli.model.loss import Objective, check_causal, make_objective
 from loracli.model.placement import Placement, available_memory, checkpointed, memory_errors
 from loracli.model.preflight import MemoryDecision, MemoryEstimate, decide_memory, estimate_memory
+from loracli.model.reference import BaseReference
 from loracli.progress import SILENT, Progress
 
 _RECORDS_OF_AN_ORDER = 64  # enough to tell an adapter from its scrambled experts

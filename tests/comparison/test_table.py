@@ -19,8 +19,8 @@ from loracli.evaluation.comparison import Comparison, RowKind, Skipped
 from loracli.evaluation.statistics import _RESAMPLES, detectable, holm
 from loracli.fitting.mixing import FixedFactors, Layout
 from loracli.fitting.settings import FitSettings
-from loracli.model.base import BaseReference
 from loracli.model.loss import Scores
+from loracli.model.reference import BaseReference
 
 COUNT = 30
 TOKENS = torch.randint(1, 12, (COUNT,), generator=torch.Generator().manual_seed(0)).double()

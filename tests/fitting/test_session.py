@@ -12,9 +12,10 @@ from loracli.calibration.records import CalibrationFile, parse_sources, read_rec
 from loracli.errors import BaseModelMismatch, CalibrationError, OutOfResources
 from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
-from loracli.model.base import BaseReference, load_base
+from loracli.model.base import load_base
 from loracli.model.loss import make_objective
 from loracli.model.placement import Placement, decoder_layers
+from loracli.model.reference import BaseReference
 from loracli.model.session import Opening, open_session, settle_memory
 from loracli.progress import Silent
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
