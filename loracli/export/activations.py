@@ -38,7 +38,7 @@ class Moments:
     origin: Literal["recipe", "records"]
 
 
-def check_weighable(source: Source) -> None:
+def _check_weighable(source: Source) -> None:
     """Refuses a composition whose modules do not each have inputs of their own to weigh.
 
     Raises:
@@ -67,7 +67,7 @@ def recorded_moments(source: RecipeSource, path: Path | None) -> Moments:
         RecipeError: if the file beside it is missing, damaged, or does not fit the adapters.
         IntegrityError: if it is not the file that the recipe was written with.
     """
-    check_weighable(source)
+    _check_weighable(source)
     activations = source.recipe.activations
     if activations is None or (path is None and not activations.moments):
         raise UsageError(
@@ -96,7 +96,7 @@ def _of_composition(source: RecipeSource, name: str, moments: Mapping[str, Tenso
     return found[kept][:, kept].double()
 
 
-TASK = "activations"
+_TASK = "activations"
 
 
 def moments_of(
@@ -119,7 +119,7 @@ def moments_of(
         InputError: of the kind that fits, if base or records are rejected.
         UsageError: if an expert is changed.
     """
-    check_weighable(source)
+    _check_weighable(source)
     files = tuple(read_records(path, progress=progress) for path in parse_sources(fit_data))
     asked = recorded_base(source, base)
     reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)
@@ -134,10 +134,10 @@ def moments_of(
         composed = of_factors(factors)
         lora_A = {name: update.lora_A for name, update in factors.items()}
         with session.attached(source.adapters, names, examples) as objective:
-            engine = Engine(objective, Meter(progress, task=TASK), progress=progress)
+            engine = Engine(objective, Meter(progress, task=_TASK), progress=progress)
             find_reach(engine, session, examples)
-            progress.begin(TASK, sum(batch.tokens for batch in batches), "tokens")
+            progress.begin(_TASK, sum(batch.tokens for batch in batches), "tokens")
             try:
                 return second_moments(engine, composed.mixing, composed.theta, lora_A, batches, examples)
             finally:
-                progress.finish(TASK)
+                progress.finish(_TASK)

@@ -23,7 +23,7 @@ from loracli.model.reference import find_base, locate_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, WORK, Progress
 
-TASK = "loss"
+_TASK = "loss"
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def loss_of_export(
         batches = session.batches(examples)
         session.check_causal(examples)
         names, written = source.names(), open_adapter(str(exported.path)).modules
-        progress.begin(TASK, 2 * sum(batch.tokens for batch in batches), WORK)
+        progress.begin(_TASK, 2 * sum(batch.tokens for batch in batches), WORK)
         with session.attached(source.adapters, make_layout(source.adapters).modules, examples) as objective:
-            engine = Engine(objective, Meter(progress, task=TASK), progress=progress)
+            engine = Engine(objective, Meter(progress, task=_TASK), progress=progress)
             find_reach(engine, session, examples)
 
             def score(way: str, factors_of: Callable[[str], Factors]) -> Scores:
@@ -107,7 +107,7 @@ def loss_of_export(
                 before = score("before", lambda name: source.compose(name).factors)
                 after = score("after", lambda name: written[name].factors)
             finally:
-                progress.finish(TASK)
+                progress.finish(_TASK)
     return ExportLoss(
         records=len(examples),
         scored_tokens=sum(example.scored_tokens for example in examples),

@@ -191,8 +191,8 @@ def read_cores(path: Path) -> dict[str, Tensor]:
         raise IntegrityError(f"the cores of its refit cannot be read: {error.what}", where=str(path)) from None
 
 
-TASK = "refit"
-START = "truncation"
+_TASK = "refit"
+_START = "truncation"
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class RefitOnRecords:
         adapter = _as_adapter(source, cut)
         inputs = FitInputs(
             adapters=(adapter,),
-            references=(START,),
+            references=(_START,),
             base=find_base(source.adapters, base, revision=self.base_revision, progress=self.progress),
             data=self.data,
             layout=make_layout([adapter]),
@@ -280,19 +280,19 @@ def _run(inputs: FitInputs, session: Session, source: Source, dtype: torch.dtype
         )
     session.check_causal(held_out)
     with session.attached(inputs.adapters, inputs.layout.modules, held_out) as objective:
-        engine = Engine(objective, Meter(progress, task=TASK), progress=progress)
+        engine = Engine(objective, Meter(progress, task=_TASK), progress=progress)
         find_reach(engine, session, training)
         tokens = tokens_of(training)
         work = round(2 * settings.budget * tokens) + 3 * sum(batch.tokens for batch in session.batches(held_out))
         announce(engine, inputs, session, examples, (fold,), work)
-        progress.begin(TASK, work, WORK)
+        progress.begin(_TASK, work, WORK)
         try:
             found = _search(engine, inputs, fold, examples)
             passes = round(engine.meter.spent / (2 * tokens), 2)
             cut = {name: module.factors for name, module in inputs.adapters[0].modules.items()}
             loss = _losses(engine, session, source, cut, found.cores, dtype, held_out)
         finally:
-            progress.finish(TASK)
+            progress.finish(_TASK)
     record = RefitRecord(
         data=tuple(RefitFile(file.source.name, file.sha256, len(file.records)) for file in inputs.data.files),
         divided=not inputs.data.eval_files,
@@ -326,7 +326,7 @@ def _search(engine: Engine, inputs: FitInputs, fold: Fold, examples: Examples) -
     task = Task(engine, (fold,), criterion, settings, inputs.references)
     budget = settings.budget * 2 * tokens_of(examples.training)
     before = criterion(mixing, identity, fold.validation, None)
-    solved = solve_level(task, mixing, {START: [identity]}, budget * (1 - REFIT_SHARE) - engine.meter.spent)
+    solved = solve_level(task, mixing, {_START: [identity]}, budget * (1 - REFIT_SHARE) - engine.meter.spent)
     assert solved.scores is not None
     compared = gain(before, solved.scores)
     if not solved.moved or not compared.clear:

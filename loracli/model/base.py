@@ -4,7 +4,6 @@ it. The only loader of transformers' models.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -28,7 +27,7 @@ from loracli.model.placement import DTYPES, check_device_map, check_sharded, pla
 from loracli.model.reference import WAY_OUT, BaseReference, check_base_files, locate_base, neutralise
 from loracli.progress import SILENT, Progress
 
-OFFLINE = {"local_files_only": True, "trust_remote_code": False}
+_OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def plan_base(
     auto = getattr(transformers, model_class(task))
     check_base_files(reference.path, reference.id)
     with _loading(reference, auto.__name__):
-        config = neutralise(AutoConfig.from_pretrained(reference.path, **OFFLINE))
+        config = neutralise(AutoConfig.from_pretrained(reference.path, **_OFFLINE))
     if dequantised:
         vars(config).pop("quantization_config", None)
     if getattr(config, "quantization_config", None) is not None:
@@ -165,7 +164,7 @@ def load_base(
                 use_safetensors=True,
                 output_loading_info=True,
                 **placement,
-                **OFFLINE,
+                **_OFFLINE,
             )
             if not placement:
                 model.to(plan.device)
@@ -183,8 +182,7 @@ def load_base(
         check_device_map(getattr(model, "hf_device_map", {}))
     if shard is not None:
         check_sharded(model)
-    digest = hashlib.sha256((reference.path / "config.json").read_bytes()).hexdigest()
-    return BaseModel(reference, model, tokenizer, plan.dtype, digest)
+    return BaseModel(reference, model, tokenizer, plan.dtype, _config_sha256(reference))
 
 
 def load_tokenizer(reference: BaseReference) -> Any:
@@ -196,7 +194,7 @@ def load_tokenizer(reference: BaseReference) -> Any:
     from transformers import AutoTokenizer
 
     with _loading(reference):
-        return AutoTokenizer.from_pretrained(reference.path, **OFFLINE)
+        return AutoTokenizer.from_pretrained(reference.path, **_OFFLINE)
 
 
 def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
@@ -299,4 +297,8 @@ def plan_from_config(
             raise
         reference = BaseReference(fetched.repo_id, fetched.path, fetched.commit)
     plan = plan_base(reference, device="cpu")
-    return plan, sha256((reference.path / "config.json").read_bytes()).hexdigest()
+    return plan, _config_sha256(reference)
+
+
+def _config_sha256(reference: BaseReference) -> str:
+    return sha256((reference.path / "config.json").read_bytes()).hexdigest()

@@ -31,7 +31,7 @@ from loracli.errors import BaseModelMismatch
 from loracli.model.checkpoint import Checkpoint, LoadingRules, loaded_names, tied_parameters
 from loracli.system.tensor_file import FLOATS
 
-MAX_NAME = 512  # longer ones are not tried: no model has them, and tables are patterns
+_MAX_NAME = 512  # longer ones are not tried: no model has them, and tables are patterns
 
 
 class BaseNames:
@@ -58,7 +58,7 @@ class BaseNames:
         """
         if name in self._known:
             return BasePlace(name)
-        if len(parameter) > MAX_NAME:
+        if len(parameter) > _MAX_NAME:
             return None
         loaded = self._rules.loaded(parameter)
         if loaded.parts_of_experts is not None:

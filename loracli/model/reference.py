@@ -165,9 +165,9 @@ def _refuse_convolutions(adapters: Sequence[LoraAdapter]) -> None:
 
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer_config.json", "generation_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
-MAX_BYTES = 16 << 20
+_MAX_BYTES = 16 << 20
 MAX_LAYERS = 4096  # and experts of one, and labels: each becomes a Python object, whatever the size of the file
-MAX_TOKEN = (1 << 32) - 1  # of a tokenizer
+_MAX_TOKEN = (1 << 32) - 1  # of a tokenizer
 
 # Taken out of the config, at every depth: transformers' own defaults hold.
 IGNORED: dict[str, str] = {
@@ -311,7 +311,7 @@ def _count(key: str, value: Any) -> int:
 def _token_problem(file: str, key: str, value: Any) -> str | None:
     """What an entry of a list of tokens says that is not followed; None if it may be there."""
     if file == ADDED_TOKENS:
-        if type(value) is int and 0 <= value <= MAX_TOKEN:
+        if type(value) is int and 0 <= value <= _MAX_TOKEN:
             return None
         return f"has an entry that is no token with its number: {key}"
     if not _TOKEN_NAMES.fullmatch(key):
@@ -360,6 +360,6 @@ def _entries(document: Any) -> Iterator[tuple[str, str, Any]]:
 def _read(path: Path) -> dict[str, Any]:
     return read_object(
         path,
-        MAX_BYTES,
+        _MAX_BYTES,
         lambda reason: BaseModelMismatch(f"the base model's {path.name} cannot be read: {reason}", where=str(path)),
     )
