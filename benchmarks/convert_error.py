@@ -31,8 +31,9 @@ from loracli.conversion.convert import convert_adapter
 from loracli.demo.run import example_folder
 from loracli.errors import UsageError
 from loracli.model.attach import attach
-from loracli.model.base import find_base, load_base
+from loracli.model.base import load_base
 from loracli.model.loss import make_objective
+from loracli.model.reference import find_base
 
 KINDS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},

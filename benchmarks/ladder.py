@@ -34,8 +34,9 @@ from loracli.fitting.mixing import make_layout, make_mixing
 from loracli.fitting.search import LADDERS, REFIT_SHARE, refit, solve_next, worth_climbing
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach
-from loracli.model.base import find_base, load_base
+from loracli.model.base import load_base
 from loracli.model.loss import Scores, make_objective
+from loracli.model.reference import find_base
 from loracli.progress import SILENT
 
 

@@ -43,8 +43,9 @@ from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_l
 from loracli.fitting.search import fit_as_published, search
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach
-from loracli.model.base import find_base, load_base
+from loracli.model.base import load_base
 from loracli.model.loss import make_objective
+from loracli.model.reference import find_base
 from loracli.progress import SILENT
 
 BATCH_TOKENS = 1024

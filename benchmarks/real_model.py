@@ -37,8 +37,9 @@ from loracli.fitting.mixing import make_layout
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach
-from loracli.model.base import BaseModel, find_base, load_base
+from loracli.model.base import BaseModel, load_base
 from loracli.model.loss import Scores, make_objective
+from loracli.model.reference import find_base
 from loracli.progress import Silent
 from loracli.recipe.recipe import Recipe
 

@@ -36,8 +36,9 @@ from loracli.demo.run import example_folder
 from loracli.evaluation.comparison import Comparison, ComparisonRow
 from loracli.evaluation.metrics import TaskMetric
 from loracli.fitting.settings import FitSettings
-from loracli.model.base import find_base, load_base
+from loracli.model.base import load_base
 from loracli.model.placement import Placement
+from loracli.model.reference import find_base
 from loracli.progress import Silent
 from loracli.system.document import decode, encode
 

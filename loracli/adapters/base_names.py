@@ -1,7 +1,7 @@
 """An adapter by the names of a base, which may call its modules otherwise than the model that the adapter was trained
 in.
 
-Which module of the base is meant is settled where the base is (model/base_places.py), and kept in what is written, so
+Which module of the base is meant is settled where the base is (model/modules.py), and kept in what is written, so
 that it holds without the base too and with any later version of transformers.
 """
 

@@ -11,7 +11,7 @@ parameter holds them all, and of gate and up both, one below the other:
     dW = [s_g B_g A_g; s_u B_u A_u] = blockdiag(s_g B_g, s_u B_u) [A_g; A_u]
 
 which is what PEFT does with such an adapter when it loads it. What goes where is transformers' own table
-(model/base_places.py); an expert that an adapter has no module for, or a part of one, gets an update of zeros.
+(model/modules.py); an expert that an adapter has no module for, or a part of one, gets an update of zeros.
 """
 
 from __future__ import annotations

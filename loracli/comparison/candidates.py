@@ -16,12 +16,11 @@ from torch import Tensor
 from loracli.adapters.adapter import LoraAdapter, LoraModule, module_names
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods import METHODS
-from loracli.calibration.batches import plan_batches
 from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FRESH_LORA, RANDOM, RUNGS
-from loracli.composition.attached import Composition, of_factors, of_method, of_recipe, weighted
+from loracli.composition.attached import MixingPoint, of_factors, of_method, of_recipe, weighted
 from loracli.composition.composition import compose_module
-from loracli.composition.fitted import PAPER, SEARCH_RECORDS, Calibration, fit_rung, search_weights
+from loracli.composition.fitted import PAPER, SEARCH_RECORDS, Calibration, fit_level, search_weights
 from loracli.errors import UsageError
 from loracli.evaluation.comparison import RowKind, Skipped
 from loracli.evaluation.statistics import FIT
@@ -108,7 +107,7 @@ class FreshLora(Mixing):
 
 def train_fresh_lora(
     calibration: Calibration, layout: Layout, adapters: Sequence[LoraAdapter], *, rank: int
-) -> Composition:
+) -> MixingPoint:
     """A new LoRA of the rank on the adapters' modules, trained by AdamW on the calibration records within the budget of
     a fit, and stopped where the loss on its validation records was lowest.
 
@@ -123,14 +122,14 @@ def train_fresh_lora(
     steps = max(1, round((settings.passes or PASSES) * plan.steps_a_pass))
     fresh = FreshLora(layout, _shapes(adapters, layout), rank, seed=settings.seed)
     adam = AdamW(fresh.start, steps=steps, rate=_RATE, warm_up=max(1, round(WARM_UP * steps)))
-    with calibration.engine(adapters, layout.modules) as (engine, _):
+    with calibration.engine(adapters, layout.modules) as engine:
         engine.meter.stage(FRESH_LORA)
         descent = Descent(engine, fresh, fold.fitting, plan.step, adam, fresh.start)
 
         def check() -> float | None:
             if not fold.validation:
                 return None
-            batches = plan_batches(fold.validation, batch_tokens=settings.batch_tokens)
+            batches = calibration.session.batches(fold.validation)
             return engine.score(fresh, descent.theta, batches, fold.validation).nats_per_token
 
         theta, at = _descend(descent, check, steps, max(1, plan.steps_a_pass // _CHECKS_A_PASS))
@@ -185,12 +184,12 @@ class Candidate:
 
     name: str
     kind: RowKind
-    compose: Callable[[], Composition]
+    compose: Callable[[], MixingPoint]
     cost: int = 0
     fitted: bool = False
     by_name: bool = True
 
-    def composed(self, skipped: list[Skipped]) -> Composition | None:
+    def composed(self, skipped: list[Skipped]) -> MixingPoint | None:
         """What is set; None with an entry in `skipped` where the adapters cannot be honoured.
 
         Raises:
@@ -284,17 +283,17 @@ def _controls(inputs: CompareInputs, calibration: Calibration) -> list[Candidate
     return rows
 
 
-def _rung(name: str, inputs: CompareInputs, calibration: Calibration) -> Composition:
-    fitted = fit_rung(name, calibration, inputs.adapters, inputs.references, inputs.layout)
-    return of_recipe(fitted.mixing, inputs.adapters, inputs.layout, note=fitted.note)
+def _rung(name: str, inputs: CompareInputs, calibration: Calibration) -> MixingPoint:
+    mixing, note = fit_level(name, calibration, inputs.adapters, inputs.references, inputs.layout)
+    return of_recipe(mixing, inputs.adapters, inputs.layout, note=note)
 
 
-def _random(inputs: CompareInputs, calibration: Calibration) -> Composition:
+def _random(inputs: CompareInputs, calibration: Calibration) -> MixingPoint:
     """The fit on random adapters, as factors: where it is measured, the true ones are attached."""
     drawn = random_adapters(inputs.adapters, seed=calibration.settings.seed)
     kind = "module" if inputs.recipe is None else inputs.recipe.mixing.kind
-    fitted = fit_rung(kind, calibration, drawn, inputs.references, inputs.layout)
-    factors = {name: compose_module(fitted.mixing, drawn, name) for name in module_names(drawn)}
+    mixing, _ = fit_level(kind, calibration, drawn, inputs.references, inputs.layout)
+    factors = {name: compose_module(mixing, drawn, name) for name in module_names(drawn)}
     return of_factors(factors, note=f"{kind} on random directions of the same norms")
 
 

@@ -18,7 +18,8 @@ from loracli.comparison.settings import RUNGS, CompareSettings
 from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, make_layout
 from loracli.hub.fetch import fetch_adapter
-from loracli.model.base import BaseReference, find_base, on_base
+from loracli.model.base import on_base
+from loracli.model.reference import BaseReference, find_base
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import OTHER_ROWS, Recipe, load_recipe

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loracli.calibration.render import Example
 from loracli.comparison.inputs import CompareInputs
-from loracli.composition.attached import Composition
+from loracli.composition.attached import MixingPoint
 from loracli.evaluation.comparison import (
     BestOf,
     Comparison,
@@ -36,7 +36,7 @@ class Evaluated:
     Args:
         name: of its row.
         kind: of its row.
-        composition: what was set.
+        point: what was set.
         scores: on the test records.
         guard: on the guard records, None without any.
         values: (n,) of the task metric on each test record, None without one.
@@ -44,7 +44,7 @@ class Evaluated:
 
     name: str
     kind: RowKind
-    composition: Composition
+    point: MixingPoint
     scores: Scores
     guard: Scores | None = None
     values: Tensor | None = None
@@ -129,10 +129,10 @@ class _Table:
                 interval=difference.interval,
                 against_uniform=against,
                 worse_records=float((row.scores.nats > best.nats).double().mean()),
-                rank=row.composition.rank,
-                kept_energy=row.composition.kept_energy,
-                note=row.composition.note,
-                weights=row.composition.weights,
+                rank=row.point.rank,
+                kept_energy=row.point.kept_energy,
+                note=row.point.note,
+                weights=row.point.weights,
                 metric=metric,
                 guard=guard,
             )

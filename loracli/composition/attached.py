@@ -20,12 +20,12 @@ from loracli.errors import RecipeError
 from loracli.fitting.mixing import Applied, DiagonalMixing, FixedFactors, Layout, make_diagonal
 from loracli.recipe.record import INLINE_KINDS, RecipeMixing
 
-NOTHING = torch.zeros(0)
+_NOTHING = torch.zeros(0)
 
 
 @dataclass(frozen=True, eq=False)
-class Composition:
-    """What is set on the attached model, and what there is to say of it.
+class MixingPoint:
+    """One way to compose: a mixing with its numbers, as the attached model takes it, and what there is to say of it.
 
     Args:
         mixing: what is set.
@@ -44,14 +44,14 @@ class Composition:
     note: str = ""
 
 
-def weighted(layout: Layout, weights: Sequence[float], *, note: str = "") -> Composition:
+def weighted(layout: Layout, weights: Sequence[float], *, note: str = "") -> MixingPoint:
     """One weight for each adapter, the same in every module."""
     mixing = make_diagonal(layout, "adapter")
     used = [rank for row in layout.ranks for rank in [sum(r for r, w in zip(row, weights, strict=True) if w)]]
-    return Composition(mixing, mixing.constant(weights), max(used) or None, weights=tuple(weights), note=note)
+    return MixingPoint(mixing, mixing.constant(weights), max(used) or None, weights=tuple(weights), note=note)
 
 
-def of_recipe(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], layout: Layout, *, note: str = "") -> Composition:
+def of_recipe(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], layout: Layout, *, note: str = "") -> MixingPoint:
     """What a recipe says, as it will be exported.
 
     Raises:
@@ -61,11 +61,11 @@ def of_recipe(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], layout: Lay
         diagonal = make_diagonal(layout, mixing.kind)
         theta = torch.tensor(_entries(mixing, diagonal), dtype=torch.float64)
         weights = tuple(theta.tolist()) if mixing.kind == "adapter" else None
-        return Composition(diagonal, theta, max(layout.sizes), weights=weights, note=note)
+        return MixingPoint(diagonal, theta, max(layout.sizes), weights=weights, note=note)
     return of_factors({name: compose_module(mixing, adapters, name) for name in module_names(adapters)}, note=note)
 
 
-def of_method(method: Method, options: MethodOptions, adapters: Sequence[LoraAdapter], layout: Layout) -> Composition:
+def of_method(method: Method, options: MethodOptions, adapters: Sequence[LoraAdapter], layout: Layout) -> MixingPoint:
     """A method that needs no data.
 
     Raises:
@@ -85,7 +85,7 @@ def of_method(method: Method, options: MethodOptions, adapters: Sequence[LoraAda
     return of_factors(factors, kept_energy=kept / whole if method.full_rank and whole > 0 else None, note=note)
 
 
-def of_factors(factors: Mapping[str, Factors], *, kept_energy: float | None = None, note: str = "") -> Composition:
+def of_factors(factors: Mapping[str, Factors], *, kept_energy: float | None = None, note: str = "") -> MixingPoint:
     """Factors of every module, by name; experts in their own order."""
     rank = max(f.rank for f in factors.values())
     targets: dict[str, list[Factors]] = {}
@@ -97,7 +97,7 @@ def of_factors(factors: Mapping[str, Factors], *, kept_energy: float | None = No
         stack_experts(scaled, max(f.rank for f in scaled)) if name in experts else (scaled[0].lora_A, scaled[0].lora_B)
         for name, scaled in sorted(targets.items())
     )
-    return Composition(FixedFactors(pairs), NOTHING, rank, kept_energy, note=note)
+    return MixingPoint(FixedFactors(pairs), _NOTHING, rank, kept_energy, note=note)
 
 
 def _entries(mixing: RecipeMixing, diagonal: DiagonalMixing) -> list[float]:

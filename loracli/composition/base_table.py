@@ -65,9 +65,10 @@ def base_table(
     if known is not None:
         return known, tuple(adapters)
     from loracli.fitting.reach import IGNORED, warn_untried, weights_read
-    from loracli.model.base import base_modules, check_shapes, find_base, named_as, plan_base
-    from loracli.model.base_copies import check_base_copies, stored_weights
+    from loracli.model.base import plan_base
     from loracli.model.checkpoint import read_checkpoint
+    from loracli.model.modules import base_modules, check_base_copies, check_shapes, named_as, stored_weights
+    from loracli.model.reference import find_base
 
     reference = find_base(adapters, base, revision=revision, progress=progress)
     skeleton = plan_base(reference, task=task).skeleton

@@ -1,4 +1,4 @@
-"""Ways to compose that have to be fitted: the rungs of the ladder, and methods that search for weights."""
+"""Ways to compose that have to be fitted: the levels of the ladder, and methods that search for weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.methods.method import Method, MethodOptions
-from loracli.calibration.batches import plan_batches
 from loracli.calibration.dataset import Dataset, shuffled
 from loracli.calibration.render import Example
-from loracli.composition.attached import Composition, weighted
+from loracli.composition.attached import MixingPoint, weighted
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.journal import Meter
@@ -21,17 +20,14 @@ from loracli.fitting.mixing import Layout, check_mixing, make_diagonal
 from loracli.fitting.recording import recipe_mixing
 from loracli.fitting.run import divide_training, find_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.model.attach import AttachedModel, attach
-from loracli.model.base import BaseModel
-from loracli.model.loss import make_objective
-from loracli.progress import SILENT, Progress
+from loracli.model.session import Session
 from loracli.recipe.record import INLINE_KINDS, RecipeMixing
 
 PAPER = "paper"
 
 
 TASK = "compare"
-SEARCH_RECORDS = 64  # that methods with a number or two are fitted on, as the first rung of the ladder
+SEARCH_RECORDS = 64  # that methods with a number or two are fitted on, as the first level of the ladder
 
 
 @dataclass(frozen=True)
@@ -39,71 +35,62 @@ class Calibration:
     """What is fitted on.
 
     Args:
-        base: the loaded base model.
+        session: of the base.
         data: the files; its training records are all of them.
         examples: of the training records.
         settings: of the fits.
-        progress: told how far they are.
     """
 
-    base: BaseModel
+    session: Session
     data: Dataset
     examples: tuple[Example, ...]
     settings: FitSettings
-    progress: Progress = SILENT
 
     @contextmanager
     def engine(
         self, adapters: Sequence[LoraAdapter], modules: tuple[str, ...], *, canonical: bool = False
-    ) -> Iterator[tuple[Engine, AttachedModel]]:
-        """The base with adapters attached, and an engine whose meter begins at 0."""
-        with attach(self.base.model, adapters, modules, canonical=canonical) as attached:
-            probe = plan_batches(self.examples, batch_tokens=self.settings.batch_tokens)[0]
-            meter = Meter(self.progress, task=TASK)
-            yield Engine(make_objective(attached, probe), meter, progress=self.progress), attached
+    ) -> Iterator[Engine]:
+        """Of the base with adapters attached; its meter begins at 0."""
+        with self.session.attached(adapters, modules, self.examples, canonical=canonical) as objective:
+            progress = self.session.progress
+            yield Engine(objective, Meter(progress, task=TASK), progress=progress)
 
 
-@dataclass(frozen=True)
-class FittedRung:
-    """What a fit found, as a recipe keeps it, and what there is to say of it."""
-
-    mixing: RecipeMixing
-    note: str
-
-
-def fit_rung(
+def fit_level(
     name: str, calibration: Calibration, adapters: Sequence[LoraAdapter], references: Sequence[str], layout: Layout
-) -> FittedRung:
-    """A rung of the ladder, `auto` or `paper`, as `loracat fit` finds it, all calibration records being for training.
+) -> tuple[RecipeMixing, str]:
+    """A level of the ladder, `auto` or `paper`, as `loracat fit` finds it, all calibration records being for training:
+    what was found, as a recipe keeps it, and what there is to say of it.
 
     Args:
-        name: of the rung.
+        name: of the level.
         calibration: what is fitted on.
         adapters: that are composed.
         references: of them.
         layout: of them.
     Raises:
-        UsageError: if there are too few records to choose with, or the adapters do not have the rung.
+        UsageError: if there are too few records to choose with, or the adapters do not have the level.
         NonFiniteLoss: if no start is finite.
     """
     settings = _settings_of(name, calibration.settings)
     check_mixing(adapters, settings.mixing)
-    base, training = calibration.base, calibration.examples
-    inputs = FitInputs(tuple(adapters), tuple(references), base.reference, calibration.data, layout, settings, Path())
+    session, training = calibration.session, calibration.examples
+    base = session.base.reference
+    inputs = FitInputs(tuple(adapters), tuple(references), base, calibration.data, layout, settings, Path())
     folds = divide_training(inputs, training)
     canonical = settings.mixing not in INLINE_KINDS
-    with calibration.engine(adapters, layout.modules, canonical=canonical) as (engine, attached):
-        found = find_mixing(engine, attached, inputs, folds, training, base.tokenizer)
+    with calibration.engine(adapters, layout.modules, canonical=canonical) as engine:
+        found = find_mixing(engine, inputs, folds, training, session.tokenizer)
     note = f"{found.mixing.kind}, {found.mixing.numbers} numbers" if found.mixing.kind != name else ""
     if name == PAPER:
         note = "softmax weights from a random start, one epoch at a rate of 1e-4, as published"
     if found.stopped:
         note = f"stopped early: {found.stopped}"
-    return FittedRung(recipe_mixing(adapters, layout.modules, found), note)
+    return recipe_mixing(adapters, layout.modules, found), note
 
 
 def _settings_of(name: str, settings: FitSettings) -> FitSettings:
-    """Those of the fit, without what does not go with a rung."""
+    """Those of the fit, without what does not go with a level."""
     changes: dict[str, Any] = {"mixing": name}
     if name in (PAPER, "adapter"):
         changes |= {"ridge": None, "learning_rate": None}
@@ -114,14 +101,13 @@ def _settings_of(name: str, settings: FitSettings) -> FitSettings:
 
 def search_weights(
     method: Method, options: MethodOptions, calibration: Calibration, adapters: Sequence[LoraAdapter], layout: Layout
-) -> Composition:
+) -> MixingPoint:
     """A method that searches for one weight an adapter by the loss on up to 64 calibration records."""
     assert method.search is not None
-    settings = calibration.settings
-    chosen = shuffled(calibration.examples, seed=settings.seed)[:SEARCH_RECORDS]
-    batches = plan_batches(chosen, batch_tokens=settings.batch_tokens)
+    chosen = shuffled(calibration.examples, seed=calibration.settings.seed)[:SEARCH_RECORDS]
+    batches = calibration.session.batches(chosen)
     mixing = make_diagonal(layout, "adapter")
-    with calibration.engine(adapters, layout.modules) as (engine, _):
+    with calibration.engine(adapters, layout.modules) as engine:
         engine.meter.stage(method.name)
 
         def loss(weights: Sequence[float]) -> float:

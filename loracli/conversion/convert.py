@@ -138,7 +138,9 @@ def _find_base(
     table = None if needed or base is not None else table_of_adapters([adapter])
     if table is not None:
         return table, None, None
-    from loracli.model.base import base_modules, check_shapes, find_base, plan_base
+    from loracli.model.base import plan_base
+    from loracli.model.modules import base_modules, check_shapes
+    from loracli.model.reference import find_base
 
     reference = find_base([adapter], base, revision=revision, progress=progress)
     skeleton = plan_base(reference, task=task).skeleton

@@ -22,29 +22,31 @@ from typing import Any
 
 import torch
 
-from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import CalibrationFile
-from loracli.calibration.render import Example, render_file
+from loracli.calibration.render import Example
 from loracli.evaluation.metrics import TaskMetric
 from loracli.evaluation.scorer import make_scorer
 from loracli.evaluation.statistics import FIT, static_points
 from loracli.export.export import Exported, export_adapter
-from loracli.fitting.inputs import prepare_fit
+from loracli.fitting.inputs import FitInputs, prepare_fit
 from loracli.fitting.run import run_fit
 from loracli.model.attach import attach
-from loracli.model.base import BaseModel, BaseReference, load_base
+from loracli.model.base import load_base
 from loracli.model.loss import Objective, make_objective
 from loracli.model.placement import Placement
+from loracli.model.reference import BaseReference
+from loracli.model.session import Opening, Session, open_session
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe
 
-STEPS = 120
-CHECK_EVERY = 10
-RATE = 2e-3
-VALIDATION_SHARE = 0.25
+_STEPS = 120
+_CHECK_EVERY = 10
+_RATE = 2e-3
+_VALIDATION_SHARE = 0.25
 
 
-def train_fresh_lora(model: Any, targets: Sequence[str], rank: int, examples: Sequence[Example], *, seed: int) -> Any:
+def _train_fresh_lora(model: Any, targets: Sequence[str], rank: int, examples: Sequence[Example], *, seed: int) -> Any:
     """A PEFT model with a new LoRA of the rank on `targets`, trained by AdamW on the examples.
 
     A quarter of the examples chooses the step to stop at.
@@ -55,16 +57,16 @@ def train_fresh_lora(model: Any, targets: Sequence[str], rank: int, examples: Se
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
     fresh = get_peft_model(copy.deepcopy(model), config).eval()
-    held = max(1, round(VALIDATION_SHARE * len(examples)))
+    held = max(1, round(_VALIDATION_SHARE * len(examples)))
     training = plan_batches(examples[held:], batch_tokens=1 << 16)
     checks = plan_batches(examples[:held], batch_tokens=1 << 16)
     parameters = [p for p in fresh.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+    adam = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=0.0)
     with attach(fresh, (), ()) as attached:
         objective = make_objective(attached, checks[0])
         best, kept = float("inf"), get_peft_model_state_dict(fresh)
-        for step in range(STEPS + 1):
-            if step % CHECK_EVERY == 0:
+        for step in range(_STEPS + 1):
+            if step % _CHECK_EVERY == 0:
                 loss = objective.score(checks, held).nats_per_token
                 if loss < best:
                     best = loss
@@ -77,8 +79,10 @@ def train_fresh_lora(model: Any, targets: Sequence[str], rank: int, examples: Se
     return fresh
 
 
-ADAPTERS = ("know", "form")
-MAX_NEW_TOKENS = 24
+_ADAPTERS = ("know", "form")
+_MAX_NEW_TOKENS = 24
+_PLACEMENT = Placement("float32", "cpu")
+_MAX_LENGTH, _BATCH_TOKENS, _ANSWER_TOKENS = 128, 4096, 1024  # of the test
 
 
 @dataclass(frozen=True)
@@ -124,68 +128,72 @@ def run_demo(folder: Path, *, example: Path | None = None, progress: Progress = 
 def _run(folder: Path, example: Path, progress: Progress) -> DemoResult:
     started = time.monotonic()
     inputs = prepare_fit(
-        [str(example / name) for name in ADAPTERS],
+        [str(example / name) for name in _ADAPTERS],
         example / "calibration.jsonl",
         eval_data=example / "test.jsonl",
         base=str(example / "base"),
         folder=folder,
     )
-    recipe = run_fit(inputs, placement=Placement("float32", "cpu"), progress=progress)
+    recipe = run_fit(inputs, placement=_PLACEMENT, progress=progress)
     recipe.save(folder / "recipe.json")
     concatenated = export_adapter(folder / "recipe.json", folder / "adapter-cat", progress=progress)
     merged = export_adapter(folder / "recipe.json", folder / "adapter-merged", merge=True, progress=progress)
 
-    base = load_base(inputs.base, dtype="float32", device="cpu")
-    test = _Test(base, inputs.data.eval_files[0])
-    rows = _score_attached(base, inputs, recipe, test, progress)
-    for name, exported in (("exported", concatenated), ("exported, merged", merged)):
-        progress.note(f"scoring {name}, loaded by PEFT")
-        rows.append(test.row_of(name, _load_with_peft(inputs.base, exported.path)))
-    progress.note("training a fresh LoRA on the same calibration records")
-    calibration = render_file(inputs.data.files[0], base.tokenizer, max_length=128, whole=True).examples
-    targets = sorted({name.rpartition(".")[2] for name in inputs.layout.modules})
-    fresh = train_fresh_lora(base.model, targets, max(inputs.adapters[0].ranks), calibration, seed=0)
-    rows.append(test.row_of("fresh LoRA", fresh))
+    opening = Opening(inputs.base, inputs.adapters, _BATCH_TOKENS, _MAX_LENGTH, placement=_PLACEMENT)
+    with open_session(opening) as session:
+        test = _Test(session, inputs.data.eval_files[0])
+        rows = _score_attached(session, inputs, recipe, test, progress)
+        for name, exported in (("exported", concatenated), ("exported, merged", merged)):
+            progress.note(f"scoring {name}, loaded by PEFT")
+            rows.append(test.row_of(name, _load_with_peft(inputs.base, exported.path)))
+        progress.note("training a fresh LoRA on the same calibration records")
+        calibration = session.render(inputs.data.files)
+        targets = sorted({name.rpartition(".")[2] for name in inputs.layout.modules})
+        fresh = _train_fresh_lora(session.base.model, targets, max(inputs.adapters[0].ranks), calibration, seed=0)
+        rows.append(test.row_of("fresh LoRA", fresh))
     return DemoResult(recipe, concatenated, merged, tuple(rows), time.monotonic() - started)
 
 
 class _Test:
     """The test questions, tokenised once."""
 
-    def __init__(self, base: BaseModel, file: CalibrationFile) -> None:
-        examples = render_file(file, base.tokenizer, max_length=128, whole=True).examples
-        self.batches: list[Batch] = plan_batches(examples, batch_tokens=4096)
-        self._count = len(examples)
-        exact = TaskMetric("exact", max_new_tokens=MAX_NEW_TOKENS)
-        places = [example.place for example in examples]
-        self._right = make_scorer(exact, [file], places, base.tokenizer, max_length=128, batch_tokens=1024)
+    def __init__(self, session: Session, file: CalibrationFile) -> None:
+        self.examples = session.render([file])
+        self._batches = session.batches(self.examples)
+        exact = TaskMetric("exact", max_new_tokens=_MAX_NEW_TOKENS)
+        places = [example.place for example in self.examples]
+        self._right = make_scorer(
+            exact, [file], places, session.tokenizer, max_length=_MAX_LENGTH, batch_tokens=_ANSWER_TOKENS
+        )
 
     def row(self, name: str, objective: Objective) -> DemoRow:
         """What is attached at the moment."""
-        loss = objective.score(self.batches, self._count).nats_per_token
-        return DemoRow(name, loss, int(self._right(objective).sum()), self._count)
+        questions = len(self.examples)
+        loss = objective.score(self._batches, questions).nats_per_token
+        return DemoRow(name, loss, int(self._right(objective).sum()), questions)
 
     def row_of(self, name: str, model: Any) -> DemoRow:
         """A model that carries its adapter itself."""
         with attach(model, (), ()) as plain:
-            return self.row(name, make_objective(plain, self.batches[0]))
+            return self.row(name, make_objective(plain, self._batches[0]))
 
 
-def _score_attached(base: BaseModel, inputs: Any, recipe: Recipe, test: _Test, progress: Progress) -> list[DemoRow]:
+def _score_attached(
+    session: Session, inputs: FitInputs, recipe: Recipe, test: _Test, progress: Progress
+) -> list[DemoRow]:
     """Every mixing of the attached model: base, each alone, uniform, sum, fit."""
     modules = inputs.layout.modules
-    names = dict(zip(inputs.references, ADAPTERS, strict=True))
+    names = dict(zip(inputs.references, _ADAPTERS, strict=True))
     points = {
         names.get(name, name): torch.tensor(point).expand(len(modules), -1)
         for name, point in static_points(inputs.references).items()
     }
     points[FIT] = torch.tensor([[w or 0.0 for w in recipe.weights_of(module)] for module in modules])
     rows = []
-    with attach(base.model, inputs.adapters, modules) as attached:
-        objective = make_objective(attached, test.batches[0])
+    with session.attached(inputs.adapters, modules, test.examples) as objective:
         for name, weights in points.items():
             progress.note(f"scoring {name}")
-            attached.set_weights(weights)
+            objective.attached.set_weights(weights)
             rows.append(test.row(name, objective))
     return rows
 

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from loracli.adapters.adapter import kernels_of
 from loracli.adapters.names import is_numbered
-from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import DataPaths, parse_sources, read_records
-from loracli.calibration.render import render_file
 from loracli.composition.attached import of_factors
 from loracli.composition.composition import RecipeSource, Source, recorded_base
 from loracli.errors import RecipeError, UsageError
@@ -25,10 +23,8 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
-from loracli.model.attach import attach, replace_modules
-from loracli.model.base import check_fits, find_base, load_base
-from loracli.model.loss import check_causal, make_objective
-from loracli.model.placement import memory_errors
+from loracli.model.reference import find_base
+from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, Progress
 from loracli.recipe.record import INLINE_KINDS
 from loracli.recipe.tensors import MOMENT, read_moments
@@ -42,7 +38,7 @@ class Moments:
     origin: Literal["recipe", "records"]
 
 
-def check_weighable(source: Source) -> None:
+def _check_weighable(source: Source) -> None:
     """Refuses a composition whose modules do not each have inputs of their own to weigh.
 
     Raises:
@@ -71,7 +67,7 @@ def recorded_moments(source: RecipeSource, path: Path | None) -> Moments:
         RecipeError: if the file beside it is missing, damaged, or does not fit the adapters.
         IntegrityError: if it is not the file that the recipe was written with.
     """
-    check_weighable(source)
+    _check_weighable(source)
     activations = source.recipe.activations
     if activations is None or (path is None and not activations.moments):
         raise UsageError(
@@ -100,7 +96,7 @@ def _of_composition(source: RecipeSource, name: str, moments: Mapping[str, Tenso
     return found[kept][:, kept].double()
 
 
-TASK = "activations"
+_TASK = "activations"
 
 
 def moments_of(
@@ -123,33 +119,25 @@ def moments_of(
         InputError: of the kind that fits, if base or records are rejected.
         UsageError: if an expert is changed.
     """
-    check_weighable(source)
-    settings = FitSettings()
+    _check_weighable(source)
     files = tuple(read_records(path, progress=progress) for path in parse_sources(fit_data))
-    with memory_errors():
-        asked = recorded_base(source, base)
-        reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)
-        model = load_base(reference, progress=progress)
-        check_fits(model, source.adapters)
-        replace_modules(model.model, source.saved)
-        examples = [
-            example
-            for file in files
-            for example in render_file(
-                file, model.tokenizer, max_length=settings.max_length, whole=True, progress=progress
-            ).examples
-        ]
-        batches = plan_batches(examples, batch_tokens=1)  # a record each, so that there is no padding
-        check_causal(model.model, reference.id, batches[0])
+    asked = recorded_base(source, base)
+    reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)
+    # A batch for each record, so that there is no padding.
+    opening = Opening(reference, source.adapters, 1, FitSettings().max_length, source.saved)
+    with open_session(opening, progress=progress) as session:
+        examples = session.render(files)
+        batches = session.batches(examples)
+        session.check_causal(examples)
         names = source.names()
         factors = {name: source.compose(name).factors for name in names}
         composed = of_factors(factors)
         lora_A = {name: update.lora_A for name, update in factors.items()}
-        with attach(model.model, source.adapters, names) as attached:
-            engine = Engine(make_objective(attached, batches[0]), Meter(progress, task=TASK), progress=progress)
-            find_reach(engine, batches, examples, reference, progress)
-            progress.begin(TASK, sum(batch.tokens for batch in batches), "tokens")
+        with session.attached(source.adapters, names, examples) as objective:
+            engine = Engine(objective, Meter(progress, task=_TASK), progress=progress)
+            find_reach(engine, session, examples)
+            progress.begin(_TASK, sum(batch.tokens for batch in batches), "tokens")
             try:
                 return second_moments(engine, composed.mixing, composed.theta, lora_A, batches, examples)
             finally:
-                progress.finish(TASK)
+                progress.finish(_TASK)

@@ -41,7 +41,8 @@ from loracli.adapters.names import leaf
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.layout import Place
 from loracli.hub.references import BaseClaim
-from loracli.model.base import WAY_OUT, plan_from_config
+from loracli.model.base import plan_from_config
+from loracli.model.reference import WAY_OUT
 from loracli.progress import SILENT, Progress
 from loracli.system.tensor_file import TensorFile, open_tensor_file
 

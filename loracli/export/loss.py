@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from loracli.adapters.adapter import open_adapter
 from loracli.adapters.tasks import check_language_models
 from loracli.algebra.factors import Factors
-from loracli.calibration.batches import plan_batches
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
-from loracli.calibration.render import render_file
 from loracli.composition.attached import of_factors
 from loracli.composition.composition import recorded_base
 from loracli.evaluation.statistics import paired_interval
@@ -20,13 +18,12 @@ from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
-from loracli.model.attach import attach, replace_modules
-from loracli.model.base import check_fits, find_base, load_base, locate_base
-from loracli.model.loss import Scores, check_causal, make_objective
-from loracli.model.placement import memory_errors
+from loracli.model.loss import Scores
+from loracli.model.reference import find_base, locate_base
+from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, WORK, Progress
 
-TASK = "loss"
+_TASK = "loss"
 
 
 @dataclass(frozen=True)
@@ -88,37 +85,29 @@ def loss_of_export(
     """
     source, settings = exported.source, FitSettings()
     check_language_models(source.adapters, "scoring records")
-    with memory_errors():
-        asked = recorded_base(source, base)
-        reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)
-        model = load_base(reference, progress=progress)
-        check_fits(model, source.adapters)
-        replace_modules(model.model, source.saved)
-        examples = tuple(
-            example
-            for file in files
-            for example in render_file(
-                file, model.tokenizer, max_length=settings.max_length, whole=True, progress=progress
-            ).examples
-        )
-        batches = plan_batches(examples, batch_tokens=settings.batch_tokens)
-        check_causal(model.model, reference.id, batches[0])
+    asked = recorded_base(source, base)
+    reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)
+    opening = Opening(reference, source.adapters, settings.batch_tokens, settings.max_length, source.saved)
+    with open_session(opening, progress=progress) as session:
+        examples = session.render(files)
+        batches = session.batches(examples)
+        session.check_causal(examples)
         names, written = source.names(), open_adapter(str(exported.path)).modules
-        progress.begin(TASK, 2 * sum(batch.tokens for batch in batches), WORK)
-        with attach(model.model, source.adapters, make_layout(source.adapters).modules) as attached:
-            engine = Engine(make_objective(attached, batches[0]), Meter(progress, task=TASK), progress=progress)
-            find_reach(engine, batches, examples, reference, progress)
+        progress.begin(_TASK, 2 * sum(batch.tokens for batch in batches), WORK)
+        with session.attached(source.adapters, make_layout(source.adapters).modules, examples) as objective:
+            engine = Engine(objective, Meter(progress, task=_TASK), progress=progress)
+            find_reach(engine, session, examples)
 
             def score(way: str, factors_of: Callable[[str], Factors]) -> Scores:
                 engine.meter.stage(way)
-                composition = of_factors({name: factors_of(name) for name in names})
-                return engine.score(composition.mixing, composition.theta, batches, examples)
+                point = of_factors({name: factors_of(name) for name in names})
+                return engine.score(point.mixing, point.theta, batches, examples)
 
             try:
                 before = score("before", lambda name: source.compose(name).factors)
                 after = score("after", lambda name: written[name].factors)
             finally:
-                progress.finish(TASK)
+                progress.finish(_TASK)
     return ExportLoss(
         records=len(examples),
         scored_tokens=sum(example.scored_tokens for example in examples),

@@ -15,10 +15,8 @@ from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, 
 from loracli.adapters.tasks import agreed_task, check_language_models, checked_task
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
-from loracli.calibration.batches import plan_batches
 from loracli.calibration.dataset import Dataset
 from loracli.calibration.records import DataPaths, parse_sources, read_records
-from loracli.calibration.render import render_file
 from loracli.composition.base_table import BaseTable, base_table
 from loracli.composition.composition import MethodSource, base_of_config, identities_of, takes, task_of_recipe
 from loracli.composition.fitted import TASK, Calibration, search_weights
@@ -31,9 +29,8 @@ from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
 from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import BaseClaim
-from loracli.model.attach import replace_modules
-from loracli.model.base import check_fits, find_base, load_base
-from loracli.model.placement import memory_errors
+from loracli.model.reference import find_base
+from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import identity_of, read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, labels_of, load_recipe
@@ -258,22 +255,15 @@ def searched_weights(
     settings = FitSettings(seed=options.seed)
     files = tuple(read_records(source, progress=progress) for source in parse_sources(fit_data))
     training = tuple(record for file in files for record in file.records)
-    with memory_errors():
-        model = load_base(find_base(adapters, base, revision=base_revision, progress=progress), progress=progress)
-        check_fits(model, adapters)
-        replace_modules(model.model, saved)
-        examples = tuple(
-            example
-            for file in files
-            for example in render_file(
-                file, model.tokenizer, max_length=settings.max_length, whole=True, progress=progress
-            ).examples
-        )
-        calibration = Calibration(model, Dataset(files, (), training, ()), examples, settings, progress)
+    reference = find_base(adapters, base, revision=base_revision, progress=progress)
+    opening = Opening(reference, tuple(adapters), settings.batch_tokens, settings.max_length, saved)
+    with open_session(opening, progress=progress) as session:
+        examples = session.render(files)
+        session.check_causal(examples)
+        calibration = Calibration(session, Dataset(files, (), training, ()), examples, settings)
         layout = make_layout(adapters)
-        with calibration.engine(adapters, layout.modules) as (engine, _):
-            batches = plan_batches(examples, batch_tokens=settings.batch_tokens)
-            find_reach(engine, batches, examples, model.reference, progress)
+        with calibration.engine(adapters, layout.modules) as engine:
+            find_reach(engine, session, examples)
         progress.begin(TASK, None, "tokens")
         try:
             found = search_weights(method, options, calibration, adapters, layout)

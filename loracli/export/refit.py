@@ -18,8 +18,7 @@ fitted once more on all of them. Where it is not better than the cut by more tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -30,9 +29,9 @@ from torch import Tensor
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
 from loracli.adapters.names import is_numbered
 from loracli.algebra.factors import Factors
-from loracli.calibration.batches import plan_batches
 from loracli.calibration.dataset import Dataset, Examples, read_dataset
 from loracli.calibration.records import DataPaths
+from loracli.calibration.render import Example
 from loracli.composition.attached import of_factors
 from loracli.composition.composition import MethodSource, Source, recorded_base
 from loracli.errors import IntegrityError, MalformedAdapter, NonFiniteLoss, UnsupportedAdapter, UsageError
@@ -44,15 +43,14 @@ from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.journal import Meter
 from loracli.fitting.level import Task, solve_level, tokens_of
 from loracli.fitting.mixing import CoreMixing, make_layout
-from loracli.fitting.processes import ALONE
 from loracli.fitting.reach import find_reach
-from loracli.fitting.run import announce, memory_decision, usable_length
+from loracli.fitting.run import announce, opening_of
 from loracli.fitting.search import REFIT_SHARE, refit
 from loracli.fitting.settings import FitSettings
-from loracli.model.attach import attach, replace_modules
-from loracli.model.base import BaseModel, check_fits, find_base, load_base
-from loracli.model.loss import Scores, check_causal, make_objective
-from loracli.model.placement import Placement, checkpointed, memory_errors
+from loracli.model.loss import Scores
+from loracli.model.placement import Placement
+from loracli.model.reference import find_base
+from loracli.model.session import Session, open_session, settle_memory
 from loracli.progress import SILENT, WORK, Progress
 from loracli.system.tensor_file import open_tensor_file, write_tensors
 
@@ -193,8 +191,8 @@ def read_cores(path: Path) -> dict[str, Tensor]:
         raise IntegrityError(f"the cores of its refit cannot be read: {error.what}", where=str(path)) from None
 
 
-TASK = "refit"
-START = "truncation"
+_TASK = "refit"
+_START = "truncation"
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,7 @@ class RefitOnRecords:
         adapter = _as_adapter(source, cut)
         inputs = FitInputs(
             adapters=(adapter,),
-            references=(START,),
+            references=(_START,),
             base=find_base(source.adapters, base, revision=self.base_revision, progress=self.progress),
             data=self.data,
             layout=make_layout([adapter]),
@@ -234,12 +232,9 @@ class RefitOnRecords:
             folder=Path(),
             saved=source.saved,
         )
-        decision = memory_decision(inputs, Placement(), ALONE)
-        (self.progress.warn if decision.tight else self.progress.note)(decision.note)
-        with memory_errors():
-            model = load_base(inputs.base, progress=self.progress)
-            with checkpointed(model.model) if decision.checkpointing else nullcontext():
-                return _run(inputs, model, source, dtype, self.progress)
+        opening = settle_memory(opening_of(inputs, Placement()), progress=self.progress)
+        with open_session(replace(opening, adapters=source.adapters), progress=self.progress) as session:
+            return _run(inputs, session, source, dtype)
 
 
 def refit_on(
@@ -273,34 +268,31 @@ def _as_adapter(source: Source, cut: Mapping[str, Factors]) -> LoraAdapter:
     return replace(source.adapters[0], modules=modules)
 
 
-def _run(inputs: FitInputs, base: BaseModel, source: Source, dtype: torch.dtype, progress: Progress) -> Refitted:
-    settings, modules = inputs.settings, inputs.layout.modules
-    check_fits(base, source.adapters)
-    replace_modules(base.model, inputs.saved)
-    examples = render_inputs(inputs, base.tokenizer, max_length=usable_length(base, settings), progress=progress)
-    fold = one_fold(examples.training, inputs.data.training, seed=settings.seed + 1)
+def _run(inputs: FitInputs, session: Session, source: Source, dtype: torch.dtype) -> Refitted:
+    settings, progress = inputs.settings, session.progress
+    examples = render_inputs(inputs, session.tokenizer, max_length=session.max_length, progress=progress)
+    training, held_out = examples.training, examples.held_out
+    fold = one_fold(training, inputs.data.training, seed=settings.seed + 1)
     if not fold.validation:
         raise UsageError(
-            f"--refit cannot choose with {len(examples.training)} training records",
+            f"--refit cannot choose with {len(training)} training records",
             hint=f"give more records: at least {FEWEST_TO_VALIDATE} different ones are left when some are held out",
         )
-    held = plan_batches(examples.held_out, batch_tokens=settings.batch_tokens)
-    check_causal(base.model, inputs.base.id, held[0])
-    with attach(base.model, inputs.adapters, modules) as attached:
-        engine = Engine(make_objective(attached, held[0]), Meter(progress, task=TASK), progress=progress)
-        training = plan_batches(examples.training, batch_tokens=settings.batch_tokens)
-        find_reach(engine, training, examples.training, inputs.base, progress)
-        tokens = tokens_of(examples.training)
-        work = round(2 * settings.budget * tokens) + 3 * sum(batch.tokens for batch in held)
-        announce(engine, inputs, base, examples, (fold,), work, progress)
-        progress.begin(TASK, work, WORK)
+    session.check_causal(held_out)
+    with session.attached(inputs.adapters, inputs.layout.modules, held_out) as objective:
+        engine = Engine(objective, Meter(progress, task=_TASK), progress=progress)
+        find_reach(engine, session, training)
+        tokens = tokens_of(training)
+        work = round(2 * settings.budget * tokens) + 3 * sum(batch.tokens for batch in session.batches(held_out))
+        announce(engine, inputs, session, examples, (fold,), work)
+        progress.begin(_TASK, work, WORK)
         try:
             found = _search(engine, inputs, fold, examples)
             passes = round(engine.meter.spent / (2 * tokens), 2)
             cut = {name: module.factors for name, module in inputs.adapters[0].modules.items()}
-            loss = _losses(engine, source, cut, found.cores, dtype, examples)
+            loss = _losses(engine, session, source, cut, found.cores, dtype, held_out)
         finally:
-            progress.finish(TASK)
+            progress.finish(_TASK)
     record = RefitRecord(
         data=tuple(RefitFile(file.source.name, file.sha256, len(file.records)) for file in inputs.data.files),
         divided=not inputs.data.eval_files,
@@ -334,7 +326,7 @@ def _search(engine: Engine, inputs: FitInputs, fold: Fold, examples: Examples) -
     task = Task(engine, (fold,), criterion, settings, inputs.references)
     budget = settings.budget * 2 * tokens_of(examples.training)
     before = criterion(mixing, identity, fold.validation, None)
-    solved = solve_level(task, mixing, {START: [identity]}, budget * (1 - REFIT_SHARE) - engine.meter.spent)
+    solved = solve_level(task, mixing, {_START: [identity]}, budget * (1 - REFIT_SHARE) - engine.meter.spent)
     assert solved.scores is not None
     compared = gain(before, solved.scores)
     if not solved.moved or not compared.clear:
@@ -352,20 +344,20 @@ def _search(engine: Engine, inputs: FitInputs, fold: Fold, examples: Examples) -
 
 def _losses(
     engine: Engine,
+    session: Session,
     source: Source,
     cut: dict[str, Factors],
     cores: dict[str, Tensor],
     dtype: torch.dtype,
-    examples: Examples,
+    held: Sequence[Example],
 ) -> RefitLoss:
     """Of the composition, the cut and the refitted cut, the last two rounded to `dtype`, on the held-out records."""
-    held = examples.held_out
-    batches = plan_batches(held, batch_tokens=FitSettings().batch_tokens)
+    batches = session.batches(held)
 
     def score(what: str, factors: dict[str, Factors]) -> Scores:
         engine.meter.stage(what)
-        composition = of_factors(factors)
-        return engine.score(composition.mixing, composition.theta, batches, held)
+        point = of_factors(factors)
+        return engine.score(point.mixing, point.theta, batches, held)
 
     composed = score("composition", {name: source.compose(name).factors for name in cut})
     truncated = score("truncation", {name: f.to(dtype) for name, f in cut.items()})

@@ -18,7 +18,8 @@ from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched, fetch_adapter
-from loracli.model.base import BaseReference, find_base, on_base
+from loracli.model.base import on_base
+from loracli.model.reference import BaseReference, find_base
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import local_reference
 from loracli.recipe.record import MAX_ADAPTERS
@@ -126,9 +127,7 @@ def render_inputs(inputs: FitInputs, tokenizer: Any, *, max_length: int, progres
     Raises:
         CalibrationError: if records cannot be rendered, or too many have nothing scored within `max_length` tokens.
     """
-    for adapter, reference in zip(inputs.adapters, inputs.references, strict=True):
-        for difference in tokenizer_differences(adapter.path, tokenizer):
-            progress.warn(f"{reference}: {difference}")
+    say_tokenizer_differences(inputs.adapters, inputs.references, tokenizer, progress)
     return render_dataset(
         inputs.data,
         tokenizer,
@@ -137,6 +136,15 @@ def render_inputs(inputs: FitInputs, tokenizer: Any, *, max_length: int, progres
         skip_bad=inputs.settings.skip_bad,
         progress=progress,
     )
+
+
+def say_tokenizer_differences(
+    adapters: Sequence[LoraAdapter], references: Sequence[str], tokenizer: Any, progress: Progress
+) -> None:
+    """Warns of adapters that come with another chat template or other tokens than the base model's."""
+    for adapter, reference in zip(adapters, references, strict=True):
+        for difference in tokenizer_differences(adapter.path, tokenizer):
+            progress.warn(f"{reference}: {difference}")
 
 
 def _reference_from(adapter: LoraAdapter, folder: Path) -> str:

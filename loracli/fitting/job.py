@@ -21,11 +21,14 @@ from loracli.fitting.journal import Journal, StepLog, is_step_log, open_state, r
 from loracli.fitting.level import tokens_of
 from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.reach import foresee_bypassed
-from loracli.fitting.run import decision_on, divide_training, memory_estimate, run_fit, usable_length
-from loracli.model.base import BasePlan, BaseReference, check_shapes, load_tokenizer, plan_base
+from loracli.fitting.run import divide_training, opening_of, run_fit
+from loracli.model.base import BasePlan, load_tokenizer
 from loracli.model.experts import check_experts
+from loracli.model.modules import check_shapes
 from loracli.model.placement import Placement
 from loracli.model.preflight import MemoryDecision, MemoryEstimate
+from loracli.model.reference import BaseReference
+from loracli.model.session import usable_length
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, check_recipe_path
 from loracli.recipe.record import activations_path, tensors_path
@@ -82,14 +85,15 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
         OutOfResources: if the weights alone need more memory than there is.
     """
     placement.check_processes(world_size)
-    base = plan_base(inputs.base, dtype=placement.dtype, device=placement.device)
+    opening = opening_of(inputs, placement, world_size)
+    base = opening.plan()
     check_shapes(base.skeleton, inputs.adapters)
     check_experts(base.skeleton, inputs.adapters)
     foresee_bypassed(inputs.layout.modules, inputs.base, progress)
-    length = usable_length(base, inputs.settings)
+    length = usable_length(base, inputs.settings.max_length)
     examples = render_inputs(inputs, load_tokenizer(inputs.base), max_length=length, progress=progress)
     folds = divide_training(inputs, examples.training)
-    memory = memory_estimate(inputs, base, placement, world_size)
+    memory, decision = opening.memory(base)
     every = (*examples.training, *examples.held_out)
     return FitPlan(
         inputs=inputs,
@@ -103,7 +107,7 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
         cut=sum(data.cut for data in examples.data),
         dropped=sum(data.dropped for data in examples.data),
         memory=memory,
-        decision=decision_on(memory, base, placement, world_size),
+        decision=decision,
     )
 
 

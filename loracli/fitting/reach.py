@@ -1,5 +1,4 @@
-"""What a model makes of adapters before any fit: which of the modules that they change it ever calls, and which order
-of the experts' factors it likes better, where an adapter leaves that open.
+"""Which of the modules that adapters change a model ever calls.
 
 An adapter acts where its layer is called, in PEFT as here. Two kinds of layers are not:
 
@@ -29,15 +28,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.expert_orders import open_orders, read_otherwise
-from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import BaseModelMismatch
 from loracli.fitting.engine import Engine
-from loracli.model.attach import attach
-from loracli.model.base import BaseReference, kind_and_shape, plan_base
-from loracli.model.loss import make_objective
+from loracli.model.base import plan_base
+from loracli.model.modules import kind_and_shape
+from loracli.model.reference import BaseReference
+from loracli.model.session import Session
 from loracli.progress import Progress
 
 _NAMED = 4  # modules in a message; of the others the number
@@ -78,23 +75,20 @@ class WeightsRead:
     failure: str | None = None
 
 
-def find_reach(
-    engine: Engine, batches: Sequence[Batch], examples: Sequence[Example], base: BaseReference, progress: Progress
-) -> Reach:
+def find_reach(engine: Engine, session: Session, examples: Sequence[Example]) -> Reach:
     """Which of the attached modules records reach, at what is attached; modules that they do not are warned of.
 
     Args:
         engine: of the attached model.
-        batches: of the examples; run until every module is reached.
-        examples: the records.
-        base: the model's.
-        progress: told of what is not reached.
+        session: of its base.
+        examples: the records; run until every module is reached.
     Raises:
         BaseModelMismatch: if none is reached.
     """
-    unreached = engine.unreached(batches, examples, key="reach")
+    unreached = engine.unreached(session.batches(examples), examples, key="reach")
     if not unreached:
         return Reach()
+    base, progress = session.base.reference, session.progress
     read = weights_read(base)
     warn_untried(read, base.id, IGNORED, progress)
     found = Reach(unreached, tuple(name for name in unreached if name in read.bypassed))
@@ -260,42 +254,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-_RECORDS_OF_AN_ORDER = 64  # enough to tell an adapter from its scrambled experts
-
-
-def say_likelier_orders(
-    model: Any, adapters: Sequence[LoraAdapter], examples: Sequence[Example], *, batch_tokens: int, progress: Progress
-) -> None:
-    """Warns, of each adapter with an open order, which of its readings the records like better.
-
-    Args:
-        model: the base, without adapters.
-        adapters: that fit it.
-        examples: records; the first of them are run.
-        batch_tokens: of a batch.
-        progress: told.
-    """
-    for adapter in adapters:
-        for order in open_orders(adapter):
-            taken, other = (
-                _nats_per_token(model, reading, examples[:_RECORDS_OF_AN_ORDER], batch_tokens)
-                for reading in (adapter, read_otherwise(adapter, order))
-            )
-            value = order.taken if taken <= other else order.other
-            progress.warn(
-                f'{adapter.reference} alone costs {taken:.4f} nats per token read with "{order.field}": '
-                f'"{order.taken}", as it is, and {other:.4f} with "{order.other}": "{value}" is likelier; write it '
-                "into its adapter_config.json"
-            )
-
-
-def _nats_per_token(model: Any, adapter: LoraAdapter, examples: Sequence[Example], batch_tokens: int) -> float:
-    batches = plan_batches(examples, batch_tokens=batch_tokens)
-    with torch.no_grad(), attach(model, [adapter], tuple(sorted(adapter.targets))) as attached:
-        attached.set_weights(torch.ones(len(attached.modules), 1, dtype=attached.precision))
-        objective = make_objective(attached, batches[0])
-        nats = sum(float(objective.nats(batch).double().sum()) for batch in batches)
-    counted = sum(len(batch.labels) if batch.weights is None else float(batch.weights.sum()) for batch in batches)
-    return nats / counted

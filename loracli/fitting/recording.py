@@ -15,7 +15,8 @@ from loracli.fitting.inputs import FitInputs
 from loracli.fitting.level import Solution
 from loracli.fitting.mixing import DiagonalMixing, FactorMixing
 from loracli.fitting.reach import Reach
-from loracli.model.base import BaseModel, base_modules
+from loracli.model.base import BaseModel
+from loracli.model.modules import base_modules
 from loracli.recipe.ingredients import identity_of
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import (

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.batches import Batch
 from loracli.calibration.dataset import Examples
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
@@ -25,16 +24,14 @@ from loracli.fitting.journal import TASK, Journal, Meter, StepLog
 from loracli.fitting.level import Solution, Task, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
 from loracli.fitting.processes import ALONE, Processes
-from loracli.fitting.reach import find_reach, say_likelier_orders
+from loracli.fitting.reach import find_reach
 from loracli.fitting.recording import make_recipe
 from loracli.fitting.search import LADDERS, fit_as_published, search
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched
-from loracli.model.attach import AttachedModel, attach, replace_modules
-from loracli.model.base import BaseModel, BasePlan, check_fits, load_base, plan_base
-from loracli.model.loss import Scores, check_causal, make_objective
-from loracli.model.placement import Placement, available_memory, checkpointed, memory_errors
-from loracli.model.preflight import MemoryDecision, MemoryEstimate, decide_memory, estimate_memory
+from loracli.model.loss import Scores
+from loracli.model.placement import Placement
+from loracli.model.session import Opening, Session, open_session, settle_memory
 from loracli.progress import SILENT, WORK, Progress, duration_text
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import INLINE_KINDS, FitCertificate
@@ -119,112 +116,62 @@ def run_fit(
             "modules_to_save cannot replace modules of a base that is shared out over processes",
             hint="leave --shard out",
         )
-    decision = memory_decision(inputs, placement, processes)
-    (progress.warn if decision.tight else progress.note)(decision.note)
-    with memory_errors():
-        base = load_base(
-            inputs.base,
-            dtype=placement.dtype,
-            device=placement.device,
-            device_map=placement.device_map,
-            shard=processes.world_size if placement.shard else None,
-            progress=progress,
-        )
-        with checkpointed(base.model) if placement.checkpointing or decision.checkpointing else nullcontext():
-            return _run(inputs, base, processes, journal, log, progress)
-
-
-def memory_decision(inputs: FitInputs, placement: Placement, processes: Processes) -> MemoryDecision:
-    """What the estimate says, before any weight is loaded; the first process decides for all."""
-    plan = plan_base(inputs.base, dtype=placement.dtype, device=placement.device)
-    estimate = memory_estimate(inputs, plan, placement, processes.world_size)
-    return processes.from_first(lambda: decision_on(estimate, plan, placement, processes.world_size))
-
-
-def memory_estimate(inputs: FitInputs, plan: BasePlan, placement: Placement, world_size: int) -> MemoryEstimate:
-    """The memory of one of `world_size` processes, before any weight is loaded."""
-    settings = inputs.settings
-    return estimate_memory(
-        plan,
-        inputs.adapters,
-        batch_tokens=settings.batch_tokens,
-        max_length=settings.max_length,
-        shards=world_size if placement.shard else 1,
-        factors="factors" in LADDERS[settings.mixing],
+    opening = settle_memory(
+        opening_of(inputs, placement, processes.world_size), agree=processes.from_first, progress=progress
     )
+    with open_session(opening, progress=progress) as session:
+        return _run(inputs, session, processes, journal, log)
 
 
-def decision_on(estimate: MemoryEstimate, plan: BasePlan, placement: Placement, world_size: int) -> MemoryDecision:
-    """What the estimate says beside the memory that is free now.
-
-    Raises:
-        OutOfResources: if the weights alone need more.
-    """
-    return decide_memory(
-        estimate,
-        available_memory(plan.device, every=placement.device_map is not None),
-        plan,
-        processes=world_size if plan.device == "cpu" else 1,
-        sharded=placement.shard,
+def opening_of(inputs: FitInputs, placement: Placement, world_size: int = 1) -> Opening:
+    """The base of a fit, as each of its processes opens it."""
+    settings = inputs.settings
+    return Opening(
+        inputs.base,
+        inputs.adapters,
+        settings.batch_tokens,
+        settings.max_length,
+        inputs.saved,
+        placement,
+        processes=world_size,
+        trains_factors="factors" in LADDERS[settings.mixing],
     )
 
 
 def _run(
-    inputs: FitInputs,
-    base: BaseModel,
-    processes: Processes,
-    journal: Journal | None,
-    log: StepLog | None,
-    progress: Progress,
+    inputs: FitInputs, session: Session, processes: Processes, journal: Journal | None, log: StepLog | None
 ) -> Recipe:
-    settings = inputs.settings
-    check_fits(base, inputs.adapters)
-    replace_modules(base.model, inputs.saved)
-    examples = render_inputs(inputs, base.tokenizer, max_length=usable_length(base, settings), progress=progress)
-    folds = divide_training(inputs, examples.training)
-    held_batches = plan_batches(examples.held_out, batch_tokens=settings.batch_tokens)
-    check_causal(base.model, base.reference.id, held_batches[0])
-    say_likelier_orders(
-        base.model, inputs.adapters, examples.training, batch_tokens=settings.batch_tokens, progress=progress
-    )
+    settings, progress = inputs.settings, session.progress
+    examples = render_inputs(inputs, session.tokenizer, max_length=session.max_length, progress=progress)
+    training, held_out = examples.training, examples.held_out
+    folds = divide_training(inputs, training)
+    session.check_causal(held_out)
+    session.say_likelier_orders(inputs.adapters, training)
     canonical = settings.mixing not in INLINE_KINDS
-    with attach(base.model, inputs.adapters, inputs.layout.modules, canonical=canonical) as attached:
-        objective = make_objective(attached, held_batches[0])
-        meter = Meter(progress, log, tokens=tokens_of(examples.training))
+    with session.attached(inputs.adapters, inputs.layout.modules, held_out, canonical=canonical) as objective:
+        meter = Meter(progress, log, tokens=tokens_of(training))
         engine = Engine(objective, meter, processes=processes, journal=journal, progress=progress)
-        training = plan_batches(examples.training, batch_tokens=settings.batch_tokens)
-        reach = find_reach(engine, training, examples.training, base.reference, progress)
-        work = _work(inputs, examples, held_batches)
-        announce(engine, inputs, base, examples, folds, work, progress)
+        reach = find_reach(engine, session, training)
+        work = _work(inputs, examples, session.batches(held_out))
+        announce(engine, inputs, session, examples, folds, work)
         progress.begin(TASK, work, WORK)
         try:
-            found = find_mixing(engine, attached, inputs, folds, examples.training, base.tokenizer)
-            found, certificate = _certified(engine, found, examples.training, settings)
-            passes = engine.meter.spent / (2 * tokens_of(examples.training))
-            training_loss = _training_loss(engine, found, examples.training, settings)
-            scores = _held_out_scores(engine, inputs, found, held_batches, examples.held_out, progress)
+            found = find_mixing(engine, inputs, folds, training, session.tokenizer)
+            found, certificate = _certified(engine, found, training, settings)
+            passes = engine.meter.spent / (2 * tokens_of(training))
+            training_loss = _training_loss(engine, session, found, training)
+            scores = _held_out_scores(engine, session, inputs, found, held_out)
             activations = fit_activations(
-                engine,
-                inputs.adapters,
-                found.mixing,
-                found.theta,
-                examples.training,
-                seed=settings.seed,
-                progress=progress,
+                engine, inputs.adapters, found.mixing, found.theta, training, seed=settings.seed, progress=progress
             )
         finally:
             progress.finish(TASK)
     table = held_out_table(
-        scores,
-        inputs.references,
-        examples=examples.held_out,
-        name=inputs.data.held_out_name,
-        seed=settings.seed,
+        scores, inputs.references, examples=held_out, name=inputs.data.held_out_name, seed=settings.seed
     )
-    validated = len(folds) if folds[0].validation else 0
     return make_recipe(
         inputs,
-        base,
+        session.base,
         examples.data,
         found,
         table,
@@ -234,7 +181,7 @@ def _run(
         passes=passes,
         reach=reach,
         halvings=engine.halvings,
-        folds=validated,
+        folds=len(folds) if folds[0].validation else 0,
     )
 
 
@@ -259,12 +206,6 @@ def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fol
     return (fold,)
 
 
-def usable_length(base: BaseModel | BasePlan, settings: FitSettings) -> int:
-    """Tokens of a record that are used: as many as were asked for, and no more than the model takes."""
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    return min(limit, settings.max_length) if isinstance(limit, int) else settings.max_length
-
-
 def _work(inputs: FitInputs, examples: Examples, held_batches: Sequence[Batch]) -> int:
     """Tokens forward plus tokens backward of the whole fit, for the bar and the estimate."""
     tokens = tokens_of(examples.training)
@@ -274,16 +215,10 @@ def _work(inputs: FitInputs, examples: Examples, held_batches: Sequence[Batch]) 
 
 
 def announce(
-    engine: Engine,
-    inputs: FitInputs,
-    base: BaseModel,
-    examples: Examples,
-    folds: Sequence[Fold],
-    work: int,
-    progress: Progress,
+    engine: Engine, inputs: FitInputs, session: Session, examples: Examples, folds: Sequence[Fold], work: int
 ) -> None:
     """Says what will be done and, from one timed batch, about how long it takes."""
-    settings, layout = inputs.settings, inputs.layout
+    settings, layout, base, progress = inputs.settings, inputs.layout, session.base, session.progress
     batches = plan_steps(folds[0].fitting, batch_tokens=settings.batch_tokens, seed=settings.seed).batches
     batch = batches[len(batches) // 2]
     module = make_diagonal(layout, "module")
@@ -303,24 +238,18 @@ def announce(
 
 
 def find_mixing(
-    engine: Engine,
-    attached: AttachedModel,
-    inputs: FitInputs,
-    folds: tuple[Fold, ...],
-    training: Sequence[Example],
-    tokenizer: Any,
+    engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], training: Sequence[Example], tokenizer: Any
 ) -> Solution:
     """The search of `inputs.settings` on an attached model.
 
     Args:
-        engine: of the attached model.
-        attached: in the canonical gauge if the rung needs it.
+        engine: of the attached model, in the canonical basis if the kind of mixing needs it.
         inputs: of the fit.
         folds: from `divide_training`.
         training: all records of the folds.
         tokenizer: the base model's.
     """
-    settings = inputs.settings
+    settings, attached = inputs.settings, engine.objective.attached
     if settings.paper:
         return fit_as_published(engine, make_diagonal(inputs.layout, "module", softmax=True), training, settings)
     reserved = 0  # which rung `auto` ends on is not known, and so is what it leaves of the budget
@@ -371,12 +300,13 @@ def _certified(
     return replace(found, thetas=(theta,)), certificate
 
 
-def _training_loss(engine: Engine, found: Solution, training: Sequence[Example], settings: FitSettings) -> float | None:
+def _training_loss(engine: Engine, session: Session, found: Solution, training: Sequence[Example]) -> float | None:
     """None where the search stopped at records whose loss is not finite."""
     engine.meter.stage("training loss")
-    batches = plan_batches(training, batch_tokens=settings.batch_tokens)
     try:
-        return engine.score(found.mixing, found.theta, batches, training, key="training loss").nats_per_token
+        return engine.score(
+            found.mixing, found.theta, session.batches(training), training, key="training loss"
+        ).nats_per_token
     except NonFiniteLoss:
         if found.stopped is None:
             raise
@@ -384,12 +314,7 @@ def _training_loss(engine: Engine, found: Solution, training: Sequence[Example],
 
 
 def _held_out_scores(
-    engine: Engine,
-    inputs: FitInputs,
-    found: Solution,
-    batches: Sequence[Batch],
-    examples: Sequence[Example],
-    progress: Progress,
+    engine: Engine, session: Session, inputs: FitInputs, found: Solution, examples: Sequence[Example]
 ) -> dict[str, Scores]:
     """Every point that needs no fit, and the fit; a point whose loss is not finite is left out, and said.
 
@@ -397,6 +322,7 @@ def _held_out_scores(
         NonFiniteLoss: if it is the fit, or every adapter alone.
     """
     engine.meter.stage("held out")
+    batches = session.batches(examples)
     adapters: Mixing = make_diagonal(inputs.layout, "adapter")
     scores: dict[str, Scores] = {}
     for name, point in static_points(inputs.references).items():
@@ -405,7 +331,7 @@ def _held_out_scores(
                 adapters, adapters.constant(point), batches, examples, key=f"held out, point {name!r}"
             )
         except NonFiniteLoss as error:
-            progress.warn(f"{name} is left out of the held-out table: {error}")
+            session.progress.warn(f"{name} is left out of the held-out table: {error}")
             if name == inputs.references[-1] and not any(reference in scores for reference in inputs.references):
                 raise
     scores[FIT] = engine.score(found.mixing, found.theta, batches, examples, key="held out, the fit")

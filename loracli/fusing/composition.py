@@ -25,8 +25,10 @@ from loracli.fusing.plan import FusionPlan, plan_fusion
 from loracli.fusing.quantised import Quantisation
 from loracli.fusing.workplace import read_config
 from loracli.model.attach import check_saved
-from loracli.model.base import BasePlan, BaseReference, base_modules, check_shapes, find_base, named_as, plan_base
+from loracli.model.base import BasePlan, plan_base
 from loracli.model.checkpoint import Checkpoint
+from loracli.model.modules import base_modules, check_shapes, named_as
+from loracli.model.reference import BaseReference, find_base
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe

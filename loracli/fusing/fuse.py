@@ -56,8 +56,8 @@ from loracli.fusing.workplace import (
     read_config,
 )
 from loracli.model.base import BasePlan, plan_base
-from loracli.model.base_copies import check_base_copies, stored_weights
 from loracli.model.checkpoint import INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
+from loracli.model.modules import check_base_copies, stored_weights
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe
 from loracli.system.document import dtype_name

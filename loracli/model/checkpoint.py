@@ -34,7 +34,7 @@ from loracli.system.tensor_file import FLOATS, ITEM_BYTES, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 64 << 20
+_MAX_INDEX_BYTES = 64 << 20
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
@@ -193,7 +193,7 @@ def _open(path: Path) -> Iterator[Any]:
 def _read_index(path: Path) -> dict[str, Any]:
     fields = read_object(
         path,
-        MAX_INDEX_BYTES,
+        _MAX_INDEX_BYTES,
         lambda reason: BaseModelMismatch(f"the index cannot be read: {reason}", where=str(path)),
     )
     names = fields.get("weight_map")

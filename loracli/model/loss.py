@@ -46,7 +46,7 @@ class Scores:
 
 
 CHUNK_BYTES = 64 << 20  # of float32 logits at a time
-NOT_ROUNDING = 0.02  # of the largest logit: more than bfloat16 loses, far less than a look at the future changes
+_NOT_ROUNDING = 0.02  # of the largest logit: more than bfloat16 loses, far less than a look at the future changes
 
 
 class FrozenHead(torch.autograd.Function):
@@ -227,7 +227,7 @@ def check_causal(model: Any, name: str, batch: Batch) -> None:
     other[0, -1] = (other[0, -1] + 1) % model.config.get_text_config().vocab_size
     with torch.no_grad():
         before, after = (_widened(model(input_ids=x, use_cache=False).logits[0, :-1]) for x in (ids, other))
-    if float((before - after).abs().max()) > NOT_ROUNDING * float(before.abs().max()):
+    if float((before - after).abs().max()) > _NOT_ROUNDING * float(before.abs().max()):
         raise BaseModelMismatch(
             f"the base model {name} is not causal: its predictions change with tokens that come later",
             hint="only causal language models can be fitted",

@@ -13,8 +13,8 @@ from loracli.model.loss import CHUNK_BYTES
 from loracli.model.placement import decoder_layers
 from loracli.progress import amount_text
 
-HEADROOM = 0.9  # of the memory that is free: estimates err, and allocators leave gaps
-FLOAT32 = 4  # bytes
+_HEADROOM = 0.9  # of the memory that is free: estimates err, and allocators leave gaps
+_FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def estimate_memory(
     inputs = graphs * tokens * s * width
     return MemoryEstimate(
         weights=s * _weights(plan.skeleton, layers, shards),
-        adapters=numbers * (s + (8 * FLOAT32 if factors else 0)),
+        adapters=numbers * (s + (8 * _FLOAT32 if factors else 0)),
         activations=graphs * layer + of_adapters,
         checkpointed=inputs + layer + of_adapters // max(graphs, 1) if layers else None,
         head=_head(config, vocabulary, width, tokens, s),
@@ -145,11 +145,11 @@ def decide_memory(
             f"the weights of {plan.reference.id} and the adapters take {needed}, and there are {free}",
             hint=f"try {' or '.join(_ways_out(plan, sharded))}",
         )
-    if estimate.total <= HEADROOM * room:
+    if estimate.total <= _HEADROOM * room:
         return MemoryDecision(False, f"memory: about {plain}, with {free}")
     recompute = estimate.checkpointed is not None
     how = "; layers are run again in the backward pass, which takes half as long again" if recompute else ""
-    if estimate.total_checkpointed <= HEADROOM * room:
+    if estimate.total_checkpointed <= _HEADROOM * room:
         return MemoryDecision(True, f"memory: about {least} instead of {plain}, with {free}{how}")
     ways = ["a smaller --batch-tokens", "a smaller --max-length", *_ways_out(plan, sharded)]
     note = f"memory may run out: about {least}, with {free}{how}; try {' or '.join(ways)}"
@@ -160,9 +160,9 @@ def _kept_by_layer(config: Any, width: int, tokens: int, length: int, s: int) ->
     """Bytes that a layer without adapters keeps for its backward pass."""
     heads = _setting(config, "num_attention_heads") or 1  # a model without attention
     size = _setting(config, "head_dim") or width // heads
-    kept = tokens * (3 * FLOAT32 * width + 4 * s * heads * size + 3 * s * _inner_width(config, width))
+    kept = tokens * (3 * _FLOAT32 * width + 4 * s * heads * size + 3 * s * _inner_width(config, width))
     if config._attn_implementation == "eager":
-        kept += 2 * FLOAT32 * heads * tokens * length
+        kept += 2 * _FLOAT32 * heads * tokens * length
     return kept
 
 
@@ -224,9 +224,9 @@ def _head(config: Any, vocabulary: int, width: int, tokens: int, s: int) -> int:
     """Bytes at the head if every token is scored: of a chunk of logits, unless the model acts on them itself."""
     acting = ("final_logit_softcapping", "logits_scaling", "logit_scale")
     whole = any(getattr(config, name, None) not in (None, 1.0) for name in acting)
-    rows = tokens if whole else min(tokens, max(1, CHUNK_BYTES // (FLOAT32 * vocabulary)))
+    rows = tokens if whole else min(tokens, max(1, CHUNK_BYTES // (_FLOAT32 * vocabulary)))
     # The logits, their softmax and its logarithm in float32 or better; in a narrower dtype once more, before and after.
-    a_logit = 2 * max(s, FLOAT32) + (2 * s if s < FLOAT32 else 0)
+    a_logit = 2 * max(s, _FLOAT32) + (2 * s if s < _FLOAT32 else 0)
     return rows * vocabulary * a_logit + 2 * tokens * width * s
 
 

@@ -24,8 +24,8 @@ from loracli.adapters.names import PREFIX
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
 from loracli.hub.plan import from_pickle_hint
-from loracli.model.base import expert_shape, kind_and_shape, plan_from_config
-from loracli.model.base_places import BaseNames
+from loracli.model.base import plan_from_config
+from loracli.model.modules import BaseNames, expert_shape, kind_and_shape
 from loracli.progress import SILENT, Progress
 from loracli.system.files import (
     CERTIFICATE_FILE,

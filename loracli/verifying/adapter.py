@@ -26,7 +26,7 @@ from loracli.errors import InputError, IntegrityError, UsageError
 from loracli.export.activations import recorded_moments
 from loracli.export.layout import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
-from loracli.model.base import check_shapes
+from loracli.model.modules import check_shapes
 from loracli.progress import Progress
 from loracli.system.document import decode, dtype_name
 from loracli.system.files import (

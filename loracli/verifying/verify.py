@@ -22,7 +22,7 @@ from loracli.fusing.quantised import read_quantisation
 from loracli.fusing.stream import BLOCK_BYTES, WIDENED, replaced_rows, rounding_bounds, update_of
 from loracli.fusing.workplace import CONFIG, FUSE_CERTIFICATE, config_bytes, index_bytes, other_files, read_config
 from loracli.hub.references import BaseClaim
-from loracli.model.base import BaseReference, check_shapes, find_base, named_as, plan_base
+from loracli.model.base import plan_base
 from loracli.model.checkpoint import (
     INDEX_FILE,
     Checkpoint,
@@ -32,6 +32,8 @@ from loracli.model.checkpoint import (
     read_checkpoint,
     tied_parameters,
 )
+from loracli.model.modules import check_shapes, named_as
+from loracli.model.reference import BaseReference, find_base
 from loracli.progress import SILENT, Progress
 from loracli.system.document import decode, dtype_name
 from loracli.system.files import (
@@ -368,7 +370,8 @@ def verify_directory(
         raise IntegrityError(f"{path} has a record and no {TENSOR_FILE}")
     skeleton = None
     if base is not None:
-        from loracli.model.base import find_base, plan_base
+        from loracli.model.base import plan_base
+        from loracli.model.reference import find_base
 
         reference = find_base((), base, revision=base_revision, progress=progress)
         skeleton = plan_base(reference, task=_stated_task(path)).skeleton

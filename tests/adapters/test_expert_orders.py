@@ -24,7 +24,8 @@ from loracli.export.export import export_adapter
 from loracli.export.method import export_method
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.model.base import BaseReference, on_base
+from loracli.model.base import on_base
+from loracli.model.reference import BaseReference
 from loracli.progress import Silent
 from loracli.verifying.verify import verify_directory
 from tests.mixtures import BOTH, EXPERTS, load, peft_deltas

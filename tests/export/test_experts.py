@@ -17,7 +17,7 @@ from loracli.algebra.methods import METHODS
 from loracli.errors import UsageError, VerificationError
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method
-from loracli.model.base import base_modules
+from loracli.model.modules import base_modules
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import make_recipe
 from tests.mixtures import BOTH, EXPERTS, ROUTERS, add, file_deltas, load, peft_deltas

@@ -20,7 +20,7 @@ from loracli.errors import IntegrityError, OutputExists, RecipeError, UsageError
 from loracli.export.export import export_adapter
 from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.model.attach import attach
-from loracli.model.base import base_modules
+from loracli.model.modules import base_modules
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import FitRecord, HeldOut, HeldOutRow, RecipeAdapter, RecipeBase, RecipeData, RecipeMixing
 from tests.tiny import BASE_ID, logits, make_adapter, make_base

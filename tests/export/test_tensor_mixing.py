@@ -20,7 +20,7 @@ from loracli.algebra.basis import CanonicalStack, canonical_stack, mixing_in_fil
 from loracli.cli import app
 from loracli.errors import RecipeError
 from loracli.export.export import export_adapter
-from loracli.model.base import base_modules
+from loracli.model.modules import base_modules
 from loracli.recipe.recipe import Recipe, load_recipe
 from loracli.recipe.record import TENSOR_PARTS, MixingKind
 from loracli.recipe.tensors import composed_update, tensor_mixing

@@ -19,9 +19,10 @@ from loracli.fitting.certificate import record_gradients
 from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.fitting.processes import ALONE, Processes, connect
 from loracli.model.attach import attach
-from loracli.model.base import BaseReference, load_base
+from loracli.model.base import load_base
 from loracli.model.loss import Objective
 from loracli.model.placement import checkpointed
+from loracli.model.reference import BaseReference
 from loracli.system.machine import read_launch
 
 

@@ -21,10 +21,11 @@ from loracli.errors import UsageError
 from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import make_diagonal, make_layout
-from loracli.fitting.run import fit_mixing, usable_length
+from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach
 from loracli.model.loss import make_objective
+from loracli.model.session import usable_length
 from loracli.progress import SILENT, Silent
 from loracli.recipe.recipe import load_recipe
 from tests.tiny import make_tokenizer, random_records, write_jsonl
@@ -179,5 +180,5 @@ def test_the_longest_length_is_that_of_the_text_model() -> None:
     text = {"max_position_embeddings": 300}
     for config in (Gemma3Config(text_config=text), LlamaConfig(**text)):
         base: Any = SimpleNamespace(config=config)
-        assert usable_length(base, FitSettings(max_length=500)) == 300
-        assert usable_length(base, FitSettings(max_length=200)) == 200
+        assert usable_length(base, 500) == 300
+        assert usable_length(base, 200) == 200

@@ -19,9 +19,9 @@ from loracli.fitting.mixing import check_mixing, make_diagonal, make_layout
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach
-from loracli.model.base import check_shapes
 from loracli.model.experts import check_experts
 from loracli.model.loss import make_objective
+from loracli.model.modules import check_shapes
 from tests.mixtures import BOTH, ROUTERS, add, load, peft_deltas
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
 

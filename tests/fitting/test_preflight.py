@@ -18,10 +18,11 @@ from loracli.calibration.render import Example
 from loracli.errors import OutOfResources
 from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
-from loracli.model.base import BasePlan, BaseReference, load_base, plan_base
+from loracli.model.base import BasePlan, load_base, plan_base
 from loracli.model.loss import Objective, make_objective
 from loracli.model.placement import checkpointed
 from loracli.model.preflight import MemoryEstimate, _rank_rows, decide_memory, estimate_memory
+from loracli.model.reference import BaseReference
 from tests import tiny
 from tests.fitting.allocations import allocated_bytes, saved_bytes
 from tests.tiny import make_adapter, make_base

@@ -32,9 +32,10 @@ from loracli.fitting.reach import weights_read
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.fusing.fuse import fuse_model
-from loracli.model.base import BaseReference, kind_and_shape
 from loracli.model.loss import gradient_of
+from loracli.model.modules import kind_and_shape
 from loracli.model.placement import Placement
+from loracli.model.reference import BaseReference
 from loracli.progress import Silent
 from loracli.recipe.recipe import load_recipe
 from loracli.verifying.verify import verify_directory

@@ -20,8 +20,9 @@ from loracli.errors import BaseModelMismatch, LoracatError, OutOfResources, Outp
 from loracli.export.export import export_adapter
 from loracli.fusing import workplace
 from loracli.fusing.fuse import fuse_model
-from loracli.model.base import BaseReference, plan_base
+from loracli.model.base import plan_base
 from loracli.model.checkpoint import loaded_names
+from loracli.model.reference import BaseReference
 from loracli.recipe.recipe import Recipe
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import CASES, Made

@@ -19,7 +19,8 @@ from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.fusing.fuse import fuse_model
-from loracli.model.base import BaseReference, on_base
+from loracli.model.base import on_base
+from loracli.model.reference import BaseReference
 from loracli.recipe.recipe import load_recipe
 from loracli.verifying.verify import verify_directory
 from tests.mixtures import BOTH, EXPERTS, add, expert_layers, load, peft_deltas

@@ -18,8 +18,17 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gemma
 from loracli.composition.card import closed
 from loracli.errors import BaseModelMismatch, LoracatError
 from loracli.hub.references import is_hub_id
-from loracli.model.base import BaseReference, load_base, plan_base
-from loracli.model.trust import ADDED_TOKENS, IGNORED, MAX_LAYERS, REFUSED, SPECIAL_TOKENS, TOKENIZER, check_base_files
+from loracli.model.base import load_base, plan_base
+from loracli.model.reference import (
+    ADDED_TOKENS,
+    IGNORED,
+    MAX_LAYERS,
+    REFUSED,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    BaseReference,
+    check_base_files,
+)
 from tests.cli.project import FIT, run, tree
 
 WITHOUT_BASE = [word for word in FIT if word not in ("--base", "base")]

@@ -17,7 +17,7 @@ import yaml
 from loracli.adapters.licence import read_front_matter
 from loracli.errors import InputError, RecipeError
 from loracli.export.export import export_adapter
-from loracli.model.base import locate_base
+from loracli.model.reference import locate_base
 from loracli.recipe.recipe import load_recipe
 from loracli.report.report import write_report
 from loracli.system.escaping import html_text, markdown_code, markdown_link, shell_word, visible, yaml_text

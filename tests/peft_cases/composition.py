@@ -39,7 +39,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loracli.adapters.adapter import read_adapter
 from loracli.export.export import export_adapter
-from loracli.model.base import base_modules
+from loracli.model.modules import base_modules
 from loracli.recipe.record import RecipeMixing
 from tests.export.test_export import make_recipe
 from tests.tiny import BASE_ID

@@ -1,28 +1,173 @@
-"""What the files beside a base model's weights may not decide: which code is run, and which other files are read.
+"""A base model as it is found: which one is meant, where it is, and what it may not decide.
 
-A base that an adapter names is a stranger's, and transformers does much of what its JSON files say. What names code is
-not followed: it is taken out of the config before a model is made of it. What names another file, or makes a small file
-cost without limit, is refused by name. Code itself (`auto_map`, `custom_generate`) is off in every call to transformers
-besides, with `trust_remote_code=False`.
+A base that an adapter names is a stranger's, and transformers does much of what the JSON files beside its weights say:
+which code is run, and which other files are read. What names code is not followed: it is taken out of the config before
+a model is made of it. What names another file, or makes a small file cost without limit, is refused by name. Code
+itself (`auto_map`, `custom_generate`) is off in every call to transformers besides, with `trust_remote_code=False`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loracli.errors import BaseModelMismatch, InputError
+from loracli.adapters.adapter import LoraAdapter, kernels_of
+from loracli.adapters.other_bases import other_bases, say_other_bases
+from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
+from loracli.hub.fetch import fetch_base
+from loracli.hub.references import (
+    URI_PREFIX,
+    BaseClaim,
+    agreed_base,
+    distinct_bases,
+    is_hub_id,
+    is_revision,
+    not_on_the_hub,
+)
+from loracli.progress import SILENT, Progress
 from loracli.system.files import CONFIG_FILE
 from loracli.system.strict_json import read_object
 
+WAY_OUT = "give a directory that holds the base's config.json with --base, or its Hub id"
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """Which base model, before it is loaded.
+
+    Args:
+        id: the name that an export will carry: a Hub id where there is one.
+        path: the directory with config, tokenizer and safetensors.
+        commit: of the Hub repository, None for a local directory.
+    """
+
+    id: str
+    path: Path
+    commit: str | None
+
+
+def find_base(
+    adapters: Sequence[LoraAdapter],
+    base: str | BaseClaim | None,
+    *,
+    revision: str | None = None,
+    progress: Progress = SILENT,
+) -> BaseReference:
+    """The base model to use: `base`, or what all adapters agree on, fetched from the Hub unless it is a local
+    directory.
+
+    Args:
+        adapters: that are run in it.
+        base: text that the user named; what a recipe or a record claims; None for what the adapters claim.
+        revision: that the user named, for a base on the Hub.
+        progress: told of a download.
+    Raises:
+        IncompatibleAdapters: if no base is given and the adapters name none, or what is no name on the Hub.
+        UnsupportedAdapter: if an adapter changes a convolution.
+        InputError, UsageError: as `locate_base`.
+    """
+    _refuse_convolutions(adapters)
+    stated = {adapter.reference: adapter.config.base_model for adapter in adapters}
+    claims = distinct_bases(stated.values())
+    if base is None:
+        base = agreed_base(
+            {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters},
+            way_out="give the base with --base",
+        )
+    place = locate_base(base, revision=revision)
+    if isinstance(place, Path):
+        name = claims[0] if len(claims) == 1 and is_hub_id(claims[0]) else place.resolve().name
+        taken_for = f", taken for {name}, which the adapters name; shapes are checked" if name in claims else ""
+        progress.note(f"base model: the local directory {base}{taken_for if name != base else ''}")
+        others = other_bases(place.resolve().name, stated, directory=True, saved_as=_saved_as(place))
+        say_other_bases(str(base), others, progress)
+        return BaseReference(name, place, None)
+    name = str(place.base_model)
+    say_other_bases(name, other_bases(name, stated), progress)
+    try:
+        fetched = fetch_base(name, revision=place.revision, progress=progress)
+    except (HubUnreachable, InputError) as error:
+        error.hint = "; ".join(filter(None, [error.hint, "or give a local copy of the model with --base"]))
+        raise
+    return BaseReference(name, fetched.path, fetched.commit)
+
+
+def _saved_as(folder: Path) -> str | None:
+    """The Hub id that older versions of transformers kept in the config of what they saved, None without one."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # said when it is loaded
+    name = config.get("_name_or_path") if isinstance(config, dict) else None
+    return name if isinstance(name, str) and "/" in name and is_hub_id(name) else None
+
+
+def locate_base(base: str | BaseClaim, *, revision: str | None = None) -> Path | BaseClaim:
+    """The local directory of a base model, or its name on the Hub with the revision that is wanted.
+
+    Args:
+        base: text is what the user named: a directory if there is one, else a Hub id, and with `hf://` always a Hub id.
+            A claim is somebody else's word, and never looked for on the disk.
+        revision: that the user named; None for the claim's own.
+    Raises:
+        InputError: if it is neither a directory of a base model nor a name on the Hub.
+        UsageError: if a revision is asked of a directory, which has none, or it cannot be one.
+    """
+    if revision is not None and not is_revision(revision):
+        raise UsageError(f"--base-revision {revision} cannot be a branch, tag or commit")
+    if isinstance(base, str) and base.startswith(URI_PREFIX):
+        base = BaseClaim(base.removeprefix(URI_PREFIX), None)
+    elif isinstance(base, str):
+        local = _directory(base, revision)
+        if local is not None:
+            return local
+        base = BaseClaim(base, None)
+    if (reason := not_on_the_hub(base)) is not None:
+        raise InputError(f"no base model can be had: there is {reason}", hint=WAY_OUT)
+    return BaseClaim(base.base_model, revision or base.revision)
+
+
+def _directory(base: str, revision: str | None) -> Path | None:
+    """The directory that the user named; None for a name on the Hub."""
+    local = Path(base).expanduser()
+    if not local.is_dir():
+        if not is_hub_id(base):
+            raise InputError(f"the base model {base} is no directory", hint=WAY_OUT)
+        return None
+    if revision is not None:
+        raise UsageError(
+            f"the base model {base} is a local directory, which has no revision {revision}",
+            hint=f"to use the directory give --base {base} without --base-revision"
+            + (f"; for the Hub's, --base {URI_PREFIX}{base}" if is_hub_id(base) else ""),
+        )
+    if not (local / "config.json").is_file():
+        raise InputError(f"the base model {base} has no config.json", hint=WAY_OUT)
+    check_base_files(local, base)
+    if not local.resolve().name.isprintable():  # it may become the id that a recipe keeps, which is one line of text
+        raise InputError(f"the directory {base} has a name with control characters", hint="rename it")
+    return local
+
+
+def _refuse_convolutions(adapters: Sequence[LoraAdapter]) -> None:
+    for adapter in adapters:
+        for name in kernels_of([adapter]):
+            raise UnsupportedAdapter(
+                f"{adapter.reference} changes the convolution {name}, and only linear layers, embeddings and experts "
+                "are run in a base model",
+                hint="compose it from the files alone: loracat export --method NAME --adapters ..., without --base",
+            )
+
+
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer_config.json", "generation_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
-MAX_BYTES = 16 << 20
+_MAX_BYTES = 16 << 20
 MAX_LAYERS = 4096  # and experts of one, and labels: each becomes a Python object, whatever the size of the file
-MAX_TOKEN = (1 << 32) - 1  # of a tokenizer
+_MAX_TOKEN = (1 << 32) - 1  # of a tokenizer
 
 # Taken out of the config, at every depth: transformers' own defaults hold.
 IGNORED: dict[str, str] = {
@@ -166,7 +311,7 @@ def _count(key: str, value: Any) -> int:
 def _token_problem(file: str, key: str, value: Any) -> str | None:
     """What an entry of a list of tokens says that is not followed; None if it may be there."""
     if file == ADDED_TOKENS:
-        if type(value) is int and 0 <= value <= MAX_TOKEN:
+        if type(value) is int and 0 <= value <= _MAX_TOKEN:
             return None
         return f"has an entry that is no token with its number: {key}"
     if not _TOKEN_NAMES.fullmatch(key):
@@ -215,6 +360,6 @@ def _entries(document: Any) -> Iterator[tuple[str, str, Any]]:
 def _read(path: Path) -> dict[str, Any]:
     return read_object(
         path,
-        MAX_BYTES,
+        _MAX_BYTES,
         lambda reason: BaseModelMismatch(f"the base model's {path.name} cannot be read: {reason}", where=str(path)),
     )
