@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.config import AdapterConfig, read_config
-from loracli.adapters.experts import RANK_MAJOR, ExpertTensors, StoredExpert, convolution_of, targeted_parameters
 from loracli.adapters.mlx import is_mlx, read_mlx
 from loracli.adapters.names import (
     BasePlace,
@@ -21,9 +20,10 @@ from loracli.adapters.names import (
     numbered_name,
     parse_tensor_name,
     target_of,
+    targeted_parameters,
     whole_parameter,
 )
-from loracli.adapters.stored import StoredFactors
+from loracli.adapters.stored import RANK_MAJOR, ExpertTensors, StoredExpert, StoredFactors, convolution_of
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter

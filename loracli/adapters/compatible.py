@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of, read_adapter
-from loracli.adapters.expert_orders import warn_of_open_orders
 from loracli.adapters.names import leaf
+from loracli.adapters.on_base import warn_of_open_orders
 from loracli.algebra.factors import inner_product
 from loracli.errors import IncompatibleAdapters, UsageError
 from loracli.hub.fetch import fetch_adapter

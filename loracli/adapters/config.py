@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loracli.adapters.experts import LORA_B_LAYOUTS
 from loracli.adapters.patterns import ModulePatterns, PatternError
+from loracli.adapters.stored import LORA_B_LAYOUTS
 from loracli.algebra.factors import lora_scaling
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 from loracli.system.strict_json import read_object

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
-from loracli.adapters.base_module import BaseModule
-from loracli.adapters.base_names import named_apart
-from loracli.adapters.experts import turned_by_version
+from loracli.adapters.claims import CAUSAL_LM
+from loracli.adapters.kinds import BaseModule
 from loracli.adapters.names import leaf
-from loracli.adapters.tasks import CAUSAL_LM
+from loracli.adapters.on_base import named_apart, turned_by_version
 from loracli.errors import UsageError
 from loracli.hub.references import BaseClaim, agreed_base
 from loracli.progress import SILENT, Progress

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, LoraModule
-from loracli.adapters.base_module import BaseModule
-from loracli.adapters.licence import agreed_licence, stated_licences
-from loracli.adapters.tasks import agreed_task
+from loracli.adapters.claims import agreed_licence, agreed_task, stated_licences
+from loracli.adapters.kinds import BaseModule
 from loracli.algebra.concatenate import concatenate
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods.method import Merged

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of
-from loracli.adapters.base_module import BaseModule
+from loracli.adapters.kinds import BaseModule
 from loracli.adapters.names import leaf
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.layout import Place

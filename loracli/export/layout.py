@@ -32,10 +32,17 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from loracli.adapters.base_module import BaseModule
-from loracli.adapters.experts import module_of_parameter
-from loracli.adapters.names import format_tensor_name, is_numbered, layer, leaf, numbered_name, target_of
-from loracli.adapters.tasks import CAUSAL_LM
+from loracli.adapters.claims import CAUSAL_LM
+from loracli.adapters.kinds import BaseModule
+from loracli.adapters.names import (
+    format_tensor_name,
+    is_numbered,
+    layer,
+    leaf,
+    module_of_parameter,
+    numbered_name,
+    target_of,
+)
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution
 from loracli.errors import UsageError

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from loracli._version import __version__
 from loracli.adapters.adapter import kernels_of
-from loracli.adapters.base_module import BaseModule
+from loracli.adapters.claims import head_size
+from loracli.adapters.kinds import BaseModule
 from loracli.adapters.names import PREFIX, target_of
-from loracli.adapters.tasks import head_size
 from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import join_experts, join_groups

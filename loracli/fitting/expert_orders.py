@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.expert_orders import open_orders, read_otherwise
+from loracli.adapters.on_base import open_orders, read_otherwise
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.model.attach import attach

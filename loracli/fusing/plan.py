@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from loracli.adapters.base_module import BaseModule, ModuleKind
+from loracli.adapters.kinds import BaseModule, ModuleKind
 from loracli.adapters.names import numbered_name
 from loracli.errors import BaseModelMismatch
 from loracli.fusing.quantised import BITSANDBYTES, Quantisation, Quantised, find_quantised

@@ -24,12 +24,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
-from loracli.adapters.base_module import BaseModule, ModuleKind
-from loracli.adapters.base_names import by_base_names
-from loracli.adapters.experts import turned_by_version
+from loracli.adapters.claims import CAUSAL_LM, model_class, other_bases, say_other_bases
+from loracli.adapters.kinds import BaseModule, ModuleKind
 from loracli.adapters.names import BasePlace, leaf
-from loracli.adapters.other_bases import other_bases, say_other_bases
-from loracli.adapters.tasks import CAUSAL_LM, model_class
+from loracli.adapters.on_base import by_base_names, turned_by_version
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import (

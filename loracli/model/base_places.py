@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.base_names import adapted_names, without_wrapper
 from loracli.adapters.names import BasePlace
+from loracli.adapters.on_base import adapted_names, without_wrapper
 from loracli.errors import BaseModelMismatch
 from loracli.model.checkpoint import LoadingRules
 

@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule
-from loracli.adapters.base_module import BaseModule
-from loracli.adapters.experts import order_of, plain_module
-from loracli.adapters.names import PREFIX, leaf
+from loracli.adapters.kinds import BaseModule
+from loracli.adapters.names import PREFIX, leaf, order_of, plain_module
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution, join_experts, join_groups
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import read_adapter
-from loracli.adapters.base_module import BaseModule, ModuleKind
-from loracli.adapters.base_names import by_base_names, named_apart, older_places, read_places, recorded_places
+from loracli.adapters.kinds import BaseModule, ModuleKind
 from loracli.adapters.names import BasePlace
+from loracli.adapters.on_base import by_base_names, named_apart, older_places, read_places, recorded_places
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
 from loracli.composition.base_table import table_of_adapters

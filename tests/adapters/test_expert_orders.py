@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatible import inspect_adapters
-from loracli.adapters.expert_orders import open_orders
+from loracli.adapters.on_base import open_orders
 from loracli.calibration.records import parse_sources, read_records
 from loracli.calibration.render import render_file
 from loracli.comparison.compare import compare_adapters

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loracli.adapters.other_bases import other_bases
+from loracli.adapters.claims import other_bases
 from tests.cli.project import run
 from tests.tiny import make_adapter, random_records, write_jsonl
 

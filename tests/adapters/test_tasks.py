@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from loracli.adapters.adapter import read_adapter
-from loracli.adapters.tasks import TASKS, agreed_task, head_size, loading_lines, model_class
+from loracli.adapters.claims import TASKS, agreed_task, head_size, loading_lines, model_class
 from loracli.errors import IncompatibleAdapters, UnsupportedAdapter, UsageError
 from loracli.export.method import export_method
 from loracli.fitting.inputs import prepare_fit

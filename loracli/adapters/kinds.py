@@ -1,4 +1,4 @@
-"""The base model's modules as a recipe and an export name them, and where an adapter's stand among them."""
+"""Kinds of modules, and the base model's modules as a recipe and an export name them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,6 @@ from loracli.system.document import Matches, added
 
 ModuleKind = Literal["linear", "conv1d", "embedding", "parameter", "experts", "convolution", "other"]
 MAX_EXPERTS = 1 << 14  # of a parameter; for each there is an update, if only of zeros
-
-
-@dataclass(frozen=True)
-class RecipePlace:
-    """Where the base has what an adapter calls otherwise.
-
-    Args:
-        base: the module's path in the base, or an expert's matrix in a parameter, `mlp.experts.down_proj[3]`; each `*`
-            is the number that the adapter's name has there.
-        part: which part of the expert's matrix, from its first row down.
-        parts: how many there are.
-        turned: whether lora_A and lora_B of each expert change places.
-    """
-
-    base: str
-    part: int = added(4, 0)
-    parts: int = added(4, 1)
-    turned: bool = added(4, False)
 
 
 @dataclass(frozen=True)
