@@ -32,7 +32,7 @@ from typing import TypeVar
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule
-from loracli.adapters.kinds import MAX_EXPERTS, BaseModule
+from loracli.adapters.kinds import MAX_EXPERTS, BaseModule, kind_of
 from loracli.adapters.names import BasePlace, RecipePlace, numbered_name, target_of
 from loracli.adapters.stored import GROUPED_BY_EXPERT, RANK_MAJOR, FusedExpert, TurnedExpert
 from loracli.algebra.factors import Factors
@@ -97,10 +97,7 @@ def by_base_names(adapter: LoraAdapter, places: Mapping[str, BasePlace], base: M
 
 def adapted_names(adapter: LoraAdapter) -> dict[str, str]:
     """What an adapter has to say of the base, by the name it has there: a parameter of it in the base."""
-    names = {
-        target: target if modules[0].kind == "experts" else f"{target}.weight"
-        for target, modules in adapter.targets.items()
-    }
+    names = {target: kind_of(modules[0]).parameter(target) for target, modules in adapter.targets.items()}
     names |= {name: f"{name}.weight" for name in adapter.base_copies}
     return names | {owner: min(tensors) for owner, tensors in adapter.saved.items()}
 
@@ -116,7 +113,7 @@ def named_apart(adapters: Sequence[LoraAdapter]) -> bool:
     for place, own in enumerate(stacks):
         if any(_may_be_one(own, other) for other in stacks[:place]):
             return True
-    kinds = [{m[0].kind == "experts" for n, m in a.targets.items() if "experts" in n.split(".")} for a in adapters]
+    kinds = [{kind_of(m[0]).of_experts for n, m in a.targets.items() if "experts" in n.split(".")} for a in adapters]
     first: dict[str, tuple[str, int]] = {}
     for target, modules in (item for adapter in adapters for item in adapter.targets.items()):
         size = modules[0].kind, modules[0].factors.in_features
@@ -204,8 +201,8 @@ def _target(moved: Mapping[str, BasePlace], name: str) -> str:
 def _of_kind(module: LoraModule, name: str, base: BaseModule | None, *, turned: bool) -> LoraModule:
     """A matrix of a parameter is a layer's where the base has a layer there, and the other way round."""
     kind = module.kind
-    if base is not None and {kind, base.kind} == {"linear", "parameter"}:
-        kind = "parameter" if base.kind == "parameter" else "linear"
+    if base is not None and kind_of(base).matrix == kind_of(module).matrix:
+        kind = base.kind
     factors = TurnedExpert(module.factors) if turned else module.factors
     same = (name, kind) == (module.name, module.kind) and not turned
     return module if same else replace(module, name=name, kind=kind, factors=factors)
@@ -312,7 +309,7 @@ class OpenOrder:
 def open_orders(adapter: LoraAdapter) -> tuple[OpenOrder, ...]:
     """What is open of an adapter; nothing without experts that are kept in parameters."""
     config, found = adapter.config, []
-    kept = [modules for modules in adapter.targets.values() if modules[0].kind == "experts"]
+    kept = [modules for modules in adapter.targets.values() if kind_of(modules[0]).of_experts]
     if not kept or not config.target_parameters:
         return ()
     several = any(len(modules) > 1 and modules[0].factors.rank > 1 for modules in kept)
@@ -341,7 +338,7 @@ def read_otherwise(adapter: LoraAdapter, order: OpenOrder) -> LoraAdapter:
     modules = dict(adapter.modules)
     for updates in adapter.targets.values():
         first = updates[0].factors
-        if updates[0].kind != "experts":
+        if not kind_of(updates[0]).of_experts:
             continue
         if order.field == "lora_B_layout":
             modules |= _grouped(updates)
