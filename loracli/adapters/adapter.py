@@ -43,7 +43,7 @@ IDLE = (
 )
 _IDLE_BUT_SAVED = "only its modules_to_save change anything: in every module lora_A or lora_B is zero"
 
-Key = TypeVar("Key")
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,7 @@ def may_have_any_shape(name: str) -> bool:
     return kernels or name.endswith((".bias", *_MAGNITUDES)) or whole_parameter(name) is not None
 
 
-def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:
+def _take(names: dict[_Key, str], key: _Key, name: str, where: str) -> None:
     if key in names:
         raise MalformedAdapter(
             f"{names[key]!r} and {name!r} are two spellings of one tensor",

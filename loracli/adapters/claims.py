@@ -219,7 +219,7 @@ def _is_quantised(name: str) -> bool:
 
 MAX_README_BYTES = 1 << 20
 MAX_FRONT_MATTER = 32 << 10  # characters
-MAX_OPEN = 100  # brackets at once, of any kind, those in text counted along
+_MAX_OPEN = 100  # brackets at once, of any kind, those in text counted along
 _BLOCK = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
 
 
@@ -241,8 +241,8 @@ def read_front_matter(path: Path) -> dict[Any, Any]:
         return {}
     if len(block[1]) > MAX_FRONT_MATTER:
         raise _malformed(path, f"has more than {MAX_FRONT_MATTER} characters of metadata")
-    if _most_open(block[1]) > MAX_OPEN:
-        raise _malformed(path, f"has metadata with more than {MAX_OPEN} open brackets")
+    if _most_open(block[1]) > _MAX_OPEN:
+        raise _malformed(path, f"has metadata with more than {_MAX_OPEN} open brackets")
     try:
         found = yaml.load(block[1], Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError):

@@ -1,9 +1,5 @@
-"""What adapters are beside each other: facts of each, whether they can be composed, how they overlap.
-
-Whether adapters can be composed, and how much they overlap: all from factors and configs, without the base model.
-
-What `inspect` tells of adapters: facts for a table or a JSON document, from the files alone.
-"""
+"""What adapters are beside each other: facts of each, whether they can be composed, how they overlap; all from factors
+and configs, without the base model."""
 
 from __future__ import annotations
 

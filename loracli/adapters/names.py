@@ -210,7 +210,7 @@ def layer(module: str) -> str:
 
 # The order in which transformers' mixtures have the parameters of their experts.
 ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
-WRAPPED = ".base_layer"
+_WRAPPED = ".base_layer"
 
 
 def targeted_parameters(modules: Mapping[str, bool], target_parameters: Iterable[str], where: str) -> dict[str, str]:
@@ -254,8 +254,8 @@ def targeted_parameters(modules: Mapping[str, bool], target_parameters: Iterable
 
 def plain_module(module: str) -> str:
     """The module without the levels of PEFT's wrapping."""
-    while module.endswith(WRAPPED):
-        module = module.removesuffix(WRAPPED)
+    while module.endswith(_WRAPPED):
+        module = module.removesuffix(_WRAPPED)
     return module
 
 
@@ -292,7 +292,7 @@ def module_of_parameter(parameter: str, targeted: Collection[str]) -> str:
     module = parameter.rpartition(".")[0]
     parameters = _in_order([name.rpartition(".")[2] for name in targeted if name.rpartition(".")[0] == module])
     outside = len(parameters) - 1 - parameters.index(parameter.rpartition(".")[2])
-    return module + outside * WRAPPED
+    return module + outside * _WRAPPED
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from loracli.progress import Progress
 
 Value = TypeVar("Value")
 
-WRAPPER = "language_model"
+_WRAPPER = "language_model"
 _STACKS = re.compile(r"encoder|decoder")
 _ANY_NUMBER = "*"
 _NUMBER = re.compile(r"(?<![^.\[])\d+(?![^.\]])", re.ASCII)  # a component, or the number of an expert
@@ -77,7 +77,7 @@ def by_base_names(adapter: LoraAdapter, places: Mapping[str, BasePlace], base: M
     for parameter, of_parameter in parts.items():
         if any(target_of(name) == parameter for name in modules):
             raise BaseModelMismatch(f"{adapter.reference} adapts {parameter} as a whole and by its experts' layers")
-        modules |= fused_experts(adapter.reference, parameter, of_parameter, base.get(parameter))
+        modules |= _fused_experts(adapter.reference, parameter, of_parameter, base.get(parameter))
     if len(modules) == len(adapter.modules) and all(modules.get(n) is m for n, m in adapter.modules.items()):
         return adapter
     saved = {
@@ -144,7 +144,7 @@ def _may_be_one(own: Mapping[str, set[str]], other: Mapping[str, set[str]]) -> b
 
 def without_wrapper(name: str) -> str:
     """The name that a module of a text model inside another model has in the text model alone."""
-    return ".".join(word for word in name.split(".") if word != WRAPPER)
+    return ".".join(word for word in name.split(".") if word != _WRAPPER)
 
 
 def recorded_places(places: Mapping[str, BasePlace]) -> dict[str, RecipePlace]:
@@ -191,7 +191,7 @@ def older_places(adapter: LoraAdapter, base: Mapping[str, BaseModule]) -> dict[s
     fits = all(plain[target] in base for target in adapter.targets) and len(set(plain.values())) == len(plain)
     if fits and not all(target in base for target in adapter.targets):
         return {name: BasePlace(target) for name, target in plain.items()}
-    return older_expert_places(names, base)
+    return _older_expert_places(names, base)
 
 
 def _target(moved: Mapping[str, BasePlace], name: str) -> str:
@@ -221,7 +221,7 @@ _OLDER_PARTS = {
 _EXPERT = re.compile(r"(?P<experts>(?:.+\.)?experts)\.(?P<expert>\d{1,4})\.(?P<part>\w+)", re.ASCII)
 
 
-def fused_experts(
+def _fused_experts(
     reference: str, parameter: str, parts: Mapping[BasePlace, LoraModule], base: BaseModule | None
 ) -> dict[str, LoraModule]:
     """The updates of all experts of a parameter, made of an adapter's modules for parts of them.
@@ -273,7 +273,7 @@ def fused_experts(
     return modules
 
 
-def older_expert_places(names: Iterable[str], base: Mapping[str, BaseModule]) -> dict[str, BasePlace]:
+def _older_expert_places(names: Iterable[str], base: Mapping[str, BaseModule]) -> dict[str, BasePlace]:
     """Where the modules of experts lie, by the spellings that were known before places were kept."""
     found = {}
     for name in names:

@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loracli.adapters.kinds import MAX_EXPERTS
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution, split_experts
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
@@ -119,8 +120,6 @@ class StoredFactors(Factors):
 # What unsloth writes into `lora_B_layout` (unsloth-zoo, pull request 1232); the first is PEFT's.
 RANK_MAJOR, GROUPED_BY_EXPERT = "rank_major", "grouped_by_expert"
 LORA_B_LAYOUTS = (RANK_MAJOR, GROUPED_BY_EXPERT)
-
-MAX_EXPERTS = 1 << 14  # of a parameter
 
 
 class ExpertTensors:
@@ -327,11 +326,10 @@ class FusedExpert(Factors):
         return Factors(self.lora_A, self.lora_B, self.scaling)
 
 
-Shape = tuple[int, ...]
-DIMENSIONS = (3, 4, 5)  # of the kernels of nn.Conv1d, nn.Conv2d and nn.Conv3d
+_DIMENSIONS = (3, 4, 5)  # of the kernels of nn.Conv1d, nn.Conv2d and nn.Conv3d
 
 
-def convolution_of(module: str, lora_A: Shape, lora_B: Shape, where: str) -> Convolution:
+def convolution_of(module: str, lora_A: tuple[int, ...], lora_B: tuple[int, ...], where: str) -> Convolution:
     """The convolution that factors of these shapes belong to.
 
     Args:
@@ -341,7 +339,7 @@ def convolution_of(module: str, lora_A: Shape, lora_B: Shape, where: str) -> Con
     Raises:
         MalformedAdapter: if PEFT has no convolution with such factors.
     """
-    fits = len(lora_A) == len(lora_B) and len(lora_A) in DIMENSIONS and set(lora_B[2:]) == {1}
+    fits = len(lora_A) == len(lora_B) and len(lora_A) in _DIMENSIONS and set(lora_B[2:]) == {1}
     if not fits or lora_A[0] % lora_B[1]:
         raise MalformedAdapter(
             f"{module!r} has lora_A {lora_A} and lora_B {lora_B}, which are neither matrices nor the kernels of a "
