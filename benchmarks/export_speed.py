@@ -41,7 +41,7 @@ from torch import nn
 from benchmarks.made_inputs import llama_layer, of_layers, write_adapter
 from benchmarks.measuring import BenchmarkParser, in_turns, median
 from loracli.adapters.adapter import LoraAdapter, open_adapter
-from loracli.adapters.base_module import BaseModule
+from loracli.adapters.kinds import BaseModule
 from loracli.export.export import export_adapter
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import FitRecord, HeldOut, HeldOutRow, RecipeAdapter, RecipeBase, RecipeData, RecipeMixing

@@ -194,7 +194,7 @@ def measure(width: int, count: int, args: argparse.Namespace) -> list[str]:
 
 
 def _constants(attached: AttachedModel, base: nn.Module, peft: nn.Module) -> list[Any]:
-    tensors = [t for stack in attached._stacks for t in (stack.lora_A, stack.lora_B)]
+    tensors = [t for stack in attached.stacks for t in (stack.lora_A, stack.lora_B)]
     tensors += [*base.parameters(), *peft.parameters(), *base.buffers(), *peft.buffers()]
     return [tensor.untyped_storage() for tensor in tensors]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loracli.adapters.base_module import BaseModule
+from loracli.adapters.kinds import BaseModule
 from loracli.errors import OutputExists, RecipeError
 from loracli.recipe.recipe import MAX_RECIPE_BYTES, Recipe, load_recipe, weights_by_leaf
 from loracli.recipe.record import (

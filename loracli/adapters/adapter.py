@@ -6,24 +6,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from loracli.adapters.config import AdapterConfig, read_config
-from loracli.adapters.experts import RANK_MAJOR, ExpertTensors, StoredExpert, convolution_of, targeted_parameters
+from loracli.adapters.kinds import KINDS, ModuleKind
 from loracli.adapters.mlx import is_mlx, read_mlx
 from loracli.adapters.names import (
     BasePlace,
     Part,
     format_tensor_name,
-    numbered_name,
     parse_tensor_name,
     target_of,
+    targeted_parameters,
     whole_parameter,
 )
-from loracli.adapters.stored import StoredFactors
+from loracli.adapters.stored import RANK_MAJOR, ExpertTensors, StoredExpert, StoredFactors, convolution_of
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
@@ -43,8 +43,7 @@ IDLE = (
 )
 _IDLE_BUT_SAVED = "only its modules_to_save change anything: in every module lora_A or lora_B is zero"
 
-AdapterKind = Literal["linear", "embedding", "parameter", "experts", "convolution"]
-Key = TypeVar("Key")
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class LoraModule:
     """
 
     name: str
-    kind: AdapterKind
+    kind: ModuleKind
     factors: Factors
     kernel: tuple[int, ...] = ()
 
@@ -353,7 +352,7 @@ def may_have_any_shape(name: str) -> bool:
     return kernels or name.endswith((".bias", *_MAGNITUDES)) or whole_parameter(name) is not None
 
 
-def _take(names: dict[Key, str], key: Key, name: str, where: str) -> None:
+def _take(names: dict[_Key, str], key: _Key, name: str, where: str) -> None:
     if key in names:
         raise MalformedAdapter(
             f"{names[key]!r} and {name!r} are two spellings of one tensor",
@@ -380,7 +379,7 @@ def _read_experts(
     parameter: str, module: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile
 ) -> dict[str, LoraModule]:
     """The updates of the experts of a parameter, whose tensors go by the name of a module."""
-    wanted: tuple[Part, Part] = ("lora_A", "lora_B")
+    wanted = KINDS["experts"].parts
     for part in wanted:
         if part not in tensors:
             raise MalformedAdapter(f"lacks {format_tensor_name(module, part)!r}", where=str(file.path))
@@ -393,9 +392,9 @@ def _read_experts(
         file, tensors["lora_A"], tensors["lora_B"], config.rank_of(parameter), config.lora_B_layout or RANK_MAJOR
     )
     scaling = config.scaling_of(parameter)
-    names = [numbered_name(parameter, expert) for expert in range(stored.experts)]
     return {
-        name: LoraModule(name, "experts", StoredExpert(stored, expert, scaling)) for expert, name in enumerate(names)
+        name: LoraModule(name, "experts", StoredExpert(stored, expert, scaling))
+        for expert, name in enumerate(KINDS["experts"].updates(parameter, stored.experts))
     }
 
 
@@ -405,17 +404,15 @@ def _read_module(
     """The update of a module, or those of the groups of a convolution; with `parameter` that of its weight, which
     patterns go by."""
     where, patterned = str(file.path), parameter or name
-    kind: AdapterKind = "embedding" if "lora_embedding_A" in tensors or "lora_embedding_B" in tensors else "linear"
-    wanted: tuple[Part, Part] = (
-        ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A", "lora_B")
-    )
-    biased = kind == "linear" and config.lora_bias
+    kind: ModuleKind = "linear" if tensors.keys().isdisjoint(KINDS["embedding"].parts) else "embedding"
+    wanted = KINDS[kind].parts
+    biased = KINDS[kind].biased and config.lora_bias
     expected = {*wanted, "lora_bias"} if biased else {*wanted}
     missing = [format_tensor_name(name, part) for part in (*wanted, "lora_bias") if part in expected - tensors.keys()]
     if missing:
         raise MalformedAdapter(f"lacks {missing[0]!r}", where=where)
     if "lora_bias" in tensors and not biased:
-        problem = "lora_bias is off" if kind == "linear" else "an embedding has no lora_bias"
+        problem = "lora_bias is off" if KINDS[kind].biased else f"an {kind} has no lora_bias"
         raise MalformedAdapter(f"holds {tensors['lora_bias']!r}, but in {CONFIG_FILE} {problem}", where=where)
     if tensors.keys() != expected:
         raise MalformedAdapter(f"mixes linear and embedding factors for {name!r}", where=where)
@@ -436,10 +433,9 @@ def _read_module(
     if biased and file.shapes[tensors["lora_bias"]] != shape_B[:1]:
         shape = file.shapes[tensors["lora_bias"]]
         raise MalformedAdapter(f"{name!r} has lora_B {shape_B} with a bias {shape}", where=where)
-    names = [name] if found.groups == 1 else [numbered_name(name, group) for group in range(found.groups)]
     kind = kind if parameter is None else "parameter"
     stored = file, tensors[wanted[0]], tensors[wanted[1]], config.scaling_of(patterned), tensors.get("lora_bias")
     return {
         one: LoraModule(one, kind, StoredFactors(*stored, group=group, groups=found.groups), found.kernel)
-        for group, one in enumerate(names)
+        for group, one in enumerate(KINDS[kind].updates(name, found.groups))
     }

@@ -1,9 +1,5 @@
-"""What adapters are beside each other: facts of each, whether they can be composed, how they overlap.
-
-Whether adapters can be composed, and how much they overlap: all from factors and configs, without the base model.
-
-What `inspect` tells of adapters: facts for a table or a JSON document, from the files alone.
-"""
+"""What adapters are beside each other: facts of each, whether they can be composed, how they overlap; all from factors
+and configs, without the base model."""
 
 from __future__ import annotations
 
@@ -15,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of, read_adapter
-from loracli.adapters.expert_orders import warn_of_open_orders
+from loracli.adapters.kinds import kind_of
 from loracli.adapters.names import leaf
+from loracli.adapters.on_base import warn_of_open_orders
 from loracli.algebra.factors import inner_product
 from loracli.errors import IncompatibleAdapters, UsageError
 from loracli.hub.fetch import fetch_adapter
@@ -63,12 +60,12 @@ def problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False, ba
         for name, module in adapter.modules.items():
             other = first_with.setdefault(name, adapter)
             theirs = other.modules[name]
-            if module.kind != theirs.kind and {module.kind, theirs.kind} != {"linear", "parameter"}:
+            if kind_of(module).matrix != kind_of(theirs).matrix:
                 problems.append(
                     f"{name} is {theirs.kind} in {other.reference} and {module.kind} in {adapter.reference}"
                 )
             elif _shape(module) != _shape(theirs) and not (
-                module.kind == "experts" and _shape(module) == _shape(theirs)[::-1] and not base_known
+                kind_of(module).of_experts and _shape(module) == _shape(theirs)[::-1] and not base_known
             ):
                 sizes = "(out, in, kernel)" if module.kernel else "(out, in)"
                 problems.append(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loracli.adapters.experts import LORA_B_LAYOUTS
 from loracli.adapters.patterns import ModulePatterns, PatternError
+from loracli.adapters.stored import LORA_B_LAYOUTS
 from loracli.algebra.factors import lora_scaling
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 from loracli.system.strict_json import read_object
@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 14
-MAX_SAVED = 256  # names in modules_to_save; each is held against every tensor's
+_MAX_SAVED = 256  # names in modules_to_save; each is held against every tensor's
 MAX_PARAMETERS = 4096  # names in target_parameters
 
 # Fields that choose modules or concern training and loading only: the tensors already say what came of them.
@@ -47,11 +47,11 @@ SUBTRACTING_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
 _CONVERTIBLE_FIELDS = frozenset({"use_dora"})
 _LOFTQ = "it belongs to the quantised base of its training; on that very base, and no other, set the field to true"
 _UNKNOWN_INITIALISATION = "PEFT has none of that name; if the base was left as it is, set the field to true"
-CONVERT = "make a plain LoRA of it: loracat convert ADAPTER --base MODEL"
+_CONVERT = "make a plain LoRA of it: loracat convert ADAPTER --base MODEL"
 
 # Features that change what the tensors mean, with the way out. "Off" is null, false, empty or absent.
 _REFUSED = {
-    "use_dora": ("DoRA", CONVERT),
+    "use_dora": ("DoRA", _CONVERT),
     "layer_replication": ("layer_replication", "train the adapter on the base model's own layers"),
     "trainable_token_indices": ("trainable tokens", "train the adapter without trainable_token_indices"),
     "alora_invocation_tokens": ("aLoRA", "an activated LoRA depends on the prompt and cannot be added to another"),
@@ -159,7 +159,7 @@ def read_config(path: Path, *, convertible: bool = False) -> AdapterConfig:
     """
     fields = read_fields(path)
     _refuse_features(fields, str(path), convertible=convertible)
-    return _Fields(fields, str(path)).config()
+    return _PeftFields(fields, str(path)).config()
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -171,24 +171,19 @@ def read_fields(path: Path) -> dict[str, Any]:
     return read_object(path, MAX_CONFIG_BYTES)
 
 
-def is_of_mlx_vlm(fields: dict[str, Any]) -> bool:
-    """Whether the fields are those of mlx-vlm's config, which has rank and alpha at its top."""
-    return fields.keys() >= {"rank", "alpha"} and fields.keys().isdisjoint({"peft_type", "r", "lora_parameters"})
-
-
-def refuse_mlx_vlm(where: str) -> UnsupportedAdapter:
-    """The refusal of an adapter of mlx-vlm."""
-    return UnsupportedAdapter(
-        "is a config of mlx-vlm (rank, alpha, dropout), whose scaling differs from version to version",
-        where=where,
-        hint="train the adapter with mlx-lm or PEFT",
-    )
+def refuse_mlx_vlm(fields: dict[str, Any], where: str) -> None:
+    """Raises UnsupportedAdapter for the config of mlx-vlm, which has rank and alpha at its top."""
+    if fields.keys() >= {"rank", "alpha"} and fields.keys().isdisjoint({"peft_type", "r", "lora_parameters"}):
+        raise UnsupportedAdapter(
+            "is a config of mlx-vlm (rank, alpha, dropout), whose scaling differs from version to version",
+            where=where,
+            hint="train the adapter with mlx-lm or PEFT",
+        )
 
 
 def _refuse_features(fields: dict[str, Any], where: str, *, convertible: bool) -> None:
     peft_type = fields.get("peft_type")
-    if is_of_mlx_vlm(fields):
-        raise refuse_mlx_vlm(where)
+    refuse_mlx_vlm(fields, where)
     if peft_type != "LORA":
         raise UnsupportedAdapter(f"peft_type is {peft_type!r}; only LORA can be composed", where=where)
     for key, (feature, way_out) in _REFUSED.items():
@@ -208,7 +203,7 @@ def _refuse_features(fields: dict[str, Any], where: str, *, convertible: bool) -
             f"init_lora_weights is {initialisation!r}"
             + (": such an adapter assumes a changed base model" if assumed else ""),
             where=where,
-            hint=CONVERT if _is_subtracting(initialisation) else _LOFTQ if loftq else _UNKNOWN_INITIALISATION,
+            hint=_CONVERT if _is_subtracting(initialisation) else _LOFTQ if loftq else _UNKNOWN_INITIALISATION,
         )
     for key, value in fields.items():
         if key not in _WITHOUT_EFFECT and key not in _REFUSED and _is_on(value):
@@ -240,28 +235,62 @@ def _is_on(value: Any) -> bool:
     return value is not None and value is not False and value != {} and value != []
 
 
-class _Fields:
-    """Checked access to the fields of one config."""
+class Fields:
+    """Checked access to the fields of one config; what is wrong raises MalformedAdapter."""
 
     def __init__(self, fields: dict[str, Any], where: str) -> None:
-        self._fields, self._where = fields, where
+        self._fields, self.where = fields, where
+
+    def bad(self, field: str, value: Any, expected: str) -> MalformedAdapter:
+        """The error that says what a field holds, and what it should."""
+        return MalformedAdapter(f"the field {field} is {value!r}; expected {expected}", where=self.where)
+
+    def rank(self, field: str, value: Any) -> int:
+        """The value as a rank; `field` names it in an error."""
+        if type(value) is not int or not 1 <= value <= MAX_RANK:
+            raise self.bad(field, value, f"a whole number from 1 to {MAX_RANK}")
+        return value
+
+    def number(self, field: str, value: Any) -> float:
+        """The value as a number that no scaling overflows."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e9:
+            raise self.bad(field, value, "a number")
+        return float(value)
+
+    def flag(self, field: str) -> bool:
+        """A field that is true, false or absent."""
+        value = self._fields.get(field)
+        if value is not None and not isinstance(value, bool):
+            raise self.bad(field, value, "true or false")
+        return bool(value)
+
+    def text(self, field: str) -> str | None:
+        """A field of one line of text; None where it is empty or absent."""
+        value = self._fields.get(field)
+        if value is not None and not (isinstance(value, str) and value.isprintable()):
+            raise self.bad(field, value, "text on one line")
+        return value or None
+
+
+class _PeftFields(Fields):
+    """Those of PEFT's config."""
 
     def config(self) -> AdapterConfig:
         return AdapterConfig(
-            base_model=self._text("base_model_name_or_path"),
-            base_revision=self._text("revision"),
-            rank=self._rank("r", self._fields.get("r")),
+            base_model=self.text("base_model_name_or_path"),
+            base_revision=self.text("revision"),
+            rank=self.rank("r", self._fields.get("r")),
             lora_alpha=self._alpha("lora_alpha", self._fields.get("lora_alpha")),
-            use_rslora=self._flag("use_rslora"),
-            rank_pattern=self._patterns("rank_pattern", self._rank),
+            use_rslora=self.flag("use_rslora"),
+            rank_pattern=self._patterns("rank_pattern", self.rank),
             alpha_pattern=self._patterns("alpha_pattern", self._alpha),
-            fan_in_fan_out=self._flag("fan_in_fan_out"),
+            fan_in_fan_out=self.flag("fan_in_fan_out"),
             whole_names=self._whole_names(),
-            lora_dropout=self._number("lora_dropout", self._fields.get("lora_dropout") or 0.0),
-            task_type=self._text("task_type"),
-            lora_bias=self._flag("lora_bias"),
-            modules_to_save=self._names("modules_to_save", MAX_SAVED),
-            ensure_weight_tying=self._flag("ensure_weight_tying"),
+            lora_dropout=self.number("lora_dropout", self._fields.get("lora_dropout") or 0.0),
+            task_type=self.text("task_type"),
+            lora_bias=self.flag("lora_bias"),
+            modules_to_save=self._names("modules_to_save", _MAX_SAVED),
+            ensure_weight_tying=self.flag("ensure_weight_tying"),
             target_parameters=self._target_parameters(),
             peft_version=self._peft_version(),
             lora_B_layout=self._lora_B_layout(),
@@ -270,40 +299,15 @@ class _Fields:
             initialisation=self._initialisation(),
         )
 
-    def _bad(self, field: str, value: Any, expected: str) -> MalformedAdapter:
-        return MalformedAdapter(f"the field {field} is {value!r}; expected {expected}", where=self._where)
-
-    def _rank(self, field: str, value: Any) -> int:
-        if type(value) is not int or not 1 <= value <= MAX_RANK:
-            raise self._bad(field, value, f"a whole number from 1 to {MAX_RANK}")
-        return value
-
-    def _number(self, field: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e9:
-            raise self._bad(field, value, "a number")
-        return float(value)
-
     def _alpha(self, field: str, value: Any) -> float:
-        alpha = self._number(field, value)
+        alpha = self.number(field, value)
         if alpha == 0:
             raise UnsupportedAdapter(
                 f"the field {field} is 0, and with it the update of each module that it is for",
-                where=self._where,
+                where=self.where,
                 hint="set it to the lora_alpha of the training: some converters write 0 and leave the number to you",
             )
         return alpha
-
-    def _flag(self, field: str) -> bool:
-        value = self._fields.get(field)
-        if value is not None and not isinstance(value, bool):
-            raise self._bad(field, value, "true or false")
-        return bool(value)
-
-    def _text(self, field: str) -> str | None:
-        value = self._fields.get(field)
-        if value is not None and not (isinstance(value, str) and value.isprintable()):
-            raise self._bad(field, value, "text on one line")
-        return value or None
 
     def _initialisation(self) -> str | None:
         value = self._fields.get("init_lora_weights")
@@ -320,10 +324,10 @@ class _Fields:
     def _target_parameters(self) -> tuple[str, ...]:
         names = self._names("target_parameters", MAX_PARAMETERS)
         for key, feature in (("lora_bias", "lora_bias"), ("use_dora", "DoRA")):
-            if names and self._flag(key):
+            if names and self.flag(key):
                 raise UnsupportedAdapter(
                     f"target_parameters with {feature} is not supported",
-                    where=self._where,
+                    where=self.where,
                     hint=f"PEFT itself has no {feature} on parameters: train the adapter without it",
                 )
         return names
@@ -336,7 +340,7 @@ class _Fields:
     def _lora_B_layout(self) -> str | None:
         value = self._fields.get("lora_B_layout")
         if value is not None and value not in LORA_B_LAYOUTS:
-            raise self._bad("lora_B_layout", value, f"one of {', '.join(LORA_B_LAYOUTS)}")
+            raise self.bad("lora_B_layout", value, f"one of {', '.join(LORA_B_LAYOUTS)}")
         return value
 
     def _made_by_unsloth(self) -> bool:
@@ -346,21 +350,21 @@ class _Fields:
     def _names(self, field: str, most: int) -> tuple[str, ...]:
         names = self._fields.get(field) or []
         if not isinstance(names, list) or not all(isinstance(n, str) and n.isprintable() and n for n in names):
-            raise self._bad(field, names, "a list of names")
+            raise self.bad(field, names, "a list of names")
         if len(names) > most:
-            raise MalformedAdapter(f"{field} has more than {most} names", where=self._where)
+            raise MalformedAdapter(f"{field} has more than {most} names", where=self.where)
         return tuple(names)
 
     def _patterns(self, field: str, checked: Callable[[str, Any], Value]) -> ModulePatterns[Value]:
         values = self._fields.get(field) or {}
         if not isinstance(values, dict):
-            raise self._bad(field, values, "an object")
+            raise self.bad(field, values, "an object")
         try:
             return ModulePatterns({key: checked(f"{field}[{key!r}]", value) for key, value in values.items()})
         except PatternError as error:
             raise UnsupportedAdapter(
                 f"{field} {error}" if error.key is None else f"{field} has the key {error.key!r}, {error}",
-                where=self._where,
+                where=self.where,
                 hint="read are names of modules, with ^ $ \\. . | ( ) [ ] and a repeated character such as .* or \\d+; "
                 "write the names out",
             ) from None

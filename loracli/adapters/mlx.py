@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from loracli.adapters.config import MAX_RANK, AdapterConfig, is_of_mlx_vlm, read_fields, refuse_mlx_vlm
+from loracli.adapters.config import AdapterConfig, Fields, read_fields, refuse_mlx_vlm
 from loracli.adapters.names import leaf
 from loracli.adapters.patterns import ModulePatterns
 from loracli.algebra.factors import Factors
@@ -75,15 +75,13 @@ def _read_config(path: Path) -> tuple[AdapterConfig, float]:
             where=str(path),
             hint="train it with --fine-tune-type lora",
         )
-    if is_of_mlx_vlm(fields):
-        raise refuse_mlx_vlm(str(path))
+    refuse_mlx_vlm(fields, str(path))
+    checked = Fields(fields, str(path))
     parameters = fields.get("lora_parameters")
     if not isinstance(parameters, dict):
-        raise MalformedAdapter(f"the field lora_parameters is {parameters!r}; expected an object", where=str(path))
-    rank, scale = parameters.get("rank"), parameters.get("scale")
-    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-        raise _bad(path, "rank", rank, f"a whole number from 1 to {MAX_RANK}")
-    scaling = _number(path, "scale", scale)
+        raise checked.bad("lora_parameters", parameters, "an object")
+    rank = checked.rank("lora_parameters.rank", parameters.get("rank"))
+    scaling = checked.number("lora_parameters.scale", parameters.get("scale"))
     if scaling == 0:
         raise UnsupportedAdapter(
             "the field lora_parameters.scale is 0, and with it the whole update",
@@ -91,7 +89,7 @@ def _read_config(path: Path) -> tuple[AdapterConfig, float]:
             hint="set it to the scale of the training",
         )
     config = AdapterConfig(
-        base_model=_text(path, fields, "model") or _text(path, fields, "base_model_name_or_path"),
+        base_model=checked.text("model") or checked.text("base_model_name_or_path"),
         base_revision=None,
         rank=rank,
         lora_alpha=scaling * rank,
@@ -100,17 +98,17 @@ def _read_config(path: Path) -> tuple[AdapterConfig, float]:
         alpha_pattern=ModulePatterns({}),
         fan_in_fan_out=False,
         whole_names=frozenset(),  # MLX adapts the last num_layers layers
-        lora_dropout=_number(path, "dropout", parameters.get("dropout") or 0.0),
+        lora_dropout=checked.number("lora_parameters.dropout", parameters.get("dropout") or 0.0),
         task_type="CAUSAL_LM",
-        doubts=_doubts(path, parameters.get("alpha"), rank, scaling),
+        doubts=_doubts(checked, parameters.get("alpha"), rank, scaling),
     )
     return config, scaling
 
 
-def _doubts(path: Path, alpha: Any, rank: int, scale: float) -> tuple[str, ...]:
+def _doubts(checked: Fields, alpha: Any, rank: int, scale: float) -> tuple[str, ...]:
     """mlx-lm of April to June 2024 had the scaling scale * alpha / rank; after that it wrote alpha and did not use it,
     and no config tells which of the two it was."""
-    if alpha is None or _number(path, "alpha", alpha) == rank:
+    if alpha is None or checked.number("lora_parameters.alpha", alpha) == rank:
         return ()
     other = scale * float(alpha) / rank
     return (
@@ -154,20 +152,3 @@ def _pairs(names: Iterable[str], where: str) -> dict[str, dict[str, str]]:
         if missing:
             raise MalformedAdapter(f"lacks '{module}.{missing.pop()}'", where=where)
     return pairs
-
-
-def _text(path: Path, fields: dict[str, Any], field: str) -> str | None:
-    value = fields.get(field)
-    if value is not None and not (isinstance(value, str) and value.isprintable()):
-        raise MalformedAdapter(f"the field {field} is {value!r}; expected text on one line", where=str(path))
-    return value or None
-
-
-def _number(path: Path, field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e9:
-        raise _bad(path, field, value, "a number")
-    return float(value)
-
-
-def _bad(path: Path, field: str, value: Any, expected: str) -> MalformedAdapter:
-    return MalformedAdapter(f"the field lora_parameters.{field} is {value!r}; expected {expected}", where=str(path))

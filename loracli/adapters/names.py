@@ -2,7 +2,7 @@
 
 base_model.model.<module>.lora_A.weight            (r, in)         nn.Linear, Conv1D
 base_model.model.<module>.lora_B.weight            (out, r)
-base_model.model.<module>.lora_A.weight            (r, in, kh, kw)     nn.Conv2d; adapters/experts.py
+base_model.model.<module>.lora_A.weight            (r, in, kh, kw)     nn.Conv2d; adapters/kinds.py
 base_model.model.<module>.lora_B.weight            (out, r / groups, 1, 1)
 base_model.model.<module>.lora_B.bias              (out,)          with lora_bias
 base_model.model.<module>.lora_embedding_A         (r, vocab)      nn.Embedding
@@ -11,8 +11,13 @@ base_model.model.<module>.base_layer.weight        a copy of the base's matrix t
 heads
 
 One expert's matrix in a parameter W (E, ., .) goes by the parameter's path and its number, as in Python:
-`model.layers.0.mlp.experts.down_proj[3]`. No tensor has such a name; adapters/experts.py reads those of all experts.
-So does one group of a grouped convolution, `encoder.conv[1]`.
+`model.layers.0.mlp.experts.down_proj[3]`, and so does one group of a grouped convolution, `encoder.conv[1]`. No tensor
+has such a name: those of a parameter have the name of its module, and of another parameter of the same module
+
+    base_model.model.<module>.base_layer.lora_A.weight    one `base_layer` more for each level
+
+The config's target_parameters tell which parameters there are, and PEFT wraps those of one module in the order in which
+the module has them, so that the first lies innermost.
 
 Read as the same:
 
@@ -28,10 +33,12 @@ Two tensors of a file that come to the same name are refused: it cannot be told 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
+from loracli.system.document import added
 
 PREFIX = "base_model.model."
 
@@ -199,3 +206,108 @@ def layer(module: str) -> str:
     parts = module.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return module if number is None else ".".join(parts[: number + 1])
+
+
+# The order in which transformers' mixtures have the parameters of their experts.
+ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_WRAPPED = ".base_layer"
+
+
+def targeted_parameters(modules: Mapping[str, bool], target_parameters: Iterable[str], where: str) -> dict[str, str]:
+    """The parameter, by its path in the base, that each module of tensor names stands for.
+
+    A target that is the name of a parameter alone is one of any module that has it, and that does not stand in the
+    file: of modules whose factors are not those of a layer.
+
+    Args:
+        modules: of tensor names, `mlp.experts` and `mlp.experts.base_layer`, and whether their rank is a layer's.
+        target_parameters: of the config.
+        where: the file, for errors.
+    Raises:
+        UnsupportedAdapter: if it cannot be told which of a module's parameters lies innermost.
+        MalformedAdapter: if there are more levels than parameters, or fewer.
+    """
+    by_container: dict[str, set[str]] = {}
+    for target in target_parameters:
+        container, _, parameter = target.rpartition(".")
+        by_container.setdefault(container, set()).add(parameter)
+    anywhere = by_container.pop("", set())
+    levels: dict[str, list[str]] = {}
+    for module in modules:
+        levels.setdefault(plain_module(module), []).append(module)
+    found: dict[str, str] = {}
+    for module, names in levels.items():
+        alone = set() if any(modules[name] for name in names) else anywhere
+        parameters = _of_module(module, by_container, alone)
+        if not parameters:
+            continue
+        if len(names) != len(parameters):
+            raise MalformedAdapter(
+                f"has {len(names)} pairs of factors for {len(parameters)} target_parameters of {module!r}: "
+                f"{', '.join(parameters)}",
+                where=where,
+            )
+        inner_first = sorted(names, key=len, reverse=True)
+        found |= {name: f"{module}.{parameter}" for name, parameter in zip(inner_first, parameters, strict=True)}
+    return found
+
+
+def plain_module(module: str) -> str:
+    """The module without the levels of PEFT's wrapping."""
+    while module.endswith(_WRAPPED):
+        module = module.removesuffix(_WRAPPED)
+    return module
+
+
+def order_of(parameter: str) -> int:
+    """The place of a parameter among those of its module."""
+    return ORDER.index(parameter) if parameter in ORDER else len(ORDER)
+
+
+def _of_module(module: str, by_container: Mapping[str, set[str]], alone: set[str]) -> list[str]:
+    """The parameters of a module that are targeted, as PEFT looks them up: by the path or an end of it; the innermost
+    first."""
+    words = module.split(".")
+    ends = [".".join(words[start:]) for start in range(len(words))]
+    return _in_order(alone.union(*(by_container.get(end, set()) for end in ends)))
+
+
+def _in_order(parameters: Collection[str]) -> list[str]:
+    unknown = min(set(parameters) - set(ORDER), default=None)
+    if unknown is not None and len(parameters) > 1:
+        raise UnsupportedAdapter(
+            f"target_parameters has {' and '.join(sorted(parameters))} of one module, and which tensors belong to "
+            f"{unknown} cannot be told from their names",
+            hint=f"train an adapter for each of them; known are {', '.join(ORDER)}",
+        )
+    return sorted(parameters, key=order_of)
+
+
+def module_of_parameter(parameter: str, targeted: Collection[str]) -> str:
+    """The inverse of `targeted_parameters`: the module that tensor names have for one of the targeted parameters.
+
+    Raises:
+        UnsupportedAdapter: if it cannot be told which of a module's parameters lies innermost.
+    """
+    module = parameter.rpartition(".")[0]
+    parameters = _in_order([name.rpartition(".")[2] for name in targeted if name.rpartition(".")[0] == module])
+    outside = len(parameters) - 1 - parameters.index(parameter.rpartition(".")[2])
+    return module + outside * _WRAPPED
+
+
+@dataclass(frozen=True)
+class RecipePlace:
+    """Where the base has what an adapter calls otherwise.
+
+    Args:
+        base: the module's path in the base, or an expert's matrix in a parameter, `mlp.experts.down_proj[3]`; each `*`
+            is the number that the adapter's name has there.
+        part: which part of the expert's matrix, from its first row down.
+        parts: how many there are.
+        turned: whether lora_A and lora_B of each expert change places.
+    """
+
+    base: str
+    part: int = added(4, 0)
+    parts: int = added(4, 1)
+    turned: bool = added(4, False)

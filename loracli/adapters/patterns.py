@@ -30,10 +30,10 @@ Value = TypeVar("Value")
 
 MAX_KEYS = 20_000
 MAX_KEY = 1000  # characters of a key
-MAX_ALTERNATIVES = 1 << 12  # of a key
-MAX_WRITTEN_OUT = 1 << 20  # characters of all keys, with their alternatives written out
+_MAX_ALTERNATIVES = 1 << 12  # of a key
+_MAX_WRITTEN_OUT = 1 << 20  # characters of all keys, with their alternatives written out
 MAX_ITEMS = 1 << 14  # characters of those keys that are no names, written out likewise
-MAX_DEPTH = 8  # of groups within each other
+_MAX_DEPTH = 8  # of groups within each other
 MAX_PLACES = 16  # ways in which names of one length may have dots that are not escaped
 
 _OTHER = 128  # stands for any character beyond ASCII, of which no module's name has any
@@ -97,8 +97,8 @@ class ModulePatterns(Generic[Value]):
         for place, key in enumerate(values):
             for sequence in _Parser(key).sequences():
                 written_out += len(sequence) + 1
-                if written_out > MAX_WRITTEN_OUT:
-                    raise PatternError(f"has alternatives of together more than {MAX_WRITTEN_OUT} characters")
+                if written_out > _MAX_WRITTEN_OUT:
+                    raise PatternError(f"has alternatives of together more than {_MAX_WRITTEN_OUT} characters")
                 if not self._take_name(place, sequence):
                     others.append((place, sequence))
         self._automaton = _Automaton(others)
@@ -244,7 +244,7 @@ class _Parser:
 
     def sequences(self) -> list[_Sequence]:
         """The key's alternatives, written out."""
-        found = self._alternatives(MAX_DEPTH)
+        found = self._alternatives(_MAX_DEPTH)
         if self._at < len(self._key):
             self._fail()
         for sequence in found:
@@ -281,7 +281,7 @@ class _Parser:
             self._written_out += sum(map(len, following)) * len(built)
             if len(following) > 1:
                 self._written_out += sum(map(len, built)) * len(following)
-            if self._written_out > MAX_WRITTEN_OUT or len(built) * len(following) > MAX_ALTERNATIVES:
+            if self._written_out > _MAX_WRITTEN_OUT or len(built) * len(following) > _MAX_ALTERNATIVES:
                 raise PatternError("a regular expression with too many alternatives", self._key)
             if len(following) > 1:
                 built = [sequence + more for sequence in built for more in following]

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -82,3 +83,17 @@ def join_groups(updates: Sequence[Factors], rank: int) -> Factors:
         torch.cat([update.lora_B for update in padded]),
         bias=torch.cat(biases) if biases else None,
     )
+
+
+def pack(packing: Literal["experts", "groups"] | None, updates: Sequence[Factors], rank: int) -> Factors:
+    """The one pair of matrices of what was targeted: its updates joined, or its only one, filled up to the rank.
+
+    Args:
+        packing: of the kind of module, None where each update has a pair of its own.
+        updates: in their order.
+        rank: of each update in what is returned.
+    """
+    if packing is None:
+        (update,) = updates
+        return pad_rank(update, rank)
+    return {"experts": join_experts, "groups": join_groups}[packing](updates, rank)

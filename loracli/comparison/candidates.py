@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, module_names
+from loracli.adapters.kinds import kind_of
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods import METHODS
 from loracli.comparison.inputs import CompareInputs
@@ -158,7 +159,7 @@ def _shapes(adapters: Sequence[LoraAdapter], layout: Layout) -> list[tuple[int, 
     Raises:
         UsageError: if one of them is a parameter with experts.
     """
-    experts = next((name for a in adapters for name, m in a.targets.items() if m[0].kind == "experts"), None)
+    experts = next((name for a in adapters for name, m in a.targets.items() if kind_of(m[0]).of_experts), None)
     if experts is not None:
         raise UsageError(f"a new LoRA cannot be trained on the experts of {experts}", hint="leave fresh-lora out")
     found = [next(a.modules[m].factors for a in adapters if m in a.modules) for m in layout.modules]

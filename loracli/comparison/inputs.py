@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.adapters.claims import check_language_models
 from loracli.adapters.compatible import check_composable, check_distinct
-from loracli.adapters.expert_orders import warn_of_open_orders
+from loracli.adapters.on_base import warn_of_open_orders
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
-from loracli.adapters.tasks import check_language_models
 from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records

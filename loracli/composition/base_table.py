@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
-from loracli.adapters.base_module import BaseModule
-from loracli.adapters.base_names import named_apart
-from loracli.adapters.experts import turned_by_version
+from loracli.adapters.claims import CAUSAL_LM
+from loracli.adapters.kinds import BaseModule, kind_of
 from loracli.adapters.names import leaf
-from loracli.adapters.tasks import CAUSAL_LM
+from loracli.adapters.on_base import named_apart, turned_by_version
 from loracli.errors import UsageError
 from loracli.hub.references import BaseClaim, agreed_base
 from loracli.progress import SILENT, Progress
@@ -95,12 +94,11 @@ def table_of_adapters(adapters: Sequence[LoraAdapter]) -> BaseTable | None:
     Raises:
         IncompatibleAdapters: if the adapters name no base or different ones.
     """
-    apart = ("experts", "parameter")  # which are never padded
-    wanted = {leaf(m.name) for adapter in adapters for m in adapter.modules.values() if m.kind not in apart}
+    wanted = {leaf(m.name) for adapter in adapters for m in adapter.modules.values() if kind_of(m).padded}
     whole = frozenset[str]().union(*(adapter.config.whole_names for adapter in adapters))
     convolutions = kernels_of(adapters)
     older = any(
-        module.kind == "experts" and turned_by_version(adapter.config.peft_version, transposed=False)
+        kind_of(module).of_experts and turned_by_version(adapter.config.peft_version, transposed=False)
         for adapter in adapters
         for module in adapter.modules.values()
     )
@@ -118,7 +116,7 @@ def modules_of(adapters: Sequence[LoraAdapter]) -> tuple[BaseModule, ...]:
     known: dict[str, BaseModule] = {}
     for adapter in adapters:
         for name, modules in adapter.targets.items():
-            experts = len(modules) if modules[0].kind == "experts" else 0
+            experts = len(modules) if kind_of(modules[0]).of_experts else 0
             known.setdefault(name, _base_module(name, modules[0], experts, conv1d=adapter.config.fan_in_fan_out))
     return tuple(known[name] for name in sorted(known))
 

@@ -18,7 +18,7 @@ from hashlib import sha256
 from typing import Any
 
 from loracli._version import __version__
-from loracli.adapters.licence import agreed_licence
+from loracli.adapters.claims import agreed_licence
 from loracli.adapters.names import target_of
 from loracli.algebra.methods.method import Method
 from loracli.hub.references import URI_PREFIX

@@ -14,10 +14,9 @@ import torch
 
 from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, kernels_of, module_names, widest_dtype
-from loracli.adapters.base_module import BaseModule
-from loracli.adapters.licence import stated_licences
+from loracli.adapters.claims import CAUSAL_LM, agreed_task, stated_licences
+from loracli.adapters.kinds import BaseModule
 from loracli.adapters.saved_modules import SavedModules
-from loracli.adapters.tasks import CAUSAL_LM, agreed_task
 from loracli.algebra.concatenate import concatenate, without_zeros
 from loracli.algebra.factors import Factors
 from loracli.algebra.methods.method import Merged, Method, MethodOptions

@@ -13,8 +13,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from loracli.adapters.claims import agreed_task
 from loracli.adapters.names import layer
-from loracli.adapters.tasks import agreed_task
 from loracli.composition.base_table import BaseTable, table_of_adapters
 from loracli.composition.composition import identities_of
 from loracli.conversion.read import BaseWeights, Convertible, read_convertible

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, LoraModule
-from loracli.adapters.base_module import BaseModule
-from loracli.adapters.licence import agreed_licence, stated_licences
-from loracli.adapters.tasks import agreed_task
+from loracli.adapters.claims import agreed_licence, agreed_task, stated_licences
+from loracli.adapters.kinds import KINDS, BaseModule, ModuleKind
 from loracli.algebra.concatenate import concatenate
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods.method import Merged
@@ -231,7 +230,7 @@ class ConversionSource:
         """W (out, in), as the factors have it: an embedding's and a Conv1D's are stored the other way round."""
         assert self.weights is not None
         weight = self.weights.read(f"{module.name}.weight")
-        turned = module.kind == "embedding" or self._kinds()[module.name] == "conv1d"
+        turned = KINDS[self._kinds()[module.name]].transposed
         oriented = weight.T if turned else weight
         expected = (module.factors.out_features, module.factors.in_features)
         if tuple(oriented.shape) != expected:
@@ -240,7 +239,7 @@ class ConversionSource:
             )
         return oriented
 
-    def _kinds(self) -> Mapping[str, str]:
+    def _kinds(self) -> Mapping[str, ModuleKind]:
         return {module.name: module.kind for module in self.base.modules}
 
     def _check_copy(self, module: str, initial: Initial | None) -> None:
@@ -248,7 +247,7 @@ class ConversionSource:
         own = self.read.adapter.modules[module]
         weight = self._weight(own).double()
         copy = self.read.adapter.read_base_copy(module)
-        turned = own.kind == "embedding" or self._kinds()[module] == "conv1d"
+        turned = KINDS[self._kinds()[module]].transposed
         found = (copy.T if turned else copy).double()
         allowed = 0.0
         if initial is not None:

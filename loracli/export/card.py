@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loracli.adapters.tasks import CAUSAL_LM, loading_lines
+from loracli.adapters.claims import CAUSAL_LM, loading_lines
 from loracli.composition.card import CardText, Certificate
 from loracli.export.layout import Layout
 from loracli.system.escaping import markdown_code, shell_word, yaml_text

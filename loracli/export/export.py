@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-from loracli.adapters.other_bases import say_other_bases
+from loracli.adapters.claims import head_size, loading_lines, say_other_bases
 from loracli.adapters.saved_modules import saved_modules
-from loracli.adapters.tasks import head_size, loading_lines
 from loracli.calibration.records import DataPaths
 from loracli.composition.card import Certificate
 from loracli.composition.composition import RecipeSource, Source, base_of_config

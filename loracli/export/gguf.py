@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of
-from loracli.adapters.base_module import BaseModule
+from loracli.adapters.kinds import BaseModule, kind_of
 from loracli.adapters.names import leaf
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.layout import Place
@@ -115,10 +115,8 @@ class LlamaCppBase:
             if self.tied:
                 return "the head is tied to it, and llama.cpp cannot adapt the one without the other"
             return None if self.architecture.keeps_embedding else "its converter changes the embedding"
-        if module.kind == "parameter":
-            return "it is no linear layer but a module with a matrix of its own, which the converter does not name"
-        if module.kind != "linear":
-            return f"it is no linear layer but {module.kind}, which the converter transposes"
+        if (why := kind_of(module).gguf_obstacle) is not None:
+            return why
         if leaf(module.name) == "lm_head" and (self.tied or not self.architecture.keeps_head):
             return "the head is tied to the embedding, and the GGUF has no matrix for it"
         heads = self._permuted_heads(module.name)

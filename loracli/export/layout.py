@@ -18,7 +18,7 @@ leaves them nothing to differ on.
 `peft` keeps each module at its own rank through rank_pattern and alpha_pattern with escaped full names, which PEFT and
 vLLM read.
 
-`mlx` is what mlx-lm reads: another file, other names, transposed factors, one rank (export/layout.py).
+`mlx` is what mlx-lm reads: another file, other names, transposed factors, one rank.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from loracli.adapters.base_module import BaseModule
-from loracli.adapters.experts import module_of_parameter
-from loracli.adapters.names import format_tensor_name, is_numbered, layer, leaf, numbered_name, target_of
-from loracli.adapters.tasks import CAUSAL_LM
+from loracli.adapters.claims import CAUSAL_LM
+from loracli.adapters.kinds import KINDS, READERS, BaseModule, Kind, ModuleKind, kind_of
+from loracli.adapters.names import format_tensor_name, is_numbered, layer, leaf, target_of
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution
 from loracli.errors import UsageError
@@ -83,38 +82,6 @@ class Place:
         return tensor.T if self.transposed else tensor
 
 
-# Where MLX's models have the names of transformers': its loaders rename what lies elsewhere.
-_SAME_NAME = re.compile(r"(model\.layers\.\d+\.[A-Za-z0-9_.]+|lm_head)")
-
-
-def mlx_config(base: str, keys: Sequence[str], rank: int) -> dict[str, Any]:
-    """`adapter_config.json`; the scale is folded into the factors."""
-    layers = {layer(key) for key in keys if key.startswith("model.layers.")}
-    return {
-        "fine_tune_type": "lora",
-        "lora_parameters": {"dropout": 0.0, "keys": list(keys), "rank": rank, "scale": 1.0},
-        "model": base,
-        "num_layers": len(layers),
-    }
-
-
-def mlx_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -> str | None:
-    """Why MLX cannot hold a composition, naming the module, or None."""
-    kinds = {module.name: module.kind for module in modules}
-    for name in sorted(ranks):
-        if kinds[name] == "embedding":
-            return f"{name} is an embedding, whose update MLX gives to a tied head as well, and PEFT does not"
-        if kinds[name] == "conv1d":
-            return f"{name} is a Conv1D, which goes by another name in MLX"
-        if kinds[name] == "parameter":
-            return f"{name} is no linear layer of the base but a module with a matrix of its own"
-        if kinds[name] == "experts" or ".experts." in name:
-            return f"{name} belongs to an expert, and MLX stacks experts into one layer"
-        if not _SAME_NAME.fullmatch(name):
-            return f"{name} may go by another name in MLX, which knows model.layers.<i>.<...> and lm_head"
-    return None
-
-
 ProfileName = Literal["portable", "peft", "mlx"]
 PROFILES: tuple[ProfileName, ...] = get_args(ProfileName)
 
@@ -132,50 +99,61 @@ class Layout:
         reason: why it is not portable, None if it is.
         lora_bias: whether every linear layer has a bias on lora_B.
         modules_to_save: modules that replace the base's.
+        kinds: of the modules in the file.
         experts: how many of them a parameter has, by its path.
         convolutions: their groups and kernels, by the convolution's path.
         task_type: `task_type` of the config, None without one: PEFT then wraps any model.
-        parameters: modules of whose classes PEFT adapts the weight alone, as one of the target_parameters.
     """
 
     profile: ProfileName
     ranks: Mapping[str, int]
     rank: int
     targets: tuple[str, ...]
+    kinds: Mapping[str, ModuleKind]
     reason: str | None = None
     lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()
     experts: Mapping[str, int] = field(default_factory=dict)
     convolutions: Mapping[str, Convolution] = field(default_factory=dict)
     task_type: str | None = CAUSAL_LM
-    parameters: tuple[str, ...] = ()
+
+    def kind(self, name: str) -> Kind:
+        """The kind of a module in the file."""
+        return KINDS[self.kinds[name]]
+
+    def count(self, name: str) -> int:
+        """How many updates one pair of tensors holds."""
+        known = self.convolutions.get(name)
+        return self.experts.get(name, 1) if known is None else known.groups
+
+    def updates_of(self, target: str) -> tuple[str, ...]:
+        """The names of the updates that one pair of tensors holds: of experts or groups, else the module's own."""
+        return self.kind(target).updates(target, self.count(target))
 
     @property
     def readers(self) -> str:
         """Who reads a layout that is not portable."""
-        if self.lora_bias or self.modules_to_save or self.convolutions:
-            return "PEFT"
-        if self.parameters:
-            return "PEFT"
-        return "PEFT, and for some models vLLM" if self.experts else "PEFT and vLLM"
+        if self.lora_bias or self.modules_to_save:
+            return READERS[0]
+        return min((self.kind(name).readers for name in self.ranks), key=READERS.index)
 
     def config(self, base: str, modules: Mapping[str, BaseModule]) -> dict[str, Any]:
         """`adapter_config.json`, with long-standing keys only: older readers refuse others."""
         if self.profile == "mlx":
-            return mlx_config(base, self.targets, self.rank)
-        ranks = _config_ranks(self.ranks, self.convolutions)
-        ranks = {f"{name}.weight" if name in self.parameters else name: rank for name, rank in ranks.items()}
+            return _mlx_config(base, self.targets, self.rank)
+        parameters = {name: path for name in self.ranks if (path := self.kind(name).target_parameter(name)) is not None}
+        ranks = {parameters.get(name, name): self._peft_rank(name) for name in self.ranks}
         odd = {} if self.profile == "portable" else {n: r for n, r in ranks.items() if r != self.rank}
         patterns: dict[str, int] = {"^" + re.escape(name): rank for name, rank in sorted(odd.items())}
         newer: dict[str, Any] = {"lora_bias": True} if self.lora_bias else {}
-        if self.experts or self.parameters:
-            newer["target_parameters"] = sorted([*self.experts, *(f"{name}.weight" for name in self.parameters)])
+        if parameters:
+            newer["target_parameters"] = sorted(parameters.values())
         if self.experts:
             newer["peft_version"] = "0.20.0"  # whose order of factors this is; older PEFT has another
         return {
             "base_model_name_or_path": base,
             "bias": "none",
-            "fan_in_fan_out": any(modules[name].kind == "conv1d" for name in self.ranks),
+            "fan_in_fan_out": any(kind_of(modules[name]).fan_in_fan_out for name in self.ranks),
             "inference_mode": True,
             "init_lora_weights": True,
             "lora_alpha": self.rank,
@@ -190,6 +168,9 @@ class Layout:
             "task_type": self.task_type,
             "use_rslora": False,
         }
+
+    def _peft_rank(self, name: str) -> int:
+        return self.kind(name).peft_rank(self.ranks[name], self.count(name))
 
     @property
     def alone(self) -> tuple[str, ...]:
@@ -209,65 +190,22 @@ class Layout:
 
     def places(self, modules: Mapping[str, BaseModule]) -> dict[str, Place]:
         """Every tensor of the file, by name."""
-        mlx = self.profile == "mlx"
         found: dict[str, Place] = {}
-        of_one: dict[str, list[str]] = {}  # parameters with experts, by their module
-        for name in self.experts:
-            of_one.setdefault(name.rpartition(".")[0], []).append(name)
         for name, rank in self.ranks.items():
-            module = modules[name]
-            if name in self.experts:
-                found |= self._places_of_experts(module, of_one[name.rpartition(".")[0]])
+            kind = self.kind(name)
+            shape_A, shape_B = kind.shapes(modules[name], rank, self.count(name))
+            if self.profile == "mlx":
+                found[f"{name}.lora_a"] = Place(name, "A", shape_A, transposed=True)
+                found[f"{name}.lora_b"] = Place(name, "B", shape_B, transposed=True)
                 continue
-            if name in self.convolutions:
-                found |= self._places_of_groups(module)
-                continue
-            embedding = module.kind == "embedding"
-            if mlx:
-                names = f"{name}.lora_a", f"{name}.lora_b"
-            else:
-                names = (
-                    format_tensor_name(name, "lora_embedding_A" if embedding else "lora_A"),
-                    format_tensor_name(name, "lora_embedding_B" if embedding else "lora_B"),
-                )
-            found[names[0]] = Place(name, "A", (rank, module.in_features), transposed=mlx)
-            found[names[1]] = Place(name, "B", (module.out_features, rank), transposed=mlx)
+            owner = kind.owner(name, tuple(self.experts))
+            name_A, name_B = (format_tensor_name(owner, part) for part in kind.parts)
+            kernel = self.convolutions[name].kernel if name in self.convolutions else ()
+            found[name_A] = Place(name, "A", shape_A, kernel=kernel)
+            found[name_B] = Place(name, "B", shape_B, kernel=(1,) * len(kernel))
             if self.lora_bias:
-                found[format_tensor_name(name, "lora_bias")] = Place(name, "bias", (module.out_features,))
+                found[format_tensor_name(owner, "lora_bias")] = Place(name, "bias", shape_B[:1])
         return found
-
-    def _places_of_experts(self, parameter: BaseModule, beside: Sequence[str]) -> dict[str, Place]:
-        """`beside` are the parameters of the same module that are in the file, this one among them."""
-        name, rank = parameter.name, self.ranks[parameter.name]
-        rows, module = self.experts[name] * rank, module_of_parameter(name, beside)
-        return {
-            format_tensor_name(module, "lora_A"): Place(name, "A", (rows, parameter.in_features)),
-            format_tensor_name(module, "lora_B"): Place(name, "B", (parameter.out_features, rows)),
-        }
-
-    def _places_of_groups(self, convolution: BaseModule) -> dict[str, Place]:
-        name, rank, known = convolution.name, self.ranks[convolution.name], self.convolutions[convolution.name]
-        rows, out = known.groups * rank, known.groups * convolution.out_features
-        one = (1,) * len(known.kernel)
-        found = {
-            format_tensor_name(name, "lora_A"): Place(name, "A", (rows, convolution.in_features), kernel=known.kernel),
-            format_tensor_name(name, "lora_B"): Place(name, "B", (out, rank), kernel=one),
-        }
-        if self.lora_bias:
-            found[format_tensor_name(name, "lora_bias")] = Place(name, "bias", (out,))
-        return found
-
-    def updates_of(self, target: str) -> tuple[str, ...]:
-        """The names of the updates that one pair of tensors holds: of experts or groups, else the module's own."""
-        known = self.convolutions.get(target)
-        count = self.experts.get(target, 1) if known is None else known.groups
-        several = target in self.experts or count > 1
-        return tuple(numbered_name(target, number) for number in range(count)) if several else (target,)
-
-
-def _config_ranks(ranks: Mapping[str, int], convolutions: Mapping[str, Convolution]) -> dict[str, int]:
-    """PEFT's `r` of each module, which for a convolution counts the rows of all groups."""
-    return {name: rank * (convolutions[name].groups if name in convolutions else 1) for name, rank in ranks.items()}
 
 
 def ranks_of_targets(ranks: Mapping[str, int]) -> dict[str, int]:
@@ -277,6 +215,106 @@ def ranks_of_targets(ranks: Mapping[str, int]) -> dict[str, int]:
     for name, rank in ranks.items():
         found[target_of(name)] = max(rank, found.get(target_of(name), 0))
     return found
+
+
+@dataclass(frozen=True)
+class _Composed:
+    """What is to be laid out: the base's modules, and of the changed ones the ranks and kinds, in their order."""
+
+    modules: Sequence[BaseModule]
+    ranks: Mapping[str, int]
+    kinds: Mapping[str, ModuleKind]
+    lora_bias: str | None
+    saved: tuple[str, ...]
+    task_type: str | None
+
+    def of(self, kind: ModuleKind) -> list[str]:
+        """The changed modules of a kind, sorted."""
+        return sorted(name for name, own in self.kinds.items() if own == kind)
+
+
+def _saved(composed: _Composed) -> str | None:
+    return f"it replaces {composed.saved[0]} as one of its modules_to_save" if composed.saved else None
+
+
+def _mlx_task(composed: _Composed) -> str | None:
+    if composed.task_type in (None, CAUSAL_LM):
+        return None
+    return f"its task type is {composed.task_type}, and mlx-lm runs causal language models alone"
+
+
+def _mlx_convolution(composed: _Composed) -> str | None:
+    return next((f"{name} is a convolution, on which MLX has no LoRA" for name in composed.of("convolution")), None)
+
+
+# Where MLX's models have the names of transformers': its loaders rename what lies elsewhere.
+_SAME_NAME = re.compile(r"(model\.layers\.\d+\.[A-Za-z0-9_.]+|lm_head)")
+
+
+def _mlx_module(composed: _Composed) -> str | None:
+    for name in sorted(composed.ranks):
+        kind = composed.kinds[name]
+        if kind == "linear" and ".experts." in name:  # a layer of an expert
+            kind = "experts"
+        if (why := KINDS[kind].mlx_obstacle(name)) is not None:
+            return why
+        if not _SAME_NAME.fullmatch(name):
+            return f"{name} may go by another name in MLX, which knows model.layers.<i>.<...> and lm_head"
+    return None
+
+
+def _portable_convolution(composed: _Composed) -> str | None:
+    return next(
+        (f"it changes the convolution {name}, which PEFT alone reads" for name in composed.of("convolution")), None
+    )
+
+
+def _portable_module(composed: _Composed) -> str | None:
+    """Why leaf names as targets would not mean the same everywhere."""
+    first: dict[str, BaseModule] = {}
+    leaves = {leaf(name) for name in composed.ranks}
+    for module in composed.modules:
+        if leaf(module.name) not in leaves:
+            continue
+        if (why := kind_of(module).portable_obstacle(module.name)) is not None:
+            return why
+        other = first.setdefault(leaf(module.name), module)
+        if (other.kind, other.in_features, other.out_features) != (
+            module.kind,
+            module.in_features,
+            module.out_features,
+        ):
+            return f"{leaf(module.name)} names modules of different shapes, {other.name} and {module.name}"
+    return None
+
+
+# Why a layout cannot hold a composition: whose layout, and what is asked for a reason. The first reason is given.
+_OBSTACLES: tuple[tuple[ProfileName, Callable[[_Composed], str | None]], ...] = (
+    ("mlx", _saved),
+    ("mlx", lambda composed: f"{composed.lora_bias} has lora_bias" if composed.lora_bias else None),
+    ("mlx", _mlx_task),
+    ("mlx", _mlx_convolution),
+    ("mlx", _mlx_module),
+    ("portable", _portable_convolution),
+    ("portable", lambda composed: f"{why}, which PEFT alone reads" if (why := _saved(composed)) else None),
+    ("portable", lambda composed: "an adapter has lora_bias, which PEFT alone reads" if composed.lora_bias else None),
+    ("portable", _portable_module),
+)
+
+
+def _obstacle(profile: ProfileName, composed: _Composed) -> str | None:
+    reasons = (obstacle(composed) for reader, obstacle in _OBSTACLES if reader == profile)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _refuse_bias_beside(composed: _Composed, kinds: Sequence[ModuleKind], apart: str) -> None:
+    """No layout holds a bias of lora_B beside modules of these kinds."""
+    found = next((KINDS[kind].unbiased.format(name) for kind in kinds for name in composed.of(kind)), None)
+    if composed.lora_bias and found is not None:
+        raise UsageError(
+            f"{composed.lora_bias} has lora_bias, which PEFT has not beside {found}",
+            hint=f"compose it with adapters that leave {apart} alone",
+        )
 
 
 def choose_layout(
@@ -309,83 +347,43 @@ def choose_layout(
     found = {name: kernel for name, kernel in (kernels or {}).items() if name in ranks}
     convolutions = {name: Convolution(counts.get(name, 1), kernel) for name, kernel in sorted(found.items())}
     experts = {name: count for name, count in counts.items() if name not in convolutions}
-    kinds = {module.name: module.kind for module in modules}
-    embedding = next((name for name in sorted(ranks) if kinds[name] == "embedding"), None)
-    if lora_bias and embedding:
-        raise UsageError(
-            f"{lora_bias} has lora_bias, which PEFT has not beside an adapted embedding, and {embedding} is one",
-            hint="compose it with adapters that leave embeddings alone",
-        )
+    kinds = _kinds(modules, experts, convolutions)
+    composed = _Composed(modules, ranks, {name: kinds[name] for name in ranks}, lora_bias, saved, task_type)
+    _refuse_bias_beside(composed, ("embedding",), "embeddings")
     if profile == "mlx":
-        unheld = mlx_obstacle(modules, ranks)
-        if convolutions:
-            unheld = f"{min(convolutions)} is a convolution, on which MLX has no LoRA"
-        if task_type not in (None, CAUSAL_LM):
-            unheld = f"its task type is {task_type}, and mlx-lm runs causal language models alone"
-        if lora_bias:
-            unheld = f"{lora_bias} has lora_bias"
-        if saved:
-            unheld = f"it replaces {saved[0]} as one of its modules_to_save"
-        if unheld:
+        if unheld := _obstacle("mlx", composed):
             raise UsageError(f"the mlx profile is impossible: {unheld}", hint="leave that out, or use --profile peft")
         uniform = rank or max(ranks.values())
-        return Layout("mlx", dict.fromkeys(sorted(ranks), uniform), uniform, tuple(sorted(ranks)))
-    parameters = tuple(name for name in sorted(ranks) if kinds[name] == "parameter")
-    obstacle = portable_obstacle(modules, ranks)
-    if lora_bias:
-        obstacle = "an adapter has lora_bias, which PEFT alone reads"
-    if saved:
-        obstacle = f"it replaces {saved[0]} as one of its modules_to_save, which PEFT alone reads"
-    if convolutions:
-        obstacle = f"it changes the convolution {min(convolutions)}, which PEFT alone reads"
-    if lora_bias and (experts or parameters):
-        what = f"adapted experts, and {min(experts)} has some" if experts else f"the adapted parameter {parameters[0]}"
-        raise UsageError(
-            f"{lora_bias} has lora_bias, which PEFT has not beside {what}",
-            hint="compose it with adapters that leave experts and routers alone",
-        )
+        return Layout("mlx", dict.fromkeys(sorted(ranks), uniform), uniform, tuple(sorted(ranks)), kinds)
+    obstacle = _obstacle("portable", composed)
+    _refuse_bias_beside(composed, ("experts", "parameter"), "experts and routers")
     if profile == "portable" and obstacle:
         raise UsageError(f"the portable profile is impossible: {obstacle}", hint="use --profile peft")
     if profile == "peft" or obstacle:
-        targets = tuple(sorted(ranks.keys() - experts.keys() - set(parameters)))
-        largest = max(_config_ranks(ranks, convolutions).values())
-        return Layout(
-            "peft",
-            ranks,
-            largest,
-            targets,
-            obstacle,
-            bool(lora_bias),
-            saved,
-            experts,
-            convolutions,
-            task_type,
-            parameters,
-        )
+        targets = tuple(name for name in sorted(ranks) if KINDS[kinds[name]].target_parameter(name) is None)
+        largest = max(KINDS[kinds[name]].peft_rank(own, counts.get(name, 1)) for name, own in ranks.items())
+        composition = (obstacle, bool(lora_bias), saved, experts, convolutions, task_type)
+        return Layout("peft", ranks, largest, targets, kinds, *composition)
     leaves = tuple(sorted({leaf(name) for name in ranks}))
-    names = [module.name for module in modules]
     uniform = rank or max(ranks.values())
-    return Layout("portable", {name: uniform for name in sorted(names)}, uniform, leaves, task_type=task_type)
+    padded = {name: uniform for name in sorted(module.name for module in modules)}
+    return Layout("portable", padded, uniform, leaves, kinds, task_type=task_type)
 
 
-def portable_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -> str | None:
-    """Why leaf names as targets would not mean the same everywhere, or None."""
-    first: dict[str, BaseModule] = {}
-    leaves = {leaf(name) for name in ranks}
-    for module in modules:
-        if leaf(module.name) not in leaves:
-            continue
-        if module.kind == "experts":
-            return f"it changes the experts of {module.name}, which lie in one parameter"
-        if module.kind == "parameter":
-            return f"the base's {module.name} has a targeted name and is adapted as a parameter"
-        if module.kind == "other":
-            return f"the base's {module.name} has a targeted name and is no linear layer or embedding"
-        other = first.setdefault(leaf(module.name), module)
-        if (other.kind, other.in_features, other.out_features) != (
-            module.kind,
-            module.in_features,
-            module.out_features,
-        ):
-            return f"{leaf(module.name)} names modules of different shapes, {other.name} and {module.name}"
-    return None
+def _kinds(
+    modules: Sequence[BaseModule], experts: Mapping[str, int], convolutions: Mapping[str, Convolution]
+) -> dict[str, ModuleKind]:
+    """By name; what several updates share is what the updates say, whatever a record calls it."""
+    found: dict[str, ModuleKind] = {m.name: "linear" if kind_of(m).packing else m.kind for m in modules}
+    return found | dict.fromkeys(experts, "experts") | dict.fromkeys(convolutions, "convolution")
+
+
+def _mlx_config(base: str, keys: Sequence[str], rank: int) -> dict[str, Any]:
+    """`adapter_config.json`; the scale is folded into the factors."""
+    layers = {layer(key) for key in keys if key.startswith("model.layers.")}
+    return {
+        "fine_tune_type": "lora",
+        "lora_parameters": {"dropout": 0.0, "keys": list(keys), "rank": rank, "scale": 1.0},
+        "model": base,
+        "num_layers": len(layers),
+    }

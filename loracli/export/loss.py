@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loracli.adapters.adapter import open_adapter
-from loracli.adapters.tasks import check_language_models
+from loracli.adapters.claims import check_language_models
 from loracli.algebra.factors import Factors
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.composition.attached import of_factors

@@ -9,10 +9,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
+from loracli.adapters.claims import agreed_task, check_language_models, checked_task
 from loracli.adapters.compatible import check_composable, check_distinct
-from loracli.adapters.expert_orders import warn_of_open_orders
+from loracli.adapters.on_base import warn_of_open_orders
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
-from loracli.adapters.tasks import agreed_task, check_language_models, checked_task
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.dataset import Dataset

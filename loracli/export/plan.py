@@ -15,12 +15,11 @@ from torch import Tensor
 
 from loracli._version import __version__
 from loracli.adapters.adapter import kernels_of
-from loracli.adapters.base_module import BaseModule
+from loracli.adapters.claims import head_size
+from loracli.adapters.kinds import BaseModule
 from loracli.adapters.names import PREFIX, target_of
-from loracli.adapters.tasks import head_size
-from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
-from loracli.algebra.packing import join_experts, join_groups
+from loracli.algebra.packing import pack
 from loracli.algebra.truncate import spectrum
 from loracli.composition.card import EXPORT_FORMAT, EXPORT_SCHEMA, Certificate, ModuleCertificate, closed
 from loracli.composition.composition import MethodSource, Source
@@ -240,16 +239,14 @@ class AdapterPlan:
         """The factors of a module, of all experts of a parameter or all groups of a convolution, as they go into the
         file, with a certificate for each update; none where it only pads the layout."""
         rank = self.layout.ranks[name]
-        if name in self.layout.experts or name in self.layout.convolutions:
-            made = [self._made(update) for update in self.layout.updates_of(name)]
-            join = join_experts if name in self.layout.experts else join_groups
-            return join([one.factors for one in made], rank), tuple(one.certificate for one in made)
-        if name not in self._ranks:
+        updates = self.layout.updates_of(name)
+        if updates[0] not in self._ranks:
             module = self._table[name]
             zeros = Factors(torch.zeros(rank, module.in_features), torch.zeros(module.out_features, rank))
             return zeros.to(self.dtype), ()
-        one = self._made(name)
-        return pad_rank(one.factors, rank), (one.certificate,)
+        made = [self._made(update) for update in updates]
+        packed = pack(self.layout.kind(name).packing, [one.factors for one in made], rank)
+        return packed, tuple(one.certificate for one in made)
 
     def _made(self, name: str) -> ModuleExport:
         return self._held[name] if name in self._held else self._export(name)

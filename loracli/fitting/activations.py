@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.kinds import kind_of
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.dataset import shuffled
 from loracli.calibration.render import Example
@@ -123,7 +124,7 @@ def fit_activations(
         seed: of the choice among them.
         progress: told of what is left out.
     """
-    if any(module.kind == "experts" for adapter in adapters for module in adapter.modules.values()):
+    if any(kind_of(module).of_experts for adapter in adapters for module in adapter.modules.values()):
         return None
     engine.meter.stage("activations")
     lora_A = _input_factors(adapters, mixing, theta)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
+from loracli.adapters.claims import check_language_models
 from loracli.adapters.compatible import check_composable, check_distinct
-from loracli.adapters.expert_orders import warn_of_open_orders
+from loracli.adapters.on_base import warn_of_open_orders
 from loracli.adapters.saved_modules import SavedModules, saved_modules, settled_policy
-from loracli.adapters.tasks import check_language_models
 from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset, tokenizer_differences
 from loracli.calibration.records import DataPaths
 from loracli.errors import UsageError

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.kinds import kind_of
 from loracli.errors import UsageError
 from loracli.model.attach import AttachedModel
 from loracli.recipe.record import INLINE_KINDS, MixingKind, group_name
@@ -265,7 +266,7 @@ def check_mixing(adapters: Sequence[LoraAdapter], kind: str) -> None:
     if kind in INLINE_KINDS:
         return
     for adapter in adapters:
-        experts = any(module.kind == "experts" for module in adapter.modules.values())
+        experts = any(kind_of(module).of_experts for module in adapter.modules.values())
         if adapter.config.lora_bias or experts:
             feature = "lora_bias" if adapter.config.lora_bias else "updates of experts"
             raise UsageError(

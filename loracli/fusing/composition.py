@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.base_module import BaseModule
+from loracli.adapters.claims import agreed_task
+from loracli.adapters.kinds import BaseModule
 from loracli.adapters.names import target_of
 from loracli.adapters.saved_modules import PICK, REFUSE, saved_modules, settled_policy
-from loracli.adapters.tasks import agreed_task
 from loracli.algebra.methods.method import Method
 from loracli.composition.base_table import BaseTable
 from loracli.composition.composition import MethodSource, RecipeSource, Source

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from loracli.adapters.base_module import BaseModule, ModuleKind
+from loracli.adapters.kinds import BaseModule, kind_of
 from loracli.adapters.names import numbered_name
 from loracli.errors import BaseModelMismatch
 from loracli.fusing.quantised import BITSANDBYTES, Quantisation, Quantised, find_quantised
@@ -32,7 +32,7 @@ class FusedTensor:
         name: in the file.
         source: of the base.
         module: whose update is added, None for none: a module, a parameter with experts, or one expert's matrix in it.
-        kind: how the matrix lies: as that of a linear layer, or of a `conv1d` or `embedding`, turned.
+        transposed: whether the matrix lies the other way round, as that of a Conv1D or an embedding does.
         rows: of the module's own matrix that this tensor has, from and to; None for all.
         dtype: as safetensors spells it.
         added: whether the base has no tensor of this name.
@@ -43,7 +43,7 @@ class FusedTensor:
     name: str
     source: StoredTensor
     module: str | None
-    kind: ModuleKind
+    transposed: bool
     dtype: str
     added: bool = False
     rows: tuple[int, int] | None = None
@@ -136,13 +136,12 @@ def plan_fusion(
     names, tied = loaded_names(skeleton, checkpoint.tensors.keys() - unused), tied_parameters(skeleton)
     placed: dict[str, _Own] = {}  # by name of the stored tensor
     added: dict[str, tuple[str, _Own]] = {}  # by new name: stored tensor, whose it is
-    changes = {parameter: _Own(None, "other", replaced=parameter) for parameter in replaced}
+    changes = {parameter: _Own(None, replaced=parameter) for parameter in replaced}
     for module in modules:
-        if module.kind == "experts":
+        if kind_of(module).of_experts:
             placed |= _placed_experts(checkpoint, names, skeleton, module, quantised)
         else:
-            kind = "linear" if module.kind == "parameter" else module.kind
-            changes[f"{module.name}.weight"] = _Own(module.name, kind)
+            changes[f"{module.name}.weight"] = _Own(module.name, kind_of(module).transposed)
     untied = any(len(tied.get(parameter, ())) > 1 for parameter in changes)
     for parameter, own in changes.items():
         group = tied.get(parameter, (parameter,))
@@ -178,12 +177,12 @@ class _Own:
     """Whose update a stored tensor gets: the fields of `FusedTensor` that say so."""
 
     module: str | None
-    kind: ModuleKind
+    transposed: bool = False
     rows: tuple[int, int] | None = None
     replaced: str | None = None
 
 
-_NOBODY = _Own(None, "other")
+_NOBODY = _Own(None)
 
 
 def _refuse_transposed(skeleton: Any) -> None:
@@ -209,7 +208,7 @@ def _placed_experts(
     if parameter in names.stored:
         stored = _the_one(names.stored[parameter], parameter)
         _check(checkpoint.tensors[stored], skeleton, parameter, quantised)
-        return {stored: _Own(parameter, "conv1d" if turned else "linear")}
+        return {stored: _Own(parameter, transposed=turned)}
     found, places = {}, set()
     for name, loaded in names.computed.get(parameter, {}).items():
         tensor = checkpoint.tensors[name]
@@ -222,7 +221,7 @@ def _placed_experts(
         _check_float(tensor, quantised)
         places.add((loaded.expert, place, parts))
         rows = (place * shape[0], (place + 1) * shape[0])
-        found[name] = _Own(numbered_name(parameter, loaded.expert), "linear", None if parts == 1 else rows)
+        found[name] = _Own(numbered_name(parameter, loaded.expert), rows=None if parts == 1 else rows)
     parts = max((parts for _, _, parts in places), default=1)
     if len(found) != len(places) or len(places) != experts * parts:
         raise BaseModelMismatch(
@@ -241,7 +240,7 @@ def _of_others(parameter: str) -> BaseModelMismatch:
 
 
 def _kept(source: StoredTensor, own: _Own, dtype: torch.dtype | None, quantised: Quantised | None) -> FusedTensor:
-    named = (source.name, source, own.module, own.kind, _dtype_of(source, dtype, quantised))
+    named = (source.name, source, own.module, own.transposed, _dtype_of(source, dtype, quantised))
     return FusedTensor(*named, rows=own.rows, quantised=quantised, replaced=own.replaced)
 
 

@@ -175,7 +175,7 @@ def update_of(source: Source, tensor: FusedTensor) -> tuple[Tensor, Tensor] | No
 
 def _sides(update: Factors, tensor: FusedTensor) -> tuple[Tensor, Tensor]:
     lora_A, lora_B = update.lora_A.double(), update.scaling * update.lora_B.double()
-    return (lora_B, lora_A) if tensor.kind == "linear" else (lora_A.T, lora_B.T)
+    return (lora_A.T, lora_B.T) if tensor.transposed else (lora_B, lora_A)
 
 
 _WAITING = 3

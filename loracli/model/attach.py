@@ -27,7 +27,7 @@ The base model with modules that adapters saved whole in the place of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +37,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.kinds import ModuleKind
 from loracli.adapters.saved_modules import SavedModules
 from loracli.algebra.basis import canonical_stack
 from loracli.algebra.factors import Factors
@@ -145,7 +146,7 @@ class AttachedModel:
     Args:
         model: the base.
         modules: L names.
-        stacks: of each.
+        stacks: the adapters of each.
         owner: (sum R_l,) which adapter each rank row belongs to.
         precision: of the mixing weights and of what is summed for their gradient.
     Attributes:
@@ -160,7 +161,7 @@ class AttachedModel:
         self.modules = modules
         self.device: torch.device = next(model.parameters()).device
         self.precision = precision
-        self._stacks = tuple(stacks)
+        self.stacks = tuple(stacks)
         self._sizes = [len(stack.scaling) for stack in stacks]
         self._scaling = torch.cat([s.scaling for s in stacks]) if stacks else torch.zeros(0, dtype=precision)
         self._owner = owner
@@ -179,7 +180,7 @@ class AttachedModel:
         cores = torch.split(scaled[:, None] if scaled.dim() == 2 else scaled, self._sizes, dim=-1)
         self.cores = tuple(
             core if stack.entries is None else core[..., stack.entries]
-            for core, stack in zip(cores, self._stacks, strict=True)
+            for core, stack in zip(cores, self.stacks, strict=True)
         )
 
     def set_matrices(self, matrices: Sequence[Tensor]) -> None:
@@ -205,9 +206,7 @@ class AttachedModel:
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """L pairs of the stacked lora_A (R, in) and lora_B (out, R) with the scaling in B, on the CPU in float32 or
         better."""
-        return [
-            (s.lora_A.cpu().to(self.precision), s.lora_B.cpu().to(self.precision) * s.scaling) for s in self._stacks
-        ]
+        return [(s.lora_A.cpu().to(self.precision), s.lora_B.cpu().to(self.precision) * s.scaling) for s in self.stacks]
 
 
 @contextmanager
@@ -229,40 +228,22 @@ def attach(
     precision = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     every = [adapter.targets for adapter in adapters]
     present = [[(i, targets[name]) for i, targets in enumerate(every) if name in targets] for name in modules]
+    ways = [_WAYS[here[0][1][0].kind] for here in present]
     stacks = [
-        _stack_of(model, name, [m for _, m in here], precision, canonical)
-        for name, here in zip(modules, present, strict=True)
+        way.stack(model, name, [[m.factors for m in updates] for _, updates in here], precision, canonical)
+        for way, name, here in zip(ways, modules, present, strict=True)
     ]
     rows = [(i, max(m.factors.rank for m in updates)) for here in present for i, updates in here]
     owner = torch.tensor([i for i, rank in rows for _ in range(rank)], dtype=torch.long)
     attached = AttachedModel(model, modules, stacks, owner, precision)
-    handles, replaced = [], []
-    experts: dict[nn.Module, dict[str, ExpertLinear]] = {}
+    undo: list[Callable[[], None]] = []
     try:
-        for row, (name, here, stack) in enumerate(zip(modules, present, stacks, strict=True)):
-            if here[0][1][0].kind == "experts":
-                path, _, parameter = name.rpartition(".")
-                linears = experts.setdefault(model.get_submodule(path), {})
-                linears[parameter] = _expert_linear(attached, row, stack)
-                continue
-            target = model.get_submodule(name)
-            if here[0][1][0].kind == "parameter":
-                own = "_old_forward" if "_old_forward" in vars(target) else "forward"
-                forward = weight_forward(target, getattr(target, own), partial(_weight_updates, attached, row, stack))
-                replaced.append(_replaced(target, own, forward))
-            elif type(target) is nn.Linear and "forward" not in vars(target):
-                replaced.append(_replaced(target, "forward", _linear_forward(target, attached, row, stack)))
-            else:
-                handles.append(target.register_forward_hook(_hook(attached, row, stack)))
-        for target, linears in experts.items():
-            # accelerate's forward moves what it is given and calls the one that it found.
-            name = "_old_forward" if "_old_forward" in vars(target) else "forward"
-            replaced.append(_replaced(target, name, experts_forward(target, linears)))
+        for way in dict.fromkeys(ways):
+            for restore in way.act(attached, [row for row, other in enumerate(ways) if other is way]):
+                undo.append(restore)
         yield attached
     finally:
-        for handle in handles:
-            handle.remove()
-        for restore in replaced:
+        for restore in undo:
             restore()
 
 
@@ -273,23 +254,60 @@ def _replaced(target: nn.Module, name: str, forward: Any) -> Callable[[], None]:
     return partial(delattr, target, name) if own is None else partial(setattr, target, name, own)
 
 
-def _stack_of(
-    model: Any, name: str, updates: Sequence[Sequence[LoraModule]], precision: torch.dtype, canonical: bool
+def _own_forward(target: nn.Module) -> str:
+    """Where a module's forward is: accelerate's moves what it is given and calls the one that it found."""
+    return "_old_forward" if "_old_forward" in vars(target) else "forward"
+
+
+def _in_layers(attached: AttachedModel, rows: Sequence[int]) -> Iterator[Callable[[], None]]:
+    """Makes linear layers and embeddings add the updates of these modules; yields what takes each away again."""
+    for row in rows:
+        target, stack = attached.model.get_submodule(attached.modules[row]), attached.stacks[row]
+        if type(target) is nn.Linear and "forward" not in vars(target):
+            yield _replaced(target, "forward", _linear_forward(target, attached, row, stack))
+        else:
+            yield target.register_forward_hook(_hook(attached, row, stack)).remove
+
+
+def _in_weights(attached: AttachedModel, rows: Sequence[int]) -> Iterator[Callable[[], None]]:
+    """As `_in_layers`, of modules that do something of their own with their weight."""
+    for row in rows:
+        target = attached.model.get_submodule(attached.modules[row])
+        updates = partial(_weight_updates, attached, row, attached.stacks[row])
+        own = _own_forward(target)
+        yield _replaced(target, own, weight_forward(target, getattr(target, own), updates))
+
+
+def _in_experts(attached: AttachedModel, rows: Sequence[int]) -> Iterator[Callable[[], None]]:
+    """As `_in_layers`, of parameters with experts, of which a module may have several."""
+    experts: dict[nn.Module, dict[str, ExpertLinear]] = {}
+    for row in rows:
+        path, _, parameter = attached.modules[row].rpartition(".")
+        linears = experts.setdefault(attached.model.get_submodule(path), {})
+        linears[parameter] = _expert_linear(attached, row, attached.stacks[row])
+    for target, linears in experts.items():
+        yield _replaced(target, _own_forward(target), experts_forward(target, linears))
+
+
+def _expert_stack(
+    model: Any, name: str, updates: Sequence[Sequence[Factors]], precision: torch.dtype, canonical: bool
 ) -> Stack:
-    kind = updates[0][0].kind
-    if kind != "experts":
-        factors = [modules[0].factors for modules in updates]
-        return _stack(model.get_submodule(name), factors, kind == "embedding", precision, canonical)
     if canonical:
         raise ValueError("the experts of a parameter have no canonical gauge in common")
-    factors_of_experts = [[module.factors for module in modules] for modules in updates]
-    return Stack(*expert_stack(factors_of_experts, model.get_parameter(name), precision), None)
+    return Stack(*expert_stack(updates, model.get_parameter(name), precision), None)
 
 
 def _stack(
-    module: nn.Module, factors: Sequence[Factors], embedding: bool, precision: torch.dtype, canonical: bool
+    model: Any,
+    name: str,
+    updates: Sequence[Sequence[Factors]],
+    precision: torch.dtype,
+    canonical: bool,
+    *,
+    embedding: bool = False,
 ) -> Stack:
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    module, factors = model.get_submodule(name), [own for own, *_ in updates]
+    weight: Tensor = module.weight
     biased = [place for place, f in enumerate(factors) if f.bias is not None]
     if canonical:
         if biased:
@@ -372,6 +390,28 @@ def _trained_update(x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
     """B A x, with both in the dtype of x; here x and A x are kept for the backward pass."""
     lora_A, lora_B = (factor.to(x.device, x.dtype) for factor in factors)
     return F.linear(F.linear(x, lora_A), lora_B)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How adapters act in the modules of a kind.
+
+    Args:
+        stack: the adapters of one module: of the model, its name, the updates of each adapter, the precision, and
+            whether the basis is canonical.
+        act: makes the modules of these rows add their updates; yields what takes each of that away again.
+    """
+
+    stack: Callable[[Any, str, Sequence[Sequence[Factors]], torch.dtype, bool], Stack]
+    act: Callable[[AttachedModel, Sequence[int]], Iterator[Callable[[], None]]]
+
+
+_WAYS: Mapping[ModuleKind, _Way] = {
+    "linear": _Way(_stack, _in_layers),
+    "embedding": _Way(partial(_stack, embedding=True), _in_layers),
+    "parameter": _Way(_stack, _in_weights),
+    "experts": _Way(_expert_stack, _in_experts),
+}
 
 
 def replace_modules(model: nn.Module, saved: SavedModules | None) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.tasks import CAUSAL_LM, model_class
+from loracli.adapters.claims import CAUSAL_LM, model_class
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UsageError
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import BaseClaim

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.kinds import kind_of
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import stack_experts
 from loracli.errors import BaseModelMismatch
@@ -43,7 +44,7 @@ def check_experts(model: nn.Module, adapters: Sequence[LoraAdapter]) -> None:
     """
     for adapter in adapters:
         for name, modules in adapter.targets.items():
-            if modules[0].kind != "experts":
+            if not kind_of(modules[0]).of_experts:
                 continue
             owner, _, parameter = name.rpartition(".")
             module = model.get_submodule(owner)

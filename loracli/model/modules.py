@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule
-from loracli.adapters.base_module import BaseModule, ModuleKind
-from loracli.adapters.base_names import adapted_names, by_base_names, without_wrapper
-from loracli.adapters.experts import turned_by_version
+from loracli.adapters.kinds import BaseModule, ModuleKind, kind_of
 from loracli.adapters.names import BasePlace, leaf
+from loracli.adapters.on_base import adapted_names, by_base_names, turned_by_version, without_wrapper
 from loracli.errors import BaseModelMismatch
 from loracli.model.checkpoint import Checkpoint, LoadingRules, loaded_names, tied_parameters
 from loracli.system.tensor_file import FLOATS
@@ -139,7 +138,7 @@ def _turned_experts(skeleton: Any, adapter: LoraAdapter, places: Mapping[str, Ba
     found = {}
     for target, modules in adapter.targets.items():
         shape = expert_shape(skeleton, places[target].target) if target in places else None
-        if modules[0].kind != "experts" or shape is None or adapter.places:
+        if not kind_of(modules[0]).of_experts or shape is None or adapter.places:
             continue
         factors, sizes = modules[0].factors, shape[1:]
         theirs = factors.in_features, factors.out_features
@@ -154,7 +153,7 @@ def check_shapes(model: nn.Module, adapters: Sequence[LoraAdapter]) -> None:
     """As `check_fits`, for what a model without numbers can tell."""
     for adapter in adapters:
         for name, modules in adapter.targets.items():
-            if modules[0].kind == "experts":
+            if kind_of(modules[0]).of_experts:
                 _check_experts(model, adapter, name, modules)
             else:
                 _check_module(model, adapter, modules[0])
@@ -165,10 +164,10 @@ def base_modules(model: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[Bas
 
     Of parameters with experts, which it does not pad, those that are targeted.
     """
-    targets = {name: modules[0].kind for adapter in adapters for name, modules in adapter.targets.items()}
-    leaves = {leaf(name) for name, kind in targets.items() if kind != "experts"}
+    targets = {name: kind_of(modules[0]) for adapter in adapters for name, modules in adapter.targets.items()}
+    leaves = {leaf(name) for name, kind in targets.items() if not kind.of_experts}
     found = []
-    for name in sorted(name for name, kind in targets.items() if kind == "experts"):
+    for name in sorted(name for name, kind in targets.items() if kind.of_experts):
         if (shape := expert_shape(model, name)) is not None:
             found.append(BaseModule(name, "experts", shape[1], shape[2], shape[0]))
     for name, module in model.named_modules():
@@ -271,7 +270,7 @@ def _check_module(model: nn.Module, adapter: LoraAdapter, module: LoraModule) ->
             hint="the adapter was trained on another model or model class; check --base",
         ) from None
     kind, in_features, out_features = kind_and_shape(target)
-    if kind not in {"embedding": ("embedding",), "parameter": ("parameter",)}.get(module.kind, ("linear", "conv1d")):
+    if kind not in kind_of(module).carriers:
         raise BaseModelMismatch(
             f"{adapter.reference} adapts {module.name}, a {type(target).__name__}, as {module.kind}"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.kinds import kind_of
 from loracli.errors import OutOfResources
 from loracli.model.base import BasePlan
 from loracli.model.loss import CHUNK_BYTES
@@ -179,7 +180,8 @@ def _rank_rows(skeleton: Any, adapter: LoraAdapter) -> float:
     config = skeleton.config.get_text_config()
     each = max(_setting(config, "num_experts_per_tok"), 1)
     return sum(
-        sum(m.factors.rank for m in modules) * (min(each / len(modules), 1.0) if modules[0].kind == "experts" else 1.0)
+        sum(m.factors.rank for m in modules)
+        * (min(each / len(modules), 1.0) if kind_of(modules[0]).of_experts else 1.0)
         for modules in adapter.targets.values()
     )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of
-from loracli.adapters.other_bases import other_bases, say_other_bases
+from loracli.adapters.claims import other_bases, say_other_bases
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import (

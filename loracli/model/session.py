@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.expert_orders import open_orders, read_otherwise
+from loracli.adapters.on_base import open_orders, read_otherwise
 from loracli.adapters.saved_modules import SavedModules
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.records import CalibrationFile

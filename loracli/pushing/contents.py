@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loracli.adapters.licence import read_front_matter
+from loracli.adapters.claims import read_front_matter
 from loracli.composition.card import RECORD_DIGEST
 from loracli.errors import InputError, IntegrityError
 from loracli.fusing.workplace import FUSE_CERTIFICATE

@@ -13,9 +13,9 @@ from typing import Unpack
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
-from loracli.adapters.base_module import BaseModule
-from loracli.adapters.base_names import adapted_names, by_base_names, older_places, read_places, recorded_places
+from loracli.adapters.kinds import BaseModule
 from loracli.adapters.names import BasePlace
+from loracli.adapters.on_base import adapted_names, by_base_names, older_places, read_places, recorded_places
 from loracli.adapters.saved_modules import REFUSE
 from loracli.errors import AdapterNotFound, IntegrityError, RecipeError, UsageError
 from loracli.hub.fetch import MAX_ADAPTER_BYTES, Fetched, FetchedBase, fetch_adapter, fetch_adapters, fetch_base_of

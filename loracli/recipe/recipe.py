@@ -18,7 +18,7 @@ from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
-from loracli.adapters.base_module import MAX_EXPERTS, BaseModule
+from loracli.adapters.kinds import MAX_EXPERTS, BaseModule
 from loracli.adapters.names import leaf
 from loracli.errors import OutputExists, RecipeError, UsageError
 from loracli.hub.references import URI_PREFIX, is_folder, is_hub_id

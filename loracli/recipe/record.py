@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from loracli.adapters.base_module import RecipePlace
-from loracli.adapters.names import layer, target_of
-from loracli.adapters.other_bases import OtherBase, other_bases
+from loracli.adapters.claims import OtherBase, other_bases
+from loracli.adapters.names import RecipePlace, layer, target_of
 from loracli.hub.references import REPO_ID, BaseClaim, is_hub_id, is_repo_id
 from loracli.system.document import AtMost, Matches, added
 from loracli.system.files import TENSOR_FILES

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from loracli.adapters.config import MAX_CONFIG_BYTES, MAX_PARAMETERS
-from loracli.adapters.experts import targeted_parameters
-from loracli.adapters.names import PREFIX
+from loracli.adapters.names import PREFIX, targeted_parameters
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
 from loracli.hub.plan import from_pickle_hint

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
-from loracli.adapters.base_module import BaseModule
 from loracli.adapters.config import read_fields
+from loracli.adapters.kinds import BaseModule
 from loracli.algebra.concatenate import relative_error
 from loracli.algebra.factors import Factors, thin_svd
 from loracli.algebra.methods.method import Merged

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, kernels_of
-from loracli.adapters.tasks import head_size
+from loracli.adapters.claims import head_size
 from loracli.composition.card import EXPORT_FORMAT, RECORD_DIGEST, Certificate, ModuleCertificate, record_digest
 from loracli.composition.composition import MethodSource, Source
 from loracli.errors import UsageError, VerificationError

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.base_module import BaseModule
+from loracli.adapters.kinds import BaseModule
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions

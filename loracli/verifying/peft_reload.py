@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ import torch
 from torch import nn
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule
-from loracli.adapters.base_module import BaseModule
-from loracli.adapters.experts import order_of, plain_module
-from loracli.adapters.names import PREFIX, leaf
+from loracli.adapters.kinds import BaseModule, ModuleKind, kind_of
+from loracli.adapters.names import PREFIX, leaf, order_of, plain_module
 from loracli.algebra.factors import Factors
-from loracli.algebra.packing import Convolution, join_experts, join_groups
+from loracli.algebra.packing import Convolution, pack
 
 
 def skeleton_of(
@@ -43,11 +42,11 @@ def skeleton_of(
                 place = place.get_submodule(name)
             if convolutions and module.name in convolutions:
                 place.add_module(last, _convolution(module, convolutions[module.name]))
-            elif module.kind == "experts":
+            elif kind_of(module).of_experts:
                 shape = (experts or {}).get(module.name, 1), module.out_features, module.in_features
                 place.register_parameter(last, nn.Parameter(torch.empty(shape)))
             else:
-                place.add_module(last, _layer(module))
+                place.add_module(last, _LAYERS.get(module.kind, _none)(module))
     return root
 
 
@@ -57,19 +56,37 @@ def _convolution(module: BaseModule, known: Convolution) -> nn.Module:
     return layer(channels, known.groups * module.out_features, known.kernel, groups=known.groups, bias=False)  # type: ignore[arg-type]
 
 
-def _layer(module: BaseModule) -> nn.Module:
+def _linear(module: BaseModule) -> nn.Module:
+    return nn.Linear(module.in_features, module.out_features, bias=False)
+
+
+def _conv1d(module: BaseModule) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
-    if module.kind == "linear":
-        return nn.Linear(module.in_features, module.out_features, bias=False)
-    if module.kind == "parameter":
-        owner = nn.Module()
-        owner.weight = nn.Parameter(torch.empty(module.out_features, module.in_features))
-        return owner
-    if module.kind == "embedding":
-        return nn.Embedding(module.in_features, module.out_features)
-    layer: nn.Module = Conv1D(module.out_features, module.in_features) if module.kind == "conv1d" else nn.Identity()
+    layer: nn.Module = Conv1D(module.out_features, module.in_features)
     return layer
+
+
+def _embedding(module: BaseModule) -> nn.Module:
+    return nn.Embedding(module.in_features, module.out_features)
+
+
+def _parameter(module: BaseModule) -> nn.Module:
+    owner = nn.Module()
+    owner.weight = nn.Parameter(torch.empty(module.out_features, module.in_features))
+    return owner
+
+
+def _none(module: BaseModule) -> nn.Module:
+    return nn.Identity()
+
+
+_LAYERS: Mapping[ModuleKind, Callable[[BaseModule], nn.Module]] = {
+    "linear": _linear,
+    "conv1d": _conv1d,
+    "embedding": _embedding,
+    "parameter": _parameter,
+}
 
 
 def _on_cpu(skeleton: nn.Module) -> nn.Module:
@@ -143,5 +160,5 @@ def _matrices(modules: Sequence[LoraModule]) -> Factors:
     first = modules[0]
     if len(modules) == 1:
         return first.factors
-    join = join_experts if first.kind == "experts" else join_groups
-    return replace(join([m.factors for m in modules], first.factors.rank), scaling=first.factors.scaling)
+    packed = pack(kind_of(first).packing, [m.factors for m in modules], first.factors.rank)
+    return replace(packed, scaling=first.factors.scaling)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from loracli.adapters.claims import TASKS
 from loracli.adapters.config import read_fields
-from loracli.adapters.tasks import TASKS
 from loracli.composition.composition import Source
 from loracli.errors import AccessDenied, BaseModelMismatch, HubUnreachable, InputError, IntegrityError, MalformedAdapter
 from loracli.fitting.reach import named

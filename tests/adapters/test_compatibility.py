@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loracli.adapters.adapter import AdapterKind, LoraAdapter, read_adapter
+from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatible import check_composable, overlaps_of, problems_of
+from loracli.adapters.kinds import ModuleKind
 from loracli.errors import IncompatibleAdapters
 from loracli.hub.references import BaseClaim, agreed_base, distinct_bases
 
@@ -61,7 +62,7 @@ def test_other_ranks_alphas_and_modules_are_no_problem(tmp_path: Path) -> None:
 def test_experts_the_other_way_round_are_a_problem_only_once_the_orders_are_the_bases(tmp_path: Path) -> None:
     """Before that, a config without a word on the order leaves both open; other modules are never turned."""
 
-    def of_kind(name: str, kind: AdapterKind, shape: tuple[int, int]) -> LoraAdapter:
+    def of_kind(name: str, kind: ModuleKind, shape: tuple[int, int]) -> LoraAdapter:
         found = adapter(tmp_path / name, {"l.0.x": shape})
         return replace(found, modules={n: replace(m, kind=kind) for n, m in found.modules.items()})
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import peft
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import EvaConfig, LoraConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.utils.other import get_pattern_key
@@ -403,3 +405,34 @@ def test_a_missing_file_a_directory_and_a_fifo_are_refused(tmp_path: Path) -> No
     for name in ("missing", "folder", "fifo"):
         with pytest.raises(MalformedAdapter, match=name):
             read_config(tmp_path / name)
+
+
+# Whatever stands there.
+
+FIELDS = sorted(
+    {*LoraConfig().to_dict(), "lora_B_layout", "enable_lora", "rank", "alpha", "lora_parameters", "unheard_of"}
+)
+NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | st.sampled_from(["LORA", "q_proj", "pissa", r".*\.q"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(
+    fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4),
+    plain=st.sampled_from([PLAIN, {}]),
+    convertible=st.booleans(),
+)
+def test_any_json_object_gives_a_config_or_one_refusal(
+    tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any], plain: dict[str, Any], convertible: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any_config.json"
+    path.write_text(json.dumps(plain | fields))
+    try:
+        config = read_config(path, convertible=convertible)
+    except (MalformedAdapter, UnsupportedAdapter) as error:
+        assert str(path) in str(error)
+    else:
+        assert config.rank >= 1 and math.isfinite(config.scaling_of("model.q_proj")) and config.scaling_of("q") != 0

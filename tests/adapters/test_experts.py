@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loracli.adapters.adapter import open_adapter, read_adapter
-from loracli.adapters.experts import MAX_EXPERTS, module_of_parameter, targeted_parameters
+from loracli.adapters.names import module_of_parameter, targeted_parameters
+from loracli.adapters.stored import MAX_EXPERTS
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import join_experts, split_experts
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from loracli.adapters.patterns import MAX_ITEMS, MAX_KEY, MAX_KEYS, MAX_PLACES, ModulePatterns, PatternError
@@ -279,3 +281,18 @@ def test_twice_as_many_keys_and_modules_are_twice_as_much_work(key: str) -> None
     (reading, looking), (reading_twice, looking_twice) = work(100), work(200)
     assert reading_twice < 2.2 * reading  # three digits are more than two
     assert looking_twice < 2.5 * looking
+
+
+@given(
+    st.text(alphabet=r"ab.q1_-^$\|()[]?:*+{},dw é", max_size=12)
+    | st.lists(st.sampled_from(ATOMS), max_size=5).map("".join),
+    st.lists(st.text(alphabet="ab.q1_-", min_size=1, max_size=8), min_size=1, max_size=4),
+)
+def test_any_text_is_a_key_that_matches_as_in_re_or_is_not_read(key: str, modules: list[str]) -> None:
+    try:
+        patterns = ModulePatterns({key: 1})
+    except PatternError as error:
+        assert error.key == key and str(error)
+        return
+    for module in modules:
+        assert (patterns.get(module, 0) == 1) == (re.match(rf"(.*\.)?({key})$", module) is not None), module

@@ -16,7 +16,7 @@ from loracli.comparison.settings import CompareSettings
 from loracli.comparison.table import Evaluated, comparison_of
 from loracli.composition.attached import MixingPoint
 from loracli.evaluation.comparison import Comparison, RowKind, Skipped
-from loracli.evaluation.statistics import _RESAMPLES, detectable, holm
+from loracli.evaluation.statistics import RESAMPLES, detectable, holm
 from loracli.fitting.mixing import FixedFactors, Layout
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
@@ -82,7 +82,7 @@ def ratios(difference: Tensor, tokens: Tensor, *, seed: int = 0) -> Tensor:
     The drawn records are those that the package draws, 500 sets at a time.
     """
     generator, n = torch.Generator().manual_seed(seed), len(tokens)
-    drawn = torch.cat([torch.randint(n, (500, n), generator=generator) for _ in range(_RESAMPLES // 500)])
+    drawn = torch.cat([torch.randint(n, (500, n), generator=generator) for _ in range(RESAMPLES // 500)])
     return torch.stack([difference[r].sum() / tokens[r].sum() for r in drawn])
 
 
@@ -138,11 +138,11 @@ def test_what_the_best_row_beats_is_corrected_for_the_number_of_rivals_and_contr
     found = compared(ROWS)
     fit = ROWS[5].scores.nats
     rivals = {r.name: r.scores.nats for r in ROWS if r.name in ("a", "b", "uniform", "ties")}
-    raw = {n: (1 + int((ratios(x - fit, TOKENS) <= 0).sum())) / (1 + _RESAMPLES) for n, x in rivals.items()}
+    raw = {n: (1 + int((ratios(x - fit, TOKENS) <= 0).sum())) / (1 + RESAMPLES) for n, x in rivals.items()}
     assert found.best.name == "fit" and found.best.rivals == pytest.approx(holm(raw))
     assert not found.best.clear and max(found.best.rivals.values()) > 0.05
     clear = compared([*ROWS[:5], row("fit", "fit", losses(1.0))])
-    assert clear.best.clear and max(clear.best.rivals.values()) == pytest.approx(4 / (1 + _RESAMPLES))
+    assert clear.best.clear and max(clear.best.rivals.values()) == pytest.approx(4 / (1 + RESAMPLES))
 
 
 def test_of_rows_with_the_same_loss_the_first_is_named_and_none_is_clearly_the_best() -> None:

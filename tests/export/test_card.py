@@ -16,7 +16,7 @@ import huggingface_hub.constants
 import pytest
 import yaml
 
-from loracli.adapters.licence import MAX_FRONT_MATTER, MAX_README_BYTES, read_front_matter
+from loracli.adapters.claims import MAX_FRONT_MATTER, MAX_README_BYTES, read_front_matter
 from loracli.errors import MalformedAdapter
 from loracli.export.export import export_adapter
 from loracli.export.method import export_method

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loracli.adapters.base_module import BaseModule
+from loracli.adapters.kinds import BaseModule
 from loracli.errors import UsageError
 from loracli.export.export import export_adapter
 from loracli.export.layout import choose_layout

@@ -14,7 +14,7 @@ import pytest
 import regex
 import yaml
 
-from loracli.adapters.licence import read_front_matter
+from loracli.adapters.claims import read_front_matter
 from loracli.errors import InputError, RecipeError
 from loracli.export.export import export_adapter
 from loracli.model.reference import locate_base

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from loracli.adapters.adapter import sort_tensors
-from loracli.adapters.licence import read_front_matter
+from loracli.adapters.claims import read_front_matter
 from loracli.errors import BaseModelMismatch, LoracatError, MalformedAdapter, RecipeError
 from loracli.model.checkpoint import read_checkpoint
 from loracli.recipe.recipe import Recipe, decode_recipe
