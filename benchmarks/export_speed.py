@@ -189,7 +189,7 @@ def one_module(width: int) -> str:
 
 def export_of(recipe: Recipe, adapters: list[LoraAdapter]) -> tuple[float, float]:
     """Seconds that an export spends on one module at weights of 1, median of several, and its relative error."""
-    from loracli.composition.composition import RecipeSource
+    from loracli.composition.composition import from_recipe
     from loracli.export.module import module_export
 
     name = next(iter(adapters[0].modules))
@@ -198,7 +198,7 @@ def export_of(recipe: Recipe, adapters: list[LoraAdapter]) -> tuple[float, float
     times, error = [], 0.0
     for _ in range(11):
         started = time.process_time()
-        made = module_export(RecipeSource(recipe, tuple(adapters)), name, torch.float32, rank=RANK)
+        made = module_export(from_recipe(recipe, tuple(adapters)), name, torch.float32, rank=RANK)
         times.append(time.process_time() - started)
         error = made.certificate.relative_error
     return statistics.median(times[1:]), error

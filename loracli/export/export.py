@@ -19,7 +19,7 @@ from loracli.adapters.saved_modules import saved_modules
 from loracli.adapters.tasks import head_size, loading_lines
 from loracli.calibration.records import DataPaths
 from loracli.composition.card import Certificate
-from loracli.composition.composition import RecipeSource, Source, base_of_config
+from loracli.composition.composition import Composition, base_of_config, from_recipe
 from loracli.errors import UsageError
 from loracli.export.activations import Moments, recorded_moments
 from loracli.export.layout import Layout
@@ -48,7 +48,7 @@ class Exported:
         merged: whether it was compressed.
         certificate: exactness per module; of no module after a dry run.
         size_bytes: of the tensor file.
-        source: what it was made of.
+        composition: what it was made of.
         shapes: of the tensors in the file, by name.
         refit: how the cut was refitted, None where that was not asked for.
     """
@@ -59,13 +59,13 @@ class Exported:
     merged: bool
     certificate: Certificate
     size_bytes: int
-    source: Source = field(repr=False)
+    composition: Composition = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     refit: RefitRecord | None = None
 
     def loading_line(self, base: str | None = None) -> str:
         """The Python that loads it with PEFT, with the class for its task; `base` is the one that the user named."""
-        card, saved = self.source.card(), self.source.saved
+        card, saved = self.composition.card(), self.composition.saved
         local = base is not None and Path(base).expanduser().is_dir()
         known = base if local else card.base_id if card.base_named else None
         labels = None if saved is None else head_size(saved.shapes)
@@ -159,7 +159,7 @@ def export_adapter(
         )
         options = dataclasses.replace(options, gguf=llama_cpp)
     saved = saved_modules(recorded_policy(recipe), ingredients)
-    source = RecipeSource(recipe, ingredients, saved)
+    composition = from_recipe(recipe, ingredients, saved)
     if recipe.mixing.bypassed:
         from loracli.fitting.reach import warn_of_merging
 
@@ -168,12 +168,12 @@ def export_adapter(
     if activation_aware and fit_data is not None and not dry_run:
         from loracli.export.activations import moments_of
 
-        found = moments_of(source, fit_data, base=base, base_revision=base_revision, progress=progress)
+        found = moments_of(composition, fit_data, base=base, base_revision=base_revision, progress=progress)
         moments = Moments(found, "records")
     elif activation_aware and not dry_run:
-        moments = recorded_moments(source, path)
+        moments = recorded_moments(composition, path)
     return write_export(
-        source,
+        composition,
         Path(output),
         options,
         moments=moments,
@@ -185,7 +185,7 @@ def export_adapter(
 
 
 def write_export(
-    source: Source,
+    composition: Composition,
     output: Path,
     options: ExportOptions,
     *,
@@ -200,18 +200,18 @@ def write_export(
     `moments` are what the modules are cut by, None to cut by |dW|_F; `refit` fits the cores of the cut.
     """
     if refit is not None:
-        check_refittable(source)
-    for ingredient in source.adapters:
+        check_refittable(composition)
+    for ingredient in composition.adapters:
         if holds(output, ingredient.path):
             raise UsageError(
                 f"{output} holds the ingredient {ingredient.reference}", hint="choose another name with -o"
             )
     with one_thread_each() as threads:
-        plan = AdapterPlan(source, options, moments, progress, workers=min(threads, MOST_WORKERS))
+        plan = AdapterPlan(composition, options, moments, progress, workers=min(threads, MOST_WORKERS))
         shapes = plan.shapes(plan.layout)
         cut = None if refit is None or dry_run else plan.cut()
     if refit is not None and cut is not None:
-        plan.refitted = refit(source, cut, plan.dtype)
+        plan.refitted = refit(composition, cut, plan.dtype)
         progress.begin(TASK, len(cut), "modules")
         del cut
     if dry_run:
@@ -221,4 +221,4 @@ def write_export(
         with one_thread_each(), whole_directory(output, force=force) as folder:
             certificate, size = plan.write(folder)
     record = None if plan.refitted is None else plan.refitted.record
-    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, source, shapes, record)
+    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, composition, shapes, record)

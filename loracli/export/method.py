@@ -20,7 +20,7 @@ from loracli.calibration.dataset import Dataset
 from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.calibration.render import render_file
 from loracli.composition.base_table import BaseTable, base_table
-from loracli.composition.composition import MethodSource, base_of_config, identities_of, takes, task_of_recipe
+from loracli.composition.composition import DEFAULTS, base_of_config, from_method, takes, task_of_recipe
 from loracli.composition.fitted import TASK, Calibration, search_weights
 from loracli.errors import UsageError
 from loracli.export.export import Exported, write_export
@@ -35,12 +35,10 @@ from loracli.model.attach import replace_modules
 from loracli.model.base import check_fits, find_base, load_base
 from loracli.model.placement import memory_errors
 from loracli.progress import SILENT, Progress
-from loracli.recipe.ingredients import identity_of, read_ingredients, recorded_policy
-from loracli.recipe.recipe import Recipe, labels_of, load_recipe
-from loracli.recipe.record import MAX_ADAPTERS, MIXING_KINDS, RecipeAdapter
+from loracli.recipe.ingredients import read_ingredients, recorded_policy
+from loracli.recipe.recipe import Recipe, load_recipe
+from loracli.recipe.record import MAX_ADAPTERS, MIXING_KINDS
 from loracli.system.files import check_free
-
-DEFAULTS = MethodOptions()
 
 
 def find_method(name: str, options: MethodOptions = DEFAULTS) -> Method:
@@ -178,7 +176,7 @@ def export_method(
         named = base or BaseClaim(table.id, None) if loaded is None else base_of_config(loaded.base, base)
         found = find_llama_cpp_base(named, read, revision=base_revision, progress=progress)
         options = replace(options, gguf=found)
-    weights = None if method.weights is None else method.weights(len(read))
+    weights = None
     if fit_data is not None and searching:
         weights = searched_weights(
             method,
@@ -193,20 +191,11 @@ def export_method(
     whole = not merge or options.rule is not None
     cut = rank if rank is not None or whole else max(max(adapter.ranks) for adapter in read)
     chosen = replace(method_options, rank=cut) if method.cuts else method_options
-    source = MethodSource(
-        method,
-        chosen,
-        weights,
-        read,
-        published_identities(read),
-        table,
-        saved,
-        task,
-        asked is not None,
-    )
+    composition = from_method(method, read, table, options=chosen, weights=weights, saved=saved, task_type=task)
+    composition = replace(composition, task_asked=asked is not None)
     try:
         return write_export(
-            source, Path(output), options, refit=refitting, force=force, dry_run=dry_run, progress=progress
+            composition, Path(output), options, refit=refitting, force=force, dry_run=dry_run, progress=progress
         )
     except ValueError as error:
         raise UsageError(f"{name} cannot be had here: {error}", hint="choose another --method") from None
@@ -215,18 +204,6 @@ def export_method(
 def _agreed(adapters: Sequence[LoraAdapter], recipe: Recipe | None) -> str | None:
     """The task of what a method makes of adapters."""
     return agreed_task(adapters, option="--task-type") if recipe is None else task_of_recipe(adapters)
-
-
-def published_identities(adapters: Sequence[LoraAdapter]) -> tuple[RecipeAdapter, ...]:
-    """The adapters as they may be published: a local directory by its last names."""
-    names = [identity_of(adapter, _name(adapter)) for adapter in adapters]
-    labels = labels_of(names, Path())
-    return identities_of(adapters, {a.reference: labels[n.reference] for a, n in zip(adapters, names, strict=True)})
-
-
-def _name(adapter: LoraAdapter) -> str:
-    """A name that labels can be made of: a directory by its path."""
-    return adapter.reference if adapter.source.path is None else str(adapter.path)
 
 
 def searched_weights(

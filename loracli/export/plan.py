@@ -23,7 +23,7 @@ from loracli.algebra.factors import Factors
 from loracli.algebra.packing import join_experts, join_groups
 from loracli.algebra.truncate import spectrum
 from loracli.composition.card import EXPORT_FORMAT, EXPORT_SCHEMA, Certificate, ModuleCertificate, closed
-from loracli.composition.composition import MethodSource, Source
+from loracli.composition.composition import Composition
 from loracli.errors import IntegrityError, RecipeError, UsageError
 from loracli.export.activations import Moments
 from loracli.export.card import model_card
@@ -49,17 +49,23 @@ class AdapterPlan:
     """
 
     def __init__(
-        self, source: Source, options: ExportOptions, moments: Moments | None, progress: Progress, *, workers: int
+        self,
+        composition: Composition,
+        options: ExportOptions,
+        moments: Moments | None,
+        progress: Progress,
+        *,
+        workers: int,
     ) -> None:
         self._moments: Mapping[str, Tensor] = {} if moments is None else moments.by_module
         self._moments_from = None if moments is None else moments.origin
         self.refitted: Refitted | None = None
-        self._source, self._options, self._progress, self._workers = source, options, progress, workers
-        self.dtype = OUTPUT_DTYPES[options.dtype] if options.dtype else source.dtype
-        self._table: dict[str, BaseModule] = {module.name: module for module in source.table}
-        self._rank = options.rank or max(max(adapter.ranks) for adapter in source.adapters)
+        self._composition, self._options, self._progress, self._workers = composition, options, progress, workers
+        self.dtype = OUTPUT_DTYPES[options.dtype] if options.dtype else composition.dtype
+        self._table: dict[str, BaseModule] = {module.name: module for module in composition.base.modules}
+        self._rank = options.rank or max(max(adapter.ranks) for adapter in composition.adapters)
         self._held: dict[str, ModuleExport] = {}
-        names = source.names()
+        names = composition.names()
         missing = sorted({target_of(name) for name in names} - self._table.keys())
         if missing:
             raise RecipeError(f"the recipe's table of base modules lacks {missing[0]}, which an adapter changes")
@@ -76,16 +82,16 @@ class AdapterPlan:
             self._gguf_names = gguf_names(options.gguf, {name: self._table[name] for name in self.layout.ranks})
 
     def _layout(self, ranks: Mapping[str, int], rank: int | None = None) -> Layout:
-        saved, adapters = self._source.saved, self._source.adapters
+        saved, adapters = self._composition.saved, self._composition.adapters
         return choose_layout(
-            self._source.table,
+            self._composition.base.modules,
             ranks,
             self._options.profile,  # type: ignore[arg-type]
             rank=rank,
             lora_bias=next((adapter.reference for adapter in adapters if adapter.config.lora_bias), None),
             saved=() if saved is None else saved.modules,
             kernels=kernels_of(adapters),
-            task_type=self._source.task_type,
+            task_type=self._composition.task_type,
         )
 
     def _choose_cuts(self, names: Sequence[str], options: ExportOptions) -> int | None:
@@ -123,7 +129,7 @@ class AdapterPlan:
         return uniform
 
     def _spectrum(self, name: str) -> Tensor:
-        found = spectrum(self._source.compose(name).factors)
+        found = spectrum(self._composition.compose(name).factors)
         self._progress.advance(TASK, 1)
         return found
 
@@ -137,7 +143,7 @@ class AdapterPlan:
         return self._options.merge or any(made.certificate.kept_energy < 1 for made in self._held.values())
 
     def _rank_of(self, name: str) -> int:
-        total = self._source.known_rank(name)
+        total = self._composition.known_rank(name)
         module = self._table[target_of(name)]
         if self._options.rule is not None:
             return min(self._cuts[name], total or self._cuts[name], module.in_features, module.out_features)
@@ -151,7 +157,7 @@ class AdapterPlan:
 
     def _export(self, name: str) -> ModuleExport:
         return module_export(
-            self._source,
+            self._composition,
             name,
             self.dtype,
             rank=self._cuts.get(name),
@@ -167,7 +173,7 @@ class AdapterPlan:
         """Every module cut, in float64, with sqrt(S) on both sides."""
 
         def work(name: str) -> Factors:
-            return cut_module(self._source, name, self._cuts[name], self._moments.get(name)).factors
+            return cut_module(self._composition, name, self._cuts[name], self._moments.get(name)).factors
 
         return dict(zip(self._ranks, in_order(work, self._ranks, workers=self._workers), strict=True))
 
@@ -203,14 +209,14 @@ class AdapterPlan:
         if self._cores:
             self._hashes[CORES_FILE] = write_cores(folder / CORES_FILE, self._cores)
         card = model_card(
-            self._source.card(),
+            self._composition.card(),
             self.layout,
             certificate,
             merged=self.merged,
             options=self._repeated_options(),
-            labels=None if self._source.saved is None else head_size(self._source.saved.shapes),
+            labels=None if self._composition.saved is None else head_size(self._composition.saved.shapes),
         )
-        config = self.layout.config(self._source.base_id, self._table)
+        config = self.layout.config(self._composition.base.id, self._table)
         texts = {CONFIG_FILE: _json(config), README_FILE: card.encode()}
         for name, data in texts.items():
             write_file(folder / name, data)
@@ -221,17 +227,19 @@ class AdapterPlan:
     def shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
         """Of every tensor in the file."""
         shapes: dict[str, tuple[int, ...]] = {n: place.shape for n, place in layout.places(self._table).items()}
-        saved = self._source.saved
+        saved = self._composition.saved
         return shapes if saved is None else shapes | {n: saved.shapes[path] for n, path in self._whole.items()}
 
     @property
     def _whole(self) -> dict[str, str]:
         """Names in the file of the parameters that replace the base's, with their paths in it."""
-        return {} if self._source.saved is None else {PREFIX + path: path for path in self._source.saved.sources}
+        return (
+            {} if self._composition.saved is None else {PREFIX + path: path for path in self._composition.saved.sources}
+        )
 
     def _saved_parameter(self, path: str) -> Tensor:
-        assert self._source.saved is not None
-        written = self._source.saved.read(path).to(self.dtype)
+        assert self._composition.saved is not None
+        written = self._composition.saved.read(path).to(self.dtype)
         if not bool(torch.isfinite(written).all()):
             raise UsageError(f"{path} overflows {self.dtype}", hint="export with --dtype float32 or bfloat16")
         return written
@@ -274,7 +282,7 @@ class AdapterPlan:
     def _document(self, certificate: Certificate, texts: Mapping[str, bytes]) -> dict[str, Any]:
         return {
             EXPORT_FORMAT: EXPORT_SCHEMA,
-            **self._source.document(),
+            **self._composition.document(),
             "versions": {"loracat": __version__, "torch": torch.__version__},
             "export": {
                 "profile": self.layout.profile,
@@ -316,7 +324,7 @@ class AdapterPlan:
 
     def _records_options(self) -> list[str]:
         """Options about records: FILE is fitted on, HELD_OUT is not; a method that searches names its FILE itself."""
-        searched = isinstance(self._source, MethodSource) and self._source.method.search is not None
+        searched = (method := self._composition.method) is not None and method.search is not None
         refit = None if self.refitted is None else self.refitted.record
         apart = refit is not None and not refit.divided
         fitted = apart or self._moments_from == "records"

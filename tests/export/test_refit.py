@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from loracli.calibration.dataset import read_dataset
 from loracli.cli import app
-from loracli.composition.composition import RecipeSource
+from loracli.composition.composition import from_recipe
 from loracli.errors import IntegrityError, UsageError
 from loracli.export.export import Exported, export_adapter
 from loracli.export.method import export_method
@@ -129,7 +129,7 @@ def test_what_is_written_is_the_dense_cut_with_the_core_in_lora_b(made: Planted,
     assert cores.keys() == {module.name for module in exported.certificate.modules}
     for module in exported.certificate.modules:
         lora_A, lora_B = dense_cut(made, module.name)
-        core, exact = cores[module.name], RecipeSource(made.recipe, tuple(made.adapters)).compose(module.name).factors
+        core, exact = cores[module.name], from_recipe(made.recipe, tuple(made.adapters)).compose(module.name).factors
         assert core.shape == (RANK, RANK) and float((core - torch.eye(RANK)).abs().max()) > 0.01
         written_A, written_B = tensors[prefix(module.name) + "A.weight"], tensors[prefix(module.name) + "B.weight"]
         torch.testing.assert_close(written_A.double(), lora_A, rtol=0, atol=1e-6)
