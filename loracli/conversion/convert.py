@@ -20,7 +20,7 @@ from loracli.conversion.read import BaseWeights, Convertible, read_convertible
 from loracli.conversion.source import Conversion, Cut, from_conversion
 from loracli.errors import UnsupportedAdapter, UsageError
 from loracli.export.export import Exported, write_export
-from loracli.export.options import ExportOptions
+from loracli.export.request import ExportRequest, check_form
 from loracli.progress import SILENT, Progress
 from loracli.system.files import check_free
 
@@ -80,8 +80,8 @@ def convert_adapter(
         raise UsageError("--rank and --tolerance exclude each other")
     if tolerance is not None and not 0.0 < tolerance < 1.0:
         raise UsageError(f"--tolerance {tolerance:g} is not between 0 and 1")
-    options = ExportOptions(rank=rank, dtype=dtype)
-    options.check(cuts=True)
+    request = ExportRequest(rank=rank, dtype=dtype)
+    check_form(request)
     check_free(Path(output), force=force)
     read = read_convertible(adapter, initial, progress=progress)
     _check_way(read)
@@ -92,7 +92,7 @@ def convert_adapter(
     if not asked and read.magnitudes:
         cut = Cut(tolerance=DEFAULT_TOLERANCE, most=DEFAULT_MOST)
     conversion = Conversion(read, table, commit, weights, cut, asked)
-    exported = write_export(from_conversion(conversion), Path(output), options, force=force, progress=progress)
+    exported = write_export(from_conversion(conversion), Path(output), request, force=force, progress=progress)
     sizes = conversion.tally.sizes
     errors = [module.relative_error * sizes[module.name] for module in exported.certificate.modules]
     size = math.hypot(*sizes.values())

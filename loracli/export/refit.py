@@ -136,20 +136,6 @@ class Refit(Protocol):
         """`cut` is the cut of each module, sqrt(S) on both sides, and `dtype` that of the output."""
 
 
-def check_refit(*, refit: bool, fit_data: object, data: object, merge: bool) -> None:
-    """Refuses a refit of what was not cut, one without records, and records that nothing is done with.
-
-    Raises:
-        UsageError: naming the way out.
-    """
-    if refit and not merge:
-        raise UsageError("--refit is for --merge; a concatenation is exact already", hint="add --merge")
-    if refit and fit_data is None and data is None:
-        raise UsageError("--refit needs calibration records", hint="give them with --data FILE")
-    if data is not None and not refit:
-        raise UsageError("records to refit on have no use without --refit", hint="add --refit")
-
-
 def check_refittable(source: Composition) -> None:
     """Refuses a composition whose cut has no core of its own to fit.
 

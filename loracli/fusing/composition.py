@@ -18,7 +18,8 @@ from loracli.algebra.methods.method import Method
 from loracli.composition.base_table import BaseTable
 from loracli.composition.composition import Composition, from_method, from_recipe
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
-from loracli.export.method import find_method, read_to_compose
+from loracli.export.method import read_to_compose
+from loracli.export.request import find_method
 from loracli.fitting.reach import named, warn_untried, weights_read
 from loracli.fusing.plan import FusionPlan, plan_fusion
 from loracli.fusing.quantised import Quantisation

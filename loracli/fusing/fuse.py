@@ -23,7 +23,7 @@ from loracli.composition.card import CardText, closed
 from loracli.composition.composition import Composition
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.card import front_matter
-from loracli.export.options import OUTPUT_DTYPES
+from loracli.export.request import OUTPUT_DTYPES, ExportRequest, check_form
 from loracli.fitting.reach import named
 from loracli.fusing.composition import (
     bypassed_modules,
@@ -221,8 +221,7 @@ def fuse_model(
         IntegrityError: if an ingredient or the recorded base is not the one that was recorded.
     """
     output = Path(output)
-    if dtype is not None and dtype not in OUTPUT_DTYPES:
-        raise UsageError(f"--dtype {dtype} is not one of {', '.join(OUTPUT_DTYPES)}")
+    check_form(ExportRequest(dtype=dtype))
     if not resume:
         check_model_free(output, force=force)
     planned, composition = compose_on_base(

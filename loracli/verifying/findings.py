@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loracli._version import __version__
-from loracli.adapters.adapter import LoraAdapter, kernels_of
+from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.tasks import head_size
 from loracli.composition.card import EXPORT_FORMAT, RECORD_DIGEST, Certificate, ModuleCertificate, record_digest
 from loracli.composition.composition import Composition
 from loracli.errors import UsageError, VerificationError
 from loracli.export.card import model_card
-from loracli.export.layout import PROFILES, Layout, choose_layout, ranks_of_targets
+from loracli.export.layout import Layout, ranks_of_targets
+from loracli.export.plan import layout_of
 from loracli.system.files import README_FILE, open_regular
 
 
@@ -170,15 +171,14 @@ def export_cards(
     """
     if options is None:
         return ()
-    possible = [composition]
-    if composition.method is not None:
-        possible = [replace(composition, task_type=task_type, task_asked=asked) for asked in (False, True)]
+    ways = (False,) if composition.method is None else (False, True)
+    possible = [replace(composition, task_type=task_type, task_asked=asked) for asked in ways]
     labels = None if composition.saved is None else head_size(composition.saved.shapes)
     certificate = Certificate(tuple(modules.values()), "")
     return tuple(
         model_card(one.card(), layout, certificate, merged=merged, options=options, labels=labels)
         for one in possible
-        for layout in _layouts(one, modules, profile, rank, asked=" --profile " in options, task_type=task_type)
+        for layout in _layouts(one, modules, profile, rank, asked=" --profile " in options)
     )
 
 
@@ -189,25 +189,14 @@ def _layouts(
     rank: int,
     *,
     asked: bool,
-    task_type: str | None,
 ) -> list[Layout]:
     found: list[Layout] = []
     ranks = {name: module.rank for name, module in modules.items()}
     if not ranks_of_targets(ranks).keys() <= {module.name for module in composition.base.modules}:
         return found  # the certificate is of other modules, which is a difference of its own
-    bias = next((adapter.reference for adapter in composition.adapters if adapter.config.lora_bias), None)
     for uniform in (None, rank):
         try:
-            layout = choose_layout(
-                composition.base.modules,
-                ranks,
-                next(name for name in PROFILES if name == profile) if asked else None,
-                rank=uniform,
-                lora_bias=bias,
-                saved=() if composition.saved is None else composition.saved.modules,
-                kernels=kernels_of(composition.adapters),
-                task_type=task_type,
-            )
+            layout = layout_of(composition, ranks, profile if asked else None, uniform)
         except UsageError:
             continue
         if (layout.profile, layout.rank) == (profile, rank):

@@ -325,7 +325,7 @@ def verify_directory(
     """Computes again what was written, from the recorded ingredients, and compares every tensor.
 
     Args:
-        path: a directory that `export_adapter`, `export_method` or `fuse_model` wrote.
+        path: a directory that `export_adapter` or `fuse_model` wrote.
         recipe: the recipe's file; needed where its mixing is kept in tensors, and to find local ingredients.
         adapters: where the ingredients are, in the recorded order; empty for where they are recorded.
         base: a Hub id or directory; of a fused model None is the recorded one.

@@ -23,7 +23,7 @@ from loracli.comparison.settings import CompareSettings
 from loracli.composition.base_table import table_of_adapters
 from loracli.errors import BaseModelMismatch
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.recipe.recipe import load_recipe
 from loracli.verifying.verify import verify_directory
@@ -67,7 +67,7 @@ def test_a_method_and_a_comparison_see_the_same(
 ) -> None:
     names = [str(moved_inside(two_adapters[0], tmp_path / "inside", "new")), str(two_adapters[1])]
     fit_case(tmp_path, tiny_base, [two_adapters[1]])  # writes the records
-    export_method("sum", tmp_path / "sum", adapters=names, base=str(tiny_base))
+    export_adapter(ExportRequest(method="sum", adapters=names, base=str(tiny_base)), tmp_path / "sum")
     found = compare_adapters(
         tmp_path / "test.jsonl", adapters=names, base=str(tiny_base), settings=CompareSettings(("sum",))
     )
@@ -161,7 +161,7 @@ def test_names_of_other_versions_and_of_the_text_model_alone_go_the_whole_way(
         f"{front}.layers.*.self_attn.{leaf}": f"model.language_model.layers.*.self_attn.{leaf}"
         for leaf in ("q_proj", "v_proj")
     }
-    export_adapter(tmp_path / "recipe.json", tmp_path / "again")
+    export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "again")
     fuse_model(str(tmp_path / "recipe.json"), tmp_path / "fused", base=str(gemma.base))
     for made in ("again", "fused"):
         verify_directory(tmp_path / made, recipe=tmp_path / "recipe.json", base=str(gemma.base))
@@ -180,7 +180,7 @@ def test_stock_peft_runs_the_old_names_as_a_fusion_has_them(tmp_path: Path, gemm
 def test_adapters_that_name_the_same_layers_differently_need_the_base(tmp_path: Path, gemma: Gemma) -> None:
     """Without it they would be composed side by side, into a file in which PEFT finds one module twice."""
     names = [str(gemma.other), str(gemma.text)]
-    export_method("sum", tmp_path / "sum", adapters=names, base=str(gemma.base))
+    export_adapter(ExportRequest(method="sum", adapters=names, base=str(gemma.base)), tmp_path / "sum")
     adapters = [read_adapter(name) for name in names]
     assert named_apart(adapters) and not named_apart(adapters[:1]) and table_of_adapters(adapters) is None
     found = read_adapter(str(tmp_path / "sum")).modules

@@ -21,7 +21,7 @@ from loracli.calibration.render import render_file
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.base import BaseReference, on_base
@@ -117,8 +117,8 @@ def test_a_known_order_is_honoured_wherever_the_adapter_goes(
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
     recipe = fit_mixing([str(path)], data, base=str(base), settings=FitSettings(passes=2), folder=tmp_path)
     recipe.save(tmp_path / "recipe.json")
-    export_adapter(tmp_path / "recipe.json", tmp_path / "fitted")
-    export_method("sum", tmp_path / "sum", adapters=[str(path)], base=str(base))
+    export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "fitted")
+    export_adapter(ExportRequest(method="sum", adapters=[str(path)], base=str(base)), tmp_path / "sum")
     fitted, summed = (peft_deltas(tmp_path / made, base) for made in ("fitted", "sum"))
     for name, delta in deltas.items():
         weight = recipe.weights_of(name)[0]
@@ -135,7 +135,7 @@ def test_orders_of_several_versions_go_together(tmp_path: Path) -> None:
     one, two = (make_adapter(tmp_path / str(i), base, targets=(), parameters=BOTH, rank=RANK, seed=i) for i in (1, 2))
     old = rewritten(two, tmp_path / "old", turned=True, peft_version="0.18.0")
     assert inspect_adapters([str(one), str(old)]).problems == ()
-    export_method("sum", tmp_path / "sum", adapters=[str(one), str(old)], base=str(base))
+    export_adapter(ExportRequest(method="sum", adapters=[str(one), str(old)], base=str(base)), tmp_path / "sum")
     expected = [peft_deltas(path, base) for path in (one, two)]
     for name, delta in peft_deltas(tmp_path / "sum", base).items():
         assert torch.allclose(delta, expected[0][name] + expected[1][name], rtol=0, atol=1e-6)

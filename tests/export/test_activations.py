@@ -23,6 +23,7 @@ from loracli.composition.composition import Composition, from_recipe
 from loracli.errors import IntegrityError, OutputExists, RecipeError, UsageError
 from loracli.export.activations import moments_of, recorded_moments
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.fitting.activations import MOST_RECORDS, _watched, chosen_records
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
@@ -101,10 +102,11 @@ def test_an_export_cuts_every_module_by_its_moment(tmp_path: Path, data: Path) -
     composition = from_recipe(made.recipe, tuple(made.adapters))
     moments = moments_of(composition, data, base=str(made.base))
     exported = export_adapter(
-        made.recipe, tmp_path / "out", merge=True, rank=3, activation_aware=True, fit_data=data, base=str(made.base)
+        ExportRequest(made.recipe, merge=True, rank=3, activation_aware=True, fit_data=data, base=str(made.base)),
+        tmp_path / "out",
     )
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    plain = export_adapter(made.recipe, tmp_path / "plain", merge=True, rank=3)
+    plain = export_adapter(ExportRequest(made.recipe, merge=True, rank=3), tmp_path / "plain")
     for module, other in zip(exported.certificate.modules, plain.certificate.modules, strict=True):
         exact = composition.compose(module.name).factors
         wanted = truncate_for(exact, 3, moments[module.name]).factors.delta_weight()
@@ -130,7 +132,7 @@ def test_an_export_cuts_every_module_by_its_moment(tmp_path: Path, data: Path) -
 )
 def test_what_does_not_go_together_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        export_adapter(tmp_path / "no-such-recipe.json", tmp_path / "out", **options)
+        export_adapter(ExportRequest(tmp_path / "no-such-recipe.json", **options), tmp_path / "out")
 
 
 # From the recipe.
@@ -173,7 +175,7 @@ def test_a_fit_leaves_the_moments_of_its_training_records(fitted: Path, tiny_bas
 def test_an_export_needs_neither_base_nor_data(fitted: Path, tmp_path: Path) -> None:
     composition = composition_of(fitted)
     moments = recorded_moments(composition, fitted).by_module
-    exported = export_adapter(fitted, tmp_path / "out", merge=True, rank=2, activation_aware=True)
+    exported = export_adapter(ExportRequest(fitted, merge=True, rank=2, activation_aware=True), tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for module in exported.certificate.modules:
         wanted = truncate_for(composition.compose(module.name).factors, 2, moments[module.name]).factors.delta_weight()
@@ -213,9 +215,9 @@ def test_moments_that_are_not_the_fits_are_refused_and_other_exports_go_on(
     folder = Path(shutil.copytree(fitted.parent, fitted.parent.parent / f"damaged{len(message)}-{fitted.parent.name}"))
     damage(folder / "recipe.json.activations.safetensors")
     with pytest.raises(error, match=message) as caught:
-        export_adapter(folder / "recipe.json", tmp_path / "out", merge=True, activation_aware=True)
+        export_adapter(ExportRequest(folder / "recipe.json", merge=True, activation_aware=True), tmp_path / "out")
     assert "--fit-data" in (getattr(caught.value, "hint", "") or "")
-    export_adapter(folder / "recipe.json", tmp_path / "out", merge=True)
+    export_adapter(ExportRequest(folder / "recipe.json", merge=True), tmp_path / "out")
 
 
 def test_an_older_recipe_is_refused_with_the_way_out_and_exported_otherwise(fitted: Path, tmp_path: Path) -> None:
@@ -227,9 +229,9 @@ def test_an_older_recipe_is_refused_with_the_way_out_and_exported_otherwise(fitt
         shutil.copy(fitted.with_name("recipe.safetensors"), older.with_name("older.safetensors"))
     assert load_recipe(older).to_json() == older.read_text()
     with pytest.raises(UsageError, match="holds no second moments") as caught:
-        export_adapter(older, tmp_path / "out", merge=True, activation_aware=True)
+        export_adapter(ExportRequest(older, merge=True, activation_aware=True), tmp_path / "out")
     assert "--fit-data" in (caught.value.hint or "")
-    export_adapter(older, tmp_path / "out", merge=True)
+    export_adapter(ExportRequest(older, merge=True), tmp_path / "out")
 
 
 def test_a_fit_looks_at_so_many_records_and_no_more_and_at_the_same_ones() -> None:
@@ -281,7 +283,7 @@ def test_the_file_of_the_moments_stands_and_falls_with_its_recipe(fitted: Path, 
 def cut_on(fitted: Path, tiny_base: Path, output: Path, **options: Any) -> Path:
     data = fitted.parent / "val.jsonl"
     chosen = {"merge": True, "rank": 3, "activation_aware": True, "fit_data": data, "base": str(tiny_base)}
-    export_adapter(fitted, output, **{**chosen, **options})
+    export_adapter(ExportRequest(fitted, **{**chosen, **options}), output)
     return output
 
 
@@ -312,7 +314,7 @@ def test_a_cut_by_records_is_held_against_its_own_column_space(
 
 def test_a_cut_by_the_recipe_is_computed_again_to_the_bit(fitted: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    export_adapter(fitted, out, merge=True, rank=3, activation_aware=True)
+    export_adapter(ExportRequest(fitted, merge=True, rank=3, activation_aware=True), out)
     found = verify_directory(out, recipe=fitted)
     assert not found.not_checked and found.tensors == len(load_file(out / WEIGHTS))
     for side in "AB":
@@ -324,7 +326,7 @@ def test_a_cut_by_the_recipe_is_computed_again_to_the_bit(fitted: Path, tmp_path
 
 @pytest.mark.parametrize("fitted", ["module"], indirect=True)
 def test_without_the_recipes_moments_what_cannot_be_checked_is_named(fitted: Path, tmp_path: Path) -> None:
-    export_adapter(fitted, tmp_path / "out", merge=True, rank=3, activation_aware=True)
+    export_adapter(ExportRequest(fitted, merge=True, rank=3, activation_aware=True), tmp_path / "out")
     paths = [str(adapter.path) for adapter in composition_of(fitted).adapters]
     found = verify_directory(tmp_path / "out", adapters=paths)
     assert ["with --recipe" in skipped.why for skipped in found.not_checked] == [True, True]
