@@ -21,7 +21,7 @@ from loracli.export.request import ExportRequest
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.fusing.composition import read_composition
+from loracli.fusing.composition import compose_on_base
 from loracli.progress import Progress, Silent
 from loracli.serving.lint import lint_adapter
 from loracli.verifying.verify import verify_directory
@@ -62,9 +62,7 @@ COMMANDS: dict[str, Callable[[Path, Path, Path, Progress], object]] = {
     "compare": lambda idle, base, data, progress: prepare_comparison(
         str(data), adapters=[str(idle)], base=str(base), progress=progress
     ),
-    "fuse": lambda idle, base, data, progress: read_composition(
-        str(idle), [], None, base_given=True, progress=progress
-    ),
+    "fuse": lambda idle, base, data, progress: compose_on_base(str(idle), [], None, base=str(base), progress=progress),
     "convert": lambda idle, base, data, progress: read_convertible(str(idle), progress=progress),
     "export --method": lambda idle, base, data, progress: export_adapter(
         ExportRequest(method="sum", adapters=[str(idle)], base=str(base)), data.parent / "out", progress=progress
