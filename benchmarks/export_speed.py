@@ -43,6 +43,7 @@ from benchmarks.measuring import BenchmarkParser, in_turns, median
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.kinds import BaseModule
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import FitRecord, HeldOut, HeldOutRow, RecipeAdapter, RecipeBase, RecipeData, RecipeMixing
 from loracli.system.files import TENSOR_FILE
@@ -93,7 +94,7 @@ def print_export(folder: Path, layers: int, rounds: int) -> None:
     size = sum(file.stat().st_size for file in files)
     work: dict[str, Callable[[], object]] = {"read and write as many bytes": lambda: copy(files, folder / "copy", size)}
     for way, options in WAYS.items():
-        work[way] = lambda options=options: export_adapter(recipe, folder / "out", force=True, **options)  # type: ignore[misc]
+        work[way] = lambda options=options: export_adapter(ExportRequest(recipe, **options), folder / "out", force=True)  # type: ignore[misc]
     spent = in_turns(work, rounds)
     plain = median(spent["read and write as many bytes"]).seconds
     print(f"\n{ADAPTERS} adapters of rank {RANK}, {layers} layers, {size / 1e6:.0f} MB; medians of {rounds} rounds:\n")
@@ -135,10 +136,10 @@ def print_memory(folder: Path, threads: int, ways: list[str]) -> None:
 def memory_of(folder: Path, way: str) -> int:
     """Bytes by which the peak of an export lies above what the process held, after a small one has loaded all code."""
     small, model = recipe_of(folder / "small"), recipe_of(folder / "model")
-    export_adapter(small, folder / "out", force=True, **WAYS[way])  # type: ignore[arg-type]
+    export_adapter(ExportRequest(small, **WAYS[way]), folder / "out", force=True)  # type: ignore[arg-type]
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here; that of importing torch lies above it
-    export_adapter(model, folder / "out", force=True, **WAYS[way])  # type: ignore[arg-type]
+    export_adapter(ExportRequest(model, **WAYS[way]), folder / "out", force=True)  # type: ignore[arg-type]
     return resident("VmHWM") - before
 
 
@@ -189,7 +190,7 @@ def one_module(width: int) -> str:
 
 def export_of(recipe: Recipe, adapters: list[LoraAdapter]) -> tuple[float, float]:
     """Seconds that an export spends on one module at weights of 1, median of several, and its relative error."""
-    from loracli.composition.composition import RecipeSource
+    from loracli.composition.composition import from_recipe
     from loracli.export.module import module_export
 
     name = next(iter(adapters[0].modules))
@@ -198,7 +199,7 @@ def export_of(recipe: Recipe, adapters: list[LoraAdapter]) -> tuple[float, float
     times, error = [], 0.0
     for _ in range(11):
         started = time.process_time()
-        made = module_export(RecipeSource(recipe, tuple(adapters)), name, torch.float32, rank=RANK)
+        made = module_export(from_recipe(recipe, tuple(adapters)), name, torch.float32, rank=RANK)
         times.append(time.process_time() - started)
         error = made.certificate.relative_error
     return statistics.median(times[1:]), error

@@ -33,8 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.made_inputs import LINEAR, write_peft_adapter, write_tiny_base
 from benchmarks.measuring import BenchmarkParser, left_out
+from loracli.export.export import export_adapter
 from loracli.export.gguf import ARCHITECTURES
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -92,7 +93,9 @@ def converter_rows(llama_cpp: Path | None, folder: Path, classes: Sequence[str])
         ]
         for profile in ("portable", "peft"):
             output = place / profile
-            export_method("uniform", output, adapters=adapters, profile=profile, gguf=True, base=str(base))
+            export_adapter(
+                ExportRequest(method="uniform", adapters=adapters, profile=profile, gguf=True, base=str(base)), output
+            )
             ours = GGUFReader(output / "adapter.gguf")
             said, same = "not compared", "not compared"
             if llama_cpp:
@@ -117,7 +120,9 @@ def run_rows(llama_cpp: Path, python: str, base: Path, adapters: list[str], fold
     command = [python, str(llama_cpp / "convert_hf_to_gguf.py"), str(base), "--outtype", "f32"]
     subprocess.run([*command, "--outfile", str(gguf)], check=True, capture_output=True)
     exported = folder / "exported"
-    export_method("uniform", exported, adapters=adapters, gguf=True, base=str(base), dtype="float32")
+    export_adapter(
+        ExportRequest(method="uniform", adapters=adapters, gguf=True, base=str(base), dtype="float32"), exported
+    )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     with torch.inference_mode():
         bare = model(torch.tensor([tokens])).logits[0].double().numpy()

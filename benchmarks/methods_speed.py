@@ -24,7 +24,8 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.composition.attached import of_method
-from loracli.export.method import export_method
+from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.fitting.mixing import Layout, make_layout
 
 LAYERS = 2
@@ -57,7 +58,9 @@ def measured(width: int, count: int, rank: int, rounds: int) -> str:
         adapters = [read_adapter(str(path)) for path in paths]
         layout = make_layout(adapters)
         work: dict[str, Callable[[], object]] = {
-            "export": lambda: export_method("sum", Path(folder) / "out", adapters=[str(p) for p in paths], force=True),
+            "export": lambda: export_adapter(
+                ExportRequest(method="sum", adapters=[str(p) for p in paths]), Path(folder) / "out", force=True
+            ),
             "reading": lambda: [read_adapter(str(path)) for path in paths],
             **{name: composing(METHODS[name], adapters, layout) for name in DATA_FREE},
         }

@@ -39,12 +39,11 @@ import loracli
 from benchmarks.measuring import BenchmarkParser
 from loracli.adapters.adapter import read_adapter
 from loracli.algebra.methods.linear import SUM
-from loracli.algebra.methods.method import MethodOptions
 from loracli.composition.base_table import BaseTable, modules_of
-from loracli.composition.composition import MethodSource, identities_of
+from loracli.composition.composition import from_method
 from loracli.errors import LoracatError
 from loracli.export.export import write_export
-from loracli.export.options import ExportOptions
+from loracli.export.request import ExportRequest
 
 BASE_ID = "small/random"
 WIDTH, HIDDEN, RANK, ALPHA = 64, 96, 8, 16
@@ -215,10 +214,9 @@ class Bench:
         out = self.folder / f"ours-{merge}"
         try:
             read = tuple(read_adapter(str(path)) for path in self.paths)
-            identities = identities_of(read, {adapter.reference: adapter.path.name for adapter in read})
             table = BaseTable(BASE_ID, modules_of(read))
-            source = MethodSource(SUM, MethodOptions(), self.case.weights, read, identities, table)
-            write_export(source, out, ExportOptions(merge, self.case.rank if merge else None))
+            composition = from_method(SUM, read, table, weights=self.case.weights)
+            write_export(composition, out, ExportRequest(merge=merge, rank=self.case.rank if merge else None))
         except LoracatError as error:
             return self._refused("loracat", error)
         model = self._live()

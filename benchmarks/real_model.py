@@ -33,6 +33,7 @@ from loracli.calibration.records import read_records
 from loracli.calibration.render import render_file
 from loracli.evaluation.statistics import paired_interval, static_points
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
@@ -174,7 +175,9 @@ def run(arguments: argparse.Namespace) -> None:
         exact.score_attached(base, adapters, {"attached": matrix(recipes["fit"], modules)})
         for name, merge in (("exported", False), ("exported, merged", True)):
             with exact.timed(f"{name} (writing)"):
-                export = export_adapter(recipes["fit"], Path(scratch) / name.replace(", ", "-"), merge=merge)
+                export = export_adapter(
+                    ExportRequest(recipes["fit"], merge=merge), Path(scratch) / name.replace(", ", "-")
+                )
             exact.score_exported(f"{name}, rank {export.layout.rank}, loaded by PEFT", base, export.path)
     print("Exported from the fit's recipe and loaded by stock PEFT, base and adapters in float32:\n")
     print(exact.table("attached") + "\n")

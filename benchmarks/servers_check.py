@@ -37,7 +37,8 @@ from torch import Tensor
 
 from benchmarks.made_inputs import LINEAR, TINY, write_peft_adapter, write_tiny_base
 from benchmarks.measuring import BenchmarkParser, left_out
-from loracli.export.method import export_method
+from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.serving.lint import lint_adapter, load_server
 
 LAYERS = 3
@@ -144,11 +145,13 @@ def make_cases(folder: Path, base: Path) -> dict[str, Path]:
     sources = [str(made["ranks and alphas of their own"]), str(made["rsLoRA"])]
     for profile in ("portable", "peft"):
         path = folder / f"export-{profile}"
-        export_method("sum", path, adapters=sources, base=str(base), profile=profile)
+        export_adapter(ExportRequest(method="sum", adapters=sources, base=str(base), profile=profile), path)
         made[f"our export, {profile}"] = path
     for dtype in ("float32", "bfloat16"):
         path = folder / f"export-merged-{dtype}"
-        export_method("sum", path, adapters=sources, base=str(base), merge=True, rank=8, dtype=dtype)
+        export_adapter(
+            ExportRequest(method="sum", adapters=sources, base=str(base), merge=True, rank=8, dtype=dtype), path
+        )
         made[f"our export, compressed, {dtype}"] = path
     return made
 
@@ -433,7 +436,10 @@ def mlx_row(python: str, folder: Path, base: Path, sources: list[str]) -> str:
 
     ids = [3, 17, 40, 8, 61, 22]
     for profile in ("mlx", "portable"):
-        export_method("sum", folder / f"for-mlx-{profile}", adapters=sources, base=str(base), profile=profile)
+        export_adapter(
+            ExportRequest(method="sum", adapters=sources, base=str(base), profile=profile),
+            folder / f"for-mlx-{profile}",
+        )
     words = [python, "-c", MLX, str(base), str(folder / "for-mlx-mlx")]
     done = subprocess.run(words, input=json.dumps(ids), capture_output=True, text=True, check=True)
     before, after = (torch.tensor(values) for values in json.loads(done.stdout.splitlines()[-1]))

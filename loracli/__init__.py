@@ -3,7 +3,7 @@
     adapters = [loracli.fetch_adapter(ref) for ref in ("org/math-lora", "org/code-lora")]
     recipe = loracli.fit_mixing(adapters, "val.jsonl")
     recipe.save("recipe.json")
-    loracli.export_adapter("recipe.json", "adapter-merged", merge=True)
+    loracli.export_adapter(loracli.ExportRequest("recipe.json", merge=True), "adapter-merged")
 
 Names are resolved when they are first used: importing `loracli` loads neither torch nor anything else that is slow.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from loracli.evaluation.comparison import Comparison
     from loracli.evaluation.metrics import TaskMetric
     from loracli.export.export import Exported, export_adapter
-    from loracli.export.method import export_method
+    from loracli.export.request import ExportRequest
     from loracli.fitting.run import fit_mixing
     from loracli.fitting.settings import FitSettings
     from loracli.fusing.fuse import Fused, fuse_model
@@ -44,6 +44,7 @@ _HOMES = {
     "Comparison": "loracli.evaluation.comparison",
     "Controls": "loracli.comparison.settings",
     "Converted": "loracli.conversion.convert",
+    "ExportRequest": "loracli.export.request",
     "Exported": "loracli.export.export",
     "Fetched": "loracli.hub.fetch",
     "FitSettings": "loracli.fitting.settings",
@@ -61,7 +62,6 @@ _HOMES = {
     "convert_adapter": "loracli.conversion.convert",
     "convert_pickle": "loracli.conversion.from_pickle",
     "export_adapter": "loracli.export.export",
-    "export_method": "loracli.export.method",
     "fetch_adapter": "loracli.hub.fetch",
     "fit_mixing": "loracli.fitting.run",
     "fuse_model": "loracli.fusing.fuse",
@@ -79,6 +79,7 @@ __all__ = [
     "Comparison",
     "Controls",
     "Converted",
+    "ExportRequest",
     "Exported",
     "Fetched",
     "FitSettings",
@@ -96,7 +97,6 @@ __all__ = [
     "convert_adapter",
     "convert_pickle",
     "export_adapter",
-    "export_method",
     "fetch_adapter",
     "fit_mixing",
     "fuse_model",

@@ -39,6 +39,8 @@ def test_the_four_steps_in_six_lines(tmp_path: Path, tiny_base: Path, two_adapte
     adapters = [loracli.fetch_adapter(str(path)) for path in two_adapters]
     recipe = loracli.fit_mixing(adapters, data, base=str(tiny_base), settings=loracli.FitSettings(passes=2))
     recipe.save(tmp_path / "recipe.json")
-    exported = loracli.export_adapter(tmp_path / "recipe.json", tmp_path / "adapter-merged", merge=True)
+    exported = loracli.export_adapter(
+        loracli.ExportRequest(tmp_path / "recipe.json", merge=True), tmp_path / "adapter-merged"
+    )
     assert exported.layout.rank == 4
     assert (tmp_path / "adapter-merged" / "adapter_model.safetensors").is_file()

@@ -22,6 +22,7 @@ from loracli.adapters.compatible import inspect_adapters
 from loracli.calibration.records import parse_sources, read_records
 from loracli.calibration.render import render_file
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.recipe.recipe import load_recipe
@@ -90,7 +91,7 @@ def assert_whole_way(folder: Path, base: Path, recipe: Any, witnesses: list[Path
         expected = nats_of_peft(base, witness, data)
         assert recipe.held_out.row(adapter.reference).nats_per_token == pytest.approx(expected, rel=2e-5)
         assert abs(expected - recipe.held_out.row("base").nats_per_token) > 1e-2  # the adapter does something
-    export_adapter(recipe, folder / "out", **export)
+    export_adapter(ExportRequest(recipe, **export), folder / "out")
     expected = nats_of_peft(base, folder / "out", data)
     assert recipe.held_out.row("fit").nats_per_token == pytest.approx(expected, rel=2e-5)
 

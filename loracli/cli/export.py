@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -153,12 +153,11 @@ def export(
     from loracli.algebra.methods.method import MethodOptions
     from loracli.calibration.records import with_fields
     from loracli.cli._options import parse_bytes
-    from loracli.comparison.settings import check_options
     from loracli.errors import UsageError
     from loracli.evaluation.comparison import interval_text
     from loracli.export.export import export_adapter
     from loracli.export.loss import loss_of_export, read_loss_data
-    from loracli.export.method import export_method
+    from loracli.export.request import ExportRequest
 
     out = Output(as_json=as_json, quiet=quiet)
     if fields is not None and not (data or fit_data):
@@ -166,72 +165,35 @@ def export(
     scored = with_fields(data, fields) if data else None
     fitted = with_fields(fit_data, fields) if fit_data else None
     directory = output or Path(f"adapter-{method or ('merged' if merge else 'cat')}")
-    written: dict[str, Any] = {
-        "merge": merge,
-        "rank": rank,
-        "dtype": dtype,
-        "profile": profile,
-        "gguf": gguf,
-        "force": force,
-        "dry_run": dry_run,
-    }
-    written |= {"refit": refit, "data": scored if refit else None}
-    written |= {
-        "tolerance": tolerance,
-        "energy": energy,
-        "budget": None if budget is None else parse_bytes(budget, "--budget"),
-    }
-    options = MethodOptions(density, scale, seed)
     if dry_run and data and not refit:
         raise UsageError("--data scores what was written, and a dry run writes nothing", hint="leave out one of them")
     files = None
     if scored and not refit:
         files = read_loss_data(scored, base=base, base_revision=base_revision, progress=out)
-    if method is None:
-        if modules_to_save is not None:
-            raise UsageError(
-                "--modules-to-save was settled when the recipe was fitted", hint="leave it out, or fit again with it"
-            )
-        if task_type is not None:
-            raise UsageError("--task-type is for --method: a recipe is of a causal language model", hint="leave it out")
-        if options != MethodOptions():
-            raise UsageError("--density, --scale and --seed are for a method", hint="name it with --method")
-        if (base or base_revision) and not (data or fit_data or gguf):
-            option = "--base" if base else "--base-revision"
-            raise UsageError(
-                f"{option} has no use here: no base model is read",
-                hint=f"give it with --method, --data, --fit-data or --gguf, or leave {option} out",
-            )
-        loaded = recipe or Path("recipe.json")
-        exported = export_adapter(
-            loaded,
-            directory,
-            adapters=adapters or (),
-            activation_aware=activation_aware,
-            fit_data=fitted,
-            base=base if fit_data or gguf or refit else None,
-            base_revision=base_revision if fit_data or gguf or refit else None,
-            progress=out,
-            **written,
-        )
-    else:
-        if activation_aware:
-            raise UsageError("--activation-aware is for a recipe", hint="leave out --method")
-        check_options(options)
-        exported = export_method(
-            method,
-            directory,
-            adapters=adapters or (),
-            recipe=Path("recipe.json") if recipe is None and not adapters else recipe,
-            method_options=options,
-            fit_data=fitted,
-            base=base,
-            base_revision=base_revision,
-            modules_to_save=modules_to_save,
-            task_type=task_type,
-            progress=out,
-            **written,
-        )
+    scores_alone = method is None and files is not None and not (fit_data or gguf)  # so that nothing else needs a base
+    request = ExportRequest(
+        recipe=Path("recipe.json") if recipe is None and not (method and adapters) else recipe,
+        adapters=adapters or (),
+        method=method,
+        method_options=MethodOptions(density, scale, seed),
+        modules_to_save=modules_to_save,
+        task_type=task_type,
+        merge=merge,
+        rank=rank,
+        tolerance=tolerance,
+        energy=energy,
+        budget=None if budget is None else parse_bytes(budget, "--budget"),
+        activation_aware=activation_aware,
+        refit=refit,
+        dtype=dtype,
+        profile=profile,
+        gguf=gguf,
+        fit_data=fitted,
+        data=scored if refit else None,
+        base=None if scores_alone else base,
+        base_revision=None if scores_alone else base_revision,
+    )
+    exported = export_adapter(request, directory, force=force, dry_run=dry_run, progress=out)
     if dry_run:
         _print_plan(out, exported)
         return

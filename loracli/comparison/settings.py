@@ -90,7 +90,7 @@ class CompareSettings:
         for name in self.methods:
             if name not in known:
                 raise UsageError(f"--methods {name} is not one of {', '.join(known)}")
-        check_options(self.options)
+        self.options.check()
         if not 0 < self.margin < 100:
             raise UsageError(f"--margin {self.margin} is not between 0 and 100")
         self._check_taken()
@@ -131,18 +131,6 @@ class CompareSettings:
                     f"{option} has no use here: no mixing is fitted",
                     hint=f"name one, such as --methods data-free,module with --fit-data, or leave {option} out",
                 )
-
-
-def check_options(options: MethodOptions) -> None:
-    """Raises UsageError for an option out of its range."""
-    if options.density is not None and not 0 < options.density <= 1:
-        raise UsageError(f"--density {options.density} is not above 0 and at most 1")
-    if options.rank is not None and options.rank < 1:
-        raise UsageError(f"--rank {options.rank} is below 1")
-    if not abs(options.scale) <= 1e6:
-        raise UsageError(f"--scale {options.scale} is not between -1e6 and 1e6")
-    if not 0 <= options.seed < 1 << 63:
-        raise UsageError(f"--seed {options.seed} is not between 0 and {(1 << 63) - 1}")
 
 
 def parse_methods(text: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from loracli._version import __version__
 from loracli.adapters.claims import agreed_licence
 from loracli.adapters.names import target_of
 from loracli.algebra.methods.method import Method
+from loracli.composition.base_table import BaseTable
 from loracli.hub.references import URI_PREFIX
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import INLINE_KINDS, RecipeAdapter, is_named, other_bases_of
@@ -217,23 +218,20 @@ def method_card(
     method: Method,
     options: Mapping[str, object],
     weights: Sequence[float] | None,
-    base_id: str,
+    base: BaseTable,
     adapters: Sequence[RecipeAdapter],
     licences: Sequence[str | None],
     saved: str | None,
-    *,
-    bypassed: Sequence[str] = (),
-    task_type: str | None = None,
+    task_type: str | None,
 ) -> CardText:
     """Of adapters, by the names that may be published, that a method composed.
 
     Args:
         method, options, weights: that composed them; weights None of a method without.
-        base_id: the base model.
+        base: what is known of the base model.
         adapters: N of them.
         licences: that each of them states.
         saved: the policy for modules that adapters saved whole, None where they have none.
-        bypassed: modules whose weight the base reads without calling the layer.
         task_type: that the user chose, None where the adapters agree on it.
     """
     chosen = {name: value for name, value in options.items() if value is not None and name != "rank"}
@@ -244,20 +242,20 @@ def method_card(
     words += [] if saved is None else [f"--modules-to-save {shell_word(saved)}"]
     words += [] if task_type is None else [f"--task-type {task_type}"]
     return CardText(
-        base_id=base_id,
+        base_id=base.id,
         adapters=len(adapters),
         how=(f"{how}{f' ({said})' if said else ''}.",),
         ingredients=(
             *adapter_table(list(zip(adapters, columns, licences, strict=True))),
             "",
-            *other_base_lines(base_id, adapters),
+            *other_base_lines(base.id, adapters),
         ),
         results=(),
-        repeat=repeat_method(words, base_id, adapters, searched=method.search is not None),
+        repeat=repeat_method(words, base.id, adapters, searched=method.search is not None),
         version=__version__,
         licence=agreed_licence(licences),
-        reach=tuple(_reach(base_id, bypassed, bypassed)),
-        base_named=is_named(base_id, adapters),
+        reach=tuple(_reach(base.id, base.bypassed, base.bypassed)),
+        base_named=is_named(base.id, adapters),
     )
 
 

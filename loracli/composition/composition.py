@@ -1,21 +1,21 @@
-"""A composition: adapters and what makes one update of theirs, from a recipe or by a method, with its origin. Algebra
-on factors, module by module, without base model or data.
+"""A composition: adapters and what makes one update of theirs in every module, with its origin. Algebra on factors,
+module by module, without base model or data.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, kernels_of, module_names, widest_dtype
 from loracli.adapters.claims import CAUSAL_LM, agreed_task, stated_licences
-from loracli.adapters.kinds import BaseModule
 from loracli.adapters.saved_modules import SavedModules
 from loracli.algebra.concatenate import concatenate, without_zeros
 from loracli.algebra.factors import Factors
@@ -25,24 +25,201 @@ from loracli.composition.card import CardText, method_card, recipe_card
 from loracli.errors import RecipeError, UsageError
 from loracli.hub.references import BaseClaim, is_repo_id
 from loracli.recipe.ingredients import identity_of
-from loracli.recipe.recipe import Recipe, without_paths
-from loracli.recipe.record import INLINE_KINDS, RecipeAdapter, RecipeBase, RecipeMixing, group_name
+from loracli.recipe.recipe import Recipe, labels_of, without_paths
+from loracli.recipe.record import INLINE_KINDS, RecipeActivations, RecipeAdapter, RecipeBase, RecipeMixing, group_name
 from loracli.recipe.tensors import composed_update
 from loracli.system.document import encode
 
+DEFAULTS = MethodOptions()
 
-def composed_modules(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> tuple[str, ...]:
-    """The modules that any of the adapters changes, sorted.
+
+def _unknown_rank(adapters: Sequence[LoraAdapter], module: str) -> None:
+    """Of an update whose rank only doing it tells."""
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """Adapters, and what makes one update of theirs in every module.
+
+        dW = sum_i w_i s_i B_i A_i    with `weights_of`, else what `update_of` makes of the adapters
+
+    What it says of itself follows from these fields, so that another one is had by `dataclasses.replace`.
+
+    Args:
+        adapters: N of them.
+        base: what is known of the base model.
+        dtype: that keeps what it is made of.
+        document_of, card_of: its origin, for `loracat.json` and for the model card.
+        weights_of: of a module: one weight for each adapter, None for one that does not change it. None where the
+            update is no weighted sum.
+        update_of: of the adapters and a module: its update in float64, with scaling 1. None where there are weights.
+        rank_of: of the adapters and a module: the rank of `update_of`, None where only doing it tells.
+        method: that composes, None without one.
+        product: whether lora_B comes from a product of matrices that a fit found.
+        activations: the activation covariance that a fit left, None without one.
+        claim: the base that was recorded, at its commit; None for what the adapters agree on.
+        saved: modules that replace the base's, None without any.
+        task_type: PEFT's name of its task, None without one.
+        task_asked: whether the user chose it.
+    """
+
+    adapters: tuple[LoraAdapter, ...]
+    base: BaseTable
+    dtype: torch.dtype
+    document_of: Callable[[Composition], dict[str, Any]] = field(repr=False)
+    card_of: Callable[[Composition], CardText] = field(repr=False)
+    weights_of: Callable[[str], Sequence[float | None]] | None = field(default=None, repr=False)
+    update_of: Callable[[Sequence[LoraAdapter], str], Merged] | None = field(default=None, repr=False)
+    rank_of: Callable[[Sequence[LoraAdapter], str], int | None] = field(default=_unknown_rank, repr=False)
+    method: Method | None = None
+    product: bool = False
+    activations: RecipeActivations | None = field(default=None, repr=False)
+    claim: BaseClaim | None = None
+    saved: SavedModules | None = None
+    task_type: str | None = None
+    task_asked: bool = False
+
+    def names(self) -> tuple[str, ...]:
+        """The modules that it changes, sorted; experts and groups in their own order."""
+        return module_names(self.adapters)
+
+    def weighted(self, module: str) -> tuple[list[Factors], list[float]] | None:
+        """The updates and weights that a module's update is the sum of, None where it is made otherwise.
+
+        Raises:
+            RecipeError: if there is no weight for an adapter that changes the module.
+        """
+        return None if self.weights_of is None else _weighted(self.adapters, self.weights_of(module), module)
+
+    def known_rank(self, module: str) -> int | None:
+        """The rank of `compose`, None where only doing it tells."""
+        weighted = self.weighted(module)
+        return self.rank_of(self.adapters, module) if weighted is None else sum(update.rank for update in weighted[0])
+
+    def compose(self, module: str) -> Merged:
+        """The update of a module in float64, with scaling 1.
+
+        Raises:
+            RecipeError: as `weighted`, or if a recipe has no tensor that fits.
+            ValueError: if a method does not suit the adapters, with the reason.
+        """
+        weighted = self.weighted(module)
+        if weighted is not None:
+            return Merged(concatenate(*weighted))
+        assert self.update_of is not None
+        return self.update_of(self.adapters, module)
+
+    @property
+    def merges(self) -> Method | None:
+        """The method that makes each update of the factors themselves, None where weights or a fit do."""
+        return self.method if self.weights_of is None else None
+
+    def document(self) -> dict[str, Any]:
+        """Its origin, for `loracat.json`, as it may be published."""
+        return self.document_of(self)
+
+    def card(self) -> CardText:
+        """Its origin, for the model card, as it may be published."""
+        return self.card_of(self)
+
+
+def from_recipe(recipe: Recipe, adapters: Sequence[LoraAdapter], saved: SavedModules | None = None) -> Composition:
+    """What a recipe says of its adapters.
 
     Raises:
-        RecipeError: if the recipe has tensors for another module, which would be left out.
+        RecipeError: if it has tensors for another module, which would be left out.
     """
-    modules = module_names(adapters)
-    if recipe.mixing.kind not in INLINE_KINDS:
-        unknown = sorted(recipe.mixing.weights.keys() - set(modules))
-        if unknown:
-            raise RecipeError(f"the recipe has tensors for {unknown[0]}, which no adapter changes")
-    return modules
+    mixing, claim = recipe.mixing, recipe.base.claim
+    _check_tensors(mixing, adapters)
+    composition = Composition(
+        adapters=tuple(adapters),
+        base=BaseTable(recipe.base.id, recipe.modules, recipe.mixing.bypassed),
+        dtype=widest_dtype([adapter.dtype for adapter in adapters]),
+        document_of=lambda _: {
+            "recipe": json.loads(recipe.public().to_json()),
+            "recipe_sha256": sha256(recipe.to_json().encode()).hexdigest(),
+        },
+        card_of=lambda made: recipe_card(recipe.public(), stated_licences(made.adapters)),
+        activations=recipe.activations,
+        claim=claim,
+        saved=saved,
+        task_type=task_of_recipe(adapters),
+    )
+    if mixing.kind in INLINE_KINDS:
+        return replace(composition, weights_of=lambda module: _weights_of(mixing, module))
+
+    def update(adapters: Sequence[LoraAdapter], module: str) -> Merged:
+        return Merged(compose_module(mixing, adapters, module))
+
+    if mixing.kind == "factors":
+        return replace(
+            composition,
+            dtype=torch.float32,
+            update_of=update,
+            rank_of=lambda adapters, module: update(adapters, module).factors.rank,
+        )
+    return replace(composition, update_of=update, rank_of=_summed_rank, product=True)
+
+
+def from_method(
+    method: Method,
+    adapters: Sequence[LoraAdapter],
+    base: BaseTable,
+    *,
+    options: MethodOptions = DEFAULTS,
+    weights: tuple[float, ...] | None = None,
+    identities: tuple[RecipeAdapter, ...] | None = None,
+    saved: SavedModules | None = None,
+    task_type: str | None = None,
+) -> Composition:
+    """What a method makes of some adapters.
+
+    Args:
+        method: that composes.
+        adapters: N of them.
+        base: what is known of the base model.
+        options: of the method.
+        weights: one for each adapter; None for the method's own, of which one that merges has none.
+        identities: of the adapters, by names that may be published; None for `published_identities`.
+        saved: modules that replace the base's, None without any.
+        task_type: PEFT's name of its task, None without one.
+    """
+    if weights is None and method.weights is not None:
+        weights = method.weights(len(adapters))
+    named = published_identities(adapters) if identities is None else identities
+    taken = {name: value for name, value in asdict(options).items() if name in takes(method)}
+
+    def update(adapters: Sequence[LoraAdapter], module: str) -> Merged:
+        updates = [a.modules[module].factors.loaded() if module in a.modules else None for a in adapters]
+        return method.merge_updates(updates, options)
+
+    def document(made: Composition) -> dict[str, Any]:
+        return {
+            "method": {"name": method.name, "options": taken, "weights": weights},
+            "base": {"id": made.base.id},
+            **({"bypassed": list(made.base.bypassed)} if made.base.bypassed else {}),
+            **({} if made.saved is None else {"modules_to_save": made.saved.policy}),
+            "adapters": [encode(identity) for identity in named],
+            "versions": {"loracat": __version__, "torch": torch.__version__},
+        }
+
+    def card(made: Composition) -> CardText:
+        policy = None if made.saved is None else made.saved.policy
+        task = made.task_type if made.task_asked else None
+        return method_card(method, taken, weights, made.base, named, stated_licences(made.adapters), policy, task)
+
+    return Composition(
+        adapters=tuple(adapters),
+        base=base,
+        dtype=widest_dtype([adapter.dtype for adapter in adapters]),
+        document_of=document,
+        card_of=card,
+        weights_of=None if weights is None else lambda module: weights,
+        update_of=update if weights is None else None,
+        method=method,
+        saved=saved,
+        task_type=task_type,
+    )
 
 
 def compose_module(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], module: str) -> Factors:
@@ -54,28 +231,26 @@ def compose_module(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], module
     Raises:
         RecipeError: if the recipe has no weight for an adapter that changes the module, or no tensor that fits.
     """
-    if mixing.kind not in INLINE_KINDS:
-        biased = next((a for a in adapters if module in a.modules and a.modules[module].factors.bias is not None), None)
-        if biased is not None:
-            raise RecipeError(f"the recipe's {mixing.kind} mixing cannot weigh the lora_bias of {biased.reference}")
-        updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
-        return composed_update(mixing.kind, mixing.tensors, module, updates)
-    return concatenate(*weighted_updates(mixing, adapters, module))
+    if mixing.kind in INLINE_KINDS:
+        return concatenate(*_weighted(adapters, _weights_of(mixing, module), module))
+    biased = next((a for a in adapters if module in a.modules and a.modules[module].factors.bias is not None), None)
+    if biased is not None:
+        raise RecipeError(f"the recipe's {mixing.kind} mixing cannot weigh the lora_bias of {biased.reference}")
+    updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
+    return composed_update(mixing.kind, mixing.tensors, module, updates)
 
 
-def weighted_updates(
-    mixing: RecipeMixing, adapters: Sequence[LoraAdapter], module: str
-) -> tuple[list[Factors], list[float]]:
-    """The updates of one module and their weights, of a mixing with a weight per adapter; adapters of weight 0 are left
-    out, so that they cost no rank.
-
-    Raises:
-        RecipeError: if the recipe has no weight for an adapter that changes the module.
-    """
+def _weights_of(mixing: RecipeMixing, module: str) -> Sequence[float | None]:
     try:
-        weights = mixing.weights[group_name(module, mixing.kind)]
+        return mixing.weights[group_name(module, mixing.kind)]
     except KeyError:
         raise RecipeError(f"the recipe has no weights for {module}") from None
+
+
+def _weighted(
+    adapters: Sequence[LoraAdapter], weights: Sequence[float | None], module: str
+) -> tuple[list[Factors], list[float]]:
+    """The updates of one module and their weights; adapters of weight 0 are left out, so that they cost no rank."""
     updates, chosen = [], []
     for adapter, weight in zip(adapters, weights, strict=True):
         if module not in adapter.modules:
@@ -87,196 +262,15 @@ def weighted_updates(
     return without_zeros(updates, chosen)
 
 
-def composed_rank(recipe: Recipe, adapters: Sequence[LoraAdapter], module: str) -> int:
-    """The rank of `compose_module`: the sum of the ranks of adapters whose weight is not 0, or that of the trained
-    factors."""
-    if recipe.mixing.kind in INLINE_KINDS:
-        return sum(update.rank for update in weighted_updates(recipe.mixing, adapters, module)[0])
-    if recipe.mixing.kind == "factors":
-        return compose_module(recipe.mixing, adapters, module).rank
+def _summed_rank(adapters: Sequence[LoraAdapter], module: str) -> int:
     return sum(adapter.modules[module].factors.rank for adapter in adapters if module in adapter.modules)
 
 
-def composed_dtype(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> torch.dtype:
-    """The dtype that keeps what a composition is made of: the adapters' widest, or that of the trained factors."""
-    if recipe.mixing.kind == "factors":
-        return torch.float32
-    return widest_dtype([adapter.dtype for adapter in adapters])
-
-
-class Source(Protocol):
-    """A composition that can be exported."""
-
-    @property
-    def adapters(self) -> tuple[LoraAdapter, ...]:
-        """Its ingredients."""
-
-    @property
-    def saved(self) -> SavedModules | None:
-        """Modules that replace the base's, None without any."""
-
-    @property
-    def base_id(self) -> str:
-        """Name of the base model."""
-
-    @property
-    def table(self) -> tuple[BaseModule, ...]:
-        """Every module of the base that goes by the last name of a changed one."""
-
-    @property
-    def task_type(self) -> str | None:
-        """PEFT's name of its task, None without one."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That keeps what it is made of."""
-
-    def names(self) -> tuple[str, ...]:
-        """The modules that it changes, sorted; experts in their own order."""
-
-    def known_rank(self, module: str) -> int | None:
-        """The rank of `compose`, None where only doing it tells."""
-
-    def weighted(self, module: str) -> tuple[list[Factors], list[float]] | None:
-        """The updates and weights that a module's update is the sum of, None where it is made otherwise."""
-
-    def compose(self, module: str) -> Merged:
-        """The update of a module in float64, with scaling 1."""
-
-    def document(self) -> dict[str, Any]:
-        """Its origin, for `loracat.json`, as it may be published."""
-
-    def card(self) -> CardText:
-        """Its origin, for the model card, as it may be published."""
-
-
-@dataclass(frozen=True)
-class RecipeSource:
-    """What a recipe says of its adapters."""
-
-    recipe: Recipe
-    adapters: tuple[LoraAdapter, ...]
-    saved: SavedModules | None = None
-
-    @property
-    def base_id(self) -> str:
-        return self.recipe.base.id
-
-    @property
-    def table(self) -> tuple[BaseModule, ...]:
-        return self.recipe.modules
-
-    @property
-    def task_type(self) -> str | None:
-        return task_of_recipe(self.adapters)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return composed_dtype(self.recipe, self.adapters)
-
-    def names(self) -> tuple[str, ...]:
-        return composed_modules(self.recipe, self.adapters)
-
-    def known_rank(self, module: str) -> int | None:
-        return composed_rank(self.recipe, self.adapters, module)
-
-    def weighted(self, module: str) -> tuple[list[Factors], list[float]] | None:
-        mixing = self.recipe.mixing
-        return weighted_updates(mixing, self.adapters, module) if mixing.kind in INLINE_KINDS else None
-
-    def compose(self, module: str) -> Merged:
-        return Merged(compose_module(self.recipe.mixing, self.adapters, module))
-
-    def document(self) -> dict[str, Any]:
-        return {
-            "recipe": json.loads(self.recipe.public().to_json()),
-            "recipe_sha256": sha256(self.recipe.to_json().encode()).hexdigest(),
-        }
-
-    def card(self) -> CardText:
-        return recipe_card(self.recipe.public(), stated_licences(self.adapters))
-
-
-@dataclass(frozen=True)
-class MethodSource:
-    """What a method makes of some adapters.
-
-    Args:
-        method: that composes.
-        options: of it.
-        weights: one for each adapter, None of a method that merges.
-        adapters: N of them.
-        identities: of them, by the names that may be published.
-        base: what is known of the base model.
-        saved: modules that replace the base's, None without any.
-        task_type: PEFT's name of its task, None without one.
-        task_asked: whether the user chose it.
-    """
-
-    method: Method
-    options: MethodOptions
-    weights: tuple[float, ...] | None
-    adapters: tuple[LoraAdapter, ...]
-    identities: tuple[RecipeAdapter, ...]
-    base: BaseTable
-    saved: SavedModules | None = None
-    task_type: str | None = None
-    task_asked: bool = False
-
-    @property
-    def base_id(self) -> str:
-        return self.base.id
-
-    @property
-    def table(self) -> tuple[BaseModule, ...]:
-        return self.base.modules
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return widest_dtype([adapter.dtype for adapter in self.adapters])
-
-    def names(self) -> tuple[str, ...]:
-        return module_names(self.adapters)
-
-    def known_rank(self, module: str) -> int | None:
-        weighted = self.weighted(module)
-        return None if weighted is None else sum(update.rank for update in weighted[0])
-
-    def weighted(self, module: str) -> tuple[list[Factors], list[float]] | None:
-        if self.weights is None:
-            return None
-        here = [(a, w) for a, w in zip(self.adapters, self.weights, strict=True) if module in a.modules]
-        return without_zeros([adapter.modules[module].factors for adapter, _ in here], [weight for _, weight in here])
-
-    def compose(self, module: str) -> Merged:
-        weighted = self.weighted(module)
-        if weighted is not None:
-            return Merged(concatenate(*weighted))
-        updates = [a.modules[module].factors if module in a.modules else None for a in self.adapters]
-        return self.method.merge_updates(
-            [None if update is None else update.loaded() for update in updates], self.options
-        )
-
-    def document(self) -> dict[str, Any]:
-        return {
-            "method": {"name": self.method.name, "options": self.taken(), "weights": self.weights},
-            "base": {"id": self.base.id},
-            **({"bypassed": list(self.base.bypassed)} if self.base.bypassed else {}),
-            **({} if self.saved is None else {"modules_to_save": self.saved.policy}),
-            "adapters": [encode(identity) for identity in self.identities],
-            "versions": {"loracat": __version__, "torch": torch.__version__},
-        }
-
-    def taken(self) -> dict[str, Any]:
-        """The options that the method takes, as they were set; null for its own default."""
-        return {name: value for name, value in asdict(self.options).items() if name in takes(self.method)}
-
-    def card(self) -> CardText:
-        licences = stated_licences(self.adapters)
-        saved = None if self.saved is None else self.saved.policy
-        named = (self.method, self.taken(), self.weights, self.base.id, self.identities, licences, saved)
-        task = self.task_type if self.task_asked else None
-        return method_card(*named, bypassed=self.base.bypassed, task_type=task)
+def _check_tensors(mixing: RecipeMixing, adapters: Sequence[LoraAdapter]) -> None:
+    if mixing.kind not in INLINE_KINDS:
+        unknown = sorted(mixing.weights.keys() - set(module_names(adapters)))
+        if unknown:
+            raise RecipeError(f"the recipe has tensors for {unknown[0]}, which no adapter changes")
 
 
 def task_of_recipe(adapters: Sequence[LoraAdapter]) -> str | None:
@@ -284,9 +278,9 @@ def task_of_recipe(adapters: Sequence[LoraAdapter]) -> str | None:
     return agreed_task(adapters) if kernels_of(adapters) else CAUSAL_LM
 
 
-def recorded_base(source: Source, base: str | None) -> str | BaseClaim | None:
-    """The base that the user names, else the recipe's at its commit; None for what the adapters agree on."""
-    return base or (source.recipe.base.claim if isinstance(source, RecipeSource) else None)
+def recorded_base(composition: Composition, base: str | None) -> str | BaseClaim | None:
+    """The base that the user names, else the recorded one at its commit; None for what the adapters agree on."""
+    return base or composition.claim
 
 
 def base_of_config(recorded: RecipeBase, base: str | None) -> str | BaseClaim:
@@ -305,9 +299,11 @@ def takes(method: Method) -> frozenset[str]:
     return method.takes | ({"rank"} if method.cuts else set())
 
 
-def identities_of(adapters: Sequence[LoraAdapter], labels: dict[str, str]) -> tuple[RecipeAdapter, ...]:
-    """The adapters as they may be published, by their labels."""
+def published_identities(adapters: Sequence[LoraAdapter]) -> tuple[RecipeAdapter, ...]:
+    """The adapters as they may be published: a local directory by its last names."""
+    named = [identity_of(a, a.reference if a.source.path is None else str(a.path)) for a in adapters]
+    labels = labels_of(named, Path())
     return tuple(
-        without_paths(replace(identity_of(adapter, adapter.reference), reference=labels[adapter.reference]))
-        for adapter in adapters
+        without_paths(replace(identity_of(adapter, adapter.reference), reference=labels[name.reference]))
+        for adapter, name in zip(adapters, named, strict=True)
     )

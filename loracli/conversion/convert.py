@@ -16,16 +16,12 @@ from pathlib import Path
 from loracli.adapters.claims import agreed_task
 from loracli.adapters.names import layer
 from loracli.composition.base_table import BaseTable, table_of_adapters
-from loracli.composition.composition import identities_of
 from loracli.conversion.read import BaseWeights, Convertible, read_convertible
-from loracli.conversion.source import ConversionSource, Cut
+from loracli.conversion.source import Conversion, Cut, from_conversion
 from loracli.errors import UnsupportedAdapter, UsageError
 from loracli.export.export import Exported, write_export
-from loracli.export.options import ExportOptions
+from loracli.export.request import ExportRequest, check_form
 from loracli.progress import SILENT, Progress
-from loracli.recipe.ingredients import identity_of
-from loracli.recipe.recipe import labels_of
-from loracli.recipe.record import RecipeAdapter
 from loracli.system.files import check_free
 
 DEFAULT_TOLERANCE = 0.1  # of DoRA, where neither a rank nor a tolerance is given
@@ -84,8 +80,8 @@ def convert_adapter(
         raise UsageError("--rank and --tolerance exclude each other")
     if tolerance is not None and not 0.0 < tolerance < 1.0:
         raise UsageError(f"--tolerance {tolerance:g} is not between 0 and 1")
-    options = ExportOptions(rank=rank, dtype=dtype)
-    options.check(cuts=True)
+    request = ExportRequest(rank=rank, dtype=dtype)
+    check_form(request)
     check_free(Path(output), force=force)
     read = read_convertible(adapter, initial, progress=progress)
     _check_way(read)
@@ -95,12 +91,12 @@ def convert_adapter(
     cut = Cut(rank, tolerance)
     if not asked and read.magnitudes:
         cut = Cut(tolerance=DEFAULT_TOLERANCE, most=DEFAULT_MOST)
-    source = ConversionSource(read, table, commit, weights, cut, asked, _identities(read))
-    exported = write_export(source, Path(output), options, force=force, progress=progress)
-    sizes = source.tally.sizes
+    conversion = Conversion(read, table, commit, weights, cut, asked)
+    exported = write_export(from_conversion(conversion), Path(output), request, force=force, progress=progress)
+    sizes = conversion.tally.sizes
     errors = [module.relative_error * sizes[module.name] for module in exported.certificate.modules]
     size = math.hypot(*sizes.values())
-    return Converted(exported, math.hypot(*errors) / size if size else 0.0, source.tally.uncertainty)
+    return Converted(exported, math.hypot(*errors) / size if size else 0.0, conversion.tally.uncertainty)
 
 
 def _check_way(read: Convertible) -> None:
@@ -175,14 +171,3 @@ def _check_modules(read: Convertible, table: BaseTable, weights: BaseWeights | N
                 where=read.adapter.reference,
                 hint=f"train it without {name}",
             )
-
-
-def _identities(read: Convertible) -> tuple[RecipeAdapter, ...]:
-    names = [
-        identity_of(adapter, str(adapter.path) if adapter.commit is None else adapter.reference)
-        for adapter in read.trained
-    ]
-    labels = labels_of(names, Path())
-    return identities_of(
-        read.trained, {a.reference: labels[n.reference] for a, n in zip(read.trained, names, strict=True)}
-    )

@@ -10,7 +10,7 @@ What a conversion exports: the update of each module, from the adapter's tensors
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from loracli._version import __version__
-from loracli.adapters.adapter import LoraAdapter, LoraModule
+from loracli.adapters.adapter import LoraModule
 from loracli.adapters.claims import agreed_licence, agreed_task, stated_licences
-from loracli.adapters.kinds import KINDS, BaseModule, ModuleKind
+from loracli.adapters.kinds import KINDS, ModuleKind
 from loracli.algebra.concatenate import concatenate
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods.method import Merged
 from loracli.algebra.truncate import Truncation, best_approximation, truncate
 from loracli.composition.base_table import BaseTable
 from loracli.composition.card import CardText, Repeat, adapter_table, adapter_words, base_words, other_base_lines
+from loracli.composition.composition import Composition, published_identities
 from loracli.conversion.initialisation import Initial, dora_update, initial_update
 from loracli.conversion.read import BaseWeights, Convertible
 from loracli.errors import BaseModelMismatch, UnsupportedAdapter, UsageError
@@ -128,8 +129,8 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class ConversionSource:
-    """An adapter that is converted; a `Source` of the export.
+class Conversion:
+    """An adapter that is converted, and what it takes.
 
     Args:
         read: the adapter, its magnitudes, and what it was before its training.
@@ -138,8 +139,7 @@ class ConversionSource:
         weights: the base's, None where they are not needed.
         cut: what rank or error was asked for.
         asked: whether it was the user who asked.
-        identities: of what was read, by names that may be published.
-        tally: is filled by `compose`.
+        tally: is filled as the modules are converted.
     """
 
     read: Convertible
@@ -148,43 +148,9 @@ class ConversionSource:
     weights: BaseWeights | None
     cut: Cut
     asked: bool
-    identities: tuple[RecipeAdapter, ...]
     tally: Tally = field(default_factory=Tally)
 
-    @property
-    def adapters(self) -> tuple[LoraAdapter, ...]:
-        return self.read.trained
-
-    @property
-    def base_id(self) -> str:
-        return self.base.id
-
-    @property
-    def table(self) -> tuple[BaseModule, ...]:
-        return self.base.modules
-
-    @property
-    def task_type(self) -> str | None:
-        return agreed_task([self.read.adapter])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.read.adapter.dtype
-
-    @property
-    def saved(self) -> None:
-        """Modules that were saved whole have been refused."""
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self.read.adapter.modules))
-
-    def known_rank(self, module: str) -> int | None:
-        return None
-
-    def weighted(self, module: str) -> None:
-        """No update is a sum of the adapter's."""
-
-    def compose(self, module: str) -> Merged:
+    def update(self, module: str) -> Merged:
         """dW of a module at the rank that was asked for.
 
         Raises:
@@ -281,55 +247,73 @@ class ConversionSource:
         tally.lost[module] = error * size
         tally.uncertainty = max(tally.uncertainty, uncertainty / size if size else 0.0)
 
-    def document(self) -> dict[str, Any]:
-        config = self.read.adapter.config
-        return {
-            "conversion": {
-                "use_dora": config.use_dora,
-                "initialisation": config.initialisation,
-                "initial": self._origin_of_initial(),
-                "initial_uncertainty": self.tally.uncertainty,
-                "rank": self.cut.rank,
-                "tolerance": self.cut.tolerance,
-                "relative_error": self.tally.error(),
-            },
-            "base": {"id": self.base.id, "commit": self.base_commit},
-            "adapters": [encode(identity) for identity in self.identities],
-            "versions": {"loracat": __version__, "torch": torch.__version__},
-        }
-
-    def _origin_of_initial(self) -> str | None:
+    def origin_of_initial(self) -> str | None:
+        """Where the adapter before its training comes from, None where nothing was taken from the base."""
         if self.read.initial is not None:
             return "given"
         return None if self.read.adapter.config.initialisation is None else "computed"
 
-    def card(self) -> CardText:
-        config = self.read.adapter.config
-        named = ["DoRA"] if config.use_dora else []
-        named += [markdown_code(config.initialisation)] if config.initialisation else []
-        kind = ", ".join(named) or "an adapter on a changed base"
-        how = [
-            f"Its update of every module is what the adapter below ({kind}) changes in the base's weights, as",
-            f"a plain LoRA: the relative error over all modules is {self.tally.error():.1e}, before rounding.",
-        ]
-        if self.read.initial is not None:
-            how.append("What the initialisation took from the base comes from the adapter before its training.")
-        elif config.initialisation is not None:
-            how.append("What the initialisation took from the base was computed again from the base's weights.")
-        licences = stated_licences(self.adapters)
-        rows = [(identity, None, licence) for identity, licence in zip(self.identities, licences, strict=True)]
-        words = [adapter_words(self.identities[:1]), *base_words(self.base.id, self.identities)]
-        words += [] if self.read.initial is None else [f"--initial {adapter_words(self.identities[1:])}"]
-        tolerance = "" if self.cut.tolerance is None else f" --tolerance {self.cut.tolerance:g}"
-        return CardText(
-            base_id=self.base.id,
-            adapters=len(self.identities),
-            how=tuple(how),
-            ingredients=(*adapter_table(rows), "", *other_base_lines(self.base.id, self.identities)),
-            results=(),
-            repeat=Repeat(f"loracat convert{tolerance}", " ".join(words)),
-            version=__version__,
-            licence=agreed_licence(licences),
-            made=f"converted from {kind}",
-            base_named=is_named(self.base.id, self.identities),
-        )
+
+def from_conversion(conversion: Conversion) -> Composition:
+    """What an adapter changes in its base's weights, as a composition; what it says of its error is what the modules
+    that were converted so far have shown."""
+    identities = published_identities(conversion.read.trained)
+    return Composition(
+        adapters=conversion.read.trained,
+        base=conversion.base,
+        dtype=conversion.read.adapter.dtype,
+        document_of=lambda _: _document(conversion, identities),
+        card_of=lambda _: _card(conversion, identities),
+        update_of=lambda _, module: conversion.update(module),
+        task_type=agreed_task([conversion.read.adapter]),
+    )
+
+
+def _document(conversion: Conversion, identities: Sequence[RecipeAdapter]) -> dict[str, Any]:
+    config = conversion.read.adapter.config
+    return {
+        "conversion": {
+            "use_dora": config.use_dora,
+            "initialisation": config.initialisation,
+            "initial": conversion.origin_of_initial(),
+            "initial_uncertainty": conversion.tally.uncertainty,
+            "rank": conversion.cut.rank,
+            "tolerance": conversion.cut.tolerance,
+            "relative_error": conversion.tally.error(),
+        },
+        "base": {"id": conversion.base.id, "commit": conversion.base_commit},
+        "adapters": [encode(identity) for identity in identities],
+        "versions": {"loracat": __version__, "torch": torch.__version__},
+    }
+
+
+def _card(conversion: Conversion, identities: Sequence[RecipeAdapter]) -> CardText:
+    config = conversion.read.adapter.config
+    named = ["DoRA"] if config.use_dora else []
+    named += [markdown_code(config.initialisation)] if config.initialisation else []
+    kind = ", ".join(named) or "an adapter on a changed base"
+    how = [
+        f"Its update of every module is what the adapter below ({kind}) changes in the base's weights, as",
+        f"a plain LoRA: the relative error over all modules is {conversion.tally.error():.1e}, before rounding.",
+    ]
+    if conversion.read.initial is not None:
+        how.append("What the initialisation took from the base comes from the adapter before its training.")
+    elif config.initialisation is not None:
+        how.append("What the initialisation took from the base was computed again from the base's weights.")
+    licences = stated_licences(conversion.read.trained)
+    rows = [(identity, None, licence) for identity, licence in zip(identities, licences, strict=True)]
+    words = [adapter_words(identities[:1]), *base_words(conversion.base.id, identities)]
+    words += [] if conversion.read.initial is None else [f"--initial {adapter_words(identities[1:])}"]
+    tolerance = "" if conversion.cut.tolerance is None else f" --tolerance {conversion.cut.tolerance:g}"
+    return CardText(
+        base_id=conversion.base.id,
+        adapters=len(identities),
+        how=tuple(how),
+        ingredients=(*adapter_table(rows), "", *other_base_lines(conversion.base.id, identities)),
+        results=(),
+        repeat=Repeat(f"loracat convert{tolerance}", " ".join(words)),
+        version=__version__,
+        licence=agreed_licence(licences),
+        made=f"converted from {kind}",
+        base_named=is_named(conversion.base.id, identities),
+    )

@@ -29,6 +29,7 @@ from loracli.evaluation.metrics import TaskMetric
 from loracli.evaluation.scorer import make_scorer
 from loracli.evaluation.statistics import FIT, static_points
 from loracli.export.export import Exported, export_adapter
+from loracli.export.request import ExportRequest
 from loracli.fitting.inputs import FitInputs, prepare_fit
 from loracli.fitting.run import run_fit
 from loracli.model.attach import attach
@@ -136,8 +137,10 @@ def _run(folder: Path, example: Path, progress: Progress) -> DemoResult:
     )
     recipe = run_fit(inputs, placement=_PLACEMENT, progress=progress)
     recipe.save(folder / "recipe.json")
-    concatenated = export_adapter(folder / "recipe.json", folder / "adapter-cat", progress=progress)
-    merged = export_adapter(folder / "recipe.json", folder / "adapter-merged", merge=True, progress=progress)
+    concatenated = export_adapter(ExportRequest(folder / "recipe.json"), folder / "adapter-cat", progress=progress)
+    merged = export_adapter(
+        ExportRequest(folder / "recipe.json", merge=True), folder / "adapter-merged", progress=progress
+    )
 
     opening = Opening(inputs.base, inputs.adapters, _BATCH_TOKENS, _MAX_LENGTH, placement=_PLACEMENT)
     with open_session(opening) as session:

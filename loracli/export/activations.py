@@ -16,7 +16,7 @@ from loracli.adapters.adapter import kernels_of
 from loracli.adapters.names import is_numbered
 from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.composition.attached import of_factors
-from loracli.composition.composition import RecipeSource, Source, recorded_base
+from loracli.composition.composition import Composition, recorded_base
 from loracli.errors import RecipeError, UsageError
 from loracli.fitting.activations import second_moments
 from loracli.fitting.engine import Engine
@@ -26,7 +26,6 @@ from loracli.fitting.settings import FitSettings
 from loracli.model.reference import find_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, Progress
-from loracli.recipe.record import INLINE_KINDS
 from loracli.recipe.tensors import MOMENT, read_moments
 
 
@@ -38,7 +37,7 @@ class Moments:
     origin: Literal["recipe", "records"]
 
 
-def _check_weighable(source: Source) -> None:
+def _check_weighable(source: Composition) -> None:
     """Refuses a composition whose modules do not each have inputs of their own to weigh.
 
     Raises:
@@ -56,7 +55,7 @@ def _check_weighable(source: Source) -> None:
         )
 
 
-def recorded_moments(source: RecipeSource, path: Path | None) -> Moments:
+def recorded_moments(source: Composition, path: Path | None) -> Moments:
     """Those that the fit left beside the recipe.
 
     Args:
@@ -68,7 +67,7 @@ def recorded_moments(source: RecipeSource, path: Path | None) -> Moments:
         IntegrityError: if it is not the file that the recipe was written with.
     """
     _check_weighable(source)
-    activations = source.recipe.activations
+    activations = source.activations
     if activations is None or (path is None and not activations.moments):
         raise UsageError(
             "the recipe holds no second moments of activations for --activation-aware",
@@ -78,15 +77,14 @@ def recorded_moments(source: RecipeSource, path: Path | None) -> Moments:
     return Moments({name: _of_composition(source, name, moments) for name in source.names()}, "recipe")
 
 
-def _of_composition(source: RecipeSource, name: str, moments: Mapping[str, Tensor]) -> Tensor:
+def _of_composition(source: Composition, name: str, moments: Mapping[str, Tensor]) -> Tensor:
     """The part of a module's G that belongs to the rows of its composition, in float64: an adapter of weight 0 has no
     row there."""
-    recipe, found = source.recipe, moments.get(f"{name}.{MOMENT}")
-    if recipe.mixing.kind == "factors":
+    found = moments.get(f"{name}.{MOMENT}")
+    if source.weights_of is None:
         kept = torch.ones(source.known_rank(name) or 0, dtype=torch.bool)
     else:
-        inline = recipe.mixing.kind in INLINE_KINDS
-        weights = recipe.weights_of(name) if inline else (1.0,) * len(source.adapters)
+        weights = source.weights_of(name)
         pairs = [(a.modules[name], w) for a, w in zip(source.adapters, weights, strict=True) if name in a.modules]
         kept = torch.cat([torch.full((module.factors.rank,), weight != 0) for module, weight in pairs])
     if found is None or len(found) != len(kept):
@@ -100,7 +98,7 @@ _TASK = "activations"
 
 
 def moments_of(
-    source: Source,
+    source: Composition,
     fit_data: DataPaths,
     *,
     base: str | None = None,

@@ -7,30 +7,31 @@ factors. Written whole or not at all, the same bytes for the same inputs.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from loracli.adapters.claims import head_size, loading_lines, say_other_bases
-from loracli.adapters.saved_modules import saved_modules
-from loracli.calibration.records import DataPaths
+from loracli.adapters.claims import head_size, loading_lines
+from loracli.algebra.factors import Factors
 from loracli.composition.card import Certificate
-from loracli.composition.composition import RecipeSource, Source, base_of_config
+from loracli.composition.composition import Composition
 from loracli.errors import UsageError
-from loracli.export.activations import Moments, recorded_moments
+from loracli.export.activations import Moments, moments_of, recorded_moments
+from loracli.export.gguf import LlamaCppBase
 from loracli.export.layout import Layout
-from loracli.export.options import ExportOptions
-from loracli.export.plan import TASK, AdapterPlan
-from loracli.export.refit import Refit, RefitRecord, check_refit, check_refittable
+from loracli.export.method import compose_method, compose_recipe
+from loracli.export.module import cut_module
+from loracli.export.plan import TASK, ExportPlan, plan_layout
+from loracli.export.refit import Refit, RefitRecord, check_refittable, refit_on
+from loracli.export.request import ExportRequest, check
+from loracli.export.write import write
 from loracli.progress import SILENT, Progress
-from loracli.recipe.ingredients import read_ingredients, recorded_policy
-from loracli.recipe.recipe import Recipe, load_recipe
-from loracli.recipe.record import other_bases_of
+from loracli.recipe.recipe import Recipe
 from loracli.system.files import check_free, holds, whole_directory
-from loracli.system.machine import one_thread_each
+from loracli.system.machine import in_order, one_thread_each
 from loracli.system.tensor_file import file_size
 
 MOST_WORKERS = 4  # modules that are worked on at once; each is held in float64 while it is compressed
@@ -47,7 +48,7 @@ class Exported:
         merged: whether it was compressed.
         certificate: exactness per module; of no module after a dry run.
         size_bytes: of the tensor file.
-        source: what it was made of.
+        composition: what it was made of.
         shapes: of the tensors in the file, by name.
         refit: how the cut was refitted, None where that was not asked for.
     """
@@ -58,13 +59,13 @@ class Exported:
     merged: bool
     certificate: Certificate
     size_bytes: int
-    source: Source = field(repr=False)
+    composition: Composition = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     refit: RefitRecord | None = None
 
     def loading_line(self, base: str | None = None) -> str:
         """The Python that loads it with PEFT, with the class for its task; `base` is the one that the user named."""
-        card, saved = self.source.card(), self.source.saved
+        card, saved = self.composition.card(), self.composition.saved
         local = base is not None and Path(base).expanduser().is_dir()
         known = base if local else card.base_id if card.base_named else None
         labels = None if saved is None else head_size(saved.shapes)
@@ -73,43 +74,20 @@ class Exported:
 
 
 def export_adapter(
-    recipe: Recipe | str | Path,
+    request: ExportRequest,
     output: str | Path,
     *,
-    merge: bool = False,
-    rank: int | None = None,
-    adapters: Sequence[str] = (),
-    dtype: str | None = None,
-    profile: str | None = None,
-    gguf: bool = False,
-    tolerance: float | None = None,
-    energy: float | None = None,
-    budget: int | None = None,
-    activation_aware: bool = False,
-    fit_data: DataPaths | None = None,
-    refit: bool = False,
-    data: DataPaths | None = None,
-    base: str | None = None,
-    base_revision: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
-    """Writes the composition of a recipe as one PEFT adapter directory.
+    """Writes the composition of a recipe, or what a method makes of some adapters, as one PEFT adapter directory.
+
+    The share of the energy that a cut keeps stands in the certificate.
 
     Args:
-        recipe: a recipe, or the file of one.
+        request: what is composed, and how it is written.
         output: the directory to make.
-        merge, rank, dtype, profile, tolerance, energy, budget, activation_aware: as in `ExportOptions`.
-        fit_data: calibration JSONL, for `activation_aware` and `refit`; the base model is loaded for that alone. None
-            for what the fit left beside the recipe.
-        refit: with `merge`, fit the k x k core of every cut module; the base model is loaded for that.
-        data: calibration JSONL for `refit`, of which a share is held out to score the result on; with `fit_data`, which
-            is calibrated on then, all of it is.
-        base, base_revision: of that base model, and of the config that `gguf` reads; None for what the recipe or the
-            adapters name.
-        adapters: where the ingredients are now, in the recipe's order; empty for where the recipe says.
-        gguf: write a GGUF file as well.
         force: replace an existing adapter directory.
         dry_run: write nothing, only tell what would be.
         progress: told how far it is.
@@ -117,107 +95,108 @@ def export_adapter(
         OutputExists: if `output` is taken, before any work.
         IntegrityError: if an ingredient is not the file that the weights were fitted for, or what was written reads
             back otherwise.
-        UsageError: if options contradict each other, or the profile cannot be had.
+        UsageError: if options contradict each other, the profile cannot be had, or a method cannot honour the adapters.
+        InputError: of the kind that fits, if recipe, adapters, base or records are rejected.
     """
-    options = ExportOptions(
-        merge,
-        rank,
-        dtype,
-        profile,
-        tolerance=tolerance,
-        energy=energy,
-        budget=budget,
-        activation_aware=activation_aware,
-    )
-    options.check()
-    if fit_data is not None and not (activation_aware or refit):
-        raise UsageError("--fit-data has no use here", hint="give it with --activation-aware or --refit")
-    check_refit(refit=refit, fit_data=fit_data, data=data, merge=merge)
+    method = check(request)
     check_free(Path(output), force=force)
-    refitting = None
-    if refit:
-        from loracli.export.refit import refit_on
-
-        refitting = refit_on(fit_data, data, base=base, base_revision=base_revision, progress=progress)
-    path = None if isinstance(recipe, Recipe) else Path(recipe)
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
-    ingredients = read_ingredients(recipe, relocated=adapters, progress=progress)
-    if fit_data is None and not refit:  # which look for the base, and say so
-        others = other_bases_of(recipe.base.id, recipe.adapters)
-        say_other_bases(recipe.base.id, others, progress)
-    if gguf:
-        from loracli.export.gguf import find_llama_cpp_base
-
-        llama_cpp = find_llama_cpp_base(
-            base_of_config(recipe.base, base),
-            ingredients,
-            revision=base_revision,
-            config_sha256=recipe.base.config_sha256,
+    refit = None
+    if request.refit:
+        base, revision = request.base, request.base_revision
+        refit = refit_on(request.fit_data, request.data, base=base, base_revision=revision, progress=progress)
+    if method is None:
+        composition, llama_cpp = compose_recipe(request, progress)
+    else:
+        composition, llama_cpp = compose_method(request, method, progress)
+    try:
+        return write_export(
+            composition,
+            Path(output),
+            request,
+            llama_cpp=llama_cpp,
+            refit=refit,
+            force=force,
+            dry_run=dry_run,
             progress=progress,
         )
-        options = dataclasses.replace(options, gguf=llama_cpp)
-    saved = saved_modules(recorded_policy(recipe), ingredients)
-    source = RecipeSource(recipe, ingredients, saved)
-    if recipe.mixing.bypassed:
-        from loracli.fitting.reach import warn_of_merging
-
-        warn_of_merging(recipe.base.id, recipe.mixing.bypassed, progress)
-    moments = None  # which change no shape, so that a dry run needs none
-    if activation_aware and fit_data is not None and not dry_run:
-        from loracli.export.activations import moments_of
-
-        found = moments_of(source, fit_data, base=base, base_revision=base_revision, progress=progress)
-        moments = Moments(found, "records")
-    elif activation_aware and not dry_run:
-        moments = recorded_moments(source, path)
-    return write_export(
-        source,
-        Path(output),
-        options,
-        moments=moments,
-        refit=refitting,
-        force=force,
-        dry_run=dry_run,
-        progress=progress,
-    )
+    except ValueError as error:
+        if method is None:
+            raise
+        raise UsageError(f"{method.name} cannot be had here: {error}", hint="choose another --method") from None
 
 
 def write_export(
-    source: Source,
+    composition: Composition,
     output: Path,
-    options: ExportOptions,
+    request: ExportRequest,
     *,
-    moments: Moments | None = None,
+    llama_cpp: LlamaCppBase | None = None,
     refit: Refit | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
-    """Writes a composition; what `export_adapter` and `export_method` have in common.
+    """Writes a composition.
 
-    `moments` are what the modules are cut by, None to cut by |dW|_F; `refit` fits the cores of the cut.
+    Args:
+        composition: what is written.
+        output: the directory to make.
+        request: how; what it says of the composition itself is not read.
+        llama_cpp: how llama.cpp has the base, None without a GGUF file.
+        refit: fits the cores of the cut, None for the cut itself.
+        force, dry_run, progress: as in `export_adapter`.
     """
     if refit is not None:
-        check_refittable(source)
-    for ingredient in source.adapters:
+        check_refittable(composition)
+    for ingredient in composition.adapters:
         if holds(output, ingredient.path):
             raise UsageError(
                 f"{output} holds the ingredient {ingredient.reference}", hint="choose another name with -o"
             )
+    moments = None  # which change no shape, so that a dry run needs none
+    if request.activation_aware and not dry_run:
+        moments = _find_moments(composition, request, progress)
     with one_thread_each() as threads:
-        plan = AdapterPlan(source, options, moments, progress, workers=min(threads, MOST_WORKERS))
-        shapes = plan.shapes(plan.layout)
-        cut = None if refit is None or dry_run else plan.cut()
+        workers = min(threads, MOST_WORKERS)
+        plan = plan_layout(composition, request, llama_cpp, progress, workers=workers)
+        cut = None if refit is None or dry_run else _cut(plan, composition, moments, workers)
+    refitted = None
     if refit is not None and cut is not None:
-        plan.refitted = refit(source, cut, plan.dtype)
+        refitted = refit(composition, cut, plan.dtype)
         progress.begin(TASK, len(cut), "modules")
         del cut
     if dry_run:
         progress.finish(TASK)
-        certificate, size = Certificate((), ""), file_size(shapes, plan.dtype)
+        certificate, size = Certificate((), ""), file_size(plan.shapes, plan.dtype)
     else:
         with one_thread_each(), whole_directory(output, force=force) as folder:
-            certificate, size = plan.write(folder)
-    record = None if plan.refitted is None else plan.refitted.record
-    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, source, shapes, record)
+            certificate, size = write(
+                plan,
+                composition,
+                request,
+                folder,
+                moments=moments,
+                refitted=refitted,
+                progress=progress,
+                workers=workers,
+            )
+    record = None if refitted is None else refitted.record
+    return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, composition, plan.shapes, record)
+
+
+def _find_moments(composition: Composition, request: ExportRequest, progress: Progress) -> Moments:
+    if request.fit_data is None:
+        return recorded_moments(composition, None if isinstance(request.recipe, Recipe) else Path(request.recipe or ""))
+    base, revision = request.base, request.base_revision
+    found = moments_of(composition, request.fit_data, base=base, base_revision=revision, progress=progress)
+    return Moments(found, "records")
+
+
+def _cut(plan: ExportPlan, composition: Composition, moments: Moments | None, workers: int) -> dict[str, Factors]:
+    """Every module cut, in float64, with sqrt(S) on both sides."""
+    by_module: Mapping[str, Tensor] = {} if moments is None else moments.by_module
+
+    def work(name: str) -> Factors:
+        return cut_module(composition, name, plan.cuts[name], by_module.get(name)).factors
+
+    return dict(zip(plan.ranks, in_order(work, plan.ranks, workers=workers), strict=True))

@@ -83,7 +83,7 @@ def loss_of_export(
         InputError: of the kind that fits, if base or records are rejected.
         NonFiniteLoss: if one of the two has none.
     """
-    source, settings = exported.source, FitSettings()
+    source, settings = exported.composition, FitSettings()
     check_language_models(source.adapters, "scoring records")
     asked = recorded_base(source, base)
     reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)

@@ -1,61 +1,36 @@
-"""Adapters and the name of a method in, one adapter directory out, as of a recipe; with the search for weights where
-the method has one.
-"""
+"""The composition that a request asks for: of a recipe, or of a method, with the search for its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
-from loracli.adapters.claims import agreed_task, check_language_models, checked_task
+from loracli.adapters.claims import agreed_task, check_language_models, checked_task, say_other_bases
 from loracli.adapters.compatible import check_composable, check_distinct
 from loracli.adapters.on_base import warn_of_open_orders
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
-from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.dataset import Dataset
 from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.composition.base_table import BaseTable, base_table
-from loracli.composition.composition import MethodSource, base_of_config, identities_of, takes, task_of_recipe
+from loracli.composition.composition import Composition, base_of_config, from_method, from_recipe, task_of_recipe
 from loracli.composition.fitted import TASK, Calibration, search_weights
 from loracli.errors import UsageError
-from loracli.export.export import Exported, write_export
-from loracli.export.options import ExportOptions
-from loracli.export.refit import check_refit
+from loracli.export.gguf import LlamaCppBase, find_llama_cpp_base
+from loracli.export.request import ExportRequest
 from loracli.fitting.mixing import make_layout
-from loracli.fitting.reach import find_reach
+from loracli.fitting.reach import find_reach, warn_of_merging
 from loracli.fitting.settings import FitSettings
 from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import BaseClaim
 from loracli.model.reference import find_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, Progress
-from loracli.recipe.ingredients import identity_of, read_ingredients, recorded_policy
-from loracli.recipe.recipe import Recipe, labels_of, load_recipe
-from loracli.recipe.record import MAX_ADAPTERS, MIXING_KINDS, RecipeAdapter
-from loracli.system.files import check_free
-
-DEFAULTS = MethodOptions()
-
-
-def find_method(name: str, options: MethodOptions = DEFAULTS) -> Method:
-    """The method of a name, which takes every option that is set.
-
-    Raises:
-        UsageError: if there is no such method, or it does not take an option.
-    """
-    if name not in METHODS:
-        fitted = (*MIXING_KINDS, "auto", "paper")
-        hint = f"fit it: loracat fit --mixing {name}, then export the recipe" if name in fitted else None
-        raise UsageError(f"--method {name} is not one of {', '.join(METHODS)}", hint=hint)
-    method = METHODS[name]
-    for option in fields(options):
-        if getattr(options, option.name) != option.default and option.name not in takes(method):
-            can = ", ".join(f"--{word}" for word in sorted(takes(method)))
-            raise UsageError(f"{name} takes no --{option.name}", hint=f"it takes {can}" if can else None)
-    return method
+from loracli.recipe.ingredients import read_ingredients, recorded_policy
+from loracli.recipe.recipe import Recipe, load_recipe
+from loracli.recipe.record import MAX_ADAPTERS, other_bases_of
 
 
 def read_to_compose(
@@ -85,145 +60,80 @@ def read_to_compose(
     return read, None
 
 
-def export_method(
-    name: str,
-    output: str | Path,
-    *,
-    adapters: Sequence[str] = (),
-    recipe: str | Path | Recipe | None = None,
-    method_options: MethodOptions = DEFAULTS,
-    fit_data: DataPaths | None = None,
-    base: str | None = None,
-    base_revision: str | None = None,
-    merge: bool = False,
-    rank: int | None = None,
-    dtype: str | None = None,
-    profile: str | None = None,
-    modules_to_save: str | None = None,
-    task_type: str | None = None,
-    gguf: bool = False,
-    tolerance: float | None = None,
-    energy: float | None = None,
-    budget: int | None = None,
-    refit: bool = False,
-    data: DataPaths | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: Progress = SILENT,
-) -> Exported:
-    """Writes what a method makes of some adapters as one PEFT adapter directory.
+def compose_recipe(request: ExportRequest, progress: Progress) -> tuple[Composition, LlamaCppBase | None]:
+    """What the recipe of a request composes, and how llama.cpp has its base where a GGUF file is asked for.
 
-    A method whose own result has full rank is cut to `rank`: to the sum of the ranks if that is None, with `merge` to
-    the largest ingredient rank. The share of the energy that is kept stands in the certificate.
-
-    Args:
-        name: of the method.
-        output: the directory to make.
-        adapters: to compose; with a recipe, where its ingredients are now.
-        recipe: whose ingredients are composed; its own mixing is not used.
-        method_options: of the method; its rank is `rank`.
-        fit_data: calibration JSONL, for a method that searches for weights; the base model is loaded for that alone.
-        base: a Hub id or directory, None for what recipe or adapters name.
-        base_revision: of a base on the Hub.
-        merge, rank, dtype, profile, tolerance, energy, budget: as in `ExportOptions`.
-        refit, data: as in `export_adapter`; not of a method that merges the factors.
-        modules_to_save: `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse` without one.
-        task_type: PEFT's name of the export's task; None for the one that the adapters agree on.
-        gguf: write a GGUF file as well.
-        force: replace an existing adapter directory.
-        dry_run: write nothing, only tell what would be.
-        progress: told how far it is.
     Raises:
-        OutputExists: if `output` is taken, before any work.
-        UsageError: if options contradict each other, or the method cannot honour these adapters.
-        InputError: of the kind that fits, if an adapter is rejected.
+        IntegrityError: if an ingredient is not the file that the weights were fitted for.
+        InputError: of the kind that fits, if recipe, adapters or the base's config are rejected.
     """
-    method = find_method(name, method_options)
-    asked = None if task_type is None else checked_task(task_type)
-    options = ExportOptions(merge, rank, dtype, profile, tolerance=tolerance, energy=energy, budget=budget)
-    options.check(cuts=method.cuts)
-    check_refit(refit=refit, fit_data=fit_data, data=data, merge=merge)
-    check_free(Path(output), force=force)
-    refitting = None
-    if refit:
-        from loracli.export.refit import refit_on
+    assert request.recipe is not None
+    recipe = request.recipe if isinstance(request.recipe, Recipe) else load_recipe(request.recipe)
+    read = read_ingredients(recipe, relocated=request.adapters, progress=progress)
+    if request.fit_data is None and not request.refit:  # which look for the base, and say so
+        say_other_bases(recipe.base.id, other_bases_of(recipe.base.id, recipe.adapters), progress)
+    found = None
+    if request.gguf:
+        named, config = base_of_config(recipe.base, request.base), recipe.base.config_sha256
+        found = find_llama_cpp_base(
+            named, read, revision=request.base_revision, config_sha256=config, progress=progress
+        )
+    composition = from_recipe(recipe, read, saved_modules(recorded_policy(recipe), read))
+    if recipe.mixing.bypassed:
+        warn_of_merging(recipe.base.id, recipe.mixing.bypassed, progress)
+    return composition, found
 
-        refitting = refit_on(fit_data, data, base=base, base_revision=base_revision, progress=progress)
-    read, loaded = read_to_compose(adapters, recipe, base_given=base is not None, progress=progress)
-    searching = fit_data is not None and not (refit and method.search is None)
-    if (method.search is None) == searching:
-        need = "has to be fitted" if fit_data is None else "needs no calibration records"
-        raise UsageError(f"{name} {need}", hint=f"{'give' if fit_data is None else 'leave out'} --fit-data")
-    task = asked or _agreed(read, loaded)
-    if fit_data is not None or refit:
+
+def compose_method(
+    request: ExportRequest, method: Method, progress: Progress
+) -> tuple[Composition, LlamaCppBase | None]:
+    """What a method makes of adapters, its weights found on records where it searches for them; else as
+    `compose_recipe`.
+
+    Raises:
+        InputError: of the kind that fits, if adapters, recipe, base or records are rejected.
+        UsageError: if the method cannot honour these adapters, or needs an extra that is not installed.
+    """
+    base, revision = request.base, request.base_revision
+    read, recipe = read_to_compose(request.adapters, request.recipe, base_given=base is not None, progress=progress)
+    task = None if request.task_type is None else checked_task(request.task_type)
+    if task is None:
+        task = agreed_task(read, option="--task-type") if recipe is None else task_of_recipe(read)
+    if request.fit_data is not None or request.refit:
         check_language_models(read, "what is fitted on records")
-    policy = modules_to_save or (REFUSE if loaded is None else recorded_policy(loaded))
+    policy = request.modules_to_save or (REFUSE if recipe is None else recorded_policy(recipe))
     policy = settled_policy(policy, read, [adapter.reference for adapter in read])
-    if loaded is None:
-        table, read = base_table(read, base, revision=base_revision, task=task, progress=progress)
+    if recipe is None:
+        table, read = base_table(read, base, revision=revision, task=task, progress=progress)
         check_composable(read, base_given=base is not None, base_known=True)
     else:
-        table = BaseTable(loaded.base.id, loaded.modules, loaded.mixing.bypassed)
+        table = BaseTable(recipe.base.id, recipe.modules, recipe.mixing.bypassed)
     if table.bypassed:
-        from loracli.fitting.reach import warn_of_merging
-
         warn_of_merging(table.id, table.bypassed, progress)
     saved = saved_modules(policy, read, progress=progress)
-    if gguf:
-        from loracli.export.gguf import find_llama_cpp_base
-
-        named = base or BaseClaim(table.id, None) if loaded is None else base_of_config(loaded.base, base)
-        found = find_llama_cpp_base(named, read, revision=base_revision, progress=progress)
-        options = replace(options, gguf=found)
-    weights = None if method.weights is None else method.weights(len(read))
-    if fit_data is not None and searching:
+    found = None
+    if request.gguf:
+        named = base or BaseClaim(table.id, None) if recipe is None else base_of_config(recipe.base, base)
+        found = find_llama_cpp_base(named, read, revision=revision, progress=progress)
+    weights = None
+    if method.search is not None:
+        assert request.fit_data is not None
         weights = searched_weights(
             method,
-            method_options,
+            request.method_options,
             read,
-            fit_data,
-            base=base or (None if loaded is None else loaded.base.claim),
-            base_revision=base_revision,
+            request.fit_data,
+            base=base or (None if recipe is None else recipe.base.claim),
+            base_revision=revision,
             saved=saved,
             progress=progress,
         )
-    whole = not merge or options.rule is not None
-    cut = rank if rank is not None or whole else max(max(adapter.ranks) for adapter in read)
-    chosen = replace(method_options, rank=cut) if method.cuts else method_options
-    source = MethodSource(
-        method,
-        chosen,
-        weights,
-        read,
-        published_identities(read),
-        table,
-        saved,
-        task,
-        asked is not None,
-    )
-    try:
-        return write_export(
-            source, Path(output), options, refit=refitting, force=force, dry_run=dry_run, progress=progress
-        )
-    except ValueError as error:
-        raise UsageError(f"{name} cannot be had here: {error}", hint="choose another --method") from None
-
-
-def _agreed(adapters: Sequence[LoraAdapter], recipe: Recipe | None) -> str | None:
-    """The task of what a method makes of adapters."""
-    return agreed_task(adapters, option="--task-type") if recipe is None else task_of_recipe(adapters)
-
-
-def published_identities(adapters: Sequence[LoraAdapter]) -> tuple[RecipeAdapter, ...]:
-    """The adapters as they may be published: a local directory by its last names."""
-    names = [identity_of(adapter, _name(adapter)) for adapter in adapters]
-    labels = labels_of(names, Path())
-    return identities_of(adapters, {a.reference: labels[n.reference] for a, n in zip(adapters, names, strict=True)})
-
-
-def _name(adapter: LoraAdapter) -> str:
-    """A name that labels can be made of: a directory by its path."""
-    return adapter.reference if adapter.source.path is None else str(adapter.path)
+    cut = request.rank
+    if cut is None and request.merge and not request.rank_rule:
+        cut = max(max(adapter.ranks) for adapter in read)
+    options = replace(request.method_options, rank=cut) if method.cuts else request.method_options
+    composition = from_method(method, read, table, options=options, weights=weights, saved=saved, task_type=task)
+    return replace(composition, task_asked=request.task_type is not None), found
 
 
 def searched_weights(

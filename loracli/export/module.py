@@ -13,7 +13,7 @@ from loracli.algebra.factors import Factors, core
 from loracli.algebra.rounding import error_in_core, rounded_concatenation, rounding_error
 from loracli.algebra.truncate import Truncation, truncate, truncate_core, truncate_for
 from loracli.composition.card import ModuleCertificate
-from loracli.composition.composition import Source
+from loracli.composition.composition import Composition
 from loracli.errors import UsageError
 
 
@@ -31,7 +31,7 @@ class ModuleExport:
 
 
 def module_export(
-    source: Source,
+    composition: Composition,
     name: str,
     dtype: torch.dtype,
     *,
@@ -42,7 +42,7 @@ def module_export(
     """The factors of a module and their certificate.
 
     Args:
-        source: the composition.
+        composition: the composition.
         name: of the module.
         dtype: of the output.
         rank: to cut to; None to write all there is.
@@ -51,31 +51,31 @@ def module_export(
     Raises:
         UsageError: if a value overflows `dtype`.
     """
-    known = source.known_rank(name)
-    weighted = source.weighted(name)
+    known = composition.known_rank(name)
+    weighted = composition.weighted(name)
     if weighted is not None and rank is not None:
         # dW has no more rank than the shorter side of the module, however large the one asked for
         rank = min(rank, weighted[0][0].in_features, weighted[0][0].out_features)
     whole = rank is None or (known is not None and rank >= known)
     if rank is not None and refit is not None:
-        written, error, kept = _refitted(source, name, dtype, rank, moment, refit)
+        written, error, kept = _refitted(composition, name, dtype, rank, moment, refit)
     elif weighted is not None and whole and all(update.bias is None for update in weighted[0]):
         written, error = rounded_concatenation(*weighted, dtype)
         kept = 1.0
     else:
-        written, error, kept = _composed(source, name, dtype, rank, moment)
+        written, error, kept = _composed(composition, name, dtype, rank, moment)
     if not written.is_finite():
         raise UsageError(f"{name} overflows {dtype}", hint="export with --dtype float32 or bfloat16")
     return ModuleExport(written, ModuleCertificate(name, written.rank, error, kept))
 
 
-def cut_module(source: Source, name: str, rank: int, moment: Tensor | None) -> Truncation:
+def cut_module(composition: Composition, name: str, rank: int, moment: Tensor | None) -> Truncation:
     """The update of a module cut to at most `rank`, sqrt(S) on both sides, in float64: what a refit starts from.
 
     Args:
-        source, name, rank, moment: as in `module_export`.
+        composition, name, rank, moment: as in `module_export`.
     """
-    return _cut(source.compose(name).factors, rank, moment)
+    return _cut(composition.compose(name).factors, rank, moment)
 
 
 def _cut(exact: Factors, rank: int, moment: Tensor | None) -> Truncation:
@@ -83,10 +83,10 @@ def _cut(exact: Factors, rank: int, moment: Tensor | None) -> Truncation:
 
 
 def _refitted(
-    source: Source, name: str, dtype: torch.dtype, rank: int, moment: Tensor | None, refit: Tensor
+    composition: Composition, name: str, dtype: torch.dtype, rank: int, moment: Tensor | None, refit: Tensor
 ) -> tuple[Factors, float, float]:
     """Factors, relative error, kept energy of B' M A'; the energy is what the cut kept, the error that of the whole."""
-    exact = source.compose(name).factors
+    exact = composition.compose(name).factors
     cut = _cut(exact, rank, moment)
     written = refitted_factors(cut.factors, refit).to(dtype)
     return written, relative_error(written, exact), cut.kept_energy
@@ -98,10 +98,10 @@ def refitted_factors(cut: Factors, refit: Tensor) -> Factors:
 
 
 def _composed(
-    source: Source, name: str, dtype: torch.dtype, rank: int | None, moment: Tensor | None
+    composition: Composition, name: str, dtype: torch.dtype, rank: int | None, moment: Tensor | None
 ) -> tuple[Factors, float, float]:
     """Factors, relative error, kept energy of a module that is cut, or whose composition is no weighted sum."""
-    composed = source.compose(name)
+    composed = composition.compose(name)
     exact, share = composed.factors, composed.kept_energy
     del composed
     if rank is None or min(rank, exact.in_features, exact.out_features) >= exact.rank:

@@ -1,330 +1,266 @@
-"""One adapter directory: its layout and the rank of every module, and then its files, module by module."""
+"""What an export writes: the rank of every module, and what goes where in its files."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from hashlib import sha256
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loracli._version import __version__
 from loracli.adapters.adapter import kernels_of
-from loracli.adapters.claims import head_size
 from loracli.adapters.kinds import BaseModule
 from loracli.adapters.names import PREFIX, target_of
-from loracli.algebra.factors import Factors
-from loracli.algebra.packing import pack
-from loracli.algebra.truncate import spectrum
-from loracli.composition.card import EXPORT_FORMAT, EXPORT_SCHEMA, Certificate, ModuleCertificate, closed
-from loracli.composition.composition import MethodSource, Source
-from loracli.errors import IntegrityError, RecipeError, UsageError
-from loracli.export.activations import Moments
-from loracli.export.card import model_card
-from loracli.export.gguf import gguf_names, write_gguf
-from loracli.export.layout import Layout, choose_layout, ranks_of_targets
-from loracli.export.module import ModuleExport, cut_module, module_export
-from loracli.export.options import OUTPUT_DTYPES, ExportOptions, choose_ranks, choose_uniform_rank, spectra_of_targets
-from loracli.export.refit import Refitted, write_cores
+from loracli.algebra.truncate import rank_for_energy, rank_within, ranks_for_bytes, ranks_for_energy, spectrum
+from loracli.composition.composition import Composition
+from loracli.errors import RecipeError, UsageError
+from loracli.export.gguf import LlamaCppBase, gguf_names
+from loracli.export.layout import PROFILES, Layout, Place, choose_layout, ranks_of_targets
+from loracli.export.module import ModuleExport, module_export
+from loracli.export.request import OUTPUT_DTYPES, ExportRequest
 from loracli.progress import Progress
-from loracli.system.document import dtype_name
-from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, CORES_FILE, GGUF_FILE, README_FILE, write_file
 from loracli.system.machine import in_order
-from loracli.system.tensor_file import file_size, open_tensor_file, write_tensors
+from loracli.system.tensor_file import file_size
 
 TASK = "export"
 
 
-class AdapterPlan:
-    """One export: what is computed for each module, and where it goes.
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export writes.
 
-    `refitted` are the cores of the cut, once they are found. A module whose rank is not known beforehand is composed at
-    once and held in the output's dtype.
+    Args:
+        layout: of the adapter.
+        dtype: of its tensors.
+        rank: that `merge` cuts to unless ranks are chosen.
+        ranks: of the update of each module that the composition changes.
+        cuts: what these are cut to; none of an update that is written whole.
+        held: modules whose rank is not known beforehand: composed, and held in the output's dtype.
+        places: the factors in the tensor file, by the name of their tensor.
+        whole: the parameters that replace the base's: their paths, by the name of their tensor.
+        shapes: of every tensor in the file.
+        modules: of the base, by name.
+        llama_cpp: how llama.cpp has the base, None without a GGUF file.
+        gguf: its names of the modules.
+        merged: whether something is cut off.
     """
 
-    def __init__(
-        self, source: Source, options: ExportOptions, moments: Moments | None, progress: Progress, *, workers: int
-    ) -> None:
-        self._moments: Mapping[str, Tensor] = {} if moments is None else moments.by_module
-        self._moments_from = None if moments is None else moments.origin
-        self.refitted: Refitted | None = None
-        self._source, self._options, self._progress, self._workers = source, options, progress, workers
-        self.dtype = OUTPUT_DTYPES[options.dtype] if options.dtype else source.dtype
-        self._table: dict[str, BaseModule] = {module.name: module for module in source.table}
-        self._rank = options.rank or max(max(adapter.ranks) for adapter in source.adapters)
-        self._held: dict[str, ModuleExport] = {}
-        names = source.names()
-        missing = sorted({target_of(name) for name in names} - self._table.keys())
-        if missing:
-            raise RecipeError(f"the recipe's table of base modules lacks {missing[0]}, which an adapter changes")
-        progress.begin(TASK, len(names) * (1 if options.rule is None else 2), "modules")
-        self._cuts: dict[str, int] = {}  # ranks that modules are cut to
-        uniform = self._choose_cuts(names, options)
-        self._ranks = {name: self._rank_of(name) for name in names}
-        self.layout = self._layout(self._ranks, uniform)
-        self._hashes: dict[str, str] = {}  # of files beside the tensors
-        if options.gguf is not None:
-            if self.layout.lora_bias or self.layout.modules_to_save:
-                kept = "lora_bias" if self.layout.lora_bias else "modules_to_save"
-                raise UsageError(f"a GGUF adapter cannot hold the {kept} of this composition", hint="leave out --gguf")
-            self._gguf_names = gguf_names(options.gguf, {name: self._table[name] for name in self.layout.ranks})
-
-    def _layout(self, ranks: Mapping[str, int], rank: int | None = None) -> Layout:
-        saved, adapters = self._source.saved, self._source.adapters
-        return choose_layout(
-            self._source.table,
-            ranks,
-            self._options.profile,  # type: ignore[arg-type]
-            rank=rank,
-            lora_bias=next((adapter.reference for adapter in adapters if adapter.config.lora_bias), None),
-            saved=() if saved is None else saved.modules,
-            kernels=kernels_of(adapters),
-            task_type=self._source.task_type,
-        )
-
-    def _choose_cuts(self, names: Sequence[str], options: ExportOptions) -> int | None:
-        """Sets the ranks to cut to, and gives the one rank of a uniform layout where that was decided on.
-
-        A layout of one rank takes one for all, because less would be filled up; `peft` takes one for each module, and
-        for the experts of a parameter or the groups of a convolution together.
-        """
-        if not options.merge:
-            return None
-        if options.rule is None:
-            self._cuts = dict.fromkeys(names, self._rank)
-            return options.rank
-        work = in_order(self._spectrum, names, workers=self._workers)
-        spectra = dict(zip(names, work, strict=True))
-        most = {name: len(squares) for name, squares in spectra.items()}
-
-        def size(layout: Layout) -> int:
-            return file_size(self.shapes(layout), self.dtype)
-
-        if self._layout(most).profile == "peft":
-            if options.rule.tolerance is None:  # which holds for each update; the others for what a file has
-                spectra = spectra_of_targets(spectra)
-            updates = Counter(target_of(name) for name in names)
-            costs = {target: count * self._bytes_of_a_rank(target) for target, count in updates.items()}
-
-            def cuts(ranks: Mapping[str, int]) -> dict[str, int]:
-                of_targets = ranks_of_targets(ranks)
-                return {name: of_targets[target_of(name)] for name in names}
-
-            self._cuts = cuts(choose_ranks(options.rule, spectra, costs, lambda ranks: size(self._layout(cuts(ranks)))))
-            return None
-        uniform = choose_uniform_rank(options.rule, spectra, lambda rank: size(self._layout(most, rank)))
-        self._cuts = dict.fromkeys(names, uniform)
-        return uniform
-
-    def _spectrum(self, name: str) -> Tensor:
-        found = spectrum(self._source.compose(name).factors)
-        self._progress.advance(TASK, 1)
-        return found
-
-    def _bytes_of_a_rank(self, name: str) -> int:
-        module = self._table[target_of(name)]
-        return (module.in_features + module.out_features) * self.dtype.itemsize
-
-    @property
-    def merged(self) -> bool:
-        """Whether something was cut off."""
-        return self._options.merge or any(made.certificate.kept_energy < 1 for made in self._held.values())
-
-    def _rank_of(self, name: str) -> int:
-        total = self._source.known_rank(name)
-        module = self._table[target_of(name)]
-        if self._options.rule is not None:
-            return min(self._cuts[name], total or self._cuts[name], module.in_features, module.out_features)
-        if total is None:
-            self._held[name] = self._export(name)
-            self._progress.advance(TASK, 1)
-            return self._held[name].factors.rank
-        if not self._options.merge:
-            return total
-        return min(self._rank, total, module.in_features, module.out_features)
-
-    def _export(self, name: str) -> ModuleExport:
-        return module_export(
-            self._source,
-            name,
-            self.dtype,
-            rank=self._cuts.get(name),
-            moment=self._moments.get(name),
-            refit=self._cores.get(name),
-        )
-
-    @property
-    def _cores(self) -> Mapping[str, Tensor]:
-        return {} if self.refitted is None else self.refitted.cores
-
-    def cut(self) -> dict[str, Factors]:
-        """Every module cut, in float64, with sqrt(S) on both sides."""
-
-        def work(name: str) -> Factors:
-            return cut_module(self._source, name, self._cuts[name], self._moments.get(name)).factors
-
-        return dict(zip(self._ranks, in_order(work, self._ranks, workers=self._workers), strict=True))
-
-    def write(self, folder: Path) -> tuple[Certificate, int]:
-        """Writes every file into an empty directory; returns the certificate and the bytes of the tensor file.
-
-        Raises:
-            UsageError: if a value overflows the output's dtype.
-            IntegrityError: if an ingredient changes meanwhile, or what was written reads back otherwise.
-        """
-        certificates: list[ModuleCertificate] = []
-        factors: dict[str, Factors] = {}  # of the module being written
-        places = self.layout.places(self._table)
-        order = dict.fromkeys(places[name].module for name in sorted(places))  # that in which tensors are asked for
-        made = in_order(self._module, order, workers=self._workers)
-
-        def tensor(name: str) -> Tensor:
-            if name in self._whole:
-                return self._saved_parameter(self._whole[name])
-            place = places[name]
-            if place.module not in factors:
-                factors.clear()
-                factors[place.module] = self._written(next(made), certificates)
-            return place.tensor_of(factors[place.module])
-
-        path = folder / self.layout.tensor_file
-        write_tensors(path, self.shapes(self.layout), self.dtype, tensor)
-        certificate = Certificate(tuple(certificates), self._read_back(path))
-        if self._options.gguf is not None:
-            self._hashes[GGUF_FILE] = write_gguf(
-                folder / GGUF_FILE, self._options.gguf, self._gguf_names, path, self.layout.places(self._table)
-            )
-        if self._cores:
-            self._hashes[CORES_FILE] = write_cores(folder / CORES_FILE, self._cores)
-        card = model_card(
-            self._source.card(),
-            self.layout,
-            certificate,
-            merged=self.merged,
-            options=self._repeated_options(),
-            labels=None if self._source.saved is None else head_size(self._source.saved.shapes),
-        )
-        config = self.layout.config(self._source.base_id, self._table)
-        texts = {CONFIG_FILE: _json(config), README_FILE: card.encode()}
-        for name, data in texts.items():
-            write_file(folder / name, data)
-        write_file(folder / CERTIFICATE_FILE, _json(closed(self._document(certificate, texts))))
-        self._progress.finish(TASK)
-        return certificate, path.stat().st_size
-
-    def shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
-        """Of every tensor in the file."""
-        shapes: dict[str, tuple[int, ...]] = {n: place.shape for n, place in layout.places(self._table).items()}
-        saved = self._source.saved
-        return shapes if saved is None else shapes | {n: saved.shapes[path] for n, path in self._whole.items()}
-
-    @property
-    def _whole(self) -> dict[str, str]:
-        """Names in the file of the parameters that replace the base's, with their paths in it."""
-        return {} if self._source.saved is None else {PREFIX + path: path for path in self._source.saved.sources}
-
-    def _saved_parameter(self, path: str) -> Tensor:
-        assert self._source.saved is not None
-        written = self._source.saved.read(path).to(self.dtype)
-        if not bool(torch.isfinite(written).all()):
-            raise UsageError(f"{path} overflows {self.dtype}", hint="export with --dtype float32 or bfloat16")
-        return written
-
-    def _module(self, name: str) -> tuple[Factors, tuple[ModuleCertificate, ...]]:
-        """The factors of a module, of all experts of a parameter or all groups of a convolution, as they go into the
-        file, with a certificate for each update; none where it only pads the layout."""
-        rank = self.layout.ranks[name]
-        updates = self.layout.updates_of(name)
-        if updates[0] not in self._ranks:
-            module = self._table[name]
-            zeros = Factors(torch.zeros(rank, module.in_features), torch.zeros(module.out_features, rank))
-            return zeros.to(self.dtype), ()
-        made = [self._made(update) for update in updates]
-        packed = pack(self.layout.kind(name).packing, [one.factors for one in made], rank)
-        return packed, tuple(one.certificate for one in made)
-
-    def _made(self, name: str) -> ModuleExport:
-        return self._held[name] if name in self._held else self._export(name)
-
-    def _written(
-        self, made: tuple[Factors, tuple[ModuleCertificate, ...]], certificates: list[ModuleCertificate]
-    ) -> Factors:
-        certificates += made[1]
-        self._progress.advance(TASK, sum(certificate.name not in self._held for certificate in made[1]))
-        return made[0]
-
-    def _read_back(self, path: Path) -> str:
-        """The sha256 of the file, after the safetensors library has read every tensor of it in the planned shape."""
-        shapes = self.shapes(self.layout)
-        file = open_tensor_file(path, any_shape=lambda name: len(shapes.get(name, ())) != 2)
-        with file.reader() as reader:
-            found = {name: tuple(reader.read(name).shape) for name in file.shapes}
-        if found != shapes:
-            raise IntegrityError(f"{path.name} reads back with other shapes than were written")
-        return file.sha256
-
-    def _document(self, certificate: Certificate, texts: Mapping[str, bytes]) -> dict[str, Any]:
-        return {
-            EXPORT_FORMAT: EXPORT_SCHEMA,
-            **self._source.document(),
-            "versions": {"loracat": __version__, "torch": torch.__version__},
-            "export": {
-                "profile": self.layout.profile,
-                "merged": self.merged,
-                "rank": self.layout.rank,
-                "dtype": dtype_name(self.dtype),
-                **self._rule(),
-                **({"refit": True} if self._cores else {}),
-                "options": self._repeated_options(),
-            },
-            **({} if self.refitted is None else {"refit": dataclasses.asdict(self.refitted.record)}),
-            "certificate": {
-                "sha256": {self.layout.tensor_file: certificate.sha256, **self._hashes},
-                "largest_relative_error": certificate.largest_error,
-                "modules": [dataclasses.asdict(module) for module in certificate.modules],
-            },
-            "text_sha256": {name: sha256(data).hexdigest() for name, data in texts.items()},
-        }
-
-    def _rule(self) -> dict[str, float | int | str | None]:
-        """What decided on ranks and cuts, by the name of its option."""
-        if self._options.activation_aware:
-            return {"activation_aware": True, "moments": self._moments_from}
-        if self._options.rule is None:
-            return {}
-        return {name: value for name, value in dataclasses.asdict(self._options.rule).items() if value is not None}
-
-    def _repeated_options(self) -> str:
-        chosen = self._options
-        words = [" --merge"] if chosen.merge else []
-        rank = self._rank if chosen.merge else chosen.rank
-        decided = {"rank": rank} if chosen.rule is None else self._rule()
-        words += [" --activation-aware"] if chosen.activation_aware else []
-        words += self._records_options()
-        for name, value in (*decided.items(), ("dtype", chosen.dtype), ("profile", chosen.profile)):
-            words += [] if value is None else [f" --{name} {value}"]
-        words += [] if chosen.gguf is None else [" --gguf"]
-        return "".join(words)
-
-    def _records_options(self) -> list[str]:
-        """Options about records: FILE is fitted on, HELD_OUT is not; a method that searches names its FILE itself."""
-        searched = isinstance(self._source, MethodSource) and self._source.method.search is not None
-        refit = None if self.refitted is None else self.refitted.record
-        apart = refit is not None and not refit.divided
-        fitted = apart or self._moments_from == "records"
-        words = [] if refit is None else [" --refit"]
-        words += [" --fit-data FILE"] if fitted and not searched else []
-        if apart:
-            words.append(" --data HELD_OUT")
-        elif refit is not None and not fitted and not searched:
-            words.append(" --data FILE")
-        return words
+    layout: Layout
+    dtype: torch.dtype
+    rank: int
+    ranks: Mapping[str, int]
+    cuts: Mapping[str, int]
+    held: Mapping[str, ModuleExport]
+    places: Mapping[str, Place]
+    whole: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, BaseModule]
+    llama_cpp: LlamaCppBase | None
+    gguf: Mapping[str, str]
+    merged: bool
 
 
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def plan_layout(
+    composition: Composition,
+    request: ExportRequest,
+    llama_cpp: LlamaCppBase | None,
+    progress: Progress,
+    *,
+    workers: int,
+) -> ExportPlan:
+    """Decides on ranks and layout.
+
+    Args:
+        composition: what is exported.
+        request: how.
+        llama_cpp: how llama.cpp has the base, None without a GGUF file.
+        progress: told of modules that are composed for it.
+        workers: modules that are composed at once.
+    Raises:
+        RecipeError: if nothing is known of a module of the base that an adapter changes.
+        UsageError: if the profile, the budget or the GGUF file cannot be had, or a value overflows the dtype.
+    """
+    dtype = OUTPUT_DTYPES[request.dtype] if request.dtype else composition.dtype
+    modules = {module.name: module for module in composition.base.modules}
+    names = composition.names()
+    missing = sorted({target_of(name) for name in names} - modules.keys())
+    if missing:
+        raise RecipeError(f"the recipe's table of base modules lacks {missing[0]}, which an adapter changes")
+    progress.begin(TASK, len(names) * (2 if request.rank_rule else 1), "modules")
+    rank = request.rank or max(max(adapter.ranks) for adapter in composition.adapters)
+    cuts = dict.fromkeys(names, rank) if request.merge else {}
+    uniform = request.rank if request.merge else None
+    if request.rank_rule:
+
+        def decomposed(name: str) -> Tensor:
+            found = spectrum(composition.compose(name).factors)
+            progress.advance(TASK, 1)
+            return found
+
+        spectra = dict(zip(names, in_order(decomposed, names, workers=workers), strict=True))
+        cuts, uniform = _choose_cuts(composition, request, spectra, modules, dtype)
+    ranks: dict[str, int] = {}
+    held: dict[str, ModuleExport] = {}
+    for name in names:
+        total, module = composition.known_rank(name), modules[target_of(name)]
+        if total is None and not request.rank_rule:
+            held[name] = module_export(composition, name, dtype, rank=cuts.get(name))
+            ranks[name] = held[name].factors.rank
+            progress.advance(TASK, 1)
+        elif name in cuts:
+            ranks[name] = min(cuts[name], total or cuts[name], module.in_features, module.out_features)
+        else:
+            assert total is not None
+            ranks[name] = total
+    layout = layout_of(composition, ranks, request.profile, uniform)
+    kept = "lora_bias" if layout.lora_bias else "modules_to_save" if layout.modules_to_save else None
+    if llama_cpp is not None and kept:
+        raise UsageError(f"a GGUF adapter cannot hold the {kept} of this composition", hint="leave out --gguf")
+    return ExportPlan(
+        layout=layout,
+        dtype=dtype,
+        rank=rank,
+        ranks=ranks,
+        cuts=cuts,
+        held=held,
+        places=layout.places(modules),
+        whole=_whole(composition),
+        shapes=_shapes(layout, composition, modules),
+        modules=modules,
+        llama_cpp=llama_cpp,
+        gguf={} if llama_cpp is None else gguf_names(llama_cpp, {name: modules[name] for name in layout.ranks}),
+        merged=request.merge or any(made.certificate.kept_energy < 1 for made in held.values()),
+    )
+
+
+def layout_of(
+    composition: Composition, ranks: Mapping[str, int], profile: str | None, rank: int | None = None
+) -> Layout:
+    """The layout of a composition; the arguments are those of `choose_layout`."""
+    return choose_layout(
+        composition.base.modules,
+        ranks,
+        next((name for name in PROFILES if name == profile), None),
+        rank=rank,
+        lora_bias=next((adapter.reference for adapter in composition.adapters if adapter.config.lora_bias), None),
+        saved=() if composition.saved is None else composition.saved.modules,
+        kernels=kernels_of(composition.adapters),
+        task_type=composition.task_type,
+    )
+
+
+def _whole(composition: Composition) -> dict[str, str]:
+    return {} if composition.saved is None else {PREFIX + path: path for path in composition.saved.sources}
+
+
+def _shapes(layout: Layout, composition: Composition, modules: Mapping[str, BaseModule]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {name: place.shape for name, place in layout.places(modules).items()}
+    saved = composition.saved
+    return shapes if saved is None else shapes | {n: saved.shapes[path] for n, path in _whole(composition).items()}
+
+
+def _choose_cuts(
+    composition: Composition,
+    request: ExportRequest,
+    spectra: dict[str, Tensor],
+    modules: Mapping[str, BaseModule],
+    dtype: torch.dtype,
+) -> tuple[dict[str, int], int | None]:
+    """The ranks to cut to, and the one rank of a uniform layout.
+
+    A layout of one rank takes one for all, because less would be filled up; `peft` takes one for each module, and for
+    the experts of a parameter or the groups of a convolution together.
+    """
+    most = {name: len(squares) for name, squares in spectra.items()}
+
+    def size(ranks: Mapping[str, int], rank: int | None = None) -> int:
+        layout = layout_of(composition, ranks, request.profile, rank)
+        return file_size(_shapes(layout, composition, modules), dtype)
+
+    if layout_of(composition, most, request.profile).profile != "peft":
+        uniform = _choose_uniform_rank(request, spectra, lambda rank: size(most, rank))
+        return dict.fromkeys(spectra, uniform), uniform
+    updates = Counter(target_of(name) for name in spectra)
+    costs = {
+        name: count * (modules[name].in_features + modules[name].out_features) * dtype.itemsize
+        for name, count in updates.items()
+    }
+
+    def cuts(ranks: Mapping[str, int]) -> dict[str, int]:
+        of_targets = ranks_of_targets(ranks)
+        return {name: of_targets[target_of(name)] for name in spectra}
+
+    # A tolerance holds for each update; the others for what a file has.
+    together = spectra if request.tolerance is not None else spectra_of_targets(spectra)
+    return cuts(_choose_ranks(request, together, costs, lambda ranks: size(cuts(ranks)))), None
+
+
+def _choose_ranks(
+    request: ExportRequest,
+    spectra: Mapping[str, Tensor],
+    costs: Mapping[str, int],
+    size: Callable[[Mapping[str, int]], int],
+) -> dict[str, int]:
+    """A rank for each module, at least 1.
+
+    Args:
+        request: with what they have to satisfy.
+        spectra: squared singular values of each module.
+        costs: bytes of one rank of each module.
+        size: of the tensor file with these ranks.
+    Raises:
+        UsageError: if the smallest file is larger than the budget.
+    """
+    if request.tolerance is not None:
+        return {name: rank_within(squares, request.tolerance) for name, squares in spectra.items()}
+    if request.energy is not None:
+        return ranks_for_energy(spectra, costs, request.energy)
+    assert request.budget is not None
+    least, most = dict.fromkeys(spectra, 1), {name: len(squares) for name, squares in spectra.items()}
+    if size(least) > request.budget:
+        raise _too_small(request.budget, size(least))
+    for extreme in (least, most):  # the header's length depends on the digits of the ranks, a little
+        header = size(extreme) - sum(costs[name] * rank for name, rank in extreme.items())
+        if request.budget - header >= sum(costs.values()):
+            ranks = ranks_for_bytes(spectra, costs, request.budget - header)
+            if size(ranks) <= request.budget:
+                return ranks
+    return least
+
+
+def spectra_of_targets(spectra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Squared singular values as a file can be cut: the experts of a parameter, or the groups of a convolution, have
+    one rank, so its k-th value is the sum of theirs."""
+    updates: dict[str, list[Tensor]] = {}
+    for name, squares in spectra.items():
+        updates.setdefault(target_of(name), []).append(squares)
+    return {
+        name: torch.nn.utils.rnn.pad_sequence(several).sum(dim=1) if len(several) > 1 else several[0]
+        for name, several in updates.items()
+    }
+
+
+def _choose_uniform_rank(request: ExportRequest, spectra: Mapping[str, Tensor], size: Callable[[int], int]) -> int:
+    """One rank for all modules, at least 1; the arguments are those of `_choose_ranks`.
+
+    Raises:
+        UsageError: if the smallest file is larger than the budget.
+    """
+    if request.tolerance is not None:
+        return max(rank_within(squares, request.tolerance) for squares in spectra.values())
+    if request.energy is not None:
+        return rank_for_energy(list(spectra.values()), request.energy)
+    assert request.budget is not None
+    most = max(1, max(int((squares > 0).sum()) for squares in spectra.values()))
+    fitting = [rank for rank in range(1, most + 1) if size(rank) <= request.budget]
+    if not fitting:
+        raise _too_small(request.budget, size(1))
+    return fitting[-1]
+
+
+def _too_small(budget: int, least: int) -> UsageError:
+    return UsageError(
+        f"--budget {budget} bytes is too small: at rank 1 the tensor file has {least} bytes",
+        hint=f"give at least --budget {least}",
+    )

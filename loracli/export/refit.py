@@ -33,7 +33,7 @@ from loracli.calibration.dataset import Dataset, Examples, read_dataset
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
 from loracli.composition.attached import of_factors
-from loracli.composition.composition import MethodSource, Source, recorded_base
+from loracli.composition.composition import Composition, recorded_base
 from loracli.errors import IntegrityError, MalformedAdapter, NonFiniteLoss, UnsupportedAdapter, UsageError
 from loracli.evaluation.statistics import paired_interval
 from loracli.export.module import refitted_factors
@@ -130,25 +130,11 @@ class Refitted:
 class Refit(Protocol):
     """Fits the cores of a cut."""
 
-    def __call__(self, source: Source, cut: Mapping[str, Factors], dtype: torch.dtype) -> Refitted:
+    def __call__(self, source: Composition, cut: Mapping[str, Factors], dtype: torch.dtype) -> Refitted:
         """`cut` is the cut of each module, sqrt(S) on both sides, and `dtype` that of the output."""
 
 
-def check_refit(*, refit: bool, fit_data: object, data: object, merge: bool) -> None:
-    """Refuses a refit of what was not cut, one without records, and records that nothing is done with.
-
-    Raises:
-        UsageError: naming the way out.
-    """
-    if refit and not merge:
-        raise UsageError("--refit is for --merge; a concatenation is exact already", hint="add --merge")
-    if refit and fit_data is None and data is None:
-        raise UsageError("--refit needs calibration records", hint="give them with --data FILE")
-    if data is not None and not refit:
-        raise UsageError("records to refit on have no use without --refit", hint="add --refit")
-
-
-def check_refittable(source: Source) -> None:
+def check_refittable(source: Composition) -> None:
     """Refuses a composition whose cut has no core of its own to fit.
 
     Raises:
@@ -163,9 +149,9 @@ def check_refittable(source: Source) -> None:
     expert = next((name for name in source.names() if is_numbered(name)), None)
     if expert is not None:
         raise UsageError(f"the expert {expert} has no core of its own for --refit", hint="leave out --refit")
-    if isinstance(source, MethodSource) and source.weights is None:
+    if source.merges is not None:
         raise UsageError(
-            f"--refit is for a recipe or a weighted sum, and {source.method.name} merges the factors themselves",
+            f"--refit is for a recipe or a weighted sum, and {source.merges.name} merges the factors themselves",
             hint="leave out --refit, or fit a recipe and refit that",
         )
 
@@ -211,7 +197,7 @@ class RefitOnRecords:
     base_revision: str | None = None
     progress: Progress = SILENT
 
-    def __call__(self, source: Source, cut: Mapping[str, Factors], dtype: torch.dtype) -> Refitted:
+    def __call__(self, source: Composition, cut: Mapping[str, Factors], dtype: torch.dtype) -> Refitted:
         """Loads the base, attaches the cut and fits its cores.
 
         Raises:
@@ -261,14 +247,14 @@ def refit_on(
     return RefitOnRecords(records, base, base_revision, progress)
 
 
-def _as_adapter(source: Source, cut: Mapping[str, Factors]) -> LoraAdapter:
+def _as_adapter(source: Composition, cut: Mapping[str, Factors]) -> LoraAdapter:
     """The cut as the one adapter of a fit."""
     kinds = {name: module.kind for adapter in source.adapters for name, module in adapter.modules.items()}
     modules = {name: LoraModule(name, kinds[name], factors) for name, factors in sorted(cut.items())}
     return replace(source.adapters[0], modules=modules)
 
 
-def _run(inputs: FitInputs, session: Session, source: Source, dtype: torch.dtype) -> Refitted:
+def _run(inputs: FitInputs, session: Session, source: Composition, dtype: torch.dtype) -> Refitted:
     settings, progress = inputs.settings, session.progress
     examples = render_inputs(inputs, session.tokenizer, max_length=session.max_length, progress=progress)
     training, held_out = examples.training, examples.held_out
@@ -345,7 +331,7 @@ def _search(engine: Engine, inputs: FitInputs, fold: Fold, examples: Examples) -
 def _losses(
     engine: Engine,
     session: Session,
-    source: Source,
+    source: Composition,
     cut: dict[str, Factors],
     cores: dict[str, Tensor],
     dtype: torch.dtype,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,13 +16,14 @@ from loracli.adapters.names import target_of
 from loracli.adapters.saved_modules import PICK, REFUSE, saved_modules, settled_policy
 from loracli.algebra.methods.method import Method
 from loracli.composition.base_table import BaseTable
-from loracli.composition.composition import MethodSource, RecipeSource, Source
+from loracli.composition.composition import Composition, from_method, from_recipe
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
-from loracli.export.method import DEFAULTS, find_method, published_identities, read_to_compose
+from loracli.export.method import read_to_compose
+from loracli.export.request import find_method
 from loracli.fitting.reach import named, warn_untried, weights_read
 from loracli.fusing.plan import FusionPlan, plan_fusion
 from loracli.fusing.quantised import Quantisation
-from loracli.fusing.workplace import read_config
+from loracli.fusing.workplace import CONFIG, read_config
 from loracli.model.attach import check_saved
 from loracli.model.base import BasePlan, plan_base
 from loracli.model.checkpoint import Checkpoint
@@ -36,45 +36,18 @@ from loracli.recipe.record import RecipeBase
 from loracli.system.files import CONFIG_FILE
 
 
-@dataclass(frozen=True)
-class Composition:
-    """Adapters, and what composes them.
-
-    Args:
-        adapters: the ingredients.
-        recipe: whose mixing composes them, None with a method.
-        method: that composes them, None with a recipe's mixing.
-        base: as a recipe recorded it, None where nothing did.
-        policy: for modules that adapters saved whole.
-    """
-
-    adapters: tuple[LoraAdapter, ...]
-    recipe: Recipe | None
-    method: Method | None
-    base: RecipeBase | None
-    policy: str = REFUSE
-
-    def source(self, base_id: str, *, progress: Progress = SILENT) -> Source:
-        """What gives the update of every module, and the modules that replace the base's."""
-        saved = saved_modules(self.policy, self.adapters, progress=progress)
-        if self.method is None:
-            assert self.recipe is not None
-            return RecipeSource(self.recipe, self.adapters, saved)
-        weights = None if self.method.weights is None else self.method.weights(len(self.adapters))
-        identities = published_identities(self.adapters)
-        return MethodSource(self.method, DEFAULTS, weights, self.adapters, identities, BaseTable(base_id, ()), saved)
-
-
-def read_composition(
+def compose_on_base(
     recipe: str | Path | Recipe | None,
     adapters: Sequence[str],
     method: str | None,
     *,
     modules_to_save: str | None = None,
-    base_given: bool,
-    progress: Progress,
-) -> Composition:
-    """Reads the ingredients.
+    base: str | None = None,
+    base_revision: str | None = None,
+    dequantise: bool = False,
+    progress: Progress = SILENT,
+) -> tuple[BasePlan, Composition]:
+    """The base that a composition is meant for, without its weights; and the composition by the base's names.
 
     Args:
         recipe: a recipe, its file, or an adapter's directory; None with a method and adapters.
@@ -82,13 +55,54 @@ def read_composition(
         method: a name of `loracli.algebra.methods`, None for the recipe's own mixing.
         modules_to_save: a policy for modules that adapters saved whole, with a method; None for the recipe's, and
             `refuse` without one. An adapter by itself has its own.
-        base_given: whether the user named the base.
+        base: a Hub id or directory, None for the recorded one, or what the adapters name.
+        base_revision: of a base on the Hub.
+        dequantise: take one that is quantised.
         progress: told of downloads.
     Raises:
-        UsageError: if these do not go together, or the method has to be fitted or cuts its result.
+        UsageError: if these do not go together, the method has to be fitted or cuts its result, or the recipe was
+            fitted on a local directory and no base is given.
         UnsupportedAdapter: if adapters saved modules whole and nothing says which of them the composition has.
         IncompatibleAdapters: if they are for different tasks.
+        IntegrityError: if the base at the recorded commit is not the one that was recorded.
+        BaseModelMismatch: if the adapters do not fit it, or it is quantised and need not be.
     """
+    read, loaded, found, policy = _read_ingredients(
+        recipe, adapters, method, modules_to_save, base_given=base is not None, progress=progress
+    )
+    recorded = None if loaded is None else loaded.base
+    if base is None and recorded is not None and recorded.claim is None:
+        raise UsageError(f"the recipe was fitted on a local copy of {recorded.id}", hint="name it with --base")
+    asked = base or (None if recorded is None else recorded.claim)
+    reference = find_base(read, asked, revision=base_revision, progress=progress)
+    if not dequantise and read_config(reference.path).get("quantization_config") is not None:
+        raise BaseModelMismatch(
+            f"the base model {reference.id} is quantised",
+            hint="give the unquantised model with --base, or compute its weights with --dequantise",
+        )
+    plan = plan_base(reference, dequantised=dequantise)
+    if recorded is not None:
+        _check_config(plan.reference, recorded, asked=base is not None, progress=progress)
+    read = named_as(plan.skeleton, read)
+    check_shapes(plan.skeleton, read)
+    saved = saved_modules(policy, read, progress=progress)
+    if found is None:
+        assert loaded is not None
+        return plan, from_recipe(loaded, read, saved)
+    return plan, from_method(found, read, BaseTable(plan.reference.id, ()), saved=saved)
+
+
+def _read_ingredients(
+    recipe: str | Path | Recipe | None,
+    adapters: Sequence[str],
+    method: str | None,
+    modules_to_save: str | None,
+    *,
+    base_given: bool,
+    progress: Progress,
+) -> tuple[tuple[LoraAdapter, ...], Recipe | None, Method | None, str]:
+    """The ingredients, the recipe that names them, the method in the place of its mixing, and the policy for modules
+    that adapters saved whole."""
     alone = isinstance(recipe, (str, Path)) and (Path(recipe) / CONFIG_FILE).is_file()
     if modules_to_save is not None and (alone or method is None):
         raise UsageError(
@@ -108,7 +122,7 @@ def read_composition(
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         ingredients = read_ingredients(loaded, relocated=adapters, progress=progress)
         _refuse_biases(ingredients)
-        return Composition(ingredients, loaded, None, loaded.base, recorded_policy(loaded))
+        return ingredients, loaded, None, recorded_policy(loaded)
     found = find_method(method)
     if found.search is not None or found.cuts:
         data = " --fit-data FILE" if found.search else ""
@@ -123,7 +137,7 @@ def read_composition(
     if alone and read[0].saved:
         policy = f"{PICK}#1"
     policy = settled_policy(policy, read, [adapter.reference for adapter in read])
-    return Composition(read, None, found, given.base if given else None, policy)
+    return read, given, found, policy
 
 
 def _refuse_biases(adapters: Sequence[LoraAdapter]) -> None:
@@ -135,55 +149,26 @@ def _refuse_biases(adapters: Sequence[LoraAdapter]) -> None:
             )
 
 
-def plan_composed_base(
-    composition: Composition,
-    base: str | None,
-    revision: str | None,
-    *,
-    dequantise: bool = False,
-    progress: Progress,
-) -> tuple[BasePlan, Composition]:
-    """The base that the composition is meant for, without its weights, with `dequantise` one that is quantised; and the
-    composition by the base's names.
-
-    Raises:
-        UsageError: if the recipe was fitted on a local directory and no base is given.
-        IntegrityError: if the base at the recorded commit is not the one that was recorded.
-        BaseModelMismatch: if the adapters do not fit it, or it is quantised and need not be.
-    """
-    recorded, adapters = composition.base, composition.adapters
-    claim = None if recorded is None else recorded.claim
-    if base is None and recorded is not None and claim is None:
-        raise UsageError(f"the recipe was fitted on a local copy of {recorded.id}", hint="name it with --base")
-    reference = find_base(adapters, base or claim, revision=revision, progress=progress)
-    if not dequantise and read_config(reference.path).get("quantization_config") is not None:
-        raise BaseModelMismatch(
-            f"the base model {reference.id} is quantised",
-            hint="give the unquantised model with --base, or compute its weights with --dequantise",
-        )
-    plan = plan_base(reference, dequantised=dequantise)
-    if recorded is not None:
-        found = hashlib.sha256((plan.reference.path / "config.json").read_bytes()).hexdigest()
-        if found != recorded.config_sha256:
-            said = f"config.json of {plan.reference.id} is not the one that the weights were fitted on"
-            if base is None:
-                raise IntegrityError(said, where=str(plan.reference.path))
-            progress.warn(f"{said}; only shapes are checked")
-    composition = replace(composition, adapters=named_as(plan.skeleton, adapters))
-    check_shapes(plan.skeleton, composition.adapters)
-    return plan, composition
+def _check_config(reference: BaseReference, recorded: RecipeBase, *, asked: bool, progress: Progress) -> None:
+    """Raises IntegrityError if the base is not the recorded one, or says so of one that the user `asked` for."""
+    found = hashlib.sha256((reference.path / CONFIG).read_bytes()).hexdigest()
+    if found != recorded.config_sha256:
+        said = f"config.json of {reference.id} is not the one that the weights were fitted on"
+        if not asked:
+            raise IntegrityError(said, where=str(reference.path))
+        progress.warn(f"{said}; only shapes are checked")
 
 
-def bypassed_modules(reference: BaseReference, source: Source, progress: Progress) -> tuple[str, ...]:
+def bypassed_modules(reference: BaseReference, composition: Composition, progress: Progress) -> tuple[str, ...]:
     """Changed modules whose weight the base reads without calling the layer: there the update acts neither in a fit nor
     in PEFT, so that a model with it would not be the one that was measured.
 
     Args:
         reference: of the base.
-        source: the composition; a recipe names those that its fit saw too.
+        composition: with those that the fit of a recipe saw too.
         progress: told where one matrix is used in two ways, and if the base's forward could not be tried.
     """
-    targets = {target_of(name) for name in source.names()}
+    targets = {target_of(name) for name in composition.names()}
     read = weights_read(reference)
     unknown = "if it does, the fused model has updates that the fit and PEFT ignore"
     warn_untried(read, reference.id, unknown, progress)
@@ -193,19 +178,19 @@ def bypassed_modules(reference: BaseReference, source: Source, progress: Progres
             f"{reference.id} also reads the weight of {named(shared)} besides calling the layer; the fused model has "
             "the update in both, PEFT and the fit in the layer alone"
         )
-    seen = source.recipe.mixing.bypassed if isinstance(source, RecipeSource) else ()
+    seen = composition.base.bypassed if composition.method is None else ()  # what its own record says is tried here
     return tuple(sorted(targets & read.bypassed.union(seen)))
 
 
-def _changed_modules(plan: BasePlan, source: Source, bypassed: Sequence[str]) -> list[BaseModule]:
+def _changed_modules(plan: BasePlan, composition: Composition, bypassed: Sequence[str]) -> list[BaseModule]:
     """The modules that the composition changes, as the base has them, without those that are bypassed.
 
     Raises:
         BaseModelMismatch: if one is no linear layer, embedding or parameter with experts, or none is left.
     """
-    table = {module.name: module for module in base_modules(plan.skeleton, source.adapters)}
-    names = [name for name in dict.fromkeys(map(target_of, source.names())) if name not in bypassed]
-    if not names and source.saved is None:
+    table = {module.name: module for module in base_modules(plan.skeleton, composition.adapters)}
+    names = [name for name in dict.fromkeys(map(target_of, composition.names())) if name not in bypassed]
+    if not names and composition.saved is None:
         raise BaseModelMismatch(
             f"{plan.reference.id} reads the weight of {named(bypassed)} without calling the layer, so PEFT ignores "
             "all of this composition, and the fused model would be the base",
@@ -223,7 +208,7 @@ def _changed_modules(plan: BasePlan, source: Source, bypassed: Sequence[str]) ->
 def planned_fusion(
     checkpoint: Checkpoint,
     base: BasePlan,
-    source: Source,
+    composition: Composition,
     dtype: torch.dtype | None,
     quantisation: Quantisation | None,
     *,
@@ -233,14 +218,14 @@ def planned_fusion(
 
     Args:
         checkpoint, base: the base.
-        source: the composition.
+        composition: what is folded in.
         dtype, quantisation: as for `plan_fusion`.
         bypassed: modules whose update is left out.
     Raises:
         BaseModelMismatch: as `plan_fusion`, `changed_modules` and `check_saved`.
     """
-    if source.saved is not None:
-        check_saved(base.skeleton, source.saved)
-    modules = _changed_modules(base, source, bypassed)
-    replaced = () if source.saved is None else source.saved.sources
+    if composition.saved is not None:
+        check_saved(base.skeleton, composition.saved)
+    modules = _changed_modules(base, composition, bypassed)
+    replaced = () if composition.saved is None else composition.saved.sources
     return plan_fusion(checkpoint, base.skeleton, modules, dtype, quantisation, replaced)

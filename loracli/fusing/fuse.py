@@ -20,17 +20,15 @@ import torch
 from loracli._version import __version__
 from loracli.adapters.names import target_of
 from loracli.composition.card import CardText, closed
-from loracli.composition.composition import Source
+from loracli.composition.composition import Composition
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.card import front_matter
-from loracli.export.options import OUTPUT_DTYPES
+from loracli.export.request import OUTPUT_DTYPES, ExportRequest, check_form
 from loracli.fitting.reach import named
 from loracli.fusing.composition import (
-    Composition,
     bypassed_modules,
-    plan_composed_base,
+    compose_on_base,
     planned_fusion,
-    read_composition,
 )
 from loracli.fusing.plan import FusedTensor, FusionPlan
 from loracli.fusing.quantised import Quantisation, read_quantisation
@@ -223,15 +221,18 @@ def fuse_model(
         IntegrityError: if an ingredient or the recorded base is not the one that was recorded.
     """
     output = Path(output)
-    if dtype is not None and dtype not in OUTPUT_DTYPES:
-        raise UsageError(f"--dtype {dtype} is not one of {', '.join(OUTPUT_DTYPES)}")
+    check_form(ExportRequest(dtype=dtype))
     if not resume:
         check_model_free(output, force=force)
-    composition = read_composition(
-        recipe, adapters, method, modules_to_save=modules_to_save, base_given=base is not None, progress=progress
-    )
-    planned, composition = plan_composed_base(
-        composition, base, base_revision, dequantise=dequantise, progress=progress
+    planned, composition = compose_on_base(
+        recipe,
+        adapters,
+        method,
+        modules_to_save=modules_to_save,
+        base=base,
+        base_revision=base_revision,
+        dequantise=dequantise,
+        progress=progress,
     )
     quantisation = _quantisation_of(planned.reference.path) if dequantise else None
     chosen = OUTPUT_DTYPES[dtype or "bfloat16"] if dequantise or dtype is not None else None
@@ -268,25 +269,25 @@ class _Fusion:
         progress: Progress,
     ) -> None:
         self._quantisation = quantisation
-        self._source: Source = composition.source(base.reference.id, progress=progress)
-        self._base, self._dtype, self._output, self._progress = base, dtype, output, progress
+        self._composition, self._base, self._dtype = composition, base, dtype
+        self._output, self._progress = output, progress
         folder = base.reference.path
-        for path, what in [(a.path, f"the ingredient {a.reference}") for a in self._source.adapters] + [
+        for path, what in [(a.path, f"the ingredient {a.reference}") for a in self._composition.adapters] + [
             (folder, "the base model")
         ]:
             if holds(output, path):
                 raise UsageError(f"{output} holds {what}", hint="choose another name with -o")
         self._checkpoint: Checkpoint = read_checkpoint(folder)
-        self._bypassed = bypassed_modules(base.reference, self._source, progress)
+        self._bypassed = bypassed_modules(base.reference, self._composition, progress)
         if self._bypassed:
             progress.warn(
                 f"{base.reference.id} reads the weight of {named(self._bypassed)} without calling the layer: their "
                 "updates are left out, as PEFT and the fit ignore them"
             )
         self._plan: FusionPlan = planned_fusion(
-            self._checkpoint, base, self._source, dtype, quantisation, bypassed=self._bypassed
+            self._checkpoint, base, self._composition, dtype, quantisation, bypassed=self._bypassed
         )
-        check_base_copies(self._source.adapters, stored_weights(self._checkpoint, base.skeleton))
+        check_base_copies(self._composition.adapters, stored_weights(self._checkpoint, base.skeleton))
         self._config = config_bytes(folder, untied=self._plan.untied, dtype=dtype, quantisation=quantisation)
         self._taken, self._left = other_files(self._checkpoint)
         if self._plan.untied:
@@ -297,9 +298,9 @@ class _Fusion:
         checkpoint = hashlib.sha256()
         for name, shard in self._checkpoint.shards.items():
             checkpoint.update(f"{name}:{len(shard.header)}:".encode() + shard.header)
-        adapters = json.dumps([dict(adapter.sha256) for adapter in self._source.adapters], sort_keys=True)
+        adapters = json.dumps([dict(adapter.sha256) for adapter in self._composition.adapters], sort_keys=True)
         return {
-            "composition": _sha256(json.dumps(self._source.document(), sort_keys=True).encode()),
+            "composition": _sha256(json.dumps(self._composition.document(), sort_keys=True).encode()),
             "adapters": _sha256(adapters.encode()),
             "base config": _sha256((self._checkpoint.folder / CONFIG).read_bytes()),
             "base weights": checkpoint.hexdigest(),
@@ -352,10 +353,12 @@ class _Fusion:
 
     def _fold_of(self, tensor: FusedTensor) -> Fold | Replacement | None:
         if tensor.replaced is not None:
-            assert self._source.saved is not None
-            return make_replacement(tensor.replaced, self._source.saved.read(tensor.replaced), FLOATS[tensor.dtype])
+            assert self._composition.saved is not None
+            return make_replacement(
+                tensor.replaced, self._composition.saved.read(tensor.replaced), FLOATS[tensor.dtype]
+            )
         try:
-            update = update_of(self._source, tensor)
+            update = update_of(self._composition, tensor)
         except ValueError as error:  # a method that these adapters do not suit
             raise UsageError(f"the composition cannot be had: {error}", hint="choose another --method") from None
         if update is None:
@@ -372,7 +375,7 @@ class _Fusion:
         contents = {CONFIG: self._config, **({} if index is None else {INDEX_FILE: index})}
         contents |= {name: (folder / name).read_bytes() for name in self._taken}
         card = fused_card(
-            self._source.card(),
+            self._composition.card(),
             self._base.reference.id,
             changed_dtypes(self._plan),
             converted=self._dtype is not None,
@@ -397,7 +400,7 @@ class _Fusion:
         config = _sha256((self._checkpoint.folder / CONFIG).read_bytes())
         content: dict[str, Any] = {
             "loracat_fuse": _FUSE_SCHEMA,
-            "composition": self._source.document(),
+            "composition": self._composition.document(),
             "fuse": {
                 "base": {
                     "id": reference.id,
@@ -439,14 +442,14 @@ class _Fusion:
                     )
 
     def _replaced(self) -> tuple[str, ...]:
-        return () if self._source.saved is None else self._source.saved.modules
+        return () if self._composition.saved is None else self._composition.saved.modules
 
     def result(self, *, resumed: int = 0) -> Fused:
         """What is there once all is written."""
         return Fused(
             path=self._output,
             base_id=self._base.reference.id,
-            modules=len({target_of(name) for name in self._source.names()} - {*self._bypassed}),
+            modules=len({target_of(name) for name in self._composition.names()} - {*self._bypassed}),
             shards=len(self._plan.shards),
             resumed=resumed,
             size_bytes=sum(shard.size for shard in self._plan.shards),

@@ -48,7 +48,7 @@ from torch import Tensor
 from loracli.adapters.names import numbered_name
 from loracli.algebra.concatenate import pad_rank
 from loracli.algebra.factors import Factors
-from loracli.composition.composition import Source
+from loracli.composition.composition import Composition
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.fusing.plan import FusedShard, FusedTensor
 from loracli.fusing.quantised import Decoder, Quantised
@@ -155,19 +155,19 @@ def rounding_bounds(weight: Tensor, left: Tensor, right: Tensor, output: torch.d
     return (exact - slack).to(output), (exact + slack).to(output)
 
 
-def update_of(source: Source, tensor: FusedTensor) -> tuple[Tensor, Tensor] | None:
+def update_of(composition: Composition, tensor: FusedTensor) -> tuple[Tensor, Tensor] | None:
     """left (..., rows, R) and right (..., R, columns) in float64; None where nothing is added.
 
     Raises:
-        ValueError: if the source's method does not suit its adapters.
+        ValueError: if its method does not suit its adapters.
     """
     if tensor.module is None:
         return None
     if len(tensor.shape) == 2:
-        left, right = _sides(source.compose(tensor.module).factors, tensor)
+        left, right = _sides(composition.compose(tensor.module).factors, tensor)
         return (left if tensor.rows is None else left[slice(*tensor.rows)]), right
     names = [numbered_name(tensor.module, expert) for expert in range(tensor.shape[0])]
-    updates = [source.compose(name).factors for name in names]
+    updates = [composition.compose(name).factors for name in names]
     rank = max(update.rank for update in updates)
     lefts, rights = zip(*(_sides(pad_rank(update, rank), tensor) for update in updates), strict=True)
     return torch.stack(lefts), torch.stack(rights)

@@ -81,7 +81,7 @@ def read_contents(directory: Path, *, secrets: tuple[str, ...] = (), edited_card
     """Looks through the directory of an export that has been verified.
 
     Args:
-        directory: that `export_adapter` or `export_method` wrote.
+        directory: that `export_adapter` wrote.
         edited_card: whether the card may be another than the record has the hash of.
         secrets: text that must not be in any file that people read, such as the token.
     Raises:

@@ -91,7 +91,7 @@ def push_adapter(
     refused and nothing is changed. The same bytes are not committed twice.
 
     Args:
-        directory: that `export_adapter` or `export_method` wrote.
+        directory: that `export_adapter` wrote.
         repo_id: `org/name`; made if it is not there.
         private: make it a private one; refused if it is there and public.
         revision: the branch, made if it is not there; None for the default branch.

@@ -21,7 +21,7 @@ from loracli.algebra.packing import Convolution
 from loracli.algebra.truncate import project, relative_gap, truncate, truncate_for
 from loracli.composition.base_table import modules_of
 from loracli.composition.card import EXPORT_FORMAT, EXPORT_SCHEMA, ModuleCertificate
-from loracli.composition.composition import MethodSource, RecipeSource, Source
+from loracli.composition.composition import Composition
 from loracli.errors import InputError, IntegrityError, UsageError
 from loracli.export.activations import recorded_moments
 from loracli.export.layout import PROFILES, choose_layout, ranks_of_targets
@@ -50,7 +50,7 @@ from loracli.verifying.factors import (
     stripped,
 )
 from loracli.verifying.findings import UNPROVEN, Findings, compare_card, export_cards, readable_options
-from loracli.verifying.origin import Origin, find_source, read_origin
+from loracli.verifying.origin import Origin, find_composition, read_origin
 from loracli.verifying.peft_reload import reload_differences, skeleton_of
 
 _TASK = "verify"
@@ -112,7 +112,7 @@ def verify_adapter(
         path: the directory.
         document: its `loracat.json`.
         findings: takes what is checked, not checked and different.
-        recipe, adapters: as in `find_source`.
+        recipe, adapters: as in `find_composition`.
         skeleton: the base model without numbers, None if it is not at hand.
         edited_card: whether the card may have been changed.
         progress: told how far it is.
@@ -153,13 +153,13 @@ def verify_adapter(
         findings.checked.append(f"that PEFT loads these tensors with these scalings, into {where}")
     else:
         findings.skip("what PEFT makes of it", f"{CONFIG_FILE} is not what an export of this record has")
-    source = find_source(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
-    if whole_card and source is None:
+    composition = find_composition(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
+    if whole_card and composition is None:
         findings.skip(README_FILE, f"{UNPROVEN}, and the ingredients that it is made again of are not at hand")
-    if source is not None:
+    if composition is not None:
         if whole_card and record.profile in PROFILES:
             cards = export_cards(
-                source,
+                composition,
                 record.modules,
                 profile=record.profile,
                 rank=record.rank,
@@ -167,9 +167,9 @@ def verify_adapter(
                 options=record.options,
                 task_type=written.config.task_type,
             )
-            compare_card(path, cards, record.written_by, source, findings)
-        cut = _Cut(_find_moments(source, recipe, record, findings), _read_cores(path, record, findings))
-        _check_composition(source, written, record, cut, findings, progress)
+            compare_card(path, cards, record.written_by, composition, findings)
+        cut = _Cut(_find_moments(composition, recipe, record, findings), _read_cores(path, record, findings))
+        _check_composition(composition, written, record, cut, findings, progress)
 
 
 def _check_texts(path: Path, record: _Record, findings: Findings, *, edited_card: bool) -> bool:
@@ -188,13 +188,13 @@ def _check_texts(path: Path, record: _Record, findings: Findings, *, edited_card
 
 
 def _find_moments(
-    source: Source, recipe: Path | None, record: _Record, findings: Findings
+    composition: Composition, recipe: Path | None, record: _Record, findings: Findings
 ) -> Mapping[str, Tensor] | None:
     """The second moments that a cut by activations went by, None where they are not at hand."""
     if not record.activation_aware:
         return {}
-    if record.moments == "recipe" and recipe is not None and isinstance(source, RecipeSource):
-        return recorded_moments(source, recipe).by_module
+    if record.moments == "recipe" and recipe is not None and composition.method is None:
+        return recorded_moments(composition, recipe).by_module
     why = "the records that it went by are not kept"
     if record.moments == "recipe":
         why = "what it went by is beside the recipe: name the recipe with --recipe"
@@ -319,14 +319,14 @@ def _check_config(
 
 
 def _check_composition(
-    source: Source,
+    composition: Composition,
     written: LoraAdapter,
     record: _Record,
     cut: _Cut,
     findings: Findings,
     progress: Progress,
 ) -> None:
-    names = source.names()
+    names = composition.names()
     if record.merged and (record.otherwise or (cut.moments is None and cut.cores)):
         how = ", ".join(record.otherwise) or "activations that are not at hand, and refitted"
         findings.skip("every tensor against the composition", f"it was cut with {how}")
@@ -343,12 +343,12 @@ def _check_composition(
                 findings.differs(f"{name} is not changed by the composition and has tensors that are not zero")
             continue
         if name in record.modules:
-            difference = _check_module(source, name, module.factors.loaded(), record, cut, findings)
+            difference = _check_module(composition, name, module.factors.loaded(), record, cut, findings)
             if difference is not None:
                 findings.differs(f"{name}: {difference}")
     for name in sorted(set(names) - written.modules.keys()):
         findings.differs(f"{name} is missing")
-    _check_saved(source, written, findings)
+    _check_saved(composition, written, findings)
     largest = max((m.relative_error for m in record.modules.values()), default=0.0)
     if not math.isclose(largest, record.largest_error, rel_tol=_FIGURE):
         findings.differs(f"the certificate's largest error is {record.largest_error:g} and not {largest:g}")
@@ -357,27 +357,27 @@ def _check_composition(
     findings.checked.append("the errors and energies of the certificate")
 
 
-def _check_saved(source: Source, written: LoraAdapter, findings: Findings) -> None:
+def _check_saved(composition: Composition, written: LoraAdapter, findings: Findings) -> None:
     """Modules that replace the base's, against those of the ingredients."""
     found = {name: tensor for tensors in written.saved.values() for name, tensor in tensors.items()}
-    expected = {} if source.saved is None else source.saved.shapes
+    expected = {} if composition.saved is None else composition.saved.shapes
     for name in sorted(found.keys() | expected.keys()):
         if name not in found or name not in expected:
             findings.differs(f"{name}: {'is missing' if name not in found else 'no ingredient replaces it'}")
             continue
-        assert source.saved is not None
+        assert composition.saved is not None
         findings.tensors += 1
-        if not torch.equal(written.read_saved(found[name]), source.saved.read(name).to(found[name].dtype)):
+        if not torch.equal(written.read_saved(found[name]), composition.saved.read(name).to(found[name].dtype)):
             findings.differs(f"{name} is not what the ingredients replace it by")
 
 
 def _check_module(
-    source: Source, name: str, found: Factors, record: _Record, cut: _Cut, findings: Findings
+    composition: Composition, name: str, found: Factors, record: _Record, cut: _Cut, findings: Findings
 ) -> str | None:
     """What differs in the tensors of one module; its figures are compared too."""
     known = record.modules[name]
     try:
-        composed = source.compose(name)
+        composed = composition.compose(name)
     except ValueError as error:
         return f"the recorded method cannot be applied: {error}"
     own = stripped(found, known.rank)
@@ -388,15 +388,17 @@ def _check_module(
     if known.rank < composed.factors.rank and not record.merged:
         return f"is cut to rank {known.rank} from {composed.factors.rank}, and is recorded as not compressed"
     difference = compare_bias(composed.factors.delta_bias(), own.bias)
-    difference = difference or _compare(source, composed, own, known, cut)
+    difference = difference or _compare(composition, composed, own, known, cut)
     if difference is None:
         _check_figures(composed, own, known, cut, findings)
     return difference
 
 
-def _compare(source: Source, composed: Merged, own: Factors, known: ModuleCertificate, cut: _Cut) -> str | None:
+def _compare(
+    composition: Composition, composed: Merged, own: Factors, known: ModuleCertificate, cut: _Cut
+) -> str | None:
     exact, rank, refit = composed.factors, known.rank, cut.cores.get(known.name)
-    noise = _DENSE_NOISE if isinstance(source, MethodSource) and source.method.full_rank else 0.0
+    noise = _DENSE_NOISE if composition.method is not None and composition.method.full_rank else 0.0
     if refit is not None or rank < exact.rank:
         if cut.moments is None:
             return compare_projection(exact, own)
@@ -404,10 +406,9 @@ def _compare(source: Source, composed: Merged, own: Factors, known: ModuleCertif
         if refit is not None:
             return compare_refit(expected, refit, own, others=others, turn=turn)
         return compare_truncation(expected, own, others=others, noise=noise, turn=turn)
-    if isinstance(source, MethodSource) and source.weights is None:
+    if composition.merges is not None:
         return compare_truncation(exact, own, others=torch.zeros(0), noise=noise)
-    summed = isinstance(source, RecipeSource) and source.recipe.mixing.kind in ("rank", "core")
-    return compare_concatenation(exact, own, summed=summed)
+    return compare_concatenation(exact, own, summed=composition.product)
 
 
 def _cut_again(exact: Factors, rank: int, moment: Tensor | None) -> tuple[Factors, Tensor, float]:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loracli._version import __version__
-from loracli.adapters.adapter import LoraAdapter, kernels_of
+from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.claims import head_size
 from loracli.composition.card import EXPORT_FORMAT, RECORD_DIGEST, Certificate, ModuleCertificate, record_digest
-from loracli.composition.composition import MethodSource, Source
+from loracli.composition.composition import Composition
 from loracli.errors import UsageError, VerificationError
 from loracli.export.card import model_card
-from loracli.export.layout import PROFILES, Layout, choose_layout, ranks_of_targets
+from loracli.export.layout import Layout, ranks_of_targets
+from loracli.export.plan import layout_of
 from loracli.system.files import README_FILE, open_regular
 
 
@@ -118,14 +119,16 @@ def readable_options(options: str | None) -> bool:
     return options is None or _OPTIONS.fullmatch(options) is not None
 
 
-def compare_card(path: Path, possible: Sequence[str], written_by: Any, source: Source, findings: Findings) -> None:
+def compare_card(
+    path: Path, possible: Sequence[str], written_by: Any, composition: Composition, findings: Findings
+) -> None:
     """Holds the card in `path` against those that can have been written, of which there are none without their options.
 
     Args:
         path: the directory.
         possible: cards that an export or a fusion of this record writes.
         written_by: the version that the record names, which is not believed to have other words but may have.
-        source: whose ingredients state licences in their own cards.
+        composition: whose ingredients state licences in their own cards.
         findings: told what is found.
     """
     with open_regular(path / README_FILE) as file:
@@ -135,7 +138,7 @@ def compare_card(path: Path, possible: Sequence[str], written_by: Any, source: S
     elif not possible or written_by != __version__:
         by = f"version {written_by}" if isinstance(written_by, str) else "an older version"
         findings.skip(README_FILE, f"{by} may have written other words, and {UNPROVEN}")
-    elif bare := _without_card(source.adapters):
+    elif bare := _without_card(composition.adapters):
         findings.skip(README_FILE, f"the licence in it cannot be told, for {bare} has no card here, and {UNPROVEN}")
     else:
         findings.differs(f"{README_FILE} is not the card that record and ingredients make")
@@ -147,7 +150,7 @@ def _without_card(adapters: Sequence[LoraAdapter]) -> str | None:
 
 
 def export_cards(
-    source: Source,
+    composition: Composition,
     modules: Mapping[str, ModuleCertificate],
     *,
     profile: str,
@@ -160,7 +163,7 @@ def export_cards(
     for.
 
     Args:
-        source: with the ingredients.
+        composition: with the ingredients.
         modules: the certificate's.
         profile, rank, merged: of the record's export.
         options: of its command, None of an older record: then there is no card.
@@ -168,44 +171,32 @@ def export_cards(
     """
     if options is None:
         return ()
-    sources: list[Source] = [source]
-    if isinstance(source, MethodSource):
-        sources = [replace(source, task_type=task_type, task_asked=asked) for asked in (False, True)]
-    labels = None if source.saved is None else head_size(source.saved.shapes)
+    ways = (False,) if composition.method is None else (False, True)
+    possible = [replace(composition, task_type=task_type, task_asked=asked) for asked in ways]
+    labels = None if composition.saved is None else head_size(composition.saved.shapes)
     certificate = Certificate(tuple(modules.values()), "")
     return tuple(
         model_card(one.card(), layout, certificate, merged=merged, options=options, labels=labels)
-        for one in sources
-        for layout in _layouts(one, modules, profile, rank, asked=" --profile " in options, task_type=task_type)
+        for one in possible
+        for layout in _layouts(one, modules, profile, rank, asked=" --profile " in options)
     )
 
 
 def _layouts(
-    source: Source,
+    composition: Composition,
     modules: Mapping[str, ModuleCertificate],
     profile: str,
     rank: int,
     *,
     asked: bool,
-    task_type: str | None,
 ) -> list[Layout]:
     found: list[Layout] = []
     ranks = {name: module.rank for name, module in modules.items()}
-    if not ranks_of_targets(ranks).keys() <= {module.name for module in source.table}:
+    if not ranks_of_targets(ranks).keys() <= {module.name for module in composition.base.modules}:
         return found  # the certificate is of other modules, which is a difference of its own
-    bias = next((adapter.reference for adapter in source.adapters if adapter.config.lora_bias), None)
     for uniform in (None, rank):
         try:
-            layout = choose_layout(
-                source.table,
-                ranks,
-                next(name for name in PROFILES if name == profile) if asked else None,
-                rank=uniform,
-                lora_bias=bias,
-                saved=() if source.saved is None else source.saved.modules,
-                kernels=kernels_of(source.adapters),
-                task_type=task_type,
-            )
+            layout = layout_of(composition, ranks, profile if asked else None, uniform)
         except UsageError:
             continue
         if (layout.profile, layout.rank) == (profile, rank):

@@ -18,7 +18,7 @@ from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.composition.base_table import BaseTable
-from loracli.composition.composition import MethodSource, RecipeSource
+from loracli.composition.composition import Composition, from_method, from_recipe
 from loracli.errors import (
     AccessDenied,
     AdapterNotFound,
@@ -119,9 +119,9 @@ def _options(recorded: Any, problems: list[str]) -> MethodOptions:
     return result
 
 
-def find_source(
+def find_composition(
     origin: Origin, findings: Findings, *, recipe: Path | None, adapters: Sequence[str], progress: Progress
-) -> RecipeSource | MethodSource | None:
+) -> Composition | None:
     """The composition with its ingredients; None, and the findings say why, if they are not at hand.
 
     Args:
@@ -157,16 +157,16 @@ def find_source(
         together = zip(read, origin.adapters, strict=True)
         read = tuple(by_names_of(origin.table, adapter, recorded) for adapter, recorded in together)
     if origin.recipe is not None:
-        return RecipeSource(given or origin.recipe, read, _saved(origin, read))
+        return from_recipe(given or origin.recipe, read, _saved(origin, read))
     assert origin.method is not None
-    return MethodSource(
+    return from_method(
         origin.method,
-        origin.options,
-        origin.weights,
         read,
-        origin.adapters,
         BaseTable(origin.base_id, origin.table, origin.bypassed),
-        _saved(origin, read),
+        options=origin.options,
+        weights=origin.weights,
+        identities=origin.adapters,
+        saved=_saved(origin, read),
     )
 
 

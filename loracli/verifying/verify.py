@@ -12,7 +12,7 @@ import torch
 
 from loracli.adapters.claims import TASKS
 from loracli.adapters.config import read_fields
-from loracli.composition.composition import Source
+from loracli.composition.composition import Composition
 from loracli.errors import AccessDenied, BaseModelMismatch, HubUnreachable, InputError, IntegrityError, MalformedAdapter
 from loracli.fitting.reach import named
 from loracli.fusing.composition import bypassed_modules, planned_fusion
@@ -49,7 +49,7 @@ from loracli.system.strict_json import read_object
 from loracli.system.tensor_file import FLOATS
 from loracli.verifying.adapter import verify_adapter
 from loracli.verifying.findings import UNPROVEN, Findings, Verification, compare_card
-from loracli.verifying.origin import COMPOSITION, find_source, read_origin
+from loracli.verifying.origin import COMPOSITION, find_composition, read_origin
 
 _TASK = "verify"
 _LEFT_BEHIND = {".git", ".gitattributes", ".gitignore", ".DS_Store", ".cache"}  # .cache: what `hf download` keeps
@@ -92,8 +92,8 @@ def _verify_model(
         findings.differs(f"it cannot be read as a model: {error}")
         return
     origin = read_origin(document.get("composition"), where)
-    source = find_source(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
-    if source is None:
+    composition = find_composition(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
+    if composition is None:
         _leave_card(whole_card, findings)
         return
     if base is None and recorded.commit is None:
@@ -102,7 +102,7 @@ def _verify_model(
         return
     try:
         asked = base or BaseClaim(recorded.id, recorded.commit)
-        reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)
+        reference = find_base(composition.adapters, asked, revision=base_revision, progress=progress)
     except (HubUnreachable, AccessDenied, InputError) as error:
         if base is not None:
             raise
@@ -111,33 +111,33 @@ def _verify_model(
         return
     _check_base(reference, recorded)
     plan = plan_base(reference, dequantised=dequantised is not None)
-    source = replace(source, adapters=named_as(plan.skeleton, source.adapters))
-    check_shapes(plan.skeleton, source.adapters)
+    composition = replace(composition, adapters=named_as(plan.skeleton, composition.adapters))
+    check_shapes(plan.skeleton, composition.adapters)
     checkpoint = read_checkpoint(reference.path)
     fields = {} if dequantised is None else read_config(reference.path)
     quantisation = read_quantisation(fields, reference.path / CONFIG)
-    bypassed = bypassed_modules(reference, source, progress)
+    bypassed = bypassed_modules(reference, composition, progress)
     if bypassed != recorded_bypassed:
         findings.differs(
             f"the record leaves out the updates of {named(recorded_bypassed) or 'no module'}, and PEFT ignores those "
             f"of {named(bypassed) or 'none'}"
         )
-    fusion = planned_fusion(checkpoint, plan, source, dtype, quantisation, bypassed=bypassed)
+    fusion = planned_fusion(checkpoint, plan, composition, dtype, quantisation, bypassed=bypassed)
     config = config_bytes(reference.path, untied=fusion.untied, dtype=dtype, quantisation=quantisation)
     _check_others(path, checkpoint, fusion, config, findings)
     if whole_card:
         card = fused_card(
-            source.card(),
+            composition.card(),
             recorded.id,
             changed_dtypes(fusion),
             converted=dtype is not None,
             untied=fusion.untied,
             dequantised=None if quantisation is None else quantisation.method,
-            replaced=() if source.saved is None else source.saved.modules,
+            replaced=() if composition.saved is None else composition.saved.modules,
             bypassed=bypassed,
         )
-        compare_card(path, [card], version, source, findings)
-    _check_weights(checkpoint, written, fusion, source, findings, progress)
+        compare_card(path, [card], version, composition, findings)
+    _check_weights(checkpoint, written, fusion, composition, findings, progress)
 
 
 def _leave_card(whole: bool, findings: Findings) -> None:
@@ -240,7 +240,7 @@ def _check_weights(
     checkpoint: Checkpoint,
     written: Checkpoint,
     fusion: FusionPlan,
-    source: Source,
+    composition: Composition,
     findings: Findings,
     progress: Progress,
 ) -> None:
@@ -256,7 +256,7 @@ def _check_weights(
         if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
             findings.differs(f"{tensor.name} is {found.dtype} {found.shape} and not {tensor.dtype}")
             continue
-        wrong = _wrong_entries(checkpoint, written, tensor, found, source, progress)
+        wrong = _wrong_entries(checkpoint, written, tensor, found, composition, progress)
         if wrong:
             what = "base plus update" if tensor.replaced is None else "what the adapter saved"
             findings.differs(f"{tensor.name}: {wrong} entries are not {what}, rounded once")
@@ -269,14 +269,14 @@ def _wrong_entries(
     written: Checkpoint,
     tensor: FusedTensor,
     found: StoredTensor,
-    source: Source,
+    composition: Composition,
     progress: Progress,
 ) -> int:
     own, output = tensor.source, FLOATS.get(tensor.dtype, torch.uint8)
-    update, replacement = update_of(source, tensor), None
+    update, replacement = update_of(composition, tensor), None
     if tensor.replaced is not None:
-        assert source.saved is not None
-        replacement = source.saved.read(tensor.replaced).to(output)
+        assert composition.saved is not None
+        replacement = composition.saved.read(tensor.replaced).to(output)
     rows = tensor.shape[0] if own.shape else 1
     if own.size == 0:
         return 0
@@ -327,7 +327,7 @@ def verify_directory(
     """Computes again what was written, from the recorded ingredients, and compares every tensor.
 
     Args:
-        path: a directory that `export_adapter`, `export_method` or `fuse_model` wrote.
+        path: a directory that `export_adapter` or `fuse_model` wrote.
         recipe: the recipe's file; needed where its mixing is kept in tensors, and to find local ingredients.
         adapters: where the ingredients are, in the recorded order; empty for where they are recorded.
         base: a Hub id or directory; of a fused model None is the recorded one.

@@ -31,7 +31,8 @@ from transformers import (
 from loracli.adapters.adapter import read_adapter
 from loracli.adapters.claims import TASKS, agreed_task, head_size, loading_lines, model_class, other_bases
 from loracli.errors import IncompatibleAdapters, UnsupportedAdapter, UsageError
-from loracli.export.method import export_method
+from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.fitting.inputs import prepare_fit
 from loracli.verifying.verify import verify_directory
 from tests.cli.project import run
@@ -215,10 +216,12 @@ def test_the_task_is_the_one_that_all_state(here: Path, tasks: tuple[str | None,
 def test_a_task_that_peft_does_not_know_is_refused_by_name(here: Path) -> None:
     paths = _pair(here, "os.system", None)
     with pytest.raises(UnsupportedAdapter, match=r"has the task_type os\.system, which PEFT does not know") as caught:
-        export_method("sum", here / "out", adapters=[str(path) for path in paths])
+        export_adapter(ExportRequest(method="sum", adapters=[str(path) for path in paths]), here / "out")
     assert "--task-type CAUSAL_LM" in str(caught.value.hint)
     with pytest.raises(UsageError, match="--task-type os is not one of CAUSAL_LM, SEQ_2_SEQ_LM"):
-        export_method("sum", here / "out", adapters=[str(path) for path in paths], task_type="os")
+        export_adapter(
+            ExportRequest(method="sum", adapters=[str(path) for path in paths], task_type="os"), here / "out"
+        )
     assert not (here / "out").exists()
 
 
@@ -228,9 +231,11 @@ def test_what_runs_a_language_model_refuses_adapters_of_other_tasks(here: Path) 
     with pytest.raises(UnsupportedAdapter, match="task_type SEQ_CLS, and a fit takes those of causal language models"):
         prepare_fit(paths, data, base=str(here / "org" / "base"))
     with pytest.raises(UnsupportedAdapter, match="task_type SEQ_CLS, and what is fitted on records takes"):
-        export_method("task-arithmetic", here / "out", adapters=paths, fit_data=data, task_type="CAUSAL_LM")
+        export_adapter(
+            ExportRequest(method="task-arithmetic", adapters=paths, fit_data=data, task_type="CAUSAL_LM"), here / "out"
+        )
     with pytest.raises(UsageError, match="its task type is SEQ_CLS, and mlx-lm runs causal language models alone"):
-        export_method("sum", here / "out", adapters=paths, profile="mlx", task_type="SEQ_CLS")
+        export_adapter(ExportRequest(method="sum", adapters=paths, profile="mlx", task_type="SEQ_CLS"), here / "out")
 
 
 def test_a_base_of_another_task_is_read_as_the_class_of_the_task(here: Path) -> None:
@@ -240,7 +245,7 @@ def test_a_base_of_another_task_is_read_as_the_class_of_the_task(here: Path) -> 
     config = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": r"decoder.*\.(q|v)"}))
     shutil.rmtree(here / "out", ignore_errors=True)
-    exported = export_method("sum", here / "out", adapters=[str(path)], base=str(base))
+    exported = export_adapter(ExportRequest(method="sum", adapters=[str(path)], base=str(base)), here / "out")
     assert {name.split(".")[0] for name in exported.layout.ranks} == {"encoder", "decoder"}
 
 

@@ -28,7 +28,7 @@ from loracli.comparison.settings import CompareSettings
 from loracli.composition.base_table import table_of_adapters
 from loracli.errors import BaseModelMismatch
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.fusing.fuse import fuse_model
@@ -76,7 +76,7 @@ def test_a_method_and_a_comparison_see_the_same(
 ) -> None:
     names = [str(moved_inside(two_adapters[0], tmp_path / "inside", "new")), str(two_adapters[1])]
     fit_case(tmp_path, tiny_base, [two_adapters[1]])  # writes the records
-    export_method("sum", tmp_path / "sum", adapters=names, base=str(tiny_base))
+    export_adapter(ExportRequest(method="sum", adapters=names, base=str(tiny_base)), tmp_path / "sum")
     found = compare_adapters(
         tmp_path / "test.jsonl", adapters=names, base=str(tiny_base), settings=CompareSettings(("sum",))
     )
@@ -170,7 +170,7 @@ def test_names_of_other_versions_and_of_the_text_model_alone_go_the_whole_way(
         f"{front}.layers.*.self_attn.{leaf}": f"model.language_model.layers.*.self_attn.{leaf}"
         for leaf in ("q_proj", "v_proj")
     }
-    export_adapter(tmp_path / "recipe.json", tmp_path / "again")
+    export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "again")
     fuse_model(str(tmp_path / "recipe.json"), tmp_path / "fused", base=str(gemma.base))
     for made in ("again", "fused"):
         verify_directory(tmp_path / made, recipe=tmp_path / "recipe.json", base=str(gemma.base))
@@ -189,7 +189,7 @@ def test_stock_peft_runs_the_old_names_as_a_fusion_has_them(tmp_path: Path, gemm
 def test_adapters_that_name_the_same_layers_differently_need_the_base(tmp_path: Path, gemma: Gemma) -> None:
     """Without it they would be composed side by side, into a file in which PEFT finds one module twice."""
     names = [str(gemma.other), str(gemma.text)]
-    export_method("sum", tmp_path / "sum", adapters=names, base=str(gemma.base))
+    export_adapter(ExportRequest(method="sum", adapters=names, base=str(gemma.base)), tmp_path / "sum")
     adapters = [read_adapter(name) for name in names]
     assert named_apart(adapters) and not named_apart(adapters[:1]) and table_of_adapters(adapters) is None
     found = read_adapter(str(tmp_path / "sum")).modules
@@ -352,8 +352,8 @@ def test_a_known_order_is_honoured_wherever_the_adapter_goes(
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
     recipe = fit_mixing([str(path)], data, base=str(base), settings=FitSettings(passes=2), folder=tmp_path)
     recipe.save(tmp_path / "recipe.json")
-    export_adapter(tmp_path / "recipe.json", tmp_path / "fitted")
-    export_method("sum", tmp_path / "sum", adapters=[str(path)], base=str(base))
+    export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "fitted")
+    export_adapter(ExportRequest(method="sum", adapters=[str(path)], base=str(base)), tmp_path / "sum")
     fitted, summed = (peft_deltas(tmp_path / made, base) for made in ("fitted", "sum"))
     for name, delta in deltas.items():
         weight = recipe.weights_of(name)[0]
@@ -370,7 +370,7 @@ def test_orders_of_several_versions_go_together(tmp_path: Path) -> None:
     one, two = (make_adapter(tmp_path / str(i), base, targets=(), parameters=BOTH, rank=RANK, seed=i) for i in (1, 2))
     old = rewritten(two, tmp_path / "old", turned=True, peft_version="0.18.0")
     assert inspect_adapters([str(one), str(old)]).problems == ()
-    export_method("sum", tmp_path / "sum", adapters=[str(one), str(old)], base=str(base))
+    export_adapter(ExportRequest(method="sum", adapters=[str(one), str(old)], base=str(base)), tmp_path / "sum")
     expected = [peft_deltas(path, base) for path in (one, two)]
     for name, delta in peft_deltas(tmp_path / "sum", base).items():
         assert torch.allclose(delta, expected[0][name] + expected[1][name], rtol=0, atol=1e-6)

@@ -17,11 +17,11 @@ from loracli.adapters.compatible import inspect_adapters
 from loracli.comparison.inputs import prepare_comparison
 from loracli.conversion.read import read_convertible
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.fusing.composition import read_composition
+from loracli.fusing.composition import compose_on_base
 from loracli.progress import Progress, Silent
 from loracli.serving.lint import lint_adapter
 from loracli.verifying.verify import verify_directory
@@ -62,12 +62,10 @@ COMMANDS: dict[str, Callable[[Path, Path, Path, Progress], object]] = {
     "compare": lambda idle, base, data, progress: prepare_comparison(
         str(data), adapters=[str(idle)], base=str(base), progress=progress
     ),
-    "fuse": lambda idle, base, data, progress: read_composition(
-        str(idle), [], None, base_given=True, progress=progress
-    ),
+    "fuse": lambda idle, base, data, progress: compose_on_base(str(idle), [], None, base=str(base), progress=progress),
     "convert": lambda idle, base, data, progress: read_convertible(str(idle), progress=progress),
-    "export --method": lambda idle, base, data, progress: export_method(
-        "sum", data.parent / "out", adapters=[str(idle)], base=str(base), progress=progress
+    "export --method": lambda idle, base, data, progress: export_adapter(
+        ExportRequest(method="sum", adapters=[str(idle)], base=str(base)), data.parent / "out", progress=progress
     ),
 }
 
@@ -86,7 +84,7 @@ def test_a_recipe_and_what_is_exported_of_it_are_warned_of_too(tmp_path: Path, i
     progress = Said()
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
     recipe = fit_mixing([str(idle)], data, base=str(tiny_base), settings=FitSettings(passes=2))
-    export_adapter(recipe, tmp_path / "out", progress=progress)
+    export_adapter(ExportRequest(recipe), tmp_path / "out", progress=progress)
     assert [said for said in progress.warnings if "changes nothing" in said]
     progress.warnings.clear()
     verify_directory(tmp_path / "out", progress=progress)

@@ -355,7 +355,7 @@ def test_all_problems_of_a_recipe_are_in_the_document(here: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-import loracli.export.plan as export
+import loracli.export.write as export
 def stop(path, *rest, **options):
     path.write_bytes(b"half")
     os.kill(os.getpid(), signal.{signal})

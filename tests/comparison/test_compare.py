@@ -25,7 +25,7 @@ from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.comparison import Comparison
 from loracli.evaluation.metrics import TaskMetric
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.fitting.criterion import Fold, one_fold
 from loracli.fitting.mixing import FixedFactors, Layout
 from loracli.fitting.run import fit_mixing
@@ -136,7 +136,7 @@ def test_every_data_free_method_scores_what_its_export_scores_with_stock_peft(
     assert not found.skipped
     for name in DATA_FREE:
         out = tmp_path / name
-        export_method(name, out, adapters=[str(p) for p in alike])
+        export_adapter(ExportRequest(method=name, adapters=[str(p) for p in alike]), out)
         assert abs(peft_loss(tiny_base, out, data) - found.row(name).nats_per_token) < 2e-5, name
 
 
@@ -151,7 +151,7 @@ def test_experts_are_compared_as_stock_peft_runs_their_exports(tmp_path: Path, d
     found = compare(data, base, adapters, settings=CompareSettings(("data-free",)))
     assert {row.name for row in found.rows if row.kind == "method"} == set(DATA_FREE)
     for name in DATA_FREE:
-        export_method(name, tmp_path / name, adapters=[str(p) for p in adapters])
+        export_adapter(ExportRequest(method=name, adapters=[str(p) for p in adapters]), tmp_path / name)
         assert abs(peft_loss(base, tmp_path / name, data) - found.row(name).nats_per_token) < 5e-4, name
     controls = CompareSettings(("sum",), fit=QUICK, controls=Controls(fresh_lora=True))
     with pytest.raises(UsageError, match="a new LoRA cannot be trained on the experts of model"):
@@ -340,7 +340,7 @@ def test_the_fit_of_every_kind_of_mixing_scores_what_its_export_scores_with_stoc
         )
         fitted.save(tmp_path / f"{mixing}.json")
         found = compare(data, tiny_base, recipe=tmp_path / f"{mixing}.json", settings=CompareSettings(("sum",)))
-        export_adapter(tmp_path / f"{mixing}.json", tmp_path / mixing)
+        export_adapter(ExportRequest(tmp_path / f"{mixing}.json"), tmp_path / mixing)
         assert abs(peft_loss(tiny_base, tmp_path / mixing, data) - found.row("fit").nats_per_token) < 5e-5, mixing
     for path in two_adapters:
         (row,) = (row for row in found.rows if row.name.endswith(f"/{path.name}"))

@@ -8,7 +8,7 @@ import pytest
 
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import MethodOptions
-from loracli.comparison.settings import RUNGS, CompareSettings, Controls, check_options, parse_controls, parse_methods
+from loracli.comparison.settings import RUNGS, CompareSettings, Controls, parse_controls, parse_methods
 from loracli.errors import UsageError
 from loracli.fitting.settings import FitSettings
 
@@ -46,10 +46,10 @@ def test_options_of_methods_have_their_ranges_with_both_ends(
     option: str, allowed: list[Any], refused: list[Any]
 ) -> None:
     for value in allowed:
-        check_options(MethodOptions(**{option: value}))
+        MethodOptions(**{option: value}).check()
     for value in refused:
         with pytest.raises(UsageError, match=f"--{option} .* is "):
-            check_options(MethodOptions(**{option: value}))
+            MethodOptions(**{option: value}).check()
 
 
 def test_a_margin_is_above_zero_and_below_a_hundred() -> None:

@@ -19,10 +19,11 @@ from transformers.pytorch_utils import Conv1D
 from loracli.algebra.truncate import truncate_for
 from loracli.calibration.dataset import read_dataset
 from loracli.calibration.render import Example
-from loracli.composition.composition import RecipeSource
+from loracli.composition.composition import Composition, from_recipe
 from loracli.errors import IntegrityError, OutputExists, RecipeError, UsageError
 from loracli.export.activations import moments_of, recorded_moments
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.fitting.activations import MOST_RECORDS, _watched, chosen_records
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
@@ -66,19 +67,19 @@ def inputs_of_modules(model: Any, names: tuple[str, ...], records: list[dict[str
 @pytest.mark.parametrize("case", ["plain", "disjoint targets", "embeddings", "conv1d of two shapes", "head"])
 def test_the_moments_are_those_of_a_model_with_the_update_in_its_weights(tmp_path: Path, data: Path, case: str) -> None:
     made = Made(tmp_path, case)
-    source = RecipeSource(made.recipe, tuple(made.adapters))
-    found = moments_of(source, data, base=str(made.base))
-    assert tuple(sorted(found)) == source.names()
+    composition = from_recipe(made.recipe, tuple(made.adapters))
+    found = moments_of(composition, data, base=str(made.base))
+    assert tuple(sorted(found)) == composition.names()
     model = made.load()
-    for name in source.names():
-        update, weight = source.compose(name).factors.delta_weight(), model.get_submodule(name).weight
+    for name in composition.names():
+        update, weight = composition.compose(name).factors.delta_weight(), model.get_submodule(name).weight
         turned = isinstance(model.get_submodule(name), (nn.Embedding, Conv1D))
         with torch.no_grad():
             weight += (update.T if turned else update).to(weight)
-    names = tuple(name for name in source.names() if name != "lm_head")  # which sees what is scored, no more
+    names = tuple(name for name in composition.names() if name != "lm_head")  # which sees what is scored, no more
     seen = inputs_of_modules(model, names, random_records(7, seed=3), made.base)
     for name in names:
-        lora_A = source.compose(name).factors.lora_A
+        lora_A = composition.compose(name).factors.lora_A
         x = seen[name]
         z = lora_A.T[x] if isinstance(model.get_submodule(name), nn.Embedding) else x.double() @ lora_A.T
         torch.testing.assert_close(found[name], z.T @ z / len(z), rtol=1e-3, atol=1e-4 * float(found[name].abs().max()))
@@ -98,15 +99,16 @@ def test_a_layer_that_a_model_runs_twice_is_seen_twice() -> None:
 
 def test_an_export_cuts_every_module_by_its_moment(tmp_path: Path, data: Path) -> None:
     made = Made(tmp_path, "plain")
-    source = RecipeSource(made.recipe, tuple(made.adapters))
-    moments = moments_of(source, data, base=str(made.base))
+    composition = from_recipe(made.recipe, tuple(made.adapters))
+    moments = moments_of(composition, data, base=str(made.base))
     exported = export_adapter(
-        made.recipe, tmp_path / "out", merge=True, rank=3, activation_aware=True, fit_data=data, base=str(made.base)
+        ExportRequest(made.recipe, merge=True, rank=3, activation_aware=True, fit_data=data, base=str(made.base)),
+        tmp_path / "out",
     )
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    plain = export_adapter(made.recipe, tmp_path / "plain", merge=True, rank=3)
+    plain = export_adapter(ExportRequest(made.recipe, merge=True, rank=3), tmp_path / "plain")
     for module, other in zip(exported.certificate.modules, plain.certificate.modules, strict=True):
-        exact = source.compose(module.name).factors
+        exact = composition.compose(module.name).factors
         wanted = truncate_for(exact, 3, moments[module.name]).factors.delta_weight()
         prefix = f"base_model.model.{module.name}.lora_"
         written = tensors[prefix + "B.weight"].double() @ tensors[prefix + "A.weight"].double()
@@ -130,7 +132,7 @@ def test_an_export_cuts_every_module_by_its_moment(tmp_path: Path, data: Path) -
 )
 def test_what_does_not_go_together_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        export_adapter(tmp_path / "no-such-recipe.json", tmp_path / "out", **options)
+        export_adapter(ExportRequest(tmp_path / "no-such-recipe.json", **options), tmp_path / "out")
 
 
 # From the recipe.
@@ -150,33 +152,33 @@ def fitted(
     return folder / "recipe.json"
 
 
-def source_of(path: Path) -> RecipeSource:
+def composition_of(path: Path) -> Composition:
     recipe = load_recipe(path)
-    return RecipeSource(recipe, read_ingredients(recipe))
+    return from_recipe(recipe, read_ingredients(recipe))
 
 
 def test_a_fit_leaves_the_moments_of_its_training_records(fitted: Path, tiny_base: Path, tmp_path: Path) -> None:
-    source = source_of(fitted)
-    activations = source.recipe.activations
+    composition = composition_of(fitted)
+    activations = composition.activations
     training = read_dataset(fitted.parent / "val.jsonl", None, holdout=0.2, seed=0).training
     records = [json.loads((fitted.parent / "val.jsonl").read_text().splitlines()[r.line - 1]) for r in training]
     assert activations is not None and activations.records == len(records) == 30
     assert activations.tokens == sum(len(r["prompt"]) + len(r["completion"]) + 2 for r in records)
-    seen = moments_of(source, write_jsonl(tmp_path / "training.jsonl", records), base=str(tiny_base))
-    found = recorded_moments(source, fitted)
-    assert found.origin == "recipe" and tuple(found.by_module) == source.names()
+    seen = moments_of(composition, write_jsonl(tmp_path / "training.jsonl", records), base=str(tiny_base))
+    found = recorded_moments(composition, fitted)
+    assert found.origin == "recipe" and tuple(found.by_module) == composition.names()
     for name, moment in found.by_module.items():
         atol = 1e-4 * float(seen[name].abs().max())
         torch.testing.assert_close(moment, seen[name], rtol=1e-3, atol=atol)
 
 
 def test_an_export_needs_neither_base_nor_data(fitted: Path, tmp_path: Path) -> None:
-    source = source_of(fitted)
-    moments = recorded_moments(source, fitted).by_module
-    exported = export_adapter(fitted, tmp_path / "out", merge=True, rank=2, activation_aware=True)
+    composition = composition_of(fitted)
+    moments = recorded_moments(composition, fitted).by_module
+    exported = export_adapter(ExportRequest(fitted, merge=True, rank=2, activation_aware=True), tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for module in exported.certificate.modules:
-        wanted = truncate_for(source.compose(module.name).factors, 2, moments[module.name]).factors.delta_weight()
+        wanted = truncate_for(composition.compose(module.name).factors, 2, moments[module.name]).factors.delta_weight()
         prefix = f"base_model.model.{module.name}.lora_"
         written = tensors[prefix + "B.weight"].double() @ tensors[prefix + "A.weight"].double()
         torch.testing.assert_close(written, wanted, rtol=0, atol=1e-5 * float(wanted.norm()))
@@ -187,16 +189,17 @@ def test_an_export_needs_neither_base_nor_data(fitted: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("fitted", ["module"], indirect=True)
 def test_an_adapter_of_weight_zero_has_no_row_in_the_moments(fitted: Path) -> None:
     recipe = load_recipe(fitted)
-    whole = recorded_moments(source_of(fitted), fitted).by_module
+    whole = recorded_moments(composition_of(fitted), fitted).by_module
     weights = {
         name: tuple(w and w * (i == 0) for i, w in enumerate(row)) for name, row in recipe.mixing.weights.items()
     }
-    source = replace(source_of(fitted), recipe=replace(recipe, mixing=replace(recipe.mixing, weights=weights)))
-    for name, moment in recorded_moments(source, fitted).by_module.items():
-        first = source.adapters[0].modules.get(name)
+    changed = replace(recipe, mixing=replace(recipe.mixing, weights=weights))
+    composition = from_recipe(changed, read_ingredients(changed))
+    for name, moment in recorded_moments(composition, fitted).by_module.items():
+        first = composition.adapters[0].modules.get(name)
         rank = 0 if first is None else first.factors.rank
         assert torch.equal(moment, whole[name][:rank, :rank] if rank else torch.zeros(1, 1).double())
-        assert len(moment) == source.compose(name).factors.rank
+        assert len(moment) == composition.compose(name).factors.rank
 
 
 @pytest.mark.parametrize(
@@ -212,9 +215,9 @@ def test_moments_that_are_not_the_fits_are_refused_and_other_exports_go_on(
     folder = Path(shutil.copytree(fitted.parent, fitted.parent.parent / f"damaged{len(message)}-{fitted.parent.name}"))
     damage(folder / "recipe.json.activations.safetensors")
     with pytest.raises(error, match=message) as caught:
-        export_adapter(folder / "recipe.json", tmp_path / "out", merge=True, activation_aware=True)
+        export_adapter(ExportRequest(folder / "recipe.json", merge=True, activation_aware=True), tmp_path / "out")
     assert "--fit-data" in (getattr(caught.value, "hint", "") or "")
-    export_adapter(folder / "recipe.json", tmp_path / "out", merge=True)
+    export_adapter(ExportRequest(folder / "recipe.json", merge=True), tmp_path / "out")
 
 
 def test_an_older_recipe_is_refused_with_the_way_out_and_exported_otherwise(fitted: Path, tmp_path: Path) -> None:
@@ -226,9 +229,9 @@ def test_an_older_recipe_is_refused_with_the_way_out_and_exported_otherwise(fitt
         shutil.copy(fitted.with_name("recipe.safetensors"), older.with_name("older.safetensors"))
     assert load_recipe(older).to_json() == older.read_text()
     with pytest.raises(UsageError, match="holds no second moments") as caught:
-        export_adapter(older, tmp_path / "out", merge=True, activation_aware=True)
+        export_adapter(ExportRequest(older, merge=True, activation_aware=True), tmp_path / "out")
     assert "--fit-data" in (caught.value.hint or "")
-    export_adapter(older, tmp_path / "out", merge=True)
+    export_adapter(ExportRequest(older, merge=True), tmp_path / "out")
 
 
 def test_a_fit_looks_at_so_many_records_and_no_more_and_at_the_same_ones() -> None:
@@ -280,7 +283,7 @@ def test_the_file_of_the_moments_stands_and_falls_with_its_recipe(fitted: Path, 
 def cut_on(fitted: Path, tiny_base: Path, output: Path, **options: Any) -> Path:
     data = fitted.parent / "val.jsonl"
     chosen = {"merge": True, "rank": 3, "activation_aware": True, "fit_data": data, "base": str(tiny_base)}
-    export_adapter(fitted, output, **{**chosen, **options})
+    export_adapter(ExportRequest(fitted, **{**chosen, **options}), output)
     return output
 
 
@@ -311,7 +314,7 @@ def test_a_cut_by_records_is_held_against_its_own_column_space(
 
 def test_a_cut_by_the_recipe_is_computed_again_to_the_bit(fitted: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    export_adapter(fitted, out, merge=True, rank=3, activation_aware=True)
+    export_adapter(ExportRequest(fitted, merge=True, rank=3, activation_aware=True), out)
     found = verify_directory(out, recipe=fitted)
     assert not found.not_checked and found.tensors == len(load_file(out / WEIGHTS))
     for side in "AB":
@@ -323,8 +326,8 @@ def test_a_cut_by_the_recipe_is_computed_again_to_the_bit(fitted: Path, tmp_path
 
 @pytest.mark.parametrize("fitted", ["module"], indirect=True)
 def test_without_the_recipes_moments_what_cannot_be_checked_is_named(fitted: Path, tmp_path: Path) -> None:
-    export_adapter(fitted, tmp_path / "out", merge=True, rank=3, activation_aware=True)
-    paths = [str(adapter.path) for adapter in source_of(fitted).adapters]
+    export_adapter(ExportRequest(fitted, merge=True, rank=3, activation_aware=True), tmp_path / "out")
+    paths = [str(adapter.path) for adapter in composition_of(fitted).adapters]
     found = verify_directory(tmp_path / "out", adapters=paths)
     assert ["with --recipe" in skipped.why for skipped in found.not_checked] == [True, True]
     assert found.tensors == len(load_file(tmp_path / "out" / WEIGHTS))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.system.machine import in_order, one_thread_each
 from tests.export.test_export import Made
 
@@ -58,7 +59,7 @@ def test_an_export_has_the_same_bytes_for_any_number_of_threads(tmp_path: Path, 
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            export_adapter(made.recipe, tmp_path / f"out{threads}", merge=merge)
+            export_adapter(ExportRequest(made.recipe, merge=merge), tmp_path / f"out{threads}")
     finally:
         torch.set_num_threads(before)
     for file in sorted((tmp_path / "out1").iterdir()):

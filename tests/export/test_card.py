@@ -19,7 +19,7 @@ import yaml
 from loracli.adapters.claims import MAX_FRONT_MATTER, MAX_README_BYTES, read_front_matter
 from loracli.errors import MalformedAdapter
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from tests.cli.project import run
 from tests.export.test_export import Made
 from tests.stub_hub import StubHub
@@ -66,7 +66,7 @@ def test_a_licence_is_stated_if_all_ingredients_state_the_same(
     for path, text in zip(adapters, readmes, strict=True):
         if text is not None:
             (path / "README.md").write_bytes(text.encode())
-    export_method("uniform", tmp_path / "out", adapters=[str(path) for path in adapters])
+    export_adapter(ExportRequest(method="uniform", adapters=[str(path) for path in adapters]), tmp_path / "out")
     front, text = card_of(tmp_path / "out")
     assert [line.split(" | ")[1] for line in text.splitlines() if " | local | " in line] == cells
     agreed = cells[0] if cells[0] == cells[1] != "not stated" else None
@@ -96,7 +96,9 @@ def test_metadata_is_read_within_limits_and_as_text(tmp_path: Path) -> None:
 
 def test_the_metadata_put_an_adapter_beside_its_base(adapters: list[Path], tmp_path: Path) -> None:
     for profile, library in (("peft", "peft"), ("mlx", "mlx")):
-        export_method("sum", tmp_path / profile, adapters=[str(path) for path in adapters], profile=profile)
+        export_adapter(
+            ExportRequest(method="sum", adapters=[str(path) for path in adapters], profile=profile), tmp_path / profile
+        )
         front, _ = card_of(tmp_path / profile)
         assert front == {
             "base_model": BASE_ID,
@@ -144,8 +146,10 @@ def test_the_commands_of_a_card_make_the_same_weights_from_the_hub(
         )
     held_out = replace(made.recipe.held_out, best_ingredient="org/skill0")
     recipe = replace(made.recipe, adapters=tuple(named), held_out=held_out)
-    export_adapter(recipe, tmp_path / "fitted", merge=True, rank=3, dtype="bfloat16")
-    export_method("ties", tmp_path / "ties", adapters=["org/skill0", "hf://org/skill1/deep/er"], merge=True)
+    export_adapter(ExportRequest(recipe, merge=True, rank=3, dtype="bfloat16"), tmp_path / "fitted")
+    export_adapter(
+        ExportRequest(method="ties", adapters=["org/skill0", "hf://org/skill1/deep/er"], merge=True), tmp_path / "ties"
+    )
     for name in ("fitted", "ties"):
         _, text = card_of(tmp_path / name)
         link = f"https://huggingface.co/org/skill1/tree/{commits[1]}/deep/er"
@@ -164,16 +168,18 @@ def test_the_command_names_the_base_where_an_adapter_does_not(
 ) -> None:
     config = adapters[0] / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "/home/alice/llama"}))
-    export_method("sum", tmp_path / "out", adapters=[str(path) for path in adapters], base=str(tiny_base))
+    export_adapter(
+        ExportRequest(method="sum", adapters=[str(path) for path in adapters], base=str(tiny_base)), tmp_path / "out"
+    )
     front, text = card_of(tmp_path / "out")
     assert f" --adapters path/to/first path/to/second --base {front['base_model']}\n" in text
     assert "alice" not in "".join((tmp_path / "out" / name).read_text() for name in ("README.md", "loracat.json"))
 
 
 def test_local_ingredients_are_named_by_a_path_to_fill_in(adapters: list[Path], tmp_path: Path, made: Made) -> None:
-    export_method("sum", tmp_path / "sum", adapters=[str(path) for path in adapters])
+    export_adapter(ExportRequest(method="sum", adapters=[str(path) for path in adapters]), tmp_path / "sum")
     assert "\nloracat export --method sum --adapters path/to/first path/to/second\n" in card_of(tmp_path / "sum")[1]
-    export_adapter(made.recipe, tmp_path / "fitted")
+    export_adapter(ExportRequest(made.recipe), tmp_path / "fitted")
     assert (
         "\nloracat export recipe.json --adapters path/to/adapter0 path/to/adapter1\n" in card_of(tmp_path / "fitted")[1]
     )

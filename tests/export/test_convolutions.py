@@ -17,7 +17,7 @@ from loracli.algebra.methods import METHODS
 from loracli.composition.base_table import modules_of
 from loracli.errors import IncompatibleAdapters, LoracatError, UnsupportedAdapter, UsageError, VerificationError
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.recipe.recipe import decode_recipe
 from loracli.serving.lint import lint_adapter
 from loracli.verifying.verify import verify_directory
@@ -75,7 +75,7 @@ def by_group(delta: Tensor) -> list[Tensor]:
 
 
 def test_a_recipe_is_written_as_the_sum_that_stock_peft_runs(tmp_path: Path, vision: Vision) -> None:
-    exported = export_adapter(vision.recipe, tmp_path / "out")
+    exported = export_adapter(ExportRequest(vision.recipe), tmp_path / "out")
     assert exported.layout.profile == "peft" and not exported.merged
     assert exported.certificate.largest_error < 1e-15
     assert [module.name for module in exported.certificate.modules] == ["first", "head", "second[0]", "second[1]"]
@@ -102,7 +102,7 @@ def test_a_recipe_of_convolutions_is_read_back_as_it_was_written(vision: Vision)
 def test_data_free_sums_need_no_base(
     tmp_path: Path, vision: Vision, method: str, weight: float, dtype: str | None
 ) -> None:
-    exported = export_method(method, tmp_path / "out", adapters=vision.names, dtype=dtype)
+    exported = export_adapter(ExportRequest(method=method, adapters=vision.names, dtype=dtype), tmp_path / "out")
     expected = total([deltas(path) for path in vision.paths], [weight] * 3)
     change = {None: 1e-14, "float32": 1e-6, "bfloat16": 1e-2}[dtype]
     for name, delta in deltas(tmp_path / "out").items():
@@ -123,7 +123,7 @@ def test_sums_of_any_ranks_are_exact(tmp_path: Path, groups: int, seed: int) -> 
         )
         for rank in dict.fromkeys(ranks)
     ]
-    export_method("sum", tmp_path / "out", adapters=[str(path) for path in paths])
+    export_adapter(ExportRequest(method="sum", adapters=[str(path) for path in paths]), tmp_path / "out")
     expected = total([deltas(path, base) for path in paths], [1.0] * len(paths))["0"]
     close(deltas(tmp_path / "out", base)["0"], expected, 1e-14)
     assert config_of(tmp_path / "out")["r"] == groups * sum(dict.fromkeys(ranks))
@@ -134,7 +134,7 @@ def test_sums_of_any_ranks_are_exact(tmp_path: Path, groups: int, seed: int) -> 
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_merging_cuts_each_group_to_its_best_approximation(tmp_path: Path, vision: Vision, rank: int) -> None:
-    exported = export_adapter(vision.recipe, tmp_path / "out", merge=True, rank=rank)
+    exported = export_adapter(ExportRequest(vision.recipe, merge=True, rank=rank), tmp_path / "out")
     found = deltas(tmp_path / "out")
     energies = []
     for name, delta in sorted(vision.composed().items()):
@@ -151,7 +151,7 @@ def test_merging_cuts_each_group_to_its_best_approximation(tmp_path: Path, visio
 
 @pytest.mark.parametrize("rule", [{"tolerance": 0.4}, {"energy": 0.8}, {"budget": 4_600}], ids=str)
 def test_ranks_are_chosen_for_all_groups_of_a_convolution(tmp_path: Path, vision: Vision, rule: dict[str, Any]) -> None:
-    exported = export_adapter(vision.recipe, tmp_path / "out", merge=True, **rule)
+    exported = export_adapter(ExportRequest(vision.recipe, merge=True, **rule), tmp_path / "out")
     composed, found = vision.composed(), deltas(tmp_path / "out")
     errors = [
         float((own - exact).norm() / exact.norm())
@@ -194,8 +194,8 @@ def as_linear_layers(path: Path, folder: Path) -> Path:
 def test_methods_do_to_each_group_what_they_do_to_a_linear_layer(tmp_path: Path, method: str) -> None:
     paths = [adapt(tmp_path / "ab"[seed], model(), r=4, lora_alpha=2 + 2 * seed, seed=seed) for seed in (0, 1)]
     layers = [as_linear_layers(path, tmp_path / f"{path.name}-linear") for path in paths]
-    export_method(method, tmp_path / "out", adapters=[str(path) for path in paths])
-    export_method(method, tmp_path / "linear", adapters=[str(path) for path in layers])
+    export_adapter(ExportRequest(method=method, adapters=[str(path) for path in paths]), tmp_path / "out")
+    export_adapter(ExportRequest(method=method, adapters=[str(path) for path in layers]), tmp_path / "linear")
     found, expected = (read_adapter(str(tmp_path / name)).modules for name in ("out", "linear"))
     assert {name.replace("[", "_").rstrip("]") for name in found} == expected.keys()
     for name, module in found.items():
@@ -210,7 +210,7 @@ def test_biases_of_lora_B_are_summed_group_by_group(tmp_path: Path) -> None:
         adapt(tmp_path / "a", model(), r=4, lora_bias=True, seed=1),
         adapt(tmp_path / "b", model(), ("second",), r=2, lora_alpha=3, seed=2),
     ]
-    export_method("sum", tmp_path / "out", adapters=[str(path) for path in paths])
+    export_adapter(ExportRequest(method="sum", adapters=[str(path) for path in paths]), tmp_path / "out")
     expected, shifts = total([deltas(path) for path in paths], [1.0, 1.0]), biases(paths[0])
     runs_as(tmp_path / "out", expected, shifts)
     verify_directory(tmp_path / "out", adapters=[str(path) for path in paths])
@@ -218,7 +218,7 @@ def test_biases_of_lora_B_are_summed_group_by_group(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("merge", [False, True], ids=["cat", "merge"])
 def test_verify_computes_them_again_and_sees_a_changed_kernel(tmp_path: Path, vision: Vision, merge: bool) -> None:
-    export_adapter(vision.recipe, tmp_path / "out", merge=merge, rank=2 if merge else None)
+    export_adapter(ExportRequest(vision.recipe, merge=merge, rank=2 if merge else None), tmp_path / "out")
     found = verify_directory(tmp_path / "out", adapters=vision.names)
     assert found.tensors == 2 * 3
     assert "that PEFT loads these tensors with these scalings, into layers of the recorded shapes" in found.checked
@@ -233,7 +233,7 @@ def test_verify_computes_them_again_and_sees_a_changed_kernel(tmp_path: Path, vi
 
 
 def test_verify_sees_a_config_that_is_not_the_layouts(tmp_path: Path, vision: Vision) -> None:
-    export_adapter(vision.recipe, tmp_path / "out")
+    export_adapter(ExportRequest(vision.recipe), tmp_path / "out")
     changed = config_of(tmp_path / "out") | {"lora_alpha": 5}
     (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(changed))
     with pytest.raises(VerificationError) as caught:
@@ -258,7 +258,7 @@ def test_the_task_is_the_one_that_the_adapters_agree_on(
         paths.append(adapt(tmp_path / name, model(), r=2, seed=ord(name)))
         config = config_of(paths[-1]) | {"task_type": task}
         (paths[-1] / "adapter_config.json").write_text(json.dumps(config))
-    export_method("sum", tmp_path / "out", adapters=[str(path) for path in paths])
+    export_adapter(ExportRequest(method="sum", adapters=[str(path) for path in paths]), tmp_path / "out")
     assert config_of(tmp_path / "out")["task_type"] == written
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("pipeline_tag: text-generation" in card) == tag
@@ -286,28 +286,28 @@ def test_what_cannot_be_had_is_refused_by_name(
         options = {**options, "data": tmp_path / "data.jsonl"}
         options["data"].write_text("".join(f'{{"text": "{number}"}}\n' for number in range(9)))
     with pytest.raises(kind, match=said) as caught:
-        export_method("sum", tmp_path / "out", adapters=vision.names, **options)
+        export_adapter(ExportRequest(method="sum", adapters=vision.names, **options), tmp_path / "out")
     assert caught.value.hint
     assert not (tmp_path / "out").exists()
 
 
 def test_a_recipes_cut_by_activations_and_gguf_are_refused_by_name(tmp_path: Path, vision: Vision) -> None:
     with pytest.raises(UsageError, match="the activations of the convolution first cannot be weighed"):
-        export_adapter(vision.recipe, tmp_path / "out", merge=True, activation_aware=True)
+        export_adapter(ExportRequest(vision.recipe, merge=True, activation_aware=True), tmp_path / "out")
     with pytest.raises(UsageError, match="no GGUF can hold the update of first, a convolution"):
-        export_adapter(vision.recipe, tmp_path / "out", gguf=True)
+        export_adapter(ExportRequest(vision.recipe, gguf=True), tmp_path / "out")
 
 
 def test_adapters_that_name_no_base_are_told_where_to_write_it(tmp_path: Path) -> None:
     path = adapt(tmp_path / "a", model(), r=2)
     (path / "adapter_config.json").write_text(json.dumps(config_of(path) | {"base_model_name_or_path": None}))
     with pytest.raises(IncompatibleAdapters, match="no adapter names its base model") as caught:
-        export_method("sum", tmp_path / "out", adapters=[str(path)])
+        export_adapter(ExportRequest(method="sum", adapters=[str(path)]), tmp_path / "out")
     assert "base_model_name_or_path" in str(caught.value.hint)
 
 
 def test_lint_says_that_peft_alone_takes_the_export(tmp_path: Path, vision: Vision) -> None:
-    export_method("sum", tmp_path / "out", adapters=vision.names)
+    export_adapter(ExportRequest(method="sum", adapters=vision.names), tmp_path / "out")
     verdicts = {server.id: server.verdict for server in lint_adapter(tmp_path / "out").servers}
     assert verdicts.pop("peft") == "takes"
     assert "takes" not in verdicts.values()

@@ -16,7 +16,7 @@ from loracli.adapters.compatible import inspect_adapters
 from loracli.algebra.methods import METHODS
 from loracli.errors import UsageError, VerificationError
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.model.modules import base_modules
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import make_recipe
@@ -89,7 +89,7 @@ def test_the_updates_are_read_as_peft_means_them(mixtral: Mixture) -> None:
 
 
 def test_a_recipe_is_exported_as_the_weighted_sum_of_each_expert(tmp_path: Path, mixture: Mixture) -> None:
-    exported = export_adapter(mixture.recipe, tmp_path / "out")
+    exported = export_adapter(ExportRequest(mixture.recipe), tmp_path / "out")
     assert exported.layout.profile == "peft" and "experts" in str(exported.layout.reason)
     assert exported.layout.ranks["model.layers.0.mlp.experts.gate_up_proj"] == 3 + 5
     assert exported.layout.ranks["model.layers.0.mlp.experts.down_proj"] == 3 + 3 + 4
@@ -99,7 +99,7 @@ def test_a_recipe_is_exported_as_the_weighted_sum_of_each_expert(tmp_path: Path,
 
 
 def test_peft_runs_an_export_as_the_bare_model_with_the_updates_added(tmp_path: Path, mixture: Mixture) -> None:
-    export_adapter(mixture.recipe, tmp_path / "out")
+    export_adapter(ExportRequest(mixture.recipe), tmp_path / "out")
     expected = load(mixture.base)
     add(expected, mixture.composed())
     loaded = PeftModel.from_pretrained(load(mixture.base), str(tmp_path / "out"))
@@ -108,7 +108,7 @@ def test_peft_runs_an_export_as_the_bare_model_with_the_updates_added(tmp_path: 
 
 
 def test_merging_cuts_each_expert_to_its_best_approximation(tmp_path: Path, mixture: Mixture) -> None:
-    exported = export_adapter(mixture.recipe, tmp_path / "out", merge=True, rank=4)
+    exported = export_adapter(ExportRequest(mixture.recipe, merge=True, rank=4), tmp_path / "out")
     expected, energies = {}, {}
     for name, delta in mixture.composed().items():
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
@@ -132,7 +132,7 @@ def test_ranks_are_chosen_for_all_experts_of_a_parameter(
     tmp_path: Path, mixtral: Mixture, rule: dict[str, Any]
 ) -> None:
     """The file can hold one rank for them: no expert is further off than asked, energy and bytes count them all."""
-    exported = export_adapter(mixtral.recipe, tmp_path / "out", merge=True, **rule)
+    exported = export_adapter(ExportRequest(mixtral.recipe, merge=True, **rule), tmp_path / "out")
     composed, found = mixtral.composed(), peft_deltas(tmp_path / "out", mixtral.base)
     kept = sum(float(delta.square().sum()) for delta in found.values())
     whole = sum(float(delta.square().sum()) for delta in composed.values())
@@ -158,8 +158,10 @@ def test_methods_act_on_each_expert_by_itself(tmp_path: Path, mixtral: Mixture, 
     plain = tmp_path / "plain"
     for index, path in enumerate(mixtral.paths[:2]):
         as_linear_layers(path, plain / str(index))
-    export_method(name, tmp_path / "out", adapters=mixtral.names[:2])
-    export_method(name, tmp_path / "linear", adapters=[str(plain / "0"), str(plain / "1")], profile="peft")
+    export_adapter(ExportRequest(method=name, adapters=mixtral.names[:2]), tmp_path / "out")
+    export_adapter(
+        ExportRequest(method=name, adapters=[str(plain / "0"), str(plain / "1")], profile="peft"), tmp_path / "linear"
+    )
     linear = {module.name: module for module in read_adapter(str(tmp_path / "linear")).modules.values()}
     experts = read_adapter(str(tmp_path / "out")).modules
     for key, module in experts.items():
@@ -194,20 +196,22 @@ def as_linear_layers(adapter: Path, folder: Path) -> None:
 
 
 def test_an_export_comes_back_as_an_ingredient_and_verifies(tmp_path: Path, mixtral: Mixture) -> None:
-    export_adapter(mixtral.recipe, tmp_path / "out")
+    export_adapter(ExportRequest(mixtral.recipe), tmp_path / "out")
     save = mixtral.recipe.folder / "recipe.json"
     mixtral.recipe.save(save)
     found = verify_directory(tmp_path / "out", recipe=save, base=str(mixtral.base))
     assert any("PEFT loads these tensors" in said for said in found.checked)
     assert any("every tensor against the composition" in said for said in found.checked)
-    again = export_method("sum", tmp_path / "again", adapters=[str(tmp_path / "out")], base=str(mixtral.base))
+    again = export_adapter(
+        ExportRequest(method="sum", adapters=[str(tmp_path / "out")], base=str(mixtral.base)), tmp_path / "again"
+    )
     assert again.certificate.largest_error == 0.0
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "again"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_verify_finds_one_wrong_entry_of_one_expert(tmp_path: Path, mixtral: Mixture) -> None:
-    export_method("sum", tmp_path / "out", adapters=mixtral.names)
+    export_adapter(ExportRequest(method="sum", adapters=mixtral.names), tmp_path / "out")
     path = tmp_path / "out" / "adapter_model.safetensors"
     tensors = load_file(path)
     name = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_B.weight"
@@ -240,11 +244,14 @@ def test_layouts_that_cannot_hold_experts_are_refused_by_name(
     tmp_path: Path, mixtral: Mixture, options: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(UsageError, match=named):
-        export_adapter(mixtral.recipe, tmp_path / "out", **options)
+        export_adapter(ExportRequest(mixtral.recipe, **options), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_lora_bias_beside_experts_is_refused_by_name(tmp_path: Path, mixtral: Mixture) -> None:
     biased = make_adapter(tmp_path / "biased", mixtral.base, lora_bias=True)
     with pytest.raises(UsageError, match="has lora_bias, which PEFT has not beside adapted experts"):
-        export_method("sum", tmp_path / "out", adapters=[mixtral.names[0], str(biased)], base=str(mixtral.base))
+        export_adapter(
+            ExportRequest(method="sum", adapters=[mixtral.names[0], str(biased)], base=str(mixtral.base)),
+            tmp_path / "out",
+        )

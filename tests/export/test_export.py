@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.errors import IntegrityError, OutputExists, RecipeError, UsageError
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.model.attach import attach
 from loracli.model.modules import base_modules
@@ -124,7 +125,7 @@ def test_stock_peft_gives_the_attached_models_logits(
 ) -> None:
     made = Made(tmp_path, case)
     rank = sum(max(a.ranks) for a in made.adapters) if merge else None  # enough to lose nothing
-    export_adapter(made.recipe, tmp_path / "out", merge=merge, rank=rank, profile=profile)
+    export_adapter(ExportRequest(made.recipe, merge=merge, rank=rank, profile=profile), tmp_path / "out")
     scale = float((made.logits - made.base_logits).abs().max())
     assert scale > 1e-2
     torch.testing.assert_close(made.peft_logits(tmp_path / "out"), made.logits, rtol=0, atol=2e-5 * max(scale, 1.0))
@@ -132,7 +133,7 @@ def test_stock_peft_gives_the_attached_models_logits(
 
 def test_the_portable_layout_has_one_rank_and_every_targeted_leaf_everywhere(tmp_path: Path) -> None:
     made = Made(tmp_path, "some layers only")
-    exported = export_adapter(made.recipe, tmp_path / "out")
+    exported = export_adapter(ExportRequest(made.recipe), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     rank = exported.layout.rank
@@ -150,16 +151,16 @@ def test_the_portable_layout_has_one_rank_and_every_targeted_leaf_everywhere(tmp
 
 def test_leaves_of_two_shapes_are_written_for_peft_and_refused_as_portable(tmp_path: Path) -> None:
     made = Made(tmp_path, "conv1d of two shapes")
-    exported = export_adapter(made.recipe, tmp_path / "out")
+    exported = export_adapter(ExportRequest(made.recipe), tmp_path / "out")
     assert exported.layout.profile == "peft"
     assert exported.layout.reason and "c_proj" in exported.layout.reason
     with pytest.raises(UsageError, match="c_proj"):
-        export_adapter(made.recipe, tmp_path / "other", profile="portable")
+        export_adapter(ExportRequest(made.recipe, profile="portable"), tmp_path / "other")
 
 
 def test_concatenation_keeps_the_bytes_of_a_and_its_certificate_is_the_dense_error(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
-    exported = export_adapter(made.recipe, tmp_path / "out", dtype="float32")
+    exported = export_adapter(ExportRequest(made.recipe, dtype="float32"), tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for certificate in exported.certificate.modules:
         prefix = f"base_model.model.{certificate.name}.lora_"
@@ -179,7 +180,7 @@ def test_concatenation_keeps_the_bytes_of_a_and_its_certificate_is_the_dense_err
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_a_merge_is_the_best_approximation_of_its_rank(tmp_path: Path, rank: int) -> None:
     made = Made(tmp_path, "plain")
-    exported = export_adapter(made.recipe, tmp_path / "out", merge=True, rank=rank)
+    exported = export_adapter(ExportRequest(made.recipe, merge=True, rank=rank), tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for certificate in exported.certificate.modules:
         weights = made.recipe.weights_of(certificate.name)
@@ -199,14 +200,14 @@ def test_a_merge_is_the_best_approximation_of_its_rank(tmp_path: Path, rank: int
 
 def test_the_default_rank_of_a_merge_is_the_largest_ingredient_rank(tmp_path: Path) -> None:
     made = Made(tmp_path, "mixed ranks")
-    assert export_adapter(made.recipe, tmp_path / "out", merge=True).layout.rank == 7
-    assert export_adapter(made.recipe, tmp_path / "cat").layout.rank == 9
+    assert export_adapter(ExportRequest(made.recipe, merge=True), tmp_path / "out").layout.rank == 7
+    assert export_adapter(ExportRequest(made.recipe), tmp_path / "cat").layout.rank == 9
 
 
 def test_two_exports_are_byte_equal_and_readable_as_the_umask_says(tmp_path: Path) -> None:
     made = Made(tmp_path, "disjoint targets")
     for name in ("one", "two"):
-        export_adapter(made.recipe, tmp_path / name, merge=True, rank=3)
+        export_adapter(ExportRequest(made.recipe, merge=True, rank=3), tmp_path / name)
     for file in sorted((tmp_path / "one").iterdir()):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
         mask = os.umask(0)
@@ -220,8 +221,8 @@ def test_the_output_dtype_is_the_widest_ingredients_or_the_one_asked_for(tmp_pat
     brain = read_adapter(str(make_adapter(tmp_path / "brain", base, dtype=torch.bfloat16, seed=1)))
     model = AutoModelForCausalLM.from_pretrained(base)
     recipe = make_recipe(tmp_path, [half, brain], base_modules(model, [half, brain]))
-    assert export_adapter(recipe, tmp_path / "a").dtype == torch.float32
-    assert export_adapter(recipe, tmp_path / "b", dtype="bfloat16").dtype == torch.bfloat16
+    assert export_adapter(ExportRequest(recipe), tmp_path / "a").dtype == torch.float32
+    assert export_adapter(ExportRequest(recipe, dtype="bfloat16"), tmp_path / "b").dtype == torch.bfloat16
     stored = load_file(tmp_path / "b" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
@@ -231,36 +232,36 @@ def test_a_changed_ingredient_is_refused_and_nothing_is_written(tmp_path: Path) 
     config = made.paths[1] / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 3', '"lora_alpha": 4'))
     with pytest.raises(IntegrityError, match=r"adapter_config\.json"):
-        export_adapter(made.recipe, tmp_path / "out")
+        export_adapter(ExportRequest(made.recipe), tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
 def test_moved_ingredients_are_found_with_adapters_in_the_recipes_order_only(tmp_path: Path) -> None:
     made = Made(tmp_path, "mixed ranks")
-    export_adapter(made.recipe, tmp_path / "before")
+    export_adapter(ExportRequest(made.recipe), tmp_path / "before")
     for i, path in enumerate(made.paths):
         path.rename(tmp_path / f"moved{i}")
     moved = [str(tmp_path / "moved0"), str(tmp_path / "moved1")]
     with pytest.raises(Exception, match="is not at"):
-        export_adapter(made.recipe, tmp_path / "out")
+        export_adapter(ExportRequest(made.recipe), tmp_path / "out")
     with pytest.raises(UsageError, match="in another order than the recipe's") as caught:
-        export_adapter(made.recipe, tmp_path / "out", adapters=moved[::-1])
+        export_adapter(ExportRequest(made.recipe, adapters=moved[::-1]), tmp_path / "out")
     assert caught.value.hint == f"give them as --adapters {moved[0]} {moved[1]}"
     with pytest.raises(IntegrityError, match="is not the file"):
-        export_adapter(made.recipe, tmp_path / "out", adapters=[moved[0], moved[0]])
+        export_adapter(ExportRequest(made.recipe, adapters=[moved[0], moved[0]]), tmp_path / "out")
     with pytest.raises(UsageError, match="2 adapters and 1"):
-        export_adapter(made.recipe, tmp_path / "out", adapters=moved[:1])
-    export_adapter(made.recipe, tmp_path / "out", adapters=moved)
+        export_adapter(ExportRequest(made.recipe, adapters=moved[:1]), tmp_path / "out")
+    export_adapter(ExportRequest(made.recipe, adapters=moved), tmp_path / "out")
     name = "adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
 
 
 def test_an_existing_output_is_refused_before_any_work_and_replaced_with_force(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
-    export_adapter(made.recipe, tmp_path / "out")
+    export_adapter(ExportRequest(made.recipe), tmp_path / "out")
     with pytest.raises(OutputExists):
-        export_adapter(tmp_path / "no-such-recipe.json", tmp_path / "out")
-    exported = export_adapter(made.recipe, tmp_path / "out", merge=True, force=True)
+        export_adapter(ExportRequest(tmp_path / "no-such-recipe.json"), tmp_path / "out")
+    exported = export_adapter(ExportRequest(made.recipe, merge=True), tmp_path / "out", force=True)
     assert exported.merged
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -272,15 +273,15 @@ def test_a_module_without_a_weight_or_outside_the_recipes_table_is_an_error(tmp_
     del weights[name]
     without = replace(made.recipe, mixing=replace(made.recipe.mixing, weights=weights))
     with pytest.raises(RecipeError, match=name):
-        export_adapter(without, tmp_path / "out")
+        export_adapter(ExportRequest(without), tmp_path / "out")
     table = tuple(module for module in made.recipe.modules if module.name != name)
     with pytest.raises(RecipeError, match=name):
-        export_adapter(replace(made.recipe, modules=table), tmp_path / "out")
+        export_adapter(ExportRequest(replace(made.recipe, modules=table)), tmp_path / "out")
 
 
 def test_no_path_of_the_machine_reaches_the_exported_directory(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
-    export_adapter(replace(made.recipe, folder=tmp_path), tmp_path / "out")
+    export_adapter(ExportRequest(replace(made.recipe, folder=tmp_path)), tmp_path / "out")
     for file in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes()
         assert b"../" not in file.read_bytes()
@@ -290,15 +291,15 @@ def test_force_never_removes_an_ingredient_or_what_loracat_did_not_write(tmp_pat
     made = Made(tmp_path, "plain")
     before = {path: path.read_bytes() for folder in made.paths for path in folder.iterdir()}
     with pytest.raises(OutputExists, match="something else than an export"):
-        export_adapter(made.recipe, made.paths[0], force=True)
-    first = export_adapter(made.recipe, tmp_path / "first").path
+        export_adapter(ExportRequest(made.recipe), made.paths[0], force=True)
+    first = export_adapter(ExportRequest(made.recipe), tmp_path / "first").path
     (first / "optimizer.pt").write_bytes(b"x")
     with pytest.raises(OutputExists, match="something else than an export"):
-        export_adapter(made.recipe, first, force=True)
+        export_adapter(ExportRequest(made.recipe), first, force=True)
     (first / "optimizer.pt").unlink()
     again = [read_adapter(str(first))]
     recipe = make_recipe(tmp_path, again, made.recipe.modules)
     with pytest.raises(UsageError, match="holds the ingredient"):
-        export_adapter(recipe, first, force=True)
+        export_adapter(ExportRequest(recipe), first, force=True)
     assert before == {path: path.read_bytes() for folder in made.paths for path in folder.iterdir()}
     assert (first / "adapter_model.safetensors").is_file()

@@ -17,7 +17,7 @@ import torch
 from loracli.errors import BaseModelMismatch, OutOfResources, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.gguf import ARCHITECTURES, LlamaCppBase
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.recipe.recipe import Recipe
 from tests.cli.project import run
 from tests.export.test_export import CASES, Made
@@ -107,7 +107,10 @@ def assert_holds(made: Made, path: Path, *, permuted: bool, atol: float) -> None
 )
 def test_gguf_holds_the_composition(tmp_path: Path, case: str, profile: str) -> None:
     made = Made(tmp_path, case)
-    export_adapter(recipe_of(made), tmp_path / "out", profile=profile, gguf=True, base=str(made.base), dtype="float32")
+    export_adapter(
+        ExportRequest(recipe_of(made), profile=profile, gguf=True, base=str(made.base), dtype="float32"),
+        tmp_path / "out",
+    )
     assert_holds(made, tmp_path / "out" / "adapter.gguf", permuted=CASES[case][0] == "llama", atol=1e-6)
     recorded = json.loads((tmp_path / "out" / "loracat.json").read_text())["certificate"]["sha256"]
     assert recorded["adapter.gguf"] == sha256((tmp_path / "out" / "adapter.gguf").read_bytes()).hexdigest()
@@ -118,7 +121,7 @@ def test_all_linear_layers_of_a_llama_go_in_with_their_rows_where_they_belong(tm
     made = Made(tmp_path, "all linear")
     for dtype, atol in (("float32", 1e-6), ("float16", 2e-3), ("bfloat16", 2e-2)):
         out = tmp_path / dtype
-        export_adapter(recipe_of(made), out, gguf=True, base=str(made.base), dtype=dtype)
+        export_adapter(ExportRequest(recipe_of(made), gguf=True, base=str(made.base), dtype=dtype), out)
         assert_holds(made, out / "adapter.gguf", permuted=True, atol=atol)
         assert read_gguf(out / "adapter.gguf")[0]["general.architecture"] == "llama"
 
@@ -149,7 +152,7 @@ def test_the_row_order_gives_the_same_attention_with_llama_cpps_rotation() -> No
 
 def test_an_embedding_is_looked_up_by_rows_of_lora_a(tmp_path: Path) -> None:
     made = Made(tmp_path, "embeddings")
-    export_adapter(recipe_of(made), tmp_path / "out", gguf=True, base=str(made.base))
+    export_adapter(ExportRequest(recipe_of(made), gguf=True, base=str(made.base)), tmp_path / "out")
     fields, tensors = read_gguf(tmp_path / "out" / "adapter.gguf")
     a, b = tensors["token_embd.weight.lora_a"], tensors["token_embd.weight.lora_b"]
     wanted = exact(made, "model.embed_tokens")  # (dim, vocab)
@@ -158,7 +161,7 @@ def test_an_embedding_is_looked_up_by_rows_of_lora_a(tmp_path: Path) -> None:
 
 def test_a_head_goes_into_output(tmp_path: Path) -> None:
     made = Made(tmp_path, "head")
-    export_adapter(recipe_of(made), tmp_path / "out", gguf=True, base=str(made.base))
+    export_adapter(ExportRequest(recipe_of(made), gguf=True, base=str(made.base)), tmp_path / "out")
     fields, tensors = read_gguf(tmp_path / "out" / "adapter.gguf")
     b = tensors["output.weight.lora_b"]
     wanted = exact(made, "lm_head")
@@ -170,7 +173,7 @@ def test_a_method_writes_one_too_with_the_same_bytes_each_time(tmp_path: Path) -
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base)
     for out in ("one", "two"):
-        export_method("sum", tmp_path / out, adapters=[str(adapter)], base=str(base), gguf=True)
+        export_adapter(ExportRequest(method="sum", adapters=[str(adapter)], base=str(base), gguf=True), tmp_path / out)
     first, second = ((tmp_path / out / "adapter.gguf").read_bytes() for out in ("one", "two"))
     assert first == second
 
@@ -193,7 +196,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
     with pytest.raises(OutOfResources):
-        export_adapter(recipe_of(made), tmp_path / "out", gguf=True, base=str(made.base))
+        export_adapter(ExportRequest(recipe_of(made), gguf=True, base=str(made.base)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -206,7 +209,7 @@ def test_what_no_gguf_can_hold_is_refused_by_name_before_anything_is_written(
 ) -> None:
     made = Made(tmp_path, case)
     with pytest.raises((UsageError, BaseModelMismatch), match=named):
-        export_adapter(recipe_of(made), tmp_path / "out", gguf=True, base=str(made.base))
+        export_adapter(ExportRequest(recipe_of(made), gguf=True, base=str(made.base)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -215,16 +218,16 @@ def test_a_local_copy_of_a_base_on_the_hub_is_as_good(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     recipe = recipe_of(made)
     recipe = replace(recipe, base=replace(recipe.base, commit="c" * 40))
-    export_adapter(recipe, tmp_path / "out", gguf=True, base=str(made.base))
+    export_adapter(ExportRequest(recipe, gguf=True, base=str(made.base)), tmp_path / "out")
     assert (tmp_path / "out" / "adapter.gguf").is_file()
     with pytest.raises(UsageError, match="has no revision main"):
-        export_adapter(recipe, tmp_path / "other", gguf=True, base=str(made.base), base_revision="main")
+        export_adapter(ExportRequest(recipe, gguf=True, base=str(made.base), base_revision="main"), tmp_path / "other")
 
 
 def test_another_base_than_the_recipes_is_refused(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     with pytest.raises(BaseModelMismatch, match="not the config of the base"):
-        export_adapter(made.recipe, tmp_path / "out", gguf=True, base=str(made.base))
+        export_adapter(ExportRequest(made.recipe, gguf=True, base=str(made.base)), tmp_path / "out")
 
 
 def test_without_the_package_the_command_to_install_it_is_named(
@@ -233,5 +236,5 @@ def test_without_the_package_the_command_to_install_it_is_named(
     made = Made(tmp_path, "plain")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UsageError) as refused:
-        export_adapter(recipe_of(made), tmp_path / "out", gguf=True, base=str(made.base))
+        export_adapter(ExportRequest(recipe_of(made), gguf=True, base=str(made.base)), tmp_path / "out")
     assert refused.value.hint == "pip install 'loracat[gguf]'"

@@ -15,7 +15,8 @@ from loracli.adapters.adapter import read_adapter
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import MethodOptions
 from loracli.errors import BaseModelMismatch, IncompatibleAdapters, OutputExists, UsageError
-from loracli.export.method import export_method
+from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from tests.tiny import BASE_ID, logits, make_adapter, make_base, random_records, write_jsonl
@@ -41,8 +42,9 @@ def names(two_adapters: tuple[Path, Path]) -> list[str]:
 
 def test_ties_is_written_as_the_best_approximation_of_the_dense_formula(tmp_path: Path, names: list[str]) -> None:
     """In float64 from the files, entry by entry; energy and error of each module are those of the dense matrices."""
-    exported = export_method(
-        "ties", tmp_path / "out", adapters=names, method_options=MethodOptions(density=0.3), rank=3
+    exported = export_adapter(
+        ExportRequest(method="ties", adapters=names, method_options=MethodOptions(density=0.3), rank=3),
+        tmp_path / "out",
     )
     certificates = {module.name: module for module in exported.certificate.modules}
     found, parts = updates(tmp_path / "out"), [updates(Path(name)) for name in names]
@@ -73,7 +75,7 @@ def test_the_order_of_the_adapters_changes_nothing_and_two_exports_are_the_same_
 ) -> None:
     alike = [str(two_adapters[0]), str(make_adapter(tmp_path / "b", tiny_base, rank=4, seed=4))]
     for out, adapters in (("one", alike), ("two", alike), ("turned", alike[::-1])):
-        export_method(name, tmp_path / out, adapters=adapters)
+        export_adapter(ExportRequest(method=name, adapters=adapters), tmp_path / out)
     for file in ("adapter_model.safetensors", "adapter_config.json", "loracat.json", "README.md"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     one, turned = updates(tmp_path / "one"), updates(tmp_path / "turned")
@@ -84,20 +86,27 @@ def test_the_order_of_the_adapters_changes_nothing_and_two_exports_are_the_same_
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.search is None])
 def test_one_adapter_by_itself_comes_back_as_itself(tmp_path: Path, two_adapters: tuple[Path, Path], name: str) -> None:
     options = MethodOptions(density=1.0) if "density" in METHODS[name].takes else MethodOptions()
-    export_method(name, tmp_path / "out", adapters=[str(two_adapters[0])], method_options=options)
+    export_adapter(
+        ExportRequest(method=name, adapters=[str(two_adapters[0])], method_options=options), tmp_path / "out"
+    )
     own = updates(two_adapters[0])
     for module, matrix in updates(tmp_path / "out").items():
         assert torch.allclose(matrix, own[module], atol=1e-5)
 
 
 def test_merge_cuts_to_the_largest_ingredient_rank_and_rank_to_any(tmp_path: Path, names: list[str]) -> None:
-    assert export_method("ties", tmp_path / "sum", adapters=names).layout.rank == 6
-    assert export_method("ties", tmp_path / "merged", adapters=names, merge=True).layout.rank == 4
-    assert export_method("svd", tmp_path / "svd", adapters=names).layout.rank == 4
-    assert export_method("svd", tmp_path / "two", adapters=names, rank=2).layout.rank == 2
-    assert export_method("sum", tmp_path / "cut", adapters=names, merge=True, rank=2).layout.rank == 2
+    assert export_adapter(ExportRequest(method="ties", adapters=names), tmp_path / "sum").layout.rank == 6
+    assert (
+        export_adapter(ExportRequest(method="ties", adapters=names, merge=True), tmp_path / "merged").layout.rank == 4
+    )
+    assert export_adapter(ExportRequest(method="svd", adapters=names), tmp_path / "svd").layout.rank == 4
+    assert export_adapter(ExportRequest(method="svd", adapters=names, rank=2), tmp_path / "two").layout.rank == 2
+    assert (
+        export_adapter(ExportRequest(method="sum", adapters=names, merge=True, rank=2), tmp_path / "cut").layout.rank
+        == 2
+    )
     with pytest.raises(UsageError, match="--rank is for --merge"):
-        export_method("sum", tmp_path / "no", adapters=names, rank=2)
+        export_adapter(ExportRequest(method="sum", adapters=names, rank=2), tmp_path / "no")
     exact, cut = updates(tmp_path / "svd"), updates(tmp_path / "two")
     for module, matrix in exact.items():
         u, s, vh = torch.linalg.svd(matrix)
@@ -111,18 +120,18 @@ def test_an_option_that_a_method_does_not_take_is_refused(tmp_path: Path, names:
         ("ties", MethodOptions(seed=3)),
     ):
         with pytest.raises(UsageError, match=f"{name} takes no --"):
-            export_method(name, tmp_path / "out", adapters=names, method_options=options)
+            export_adapter(ExportRequest(method=name, adapters=names, method_options=options), tmp_path / "out")
     with pytest.raises(UsageError, match="--method tie is not one of"):
-        export_method("tie", tmp_path / "out", adapters=names)
+        export_adapter(ExportRequest(method="tie", adapters=names), tmp_path / "out")
     with pytest.raises(UsageError) as caught:
-        export_method("module", tmp_path / "out", adapters=names)
+        export_adapter(ExportRequest(method="module", adapters=names), tmp_path / "out")
     assert "loracat fit --mixing module" in str(caught.value.hint)
     with pytest.raises(UsageError, match="lorahub has to be fitted"):
-        export_method("lorahub", tmp_path / "out", adapters=names)
+        export_adapter(ExportRequest(method="lorahub", adapters=names), tmp_path / "out")
     with pytest.raises(UsageError, match="ties needs no calibration records"):
-        export_method("ties", tmp_path / "out", adapters=names, fit_data=tmp_path / "x.jsonl")
+        export_adapter(ExportRequest(method="ties", adapters=names, fit_data=tmp_path / "x.jsonl"), tmp_path / "out")
     with pytest.raises(UsageError, match="linear-peft cannot be had here"):
-        export_method("linear-peft", tmp_path / "out", adapters=names)
+        export_adapter(ExportRequest(method="linear-peft", adapters=names), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -132,10 +141,12 @@ def test_the_base_is_asked_only_where_the_adapters_do_not_say_where_a_name_stand
     """With layers left out, the base's config tells of the others: the same layout as from adapters on every layer."""
     some = make_adapter(tmp_path / "some", tiny_base, layers_to_transform=[1])
     every = make_adapter(tmp_path / "every", tiny_base)
-    from_adapters = export_method("sum", tmp_path / "one", adapters=[str(some), str(every)])
-    from_base = export_method("sum", tmp_path / "two", adapters=[str(some), str(every)], base=str(tiny_base))
+    from_adapters = export_adapter(ExportRequest(method="sum", adapters=[str(some), str(every)]), tmp_path / "one")
+    from_base = export_adapter(
+        ExportRequest(method="sum", adapters=[str(some), str(every)], base=str(tiny_base)), tmp_path / "two"
+    )
     assert from_adapters.layout == from_base.layout and from_adapters.layout.profile == "portable"
-    alone = export_method("sum", tmp_path / "three", adapters=[str(some)], base=str(tiny_base))
+    alone = export_adapter(ExportRequest(method="sum", adapters=[str(some)], base=str(tiny_base)), tmp_path / "three")
     assert len(alone.layout.ranks) == 6  # two leaves in three layers
     assert {"q_proj", "v_proj"} == read_adapter(str(every)).config.whole_names
     assert read_adapter(str(some)).config.whole_names == frozenset()
@@ -145,14 +156,19 @@ def test_a_base_of_another_shape_and_adapters_of_none_are_refused(tmp_path: Path
     adapter = make_adapter(tmp_path / "a", tiny_base)
     other = make_base(tmp_path / "gpt2", "gpt2")
     with pytest.raises(BaseModelMismatch):
-        export_method("sum", tmp_path / "out", adapters=[str(adapter)], base=str(other))
+        export_adapter(ExportRequest(method="sum", adapters=[str(adapter)], base=str(other)), tmp_path / "out")
     config = adapter / "adapter_config.json"
     fields = json.loads(config.read_text())
     config.write_text(json.dumps({**fields, "base_model_name_or_path": None}))
     with pytest.raises(IncompatibleAdapters, match="names its base model"):
-        export_method("sum", tmp_path / "out", adapters=[str(adapter)])
+        export_adapter(ExportRequest(method="sum", adapters=[str(adapter)]), tmp_path / "out")
     config.write_text(json.dumps({**fields, "base_model_name_or_path": "/home/else/base"}))
-    assert export_method("sum", tmp_path / "out", adapters=[str(adapter)], base=str(tiny_base)).layout.rank == 4
+    assert (
+        export_adapter(
+            ExportRequest(method="sum", adapters=[str(adapter)], base=str(tiny_base)), tmp_path / "out"
+        ).layout.rank
+        == 4
+    )
 
 
 def test_conv1d_and_embeddings_load_in_stock_peft(tmp_path: Path) -> None:
@@ -165,7 +181,7 @@ def test_conv1d_and_embeddings_load_in_stock_peft(tmp_path: Path) -> None:
     ):
         base = make_base(tmp_path / kind, kind)
         adapters = [make_adapter(tmp_path / f"{kind}{seed}", base, seed=seed, **fields) for seed in (1, 2)]  # type: ignore[arg-type]
-        export_method("sum", tmp_path / f"{kind}-out", adapters=[str(a) for a in adapters])
+        export_adapter(ExportRequest(method="sum", adapters=[str(a) for a in adapters]), tmp_path / f"{kind}-out")
         composed = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / f"{kind}-out")
         merged: Any = AutoModelForCausalLM.from_pretrained(base)
         for adapter in adapters:
@@ -180,8 +196,8 @@ def test_a_recipes_ingredients_can_be_composed_by_a_method_and_its_own_mixing_is
     fit_mixing(names, data, base=str(tiny_base), settings=FitSettings(passes=2), folder=tmp_path).save(
         tmp_path / "recipe.json"
     )
-    export_method("sum", tmp_path / "one", recipe=tmp_path / "recipe.json")
-    export_method("sum", tmp_path / "two", adapters=names)
+    export_adapter(ExportRequest(method="sum", recipe=tmp_path / "recipe.json"), tmp_path / "one")
+    export_adapter(ExportRequest(method="sum", adapters=names), tmp_path / "two")
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
@@ -197,7 +213,9 @@ def test_a_search_finds_the_weights_that_a_comparison_finds(tmp_path: Path, tiny
         test, adapters=names, fit_data=data, base=str(tiny_base), settings=CompareSettings(("task-arithmetic",))
     )
     weights = run_comparison(inputs).row("task-arithmetic").weights
-    export_method("task-arithmetic", tmp_path / "out", adapters=names, fit_data=data, base=str(tiny_base))
+    export_adapter(
+        ExportRequest(method="task-arithmetic", adapters=names, fit_data=data, base=str(tiny_base)), tmp_path / "out"
+    )
     written = json.loads((tmp_path / "out" / "loracat.json").read_text())
     assert written["method"]["weights"] == list(weights or ()) and weights != (1.0, 1.0)
     found, parts = updates(tmp_path / "out"), [updates(Path(name)) for name in names]
@@ -208,7 +226,9 @@ def test_a_search_finds_the_weights_that_a_comparison_finds(tmp_path: Path, tiny
 
 def test_card_and_certificate_tell_the_origin_and_no_path(tmp_path: Path, names: list[str]) -> None:
     out = tmp_path / "out"
-    export_method("dare", out, adapters=names, method_options=MethodOptions(density=0.7, seed=5), merge=True)
+    export_adapter(
+        ExportRequest(method="dare", adapters=names, method_options=MethodOptions(density=0.7, seed=5), merge=True), out
+    )
     card, document = (out / "README.md").read_text(), json.loads((out / "loracat.json").read_text())
     assert "loracat export --method dare --density 0.7 --scale 1 --seed 5 --merge --rank 4" in card
     assert f'base_model: "{BASE_ID}"' in card and "`first`" in card and "`second`" in card
@@ -219,13 +239,13 @@ def test_card_and_certificate_tell_the_origin_and_no_path(tmp_path: Path, names:
 
 
 def test_an_export_of_a_method_replaces_an_export_only(tmp_path: Path, names: list[str]) -> None:
-    export_method("sum", tmp_path / "out", adapters=names)
+    export_adapter(ExportRequest(method="sum", adapters=names), tmp_path / "out")
     with pytest.raises(OutputExists):
-        export_method("uniform", tmp_path / "out", adapters=names)
-    export_method("uniform", tmp_path / "out", adapters=names, force=True)
+        export_adapter(ExportRequest(method="uniform", adapters=names), tmp_path / "out")
+    export_adapter(ExportRequest(method="uniform", adapters=names), tmp_path / "out", force=True)
     assert json.loads((tmp_path / "out" / "loracat.json").read_text())["method"]["name"] == "uniform"
     copied = shutil.copytree(names[0], tmp_path / "mine")
     with pytest.raises((OutputExists, UsageError)):
-        export_method("sum", copied, adapters=[str(copied), names[1]], force=True)
+        export_adapter(ExportRequest(method="sum", adapters=[str(copied), names[1]]), copied, force=True)
     with pytest.raises(UsageError, match="given twice"):
-        export_method("sum", tmp_path / "twice", adapters=[names[0], names[0]])
+        export_adapter(ExportRequest(method="sum", adapters=[names[0], names[0]]), tmp_path / "twice")

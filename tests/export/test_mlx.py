@@ -14,6 +14,7 @@ from loracli.adapters.kinds import BaseModule
 from loracli.errors import UsageError
 from loracli.export.export import export_adapter
 from loracli.export.layout import choose_layout
+from loracli.export.request import ExportRequest
 from tests.export.test_export import Made
 
 
@@ -45,7 +46,7 @@ def exact(made: Made, module: str) -> torch.Tensor:
 @pytest.mark.parametrize("case", ["mixed ranks", "both rslora", "patterns", "some layers only", "head"])
 def test_mlx_gets_the_composition_by_its_own_formula(tmp_path: Path, case: str) -> None:
     made = Made(tmp_path, case)
-    exported = export_adapter(made.recipe, tmp_path / "out", profile="mlx", dtype="float32")
+    exported = export_adapter(ExportRequest(made.recipe, profile="mlx", dtype="float32"), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -64,7 +65,7 @@ def test_mlx_gets_the_composition_by_its_own_formula(tmp_path: Path, case: str) 
 
 def test_a_compressed_mlx_export_has_the_rank_that_was_asked_for(tmp_path: Path) -> None:
     made = Made(tmp_path, "mixed ranks")
-    export_adapter(made.recipe, tmp_path / "out", profile="mlx", merge=True, rank=3)
+    export_adapter(ExportRequest(made.recipe, profile="mlx", merge=True, rank=3), tmp_path / "out")
     updates, config = read_mlx(tmp_path / "out")
     assert config["lora_parameters"]["rank"] == 3
     for module, update in updates.items():
@@ -76,7 +77,7 @@ def test_a_compressed_mlx_export_has_the_rank_that_was_asked_for(tmp_path: Path)
 def test_an_mlx_export_replaces_another_export_and_is_replaced(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     for profile in ("mlx", "portable", "mlx"):
-        export_adapter(made.recipe, tmp_path / "out", profile=profile, force=True)
+        export_adapter(ExportRequest(made.recipe, profile=profile), tmp_path / "out", force=True)
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 

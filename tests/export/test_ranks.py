@@ -15,8 +15,8 @@ from torch import Tensor
 from loracli.cli._options import parse_bytes
 from loracli.errors import UsageError
 from loracli.export.export import Exported, export_adapter
-from loracli.export.method import export_method
-from loracli.export.options import RankRule, choose_ranks, spectra_of_targets
+from loracli.export.plan import _choose_ranks, spectra_of_targets
+from loracli.export.request import ExportRequest
 from loracli.recipe.recipe import Recipe
 from tests.export.test_export import Made
 
@@ -61,7 +61,7 @@ def ranks_in(folder: Path) -> dict[str, int]:
 
 
 def export(made: Made, folder: Path, **options: Any) -> Exported:
-    return export_adapter(made.recipe, folder, merge=True, force=True, **options)
+    return export_adapter(ExportRequest(made.recipe, merge=True, **options), folder, force=True)
 
 
 @pytest.mark.parametrize("tolerance", [0.02, 0.3, 0.6])
@@ -113,7 +113,7 @@ def test_ranks_that_fill_a_budget_to_its_last_byte_are_taken() -> None:
     )
 
     def chosen(budget: int) -> dict[str, int]:
-        return choose_ranks(RankRule(budget=budget), spectra, costs, lambda ranks: 100 + 10 * sum(ranks.values()))
+        return _choose_ranks(ExportRequest(budget=budget), spectra, costs, lambda ranks: 100 + 10 * sum(ranks.values()))
 
     assert chosen(140) == {"a": 2, "b": 2} and chosen(139) == {"a": 1, "b": 2} and chosen(120) == {"a": 1, "b": 1}
     with pytest.raises(UsageError):
@@ -142,9 +142,11 @@ def test_an_adapter_of_weight_zero_costs_no_rank(tmp_path: Path, merge: bool) ->
     made = Made(tmp_path, "mixed ranks")  # 7 and 2
     weights = {name: (0.0, 0.5) for name in made.recipe.mixing.weights}
     recipe = replace(made.recipe, mixing=replace(made.recipe.mixing, weights=weights))
-    exported = export_adapter(recipe, tmp_path / "out", merge=merge, rank=4 if merge else None, profile="peft")
+    exported = export_adapter(
+        ExportRequest(recipe, merge=merge, rank=4 if merge else None, profile="peft"), tmp_path / "out"
+    )
     assert exported.layout.rank == 2
-    assert export_adapter(recipe, tmp_path / "portable").layout.rank == 2
+    assert export_adapter(ExportRequest(recipe), tmp_path / "portable").layout.rank == 2
     found = written(tmp_path / "out")
     for name, exact in dense(made, recipe).items():
         torch.testing.assert_close(found[name], exact, rtol=1e-5, atol=1e-6)
@@ -155,18 +157,22 @@ def test_weights_that_are_all_zero_leave_a_module_that_does_nothing(tmp_path: Pa
     names = sorted(made.recipe.mixing.weights)
     weights = {name: (0.0, 0.0) if name == names[0] else (1.0, 1.0) for name in names}
     recipe = replace(made.recipe, mixing=replace(made.recipe.mixing, weights=weights))
-    export_adapter(recipe, tmp_path / "out", profile="peft")
+    export_adapter(ExportRequest(recipe, profile="peft"), tmp_path / "out")
     assert ranks_in(tmp_path / "out")[names[0]] == 1
     assert not written(tmp_path / "out")[names[0]].any()
-    export_adapter(recipe, tmp_path / "cut", merge=True, tolerance=0.1)
+    export_adapter(ExportRequest(recipe, merge=True, tolerance=0.1), tmp_path / "cut")
     assert not written(tmp_path / "cut")[names[0]].any()
 
 
 def test_a_rule_cuts_the_result_of_a_method(made: Made, tmp_path: Path) -> None:
     paths = [str(path) for path in made.paths]
-    exported = export_method("sum", tmp_path / "out", adapters=paths, base=str(made.base), merge=True, energy=0.6)
+    exported = export_adapter(
+        ExportRequest(method="sum", adapters=paths, base=str(made.base), merge=True, energy=0.6), tmp_path / "out"
+    )
     assert exported.layout.rank < 7
-    whole = export_method("ties", tmp_path / "ties", adapters=paths, base=str(made.base), merge=True, tolerance=0.9)
+    whole = export_adapter(
+        ExportRequest(method="ties", adapters=paths, base=str(made.base), merge=True, tolerance=0.9), tmp_path / "ties"
+    )
     assert all(module.relative_error < 0.95 for module in whole.certificate.modules)
 
 
@@ -192,7 +198,7 @@ def test_rules_out_of_their_range_or_together_are_refused(
     made: Made, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        export_adapter(made.recipe, tmp_path / "out", **options)
+        export_adapter(ExportRequest(made.recipe, **options), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from loracli.calibration.dataset import read_dataset
 from loracli.cli import app
-from loracli.composition.composition import RecipeSource
+from loracli.composition.composition import from_recipe
 from loracli.errors import IntegrityError, UsageError
 from loracli.export.export import Exported, export_adapter
-from loracli.export.method import export_method
 from loracli.export.refit import read_cores, write_cores
+from loracli.export.request import ExportRequest
 from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
 from loracli.recipe.record import RecipeMixing
@@ -64,7 +64,7 @@ class Planted(Made):
 
     def refitted(self, output: Path, **options: Any) -> Exported:
         chosen = {"merge": True, "rank": RANK, "refit": True, "data": self.data, "base": str(self.base)}
-        return export_adapter(self.recipe, output, **{**chosen, **options})
+        return export_adapter(ExportRequest(self.recipe, **{**chosen, **options}), output)
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,9 @@ def test_it_regains_some_of_what_the_cut_lost_on_records_that_it_did_not_see(
     assert lost > 0.3
     assert loss.truncated - loss.refitted > 0.1 * lost and loss.interval[1] < 0
     assert nats_in_peft(made, folder) == pytest.approx(loss.refitted, abs=1e-4)
-    export_adapter(made.recipe, tmp_path / "cut", merge=True, rank=RANK)
+    export_adapter(ExportRequest(made.recipe, merge=True, rank=RANK), tmp_path / "cut")
     assert nats_in_peft(made, tmp_path / "cut") == pytest.approx(loss.truncated, abs=1e-4)
-    export_adapter(made.recipe, tmp_path / "whole")
+    export_adapter(ExportRequest(made.recipe), tmp_path / "whole")
     assert nats_in_peft(made, tmp_path / "whole") == pytest.approx(loss.composition, abs=1e-4)
 
 
@@ -129,7 +129,7 @@ def test_what_is_written_is_the_dense_cut_with_the_core_in_lora_b(made: Planted,
     assert cores.keys() == {module.name for module in exported.certificate.modules}
     for module in exported.certificate.modules:
         lora_A, lora_B = dense_cut(made, module.name)
-        core, exact = cores[module.name], RecipeSource(made.recipe, tuple(made.adapters)).compose(module.name).factors
+        core, exact = cores[module.name], from_recipe(made.recipe, tuple(made.adapters)).compose(module.name).factors
         assert core.shape == (RANK, RANK) and float((core - torch.eye(RANK)).abs().max()) > 0.01
         written_A, written_B = tensors[prefix(module.name) + "A.weight"], tensors[prefix(module.name) + "B.weight"]
         torch.testing.assert_close(written_A.double(), lora_A, rtol=0, atol=1e-6)
@@ -151,13 +151,15 @@ def test_the_same_inputs_give_the_same_bytes_and_the_record_has_what_is_said(
     assert document["refit"] == json.loads(json.dumps(asdict(exported.refit)))
     assert document["export"]["refit"] is True
     assert "loracat export --merge --refit --data FILE --rank 2" in (folder / "README.md").read_text()
-    export_adapter(made.recipe, tmp_path / "again", force=True)  # a directory with cores is an export like any other
+    export_adapter(
+        ExportRequest(made.recipe), tmp_path / "again", force=True
+    )  # a directory with cores is an export like any other
     assert not (tmp_path / "again" / CORES_FILE).exists()
 
 
 def test_where_nothing_was_lost_the_truncation_is_kept_to_the_byte(made: Planted, tmp_path: Path) -> None:
     exported = made.refitted(tmp_path / "out", rank=7)
-    export_adapter(made.recipe, tmp_path / "cut", merge=True, rank=7)
+    export_adapter(ExportRequest(made.recipe, merge=True, rank=7), tmp_path / "cut")
     assert exported.refit is not None and exported.refit.kept == "truncation"
     assert exported.refit.loss.refitted == exported.refit.loss.truncated
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "cut" / WEIGHTS).read_bytes()
@@ -221,7 +223,9 @@ def test_a_method_is_refitted_too_and_another_file_can_be_held_out(made: Planted
     (tmp_path / "test.jsonl").write_text("".join(lines[90:]))
     paths = [str(path) for path in made.paths]
     data = {"fit_data": tmp_path / "fit.jsonl", "data": tmp_path / "test.jsonl", "base": str(made.base)}
-    exported = export_method("sum", tmp_path / "out", adapters=paths, merge=True, rank=RANK, refit=True, **data)
+    exported = export_adapter(
+        ExportRequest(method="sum", adapters=paths, merge=True, rank=RANK, refit=True, **data), tmp_path / "out"
+    )
     refit = exported.refit
     assert refit is not None and refit.kept == "refit" and refit.loss.refitted < refit.loss.truncated
     assert refit.loss.records == 30 and refit.held_out == "test.jsonl"
@@ -248,14 +252,16 @@ def test_what_cannot_be_refitted_is_refused(
 
 def test_a_method_that_merges_factors_is_refused(made: Planted, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--refit is for a recipe or a weighted sum, and ties"):
-        export_method(
-            "ties",
+        export_adapter(
+            ExportRequest(
+                method="ties",
+                adapters=[str(path) for path in made.paths],
+                base=str(made.base),
+                merge=True,
+                refit=True,
+                data=made.data,
+            ),
             tmp_path / "out",
-            adapters=[str(path) for path in made.paths],
-            base=str(made.base),
-            merge=True,
-            refit=True,
-            data=made.data,
         )
 
 
@@ -271,8 +277,9 @@ def test_lora_bias_is_refused(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "biased", base, lora_bias=True)
     data = write_jsonl(tmp_path / "records.jsonl", random_records(60))
     with pytest.raises(UsageError, match="has lora_bias, which --refit cannot weigh"):
-        export_method(
-            "sum", tmp_path / "out", adapters=[str(adapter)], base=str(base), merge=True, refit=True, data=data
+        export_adapter(
+            ExportRequest(method="sum", adapters=[str(adapter)], base=str(base), merge=True, refit=True, data=data),
+            tmp_path / "out",
         )
 
 

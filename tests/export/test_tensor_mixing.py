@@ -20,6 +20,7 @@ from loracli.algebra.basis import CanonicalStack, canonical_stack, mixing_in_fil
 from loracli.cli import app
 from loracli.errors import RecipeError
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.model.modules import base_modules
 from loracli.recipe.recipe import Recipe, load_recipe
 from loracli.recipe.record import TENSOR_PARTS, MixingKind
@@ -109,7 +110,7 @@ def test_stock_peft_loads_the_dense_update_of_every_module(tmp_path: Path, case:
     made = Made(tmp_path, case)
     for kind in KINDS:
         recipe = recipe_of(made, kind)
-        exported = export_adapter(recipe, tmp_path / kind)
+        exported = export_adapter(ExportRequest(recipe), tmp_path / kind)
         assert exported.certificate.largest_error < 1e-6
         found = peft_updates(made, tmp_path / kind)
         for module in modules_of(made.adapters):
@@ -125,7 +126,7 @@ def test_a_recipe_from_its_file_exports_the_same_bytes(tmp_path: Path, kind: Mix
     recipe = recipe_of(made, kind)
     recipe.save(tmp_path / "recipe.json")
     for name, source in (("one", recipe), ("two", tmp_path / "recipe.json")):
-        export_adapter(source, tmp_path / name)
+        export_adapter(ExportRequest(source), tmp_path / name)
     for file in sorted((tmp_path / "one").iterdir()):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
@@ -136,8 +137,8 @@ def test_a_merge_of_full_rank_loses_nothing_and_of_a_lower_one_what_the_svd_leav
 ) -> None:
     made = Made(tmp_path, "mixed ranks")
     recipe = recipe_of(made, kind)
-    export_adapter(recipe, tmp_path / "full", merge=True, rank=12)
-    exported = export_adapter(recipe, tmp_path / "low", merge=True, rank=3)
+    export_adapter(ExportRequest(recipe, merge=True, rank=12), tmp_path / "full")
+    exported = export_adapter(ExportRequest(recipe, merge=True, rank=3), tmp_path / "low")
     full, low = peft_updates(made, tmp_path / "full"), peft_updates(made, tmp_path / "low")
     for certificate in exported.certificate.modules:
         expected = dense_update(recipe, made.adapters, certificate.name)
@@ -152,7 +153,7 @@ def test_a_merge_of_full_rank_loses_nothing_and_of_a_lower_one_what_the_svd_leav
 @pytest.mark.parametrize("kind", ["rank", "core"])
 def test_a_concatenation_keeps_the_bytes_of_a(tmp_path: Path, kind: MixingKind) -> None:
     made = Made(tmp_path, "plain")
-    export_adapter(recipe_of(made, kind), tmp_path / "out")
+    export_adapter(ExportRequest(recipe_of(made, kind)), tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for module in modules_of(made.adapters):
         files = torch.cat([a.modules[module].factors.lora_A for a in made.adapters])
@@ -164,12 +165,12 @@ def test_trained_factors_are_written_to_the_bit_whatever_the_ingredients_dtype(t
     half = [read_adapter(str(make_adapter(tmp_path / "half", base, dtype=torch.float16)))]
     recipe = make_recipe(tmp_path, half, base_modules(AutoModelForCausalLM.from_pretrained(base), half))
     recipe = replace(recipe, mixing=tensor_mixing("factors", random_tensors("factors", half), half, numbers=1))
-    exported = export_adapter(recipe, tmp_path / "out")
+    exported = export_adapter(ExportRequest(recipe), tmp_path / "out")
     assert exported.dtype == torch.float32 and exported.certificate.largest_error < 1e-14
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for name, tensor in recipe.mixing.tensors.items():
         assert torch.equal(tensors[f"base_model.model.{name}.weight"], tensor)
-    assert export_adapter(recipe, tmp_path / "low", dtype="float16").certificate.largest_error > 1e-5
+    assert export_adapter(ExportRequest(recipe, dtype="float16"), tmp_path / "low").certificate.largest_error > 1e-5
 
 
 # Singular values that are equal.
@@ -218,7 +219,7 @@ def test_equal_singular_values_export_what_was_fitted_without_another_svd(
 
     monkeypatch.setattr(torch.linalg, "svd", svd)
     for name in ("one", "two"):
-        export_adapter(tmp_path / "recipe.json", tmp_path / name)
+        export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / name)
     monkeypatch.undo()
     file = "adapter_model.safetensors"
     assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
@@ -240,7 +241,7 @@ def test_modules_whose_update_is_zero_are_exported_as_zeros(tmp_path: Path) -> N
     mixing = tensor_mixing("core", tensors, made.adapters, numbers=1)
     assert mixing.weights[zero] == (0.0, 0.0)
     for merge in (False, True):
-        exported = export_adapter(replace(recipe, mixing=mixing), tmp_path / str(merge), merge=merge)
+        exported = export_adapter(ExportRequest(replace(recipe, mixing=mixing), merge=merge), tmp_path / str(merge))
         found = read_adapter(str(tmp_path / str(merge))).modules[zero].factors.delta_weight()
         certificate = next(c for c in exported.certificate.modules if c.name == zero)
         assert not found.any() and certificate.relative_error == 0.0
@@ -255,7 +256,7 @@ def test_an_adapter_that_changes_nothing_at_all_is_exported_and_has_no_weights(t
     for kind in KINDS:
         mixing = tensor_mixing(kind, random_tensors(kind, adapters), adapters, numbers=1)
         assert all(row[0] is not None and row[1] is None for row in mixing.weights.values())
-        export_adapter(replace(recipe, mixing=mixing), tmp_path / kind)
+        export_adapter(ExportRequest(replace(recipe, mixing=mixing)), tmp_path / kind)
         assert "| - | - |" in (tmp_path / kind / "README.md").read_text()
 
 
@@ -274,7 +275,7 @@ def test_a_missing_tensor_and_one_of_another_shape_are_named(tmp_path: Path, kin
     ):
         changed = replace(recipe, mixing=replace(recipe.mixing, tensors=damaged))
         with pytest.raises(RecipeError, match=name):
-            export_adapter(changed, tmp_path / "out")
+            export_adapter(ExportRequest(changed), tmp_path / "out")
         with pytest.raises(RecipeError, match=name):
             tensor_mixing(kind, damaged, made.adapters, numbers=1)
     with pytest.raises(ValueError, match="x.mixing is no tensor"):
@@ -286,7 +287,7 @@ def test_tensors_for_a_module_that_no_adapter_changes_are_refused(tmp_path: Path
     recipe = recipe_of(made, "core")
     weights = {**recipe.mixing.weights, "lm_head": (None, None)}
     with pytest.raises(RecipeError, match="lm_head, which no adapter changes"):
-        export_adapter(replace(recipe, mixing=replace(recipe.mixing, weights=weights)), tmp_path / "out")
+        export_adapter(ExportRequest(replace(recipe, mixing=replace(recipe.mixing, weights=weights))), tmp_path / "out")
 
 
 # For people.
@@ -326,7 +327,7 @@ def test_card_and_certificate_say_which_kind_it_is_and_name_the_tensors_by_hash(
 ) -> None:
     made = Made(tmp_path, "plain")
     recipe = recipe_of(made, kind)
-    export_adapter(recipe, tmp_path / "out")
+    export_adapter(ExportRequest(recipe), tmp_path / "out")
     card = " ".join((tmp_path / "out" / "README.md").read_text().split())
     says = {"rank": "each singular direction", "core": "full matrix `M`", "factors": "were then trained"}
     assert [k for k, words in says.items() if words in card] == [kind]

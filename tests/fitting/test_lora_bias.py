@@ -23,7 +23,7 @@ from loracli.comparison.settings import CompareSettings
 from loracli.composition.composition import compose_module
 from loracli.errors import MalformedAdapter, RecipeError, UsageError
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.fitting.certificate import record_gradients
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.mixing import make_layout, make_mixing
@@ -160,7 +160,7 @@ def test_an_export_holds_the_weighted_bias_and_its_certificate_tells_of_it(
     base, paths = made
     recipe = fit_case(tmp_path, base, paths)
     for name, options in {"cat": {}, "merged": {"merge": True, "rank": 2}, "half": {"dtype": "float16"}}.items():
-        exported = export_adapter(recipe, tmp_path / name, **options)  # type: ignore[arg-type]
+        exported = export_adapter(ExportRequest(recipe, **options), tmp_path / name)  # type: ignore[arg-type]
         assert exported.layout.profile == "peft" and "lora_bias" in str(exported.layout.reason)
         config = json.loads((tmp_path / name / "adapter_config.json").read_text())
         assert config["lora_bias"] is True and config["bias"] == "none"
@@ -184,7 +184,7 @@ def test_an_export_holds_the_weighted_bias_and_its_certificate_tells_of_it(
             error = float((both - whole).norm() / whole.norm())
             assert abs(certificate.relative_error - error) < 1e-9
     with pytest.raises(UsageError, match="lora_bias"):
-        export_adapter(recipe, tmp_path / "other", profile="portable")
+        export_adapter(ExportRequest(recipe, profile="portable"), tmp_path / "other")
     kept = read_adapter(str(tmp_path / "cat"))  # what we write, we read
     assert kept.config.lora_bias and all(m.factors.bias is not None for m in kept.modules.values())
 
@@ -210,9 +210,9 @@ def test_methods_that_merge_updates_are_refused_or_left_out_and_weights_go(
     base, paths = made
     names = [str(path) for path in paths]
     with pytest.raises(UsageError, match="lora_bias"):
-        export_method("ties", tmp_path / "ties", adapters=names, base=str(base))
+        export_adapter(ExportRequest(method="ties", adapters=names, base=str(base)), tmp_path / "ties")
     assert not (tmp_path / "ties").exists()
-    exported = export_method("sum", tmp_path / "sum", adapters=names, base=str(base))
+    exported = export_adapter(ExportRequest(method="sum", adapters=names, base=str(base)), tmp_path / "sum")
     assert exported.layout.lora_bias
     ours = logits(peft(load(base, torch.float32), tmp_path / "sum"))
     expected = logits(dense_model(base, paths, [1.0, 1.0, 1.0])).float()
@@ -228,7 +228,7 @@ def test_no_layout_holds_a_bias_beside_an_embedding(tmp_path: Path) -> None:
     biased = make_adapter(tmp_path / "biased", base, lora_bias=True)
     other = make_adapter(tmp_path / "other", base, targets=("embed_tokens",))
     with pytest.raises(UsageError, match="embed_tokens"):
-        export_method("sum", tmp_path / "out", adapters=[str(biased), str(other)])
+        export_adapter(ExportRequest(method="sum", adapters=[str(biased), str(other)]), tmp_path / "out")
 
 
 # What contradicts itself.

@@ -27,7 +27,7 @@ from loracli.errors import (
     UsageError,
 )
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing, run_fit
 from loracli.fitting.settings import FitSettings
@@ -92,7 +92,7 @@ def test_a_fit_with_one_adapters_modules_is_what_peft_runs(tmp_path: Path, kind:
     # The first alone is what PEFT runs with all of its file.
     alone = recipe.held_out.row(recipe.adapters[0].reference).nats_per_token
     assert alone == pytest.approx(nats_of_peft(base, adapter, data), rel=2e-5)
-    export_adapter(recipe, tmp_path / "out")
+    export_adapter(ExportRequest(recipe), tmp_path / "out")
     fitted = recipe.held_out.row("fit").nats_per_token
     assert fitted == pytest.approx(nats_of_peft(base, tmp_path / "out", data), rel=2e-5)
     written = saved_tensors(tmp_path / "out")
@@ -113,7 +113,7 @@ def test_the_average_is_the_mean_of_those_who_saved_it(tmp_path: Path, made: tup
     recipe.save(tmp_path / "recipe.json")
     recipe = load_recipe(tmp_path / "recipe.json")
     assert recipe.fit.settings["modules_to_save"] == "average"
-    exported = export_adapter(recipe, tmp_path / "out", merge=True, rank=9)
+    exported = export_adapter(ExportRequest(recipe, merge=True, rank=9), tmp_path / "out")
     first, second, written = (saved_tensors(path) for path in (paths[0], paths[1], tmp_path / "out"))
     head, norm = "base_model.model.lm_head.weight", "base_model.model.model.norm.weight"
     assert written.keys() == {head, norm}
@@ -126,7 +126,7 @@ def test_the_average_is_the_mean_of_those_who_saved_it(tmp_path: Path, made: tup
     fitted = recipe.held_out.row("fit").nats_per_token
     assert fitted == pytest.approx(nats_of_peft(base, tmp_path / "out", tmp_path / "test.jsonl"), rel=2e-5)
     with pytest.raises(UsageError, match="modules_to_save"):
-        export_adapter(recipe, tmp_path / "other", profile="portable")
+        export_adapter(ExportRequest(recipe, profile="portable"), tmp_path / "other")
     again = read_adapter(str(tmp_path / "out"))  # what we write, we read
     assert list(again.saved) == ["lm_head", "model.norm"]
 
@@ -138,7 +138,7 @@ def test_a_recipe_goes_on_picking_the_same_adapter_where_it_has_moved(
     recipe = fit_case(tmp_path, base, paths, modules_to_save="pick:second")
     (tmp_path / "elsewhere").mkdir()
     recipe.save(tmp_path / "elsewhere" / "recipe.json")
-    export_adapter(tmp_path / "elsewhere" / "recipe.json", tmp_path / "out")
+    export_adapter(ExportRequest(tmp_path / "elsewhere" / "recipe.json"), tmp_path / "out")
     written, theirs = saved_tensors(tmp_path / "out"), saved_tensors(paths[1])
     assert written.keys() == theirs.keys() == {"base_model.model.lm_head.weight"}
     assert torch.equal(written["base_model.model.lm_head.weight"], theirs["base_model.model.lm_head.weight"])
@@ -179,8 +179,8 @@ def test_a_method_and_a_comparison_follow_the_policy(tmp_path: Path, made: tuple
     base, paths = made
     names = [str(path) for path in paths]
     with pytest.raises(UnsupportedAdapter, match="modules_to_save"):
-        export_method("sum", tmp_path / "no", adapters=names)
-    export_method("ties", tmp_path / "ties", adapters=names, modules_to_save="pick:#2")
+        export_adapter(ExportRequest(method="sum", adapters=names), tmp_path / "no")
+    export_adapter(ExportRequest(method="ties", adapters=names, modules_to_save="pick:#2"), tmp_path / "ties")
     assert " --modules-to-save 'pick:#2' --adapters path/to/" in (tmp_path / "ties" / "README.md").read_text()
     head = "base_model.model.lm_head.weight"
     assert torch.equal(saved_tensors(tmp_path / "ties")[head], saved_tensors(paths[1])[head])
@@ -346,7 +346,9 @@ def test_names_of_a_classifier_beside_its_tensor_are_no_matter(tmp_path: Path, m
 def test_stock_peft_gives_the_logits_of_the_composed_model(tmp_path: Path, made: tuple[Path, list[Path]]) -> None:
     """The dense formula: the second's head, and the sum of all updates."""
     base, paths = made
-    export_method("sum", tmp_path / "sum", adapters=[str(p) for p in paths], modules_to_save="pick:second")
+    export_adapter(
+        ExportRequest(method="sum", adapters=[str(p) for p in paths], modules_to_save="pick:second"), tmp_path / "sum"
+    )
     model = AutoModelForCausalLM.from_pretrained(base).eval().requires_grad_(False)
     theirs = logits(PeftModel.from_pretrained(model, tmp_path / "sum").eval())
     dense = AutoModelForCausalLM.from_pretrained(base).eval().requires_grad_(False)

@@ -25,7 +25,8 @@ from loracli.comparison.settings import CompareSettings, Controls
 from loracli.errors import BaseModelMismatch, IntegrityError, LoracatError, RecipeError, VerificationError
 from loracli.export.export import export_adapter
 from loracli.export.loss import loss_of_export, read_loss_data
-from loracli.export.method import export_method, searched_weights
+from loracli.export.method import searched_weights
+from loracli.export.request import ExportRequest
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.job import plan_fit
 from loracli.fitting.reach import weights_read
@@ -95,7 +96,7 @@ def test_fit_export_fuse_and_verify_are_one_model_where_weights_are_read(
     assert load_recipe(tmp_path / "recipe.json").mixing.bypassed == bypassed
 
     heard = Heard()
-    export_adapter(recipe, tmp_path / "out", progress=heard)
+    export_adapter(ExportRequest(recipe), tmp_path / "out", progress=heard)
     assert any("merge_and_unload" in said and bypassed[0] in said for said in heard.warnings)
     assert bypassed[0] in (tmp_path / "out" / "README.md").read_text()
     reported = recipe.held_out.row("fit").nats_per_token
@@ -145,7 +146,7 @@ def test_what_no_record_comes_by_is_named_and_kept(tmp_path: Path) -> None:
     name = recipe.mixing.unreached[0]
     before, after = (load(folder).get_submodule(name).weight for folder in (base, tmp_path / "fused"))
     assert not torch.equal(before, after)
-    export_adapter(recipe, tmp_path / "out")
+    export_adapter(ExportRequest(recipe), tmp_path / "out")
     assert name in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -156,7 +157,7 @@ def test_a_router_is_reached_and_adapters_of_it_alone_fit(tmp_path: Path) -> Non
     recipe = fit_case(tmp_path, base, paths)
     assert recipe.mixing.unreached == recipe.mixing.bypassed == ()
     assert recipe.fit.largest_move > 1e-3
-    export_adapter(recipe, tmp_path / "out")
+    export_adapter(ExportRequest(recipe), tmp_path / "out")
     reported = recipe.held_out.row("fit").nats_per_token
     assert nats_of_peft(base, tmp_path / "out", tmp_path / "test.jsonl") == pytest.approx(reported, rel=2e-5)
 
@@ -173,10 +174,11 @@ def test_a_base_whose_forward_could_not_be_tried_is_said_to_be_unknown(
 
     monkeypatch.setattr("loracli.fitting.reach._Trial.run", fail)
 
+    request = ExportRequest(method="sum", adapters=names, base=str(base))
     commands = [
         lambda heard: plan_fit(prepare_fit(names, data, base=str(base)), placement=Placement(), progress=heard),
         lambda heard: fit_mixing(names, data, base=str(base), settings=FitSettings(passes=2), progress=heard),
-        lambda heard: export_method("sum", tmp_path / "out", adapters=names, base=str(base), progress=heard),
+        lambda heard: export_adapter(request, tmp_path / "out", progress=heard),
         lambda heard: fuse_model(None, tmp_path / "fused", adapters=names, method="sum", base=str(base),
                                  progress=heard),
     ]  # fmt: skip
@@ -190,7 +192,7 @@ def test_adapters_of_which_nothing_is_called_are_refused_by_everything_that_runs
     base = make_base(tmp_path / "base", "mamba")
     names = [str(make_adapter(tmp_path / n, base, targets=("dt_proj",), seed=i)) for i, n in enumerate("ab")]
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
-    exported = export_method("sum", tmp_path / "out", adapters=names, base=str(base))
+    exported = export_adapter(ExportRequest(method="sum", adapters=names, base=str(base)), tmp_path / "out")
 
     refused = [
         lambda: fit_mixing(names, data, base=str(base)),
@@ -331,11 +333,11 @@ def test_a_method_holds_copies_of_matrices_against_the_base_that_is_given(tmp_pa
         save_file({**tensors, name: own}, path / "adapter_model.safetensors", metadata={"format": "pt"})
         out = tmp_path / f"out{changed}"
         if given and not changed:
-            export_method("sum", out, **options)
+            export_adapter(ExportRequest(method="sum", **options), out)
             assert name not in load_file(out / "adapter_model.safetensors")
             continue
 
         with pytest.raises(LoracatError, match="embed_tokens") as caught:
-            export_method("sum", out, **options)
+            export_adapter(ExportRequest(method="sum", **options), out)
         assert isinstance(caught.value, BaseModelMismatch) if given else "--base" in str(caught.value.hint)
         assert not out.exists()

@@ -21,6 +21,7 @@ from loracli.errors import (
     UsageError,
 )
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
@@ -91,7 +92,7 @@ def test_the_held_out_loss_of_the_fit_is_that_of_the_exported_adapter_in_peft(
     )
     assert recipe.mixing.kind == kind and (recipe.fit.largest_move > 0 or kind == "adapter")
     recipe.save(tmp_path / "recipe.json")
-    export_adapter(tmp_path / "recipe.json", tmp_path / "out")
+    export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "out")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "out").eval()
     nats, tokens = 0.0, 0
     for line in held.read_text().splitlines():
@@ -122,7 +123,7 @@ def test_coarser_mixings_share_their_weights(
     recipe = fit_mixing(references(two_adapters), data, base=str(tiny_base), settings=settings)
     groups = {"adapter": ["*"], "layer": [f"model.layers.{i}" for i in range(3)]}[kind]
     assert list(recipe.mixing.weights) == groups
-    export_adapter(recipe, tmp_path / "out")
+    export_adapter(ExportRequest(recipe), tmp_path / "out")
 
 
 def test_one_adapter_alone_can_be_fitted(tiny_base: Path, two_adapters: tuple[Path, Path], data: Path) -> None:
@@ -180,7 +181,7 @@ def test_an_embeddings_own_matrix_is_accepted_only_if_it_is_the_bases(
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     save_file({**tensors, name: own.clone()}, path / "adapter_model.safetensors", metadata={"format": "pt"})
     recipe = fit_mixing([str(path)], data, base=str(tiny_base), settings=QUICK)
-    export_adapter(recipe, tmp_path / "out")
+    export_adapter(ExportRequest(recipe), tmp_path / "out")
     assert name not in load_file(tmp_path / "out" / "adapter_model.safetensors")
     changed = own.clone()
     changed[5, 5] += 1

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from loracli.errors import BaseModelMismatch, LoracatError, OutOfResources, OutputExists, StateMismatch, UsageError
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.fusing import workplace
 from loracli.fusing.fuse import fuse_model
 from loracli.model.base import plan_base
@@ -301,7 +302,7 @@ def test_other_files_come_along_and_weights_of_other_formats_do_not(tmp_path: Pa
 
 def test_an_exported_adapter_and_the_recipe_it_came_from_give_the_same_model(tmp_path: Path) -> None:
     made = Made(tmp_path, "mixed ranks")
-    export_adapter(made.recipe, tmp_path / "adapter-cat")
+    export_adapter(ExportRequest(made.recipe), tmp_path / "adapter-cat")
     fuse_model(made.recipe, tmp_path / "one", base=str(made.base))
     fuse_model(str(tmp_path / "adapter-cat"), tmp_path / "two", base=str(made.base))
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from loracli.adapters.adapter import read_adapter
 from loracli.errors import BaseModelMismatch, UsageError, VerificationError
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
@@ -184,7 +184,7 @@ def test_layers_that_a_parameter_cannot_stand_for_are_refused_by_name(tmp_path: 
         BaseModelMismatch, match=r"\(experts, in, out\) = \(4, 48, 32\); the base model has \(4, 24, 32\)"
     ):
         other = expert_layers(tmp_path / "other", {"down_proj": (32, 48)}, "mlp.experts")
-        export_method("sum", tmp_path / "out", adapters=[str(other)], base=str(qwen.base))
+        export_adapter(ExportRequest(method="sum", adapters=[str(other)], base=str(qwen.base)), tmp_path / "out")
     uneven = expert_layers(tmp_path / "uneven", {"gate_proj": (10, 32), "up_proj": (38, 32)}, "mlp.experts")
     with pytest.raises(BaseModelMismatch, match=r"gate_up_proj by layers of \(out, in\) = \(10, 32\), not \(24, 32\)"):
         on_base([read_adapter(str(uneven))], reference)  # together they have the base's 48 rows
@@ -196,7 +196,7 @@ def test_a_recipe_of_layers_and_parameters_is_fitted_and_exported(tmp_path: Path
     settings = FitSettings(passes=2)
     recipe = fit_mixing(qwen.names, data, base=str(qwen.base), settings=settings, folder=tmp_path)
     recipe.save(tmp_path / "recipe.json")
-    export_adapter(tmp_path / "recipe.json", tmp_path / "out")
+    export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "out")
     expected: dict[str, torch.Tensor] = {}
     for index, path in enumerate(qwen.paths):
         for name, delta in peft_deltas(path, qwen.base).items():
@@ -215,7 +215,7 @@ def test_a_recipe_of_layers_and_parameters_is_fitted_and_exported(tmp_path: Path
 
 
 def test_methods_with_a_base_take_layers_for_parameters_and_verify(tmp_path: Path, qwen: Mixture) -> None:
-    export_method("ties", tmp_path / "out", adapters=qwen.names, base=str(qwen.base))
+    export_adapter(ExportRequest(method="ties", adapters=qwen.names, base=str(qwen.base)), tmp_path / "out")
     found = verify_directory(tmp_path / "out", adapters=qwen.names, base=str(qwen.base))
     assert any("every tensor against the composition" in said for said in found.checked)
     names = read_adapter(str(tmp_path / "out")).modules
@@ -238,11 +238,11 @@ def test_adapters_of_some_experts_are_zero_at_the_others_and_compose(tmp_path: P
         kept = {n: t for n, t in tensors.items() if any(f"experts.{number}." in n for number in numbers)}
         save_file(kept, path / "adapter_model.safetensors")
     names, theirs = [str(path) for path in parts], peft_deltas(whole, qwen.base)
-    export_method("sum", tmp_path / "out", adapters=names, base=str(qwen.base))
+    export_adapter(ExportRequest(method="sum", adapters=names, base=str(qwen.base)), tmp_path / "out")
     found = peft_deltas(tmp_path / "out", qwen.base)
     assert found.keys() == theirs.keys()
     assert all(torch.allclose(found[name], delta, rtol=0, atol=1e-6) for name, delta in theirs.items())
-    export_method("sum", tmp_path / "one", adapters=names[:1], base=str(qwen.base))
+    export_adapter(ExportRequest(method="sum", adapters=names[:1], base=str(qwen.base)), tmp_path / "one")
     for name, delta in peft_deltas(tmp_path / "one", qwen.base).items():
         assert torch.allclose(delta[:2], theirs[name][:2], rtol=0, atol=1e-6) and not delta[2:].any()
     fuse_model(None, tmp_path / "fused", adapters=names, method="sum", base=str(qwen.base))
@@ -276,7 +276,7 @@ def test_a_router_is_adapted_by_its_old_name_and_by_its_new(tmp_path: Path, kind
         add(model, deltas)
     fuse_model(None, tmp_path / "fused", adapters=names, method="sum", base=str(base))
     assert torch.allclose(logits(load(tmp_path / "fused")), logits(model), rtol=0, atol=1e-3)
-    export_method("sum", tmp_path / "out", adapters=names, base=str(base))
+    export_adapter(ExportRequest(method="sum", adapters=names, base=str(base)), tmp_path / "out")
     found = peft_deltas(tmp_path / "out", base)
     for name, delta in found.items():
         expected = sum((deltas[name] for deltas in theirs if name in deltas), torch.zeros(()))
@@ -287,7 +287,7 @@ def test_a_router_is_adapted_by_its_old_name_and_by_its_new(tmp_path: Path, kind
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
     recipe = fit_mixing(names, data, base=str(base), settings=FitSettings(passes=2), folder=tmp_path)
     recipe.save(tmp_path / "recipe.json")
-    export_adapter(tmp_path / "recipe.json", tmp_path / "fitted")
+    export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "fitted")
     verify_directory(tmp_path / "fitted", recipe=tmp_path / "recipe.json", base=str(base))
     weight = recipe.weights_of("model.layers.1.mlp.gate")
     expected = sum(w * deltas["model.layers.1.mlp.gate"] for w, deltas in zip(weight, theirs, strict=True))  # type: ignore[operator]

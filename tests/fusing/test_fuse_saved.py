@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from loracli.composition.card import closed
 from loracli.errors import BaseModelMismatch, LoracatError, UnsupportedAdapter, UsageError, VerificationError
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.verifying.verify import verify_directory
 from tests.fitting.test_modules_to_save import WEIGHTS, make_saving, saved_tensors
@@ -84,7 +84,7 @@ def test_a_policy_decides_and_each_value_is_rounded_once(
     other = saved[0][norm] if policy == "average" else own["model.norm.weight"]
     assert torch.equal(found["model.norm.weight"], other.to(kept))
     verify_directory(tmp_path / "out", adapters=names, base=str(base))
-    export_method("sum", tmp_path / "adapter", **options)
+    export_adapter(ExportRequest(method="sum", **options), tmp_path / "adapter")
     if dtype is None:
         expected = peft_logits(base, tmp_path / "adapter")
         torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-4)
@@ -96,7 +96,7 @@ def test_a_recipe_knows_what_it_was_fitted_with(tmp_path: Path, made: tuple[Path
     recipe.save(tmp_path / "recipe.json")
     fused = fuse_model(tmp_path / "recipe.json", tmp_path / "out", base=str(base))
     assert fused.replaced == ("lm_head",)
-    export_adapter(recipe, tmp_path / "adapter")
+    export_adapter(ExportRequest(recipe), tmp_path / "adapter")
     expected = peft_logits(base, tmp_path / "adapter")
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-4)
     assert "`lm_head`" in (tmp_path / "out" / "README.md").read_text()

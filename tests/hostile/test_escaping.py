@@ -17,6 +17,7 @@ import yaml
 from loracli.adapters.claims import read_front_matter
 from loracli.errors import InputError, RecipeError
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.model.reference import locate_base
 from loracli.recipe.recipe import load_recipe
 from loracli.report.report import write_report
@@ -100,7 +101,7 @@ def test_no_text_of_a_recipe_is_markup_in_the_card_or_the_report(tmp_path: Path)
         data=tuple(replace(d, name=EVIL) for d in made.recipe.data),
         fit=replace(made.recipe.fit, stopped=EVIL),
     )
-    export_adapter(recipe, tmp_path / "out")
+    export_adapter(ExportRequest(recipe), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     head, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert read_front_matter(tmp_path / "out" / "README.md")["base_model"] == EVIL
@@ -117,7 +118,7 @@ def test_why_a_layout_is_not_portable_is_no_markup(tmp_path: Path) -> None:
     module = next(module for module in made.recipe.modules if module.name.endswith("q_proj"))
     other = replace(module, name="`<img src=x onerror=alert(1)>`.q_proj", in_features=module.in_features + 1)
     recipe = replace(made.recipe, modules=(*made.recipe.modules, other))
-    exported = export_adapter(recipe, tmp_path / "out")
+    exported = export_adapter(ExportRequest(recipe), tmp_path / "out")
     assert exported.layout.reason and "<img" in exported.layout.reason
     assert "img" not in outside_code((tmp_path / "out" / "README.md").read_text())
 

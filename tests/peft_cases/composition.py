@@ -39,6 +39,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loracli.adapters.adapter import read_adapter
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.model.modules import base_modules
 from loracli.recipe.record import RecipeMixing
 from tests.export.test_export import make_recipe
@@ -149,7 +150,7 @@ def export(folder: Path, model: nn.Module, adapters: Sequence[Path], weights: Se
     read = [read_adapter(str(path)) for path in adapters]
     mixing = RecipeMixing("adapter", {"*": tuple(weights)}, len(weights))
     recipe = make_recipe(folder.parent, read, base_modules(model, read))
-    return export_adapter(replace(recipe, mixing=mixing), folder, **options).path
+    return export_adapter(ExportRequest(replace(recipe, mixing=mixing), **options), folder).path
 
 
 def load(model: nn.Module, adapters: Mapping[str, Path]) -> Any:

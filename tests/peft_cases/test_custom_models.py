@@ -17,7 +17,8 @@ from torch import Tensor
 
 from loracli.algebra.methods.method import MethodOptions
 from loracli.errors import InputError
-from loracli.export.method import export_method
+from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from tests.peft_cases.composition import (
     assert_same,
     assert_update,
@@ -192,7 +193,9 @@ def test_methods_follow_the_sum_as_closely_as_pefts(tmp_path: Path, method: str,
         for alpha in (16, 32)
     ]
     options = MethodOptions() if method == "svd" else MethodOptions(density=0.5)
-    export_method(method, tmp_path / "out", adapters=[str(p) for p in paths], method_options=options, rank=8)
+    export_adapter(
+        ExportRequest(method=method, adapters=[str(p) for p in paths], method_options=options, rank=8), tmp_path / "out"
+    )
     (found,) = delta_weights(load(model, {"a": paths[0], "ours": tmp_path / "out"}), "ours").values()
     change = weighted([changes(model, path) for path in paths], (1, 1))["lin0.weight"]
     assert correlation(found.double(), change) > least

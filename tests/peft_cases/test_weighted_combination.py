@@ -16,7 +16,8 @@ import torch
 from peft.utils.merge_utils import ties as ties_of_peft
 
 from loracli.algebra.methods.method import MethodOptions
-from loracli.export.method import export_method
+from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from tests.peft_cases.composition import (
     DECODERS,
     assert_same,
@@ -93,12 +94,11 @@ def test_ties_of_adapters_of_uneven_ranks_is_pefts_ties_of_the_dense_updates(tmp
     model = build(kind)
     own = [save_adapter(tmp_path / f"a{i}", model, lora_config(kind, r=r), seed=i) for i, r in enumerate((8, 20))]
     parts = [changes(model, path) for path in own]
-    export_method(
-        "ties",
+    export_adapter(
+        ExportRequest(
+            method="ties", adapters=[str(path) for path in own], method_options=MethodOptions(density=0.5), rank=32
+        ),
         tmp_path / "ties",
-        adapters=[str(path) for path in own],
-        method_options=MethodOptions(density=0.5),
-        rank=32,
     )
     found = delta_weights(load(copy.deepcopy(model), {"ties": tmp_path / "ties"}), "ties")
     assert found.keys() == parts[0].keys() == parts[1].keys()

@@ -9,6 +9,7 @@ import huggingface_hub.constants
 import pytest
 
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.pushing.push import Pushed, push_adapter
 from tests.export.test_export import Made
 from tests.stub_hub_uploads import UploadHub
@@ -38,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture(scope="session")
 def exported(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "out"
-    export_adapter(made.recipe, folder)
+    export_adapter(ExportRequest(made.recipe), folder)
     return folder
 
 

@@ -23,7 +23,8 @@ from loracli.errors import (
     UsageError,
     VerificationError,
 )
-from loracli.export.method import export_method
+from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.hub.fetch import fetch_adapter
 from loracli.progress import Silent
 from tests.export.test_export import Made
@@ -116,7 +117,7 @@ def test_other_layouts_go_up_whole(
     hub: UploadHub, push: Push, made: Made, tmp_path: Path, options: dict[str, Any], weights: set[str]
 ) -> None:
     folder, paths = tmp_path / "other", [str(path) for path in made.paths]
-    export_method("sum", folder, adapters=paths, base=str(made.base), **options)
+    export_adapter(ExportRequest(method="sum", adapters=paths, base=str(made.base), **options), folder)
     found = push(folder)
     names = FILES - {"adapter_model.safetensors"} | weights
     assert {file.name for file in found.files} == names == contents(folder).keys()

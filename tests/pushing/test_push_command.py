@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from tests.cli.project import run
 from tests.cli.test_documents import check
 from tests.export.test_export import Made
@@ -72,7 +73,7 @@ def test_a_base_that_nobody_else_has_is_refused_with_the_way_out(
     hub.fail(BASE_ID, "gated")
     assert run("push", str(out), REPO, "-q").exit_code == 0  # it is there, and this account may not download it
     mine = replace(made.recipe, base=replace(made.recipe.base, id="/home/alice/llama"))
-    export_adapter(mine, tmp_path / "mine")
+    export_adapter(ExportRequest(mine), tmp_path / "mine")
     hub.requests.clear()
     done = run("push", str(tmp_path / "mine"), REPO)
     assert done.exit_code == 3 and "'/home/alice/llama' is no repository on the Hub" in done.stderr
@@ -84,7 +85,7 @@ def test_a_base_path_that_an_adapter_names_is_not_published(hub: UploadHub, made
     recipe = replace(made.recipe, adapters=named)
     recipe.save(tmp_path / "recipe.json")
     paths = [str(path) for path in made.paths]
-    export_adapter(tmp_path / "recipe.json", tmp_path / "out", adapters=paths)
+    export_adapter(ExportRequest(tmp_path / "recipe.json", adapters=paths), tmp_path / "out")
     assert "alice" not in "".join((tmp_path / "out" / name).read_text() for name in ("README.md", "loracat.json"))
     again = ("verify", str(tmp_path / "out"), "--recipe", str(tmp_path / "recipe.json"), "--adapters", *paths, "-q")
     assert run(*again).stdout == "verified\n"

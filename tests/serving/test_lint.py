@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loracli.errors import AdapterNotFound, MalformedAdapter, UsageError
-from loracli.export.method import export_method
+from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.serving.checks import CHECKS
 from loracli.serving.lint import SERVERS, SEVERITIES, ServerReport, lint_adapter, load_server
 from tests.cli.project import run
@@ -363,7 +364,10 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for profile in ("portable", "peft", "mlx"):
         adapters = [str(folder / "one"), str(folder / "two")]
         out = folder / profile
-        export_method("sum", out, adapters=adapters, base=str(base), profile=profile, gguf=profile == "portable")
+        export_adapter(
+            ExportRequest(method="sum", adapters=adapters, base=str(base), profile=profile, gguf=profile == "portable"),
+            out,
+        )
     return folder
 
 

@@ -13,7 +13,7 @@ import pytest
 from loracli.composition.card import RECORD_DIGEST
 from loracli.errors import IntegrityError, VerificationError
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.verifying.origin import EVIDENCE, read_origin
 from loracli.verifying.verify import verify_directory
@@ -31,7 +31,7 @@ def made(folder: Path, kind: str) -> tuple[Path, dict[str, Any], Path]:
     parts.recipe.save(recipe)
     where: dict[str, Any] = {"adapters": [str(path) for path in parts.paths]}
     if kind == "adapter":
-        export_adapter(parts.recipe, folder / "out")
+        export_adapter(ExportRequest(parts.recipe), folder / "out")
     else:
         fuse_model(parts.recipe, folder / "out", base=str(parts.base))
         where["base"] = str(parts.base)
@@ -147,7 +147,7 @@ def test_a_card_whose_hashes_were_written_anew_is_never_said_to_be_checked(tmp_p
 )
 def test_the_card_of_every_kind_of_export_is_made_again(tmp_path: Path, options: dict[str, Any]) -> None:
     parts = Made(tmp_path, "mixed ranks")
-    export_adapter(parts.recipe, tmp_path / "out", **options)
+    export_adapter(ExportRequest(parts.recipe, **options), tmp_path / "out")
     found = verify_directory(tmp_path / "out", adapters=[str(path) for path in parts.paths])
     assert "README.md against the card made again of record and ingredients" in found.checked
 
@@ -196,7 +196,7 @@ def test_an_export_of_a_method_has_nothing_that_only_a_recipe_could_tell(
     tmp_path: Path, two_adapters: tuple[Path, Path]
 ) -> None:
     paths = [str(path) for path in two_adapters]
-    export_method("sum", tmp_path / "out", adapters=paths)
+    export_adapter(ExportRequest(method="sum", adapters=paths), tmp_path / "out")
     assert not verify_directory(tmp_path / "out", adapters=paths).not_checked
     fields = json.loads((tmp_path / "out" / "loracat.json").read_text())
     fields["text_sha256"]["LICENSE"] = "0" * 64

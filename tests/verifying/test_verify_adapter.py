@@ -16,7 +16,7 @@ from loracli.adapters.adapter import read_adapter
 from loracli.composition.card import RECORD_DIGEST, closed
 from loracli.errors import AdapterNotFound, InputError, IntegrityError, LoracatError
 from loracli.export.export import export_adapter
-from loracli.export.method import export_method
+from loracli.export.request import ExportRequest
 from loracli.verifying.findings import Verification
 from loracli.verifying.origin import COMPOSITION, EVIDENCE
 from loracli.verifying.peft_reload import reload_differences, skeleton_of
@@ -66,7 +66,7 @@ def problems(folder: Path, paths: list[str], **options: Any) -> str:
 
 def exported(folder: Path, case: str, **options: Any) -> tuple[Path, list[str], Made]:
     made = Made(folder, case)
-    export_adapter(made.recipe, folder / "out", **options)
+    export_adapter(ExportRequest(made.recipe, **options), folder / "out")
     return folder / "out", [str(path) for path in made.paths], made
 
 
@@ -77,7 +77,7 @@ def test_an_untouched_export_passes_with_everything_checked(tmp_path: Path, case
     made = Made(tmp_path, case)
     paths = [str(path) for path in made.paths]
     for merge, base in ((False, str(made.base)), (True, None)):
-        export_adapter(made.recipe, tmp_path / "out", merge=merge, force=True)
+        export_adapter(ExportRequest(made.recipe, merge=merge), tmp_path / "out", force=True)
         found = verify_directory(tmp_path / "out", adapters=paths, base=base)
         assert only_the_recipe_is_missing(found) and found.kind == "adapter"
         assert found.tensors == len(load_file(tmp_path / "out" / WEIGHTS))
@@ -214,7 +214,7 @@ def test_what_pads_an_export_is_zero(tmp_path: Path, tiny_base: Path) -> None:
         ("model.layers.1.self_attn.q_proj", "the rows and columns beyond rank 4 are not zero"),
         ("model.layers.0.self_attn.q_proj", "is not changed by the composition and has tensors that are not zero"),
     ):
-        export_method("sum", tmp_path / "out", adapters=paths, base=str(tiny_base), force=True)
+        export_adapter(ExportRequest(method="sum", adapters=paths, base=str(tiny_base)), tmp_path / "out", force=True)
         assert not verify_directory(tmp_path / "out", adapters=paths).not_checked
         name = f"base_model.model.{module}.lora_A.weight"
         rewrite(tmp_path / "out", lambda t, name=name: t[name].__setitem__((5, 0), 1.0), record=True)  # type: ignore[misc]
@@ -258,7 +258,7 @@ def test_an_export_by_a_method_is_computed_again(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], name: str
 ) -> None:
     paths = [str(path) for path in two_adapters]
-    export_method(name, tmp_path / "out", adapters=paths)
+    export_adapter(ExportRequest(method=name, adapters=paths), tmp_path / "out")
     found = verify_directory(tmp_path / "out", adapters=paths)
     assert not found.not_checked
     tensor = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
@@ -272,7 +272,7 @@ def test_a_mixing_in_tensors_needs_its_recipe(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     recipe = recipe_of(made, "core")
     recipe.save(tmp_path / "recipe.json")
-    export_adapter(tmp_path / "recipe.json", tmp_path / "out")
+    export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "out")
     paths = [str(path) for path in made.paths]
     unchecked = {item.what: item.why for item in verify_directory(tmp_path / "out", adapters=paths).not_checked}
     assert "name the recipe with --recipe" in unchecked[COMPOSITION]
@@ -284,7 +284,7 @@ def test_a_mixing_in_tensors_needs_its_recipe(tmp_path: Path) -> None:
 
 def test_a_damaged_record_is_said_to_be_damaged(tmp_path: Path, tiny_base: Path) -> None:
     adapter = make_adapter(tmp_path / "a", tiny_base)
-    export_method("sum", tmp_path / "out", adapters=[str(adapter)])
+    export_adapter(ExportRequest(method="sum", adapters=[str(adapter)]), tmp_path / "out")
     whole = (tmp_path / "out" / "loracat.json").read_text()
     edits: list[Callable[[dict[str, Any]], object]] = [
         lambda d: d.pop("certificate"),

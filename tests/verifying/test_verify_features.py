@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
-from loracli.export.method import export_method
+from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
@@ -47,7 +48,7 @@ def edited(out: Path, edit: Callable[[dict[str, torch.Tensor]], object], file: s
 @pytest.mark.parametrize("merge", [False, True])
 def test_biases_are_compared(tmp_path: Path, tiny_base: Path, merge: bool) -> None:
     paths = two(tmp_path, tiny_base, "q_proj", "down_proj", lora_bias=True)
-    export_method("uniform", tmp_path / "out", adapters=paths, base=str(tiny_base), merge=merge)
+    export_adapter(ExportRequest(method="uniform", adapters=paths, base=str(tiny_base), merge=merge), tmp_path / "out")
     found = verify_directory(tmp_path / "out", adapters=paths)
     assert not found.not_checked
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.bias"
@@ -57,7 +58,7 @@ def test_biases_are_compared(tmp_path: Path, tiny_base: Path, merge: bool) -> No
 
 def test_another_base_is_no_fault_of_the_export(tmp_path: Path, tiny_base: Path) -> None:
     paths = two(tmp_path, tiny_base, "q_proj", "down_proj")
-    export_method("sum", tmp_path / "out", adapters=paths, base=str(tiny_base))
+    export_adapter(ExportRequest(method="sum", adapters=paths, base=str(tiny_base)), tmp_path / "out")
     other = make_base(tmp_path / "other", "gpt2")
     with pytest.raises(BaseModelMismatch, match="q_proj|down_proj"):
         verify_directory(tmp_path / "out", adapters=paths, base=str(other))
@@ -66,7 +67,7 @@ def test_another_base_is_no_fault_of_the_export(tmp_path: Path, tiny_base: Path)
 def test_modules_saved_whole_are_compared(tmp_path: Path, tiny_base: Path) -> None:
     paths = two(tmp_path, tiny_base, "q_proj", modules_to_save=["norm"])
     options = {"adapters": paths, "base": str(tiny_base), "modules_to_save": "average"}
-    export_method("sum", tmp_path / "out", **options)  # type: ignore[arg-type]
+    export_adapter(ExportRequest(method="sum", **options), tmp_path / "out")  # type: ignore[arg-type]
     found = verify_directory(tmp_path / "out", adapters=paths)
     assert [skipped.what for skipped in found.not_checked] == ["what PEFT makes of it"]
     said = edited(tmp_path / "out", lambda tensors: tensors["base_model.model.model.norm.weight"].add_(0.01))
@@ -75,7 +76,7 @@ def test_modules_saved_whole_are_compared(tmp_path: Path, tiny_base: Path) -> No
 
 def test_the_layout_of_mlx_is_compared(tmp_path: Path, tiny_base: Path) -> None:
     paths = two(tmp_path, tiny_base, "q_proj", "v_proj")
-    export_method("sum", tmp_path / "out", adapters=paths, base=str(tiny_base), profile="mlx")
+    export_adapter(ExportRequest(method="sum", adapters=paths, base=str(tiny_base), profile="mlx"), tmp_path / "out")
     found = verify_directory(tmp_path / "out", adapters=paths)
     assert [skipped.what for skipped in found.not_checked] == ["what PEFT makes of it"]
     assert found.tensors == len(load_file(tmp_path / "out" / "adapters.safetensors"))
@@ -85,7 +86,7 @@ def test_the_layout_of_mlx_is_compared(tmp_path: Path, tiny_base: Path) -> None:
 
 def test_a_gguf_file_is_held_against_its_hash(tmp_path: Path, tiny_base: Path) -> None:
     paths = two(tmp_path, tiny_base, "q_proj", "v_proj")
-    export_method("sum", tmp_path / "out", adapters=paths, base=str(tiny_base), gguf=True)
+    export_adapter(ExportRequest(method="sum", adapters=paths, base=str(tiny_base), gguf=True), tmp_path / "out")
     found = verify_directory(tmp_path / "out", adapters=paths)
     assert [skipped.what for skipped in found.not_checked] == ["the tensors of adapter.gguf"]
     data = bytearray((tmp_path / "out" / "adapter.gguf").read_bytes())
@@ -99,10 +100,8 @@ def test_a_gguf_file_is_held_against_its_hash(tmp_path: Path, tiny_base: Path) -
 @pytest.mark.parametrize("rule", [{"tolerance": 0.4}, {"energy": 0.8}, {"budget": 12_000}])
 @pytest.mark.parametrize("profile", ["portable", "peft"])
 def test_ranks_that_were_chosen_by_a_rule_are_verified(tmp_path: Path, rule: dict[str, Any], profile: str) -> None:
-    from loracli.export.export import export_adapter
-
     made = Made(tmp_path, "mixed ranks")
-    export_adapter(made.recipe, tmp_path / "out", merge=True, profile=profile, **rule)
+    export_adapter(ExportRequest(made.recipe, merge=True, profile=profile, **rule), tmp_path / "out")
     assert only_the_recipe_is_missing(verify_directory(tmp_path / "out", adapters=[str(path) for path in made.paths]))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loracli.algebra.factors import Factors
+from loracli.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,17 @@ class MethodOptions:
     scale: float = 1.0
     seed: int = 0
     rank: int | None = None
+
+    def check(self) -> None:
+        """Raises UsageError for an option out of its range."""
+        if self.density is not None and not 0 < self.density <= 1:
+            raise UsageError(f"--density {self.density} is not above 0 and at most 1")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"--rank {self.rank} is below 1")
+        if not abs(self.scale) <= 1e6:
+            raise UsageError(f"--scale {self.scale} is not between -1e6 and 1e6")
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"--seed {self.seed} is not between 0 and {(1 << 63) - 1}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,218 @@
+"""What is to be exported and how, and which of it does not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from loracli.adapters.claims import checked_task
+from loracli.algebra.methods import METHODS
+from loracli.algebra.methods.method import Method, MethodOptions
+from loracli.calibration.records import DataPaths
+from loracli.composition.composition import DEFAULTS, takes
+from loracli.errors import UsageError
+from loracli.export.layout import PROFILES
+from loracli.recipe.recipe import Recipe
+from loracli.recipe.record import MIXING_KINDS
+
+OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is composed: a recipe, or by a method adapters or the ingredients of a recipe; and how it is written.
+
+    A method whose own result has full rank is cut to `rank`: to the sum of the ranks if that is None, with `merge` to
+    the largest ingredient rank.
+
+    Args:
+        recipe: a recipe, or the file of one; with a method its ingredients alone are used.
+        adapters: with a recipe where its ingredients are now, in its order, and empty for where it says; without one
+            what the method composes.
+        method: of `loracat compare`, None for the recipe's own mixing.
+        method_options: of the method; its rank is `rank`.
+        modules_to_save: with a method `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse`
+            without one.
+        task_type: with a method PEFT's name of the export's task; None for the one that the adapters agree on.
+        merge: compress instead of concatenating.
+        rank: of the result with `merge`, or of a method that cuts its result; None is the largest ingredient rank with
+            `merge` unless one of the next three is set, and what the method says otherwise.
+        tolerance: with `merge`, the smallest rank with which no module has a larger |dW - dW'|_F / |dW|_F.
+        energy: with `merge`, the smallest ranks that keep this share of |dW|_F^2 over all modules.
+        budget: with `merge`, the ranks that keep most in a tensor file of at most so many bytes.
+        activation_aware: with `merge` and a rank, of a recipe: cut what calibration records show least of.
+        refit: with `merge`, fit the k x k core of every cut module; not of a method that merges the factors.
+        dtype: float32, float16 or bfloat16; None is the widest of the ingredients' dtypes, and float32 for trained
+            factors.
+        profile: `portable`, `peft` or `mlx`; None is portable where that is possible.
+        gguf: write a GGUF file as well.
+        fit_data: calibration JSONL, for a method that searches for weights, for `activation_aware` in the place of what
+            the fit left beside the recipe, and for `refit`; the base model is loaded for that.
+        data: calibration JSONL for `refit`, of which a share is held out to score the result on; with `fit_data`, which
+            is calibrated on then, all of it is.
+        base: a Hub id or directory of the base model that a method, `fit_data`, `data` and `gguf` need; None for what
+            recipe or adapters name.
+        base_revision: of a base on the Hub.
+    """
+
+    recipe: Recipe | str | Path | None = None
+    adapters: Sequence[str] = ()
+    method: str | None = None
+    method_options: MethodOptions = DEFAULTS
+    modules_to_save: str | None = None
+    task_type: str | None = None
+    merge: bool = False
+    rank: int | None = None
+    tolerance: float | None = None
+    energy: float | None = None
+    budget: int | None = None
+    activation_aware: bool = False
+    refit: bool = False
+    dtype: str | None = None
+    profile: str | None = None
+    gguf: bool = False
+    fit_data: DataPaths | None = None
+    data: DataPaths | None = None
+    base: str | None = None
+    base_revision: str | None = None
+
+    @property
+    def rank_rule(self) -> dict[str, float | int]:
+        """What ranks are chosen by, by the name of its option; empty where the rank is given."""
+        rules = {"tolerance": self.tolerance, "energy": self.energy, "budget": self.budget}
+        return {name: value for name, value in rules.items() if value is not None}
+
+
+def check(request: ExportRequest) -> Method | None:
+    """The method that composes, None for a recipe's own mixing.
+
+    Raises:
+        UsageError: for what contradicts each other or is out of its range, with the way out.
+    """
+    method = None if request.method is None else find_method(request.method, request.method_options)
+    if request.task_type is not None and method is not None:
+        checked_task(request.task_type)
+    _refuse_first(_refusals(request, method))
+    return method
+
+
+def check_form(request: ExportRequest) -> None:
+    """Raises UsageError for a rank, error, energy, dtype or profile that cannot be, whatever is composed."""
+    _refuse_first(_out_of_range(request))
+
+
+# Whether something is to be refused, what is wrong with it, and the way out.
+_Refusals = tuple[tuple[bool, str, str | None], ...]
+
+
+def _refuse_first(refusals: _Refusals) -> None:
+    for applies, sentence, hint in refusals:
+        if applies:
+            raise UsageError(sentence, hint=hint)
+
+
+def _out_of_range(request: ExportRequest) -> _Refusals:
+    rank, tolerance, energy, dtype, profile = (
+        request.rank,
+        request.tolerance,
+        request.energy,
+        request.dtype,
+        request.profile,
+    )
+    return (
+        (
+            tolerance is not None and not 0 <= tolerance < 1,
+            f"--tolerance {tolerance} is not at least 0 and below 1",
+            None,
+        ),
+        (energy is not None and not 0 < energy <= 1, f"--energy {energy} is not above 0 and at most 1", None),
+        (rank is not None and rank < 1, f"--rank {rank} is below 1", None),
+        (dtype not in (None, *OUTPUT_DTYPES), f"--dtype {dtype} is not one of {', '.join(OUTPUT_DTYPES)}", None),
+        (profile not in (None, *PROFILES), f"--profile {profile} is not one of {', '.join(PROFILES)}", None),
+    )
+
+
+def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
+    recipe, merge, refit = method is None, request.merge, request.refit
+    searches, cuts = method is not None and method.search is not None, method is not None and method.cuts
+    fitted, data, based = request.fit_data is not None, request.data is not None, request.base or request.base_revision
+    rank, rule = request.rank, request.rank_rule
+    given = [f"--{name}" for name in (*(() if rank is None else ("rank",)), *rule)]
+    base = "--base" if request.base else "--base-revision"
+    return (
+        (recipe and request.recipe is None, "nothing to export", "give a RECIPE, or --adapters"),
+        (
+            recipe and request.modules_to_save is not None,
+            "--modules-to-save was settled when the recipe was fitted",
+            "leave it out, or fit again with it",
+        ),
+        (
+            recipe and request.task_type is not None,
+            "--task-type is for --method: a recipe is of a causal language model",
+            "leave it out",
+        ),
+        (
+            recipe and request.method_options != DEFAULTS,
+            "--density, --scale and --seed are for a method",
+            "name it with --method",
+        ),
+        (
+            recipe and bool(based) and not (data or fitted or refit or request.gguf),
+            f"{base} has no use here: no base model is read",
+            f"give it with --method, --data, --fit-data or --gguf, or leave {base} out",
+        ),
+        (not recipe and request.activation_aware, "--activation-aware is for a recipe", "leave out --method"),
+        (
+            rank is not None and not (merge or cuts),
+            "--rank is for --merge; a concatenation has the sum of the ranks",
+            "add --merge",
+        ),
+        (len(given) > 1, f"{' and '.join(given)} cannot both decide on the rank", "give one of them"),
+        (
+            bool(rule) and not merge,
+            f"{' '.join(given)} is for --merge; a concatenation has the sum of the ranks",
+            "add --merge",
+        ),
+        (
+            request.activation_aware and (not merge or bool(rule)),
+            "--activation-aware is for --merge to a rank",
+            "add --merge, and --rank K if need be",
+        ),
+        *_out_of_range(request),
+        (
+            recipe and fitted and not (request.activation_aware or refit),
+            "--fit-data has no use here",
+            "give it with --activation-aware or --refit",
+        ),
+        (refit and not merge, "--refit is for --merge; a concatenation is exact already", "add --merge"),
+        (refit and not (fitted or data), "--refit needs calibration records", "give them with --data FILE"),
+        (data and not refit, "records to refit on have no use without --refit", "add --refit"),
+        (searches and not fitted, f"{request.method} has to be fitted", "give --fit-data"),
+        (
+            not recipe and fitted and not (searches or refit),
+            f"{request.method} needs no calibration records",
+            "leave out --fit-data",
+        ),
+    )
+
+
+def find_method(name: str, options: MethodOptions = DEFAULTS) -> Method:
+    """The method of a name, which takes every option that is set.
+
+    Raises:
+        UsageError: if there is no such method, an option is out of its range, or the method does not take it.
+    """
+    options.check()
+    if name not in METHODS:
+        fitted = (*MIXING_KINDS, "auto", "paper")
+        hint = f"fit it: loracat fit --mixing {name}, then export the recipe" if name in fitted else None
+        raise UsageError(f"--method {name} is not one of {', '.join(METHODS)}", hint=hint)
+    method = METHODS[name]
+    for option in fields(options):
+        if getattr(options, option.name) != option.default and option.name not in takes(method):
+            can = ", ".join(f"--{word}" for word in sorted(takes(method)))
+            raise UsageError(f"{name} takes no --{option.name}", hint=f"it takes {can}" if can else None)
+    return method
