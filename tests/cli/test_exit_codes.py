@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -66,20 +65,22 @@ def other_bytes(folder: Path) -> Any:
 
 def stopped_by(number: signal.Signals) -> Callable[[Path], Any]:
     def stop(folder: Path) -> Any:
-        os.mkfifo(folder / "pipe")
         with subprocess.Popen(
-            [*COMMAND, "show", "pipe"],
+            [*COMMAND, *"fit --adapters know form --base base --data - -o new.json".split()],
             cwd=folder,
             env=environment(),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         ) as process:
-            with (folder / "pipe").open("wb"):  # waits until the command reads, which then waits for more
-                process.send_signal(number)
-                stdout, stderr = process.communicate(timeout=60)
-        return subprocess.CompletedProcess([], process.returncode, stdout, stderr)
+            assert process.stdin and process.stdout and process.stderr
+            process.stdin.write("\n" * (1 << 20))  # more than a pipe holds: done when the command reads,
+            process.stdin.flush()
+            process.send_signal(number)
+            process.wait(60)  # and it reads on until the pipe is closed, after this
+            return subprocess.CompletedProcess([], process.returncode, process.stdout.read(), process.stderr.read())
 
     return stop
 
