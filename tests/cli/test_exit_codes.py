@@ -17,6 +17,19 @@ from tests.stub_hub import StubHub
 CONFIG = b'{"peft_type": "LORA", "base_model_name_or_path": "org/base"}'
 
 
+def after(statements: str, *words: str, cwd: Path, **variables: str) -> Any:
+    """The finished program, before which some statements ran in its process."""
+    return subprocess.run(
+        [COMMAND[0], "-c", f"{statements}\nfrom loracli.cli import main\nmain()", *words],
+        cwd=cwd,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 def done(folder: Path) -> Any:
     return piped("--version", cwd=folder)
 
@@ -48,13 +61,9 @@ def offline(folder: Path) -> Any:
 def disk_full(folder: Path) -> Any:
     # The system's limit for one file: the same error as a full disk.
     limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-    program = [COMMAND[0], "-c", limited + "from loracli.cli import main\nmain()", "fetch", "org/name"]
     with StubHub() as hub:
         hub.add("org/name", {"adapter_config.json": CONFIG, "adapter_model.safetensors": b"x" * 8192})
-        variables = environment(HF_ENDPOINT=hub.url, HF_HOME=str(folder))
-        return subprocess.run(
-            program, cwd=folder, env=variables, capture_output=True, text=True, timeout=120, check=False
-        )
+        return after(limited, "fetch", "org/name", cwd=folder, HF_ENDPOINT=hub.url, HF_HOME=str(folder))
 
 
 def other_bytes(folder: Path) -> Any:
@@ -63,24 +72,19 @@ def other_bytes(folder: Path) -> Any:
     return piped("export", cwd=folder)
 
 
+# A signal that comes from elsewhere may come just before the command begins to wait, and would then be seen only when
+# it has waited.
+STOP = """
+import os, signal
+import loracli.recipe.reading
+signal.signal(signal.SIGINT, signal.default_int_handler)
+loracli.recipe.reading.read_document = lambda path: os.kill(os.getpid(), {number})
+"""
+
+
 def stopped_by(number: signal.Signals) -> Callable[[Path], Any]:
     def stop(folder: Path) -> Any:
-        with subprocess.Popen(
-            [*COMMAND, *"fit --adapters know form --base base --data - -o new.json".split()],
-            cwd=folder,
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        ) as process:
-            assert process.stdin and process.stdout and process.stderr
-            process.stdin.write("\n" * (1 << 20))  # more than a pipe holds: done when the command reads,
-            process.stdin.flush()
-            process.send_signal(number)
-            process.wait(60)  # and it reads on until the pipe is closed, after this
-            return subprocess.CompletedProcess([], process.returncode, process.stdout.read(), process.stderr.read())
+        return after(STOP.format(number=int(number)), "show", "recipe.json", cwd=folder)
 
     return stop
 
@@ -128,18 +132,9 @@ def interrupted(app):
     os.kill(os.getpid(), signal.SIGINT)
     return put_together(app)
 typer.main.get_command = interrupted
-from loracli.cli import main
-main()
 """
 
 
 def test_ctrl_c_while_the_commands_are_put_together_is_no_traceback(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [COMMAND[0], "-c", BEFORE_ANY_COMMAND],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = after(BEFORE_ANY_COMMAND, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
