@@ -27,8 +27,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from loracli.cli._options import Json, Quiet
 from loracli.errors import CalibrationError, LoracatError, RecipeError, SettingsError, VerificationError
 from loracli.progress import WORK, amount_text, duration_text
+from loracli.system.document import encode
 from loracli.system.escaping import visible
 
 if TYPE_CHECKING:
@@ -171,7 +173,7 @@ class Output:
         quiet: print bare values; notes and progress are left out, warnings and errors are not.
     """
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+    def __init__(self, *, as_json: Json = False, quiet: Quiet = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
         self._stdout = _console(sys.stdout)
@@ -407,6 +409,11 @@ class _Line:
         seconds = time.monotonic() - self.started
         amount = "" if self.unit == WORK or not self.done else f"{amount_text(self.done, self.unit)} in "
         return f"{amount}{seconds:.2f} s" + (f", {self.status}" if self.status else "")
+
+
+def encode_as(result: Any, **names: str) -> dict[str, Any]:
+    """The fields of a dataclass for a JSON document, some by the names that they have there."""
+    return {names.get(name, name): value for name, value in encode(result).items()}
 
 
 def describe(error: LoracatError) -> dict[str, Any]:

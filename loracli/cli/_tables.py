@@ -1,14 +1,19 @@
-"""Tables and sentences that more than one command prints.
-
-How a comparison is shown to people.
-"""
+"""How results are shown to people: a recipe, a comparison, an export."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from loracli.cli._output import Block, Output
 from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim, verdict
+from loracli.progress import amount_text
 from loracli.recipe.recipe import HeldOut, Recipe
 from loracli.recipe.record import FitCertificate
+
+if TYPE_CHECKING:
+    from loracli.export.export import Exported
+    from loracli.export.loss import ExportLoss
+    from loracli.export.refit import RefitRecord
 
 COMPARED_TASKS = 12
 KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
@@ -168,7 +173,7 @@ def search_lines(out: Output, recipe: Recipe) -> None:
     if fit.refitted:
         out.line("then fitted once more on all training records")
     if fit.certificate is not None:
-        certificate_lines(out, recipe, fit.certificate)
+        _optimum_lines(out, recipe, fit.certificate)
     if fit.halvings:
         out.line(
             f"{fit.halvings} micro-batches were halved for want of memory: another run may differ in the last bits"
@@ -181,7 +186,7 @@ def _heading(criterion: str) -> str:
     return "nats/token on validation" if criterion == NATS else f"1 - {criterion} on validation"
 
 
-def certificate_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> None:
+def _optimum_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> None:
     """Where the weights stand: what is still to gain, how many the records determine, and which are far out."""
     labels = list(recipe.labels().values())
     bound = "" if certificate.certain else "at most "
@@ -235,3 +240,66 @@ def _task_lines(out: Output, table: HeldOut) -> None:
     if len(table.tasks) > SHOWN_TASKS:
         out.line(f"... and {len(table.tasks) - SHOWN_TASKS} more tasks in the recipe")
     out.line()
+
+
+def dtype_name(dtype: Any) -> str:
+    """A torch dtype without its module."""
+    return str(dtype).removeprefix("torch.")
+
+
+def exported_summary(exported: Exported) -> str:
+    """An adapter in half a line: rank, modules, dtype, size, layout."""
+    layout = exported.layout
+    return (
+        f"  rank {layout.rank}, {len(layout.ranks)} modules, {dtype_name(exported.dtype)}, "
+        f"{amount_text(exported.size_bytes, 'B')}, profile {layout.profile}"
+    )
+
+
+def certificate_lines(out: Output, exported: Exported) -> None:
+    """How far the written adapter is from the composition."""
+    certificate = exported.certificate
+    if not exported.merged:
+        rounding = f" to {certificate.largest_error:.1e}, the rounding of {dtype_name(exported.dtype)}"
+        out.line(f"  exact{rounding if certificate.largest_error else ''}")
+        return
+    out.line(
+        f"  energy kept by the compression: {certificate.mean_energy:.2%} on average, "
+        f"{certificate.least_energy:.2%} at least; relative error {certificate.largest_error:.2f} at most"
+    )
+    out.table(
+        ["  module", "rank", "energy kept", "relative error"],
+        [
+            [f"  {module.name}", str(module.rank), f"{module.kept_energy:.2%}", f"{module.relative_error:.3f}"]
+            for module in certificate.worst
+        ],
+    )
+
+
+def export_loss_lines(out: Output, loss: ExportLoss) -> None:
+    """The loss of the composition and of what was written."""
+    rows = [["  composition", f"{loss.before:.4f}"], ["  export", f"{loss.after:.4f}"]]
+    out.table(["  on held-out records", "nats per token"], rows)
+    out.line(
+        f"  {loss.records} records, {loss.scored_tokens} scored tokens; difference {loss.difference:+.4f}, "
+        f"95 % interval {interval_text(loss.interval)}"
+    )
+
+
+def refit_lines(out: Output, refit: RefitRecord) -> None:
+    """The losses of a refit, and what was kept."""
+    loss = refit.loss
+    rows = [("composition", loss.composition), ("truncation", loss.truncated), ("refit", loss.refitted)]
+    rows = rows if refit.kept == "refit" else rows[:2]
+    out.table(["  on held-out records", "nats per token"], [[f"  {name}", f"{nats:.4f}"] for name, nats in rows])
+    gain = f"a gain of {refit.gain:.4f} on the validation records, standard error {refit.standard_error:.4f}"
+    if refit.kept == "refit":
+        out.line(
+            f"  {loss.records} records, {loss.scored_tokens} scored tokens; refit minus truncation "
+            f"{loss.refitted - loss.truncated:+.4f}, 95 % interval {interval_text(loss.interval)}"
+        )
+        out.line(f"  refitted: {refit.numbers} numbers, {gain}")
+    else:
+        out.line(f"  the truncation is kept: {gain}")
+    if refit.stopped is not None:
+        out.warn(f"the refit stopped early: {refit.stopped}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt, complete_adapter
+from loracli.cli import _options as opt
 from loracli.cli._output import Output
 from loracli.progress import amount_text
 
@@ -21,21 +21,17 @@ EPILOG = (
 
 
 def convert(
+    *,
     adapter: Annotated[
         str,
         typer.Argument(
             metavar="ADAPTER",
-            autocompletion=complete_adapter,
+            autocompletion=opt.complete_adapter,
             help="DoRA, PiSSA, OLoRA, CorDA or LoRA-GA, on the Hub or in a directory.",
         ),
     ],
-    base: Annotated[
-        str | None,
-        typer.Option("--base", metavar="MODEL", help="Hub id or directory; default: the one that the adapter names."),
-    ] = None,
-    base_revision: Annotated[
-        str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
-    ] = None,
+    base: opt.Base = None,
+    base_revision: opt.BaseRevision = None,
     initial: Annotated[
         str | None,
         typer.Option("--initial", metavar="ADAPTER", help="The adapter as it was saved before its training."),
@@ -55,10 +51,7 @@ def convert(
             "DoRA; with DoRA 0.1, up to rank 512.",
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; default: the adapter's own."),
-    ] = None,
+    dtype: opt.WrittenDtype = None,
     from_pickle: Annotated[
         bool,
         typer.Option(
@@ -66,15 +59,13 @@ def convert(
             help="Make safetensors of adapter_model.bin, which a process of its own opens, within limits.",
         ),
     ] = False,
-    force: ForceOpt = False,
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
+    force: opt.Force = False,
+    out: Output,
 ) -> None:
     """Make a plain LoRA, at a stated error, of an adapter that is refused without its base model; or safetensors of a
     pickle file."""
     from loracli.conversion.convert import convert_adapter
 
-    out = Output(as_json=as_json, quiet=quiet)
     if from_pickle:
         others = {
             "--base": base,

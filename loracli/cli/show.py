@@ -6,11 +6,8 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from loracli.cli._options import JsonOpt, QuietOpt
+from loracli.cli import _options as opt
 from loracli.cli._output import Output
 
 EPILOG = "loracat show recipe.json  ·  loracat show recipe.json --json"
@@ -25,11 +22,9 @@ def _spread(cell: tuple[float, float, float] | None) -> str:
 
 
 def show(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that `loracat fit` wrote.")] = Path(
-        "recipe.json"
-    ),
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
+    *,
+    recipe: opt.RecipeArgument = Path("recipe.json"),
+    out: Output,
 ) -> None:
     """Show a recipe: ingredients, weights, how they were found, and the held-out table."""
     from loracli.cli._tables import data_lines, held_out_lines, search_lines, weight_maps
@@ -37,7 +32,6 @@ def show(
     from loracli.recipe.reading import load_recipe
     from loracli.recipe.recipe import other_bases_of, weights_by_leaf
 
-    out = Output(as_json=as_json, quiet=quiet)
     loaded = load_recipe(recipe)
     out.document({"recipe": json.loads(loaded.to_json())})
     out.value(loaded.held_out.verdict)
