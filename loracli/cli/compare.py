@@ -113,7 +113,6 @@ def compare(
         placement=Placement(**vars(placement)),
         progress=out,
     )
-    out.close()
     out.document(encode(found))
     out.value(found.best.name)
     comparison_lines(out, found)

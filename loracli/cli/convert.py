@@ -64,6 +64,7 @@ def convert(
 ) -> None:
     """Make a plain LoRA, at a stated error, of an adapter that is refused without its base model; or safetensors of a
     pickle file."""
+    from loracli.cli._tables import dtype_name, exported_summary
     from loracli.conversion.convert import convert_adapter
 
     if from_pickle:
@@ -89,15 +90,14 @@ def convert(
         force=force,
         progress=out,
     )
-    out.close()
     exported, modules = made.exported, made.exported.certificate.modules
-    layout, dtype_name = exported.layout, str(exported.dtype).removeprefix("torch.")
+    layout = exported.layout
     out.document(
         {
             "path": str(exported.path),
             "profile": layout.profile,
             "rank": layout.rank,
-            "dtype": dtype_name,
+            "dtype": dtype_name(exported.dtype),
             "size_bytes": exported.size_bytes,
             "relative_error": made.relative_error,
             "largest_relative_error": exported.certificate.largest_error,
@@ -113,10 +113,7 @@ def convert(
     if layout.profile == "peft" and layout.reason:
         out.warn(f"written for PEFT and vLLM only: {layout.reason}")
     out.line(str(exported.path), style="bold")
-    out.line(
-        f"  rank {layout.rank}, {len(layout.ranks)} modules, {dtype_name}, "
-        f"{amount_text(exported.size_bytes, 'B')}, profile {layout.profile}"
-    )
+    out.line(exported_summary(exported))
     out.line(
         f"  relative error of the change in the base's weights: {made.relative_error:.1e} over all modules, "
         f"{exported.certificate.largest_error:.1e} at most"
@@ -136,6 +133,7 @@ def convert(
 
 def _from_pickle(out: Output, reference: str, output: Path, others: list[str], *, force: bool) -> None:
     """`convert --from-pickle`; `others` are options that were given beside it."""
+    from loracli.cli._tables import dtype_name
     from loracli.conversion.from_pickle import convert_pickle
     from loracli.errors import UsageError
 
@@ -145,8 +143,7 @@ def _from_pickle(out: Output, reference: str, output: Path, others: list[str], *
             hint="make safetensors first, then convert those",
         )
     made = convert_pickle(reference, output, force=force, progress=out)
-    adapter, dtype = made.adapter, str(made.adapter.dtype).removeprefix("torch.")
-    out.close()
+    adapter, dtype = made.adapter, dtype_name(made.adapter.dtype)
     out.document(
         {
             "path": str(made.path),

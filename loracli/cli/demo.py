@@ -32,7 +32,6 @@ def demo(
     with tempfile.TemporaryDirectory() if output is None else whole_directory(output, force=False) as folder:
         out.note("a small model with two adapters: 'know' holds facts, 'form' a way of answering; the test needs both")
         result = run_demo(Path(folder), progress=out)
-    out.close()
     out.document(
         {
             "rows": [

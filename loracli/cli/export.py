@@ -209,7 +209,6 @@ def _show(out: Output, exported: Exported, loss: ExportLoss | None, *, gguf: boo
     from loracli.cli._tables import certificate_lines, dtype_name, export_loss_lines, exported_summary, refit_lines
 
     certificate, layout = exported.certificate, exported.layout
-    out.close()
     out.document(
         {
             "path": str(exported.path),
@@ -254,7 +253,6 @@ def _show_plan(out: Output, planned: Exported) -> None:
     from loracli.cli._tables import dtype_name, exported_summary
 
     layout = planned.layout
-    out.close()
     out.document(
         {
             "plan": {

@@ -66,7 +66,6 @@ def fetch(
         progress=out,
     )
     adapters, base = fetched.adapters, fetched.base
-    out.close()
     out.document(
         {
             "dry_run": dry_run,

@@ -180,11 +180,13 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
 
 def _show_plan(out: Output, plan: FitPlan) -> None:
     """What a fit would do."""
+    from loracli.cli._tables import dtype_name
+
     inputs, settings, again = plan.inputs, plan.inputs.settings, plan.decision.checkpointing
     facts: dict[str, Any] = {
         "base": inputs.base.id,
         "base_commit": inputs.base.commit,
-        "dtype": str(plan.base.dtype).removeprefix("torch."),
+        "dtype": dtype_name(plan.base.dtype),
         "device": plan.base.device,
         "adapters": list(inputs.references),
         "training_records": plan.training_records,
@@ -203,7 +205,6 @@ def _show_plan(out: Output, plan: FitPlan) -> None:
         "memory_bytes": plan.memory.total_checkpointed if again else plan.memory.total,
         "checkpointing": again,
     }
-    out.close()
     out.document({"plan": facts})
     (out.warn if plan.decision.tight else out.note)(plan.decision.note)
     shown = facts | {"adapters": ", ".join(facts["adapters"]), "memory_bytes": amount_text(facts["memory_bytes"], "B")}

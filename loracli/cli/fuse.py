@@ -77,7 +77,6 @@ def fuse(
         dry_run=dry_run,
         progress=out,
     )
-    out.close()
     out.document({"dry_run": dry_run, **encode_as(fused, base_id="base", resumed="resumed_shards")})
     out.value(str(fused.path))
     out.line(str(fused.path) + (" would be written:" if dry_run else ""), style="bold")

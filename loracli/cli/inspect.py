@@ -33,7 +33,6 @@ def inspect(
     from loracli.adapters.compatible import inspect_adapters
 
     found = inspect_adapters(references, revision=revision, cache_dir=cache_dir, token=token, progress=out)
-    out.close()
     out.document(found.as_dict())
     for adapter in found.adapters:
         out.line(adapter.reference, style="bold")

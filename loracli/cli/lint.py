@@ -42,7 +42,6 @@ def lint(
 
     asked = [name.strip() for name in servers.split(",") if name.strip()] if servers else []
     found = lint_adapter(directory, servers=asked, base=base, progress=out)
-    out.close()
     out.document(found.as_dict())
     out.line(f"{directory}: {found.modules} modules, rank up to {found.rank}, {found.layout} layout")
     for server in found.servers:

@@ -56,7 +56,6 @@ def push(
         token=token,
         progress=out,
     )
-    out.close()
     document = encode_as(found, repo_id="repo", verification="not_checked")
     document["not_checked"] = document["not_checked"]["not_checked"]
     out.document({"dry_run": dry_run, **document})

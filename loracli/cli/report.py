@@ -35,7 +35,6 @@ def report(
     from loracli.report.report import write_report
 
     written = write_report(recipe, output, comparison=comparison, adapters=adapters or (), force=force, progress=out)
-    out.close()
     out.document(encode_as(written, path="report"))
     out.value(str(written.path))
     out.line(str(written.path), style="bold")

@@ -42,7 +42,6 @@ def verify(
         edited_card=edited_card,
         progress=out,
     )
-    out.close()
     out.document(encode(found))
     out.value("incomplete" if found.not_checked else "verified")
     out.line(str(found.path), style="bold")
