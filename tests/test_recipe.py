@@ -410,9 +410,9 @@ def test_another_schema_is_refused_with_the_way_out_where_there_is_one(
     ("data", "reason"),
     [
         (b"", "not valid JSON"),
-        (b"[]", "is no recipe"),
-        (b"{}", "is no recipe"),
-        (b'{"peft_type": "LORA"}', "is no recipe"),
+        (b"[]", "is not a recipe"),
+        (b"{}", "is not a recipe"),
+        (b'{"peft_type": "LORA"}', "is not a recipe"),
         (b'{"loracat_recipe": 2, "loracat_recipe": 2}', "appears twice"),
         (b'{"loracat_recipe": 2', "not valid JSON"),
         (b"\xff\xfe", "not UTF-8"),

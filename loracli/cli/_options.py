@@ -140,7 +140,7 @@ Fields = Annotated[
 ]
 Seed = Annotated[
     int,
-    typer.Option("--seed", metavar="N", help="Of what is random: splits, batches, the bootstrap, dare, lorahub."),
+    typer.Option("--seed", metavar="N", help="Seed of what is random: splits, batches, the bootstrap, dare, lorahub."),
 ]
 Density = Annotated[
     float | None, typer.Option("--density", metavar="X", help="Share of entries that ties, dare and knots keep.")
@@ -179,9 +179,9 @@ class ReadingOptions:
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out lines that cannot be used, and say which.")
     ] = False
-    max_length: Annotated[int, typer.Option("--max-length", metavar="N", help="Tokens of a record that are used.")] = (
-        1024
-    )
+    max_length: Annotated[
+        int, typer.Option("--max-length", metavar="N", help="How many tokens of a record are used, from its beginning.")
+    ] = 1024
     allow_truncation: Annotated[
         bool,
         typer.Option(
@@ -229,9 +229,9 @@ class AnswerOptions:
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", metavar="N", help="Largest length of a generated answer.")
     ] = 256
-    tolerance: Annotated[float, typer.Option("--tolerance", metavar="X", help="Relative, of the metric numeric.")] = (
-        1e-4
-    )
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", metavar="X", help="Relative tolerance of the metric numeric.")
+    ] = 1e-4
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,9 @@ class PlacementOptions:
 
     dtype: Annotated[
         str,
-        typer.Option("--dtype", metavar="DTYPE", help="Of the base model: auto, float32, bfloat16, float16, float64."),
+        typer.Option(
+            "--dtype", metavar="DTYPE", help="Dtype of the base model: auto, float32, bfloat16, float16, float64."
+        ),
     ] = "auto"
     device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")] = "auto"
     device_map: Annotated[

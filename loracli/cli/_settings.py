@@ -60,7 +60,7 @@ NOT_IN_A_FILE = {
     "token": "secrets do not belong there; use HF_TOKEN or `hf auth login`",
     "config": "one file does not name another",
     "json": "whoever reads the document asks for it",
-    "help": "it is no setting",
+    "help": "it is not a setting",
 }
 
 Options = Mapping[str, Any]  # of one command, by their long names: `max-length`
@@ -131,13 +131,13 @@ def read_settings(explicit: Path | None, commands: Mapping[str, Options]) -> tup
         raise SettingsError(
             f"{PROJECT_FILE} is in force without having been asked for, and sets what only you may set",
             problems=tuple(unasked),
-            hint=f"if you trust it, say so: --config {PROJECT_FILE}; or mend it",
+            hint=f"if you trust it, say so: --config {PROJECT_FILE}; or fix it",
         )
     problems += unasked
     if problems:
         files = " and ".join(dict.fromkeys(problem.partition(": ")[0] for problem in problems))
         count = "a setting" if len(problems) == 1 else f"{len(problems)} settings"
-        hint = f"mend {files}; `loracat COMMAND --help` lists the options of a command"
+        hint = f"fix {files}; `loracat COMMAND --help` lists the options of a command"
         raise SettingsError(f"{count} cannot be honoured", problems=tuple(problems), hint=hint)
     return tuple(settings)
 
@@ -180,7 +180,7 @@ def _read_file(
         raise SettingsError(
             "a setting cannot be honoured",
             problems=(f"{path}: a whole number of thousands of digits",),
-            hint=f"mend {path}",
+            hint=f"fix {path}",
         ) from None
     settings = []
     for name, value in document.items():
@@ -216,7 +216,7 @@ def _check_dots(path: Path, text: str) -> None:
                 raise SettingsError(
                     "a setting cannot be honoured",
                     problems=(f"{path}: line {line}: the key {key!r}... has more than {MAX_DOTS} dots",),
-                    hint=f"mend {path}; it has a table for each command, such as [fit]",
+                    hint=f"fix {path}; it has a table for each command, such as [fit]",
                 )
         elif token in _BETWEEN:
             begin, dots = found.end(), 0
@@ -260,7 +260,7 @@ def _of_recipe(path: Path) -> list[Setting]:
         found[field.name.replace("_", "-")] = recipe.fit.settings.get(field.name)
     if found.pop("metric-command") is not None:
         raise UsageError(
-            f"{path} holds the sha256 of its --metric-command only, so it is no configuration",
+            f"{path} holds the sha256 of its --metric-command only, so it is not a configuration",
             hint="write the settings into a TOML file",
         )
     return [Setting("fit", option, value, str(path)) for option, value in found.items()]

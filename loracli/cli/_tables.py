@@ -46,11 +46,11 @@ def comparison_lines(out: Output, found: Comparison) -> None:
     if found.metric:
         out.line(metric_claim(found), style="bold")
     out.line(
-        f"so many records show a true difference of {found.detectable:.4f} nats per token four times in five",
+        f"with this many records a true difference of {found.detectable:.4f} nats per token is found 4 times in 5",
         style="dim",
     )
     if found.repeated_records:
-        out.line(f"{found.repeated_records} of the records were calibrated on: the table flatters what was fitted")
+        out.line(f"{found.repeated_records} of the records were calibrated on too: the table flatters what was fitted")
 
 
 def _labelled(found: Comparison) -> Comparison:
@@ -154,7 +154,7 @@ def weight_maps(out: Output, recipe: Recipe) -> None:
 def search_lines(out: Output, recipe: Recipe) -> None:
     """How the mixing was found: the rungs with their starts, and what was chosen."""
     fit = recipe.fit
-    out.line(f"search: {fit.passes:g} passes, largest move of a number {fit.largest_move:.3f}", style="bold")
+    out.line(f"search: {fit.passes:g} passes, largest change of a weight {fit.largest_move:.3f}", style="bold")
     rows = []
     for rung in fit.rungs:
         for start in rung.starts:
@@ -165,7 +165,7 @@ def search_lines(out: Output, recipe: Recipe) -> None:
                 [f"{rung.kind} from {start.name}", *map(_loss, (start.before, start.after, start.unseen, end)), ridge]
             )
     strong = next((i for i, row in enumerate(rows) if row[4] and row[0].startswith(f"{recipe.mixing.kind} ")), None)
-    out.table([_heading(fit.criterion), "before", "probed", "unseen", "solution", "ridge"], rows, strong=strong)
+    out.table([_heading(fit.criterion), "start", "short try", "on unseen", "final", "ridge"], rows, strong=strong)
     for rung in fit.rungs[1:]:
         out.line(f"{rung.kind}: {rung.why}")
     if fit.folds > 1:
@@ -176,7 +176,7 @@ def search_lines(out: Output, recipe: Recipe) -> None:
         _optimum_lines(out, recipe, fit.certificate)
     if fit.halvings:
         out.line(
-            f"{fit.halvings} micro-batches were halved for want of memory: another run may differ in the last bits"
+            f"{fit.halvings} micro-batches were halved because memory ran out: another run may differ in the last bits"
         )
     if fit.stopped:
         out.line(f"STOPPED EARLY: {fit.stopped}", style="bold")
@@ -194,11 +194,11 @@ def _optimum_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> 
         f"a Newton step would gain {bound}{certificate.decrement:.1e} nats per token; "
         f"gradient {certificate.gradient_norm:.1e}"
     )
-    out.line(f"the records determine {certificate.effective_numbers:.1f} of the {recipe.mixing.numbers} numbers")
+    out.line(f"the records determine {certificate.effective_numbers:.1f} of the {recipe.mixing.numbers} weights")
     far = [f"{group} of {labels[i]}" for group, places in certificate.extrapolated.items() for i in places]
     if far:
         more = f" and {len(far) - SHOWN_FAR} more" if len(far) > SHOWN_FAR else ""
-        out.line(f"beyond 2 in size, where no adapter was trained: {', '.join(far[:SHOWN_FAR])}{more}")
+        out.line(f"above 2 or below -2, where no adapter was trained: {', '.join(far[:SHOWN_FAR])}{more}")
 
 
 def _loss(nats: float | None) -> str:

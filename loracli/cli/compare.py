@@ -27,11 +27,15 @@ def compare(
     *,
     data: Annotated[
         list[str],
-        typer.Option("--data", "-d", metavar="FILE...", help="JSONL to compare on; no record of it may be fitted on."),
+        typer.Option(
+            "--data", "-d", metavar="FILE...", help="JSONL to compare on; none of its records may have been fitted on."
+        ),
     ],
     recipe: Annotated[
         Path | None,
-        typer.Argument(metavar="[RECIPE]", help="Whose fit is compared; default: recipe.json, without --adapters."),
+        typer.Argument(
+            metavar="[RECIPE]", help="Recipe whose fit is compared; default: recipe.json, without --adapters."
+        ),
     ] = None,
     adapters: opt.AdaptersOrPlaces = None,
     methods: Annotated[
@@ -40,7 +44,7 @@ def compare(
             "--methods",
             "-m",
             metavar="NAMES",
-            help="Names between commas, `data-free` for all that need no calibration data, or `all`.",
+            help="Names separated by commas, `data-free` for all that need no calibration data, or `all`.",
         ),
     ] = "data-free",
     fit_data: opt.FitData = None,
@@ -67,13 +71,15 @@ def compare(
         typer.Option("--guard", metavar="FILE...", help="JSONL of what must not get worse than the base model."),
     ] = None,
     margin: Annotated[
-        float, typer.Option("--margin", metavar="X", help="Nats per token that --guard may get worse by.")
+        float, typer.Option("--margin", metavar="X", help="By how many nats per token --guard may get worse.")
     ] = 0.02,
     density: opt.Density = None,
     scale: opt.Scale = 1.0,
     rank: Annotated[
         int | None,
-        typer.Option("--rank", metavar="K", help="Of methods with a full-rank result; default: the sum of the ranks."),
+        typer.Option(
+            "--rank", metavar="K", help="Rank of methods with a full-rank result; default: the sum of the ranks."
+        ),
     ] = None,
     base: opt.Base = None,
     base_revision: opt.BaseRevision = None,

@@ -27,7 +27,7 @@ def convert(
         typer.Argument(
             metavar="ADAPTER",
             autocompletion=opt.complete_adapter,
-            help="DoRA, PiSSA, OLoRA, CorDA or LoRA-GA, on the Hub or in a directory.",
+            help="Adapter of DoRA, PiSSA, OLoRA, CorDA or LoRA-GA, on the Hub or in a directory.",
         ),
     ],
     base: opt.Base = None,
@@ -40,7 +40,7 @@ def convert(
         "adapter-converted"
     ),
     rank: Annotated[
-        int | None, typer.Option("--rank", metavar="K", help="Of the result, whatever its error then is.")
+        int | None, typer.Option("--rank", metavar="K", help="Rank of the result, whatever its error is then.")
     ] = None,
     tolerance: Annotated[
         float | None,
@@ -56,7 +56,7 @@ def convert(
         bool,
         typer.Option(
             "--from-pickle",
-            help="Make safetensors of adapter_model.bin, which a process of its own opens, within limits.",
+            help="Make safetensors of adapter_model.bin, which a separate process with limits opens.",
         ),
     ] = False,
     force: opt.Force = False,

@@ -30,7 +30,9 @@ class RankOptions:
     rank: Annotated[
         int | None,
         typer.Option(
-            "--rank", metavar="K", help="With --merge, or of a method that cuts; default: the largest ingredient rank."
+            "--rank",
+            metavar="K",
+            help="Rank with --merge, or of a method that truncates; default: the largest of the ingredients.",
         ),
     ] = None
     tolerance: Annotated[
@@ -71,7 +73,7 @@ def export(
         Path | None,
         typer.Argument(
             metavar="[RECIPE]",
-            help="That `loracat fit` wrote; default: recipe.json, unless --method has --adapters.",
+            help="Recipe that `loracat fit` wrote; default: recipe.json, unless --method has --adapters.",
         ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Compress to one adapter of rank --rank.")] = False,
@@ -118,7 +120,7 @@ def export(
     task_type: Annotated[
         str | None,
         typer.Option(
-            "--task-type", metavar="NAME", help="With --method: of the export; default: the one that the adapters have."
+            "--task-type", metavar="NAME", help="With --method: task type of the export; default: that of the adapters."
         ),
     ] = None,
     writing: WritingOptions,

@@ -35,11 +35,11 @@ class SearchOptions:
             "--mixing",
             metavar="KIND",
             autocompletion=opt.complete_mixing,
-            help="adapter, layer, module (CAT), rank, core, factors; auto climbs as far as the data allow.",
+            help="adapter, layer, module (CAT), rank, core, factors; auto goes as far up this list as the data allow.",
         ),
     ] = "module"
     paper: Annotated[
-        bool, typer.Option("--paper", help="The published recipe: softmax weights, one epoch, rate 1e-4.")
+        bool, typer.Option("--paper", help="The published recipe: softmax weights, one epoch, learning rate 1e-4.")
     ] = False
     holdout: Annotated[
         float, typer.Option("--holdout", metavar="SHARE", help="Share of --data that is held out, at least 20 records.")
@@ -47,11 +47,14 @@ class SearchOptions:
     ridge: Annotated[
         float | None,
         typer.Option(
-            "--ridge", metavar="X", help="Pull towards the start; default: a falling path, chosen on the data."
+            "--ridge",
+            metavar="X",
+            help="Penalty that pulls towards the start; default: several, from large to small; the data choose.",
         ),
     ] = None
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", metavar="X", help="Peak rate; default: clip(8/steps, 0.01, 0.1).")
+        float | None,
+        typer.Option("--learning-rate", metavar="X", help="Peak learning rate; default: clip(8/steps, 0.01, 0.1)."),
     ] = None
     select_by: Annotated[
         str | None,
@@ -86,19 +89,22 @@ def fit(
     checkpointing: Annotated[
         bool,
         typer.Option(
-            "--checkpointing", help="Run layers again in the backward pass; default: where memory would run out."
+            "--checkpointing",
+            help="Run layers again in the backward pass, to save memory; default: where it would run out.",
         ),
     ] = False,
     shard: Annotated[
         bool,
-        typer.Option("--shard", help="Under torchrun: share the base out over all processes, for one too big for any."),
+        typer.Option(
+            "--shard", help="Under torchrun: share the base out over all processes, for a base too big for one."
+        ),
     ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The recipe to write.")] = Path(
         "recipe.json"
     ),
     force: opt.Force = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an interrupted fit of the same inputs was.")
+        bool, typer.Option("--resume", help="Go on where an interrupted fit of the same inputs stopped.")
     ] = False,
     log: Annotated[
         Path | None, typer.Option("--log", metavar="FILE", help="Write one JSON object for each step.")

@@ -24,8 +24,8 @@ def fuse(
         Path | None,
         typer.Argument(
             metavar="[RECIPE]",
-            help="That `loracat fit` wrote, or an adapter's directory; default: recipe.json, unless --method has "
-            "--adapters.",
+            help="Recipe that `loracat fit` wrote, or an adapter's directory; default: recipe.json, unless --method "
+            "has --adapters.",
         ),
     ] = None,
     output: Annotated[
@@ -90,11 +90,11 @@ def fuse(
     if fused.dequantised:
         out.line(f"  the base is quantised ({fused.dequantised}); this model is not")
     if fused.replaced:
-        out.line(f"  replaced as an adapter saved them (modules_to_save): {', '.join(fused.replaced)}")
+        out.line(f"  replaced by what an adapter saved (modules_to_save): {', '.join(fused.replaced)}")
     if fused.untied:
         out.line("  embedding and head were one matrix and are two now: tie_word_embeddings is false in config.json")
     if fused.left_behind:
-        out.note(f"not taken along: {', '.join(fused.left_behind)}")
+        out.note(f"not copied: {', '.join(fused.left_behind)}")
     if dry_run:
         return
     ingredients = [" --adapters ", shlex.join(adapters)] if adapters else []

@@ -26,7 +26,7 @@ def lint(
         typer.Option(
             "--for",
             metavar="SERVERS",
-            help="Of vllm,sglang,llamacpp,tgi,ollama,peft,mlx; default: all that read this layout.",
+            help="Some of vllm,sglang,llamacpp,tgi,ollama,peft,mlx; default: all that read this layout.",
         ),
     ] = None,
     base: Annotated[

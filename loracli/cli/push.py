@@ -22,18 +22,23 @@ EPILOG = (
 
 def push(
     *,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="That `loracat export` wrote.")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="On the Hub, org/name; made if it is not there.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory that `loracat export` wrote.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Repository on the Hub, org/name; created if it does not exist.")
+    ],
     private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private; refused if it is there and public.")
+        bool, typer.Option("--private", help="Make a new repository private; refused if it exists and is public.")
     ] = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="BRANCH", help="Branch to push to, made if it is not there.")
+        str | None,
+        typer.Option("--revision", metavar="BRANCH", help="Branch to push to, created if it does not exist."),
     ] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request instead of committing to the branch.")
     ] = False,
-    message: Annotated[str | None, typer.Option("--message", "-m", metavar="TEXT", help="Of the commit.")] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Message of the commit.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show what would be uploaded; change nothing.")
     ] = False,

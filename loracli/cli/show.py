@@ -67,8 +67,8 @@ def show(
         [[name, *(_spread(cell) for cell in cells)] for name, cells in weights_by_leaf(loaded).items()],
     )
     for what, names in (
-        ("weight read without calling the layer, so that the update acts neither here nor in PEFT", mixing.bypassed),
-        ("reached by no record", [name for name in mixing.unreached if name not in mixing.bypassed]),
+        ("weight read without calling the layer, so the update has no effect, here or in PEFT", mixing.bypassed),
+        ("not reached by any record", [name for name in mixing.unreached if name not in mixing.bypassed]),
     ):
         if names:
             out.line(f"{what}: {', '.join(names)}")

@@ -19,7 +19,9 @@ EPILOG = (
 
 def verify(
     *,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="That `loracat export` or `loracat fuse` wrote.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Directory that `loracat export` or `loracat fuse` wrote.")
+    ],
     recipe: Annotated[
         Path | None,
         typer.Option("--recipe", metavar="RECIPE", help="The recipe that it was made with, to find local ingredients."),
@@ -30,7 +32,8 @@ def verify(
     edited_card: opt.EditedCard = False,
     out: Output,
 ) -> None:
-    """Compute an export or a fused model again from its ingredients and compare every tensor; 7 on any difference."""
+    """Compute an export or a fused model again from its ingredients and compare every tensor; exit code 7 on any
+    difference."""
     from loracli.verifying.verify import verify_directory
 
     found = verify_directory(

@@ -103,7 +103,7 @@ class FreshLora(Mixing):
         raise TypeError("a new LoRA contains no mixing of other adapters")
 
     def matrices(self, theta: Tensor) -> list[Tensor]:
-        raise TypeError("a new LoRA is no mixing of other adapters")
+        raise TypeError("a new LoRA is not a mixing of other adapters")
 
 
 def train_fresh_lora(
@@ -200,7 +200,7 @@ class Candidate:
             return self.compose()
         except (ValueError, UsageError) as error:
             if self.by_name:
-                raise UsageError(f"{self.name} cannot be had here: {error}", hint=_way_out(error)) from None
+                raise UsageError(f"{self.name} cannot be computed here: {error}", hint=_way_out(error)) from None
             skipped.append(Skipped(self.name, str(error)))
             return None
 

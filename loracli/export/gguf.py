@@ -115,9 +115,9 @@ class LlamaCppBase:
                 return "the head is tied to it, and llama.cpp cannot adapt the one without the other"
             return None if self.architecture.keeps_embedding else "its converter changes the embedding"
         if module.kind == "parameter":
-            return "it is no linear layer but a module with a matrix of its own, which the converter does not name"
+            return "it is not a linear layer but a module with a matrix of its own, which the converter does not name"
         if module.kind != "linear":
-            return f"it is no linear layer but {module.kind}, which the converter transposes"
+            return f"it is not a linear layer but {module.kind}, which the converter transposes"
         if leaf(module.name) == "lm_head" and (self.tied or not self.architecture.keeps_head):
             return "the head is tied to the embedding, and the GGUF has no matrix for it"
         heads = self._permuted_heads(module.name)

@@ -107,7 +107,7 @@ def mlx_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -> str
         if kinds[name] == "conv1d":
             return f"{name} is a Conv1D, which goes by another name in MLX"
         if kinds[name] == "parameter":
-            return f"{name} is no linear layer of the base but a module with a matrix of its own"
+            return f"{name} is not a linear layer of the base but a module with a matrix of its own"
         if kinds[name] == "experts" or ".experts." in name:
             return f"{name} belongs to an expert, and MLX stacks experts into one layer"
         if not _SAME_NAME.fullmatch(name):
@@ -313,7 +313,7 @@ def choose_layout(
     embedding = next((name for name in sorted(ranks) if kinds[name] == "embedding"), None)
     if lora_bias and embedding:
         raise UsageError(
-            f"{lora_bias} has lora_bias, which PEFT has not beside an adapted embedding, and {embedding} is one",
+            f"{lora_bias} has lora_bias, which PEFT does not support beside an adapted embedding ({embedding})",
             hint="compose it with adapters that leave embeddings alone",
         )
     if profile == "mlx":
@@ -341,7 +341,7 @@ def choose_layout(
     if lora_bias and (experts or parameters):
         what = f"adapted experts, and {min(experts)} has some" if experts else f"the adapted parameter {parameters[0]}"
         raise UsageError(
-            f"{lora_bias} has lora_bias, which PEFT has not beside {what}",
+            f"{lora_bias} has lora_bias, which PEFT does not support beside {what}",
             hint="compose it with adapters that leave experts and routers alone",
         )
     if profile == "portable" and obstacle:
@@ -380,7 +380,7 @@ def portable_obstacle(modules: Sequence[BaseModule], ranks: Mapping[str, int]) -
         if module.kind == "parameter":
             return f"the base's {module.name} has a targeted name and is adapted as a parameter"
         if module.kind == "other":
-            return f"the base's {module.name} has a targeted name and is no linear layer or embedding"
+            return f"the base's {module.name} has a targeted name and is not a linear layer or embedding"
         other = first.setdefault(leaf(module.name), module)
         if (other.kind, other.in_features, other.out_features) != (
             module.kind,

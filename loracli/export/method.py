@@ -210,7 +210,7 @@ def export_method(
             source, Path(output), options, refit=refitting, force=force, dry_run=dry_run, progress=progress
         )
     except ValueError as error:
-        raise UsageError(f"{name} cannot be had here: {error}", hint="choose another --method") from None
+        raise UsageError(f"{name} cannot be computed here: {error}", hint="choose another --method") from None
 
 
 def _agreed(adapters: Sequence[LoraAdapter], recipe: Recipe | None) -> str | None:

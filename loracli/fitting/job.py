@@ -197,7 +197,7 @@ def _check_log(log: Path | None, *, force: bool, resume: bool) -> None:
     if log is None or not os.path.lexists(log):
         return
     if log.is_symlink() or not log.is_file():
-        raise OutputExists(f"{log} is no regular file", hint="choose another name with --log")
+        raise OutputExists(f"{log} is not a regular file", hint="choose another name with --log")
     if not force and not (resume and is_step_log(log)):
         raise OutputExists(f"{log} exists", hint="choose another name with --log, or replace it with --force")
 

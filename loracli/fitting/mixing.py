@@ -231,7 +231,7 @@ class FactorMixing(Mixing):
         return torch.cat([part.flatten() / scale for part, scale in zip(parts, self._scales, strict=True)])
 
     def matrices(self, theta: Tensor) -> list[Tensor]:
-        raise TypeError("trained factors are no mixing of the adapters")
+        raise TypeError("trained factors are not a mixing of the adapters")
 
 
 def _root_mean_square(tensor: Tensor) -> float:

@@ -257,7 +257,7 @@ def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fol
         option = "--mixing auto" if settings.mixing == AUTO else "--select-by"
         raise UsageError(
             f"{option} cannot choose with {len(training)} training records",
-            hint="add --cv 4, or give more records, or name a rung, adapter or module, and let the loss choose",
+            hint="add --cv 4, or give more records, or name --mixing adapter or module, and let the loss choose",
         )
     return (fold,)
 

@@ -236,7 +236,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except StrictJsonError as error:
         raise BaseModelMismatch(f"the base model's config is {error}", where=str(path)) from None
     if not isinstance(fields, dict):
-        raise BaseModelMismatch("the base model's config is no JSON object", where=str(path))
+        raise BaseModelMismatch("the base model's config is not a JSON object", where=str(path))
     return fields
 
 

@@ -136,7 +136,7 @@ def fetch_adapters(
         UsageError: options that exclude each other; OutputExists: other files are in `local_dir`.
     """
     if cache_dir is not None and local_dir is not None:
-        raise UsageError("a cache directory and a local directory exclude each other", hint="give one of the two")
+        raise UsageError("a cache directory and a local directory cannot be given together", hint="give one of the two")
     if local_dir is not None and len(references) > 1:
         raise UsageError("a local directory takes the files of one adapter", hint="fetch the others by themselves")
     token = checked_token(token)
@@ -252,7 +252,7 @@ def _base_claim(adapter: Fetched) -> BaseClaim:
     fields = config if isinstance(config, dict) else {}
     named = fields.get("base_model_name_or_path"), fields.get("revision")
     if not all(value is None or (isinstance(value, str) and value.isprintable()) for value in named):
-        raise MalformedAdapter("the base model's name is no printable text", where=str(path))
+        raise MalformedAdapter("the base model's name is not printable text", where=str(path))
     return BaseClaim(named[0] or None, named[1] or None)
 
 

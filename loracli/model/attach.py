@@ -189,7 +189,7 @@ class AttachedModel:
             ValueError: outside the canonical gauge, where a scaling stands beside the factors.
         """
         if not bool((self._scaling == 1).all()):
-            raise ValueError("mixing matrices need factors in the canonical gauge")
+            raise ValueError("mixing matrices need factors in the canonical basis")
         self.cores = tuple(matrix.to(self.device, self.precision) for matrix in matrices)
 
     def set_factors(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -281,7 +281,7 @@ def _stack_of(
         factors = [modules[0].factors for modules in updates]
         return _stack(model.get_submodule(name), factors, kind == "embedding", precision, canonical)
     if canonical:
-        raise ValueError("the experts of a parameter have no canonical gauge in common")
+        raise ValueError("the experts of a parameter have no canonical basis in common")
     factors_of_experts = [[module.factors for module in modules] for modules in updates]
     return Stack(*expert_stack(factors_of_experts, model.get_parameter(name), precision), None)
 
@@ -293,7 +293,7 @@ def _stack(
     biased = [place for place, f in enumerate(factors) if f.bias is not None]
     if canonical:
         if biased:
-            raise ValueError("an update with a bias has no canonical gauge")
+            raise ValueError("an update with a bias has no canonical basis")
         whole = canonical_stack(factors)
         factors = [Factors(whole.lora_A, whole.lora_B)]
     lora_A = torch.cat([f.lora_A.to(weight.device, weight.dtype) for f in factors])  # (R, in)

@@ -178,7 +178,7 @@ def _directory(base: str, revision: str | None) -> Path | None:
     local = Path(base).expanduser()
     if not local.is_dir():
         if not is_hub_id(base):
-            raise InputError(f"the base model {base} is no directory", hint=WAY_OUT)
+            raise InputError(f"the base model {base} is not a directory", hint=WAY_OUT)
         return None
     if revision is not None:
         raise UsageError(

@@ -169,14 +169,14 @@ def _token_problem(file: str, key: str, value: Any) -> str | None:
     if file == ADDED_TOKENS:
         if type(value) is int and 0 <= value <= MAX_TOKEN:
             return None
-        return f"has an entry that is no token with its number: {key}"
+        return f"has an entry that is not a token with its number: {key}"
     if not _TOKEN_NAMES.fullmatch(key):
-        return f"has an entry that is no special token: {key}"
+        return f"has an entry that is not a special token: {key}"
     several = key.endswith("_tokens")
     if several and isinstance(value, dict) and "content" not in value:
         value = list(value.values())  # by the names of a model's own
     tokens = value if several and isinstance(value, list) else [value]
-    return None if all(map(_is_token, tokens)) else f"has an entry that is no token: {key}"
+    return None if all(map(_is_token, tokens)) else f"has an entry that is not a token: {key}"
 
 
 def _is_token(value: Any) -> bool:
@@ -223,5 +223,5 @@ def _read(path: Path) -> dict[str, Any]:
     except StrictJsonError as error:
         raise BaseModelMismatch(f"the base model's {path.name} is {error}", where=str(path)) from None
     if not isinstance(fields, dict):
-        raise BaseModelMismatch(f"the base model's {path.name} is no JSON object of at most 16 MiB", where=str(path))
+        raise BaseModelMismatch(f"the base model's {path.name} is not a JSON object of at most 16 MiB", where=str(path))
     return fields

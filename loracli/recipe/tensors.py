@@ -205,7 +205,7 @@ def tensor_mixing(
     modules = sorted({name for adapter in adapters for name in adapter.modules})
     unknown = tensors.keys() - {f"{module}.{part}" for module in modules for part in TENSOR_PARTS[kind]}
     if unknown:
-        raise ValueError(f"{min(unknown)} is no tensor of a {kind} mixing of these adapters")
+        raise ValueError(f"{min(unknown)} is not a tensor of a {kind} mixing of these adapters")
     kept = {
         name: tensor.detach().to("cpu", PART_DTYPES[name.rpartition(".")[2]]).contiguous()
         for name, tensor in sorted(tensors.items())

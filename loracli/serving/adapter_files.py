@@ -207,7 +207,9 @@ def read_adapter_files(path: Path) -> AdapterFiles:
     """
     fetch = "a directory is needed; loracat fetch REF prints the one it fetches to"
     if not path.is_dir():
-        raise AdapterNotFound("is no directory" if path.exists() else "no such directory", where=str(path), hint=fetch)
+        raise AdapterNotFound(
+            "is not a directory" if path.exists() else "no such directory", where=str(path), hint=fetch
+        )
     names = frozenset(entry.name for entry in os.scandir(path))
     if CONFIG_FILE not in names:
         raise AdapterNotFound(f"no {CONFIG_FILE} in it", where=str(path), hint=fetch)
@@ -230,7 +232,7 @@ def _refuse_ungathered(headers: Mapping[str, Header], factors: re.Pattern[str], 
         if 0 in shape:
             found = f"the tensor {name!r} has the shape {shape} and no values"
         elif len(shape) < 2 and factors.fullmatch(name):
-            found = f"the factor {name!r} has the shape {shape} and is no matrix"
+            found = f"the factor {name!r} has the shape {shape} and is not a matrix"
         else:
             continue
         raise MalformedAdapter(
@@ -251,7 +253,7 @@ def read_headers(path: Path) -> dict[str, Header]:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise MalformedAdapter("the file is cut short, or it is no safetensors file", where=str(path))
+            raise MalformedAdapter("the file is cut short, or it is not a safetensors file", where=str(path))
         header = _object(file.read(length), path)
     header.pop("__metadata__", None)
     check_names_short(header, str(path))

@@ -267,7 +267,7 @@ def test_a_method_that_cannot_honour_the_adapters_is_skipped_in_all_and_an_error
     assert {"module", "auto", "paper", "lorahub", "task-arithmetic"} <= skipped.keys()
     assert all("--fit-data" in reason for reason in skipped.values())
     assert {row.name for row in found.rows if row.kind == "method"} == set(DATA_FREE) - {"linear-peft"}
-    with pytest.raises(UsageError, match="linear-peft cannot be had here: factors of the ranks 2, 4"):
+    with pytest.raises(UsageError, match="linear-peft cannot be computed here: factors of the ranks 2, 4"):
         compare(data, tiny_base, two_adapters, settings=CompareSettings(("linear-peft",)))
     with pytest.raises(UsageError, match="module has to be fitted"):
         compare(data, tiny_base, two_adapters, settings=CompareSettings(("module",)))

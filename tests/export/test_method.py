@@ -121,7 +121,7 @@ def test_an_option_that_a_method_does_not_take_is_refused(tmp_path: Path, names:
         export_method("lorahub", tmp_path / "out", adapters=names)
     with pytest.raises(UsageError, match="ties needs no calibration records"):
         export_method("ties", tmp_path / "out", adapters=names, fit_data=tmp_path / "x.jsonl")
-    with pytest.raises(UsageError, match="linear-peft cannot be had here"):
+    with pytest.raises(UsageError, match="linear-peft cannot be computed here"):
         export_method("linear-peft", tmp_path / "out", adapters=names)
     assert not list(tmp_path.iterdir())
 

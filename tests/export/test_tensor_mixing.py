@@ -278,7 +278,7 @@ def test_a_missing_tensor_and_one_of_another_shape_are_named(tmp_path: Path, kin
             export_adapter(changed, tmp_path / "out")
         with pytest.raises(RecipeError, match=name):
             tensor_mixing(kind, damaged, made.adapters, numbers=1)
-    with pytest.raises(ValueError, match="x.mixing is no tensor"):
+    with pytest.raises(ValueError, match="x.mixing is not a tensor"):
         tensor_mixing(kind, tensors | {"x.mixing": torch.eye(9)}, made.adapters, numbers=1)
 
 
