@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,14 +20,7 @@ from loracli.errors import NonFiniteLoss
 from loracli.fitting.engine import Engine
 from loracli.recipe.reading import load_recipe
 from loracli.recipe.recipe import weights_by_leaf
-from tests.cli.project import FIT, run, tree
-
-
-def document(*words: str) -> dict[str, Any]:
-    result = run(*words, "--json")
-    assert result.exit_code == 0, result.stdout
-    content: dict[str, Any] = json.loads(result.stdout)
-    return content
+from tests.cli.project import FIT, document, run, tree
 
 
 def row(text: str, name: str) -> list[str]:
