@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +23,37 @@ EPILOG = (
 )
 
 
+@dataclass(frozen=True)
+class RowOptions:
+    """What is compared with what, and what must not get worse."""
+
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            "-m",
+            metavar="NAMES",
+            help="Names separated by commas, `data-free` for all that need no calibration data, or `all`.",
+        ),
+    ] = "data-free"
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control",
+            metavar="NAME...",
+            help="fresh-lora: a new LoRA on --fit-data; random: the fit on random adapters; datamix DIR: an adapter "
+            "trained on mixed data.",
+        ),
+    ] = None
+    guard: Annotated[
+        list[str] | None,
+        typer.Option("--guard", metavar="FILE...", help="JSONL of what must not get worse than the base model."),
+    ] = None
+    margin: Annotated[
+        float, typer.Option("--margin", metavar="X", help="By how many nats per token --guard may get worse.")
+    ] = 0.02
+
+
 def compare(
     *,
     data: Annotated[
@@ -38,25 +69,8 @@ def compare(
         ),
     ] = None,
     adapters: opt.AdaptersOrPlaces = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            "--methods",
-            "-m",
-            metavar="NAMES",
-            help="Names separated by commas, `data-free` for all that need no calibration data, or `all`.",
-        ),
-    ] = "data-free",
+    rows: RowOptions,
     fit_data: opt.FitData = None,
-    control: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--control",
-            metavar="NAME...",
-            help="fresh-lora: a new LoRA on --fit-data; random: the fit on random adapters; datamix DIR: an adapter "
-            "trained on mixed data.",
-        ),
-    ] = None,
     generate: Annotated[
         str | None,
         typer.Option(
@@ -66,13 +80,6 @@ def compare(
         ),
     ] = None,
     answers: opt.AnswerOptions,
-    guard: Annotated[
-        list[str] | None,
-        typer.Option("--guard", metavar="FILE...", help="JSONL of what must not get worse than the base model."),
-    ] = None,
-    margin: Annotated[
-        float, typer.Option("--margin", metavar="X", help="By how many nats per token --guard may get worse.")
-    ] = 0.02,
     density: opt.Density = None,
     scale: opt.Scale = 1.0,
     rank: Annotated[
@@ -101,17 +108,17 @@ def compare(
     )
     settings = CompareSettings(
         fit=FitSettings(**vars(reading)),
-        methods=parse_methods(methods),
+        methods=parse_methods(rows.methods),
         options=MethodOptions(density, scale, reading.seed, rank),
-        controls=parse_controls(control or ()),
-        margin=margin,
+        controls=parse_controls(rows.control or ()),
+        margin=rows.margin,
     )
     found = compare_adapters(
         data,
         recipe=Path("recipe.json") if recipe is None and not adapters else recipe,
         adapters=adapters or (),
         fit_data=fit_data or None,
-        guard=guard or None,
+        guard=rows.guard or None,
         base=base,
         base_revision=base_revision,
         settings=settings,

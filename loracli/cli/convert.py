@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loracli.cli import _options as opt
 from loracli.cli._output import Output
 from loracli.progress import amount_text
+
+if TYPE_CHECKING:
+    from loracli.conversion.convert import Converted
 
 SHOWN_MODULES = 5
 
@@ -64,7 +67,6 @@ def convert(
 ) -> None:
     """Make a plain LoRA, at a stated error, of an adapter that is refused without its base model; or safetensors of a
     pickle file."""
-    from loracli.cli._tables import dtype_name, exported_summary
     from loracli.conversion.convert import convert_adapter
 
     if from_pickle:
@@ -90,6 +92,13 @@ def convert(
         force=force,
         progress=out,
     )
+    _show(out, made)
+
+
+def _show(out: Output, made: Converted) -> None:
+    """What was written, at which error."""
+    from loracli.cli._tables import dtype_name, exported_summary
+
     exported, modules = made.exported, made.exported.certificate.modules
     layout = exported.layout
     out.document(

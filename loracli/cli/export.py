@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from loracli.system.document import encode
 from loracli.system.files import GGUF_FILE
 
 if TYPE_CHECKING:
+    from loracli.algebra.methods.method import MethodOptions
     from loracli.export.export import Exported
     from loracli.export.loss import ExportLoss
 
@@ -24,9 +25,10 @@ EPILOG = (
 
 
 @dataclass(frozen=True)
-class RankOptions:
-    """How far the adapter is compressed."""
+class CompressionOptions:
+    """Whether the adapter is compressed, how far, and by what."""
 
+    merge: Annotated[bool, typer.Option("--merge", help="Compress to one adapter of rank --rank.")] = False
     rank: Annotated[
         int | None,
         typer.Option(
@@ -49,6 +51,56 @@ class RankOptions:
         str | None,
         typer.Option("--budget", metavar="BYTES", help="With --merge: best ranks for a tensor file of, say, 20MB."),
     ] = None
+    activation_aware: Annotated[
+        bool,
+        typer.Option(
+            "--activation-aware",
+            help="With --merge: cut off what changes the outputs least on the fit's records, or on --fit-data's.",
+        ),
+    ] = False
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="With --merge: fit the cut's k x k cores on records of --data; loads the base."),
+    ] = False
+
+
+@dataclass(frozen=True)
+class ComposingOptions:
+    """A method in the place of a fit, and what goes with it alone."""
+
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME", help="Compose by a method of `loracat compare` instead of a fit."),
+    ] = None
+    density: opt.Density = None
+    scale: opt.Scale = 1.0
+    seed: opt.Seed = 0
+    modules_to_save: opt.MethodModulesToSave = None
+    task_type: Annotated[
+        str | None,
+        typer.Option(
+            "--task-type", metavar="NAME", help="With --method: task type of the export; default: that of the adapters."
+        ),
+    ] = None
+
+    def method_options(self) -> MethodOptions:
+        from loracli.algebra.methods.method import MethodOptions
+
+        return MethodOptions(self.density, self.scale, self.seed)
+
+    def check_unused(self) -> None:
+        """Raises UsageError for an option that a recipe has no use for."""
+        from loracli.algebra.methods.method import MethodOptions
+        from loracli.errors import UsageError
+
+        if self.modules_to_save is not None:
+            raise UsageError(
+                "--modules-to-save was settled when the recipe was fitted", hint="leave it out, or fit again with it"
+            )
+        if self.task_type is not None:
+            raise UsageError("--task-type is for --method: a recipe is of a causal language model", hint="leave it out")
+        if self.method_options() != MethodOptions():
+            raise UsageError("--density, --scale and --seed are for a method", hint="name it with --method")
 
 
 @dataclass(frozen=True)
@@ -76,19 +128,7 @@ def export(
             help="Recipe that `loracat fit` wrote; default: recipe.json, unless --method has --adapters.",
         ),
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Compress to one adapter of rank --rank.")] = False,
-    ranks: RankOptions,
-    activation_aware: Annotated[
-        bool,
-        typer.Option(
-            "--activation-aware",
-            help="With --merge: cut off what changes the outputs least on the fit's records, or on --fit-data's.",
-        ),
-    ] = False,
-    refit: Annotated[
-        bool,
-        typer.Option("--refit", help="With --merge: fit the cut's k x k cores on records of --data; loads the base."),
-    ] = False,
+    compression: CompressionOptions,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,29 +145,15 @@ def export(
         ),
     ] = None,
     adapters: opt.AdaptersOrPlaces = None,
-    method: Annotated[
-        str | None,
-        typer.Option("--method", metavar="NAME", help="Compose by a method of `loracat compare` instead of a fit."),
-    ] = None,
-    density: opt.Density = None,
-    scale: opt.Scale = 1.0,
-    seed: opt.Seed = 0,
+    composing: ComposingOptions,
     fit_data: opt.FitData = None,
     fields: opt.Fields = None,
     base: opt.Base = None,
     base_revision: opt.BaseRevision = None,
-    modules_to_save: opt.MethodModulesToSave = None,
-    task_type: Annotated[
-        str | None,
-        typer.Option(
-            "--task-type", metavar="NAME", help="With --method: task type of the export; default: that of the adapters."
-        ),
-    ] = None,
     writing: WritingOptions,
     out: Output,
 ) -> None:
     """Write one adapter: concatenated and exact, or with --merge compressed to a given rank."""
-    from loracli.algebra.methods.method import MethodOptions
     from loracli.calibration.records import with_fields
     from loracli.comparison.settings import check_options
     from loracli.errors import UsageError
@@ -139,62 +165,51 @@ def export(
         raise UsageError("--fields has no use here: no data are read", hint="give it with --data or --fit-data")
     scored = with_fields(data, fields) if data else None
     fitted = with_fields(fit_data, fields) if fit_data else None
-    directory = output or Path(f"adapter-{method or ('merged' if merge else 'cat')}")
-    budget = None if ranks.budget is None else opt.parse_bytes(ranks.budget, "--budget")
-    written: dict[str, Any] = {
-        **vars(ranks),
-        **vars(writing),
-        "budget": budget,
-        "merge": merge,
-        "refit": refit,
-        "data": scored if refit else None,
+    directory = output or Path(f"adapter-{composing.method or ('merged' if compression.merge else 'cat')}")
+    written = vars(compression) | vars(writing)
+    aware = written.pop("activation_aware")
+    written |= {
+        "budget": None if compression.budget is None else opt.parse_bytes(compression.budget, "--budget"),
+        "data": scored if compression.refit else None,
         "adapters": adapters or (),
         "fit_data": fitted,
         "progress": out,
     }
-    options = MethodOptions(density, scale, seed)
-    if writing.dry_run and data and not refit:
+    if writing.dry_run and data and not compression.refit:
         raise UsageError("--data scores what was written, and a dry run writes nothing", hint="leave out one of them")
     files = None
-    if scored and not refit:
+    if scored and not compression.refit:
         files = read_loss_data(scored, base=base, base_revision=base_revision, progress=out)
-    if method is None:
-        if modules_to_save is not None:
-            raise UsageError(
-                "--modules-to-save was settled when the recipe was fitted", hint="leave it out, or fit again with it"
-            )
-        if task_type is not None:
-            raise UsageError("--task-type is for --method: a recipe is of a causal language model", hint="leave it out")
-        if options != MethodOptions():
-            raise UsageError("--density, --scale and --seed are for a method", hint="name it with --method")
+    if composing.method is None:
+        composing.check_unused()
         if (base or base_revision) and not (data or fit_data or writing.gguf):
             option = "--base" if base else "--base-revision"
             raise UsageError(
                 f"{option} has no use here: no base model is read",
                 hint=f"give it with --method, --data, --fit-data or --gguf, or leave {option} out",
             )
-        reads_base = bool(fit_data or writing.gguf or refit)
+        reads_base = bool(fit_data or writing.gguf or compression.refit)
         exported = export_adapter(
             recipe or Path("recipe.json"),
             directory,
-            activation_aware=activation_aware,
+            activation_aware=aware,
             base=base if reads_base else None,
             base_revision=base_revision if reads_base else None,
             **written,
         )
     else:
-        if activation_aware:
+        if aware:
             raise UsageError("--activation-aware is for a recipe", hint="leave out --method")
-        check_options(options)
+        check_options(composing.method_options())
         exported = export_method(
-            method,
+            composing.method,
             directory,
             recipe=Path("recipe.json") if recipe is None and not adapters else recipe,
-            method_options=options,
+            method_options=composing.method_options(),
             base=base,
             base_revision=base_revision,
-            modules_to_save=modules_to_save,
-            task_type=task_type,
+            modules_to_save=composing.modules_to_save,
+            task_type=composing.task_type,
             **written,
         )
     if writing.dry_run:

@@ -59,6 +59,6 @@ def fit_as_published(
             raise
         stopped = str(error)
     starts = (StartRecord("random", None, None, None),)
-    why = "the published recipe has one level and one start"
+    why = "the published recipe has one rung and one start"
     rung = RungRecord(mixing.kind, mixing.numbers, starts, "random", None, None, None, None, True, why)
     return Found(mixing, descent.theta, start, (rung,), stages, None, False, stopped)

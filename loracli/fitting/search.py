@@ -307,7 +307,7 @@ def worth_climbing(compared: Gain, least: float) -> bool:
 def _record(task: Task, solved: Solved, compared: Gain | None, best: Solved | None, climbed: bool) -> RungRecord:
     asked, kind = task.settings.mixing, solved.mixing.kind
     if best is None or compared is None:
-        why = "the first level" if best is None else "not compared: there are no validation records"
+        why = "the first rung" if best is None else "not compared: there are no validation records"
     else:
         over = f"a gain of {compared.mean:.4f} {task.unit} over {best.mixing.kind}"
         why = (

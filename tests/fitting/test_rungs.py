@@ -185,7 +185,7 @@ def test_auto_climbs_to_where_the_truth_is(small: tuple[Path, list[LoraAdapter]]
         if rung_record.kind != "factors":
             limit = f"is above one standard error, {rung_record.standard_error:.4f}"
             assert rung_record.why.endswith(limit)
-    assert found.rungs[0].why == "the first level"
+    assert found.rungs[0].why == "the first rung"
     assert found.rungs[2].gain is not None and found.rungs[2].gain > 0.2
     assert fit < at_truth.nats_per_token + 0.03
 
