@@ -1,11 +1,11 @@
-"""Every rung of the ladder on held-out records, for calibration files of several sizes, and the rung that `auto` takes.
+"""Every level of the ladder on held-out records, for calibration files of several sizes, and which `auto` takes.
 
     python benchmarks/ladder.py --base BASE --adapters MATH CODE --data CALIB.jsonl --records 8 24 96 \
         --eval-data DEV.jsonl
 
-One climb a size: adapter, module, core, factors, each from the rung below and from the sum, within the budget that
+One climb a size: adapter, module, core, factors, each from the level below and from the sum, within the budget that
 `--mixing auto` gives it, and then fitted once more on all training records as `fit` does. `auto` would stop where the
-gain on validation records is not clear; here all rungs are climbed, so that the table shows what it passes by.
+gain on validation records is not clear; here all levels are climbed, so that the table shows what it passes by.
 --quick takes some records of the embedded example.
 """
 
@@ -98,7 +98,7 @@ def score(engine: Engine, mixing: object, theta: torch.Tensor, examples: Sequenc
 
 
 def climbed(task: Task, make, some: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Scores]:  # type: ignore[no-untyped-def]
-    """The held-out scores of every rung, the one of `auto` marked; says what each cost and gained."""
+    """The held-out scores of every level, the one of `auto` marked; says what each cost and gained."""
     whole = task.settings.budget * 2 * tokens_of(some)
     solved: list[Solution] = []
     found: dict[str, Scores] = {}

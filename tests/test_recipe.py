@@ -20,12 +20,12 @@ from loracli.recipe.record import (
     HeldOut,
     HeldOutRow,
     HeldOutTask,
+    LevelRecord,
     MixingKind,
     RecipeAdapter,
     RecipeBase,
     RecipeData,
     RecipeMixing,
-    RungRecord,
     StageRecord,
     StartRecord,
     group_name,
@@ -64,7 +64,7 @@ def make_recipe(folder: Path, *adapters: RecipeAdapter) -> Recipe:
             criterion="nats per token",
             stages=(StageRecord("module", "sum", "probe", 0.01, 3, None, (1.5, 1 / 3)),),
             rungs=(
-                RungRecord(
+                LevelRecord(
                     kind="module",
                     numbers=6,
                     starts=(
@@ -414,9 +414,9 @@ def test_another_schema_is_refused_with_the_way_out_where_there_is_one(
     ("data", "reason"),
     [
         (b"", "not valid JSON"),
-        (b"[]", "is no recipe"),
-        (b"{}", "is no recipe"),
-        (b'{"peft_type": "LORA"}', "is no recipe"),
+        (b"[]", "is not a recipe"),
+        (b"{}", "is not a recipe"),
+        (b'{"peft_type": "LORA"}', "is not a recipe"),
         (b'{"loracat_recipe": 2, "loracat_recipe": 2}', "appears twice"),
         (b'{"loracat_recipe": 2', "not valid JSON"),
         (b"\xff\xfe", "not UTF-8"),

@@ -387,7 +387,7 @@ def _read_experts(
         raise MalformedAdapter(f"mixes factors of experts with others for {module!r}", where=str(file.path))
     kernel = next((tensors[part] for part in wanted if len(file.shapes[tensors[part]]) > 2), None)
     if kernel is not None:
-        raise MalformedAdapter(f"{kernel!r} is of one of the target_parameters and no matrix", where=str(file.path))
+        raise MalformedAdapter(f"{kernel!r} is of one of the target_parameters and not a matrix", where=str(file.path))
     stored = ExpertTensors(
         file, tensors["lora_A"], tensors["lora_B"], config.rank_of(parameter), config.lora_B_layout or RANK_MAJOR
     )

@@ -248,7 +248,7 @@ def read_front_matter(path: Path) -> dict[Any, Any]:
     except (yaml.YAMLError, RecursionError):
         raise _malformed(path, "has metadata that is not valid YAML") from None
     if found is not None and not isinstance(found, dict):
-        raise _malformed(path, "has metadata that is no mapping")
+        raise _malformed(path, "has metadata that is not a mapping")
     return found or {}
 
 

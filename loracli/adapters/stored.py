@@ -160,7 +160,7 @@ class ExpertTensors:
             )
         if self.experts == 1:
             raise UnsupportedAdapter(
-                f"{name_A!r} is of one of the target_parameters, a matrix that is no module's weight",
+                f"{name_A!r} is of one of the target_parameters, a matrix that is not a module's weight",
                 where=str(file.path),
                 hint="train the adapter with the weight of a module or with experts in target_parameters",
             )

@@ -1,6 +1,6 @@
-"""Bases and inner products of updates: the canonical gauge, the closest weights, how much two overlap.
+"""Bases and inner products of updates: the canonical basis, the closest weights, how much two overlap.
 
-The canonical gauge of updates, and the way of a mixing from there to the gauge of the files.
+The canonical basis of updates, and the way of a mixing from there to the basis of the files.
 
 B -> B G, A -> G^-1 A leaves an update as it is, but changes what a weight of one row of A means and how a penalty on M
 measures. So a mixing finer than a weight per adapter is fitted between canonical factors, the thin SVD of each
@@ -9,7 +9,7 @@ adapter's update with sqrt(S) on both sides:
     s B A = U S V^T        lora_A = sqrt(S) V^T = G_A A         G_A = S^-1/2 U^T (s B)      (r, r)
                            lora_B = U sqrt(S)   = (s B) G_B     G_B = A V S^-1/2            (r, r)
 
-With equal singular values that basis is not unique, so it is no basis to keep: a recipe holds M in the files' gauge.
+With equal singular values that basis is not unique, so it is no basis to keep: a recipe holds M in the files' basis.
 For N adapters in one module, stacked, with block-diagonal G_A and G_B (R, R):
 
     lora_B M_can lora_A = B M A        M = G_B M_can G_A        A = [A_1; ...; A_N], B = [s_1 B_1, ..., s_N B_N]
@@ -48,13 +48,13 @@ _NEGLIGIBLE = 1e-12
 
 @dataclass(frozen=True)
 class CanonicalStack:
-    """N updates of one module in their canonical gauges, stacked; all float64.
+    """N updates of one module in their canonical bases, stacked; all float64.
 
     Args:
         lora_A: (R, in), sqrt(S) V^T of each adapter, R = sum of the files' ranks r_i.
         lora_B: (out, R), U sqrt(S) of each; the scaling is in it.
-        gauge_A: G_A (R, R), block-diagonal; lora_A = G_A A.
-        gauge_B: G_B (R, R), block-diagonal; lora_B = B G_B.
+        basis_A: G_A (R, R), block-diagonal; lora_A = G_A A.
+        basis_B: G_B (R, R), block-diagonal; lora_B = B G_B.
         ranks: r_i of each adapter, the sizes of the blocks.
         present: (R,) which directions carry something. The others are zero in all four tensors, so that rows and
             columns of M_can there have no effect and no gradient.
@@ -62,31 +62,31 @@ class CanonicalStack:
 
     lora_A: Tensor
     lora_B: Tensor
-    gauge_A: Tensor
-    gauge_B: Tensor
+    basis_A: Tensor
+    basis_B: Tensor
     ranks: tuple[int, ...]
     present: Tensor
 
 
 def canonical_stack(updates: Sequence[Factors]) -> CanonicalStack:
-    """The canonical factors of N >= 1 updates of one module, and their gauges.
+    """The canonical factors of N >= 1 updates of one module, and their bases.
 
     Args:
         updates: A_i (r_i, in), B_i (out, r_i) and the scaling s_i, in any dtype; r_i may exceed in or out.
     """
     parts = [_canonical(update) for update in updates]
-    lora_A, lora_B, gauge_A, gauge_B, present = zip(*parts, strict=True)
+    lora_A, lora_B, basis_A, basis_B, present = zip(*parts, strict=True)
     return CanonicalStack(
         lora_A=torch.cat(lora_A),
         lora_B=torch.cat(lora_B, dim=1),
-        gauge_A=torch.block_diag(*gauge_A),  # type: ignore[no-untyped-call]
-        gauge_B=torch.block_diag(*gauge_B),  # type: ignore[no-untyped-call]
+        basis_A=torch.block_diag(*basis_A),  # type: ignore[no-untyped-call]
+        basis_B=torch.block_diag(*basis_B),  # type: ignore[no-untyped-call]
         ranks=tuple(update.rank for update in updates),
         present=torch.cat(present),
     )
 
 
-def mixing_in_file_gauge(stack: CanonicalStack, mixing: Tensor) -> Tensor:
+def mixing_in_file_basis(stack: CanonicalStack, mixing: Tensor) -> Tensor:
     """M = G_B M_can G_A (R, R) in float64, for which B M A is the update lora_B M_can lora_A.
 
     M_can = w I gives w I again wherever the update has the rank of its factors; an adapter with s = 0 or B = 0 has zero
@@ -96,7 +96,7 @@ def mixing_in_file_gauge(stack: CanonicalStack, mixing: Tensor) -> Tensor:
         stack: the canonical factors that M_can was fitted between.
         mixing: M_can (R, R).
     """
-    return stack.gauge_B @ mixing.to(stack.gauge_B) @ stack.gauge_A
+    return stack.basis_B @ mixing.to(stack.basis_B) @ stack.basis_A
 
 
 def _canonical(update: Factors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

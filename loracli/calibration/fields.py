@@ -225,7 +225,7 @@ def check_media(fields: _Fields, read: set[str]) -> None:
     """Refuses pictures, audio and video that belong to a record."""
     for key, value in fields.items():
         if key not in read and _MEDIA.fullmatch(_spelled(key)) and not is_nothing(value):
-            raise LineError(f"{key}: {kind_of(value)} of what is no text; only text is read")
+            raise LineError(f"{key}: {kind_of(value)} of something that is not text; only text is read")
 
 
 def check_context(fields: _Fields, read: set[str], content: _Fields) -> None:

@@ -337,13 +337,13 @@ def _read_one(
 def _way_out(read: _Read, form: FileForm, *, skip_bad: bool) -> str | None:
     """The hint for a file with bad lines: what mends all of a kind, if that is known."""
     if read.broken is not None:
-        return f"mend the array at record {read.broken}: nothing behind it can be read, so it cannot be left out"
+        return f"fix the array at record {read.broken}: nothing behind it can be read, so it cannot be left out"
     found = next((error.way_out for error in read.problems.values() if error.way_out is not None), None)
     if found is not None:
         return found(form)
     if not read.records:
-        return "mend these lines; docs/calibration-data.md has the shapes, and what to do about each refusal"
-    return None if skip_bad else "mend these lines, or leave them out with --skip-bad"
+        return "fix these lines; docs/calibration-data.md has the shapes, and what to do about each refusal"
+    return None if skip_bad else "fix these lines, or leave them out with --skip-bad"
 
 
 def skipped_lines(source: DataSource, lines: tuple[int, ...], first_problem: str) -> str:

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from loracli._version import __version__
 from loracli.cli import compare, convert, demo, env, export, fetch, fit, fuse, inspect, lint, push, report, show, verify
 from loracli.cli._command import ORIGINS, Command, write_examples
+from loracli.cli._options import with_groups
 from loracli.cli._output import TALK, Output, Talk, print_anything
 from loracli.errors import LoracatError, UsageError
 from loracli.system.machine import machine_error, read_launch
@@ -155,20 +156,9 @@ def _root(
         raise UsageError(f"loracat {command} is for one process", hint="leave torchrun out; fit can use several")
 
 
-app.command(name="fetch", cls=Command, epilog=fetch.EPILOG)(fetch.fetch)
-app.command(name="inspect", cls=Command, epilog=inspect.EPILOG)(inspect.inspect)
-app.command(name="convert", cls=Command, epilog=convert.EPILOG)(convert.convert)
-app.command(name="fit", cls=Command, epilog=fit.EPILOG)(fit.fit)
-app.command(name="show", cls=Command, epilog=show.EPILOG)(show.show)
-app.command(name="compare", cls=Command, epilog=compare.EPILOG)(compare.compare)
-app.command(name="export", cls=Command, epilog=export.EPILOG)(export.export)
-app.command(name="fuse", cls=Command, epilog=fuse.EPILOG)(fuse.fuse)
-app.command(name="verify", cls=Command, epilog=verify.EPILOG)(verify.verify)
-app.command(name="push", cls=Command, epilog=push.EPILOG)(push.push)
-app.command(name="lint", cls=Command, epilog=lint.EPILOG)(lint.lint)
-app.command(name="report", cls=Command, epilog=report.EPILOG)(report.report)
-app.command(name="demo", cls=Command)(demo.demo)
-app.command(name="env", cls=Command, epilog=env.EPILOG)(env.env)
+for _module in (fetch, inspect, convert, fit, show, compare, export, fuse, verify, push, lint, report, demo, env):
+    _name = _module.__name__.rpartition(".")[2]
+    app.command(name=_name, cls=Command, epilog=_module.EPILOG)(with_groups(getattr(_module, _name)))
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

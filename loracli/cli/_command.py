@@ -1,11 +1,9 @@
-"""What every command has: shared options, values from files, lists of words, a help that is quick to print.
+"""What every command has: lists of words, values from files and variables, shared options, a help that is quick to
+print.
 
-Options that take several words: `--adapters a b` beside `--adapters a --adapters b` and `--adapters=a`.
-
-Click refuses such options by design (pallets/click#1351) and Typer inherits that, so the words are rewritten to the
-repeated form before Typer parses them. Only documented methods of the command class are used.
-
-What every command has: the shared options, values from files and variables, and a help that is quick to print.
+Options that take several words, `--adapters a b` beside `--adapters a --adapters b` and `--adapters=a`: Click refuses
+them by design (pallets/click#1351) and Typer inherits that, so the words are rewritten to the repeated form before
+Typer parses them. Only documented methods of the command class are used.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from loracli.cli._output import COLORS, DETAILS, TALK
+from loracli.cli._output import COLORS, DETAILS, TALK, Output
 from loracli.cli._settings import (
     SHARED,
     Options,
@@ -103,8 +101,6 @@ class Command(GreedyCommand):
 
     def _tell_origins(self, ctx: typer.Context) -> None:
         """On stderr: what was set elsewhere than on the command line."""
-        from loracli.cli._output import Output
-
         verbose = TALK.get().verbosity >= DETAILS
         by_origin: dict[str, list[str]] = {}
         for parameter in self.params:

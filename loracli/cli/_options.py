@@ -1,19 +1,20 @@
-"""Option types that several commands take, with their completion; each help text is written once, here.
+"""The options that more than one command takes, each declared once: alone, or in a class of options that belong
+together, which `with_groups` puts in a command's place for it.
 
-What a shell may complete an argument to. Runs at a keystroke: no torch, no network, nothing read but names.
-
-Sizes as people type them.
-
-Option types that more than one command takes; each help text is written once, here.
+Completion runs at a keystroke: no torch, no network, nothing read but names.
 """
 
 from __future__ import annotations
 
 import glob
+import inspect
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,59 +65,63 @@ def parse_bytes(text: str, option: str) -> int:
     """`20MB`, `1.5 GiB`, `800000`; units are powers of 1000, with an i of 1024. `option` is what errors name.
 
     Raises:
-        UsageError: if it is no size.
+        UsageError: if it is not a size.
     """
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z]{0,3})", text.strip())
     if found is None or found[2] not in UNITS:
-        raise UsageError(f"{option} {text} is no size", hint=f"for example 20MB; units: {', '.join(list(UNITS)[1:])}")
+        raise UsageError(
+            f"{option} {text} is not a size", hint=f"for example 20MB; units: {', '.join(list(UNITS)[1:])}"
+        )
     return int(float(found[1]) * UNITS[found[2]])
 
 
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout, also on failure.")]
-QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print values only: no tables, notes or progress.")]
-ForceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
-DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")]
-RevisionOpt = Annotated[
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout, also on failure.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print values only: no tables, notes or progress.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")]
+Revision = Annotated[
     str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit for references without @REV.")
 ]
-CacheDirOpt = Annotated[
+CacheDir = Annotated[
     Path | None, typer.Option("--cache-dir", metavar="DIR", help="Hub cache to use instead of the default one.")
 ]
-TokenOpt = Annotated[
+Token = Annotated[
     str | None,
     typer.Option("--token", metavar="TOKEN", help="Hub token. Prefer `hf auth login` or the variable HF_TOKEN."),
 ]
-AdaptersOpt = Annotated[
-    list[str],
-    typer.Option(
-        "--adapters",
-        "-a",
-        metavar="ADAPTER...",
-        autocompletion=complete_adapter,
-        help="Adapters in order: org/name, org/name@rev, hf://org/name@rev/sub/folder, or a local directory.",
-    ),
+EditedCard = Annotated[
+    bool, typer.Option("--edited-card", help="Accept a README.md whose words were changed after it was written.")
 ]
-EditedCardOpt = Annotated[
-    bool, typer.Option("--edited-card", help="Let a README.md pass whose words were changed after it was written.")
-]
-RecipeArg = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that `loracat fit` wrote.")]
-ModulesToSaveOpt = Annotated[
-    str,
-    typer.Option(
-        "--modules-to-save",
-        metavar="POLICY",
-        help="Modules that adapters saved whole: pick:NAME, average, or refuse.",
-    ),
-]
-MetricCommandOpt = Annotated[
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that `loracat fit` wrote.")]
+Base = Annotated[
     str | None,
     typer.Option(
-        "--metric-command",
-        metavar="COMMAND",
-        help="Judge greedy answers by your own program: JSONL in, a number a line out.",
+        "--base",
+        metavar="MODEL",
+        help="Base model: a Hub id or a directory; default: the one that the recipe or the adapters name.",
     ),
 ]
-FieldsOpt = Annotated[
+BaseRevision = Annotated[
+    str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
+]
+
+
+def _adapters(help: str) -> Any:
+    return typer.Option("--adapters", "-a", metavar="ADAPTER...", autocompletion=complete_adapter, help=help)
+
+
+Adapters = Annotated[
+    list[str],
+    _adapters("Adapters in order: org/name, org/name@rev, hf://org/name@rev/sub/folder, or a local directory."),
+]
+AdaptersOrPlaces = Annotated[
+    list[str] | None,
+    _adapters("Adapters to compose without a fit; with a recipe: where its ingredients are now, in its order."),
+]
+Places = Annotated[list[str] | None, _adapters("Where the ingredients are now, in the recorded order.")]
+
+Fields = Annotated[
     str | None,
     typer.Option(
         "--fields",
@@ -124,5 +129,138 @@ FieldsOpt = Annotated[
         help="What the data call the fields that are read: prompt=question,completion=answer.",
     ),
 ]
-MaxNewTokensOpt = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Of a generated answer.")]
-ToleranceOpt = Annotated[float, typer.Option("--tolerance", metavar="X", help="Relative, of the metric numeric.")]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", metavar="N", help="Seed of what is random: splits, batches, the bootstrap, dare, lorahub."),
+]
+Density = Annotated[
+    float | None, typer.Option("--density", metavar="X", help="Share of entries that ties, dare and knots keep.")
+]
+Scale = Annotated[
+    float, typer.Option("--scale", metavar="X", help="Factor on the result of ties, dare, knots and tsv.")
+]
+WrittenDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; default: the widest of the adapters."),
+]
+MethodModulesToSave = Annotated[
+    str | None,
+    typer.Option(
+        "--modules-to-save",
+        metavar="POLICY",
+        help="With --method, of modules that adapters saved whole: pick:NAME, average, refuse; default: the recipe's.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How records are read and fitted to, by `loracli.fitting.settings.FitSettings`, field by field."""
+
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="SHAPE",
+            help="text, prompt-completion, conversational-prompt-completion, messages, sharegpt, or alpaca; default: "
+            "what each file's first record has.",
+        ),
+    ] = None
+    fields: Fields = None
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out lines that cannot be used, and say which.")
+    ] = False
+    max_length: Annotated[
+        int, typer.Option("--max-length", metavar="N", help="How many tokens of a record are used, from its beginning.")
+    ] = 1024
+    allow_truncation: Annotated[
+        bool,
+        typer.Option(
+            "--allow-truncation",
+            help="Go on although --max-length leaves more than a tenth of a file's records with nothing to score.",
+        ),
+    ] = False
+    batch_tokens: Annotated[int, typer.Option("--batch-tokens", metavar="N", help="Tokens of a micro-batch.")] = 1024
+    passes: Annotated[
+        float | None,
+        typer.Option(
+            "--passes",
+            metavar="N",
+            help="Budget of a fit, in passes over its training records; default: 8, for the mixing auto 20, times the "
+            "folds.",
+        ),
+    ] = None
+    cv: Annotated[
+        int | None,
+        typer.Option("--cv", metavar="K", help="Choose by K-fold cross-validation: for few records."),
+    ] = None
+    seed: Seed = 0
+    modules_to_save: Annotated[
+        str,
+        typer.Option(
+            "--modules-to-save",
+            metavar="POLICY",
+            help="Modules that adapters saved whole: pick:NAME, average, or refuse.",
+        ),
+    ] = "refuse"
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How generated answers are judged."""
+
+    metric_command: Annotated[
+        str | None,
+        typer.Option(
+            "--metric-command",
+            metavar="COMMAND",
+            help="Judge greedy answers by your own program: JSONL in, one number per line out.",
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", help="Largest length of a generated answer.")
+    ] = 256
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", metavar="X", help="Relative tolerance of the metric numeric.")
+    ] = 1e-4
+
+
+@dataclass(frozen=True)
+class PlacementOptions:
+    """Where the base model is, and as what, by `loracli.model.placement.Placement`, field by field."""
+
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", metavar="DTYPE", help="Dtype of the base model: auto, float32, bfloat16, float16, float64."
+        ),
+    ] = "auto"
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")] = "auto"
+    device_map: Annotated[
+        str | None,
+        typer.Option("--device-map", metavar="MAP", help="auto: spread the base over all devices of this machine."),
+    ] = None
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """A command as Typer takes it: in the place of each parameter whose type is a class of this room stand those of the
+    class's constructor, and the command gets what it makes of them."""
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        kind = parameter.annotation
+        if isinstance(kind, type) and kind.__module__.startswith(f"{__package__}."):
+            inner = inspect.signature(kind, eval_str=True).parameters
+            groups[name] = kind, list(inner)
+            parameters += inner.values()
+        else:
+            parameters.append(parameter)
+
+    @wraps(command)
+    def flat(**values: Any) -> None:
+        made = {name: kind(**{word: values.pop(word) for word in words}) for name, (kind, words) in groups.items()}
+        command(**values, **made)
+
+    named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    flat.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    return flat

@@ -1,11 +1,6 @@
 """Everything a person or a script sees: results on stdout, talk and progress on stderr.
 
-How a command talks, set once by the options that every command has.
-
-Progress bars on a terminal. Loaded when the first one is drawn.
-
-Everything a person or a script sees: results on stdout, talk on stderr. With `_bars` the only user of Rich, which is
-loaded when something is printed.
+The only user of Rich, which is loaded when something is printed.
 """
 
 from __future__ import annotations
@@ -23,17 +18,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
-
+from loracli.cli._options import Json, Quiet
 from loracli.errors import CalibrationError, LoracatError, RecipeError, SettingsError, VerificationError
 from loracli.progress import WORK, amount_text, duration_text
+from loracli.system.document import encode
 from loracli.system.escaping import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as RichProgress
+    from rich.progress import Progress
     from rich.text import Text
 
 
@@ -84,29 +77,31 @@ def _chain(error: BaseException) -> list[BaseException]:
     return found[::-1]
 
 
-def progress_bars(console: Console) -> Progress:
+def _progress_bars(console: Console) -> Progress:
     """Bars that vanish when they are done; every task has the fields `unit` and `status`."""
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Amount(ProgressColumn):
+        """Done of total with the rate, `12.1 MB / 48.0 MB  3.1 MB/s`; of work, which has no unit, the share."""
+
+        def render(self, task: Task) -> Text:
+            unit = task.fields["unit"]
+            if unit == WORK:
+                return Text(f"{task.percentage:.0f} %")
+            total = "" if task.total is None else f" / {amount_text(task.total, unit)}"
+            speed = f"  {amount_text(task.speed, unit)}/s" if task.speed else ""
+            return Text(f"{amount_text(task.completed, unit)}{total}{speed}")
+
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
-        _Amount(),
+        Amount(),
         TextColumn("{task.fields[status]}", style="cyan", markup=False),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
         transient=True,
     )
-
-
-class _Amount(ProgressColumn):
-    """Done of total with the rate, `12.1 MB / 48.0 MB  3.1 MB/s`; of work, which has no unit of its own, the share."""
-
-    def render(self, task: Task) -> Text:
-        unit = task.fields["unit"]
-        if unit == WORK:
-            return Text(f"{task.percentage:.0f} %")
-        total = "" if task.total is None else f" / {amount_text(task.total, unit)}"
-        speed = f"  {amount_text(task.speed, unit)}/s" if task.speed else ""
-        return Text(f"{amount_text(task.completed, unit)}{total}{speed}")
 
 
 SCHEMA = 1  # the version of every JSON document, under the key "loracat"; only ever added to
@@ -171,13 +166,13 @@ class Output:
         quiet: print bare values; notes and progress are left out, warnings and errors are not.
     """
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+    def __init__(self, *, as_json: Json = False, quiet: Quiet = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
         self._stdout = _console(sys.stdout)
         self._stderr = _console(sys.stderr)
         self._draws = _is_terminal(sys.stderr) and not (quiet or as_json)
-        self._bars: RichProgress | None = None
+        self._bars: Progress | None = None
         self._tasks: dict[str, _Line] = {}
         self._warned: set[str] = set()  # each is said once, however many parts of the work find it
         self._lock = threading.RLock()  # downloads tell of themselves from threads of their own
@@ -185,7 +180,9 @@ class Output:
     # Results: stdout.
 
     def document(self, content: dict[str, Any]) -> None:
-        """The JSON document, if one was asked for. Every command calls this exactly once."""
+        """Takes any bar off the screen and prints the JSON document, if one was asked for. Every command calls this
+        exactly once, before it shows anything else."""
+        self.close()
         if self.as_json:
             sys.stdout.write(json.dumps({"loracat": SCHEMA, **content}, indent=2, allow_nan=False) + "\n")
 
@@ -308,7 +305,7 @@ class Output:
         bar = None
         if self._draws:
             if self._bars is None:
-                self._bars = progress_bars(self._stderr)
+                self._bars = _progress_bars(self._stderr)
                 self._bars.start()
             bar = self._bars.add_task(visible(task), total=total, status="", unit=unit)
         self._tasks[task] = _Line(total, unit, bar)
@@ -407,6 +404,11 @@ class _Line:
         seconds = time.monotonic() - self.started
         amount = "" if self.unit == WORK or not self.done else f"{amount_text(self.done, self.unit)} in "
         return f"{amount}{seconds:.2f} s" + (f", {self.status}" if self.status else "")
+
+
+def encode_as(result: Any, **names: str) -> dict[str, Any]:
+    """The fields of a dataclass for a JSON document, some by the names that they have there."""
+    return {names.get(name, name): value for name, value in encode(result).items()}
 
 
 def describe(error: LoracatError) -> dict[str, Any]:

@@ -12,6 +12,12 @@ options that all commands share:
     mixing = "auto"
 
 Paths mean what they would mean on the command line.
+
+A `loracat.toml` that lies in the current folder is in force without having been asked for, and the folder may have come
+from elsewhere. Such a file may say how adapters are composed, with paths inside of the folder; not what is replaced,
+where else anything is read or written, what is run or trusted, or that nobody is told (`TABLE`; docs/configuration.md
+prints it, and a test holds both against every option of every command). All of that stands in a file of `--config`, in
+the user's own, in variables and on the command line.
 """
 
 from __future__ import annotations
@@ -24,10 +30,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from loracli.cli._unasked import refusal
-from loracli.errors import SettingsError, UsageError
+from loracli.errors import LoracatError, SettingsError, UsageError
+from loracli.hub.references import URI_PREFIX, parse_reference
 from loracli.system.files import read_regular
 
 PROJECT_FILE = "loracat.toml"
@@ -54,7 +60,7 @@ NOT_IN_A_FILE = {
     "token": "secrets do not belong there; use HF_TOKEN or `hf auth login`",
     "config": "one file does not name another",
     "json": "whoever reads the document asks for it",
-    "help": "it is no setting",
+    "help": "it is not a setting",
 }
 
 Options = Mapping[str, Any]  # of one command, by their long names: `max-length`
@@ -125,13 +131,13 @@ def read_settings(explicit: Path | None, commands: Mapping[str, Options]) -> tup
         raise SettingsError(
             f"{PROJECT_FILE} is in force without having been asked for, and sets what only you may set",
             problems=tuple(unasked),
-            hint=f"if you trust it, say so: --config {PROJECT_FILE}; or mend it",
+            hint=f"if you trust it, say so: --config {PROJECT_FILE}; or fix it",
         )
     problems += unasked
     if problems:
         files = " and ".join(dict.fromkeys(problem.partition(": ")[0] for problem in problems))
         count = "a setting" if len(problems) == 1 else f"{len(problems)} settings"
-        hint = f"mend {files}; `loracat COMMAND --help` lists the options of a command"
+        hint = f"fix {files}; `loracat COMMAND --help` lists the options of a command"
         raise SettingsError(f"{count} cannot be honoured", problems=tuple(problems), hint=hint)
     return tuple(settings)
 
@@ -174,7 +180,7 @@ def _read_file(
         raise SettingsError(
             "a setting cannot be honoured",
             problems=(f"{path}: a whole number of thousands of digits",),
-            hint=f"mend {path}",
+            hint=f"fix {path}",
         ) from None
     settings = []
     for name, value in document.items():
@@ -187,7 +193,7 @@ def _read_file(
             place = f"{path}: {f'{command}.' if command else ''}{option}"
             if (reason := _problem(command, option, parameter, item, commands)) is not None:
                 problems.append(f"{place}: {reason}")
-            elif unasked is not None and (reason := refusal(command, option, item)) is not None:
+            elif unasked is not None and (reason := _refusal(command, option, item)) is not None:
                 unasked.append(f"{place}: {reason}")
             else:
                 settings.append(Setting(command, option, item, str(path)))
@@ -210,7 +216,7 @@ def _check_dots(path: Path, text: str) -> None:
                 raise SettingsError(
                     "a setting cannot be honoured",
                     problems=(f"{path}: line {line}: the key {key!r}... has more than {MAX_DOTS} dots",),
-                    hint=f"mend {path}; it has a table for each command, such as [fit]",
+                    hint=f"fix {path}; it has a table for each command, such as [fit]",
                 )
         elif token in _BETWEEN:
             begin, dots = found.end(), 0
@@ -254,7 +260,7 @@ def _of_recipe(path: Path) -> list[Setting]:
         found[field.name.replace("_", "-")] = recipe.fit.settings.get(field.name)
     if found.pop("metric-command") is not None:
         raise UsageError(
-            f"{path} holds the sha256 of its --metric-command only, so it is no configuration",
+            f"{path} holds the sha256 of its --metric-command only, so it is not a configuration",
             hint="write the settings into a TOML file",
         )
     return [Setting("fit", option, value, str(path)) for option, value in found.items()]
@@ -271,3 +277,98 @@ def _reference(folder: Path, adapter: Any) -> str:
 def as_text(value: Any) -> str:
     """A value for people, as TOML would have it."""
     return json.dumps(value, ensure_ascii=False)
+
+
+_Rule = Literal["yes", "inside", "no"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What goes for some options.
+
+    Args:
+        rule: whether the file may set them; `inside` for paths within the folder, and for references on the Hub.
+        options: long names, of every command or, as `push.revision`, of one.
+        why: half a sentence.
+    """
+
+    rule: _Rule
+    options: tuple[str, ...]
+    why: str
+
+
+TABLE = (
+    Row("no", ("force",), "replaces what is there"),
+    Row("no", ("log", "local-dir"), "writes where no output is expected"),
+    Row("no", ("cache-dir", "resume"), "takes a cache, or the state of a run, for the user's own"),
+    Row("no", ("base", "base-revision"), "names what is trusted: weights, tokenizer, chat template"),
+    Row("no", ("metric-command",), "names a program"),
+    Row("no", ("quiet",), "hides that a file was in force"),
+    Row("no", ("device", "device-map", "shard"), "takes devices of this machine"),
+    Row("no", ("max-size", "with-base"), "lifts a ceiling of a download"),
+    Row("no", ("from-pickle", "edited-card"), "lifts a check"),
+    Row("no", ("push.revision", "message"), "names another place, or speaks, in the user's name"),
+    Row("inside", ("output",), "is a new name, and no hidden one"),
+    Row("inside", ("adapters", "control", "initial"), "are directories, or references on the Hub"),
+    Row("inside", ("data", "eval-data", "fit-data", "guard", "comparison", "recipe"), "are files"),
+    Row(
+        "yes",
+        tuple(
+            "activation-aware allow-truncation batch-tokens budget checkpointing cv density dequantise dtype energy "
+            "fields format generate gguf holdout learning-rate margin max-length max-new-tokens merge method methods "
+            "mixing modules-to-save paper passes profile rank refit ridge scale seed select-by skip-bad task-type "
+            "tolerance".split()
+        ),
+        "says how it is computed",
+    ),
+    Row("yes", ("revision",), "says which commit is read"),
+    Row("yes", ("create-pr", "private", "dry-run"), "does less"),
+    Row("yes", ("for", "color", "verbose"), "says what is shown"),
+)
+RULES = {option: row for row in TABLE for option in row.options}
+_WRITTEN = frozenset({"output"})
+_REFERENCES = frozenset({"adapters", "control", "initial"})  # what else is inside of the folder is a path
+
+
+def _refusal(command: str, option: str, value: Any) -> str | None:
+    """Why an unasked file may not set this; None if it may.
+
+    Args:
+        command: that it is for; empty for every command.
+        option: its long name.
+        value: of the type that the option takes.
+    """
+    row = RULES.get(f"{command}.{option}") or RULES.get(option)
+    if row is None or row.rule == "no":
+        return row.why if row is not None else "is not on the list of what it may say"
+    if row.rule == "yes":
+        return None
+    for text in value if isinstance(value, list) else [value]:
+        if option in _REFERENCES and _is_on_the_hub(str(text)):
+            continue
+        if not _is_inside(str(text)) or (option in _WRITTEN and _is_hidden(str(text))):
+            return f"{text!r} is not inside of the folder: {row.why}"
+    return None
+
+
+def _is_inside(text: str) -> bool:
+    """Whether a path, of which a weight may be part, leads to the current folder or below it, links followed."""
+    if text == "-" or text.startswith("~") or "\0" in text:
+        return False
+    here = os.path.realpath(os.curdir)
+    without_weight = text.rpartition(":")[0] or text
+    return all(os.path.commonpath([here, os.path.realpath(path)]) == here for path in (text, without_weight))
+
+
+def _is_on_the_hub(text: str) -> bool:
+    """Whether this is `hf://...` as only a repository on the Hub is named."""
+    if not text.startswith(URI_PREFIX):
+        return False
+    try:
+        return parse_reference(text).repo_id is not None
+    except LoracatError:
+        return False
+
+
+def _is_hidden(text: str) -> bool:
+    return any(part.startswith(".") and part != os.curdir for part in text.replace("\\", "/").split("/"))

@@ -1,14 +1,20 @@
-"""Tables and sentences that more than one command prints.
-
-How a comparison is shown to people.
-"""
+"""How results are shown to people: a recipe, a comparison, an export."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from loracli.cli._output import Block, Output
 from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim, verdict
+from loracli.progress import amount_text
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import FitCertificate, HeldOut
+from loracli.system.document import dtype_name
+
+if TYPE_CHECKING:
+    from loracli.export.export import Exported
+    from loracli.export.loss import ExportLoss
+    from loracli.export.refit import RefitRecord
 
 COMPARED_TASKS = 12
 KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
@@ -41,11 +47,11 @@ def comparison_lines(out: Output, found: Comparison) -> None:
     if found.metric:
         out.line(metric_claim(found), style="bold")
     out.line(
-        f"so many records show a true difference of {found.detectable:.4f} nats per token four times in five",
+        f"with this many records a true difference of {found.detectable:.4f} nats per token is found 4 times in 5",
         style="dim",
     )
     if found.repeated_records:
-        out.line(f"{found.repeated_records} of the records were calibrated on: the table flatters what was fitted")
+        out.line(f"{found.repeated_records} of the records were calibrated on too: the table flatters what was fitted")
 
 
 def _labelled(found: Comparison) -> Comparison:
@@ -147,9 +153,9 @@ def weight_maps(out: Output, recipe: Recipe) -> None:
 
 
 def search_lines(out: Output, recipe: Recipe) -> None:
-    """How the mixing was found: the rungs with their starts, and what was chosen."""
+    """How the mixing was found: the levels with their starts, and what was chosen."""
     fit = recipe.fit
-    out.line(f"search: {fit.passes:g} passes, largest move of a number {fit.largest_move:.3f}", style="bold")
+    out.line(f"search: {fit.passes:g} passes, largest change of a weight {fit.largest_move:.3f}", style="bold")
     rows = []
     for rung in fit.rungs:
         for start in rung.starts:
@@ -160,7 +166,7 @@ def search_lines(out: Output, recipe: Recipe) -> None:
                 [f"{rung.kind} from {start.name}", *map(_loss, (start.before, start.after, start.unseen, end)), ridge]
             )
     strong = next((i for i, row in enumerate(rows) if row[4] and row[0].startswith(f"{recipe.mixing.kind} ")), None)
-    out.table([_heading(fit.criterion), "before", "probed", "unseen", "solution", "ridge"], rows, strong=strong)
+    out.table([_heading(fit.criterion), "start", "short try", "on unseen", "final", "ridge"], rows, strong=strong)
     for rung in fit.rungs[1:]:
         out.line(f"{rung.kind}: {rung.why}")
     if fit.folds > 1:
@@ -168,10 +174,10 @@ def search_lines(out: Output, recipe: Recipe) -> None:
     if fit.refitted:
         out.line("then fitted once more on all training records")
     if fit.certificate is not None:
-        certificate_lines(out, recipe, fit.certificate)
+        _optimum_lines(out, recipe, fit.certificate)
     if fit.halvings:
         out.line(
-            f"{fit.halvings} micro-batches were halved for want of memory: another run may differ in the last bits"
+            f"{fit.halvings} micro-batches were halved because memory ran out: another run may differ in the last bits"
         )
     if fit.stopped:
         out.line(f"STOPPED EARLY: {fit.stopped}", style="bold")
@@ -181,7 +187,7 @@ def _heading(criterion: str) -> str:
     return "nats/token on validation" if criterion == NATS else f"1 - {criterion} on validation"
 
 
-def certificate_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> None:
+def _optimum_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> None:
     """Where the weights stand: what is still to gain, how many the records determine, and which are far out."""
     labels = list(recipe.labels().values())
     bound = "" if certificate.certain else "at most "
@@ -189,11 +195,11 @@ def certificate_lines(out: Output, recipe: Recipe, certificate: FitCertificate) 
         f"a Newton step would gain {bound}{certificate.decrement:.1e} nats per token; "
         f"gradient {certificate.gradient_norm:.1e}"
     )
-    out.line(f"the records determine {certificate.effective_numbers:.1f} of the {recipe.mixing.numbers} numbers")
+    out.line(f"the records determine {certificate.effective_numbers:.1f} of the {recipe.mixing.numbers} weights")
     far = [f"{group} of {labels[i]}" for group, places in certificate.extrapolated.items() for i in places]
     if far:
         more = f" and {len(far) - SHOWN_FAR} more" if len(far) > SHOWN_FAR else ""
-        out.line(f"beyond 2 in size, where no adapter was trained: {', '.join(far[:SHOWN_FAR])}{more}")
+        out.line(f"above 2 or below -2, where no adapter was trained: {', '.join(far[:SHOWN_FAR])}{more}")
 
 
 def _loss(nats: float | None) -> str:
@@ -235,3 +241,61 @@ def _task_lines(out: Output, table: HeldOut) -> None:
     if len(table.tasks) > SHOWN_TASKS:
         out.line(f"... and {len(table.tasks) - SHOWN_TASKS} more tasks in the recipe")
     out.line()
+
+
+def exported_summary(exported: Exported) -> str:
+    """An adapter in half a line: rank, modules, dtype, size, layout."""
+    layout = exported.layout
+    return (
+        f"  rank {layout.rank}, {len(layout.ranks)} modules, {dtype_name(exported.dtype)}, "
+        f"{amount_text(exported.size_bytes, 'B')}, profile {layout.profile}"
+    )
+
+
+def certificate_lines(out: Output, exported: Exported) -> None:
+    """How far the written adapter is from the composition."""
+    certificate = exported.certificate
+    if not exported.merged:
+        rounding = f" to {certificate.largest_error:.1e}, the rounding of {dtype_name(exported.dtype)}"
+        out.line(f"  exact{rounding if certificate.largest_error else ''}")
+        return
+    out.line(
+        f"  energy kept by the compression: {certificate.mean_energy:.2%} on average, "
+        f"{certificate.least_energy:.2%} at least; relative error {certificate.largest_error:.2f} at most"
+    )
+    out.table(
+        ["  module", "rank", "energy kept", "relative error"],
+        [
+            [f"  {module.name}", str(module.rank), f"{module.kept_energy:.2%}", f"{module.relative_error:.3f}"]
+            for module in certificate.worst
+        ],
+    )
+
+
+def export_loss_lines(out: Output, loss: ExportLoss) -> None:
+    """The loss of the composition and of what was written."""
+    rows = [["  composition", f"{loss.before:.4f}"], ["  export", f"{loss.after:.4f}"]]
+    out.table(["  on held-out records", "nats per token"], rows)
+    out.line(
+        f"  {loss.records} records, {loss.scored_tokens} scored tokens; difference {loss.difference:+.4f}, "
+        f"95 % interval {interval_text(loss.interval)}"
+    )
+
+
+def refit_lines(out: Output, refit: RefitRecord) -> None:
+    """The losses of a refit, and what was kept."""
+    loss = refit.loss
+    rows = [("composition", loss.composition), ("truncation", loss.truncated), ("refit", loss.refitted)]
+    rows = rows if refit.kept == "refit" else rows[:2]
+    out.table(["  on held-out records", "nats per token"], [[f"  {name}", f"{nats:.4f}"] for name, nats in rows])
+    gain = f"a gain of {refit.gain:.4f} on the validation records, standard error {refit.standard_error:.4f}"
+    if refit.kept == "refit":
+        out.line(
+            f"  {loss.records} records, {loss.scored_tokens} scored tokens; refit minus truncation "
+            f"{loss.refitted - loss.truncated:+.4f}, 95 % interval {interval_text(loss.interval)}"
+        )
+        out.line(f"  refitted: {refit.numbers} numbers, {gain}")
+    else:
+        out.line(f"  the truncation is kept: {gain}")
+    if refit.stopped is not None:
+        out.warn(f"the refit stopped early: {refit.stopped}")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt, complete_adapter
+from loracli.cli import _options as opt
 from loracli.cli._output import Output
 from loracli.progress import amount_text
 from loracli.system.document import dtype_name
+
+if TYPE_CHECKING:
+    from loracli.conversion.convert import Converted
 
 SHOWN_MODULES = 5
 
@@ -22,21 +25,17 @@ EPILOG = (
 
 
 def convert(
+    *,
     adapter: Annotated[
         str,
         typer.Argument(
             metavar="ADAPTER",
-            autocompletion=complete_adapter,
-            help="DoRA, PiSSA, OLoRA, CorDA or LoRA-GA, on the Hub or in a directory.",
+            autocompletion=opt.complete_adapter,
+            help="Adapter of DoRA, PiSSA, OLoRA, CorDA or LoRA-GA, on the Hub or in a directory.",
         ),
     ],
-    base: Annotated[
-        str | None,
-        typer.Option("--base", metavar="MODEL", help="Hub id or directory; default: the one that the adapter names."),
-    ] = None,
-    base_revision: Annotated[
-        str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
-    ] = None,
+    base: opt.Base = None,
+    base_revision: opt.BaseRevision = None,
     initial: Annotated[
         str | None,
         typer.Option("--initial", metavar="ADAPTER", help="The adapter as it was saved before its training."),
@@ -45,7 +44,7 @@ def convert(
         "adapter-converted"
     ),
     rank: Annotated[
-        int | None, typer.Option("--rank", metavar="K", help="Of the result, whatever its error then is.")
+        int | None, typer.Option("--rank", metavar="K", help="Rank of the result, whatever its error is then.")
     ] = None,
     tolerance: Annotated[
         float | None,
@@ -56,26 +55,21 @@ def convert(
             "DoRA; with DoRA 0.1, up to rank 512.",
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; default: the adapter's own."),
-    ] = None,
+    dtype: opt.WrittenDtype = None,
     from_pickle: Annotated[
         bool,
         typer.Option(
             "--from-pickle",
-            help="Make safetensors of adapter_model.bin, which a process of its own opens, within limits.",
+            help="Make safetensors of adapter_model.bin, which a separate process with limits opens.",
         ),
     ] = False,
-    force: ForceOpt = False,
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
+    force: opt.Force = False,
+    out: Output,
 ) -> None:
     """Make a plain LoRA, at a stated error, of an adapter that is refused without its base model; or safetensors of a
     pickle file."""
     from loracli.conversion.convert import convert_adapter
 
-    out = Output(as_json=as_json, quiet=quiet)
     if from_pickle:
         others = {
             "--base": base,
@@ -99,15 +93,21 @@ def convert(
         force=force,
         progress=out,
     )
-    out.close()
+    _show(out, made)
+
+
+def _show(out: Output, made: Converted) -> None:
+    """What was written, at which error."""
+    from loracli.cli._tables import exported_summary
+
     exported, modules = made.exported, made.exported.certificate.modules
-    layout, dtype = exported.layout, dtype_name(exported.dtype)
+    layout = exported.layout
     out.document(
         {
             "path": str(exported.path),
             "profile": layout.profile,
             "rank": layout.rank,
-            "dtype": dtype,
+            "dtype": dtype_name(exported.dtype),
             "size_bytes": exported.size_bytes,
             "relative_error": made.relative_error,
             "largest_relative_error": exported.certificate.largest_error,
@@ -123,10 +123,7 @@ def convert(
     if layout.profile == "peft" and layout.reason:
         out.warn(f"written for PEFT and vLLM only: {layout.reason}")
     out.line(str(exported.path), style="bold")
-    out.line(
-        f"  rank {layout.rank}, {len(layout.ranks)} modules, {dtype}, "
-        f"{amount_text(exported.size_bytes, 'B')}, profile {layout.profile}"
-    )
+    out.line(exported_summary(exported))
     out.line(
         f"  relative error of the change in the base's weights: {made.relative_error:.1e} over all modules, "
         f"{exported.certificate.largest_error:.1e} at most"
@@ -156,7 +153,6 @@ def _from_pickle(out: Output, reference: str, output: Path, others: list[str], *
         )
     made = convert_pickle(reference, output, force=force, progress=out)
     adapter, dtype = made.adapter, dtype_name(made.adapter.dtype)
-    out.close()
     out.document(
         {
             "path": str(made.path),

@@ -7,18 +7,19 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
 from loracli.errors import OutputExists
 
+EPILOG = "loracat demo  ·  loracat demo -o example/"
+
 
 def demo(
+    *,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="Keep recipe and adapters in this new directory."),
     ] = None,
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
+    out: Output,
 ) -> None:
     """Fit, export, reload and compare on an embedded small model with two adapters, in about a minute, offline."""
     import tempfile
@@ -26,13 +27,11 @@ def demo(
     from loracli.demo.run import run_demo
     from loracli.system.files import whole_directory
 
-    out = Output(as_json=as_json, quiet=quiet)
     if output is not None and output.exists():
         raise OutputExists(f"{output} exists", hint="choose another name with -o")
     with tempfile.TemporaryDirectory() if output is None else whole_directory(output, force=False) as folder:
         out.note("a small model with two adapters: 'know' holds facts, 'form' a way of answering; the test needs both")
         result = run_demo(Path(folder), progress=out)
-    out.close()
     out.document(
         {
             "rows": [

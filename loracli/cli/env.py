@@ -9,7 +9,6 @@ from typing import Any
 import typer
 
 from loracli.cli._command import FILES, SETTINGS, commands_of
-from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
 from loracli.cli._settings import PREFIX, SHARED, Setting, as_text, variable
 
@@ -17,7 +16,7 @@ _PACKAGES = ("loracat", "torch", "transformers", "peft", "safetensors", "hugging
 EPILOG = "loracat env  ·  loracat env --json"
 
 
-def env(context: typer.Context, as_json: JsonOpt = False, quiet: QuietOpt = False) -> None:
+def env(*, context: typer.Context, out: Output) -> None:
     """Print versions, devices, caches and which settings are in force, for bug reports."""
     import platform
     from importlib.metadata import version
@@ -26,7 +25,6 @@ def env(context: typer.Context, as_json: JsonOpt = False, quiet: QuietOpt = Fals
 
     from loracli.hub.references import surroundings
 
-    out = Output(as_json=as_json, quiet=quiet)
     facts = {name: version(name) for name in _PACKAGES}
     facts["python"] = platform.python_version()
     facts["system"] = f"{platform.system()} {platform.machine()}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loracli.cli._options import CacheDirOpt, JsonOpt, QuietOpt, RevisionOpt, TokenOpt, complete_adapter, parse_bytes
-from loracli.cli._output import Output
+from loracli.cli import _options as opt
+from loracli.cli._output import Output, encode_as
 from loracli.progress import amount_text
+from loracli.system.document import encode
 
 if TYPE_CHECKING:
     from loracli.hub.fetch import Fetched, FetchedBase
@@ -22,20 +23,21 @@ EPILOG = (
 
 
 def fetch(
+    *,
     references: Annotated[
         list[str],
         typer.Argument(
             metavar="REF",
-            autocompletion=complete_adapter,
+            autocompletion=opt.complete_adapter,
             help="org/name, org/name@rev, hf://org/name@rev/sub/folder, a local directory, or a recipe's file.",
         ),
     ],
-    revision: RevisionOpt = None,
+    revision: opt.Revision = None,
     with_base: Annotated[bool, typer.Option("--with-base", help="Fetch the base model that they name, too.")] = False,
     max_size: Annotated[
         str, typer.Option("--max-size", metavar="SIZE", help="Refuse an adapter with larger files: 500MB, 20GiB.")
     ] = "8GiB",
-    cache_dir: CacheDirOpt = None,
+    cache_dir: opt.CacheDir = None,
     local_dir: Annotated[
         Path | None, typer.Option("--local-dir", metavar="DIR", help="Put plain files there instead of into a cache.")
     ] = None,
@@ -45,20 +47,18 @@ def fetch(
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Download again what is there, and replace files in --local-dir.")
     ] = False,
-    token: TokenOpt = None,
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
+    token: opt.Token = None,
+    out: Output,
 ) -> None:
     """Download adapters, or all that a recipe names, from the Hub: config, safetensors and README, nothing else."""
     from loracli.recipe.ingredients import fetch_all, is_record
 
-    out = Output(as_json=as_json, quiet=quiet)
     fetched = fetch_all(
         references,
         revision=revision,
         with_base=with_base,
         local_dir=local_dir,
-        max_bytes=parse_bytes(max_size, "--max-size"),
+        max_bytes=opt.parse_bytes(max_size, "--max-size"),
         dry_run=dry_run,
         cache_dir=cache_dir,
         token=token,
@@ -66,12 +66,11 @@ def fetch(
         progress=out,
     )
     adapters, base = fetched.adapters, fetched.base
-    out.close()
     out.document(
         {
             "dry_run": dry_run,
-            "adapters": [{"reference": adapter.reference.text, **_describe(adapter)} for adapter in adapters],
-            "base": {"id": base.repo_id, **_describe(base)} if base else None,
+            "adapters": [encode(adapter) | {"reference": adapter.reference.text} for adapter in adapters],
+            "base": encode_as(base, repo_id="id") if base else None,
         }
     )
     for adapter in adapters:
@@ -81,11 +80,6 @@ def fetch(
     named = [text for text in references if not is_record(text)]
     if named and not dry_run:
         out.hint(shlex.join(["loracat", "inspect", *named]))
-
-
-def _describe(fetched: Fetched | FetchedBase) -> dict[str, Any]:
-    files = [{"name": file.name, "size_bytes": file.size_bytes, "cached": file.cached} for file in fetched.files]
-    return {"path": str(fetched.path), "commit": fetched.commit, "files": files}
 
 
 def _show(out: Output, name: str, fetched: Fetched | FetchedBase, *, with_files: bool) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._options import DryRunOpt, ForceOpt, JsonOpt, QuietOpt, complete_adapter
-from loracli.cli._output import Output
+from loracli.cli import _options as opt
+from loracli.cli._output import Output, encode_as
 from loracli.progress import amount_text
 
 EPILOG = (
@@ -19,48 +19,26 @@ EPILOG = (
 
 
 def fuse(
+    *,
     recipe: Annotated[
         Path | None,
         typer.Argument(
             metavar="[RECIPE]",
-            help="That `loracat fit` wrote, or an adapter's directory; default: recipe.json, unless --method has "
-            "--adapters.",
+            help="Recipe that `loracat fit` wrote, or an adapter's directory; default: recipe.json, unless --method "
+            "has --adapters.",
         ),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of the model to write.")
     ] = Path("model-fused"),
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base", metavar="MODEL", help="Hub id or directory; default: the recorded one, or what the adapters name."
-        ),
-    ] = None,
-    base_revision: Annotated[
-        str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
-    ] = None,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapters",
-            "-a",
-            metavar="ADAPTER...",
-            autocompletion=complete_adapter,
-            help="Where the ingredients are now, in the recipe's order; with --method the adapters to compose.",
-        ),
-    ] = None,
+    base: opt.Base = None,
+    base_revision: opt.BaseRevision = None,
+    adapters: opt.AdaptersOrPlaces = None,
     method: Annotated[
         str | None,
         typer.Option("--method", metavar="NAME", help="Compose by a method that needs no data instead of a fit."),
     ] = None,
-    modules_to_save: Annotated[
-        str | None,
-        typer.Option(
-            "--modules-to-save",
-            metavar="POLICY",
-            help="With --method, of modules that adapters saved whole: pick:NAME, average or refuse.",
-        ),
-    ] = None,
+    modules_to_save: opt.MethodModulesToSave = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -76,15 +54,13 @@ def fuse(
         ),
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a fusion that was stopped.")] = False,
-    force: ForceOpt = False,
-    dry_run: DryRunOpt = False,
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
+    force: opt.Force = False,
+    dry_run: opt.DryRun = False,
+    out: Output,
 ) -> None:
     """Fold the composition into the base model's own weights, file by file."""
     from loracli.fusing.fuse import fuse_model
 
-    out = Output(as_json=as_json, quiet=quiet)
     composed = Path("recipe.json") if recipe is None and (method is None or not adapters) else recipe
     fused = fuse_model(
         composed,
@@ -101,24 +77,7 @@ def fuse(
         dry_run=dry_run,
         progress=out,
     )
-    out.close()
-    out.document(
-        {
-            "dry_run": dry_run,
-            "path": str(fused.path),
-            "base": fused.base_id,
-            "modules": fused.modules,
-            "shards": fused.shards,
-            "resumed_shards": fused.resumed,
-            "size_bytes": fused.size_bytes,
-            "dtypes": list(fused.dtypes),
-            "untied": fused.untied,
-            "dequantised": fused.dequantised,
-            "left_behind": list(fused.left_behind),
-            "replaced": list(fused.replaced),
-            "bypassed": list(fused.bypassed),
-        }
-    )
+    out.document({"dry_run": dry_run, **encode_as(fused, base_id="base", resumed="resumed_shards")})
     out.value(str(fused.path))
     out.line(str(fused.path) + (" would be written:" if dry_run else ""), style="bold")
     files = "1 file" if fused.shards == 1 else f"{fused.shards} files"
@@ -131,11 +90,11 @@ def fuse(
     if fused.dequantised:
         out.line(f"  the base is quantised ({fused.dequantised}); this model is not")
     if fused.replaced:
-        out.line(f"  replaced as an adapter saved them (modules_to_save): {', '.join(fused.replaced)}")
+        out.line(f"  replaced by what an adapter saved (modules_to_save): {', '.join(fused.replaced)}")
     if fused.untied:
         out.line("  embedding and head were one matrix and are two now: tie_word_embeddings is false in config.json")
     if fused.left_behind:
-        out.note(f"not taken along: {', '.join(fused.left_behind)}")
+        out.note(f"not copied: {', '.join(fused.left_behind)}")
     if dry_run:
         return
     ingredients = [" --adapters ", shlex.join(adapters)] if adapters else []

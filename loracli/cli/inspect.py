@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._options import CacheDirOpt, JsonOpt, QuietOpt, RevisionOpt, TokenOpt, complete_adapter
+from loracli.cli import _options as opt
 from loracli.cli._output import Output
 
 SHOWN_PROBLEMS = 5  # one wrong base makes a problem of every module; --json has them all
@@ -16,25 +16,23 @@ EPILOG = "loracat inspect org/math-lora org/code-lora  ·  loracat inspect ./ada
 
 
 def inspect(
+    *,
     references: Annotated[
         list[str],
         typer.Argument(
-            metavar="REF", autocompletion=complete_adapter, help="Adapters on the Hub or in local directories."
+            metavar="REF", autocompletion=opt.complete_adapter, help="Adapters on the Hub or in local directories."
         ),
     ],
-    revision: RevisionOpt = None,
-    cache_dir: CacheDirOpt = None,
-    token: TokenOpt = None,
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
+    revision: opt.Revision = None,
+    cache_dir: opt.CacheDir = None,
+    token: opt.Token = None,
+    out: Output,
 ) -> None:
     """Show ranks, modules, scaling and base model of adapters, whether they can be composed, and how much they
     overlap."""
     from loracli.adapters.compatible import inspect_adapters
 
-    out = Output(as_json=as_json, quiet=quiet)
     found = inspect_adapters(references, revision=revision, cache_dir=cache_dir, token=token, progress=out)
-    out.close()
     out.document(found.as_dict())
     for adapter in found.adapters:
         out.line(adapter.reference, style="bold")

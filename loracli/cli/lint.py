@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._options import JsonOpt, QuietOpt
 from loracli.cli._output import Output
 
 EPILOG = "loracat lint adapter-merged  ·  loracat lint ./adapter --for vllm,sglang --base org/base-model"
@@ -20,13 +19,14 @@ SAID = {
 
 
 def lint(
+    *,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter as PEFT or mlx-lm writes it.")],
     servers: Annotated[
         str | None,
         typer.Option(
             "--for",
             metavar="SERVERS",
-            help="Of vllm,sglang,llamacpp,tgi,ollama,peft,mlx; default: all that read this layout.",
+            help="Some of vllm,sglang,llamacpp,tgi,ollama,peft,mlx; default: all that read this layout.",
         ),
     ] = None,
     base: Annotated[
@@ -35,16 +35,13 @@ def lint(
             "--base", metavar="MODEL", help="Hub id or directory; its config is read, for what only the base can tell."
         ),
     ] = None,
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
+    out: Output,
 ) -> None:
     """Check an adapter against the rules of servers, and print the commands that serve it."""
     from loracli.serving.lint import lint_adapter
 
-    out = Output(as_json=as_json, quiet=quiet)
     asked = [name.strip() for name in servers.split(",") if name.strip()] if servers else []
     found = lint_adapter(directory, servers=asked, base=base, progress=out)
-    out.close()
     out.document(found.as_dict())
     out.line(f"{directory}: {found.modules} modules, rank up to {found.rank}, {found.layout} layout")
     for server in found.servers:

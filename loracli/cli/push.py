@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loracli.cli._options import EditedCardOpt, JsonOpt, QuietOpt, TokenOpt
-from loracli.cli._output import Output
+from loracli.cli import _options as opt
+from loracli.cli._output import Output, encode_as
 from loracli.progress import amount_text
 
 if TYPE_CHECKING:
@@ -22,30 +21,34 @@ EPILOG = (
 
 
 def push(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="That `loracat export` wrote.")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="On the Hub, org/name; made if it is not there.")],
+    *,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory that `loracat export` wrote.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Repository on the Hub, org/name; created if it does not exist.")
+    ],
     private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private; refused if it is there and public.")
+        bool, typer.Option("--private", help="Make a new repository private; refused if it exists and is public.")
     ] = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="BRANCH", help="Branch to push to, made if it is not there.")
+        str | None,
+        typer.Option("--revision", metavar="BRANCH", help="Branch to push to, created if it does not exist."),
     ] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request instead of committing to the branch.")
     ] = False,
-    message: Annotated[str | None, typer.Option("--message", "-m", metavar="TEXT", help="Of the commit.")] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Message of the commit.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show what would be uploaded; change nothing.")
     ] = False,
-    edited_card: EditedCardOpt = False,
-    token: TokenOpt = None,
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
+    edited_card: opt.EditedCard = False,
+    token: opt.Token = None,
+    out: Output,
 ) -> None:
     """Verify an export, upload it in one commit, and compare what the Hub then holds with the files here."""
     from loracli.pushing.push import push_adapter
 
-    out = Output(as_json=as_json, quiet=quiet)
     found = push_adapter(
         directory,
         repo,
@@ -58,8 +61,9 @@ def push(
         token=token,
         progress=out,
     )
-    out.close()
-    out.document({"dry_run": dry_run, **_describe(found)})
+    document = encode_as(found, repo_id="repo", verification="not_checked")
+    document["not_checked"] = document["not_checked"]["not_checked"]
+    out.document({"dry_run": dry_run, **document})
     if found.url is not None:
         out.value(found.url)
     _show(out, found, dry_run=dry_run)
@@ -73,24 +77,6 @@ def push(
         out.warn("the card states no licence, because the ingredients do not all state the same one")
     if found.committed:
         out.hint(f"loracat fetch {found.repo_id}@{found.commit}")
-
-
-def _describe(found: Pushed) -> dict[str, Any]:
-    return {
-        "repo": found.repo_id,
-        "revision": found.revision,
-        "commit": found.commit,
-        "url": found.url,
-        "pull_request": found.pull_request,
-        "committed": found.committed,
-        "created": found.created,
-        "private": found.private,
-        "files": [asdict(file) for file in found.files],
-        "left_there": list(found.left_there),
-        "left_out": list(found.left_out),
-        "licence": found.licence,
-        "not_checked": [asdict(item) for item in found.verification.not_checked],
-    }
 
 
 def _show(out: Output, found: Pushed, *, dry_run: bool) -> None:

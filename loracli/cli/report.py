@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._options import ForceOpt, JsonOpt, QuietOpt, complete_adapter
-from loracli.cli._output import Output
+from loracli.cli import _options as opt
+from loracli.cli._output import Output, encode_as
 
 EPILOG = (
     "loracat report  ·  loracat compare recipe.json --data test.jsonl --json > comparison.json  ·  "
@@ -18,37 +18,24 @@ EPILOG = (
 
 
 def report(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that `loracat fit` wrote.")] = Path(
-        "recipe.json"
-    ),
+    *,
+    recipe: opt.RecipeArgument = Path("recipe.json"),
     comparison: Annotated[
         Path | None,
         typer.Option("--comparison", "-c", metavar="FILE", help="What `loracat compare RECIPE --json` printed."),
     ] = None,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapters",
-            "-a",
-            metavar="ADAPTER...",
-            autocompletion=complete_adapter,
-            help="Where the ingredients are now, in order.",
-        ),
-    ] = None,
+    adapters: opt.Places = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")] = Path(
         "report.html"
     ),
-    force: ForceOpt = False,
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
+    force: opt.Force = False,
+    out: Output,
 ) -> None:
     """Write one HTML file: verdict, comparison, weights as a map, the search, interference, provenance."""
     from loracli.report.report import write_report
 
-    out = Output(as_json=as_json, quiet=quiet)
     written = write_report(recipe, output, comparison=comparison, adapters=adapters or (), force=force, progress=out)
-    out.close()
-    out.document({"report": str(written.path), "size_bytes": written.size_bytes, "parts": list(written.parts)})
+    out.document(encode_as(written, path="report"))
     out.value(str(written.path))
     out.line(str(written.path), style="bold")
     out.line(f"  {written.size_bytes / 1000:.1f} kB: {', '.join(written.parts)}")

@@ -6,11 +6,8 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from loracli.cli._options import JsonOpt, QuietOpt
+from loracli.cli import _options as opt
 from loracli.cli._output import Output
 
 EPILOG = "loracat show recipe.json  ·  loracat show recipe.json --json"
@@ -25,18 +22,15 @@ def _spread(cell: tuple[float, float, float] | None) -> str:
 
 
 def show(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that `loracat fit` wrote.")] = Path(
-        "recipe.json"
-    ),
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
+    *,
+    recipe: opt.RecipeArgument = Path("recipe.json"),
+    out: Output,
 ) -> None:
     """Show a recipe: ingredients, weights, how they were found, and the held-out table."""
     from loracli.cli._tables import data_lines, held_out_lines, search_lines, weight_maps
     from loracli.recipe.recipe import load_recipe, weights_by_leaf
     from loracli.recipe.record import INLINE_KINDS, other_bases_of, tensors_path
 
-    out = Output(as_json=as_json, quiet=quiet)
     loaded = load_recipe(recipe)
     out.document({"recipe": json.loads(loaded.to_json())})
     out.value(loaded.held_out.verdict)
@@ -72,8 +66,8 @@ def show(
         [[name, *(_spread(cell) for cell in cells)] for name, cells in weights_by_leaf(loaded).items()],
     )
     for what, names in (
-        ("weight read without calling the layer, so that the update acts neither here nor in PEFT", mixing.bypassed),
-        ("reached by no record", [name for name in mixing.unreached if name not in mixing.bypassed]),
+        ("weight read without calling the layer, so the update has no effect, here or in PEFT", mixing.bypassed),
+        ("not reached by any record", [name for name in mixing.unreached if name not in mixing.bypassed]),
     ):
         if names:
             out.line(f"{what}: {', '.join(names)}")

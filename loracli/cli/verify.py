@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from loracli.cli._options import EditedCardOpt, JsonOpt, QuietOpt, complete_adapter
+from loracli.cli import _options as opt
 from loracli.cli._output import Output
+from loracli.system.document import encode
 
 EPILOG = (
     "loracat verify adapter-cat/  ·  loracat verify adapter-cat/ --adapters ./math ./code  ·  "
@@ -17,36 +18,24 @@ EPILOG = (
 
 
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="That `loracat export` or `loracat fuse` wrote.")],
+    *,
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Directory that `loracat export` or `loracat fuse` wrote.")
+    ],
     recipe: Annotated[
         Path | None,
         typer.Option("--recipe", metavar="RECIPE", help="The recipe that it was made with, to find local ingredients."),
     ] = None,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapters",
-            "-a",
-            metavar="ADAPTER...",
-            autocompletion=complete_adapter,
-            help="Where the ingredients are now, in the recorded order.",
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", metavar="MODEL", help="Hub id or directory of the base model, where it is needed."),
-    ] = None,
-    base_revision: Annotated[
-        str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
-    ] = None,
-    edited_card: EditedCardOpt = False,
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
+    adapters: opt.Places = None,
+    base: opt.Base = None,
+    base_revision: opt.BaseRevision = None,
+    edited_card: opt.EditedCard = False,
+    out: Output,
 ) -> None:
-    """Compute an export or a fused model again from its ingredients and compare every tensor; 7 on any difference."""
+    """Compute an export or a fused model again from its ingredients and compare every tensor; exit code 7 on any
+    difference."""
     from loracli.verifying.verify import verify_directory
 
-    out = Output(as_json=as_json, quiet=quiet)
     found = verify_directory(
         directory,
         recipe=recipe,
@@ -56,16 +45,7 @@ def verify(
         edited_card=edited_card,
         progress=out,
     )
-    out.close()
-    out.document(
-        {
-            "path": str(found.path),
-            "kind": found.kind,
-            "tensors": found.tensors,
-            "checked": list(found.checked),
-            "not_checked": [{"what": item.what, "why": item.why} for item in found.not_checked],
-        }
-    )
+    out.document(encode(found))
     out.value("incomplete" if found.not_checked else "verified")
     out.line(str(found.path), style="bold")
     for what in found.checked:

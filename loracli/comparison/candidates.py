@@ -18,7 +18,7 @@ from loracli.adapters.kinds import kind_of
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods import METHODS
 from loracli.comparison.inputs import CompareInputs
-from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FRESH_LORA, RANDOM, RUNGS
+from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FITTED_MIXINGS, FRESH_LORA, RANDOM
 from loracli.composition.attached import MixingPoint, of_factors, of_method, of_recipe, weighted
 from loracli.composition.composition import compose_module
 from loracli.composition.fitted import PAPER, SEARCH_RECORDS, Calibration, fit_level, search_weights
@@ -103,7 +103,7 @@ class FreshLora(Mixing):
         raise TypeError("a new LoRA contains no mixing of other adapters")
 
     def matrices(self, theta: Tensor) -> list[Tensor]:
-        raise TypeError("a new LoRA is no mixing of other adapters")
+        raise TypeError("a new LoRA is not a mixing of other adapters")
 
 
 def train_fresh_lora(
@@ -200,7 +200,7 @@ class Candidate:
             return self.compose()
         except (ValueError, UsageError) as error:
             if self.by_name:
-                raise UsageError(f"{self.name} cannot be had here: {error}", hint=_way_out(error)) from None
+                raise UsageError(f"{self.name} cannot be computed here: {error}", hint=_way_out(error)) from None
             skipped.append(Skipped(self.name, str(error)))
             return None
 
@@ -240,7 +240,7 @@ def _names(inputs: CompareInputs) -> dict[str, bool]:
     names = {UNIFORM: False} if inputs.layout.adapters > 1 else {}
     for word in asked:
         if word in (ALL, DATA_FREE):
-            every = (*METHODS, *RUNGS) if word == ALL else tuple(n for n in METHODS if not _needs_data(n))
+            every = (*METHODS, *FITTED_MIXINGS) if word == ALL else tuple(n for n in METHODS if not _needs_data(n))
             names = {**{name: False for name in every}, **names}
     return names | {word: True for word in asked if word not in (ALL, DATA_FREE)}
 
@@ -255,7 +255,7 @@ def _method(name: str, inputs: CompareInputs, calibration: Calibration | None, b
         return Candidate(name, "method", partial(of_method, METHODS[name], options, adapters, layout), by_name=by_name)
     assert calibration is not None
     tokens = sum(len(example.input_ids) for example in calibration.examples)
-    if name in RUNGS:
+    if name in FITTED_MIXINGS:
         passes = {PAPER: 1.0, AUTO: AUTO_PASSES}.get(name, PASSES)
         if name != PAPER and calibration.settings.passes is not None:
             passes = calibration.settings.passes

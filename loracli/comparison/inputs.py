@@ -14,7 +14,7 @@ from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, 
 from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
-from loracli.comparison.settings import RUNGS, CompareSettings
+from loracli.comparison.settings import FITTED_MIXINGS, CompareSettings
 from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, make_layout
 from loracli.hub.fetch import fetch_adapter
@@ -170,7 +170,7 @@ def _read_files(data: DataPaths, settings: CompareSettings, progress: Progress) 
 
 def _row_name(reference: str) -> str:
     """The reference, unless a row of another kind goes by that name: then as a path."""
-    taken = {*OTHER_ROWS, *METHODS, *RUNGS, "fresh-lora", "random", "datamix"}
+    taken = {*OTHER_ROWS, *METHODS, *FITTED_MIXINGS, "fresh-lora", "random", "datamix"}
     return f"./{reference}" if reference in taken else reference
 
 

@@ -14,7 +14,7 @@ from loracli.fitting.settings import AUTO, FitSettings
 from loracli.recipe.record import MIXING_KINDS
 
 ALL, DATA_FREE = "all", "data-free"
-RUNGS = (*MIXING_KINDS, AUTO, PAPER)
+FITTED_MIXINGS = (*MIXING_KINDS, AUTO, PAPER)
 FRESH_LORA, RANDOM, DATAMIX = "fresh-lora", "random", "datamix"
 _CONTROLS = (FRESH_LORA, RANDOM, DATAMIX)
 _MARGIN = 0.02
@@ -73,7 +73,7 @@ class CompareSettings:
     Args:
         methods: names, or `data-free` for every one that needs no calibration data, or `all`.
         options: of the methods.
-        fit: of the rungs that are fitted for it; its `mixing` is what the random control is fitted with.
+        fit: of the levels that are fitted for it; its `mixing` is what the random control is fitted with.
         controls: that stand beside the methods.
         margin: nats per token that the guard records may get worse by.
     """
@@ -86,7 +86,7 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a method that there is not, or an option out of its range or that no method takes."""
-        known = (ALL, DATA_FREE, *METHODS, *RUNGS)
+        known = (ALL, DATA_FREE, *METHODS, *FITTED_MIXINGS)
         for name in self.methods:
             if name not in known:
                 raise UsageError(f"--methods {name} is not one of {', '.join(known)}")
@@ -118,7 +118,7 @@ class CompareSettings:
         """
         if self.margin != _MARGIN and not guard:
             raise UsageError("--margin is for the records of --guard", hint="give --guard FILE, or leave --margin out")
-        fits = bool(self.controls.fitted) or any(name == ALL or name in RUNGS for name in self.methods)
+        fits = bool(self.controls.fitted) or any(name == ALL or name in FITTED_MIXINGS for name in self.methods)
         searches = any(name in METHODS and METHODS[name].search is not None for name in self.methods)
         if fit_data and not (fits or searches):
             raise UsageError(

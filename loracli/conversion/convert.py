@@ -77,7 +77,7 @@ def convert_adapter(
         InputError: of the kind that fits, if the adapter cannot be read or converted.
     """
     if rank is not None and tolerance is not None:
-        raise UsageError("--rank and --tolerance exclude each other")
+        raise UsageError("--rank and --tolerance cannot be given together")
     if tolerance is not None and not 0.0 < tolerance < 1.0:
         raise UsageError(f"--tolerance {tolerance:g} is not between 0 and 1")
     request = ExportRequest(rank=rank, dtype=dtype)

@@ -179,7 +179,7 @@ def read_trained(fetched: Fetched, *, progress: Progress = SILENT) -> tuple[Lora
 def _refuse_kept(feature: str | None, fetched: Fetched) -> None:
     if feature is not None:
         raise UnsupportedAdapter(
-            f"has {feature}, which a plain LoRA has not, and is to be converted into one",
+            f"has {feature}, which a plain LoRA does not have, and is to be converted into one",
             where=str(fetched.path / CONFIG_FILE),
             hint=f"train the adapter without {feature}",
         )

@@ -241,7 +241,7 @@ class Conversion:
             raise UsageError(
                 f"{module}: the best LoRA of rank {found.factors.rank} has a relative error of {error:.1%}, more than "
                 f"{tolerance:.0%}",
-                hint="take what it is with --rank K, or allow another error with --tolerance E",
+                hint="accept the error with --rank K, or allow another one with --tolerance E",
             )
         tally.sizes[module] = size
         tally.lost[module] = error * size

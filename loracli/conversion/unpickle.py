@@ -102,7 +102,7 @@ def _explained(error: Exception) -> str:
     first = next(iter(text.splitlines()), "")
     if "weights_only" in text or "weights only" in text.lower():
         return "it holds something else than tensors and plain containers of them"
-    return f"it is damaged, or no file that torch.save wrote: {first or type(error).__name__}"
+    return f"it is damaged, or not a file that torch.save wrote: {first or type(error).__name__}"
 
 
 def _checked(content: Any, most: int) -> dict[str, Tensor]:
@@ -118,9 +118,9 @@ def _checked(content: Any, most: int) -> dict[str, Tensor]:
         if type(name) is not str or name == "__metadata__" or not _is_text(name):
             raise Refused(f"it names a tensor {name!r:.100}")
         if type(value) not in (Tensor, torch.nn.Parameter):
-            raise Refused(f"{name!r:.100} is a {type(value).__name__} and no tensor")
+            raise Refused(f"{name!r:.100} is a {type(value).__name__} and not a tensor")
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-            raise Refused(f"{name!r:.100} is no ordinary tensor, but {value.layout} on {value.device}")
+            raise Refused(f"{name!r:.100} is not an ordinary tensor, but {value.layout} on {value.device}")
         if value.dtype not in FLOAT_NAMES:
             raise Refused(f"{name!r:.100} has the dtype {str(value.dtype).removeprefix('torch.')}")
         total += value.numel() * value.element_size()

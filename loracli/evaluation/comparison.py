@@ -204,7 +204,7 @@ def claim(found: Comparison) -> str:
     """What the table says, in a sentence."""
     best, rivals = found.row(found.best.name), found.best.rivals
     if not rivals:
-        return f"{best.name} has no rival here"
+        return f"{best.name} has nothing to be compared with here"
     if found.best.clear:
         return f"{best.name} is the best of {1 + len(rivals)}, each other one at p < 0.05 after Holm's correction"
     near = {name: p for name, p in rivals.items() if p >= 0.05}

@@ -127,7 +127,7 @@ def _score(line: bytes, number: int) -> float:
     if isinstance(value, bool):
         return float(value)
     if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise MetricError(f"line {number} of the metric command's output is no finite number and has no `score`")
+        raise MetricError(f"line {number} of the metric command's output is not a finite number and has no `score`")
     return float(value)
 
 

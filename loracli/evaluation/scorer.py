@@ -179,7 +179,7 @@ def _questions(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any, m
         return []
     if file.shape == "text":
         raise CalibrationError(
-            f"{file.source} holds texts without prompts, which nothing can be answered to",
+            f"{file.source} holds texts without prompts, to which there is no answer",
             hint="use prompt and completion, or messages",
         )
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())

@@ -108,7 +108,7 @@ def moments_of(
     """E[z z^T] (R, R) of every module, z = A x with the composition attached.
 
     Args:
-        source: the composition; G is in the gauge of its `compose`.
+        source: the composition; G is in the basis of its `compose`.
         fit_data: calibration JSONL.
         base: a Hub id or directory, None for the recipe's, or the one that all adapters name.
         base_revision: of a base on the Hub.

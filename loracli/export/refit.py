@@ -10,7 +10,7 @@ end that way, as servers read every file of a directory that does.
 
 A cut that is refitted: k x k numbers of each module, found on calibration records by the search of a fit.
 
-    dW' = B' M A'        one adapter A' (k, in), B' (out, k) on the base, the rung `core`, from M = I
+    dW' = B' M A'        one adapter A' (k, in), B' (out, k) on the base, the level `core`, from M = I
 
 The ridge holds M at the identity, and a fifth of the training records choose how strong it is. What is found is then
 fitted once more on all of them. Where it is not better than the cut by more than a standard error, the cut is kept.

@@ -1,8 +1,8 @@
 """What chooses between fits: which training records are descended on and which choose, in one split or K folds, and the
 score of each record that the choice was not fitted to.
 
-Starts, ridges and rungs are chosen by the same criterion, and only through this file. The loss is the default; a task
-metric has the same form: a cost of each record, and how much each record counts.
+Starts, ridges and kinds of mixing are chosen by the same criterion, and only through this file. The loss is the
+default; a task metric has the same form: a cost of each record, and how much each record counts.
 """
 
 from __future__ import annotations

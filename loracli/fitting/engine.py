@@ -71,7 +71,7 @@ class Engine:
         progress: told of micro-batches that had to be halved.
     Attributes:
         steps: how many steps of descents were taken.
-        halvings: how many micro-batches all processes have halved for want of memory.
+        halvings: how many micro-batches all processes have halved because memory ran out.
     """
 
     def __init__(

@@ -44,7 +44,8 @@ class FitPlan:
         inputs: that it was planned for.
         base: how the base model would be loaded.
         training_records: with something to score.
-        validation_records: of them, that choose among starts, ridges and rungs; with folds those of the first one.
+        validation_records: of them, that choose among starts, ridges and kinds of mixing; with folds those of the
+            first one.
         held_out_records: with something to score.
         training_tokens: of the training records, prompts included.
         scored_tokens: of them, that count in the loss.
@@ -200,7 +201,7 @@ def _check_log(log: Path | None, *, force: bool, resume: bool) -> None:
     if log is None or not os.path.lexists(log):
         return
     if log.is_symlink() or not log.is_file():
-        raise OutputExists(f"{log} is no regular file", hint="choose another name with --log")
+        raise OutputExists(f"{log} is not a regular file", hint="choose another name with --log")
     if not force and not (resume and is_step_log(log)):
         raise OutputExists(f"{log} exists", hint="choose another name with --log, or replace it with --force")
 

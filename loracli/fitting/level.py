@@ -26,7 +26,7 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
-from loracli.recipe.record import MixingKind, RungRecord, StageRecord, StartRecord
+from loracli.recipe.record import LevelRecord, MixingKind, StageRecord, StartRecord
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Solution:
     ridge: float | None
     stopped: str | None = None
     stages: tuple[StageRecord, ...] = ()
-    rungs: tuple[RungRecord, ...] = ()
+    rungs: tuple[LevelRecord, ...] = ()
     refitted: bool = False
 
     @property

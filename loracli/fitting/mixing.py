@@ -10,7 +10,7 @@
     factors   A_l and B_l themselves      LoRA training with a warm start
 
 Each contains the one above, costs the same forward and backward, and is one LoRA of rank R. From `rank` on the
-directions matter, so A and B stand in the canonical gauge (each adapter's thin SVD, sqrt(S) on both sides), and theta
+directions matter, so A and B stand in the canonical basis (each adapter's thin SVD, sqrt(S) on both sides), and theta
 has the scale of 1 everywhere.
 """
 
@@ -109,7 +109,7 @@ class Mixing(ABC):
 
     @abstractmethod
     def matrices(self, theta: Tensor) -> list[Tensor]:
-        """L matrices M_l (R, R) in the gauge of the attached factors."""
+        """L matrices M_l (R, R) in the basis of the attached factors."""
 
     def constant(self, per_adapter: Sequence[float]) -> Tensor:
         """Theta (P,) that gives every module the same weight for an adapter."""
@@ -200,7 +200,7 @@ class FactorMixing(Mixing):
 
     Args:
         layout: of the adapters.
-        factors: L pairs of lora_A (R, in) and lora_B (out, R) in the canonical gauge, scaling within.
+        factors: L pairs of lora_A (R, in) and lora_B (out, R) in the canonical basis, scaling within.
     """
 
     kind: MixingKind = "factors"
@@ -232,7 +232,7 @@ class FactorMixing(Mixing):
         return torch.cat([part.flatten() / scale for part, scale in zip(parts, self._scales, strict=True)])
 
     def matrices(self, theta: Tensor) -> list[Tensor]:
-        raise TypeError("trained factors are no mixing of the adapters")
+        raise TypeError("trained factors are not a mixing of the adapters")
 
 
 def _root_mean_square(tensor: Tensor) -> float:

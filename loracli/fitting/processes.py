@@ -273,7 +273,9 @@ def _finish(work: Any) -> None:
 
 
 def _lost() -> ProcessLost:
-    return ProcessLost("another process of this fit has ended or does not answer", hint="see what it said before")
+    return ProcessLost(
+        "another process of this fit has ended or does not answer", hint="see the messages before this one"
+    )
 
 
 def _says_lost(error: Exception) -> bool:

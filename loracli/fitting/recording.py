@@ -10,7 +10,7 @@ import transformers
 
 from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter
-from loracli.algebra.basis import canonical_stack, mixing_in_file_gauge
+from loracli.algebra.basis import canonical_stack, mixing_in_file_basis
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.level import Solution
 from loracli.fitting.mixing import DiagonalMixing, FactorMixing
@@ -108,7 +108,7 @@ def _largest_move(found: Solution) -> float:
 
 
 def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found: Solution) -> RecipeMixing:
-    """The mixing as the files' factors take it: what was fitted in the canonical gauge is brought back from there."""
+    """The mixing as the files' factors take it: what was fitted in the canonical basis is brought back from there."""
     mixing = found.mixing
     if isinstance(mixing, DiagonalMixing) and mixing.kind != "rank":
         return RecipeMixing(mixing.kind, mixing.by_group(mixing.weights(found.theta)), mixing.numbers)
@@ -119,5 +119,5 @@ def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found
     else:
         for module, matrix in zip(modules, mixing.matrices(found.theta), strict=True):
             updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
-            tensors[f"{module}.mixing"] = mixing_in_file_gauge(canonical_stack(updates), matrix)
+            tensors[f"{module}.mixing"] = mixing_in_file_basis(canonical_stack(updates), matrix)
     return tensor_mixing(mixing.kind, tensors, adapters, numbers=mixing.numbers)

@@ -201,7 +201,7 @@ def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fol
         option = "--mixing auto" if settings.mixing == AUTO else "--select-by"
         raise UsageError(
             f"{option} cannot choose with {len(training)} training records",
-            hint="add --cv 4, or give more records, or name a rung, adapter or module, and let the loss choose",
+            hint="add --cv 4, or give more records, or name --mixing adapter or module, and let the loss choose",
         )
     return (fold,)
 
@@ -252,7 +252,7 @@ def find_mixing(
     settings, attached = inputs.settings, engine.objective.attached
     if settings.paper:
         return fit_as_published(engine, make_diagonal(inputs.layout, "module", softmax=True), training, settings)
-    reserved = 0  # which rung `auto` ends on is not known, and so is what it leaves of the budget
+    reserved = 0  # which level `auto` ends on is not known, and so is what it leaves of the budget
     if settings.mixing != AUTO:
         target = make_mixing(attached, inputs.layout, settings.mixing)  # type: ignore[arg-type]
         reserved = certificate_tokens(target, training, settings)

@@ -54,7 +54,7 @@ from loracli.fitting.level import (
 from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.model.loss import Scores
-from loracli.recipe.record import MixingKind, RungRecord, StageRecord, StartRecord
+from loracli.recipe.record import LevelRecord, MixingKind, StageRecord, StartRecord
 
 _EVALUATIONS = 4  # of BFGS where the level is only a start for the next
 _SUBSET_RECORDS = 256
@@ -206,9 +206,9 @@ def search(
     """
     whole = task.settings.budget * 2 * tokens_of(training) - reserved
     refitting = task.validated and task.settings.mixing != "adapter"
-    solved, rungs, stages = _climb(task, make_mixing, whole * (1 - REFIT_SHARE * refitting))
+    solved, levels, stages = _climb(task, make_mixing, whole * (1 - REFIT_SHARE * refitting))
     winner = solved[-1]
-    found = replace(winner, thetas=(winner.theta,), anchors=(winner.anchor,), rungs=rungs, stages=stages)
+    found = replace(winner, thetas=(winner.theta,), anchors=(winner.anchor,), rungs=levels, stages=stages)
     if winner.stopped or not refitting:
         return found
     try:
@@ -222,11 +222,11 @@ def search(
 
 def _climb(
     task: Task, make_mixing: Callable[[MixingKind], Mixing], budget: float
-) -> tuple[list[Solution], tuple[RungRecord, ...], tuple[StageRecord, ...]]:
+) -> tuple[list[Solution], tuple[LevelRecord, ...], tuple[StageRecord, ...]]:
     """The solutions up to the level asked for, or with `auto` to the best one, and what is reported of all."""
     asked = task.settings.mixing
     solutions: list[Solution] = []
-    records: list[RungRecord] = []
+    records: list[LevelRecord] = []
     stages: list[StageRecord] = []
     for kind in LADDERS[asked]:
         best = solutions[-1] if solutions else None
@@ -285,10 +285,10 @@ def worth_climbing(compared: Gain, least: float) -> bool:
     return compared.clear and compared.mean > least
 
 
-def _record(task: Task, solved: Solution, compared: Gain | None, best: Solution | None, climbed: bool) -> RungRecord:
+def _record(task: Task, solved: Solution, compared: Gain | None, best: Solution | None, climbed: bool) -> LevelRecord:
     asked, kind = task.settings.mixing, solved.mixing.kind
     if best is None or compared is None:
-        why = "the first rung" if best is None else "not compared: there are no validation records"
+        why = "the first kind of mixing" if best is None else "not compared: there are no validation records"
     else:
         over = f"a gain of {compared.mean:.4f} {task.unit} over {best.mixing.kind}"
         why = (
@@ -298,7 +298,7 @@ def _record(task: Task, solved: Solution, compared: Gain | None, best: Solution 
             why += f", but below {task.least_gain:g}, too little for {solved.mixing.numbers} numbers"
     if kind == asked:
         why += "; asked for"
-    return RungRecord(
+    return LevelRecord(
         kind=kind,
         numbers=solved.mixing.numbers,
         starts=solved.starts,
@@ -392,8 +392,8 @@ def fit_as_published(
             raise
         stopped = str(error)
     starts = (StartRecord("random", None, None, None),)
-    why = "the published recipe has one rung and one start"
-    rung = RungRecord(mixing.kind, mixing.numbers, starts, "random", None, None, None, None, True, why)
+    why = "the published recipe has one kind of mixing and one start"
+    level = LevelRecord(mixing.kind, mixing.numbers, starts, "random", None, None, None, None, True, why)
     return Solution(
-        mixing, (descent.theta,), (start,), None, starts, "random", None, stopped=stopped, stages=stages, rungs=(rung,)
+        mixing, (descent.theta,), (start,), None, starts, "random", None, stopped=stopped, stages=stages, rungs=(level,)
     )

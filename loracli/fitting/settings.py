@@ -21,7 +21,7 @@ class FitSettings:
     """The settings of a fit; the defaults are meant to be left alone.
 
     Args:
-        mixing: the rung of the ladder, or `auto` to climb as far as the data allow; `module` is CAT.
+        mixing: the level of the ladder, or `auto` to climb as far as the data allow; `module` is CAT.
         paper: the published recipe instead: softmax weights from a random start, one epoch at a rate of 1e-4, batches
             of 6 records, loss on the prompts too.
         holdout: share of the records that is held out for the final table, at least 20 records and at most half.
@@ -29,7 +29,7 @@ class FitSettings:
         batch_tokens: tokens of a micro-batch, padding included.
         passes: budget, in passes forward and backward over the training records; None for 8, or 20 with `auto`, times
             the number of folds.
-        cv: K folds to choose among starts, ridges and rungs, in place of a fifth of the training records.
+        cv: K folds to choose among starts, ridges and kinds of mixing, in place of a fifth of the training records.
         ridge: strength of lambda / 2 |w - w_start|^2 beside nats per token; None walks a path down to none and chooses.
         learning_rate: peak rate; None is clip(8 / steps, 0.01, 0.1), at most 0.02 for `core` and 0.01 for `factors`;
             1e-4 with `paper`.
@@ -38,7 +38,8 @@ class FitSettings:
         fields: other names of what is read of a record, as `prompt=question,completion=answer`; None for none.
         allow_truncation: go on although more than a tenth of a file's records have nothing scored within `max_length`.
         skip_bad: leave out lines that cannot be used.
-        select_by: the task metric that chooses among starts, ridges and rungs in place of the loss; None for the loss.
+        select_by: the task metric that chooses among starts, ridges and kinds of mixing in place of the loss; None for
+            the loss.
         metric_command: the user's own metric, in its place.
         max_new_tokens: of an answer that is judged.
         tolerance: relative, of the metric `numeric`.

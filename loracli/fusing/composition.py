@@ -144,7 +144,7 @@ def _refuse_biases(adapters: Sequence[LoraAdapter]) -> None:
     for adapter in adapters:
         if adapter.config.lora_bias:
             raise UsageError(
-                f"{adapter.reference} has lora_bias, which is no update of a weight and cannot be folded in",
+                f"{adapter.reference} has lora_bias, which is not an update of a weight and cannot be folded in",
                 hint="serve it as an adapter: loracat export --profile peft",
             )
 
@@ -199,7 +199,7 @@ def _changed_modules(plan: BasePlan, composition: Composition, bypassed: Sequenc
     for name in names:
         if name not in table or table[name].kind == "other":
             raise BaseModelMismatch(
-                f"the update of {name} cannot be folded in: it is no linear layer, embedding or experts",
+                f"the update of {name} cannot be folded in: it is not a linear layer, embedding or experts",
                 hint="serve it as an adapter: loracat export",
             )
     return [table[name] for name in names]

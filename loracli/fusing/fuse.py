@@ -360,7 +360,7 @@ class _Fusion:
         try:
             update = update_of(self._composition, tensor)
         except ValueError as error:  # a method that these adapters do not suit
-            raise UsageError(f"the composition cannot be had: {error}", hint="choose another --method") from None
+            raise UsageError(f"the composition cannot be computed: {error}", hint="choose another --method") from None
         if update is None:
             return None
         precision = torch.float64 if tensor.quantised is not None else precision_for(FLOATS[tensor.dtype])

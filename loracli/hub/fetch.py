@@ -136,7 +136,7 @@ def _at_the_hub(source: Source) -> Source:
         UsageError: if the options exclude each other, or the token cannot be one.
     """
     if source.cache_dir is not None and source.local_dir is not None:
-        raise UsageError("a cache directory and a local directory exclude each other", hint="give one of the two")
+        raise UsageError("a cache directory and a local directory cannot be given together", hint="give one of the two")
     local_dir = source.local_dir.expanduser() if source.local_dir else None
     return replace(source, local_dir=local_dir, token=checked_token(source.token))
 
@@ -198,7 +198,7 @@ def _base_claim(adapter: Fetched) -> BaseClaim:
     fields = read_object(path, MAX_SMALL_BYTES)
     named = fields.get("base_model_name_or_path"), fields.get("revision")
     if not all(value is None or (isinstance(value, str) and value.isprintable()) for value in named):
-        raise MalformedAdapter("the base model's name is no printable text", where=str(path))
+        raise MalformedAdapter("the base model's name is not printable text", where=str(path))
     return BaseClaim(named[0] or None, named[1] or None)
 
 

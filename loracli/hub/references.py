@@ -124,11 +124,13 @@ def _refuse(text: str) -> NoReturn:
     path = os.path.expanduser(text)
     if text.endswith(".jsonl"):
         hint = f"a command that takes data takes them with --data; for an adapter {_FORMS}"
-        raise AdapterNotFound("a data file is no adapter", where=text, hint=hint)
+        raise AdapterNotFound("a data file is not an adapter", where=text, hint=hint)
     if os.path.isdir(path):
         raise AdapterNotFound(f"the directory holds no {CONFIG_FILE}", where=text, hint=_hint_inside(path))
     if os.path.isfile(path):
-        raise AdapterNotFound("a file is no adapter", where=text, hint=f"name the directory that holds {CONFIG_FILE}")
+        raise AdapterNotFound(
+            "a file is not an adapter", where=text, hint=f"name the directory that holds {CONFIG_FILE}"
+        )
     if text.startswith((".", "/", "~")):
         raise AdapterNotFound("no such directory", where=text, hint=_FORMS)
     raise AdapterNotFound("neither a local directory nor a Hub repository's name", where=text, hint=_FORMS)
@@ -215,7 +217,7 @@ def agreed_base(claims: Mapping[str, BaseClaim], *, way_out: str) -> BaseClaim:
 def not_on_the_hub(claim: BaseClaim) -> str | None:
     """What a claim names that no repository on the Hub goes by; None if one could."""
     if claim.base_model is None or not is_hub_id(claim.base_model):
-        return f"the base model {claim.base_model}, which is no name on the Hub"
+        return f"the base model {claim.base_model}, which is not a name on the Hub"
     if claim.revision is not None and not is_revision(claim.revision):
         return f"the revision {claim.revision} of the base model, which cannot be a branch, tag or commit"
     return None

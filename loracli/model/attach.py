@@ -125,7 +125,7 @@ class Stack:
     Args:
         lora_A: (R, in).
         lora_B: (out, R), without scaling; behind it the biases of the adapters that have one, without scaling too.
-        scaling: (R,) s_i of each row, in the precision of the sums; 1 in the canonical gauge.
+        scaling: (R,) s_i of each row, in the precision of the sums; 1 in the canonical basis.
         embed_scale: what the module multiplies its rows with, None if it is no embedding.
         entries: (R + biases,) which rank row's weight each column of `lora_B` takes; None without biases.
     """
@@ -187,10 +187,10 @@ class AttachedModel:
         """Takes L matrices (R, R).
 
         Raises:
-            ValueError: outside the canonical gauge, where a scaling stands beside the factors.
+            ValueError: outside the canonical basis, where a scaling stands beside the factors.
         """
         if not bool((self._scaling == 1).all()):
-            raise ValueError("mixing matrices need factors in the canonical gauge")
+            raise ValueError("mixing matrices need factors in the canonical basis")
         self.cores = tuple(matrix.to(self.device, self.precision) for matrix in matrices)
 
     def set_factors(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -221,9 +221,9 @@ def attach(
         adapters: N adapters that fit it.
         modules: L names, the union of what the adapters change, of experts their parameter; row l of the weights
             belongs to the l-th.
-        canonical: factors in the canonical gauge (`algebra.basis`) instead of the files' own.
+        canonical: factors in the canonical basis (`algebra.basis`) instead of the files' own.
     Raises:
-        ValueError: in the canonical gauge, if an adapter has biases or experts.
+        ValueError: in the canonical basis, if an adapter has biases or experts.
     """
     precision = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     every = [adapter.targets for adapter in adapters]
@@ -293,7 +293,7 @@ def _expert_stack(
     model: Any, name: str, updates: Sequence[Sequence[Factors]], precision: torch.dtype, canonical: bool
 ) -> Stack:
     if canonical:
-        raise ValueError("the experts of a parameter have no canonical gauge in common")
+        raise ValueError("the experts of a parameter have no canonical basis in common")
     return Stack(*expert_stack(updates, model.get_parameter(name), precision), None)
 
 
@@ -311,7 +311,7 @@ def _stack(
     biased = [place for place, f in enumerate(factors) if f.bias is not None]
     if canonical:
         if biased:
-            raise ValueError("an update with a bias has no canonical gauge")
+            raise ValueError("an update with a bias has no canonical basis")
         whole = canonical_stack(factors)
         factors = [Factors(whole.lora_A, whole.lora_B)]
     lora_A = torch.cat([f.lora_A.to(weight.device, weight.dtype) for f in factors])  # (R, in)

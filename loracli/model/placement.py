@@ -198,7 +198,7 @@ class Placement:
             torch.device("cpu" if self.device == "auto" else self.device)
         except RuntimeError:
             raise UsageError(
-                f"--device {self.device} is no device of torch", hint="cpu, cuda, cuda:1 or mps, for example"
+                f"--device {self.device} is not a device of torch", hint="cpu, cuda, cuda:1 or mps, for example"
             ) from None
 
     def check_processes(self, world_size: int) -> None:

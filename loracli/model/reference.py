@@ -137,7 +137,7 @@ def _directory(base: str, revision: str | None) -> Path | None:
     local = Path(base).expanduser()
     if not local.is_dir():
         if not is_hub_id(base):
-            raise InputError(f"the base model {base} is no directory", hint=WAY_OUT)
+            raise InputError(f"the base model {base} is not a directory", hint=WAY_OUT)
         return None
     if revision is not None:
         raise UsageError(
@@ -313,14 +313,14 @@ def _token_problem(file: str, key: str, value: Any) -> str | None:
     if file == ADDED_TOKENS:
         if type(value) is int and 0 <= value <= _MAX_TOKEN:
             return None
-        return f"has an entry that is no token with its number: {key}"
+        return f"has an entry that is not a token with its number: {key}"
     if not _TOKEN_NAMES.fullmatch(key):
-        return f"has an entry that is no special token: {key}"
+        return f"has an entry that is not a special token: {key}"
     several = key.endswith("_tokens")
     if several and isinstance(value, dict) and "content" not in value:
         value = list(value.values())  # by the names of a model's own
     tokens = value if several and isinstance(value, list) else [value]
-    return None if all(map(_is_token, tokens)) else f"has an entry that is no token: {key}"
+    return None if all(map(_is_token, tokens)) else f"has an entry that is not a token: {key}"
 
 
 def _is_token(value: Any) -> bool:

@@ -123,7 +123,7 @@ def read_contents(directory: Path, *, secrets: tuple[str, ...] = (), edited_card
 def no_hub_base(base_id: str, directory: Path) -> InputError:
     """The error for an adapter whose base nobody else could find."""
     return InputError(
-        f"its base model {base_id!r} is no repository on the Hub, so nobody could use the adapter",
+        f"its base model {base_id!r} is not a repository on the Hub, so nobody could use the adapter",
         where=str(directory),
         hint="make it again with the base's Hub id: `loracat fit --base org/name`, or with `loracat export --method "
         "NAME --base org/name`",

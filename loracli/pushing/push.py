@@ -93,7 +93,7 @@ def push_adapter(
     Args:
         directory: that `export_adapter` wrote.
         repo_id: `org/name`; made if it is not there.
-        private: make it a private one; refused if it is there and public.
+        private: make it a private one; refused if it exists and is public.
         revision: the branch, made if it is not there; None for the default branch.
         create_pr: open a pull request for that branch instead of committing to it.
         message: of the commit.

@@ -276,7 +276,7 @@ def decode_recipe(fields: Any, name: str, folder: Path) -> Recipe:
         RecipeError: naming every problem at once.
     """
     if not isinstance(fields, dict) or "loracat_recipe" not in fields:
-        raise RecipeError(f"{name} is no recipe of loracat")
+        raise RecipeError(f"{name} is not a recipe of loracat")
     fields = dict(fields)
     schema = fields.pop("loracat_recipe")
     if type(schema) is not int or not _FIRST_SCHEMA <= schema <= SCHEMA:
@@ -325,7 +325,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
 def base_problems(base_id: str, commit: str | None) -> Iterator[str]:
     """What a record says of a base that no base can be."""
     if commit is not None and not is_hub_id(base_id):
-        yield f"base.id: {base_id!r} has a commit and is no repository on the Hub"
+        yield f"base.id: {base_id!r} has a commit and is not a repository on the Hub"
     if not base_id.isprintable():
         yield f"base.id: {base_id!r} has a character that no name has"
 
@@ -339,7 +339,7 @@ def adapter_problems(adapter: RecipeAdapter) -> Iterator[str]:
     if (adapter.repo_id is None) != (adapter.commit is None):
         yield "commit: one that has a repo_id has a commit, and no other"
     if adapter.subfolder is not None and (adapter.repo_id is None or not is_folder(adapter.subfolder)):
-        yield f"subfolder: {adapter.subfolder!r} is no folder of a repository"
+        yield f"subfolder: {adapter.subfolder!r} is not a folder of a repository"
     if adapter.repo_id is not None:
         named = adapter.reference.removeprefix(URI_PREFIX).removeprefix("models/")
         if not named.startswith(adapter.repo_id) or named[len(adapter.repo_id) :][:1] not in ("", "@", "/"):

@@ -149,10 +149,10 @@ class FitCertificate:
 
 @dataclass(frozen=True)
 class StartRecord:
-    """A point that a rung was searched from. Costs are those of the criterion, None where nothing was measured.
+    """A point that a level was searched from. Costs are those of the criterion, None where nothing was measured.
 
     Args:
-        name: of the start: the rung below, `sum`, `random`, or a point that needs no fit.
+        name: of the start: the level below, `sum`, `random`, or a point that needs no fit.
         before: at the start itself, on the validation records.
         after: after the first steps, on the validation records.
         unseen: what chose between the starts: `after`, together with the later batches of those steps, each scored
@@ -192,8 +192,8 @@ class StageRecord:
 
 
 @dataclass(frozen=True)
-class RungRecord:
-    """One rung of the ladder of mixings.
+class LevelRecord:
+    """One level of the ladder of mixings.
 
     Args:
         kind: of the mixing.
@@ -202,9 +202,9 @@ class RungRecord:
         chosen: the start that won.
         ridge: of the stage that won; None if the start was never beaten, or there was no path.
         validation: cost of its solution, on records that it was not fitted to; None without such records.
-        gain: over the rung that was the best until then; None if it was not compared.
+        gain: over the level that was the best until then; None if it was not compared.
         standard_error: of the gain, paired over records.
-        won: whether it is the rung of the recipe.
+        won: whether it is the level of the recipe.
         why: that, in words.
     """
 
@@ -227,12 +227,12 @@ class FitRecord:
     Args:
         recipe: `cat`, or `paper` for the published one.
         settings: everything that was set and changes the result.
-        criterion: what chose among starts, ridges and rungs: `nats per token`, or a task metric, whose cost is 1 minus
-            its mean, and 1e-4 at most for the loss.
+        criterion: what chose among starts, ridges and kinds of mixing: `nats per token`, or a task metric, whose
+            cost is 1 minus its mean, and 1e-4 at most for the loss.
         rungs: that were tried, in this order.
-        stages: the descents of the search, in order; none of the rung `adapter`, which is found by BFGS.
-        folds: parts that the training records were cut into to choose among starts, ridges and rungs; 1 if one part was
-            set aside, 0 if nothing was.
+        stages: the descents of the search, in order; none of the level `adapter`, which is found by BFGS.
+        folds: parts that the training records were cut into to choose among starts, ridges and kinds of mixing; 1 if
+            one part was set aside, 0 if nothing was.
         refitted: whether the choice was fitted once more, on all training records.
         passes: over the training records that were used, forward and backward.
         largest_move: largest change of a fitted number from the start that won; of `factors` in units of the root mean
@@ -248,7 +248,7 @@ class FitRecord:
     recipe: str
     settings: dict[str, int | float | str | bool | None]
     criterion: str
-    rungs: tuple[RungRecord, ...]
+    rungs: tuple[LevelRecord, ...]
     stages: tuple[StageRecord, ...]
     folds: int
     refitted: bool

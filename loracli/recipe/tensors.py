@@ -9,7 +9,7 @@ leaves the old recipe beside new tensors: it is then refused by its hash.
 
 Mixings that are tensors, one or two for each module: what they compose, and how a fit hands them to a recipe.
 
-    rank, core    <module>.mixing                     M (R, R) float64, in the gauge of the files:  dW = B M A
+    rank, core    <module>.mixing                     M (R, R) float64, in the basis of the files:  dW = B M A
     factors       <module>.lora_A, <module>.lora_B    (r, in), (out, r) float32, scaling 1:         dW = lora_B lora_A
 
 with A = [A_1; ...; A_N] (R, in) and B = [s_1 B_1, ..., s_N B_N] (out, R) of the adapters that change the module, in the
@@ -205,7 +205,7 @@ def tensor_mixing(
     modules = sorted({name for adapter in adapters for name in adapter.modules})
     unknown = tensors.keys() - {f"{module}.{part}" for module in modules for part in TENSOR_PARTS[kind]}
     if unknown:
-        raise ValueError(f"{min(unknown)} is no tensor of a {kind} mixing of these adapters")
+        raise ValueError(f"{min(unknown)} is not a tensor of a {kind} mixing of these adapters")
     kept = {
         name: tensor.detach().to("cpu", _PART_DTYPES[name.rpartition(".")[2]]).contiguous()
         for name, tensor in sorted(tensors.items())

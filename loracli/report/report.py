@@ -99,8 +99,8 @@ def _compared(found: Comparison) -> str:
         *said,
         _caption(
             f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens; difference to the best "
-            f"single adapter, {found.best_ingredient}. So many records show a true difference of "
-            f"{found.detectable:.4f} nats per token four times in five.{repeated}"
+            f"single adapter, {found.best_ingredient}. With this many records a true difference of "
+            f"{found.detectable:.4f} nats per token is found 4 times in 5.{repeated}"
         ),
         intervals_chart(lines, "differences of every way to compose"),
         table([*columns, *metric, *guard], [_compared_row(row) for row in rows], strong=strong),
@@ -148,7 +148,7 @@ def _weights(recipe: Recipe) -> str:
 
 
 def _search(recipe: Recipe) -> str:
-    """How the weights were found: the curve, the path of ridges, the rungs."""
+    """How the weights were found: the curve, the path of ridges, the kinds of mixing."""
     fit = recipe.fit
     parts = [tag("p", text(f"{rung.kind}: {rung.why}.")) for rung in fit.rungs]
     if fit.stages:
@@ -162,7 +162,7 @@ def _search(recipe: Recipe) -> str:
                 "p",
                 text(
                     f"A Newton step would gain {bound}{certificate.decrement:.1e} nats per token; the records "
-                    f"determine {certificate.effective_numbers:.1f} of the {recipe.mixing.numbers} numbers."
+                    f"determine {certificate.effective_numbers:.1f} of the {recipe.mixing.numbers} weights."
                 ),
             )
         )
@@ -309,12 +309,12 @@ def _read_comparison(path: Path, recipe: Recipe) -> Comparison:
     except StrictJsonError as error:
         raise InputError(f"the comparison {path} is {error}", hint=hint) from None
     if not isinstance(document, dict):
-        raise InputError(f"the comparison {path} is no JSON object", hint=hint)
+        raise InputError(f"the comparison {path} is not a JSON object", hint=hint)
     wanted = {field.name for field in fields(Comparison)}
     problems: list[str] = []
     found: Comparison = decode(Comparison, {k: v for k, v in document.items() if k in wanted}, "", problems)
     if problems:
-        raise InputError(f"{path} is no comparison: {problems[0].removeprefix(': ')}", hint=hint)
+        raise InputError(f"{path} is not a comparison: {problems[0].removeprefix(': ')}", hint=hint)
     rows = {row.name for row in found.rows}
     references = tuple(adapter.reference for adapter in recipe.adapters)
     if len(found.adapters) != len(references) or "fit" not in rows or found.best.name not in rows:

@@ -206,7 +206,9 @@ def read_adapter_files(path: Path) -> AdapterFiles:
     """
     fetch = "a directory is needed; loracat fetch REF prints the one it fetches to"
     if not path.is_dir():
-        raise AdapterNotFound("is no directory" if path.exists() else "no such directory", where=str(path), hint=fetch)
+        raise AdapterNotFound(
+            "is not a directory" if path.exists() else "no such directory", where=str(path), hint=fetch
+        )
     names = frozenset(entry.name for entry in os.scandir(path))
     if CONFIG_FILE not in names:
         raise AdapterNotFound(f"no {CONFIG_FILE} in it", where=str(path), hint=fetch)
@@ -229,7 +231,7 @@ def _refuse_ungathered(headers: Mapping[str, Header], factors: re.Pattern[str], 
         if 0 in shape:
             found = f"the tensor {name!r} has the shape {shape} and no values"
         elif len(shape) < 2 and factors.fullmatch(name):
-            found = f"the factor {name!r} has the shape {shape} and is no matrix"
+            found = f"the factor {name!r} has the shape {shape} and is not a matrix"
         else:
             continue
         raise MalformedAdapter(

@@ -13,6 +13,7 @@ import json
 import re
 import types
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 MAX_PROBLEMS = 1000  # of one document that are listed
@@ -59,14 +60,14 @@ def schema_of(value: Any, first: int) -> int:
 
 
 def encode(value: Any) -> Any:
-    """The value in JSON's own types."""
+    """The value in JSON's own types; a path as its text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: encode(getattr(value, f.name)) for f in _written(value)}
     if isinstance(value, dict):
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [encode(item) for item in value]
-    return value
+    return str(value) if isinstance(value, Path) else value
 
 
 def dtype_name(dtype: object) -> str:

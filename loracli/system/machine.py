@@ -92,7 +92,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
         raise UsageError(
             f"RANK={rank} of WORLD_SIZE={world_size} with LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE="
-            f"{local_world_size} is no place among processes",
+            f"{local_world_size} is not a place among processes",
             hint="start them with torchrun, or unset WORLD_SIZE for one process",
         )
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -115,7 +115,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f"the environment variable {name} is {text!r} and no number") from None
+        raise UsageError(f"the environment variable {name} is {text!r} and not a number") from None
 
 
 def _absent(name: str) -> UsageError:

@@ -167,7 +167,7 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > size - 8:
-        raise MalformedAdapter("the file is cut short, or it is no safetensors file", where=where)
+        raise MalformedAdapter("the file is cut short, or it is not a safetensors file", where=where)
     if length > MAX_HEADER_BYTES:
         raise MalformedAdapter(f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read", where=where)
     raw = file.read(length)

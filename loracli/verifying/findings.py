@@ -35,16 +35,16 @@ class Verification:
     Args:
         path: the directory.
         kind: an adapter, or a fused model.
+        tensors: how many were compared with the composition.
         checked: what was.
         not_checked: what was not, for want of ingredients.
-        tensors: how many were compared with the composition.
     """
 
     path: Path
     kind: Literal["adapter", "model"]
+    tensors: int
     checked: tuple[str, ...]
     not_checked: tuple[Unchecked, ...]
-    tensors: int
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Findings:
                 problems=tuple(self.differences),
                 hint="make it again from its ingredients, or restore a copy that was not changed",
             )
-        return Verification(path, kind, tuple(self.checked), tuple(self.not_checked), self.tensors)
+        return Verification(path, kind, self.tensors, tuple(self.checked), tuple(self.not_checked))
 
 
 UNPROVEN = "its hash stands in the record alone, which whoever changed the card can write anew"

@@ -73,7 +73,7 @@ def read_origin(document: Any, where: Path) -> Origin:
         IntegrityError: if it is damaged.
     """
     if not isinstance(document, dict):
-        raise IntegrityError("the record is damaged: its composition is no JSON object", where=str(where))
+        raise IntegrityError("the record is damaged: its composition is not a JSON object", where=str(where))
     if "recipe" in document:
         try:
             recipe = decode_recipe(document["recipe"], "its recipe", Path())

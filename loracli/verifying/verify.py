@@ -341,7 +341,7 @@ def verify_directory(
     """
     path, findings = Path(path), Findings()
     if not path.is_dir():
-        raise InputError(f"{path} is no directory" if path.exists() else f"there is no directory {path}")
+        raise InputError(f"{path} is not a directory" if path.exists() else f"there is no directory {path}")
     given = None if recipe is None else Path(recipe)
     if (path / FUSE_CERTIFICATE).is_file():
         _verify_model(
@@ -357,7 +357,7 @@ def verify_directory(
         return findings.result(path, "model")
     if not (path / CERTIFICATE_FILE).is_file():
         raise InputError(
-            f"{path} is nothing that loracat wrote: it has neither {CERTIFICATE_FILE} nor {FUSE_CERTIFICATE}",
+            f"{path} was not written by loracat: it has neither {CERTIFICATE_FILE} nor {FUSE_CERTIFICATE}",
             hint="give the directory of `loracat export` or `loracat fuse`",
         )
     document = _read(path / CERTIFICATE_FILE)

@@ -173,7 +173,9 @@ def test_a_kernel_is_no_factor_of_experts(tmp_path: Path) -> None:
     path = adapt(tmp_path / "a", model(), ("first",), r=4)
     config = config_of(path) | {"target_parameters": ["first.weight"]}
     (path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(MalformedAdapter, match="first.lora_A.weight' is of one of the target_parameters and no matrix"):
+    with pytest.raises(
+        MalformedAdapter, match="first.lora_A.weight' is of one of the target_parameters and not a matrix"
+    ):
         read_adapter(str(path))
 
 

@@ -149,7 +149,7 @@ def test_what_cannot_be_told_is_refused_by_name(tmp_path: Path) -> None:
     match = "target_parameters has v1 and w1 of one module, and which tensors belong to v1 cannot be told"
     refused(UnsupportedAdapter, tmp_path / "a", two, match, target_parameters=names)
     matrix = factors("mixer", rows=RANK, columns=RANK)
-    match = "is of one of the target_parameters, a matrix that is no module's weight"
+    match = "is of one of the target_parameters, a matrix that is not a module's weight"
     refused(UnsupportedAdapter, tmp_path / "b", matrix, match, target_parameters=["mixer.A_log"])
     layout = {"target_parameters": ["experts.down_proj"], "lora_B_layout": "expert_major"}
     match = "lora_B_layout is 'expert_major'; expected one of rank_major, grouped_by_expert"

@@ -110,7 +110,7 @@ def test_a_directory_without_a_config_is_refused_and_points_at_the_adapters_insi
 def test_a_file_is_refused_with_a_pointer_to_its_directory(here: Path) -> None:
     make_adapter(here / "math")
     for text in ("./math/adapter_config.json", "math/adapter_config.json"):  # the second could be on the Hub
-        with pytest.raises(AdapterNotFound, match="a file is no adapter") as caught:
+        with pytest.raises(AdapterNotFound, match="a file is not an adapter") as caught:
             parse_reference(text)
         assert "directory" in (caught.value.hint or "")
 
@@ -118,7 +118,7 @@ def test_a_file_is_refused_with_a_pointer_to_its_directory(here: Path) -> None:
 @pytest.mark.parametrize("text", ["val.jsonl", "./val.jsonl", "data/val.jsonl", "/x/val.jsonl"])
 def test_a_data_file_among_the_adapters_is_told_apart(text: str) -> None:
     """Also by commands that take no data, so the hint is true of each."""
-    with pytest.raises(AdapterNotFound, match="a data file is no adapter") as caught:
+    with pytest.raises(AdapterNotFound, match="a data file is not an adapter") as caught:
         parse_reference(text)
     assert str(caught.value.hint).startswith("a command that takes data takes them with --data; for an adapter write ")
 

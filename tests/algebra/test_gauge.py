@@ -1,10 +1,10 @@
-"""The canonical gauge leaves every update as it is, and a mixing found in it means the same in the files' gauge."""
+"""The canonical basis leaves every update as it is, and a mixing found in it means the same in the files' basis."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from loracli.algebra.basis import CanonicalStack, canonical_stack, mixing_in_file_gauge
+from loracli.algebra.basis import CanonicalStack, canonical_stack, mixing_in_file_basis
 from loracli.algebra.factors import Factors
 from tests.algebra.test_factors import random_factors
 
@@ -83,28 +83,28 @@ def test_the_canonical_factors_of_each_adapter_are_its_singular_vectors_times_th
 
 
 @every_stack
-def test_the_gauges_lead_from_the_files_factors_to_the_canonical_ones(updates: list[Factors]) -> None:
+def test_the_bases_lead_from_the_files_factors_to_the_canonical_ones(updates: list[Factors]) -> None:
     stack = canonical_stack(updates)
     lora_B, lora_A = stacked(updates)
     largest = float(stack.lora_A.abs().max())
-    torch.testing.assert_close(stack.gauge_A @ lora_A, stack.lora_A, rtol=0, atol=1e-9 * largest)
-    torch.testing.assert_close(lora_B @ stack.gauge_B, stack.lora_B, rtol=0, atol=1e-9 * largest)
+    torch.testing.assert_close(stack.basis_A @ lora_A, stack.lora_A, rtol=0, atol=1e-9 * largest)
+    torch.testing.assert_close(lora_B @ stack.basis_B, stack.lora_B, rtol=0, atol=1e-9 * largest)
 
 
 @every_stack
-def test_a_full_mixing_is_the_same_dense_update_in_the_files_gauge(updates: list[Factors]) -> None:
+def test_a_full_mixing_is_the_same_dense_update_in_the_files_basis(updates: list[Factors]) -> None:
     stack = canonical_stack(updates)
     lora_B, lora_A = stacked(updates)
     mixing = random_mixing(sum(stack.ranks))
     expected = stack.lora_B @ mixing @ stack.lora_A
-    found = lora_B @ mixing_in_file_gauge(stack, mixing) @ lora_A
+    found = lora_B @ mixing_in_file_basis(stack, mixing) @ lora_A
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * float(expected.norm()))
 
 
 @every_stack
 def test_a_diagonal_mixing_pairs_no_two_adapters(updates: list[Factors]) -> None:
     stack = canonical_stack(updates)
-    mixing = mixing_in_file_gauge(stack, torch.diag(random_mixing(sum(stack.ranks))[0]))
+    mixing = mixing_in_file_basis(stack, torch.diag(random_mixing(sum(stack.ranks))[0]))
     for block in blocks(stack):
         mixing[block, block] = 0
     assert not mixing.any()
@@ -124,28 +124,28 @@ def test_a_diagonal_mixing_weighs_the_singular_directions(name: str) -> None:
         m = min(update.rank, len(s))
         expected += (u[:, :m] * (weights[block][:m] * s[:m])) @ vh[:m]
     lora_B, lora_A = stacked(updates)
-    found = lora_B @ mixing_in_file_gauge(stack, torch.diag(weights)) @ lora_A
+    found = lora_B @ mixing_in_file_basis(stack, torch.diag(weights)) @ lora_A
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * float(expected.norm()))
 
 
 @pytest.mark.parametrize("name", ["one", "mixed ranks and scalings", "duplicates", "equal singular values"])
-def test_one_weight_for_all_is_the_same_multiple_of_the_identity_in_both_gauges(name: str) -> None:
+def test_one_weight_for_all_is_the_same_multiple_of_the_identity_in_both_bases(name: str) -> None:
     stack = canonical_stack(STACKS[name])
     identity = torch.eye(sum(stack.ranks), dtype=torch.float64)
-    torch.testing.assert_close(mixing_in_file_gauge(stack, -1.7 * identity), -1.7 * identity, rtol=0, atol=1e-10)
+    torch.testing.assert_close(mixing_in_file_basis(stack, -1.7 * identity), -1.7 * identity, rtol=0, atol=1e-10)
 
 
 def test_one_weight_per_adapter_stays_one_weight_per_adapter() -> None:
     stack = canonical_stack([random_factors(2, seed=1), random_factors(4, seed=2, scaling=0.1)])
     mixing = torch.diag(torch.tensor([0.5] * 2 + [-3.0] * 4, dtype=torch.float64))
-    torch.testing.assert_close(mixing_in_file_gauge(stack, mixing), mixing, rtol=0, atol=1e-10)
+    torch.testing.assert_close(mixing_in_file_basis(stack, mixing), mixing, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["B is zero", "scaling is zero", "all zero"])
 def test_an_update_that_is_zero_has_zero_rows_and_columns(name: str) -> None:
     updates = STACKS[name]
     stack = canonical_stack(updates)
-    mixing = mixing_in_file_gauge(stack, random_mixing(sum(stack.ranks)))
+    mixing = mixing_in_file_basis(stack, random_mixing(sum(stack.ranks)))
     for update, block in zip(updates, blocks(stack), strict=True):
         zero = not update.delta_weight().any()
         assert stack.present[block].any() == (not zero)
@@ -159,13 +159,13 @@ def test_what_absent_directions_are_given_has_no_effect() -> None:
     other[~stack.present] = 1e6
     other[:, ~stack.present] = -1e6
     assert stack.present.tolist() == [True] * 2 + [False] * 2 + [True] * 5 + [False] * 4
-    assert torch.equal(mixing_in_file_gauge(stack, other), mixing_in_file_gauge(stack, mixing))
+    assert torch.equal(mixing_in_file_basis(stack, other), mixing_in_file_basis(stack, mixing))
 
 
-def test_the_canonical_factors_do_not_depend_on_the_files_gauge() -> None:
+def test_the_canonical_factors_do_not_depend_on_the_files_basis() -> None:
     factors = random_factors(3)
-    gauge = random_mixing(3) + 3 * torch.eye(3)
-    other = Factors(torch.linalg.inv(gauge) @ factors.lora_A.double(), factors.lora_B.double() @ gauge, factors.scaling)
+    basis = random_mixing(3) + 3 * torch.eye(3)
+    other = Factors(torch.linalg.inv(basis) @ factors.lora_A.double(), factors.lora_B.double() @ basis, factors.scaling)
     one, two = canonical_stack([factors]), canonical_stack([other])
     torch.testing.assert_close(one.lora_A, two.lora_A)
     torch.testing.assert_close(one.lora_B, two.lora_B)
@@ -175,4 +175,4 @@ def test_the_same_update_twice_gives_the_same_block_twice() -> None:
     stack = canonical_stack(STACKS["duplicates"])
     first, second = blocks(stack)
     assert torch.equal(stack.lora_A[first], stack.lora_A[second])
-    assert torch.equal(stack.gauge_B[first, first], stack.gauge_B[second, second])
+    assert torch.equal(stack.basis_B[first, first], stack.basis_B[second, second])

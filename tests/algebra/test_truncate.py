@@ -41,10 +41,10 @@ def test_a_zero_update_stays_zero_and_keeps_all_its_energy() -> None:
     assert not result.factors.delta_weight().any()
 
 
-def test_the_sign_of_singular_vectors_does_not_depend_on_the_gauge() -> None:
+def test_the_sign_of_singular_vectors_does_not_depend_on_the_basis() -> None:
     factors = random_factors(3)
-    gauge = torch.randn(3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 3 * torch.eye(3)
-    other = Factors(torch.linalg.inv(gauge) @ factors.lora_A.double(), factors.lora_B.double() @ gauge, factors.scaling)
+    basis = torch.randn(3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 3 * torch.eye(3)
+    other = Factors(torch.linalg.inv(basis) @ factors.lora_A.double(), factors.lora_B.double() @ basis, factors.scaling)
     torch.testing.assert_close(truncate(factors, 2).factors.lora_A, truncate(other, 2).factors.lora_A)
 
 

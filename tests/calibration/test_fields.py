@@ -179,7 +179,7 @@ def test_pictures_audio_and_video_of_a_record_are_refused_where_there_are_any(
         assert len(read_records(write(path, RECORDS[shape] | {key: nothing})).records) == 1
     for something in ("a.png", ["a.png"], {"bytes": "x"}, [[0.5]]):
         [problem] = refused(write(path, RECORDS[shape] | {key: something})).problems
-        assert problem.endswith("of what is no text; only text is read")
+        assert problem.endswith("of something that is not text; only text is read")
 
 
 @pytest.mark.parametrize(

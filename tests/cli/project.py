@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ def run(*words: str, input: bytes | None = None) -> Any:
         raise result.exception
     assert "\x1b" not in result.stdout + result.stderr
     return result
+
+
+def document(*words: str) -> dict[str, Any]:
+    """What a command that succeeds prints with --json."""
+    result = run(*words, "--json")
+    assert result.exit_code == 0, result.stdout
+    content: dict[str, Any] = json.loads(result.stdout)
+    return content
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

@@ -20,14 +20,7 @@ from loracli.cli.compare import _export_of
 from loracli.errors import NonFiniteLoss
 from loracli.fitting.engine import Engine
 from loracli.recipe.recipe import load_recipe, weights_by_leaf
-from tests.cli.project import FIT, run, tree
-
-
-def document(*words: str) -> dict[str, Any]:
-    result = run(*words, "--json")
-    assert result.exit_code == 0, result.stdout
-    content: dict[str, Any] = json.loads(result.stdout)
-    return content
+from tests.cli.project import FIT, document, run, tree
 
 
 def row(text: str, name: str) -> list[str]:
@@ -93,21 +86,22 @@ def test_a_dry_run_counts_what_a_fit_would_use_and_writes_nothing(here: Path) ->
     assert tree(here) == before
 
 
-def test_auto_says_which_rung_won_and_why_and_logs_its_steps(here: Path) -> None:
+def test_auto_says_which_level_won_and_why_and_logs_its_steps(here: Path) -> None:
     """In the terminal, in the document, in the recipe, and with a line for each step."""
     shown = run(*FIT, "--mixing", "auto", "-o", "auto.json", "--log", "steps.jsonl")
     recipe = load_recipe("auto.json")
     document = json.loads(run(*FIT, "--mixing", "auto", "-o", "auto.json", "--force", "--json").stdout)
     assert document["mixing"] == recipe.mixing.kind
-    assert [rung["why"] for rung in document["rungs"]] == [rung.why for rung in recipe.fit.rungs]
-    assert [rung["kind"] for rung in document["rungs"] if rung["won"]] == [recipe.mixing.kind]
-    for rung in recipe.fit.rungs[1:]:
+    assert [level["why"] for level in document["rungs"]] == [level.why for level in recipe.fit.rungs]
+    assert [level["kind"] for level in document["rungs"] if level["won"]] == [recipe.mixing.kind]
+    for level in recipe.fit.rungs[1:]:
         assert (
-            f"{rung.kind}: {rung.why}" in shown.stdout and f"{rung.kind}: {rung.why}" in run("show", "auto.json").stdout
+            f"{level.kind}: {level.why}" in shown.stdout
+            and f"{level.kind}: {level.why}" in run("show", "auto.json").stdout
         )
     steps = [json.loads(line) for line in Path("steps.jsonl").read_text().splitlines()]
     assert [step["number"] for step in steps] == list(range(1, len(steps) + 1))
-    assert {step["rung"] for step in steps} == {rung.kind for rung in recipe.fit.rungs[1:]}
+    assert {step["rung"] for step in steps} == {level.kind for level in recipe.fit.rungs[1:]}
     assert all(step["loss"] > 0 and step["rate"] > 0 and step["spent_tokens"] > 0 for step in steps)
     assert run(*FIT, "-o", "other.json", "--log", "steps.jsonl").exit_code == 2
     assert run(*FIT, "--dry-run", "--json", "--mixing", "auto").exit_code == 0

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from loracli.recipe.recipe import load_recipe
-from tests.cli.project import FIT, run, tree
-
-
-def document(*words: str) -> dict[str, Any]:
-    result = run(*words, "--json")
-    assert result.exit_code == 0, result.stdout
-    content: dict[str, Any] = json.loads(result.stdout)
-    return content
+from tests.cli.project import FIT, document, run, tree
 
 
 def test_a_fit_is_planned_as_it_is_done(here: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import random
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import pytest
 import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from loracli.cli import app
@@ -61,47 +62,35 @@ def oracle(argv: list[str]) -> Parsed | None:
 VALUES = ("a", "b", "-", "org/name@v1", "./x", "hf://org/n", "k=v", "two words", "1", "é", "--data.jsonl"[2:], "")
 
 
-def random_argv(generator: random.Random) -> list[str]:
-    """Words in any order: list options in every spelling, with none to three values, scalars, flags, stray words."""
-    argv: list[str] = []
-    for _ in range(generator.randrange(6)):
-        long, short = generator.choice([("--adapters", "-a"), ("--extra", "-x")])
-        values = generator.choices(VALUES, k=generator.choice((0, 1, 1, 2, 3)))
-        one = generator.choice(VALUES)
-        attached = generator.choice(VALUES[:5])
-        argv += generator.choice(
-            [
-                [long, *values],
-                [short, *values],
-                [long, *values],
-                [f"{long}={one}"],
-                [f"{long}={one}", *values[:1]],
-                [short + attached],
-                ["--seed", one],
-                [f"--seed={one}"],
-                ["-s", one],
-                ["-s" + attached],
-                ["--force"],
-                ["-f"],
-                ["--verbose"],
-                ["-vv"],
-                ["--unknown"],
-            ]
-        )
-    return argv
+ONE = st.sampled_from(VALUES)
+SOME = st.lists(ONE, max_size=3)
+LISTS = st.sampled_from(["--adapters", "-a", "--extra", "-x"])
+# List options in every spelling, with none to three values, scalars, flags, stray words.
+PARTS = st.one_of(
+    st.builds(lambda option, values: [option, *values], LISTS, SOME),
+    st.builds(
+        lambda option, one, values: [f"{option}={one}", *values], st.sampled_from(["--adapters", "--extra"]), ONE, SOME
+    ),
+    st.builds(lambda option, one: [option + one], st.sampled_from(["-a", "-x", "-s"]), st.sampled_from(VALUES[:5])),
+    st.builds(lambda option, one: [option, one], st.sampled_from(["--seed", "-s"]), ONE),
+    st.builds(lambda one: [f"--seed={one}"], ONE),
+    st.sampled_from([["--force"], ["-f"], ["--verbose"], ["-vv"], ["--unknown"]]),
+)
 
 
 def test_every_command_line_means_what_argparse_takes_it_for() -> None:
-    generator = random.Random(0)
-    accepted = several = 0
-    for _ in range(1000):
-        argv = random_argv(generator)
+    accepted: list[bool] = []
+
+    @settings(derandomize=True, max_examples=500, deadline=None, database=None)
+    @given(st.lists(PARTS, max_size=5))
+    def check(parts: list[list[str]]) -> None:
+        argv = [word for part in parts for word in part]
         expected = oracle(argv)
-        assert greedy(argv) == expected, argv
-        accepted += expected is not None
-        several += expected is not None and max(len(expected["adapters"]), len(expected["extra"])) > 1
-    assert accepted > 300 and several > 140  # the cases are neither all errors nor all trivial
-    assert accepted < 900
+        assert greedy(argv) == expected
+        accepted.append(expected is not None and max(len(expected["adapters"]), len(expected["extra"])) > 1)
+
+    check()
+    assert 50 < sum(accepted) < 450  # the cases are neither all errors nor all trivial
 
 
 @pytest.mark.parametrize(

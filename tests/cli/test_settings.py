@@ -10,8 +10,7 @@ import pytest
 import typer
 
 from loracli.cli import app
-from loracli.cli._settings import options_of, read_settings
-from loracli.cli._unasked import RULES, TABLE
+from loracli.cli._settings import RULES, TABLE, options_of, read_settings
 from tests.cli.project import FIT, run, tree
 
 INPUTS = 'adapters = ["know", "form"]\ndata = ["calibration.jsonl"]\nbase = "base"\n'
@@ -189,7 +188,7 @@ def test_the_table_of_what_an_unasked_file_may_say_knows_every_option_and_no_oth
     assert sum(len(row.options) for row in TABLE) == len(named)
     assert {option for option in every if option not in named} - {
         option for option in every if option.partition(".")[2] in named
-    } == set(), "give each new option a row in loracli/cli/_unasked.py and in docs/configuration.md"
+    } == set(), "give each new option a row in loracli/cli/_settings.py and in docs/configuration.md"
     known = every | {option.partition(".")[2] for option in every}
     assert named <= known
 

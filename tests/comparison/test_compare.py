@@ -201,7 +201,7 @@ def test_fitted_methods_and_controls_stand_beside_the_others(
     assert not {"fresh-lora", "random", "datamix"} & {found.best.name, *found.best.rivals}
 
 
-def test_a_rung_finds_what_loracat_fit_finds_on_the_same_records(
+def test_a_level_finds_what_loracat_fit_finds_on_the_same_records(
     data: Path, tiny_base: Path, two_adapters: tuple[Path, Path], recipe: Path
 ) -> None:
     from loracli.recipe.recipe import load_recipe
@@ -210,7 +210,7 @@ def test_a_rung_finds_what_loracat_fit_finds_on_the_same_records(
     found = compare(data, tiny_base, two_adapters, fit_data=data / "val.jsonl", settings=settings)
     assert found.row("module").nats_per_token == pytest.approx(
         load_recipe(recipe).held_out.row("fit").nats_per_token, abs=5e-3
-    )  # the fit takes a Newton step at its end, the rung in a comparison does not
+    )  # the fit takes a Newton step at its end, the level in a comparison does not
 
 
 def test_random_adapters_have_the_norms_and_nothing_else(two_adapters: tuple[Path, Path]) -> None:
@@ -276,7 +276,7 @@ def test_a_method_that_cannot_honour_the_adapters_is_skipped_in_all_and_an_error
     assert {"module", "auto", "paper", "lorahub", "task-arithmetic"} <= skipped.keys()
     assert all("--fit-data" in reason for reason in skipped.values())
     assert {row.name for row in found.rows if row.kind == "method"} == set(DATA_FREE) - {"linear-peft"}
-    with pytest.raises(UsageError, match="linear-peft cannot be had here: factors of the ranks 2, 4"):
+    with pytest.raises(UsageError, match="linear-peft cannot be computed here: factors of the ranks 2, 4"):
         compare(data, tiny_base, two_adapters, settings=CompareSettings(("linear-peft",)))
     with pytest.raises(UsageError, match="module has to be fitted"):
         compare(data, tiny_base, two_adapters, settings=CompareSettings(("module",)))

@@ -8,7 +8,7 @@ import pytest
 
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import MethodOptions
-from loracli.comparison.settings import RUNGS, CompareSettings, Controls, parse_controls, parse_methods
+from loracli.comparison.settings import FITTED_MIXINGS, CompareSettings, Controls, parse_controls, parse_methods
 from loracli.errors import UsageError
 from loracli.fitting.settings import FitSettings
 
@@ -26,7 +26,7 @@ def test_words_of_methods_and_controls() -> None:
 
 
 def test_every_method_and_kind_of_mixing_can_be_named_and_nothing_else() -> None:
-    for name in ("all", "data-free", *METHODS, *RUNGS):
+    for name in ("all", "data-free", *METHODS, *FITTED_MIXINGS):
         assert CompareSettings((name,)).methods == (name,)
     for name in ("tie", "fit", "base", "TIES", ""):
         with pytest.raises(UsageError, match=f"--methods {name} is not one of all, data-free, "):

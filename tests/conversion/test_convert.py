@@ -278,7 +278,7 @@ def refused(kind: type[Exception], match: str, adapter: Path, folder: Path, **op
 
 def test_options_that_contradict_each_other_or_say_nothing(tmp_path: Path, tiny_base: Path, dora: Trained) -> None:
     given: dict[str, Any] = {"adapter": dora.path, "folder": tmp_path, "base": str(tiny_base)}
-    refused(UsageError, "exclude each other", rank=3, tolerance=0.1, **given)
+    refused(UsageError, "cannot be given together", rank=3, tolerance=0.1, **given)
     refused(UsageError, "not between 0 and 1", tolerance=1.0, **given)
     refused(UsageError, "below 1", rank=0, **given)
     refused(UsageError, "not one of", dtype="int8", **given)

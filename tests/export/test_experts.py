@@ -250,7 +250,7 @@ def test_layouts_that_cannot_hold_experts_are_refused_by_name(
 
 def test_lora_bias_beside_experts_is_refused_by_name(tmp_path: Path, mixtral: Mixture) -> None:
     biased = make_adapter(tmp_path / "biased", mixtral.base, lora_bias=True)
-    with pytest.raises(UsageError, match="has lora_bias, which PEFT has not beside adapted experts"):
+    with pytest.raises(UsageError, match="has lora_bias, which PEFT does not support beside adapted experts"):
         export_adapter(
             ExportRequest(method="sum", adapters=[mixtral.names[0], str(biased)], base=str(mixtral.base)),
             tmp_path / "out",

@@ -130,7 +130,7 @@ def test_an_option_that_a_method_does_not_take_is_refused(tmp_path: Path, names:
         export_adapter(ExportRequest(method="lorahub", adapters=names), tmp_path / "out")
     with pytest.raises(UsageError, match="ties needs no calibration records"):
         export_adapter(ExportRequest(method="ties", adapters=names, fit_data=tmp_path / "x.jsonl"), tmp_path / "out")
-    with pytest.raises(UsageError, match="linear-peft cannot be had here"):
+    with pytest.raises(UsageError, match="linear-peft cannot be computed here"):
         export_adapter(ExportRequest(method="linear-peft", adapters=names), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -210,7 +210,7 @@ def test_sizes_are_read_as_they_are_written(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "MB", "20 mb", "-3MB", "1e9", "20MBit", "²MB", "inf"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no size"):
+    with pytest.raises(UsageError, match="is not a size"):
         parse_bytes(text, "--budget")
 
 

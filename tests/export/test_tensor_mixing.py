@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.algebra.basis import CanonicalStack, canonical_stack, mixing_in_file_gauge
+from loracli.algebra.basis import CanonicalStack, canonical_stack, mixing_in_file_basis
 from loracli.cli import app
 from loracli.errors import RecipeError
 from loracli.export.export import export_adapter
@@ -45,7 +45,7 @@ def stacked(adapters: list[LoraAdapter], module: str) -> tuple[Tensor, Tensor]:
 
 
 def random_tensors(kind: MixingKind, adapters: list[LoraAdapter], seed: int = 0) -> dict[str, Tensor]:
-    """`rank`: diagonal in the canonical gauge; `core`: any M; `factors`: of one rank more than the files have."""
+    """`rank`: diagonal in the canonical basis; `core`: any M; `factors`: of one rank more than the files have."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for module in modules_of(adapters):
@@ -54,7 +54,7 @@ def random_tensors(kind: MixingKind, adapters: list[LoraAdapter], seed: int = 0)
         if kind == "rank":
             stack = canonical_stack([a.modules[module].factors for a in adapters if module in a.modules])
             weights = torch.randn(rank, generator=generator, dtype=torch.float64)
-            tensors[f"{module}.mixing"] = mixing_in_file_gauge(stack, torch.diag(weights))
+            tensors[f"{module}.mixing"] = mixing_in_file_basis(stack, torch.diag(weights))
         elif kind == "core":
             tensors[f"{module}.mixing"] = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
         else:
@@ -178,7 +178,7 @@ def test_trained_factors_are_written_to_the_bit_whatever_the_ingredients_dtype(t
 
 class Equal:
     """Two adapters whose updates have four singular values of exactly 2, and a mixing fitted in their canonical
-    gauge."""
+    basis."""
 
     def __init__(self, folder: Path) -> None:
         base = make_base(folder / "base")
@@ -199,7 +199,7 @@ class Equal:
         for module in modules_of(self.adapters):
             self.stacks[module] = canonical_stack([a.modules[module].factors for a in self.adapters])
             self.mixings[module] = torch.randn(8, 8, generator=generator, dtype=torch.float64)
-        tensors = {f"{m}.mixing": mixing_in_file_gauge(self.stacks[m], self.mixings[m]) for m in self.stacks}
+        tensors = {f"{m}.mixing": mixing_in_file_basis(self.stacks[m], self.mixings[m]) for m in self.stacks}
         table = base_modules(AutoModelForCausalLM.from_pretrained(base), self.adapters)
         mixing = tensor_mixing("core", tensors, self.adapters, numbers=64)
         self.recipe = replace(make_recipe(folder, self.adapters, table), mixing=mixing)
@@ -278,7 +278,7 @@ def test_a_missing_tensor_and_one_of_another_shape_are_named(tmp_path: Path, kin
             export_adapter(ExportRequest(changed), tmp_path / "out")
         with pytest.raises(RecipeError, match=name):
             tensor_mixing(kind, damaged, made.adapters, numbers=1)
-    with pytest.raises(ValueError, match="x.mixing is no tensor"):
+    with pytest.raises(ValueError, match="x.mixing is not a tensor"):
         tensor_mixing(kind, tensors | {"x.mixing": torch.eye(9)}, made.adapters, numbers=1)
 
 

@@ -61,7 +61,7 @@ def engine_of(objective: LeastSquares, folder: Path | None = None) -> Engine:
     return Engine(objective, Meter(SILENT), journal=Journal(folder, seconds=0))  # type: ignore[arg-type]
 
 
-def rung(kind: MixingKind) -> DiagonalMixing:
+def level(kind: MixingKind) -> DiagonalMixing:
     return make_diagonal(LAYOUT, kind)
 
 

@@ -78,9 +78,9 @@ def held_out_losses(
 ) -> dict[str, float]:
     engine = make_engine(attached, held)
     batches = plan_batches(held, batch_tokens=2048)
-    rung = make_diagonal(make_layout(adapters), "adapter")
+    level = make_diagonal(make_layout(adapters), "adapter")
     losses = {
-        name: engine.score(rung, rung.constant(point), batches, held).nats_per_token
+        name: engine.score(level, level.constant(point), batches, held).nats_per_token
         for name, point in static_points(REFERENCES).items()
     }
     return {**losses, "fit": engine.score(found.mixing, found.theta, batches, held).nats_per_token}

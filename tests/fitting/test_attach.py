@@ -96,8 +96,8 @@ def test_leaving_the_context_leaves_no_trace_even_after_an_error(
 # These two normalise in float64; Llama's RMSNorm goes through float32, on which differences of 1e-5 drown.
 @pytest.mark.parametrize("kind", ["gpt2", "neox"])
 @pytest.mark.parametrize("rung", MIXING_KINDS)
-def test_gradient_of_every_rung_equals_finite_differences_in_float64(
-    tmp_path: Path, kind: str, rung: MixingKind
+def test_gradient_of_every_level_equals_finite_differences_in_float64(
+    tmp_path: Path, kind: str, level: MixingKind
 ) -> None:
     """Of every number, or of forty where there are more."""
     base = make_base(tmp_path / "base", kind)
@@ -115,7 +115,7 @@ def test_gradient_of_every_rung_equals_finite_differences_in_float64(
     batch = make_batch([Example("val.jsonl:1", tuple(ids), (False,) * 4 + (True,) * 7)], [0])
     layout = make_layout(adapters)
     with attach(load(base, torch.float64), adapters, layout.modules, canonical=True) as attached:
-        objective, mixing = make_objective(attached, batch), make_mixing(attached, layout, rung)
+        objective, mixing = make_objective(attached, batch), make_mixing(attached, layout, level)
 
         def loss(theta: torch.Tensor) -> torch.Tensor:
             mixing.apply(attached, theta)

@@ -17,7 +17,7 @@ from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting.descent import AdamW, Descent, Plan, Ran, plan_steps
 from loracli.fitting.engine import Engine
-from tests.fitting.least_squares import LeastSquares, engine_of, random_examples, rung
+from tests.fitting.least_squares import LeastSquares, engine_of, level, random_examples
 
 SIZES = (16, 17, 31, 64, 100, 500, 2000, 20_000)
 
@@ -81,7 +81,7 @@ def test_every_pass_visits_every_record_once_in_an_order_of_its_own(count: int) 
 @pytest.mark.parametrize("count", [20, 300])
 def test_the_steps_of_a_pass_add_up_to_the_full_gradient(count: int) -> None:
     """And each, times its scale, stands for the gradient of the mean: their mean is that, by number of batches."""
-    engine, mixing = engine_of(LeastSquares(torch.ones(1))), rung("module")
+    engine, mixing = engine_of(LeastSquares(torch.ones(1))), level("module")
     examples = random_examples([5 + i % 13 for i in range(count)])
     plan = plan_steps(examples, batch_tokens=24, seed=0)
     theta = mixing.constant([0.4, 0.7])
@@ -111,20 +111,20 @@ def test_the_cost_of_steps_is_known_before_they_are_taken(shape: str) -> None:
                 plan.tokens_of(range(first, first + count)) <= tokens < plan.tokens_of(range(first, first + count + 1))
             )
     assert plan.steps_within(-5.0) == 0
-    engine, mixing = engine_of(LeastSquares(torch.ones(1))), rung("module")
+    engine, mixing = engine_of(LeastSquares(torch.ones(1))), level("module")
     descent_on(engine, plan, mixing.constant([1.0, 1.0]), 21).run(21)
     assert engine.meter.spent == 2 * plan.tokens_of(range(21))
 
 
 def descent_on(engine: Engine, plan: Plan, start: Tensor, steps: int) -> Descent:
     adam = AdamW(start, steps=steps, rate=0.05, warm_up=2)
-    return Descent(engine, rung("module"), plan.examples, plan.step, adam, start)
+    return Descent(engine, level("module"), plan.examples, plan.step, adam, start)
 
 
 def test_a_run_averages_its_last_quarter_and_scores_its_later_half_before_each_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine, start = engine_of(LeastSquares(torch.ones(1))), rung("module").constant([0.2, 0.5])
+    engine, start = engine_of(LeastSquares(torch.ones(1))), level("module").constant([0.2, 0.5])
     plan = plan_steps(random_examples([9] * 30), batch_tokens=18, seed=0)
     seen: list[tuple[Tensor, float, float]] = []
     total = engine.total
@@ -153,7 +153,7 @@ def test_a_step_goes_down_the_mean_loss_and_the_ridge(ridge: float) -> None:
     """Against torch's own AdamW on the sum of both, with autograd's gradient of the closed formula."""
     objective = LeastSquares(torch.ones(1))
     plan = plan_steps(random_examples([9] * 40), batch_tokens=18, seed=0)
-    start = rung("module").constant([0.2, 0.5])
+    start = level("module").constant([0.2, 0.5])
     descent = descent_on(engine_of(objective), plan, start, 20)
     descent.run(20, ridge)
     theta = start.clone().requires_grad_(True)
@@ -172,7 +172,7 @@ def test_a_step_goes_down_the_mean_loss_and_the_ridge(ridge: float) -> None:
 def test_theta_stays_at_the_last_step_whose_loss_was_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     objective = LeastSquares(torch.ones(1))
     plan = plan_steps(random_examples([9] * 30), batch_tokens=18, seed=0)
-    start = rung("module").constant([0.2, 0.5])
+    start = level("module").constant([0.2, 0.5])
     healthy = descent_on(engine_of(objective), plan, start, 10)
     healthy.run(6)
     place = plan.examples[plan.step(6).batches[0].indices[0]].place
@@ -205,10 +205,10 @@ def stop_after(calls: int, work: Callable[..., Any], counted: Counter[str]) -> C
 
 
 def program(engine: Engine, dtype: torch.dtype) -> tuple[list[Ran], list[Tensor], int, int]:
-    """Two starts, some steps from each, then on from the second under another ridge, as a rung does it."""
+    """Two starts, some steps from each, then on from the second under another ridge, as a level does it."""
     plan = plan_steps(random_examples([7] * 150), batch_tokens=7, seed=0)
     assert plan.batches_a_step == 2
-    starts = [rung("module").constant(point).to(dtype) for point in ([0.2, 0.5], [1.0, 1.0])]
+    starts = [level("module").constant(point).to(dtype) for point in ([0.2, 0.5], [1.0, 1.0])]
     descents = [descent_on(engine, plan, start, 9) for start in starts]
     runs = [descent.run(4, 0.01, key=f"start {i}") for i, descent in enumerate(descents)]
     runs.append(descents[1].run(5, 0.0, key="on from start 1"))

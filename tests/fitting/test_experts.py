@@ -180,7 +180,7 @@ def test_a_fit_of_experts_lowers_the_loss_and_certifies_it(tmp_path: Path, mixtr
 
 
 @pytest.mark.parametrize("kind", ["rank", "core", "factors", "auto"])
-def test_rungs_with_more_than_a_weight_for_each_adapter_are_refused_by_name(mixtral: Mixture, kind: str) -> None:
+def test_levels_with_more_than_a_weight_for_each_adapter_are_refused_by_name(mixtral: Mixture, kind: str) -> None:
     with pytest.raises(UsageError, match=rf"updates of experts, which --mixing {kind} cannot weigh"):
         check_mixing(mixtral.adapters, kind)
 

@@ -1,4 +1,4 @@
-"""The rungs of the ladder: starts, basins, what ends a search early, and who may see which records."""
+"""The levels of the ladder: starts, basins, what ends a search early, and who may see which records."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from tests.fitting.least_squares import (
     LAYOUT,
     LeastSquares,
     engine_of,
+    level,
     one_task,
     random_examples,
-    rung,
     task_of,
 )
 from tests.fitting.planted import held_out_losses, make_engine, planted, run_search, sampled_examples
@@ -46,7 +46,7 @@ from tests.tiny import make_adapter, make_base
 
 @dataclass(frozen=True)
 class TwoBasins:
-    """What the adapter rung finds, what the module rung finds from there alone, and what the search finds."""
+    """What the adapter level finds, what the module level finds from there alone, and what the search finds."""
 
     adapter: Solution
     alone: Solution
@@ -178,14 +178,14 @@ def test_auto_climbs_to_where_the_truth_is(small: tuple[Path, list[LoraAdapter]]
         ("core", True),
         ("factors", False),
     ]
-    for below, rung_record in zip(found.rungs, found.rungs[1:], strict=False):
-        assert rung_record.gain is not None and rung_record.standard_error is not None
-        assert (rung_record.kind == "factors") != (rung_record.gain > max(rung_record.standard_error, 0.005))
-        assert rung_record.why.startswith(f"a gain of {rung_record.gain:.4f} nats per token over {below.kind} is ")
-        if rung_record.kind != "factors":
-            limit = f"is above one standard error, {rung_record.standard_error:.4f}"
-            assert rung_record.why.endswith(limit)
-    assert found.rungs[0].why == "the first rung"
+    for below, level_record in zip(found.rungs, found.rungs[1:], strict=False):
+        assert level_record.gain is not None and level_record.standard_error is not None
+        assert (level_record.kind == "factors") != (level_record.gain > max(level_record.standard_error, 0.005))
+        assert level_record.why.startswith(f"a gain of {level_record.gain:.4f} nats per token over {below.kind} is ")
+        if level_record.kind != "factors":
+            limit = f"is above one standard error, {level_record.standard_error:.4f}"
+            assert level_record.why.endswith(limit)
+    assert found.rungs[0].why == "the first kind of mixing"
     assert found.rungs[2].gain is not None and found.rungs[2].gain > 0.2
     assert fit < at_truth.nats_per_token + 0.03
 
@@ -199,7 +199,7 @@ def searched(
     objective: LeastSquares, examples: Sequence[Example], settings: FitSettings, *, validate: bool = True
 ) -> tuple[Solution, Engine]:
     engine = engine_of(objective)
-    return search(one_task(engine, examples, settings, validate=validate), rung, examples), engine
+    return search(one_task(engine, examples, settings, validate=validate), level, examples), engine
 
 
 def some_examples(count: int = 60) -> list[Example]:
@@ -236,7 +236,7 @@ class Stage:
 
 
 def scores_seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[MixingKind, float]]:
-    """The rung and the validation loss of everything that is checked from now on."""
+    """The level and the validation loss of everything that is checked from now on."""
     seen: list[tuple[MixingKind, float]] = []
     check = Task.check
 
@@ -268,7 +268,7 @@ def test_a_start_that_diverges_is_left_out_and_the_other_goes_on(
             and (at.descended > 2 or not descending)
         ),
     )
-    found = search(one_task(engine, examples, FitSettings()), rung, examples)
+    found = search(one_task(engine, examples, FitSettings()), level, examples)
     module = found.rungs[1]
     (left_out,) = [start for start in module.starts if start.name == bad]
     (good,) = [start for start in module.starts if start.name != bad]
@@ -279,11 +279,11 @@ def test_a_start_that_diverges_is_left_out_and_the_other_goes_on(
     assert (found.theta - healthy.theta).abs().max() < 0.1  # there is but one basin
 
 
-def test_a_rung_that_cannot_be_descended_keeps_the_better_of_its_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_level_that_cannot_be_descended_keeps_the_better_of_its_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, examples = LeastSquares(TRUTH), some_examples()
     engine = engine_of(objective)
     break_at(monkeypatch, engine, objective, lambda at: at.fields.get("rung") == "module" and at.descending)
-    found = search(one_task(engine, examples, FitSettings()), rung, examples)
+    found = search(one_task(engine, examples, FitSettings()), level, examples)
     assert found.stopped is not None and "not finite on the records at val.jsonl:" in found.stopped
     assert found.mixing.kind == "module" and not found.refitted and found.ridge is None
     adapter, module = found.rungs
@@ -300,7 +300,7 @@ def test_without_any_finite_start_the_records_are_named(validate: bool, monkeypa
         engine = engine_of(objective)
         break_at(monkeypatch, engine, objective, lambda at, kind=kind: at.fields.get("rung") == kind)  # type: ignore[misc]
         with pytest.raises(NonFiniteLoss, match=r"not finite on the records at val\.jsonl:"):
-            search(one_task(engine, examples, FitSettings(), validate=validate), rung, examples)
+            search(one_task(engine, examples, FitSettings(), validate=validate), level, examples)
 
 
 def test_a_loss_that_is_not_finite_in_the_middle_keeps_the_best_solution_until_then(
@@ -316,7 +316,7 @@ def test_a_loss_that_is_not_finite_in_the_middle_keeps_the_best_solution_until_t
         objective,
         lambda at: at.fields.get("ridge") == RIDGE_PATH[1] and at.descending and at.descended > 3,
     )
-    found = search(one_task(engine, examples, FitSettings()), rung, examples)
+    found = search(one_task(engine, examples, FitSettings()), level, examples)
     assert found.stopped is not None and "not finite on the records at val.jsonl:" in found.stopped
     module = found.rungs[1]
     losses = [loss for kind, loss in seen if kind == "module"]
@@ -332,7 +332,7 @@ def test_a_loss_that_is_not_finite_in_the_last_fit_keeps_what_was_chosen(monkeyp
     objective, examples = LeastSquares(TRUTH), some_examples()
     engine = engine_of(objective)
     break_at(monkeypatch, engine, objective, lambda at: at.fields.get("stage") == "refit" and at.descended > 2)
-    found = search(one_task(engine, examples, FitSettings()), rung, examples)
+    found = search(one_task(engine, examples, FitSettings()), level, examples)
     assert found.stopped is not None and not found.refitted
     scores = one_task(engine_of(LeastSquares(TRUTH)), examples, FitSettings()).check(
         found.mixing, [found.theta], "found"
@@ -354,7 +354,7 @@ def test_without_validation_records_the_last_finite_step_is_kept(monkeypatch: py
             thetas.append(descent.theta)
 
     monkeypatch.setattr(Descent, "run", watched)
-    found = search(one_task(engine, examples, FitSettings(), validate=False), rung, examples)
+    found = search(one_task(engine, examples, FitSettings(), validate=False), level, examples)
     assert found.stopped is not None and found.mixing.kind == "module"
     assert torch.equal(found.theta, thetas[-1]) and bool(torch.isfinite(found.theta).all())
 
@@ -427,8 +427,8 @@ def test_the_path_ends_where_the_solution_gets_clearly_worse(monkeypatch: pytest
         return Scores(tokens * next(turns) + torch.linspace(-0.1, 0.1, len(examples)), tokens)
 
     task = Task(task.engine, task.folds, scripted, task.settings, task.references)
-    starts = {name: [rung("module").constant([1.0, weight])] for name, weight in (("adapter", 0.3), ("sum", 1.0))}
-    found = solve_level(task, rung("module"), starts, 5000.0)
+    starts = {name: [level("module").constant([1.0, weight])] for name, weight in (("adapter", 0.3), ("sum", 1.0))}
+    found = solve_level(task, level("module"), starts, 5000.0)
     assert ridges == [RIDGE_PATH[0]] * 3  # two starts, and one stage of three
     assert found.scores is not None and found.scores.nats_per_token == pytest.approx(3.0)
     assert (found.chosen, found.ridge, found.moved) == ("adapter", None, False)
@@ -444,7 +444,7 @@ class TwoWells(LeastSquares):
 
 
 @pytest.mark.parametrize("validate", [True, False])
-def test_the_lowest_rung_takes_the_better_of_its_two_ends(validate: bool) -> None:
+def test_the_lowest_level_takes_the_better_of_its_two_ends(validate: bool) -> None:
     """The second adapter alone screens best and ends in the near well; the sum begins higher and ends in the deep one.
     Without validation records the loss on what was fitted says so."""
     found, _ = searched(TwoWells(TRUTH), some_examples(20), FitSettings(mixing="adapter"), validate=validate)
@@ -506,7 +506,7 @@ def test_no_fold_descends_on_a_record_that_it_chooses_with(monkeypatch: pytest.M
 
     monkeypatch.setattr(engine, "total", spied)
     monkeypatch.setattr(engine.meter, "stage", announced)
-    found = search(task_of(engine, folds, settings), rung, examples)
+    found = search(task_of(engine, folds, settings), level, examples)
     fitting = [{example.place for example in fold.fitting} for fold in folds]
     every = {example.place for example in examples}
     assert set(visited) == {("adapter", None), ("module", "probe"), ("module", "descent"), ("module", "refit")}
@@ -548,10 +548,10 @@ def test_what_a_fold_finds_does_not_hang_on_the_records_that_it_chooses_with(mon
         with monkeypatch.context() as patched:
             patched.setattr(rung_module, "_unseen", lambda ran, after: play(unseen(ran, after)))
             task = Task(task.engine, task.folds, criterion, settings, task.references)
-            low = solve_adapters(task, rung("adapter"), 3000.0, alone=False)
-            below = [rung("module").lift(low.mixing, theta) for theta in low.thetas]
-            total = [rung("module").constant([1.0, 1.0])] * FOLDS
-            solve_level(task, rung("module"), {"adapter": below, "sum": total}, 12_000.0)
+            low = solve_adapters(task, level("adapter"), 3000.0, alone=False)
+            below = [level("module").lift(low.mixing, theta) for theta in low.thetas]
+            total = [level("module").constant([1.0, 1.0])] * FOLDS
+            solve_level(task, level("module"), {"adapter": below, "sum": total}, 12_000.0)
         return thetas, heard
 
     thetas, heard = checked(examples, None)
@@ -569,9 +569,9 @@ def test_the_solutions_of_the_folds_are_averaged_before_the_last_fit() -> None:
     examples, settings = some_examples(), FitSettings(cv=FOLDS, mixing="adapter")
     engine = engine_of(LeastSquares(TRUTH))
     folds = folds_of(examples)
-    found = search(task_of(engine, folds, settings), rung, examples)
+    found = search(task_of(engine, folds, settings), level, examples)
     budget = settings.budget * 2 * sum(len(example.input_ids) for example in examples)
-    solved = solve_adapters(task_of(engine, folds, settings), rung("adapter"), budget, alone=True)
+    solved = solve_adapters(task_of(engine, folds, settings), level("adapter"), budget, alone=True)
     assert torch.equal(found.theta, torch.stack(solved.thetas).mean(dim=0))
     assert len({tuple(theta.tolist()) for theta in solved.thetas}) == FOLDS
 
@@ -581,6 +581,6 @@ def test_another_criterion_is_not_mixed_with_losses(by_loss: bool) -> None:
     """A criterion in units of its own chooses between the starts by itself; the loss is pooled with unseen batches."""
     examples = some_examples()
     task = replace(one_task(engine_of(LeastSquares(TRUTH)), examples, FitSettings()), chooses_by_loss=by_loss)
-    rungs = search(task, rung, examples).rungs
-    alike = [start.unseen == start.after for start in rungs[1].starts]
+    levels = search(task, level, examples).rungs
+    alike = [start.unseen == start.after for start in levels[1].starts]
     assert alike == [not by_loss] * len(alike) and alike

@@ -190,7 +190,7 @@ def test_an_export_holds_the_weighted_bias_and_its_certificate_tells_of_it(
 
 
 @pytest.mark.parametrize("kind", ["rank", "core", "factors", "auto"])
-def test_rungs_that_a_bias_does_not_have_are_refused_by_name(
+def test_levels_that_a_bias_does_not_have_are_refused_by_name(
     tmp_path: Path, made: tuple[Path, list[Path]], kind: str
 ) -> None:
     base, paths = made

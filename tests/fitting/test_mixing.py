@@ -1,4 +1,4 @@
-"""The ladder of mixings: each rung contains the one below, and says the same update in more numbers."""
+"""The ladder of mixings: each level contains the one below, and says the same update in more numbers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def random_theta(mixing: Mixing, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("which", SETS)
 @pytest.mark.parametrize(("lower", "upper"), STEPS)
-def test_a_rung_says_the_update_of_the_one_below(
+def test_a_level_says_the_update_of_the_one_below(
     base: Path, every: dict[str, list[LoraAdapter]], lower: MixingKind, upper: MixingKind, which: str
 ) -> None:
     """Products B M A and logits; to float64's rounding, from `factors` on to float32's, in which those are trained."""
@@ -103,7 +103,7 @@ def test_a_rung_says_the_update_of_the_one_below(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e3 * tolerance)
 
 
-def test_every_rung_of_a_ladder_is_tested_against_the_one_below() -> None:
+def test_every_level_of_a_ladder_is_tested_against_the_one_below() -> None:
     assert {upper for _, upper in STEPS} == {*MIXING_KINDS} - {"adapter"}
 
 
@@ -112,7 +112,7 @@ def test_every_rung_of_a_ladder_is_tested_against_the_one_below() -> None:
 def test_the_same_weights_everywhere_are_the_plain_sum_of_the_adapters(
     base: Path, every: dict[str, list[LoraAdapter]], kind: MixingKind, which: str
 ) -> None:
-    """Against the adapters' own s B A and against `set_weights`, in the files' gauge too where that is what is
+    """Against the adapters' own s B A and against `set_weights`, in the files' basis too where that is what is
     attached."""
     adapters, weights = every[which], [0.7, -1.3, 0.4][: len(every[which])]
     for canonical in {True, kind not in INLINE_KINDS}:
@@ -148,7 +148,7 @@ def counted_by_hand(adapters: list[LoraAdapter], kind: MixingKind) -> int:
 
 @pytest.mark.parametrize("which", SETS)
 @pytest.mark.parametrize("kind", MIXING_KINDS)
-def test_the_numbers_of_a_rung_are_counted_before_anything_is_attached(
+def test_the_numbers_of_a_level_are_counted_before_anything_is_attached(
     base: Path, every: dict[str, list[LoraAdapter]], kind: MixingKind, which: str
 ) -> None:
     adapters = every[which]
@@ -215,7 +215,7 @@ def test_a_softmax_is_lifted_as_the_weights_that_it_gives(every: dict[str, list[
         assert torch.equal(one, other)
 
 
-def test_a_rung_that_does_not_contain_another_refuses_it(base: Path, every: dict[str, list[LoraAdapter]]) -> None:
+def test_a_level_that_does_not_contain_another_refuses_it(base: Path, every: dict[str, list[LoraAdapter]]) -> None:
     with attached_to(base, every["two"]) as (attached, layout):
         core, factors = (make_mixing(attached, layout, kind) for kind in ("core", "factors"))
     with pytest.raises(AssertionError, match="module does not contain core"):

@@ -122,7 +122,7 @@ def test_the_environment_of_a_launcher_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"RANK": ""}, "RANK is '' and no number"),
+        ({"RANK": ""}, "RANK is '' and not a number"),
         ({"RANK": "2"}, "RANK=2 of WORLD_SIZE=2"),
         ({"LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK=1 of LOCAL_WORLD_SIZE=1"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),

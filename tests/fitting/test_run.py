@@ -82,7 +82,7 @@ def test_the_recipe_tells_what_was_fitted_and_scores_every_method_on_the_held_ou
 def test_the_held_out_loss_of_the_fit_is_that_of_the_exported_adapter_in_peft(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], kind: str
 ) -> None:
-    """Of every rung, through the recipe as it is on disk; seven records are fitted on without a choice."""
+    """Of every level, through the recipe as it is on disk; seven records are fitted on without a choice."""
     from peft import PeftModel
 
     held = write_jsonl(tmp_path / "test.jsonl", random_records(25, seed=9))

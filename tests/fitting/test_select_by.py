@@ -1,4 +1,4 @@
-"""A task metric chooses starts, ridges and rungs: against the loss, through interruptions, on several processes."""
+"""A task metric chooses starts, ridges and kinds of mixing: against the loss, through interruptions, on processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loracli.fitting.search import LADDERS, search
 from loracli.fitting.settings import FitSettings
 from loracli.recipe.recipe import load_recipe
 from tests.faults.fork_server import ForkServer
-from tests.fitting.least_squares import LAYOUT, LeastSquares, engine_of, one_task, random_examples, rung
+from tests.fitting.least_squares import LAYOUT, LeastSquares, engine_of, level, one_task, random_examples
 from tests.fitting.test_fit_processes import SmallFit
 from tests.fitting.test_journal import Fit, Power, power
 from tests.fitting.test_level import TRUTH, TwoWells
@@ -43,14 +43,14 @@ def test_the_well_that_the_metric_wants_wins_over_the_one_with_the_lower_loss() 
     examples = random_examples([20] * 20)
     settings = FitSettings(mixing="adapter")
     by_loss = one_task(engine_of(TwoWells(TRUTH)), examples, settings)
-    assert float(search(by_loss, rung, examples).theta[0]) > 1.2
+    assert float(search(by_loss, level, examples).theta[0]) > 1.2
     engine = engine_of(TwoWells(TRUTH))
     task = replace(
         one_task(engine, examples, settings),
         criterion=metric_criterion(engine, lambda _: near_zero, batch_tokens=1024),
         chooses_by_loss=False,
     )
-    found = search(task, rung, examples)
+    found = search(task, level, examples)
     assert abs(float(found.theta[0])) < 0.2
     screened, total = found.rungs[0].starts
     assert screened.after is not None and total.after is not None
@@ -68,7 +68,7 @@ def test_a_cost_is_what_is_not_right_and_the_loss_decides_between_equals() -> No
         return lambda objective: right
 
     criterion = metric_criterion(engine, scorer_of, batch_tokens=1024)
-    far, near = (criterion(rung("adapter"), rung("adapter").constant([w, w]), examples, None) for w in (9.0, 1.0))
+    far, near = (criterion(level("adapter"), level("adapter").constant([w, w]), examples, None) for w in (9.0, 1.0))
     for scores in (far, near):
         assert (scores.nats - (1 - right)).min() >= 0 and (scores.nats - (1 - right)).max() <= 1e-4
         assert scores.tokens.tolist() == [1.0] * 3
@@ -77,11 +77,11 @@ def test_a_cost_is_what_is_not_right_and_the_loss_decides_between_equals() -> No
 
 
 def test_auto_climbs_for_half_an_answer_and_not_for_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every answer right from the first rung on there is nothing to climb for, whatever the loss does."""
+    """With every answer right from the first level on there is nothing to climb for, whatever the loss does."""
     monkeypatch.setitem(LADDERS, "auto", {"adapter": 0.3, "module": 0.7})
     examples = random_examples([20] * 40)
     task = one_task(engine_of(LeastSquares(TRUTH)), examples, FitSettings(mixing="auto"))
-    assert search(task, rung, examples).mixing.kind == "module"
+    assert search(task, level, examples).mixing.kind == "module"
     engine = engine_of(LeastSquares(TRUTH))
     always = metric_criterion(engine, lambda some: lambda _: torch.ones(len(some)).double(), batch_tokens=1024)
     task = replace(
@@ -91,7 +91,7 @@ def test_auto_climbs_for_half_an_answer_and_not_for_the_loss(monkeypatch: pytest
         unit="exact",
         least_gain=0.5 / 8,
     )
-    found = search(task, rung, examples)
+    found = search(task, level, examples)
     assert found.mixing.kind == "adapter"
     assert "exact over adapter" in found.rungs[1].why
 

@@ -222,7 +222,7 @@ def test_methods_with_a_base_take_layers_for_parameters_and_verify(tmp_path: Pat
     assert "model.layers.0.mlp.experts.gate_up_proj[3]" in names and len(names) == 2 * (2 * EXPERTS + 2)
 
 
-def test_rungs_that_experts_do_not_have_are_refused_for_layers_too(tmp_path: Path, qwen: Mixture) -> None:
+def test_levels_that_experts_do_not_have_are_refused_for_layers_too(tmp_path: Path, qwen: Mixture) -> None:
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
     with pytest.raises(UsageError, match="updates of experts, which --mixing core cannot weigh"):
         prepare_fit(qwen.names[1:], data, base=str(qwen.base), settings=FitSettings(mixing="core"))

@@ -67,7 +67,7 @@ def test_a_base_that_nobody_else_has_is_refused_with_the_way_out(
 ) -> None:
     base = hub.repositories.pop(BASE_ID)
     done = run("push", str(out), REPO)
-    assert done.exit_code == 3 and f"'{BASE_ID}' is no repository on the Hub" in done.stderr
+    assert done.exit_code == 3 and f"'{BASE_ID}' is not a repository on the Hub" in done.stderr
     assert "--base org/name" in done.stderr and REPO not in hub.repositories
     hub.repositories[BASE_ID] = base
     hub.fail(BASE_ID, "gated")
@@ -76,7 +76,7 @@ def test_a_base_that_nobody_else_has_is_refused_with_the_way_out(
     export_adapter(ExportRequest(mine), tmp_path / "mine")
     hub.requests.clear()
     done = run("push", str(tmp_path / "mine"), REPO)
-    assert done.exit_code == 3 and "'/home/alice/llama' is no repository on the Hub" in done.stderr
+    assert done.exit_code == 3 and "'/home/alice/llama' is not a repository on the Hub" in done.stderr
     assert hub.requests == []
 
 

@@ -144,12 +144,12 @@ def test_a_comparison_of_something_else_is_refused(tmp_path: Path, story: Story)
     unfitted = {**document, "rows": [row for row in document["rows"] if row["name"] != "fit"]}
     for content, kind, words in (
         ("{", InputError, "comparison"),
-        ("[]", InputError, "no JSON object"),
+        ("[]", InputError, "not a JSON object"),
         (json.dumps({**document, "rows": 3}), InputError, "rows: expected"),
         (json.dumps({k: v for k, v in document.items() if k != "best"}), InputError, "best"),
         (json.dumps(unfitted), UsageError, "does not compare this recipe's fit"),
         (json.dumps({**document, "adapters": ["x", "y"]}), UsageError, "compares x, y"),
-        (json.dumps({"loracat": 1, "error": {"code": 3}}), InputError, "is no comparison"),
+        (json.dumps({"loracat": 1, "error": {"code": 3}}), InputError, "is not a comparison"),
     ):
         path = tmp_path / "c.json"
         path.write_text(content)

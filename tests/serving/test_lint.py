@@ -517,7 +517,7 @@ def test_damaged_files_are_rejected(tmp_path: Path, damage: Callable[[Path], Any
     [
         (((0,), (0,)), r"has the shape \[0\] and no values"),
         (((0, 32), (32, 0)), r"has the shape \[0, 32\] and no values"),
-        (((128,), (128,)), r"has the shape \[128\] and is no matrix"),
+        (((128,), (128,)), r"has the shape \[128\] and is not a matrix"),
     ],
     ids=["zero-3", "rank 0", "fsdp"],
 )

@@ -155,7 +155,7 @@ def test_the_card_of_every_kind_of_export_is_made_again(tmp_path: Path, options:
 def test_a_record_whose_parts_are_of_another_kind_is_damaged(tmp_path: Path) -> None:
     out, where, _ = made(tmp_path, "model")
     change(out / "loracat-fuse.json", lambda fields: fields.update(composition=[1]))
-    with pytest.raises(IntegrityError, match="its composition is no JSON object"):
+    with pytest.raises(IntegrityError, match="its composition is not a JSON object"):
         verify_directory(out, **where)
     for name in ([], {}, 1, None):
         with pytest.raises(IntegrityError, match="method.name"):

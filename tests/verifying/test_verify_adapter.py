@@ -238,7 +238,7 @@ def test_without_ingredients_it_says_what_was_not_checked(tmp_path: Path) -> Non
     assert not verify_directory(out, recipe=recipe).not_checked
     with pytest.raises(AdapterNotFound):
         verify_directory(out, adapters=[paths[0], str(tmp_path / "nowhere")])
-    with pytest.raises(InputError, match="nothing that loracat wrote"):
+    with pytest.raises(InputError, match="was not written by loracat"):
         verify_directory(made.paths[0])
     with pytest.raises(InputError, match="there is no directory"):
         verify_directory(tmp_path / "nowhere")

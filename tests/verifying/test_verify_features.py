@@ -107,7 +107,7 @@ def test_ranks_that_were_chosen_by_a_rule_are_verified(tmp_path: Path, rule: dic
 
 def test_what_is_no_update_of_a_weight_is_not_folded_in(tmp_path: Path, tiny_base: Path) -> None:
     paths = two(tmp_path, tiny_base, "q_proj", lora_bias=True)
-    with pytest.raises(UsageError, match="lora_bias, which is no update of a weight"):
+    with pytest.raises(UsageError, match="lora_bias, which is not an update of a weight"):
         fuse_model(None, tmp_path / "model", adapters=paths, method="sum", base=str(tiny_base))
     assert not (tmp_path / "model").exists()
 
