@@ -15,6 +15,7 @@ from loracli.fitting.inputs import FitInputs
 from loracli.fitting.level import Solution
 from loracli.fitting.mixing import DiagonalMixing, FactorMixing
 from loracli.fitting.reach import Reach
+from loracli.fitting.settings import FitSettings
 from loracli.model.base import BaseModel
 from loracli.model.modules import base_modules
 from loracli.recipe.ingredients import identity_of
@@ -37,15 +38,11 @@ def make_recipe(
     base: BaseModel,
     data: tuple[RecipeData, ...],
     found: Solution,
-    table: HeldOut,
-    training_loss: float | None,
-    certificate: FitCertificate | None,
-    activations: RecipeActivations | None,
     *,
-    passes: float,
+    record: FitRecord,
+    table: HeldOut,
+    activations: RecipeActivations | None,
     reach: Reach,
-    halvings: int,
-    folds: int,
 ) -> Recipe:
     """The recipe of a fit.
 
@@ -54,30 +51,11 @@ def make_recipe(
         base: the loaded base model.
         data: the calibration files, with their counts.
         found: by the search.
+        record: how it was found, from `fit_record`.
         table: on the held-out records.
-        training_loss: nats per token on all training records, None if not finite.
-        certificate: of the weights, None if there is none.
-        activations: what the records show of them, None if that is not kept.
-        passes: that were used.
+        activations: what the records show of the adapters' inputs, None if that is not kept.
         reach: which modules the records did not reach.
-        halvings: of micro-batches.
-        folds: that were chosen with, 0 for none.
     """
-    record = FitRecord(
-        recipe="paper" if inputs.settings.paper else "cat",
-        settings=inputs.settings.recorded(),
-        criterion="nats per token" if inputs.settings.metric is None else inputs.settings.metric.name,
-        rungs=found.rungs,
-        stages=found.stages,
-        folds=folds,
-        refitted=found.refitted,
-        passes=round(passes, 2),
-        largest_move=_largest_move(found),
-        training_nats_per_token=training_loss,
-        certificate=certificate,
-        halvings=halvings,
-        stopped=found.stopped,
-    )
     return Recipe(
         base=RecipeBase(base.reference.id, base.reference.commit, base.config_sha256),
         adapters=tuple(
@@ -97,6 +75,44 @@ def make_recipe(
         versions={"loracat": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         activations=activations,
         folder=inputs.folder,
+    )
+
+
+def fit_record(
+    settings: FitSettings,
+    found: Solution,
+    certificate: FitCertificate | None,
+    *,
+    training_loss: float | None,
+    passes: float,
+    halvings: int,
+    folds: int,
+) -> FitRecord:
+    """How a fit went.
+
+    Args:
+        settings: of the fit.
+        found: by the search.
+        certificate: of the weights, None if there is none.
+        training_loss: nats per token on all training records, None if not finite.
+        passes: that were used.
+        halvings: of micro-batches.
+        folds: that were chosen with, 0 for none.
+    """
+    return FitRecord(
+        recipe="paper" if settings.paper else "cat",
+        settings=settings.recorded(),
+        criterion="nats per token" if settings.metric is None else settings.metric.name,
+        rungs=found.rungs,
+        stages=found.stages,
+        folds=folds,
+        refitted=found.refitted,
+        passes=round(passes, 2),
+        largest_move=_largest_move(found),
+        training_nats_per_token=training_loss,
+        certificate=certificate,
+        halvings=halvings,
+        stopped=found.stopped,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from loracli.calibration.batches import Batch
@@ -25,7 +24,7 @@ from loracli.fitting.level import Solution, Task, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.reach import find_reach
-from loracli.fitting.recording import make_recipe
+from loracli.fitting.recording import fit_record, make_recipe
 from loracli.fitting.search import LADDERS, fit_as_published, search
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched
@@ -46,11 +45,7 @@ def fit_mixing(
     base: str | None = None,
     base_revision: str | None = None,
     settings: FitSettings | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    device_map: str | None = None,
-    checkpointing: bool = False,
-    folder: str | Path = ".",
+    placement: Placement = Placement(),  # noqa: B008  # frozen
     progress: Progress = SILENT,
 ) -> Recipe:
     """Fits the mixing weights of some adapters on calibration data.
@@ -63,14 +58,11 @@ def fit_mixing(
         base: the base model, a Hub id or a directory; None for the one that all adapters name.
         base_revision: its branch, tag or commit on the Hub.
         settings: what changes the result.
-        dtype: of the base model, `auto` or float32, bfloat16, float16, float64.
-        device: `auto`, or a torch device.
-        device_map: `auto` to spread the base over all devices of this machine, in place of `device`.
-        checkpointing: run layers again in the backward pass, for less memory; without it the estimate decides.
-        folder: of the recipe to be; local adapters are named relative to it.
+        placement: where and how the base model runs.
         progress: told what happens.
     Returns:
-        the recipe, with a table on the held-out records.
+        the recipe, with a table on the held-out records; local adapters are named relative to the folder that the
+        process runs in, and once it is saved to that of its file.
     Raises:
         LoracatError: of the kind that fits, when an input is rejected or the loss is not finite.
     """
@@ -81,10 +73,9 @@ def fit_mixing(
         base=base,
         base_revision=base_revision,
         settings=settings,
-        folder=folder,
         progress=progress,
     )
-    return run_fit(inputs, placement=Placement(dtype, device, device_map, checkpointing), progress=progress)
+    return run_fit(inputs, placement=placement, progress=progress)
 
 
 def run_fit(
@@ -169,19 +160,17 @@ def _run(
     table = held_out_table(
         scores, inputs.references, examples=held_out, name=inputs.data.held_out_name, seed=settings.seed
     )
-    return make_recipe(
-        inputs,
-        session.base,
-        examples.data,
+    record = fit_record(
+        settings,
         found,
-        table,
-        training_loss,
         certificate,
-        activations,
+        training_loss=training_loss,
         passes=passes,
-        reach=reach,
         halvings=engine.halvings,
         folds=len(folds) if folds[0].validation else 0,
+    )
+    return make_recipe(
+        inputs, session.base, examples.data, found, record=record, table=table, activations=activations, reach=reach
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from loracli import compare_adapters, convert_adapter, fit_mixing, fuse_model
+from loracli import ConvertRequest, FuseRequest, compare_adapters, convert_adapter, fit_mixing, fuse_model
 from loracli.adapters.adapter import LoraAdapter, kernels_of, open_adapter, read_adapter
 from loracli.adapters.compatible import inspect_adapters, problems_of
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
@@ -190,7 +190,7 @@ def test_what_runs_a_base_model_refuses_them_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedAdapter, match=match):
         compare_adapters(adapters=paths, data=data, base=str(base))
     with pytest.raises(UnsupportedAdapter, match=match):
-        fuse_model(None, tmp_path / "fused", adapters=paths, method="sum", base=str(base))
+        fuse_model(FuseRequest(adapters=paths, method="sum", base=str(base)), tmp_path / "fused")
     with pytest.raises(UnsupportedAdapter, match="'first' is a convolution, and only adapters of linear layers"):
-        convert_adapter(paths[0], tmp_path / "converted", base=str(base))
+        convert_adapter(ConvertRequest(paths[0], base=str(base)), tmp_path / "converted")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "base", "data.jsonl"]

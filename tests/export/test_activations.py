@@ -27,6 +27,7 @@ from loracli.export.request import ExportRequest
 from loracli.fitting.activations import MOST_RECORDS, _watched, chosen_records
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
+from loracli.model.placement import Placement
 from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.recipe import load_recipe
 from loracli.recipe.record import activations_path
@@ -147,7 +148,7 @@ def fitted(
     data = write_jsonl(folder / "val.jsonl", random_records(50))
     settings = FitSettings(mixing=request.param, passes=3)
     adapters = [str(path) for path in two_adapters]
-    recipe = fit_mixing(adapters, data, base=str(tiny_base), settings=settings, folder=folder, dtype="float32")
+    recipe = fit_mixing(adapters, data, base=str(tiny_base), settings=settings, placement=Placement(dtype="float32"))
     recipe.save(folder / "recipe.json")
     return folder / "recipe.json"
 
@@ -249,7 +250,7 @@ def test_moments_that_would_be_too_large_are_left_out_and_that_is_said(
     settings = FitSettings(mixing="adapter", passes=2)
     adapters = [str(path) for path in two_adapters]
     recipe = fit_mixing(
-        adapters, data, base=str(tiny_base), settings=settings, folder=tmp_path, dtype="float32", progress=listener
+        adapters, data, base=str(tiny_base), settings=settings, progress=listener, placement=Placement(dtype="float32")
     )
     assert recipe.activations is None
     assert any("left out of the recipe" in line and "--fit-data" in line for line in listener.said)

@@ -14,6 +14,7 @@ from loracli.composition.card import RECORD_DIGEST
 from loracli.errors import IntegrityError, VerificationError
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
+from loracli.fusing.composition import FuseRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.verifying.origin import EVIDENCE, read_origin
 from loracli.verifying.verify import verify_directory
@@ -33,7 +34,7 @@ def made(folder: Path, kind: str) -> tuple[Path, dict[str, Any], Path]:
     if kind == "adapter":
         export_adapter(ExportRequest(parts.recipe), folder / "out")
     else:
-        fuse_model(parts.recipe, folder / "out", base=str(parts.base))
+        fuse_model(FuseRequest(parts.recipe, base=str(parts.base)), folder / "out")
         where["base"] = str(parts.base)
     return folder / "out", where, recipe
 
