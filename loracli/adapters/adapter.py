@@ -33,7 +33,7 @@ from loracli.progress import SILENT, Progress
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE, file_sha256
 from loracli.system.tensor_file import GATHER, TensorFile, open_tensor_file
 
-MAX_UPDATES = 1 << 19  # of experts and groups, of which a small file can claim many more than it has tensors
+_MAX_UPDATES = 1 << 19  # of experts and groups, of which a small file can claim many more than it has tensors
 _MAY_BE_KERNELS = frozenset({"lora_A", "lora_B"})
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
@@ -228,9 +228,9 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
             modules |= _read_experts(parameters[name], name, parts[name], config, file)
         else:
             modules |= _read_module(name, parts[name], config, file)
-        if len(modules) > MAX_UPDATES:
+        if len(modules) > _MAX_UPDATES:
             raise MalformedAdapter(
-                f"has more than {MAX_UPDATES} experts and groups, which no model has", where=str(file.path)
+                f"has more than {_MAX_UPDATES} experts and groups, which no model has", where=str(file.path)
             )
     return _adapter(fetched, config, modules, _Others(copies, saved, _are_idle(parts, file)), file)
 

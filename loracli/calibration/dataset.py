@@ -40,7 +40,7 @@ from loracli.system.strict_json import read_object
 MIN_HELD_OUT = 20  # below this, a paired interval says nothing
 
 
-def held_out_count(records: int, share: float) -> int:
+def _held_out_count(records: int, share: float) -> int:
     """`share` of the records, at least 20, at most half."""
     return min(max(math.ceil(share * records), MIN_HELD_OUT), records // 2)
 
@@ -68,16 +68,16 @@ def split_records(records: Sequence[Record], count: int, *, seed: int) -> tuple[
     )
 
 
-def split_files(
+def _split_files(
     files: Sequence[Sequence[Record]], share: float, *, seed: int
 ) -> tuple[list[list[Record]], list[list[Record]]]:
     """(kept, held out) of each file, so that each stands on both sides as far as it has different records.
 
-    `held_out_count` of all records together, from each file by its size. A record that is held out of one file is held
+    `_held_out_count` of all records together, from each file by its size. A record that is held out of one file is held
     out of all.
     """
     total = sum(len(records) for records in files)
-    count = held_out_count(total, share)
+    count = _held_out_count(total, share)
     chosen: set[str] = set()
     for records in files:
         part = min(-(-count * len(records) // total), len(records) // 2)
@@ -304,7 +304,7 @@ def render_dataset(
 
 
 def _divide(files: Sequence[CalibrationFile], holdout: float, seed: int) -> tuple[list[Record], list[Record]]:
-    kept, held = split_files([file.records for file in files], holdout, seed=seed)
+    kept, held = _split_files([file.records for file in files], holdout, seed=seed)
     for file, *sides in zip(files, kept, held, strict=True):
         if not all(sides):
             raise CalibrationError(

@@ -115,7 +115,7 @@ class DataSource:
 DataPaths: TypeAlias = str | Path | DataSource | Sequence[str | Path | DataSource]
 
 
-def parse_source(text: str | Path | DataSource) -> DataSource:
+def _parse_source(text: str | Path | DataSource) -> DataSource:
     """`FILE`, `FILE:WEIGHT` or `-`; where a file of exactly that name exists, it is the file.
 
     Raises:
@@ -140,7 +140,7 @@ def parse_sources(data: DataPaths) -> tuple[DataSource, ...]:
         UsageError: if there is none, or one is given twice.
     """
     texts = [data] if isinstance(data, (str, Path, DataSource)) else list(data)
-    sources = tuple(parse_source(text) for text in texts)
+    sources = tuple(_parse_source(text) for text in texts)
     if not sources:
         raise UsageError("no data file is given")
     seen: set[Path | None] = set()
@@ -169,7 +169,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-MAX_LINE_BYTES = 16 << 20
+_MAX_LINE_BYTES = 16 << 20
 _MAX_CHOICES = 26
 _MAX_TASK_LENGTH = 100  # it becomes the head of a table
 SHOWN_LINES = 20
@@ -251,7 +251,7 @@ def read_records(
     """Reads a file of JSON objects: one on each line, or in one array; plain or gzipped.
 
     Args:
-        source: the file, as `parse_source` takes it.
+        source: the file, as `_parse_source` takes it.
         shape: of the records; None to see it from them.
         fields: other names of what is read, as `parse_fields` takes them; None for those of the source.
         skip_bad: leave bad lines out, and say which, as long as there is a good one.
@@ -261,7 +261,7 @@ def read_records(
         CalibrationError: if the file cannot be read, is in another form, is empty, or has bad lines: each as
             `file:line: path: reason`.
     """
-    source = parse_source(source)
+    source = _parse_source(source)
     names = parse_fields(source.fields if fields is None else fields)
     data = source.read()
     form, text = decoded(data, source.path, str(source))
@@ -355,8 +355,8 @@ def skipped_lines(source: DataSource, lines: tuple[int, ...], first_problem: str
 def _parse_line(line: bytes | str | Unreadable) -> dict[str, Any]:
     if isinstance(line, Unreadable):
         raise LineError(line.reason)
-    if len(line) > MAX_LINE_BYTES:
-        raise LineError(f"the line has {len(line)} bytes; at most {MAX_LINE_BYTES} are read")
+    if len(line) > _MAX_LINE_BYTES:
+        raise LineError(f"the line has {len(line)} bytes; at most {_MAX_LINE_BYTES} are read")
     try:
         fields = parse_json(line)
     except StrictJsonError as error:

@@ -26,7 +26,7 @@ from loracli.system.files import check_free
 
 DEFAULT_TOLERANCE = 0.1  # of DoRA, where neither a rank nor a tolerance is given
 DEFAULT_MOST = 512  # and the largest rank to spend on it: no server loads a larger one
-COMPUTABLE = ("pissa", "olora")
+_COMPUTABLE = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _check_way(read: Convertible) -> None:
             hint="if its config hides that it began with PiSSA or the like, give the adapter before its training with "
             "--initial",
         )
-    if config.initialisation is not None and read.initial is None and config.initialisation not in COMPUTABLE:
+    if config.initialisation is not None and read.initial is None and config.initialisation not in _COMPUTABLE:
         needed = "random numbers" if config.initialisation.startswith("pissa") else "the data of its training"
         raise UnsupportedAdapter(
             f"init_lora_weights is {config.initialisation!r}: what it took from the base depends on {needed} and "

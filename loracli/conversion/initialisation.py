@@ -56,7 +56,7 @@ def dora_update(weight: Tensor, direction: Factors, magnitude: Tensor) -> Tensor
     return result.sub_(weight)
 
 
-EPS = torch.finfo(torch.float32).eps
+_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _pissa(weight: Tensor, rank: int) -> Initial:
     values, vectors = leading_left(smaller, min(rank + 1, smaller.shape[0]))
     leading = vectors[:, :rank]
     factors = Factors(leading.T @ weight, leading) if wide else Factors(leading.T, weight @ leading)
-    error = EPS * float(values[0]) * math.sqrt(rank)
+    error = _EPS * float(values[0]) * math.sqrt(rank)
     if rank == smaller.shape[0]:
         return Initial(factors, error)
     # Wedin: an error E of W turns the leading space by |E| / gap, and moves W_r by that times the values at the edge.
@@ -106,4 +106,4 @@ def _olora(weight: Tensor, rank: int, scaling: float) -> Initial:
     singular = torch.linalg.svdvals(r)
     condition = float(singular[0] / singular[-1]) if singular[-1] > 0 else float("inf")
     factors = Factors(q.T @ weight, q, scaling)
-    return Initial(factors, EPS * condition * float(torch.linalg.matrix_norm(weight)) * abs(scaling))
+    return Initial(factors, _EPS * condition * float(torch.linalg.matrix_norm(weight)) * abs(scaling))

@@ -51,7 +51,7 @@ class Cut:
     most: int | None = None
 
 
-def cut_factors(factors: Factors, cut: Cut) -> Truncation:
+def _cut_factors(factors: Factors, cut: Cut) -> Truncation:
     """Of an update that is known by its factors; without rank and tolerance nothing is lost.
 
     Not a concatenation: where factors cancel, as s B A - s B_0 A_0 does, each would be rounded on the scale of what
@@ -61,7 +61,7 @@ def cut_factors(factors: Factors, cut: Cut) -> Truncation:
     return whole if cut.rank else _smallest(whole, cut)
 
 
-def cut_matrix(matrix: Tensor, cut: Cut, start: int) -> Truncation:
+def _cut_matrix(matrix: Tensor, cut: Cut, start: int) -> Truncation:
     """Of a dense dW (out, in) in float64.
 
     Args:
@@ -104,8 +104,8 @@ def _error(found: Truncation) -> float:
     return math.sqrt(1.0 - found.kept_energy)
 
 
-MOST_UNCERTAIN = 0.05  # of |dW|, that an initialisation computed again may be off
-TRIED_FIRST = 2  # times the adapter's rank
+_MOST_UNCERTAIN = 0.05  # of |dW|, that an initialisation computed again may be off
+_TRIED_FIRST = 2  # times the adapter's rank
 
 
 class Tally:
@@ -170,10 +170,10 @@ class Conversion:
             except ValueError as error:
                 raise BaseModelMismatch(f"{module} cannot be converted: {error}") from None
             size = float(matrix.norm())
-            found = cut_matrix(matrix, self.cut, TRIED_FIRST * trained.rank)
+            found = _cut_matrix(matrix, self.cut, _TRIED_FIRST * trained.rank)
         else:
             size = norm(change)
-            found = cut_factors(change, self.cut)
+            found = _cut_factors(change, self.cut)
         self._check(module, found, size, initial)
         return Merged(found.factors, found.kept_energy)
 
@@ -228,10 +228,10 @@ class Conversion:
 
     def _check(self, module: str, found: Truncation, size: float, initial: Initial | None) -> None:
         tally, uncertainty = self.tally, 0.0 if initial is None else initial.uncertainty
-        if uncertainty > MOST_UNCERTAIN * size:
+        if uncertainty > _MOST_UNCERTAIN * size:
             raise UnsupportedAdapter(
-                f"{module}: what the initialisation took from the base's weight cannot be told to {MOST_UNCERTAIN:.0%} "
-                "of what the training changed",
+                f"{module}: what the initialisation took from the base's weight cannot be told to "
+                f"{_MOST_UNCERTAIN:.0%} of what the training changed",
                 where=self.read.adapter.reference,
                 hint="give the adapter as it was before its training with --initial",
             )

@@ -85,13 +85,13 @@ class RecordGradients:
         return torch.cat([self.nats[:, None], self.tokens[:, None], self.gradients, self.sampled], dim=1)
 
 
-def from_rows(rows: Tensor) -> RecordGradients:
+def _from_rows(rows: Tensor) -> RecordGradients:
     """The inverse of `RecordGradients.rows`."""
     gradients, sampled = rows[:, 2:].chunk(2, dim=1)
     return RecordGradients(rows[:, 0], rows[:, 1], gradients, sampled)
 
 
-def record_gradients(
+def _record_gradients(
     objective: Objective, mixing: DiagonalMixing, theta: Tensor, batch: Batch, examples: Sequence[Example], *, seed: int
 ) -> RecordGradients:
     """The gradients of each of the b records of a batch; the attached model is left at theta.
@@ -197,12 +197,12 @@ def _model(theta: Tensor, start: Tensor, records: RecordGradients, ridge: float)
 
 
 def _newton_step(theta: Tensor, start: Tensor, records: RecordGradients, *, ridge: float) -> Tensor:
-    """-H^-1 g (P,), from theta to the optimum of the quadratic model; arguments as for `certify`."""
+    """-H^-1 g (P,), from theta to the optimum of the quadratic model; arguments as for `_certify`."""
     model = _model(theta, start, records, ridge)
     return -(model.vectors @ (model.inverse * model.rotated))
 
 
-def certify(
+def _certify(
     mixing: DiagonalMixing, theta: Tensor, start: Tensor, records: RecordGradients, *, ridge: float
 ) -> FitCertificate:
     """The certificate of theta (P,).
@@ -306,7 +306,7 @@ def certified(
             records = _gradients(engine, mixing, trial, batches, training, settings.seed, key)
         except NonFiniteLoss:
             break  # of a step too far, or of records that have stopped the search already
-        found = certify(mixing, trial, anchor, records, ridge=ridge)
+        found = _certify(mixing, trial, anchor, records, ridge=ridge)
         if best is not None and found.loss >= best.loss:
             break
         theta, best = trial, found
@@ -332,6 +332,6 @@ def _gradients(
     """
 
     def work(batch: Batch) -> Tensor:
-        return record_gradients(engine.objective, mixing, theta, batch, training, seed=seed).rows()
+        return _record_gradients(engine.objective, mixing, theta, batch, training, seed=seed).rows()
 
-    return from_rows(engine.of_records(batches, training, work, 2 + 2 * len(theta), cost=_CERTIFICATE_COST, key=key))
+    return _from_rows(engine.of_records(batches, training, work, 2 + 2 * len(theta), cost=_CERTIFICATE_COST, key=key))

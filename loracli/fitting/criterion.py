@@ -26,7 +26,7 @@ from loracli.model.loss import Scores
 
 _VALIDATION_SHARE = 0.2
 FEWEST_TO_VALIDATE = 8  # below, every record is fitted on and the ridge stays strong
-MOST_TO_VALIDATE = 512
+_MOST_TO_VALIDATE = 512
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def one_fold(training: Sequence[Example], records: Sequence[Record], *, seed: in
     """
     if len(training) < FEWEST_TO_VALIDATE:
         return Fold(tuple(training), ())
-    count = min(max(2, round(_VALIDATION_SHARE * len(training))), MOST_TO_VALIDATE)
+    count = min(max(2, round(_VALIDATION_SHARE * len(training))), _MOST_TO_VALIDATE)
     _, chosen = split_records(records, count, seed=seed)
     fold = _fold(training, chosen)
     # Equal records stand together, so a few of them many times over can leave nothing on one side.

@@ -145,17 +145,17 @@ def left_out(name: str, before: float | None, error: NonFiniteLoss) -> StartReco
 
 
 # From strong to none. Trained factors have thousands of numbers for one mixing weight, so each is held more loosely.
-RIDGE_PATH = (1e-2, 1e-3, 0.0)
-FACTOR_RIDGE_PATH = (1e-5, 1e-6, 0.0)
+_RIDGE_PATH = (1e-2, 1e-3, 0.0)
+_FACTOR_RIDGE_PATH = (1e-5, 1e-6, 0.0)
 _RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.01}  # at most; the others go by the number of steps
 _PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
 
 
-def ridge_path(task: Task, mixing: Mixing) -> tuple[float, ...]:
+def _ridge_path(task: Task, mixing: Mixing) -> tuple[float, ...]:
     """Without validation records nothing can say when to stop, so the ridge stays at its strongest."""
     if task.settings.ridge is not None:
         return (task.settings.ridge,)
-    path = FACTOR_RIDGE_PATH if mixing.kind == "factors" else RIDGE_PATH
+    path = _FACTOR_RIDGE_PATH if mixing.kind == "factors" else _RIDGE_PATH
     return path if task.validated else path[:1]
 
 
@@ -193,7 +193,7 @@ class _Steps:
 class _Level:
     def __init__(self, task: Task, mixing: Mixing, starts: Mapping[str, tuple[Tensor, ...]], budget: float) -> None:
         self._task, self._mixing, self._starts = task, mixing, starts
-        self._path = ridge_path(task, mixing)
+        self._path = _ridge_path(task, mixing)
         self._steps = [self._plan(fold_index, budget / len(task.folds)) for fold_index in range(len(task.folds))]
         self._best: Solution | None = None
         self._failure: NonFiniteLoss | None = None

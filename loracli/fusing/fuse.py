@@ -139,7 +139,7 @@ def _code(names: Sequence[str]) -> str:
 
 
 _FUSE_SCHEMA = 1
-TASK = "fuse"
+_TASK = "fuse"
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ class _Fusion:
             sum(shard.size for shard in waiting) + sum((folder / name).stat().st_size for name in self._taken)
         )
         total = sum(tensor.source.size for shard in waiting for tensor in shard.tensors)
-        self._progress.begin(TASK, total, "B")
+        self._progress.begin(_TASK, total, "B")
         for shard in waiting:
             path = place.folder / shard.name
             partial = path.with_name(f".{path.name}.part")
@@ -306,11 +306,11 @@ class _Fusion:
                 partial,
                 self._fold_of,
                 lambda quantised: quantised.decoder(self._checkpoint),
-                lambda size: self._progress.advance(TASK, size),
+                lambda size: self._progress.advance(_TASK, size),
             )
             partial.rename(path)
             place.finish(shard.name, finished[shard.name])
-        self._progress.finish(TASK)
+        self._progress.finish(_TASK)
         certificate = self._write_others(place, finished)
         flush_directory(place.folder)
         place.complete(_sha256(certificate))

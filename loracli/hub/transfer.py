@@ -33,7 +33,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def side_by_side(work: Callable[[T], R], items: Sequence[T], stopped: threading.Event) -> list[R]:
+def _side_by_side(work: Callable[[T], R], items: Sequence[T], stopped: threading.Event) -> list[R]:
     """work(item) of each, in a few threads, in the order of the items; `stopped` is set by a failure, or by Ctrl-C."""
     if len(items) < 2:
         return [work(item) for item in items]
@@ -83,9 +83,9 @@ def _stop(stopped: threading.Event) -> None:
 def fetch(sources: Sequence[Source]) -> list[Copy]:
     """Plans all, sees whether there is room for all, and only then transfers; results in the order of the sources."""
     stopped = threading.Event()
-    plans = side_by_side(_prepare, sources, stopped)
+    plans = _side_by_side(_prepare, sources, stopped)
     check_room(plan for plan in plans if isinstance(plan, Plan))
-    return side_by_side(partial(_carry_out, stopped=stopped), plans, stopped)
+    return _side_by_side(partial(_carry_out, stopped=stopped), plans, stopped)
 
 
 def _prepare(source: Source) -> Copy | Plan:

@@ -15,7 +15,7 @@ from torch import Tensor
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
-from loracli.fitting.certificate import record_gradients
+from loracli.fitting.certificate import _record_gradients
 from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.fitting.processes import ALONE, Processes, connect
 from loracli.model.attach import attach
@@ -45,7 +45,7 @@ def table(model: Any, adapters: list[LoraAdapter], processes: Processes, *, reco
         objective = Objective(attached, model.get_output_embeddings(), own_head=True)
 
         def work(batch: Batch) -> Tensor:
-            return record_gradients(objective, mixing, theta, batch, records, seed=0).rows().flatten()
+            return _record_gradients(objective, mixing, theta, batch, records, seed=0).rows().flatten()
 
         for batch, part in processes.in_order(plan_batches(records, batch_tokens=40), work):
             rows[list(batch.indices)] = part.view(len(batch.indices), -1)

@@ -15,8 +15,8 @@ from loracli.calibration.records import Record
 from loracli.calibration.render import Example
 from loracli.errors import UsageError
 from loracli.fitting.criterion import (
+    _MOST_TO_VALIDATE,
     FEWEST_TO_VALIDATE,
-    MOST_TO_VALIDATE,
     Fold,
     Gain,
     cross_folds,
@@ -202,7 +202,7 @@ def test_below_eight_records_all_are_fitted() -> None:
     assert one_fold(training, records, seed=0) == Fold(tuple(training), ())
 
 
-@pytest.mark.parametrize(("count", "expected"), [(8, 2), (11, 2), (20, 4), (1000, 200), (4000, MOST_TO_VALIDATE)])
+@pytest.mark.parametrize(("count", "expected"), [(8, 2), (11, 2), (20, 4), (1000, 200), (4000, _MOST_TO_VALIDATE)])
 def test_a_fifth_of_the_records_validates_within_bounds(count: int, expected: int) -> None:
     training, records = made(different(count))
     fold = one_fold(training, records, seed=0)
