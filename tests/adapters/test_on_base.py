@@ -157,9 +157,10 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Gemma:
 
 @pytest.mark.parametrize("how", ["old", "text"])
 def test_names_of_other_versions_and_of_the_text_model_alone_go_the_whole_way(
-    tmp_path: Path, gemma: Gemma, how: str
+    tmp_path: Path, gemma: Gemma, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """The witness is stock PEFT with the adapter by today's names; a recipe holds what the base calls otherwise."""
+    monkeypatch.chdir(tmp_path)  # which local adapters are named from
     other: Path = getattr(gemma, how)
     recipe = fit_case(tmp_path, gemma.base, [gemma.new, other])
     assert_whole_way(tmp_path, gemma.base, recipe, [gemma.new, gemma.other])
