@@ -33,8 +33,6 @@ from loracli.calibration.fields import (
     is_nothing,
     kind_of,
     parse_fields,
-    renamed,
-    shadowed,
 )
 from loracli.calibration.file_forms import MAX_BYTES, FileForm, Unreadable, decoded, numbered, too_large
 from loracli.calibration.shapes import Shape, detect_shape, keys_of, keys_of_shapes, read_content, shown_keys
@@ -383,3 +381,15 @@ def _choices(fields: dict[str, Any]) -> tuple[str, ...]:
         return ()
     texts = tuple(text for text in value if isinstance(text, str) and text)
     return texts if len(set(texts)) == len(value) else ()
+
+
+def renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The record with our names; a key that it lacks is left to what is missed later."""
+    there = {name: key for name, key in names.items() if key in fields}
+    kept = {key: value for key, value in fields.items() if key not in there.values() and key not in there}
+    return kept | {name: fields[key] for name, key in there.items()}
+
+
+def shadowed(fields: Mapping[str, Any], names: Mapping[str, str]) -> set[str]:
+    """Keys of the record whose names stand for another of its keys."""
+    return {name for name, key in names.items() if key in fields and name in fields and name != key}

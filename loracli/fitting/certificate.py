@@ -50,7 +50,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from loracli.calibration.batches import Batch, plan_batches
 from loracli.calibration.render import Example
@@ -60,7 +61,6 @@ from loracli.fitting.level import tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Objective, gradient_of
-from loracli.model.placement import is_sharded
 from loracli.recipe.record import INLINE_KINDS, RECORDS_PER_NUMBER, FitCertificate
 
 
@@ -335,3 +335,12 @@ def _gradients(
         return _record_gradients(engine.objective, mixing, theta, batch, training, seed=seed).rows()
 
     return _from_rows(engine.of_records(batches, training, work, 2 + 2 * len(theta), cost=_CERTIFICATE_COST, key=key))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's weights are shared out over several processes."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)

@@ -160,8 +160,3 @@ def gain(before: Scores, after: Scores) -> Gain:
     """What `after` gains over `before`."""
     difference, tokens = before.nats - after.nats, before.tokens
     return Gain(float(difference.sum() / tokens.sum()), standard_error(difference, tokens))
-
-
-def joined(parts: Sequence[Scores]) -> Scores:
-    """The scores of several groups of records as one."""
-    return Scores(torch.cat([part.nats for part in parts]), torch.cat([part.tokens for part in parts]))

@@ -107,12 +107,6 @@ def _interpolated(value: float, slope: float, new_value: float, new_slope: float
     return min(max(share, _SHORTEST), _LONGEST)
 
 
-def peak_rate(steps: int) -> float:
-    """clip(8 / steps, 0.01, 0.1): Adam moves about the rate in a step, and a weight should be able to travel about 4 in
-    all."""
-    return min(max(8.0 / steps, 0.01), 0.1)
-
-
 class AdamW:
     """AdamW without decay (arXiv 1711.05101) on one tensor, under one schedule: warm-up, then linear decay to
     zero.

@@ -17,16 +17,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from loracli.adapters.adapter import LoraAdapter
+from loracli.algebra.basis import canonical_stack, mixing_in_file_basis
 from loracli.calibration.batches import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fitting.criterion import LEAST_GAIN, Criterion, Fold, gain, joined
-from loracli.fitting.descent import WARM_UP, AdamW, Descent, Plan, Ran, peak_rate, plan_steps
+from loracli.fitting.criterion import LEAST_GAIN, Criterion, Fold, gain
+from loracli.fitting.descent import WARM_UP, AdamW, Descent, Plan, Ran, plan_steps
 from loracli.fitting.engine import Engine
-from loracli.fitting.mixing import Mixing
+from loracli.fitting.mixing import DiagonalMixing, FactorMixing, Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
-from loracli.recipe.record import LevelRecord, MixingKind, StageRecord, StartRecord
+from loracli.recipe.record import LevelRecord, MixingKind, RecipeMixing, StageRecord, StartRecord
+from loracli.recipe.tensors import tensor_mixing
 
 
 @dataclass(frozen=True)
@@ -306,3 +309,30 @@ def _unseen(ran: Sequence[Ran], after: Scores | None) -> float:
     if after is not None:
         nats, tokens = nats + float(after.nats.sum()), tokens + float(after.tokens.sum())
     return nats / tokens
+
+
+def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found: Solution) -> RecipeMixing:
+    """The mixing as the files' factors take it: what was fitted in the canonical basis is brought back from there."""
+    mixing = found.mixing
+    if isinstance(mixing, DiagonalMixing) and mixing.kind != "rank":
+        return RecipeMixing(mixing.kind, mixing.by_group(mixing.weights(found.theta)), mixing.numbers)
+    tensors: dict[str, torch.Tensor] = {}
+    if isinstance(mixing, FactorMixing):
+        for module, (lora_A, lora_B) in zip(modules, mixing.factors(found.theta), strict=True):
+            tensors |= {f"{module}.lora_A": lora_A, f"{module}.lora_B": lora_B}
+    else:
+        for module, matrix in zip(modules, mixing.matrices(found.theta), strict=True):
+            updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
+            tensors[f"{module}.mixing"] = mixing_in_file_basis(canonical_stack(updates), matrix)
+    return tensor_mixing(mixing.kind, tensors, adapters, numbers=mixing.numbers)
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of several groups of records as one."""
+    return Scores(torch.cat([part.nats for part in parts]), torch.cat([part.tokens for part in parts]))
+
+
+def peak_rate(steps: int) -> float:
+    """clip(8 / steps, 0.01, 0.1): Adam moves about the rate in a step, and a weight should be able to travel about 4 in
+    all."""
+    return min(max(8.0 / steps, 0.01), 0.1)

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+import transformers
+
+from loracli._version import __version__
 from loracli.calibration.batches import Batch
 from loracli.calibration.dataset import Examples
 from loracli.calibration.records import DataPaths
@@ -20,20 +24,30 @@ from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
 from loracli.fitting.journal import TASK, Journal, Meter, StepLog
-from loracli.fitting.level import Solution, Task, tokens_of
+from loracli.fitting.level import Solution, Task, recipe_mixing, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
 from loracli.fitting.processes import ALONE, Processes
-from loracli.fitting.reach import find_reach
-from loracli.fitting.recording import fit_record, make_recipe
+from loracli.fitting.reach import Reach, find_reach
 from loracli.fitting.search import LADDERS, fit_as_published, search
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched
+from loracli.model.base import BaseModel
 from loracli.model.loss import Scores
+from loracli.model.modules import base_modules
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session, settle_memory
 from loracli.progress import SILENT, WORK, Progress, duration_text
+from loracli.recipe.ingredients import identity_of
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import INLINE_KINDS, FitCertificate
+from loracli.recipe.record import (
+    INLINE_KINDS,
+    FitCertificate,
+    FitRecord,
+    HeldOut,
+    RecipeActivations,
+    RecipeBase,
+    RecipeData,
+)
 from loracli.system.document import dtype_name
 
 
@@ -325,3 +339,93 @@ def _held_out_scores(
                 raise
     scores[FIT] = engine.score(found.mixing, found.theta, batches, examples, key="held out, the fit")
     return scores
+
+
+def make_recipe(
+    inputs: FitInputs,
+    base: BaseModel,
+    data: tuple[RecipeData, ...],
+    found: Solution,
+    *,
+    record: FitRecord,
+    table: HeldOut,
+    activations: RecipeActivations | None,
+    reach: Reach,
+) -> Recipe:
+    """The recipe of a fit.
+
+    Args:
+        inputs: of the fit.
+        base: the loaded base model.
+        data: the calibration files, with their counts.
+        found: by the search.
+        record: how it was found, from `fit_record`.
+        table: on the held-out records.
+        activations: what the records show of the adapters' inputs, None if that is not kept.
+        reach: which modules the records did not reach.
+    """
+    return Recipe(
+        base=RecipeBase(base.reference.id, base.reference.commit, base.config_sha256),
+        adapters=tuple(
+            identity_of(adapter, reference)
+            for adapter, reference in zip(inputs.adapters, inputs.references, strict=True)
+        ),
+        data=data,
+        fit=record,
+        mixing=replace(
+            recipe_mixing(inputs.adapters, inputs.layout.modules, found),
+            unreached=reach.unreached,
+            bypassed=reach.bypassed,
+        ),
+        modules=base_modules(base.model, inputs.adapters),
+        dtype=dtype_name(base.dtype),
+        held_out=table,
+        versions={"loracat": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        activations=activations,
+        folder=inputs.folder,
+    )
+
+
+def fit_record(
+    settings: FitSettings,
+    found: Solution,
+    certificate: FitCertificate | None,
+    *,
+    training_loss: float | None,
+    passes: float,
+    halvings: int,
+    folds: int,
+) -> FitRecord:
+    """How a fit went.
+
+    Args:
+        settings: of the fit.
+        found: by the search.
+        certificate: of the weights, None if there is none.
+        training_loss: nats per token on all training records, None if not finite.
+        passes: that were used.
+        halvings: of micro-batches.
+        folds: that were chosen with, 0 for none.
+    """
+    return FitRecord(
+        recipe="paper" if settings.paper else "cat",
+        settings=settings.recorded(),
+        criterion="nats per token" if settings.metric is None else settings.metric.name,
+        rungs=found.rungs,
+        stages=found.stages,
+        folds=folds,
+        refitted=found.refitted,
+        passes=round(passes, 2),
+        largest_move=_largest_move(found),
+        training_nats_per_token=training_loss,
+        certificate=certificate,
+        halvings=halvings,
+        stopped=found.stopped,
+    )
+
+
+def _largest_move(found: Solution) -> float:
+    mixing = found.mixing
+    if isinstance(mixing, DiagonalMixing):
+        return float((mixing.weights(found.theta) - mixing.weights(found.anchor)).abs().max())
+    return float((found.theta - found.anchor).abs().max())

@@ -26,7 +26,7 @@ from loracli.hub.plan import (
     check_pickle,
 )
 from loracli.hub.references import URI_PREFIX, BaseClaim, Reference, agreed_base, parse_reference
-from loracli.hub.source import FetchedFile, FetchOptions, HubOptions, Source
+from loracli.hub.source import FetchedFile, HubOptions, Source
 from loracli.hub.transfer import fetch
 from loracli.system.files import CONFIG_FILE, PICKLE_FILE
 from loracli.system.strict_json import read_object
@@ -92,7 +92,7 @@ def fetch_adapters(
         revision: branch, tag or commit, for references that name none.
         from_pickle: bring config and adapter_model.bin of adapters that have no safetensors; whoever opens that file
             has to know what it can do.
-        options: how the Hub is asked and where the files go, see `loracli.hub.source.FetchOptions`.
+        options: how the Hub is asked and where the files go, see `FetchOptions`.
     Raises:
         AdapterNotFound: no such reference, repository, revision or folder, or no adapter in it.
         UnsupportedAdapter: the weights are there only as a pickle file, without `from_pickle`.
@@ -224,3 +224,16 @@ def checked_token(token: str | None) -> str | None:
     if token and not (token.isascii() and token.isprintable() and " " not in token):
         raise UsageError("the token holds characters that no token has", hint="copy it again from the Hub's settings")
     return token or None
+
+
+class FetchOptions(HubOptions, total=False):
+    """The same for adapters.
+
+    Keys:
+        local_dir: put the files of one adapter there instead of into a cache, under the repository's folder structure.
+        max_bytes: refuse an adapter with more in all its files, by default 8 GiB. A config may have 1 MiB; a larger
+            README is left out.
+    """
+
+    local_dir: Path | None
+    max_bytes: int

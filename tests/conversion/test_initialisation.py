@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from loracli.conversion.initialisation import initial_update
+from loracli.conversion.source import initial_update
 
 
 def taken_by_peft(weight: Tensor, kind: str, rank: int, alpha: float) -> Tensor:

@@ -21,8 +21,8 @@ from loracli.fitting.processes import ALONE, Processes, connect
 from loracli.model.attach import attach
 from loracli.model.base import load_base
 from loracli.model.loss import Objective
-from loracli.model.placement import checkpointed
 from loracli.model.reference import BaseReference
+from loracli.model.session import checkpointed
 from loracli.system.machine import read_launch
 
 

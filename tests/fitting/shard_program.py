@@ -17,11 +17,11 @@ from loracli.errors import UsageError
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.processes import connect
 from loracli.model.attach import AttachedModel, attach
-from loracli.model.base import BaseModel, check_fits, load_base
+from loracli.model.base import BaseModel, check_fits, load_base, whole
 from loracli.model.loss import Objective
 from loracli.model.modules import base_modules
-from loracli.model.placement import checkpointed, whole
 from loracli.model.reference import BaseReference
+from loracli.model.session import checkpointed
 from loracli.system.machine import read_launch
 
 

@@ -24,7 +24,7 @@ from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_l
 from loracli.model import loss as loss_module
 from loracli.model.attach import attach
 from loracli.model.loss import Objective, make_objective
-from loracli.model.placement import checkpointed
+from loracli.model.session import checkpointed
 from loracli.recipe.record import FitCertificate, MixingKind
 from loracli.system.document import decode, encode
 from tests.faults.fork_server import ForkServer

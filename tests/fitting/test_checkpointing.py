@@ -14,7 +14,8 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.errors import UsageError
 from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
-from loracli.model.placement import checkpointed, decoder_layers
+from loracli.model.placement import decoder_layers
+from loracli.model.session import checkpointed
 from tests.fitting.allocations import allocated_bytes, saved_bytes
 from tests.tiny import logits, make_adapter, make_base
 

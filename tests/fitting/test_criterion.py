@@ -21,10 +21,10 @@ from loracli.fitting.criterion import (
     Gain,
     cross_folds,
     gain,
-    joined,
     loss_criterion,
     one_fold,
 )
+from loracli.fitting.level import joined
 from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.model.loss import Scores
 from tests.fitting.planted import make_engine, planted

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loracli.model.placement import available_memory
+from loracli.model.session import available_memory
 
 GIB = 1 << 30
 

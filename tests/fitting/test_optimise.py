@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from loracli.errors import NonFiniteLoss
-from loracli.fitting.descent import AdamW, bfgs, peak_rate
+from loracli.fitting.descent import AdamW, bfgs
+from loracli.fitting.level import peak_rate
 
 
 def quadratic(center: torch.Tensor, curvature: torch.Tensor):  # type: ignore[no-untyped-def]

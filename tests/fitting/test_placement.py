@@ -15,9 +15,9 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.errors import BaseModelMismatch, OutOfResources, UsageError
 from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
-from loracli.model.base import check_fits, load_base, plan_base
-from loracli.model.placement import check_device_map, checkpointed, placement_options
+from loracli.model.base import check_device_map, check_fits, load_base, placement_options, plan_base
 from loracli.model.reference import BaseReference
+from loracli.model.session import checkpointed
 from tests.faults.fork_server import ForkServer
 from tests.fitting.processes_started import forked
 from tests.tiny import logits, make_adapter, make_base

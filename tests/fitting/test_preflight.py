@@ -20,9 +20,9 @@ from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
 from loracli.model.base import BasePlan, load_base, plan_base
 from loracli.model.loss import Objective, make_objective
-from loracli.model.placement import checkpointed
 from loracli.model.preflight import MemoryEstimate, _rank_rows, decide_memory, estimate_memory
 from loracli.model.reference import BaseReference
+from loracli.model.session import checkpointed
 from tests import tiny
 from tests.fitting.allocations import allocated_bytes, saved_bytes
 from tests.tiny import make_adapter, make_base
