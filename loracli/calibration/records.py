@@ -269,7 +269,7 @@ def read_records(
             read.broken = number
         try:
             record = _parse_line(line)
-            shape = shape or detect_shape(renamed(record, names))
+            shape = shape or detect_shape(_renamed(record, names))
             _read_one(read, number, f"{source}:{number}", record, shape, names)
         except LineError as error:
             read.problems[number] = error
@@ -314,13 +314,13 @@ def _read_one(
     read: _Read, number: int, place: str, record: dict[str, Any], shape: Shape, names: Mapping[str, str]
 ) -> None:
     """Takes one record in, if it can be used."""
-    fields, known = renamed(record, names), keys_of(shape)
+    fields, known = _renamed(record, names), keys_of(shape)
     found = Record(place, read_content(fields, shape), _task(fields), _choices(fields))
     read.marks.count_label(fields)
     check_media(fields, known)
     check_context(fields, known | keys_of_shapes(fields), found.content)
     unread = fields.keys() - known - _HARMLESS
-    read.ignored |= unread | shadowed(record, names)
+    read.ignored |= unread | _shadowed(record, names)
     read.graded |= grades(fields)
     read.systems |= {key for key in SYSTEM_KEYS if key in known and not is_nothing(fields.get(key))}
     try:
@@ -383,13 +383,13 @@ def _choices(fields: dict[str, Any]) -> tuple[str, ...]:
     return texts if len(set(texts)) == len(value) else ()
 
 
-def renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """The record with our names; a key that it lacks is left to what is missed later."""
     there = {name: key for name, key in names.items() if key in fields}
     kept = {key: value for key, value in fields.items() if key not in there.values() and key not in there}
     return kept | {name: fields[key] for name, key in there.items()}
 
 
-def shadowed(fields: Mapping[str, Any], names: Mapping[str, str]) -> set[str]:
+def _shadowed(fields: Mapping[str, Any], names: Mapping[str, str]) -> set[str]:
     """Keys of the record whose names stand for another of its keys."""
     return {name for name, key in names.items() if key in fields and name in fields and name != key}

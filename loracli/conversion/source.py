@@ -1,10 +1,7 @@
-"""What a conversion exports: the update of every module, and the rank it gets.
+"""What a conversion exports: the update of each module, from the adapter's tensors and the base's weight of it, and
+the rank it gets: a given one, or the smallest whose relative error is within a tolerance.
 
-Which rank a converted module gets: a given one, or the smallest whose relative error is within a tolerance.
-
-|dW - dW_k|_F / |dW|_F = sqrt(1 - kept_energy)
-
-What a conversion exports: the update of each module, from the adapter's tensors and the base's weight of it.
+    |dW - dW_k|_F / |dW|_F = sqrt(1 - kept_energy)
 
 What stands between an adapter and a plain LoRA: DoRA's lengths, and initialisations taken from the base.
 
@@ -60,7 +57,7 @@ from loracli.system.document import encode
 from loracli.system.escaping import markdown_code
 
 
-def dora_update(weight: Tensor, direction: Factors, magnitude: Tensor) -> Tensor:
+def _dora_update(weight: Tensor, direction: Factors, magnitude: Tensor) -> Tensor:
     """dW (out, in) in float64, dense.
 
     Args:
@@ -84,7 +81,7 @@ _EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
-class Initial:
+class _Initial:
     """s B_0 A_0.
 
     Args:
@@ -96,7 +93,7 @@ class Initial:
     uncertainty: float
 
 
-def initial_update(kind: str, weight: Tensor, rank: int, scaling: float) -> Initial | None:
+def _initial_update(kind: str, weight: Tensor, rank: int, scaling: float) -> _Initial | None:
     """What the initialisation `kind` took from W (out, in); None if that cannot be computed again.
 
     Raises:
@@ -111,7 +108,7 @@ def initial_update(kind: str, weight: Tensor, rank: int, scaling: float) -> Init
     return None
 
 
-def _pissa(weight: Tensor, rank: int) -> Initial:
+def _pissa(weight: Tensor, rank: int) -> _Initial:
     wide = weight.shape[0] <= weight.shape[1]
     smaller = weight if wide else weight.T
     values, vectors = leading_left(smaller, min(rank + 1, smaller.shape[0]))
@@ -119,18 +116,18 @@ def _pissa(weight: Tensor, rank: int) -> Initial:
     factors = Factors(leading.T @ weight, leading) if wide else Factors(leading.T, weight @ leading)
     error = _EPS * float(values[0]) * math.sqrt(rank)
     if rank == smaller.shape[0]:
-        return Initial(factors, error)
+        return _Initial(factors, error)
     # Wedin: an error E of W turns the leading space by |E| / gap, and moves W_r by that times the values at the edge.
     last, after = float(values[rank - 1]), float(values[rank])
-    return Initial(factors, error * (1 + (last + after) / (last - after)) if last > after else float("inf"))
+    return _Initial(factors, error * (1 + (last + after) / (last - after)) if last > after else float("inf"))
 
 
-def _olora(weight: Tensor, rank: int, scaling: float) -> Initial:
+def _olora(weight: Tensor, rank: int, scaling: float) -> _Initial:
     q, r = torch.linalg.qr(weight[:, :rank])
     singular = torch.linalg.svdvals(r)
     condition = float(singular[0] / singular[-1]) if singular[-1] > 0 else float("inf")
     factors = Factors(q.T @ weight, q, scaling)
-    return Initial(factors, _EPS * condition * float(torch.linalg.matrix_norm(weight)) * abs(scaling))
+    return _Initial(factors, _EPS * condition * float(torch.linalg.matrix_norm(weight)) * abs(scaling))
 
 
 @dataclass(frozen=True)
@@ -263,7 +260,7 @@ class Conversion:
             self._check_copy(module, initial)
         if self.read.magnitudes:
             try:
-                matrix = dora_update(self._weight(own), change, self.read.magnitudes[module])
+                matrix = _dora_update(self._weight(own), change, self.read.magnitudes[module])
             except ValueError as error:
                 raise BaseModelMismatch(f"{module} cannot be converted: {error}") from None
             size = float(matrix.norm())
@@ -274,16 +271,16 @@ class Conversion:
         self._check(module, found, size, initial)
         return Merged(found.factors, found.kept_energy)
 
-    def _initial(self, module: LoraModule) -> Initial | None:
+    def _initial(self, module: LoraModule) -> _Initial | None:
         """s B_0 A_0, None where nothing was taken from the base; no initialisation touches an embedding."""
         if self.read.initial is not None:
-            return Initial(self.read.initial.modules[module.name].factors, 0.0)
+            return _Initial(self.read.initial.modules[module.name].factors, 0.0)
         kind = self.read.adapter.config.initialisation
         if kind is None or module.kind == "embedding":
             return None
         factors = module.factors
         try:
-            found = initial_update(kind, self._weight(module), factors.rank, factors.scaling)
+            found = _initial_update(kind, self._weight(module), factors.rank, factors.scaling)
         except ValueError as error:
             raise BaseModelMismatch(f"{module.name} cannot be converted: {error}") from None
         assert found is not None, "checked before the work began"
@@ -305,7 +302,7 @@ class Conversion:
     def _kinds(self) -> Mapping[str, ModuleKind]:
         return {module.name: module.kind for module in self.base.modules}
 
-    def _check_copy(self, module: str, initial: Initial | None) -> None:
+    def _check_copy(self, module: str, initial: _Initial | None) -> None:
         """The base's matrix that PEFT wrote into the adapter is W, or W_res = W - s B_0 A_0 up to its rounding."""
         own = self.read.adapter.modules[module]
         weight = self._weight(own).double()
@@ -323,7 +320,7 @@ class Conversion:
                 hint="check --base and --initial; a matrix that was trained itself is more than an adapter can carry",
             )
 
-    def _check(self, module: str, found: Truncation, size: float, initial: Initial | None) -> None:
+    def _check(self, module: str, found: Truncation, size: float, initial: _Initial | None) -> None:
         tally, uncertainty = self.tally, 0.0 if initial is None else initial.uncertainty
         if uncertainty > _MOST_UNCERTAIN * size:
             raise UnsupportedAdapter(

@@ -120,7 +120,7 @@ def _record_gradients(
 
     nats, sampled_nats = forward()
     # A sharded model gives its weights up after a backward pass, and the graph is of no use then.
-    sharded = is_sharded(objective.attached.model)
+    sharded = _is_sharded(objective.attached.model)
     first = gradient_of((nats * v.to(nats)).sum(), weights, retain_graph=not sharded)
     if sharded:
         _, sampled_nats = forward()
@@ -337,7 +337,7 @@ def _gradients(
     return _from_rows(engine.of_records(batches, training, work, 2 + 2 * len(theta), cost=_CERTIFICATE_COST, key=key))
 
 
-def is_sharded(model: nn.Module) -> bool:
+def _is_sharded(model: nn.Module) -> bool:
     """Whether the model's weights are shared out over several processes."""
     if not dist.is_available() or not dist.is_initialized():
         return False

@@ -69,7 +69,7 @@ class Task:
         """
         if not self.validated:
             return None
-        return joined(
+        return _joined(
             [
                 self.criterion(mixing, theta, fold.validation, f"{key}, fold {number}")
                 for number, (theta, fold) in enumerate(zip(thetas, self.folds, strict=True))
@@ -164,7 +164,7 @@ def _ridge_path(task: Task, mixing: Mixing) -> tuple[float, ...]:
 
 def rate_for(task: Task, mixing: Mixing, steps: int) -> float:
     """The peak rate of a descent of so many steps."""
-    return task.settings.learning_rate or min(peak_rate(steps), _RATES.get(mixing.kind, math.inf))
+    return task.settings.learning_rate or min(_peak_rate(steps), _RATES.get(mixing.kind, math.inf))
 
 
 def solve_level(task: Task, mixing: Mixing, starts: Mapping[str, Sequence[Tensor]], budget: float) -> Solution:
@@ -327,12 +327,12 @@ def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found
     return tensor_mixing(mixing.kind, tensors, adapters, numbers=mixing.numbers)
 
 
-def joined(parts: Sequence[Scores]) -> Scores:
+def _joined(parts: Sequence[Scores]) -> Scores:
     """The scores of several groups of records as one."""
     return Scores(torch.cat([part.nats for part in parts]), torch.cat([part.tokens for part in parts]))
 
 
-def peak_rate(steps: int) -> float:
+def _peak_rate(steps: int) -> float:
     """clip(8 / steps, 0.01, 0.1): Adam moves about the rate in a step, and a weight should be able to travel about 4 in
     all."""
     return min(max(8.0 / steps, 0.01), 0.1)

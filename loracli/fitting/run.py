@@ -174,7 +174,7 @@ def _run(
     table = held_out_table(
         scores, inputs.references, examples=held_out, name=inputs.data.held_out_name, seed=settings.seed
     )
-    record = fit_record(
+    record = _fit_record(
         settings,
         found,
         certificate,
@@ -183,7 +183,7 @@ def _run(
         halvings=engine.halvings,
         folds=len(folds) if folds[0].validation else 0,
     )
-    return make_recipe(
+    return _make_recipe(
         inputs, session.base, examples.data, found, record=record, table=table, activations=activations, reach=reach
     )
 
@@ -341,7 +341,7 @@ def _held_out_scores(
     return scores
 
 
-def make_recipe(
+def _make_recipe(
     inputs: FitInputs,
     base: BaseModel,
     data: tuple[RecipeData, ...],
@@ -359,7 +359,7 @@ def make_recipe(
         base: the loaded base model.
         data: the calibration files, with their counts.
         found: by the search.
-        record: how it was found, from `fit_record`.
+        record: how it was found, from `_fit_record`.
         table: on the held-out records.
         activations: what the records show of the adapters' inputs, None if that is not kept.
         reach: which modules the records did not reach.
@@ -386,7 +386,7 @@ def make_recipe(
     )
 
 
-def fit_record(
+def _fit_record(
     settings: FitSettings,
     found: Solution,
     certificate: FitCertificate | None,

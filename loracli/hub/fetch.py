@@ -61,6 +61,19 @@ class FetchedBase:
     files: tuple[FetchedFile, ...]
 
 
+class FetchOptions(HubOptions, total=False):
+    """The same for adapters.
+
+    Keys:
+        local_dir: put the files of one adapter there instead of into a cache, under the repository's folder structure.
+        max_bytes: refuse an adapter with more in all its files, by default 8 GiB. A config may have 1 MiB; a larger
+            README is left out.
+    """
+
+    local_dir: Path | None
+    max_bytes: int
+
+
 def fetch_adapter(
     reference: str | Reference,
     *,
@@ -224,16 +237,3 @@ def checked_token(token: str | None) -> str | None:
     if token and not (token.isascii() and token.isprintable() and " " not in token):
         raise UsageError("the token holds characters that no token has", hint="copy it again from the Hub's settings")
     return token or None
-
-
-class FetchOptions(HubOptions, total=False):
-    """The same for adapters.
-
-    Keys:
-        local_dir: put the files of one adapter there instead of into a cache, under the repository's folder structure.
-        max_bytes: refuse an adapter with more in all its files, by default 8 GiB. A config may have 1 MiB; a larger
-            README is left out.
-    """
-
-    local_dir: Path | None
-    max_bytes: int

@@ -150,7 +150,7 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    placement = placement_options(device, device_map, shard)
+    placement = _placement_options(device, device_map, shard)
     plan = plan_base(reference, dtype=dtype, device=device)
     if plan.dtype == torch.float64:  # which transformers' fast products for experts refuse
         placement = {**placement, "experts_implementation": "eager"}
@@ -181,9 +181,9 @@ def load_base(
             hint="the download is incomplete, or the config belongs to another model",
         )
     if device_map is not None:
-        check_device_map(getattr(model, "hf_device_map", {}))
+        _check_device_map(getattr(model, "hf_device_map", {}))
     if shard is not None:
-        check_sharded(model)
+        _check_sharded(model)
     return BaseModel(reference, model, tokenizer, plan.dtype, _config_sha256(reference))
 
 
@@ -208,7 +208,7 @@ def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
     """
     check_shapes(base.model, adapters)
     check_experts(base.model, adapters)
-    check_base_copies(adapters, lambda name: whole(base.model.get_submodule(name).weight).cpu())
+    check_base_copies(adapters, lambda name: _whole(base.model.get_submodule(name).weight).cpu())
 
 
 # Where weights are loaded, others may be a device's fault.
@@ -306,7 +306,7 @@ def _config_sha256(reference: BaseReference) -> str:
     return sha256((reference.path / "config.json").read_bytes()).hexdigest()
 
 
-def placement_options(device: str, device_map: str | None, shard: int | None) -> dict[str, Any]:
+def _placement_options(device: str, device_map: str | None, shard: int | None) -> dict[str, Any]:
     """What `from_pretrained` is told beside the usual; nothing, where the model goes to one device.
 
     Raises:
@@ -352,7 +352,7 @@ def _check_shard_device(device: str) -> None:
         raise UsageError(f"--shard takes this machine's {kind} devices, not --device {device}: leave --device out")
 
 
-def check_device_map(device_map: Mapping[str, Any]) -> None:
+def _check_device_map(device_map: Mapping[str, Any]) -> None:
     """Wants every layer on a device that computes.
 
     accelerate would bring the others in for the forward pass and take them away before the backward pass needs them.
@@ -373,7 +373,7 @@ def check_device_map(device_map: Mapping[str, Any]) -> None:
         )
 
 
-def check_sharded(model: nn.Module) -> None:
+def _check_sharded(model: nn.Module) -> None:
     """Wants every decoder layer sharded, which transformers does for models whose layers it finds by name.
 
     Raises:
@@ -390,7 +390,7 @@ def check_sharded(model: nn.Module) -> None:
         )
 
 
-def whole(weight: Tensor) -> Tensor:
+def _whole(weight: Tensor) -> Tensor:
     """The weight, gathered from all processes where it is sharded: all must ask for it."""
     full: Any = getattr(weight, "full_tensor", None)
     gathered: Tensor = weight if full is None else full()

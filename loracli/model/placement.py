@@ -1,14 +1,5 @@
-"""Where a base model goes and what it takes: how much memory there is and what running out of it looks like, activation
-checkpointing, devices and processes.
-
-Activation checkpointing: each decoder layer keeps its input only, and runs a second time in the backward pass.
-
-Costs one more forward (3 units a token instead of 2) and keeps T x hidden numbers a layer. transformers has a switch
-for the same, but it works in training mode alone, where dropout is on too.
-
-Where a base model goes that is too big for one device: over the CUDA devices of one process, or shared out over
-several processes.
-"""
+"""Where and how a base model runs: its dtype, its device or devices, and whether its layers run a second time in the
+backward pass."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class Opening:
         )
         decision = decide_memory(
             estimate,
-            available_memory(plan.device, every=self.placement.device_map is not None),
+            _available_memory(plan.device, every=self.placement.device_map is not None),
             plan,
             processes=self.processes if plan.device == "cpu" else 1,
             sharded=self.placement.shard,
@@ -136,7 +136,7 @@ def open_session(opening: Opening, *, progress: Progress = SILENT) -> Iterator[S
         UsageError: if the placement cannot be had.
     """
     placement = opening.placement
-    with memory_errors():
+    with _memory_errors():
         base = load_base(
             opening.reference,
             dtype=placement.dtype,
@@ -145,7 +145,7 @@ def open_session(opening: Opening, *, progress: Progress = SILENT) -> Iterator[S
             shard=opening.processes if placement.shard else None,
             progress=progress,
         )
-        with checkpointed(base.model) if placement.checkpointing else nullcontext():
+        with _checkpointed(base.model) if placement.checkpointing else nullcontext():
             check_fits(base, opening.adapters)
             replace_modules(base.model, opening.saved)
             yield Session(opening, base, progress)
@@ -264,7 +264,7 @@ def usable_length(base: BaseModel | BasePlan, max_length: int) -> int:
 
 
 @contextmanager
-def memory_errors() -> Iterator[None]:
+def _memory_errors() -> Iterator[None]:
     """Turns what torch and Python raise when memory runs out into OutOfResources; any other error passes."""
     try:
         yield
@@ -281,7 +281,7 @@ def _ours() -> OutOfResources:
     )
 
 
-def available_memory(device: str, *, every: bool = False, root: Path = Path("/")) -> int | None:
+def _available_memory(device: str, *, every: bool = False, root: Path = Path("/")) -> int | None:
     """Bytes that a new tensor could take on the device now; None if nothing tells.
 
     Of a CUDA device what its driver calls free. Of the CPU what Linux calls available, or less where a control group
@@ -350,8 +350,11 @@ def _text(path: Path) -> str:
 
 
 @contextmanager
-def checkpointed(model: nn.Module) -> Iterator[None]:
+def _checkpointed(model: nn.Module) -> Iterator[None]:
     """Makes every decoder layer recompute itself in the backward pass, and undoes it at the end.
+
+    Each layer keeps its input only, T x hidden numbers, and one more forward is computed (3 units a token instead of 2).
+    transformers has a switch for the same, but it works in training mode alone, where dropout is on too.
 
     The gradients are the same to the bit. Layers that take part in no gradient, those below the lowest adapted one,
     keep nothing, as without. Between a forward and its backward pass nothing may change: neither the mixing weights nor

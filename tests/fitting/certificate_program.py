@@ -22,7 +22,7 @@ from loracli.model.attach import attach
 from loracli.model.base import load_base
 from loracli.model.loss import Objective
 from loracli.model.reference import BaseReference
-from loracli.model.session import checkpointed
+from loracli.model.session import _checkpointed
 from loracli.system.machine import read_launch
 
 
@@ -40,7 +40,7 @@ def table(model: Any, adapters: list[LoraAdapter], processes: Processes, *, reco
     mixing = make_diagonal(layout, "module")
     theta = torch.linspace(-0.5, 1, mixing.numbers, dtype=torch.float64)
     rows = torch.zeros(len(records), 2 + 2 * mixing.numbers, dtype=torch.float64)
-    around: Any = checkpointed(model) if recompute else nullcontext()
+    around: Any = _checkpointed(model) if recompute else nullcontext()
     with attach(model, adapters, layout.modules) as attached, around:
         objective = Objective(attached, model.get_output_embeddings(), own_head=True)
 

@@ -24,7 +24,7 @@ from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_l
 from loracli.model import loss as loss_module
 from loracli.model.attach import attach
 from loracli.model.loss import Objective, make_objective
-from loracli.model.session import checkpointed
+from loracli.model.session import _checkpointed
 from loracli.recipe.record import FitCertificate, MixingKind
 from loracli.system.document import decode, encode
 from tests.faults.fork_server import ForkServer
@@ -157,7 +157,7 @@ def test_recomputed_layers_give_the_same_bits_and_the_model_is_left_at_theta(tmp
     with attached_objective(tmp_path, "llama", dtype=torch.float32) as (objective, mixing):
         theta = some_theta(mixing)
         for recompute in (False, True):
-            with checkpointed(objective.attached.model) if recompute else nullcontext():
+            with _checkpointed(objective.attached.model) if recompute else nullcontext():
                 results.append(_record_gradients(objective, mixing, theta, batch, records, seed=0).rows())
         left = objective.nats(batch)
         mixing.apply(objective.attached, theta)

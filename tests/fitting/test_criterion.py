@@ -24,7 +24,7 @@ from loracli.fitting.criterion import (
     loss_criterion,
     one_fold,
 )
-from loracli.fitting.level import joined
+from loracli.fitting.level import _joined
 from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.model.loss import Scores
 from tests.fitting.planted import make_engine, planted
@@ -96,7 +96,7 @@ def test_one_record_decides_nothing() -> None:
 def test_joined_scores_are_those_of_all_records_in_order() -> None:
     _, whole = scores_of(0, 30)
     parts = [whole.part(range(11)), whole.part(range(11, 12)), whole.part(range(12, 30))]
-    assert torch.equal(joined(parts).nats, whole.nats) and torch.equal(joined(parts).tokens, whole.tokens)
+    assert torch.equal(_joined(parts).nats, whole.nats) and torch.equal(_joined(parts).tokens, whole.tokens)
 
 
 def test_the_loss_is_that_of_each_record_whatever_the_batches(tiny_base: Path, two_adapters: tuple[Path, Path]) -> None:
