@@ -353,7 +353,7 @@ def _text(path: Path) -> str:
 def _checkpointed(model: nn.Module) -> Iterator[None]:
     """Makes every decoder layer recompute itself in the backward pass, and undoes it at the end.
 
-    Each layer keeps its input only, T x hidden numbers, and one more forward is computed (3 units a token instead of 2).
+    Each layer keeps its input only, T x hidden numbers, and one more forward is computed: 3 units a token instead of 2.
     transformers has a switch for the same, but it works in training mode alone, where dropout is on too.
 
     The gradients are the same to the bit. Layers that take part in no gradient, those below the lowest adapted one,
