@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from benchmarks.measuring import BenchmarkParser
 from benchmarks.skills.training import EVERY_LINEAR, epoch_of
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
 from loracli.conversion.convert import ConvertRequest, convert_adapter

@@ -28,7 +28,7 @@ from peft import PeftModel
 from benchmarks.made_inputs import part_of_example
 from benchmarks.measuring import BenchmarkParser
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.records import read_records
 from loracli.calibration.render import render_file
 from loracli.evaluation.statistics import paired_interval, static_points

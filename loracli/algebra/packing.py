@@ -33,8 +33,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loracli.algebra.concatenate import pad_rank
-from loracli.algebra.factors import Factors
+from loracli.algebra.factors import Factors, pad_rank
 
 
 def split_experts(lora_A: Tensor, lora_B: Tensor, experts: int, *, by_expert: bool = False) -> tuple[Tensor, Tensor]:

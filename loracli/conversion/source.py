@@ -43,8 +43,7 @@ from loracli._version import __version__
 from loracli.adapters.adapter import LoraModule
 from loracli.adapters.claims import agreed_licence, agreed_task, stated_licences
 from loracli.adapters.kinds import KINDS, ModuleKind
-from loracli.algebra.concatenate import concatenate
-from loracli.algebra.factors import Factors, norm
+from loracli.algebra.factors import Factors, concatenate, norm
 from loracli.algebra.methods.method import Merged
 from loracli.algebra.truncate import Truncation, best_approximation, leading_left, truncate
 from loracli.composition.base_table import BaseTable

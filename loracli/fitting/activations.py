@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.kinds import kind_of
-from loracli.calibration.batches import Batch, plan_batches
-from loracli.calibration.dataset import shuffled
+from loracli.calibration.dataset import Batch, plan_batches, shuffled
 from loracli.calibration.render import Example
 from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import Applied, FactorMixing, Mixing

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import plan_batches
-from loracli.calibration.dataset import dealt, split_records
+from loracli.calibration.dataset import dealt, plan_batches, split_records
 from loracli.calibration.records import Record
 from loracli.calibration.render import Example
 from loracli.errors import UsageError

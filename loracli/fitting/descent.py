@@ -12,8 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import Batch, plan_batches
-from loracli.calibration.dataset import shuffled
+from loracli.calibration.dataset import Batch, plan_batches, shuffled
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting.engine import Engine

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.basis import canonical_stack, mixing_in_file_basis
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting.criterion import LEAST_GAIN, Criterion, Fold, gain

@@ -10,8 +10,7 @@ import torch
 import transformers
 
 from loracli._version import __version__
-from loracli.calibration.batches import Batch
-from loracli.calibration.dataset import Examples
+from loracli.calibration.dataset import Batch, Examples
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, UsageError

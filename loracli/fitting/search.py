@@ -33,8 +33,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import make_batch, plan_batches
-from loracli.calibration.dataset import shuffled
+from loracli.calibration.dataset import make_batch, plan_batches, shuffled
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.statistics import static_points

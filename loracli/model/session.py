@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.on_base import open_orders, read_otherwise
 from loracli.adapters.saved_modules import SavedModules
-from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.records import CalibrationFile
 from loracli.calibration.render import Example, render_file
 from loracli.errors import OutOfResources, UsageError

@@ -24,8 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from loracli.algebra.concatenate import concatenate, pad_rank
-from loracli.algebra.factors import Factors, norm
+from loracli.algebra.factors import Factors, concatenate, norm, pad_rank
 from loracli.algebra.truncate import project
 
 TURN = 1e-13  # of a direction whose gap is as large as S_1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.fitting.certificate import _record_gradients
 from loracli.fitting.mixing import make_diagonal, make_layout

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import Batch, make_batch
+from loracli.calibration.dataset import Batch, make_batch
 from loracli.calibration.render import Example
 from loracli.errors import UsageError
 from loracli.fitting.mixing import make_layout

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import Batch, make_batch
+from loracli.calibration.dataset import Batch, make_batch
 from loracli.calibration.render import Example
 from loracli.fitting.certificate import RecordGradients, _certify, _from_rows, _record_gradients, can_certify
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_layout, make_mixing

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 
 from loracli.adapters.adapter import read_adapter
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.render import Example
 from loracli.calibration.shapes import Shape
 from loracli.errors import UsageError

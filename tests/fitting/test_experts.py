@@ -11,7 +11,7 @@ import torch
 from accelerate import dispatch_model
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.fitting.certificate import _record_gradients

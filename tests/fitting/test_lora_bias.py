@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import make_batch
+from loracli.calibration.dataset import make_batch
 from loracli.calibration.render import Example
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings

@@ -13,7 +13,7 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, MixtralConfig
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import make_batch
+from loracli.calibration.dataset import make_batch
 from loracli.calibration.render import Example
 from loracli.errors import OutOfResources
 from loracli.fitting.mixing import make_layout

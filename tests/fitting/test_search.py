@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting.level import Solution

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.records import CalibrationFile, parse_sources, read_records
 from loracli.errors import BaseModelMismatch, CalibrationError, OutOfResources
 from loracli.fitting.mixing import make_layout

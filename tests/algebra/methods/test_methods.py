@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loracli.algebra.concatenate import relative_error
-from loracli.algebra.factors import Factors, norm
+from loracli.algebra.factors import Factors, norm, relative_error
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.algebra.methods.sparse import _drop, present_in_own_order
