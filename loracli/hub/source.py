@@ -58,6 +58,8 @@ from loracli.system.machine import DISK_FULL
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
+BASE_CONFIG = "config.json"
+
 
 @dataclass(frozen=True)
 class FetchedFile:

@@ -22,7 +22,7 @@ from loracli.adapters.config import MAX_CONFIG_BYTES, MAX_PARAMETERS
 from loracli.adapters.names import PREFIX, targeted_parameters
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
-from loracli.hub.plan import from_pickle_hint
+from loracli.hub.fetch import from_pickle_hint
 from loracli.model.base import plan_from_config
 from loracli.model.modules import BaseNames, expert_shape, kind_and_shape
 from loracli.progress import SILENT, Progress
