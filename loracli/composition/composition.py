@@ -17,8 +17,7 @@ from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, kernels_of, module_names, widest_dtype
 from loracli.adapters.claims import CAUSAL_LM, agreed_task, stated_licences
 from loracli.adapters.saved_modules import SavedModules
-from loracli.algebra.concatenate import concatenate, without_zeros
-from loracli.algebra.factors import Factors
+from loracli.algebra.factors import Factors, concatenate, without_zeros
 from loracli.algebra.methods.method import Merged, Method, MethodOptions
 from loracli.composition.base_table import BaseTable
 from loracli.composition.card import CardText, method_card, recipe_card

@@ -58,6 +58,8 @@ from loracli.system.machine import DISK_FULL
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
+BASE_CONFIG = "config.json"
+
 
 @dataclass(frozen=True)
 class FetchedFile:
@@ -113,19 +115,6 @@ class HubOptions(TypedDict, total=False):
     dry_run: bool
     endpoint: str | None
     progress: Progress
-
-
-class FetchOptions(HubOptions, total=False):
-    """The same for adapters.
-
-    Keys:
-        local_dir: put the files of one adapter there instead of into a cache, under the repository's folder structure.
-        max_bytes: refuse an adapter with more in all its files, by default 8 GiB. A config may have 1 MiB; a larger
-            README is left out.
-    """
-
-    local_dir: Path | None
-    max_bytes: int
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from loracli.system.document import decode
 from loracli.verifying.findings import Findings
 
 COMPOSITION = "the composition of the written weights"
-EVIDENCE = "the held-out table and how the mixing was found, as recorded"
+_EVIDENCE = "the held-out table and how the mixing was found, as recorded"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def find_composition(
             return None
         findings.checked.append("the recorded recipe, its held-out table included, against the one that is given")
     elif origin.recipe is not None:
-        findings.skip(EVIDENCE, "only the recipe itself tells whether they are its own: name it with --recipe")
+        findings.skip(_EVIDENCE, "only the recipe itself tells whether they are its own: name it with --recipe")
     if origin.recipe is not None and origin.recipe.mixing.kind not in INLINE_KINDS and given is None:
         findings.skip(COMPOSITION, "its mixing is kept in tensors beside the recipe: name the recipe with --recipe")
         return None

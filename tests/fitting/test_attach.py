@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.algebra.basis import canonical_stack
-from loracli.calibration.batches import make_batch
+from loracli.calibration.dataset import make_batch
 from loracli.calibration.render import Example
 from loracli.fitting.mixing import make_layout, make_mixing
 from loracli.model.attach import attach
