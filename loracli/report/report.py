@@ -15,7 +15,7 @@ from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, inte
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.recipe import Recipe, load_recipe
-from loracli.recipe.record import INLINE_KINDS, HeldOut
+from loracli.recipe.record import EDITED, INLINE_KINDS, HeldOut
 from loracli.report.charts import (
     Line,
     folded,
@@ -40,8 +40,9 @@ _KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
 def _headline(recipe: Recipe) -> str:
     """The adapters, and the verdict in a sentence; of a recipe as it may be published."""
     names = " + ".join(adapter.reference for adapter in recipe.adapters)
-    kind = {"better": "better", "not better": "worse"}.get(recipe.held_out.verdict, "")
-    said = verdict(recipe.held_out)
+    measured = recipe.held_out_of_weights
+    kind = {"better": "better", "not better": "worse"}.get(measured.verdict, "") if measured else ""
+    said = verdict(measured) if measured else f"{EDITED}: what the fit measured is not theirs and left out"
     return (
         tag("h1", text(names))
         + tag("p", text(said[:1].upper() + said[1:] + "."), class_=f"verdict {kind}".strip())
@@ -154,7 +155,7 @@ def _search(recipe: Recipe) -> str:
     if fit.stages:
         parts.insert(0, loss_curve(fit))
         parts.append(folded("the stages with their ridges", table(*ridge_path(fit.stages))))
-    certificate = fit.certificate
+    certificate = recipe.certificate_of_weights
     if certificate is not None:
         bound = "" if certificate.certain else "at most "
         parts.append(
@@ -281,7 +282,8 @@ def write_report(
     parts = {"verdict": _headline(public)}
     if found is not None:
         parts["comparison"] = _compared(found.renamed(loaded.labels()))
-    parts["held out"] = _held_out(public.held_out)
+    if public.held_out_of_weights is not None:
+        parts["held out"] = _held_out(public.held_out_of_weights)
     parts["weights"] = _weights(loaded)
     parts["search"] = _search(public)
     if len(ingredients) > 1:
