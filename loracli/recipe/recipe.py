@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,6 +133,10 @@ class Recipe:
         """The document, the same bytes for the same recipe."""
         document = {"loracat_recipe": schema_of(self, _FIRST_SCHEMA), **encode(self)}
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def sha256(self) -> str:
+        """Of the document."""
+        return sha256(self.to_json().encode()).hexdigest()
 
     def _moved_to(self, folder: Path) -> Recipe:
         names = {a.reference: self._reference_from(folder, a) for a in self.adapters}
