@@ -8,7 +8,7 @@ from loracli.cli._output import Block, Output
 from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim, verdict
 from loracli.progress import amount_text
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import FitCertificate, HeldOut
+from loracli.recipe.record import EDITED, FitCertificate, HeldOut
 from loracli.system.document import dtype_name
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
 def comparison_lines(out: Output, found: Comparison) -> None:
     """The table, what must not get worse, the tasks, and what may be claimed."""
     out.line(f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens", style="bold")
-    found = _labelled(found)
+    found = found.labelled()
     rows = sorted(found.rows, key=lambda row: KIND_ORDER.index(row.kind))
     metric = [found.metric] if found.metric else []
     columns = ["", "rank", "nats/token", "perplexity", "difference", "95 % interval", "to uniform", "worse on", *metric]
@@ -52,19 +52,6 @@ def comparison_lines(out: Output, found: Comparison) -> None:
     )
     if found.repeated_records:
         out.line(f"{found.repeated_records} of the records were calibrated on too: the table flatters what was fitted")
-
-
-def _labelled(found: Comparison) -> Comparison:
-    """Local adapters by as many of their last names as tell them from the other rows."""
-    others = [row.name for row in found.rows if row.kind != "ingredient"]
-    names: dict[str, str] = {}
-    for reference in found.adapters:
-        parts, rest = reference.rstrip("/").split("/"), [other for other in found.adapters if other != reference]
-        if len(parts) > 2 or parts[0] in (".", ".."):
-            tails = ("/".join(parts[-count:]) for count in range(1, len(parts)))
-            taken = [*others, *rest]
-            names[reference] = next((t for t in tails if not any(f"/{o}".endswith(f"/{t}") for o in taken)), reference)
-    return found.renamed(names)
 
 
 def _cells(row: ComparisonRow) -> list[str]:
@@ -173,8 +160,8 @@ def search_lines(out: Output, recipe: Recipe) -> None:
         out.line(f"chosen by cross-validation over {fit.folds} folds")
     if fit.refitted:
         out.line("then fitted once more on all training records")
-    if fit.certificate is not None:
-        _optimum_lines(out, recipe, fit.certificate)
+    if recipe.certificate_of_weights is not None:
+        _optimum_lines(out, recipe, recipe.certificate_of_weights)
     if fit.halvings:
         out.line(
             f"{fit.halvings} micro-batches were halved because memory ran out: another run may differ in the last bits"
@@ -207,8 +194,12 @@ def _loss(nats: float | None) -> str:
 
 
 def held_out_lines(out: Output, recipe: Recipe) -> None:
-    """The held-out table with the fit standing out, the losses by task, and what it says in a sentence."""
-    table = recipe.public().held_out
+    """The held-out table with the fit standing out, the losses by task, and what it says in a sentence; nothing of
+    them where the weights are not the fit's."""
+    table = recipe.public().held_out_of_weights
+    if table is None:
+        out.line(f"{EDITED}: its table, verdict and certificate are not theirs and left out", style="bold")
+        return
     out.line(f"held out: {table.records} records of {table.name}, {table.scored_tokens} scored tokens", style="bold")
     rows = [
         [

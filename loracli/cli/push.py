@@ -48,6 +48,7 @@ def push(
 ) -> None:
     """Verify an export, upload it in one commit, and compare what the Hub then holds with the files here."""
     from loracli.pushing.push import PushRequest, push_adapter
+    from loracli.recipe.record import EDITED
 
     request = PushRequest(directory, repo, private, revision, create_pr, message, edited_card)
     found = push_adapter(request, dry_run=dry_run, token=token, progress=out)
@@ -63,6 +64,8 @@ def push(
         )
     if found.left_out:
         out.note(f"not uploaded: {', '.join(found.left_out)}")
+    if found.weights_edited:
+        out.warn(f"{EDITED}: what the fit measured is not theirs, and the card leaves it out")
     if not found.licence:
         out.warn("the card states no licence, because the ingredients do not all state the same one")
     if found.committed:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,7 @@ def from_recipe(recipe: Recipe, adapters: Sequence[LoraAdapter], saved: SavedMod
         dtype=widest_dtype([adapter.dtype for adapter in adapters]),
         document_of=lambda _: {
             "recipe": json.loads(recipe.public().to_json()),
-            "recipe_sha256": sha256(recipe.to_json().encode()).hexdigest(),
+            "recipe_sha256": recipe.sha256(),
         },
         card_of=lambda made: recipe_card(recipe.public(), stated_licences(made.adapters)),
         activations=recipe.activations,

@@ -28,7 +28,7 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import DiagonalMixing, FactorMixing, Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
-from loracli.recipe.record import LevelRecord, MixingKind, RecipeMixing, StageRecord, StartRecord
+from loracli.recipe.record import LevelRecord, MixingKind, RecipeMixing, StageRecord, StartRecord, weights_digest
 from loracli.recipe.tensors import tensor_mixing
 
 
@@ -315,7 +315,8 @@ def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found
     """The mixing as the files' factors take it: what was fitted in the canonical basis is brought back from there."""
     mixing = found.mixing
     if isinstance(mixing, DiagonalMixing) and mixing.kind != "rank":
-        return RecipeMixing(mixing.kind, mixing.by_group(mixing.weights(found.theta)), mixing.numbers)
+        weights = mixing.by_group(mixing.weights(found.theta))
+        return RecipeMixing(mixing.kind, weights, mixing.numbers, weights_sha256=weights_digest(weights))
     tensors: dict[str, torch.Tensor] = {}
     if isinstance(mixing, FactorMixing):
         for module, (lora_A, lora_B) in zip(modules, mixing.factors(found.theta), strict=True):

@@ -33,7 +33,7 @@ from loracli.model.reference import BaseReference, find_base
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
-from loracli.recipe.record import RecipeBase
+from loracli.recipe.record import EDITED, RecipeBase
 from loracli.system.files import CONFIG_FILE
 
 
@@ -97,6 +97,8 @@ def compose_on_base(request: FuseRequest, *, progress: Progress = SILENT) -> tup
     saved = saved_modules(policy, read, progress=progress)
     if found is None:
         assert loaded is not None
+        if loaded.mixing.edited:
+            progress.note(f"{EDITED}: what it measured is left out of the card")
         return plan, from_recipe(loaded, read, saved)
     return plan, from_method(found, read, BaseTable(plan.reference.id, ()), saved=saved)
 

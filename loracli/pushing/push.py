@@ -52,6 +52,7 @@ class Pushed:
             weights. A push removes nothing.
         left_out: what else is in the directory and was not uploaded.
         licence: whether the card states one.
+        weights_edited: whether they were edited after the fit, so that the card has nothing of what it measured.
         verification: of the directory.
     """
 
@@ -67,6 +68,7 @@ class Pushed:
     left_there: tuple[str, ...]
     left_out: tuple[str, ...]
     licence: bool
+    weights_edited: bool
     verification: Verification
 
 
@@ -213,6 +215,7 @@ def _plan(repository: Repository, head: Head | None, contents: Contents, verific
         left_there=tuple(sorted(EXPORTED_FILES & there.keys() - own)),
         left_out=contents.left_out,
         licence=contents.licence,
+        weights_edited=contents.weights_edited,
         verification=verification,
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,7 @@ def find_composition(
     """
     given = None if recipe is None else load_recipe(recipe)
     if given is not None and origin.recipe is not None:
-        if sha256(given.to_json().encode()).hexdigest() != origin.recipe_sha256:
+        if given.sha256() != origin.recipe_sha256:
             findings.differs(f"{recipe} is not the recipe that this was made with")
             return None
         # Older exports kept a base model's path that an adapter names.
