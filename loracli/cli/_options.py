@@ -119,6 +119,16 @@ AdaptersOrPlaces = Annotated[
     list[str] | None,
     _adapters("Adapters to compose without a fit; with a recipe: where its ingredients are now, in its order."),
 ]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights",
+        "-w",
+        metavar="W...",
+        help="Weights of --adapters by hand: one number each, or a file with weights by module, as `loracat show "
+        "--weights` prints it.",
+    ),
+]
 Places = Annotated[list[str] | None, _adapters("Where the ingredients are now, in the recorded order.")]
 
 Fields = Annotated[
@@ -148,7 +158,8 @@ MethodModulesToSave = Annotated[
     typer.Option(
         "--modules-to-save",
         metavar="POLICY",
-        help="With --method, of modules that adapters saved whole: pick:NAME, average, refuse; default: the recipe's.",
+        help="With --weights or --method, of modules that adapters saved whole: pick:NAME, average, refuse; default: "
+        "the recipe's.",
     ),
 ]
 

@@ -178,7 +178,7 @@ def bypassed_modules(reference: BaseReference, composition: Composition, progres
             f"{reference.id} also reads the weight of {named(shared)} besides calling the layer; the fused model has "
             "the update in both, PEFT and the fit in the layer alone"
         )
-    seen = composition.base.bypassed if composition.method is None else ()  # what its own record says is tried here
+    seen = composition.base.bypassed if composition.fitted else ()  # what its own record says is tried here
     return tuple(sorted(targets & read.bypassed.union(seen)))
 
 

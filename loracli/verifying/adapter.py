@@ -193,7 +193,7 @@ def _find_moments(
     """The second moments that a cut by activations went by, None where they are not at hand."""
     if not record.activation_aware:
         return {}
-    if record.moments == "recipe" and recipe is not None and composition.method is None:
+    if record.moments == "recipe" and recipe is not None and composition.fitted:
         return recorded_moments(composition, recipe).by_module
     why = "the records that it went by are not kept"
     if record.moments == "recipe":
