@@ -105,8 +105,9 @@ def check(request: ExportRequest) -> Method | None:
 
 
 def check_form(request: ExportRequest) -> None:
-    """Raises UsageError for a rank, error, energy, dtype or profile that cannot be, whatever is composed."""
-    _refuse_first(_out_of_range(request))
+    """Raises UsageError for a rank, error, energy, dtype or profile that cannot be, whatever is composed, and for
+    weights of nothing."""
+    _refuse_first((*_of_weights(request), *_out_of_range(request)))
 
 
 # Whether something is to be refused, what is wrong with it, and the way out.

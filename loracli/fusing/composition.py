@@ -1,5 +1,5 @@
-"""What can be folded into a base: a recipe, an adapter directory, or adapters and a method; and the base that it is
-meant for."""
+"""What can be folded into a base: a recipe, an adapter directory, or adapters with weights or a method; and the base
+that it is meant for."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from loracli.adapters.names import target_of
 from loracli.adapters.saved_modules import PICK, REFUSE, saved_modules, settled_policy
 from loracli.algebra.methods.method import Method
 from loracli.composition.base_table import BaseTable
-from loracli.composition.composition import Composition, from_method, from_recipe
+from loracli.composition.composition import Composition, from_method, from_recipe, from_weights
+from loracli.composition.weights import weights_of_modules
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
 from loracli.export.method import read_to_compose
-from loracli.export.request import find_method
+from loracli.export.request import ExportRequest, find_method
 from loracli.fitting.reach import named, warn_untried, weights_read
 from loracli.fusing.plan import FusionPlan, plan_fusion
 from loracli.fusing.quantised import Quantisation
@@ -37,27 +38,14 @@ from loracli.system.files import CONFIG_FILE
 
 
 def compose_on_base(
-    recipe: str | Path | Recipe | None,
-    adapters: Sequence[str],
-    method: str | None,
-    *,
-    modules_to_save: str | None = None,
-    base: str | None = None,
-    base_revision: str | None = None,
-    dequantise: bool = False,
-    progress: Progress = SILENT,
+    request: ExportRequest, *, dequantise: bool = False, progress: Progress = SILENT
 ) -> tuple[BasePlan, Composition]:
     """The base that a composition is meant for, without its weights; and the composition by the base's names.
 
     Args:
-        recipe: a recipe, its file, or an adapter's directory; None with a method and adapters.
-        adapters: with a recipe where its ingredients are now; with a method what is composed.
-        method: a name of `loracli.algebra.methods`, None for the recipe's own mixing.
-        modules_to_save: a policy for modules that adapters saved whole, with a method; None for the recipe's, and
-            `refuse` without one. An adapter by itself has its own.
-        base: a Hub id or directory, None for the recorded one, or what the adapters name.
-        base_revision: of a base on the Hub.
-        dequantise: take one that is quantised.
+        request: what is composed, of which weights and method need not be looked at again, and for which base; its
+            recipe may be an adapter's directory, which has its own policy for modules that it saved whole.
+        dequantise: take a base that is quantised.
         progress: told of downloads.
     Raises:
         UsageError: if these do not go together, the method has to be fitted or cuts its result, or the recipe was
@@ -67,14 +55,13 @@ def compose_on_base(
         IntegrityError: if the base at the recorded commit is not the one that was recorded.
         BaseModelMismatch: if the adapters do not fit it, or it is quantised and need not be.
     """
-    read, loaded, found, policy = _read_ingredients(
-        recipe, adapters, method, modules_to_save, base_given=base is not None, progress=progress
-    )
+    base = request.base
+    read, loaded, found, policy = _read_ingredients(request, progress)
     recorded = None if loaded is None else loaded.base
     if base is None and recorded is not None and recorded.claim is None:
         raise UsageError(f"the recipe was fitted on a local copy of {recorded.id}", hint="name it with --base")
     asked = base or (None if recorded is None else recorded.claim)
-    reference = find_base(read, asked, revision=base_revision, progress=progress)
+    reference = find_base(read, asked, revision=request.base_revision, progress=progress)
     if not dequantise and read_config(reference.path).get("quantization_config") is not None:
         raise BaseModelMismatch(
             f"the base model {reference.id} is quantised",
@@ -86,45 +73,49 @@ def compose_on_base(
     read = named_as(plan.skeleton, read)
     check_shapes(plan.skeleton, read)
     saved = saved_modules(policy, read, progress=progress)
+    table = BaseTable(plan.reference.id, ())
+    if request.weights is not None:
+        return plan, from_weights(weights_of_modules(request.weights, read), read, table, saved=saved)
     if found is None:
         assert loaded is not None
         return plan, from_recipe(loaded, read, saved)
-    return plan, from_method(found, read, BaseTable(plan.reference.id, ()), saved=saved)
+    return plan, from_method(found, read, table, options=request.method_options, saved=saved)
 
 
 def _read_ingredients(
-    recipe: str | Path | Recipe | None,
-    adapters: Sequence[str],
-    method: str | None,
-    modules_to_save: str | None,
-    *,
-    base_given: bool,
-    progress: Progress,
+    request: ExportRequest, progress: Progress
 ) -> tuple[tuple[LoraAdapter, ...], Recipe | None, Method | None, str]:
     """The ingredients, the recipe that names them, the method in the place of its mixing, and the policy for modules
     that adapters saved whole."""
+    recipe, adapters, method = request.recipe, request.adapters, request.method
+    modules_to_save, base_given, weighed = (
+        request.modules_to_save,
+        request.base is not None,
+        request.weights is not None,
+    )
     alone = isinstance(recipe, (str, Path)) and (Path(recipe) / CONFIG_FILE).is_file()
-    if modules_to_save is not None and (alone or method is None):
+    if modules_to_save is not None and (alone or (method is None and not weighed)):
         raise UsageError(
-            "--modules-to-save goes with --method: an adapter by itself has its own modules, and a recipe those that "
-            "it was fitted with",
+            "--modules-to-save goes with --weights or --method: an adapter by itself has its own modules, and a recipe "
+            "those that it was fitted with",
             hint="leave it out",
         )
     if alone:
         if adapters or method:
             raise UsageError(f"{recipe} is an adapter: it goes without --adapters and --method")
         recipe, adapters, method = None, [str(recipe)], "sum"
-    if method is None:
+    if method is None and not weighed:
         if recipe is None:
             raise UsageError(
-                "nothing to fuse", hint="give a RECIPE, an adapter's directory, or --method and --adapters"
+                "nothing to fuse",
+                hint="give a RECIPE, an adapter's directory, or --adapters with --weights or --method",
             )
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         ingredients = read_ingredients(loaded, relocated=adapters, progress=progress)
         _refuse_biases(ingredients)
         return ingredients, loaded, None, recorded_policy(loaded)
-    found = find_method(method)
-    if found.search is not None or found.cuts:
+    found = None if method is None else find_method(method, request.method_options)
+    if found is not None and (found.search is not None or found.cuts):
         data = " --fit-data FILE" if found.search else ""
         raise UsageError(
             f"{method} {'has to be fitted' if found.search else 'cuts its result, and only an export says how far'}",

@@ -21,6 +21,7 @@ from loracli._version import __version__
 from loracli.adapters.names import target_of
 from loracli.composition.card import CardText, closed
 from loracli.composition.composition import Composition
+from loracli.composition.weights import Weights
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.card import front_matter
 from loracli.export.request import OUTPUT_DTYPES, ExportRequest, check_form
@@ -185,6 +186,7 @@ def fuse_model(
     output: str | Path,
     *,
     adapters: Sequence[str] = (),
+    weights: Weights | None = None,
     method: str | None = None,
     modules_to_save: str | None = None,
     base: str | None = None,
@@ -199,12 +201,13 @@ def fuse_model(
     """Writes the base model with the composition folded into its weights.
 
     Args:
-        recipe: a recipe, its file, or an adapter's directory; None with `method` and `adapters`.
+        recipe: a recipe, its file, or an adapter's directory; None with `adapters` and `weights` or `method`.
         output: the directory to make.
-        adapters: with a recipe where its ingredients are now; with a method what is composed.
-        method: to compose by, None for the recipe's own mixing.
-        modules_to_save: with a method `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse`
-            without one.
+        adapters: with a recipe where its ingredients are now; else what is composed.
+        weights: by hand, as in `ExportRequest`; None for the recipe's own mixing, or a method.
+        method: to compose by, None for the recipe's own mixing, or weights.
+        modules_to_save: with weights or a method `average`, `pick:NAME` or `refuse`; None is what the recipe says, and
+            `refuse` without one.
         base: a Hub id or directory, None for the recorded one, or what the adapters name.
         base_revision: of a base on the Hub.
         dtype: of the floating point tensors of the result; None leaves each as it is in the base.
@@ -221,19 +224,20 @@ def fuse_model(
         IntegrityError: if an ingredient or the recorded base is not the one that was recorded.
     """
     output = Path(output)
-    check_form(ExportRequest(dtype=dtype))
-    if not resume:
-        check_model_free(output, force=force)
-    planned, composition = compose_on_base(
-        recipe,
-        adapters,
-        method,
+    request = ExportRequest(
+        recipe=recipe,
+        adapters=adapters,
+        weights=weights,
+        method=method,
         modules_to_save=modules_to_save,
+        dtype=dtype,
         base=base,
         base_revision=base_revision,
-        dequantise=dequantise,
-        progress=progress,
     )
+    check_form(request)
+    if not resume:
+        check_model_free(output, force=force)
+    planned, composition = compose_on_base(request, dequantise=dequantise, progress=progress)
     quantisation = _quantisation_of(planned.reference.path) if dequantise else None
     chosen = OUTPUT_DTYPES[dtype or "bfloat16"] if dequantise or dtype is not None else None
     fusion = _Fusion(composition, planned, chosen, quantisation, output, progress)

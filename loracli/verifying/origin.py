@@ -127,10 +127,18 @@ def _options(recorded: Any, problems: list[str]) -> MethodOptions:
     return result
 
 
-def find_composition(
+@dataclass(frozen=True)
+class Ingredients:
+    """What is at hand of a composition: the adapters, and the recipe that the user named, None without one."""
+
+    adapters: tuple[LoraAdapter, ...]
+    recipe: Recipe | None
+
+
+def find_ingredients(
     origin: Origin, findings: Findings, *, recipe: Path | None, adapters: Sequence[str], progress: Progress
-) -> Composition | None:
-    """The composition with its ingredients; None, and the findings say why, if they are not at hand.
+) -> Ingredients | None:
+    """The ingredients by the names of the recorded table; None, and the findings say why, if they are not at hand.
 
     Args:
         origin: recorded.
@@ -164,15 +172,25 @@ def find_composition(
     if origin.table:
         together = zip(read, origin.adapters, strict=True)
         read = tuple(by_names_of(origin.table, adapter, recorded) for adapter, recorded in together)
+    return Ingredients(read, given)
+
+
+def compose_again(origin: Origin, given: Ingredients) -> Composition:
+    """What is recorded, of ingredients by the names of the base.
+
+    Raises:
+        IntegrityError: if they do not fit the record.
+    """
+    read, saved = given.adapters, _saved(origin, given.adapters)
     if origin.recipe is not None:
-        return from_recipe(given or origin.recipe, read, _saved(origin, read))
+        return from_recipe(given.recipe or origin.recipe, read, saved)
     base = BaseTable(origin.base_id, origin.table, origin.bypassed)
     if origin.tables is not None:
         try:
             weights = weights_of_modules(origin.tables, read)
         except UsageError as error:
             raise IntegrityError(f"the recorded weights do not fit the ingredients: {error}") from None
-        return from_weights(weights, read, base, identities=origin.adapters, saved=_saved(origin, read))
+        return from_weights(weights, read, base, identities=origin.adapters, saved=saved)
     assert origin.method is not None
     return from_method(
         origin.method,
@@ -181,7 +199,7 @@ def find_composition(
         options=origin.options,
         weights=origin.weights,
         identities=origin.adapters,
-        saved=_saved(origin, read),
+        saved=saved,
     )
 
 
