@@ -147,7 +147,7 @@ Density = Annotated[
     float | None, typer.Option("--density", metavar="X", help="Share of entries that ties, dare and knots keep.")
 ]
 Scale = Annotated[
-    float, typer.Option("--scale", metavar="X", help="Factor on the result of ties, dare, knots and tsv.")
+    float, typer.Option("--scale", metavar="X", help="Factor on the result of sum, uniform, ties, dare, knots and tsv.")
 ]
 WrittenDtype = Annotated[
     str | None,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "loracat compare --data test.jsonl  ·  loracat compare recipe.json --data test.jsonl --methods ties,dare  ·  "
+    "loracat compare --adapters ./math ./code --weights 0.7 0.3 --data test.jsonl  ·  "
     "loracat compare --adapters ./math ./code --data test.jsonl --fit-data val.jsonl --methods all --control fresh-lora"
 )
 
@@ -36,6 +37,15 @@ class RowOptions:
             help="Names separated by commas, `data-free` for all that need no calibration data, or `all`.",
         ),
     ] = "data-free"
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="W...",
+            help="A row of its own, weights: one number for each adapter, or a file as for `loracat export`.",
+        ),
+    ] = None
     control: Annotated[
         list[str] | None,
         typer.Option(
@@ -106,6 +116,7 @@ def compare(
     from loracli.cli._tables import comparison_lines
     from loracli.comparison.compare import compare_adapters
     from loracli.comparison.settings import CompareSettings, parse_controls, parse_methods
+    from loracli.composition.weights import parse_words
     from loracli.evaluation.metrics import task_metric
     from loracli.fitting.settings import FitSettings
     from loracli.model.placement import Placement
@@ -118,6 +129,7 @@ def compare(
         methods=parse_methods(rows.methods),
         options=MethodOptions(density, scale, reading.seed, rank),
         controls=parse_controls(rows.control or ()),
+        weights=parse_words(rows.weights) if rows.weights else None,
         margin=rows.margin,
     )
     found = compare_adapters(
@@ -137,20 +149,37 @@ def compare(
     out.value(found.best.name)
     comparison_lines(out, found)
     given = {"base": base, "base-revision": base_revision, "modules-to-save": reading.modules_to_save}
-    words = _export_of(found.best.name, settings.options, recipe, adapters or (), given)
+    words = _export_of(
+        found.best.name, settings.options_of(found.best.name), recipe, adapters or (), given, rows.weights or ()
+    )
     if words:
         out.hint(shlex.join(words))
 
 
 def _export_of(
-    best: str, options: MethodOptions, recipe: Path | None, adapters: Sequence[str], given: Mapping[str, str | None]
+    best: str,
+    options: MethodOptions,
+    recipe: Path | None,
+    adapters: Sequence[str],
+    given: Mapping[str, str | None],
+    weights: Sequence[str] = (),
 ) -> list[str]:
     """The command that writes the best row; nothing where it is no composition, or has to be fitted first. `given` are
-    options that a method needs as well, and a recipe knows."""
+    options that a method and weights need as well, and a recipe knows."""
     from loracli.algebra.methods import METHODS
+    from loracli.comparison.settings import WEIGHTS
     from loracli.composition.composition import takes
 
     words = ["loracat", "export", *([] if recipe is None else [str(recipe)])]
+    asked = [
+        word for option, text in given.items() if text not in (None, "refuse") for word in (f"--{option}", str(text))
+    ]
+    if best == WEIGHTS:  # those of a recipe's ingredients stand in no file that export takes
+        return (
+            []
+            if recipe is not None or not adapters
+            else [*words, "--weights", *weights, *asked, "--adapters", *adapters]
+        )
     if best != "fit":
         if best not in METHODS or METHODS[best].search is not None:
             return []
@@ -159,6 +188,5 @@ def _export_of(
             value = getattr(options, field.name)
             if value != field.default and field.name in takes(METHODS[best]):
                 words += [f"--{field.name}", str(value)]
-        for option, text in given.items():
-            words += [] if text in (None, "refuse") else [f"--{option}", str(text)]
+        words += asked
     return [*words, *(["--adapters", *adapters] if adapters else [])]

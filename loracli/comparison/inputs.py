@@ -14,7 +14,8 @@ from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, 
 from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
-from loracli.comparison.settings import FITTED_MIXINGS, CompareSettings
+from loracli.comparison.settings import FITTED_MIXINGS, WEIGHTS, CompareSettings
+from loracli.composition.weights import ModuleWeights, weights_of_modules
 from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, make_layout
 from loracli.hub.fetch import fetch_adapter
@@ -43,6 +44,7 @@ class CompareInputs:
         settings: of the comparison.
         repeated: how many test records stand in the calibration data, as far as that is known.
         saved: modules that replace the base's in every row, None without any.
+        weights: by hand, None without.
     """
 
     adapters: tuple[LoraAdapter, ...]
@@ -57,6 +59,7 @@ class CompareInputs:
     settings: CompareSettings
     repeated: int
     saved: SavedModules | None = None
+    weights: ModuleWeights | None = None
 
 
 def prepare_comparison(
@@ -138,6 +141,7 @@ def prepare_comparison(
         settings=settings,
         repeated=_repeated(test, loaded, calibration, progress),
         saved=saved,
+        weights=None if settings.weights is None else weights_of_modules(settings.weights, read),
     )
 
 
@@ -170,7 +174,7 @@ def _read_files(data: DataPaths, settings: CompareSettings, progress: Progress) 
 
 def _row_name(reference: str) -> str:
     """The reference, unless a row of another kind goes by that name: then as a path."""
-    taken = {*OTHER_ROWS, *METHODS, *FITTED_MIXINGS, "fresh-lora", "random", "datamix"}
+    taken = {*OTHER_ROWS, *METHODS, *FITTED_MIXINGS, WEIGHTS, "fresh-lora", "random", "datamix"}
     return f"./{reference}" if reference in taken else reference
 
 

@@ -189,10 +189,12 @@ def from_method(
         saved: modules that replace the base's, None without any.
         task_type: PEFT's name of its task, None without one.
     """
-    if weights is None and method.weights is not None:
-        weights = method.weights(len(adapters))
+    if weights is None:
+        weights = method.fixed_weights(len(adapters), options)
     named = published_identities(adapters) if identities is None else identities
     taken = {name: value for name, value in asdict(options).items() if name in takes(method)}
+    if method.weights is not None and options.scale == DEFAULTS.scale:
+        del taken["scale"]  # which stands in the weights, and in no record of before they took it
 
     def update(adapters: Sequence[LoraAdapter], module: str) -> Merged:
         updates = [a.modules[module].factors.loaded() if module in a.modules else None for a in adapters]
