@@ -85,7 +85,7 @@ def test_metadata_is_read_within_limits_and_as_text(tmp_path: Path) -> None:
         (b"---\n" + b"#" * MAX_FRONT_MATTER + b"\n---\n", "characters of metadata"),
         (b"#" * (MAX_README_BYTES + 1), "is larger"),
         (b"---\n\xff\n---\n", "not UTF-8"),
-        (b"---\n- a\n---\n", "no mapping"),
+        (b"---\n- a\n---\n", "not a mapping"),
         (b"---\n{a: }}\n---\n", "not valid YAML"),
         (b"---\n? [a]\n: b\n---\n", "not valid YAML"),
     ):
