@@ -51,8 +51,7 @@ class GreedyCommand(TyperCommand):
                 rewritten += [word, *rest[: option.nargs]]
                 del rest[: option.nargs]
             else:
-                # A lone dash is a value: standard input.
-                count = next((i for i, value in enumerate(rest) if value[:1] == "-" != value), len(rest))
+                count = next((i for i, value in enumerate(rest) if _is_option(value)), len(rest))
                 if not count and not ctx.resilient_parsing:
                     ctx.fail(f"Option '{word}' needs at least one value.")
                 rewritten += [part for value in rest[:count] for part in (word, value)]
@@ -64,6 +63,17 @@ class GreedyCommand(TyperCommand):
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
         option = None if incomplete[:1] == "-" else ctx.meta.get("greedy")
         return option.shell_complete(ctx, incomplete) if option else super().shell_complete(ctx, incomplete)
+
+
+def _is_option(word: str) -> bool:
+    """Whether a word begins an option. A lone dash is a value, standard input, and so are negative numbers."""
+    if word[:1] != "-" or word == "-":
+        return False
+    try:
+        float(word.partition(",")[0])
+    except ValueError:
+        return True
+    return False
 
 
 FILES, SETTINGS, ORIGINS = "loracat.files", "loracat.settings", "loracat.origins"  # in a context's meta

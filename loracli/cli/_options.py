@@ -119,6 +119,16 @@ AdaptersOrPlaces = Annotated[
     list[str] | None,
     _adapters("Adapters to compose without a fit; with a recipe: where its ingredients are now, in its order."),
 ]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights",
+        "-w",
+        metavar="W...",
+        help="Weights of --adapters by hand: one number each, or a file with weights by module, as `loracat show "
+        "--weights` prints it.",
+    ),
+]
 Places = Annotated[list[str] | None, _adapters("Where the ingredients are now, in the recorded order.")]
 
 Fields = Annotated[
@@ -137,7 +147,7 @@ Density = Annotated[
     float | None, typer.Option("--density", metavar="X", help="Share of entries that ties, dare and knots keep.")
 ]
 Scale = Annotated[
-    float, typer.Option("--scale", metavar="X", help="Factor on the result of ties, dare, knots and tsv.")
+    float, typer.Option("--scale", metavar="X", help="Factor on the result of sum, uniform, ties, dare, knots and tsv.")
 ]
 WrittenDtype = Annotated[
     str | None,
@@ -148,7 +158,8 @@ MethodModulesToSave = Annotated[
     typer.Option(
         "--modules-to-save",
         metavar="POLICY",
-        help="With --method, of modules that adapters saved whole: pick:NAME, average, refuse; default: the recipe's.",
+        help="With --weights or --method, of modules that adapters saved whole: pick:NAME, average, refuse; default: "
+        "the recipe's.",
     ),
 ]
 

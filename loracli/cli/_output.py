@@ -191,6 +191,11 @@ class Output:
         if self.quiet and not self.as_json:
             self._stdout.print(plain(text))
 
+    def text(self, text: str) -> None:
+        """A whole text file of printable characters, with --quiet too."""
+        if not self.as_json:
+            sys.stdout.write(text)
+
     def line(self, text: str = "", style: str = "") -> None:
         """A line for people."""
         if not (self.quiet or self.as_json):

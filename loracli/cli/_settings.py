@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -35,26 +33,12 @@ from typing import Any, Literal
 from loracli.errors import LoracatError, SettingsError, UsageError
 from loracli.hub.references import URI_PREFIX, parse_reference
 from loracli.system.files import read_regular
+from loracli.system.toml import TomlError, TomlTooLarge, parse_toml
 
 PROJECT_FILE = "loracat.toml"
 PREFIX = "LORACAT_"
 SHARED = ("color", "quiet", "verbose")
 MAX_BYTES = 1 << 16
-MAX_DOTS = 8  # in a key: a parser's work and memory grow with the square of them
-
-QUOTED = 60  # characters of a key in a message
-
-# Of TOML, what tells where its keys are: strings of four kinds, comments, dots, and what stands between keys. What
-# is not closed reaches to the end, where the parser would stop too.
-_TOML = re.compile(
-    r'"{3}(?:[^"\\]|\\.?|"(?!""))*+(?:"{3,5}|\Z)'
-    r"|'{3}.*?(?:'{3,5}|\Z)"
-    r'|"(?:[^"\\\n]|\\.?)*+"?'
-    r"|'[^'\n]*+'?"
-    r"|\#[^\n]*+|[.=\[\]{},\n]",
-    re.DOTALL,
-)
-_BETWEEN = frozenset("=[]{},\n")
 
 NOT_IN_A_FILE = {
     "token": "secrets do not belong there; use HF_TOKEN or `hf auth login`",
@@ -169,18 +153,13 @@ def _read_file(
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", hint="name another file with --config") from None
     try:
-        text = data.decode()
-        _check_dots(path, text)
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        document = parse_toml(data)
+    except TomlTooLarge as error:
+        hint = f"fix {path}; it has a table for each command, such as [fit]"
+        raise SettingsError("a setting cannot be honoured", problems=(f"{path}: {error}",), hint=hint) from None
+    except TomlError as error:
         raise UsageError(
             f"{path} is not TOML: {error}", hint="it has a table for each command, such as [fit]"
-        ) from None
-    except ValueError:  # Python reads no whole number of more than 4,300 digits
-        raise SettingsError(
-            "a setting cannot be honoured",
-            problems=(f"{path}: a whole number of thousands of digits",),
-            hint=f"fix {path}",
         ) from None
     settings = []
     for name, value in document.items():
@@ -198,28 +177,6 @@ def _read_file(
             else:
                 settings.append(Setting(command, option, item, str(path)))
     return settings
-
-
-def _check_dots(path: Path, text: str) -> None:
-    """Raises SettingsError, before the text is parsed, if a key or the header of a table has too many parts.
-
-    Counted are the dots outside of strings and comments from one of `= [ ] { } ,` or the end of a line to the next.
-    """
-    begin = dots = 0
-    for found in _TOML.finditer(text):
-        token = found.group()
-        if token == ".":
-            dots += 1
-            if dots > MAX_DOTS:
-                key = text[begin : found.end()].strip()[:QUOTED]
-                line = text.count("\n", 0, begin) + 1
-                raise SettingsError(
-                    "a setting cannot be honoured",
-                    problems=(f"{path}: line {line}: the key {key!r}... has more than {MAX_DOTS} dots",),
-                    hint=f"fix {path}; it has a table for each command, such as [fit]",
-                )
-        elif token in _BETWEEN:
-            begin, dots = found.end(), 0
 
 
 def _problem(command: str, option: str, parameter: Any, value: Any, commands: Mapping[str, Options]) -> str | None:
@@ -252,7 +209,7 @@ def _of_recipe(path: Path) -> list[Setting]:
     from loracli.recipe.recipe import load_recipe
 
     recipe = load_recipe(path)
-    found: dict[str, Any] = {"adapters": [_reference(recipe.folder, adapter) for adapter in recipe.adapters]}
+    found: dict[str, Any] = {"adapters": [ingredient_reference(recipe.folder, adapter) for adapter in recipe.adapters]}
     found |= {"base": None, "base-revision": None, "dtype": recipe.dtype}
     if recipe.base.commit is not None:
         found |= {"base": f"{URI_PREFIX}{recipe.base.id}", "base-revision": recipe.base.commit}
@@ -266,7 +223,7 @@ def _of_recipe(path: Path) -> list[Setting]:
     return [Setting("fit", option, value, str(path)) for option, value in found.items()]
 
 
-def _reference(folder: Path, adapter: Any) -> str:
+def ingredient_reference(folder: Path, adapter: Any) -> str:
     """How to name an ingredient from here: pinned to its commit, or as a directory."""
     if adapter.repo_id is None:
         return os.path.join(os.curdir, os.path.relpath(folder / adapter.reference))
@@ -311,6 +268,7 @@ TABLE = (
     Row("inside", ("output",), "is a new name, and no hidden one"),
     Row("inside", ("adapters", "control", "initial"), "are directories, or references on the Hub"),
     Row("inside", ("data", "eval-data", "fit-data", "guard", "comparison", "recipe"), "are files"),
+    Row("inside", ("weights",), "are numbers, or a file"),
     Row(
         "yes",
         tuple(
@@ -323,7 +281,7 @@ TABLE = (
     ),
     Row("yes", ("revision",), "says which commit is read"),
     Row("yes", ("create-pr", "private", "dry-run"), "does less"),
-    Row("yes", ("for", "color", "verbose"), "says what is shown"),
+    Row("yes", ("for", "show.weights", "color", "verbose"), "says what is shown"),
 )
 RULES = {option: row for row in TABLE for option in row.options}
 _WRITTEN = frozenset({"output"})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EPILOG = (
     "loracat compare --data test.jsonl  ·  loracat compare recipe.json --data test.jsonl --methods ties,dare  ·  "
     "loracat compare module.json core.json --data test.jsonl  ·  "
+    "loracat compare --adapters ./math ./code --weights 0.7 0.3 --data test.jsonl  ·  "
     "loracat compare --adapters ./math ./code --data test.jsonl --fit-data val.jsonl --methods all --control fresh-lora"
 )
 
@@ -38,6 +39,15 @@ class RowOptions:
             help="Names separated by commas, `data-free` for all that need no calibration data, or `all`.",
         ),
     ] = "data-free"
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="W...",
+            help="A row of its own, weights: one number for each adapter, or a file as for `loracat export`.",
+        ),
+    ] = None
     control: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,6 +119,7 @@ def compare(
     from loracli.cli._tables import comparison_lines
     from loracli.comparison.compare import compare_adapters
     from loracli.comparison.settings import CompareSettings, parse_controls, parse_methods
+    from loracli.composition.weights import parse_words
     from loracli.evaluation.metrics import task_metric
     from loracli.fitting.settings import FitSettings
     from loracli.model.placement import Placement
@@ -121,6 +132,7 @@ def compare(
         methods=parse_methods(rows.methods),
         options=MethodOptions(density, scale, reading.seed, rank),
         controls=parse_controls(rows.control or ()),
+        weights=parse_words(rows.weights) if rows.weights else None,
         margin=rows.margin,
     )
     found = compare_adapters(
@@ -140,7 +152,8 @@ def compare(
     out.value(found.best.name)
     comparison_lines(out, found)
     given = {"base": base, "base-revision": base_revision, "modules-to-save": reading.modules_to_save}
-    words = _export_of(found, settings.options, recipe or (), adapters or (), given)
+    options = settings.options_of(found.best.name)
+    words = _export_of(found, options, recipe or (), adapters or (), given, rows.weights or ())
     if words:
         out.hint(shlex.join(words))
 
@@ -151,13 +164,22 @@ def _export_of(
     recipes: Sequence[Path],
     adapters: Sequence[str],
     given: Mapping[str, str | None],
+    weights: Sequence[str] = (),
 ) -> list[str]:
     """The command that writes the best row; nothing where it is no composition, or has to be fitted first. `given` are
-    options that a method needs as well, and a recipe knows."""
+    options that a method and weights need as well, and a recipe knows."""
     from loracli.algebra.methods import METHODS
+    from loracli.comparison.settings import WEIGHTS
     from loracli.composition.composition import takes
 
     best, rows = found.best.name, [one.row for one in found.recipes]
+    asked = [
+        word for option, text in given.items() if text not in (None, "refuse") for word in (f"--{option}", str(text))
+    ]
+    if best == WEIGHTS:  # those of a recipe's ingredients stand in no file that export takes
+        if recipes or not adapters:
+            return []
+        return ["loracat", "export", "--weights", *weights, *asked, "--adapters", *adapters]
     place = rows.index(best) if best in rows else 0
     if len(rows) > 1:
         own = found.recipes[place].adapters
@@ -173,6 +195,5 @@ def _export_of(
             value = getattr(options, field.name)
             if value != field.default and field.name in takes(METHODS[best]):
                 words += [f"--{field.name}", str(value)]
-        for option, text in given.items():
-            words += [] if text in (None, "refuse") else [f"--{option}", str(text)]
+        words += asked
     return [*words, *(["--adapters", *adapters] if adapters else [])]

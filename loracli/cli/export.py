@@ -1,4 +1,4 @@
-"""`loracat export`: a recipe, or a method, becomes one adapter directory."""
+"""`loracat export`: a recipe, adapters with weights, or a method, become one adapter directory."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "loracat export  ·  loracat export --merge --rank 16 -o soup/  ·  loracat export --merge --tolerance 0.1  ·  "
+    "loracat export --adapters ./math ./code --weights 0.7 0.3  ·  "
     "loracat export --method ties --density 0.2 --adapters ./math ./code"
 )
 
@@ -70,8 +71,9 @@ class CompressionOptions:
 
 @dataclass(frozen=True)
 class ComposingOptions:
-    """A method in the place of a fit, and what goes with it alone."""
+    """Weights by hand or a method in the place of a fit, and what goes with them alone."""
 
+    weights: opt.Weights = None
     method: Annotated[
         str | None,
         typer.Option("--method", metavar="NAME", help="Compose by a method of `loracat compare` instead of a fit."),
@@ -83,7 +85,9 @@ class ComposingOptions:
     task_type: Annotated[
         str | None,
         typer.Option(
-            "--task-type", metavar="NAME", help="With --method: task type of the export; default: that of the adapters."
+            "--task-type",
+            metavar="NAME",
+            help="With --weights or --method: task type of the export; default: that of the adapters.",
         ),
     ] = None
 
@@ -110,7 +114,7 @@ def export(
         Path | None,
         typer.Argument(
             metavar="[RECIPE]",
-            help="Recipe that `loracat fit` wrote; default: recipe.json, unless --method has --adapters.",
+            help="Recipe that `loracat fit` wrote; default: recipe.json, unless --weights or --method has --adapters.",
         ),
     ] = None,
     compression: CompressionOptions,
@@ -148,6 +152,7 @@ def export(
     """Write one adapter: concatenated and exact, or with --merge compressed to a given rank."""
     from loracli.algebra.methods.method import MethodOptions
     from loracli.calibration.records import with_fields
+    from loracli.composition.weights import parse_words
     from loracli.errors import UsageError
     from loracli.export.export import export_adapter
     from loracli.export.loss import loss_of_export, read_loss_data
@@ -164,10 +169,14 @@ def export(
     if scored and not compression.refit:
         files = read_loss_data(scored, base=base, base_revision=base_revision, progress=out)
     # so that nothing else needs a base
-    scores_alone = composing.method is None and files is not None and not (fit_data or writing.gguf)
+    scores_alone = (
+        composing.method is None and not composing.weights and files is not None and not (fit_data or writing.gguf)
+    )
+    named = composing.weights or (composing.method and adapters)  # so that no recipe is
     request = ExportRequest(
-        recipe=Path("recipe.json") if recipe is None and not (composing.method and adapters) else recipe,
+        recipe=Path("recipe.json") if recipe is None and not named else recipe,
         adapters=adapters or (),
+        weights=parse_words(composing.weights) if composing.weights else None,
         method=composing.method,
         method_options=MethodOptions(composing.density, composing.scale, composing.seed),
         modules_to_save=composing.modules_to_save,

@@ -14,6 +14,7 @@ from loracli.progress import amount_text
 
 EPILOG = (
     "loracat fuse -o model/  ·  loracat fuse adapter-merged/ --base ./llama -o model/  ·  "
+    "loracat fuse --adapters ./math ./code --weights 0.7 0.3 -o model/  ·  "
     "loracat fuse --method sum --adapters ./math ./code -o model/"
 )
 
@@ -24,8 +25,8 @@ def fuse(
         Path | None,
         typer.Argument(
             metavar="[RECIPE]",
-            help="Recipe that `loracat fit` wrote, or an adapter's directory; default: recipe.json, unless --method "
-            "has --adapters.",
+            help="Recipe that `loracat fit` wrote, or an adapter's directory; default: recipe.json, unless "
+            "--weights or --method has --adapters.",
         ),
     ] = None,
     output: Annotated[
@@ -34,6 +35,7 @@ def fuse(
     base: opt.Base = None,
     base_revision: opt.BaseRevision = None,
     adapters: opt.AdaptersOrPlaces = None,
+    weights: opt.Weights = None,
     method: Annotated[
         str | None,
         typer.Option("--method", metavar="NAME", help="Compose by a method that needs no data instead of a fit."),
@@ -59,12 +61,22 @@ def fuse(
     out: Output,
 ) -> None:
     """Fold the composition into the base model's own weights, file by file."""
+    from loracli.composition.weights import parse_words
     from loracli.fusing.composition import FuseRequest
     from loracli.fusing.fuse import fuse_model
 
-    composed = Path("recipe.json") if recipe is None and (method is None or not adapters) else recipe
+    named = weights or (method and adapters)  # so that no recipe is
+    composed = Path("recipe.json") if recipe is None and not named else recipe
     request = FuseRequest(
-        composed, adapters or (), method, modules_to_save, base, base_revision, dtype=dtype, dequantise=dequantise
+        composed,
+        adapters=adapters or (),
+        weights=parse_words(weights) if weights else None,
+        method=method,
+        modules_to_save=modules_to_save,
+        base=base,
+        base_revision=base_revision,
+        dtype=dtype,
+        dequantise=dequantise,
     )
     fused = fuse_model(request, output, force=force, resume=resume, dry_run=dry_run, progress=out)
     out.document({"dry_run": dry_run, **encode_as(fused, base_id="base", resumed="resumed_shards")})

@@ -6,15 +6,20 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from loracli.cli import _options as opt
 from loracli.cli._output import Output
+from loracli.cli._settings import ingredient_reference
 
 if TYPE_CHECKING:
     from loracli.recipe.recipe import Recipe
 
-EPILOG = "loracat show recipe.json  ·  loracat show recipe.json --json"
+EPILOG = (
+    "loracat show recipe.json  ·  loracat show recipe.json --json  ·  loracat show recipe.json --weights > weights.toml"
+)
 
 
 def _spread(cell: tuple[float, float, float] | None) -> str:
@@ -37,6 +42,10 @@ def _document(recipe: Recipe) -> dict[str, Any]:
 def show(
     *,
     recipe: opt.RecipeArgument = Path("recipe.json"),
+    weights: Annotated[
+        bool,
+        typer.Option("--weights", help="Print the weights alone, as a file to edit for `loracat export --weights`."),
+    ] = False,
     out: Output,
 ) -> None:
     """Show a recipe: ingredients, weights, how they were found, and the held-out table."""
@@ -45,6 +54,9 @@ def show(
     from loracli.recipe.record import EDITED, INLINE_KINDS, other_bases_of, tensors_path
 
     loaded = load_recipe(recipe)
+    if weights:
+        _show_weights(out, loaded)
+        return
     edited, measured = loaded.mixing.edited, loaded.held_out_of_weights
     out.document({"recipe": _document(loaded), "weights_edited": edited})
     out.value(EDITED if measured is None else measured.verdict)
@@ -94,3 +106,19 @@ def show(
     out.line()
     held_out_lines(out, loaded)
     out.hint(shlex.join(["loracat", "export", str(recipe), "--merge"]))
+
+
+def _show_weights(out: Output, recipe: Recipe) -> None:
+    """The weights as a file, whose first line is the command that exports the same with them."""
+    from loracli.adapters.saved_modules import REFUSE
+    from loracli.composition.card import base_words
+    from loracli.composition.weights import recipe_tables, toml_text
+    from loracli.recipe.ingredients import recorded_policy
+
+    tables, policy = recipe_tables(recipe), recorded_policy(recipe)
+    words = ["loracat", "export", "--adapters", *(ingredient_reference(recipe.folder, a) for a in recipe.adapters)]
+    if base_words(recipe.base.id, recipe.adapters) or any(adapter.renamed for adapter in recipe.adapters):
+        words += ["--base", recipe.base.id]
+    words += [] if policy == REFUSE else ["--modules-to-save", policy]
+    out.document({"weights": tables})
+    out.text(toml_text(tables, words))

@@ -18,8 +18,8 @@ from loracli.adapters.kinds import kind_of
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods import METHODS
 from loracli.comparison.inputs import CompareInputs
-from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FITTED_MIXINGS, FRESH_LORA, RANDOM
-from loracli.composition.attached import MixingPoint, of_factors, of_method, of_recipe, weighted
+from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FITTED_MIXINGS, FRESH_LORA, RANDOM, UNIFORM, WEIGHTS
+from loracli.composition.attached import MixingPoint, of_factors, of_method, of_recipe, of_weights, weighted
 from loracli.composition.composition import compose_module
 from loracli.composition.fitted import PAPER, SEARCH_RECORDS, Calibration, fit_level, search_weights
 from loracli.errors import UsageError
@@ -165,7 +165,6 @@ def _shapes(adapters: Sequence[LoraAdapter], layout: Layout) -> list[tuple[int, 
     return [(factors.in_features, factors.out_features) for factors in found]
 
 
-UNIFORM = "uniform"
 _EVALUATIONS = 40  # of a search, at most: what the progress bar expects
 
 
@@ -209,7 +208,7 @@ def _way_out(error: Exception) -> str:
 
 
 def candidates(inputs: CompareInputs, calibration: Calibration | None, skipped: list[Skipped]) -> list[Candidate]:
-    """Base, ingredients, methods, fits and controls; those of `all` that cannot be had go into `skipped`.
+    """Base, ingredients, methods, weights, fits and controls; those of `all` that cannot be had go into `skipped`.
 
     Raises:
         UsageError: if a method that was asked for by name needs calibration records and there are none.
@@ -226,6 +225,8 @@ def candidates(inputs: CompareInputs, calibration: Calibration | None, skipped: 
             skipped.append(Skipped(name, "has to be fitted: give calibration records with --fit-data"))
             continue
         rows.append(_method(name, inputs, calibration, by_name))
+    if inputs.weights is not None:
+        rows.append(Candidate(WEIGHTS, "method", partial(of_weights, inputs.weights, adapters, layout)))
     rows += [Candidate(one.row, "fit", partial(one.point, adapters, layout)) for one in inputs.recipes]
     if calibration is not None:
         rows += _controls(inputs, calibration)
@@ -248,7 +249,7 @@ def _needs_data(name: str) -> bool:
 
 
 def _method(name: str, inputs: CompareInputs, calibration: Calibration | None, by_name: bool) -> Candidate:
-    layout, adapters, options = inputs.layout, inputs.adapters, inputs.settings.options
+    layout, adapters, options = inputs.layout, inputs.adapters, inputs.settings.options_of(name)
     if not _needs_data(name):
         return Candidate(name, "method", partial(of_method, METHODS[name], options, adapters, layout), by_name=by_name)
     assert calibration is not None

@@ -16,6 +16,7 @@ from loracli.calibration.dataset import Dataset, check_shape, read_dataset
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.comparison.recipes import ComparedRecipe, load_recipes
 from loracli.comparison.settings import DATAMIX, FITTED_MIXINGS, FRESH_LORA, RANDOM, CompareSettings
+from loracli.composition.weights import ModuleWeights, weights_of_modules
 from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, make_layout
 from loracli.hub.fetch import fetch_adapter
@@ -46,6 +47,7 @@ class CompareInputs:
         settings: of the comparison.
         repeated: how many test records stand in the calibration data, as far as that is known.
         saved: modules that replace the base's in every row, None without any.
+        weights: by hand, None without.
     """
 
     adapters: tuple[LoraAdapter, ...]
@@ -60,6 +62,7 @@ class CompareInputs:
     settings: CompareSettings
     repeated: int
     saved: SavedModules | None = None
+    weights: ModuleWeights | None = None
 
 
 def prepare_comparison(
@@ -147,6 +150,7 @@ def prepare_comparison(
         settings=settings,
         repeated=_repeated(test, recipes, calibration, progress),
         saved=saved,
+        weights=None if settings.weights is None else weights_of_modules(settings.weights, read),
     )
 
 

@@ -9,12 +9,15 @@ from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import MethodOptions
 from loracli.composition.composition import takes
 from loracli.composition.fitted import PAPER
+from loracli.composition.weights import Weights
 from loracli.errors import UsageError
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.recipe.record import MIXING_KINDS
 
 ALL, DATA_FREE = "all", "data-free"
 FITTED_MIXINGS = (*MIXING_KINDS, AUTO, PAPER)
+UNIFORM = "uniform"
+WEIGHTS = "weights"  # the row of weights by hand
 FRESH_LORA, RANDOM, DATAMIX = "fresh-lora", "random", "datamix"
 _CONTROLS = (FRESH_LORA, RANDOM, DATAMIX)
 _MARGIN = 0.02
@@ -75,6 +78,7 @@ class CompareSettings:
         options: of the methods.
         fit: of the levels that are fitted for it; its `mixing` is what the random control is fitted with.
         controls: that stand beside the methods.
+        weights: by hand, of a row of their own, as in `ExportRequest`; None for no such row.
         margin: nats per token that the guard records may get worse by.
     """
 
@@ -82,6 +86,7 @@ class CompareSettings:
     options: MethodOptions = MethodOptions()
     fit: FitSettings = FitSettings()
     controls: Controls = Controls()
+    weights: Weights | None = None
     margin: float = _MARGIN
 
     def __post_init__(self) -> None:
@@ -107,6 +112,10 @@ class CompareSettings:
                     f"none of the --methods {','.join(self.methods)} takes --{option.name}",
                     hint=f"leave it out, or compare one that does: {able}",
                 )
+
+    def options_of(self, name: str) -> MethodOptions:
+        """Those of a method; none of `uniform` where it only stands there to be compared with."""
+        return MethodOptions() if name == UNIFORM and UNIFORM not in self.methods else self.options
 
     def check_used(self, *, fit_data: bool, guard: bool) -> None:
         """Raises UsageError for what could change no row: records or settings of a fit without one, a margin of

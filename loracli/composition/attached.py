@@ -16,6 +16,7 @@ from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.algebra.packing import stack_experts
 from loracli.composition.composition import compose_module
+from loracli.composition.weights import ModuleWeights, equal_weights
 from loracli.errors import RecipeError
 from loracli.fitting.mixing import Applied, DiagonalMixing, FixedFactors, Layout, make_diagonal
 from loracli.recipe.record import INLINE_KINDS, RecipeMixing
@@ -65,14 +66,24 @@ def of_recipe(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], layout: Lay
     return of_factors({name: compose_module(mixing, adapters, name) for name in module_names(adapters)}, note=note)
 
 
+def of_weights(weights: ModuleWeights, adapters: Sequence[LoraAdapter], layout: Layout) -> MixingPoint:
+    """Weights by hand."""
+    equal = equal_weights(weights)
+    if equal is not None:
+        return weighted(layout, equal)
+    numbers = sum(weight is not None for row in weights.values() for weight in row)
+    return of_recipe(RecipeMixing("module", dict(weights), numbers), adapters, layout)
+
+
 def of_method(method: Method, options: MethodOptions, adapters: Sequence[LoraAdapter], layout: Layout) -> MixingPoint:
     """A method that needs no data.
 
     Raises:
         ValueError: if it cannot honour these adapters, with the reason.
     """
-    if method.weights is not None:
-        return weighted(layout, method.weights(len(adapters)))
+    weights = method.fixed_weights(len(adapters), options)
+    if weights is not None:
+        return weighted(layout, weights)
     factors, kept, whole = {}, 0.0, 0.0
     for module in module_names(adapters):
         updates = [a.modules[module].factors if module in a.modules else None for a in adapters]

@@ -138,7 +138,7 @@ def repeat_recipe(recipe: Recipe) -> Repeat:
 
 
 def repeat_method(options: Sequence[str], base_id: str, adapters: Sequence[RecipeAdapter], *, searched: bool) -> Repeat:
-    """Of a method with its options; `searched` if calibration records found its weights."""
+    """Of a method or weights as options; `searched` if calibration records found the weights."""
     words = [f"--adapters {adapter_words(adapters)}", *base_words(base_id, adapters)]
     if not searched:
         return Repeat(f"loracat export {' '.join(options)}", " ".join(words))
@@ -213,46 +213,83 @@ def recipe_card(recipe: Recipe, licences: Sequence[str | None]) -> CardText:
     )
 
 
-def method_card(
-    method: Method,
-    options: Mapping[str, object],
-    weights: Sequence[float] | None,
-    base: BaseTable,
-    adapters: Sequence[RecipeAdapter],
-    licences: Sequence[str | None],
-    saved: str | None,
-    task_type: str | None,
-) -> CardText:
-    """Of adapters, by the names that may be published, that a method composed.
+@dataclass(frozen=True)
+class CardOrigin:
+    """Adapters that were composed without a fit, by names that may be published.
 
     Args:
-        method, options, weights: that composed them; weights None of a method without.
         base: what is known of the base model.
         adapters: N of them.
         licences: that each of them states.
         saved: the policy for modules that adapters saved whole, None where they have none.
         task_type: that the user chose, None where the adapters agree on it.
     """
+
+    base: BaseTable
+    adapters: tuple[RecipeAdapter, ...]
+    licences: tuple[str | None, ...]
+    saved: str | None
+    task_type: str | None
+
+
+def method_card(
+    method: Method, options: Mapping[str, object], weights: Sequence[float] | None, origin: CardOrigin
+) -> CardText:
+    """Of adapters that a method composed, with its options; `weights` are None of a method without."""
     chosen = {name: value for name, value in options.items() if value is not None and name != "rank"}
     said = ", ".join(f"{name} {value:g}" for name, value in chosen.items() if isinstance(value, (int, float)))
     how = f"Its update of every module comes from theirs by `{method.name}`: {method.summary}"
     words = [f"--method {method.name}", *(f"--{name} {value:g}" for name, value in chosen.items())]
-    columns: Sequence[list[float] | None] = [None] * len(adapters) if weights is None else [[w] for w in weights]
-    words += [] if saved is None else [f"--modules-to-save {shell_word(saved)}"]
-    words += [] if task_type is None else [f"--task-type {task_type}"]
+    columns: Sequence[list[float] | None] = [None] * len(origin.adapters) if weights is None else [[w] for w in weights]
+    how += f"{f' ({said})' if said else ''}."
+    return _card_without_fit((how,), words, columns, origin, searched=method.search is not None)
+
+
+def weights_card(
+    weights: Sequence[Sequence[float | None]], equal: Sequence[float] | None, origin: CardOrigin
+) -> CardText:
+    """Of adapters whose weighted sum was taken with weights by hand.
+
+    Args:
+        weights: of every module, one for each adapter.
+        equal: one for each adapter where it is the same in every module, None otherwise.
+        origin: the adapters.
+    """
+    columns = [[weight for weight in column if weight is not None] for column in zip(*weights, strict=True)]
+    how = "Its update of every module is the weighted sum of theirs, with weights that were set by hand"
+    if equal is None:
+        how = f"{how} for each module: the object `weights` in `loracat.json`."
+        return _card_without_fit((how,), ["--weights loracat.json"], columns, origin)
+    numbers = [f"{weight:g}" if float(f"{weight:g}") == weight else repr(weight) for weight in equal]
+    how = f"{how}: {', '.join(numbers)}."
+    return _card_without_fit((how,), [f"--weights {' '.join(numbers)}"], columns, origin)
+
+
+def _card_without_fit(
+    how: tuple[str, ...],
+    words: Sequence[str],
+    columns: Sequence[Sequence[float] | None],
+    origin: CardOrigin,
+    *,
+    searched: bool = False,
+) -> CardText:
+    """The card that says so; `words` are the options that compose, `columns` the weights of each adapter."""
+    base, adapters = origin.base, origin.adapters
+    words = [*words, *([] if origin.saved is None else [f"--modules-to-save {shell_word(origin.saved)}"])]
+    words += [] if origin.task_type is None else [f"--task-type {origin.task_type}"]
     return CardText(
         base_id=base.id,
         adapters=len(adapters),
-        how=(f"{how}{f' ({said})' if said else ''}.",),
+        how=how,
         ingredients=(
-            *adapter_table(list(zip(adapters, columns, licences, strict=True))),
+            *adapter_table(list(zip(adapters, columns, origin.licences, strict=True))),
             "",
             *other_base_lines(base.id, adapters),
         ),
         results=(),
-        repeat=repeat_method(words, base.id, adapters, searched=method.search is not None),
+        repeat=repeat_method(words, base.id, adapters, searched=searched),
         version=__version__,
-        licence=agreed_licence(licences),
+        licence=agreed_licence(origin.licences),
         reach=tuple(_reach(base.id, base.bypassed, base.bypassed)),
         base_named=is_named(base.id, adapters),
     )

@@ -15,11 +15,13 @@ import torch
 from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, kernels_of, module_names, widest_dtype
 from loracli.adapters.claims import CAUSAL_LM, agreed_task, stated_licences
+from loracli.adapters.names import target_of
 from loracli.adapters.saved_modules import SavedModules
 from loracli.algebra.factors import Factors, concatenate, without_zeros
 from loracli.algebra.methods.method import Merged, Method, MethodOptions
 from loracli.composition.base_table import BaseTable
-from loracli.composition.card import CardText, method_card, recipe_card
+from loracli.composition.card import CardOrigin, CardText, method_card, recipe_card, weights_card
+from loracli.composition.weights import ModuleWeights, equal_weights, weight_tables
 from loracli.errors import RecipeError, UsageError
 from loracli.hub.references import BaseClaim, is_repo_id
 from loracli.recipe.ingredients import identity_of
@@ -53,6 +55,7 @@ class Composition:
         update_of: of the adapters and a module: its update in float64, with scaling 1. None where there are weights.
         rank_of: of the adapters and a module: the rank of `update_of`, None where only doing it tells.
         method: that composes, None without one.
+        fitted: whether a recipe says what it is.
         product: whether lora_B comes from a product of matrices that a fit found.
         activations: the activation covariance that a fit left, None without one.
         claim: the base that was recorded, at its commit; None for what the adapters agree on.
@@ -70,6 +73,7 @@ class Composition:
     update_of: Callable[[Sequence[LoraAdapter], str], Merged] | None = field(default=None, repr=False)
     rank_of: Callable[[Sequence[LoraAdapter], str], int | None] = field(default=_unknown_rank, repr=False)
     method: Method | None = None
+    fitted: bool = False
     product: bool = False
     activations: RecipeActivations | None = field(default=None, repr=False)
     claim: BaseClaim | None = None
@@ -138,6 +142,7 @@ def from_recipe(recipe: Recipe, adapters: Sequence[LoraAdapter], saved: SavedMod
             "recipe_sha256": recipe.sha256(),
         },
         card_of=lambda made: recipe_card(recipe.public(), stated_licences(made.adapters)),
+        fitted=True,
         activations=recipe.activations,
         claim=claim,
         saved=saved,
@@ -182,41 +187,84 @@ def from_method(
         saved: modules that replace the base's, None without any.
         task_type: PEFT's name of its task, None without one.
     """
-    if weights is None and method.weights is not None:
-        weights = method.weights(len(adapters))
+    if weights is None:
+        weights = method.fixed_weights(len(adapters), options)
     named = published_identities(adapters) if identities is None else identities
     taken = {name: value for name, value in asdict(options).items() if name in takes(method)}
+    if method.weights is not None and options.scale == DEFAULTS.scale:
+        del taken["scale"]  # which stands in the weights, and in no record of before they took it
 
     def update(adapters: Sequence[LoraAdapter], module: str) -> Merged:
         updates = [a.modules[module].factors.loaded() if module in a.modules else None for a in adapters]
         return method.merge_updates(updates, options)
 
     def document(made: Composition) -> dict[str, Any]:
-        return {
-            "method": {"name": method.name, "options": taken, "weights": weights},
-            "base": {"id": made.base.id},
-            **({"bypassed": list(made.base.bypassed)} if made.base.bypassed else {}),
-            **({} if made.saved is None else {"modules_to_save": made.saved.policy}),
-            "adapters": [encode(identity) for identity in named],
-            "versions": {"loracat": __version__, "torch": torch.__version__},
-        }
-
-    def card(made: Composition) -> CardText:
-        policy = None if made.saved is None else made.saved.policy
-        task = made.task_type if made.task_asked else None
-        return method_card(method, taken, weights, made.base, named, stated_licences(made.adapters), policy, task)
+        return {"method": {"name": method.name, "options": taken, "weights": weights}, **_document(made, named)}
 
     return Composition(
         adapters=tuple(adapters),
         base=base,
         dtype=widest_dtype([adapter.dtype for adapter in adapters]),
         document_of=document,
-        card_of=card,
+        card_of=lambda made: method_card(method, taken, weights, _card_origin(made, named)),
         weights_of=None if weights is None else lambda module: weights,
         update_of=update if weights is None else None,
         method=method,
         saved=saved,
         task_type=task_type,
+    )
+
+
+def from_weights(
+    weights: ModuleWeights,
+    adapters: Sequence[LoraAdapter],
+    base: BaseTable,
+    *,
+    identities: tuple[RecipeAdapter, ...] | None = None,
+    saved: SavedModules | None = None,
+    task_type: str | None = None,
+) -> Composition:
+    """The sum of some adapters with weights by hand.
+
+        dW_l = sum_i w_li s_i B_li A_li
+
+    Args:
+        weights: of every module that an adapter changes, from `weights_of_modules`.
+        adapters, base, identities, saved, task_type: as in `from_method`.
+    """
+    named = published_identities(adapters) if identities is None else identities
+    tables = weight_tables([f"#{place + 1}" for place in range(len(adapters))], weights)
+    rows, equal = tuple(weights.values()), equal_weights(weights)
+    return Composition(
+        adapters=tuple(adapters),
+        base=base,
+        dtype=widest_dtype([adapter.dtype for adapter in adapters]),
+        document_of=lambda made: {"weights": tables, **_document(made, named)},
+        card_of=lambda made: weights_card(rows, equal, _card_origin(made, named)),
+        weights_of=lambda module: weights[target_of(module)],
+        saved=saved,
+        task_type=task_type,
+    )
+
+
+def _document(made: Composition, adapters: Sequence[RecipeAdapter]) -> dict[str, Any]:
+    """Of an origin without a fit, what does not depend on how it was composed."""
+    return {
+        "base": {"id": made.base.id},
+        **({"bypassed": list(made.base.bypassed)} if made.base.bypassed else {}),
+        **({} if made.saved is None else {"modules_to_save": made.saved.policy}),
+        "adapters": [encode(identity) for identity in adapters],
+        "versions": {"loracat": __version__, "torch": torch.__version__},
+    }
+
+
+def _card_origin(made: Composition, adapters: tuple[RecipeAdapter, ...]) -> CardOrigin:
+    return CardOrigin(
+        base=made.base,
+        adapters=adapters,
+        licences=tuple(stated_licences(made.adapters)),
+        saved=None if made.saved is None else made.saved.policy,
+        task_type=made.task_type if made.task_asked else None,
     )
 
 

@@ -22,7 +22,7 @@ from loracli.errors import UsageError
 from loracli.export.activations import Moments, moments_of, recorded_moments
 from loracli.export.gguf import LlamaCppBase
 from loracli.export.layout import Layout
-from loracli.export.method import compose_method, compose_recipe
+from loracli.export.method import compose_method, compose_recipe, compose_weights
 from loracli.export.module import cut_module
 from loracli.export.plan import TASK, ExportPlan, plan_layout
 from loracli.export.refit import Refit, RefitRecord, check_refittable, refit_on
@@ -81,7 +81,8 @@ def export_adapter(
     dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> Exported:
-    """Writes the composition of a recipe, or what a method makes of some adapters, as one PEFT adapter directory.
+    """Writes the composition of a recipe, the sum of adapters with weights by hand, or what a method makes of them, as
+    one PEFT adapter directory.
 
     The share of the energy that a cut keeps stands in the certificate.
 
@@ -104,7 +105,9 @@ def export_adapter(
     if request.refit:
         base, revision = request.base, request.base_revision
         refit = refit_on(request.fit_data, request.data, base=base, base_revision=revision, progress=progress)
-    if method is None:
+    if request.weights is not None:
+        composition, llama_cpp = compose_weights(request, progress)
+    elif method is None:
         composition, llama_cpp = compose_recipe(request, progress)
     else:
         composition, llama_cpp = compose_method(request, method, progress)

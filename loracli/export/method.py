@@ -1,9 +1,10 @@
-"""The composition that a request asks for: of a recipe, or of a method, with the search for its weights."""
+"""The composition that a request asks for: of a recipe, of weights by hand, or of a method, with the search for its
+weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
@@ -15,8 +16,16 @@ from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.dataset import Dataset
 from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.composition.base_table import BaseTable, base_table
-from loracli.composition.composition import Composition, base_of_config, from_method, from_recipe, task_of_recipe
+from loracli.composition.composition import (
+    Composition,
+    base_of_config,
+    from_method,
+    from_recipe,
+    from_weights,
+    task_of_recipe,
+)
 from loracli.composition.fitted import TASK, Calibration, search_weights
+from loracli.composition.weights import weights_of_modules
 from loracli.errors import UsageError
 from loracli.export.gguf import LlamaCppBase, find_llama_cpp_base
 from loracli.export.request import ExportRequest
@@ -86,16 +95,26 @@ def compose_recipe(request: ExportRequest, progress: Progress) -> tuple[Composit
     return composition, found
 
 
-def compose_method(
-    request: ExportRequest, method: Method, progress: Progress
-) -> tuple[Composition, LlamaCppBase | None]:
-    """What a method makes of adapters, its weights found on records where it searches for them; else as
-    `compose_recipe`.
+@dataclass(frozen=True)
+class _Ingredients:
+    """What is composed without a fit.
 
-    Raises:
-        InputError: of the kind that fits, if adapters, recipe, base or records are rejected.
-        UsageError: if the method cannot honour these adapters, or needs an extra that is not installed.
+    Args:
+        adapters: by the names of the base as far as they are known.
+        recipe: that names them, None without one.
+        base: what is known of the base model.
+        saved: modules that replace the base's.
+        task_type: of the result.
     """
+
+    adapters: tuple[LoraAdapter, ...]
+    recipe: Recipe | None
+    base: BaseTable
+    saved: SavedModules | None
+    task_type: str | None
+
+
+def _read_ingredients(request: ExportRequest, progress: Progress) -> _Ingredients:
     base, revision = request.base, request.base_revision
     read, recipe = read_to_compose(request.adapters, request.recipe, base_given=base is not None, progress=progress)
     task = None if request.task_type is None else checked_task(request.task_type)
@@ -112,12 +131,46 @@ def compose_method(
         table = BaseTable(recipe.base.id, recipe.modules, recipe.mixing.bypassed)
     if table.bypassed:
         warn_of_merging(table.id, table.bypassed, progress)
-    saved = saved_modules(policy, read, progress=progress)
-    found = None
-    if request.gguf:
-        named = base or BaseClaim(table.id, None) if recipe is None else base_of_config(recipe.base, base)
-        found = find_llama_cpp_base(named, read, revision=revision, progress=progress)
-    weights = None
+    return _Ingredients(read, recipe, table, saved_modules(policy, read, progress=progress), task)
+
+
+def _llama_cpp_base(request: ExportRequest, given: _Ingredients, progress: Progress) -> LlamaCppBase | None:
+    """How llama.cpp has the base, None where no GGUF file is asked for."""
+    if not request.gguf:
+        return None
+    base, recipe = request.base, given.recipe
+    named = base or BaseClaim(given.base.id, None) if recipe is None else base_of_config(recipe.base, base)
+    return find_llama_cpp_base(named, given.adapters, revision=request.base_revision, progress=progress)
+
+
+def compose_weights(request: ExportRequest, progress: Progress) -> tuple[Composition, LlamaCppBase | None]:
+    """The sum of adapters with the weights of a request; else as `compose_recipe`.
+
+    Raises:
+        InputError: of the kind that fits, if adapters or base are rejected.
+        UsageError: if the weights cannot be honoured.
+    """
+    assert request.weights is not None
+    given = _read_ingredients(request, progress)
+    weights = weights_of_modules(request.weights, given.adapters)
+    composition = from_weights(weights, given.adapters, given.base, saved=given.saved, task_type=given.task_type)
+    asked = request.task_type is not None
+    return replace(composition, task_asked=asked), _llama_cpp_base(request, given, progress)
+
+
+def compose_method(
+    request: ExportRequest, method: Method, progress: Progress
+) -> tuple[Composition, LlamaCppBase | None]:
+    """What a method makes of adapters, its weights found on records where it searches for them; else as
+    `compose_recipe`.
+
+    Raises:
+        InputError: of the kind that fits, if adapters, recipe, base or records are rejected.
+        UsageError: if the method cannot honour these adapters, or needs an extra that is not installed.
+    """
+    given = _read_ingredients(request, progress)
+    read, recipe, saved = given.adapters, given.recipe, given.saved
+    found, weights = _llama_cpp_base(request, given, progress), None
     if method.search is not None:
         assert request.fit_data is not None
         weights = searched_weights(
@@ -125,8 +178,8 @@ def compose_method(
             request.method_options,
             read,
             request.fit_data,
-            base=base or (None if recipe is None else recipe.base.claim),
-            base_revision=revision,
+            base=request.base or (None if recipe is None else recipe.base.claim),
+            base_revision=request.base_revision,
             saved=saved,
             progress=progress,
         )
@@ -134,7 +187,9 @@ def compose_method(
     if cut is None and request.merge and not request.rank_rule:
         cut = max(max(adapter.ranks) for adapter in read)
     options = replace(request.method_options, rank=cut) if method.cuts else request.method_options
-    composition = from_method(method, read, table, options=options, weights=weights, saved=saved, task_type=task)
+    composition = from_method(
+        method, read, given.base, options=options, weights=weights, saved=saved, task_type=given.task_type
+    )
     return replace(composition, task_asked=request.task_type is not None), found
 
 

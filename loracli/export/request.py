@@ -13,6 +13,7 @@ from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.records import DataPaths
 from loracli.composition.composition import DEFAULTS, takes
+from loracli.composition.weights import Weights
 from loracli.errors import UsageError
 from loracli.export.layout import PROFILES
 from loracli.recipe.recipe import Recipe
@@ -23,7 +24,8 @@ OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16":
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is composed: a recipe, or by a method adapters or the ingredients of a recipe; and how it is written.
+    """What is composed: a recipe, adapters with weights by hand, or by a method adapters or the ingredients of a
+    recipe; and how it is written.
 
     A method whose own result has full rank is cut to `rank`: to the sum of the ranks if that is None, with `merge` to
     the largest ingredient rank.
@@ -31,19 +33,21 @@ class ExportRequest:
     Args:
         recipe: a recipe, or the file of one; with a method its ingredients alone are used.
         adapters: with a recipe where its ingredients are now, in its order, and empty for where it says; without one
-            what the method composes.
-        method: of `loracat compare`, None for the recipe's own mixing.
+            what the weights or the method compose.
+        weights: one number for each adapter, a file with a table for each, or the tables, see
+            `loracli.composition.weights`; None with a recipe or a method.
+        method: of `loracat compare`, None for weights, or the recipe's own mixing.
         method_options: of the method; its rank is `rank`.
-        modules_to_save: with a method `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse`
-            without one.
-        task_type: with a method PEFT's name of the export's task; None for the one that the adapters agree on.
+        modules_to_save: without a recipe's own mixing `average`, `pick:NAME` or `refuse`; None is what the recipe says,
+            and `refuse` without one.
+        task_type: likewise PEFT's name of the export's task; None for the one that the adapters agree on.
         merge: compress instead of concatenating.
         rank: of the result with `merge`, or of a method that cuts its result; None is the largest ingredient rank with
             `merge` unless one of the next three is set, and what the method says otherwise.
         tolerance: with `merge`, the smallest rank with which no module has a larger |dW - dW'|_F / |dW|_F.
         energy: with `merge`, the smallest ranks that keep this share of |dW|_F^2 over all modules.
         budget: with `merge`, the ranks that keep most in a tensor file of at most so many bytes.
-        activation_aware: with `merge` and a rank, of a recipe: cut what calibration records show least of.
+        activation_aware: with `merge` and a rank, not with a method: cut what calibration records show least of.
         refit: with `merge`, fit the k x k core of every cut module; not of a method that merges the factors.
         dtype: float32, float16 or bfloat16; None is the widest of the ingredients' dtypes, and float32 for trained
             factors.
@@ -60,6 +64,7 @@ class ExportRequest:
 
     recipe: Recipe | str | Path | None = None
     adapters: Sequence[str] = ()
+    weights: Weights | None = None
     method: str | None = None
     method_options: MethodOptions = DEFAULTS
     modules_to_save: str | None = None
@@ -100,8 +105,9 @@ def check(request: ExportRequest) -> Method | None:
 
 
 def check_form(request: ExportRequest) -> None:
-    """Raises UsageError for a rank, error, energy, dtype or profile that cannot be, whatever is composed."""
-    _refuse_first(_out_of_range(request))
+    """Raises UsageError for a rank, error, energy, dtype or profile that cannot be, whatever is composed, and for
+    weights of nothing."""
+    _refuse_first((*_of_weights(request), *_out_of_range(request)))
 
 
 # Whether something is to be refused, what is wrong with it, and the way out.
@@ -136,14 +142,20 @@ def _out_of_range(request: ExportRequest) -> _Refusals:
 
 
 def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
-    recipe, merge, refit = method is None, request.merge, request.refit
+    hand, merge, refit = request.weights is not None, request.merge, request.refit
+    recipe = method is None and not hand
     searches, cuts = method is not None and method.search is not None, method is not None and method.cuts
     fitted, data, based = request.fit_data is not None, request.data is not None, request.base or request.base_revision
     rank, rule = request.rank, request.rank_rule
     given = [f"--{name}" for name in (*(() if rank is None else ("rank",)), *rule)]
     base = "--base" if request.base else "--base-revision"
     return (
-        (recipe and request.recipe is None, "nothing to export", "give a RECIPE, or --adapters"),
+        *_of_weights(request),
+        (
+            recipe and request.recipe is None,
+            "nothing to export",
+            "give a RECIPE, or --adapters with --weights or --method",
+        ),
         (
             recipe and request.modules_to_save is not None,
             "--modules-to-save was settled when the recipe was fitted",
@@ -151,20 +163,20 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
         ),
         (
             recipe and request.task_type is not None,
-            "--task-type is for --method: a recipe is of a causal language model",
+            "--task-type is for --weights and --method: a recipe is of a causal language model",
             "leave it out",
         ),
         (
-            recipe and request.method_options != DEFAULTS,
+            method is None and request.method_options != DEFAULTS,
             "--density, --scale and --seed are for a method",
-            "name it with --method",
+            "leave them out: weights have no options" if hand else "name it with --method",
         ),
         (
             recipe and bool(based) and not (data or fitted or refit or request.gguf),
             f"{base} has no use here: no base model is read",
-            f"give it with --method, --data, --fit-data or --gguf, or leave {base} out",
+            f"give it with --weights, --method, --data, --fit-data or --gguf, or leave {base} out",
         ),
-        (not recipe and request.activation_aware, "--activation-aware is for a recipe", "leave out --method"),
+        (method is not None and request.activation_aware, "--activation-aware is for a recipe", "leave out --method"),
         (
             rank is not None and not (merge or cuts),
             "--rank is for --merge; a concatenation has the sum of the ranks",
@@ -183,7 +195,12 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
         ),
         *_out_of_range(request),
         (
-            recipe and fitted and not (request.activation_aware or refit),
+            hand and request.activation_aware and not fitted,
+            "--activation-aware has no activations to go by",
+            "give calibration records with --fit-data FILE",
+        ),
+        (
+            method is None and fitted and not (request.activation_aware or refit),
             "--fit-data has no use here",
             "give it with --activation-aware or --refit",
         ),
@@ -192,10 +209,26 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
         (data and not refit, "records to refit on have no use without --refit", "add --refit"),
         (searches and not fitted, f"{request.method} has to be fitted", "give --fit-data"),
         (
-            not recipe and fitted and not (searches or refit),
+            method is not None and fitted and not (searches or refit),
             f"{request.method} needs no calibration records",
             "leave out --fit-data",
         ),
+    )
+
+
+def _of_weights(request: ExportRequest) -> _Refusals:
+    """Of weights by hand: what else says what is composed, and what they are of."""
+    hand = request.weights is not None
+    recipe = request.recipe if isinstance(request.recipe, (str, Path)) else "recipe.json"
+    return (
+        (hand and request.method is not None, "--weights and --method both say how adapters are composed", "give one"),
+        (
+            hand and request.recipe is not None,
+            "--weights is for --adapters: a recipe has its own weights",
+            f"edit them in a file: loracat show --weights {recipe} > weights.toml, whose first line says how it is "
+            "exported",
+        ),
+        (hand and not request.adapters, "--weights without adapters", "name them: --adapters ./math ./code"),
     )
 
 

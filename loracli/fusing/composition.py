@@ -1,5 +1,5 @@
-"""What can be folded into a base: a recipe, an adapter directory, or adapters and a method; and the base that it is
-meant for."""
+"""What can be folded into a base: a recipe, an adapter directory, or adapters with weights or a method; and the base
+that it is meant for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from loracli.adapters.names import target_of
 from loracli.adapters.saved_modules import PICK, REFUSE, saved_modules, settled_policy
 from loracli.algebra.methods.method import Method
 from loracli.composition.base_table import BaseTable
-from loracli.composition.composition import Composition, from_method, from_recipe
+from loracli.composition.composition import Composition, from_method, from_recipe, from_weights
+from loracli.composition.weights import Weights, weights_of_modules
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
 from loracli.export.method import read_to_compose
 from loracli.export.request import find_method
@@ -42,11 +43,12 @@ class FuseRequest:
     """What is folded into which base, and how.
 
     Args:
-        recipe: a recipe, its file, or an adapter's directory; None with `method` and `adapters`.
-        adapters: with a recipe where its ingredients are now; with a method what is composed.
-        method: to compose by, None for the recipe's own mixing.
-        modules_to_save: with a method `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse`
-            without one. An adapter by itself has its own.
+        recipe: a recipe, its file, or an adapter's directory; None with `adapters` and `weights` or `method`.
+        adapters: with a recipe where its ingredients are now; else what is composed.
+        weights: by hand, as in `ExportRequest`; None for the recipe's own mixing, or a method.
+        method: to compose by, None for the recipe's own mixing, or weights.
+        modules_to_save: with weights or a method `average`, `pick:NAME` or `refuse`; None is what the recipe says, and
+            `refuse` without one. An adapter by itself has its own.
         base: a Hub id or directory, None for the recorded one, or what the adapters name.
         base_revision: of a base on the Hub.
         dtype: of the floating point tensors of the result; None leaves each as it is in the base.
@@ -55,6 +57,7 @@ class FuseRequest:
 
     recipe: str | Path | Recipe | None = None
     adapters: Sequence[str] = ()
+    weights: Weights | None = None
     method: str | None = None
     modules_to_save: str | None = None
     base: str | None = None
@@ -95,12 +98,15 @@ def compose_on_base(request: FuseRequest, *, progress: Progress = SILENT) -> tup
     read = named_as(plan.skeleton, read)
     check_shapes(plan.skeleton, read)
     saved = saved_modules(policy, read, progress=progress)
+    table = BaseTable(plan.reference.id, ())
+    if request.weights is not None:
+        return plan, from_weights(weights_of_modules(request.weights, read), read, table, saved=saved)
     if found is None:
         assert loaded is not None
         if loaded.mixing.edited:
             progress.note(f"{EDITED}: what it measured is left out of the card")
         return plan, from_recipe(loaded, read, saved)
-    return plan, from_method(found, read, BaseTable(plan.reference.id, ()), saved=saved)
+    return plan, from_method(found, read, table, saved=saved)
 
 
 def _read_ingredients(
@@ -108,34 +114,31 @@ def _read_ingredients(
 ) -> tuple[tuple[LoraAdapter, ...], Recipe | None, Method | None, str]:
     """The ingredients, the recipe that names them, the method in the place of its mixing, and the policy for modules
     that adapters saved whole."""
-    recipe, adapters, method, modules_to_save = (
-        request.recipe,
-        request.adapters,
-        request.method,
-        request.modules_to_save,
-    )
+    recipe, adapters, method = request.recipe, request.adapters, request.method
+    modules_to_save, weighed = request.modules_to_save, request.weights is not None
     alone = isinstance(recipe, (str, Path)) and (Path(recipe) / CONFIG_FILE).is_file()
-    if modules_to_save is not None and (alone or method is None):
+    if modules_to_save is not None and (alone or (method is None and not weighed)):
         raise UsageError(
-            "--modules-to-save goes with --method: an adapter by itself has its own modules, and a recipe those that "
-            "it was fitted with",
+            "--modules-to-save goes with --weights or --method: an adapter by itself has its own modules, and a recipe "
+            "those that it was fitted with",
             hint="leave it out",
         )
     if alone:
         if adapters or method:
             raise UsageError(f"{recipe} is an adapter: it goes without --adapters and --method")
         recipe, adapters, method = None, [str(recipe)], "sum"
-    if method is None:
+    if method is None and not weighed:
         if recipe is None:
             raise UsageError(
-                "nothing to fuse", hint="give a RECIPE, an adapter's directory, or --method and --adapters"
+                "nothing to fuse",
+                hint="give a RECIPE, an adapter's directory, or --adapters with --weights or --method",
             )
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         ingredients = read_ingredients(loaded, relocated=adapters, progress=progress)
         _refuse_biases(ingredients)
         return ingredients, loaded, None, recorded_policy(loaded)
-    found = find_method(method)
-    if found.search is not None or found.cuts:
+    found = None if method is None else find_method(method)
+    if found is not None and (found.search is not None or found.cuts):
         data = " --fit-data FILE" if found.search else ""
         raise UsageError(
             f"{method} {'has to be fitted' if found.search else 'cuts its result, and only an export says how far'}",
@@ -189,7 +192,7 @@ def bypassed_modules(reference: BaseReference, composition: Composition, progres
             f"{reference.id} also reads the weight of {named(shared)} besides calling the layer; the fused model has "
             "the update in both, PEFT and the fit in the layer alone"
         )
-    seen = composition.base.bypassed if composition.method is None else ()  # what its own record says is tried here
+    seen = composition.base.bypassed if composition.fitted else ()  # what its own record says is tried here
     return tuple(sorted(targets & read.bypassed.union(seen)))
 
 

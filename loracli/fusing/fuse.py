@@ -202,7 +202,7 @@ def fuse_model(
     """
     output = Path(output)
     dtype, dequantise = request.dtype, request.dequantise
-    check_form(ExportRequest(dtype=dtype))
+    check_form(ExportRequest(request.recipe, request.adapters, request.weights, request.method, dtype=dtype))
     if not resume:
         check_model_free(output, force=force)
     planned, composition = compose_on_base(request, progress=progress)

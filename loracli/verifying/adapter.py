@@ -49,7 +49,7 @@ from loracli.verifying.factors import (
     stripped,
 )
 from loracli.verifying.findings import UNPROVEN, Findings, compare_card, export_cards, readable_options
-from loracli.verifying.origin import Origin, find_composition, read_origin
+from loracli.verifying.origin import Origin, compose_again, find_ingredients, read_origin
 from loracli.verifying.peft_reload import reload_differences, skeleton_of
 
 _TASK = "verify"
@@ -111,7 +111,7 @@ def verify_adapter(
         path: the directory.
         document: its `loracat.json`.
         findings: takes what is checked, not checked and different.
-        recipe, adapters: as in `find_composition`.
+        recipe, adapters: as in `find_ingredients`.
         skeleton: the base model without numbers, None if it is not at hand.
         edited_card: whether the card may have been changed.
         progress: told how far it is.
@@ -152,7 +152,8 @@ def verify_adapter(
         findings.checked.append(f"that PEFT loads these tensors with these scalings, into {where}")
     else:
         findings.skip("what PEFT makes of it", f"{CONFIG_FILE} is not what an export of this record has")
-    composition = find_composition(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
+    given = find_ingredients(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
+    composition = None if given is None else compose_again(origin, given)
     if whole_card and composition is None:
         findings.skip(README_FILE, f"{UNPROVEN}, and the ingredients that it is made again of are not at hand")
     if composition is not None:
@@ -192,7 +193,7 @@ def _find_moments(
     """The second moments that a cut by activations went by, None where they are not at hand."""
     if not record.activation_aware:
         return {}
-    if record.moments == "recipe" and recipe is not None and composition.method is None:
+    if record.moments == "recipe" and recipe is not None and composition.fitted:
         return recorded_moments(composition, recipe).by_module
     why = "the records that it went by are not kept"
     if record.moments == "recipe":

@@ -171,7 +171,7 @@ def export_cards(
     """
     if options is None:
         return ()
-    ways = (False,) if composition.method is None else (False, True)
+    ways = (False,) if composition.fitted else (False, True)
     possible = [replace(composition, task_type=task_type, task_asked=asked) for asked in ways]
     labels = None if composition.saved is None else head_size(composition.saved.shapes)
     certificate = Certificate(tuple(modules.values()), "")

@@ -17,7 +17,8 @@ from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.composition.base_table import BaseTable
-from loracli.composition.composition import Composition, from_method, from_recipe
+from loracli.composition.composition import Composition, from_method, from_recipe, from_weights
+from loracli.composition.weights import weights_of_modules
 from loracli.errors import (
     AccessDenied,
     AdapterNotFound,
@@ -47,7 +48,8 @@ class Origin:
         base_id: the base model.
         recipe: as it may be published, None with a method.
         recipe_sha256: of the recipe itself.
-        method, options, weights: that composed, None with a recipe.
+        method, options, weights: that composed, None with a recipe or tables.
+        tables: of weights by hand, by the place of their adapter, None without.
         table: of base modules; with a method as far as what was written tells.
         policy: for modules that adapters saved whole.
         bypassed: with a method, modules whose weight the base is said to read without calling the layer.
@@ -63,6 +65,7 @@ class Origin:
     table: tuple[BaseModule, ...]
     policy: str
     bypassed: tuple[str, ...] = ()
+    tables: dict[str, dict[str, float]] | None = None
 
 
 def read_origin(document: Any, where: Path) -> Origin:
@@ -91,8 +94,12 @@ def read_origin(document: Any, where: Path) -> Origin:
         problems.append("base.id: missing")
     elif not problems:
         problems += [*base_problems(base["id"], None), *(p for adapter in adapters for p in adapter_problems(adapter))]
+    tables = None
+    if "weights" in document:
+        tables = decode(dict[str, dict[str, float]], document["weights"], "weights", problems)
+        recorded = {"name": None, "options": {}}
     name = recorded.get("name") if isinstance(recorded, dict) else None
-    if not isinstance(name, str) or name not in METHODS:
+    if tables is None and (not isinstance(name, str) or name not in METHODS):
         problems.append("method.name: none that this version has")
     if problems or not isinstance(recorded, dict) or not isinstance(base, dict):
         raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
@@ -104,7 +111,8 @@ def read_origin(document: Any, where: Path) -> Origin:
     if problems:
         raise IntegrityError(f"the record is damaged: {problems[0]}", where=str(where))
     policy = str(document.get("modules_to_save", REFUSE))
-    return Origin(adapters, base["id"], None, None, METHODS[recorded["name"]], options, weights, (), policy, bypassed)
+    method = METHODS.get(str(name))
+    return Origin(adapters, base["id"], None, None, method, options, weights, (), policy, bypassed, tables)
 
 
 def _options(recorded: Any, problems: list[str]) -> MethodOptions:
@@ -118,10 +126,18 @@ def _options(recorded: Any, problems: list[str]) -> MethodOptions:
     return result
 
 
-def find_composition(
+@dataclass(frozen=True)
+class Ingredients:
+    """What is at hand of a composition: the adapters, and the recipe that the user named, None without one."""
+
+    adapters: tuple[LoraAdapter, ...]
+    recipe: Recipe | None
+
+
+def find_ingredients(
     origin: Origin, findings: Findings, *, recipe: Path | None, adapters: Sequence[str], progress: Progress
-) -> Composition | None:
-    """The composition with its ingredients; None, and the findings say why, if they are not at hand.
+) -> Ingredients | None:
+    """The ingredients by the names of the recorded table; None, and the findings say why, if they are not at hand.
 
     Args:
         origin: recorded.
@@ -155,17 +171,34 @@ def find_composition(
     if origin.table:
         together = zip(read, origin.adapters, strict=True)
         read = tuple(by_names_of(origin.table, adapter, recorded) for adapter, recorded in together)
+    return Ingredients(read, given)
+
+
+def compose_again(origin: Origin, given: Ingredients) -> Composition:
+    """What is recorded, of ingredients by the names of the base.
+
+    Raises:
+        IntegrityError: if they do not fit the record.
+    """
+    read, saved = given.adapters, _saved(origin, given.adapters)
     if origin.recipe is not None:
-        return from_recipe(given or origin.recipe, read, _saved(origin, read))
+        return from_recipe(given.recipe or origin.recipe, read, saved)
+    base = BaseTable(origin.base_id, origin.table, origin.bypassed)
+    if origin.tables is not None:
+        try:
+            weights = weights_of_modules(origin.tables, read)
+        except UsageError as error:
+            raise IntegrityError(f"the recorded weights do not fit the ingredients: {error}") from None
+        return from_weights(weights, read, base, identities=origin.adapters, saved=saved)
     assert origin.method is not None
     return from_method(
         origin.method,
         read,
-        BaseTable(origin.base_id, origin.table, origin.bypassed),
+        base,
         options=origin.options,
         weights=origin.weights,
         identities=origin.adapters,
-        saved=_saved(origin, read),
+        saved=saved,
     )
 
 

@@ -49,7 +49,7 @@ from loracli.system.strict_json import read_object
 from loracli.system.tensor_file import FLOATS
 from loracli.verifying.adapter import verify_adapter
 from loracli.verifying.findings import UNPROVEN, Findings, Verification, compare_card
-from loracli.verifying.origin import COMPOSITION, find_composition, read_origin
+from loracli.verifying.origin import COMPOSITION, compose_again, find_ingredients, read_origin
 
 _TASK = "verify"
 _LEFT_BEHIND = {".git", ".gitattributes", ".gitignore", ".DS_Store", ".cache"}  # .cache: what `hf download` keeps
@@ -92,8 +92,8 @@ def _verify_model(
         findings.differs(f"it cannot be read as a model: {error}")
         return
     origin = read_origin(document.get("composition"), where)
-    composition = find_composition(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
-    if composition is None:
+    given = find_ingredients(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
+    if given is None:
         _leave_card(whole_card, findings)
         return
     if base is None and recorded.commit is None:
@@ -102,7 +102,7 @@ def _verify_model(
         return
     try:
         asked = base or BaseClaim(recorded.id, recorded.commit)
-        reference = find_base(composition.adapters, asked, revision=base_revision, progress=progress)
+        reference = find_base(given.adapters, asked, revision=base_revision, progress=progress)
     except (HubUnreachable, AccessDenied, InputError) as error:
         if base is not None:
             raise
@@ -111,7 +111,7 @@ def _verify_model(
         return
     _check_base(reference, recorded)
     plan = plan_base(reference, dequantised=dequantised is not None)
-    composition = replace(composition, adapters=named_as(plan.skeleton, composition.adapters))
+    composition = compose_again(origin, replace(given, adapters=named_as(plan.skeleton, given.adapters)))
     check_shapes(plan.skeleton, composition.adapters)
     checkpoint = read_checkpoint(reference.path)
     fields = {} if dequantised is None else read_config(reference.path)

@@ -62,7 +62,9 @@ COMMANDS: dict[str, Callable[[Path, Path, Path, Progress], object]] = {
     "compare": lambda idle, base, data, progress: prepare_comparison(
         str(data), adapters=[str(idle)], base=str(base), progress=progress
     ),
-    "fuse": lambda idle, base, data, progress: compose_on_base(str(idle), [], None, base=str(base), progress=progress),
+    "fuse": lambda idle, base, data, progress: compose_on_base(
+        ExportRequest(str(idle), base=str(base)), progress=progress
+    ),
     "convert": lambda idle, base, data, progress: read_convertible(str(idle), progress=progress),
     "export --method": lambda idle, base, data, progress: export_adapter(
         ExportRequest(method="sum", adapters=[str(idle)], base=str(base)), data.parent / "out", progress=progress

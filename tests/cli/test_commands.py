@@ -352,6 +352,14 @@ def test_the_next_command_is_named_with_what_was_given_and_can_be_typed(here: Pa
     assert hinted("show", "it's/soup.json") == following
 
 
+def test_weights_that_were_the_best_are_exported_as_they_were_typed() -> None:
+    given, weights = {"base": "base", "base-revision": None, "modules-to-save": "average"}, ["0.7", "-0.3"]
+    words = _export_of("weights", MethodOptions(), None, ["a", "b"], given, weights)
+    expected = "loracat export --weights 0.7 -0.3 --base base --modules-to-save average --adapters a b"
+    assert shlex.join(words) == expected
+    assert _export_of("weights", MethodOptions(), Path("recipe.json"), ["a", "b"], given, weights) == []
+
+
 @pytest.mark.parametrize("best", ["ties", "dare", "lorahub", "fit", "module", "base", "random"])
 def test_only_what_can_be_exported_is_named_after_a_comparison(best: str) -> None:
     given = {"base": "my base", "base-revision": None, "modules-to-save": "refuse"}

@@ -146,7 +146,7 @@ def test_a_comparison_that_is_stopped_leaves_nothing(few: Path, monkeypatch: pyt
         (["--generate", "bleu"], 2, "the metric bleu is not one of"),
         (["--density", "0"], 2, "--density 0.0 is not above 0"),
         (["--guard", "none.jsonl"], 3, "none.jsonl cannot be read"),
-        (["--methods", "sum", "--scale", "2"], 2, "none of the --methods sum takes --scale"),
+        (["--methods", "svd", "--scale", "2"], 2, "none of the --methods svd takes --scale"),
         (["--methods", "sum,module", "--density", "0.5"], 2, "none of the --methods sum,module takes --density"),
         (["--methods", "sum", "--rank", "4"], 2, "none of the --methods sum takes --rank"),
         (["--margin", "0.1"], 2, "--margin is for the records of --guard"),

@@ -135,6 +135,12 @@ def test_a_value_that_looks_like_an_option_passes_behind_its_own_option() -> Non
     assert parsed is not None and (parsed["seed"], parsed["adapters"]) == ("--adapters", ["a"])
 
 
+@pytest.mark.parametrize("number", ["-1", "-0.5", "-.5", "-1,2", "-1,-2", "-inf"])
+def test_a_negative_number_is_a_value_and_begins_no_option(number: str) -> None:
+    parsed = greedy(["-x", "1", number, "-f", "-s", "-3", "--adapters", number, "a"])
+    assert parsed == {"extra": ["1", number], "force": True, "seed": "-3", "adapters": [number, "a"], "verbose": 0}
+
+
 # The real command.
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from loracli.adapters.adapter import read_adapter
 from loracli.algebra.factors import norm
 from loracli.algebra.methods import METHODS
+from loracli.algebra.methods.method import MethodOptions
 from loracli.comparison.candidates import Candidate, FreshLora, _descend, random_adapters
 from loracli.comparison.compare import _Comparison, run_comparison
 from loracli.comparison.inputs import prepare_comparison
@@ -110,6 +111,25 @@ def test_base_ingredients_uniform_sum_and_fit_are_those_of_the_held_out_table(
         for ours, theirs in zip(found.tasks, table.tasks, strict=True)
     )
     assert [task.task for task in found.tasks] == ["even", "odd"]
+
+
+def test_weights_by_hand_score_as_the_fit_and_the_methods_that_have_them(
+    data: Path, tiny_base: Path, recipe: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    """The same engine on the same weights: to the last bit where they are one for each adapter."""
+    from loracli.composition.weights import weight_tables
+    from loracli.recipe.recipe import load_recipe
+
+    tables = weight_tables(["#1", "#2"], load_recipe(recipe).mixing.weights)
+    fitted = compare(data, tiny_base, recipe=recipe, settings=CompareSettings(("uniform",), weights=tables))
+    assert fitted.row("weights").nats_per_token == fitted.row("fit").nats_per_token
+    assert fitted.row("weights").kind == "method" and fitted.row("weights").rank == fitted.row("fit").rank
+    settings = CompareSettings(("sum",), options=MethodOptions(scale=0.5), weights=(0.5, 0.5))
+    found = compare(data, tiny_base, two_adapters, settings=settings)
+    half = found.row("uniform").nats_per_token  # which is not scaled where it was not named
+    assert found.row("weights").nats_per_token == found.row("sum").nats_per_token == half
+    named = replace(settings, methods=("sum", "uniform"), weights=None)
+    assert compare(data, tiny_base, two_adapters, settings=named).row("uniform").nats_per_token != half
 
 
 def test_differences_to_uniform_are_paired_and_zero_for_uniform_itself(

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from loracli.composition.weights import weight_tables
 from loracli.errors import BaseModelMismatch, LoracatError, OutOfResources, OutputExists, StateMismatch, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
@@ -102,6 +103,21 @@ def test_every_weight_is_the_float64_sum_rounded_once(tmp_path: Path, case: str,
         assert float(((after[name].double() - exact).abs() / spacing).max()) <= 0.5 + 1e-3
         assert (after[name] != exact.to(dtype)).double().mean() < 5e-3  # ties
         assert not torch.equal(after[name], weight)
+
+
+def test_weights_by_hand_make_the_model_of_a_recipe_with_these_weights(tmp_path: Path) -> None:
+    made = Made(tmp_path, "disjoint targets")
+    names, base = [str(path) for path in made.paths], str(made.base)
+    tables = weight_tables(["#1", "#2"], made.recipe.mixing.weights)
+    fuse_model(FuseRequest(made.recipe, base=base), tmp_path / "recipe")
+    fused = fuse_model(FuseRequest(adapters=names, weights=tables, base=base), tmp_path / "hand")
+    assert fused.modules == len(made.recipe.mixing.weights)
+    expected, found = tensors(tmp_path / "recipe"), tensors(tmp_path / "hand")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert verify_directory(tmp_path / "hand", adapters=names, base=base).not_checked == ()
+    assert "weights that were set by hand" in (tmp_path / "hand" / "README.md").read_text()
+    with pytest.raises(UsageError, match="--weights and --method both"):
+        fuse_model(FuseRequest(adapters=names, weights=(1, 1), method="sum", base=base), tmp_path / "no")
 
 
 def test_two_roundings_would_show(tmp_path: Path) -> None:

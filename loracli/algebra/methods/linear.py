@@ -43,7 +43,7 @@ def _sum_weights(adapters: int) -> tuple[float, ...]:
     return (1.0,) * adapters
 
 
-SUM = Method("sum", "each adapter at full strength", weights=_sum_weights)
+SUM = Method("sum", "each adapter at full strength", weights=_sum_weights, takes=frozenset({"scale"}))
 
 
 def _uniform_weights(adapters: int) -> tuple[float, ...]:
@@ -51,7 +51,7 @@ def _uniform_weights(adapters: int) -> tuple[float, ...]:
     return (1.0 / adapters,) * adapters
 
 
-UNIFORM = Method("uniform", "the average, 1/N each", weights=_uniform_weights)
+UNIFORM = Method("uniform", "the average, 1/N each", weights=_uniform_weights, takes=frozenset({"scale"}))
 
 
 _GRID = (0.3, 0.6, 0.9, 1.2, 1.5)

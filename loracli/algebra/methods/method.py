@@ -93,6 +93,10 @@ class Method:
             raise ValueError("an adapter has lora_bias, and the method composes updates of weights alone")
         return self.merge(updates, options)
 
+    def fixed_weights(self, adapters: int, options: MethodOptions) -> tuple[float, ...] | None:
+        """One weight for each of N adapters, with the scale; None where it merges, or searches for them."""
+        return None if self.weights is None else tuple(options.scale * one for one in self.weights(adapters))
+
     @property
     def cuts(self) -> bool:
         """Whether it takes the rank of its result, which `merge` cuts to."""

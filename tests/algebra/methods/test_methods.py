@@ -96,6 +96,12 @@ def test_factors_are_in_float64_with_the_scaling_within(method: Method) -> None:
     assert (found.lora_A.dtype, found.lora_B.dtype, found.scaling) == (torch.float64, torch.float64, 1.0)
 
 
+def test_the_scale_multiplies_fixed_weights() -> None:
+    for name, weight in (("sum", 1.0), ("uniform", 0.25)):
+        assert METHODS[name].fixed_weights(4, MethodOptions(scale=-0.7)) == (-0.7 * weight,) * 4
+    assert METHODS["ties"].fixed_weights(4, MethodOptions()) is None
+
+
 @pytest.mark.parametrize("method", [m for m in MERGES if "scale" in m.takes], ids=lambda m: m.name)
 def test_the_scale_multiplies_the_result(method: Method) -> None:
     options = MethodOptions(density=0.5)
