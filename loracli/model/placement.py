@@ -47,8 +47,8 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 def _ours() -> OutOfResources:
     return OutOfResources(
-        "memory ran out during the fit",
-        hint="try --checkpointing, a smaller --batch-tokens, a smaller --max-length, or --dtype bfloat16",
+        "memory ran out",
+        hint="try --dtype bfloat16; for a fit also --checkpointing, a smaller --batch-tokens or a smaller --max-length",
     )
 
 
