@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loracli.fitting.run import fit_mixing
     from loracli.fitting.settings import FitSettings
     from loracli.fusing.fuse import Fused, fuse_model
+    from loracli.generating.generate import Generated, GenerateRequest, generate_answers
     from loracli.hub.fetch import Fetched, fetch_adapter
     from loracli.pushing.push import Pushed, push_adapter
     from loracli.recipe.recipe import Recipe, load_recipe
@@ -49,6 +50,8 @@ _HOMES = {
     "Fetched": "loracli.hub.fetch",
     "FitSettings": "loracli.fitting.settings",
     "Fused": "loracli.fusing.fuse",
+    "GenerateRequest": "loracli.generating.generate",
+    "Generated": "loracli.generating.generate",
     "Lint": "loracli.serving.lint",
     "LoraAdapter": "loracli.adapters.adapter",
     "LoracatError": "loracli.errors",
@@ -65,6 +68,7 @@ _HOMES = {
     "fetch_adapter": "loracli.hub.fetch",
     "fit_mixing": "loracli.fitting.run",
     "fuse_model": "loracli.fusing.fuse",
+    "generate_answers": "loracli.generating.generate",
     "inspect_adapters": "loracli.adapters.compatible",
     "lint_adapter": "loracli.serving.lint",
     "load_recipe": "loracli.recipe.recipe",
@@ -84,6 +88,8 @@ __all__ = [
     "Fetched",
     "FitSettings",
     "Fused",
+    "GenerateRequest",
+    "Generated",
     "Lint",
     "LoraAdapter",
     "LoracatError",
@@ -100,6 +106,7 @@ __all__ = [
     "fetch_adapter",
     "fit_mixing",
     "fuse_model",
+    "generate_answers",
     "inspect_adapters",
     "lint_adapter",
     "load_recipe",

@@ -8,7 +8,7 @@ with that adapter, and the base answers as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -218,10 +218,12 @@ class _Asked:
 
 def _read(request: GenerateRequest, progress: Progress) -> _Asked:
     recipe: Recipe | None = None
+    read: tuple[LoraAdapter, ...]
+    names: tuple[str, ...]
     if Path(request.composed).is_dir():
-        place = Reference(str(request.composed), path=Path(request.composed))
-        read: tuple[LoraAdapter, ...] = (read_adapter(fetch_adapter(place, progress=progress), progress=progress),)
-        names = (f"./{request.composed}" if str(request.composed) == _BASE else str(request.composed),)
+        directory = Reference(str(request.composed), path=Path(request.composed))
+        read = (read_adapter(fetch_adapter(directory, progress=progress), progress=progress),)
+        names = (f"./{directory.text}" if directory.text == _BASE else directory.text,)
         warn_of_open_orders(read, progress)
     else:
         recipe = load_recipe(request.composed)
@@ -237,9 +239,8 @@ def _read(request: GenerateRequest, progress: Progress) -> _Asked:
     answerers = [_Answerer(_BASE, weighted(layout, [0.0] * len(read)))]
     for place, adapter in enumerate(read):
         alone = weighted(layout, [float(place == other) for other in range(len(read))])
-        answerers.append(
-            _Answerer(names[place], alone, saved_modules(f"{PICK}#1", [adapter]) if adapter.saved else None)
-        )
+        own = saved_modules(f"{PICK}#1", [adapter]) if adapter.saved else None
+        answerers.append(_Answerer(names[place], alone, own))
     if recipe is not None:
         saved = saved_modules(recorded_policy(recipe), read, progress=progress)
         answerers.append(_Answerer(FIT, of_recipe(recipe.mixing, read, layout), saved))
@@ -301,7 +302,8 @@ class _Talk:
     def _prompt(self, said: Sequence[Message]) -> list[int]:
         _check(said[-1]["content"])
         if self._conversations is None:
-            return plain_prompt(self._session.tokenizer, "\n".join(turn["content"] for turn in said))
+            ends = {"user": "", "assistant": "\n"}  # an answer goes on where its prompt stops
+            return plain_prompt(self._session.tokenizer, "".join(t["content"] + ends[t["role"]] for t in said))
         try:
             return self._conversations.prompt(said)
         except (RenderError, TemplateExceeded) as error:
@@ -333,7 +335,7 @@ class _Pieces:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._decode = partial(tokenizer.decode, skip_special_tokens=True)
+        self._decode: Callable[[list[int]], str] = partial(tokenizer.decode, skip_special_tokens=True)
         self._tokens: list[int] = []
         self._first = self._said = 0  # the tokens of the last piece
         self.text = ""

@@ -149,7 +149,7 @@ def test_without_a_chat_template_the_prompt_stands_as_it_is(tmp_path: Path) -> N
     first, second = ([*turn.answers.values()][0] for turn in found.turns)
     ids = AutoTokenizer.from_pretrained(base)
     assert list(first.prompt_tokens) == ids("ab").input_ids
-    assert list(second.prompt_tokens) == ids(f"ab\n{first.text}\ncd").input_ids
+    assert list(second.prompt_tokens) == ids(f"ab{first.text}\ncd").input_ids
 
 
 def test_the_conversation_goes_on_for_each_with_its_own_answers(made: Path, tiny_base: Path) -> None:
