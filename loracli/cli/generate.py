@@ -32,7 +32,7 @@ def generate(
     *,
     composed: Annotated[
         Path,
-        typer.Argument(metavar="[RECIPE|DIR]", help="Recipe that `loracat fit` wrote, or an adapter's directory."),
+        typer.Argument(metavar="RECIPE|DIR", help="Recipe that `loracat fit` wrote, or an adapter's directory."),
     ] = Path("recipe.json"),
     prompt: Annotated[
         str | None,
@@ -53,7 +53,7 @@ def generate(
     placement: opt.PlacementOptions,
     out: Output,
 ) -> None:
-    """See what base, adapters and composition answer, greedily; `loracat lint` names what serves them."""
+    """Ask base, adapters and composition the same, to look at the answers; `loracat lint` names what serves them."""
     from loracli.generating.generate import GenerateRequest, generate_answers
     from loracli.model.placement import Placement
 
