@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loracli.fitting.settings import FitSettings
     from loracli.fusing.composition import FuseRequest
     from loracli.fusing.fuse import Fused, fuse_model
+    from loracli.generating.generate import Generated, GenerateRequest, generate_answers
     from loracli.hub.fetch import Fetched, fetch_adapter
     from loracli.model.placement import Placement
     from loracli.pushing.push import Pushed, PushRequest, push_adapter
@@ -53,6 +54,8 @@ _HOMES = {
     "FitSettings": "loracli.fitting.settings",
     "FuseRequest": "loracli.fusing.composition",
     "Fused": "loracli.fusing.fuse",
+    "GenerateRequest": "loracli.generating.generate",
+    "Generated": "loracli.generating.generate",
     "Lint": "loracli.serving.lint",
     "LoraAdapter": "loracli.adapters.adapter",
     "LoracatError": "loracli.errors",
@@ -71,6 +74,7 @@ _HOMES = {
     "fetch_adapter": "loracli.hub.fetch",
     "fit_mixing": "loracli.fitting.run",
     "fuse_model": "loracli.fusing.fuse",
+    "generate_answers": "loracli.generating.generate",
     "inspect_adapters": "loracli.adapters.compatible",
     "lint_adapter": "loracli.serving.lint",
     "load_recipe": "loracli.recipe.recipe",
@@ -92,6 +96,8 @@ __all__ = [
     "FitSettings",
     "FuseRequest",
     "Fused",
+    "GenerateRequest",
+    "Generated",
     "Lint",
     "LoraAdapter",
     "LoracatError",
@@ -110,6 +116,7 @@ __all__ = [
     "fetch_adapter",
     "fit_mixing",
     "fuse_model",
+    "generate_answers",
     "inspect_adapters",
     "lint_adapter",
     "load_recipe",

@@ -76,6 +76,8 @@ def _rows(schema: dict[str, Any], value: dict[str, Any], path: str) -> Iterator[
         elif child.get("type") == "array":
             inner = _resolved(schema, child["items"])
             shown, suffix = f"list of {_type(inner)}", "[]"
+        elif isinstance(child.get("additionalProperties"), dict):
+            inner, suffix = _resolved(schema, child["additionalProperties"]), ".NAME"
         if key not in required:
             text += "; not always there"
         yield f"`{path}{key}`", shown, text.replace("|", "\\|")

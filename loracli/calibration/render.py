@@ -62,6 +62,16 @@ def _prepended_tokens(tokenizer: Any) -> list[int]:
     raise CalibrationError("the base model's tokenizer writes a text otherwise where it adds special tokens")
 
 
+def plain_prompt(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a prompt as it stands, as they come before a completion.
+
+    Raises:
+        CalibrationError: if the tokenizer makes nothing of it that could come before a completion.
+    """
+    prepended, own = _prepended_tokens(tokenizer), _tokens(tokenizer, text)
+    return own if own[: len(prepended)] == prepended else [*prepended, *own]
+
+
 def continuation(tokenizer: Any, context: str, text: str) -> list[int]:
     """The tokens of `text` after `context`, whose own tokens stay as they are.
 
@@ -156,6 +166,32 @@ class Conversations:
             return self._rendered(content)
         except TemplateRefused as error:
             raise RenderError(f"the chat template refuses it: {error}") from None
+
+    def prompt(self, said: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation, and of what the template writes before the next answer.
+
+        Raises:
+            RenderError: if the template refuses it.
+            TurnNotWritten: if it leaves a turn out.
+            TemplateExceeded: if it takes more time or memory than it may.
+        """
+        form = self._form(said, None)
+        if form.lost is not None:
+            raise TurnNotWritten(form.lost, said[form.lost], ([], []))
+        try:
+            return _tokens(self._tokenizer, self._template.render(_in_form(said, form)))
+        except TemplateRefused as error:
+            raise RenderError(f"the chat template refuses it: {error}") from None
+
+    def end_of_answer(self) -> int | None:
+        """The token that the template closes an answer with; None where that is no special token, or where an answer
+        stands is not known."""
+        said = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+        try:
+            last = self.render({"messages": said})[0][-1]
+        except RenderError:
+            return None
+        return last if last in self._special else None
 
     def _rendered(self, content: dict[str, Any]) -> Rendered:
         said: list[Message] = content["messages"]
@@ -423,6 +459,11 @@ def _template_sha256(tokenizer: Any) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest() if text else None
 
 
+def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a chat template."""
+    return bool(_template_text(tokenizer))
+
+
 def _template_text(tokenizer: Any) -> str:
     template = getattr(tokenizer, "chat_template", None) or ""
     return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
@@ -432,7 +473,7 @@ def _takes_template(file: CalibrationFile, tokenizer: Any, progress: Progress) -
     """Whether the chat template renders the file; Alpaca records can do without."""
     if file.shape in ("text", "prompt-completion"):
         return False
-    templated = bool(_template_text(tokenizer))
+    templated = has_template(tokenizer)
     if file.shape == "alpaca":
         way = "with the base model's chat template" if templated else "as lines, as the tokenizer has no chat template"
         progress.note(f"{file.source}: the Alpaca records are written {way}")

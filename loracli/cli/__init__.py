@@ -15,7 +15,23 @@ import typer
 from typer.core import TyperGroup
 
 from loracli._version import __version__
-from loracli.cli import compare, convert, demo, env, export, fetch, fit, fuse, inspect, lint, push, report, show, verify
+from loracli.cli import (
+    compare,
+    convert,
+    demo,
+    env,
+    export,
+    fetch,
+    fit,
+    fuse,
+    generate,
+    inspect,
+    lint,
+    push,
+    report,
+    show,
+    verify,
+)
 from loracli.cli._command import ORIGINS, Command, write_examples
 from loracli.cli._options import with_groups
 from loracli.cli._output import TALK, Output, Talk, print_anything
@@ -156,7 +172,10 @@ def _root(
         raise UsageError(f"loracat {command} is for one process", hint="leave torchrun out; fit can use several")
 
 
-for _module in (fetch, inspect, convert, fit, show, compare, export, fuse, verify, push, lint, report, demo, env):
+_COMMANDS = (
+    fetch, inspect, convert, fit, show, compare, generate, export, fuse, verify, push, lint, report, demo, env,
+)  # fmt: skip
+for _module in _COMMANDS:
     _name = _module.__name__.rpartition(".")[2]
     app.command(name=_name, cls=Command, epilog=_module.EPILOG)(with_groups(getattr(_module, _name)))
 

@@ -131,6 +131,9 @@ Weights = Annotated[
 ]
 Places = Annotated[list[str] | None, _adapters("Where the ingredients are now, in the recorded order.")]
 
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", help="Largest length of a generated answer.")
+]
 Fields = Annotated[
     str | None,
     typer.Option(
@@ -228,9 +231,7 @@ class AnswerOptions:
             help="Judge greedy answers by your own program: JSONL in, one number per line out.",
         ),
     ] = None
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", metavar="N", help="Largest length of a generated answer.")
-    ] = 256
+    max_new_tokens: MaxNewTokens = 256
     tolerance: Annotated[
         float, typer.Option("--tolerance", metavar="X", help="Relative tolerance of the metric numeric.")
     ] = 1e-4

@@ -13,13 +13,21 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from loracli.cli._options import Json, Quiet
-from loracli.errors import CalibrationError, LoracatError, RecipeError, SettingsError, VerificationError
+from loracli.errors import (
+    CalibrationError,
+    LoracatError,
+    RecipeError,
+    SettingsError,
+    UsageError,
+    VerificationError,
+)
 from loracli.progress import WORK, amount_text, duration_text
 from loracli.system.document import encode
 from loracli.system.escaping import visible
@@ -201,6 +209,16 @@ class Output:
         if not (self.quiet or self.as_json):
             self._stdout.print(plain(text, style))
 
+    def piece(self, text: str, end: str = "") -> None:
+        """A part of a line, for people and for `--quiet`."""
+        if not self.as_json:
+            self._stdout.print(plain(text), end=end, soft_wrap=True)
+
+    @property
+    def width(self) -> int:
+        """Columns of a line of results."""
+        return self._stdout.width
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, strong: int | None = None) -> None:
         """A table for people: the first column is text, the others are aligned to the right; row `strong` stands
         out. One that is too wide for the terminal comes in parts, each with the first column."""
@@ -262,6 +280,22 @@ class Output:
             self._warned.add(message)
         if not known:
             self._say("warning: ", "yellow", message)
+
+    def ask(self, marker: str) -> str:
+        """A line that is typed on the terminal, without its end; nothing at the end of the input."""
+        self.close()
+        try:
+            if sys.stdout.isatty():
+                with suppress(ImportError):
+                    import readline  # noqa: F401  # what is typed can be edited
+                return input(marker)
+            self._stderr.print(plain(marker), end="")
+            return sys.stdin.readline().removesuffix("\n")
+        except EOFError:
+            self._stderr.print()
+            return ""
+        except UnicodeDecodeError:
+            raise UsageError("what was typed is not text in the encoding of the terminal") from None
 
     def hint(self, command: str) -> None:
         """Names the next command to type."""

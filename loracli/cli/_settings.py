@@ -264,7 +264,7 @@ TABLE = (
     Row("no", ("device", "device-map", "shard"), "takes devices of this machine"),
     Row("no", ("max-size", "with-base"), "lifts a ceiling of a download"),
     Row("no", ("from-pickle", "edited-card"), "lifts a check"),
-    Row("no", ("push.revision", "message"), "names another place, or speaks, in the user's name"),
+    Row("no", ("push.revision", "message", "prompt"), "names another place, or speaks, in the user's name"),
     Row("inside", ("output",), "is a new name, and no hidden one"),
     Row("inside", ("adapters", "control", "initial"), "are directories, or references on the Hub"),
     Row("inside", ("data", "eval-data", "fit-data", "guard", "comparison", "recipe"), "are files"),
@@ -274,7 +274,7 @@ TABLE = (
         tuple(
             "activation-aware allow-truncation batch-tokens budget checkpointing cv density dequantise dtype energy "
             "fields format generate gguf holdout learning-rate margin max-length max-new-tokens merge method methods "
-            "mixing modules-to-save paper passes profile rank refit ridge scale seed select-by skip-bad task-type "
+            "mixing modules-to-save paper passes profile rank raw refit ridge scale seed select-by skip-bad task-type "
             "tolerance".split()
         ),
         "says how it is computed",

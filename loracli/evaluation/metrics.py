@@ -137,6 +137,12 @@ _METRICS = (*_GENERATED, CHOICE)
 MAX_NEW_TOKENS = 256
 
 
+def check_max_new_tokens(count: int) -> None:
+    """Raises UsageError unless an answer may have so many tokens."""
+    if not 1 <= count <= 1 << 16:
+        raise UsageError(f"--max-new-tokens {count} is not between 1 and {1 << 16}")
+
+
 @dataclass(frozen=True)
 class TaskMetric:
     """A way to judge answers.
@@ -159,8 +165,7 @@ class TaskMetric:
             raise UsageError(f"the metric {self.name} is not one of {', '.join(_METRICS)}")
         if self.name == COMMAND:
             _split_command(self.command or "")
-        if not 1 <= self.max_new_tokens <= 1 << 16:
-            raise UsageError(f"--max-new-tokens {self.max_new_tokens} is not between 1 and {1 << 16}")
+        check_max_new_tokens(self.max_new_tokens)
         if not 0 <= self.tolerance <= 1:
             raise UsageError(f"--tolerance {self.tolerance} is not between 0 and 1")
 

@@ -55,26 +55,80 @@ def greedy_answers(
         progress: told how many are done.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    device = next(model.parameters()).device
     progress.begin(TASK, len(prompts), "records")
     try:
         with _greedy(model, max_new_tokens, ends, pad) as config:
             for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
-                longest = max(len(prompts[i]) for i in rows)
-                missing = [longest - len(prompts[i]) for i in rows]
-                ids = torch.tensor([[pad] * m + list(prompts[i]) for m, i in zip(missing, rows, strict=True)])
-                mask = torch.tensor([[0] * m + [1] * (longest - m) for m in missing])
-                with torch.no_grad():
-                    found = model.generate(
-                        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
-                    )
-                for i, answer in zip(rows, found[:, longest:].tolist(), strict=True):
-                    end = next((place for place, token in enumerate(answer) if token in ends), len(answer))
-                    answers[i] = answer[:end]
+                for i, written in zip(rows, _written(model, [prompts[i] for i in rows], config), strict=True):
+                    answers[i] = written[: _end_of(written, ends)]
                 progress.advance(TASK, len(rows))
     finally:
         progress.finish(TASK)
     return answers
+
+
+def told_answer(
+    model: Any,
+    prompt: Sequence[int],
+    tell: Callable[[int], None],
+    *,
+    max_new_tokens: int,
+    ends: Sequence[int],
+    pad: int,
+) -> tuple[list[int], bool]:
+    """As `greedy_answers` of one prompt, each token told when it is chosen; and whether an end was reached, which is
+    not told.
+
+    Args:
+        model, max_new_tokens, ends, pad: as there.
+        prompt: at least one token.
+        tell: gets each token.
+    """
+    with _greedy(model, max_new_tokens, ends, pad) as config:
+        (written,) = _written(model, [prompt], config, _Told(tell, ends))
+    end = _end_of(written, ends)
+    return written[:end], end < len(written)
+
+
+class _Told:
+    """What transformers' generation hands the prompt to, and then every token.
+
+    Args:
+        tell: gets every token but the prompt's, and no end.
+        ends: tokens that end an answer.
+    """
+
+    def __init__(self, tell: Callable[[int], None], ends: Sequence[int]) -> None:
+        self._tell, self._ends, self._begun = tell, ends, False
+
+    def put(self, value: Tensor) -> None:
+        if self._begun and int(value) not in self._ends:
+            self._tell(int(value))
+        self._begun = True
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def _written(
+    model: Any, prompts: Sequence[Sequence[int]], config: Any, streamer: _Told | None = None
+) -> list[list[int]]:
+    """What the model writes after each of these prompts, an end and what fills up behind it included."""
+    device, pad = next(model.parameters()).device, config.pad_token_id
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.no_grad():
+        found = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer
+        )
+    written: list[list[int]] = found[:, longest:].tolist()
+    return written
+
+
+def _end_of(written: Sequence[int], ends: Sequence[int]) -> int:
+    """How many tokens stand before the first end."""
+    return next((place for place, token in enumerate(written) if token in ends), len(written))
 
 
 def _batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:

@@ -435,6 +435,25 @@ def replace_modules(model: nn.Module, saved: SavedModules | None) -> None:
         setattr(model.get_submodule(module), name, nn.Parameter(replaced, requires_grad=False))
 
 
+@contextmanager
+def modules_replaced(model: nn.Module, saved: SavedModules | None) -> Iterator[None]:
+    """As `replace_modules`, for the time being: at the end the model has its own parameters again, tied as before.
+
+    Raises:
+        BaseModelMismatch: as `replace_modules`.
+    """
+    if saved is not None:
+        check_saved(model, saved)
+    own = {path: model.get_parameter(path) for path in (() if saved is None else saved.sources)}
+    replace_modules(model, saved)
+    try:
+        yield
+    finally:
+        for path, parameter in own.items():
+            module, _, name = path.rpartition(".")
+            setattr(model.get_submodule(module), name, parameter)
+
+
 def check_saved(model: nn.Module, saved: SavedModules) -> None:
     """Whether the model, which may be without numbers, has the parameters that are to be replaced.
 

@@ -276,8 +276,8 @@ def _memory_errors() -> Iterator[None]:
 
 def _ours() -> OutOfResources:
     return OutOfResources(
-        "memory ran out during the fit",
-        hint="try --checkpointing, a smaller --batch-tokens, a smaller --max-length, or --dtype bfloat16",
+        "memory ran out",
+        hint="try --dtype bfloat16; for a fit also --checkpointing, a smaller --batch-tokens or a smaller --max-length",
     )
 
 

@@ -83,6 +83,7 @@ SUCCESSES: list[tuple[str, list[str]]] = [
     ("fit-plan", [*FIT, "--dry-run", "--mixing", "auto", "--select-by", "exact"]),
     ("show", ["show"]),
     ("compare", ["compare", *DATA, "--methods", "uniform", "--generate", "exact", "--guard", "few.jsonl"]),
+    ("generate", ["generate", "--base", "base", "--prompt", "Where?", "--max-new-tokens", "3"]),
     ("export", ["export"]),
     ("export", ["export", "--merge", "--rank", "3", *DATA]),
     ("export", ["export", "--merge", "--rank", "2", "--refit", *DATA, "-o", "refitted"]),

@@ -122,6 +122,8 @@ COMMANDS = {
     "compare": f"compare module.json {WITH_BASE} --methods uniform,ties,tsv",
     "compare-guard": "compare module.json -d test.jsonl --base base --methods uniform --generate contains"
     " --max-new-tokens 4 --guard other.jsonl",
+    "generate": "generate fixed.json --base base --prompt 'ab c' --max-new-tokens 6",
+    "generate-directory": "generate out/embeddings --base base --prompt 'ab c' --max-new-tokens 6",
     "export-plan": "export fixed.json --dry-run -o planned",
     "fuse-plan": "fuse fixed.json --base base --dry-run",
     "fuse": "fuse fixed.json --base base -o fused --force",

@@ -1,0 +1,1 @@
+"""Answers of a base model, of adapters, and of what they make together."""
