@@ -43,4 +43,10 @@ def test_the_four_steps_in_six_lines(tmp_path: Path, tiny_base: Path, two_adapte
         loracli.ExportRequest(tmp_path / "recipe.json", merge=True), tmp_path / "adapter-merged"
     )
     assert exported.layout.rank == 4
+    size = f"{exported.size_bytes / 1e3:.1f} kB"
+    assert repr(recipe).startswith("<Recipe first + second, module, ")
+    assert repr(exported) == f"<Exported adapter-merged, first + second, rank 4, 12 modules, float32, {size}>"
+    assert repr(loracli.read_adapter(adapters[0])) == "<LoraAdapter first, rank 4, 9 modules, float32>"
+    inspected = loracli.inspect_adapters([str(path) for path in two_adapters])
+    assert repr(inspected) == "<Inspection first + second, no problems>"
     assert (tmp_path / "adapter-merged" / "adapter_model.safetensors").is_file()

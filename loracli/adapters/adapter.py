@@ -30,6 +30,8 @@ from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
 from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.hub.references import Reference
 from loracli.progress import SILENT, Progress
+from loracli.system.display import count_text, names_text, repr_line
+from loracli.system.document import dtype_name
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE, file_sha256
 from loracli.system.tensor_file import GATHER, TensorFile, open_tensor_file
 
@@ -119,6 +121,13 @@ class LoraAdapter:
     def ranks(self) -> tuple[int, ...]:
         """The ranks that occur, ascending."""
         return tuple(sorted({module.factors.rank for module in self.modules.values()}))
+
+    def __repr__(self) -> str:
+        ranks = self.ranks
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
+        return repr_line(
+            self, names_text([self.source.label]), rank, count_text(len(self.targets), "module"), dtype_name(self.dtype)
+        )
 
     @cached_property
     def targets(self) -> dict[str, tuple[LoraModule, ...]]:

@@ -19,6 +19,7 @@ from loracli.errors import IncompatibleAdapters, UsageError
 from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import distinct_bases
 from loracli.progress import SILENT, Progress
+from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
 
 
@@ -191,6 +192,11 @@ class Inspection:
     adapters: tuple[AdapterSummary, ...]
     overlaps: tuple[Overlap, ...]
     problems: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        names = [a.reference if a.commit else path_text(Path(a.reference)) for a in self.adapters]
+        found = count_text(len(self.problems), "problem") if self.problems else "no problems"
+        return repr_line(self, names_text(names), found)
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON document."""

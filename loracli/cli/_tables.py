@@ -23,7 +23,7 @@ KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
 def comparison_lines(out: Output, found: Comparison) -> None:
     """The table, what must not get worse, the tasks, and what may be claimed."""
     out.line(f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens", style="bold")
-    found = _labelled(found)
+    found = found.labelled()
     rows = sorted(found.rows, key=lambda row: KIND_ORDER.index(row.kind))
     metric = [found.metric] if found.metric else []
     columns = ["", "rank", "nats/token", "perplexity", "difference", "95 % interval", "to uniform", "worse on", *metric]
@@ -52,19 +52,6 @@ def comparison_lines(out: Output, found: Comparison) -> None:
     )
     if found.repeated_records:
         out.line(f"{found.repeated_records} of the records were calibrated on too: the table flatters what was fitted")
-
-
-def _labelled(found: Comparison) -> Comparison:
-    """Local adapters by as many of their last names as tell them from the other rows."""
-    others = [row.name for row in found.rows if row.kind != "ingredient"]
-    names: dict[str, str] = {}
-    for reference in found.adapters:
-        parts, rest = reference.rstrip("/").split("/"), [other for other in found.adapters if other != reference]
-        if len(parts) > 2 or parts[0] in (".", ".."):
-            tails = ("/".join(parts[-count:]) for count in range(1, len(parts)))
-            taken = [*others, *rest]
-            names[reference] = next((t for t in tails if not any(f"/{o}".endswith(f"/{t}") for o in taken)), reference)
-    return found.renamed(names)
 
 
 def _cells(row: ComparisonRow) -> list[str]:

@@ -22,6 +22,7 @@ from loracli.errors import UnsupportedAdapter, UsageError
 from loracli.export.export import Exported, write_export
 from loracli.export.request import ExportRequest, check_form
 from loracli.progress import SILENT, Progress
+from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.files import check_free
 
 DEFAULT_TOLERANCE = 0.1  # of DoRA, where neither a rank nor a tolerance is given
@@ -42,6 +43,12 @@ class Converted:
     exported: Exported
     relative_error: float
     uncertainty: float
+
+    def __repr__(self) -> str:
+        exported = self.exported
+        error = f"relative error {self.relative_error:.1e}" if self.relative_error else "exact"
+        modules = count_text(len(exported.layout.ranks), "module")
+        return repr_line(self, path_text(exported.path), f"rank {exported.layout.rank}", modules, error)
 
 
 def convert_adapter(

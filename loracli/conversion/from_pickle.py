@@ -26,7 +26,8 @@ from loracli.conversion.read import read_trained
 from loracli.conversion.unpickle import MOST_WORDS, NO_ROOM, REFUSED
 from loracli.errors import InputError, IntegrityError, MalformedAdapter
 from loracli.hub.fetch import Fetched, fetch_adapter
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Progress, amount_text
+from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.files import (
     CERTIFICATE_FILE,
     CONFIG_FILE,
@@ -69,6 +70,11 @@ class Unpickled:
     size_bytes: int
     pickle_sha256: str
     needs_conversion: bool
+
+    def __repr__(self) -> str:
+        modules = count_text(len(self.adapter.targets), "module")
+        unfinished = "to be converted" if self.needs_conversion else ""
+        return repr_line(self, path_text(self.path), modules, amount_text(self.size_bytes, "B"), unfinished)
 
 
 def convert_pickle(adapter: str, output: str | Path, *, force: bool = False, progress: Progress = SILENT) -> Unpickled:

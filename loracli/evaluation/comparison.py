@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from loracli.recipe.record import HeldOut, HeldOutTask
+from loracli.system.display import count_text, html_of, names_text, repr_line
 
 RowKind = Literal["base", "ingredient", "method", "fit", "control"]
 
@@ -160,6 +161,29 @@ class Comparison:
     guard: str | None
     margin: float
     repeated_records: int
+
+    def __repr__(self) -> str:
+        ways, records = count_text(len(self.rows), "way"), count_text(self.records, "record")
+        loss = next((f" with {row.nats_per_token:.4g} nats" for row in self.rows if row.name == self.best.name), "")
+        best = f"{names_text([self.labelled().best.name])} is {'best' if self.best.clear else 'lowest'}{loss}"
+        return repr_line(self, f"{ways} on {records}", best, "" if self.best.clear else "not clearly the best")
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
+
+    def labelled(self) -> Comparison:
+        """With local adapters by as many of their last names as tell them from the other rows."""
+        others = [row.name for row in self.rows if row.kind != "ingredient"]
+        names: dict[str, str] = {}
+        for reference in self.adapters:
+            parts, rest = reference.rstrip("/").split("/"), [other for other in self.adapters if other != reference]
+            if len(parts) > 2 or parts[0] in (".", ".."):
+                tails = ("/".join(parts[-count:]) for count in range(1, len(parts)))
+                taken = [*others, *rest]
+                names[reference] = next(
+                    (t for t in tails if not any(f"/{o}".endswith(f"/{t}") for o in taken)), reference
+                )
+        return self.renamed(names)
 
     def row(self, name: str) -> ComparisonRow:
         return next(row for row in self.rows if row.name == name)

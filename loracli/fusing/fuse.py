@@ -53,11 +53,13 @@ from loracli.fusing.workplace import (
     other_files,
     read_config,
 )
+from loracli.hub.references import is_hub_id
 from loracli.model.base import BasePlan, plan_base
 from loracli.model.checkpoint import INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
 from loracli.model.modules import check_base_copies, stored_weights
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Progress, amount_text
 from loracli.recipe.recipe import Recipe
+from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
 from loracli.system.escaping import markdown_code
 from loracli.system.files import flush_directory, holds, write_file
@@ -178,6 +180,18 @@ class Fused:
     left_behind: tuple[str, ...]
     replaced: tuple[str, ...] = ()
     bypassed: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        base = self.base_id if is_hub_id(self.base_id) else path_text(Path(self.base_id))
+        files, size = count_text(self.shards, "file"), amount_text(self.size_bytes, "B")
+        return repr_line(
+            self,
+            path_text(self.path),
+            f"base {names_text([base])}",
+            f"{count_text(self.modules, 'module')} changed",
+            files,
+            size,
+        )
 
 
 def fuse_model(

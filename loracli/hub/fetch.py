@@ -28,6 +28,8 @@ from loracli.hub.plan import (
 from loracli.hub.references import URI_PREFIX, BaseClaim, Reference, agreed_base, parse_reference
 from loracli.hub.source import FetchedFile, FetchOptions, HubOptions, Source
 from loracli.hub.transfer import fetch
+from loracli.progress import amount_text
+from loracli.system.display import count_text, names_text, repr_line
 from loracli.system.files import CONFIG_FILE, PICKLE_FILE
 from loracli.system.strict_json import read_object
 
@@ -49,6 +51,11 @@ class Fetched:
     path: Path
     commit: str | None
     files: tuple[FetchedFile, ...]
+
+    def __repr__(self) -> str:
+        commit = "" if self.commit is None else f"commit {self.commit[:12]}"
+        size = amount_text(sum(file.size_bytes for file in self.files), "B")
+        return repr_line(self, names_text([self.reference.label]), commit, count_text(len(self.files), "file"), size)
 
 
 @dataclass(frozen=True)

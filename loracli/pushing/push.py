@@ -17,6 +17,7 @@ from loracli.hub.source import COMMIT, LOG_IN
 from loracli.progress import SILENT, Progress
 from loracli.pushing.contents import Contents, LocalFile, no_hub_base, read_contents, refuse_model
 from loracli.pushing.repository import Head, Repository
+from loracli.system.display import count_text, repr_line
 from loracli.system.files import EXPORTED_FILES
 from loracli.verifying.findings import Verification
 from loracli.verifying.verify import verify_directory
@@ -68,6 +69,14 @@ class Pushed:
     left_out: tuple[str, ...]
     licence: bool
     verification: Verification
+
+    def __repr__(self) -> str:
+        if self.commit is None:
+            state = "a dry run"
+        else:
+            state = f"commit {self.commit[:12]}" if self.committed else f"there already, commit {self.commit[:12]}"
+        asked = "" if self.pull_request is None else "a pull request"
+        return repr_line(self, self.repo_id, self.revision, count_text(len(self.files), "file"), state, asked)
 
 
 def push_adapter(

@@ -30,6 +30,7 @@ from loracli.errors import UsageError
 from loracli.progress import SILENT, Progress
 from loracli.serving.adapter_files import AdapterFiles, AdapterLayout, BaseFacts, read_adapter_files, read_base_facts
 from loracli.serving.checks import CHECKS, Unclear
+from loracli.system.display import count_text, path_text, repr_line
 
 Severity = Literal["refused", "misread", "ignored", "slow"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
@@ -189,6 +190,13 @@ class Lint:
     rank: int
     modules: int
     servers: tuple[ServerReport, ...]
+
+    def __repr__(self) -> str:
+        others = [f"{server.id} {server.verdict}" for server in self.servers if server.verdict != "takes"]
+        taken = f"{len(self.servers) - len(others)} of {count_text(len(self.servers), 'server')} take it"
+        return repr_line(
+            self, path_text(self.path), f"rank {self.rank}", count_text(self.modules, "module"), taken, *others
+        )
 
     @property
     def taken(self) -> bool:
