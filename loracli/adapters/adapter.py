@@ -29,7 +29,7 @@ from loracli.algebra.packing import Convolution
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
 from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.hub.references import Reference
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.system.display import count_text, names_text, repr_line
 from loracli.system.document import dtype_name
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE, file_sha256
@@ -160,13 +160,15 @@ class LoraAdapter:
             return reader.read(name)
 
 
-def read_adapter(source: str | Fetched, *, progress: Progress = SILENT) -> LoraAdapter:
+@takes_bar
+def read_adapter(source: str | Fetched, *, progress: Progress | Bar = SILENT) -> LoraAdapter:
     """Reads an adapter's directory into memory; a reference is fetched first, and `progress` is told its warnings.
 
     Raises:
         MalformedAdapter: if a file is damaged, or tensors and config contradict each other.
         UnsupportedAdapter: if the adapter uses a feature that cannot be honoured exactly.
     """
+    progress = drawn(progress)
     return open_adapter(source, progress=progress).loaded()
 
 

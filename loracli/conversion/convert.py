@@ -21,7 +21,7 @@ from loracli.conversion.source import Conversion, Cut, from_conversion
 from loracli.errors import UnsupportedAdapter, UsageError
 from loracli.export.export import Exported, write_export
 from loracli.export.request import ExportRequest, check_form
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.files import check_free
 
@@ -51,6 +51,7 @@ class Converted:
         return repr_line(self, path_text(exported.path), f"rank {exported.layout.rank}", modules, error)
 
 
+@takes_bar
 def convert_adapter(
     adapter: str,
     output: str | Path,
@@ -62,7 +63,7 @@ def convert_adapter(
     tolerance: float | None = None,
     dtype: str | None = None,
     force: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Converted:
     """Writes what an adapter changes in its base's weights as one plain LoRA directory.
 
@@ -83,6 +84,7 @@ def convert_adapter(
         UsageError: if options contradict each other, there is nothing to convert, or the default error cannot be had.
         InputError: of the kind that fits, if the adapter cannot be read or converted.
     """
+    progress = drawn(progress)
     if rank is not None and tolerance is not None:
         raise UsageError("--rank and --tolerance cannot be given together")
     if tolerance is not None and not 0.0 < tolerance < 1.0:

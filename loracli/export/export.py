@@ -28,7 +28,7 @@ from loracli.export.plan import TASK, ExportPlan, plan_layout
 from loracli.export.refit import Refit, RefitRecord, check_refittable, refit_on
 from loracli.export.request import ExportRequest, check
 from loracli.export.write import write
-from loracli.progress import SILENT, Progress, amount_text
+from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.recipe.recipe import Recipe
 from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
@@ -90,13 +90,14 @@ class Exported:
         return loading_lines(self.layout.task_type, str(self.path), known, named=named, labels=labels)[-1]
 
 
+@takes_bar
 def export_adapter(
     request: ExportRequest,
     output: str | Path,
     *,
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Exported:
     """Writes the composition of a recipe, or what a method makes of some adapters, as one PEFT adapter directory.
 
@@ -115,6 +116,7 @@ def export_adapter(
         UsageError: if options contradict each other, the profile cannot be had, or a method cannot honour the adapters.
         InputError: of the kind that fits, if recipe, adapters, base or records are rejected.
     """
+    progress = drawn(progress)
     method = check(request)
     check_free(Path(output), force=force)
     refit = None

@@ -32,12 +32,13 @@ from loracli.hub.fetch import Fetched
 from loracli.model.loss import Scores
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session, settle_memory
-from loracli.progress import SILENT, WORK, Progress, duration_text
+from loracli.progress import SILENT, WORK, Bar, Progress, drawn, duration_text, takes_bar
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import INLINE_KINDS, FitCertificate
 from loracli.system.document import dtype_name
 
 
+@takes_bar
 def fit_mixing(
     adapters: Sequence[str | Fetched],
     data: DataPaths,
@@ -51,7 +52,7 @@ def fit_mixing(
     device_map: str | None = None,
     checkpointing: bool = False,
     folder: str | Path = ".",
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Recipe:
     """Fits the mixing weights of some adapters on calibration data.
 
@@ -74,6 +75,7 @@ def fit_mixing(
     Raises:
         LoracatError: of the kind that fits, when an input is rejected or the loss is not finite.
     """
+    progress = drawn(progress)
     inputs = prepare_fit(
         adapters,
         data,

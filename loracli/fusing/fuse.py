@@ -57,7 +57,7 @@ from loracli.hub.references import is_hub_id
 from loracli.model.base import BasePlan, plan_base
 from loracli.model.checkpoint import INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
 from loracli.model.modules import check_base_copies, stored_weights
-from loracli.progress import SILENT, Progress, amount_text
+from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.recipe.recipe import Recipe
 from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
@@ -194,6 +194,7 @@ class Fused:
         )
 
 
+@takes_bar
 def fuse_model(
     recipe: str | Path | Recipe | None,
     output: str | Path,
@@ -208,7 +209,7 @@ def fuse_model(
     force: bool = False,
     resume: bool = False,
     dry_run: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Fused:
     """Writes the base model with the composition folded into its weights.
 
@@ -234,6 +235,7 @@ def fuse_model(
         StateMismatch: with `resume`, if the interrupted fusion had other inputs.
         IntegrityError: if an ingredient or the recorded base is not the one that was recorded.
     """
+    progress = drawn(progress)
     output = Path(output)
     check_form(ExportRequest(dtype=dtype))
     if not resume:

@@ -26,9 +26,9 @@ from loracli.hub.plan import (
     check_pickle,
 )
 from loracli.hub.references import URI_PREFIX, BaseClaim, Reference, agreed_base, parse_reference
-from loracli.hub.source import FetchedFile, FetchOptions, HubOptions, Source
+from loracli.hub.source import AdapterAsking, FetchedFile, FetchOptions, HubOptions, Source
 from loracli.hub.transfer import fetch
-from loracli.progress import amount_text
+from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.system.display import count_text, names_text, repr_line
 from loracli.system.files import CONFIG_FILE, PICKLE_FILE
 from loracli.system.strict_json import read_object
@@ -68,15 +68,18 @@ class FetchedBase:
     files: tuple[FetchedFile, ...]
 
 
+@takes_bar
 def fetch_adapter(
     reference: str | Reference,
     *,
     revision: str | None = None,
     from_pickle: bool = False,
-    **options: Unpack[FetchOptions],
+    progress: Progress | Bar = SILENT,
+    **options: Unpack[AdapterAsking],
 ) -> Fetched:
     """Brings an adapter's config, weights and README to this machine: `fetch_adapters` of one."""
-    [fetched] = fetch_adapters([reference], revision=revision, from_pickle=from_pickle, **options)
+    told = drawn(progress)
+    [fetched] = fetch_adapters([reference], revision=revision, from_pickle=from_pickle, progress=told, **options)
     return fetched
 
 

@@ -14,7 +14,7 @@ from loracli.errors import AccessDenied, HubUnreachable, InputError, UsageError,
 from loracli.hub.fetch import checked_token
 from loracli.hub.references import is_repo_id, is_revision
 from loracli.hub.source import COMMIT, LOG_IN
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.pushing.contents import Contents, LocalFile, no_hub_base, read_contents, refuse_model
 from loracli.pushing.repository import Head, Repository
 from loracli.system.display import count_text, repr_line
@@ -79,6 +79,7 @@ class Pushed:
         return repr_line(self, self.repo_id, self.revision, count_text(len(self.files), "file"), state, asked)
 
 
+@takes_bar
 def push_adapter(
     directory: str | Path,
     repo_id: str,
@@ -91,7 +92,7 @@ def push_adapter(
     edited_card: bool = False,
     token: str | None = None,
     endpoint: str | None = None,
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Pushed:
     """Uploads an exported adapter in one commit, and compares what the Hub then holds with the files here.
 
@@ -118,6 +119,7 @@ def push_adapter(
         UsageError: if options contradict each other or the repository's visibility.
         AccessDenied, HubUnreachable: if the Hub does not take it; nothing is committed then.
     """
+    progress = drawn(progress)
     directory = Path(directory)
     _check_options(repo_id, revision, message)
     token = checked_token(token) or get_token()

@@ -12,7 +12,7 @@ from loracli.adapters.names import leaf
 from loracli.algebra.basis import Interference, interference
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, InputError, OutputExists, UsageError
 from loracli.evaluation.comparison import Comparison, verdict
-from loracli.progress import SILENT, Progress, amount_text
+from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.recipe import Recipe, load_recipe
 from loracli.recipe.record import INLINE_KINDS, HeldOut
@@ -215,6 +215,7 @@ class Written:
         )
 
 
+@takes_bar
 def write_report(
     recipe: Recipe | str | Path,
     output: str | Path,
@@ -222,7 +223,7 @@ def write_report(
     comparison: str | Path | None = None,
     adapters: Sequence[str] = (),
     force: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Written:
     """Writes the report of a recipe, the same bytes for the same inputs.
 
@@ -241,6 +242,7 @@ def write_report(
         UsageError: if the comparison is of other adapters.
         IntegrityError: if an ingredient is not the file that the weights were fitted for.
     """
+    progress = drawn(progress)
     output = Path(output)
     _check_free(output, force=force, read=(recipe, comparison))
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 
 from loracli.adapters.adapter import IDLE
 from loracli.errors import UsageError
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.serving.adapter_files import AdapterFiles, AdapterLayout, BaseFacts, read_adapter_files, read_base_facts
 from loracli.serving.checks import CHECKS, Unclear
 from loracli.system.display import count_text, path_text, repr_line
@@ -215,8 +215,9 @@ class Lint:
         }
 
 
+@takes_bar
 def lint_adapter(
-    path: str | Path, *, servers: Sequence[str] = (), base: str | None = None, progress: Progress = SILENT
+    path: str | Path, *, servers: Sequence[str] = (), base: str | None = None, progress: Progress | Bar = SILENT
 ) -> Lint:
     """Checks an adapter's directory against the rules of servers.
 
@@ -230,6 +231,7 @@ def lint_adapter(
         UsageError: if there is no server of an id.
         InputError, HubUnreachable: if the base's config cannot be had.
     """
+    progress = drawn(progress)
     unknown = next((name for name in servers if name not in SERVERS), None)
     if unknown is not None:
         raise UsageError(f"--for {unknown} is not one of {', '.join(SERVERS)}")
