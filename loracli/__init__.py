@@ -13,7 +13,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from loracli import progress as _progress
 from loracli._version import __version__ as __version__
+from loracli.system import display as _display
 
 if TYPE_CHECKING:
     from loracli.adapters.adapter import LoraAdapter, read_adapter
@@ -125,6 +127,11 @@ __all__ = [
     "verify_directory",
     "write_report",
 ]
+
+
+# What a room below shows by one above it: the package stands above all of them, and says by which.
+_progress.drawn_by(lambda: import_module("loracli.cli._output").bars())
+_display.drawn_by(lambda value: import_module("loracli.report.tables").html_of(value))
 
 
 def __getattr__(name: str) -> Any:

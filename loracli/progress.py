@@ -1,15 +1,28 @@
 """The seam between long work and whoever shows how far it is.
 
-The library calls it and draws nothing; `loracli.cli` draws with Rich; the default is silence.
+The library calls it and draws nothing; `loracli.cli` draws with Rich; the default is silence. A public function takes
+the word "bar" too, for what the command line draws. The package, which stands above all rooms, says what that is
+(`drawn_by`), so that no room has to know one upstairs.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import wraps
+from typing import Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
+
+from loracli.errors import UsageError
+
+_Asked = ParamSpec("_Asked")
+_Result = TypeVar("_Result")
+
+Bar = Literal["bar"]
 
 WORK = "work"  # the unit of effort that counts steps of different cost; only its share of the total means something
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What long work needs to say. A task is named once by `begin` and by the same name after.
 
@@ -52,6 +65,44 @@ class Silent:
 
 
 SILENT = Silent()
+
+_bars: Callable[[], AbstractContextManager[Progress]]
+
+
+def drawn_by(bars: Callable[[], AbstractContextManager[Progress]]) -> None:
+    """Says what draws a bar, and takes it off the screen at the end of its context."""
+    global _bars
+    _bars = bars
+
+
+def takes_bar(function: Callable[_Asked, _Result]) -> Callable[_Asked, _Result]:
+    """Lets a public function be called with `progress="bar"`; it is told a `Progress`, whatever was given.
+
+    Raises:
+        UsageError: if what was given is neither that word nor a `Progress`.
+    """
+
+    @wraps(function)
+    def telling(*args: _Asked.args, **options: _Asked.kwargs) -> _Result:
+        asked = options.get("progress", SILENT)
+        if isinstance(asked, Progress):
+            return function(*args, **options)
+        if asked != "bar":
+            raise UsageError(
+                f"progress is {repr(asked)[:60]}",
+                hint='give "bar", or an object with the methods of loracli.progress.Progress',
+            )
+        with _bars() as bar:
+            options["progress"] = bar
+            return function(*args, **options)
+
+    return telling
+
+
+def drawn(progress: Progress | Bar) -> Progress:
+    """What a function that `takes_bar` was told, for the type checker: it is not the word any more."""
+    assert not isinstance(progress, str)
+    return progress
 
 
 def amount_text(amount: float, unit: str) -> str:

@@ -1,13 +1,18 @@
 """The public names, and what importing them costs."""
 
+import inspect
 import subprocess
 import sys
+import threading
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import loracli
-from tests.tiny import random_records, write_jsonl
+from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
+from tests.tiny import make_adapter, random_records, write_jsonl
 
 LOADED = "import sys; import {module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'peft')))"
 
@@ -43,4 +48,88 @@ def test_the_four_steps_in_six_lines(tmp_path: Path, tiny_base: Path, two_adapte
         loracli.ExportRequest(tmp_path / "recipe.json", merge=True), tmp_path / "adapter-merged"
     )
     assert exported.layout.rank == 4
+    size = f"{exported.size_bytes / 1e3:.1f} kB"
+    assert repr(recipe).startswith("<Recipe first + second, module, ")
+    assert repr(exported) == f"<Exported adapter-merged, first + second, rank 4, 12 modules, float32, {size}>"
+    assert repr(loracli.read_adapter(adapters[0])) == "<LoraAdapter first, rank 4, 9 modules, float32>"
+    inspected = loracli.inspect_adapters([str(path) for path in two_adapters])
+    assert repr(inspected) == "<Inspection first + second, no problems>"
     assert (tmp_path / "adapter-merged" / "adapter_model.safetensors").is_file()
+
+
+class Terminal(StringIO):
+    """A stderr that a bar can be drawn on."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+WITH_PROGRESS = [name for name in loracli.__all__ if "progress" in inspect.signature(getattr(loracli, name)).parameters]
+
+
+def terminal_of(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """In the test itself: pytest sets stderr anew after the fixtures."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", made := Terminal())
+    return made
+
+
+def ended(before: set[threading.Thread]) -> bool:
+    """Whether nothing draws any more: Rich's thread has been told to end."""
+    new = set(threading.enumerate()) - before
+    for thread in new:
+        thread.join(5.0)
+    return not any(thread.is_alive() for thread in new)
+
+
+def test_the_word_bar_draws_what_the_command_line_draws(
+    monkeypatch: pytest.MonkeyPatch, two_adapters: tuple[Path, Path]
+) -> None:
+    before, terminal = set(threading.enumerate()), terminal_of(monkeypatch)
+    found = loracli.lint_adapter(two_adapters[0], progress="bar")
+    assert found == loracli.lint_adapter(two_adapters[0])
+    assert "lint" in terminal.getvalue() and "━" in terminal.getvalue()
+    assert ended(before)
+
+
+def test_a_bar_is_off_the_screen_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    @takes_bar
+    def fail(*, progress: Progress | Bar = SILENT) -> None:
+        drawn(progress).begin("work", 2, "B")
+        raise ValueError("half way")
+
+    before, terminal = set(threading.enumerate()), terminal_of(monkeypatch)
+    with pytest.raises(ValueError, match="half way"):
+        fail(progress="bar")
+    assert "work" in terminal.getvalue() and ended(before)
+    assert terminal.getvalue().endswith("\x1b[2K")  # the line is cleared
+
+
+def test_where_no_bar_can_be_drawn_what_one_should_know_is_said_all_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_base: Path
+) -> None:
+    idle = make_adapter(tmp_path / "idle", tiny_base, targets=("q_proj",), rank=2, alpha=2, seed=3)
+    tensors = load_file(idle / "adapter_model.safetensors")
+    save_file({name: tensor * 0 for name, tensor in tensors.items()}, idle / "adapter_model.safetensors")
+    capsys.readouterr()
+    loracli.lint_adapter(idle)
+    assert capsys.readouterr().err == ""
+    loracli.lint_adapter(idle, progress="bar")
+    shown = capsys.readouterr()
+    assert shown.err.startswith("warning: ") and shown.out == "" and "\x1b" not in shown.err
+
+
+@pytest.mark.parametrize("name", WITH_PROGRESS)
+@pytest.mark.parametrize("given", ["bars", True, None], ids=str)
+def test_another_word_is_refused_before_any_work(name: str, given: object, tmp_path: Path) -> None:
+    parameters = inspect.signature(getattr(loracli, name)).parameters.values()
+    needed = [tmp_path / "nothing" for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    with pytest.raises(loracli.LoracatError, match=rf"progress is '?{given}'?") as raised:
+        getattr(loracli, name)(*needed, progress=given)
+    assert raised.value.exit_code == 2 and '"bar"' in str(raised.value.hint)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_public_function_that_works_for_long_takes_the_bar() -> None:
+    functions = [name for name in loracli.__all__ if inspect.isfunction(getattr(loracli, name))]
+    assert set(functions) - set(WITH_PROGRESS) == {"load_recipe"}

@@ -29,7 +29,9 @@ from loracli.algebra.packing import Convolution
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
 from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.hub.references import Reference
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
+from loracli.system.display import count_text, names_text, repr_line
+from loracli.system.document import dtype_name
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE, file_sha256
 from loracli.system.tensor_file import GATHER, TensorFile, open_tensor_file
 
@@ -120,6 +122,13 @@ class LoraAdapter:
         """The ranks that occur, ascending."""
         return tuple(sorted({module.factors.rank for module in self.modules.values()}))
 
+    def __repr__(self) -> str:
+        ranks = self.ranks
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
+        return repr_line(
+            self, names_text([self.source.label]), rank, count_text(len(self.targets), "module"), dtype_name(self.dtype)
+        )
+
     @cached_property
     def targets(self) -> dict[str, tuple[LoraModule, ...]]:
         """What was adapted, each with its updates: a module with its one, a parameter with one for each expert."""
@@ -151,13 +160,15 @@ class LoraAdapter:
             return reader.read(name)
 
 
-def read_adapter(source: str | Fetched, *, progress: Progress = SILENT) -> LoraAdapter:
+@takes_bar
+def read_adapter(source: str | Fetched, *, progress: Progress | Bar = SILENT) -> LoraAdapter:
     """Reads an adapter's directory into memory; a reference is fetched first, and `progress` is told its warnings.
 
     Raises:
         MalformedAdapter: if a file is damaged, or tensors and config contradict each other.
         UnsupportedAdapter: if the adapter uses a feature that cannot be honoured exactly.
     """
+    progress = drawn(progress)
     return open_adapter(source, progress=progress).loaded()
 
 

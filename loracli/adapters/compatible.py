@@ -18,7 +18,8 @@ from loracli.algebra.factors import inner_product
 from loracli.errors import IncompatibleAdapters, UsageError
 from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import distinct_bases
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
+from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
 
 
@@ -192,6 +193,11 @@ class Inspection:
     overlaps: tuple[Overlap, ...]
     problems: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        names = [a.reference if a.commit else path_text(Path(a.reference)) for a in self.adapters]
+        found = count_text(len(self.problems), "problem") if self.problems else "no problems"
+        return repr_line(self, names_text(names), found)
+
     def as_dict(self) -> dict[str, Any]:
         """For a JSON document."""
         return {
@@ -202,19 +208,21 @@ class Inspection:
         }
 
 
+@takes_bar
 def inspect_adapters(
     references: Sequence[str],
     *,
     revision: str | None = None,
     cache_dir: Path | None = None,
     token: str | None = None,
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Inspection:
     """Reads adapters and says what they are and whether they fit each other.
 
     Raises:
         MalformedAdapter, UnsupportedAdapter: as `read_adapter`, for the first adapter that cannot be read.
     """
+    progress = drawn(progress)
     adapters = [
         read_adapter(
             fetch_adapter(r, revision=revision, cache_dir=cache_dir, token=token, progress=progress), progress=progress

@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
@@ -381,6 +381,16 @@ class Output:
                 self._bars.stop()
                 self._bars = None
             self._tasks.clear()
+
+
+@contextmanager
+def bars() -> Iterator[Output]:
+    """What `progress="bar"` of a public function is: the talk of a command, without its results."""
+    out = Output()
+    try:
+        yield out
+    finally:
+        out.close()
 
 
 def _console(stream: TextIO) -> Console:

@@ -28,10 +28,11 @@ from loracli.fitting.reach import find_reach
 from loracli.model.loss import Scores
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session
-from loracli.progress import SILENT, WORK, Progress, duration_text
+from loracli.progress import SILENT, WORK, Bar, Progress, drawn, duration_text, takes_bar
 from loracli.system.document import dtype_name
 
 
+@takes_bar
 def compare_adapters(
     data: DataPaths,
     *,
@@ -44,13 +45,14 @@ def compare_adapters(
     settings: CompareSettings | None = None,
     metric: TaskMetric | None = None,
     placement: Placement = Placement(),  # noqa: B008  # frozen
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Comparison:
     """Compares every way to compose on some records: `prepare_comparison` and `run_comparison` in one.
 
     Raises:
         LoracatError: of the kind that fits, when an input is rejected or a method cannot be had.
     """
+    progress = drawn(progress)
     inputs = prepare_comparison(
         data,
         recipe=recipe,

@@ -21,7 +21,8 @@ from loracli.conversion.source import Conversion, Cut, from_conversion
 from loracli.errors import UnsupportedAdapter, UsageError
 from loracli.export.export import Exported, write_export
 from loracli.export.request import ExportRequest, check_form
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
+from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.files import check_free
 
 DEFAULT_TOLERANCE = 0.1  # of DoRA, where neither a rank nor a tolerance is given
@@ -42,6 +43,12 @@ class Converted:
     exported: Exported
     relative_error: float
     uncertainty: float
+
+    def __repr__(self) -> str:
+        exported = self.exported
+        error = f"relative error {self.relative_error:.1e}" if self.relative_error else "exact"
+        modules = count_text(len(exported.layout.ranks), "module")
+        return repr_line(self, path_text(exported.path), f"rank {exported.layout.rank}", modules, error)
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,9 @@ class ConvertRequest:
         return self.rank is not None or self.tolerance is not None
 
 
+@takes_bar
 def convert_adapter(
-    request: ConvertRequest, output: str | Path, *, force: bool = False, progress: Progress = SILENT
+    request: ConvertRequest, output: str | Path, *, force: bool = False, progress: Progress | Bar = SILENT
 ) -> Converted:
     """Writes what an adapter changes in its base's weights as one plain LoRA directory.
 
@@ -88,6 +96,7 @@ def convert_adapter(
         UsageError: if options contradict each other, there is nothing to convert, or the default error cannot be had.
         InputError: of the kind that fits, if the adapter cannot be read or converted.
     """
+    progress = drawn(progress)
     written = _check(request)
     check_free(Path(output), force=force)
     read = read_convertible(request.adapter, request.initial, progress=progress)

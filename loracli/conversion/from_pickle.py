@@ -26,7 +26,8 @@ from loracli.conversion.read import read_trained
 from loracli.conversion.unpickle import MOST_WORDS, NO_ROOM, REFUSED
 from loracli.errors import InputError, IntegrityError, MalformedAdapter
 from loracli.hub.fetch import Fetched, fetch_adapter
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
+from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.files import (
     CERTIFICATE_FILE,
     CONFIG_FILE,
@@ -70,8 +71,16 @@ class Unpickled:
     pickle_sha256: str
     needs_conversion: bool
 
+    def __repr__(self) -> str:
+        modules = count_text(len(self.adapter.targets), "module")
+        unfinished = "to be converted" if self.needs_conversion else ""
+        return repr_line(self, path_text(self.path), modules, amount_text(self.size_bytes, "B"), unfinished)
 
-def convert_pickle(adapter: str, output: str | Path, *, force: bool = False, progress: Progress = SILENT) -> Unpickled:
+
+@takes_bar
+def convert_pickle(
+    adapter: str, output: str | Path, *, force: bool = False, progress: Progress | Bar = SILENT
+) -> Unpickled:
     """Writes config and tensors of an adapter that has only `adapter_model.bin` as a directory with safetensors.
 
     The tensors keep their names, dtypes and values, and the config its bytes.
@@ -88,6 +97,7 @@ def convert_pickle(adapter: str, output: str | Path, *, force: bool = False, pro
         InputError: of the kind that fits, if the adapter is rejected for another reason.
         IntegrityError: if the file changes meanwhile.
     """
+    progress = drawn(progress)
     check_free(Path(output), force=force)
     fetched = fetch_adapter(adapter, from_pickle=True, progress=progress)
     source = fetched.path / PICKLE_FILE

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from loracli.recipe.record import HeldOut, HeldOutTask
+from loracli.system.display import count_text, html_of, names_text, repr_line
 from loracli.system.document import added
 
 RowKind = Literal["base", "ingredient", "method", "fit", "control"]
@@ -178,6 +179,15 @@ class Comparison:
     margin: float
     repeated_records: int
     recipes: tuple[RecipeRow, ...] = added(1, ())
+
+    def __repr__(self) -> str:
+        ways, records = count_text(len(self.rows), "way"), count_text(self.records, "record")
+        loss = next((f" with {row.nats_per_token:.4g} nats" for row in self.rows if row.name == self.best.name), "")
+        best = f"{names_text([self.labelled().best.name])} is {'best' if self.best.clear else 'lowest'}{loss}"
+        return repr_line(self, f"{ways} on {records}", best, "" if self.best.clear else "not clearly the best")
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
     def row(self, name: str) -> ComparisonRow:
         return next(row for row in self.rows if row.name == name)

@@ -17,7 +17,7 @@ from torch import Tensor
 from loracli.adapters.claims import head_size, loading_lines
 from loracli.algebra.factors import Factors
 from loracli.composition.card import Certificate
-from loracli.composition.composition import Composition
+from loracli.composition.composition import Composition, published_identities
 from loracli.errors import UsageError
 from loracli.export.activations import Moments, moments_of, recorded_moments
 from loracli.export.gguf import LlamaCppBase
@@ -28,8 +28,10 @@ from loracli.export.plan import TASK, ExportPlan, plan_layout
 from loracli.export.refit import Refit, RefitRecord, check_refittable, refit_on
 from loracli.export.request import ExportRequest, check
 from loracli.export.write import write
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.recipe.recipe import Recipe
+from loracli.system.display import count_text, names_text, path_text, repr_line
+from loracli.system.document import dtype_name
 from loracli.system.files import check_free, holds, whole_directory
 from loracli.system.machine import in_order, one_thread_each
 from loracli.system.tensor_file import file_size
@@ -63,6 +65,21 @@ class Exported:
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     refit: RefitRecord | None = None
 
+    def __repr__(self) -> str:
+        parts = [adapter.reference for adapter in published_identities(self.composition.adapters)]
+        method = self.composition.method
+        made = names_text(parts) if method is None else f"{method.name} of {names_text(parts)}"
+        layout = self.layout
+        return repr_line(
+            self,
+            path_text(self.path),
+            made,
+            f"rank {layout.rank}",
+            count_text(len(layout.ranks), "module"),
+            dtype_name(self.dtype),
+            amount_text(self.size_bytes, "B"),
+        )
+
     def loading_line(self, base: str | None = None) -> str:
         """The Python that loads it with PEFT, with the class for its task; `base` is the one that the user named."""
         card, saved = self.composition.card(), self.composition.saved
@@ -73,13 +90,14 @@ class Exported:
         return loading_lines(self.layout.task_type, str(self.path), known, named=named, labels=labels)[-1]
 
 
+@takes_bar
 def export_adapter(
     request: ExportRequest,
     output: str | Path,
     *,
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Exported:
     """Writes the composition of a recipe, the sum of adapters with weights by hand, or what a method makes of them, as
     one PEFT adapter directory.
@@ -99,6 +117,7 @@ def export_adapter(
         UsageError: if options contradict each other, the profile cannot be had, or a method cannot honour the adapters.
         InputError: of the kind that fits, if recipe, adapters, base or records are rejected.
     """
+    progress = drawn(progress)
     method = check(request)
     check_free(Path(output), force=force)
     refit = None

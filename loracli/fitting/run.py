@@ -35,7 +35,7 @@ from loracli.model.loss import Scores
 from loracli.model.modules import base_modules
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session, settle_memory
-from loracli.progress import SILENT, WORK, Progress, duration_text
+from loracli.progress import SILENT, WORK, Bar, Progress, drawn, duration_text, takes_bar
 from loracli.recipe.ingredients import identity_of
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import (
@@ -50,6 +50,7 @@ from loracli.recipe.record import (
 from loracli.system.document import dtype_name
 
 
+@takes_bar
 def fit_mixing(
     adapters: Sequence[str | Fetched],
     data: DataPaths,
@@ -59,7 +60,7 @@ def fit_mixing(
     base_revision: str | None = None,
     settings: FitSettings | None = None,
     placement: Placement = Placement(),  # noqa: B008  # frozen
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Recipe:
     """Fits the mixing weights of some adapters on calibration data.
 
@@ -79,6 +80,7 @@ def fit_mixing(
     Raises:
         LoracatError: of the kind that fits, when an input is rejected or the loss is not finite.
     """
+    progress = drawn(progress)
     inputs = prepare_fit(
         adapters,
         data,

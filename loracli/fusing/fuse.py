@@ -49,10 +49,12 @@ from loracli.fusing.workplace import (
     other_files,
     read_config,
 )
+from loracli.hub.references import is_hub_id
 from loracli.model.base import BasePlan, plan_base
 from loracli.model.checkpoint import INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
 from loracli.model.modules import check_base_copies, stored_weights
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
+from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
 from loracli.system.escaping import markdown_code
 from loracli.system.files import flush_directory, holds, write_file
@@ -174,7 +176,20 @@ class Fused:
     replaced: tuple[str, ...] = ()
     bypassed: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        base = self.base_id if is_hub_id(self.base_id) else path_text(Path(self.base_id))
+        files, size = count_text(self.shards, "file"), amount_text(self.size_bytes, "B")
+        return repr_line(
+            self,
+            path_text(self.path),
+            f"base {names_text([base])}",
+            f"{count_text(self.modules, 'module')} changed",
+            files,
+            size,
+        )
 
+
+@takes_bar
 def fuse_model(
     request: FuseRequest,
     output: str | Path,
@@ -182,7 +197,7 @@ def fuse_model(
     force: bool = False,
     resume: bool = False,
     dry_run: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Fused:
     """Writes the base model with the composition folded into its weights.
 
@@ -200,6 +215,7 @@ def fuse_model(
         StateMismatch: with `resume`, if the interrupted fusion had other inputs.
         IntegrityError: if an ingredient or the recorded base is not the one that was recorded.
     """
+    progress = drawn(progress)
     output = Path(output)
     dtype, dequantise = request.dtype, request.dequantise
     check_form(ExportRequest(request.recipe, request.adapters, request.weights, request.method, dtype=dtype))

@@ -36,9 +36,10 @@ from loracli.model.base import on_base
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
 from loracli.model.session import Opening, Session, open_session
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
+from loracli.system.display import count_text, names_text, repr_line
 
 _BASE = "base"
 _MAX_TOKENS = 1 << 20  # of a conversation, where the base has no limit of its own
@@ -123,6 +124,12 @@ class Generated:
     chat_template: bool
     turns: tuple[Turn, ...]
 
+    def __repr__(self) -> str:
+        asked = next((turn.answers for turn in self.turns), {})
+        return repr_line(
+            self, count_text(len(self.turns), "prompt"), names_text(asked), f"base {names_text([self.base])}"
+        )
+
 
 class Listener(Protocol):
     """Who is told of answers as their tokens come."""
@@ -148,12 +155,13 @@ class _Nobody:
         pass
 
 
+@takes_bar
 def generate_answers(
     request: GenerateRequest,
     prompts: Iterable[str],
     *,
     listener: Listener = _Nobody(),  # noqa: B008  # has no state
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Generated:
     """Asks the base model, each adapter and the composition, one after the other and greedily: the most likely token
     each time, whatever the base's generation config says of temperatures and penalties.
@@ -172,6 +180,7 @@ def generate_answers(
         IntegrityError: if an ingredient is not the file that the weights were fitted for.
         InputError: of the kind that fits, if recipe, adapter or base is rejected.
     """
+    progress = drawn(progress)
     if isinstance(prompts, Sequence):
         for prompt in prompts:  # before anything is loaded
             _check(prompt)

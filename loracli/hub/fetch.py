@@ -18,8 +18,10 @@ from typing import Unpack
 
 from loracli.errors import AdapterNotFound, InputError, MalformedAdapter, UnsupportedAdapter, UsageError
 from loracli.hub.references import URI_PREFIX, BaseClaim, Reference, agreed_base, parse_reference
-from loracli.hub.source import BASE_CONFIG, FetchedFile, HubOptions, Kind, Listing, Source
+from loracli.hub.source import BASE_CONFIG, Asking, FetchedFile, HubOptions, Kind, Listing, Source
 from loracli.hub.transfer import MAX_SMALL_BYTES, fetch
+from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
+from loracli.system.display import count_text, names_text, repr_line
 from loracli.system.files import CONFIG_FILE, MLX_TENSOR_FILE, PICKLE_FILE, README_FILE, TENSOR_FILE, TENSOR_FILES
 from loracli.system.strict_json import read_object
 
@@ -74,6 +76,11 @@ class Fetched:
     commit: str | None
     files: tuple[FetchedFile, ...]
 
+    def __repr__(self) -> str:
+        commit = "" if self.commit is None else f"commit {self.commit[:12]}"
+        size = amount_text(sum(file.size_bytes for file in self.files), "B")
+        return repr_line(self, names_text([self.reference.label]), commit, count_text(len(self.files), "file"), size)
+
 
 @dataclass(frozen=True)
 class FetchedBase:
@@ -85,7 +92,7 @@ class FetchedBase:
     files: tuple[FetchedFile, ...]
 
 
-class FetchOptions(HubOptions, total=False):
+class AdapterAsking(Asking, total=False):
     """The same for adapters.
 
     Keys:
@@ -98,15 +105,22 @@ class FetchOptions(HubOptions, total=False):
     max_bytes: int
 
 
+class FetchOptions(HubOptions, AdapterAsking, total=False):
+    """Everything that can be said where adapters are fetched."""
+
+
+@takes_bar
 def fetch_adapter(
     reference: str | Reference,
     *,
     revision: str | None = None,
     from_pickle: bool = False,
-    **options: Unpack[FetchOptions],
+    progress: Progress | Bar = SILENT,
+    **options: Unpack[AdapterAsking],
 ) -> Fetched:
     """Brings an adapter's config, weights and README to this machine: `fetch_adapters` of one."""
-    [fetched] = fetch_adapters([reference], revision=revision, from_pickle=from_pickle, **options)
+    told = drawn(progress)
+    [fetched] = fetch_adapters([reference], revision=revision, from_pickle=from_pickle, progress=told, **options)
     return fetched
 
 

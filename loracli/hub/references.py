@@ -61,6 +61,11 @@ class Reference:
         if (self.path is None) == (self.repo_id is None):
             raise ValueError("a reference is either a local path or a Hub repository")
 
+    @property
+    def label(self) -> str:
+        """What it goes by where there is little room: a local directory by its last name."""
+        return self.text if self.path is None else self.path.name or self.text
+
 
 def parse_reference(text: str, *, revision: str | None = None) -> Reference:
     """Reads one reference.

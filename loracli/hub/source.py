@@ -97,7 +97,7 @@ class Copy(NamedTuple):
     files: tuple[FetchedFile, ...]
 
 
-class HubOptions(TypedDict, total=False):
+class Asking(TypedDict, total=False):
     """How the Hub is asked, and what becomes of the files.
 
     Keys:
@@ -106,7 +106,6 @@ class HubOptions(TypedDict, total=False):
         force: transfer what is there already, and replace files in a local directory.
         dry_run: transfer nothing, only tell what would be; nothing is verified.
         endpoint: address of the Hub; by default HF_ENDPOINT.
-        progress: told the bytes of each file, and what is worth knowing; from several threads.
     """
 
     cache_dir: Path | None
@@ -114,6 +113,15 @@ class HubOptions(TypedDict, total=False):
     force: bool
     dry_run: bool
     endpoint: str | None
+
+
+class HubOptions(Asking, total=False):
+    """The same, with who is told of it.
+
+    Keys:
+        progress: told the bytes of each file, and what is worth knowing; from several threads.
+    """
+
     progress: Progress
 
 

@@ -14,9 +14,10 @@ from loracli.errors import AccessDenied, HubUnreachable, InputError, UsageError,
 from loracli.hub.fetch import checked_token
 from loracli.hub.references import is_repo_id, is_revision
 from loracli.hub.source import COMMIT, LOG_IN
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.pushing.contents import Contents, LocalFile, no_hub_base, read_contents, refuse_model
 from loracli.pushing.repository import Head, Repository
+from loracli.system.display import count_text, repr_line
 from loracli.system.files import EXPORTED_FILES
 from loracli.verifying.findings import Verification
 from loracli.verifying.verify import verify_directory
@@ -71,6 +72,14 @@ class Pushed:
     weights_edited: bool
     verification: Verification
 
+    def __repr__(self) -> str:
+        if self.commit is None:
+            state = "a dry run"
+        else:
+            state = f"commit {self.commit[:12]}" if self.committed else f"there already, commit {self.commit[:12]}"
+        asked = "" if self.pull_request is None else "a pull request"
+        return repr_line(self, self.repo_id, self.revision, count_text(len(self.files), "file"), state, asked)
+
 
 @dataclass(frozen=True)
 class PushRequest:
@@ -95,13 +104,14 @@ class PushRequest:
     edited_card: bool = False
 
 
+@takes_bar
 def push_adapter(
     request: PushRequest,
     *,
     dry_run: bool = False,
     token: str | None = None,
     endpoint: str | None = None,
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Pushed:
     """Uploads an exported adapter in one commit, and compares what the Hub then holds with the files here.
 
@@ -122,6 +132,7 @@ def push_adapter(
         UsageError: if options contradict each other or the repository's visibility.
         AccessDenied, HubUnreachable: if the Hub does not take it; nothing is committed then.
     """
+    progress = drawn(progress)
     directory, repo_id = Path(request.directory), request.repo_id
     _check_options(request)
     token = checked_token(token) or get_token()

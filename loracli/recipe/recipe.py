@@ -41,6 +41,7 @@ from loracli.recipe.record import (
     group_name,
     tensors_path,
 )
+from loracli.system.display import html_of, names_text, repr_line
 from loracli.system.document import MAX_PROBLEMS, AtMost, added, decode, encode, schema_of
 from loracli.system.files import CONFIG_FILE, TENSOR_FILES, read_regular, replaced_file, write_file
 from loracli.system.strict_json import StrictJsonError, parse_json
@@ -67,6 +68,12 @@ class Recipe:
     versions: Annotated[dict[Word, Version], AtMost(100)]
     activations: RecipeActivations | None = added(3, None)
     folder: Path = field(default=Path(), compare=False)
+
+    def __repr__(self) -> str:
+        return repr_line(self, names_text(self.labels().values()), self.mixing.kind, _outcome(self.held_out))
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
     def weights_of(self, module: str) -> tuple[float | None, ...]:
         """One weight for each adapter at a module."""
@@ -161,6 +168,16 @@ class Recipe:
         if adapter.repo_id is not None:
             return adapter.reference
         return local_reference(self.folder / adapter.reference, folder)
+
+
+def _outcome(table: HeldOut) -> str:
+    """`better by 0.94 nats`, each scored token, than the best ingredient; otherwise the verdict with its difference."""
+    fitted = next((row for row in table.rows if row.name == "fit"), None)
+    if fitted is None:  # of a recipe that was made by hand
+        return ""
+    if table.verdict == "better":
+        return f"better by {-fitted.difference:.2g} nats"
+    return f"{table.verdict}: {fitted.difference:+.2g} nats"
 
 
 def without_paths(adapter: RecipeAdapter) -> RecipeAdapter:

@@ -67,7 +67,7 @@ def svg(width: float, height: float, label: str, *content: str) -> str:
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
-STYLE = """
+_PAGE_STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --card: #f6f8fa;
   --above: #b35900; --below: #0b5cad; --good: #1a7f37; --bad: #b42318; }
 @media (prefers-color-scheme: dark) { :root { --page: #0d1117; --ink: #e6edf3; --soft: #9aa4af; --line: #30363d;
@@ -77,6 +77,8 @@ body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 sys
 main { max-width: 60rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.4rem; margin: .5rem 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line); padding-bottom: .25rem; }
+"""
+PARTS_STYLE = """\
 h3 { font-size: 1rem; margin: 1rem 0 .25rem; overflow-wrap: anywhere; }
 p { margin: .5rem 0; overflow-wrap: anywhere; }
 .verdict { font-size: 1.1rem; padding: .75rem 1rem; background: var(--card); border-left: 4px solid var(--soft); }
@@ -114,7 +116,7 @@ def page(title: str, *content: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="referrer" content="no-referrer">',
         tag("title", text(title)),
-        tag("style", STYLE),
+        tag("style", _PAGE_STYLE + PARTS_STYLE),
     )
     return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', *content)), lang='en')}\n"
 

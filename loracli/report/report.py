@@ -11,8 +11,8 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.names import leaf
 from loracli.algebra.basis import Interference, interference
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, InputError, OutputExists, UsageError
-from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim, verdict
-from loracli.progress import SILENT, Progress
+from loracli.evaluation.comparison import Comparison, verdict
+from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.recipe import Recipe, load_recipe
 from loracli.recipe.record import EDITED, INLINE_KINDS, HeldOut
@@ -30,11 +30,11 @@ from loracli.report.charts import (
     text,
 )
 from loracli.report.grid import numbers
+from loracli.report.tables import caption, claims, comparison_table, held_out_table, in_order
+from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.document import decode
 from loracli.system.files import read_regular, same_file, write_atomically
 from loracli.system.strict_json import StrictJsonError, parse_json
-
-_KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
 
 
 def _headline(recipe: Recipe) -> str:
@@ -53,26 +53,15 @@ def _headline(recipe: Recipe) -> str:
 def _held_out(table_of: HeldOut) -> str:
     """The recipe's own table, drawn and in numbers."""
     lines = [Line(row.name, row.difference, row.interval, row.name != "base") for row in table_of.rows]
-    rows = [
-        [
-            row.name,
-            f"{row.nats_per_token:.4f}",
-            f"{row.difference:+.4f}",
-            interval_text(row.interval),
-            f"{row.worse_records:.0%}",
-        ]
-        for row in table_of.rows
-    ]
-    strong = next((i for i, row in enumerate(table_of.rows) if row.name == "fit"), None)
     return section(
         "On held-out records",
-        _caption(
+        caption(
             f"{table_of.records} records of {table_of.name}, {table_of.scored_tokens} scored tokens; difference in "
             f"nats per token to the best single adapter, {table_of.best_ingredient}, with its paired 95 % interval. "
             "Left of zero is better."
         ),
         intervals_chart(lines, "differences on held-out records"),
-        table(["", "nats per token", "difference", "95 % interval", "worse on"], rows, strong=strong),
+        held_out_table(table_of),
         _tasks(table_of),
     )
 
@@ -87,42 +76,21 @@ def _tasks(table_of: HeldOut) -> str:
 
 def _compared(found: Comparison) -> str:
     """A comparison, drawn and in numbers."""
-    rows = sorted(found.rows, key=lambda row: _KIND_ORDER.index(row.kind))
+    rows = in_order(found)
     lines = [Line(row.name, row.difference, row.interval, row.name not in ("base", "random")) for row in rows]
-    columns = ["", "rank", "nats per token", "difference", "95 % interval", "worse on"]
-    metric = [f"{found.metric} (to best adapter)"] if found.metric else []
-    guard = ["guard"] if found.guard else []
-    strong = next((i for i, row in enumerate(rows) if row.name == found.best.name), None)
-    said = [tag("p", text(f"{sentence}.")) for sentence in filter(None, (claim(found), metric_claim(found)))]
     repeated = f" {found.repeated_records} of the records were calibrated on." if found.repeated_records else ""
     return section(
         "Every way to compose",
-        *said,
-        _caption(
+        *claims(found),
+        caption(
             f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens; difference to the best "
             f"single adapter, {found.best_ingredient}. With this many records a true difference of "
             f"{found.detectable:.4f} nats per token is found 4 times in 5.{repeated}"
         ),
         intervals_chart(lines, "differences of every way to compose"),
-        table([*columns, *metric, *guard], [_compared_row(row) for row in rows], strong=strong),
+        comparison_table(found),
         _notes(found),
     )
-
-
-def _compared_row(row: ComparisonRow) -> list[str]:
-    cells = [
-        row.name,
-        "-" if row.rank is None else str(row.rank),
-        f"{row.nats_per_token:.4f}",
-        f"{row.difference:+.4f}",
-        interval_text(row.interval),
-        f"{row.worse_records:.0%}",
-    ]
-    if row.metric is not None:
-        cells.append(f"{row.metric.mean:.3f} ({interval_text(row.metric.interval)})")
-    if row.guard is not None:
-        cells.append(f"{row.guard.difference.mean:+.4f}, {'safe' if row.guard.safe else 'not shown safe'}")
-    return cells
 
 
 def _notes(found: Comparison) -> str:
@@ -139,7 +107,7 @@ def _weights(recipe: Recipe) -> str:
     )  # fmt: skip
     return section(
         "Mixing weights",
-        _caption(
+        caption(
             f"By layer and module; uniform, {1 / len(recipe.adapters):.3g}, has no colour. Each cell tells its number "
             f"when it is pointed at.{summary}"
         ),
@@ -170,7 +138,7 @@ def _search(recipe: Recipe) -> str:
     chosen = "" if fit.criterion == "nats per token" else f" Chosen by {fit.criterion}; costs are 1 minus its mean."
     stopped = f" Stopped early: {fit.stopped}." if fit.stopped else ""
     refitted = "then fitted once more on all training records" if fit.refitted else "not fitted again"
-    return section("The search", _caption(f"{fit.passes:g} passes, {refitted}.{chosen}{stopped}"), *parts)
+    return section("The search", caption(f"{fit.passes:g} passes, {refitted}.{chosen}{stopped}"), *parts)
 
 
 def _interferences(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> str:
@@ -199,7 +167,7 @@ def _interferences(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> str:
             parts.append(title + (table(columns, rows) if rows else tag("p", "They change no module together.")))
     return section(
         "Interference",
-        _caption(
+        caption(
             "From the factors alone: the cosine of the two updates (mean over layers, and the largest in size), and "
             "which share of the smaller input and output space the other one uses too. 0 is none, 1 is all."
         ),
@@ -223,12 +191,8 @@ def _provenance(recipe: Recipe) -> str:
         table(["adapter", "commit", "sha256", "rank", "alpha", "dtype"], adapters),
         table(["data", "shape", "records", "scored tokens", "sha256"], data),
         folded("settings", table(["setting", "value"], settings)),
-        _caption(versions),
+        caption(versions),
     )
-
-
-def _caption(content: str) -> str:
-    return tag("p", text(content), class_="soft")
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -246,7 +210,13 @@ class Written:
     size_bytes: int
     parts: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return repr_line(
+            self, path_text(self.path), amount_text(self.size_bytes, "B"), count_text(len(self.parts), "part")
+        )
 
+
+@takes_bar
 def write_report(
     recipe: Recipe | str | Path,
     output: str | Path,
@@ -254,7 +224,7 @@ def write_report(
     comparison: str | Path | None = None,
     adapters: Sequence[str] = (),
     force: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Written:
     """Writes the report of a recipe, the same bytes for the same inputs.
 
@@ -273,6 +243,7 @@ def write_report(
         UsageError: if the comparison is of other adapters.
         IntegrityError: if an ingredient is not the file that the weights were fitted for.
     """
+    progress = drawn(progress)
     output = Path(output)
     _check_free(output, force=force, read=(recipe, comparison))
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)

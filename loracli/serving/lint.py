@@ -27,9 +27,10 @@ from typing import Any, Literal, get_args
 
 from loracli.adapters.adapter import IDLE
 from loracli.errors import UsageError
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.serving.adapter_files import AdapterFiles, AdapterLayout, BaseFacts, read_adapter_files, read_base_facts
 from loracli.serving.checks import CHECKS, Unclear
+from loracli.system.display import count_text, path_text, repr_line
 
 Severity = Literal["refused", "misread", "ignored", "slow"]
 _SEVERITIES: tuple[Severity, ...] = get_args(Severity)
@@ -190,6 +191,13 @@ class Lint:
     modules: int
     servers: tuple[ServerReport, ...]
 
+    def __repr__(self) -> str:
+        others = [f"{server.id} {server.verdict}" for server in self.servers if server.verdict != "takes"]
+        taken = f"{len(self.servers) - len(others)} of {count_text(len(self.servers), 'server')} take it"
+        return repr_line(
+            self, path_text(self.path), f"rank {self.rank}", count_text(self.modules, "module"), taken, *others
+        )
+
     @property
     def taken(self) -> bool:
         """Whether all servers take it and mean the same."""
@@ -207,8 +215,9 @@ class Lint:
         }
 
 
+@takes_bar
 def lint_adapter(
-    path: str | Path, *, servers: Sequence[str] = (), base: str | None = None, progress: Progress = SILENT
+    path: str | Path, *, servers: Sequence[str] = (), base: str | None = None, progress: Progress | Bar = SILENT
 ) -> Lint:
     """Checks an adapter's directory against the rules of servers.
 
@@ -222,6 +231,7 @@ def lint_adapter(
         UsageError: if there is no server of an id.
         InputError, HubUnreachable: if the base's config cannot be had.
     """
+    progress = drawn(progress)
     unknown = next((name for name in servers if name not in _SERVERS), None)
     if unknown is not None:
         raise UsageError(f"--for {unknown} is not one of {', '.join(_SERVERS)}")

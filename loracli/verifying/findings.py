@@ -17,6 +17,7 @@ from loracli.errors import UsageError, VerificationError
 from loracli.export.card import model_card
 from loracli.export.layout import Layout, ranks_of_targets
 from loracli.export.plan import layout_of
+from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.files import README_FILE, open_regular
 
 
@@ -45,6 +46,12 @@ class Verification:
     tensors: int
     checked: tuple[str, ...]
     not_checked: tuple[Unchecked, ...]
+
+    def __repr__(self) -> str:
+        missing = f"{len(self.not_checked)} not" if self.not_checked else ""
+        same = f"{count_text(self.tensors, 'tensor')} the same" if self.tensors else ""
+        done = f"{count_text(len(self.checked), 'thing')} checked"
+        return repr_line(self, path_text(self.path), self.kind, done, missing, same)
 
 
 @dataclass

@@ -34,7 +34,7 @@ from loracli.model.checkpoint import (
 )
 from loracli.model.modules import check_shapes, named_as
 from loracli.model.reference import BaseReference, find_base
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.system.document import decode, dtype_name
 from loracli.system.files import (
     CERTIFICATE_FILE,
@@ -314,6 +314,7 @@ def _wrong_entries(
 MAX_RECORD_BYTES = 128 << 20
 
 
+@takes_bar
 def verify_directory(
     path: str | Path,
     *,
@@ -322,7 +323,7 @@ def verify_directory(
     base: str | None = None,
     base_revision: str | None = None,
     edited_card: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress | Bar = SILENT,
 ) -> Verification:
     """Computes again what was written, from the recorded ingredients, and compares every tensor.
 
@@ -339,6 +340,7 @@ def verify_directory(
         IntegrityError: if the record is damaged, or an ingredient is not the recorded one.
         InputError: if the directory is none of loracat's, or an ingredient that is named cannot be used.
     """
+    progress = drawn(progress)
     path, findings = Path(path), Findings()
     if not path.is_dir():
         raise InputError(f"{path} is not a directory" if path.exists() else f"there is no directory {path}")
