@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from loracli.errors import LoracatError
     from loracli.evaluation.comparison import Comparison
     from loracli.evaluation.metrics import TaskMetric
-    from loracli.export.export import Exported, export_adapter
+    from loracli.export.export import Composed, Exported, compose, export_adapter
     from loracli.export.request import ExportRequest
     from loracli.fitting.run import fit_mixing
     from loracli.fitting.settings import FitSettings
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CompareSettings": "loracli.comparison.settings",
     "Comparison": "loracli.evaluation.comparison",
+    "Composed": "loracli.export.export",
     "Controls": "loracli.comparison.settings",
     "ConvertRequest": "loracli.conversion.convert",
     "Converted": "loracli.conversion.convert",
@@ -70,6 +71,7 @@ _HOMES = {
     "Unpickled": "loracli.conversion.from_pickle",
     "Verification": "loracli.verifying.findings",
     "compare_adapters": "loracli.comparison.compare",
+    "compose": "loracli.export.export",
     "convert_adapter": "loracli.conversion.convert",
     "convert_pickle": "loracli.conversion.from_pickle",
     "export_adapter": "loracli.export.export",
@@ -89,6 +91,7 @@ _HOMES = {
 __all__ = [
     "CompareSettings",
     "Comparison",
+    "Composed",
     "Controls",
     "ConvertRequest",
     "Converted",
@@ -112,6 +115,7 @@ __all__ = [
     "Unpickled",
     "Verification",
     "compare_adapters",
+    "compose",
     "convert_adapter",
     "convert_pickle",
     "export_adapter",

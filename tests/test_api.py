@@ -39,6 +39,24 @@ def test_every_public_name_resolves_and_no_other_does() -> None:
         loracli.no_such_name  # noqa: B018
 
 
+def test_weights_by_hand_in_six_lines(tmp_path: Path, two_adapters: tuple[Path, Path]) -> None:
+    adapters = [str(path) for path in two_adapters]
+    composed = loracli.compose(adapters, [0.7, -0.3])
+    composed.export(tmp_path / "cat")
+    merged = composed.export(tmp_path / "merged", merge=True, rank=3)
+    loracli.export_adapter(loracli.ExportRequest(adapters=adapters, weights=[0.7, -0.3]), tmp_path / "asked")
+
+    written = [(tmp_path / name / "loracat.json").read_bytes() for name in ("cat", "asked")]
+    assert written[0] == written[1] and merged.layout.rank == 3
+    assert loracli.compose(two_adapters, {"#1": {"default": 0.7}, "#2": {"default": -0.3}}).composition.names()
+    with pytest.raises(TypeError, match=r"weights is for compose"):
+        composed.export(tmp_path / "no", weights=[1, 1])
+    with pytest.raises(loracli.LoracatError, match="--rank is for --merge"):
+        composed.export(tmp_path / "no", rank=3)
+    with pytest.raises(loracli.LoracatError, match="1 number for 2 adapters"):
+        loracli.compose(adapters, [0.7])
+
+
 def test_the_four_steps_in_six_lines(tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]) -> None:
     data = write_jsonl(tmp_path / "val.jsonl", random_records(45))
     adapters = [loracli.fetch_adapter(str(path)) for path in two_adapters]

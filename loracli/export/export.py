@@ -7,9 +7,10 @@ factors. Written whole or not at all, the same bytes for the same inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +19,12 @@ from loracli.adapters.claims import head_size, loading_lines
 from loracli.algebra.factors import Factors
 from loracli.composition.card import Certificate
 from loracli.composition.composition import Composition, published_identities
+from loracli.composition.weights import Weights
 from loracli.errors import UsageError
 from loracli.export.activations import Moments, moments_of, recorded_moments
 from loracli.export.gguf import LlamaCppBase
 from loracli.export.layout import Layout
-from loracli.export.method import compose_method, compose_recipe, compose_weights
+from loracli.export.method import check_fitted, compose_method, compose_recipe, compose_weights, llama_cpp_base
 from loracli.export.module import cut_module
 from loracli.export.plan import TASK, ExportPlan, plan_layout
 from loracli.export.refit import Refit, RefitRecord, check_refittable, refit_on
@@ -120,12 +122,10 @@ def export_adapter(
     progress = drawn(progress)
     method = check(request)
     check_free(Path(output), force=force)
-    refit = None
-    if request.refit:
-        base, revision = request.base, request.base_revision
-        refit = refit_on(request.fit_data, request.data, base=base, base_revision=revision, progress=progress)
+    refit = _refit_of(request, progress)
     if request.weights is not None:
-        composition, llama_cpp = compose_weights(request, progress)
+        composition = compose_weights(request, progress)
+        llama_cpp = llama_cpp_base(request, composition.adapters, composition.base.id, progress=progress)
     elif method is None:
         composition, llama_cpp = compose_recipe(request, progress)
     else:
@@ -145,6 +145,113 @@ def export_adapter(
         if method is None:
             raise
         raise UsageError(f"{method.name} cannot be computed here: {error}", hint="choose another --method") from None
+
+
+def _refit_of(request: ExportRequest, progress: Progress) -> Refit | None:
+    if not request.refit:
+        return None
+    base, revision = request.base, request.base_revision
+    return refit_on(request.fit_data, request.data, base=base, base_revision=revision, progress=progress)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Adapters with weights by hand, read and checked, to be written in any way.
+
+    Args:
+        composition: what they make: `names()`, and `compose(module)` for the update of one.
+        request: what was asked for.
+    """
+
+    composition: Composition
+    request: ExportRequest = field(repr=False)
+
+    def __repr__(self) -> str:
+        adapters = names_text(adapter.reference for adapter in self.composition.adapters)
+        return repr_line(self, adapters, count_text(len(self.composition.names()), "module"))
+
+    @takes_bar
+    def export(
+        self,
+        output: str | Path,
+        *,
+        force: bool = False,
+        dry_run: bool = False,
+        progress: Progress | Bar = SILENT,
+        **how: Any,
+    ) -> Exported:
+        """Writes them as one PEFT adapter directory, as `export_adapter` does.
+
+        Args:
+            output, force, dry_run, progress: as there.
+            how: fields of `ExportRequest` that say how it is written: merge, rank, tolerance, energy, budget,
+                activation_aware, refit, dtype, profile, gguf, fit_data, data.
+        Raises:
+            TypeError: for a field that there is not, or that says what is composed.
+            LoracatError: as `export_adapter`.
+        """
+        progress = drawn(progress)
+        what = sorted(how.keys() & _COMPOSED)
+        if what:
+            raise TypeError(f"{', '.join(what)} is for compose()")
+        request = replace(self.request, **how)
+        check(request)
+        check_free(Path(output), force=force)
+        adapters = self.composition.adapters
+        check_fitted(request, adapters)
+        return write_export(
+            self.composition,
+            Path(output),
+            request,
+            llama_cpp=llama_cpp_base(request, adapters, self.composition.base.id, progress=progress),
+            refit=_refit_of(request, progress),
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
+        )
+
+
+_COMPOSED = frozenset(
+    "recipe adapters weights method method_options modules_to_save task_type base base_revision".split()
+)
+
+
+@takes_bar
+def compose(
+    adapters: Sequence[str | Path],
+    weights: Weights,
+    *,
+    modules_to_save: str | None = None,
+    task_type: str | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+    progress: Progress | Bar = SILENT,
+) -> Composed:
+    """The sum of adapters with weights by hand, without base model, data or fit.
+
+        dW_l = sum_i w_li s_i B_li A_li
+
+    Args:
+        adapters: references or directories, one or more.
+        weights: one number for each, the file with a table for each, or the tables themselves, by reference or place:
+            `{"#1": {"default": 0.7, "mlp": 0.9}, "#2": {"default": 0.3}}`.
+        modules_to_save, task_type, base, base_revision: as in `ExportRequest`.
+        progress: told of downloads.
+    Raises:
+        UsageError: if the weights cannot be honoured.
+        InputError: of the kind that fits, if adapters or base are rejected.
+    """
+    progress = drawn(progress)
+    request = ExportRequest(
+        adapters=[str(adapter) for adapter in adapters],
+        weights=weights,
+        modules_to_save=modules_to_save,
+        task_type=task_type,
+        base=base,
+        base_revision=base_revision,
+    )
+    check(request)
+    return Composed(compose_weights(request, progress), request)
 
 
 def write_export(

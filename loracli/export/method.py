@@ -120,8 +120,7 @@ def _read_ingredients(request: ExportRequest, progress: Progress) -> _Ingredient
     task = None if request.task_type is None else checked_task(request.task_type)
     if task is None:
         task = agreed_task(read, option="--task-type") if recipe is None else task_of_recipe(read)
-    if request.fit_data is not None or request.refit:
-        check_language_models(read, "what is fitted on records")
+    check_fitted(request, read)
     policy = request.modules_to_save or (REFUSE if recipe is None else recorded_policy(recipe))
     policy = settled_policy(policy, read, [adapter.reference for adapter in read])
     if recipe is None:
@@ -134,17 +133,37 @@ def _read_ingredients(request: ExportRequest, progress: Progress) -> _Ingredient
     return _Ingredients(read, recipe, table, saved_modules(policy, read, progress=progress), task)
 
 
-def _llama_cpp_base(request: ExportRequest, given: _Ingredients, progress: Progress) -> LlamaCppBase | None:
-    """How llama.cpp has the base, None where no GGUF file is asked for."""
+def check_fitted(request: ExportRequest, adapters: Sequence[LoraAdapter]) -> None:
+    """Raises UnsupportedAdapter if something is fitted on records, and an adapter is not of a language model."""
+    if request.fit_data is not None or request.refit:
+        check_language_models(adapters, "what is fitted on records")
+
+
+def llama_cpp_base(
+    request: ExportRequest,
+    adapters: Sequence[LoraAdapter],
+    base_id: str,
+    recipe: Recipe | None = None,
+    *,
+    progress: Progress = SILENT,
+) -> LlamaCppBase | None:
+    """How llama.cpp has the base of adapters, None where no GGUF file is asked for.
+
+    Args:
+        request: what is asked for.
+        adapters: that are composed.
+        base_id: the base by their own word.
+        recipe: that names them, None without one.
+        progress: told of a download.
+    """
     if not request.gguf:
         return None
-    base, recipe = request.base, given.recipe
-    named = base or BaseClaim(given.base.id, None) if recipe is None else base_of_config(recipe.base, base)
-    return find_llama_cpp_base(named, given.adapters, revision=request.base_revision, progress=progress)
+    base = request.base or BaseClaim(base_id, None) if recipe is None else base_of_config(recipe.base, request.base)
+    return find_llama_cpp_base(base, adapters, revision=request.base_revision, progress=progress)
 
 
-def compose_weights(request: ExportRequest, progress: Progress) -> tuple[Composition, LlamaCppBase | None]:
-    """The sum of adapters with the weights of a request; else as `compose_recipe`.
+def compose_weights(request: ExportRequest, progress: Progress = SILENT) -> Composition:
+    """The sum of adapters with the weights of a request.
 
     Raises:
         InputError: of the kind that fits, if adapters or base are rejected.
@@ -154,8 +173,7 @@ def compose_weights(request: ExportRequest, progress: Progress) -> tuple[Composi
     given = _read_ingredients(request, progress)
     weights = weights_of_modules(request.weights, given.adapters)
     composition = from_weights(weights, given.adapters, given.base, saved=given.saved, task_type=given.task_type)
-    asked = request.task_type is not None
-    return replace(composition, task_asked=asked), _llama_cpp_base(request, given, progress)
+    return replace(composition, task_asked=request.task_type is not None)
 
 
 def compose_method(
@@ -170,7 +188,7 @@ def compose_method(
     """
     given = _read_ingredients(request, progress)
     read, recipe, saved = given.adapters, given.recipe, given.saved
-    found, weights = _llama_cpp_base(request, given, progress), None
+    found, weights = llama_cpp_base(request, read, given.base.id, recipe, progress=progress), None
     if method.search is not None:
         assert request.fit_data is not None
         weights = searched_weights(
