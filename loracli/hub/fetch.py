@@ -28,15 +28,9 @@ from loracli.system.strict_json import read_object
 MAX_ADAPTER_BYTES = 8 << 30
 
 # In the order of download: whoever finds the weights in the cache knows that the rest came before them.
-ADAPTER_FILES = (README_FILE, CONFIG_FILE, *TENSOR_FILES)
-
-
+_ADAPTER_FILES = (README_FILE, CONFIG_FILE, *TENSOR_FILES)
 _BASE_WEIGHTS = "model.safetensors"
-
-
 _BASE_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
 _BASE_FILES = (
     BASE_CONFIG,
     "generation_config.json",
@@ -49,14 +43,8 @@ _BASE_FILES = (
     *_BASE_TOKENIZERS,
     f"{_BASE_WEIGHTS}.index.json",
 )
-
-
 _SHARD = re.compile(r"(?!consolidated)[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")  # consolidated*: the weights once more
-
-
 _NUMBERED_SHARD = re.compile(r".+-\d+-of-(\d+)\.safetensors")
-
-
 _PICKLE = re.compile(r".+\.(bin|pt|pth|pkl|ckpt)")
 
 
@@ -153,7 +141,7 @@ def fetch_adapters(
         UsageError: options that exclude each other; OutputExists: other files are in `local_dir`.
     """
     options.setdefault("max_bytes", MAX_ADAPTER_BYTES)
-    hub = _at_the_hub(Source(PICKLED_ADAPTER if from_pickle else ADAPTER, recheck=True, **options))
+    hub = _at_the_hub(Source(_PICKLED_ADAPTER if from_pickle else _ADAPTER, recheck=True, **options))
     if hub.local_dir is not None and len(references) > 1:
         raise UsageError("a local directory takes the files of one adapter", hint="fetch the others by themselves")
     parsed = [_parse(reference, revision) for reference in references]
@@ -216,7 +204,7 @@ def fetch_base(
         InputError: no such repository or revision, no safetensors in it, or it is an adapter itself.
         AccessDenied, HubUnreachable, IntegrityError, OutOfResources: the Hub or the disk does not give the files.
     """
-    kind = BASE_CONFIG_ALONE if config_alone else BASE
+    kind = _BASE_CONFIG_ALONE if config_alone else _BASE
     [copy] = fetch([_at_the_hub(Source(kind, repo_id, revision, text=repo_id, recheck=recheck, **options))])
     return FetchedBase(repo_id, copy.path, copy.commit, copy.files)
 
@@ -260,13 +248,13 @@ def _take_local(reference: Reference, hub: Source, *, from_pickle: bool) -> Fetc
         raise UsageError("a local directory is used where it is", where=reference.text, hint="leave --local-dir out")
     if reference.shadows_hub:
         hub.progress.note(f"{reference.text} is a directory here; for the Hub's, write {URI_PREFIX}{reference.text}")
-    present = [name for name in (*ADAPTER_FILES, PICKLE_FILE) if (reference.path / name).is_file()]
+    present = [name for name in (*_ADAPTER_FILES, PICKLE_FILE) if (reference.path / name).is_file()]
     if from_pickle:
-        check_pickle(present, reference.text)
+        _check_pickle(present, reference.text)
     else:
-        check_adapter(present, reference.text, text=reference.text)
+        _check_adapter(present, reference.text, text=reference.text)
     files = [FetchedFile(name, (reference.path / name).stat().st_size, cached=True) for name in present]
-    taken = (CONFIG_FILE, PICKLE_FILE) if from_pickle else ADAPTER_FILES
+    taken = (CONFIG_FILE, PICKLE_FILE) if from_pickle else _ADAPTER_FILES
     return Fetched(reference, reference.path, None, tuple(file for file in files if file.name in taken))
 
 
@@ -280,19 +268,19 @@ def checked_token(token: str | None) -> str | None:
 def _pick_adapter_files(source: Source, listing: Listing) -> list[str]:
     if source.folder and not listing.files:
         raise source.rejected(f"the repository has no folder '{source.folder}'", hint=_other_folders(source, listing))
-    check_adapter(listing.files, source.name, hint=_other_folders(source, listing), text=_as_typed(source))
+    _check_adapter(listing.files, source.name, hint=_other_folders(source, listing), text=_as_typed(source))
     spare = {MLX_TENSOR_FILE} if TENSOR_FILE in listing.files else set()
-    return [name for name in ADAPTER_FILES if name in listing.files and name not in spare]
+    return [name for name in _ADAPTER_FILES if name in listing.files and name not in spare]
 
 
 def _pick_pickle_files(source: Source, listing: Listing) -> list[str]:
     if PICKLE_FILE not in listing.files or CONFIG_FILE not in listing.files:
         _pick_adapter_files(source, listing)
-    check_pickle(listing.files, source.name)
+    _check_pickle(listing.files, source.name)
     return [CONFIG_FILE, PICKLE_FILE]
 
 
-def check_pickle(names: Iterable[str], where: str) -> None:
+def _check_pickle(names: Iterable[str], where: str) -> None:
     """Raises UsageError if the weights are there without a pickle, AdapterNotFound if there are none."""
     present = set(names)
     found = next((name for name in TENSOR_FILES if name in present), None)
@@ -308,7 +296,7 @@ def from_pickle_hint(text: str) -> str:
     return f"only {TENSOR_FILE} is read; to make one of its tensors, in a process of its own: {command}"
 
 
-def check_adapter(names: Iterable[str], where: str, hint: str | None = None, *, text: str) -> None:
+def _check_adapter(names: Iterable[str], where: str, hint: str | None = None, *, text: str) -> None:
     """Raises AdapterNotFound or UnsupportedAdapter for a folder without what an adapter needs; `text` is how it was
     named."""
     present = set(names)
@@ -378,13 +366,7 @@ def _is_whole_pickle(names: set[str]) -> bool:
     return {CONFIG_FILE, PICKLE_FILE} <= names
 
 
-ADAPTER = Kind(AdapterNotFound, _pick_adapter_files, _is_whole_adapter)
-
-
-PICKLED_ADAPTER = Kind(AdapterNotFound, _pick_pickle_files, _is_whole_pickle)
-
-
-BASE = Kind(InputError, _pick_base_files, _is_whole_base)
-
-
-BASE_CONFIG_ALONE = Kind(InputError, _pick_base_config, lambda names: BASE_CONFIG in names)
+_ADAPTER = Kind(AdapterNotFound, _pick_adapter_files, _is_whole_adapter)
+_PICKLED_ADAPTER = Kind(AdapterNotFound, _pick_pickle_files, _is_whole_pickle)
+_BASE = Kind(InputError, _pick_base_files, _is_whole_base)
+_BASE_CONFIG_ALONE = Kind(InputError, _pick_base_config, lambda names: BASE_CONFIG in names)

@@ -103,11 +103,11 @@ def fetch(sources: Sequence[Source]) -> list[Copy]:
     """Plans all, sees whether there is room for all, and only then transfers; results in the order of the sources."""
     stopped = threading.Event()
     plans = _side_by_side(_prepare, sources, stopped)
-    check_room(plan for plan in plans if isinstance(plan, Plan))
+    _check_room(plan for plan in plans if isinstance(plan, _Plan))
     return _side_by_side(partial(_carry_out, stopped=stopped), plans, stopped)
 
 
-def _prepare(source: Source) -> Copy | Plan:
+def _prepare(source: Source) -> Copy | _Plan:
     if source.revision is not None and not is_revision(source.revision):
         raise source.rejected(f"'{source.revision}' cannot be a branch, tag or commit")
     if source.pinned and (cached := _cached_copy(source, source.pinned)):
@@ -116,10 +116,10 @@ def _prepare(source: Source) -> Copy | Plan:
         listing = _list_files(source)
     except HubUnreachable as error:
         return _copy_without_hub(source, error)
-    return make_plan(source, listing)
+    return _make_plan(source, listing)
 
 
-def _carry_out(plan: Copy | Plan, stopped: threading.Event) -> Copy:
+def _carry_out(plan: Copy | _Plan, stopped: threading.Event) -> Copy:
     if isinstance(plan, Copy):
         return plan
     source = plan.source
@@ -197,7 +197,7 @@ def _tell_new_name(source: Source, name: str) -> None:
         source.progress.warn(f"{source.repo_id} is now {name}: use that name, somebody else may take the old one")
 
 
-def _take(plan: Plan, name: str, stopped: threading.Event) -> FetchedFile:
+def _take(plan: _Plan, name: str, stopped: threading.Event) -> FetchedFile:
     """Downloads one file unless it is there, and verifies it."""
     source, commit = plan.source, plan.listing.commit
     size = plan.size_of(name)
@@ -310,13 +310,11 @@ def _bar_for(source: Source, name: str, size: int, stopped: threading.Event) -> 
 
 
 MAX_SMALL_BYTES = 1 << 20  # of a config or a README; whoever writes them may be anybody
-
-
 _CONFIGS = (CONFIG_FILE, BASE_CONFIG)
 
 
 @dataclass(frozen=True)
-class Plan:
+class _Plan:
     """One repository's part of a fetch: the files of a commit, in the order of download."""
 
     source: Source
@@ -358,7 +356,7 @@ class Plan:
         return place.is_file() and place.stat().st_size == self.size_of(name)
 
 
-def make_plan(source: Source, listing: Listing) -> Plan:
+def _make_plan(source: Source, listing: Listing) -> _Plan:
     """Chooses the files, and refuses what is too large or would replace other files in a local directory.
 
     Raises:
@@ -372,20 +370,20 @@ def make_plan(source: Source, listing: Listing) -> Plan:
         if size is None or digest is None or not is_digest(digest):
             what = f"the Hub lists {name} without size or hash"
             raise HubUnreachable(what, where=source.name, hint="is HF_ENDPOINT a Hub?")
-    plan = Plan(source, listing, tuple(names))
+    plan = _Plan(source, listing, tuple(names))
     if README_FILE in names and plan.size_of(README_FILE) > MAX_SMALL_BYTES:
         much = amount_text(plan.size_of(README_FILE), "B")
         source.progress.warn(
             f"{source.name}: {README_FILE} has {much} and is left out, and so is the licence that it states"
         )
-        plan = Plan(source, listing, tuple(name for name in names if name != README_FILE))
+        plan = _Plan(source, listing, tuple(name for name in names if name != README_FILE))
     _check_ceilings(plan)
     if source.local_dir is not None and not source.force:
         _refuse_to_overwrite(plan)
     return plan
 
 
-def check_room(plans: Iterable[Plan]) -> None:
+def _check_room(plans: Iterable[_Plan]) -> None:
     """Raises OutOfResources unless the disk has room for all that these plans write, to one cache or directory."""
     needed: dict[Path, int] = {}  # by place: two references may name one file
     for plan in plans:
@@ -404,7 +402,7 @@ def check_room(plans: Iterable[Plan]) -> None:
         )
 
 
-def _check_ceilings(plan: Plan) -> None:
+def _check_ceilings(plan: _Plan) -> None:
     source = plan.source
     for name in plan.names:
         if name in _CONFIGS and plan.size_of(name) > MAX_SMALL_BYTES:
@@ -426,7 +424,7 @@ def _check_ceilings(plan: Plan) -> None:
         )
 
 
-def _refuse_to_overwrite(plan: Plan) -> None:
+def _refuse_to_overwrite(plan: _Plan) -> None:
     for name in plan.names:
         place, digest = plan.folder / name, plan.listing.files[name].digest
         if place.exists() and not (place.is_file() and digest and has_digest(place, digest)):

@@ -127,7 +127,7 @@ def decide_memory(
 
     Args:
         estimate: of one process.
-        available: bytes on its device, from `available_memory`.
+        available: bytes that are free on its device, None where nothing tells.
         plan: that the estimate was made from.
         processes: how many take their memory from there, as all of a machine do on its CPU.
         sharded: the estimate is of a sharded base.
