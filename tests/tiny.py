@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from transformers import (
 )
 
 BASE_ID = "tiny/base"
+_MADE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
@@ -125,6 +129,10 @@ CONFIGS: dict[str, Any] = {
 
 def make_base(folder: Path, kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """Saves a tiny model of the architecture, with weights large enough that its answers depend on the input."""
+    return _once(folder, lambda made: _save_base(made, kind, seed, dtype), kind, seed, dtype)
+
+
+def _save_base(folder: Path, kind: str, seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(dtype)
     with torch.no_grad():
@@ -133,6 +141,16 @@ def make_base(folder: Path, kind: str = "llama", *, seed: int = 0, dtype: torch.
                 parameter.normal_(0.0, 0.2)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+
+
+def _once(folder: Path, make: Callable[[Path], object], *what: object) -> Path:
+    """A copy of what was made of the same before: most tests want the same few. Random numbers go on from its own seed."""
+    kept = Path(_MADE.name, hashlib.sha256(repr(what).encode()).hexdigest())
+    if not kept.exists():
+        make(part := kept.with_suffix(".part"))
+        part.rename(kept)
+    shutil.copytree(kept, folder, dirs_exist_ok=True)
+    torch.manual_seed(int(kept.name[:8], 16))
     return folder
 
 
@@ -172,13 +190,23 @@ def make_adapter(
     **config: Any,
 ) -> Path:
     """Saves an adapter with random factors through stock PEFT; `config` are further fields of LoraConfig."""
+    wanted = targets if isinstance(targets, str) else list(targets)
+    config = {"r": rank, "lora_alpha": alpha, "task_type": "CAUSAL_LM", "target_modules": wanted} | config
+    config["target_parameters"] = list(parameters) or None
+    of_base = [
+        (path.name, hashlib.sha256(path.read_bytes()).digest()) for path in sorted(base.iterdir()) if path.is_file()
+    ]
+    return _once(
+        folder, lambda made: _save_adapter(made, base, seed, size, dtype, config), of_base, seed, size, dtype, config
+    )
+
+
+def _save_adapter(folder: Path, base: Path, seed: int, size: float, dtype: torch.dtype, config: dict[str, Any]) -> None:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
-    wanted = targets if isinstance(targets, str) else list(targets)
-    config |= {"target_modules": wanted, "target_parameters": list(parameters) or None}
-    lora = LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM", **config)
+    lora = LoraConfig(**config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PEFT's advice on tied embeddings and on Conv1D
         peft_model = get_peft_model(model, lora)
@@ -191,7 +219,6 @@ def make_adapter(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*have invalid shape: .*lora_B.bias")  # PEFT 0.21 takes a bias for a shard
         peft_model.save_pretrained(folder, save_embedding_layers=False)
-    return folder
 
 
 def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
