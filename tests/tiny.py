@@ -144,7 +144,7 @@ def _save_base(folder: Path, kind: str, seed: int, dtype: torch.dtype) -> None:
 
 
 def _once(folder: Path, make: Callable[[Path], object], *what: object) -> Path:
-    """A copy of what was made of the same before: most tests want the same few. Random numbers go on from its own seed."""
+    """A copy of what was made of the same before; random numbers go on from its own seed."""
     kept = Path(_MADE.name, hashlib.sha256(repr(what).encode()).hexdigest())
     if not kept.exists():
         make(part := kept.with_suffix(".part"))
