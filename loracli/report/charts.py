@@ -67,7 +67,7 @@ def svg(width: float, height: float, label: str, *content: str) -> str:
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
-_PAGE_STYLE = """
+PAGE_STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --card: #f6f8fa;
   --above: #b35900; --below: #0b5cad; --good: #1a7f37; --bad: #b42318; }
 @media (prefers-color-scheme: dark) { :root { --page: #0d1117; --ink: #e6edf3; --soft: #9aa4af; --line: #30363d;
@@ -116,7 +116,7 @@ def page(title: str, *content: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="referrer" content="no-referrer">',
         tag("title", text(title)),
-        tag("style", _PAGE_STYLE + PARTS_STYLE),
+        tag("style", PAGE_STYLE + PARTS_STYLE),
     )
     return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', *content)), lang='en')}\n"
 
