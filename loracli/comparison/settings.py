@@ -78,16 +78,16 @@ class CompareSettings:
         options: of the methods.
         fit: of the levels that are fitted for it; its `mixing` is what the random control is fitted with.
         controls: that stand beside the methods.
-        weights: by hand, of a row of their own, as in `ExportRequest`; None for no such row.
         margin: nats per token that the guard records may get worse by.
+        weights: by hand, of a row of their own, as in `ExportRequest`; None for no such row.
     """
 
     methods: tuple[str, ...] = (DATA_FREE,)
     options: MethodOptions = MethodOptions()
     fit: FitSettings = FitSettings()
     controls: Controls = Controls()
-    weights: Weights | None = None
     margin: float = _MARGIN
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for a method that there is not, or an option out of its range or that no method takes."""
