@@ -77,7 +77,7 @@ def compare(
     recipe: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[RECIPE...]",
+            metavar="RECIPE",
             help="Recipe whose fit is compared, or several; default: recipe.json, without --adapters.",
         ),
     ] = None,

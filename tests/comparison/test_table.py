@@ -27,7 +27,7 @@ TOKENS = torch.randint(1, 12, (COUNT,), generator=torch.Generator().manual_seed(
 INPUTS = CompareInputs(
     adapters=(),
     references=("a", "b"),
-    recipe=None,
+    recipes=(),
     base=BaseReference("tiny/base", Path("base"), None),
     test=(),
     guard=(),
