@@ -31,6 +31,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3MoeConfig,
@@ -129,12 +130,13 @@ CONFIGS: dict[str, Any] = {
 
 def make_base(folder: Path, kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """Saves a tiny model of the architecture, with weights large enough that its answers depend on the input."""
-    return _once(folder, lambda made: _save_base(made, kind, seed, dtype), kind, seed, dtype)
+    config = CONFIGS[kind]()
+    return _once(folder, lambda made: _save_base(made, config, seed, dtype), config, seed, dtype)
 
 
-def _save_base(folder: Path, kind: str, seed: int, dtype: torch.dtype) -> None:
+def _save_base(folder: Path, config: PretrainedConfig, seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(dtype)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() in (2, 3):
@@ -144,7 +146,7 @@ def _save_base(folder: Path, kind: str, seed: int, dtype: torch.dtype) -> None:
 
 
 def _once(folder: Path, make: Callable[[Path], object], *what: object) -> Path:
-    """A copy of what was made of the same before; random numbers go on from its own seed."""
+    """A copy of what was made of the same before: most tests want the same few. Sets the seed of random numbers."""
     kept = Path(_MADE.name, hashlib.sha256(repr(what).encode()).hexdigest())
     if not kept.exists():
         make(part := kept.with_suffix(".part"))

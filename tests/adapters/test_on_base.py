@@ -34,9 +34,9 @@ from loracli.fitting.settings import FitSettings
 from loracli.fusing.composition import FuseRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.model.base import BaseReference, on_base
-from loracli.progress import Silent
 from loracli.recipe.recipe import load_recipe
 from loracli.verifying.verify import verify_directory
+from tests.heard import Heard
 from tests.mixtures import BOTH, EXPERTS, expert_layers, load, peft_deltas
 from tests.test_whole_way import assert_whole_way, fit_case, nats_of_peft
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
@@ -289,14 +289,6 @@ def rewritten(peft: Path, folder: Path, *, grouped: bool = False, turned: bool =
     return folder
 
 
-class Said(Silent):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-
-
 def trained(base: Path, adapter: Path, data: Path) -> Path:
     """The adapter after a few steps of stock PEFT on the records."""
     (source,) = parse_sources(data)
@@ -397,11 +389,11 @@ def test_an_open_order_is_named_and_the_likelier_one_is_said(
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
     peft = trained(base, make_adapter(tmp_path / "peft", base, targets=(), parameters=BOTH, rank=RANK, size=0.1), data)
     path = rewritten(peft, tmp_path / "a", **how, **fields)
-    said = Said()
+    said = Heard()
     inspect_adapters([str(path)], progress=said)
     assert f'write "{written}": ' in said.warnings[0] and "read as PEFT reads them" in said.warnings[0]
     for run in ("fit", "compare"):
-        said = Said()
+        said = Heard()
         if run == "fit":
             fit_mixing([str(path)], data, base=str(base), settings=FitSettings(passes=2), progress=said)
         else:

@@ -22,23 +22,14 @@ from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.fusing.composition import compose_on_base
-from loracli.progress import Progress, Silent
+from loracli.progress import Progress
 from loracli.serving.lint import lint_adapter
 from loracli.verifying.verify import verify_directory
+from tests.heard import Heard
 from tests.tiny import logits, make_adapter, random_records, write_jsonl
 
 WEIGHTS = "adapter_model.safetensors"
 Zeroed = Callable[[str], bool]
-
-
-class Said(Silent):
-    """A Progress that keeps its warnings."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def zeroed(adapter: Path, folder: Path, which: Zeroed) -> Path:
@@ -76,14 +67,14 @@ COMMANDS: dict[str, Callable[[Path, Path, Path, Progress], object]] = {
 def test_every_command_warns_of_an_adapter_that_changes_nothing(
     tmp_path: Path, idle: Path, tiny_base: Path, command: str
 ) -> None:
-    progress = Said()
+    progress = Heard()
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
     COMMANDS[command](idle, tiny_base, data, progress)
     assert [said for said in progress.warnings if f"{idle}: changes nothing" in said]
 
 
 def test_a_recipe_and_what_is_exported_of_it_are_warned_of_too(tmp_path: Path, idle: Path, tiny_base: Path) -> None:
-    progress = Said()
+    progress = Heard()
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
     recipe = fit_mixing([str(idle)], data, base=str(tiny_base), settings=FitSettings(passes=2))
     export_adapter(ExportRequest(recipe), tmp_path / "out", progress=progress)
@@ -126,7 +117,7 @@ def test_zeros_below_zero_are_zeros_for_lint_as_for_all_others(
         changed = {name: torch.full_like(t, -0.0) if "lora_B" in name else t for name, t in tensors.items()}
         changed[last].view(-1)[-1] -= smallest
         save_file(changed, folder / WEIGHTS)
-        progress = Said()
+        progress = Heard()
         lint_adapter(folder, progress=progress)
         said = [warning for warning in progress.warnings if "changes nothing" in warning]
         assert bool(said) is bool(read_adapter(str(folder)).warnings) is (not smallest)

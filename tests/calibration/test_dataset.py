@@ -12,19 +12,8 @@ import pytest
 from loracli.calibration.dataset import Dataset, read_dataset, render_dataset
 from loracli.calibration.render import Example
 from loracli.errors import CalibrationError, UsageError
-from loracli.progress import Silent
+from tests.heard import Heard
 from tests.tiny import make_tokenizer
-
-
-class Heard(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
-
-    def warn(self, message: str) -> None:
-        self.said.append(f"warning: {message}")
 
 
 def write(path: Path, records: Sequence[Any]) -> Path:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loracli.calibration.records import _MAX_LINE_BYTES, CalibrationFile, DataSource, read_records
 from loracli.errors import CalibrationError
-from loracli.progress import Silent
+from tests.heard import Heard
 
 PC = '{"prompt": "p", "completion": "c"}'
 CHAT = '{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}'
@@ -232,14 +232,6 @@ def test_the_shape_asked_for_is_required_of_every_line(tmp_path: Path) -> None:
 
 
 # Bad lines left out.
-
-
-class Heard(Silent):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def test_bad_lines_are_left_out_on_request_and_named(tmp_path: Path) -> None:

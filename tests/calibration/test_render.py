@@ -16,22 +16,10 @@ from loracli.calibration.records import CalibrationFile, DataSource, Record
 from loracli.calibration.render import Example, _template_sha256, _tokens, render_file
 from loracli.calibration.shapes import Shape
 from loracli.errors import CalibrationError
-from loracli.progress import Silent
+from tests.heard import Heard
 from tests.tiny import CHAT_TEMPLATE, make_tokenizer
 
 PAD, BOS, EOS = 0, 1, 2
-
-
-class Heard(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 Message = dict[str, str]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from loracli.evaluation.comparison import Comparison
 from loracli.recipe.recipe import load_recipe
 from loracli.system.document import decode
-from tests.cli.project import run, tree
+from tests.cli.project import document, run, tree
 
 ALONE = "compare --adapters know form --data few.jsonl --base base".split()
 
@@ -26,13 +26,6 @@ def few(here: Path) -> Path:
     lines = (here / "test.jsonl").read_text().splitlines(keepends=True)
     (here / "few.jsonl").write_text("".join(lines[:12]))
     return here
-
-
-def document(*words: str) -> dict[str, Any]:
-    result = run(*words, "--json")
-    assert result.exit_code == 0, result.stdout
-    content: dict[str, Any] = json.loads(result.stdout)
-    return content
 
 
 def test_the_rows_of_json_are_those_of_the_recipes_own_table(here: Path) -> None:

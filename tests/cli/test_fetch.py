@@ -213,7 +213,7 @@ def test_the_token_is_in_no_output_even_where_the_client_tells_everything(
         hub.fail(name, fault)
     process = subprocess.run(
         [*COMMAND[:1], "-c", EACH, *faults], cwd=tmp_path, env=variables | {"HF_DEBUG": "1", "HF_TOKEN": ""},
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     said = process.stderr.split("ended ")
     assert [text.split()[0] for text in said[1:]] == ["0", "7", "4", "5"], process.stderr

@@ -32,19 +32,11 @@ from loracli.fitting.mixing import FixedFactors, Layout
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.placement import Placement
-from loracli.progress import Silent
+from tests.heard import Heard
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl
 
 QUICK = FitSettings(passes=3)
 DATA_FREE = [name for name, method in METHODS.items() if method.search is None]
-
-
-class Listener(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.said.append(message)
 
 
 @pytest.fixture(scope="module")
@@ -271,10 +263,10 @@ def test_test_records_that_were_calibrated_on_are_counted(
     fresh = (data / "test.jsonl").read_text().splitlines(keepends=True)
     mixed = tmp_path / "test.jsonl"
     mixed.write_text("".join([*trained[:5], *fresh]))
-    listener = Listener()
+    listener = Heard()
     inputs = prepare_comparison(mixed, recipe=recipe, base=str(tiny_base), progress=listener)
     assert inputs.repeated == 5
-    assert any("5 of the test records" in message for message in listener.said)
+    assert any("5 of the test records" in message for message in listener.warnings)
     adapters = [str(path) for path in two_adapters]
     fitted = CompareSettings(("sum", "module"))
     both = prepare_comparison(
@@ -472,14 +464,14 @@ def test_an_adapter_whose_loss_is_not_finite_is_left_out_by_name_and_all_of_them
     tmp_path: Path, data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
 ) -> None:
     huge = make_adapter(tmp_path / "huge", tiny_base, targets=("q_proj", "v_proj"), seed=3, size=1e19)
-    listener = Listener()
+    listener = Heard()
     adapters = [str(huge), str(two_adapters[0])]
     found = run_comparison(
         prepare_comparison(data / "test.jsonl", adapters=adapters, base=str(tiny_base)), progress=listener
     )
     skipped = {entry.name: entry.reason for entry in found.skipped}
     assert str(huge) in skipped and str(huge) not in {row.name for row in found.rows}
-    assert any(f"{huge} is left out: " in message for message in listener.said)
+    assert any(f"{huge} is left out: " in message for message in listener.warnings)
     assert found.best_ingredient == str(two_adapters[0])
     assert "uniform" in skipped and all(row.against_uniform is None for row in found.rows)
     with pytest.raises(NonFiniteLoss):
@@ -491,7 +483,7 @@ def test_what_is_fitted_is_announced_measured_and_finished_even_where_it_is_stop
 ) -> None:
     """The task that is shown begins once and ends once, also where a row raises what nobody expects."""
 
-    class Told(Listener):
+    class Told(Heard):
         begun = finished = 0
 
         def begin(self, task: str, total: int | None, unit: str) -> None:
@@ -499,9 +491,6 @@ def test_what_is_fitted_is_announced_measured_and_finished_even_where_it_is_stop
 
         def finish(self, task: str) -> None:
             self.finished += task == TASK
-
-        def note(self, message: str) -> None:
-            self.said.append(message)
 
     adapters = [str(path) for path in two_adapters]
     inputs = prepare_comparison(data / "test.jsonl", adapters=adapters, base=str(tiny_base))

@@ -26,17 +26,10 @@ from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach
 from loracli.model.loss import make_objective
 from loracli.model.session import usable_length
-from loracli.progress import SILENT, Silent
+from loracli.progress import SILENT
 from loracli.recipe.recipe import load_recipe
+from tests.heard import Heard
 from tests.tiny import make_tokenizer, random_records, write_jsonl
-
-
-class Listener(Silent):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def examples(count: int, weight: float = 1.0, seed: int = 0) -> list[Example]:
@@ -170,7 +163,7 @@ def test_an_adapter_with_a_template_of_its_own_is_warned_of(
     own = Path(shutil.copytree(two_adapters[0], tmp_path / "own"))
     make_tokenizer(chat_template="other").save_pretrained(own)
     monkeypatch.chdir(tmp_path)  # which local adapters are named from
-    listener = Listener()
+    listener = Heard()
     fit((own, two_adapters[1]), tiny_base, data, progress=listener)
     assert [warning for warning in listener.warnings if "chat template" in warning] == [
         "own: it comes with a chat template that differs from the base model's, which is the one used"

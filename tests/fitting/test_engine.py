@@ -27,8 +27,9 @@ from loracli.fitting.mixing import Mixing, make_layout, make_mixing
 from loracli.fitting.processes import _WAIT, Processes
 from loracli.model.attach import attach
 from loracli.model.loss import make_objective
-from loracli.progress import SILENT, Silent
+from loracli.progress import SILENT
 from loracli.recipe.record import MixingKind
+from tests.heard import Heard
 from tests.tiny import make_adapter, make_base
 
 OUT_OF_MEMORY = [
@@ -37,14 +38,6 @@ OUT_OF_MEMORY = [
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes."),
     MemoryError(),
 ]
-
-
-class Listener(Silent):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +99,7 @@ def rig(
     kind: MixingKind = "module",
 ) -> Iterator[Rig]:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval().requires_grad_(False)
-    layout, listener = make_layout(adapters), Listener()
+    layout, listener = make_layout(adapters), Heard()
     with attach(model, adapters, layout.modules, canonical=kind == "core") as attached:
         mixing = make_mixing(attached, layout, kind)
         objective = make_objective(attached, plan_batches(examples, batch_tokens=64)[0])

@@ -22,24 +22,13 @@ from loracli.fitting.journal import Journal, state_folder
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Objective
 from loracli.model.placement import Placement
-from loracli.progress import Silent
 from loracli.system.files import locked_directory
 from loracli.system.machine import Launch
 from tests.faults.fork_server import ForkServer
+from tests.heard import Heard
 from tests.tiny import random_records, write_jsonl
 
 SETTINGS = FitSettings(mixing="auto", passes=3, cv=2, batch_tokens=256)
-
-
-class Listener(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
-
-    def warn(self, message: str) -> None:
-        self.said.append(message)
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,7 @@ class Fit:
     settings: FitSettings = SETTINGS
 
     def run(self, output: str, *, resume: bool = False, log: str | None = None) -> list[str]:
-        listener = Listener()
+        listener = Heard()
         fit_to_file(
             lambda: prepare_fit(
                 self.adapters, self.data, base=self.base, settings=self.settings, folder=self.folder, progress=listener

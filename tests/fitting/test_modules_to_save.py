@@ -33,6 +33,7 @@ from loracli.fitting.run import fit_mixing, run_fit
 from loracli.fitting.settings import FitSettings
 from loracli.model.placement import Placement
 from loracli.recipe.recipe import load_recipe
+from tests.heard import Heard
 from tests.test_whole_way import assert_whole_way, fit_case, nats_of_peft
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
 
@@ -154,16 +155,7 @@ def test_an_adapter_is_picked_by_its_place_or_name(made: tuple[Path, list[Path]]
 
 
 def test_what_a_picked_adapter_has_not_is_left_out_and_said(made: tuple[Path, list[Path]]) -> None:
-    from loracli.progress import Silent
-
-    class Listener(Silent):
-        def __init__(self) -> None:
-            self.said: list[str] = []
-
-        def note(self, message: str) -> None:
-            self.said.append(message)
-
-    listener = Listener()
+    listener = Heard()
     found = saved_modules("pick:second", [read_adapter(str(path)) for path in made[1]], progress=listener)
     assert found is not None and found.modules == ("lm_head",)
     assert len(listener.said) == 1 and "first" in listener.said[0] and "model.norm" in listener.said[0]

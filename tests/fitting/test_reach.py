@@ -38,25 +38,15 @@ from loracli.model.loss import gradient_of
 from loracli.model.modules import kind_and_shape
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference
-from loracli.progress import Silent
 from loracli.recipe.recipe import load_recipe
 from loracli.verifying.verify import verify_directory
+from tests.heard import Heard
 from tests.test_whole_way import fit_case, nats_of_peft
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
 
 KINDS = ["mamba", "falcon-mamba", "jamba", "bloom-slow", "gemma3-vision", "falcon", "llama-tied", "gpt2", "mixtral"]
 READ = {"mamba": ("in_proj", "dt_proj"), "bloom-slow": ("query_key_value", "dense", "dense_4h_to_h"),
         "jamba": ("q_proj", "x_proj", "dt_proj"), "falcon-mamba": ("x_proj", "dt_proj")}  # fmt: skip
-
-
-class Heard(Silent):
-    """Keeps the warnings."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def load(folder: Path) -> Any:

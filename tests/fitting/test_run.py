@@ -25,23 +25,12 @@ from loracli.export.request import ExportRequest
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.progress import Silent
 from loracli.recipe.recipe import load_recipe
 from loracli.recipe.record import MIXING_KINDS
+from tests.heard import Heard
 from tests.tiny import BASE_ID, make_adapter, make_base, random_records, write_jsonl
 
 QUICK = FitSettings(passes=3)
-
-
-class Listener(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
-
-    def warn(self, message: str) -> None:
-        self.said.append(f"warning: {message}")
 
 
 @pytest.fixture
@@ -133,7 +122,7 @@ def test_few_records_give_a_table_and_no_verdict(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
 ) -> None:
     small = write_jsonl(tmp_path / "small.jsonl", random_records(12))
-    listener = Listener()
+    listener = Heard()
     recipe = fit_mixing(references(two_adapters), small, base=str(tiny_base), settings=QUICK, progress=listener)
     assert recipe.held_out.verdict == "too few records"
     assert any("too few for a verdict" in said for said in listener.said)
@@ -217,7 +206,7 @@ def test_combinations_that_cannot_be_fitted_are_refused_before_the_base_is_loade
 def test_held_out_records_that_were_calibrated_on_are_reported(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
 ) -> None:
-    listener = Listener()
+    listener = Heard()
     held = write_jsonl(tmp_path / "held.jsonl", random_records(50)[:3] + random_records(30, seed=5))
     prepare_fit(references(two_adapters), data, eval_data=held, base=str(tiny_base), progress=listener)
     assert any(f"3 records of {held} stand in the calibration data too" in said for said in listener.said)

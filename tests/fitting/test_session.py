@@ -17,22 +17,10 @@ from loracli.model.loss import make_objective
 from loracli.model.placement import Placement, decoder_layers
 from loracli.model.reference import BaseReference
 from loracli.model.session import Opening, open_session, settle_memory
-from loracli.progress import Silent
+from tests.heard import Heard
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
 
 CPU = Placement("float32", "cpu")
-
-
-class Heard(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 @pytest.fixture

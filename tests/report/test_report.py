@@ -11,20 +11,12 @@ from pathlib import Path
 import pytest
 
 from loracli.errors import InputError, IntegrityError, OutputExists, UsageError
-from loracli.progress import Silent
 from loracli.recipe.recipe import load_recipe
 from loracli.report.charts import tag, text
 from loracli.report.grid import grids, numbers, short_names, span_of
 from loracli.report.report import write_report
+from tests.heard import Heard
 from tests.report.conftest import Story
-
-
-class Listener(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.said.append(message)
 
 
 class Page(HTMLParser):
@@ -125,10 +117,10 @@ def test_without_a_comparison_or_its_adapters_the_page_leaves_their_parts_out_an
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     (moved / "recipe.json").write_bytes(story.recipe.read_bytes())
-    listener = Listener()
+    listener = Heard()
     written = write_report(moved / "recipe.json", tmp_path / "r.html", progress=listener)
     assert written.parts == ("verdict", "held out", "weights", "search", "provenance")
-    assert any("no interference" in said for said in listener.said)
+    assert any("no interference" in said for said in listener.warnings)
 
 
 def test_an_adapter_that_changed_is_an_error(tmp_path: Path, story: Story, two_adapters: tuple[Path, Path]) -> None:
