@@ -24,10 +24,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from benchmarks.measuring import BenchmarkParser
 from benchmarks.skills.training import EVERY_LINEAR, epoch_of
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
-from loracli.conversion.convert import convert_adapter
+from loracli.conversion.convert import ConvertRequest, convert_adapter
 from loracli.demo.run import example_folder
 from loracli.errors import UsageError
 from loracli.model.attach import attach
@@ -82,7 +82,7 @@ def rows(
         started = time.monotonic()
         try:
             made = convert_adapter(
-                str(folder / "trained"), folder / "out", base=str(arguments.base), rank=rank, force=True
+                ConvertRequest(str(folder / "trained"), base=str(arguments.base), rank=rank), folder / "out", force=True
             )
         except UsageError as error:
             print(f"| {kind} | {rate:g} | {said:.4f} | {option} | | refused: {error} | | |", flush=True)

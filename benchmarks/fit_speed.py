@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.made_inputs import LINEAR, write_adapter
 from benchmarks.measuring import BenchmarkParser, spent_by
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import Batch, make_batch
+from loracli.calibration.dataset import Batch, make_batch
 from loracli.calibration.render import Example
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.loss import FrozenHead

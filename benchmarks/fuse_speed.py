@@ -152,12 +152,13 @@ def worker(threads: str, base: str, output: str, *adapters: str) -> None:
     import peft  # noqa: F401
     import transformers
 
+    from loracli.fusing.composition import FuseRequest
     from loracli.fusing.fuse import fuse_model
 
     transformers.AutoModelForCausalLM  # noqa: B018
     torch.set_num_threads(int(threads))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    spent = spent_by(lambda: fuse_model(None, output, adapters=adapters, method="sum", base=base))
+    spent = spent_by(lambda: fuse_model(FuseRequest(adapters=adapters, method="sum", base=base), output))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({**vars(spent), "memory": 1024 * (peak - before)}))
 

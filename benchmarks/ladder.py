@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.measuring import BenchmarkParser
 from loracli.adapters.adapter import read_adapter
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
 from loracli.demo.run import example_folder

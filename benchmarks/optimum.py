@@ -28,8 +28,7 @@ from torch import Tensor
 
 from benchmarks.measuring import BenchmarkParser
 from loracli.adapters.adapter import read_adapter
-from loracli.calibration.batches import Batch, plan_batches
-from loracli.calibration.dataset import shuffled
+from loracli.calibration.dataset import Batch, plan_batches, shuffled
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
 from loracli.demo.run import example_folder

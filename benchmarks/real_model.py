@@ -28,7 +28,7 @@ from peft import PeftModel
 from benchmarks.made_inputs import part_of_example
 from benchmarks.measuring import BenchmarkParser
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.records import read_records
 from loracli.calibration.render import render_file
 from loracli.evaluation.statistics import paired_interval, static_points
@@ -40,6 +40,7 @@ from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach
 from loracli.model.base import BaseModel, load_base
 from loracli.model.loss import Scores, make_objective
+from loracli.model.placement import Placement
 from loracli.model.reference import find_base
 from loracli.progress import Silent
 from loracli.recipe.recipe import Recipe
@@ -144,8 +145,8 @@ def fit_all(arguments: argparse.Namespace, held: Held) -> dict[str, Recipe]:
                     eval_data=few,
                     base=arguments.base,
                     settings=settings,
-                    dtype=arguments.dtype,
                     progress=_Talk(),
+                    placement=Placement(dtype=arguments.dtype),
                 )
     return recipes
 

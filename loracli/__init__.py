@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loracli.algebra.methods.method import MethodOptions
     from loracli.comparison.compare import compare_adapters
     from loracli.comparison.settings import CompareSettings, Controls
-    from loracli.conversion.convert import Converted, convert_adapter
+    from loracli.conversion.convert import Converted, ConvertRequest, convert_adapter
     from loracli.conversion.from_pickle import Unpickled, convert_pickle
     from loracli.errors import LoracatError
     from loracli.evaluation.comparison import Comparison
@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from loracli.export.request import ExportRequest
     from loracli.fitting.run import fit_mixing
     from loracli.fitting.settings import FitSettings
+    from loracli.fusing.composition import FuseRequest
     from loracli.fusing.fuse import Fused, fuse_model
     from loracli.hub.fetch import Fetched, fetch_adapter
-    from loracli.pushing.push import Pushed, push_adapter
+    from loracli.model.placement import Placement
+    from loracli.pushing.push import Pushed, PushRequest, push_adapter
     from loracli.recipe.recipe import Recipe, load_recipe
     from loracli.report.report import write_report
     from loracli.serving.lint import Lint, lint_adapter
@@ -45,16 +47,20 @@ _HOMES = {
     "CompareSettings": "loracli.comparison.settings",
     "Comparison": "loracli.evaluation.comparison",
     "Controls": "loracli.comparison.settings",
+    "ConvertRequest": "loracli.conversion.convert",
     "Converted": "loracli.conversion.convert",
     "ExportRequest": "loracli.export.request",
     "Exported": "loracli.export.export",
     "Fetched": "loracli.hub.fetch",
     "FitSettings": "loracli.fitting.settings",
+    "FuseRequest": "loracli.fusing.composition",
     "Fused": "loracli.fusing.fuse",
     "Lint": "loracli.serving.lint",
     "LoraAdapter": "loracli.adapters.adapter",
     "LoracatError": "loracli.errors",
     "MethodOptions": "loracli.algebra.methods.method",
+    "Placement": "loracli.model.placement",
+    "PushRequest": "loracli.pushing.push",
     "Pushed": "loracli.pushing.push",
     "Recipe": "loracli.recipe.recipe",
     "TaskMetric": "loracli.evaluation.metrics",
@@ -80,16 +86,20 @@ __all__ = [
     "CompareSettings",
     "Comparison",
     "Controls",
+    "ConvertRequest",
     "Converted",
     "ExportRequest",
     "Exported",
     "Fetched",
     "FitSettings",
+    "FuseRequest",
     "Fused",
     "Lint",
     "LoraAdapter",
     "LoracatError",
     "MethodOptions",
+    "Placement",
+    "PushRequest",
     "Pushed",
     "Recipe",
     "TaskMetric",

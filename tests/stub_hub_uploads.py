@@ -1,7 +1,7 @@
 """The stub Hub with what an upload asks of it: repositories, branches, large files, commits, pull requests.
 
     with UploadHub() as hub:
-        push_adapter(folder, "org/name", token=hub.token, endpoint=hub.url)
+        push_adapter(PushRequest(folder, "org/name"), token=hub.token, endpoint=hub.url)
         assert hub.head("org/name").files["README.md"] == (folder / "README.md").read_bytes()
 
 As on the real Hub a commit names large files by their sha256, which have to be stored before it, and is refused with

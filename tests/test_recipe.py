@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from loracli.recipe.record import (
     StageRecord,
     StartRecord,
     group_name,
+    weights_digest,
 )
 
 KINDS = "'adapter', 'layer', 'module', 'rank', 'core', 'factors'"
@@ -386,10 +388,62 @@ def test_a_recipe_has_the_first_schema_that_has_its_fields(tmp_path: Path) -> No
     assert json.loads(recipe.to_json())["loracat_recipe"] == 4
 
 
+def _weighed(**weights: tuple[float | None, ...]) -> RecipeMixing:
+    found: dict[str, tuple[float | None, ...]] = {"a": (1.0, None), "b": (0.0, 1e-7)}
+    return RecipeMixing("module", {**found, **weights}, 3, weights_sha256=weights_digest(found))
+
+
+@pytest.mark.parametrize(
+    ("weights", "edited"),
+    [
+        ({}, False),
+        ({"a": (1, None)}, False),
+        ({"b": (-0.0, 0.0000001)}, False),
+        ({"b": (0.0, 1.0000000000000002e-7)}, True),
+        ({"a": (1.0, 0.0)}, True),
+        ({"a": (0.0, 1e-7), "b": (1.0, None)}, True),
+        ({"c": (1.0, 1.0)}, True),
+    ],
+)
+def test_weights_are_edited_where_a_number_is_another(
+    weights: dict[str, tuple[float | None, ...]], edited: bool
+) -> None:
+    assert _weighed(**weights).edited is edited
+
+
+def test_the_digest_of_weights_is_what_the_format_says() -> None:
+    text = b'{"a":[1.0,null],"b":[0.0,1e-07]}'
+    assert _weighed().weights_sha256 == sha256(text).hexdigest()
+
+
+def test_a_recipe_keeps_the_digest_of_the_weights_that_were_found(tmp_path: Path) -> None:
+    """Through an edit, saving, and what may be published; without a digest nothing is known of an edit."""
+    plain = make_recipe(tmp_path)
+    assert not plain.mixing.edited and plain.held_out_of_weights == plain.held_out
+    found = replace(plain.mixing, weights_sha256=weights_digest(plain.mixing.weights))
+    group, row = next(iter(found.weights.items()))
+    edited = replace(plain, mixing=replace(found, weights={**found.weights, group: (0.7, *row[1:])}))
+    edited.save(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["loracat_recipe"] == 5
+    for recipe in (edited, load_recipe(tmp_path / "r.json"), load_recipe(tmp_path / "r.json").public()):
+        assert recipe.mixing.edited and recipe.mixing.weights_sha256 == found.weights_sha256
+        assert recipe.held_out_of_weights is None and recipe.held_out.verdict == "better"
+
+
+def test_a_digest_of_weights_goes_with_kinds_that_keep_them(tmp_path: Path) -> None:
+    core = {"mixing__kind": "core", "mixing__tensors_sha256": "a" * 64, "mixing__weights_sha256": "b" * 64}
+    assert problems(tmp_path, saved(tmp_path, loracat_recipe=5, **core)) == (
+        "mixing.weights_sha256: expected null with the kind 'core'",
+    )
+    assert problems(tmp_path, saved(tmp_path, loracat_recipe=5, mixing__weights_sha256="no")) == (
+        "mixing.weights_sha256: expected a sha256, 64 hexadecimal digits, got 'no'",
+    )
+
+
 @pytest.mark.parametrize(
     ("version", "way_out"),
     [
-        (5, "upgrade"),
+        (6, "upgrade"),
         (99, "upgrade"),
         (1, "fit again"),
         (0, None),
@@ -404,7 +458,7 @@ def test_another_schema_is_refused_with_the_way_out_where_there_is_one(
     tmp_path: Path, version: object, way_out: str | None
 ) -> None:
     (tmp_path / "r.json").write_text(json.dumps(saved(tmp_path) | {"loracat_recipe": version, "new_field": 1}))
-    with pytest.raises(RecipeError, match="has the schema .*this version reads 2 to 4") as caught:
+    with pytest.raises(RecipeError, match="has the schema .*this version reads 2 to 5") as caught:
         load_recipe(tmp_path / "r.json")
     assert caught.value.problems == ()
     assert (way_out in (caught.value.hint or "")) if way_out else caught.value.hint is None

@@ -62,7 +62,6 @@ def fit_case(folder: Path, base: Path, adapters: list[Path], **more: Any) -> Any
         eval_data=folder / "test.jsonl",
         base=str(base),
         settings=FitSettings(passes=2, **more),
-        folder=folder,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from loracli.calibration.batches import Batch, make_batch
+from loracli.calibration.dataset import Batch, make_batch
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
 from loracli.model.attach import attach

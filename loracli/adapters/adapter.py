@@ -35,7 +35,7 @@ from loracli.system.document import dtype_name
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE, file_sha256
 from loracli.system.tensor_file import GATHER, TensorFile, open_tensor_file
 
-MAX_UPDATES = 1 << 19  # of experts and groups, of which a small file can claim many more than it has tensors
+_MAX_UPDATES = 1 << 19  # of experts and groups, of which a small file can claim many more than it has tensors
 _MAY_BE_KERNELS = frozenset({"lora_A", "lora_B"})
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
@@ -195,7 +195,7 @@ def _open(fetched: Fetched) -> LoraAdapter:
         config, factors, file = read_mlx(fetched.path)
         modules = {name: LoraModule(name, "linear", update) for name, update in factors.items()}
         idle = not any(bool(f.lora_A.any() and f.lora_B.any()) for f in factors.values())
-        return _adapter(fetched, config, modules, _Others({}, {}, idle), file)
+        return _adapter(fetched, config, modules, file, idle=idle, copies={}, saved={})
     config = read_config(fetched.path / CONFIG_FILE)
     path = fetched.path / TENSOR_FILE
 
@@ -239,11 +239,11 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
             modules |= _read_experts(parameters[name], name, parts[name], config, file)
         else:
             modules |= _read_module(name, parts[name], config, file)
-        if len(modules) > MAX_UPDATES:
+        if len(modules) > _MAX_UPDATES:
             raise MalformedAdapter(
-                f"has more than {MAX_UPDATES} experts and groups, which no model has", where=str(file.path)
+                f"has more than {_MAX_UPDATES} experts and groups, which no model has", where=str(file.path)
             )
-    return _adapter(fetched, config, modules, _Others(copies, saved, _are_idle(parts, file)), file)
+    return _adapter(fetched, config, modules, file, idle=_are_idle(parts, file), copies=copies, saved=saved)
 
 
 def _are_idle(parts: Mapping[str, Mapping[Part, str]], file: TensorFile) -> bool:
@@ -256,38 +256,37 @@ def _are_idle(parts: Mapping[str, Mapping[Part, str]], file: TensorFile) -> bool
     return all(map(idle, parts.values()))
 
 
-@dataclass(frozen=True)
-class _Others:
-    """What a file holds beside updates: names of base matrices by module, and modules that were saved whole; and
-    whether the updates are all zero."""
-
-    copies: Mapping[str, str]
-    saved: Mapping[str, Mapping[str, SavedTensor]]
-    idle: bool
-
-
 def _adapter(
-    fetched: Fetched, config: AdapterConfig, modules: Mapping[str, LoraModule], others: _Others, file: TensorFile
+    fetched: Fetched,
+    config: AdapterConfig,
+    modules: Mapping[str, LoraModule],
+    file: TensorFile,
+    *,
+    idle: bool,
+    copies: Mapping[str, str],
+    saved: Mapping[str, Mapping[str, SavedTensor]],
 ) -> LoraAdapter:
+    """The adapter of what a file holds: updates, `idle` if all are zero, names of base matrices by module, and modules
+    that were saved whole."""
     dtypes = [module.factors.dtype for module in modules.values()]
-    dtypes += [tensor.dtype for tensors in others.saved.values() for tensor in tensors.values()]
+    dtypes += [tensor.dtype for tensors in saved.values() for tensor in tensors.values()]
     return LoraAdapter(
         source=fetched.reference,
         path=fetched.path,
         commit=fetched.commit,
         config=config,
         modules=modules,
-        base_copies=others.copies,
+        base_copies=copies,
         dtype=widest_dtype(dtypes),
         sha256={
             CONFIG_FILE: file_sha256(fetched.path / CONFIG_FILE),
             file.path.name: file.sha256,
         },
         file=file,
-        saved=others.saved,
+        saved=saved,
         warnings=tuple(
             f"{fetched.reference.text}: {warning}"
-            for warning in (*config.doubts, *([_IDLE_BUT_SAVED if others.saved else IDLE] if others.idle else []))
+            for warning in (*config.doubts, *([_IDLE_BUT_SAVED if saved else IDLE] if idle else []))
         ),
     )
 

@@ -217,8 +217,8 @@ def _is_quantised(name: str) -> bool:
     return _plain(name) != _last(name)
 
 
-MAX_README_BYTES = 1 << 20
-MAX_FRONT_MATTER = 32 << 10  # characters
+_MAX_README_BYTES = 1 << 20
+_MAX_FRONT_MATTER = 32 << 10  # characters
 _MAX_OPEN = 100  # brackets at once, of any kind, those in text counted along
 _BLOCK = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
 
@@ -230,17 +230,17 @@ def read_front_matter(path: Path) -> dict[Any, Any]:
         MalformedAdapter: if it is too large, not UTF-8, or not the YAML of a mapping.
     """
     with open_regular(path) as file:
-        data = file.read(MAX_README_BYTES + 1)
-    if len(data) > MAX_README_BYTES:
-        raise _malformed(path, f"is larger than {MAX_README_BYTES} bytes")
+        data = file.read(_MAX_README_BYTES + 1)
+    if len(data) > _MAX_README_BYTES:
+        raise _malformed(path, f"is larger than {_MAX_README_BYTES} bytes")
     try:
         block = _BLOCK.match(data.decode("utf-8"))
     except UnicodeDecodeError:
         raise _malformed(path, "is not UTF-8") from None
     if block is None:
         return {}
-    if len(block[1]) > MAX_FRONT_MATTER:
-        raise _malformed(path, f"has more than {MAX_FRONT_MATTER} characters of metadata")
+    if len(block[1]) > _MAX_FRONT_MATTER:
+        raise _malformed(path, f"has more than {_MAX_FRONT_MATTER} characters of metadata")
     if _most_open(block[1]) > _MAX_OPEN:
         raise _malformed(path, f"has metadata with more than {_MAX_OPEN} open brackets")
     try:

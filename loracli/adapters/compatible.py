@@ -38,7 +38,7 @@ class Overlap:
     shared_modules: int
 
 
-def problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False, base_known: bool = False) -> list[str]:
+def _problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False, base_known: bool = False) -> list[str]:
     """Every reason why these adapters cannot be composed; empty if they can.
 
     Args:
@@ -91,7 +91,7 @@ def _other_counts(adapters: Sequence[LoraAdapter]) -> dict[str, tuple[LoraAdapte
 
 def check_composable(adapters: Sequence[LoraAdapter], *, base_given: bool = False, base_known: bool = False) -> None:
     """Raises IncompatibleAdapters with the first reason and the number of others, if there is any."""
-    problems = problems_of(adapters, base_given=base_given, base_known=base_known)
+    problems = _problems_of(adapters, base_given=base_given, base_known=base_known)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         hint = "name the right base model with --base" if problems[0].startswith("the adapters name") else None
@@ -122,7 +122,7 @@ def check_distinct(adapters: Sequence[LoraAdapter], references: Sequence[str]) -
             raise UsageError(f"{other} and {reference} are one adapter: the same file", hint="leave one of them out")
 
 
-def overlaps_of(adapters: Sequence[LoraAdapter]) -> list[Overlap]:
+def _overlaps_of(adapters: Sequence[LoraAdapter]) -> list[Overlap]:
     """The overlap of each pair."""
     squares = [sum(inner_product(m.factors, m.factors) for m in a.modules.values()) for a in adapters]
     result = []
@@ -230,10 +230,10 @@ def inspect_adapters(
         for r in references
     ]
     warn_of_open_orders(adapters, progress)
-    problems = problems_of(adapters)
+    problems = _problems_of(adapters)
     return Inspection(
         adapters=tuple(_summary(adapter) for adapter in adapters),
-        overlaps=tuple(overlaps_of(adapters)),
+        overlaps=tuple(_overlaps_of(adapters)),
         problems=tuple(problems),
     )
 

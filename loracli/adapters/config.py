@@ -22,7 +22,7 @@ from loracli.system.strict_json import read_object
 Value = TypeVar("Value")
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_RANK = 1 << 14
+_MAX_RANK = 1 << 14
 _MAX_SAVED = 256  # names in modules_to_save; each is held against every tensor's
 MAX_PARAMETERS = 4096  # names in target_parameters
 
@@ -40,10 +40,10 @@ _WITHOUT_EFFECT = frozenset(
 
 # Initialisations that leave the base model as it is, in any capitals. The others subtract from it what they put into
 # the factors.
-PLAIN_INITIALISATIONS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
+_PLAIN_INITIALISATIONS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
 
 # Of those others, the ones that `loracat convert` can put right, by how PEFT's names begin.
-SUBTRACTING_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
+_SUBTRACTING_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
 _CONVERTIBLE_FIELDS = frozenset({"use_dora"})
 _LOFTQ = "it belongs to the quantised base of its training; on that very base, and no other, set the field to true"
 _UNKNOWN_INITIALISATION = "PEFT has none of that name; if the base was left as it is, set the field to true"
@@ -216,13 +216,13 @@ def _refuse_features(fields: dict[str, Any], where: str, *, convertible: bool) -
 
 
 def _is_plain(initialisation: Any) -> bool:
-    known = isinstance(initialisation, str) and initialisation.lower() in PLAIN_INITIALISATIONS
+    known = isinstance(initialisation, str) and initialisation.lower() in _PLAIN_INITIALISATIONS
     return known or initialisation is None or isinstance(initialisation, bool)
 
 
 def _is_subtracting(initialisation: Any) -> bool:
     return isinstance(initialisation, str) and _initialisation_name(initialisation).startswith(
-        SUBTRACTING_INITIALISATIONS
+        _SUBTRACTING_INITIALISATIONS
     )
 
 
@@ -247,8 +247,8 @@ class Fields:
 
     def rank(self, field: str, value: Any) -> int:
         """The value as a rank; `field` names it in an error."""
-        if type(value) is not int or not 1 <= value <= MAX_RANK:
-            raise self.bad(field, value, f"a whole number from 1 to {MAX_RANK}")
+        if type(value) is not int or not 1 <= value <= _MAX_RANK:
+            raise self.bad(field, value, f"a whole number from 1 to {_MAX_RANK}")
         return value
 
     def number(self, field: str, value: Any) -> float:

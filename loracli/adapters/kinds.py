@@ -74,7 +74,7 @@ class Kind:
 
     @property
     def gguf_obstacle(self) -> str | None:
-        return f"it is no linear layer but {self.name}, which the converter transposes"
+        return f"it is not a linear layer but {self.name}, which the converter transposes"
 
     def mlx_obstacle(self, module: str) -> str | None:
         """Why MLX has no place for a module's update, None if it may have one."""
@@ -154,11 +154,11 @@ class _Parameter(Kind):
     carriers = frozenset({"parameter"})
     padded = False
     readers = READERS[0]
-    gguf_obstacle = "it is no linear layer but a module with a matrix of its own, which the converter does not name"
+    gguf_obstacle = "it is not a linear layer but a module with a matrix of its own, which the converter does not name"
     unbiased = "the adapted parameter {}"
 
     def mlx_obstacle(self, module: str) -> str:
-        return f"{module} is no linear layer of the base but a module with a matrix of its own"
+        return f"{module} is not a linear layer of the base but a module with a matrix of its own"
 
     def portable_obstacle(self, module: str) -> str:
         return f"the base's {module} has a targeted name and is adapted as a parameter"
@@ -227,7 +227,7 @@ class _Other(Kind):
     name = "other"
 
     def portable_obstacle(self, module: str) -> str:
-        return f"the base's {module} has a targeted name and is no linear layer or embedding"
+        return f"the base's {module} has a targeted name and is not a linear layer or embedding"
 
 
 KINDS: dict[ModuleKind, Kind] = {

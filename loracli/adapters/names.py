@@ -209,7 +209,7 @@ def layer(module: str) -> str:
 
 
 # The order in which transformers' mixtures have the parameters of their experts.
-ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 _WRAPPED = ".base_layer"
 
 
@@ -261,7 +261,7 @@ def plain_module(module: str) -> str:
 
 def order_of(parameter: str) -> int:
     """The place of a parameter among those of its module."""
-    return ORDER.index(parameter) if parameter in ORDER else len(ORDER)
+    return _ORDER.index(parameter) if parameter in _ORDER else len(_ORDER)
 
 
 def _of_module(module: str, by_container: Mapping[str, set[str]], alone: set[str]) -> list[str]:
@@ -273,12 +273,12 @@ def _of_module(module: str, by_container: Mapping[str, set[str]], alone: set[str
 
 
 def _in_order(parameters: Collection[str]) -> list[str]:
-    unknown = min(set(parameters) - set(ORDER), default=None)
+    unknown = min(set(parameters) - set(_ORDER), default=None)
     if unknown is not None and len(parameters) > 1:
         raise UnsupportedAdapter(
             f"target_parameters has {' and '.join(sorted(parameters))} of one module, and which tensors belong to "
             f"{unknown} cannot be told from their names",
-            hint=f"train an adapter for each of them; known are {', '.join(ORDER)}",
+            hint=f"train an adapter for each of them; known are {', '.join(_ORDER)}",
         )
     return sorted(parameters, key=order_of)
 

@@ -28,13 +28,13 @@ from typing import Generic, NoReturn, TypeVar
 
 Value = TypeVar("Value")
 
-MAX_KEYS = 20_000
-MAX_KEY = 1000  # characters of a key
+_MAX_KEYS = 20_000
+_MAX_KEY = 1000  # characters of a key
 _MAX_ALTERNATIVES = 1 << 12  # of a key
 _MAX_WRITTEN_OUT = 1 << 20  # characters of all keys, with their alternatives written out
-MAX_ITEMS = 1 << 14  # characters of those keys that are no names, written out likewise
+_MAX_ITEMS = 1 << 14  # characters of those keys that are no names, written out likewise
 _MAX_DEPTH = 8  # of groups within each other
-MAX_PLACES = 16  # ways in which names of one length may have dots that are not escaped
+_MAX_PLACES = 16  # ways in which names of one length may have dots that are not escaped
 
 _OTHER = 128  # stands for any character beyond ASCII, of which no module's name has any
 _EVERY = frozenset(range(_OTHER + 1))
@@ -87,8 +87,8 @@ class ModulePatterns(Generic[Value]):
     """
 
     def __init__(self, values: Mapping[str, Value]) -> None:
-        if len(values) > MAX_KEYS:
-            raise PatternError(f"has {len(values)} keys; at most {MAX_KEYS} are read")
+        if len(values) > _MAX_KEYS:
+            raise PatternError(f"has {len(values)} keys; at most {_MAX_KEYS} are read")
         self.values = dict(values)
         self._by_place = list(values.values())
         self._whole, self._ends = _Names(), _Names()  # for the whole name of a module, and for an end of it
@@ -157,7 +157,7 @@ class _Names:
         """Adds one, and keeps what it has; False if names of the length have any character in too many places."""
         places = tuple(place for place, character in enumerate(name) if character == _ANY)
         by_places = self._found.setdefault(len(name), {})
-        if places not in by_places and len(by_places) >= MAX_PLACES:
+        if places not in by_places and len(by_places) >= _MAX_PLACES:
             return False
         by_places.setdefault(places, {}).setdefault(name, value)
         self.longest = max(self.longest, len(name))
@@ -189,8 +189,8 @@ class _Automaton:
             self._items += [item for item in sequence if item not in (_BEGINNING, _END)]
             self._ends[len(self._items)] = value
             self._items.append(_Item(frozenset()))
-            if len(self._items) > MAX_ITEMS:
-                raise PatternError(f"has regular expressions of together more than {MAX_ITEMS} characters")
+            if len(self._items) > _MAX_ITEMS:
+                raise PatternError(f"has regular expressions of together more than {_MAX_ITEMS} characters")
         size = len(self._items)
         self._anywhere, self._beginning = (_bits(size, places) for places in starts)
         self._accepted = _bits(size, self._ends)
@@ -239,8 +239,8 @@ class _Parser:
 
     def __init__(self, key: str) -> None:
         self._key, self._at, self._written_out = key, 0, 0
-        if len(key) > MAX_KEY:
-            raise PatternError(f"which is longer than {MAX_KEY} characters", key[:40] + "...")
+        if len(key) > _MAX_KEY:
+            raise PatternError(f"which is longer than {_MAX_KEY} characters", key[:40] + "...")
 
     def sequences(self) -> list[_Sequence]:
         """The key's alternatives, written out."""

@@ -167,12 +167,12 @@ def interference(first: Factors, second: Factors) -> Interference:
     length = norm(first) * norm(second)
     return Interference(
         inner_product(first, second) / length if length > 0 else 0.0,
-        shared_space(first.lora_A.double().T, second.lora_A.double().T),
-        shared_space(first.lora_B.double(), second.lora_B.double()),
+        _shared_space(first.lora_A.double().T, second.lora_A.double().T),
+        _shared_space(first.lora_B.double(), second.lora_B.double()),
     )
 
 
-def shared_space(first: Tensor, second: Tensor) -> float:
+def _shared_space(first: Tensor, second: Tensor) -> float:
     """Share of the smaller column space, of (n, r_1) and (n, r_2), that lies in the other; 0 if one is empty."""
     bases = [_basis(first), _basis(second)]
     smaller = min(basis.shape[1] for basis in bases)

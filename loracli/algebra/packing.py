@@ -33,8 +33,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loracli.algebra.concatenate import pad_rank
-from loracli.algebra.factors import Factors
+from loracli.algebra.factors import Factors, pad_rank
 
 
 def split_experts(lora_A: Tensor, lora_B: Tensor, experts: int, *, by_expert: bool = False) -> tuple[Tensor, Tensor]:
@@ -73,7 +72,7 @@ class Convolution:
     kernel: tuple[int, ...]
 
 
-def join_groups(updates: Sequence[Factors], rank: int) -> Factors:
+def _join_groups(updates: Sequence[Factors], rank: int) -> Factors:
     """The flat kernels (G rank, in k) and (out, rank) of the groups in their order, and their biases one after the
     other; scalings are not in them."""
     padded = [pad_rank(update, rank) for update in updates]
@@ -96,4 +95,4 @@ def pack(packing: Literal["experts", "groups"] | None, updates: Sequence[Factors
     if packing is None:
         (update,) = updates
         return pad_rank(update, rank)
-    return {"experts": join_experts, "groups": join_groups}[packing](updates, rank)
+    return {"experts": join_experts, "groups": _join_groups}[packing](updates, rank)

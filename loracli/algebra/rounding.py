@@ -24,8 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loracli.algebra.concatenate import concatenate, relative_error
-from loracli.algebra.factors import Factors
+from loracli.algebra.factors import Factors, concatenate, relative_error
 
 _BLOCK_ROWS = 1024  # of (rows, R) in float64: small enough for the cache
 # A sum of Gram products below this share of its terms is computed by QR; above it, a norm has 16 - 7 = 9 digits.

@@ -140,7 +140,7 @@ def _root(moment: Tensor) -> Tensor | None:
     return root
 
 
-NEGLIGIBLE = 1e-12  # share of the largest singular value: below, a direction is rounding
+_NEGLIGIBLE = 1e-12  # share of the largest singular value: below, a direction is rounding
 
 
 def spectrum(factors: Factors) -> Tensor:
@@ -148,7 +148,7 @@ def spectrum(factors: Factors) -> Tensor:
     r_b = torch.linalg.qr(factors.lora_B.double(), mode="r").R
     r_a = torch.linalg.qr(factors.lora_A.double().T, mode="r").R
     singular = torch.linalg.svdvals(factors.scaling * (r_b @ r_a.T))
-    return torch.where(singular > NEGLIGIBLE * singular.max(), singular, 0.0).square()
+    return torch.where(singular > _NEGLIGIBLE * singular.max(), singular, 0.0).square()
 
 
 def rank_within(squares: Tensor, tolerance: float) -> int:
@@ -263,7 +263,7 @@ def _orthogonal_to(bases: Sequence[Tensor], block: Tensor) -> Tensor:
 _BLOCK_MARGIN = 16  # columns of a block beyond those that are wanted
 _RESIDUAL = 1e-10  # of the largest eigenvalue of W W^T; float32 would leave 1e-7
 _CHECK_EVERY = 3  # blocks
-DENSE_SHARE = 0.5  # of n, beyond which all eigenvectors cost no more
+_DENSE_SHARE = 0.5  # of n, beyond which all eigenvectors cost no more
 
 
 def leading_left(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -279,7 +279,7 @@ def leading_left(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     start = torch.randn(matrix.shape[1], block, generator=generator, dtype=torch.float64)
     bases = [torch.linalg.qr(matrix @ start).Q]  # each (n, block)
     images = [matrix.T @ bases[0]]  # W^T Q_j, each (m, block)
-    while len(bases) * block <= DENSE_SHARE * n:
+    while len(bases) * block <= _DENSE_SHARE * n:
         if len(bases) % _CHECK_EVERY == 0:
             found = _converged(matrix, torch.cat(bases, dim=1), torch.cat(images, dim=1), count)
             if found is not None:

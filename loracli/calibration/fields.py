@@ -364,18 +364,6 @@ def parse_fields(text: str | None) -> dict[str, str]:
 _EXAMPLE = "write it as --fields prompt=question,completion=answer"
 
 
-def renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The record with our names; a key that it lacks is left to what is missed later."""
-    there = {name: key for name, key in names.items() if key in fields}
-    kept = {key: value for key, value in fields.items() if key not in there.values() and key not in there}
-    return kept | {name: fields[key] for name, key in there.items()}
-
-
-def shadowed(fields: Mapping[str, Any], names: Mapping[str, str]) -> set[str]:
-    """Keys of the record whose names stand for another of its keys."""
-    return {name for name, key in names.items() if key in fields and name in fields and name != key}
-
-
 def suggestion(fields: Mapping[str, Any]) -> str | None:
     """The option that reads a record of no shape, None where nothing suggests one."""
     chosen = fields.get("chosen")

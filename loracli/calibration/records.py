@@ -33,8 +33,6 @@ from loracli.calibration.fields import (
     is_nothing,
     kind_of,
     parse_fields,
-    renamed,
-    shadowed,
 )
 from loracli.calibration.file_forms import MAX_BYTES, FileForm, Unreadable, decoded, numbered, too_large
 from loracli.calibration.shapes import Shape, detect_shape, keys_of, keys_of_shapes, read_content, shown_keys
@@ -115,7 +113,7 @@ class DataSource:
 DataPaths: TypeAlias = str | Path | DataSource | Sequence[str | Path | DataSource]
 
 
-def parse_source(text: str | Path | DataSource) -> DataSource:
+def _parse_source(text: str | Path | DataSource) -> DataSource:
     """`FILE`, `FILE:WEIGHT` or `-`; where a file of exactly that name exists, it is the file.
 
     Raises:
@@ -140,7 +138,7 @@ def parse_sources(data: DataPaths) -> tuple[DataSource, ...]:
         UsageError: if there is none, or one is given twice.
     """
     texts = [data] if isinstance(data, (str, Path, DataSource)) else list(data)
-    sources = tuple(parse_source(text) for text in texts)
+    sources = tuple(_parse_source(text) for text in texts)
     if not sources:
         raise UsageError("no data file is given")
     seen: set[Path | None] = set()
@@ -169,7 +167,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-MAX_LINE_BYTES = 16 << 20
+_MAX_LINE_BYTES = 16 << 20
 _MAX_CHOICES = 26
 _MAX_TASK_LENGTH = 100  # it becomes the head of a table
 SHOWN_LINES = 20
@@ -251,7 +249,7 @@ def read_records(
     """Reads a file of JSON objects: one on each line, or in one array; plain or gzipped.
 
     Args:
-        source: the file, as `parse_source` takes it.
+        source: the file, as `_parse_source` takes it.
         shape: of the records; None to see it from them.
         fields: other names of what is read, as `parse_fields` takes them; None for those of the source.
         skip_bad: leave bad lines out, and say which, as long as there is a good one.
@@ -261,7 +259,7 @@ def read_records(
         CalibrationError: if the file cannot be read, is in another form, is empty, or has bad lines: each as
             `file:line: path: reason`.
     """
-    source = parse_source(source)
+    source = _parse_source(source)
     names = parse_fields(source.fields if fields is None else fields)
     data = source.read()
     form, text = decoded(data, source.path, str(source))
@@ -271,7 +269,7 @@ def read_records(
             read.broken = number
         try:
             record = _parse_line(line)
-            shape = shape or detect_shape(renamed(record, names))
+            shape = shape or detect_shape(_renamed(record, names))
             _read_one(read, number, f"{source}:{number}", record, shape, names)
         except LineError as error:
             read.problems[number] = error
@@ -316,13 +314,13 @@ def _read_one(
     read: _Read, number: int, place: str, record: dict[str, Any], shape: Shape, names: Mapping[str, str]
 ) -> None:
     """Takes one record in, if it can be used."""
-    fields, known = renamed(record, names), keys_of(shape)
+    fields, known = _renamed(record, names), keys_of(shape)
     found = Record(place, read_content(fields, shape), _task(fields), _choices(fields))
     read.marks.count_label(fields)
     check_media(fields, known)
     check_context(fields, known | keys_of_shapes(fields), found.content)
     unread = fields.keys() - known - _HARMLESS
-    read.ignored |= unread | shadowed(record, names)
+    read.ignored |= unread | _shadowed(record, names)
     read.graded |= grades(fields)
     read.systems |= {key for key in SYSTEM_KEYS if key in known and not is_nothing(fields.get(key))}
     try:
@@ -355,8 +353,8 @@ def skipped_lines(source: DataSource, lines: tuple[int, ...], first_problem: str
 def _parse_line(line: bytes | str | Unreadable) -> dict[str, Any]:
     if isinstance(line, Unreadable):
         raise LineError(line.reason)
-    if len(line) > MAX_LINE_BYTES:
-        raise LineError(f"the line has {len(line)} bytes; at most {MAX_LINE_BYTES} are read")
+    if len(line) > _MAX_LINE_BYTES:
+        raise LineError(f"the line has {len(line)} bytes; at most {_MAX_LINE_BYTES} are read")
     try:
         fields = parse_json(line)
     except StrictJsonError as error:
@@ -383,3 +381,15 @@ def _choices(fields: dict[str, Any]) -> tuple[str, ...]:
         return ()
     texts = tuple(text for text in value if isinstance(text, str) and text)
     return texts if len(set(texts)) == len(value) else ()
+
+
+def _renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The record with our names; a key that it lacks is left to what is missed later."""
+    there = {name: key for name, key in names.items() if key in fields}
+    kept = {key: value for key, value in fields.items() if key not in there.values() and key not in there}
+    return kept | {name: fields[key] for name, key in there.items()}
+
+
+def _shadowed(fields: Mapping[str, Any], names: Mapping[str, str]) -> set[str]:
+    """Keys of the record whose names stand for another of its keys."""
+    return {name for name, key in names.items() if key in fields and name in fields and name != key}

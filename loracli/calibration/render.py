@@ -38,9 +38,9 @@ def _render_completion(prompt: str, completion: str, tokenizer: Any, prepended: 
         tokenizer: the base model's, with an end-of-sequence token.
         prepended: what the tokenizer puts before a text of its own accord; left out where the text begins with it.
     """
-    if tokens(tokenizer, prompt or completion)[: len(prepended)] == prepended:
+    if _tokens(tokenizer, prompt or completion)[: len(prepended)] == prepended:
         prepended = []
-    context = [*prepended, *tokens(tokenizer, prompt)]
+    context = [*prepended, *_tokens(tokenizer, prompt)]
     target = continuation(tokenizer, prompt, completion)
     if target[-1:] != [tokenizer.eos_token_id]:
         target.append(tokenizer.eos_token_id)
@@ -55,7 +55,7 @@ def _prepended_tokens(tokenizer: Any) -> list[int]:
         CalibrationError: if the text's own tokens are not among those that it makes with them.
     """
     probe = "a"
-    plain, whole = tokens(tokenizer, probe), list(tokenizer(probe).input_ids)
+    plain, whole = _tokens(tokenizer, probe), list(tokenizer(probe).input_ids)
     for start in range(len(whole)):
         if whole[start : start + len(plain)] == plain:
             return whole[:start]
@@ -69,11 +69,11 @@ def continuation(tokenizer: Any, context: str, text: str) -> list[int]:
     across the border, `text` is tokenised alone after all: a served model has read the context's tokens and cannot take
     one back.
     """
-    before, whole = tokens(tokenizer, context), tokens(tokenizer, context + text)
-    return whole[len(before) :] if whole[: len(before)] == before else tokens(tokenizer, text)
+    before, whole = _tokens(tokenizer, context), _tokens(tokenizer, context + text)
+    return whole[len(before) :] if whole[: len(before)] == before else _tokens(tokenizer, text)
 
 
-def tokens(tokenizer: Any, text: str) -> list[int]:
+def _tokens(tokenizer: Any, text: str) -> list[int]:
     """The tokens of the text alone, without any that the tokenizer adds.
 
     Raises:
@@ -285,7 +285,7 @@ def _end_of_turn(turn: Sequence[int], special: set[int], tokenizer: Any) -> int:
 
 
 _MAX_DROPPED = 0.1
-MAX_PROBLEMS = 19  # texts of records that cannot be rendered; one more counts the others
+_MAX_PROBLEMS = 19  # texts of records that cannot be rendered; one more counts the others
 
 
 @dataclass(frozen=True)
@@ -378,7 +378,7 @@ def render_file(
                 first_unwritten = first_unwritten or f"{record.place}: {error}"
         except RenderError as error:
             bad.append(record.line)
-            if len(problems) < MAX_PROBLEMS:
+            if len(problems) < _MAX_PROBLEMS:
                 problems.append(f"{record.place}: {error}")
             continue
         except TemplateExceeded as error:
@@ -413,11 +413,11 @@ def render_file(
             f"{file.source}: {cut} of {len(file.records)} records are longer than {max_length} tokens and are cut at "
             f"the end{lost}"
         )
-    digest = template_sha256(tokenizer) if templated else None
+    digest = _template_sha256(tokenizer) if templated else None
     return RenderedFile(file, tuple(examples), digest, tuple(sorted((*file.skipped, *bad))), cut, len(dropped))
 
 
-def template_sha256(tokenizer: Any) -> str | None:
+def _template_sha256(tokenizer: Any) -> str | None:
     """sha256 of the tokenizer's chat template, None without one; of several, of all as JSON."""
     text = _template_text(tokenizer)
     return hashlib.sha256(text.encode()).hexdigest() if text else None

@@ -22,7 +22,7 @@ _MEMORY = 2 << 30  # bytes of address space
 _MAX_TEXT = 64 << 20  # characters of one rendering, whatever the conversation
 _MAX_OWN_TEXT = 256 << 10  # characters that a template may write beside what the conversation is worth
 _TIMES = 16  # as many characters of a rendering as the conversation has as JSON: some escape, some write a turn twice
-MAX_REASON = 300  # characters of an error's text, which may be the template's own
+_MAX_REASON = 300  # characters of an error's text, which may be the template's own
 _SECONDS = 10.0  # of processor time that a file of records may take beside what its records are worth
 _SECONDS_EACH = 0.02  # for each rendering
 _SECONDS_A_TURN = 0.001  # for each turn in it; some microseconds are usual
@@ -54,7 +54,7 @@ class ChatTemplate:
         try:
             return str(self._tokenizer.get_chat_template(None, tools))
         except (ValueError, TypeError) as error:
-            raise TemplateRefused(str(error)[:MAX_REASON]) from None
+            raise TemplateRefused(str(error)[:_MAX_REASON]) from None
 
     def render(
         self,
@@ -81,9 +81,9 @@ class ChatTemplate:
         answer = _SERVER.ask({"seconds": max(self._left, _SECONDS_EACH), "longest": longest, "request": request})
         self._left -= answer.get("seconds", 0.0)
         if "refused" in answer:
-            raise TemplateRefused(answer["refused"][:MAX_REASON])
+            raise TemplateRefused(answer["refused"][:_MAX_REASON])
         if "exceeded" in answer:
-            raise TemplateExceeded(answer["exceeded"][:MAX_REASON])
+            raise TemplateExceeded(answer["exceeded"][:_MAX_REASON])
         return str(answer["text"])
 
 
@@ -102,7 +102,7 @@ class _Server:
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Its answer, or what became of it."""
         line = json.dumps(question).encode() + b"\n"
-        most = 12 * (question["longest"] + MAX_REASON) + 200  # bytes of an answer: JSON takes up to 12 a character
+        most = 12 * (question["longest"] + _MAX_REASON) + 200  # bytes of an answer: JSON takes up to 12 a character
         with self._lock:
             if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
                 self._process, self._owner = _start(), os.getpid()
@@ -199,7 +199,7 @@ def _serve() -> None:
         except MemoryError:
             answer = {"exceeded": f"it takes more than {_MEMORY >> 30} GiB of memory"}
         except Exception as error:
-            answer = {"refused": str(error)[:MAX_REASON] or type(error).__name__}
+            answer = {"refused": str(error)[:_MAX_REASON] or type(error).__name__}
         signal.setitimer(signal.ITIMER_PROF, 0)
         answer["seconds"] = time.process_time() - begun
         answers.write(json.dumps(answer).encode() + b"\n")

@@ -8,7 +8,7 @@ from loracli.cli._output import Block, Output
 from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim, verdict
 from loracli.progress import amount_text
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import FitCertificate, HeldOut
+from loracli.recipe.record import EDITED, FitCertificate, HeldOut
 from loracli.system.document import dtype_name
 
 if TYPE_CHECKING:
@@ -160,8 +160,8 @@ def search_lines(out: Output, recipe: Recipe) -> None:
         out.line(f"chosen by cross-validation over {fit.folds} folds")
     if fit.refitted:
         out.line("then fitted once more on all training records")
-    if fit.certificate is not None:
-        _optimum_lines(out, recipe, fit.certificate)
+    if recipe.certificate_of_weights is not None:
+        _optimum_lines(out, recipe, recipe.certificate_of_weights)
     if fit.halvings:
         out.line(
             f"{fit.halvings} micro-batches were halved because memory ran out: another run may differ in the last bits"
@@ -194,8 +194,12 @@ def _loss(nats: float | None) -> str:
 
 
 def held_out_lines(out: Output, recipe: Recipe) -> None:
-    """The held-out table with the fit standing out, the losses by task, and what it says in a sentence."""
-    table = recipe.public().held_out
+    """The held-out table with the fit standing out, the losses by task, and what it says in a sentence; nothing of
+    them where the weights are not the fit's."""
+    table = recipe.public().held_out_of_weights
+    if table is None:
+        out.line(f"{EDITED}: its table, verdict and certificate are not theirs and left out", style="bold")
+        return
     out.line(f"held out: {table.records} records of {table.name}, {table.scored_tokens} scored tokens", style="bold")
     rows = [
         [

@@ -16,9 +16,11 @@ from loracli.system.document import encode
 
 if TYPE_CHECKING:
     from loracli.algebra.methods.method import MethodOptions
+    from loracli.evaluation.comparison import Comparison
 
 EPILOG = (
     "loracat compare --data test.jsonl  ·  loracat compare recipe.json --data test.jsonl --methods ties,dare  ·  "
+    "loracat compare module.json core.json --data test.jsonl  ·  "
     "loracat compare --adapters ./math ./code --data test.jsonl --fit-data val.jsonl --methods all --control fresh-lora"
 )
 
@@ -63,9 +65,10 @@ def compare(
         ),
     ],
     recipe: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Argument(
-            metavar="[RECIPE]", help="Recipe whose fit is compared; default: recipe.json, without --adapters."
+            metavar="[RECIPE...]",
+            help="Recipe whose fit is compared, or several; default: recipe.json, without --adapters.",
         ),
     ] = None,
     adapters: opt.AdaptersOrPlaces = None,
@@ -122,7 +125,7 @@ def compare(
     )
     found = compare_adapters(
         data,
-        recipe=Path("recipe.json") if recipe is None and not adapters else recipe,
+        recipe=recipe or (None if adapters else Path("recipe.json")),
         adapters=adapters or (),
         fit_data=fit_data or None,
         guard=rows.guard or None,
@@ -137,21 +140,32 @@ def compare(
     out.value(found.best.name)
     comparison_lines(out, found)
     given = {"base": base, "base-revision": base_revision, "modules-to-save": reading.modules_to_save}
-    words = _export_of(found.best.name, settings.options, recipe, adapters or (), given)
+    words = _export_of(found, settings.options, recipe or (), adapters or (), given)
     if words:
         out.hint(shlex.join(words))
 
 
 def _export_of(
-    best: str, options: MethodOptions, recipe: Path | None, adapters: Sequence[str], given: Mapping[str, str | None]
+    found: Comparison,
+    options: MethodOptions,
+    recipes: Sequence[Path],
+    adapters: Sequence[str],
+    given: Mapping[str, str | None],
 ) -> list[str]:
     """The command that writes the best row; nothing where it is no composition, or has to be fitted first. `given` are
     options that a method needs as well, and a recipe knows."""
     from loracli.algebra.methods import METHODS
     from loracli.composition.composition import takes
 
-    words = ["loracat", "export", *([] if recipe is None else [str(recipe)])]
-    if best != "fit":
+    best, rows = found.best.name, [one.row for one in found.recipes]
+    place = rows.index(best) if best in rows else 0
+    if len(rows) > 1:
+        own = found.recipes[place].adapters
+        if best not in rows and set(own) != set(found.adapters):
+            return []  # no recipe has all adapters that it composes
+        adapters = [adapters[found.adapters.index(name)] for name in own] if adapters else ()
+    words = ["loracat", "export", *map(str, recipes[place : place + 1])]
+    if best not in rows:
         if best not in METHODS or METHODS[best].search is not None:
             return []
         words += ["--method", best]

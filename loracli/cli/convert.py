@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,32 +69,14 @@ def convert(
 ) -> None:
     """Make a plain LoRA, at a stated error, of an adapter that is refused without its base model; or safetensors of a
     pickle file."""
-    from loracli.conversion.convert import convert_adapter
+    from loracli.conversion.convert import ConvertRequest, convert_adapter
 
+    request = ConvertRequest(adapter, base, base_revision, initial, rank, tolerance, dtype)
     if from_pickle:
-        others = {
-            "--base": base,
-            "--base-revision": base_revision,
-            "--initial": initial,
-            "--rank": rank,
-            "--tolerance": tolerance,
-            "--dtype": dtype,
-        }
-        _from_pickle(out, adapter, output, [name for name, value in others.items() if value is not None], force=force)
+        given = [f"--{f.name.replace('_', '-')}" for f in fields(request)[1:] if getattr(request, f.name) is not None]
+        _from_pickle(out, adapter, output, given, force=force)
         return
-    made = convert_adapter(
-        adapter,
-        output,
-        base=base,
-        base_revision=base_revision,
-        initial=initial,
-        rank=rank,
-        tolerance=tolerance,
-        dtype=dtype,
-        force=force,
-        progress=out,
-    )
-    _show(out, made)
+    _show(out, convert_adapter(request, output, force=force, progress=out))
 
 
 def _show(out: Output, made: Converted) -> None:

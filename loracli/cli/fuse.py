@@ -59,24 +59,14 @@ def fuse(
     out: Output,
 ) -> None:
     """Fold the composition into the base model's own weights, file by file."""
+    from loracli.fusing.composition import FuseRequest
     from loracli.fusing.fuse import fuse_model
 
     composed = Path("recipe.json") if recipe is None and (method is None or not adapters) else recipe
-    fused = fuse_model(
-        composed,
-        output,
-        adapters=adapters or (),
-        method=method,
-        modules_to_save=modules_to_save,
-        base=base,
-        base_revision=base_revision,
-        dtype=dtype,
-        dequantise=dequantise,
-        force=force,
-        resume=resume,
-        dry_run=dry_run,
-        progress=out,
+    request = FuseRequest(
+        composed, adapters or (), method, modules_to_save, base, base_revision, dtype=dtype, dequantise=dequantise
     )
+    fused = fuse_model(request, output, force=force, resume=resume, dry_run=dry_run, progress=out)
     out.document({"dry_run": dry_run, **encode_as(fused, base_id="base", resumed="resumed_shards")})
     out.value(str(fused.path))
     out.line(str(fused.path) + (" would be written:" if dry_run else ""), style="bold")

@@ -47,20 +47,11 @@ def push(
     out: Output,
 ) -> None:
     """Verify an export, upload it in one commit, and compare what the Hub then holds with the files here."""
-    from loracli.pushing.push import push_adapter
+    from loracli.pushing.push import PushRequest, push_adapter
+    from loracli.recipe.record import EDITED
 
-    found = push_adapter(
-        directory,
-        repo,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        message=message,
-        dry_run=dry_run,
-        edited_card=edited_card,
-        token=token,
-        progress=out,
-    )
+    request = PushRequest(directory, repo, private, revision, create_pr, message, edited_card)
+    found = push_adapter(request, dry_run=dry_run, token=token, progress=out)
     document = encode_as(found, repo_id="repo", verification="not_checked")
     document["not_checked"] = document["not_checked"]["not_checked"]
     out.document({"dry_run": dry_run, **document})
@@ -73,6 +64,8 @@ def push(
         )
     if found.left_out:
         out.note(f"not uploaded: {', '.join(found.left_out)}")
+    if found.weights_edited:
+        out.warn(f"{EDITED}: what the fit measured is not theirs, and the card leaves it out")
     if not found.licence:
         out.warn("the card states no licence, because the ingredients do not all state the same one")
     if found.committed:

@@ -6,9 +6,13 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from loracli.cli import _options as opt
 from loracli.cli._output import Output
+
+if TYPE_CHECKING:
+    from loracli.recipe.recipe import Recipe
 
 EPILOG = "loracat show recipe.json  ·  loracat show recipe.json --json"
 
@@ -21,6 +25,15 @@ def _spread(cell: tuple[float, float, float] | None) -> str:
     return f"{mean:+.3f}" if low == high else f"{mean:+.3f} ({low:+.2f} to {high:+.2f})"
 
 
+def _document(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as it is in the file; of weights that were edited without what the fit measured."""
+    document: dict[str, Any] = json.loads(recipe.to_json())
+    if recipe.mixing.edited:
+        del document["held_out"]
+        document["fit"]["certificate"] = None
+    return document
+
+
 def show(
     *,
     recipe: opt.RecipeArgument = Path("recipe.json"),
@@ -29,11 +42,12 @@ def show(
     """Show a recipe: ingredients, weights, how they were found, and the held-out table."""
     from loracli.cli._tables import data_lines, held_out_lines, search_lines, weight_maps
     from loracli.recipe.recipe import load_recipe, weights_by_leaf
-    from loracli.recipe.record import INLINE_KINDS, other_bases_of, tensors_path
+    from loracli.recipe.record import EDITED, INLINE_KINDS, other_bases_of, tensors_path
 
     loaded = load_recipe(recipe)
-    out.document({"recipe": json.loads(loaded.to_json())})
-    out.value(loaded.held_out.verdict)
+    edited, measured = loaded.mixing.edited, loaded.held_out_of_weights
+    out.document({"recipe": _document(loaded), "weights_edited": edited})
+    out.value(EDITED if measured is None else measured.verdict)
     labels = loaded.labels()
     commit = f" at {loaded.base.commit}" if loaded.base.commit else ""
     out.line(f"base model: {loaded.base.id}{commit}", style="bold")
@@ -56,7 +70,8 @@ def show(
     out.line()
     mixing, spread = loaded.mixing, "mean over modules (lowest to highest)"
     if mixing.kind in INLINE_KINDS:
-        out.line(f"weights: {mixing.kind}, {mixing.numbers} fitted, {spread}", style="bold")
+        origin = "edited after the fit" if edited else f"{mixing.numbers} fitted"
+        out.line(f"weights: {mixing.kind}, {origin}, {spread}", style="bold")
     else:
         kept = tensors_path(recipe).name
         out.line(f"mixing: {mixing.kind}, {mixing.numbers} numbers fitted, kept in {kept}", style="bold")

@@ -24,7 +24,6 @@ from loracli.composition.composition import compose_module
 from loracli.composition.fitted import PAPER, SEARCH_RECORDS, Calibration, fit_level, search_weights
 from loracli.errors import UsageError
 from loracli.evaluation.comparison import RowKind, Skipped
-from loracli.evaluation.statistics import FIT
 from loracli.fitting.criterion import one_fold
 from loracli.fitting.descent import WARM_UP, AdamW, Descent, plan_steps
 from loracli.fitting.mixing import Layout, Mixing, make_layout
@@ -210,7 +209,7 @@ def _way_out(error: Exception) -> str:
 
 
 def candidates(inputs: CompareInputs, calibration: Calibration | None, skipped: list[Skipped]) -> list[Candidate]:
-    """Base, ingredients, methods, fit and controls; those of `all` that cannot be had go into `skipped`.
+    """Base, ingredients, methods, fits and controls; those of `all` that cannot be had go into `skipped`.
 
     Raises:
         UsageError: if a method that was asked for by name needs calibration records and there are none.
@@ -227,8 +226,7 @@ def candidates(inputs: CompareInputs, calibration: Calibration | None, skipped: 
             skipped.append(Skipped(name, "has to be fitted: give calibration records with --fit-data"))
             continue
         rows.append(_method(name, inputs, calibration, by_name))
-    if inputs.recipe is not None:
-        rows.append(Candidate(FIT, "fit", partial(of_recipe, inputs.recipe.mixing, adapters, layout)))
+    rows += [Candidate(one.row, "fit", partial(one.point, adapters, layout)) for one in inputs.recipes]
     if calibration is not None:
         rows += _controls(inputs, calibration)
     return rows
@@ -292,7 +290,7 @@ def _rung(name: str, inputs: CompareInputs, calibration: Calibration) -> MixingP
 def _random(inputs: CompareInputs, calibration: Calibration) -> MixingPoint:
     """The fit on random adapters, as factors: where it is measured, the true ones are attached."""
     drawn = random_adapters(inputs.adapters, seed=calibration.settings.seed)
-    kind = "module" if inputs.recipe is None else inputs.recipe.mixing.kind
+    kind = inputs.recipes[0].recipe.mixing.kind if inputs.recipes else "module"
     mixing, _ = fit_level(kind, calibration, drawn, inputs.references, inputs.layout)
     factors = {name: compose_module(mixing, drawn, name) for name in module_names(drawn)}
     return of_factors(factors, note=f"{kind} on random directions of the same norms")

@@ -36,7 +36,7 @@ from loracli.system.document import dtype_name
 def compare_adapters(
     data: DataPaths,
     *,
-    recipe: str | Path | None = None,
+    recipe: str | Path | Sequence[str | Path] | None = None,
     adapters: Sequence[str] = (),
     fit_data: DataPaths | None = None,
     guard: DataPaths | None = None,

@@ -14,16 +14,19 @@ from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, 
 from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
-from loracli.comparison.settings import FITTED_MIXINGS, CompareSettings
+from loracli.comparison.recipes import ComparedRecipe, load_recipes
+from loracli.comparison.settings import DATAMIX, FITTED_MIXINGS, FRESH_LORA, RANDOM, CompareSettings
 from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, make_layout
 from loracli.hub.fetch import fetch_adapter
 from loracli.model.base import on_base
 from loracli.model.reference import BaseReference, find_base
 from loracli.progress import SILENT, Progress
-from loracli.recipe.ingredients import read_ingredients, recorded_policy
-from loracli.recipe.recipe import OTHER_ROWS, Recipe, load_recipe
+from loracli.recipe.ingredients import recorded_policy
+from loracli.recipe.recipe import OTHER_ROWS
 from loracli.recipe.record import FINGERPRINT
+
+_OTHER_NAMES = {*OTHER_ROWS, *METHODS, *FITTED_MIXINGS, FRESH_LORA, RANDOM, DATAMIX}  # of rows that are no adapter's
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class CompareInputs:
     Args:
         adapters: N adapters that can be composed.
         references: the names of their rows.
-        recipe: whose fit is compared too, None without one.
+        recipes: whose fits are compared too.
         base: where the base model is.
         test: the files of the records that everything is compared on.
         guard: files of records that must not get worse.
@@ -47,7 +50,7 @@ class CompareInputs:
 
     adapters: tuple[LoraAdapter, ...]
     references: tuple[str, ...]
-    recipe: Recipe | None
+    recipes: tuple[ComparedRecipe, ...]
     base: BaseReference
     test: tuple[CalibrationFile, ...]
     guard: tuple[CalibrationFile, ...]
@@ -62,7 +65,7 @@ class CompareInputs:
 def prepare_comparison(
     data: DataPaths,
     *,
-    recipe: str | Path | None = None,
+    recipe: str | Path | Sequence[str | Path] | None = None,
     adapters: Sequence[str] = (),
     fit_data: DataPaths | None = None,
     guard: DataPaths | None = None,
@@ -75,8 +78,9 @@ def prepare_comparison(
 
     Args:
         data: JSONL that everything is compared on, one path or several, as in a fit.
-        recipe: whose ingredients and fit are compared.
-        adapters: without a recipe the adapters to compose; with one, where its ingredients are now.
+        recipe: whose ingredients and fit are compared; several for the ingredients and fits of all.
+        adapters: without a recipe the adapters to compose; with one or more, where their ingredients are now, each
+            once, in the order in which the recipes name them first.
         fit_data: calibration JSONL for what has to be fitted here.
         guard: JSONL of what must not get worse.
         base: the base model; None for the recipe's, or the one that all adapters name.
@@ -84,12 +88,13 @@ def prepare_comparison(
         settings: of the comparison.
         progress: told what happens.
     Raises:
-        UsageError: if nothing is to be composed, a control needs calibration data and there are none, or an option has
-            no use.
+        UsageError: if nothing is to be composed, a control needs calibration data and there are none, an option has
+            no use, or recipes cannot be compared on the same records.
         InputError: of the kind that fits, if an input is rejected.
     """
     settings = settings or CompareSettings()
-    if recipe is None and not adapters:
+    paths = [recipe] if isinstance(recipe, (str, Path)) else list(recipe or ())
+    if not paths and not adapters:
         raise UsageError("nothing to compare", hint="give a RECIPE, or --adapters")
     needing = settings.controls.fitted
     if needing and fit_data is None:
@@ -97,21 +102,25 @@ def prepare_comparison(
     settings.check_used(fit_data=fit_data is not None, guard=guard is not None)
     test, calibration = _read_data(data, fit_data, settings, progress)
     guarded = () if guard is None else _read_files(guard, settings, progress)
-    loaded = None if recipe is None else load_recipe(recipe)
-    if loaded is None:
+    recipes: tuple[ComparedRecipe, ...] = ()
+    if not paths:
         read = tuple(read_adapter(fetch_adapter(one, progress=progress), progress=progress) for one in adapters)
         references = tuple(_row_name(adapter.reference) for adapter in read)
         warn_of_open_orders(read, progress)
     else:
-        read = tuple(a.loaded() for a in read_ingredients(loaded, relocated=adapters, progress=progress))
-        references = tuple(_row_name(adapter.reference) for adapter in loaded.adapters)
+        recipes, ingredients = load_recipes(paths)
+        references = tuple(_row_name(adapter.reference) for adapter in ingredients.recorded)
+        if len(recipes) > 1:
+            _check_rows([one.row for one in recipes], references)
+            _check_one_kind(recipes, settings)
+        read = ingredients.read(adapters, progress)
     check_distinct(read, references)
     check_language_models(read, "a comparison")
-    asked = base or (None if loaded is None else loaded.base.claim)
+    asked = base or next((one.recipe.base.claim for one in recipes if one.recipe.base.claim is not None), None)
     check_composable(read, base_given=asked is not None)
     policy = settings.fit.modules_to_save
-    if loaded is not None and policy == REFUSE:
-        policy = recorded_policy(loaded)
+    if recipes and policy == REFUSE:
+        policy = recorded_policy(recipes[0].recipe)
     policy = settled_policy(policy, read, references)
     found = find_base(read, asked, revision=base_revision, progress=progress)
     read = on_base(read, found)
@@ -128,7 +137,7 @@ def prepare_comparison(
     return CompareInputs(
         adapters=read,
         references=references,
-        recipe=loaded,
+        recipes=recipes,
         base=found,
         test=test,
         guard=guarded,
@@ -136,7 +145,7 @@ def prepare_comparison(
         datamix=mixed,
         layout=make_layout(read),
         settings=settings,
-        repeated=_repeated(test, loaded, calibration, progress),
+        repeated=_repeated(test, recipes, calibration, progress),
         saved=saved,
     )
 
@@ -170,19 +179,38 @@ def _read_files(data: DataPaths, settings: CompareSettings, progress: Progress) 
 
 def _row_name(reference: str) -> str:
     """The reference, unless a row of another kind goes by that name: then as a path."""
-    taken = {*OTHER_ROWS, *METHODS, *FITTED_MIXINGS, "fresh-lora", "random", "datamix"}
-    return f"./{reference}" if reference in taken else reference
+    return f"./{reference}" if reference in _OTHER_NAMES else reference
+
+
+def _check_rows(rows: Sequence[str], references: Sequence[str]) -> None:
+    """Raises UsageError where the file of a recipe is called like another row."""
+    for row in rows:
+        if row in _OTHER_NAMES or row in references:
+            what = "an adapter" if row in references else "another way to compose"
+            raise UsageError(
+                f"the row {row} would be both a recipe's fit and {what}", hint="give that recipe's file another name"
+            )
+
+
+def _check_one_kind(recipes: Sequence[ComparedRecipe], settings: CompareSettings) -> None:
+    """Raises UsageError where the control `random` would have to be fitted as several kinds of mixing."""
+    kinds = sorted({one.recipe.mixing.kind for one in recipes})
+    if settings.controls.random and len(kinds) > 1:
+        raise UsageError(
+            f"--control random is one fit on random adapters, and the recipes' mixings are {' and '.join(kinds)}",
+            hint="compare the recipes one at a time, or leave the control out",
+        )
 
 
 def _repeated(
-    test: Sequence[CalibrationFile], recipe: Recipe | None, calibration: Dataset | None, progress: Progress
+    test: Sequence[CalibrationFile], recipes: Sequence[ComparedRecipe], calibration: Dataset | None, progress: Progress
 ) -> int:
-    """How many test records were calibrated on. A recipe keeps the fingerprints of its records."""
+    """How many test records were calibrated on, for any row. A recipe keeps the fingerprints of its records."""
     known = set() if calibration is None else {r.fingerprint[:FINGERPRINT] for r in calibration.training}
-    if recipe is not None:
-        known |= {fingerprint for data in recipe.data for fingerprint in data.fingerprints()}
+    for one in recipes:
+        known |= {fingerprint for data in one.recipe.data for fingerprint in data.fingerprints()}
     count = sum(record.fingerprint[:FINGERPRINT] in known for file in test for record in file.records)
-    if count and recipe is not None:
+    if count and recipes:
         progress.warn(
             f"{count} of the test records stand in the calibration data too; the table flatters what was fitted"
         )

@@ -19,6 +19,7 @@ from loracli.evaluation.comparison import (
     Difference,
     GuardScore,
     MetricScore,
+    RecipeRow,
     RowKind,
     Skipped,
 )
@@ -61,7 +62,7 @@ def comparison_of(
     """The comparison.
 
     Args:
-        rows: base, ingredients, methods, fit, controls, each with a finite loss; an ingredient is among them.
+        rows: base, ingredients, methods, fits, controls, each with a finite loss; an ingredient is among them.
         skipped: what was left out.
         inputs: what was compared, and with which margin and seed.
         examples: the n test records.
@@ -89,16 +90,23 @@ def comparison_of(
         guard=guard or None,
         margin=margin,
         repeated_records=inputs.repeated,
+        recipes=tuple(
+            RecipeRow(one.row, one.recipe.sha256(), tuple(inputs.references[place] for place in one.places))
+            for one in inputs.recipes
+        ),
     )
 
 
 def _detectable(rows: Sequence[Evaluated], best: Evaluated, claim: BestOf) -> float:
-    """Judged by the fit, or without one by the best of the others."""
+    """Judged by the fit, the best of several, or without one by the best of the others."""
     others = [row for row in rows if row.kind in _CONTENDERS and row is not best]
     if not others:
         return 0.0
-    judged = next((r for r in others if r.kind == "fit"), None) or next(
-        (r for r in others if r.name == claim.name), others[0]
+    fits = [row for row in others if row.kind == "fit"]
+    judged = (
+        min(fits, key=lambda row: row.scores.nats_per_token)
+        if fits
+        else next((r for r in others if r.name == claim.name), others[0])
     )
     found = detectable(judged.scores.nats - best.scores.nats, best.scores.tokens)
     return found if math.isfinite(found) else 0.0

@@ -11,10 +11,8 @@ No local path appears: a local ingredient goes by the name of its directory and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 from loracli._version import __version__
@@ -24,7 +22,8 @@ from loracli.algebra.methods.method import Method
 from loracli.composition.base_table import BaseTable
 from loracli.hub.references import URI_PREFIX
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import INLINE_KINDS, RecipeAdapter, is_named, other_bases_of
+from loracli.recipe.record import EDITED, INLINE_KINDS, HeldOut, RecipeAdapter, is_named, other_bases_of
+from loracli.system.document import document_sha256
 from loracli.system.escaping import markdown_code, markdown_link, shell_word
 
 RECORD_DIGEST = "record_sha256"  # the key of a record's own digest
@@ -83,10 +82,8 @@ def closed(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_digest(document: Mapping[str, Any]) -> str:
-    """sha256 of a record's fields but the digest itself: as JSON with sorted keys and without white space, in UTF-8."""
-    fields = {key: value for key, value in document.items() if key != RECORD_DIGEST}
-    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return sha256(text.encode()).hexdigest()
+    """Of a record's fields but the digest itself, see `loracli.system.document`."""
+    return document_sha256({key: value for key, value in document.items() if key != RECORD_DIGEST})
 
 
 _TAKE_RECIPE = """python -c "import json; print(json.dumps(json.load(open('loracat.json'))['recipe']))" > recipe.json"""
@@ -205,11 +202,13 @@ def recipe_card(recipe: Recipe, licences: Sequence[str | None]) -> CardText:
         adapters=len(recipe.adapters),
         how=tuple(_mixing(recipe)),
         ingredients=tuple(_ingredients(recipe, licences)),
-        results=tuple(_held_out(recipe)),
+        results=() if recipe.held_out_of_weights is None else tuple(_held_out(recipe.held_out_of_weights)),
         repeat=repeat_recipe(recipe),
         version=recipe.versions.get("loracat", ""),
         licence=agreed_licence(licences),
-        reach=tuple(_reach(recipe.base.id, recipe.mixing.unreached, recipe.mixing.bypassed)),
+        reach=tuple(
+            _reach(recipe.base.id, recipe.mixing.unreached, recipe.mixing.bypassed, edited=recipe.mixing.edited)
+        ),
         base_named=is_named(recipe.base.id, recipe.adapters),
     )
 
@@ -259,8 +258,9 @@ def method_card(
     )
 
 
-def _reach(base_id: str, unreached: Sequence[str], bypassed: Sequence[str]) -> list[str]:
-    """What is to be said of modules that the base did not call for the records of the fit."""
+def _reach(base_id: str, unreached: Sequence[str], bypassed: Sequence[str], *, edited: bool = False) -> list[str]:
+    """What is to be said of modules that the base did not call for the records of the fit; weights that were `edited`
+    after it may stand anywhere."""
     lines = []
     if bypassed:
         lines += [
@@ -271,8 +271,9 @@ def _reach(base_id: str, unreached: Sequence[str], bypassed: Sequence[str]) -> l
         ]
     passed_by = [name for name in unreached if name not in bypassed]
     if passed_by:
+        began = "" if edited else "; the weights that are theirs alone stand where the fit began"
         lines += [
-            "No record of the fit reached these modules; the weights that are theirs alone stand where the fit began:",
+            f"No record of the fit reached these modules{began}:",
             ", ".join(map(markdown_code, passed_by)) + ".",
             "",
         ]
@@ -281,6 +282,11 @@ def _reach(base_id: str, unreached: Sequence[str], bypassed: Sequence[str]) -> l
 
 def _mixing(recipe: Recipe) -> list[str]:
     """What the update of a module is, by the kind of mixing."""
+    if recipe.mixing.edited:
+        return [
+            f"Its update of every module is the weighted sum of theirs: {EDITED},",
+            "so that what held-out records said of the fit is left out here.",
+        ]
     learnt = f"{recipe.mixing.numbers} numbers, learnt on a calibration file while base and adapters stayed frozen."
     weights = "as published, with softmax weights" if recipe.fit.recipe == "paper" else "with free weights"
     by_kind = {
@@ -353,8 +359,7 @@ def _linked(adapter: RecipeAdapter) -> str:
     return markdown_link(adapter.reference, adapter.repo_id, "tree", adapter.commit, *folder)
 
 
-def _held_out(recipe: Recipe) -> list[str]:
-    table = recipe.held_out
+def _held_out(table: HeldOut) -> list[str]:
     lines = [
         "## On held-out records",
         "",

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, kernels_of, module_names, widest_dtype
 from loracli.adapters.claims import CAUSAL_LM, agreed_task, stated_licences
 from loracli.adapters.saved_modules import SavedModules
-from loracli.algebra.concatenate import concatenate, without_zeros
-from loracli.algebra.factors import Factors
+from loracli.algebra.factors import Factors, concatenate, without_zeros
 from loracli.algebra.methods.method import Merged, Method, MethodOptions
 from loracli.composition.base_table import BaseTable
 from loracli.composition.card import CardText, method_card, recipe_card
@@ -137,7 +135,7 @@ def from_recipe(recipe: Recipe, adapters: Sequence[LoraAdapter], saved: SavedMod
         dtype=widest_dtype([adapter.dtype for adapter in adapters]),
         document_of=lambda _: {
             "recipe": json.loads(recipe.public().to_json()),
-            "recipe_sha256": sha256(recipe.to_json().encode()).hexdigest(),
+            "recipe_sha256": recipe.sha256(),
         },
         card_of=lambda made: recipe_card(recipe.public(), stated_licences(made.adapters)),
         activations=recipe.activations,

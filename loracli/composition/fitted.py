@@ -16,8 +16,8 @@ from loracli.composition.attached import MixingPoint, weighted
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.journal import Meter
+from loracli.fitting.level import recipe_mixing
 from loracli.fitting.mixing import Layout, check_mixing, make_diagonal
-from loracli.fitting.recording import recipe_mixing
 from loracli.fitting.run import divide_training, find_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.session import Session

@@ -27,7 +27,7 @@ from loracli.system.files import check_free
 
 DEFAULT_TOLERANCE = 0.1  # of DoRA, where neither a rank nor a tolerance is given
 DEFAULT_MOST = 512  # and the largest rank to spend on it: no server loads a larger one
-COMPUTABLE = ("pissa", "olora")
+_COMPUTABLE = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
@@ -51,25 +51,12 @@ class Converted:
         return repr_line(self, path_text(exported.path), f"rank {exported.layout.rank}", modules, error)
 
 
-@takes_bar
-def convert_adapter(
-    adapter: str,
-    output: str | Path,
-    *,
-    base: str | None = None,
-    base_revision: str | None = None,
-    initial: str | None = None,
-    rank: int | None = None,
-    tolerance: float | None = None,
-    dtype: str | None = None,
-    force: bool = False,
-    progress: Progress | Bar = SILENT,
-) -> Converted:
-    """Writes what an adapter changes in its base's weights as one plain LoRA directory.
+@dataclass(frozen=True)
+class ConvertRequest:
+    """What is converted, and how.
 
     Args:
         adapter: a reference or a directory.
-        output: the directory to make.
         base: a Hub id or directory, None for the one that the adapter names.
         base_revision: of a base on the Hub.
         initial: the adapter as it was before its training, if there is one; it needs no weight of the base.
@@ -77,6 +64,31 @@ def convert_adapter(
         tolerance: the largest relative error of a module; each gets the smallest rank that it takes. Without both, a
             change of low rank is converted exactly, and another to DEFAULT_TOLERANCE or not at all.
         dtype: float32, float16 or bfloat16; None is the adapter's own.
+    """
+
+    adapter: str
+    base: str | None = None
+    base_revision: str | None = None
+    initial: str | None = None
+    rank: int | None = None
+    tolerance: float | None = None
+    dtype: str | None = None
+
+    @property
+    def asks_for_size(self) -> bool:
+        """Whether a rank or an error is given."""
+        return self.rank is not None or self.tolerance is not None
+
+
+@takes_bar
+def convert_adapter(
+    request: ConvertRequest, output: str | Path, *, force: bool = False, progress: Progress | Bar = SILENT
+) -> Converted:
+    """Writes what an adapter changes in its base's weights as one plain LoRA directory.
+
+    Args:
+        request: what is converted, and how.
+        output: the directory to make.
         force: replace an existing adapter directory.
         progress: told how far it is.
     Raises:
@@ -85,27 +97,32 @@ def convert_adapter(
         InputError: of the kind that fits, if the adapter cannot be read or converted.
     """
     progress = drawn(progress)
-    if rank is not None and tolerance is not None:
-        raise UsageError("--rank and --tolerance cannot be given together")
-    if tolerance is not None and not 0.0 < tolerance < 1.0:
-        raise UsageError(f"--tolerance {tolerance:g} is not between 0 and 1")
-    request = ExportRequest(rank=rank, dtype=dtype)
-    check_form(request)
+    written = _check(request)
     check_free(Path(output), force=force)
-    read = read_convertible(adapter, initial, progress=progress)
+    read = read_convertible(request.adapter, request.initial, progress=progress)
     _check_way(read)
-    table, commit, weights = _find_base(read, base, base_revision, progress)
+    table, commit, weights = _find_base(read, request, progress)
     _check_modules(read, table, weights)
-    asked = rank is not None or tolerance is not None
-    cut = Cut(rank, tolerance)
-    if not asked and read.magnitudes:
+    cut = Cut(request.rank, request.tolerance)
+    if not request.asks_for_size and read.magnitudes:
         cut = Cut(tolerance=DEFAULT_TOLERANCE, most=DEFAULT_MOST)
-    conversion = Conversion(read, table, commit, weights, cut, asked)
-    exported = write_export(from_conversion(conversion), Path(output), request, force=force, progress=progress)
+    conversion = Conversion(read, table, commit, weights, cut, request.asks_for_size)
+    exported = write_export(from_conversion(conversion), Path(output), written, force=force, progress=progress)
     sizes = conversion.tally.sizes
     errors = [module.relative_error * sizes[module.name] for module in exported.certificate.modules]
     size = math.hypot(*sizes.values())
     return Converted(exported, math.hypot(*errors) / size if size else 0.0, conversion.tally.uncertainty)
+
+
+def _check(request: ConvertRequest) -> ExportRequest:
+    """How the result is written; raises UsageError for what contradicts each other or is out of its range."""
+    if request.rank is not None and request.tolerance is not None:
+        raise UsageError("--rank and --tolerance cannot be given together")
+    if request.tolerance is not None and not 0.0 < request.tolerance < 1.0:
+        raise UsageError(f"--tolerance {request.tolerance:g} is not between 0 and 1")
+    written = ExportRequest(rank=request.rank, dtype=request.dtype)
+    check_form(written)
+    return written
 
 
 def _check_way(read: Convertible) -> None:
@@ -117,7 +134,7 @@ def _check_way(read: Convertible) -> None:
             hint="if its config hides that it began with PiSSA or the like, give the adapter before its training with "
             "--initial",
         )
-    if config.initialisation is not None and read.initial is None and config.initialisation not in COMPUTABLE:
+    if config.initialisation is not None and read.initial is None and config.initialisation not in _COMPUTABLE:
         needed = "random numbers" if config.initialisation.startswith("pissa") else "the data of its training"
         raise UnsupportedAdapter(
             f"init_lora_weights is {config.initialisation!r}: what it took from the base depends on {needed} and "
@@ -128,7 +145,7 @@ def _check_way(read: Convertible) -> None:
 
 
 def _find_base(
-    read: Convertible, base: str | None, revision: str | None, progress: Progress
+    read: Convertible, request: ConvertRequest, progress: Progress
 ) -> tuple[BaseTable, str | None, BaseWeights | None]:
     """What is known of the base, its commit, and its weights where they are needed.
 
@@ -140,14 +157,14 @@ def _find_base(
     task = agreed_task([adapter])
     outside = any(layer(name) == name for name in adapter.modules)
     needed = bool(read.magnitudes or computed or adapter.base_copies or outside)
-    table = None if needed or base is not None else table_of_adapters([adapter])
+    table = None if needed or request.base is not None else table_of_adapters([adapter])
     if table is not None:
         return table, None, None
     from loracli.model.base import plan_base
     from loracli.model.modules import base_modules, check_shapes
     from loracli.model.reference import find_base
 
-    reference = find_base([adapter], base, revision=revision, progress=progress)
+    reference = find_base([adapter], request.base, revision=request.base_revision, progress=progress)
     skeleton = plan_base(reference, task=task).skeleton
     check_shapes(skeleton, [adapter])
     modules = BaseTable(reference.id, base_modules(skeleton, [adapter]))

@@ -45,10 +45,10 @@ _TASK = "unpickle"
 _MOST_DATA = 4  # times its size, in all tensors
 _MORE_DATA = 1 << 20
 _MOST_MEMORY = 3  # times its size: mapped or read, and one tensor beside
-MORE_MEMORY = 1 << 30
-SECONDS = 60  # of processor time, and one for each
+_MORE_MEMORY = 1 << 30
+_SECONDS = 60  # of processor time, and one for each
 _BYTES_PER_SECOND = 10 << 20
-WAIT = 4  # seconds by the clock for each of them: other work may be on the machine
+_WAIT = 4  # seconds by the clock for each of them: other work may be on the machine
 _KEPT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "HOME", "LANG", "LC_ALL")
 _HINT = "ask its author for safetensors"
 
@@ -130,16 +130,16 @@ def _unpickle(source: Path, target: Path, size: int) -> None:
     Raises:
         MalformedAdapter: if it refuses the file, or does not end well.
     """
-    seconds = SECONDS + size // _BYTES_PER_SECOND
+    seconds = _SECONDS + size // _BYTES_PER_SECOND
     limits = {
-        "memory": _MOST_MEMORY * size + MORE_MEMORY,
+        "memory": _MOST_MEMORY * size + _MORE_MEMORY,
         "seconds": seconds,
         "data": _MOST_DATA * size + _MORE_DATA,
     }
     words = [sys.executable, "-P", "-m", "loracli.conversion.unpickle"]
     words += [str(source.resolve()), str(target.resolve()), json.dumps(limits)]
     with TemporaryFile() as said:
-        code = _run(words, said, WAIT * seconds)
+        code = _run(words, said, _WAIT * seconds)
         if code == 0 and [entry.name for entry in target.parent.iterdir()] == [target.name]:
             return
         if code == NO_ROOM:

@@ -92,7 +92,7 @@ class BaseWeights:
 
 
 # Folders that PEFT's examples save the initial adapter to, inside that of the training.
-INITIAL_FOLDERS = ("pissa_init", "olora_init", "corda_init", "loraga_init")
+_INITIAL_FOLDERS = ("pissa_init", "olora_init", "corda_init", "loraga_init")
 
 _MAGNITUDE = re.compile(r"base_model\.model\.(?P<module>[\w.]+)\.lora_magnitude_vector(\.weight)?", re.ASCII)
 
@@ -118,7 +118,7 @@ class Convertible:
 
 
 def read_convertible(reference: str, initial: str | None = None, *, progress: Progress = SILENT) -> Convertible:
-    """Reads an adapter, and the initial one if it is given or lies in one of `INITIAL_FOLDERS` beside a local one.
+    """Reads an adapter, and the initial one if it is given or lies in one of `_INITIAL_FOLDERS` beside a local one.
 
     Raises:
         MalformedAdapter, UnsupportedAdapter: as `read_adapter`, for what cannot be converted either.
@@ -127,7 +127,7 @@ def read_convertible(reference: str, initial: str | None = None, *, progress: Pr
     """
     adapter, magnitudes = read_trained(fetch_adapter(reference, progress=progress), progress=progress)
     if initial is None and adapter.config.initialisation is not None and adapter.commit is None:
-        found = [name for name in INITIAL_FOLDERS if (adapter.path / name / CONFIG_FILE).is_file()]
+        found = [name for name in _INITIAL_FOLDERS if (adapter.path / name / CONFIG_FILE).is_file()]
         if len(found) == 1:
             initial = str((adapter.path / found[0]).resolve())
             progress.note(f"the adapter before its training: {Path(reference) / found[0]}")

@@ -1,10 +1,32 @@
-"""What a conversion exports: the update of every module, and the rank it gets.
+"""What a conversion exports: the update of each module, from the adapter's tensors and the base's weight of it, and
+the rank it gets: a given one, or the smallest whose relative error is within a tolerance.
 
-Which rank a converted module gets: a given one, or the smallest whose relative error is within a tolerance.
+    |dW - dW_k|_F / |dW|_F = sqrt(1 - kept_energy)
 
-|dW - dW_k|_F / |dW|_F = sqrt(1 - kept_energy)
+What stands between an adapter and a plain LoRA: DoRA's lengths, and initialisations taken from the base.
 
-What a conversion exports: the update of each module, from the adapter's tensors and the base's weight of it.
+DoRA: the direction of W + dV is trained as a LoRA, the length of each of its rows as a number.
+
+    W' = D (W + dV),  D = diag(m / |W + dV|_row),  dV = s B A          dW = W' - W = (D - I) W + D dV
+
+Liu et al., arXiv 2402.09353, equation 5; PEFT 0.21 (tuners/lora/dora.py) takes the norm over the input dimension, one
+row for each output, and so does this. D dV has the rank of dV, and (D - I) W that of W: the whole has full rank, and a
+LoRA can only come close to it.
+
+We differ from PEFT in the arithmetic alone: float64, where PEFT takes the norm in the dtype of the activations.
+
+What an initialisation took from the base's weight, computed again from that weight.
+
+    W_res = W - s B_0 A_0        the model of the training is W_res + s B A, so dW = s B A - s B_0 A_0
+
+PiSSA (Meng et al., arXiv 2404.02948, equations 2 to 4): s B_0 A_0 is the best approximation of rank r of W (out, in).
+OLoRA (Bueyuekakyuez, arXiv 2406.01775, algorithm 1): with the QR of W, s B_0 A_0 = s Q_r R_r, which is s times the
+projection of W on the span of its first r columns.
+
+Both products are one matrix whatever signs or bases a library picks for the factors, so they can be computed in another
+way than PEFT 0.21 (tuners/lora/layer.py: pissa_init, olora_init) computes them in float32: here from the leading
+singular vectors alone and from the QR of r columns, in float64. How far two float32 computations may be apart is the
+`uncertainty`. PiSSA's randomised form (`pissa_niter_*`), CorDA and LoRA-GA depend on random numbers or on data.
 """
 
 from __future__ import annotations
@@ -21,19 +43,90 @@ from loracli._version import __version__
 from loracli.adapters.adapter import LoraModule
 from loracli.adapters.claims import agreed_licence, agreed_task, stated_licences
 from loracli.adapters.kinds import KINDS, ModuleKind
-from loracli.algebra.concatenate import concatenate
-from loracli.algebra.factors import Factors, norm
+from loracli.algebra.factors import Factors, concatenate, norm
 from loracli.algebra.methods.method import Merged
-from loracli.algebra.truncate import Truncation, best_approximation, truncate
+from loracli.algebra.truncate import Truncation, best_approximation, leading_left, truncate
 from loracli.composition.base_table import BaseTable
 from loracli.composition.card import CardText, Repeat, adapter_table, adapter_words, base_words, other_base_lines
 from loracli.composition.composition import Composition, published_identities
-from loracli.conversion.initialisation import Initial, dora_update, initial_update
 from loracli.conversion.read import BaseWeights, Convertible
 from loracli.errors import BaseModelMismatch, UnsupportedAdapter, UsageError
 from loracli.recipe.record import RecipeAdapter, is_named
 from loracli.system.document import encode
 from loracli.system.escaping import markdown_code
+
+
+def _dora_update(weight: Tensor, direction: Factors, magnitude: Tensor) -> Tensor:
+    """dW (out, in) in float64, dense.
+
+    Args:
+        weight: W (out, in); of an embedding, out is the width and in the vocabulary.
+        direction: dV.
+        magnitude: m (out,).
+    Raises:
+        ValueError: if a row of W + dV is zero, so that it has no direction.
+    """
+    # In place: a head of 128,000 words is gigabytes in float64, and one of these is enough.
+    result = weight.to(torch.float64, copy=True)
+    result.addmm_(direction.lora_B.double(), direction.lora_A.double(), alpha=direction.scaling)
+    lengths = torch.linalg.vector_norm(result, dim=1)
+    if not lengths.all():
+        raise ValueError("a row of the weight is zero, and has no direction")
+    result *= (magnitude.double() / lengths)[:, None]
+    return result.sub_(weight)
+
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class _Initial:
+    """s B_0 A_0.
+
+    Args:
+        factors: lora_A (r, in), lora_B (out, r), float64, with the scaling.
+        uncertainty: about how far, in the Frobenius norm, PEFT's float32 result may be from it.
+    """
+
+    factors: Factors
+    uncertainty: float
+
+
+def _initial_update(kind: str, weight: Tensor, rank: int, scaling: float) -> _Initial | None:
+    """What the initialisation `kind` took from W (out, in); None if that cannot be computed again.
+
+    Raises:
+        ValueError: if W has no such rank.
+    """
+    if rank > min(weight.shape):
+        raise ValueError(f"the weight is {tuple(weight.shape)} and has no rank {rank}")
+    if kind == "pissa":
+        return _pissa(weight.double(), rank)
+    if kind == "olora":
+        return _olora(weight.double(), rank, scaling)
+    return None
+
+
+def _pissa(weight: Tensor, rank: int) -> _Initial:
+    wide = weight.shape[0] <= weight.shape[1]
+    smaller = weight if wide else weight.T
+    values, vectors = leading_left(smaller, min(rank + 1, smaller.shape[0]))
+    leading = vectors[:, :rank]
+    factors = Factors(leading.T @ weight, leading) if wide else Factors(leading.T, weight @ leading)
+    error = _EPS * float(values[0]) * math.sqrt(rank)
+    if rank == smaller.shape[0]:
+        return _Initial(factors, error)
+    # Wedin: an error E of W turns the leading space by |E| / gap, and moves W_r by that times the values at the edge.
+    last, after = float(values[rank - 1]), float(values[rank])
+    return _Initial(factors, error * (1 + (last + after) / (last - after)) if last > after else float("inf"))
+
+
+def _olora(weight: Tensor, rank: int, scaling: float) -> _Initial:
+    q, r = torch.linalg.qr(weight[:, :rank])
+    singular = torch.linalg.svdvals(r)
+    condition = float(singular[0] / singular[-1]) if singular[-1] > 0 else float("inf")
+    factors = Factors(q.T @ weight, q, scaling)
+    return _Initial(factors, _EPS * condition * float(torch.linalg.matrix_norm(weight)) * abs(scaling))
 
 
 @dataclass(frozen=True)
@@ -51,7 +144,7 @@ class Cut:
     most: int | None = None
 
 
-def cut_factors(factors: Factors, cut: Cut) -> Truncation:
+def _cut_factors(factors: Factors, cut: Cut) -> Truncation:
     """Of an update that is known by its factors; without rank and tolerance nothing is lost.
 
     Not a concatenation: where factors cancel, as s B A - s B_0 A_0 does, each would be rounded on the scale of what
@@ -61,7 +154,7 @@ def cut_factors(factors: Factors, cut: Cut) -> Truncation:
     return whole if cut.rank else _smallest(whole, cut)
 
 
-def cut_matrix(matrix: Tensor, cut: Cut, start: int) -> Truncation:
+def _cut_matrix(matrix: Tensor, cut: Cut, start: int) -> Truncation:
     """Of a dense dW (out, in) in float64.
 
     Args:
@@ -104,8 +197,8 @@ def _error(found: Truncation) -> float:
     return math.sqrt(1.0 - found.kept_energy)
 
 
-MOST_UNCERTAIN = 0.05  # of |dW|, that an initialisation computed again may be off
-TRIED_FIRST = 2  # times the adapter's rank
+_MOST_UNCERTAIN = 0.05  # of |dW|, that an initialisation computed again may be off
+_TRIED_FIRST = 2  # times the adapter's rank
 
 
 class Tally:
@@ -166,27 +259,27 @@ class Conversion:
             self._check_copy(module, initial)
         if self.read.magnitudes:
             try:
-                matrix = dora_update(self._weight(own), change, self.read.magnitudes[module])
+                matrix = _dora_update(self._weight(own), change, self.read.magnitudes[module])
             except ValueError as error:
                 raise BaseModelMismatch(f"{module} cannot be converted: {error}") from None
             size = float(matrix.norm())
-            found = cut_matrix(matrix, self.cut, TRIED_FIRST * trained.rank)
+            found = _cut_matrix(matrix, self.cut, _TRIED_FIRST * trained.rank)
         else:
             size = norm(change)
-            found = cut_factors(change, self.cut)
+            found = _cut_factors(change, self.cut)
         self._check(module, found, size, initial)
         return Merged(found.factors, found.kept_energy)
 
-    def _initial(self, module: LoraModule) -> Initial | None:
+    def _initial(self, module: LoraModule) -> _Initial | None:
         """s B_0 A_0, None where nothing was taken from the base; no initialisation touches an embedding."""
         if self.read.initial is not None:
-            return Initial(self.read.initial.modules[module.name].factors, 0.0)
+            return _Initial(self.read.initial.modules[module.name].factors, 0.0)
         kind = self.read.adapter.config.initialisation
         if kind is None or module.kind == "embedding":
             return None
         factors = module.factors
         try:
-            found = initial_update(kind, self._weight(module), factors.rank, factors.scaling)
+            found = _initial_update(kind, self._weight(module), factors.rank, factors.scaling)
         except ValueError as error:
             raise BaseModelMismatch(f"{module.name} cannot be converted: {error}") from None
         assert found is not None, "checked before the work began"
@@ -208,7 +301,7 @@ class Conversion:
     def _kinds(self) -> Mapping[str, ModuleKind]:
         return {module.name: module.kind for module in self.base.modules}
 
-    def _check_copy(self, module: str, initial: Initial | None) -> None:
+    def _check_copy(self, module: str, initial: _Initial | None) -> None:
         """The base's matrix that PEFT wrote into the adapter is W, or W_res = W - s B_0 A_0 up to its rounding."""
         own = self.read.adapter.modules[module]
         weight = self._weight(own).double()
@@ -226,12 +319,12 @@ class Conversion:
                 hint="check --base and --initial; a matrix that was trained itself is more than an adapter can carry",
             )
 
-    def _check(self, module: str, found: Truncation, size: float, initial: Initial | None) -> None:
+    def _check(self, module: str, found: Truncation, size: float, initial: _Initial | None) -> None:
         tally, uncertainty = self.tally, 0.0 if initial is None else initial.uncertainty
-        if uncertainty > MOST_UNCERTAIN * size:
+        if uncertainty > _MOST_UNCERTAIN * size:
             raise UnsupportedAdapter(
-                f"{module}: what the initialisation took from the base's weight cannot be told to {MOST_UNCERTAIN:.0%} "
-                "of what the training changed",
+                f"{module}: what the initialisation took from the base's weight cannot be told to "
+                f"{_MOST_UNCERTAIN:.0%} of what the training changed",
                 where=self.read.adapter.reference,
                 hint="give the adapter as it was before its training with --initial",
             )

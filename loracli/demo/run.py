@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.records import CalibrationFile
 from loracli.calibration.render import Example
 from loracli.evaluation.metrics import TaskMetric

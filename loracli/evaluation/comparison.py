@@ -13,6 +13,7 @@ from typing import Literal
 
 from loracli.recipe.record import HeldOut, HeldOutTask
 from loracli.system.display import count_text, html_of, names_text, repr_line
+from loracli.system.document import added
 
 RowKind = Literal["base", "ingredient", "method", "fit", "control"]
 
@@ -68,7 +69,7 @@ class ComparisonRow:
     """One way to compose.
 
     Args:
-        name: `base`, an adapter's reference, the name of a method, `fit`, or a control.
+        name: `base`, an adapter's reference, the name of a method, `fit` or of several recipes a file, or a control.
         kind: which of these.
         nats_per_token: total nats over total scored tokens.
         perplexity: exp of it.
@@ -124,6 +125,21 @@ class BestOf:
 
 
 @dataclass(frozen=True)
+class RecipeRow:
+    """A recipe whose fit is a row.
+
+    Args:
+        row: name of the row.
+        sha256: of the recipe's document, as exports have it as `recipe_sha256`.
+        adapters: the rows of its ingredients, in its order.
+    """
+
+    row: str
+    sha256: str
+    adapters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Ways to compose on the same records.
 
@@ -134,7 +150,7 @@ class Comparison:
         records: how many.
         scored_tokens: in them.
         best_ingredient: the adapter with the lowest loss on them.
-        rows: base, ingredients, methods, fit, controls.
+        rows: base, ingredients, methods, fits, controls.
         skipped: methods that were left out of `all`.
         tasks: one for each task that the records name.
         best: whether the best row is so beyond chance.
@@ -144,6 +160,7 @@ class Comparison:
         guard: names of the guard files, None without any.
         margin: nats per token that `guard` allows.
         repeated_records: how many of the records stand in the calibration data, as far as that is known.
+        recipes: whose fits are rows, and their ingredients; none of older documents.
     """
 
     data: str
@@ -161,6 +178,7 @@ class Comparison:
     guard: str | None
     margin: float
     repeated_records: int
+    recipes: tuple[RecipeRow, ...] = added(1, ())
 
     def __repr__(self) -> str:
         ways, records = count_text(len(self.rows), "way"), count_text(self.records, "record")
@@ -170,20 +188,6 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         return html_of(self)
-
-    def labelled(self) -> Comparison:
-        """With local adapters by as many of their last names as tell them from the other rows."""
-        others = [row.name for row in self.rows if row.kind != "ingredient"]
-        names: dict[str, str] = {}
-        for reference in self.adapters:
-            parts, rest = reference.rstrip("/").split("/"), [other for other in self.adapters if other != reference]
-            if len(parts) > 2 or parts[0] in (".", ".."):
-                tails = ("/".join(parts[-count:]) for count in range(1, len(parts)))
-                taken = [*others, *rest]
-                names[reference] = next(
-                    (t for t in tails if not any(f"/{o}".endswith(f"/{t}") for o in taken)), reference
-                )
-        return self.renamed(names)
 
     def row(self, name: str) -> ComparisonRow:
         return next(row for row in self.rows if row.name == name)
@@ -204,7 +208,23 @@ class Comparison:
                 name=names.get(self.best.name, self.best.name),
                 rivals={names.get(n, n): p for n, p in self.best.rivals.items()},
             ),
+            recipes=tuple(
+                replace(one, adapters=tuple(names.get(name, name) for name in one.adapters)) for one in self.recipes
+            ),
         )
+
+    def labelled(self) -> Comparison:
+        """With local adapters by as many of their last names as tell them from the other rows."""
+        others = [row.name for row in self.rows if row.kind != "ingredient"]
+        names: dict[str, str] = {}
+        for reference in self.adapters:
+            parts, rest = reference.rstrip("/").split("/"), [other for other in self.adapters if other != reference]
+            if len(parts) > 2 or parts[0] in (".", ".."):
+                tails = ("/".join(parts[-count:]) for count in range(1, len(parts)))
+                taken = [*others, *rest]
+                free = (t for t in tails if not any(f"/{o}".endswith(f"/{t}") for o in taken))
+                names[reference] = next(free, reference)
+        return self.renamed(names)
 
 
 def verdict(table: HeldOut) -> str:

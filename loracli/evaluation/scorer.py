@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.records import CalibrationFile, Record
 from loracli.calibration.render import Example, render_file
 from loracli.errors import CalibrationError

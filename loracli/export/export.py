@@ -141,7 +141,7 @@ def export_adapter(
     except ValueError as error:
         if method is None:
             raise
-        raise UsageError(f"{method.name} cannot be had here: {error}", hint="choose another --method") from None
+        raise UsageError(f"{method.name} cannot be computed here: {error}", hint="choose another --method") from None
 
 
 def write_export(

@@ -312,7 +312,7 @@ def _refuse_bias_beside(composed: _Composed, kinds: Sequence[ModuleKind], apart:
     found = next((KINDS[kind].unbiased.format(name) for kind in kinds for name in composed.of(kind)), None)
     if composed.lora_bias and found is not None:
         raise UsageError(
-            f"{composed.lora_bias} has lora_bias, which PEFT has not beside {found}",
+            f"{composed.lora_bias} has lora_bias, which PEFT does not support beside {found}",
             hint=f"compose it with adapters that leave {apart} alone",
         )
 

@@ -30,7 +30,7 @@ from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
-from loracli.recipe.record import MAX_ADAPTERS, other_bases_of
+from loracli.recipe.record import EDITED, MAX_ADAPTERS, other_bases_of
 
 
 def read_to_compose(
@@ -79,6 +79,8 @@ def compose_recipe(request: ExportRequest, progress: Progress) -> tuple[Composit
             named, read, revision=request.base_revision, config_sha256=config, progress=progress
         )
     composition = from_recipe(recipe, read, saved_modules(recorded_policy(recipe), read))
+    if recipe.mixing.edited:
+        progress.note(f"{EDITED}: what it measured is left out of the card")
     if recipe.mixing.bypassed:
         warn_of_merging(recipe.base.id, recipe.mixing.bypassed, progress)
     return composition, found

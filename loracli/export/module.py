@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loracli.algebra.concatenate import relative_error
-from loracli.algebra.factors import Factors, core
+from loracli.algebra.factors import Factors, core, relative_error
 from loracli.algebra.rounding import error_in_core, rounded_concatenation, rounding_error
 from loracli.algebra.truncate import Truncation, truncate, truncate_core, truncate_for
 from loracli.composition.card import ModuleCertificate

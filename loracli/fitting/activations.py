@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.kinds import kind_of
-from loracli.calibration.batches import Batch, plan_batches
-from loracli.calibration.dataset import shuffled
+from loracli.calibration.dataset import Batch, plan_batches, shuffled
 from loracli.calibration.render import Example
 from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import Applied, FactorMixing, Mixing
@@ -28,8 +27,8 @@ from loracli.progress import Progress, amount_text
 from loracli.recipe.record import RecipeActivations
 from loracli.recipe.tensors import MOMENT, sidecar_sha256
 
-MOST_RECORDS = 64  # of a fit: some thousand tokens, against R of some dozens
-MOST_BYTES = 256 << 20  # of all G in float64, which every record's part has too
+_MOST_RECORDS = 64  # of a fit: some thousand tokens, against R of some dozens
+_MOST_BYTES = 256 << 20  # of all G in float64, which every record's part has too
 
 
 def second_moments(
@@ -100,7 +99,7 @@ def _watched(objective: Objective, lora_A: Mapping[str, Tensor]) -> Iterator[Cal
 
 def chosen_records(training: Sequence[Example], *, seed: int) -> list[Example]:
     """The training records that a fit leaves the second moments of."""
-    return shuffled(training, seed=seed)[:MOST_RECORDS]
+    return shuffled(training, seed=seed)[:_MOST_RECORDS]
 
 
 def fit_activations(
@@ -130,7 +129,7 @@ def fit_activations(
     lora_A = _input_factors(adapters, mixing, theta)
     size = sum(len(A) ** 2 for A in lora_A.values()) * torch.float64.itemsize
     without = "they are left out of the recipe, and export --activation-aware will need --fit-data"
-    if size > MOST_BYTES:
+    if size > _MOST_BYTES:
         progress.note(f"the second moments of the activations take {amount_text(size, 'B')}: {without}")
         return None
     examples = chosen_records(training, seed=seed)

@@ -50,9 +50,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting.engine import GRADIENT_COST, Engine
@@ -60,7 +61,6 @@ from loracli.fitting.level import tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Objective, gradient_of
-from loracli.model.placement import is_sharded
 from loracli.recipe.record import INLINE_KINDS, RECORDS_PER_NUMBER, FitCertificate
 
 
@@ -85,13 +85,13 @@ class RecordGradients:
         return torch.cat([self.nats[:, None], self.tokens[:, None], self.gradients, self.sampled], dim=1)
 
 
-def from_rows(rows: Tensor) -> RecordGradients:
+def _from_rows(rows: Tensor) -> RecordGradients:
     """The inverse of `RecordGradients.rows`."""
     gradients, sampled = rows[:, 2:].chunk(2, dim=1)
     return RecordGradients(rows[:, 0], rows[:, 1], gradients, sampled)
 
 
-def record_gradients(
+def _record_gradients(
     objective: Objective, mixing: DiagonalMixing, theta: Tensor, batch: Batch, examples: Sequence[Example], *, seed: int
 ) -> RecordGradients:
     """The gradients of each of the b records of a batch; the attached model is left at theta.
@@ -120,7 +120,7 @@ def record_gradients(
 
     nats, sampled_nats = forward()
     # A sharded model gives its weights up after a backward pass, and the graph is of no use then.
-    sharded = is_sharded(objective.attached.model)
+    sharded = _is_sharded(objective.attached.model)
     first = gradient_of((nats * v.to(nats)).sum(), weights, retain_graph=not sharded)
     if sharded:
         _, sampled_nats = forward()
@@ -197,12 +197,12 @@ def _model(theta: Tensor, start: Tensor, records: RecordGradients, ridge: float)
 
 
 def _newton_step(theta: Tensor, start: Tensor, records: RecordGradients, *, ridge: float) -> Tensor:
-    """-H^-1 g (P,), from theta to the optimum of the quadratic model; arguments as for `certify`."""
+    """-H^-1 g (P,), from theta to the optimum of the quadratic model; arguments as for `_certify`."""
     model = _model(theta, start, records, ridge)
     return -(model.vectors @ (model.inverse * model.rotated))
 
 
-def certify(
+def _certify(
     mixing: DiagonalMixing, theta: Tensor, start: Tensor, records: RecordGradients, *, ridge: float
 ) -> FitCertificate:
     """The certificate of theta (P,).
@@ -306,7 +306,7 @@ def certified(
             records = _gradients(engine, mixing, trial, batches, training, settings.seed, key)
         except NonFiniteLoss:
             break  # of a step too far, or of records that have stopped the search already
-        found = certify(mixing, trial, anchor, records, ridge=ridge)
+        found = _certify(mixing, trial, anchor, records, ridge=ridge)
         if best is not None and found.loss >= best.loss:
             break
         theta, best = trial, found
@@ -332,6 +332,15 @@ def _gradients(
     """
 
     def work(batch: Batch) -> Tensor:
-        return record_gradients(engine.objective, mixing, theta, batch, training, seed=seed).rows()
+        return _record_gradients(engine.objective, mixing, theta, batch, training, seed=seed).rows()
 
-    return from_rows(engine.of_records(batches, training, work, 2 + 2 * len(theta), cost=_CERTIFICATE_COST, key=key))
+    return _from_rows(engine.of_records(batches, training, work, 2 + 2 * len(theta), cost=_CERTIFICATE_COST, key=key))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether the model's weights are shared out over several processes."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)

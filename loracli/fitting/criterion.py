@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import plan_batches
-from loracli.calibration.dataset import dealt, split_records
+from loracli.calibration.dataset import dealt, plan_batches, split_records
 from loracli.calibration.records import Record
 from loracli.calibration.render import Example
 from loracli.errors import UsageError
@@ -26,7 +25,7 @@ from loracli.model.loss import Scores
 
 _VALIDATION_SHARE = 0.2
 FEWEST_TO_VALIDATE = 8  # below, every record is fitted on and the ridge stays strong
-MOST_TO_VALIDATE = 512
+_MOST_TO_VALIDATE = 512
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def one_fold(training: Sequence[Example], records: Sequence[Record], *, seed: in
     """
     if len(training) < FEWEST_TO_VALIDATE:
         return Fold(tuple(training), ())
-    count = min(max(2, round(_VALIDATION_SHARE * len(training))), MOST_TO_VALIDATE)
+    count = min(max(2, round(_VALIDATION_SHARE * len(training))), _MOST_TO_VALIDATE)
     _, chosen = split_records(records, count, seed=seed)
     fold = _fold(training, chosen)
     # Equal records stand together, so a few of them many times over can leave nothing on one side.
@@ -160,8 +159,3 @@ def gain(before: Scores, after: Scores) -> Gain:
     """What `after` gains over `before`."""
     difference, tokens = before.nats - after.nats, before.tokens
     return Gain(float(difference.sum() / tokens.sum()), standard_error(difference, tokens))
-
-
-def joined(parts: Sequence[Scores]) -> Scores:
-    """The scores of several groups of records as one."""
-    return Scores(torch.cat([part.nats for part in parts]), torch.cat([part.tokens for part in parts]))

@@ -12,8 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import Batch, plan_batches
-from loracli.calibration.dataset import shuffled
+from loracli.calibration.dataset import Batch, plan_batches, shuffled
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting.engine import Engine
@@ -105,12 +104,6 @@ def _interpolated(value: float, slope: float, new_value: float, new_slope: float
     bottom = new_slope - slope + 2 * second
     share = 1 - (new_slope + second - first) / bottom if bottom > 0 else _SHORTEST
     return min(max(share, _SHORTEST), _LONGEST)
-
-
-def peak_rate(steps: int) -> float:
-    """clip(8 / steps, 0.01, 0.1): Adam moves about the rate in a step, and a weight should be able to travel about 4 in
-    all."""
-    return min(max(8.0 / steps, 0.01), 0.1)
 
 
 class AdamW:

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import Batch, make_batch
+from loracli.calibration.dataset import Batch, make_batch
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, OutOfResources
 from loracli.evaluation.scorer import Scorer

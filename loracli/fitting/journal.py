@@ -180,20 +180,20 @@ class Meter:
         self._task = task
         self._log = log
         self._a_pass = 2 * tokens
-        self._stage = _Stage("", {})
+        self._stage, self._fields = "", dict[str, str | float | None]()
         self._started = time.monotonic()
         self._tokens = 0
 
     def stage(self, text: str, **fields: str | float | None) -> None:
         """Names what the following batches are for; `fields` go into the log of each step."""
-        self._stage = _Stage(text, fields)
+        self._stage, self._fields = text, fields
         self._started, self._tokens = time.monotonic(), 0
 
     def count(self, tokens: int, *, cost: int, nats: float | None = None) -> None:
         """Some tokens are done, each at this cost, and at `nats` per scored token if that is known."""
         self.spent += cost * tokens
         self._tokens += tokens
-        parts = [self._stage.text]
+        parts = [self._stage]
         if self._a_pass:
             parts.append(f"pass {self.spent / self._a_pass:.1f}")
         if nats is not None:
@@ -213,18 +213,12 @@ class Meter:
     def step(self, **fields: float) -> None:
         """Writes one line of the log."""
         if self._log is not None:
-            self._log.write({**self._stage.fields, **fields, "validation": self.validation, "spent_tokens": self.spent})
+            self._log.write({**self._fields, **fields, "validation": self.validation, "spent_tokens": self.spent})
 
     @property
     def logged(self) -> int:
         """Lines in the log."""
         return self._log.lines if self._log is not None else 0
-
-
-@dataclass(frozen=True)
-class _Stage:
-    text: str
-    fields: dict[str, str | float | None]
 
 
 class StepLog:

@@ -17,16 +17,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import plan_batches
+from loracli.adapters.adapter import LoraAdapter
+from loracli.algebra.basis import canonical_stack, mixing_in_file_basis
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fitting.criterion import LEAST_GAIN, Criterion, Fold, gain, joined
-from loracli.fitting.descent import WARM_UP, AdamW, Descent, Plan, Ran, peak_rate, plan_steps
+from loracli.fitting.criterion import LEAST_GAIN, Criterion, Fold, gain
+from loracli.fitting.descent import WARM_UP, AdamW, Descent, Plan, Ran, plan_steps
 from loracli.fitting.engine import Engine
-from loracli.fitting.mixing import Mixing
+from loracli.fitting.mixing import DiagonalMixing, FactorMixing, Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
-from loracli.recipe.record import LevelRecord, MixingKind, StageRecord, StartRecord
+from loracli.recipe.record import LevelRecord, MixingKind, RecipeMixing, StageRecord, StartRecord, weights_digest
+from loracli.recipe.tensors import tensor_mixing
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Task:
         """
         if not self.validated:
             return None
-        return joined(
+        return _joined(
             [
                 self.criterion(mixing, theta, fold.validation, f"{key}, fold {number}")
                 for number, (theta, fold) in enumerate(zip(thetas, self.folds, strict=True))
@@ -145,23 +148,23 @@ def left_out(name: str, before: float | None, error: NonFiniteLoss) -> StartReco
 
 
 # From strong to none. Trained factors have thousands of numbers for one mixing weight, so each is held more loosely.
-RIDGE_PATH = (1e-2, 1e-3, 0.0)
-FACTOR_RIDGE_PATH = (1e-5, 1e-6, 0.0)
+_RIDGE_PATH = (1e-2, 1e-3, 0.0)
+_FACTOR_RIDGE_PATH = (1e-5, 1e-6, 0.0)
 _RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.01}  # at most; the others go by the number of steps
 _PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
 
 
-def ridge_path(task: Task, mixing: Mixing) -> tuple[float, ...]:
+def _ridge_path(task: Task, mixing: Mixing) -> tuple[float, ...]:
     """Without validation records nothing can say when to stop, so the ridge stays at its strongest."""
     if task.settings.ridge is not None:
         return (task.settings.ridge,)
-    path = FACTOR_RIDGE_PATH if mixing.kind == "factors" else RIDGE_PATH
+    path = _FACTOR_RIDGE_PATH if mixing.kind == "factors" else _RIDGE_PATH
     return path if task.validated else path[:1]
 
 
 def rate_for(task: Task, mixing: Mixing, steps: int) -> float:
     """The peak rate of a descent of so many steps."""
-    return task.settings.learning_rate or min(peak_rate(steps), _RATES.get(mixing.kind, math.inf))
+    return task.settings.learning_rate or min(_peak_rate(steps), _RATES.get(mixing.kind, math.inf))
 
 
 def solve_level(task: Task, mixing: Mixing, starts: Mapping[str, Sequence[Tensor]], budget: float) -> Solution:
@@ -193,7 +196,7 @@ class _Steps:
 class _Level:
     def __init__(self, task: Task, mixing: Mixing, starts: Mapping[str, tuple[Tensor, ...]], budget: float) -> None:
         self._task, self._mixing, self._starts = task, mixing, starts
-        self._path = ridge_path(task, mixing)
+        self._path = _ridge_path(task, mixing)
         self._steps = [self._plan(fold_index, budget / len(task.folds)) for fold_index in range(len(task.folds))]
         self._best: Solution | None = None
         self._failure: NonFiniteLoss | None = None
@@ -306,3 +309,31 @@ def _unseen(ran: Sequence[Ran], after: Scores | None) -> float:
     if after is not None:
         nats, tokens = nats + float(after.nats.sum()), tokens + float(after.tokens.sum())
     return nats / tokens
+
+
+def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found: Solution) -> RecipeMixing:
+    """The mixing as the files' factors take it: what was fitted in the canonical basis is brought back from there."""
+    mixing = found.mixing
+    if isinstance(mixing, DiagonalMixing) and mixing.kind != "rank":
+        weights = mixing.by_group(mixing.weights(found.theta))
+        return RecipeMixing(mixing.kind, weights, mixing.numbers, weights_sha256=weights_digest(weights))
+    tensors: dict[str, torch.Tensor] = {}
+    if isinstance(mixing, FactorMixing):
+        for module, (lora_A, lora_B) in zip(modules, mixing.factors(found.theta), strict=True):
+            tensors |= {f"{module}.lora_A": lora_A, f"{module}.lora_B": lora_B}
+    else:
+        for module, matrix in zip(modules, mixing.matrices(found.theta), strict=True):
+            updates = [adapter.modules[module].factors for adapter in adapters if module in adapter.modules]
+            tensors[f"{module}.mixing"] = mixing_in_file_basis(canonical_stack(updates), matrix)
+    return tensor_mixing(mixing.kind, tensors, adapters, numbers=mixing.numbers)
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of several groups of records as one."""
+    return Scores(torch.cat([part.nats for part in parts]), torch.cat([part.tokens for part in parts]))
+
+
+def _peak_rate(steps: int) -> float:
+    """clip(8 / steps, 0.01, 0.1): Adam moves about the rate in a step, and a weight should be able to travel about 4 in
+    all."""
+    return min(max(8.0 / steps, 0.01), 0.1)

@@ -28,9 +28,9 @@ from torch.distributed.rendezvous import rendezvous
 from loracli.errors import FitError, LoracatError, ProcessLost, UsageError
 from loracli.system.machine import Launch
 
-START = timedelta(seconds=60)  # in which all processes must have come up
-WAIT = timedelta(hours=2)  # for one that is alive but slow: the first may fetch a large model meanwhile
-PATIENCE = timedelta(seconds=20)  # of one that has failed, for the others to hear of it
+_START = timedelta(seconds=60)  # in which all processes must have come up
+_WAIT = timedelta(hours=2)  # for one that is alive but slow: the first may fetch a large model meanwhile
+_PATIENCE = timedelta(seconds=20)  # of one that has failed, for the others to hear of it
 
 T = TypeVar("T")
 
@@ -135,14 +135,14 @@ class Processes:
         except Exception as error:
             failure = _lost() if _says_lost(error) else error
         # In lockstep the others may be stuck in the forward that this process has left, and never hear of it.
-        patience = PATIENCE if self.lockstep and failure is not None else WAIT
+        patience = _PATIENCE if self.lockstep and failure is not None else _WAIT
         lengths = self._agree(failure, len(result), patience)
         padded = torch.zeros(max(lengths), dtype=torch.float64)
         padded[: len(result)] = result
         rows = self._gather(padded)[: len(these)]
         return [row[:length] for row, length in zip(rows, lengths, strict=False)]
 
-    def _agree(self, failure: Exception | None, number: int = 0, patience: timedelta = WAIT) -> list[int]:
+    def _agree(self, failure: Exception | None, number: int = 0, patience: timedelta = _WAIT) -> list[int]:
         """Everyone's number; or, if anyone has failed, the failure of the lowest rank raised on all."""
         if self.world_size == 1:
             if failure is not None:
@@ -166,7 +166,7 @@ class Processes:
         failure.told = True  # type: ignore[union-attr]
         raise failure
 
-    def _gather(self, mine: Tensor, patience: timedelta = WAIT) -> list[Tensor]:
+    def _gather(self, mine: Tensor, patience: timedelta = _WAIT) -> list[Tensor]:
         if self.world_size == 1:
             return [mine]
         all_of_them = [torch.empty_like(mine) for _ in range(self.world_size)]
@@ -182,7 +182,7 @@ class Processes:
         if _says_lost(failure):
             raise _lost() from failure
         if getattr(failure, "told", None) is None and not isinstance(failure, ProcessLost):
-            self._agree(failure, patience=PATIENCE)
+            self._agree(failure, patience=_PATIENCE)
         raise failure
 
 
@@ -246,18 +246,18 @@ def _join(launch: Launch, device: str, sharded: bool) -> Any:
     if nccl:
         torch.cuda.set_device(device)
     try:
-        store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=START))
+        store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=_START))
         store.set(f"up/{launch.rank}", b"")
-        store.wait([f"up/{rank}" for rank in range(launch.world_size)], START)
+        store.wait([f"up/{rank}" for rank in range(launch.world_size)], _START)
         dist.init_process_group(
             "nccl" if nccl else "gloo",
             store=PrefixStore("loracat", store),
             rank=launch.rank,
             world_size=launch.world_size,
-            timeout=WAIT,
+            timeout=_WAIT,
             device_id=torch.device(device) if nccl else None,
         )
-        return dist.new_group(backend="gloo", timeout=WAIT)
+        return dist.new_group(backend="gloo", timeout=_WAIT)
     except RuntimeError as error:  # DistError, and what gloo says, among them
         raise ProcessLost(
             f"the {launch.world_size} processes did not come together: {str(error).partition(chr(10))[0]}",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from loracli.calibration.batches import Batch
-from loracli.calibration.dataset import Examples
+import torch
+import transformers
+
+from loracli._version import __version__
+from loracli.calibration.dataset import Batch, Examples
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, UsageError
@@ -21,20 +23,30 @@ from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
 from loracli.fitting.journal import TASK, Journal, Meter, StepLog
-from loracli.fitting.level import Solution, Task, tokens_of
+from loracli.fitting.level import Solution, Task, recipe_mixing, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
 from loracli.fitting.processes import ALONE, Processes
-from loracli.fitting.reach import find_reach
-from loracli.fitting.recording import make_recipe
+from loracli.fitting.reach import Reach, find_reach
 from loracli.fitting.search import LADDERS, fit_as_published, search
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.hub.fetch import Fetched
+from loracli.model.base import BaseModel
 from loracli.model.loss import Scores
+from loracli.model.modules import base_modules
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session, settle_memory
 from loracli.progress import SILENT, WORK, Bar, Progress, drawn, duration_text, takes_bar
+from loracli.recipe.ingredients import identity_of
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import INLINE_KINDS, FitCertificate
+from loracli.recipe.record import (
+    INLINE_KINDS,
+    FitCertificate,
+    FitRecord,
+    HeldOut,
+    RecipeActivations,
+    RecipeBase,
+    RecipeData,
+)
 from loracli.system.document import dtype_name
 
 
@@ -47,11 +59,7 @@ def fit_mixing(
     base: str | None = None,
     base_revision: str | None = None,
     settings: FitSettings | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    device_map: str | None = None,
-    checkpointing: bool = False,
-    folder: str | Path = ".",
+    placement: Placement = Placement(),  # noqa: B008  # frozen
     progress: Progress | Bar = SILENT,
 ) -> Recipe:
     """Fits the mixing weights of some adapters on calibration data.
@@ -64,14 +72,11 @@ def fit_mixing(
         base: the base model, a Hub id or a directory; None for the one that all adapters name.
         base_revision: its branch, tag or commit on the Hub.
         settings: what changes the result.
-        dtype: of the base model, `auto` or float32, bfloat16, float16, float64.
-        device: `auto`, or a torch device.
-        device_map: `auto` to spread the base over all devices of this machine, in place of `device`.
-        checkpointing: run layers again in the backward pass, for less memory; without it the estimate decides.
-        folder: of the recipe to be; local adapters are named relative to it.
+        placement: where and how the base model runs.
         progress: told what happens.
     Returns:
-        the recipe, with a table on the held-out records.
+        the recipe, with a table on the held-out records; local adapters are named relative to the folder that the
+        process runs in, and once it is saved to that of its file.
     Raises:
         LoracatError: of the kind that fits, when an input is rejected or the loss is not finite.
     """
@@ -83,10 +88,9 @@ def fit_mixing(
         base=base,
         base_revision=base_revision,
         settings=settings,
-        folder=folder,
         progress=progress,
     )
-    return run_fit(inputs, placement=Placement(dtype, device, device_map, checkpointing), progress=progress)
+    return run_fit(inputs, placement=placement, progress=progress)
 
 
 def run_fit(
@@ -171,19 +175,17 @@ def _run(
     table = held_out_table(
         scores, inputs.references, examples=held_out, name=inputs.data.held_out_name, seed=settings.seed
     )
-    return make_recipe(
-        inputs,
-        session.base,
-        examples.data,
+    record = _fit_record(
+        settings,
         found,
-        table,
-        training_loss,
         certificate,
-        activations,
+        training_loss=training_loss,
         passes=passes,
-        reach=reach,
         halvings=engine.halvings,
         folds=len(folds) if folds[0].validation else 0,
+    )
+    return _make_recipe(
+        inputs, session.base, examples.data, found, record=record, table=table, activations=activations, reach=reach
     )
 
 
@@ -338,3 +340,93 @@ def _held_out_scores(
                 raise
     scores[FIT] = engine.score(found.mixing, found.theta, batches, examples, key="held out, the fit")
     return scores
+
+
+def _make_recipe(
+    inputs: FitInputs,
+    base: BaseModel,
+    data: tuple[RecipeData, ...],
+    found: Solution,
+    *,
+    record: FitRecord,
+    table: HeldOut,
+    activations: RecipeActivations | None,
+    reach: Reach,
+) -> Recipe:
+    """The recipe of a fit.
+
+    Args:
+        inputs: of the fit.
+        base: the loaded base model.
+        data: the calibration files, with their counts.
+        found: by the search.
+        record: how it was found, from `_fit_record`.
+        table: on the held-out records.
+        activations: what the records show of the adapters' inputs, None if that is not kept.
+        reach: which modules the records did not reach.
+    """
+    return Recipe(
+        base=RecipeBase(base.reference.id, base.reference.commit, base.config_sha256),
+        adapters=tuple(
+            identity_of(adapter, reference)
+            for adapter, reference in zip(inputs.adapters, inputs.references, strict=True)
+        ),
+        data=data,
+        fit=record,
+        mixing=replace(
+            recipe_mixing(inputs.adapters, inputs.layout.modules, found),
+            unreached=reach.unreached,
+            bypassed=reach.bypassed,
+        ),
+        modules=base_modules(base.model, inputs.adapters),
+        dtype=dtype_name(base.dtype),
+        held_out=table,
+        versions={"loracat": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        activations=activations,
+        folder=inputs.folder,
+    )
+
+
+def _fit_record(
+    settings: FitSettings,
+    found: Solution,
+    certificate: FitCertificate | None,
+    *,
+    training_loss: float | None,
+    passes: float,
+    halvings: int,
+    folds: int,
+) -> FitRecord:
+    """How a fit went.
+
+    Args:
+        settings: of the fit.
+        found: by the search.
+        certificate: of the weights, None if there is none.
+        training_loss: nats per token on all training records, None if not finite.
+        passes: that were used.
+        halvings: of micro-batches.
+        folds: that were chosen with, 0 for none.
+    """
+    return FitRecord(
+        recipe="paper" if settings.paper else "cat",
+        settings=settings.recorded(),
+        criterion="nats per token" if settings.metric is None else settings.metric.name,
+        rungs=found.rungs,
+        stages=found.stages,
+        folds=folds,
+        refitted=found.refitted,
+        passes=round(passes, 2),
+        largest_move=_largest_move(found),
+        training_nats_per_token=training_loss,
+        certificate=certificate,
+        halvings=halvings,
+        stopped=found.stopped,
+    )
+
+
+def _largest_move(found: Solution) -> float:
+    mixing = found.mixing
+    if isinstance(mixing, DiagonalMixing):
+        return float((mixing.weights(found.theta) - mixing.weights(found.anchor)).abs().max())
+    return float((found.theta - found.anchor).abs().max())

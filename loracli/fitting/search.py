@@ -33,8 +33,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import make_batch, plan_batches
-from loracli.calibration.dataset import shuffled
+from loracli.calibration.dataset import make_batch, plan_batches, shuffled
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.statistics import static_points
@@ -63,7 +62,7 @@ _SCREENED = "screened"
 _SUM = "sum"
 
 
-def solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) -> Solution:
+def _solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) -> Solution:
     """Finds theta (N,) on every fold.
 
     Args:
@@ -265,7 +264,7 @@ def solve_next(task: Task, mixing: Mixing, below: Solution | None, left: float) 
     asked, kind = task.settings.mixing, mixing.kind
     budget = left * _share(asked, kind)
     if below is None:
-        return solve_adapters(task, mixing, budget, alone=kind == asked)
+        return _solve_adapters(task, mixing, budget, alone=kind == asked)
     starts: dict[str, list[Tensor]] = {below.mixing.kind: [mixing.lift(below.mixing, theta) for theta in below.thetas]}
     total = mixing.constant([1.0] * len(task.references))
     if any(float((start - total).abs().max()) > _SAME_START for start in starts[below.mixing.kind]):
@@ -364,7 +363,7 @@ _PUBLISHED_BATCH = 6
 _PUBLISHED_BETAS = (0.9, 0.999)  # the defaults of transformers' Trainer
 
 
-def with_prompts(example: Example) -> Example:
+def _with_prompts(example: Example) -> Example:
     """The example with every token scored but the first, as with the reference's train_on_inputs."""
     return replace(example, scored=(False, *(True for _ in example.input_ids[1:])))
 
@@ -373,7 +372,7 @@ def fit_as_published(
     engine: Engine, mixing: DiagonalMixing, training: Sequence[Example], settings: FitSettings
 ) -> Solution:
     """One epoch; theta are the logits."""
-    examples = [with_prompts(example) for example in training]
+    examples = [_with_prompts(example) for example in training]
     order = shuffled(range(len(examples)), seed=settings.seed)
     batches = [make_batch(examples, order[i : i + _PUBLISHED_BATCH]) for i in range(0, len(order), _PUBLISHED_BATCH)]
     generator = torch.Generator().manual_seed(settings.seed)

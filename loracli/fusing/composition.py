@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,32 +33,41 @@ from loracli.model.reference import BaseReference, find_base
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
-from loracli.recipe.record import RecipeBase
+from loracli.recipe.record import EDITED, RecipeBase
 from loracli.system.files import CONFIG_FILE
 
 
-def compose_on_base(
-    recipe: str | Path | Recipe | None,
-    adapters: Sequence[str],
-    method: str | None,
-    *,
-    modules_to_save: str | None = None,
-    base: str | None = None,
-    base_revision: str | None = None,
-    dequantise: bool = False,
-    progress: Progress = SILENT,
-) -> tuple[BasePlan, Composition]:
+@dataclass(frozen=True)
+class FuseRequest:
+    """What is folded into which base, and how.
+
+    Args:
+        recipe: a recipe, its file, or an adapter's directory; None with `method` and `adapters`.
+        adapters: with a recipe where its ingredients are now; with a method what is composed.
+        method: to compose by, None for the recipe's own mixing.
+        modules_to_save: with a method `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse`
+            without one. An adapter by itself has its own.
+        base: a Hub id or directory, None for the recorded one, or what the adapters name.
+        base_revision: of a base on the Hub.
+        dtype: of the floating point tensors of the result; None leaves each as it is in the base.
+        dequantise: compute the weights of a quantised base; None for `dtype` is bfloat16 then.
+    """
+
+    recipe: str | Path | Recipe | None = None
+    adapters: Sequence[str] = ()
+    method: str | None = None
+    modules_to_save: str | None = None
+    base: str | None = None
+    base_revision: str | None = None
+    dtype: str | None = None
+    dequantise: bool = False
+
+
+def compose_on_base(request: FuseRequest, *, progress: Progress = SILENT) -> tuple[BasePlan, Composition]:
     """The base that a composition is meant for, without its weights; and the composition by the base's names.
 
     Args:
-        recipe: a recipe, its file, or an adapter's directory; None with a method and adapters.
-        adapters: with a recipe where its ingredients are now; with a method what is composed.
-        method: a name of `loracli.algebra.methods`, None for the recipe's own mixing.
-        modules_to_save: a policy for modules that adapters saved whole, with a method; None for the recipe's, and
-            `refuse` without one. An adapter by itself has its own.
-        base: a Hub id or directory, None for the recorded one, or what the adapters name.
-        base_revision: of a base on the Hub.
-        dequantise: take one that is quantised.
+        request: what is composed, on which base.
         progress: told of downloads.
     Raises:
         UsageError: if these do not go together, the method has to be fitted or cuts its result, or the recipe was
@@ -67,14 +77,13 @@ def compose_on_base(
         IntegrityError: if the base at the recorded commit is not the one that was recorded.
         BaseModelMismatch: if the adapters do not fit it, or it is quantised and need not be.
     """
-    read, loaded, found, policy = _read_ingredients(
-        recipe, adapters, method, modules_to_save, base_given=base is not None, progress=progress
-    )
+    base, dequantise = request.base, request.dequantise
+    read, loaded, found, policy = _read_ingredients(request, progress)
     recorded = None if loaded is None else loaded.base
     if base is None and recorded is not None and recorded.claim is None:
         raise UsageError(f"the recipe was fitted on a local copy of {recorded.id}", hint="name it with --base")
     asked = base or (None if recorded is None else recorded.claim)
-    reference = find_base(read, asked, revision=base_revision, progress=progress)
+    reference = find_base(read, asked, revision=request.base_revision, progress=progress)
     if not dequantise and read_config(reference.path).get("quantization_config") is not None:
         raise BaseModelMismatch(
             f"the base model {reference.id} is quantised",
@@ -88,21 +97,23 @@ def compose_on_base(
     saved = saved_modules(policy, read, progress=progress)
     if found is None:
         assert loaded is not None
+        if loaded.mixing.edited:
+            progress.note(f"{EDITED}: what it measured is left out of the card")
         return plan, from_recipe(loaded, read, saved)
     return plan, from_method(found, read, BaseTable(plan.reference.id, ()), saved=saved)
 
 
 def _read_ingredients(
-    recipe: str | Path | Recipe | None,
-    adapters: Sequence[str],
-    method: str | None,
-    modules_to_save: str | None,
-    *,
-    base_given: bool,
-    progress: Progress,
+    request: FuseRequest, progress: Progress
 ) -> tuple[tuple[LoraAdapter, ...], Recipe | None, Method | None, str]:
     """The ingredients, the recipe that names them, the method in the place of its mixing, and the policy for modules
     that adapters saved whole."""
+    recipe, adapters, method, modules_to_save = (
+        request.recipe,
+        request.adapters,
+        request.method,
+        request.modules_to_save,
+    )
     alone = isinstance(recipe, (str, Path)) and (Path(recipe) / CONFIG_FILE).is_file()
     if modules_to_save is not None and (alone or method is None):
         raise UsageError(
@@ -130,7 +141,7 @@ def _read_ingredients(
             f"{method} {'has to be fitted' if found.search else 'cuts its result, and only an export says how far'}",
             hint=f"loracat export --method {method}{data}, then fuse the directory that it writes",
         )
-    read, given = read_to_compose(adapters, recipe, base_given=base_given, progress=progress)
+    read, given = read_to_compose(adapters, recipe, base_given=request.base is not None, progress=progress)
     _refuse_biases(read)
     agreed_task(read)
     policy = modules_to_save or (REFUSE if given is None else recorded_policy(given))

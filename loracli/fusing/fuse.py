@@ -25,11 +25,7 @@ from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.card import front_matter
 from loracli.export.request import OUTPUT_DTYPES, ExportRequest, check_form
 from loracli.fitting.reach import named
-from loracli.fusing.composition import (
-    bypassed_modules,
-    compose_on_base,
-    planned_fusion,
-)
+from loracli.fusing.composition import FuseRequest, bypassed_modules, compose_on_base, planned_fusion
 from loracli.fusing.plan import FusedTensor, FusionPlan
 from loracli.fusing.quantised import Quantisation, read_quantisation
 from loracli.fusing.stream import (
@@ -58,7 +54,6 @@ from loracli.model.base import BasePlan, plan_base
 from loracli.model.checkpoint import INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
 from loracli.model.modules import check_base_copies, stored_weights
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
-from loracli.recipe.recipe import Recipe
 from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
 from loracli.system.escaping import markdown_code
@@ -146,7 +141,7 @@ def _code(names: Sequence[str]) -> str:
 
 
 _FUSE_SCHEMA = 1
-TASK = "fuse"
+_TASK = "fuse"
 
 
 @dataclass(frozen=True)
@@ -196,16 +191,9 @@ class Fused:
 
 @takes_bar
 def fuse_model(
-    recipe: str | Path | Recipe | None,
+    request: FuseRequest,
     output: str | Path,
     *,
-    adapters: Sequence[str] = (),
-    method: str | None = None,
-    modules_to_save: str | None = None,
-    base: str | None = None,
-    base_revision: str | None = None,
-    dtype: str | None = None,
-    dequantise: bool = False,
     force: bool = False,
     resume: bool = False,
     dry_run: bool = False,
@@ -214,16 +202,8 @@ def fuse_model(
     """Writes the base model with the composition folded into its weights.
 
     Args:
-        recipe: a recipe, its file, or an adapter's directory; None with `method` and `adapters`.
+        request: what is folded into which base, and how.
         output: the directory to make.
-        adapters: with a recipe where its ingredients are now; with a method what is composed.
-        method: to compose by, None for the recipe's own mixing.
-        modules_to_save: with a method `average`, `pick:NAME` or `refuse`; None is what the recipe says, and `refuse`
-            without one.
-        base: a Hub id or directory, None for the recorded one, or what the adapters name.
-        base_revision: of a base on the Hub.
-        dtype: of the floating point tensors of the result; None leaves each as it is in the base.
-        dequantise: compute the weights of a quantised base; None for `dtype` is bfloat16 then.
         force: replace an existing fused model.
         resume: go on with a fusion that was stopped.
         dry_run: write nothing, only tell what would be.
@@ -237,19 +217,11 @@ def fuse_model(
     """
     progress = drawn(progress)
     output = Path(output)
+    dtype, dequantise = request.dtype, request.dequantise
     check_form(ExportRequest(dtype=dtype))
     if not resume:
         check_model_free(output, force=force)
-    planned, composition = compose_on_base(
-        recipe,
-        adapters,
-        method,
-        modules_to_save=modules_to_save,
-        base=base,
-        base_revision=base_revision,
-        dequantise=dequantise,
-        progress=progress,
-    )
+    planned, composition = compose_on_base(request, progress=progress)
     quantisation = _quantisation_of(planned.reference.path) if dequantise else None
     chosen = OUTPUT_DTYPES[dtype or "bfloat16"] if dequantise or dtype is not None else None
     fusion = _Fusion(composition, planned, chosen, quantisation, output, progress)
@@ -338,7 +310,7 @@ class _Fusion:
             sum(shard.size for shard in waiting) + sum((folder / name).stat().st_size for name in self._taken)
         )
         total = sum(tensor.source.size for shard in waiting for tensor in shard.tensors)
-        self._progress.begin(TASK, total, "B")
+        self._progress.begin(_TASK, total, "B")
         for shard in waiting:
             path = place.folder / shard.name
             partial = path.with_name(f".{path.name}.part")
@@ -350,11 +322,11 @@ class _Fusion:
                 partial,
                 self._fold_of,
                 lambda quantised: quantised.decoder(self._checkpoint),
-                lambda size: self._progress.advance(TASK, size),
+                lambda size: self._progress.advance(_TASK, size),
             )
             partial.rename(path)
             place.finish(shard.name, finished[shard.name])
-        self._progress.finish(TASK)
+        self._progress.finish(_TASK)
         certificate = self._write_others(place, finished)
         flush_directory(place.folder)
         place.complete(_sha256(certificate))

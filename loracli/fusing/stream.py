@@ -46,8 +46,7 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.names import numbered_name
-from loracli.algebra.concatenate import pad_rank
-from loracli.algebra.factors import Factors
+from loracli.algebra.factors import Factors, pad_rank
 from loracli.composition.composition import Composition
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.fusing.plan import FusedShard, FusedTensor

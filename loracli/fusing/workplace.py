@@ -55,7 +55,7 @@ FUSE_CERTIFICATE = "loracat-fuse.json"
 _MAX_STATE_BYTES = 64 << 20  # of that, and of what is known of an interrupted fusion
 
 
-def holds_fused_model(path: Path) -> bool:
+def _holds_fused_model(path: Path) -> bool:
     """Whether a directory holds what its certificate lists and nothing else, or nothing at all."""
     names = {entry.name for entry in path.iterdir()}
     if not names:
@@ -69,7 +69,7 @@ def holds_fused_model(path: Path) -> bool:
 
 def check_model_free(output: Path, *, force: bool) -> None:
     """Raises OutputExists if the output is taken, or is no fused model that --force could replace."""
-    check_free(output, force=force, replaceable=holds_fused_model, noun="a fused model")
+    check_free(output, force=force, replaceable=_holds_fused_model, noun="a fused model")
 
 
 class Workplace:
@@ -202,7 +202,7 @@ def open_workplace(
 
 
 CONFIG = "config.json"
-MAX_CONFIG_BYTES = 16 << 20
+_MAX_CONFIG_BYTES = 16 << 20
 
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|pkl|pickle|ckpt|gguf|ggml|h5|msgpack|npz|onnx|onnx_data|tflite|ot|mlmodel)"
@@ -235,7 +235,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     return read_object(
         path,
-        MAX_CONFIG_BYTES,
+        _MAX_CONFIG_BYTES,
         lambda reason: BaseModelMismatch(f"the base model's config cannot be read: {reason}", where=str(path)),
     )
 

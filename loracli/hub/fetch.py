@@ -9,31 +9,55 @@ never repeated: it is as untrusted as the files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
-from loracli.errors import MalformedAdapter, UsageError
-from loracli.hub.plan import (
-    ADAPTER,
-    ADAPTER_FILES,
-    BASE,
-    BASE_CONFIG_ALONE,
-    MAX_SMALL_BYTES,
-    PICKLED_ADAPTER,
-    check_adapter,
-    check_pickle,
-)
+from loracli.errors import AdapterNotFound, InputError, MalformedAdapter, UnsupportedAdapter, UsageError
 from loracli.hub.references import URI_PREFIX, BaseClaim, Reference, agreed_base, parse_reference
-from loracli.hub.source import AdapterAsking, FetchedFile, FetchOptions, HubOptions, Source
-from loracli.hub.transfer import fetch
+from loracli.hub.source import BASE_CONFIG, Asking, FetchedFile, HubOptions, Kind, Listing, Source
+from loracli.hub.transfer import MAX_SMALL_BYTES, fetch
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.system.display import count_text, names_text, repr_line
-from loracli.system.files import CONFIG_FILE, PICKLE_FILE
+from loracli.system.files import CONFIG_FILE, MLX_TENSOR_FILE, PICKLE_FILE, README_FILE, TENSOR_FILE, TENSOR_FILES
 from loracli.system.strict_json import read_object
 
 MAX_ADAPTER_BYTES = 8 << 30
+
+# In the order of download: whoever finds the weights in the cache knows that the rest came before them.
+ADAPTER_FILES = (README_FILE, CONFIG_FILE, *TENSOR_FILES)
+
+
+_BASE_WEIGHTS = "model.safetensors"
+
+
+_BASE_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+_BASE_FILES = (
+    BASE_CONFIG,
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    *_BASE_TOKENIZERS,
+    f"{_BASE_WEIGHTS}.index.json",
+)
+
+
+_SHARD = re.compile(r"(?!consolidated)[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")  # consolidated*: the weights once more
+
+
+_NUMBERED_SHARD = re.compile(r".+-\d+-of-(\d+)\.safetensors")
+
+
+_PICKLE = re.compile(r".+\.(bin|pt|pth|pkl|ckpt)")
 
 
 @dataclass(frozen=True)
@@ -66,6 +90,23 @@ class FetchedBase:
     path: Path
     commit: str
     files: tuple[FetchedFile, ...]
+
+
+class AdapterAsking(Asking, total=False):
+    """The same for adapters.
+
+    Keys:
+        local_dir: put the files of one adapter there instead of into a cache, under the repository's folder structure.
+        max_bytes: refuse an adapter with more in all its files, by default 8 GiB. A config may have 1 MiB; a larger
+            README is left out.
+    """
+
+    local_dir: Path | None
+    max_bytes: int
+
+
+class FetchOptions(HubOptions, AdapterAsking, total=False):
+    """Everything that can be said where adapters are fetched."""
 
 
 @takes_bar
@@ -102,7 +143,7 @@ def fetch_adapters(
         revision: branch, tag or commit, for references that name none.
         from_pickle: bring config and adapter_model.bin of adapters that have no safetensors; whoever opens that file
             has to know what it can do.
-        options: how the Hub is asked and where the files go, see `loracli.hub.source.FetchOptions`.
+        options: how the Hub is asked and where the files go, see `FetchOptions`.
     Raises:
         AdapterNotFound: no such reference, repository, revision or folder, or no adapter in it.
         UnsupportedAdapter: the weights are there only as a pickle file, without `from_pickle`.
@@ -234,3 +275,116 @@ def checked_token(token: str | None) -> str | None:
     if token and not (token.isascii() and token.isprintable() and " " not in token):
         raise UsageError("the token holds characters that no token has", hint="copy it again from the Hub's settings")
     return token or None
+
+
+def _pick_adapter_files(source: Source, listing: Listing) -> list[str]:
+    if source.folder and not listing.files:
+        raise source.rejected(f"the repository has no folder '{source.folder}'", hint=_other_folders(source, listing))
+    check_adapter(listing.files, source.name, hint=_other_folders(source, listing), text=_as_typed(source))
+    spare = {MLX_TENSOR_FILE} if TENSOR_FILE in listing.files else set()
+    return [name for name in ADAPTER_FILES if name in listing.files and name not in spare]
+
+
+def _pick_pickle_files(source: Source, listing: Listing) -> list[str]:
+    if PICKLE_FILE not in listing.files or CONFIG_FILE not in listing.files:
+        _pick_adapter_files(source, listing)
+    check_pickle(listing.files, source.name)
+    return [CONFIG_FILE, PICKLE_FILE]
+
+
+def check_pickle(names: Iterable[str], where: str) -> None:
+    """Raises UsageError if the weights are there without a pickle, AdapterNotFound if there are none."""
+    present = set(names)
+    found = next((name for name in TENSOR_FILES if name in present), None)
+    if found is not None:
+        raise UsageError(f"it has {found}, which needs no --from-pickle", where=where, hint="leave --from-pickle out")
+    if PICKLE_FILE not in present:
+        raise AdapterNotFound(f"no {PICKLE_FILE} in it", where=where)
+
+
+def from_pickle_hint(text: str) -> str:
+    """The way out for an adapter that has only a pickle file, by the reference that it goes by."""
+    command = shlex.join(["loracat", "convert", text, "--from-pickle"])
+    return f"only {TENSOR_FILE} is read; to make one of its tensors, in a process of its own: {command}"
+
+
+def check_adapter(names: Iterable[str], where: str, hint: str | None = None, *, text: str) -> None:
+    """Raises AdapterNotFound or UnsupportedAdapter for a folder without what an adapter needs; `text` is how it was
+    named."""
+    present = set(names)
+    if CONFIG_FILE not in present:
+        if hint is None and BASE_CONFIG in present:
+            hint = "it looks like a whole model; an adapter is what PEFT's save_pretrained writes"
+        raise AdapterNotFound(f"no {CONFIG_FILE} in it", where=where, hint=hint)
+    if not present.isdisjoint(TENSOR_FILES):
+        return
+    if PICKLE_FILE in present:
+        raise UnsupportedAdapter(
+            f"its weights are only in {PICKLE_FILE}, a pickle file, which can run code when it is opened",
+            where=where,
+            hint=from_pickle_hint(text),
+        )
+    raise AdapterNotFound(f"no {TENSOR_FILE} in it", where=where, hint=hint)
+
+
+def _as_typed(source: Source) -> str:
+    """A reference to the folder at the revision, which may have been given beside it."""
+    at = f"@{source.revision}" if source.revision else ""
+    plain = f"{source.repo_id}{at}"
+    return f"{URI_PREFIX}{plain}/{source.folder}" if source.folder else plain
+
+
+def _other_folders(source: Source, listing: Listing) -> str | None:
+    at = f"@{source.revision}" if source.revision else ""
+    named = [f"{URI_PREFIX}{source.repo_id}{at}/{f}".rstrip("/") for f in listing.adapter_folders if f != source.folder]
+    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+    return f"the repository has adapters at {', '.join(named[:5])}{more}" if named else None
+
+
+def _is_whole_adapter(names: set[str]) -> bool:
+    return CONFIG_FILE in names and not names.isdisjoint(TENSOR_FILES)
+
+
+def _pick_base_files(source: Source, listing: Listing) -> list[str]:
+    names = listing.files
+    if CONFIG_FILE in names:
+        raise source.rejected("this is an adapter, not a base model", hint="name the model that it was trained on")
+    # As transformers chooses: one file if there is one, else the shards.
+    weights = [_BASE_WEIGHTS] if _BASE_WEIGHTS in names else sorted(name for name in names if _SHARD.fullmatch(name))
+    if BASE_CONFIG not in names:
+        raise source.rejected(f"no {BASE_CONFIG} in it", hint="a base model is a transformers model repository")
+    if not weights:
+        found = next((name for name in names if _PICKLE.fullmatch(name)), None)
+        what = f"its weights are pickle files ({found})" if found else "no weights in it"
+        raise source.rejected(f"{what}; only safetensors are read", hint="look for a converted copy or a pull request")
+    return [name for name in _BASE_FILES if name in names] + weights
+
+
+def _pick_base_config(source: Source, listing: Listing) -> list[str]:
+    if BASE_CONFIG not in listing.files:
+        raise source.rejected(f"no {BASE_CONFIG} in it", hint="a base model is a transformers model repository")
+    return [BASE_CONFIG]
+
+
+def _is_whole_base(names: set[str]) -> bool:
+    """Config, a tokenizer, and the one weights file or every numbered shard."""
+    if BASE_CONFIG not in names or names.isdisjoint(_BASE_TOKENIZERS):
+        return False
+    shards = [match for name in names if (match := _NUMBERED_SHARD.fullmatch(name)) and _SHARD.fullmatch(name)]
+    return _BASE_WEIGHTS in names or (bool(shards) and all(int(shard[1]) == len(shards) for shard in shards))
+
+
+def _is_whole_pickle(names: set[str]) -> bool:
+    return {CONFIG_FILE, PICKLE_FILE} <= names
+
+
+ADAPTER = Kind(AdapterNotFound, _pick_adapter_files, _is_whole_adapter)
+
+
+PICKLED_ADAPTER = Kind(AdapterNotFound, _pick_pickle_files, _is_whole_pickle)
+
+
+BASE = Kind(InputError, _pick_base_files, _is_whole_base)
+
+
+BASE_CONFIG_ALONE = Kind(InputError, _pick_base_config, lambda names: BASE_CONFIG in names)

@@ -58,6 +58,8 @@ from loracli.system.machine import DISK_FULL
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
+BASE_CONFIG = "config.json"
+
 
 @dataclass(frozen=True)
 class FetchedFile:
@@ -121,23 +123,6 @@ class HubOptions(Asking, total=False):
     """
 
     progress: Progress
-
-
-class AdapterAsking(Asking, total=False):
-    """The same for adapters.
-
-    Keys:
-        local_dir: put the files of one adapter there instead of into a cache, under the repository's folder structure.
-        max_bytes: refuse an adapter with more in all its files, by default 8 GiB. A config may have 1 MiB; a larger
-            README is left out.
-    """
-
-    local_dir: Path | None
-    max_bytes: int
-
-
-class FetchOptions(HubOptions, AdapterAsking, total=False):
-    """Everything that can be said where adapters are fetched."""
 
 
 @dataclass(frozen=True)

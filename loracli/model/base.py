@@ -4,7 +4,7 @@ it. The only loader of transformers' models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,18 +14,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.claims import CAUSAL_LM, model_class
-from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UsageError
+from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, OutOfResources, UsageError
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import BaseClaim
 from loracli.model.checkpoint import shard_names
 from loracli.model.experts import check_experts
 from loracli.model.modules import check_base_copies, check_shapes, named_as
-from loracli.model.placement import DTYPES, check_device_map, check_sharded, placement_options, ran_out_of_memory, whole
+from loracli.model.placement import DTYPES, decoder_layers, ran_out_of_memory
 from loracli.model.reference import WAY_OUT, BaseReference, check_base_files, locate_base, neutralise
 from loracli.progress import SILENT, Progress
+from loracli.system.machine import read_launch
 
 _OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
@@ -148,7 +150,7 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    placement = placement_options(device, device_map, shard)
+    placement = _placement_options(device, device_map, shard)
     plan = plan_base(reference, dtype=dtype, device=device)
     if plan.dtype == torch.float64:  # which transformers' fast products for experts refuse
         placement = {**placement, "experts_implementation": "eager"}
@@ -179,9 +181,9 @@ def load_base(
             hint="the download is incomplete, or the config belongs to another model",
         )
     if device_map is not None:
-        check_device_map(getattr(model, "hf_device_map", {}))
+        _check_device_map(getattr(model, "hf_device_map", {}))
     if shard is not None:
-        check_sharded(model)
+        _check_sharded(model)
     return BaseModel(reference, model, tokenizer, plan.dtype, _config_sha256(reference))
 
 
@@ -206,7 +208,7 @@ def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
     """
     check_shapes(base.model, adapters)
     check_experts(base.model, adapters)
-    check_base_copies(adapters, lambda name: whole(base.model.get_submodule(name).weight).cpu())
+    check_base_copies(adapters, lambda name: _whole(base.model.get_submodule(name).weight).cpu())
 
 
 # Where weights are loaded, others may be a device's fault.
@@ -302,3 +304,94 @@ def plan_from_config(
 
 def _config_sha256(reference: BaseReference) -> str:
     return sha256((reference.path / "config.json").read_bytes()).hexdigest()
+
+
+def _placement_options(device: str, device_map: str | None, shard: int | None) -> dict[str, Any]:
+    """What `from_pretrained` is told beside the usual; nothing, where the model goes to one device.
+
+    Raises:
+        UsageError: if the options contradict each other or the way this process was started.
+    """
+    if device_map is None and shard is None:
+        return {}
+    if device_map is not None and shard is not None:
+        raise UsageError(
+            "--device-map puts the base model on the devices of one process, --shard over several: give one"
+        )
+    processes = read_launch().world_size
+    if shard is None:
+        if device_map != "auto":
+            raise UsageError(f"--device-map {device_map} is not in this version", hint="it has auto")
+        if device != "auto":
+            raise UsageError(f"--device-map auto chooses the devices: leave --device {device} out")
+        if processes > 1:
+            raise UsageError(
+                f"--device-map auto is for one process, and these are {processes}",
+                hint="leave torchrun out",
+            )
+        return {"device_map": "auto"}
+    if shard < 2 or shard != processes:
+        raise UsageError(
+            f"the base model is to be sharded over {shard} processes, and there are {processes}",
+            hint="start them with torchrun --nproc-per-node",
+        )
+    _check_shard_device(device)
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(fsdp_size=shard)}
+    except (ImportError, TypeError) as error:
+        raise UsageError("this version of transformers cannot shard a model", hint="upgrade transformers") from error
+
+
+def _check_shard_device(device: str) -> None:
+    """transformers shards over this machine's kind of accelerator, whatever else is asked for."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = "cpu" if accelerator is None else accelerator.type
+    if device != "auto" and torch.device(device).type != kind:
+        raise UsageError(f"--shard takes this machine's {kind} devices, not --device {device}: leave --device out")
+
+
+def _check_device_map(device_map: Mapping[str, Any]) -> None:
+    """Wants every layer on a device that computes.
+
+    accelerate would bring the others in for the forward pass and take them away before the backward pass needs them.
+
+    Raises:
+        OutOfResources: naming the layers that found no place.
+    """
+    devices = {name: str(device) for name, device in device_map.items()}
+    kinds = set(devices.values())
+    idle = {"disk", "meta"} if kinds <= {"cpu", "disk", "meta"} else {"cpu", "disk", "meta"}
+    left_over = [name for name, device in devices.items() if device in idle]
+    if left_over:
+        more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
+        raise OutOfResources(
+            f"the CUDA devices have no room for {left_over[0]}{more} of the base model: --device-map auto would keep "
+            f"them on {devices[left_over[0]]}, and gradients through such layers are not reliable",
+            hint="give --dtype bfloat16, more devices, or --device cpu",
+        )
+
+
+def _check_sharded(model: nn.Module) -> None:
+    """Wants every decoder layer sharded, which transformers does for models whose layers it finds by name.
+
+    Raises:
+        UsageError: naming the model's class.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    layers = decoder_layers(model)
+    if not layers or not all(isinstance(layer, FSDPModule) for layer in layers):
+        name = type(model).__name__.removeprefix("FSDP")
+        raise UsageError(
+            f"transformers has no plan to shard the layers of a {name}",
+            hint="leave --shard out, so that each process holds it whole; or --device-map auto without torchrun",
+        )
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The weight, gathered from all processes where it is sharded: all must ask for it."""
+    full: Any = getattr(weight, "full_tensor", None)
+    gathered: Tensor = weight if full is None else full()
+    return gathered

@@ -32,7 +32,7 @@ from loracli.system.files import open_regular
 from loracli.system.strict_json import read_object
 from loracli.system.tensor_file import FLOATS, ITEM_BYTES, read_header
 
-SINGLE_FILE = "model.safetensors"
+_SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 64 << 20
 
@@ -157,8 +157,8 @@ def shard_names(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
         BaseModelMismatch: if there are none, or the index names what is no file directly in the directory.
     """
     present = sorted(entry.name for entry in folder.iterdir())
-    if SINGLE_FILE in present:
-        return [SINGLE_FILE], None
+    if _SINGLE_FILE in present:
+        return [_SINGLE_FILE], None
     if INDEX_FILE not in present:
         raise BaseModelMismatch(
             "the base model has no weights in safetensors",

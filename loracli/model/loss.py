@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loracli.calibration.batches import Batch
+from loracli.calibration.dataset import Batch
 from loracli.errors import BaseModelMismatch
 from loracli.model.attach import AttachedModel
 

@@ -166,7 +166,7 @@ def _refuse_convolutions(adapters: Sequence[LoraAdapter]) -> None:
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer_config.json", "generation_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 _MAX_BYTES = 16 << 20
-MAX_LAYERS = 4096  # and experts of one, and labels: each becomes a Python object, whatever the size of the file
+_MAX_LAYERS = 4096  # and experts of one, and labels: each becomes a Python object, whatever the size of the file
 _MAX_TOKEN = (1 << 32) - 1  # of a tokenizer
 
 # Taken out of the config, at every depth: transformers' own defaults hold.
@@ -276,8 +276,8 @@ def _problem(file: str, path: str, key: str, value: Any, folder: Path) -> str | 
         if key in _NESTED and path != key:
             return f"says that a part of it is quantised: {path}"
         count = _count(key, value)
-        if count > MAX_LAYERS:
-            return f"has {path} = {count}, and more than {MAX_LAYERS} are not taken"
+        if count > _MAX_LAYERS:
+            return f"has {path} = {count}, and more than {_MAX_LAYERS} are not taken"
         if isinstance(value, str) and value.startswith(_ELSEWHERE):
             return f"names another model to download: {path}"
     if key == "auto_map" and not isinstance(value, (dict, list)):

@@ -13,23 +13,29 @@ tokenizer, and the micro-batches of every list of examples.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.on_base import open_orders, read_otherwise
 from loracli.adapters.saved_modules import SavedModules
-from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.records import CalibrationFile
 from loracli.calibration.render import Example, render_file
+from loracli.errors import OutOfResources, UsageError
 from loracli.model.attach import attach, replace_modules
 from loracli.model.base import BaseModel, BasePlan, check_fits, load_base, plan_base
 from loracli.model.loss import Objective, check_causal, make_objective
-from loracli.model.placement import Placement, available_memory, checkpointed, memory_errors
+from loracli.model.placement import Placement, decoder_layers, ran_out_of_memory
 from loracli.model.preflight import MemoryDecision, MemoryEstimate, decide_memory, estimate_memory
 from loracli.model.reference import BaseReference
 from loracli.progress import SILENT, Progress
@@ -87,7 +93,7 @@ class Opening:
         )
         decision = decide_memory(
             estimate,
-            available_memory(plan.device, every=self.placement.device_map is not None),
+            _available_memory(plan.device, every=self.placement.device_map is not None),
             plan,
             processes=self.processes if plan.device == "cpu" else 1,
             sharded=self.placement.shard,
@@ -130,7 +136,7 @@ def open_session(opening: Opening, *, progress: Progress = SILENT) -> Iterator[S
         UsageError: if the placement cannot be had.
     """
     placement = opening.placement
-    with memory_errors():
+    with _memory_errors():
         base = load_base(
             opening.reference,
             dtype=placement.dtype,
@@ -139,7 +145,7 @@ def open_session(opening: Opening, *, progress: Progress = SILENT) -> Iterator[S
             shard=opening.processes if placement.shard else None,
             progress=progress,
         )
-        with checkpointed(base.model) if placement.checkpointing else nullcontext():
+        with _checkpointed(base.model) if placement.checkpointing else nullcontext():
             check_fits(base, opening.adapters)
             replace_modules(base.model, opening.saved)
             yield Session(opening, base, progress)
@@ -255,3 +261,131 @@ def usable_length(base: BaseModel | BasePlan, max_length: int) -> int:
     """Tokens of a record that are used: as many as were asked for, and no more than the model takes."""
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     return min(limit, max_length) if isinstance(limit, int) else max_length
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turns what torch and Python raise when memory runs out into OutOfResources; any other error passes."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if ran_out_of_memory(error):
+            raise _ours() from error
+        raise
+
+
+def _ours() -> OutOfResources:
+    return OutOfResources(
+        "memory ran out during the fit",
+        hint="try --checkpointing, a smaller --batch-tokens, a smaller --max-length, or --dtype bfloat16",
+    )
+
+
+def _available_memory(device: str, *, every: bool = False, root: Path = Path("/")) -> int | None:
+    """Bytes that a new tensor could take on the device now; None if nothing tells.
+
+    Of a CUDA device what its driver calls free. Of the CPU what Linux calls available, or less where a control group
+    (a container, a batch job) allows less; elsewhere the free pages, or all pages where those are not told.
+
+    Args:
+        device: `cpu`, `cuda`, `cuda:1`, ...
+        every: all CUDA devices together, as a device map uses them.
+        root: of the file system with `proc` and `sys`.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if every else [device]
+        return sum(int(torch.cuda.mem_get_info(one)[0]) for one in devices)
+    if kind != "cpu":
+        return None
+    meminfo = _numbers(root / "proc/meminfo")
+    free = meminfo["MemAvailable"] * 1024 if "MemAvailable" in meminfo else _free_pages()  # kB
+    rooms = [room for room in (free, *_group_rooms(root)) if room is not None]
+    return max(min(rooms), 0) if rooms else None
+
+
+def _free_pages() -> int | None:
+    for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
+        try:
+            return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):  # not of this system
+            continue
+    return None
+
+
+def _group_rooms(root: Path) -> list[int]:
+    """What each control group above this process leaves: limit - used + file cache that can be dropped."""
+    rooms = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            top, limit, used, cache = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, used = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        # Inside a container the path may be the host's; what the container sees of it then stands at the top.
+        parts = Path(path.lstrip("/")).parts
+        for depth in range(len(parts) + 1):
+            folder = root.joinpath(top, *parts[:depth])
+            most, now = _text(folder / limit).strip(), _text(folder / used).strip()
+            if most.isdecimal() and now.isdecimal():  # "max" is no limit
+                rooms.append(int(most) - int(now) + _numbers(folder / "memory.stat").get(cache, 0))
+    return rooms
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The lines `name value`, as the kernel writes them."""
+    words = [line.replace(":", " ").split() for line in _text(path).splitlines()]
+    return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdecimal()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Makes every decoder layer recompute itself in the backward pass, and undoes it at the end.
+
+    Each layer keeps its input only, T x hidden numbers, and one more forward is computed: 3 units a token instead of 2.
+    transformers has a switch for the same, but it works in training mode alone, where dropout is on too.
+
+    The gradients are the same to the bit. Layers that take part in no gradient, those below the lowest adapted one,
+    keep nothing, as without. Between a forward and its backward pass nothing may change: neither the mixing weights nor
+    the hooks, for the second run would see the change.
+
+    Args:
+        model: frozen, in evaluation mode, and with whatever acts inside its layers attached before or after.
+    Raises:
+        UsageError: if the model has no such layers.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        raise UsageError(
+            f"activation checkpointing is not possible with {type(model).__name__}: transformers does not mark its "
+            "layers",
+            hint="leave it out, and give a smaller --batch-tokens or --max-length",
+        )
+    # Not `__call__`: what hooks do around a layer, such as gathering a sharded layer's weights, is done once a pass.
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = _recomputed(layer.forward)
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = own
+
+
+def _recomputed(forward: Any) -> Any:
+    # There is no dropout whose random numbers would have to be drawn again.
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)

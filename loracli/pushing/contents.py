@@ -20,6 +20,7 @@ from loracli.errors import InputError, IntegrityError
 from loracli.fusing.workplace import FUSE_CERTIFICATE
 from loracli.hub.references import is_hub_id
 from loracli.hub.source import Listed
+from loracli.recipe.recipe import decode_recipe
 from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, README_FILE, open_regular
 from loracli.system.strict_json import read_object
 from loracli.verifying.verify import MAX_RECORD_BYTES
@@ -61,12 +62,14 @@ class Contents:
         left_out: names of everything else in the directory.
         base_id: the base model that the record names.
         licence: whether the card states one.
+        weights_edited: whether they are others than a fit found, as the recipe in the record tells.
     """
 
     files: tuple[LocalFile, ...]
     left_out: tuple[str, ...]
     base_id: str
     licence: bool
+    weights_edited: bool
 
 
 def refuse_model(directory: Path) -> None:
@@ -117,7 +120,8 @@ def read_contents(directory: Path, *, secrets: tuple[str, ...] = (), edited_card
     if changed:
         raise IntegrityError(f"{changed[0]} has changed since it was verified", where=str(directory))
     left_out = tuple(sorted(entry.name for entry in directory.iterdir() if entry.name not in names))
-    return Contents(files, left_out, base_id, "license" in card)
+    edited = "recipe" in record and decode_recipe(record["recipe"], "its recipe", Path()).mixing.edited
+    return Contents(files, left_out, base_id, "license" in card, edited)
 
 
 def no_hub_base(base_id: str, directory: Path) -> InputError:

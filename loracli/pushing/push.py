@@ -53,6 +53,7 @@ class Pushed:
             weights. A push removes nothing.
         left_out: what else is in the directory and was not uploaded.
         licence: whether the card states one.
+        weights_edited: whether they were edited after the fit, so that the card has nothing of what it measured.
         verification: of the directory.
     """
 
@@ -68,6 +69,7 @@ class Pushed:
     left_there: tuple[str, ...]
     left_out: tuple[str, ...]
     licence: bool
+    weights_edited: bool
     verification: Verification
 
     def __repr__(self) -> str:
@@ -79,17 +81,34 @@ class Pushed:
         return repr_line(self, self.repo_id, self.revision, count_text(len(self.files), "file"), state, asked)
 
 
+@dataclass(frozen=True)
+class PushRequest:
+    """What is pushed, and where to.
+
+    Args:
+        directory: that `export_adapter` wrote.
+        repo_id: `org/name`; made if it is not there.
+        private: make it a private one; refused if it exists and is public.
+        revision: the branch, made if it is not there; None for the default branch.
+        create_pr: open a pull request for that branch instead of committing to it.
+        message: of the commit; None says that loracat made the adapter.
+        edited_card: push a README.md that was changed after the export wrote it.
+    """
+
+    directory: str | Path
+    repo_id: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+    message: str | None = None
+    edited_card: bool = False
+
+
 @takes_bar
 def push_adapter(
-    directory: str | Path,
-    repo_id: str,
+    request: PushRequest,
     *,
-    private: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-    message: str | None = None,
     dry_run: bool = False,
-    edited_card: bool = False,
     token: str | None = None,
     endpoint: str | None = None,
     progress: Progress | Bar = SILENT,
@@ -101,14 +120,8 @@ def push_adapter(
     refused and nothing is changed. The same bytes are not committed twice.
 
     Args:
-        directory: that `export_adapter` wrote.
-        repo_id: `org/name`; made if it is not there.
-        private: make it a private one; refused if it exists and is public.
-        revision: the branch, made if it is not there; None for the default branch.
-        create_pr: open a pull request for that branch instead of committing to it.
-        message: of the commit.
+        request: what is pushed, and where to.
         dry_run: change nothing on the Hub, only tell what would be.
-        edited_card: push a README.md that was changed after the export wrote it.
         token: Hub token with write access; by default the one of HF_TOKEN or of `hf auth login`.
         endpoint: address of the Hub; by default HF_ENDPOINT.
         progress: told the bytes of each file.
@@ -120,19 +133,19 @@ def push_adapter(
         AccessDenied, HubUnreachable: if the Hub does not take it; nothing is committed then.
     """
     progress = drawn(progress)
-    directory = Path(directory)
-    _check_options(repo_id, revision, message)
+    directory, repo_id = Path(request.directory), request.repo_id
+    _check_options(request)
     token = checked_token(token) or get_token()
     refuse_model(directory)
-    verification = verify_directory(directory, edited_card=edited_card, progress=progress)
-    contents = read_contents(directory, secrets=() if token is None else (token,), edited_card=edited_card)
+    verification = verify_directory(directory, edited_card=request.edited_card, progress=progress)
+    contents = read_contents(directory, secrets=() if token is None else (token,), edited_card=request.edited_card)
     if token is None:
         raise AccessDenied("a push needs a Hub token with write access", where=repo_id, hint=LOG_IN)
     if constants.HF_HUB_OFFLINE:
         raise HubUnreachable("offline, and a push needs the Hub", where=repo_id, hint="unset HF_HUB_OFFLINE")
-    repository = Repository(repo_id, revision or constants.DEFAULT_REVISION, token, endpoint)
+    repository = Repository(repo_id, request.revision or constants.DEFAULT_REVISION, token, endpoint)
     head = repository.look()
-    _check_target(repository, head, private=private, create_pr=create_pr)
+    _check_target(request, repository, head)
     if not repository.shows(contents.base_id):
         raise no_hub_base(contents.base_id, directory)
     planned = _plan(repository, head, contents, verification)
@@ -140,7 +153,7 @@ def push_adapter(
         there = head is not None and head.is_there
         return planned if there else replace(planned, commit=None, url=None)
     if head is None:
-        head = _create(repository, private=private)
+        head = _create(repository, private=request.private)
     if not head.is_there:
         repository.create_branch(head.commit)
     if planned.commit is not None:
@@ -148,9 +161,9 @@ def push_adapter(
     states = {file.name: file.state for file in planned.files}
     made = repository.commit(
         [file for file in contents.files if states[file.name] != "same"],
-        message=message or f"Upload a LoRA adapter made with loracat {__version__}",
+        message=request.message or f"Upload a LoRA adapter made with loracat {__version__}",
         parent=head.commit,
-        create_pr=create_pr,
+        create_pr=request.create_pr,
         progress=progress,
     )
     _check_commit(repository, made.commit, contents.files)
@@ -165,7 +178,8 @@ def push_adapter(
     )
 
 
-def _check_options(repo_id: str, revision: str | None, message: str | None) -> None:
+def _check_options(request: PushRequest) -> None:
+    repo_id, revision, message = request.repo_id, request.revision, request.message
     if not is_repo_id(repo_id):
         raise UsageError(f"'{repo_id}' is not the name of a Hub repository", hint="write org/name, or YOU/name")
     if revision is not None and not is_revision(revision):
@@ -176,16 +190,16 @@ def _check_options(repo_id: str, revision: str | None, message: str | None) -> N
         raise UsageError("the commit message is empty", hint="leave --message out, or say something")
 
 
-def _check_target(repository: Repository, head: Head | None, *, private: bool, create_pr: bool) -> None:
-    if head is None and create_pr:
+def _check_target(request: PushRequest, repository: Repository, head: Head | None) -> None:
+    if head is None and request.create_pr:
         raise InputError(
             "there is no such repository to open a pull request in", where=repository.id, hint="check the spelling"
         )
     if head is None:
         return
-    if create_pr and not head.is_there:
+    if request.create_pr and not head.is_there:
         raise InputError(f"there is no branch '{repository.branch}' for a pull request", where=repository.id)
-    if private and not head.private:
+    if request.private and not head.private:
         raise UsageError(
             f"--private makes new repositories private, and {repository.id} is there and public",
             hint=f"make it private at {repository.url}/settings, or leave --private out",
@@ -212,6 +226,7 @@ def _plan(repository: Repository, head: Head | None, contents: Contents, verific
         left_there=tuple(sorted(EXPORTED_FILES & there.keys() - own)),
         left_out=contents.left_out,
         licence=contents.licence,
+        weights_edited=contents.weights_edited,
         verification=verification,
     )
 

@@ -40,7 +40,7 @@ _AGAIN = "run the same command again: a commit appears whole or not at all, and 
 
 
 @contextmanager
-def push_errors(repo_id: str, *, creating: bool = False) -> Iterator[None]:
+def _push_errors(repo_id: str, *, creating: bool = False) -> Iterator[None]:
     """Turns what huggingface_hub raises into our errors, and keeps it from drawing bars of its own; `creating` is about
     the repository itself."""
     try:
@@ -173,7 +173,7 @@ class Repository:
 
     def look(self) -> Head | None:
         """What the branch holds, in one request or two; None if there is no such repository, or none to be seen."""
-        with push_errors(self.id):
+        with _push_errors(self.id):
             try:
                 return self._head(self.branch)
             except GatedRepoError:  # a RepositoryNotFoundError, too
@@ -185,12 +185,12 @@ class Repository:
 
     def look_at(self, commit: str) -> Head:
         """What a commit holds."""
-        with push_errors(self.id):
+        with _push_errors(self.id):
             return self._head(commit)
 
     def shows(self, model: str) -> bool:
         """Whether the Hub shows this token a model of that name."""
-        with push_errors(model):
+        with _push_errors(model):
             try:
                 self._api.model_info(model, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             except GatedRepoError:
@@ -201,12 +201,12 @@ class Repository:
 
     def create(self, *, private: bool) -> None:
         """Makes the repository; without `private` as visible as its owner has new ones."""
-        with push_errors(self.id, creating=True):
+        with _push_errors(self.id, creating=True):
             self._api.create_repo(self.id, private=private or None)
 
     def create_branch(self, commit: str) -> None:
         """Makes the branch, at a commit of the default branch."""
-        with push_errors(self.id):
+        with _push_errors(self.id):
             self._api.create_branch(self.id, branch=self.branch, revision=commit)
 
     def commit(
@@ -234,7 +234,7 @@ class Repository:
             LoracatError: of the kind that fits, if the Hub does not take it; nothing is committed then.
         """
         summary, _, description = message.strip().partition("\n")
-        with push_errors(self.id), ExitStack() as opened:
+        with _push_errors(self.id), ExitStack() as opened:
             additions: list[CommitOperationAdd] = []
             for file in files:
                 reader = opened.enter_context(_Reader(file, progress))

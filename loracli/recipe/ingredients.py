@@ -19,9 +19,8 @@ from loracli.adapters.on_base import adapted_names, by_base_names, older_places,
 from loracli.adapters.saved_modules import REFUSE
 from loracli.errors import AdapterNotFound, IntegrityError, RecipeError, UsageError
 from loracli.hub.fetch import MAX_ADAPTER_BYTES, Fetched, FetchedBase, fetch_adapter, fetch_adapters, fetch_base_of
-from loracli.hub.plan import BASE_CONFIG
 from loracli.hub.references import BaseClaim, Reference, is_folder, is_repo_id, is_revision, parse_reference
-from loracli.hub.source import HubOptions
+from loracli.hub.source import BASE_CONFIG, HubOptions
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, adapter_problems, base_problems, decode_recipe, read_document
 from loracli.recipe.record import RecipeAdapter, RecordedAdapters

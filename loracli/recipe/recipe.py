@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +24,10 @@ from loracli.adapters.names import leaf
 from loracli.errors import OutputExists, RecipeError, UsageError
 from loracli.hub.references import URI_PREFIX, is_folder, is_hub_id
 from loracli.recipe.record import (
+    EDITED,
     INLINE_KINDS,
     MAX_MODULES,
+    FitCertificate,
     FitRecord,
     HeldOut,
     RecipeActivations,
@@ -45,7 +48,7 @@ from loracli.system.files import CONFIG_FILE, TENSOR_FILES, read_regular, replac
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 _FIRST_SCHEMA = 2  # that is still read
-SCHEMA = 4
+SCHEMA = 5
 MAX_RECIPE_BYTES = 64 << 20
 _MAX_FILES = 10_000  # of calibration data
 OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
@@ -68,7 +71,7 @@ class Recipe:
     folder: Path = field(default=Path(), compare=False)
 
     def __repr__(self) -> str:
-        return repr_line(self, names_text(self.labels().values()), self.mixing.kind, _outcome(self.held_out))
+        return repr_line(self, names_text(self.labels().values()), self.mixing.kind, _outcome(self.held_out_of_weights))
 
     def _repr_html_(self) -> str:
         return html_of(self)
@@ -80,6 +83,16 @@ class Recipe:
     def group_of(self, module: str) -> str:
         """The group whose weights a module takes."""
         return group_name(module, self.mixing.kind)
+
+    @property
+    def held_out_of_weights(self) -> HeldOut | None:
+        """What held-out records say of the weights; None where these were edited after the fit that was measured."""
+        return None if self.mixing.edited else self.held_out
+
+    @property
+    def certificate_of_weights(self) -> FitCertificate | None:
+        """How close the weights stand to the optimum; None where there is none, or they were edited after the fit."""
+        return None if self.mixing.edited else self.fit.certificate
 
     def labels(self) -> dict[str, str]:
         """What to call each adapter in front of people, by reference."""
@@ -129,6 +142,10 @@ class Recipe:
         document = {"loracat_recipe": schema_of(self, _FIRST_SCHEMA), **encode(self)}
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
+    def sha256(self) -> str:
+        """Of the document."""
+        return sha256(self.to_json().encode()).hexdigest()
+
     def _moved_to(self, folder: Path) -> Recipe:
         names = {a.reference: self._reference_from(folder, a) for a in self.adapters}
         return replace(self._renamed(names), folder=folder)
@@ -154,8 +171,10 @@ class Recipe:
         return local_reference(self.folder / adapter.reference, folder)
 
 
-def _outcome(table: HeldOut) -> str:
+def _outcome(table: HeldOut | None) -> str:
     """`better by 0.94 nats`, each scored token, than the best ingredient; otherwise the verdict with its difference."""
+    if table is None:
+        return EDITED
     fitted = next((row for row in table.rows if row.name == "fit"), None)
     if fitted is None:  # of a recipe that was made by hand
         return ""
@@ -397,6 +416,8 @@ def _of_mixing(recipe: Recipe) -> Iterator[str]:
     if (mixing.tensors_sha256 is None) != (mixing.kind in INLINE_KINDS):
         expected = "null" if mixing.kind in INLINE_KINDS else "the sha256 of its tensors"
         yield f"mixing.tensors_sha256: expected {expected} with the kind {mixing.kind!r}"
+    if mixing.weights_sha256 is not None and mixing.kind not in INLINE_KINDS:
+        yield f"mixing.weights_sha256: expected null with the kind {mixing.kind!r}"
     if certificate is not None:
         for group, errors in certificate.standard_errors.items():
             if len(errors) != adapters:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from loracli.adapters.claims import OtherBase, other_bases
 from loracli.adapters.names import RecipePlace, layer, target_of
 from loracli.hub.references import REPO_ID, BaseClaim, is_hub_id, is_repo_id
-from loracli.system.document import AtMost, Matches, added
+from loracli.system.document import AtMost, Matches, added, document_sha256
 from loracli.system.files import TENSOR_FILES
 
 MAX_MODULES = 200_000  # as many as tensors in a file
@@ -40,6 +41,7 @@ TENSOR_PARTS: dict[MixingKind, tuple[str, ...]] = {
     "core": ("mixing",),
     "factors": ("lora_A", "lora_B"),
 }
+EDITED = "weights edited after the fit"  # what everything that shows such a recipe says
 _EVERY_MODULE = "*"  # the one group of the mixing `adapter`
 
 
@@ -49,6 +51,12 @@ def group_name(module: str, kind: MixingKind) -> str:
     if kind == "adapter":
         return _EVERY_MODULE
     return layer(module) if kind == "layer" else target_of(module)
+
+
+def weights_digest(weights: Mapping[str, Sequence[float | None]]) -> str:
+    """sha256 of weights by group, each number by its value: 1, 1.0 and 10e-1 are one, and so are 0 and -0."""
+    by_value = {group: [None if w is None else float(w) + 0.0 for w in row] for group, row in weights.items()}
+    return document_sha256(by_value)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ class RecipeMixing:
         unreached: modules that the base called for no training record; a weight of theirs alone is the start's.
         bypassed: of those, the ones whose weight the base reads without calling the layer: their update acts neither in
             the fit nor in PEFT, but would in a weight that it is merged into.
+        weights_sha256: `weights_digest` of what the fit found; None with tensors, whose file has its own sha256, and in
+            recipes from before it came.
     """
 
     kind: MixingKind
@@ -78,6 +88,13 @@ class RecipeMixing:
     tensors: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     unreached: tuple[str, ...] = added(4, ())
     bypassed: tuple[str, ...] = added(4, ())
+    weights_sha256: _Sha256 | None = added(5, None)
+
+    @cached_property
+    def edited(self) -> bool:
+        """Whether the weights are others than the fit found, as far as that is known: what it measured is not theirs
+        then."""
+        return self.weights_sha256 is not None and self.weights_sha256 != weights_digest(self.weights)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.basis import projection
-from loracli.algebra.concatenate import mix
-from loracli.algebra.factors import Factors
+from loracli.algebra.factors import Factors, mix
 from loracli.errors import IntegrityError, MalformedAdapter, OutputExists, RecipeError, UnsupportedAdapter
 from loracli.recipe.record import TENSOR_PARTS, MixingKind, RecipeMixing, activations_path, tensors_path
 from loracli.system.files import file_sha256, flush_directory, replaced_file, translate_disk_errors

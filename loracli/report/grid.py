@@ -95,7 +95,7 @@ def _has_weights(recipe: Recipe, module: str) -> bool:
 
 
 def _error(recipe: Recipe, module: str, index: int) -> float | None:
-    certificate = recipe.fit.certificate
+    certificate = recipe.certificate_of_weights
     if certificate is None:
         return None
     errors: Sequence[float | None] | None = certificate.standard_errors.get(recipe.group_of(module))

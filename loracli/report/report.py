@@ -15,7 +15,7 @@ from loracli.evaluation.comparison import Comparison, verdict
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.recipe import Recipe, load_recipe
-from loracli.recipe.record import INLINE_KINDS, HeldOut
+from loracli.recipe.record import EDITED, INLINE_KINDS, HeldOut
 from loracli.report.charts import (
     Line,
     folded,
@@ -40,8 +40,9 @@ from loracli.system.strict_json import StrictJsonError, parse_json
 def _headline(recipe: Recipe) -> str:
     """The adapters, and the verdict in a sentence; of a recipe as it may be published."""
     names = " + ".join(adapter.reference for adapter in recipe.adapters)
-    kind = {"better": "better", "not better": "worse"}.get(recipe.held_out.verdict, "")
-    said = verdict(recipe.held_out)
+    measured = recipe.held_out_of_weights
+    kind = {"better": "better", "not better": "worse"}.get(measured.verdict, "") if measured else ""
+    said = verdict(measured) if measured else f"{EDITED}: what the fit measured is not theirs and left out"
     return (
         tag("h1", text(names))
         + tag("p", text(said[:1].upper() + said[1:] + "."), class_=f"verdict {kind}".strip())
@@ -122,7 +123,7 @@ def _search(recipe: Recipe) -> str:
     if fit.stages:
         parts.insert(0, loss_curve(fit))
         parts.append(folded("the stages with their ridges", table(*ridge_path(fit.stages))))
-    certificate = fit.certificate
+    certificate = recipe.certificate_of_weights
     if certificate is not None:
         bound = "" if certificate.certain else "at most "
         parts.append(
@@ -251,8 +252,9 @@ def write_report(
     public = loaded.public()
     parts = {"verdict": _headline(public)}
     if found is not None:
-        parts["comparison"] = _compared(found.renamed(loaded.labels()))
-    parts["held out"] = _held_out(public.held_out)
+        parts["comparison"] = _compared(found.labelled() if len(found.recipes) > 1 else found.renamed(loaded.labels()))
+    if public.held_out_of_weights is not None:
+        parts["held out"] = _held_out(public.held_out_of_weights)
     parts["weights"] = _weights(loaded)
     parts["search"] = _search(public)
     if len(ingredients) > 1:
@@ -288,11 +290,15 @@ def _read_comparison(path: Path, recipe: Recipe) -> Comparison:
         raise InputError(f"{path} is not a comparison: {problems[0].removeprefix(': ')}", hint=hint)
     rows = {row.name for row in found.rows}
     references = tuple(adapter.reference for adapter in recipe.adapters)
-    if len(found.adapters) != len(references) or "fit" not in rows or found.best.name not in rows:
+    alone = len(found.recipes) < 2  # and none in documents of older versions
+    own = next((one.row for one in found.recipes if one.sha256 == recipe.sha256()), "fit" if alone else "")
+    if (alone and len(found.adapters) != len(references)) or own not in rows or found.best.name not in rows:
         raise UsageError(f"{path} does not compare this recipe's fit", hint=hint)
-    if found.adapters != references:
+    if alone and found.adapters != references:
         named = ", ".join(found.adapters)
         raise UsageError(f"{path} compares {named}, and the recipe has {', '.join(references)}", hint=hint)
+    if found.recipes and recipe.sha256() not in [one.sha256 for one in found.recipes]:
+        raise UsageError(f"{path} compares another recipe, or this one before it was changed", hint=hint)
     return found
 
 

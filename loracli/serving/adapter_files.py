@@ -22,7 +22,7 @@ from loracli.adapters.config import MAX_CONFIG_BYTES, MAX_PARAMETERS
 from loracli.adapters.names import PREFIX, targeted_parameters
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
-from loracli.hub.plan import from_pickle_hint
+from loracli.hub.fetch import from_pickle_hint
 from loracli.model.base import plan_from_config
 from loracli.model.modules import BaseNames, expert_shape, kind_and_shape
 from loracli.progress import SILENT, Progress
@@ -218,7 +218,7 @@ def read_adapter_files(path: Path) -> AdapterFiles:
         hint = from_pickle_hint(str(path)) if PICKLE_FILE in names else fetch
         raise AdapterNotFound(f"no {TENSOR_FILE} or {MLX_TENSOR_FILE} in it", where=str(path), hint=hint)
     config = read_object(path / CONFIG_FILE, MAX_CONFIG_BYTES)
-    headers = read_headers(path / file)
+    headers = _read_headers(path / file)
     _refuse_ungathered(headers, _MLX if layout == "mlx" else _PEFT, path / file)
     return AdapterFiles(path, layout, config, headers, names)
 
@@ -242,7 +242,7 @@ def _refuse_ungathered(headers: Mapping[str, Header], factors: re.Pattern[str], 
         )
 
 
-def read_headers(path: Path) -> dict[str, Header]:
+def _read_headers(path: Path) -> dict[str, Header]:
     """The headers of a safetensors file: any dtype and number of dimensions, within the limits on untrusted files.
 
     Raises:

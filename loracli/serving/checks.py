@@ -51,14 +51,14 @@ def _number(value: Any) -> float | None:
     return float(value) if fits else None
 
 
-def required(files: AdapterFiles, base: BaseFacts | None, *, fields: Sequence[str]) -> Iterator[str]:
+def _required(files: AdapterFiles, base: BaseFacts | None, *, fields: Sequence[str]) -> Iterator[str]:
     """Fields that are there."""
     for name in fields:
         if _field(files.config, name) is None:
             yield f"the field {name} is missing"
 
 
-def of_type(files: AdapterFiles, base: BaseFacts | None, *, field: str, type: str) -> Iterator[str]:
+def _of_type(files: AdapterFiles, base: BaseFacts | None, *, field: str, type: str) -> Iterator[str]:
     """A field that is of a type if it is there."""
     value = _field(files.config, field)
     strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
@@ -73,7 +73,7 @@ def of_type(files: AdapterFiles, base: BaseFacts | None, *, field: str, type: st
         yield f"the field {field} is {_short(value)}"
 
 
-def off(files: AdapterFiles, base: BaseFacts | None, *, fields: Sequence[str]) -> Iterator[str]:
+def _off(files: AdapterFiles, base: BaseFacts | None, *, fields: Sequence[str]) -> Iterator[str]:
     """Fields that are absent, null, false or empty."""
     for name in fields:
         value = _field(files.config, name)
@@ -81,7 +81,7 @@ def off(files: AdapterFiles, base: BaseFacts | None, *, fields: Sequence[str]) -
             yield f"the field {name} is {_short(value)}"
 
 
-def one_of(files: AdapterFiles, base: BaseFacts | None, *, field: str, values: Sequence[Any]) -> Iterator[str]:
+def _one_of(files: AdapterFiles, base: BaseFacts | None, *, field: str, values: Sequence[Any]) -> Iterator[str]:
     """A field that has one of some values if it is there; text in any case."""
     value = _field(files.config, field)
     same = value.lower() if isinstance(value, str) else value
@@ -89,7 +89,7 @@ def one_of(files: AdapterFiles, base: BaseFacts | None, *, field: str, values: S
         yield f"the field {field} is {_short(value)}"
 
 
-def subset(files: AdapterFiles, base: BaseFacts | None, *, field: str, of: Sequence[str]) -> Iterator[str]:
+def _subset(files: AdapterFiles, base: BaseFacts | None, *, field: str, of: Sequence[str]) -> Iterator[str]:
     """A list that has some names only."""
     value = _field(files.config, field)
     others = [v for v in value if v not in of] if isinstance(value, list) else [value] if value else []
@@ -97,7 +97,7 @@ def subset(files: AdapterFiles, base: BaseFacts | None, *, field: str, of: Seque
         yield f"the field {field} names {', '.join(map(_short, others[:5]))}"
 
 
-def tensor_names(
+def _tensor_names(
     files: AdapterFiles, base: BaseFacts | None, *, forms: Sequence[str], prefix: str = ""
 ) -> Iterator[str]:
     """Tensors whose names are of some forms, behind a prefix."""
@@ -107,7 +107,7 @@ def tensor_names(
             yield f"the tensor {name}"
 
 
-def pairs(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+def _pairs(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
     """Both factors of every module, of one rank."""
     for name, pair in files.pairs.items():
         if pair.a is None or pair.b is None:
@@ -119,7 +119,7 @@ def pairs(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
             yield f"{name} has factors of rank {rank} and {other}"
 
 
-def matrices(files: AdapterFiles, base: BaseFacts | None, *, dimensions: int = 2) -> Iterator[str]:
+def _matrices(files: AdapterFiles, base: BaseFacts | None, *, dimensions: int = 2) -> Iterator[str]:
     """Factors that are matrices."""
     for name, pair in files.pairs.items():
         for shape in (pair.a, pair.b):
@@ -127,20 +127,20 @@ def matrices(files: AdapterFiles, base: BaseFacts | None, *, dimensions: int = 2
                 yield f"{name} has a factor of shape {list(shape)}"
 
 
-def rank_limit(files: AdapterFiles, base: BaseFacts | None, *, at_most: int) -> Iterator[str]:
+def _rank_limit(files: AdapterFiles, base: BaseFacts | None, *, at_most: int) -> Iterator[str]:
     """Ranks up to a limit."""
     if files.largest_rank > at_most:
         yield f"rank {files.largest_rank}; at most {at_most}"
 
 
-def rank_in(files: AdapterFiles, base: BaseFacts | None, *, values: Sequence[int]) -> Iterator[str]:
+def _rank_in(files: AdapterFiles, base: BaseFacts | None, *, values: Sequence[int]) -> Iterator[str]:
     """A largest rank that needs no filling up."""
     larger = [value for value in values if value >= files.largest_rank]
     if larger and min(larger) != files.largest_rank:
         yield f"rank {files.largest_rank} is served in buffers of rank {min(larger)}"
 
 
-def rank_of(files: AdapterFiles, base: BaseFacts | None, *, field: str) -> Iterator[str]:
+def _rank_of(files: AdapterFiles, base: BaseFacts | None, *, field: str) -> Iterator[str]:
     """All factors of the one rank that a field says."""
     said = _field(files.config, field)
     for name, pair in files.pairs.items():
@@ -148,7 +148,7 @@ def rank_of(files: AdapterFiles, base: BaseFacts | None, *, field: str) -> Itera
             yield f"{name} has rank {pair.rank}, and {field} is {_short(said)}"
 
 
-def rank_by_patterns(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+def _rank_by_patterns(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
     """Factors of the rank that `r` and `rank_pattern` give their module."""
     ranks = _pattern(files, "rank_pattern")
     for name, pair in files.pairs.items():
@@ -157,7 +157,7 @@ def rank_by_patterns(files: AdapterFiles, base: BaseFacts | None) -> Iterator[st
             yield f"{name} has rank {pair.rank}, and the config says {_short(said)}"
 
 
-def one_rank(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+def _one_rank(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
     """The same rank in every module of a kind, over the layers."""
     found: dict[str, set[int]] = defaultdict(set)
     for name, pair in files.pairs.items():
@@ -168,7 +168,7 @@ def one_rank(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
             yield f"{kind} has ranks {', '.join(map(str, sorted(ranks)))} in different layers"
 
 
-def scaling(files: AdapterFiles, base: BaseFacts | None, *, formula: str) -> Iterator[str]:
+def _scaling(files: AdapterFiles, base: BaseFacts | None, *, formula: str) -> Iterator[str]:
     """The scaling that PEFT gives each module, by the server's own formula.
 
     `config` is lora_alpha / r, `config-rslora` knows rsLoRA, `tensor` is lora_alpha / rank of the tensor, and 1 for 0.
@@ -195,7 +195,7 @@ def scaling(files: AdapterFiles, base: BaseFacts | None, *, formula: str) -> Ite
             yield f"{name} is scaled by {theirs:g} instead of {right:g}"
 
 
-def targets(files: AdapterFiles, base: BaseFacts | None, *, together: Sequence[Sequence[str]] = ()) -> Iterator[str]:
+def _targets(files: AdapterFiles, base: BaseFacts | None, *, together: Sequence[Sequence[str]] = ()) -> Iterator[str]:
     """Modules that target_modules names, target_parameters aside; a list in `together` stands for all of its names."""
     asked = files.config.get("target_modules")
     if not isinstance(asked, list):
@@ -213,7 +213,7 @@ def targets(files: AdapterFiles, base: BaseFacts | None, *, together: Sequence[S
             yield f"{name} is not in target_modules"
 
 
-def companions(files: AdapterFiles, base: BaseFacts | None, *, leaf: str, needs: str) -> Iterator[str]:
+def _companions(files: AdapterFiles, base: BaseFacts | None, *, leaf: str, needs: str) -> Iterator[str]:
     """A module that stands beside another wherever that is."""
     for name in files.pairs:
         parent, _, last = name.rpartition(".")
@@ -221,7 +221,7 @@ def companions(files: AdapterFiles, base: BaseFacts | None, *, leaf: str, needs:
             yield f"{name} without {needs}"
 
 
-def no_experts(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+def _no_experts(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
     """No update of the experts of a parameter; of the one matrix of a module it is not known."""
     found = [name for name, pair in files.pairs.items() if pair.experts is not None]
     if not found:
@@ -229,7 +229,7 @@ def no_experts(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
     yield from (f"the {files.pairs[name].experts} experts of {name}" for name in found)
 
 
-def both_of_experts(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+def _both_of_experts(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
     """Updates of two parameters of experts, or of none; whether vLLM has such a model, nothing tells, nor whether it
     takes the one matrix of a module."""
     found: dict[str, list[str]] = defaultdict(list)
@@ -250,7 +250,7 @@ def _doubt_parameters(files: AdapterFiles) -> None:
         raise Unclear(f"whether the server puts LoRA on {name}, whose weight is one of the target_parameters")
 
 
-def every_layer(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+def _every_layer(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
     """A kind of module in all layers or in none; without the base all layers are as many as the adapter knows."""
     found: dict[str, set[int]] = defaultdict(set)
     for name in files.pairs:
@@ -266,34 +266,34 @@ def every_layer(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
             yield f"{kind} is in {len(layers)} of {count} layers, and not in layer {missing}"
 
 
-def leaves(files: AdapterFiles, base: BaseFacts | None, *, known: Sequence[str]) -> Iterator[str]:
+def _leaves(files: AdapterFiles, base: BaseFacts | None, *, known: Sequence[str]) -> Iterator[str]:
     """Modules of some last names only."""
     for name in files.pairs:
         if leaf(name) not in known:
             yield name
 
 
-def upright(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+def _upright(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
     """A rank below both widths, so that the orientation of a factor can be told from its shape."""
     for name, pair in files.pairs.items():
         if pair.rank and pair.a and pair.b and pair.rank > min(pair.a[-1], pair.b[0]):
             yield f"{name} has rank {pair.rank}, above its width {min(pair.a[-1], pair.b[0])}"
 
 
-def only_tensor_file(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+def _only_tensor_file(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
     """No other safetensors file in the directory."""
     for name in sorted(files.names):
         if name.endswith(".safetensors") and name != files.tensor_file:
             yield f"the file {name}"
 
 
-def absent_file(files: AdapterFiles, base: BaseFacts | None, *, file: str) -> Iterator[str]:
+def _absent_file(files: AdapterFiles, base: BaseFacts | None, *, file: str) -> Iterator[str]:
     """A file that is better not there."""
     if file in files.names:
         yield f"the file {file}"
 
 
-def mlx_keys(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+def _mlx_keys(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
     """Every module under `lora_parameters.keys`, as a whole path or as one within a layer."""
     keys = _field(files.config, "lora_parameters.keys")
     if keys is None:
@@ -307,7 +307,7 @@ def mlx_keys(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
             yield f"{name} is under no key"
 
 
-def in_base(files: AdapterFiles, base: BaseFacts | None, *, renames: bool = False) -> Iterator[str]:
+def _in_base(files: AdapterFiles, base: BaseFacts | None, *, renames: bool = False) -> Iterator[str]:
     """Modules that the base has, of its shapes; with `renames` also by the tables that transformers has for names of
     other versions."""
     facts = _needed(base, "whether the base has these modules in these shapes")
@@ -345,21 +345,21 @@ def _place(facts: BaseFacts, name: str, pair: Pair) -> BasePlace | None:
         return None
 
 
-def untied_head(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+def _untied_head(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
     """No update of a head that is the embedding."""
     heads = [name for name in files.pairs if leaf(name) == "lm_head"]
     if heads and _needed(base, "whether the base's head is its embedding").tied:
         yield f"{heads[0]} is tied to the embedding"
 
 
-def base_class(files: AdapterFiles, base: BaseFacts | None, *, classes: Sequence[str]) -> Iterator[str]:
+def _base_class(files: AdapterFiles, base: BaseFacts | None, *, classes: Sequence[str]) -> Iterator[str]:
     """A base of some classes of transformers' models."""
     found = _needed(base, "whether the base's architecture is one of those that are read").model_class
     if found not in classes:
         yield f"the base is a {found}"
 
 
-def leaves_of_class(
+def _leaves_of_class(
     files: AdapterFiles, base: BaseFacts | None, *, leaves: Sequence[str], classes: Sequence[str]
 ) -> Iterator[str]:
     """No update of modules of some last names in a base of some classes."""
@@ -369,36 +369,36 @@ def leaves_of_class(
 
 
 CHECKS: dict[str, Check] = {
-    check.__name__.replace("_", "-"): check
+    check.__name__.removeprefix("_").replace("_", "-"): check
     for check in (
-        required,
-        of_type,
-        off,
-        one_of,
-        subset,
-        tensor_names,
-        pairs,
-        matrices,
-        rank_limit,
-        rank_in,
-        rank_of,
-        rank_by_patterns,
-        one_rank,
-        scaling,
-        targets,
-        companions,
-        no_experts,
-        both_of_experts,
-        every_layer,
-        leaves,
-        upright,
-        only_tensor_file,
-        absent_file,
-        mlx_keys,
-        in_base,
-        untied_head,
-        base_class,
-        leaves_of_class,
+        _required,
+        _of_type,
+        _off,
+        _one_of,
+        _subset,
+        _tensor_names,
+        _pairs,
+        _matrices,
+        _rank_limit,
+        _rank_in,
+        _rank_of,
+        _rank_by_patterns,
+        _one_rank,
+        _scaling,
+        _targets,
+        _companions,
+        _no_experts,
+        _both_of_experts,
+        _every_layer,
+        _leaves,
+        _upright,
+        _only_tensor_file,
+        _absent_file,
+        _mlx_keys,
+        _in_base,
+        _untied_head,
+        _base_class,
+        _leaves_of_class,
     )
 }
 

@@ -33,8 +33,8 @@ from loracli.serving.checks import CHECKS, Unclear
 from loracli.system.display import count_text, path_text, repr_line
 
 Severity = Literal["refused", "misread", "ignored", "slow"]
-SEVERITIES: tuple[Severity, ...] = get_args(Severity)
-SERVERS = ("peft", "vllm", "sglang", "llamacpp", "tgi", "ollama", "mlx")
+_SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+_SERVERS = ("peft", "vllm", "sglang", "llamacpp", "tgi", "ollama", "mlx")
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def _rule(entry: Mapping[str, Any]) -> Rule:
 
 
 Verdict = Literal["takes", "differs", "refuses"]
-SHOWN_FINDS = 20
-TASK = "lint"
+_SHOWN_FINDS = 20
+_TASK = "lint"
 
 _HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 _OTHER_LAYOUT: dict[AdapterLayout, tuple[str, str]] = {
@@ -223,7 +223,7 @@ def lint_adapter(
 
     Args:
         path: a directory as PEFT or mlx-lm writes it; also of an adapter that loracat does not compose.
-        servers: ids of `SERVERS`; none for all that read the directory's layout.
+        servers: ids of `_SERVERS`; none for all that read the directory's layout.
         base: the base model's directory or Hub id, of which the config is read; None to check without.
         progress: told how far it is.
     Raises:
@@ -232,21 +232,21 @@ def lint_adapter(
         InputError, HubUnreachable: if the base's config cannot be had.
     """
     progress = drawn(progress)
-    unknown = next((name for name in servers if name not in SERVERS), None)
+    unknown = next((name for name in servers if name not in _SERVERS), None)
     if unknown is not None:
-        raise UsageError(f"--for {unknown} is not one of {', '.join(SERVERS)}")
+        raise UsageError(f"--for {unknown} is not one of {', '.join(_SERVERS)}")
     files = read_adapter_files(Path(path))
     if files.changes_nothing():
         progress.warn(f"{path}: {IDLE}")
     facts = None if base is None else read_base_facts(base, progress=progress)
-    asked = [load_server(name) for name in dict.fromkeys(servers or SERVERS)]
+    asked = [load_server(name) for name in dict.fromkeys(servers or _SERVERS)]
     chosen = asked if servers else [server for server in asked if server.layout == files.layout]
-    progress.begin(TASK, len(chosen), "servers")
+    progress.begin(_TASK, len(chosen), "servers")
     reports = []
     for server in chosen:
         reports.append(_report(server, files, facts))
-        progress.advance(TASK, 1, server.name)
-    progress.finish(TASK)
+        progress.advance(_TASK, 1, server.name)
+    progress.finish(_TASK)
     return Lint(Path(path), files.layout, files.largest_rank, len(files.pairs), tuple(reports))
 
 
@@ -271,7 +271,7 @@ def _report(server: Server, files: AdapterFiles, base: BaseFacts | None) -> Serv
                 Violation(
                     rule.name,
                     rule.severity,
-                    tuple(found[:SHOWN_FINDS]),
+                    tuple(found[:_SHOWN_FINDS]),
                     len(found),
                     rule.why,
                     _filled(rule.remedy, words),

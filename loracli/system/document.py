@@ -13,6 +13,7 @@ import json
 import re
 import types
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -68,6 +69,13 @@ def encode(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [encode(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def document_sha256(document: Any) -> str:
+    """sha256 of a document as JSON with sorted keys and without white space, in UTF-8: the order of keys and the layout
+    of a file do not change it, and a float counts by its value."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return sha256(text.encode()).hexdigest()
 
 
 def dtype_name(dtype: object) -> str:

@@ -35,9 +35,9 @@ from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
 from loracli.system.files import open_regular
 from loracli.system.strict_json import StrictJsonError, parse_json
 
-MAX_HEADER_BYTES = 16 << 20
+_MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 200_000
-MAX_NAME = 1000  # characters of a tensor's name: what looks at each end of it is quick only while it is short
+_MAX_NAME = 1000  # characters of a tensor's name: what looks at each end of it is quick only while it is short
 MAX_DIMENSIONS = 8
 BLOCK = 1 << 20  # bytes that are read at once; a multiple of every item size
 GATHER = (
@@ -168,8 +168,8 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > size - 8:
         raise MalformedAdapter("the file is cut short, or it is not a safetensors file", where=where)
-    if length > MAX_HEADER_BYTES:
-        raise MalformedAdapter(f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read", where=where)
+    if length > _MAX_HEADER_BYTES:
+        raise MalformedAdapter(f"the header claims {length} bytes; at most {_MAX_HEADER_BYTES} are read", where=where)
     raw = file.read(length)
     try:
         header = parse_json(raw)
@@ -180,10 +180,10 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
-    name = next((name for name in header if len(name) > MAX_NAME), None)
+    name = next((name for name in header if len(name) > _MAX_NAME), None)
     if name is not None:
         raise MalformedAdapter(
-            f"the tensor {name[:60]!r}... has a name of {len(name)} characters; at most {MAX_NAME} are read",
+            f"the tensor {name[:60]!r}... has a name of {len(name)} characters; at most {_MAX_NAME} are read",
             where=where,
         )
     return header, start + raw

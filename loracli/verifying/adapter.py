@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
 from loracli.adapters.config import read_fields
 from loracli.adapters.kinds import BaseModule
-from loracli.algebra.concatenate import relative_error
-from loracli.algebra.factors import Factors, thin_svd
+from loracli.algebra.factors import Factors, relative_error, thin_svd
 from loracli.algebra.methods.method import Merged
 from loracli.algebra.packing import Convolution
 from loracli.algebra.truncate import project, relative_gap, truncate, truncate_for

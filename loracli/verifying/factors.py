@@ -24,12 +24,11 @@ import math
 import torch
 from torch import Tensor
 
-from loracli.algebra.concatenate import concatenate, pad_rank
-from loracli.algebra.factors import Factors, norm
+from loracli.algebra.factors import Factors, concatenate, norm, pad_rank
 from loracli.algebra.truncate import project
 
 TURN = 1e-13  # of a direction whose gap is as large as S_1
-ORDER = 2.0**-44  # of the largest entry, for a sum in another order
+_ORDER = 2.0**-44  # of the largest entry, for a sum in another order
 
 
 def stripped(written: Factors, rank: int) -> Factors | None:
@@ -62,7 +61,7 @@ def compare_concatenation(expected: Factors, written: Factors, *, summed: bool) 
         ("lora_A", expected.lora_A, written.lora_A),
         ("lora_B", expected.lora_B, written.lora_B),
     ):
-        slack = ORDER * float(right.abs().max()) if summed and name == "lora_B" else 0.0
+        slack = _ORDER * float(right.abs().max()) if summed and name == "lora_B" else 0.0
         wrong = _outside(right, found, slack)
         if wrong:
             return f"{wrong} of {found.numel()} entries of {name} are not the recorded composition's"
@@ -168,7 +167,7 @@ def compare_refit(
     signs = torch.where(agree, 1.0, -1.0).double()
     slack = turn * _turned(expected.lora_A.square().sum(dim=1), others)  # |row|^2 = S
     lora_A, lora_B = signs[:, None] * expected.lora_A, (expected.lora_B * signs) @ refit
-    sums = ORDER * float(lora_B.abs().max())
+    sums = _ORDER * float(lora_B.abs().max())
     for name, right, found, moved in (
         ("lora_A", lora_A, written.lora_A, slack[:, None]),
         ("lora_B", lora_B, written.lora_B, slack @ refit.abs() + sums),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from loracli.system.document import decode
 from loracli.verifying.findings import Findings
 
 COMPOSITION = "the composition of the written weights"
-EVIDENCE = "the held-out table and how the mixing was found, as recorded"
+_EVIDENCE = "the held-out table and how the mixing was found, as recorded"
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def find_composition(
     """
     given = None if recipe is None else load_recipe(recipe)
     if given is not None and origin.recipe is not None:
-        if sha256(given.to_json().encode()).hexdigest() != origin.recipe_sha256:
+        if given.sha256() != origin.recipe_sha256:
             findings.differs(f"{recipe} is not the recipe that this was made with")
             return None
         # Older exports kept a base model's path that an adapter names.
@@ -146,7 +145,7 @@ def find_composition(
             return None
         findings.checked.append("the recorded recipe, its held-out table included, against the one that is given")
     elif origin.recipe is not None:
-        findings.skip(EVIDENCE, "only the recipe itself tells whether they are its own: name it with --recipe")
+        findings.skip(_EVIDENCE, "only the recipe itself tells whether they are its own: name it with --recipe")
     if origin.recipe is not None and origin.recipe.mixing.kind not in INLINE_KINDS and given is None:
         findings.skip(COMPOSITION, "its mixing is kept in tensors beside the recipe: name the recipe with --recipe")
         return None

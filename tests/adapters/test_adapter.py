@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter, read_adapter, widest_dtype
-from loracli.adapters.compatible import problems_of
+from loracli.adapters.compatible import _problems_of
 from loracli.adapters.saved_modules import saved_modules
 from loracli.errors import InputError, IntegrityError, MalformedAdapter, UnsupportedAdapter
 from tests.steps import steps
@@ -429,7 +429,7 @@ def test_twice_as_many_modules_patterns_and_saved_modules_are_twice_as_much_work
         lines = steps(lambda: adapters.extend(open_adapter(str(folder)) for _ in range(2)))
         assert len(adapters[0].modules) == count and len(adapters[0].saved) == count * len(saved)
         lines += steps(lambda: saved_modules("average" if saved else "refuse", adapters))
-        return lines + steps(lambda: problems_of(adapters))
+        return lines + steps(lambda: _problems_of(adapters))
 
     once, twice = work(100), work(200)
     assert twice < 2.2 * once

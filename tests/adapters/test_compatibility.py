@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.adapters.compatible import check_composable, overlaps_of, problems_of
+from loracli.adapters.compatible import _overlaps_of, _problems_of, check_composable
 from loracli.adapters.kinds import ModuleKind
 from loracli.errors import IncompatibleAdapters
 from loracli.hub.references import BaseClaim, agreed_base, distinct_bases
@@ -49,14 +49,14 @@ SHAPES: Shapes = {"l.0.q": (6, 5), "l.0.v": (4, 5), "l.1.q": (6, 5)}
 
 def test_adapters_of_one_base_with_equal_shapes_can_be_composed(tmp_path: Path) -> None:
     found = [adapter(tmp_path / name, SHAPES, rank=rank) for name, rank in (("a", 2), ("b", 5), ("c", 1))]
-    assert problems_of(found) == []
+    assert _problems_of(found) == []
     check_composable(found)
 
 
 def test_other_ranks_alphas_and_modules_are_no_problem(tmp_path: Path) -> None:
     first = adapter(tmp_path / "a", {"l.0.q": (6, 5)}, rank=2, alpha=1)
     second = adapter(tmp_path / "b", {"l.0.v": (4, 5)}, rank=7, rslora=True)
-    assert problems_of([first, second]) == []
+    assert _problems_of([first, second]) == []
 
 
 def test_experts_the_other_way_round_are_a_problem_only_once_the_orders_are_the_bases(tmp_path: Path) -> None:
@@ -67,23 +67,23 @@ def test_experts_the_other_way_round_are_a_problem_only_once_the_orders_are_the_
         return replace(found, modules={n: replace(m, kind=kind) for n, m in found.modules.items()})
 
     experts = [of_kind("a", "experts", (6, 5)), of_kind("b", "experts", (5, 6))]
-    assert problems_of(experts) == []
-    (said,) = problems_of(experts, base_known=True)
+    assert _problems_of(experts) == []
+    (said,) = _problems_of(experts, base_known=True)
     assert said.startswith("l.0.x is (out, in) = (6, 5) in ") and "and (5, 6) in " in said
-    assert len(problems_of([of_kind("c", "linear", (6, 5)), of_kind("d", "linear", (5, 6))])) == 1
-    assert len(problems_of([of_kind("e", "experts", (6, 5)), of_kind("f", "experts", (7, 6))])) == 1
+    assert len(_problems_of([of_kind("c", "linear", (6, 5)), of_kind("d", "linear", (5, 6))])) == 1
+    assert len(_problems_of([of_kind("e", "experts", (6, 5)), of_kind("f", "experts", (7, 6))])) == 1
 
 
 def test_one_adapter_fits_itself(tmp_path: Path) -> None:
-    assert problems_of([adapter(tmp_path / "a", SHAPES)]) == []
+    assert _problems_of([adapter(tmp_path / "a", SHAPES)]) == []
 
 
 def test_different_bases_are_a_problem_unless_the_user_names_the_base(tmp_path: Path) -> None:
     pair = [adapter(tmp_path / "a", SHAPES, base="org/one"), adapter(tmp_path / "b", SHAPES, base="org/two")]
-    [problem] = problems_of(pair)
+    [problem] = _problems_of(pair)
     for word in ("org/one", "org/two", str(tmp_path / "a"), str(tmp_path / "b")):
         assert word in problem
-    assert problems_of(pair, base_given=True) == []
+    assert _problems_of(pair, base_given=True) == []
     with pytest.raises(IncompatibleAdapters) as caught:
         check_composable(pair)
     assert "--base" in (caught.value.hint or "")
@@ -105,13 +105,13 @@ def test_a_base_in_other_capitals_is_the_same_and_the_first_spelling_counts(tmp_
 
 def test_an_adapter_that_names_no_base_fits_any(tmp_path: Path) -> None:
     pair = [adapter(tmp_path / "a", SHAPES, base=None), adapter(tmp_path / "b", SHAPES, base="org/two")]
-    assert problems_of(pair) == []
+    assert _problems_of(pair) == []
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (7, 5), (5, 6)])
 def test_a_module_of_two_shapes_is_a_problem_even_with_the_base_given(tmp_path: Path, shape: tuple[int, int]) -> None:
     pair = [adapter(tmp_path / "a", SHAPES), adapter(tmp_path / "b", SHAPES | {"l.0.q": shape})]
-    [problem] = problems_of(pair, base_given=True)
+    [problem] = _problems_of(pair, base_given=True)
     assert "l.0.q" in problem and "(6, 5)" in problem and str(shape) in problem
     with pytest.raises(IncompatibleAdapters, match="l.0.q"):
         check_composable(pair, base_given=True)
@@ -119,14 +119,14 @@ def test_a_module_of_two_shapes_is_a_problem_even_with_the_base_given(tmp_path: 
 
 def test_a_module_of_two_kinds_is_a_problem(tmp_path: Path) -> None:
     pair = [adapter(tmp_path / "a", SHAPES), adapter(tmp_path / "b", SHAPES, embeddings=("l.0.q",))]
-    [problem] = problems_of(pair)
+    [problem] = _problems_of(pair)
     assert "l.0.q is linear in" in problem and "and embedding in" in problem
 
 
 def test_every_problem_is_listed_and_the_error_counts_them(tmp_path: Path) -> None:
     first = adapter(tmp_path / "a", SHAPES, base="org/one")
     second = adapter(tmp_path / "b", SHAPES | {"l.0.q": (1, 5), "l.1.q": (6, 1)}, base="org/two")
-    assert len(problems_of([first, second])) == 3
+    assert len(_problems_of([first, second])) == 3
     with pytest.raises(IncompatibleAdapters, match=r"\(and 2 more\)$"):
         check_composable([first, second])
 
@@ -135,7 +135,7 @@ def test_the_third_adapter_is_held_against_the_first_that_has_the_module(tmp_pat
     first = adapter(tmp_path / "a", {"l.0.q": (6, 5)})
     second = adapter(tmp_path / "b", {"l.0.v": (4, 5)})
     third = adapter(tmp_path / "c", {"l.0.v": (5, 4)})
-    [problem] = problems_of([first, second, third])
+    [problem] = _problems_of([first, second, third])
     assert str(tmp_path / "b") in problem and str(tmp_path / "c") in problem
 
 
@@ -158,7 +158,7 @@ def test_the_overlap_is_the_cosine_of_the_dense_updates(tmp_path: Path) -> None:
         adapter(tmp_path / "c", {"l.0.q": (6, 5), "l.2.q": (3, 3)}, rank=1, alpha=-2, seed=3),
     ]
     shapes = SHAPES | {"l.2.q": (3, 3)}
-    found = overlaps_of(adapters)
+    found = _overlaps_of(adapters)
     assert [(o.first, o.second, o.shared_modules) for o in found] == [
         (str(tmp_path / "a"), str(tmp_path / "b"), 3),
         (str(tmp_path / "a"), str(tmp_path / "c"), 1),
@@ -175,16 +175,16 @@ def test_an_adapter_and_its_copy_overlap_fully_and_its_negative_not_at_all(tmp_p
     one = adapter(tmp_path / "a", SHAPES, alpha=6)
     copy = adapter(tmp_path / "b", SHAPES, alpha=2)
     opposite = adapter(tmp_path / "c", SHAPES, alpha=-6)
-    assert [o.cosine for o in overlaps_of([one, copy, opposite])] == pytest.approx([1, -1, -1], abs=1e-6)
+    assert [o.cosine for o in _overlaps_of([one, copy, opposite])] == pytest.approx([1, -1, -1], abs=1e-6)
 
 
 def test_an_adapter_that_does_nothing_overlaps_with_none(tmp_path: Path) -> None:
     other = adapter(tmp_path / "a", SHAPES)
     save_file({n: t * ("lora_A" in n) for n, t in load_file(other.path / TENSORS).items()}, other.path / TENSORS)
-    [overlap] = overlaps_of([read_adapter(str(other.path)), adapter(tmp_path / "b", SHAPES)])
+    [overlap] = _overlaps_of([read_adapter(str(other.path)), adapter(tmp_path / "b", SHAPES)])
     assert (overlap.cosine, overlap.shared_modules) == (0.0, 3)
 
 
 def test_adapters_without_a_common_module_do_not_overlap(tmp_path: Path) -> None:
-    [overlap] = overlaps_of([adapter(tmp_path / "a", {"x": (2, 2)}), adapter(tmp_path / "b", {"y": (2, 2)})])
+    [overlap] = _overlaps_of([adapter(tmp_path / "a", {"x": (2, 2)}), adapter(tmp_path / "b", {"y": (2, 2)})])
     assert (overlap.cosine, overlap.shared_modules) == (0.0, 0)

@@ -19,9 +19,9 @@ from peft.tuners.lora.config import CordaConfig
 from peft.utils.other import get_pattern_key
 
 from loracli.adapters.config import (
+    _PLAIN_INITIALISATIONS,
+    _SUBTRACTING_INITIALISATIONS,
     MAX_CONFIG_BYTES,
-    PLAIN_INITIALISATIONS,
-    SUBTRACTING_INITIALISATIONS,
     AdapterConfig,
     read_config,
 )
@@ -159,7 +159,7 @@ def test_an_alpha_of_zero_is_refused_with_what_to_set(tmp_path: Path, fields: di
     assert read(tmp_path, **way_out).scaling_of("model.q_proj") == 12 / 8
 
 
-@pytest.mark.parametrize("name", sorted(PLAIN_INITIALISATIONS))
+@pytest.mark.parametrize("name", sorted(_PLAIN_INITIALISATIONS))
 def test_an_initialisation_that_leaves_the_base_as_it_is_may_be_in_any_capitals(tmp_path: Path, name: str) -> None:
     for spelt in (name, name.upper(), name.capitalize()):
         assert read(tmp_path, init_lora_weights=spelt).scaling_of("q_proj") == 2.0
@@ -170,7 +170,7 @@ def test_every_initialisation_of_peft_is_known_for_what_it_does_to_the_base() ->
     kinds = typing.get_args(typing.get_type_hints(LoraConfig)["init_lora_weights"])
     names = {name for kind in kinds for name in typing.get_args(kind)}
     assert {"gaussian", "pissa", "mica"} <= names
-    others = {name for name in names - PLAIN_INITIALISATIONS if not name.startswith(SUBTRACTING_INITIALISATIONS)}
+    others = {name for name in names - _PLAIN_INITIALISATIONS if not name.startswith(_SUBTRACTING_INITIALISATIONS)}
     assert others == {"loftq"}
 
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from loracli import compare_adapters, convert_adapter, fit_mixing, fuse_model
+from loracli import ConvertRequest, FuseRequest, compare_adapters, convert_adapter, fit_mixing, fuse_model
 from loracli.adapters.adapter import LoraAdapter, kernels_of, open_adapter, read_adapter
-from loracli.adapters.compatible import inspect_adapters, problems_of
+from loracli.adapters.compatible import _problems_of, inspect_adapters
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
 from tests.convolutions import ALL, GROUPS, Adapted, adapt, biases, close, config_of, deltas, images, load, model
 from tests.tiny import make_adapter, make_base
@@ -135,7 +135,7 @@ def test_inspect_tells_of_them_without_a_base(tmp_path: Path) -> None:
 def test_convolutions_that_differ_are_no_composition(tmp_path: Path, other: nn.Module, said: str) -> None:
     ours = adapt(tmp_path / "a", nn.Sequential(nn.Conv2d(4, 6, (1, 2), groups=GROUPS)), ("0",), r=2)
     theirs = adapt(tmp_path / "b", nn.Sequential(other), ("0",), r=2)
-    problems = problems_of([read_adapter(str(ours)), read_adapter(str(theirs))])
+    problems = _problems_of([read_adapter(str(ours)), read_adapter(str(theirs))])
     assert problems
     assert all(line[:2] in ("0 ", "0[") for line in problems)
     assert re.search(said, problems[0]), problems[0]
@@ -190,7 +190,7 @@ def test_what_runs_a_base_model_refuses_them_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedAdapter, match=match):
         compare_adapters(adapters=paths, data=data, base=str(base))
     with pytest.raises(UnsupportedAdapter, match=match):
-        fuse_model(None, tmp_path / "fused", adapters=paths, method="sum", base=str(base))
+        fuse_model(FuseRequest(adapters=paths, method="sum", base=str(base)), tmp_path / "fused")
     with pytest.raises(UnsupportedAdapter, match="'first' is a convolution, and only adapters of linear layers"):
-        convert_adapter(paths[0], tmp_path / "converted", base=str(base))
+        convert_adapter(ConvertRequest(paths[0], base=str(base)), tmp_path / "converted")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "base", "data.jsonl"]

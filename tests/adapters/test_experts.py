@@ -139,7 +139,7 @@ def test_more_experts_than_any_model_has_are_refused(tmp_path: Path, monkeypatch
     one: dict[str, Any] = {"target_parameters": ["experts.down_proj"]}
     many = factors("mlp.experts", rows=RANK * (MAX_EXPERTS + 1), columns=RANK * (MAX_EXPERTS + 1))
     refused(MalformedAdapter, tmp_path / "a", many, f"at most {MAX_EXPERTS} are read", **one)
-    monkeypatch.setattr("loracli.adapters.adapter.MAX_UPDATES", EXPERTS - 1)
+    monkeypatch.setattr("loracli.adapters.adapter._MAX_UPDATES", EXPERTS - 1)
     refused(MalformedAdapter, tmp_path / "b", factors("mlp.experts"), f"more than {EXPERTS - 1} experts", **one)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from loracli.errors import OutOfResources
 from loracli.hub.fetch import MAX_ADAPTER_BYTES, fetch_adapter, fetch_adapters, fetch_base
-from loracli.hub.transfer import side_by_side
+from loracli.hub.transfer import _side_by_side
 from tests.adapters.conftest import Recorder
 from tests.stub_hub import StubHub
 
@@ -152,5 +152,5 @@ def test_a_failure_tells_the_others_to_stop() -> None:
         return number
 
     with pytest.raises(OutOfResources, match="the first fails"):
-        side_by_side(work, range(8), stopped)
+        _side_by_side(work, range(8), stopped)
     assert 0 < len(told) < 7 and all(told)  # the rest was never begun

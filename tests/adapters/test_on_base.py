@@ -31,6 +31,7 @@ from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
+from loracli.fusing.composition import FuseRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.model.base import BaseReference, on_base
 from loracli.progress import Silent
@@ -156,9 +157,10 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Gemma:
 
 @pytest.mark.parametrize("how", ["old", "text"])
 def test_names_of_other_versions_and_of_the_text_model_alone_go_the_whole_way(
-    tmp_path: Path, gemma: Gemma, how: str
+    tmp_path: Path, gemma: Gemma, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """The witness is stock PEFT with the adapter by today's names; a recipe holds what the base calls otherwise."""
+    monkeypatch.chdir(tmp_path)  # which local adapters are named from
     other: Path = getattr(gemma, how)
     recipe = fit_case(tmp_path, gemma.base, [gemma.new, other])
     assert_whole_way(tmp_path, gemma.base, recipe, [gemma.new, gemma.other])
@@ -171,13 +173,13 @@ def test_names_of_other_versions_and_of_the_text_model_alone_go_the_whole_way(
         for leaf in ("q_proj", "v_proj")
     }
     export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "again")
-    fuse_model(str(tmp_path / "recipe.json"), tmp_path / "fused", base=str(gemma.base))
+    fuse_model(FuseRequest(str(tmp_path / "recipe.json"), base=str(gemma.base)), tmp_path / "fused")
     for made in ("again", "fused"):
         verify_directory(tmp_path / made, recipe=tmp_path / "recipe.json", base=str(gemma.base))
 
 
 def test_stock_peft_runs_the_old_names_as_a_fusion_has_them(tmp_path: Path, gemma: Gemma) -> None:
-    fuse_model(str(gemma.old), tmp_path / "fused", base=str(gemma.base))
+    fuse_model(FuseRequest(str(gemma.old), base=str(gemma.base)), tmp_path / "fused")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the vision tower's modules, which the list names too
         theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gemma.base), str(gemma.old)).eval()
@@ -230,7 +232,7 @@ def test_a_layer_that_is_named_twice_is_refused(tmp_path: Path, gemma: Gemma) ->
     save_file(load_file(gemma.old / WEIGHTS) | load_file(gemma.other / WEIGHTS), both / WEIGHTS)
     (both / "adapter_config.json").write_bytes((gemma.old / "adapter_config.json").read_bytes())
     with pytest.raises(BaseModelMismatch, match=r"adapts model\.language_model\..* twice, once as "):
-        fuse_model(str(both), tmp_path / "out", base=str(gemma.base))
+        fuse_model(FuseRequest(str(both), base=str(gemma.base)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -350,7 +352,7 @@ def test_a_known_order_is_honoured_wherever_the_adapter_goes(
     (adapter,) = on_base([read_adapter(str(path))], BaseReference("x", base, None))
     assert_same(adapter, deltas, transposed=kind == "gpt-oss")
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
-    recipe = fit_mixing([str(path)], data, base=str(base), settings=FitSettings(passes=2), folder=tmp_path)
+    recipe = fit_mixing([str(path)], data, base=str(base), settings=FitSettings(passes=2))
     recipe.save(tmp_path / "recipe.json")
     export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "fitted")
     export_adapter(ExportRequest(method="sum", adapters=[str(path)], base=str(base)), tmp_path / "sum")
@@ -401,9 +403,7 @@ def test_an_open_order_is_named_and_the_likelier_one_is_said(
     for run in ("fit", "compare"):
         said = Said()
         if run == "fit":
-            fit_mixing(
-                [str(path)], data, base=str(base), settings=FitSettings(passes=2), folder=tmp_path, progress=said
-            )
+            fit_mixing([str(path)], data, base=str(base), settings=FitSettings(passes=2), progress=said)
         else:
             settings = CompareSettings(("sum",))
             compare_adapters(data, adapters=[str(path)], base=str(base), settings=settings, progress=said)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from loracli.adapters.patterns import MAX_ITEMS, MAX_KEY, MAX_KEYS, MAX_PLACES, ModulePatterns, PatternError
+from loracli.adapters.patterns import _MAX_ITEMS, _MAX_KEY, _MAX_KEYS, _MAX_PLACES, ModulePatterns, PatternError
 from tests.steps import steps
 
 MODULES = (
@@ -236,11 +236,11 @@ def test_other_regular_expressions_are_not_read(key: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (["q"] + [f"q{i}" for i in range(MAX_KEYS)], f"has {MAX_KEYS + 1} keys"),
-        (["q" * (MAX_KEY + 1)], "longer than"),
+        (["q"] + [f"q{i}" for i in range(_MAX_KEYS)], f"has {_MAX_KEYS + 1} keys"),
+        (["q" * (_MAX_KEY + 1)], "longer than"),
         (["(a|b)" * 20], "too many alternatives"),
         ([f"(a|{'b' * 900})?{i}" + "(c|d)" * 8 for i in range(20)], "alternatives of together more than"),
-        ([".*" + "q" * 900 + str(i) for i in range(MAX_ITEMS // 900 + 1)], f"more than {MAX_ITEMS} characters"),
+        ([".*" + "q" * 900 + str(i) for i in range(_MAX_ITEMS // 900 + 1)], f"more than {_MAX_ITEMS} characters"),
     ],
     ids=["keys", "long", "alternatives", "together", "expressions"],
 )
@@ -251,7 +251,7 @@ def test_more_than_any_config_has_is_refused(keys: list[str], said: str) -> None
 
 def test_names_with_unescaped_dots_in_ever_other_places_are_still_matched() -> None:
     """Beyond the ways that are looked up by text."""
-    length = MAX_PLACES + 4
+    length = _MAX_PLACES + 4
     keys = ["a" * place + "." + "a" * (length - place - 1) for place in range(length)]
     for place, key in enumerate(keys):
         module = key.replace(".", "x")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
 from loracli.system.tensor_file import (
-    MAX_HEADER_BYTES,
+    _MAX_HEADER_BYTES,
     MAX_TENSORS,
     TensorFile,
     file_size,
@@ -117,9 +117,9 @@ def test_a_header_length_that_lies_is_refused(good: Path, tmp_path: Path, change
 def test_an_oversized_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "sparse.safetensors"
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", MAX_HEADER_BYTES + 1))
-        file.truncate(MAX_HEADER_BYTES + 100)
-    assert f"the header claims {MAX_HEADER_BYTES + 1} bytes" in refused(path)
+        file.write(struct.pack("<Q", _MAX_HEADER_BYTES + 1))
+        file.truncate(_MAX_HEADER_BYTES + 100)
+    assert f"the header claims {_MAX_HEADER_BYTES + 1} bytes" in refused(path)
 
 
 def test_too_many_tensors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

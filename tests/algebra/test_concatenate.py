@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from loracli.algebra.concatenate import concatenate, mix, pad_rank, relative_error
-from loracli.algebra.factors import Factors
+from loracli.algebra.factors import Factors, concatenate, mix, pad_rank, relative_error
 from tests.algebra.test_factors import random_factors
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loracli.algebra.basis import interference, shared_space
+from loracli.algebra.basis import _shared_space, interference
 from loracli.algebra.factors import Factors
 
 OUT, IN = 40, 60
@@ -52,7 +52,7 @@ def test_two_random_spaces_share_what_chance_gives_them() -> None:
     """The larger rank over the dimension, in the mean."""
     generator = torch.Generator().manual_seed(5)
     draws = [
-        shared_space(
+        _shared_space(
             torch.randn(50, 3, generator=generator).double(), torch.randn(50, 10, generator=generator).double()
         )
         for _ in range(200)

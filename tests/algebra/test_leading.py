@@ -25,7 +25,7 @@ def test_space_and_values_are_those_of_the_full_svd(decay: float, count: int, mo
     def no_dense(*_: object) -> None:
         raise AssertionError("all eigenvectors were computed")
 
-    monkeypatch.setattr(leading, "DENSE_SHARE", 0.9)
+    monkeypatch.setattr(leading, "_DENSE_SHARE", 0.9)
     original = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda m: no_dense() if m.shape[0] == 400 else original(m))
     values, vectors = leading_left(matrix, count)
@@ -48,7 +48,7 @@ def test_where_most_are_wanted_all_are_computed(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.9])
 def test_a_matrix_of_lower_rank_has_values_of_zero(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of the space is noise there, and must not bring the large values a second time."""
-    monkeypatch.setattr(leading, "DENSE_SHARE", share)
+    monkeypatch.setattr(leading, "_DENSE_SHARE", share)
     matrix = with_spectrum(200, 220, torch.tensor([3.0, 2.0] + 198 * [0.0]).double())
     values, vectors = leading_left(matrix, 4)
     assert values[:2].tolist() == pytest.approx([3.0, 2.0]) and float(values[2:].max()) < 1e-6

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from loracli.algebra.basis import projection
-from loracli.algebra.concatenate import concatenate, mix
-from loracli.algebra.factors import Factors
+from loracli.algebra.factors import Factors, concatenate, mix
 from tests.algebra.test_factors import random_factors
 
 UPDATES = [random_factors(rank, seed=rank, scaling=0.1 * 10.0**rank) for rank in (1, 2, 3)]

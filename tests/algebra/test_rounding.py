@@ -8,8 +8,7 @@ import math
 import pytest
 import torch
 
-from loracli.algebra.concatenate import concatenate
-from loracli.algebra.factors import Factors, core
+from loracli.algebra.factors import Factors, concatenate, core
 from loracli.algebra.rounding import error_in_core, rounded_concatenation, rounding_error
 from loracli.algebra.truncate import truncate
 from tests.algebra.test_factors import random_factors

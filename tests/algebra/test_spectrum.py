@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loracli.algebra.concatenate import concatenate
-from loracli.algebra.factors import Factors
+from loracli.algebra.factors import Factors, concatenate
 from loracli.algebra.truncate import rank_for_energy, rank_within, ranks_for_bytes, ranks_for_energy, spectrum
 from tests.algebra.test_factors import random_factors
 

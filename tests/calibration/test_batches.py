@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loracli.calibration.batches import Batch, make_batch, plan_batches
+from loracli.calibration.dataset import Batch, make_batch, plan_batches
 from loracli.calibration.render import Example
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loracli.calibration.records import MAX_LINE_BYTES, CalibrationFile, DataSource, read_records
+from loracli.calibration.records import _MAX_LINE_BYTES, CalibrationFile, DataSource, read_records
 from loracli.errors import CalibrationError
 from loracli.progress import Silent
 
@@ -204,8 +204,8 @@ def test_a_byte_order_mark_later_in_the_file_is_an_error_of_its_line(tmp_path: P
 def test_a_line_beyond_the_limit_is_refused_and_one_within_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert MAX_LINE_BYTES == 16 << 20
-    monkeypatch.setattr("loracli.calibration.records.MAX_LINE_BYTES", len(PC))
+    assert _MAX_LINE_BYTES == 16 << 20
+    monkeypatch.setattr("loracli.calibration.records._MAX_LINE_BYTES", len(PC))
     assert len(read(tmp_path, PC).records) == 1
     assert problems(write(tmp_path, PC, PC + " ")) == [
         f"val.jsonl:2: the line has {len(PC) + 1} bytes; at most {len(PC)} are read"

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from loracli.calibration.records import CalibrationFile, DataSource, Record
-from loracli.calibration.render import Example, render_file, template_sha256, tokens
+from loracli.calibration.render import Example, _template_sha256, _tokens, render_file
 from loracli.calibration.shapes import Shape
 from loracli.errors import CalibrationError
 from loracli.progress import Silent
@@ -388,7 +388,7 @@ def test_alpaca_goes_through_the_chat_template_if_there_is_one_and_says_so() -> 
     heard = Heard()
     rendered = render_file(alpaca(ASK, ANSWER), make_tokenizer(), max_length=500, progress=heard)
     assert rendered.examples == render_file(chats(turns(ASK, ANSWER)), make_tokenizer(), max_length=500).examples
-    assert rendered.template_sha256 == template_sha256(make_tokenizer())
+    assert rendered.template_sha256 == _template_sha256(make_tokenizer())
     assert heard.notes == ["val.jsonl: the Alpaca records are written with the base model's chat template"]
 
 
@@ -409,7 +409,7 @@ def test_alpaca_without_a_template_is_written_as_lines_and_says_so() -> None:
 def test_every_shape_of_conversation_is_rendered_alike(shape: Shape) -> None:
     rendered = render_file(file_of(shape, {"messages": turns(ASK, ANSWER)}), make_tokenizer(), max_length=500)
     assert rendered.examples == render_file(chats(turns(ASK, ANSWER)), make_tokenizer(), max_length=500).examples
-    assert rendered.template_sha256 == template_sha256(make_tokenizer())
+    assert rendered.template_sha256 == _template_sha256(make_tokenizer())
 
 
 def test_messages_without_a_chat_template_are_refused_with_the_way_out() -> None:
@@ -501,10 +501,10 @@ def test_examples_carry_the_weight_of_their_file_and_their_task() -> None:
 
 
 def test_the_hash_of_a_template_is_that_of_its_text() -> None:
-    assert template_sha256(make_tokenizer()) == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
-    assert template_sha256(make_tokenizer(chat_template=None)) is None
+    assert _template_sha256(make_tokenizer()) == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
+    assert _template_sha256(make_tokenizer(chat_template=None)) is None
     several = make_tokenizer(chat_template={"tool_use": "b", "default": "a"})  # type: ignore[arg-type]
-    assert template_sha256(several) == hashlib.sha256(b'{"default": "a", "tool_use": "b"}').hexdigest()
+    assert _template_sha256(several) == hashlib.sha256(b'{"default": "a", "tool_use": "b"}').hexdigest()
 
 
 def test_a_tokenizer_that_puts_a_space_before_texts_puts_none_before_the_completion() -> None:
@@ -522,6 +522,6 @@ def test_a_regular_expression_that_goes_back_too_often_ends_in_one_error() -> No
     tokenizer = Tokenizer(models.WordLevel({"x": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    assert tokens(fast, "aaa!") == [1]
+    assert _tokens(fast, "aaa!") == [1]
     with pytest.raises(CalibrationError, match="gives up on a text of 41 characters"):
-        tokens(fast, "a" * 40 + "!")
+        _tokens(fast, "a" * 40 + "!")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loracli.calibration.records import DataSource, parse_source, parse_sources, read_records
+from loracli.calibration.records import DataSource, _parse_source, parse_sources, read_records
 from loracli.errors import UsageError
 
 
@@ -29,19 +29,19 @@ from loracli.errors import UsageError
     ],
 )
 def test_a_number_after_the_last_colon_is_a_weight(text: str, path: str | None, weight: float) -> None:
-    assert parse_source(text) == DataSource(None if path is None else Path(path), weight)
+    assert _parse_source(text) == DataSource(None if path is None else Path(path), weight)
 
 
 def test_a_file_of_exactly_that_name_is_the_file(tmp_path: Path) -> None:
     (tmp_path / "val:2").write_text("")
-    assert parse_source(tmp_path / "val:2") == DataSource(tmp_path / "val:2")
-    assert parse_source(f"{tmp_path}/val:2:3") == DataSource(tmp_path / "val:2", 3.0)
+    assert _parse_source(tmp_path / "val:2") == DataSource(tmp_path / "val:2")
+    assert _parse_source(f"{tmp_path}/val:2:3") == DataSource(tmp_path / "val:2", 3.0)
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1e7", "1e-7"])
 def test_a_weight_out_of_range_is_refused(weight: str) -> None:
     with pytest.raises(UsageError, match="is not between 1e-06 and 1e\\+06"):
-        parse_source(f"val.jsonl:{weight}")
+        _parse_source(f"val.jsonl:{weight}")
 
 
 def test_one_path_or_several_are_taken_and_none_or_one_twice_are_not(tmp_path: Path) -> None:

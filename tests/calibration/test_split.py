@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from loracli.calibration.dataset import MIN_HELD_OUT, held_out_count, shuffled, split_files, split_records
+from loracli.calibration.dataset import MIN_HELD_OUT, _held_out_count, _split_files, shuffled, split_records
 from loracli.calibration.records import Record
 
 
@@ -109,7 +109,7 @@ def test_who_is_held_out_is_as_good_as_random() -> None:
 )
 def test_a_share_is_held_out_at_least_twenty_and_at_most_half(count: int, share: float, expected: int) -> None:
     assert MIN_HELD_OUT == 20
-    assert held_out_count(count, share) == expected
+    assert _held_out_count(count, share) == expected
 
 
 # Several files.
@@ -118,14 +118,14 @@ def test_a_share_is_held_out_at_least_twenty_and_at_most_half(count: int, share:
 def test_one_file_is_split_as_it_is_alone() -> None:
     for count in (100, 41, 30, 3, 2):
         for share in (0.01, 0.2, 0.9):
-            alone = split_records(records(MANY[:count]), held_out_count(count, share), seed=3)
-            assert split_files([records(MANY[:count])], share, seed=3) == ([alone[0]], [alone[1]])
+            alone = split_records(records(MANY[:count]), _held_out_count(count, share), seed=3)
+            assert _split_files([records(MANY[:count])], share, seed=3) == ([alone[0]], [alone[1]])
 
 
 def test_every_file_stands_on_both_sides_by_its_size() -> None:
     files = [records([f"{name} {i}" for i in range(count)], name) for name, count in (("a", 100), ("b", 40), ("c", 2))]
     for seed in range(10):
-        kept, held = split_files(files, 0.2, seed=seed)
+        kept, held = _split_files(files, 0.2, seed=seed)
         assert [len(side) for side in held] == [21, 9, 1]  # 29 of 142, by size, rounded up
         for file, *sides in zip(files, kept, held, strict=True):
             assert sorted((r for side in sides for r in side), key=lambda r: r.line) == file
@@ -133,14 +133,14 @@ def test_every_file_stands_on_both_sides_by_its_size() -> None:
 
 def test_small_files_together_hold_out_what_one_file_of_all_would() -> None:
     files = [records([f"{name} {i}" for i in range(40)], name) for name in "abcde"]
-    assert sum(len(side) for side in split_files(files, 0.2, seed=0)[1]) == held_out_count(200, 0.2) == 40
+    assert sum(len(side) for side in _split_files(files, 0.2, seed=0)[1]) == _held_out_count(200, 0.2) == 40
 
 
 def test_equal_records_of_different_files_never_stand_on_both_sides() -> None:
     generator = random.Random(0)
     for seed in range(50):
         files = [records(generator.choices(MANY[:60], k=count), str(count)) for count in (90, 30, 50)]
-        kept, held = split_files(files, 0.2, seed=seed)
+        kept, held = _split_files(files, 0.2, seed=seed)
         assert not {t for side in kept for t in texts_of(side)} & {t for side in held for t in texts_of(side)}
         assert all(len(one) + len(other) == len(file) for one, other, file in zip(kept, held, files, strict=True))
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loracli.calibration import template_process
-from loracli.calibration.render import MAX_PROBLEMS, Conversations, TurnNotWritten, render_file
+from loracli.calibration.render import _MAX_PROBLEMS, Conversations, TurnNotWritten, render_file
 from loracli.errors import CalibrationError
 from tests.calibration.test_render import Heard, chats, file_of, ids_of, one, scored_text, turns
 from tests.tiny import CHAT_TEMPLATE, make_tokenizer
@@ -217,12 +217,12 @@ def test_a_template_without_end_is_one_error_and_the_next_one_works(
 
 def test_the_error_text_of_a_template_is_cut_and_kept_for_a_few_records() -> None:
     template = "{{ raise_exception('x' * 3000000) }}"
-    count = MAX_PROBLEMS + 5
+    count = _MAX_PROBLEMS + 5
     with pytest.raises(CalibrationError, match=f"{count} of {count} records") as caught:
         render_file(chats(*[turns(ASK, ANSWER)] * count), make_tokenizer(chat_template=template), max_length=500)
     *problems, rest = caught.value.problems
-    assert rest == "... and 5 more" and len(problems) == MAX_PROBLEMS
-    assert {problem.count("x") for problem in problems} == {template_process.MAX_REASON}
+    assert rest == "... and 5 more" and len(problems) == _MAX_PROBLEMS
+    assert {problem.count("x") for problem in problems} == {template_process._MAX_REASON}
 
 
 def test_an_answer_of_the_process_is_read_no_further_than_it_may_be_long(monkeypatch: pytest.MonkeyPatch) -> None:

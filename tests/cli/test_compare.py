@@ -127,7 +127,7 @@ def test_a_comparison_that_is_stopped_leaves_nothing(few: Path, monkeypatch: pyt
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    place = {"read": "load_base", "loaded": "candidates", "scored": "comparison_of"}[stage]
+    place = {"read": "open_session", "loaded": "candidates", "scored": "comparison_of"}[stage]
     monkeypatch.setattr(f"loracli.comparison.compare.{place}", stop)
     before = tree(few)
     result = run(*ALONE, "--methods", "sum", "--json")

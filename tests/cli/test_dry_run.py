@@ -52,10 +52,10 @@ def test_a_fit_that_would_be_refused_is_refused_in_a_dry_run(here: Path) -> None
 def test_a_fit_says_beforehand_that_memory_will_not_do(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = document(*FIT, "--dry-run")["plan"]["memory_bytes"]
     for share, code in ((2.0, 0), (0.01, 6)):
-        monkeypatch.setattr("loracli.model.session.available_memory", lambda *_, s=share, **__: int(s * needed))
+        monkeypatch.setattr("loracli.model.session._available_memory", lambda *_, s=share, **__: int(s * needed))
         assert run(*FIT, "--dry-run").exit_code == code
     assert "free on cpu" in run(*FIT, "--dry-run").stderr
-    monkeypatch.setattr("loracli.model.session.available_memory", lambda *_, **__: int(0.95 * needed))
+    monkeypatch.setattr("loracli.model.session._available_memory", lambda *_, **__: int(0.95 * needed))
     plan = document(*FIT, "--dry-run")["plan"]
     assert plan["checkpointing"] and plan["memory_bytes"] < needed
 

@@ -65,7 +65,6 @@ def recipe(data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]) -> Path
         eval_data=data / "test.jsonl",
         base=str(tiny_base),
         settings=QUICK,
-        folder=data,
     )
     fitted.save(data / "recipe.json")
     return data / "recipe.json"
@@ -336,7 +335,6 @@ def test_the_fit_of_every_kind_of_mixing_scores_what_its_export_scores_with_stoc
             eval_data=data / "test.jsonl",
             base=str(tiny_base),
             settings=replace(QUICK, mixing=mixing),
-            folder=tmp_path,
         )
         fitted.save(tmp_path / f"{mixing}.json")
         found = compare(data, tiny_base, recipe=tmp_path / f"{mixing}.json", settings=CompareSettings(("sum",)))

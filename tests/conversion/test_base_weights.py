@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from loracli.conversion.read import BaseWeights
 from loracli.errors import BaseModelMismatch
-from loracli.model.checkpoint import INDEX_FILE, SINGLE_FILE
+from loracli.model.checkpoint import _SINGLE_FILE, INDEX_FILE
 from tests.tiny import make_base
 
 
@@ -35,7 +35,7 @@ def test_every_parameter_of_the_loaded_model_is_found(tmp_path: Path, kind: str,
 
 def test_names_without_the_models_prefix_are_found(tmp_path: Path) -> None:
     """GPT-2's own files say h.0 for transformer.h.0."""
-    path = make_base(tmp_path, "gpt2") / SINGLE_FILE
+    path = make_base(tmp_path, "gpt2") / _SINGLE_FILE
     tensors = load_file(path)
     save_file({name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}, path)
     weights = BaseWeights(tmp_path, prefix="transformer", tied={"lm_head.weight": "transformer.wte.weight"})
@@ -54,7 +54,7 @@ def refused(folder: Path, match: str, name: str = "a") -> None:
 
 def test_what_is_no_weight_to_compute_with_is_refused(tmp_path: Path) -> None:
     save_file(
-        {"a": torch.tensor([[1.0, float("inf")]]), "b": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / SINGLE_FILE
+        {"a": torch.tensor([[1.0, float("inf")]]), "b": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / _SINGLE_FILE
     )
     refused(tmp_path, "infinite")
     refused(tmp_path, "dtype I8", "b")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loracli.adapters.adapter import read_adapter
-from loracli.conversion.convert import Converted, convert_adapter
+from loracli.conversion.convert import Converted, ConvertRequest, convert_adapter
 from loracli.errors import (
     BaseModelMismatch,
     IncompatibleAdapters,
@@ -89,7 +89,7 @@ def test_what_the_base_is_enough_for_computes_the_same_as_the_trained_model(
 ) -> None:
     trained = train(tmp_path / "adapter", tiny_base, **config)
     rank = FULL if "use_dora" in config else None
-    made = convert_adapter(str(trained.path), tmp_path / "out", base=str(tiny_base), rank=rank)
+    made = convert_adapter(ConvertRequest(str(trained.path), base=str(tiny_base), rank=rank), tmp_path / "out")
     check_same_model(trained, tiny_base, made)
     assert made.exported.layout.rank == (rank or 8)  # twice the adapter's, without DoRA
     assert made.relative_error < 1e-6
@@ -109,7 +109,7 @@ def test_a_conv1d_stores_its_weight_the_other_way_round(
 ) -> None:
     trained = train(tmp_path / "adapter", gpt2, targets=targets, fan_in_fan_out=True, **config)
     rank = FULL if "use_dora" in config else None
-    made = convert_adapter(str(trained.path), tmp_path / "out", base=str(gpt2), rank=rank)
+    made = convert_adapter(ConvertRequest(str(trained.path), base=str(gpt2), rank=rank), tmp_path / "out")
     check_same_model(trained, gpt2, made, transposed=True)
 
 
@@ -117,7 +117,7 @@ def test_dora_on_an_embedding_and_on_the_head_of_tied_weights(tmp_path: Path) ->
     """The vocabulary is the embedding's input dimension, that the norm goes over."""
     base = make_base(tmp_path / "base", "llama-tied")
     trained = train(tmp_path / "adapter", base, targets=("embed_tokens", "q_proj"), use_dora=True)
-    made = convert_adapter(str(trained.path), tmp_path / "out", base=str(base), rank=FULL)
+    made = convert_adapter(ConvertRequest(str(trained.path), base=str(base), rank=FULL), tmp_path / "out")
     assert (logits(reload(base, made.exported.path)) - trained.logits).abs().max() < 2e-4
     found = written(tmp_path / "out")["model.embed_tokens"]
     assert torch.allclose(found.T, trained.changes["model.embed_tokens"], atol=2e-5)
@@ -146,16 +146,16 @@ def test_with_the_adapter_before_its_training_no_weight_of_the_base_is_read(
     config = {"init_lora_weights": kind}
     trained = train(tmp_path / "adapter", tiny_base, initial="before", prepare=prepare, **config)
     with pytest.raises(UnsupportedAdapter, match="cannot be computed again") as caught:
-        convert_adapter(str(trained.path), tmp_path / "out", base=str(tiny_base))
+        convert_adapter(ConvertRequest(str(trained.path), base=str(tiny_base)), tmp_path / "out")
     assert "--initial" in str(caught.value.hint)
-    made = convert_adapter(str(trained.path), tmp_path / "out", initial=str(trained.path / "before"))
+    made = convert_adapter(ConvertRequest(str(trained.path), initial=str(trained.path / "before")), tmp_path / "out")
     check_same_model(trained, tiny_base, made)
     assert made.uncertainty == 0.0
     assert read_adapter(str(tmp_path / "out")).config.base_model == BASE_ID
 
 
 def test_the_initial_adapter_is_found_where_pefts_examples_save_it(tmp_path: Path, pissa: Trained) -> None:
-    made = convert_adapter(str(pissa.path), tmp_path / "out")
+    made = convert_adapter(ConvertRequest(str(pissa.path)), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "loracat.json").read_text())["conversion"]["initial"] == "given"
     for name, matrix in written(made.exported.path).items():
         assert torch.allclose(matrix, pissa.changes[name], atol=2e-5)
@@ -168,10 +168,10 @@ def test_the_initial_adapter_helps_where_the_config_hides_the_initialisation(
     shutil.copytree(pissa.path, tmp_path / "adapter")
     edit(tmp_path / "adapter", init_lora_weights=True)
     with pytest.raises(UsageError, match="plain LoRA already") as caught:
-        convert_adapter(str(tmp_path / "adapter"), tmp_path / "out", base=str(tiny_base))
+        convert_adapter(ConvertRequest(str(tmp_path / "adapter"), base=str(tiny_base)), tmp_path / "out")
     assert "--initial" in str(caught.value.hint)
     made = convert_adapter(
-        str(tmp_path / "adapter"), tmp_path / "out", initial=str(tmp_path / "adapter" / "pissa_init")
+        ConvertRequest(str(tmp_path / "adapter"), initial=str(tmp_path / "adapter" / "pissa_init")), tmp_path / "out"
     )
     check_same_model(pissa, tiny_base, made)
 
@@ -187,7 +187,7 @@ def edit(folder: Path, **fields: Any) -> None:
 def test_dora_at_a_rank_is_the_best_approximation_and_its_error_that_of_the_dense_matrix(
     tmp_path: Path, tiny_base: Path, dora: Trained
 ) -> None:
-    made = convert_adapter(str(dora.path), tmp_path / "out", base=str(tiny_base), rank=5)
+    made = convert_adapter(ConvertRequest(str(dora.path), base=str(tiny_base), rank=5), tmp_path / "out")
     certificates = {module.name: module for module in made.exported.certificate.modules}
     lost = size = 0.0
     for name, matrix in written(tmp_path / "out").items():
@@ -208,7 +208,7 @@ def test_a_tolerance_takes_the_smallest_rank_of_each_module_that_keeps_it(
     tmp_path: Path, tiny_base: Path, name: str, request: pytest.FixtureRequest
 ) -> None:
     trained: Trained = request.getfixturevalue(name)
-    made = convert_adapter(str(trained.path), tmp_path / "out", base=str(tiny_base), tolerance=0.15)
+    made = convert_adapter(ConvertRequest(str(trained.path), base=str(tiny_base), tolerance=0.15), tmp_path / "out")
     for module in made.exported.certificate.modules:
         s = torch.linalg.svdvals(trained.changes[module.name]).square()
         errors = [(float(s[k:].sum()) / float(s.sum())) ** 0.5 for k in range(len(s) + 1)]
@@ -221,11 +221,11 @@ def test_a_tolerance_takes_the_smallest_rank_of_each_module_that_keeps_it(
 def test_dora_without_a_rank_is_within_a_tenth_or_refused(
     tmp_path: Path, tiny_base: Path, dora: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = convert_adapter(str(dora.path), tmp_path / "out", base=str(tiny_base))
+    made = convert_adapter(ConvertRequest(str(dora.path), base=str(tiny_base)), tmp_path / "out")
     assert 0.01 < made.exported.certificate.largest_error <= 0.1
     monkeypatch.setattr("loracli.conversion.convert.DEFAULT_MOST", 2)
     with pytest.raises(UsageError, match=r"rank 2 has a relative error of \d+.\d%, more than 10%") as caught:
-        convert_adapter(str(dora.path), tmp_path / "no", base=str(tiny_base))
+        convert_adapter(ConvertRequest(str(dora.path), base=str(tiny_base)), tmp_path / "no")
     assert "--rank" in str(caught.value.hint)
     assert not (tmp_path / "no").exists()
 
@@ -233,7 +233,7 @@ def test_dora_without_a_rank_is_within_a_tenth_or_refused(
 def test_in_bfloat16_the_rounding_is_on_the_scale_of_the_change(tmp_path: Path, tiny_base: Path) -> None:
     """Factors side by side, as PEFT converts, would be rounded on the scale of what cancels: a hundred times more."""
     trained = train(tmp_path / "adapter", tiny_base, init_lora_weights="pissa", initial="pissa_init", rate=1e-4)
-    made = convert_adapter(str(trained.path), tmp_path / "out", dtype="bfloat16")
+    made = convert_adapter(ConvertRequest(str(trained.path), dtype="bfloat16"), tmp_path / "out")
     before, after = (
         load_file(folder / "adapter_model.safetensors") for folder in (trained.path / "pissa_init", trained.path)
     )
@@ -251,7 +251,7 @@ def test_two_conversions_are_the_same_bytes_and_say_where_they_come_from(
     tmp_path: Path, tiny_base: Path, dora: Trained
 ) -> None:
     for name in ("one", "two"):
-        convert_adapter(str(dora.path), tmp_path / name, base=str(tiny_base), rank=3)
+        convert_adapter(ConvertRequest(str(dora.path), base=str(tiny_base), rank=3), tmp_path / name)
     for file in ("adapter_model.safetensors", "adapter_config.json", "loracat.json", "README.md"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     document = json.loads((tmp_path / "one" / "loracat.json").read_text())
@@ -270,7 +270,7 @@ def test_two_conversions_are_the_same_bytes_and_say_where_they_come_from(
 def refused(kind: type[Exception], match: str, adapter: Path, folder: Path, **options: Any) -> str:
     """The hint of the refusal."""
     with pytest.raises(kind, match=match) as caught:
-        convert_adapter(str(adapter), folder / "refused", **options)
+        convert_adapter(ConvertRequest(str(adapter), **options), folder / "refused")
     assert type(caught.value) is kind
     assert not (folder / "refused").exists()
     return str(getattr(caught.value, "hint", None))
@@ -284,7 +284,7 @@ def test_options_that_contradict_each_other_or_say_nothing(tmp_path: Path, tiny_
     refused(UsageError, "not one of", dtype="int8", **given)
     (tmp_path / "taken").mkdir()
     with pytest.raises(OutputExists):
-        convert_adapter(str(dora.path), tmp_path / "taken", base=str(tiny_base))
+        convert_adapter(ConvertRequest(str(dora.path), base=str(tiny_base)), tmp_path / "taken")
     plain = make_adapter(tmp_path / "plain", tiny_base)
     refused(UsageError, "plain LoRA already", plain, tmp_path, base=str(tiny_base))
 
@@ -380,6 +380,6 @@ def test_a_copy_of_the_base_inside_the_adapter_has_to_follow_from_the_base(tmp_p
             u, s, vh = torch.linalg.svd(weight, full_matrices=False)
             kept = weight - (u[:, :4] * s[:4]) @ vh[:4]
         save_file(tensors | {f"base_model.model.{own}.base_layer.weight": kept.contiguous()}, path)
-        convert_adapter(str(trained.path), tmp_path / f"{target}-out", base=str(tiny_base), rank=8)
+        convert_adapter(ConvertRequest(str(trained.path), base=str(tiny_base), rank=8), tmp_path / f"{target}-out")
         save_file(tensors | {f"base_model.model.{own}.base_layer.weight": kept + 0.01}, path)
         refused(BaseModelMismatch, "its own matrix", trained.path, tmp_path, base=str(tiny_base), rank=8)

@@ -176,7 +176,7 @@ def repeated(folder: Path) -> None:
 def test_a_file_that_unfolds_to_more_than_its_size_explains_is_refused(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, bomb: Callable[[Path], None]
 ) -> None:
-    monkeypatch.setattr(from_pickle, "MORE_MEMORY", 96 << 20)
+    monkeypatch.setattr(from_pickle, "_MORE_MEMORY", 96 << 20)
     (folder / "adapter_model.safetensors").unlink()
     bomb(folder)
     before = tree(tmp_path)
@@ -188,7 +188,7 @@ def test_a_file_that_unfolds_to_more_than_its_size_explains_is_refused(
 
 def test_a_process_that_does_not_end_is_ended(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pickled(folder)
-    monkeypatch.setattr(from_pickle, "SECONDS", 0)
+    monkeypatch.setattr(from_pickle, "_SECONDS", 0)
     with pytest.raises(MalformedAdapter, match="took more time or memory than its size explains"):
         convert_pickle(str(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from loracli.conversion.initialisation import initial_update
+from loracli.conversion.source import _initial_update
 
 
 def taken_by_peft(weight: Tensor, kind: str, rank: int, alpha: float) -> Tensor:
@@ -23,7 +23,7 @@ def taken_by_peft(weight: Tensor, kind: str, rank: int, alpha: float) -> Tensor:
 def test_it_is_what_peft_takes(kind: str, shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     for rank, alpha in ((1, 1.0), (5, 12.0), (24, 24.0)):
-        found = initial_update(kind, weight, rank, alpha / rank)
+        found = _initial_update(kind, weight, rank, alpha / rank)
         assert found is not None
         difference = float((found.factors.delta_weight() - taken_by_peft(weight, kind, rank, alpha)).norm())
         assert difference < 1e-5 * float(weight.norm()) * alpha / rank
@@ -31,7 +31,7 @@ def test_it_is_what_peft_takes(kind: str, shape: tuple[int, int]) -> None:
 
 def test_what_needs_chance_or_data_is_not_computed() -> None:
     for kind in ("pissa_niter_4", "corda", "lora_ga"):
-        assert initial_update(kind, torch.randn(6, 6), 2, 1.0) is None
+        assert _initial_update(kind, torch.randn(6, 6), 2, 1.0) is None
 
 
 @pytest.mark.parametrize("gap", [1.0, 1e-2, 1e-4])
@@ -42,7 +42,7 @@ def test_the_uncertainty_of_pissa_follows_the_gap_of_the_singular_values(gap: fl
     v = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64)).Q
     s = torch.cat([torch.linspace(4, 2, 8), torch.linspace(2 - gap, 0.5, 56)]).double()
     weight = ((u * s) @ v.T).float()
-    found = initial_update("pissa", weight, 8, 1.0)
+    found = _initial_update("pissa", weight, 8, 1.0)
     assert found is not None
     difference = float((found.factors.delta_weight() - taken_by_peft(weight, "pissa", 8, 8.0)).norm())
     assert difference < 4 * found.uncertainty
@@ -51,13 +51,13 @@ def test_the_uncertainty_of_pissa_follows_the_gap_of_the_singular_values(gap: fl
 
 def test_the_uncertainty_of_olora_follows_the_condition_of_the_first_columns() -> None:
     weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(1))
-    sure = initial_update("olora", weight, 4, 1.0)
+    sure = _initial_update("olora", weight, 4, 1.0)
     weight[:, 3] = weight[:, 2] + 1e-5 * weight[:, 3]
-    unsure = initial_update("olora", weight, 4, 1.0)
+    unsure = _initial_update("olora", weight, 4, 1.0)
     assert sure is not None and unsure is not None
     assert sure.uncertainty < 1e-4 and unsure.uncertainty > 1e-2
 
 
 def test_a_rank_that_the_weight_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="no rank 7"):
-        initial_update("pissa", torch.randn(6, 9), 7, 1.0)
+        _initial_update("pissa", torch.randn(6, 9), 7, 1.0)

@@ -34,7 +34,7 @@ def values(model: Any, file: CalibrationFile, metric: TaskMetric, *, max_length:
     places = [record.place for record in file.records]
     scorer = make_scorer(metric, [file], places, tokenizer, max_length=max_length, batch_tokens=256)
     examples = render_file(file, tokenizer, max_length=max_length).examples
-    from loracli.calibration.batches import plan_batches
+    from loracli.calibration.dataset import plan_batches
 
     with attach(model, (), ()) as attached:
         return list(scorer(make_objective(attached, plan_batches(examples, batch_tokens=256)[0])).tolist())

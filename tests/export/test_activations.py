@@ -24,9 +24,10 @@ from loracli.errors import IntegrityError, OutputExists, RecipeError, UsageError
 from loracli.export.activations import moments_of, recorded_moments
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
-from loracli.fitting.activations import MOST_RECORDS, _watched, chosen_records
+from loracli.fitting.activations import _MOST_RECORDS, _watched, chosen_records
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
+from loracli.model.placement import Placement
 from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.recipe import load_recipe
 from loracli.recipe.record import activations_path
@@ -147,7 +148,7 @@ def fitted(
     data = write_jsonl(folder / "val.jsonl", random_records(50))
     settings = FitSettings(mixing=request.param, passes=3)
     adapters = [str(path) for path in two_adapters]
-    recipe = fit_mixing(adapters, data, base=str(tiny_base), settings=settings, folder=folder, dtype="float32")
+    recipe = fit_mixing(adapters, data, base=str(tiny_base), settings=settings, placement=Placement(dtype="float32"))
     recipe.save(folder / "recipe.json")
     return folder / "recipe.json"
 
@@ -237,19 +238,19 @@ def test_an_older_recipe_is_refused_with_the_way_out_and_exported_otherwise(fitt
 def test_a_fit_looks_at_so_many_records_and_no_more_and_at_the_same_ones() -> None:
     examples = [Example(f"val.jsonl:{n}", (1, 2), (False, True)) for n in range(500)]
     chosen = chosen_records(examples, seed=3)
-    assert len(set(chosen)) == MOST_RECORDS == 64 and chosen == chosen_records(examples, seed=3)
+    assert len(set(chosen)) == _MOST_RECORDS == 64 and chosen == chosen_records(examples, seed=3)
     assert chosen != chosen_records(examples, seed=4)
 
 
 def test_moments_that_would_be_too_large_are_left_out_and_that_is_said(
     tiny_base: Path, two_adapters: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loracli.fitting.activations.MOST_BYTES", 1)
+    monkeypatch.setattr("loracli.fitting.activations._MOST_BYTES", 1)
     data, listener = write_jsonl(tmp_path / "val.jsonl", random_records(44)), Listener()
     settings = FitSettings(mixing="adapter", passes=2)
     adapters = [str(path) for path in two_adapters]
     recipe = fit_mixing(
-        adapters, data, base=str(tiny_base), settings=settings, folder=tmp_path, dtype="float32", progress=listener
+        adapters, data, base=str(tiny_base), settings=settings, progress=listener, placement=Placement(dtype="float32")
     )
     assert recipe.activations is None
     assert any("left out of the recipe" in line and "--fit-data" in line for line in listener.said)

@@ -16,7 +16,7 @@ import huggingface_hub.constants
 import pytest
 import yaml
 
-from loracli.adapters.claims import MAX_FRONT_MATTER, MAX_README_BYTES, read_front_matter
+from loracli.adapters.claims import _MAX_FRONT_MATTER, _MAX_README_BYTES, read_front_matter
 from loracli.errors import MalformedAdapter
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
@@ -82,10 +82,10 @@ def test_metadata_is_read_within_limits_and_as_text(tmp_path: Path) -> None:
         path.write_text(text)
         assert read_front_matter(path) == {}
     for data, said in (
-        (b"---\n" + b"#" * MAX_FRONT_MATTER + b"\n---\n", "characters of metadata"),
-        (b"#" * (MAX_README_BYTES + 1), "is larger"),
+        (b"---\n" + b"#" * _MAX_FRONT_MATTER + b"\n---\n", "characters of metadata"),
+        (b"#" * (_MAX_README_BYTES + 1), "is larger"),
         (b"---\n\xff\n---\n", "not UTF-8"),
-        (b"---\n- a\n---\n", "no mapping"),
+        (b"---\n- a\n---\n", "not a mapping"),
         (b"---\n{a: }}\n---\n", "not valid YAML"),
         (b"---\n? [a]\n: b\n---\n", "not valid YAML"),
     ):

@@ -60,6 +60,6 @@ def test_lora_bias_beside_what_peft_gives_none_is_refused_for_every_reader(
 ) -> None:
     module = BaseModule(name, kind, 8, 8, 2 if kind == "experts" else 0)  # type: ignore[arg-type]
     ranks = {f"{name}[0]": 1, f"{name}[1]": 1} if kind == "experts" else {name: 1}
-    with pytest.raises(UsageError, match="biased has lora_bias, which PEFT has not beside") as caught:
+    with pytest.raises(UsageError, match="biased has lora_bias, which PEFT does not support beside") as caught:
         choose_layout([module], ranks, profile, rank=None, lora_bias="biased")
     assert caught.value.what.endswith(said)

@@ -28,7 +28,7 @@ from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
 from loracli.recipe.record import RecipeMixing
 from loracli.system.files import CORES_FILE
-from loracli.verifying.origin import EVIDENCE
+from loracli.verifying.origin import _EVIDENCE
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl
@@ -173,7 +173,7 @@ def test_verify_computes_a_refit_of_chosen_ranks_again(made: Planted, tmp_path: 
     exported = made.refitted(tmp_path / "out", rank=None, energy=0.8, profile="peft", dtype="bfloat16")
     assert exported.refit is not None and exported.refit.kept == "refit"
     found = verify_directory(tmp_path / "out", adapters=[str(path) for path in made.paths])
-    assert [skipped.what for skipped in found.not_checked] == [EVIDENCE, "that the refit found the best cores"]
+    assert [skipped.what for skipped in found.not_checked] == [_EVIDENCE, "that the refit found the best cores"]
     assert found.tensors == len(load_file(tmp_path / "out" / WEIGHTS))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loracli.adapters.config import MAX_RANK, read_config
+from loracli.adapters.config import _MAX_RANK, read_config
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 from tests.faults.trials import Tally
 
@@ -74,7 +74,7 @@ def test_a_spoilt_field_is_refused_by_name_or_read_within_its_range(
             assert named or error.hint, (field, str(error))
             tally.add("spoilt configs", type(error).__name__)
             continue
-        assert 1 <= config.rank <= MAX_RANK
+        assert 1 <= config.rank <= _MAX_RANK
         assert all(math.isfinite(value) for value in (config.lora_alpha, config.scaling_of("q_proj")))
         tally.add("spoilt configs", "read")
     assert CANARY not in sys.modules

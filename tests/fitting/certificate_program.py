@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.render import Example
-from loracli.fitting.certificate import record_gradients
+from loracli.fitting.certificate import _record_gradients
 from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.fitting.processes import ALONE, Processes, connect
 from loracli.model.attach import attach
 from loracli.model.base import load_base
 from loracli.model.loss import Objective
-from loracli.model.placement import checkpointed
 from loracli.model.reference import BaseReference
+from loracli.model.session import _checkpointed
 from loracli.system.machine import read_launch
 
 
@@ -40,12 +40,12 @@ def table(model: Any, adapters: list[LoraAdapter], processes: Processes, *, reco
     mixing = make_diagonal(layout, "module")
     theta = torch.linspace(-0.5, 1, mixing.numbers, dtype=torch.float64)
     rows = torch.zeros(len(records), 2 + 2 * mixing.numbers, dtype=torch.float64)
-    around: Any = checkpointed(model) if recompute else nullcontext()
+    around: Any = _checkpointed(model) if recompute else nullcontext()
     with attach(model, adapters, layout.modules) as attached, around:
         objective = Objective(attached, model.get_output_embeddings(), own_head=True)
 
         def work(batch: Batch) -> Tensor:
-            return record_gradients(objective, mixing, theta, batch, records, seed=0).rows().flatten()
+            return _record_gradients(objective, mixing, theta, batch, records, seed=0).rows().flatten()
 
         for batch, part in processes.in_order(plan_batches(records, batch_tokens=40), work):
             rows[list(batch.indices)] = part.view(len(batch.indices), -1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import Batch
+from loracli.calibration.dataset import Batch
 from loracli.calibration.render import Example
 from loracli.fitting.criterion import Fold, loss_criterion
 from loracli.fitting.engine import Engine

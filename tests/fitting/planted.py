@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.render import Example
 from loracli.evaluation.statistics import static_points
 from loracli.fitting.criterion import Fold, loss_criterion

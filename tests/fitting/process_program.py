@@ -93,7 +93,7 @@ def at_the_end(processes: Processes) -> None:
 
 def unheard(processes: Processes) -> None:
     """The first process is busy for longer than the other waits for it."""
-    module.PATIENCE = timedelta(seconds=0.5)
+    module._PATIENCE = timedelta(seconds=0.5)
     if processes.rank == 1:
         raise NonFiniteLoss("nobody hears this")
     time.sleep(2)
@@ -102,7 +102,7 @@ def unheard(processes: Processes) -> None:
 
 def stuck(processes: Processes) -> None:
     """As in a sharded model: the first process waits, in its forward, for the other to take part."""
-    module.PATIENCE = timedelta(seconds=0.5)
+    module._PATIENCE = timedelta(seconds=0.5)
     held.append(torch.distributed.group.WORLD)  # as a sharded model holds it
 
     def forward(item: int) -> torch.Tensor:

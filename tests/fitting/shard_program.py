@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import Batch, make_batch
+from loracli.calibration.dataset import Batch, make_batch
 from loracli.calibration.render import Example
 from loracli.errors import UsageError
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.processes import connect
 from loracli.model.attach import AttachedModel, attach
-from loracli.model.base import BaseModel, check_fits, load_base
+from loracli.model.base import BaseModel, _whole, check_fits, load_base
 from loracli.model.loss import Objective
 from loracli.model.modules import base_modules
-from loracli.model.placement import checkpointed, whole
 from loracli.model.reference import BaseReference
+from loracli.model.session import _checkpointed
 from loracli.system.machine import read_launch
 
 
@@ -36,7 +36,7 @@ def run(base: BaseModel, adapters: list[LoraAdapter], rank: int, *, recompute: b
     modules = make_layout(adapters).modules
     weights = torch.linspace(-0.5, 1, len(modules) * 2).view(-1, 2).requires_grad_(True)
     results = []
-    around: Any = checkpointed(base.model) if recompute else nullcontext()
+    around: Any = _checkpointed(base.model) if recompute else nullcontext()
     with attach(base.model, adapters, modules) as attached, around:
         objective = Objective(attached, base.model.get_output_embeddings(), own_head=True)
         for step in range(2):
@@ -68,7 +68,7 @@ def main(folder: Path) -> None:
         outcome = {
             "modules": base_modules(sharded.model, adapters) == base_modules(plain.model, adapters),
             "local": list(weight.to_local().shape),
-            "whole": torch.equal(whole(weight), plain.model.get_submodule("model.layers.0.self_attn.q_proj").weight),
+            "whole": torch.equal(_whole(weight), plain.model.get_submodule("model.layers.0.self_attn.q_proj").weight),
         }
         for recompute in (False, True):
             pairs = [run(base, adapters, processes.rank, recompute=recompute) for base in (plain, sharded)]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.algebra.basis import canonical_stack
-from loracli.calibration.batches import make_batch
+from loracli.calibration.dataset import make_batch
 from loracli.calibration.render import Example
 from loracli.fitting.mixing import make_layout, make_mixing
 from loracli.model.attach import attach
@@ -95,7 +95,7 @@ def test_leaving_the_context_leaves_no_trace_even_after_an_error(
 
 # These two normalise in float64; Llama's RMSNorm goes through float32, on which differences of 1e-5 drown.
 @pytest.mark.parametrize("kind", ["gpt2", "neox"])
-@pytest.mark.parametrize("rung", MIXING_KINDS)
+@pytest.mark.parametrize("level", MIXING_KINDS)
 def test_gradient_of_every_level_equals_finite_differences_in_float64(
     tmp_path: Path, kind: str, level: MixingKind
 ) -> None:

@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import Batch, make_batch
+from loracli.calibration.dataset import Batch, make_batch
 from loracli.calibration.render import Example
-from loracli.fitting.certificate import RecordGradients, can_certify, certify, from_rows, record_gradients
+from loracli.fitting.certificate import RecordGradients, _certify, _from_rows, _record_gradients, can_certify
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_layout, make_mixing
 from loracli.model import loss as loss_module
 from loracli.model.attach import attach
 from loracli.model.loss import Objective, make_objective
-from loracli.model.placement import checkpointed
+from loracli.model.session import _checkpointed
 from loracli.recipe.record import FitCertificate, MixingKind
 from loracli.system.document import decode, encode
 from tests.faults.fork_server import ForkServer
@@ -103,7 +103,7 @@ def test_the_gradient_of_each_record_equals_finite_differences(
     with attached_objective(tmp_path, kind, mixing_kind) as (objective, mixing):
         theta = some_theta(mixing)
         batch = make_batch(records, range(len(records)))
-        found = record_gradients(objective, mixing, theta, batch, records, seed=0)
+        found = _record_gradients(objective, mixing, theta, batch, records, seed=0)
         step = 1e-5
         for number, shift in enumerate(step * torch.eye(mixing.numbers, dtype=torch.float64)):
             high, low = (nats_at(objective, mixing, theta + sign * shift, records) for sign in (1, -1))
@@ -122,7 +122,7 @@ def test_the_gradients_of_the_records_sum_to_that_of_the_batch(tmp_path: Path, k
         batch = make_batch(records, range(6))
         mixing.apply(objective.attached, theta)
         (whole,) = torch.autograd.grad(objective.nats(batch).sum(), theta)
-        found = record_gradients(objective, mixing, theta.detach(), batch, records, seed=0)
+        found = _record_gradients(objective, mixing, theta.detach(), batch, records, seed=0)
     torch.testing.assert_close(found.gradients.sum(dim=0), whole, rtol=1e-5, atol=1e-6)
 
 
@@ -136,7 +136,7 @@ def test_sampled_labels_are_decided_by_seed_and_record_alone(tmp_path: Path, kin
         theta = some_theta(mixing)
 
         def rows(of: list[Example], indices: list[int], seed: int = 3) -> Tensor:
-            return record_gradients(objective, mixing, theta, make_batch(of, indices), of, seed=seed).rows()
+            return _record_gradients(objective, mixing, theta, make_batch(of, indices), of, seed=seed).rows()
 
         together = rows(records, [0, 1, 2, 3, 4, 5])
         alone = torch.cat([rows(records, [i]) for i in range(6)])
@@ -144,9 +144,9 @@ def test_sampled_labels_are_decided_by_seed_and_record_alone(tmp_path: Path, kin
         other = rows(records, [0, 1, 2, 3, 4, 5], seed=4)
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(moved_rows, together[[1, 4, 2, 5, 0, 3]], rtol=1e-5, atol=1e-6)
-    assert torch.equal(from_rows(other).gradients, from_rows(together).gradients)
-    change = (from_rows(other).sampled - from_rows(together).sampled).norm(dim=1)
-    assert (change > 0.1 * from_rows(together).sampled.norm(dim=1)).all()
+    assert torch.equal(_from_rows(other).gradients, _from_rows(together).gradients)
+    change = (_from_rows(other).sampled - _from_rows(together).sampled).norm(dim=1)
+    assert (change > 0.1 * _from_rows(together).sampled.norm(dim=1)).all()
 
 
 def test_recomputed_layers_give_the_same_bits_and_the_model_is_left_at_theta(tmp_path: Path) -> None:
@@ -157,8 +157,8 @@ def test_recomputed_layers_give_the_same_bits_and_the_model_is_left_at_theta(tmp
     with attached_objective(tmp_path, "llama", dtype=torch.float32) as (objective, mixing):
         theta = some_theta(mixing)
         for recompute in (False, True):
-            with checkpointed(objective.attached.model) if recompute else nullcontext():
-                results.append(record_gradients(objective, mixing, theta, batch, records, seed=0).rows())
+            with _checkpointed(objective.attached.model) if recompute else nullcontext():
+                results.append(_record_gradients(objective, mixing, theta, batch, records, seed=0).rows())
         left = objective.nats(batch)
         mixing.apply(objective.attached, theta)
         assert torch.equal(left, objective.nats(batch))
@@ -184,7 +184,7 @@ def test_softmax_weights_are_refused(tmp_path: Path) -> None:
         mixing = replace(mixing, softmax=True)
         assert not can_certify(mixing)
         with pytest.raises(ValueError, match="softmax"):
-            record_gradients(objective, mixing, some_theta(mixing), make_batch(examples(1), [0]), examples(1), seed=0)
+            _record_gradients(objective, mixing, some_theta(mixing), make_batch(examples(1), [0]), examples(1), seed=0)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
@@ -229,7 +229,7 @@ def test_sampled_labels_estimate_the_fisher_information_of_the_weighted_loss(tmp
         exact = exact_fisher(objective, mixing, theta, records)
         draws = []
         for seed in range(200):
-            h = record_gradients(objective, mixing, theta, batch, records, seed=seed).sampled
+            h = _record_gradients(objective, mixing, theta, batch, records, seed=seed).sampled
             draws.append(h.T @ h)
     found, error = torch.stack(draws).mean(dim=0), torch.stack(draws).std(dim=0) / len(draws) ** 0.5
     assert (error.diagonal() < 0.12 * exact.diagonal()).all()  # so that the next line says something
@@ -294,7 +294,7 @@ def quadratic(seed: int = 0, count: int = 60) -> Quadratic:
 @pytest.mark.parametrize("ridge", [0.0, 0.2])
 def test_on_a_quadratic_everything_is_its_closed_form(ridge: float) -> None:
     problem, theta, start = quadratic(), random(5, seed=1), random(5, seed=2)
-    certificate = certify(MIXING, theta, start, problem.at(theta), ridge=ridge)
+    certificate = _certify(MIXING, theta, start, problem.at(theta), ridge=ridge)
     loss, best = (problem.loss(w, start, ridge) for w in (theta, problem.optimum(start, ridge)))
     assert certificate.loss == pytest.approx(loss, rel=1e-12)
     assert certificate.decrement == pytest.approx(loss - best, rel=1e-9)
@@ -311,7 +311,7 @@ def test_on_a_quadratic_everything_is_its_closed_form(ridge: float) -> None:
 def test_at_the_optimum_nothing_is_left_to_gain() -> None:
     problem, start = quadratic(), random(5, seed=2)
     optimum = problem.optimum(start, 0.2)
-    certificate = certify(MIXING, optimum, start, problem.at(optimum), ridge=0.2)
+    certificate = _certify(MIXING, optimum, start, problem.at(optimum), ridge=0.2)
     assert certificate.decrement < 1e-25
     assert certificate.gradient_norm < 1e-12
 
@@ -320,7 +320,7 @@ def test_without_a_ridge_the_standard_error_is_that_of_a_weighted_mean() -> None
     """The optimum is the mean of the x_n with weights t_n, whatever A is."""
     problem, start = quadratic(), torch.zeros(5, dtype=torch.float64)
     optimum = problem.optimum(start, 0.0)
-    found = certify(MIXING, optimum, start, problem.at(optimum), ridge=0.0).standard_errors
+    found = _certify(MIXING, optimum, start, problem.at(optimum), ridge=0.0).standard_errors
     parts = problem.tokens[:, None] * (problem.points - optimum) / problem.tokens.sum()
     first, second, third, fourth, fifth = parts.square().sum(dim=0).sqrt().tolist()
     assert {group: row for group, row in found.items()} == {
@@ -339,7 +339,7 @@ def test_standard_errors_are_the_spread_over_refits(ridge: float) -> None:
         problem = quadratic(seed, count=80)
         optima.append(problem.optimum(start, ridge))
         if seed < 40:
-            certificate = certify(MIXING, optima[-1], start, problem.at(optima[-1]), ridge=ridge)
+            certificate = _certify(MIXING, optima[-1], start, problem.at(optima[-1]), ridge=ridge)
             errors.append([e for row in certificate.standard_errors.values() for e in row if e is not None])
     spread = torch.stack(optima).std(dim=0)
     found = torch.tensor(errors, dtype=torch.float64).square().mean(dim=0).sqrt()
@@ -357,7 +357,7 @@ def test_three_records_tell_of_three_directions_and_of_no_single_weight() -> Non
     """Without a ridge: the decrement is that within the span of the h_n, and the rest of the gradient is told. The
     other records have no gradient, so that there are not too few in all."""
     h, g, start = random(3, 5), random(3, 5, seed=1), torch.zeros(5, dtype=torch.float64)
-    certificate = certify(MIXING, start, start, records_with(g, h, silent=47), ridge=0.0)
+    certificate = _certify(MIXING, start, start, records_with(g, h, silent=47), ridge=0.0)
     mean, inverse = g.sum(dim=0) / 50, torch.linalg.pinv(h.T @ h / 50)
     outside = mean - h.T @ torch.linalg.solve(h @ h.T, h @ mean)
     assert certificate.directions == 3
@@ -373,7 +373,7 @@ def test_a_weight_without_effect_and_two_that_cannot_be_told_apart_have_no_stand
     h = random(200, 5)
     h[:, 1] = 0
     h[:, 3] = h[:, 2].float().double() * (1 + 1e-7)
-    certificate = certify(MIXING, random(5), torch.zeros(5), records_with(h, h), ridge=ridge)
+    certificate = _certify(MIXING, random(5), torch.zeros(5), records_with(h, h), ridge=ridge)
     assert [row for row in certificate.standard_errors.values()] == [
         (pytest.approx(200**-0.5, rel=0.3), None),
         (None, None),
@@ -388,7 +388,7 @@ def test_a_weight_that_the_ridge_holds_more_than_the_records_do_has_no_standard_
     h = torch.diag(torch.tensor([0.3, 0.31, 0.32, 0.33, 0.34], dtype=torch.float64))  # G = h^2 / 50
     ridge = float(h[2, 2] ** 2 / 50) + 1e-9
     zeros = torch.zeros(5, dtype=torch.float64)
-    certificate = certify(MIXING, zeros, zeros, records_with(h, h, silent=45), ridge=ridge)
+    certificate = _certify(MIXING, zeros, zeros, records_with(h, h, silent=45), ridge=ridge)
     determined = [error is not None for row in certificate.standard_errors.values() for error in row]
     assert determined == [False, False, False, False, True, True]
 
@@ -396,14 +396,14 @@ def test_a_weight_that_the_ridge_holds_more_than_the_records_do_has_no_standard_
 @pytest.mark.parametrize(("count", "given"), [(19, 0), (21, 5)])
 def test_fewer_than_four_records_for_each_effective_number_give_no_standard_errors(count: int, given: int) -> None:
     h = random(count, 5)
-    certificate = certify(MIXING, random(5), torch.zeros(5), records_with(h, h), ridge=0.0)
+    certificate = _certify(MIXING, random(5), torch.zeros(5), records_with(h, h), ridge=0.0)
     assert certificate.effective_numbers == pytest.approx(5.0)
     assert sum(error is not None for row in certificate.standard_errors.values() for error in row) == given
 
 
 def test_no_curvature_at_all_is_no_division_by_zero() -> None:
     zeros = torch.zeros(4, 5, dtype=torch.float64)
-    certificate = certify(MIXING, zeros[0], zeros[0], records_with(random(4, 5), zeros), ridge=0.0)
+    certificate = _certify(MIXING, zeros[0], zeros[0], records_with(random(4, 5), zeros), ridge=0.0)
     assert certificate.decrement == certificate.effective_numbers == certificate.directions == 0
     assert certificate.unseen_gradient_norm == certificate.gradient_norm > 0
 
@@ -411,13 +411,13 @@ def test_no_curvature_at_all_is_no_division_by_zero() -> None:
 def test_weights_beyond_two_are_named_by_group_and_adapter() -> None:
     problem = quadratic()
     theta = torch.tensor([2.0, 1.0, -2.1, 7.0, 2.01], dtype=torch.float64)
-    certificate = certify(MIXING, theta, theta, problem.at(theta), ridge=0.1)
+    certificate = _certify(MIXING, theta, theta, problem.at(theta), ridge=0.1)
     assert certificate.extrapolated == {"model.layers.0.q": (1,), "model.layers.1.q": (0, 1)}
 
 
 def test_a_certificate_is_read_back_from_json_as_it_was() -> None:
     problem, theta = quadratic(), 2.5 + random(5, seed=1)
-    certificate = certify(MIXING, theta, random(5), problem.at(theta), ridge=0.2)
+    certificate = _certify(MIXING, theta, random(5), problem.at(theta), ridge=0.2)
     problems: list[str] = []
     text = json.dumps(encode(certificate), allow_nan=False)
     assert decode(FitCertificate, json.loads(text), "", problems) == certificate
@@ -459,7 +459,7 @@ def test_fits_to_planted_records_are_certified_with_the_spread_that_they_have(tm
     with attached_objective(tmp_path, "neox", "adapter", torch.float32, size=0.1) as (objective, mixing):
         records = planted(objective, mixing, truth, 24 * 60)
         everything = make_batch(records, range(len(records)))
-        found = record_gradients(objective, mixing, truth, everything, records, seed=1)
+        found = _record_gradients(objective, mixing, truth, everything, records, seed=1)
         hessian = found.sampled.T @ found.sampled / found.tokens.sum()
 
         def value_and_gradient(theta: Tensor, batch: Batch) -> tuple[float, Tensor]:
@@ -475,8 +475,8 @@ def test_fits_to_planted_records_are_certified_with_the_spread_that_they_have(tm
             return theta, certificate(theta, batch)
 
         def certificate(theta: Tensor, batch: Batch) -> FitCertificate:
-            found = record_gradients(objective, mixing, theta, batch, records, seed=0)
-            return certify(mixing, theta, truth, found, ridge=0.0)
+            found = _record_gradients(objective, mixing, theta, batch, records, seed=0)
+            return _certify(mixing, theta, truth, found, ridge=0.0)
 
         for first in range(0, len(records), 60):
             theta, at_fit = fit(make_batch(records, range(first, first + 60)))

@@ -14,7 +14,8 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.errors import UsageError
 from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
-from loracli.model.placement import checkpointed, decoder_layers
+from loracli.model.placement import decoder_layers
+from loracli.model.session import _checkpointed
 from tests.fitting.allocations import allocated_bytes, saved_bytes
 from tests.tiny import logits, make_adapter, make_base
 
@@ -30,7 +31,7 @@ def gradient(model: Any, adapters: list[LoraAdapter], *, recompute: bool) -> tup
     """The logits and the gradient of the weights of a loss on them."""
     modules = make_layout(adapters).modules
     weights = torch.linspace(-0.5, 1.0, len(modules) * len(adapters)).view(-1, len(adapters)).requires_grad_(True)
-    with attach(model, adapters, modules) as attached, checkpointed(model) if recompute else nullcontext():
+    with attach(model, adapters, modules) as attached, _checkpointed(model) if recompute else nullcontext():
         attached.set_weights(weights)
         out = model(input_ids=IDS, use_cache=False).logits
         (slope,) = torch.autograd.grad(out.logsumexp(-1).sum(), weights)
@@ -40,7 +41,7 @@ def gradient(model: Any, adapters: list[LoraAdapter], *, recompute: bool) -> tup
 def forward_bytes(model: Any, adapters: list[LoraAdapter], *, recompute: bool) -> tuple[int, int]:
     """What autograd saves in a forward pass, and all that lives after it."""
     modules = make_layout(adapters).modules
-    with attach(model, adapters, modules) as attached, checkpointed(model) if recompute else nullcontext():
+    with attach(model, adapters, modules) as attached, _checkpointed(model) if recompute else nullcontext():
         attached.set_weights(torch.ones(len(modules), len(adapters), requires_grad=True))
 
         def forward() -> Any:
@@ -91,7 +92,7 @@ def test_layers_below_the_lowest_adapted_one_stay_without_a_graph(tmp_path: Path
     modules = make_layout([adapter]).modules
     outputs: list[torch.Tensor] = []
     handles = [layer.register_forward_hook(lambda *seen: outputs.append(seen[2])) for layer in model.model.layers]
-    with attach(model, [adapter], modules) as attached, checkpointed(model):
+    with attach(model, [adapter], modules) as attached, _checkpointed(model):
         attached.set_weights(torch.ones(len(modules), 1, requires_grad=True))
         model(input_ids=IDS, use_cache=False)
     for handle in handles:
@@ -112,7 +113,7 @@ def test_the_second_run_happens_once_for_each_layer_and_not_without_a_gradient(
     handles = [layer.input_layernorm.register_forward_hook(count) for layer in model.model.layers]
     gradient(model, adapters, recompute=True)
     assert runs == [2 * 3]
-    with checkpointed(model):
+    with _checkpointed(model):
         logits(model)
     assert runs == [3 * 3]
     for handle in handles:
@@ -125,7 +126,7 @@ def test_the_layers_are_as_before_at_the_end_even_after_an_error(tiny_base: Path
     assert len(layers) == 3 and not model.training
     own = layers[0].forward
     layers[0].forward = own  # as accelerate leaves a module that it has hooked
-    with pytest.raises(RuntimeError, match="stop"), checkpointed(model):
+    with pytest.raises(RuntimeError, match="stop"), _checkpointed(model):
         assert all("forward" in vars(layer) for layer in layers)
         raise RuntimeError("stop")
     assert layers[0].forward is own
@@ -135,6 +136,6 @@ def test_the_layers_are_as_before_at_the_end_even_after_an_error(tiny_base: Path
 def test_a_model_without_such_layers_is_refused_by_name() -> None:
     with (
         pytest.raises(UsageError, match="activation checkpointing is not possible with Sequential"),
-        checkpointed(torch.nn.Sequential(torch.nn.Linear(2, 2))),
+        _checkpointed(torch.nn.Sequential(torch.nn.Linear(2, 2))),
     ):
         pass

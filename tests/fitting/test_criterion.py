@@ -15,16 +15,16 @@ from loracli.calibration.records import Record
 from loracli.calibration.render import Example
 from loracli.errors import UsageError
 from loracli.fitting.criterion import (
+    _MOST_TO_VALIDATE,
     FEWEST_TO_VALIDATE,
-    MOST_TO_VALIDATE,
     Fold,
     Gain,
     cross_folds,
     gain,
-    joined,
     loss_criterion,
     one_fold,
 )
+from loracli.fitting.level import _joined
 from loracli.fitting.mixing import make_diagonal, make_layout
 from loracli.model.loss import Scores
 from tests.fitting.planted import make_engine, planted
@@ -96,7 +96,7 @@ def test_one_record_decides_nothing() -> None:
 def test_joined_scores_are_those_of_all_records_in_order() -> None:
     _, whole = scores_of(0, 30)
     parts = [whole.part(range(11)), whole.part(range(11, 12)), whole.part(range(12, 30))]
-    assert torch.equal(joined(parts).nats, whole.nats) and torch.equal(joined(parts).tokens, whole.tokens)
+    assert torch.equal(_joined(parts).nats, whole.nats) and torch.equal(_joined(parts).tokens, whole.tokens)
 
 
 def test_the_loss_is_that_of_each_record_whatever_the_batches(tiny_base: Path, two_adapters: tuple[Path, Path]) -> None:
@@ -202,7 +202,7 @@ def test_below_eight_records_all_are_fitted() -> None:
     assert one_fold(training, records, seed=0) == Fold(tuple(training), ())
 
 
-@pytest.mark.parametrize(("count", "expected"), [(8, 2), (11, 2), (20, 4), (1000, 200), (4000, MOST_TO_VALIDATE)])
+@pytest.mark.parametrize(("count", "expected"), [(8, 2), (11, 2), (20, 4), (1000, 200), (4000, _MOST_TO_VALIDATE)])
 def test_a_fifth_of_the_records_validates_within_bounds(count: int, expected: int) -> None:
     training, records = made(different(count))
     fold = one_fold(training, records, seed=0)

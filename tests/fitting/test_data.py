@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 
 from loracli.adapters.adapter import read_adapter
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.render import Example
 from loracli.calibration.shapes import Shape
 from loracli.errors import UsageError
@@ -123,7 +123,7 @@ def test_the_recipe_accounts_for_every_file_and_the_settings_of_the_data(
     lines = [json.dumps({"conversations": turns * i, "task": "chats"}) for i in range(1, 21)]
     chats.write_text("\n".join([*lines, "oops"]))
     settings = FitSettings(mixing="adapter", passes=3, skip_bad=True, allow_truncation=True)
-    recipe = fit(two_adapters, tiny_base, [pairs, f"{chats}:2"], settings=settings, folder=tmp_path)
+    recipe = fit(two_adapters, tiny_base, [pairs, f"{chats}:2"], settings=settings)
     recipe.save(tmp_path / "recipe.json")
     loaded = load_recipe(tmp_path / "recipe.json")
     shapes: list[Shape] = ["prompt-completion", "sharegpt"]
@@ -153,24 +153,25 @@ def test_an_array_under_other_names_fits_as_its_jsonl_does_and_the_recipe_keeps_
     array.write_text(json.dumps([{"question": r["prompt"], "answer": r["completion"], "seen": 1} for r in records]))
     names = "prompt=question,completion=answer"
     settings = FitSettings(mixing="adapter", passes=3, fields=names)
-    recipe = fit(two_adapters, tiny_base, array, settings=settings, folder=tmp_path)
+    recipe = fit(two_adapters, tiny_base, array, settings=settings)
     recipe.save(tmp_path / "recipe.json")
     loaded = load_recipe(tmp_path / "recipe.json")
     assert loaded.fit.settings["fields"] == names and loaded.data[0].unread == ("seen",)
-    plain = fit(two_adapters, tiny_base, lines, folder=tmp_path)
+    plain = fit(two_adapters, tiny_base, lines)
     assert plain.mixing == recipe.mixing and plain.data[0].record_sha256 == recipe.data[0].record_sha256
     with pytest.raises(UsageError, match="question is not one of text, prompt"):
         FitSettings(fields="question=prompt")
 
 
 def test_an_adapter_with_a_template_of_its_own_is_warned_of(
-    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_jsonl(tmp_path / "val.jsonl", random_records(50))
     own = Path(shutil.copytree(two_adapters[0], tmp_path / "own"))
     make_tokenizer(chat_template="other").save_pretrained(own)
+    monkeypatch.chdir(tmp_path)  # which local adapters are named from
     listener = Listener()
-    fit((own, two_adapters[1]), tiny_base, data, folder=tmp_path, progress=listener)
+    fit((own, two_adapters[1]), tiny_base, data, progress=listener)
     assert [warning for warning in listener.warnings if "chat template" in warning] == [
         "own: it comes with a chat template that differs from the base model's, which is the one used"
     ]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loracli.calibration.batches import Batch
+from loracli.calibration.dataset import Batch
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting.descent import AdamW, Descent, Plan, Ran, plan_steps

@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, OutOfResources
 from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Journal, Meter
 from loracli.fitting.mixing import Mixing, make_layout, make_mixing
-from loracli.fitting.processes import WAIT, Processes
+from loracli.fitting.processes import _WAIT, Processes
 from loracli.model.attach import attach
 from loracli.model.loss import make_objective
 from loracli.progress import SILENT, Silent
@@ -283,7 +283,7 @@ class Threads(Processes):
         self.barrier_of_all.wait(30)
         return every
 
-    def _gather(self, mine: Tensor, patience: timedelta = WAIT) -> list[Tensor]:
+    def _gather(self, mine: Tensor, patience: timedelta = _WAIT) -> list[Tensor]:
         return self.exchange(mine.clone())
 
     def from_first(self, work: Any) -> Any:

@@ -11,10 +11,10 @@ import torch
 from accelerate import dispatch_model
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import BaseModelMismatch, UsageError
-from loracli.fitting.certificate import record_gradients
+from loracli.fitting.certificate import _record_gradients
 from loracli.fitting.mixing import check_mixing, make_diagonal, make_layout
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
@@ -154,10 +154,10 @@ def test_each_record_has_its_own_gradient_though_the_router_mixes_their_tokens(m
     model = mixture.model()
     with attach(model, mixture.adapters, mixing.layout.modules) as attached:
         objective = make_objective(attached, batch)
-        together = record_gradients(objective, mixing, theta, batch, examples, seed=0)
+        together = _record_gradients(objective, mixing, theta, batch, examples, seed=0)
         for place, index in enumerate(batch.indices):
             alone = plan_batches([examples[index]], batch_tokens=1000)[0]
-            own = record_gradients(objective, mixing, theta, alone, [examples[index]], seed=0)
+            own = _record_gradients(objective, mixing, theta, alone, [examples[index]], seed=0)
             assert torch.allclose(together.gradients[place], own.gradients[0], rtol=1e-8, atol=1e-9)
             assert torch.allclose(together.sampled[place], own.sampled[0], rtol=1e-8, atol=1e-9)
     assert not torch.allclose(together.gradients[0], together.gradients[1])
@@ -166,9 +166,7 @@ def test_each_record_has_its_own_gradient_though_the_router_mixes_their_tokens(m
 def test_a_fit_of_experts_lowers_the_loss_and_certifies_it(tmp_path: Path, mixtral: Mixture) -> None:
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
     names = [str(path) for path in mixtral.paths]
-    recipe = fit_mixing(
-        names, data, eval_data=data, base=str(mixtral.base), settings=FitSettings(passes=6), folder=tmp_path
-    )
+    recipe = fit_mixing(names, data, eval_data=data, base=str(mixtral.base), settings=FitSettings(passes=6))
     assert set(recipe.mixing.weights) == {
         f"model.layers.{layer}.{name}" for layer in (0, 1) for name in (*BOTH, "mlp.gate", "self_attn.q_proj")
     }

@@ -14,16 +14,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import Batch, plan_batches
+from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting import level as rung_module
 from loracli.fitting.criterion import Fold
 from loracli.fitting.descent import Descent, Ran
 from loracli.fitting.engine import Engine
-from loracli.fitting.level import FACTOR_RIDGE_PATH, RIDGE_PATH, Solution, Task, ridge_path, solve_level
+from loracli.fitting.level import _FACTOR_RIDGE_PATH, _RIDGE_PATH, Solution, Task, _ridge_path, solve_level
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout
-from loracli.fitting.search import search, solve_adapters
+from loracli.fitting.search import _solve_adapters, search
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.loss import Scores
@@ -63,7 +63,7 @@ def solved(tmp_path_factory: pytest.TempPathFactory) -> TwoBasins:
         task = task_of(engine, (Fold(tuple(examples[40:]), tuple(examples[:40])),), settings)
         budget = 2.0 * settings.budget * sum(len(example.input_ids) for example in examples)
         lowest, module = make_diagonal(layout, "adapter"), make_diagonal(layout, "module")
-        adapter = solve_adapters(task, lowest, 0.2 * budget, alone=False)
+        adapter = _solve_adapters(task, lowest, 0.2 * budget, alone=False)
         start = [module.lift(lowest, theta) for theta in adapter.thetas]
         alone = solve_level(task, module, {"adapter": start}, 0.8 * budget)
         found, _ = run_search(attached, adapters, examples, settings)
@@ -314,14 +314,14 @@ def test_a_loss_that_is_not_finite_in_the_middle_keeps_the_best_solution_until_t
         monkeypatch,
         engine,
         objective,
-        lambda at: at.fields.get("ridge") == RIDGE_PATH[1] and at.descending and at.descended > 3,
+        lambda at: at.fields.get("ridge") == _RIDGE_PATH[1] and at.descending and at.descended > 3,
     )
     found = search(one_task(engine, examples, FitSettings()), level, examples)
     assert found.stopped is not None and "not finite on the records at val.jsonl:" in found.stopped
     module = found.rungs[1]
     losses = [loss for kind, loss in seen if kind == "module"]
     assert len(losses) == 5 and module.validation == losses[-1] == min(losses)
-    assert module.ridge == found.ridge == RIDGE_PATH[0] and not found.refitted and module.won
+    assert module.ridge == found.ridge == _RIDGE_PATH[0] and not found.refitted and module.won
     scores = one_task(engine_of(LeastSquares(TRUTH)), examples, FitSettings()).check(
         found.mixing, [found.theta], "found"
     )
@@ -375,8 +375,8 @@ def ridges_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_without_validation_records_the_ridge_stays_at_its_strongest(monkeypatch: pytest.MonkeyPatch) -> None:
     ridges = ridges_of(monkeypatch)
     found, _ = searched(LeastSquares(TRUTH), some_examples(7), FitSettings(), validate=False)
-    assert ridges == [RIDGE_PATH[0]] * 3  # two starts, one stage, no last fit
-    assert found.ridge == RIDGE_PATH[0] == max(RIDGE_PATH) and not found.refitted and found.stopped is None
+    assert ridges == [_RIDGE_PATH[0]] * 3  # two starts, one stage, no last fit
+    assert found.ridge == _RIDGE_PATH[0] == max(_RIDGE_PATH) and not found.refitted and found.stopped is None
     module = found.rungs[1]
     assert (module.validation, module.gain) == (None, None)
     assert all(start.before is None and start.after is None and start.unseen is not None for start in module.starts)
@@ -386,8 +386,8 @@ def test_without_validation_records_the_ridge_stays_at_its_strongest(monkeypatch
 def test_with_validation_records_the_ridge_falls_to_none(monkeypatch: pytest.MonkeyPatch) -> None:
     ridges = ridges_of(monkeypatch)
     found, _ = searched(LeastSquares(TRUTH), some_examples(), FitSettings(passes=24))
-    assert ridges[:5] == [RIDGE_PATH[0]] * 2 + list(RIDGE_PATH)
-    assert found.ridge == 0.0 and ridges[5:] == [0.0] and RIDGE_PATH[-1] == 0.0
+    assert ridges[:5] == [_RIDGE_PATH[0]] * 2 + list(_RIDGE_PATH)
+    assert found.ridge == 0.0 and ridges[5:] == [0.0] and _RIDGE_PATH[-1] == 0.0
 
 
 def test_a_ridge_that_was_asked_for_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,9 +405,9 @@ def test_trained_factors_are_held_more_loosely() -> None:
     class Factors:
         kind = "factors"
 
-    assert ridge_path(with_records, Factors()) == FACTOR_RIDGE_PATH  # type: ignore[arg-type]
-    assert ridge_path(without, Factors()) == FACTOR_RIDGE_PATH[:1]  # type: ignore[arg-type]
-    assert max(FACTOR_RIDGE_PATH) == FACTOR_RIDGE_PATH[0] < max(RIDGE_PATH)
+    assert _ridge_path(with_records, Factors()) == _FACTOR_RIDGE_PATH  # type: ignore[arg-type]
+    assert _ridge_path(without, Factors()) == _FACTOR_RIDGE_PATH[:1]  # type: ignore[arg-type]
+    assert max(_FACTOR_RIDGE_PATH) == _FACTOR_RIDGE_PATH[0] < max(_RIDGE_PATH)
 
 
 def test_a_start_near_the_sum_is_not_tried_twice() -> None:
@@ -429,7 +429,7 @@ def test_the_path_ends_where_the_solution_gets_clearly_worse(monkeypatch: pytest
     task = Task(task.engine, task.folds, scripted, task.settings, task.references)
     starts = {name: [level("module").constant([1.0, weight])] for name, weight in (("adapter", 0.3), ("sum", 1.0))}
     found = solve_level(task, level("module"), starts, 5000.0)
-    assert ridges == [RIDGE_PATH[0]] * 3  # two starts, and one stage of three
+    assert ridges == [_RIDGE_PATH[0]] * 3  # two starts, and one stage of three
     assert found.scores is not None and found.scores.nats_per_token == pytest.approx(3.0)
     assert (found.chosen, found.ridge, found.moved) == ("adapter", None, False)
 
@@ -548,7 +548,7 @@ def test_what_a_fold_finds_does_not_hang_on_the_records_that_it_chooses_with(mon
         with monkeypatch.context() as patched:
             patched.setattr(rung_module, "_unseen", lambda ran, after: play(unseen(ran, after)))
             task = Task(task.engine, task.folds, criterion, settings, task.references)
-            low = solve_adapters(task, level("adapter"), 3000.0, alone=False)
+            low = _solve_adapters(task, level("adapter"), 3000.0, alone=False)
             below = [level("module").lift(low.mixing, theta) for theta in low.thetas]
             total = [level("module").constant([1.0, 1.0])] * FOLDS
             solve_level(task, level("module"), {"adapter": below, "sum": total}, 12_000.0)
@@ -571,7 +571,7 @@ def test_the_solutions_of_the_folds_are_averaged_before_the_last_fit() -> None:
     folds = folds_of(examples)
     found = search(task_of(engine, folds, settings), level, examples)
     budget = settings.budget * 2 * sum(len(example.input_ids) for example in examples)
-    solved = solve_adapters(task_of(engine, folds, settings), level("adapter"), budget, alone=True)
+    solved = _solve_adapters(task_of(engine, folds, settings), level("adapter"), budget, alone=True)
     assert torch.equal(found.theta, torch.stack(solved.thetas).mean(dim=0))
     assert len({tuple(theta.tolist()) for theta in solved.thetas}) == FOLDS
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import make_batch
+from loracli.calibration.dataset import make_batch
 from loracli.calibration.render import Example
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
@@ -24,7 +24,7 @@ from loracli.composition.composition import compose_module
 from loracli.errors import MalformedAdapter, RecipeError, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
-from loracli.fitting.certificate import record_gradients
+from loracli.fitting.certificate import _record_gradients
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.mixing import make_layout, make_mixing
 from loracli.fitting.settings import FitSettings
@@ -144,7 +144,7 @@ def test_gradients_of_the_batch_and_of_each_record_are_those_of_finite_differenc
         theta += 0.3 * torch.randn(mixing.numbers, generator=generator, dtype=torch.float64)
         leaf = theta.clone().requires_grad_(True)
         (gradient,) = torch.autograd.grad(loss(leaf), leaf)
-        records = record_gradients(objective, mixing, theta, batch, examples, seed=0)  # type: ignore[arg-type]
+        records = _record_gradients(objective, mixing, theta, batch, examples, seed=0)  # type: ignore[arg-type]
         torch.testing.assert_close(records.gradients.sum(dim=0), gradient, rtol=1e-8, atol=1e-8)
         for place in range(mixing.numbers):
             shift = torch.zeros_like(theta)

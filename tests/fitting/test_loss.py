@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import read_adapter
-from loracli.calibration.batches import make_batch, plan_batches
+from loracli.calibration.dataset import make_batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import BaseModelMismatch
 from loracli.fitting.mixing import make_layout

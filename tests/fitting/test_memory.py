@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loracli.model.placement import available_memory
+from loracli.model.session import _available_memory
 
 GIB = 1 << 30
 
@@ -34,19 +34,19 @@ def group(folder: str, limit: str, used: int, cache: int = 0) -> dict[str, str]:
 
 
 def test_linux_tells_what_is_available(tmp_path: Path) -> None:
-    assert available_memory("cpu", root=system(tmp_path, available=3 * GIB)) == 3 * GIB
+    assert _available_memory("cpu", root=system(tmp_path, available=3 * GIB)) == 3 * GIB
 
 
 def test_the_lowest_limit_of_the_groups_above_counts(tmp_path: Path) -> None:
     """Version 2: the job's limit is above the step's, which has none; file cache that can be dropped is not used."""
     files = {**group("job__", str(4 * GIB), 3 * GIB, GIB // 2), **group("job__step__", "max", GIB)}
     root = system(tmp_path, available=8 * GIB, cgroup="0::/job/step\n", **files)
-    assert available_memory("cpu", root=root) == GIB + GIB // 2
+    assert _available_memory("cpu", root=root) == GIB + GIB // 2
 
 
 def test_a_container_that_sees_its_group_at_the_top(tmp_path: Path) -> None:
     root = system(tmp_path, available=8 * GIB, cgroup="0::/docker/abc\n", **group("", str(2 * GIB), GIB))
-    assert available_memory("cpu", root=root) == GIB
+    assert _available_memory("cpu", root=root) == GIB
 
 
 def test_control_groups_of_version_1(tmp_path: Path) -> None:
@@ -54,12 +54,12 @@ def test_control_groups_of_version_1(tmp_path: Path) -> None:
     files = {f"memory__job__{name}": str(value) for name, value in names.items()}
     files["memory__job__memory-stat"] = f"inactive_file 1\ntotal_inactive_file {GIB // 4}\n"
     root = system(tmp_path, available=8 * GIB, cgroup="9:name=systemd:/\n4:cpu,memory:/job\n0::/\n", **files)
-    assert available_memory("cpu", root=root) == GIB + GIB // 4
+    assert _available_memory("cpu", root=root) == GIB + GIB // 4
 
 
 def test_a_limit_that_is_passed_leaves_nothing(tmp_path: Path) -> None:
     root = system(tmp_path, available=8 * GIB, cgroup="0::/\n", **group("", str(GIB), 2 * GIB))
-    assert available_memory("cpu", root=root) == 0
+    assert _available_memory("cpu", root=root) == 0
 
 
 def test_elsewhere_the_pages_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,20 +71,20 @@ def test_elsewhere_the_pages_are_counted(tmp_path: Path, monkeypatch: pytest.Mon
         return told[name]
 
     monkeypatch.setattr(os, "sysconf", sysconf)
-    assert available_memory("cpu", root=tmp_path) == 1000 * 4096
+    assert _available_memory("cpu", root=tmp_path) == 1000 * 4096
     told["SC_AVPHYS_PAGES"] = 10
-    assert available_memory("cpu", root=tmp_path) == 10 * 4096
+    assert _available_memory("cpu", root=tmp_path) == 10 * 4096
     told.clear()
-    assert available_memory("cpu", root=tmp_path) is None
+    assert _available_memory("cpu", root=tmp_path) is None
 
 
 def test_a_cuda_device_is_asked_itself_and_other_devices_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {"cuda:0": (3, 9), "cuda:1": (5, 9)}[device])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert available_memory("cuda:1") == 5
-    assert available_memory("cuda", every=True) == 8
-    assert available_memory("mps") is None
+    assert _available_memory("cuda:1") == 5
+    assert _available_memory("cuda", every=True) == 8
+    assert _available_memory("mps") is None
 
 
 def test_this_machine_has_memory() -> None:
-    assert (available_memory("cpu") or 0) > 1 << 20
+    assert (_available_memory("cpu") or 0) > 1 << 20

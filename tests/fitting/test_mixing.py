@@ -220,6 +220,6 @@ def test_a_level_that_does_not_contain_another_refuses_it(base: Path, every: dic
         core, factors = (make_mixing(attached, layout, kind) for kind in ("core", "factors"))
     with pytest.raises(AssertionError, match="module does not contain core"):
         make_diagonal(layout, "module").lift(core, random_theta(core))
-    with pytest.raises(TypeError, match="no mixing of the adapters"):
+    with pytest.raises(TypeError, match="not a mixing of the adapters"):
         core.lift(factors, factors.constant([1.0, 1.0]))
     assert isinstance(make_diagonal(layout, "rank"), DiagonalMixing)

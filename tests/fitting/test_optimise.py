@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from loracli.errors import NonFiniteLoss
-from loracli.fitting.descent import AdamW, bfgs, peak_rate
+from loracli.fitting.descent import AdamW, bfgs
+from loracli.fitting.level import _peak_rate
 
 
 def quadratic(center: torch.Tensor, curvature: torch.Tensor):  # type: ignore[no-untyped-def]
@@ -78,4 +79,4 @@ def test_adamw_is_torchs_under_its_schedule() -> None:
 
 @pytest.mark.parametrize(("steps", "rate"), [(10, 0.1), (160, 0.05), (10_000, 0.01)])
 def test_the_peak_rate_is_clipped_eight_over_steps(steps: int, rate: float) -> None:
-    assert peak_rate(steps) == rate
+    assert _peak_rate(steps) == rate

@@ -15,9 +15,9 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.errors import BaseModelMismatch, OutOfResources, UsageError
 from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
-from loracli.model.base import check_fits, load_base, plan_base
-from loracli.model.placement import check_device_map, checkpointed, placement_options
+from loracli.model.base import _check_device_map, _placement_options, check_fits, load_base, plan_base
 from loracli.model.reference import BaseReference
+from loracli.model.session import _checkpointed
 from tests.faults.fork_server import ForkServer
 from tests.fitting.processes_started import forked
 from tests.tiny import logits, make_adapter, make_base
@@ -59,7 +59,7 @@ def gradient(model: Any, adapters: list[LoraAdapter], recompute: bool) -> torch.
     modules = make_layout(adapters).modules
     weights = torch.ones(len(modules), 2, requires_grad=True)
     ids = torch.arange(3, 23)[None]
-    with attach(model, adapters, modules) as attached, checkpointed(model) if recompute else nullcontext():
+    with attach(model, adapters, modules) as attached, _checkpointed(model) if recompute else nullcontext():
         attached.set_weights(weights)
         (slope,) = torch.autograd.grad(model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum(), weights)
     return slope
@@ -79,14 +79,14 @@ def gradient(model: Any, adapters: list[LoraAdapter], recompute: bool) -> torch.
 )
 def test_layers_that_no_device_has_room_for_are_refused_by_name(device_map: dict[str, Any], named: str) -> None:
     with pytest.raises(OutOfResources, match=named) as raised:
-        check_device_map(device_map)
+        _check_device_map(device_map)
     assert raised.value.exit_code == 6 and "--dtype bfloat16" in str(raised.value.hint)
 
 
 def test_layers_on_devices_that_compute_are_fine() -> None:
-    check_device_map({"": "cpu"})
-    check_device_map({"model": 0, "lm_head": 1})
-    check_device_map({"model": "cuda:0", "lm_head": torch.device("cuda", 1)})
+    _check_device_map({"": "cpu"})
+    _check_device_map({"model": 0, "lm_head": 1})
+    _check_device_map({"model": "cuda:0", "lm_head": torch.device("cuda", 1)})
 
 
 def test_options_that_contradict_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,16 +97,16 @@ def test_options_that_contradict_each_other_are_refused(monkeypatch: pytest.Monk
         (("auto", None, 2), "sharded over 2 processes, and there are 1"),
     ):
         with pytest.raises(UsageError, match=message):
-            placement_options(*options)
+            _placement_options(*options)
     several(monkeypatch, 2)
     with pytest.raises(UsageError, match="--device-map auto is for one process, and these are 2"):
-        placement_options("auto", "auto", None)
+        _placement_options("auto", "auto", None)
     with pytest.raises(UsageError, match="sharded over 4 processes, and there are 2"):
-        placement_options("auto", None, 4)
+        _placement_options("auto", None, 4)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     with pytest.raises(UsageError, match="takes this machine's cpu devices, not --device cuda"):
-        placement_options("cuda", None, 2)
-    assert placement_options("cpu", None, 2)["distributed_config"].fsdp_size == 2
+        _placement_options("cuda", None, 2)
+    assert _placement_options("cpu", None, 2)["distributed_config"].fsdp_size == 2
 
 
 def test_a_sharded_base_gives_the_numbers_of_a_whole_one(server: ForkServer, tmp_path: Path) -> None:

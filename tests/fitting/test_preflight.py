@@ -13,16 +13,16 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, MixtralConfig
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import make_batch
+from loracli.calibration.dataset import make_batch
 from loracli.calibration.render import Example
 from loracli.errors import OutOfResources
 from loracli.fitting.mixing import make_layout
 from loracli.model.attach import attach
 from loracli.model.base import BasePlan, load_base, plan_base
 from loracli.model.loss import Objective, make_objective
-from loracli.model.placement import checkpointed
 from loracli.model.preflight import MemoryEstimate, _rank_rows, decide_memory, estimate_memory
 from loracli.model.reference import BaseReference
+from loracli.model.session import _checkpointed
 from tests import tiny
 from tests.fitting.allocations import allocated_bytes, saved_bytes
 from tests.tiny import make_adapter, make_base
@@ -89,7 +89,7 @@ def test_the_estimate_is_within_half_of_what_is_allocated(
     for recompute in (False, True):
         with (
             attach(base.model, adapters, modules) as attached,
-            checkpointed(base.model) if recompute else nullcontext(),
+            _checkpointed(base.model) if recompute else nullcontext(),
         ):
             objective = make_objective(attached, batch)
             attached.set_weights(weights)

@@ -99,7 +99,7 @@ def test_one_process_by_itself_never_touches_torch_distributed() -> None:
 
 
 def test_processes_that_do_not_all_come_up_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loracli.fitting.processes.START", timedelta(seconds=1))
+    monkeypatch.setattr("loracli.fitting.processes._START", timedelta(seconds=1))
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ProcessLost, match="the 2 processes did not come together"), connect(Launch(0, 2)):

@@ -32,6 +32,7 @@ from loracli.fitting.job import plan_fit
 from loracli.fitting.reach import weights_read
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
+from loracli.fusing.composition import FuseRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.model.loss import gradient_of
 from loracli.model.modules import kind_and_shape
@@ -103,9 +104,9 @@ def test_fit_export_fuse_and_verify_are_one_model_where_weights_are_read(
     assert nats_of_peft(base, tmp_path / "out", tmp_path / "test.jsonl") == pytest.approx(reported, rel=2e-5)
 
     heard = Heard()
-    fused = fuse_model(tmp_path / "recipe.json", tmp_path / "fused", base=str(base), progress=heard)
+    fused = fuse_model(FuseRequest(tmp_path / "recipe.json", base=str(base)), tmp_path / "fused", progress=heard)
     assert fused.bypassed == bypassed and any("left out" in said for said in heard.warnings)
-    again = fuse_model(tmp_path / "out", tmp_path / "again", base=str(base))  # which has no recipe to ask
+    again = fuse_model(FuseRequest(tmp_path / "out", base=str(base)), tmp_path / "again")  # which has no recipe to ask
     assert again.bypassed == bypassed
 
     expected = logits(PeftModel.from_pretrained(load(base), tmp_path / "out").eval())
@@ -121,7 +122,7 @@ def test_the_weights_of_unreached_modules_are_the_starts(tmp_path: Path) -> None
     paths = [make_adapter(tmp_path / name, base, targets=READ["mamba"], seed=i) for i, name in enumerate("ab")]
     records = [{"prompt": f"{i}", "completion": "aaaaaaaa"} for i in range(60)]
     data, settings = write_jsonl(tmp_path / "val.jsonl", records), FitSettings(mixing="module", passes=6)
-    recipe = fit_mixing([str(path) for path in paths], data, base=str(base), settings=settings, folder=tmp_path)
+    recipe = fit_mixing([str(path) for path in paths], data, base=str(base), settings=settings)
     weights, unreached = recipe.mixing.weights, recipe.mixing.unreached
     (start,) = {weights[name] for name in unreached}
     assert recipe.fit.largest_move > 1e-2
@@ -136,13 +137,11 @@ def test_what_no_record_comes_by_is_named_and_kept(tmp_path: Path) -> None:
     paths = [make_adapter(tmp_path / name, base, targets=("q_proj",), seed=i) for i, name in enumerate("ab")]
     heard = Heard()
     write_jsonl(tmp_path / "val.jsonl", random_records(24))
-    recipe = fit_mixing(
-        [str(p) for p in paths], tmp_path / "val.jsonl", base=str(base), folder=tmp_path, progress=heard
-    )
+    recipe = fit_mixing([str(p) for p in paths], tmp_path / "val.jsonl", base=str(base), progress=heard)
     assert recipe.mixing.unreached and recipe.mixing.bypassed == ()
     assert all("vision_tower" in name for name in recipe.mixing.unreached)
     assert any("no record reaches" in said and recipe.mixing.unreached[0] in said for said in heard.warnings)
-    fuse_model(recipe, tmp_path / "fused", base=str(base))
+    fuse_model(FuseRequest(recipe, base=str(base)), tmp_path / "fused")
     name = recipe.mixing.unreached[0]
     before, after = (load(folder).get_submodule(name).weight for folder in (base, tmp_path / "fused"))
     assert not torch.equal(before, after)
@@ -175,12 +174,12 @@ def test_a_base_whose_forward_could_not_be_tried_is_said_to_be_unknown(
     monkeypatch.setattr("loracli.fitting.reach._Trial.run", fail)
 
     request = ExportRequest(method="sum", adapters=names, base=str(base))
+    fused = FuseRequest(adapters=names, method="sum", base=str(base))
     commands = [
         lambda heard: plan_fit(prepare_fit(names, data, base=str(base)), placement=Placement(), progress=heard),
         lambda heard: fit_mixing(names, data, base=str(base), settings=FitSettings(passes=2), progress=heard),
         lambda heard: export_adapter(request, tmp_path / "out", progress=heard),
-        lambda heard: fuse_model(None, tmp_path / "fused", adapters=names, method="sum", base=str(base),
-                                 progress=heard),
+        lambda heard: fuse_model(fused, tmp_path / "fused", progress=heard),
     ]  # fmt: skip
     for command in commands:
         heard = Heard()
@@ -202,7 +201,7 @@ def test_adapters_of_which_nothing_is_called_are_refused_by_everything_that_runs
         lambda: searched_weights(
             METHODS["lorahub"], MethodOptions(), [read_adapter(n) for n in names], data, base=str(base)
         ),
-        lambda: fuse_model(None, tmp_path / "fused", adapters=names, method="sum", base=str(base)),
+        lambda: fuse_model(FuseRequest(adapters=names, method="sum", base=str(base)), tmp_path / "fused"),
     ]
     for command in refused:
         with pytest.raises(BaseModelMismatch, match=r"reads the weight of backbone\.layers\.0\.mixer\.dt_proj"):
@@ -226,7 +225,7 @@ def test_the_datamix_control_is_looked_at_too(tmp_path: Path) -> None:
 def test_a_model_with_the_updates_that_were_left_out_is_not_the_recorded_one(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "mamba")
     adapter = make_adapter(tmp_path / "a", base, targets=READ["mamba"])
-    fuse_model(adapter, tmp_path / "fused", base=str(base))
+    fuse_model(FuseRequest(adapter, base=str(base)), tmp_path / "fused")
     where = tmp_path / "fused" / "loracat-fuse.json"
     document = json.loads(where.read_text())
     again = {"adapters": [str(adapter)], "base": str(base)}

@@ -57,7 +57,7 @@ def test_two_fits_give_the_same_recipe_to_the_byte(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
 ) -> None:
     for name in ("one.json", "two.json"):
-        recipe = fit_mixing(references(two_adapters), data, base=str(tiny_base), settings=QUICK, folder=tmp_path)
+        recipe = fit_mixing(references(two_adapters), data, base=str(tiny_base), settings=QUICK)
         recipe.save(tmp_path / name)
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
 
@@ -65,7 +65,7 @@ def test_two_fits_give_the_same_recipe_to_the_byte(
 def test_the_recipe_tells_what_was_fitted_and_scores_every_method_on_the_held_out_records(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
 ) -> None:
-    recipe = fit_mixing(references(two_adapters), data, base=str(tiny_base), settings=QUICK, folder=tmp_path)
+    recipe = fit_mixing(references(two_adapters), data, base=str(tiny_base), settings=QUICK)
     recipe.save(tmp_path / "recipe.json")
     loaded = load_recipe(tmp_path / "recipe.json")
     assert loaded.base.id == BASE_ID
@@ -87,9 +87,7 @@ def test_the_held_out_loss_of_the_fit_is_that_of_the_exported_adapter_in_peft(
 
     held = write_jsonl(tmp_path / "test.jsonl", random_records(25, seed=9))
     few, settings = write_jsonl(tmp_path / "few.jsonl", random_records(7)), FitSettings(mixing=kind, passes=4)
-    recipe = fit_mixing(
-        references(two_adapters), few, eval_data=held, base=str(tiny_base), settings=settings, folder=tmp_path
-    )
+    recipe = fit_mixing(references(two_adapters), few, eval_data=held, base=str(tiny_base), settings=settings)
     assert recipe.mixing.kind == kind and (recipe.fit.largest_move > 0 or kind == "adapter")
     recipe.save(tmp_path / "recipe.json")
     export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "out")

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting.level import Solution
 from loracli.fitting.mixing import DiagonalMixing, make_diagonal, make_layout
-from loracli.fitting.search import fit_as_published, with_prompts
+from loracli.fitting.search import _with_prompts, fit_as_published
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel
 from tests.fitting.planted import different_by_layer, held_out_losses, make_engine, planted, run_search
@@ -105,7 +105,7 @@ def test_the_published_weights_sum_to_one_over_the_adapters_present(adapters: li
 
 
 def test_the_published_recipe_scores_the_prompt_too() -> None:
-    assert with_prompts(Example("val.jsonl:1", (5, 6, 7), (False, False, True))).scored == (False, True, True)
+    assert _with_prompts(Example("val.jsonl:1", (5, 6, 7), (False, False, True))).scored == (False, True, True)
 
 
 def test_a_loss_that_is_not_finite_names_its_records(tiny_base: Path, adapters: list[LoraAdapter]) -> None:

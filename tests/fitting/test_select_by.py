@@ -161,11 +161,11 @@ def test_the_users_own_command_chooses_and_its_words_stay_out_of_the_recipe(
     data = write_jsonl(tmp_path / "val.jsonl", random_records(30))
     settings = FitSettings(passes=2, metric_command=command, max_new_tokens=4)
     adapters = [str(path) for path in two_adapters]
-    recipe = fit_mixing(adapters, data, base=str(tiny_base), settings=settings, folder=tmp_path)
+    recipe = fit_mixing(adapters, data, base=str(tiny_base), settings=settings)
     assert recipe.fit.criterion == "command" and "secret_scorer" not in recipe.to_json()
     scorer.write_text("raise SystemExit('broken')\n")
     with pytest.raises(MetricError, match="ended with the code 1"):
-        fit_mixing(adapters, data, base=str(tiny_base), settings=settings, folder=tmp_path)
+        fit_mixing(adapters, data, base=str(tiny_base), settings=settings)
 
 
 def test_what_a_metric_cannot_choose_is_refused(tmp_path: Path, tiny_base: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.batches import plan_batches
+from loracli.calibration.dataset import plan_batches
 from loracli.calibration.records import CalibrationFile, parse_sources, read_records
 from loracli.errors import BaseModelMismatch, CalibrationError, OutOfResources
 from loracli.fitting.mixing import make_layout
@@ -118,7 +118,7 @@ def test_layers_are_run_again_where_it_is_asked_for_or_memory_is_short(
 ) -> None:
     opening = replace(opening, batch_tokens=2048, placement=replace(CPU, checkpointing=asked))
     needed = opening.memory(opening.plan())[0].total
-    monkeypatch.setattr("loracli.model.session.available_memory", lambda *_, **__: int(share * needed))
+    monkeypatch.setattr("loracli.model.session._available_memory", lambda *_, **__: int(share * needed))
     heard = Heard()
     settled = settle_memory(opening, progress=heard)
     assert settled == replace(opening, placement=replace(opening.placement, checkpointing=checkpointing))
@@ -131,7 +131,7 @@ def test_layers_are_run_again_where_it_is_asked_for_or_memory_is_short(
 
 def test_one_process_decides_on_memory_for_all(opening: Opening, monkeypatch: pytest.MonkeyPatch) -> None:
     decided = opening.memory(opening.plan())[1]
-    monkeypatch.setattr("loracli.model.session.available_memory", lambda *_, **__: pytest.fail("asked here"))
+    monkeypatch.setattr("loracli.model.session._available_memory", lambda *_, **__: pytest.fail("asked here"))
     elsewhere = replace(decided, checkpointing=True, tight=True, note="it is tight")
     heard = Heard()
     assert settle_memory(opening, agree=lambda decide: elsewhere, progress=heard).placement.checkpointing

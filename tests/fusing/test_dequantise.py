@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from loracli.cli import app
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
+from loracli.fusing.composition import FuseRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
@@ -179,7 +180,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 def test_every_weight_is_the_float64_number_rounded_once(tmp_path: Path, form: str, dtype: str | None) -> None:
     made = Made(tmp_path, "mixed ranks")
     base = QuantisedBase(made, **FORMATS[form])
-    fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True, dtype=dtype)
+    fuse_model(FuseRequest(made.recipe, base=str(made.base), dequantise=True, dtype=dtype), tmp_path / "out")
     before, after = load_file(made.base / "model.safetensors"), tensors(tmp_path / "out")
     assert after.keys() == {name for name in before if name.endswith("weight")}
     output = torch.bfloat16 if dtype is None else torch.float32
@@ -206,7 +207,7 @@ def test_transformers_reads_the_same_weights_to_its_last_bit(tmp_path: Path) -> 
     made = Made(tmp_path, "plain")
     QuantisedBase(made, **FORMATS["blocks"])
     theirs = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.bfloat16).state_dict()
-    fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+    fuse_model(FuseRequest(made.recipe, base=str(made.base), dequantise=True), tmp_path / "out")
     unchanged = 0
     for name, weight in tensors(tmp_path / "out").items():
         if name.removesuffix(".weight") not in made.recipe.mixing.weights:
@@ -219,9 +220,9 @@ def test_transformers_reads_the_same_weights_to_its_last_bit(tmp_path: Path) -> 
 def test_scales_in_another_file_and_a_resumed_run_make_no_difference(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     QuantisedBase(made, **FORMATS["blocks"])
-    fuse_model(made.recipe, tmp_path / "one", base=str(made.base), dequantise=True)
+    fuse_model(FuseRequest(made.recipe, base=str(made.base), dequantise=True), tmp_path / "one")
     shard(made.base, 5)
-    fused = fuse_model(made.recipe, tmp_path / "five", base=str(made.base), dequantise=True)
+    fused = fuse_model(FuseRequest(made.recipe, base=str(made.base), dequantise=True), tmp_path / "five")
     assert fused.dequantised == "fp8" and fused.dtypes == ("bfloat16",) and fused.shards == 5
     one, five = tensors(tmp_path / "one"), tensors(tmp_path / "five")
     assert one.keys() == five.keys() and all(torch.equal(one[name], five[name]) for name in one)
@@ -257,7 +258,7 @@ def test_other_formats_are_refused_by_name_with_the_way_out(
     made = Made(tmp_path, "plain")
     QuantisedBase(made, **{**FORMATS["blocks"], "config": config})
     with pytest.raises(BaseModelMismatch, match=message) as caught:
-        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+        fuse_model(FuseRequest(made.recipe, base=str(made.base), dequantise=True), tmp_path / "out")
     assert "unquantised model with --base" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
 
@@ -285,19 +286,21 @@ def test_a_tensor_whose_numbers_cannot_be_had_is_refused_by_name(
     change(stored)
     save_file(stored, made.base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BaseModelMismatch, match=message):
-        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+        fuse_model(FuseRequest(made.recipe, base=str(made.base), dequantise=True), tmp_path / "out")
 
 
 def test_the_option_is_named_for_a_quantised_base_and_refused_for_another(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     with pytest.raises(UsageError, match="is not quantised"):
-        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+        fuse_model(FuseRequest(made.recipe, base=str(made.base), dequantise=True), tmp_path / "out")
     config = made.base / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": None}))
-    fuse_model(made.recipe, tmp_path / "null", base=str(made.base), dry_run=True)  # is not quantised either
+    fuse_model(
+        FuseRequest(made.recipe, base=str(made.base)), tmp_path / "null", dry_run=True
+    )  # is not quantised either
     QuantisedBase(made, **FORMATS["blocks"])
     with pytest.raises(BaseModelMismatch, match="is quantised") as caught:
-        fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
+        fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out")
     assert "--dequantise" in (caught.value.hint or "")
 
 
@@ -327,7 +330,7 @@ def test_what_stands_beside_packed_weights_has_to_fit_them(
     change(stored)
     save_file(stored, made.base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BaseModelMismatch, match=message):
-        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+        fuse_model(FuseRequest(made.recipe, base=str(made.base), dequantise=True), tmp_path / "out")
 
 
 def test_a_transposed_layer_of_bitsandbytes_is_refused(tmp_path: Path) -> None:
@@ -336,7 +339,7 @@ def test_a_transposed_layer_of_bitsandbytes_is_refused(tmp_path: Path) -> None:
     config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
     with pytest.raises(BaseModelMismatch, match="is a Conv1D"):
-        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dequantise=True)
+        fuse_model(FuseRequest(made.recipe, base=str(made.base), dequantise=True), tmp_path / "out")
 
 
 @pytest.mark.parametrize("form", ["blocks that are cut short", "bitsandbytes, 4 bit, twice"])
@@ -345,10 +348,10 @@ def test_rows_that_are_worked_on_apart_make_no_difference(
 ) -> None:
     made = Made(tmp_path, "plain")
     QuantisedBase(made, **FORMATS[form])
-    fuse_model(made.recipe, tmp_path / "whole", base=str(made.base), dequantise=True)
+    fuse_model(FuseRequest(made.recipe, base=str(made.base), dequantise=True), tmp_path / "whole")
     for module in ("loracli.fusing.stream", "loracli.verifying.verify"):
         monkeypatch.setattr(f"{module}.BLOCK_BYTES", 80 * 16)
-    fuse_model(made.recipe, tmp_path / "parts", base=str(made.base), dequantise=True)
+    fuse_model(FuseRequest(made.recipe, base=str(made.base), dequantise=True), tmp_path / "parts")
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
     found = verify_directory(tmp_path / "parts", adapters=[str(path) for path in made.paths], base=str(made.base))

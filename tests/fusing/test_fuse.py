@@ -20,6 +20,7 @@ from loracli.errors import BaseModelMismatch, LoracatError, OutOfResources, Outp
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
 from loracli.fusing import workplace
+from loracli.fusing.composition import FuseRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.model.base import plan_base
 from loracli.model.checkpoint import loaded_names
@@ -70,7 +71,7 @@ def tree(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_fused_model_has_the_attached_models_logits(tmp_path: Path, case: str) -> None:
     made = Made(tmp_path, case)
-    fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
+    fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out")
     scale = float((made.logits - made.base_logits).abs().max())
     assert scale > 1e-2
     torch.testing.assert_close(logits(load(tmp_path / "out")), made.logits, rtol=0, atol=2e-5 * max(scale, 1.0))
@@ -81,7 +82,7 @@ def test_a_fused_model_has_the_attached_models_logits(tmp_path: Path, case: str)
 def test_every_weight_is_the_float64_sum_rounded_once(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
     made = Made(tmp_path, case)
     base = make_base(tmp_path / "other", CASES[case][0], dtype=dtype)
-    fuse_model(made.recipe, tmp_path / "out", base=str(base))
+    fuse_model(FuseRequest(made.recipe, base=str(base)), tmp_path / "out")
     before, after = tensors(base), tensors(tmp_path / "out")
     transposed = "conv1d" in case
     assert before.keys() == after.keys()
@@ -115,9 +116,9 @@ def test_two_roundings_would_show(tmp_path: Path) -> None:
 
 def test_shards_and_a_missing_prefix_make_no_difference(tmp_path: Path) -> None:
     made = Made(tmp_path, "conv1d of two shapes")
-    fuse_model(made.recipe, tmp_path / "one", base=str(made.base))
+    fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "one")
     shard(made.base, 3, prefix="transformer.")
-    fuse_model(made.recipe, tmp_path / "three", base=str(made.base))
+    fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "three")
     one, three = tensors(tmp_path / "one"), tensors(tmp_path / "three")
     assert len(list((tmp_path / "three").glob("*.safetensors"))) == 3
     assert {n.removeprefix("transformer."): t.tolist() for n, t in one.items()} == {
@@ -137,7 +138,7 @@ def test_an_update_of_one_of_two_tied_matrices_unties_them(tmp_path: Path, targe
     tied = tensors(base)["model.embed_tokens.weight"]
     assert "lm_head.weight" not in tensors(base)
     adapter = make_adapter(tmp_path / "a", base, targets=(target,))
-    fused = fuse_model(None, tmp_path / "out", adapters=[str(adapter)], method="sum", base=str(base))
+    fused = fuse_model(FuseRequest(adapters=[str(adapter)], method="sum", base=str(base)), tmp_path / "out")
     factors = load_file(adapter / "adapter_model.safetensors")
     a, b = (next(t for n, t in factors.items() if f"_{side}" in n).double() for side in "AB")
     update = 2.0 * (b @ a)  # alpha 8 of rank 4
@@ -187,14 +188,14 @@ class StopAfter:
 def test_a_fusion_stopped_at_any_block_is_resumed_to_the_same_bytes(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     shard(made.base, 3)
-    fuse_model(made.recipe, tmp_path / "whole", base=str(made.base))
+    fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "whole")
     blocks = len(tensors(made.base))
     for stop in range(0, blocks, 4):
         with pytest.raises(Stop):
-            fuse_model(made.recipe, tmp_path / "out", base=str(made.base), progress=StopAfter(stop))
+            fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out", progress=StopAfter(stop))
         assert not (tmp_path / "out").exists()
         told = StopAfter(10**6)
-        fused = fuse_model(made.recipe, tmp_path / "out", base=str(made.base), resume=True, progress=told)
+        fused = fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out", resume=True, progress=told)
         assert fused.resumed == stop // (blocks // 3)
         assert any("going on from" in note for note in told.notes)
         assert tree(tmp_path / "out") == tree(tmp_path / "whole")
@@ -208,7 +209,7 @@ def test_a_fusion_stopped_near_its_end_is_resumed_to_the_same_bytes(
 ) -> None:
     made = Made(tmp_path, "plain")
     shard(made.base, 2)
-    fuse_model(made.recipe, tmp_path / "whole", base=str(made.base))
+    fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "whole")
     target = {
         "card": "loracli.fusing.fuse.fused_card",
         "certificate": "loracli.fusing.fuse._Fusion._certificate",
@@ -217,9 +218,9 @@ def test_a_fusion_stopped_near_its_end_is_resumed_to_the_same_bytes(
     }[step]
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(target, lambda *_, **__: (_ for _ in ()).throw(Stop))
-        fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
+        fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out")
     assert (tmp_path / "out").exists() == (step == "last")
-    fused = fuse_model(made.recipe, tmp_path / "out", base=str(made.base), resume=True)
+    fused = fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out", resume=True)
     assert fused.resumed == 2
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
@@ -229,16 +230,16 @@ def test_a_finished_file_that_was_damaged_is_made_again_and_other_inputs_are_ref
     made = Made(tmp_path, "plain")
     shard(made.base, 3)
     with pytest.raises(Stop):
-        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), progress=StopAfter(25))
+        fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out", progress=StopAfter(25))
     [first, second] = sorted((tmp_path / ".out.fusing").glob("*.safetensors"))
     data = bytearray(first.read_bytes())
     data[-1] ^= 1
     first.write_bytes(data)
     with pytest.raises(StateMismatch, match="dtype"):
-        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dtype="bfloat16", resume=True)
-    fused = fuse_model(made.recipe, tmp_path / "out", base=str(made.base), resume=True)
+        fuse_model(FuseRequest(made.recipe, base=str(made.base), dtype="bfloat16"), tmp_path / "out", resume=True)
+    fused = fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out", resume=True)
     assert fused.resumed == 1
-    fuse_model(made.recipe, tmp_path / "whole", base=str(made.base))
+    fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "whole")
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
@@ -248,9 +249,9 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
     class Second(StopAfter):
         def advance(self, task: str, amount: int, status: str = "") -> None:
             with pytest.raises(LoracatError, match="another process is writing"):
-                fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
+                fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out")
 
-    fuse_model(made.recipe, tmp_path / "out", base=str(made.base), progress=Second(0))
+    fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out", progress=Second(0))
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -264,7 +265,7 @@ def test_a_folder_of_somebody_else_in_the_place_of_a_fusion_is_refused_and_keeps
     os.mkfifo(tmp_path / ".out.fusing.json")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OutputExists, match=r"\.out\.fusing is in the way"):
-        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), resume=resume)
+        fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out", resume=resume)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -275,7 +276,7 @@ def test_too_little_room_is_said_in_bytes_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(workplace.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(OutOfResources, match=r"needs \d+ bytes more .* and 1000 are free"):
-        fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
+        fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter0", "adapter1", "base"]
 
 
@@ -287,7 +288,7 @@ def test_other_files_come_along_and_weights_of_other_formats_do_not(tmp_path: Pa
         (made.base / name).write_bytes(b"kept")
     (made.base / "onnx").mkdir()
     (made.base / "README.md").write_text("the base's own card")
-    fused = fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
+    fused = fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out")
     before, after = {p.name: p for p in made.base.iterdir()}, {p.name: p for p in (tmp_path / "out").iterdir()}
     left = {"pytorch_model.bin", "model.gguf", "consolidated.safetensors", "pytorch_model.bin.index.json", "onnx"}
     assert set(fused.left_behind) == left
@@ -303,15 +304,15 @@ def test_other_files_come_along_and_weights_of_other_formats_do_not(tmp_path: Pa
 def test_an_exported_adapter_and_the_recipe_it_came_from_give_the_same_model(tmp_path: Path) -> None:
     made = Made(tmp_path, "mixed ranks")
     export_adapter(ExportRequest(made.recipe), tmp_path / "adapter-cat")
-    fuse_model(made.recipe, tmp_path / "one", base=str(made.base))
-    fuse_model(str(tmp_path / "adapter-cat"), tmp_path / "two", base=str(made.base))
+    fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "one")
+    fuse_model(FuseRequest(str(tmp_path / "adapter-cat"), base=str(made.base)), tmp_path / "two")
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     assert one.keys() == two.keys() and all(torch.allclose(one[n], two[n], atol=1e-6) for n in one)
 
 
 def test_the_dtype_asked_for_is_the_dtype_of_every_weight_and_of_the_config(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
-    fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dtype="bfloat16")
+    fuse_model(FuseRequest(made.recipe, base=str(made.base), dtype="bfloat16"), tmp_path / "out")
     before, after = tensors(made.base), tensors(tmp_path / "out")
     assert {t.dtype for t in after.values()} == {torch.bfloat16}
     untouched = "model.layers.1.mlp.up_proj.weight"
@@ -322,11 +323,11 @@ def test_the_dtype_asked_for_is_the_dtype_of_every_weight_and_of_the_config(tmp_
     weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = 1e6
     save_file(weights, huge / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match=r"q_proj\.weight overflows float16"):
-        fuse_model(made.recipe, tmp_path / "half", base=str(huge), dtype="float16")
+        fuse_model(FuseRequest(made.recipe, base=str(huge), dtype="float16"), tmp_path / "half")
     weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
     save_file(weights, huge / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BaseModelMismatch, match=r"q_proj\.weight holds values that are infinite"):
-        fuse_model(made.recipe, tmp_path / "half", base=str(huge))
+        fuse_model(FuseRequest(made.recipe, base=str(huge)), tmp_path / "half")
 
 
 def test_a_base_that_lacks_a_weight_or_contradicts_itself_is_refused_by_name(tmp_path: Path) -> None:
@@ -341,7 +342,7 @@ def test_a_base_that_lacks_a_weight_or_contradicts_itself_is_refused_by_name(tmp
     ):
         save_file(broken, made.base / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(BaseModelMismatch, match=message):
-            fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
+            fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter0", "adapter1", "base"]
 
 
@@ -355,37 +356,37 @@ def test_an_index_leads_to_no_file_outside_the_base(tmp_path: Path) -> None:
         broken = {**index["weight_map"], "model.norm.weight": name}
         path.write_text(json.dumps({**index, "weight_map": broken}))
         with pytest.raises(BaseModelMismatch, match="which is not in the directory"):
-            fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
+            fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out")
     with safe_open(made.base / "model-00001-of-00002.safetensors", "pt") as file:
         first = next(iter(file.keys()))
     path.write_text(
         json.dumps({**index, "weight_map": {**index["weight_map"], first: "model-00002-of-00002.safetensors"}})
     )
     with pytest.raises(BaseModelMismatch, match="does not hold it"):
-        fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
+        fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out")
 
 
 def test_force_replaces_a_fused_model_and_nothing_else(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
-    fuse_model(made.recipe, tmp_path / "out", base=str(made.base))
+    fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out")
     with pytest.raises(OutputExists):
-        fuse_model("no-recipe.json", tmp_path / "out")
-    fuse_model(made.recipe, tmp_path / "out", base=str(made.base), dtype="float16", force=True)
+        fuse_model(FuseRequest("no-recipe.json"), tmp_path / "out")
+    fuse_model(FuseRequest(made.recipe, base=str(made.base), dtype="float16"), tmp_path / "out", force=True)
     assert {t.dtype for t in tensors(tmp_path / "out").values()} == {torch.float16}
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(OutputExists, match="something else than a fused model of loracat"):
-        fuse_model(made.recipe, tmp_path / "out", base=str(made.base), force=True)
+        fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out", force=True)
     with pytest.raises((OutputExists, UsageError)):
-        fuse_model(made.recipe, made.base, base=str(made.base), force=True)
+        fuse_model(FuseRequest(made.recipe, base=str(made.base)), made.base, force=True)
     assert (made.base / "config.json").is_file()
 
 
 def test_the_base_is_the_recorded_one_or_named(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     with pytest.raises(UsageError, match="fitted on a local copy of tiny/base"):
-        fuse_model(made.recipe, tmp_path / "out")
+        fuse_model(FuseRequest(made.recipe), tmp_path / "out")
     told = StopAfter(10**6)
-    fuse_model(made.recipe, tmp_path / "out", base=str(made.base), progress=told)
+    fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out", progress=told)
     assert any("is not the one that the weights were fitted on" in note for note in told.notes)
 
 
@@ -393,8 +394,8 @@ def test_methods_that_cut_or_need_records_are_left_to_an_export(tmp_path: Path, 
     adapters = [str(make_adapter(tmp_path / name, tiny_base, seed=seed)) for seed, name in enumerate("ab")]
     for name, message in (("ties", "cuts its result"), ("lorahub", "has to be fitted")):
         with pytest.raises(UsageError, match=message):
-            fuse_model(None, tmp_path / "out", adapters=adapters, method=name, base=str(tiny_base))
-    fuse_model(None, tmp_path / "out", adapters=adapters, method="knots", base=str(tiny_base))
+            fuse_model(FuseRequest(adapters=adapters, method=name, base=str(tiny_base)), tmp_path / "out")
+    fuse_model(FuseRequest(adapters=adapters, method="knots", base=str(tiny_base)), tmp_path / "out")
 
 
 def test_experts_that_are_computed_on_loading_stay_as_they_are(tmp_path: Path) -> None:
@@ -406,7 +407,7 @@ def test_experts_that_are_computed_on_loading_stay_as_they_are(tmp_path: Path) -
     before = tensors(tmp_path / "base")
     assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in before
     adapter = make_adapter(tmp_path / "a", tmp_path / "base", targets=("q_proj", "v_proj"))
-    fuse_model(str(adapter), tmp_path / "out", base=str(tmp_path / "base"))
+    fuse_model(FuseRequest(str(adapter), base=str(tmp_path / "base")), tmp_path / "out")
     after = tensors(tmp_path / "out")
     assert {n for n in before if not torch.equal(before[n], after[n])} == {
         f"model.layers.{i}.self_attn.{leaf}.weight" for i in range(2) for leaf in ("q_proj", "v_proj")

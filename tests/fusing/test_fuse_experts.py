@@ -18,6 +18,7 @@ from loracli.export.request import ExportRequest
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
+from loracli.fusing.composition import FuseRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.model.base import on_base
 from loracli.model.reference import BaseReference
@@ -76,7 +77,7 @@ def test_a_fused_mixture_is_the_base_with_the_dense_updates_added(tmp_path: Path
     """Also in every weight, as transformers loads them."""
     stored = sorted(load_file(mixture.base / "model.safetensors"))
     assert any("experts.3." in name for name in stored) == mixture.layers
-    fused = fuse_model(None, tmp_path / "out", adapters=mixture.names, method="sum", base=str(mixture.base))
+    fused = fuse_model(FuseRequest(adapters=mixture.names, method="sum", base=str(mixture.base)), tmp_path / "out")
     assert fused.modules == 2 * (2 + 2)
     assert sorted(load_file(tmp_path / "out" / "model.safetensors")) == stored
     expected, found = load(mixture.base, torch.float64), load(tmp_path / "out")
@@ -93,7 +94,7 @@ def test_a_fused_mixture_is_the_base_with_the_dense_updates_added(tmp_path: Path
 
 def test_in_bfloat16_every_weight_is_rounded_once(tmp_path: Path, mixture: Mixture) -> None:
     options = {"adapters": mixture.names, "method": "sum", "base": str(mixture.base)}
-    fuse_model(None, tmp_path / "out", dtype="bfloat16", **options)  # type: ignore[arg-type]
+    fuse_model(FuseRequest(dtype="bfloat16", **options), tmp_path / "out")  # type: ignore[arg-type]
     expected = load(mixture.base, torch.float64)
     add(expected, mixture.summed())
     found = load(tmp_path / "out", torch.bfloat16)
@@ -105,7 +106,7 @@ def test_in_bfloat16_every_weight_is_rounded_once(tmp_path: Path, mixture: Mixtu
 
 
 def test_verify_finds_one_wrong_entry_of_one_expert(tmp_path: Path, mixture: Mixture) -> None:
-    fuse_model(None, tmp_path / "out", adapters=mixture.names, method="sum", base=str(mixture.base))
+    fuse_model(FuseRequest(adapters=mixture.names, method="sum", base=str(mixture.base)), tmp_path / "out")
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)
     name = next(
@@ -126,7 +127,7 @@ def test_a_base_that_lacks_an_expert_is_refused_by_name(tmp_path: Path, qwen: Mi
     del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BaseModelMismatch, match=r"have 7 of 8 tensors of model\.layers\.1\.mlp\.experts\.gate_up_proj"):
-        fuse_model(None, tmp_path / "out", adapters=qwen.names, method="sum", base=str(base))
+        fuse_model(FuseRequest(adapters=qwen.names, method="sum", base=str(base)), tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
@@ -194,7 +195,7 @@ def test_a_recipe_of_layers_and_parameters_is_fitted_and_exported(tmp_path: Path
     """From the recipe's table alone, without the base; the export is the sum of what PEFT makes of each."""
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
     settings = FitSettings(passes=2)
-    recipe = fit_mixing(qwen.names, data, base=str(qwen.base), settings=settings, folder=tmp_path)
+    recipe = fit_mixing(qwen.names, data, base=str(qwen.base), settings=settings)
     recipe.save(tmp_path / "recipe.json")
     export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "out")
     expected: dict[str, torch.Tensor] = {}
@@ -208,7 +209,7 @@ def test_a_recipe_of_layers_and_parameters_is_fitted_and_exported(tmp_path: Path
     for name, delta in expected.items():
         assert float((found[name] - delta).norm()) < 1e-6 * float(delta.norm())
     verify_directory(tmp_path / "out", recipe=tmp_path / "recipe.json", base=str(qwen.base))
-    fuse_model(str(tmp_path / "recipe.json"), tmp_path / "fused", base=str(qwen.base))
+    fuse_model(FuseRequest(str(tmp_path / "recipe.json"), base=str(qwen.base)), tmp_path / "fused")
     whole = load(qwen.base)
     add(whole, expected)
     assert torch.allclose(logits(load(tmp_path / "fused")), logits(whole), rtol=0, atol=1e-3)
@@ -245,7 +246,7 @@ def test_adapters_of_some_experts_are_zero_at_the_others_and_compose(tmp_path: P
     export_adapter(ExportRequest(method="sum", adapters=names[:1], base=str(qwen.base)), tmp_path / "one")
     for name, delta in peft_deltas(tmp_path / "one", qwen.base).items():
         assert torch.allclose(delta[:2], theirs[name][:2], rtol=0, atol=1e-6) and not delta[2:].any()
-    fuse_model(None, tmp_path / "fused", adapters=names, method="sum", base=str(qwen.base))
+    fuse_model(FuseRequest(adapters=names, method="sum", base=str(qwen.base)), tmp_path / "fused")
     model = load(qwen.base)
     add(model, theirs)
     assert torch.allclose(logits(load(tmp_path / "fused")), logits(model), rtol=0, atol=1e-4)
@@ -274,7 +275,7 @@ def test_a_router_is_adapted_by_its_old_name_and_by_its_new(tmp_path: Path, kind
     assert all(f"model.layers.{layer}.mlp.gate" in deltas for deltas in theirs for layer in (0, 1))
     for deltas in theirs:
         add(model, deltas)
-    fuse_model(None, tmp_path / "fused", adapters=names, method="sum", base=str(base))
+    fuse_model(FuseRequest(adapters=names, method="sum", base=str(base)), tmp_path / "fused")
     assert torch.allclose(logits(load(tmp_path / "fused")), logits(model), rtol=0, atol=1e-3)
     export_adapter(ExportRequest(method="sum", adapters=names, base=str(base)), tmp_path / "out")
     found = peft_deltas(tmp_path / "out", base)
@@ -285,7 +286,7 @@ def test_a_router_is_adapted_by_its_old_name_and_by_its_new(tmp_path: Path, kind
     for made in ("out", "fused"):
         verify_directory(tmp_path / made, adapters=names, base=str(base))
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
-    recipe = fit_mixing(names, data, base=str(base), settings=FitSettings(passes=2), folder=tmp_path)
+    recipe = fit_mixing(names, data, base=str(base), settings=FitSettings(passes=2))
     recipe.save(tmp_path / "recipe.json")
     export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "fitted")
     verify_directory(tmp_path / "fitted", recipe=tmp_path / "recipe.json", base=str(base))

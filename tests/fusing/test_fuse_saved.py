@@ -16,6 +16,7 @@ from loracli.composition.card import closed
 from loracli.errors import BaseModelMismatch, LoracatError, UnsupportedAdapter, UsageError, VerificationError
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
+from loracli.fusing.composition import FuseRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.verifying.verify import verify_directory
 from tests.fitting.test_modules_to_save import WEIGHTS, make_saving, saved_tensors
@@ -49,7 +50,7 @@ def test_a_fused_adapter_is_what_peft_runs(tmp_path: Path, kind: str, modules: l
     expected = peft_logits(base, adapter)
     if sharded:
         shard(base)
-    fused = fuse_model(adapter, tmp_path / "out", base=str(base))
+    fused = fuse_model(FuseRequest(adapter, base=str(base)), tmp_path / "out")
     assert {m for m in modules if any(name.endswith(m) for name in fused.replaced)} == set(modules)
     assert fused.untied == (kind == "llama-tied")
     assert float((expected - logits(load(base))).abs().max()) > 1e-2
@@ -73,7 +74,7 @@ def test_a_policy_decides_and_each_value_is_rounded_once(
 ) -> None:
     base, names = made
     options: dict[str, Any] = {"adapters": names, "base": str(base), "modules_to_save": policy}
-    fuse_model(None, tmp_path / "out", method="sum", dtype=dtype, **options)
+    fuse_model(FuseRequest(method="sum", dtype=dtype, **options), tmp_path / "out")
     saved = [saved_tensors(Path(name)) for name in names]
     head, norm = "base_model.model.lm_head.weight", "base_model.model.model.norm.weight"
     both = (saved[0][head].double() + saved[1][head].double()) / 2
@@ -94,7 +95,7 @@ def test_a_recipe_knows_what_it_was_fitted_with(tmp_path: Path, made: tuple[Path
     base, names = made
     recipe = fit_case(tmp_path, base, [Path(name) for name in names], modules_to_save="pick:second")
     recipe.save(tmp_path / "recipe.json")
-    fused = fuse_model(tmp_path / "recipe.json", tmp_path / "out", base=str(base))
+    fused = fuse_model(FuseRequest(tmp_path / "recipe.json", base=str(base)), tmp_path / "out")
     assert fused.replaced == ("lm_head",)
     export_adapter(ExportRequest(recipe), tmp_path / "adapter")
     expected = peft_logits(base, tmp_path / "adapter")
@@ -108,7 +109,7 @@ def test_one_value_that_was_changed_is_found(tmp_path: Path, made: tuple[Path, l
     import hashlib
 
     base, names = made
-    fuse_model(names[0], tmp_path / "out", base=str(base))
+    fuse_model(FuseRequest(names[0], base=str(base)), tmp_path / "out")
     path, where = tmp_path / "out" / "model.safetensors", tmp_path / "out" / "loracat-fuse.json"
     whole = load_file(path)
     value = whole[name].view(-1)[3]
@@ -129,9 +130,9 @@ def test_a_resized_vocabulary_needs_the_resized_base(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "resized")
     resized = make_saving(tmp_path / "a", tmp_path / "resized", ["embed_tokens", "lm_head"], seed=1)
     with pytest.raises(BaseModelMismatch, match=r"\(261, 32\)") as caught:
-        fuse_model(resized, tmp_path / "out", base=str(base))
+        fuse_model(FuseRequest(resized, base=str(base)), tmp_path / "out")
     assert "resized" in str(caught.value.hint) and not (tmp_path / "out").exists()
-    fuse_model(resized, tmp_path / "out", base=str(tmp_path / "resized"))
+    fuse_model(FuseRequest(resized, base=str(tmp_path / "resized")), tmp_path / "out")
     expected = peft_logits(tmp_path / "resized", resized)
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-4)
 
@@ -151,7 +152,9 @@ def test_without_a_policy_or_where_it_has_no_use_it_is_refused(
     alone = options.pop("alone", False) if "alone" in (options := dict(options)) else False
     adapters = [] if alone else names
     with pytest.raises(error) as caught:
-        fuse_model(names[0] if alone else None, tmp_path / "out", adapters=adapters, base=str(base), **options)
+        fuse_model(
+            FuseRequest(names[0] if alone else None, adapters=adapters, base=str(base), **options), tmp_path / "out"
+        )
     assert said in f"{caught.value} {caught.value.hint}" and not (tmp_path / "out").exists()
 
 
@@ -162,5 +165,5 @@ def test_a_saved_value_that_overflows_is_refused(tmp_path: Path) -> None:
     whole["base_model.model.lm_head.weight"] = torch.full((259, 32), 1e5)
     save_file(whole, adapter / WEIGHTS)
     with pytest.raises(UsageError, match=r"lm_head\.weight overflows float16"):
-        fuse_model(adapter, tmp_path / "out", base=str(base))
-    fuse_model(adapter, tmp_path / "out", base=str(base), dtype="bfloat16")
+        fuse_model(FuseRequest(adapter, base=str(base)), tmp_path / "out")
+    fuse_model(FuseRequest(adapter, base=str(base), dtype="bfloat16"), tmp_path / "out")

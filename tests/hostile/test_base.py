@@ -20,9 +20,9 @@ from loracli.errors import BaseModelMismatch, LoracatError
 from loracli.hub.references import is_hub_id
 from loracli.model.base import load_base, plan_base
 from loracli.model.reference import (
+    _MAX_LAYERS,
     ADDED_TOKENS,
     IGNORED,
-    MAX_LAYERS,
     REFUSED,
     SPECIAL_TOKENS,
     TOKENIZER,
@@ -223,7 +223,7 @@ FOLLOWED: list[tuple[str, str, Any]] = [
     ("config.json", "vision_config", {"model_args": {"checkpoint_path": "/etc/passwd"}}),
     ("config.json", "vision_config", {"architecture": "hf-hub:org/name"}),
     ("config.json", "text_config", {"quantization_config": {"quant_method": "org/quantiser"}}),
-    ("config.json", "num_hidden_layers", MAX_LAYERS + 1),
+    ("config.json", "num_hidden_layers", _MAX_LAYERS + 1),
     ("config.json", "auto_map", "attack.Attack"),
     (TOKENIZER, "auto_map", "attack.Attack"),
     (TOKENIZER, "vocab_file", "/etc/passwd"),
@@ -258,7 +258,7 @@ def test_what_a_base_may_not_name_is_refused_by_name(here: Path, file: str, key:
 def test_a_count_that_a_small_config_makes_large_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     for fields in ({key: value}, {"text_config": {"parts": [{key: value}]}}):
         (tmp_path / "config.json").write_text(json.dumps(fields))
-        with pytest.raises(BaseModelMismatch, match=f"{key} = .* more than {MAX_LAYERS} are not taken"):
+        with pytest.raises(BaseModelMismatch, match=f"{key} = .* more than {_MAX_LAYERS} are not taken"):
             check_base_files(tmp_path, "base")
 
 

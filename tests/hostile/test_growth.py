@@ -20,10 +20,10 @@ from loracli.recipe.recipe import Recipe, decode_recipe
 from loracli.recipe.record import MAX_ADAPTERS
 from loracli.report.charts import heat_map
 from loracli.report.grid import grids, short_names
-from loracli.serving.adapter_files import read_headers
+from loracli.serving.adapter_files import _read_headers
 from loracli.system.document import MAX_PROBLEMS, decode
 from loracli.system.strict_json import StrictJsonError, _object
-from loracli.system.tensor_file import MAX_NAME, open_tensor_file
+from loracli.system.tensor_file import _MAX_NAME, open_tensor_file
 from tests.test_recipe import FILES, local, make_recipe
 
 LORA = "base_model.model.model.layers.{}.q_proj.lora_A.weight"
@@ -102,7 +102,7 @@ def test_a_header_of_many_tensors(tmp_path: Path) -> None:
             LORA.format(i): {"dtype": "F32", "shape": [1, 1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(n)
         }
         path = headers(tmp_path / f"{n}.safetensors", entries, bytes(4 * n))
-        return lambda: (open_tensor_file(path), read_headers(path))
+        return lambda: (open_tensor_file(path), _read_headers(path))
 
     assert grows_like_its_input(make)
 
@@ -118,9 +118,9 @@ def test_names_of_many_dots_and_many_modules_saved_whole() -> None:
 
 def test_a_name_longer_than_any_models_is_refused(tmp_path: Path) -> None:
     entry = {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}
-    path = headers(tmp_path / "x.safetensors", {"a." * (MAX_NAME // 2) + "b": entry}, bytes(4))
-    for read in (open_tensor_file, read_headers):
-        with pytest.raises(MalformedAdapter, match=f"at most {MAX_NAME} are read") as caught:
+    path = headers(tmp_path / "x.safetensors", {"a." * (_MAX_NAME // 2) + "b": entry}, bytes(4))
+    for read in (open_tensor_file, _read_headers):
+        with pytest.raises(MalformedAdapter, match=f"at most {_MAX_NAME} are read") as caught:
             read(path)
         assert len(str(caught.value)) < 400
 

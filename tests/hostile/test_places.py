@@ -13,7 +13,7 @@ from loracli.adapters import adapter as adapter_module
 from loracli.adapters.adapter import open_adapter
 from loracli.errors import BaseModelMismatch, IntegrityError, OutputExists
 from loracli.fitting.journal import open_state
-from loracli.fusing.workplace import holds_fused_model
+from loracli.fusing.workplace import _holds_fused_model
 from loracli.model.checkpoint import shard_names
 from loracli.system.files import holds, same_file
 from tests.cli.project import FIT, run, tree
@@ -84,7 +84,7 @@ def test_a_recipe_a_comparison_or_a_state_that_is_a_fifo_is_one_error_and_no_wai
         result = run(*words)
         assert result.exit_code == 3 and "pipe cannot be read: it is not a regular file" in result.stderr, words
     os.mkfifo("loracat-fuse.json")
-    assert not holds_fused_model(here)
+    assert not _holds_fused_model(here)
     (tmp_path / "state").mkdir()
     os.mkfifo(tmp_path / "state" / "identity.json")
     with pytest.raises(OutputExists, match="in the way"):

@@ -38,6 +38,7 @@ import loracli
 from loracli.cli import app
 from loracli.demo.run import DemoResult, DemoRow
 from loracli.recipe.recipe import load_recipe
+from loracli.recipe.record import weights_digest
 from tests.convolutions import adapt, model
 from tests.mixtures import BOTH, ROUTERS
 from tests.stub_hub_uploads import UploadHub
@@ -221,6 +222,7 @@ def fix_recipe() -> None:
     recipe["held_out"] = fixed(recipe["held_out"])
     for index, (name, weights) in enumerate(recipe["mixing"]["weights"].items()):
         recipe["mixing"]["weights"][name] = [w if w is None else (index + 3) / 8 - i for i, w in enumerate(weights)]
+    recipe["mixing"]["weights_sha256"] = weights_digest(recipe["mixing"]["weights"])
     recipe["versions"] = dict.fromkeys(recipe["versions"], "1.0")
     Path("fixed.json").write_text(json.dumps(recipe, indent=2))
 

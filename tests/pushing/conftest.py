@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
-from loracli.pushing.push import Pushed, push_adapter
+from loracli.pushing.push import Pushed, PushRequest, push_adapter
 from tests.export.test_export import Made
 from tests.stub_hub_uploads import UploadHub
 from tests.tiny import BASE_ID
 
 Push = Callable[..., Pushed]
+REQUEST = {field.name for field in fields(PushRequest)}
 
 
 @pytest.fixture
@@ -56,6 +58,7 @@ def push(hub: UploadHub, out: Path) -> Push:
     """Pushes the export to `org/name`."""
 
     def run(folder: Path = out, repo_id: str = "org/name", **options: Any) -> Pushed:
-        return push_adapter(folder, repo_id, **options)
+        asked = {name: options.pop(name) for name in REQUEST & options.keys()}
+        return push_adapter(PushRequest(folder, repo_id, **asked), **options)
 
     return run

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
+from loracli.recipe.record import EDITED, weights_digest
 from tests.cli.project import run
 from tests.cli.test_documents import check
 from tests.export.test_export import Made
@@ -78,6 +79,18 @@ def test_a_base_that_nobody_else_has_is_refused_with_the_way_out(
     done = run("push", str(tmp_path / "mine"), REPO)
     assert done.exit_code == 3 and "'/home/alice/llama' is not a repository on the Hub" in done.stderr
     assert hub.requests == []
+
+
+def test_weights_that_were_edited_after_the_fit_are_told(hub: UploadHub, made: Made, tmp_path: Path) -> None:
+    digest = weights_digest(made.recipe.mixing.weights)
+    for name, found, edited in (("kept", digest, False), ("edited", "0" * 64, True)):
+        recipe = replace(made.recipe, mixing=replace(made.recipe.mixing, weights_sha256=found))
+        export_adapter(ExportRequest(recipe), tmp_path / name)
+        done = run("push", str(tmp_path / name), f"org/{name}")
+        assert done.exit_code == 0 and (EDITED in done.stderr) is edited
+        told = json.loads(run("push", str(tmp_path / name), f"org/{name}", "--dry-run", "--json").stdout)
+        check(told, "push")
+        assert told["weights_edited"] is edited
 
 
 def test_a_base_path_that_an_adapter_names_is_not_published(hub: UploadHub, made: Made, tmp_path: Path) -> None:

@@ -33,12 +33,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, two_adapter
     records = [{**r, "task": ["odd", "even"][i % 2]} for i, r in enumerate(random_records(24, seed=2))]
     test = write_jsonl(folder / "test.jsonl", records)
     recipe = fit_mixing(
-        [str(path) for path in two_adapters],
-        data,
-        eval_data=test,
-        base=str(tiny_base),
-        settings=FitSettings(passes=5),
-        folder=folder,
+        [str(path) for path in two_adapters], data, eval_data=test, base=str(tiny_base), settings=FitSettings(passes=5)
     )
     recipe.save(folder / "recipe.json")
     inputs = prepare_comparison(

@@ -21,7 +21,7 @@ from loracli.errors import AdapterNotFound, MalformedAdapter, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
 from loracli.serving.checks import CHECKS
-from loracli.serving.lint import SERVERS, SEVERITIES, ServerReport, lint_adapter, load_server
+from loracli.serving.lint import _SERVERS, _SEVERITIES, ServerReport, lint_adapter, load_server
 from tests.cli.project import run
 from tests.mixtures import expert_layers
 from tests.tiny import BASE_ID, make_adapter, make_base
@@ -241,24 +241,24 @@ def test_an_adapter_that_breaks_a_rule_is_told_so_by_its_name(
 
 
 def test_every_rule_is_broken_by_a_test() -> None:
-    rules = {(server, rule.name) for server in SERVERS for rule in load_server(server).rules}
+    rules = {(server, rule.name) for server in _SERVERS for rule in load_server(server).rules}
     assert {(server, rule) for server, rule, _ in BROKEN} | ELSEWHERE == rules
 
 
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("name", _SERVERS)
 def test_rules_are_complete_and_their_parameters_are_those_of_the_check(name: str) -> None:
     server = load_server(name)
     assert server.id == name
     names = [rule.name for rule in server.rules]
     assert len(set(names)) == len(names)
     for rule in server.rules:
-        assert rule.severity in SEVERITIES
+        assert rule.severity in _SEVERITIES
         assert rule.why and rule.remedy and rule.source
         inspect.signature(CHECKS[rule.check]).bind(None, None, **rule.parameters)
 
 
 def test_every_check_is_used_by_a_rule() -> None:
-    assert CHECKS.keys() == {rule.check for server in SERVERS for rule in load_server(server).rules}
+    assert CHECKS.keys() == {rule.check for server in _SERVERS for rule in load_server(server).rules}
 
 
 def test_what_keeps_the_rules_is_taken_by_all_with_the_command_that_serves_it(tmp_path: Path, tiny_base: Path) -> None:
@@ -373,7 +373,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_portable_export_is_taken_by_all_that_read_peft_and_as_gguf(exports: Path) -> None:
     found = lint_adapter(exports / "portable", base=str(exports / "base"))
-    assert {server.id for server in found.servers} == set(SERVERS) - {"mlx"}
+    assert {server.id for server in found.servers} == set(_SERVERS) - {"mlx"}
     assert found.taken
     commands = {server.id: server.serve for server in found.servers}
     assert commands["llamacpp"] == (f"llama-server -m BASE.gguf --lora {exports}/portable/adapter.gguf",)

@@ -14,8 +14,9 @@ from loracli.composition.card import RECORD_DIGEST
 from loracli.errors import IntegrityError, VerificationError
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
+from loracli.fusing.composition import FuseRequest
 from loracli.fusing.fuse import fuse_model
-from loracli.verifying.origin import EVIDENCE, read_origin
+from loracli.verifying.origin import _EVIDENCE, read_origin
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
 from tests.verifying.test_verify_adapter import change, only_the_recipe_is_missing
@@ -33,7 +34,7 @@ def made(folder: Path, kind: str) -> tuple[Path, dict[str, Any], Path]:
     if kind == "adapter":
         export_adapter(ExportRequest(parts.recipe), folder / "out")
     else:
-        fuse_model(parts.recipe, folder / "out", base=str(parts.base))
+        fuse_model(FuseRequest(parts.recipe, base=str(parts.base)), folder / "out")
         where["base"] = str(parts.base)
     return folder / "out", where, recipe
 
@@ -77,7 +78,7 @@ def test_a_digest_written_anew_is_found_with_the_recipe(tmp_path: Path, kind: st
         out / RECORDS[kind],
         lambda fields: fields.get("composition", fields)["recipe"]["held_out"].update(verdict="better"),
     )
-    assert [item.what for item in verify_directory(out, **where).not_checked] == [EVIDENCE]
+    assert [item.what for item in verify_directory(out, **where).not_checked] == [_EVIDENCE]
     with pytest.raises(VerificationError) as caught:
         verify_directory(out, recipe=recipe, **where)
     assert caught.value.problems == (f"the recorded recipe is not {recipe}",)

@@ -18,7 +18,7 @@ from loracli.errors import AdapterNotFound, InputError, IntegrityError, LoracatE
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
 from loracli.verifying.findings import Verification
-from loracli.verifying.origin import COMPOSITION, EVIDENCE
+from loracli.verifying.origin import _EVIDENCE, COMPOSITION
 from loracli.verifying.peft_reload import reload_differences, skeleton_of
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
@@ -37,7 +37,7 @@ def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 def only_the_recipe_is_missing(found: Verification) -> bool:
     """Whether everything was checked that does not need the recipe itself."""
-    return [item.what for item in found.not_checked] == [EVIDENCE]
+    return [item.what for item in found.not_checked] == [_EVIDENCE]
 
 
 def rewrite(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object], *, record: bool) -> None:
@@ -231,7 +231,7 @@ def test_a_changed_weight_in_the_record_is_found(tmp_path: Path) -> None:
 def test_without_ingredients_it_says_what_was_not_checked(tmp_path: Path) -> None:
     out, paths, made = exported(tmp_path, "plain")
     found = verify_directory(out)
-    assert [item.what for item in found.not_checked] == [EVIDENCE, COMPOSITION, "README.md"]
+    assert [item.what for item in found.not_checked] == [_EVIDENCE, COMPOSITION, "README.md"]
     assert "say where with --adapters" in found.not_checked[1].why and found.tensors == 0
     recipe = tmp_path / "recipe.json"
     made.recipe.save(recipe)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
+from loracli.fusing.composition import FuseRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
@@ -108,15 +109,15 @@ def test_ranks_that_were_chosen_by_a_rule_are_verified(tmp_path: Path, rule: dic
 def test_what_is_no_update_of_a_weight_is_not_folded_in(tmp_path: Path, tiny_base: Path) -> None:
     paths = two(tmp_path, tiny_base, "q_proj", lora_bias=True)
     with pytest.raises(UsageError, match="lora_bias, which is not an update of a weight"):
-        fuse_model(None, tmp_path / "model", adapters=paths, method="sum", base=str(tiny_base))
+        fuse_model(FuseRequest(adapters=paths, method="sum", base=str(tiny_base)), tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
 def test_a_converted_adapter_is_refused_by_name(tmp_path: Path, tiny_base: Path) -> None:
-    from loracli.conversion.convert import convert_adapter
+    from loracli.conversion.convert import ConvertRequest, convert_adapter
     from loracli.errors import InputError
 
     make_adapter(tmp_path / "dora", tiny_base, targets=("q_proj",), rank=2, use_dora=True)
-    convert_adapter(str(tmp_path / "dora"), tmp_path / "out", base=str(tiny_base), rank=4)
+    convert_adapter(ConvertRequest(str(tmp_path / "dora"), base=str(tiny_base), rank=4), tmp_path / "out")
     with pytest.raises(InputError, match="made by `loracat convert`"):
         verify_directory(tmp_path / "out")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loracli.errors import IntegrityError, UsageError
+from loracli.fusing.composition import FuseRequest
 from loracli.fusing.fuse import fuse_model
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import Made
@@ -43,7 +44,7 @@ def rewrite(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> 
 
 def fused(folder: Path, case: str = "plain", **options: Any) -> tuple[Path, dict[str, Any], Made]:
     made = Made(folder, case)
-    fuse_model(made.recipe, folder / "out", base=str(made.base), **options)
+    fuse_model(FuseRequest(made.recipe, base=str(made.base), **options), folder / "out")
     return folder / "out", {"adapters": [str(path) for path in made.paths], "base": str(made.base)}, made
 
 
@@ -69,7 +70,7 @@ def test_a_sharded_half_precision_base_passes(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     base = make_base(tmp_path / "half", dtype=torch.bfloat16)
     shard(base, 3)
-    fuse_model(made.recipe, tmp_path / "out", base=str(base))
+    fuse_model(FuseRequest(made.recipe, base=str(base)), tmp_path / "out")
     found = verify_directory(tmp_path / "out", adapters=[str(p) for p in made.paths], base=str(base))
     assert only_the_recipe_is_missing(found)
 
@@ -128,9 +129,9 @@ def test_a_changed_base_is_found(tmp_path: Path) -> None:
 def test_a_model_fused_from_an_adapters_directory_or_a_method_is_computed_again(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     paths = [str(path) for path in made.paths]
-    fuse_model(paths[0], tmp_path / "one", base=str(made.base))
+    fuse_model(FuseRequest(paths[0], base=str(made.base)), tmp_path / "one")
     assert not verify_directory(tmp_path / "one", adapters=paths[:1], base=str(made.base)).not_checked
-    fuse_model(None, tmp_path / "two", adapters=paths, method="uniform", base=str(made.base))
+    fuse_model(FuseRequest(adapters=paths, method="uniform", base=str(made.base)), tmp_path / "two")
     assert not verify_directory(tmp_path / "two", adapters=paths, base=str(made.base)).not_checked
     with pytest.raises(UsageError, match="another order"):
         verify_directory(tmp_path / "two", adapters=paths[::-1], base=str(made.base))

@@ -106,13 +106,13 @@ _DARE_DENSITY = 0.5  # the paper tries drop rates from 0.1 to 0.99
 def _dare(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
     """DARE of one module: its best approximation of the rank, as the result has full rank."""
     present = present_in_own_order(updates)
-    total = drop(present[0], options)
+    total = _drop(present[0], options)
     for update in present[1:]:
-        total = total + drop(update, options)
+        total = total + _drop(update, options)
     return _approximated(total, present, options)
 
 
-def drop(update: Factors, options: MethodOptions) -> Tensor:
+def _drop(update: Factors, options: MethodOptions) -> Tensor:
     """m * dW / density (out, in), float64."""
     density = _DARE_DENSITY if options.density is None else options.density
     matrix = update.delta_weight()
@@ -139,7 +139,7 @@ DARE = Method(
 def _dare_ties(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
     """DARE-TIES of one module: its best approximation of the rank, as the result has full rank."""
     present = present_in_own_order(updates)
-    return _approximated(disjoint_mean([drop(update, options) for update in present]), present, options)
+    return _approximated(disjoint_mean([_drop(update, options) for update in present]), present, options)
 
 
 DARE_TIES = Method(

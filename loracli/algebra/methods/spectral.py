@@ -29,8 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loracli.algebra.concatenate import concatenate
-from loracli.algebra.factors import Factors, thin_svd
+from loracli.algebra.factors import Factors, concatenate, thin_svd
 from loracli.algebra.methods.method import Merged, Method, MethodOptions
 from loracli.algebra.methods.sparse import TIES_DENSITY, disjoint_mean, present_in_own_order, trim
 from loracli.algebra.truncate import truncate

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from loracli.algebra.concatenate import relative_error
-from loracli.algebra.factors import Factors, norm
+from loracli.algebra.factors import Factors, norm, relative_error
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
-from loracli.algebra.methods.sparse import drop, present_in_own_order
+from loracli.algebra.methods.sparse import _drop, present_in_own_order
 from loracli.algebra.truncate import best_approximation
 
 OUT, IN = 20, 28
@@ -150,7 +149,7 @@ def test_ties_is_the_formula_of_the_paper(density: float) -> None:
 @pytest.mark.parametrize("name", ["dare", "dare-ties"])
 def test_dare_keeps_a_share_of_the_entries_and_rescales_them(name: str) -> None:
     updates, options = pair(), MethodOptions(density=0.3, seed=5, rank=OUT)
-    dropped = [drop(update, options) for update in updates]
+    dropped = [_drop(update, options) for update in updates]
     for part, update in zip(dropped, updates, strict=True):
         dense, kept = update.delta_weight(), part != 0
         assert 0.2 < float(kept.double().mean()) < 0.4
@@ -166,7 +165,7 @@ def test_dare_keeps_a_share_of_the_entries_and_rescales_them(name: str) -> None:
 
 def test_what_dare_drops_averages_out() -> None:
     update = factors(4, 1, 2.0)
-    mean = torch.stack([drop(update, MethodOptions(density=0.5, seed=seed)) for seed in range(400)]).mean(dim=0)
+    mean = torch.stack([_drop(update, MethodOptions(density=0.5, seed=seed)) for seed in range(400)]).mean(dim=0)
     assert error(mean, update.delta_weight()) < 0.1
 
 
