@@ -40,7 +40,7 @@ def verified(path: str) -> Verification:
 def pushed(name: str) -> Pushed:
     state = Verification(Path(name), "adapter", 0, (), ())
     file = PushedFile("README.md", 10, "0" * 64, "new")
-    return Pushed(name, "main", COMMIT, "url", None, True, True, False, (file,), (), (), True, state)
+    return Pushed(name, "main", COMMIT, "url", None, True, True, False, (file,), (), (), True, False, state)
 
 
 def fused(name: str) -> Fused:

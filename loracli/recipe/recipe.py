@@ -24,6 +24,7 @@ from loracli.adapters.names import leaf
 from loracli.errors import OutputExists, RecipeError, UsageError
 from loracli.hub.references import URI_PREFIX, is_folder, is_hub_id
 from loracli.recipe.record import (
+    EDITED,
     INLINE_KINDS,
     MAX_MODULES,
     FitCertificate,
@@ -70,7 +71,7 @@ class Recipe:
     folder: Path = field(default=Path(), compare=False)
 
     def __repr__(self) -> str:
-        return repr_line(self, names_text(self.labels().values()), self.mixing.kind, _outcome(self.held_out))
+        return repr_line(self, names_text(self.labels().values()), self.mixing.kind, _outcome(self.held_out_of_weights))
 
     def _repr_html_(self) -> str:
         return html_of(self)
@@ -170,8 +171,10 @@ class Recipe:
         return local_reference(self.folder / adapter.reference, folder)
 
 
-def _outcome(table: HeldOut) -> str:
+def _outcome(table: HeldOut | None) -> str:
     """`better by 0.94 nats`, each scored token, than the best ingredient; otherwise the verdict with its difference."""
+    if table is None:
+        return EDITED
     fitted = next((row for row in table.rows if row.name == "fit"), None)
     if fitted is None:  # of a recipe that was made by hand
         return ""

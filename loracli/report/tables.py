@@ -10,7 +10,7 @@ import re
 
 from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim, verdict
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import HeldOut
+from loracli.recipe.record import EDITED, HeldOut
 from loracli.report.charts import PARTS_STYLE, heat_map, table, tag, text
 
 _KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
@@ -84,17 +84,23 @@ def html_of(value: Recipe | Comparison) -> str:
 
 
 def _recipe(recipe: Recipe) -> str:
-    found = recipe.public().held_out
-    said = verdict(found)
-    told = f"{found.records} records of {found.name}; difference in nats per token to {found.best_ingredient}"
+    found = recipe.public().held_out_of_weights
     weights = f"mixing weights by {recipe.mixing.kind}; uniform, {1 / len(recipe.adapters):.3g}, has no colour"
     return _element(
-        tag("p", text(f"{said[:1].upper()}{said[1:]}.")),
-        caption(f"{told}, the best single adapter."),
-        held_out_table(found),
+        *(_measured(found) if found is not None else [caption(f"The {EDITED}: what the fit measured is not theirs.")]),
         caption(f"{weights[:1].upper()}{weights[1:]}. Each cell tells its number when it is pointed at."),
         heat_map(recipe),
     )
+
+
+def _measured(found: HeldOut) -> list[str]:
+    said = verdict(found)
+    told = f"{found.records} records of {found.name}; difference in nats per token to {found.best_ingredient}"
+    return [
+        tag("p", text(f"{said[:1].upper()}{said[1:]}.")),
+        caption(f"{told}, the best single adapter."),
+        held_out_table(found),
+    ]
 
 
 def _comparison(found: Comparison) -> str:

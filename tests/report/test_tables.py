@@ -57,6 +57,14 @@ def test_a_recipe_says_in_a_line_what_the_table_says(recipe: Recipe, verdict: An
     assert repr(shown) == f"<Recipe first + second, module, {said}>"
 
 
+def test_of_edited_weights_nothing_is_said_that_the_fit_measured(recipe: Recipe) -> None:
+    edited = replace(recipe, mixing=replace(recipe.mixing, weights_sha256="0" * 64))
+    page = Page(edited._repr_html_())
+    assert repr(edited) == "<Recipe first + second, module, weights edited after the fit>"
+    assert "weights edited after the fit" in page.text and "95 % interval" not in page.text
+    assert any(word.startswith("model.layers.0.") for word in page.words)  # the map is there
+
+
 def test_a_comparison_shows_every_row_with_its_numbers(compared: Comparison) -> None:
     page = Page(compared._repr_html_())
     shown = compared.labelled()
