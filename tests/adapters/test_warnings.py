@@ -21,7 +21,7 @@ from loracli.export.request import ExportRequest
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.fusing.composition import compose_on_base
+from loracli.fusing.composition import FuseRequest, compose_on_base
 from loracli.progress import Progress
 from loracli.serving.lint import lint_adapter
 from loracli.verifying.verify import verify_directory
@@ -54,7 +54,7 @@ COMMANDS: dict[str, Callable[[Path, Path, Path, Progress], object]] = {
         str(data), adapters=[str(idle)], base=str(base), progress=progress
     ),
     "fuse": lambda idle, base, data, progress: compose_on_base(
-        ExportRequest(str(idle), base=str(base)), progress=progress
+        FuseRequest(str(idle), base=str(base)), progress=progress
     ),
     "convert": lambda idle, base, data, progress: read_convertible(str(idle), progress=progress),
     "export --method": lambda idle, base, data, progress: export_adapter(

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from loracli.adapters.adapter import read_adapter
 from loracli.algebra.methods.method import MethodOptions
 from loracli.cli.compare import _export_of
 from loracli.errors import NonFiniteLoss
+from loracli.evaluation.comparison import RecipeRow
 from loracli.fitting.engine import Engine
 from loracli.recipe.recipe import load_recipe, weights_by_leaf
 from tests.cli.project import FIT, document, run, tree
@@ -336,13 +338,19 @@ def hinted(*words: str) -> list[str]:
     return shlex.split(line.removeprefix("next: "))
 
 
+def compared(best: str) -> Any:
+    """What is asked of a comparison of one recipe with this as its best row."""
+    fit = RecipeRow("fit", "0" * 64, ("a b",))
+    return SimpleNamespace(best=SimpleNamespace(name=best), recipes=(fit,), adapters=("a b",))
+
+
 def test_the_next_command_is_named_with_what_was_given_and_can_be_typed(here: Path) -> None:
     assert hinted("compare", "--data", "test.jsonl", "--base", "base", "--methods", "uniform") == ["loracat", "export"]
     os.rename("know", "know how; $(rm)")
     Path("it's").mkdir()
     adapters = ["know how; $(rm)", "form"]
     assert hinted("inspect", *adapters) == ["loracat", "fit", "--adapters", *adapters, "--data", "val.jsonl"]
-    following = _export_of("ties", MethodOptions(density=0.9), None, adapters, {"base": "base"})
+    following = _export_of(compared("ties"), MethodOptions(density=0.9), (), adapters, {"base": "base"})
     assert following[-2:] == adapters and following[-5:-3] == ["--base", "base"]
     assert run(*following[1:], "--dry-run").exit_code == 0
     fit = ["fit", "--adapters", *adapters, "--data", "calibration.jsonl", "--base", "base", "--mixing", "adapter"]
@@ -354,16 +362,16 @@ def test_the_next_command_is_named_with_what_was_given_and_can_be_typed(here: Pa
 
 def test_weights_that_were_the_best_are_exported_as_they_were_typed() -> None:
     given, weights = {"base": "base", "base-revision": None, "modules-to-save": "average"}, ["0.7", "-0.3"]
-    words = _export_of("weights", MethodOptions(), None, ["a", "b"], given, weights)
+    words = _export_of(compared("weights"), MethodOptions(), (), ["a", "b"], given, weights)
     expected = "loracat export --weights 0.7 -0.3 --base base --modules-to-save average --adapters a b"
     assert shlex.join(words) == expected
-    assert _export_of("weights", MethodOptions(), Path("recipe.json"), ["a", "b"], given, weights) == []
+    assert _export_of(compared("weights"), MethodOptions(), [Path("recipe.json")], ["a", "b"], given, weights) == []
 
 
 @pytest.mark.parametrize("best", ["ties", "dare", "lorahub", "fit", "module", "base", "random"])
 def test_only_what_can_be_exported_is_named_after_a_comparison(best: str) -> None:
     given = {"base": "my base", "base-revision": None, "modules-to-save": "refuse"}
-    words = _export_of(best, MethodOptions(density=0.5, scale=2.0, seed=3), None, ["a b"], given)
+    words = _export_of(compared(best), MethodOptions(density=0.5, scale=2.0, seed=3), (), ["a b"], given)
     expected = {
         "ties": ["--method", "ties", "--density", "0.5", "--scale", "2.0", "--base", "my base", "--adapters", "a b"],
         "dare": [

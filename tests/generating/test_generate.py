@@ -37,7 +37,6 @@ def make_recipe(folder: Path, base: Path, adapters: list[Path], **settings: Any)
         eval_data=write_jsonl(folder / "test.jsonl", random_records(10, seed=1)),
         base=str(base),
         settings=FitSettings(**{"passes": 2, "mixing": "adapter", **settings}),
-        folder=folder,
     )
     if recipe.mixing.kind in INLINE_KINDS:  # a few passes leave it close to the base
         weights = {group: (0.75, -1.25) for group in recipe.mixing.weights}
