@@ -258,8 +258,8 @@ def weights_card(
     columns = [[weight for weight in column if weight is not None] for column in zip(*weights, strict=True)]
     how = "Its update of every module is the weighted sum of theirs, with weights that were set by hand"
     if equal is None:
-        how = f"{how} for each module: the object `weights` in `loracat.json`."
-        return _card_without_fit((how,), ["--weights loracat.json"], columns, origin)
+        lines = (f"{how} for", "each module: the object `weights` in `loracat.json`.")
+        return _card_without_fit(lines, ["--weights loracat.json"], columns, origin)
     numbers = [f"{weight:g}" if float(f"{weight:g}") == weight else repr(weight) for weight in equal]
     how = f"{how}: {', '.join(numbers)}."
     return _card_without_fit((how,), [f"--weights {' '.join(numbers)}"], columns, origin)
