@@ -18,6 +18,7 @@ from typing import Any
 import typer
 
 import loracli.cli
+from loracli.cli._help import argument_word
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 COMMAND = "python scripts/write_cli_reference.py"
@@ -48,28 +49,20 @@ def _section(command: Any, context: typer.Context, name: str) -> str:
     arguments = [p for p in parameters if p.param_type_name == "argument"]
     options = [p for p in parameters if p.param_type_name == "option" and not p.hidden]
     commands = getattr(command, "commands", {})
-    usage = [name, "[OPTIONS]", *(["COMMAND", "[ARGS]..."] if commands else [_usage(p) for p in arguments])]
+    usage = [name, "[OPTIONS]", *(["COMMAND ..."] if commands else map(argument_word, arguments))]
     lines = [f"## {name}", "", _one_line(command.help), "", "```text", " ".join(usage), "```", ""]
     if commands:
         rows = ((f"[`{n}`](#loracat-{n})", _one_line(c.help)) for n, c in commands.items())
         lines += _table(("command", "does"), rows)
     if arguments:
-        lines += _table(("argument", "meaning", "default"), ((f"`{_word(p)}`", p.help, _default(p)) for p in arguments))
+        lines += _table(
+            ("argument", "meaning", "default"), ((f"`{p.metavar}`", p.help, _default(p)) for p in arguments)
+        )
     lines += _table(("option", "meaning", "default"), ((_spelling(p), p.help, _default(p)) for p in options))
     if command.epilog:
         examples = [_one_line(example) for example in command.epilog.split("·")]
         lines += ["```bash", *examples, "```", ""]
     return "\n".join(lines)
-
-
-def _word(argument: Any) -> str:
-    """`REF` for an argument, without the brackets and dots that say how many there may be."""
-    return str(argument.metavar or argument.name.upper()).strip("[]{}.")
-
-
-def _usage(argument: Any) -> str:
-    word = _word(argument) + ("..." if argument.nargs == -1 else "")
-    return word if argument.required else f"[{word}]"
 
 
 def _spelling(option: Any) -> str:

@@ -32,7 +32,8 @@ from loracli.cli import (
     show,
     verify,
 )
-from loracli.cli._command import ORIGINS, Command, write_examples
+from loracli.cli._command import ORIGINS, Command
+from loracli.cli._help import Group, records, write_examples, write_rows, write_text, write_usage
 from loracli.cli._options import with_groups
 from loracli.cli._output import TALK, Output, Talk, print_anything
 from loracli.errors import LoracatError, UsageError
@@ -76,12 +77,16 @@ class Loracat(TyperGroup):
             raise typer.Exit(UsageError.exit_code)
         return super().parse_args(ctx, args)
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, " ".join(str(one.help).split())) for name, one in self.commands.items()])
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        write_usage(formatter, "loracat", ["[OPTIONS]", "COMMAND ..."])
+        write_text(formatter, str(self.help))
         write_examples(formatter, self.epilog)
+        commands: dict[str, Any] = dict(self.commands)
+        for group in Group:
+            here = [(name, one.help) for name, one in commands.items() if one.rich_help_panel == group]
+            write_rows(formatter, group, here)
+        write_rows(formatter, "Options", records(ctx, self.get_params(ctx)))
+        write_text(formatter, DOCUMENTATION)
 
 
 def _tell(error: LoracatError, as_json: bool) -> None:
@@ -139,6 +144,10 @@ def _speaks(error: LoracatError) -> bool:
         return True
 
 
+DOCUMENTATION = (
+    "`loracat COMMAND --help` explains a command. The documentation is the folder docs of the project; it begins with "
+    "docs/quickstart.md."
+)
 HUNG_UP, INTERRUPTED, TERMINATED = 129, 130, 143  # SIGHUP, Ctrl-C, SIGTERM
 MACHINE_ERRORS = (OSError, MemoryError, RuntimeError, ImportError)  # some of which are bugs
 
@@ -146,11 +155,11 @@ app = typer.Typer(
     name="loracat",
     cls=Loracat,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     pretty_exceptions_enable=False,
     help="Compose several LoRA adapters into one, with mixing weights learnt on a small calibration file (CAT).",
-    epilog="loracat fetch org/math-lora org/code-lora  ·  loracat fit --adapters org/math-lora org/code-lora "
-    "--data val.jsonl  ·  loracat export --merge",
+    epilog="loracat demo  ·  loracat inspect org/math-lora org/code-lora  ·  "
+    "loracat fit --adapters org/math-lora org/code-lora --data val.jsonl  ·  loracat export --merge",
 )
 
 
@@ -172,12 +181,17 @@ def _root(
         raise UsageError(f"loracat {command} is for one process", hint="leave torchrun out; fit can use several")
 
 
-_COMMANDS = (
-    fetch, inspect, convert, fit, show, compare, generate, export, fuse, verify, push, lint, report, demo, env,
-)  # fmt: skip
-for _module in _COMMANDS:
-    _name = _module.__name__.rpartition(".")[2]
-    app.command(name=_name, cls=Command, epilog=_module.EPILOG)(with_groups(getattr(_module, _name)))
+_COMMANDS = {
+    Group.START: (demo, inspect, fit, show, generate),
+    Group.SHIP: (export, lint, verify, fuse, push),
+    Group.JUDGE: (compare, report),
+    Group.OTHER: (fetch, convert, env),
+}
+for _group, _modules in _COMMANDS.items():
+    for _module in _modules:
+        _name = _module.__name__.rpartition(".")[2]
+        _register = app.command(name=_name, cls=Command, epilog=_module.EPILOG, rich_help_panel=_group)
+        _register(with_groups(getattr(_module, _name)))
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from loracli.cli._help import argument_word, write_examples, write_parameters, write_text, write_usage
 from loracli.cli._output import COLORS, DETAILS, TALK, Output
 from loracli.cli._settings import (
     SHARED,
@@ -125,43 +126,24 @@ class Command(GreedyCommand):
             for origin, names in by_origin.items():
                 out.note(f"from {origin}: {', '.join(names)}")
 
-    # The help. Typer's own one loads Rich and half of its width is frame.
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        arguments = [one for one in self.get_params(ctx) if one.param_type_name == "argument"]
+        return ["[OPTIONS]", *map(argument_word, arguments)]
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        own: list[tuple[str, str]] = []
-        shared: list[tuple[str, str]] = []
-        arguments: list[tuple[str, str]] = []
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is None:
-                continue
-            if parameter.param_type_name == "argument":
-                arguments.append(record)
-            else:
-                (shared if _is_shared(parameter) else own).append(record)
-        for title, rows in (("Arguments", arguments), ("Options", own), ("Options of every command", shared)):
-            if rows:
-                with formatter.section(title):
-                    formatter.write_dl(rows)
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        write_usage(formatter, ctx.command_path, self.collect_usage_pieces(ctx))
+        write_text(formatter, str(self.help))
+        write_examples(formatter, self.epilog)
+        parameters = self.get_params(ctx)
+        shared = [one for one in parameters if _is_shared(one)]
+        write_parameters(formatter, ctx, [one for one in parameters if one not in shared], shared)
         if names := [name for name in options_of(self) if name not in SHARED]:
             example = next((name for name in names if "-" in name), names[0])
-            formatter.write_paragraph()
-            formatter.write_text(f"In the environment --{example} is {variable(str(self.name), example)}, and so on.")
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        write_examples(formatter, self.epilog)
-
-
-def write_examples(formatter: Any, epilog: str | None) -> None:
-    """The examples of an epilog, each on a line of its own, to be copied as it stands."""
-    if epilog:
-        with formatter.section("Examples"):
-            for example in epilog.split("·"):
-                formatter.write(f"  {' '.join(example.split())}\n")
+            write_text(formatter, f"In the environment --{example} is {variable(str(self.name), example)}, and so on.")
 
 
 def _is_shared(parameter: Any) -> bool:
-    names = {word.removeprefix("--") for word in parameter.opts}
+    names = {word.removeprefix("--") for word in parameter.opts} if parameter.param_type_name == "option" else set()
     return not names.isdisjoint((*SHARED, "config", "json", "help"))
 
 
@@ -210,7 +192,7 @@ def _every_command(
             metavar="FILE",
             is_eager=True,
             callback=_read_config,
-            help="TOML with options, or for fit a recipe to repeat; default: loracat.toml, where there is one.",
+            help="Read options from this TOML, or for fit from a recipe to repeat; by default from loracat.toml.",
         ),
     ] = None,
     color: Annotated[
@@ -220,7 +202,7 @@ def _every_command(
             metavar="WHEN",
             callback=_set_color,
             autocompletion=lambda: list(COLORS),
-            help="auto, always or never; auto heeds NO_COLOR.",
+            help="Colour the output auto, always or never; auto heeds NO_COLOR.",
         ),
     ] = "auto",
     verbose: Annotated[

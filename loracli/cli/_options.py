@@ -11,13 +11,16 @@ import inspect
 import os
 import re
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
+from typer.models import ParameterInfo
 
+from loracli.cli._help import Panel
 from loracli.errors import UsageError
 from loracli.system.files import CONFIG_FILE
 
@@ -77,33 +80,39 @@ def parse_bytes(text: str, option: str) -> int:
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout, also on failure.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print values only: no tables, notes or progress.")]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output."), Panel.OUTPUT]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing."), Panel.OUTPUT]
 Revision = Annotated[
-    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit for references without @REV.")
+    str | None,
+    typer.Option("--revision", metavar="REV", help="Read this branch, tag or commit of references without @REV."),
 ]
 CacheDir = Annotated[
-    Path | None, typer.Option("--cache-dir", metavar="DIR", help="Hub cache to use instead of the default one.")
+    Path | None, typer.Option("--cache-dir", metavar="DIR", help="Use this Hub cache instead of the default one.")
 ]
 Token = Annotated[
     str | None,
-    typer.Option("--token", metavar="TOKEN", help="Hub token. Prefer `hf auth login` or the variable HF_TOKEN."),
+    typer.Option(
+        "--token", metavar="TOKEN", help="Show the Hub this token; prefer `hf auth login` or the variable HF_TOKEN."
+    ),
 ]
 EditedCard = Annotated[
     bool, typer.Option("--edited-card", help="Accept a README.md whose words were changed after it was written.")
 ]
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that `loracat fit` wrote.")]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe that `loracat fit` wrote.")]
 Base = Annotated[
     str | None,
     typer.Option(
         "--base",
         metavar="MODEL",
-        help="Base model: a Hub id or a directory; default: the one that the recipe or the adapters name.",
+        help="Use this base model, a Hub id or a directory; the default is what the recipe or the adapters name.",
     ),
+    Panel.MACHINE,
 ]
 BaseRevision = Annotated[
-    str | None, typer.Option("--base-revision", metavar="REV", help="Branch, tag or commit of the base model.")
+    str | None,
+    typer.Option("--base-revision", metavar="REV", help="Use this branch, tag or commit of a base model on the Hub."),
+    Panel.MACHINE,
 ]
 
 
@@ -113,11 +122,13 @@ def _adapters(help: str) -> Any:
 
 Adapters = Annotated[
     list[str],
-    _adapters("Adapters in order: org/name, org/name@rev, hf://org/name@rev/sub/folder, or a local directory."),
+    _adapters(
+        "Compose these adapters, in order: org/name, org/name@rev, hf://org/name@rev/sub/folder, or a local directory."
+    ),
 ]
 AdaptersOrPlaces = Annotated[
     list[str] | None,
-    _adapters("Adapters to compose without a fit; with a recipe: where its ingredients are now, in its order."),
+    _adapters("Compose these adapters without a fit; with a recipe, say where its ingredients are now, in its order."),
 ]
 Weights = Annotated[
     list[str] | None,
@@ -125,44 +136,50 @@ Weights = Annotated[
         "--weights",
         "-w",
         metavar="W...",
-        help="Weights of --adapters by hand: one number each, or a file with weights by module, as `loracat show "
-        "--weights` prints it.",
+        help="Weigh --adapters by hand: with one number each, or by module with a file as `loracat show --weights` "
+        "prints it.",
     ),
 ]
-Places = Annotated[list[str] | None, _adapters("Where the ingredients are now, in the recorded order.")]
+Places = Annotated[list[str] | None, _adapters("Say where the ingredients are now, in the recorded order.")]
 
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="N", help="Largest length of a generated answer.")
+    int, typer.Option("--max-new-tokens", metavar="N", help="End a generated answer after N tokens.")
 ]
 Fields = Annotated[
     str | None,
     typer.Option(
         "--fields",
         metavar="NAME=KEY,...",
-        help="What the data call the fields that are read: prompt=question,completion=answer.",
+        help="Say what the data call the fields that are read: prompt=question,completion=answer.",
     ),
 ]
 Seed = Annotated[
     int,
-    typer.Option("--seed", metavar="N", help="Seed of what is random: splits, batches, the bootstrap, dare, lorahub."),
+    typer.Option("--seed", metavar="N", help="Seed what is random: splits, batches, the bootstrap, dare, lorahub."),
 ]
 Density = Annotated[
-    float | None, typer.Option("--density", metavar="X", help="Share of entries that ties, dare and knots keep.")
+    float | None,
+    typer.Option("--density", metavar="X", help="Keep this share of the entries with ties, dare and knots."),
 ]
 Scale = Annotated[
-    float, typer.Option("--scale", metavar="X", help="Factor on the result of sum, uniform, ties, dare, knots and tsv.")
+    float,
+    typer.Option("--scale", metavar="X", help="Multiply the result of sum, uniform, ties, dare, knots and tsv by X."),
 ]
 WrittenDtype = Annotated[
     str | None,
-    typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; default: the widest of the adapters."),
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="Write float32, float16 or bfloat16; the default is the widest of the adapters.",
+    ),
 ]
 MethodModulesToSave = Annotated[
     str | None,
     typer.Option(
         "--modules-to-save",
         metavar="POLICY",
-        help="With --weights or --method, of modules that adapters saved whole: pick:NAME, average, refuse; default: "
-        "the recipe's.",
+        help="With --weights or --method: take modules that adapters saved whole by pick:NAME or average, or refuse "
+        "them; the default is the recipe's.",
     ),
 ]
 
@@ -171,13 +188,15 @@ MethodModulesToSave = Annotated[
 class ReadingOptions:
     """How records are read and fitted to, by `loracli.fitting.settings.FitSettings`, field by field."""
 
+    PANEL: ClassVar[Panel] = Panel.DATA
+
     format: Annotated[
         str | None,
         typer.Option(
             "--format",
             metavar="SHAPE",
-            help="text, prompt-completion, conversational-prompt-completion, messages, sharegpt, or alpaca; default: "
-            "what each file's first record has.",
+            help="Read records as text, prompt-completion, conversational-prompt-completion, messages, sharegpt or "
+            "alpaca; the default is what each file's first record has.",
         ),
     ] = None
     fields: Fields = None
@@ -185,7 +204,7 @@ class ReadingOptions:
         bool, typer.Option("--skip-bad", help="Leave out lines that cannot be used, and say which.")
     ] = False
     max_length: Annotated[
-        int, typer.Option("--max-length", metavar="N", help="How many tokens of a record are used, from its beginning.")
+        int, typer.Option("--max-length", metavar="N", help="Use at most N tokens of a record, from its beginning.")
     ] = 1024
     allow_truncation: Annotated[
         bool,
@@ -194,34 +213,41 @@ class ReadingOptions:
             help="Go on although --max-length leaves more than a tenth of a file's records with nothing to score.",
         ),
     ] = False
-    batch_tokens: Annotated[int, typer.Option("--batch-tokens", metavar="N", help="Tokens of a micro-batch.")] = 1024
+    batch_tokens: Annotated[
+        int, typer.Option("--batch-tokens", metavar="N", help="Make micro-batches of N tokens."), Panel.MACHINE
+    ] = 1024
     passes: Annotated[
         float | None,
         typer.Option(
             "--passes",
             metavar="N",
-            help="Budget of a fit, in passes over its training records; default: 8, for the mixing auto 20, times the "
-            "folds.",
+            help="Spend N passes over the training records on a fit; the default is 8, for the mixing auto 20, times "
+            "the folds.",
         ),
+        Panel.SEARCH,
     ] = None
     cv: Annotated[
         int | None,
-        typer.Option("--cv", metavar="K", help="Choose by K-fold cross-validation: for few records."),
+        typer.Option("--cv", metavar="K", help="Choose by K-fold cross-validation, for few records."),
+        Panel.SEARCH,
     ] = None
-    seed: Seed = 0
+    seed: Annotated[Seed, Panel.SEARCH] = 0
     modules_to_save: Annotated[
         str,
         typer.Option(
             "--modules-to-save",
             metavar="POLICY",
-            help="Modules that adapters saved whole: pick:NAME, average, or refuse.",
+            help="Take modules that adapters saved whole by pick:NAME or average, or refuse them.",
         ),
+        Panel.MAIN,
     ] = "refuse"
 
 
 @dataclass(frozen=True)
 class AnswerOptions:
     """How generated answers are judged."""
+
+    PANEL: ClassVar[Panel] = Panel.ANSWERS
 
     metric_command: Annotated[
         str | None,
@@ -233,7 +259,12 @@ class AnswerOptions:
     ] = None
     max_new_tokens: MaxNewTokens = 256
     tolerance: Annotated[
-        float, typer.Option("--tolerance", metavar="X", help="Relative tolerance of the metric numeric.")
+        float,
+        typer.Option(
+            "--tolerance",
+            metavar="X",
+            help="Take numbers for equal within this relative tolerance, with the metric numeric.",
+        ),
     ] = 1e-4
 
 
@@ -241,22 +272,31 @@ class AnswerOptions:
 class PlacementOptions:
     """Where the base model is, and as what, by `loracli.model.placement.Placement`, field by field."""
 
+    PANEL: ClassVar[Panel] = Panel.MACHINE
+
     dtype: Annotated[
         str,
         typer.Option(
-            "--dtype", metavar="DTYPE", help="Dtype of the base model: auto, float32, bfloat16, float16, float64."
+            "--dtype", metavar="DTYPE", help="Load the base model as auto, float32, bfloat16, float16 or float64."
         ),
     ] = "auto"
-    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")] = "auto"
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="Run on auto, cpu, cuda, cuda:1 or mps.")
+    ] = "auto"
     device_map: Annotated[
         str | None,
-        typer.Option("--device-map", metavar="MAP", help="auto: spread the base over all devices of this machine."),
+        typer.Option(
+            "--device-map",
+            metavar="MAP",
+            help="Spread the base over all devices of this machine, with the one value auto.",
+        ),
     ] = None
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     """A command as Typer takes it: in the place of each parameter whose type is a class of this room stand those of the
-    class's constructor, and the command gets what it makes of them."""
+    class's constructor, and the command gets what it makes of them. The help shows an option under the panel that its
+    type names, else under that of its class."""
     parameters: list[inspect.Parameter] = []
     groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
@@ -264,9 +304,9 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
         if isinstance(kind, type) and kind.__module__.startswith(f"{__package__}."):
             inner = inspect.signature(kind, eval_str=True).parameters
             groups[name] = kind, list(inner)
-            parameters += inner.values()
+            parameters += [_under(getattr(kind, "PANEL", Panel.MAIN), one) for one in inner.values()]
         else:
-            parameters.append(parameter)
+            parameters.append(_under(Panel.MAIN, parameter))
 
     @wraps(command)
     def flat(**values: Any) -> None:
@@ -276,3 +316,14 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     flat.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
     return flat
+
+
+def _under(panel: Panel, parameter: inspect.Parameter) -> inspect.Parameter:
+    """The parameter with the panel that its type names, else this one, in Typer's declaration of it."""
+    notes = getattr(parameter.annotation, "__metadata__", ())
+    declared = next((note for note in notes if isinstance(note, ParameterInfo)), None)
+    if declared is None:  # Typer's own context
+        return parameter
+    declared = copy(declared)  # which other commands may have under another panel
+    declared.rich_help_panel = next((note for note in reversed(notes) if isinstance(note, Panel)), panel)
+    return parameter.replace(annotation=Annotated[parameter.annotation.__origin__, declared])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loracli.cli import _options as opt
+from loracli.cli._help import Panel
 from loracli.cli._output import Output
 from loracli.system.document import encode
 
@@ -36,7 +37,7 @@ class RowOptions:
             "--methods",
             "-m",
             metavar="NAMES",
-            help="Names separated by commas, `data-free` for all that need no calibration data, or `all`.",
+            help="Compare these, separated by commas; `data-free` are those that need no calibration data, `all` all.",
         ),
     ] = "data-free"
     weights: Annotated[
@@ -45,7 +46,7 @@ class RowOptions:
             "--weights",
             "-w",
             metavar="W...",
-            help="A row of its own, weights: one number for each adapter, or a file as for `loracat export`.",
+            help="Add a row, weights, by hand: one number for each adapter, or a file as for `loracat export`.",
         ),
     ] = None
     control: Annotated[
@@ -53,16 +54,18 @@ class RowOptions:
         typer.Option(
             "--control",
             metavar="NAME...",
-            help="fresh-lora: a new LoRA on --fit-data; random: the fit on random adapters; datamix DIR: an adapter "
-            "trained on mixed data.",
+            help="Add a control: fresh-lora is a new LoRA on --fit-data; random is the fit on random adapters; datamix "
+            "DIR is an adapter trained on mixed data.",
         ),
     ] = None
     guard: Annotated[
         list[str] | None,
-        typer.Option("--guard", metavar="FILE...", help="JSONL of what must not get worse than the base model."),
+        typer.Option(
+            "--guard", metavar="FILE...", help="Check on this JSONL that nothing gets worse than the base model."
+        ),
     ] = None
     margin: Annotated[
-        float, typer.Option("--margin", metavar="X", help="By how many nats per token --guard may get worse.")
+        float, typer.Option("--margin", metavar="X", help="Let --guard get worse by X nats per token.")
     ] = 0.02
 
 
@@ -71,14 +74,17 @@ def compare(
     data: Annotated[
         list[str],
         typer.Option(
-            "--data", "-d", metavar="FILE...", help="JSONL to compare on; none of its records may have been fitted on."
+            "--data",
+            "-d",
+            metavar="FILE...",
+            help="Compare on this JSONL; none of its records may have been fitted on.",
         ),
     ],
     recipe: Annotated[
         list[Path] | None,
         typer.Argument(
             metavar="RECIPE",
-            help="Recipe whose fit is compared, or several; default: recipe.json, without --adapters.",
+            help="The recipe whose fit is compared, or several; recipe.json, unless there are --adapters.",
         ),
     ] = None,
     adapters: opt.AdaptersOrPlaces = None,
@@ -88,8 +94,9 @@ def compare(
         typer.Option(
             "--fit-data",
             metavar="FILE...",
-            help="Calibration JSONL for what has to be fitted: kinds of mixing, task-arithmetic, lorahub, a control.",
+            help="Calibrate on this JSONL what has to be fitted: kinds of mixing, task-arithmetic, lorahub, a control.",
         ),
+        Panel.DATA,
     ] = None,
     generate: Annotated[
         str | None,
@@ -98,15 +105,19 @@ def compare(
             metavar="METRIC",
             help="Judge greedy answers too: exact, contains, numeric; or choice, by the options' log-likelihood.",
         ),
+        Panel.ANSWERS,
     ] = None,
     answers: opt.AnswerOptions,
-    density: opt.Density = None,
-    scale: opt.Scale = 1.0,
+    density: Annotated[opt.Density, Panel.COMPOSING] = None,
+    scale: Annotated[opt.Scale, Panel.COMPOSING] = 1.0,
     rank: Annotated[
         int | None,
         typer.Option(
-            "--rank", metavar="K", help="Rank of methods with a full-rank result; default: the sum of the ranks."
+            "--rank",
+            metavar="K",
+            help="Cut methods with a full-rank result to rank K; the default is the sum of the ranks.",
         ),
+        Panel.COMPOSING,
     ] = None,
     base: opt.Base = None,
     base_revision: opt.BaseRevision = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loracli.cli import _options as opt
+from loracli.cli._help import Panel
 from loracli.cli._output import Output
 from loracli.progress import amount_text
 from loracli.system.document import dtype_name
@@ -32,27 +33,29 @@ def convert(
         typer.Argument(
             metavar="ADAPTER",
             autocompletion=opt.complete_adapter,
-            help="Adapter of DoRA, PiSSA, OLoRA, CorDA or LoRA-GA, on the Hub or in a directory.",
+            help="The adapter of DoRA, PiSSA, OLoRA, CorDA or LoRA-GA that is on the Hub or in a directory.",
         ),
     ],
     base: opt.Base = None,
     base_revision: opt.BaseRevision = None,
     initial: Annotated[
         str | None,
-        typer.Option("--initial", metavar="ADAPTER", help="The adapter as it was saved before its training."),
+        typer.Option(
+            "--initial", metavar="ADAPTER", help="Subtract this adapter, which was saved before the training."
+        ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Directory to make.")] = Path(
-        "adapter-converted"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Write the adapter there."), Panel.OUTPUT
+    ] = Path("adapter-converted"),
     rank: Annotated[
-        int | None, typer.Option("--rank", metavar="K", help="Rank of the result, whatever its error is then.")
+        int | None, typer.Option("--rank", metavar="K", help="Cut to rank K, whatever the error is then.")
     ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
             "--tolerance",
             metavar="E",
-            help="Largest relative error of a module; each gets the smallest rank for it. Default: exact without "
+            help="Give each module the smallest rank with a relative error of at most E. The default is exact without "
             "DoRA; with DoRA 0.1, up to rank 512.",
         ),
     ] = None,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from loracli.cli import _options as opt
+from loracli.cli._help import Panel
 from loracli.cli._output import Output
 from loracli.system.document import dtype_name, encode
 from loracli.system.files import GGUF_FILE
@@ -28,28 +29,36 @@ EPILOG = (
 class CompressionOptions:
     """Whether the adapter is compressed, how far, and by what."""
 
+    PANEL: ClassVar[Panel] = Panel.COMPRESSION
+
     merge: Annotated[bool, typer.Option("--merge", help="Compress to one adapter of rank --rank.")] = False
     rank: Annotated[
         int | None,
         typer.Option(
             "--rank",
             metavar="K",
-            help="Rank with --merge, or of a method that truncates; default: the largest of the ingredients.",
+            help="Cut to rank K with --merge or a method that truncates; the default is the largest ingredient's.",
         ),
     ] = None
     tolerance: Annotated[
         float | None,
         typer.Option(
-            "--tolerance", metavar="E", help="With --merge: least rank with |dW - dW'| <= E |dW| in every module."
+            "--tolerance",
+            metavar="E",
+            help="With --merge: take the least rank with |dW - dW'| <= E |dW| in every module.",
         ),
     ] = None
     energy: Annotated[
         float | None,
-        typer.Option("--energy", metavar="X", help="With --merge: least ranks that keep this share of |dW|^2 in all."),
+        typer.Option(
+            "--energy", metavar="X", help="With --merge: take the least ranks that keep this share of |dW|^2 in all."
+        ),
     ] = None
     budget: Annotated[
         str | None,
-        typer.Option("--budget", metavar="BYTES", help="With --merge: best ranks for a tensor file of, say, 20MB."),
+        typer.Option(
+            "--budget", metavar="BYTES", help="With --merge: take the best ranks for a tensor file of, say, 20MB."
+        ),
     ] = None
     activation_aware: Annotated[
         bool,
@@ -73,6 +82,8 @@ class CompressionOptions:
 class ComposingOptions:
     """Weights by hand or a method in the place of a fit, and what goes with them alone."""
 
+    PANEL: ClassVar[Panel] = Panel.COMPOSING
+
     weights: opt.Weights = None
     method: Annotated[
         str | None,
@@ -87,7 +98,7 @@ class ComposingOptions:
         typer.Option(
             "--task-type",
             metavar="NAME",
-            help="With --weights or --method: task type of the export; default: that of the adapters.",
+            help="With --weights or --method: write this task type; the default is that of the adapters.",
         ),
     ] = None
 
@@ -96,10 +107,14 @@ class ComposingOptions:
 class WritingOptions:
     """How the adapter is written."""
 
+    PANEL: ClassVar[Panel] = Panel.OUTPUT
+
     dtype: opt.WrittenDtype = None
     profile: Annotated[
         str | None,
-        typer.Option("--profile", metavar="NAME", help="portable, peft or mlx; default: portable where possible."),
+        typer.Option(
+            "--profile", metavar="NAME", help="Write for portable, peft or mlx; the default is portable where possible."
+        ),
     ] = None
     gguf: Annotated[
         bool, typer.Option("--gguf", help="Write adapter.gguf for llama.cpp as well; needs the extra loracat[gguf].")
@@ -113,8 +128,8 @@ def export(
     recipe: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RECIPE]",
-            help="Recipe that `loracat fit` wrote; default: recipe.json, unless --weights or --method has --adapters.",
+            metavar="RECIPE",
+            help="The recipe that `loracat fit` wrote; recipe.json, unless --weights or --method has --adapters.",
         ),
     ] = None,
     compression: CompressionOptions,
@@ -124,14 +139,18 @@ def export(
             "--data",
             "-d",
             metavar="FILE...",
-            help="JSONL to score on, before and after, or to refit on; loads the base.",
+            help="Score on this JSONL, before and after, or refit on it; loads the base.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="Directory; default: adapter-cat, adapter-merged, or adapter-METHOD."
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Write there; the default is adapter-cat, adapter-merged, or adapter-METHOD.",
         ),
+        Panel.OUTPUT,
     ] = None,
     adapters: opt.AdaptersOrPlaces = None,
     composing: ComposingOptions,
@@ -140,10 +159,11 @@ def export(
         typer.Option(
             "--fit-data",
             metavar="FILE...",
-            help="Calibration JSONL for task-arithmetic, lorahub, --activation-aware, --refit.",
+            help="Calibrate task-arithmetic, lorahub, --activation-aware or --refit on this JSONL.",
         ),
+        Panel.DATA,
     ] = None,
-    fields: opt.Fields = None,
+    fields: Annotated[opt.Fields, Panel.DATA] = None,
     base: opt.Base = None,
     base_revision: opt.BaseRevision = None,
     writing: WritingOptions,

@@ -29,7 +29,7 @@ def fetch(
         typer.Argument(
             metavar="REF",
             autocompletion=opt.complete_adapter,
-            help="org/name, org/name@rev, hf://org/name@rev/sub/folder, a local directory, or a recipe's file.",
+            help="Adapters to fetch: org/name, org/name@rev, hf://org/name@rev/sub/folder, a directory, or a recipe.",
         ),
     ],
     revision: opt.Revision = None,

@@ -6,11 +6,12 @@ import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from loracli.cli import _options as opt
+from loracli.cli._help import Panel
 from loracli.cli._output import Output
 from loracli.progress import amount_text
 from loracli.system.document import dtype_name, encode
@@ -29,32 +30,41 @@ EPILOG = (
 class SearchOptions:
     """What is learnt and how it is searched for, as in `loracli.fitting.settings.FitSettings`."""
 
+    PANEL: ClassVar[Panel] = Panel.SEARCH
+
     mixing: Annotated[
         str,
         typer.Option(
             "--mixing",
             metavar="KIND",
             autocompletion=opt.complete_mixing,
-            help="adapter, layer, module (CAT), rank, core, factors; auto goes as far up this list as the data allow.",
+            help="Learn by adapter, layer, module (CAT), rank, core or factors; auto goes as far as the data allow.",
         ),
     ] = "module"
     paper: Annotated[
-        bool, typer.Option("--paper", help="The published recipe: softmax weights, one epoch, learning rate 1e-4.")
+        bool,
+        typer.Option("--paper", help="Fit by the published recipe: softmax weights, one epoch, learning rate 1e-4."),
     ] = False
     holdout: Annotated[
-        float, typer.Option("--holdout", metavar="SHARE", help="Share of --data that is held out, at least 20 records.")
+        float,
+        typer.Option("--holdout", metavar="SHARE", help="Hold out this share of --data, at least 20 records."),
+        Panel.DATA,
     ] = 0.2
     ridge: Annotated[
         float | None,
         typer.Option(
             "--ridge",
             metavar="X",
-            help="Penalty that pulls towards the start; default: several, from large to small; the data choose.",
+            help="Pull towards the start with this penalty; by default the data choose one of several.",
         ),
     ] = None
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", metavar="X", help="Peak learning rate; default: clip(8/steps, 0.01, 0.1)."),
+        typer.Option(
+            "--learning-rate",
+            metavar="X",
+            help="Let the learning rate reach X; the default is clip(8/steps, 0.01, 0.1).",
+        ),
     ] = None
     select_by: Annotated[
         str | None,
@@ -62,7 +72,7 @@ class SearchOptions:
             "--select-by",
             metavar="METRIC",
             help="Choose starts, ridges and kinds of mixing by greedy answers to validation records: exact, contains, "
-            "numeric; or choice, by the options' log-likelihood; default: by the loss.",
+            "numeric; or choice, by the options' log-likelihood; the default is the loss.",
         ),
     ] = None
 
@@ -73,7 +83,10 @@ def fit(
     data: Annotated[
         list[str],
         typer.Option(
-            "--data", "-d", metavar="FILE...", help="Calibration JSONL, each FILE or FILE:WEIGHT; - is standard input."
+            "--data",
+            "-d",
+            metavar="FILE...",
+            help="Fit on this calibration JSONL, each FILE or FILE:WEIGHT; - is standard input.",
         ),
     ],
     base: opt.Base = None,
@@ -81,7 +94,10 @@ def fit(
     search: SearchOptions,
     eval_data: Annotated[
         list[str] | None,
-        typer.Option("--eval-data", metavar="FILE...", help="Held-out JSONL, instead of holding out from --data."),
+        typer.Option(
+            "--eval-data", metavar="FILE...", help="Measure on this JSONL instead of holding out from --data."
+        ),
+        Panel.DATA,
     ] = None,
     reading: opt.ReadingOptions,
     answers: opt.AnswerOptions,
@@ -90,30 +106,33 @@ def fit(
         bool,
         typer.Option(
             "--checkpointing",
-            help="Run layers again in the backward pass, to save memory; default: where it would run out.",
+            help="Run layers again in the backward pass, to save memory; by default where it would run out.",
         ),
+        Panel.MACHINE,
     ] = False,
     shard: Annotated[
         bool,
         typer.Option(
             "--shard", help="Under torchrun: share the base out over all processes, for a base too big for one."
         ),
+        Panel.MACHINE,
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The recipe to write.")] = Path(
-        "recipe.json"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Write the recipe there."), Panel.OUTPUT
+    ] = (Path("recipe.json")),
     force: opt.Force = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an interrupted fit of the same inputs stopped.")
+        bool, typer.Option("--resume", help="Go on where an interrupted fit of the same inputs stopped."), Panel.OUTPUT
     ] = False,
     log: Annotated[
-        Path | None, typer.Option("--log", metavar="FILE", help="Write one JSON object for each step.")
+        Path | None, typer.Option("--log", metavar="FILE", help="Write one JSON object for each step."), Panel.OUTPUT
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run", help="Check adapters and data, and say what would be fitted in how much memory; write nothing."
         ),
+        Panel.OUTPUT,
     ] = False,
     out: Output,
 ) -> None:

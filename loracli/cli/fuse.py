@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from loracli.cli import _options as opt
+from loracli.cli._help import Panel
 from loracli.cli._output import Output, encode_as
 from loracli.progress import amount_text
 
@@ -24,13 +25,13 @@ def fuse(
     recipe: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RECIPE]",
-            help="Recipe that `loracat fit` wrote, or an adapter's directory; default: recipe.json, unless "
-            "--weights or --method has --adapters.",
+            metavar="RECIPE",
+            help="The recipe that `loracat fit` wrote, or an adapter's directory; recipe.json, unless --weights or "
+            "--method has --adapters.",
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of the model to write.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Write the model there."), Panel.OUTPUT
     ] = Path("model-fused"),
     base: opt.Base = None,
     base_revision: opt.BaseRevision = None,
@@ -46,7 +47,7 @@ def fuse(
         typer.Option(
             "--dtype",
             metavar="DTYPE",
-            help="float32, float16 or bfloat16; default: as in the base; of a quantised one bfloat16.",
+            help="Write float32, float16 or bfloat16; the default is the base's, and bfloat16 for a quantised one.",
         ),
     ] = None,
     dequantise: Annotated[
@@ -55,7 +56,9 @@ def fuse(
             "--dequantise", help="Compute the weights of a base in fp8, bitsandbytes or 8-bit compressed-tensors."
         ),
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a fusion that was stopped.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a fusion that was stopped."), Panel.OUTPUT
+    ] = False,
     force: opt.Force = False,
     dry_run: opt.DryRun = False,
     out: Output,

@@ -32,7 +32,7 @@ def generate(
     *,
     composed: Annotated[
         Path,
-        typer.Argument(metavar="RECIPE|DIR", help="Recipe that `loracat fit` wrote, or an adapter's directory."),
+        typer.Argument(metavar="RECIPE|DIR", help="The recipe that `loracat fit` wrote, or an adapter's directory."),
     ] = Path("recipe.json"),
     prompt: Annotated[
         str | None,
@@ -40,7 +40,7 @@ def generate(
             "--prompt",
             "-p",
             metavar="TEXT",
-            help="What is asked, `-` for standard input; default: a conversation, each line that is typed a prompt.",
+            help="Ask this, `-` for standard input; the default is a conversation, each line that is typed a prompt.",
         ),
     ] = None,
     raw: Annotated[

@@ -20,7 +20,9 @@ def inspect(
     references: Annotated[
         list[str],
         typer.Argument(
-            metavar="REF", autocompletion=opt.complete_adapter, help="Adapters on the Hub or in local directories."
+            metavar="REF",
+            autocompletion=opt.complete_adapter,
+            help="Adapters that are on the Hub or in local directories.",
         ),
     ],
     revision: opt.Revision = None,

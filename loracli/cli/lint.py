@@ -20,19 +20,21 @@ SAID = {
 
 def lint(
     *,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter as PEFT or mlx-lm writes it.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The adapter that PEFT or mlx-lm wrote.")],
     servers: Annotated[
         str | None,
         typer.Option(
             "--for",
             metavar="SERVERS",
-            help="Some of vllm,sglang,llamacpp,tgi,ollama,peft,mlx; default: all that read this layout.",
+            help="Check some of vllm,sglang,llamacpp,tgi,ollama,peft,mlx; the default is all that read this layout.",
         ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", metavar="MODEL", help="Hub id or directory; its config is read, for what only the base can tell."
+            "--base",
+            metavar="MODEL",
+            help="Read the config of this base, a Hub id or a directory, for what only the base can tell.",
         ),
     ] = None,
     out: Output,

@@ -22,22 +22,23 @@ EPILOG = (
 
 def push(
     *,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory that `loracat export` wrote.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory that `loracat export` wrote.")],
     repo: Annotated[
-        str, typer.Argument(metavar="REPO", help="Repository on the Hub, org/name; created if it does not exist.")
+        str,
+        typer.Argument(metavar="REPO", help="The repository on the Hub, org/name; it is made if it does not exist."),
     ],
     private: Annotated[
         bool, typer.Option("--private", help="Make a new repository private; refused if it exists and is public.")
     ] = False,
     revision: Annotated[
         str | None,
-        typer.Option("--revision", metavar="BRANCH", help="Branch to push to, created if it does not exist."),
+        typer.Option("--revision", metavar="BRANCH", help="Push to this branch; it is made if it does not exist."),
     ] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request instead of committing to the branch.")
     ] = False,
     message: Annotated[
-        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Message of the commit.")
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Commit with this message.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show what would be uploaded; change nothing.")

@@ -22,10 +22,15 @@ def report(
     recipe: opt.RecipeArgument = Path("recipe.json"),
     comparison: Annotated[
         Path | None,
-        typer.Option("--comparison", "-c", metavar="FILE", help="What `loracat compare RECIPE --json` printed."),
+        typer.Option(
+            "--comparison",
+            "-c",
+            metavar="FILE",
+            help="Show the comparison that `loracat compare RECIPE --json` printed.",
+        ),
     ] = None,
     adapters: opt.Places = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Write the page there.")] = Path(
         "report.html"
     ),
     force: opt.Force = False,

@@ -20,11 +20,13 @@ EPILOG = (
 def verify(
     *,
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Directory that `loracat export` or `loracat fuse` wrote.")
+        Path, typer.Argument(metavar="DIR", help="The directory that `loracat export` or `loracat fuse` wrote.")
     ],
     recipe: Annotated[
         Path | None,
-        typer.Option("--recipe", metavar="RECIPE", help="The recipe that it was made with, to find local ingredients."),
+        typer.Option(
+            "--recipe", metavar="RECIPE", help="Find local ingredients by this recipe, which it was made with."
+        ),
     ] = None,
     adapters: opt.Places = None,
     base: opt.Base = None,

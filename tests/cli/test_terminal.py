@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from loracli.cli import app
+from loracli.cli._help import Panel
 from loracli.cli._output import TALK, Output, Talk, print_anything
+from loracli.cli.fit import EPILOG
 from tests.cli.process import COMMAND, environment, on_terminal, piped
 from tests.cli.project import run
 
@@ -120,7 +125,7 @@ def test_a_table_too_wide_for_a_terminal_comes_in_parts_and_loses_nothing(monkey
 def test_no_line_of_a_result_or_of_a_help_is_broken_by_the_terminal(here: Path, width: int) -> None:
     for words in (["show"], ["fit", "--help"], ["--help"]):
         code, sent = on_terminal(*words, cwd=here, width=width)
-        lines = [line for line in STYLE.sub("", sent).splitlines() if not line.startswith("  loracat ")]  # to be copied
+        lines = STYLE.sub("", sent).splitlines()
         assert code == 0 and max(map(len, lines)) <= width
 
 
@@ -177,7 +182,7 @@ def test_how_one_command_talks_is_forgotten_by_the_next(here: Path) -> None:
 def test_no_arguments_print_the_help_and_are_a_usage_error(here: Path) -> None:
     alone, asked = run(), run("--help")
     assert (alone.exit_code, asked.exit_code) == (2, 0)
-    assert alone.stdout == asked.stdout and "Commands:" in alone.stdout and alone.stderr == ""
+    assert alone.stdout == asked.stdout and "Start:\n" in alone.stdout and alone.stderr == ""
     assert run("-h").stdout == asked.stdout
     assert run("-V").stdout == run("--version").stdout
     for name in ("fit", "show", "env"):
@@ -186,5 +191,45 @@ def test_no_arguments_print_the_help_and_are_a_usage_error(here: Path) -> None:
 
 def test_examples_can_be_copied_line_by_line(here: Path) -> None:
     text = run("fit", "--help").stdout
-    examples = text[text.index("Examples:\n") :].splitlines()[1:]
-    assert len(examples) == 2 and all(line.startswith("  loracat fit ") for line in examples)
+    examples = text[text.index("Examples:\n") : text.index("\n\nMain options:")]
+    commands = [shlex.split(line) for line in examples.replace("\\\n", " ").splitlines()[1:]]
+    assert commands == [shlex.split(example) for example in EPILOG.split("·")]  # as the shell reads the broken lines
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_help_has_every_word_whole_and_no_line_wider_than_the_screen(width: int) -> None:
+    """Every word of every text of a command, at each width, and nothing of how Typer writes types."""
+    root: Any = typer.main.get_command(app)
+    context = typer.Context(root, info_name="loracat", terminal_width=width, **root.context_settings)
+    for name, command in root.commands.items():
+        text = command.get_help(typer.Context(command, context, info_name=name))
+        texts = [command.help, *(p.help for p in command.params)]
+        words = {word for one in texts for word in str(one).split()}
+        assert words <= set(text.split()), name
+        assert max(map(len, text.splitlines())) <= width, name
+        assert not re.search(r"\[\[|<\w+[>\[]|\]\.\.\.", text), name
+
+
+def test_options_stand_under_headings_where_they_are_many() -> None:
+    root: Any = typer.main.get_command(app)
+    for name, command in root.commands.items():
+        text = run(name, "--help").stdout
+        own = [p for p in command.params if p.param_type_name == "option" and p.rich_help_panel]
+        own = [p for p in own if not {"--json", "--quiet"} & set(p.opts)]
+        found = [title for title in Panel if f"\n{title}:\n" in text]
+        assert found == (
+            [panel for panel in Panel if panel in {p.rich_help_panel for p in own}] if len(own) > 8 else []
+        )
+        for option in own:
+            assert len(re.findall(rf"^  (?:-\w, )?{max(option.opts, key=len)}(?: |$)", text, re.MULTILINE)) == 1
+        places = [text.index(f"\n{title}:\n") for title in ("Examples", *found)]
+        assert places == sorted(places)  # the examples first
+
+
+def test_the_commands_stand_in_groups_of_what_is_done_with_them() -> None:
+    text = run("--help").stdout
+    headings = [line for line in text.splitlines() if re.fullmatch(r"\w+:", line)]
+    assert headings == ["Examples:", "Start:", "Ship:", "Judge:", "Other:", "Options:"]
+    assert re.findall(r"^  ([a-z]+)  ", text, re.MULTILINE) == (
+        "demo inspect fit show generate export lint verify fuse push compare report fetch convert env".split()
+    )
