@@ -21,7 +21,7 @@ from tests.tiny import BASE_ID, logits, make_adapter, make_base, random_records,
 
 PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
 # What stands above a block, the language, and its lines.
-BLOCKS = re.findall(r"^(?:<!-- (.*) -->\n)?```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^(?:<!-- ([^\n]*) -->\n)?```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BASE = "org/base-model"
 CHECKPOINTS = [f"run/checkpoint-{step}" for step in (100, 200, 300)]
@@ -46,10 +46,10 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _prepare(folder: Path) -> None:
     """What the page takes for granted: base, adapters, the model that SFT was merged into, and records."""
     base = make_base(folder / BASE)
-    first = make_adapter(folder / ADAPTERS[0], base, rank=16, alpha=32)
+    first = make_adapter(folder / "trained", base, rank=16, alpha=32)
     config = (first / CONFIG).read_text().replace(BASE_ID, BASE)
     for seed, name in enumerate(ADAPTERS):
-        shutil.copytree(first, folder / name, dirs_exist_ok=True)
+        shutil.copytree(first, folder / name)
         draw = torch.Generator().manual_seed(seed)
         tensors = {key: 0.3 * torch.randn(t.shape, generator=draw) for key, t in load_file(first / TENSORS).items()}
         save_file(tensors, folder / name / TENSORS, {"format": "pt"})
