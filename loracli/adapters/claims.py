@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from loracli.errors import IncompatibleAdapters, MalformedAdapter, UnsupportedAdapter, UsageError
-from loracli.hub.references import is_hub_id
+from loracli.hub.references import distinct_bases, is_hub_id
 from loracli.progress import Progress
+from loracli.system.escaping import shell_word
 from loracli.system.files import README_FILE, open_regular
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def other_bases(
     """The adapters that name another base than this one, in their order. A path, which only its author has, is no name.
 
     A directory may be called anything: adapters that name a model of its last name mean it, and so do adapters that all
-    name one model where nothing says what is in the directory.
+    name one model where nothing says what is in the directory, which a path that an adapter names does.
 
     Args:
         base: a Hub id, or the name of a directory.
@@ -177,7 +178,8 @@ def other_bases(
     """
     stated = {adapter: model for adapter, model in claims.items() if model and is_hub_id(model)}
     own = [name for name in (base, saved_as) if name]
-    taken = directory and saved_as is None and len({_plain(model) for model in stated.values()}) == 1
+    named = not directory or saved_as is not None or _is_named(base, claims.values())
+    taken = not named and len({_plain(model) for model in stated.values()}) == 1
     found = []
     for adapter, model in stated.items():
         quantised = _is_quantised(model)
@@ -193,6 +195,68 @@ def other_bases(
         copy_of = copies[0] if copies else None
         found.append(OtherBase(adapter, model, copy_of, taken or copy_of in own))
     return tuple(found)
+
+
+def hub_name(folder: str, claims: Iterable[str | None]) -> str | None:
+    """The Hub id that a directory is taken for: the one that adapters name, if it is one alone and none of them names
+    a path that ends as the directory does.
+
+    Args:
+        folder: the last name of the directory.
+        claims: what each adapter names.
+    """
+    given = [model for model in claims if model]
+    found = distinct_bases(model for model in given if is_hub_id(model))
+    return found[0] if len(found) == 1 and not _is_named(folder, given) else None
+
+
+def _is_named(folder: str, claims: Iterable[str | None]) -> bool:
+    """Whether an adapter names a path that ends as the directory does."""
+    return any(model and not is_hub_id(model) and _last(model) == _last(folder) for model in claims)
+
+
+@dataclass(frozen=True)
+class WayOut:
+    """What to do where adapters name different base models.
+
+    Args:
+        hint: the sentence.
+        base: what to give with `--base` if the names are those of a base and of a model that adapters were merged into
+            it for, None where that cannot be.
+    """
+
+    hint: str
+    base: str | None = None
+
+
+def way_out_of(claims: Mapping[str, str | None]) -> WayOut:
+    """The way out where adapters name different base models.
+
+    Of two names, one may be that of a model which the adapters of the other were merged into: an adapter that DPO
+    trained on the model that SFT left. With W_1 = W_0 + dW_1, what it gives is W_1 + dW_2 = W_0 + dW_1 + dW_2, so the
+    sum at weights 1 is exact on the first base. Which is the first, names tell alone: a Hub id before a path, `llama`
+    before `llama-sft`, else the one that stands first.
+
+    Args:
+        claims: what each adapter names, by its reference.
+    """
+    general = "name the right base model with --base"
+    models = distinct_bases(claims.values())
+    if len(models) != 2:
+        return WayOut(general)
+    first, second = sorted(models, key=lambda model: not is_hub_id(model))
+    if _plain(first) == _plain(second):
+        same = second if _is_quantised(first) and is_hub_id(second) else first
+        return WayOut(f"if these are one model by two names, add --base {shell_word(same)}; if not, {general}")
+    if is_hub_id(first) == is_hub_id(second) and _last(first).startswith(_last(second)):
+        first, second = second, first
+    merged = [adapter for adapter, model in claims.items() if distinct_bases((first, model)) == (first,) and model]
+    them = merged[0] if len(merged) == 1 else "the adapters that name it"
+    return WayOut(
+        f"if {second} is {first} with {them} merged in (DPO after SFT), the sum of the updates is for {first}: "
+        f"add --base {shell_word(first)}; if not, {general}",
+        first,
+    )
 
 
 def say_other_bases(base: str, others: Sequence[OtherBase], progress: Progress) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of, read_adapter
+from loracli.adapters.claims import WayOut, way_out_of
 from loracli.adapters.kinds import kind_of
 from loracli.adapters.names import leaf
 from loracli.adapters.on_base import warn_of_open_orders
@@ -94,8 +95,15 @@ def check_composable(adapters: Sequence[LoraAdapter], *, base_given: bool = Fals
     problems = _problems_of(adapters, base_given=base_given, base_known=base_known)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        hint = "name the right base model with --base" if problems[0].startswith("the adapters name") else None
-        raise IncompatibleAdapters(problems[0] + more, hint=hint or "the adapters were trained on different models")
+        way_out = None if base_given else _way_out(adapters)
+        hint = "the adapters were trained on different models" if way_out is None else way_out.hint
+        raise IncompatibleAdapters(problems[0] + more, hint=hint)
+
+
+def _way_out(adapters: Sequence[LoraAdapter]) -> WayOut | None:
+    """What to do about the names of the bases, None where they agree."""
+    claims = {adapter.reference: adapter.config.base_model for adapter in adapters}
+    return way_out_of(claims) if len(distinct_bases(claims.values())) > 1 else None
 
 
 def check_distinct(adapters: Sequence[LoraAdapter], references: Sequence[str]) -> None:
@@ -187,11 +195,21 @@ class AdapterSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Adapters side by side: each alone, each pair's overlap, and every reason why they cannot be composed."""
+    """Adapters side by side: each alone, each pair's overlap, and every reason why they cannot be composed.
+
+    Args:
+        adapters: in their order.
+        overlaps: of each pair.
+        problems: the reasons.
+        hint: what to do if all that is wrong is that they name different base models, None otherwise.
+        base: what to give with `--base` if, as the hint says, one of these is the other with adapters merged in.
+    """
 
     adapters: tuple[AdapterSummary, ...]
     overlaps: tuple[Overlap, ...]
     problems: tuple[str, ...]
+    hint: str | None = None
+    base: str | None = None
 
     def __repr__(self) -> str:
         names = [a.reference if a.commit else path_text(Path(a.reference)) for a in self.adapters]
@@ -205,6 +223,8 @@ class Inspection:
             "overlaps": [dataclasses.asdict(overlap) for overlap in self.overlaps],
             "composable": not self.problems,
             "problems": list(self.problems),
+            "hint": self.hint,
+            "base": self.base,
         }
 
 
@@ -231,10 +251,13 @@ def inspect_adapters(
     ]
     warn_of_open_orders(adapters, progress)
     problems = _problems_of(adapters)
+    way_out = _way_out(adapters) if len(problems) == 1 else None
     return Inspection(
         adapters=tuple(_summary(adapter) for adapter in adapters),
         overlaps=tuple(_overlaps_of(adapters)),
         problems=tuple(problems),
+        hint=None if way_out is None else way_out.hint,
+        base=None if way_out is None else way_out.base,
     )
 
 

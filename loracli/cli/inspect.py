@@ -9,6 +9,7 @@ import typer
 
 from loracli.cli import _options as opt
 from loracli.cli._output import Output
+from loracli.system.escaping import visible
 
 SHOWN_PROBLEMS = 5  # one wrong base makes a problem of every module; --json has them all
 
@@ -71,6 +72,12 @@ def inspect(
             out.line(f"  {problem}")
         if len(found.problems) > SHOWN_PROBLEMS:
             out.line(f"  ... and {len(found.problems) - SHOWN_PROBLEMS} more")
+        if found.hint:
+            out.line(found.hint)
+        if found.base:
+            ones = ["1"] * len(references)
+            words = ["export", "--adapters", *references, "--weights", *ones, "--base", visible(found.base)]
+            out.hint(shlex.join(["loracat", *words]))
         raise typer.Exit(3)
     if len(found.adapters) > 1:
         out.line("can be composed", style="bold green")

@@ -147,7 +147,10 @@ def _hint_inside(path: str) -> str:
         inside = sorted(name for name in os.listdir(path) if _holds_adapter(os.path.join(path, name)))
     except OSError:
         inside = []
-    return f"it has adapters inside: {', '.join(inside[:5])}" if inside else _FORMS
+    if not inside:
+        return _FORMS
+    inside.sort(key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))])
+    return f"it has adapters inside: {', '.join(os.path.join(path, name) for name in inside[:5])}"
 
 
 def _holds_adapter(text: str) -> bool:

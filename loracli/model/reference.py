@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of
-from loracli.adapters.claims import other_bases, say_other_bases
+from loracli.adapters.claims import hub_name, other_bases, say_other_bases, way_out_of
 from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import (
@@ -77,11 +77,11 @@ def find_base(
     if base is None:
         base = agreed_base(
             {a.reference: BaseClaim(a.config.base_model, a.config.base_revision) for a in adapters},
-            way_out="give the base with --base",
+            way_out=way_out_of(stated).hint if len(claims) > 1 else "give the base with --base",
         )
     place = locate_base(base, revision=revision)
     if isinstance(place, Path):
-        name = claims[0] if len(claims) == 1 and is_hub_id(claims[0]) else place.resolve().name
+        name = hub_name(place.resolve().name, stated.values()) or place.resolve().name
         taken_for = f", taken for {name}, which the adapters name; shapes are checked" if name in claims else ""
         progress.note(f"base model: the local directory {base}{taken_for if name != base else ''}")
         others = other_bases(place.resolve().name, stated, directory=True, saved_as=_saved_as(place))

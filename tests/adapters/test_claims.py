@@ -4,6 +4,7 @@ that name another base than the one that is given are each said by name, once, a
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,16 @@ from transformers import (
 )
 
 from loracli.adapters.adapter import read_adapter
-from loracli.adapters.claims import TASKS, agreed_task, head_size, loading_lines, model_class, other_bases
+from loracli.adapters.claims import (
+    TASKS,
+    agreed_task,
+    head_size,
+    hub_name,
+    loading_lines,
+    model_class,
+    other_bases,
+    way_out_of,
+)
 from loracli.errors import IncompatibleAdapters, UnsupportedAdapter, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
@@ -295,6 +305,7 @@ def test_a_name_is_that_of_the_base_of_a_quantised_copy_or_of_another_model(
         ({"a": "org/one", "b": "unsloth/one-bnb-4bit"}, None, [("b", True)]),
         ({"a": "org/one", "b": "org/one"}, "org/two", [("a", False), ("b", False)]),
         ({"a": "org/one", "b": "org/two"}, "org/one", [("b", False)]),
+        ({"a": "org/one", "b": "../models/base"}, None, [("a", False)]),  # b's is this directory, so a's is not
     ],
 )
 def test_what_a_directory_holds_is_told_by_its_name_its_config_or_adapters_that_agree(
@@ -302,6 +313,85 @@ def test_what_a_directory_holds_is_told_by_its_name_its_config_or_adapters_that_
 ) -> None:
     found = other_bases("base", claims, directory=True, saved_as=saved_as)
     assert [(other.adapter, other.harmless) for other in found] == said
+
+
+AFTER_SFT = [
+    (["org/llama", "./llama-sft"], "org/llama", "./llama-sft", "a"),
+    (["./tuned", "org/llama"], "org/llama", "./tuned", "b"),  # a Hub id before a path
+    (["me/llama-sft", "org/llama"], "org/llama", "me/llama-sft", "b"),  # the shorter of two such names
+    (["/data/tuned", "/data/llama"], "/data/tuned", "/data/llama", "a"),  # else in their order
+    (["org/llama", "ORG/Llama", None, "me/x"], "org/llama", "me/x", "the adapters that name it"),
+    (["org/llama", "./a b; rm"], "org/llama", "./a b; rm", "a"),
+    (["./a b", "./a b-sft"], "./a b", "./a b-sft", "a"),
+]
+
+
+@pytest.mark.parametrize(("named", "first", "second", "merged"), AFTER_SFT)
+def test_of_two_bases_one_may_be_the_other_with_an_adapter_merged_in(
+    named: list[str | None], first: str, second: str, merged: str
+) -> None:
+    found = way_out_of(dict(zip("abcd", named, strict=False)))
+    assert found.base == first
+    assert found.hint.startswith(f"if {second} is {first} with {merged} merged in (DPO after SFT)")
+    assert f": add --base {shlex.quote(first)}; if not, name the right base model with --base" in found.hint
+
+
+@pytest.mark.parametrize(
+    ("named", "hint"),
+    [
+        (["org/one", "org/two", "./three"], "name the right base model with --base"),
+        (["unsloth/one-bnb-4bit", "org/one"], "if these are one model by two names, add --base org/one; if not, "),
+        (["./one", "org/one"], "if these are one model by two names, add --base org/one; if not, "),
+    ],
+)
+def test_other_names_of_bases_are_of_copies_or_of_what_only_the_user_knows(named: list[str], hint: str) -> None:
+    found = way_out_of(dict(zip("abc", named, strict=False)))
+    assert found.base is None and found.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("named", "taken_for"),
+    [
+        (["org/one", "ORG/ONE", None], "org/one"),
+        (["org/one", "./merged"], "org/one"),
+        (["org/one", "/elsewhere/base/"], None),
+        (["org/one", "org/two"], None),
+        (["./one"], None),
+    ],
+)
+def test_a_directory_is_taken_for_the_one_model_that_adapters_name(
+    named: list[str | None], taken_for: str | None
+) -> None:
+    assert hub_name("base", named) == taken_for
+
+
+def test_an_adapter_of_the_model_that_another_was_merged_into_is_refused_with_the_command_that_adds_them(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, (name, model) in enumerate({"sft": "org/one", "dpo": "./one sft"}.items()):
+        config = make_adapter(tmp_path / name, tiny_base, rank=2, seed=seed) / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": model}))
+    refused = run("export", "--adapters", "sft", "dpo", "--weights", "1", "1")
+    hint = way_out_of({"sft": "org/one", "dpo": "./one sft"}).hint
+    assert refused.exit_code == 3 and f"hint: {hint}" in refused.stderr
+    write_jsonl(tmp_path / "data.jsonl", random_records(24))
+    fitted = run("fit", "--adapters", "sft", "dpo", "--data", "data.jsonl")
+    assert fitted.exit_code == 3 and f"hint: {hint}" in fitted.stderr
+    seen = run("inspect", "sft", "dpo")
+    assert seen.exit_code == 3 and seen.stdout.endswith(f"{hint}\n")
+    content = json.loads(run("inspect", "sft", "dpo", "--json").stdout)
+    assert (content["hint"], content["base"], content["composable"]) == (hint, "org/one", False)
+    [line] = [line for line in seen.stderr.splitlines() if line.startswith("next: loracat ")]
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org/one").symlink_to(tiny_base)  # where that base is on this machine
+    assert run(*shlex.split(line)[2:], "-o", "both").exit_code == 0
+    assert json.loads(Path("both/adapter_config.json").read_text())["base_model_name_or_path"] == "org/one"
+    (tmp_path / "base").symlink_to(tiny_base)
+    assert (
+        run("export", "--adapters", "sft", "dpo", "--weights", "1", "1", "--base", "base", "-o", "two").exit_code == 0
+    )
+    assert json.loads(Path("two/adapter_config.json").read_text())["base_model_name_or_path"] == "org/one"
 
 
 @pytest.fixture

@@ -107,6 +107,15 @@ def test_a_directory_without_a_config_is_refused_and_points_at_the_adapters_insi
         parse_reference("out")
 
 
+def test_checkpoints_inside_are_named_as_they_are_typed_in_the_order_of_their_steps(here: Path) -> None:
+    for name in ("checkpoint-1000", "checkpoint-200", "checkpoint-90", "²", "final"):
+        make_adapter(here / "out" / name)
+    with pytest.raises(AdapterNotFound) as caught:
+        parse_reference("./out/")
+    steps = ", ".join(f"./out/checkpoint-{step}" for step in (90, 200, 1000))
+    assert caught.value.hint == f"it has adapters inside: {steps}, ./out/final, ./out/²"
+
+
 def test_a_file_is_refused_with_a_pointer_to_its_directory(here: Path) -> None:
     make_adapter(here / "math")
     for text in ("./math/adapter_config.json", "math/adapter_config.json"):  # the second could be on the Hub
