@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from loracli.cli._bars import Line, progress_bars
 from loracli.cli._options import Json, Quiet
 from loracli.errors import (
     CalibrationError,
@@ -28,7 +29,6 @@ from loracli.errors import (
     UsageError,
     VerificationError,
 )
-from loracli.progress import WORK, amount_text, duration_text
 from loracli.system.document import encode
 from loracli.system.escaping import visible
 
@@ -83,33 +83,6 @@ def _chain(error: BaseException) -> list[BaseException]:
         found.append(rest)
         rest = rest.__cause__ or (None if rest.__suppress_context__ else rest.__context__)
     return found[::-1]
-
-
-def _progress_bars(console: Console) -> Progress:
-    """Bars that vanish when they are done; every task has the fields `unit` and `status`."""
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Amount(ProgressColumn):
-        """Done of total with the rate, `12.1 MB / 48.0 MB  3.1 MB/s`; of work, which has no unit, the share."""
-
-        def render(self, task: Task) -> Text:
-            unit = task.fields["unit"]
-            if unit == WORK:
-                return Text(f"{task.percentage:.0f} %")
-            total = "" if task.total is None else f" / {amount_text(task.total, unit)}"
-            speed = f"  {amount_text(task.speed, unit)}/s" if task.speed else ""
-            return Text(f"{amount_text(task.completed, unit)}{total}{speed}")
-
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        Amount(),
-        TextColumn("{task.fields[status]}", style="cyan", markup=False),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-        transient=True,
-    )
 
 
 SCHEMA = 1  # the version of every JSON document, under the key "loracat"; only ever added to
@@ -181,7 +154,7 @@ class Output:
         self._stderr = _console(sys.stderr)
         self._draws = _is_terminal(sys.stderr) and not (quiet or as_json)
         self._bars: Progress | None = None
-        self._tasks: dict[str, _Line] = {}
+        self._tasks: dict[str, Line] = {}
         self._warned: set[str] = set()  # each is said once, however many parts of the work find it
         self._lock = threading.RLock()  # downloads tell of themselves from threads of their own
 
@@ -298,9 +271,9 @@ class Output:
             raise UsageError("what was typed is not text in the encoding of the terminal") from None
 
     def hint(self, command: str) -> None:
-        """Names the next command to type."""
+        """Names the next command to type, in one piece that can be copied: the terminal alone breaks it."""
         if not (self.quiet or self.as_json):
-            self._say("next: ", "dim", command, "cyan")
+            self._say("next: ", "dim", command, "cyan", whole=True)
 
     def error(self, error: LoracatError) -> None:
         """One error: what and where, then the single problems if there are many, then what to do."""
@@ -318,15 +291,17 @@ class Output:
         if len(problems) > SHOWN_PROBLEMS:
             self._stderr.print(plain(f"  ... and {len(problems) - SHOWN_PROBLEMS} more"))
         if error.hint:
-            self._say("hint: ", "cyan", error.hint)
+            self._say("hint: ", "cyan", error.hint, whole=True)
 
-    def _say(self, label: str, label_style: str, message: str, style: str = "") -> None:
+    def _say(self, label: str, label_style: str, message: str, style: str = "", *, whole: bool = False) -> None:
+        """`whole`: without line ends of ours, as it may be copied."""
         from rich.text import Text
 
-        self._stderr.print(Text.assemble((label, label_style), plain(message, style)))
+        self._stderr.print(Text.assemble((label, label_style), plain(message, style)), soft_wrap=whole or None)
 
     def interrupted(self, code: int) -> None:
         """The last word after Ctrl-C, SIGTERM or SIGHUP."""
+        self.close()
         message = "interrupted" if code == 130 else "terminated"
         if self.as_json:
             self.document({"error": {"code": code, "kind": "Interrupted", "message": message, "hint": None}})
@@ -344,10 +319,10 @@ class Output:
         bar = None
         if self._draws:
             if self._bars is None:
-                self._bars = _progress_bars(self._stderr)
+                self._bars = progress_bars(self._stderr)
                 self._bars.start()
             bar = self._bars.add_task(visible(task), total=total, status="", unit=unit)
-        self._tasks[task] = _Line(total, unit, bar)
+        self._tasks[task] = Line(total, unit, bar)
 
     def advance(self, task: str, amount: int, status: str = "") -> None:
         with self._lock:
@@ -426,33 +401,6 @@ def _parts(first: int, widths: Sequence[int], room: int) -> list[list[int]]:
         parts[-1].append(index)
         used += GAP + widths[index]
     return parts
-
-
-class _Line:
-    """How far one task is."""
-
-    def __init__(self, total: int | None, unit: str, bar: int | None) -> None:
-        self.total, self.unit, self.bar = total, unit, bar
-        self.done = 0
-        self.status = ""
-        self.started = self.said = time.monotonic()
-
-    def describe(self) -> str:
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        parts = [f"{100 * self.done // self.total} %"] if self.total else []
-        if self.unit != WORK:
-            parts.append(amount_text(self.done, self.unit) + f", {amount_text(self.done / seconds, self.unit)}/s")
-        if self.status:
-            parts.append(self.status)
-        if self.total and self.done:
-            parts.append(f"{duration_text(seconds * (self.total - self.done) / self.done)} left")
-        return ", ".join(parts)
-
-    def result(self) -> str:
-        """What came of it, once it is done."""
-        seconds = time.monotonic() - self.started
-        amount = "" if self.unit == WORK or not self.done else f"{amount_text(self.done, self.unit)} in "
-        return f"{amount}{seconds:.2f} s" + (f", {self.status}" if self.status else "")
 
 
 def encode_as(result: Any, **names: str) -> dict[str, Any]:
