@@ -137,14 +137,14 @@ def fit_to_file(
         resume: go on where an interrupted fit of the same inputs was; without its state the fit starts over, and says
             so.
         log: takes one JSON object for each step.
-        force: replace the recipe, and the log.
+        force: replace the recipe and the log; drop what an interrupted fit has done.
         progress: told what happens.
     Returns:
         the recipe, as it was written; None on all processes but the first.
     Raises:
         LoracatError: as `fit_mixing`, on all processes.
-        OutputExists: if the recipe or the log is there and `force` is not set, or the log is none that could be
-            replaced or gone on with.
+        OutputExists: if the recipe, the log, or what an interrupted fit has done is there and `force` is not set (nor,
+            for the last, `resume`); or the log is none that could be replaced or gone on with.
         UsageError: if the recipe or the log would be a file that is read.
         StateMismatch: if the state belongs to a fit of other inputs.
     """
@@ -159,7 +159,7 @@ def fit_to_file(
         folder = state_folder(output)
         processes.from_first(lambda: held.enter_context(locked_directory(folder, output)))
         resumed = processes.from_first(
-            lambda: open_state(folder, _identity(inputs, placement), resume=resume, progress=progress)
+            lambda: open_state(folder, _identity(inputs, placement), resume=resume, force=force, progress=progress)
         )
         journal = Journal(folder if processes.first else None)
         with _said(folder, processes, resumed, progress), _step_log(log, processes, resumed) as steps:
