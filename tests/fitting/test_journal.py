@@ -22,6 +22,7 @@ from loracli.fitting.journal import Journal, state_folder
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Objective
 from loracli.model.placement import Placement
+from loracli.recipe.recipe import load_recipe
 from loracli.system.files import locked_directory
 from loracli.system.machine import Launch
 from tests.faults.fork_server import ForkServer
@@ -284,3 +285,17 @@ def test_what_runs_out_leaves_the_state(fit: Fit, power: Power, monkeypatch: pyt
     used = power.used
     fit.run("recipe.json", resume=True)
     assert power.used <= used + 2  # all of it was there but the timed batches
+
+
+def test_what_is_in_the_way_of_the_copy_of_a_replaced_recipe_is_said_before_any_work(fit: Fit, power: Power) -> None:
+    fit.run("recipe.json")
+    old, used = (fit.folder / "recipe.json").read_bytes(), power.used
+    other = replace(fit, settings=replace(SETTINGS, seed=5))
+    (fit.folder / "recipe.bak.json").write_text("precious")
+    with pytest.raises(OutputExists, match=r"recipe\.bak\.json.* is not a recipe"):
+        other.run("recipe.json", force=True)
+    assert power.used == used and (fit.folder / "recipe.bak.json").read_text() == "precious"
+    (fit.folder / "recipe.bak.json").unlink()
+    assert any("is kept in" in line for line in other.run("recipe.json", force=True))
+    assert (fit.folder / "recipe.bak.json").read_bytes() == old
+    load_recipe(fit.folder / "recipe.bak.json")
