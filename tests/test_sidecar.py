@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loracli.errors import IntegrityError, OutOfResources, OutputExists, RecipeError, UsageError
+from loracli.errors import IntegrityError, LoracatError, OutOfResources, OutputExists, RecipeError, UsageError
 from loracli.recipe.recipe import Recipe, check_recipe_path, load_recipe, weights_by_leaf
 from loracli.recipe.record import INLINE_KINDS, TENSOR_PARTS, MixingKind, RecipeMixing
 from loracli.recipe.tensors import METADATA, sidecar_sha256
@@ -352,3 +352,62 @@ def test_the_tensors_get_their_name_first_and_a_crash_in_between_is_found(
         load_recipe(tmp_path / "r.json")
     new.save(tmp_path / "r.json", force=True)
     assert load_recipe(tmp_path / "r.json") == new
+
+
+# What --force of a fit replaces.
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "module"])
+def test_what_is_replaced_is_kept_whole_with_its_tensors_under_one_name(tmp_path: Path, kind: MixingKind) -> None:
+    def recipe(seed: int) -> Recipe:
+        made = make_recipe(tmp_path) if kind == "module" else with_tensors(tmp_path, kind, seed)
+        return replace(made, versions={**made.versions, "torch": f"2.{seed}"})
+
+    path, kept = tmp_path / "r.json", tmp_path / "r.bak.json"
+    assert recipe(0).save(path, keep=True) is None
+    for seed in (1, 2):
+        before = path.read_bytes()
+        assert recipe(seed).save(path, force=True, keep=True) == kept
+        assert kept.read_bytes() == before
+        assert load_recipe(kept).versions["torch"] == f"2.{seed - 1}"
+        now = files(tmp_path)
+        assert recipe(seed).save(path, force=True, keep=True) is None  # the same again loses nothing
+        assert files(tmp_path) == now
+    with_tensors(tmp_path, "core", 3).save(path, force=True, keep=True)
+    make_recipe(tmp_path).save(path, force=True, keep=True)
+    assert load_recipe(kept).mixing.kind == "core"
+    assert set(files(tmp_path)) == {"r.json", "r.bak.json", "r.bak.safetensors"}
+
+
+def test_a_copy_survives_a_replacement_that_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new tensors are there and the new recipe is not: done again, the copy is still the old pair."""
+    first, second = with_tensors(tmp_path, "core", 0), with_tensors(tmp_path, "core", 1)
+    first.save(tmp_path / "r.json")
+    old = files(tmp_path)
+    real = os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(target).name == "r.json":
+            raise OSError(errno.EIO, "the disk fails")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails)
+        with pytest.raises(LoracatError, match="cannot be written"):
+            second.save(tmp_path / "r.json", force=True, keep=True)
+    with pytest.raises(IntegrityError):
+        load_recipe(tmp_path / "r.json")
+    second.save(tmp_path / "r.json", force=True, keep=True)
+    found = files(tmp_path)
+    assert {name: found[name.replace("r.", "r.bak.", 1)] for name in old} == old
+    assert load_recipe(tmp_path / "r.json").mixing.tensors_sha256 == second.mixing.tensors_sha256
+
+
+@pytest.mark.parametrize("name", ["r.bak.json", "r.bak.safetensors", "r.bak.json.activations.safetensors"])
+def test_what_is_not_a_recipe_of_ours_is_not_replaced_by_a_copy(tmp_path: Path, name: str) -> None:
+    with_tensors(tmp_path, "core", 0).save(tmp_path / "r.json")
+    (tmp_path / name).write_text('{"precious": 1}')
+    before = files(tmp_path)
+    with pytest.raises(OutputExists, match=name):
+        with_tensors(tmp_path, "core", 1).save(tmp_path / "r.json", force=True, keep=True)
+    assert files(tmp_path) == before

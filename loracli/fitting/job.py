@@ -31,7 +31,8 @@ from loracli.model.reference import BaseReference
 from loracli.model.session import usable_length
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, check_recipe_path
-from loracli.recipe.record import activations_path, tensors_path
+from loracli.recipe.record import activations_path, kept_path, tensors_path
+from loracli.recipe.tensors import check_kept_path
 from loracli.system.files import locked_directory, same_file, translate_disk_errors
 from loracli.system.machine import Launch
 
@@ -137,14 +138,15 @@ def fit_to_file(
         resume: go on where an interrupted fit of the same inputs was; without its state the fit starts over, and says
             so.
         log: takes one JSON object for each step.
-        force: replace the recipe, and the log.
+        force: replace the log, and the recipe, of which a copy is kept as `recipe.bak.json`; drop what an interrupted
+            fit has done.
         progress: told what happens.
     Returns:
         the recipe, as it was written; None on all processes but the first.
     Raises:
         LoracatError: as `fit_mixing`, on all processes.
-        OutputExists: if the recipe or the log is there and `force` is not set, or the log is none that could be
-            replaced or gone on with.
+        OutputExists: if the recipe, the log, or what an interrupted fit has done is there and `force` is not set (nor,
+            for the last, `resume`); or the log is none that could be replaced or gone on with.
         UsageError: if the recipe or the log would be a file that is read.
         StateMismatch: if the state belongs to a fit of other inputs.
     """
@@ -154,21 +156,28 @@ def fit_to_file(
         inputs = _one_after_the_other(processes, prepare)
         kind = inputs.settings.mixing
         processes.from_first(lambda: check_recipe_path(output, force=force, kind=kind))
+        processes.from_first(lambda: check_kept_path(output) if output.is_file() else None)
         processes.from_first(lambda: _check_places(output, log, inputs))
         processes.from_first(lambda: _check_log(log, force=force, resume=resume))
         folder = state_folder(output)
         processes.from_first(lambda: held.enter_context(locked_directory(folder, output)))
         resumed = processes.from_first(
-            lambda: open_state(folder, _identity(inputs, placement), resume=resume, progress=progress)
+            lambda: open_state(folder, _identity(inputs, placement), resume=resume, force=force, progress=progress)
         )
         journal = Journal(folder if processes.first else None)
         with _said(folder, processes, resumed, progress), _step_log(log, processes, resumed) as steps:
             recipe = run_fit(
                 inputs, placement=placement, processes=processes, journal=journal, log=steps, progress=progress
             )
-        processes.from_first(lambda: recipe.save(output, force=force))
+        processes.from_first(lambda: _save(recipe, output, force=force, progress=progress))
         processes.from_first(lambda: remove_state(folder))
     return recipe if processes.first else None
+
+
+def _save(recipe: Recipe, output: Path, *, force: bool, progress: Progress) -> None:
+    kept = recipe.save(output, force=force, keep=True)
+    if kept is not None:
+        progress.note(f"the recipe that was in {output} is kept in {kept}")
 
 
 def _one_after_the_other(processes: Processes, prepare: Callable[[], FitInputs]) -> FitInputs:
@@ -182,7 +191,9 @@ def _one_after_the_other(processes: Processes, prepare: Callable[[], FitInputs])
 
 def _check_places(output: Path, log: Path | None, inputs: FitInputs) -> None:
     """Raises UsageError if what is written would be what is read, or each other, under any name."""
-    written = {"-o": [output, tensors_path(output), activations_path(output)], "--log": [] if log is None else [log]}
+    recipes = [output, *([kept_path(output)] if output.is_file() else [])]
+    outputs = [path for one in recipes for path in (one, tensors_path(one), activations_path(one))]
+    written = {"-o": outputs, "--log": [] if log is None else [log]}
     if log is not None and any(same_file(log, path) for path in (*written["-o"], state_folder(output))):
         raise UsageError(f"--log {log} is written as the recipe too", hint="choose another name with --log")
     data = (*inputs.data.files, *inputs.data.eval_files)

@@ -106,48 +106,84 @@ def state_folder(output: Path) -> Path:
     return output.with_name(output.name + ".state")
 
 
-def open_state(folder: Path, identity: Mapping[str, str], *, resume: bool, progress: Progress = SILENT) -> bool:
+def open_state(
+    folder: Path, identity: Mapping[str, str], *, resume: bool, force: bool = False, progress: Progress = SILENT
+) -> bool:
     """Makes the folder, which is there and locked, ready for a fit of this identity; whether it holds the state of an
     interrupted one.
 
-    Without `resume`, or where there is no state, what is in it is dropped, and that is said.
+    Where an interrupted fit has done something, only `resume` and `force` go on: the one takes it up, the other drops
+    it, and says so. With both it is taken up.
 
     Raises:
-        OutputExists: if the folder is there and is no state of ours.
+        OutputExists: if the folder is there and is no state of ours, or holds what an interrupted fit has done and
+            neither `resume` nor `force` is set.
         StateMismatch: with `resume`, naming every input that is not the one the state was written for, or the form of
             the state where another version wrote it.
     """
     identity = {_FORM_NAME: _FORM, **identity}
     path = folder / _IDENTITY_FILE
-    if resume and path.is_file():
-        try:
-            known = read_object(path, _MAX_IDENTITY_BYTES)
-        except LoracatError:
-            known = {}
-        if known and known.get(_FORM_NAME) != _FORM:
+    there = path.is_file()
+    other = _difference(path, identity) if there else None
+    if resume and there:
+        if other is not None:
             raise StateMismatch(
-                f"the state in {folder} has the form {known.get(_FORM_NAME, '1')}, of another version of loracat, and "
-                f"this one goes on from the form {_FORM}",
-                hint="go on with the version that began the fit, or leave out --resume to start over",
-            )
-        changed = sorted(name for name in {*known, *identity} if known.get(name) != identity.get(name))
-        if changed:
-            raise StateMismatch(
-                f"the state in {folder} belongs to another fit; changed: {', '.join(changed)}",
-                hint="restore what has changed, or leave out --resume to start over",
+                f"the state in {folder} {other.what}",
+                hint=f"{other.way_back}, or start over: --force in place of --resume",
             )
         progress.note(f"going on from {folder}")
         return True
     if resume:
         progress.warn(f"there is no interrupted fit in {folder}: starting over")
-    elif path.is_file():
+    elif there and any(folder.glob("*.safetensors")):
+        if not force:
+            raise _in_the_way(folder, other)
         progress.warn(f"the interrupted fit in {folder} is dropped: --resume would have gone on with it")
     remove_temporaries(folder)
-    if not path.is_file() and any(folder.iterdir()):
+    if not there and any(folder.iterdir()):
         raise OutputExists(f"{folder} is in the way of the fit's state", hint="move it, or choose another name with -o")
     remove_state(folder)
     write_atomically(path, (json.dumps(identity, indent=2) + "\n").encode())
     return False
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Why a state cannot be gone on with: `what` it does, after its name, and the way back to where it can."""
+
+    what: str
+    way_back: str
+
+
+def _difference(path: Path, identity: Mapping[str, str]) -> _Difference | None:
+    """What tells the fit that wrote this identity from the one that would go on; None if they are one."""
+    try:
+        known = read_object(path, _MAX_IDENTITY_BYTES)
+    except LoracatError:
+        known = {}
+    if known and known.get(_FORM_NAME) != _FORM:
+        return _Difference(
+            f"has the form {known.get(_FORM_NAME, '1')}, of another version of loracat, and this one goes on from the "
+            f"form {_FORM}",
+            "go on with the version that began the fit",
+        )
+    changed = sorted(name for name in {*known, *identity} if known.get(name) != identity.get(name))
+    if not changed:
+        return None
+    return _Difference(f"belongs to another fit; changed: {', '.join(changed)}", "restore what has changed")
+
+
+def _in_the_way(folder: Path, other: _Difference | None) -> OutputExists:
+    """The refusal of a fit that would drop what an interrupted one has done, with the ways out that there are."""
+    if other is None:
+        return OutputExists(
+            f"a fit of the same inputs was interrupted, and {folder} keeps what it has done",
+            hint="go on with it: --resume; or start over: --force",
+        )
+    return OutputExists(
+        f"{folder} keeps what an interrupted fit has done, and --resume would refuse it: the state {other.what}",
+        hint=f"{other.way_back} and go on with --resume, or start over with --force, or choose another name with -o",
+    )
 
 
 def remove_state(folder: Path) -> None:

@@ -27,6 +27,7 @@ from loracli.recipe.record import (
     EDITED,
     INLINE_KINDS,
     MAX_MODULES,
+    MAX_RECIPE_BYTES,
     FitCertificate,
     FitRecord,
     HeldOut,
@@ -49,7 +50,6 @@ from loracli.system.strict_json import StrictJsonError, parse_json
 
 _FIRST_SCHEMA = 2  # that is still read
 SCHEMA = 5
-MAX_RECIPE_BYTES = 64 << 20
 _MAX_FILES = 10_000  # of calibration data
 OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
 
@@ -103,10 +103,16 @@ class Recipe:
         renamed = self._renamed(self.labels())
         return replace(renamed, adapters=tuple(without_paths(adapter) for adapter in renamed.adapters))
 
-    def save(self, path: str | Path, *, force: bool = False) -> None:
+    def save(self, path: str | Path, *, force: bool = False, keep: bool = False) -> Path | None:
         """Writes the recipe, whole or not at all, and its tensors beside it; local adapters become relative to its
         folder. Activations whose moments were not read are left out.
 
+        Args:
+            path: of the recipe.
+            force: replace what is there.
+            keep: first copy what is replaced to `recipe.bak.json`, unless it is this very recipe; an earlier copy goes.
+        Returns:
+            where what was replaced is kept, None if nothing is.
         Raises:
             OutputExists: if a file is in the way and `force` is not set, or it is none to replace.
             UsageError: if the mixing has tensors and `path` does not end in `.json`.
@@ -125,8 +131,14 @@ class Recipe:
             beside[activations_path(path)] = activations.moments
         else:
             written = replace(written, activations=None)
+        document = written.to_json().encode()
+        kept = None
+        if keep and path.is_file() and not _holds(path, document):
+            from loracli.recipe.tensors import keep_replaced
+
+            kept = keep_replaced(path)
         with replaced_file(path) as temporary:  # gets its name last
-            write_file(temporary, written.to_json().encode())
+            write_file(temporary, document)
             for name, tensors in beside.items():
                 from loracli.recipe.tensors import write_sidecar
 
@@ -136,6 +148,7 @@ class Recipe:
                 from loracli.recipe.tensors import remove_sidecar
 
                 remove_sidecar(name)
+        return kept
 
     def to_json(self) -> str:
         """The document, the same bytes for the same recipe."""
@@ -169,6 +182,14 @@ class Recipe:
         if adapter.repo_id is not None:
             return adapter.reference
         return local_reference(self.folder / adapter.reference, folder)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether a regular file has these bytes."""
+    try:
+        return read_regular(path, len(data)) == data
+    except OSError:
+        return False
 
 
 def _outcome(table: HeldOut | None) -> str:

@@ -19,6 +19,7 @@ from loracli.hub.references import REPO_ID, BaseClaim, is_hub_id, is_repo_id
 from loracli.system.document import AtMost, Matches, added, document_sha256
 from loracli.system.files import TENSOR_FILES
 
+MAX_RECIPE_BYTES = 64 << 20
 MAX_MODULES = 200_000  # as many as tensors in a file
 MAX_ADAPTERS = 1000
 _MAX_TASKS = 100_000
@@ -123,6 +124,12 @@ def tensors_path(recipe: Path) -> Path:
 def activations_path(recipe: Path) -> Path:
     """The file of the second moments of the recipe at this path."""
     return recipe.with_name(f"{recipe.name}.activations.safetensors")
+
+
+def kept_path(recipe: Path) -> Path:
+    """Where the recipe at this path is kept when a fit replaces it: `recipe.bak.json`, with the files beside it that
+    follow from that name."""
+    return recipe.with_name(f"{recipe.stem}.bak{recipe.suffix}")
 
 
 @dataclass(frozen=True)

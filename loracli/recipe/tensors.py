@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,8 +33,24 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.basis import projection
 from loracli.algebra.factors import Factors, mix
 from loracli.errors import IntegrityError, MalformedAdapter, OutputExists, RecipeError, UnsupportedAdapter
-from loracli.recipe.record import TENSOR_PARTS, MixingKind, RecipeMixing, activations_path, tensors_path
-from loracli.system.files import file_sha256, flush_directory, replaced_file, translate_disk_errors
+from loracli.recipe.record import (
+    MAX_RECIPE_BYTES,
+    TENSOR_PARTS,
+    MixingKind,
+    RecipeMixing,
+    activations_path,
+    kept_path,
+    tensors_path,
+)
+from loracli.system.files import (
+    file_sha256,
+    flush_directory,
+    open_regular,
+    read_regular,
+    replaced_file,
+    translate_disk_errors,
+)
+from loracli.system.strict_json import StrictJsonError, parse_json
 from loracli.system.tensor_file import TensorFile, file_parts, open_tensor_file, write_tensors
 
 if TYPE_CHECKING:
@@ -82,6 +99,75 @@ def remove_sidecar(path: Path) -> None:
         with translate_disk_errors(path):
             path.unlink()
             flush_directory(path.parent)
+
+
+def keep_replaced(path: Path) -> Path:
+    """Copies a recipe and its tensors to where `kept_path` says, so that the copy can be read like any recipe.
+
+    What was kept there before goes first and the recipe is copied last: who is stopped in between leaves no recipe with
+    the tensors of another, and the one at `path` is untouched. A copy that is there already stays as it is: the tensors
+    beside `path` may be those of the next recipe, if writing that was cut short.
+
+    Args:
+        path: of a regular file; one that is not a recipe is copied by itself.
+    Returns:
+        the place of the copy.
+    Raises:
+        OutputExists: as `check_kept_path`.
+        LoracatError, OutOfResources: if the disk does not take it.
+    """
+    check_kept_path(path)
+    kept = kept_path(path)
+    if os.path.lexists(kept) and file_sha256(kept) == file_sha256(path):
+        return kept
+    with translate_disk_errors(kept):
+        kept.unlink(missing_ok=True)
+        flush_directory(kept.parent)
+    for own, copy in zip(_sidecars(path), _sidecars(kept), strict=True):
+        remove_sidecar(copy)
+        if _is_sidecar(own):
+            _copy(own, copy)
+    _copy(path, kept)
+    return kept
+
+
+def check_kept_path(path: Path) -> None:
+    """Refuses to replace a recipe where something else than an earlier recipe stands in the place of its copy.
+
+    Raises:
+        OutputExists: if so.
+    """
+    kept = kept_path(path)
+    if os.path.lexists(kept) and not _is_recipe(kept):
+        raise OutputExists(
+            f"{kept}, where {path.name} is kept before --force replaces it, is not a recipe",
+            hint="move it, or choose another name with -o",
+        )
+    for copy in _sidecars(kept):
+        if os.path.lexists(copy):
+            check_sidecar_path(copy, kept, force=True)
+
+
+def _sidecars(recipe: Path) -> list[Path]:
+    """Where the tensors of a recipe at this path may be."""
+    return [activations_path(recipe), *([tensors_path(recipe)] if recipe.suffix == ".json" else [])]
+
+
+def _copy(path: Path, copy: Path) -> None:
+    with replaced_file(copy) as temporary, open_regular(path) as source, open(temporary, "xb") as file:
+        shutil.copyfileobj(source, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_recipe(path: Path) -> bool:
+    if path.is_symlink():
+        return False
+    try:
+        content = parse_json(read_regular(path, MAX_RECIPE_BYTES))
+    except (OSError, StrictJsonError):
+        return False
+    return isinstance(content, dict) and "loracat_recipe" in content
 
 
 def _is_sidecar(path: Path) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from loracli.errors import LoracatError, OutOfResources, StateMismatch
+from loracli.errors import LoracatError, OutOfResources, OutputExists, StateMismatch
 from loracli.fitting import job
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.job import fit_to_file
@@ -22,6 +22,7 @@ from loracli.fitting.journal import Journal, state_folder
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Objective
 from loracli.model.placement import Placement
+from loracli.recipe.recipe import load_recipe
 from loracli.system.files import locked_directory
 from loracli.system.machine import Launch
 from tests.faults.fork_server import ForkServer
@@ -41,7 +42,7 @@ class Fit:
     base: str
     settings: FitSettings = SETTINGS
 
-    def run(self, output: str, *, resume: bool = False, log: str | None = None) -> list[str]:
+    def run(self, output: str, *, resume: bool = False, force: bool = False, log: str | None = None) -> list[str]:
         listener = Heard()
         fit_to_file(
             lambda: prepare_fit(
@@ -51,6 +52,7 @@ class Fit:
             placement=Placement("float32", "cpu"),
             launch=Launch(),
             resume=resume,
+            force=force,
             log=None if log is None else self.folder / log,
             progress=listener,
         )
@@ -201,9 +203,11 @@ def test_the_state_of_another_version_is_refused_by_its_form_with_the_way_out(
         StateMismatch, match=f"has the form {form}, of another version of loracat, and this one goes on from the form 2"
     ) as refused:
         fit.run("recipe.json", resume=True)
-    assert "leave out --resume to start over" in str(refused.value.hint)
+    assert str(refused.value.hint).endswith("or start over: --force in place of --resume")
+    with pytest.raises(OutputExists, match=f"--resume would refuse it: the state has the form {form}"):
+        fit.run("recipe.json")
     assert sorted(path.name for path in folder.iterdir()) == kept
-    fit.run("recipe.json")
+    fit.run("recipe.json", force=True)
     assert fit.written("recipe") == fit.written("whole")
     assert not folder.exists()
 
@@ -220,14 +224,44 @@ def test_a_base_written_anew_is_named(fit: Fit, power: Power) -> None:
         os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_without_resume_a_fit_starts_over_and_says_so(fit: Fit, power: Power) -> None:
+def test_what_an_interrupted_fit_has_done_is_dropped_by_force_alone(fit: Fit, power: Power) -> None:
+    """The same words typed again are refused, before any work, with both ways out; other words say what is other."""
     stopped(fit, power)
-    used = power.used
-    assert any("is dropped: --resume would have gone on with it" in line for line in fit.run("recipe.json"))
+    folder = state_folder(fit.folder / "recipe.json")
+    kept, used = {path.name: path.read_bytes() for path in folder.iterdir()}, power.used
+    with pytest.raises(OutputExists, match="a fit of the same inputs was interrupted") as refused:
+        fit.run("recipe.json")
+    assert refused.value.hint == "go on with it: --resume; or start over: --force"
+    other = replace(fit, settings=replace(SETTINGS, seed=5))
+    with pytest.raises(OutputExists, match="--resume would refuse it: .* changed: --seed$"):
+        other.run("recipe.json")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept and power.used == used
+    said = fit.run("recipe.json", force=True)
+    assert any("is dropped: --resume would have gone on with it" in line for line in said)
     alone = power.used - used
     assert any("there is no interrupted fit" in line for line in fit.run("other.json", resume=True))
     assert power.used - used == 2 * alone
     assert fit.written("recipe")[".json"] == fit.written("other")[".json"]
+
+
+def test_a_state_in_which_nothing_was_done_is_in_nobodys_way(fit: Fit, power: Power) -> None:
+    stopped(fit, power)
+    for path in state_folder(fit.folder / "recipe.json").glob("*.safetensors"):
+        path.unlink()
+    assert not any("dropped" in line for line in fit.run("recipe.json"))
+    assert (fit.folder / "recipe.json").exists()
+
+
+def test_with_resume_and_force_the_fit_goes_on_and_replaces_the_recipe(fit: Fit, power: Power) -> None:
+    fit.run("recipe.json")
+    whole, recipe = power.used, (fit.folder / "recipe.json").read_bytes()
+    power.fails_at = whole + 40
+    with pytest.raises(KeyboardInterrupt):
+        fit.run("recipe.json", force=True)
+    power.fails_at = None
+    fit.run("recipe.json", resume=True, force=True)
+    assert power.used <= 2 * whole + 2  # the timed batches of the second start
+    assert (fit.folder / "recipe.json").read_bytes() == recipe
 
 
 def test_a_damaged_entry_is_done_again(fit: Fit, power: Power) -> None:
@@ -251,3 +285,17 @@ def test_what_runs_out_leaves_the_state(fit: Fit, power: Power, monkeypatch: pyt
     used = power.used
     fit.run("recipe.json", resume=True)
     assert power.used <= used + 2  # all of it was there but the timed batches
+
+
+def test_what_is_in_the_way_of_the_copy_of_a_replaced_recipe_is_said_before_any_work(fit: Fit, power: Power) -> None:
+    fit.run("recipe.json")
+    old, used = (fit.folder / "recipe.json").read_bytes(), power.used
+    other = replace(fit, settings=replace(SETTINGS, seed=5))
+    (fit.folder / "recipe.bak.json").write_text("precious")
+    with pytest.raises(OutputExists, match=r"recipe\.bak\.json.* is not a recipe"):
+        other.run("recipe.json", force=True)
+    assert power.used == used and (fit.folder / "recipe.bak.json").read_text() == "precious"
+    (fit.folder / "recipe.bak.json").unlink()
+    assert any("is kept in" in line for line in other.run("recipe.json", force=True))
+    assert (fit.folder / "recipe.bak.json").read_bytes() == old
+    load_recipe(fit.folder / "recipe.bak.json")
