@@ -80,7 +80,7 @@ SAID = [
     (Written(Path("out/r.html"), 36_800, ("a", "b")), "<Written r.html, 36.8 kB, 2 parts>"),
     (
         compared("/home/me/runs/math"),
-        "<Comparison 3 ways on 128 records, math is lowest with 1.25 nats, not clearly the best>",
+        "<Comparison 2 ways on 128 records, math is lowest with 1.25 nats, not clearly the best>",
     ),
 ]
 

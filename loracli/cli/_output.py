@@ -188,6 +188,11 @@ class Output:
             self._stdout.print(plain(text), end=end, soft_wrap=True)
 
     @property
+    def detailed(self) -> bool:
+        """Whether `-v` asks for what a result rests on."""
+        return TALK.get().verbosity >= DETAILS
+
+    @property
     def width(self) -> int:
         """Columns of a line of results."""
         return self._stdout.width

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loracli.cli._output import Block, Output
-from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim, verdict
+from loracli.evaluation.comparison import (
+    Comparison,
+    ComparisonRow,
+    best_first,
+    claim,
+    correction,
+    interval_text,
+    metric_claim,
+    verdict,
+)
 from loracli.progress import amount_text
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import EDITED, FitCertificate, HeldOut
+from loracli.recipe.record import EDITED, INLINE_KINDS, FitCertificate, HeldOut, HeldOutRow
+from loracli.system.display import count_text
 from loracli.system.document import dtype_name
 
 if TYPE_CHECKING:
@@ -17,57 +28,79 @@ if TYPE_CHECKING:
     from loracli.export.refit import RefitRecord
 
 COMPARED_TASKS = 12
-KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
+LOSSES = ("nats/token", "difference", "95 % interval", "worse on")
+LOSSES_WIDTH = 54  # of these columns with the gaps before them
+SHORTEST_NAME = 16
+DIFFERENCE = "difference: to the best single adapter"
 
 
 def comparison_lines(out: Output, found: Comparison) -> None:
-    """The table, what must not get worse, the tasks, and what may be claimed."""
-    out.line(f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens", style="bold")
+    """Which way is best, the table, what must not get worse, and the tasks; what it rests on with `-v`."""
     found = found.labelled()
-    rows = sorted(found.rows, key=lambda row: KIND_ORDER.index(row.kind))
-    metric = [found.metric] if found.metric else []
-    columns = ["", "rank", "nats/token", "perplexity", "difference", "95 % interval", "to uniform", "worse on", *metric]
+    out.line(f"{claim(found)}.", style="bold")
+    if found.metric:
+        out.line(f"{metric_claim(found)}.", style="bold")
+    if found.repeated_records:
+        out.line(f"{found.repeated_records} of the records were calibrated on too: the table flatters what was fitted.")
+    out.line()
+    out.line(f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens", style="bold")
+    rows, more = best_first(found.rows), out.detailed
+    names = _names(out, [row.name for row in rows])
+    columns = ["", *LOSSES, "rank", *([found.metric] if found.metric else [])]
+    columns += ["perplexity", "to uniform", *(["metric, difference"] if found.metric else [])] if more else []
+    cells = [_cells(row, names[row.name], found.best_ingredient, more=more) for row in rows]
     strong = next((i for i, row in enumerate(rows) if row.name == found.best.name), None)
-    out.table(columns, [_cells(row) for row in rows], strong=strong)
-    out.line(f"difference: to the best single adapter, {found.best_ingredient}; below zero is better", style="dim")
+    out.table(columns, cells, strong=strong)
+    out.line(f"{DIFFERENCE}, {found.best_ingredient}; below zero is better", style="dim")
     for row in rows:
         if row.note or row.kept_energy is not None:
             out.line(f"{row.name}: {_note(row)}", style="dim")
-    out.line()
-    if found.guard:
-        _guard_lines(out, found, rows)
-    if found.skipped:
-        for reason in dict.fromkeys(skipped.reason for skipped in found.skipped):
-            names = ", ".join(skipped.name for skipped in found.skipped if skipped.reason == reason)
-            out.line(f"left out: {names}: {reason}", style="dim")
-        out.line()
-    if len(found.tasks) > 1:
-        _compared_task_lines(out, found, rows)
-    out.line(claim(found), style="bold")
-    if found.metric:
-        out.line(metric_claim(found), style="bold")
+    for reason in dict.fromkeys(skipped.reason for skipped in found.skipped):
+        left = ", ".join(skipped.name for skipped in found.skipped if skipped.reason == reason)
+        out.line(f"left out: {left}: {reason}", style="dim")
     out.line(
-        f"with this many records a true difference of {found.detectable:.4f} nats per token is found 4 times in 5",
+        f"smallest difference that so many records can show: {found.detectable:.2g} nats per token, 4 times in 5",
         style="dim",
     )
-    if found.repeated_records:
-        out.line(f"{found.repeated_records} of the records were calibrated on too: the table flatters what was fitted")
+    if more and found.best.rivals:
+        out.line(correction(found), style="dim")
+    if found.guard:
+        _guard_lines(out, found, rows)
+    if len(found.tasks) > 1:
+        _compared_task_lines(out, found, rows)
 
 
-def _cells(row: ComparisonRow) -> list[str]:
-    uniform = row.against_uniform
-    cells = [
-        row.name,
-        "" if row.rank is None else str(row.rank),
+def _names(out: Output, names: Sequence[str]) -> dict[str, str]:
+    """How rows are called in a table: a name that leaves no room for the losses is cut in its middle, unless another
+    one would be called the same."""
+    room = max(SHORTEST_NAME, out.width - LOSSES_WIDTH)
+    left, right = (room - 1) // 2, room - 1 - (room - 1) // 2
+    cut = {name: name if len(name) <= room else f"{name[:left]}…{name[-right:]}" for name in names}
+    shown = list(cut.values())
+    return {name: short if shown.count(short) == 1 else name for name, short in cut.items()}
+
+
+def _losses(row: ComparisonRow | HeldOutRow, best_ingredient: str) -> list[str]:
+    """The columns LOSSES; the row that the others are compared with has a loss alone."""
+    if row.name == best_ingredient:
+        return [f"{row.nats_per_token:.4f}", "", "", ""]
+    return [
         f"{row.nats_per_token:.4f}",
-        f"{row.perplexity:.4g}",
         f"{row.difference:+.4f}",
         interval_text(row.interval),
-        "" if uniform is None else interval_text(uniform.interval),
         f"{row.worse_records:.0%}",
     ]
+
+
+def _cells(row: ComparisonRow, name: str, best_ingredient: str, *, more: bool) -> list[str]:
+    cells = [name, *_losses(row, best_ingredient), "" if row.rank is None else str(row.rank)]
     if row.metric is not None:
-        cells.append(f"{row.metric.mean:.3f} ({interval_text(row.metric.interval)})")
+        cells.append(f"{row.metric.mean:.3f}")
+    if more:
+        uniform = row.against_uniform
+        cells += [f"{row.perplexity:.4g}", "" if uniform is None else interval_text(uniform.interval)]
+        if row.metric is not None:
+            cells.append(f"{row.metric.difference:+.3f}, {interval_text(row.metric.interval, digits=3)}")
     return cells
 
 
@@ -76,11 +109,13 @@ def _note(row: ComparisonRow) -> str:
     return "; ".join(filter(None, [row.note, kept]))
 
 
-def _guard_lines(out: Output, found: Comparison, rows: list[ComparisonRow]) -> None:
+def _guard_lines(out: Output, found: Comparison, rows: Sequence[ComparisonRow]) -> None:
+    out.line()
     out.line(f"what must not get worse: {found.guard}, by at most {found.margin:g} nats per token", style="bold")
+    names = _names(out, [row.name for row in rows])
     cells = [
         [
-            row.name,
+            names[row.name],
             f"{row.guard.nats_per_token:.4f}",
             f"{row.guard.difference.mean:+.4f}",
             interval_text(row.guard.difference.interval),
@@ -90,21 +125,21 @@ def _guard_lines(out: Output, found: Comparison, rows: list[ComparisonRow]) -> N
         if row.guard is not None and row.kind != "base"
     ]
     out.table(["", "nats/token", "to base", "95 % interval", ""], cells)
+
+
+def _compared_task_lines(out: Output, found: Comparison, rows: Sequence[ComparisonRow]) -> None:
     out.line()
-
-
-def _compared_task_lines(out: Output, found: Comparison, rows: list[ComparisonRow]) -> None:
     out.line("nats per token by task", style="bold")
-    shown = found.tasks[:COMPARED_TASKS]
-    cells = [[row.name, *(f"{task.nats_per_token[row.name]:.4f}" for task in shown)] for row in rows]
+    shown, names = found.tasks[:COMPARED_TASKS], _names(out, [row.name for row in rows])
+    cells = [[names[row.name], *(f"{task.nats_per_token[row.name]:.4f}" for task in shown)] for row in rows]
     out.table(["", *(f"{task.task} ({task.records})" for task in shown)], cells)
     if len(found.tasks) > COMPARED_TASKS:
         out.line(f"... and {len(found.tasks) - COMPARED_TASKS} more tasks in --json")
-    out.line()
 
 
 SHOWN_TASKS = 20
 SHOWN_FAR = 5
+SHOWN_MODULES = 10
 NATS = "nats per token"
 
 
@@ -139,21 +174,33 @@ def weight_maps(out: Output, recipe: Recipe) -> None:
         out.line()
 
 
+def weights_text(recipe: Recipe) -> str:
+    """What was fitted: `44 weights (module)`, or the numbers of a mixing that is no weight for each adapter."""
+    what = "weight" if recipe.mixing.kind in INLINE_KINDS else "number"
+    return f"{count_text(recipe.mixing.numbers, what)} ({recipe.mixing.kind})"
+
+
+def stopped_lines(out: Output, recipe: Recipe) -> None:
+    """That the fit ended early, where it did."""
+    if recipe.fit.stopped:
+        out.line(f"STOPPED EARLY: {recipe.fit.stopped}", style="bold")
+
+
 def search_lines(out: Output, recipe: Recipe) -> None:
     """How the mixing was found: the levels with their starts, and what was chosen."""
     fit = recipe.fit
-    out.line(f"search: {fit.passes:g} passes, largest change of a weight {fit.largest_move:.3f}", style="bold")
+    out.line(f"search: {fit.passes:.3g} epochs, largest change of a weight {fit.largest_move:.2f}", style="bold")
     rows = []
     for rung in fit.rungs:
         for start in rung.starts:
             won = start.name == rung.chosen
-            ridge = "" if rung.ridge is None or not won else f"{rung.ridge:g}"
+            penalty = "" if rung.ridge is None or not won else f"{rung.ridge:g}"
             end = rung.validation if won else None
             rows.append(
-                [f"{rung.kind} from {start.name}", *map(_loss, (start.before, start.after, start.unseen, end)), ridge]
+                [f"{rung.kind} from {start.name}", *map(_loss, (start.before, start.after, start.unseen, end)), penalty]
             )
     strong = next((i for i, row in enumerate(rows) if row[4] and row[0].startswith(f"{recipe.mixing.kind} ")), None)
-    out.table([_heading(fit.criterion), "start", "short try", "on unseen", "final", "ridge"], rows, strong=strong)
+    out.table([_heading(fit.criterion), "start", "short try", "on unseen", "final", "L2 penalty"], rows, strong=strong)
     for rung in fit.rungs[1:]:
         out.line(f"{rung.kind}: {rung.why}")
     if fit.folds > 1:
@@ -166,69 +213,72 @@ def search_lines(out: Output, recipe: Recipe) -> None:
         out.line(
             f"{fit.halvings} micro-batches were halved because memory ran out: another run may differ in the last bits"
         )
-    if fit.stopped:
-        out.line(f"STOPPED EARLY: {fit.stopped}", style="bold")
 
 
 def _heading(criterion: str) -> str:
-    return "nats/token on validation" if criterion == NATS else f"1 - {criterion} on validation"
+    return "validation, nats/token" if criterion == NATS else f"validation, 1 - {criterion}"
 
 
 def _optimum_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> None:
     """Where the weights stand: what is still to gain, how many the records determine, and which are far out."""
     labels = list(recipe.labels().values())
     bound = "" if certificate.certain else "at most "
+    gain = min(certificate.decrement, certificate.loss)  # which is not below 0, so that no step gains more
+    out.line(f"{bound}{gain:.1g} nats per token left to gain on the training records")
     out.line(
-        f"a Newton step would gain {bound}{certificate.decrement:.1e} nats per token; "
-        f"gradient {certificate.gradient_norm:.1e}"
+        f"your data support about {certificate.effective_numbers:.0f} of {count_text(recipe.mixing.numbers, 'weight')}"
     )
-    out.line(f"the records determine {certificate.effective_numbers:.1f} of the {recipe.mixing.numbers} weights")
     far = [f"{group} of {labels[i]}" for group, places in certificate.extrapolated.items() for i in places]
     if far:
         more = f" and {len(far) - SHOWN_FAR} more" if len(far) > SHOWN_FAR else ""
-        out.line(f"above 2 or below -2, where no adapter was trained: {', '.join(far[:SHOWN_FAR])}{more}")
+        shown = f"{', '.join(far[:SHOWN_FAR])}{more}"
+        out.line(f"weights above 2 or below -2 (extrapolation, no adapter was trained there): {shown}")
 
 
 def _loss(nats: float | None) -> str:
     return "" if nats is None else f"{nats:.4f}"
 
 
-def held_out_lines(out: Output, recipe: Recipe) -> None:
-    """The held-out table with the fit standing out, the losses by task, and what it says in a sentence; nothing of
-    them where the weights are not the fit's."""
+def verdict_lines(out: Output, recipe: Recipe) -> None:
+    """Whether the composition is better than the best adapter, in a sentence; that nobody knows where the weights are
+    not the fit's."""
     table = recipe.public().held_out_of_weights
     if table is None:
-        out.line(f"{EDITED}: its table, verdict and certificate are not theirs and left out", style="bold")
+        out.line(f"No verdict: {EDITED}. Its table, verdict and certificate are not theirs and left out.", style="bold")
+    else:
+        out.line(f"{verdict(table)}.", style="bold")
+    stopped_lines(out, recipe)
+    out.line()
+
+
+def held_out_lines(out: Output, recipe: Recipe) -> None:
+    """The held-out table with the fit standing out, and the losses by task; nothing where the weights are not the
+    fit's."""
+    table = recipe.public().held_out_of_weights
+    if table is None:
         return
     out.line(f"held out: {table.records} records of {table.name}, {table.scored_tokens} scored tokens", style="bold")
-    rows = [
-        [
-            row.name,
-            f"{row.nats_per_token:.4f}",
-            f"{row.difference:+.4f}",
-            interval_text(row.interval),
-            f"{row.worse_records:.0%}",
-        ]
-        for row in table.rows
-    ]
-    strong = next((i for i, row in enumerate(table.rows) if row.name == "fit"), None)
-    out.table(["", "nats/token", "difference", "95 % interval", "worse on"], rows, strong=strong)
-    out.line(f"difference: to the best single adapter, {table.best_ingredient}; below zero is better", style="dim")
+    ordered = best_first(table.rows)
+    names = _names(out, [row.name for row in ordered])
+    rows = [[names[row.name], *_losses(row, table.best_ingredient)] for row in ordered]
+    strong = next((i for i, row in enumerate(ordered) if row.name == "fit"), None)
+    out.table(["", *LOSSES], rows, strong=strong)
+    out.line(f"{DIFFERENCE}, {table.best_ingredient}; below zero is better", style="dim")
     out.line()
     if len(table.tasks) > 1:
         _task_lines(out, table)
-    out.line(verdict(table), style="bold")
 
 
 def _task_lines(out: Output, table: HeldOut) -> None:
     """Nats per token by task: a row for each task, a column for each method."""
-    names = [row.name for row in table.rows]
+    names = [row.name for row in best_first(table.rows)]
+    short = _names(out, names)
     rows = [
         [t.task, str(t.records), str(t.scored_tokens), *(f"{t.nats_per_token[name]:.4f}" for name in names)]
         for t in table.tasks[:SHOWN_TASKS]
     ]
     out.line("nats per token by task", style="bold")
-    out.table(["", "records", "tokens", *names], rows)
+    out.table(["", "records", "tokens", *(short[name] for name in names)], rows)
     if len(table.tasks) > SHOWN_TASKS:
         out.line(f"... and {len(table.tasks) - SHOWN_TASKS} more tasks in the recipe")
     out.line()
@@ -258,9 +308,11 @@ def certificate_lines(out: Output, exported: Exported) -> None:
         ["  module", "rank", "energy kept", "relative error"],
         [
             [f"  {module.name}", str(module.rank), f"{module.kept_energy:.2%}", f"{module.relative_error:.3f}"]
-            for module in certificate.worst
+            for module in certificate.worst[:SHOWN_MODULES]
         ],
     )
+    if len(certificate.worst) > SHOWN_MODULES:
+        out.line(f"  ... and {len(certificate.worst) - SHOWN_MODULES} more, which keep more, in loracat.json")
 
 
 def export_loss_lines(out: Output, loss: ExportLoss) -> None:

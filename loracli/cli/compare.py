@@ -13,6 +13,7 @@ import typer
 from loracli.cli import _options as opt
 from loracli.cli._help import Panel
 from loracli.cli._output import Output
+from loracli.cli._settings import ingredient_reference
 from loracli.system.document import encode
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def compare(
     from loracli.algebra.methods.method import MethodOptions
     from loracli.cli._tables import comparison_lines
     from loracli.comparison.compare import compare_adapters
-    from loracli.comparison.settings import CompareSettings, parse_controls, parse_methods
+    from loracli.comparison.settings import FITTED_MIXINGS, CompareSettings, parse_controls, parse_methods
     from loracli.composition.weights import parse_words
     from loracli.evaluation.metrics import task_metric
     from loracli.fitting.settings import FitSettings
@@ -165,8 +166,38 @@ def compare(
     given = {"base": base, "base-revision": base_revision, "modules-to-save": reading.modules_to_save}
     options = settings.options_of(found.best.name)
     words = _export_of(found, options, recipe or (), adapters or (), given, rows.weights or ())
+    if not words and found.best.name in FITTED_MIXINGS and fit_data and len(recipe or ()) < 2:
+        names = adapters or _ingredients((recipe or [Path("recipe.json")])[0])
+        words = _fit_of(found.best.name, names, fit_data, {"base": base, "base-revision": base_revision}, reading)
     if words:
         out.hint(shlex.join(words))
+
+
+def _ingredients(recipe: Path) -> list[str]:
+    """How to name the adapters of a recipe from here."""
+    from loracli.recipe.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    return [ingredient_reference(loaded.folder, adapter) for adapter in loaded.adapters]
+
+
+def _fit_of(
+    mixing: str,
+    adapters: Sequence[str],
+    data: Sequence[str],
+    base: Mapping[str, str | None],
+    reading: opt.ReadingOptions,
+) -> list[str]:
+    """The fit of the row that is best, as it was made for the comparison: every option of it that was set."""
+    words = ["loracat", "fit", "--adapters", *adapters, "--data", *data]
+    words += ["--paper"] if mixing == "paper" else ["--mixing", mixing]
+    for name, value in base.items():
+        words += [] if value is None else [f"--{name}", value]
+    for field in fields(reading):
+        option, value = f"--{field.name.replace('_', '-')}", getattr(reading, field.name)
+        if value != field.default:
+            words += [option] if value is True else [option, str(value)]
+    return words
 
 
 def _export_of(

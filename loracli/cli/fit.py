@@ -180,8 +180,8 @@ def fit(
 
 
 def _show(out: Output, recipe: Recipe, output: Path) -> None:
-    """What was found, in the order of a reader: how, how well, where it is."""
-    from loracli.cli._tables import held_out_lines, search_lines
+    """What was found, in the order of a reader: whether it is better, how much, where it is; how with `-v`."""
+    from loracli.cli._tables import held_out_lines, search_lines, verdict_lines, weights_text
     from loracli.recipe.recipe import files_beside
 
     beside = [str(path) for path in files_beside(recipe, output)]
@@ -194,9 +194,12 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
             | {"mixing": recipe.mixing.kind, "criterion": recipe.fit.criterion, "rungs": encode(recipe.fit.rungs)}
         )
     out.value(str(output))
-    search_lines(out, recipe)
-    out.line()
+    verdict_lines(out, recipe)
     held_out_lines(out, recipe)
+    if out.detailed:
+        search_lines(out, recipe)
+        out.line()
+    out.line(f"fitted: {weights_text(recipe)} in {recipe.fit.passes:.3g} epochs; how: loracat show --search")
     out.line(f"written: {', '.join([str(output), *beside])}")
     if recipe.fit.stopped is None:
         name = [] if output == Path("recipe.json") else [str(output)]

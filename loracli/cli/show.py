@@ -22,12 +22,12 @@ EPILOG = (
 )
 
 
-def _spread(cell: tuple[float, float, float] | None) -> str:
-    """Mean and range of some weights; nothing where there is none, one number where all are equal."""
+def _spread(cell: tuple[float, float, float] | None) -> list[str]:
+    """Mean and range of some weights, in two columns; nothing where there is none, one number where all are equal."""
     if cell is None:
-        return "-"
+        return ["-", ""]
     mean, low, high = cell
-    return f"{mean:+.3f}" if low == high else f"{mean:+.3f} ({low:+.2f} to {high:+.2f})"
+    return [f"{mean:+.2f}", "" if low == high else f"{low:+.2f} to {high:+.2f}"]
 
 
 def _document(recipe: Recipe) -> dict[str, Any]:
@@ -46,10 +46,14 @@ def show(
         bool,
         typer.Option("--weights", help="Print the weights alone, as a file to edit for `loracat export --weights`."),
     ] = False,
+    search: Annotated[
+        bool,
+        typer.Option("--search", help="Also how the weights were found: starts, penalties, what is left to gain."),
+    ] = False,
     out: Output,
 ) -> None:
-    """Show a recipe: ingredients, weights, how they were found, and the held-out table."""
-    from loracli.cli._tables import data_lines, held_out_lines, search_lines, weight_maps
+    """Show a recipe: whether it is better, the held-out table, ingredients, and weights."""
+    from loracli.cli._tables import data_lines, held_out_lines, search_lines, verdict_lines, weight_maps, weights_text
     from loracli.recipe.recipe import load_recipe, weights_by_leaf
     from loracli.recipe.record import EDITED, INLINE_KINDS, other_bases_of, tensors_path
 
@@ -60,6 +64,8 @@ def show(
     edited, measured = loaded.mixing.edited, loaded.held_out_of_weights
     out.document({"recipe": _document(loaded), "weights_edited": edited})
     out.value(EDITED if measured is None else measured.verdict)
+    verdict_lines(out, loaded)
+    held_out_lines(out, loaded)
     labels = loaded.labels()
     commit = f" at {loaded.base.commit}" if loaded.base.commit else ""
     out.line(f"base model: {loaded.base.id}{commit}", style="bold")
@@ -80,17 +86,19 @@ def show(
     for other in other_bases_of(loaded.base.id, loaded.adapters):
         out.line(f"base model: {replace(other, adapter=labels[other.adapter])}")
     out.line()
-    mixing, spread = loaded.mixing, "mean over modules (lowest to highest)"
+    mixing = loaded.mixing
     if mixing.kind in INLINE_KINDS:
-        origin = "edited after the fit" if edited else f"{mixing.numbers} fitted"
-        out.line(f"weights: {mixing.kind}, {origin}, {spread}", style="bold")
+        origin = "edited after the fit" if edited else "fitted"
+        out.line(f"{weights_text(loaded)}, {origin}: mean over modules, and the lowest to the highest", style="bold")
     else:
-        kept = tensors_path(recipe).name
-        out.line(f"mixing: {mixing.kind}, {mixing.numbers} numbers fitted, kept in {kept}", style="bold")
-        out.line(f"the weights that come closest to it, {spread}:")
+        out.line(f"{weights_text(loaded)}, fitted, kept in {tensors_path(recipe).name}", style="bold")
+        out.line("the weights that come closest: mean over modules, and the lowest to the highest")
     out.table(
-        ["", *labels.values()],
-        [[name, *(_spread(cell) for cell in cells)] for name, cells in weights_by_leaf(loaded).items()],
+        ["", *(column for label in labels.values() for column in (label, "lowest to highest"))],
+        [
+            [name, *(text for cell in cells for text in _spread(cell))]
+            for name, cells in weights_by_leaf(loaded).items()
+        ],
     )
     for what, names in (
         ("weight read without calling the layer, so the update has no effect, here or in PEFT", mixing.bypassed),
@@ -102,9 +110,9 @@ def show(
     if mixing.kind != "adapter":
         weight_maps(out, loaded)
     data_lines(out, loaded)
-    search_lines(out, loaded)
-    out.line()
-    held_out_lines(out, loaded)
+    if search or out.detailed:
+        out.line()
+        search_lines(out, loaded)
     out.hint(shlex.join(["loracat", "export", str(recipe), "--merge"]))
 
 

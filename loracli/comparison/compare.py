@@ -164,8 +164,8 @@ class _Comparison:
         about = duration_text(work * seconds / (2 * batch.tokens))
         generated = "; the answers that are generated come on top" if self._metric is not None else ""
         self._progress.note(
-            f"base {base.reference.id} in {dtype_name(base.dtype)} on {device}; {len(rows)} ways "
-            f"to compose on {len(self._test)} records: about {about}{generated}"
+            f"base {base.reference.id} in {dtype_name(base.dtype)} on {device}; {len(rows)} rows "
+            f"to score on {len(self._test)} records: about {about}{generated}"
         )
         self._progress.begin(TASK, work, WORK)
 

@@ -7,14 +7,16 @@ What a table says, in a sentence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
-from loracli.recipe.record import HeldOut, HeldOutTask
+from loracli.recipe.record import HeldOut, HeldOutRow, HeldOutTask
 from loracli.system.display import count_text, html_of, names_text, repr_line
 from loracli.system.document import added
 
+SIGNIFICANCE = 0.05  # of the claim that one way is the best of all
+_NEAR = 5  # rivals that a sentence names
 RowKind = Literal["base", "ingredient", "method", "fit", "control"]
 
 
@@ -101,6 +103,9 @@ class ComparisonRow:
     guard: GuardScore | None
 
 
+_Row = TypeVar("_Row", ComparisonRow, HeldOutRow)
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A method that cannot be compared here, and why."""
@@ -181,7 +186,7 @@ class Comparison:
     recipes: tuple[RecipeRow, ...] = added(1, ())
 
     def __repr__(self) -> str:
-        ways, records = count_text(len(self.rows), "way"), count_text(self.records, "record")
+        ways, records = count_text(1 + len(self.best.rivals), "way"), count_text(self.records, "record")
         loss = next((f" with {row.nats_per_token:.4g} nats" for row in self.rows if row.name == self.best.name), "")
         best = f"{names_text([self.labelled().best.name])} is {'best' if self.best.clear else 'lowest'}{loss}"
         return repr_line(self, f"{ways} on {records}", best, "" if self.best.clear else "not clearly the best")
@@ -228,32 +233,82 @@ class Comparison:
 
 
 def verdict(table: HeldOut) -> str:
-    """What the table says about the fit, in a sentence."""
-    fitted = table.row("fit")
-    interval = f"{fitted.difference:+.4f} nats per token, 95 % interval {interval_text(fitted.interval)}"
+    """What the table says about the fit, in a sentence without its full stop; `_less_loss` has the percentages."""
+    fitted, best = table.row("fit"), table.row(table.best_ingredient)
+    alone = [row for row in table.rows if row.name not in ("base", "uniform", "sum", "fit")]
+    adapter = f"your {'best ' if len(alone) > 1 else ''}adapter, {best.name}"
+    less = _less_loss(fitted.difference, fitted.interval, best.nats_per_token)
+    unseen = "that it had not seen"
     if table.verdict == "too few records":
-        return f"too few held-out records for a verdict: {interval}"
+        few = f"{count_text(table.records, 'record')} {unseen}"
+        return f"Too few records to tell whether the composition is better than {adapter}: {less[0]} on {few}{less[1]}"
+    measured = f"{less[0]} on {count_text(table.records, 'record')} {unseen}{less[1]}"
     if table.verdict == "not better":
-        return f"the fit does NOT beat {table.best_ingredient}: {interval}"
+        how = "worse" if fitted.interval[0] > 0 else "not clearly better"
+        return f"The composition is {how} than {adapter}: {measured}"
     static = [
         row for row in table.rows if row.name in ("uniform", "sum") and row.nats_per_token <= fitted.nats_per_token
     ]
     caveat = f", but {static[0].name} is as good without any fit" if static else ""
-    alone = [row for row in table.rows if row.name not in ("base", "uniform", "sum", "fit")]
-    best = f"{table.best_ingredient}, the best single adapter" if len(alone) > 1 else table.best_ingredient
-    return f"the fit beats {best}: {interval}{caveat}"
+    return f"The composition is better than {adapter}: {measured}{caveat}"
 
 
 def claim(found: Comparison) -> str:
-    """What the table says, in a sentence."""
+    """Which way is best, in a sentence without its full stop."""
     best, rivals = found.row(found.best.name), found.best.rivals
     if not rivals:
         return f"{best.name} has nothing to be compared with here"
+    ways, records = f"{1 + len(rivals)} ways", count_text(found.records, "record")
+    less = ""
+    if best.name != found.best_ingredient:
+        many = "best " if len(found.adapters) > 1 else ""
+        said = _less_loss(best.difference, best.interval, found.row(found.best_ingredient).nats_per_token)
+        less = f": {said[0]} than your {many}adapter, {found.best_ingredient}{said[1]}"
     if found.best.clear:
-        return f"{best.name} is the best of {1 + len(rivals)}, each other one at p < 0.05 after Holm's correction"
-    near = {name: p for name, p in rivals.items() if p >= 0.05}
-    shown = ", ".join(f"{name} (p = {p:.2g})" for name, p in sorted(near.items(), key=lambda item: -item[1])[:5])
-    return f"{best.name} has the lowest loss of {1 + len(rivals)}, but is not clearly better than {shown}"
+        alone = "" if less else ", better alone than in any composition"
+        return f"{best.name} is the best of {ways} on {records}{alone}{less}"
+    near = sorted((name for name, p in rivals.items() if p >= SIGNIFICANCE), key=lambda name: -rivals[name])
+    more = f" and {len(near) - _NEAR} more" if len(near) > _NEAR else ""
+    shown = f"{', '.join(near[:_NEAR])}{more}"
+    return f"{best.name} has the lowest loss of {ways} on {records}, but is not clearly better than {shown}{less}"
+
+
+def correction(found: Comparison) -> str:
+    """How `claim` was judged: the p-values of the rivals, largest first."""
+    shown = sorted(found.best.rivals.items(), key=lambda item: -item[1])
+    near = ", ".join(f"{name} {p:.2g}" for name, p in shown[:_NEAR])
+    more = f", {len(shown) - _NEAR} more below" if len(shown) > _NEAR else ""
+    return f"p-value that another is as good, by Holm's correction for {len(shown)}: {near}{more}"
+
+
+def _less_loss(difference: float, interval: tuple[float, float], loss: float) -> tuple[str, str]:
+    """`94 % less loss` and ` (95 % sure: at least 86 %)`, or the difference in nats where the loss is 0.
+
+    The share is 1 - loss_fit / loss_best = -difference / loss_best, and its interval is that of the paired difference
+    divided by loss_best as it was measured. The ratio itself varies less over records where the two losses rise and
+    fall together, so the interval errs to the wide side there; where it reaches 100 %, its lower end is said alone.
+
+    Args:
+        difference: of the way to the best adapter, nats per token.
+        interval: of it, 95 %.
+        loss: of the best adapter, nats per token.
+    """
+    if loss <= 0:
+        return f"a difference of {difference:+.4f} nats per token", f" (95 % interval {interval_text(interval)})"
+    share, low, high = (-100 * value / loss for value in (difference, interval[1], interval[0]))
+    digits = 0 if high - low >= 1 else 1 if high - low >= 0.1 else 2
+
+    def signed(value: float, *, word: bool) -> str:
+        size = f"{abs(value):.{digits}f} %"
+        return f"{size} {'less' if value >= 0 else 'more'}" if word else size
+
+    said = f"{signed(share, word=True)} loss"
+    if high >= 100 and low > 0:
+        return said, f" (95 % sure: at least {signed(low, word=False)})"
+    if low < 0 <= high:
+        return said, f" (95 % sure between {signed(low, word=True)} and {signed(high, word=True)})"
+    near, far = sorted((abs(low), abs(high)))
+    return said, f" (95 % sure between {near:.{digits}f} and {far:.{digits}f} %)"
 
 
 def metric_claim(found: Comparison) -> str:
@@ -268,10 +323,15 @@ def metric_claim(found: Comparison) -> str:
     other = "" if row.name == found.best.name else f", where the loss is lowest with {found.best.name}"
     return (
         f"by {found.metric}, {row.name} is best with {score.mean:.3f}, {score.difference:+.3f} to the best single "
-        f"adapter (95 % interval {interval_text(score.interval)}{test}){other}"
+        f"adapter (95 % interval {interval_text(score.interval, digits=3)}{test}){other}"
     )
 
 
-def interval_text(interval: tuple[float, float]) -> str:
+def best_first(rows: Sequence[_Row]) -> list[_Row]:
+    """Rows of a table as they are shown: the lowest loss first."""
+    return sorted(rows, key=lambda row: row.nats_per_token)
+
+
+def interval_text(interval: tuple[float, float], *, digits: int = 4) -> str:
     """`-0.0123 to +0.0040`."""
-    return f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+    return f"{interval[0]:+.{digits}f} to {interval[1]:+.{digits}f}"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loracli.calibration.dataset import MIN_HELD_OUT
 from loracli.calibration.render import Example
-from loracli.evaluation.comparison import BestOf
+from loracli.evaluation.comparison import SIGNIFICANCE, BestOf
 from loracli.model.loss import Scores
 from loracli.recipe.record import HeldOut, HeldOutRow, HeldOutTask
 
@@ -86,7 +86,6 @@ def mcnemar(first: Tensor, second: Tensor) -> float:
     return min(1.0, 2 * tail / (1 << (b + c)))
 
 
-_SIGNIFICANCE = 0.05
 # z(1 - 0.05 / 2) + z(0.8): a test at 5 % on two sides finds a difference of so many standard errors four times in five.
 _DETECTED = 1.959964 + 0.841621
 
@@ -121,7 +120,7 @@ def best_of(scores: Mapping[str, Scores], *, seed: int = 0) -> BestOf:
     draws = resampled(differences, scores[best].tokens, seed=seed)
     as_good = (draws <= 0).sum(dim=1).tolist()
     rivals = holm({name: (1 + count) / (1 + RESAMPLES) for name, count in zip(others, as_good, strict=True)})
-    return BestOf(best, rivals, clear=all(p < _SIGNIFICANCE for p in rivals.values()))
+    return BestOf(best, rivals, clear=all(p < SIGNIFICANCE for p in rivals.values()))
 
 
 def standard_error(difference: Tensor, tokens: Tensor) -> float:

@@ -11,7 +11,7 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.names import leaf
 from loracli.algebra.basis import Interference, interference
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, InputError, OutputExists, UsageError
-from loracli.evaluation.comparison import Comparison, verdict
+from loracli.evaluation.comparison import Comparison, best_first, verdict
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.recipe import Recipe, load_recipe
@@ -30,7 +30,7 @@ from loracli.report.charts import (
     text,
 )
 from loracli.report.grid import numbers
-from loracli.report.tables import caption, claims, comparison_table, held_out_table, in_order
+from loracli.report.tables import caption, claims, comparison_table, held_out_table
 from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.document import decode
 from loracli.system.files import read_regular, same_file, write_atomically
@@ -52,7 +52,7 @@ def _headline(recipe: Recipe) -> str:
 
 def _held_out(table_of: HeldOut) -> str:
     """The recipe's own table, drawn and in numbers."""
-    lines = [Line(row.name, row.difference, row.interval, row.name != "base") for row in table_of.rows]
+    lines = [Line(row.name, row.difference, row.interval, row.name != "base") for row in best_first(table_of.rows)]
     return section(
         "On held-out records",
         caption(
@@ -76,7 +76,7 @@ def _tasks(table_of: HeldOut) -> str:
 
 def _compared(found: Comparison) -> str:
     """A comparison, drawn and in numbers."""
-    rows = in_order(found)
+    rows = best_first(found.rows)
     lines = [Line(row.name, row.difference, row.interval, row.name not in ("base", "random")) for row in rows]
     repeated = f" {found.repeated_records} of the records were calibrated on." if found.repeated_records else ""
     return section(
@@ -84,8 +84,8 @@ def _compared(found: Comparison) -> str:
         *claims(found),
         caption(
             f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens; difference to the best "
-            f"single adapter, {found.best_ingredient}. With this many records a true difference of "
-            f"{found.detectable:.4f} nats per token is found 4 times in 5.{repeated}"
+            f"single adapter, {found.best_ingredient}. Smallest difference that so many records can show: "
+            f"{found.detectable:.2g} nats per token, 4 times in 5.{repeated}"
         ),
         intervals_chart(lines, "differences of every way to compose"),
         comparison_table(found),
@@ -125,20 +125,21 @@ def _search(recipe: Recipe) -> str:
         parts.append(folded("the stages with their ridges", table(*ridge_path(fit.stages))))
     certificate = recipe.certificate_of_weights
     if certificate is not None:
-        bound = "" if certificate.certain else "at most "
+        bound = "" if certificate.certain else "At most "
+        gain = min(certificate.decrement, certificate.loss)
         parts.append(
             tag(
                 "p",
                 text(
-                    f"A Newton step would gain {bound}{certificate.decrement:.1e} nats per token; the records "
-                    f"determine {certificate.effective_numbers:.1f} of the {recipe.mixing.numbers} weights."
+                    f"{bound}{gain:.1g} nats per token left to gain on the training records; your data support about "
+                    f"{certificate.effective_numbers:.0f} of {recipe.mixing.numbers} weights."
                 ),
             )
         )
     chosen = "" if fit.criterion == "nats per token" else f" Chosen by {fit.criterion}; costs are 1 minus its mean."
     stopped = f" Stopped early: {fit.stopped}." if fit.stopped else ""
     refitted = "then fitted once more on all training records" if fit.refitted else "not fitted again"
-    return section("The search", caption(f"{fit.passes:g} passes, {refitted}.{chosen}{stopped}"), *parts)
+    return section("The search", caption(f"{fit.passes:.3g} epochs, {refitted}.{chosen}{stopped}"), *parts)
 
 
 def _interferences(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> str:

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import re
 
-from loracli.evaluation.comparison import Comparison, ComparisonRow, claim, interval_text, metric_claim, verdict
+from loracli.evaluation.comparison import (
+    Comparison,
+    ComparisonRow,
+    best_first,
+    claim,
+    interval_text,
+    metric_claim,
+    verdict,
+)
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import EDITED, HeldOut
 from loracli.report.charts import PARTS_STYLE, heat_map, table, tag, text
 
-_KIND_ORDER = ("base", "ingredient", "method", "fit", "control")
 _INSIDE = "loracat"  # class of the element that a notebook shows
 _INKS = (
     f".{_INSIDE} {{ --ink: currentColor; --soft: currentColor; --line: rgba(128, 128, 128, .4); --card: transparent; "
@@ -22,7 +29,8 @@ _INKS = (
 
 
 def held_out_table(found: HeldOut) -> str:
-    """A recipe's losses on held-out records, with the fit standing out."""
+    """A recipe's losses on held-out records, the lowest first, with the fit standing out."""
+    ordered = best_first(found.rows)
     rows = [
         [
             row.name,
@@ -31,25 +39,20 @@ def held_out_table(found: HeldOut) -> str:
             interval_text(row.interval),
             f"{row.worse_records:.0%}",
         ]
-        for row in found.rows
+        for row in ordered
     ]
-    strong = next((i for i, row in enumerate(found.rows) if row.name == "fit"), None)
+    strong = next((i for i, row in enumerate(ordered) if row.name == "fit"), None)
     return table(["", "nats per token", "difference", "95 % interval", "worse on"], rows, strong=strong)
 
 
 def comparison_table(found: Comparison) -> str:
     """Every way to compose, with the lowest loss standing out."""
-    rows = in_order(found)
+    rows = best_first(found.rows)
     columns = ["", "rank", "nats per token", "difference", "95 % interval", "worse on"]
     metric = [f"{found.metric} (to best adapter)"] if found.metric else []
     guard = ["guard"] if found.guard else []
     strong = next((i for i, row in enumerate(rows) if row.name == found.best.name), None)
     return table([*columns, *metric, *guard], [_compared(row) for row in rows], strong=strong)
-
-
-def in_order(found: Comparison) -> list[ComparisonRow]:
-    """The rows as they are shown: the base, ingredients, methods, the fit, controls."""
-    return sorted(found.rows, key=lambda row: _KIND_ORDER.index(row.kind))
 
 
 def _compared(row: ComparisonRow) -> list[str]:
