@@ -194,7 +194,7 @@ def export(
     )
     named = composing.weights or (composing.method and adapters)  # so that no recipe is
     request = ExportRequest(
-        recipe=Path("recipe.json") if recipe is None and not named else recipe,
+        recipe=_default_recipe(adapters) if recipe is None and not named else recipe,
         adapters=adapters or (),
         weights=parse_words(composing.weights) if composing.weights else None,
         method=composing.method,
@@ -218,6 +218,17 @@ def export(
     if files is not None:
         loss = loss_of_export(exported, files, base=base, base_revision=base_revision, progress=out)
     _show(out, exported, loss, gguf=writing.gguf, base=base)
+
+
+def _default_recipe(adapters: list[str] | None) -> Path:
+    """The recipe where none is named; with adapters it has to be there, or nothing says how they are composed."""
+    from loracli.errors import UsageError
+
+    recipe = Path("recipe.json")
+    if adapters and not recipe.exists():
+        hint = f"add --weights {' '.join('1' for _ in adapters)}, or --method sum, or name a recipe before --adapters"
+        raise UsageError(f"nothing says how the adapters are composed: there is no {recipe} here", hint=hint)
+    return recipe
 
 
 def _show(out: Output, exported: Exported, loss: ExportLoss | None, *, gguf: bool, base: str | None) -> None:

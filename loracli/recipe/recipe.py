@@ -45,6 +45,7 @@ from loracli.recipe.record import (
 )
 from loracli.system.display import html_of, names_text, repr_line
 from loracli.system.document import MAX_PROBLEMS, AtMost, added, decode, encode, schema_of
+from loracli.system.escaping import shell_word
 from loracli.system.files import CONFIG_FILE, TENSOR_FILES, read_regular, replaced_file, write_file
 from loracli.system.strict_json import StrictJsonError, parse_json
 
@@ -316,6 +317,12 @@ def read_document(path: Path) -> Any:
     try:
         data = read_regular(path, MAX_RECIPE_BYTES)
     except OSError as error:
+        if os.path.isfile(path / CONFIG_FILE):
+            word = shell_word(str(path))
+            raise RecipeError(
+                f"{path} is an adapter, and a recipe is read here",
+                hint=f"`loracat inspect {word}` shows it; `loracat export --adapters {word} --weights 1` exports it",
+            ) from None
         raise RecipeError(
             f"the recipe {path} cannot be read: {error.strerror}",
             hint="`loracat fit` writes one; name it if it is elsewhere",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,20 @@ def test_a_folder_with_a_recipe_exports_the_adapters_that_are_named(here: Path) 
     Path("loracat.toml").write_text('[export]\nadapters = ["know", "form"]\nweights = ["0.7", "0.3"]\nmerge = true\n')
     assert run("export", "-o", "set").exit_code == 0
     assert json.loads(Path("set/loracat.json").read_text())["weights"]["#1"] == {"default": 0.7}
+
+
+def test_adapters_alone_and_an_adapter_as_a_recipe_name_the_way_out(here: Path) -> None:
+    Path("recipe.json").unlink()
+    alone = run("export", *AB)
+    assert alone.exit_code == 2 and "there is no recipe.json here" in alone.stderr
+    assert "hint: add --weights 1 1, or --method sum, or name a recipe before --adapters" in alone.stderr
+    assert run("export", *AB, "--weights", "1", "1").exit_code == 0
+    Path("know").rename("kn ow")
+    taken = run("export", "./kn ow", "--merge", "--rank", "2")
+    assert taken.exit_code == 3 and "error: kn ow is an adapter, and a recipe is read here" in taken.stderr
+    typed = re.search(r"`loracat (export [^`]*)`", taken.stderr)
+    assert typed is not None
+    assert run(*shlex.split(typed[1]), "--merge", "--rank", "2", "-o", "again").exit_code == 0
 
 
 # What is typed behind `loracat export --adapters know form`, the file weights.toml, the exit code, what the error says,
