@@ -177,10 +177,10 @@ class Output:
         if not self.as_json:
             sys.stdout.write(text)
 
-    def line(self, text: str = "", style: str = "") -> None:
-        """A line for people."""
+    def line(self, text: str = "", style: str = "", *, whole: bool = False) -> None:
+        """A line for people; `whole`, where a command in it may be copied: the terminal alone breaks it."""
         if not (self.quiet or self.as_json):
-            self._stdout.print(plain(text, style))
+            self._stdout.print(plain(text, style), soft_wrap=whole or None)
 
     def piece(self, text: str, end: str = "") -> None:
         """A part of a line, for people and for `--quiet`."""
@@ -275,10 +275,10 @@ class Output:
         except UnicodeDecodeError:
             raise UsageError("what was typed is not text in the encoding of the terminal") from None
 
-    def hint(self, command: str) -> None:
-        """Names the next command to type, in one piece that can be copied: the terminal alone breaks it."""
+    def hint(self, command: str, *, python: bool = False) -> None:
+        """Names the next command to type, or Python if it is no shell's, in one piece that can be copied."""
         if not (self.quiet or self.as_json):
-            self._say("next: ", "dim", command, "cyan", whole=True)
+            self._say("in Python: " if python else "next: ", "dim", command, "cyan", whole=True)
 
     def error(self, error: LoracatError) -> None:
         """One error: what and where, then the single problems if there are many, then what to do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -69,4 +70,5 @@ def demo(
     out.line(f"Calibrated on {records} questions about other facts. {result.seconds:.0f} s.")
     if output is not None:
         out.line(f"kept in {output}: recipe.json, adapter-cat, adapter-merged")
-    out.hint("loracat fit --adapters org/math-lora org/code-lora --data val.jsonl")
+    recipe = None if output is None else output / "recipe.json"
+    out.hint("loracat demo -o example" if recipe is None else shlex.join(["loracat", "show", str(recipe)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -263,16 +264,19 @@ def _show(out: Output, exported: Exported, loss: ExportLoss | None, *, gguf: boo
     out.line(str(exported.path), style="bold")
     out.line(exported_summary(exported))
     if gguf:
-        out.line(f"  {GGUF_FILE} for llama.cpp: llama-server --lora {exported.path / GGUF_FILE}")
+        out.line(f"  {GGUF_FILE} for llama.cpp:")
+        file = shlex.quote(str(exported.path / GGUF_FILE))
+        out.line(f"  llama-server -m BASE.gguf --lora {file}", whole=True)
     certificate_lines(out, exported)
     if loss is not None:
         export_loss_lines(out, loss)
     if exported.refit is not None:
         refit_lines(out, exported.refit)
     if layout.profile == "mlx":
-        out.hint(f"mlx_lm.generate --model BASE --adapter-path {exported.path} --prompt ...")
+        at = shlex.quote(str(exported.path))
+        out.hint(f"mlx_lm.generate --model {shlex.quote(base or 'BASE')} --adapter-path {at} --prompt PROMPT")
     else:
-        out.hint(exported.loading_line(base))
+        out.hint(exported.loading_line(base), python=True)
 
 
 def _show_plan(out: Output, planned: Exported) -> None:

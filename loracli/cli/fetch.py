@@ -78,8 +78,12 @@ def fetch(
     if base:
         _show(out, base.repo_id, base, with_files=dry_run)
     named = [text for text in references if not is_record(text)]
+    if local_dir is not None:
+        named = [str(adapter.path) for adapter in adapters if adapter.reference.text in named]
     if named and not dry_run:
-        out.hint(shlex.join(["loracat", "inspect", *named]))
+        places = {"--revision": None if local_dir else revision, "--cache-dir": cache_dir}
+        given = [word for option, value in places.items() if value for word in (option, str(value))]
+        out.hint(shlex.join(["loracat", "inspect", *named, *given]))
 
 
 def _show(out: Output, name: str, fetched: Fetched | FetchedBase, *, with_files: bool) -> None:

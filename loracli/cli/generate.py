@@ -77,8 +77,11 @@ def generate(
             **(encode(found.turns[0]) if out.as_json else {}),
         }
     )
-    moved = ["--adapters", *adapters] if adapters else []
-    out.hint(shlex.join(["loracat", "lint" if composed.is_dir() else "export", str(composed), *moved]))
+    if composed.is_dir():
+        out.hint(shlex.join(["loracat", "lint", str(composed), *(["--base", base] if base else [])]))
+    else:
+        moved = ["--adapters", *adapters] if adapters else []
+        out.hint(shlex.join(["loracat", "export", str(composed), *moved]))
 
 
 def _prompts(prompt: str | None, out: Output) -> Iterable[str]:

@@ -81,6 +81,6 @@ def inspect(
         raise typer.Exit(3)
     if len(found.adapters) > 1:
         out.line("can be composed", style="bold green")
-        fit = ["fit", "--adapters", *references, "--data", "val.jsonl"]
+        fit = ["fit", "--adapters", *references, "--data", "DATA.jsonl"]
         export = ["export", "--method", "sum", "--adapters", *references]  # what a fit cannot run
         out.hint(shlex.join(["loracat", *(export if any(a.convolutions for a in found.adapters) else fit)]))

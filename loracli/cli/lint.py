@@ -55,10 +55,10 @@ def lint(
             more = f" and {violation.count - SHOWN_FINDS} more" if violation.count > SHOWN_FINDS else ""
             out.line(f"  {violation.severity}  {violation.rule}: {'; '.join(violation.found[:SHOWN_FINDS])}{more}")
             out.line(f"    why     {violation.why}")
-            out.line(f"    remedy  {violation.remedy}")
+            out.line(f"    remedy  {violation.remedy}", whole=True)
         for reason in server.unclear:
             out.line(f"  not checked  {reason}", style="dim")
         for command in server.serve:
-            out.line(f"  $ {command}")
+            out.line(f"  {command}", whole=True)
     if not found.taken:
         raise typer.Exit(3)

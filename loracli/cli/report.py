@@ -46,5 +46,5 @@ def report(
     out.line(f"  {written.size_bytes / 1000:.1f} kB: {', '.join(written.parts)}")
     if comparison is None:
         out.hint(
-            shlex.join(["loracat", "compare", str(recipe), "--data", "test.jsonl", "--json"]) + " > comparison.json"
+            shlex.join(["loracat", "compare", str(recipe), "--data", "DATA.jsonl", "--json"]) + " > comparison.json"
         )

@@ -83,13 +83,14 @@ class Exported:
         )
 
     def loading_line(self, base: str | None = None) -> str:
-        """The Python that loads it with PEFT, with the class for its task; `base` is the one that the user named."""
+        """The Python that loads it with PEFT, imports included, with the class for its task; `base` is the one that the
+        user named."""
         card, saved = self.composition.card(), self.composition.saved
         local = base is not None and Path(base).expanduser().is_dir()
         known = base if local else card.base_id if card.base_named else None
         labels = None if saved is None else head_size(saved.shapes)
         named = card.base_named and not local
-        return loading_lines(self.layout.task_type, str(self.path), known, named=named, labels=labels)[-1]
+        return "; ".join(loading_lines(self.layout.task_type, str(self.path), known, named=named, labels=labels))
 
 
 @takes_bar

@@ -143,8 +143,10 @@ def test_peft_loads_an_export_with_the_line_that_is_printed_and_computes_the_sum
     named += ["--modules-to-save", "pick:./a"] if task in _HEADS else []
     talk = run("export", "--method", "sum", "--adapters", "./a", "./b", "-o", "out", *named).stderr
     assert json.loads((here / "out" / "adapter_config.json").read_text())["task_type"] == task
-    line = talk.partition("next: ")[2].strip()
-    assert (line.startswith("AutoPeft")) == (by_name and task is not None)
+    *imports, line = talk.partition("in Python: ")[2].strip().split("; ")
+    assert all(one.startswith("from ") for one in imports) and (line.startswith("AutoPeft")) == (
+        by_name and task is not None
+    )
     names = {**vars(peft), **vars(transformers), "base_model": _BY_TASK[task][0].from_pretrained(base)}
     loaded = eval(line, names)
     assert type(loaded) is (PeftModel if task is None else peft.auto.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task])
@@ -164,7 +166,8 @@ def test_a_classifier_that_was_saved_comes_with_the_number_of_its_labels(here: P
     model.save_pretrained(here / "a")
     words = ("--adapters", "./a", "--modules-to-save", "pick:./a", "-o", "out")
     talk = run("export", "--method", "sum", *words).stderr
-    line = talk.partition("next: ")[2].strip()
+    imported, line = talk.partition("in Python: ")[2].strip().split("; ")
+    assert imported == "from peft import AutoPeftModelForSequenceClassification"
     assert line == 'AutoPeftModelForSequenceClassification.from_pretrained("out", num_labels=5)'
     assert f"model = {line}".replace('"out"', '"path/to/this/adapter"') in (here / "out" / "README.md").read_text()
     loaded = eval(line, dict(vars(peft)))

@@ -433,7 +433,7 @@ def test_the_command_ends_with_0_or_3_and_prints_one_document(tmp_path: Path, ti
     path = write(tmp_path / "adapter", RSLORA)
     good = run("lint", str(path), "--for", "vllm,peft", "--base", str(tiny_base))
     assert good.exit_code == 0
-    assert "vLLM (>=0.33) takes it" in good.stdout and "$ vllm serve" in good.stdout
+    assert "vLLM (>=0.33) takes it" in good.stdout and "\n  vllm serve" in good.stdout
     bad = run("lint", str(path), "--for", "vllm,sglang", "--json")
     assert bad.exit_code == 3
     document = json.loads(bad.stdout)

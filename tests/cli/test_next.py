@@ -1,0 +1,109 @@
+"""What is printed to be copied runs as it stands, from a terminal of any width."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loracli.cli._output import Output
+from tests.cli.project import FIT, run
+
+# What a command cannot know, with what it is on this project.
+PLACEHOLDERS = {"DATA.jsonl": "calibration.jsonl"}
+
+COMMANDS = {
+    "fit": [*FIT, "-o", "the recipe.json"],
+    "show": ["show"],
+    "show, another name": ["show", "my recipe.json"],
+    "report": ["report", "-o", "page.html"],
+    "inspect": ["inspect", "know", "form"],
+    "compare a recipe": ["compare", "my recipe.json", "--data", "test.jsonl", "--base", "base", "--methods", "uniform"],
+    "compare adapters": [*"compare --adapters know form --data test.jsonl --base base --methods dare".split()],
+    "generate": ["generate", "--base", "base", "--prompt", "Who?", "--max-new-tokens", "2"],
+    "generate, a directory": ["generate", "know", "--base", "base", "--prompt", "Who?", "--max-new-tokens", "2"],
+    "fetch": ["fetch", "know", "form"],
+    "fuse": ["fuse", "--base", "base", "-o", "the model"],
+    "fuse adapters": [*"fuse --method sum --adapters know form --base base -o fused".split()],
+    "fuse weights": [*"fuse --weights 1 0.5 --adapters know form --base base -o fused".split()],
+}
+
+
+class Narrow(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def printed(text: str) -> list[str]:
+    return re.findall(r"^next: (.*)$", text, flags=re.MULTILINE)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 columns, that even what is no terminal is printed for."""
+    monkeypatch.setattr("loracli.cli._output.PIPE_WIDTH", 60)
+    console = Output.__init__.__globals__["_console"]
+
+    def wrapping(stream: Any) -> Any:
+        made = console(stream)
+        made.soft_wrap = False
+        return made
+
+    monkeypatch.setitem(Output.__init__.__globals__, "_console", wrapping)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.usefixtures("narrow")
+def test_the_next_command_runs_as_it_is_printed(here: Path, name: str) -> None:
+    shutil.copy("recipe.json", "my recipe.json")
+    done = run(*COMMANDS[name])
+    assert done.exit_code == 0, done.stderr
+    [line] = printed(done.stderr)
+    assert "$" not in line
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line)]
+    assert words[0] == "loracat"
+    if ">" in words:
+        assert words[-2:] == [">", "comparison.json"]
+        words = words[:-2]
+    if "DATA.jsonl" in line and "--base" not in words:
+        words += ["--base", "base"]  # which the adapters name by an id of the Hub, that these tests have not
+    if words[1] == "fit":
+        words += ["--dry-run"]
+    after = run(*words[1:])
+    refused = words[1] == "lint" and "refuses it" in after.stdout  # by a server, which is an answer
+    assert after.exit_code == 0 or refused, f"{line}\n{after.stderr}"
+    assert "error:" not in after.stderr
+
+
+@pytest.mark.parametrize("width", [30, 60, 80])
+def test_a_terminal_gets_what_is_copied_in_one_piece(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    result, talk = Narrow(), Narrow()
+    monkeypatch.setattr(sys, "stdout", result)
+    monkeypatch.setattr(sys, "stderr", talk)
+    for name, value in (("COLUMNS", str(width)), ("NO_COLOR", "1"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    out, command = Output(), "loracat export --adapters " + " ".join(f"org/adapter-{n}" for n in range(20))
+    out.hint(command)
+    out.hint(command, python=True)
+    out.line(f"  {command}", whole=True)
+    out.line(command)
+    plain = [re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()) for stream in (talk, result)]
+    assert plain[0] == f"next: {command}\nin Python: {command}\n"
+    first, *rest = plain[1].splitlines()
+    assert first == f"  {command}" and len(rest) > 1 and max(map(len, rest)) <= width
+
+
+@pytest.mark.usefixtures("narrow")
+def test_what_loads_an_adapter_is_python_and_says_so(here: Path) -> None:
+    talk = run("export", "-o", "a new adapter", "--base", "base").stderr
+    [line] = [line for line in talk.splitlines() if line.startswith("in Python: ")]
+    compile(line.removeprefix("in Python: "), "line", "exec")
+    assert '"a new adapter"' in line and "next: " not in talk
