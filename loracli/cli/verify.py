@@ -24,7 +24,11 @@ def verify(
     ],
     recipe: Annotated[
         Path | None,
-        typer.Option("--recipe", metavar="RECIPE", help="The recipe that it was made with, to find local ingredients."),
+        typer.Option(
+            "--recipe",
+            metavar="RECIPE",
+            help="The recipe that it was made with, to find local ingredients; default: recipe.json, if it is.",
+        ),
     ] = None,
     adapters: opt.Places = None,
     base: opt.Base = None,
@@ -43,6 +47,7 @@ def verify(
         base=base,
         base_revision=base_revision,
         edited_card=edited_card,
+        at_hand="recipe.json",
         progress=out,
     )
     out.document(encode(found))
