@@ -386,3 +386,27 @@ def test_the_helper_of_these_tests_sees_leftovers(tmp_path: Path) -> None:
     (tmp_path / ".out.123.tmp").mkdir()
     assert names(tmp_path) == [".out.123.tmp"]
     shutil.rmtree(tmp_path / ".out.123.tmp")
+
+
+@pytest.mark.parametrize(
+    ("files", "said", "way_out"),
+    [
+        (["loracat.json", "adapter_config.json"], "exists and holds an export of loracat", "--force"),
+        ([], "exists and is an empty directory", "--force"),
+        (["notes.txt"], "holds something else than an export of loracat, so --force does not", "another name"),
+        (None, "exists and is not a directory", "another name"),
+    ],
+)
+def test_who_meets_an_output_hears_what_it_is_and_the_ways_out_that_work(
+    tmp_path: Path, files: list[str] | None, said: str, way_out: str
+) -> None:
+    out = tmp_path / "out"
+    if files is None:
+        out.write_text("precious")
+    else:
+        out.mkdir()
+        for name in files:
+            (out / name).write_text("precious")
+    with pytest.raises(OutputExists, match=said) as caught:
+        check_free(out, force=False)
+    assert way_out in str(caught.value.hint) and ("--force" in str(caught.value.hint)) == (way_out == "--force")

@@ -18,14 +18,17 @@ def demo(
     *,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Keep recipe and adapters in this new directory."),
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Keep recipe, adapters and the example itself in this new directory."
+        ),
     ] = None,
     out: Output,
 ) -> None:
     """Fit, export, reload and compare on an embedded small model with two adapters, in about a minute, offline."""
+    import shlex
     import tempfile
 
-    from loracli.demo.run import run_demo
+    from loracli.demo.run import EXAMPLE, run_demo
     from loracli.system.files import whole_directory
 
     if output is not None and output.exists():
@@ -69,6 +72,8 @@ def demo(
     )
     out.line(f"Calibrated on {records} questions about other facts. {result.seconds:.0f} s.")
     if output is not None:
-        out.line(f"kept in {output}: recipe.json, adapter-cat, adapter-merged")
-    recipe = None if output is None else output / "recipe.json"
-    out.hint("loracat demo -o example" if recipe is None else shlex.join(["loracat", "show", str(recipe)]))
+        out.line(f"kept in {output}: recipe.json, adapter-cat, adapter-merged; and the example: {', '.join(EXAMPLE)}")
+        recipe, data, base = (str(output / name) for name in ("recipe.json", "test.jsonl", "base"))
+        out.hint(shlex.join(["loracat", "compare", recipe, "--data", data, "--base", base]))
+        return
+    out.hint("loracat demo -o example")

@@ -25,7 +25,9 @@ def verify(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            "--recipe", metavar="RECIPE", help="Find local ingredients by this recipe, which it was made with."
+            "--recipe",
+            metavar="RECIPE",
+            help="Find local ingredients by this recipe, which it was made with; by default by recipe.json, if it is.",
         ),
     ] = None,
     adapters: opt.Places = None,
@@ -45,6 +47,7 @@ def verify(
         base=base,
         base_revision=base_revision,
         edited_card=edited_card,
+        at_hand="recipe.json",
         progress=out,
     )
     out.document(encode(found))

@@ -12,6 +12,7 @@ of them. The test asks for the facts in the form. It is calibrated on questions 
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -81,6 +82,7 @@ def _train_fresh_lora(model: Any, targets: Sequence[str], rank: int, examples: S
 
 
 _ADAPTERS = ("know", "form")
+EXAMPLE = ("base", *_ADAPTERS, "calibration.jsonl", "test.jsonl")  # files and directories of the example
 _MAX_NEW_TOKENS = 24
 _PLACEMENT = Placement("float32", "cpu")
 _MAX_LENGTH, _BATCH_TOKENS, _ANSWER_TOKENS = 128, 4096, 1024  # of the test
@@ -113,26 +115,36 @@ def example_folder() -> Path:
 
 
 def run_demo(folder: Path, *, example: Path | None = None, progress: Progress = SILENT) -> DemoResult:
-    """Runs the whole story; writes recipe.json, adapter-cat/ and adapter-merged/ into `folder`.
+    """Runs the whole story in `folder`: copies the example there, so that the recipe finds its ingredients wherever the
+    folder goes, and writes recipe.json, adapter-cat/ and adapter-merged/ beside it.
 
     Args:
-        folder: exists.
+        folder: exists, and has none of these.
         example: as `example_folder`, which is the default.
         progress: told what happens.
     """
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 for an attribute under its old name, which is nothing to the user.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return _run(folder, example or example_folder(), progress)
+        _copy_example(example or example_folder(), folder)
+        return _run(folder, progress)
 
 
-def _run(folder: Path, example: Path, progress: Progress) -> DemoResult:
+def _copy_example(example: Path, folder: Path) -> None:
+    for name in EXAMPLE:
+        if (example / name).is_dir():
+            shutil.copytree(example / name, folder / name)
+        else:
+            shutil.copy(example / name, folder / name)
+
+
+def _run(folder: Path, progress: Progress) -> DemoResult:
     started = time.monotonic()
     inputs = prepare_fit(
-        [str(example / name) for name in _ADAPTERS],
-        example / "calibration.jsonl",
-        eval_data=example / "test.jsonl",
-        base=str(example / "base"),
+        [str(folder / name) for name in _ADAPTERS],
+        folder / "calibration.jsonl",
+        eval_data=folder / "test.jsonl",
+        base=str(folder / "base"),
         folder=folder,
     )
     recipe = run_fit(inputs, placement=_PLACEMENT, progress=progress)

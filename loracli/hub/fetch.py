@@ -302,7 +302,12 @@ def _check_adapter(names: Iterable[str], where: str, hint: str | None = None, *,
     present = set(names)
     if CONFIG_FILE not in present:
         if hint is None and BASE_CONFIG in present:
-            hint = "it looks like a whole model; an adapter is what PEFT's save_pretrained writes"
+            raise AdapterNotFound(
+                f"this is a whole model, not an adapter: it has {BASE_CONFIG} and no {CONFIG_FILE}",
+                where=where,
+                hint=f"as the base of adapters: {shlex.join(['--base', text])}; of what an adapter names as its base, "
+                "--with-base of `loracat fetch` brings the files",
+            )
         raise AdapterNotFound(f"no {CONFIG_FILE} in it", where=where, hint=hint)
     if not present.isdisjoint(TENSOR_FILES):
         return

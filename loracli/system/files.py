@@ -277,21 +277,23 @@ def _holds_export(path: Path) -> bool:
 def check_free(
     path: Path, *, force: bool, replaceable: Callable[[Path], bool] = _holds_export, noun: str = "an export"
 ) -> None:
-    """Raises OutputExists if `path` is taken and `force` is not set, or if it is something that --force should not
-    remove: a directory that is not `replaceable`, which only `noun` of loracat is."""
+    """Raises OutputExists, which says what is there, if `path` is taken and `force` is not set, or if it is something
+    that --force should not remove: a directory that is not `replaceable`, which only `noun` of loracat is."""
     if not os.path.lexists(path):
         return
-    if not force:
-        raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
     if path.name in ("", ".."):
         raise OutputExists(f"{path} is a directory that cannot be replaced", hint="choose another name with -o")
     if path.is_symlink() or not path.is_dir():
-        raise OutputExists(f"{path} is not a directory", hint="choose another name with -o")
+        raise OutputExists(f"{path} exists and is not a directory", hint="choose another name with -o")
     if not replaceable(path):
         raise OutputExists(
-            f"{path} is a directory that holds something else than {noun} of loracat, so --force does not replace it",
+            f"{path} exists and is a directory that holds something else than {noun} of loracat, so --force does not "
+            "replace it",
             hint="choose another name with -o",
         )
+    if not force:
+        what = f"holds {noun} of loracat" if any(path.iterdir()) else "is an empty directory"
+        raise OutputExists(f"{path} exists and {what}", hint="choose another name with -o, or replace it with --force")
 
 
 def write_file(path: Path, data: bytes) -> None:

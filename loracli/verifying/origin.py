@@ -115,6 +115,13 @@ def read_origin(document: Any, where: Path) -> Origin:
     return Origin(adapters, base["id"], None, None, method, options, weights, (), policy, bypassed, tables)
 
 
+def recipe_digest(record: dict[str, Any]) -> str | None:
+    """The sha256 of the recipe that a record of an adapter or of a fused model names, None if it names none."""
+    document = record.get("composition", record)
+    digest = document.get("recipe_sha256") if isinstance(document, dict) else None
+    return digest if isinstance(digest, str) else None
+
+
 def _options(recorded: Any, problems: list[str]) -> MethodOptions:
     """The options of a method as they were set."""
     known = {field.name for field in fields(MethodOptions)}

@@ -13,7 +13,15 @@ import torch
 from loracli.adapters.claims import TASKS
 from loracli.adapters.config import read_fields
 from loracli.composition.composition import Composition
-from loracli.errors import AccessDenied, BaseModelMismatch, HubUnreachable, InputError, IntegrityError, MalformedAdapter
+from loracli.errors import (
+    AccessDenied,
+    BaseModelMismatch,
+    HubUnreachable,
+    InputError,
+    IntegrityError,
+    MalformedAdapter,
+    RecipeError,
+)
 from loracli.fitting.reach import named
 from loracli.fusing.composition import bypassed_modules, planned_fusion
 from loracli.fusing.fuse import changed_dtypes, fused_card
@@ -35,6 +43,7 @@ from loracli.model.checkpoint import (
 from loracli.model.modules import check_shapes, named_as
 from loracli.model.reference import BaseReference, find_base
 from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
+from loracli.recipe.recipe import load_recipe
 from loracli.system.document import decode, dtype_name
 from loracli.system.files import (
     CERTIFICATE_FILE,
@@ -49,7 +58,7 @@ from loracli.system.strict_json import read_object
 from loracli.system.tensor_file import FLOATS
 from loracli.verifying.adapter import verify_adapter
 from loracli.verifying.findings import UNPROVEN, Findings, Verification, compare_card
-from loracli.verifying.origin import COMPOSITION, compose_again, find_ingredients, read_origin
+from loracli.verifying.origin import COMPOSITION, compose_again, find_ingredients, read_origin, recipe_digest
 
 _TASK = "verify"
 _LEFT_BEHIND = {".git", ".gitattributes", ".gitignore", ".DS_Store", ".cache"}  # .cache: what `hf download` keeps
@@ -323,6 +332,7 @@ def verify_directory(
     base: str | None = None,
     base_revision: str | None = None,
     edited_card: bool = False,
+    at_hand: str | Path | None = None,
     progress: Progress | Bar = SILENT,
 ) -> Verification:
     """Computes again what was written, from the recorded ingredients, and compares every tensor.
@@ -334,6 +344,8 @@ def verify_directory(
         base: a Hub id or directory; of a fused model None is the recorded one.
         base_revision: of a base on the Hub.
         edited_card: let a README.md pass, unchecked, that was changed after it was written.
+        at_hand: the file of a recipe that is taken for `recipe` if that is None and the record has its sha256, and is
+            otherwise left alone.
         progress: told how far it is.
     Raises:
         VerificationError: if anything differs, with every difference.
@@ -345,7 +357,10 @@ def verify_directory(
     if not path.is_dir():
         raise InputError(f"{path} is not a directory" if path.exists() else f"there is no directory {path}")
     given = None if recipe is None else Path(recipe)
-    if (path / FUSE_CERTIFICATE).is_file():
+    fused = (path / FUSE_CERTIFICATE).is_file()
+    if given is None and at_hand is not None:
+        given = _recorded_recipe(path / (FUSE_CERTIFICATE if fused else CERTIFICATE_FILE), Path(at_hand), progress)
+    if fused:
         _verify_model(
             path,
             findings,
@@ -388,6 +403,25 @@ def verify_directory(
         progress=progress,
     )
     return findings.result(path, "adapter")
+
+
+def _recorded_recipe(record: Path, recipe: Path, progress: Progress) -> Path | None:
+    """The recipe's file, if it is there and what is recorded was made with it."""
+    if not (record.is_file() and recipe.is_file()):
+        return None
+    digest = recipe_digest(_read(record))
+    if digest is None:  # made without a recipe
+        return None
+    try:
+        found = load_recipe(recipe).sha256()
+    except (RecipeError, IntegrityError) as error:
+        progress.note(f"{recipe} is left alone: {error}")
+        return None
+    if found != digest:
+        progress.note(f"{recipe} is left alone: {record.parent} was made with another recipe")
+        return None
+    progress.note(f"{recipe} is the recipe that {record.parent} was made with")
+    return recipe
 
 
 def _stated_task(path: Path) -> str | None:

@@ -378,9 +378,9 @@ def test_the_pickle_is_fetched_only_where_it_is_asked_for(
 
 def test_a_repository_without_an_adapter_says_what_it_holds_instead(hub: StubHub, options: dict[str, Any]) -> None:
     hub.add("org/model", BASE)
-    with pytest.raises(AdapterNotFound, match=r"no adapter_config\.json") as caught:
+    with pytest.raises(AdapterNotFound, match=r"this is a whole model, not an adapter: .* no adapter_config") as caught:
         fetch_adapter("org/model", **options)
-    assert "whole model" in (caught.value.hint or "")
+    assert "as the base of adapters: --base org/model;" in (caught.value.hint or "")
     hub.add("org/runs", {f"run-{i}/{name}": data for i in range(7) for name, data in ADAPTER.items()})
     with pytest.raises(AdapterNotFound) as caught:
         fetch_adapter("org/runs", **options)

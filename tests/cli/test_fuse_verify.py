@@ -33,9 +33,11 @@ def test_verify_of_an_export_ends_with_7_and_names_every_difference(here: Path) 
     assert run("export", "-o", "cat").exit_code == 0
     shown = run("verify", "cat", "--recipe", "recipe.json")
     assert shown.exit_code == 0 and "no difference" in shown.stdout and "NOT" not in shown.stdout
+    Path("recipe.json").rename("moved.json")
     shown = run("verify", "cat", "--adapters", "know", "form")
     assert shown.exit_code == 0 and shown.stdout.count("NOT checked: the held-out table") == 1
     assert run("verify", "cat", "-q").stdout == "incomplete\n"
+    Path("moved.json").rename("recipe.json")
     config = json.loads(Path("cat/adapter_config.json").read_text())
     Path("cat/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1, "bias": "all"}))
     failed = run("verify", "cat", "--json")
@@ -46,3 +48,26 @@ def test_verify_of_an_export_ends_with_7_and_names_every_difference(here: Path) 
     failed = run("verify", "cat", "--recipe", "recipe.json")
     assert failed.exit_code == 7 and "lora_alpha = 1" in failed.stderr
     assert run("verify", "know").exit_code == 3
+
+
+def test_a_recipe_of_the_folder_is_taken_where_the_record_names_it_and_only_there(here: Path) -> None:
+    """As with --recipe, ingredients included; another recipe, or what is none, changes nothing and is said."""
+    assert run("export", "-o", "cat").exit_code == 0
+    assert run("fuse", "-o", "model", "--base", "base").exit_code == 0
+    assert run("export", "--method", "uniform", "--adapters", "know", "form", "-o", "plain").exit_code == 0
+    for words in (("cat",), ("model", "--base", "base")):
+        taken = run("verify", *words)
+        assert "recipe.json is the recipe that" in taken.stderr
+        assert taken.stdout == run("verify", *words, "--recipe", "recipe.json").stdout
+        assert "NOT checked" not in taken.stdout
+    assert "recipe.json" not in run("verify", "plain").stderr
+    recipe = Path("recipe.json").read_text()
+    Path("know/adapter_model.safetensors").write_bytes(b"changed")
+    assert run("verify", "cat").exit_code == 7
+    other = json.loads(recipe)
+    other["fit"]["passes"] += 1
+    for text in (json.dumps(other), "{"):
+        Path("recipe.json").write_text(text)
+        left = run("verify", "cat")
+        assert left.exit_code == 0 and "recipe.json is left alone: " in left.stderr
+        assert "NOT checked: the held-out table" in left.stdout

@@ -1,18 +1,38 @@
 """The embedded example is what it says, and the demo tells the truth about it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 import loracli
 from loracli.calibration.records import read_records
-from loracli.demo.run import DemoResult, example_folder, run_demo
+from loracli.demo.run import EXAMPLE, DemoResult, example_folder, run_demo
+from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
+from loracli.recipe.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
-    return run_demo(tmp_path_factory.mktemp("demo"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> DemoResult:
+    return run_demo(folder)
+
+
+def test_what_is_kept_is_whole_wherever_it_goes(result: DemoResult, folder: Path, tmp_path: Path) -> None:
+    """The recipe finds its ingredients beside it, and an export that is made of the copy has the same bytes."""
+    copy = shutil.copytree(folder, tmp_path / "elsewhere")
+    assert {path.name for path in copy.iterdir()} >= {*EXAMPLE, "recipe.json", "adapter-cat", "adapter-merged"}
+    assert [adapter.reference for adapter in load_recipe(copy / "recipe.json").adapters] == ["know", "form"]
+    again = export_adapter(ExportRequest(copy / "recipe.json"), tmp_path / "again").path
+    assert (again / "adapter_model.safetensors").read_bytes() == (
+        folder / "adapter-cat" / "adapter_model.safetensors"
+    ).read_bytes()
 
 
 def accuracy(result: DemoResult, name: str) -> float:
