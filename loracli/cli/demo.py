@@ -25,7 +25,6 @@ def demo(
     out: Output,
 ) -> None:
     """Fit, export, reload and compare on an embedded small model with two adapters, in about a minute, offline."""
-    import shlex
     import tempfile
 
     from loracli.demo.run import EXAMPLE, run_demo

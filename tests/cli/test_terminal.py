@@ -9,7 +9,10 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +21,9 @@ import typer
 from loracli.cli import app
 from loracli.cli._help import Panel
 from loracli.cli._output import TALK, Output, Talk, print_anything
+from loracli.cli._tables import held_out_lines
 from loracli.cli.fit import EPILOG
+from loracli.recipe.recipe import load_recipe
 from tests.cli.process import COMMAND, environment, on_terminal, piped
 from tests.cli.project import run
 
@@ -88,6 +93,11 @@ ROWS = [["first", *map(str, range(10))], ["second", *map(str, range(10, 20))]]
 
 def table(width: int, monkeypatch: pytest.MonkeyPatch, rows: list[list[str]] = ROWS) -> list[str]:
     """A table as a terminal of that width shows it."""
+    return shown(width, monkeypatch, lambda out: out.table(["", *WIDE], rows))
+
+
+def shown(width: int, monkeypatch: pytest.MonkeyPatch, show: Callable[[Output], None]) -> list[str]:
+    """What a terminal of that width shows."""
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -98,7 +108,7 @@ def table(width: int, monkeypatch: pytest.MonkeyPatch, rows: list[list[str]] = R
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    Output().table(["", *WIDE], rows)
+    show(Output())
     return [STYLE.sub("", line).rstrip() for line in screen.getvalue().splitlines()]
 
 
@@ -119,6 +129,28 @@ def test_a_table_too_wide_for_a_terminal_comes_in_parts_and_loses_nothing(monkey
             rows = [line.split() for line in lines if line.startswith(name)]
             assert [cell for row in rows for cell in row[1:]] == [str(number) for number in numbers]
             assert (len(rows) > 1) is (width < 120)
+
+
+def test_a_long_name_of_an_adapter_leaves_the_losses_beside_it_at_80_columns(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {name: f"organisation/a-very-long-name-of-an-adapter-{name}" for name in ("one", "two")}
+    recipe = load_recipe("recipe.json")
+    rows = [
+        replace(row, name=names.get({"know": "one", "form": "two"}.get(row.name, ""), row.name))
+        for row in recipe.held_out.rows
+    ]
+    named = SimpleNamespace(
+        public=lambda: SimpleNamespace(
+            held_out_of_weights=replace(recipe.held_out, rows=tuple(rows), best_ingredient=names["two"])
+        )
+    )
+    lines = shown(80, monkeypatch, lambda out: held_out_lines(out, named))  # type: ignore[arg-type]
+    [heading] = [line for line in lines if line.split()[:1] == ["nats/token"]]
+    assert heading.endswith("95 % interval  worse on") and max(map(len, lines[:-2])) <= 80
+    cut = [line.split()[0] for line in lines if "…" in line]
+    assert len(set(cut)) == 2 and all(len(name) == 26 and name.startswith("organisation") for name in cut)
+    assert {name[-3:] for name in cut} == {"one", "two"}
 
 
 @pytest.mark.parametrize("width", [80, 120])
