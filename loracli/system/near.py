@@ -38,8 +38,8 @@ def near_path(path: str | Path, fits: Callable[[Path], bool]) -> str | None:
     except (OSError, RuntimeError, ValueError):  # no such folder, or no such home
         return None
     fitting = [name for name in names if name != path.name and fits(path.parent.expanduser() / name)]
-    same = [name for name in fitting if Path(name).stem == path.stem]
-    near = same or get_close_matches(path.name, fitting, n=1)
+    stems = {Path(name).stem: name for name in reversed(fitting)}  # endings would make any two files alike
+    near = [stems[stem] for stem in get_close_matches(path.stem, stems, n=1)]
     return f"did you mean {path.parent / near[0]}?" if near else None
 
 
@@ -49,5 +49,11 @@ def holding(name: str) -> Callable[[Path], bool]:
 
 
 def hints(*several: str | None) -> str | None:
-    """Ways out, the likeliest first, as one; None where there is none."""
+    """Ways out as one text, with a semicolon between two of which the first does not end as a sentence does.
+
+    Args:
+        several: the likeliest first, None for one that there is not.
+    Returns:
+        None where there is none at all.
+    """
     return " ".join(one if one.endswith(("?", ".")) else f"{one};" for one in several if one).rstrip(";") or None
