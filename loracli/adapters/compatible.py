@@ -106,19 +106,25 @@ def _way_out(adapters: Sequence[LoraAdapter]) -> WayOut | None:
     return way_out_of(claims) if len(distinct_bases(claims.values())) > 1 else None
 
 
-def check_distinct(adapters: Sequence[LoraAdapter], references: Sequence[str]) -> None:
+def check_distinct(adapters: Sequence[LoraAdapter], references: Sequence[str], progress: Progress = SILENT) -> None:
     """Raises UsageError if two of the adapters are one: by their names, or one file by links or by another spelling.
 
     Args:
         adapters: that are composed.
         references: what they are called.
+        progress: warned of two that hold the same bytes.
     """
     names: set[str] = set()
+    copies: list[tuple[str, str]] = []
+    bytes_of: dict[tuple[tuple[str, str], ...], str] = {}
     files: dict[tuple[int, int], str] = {}
     for reference, adapter in zip(references, adapters, strict=True):
         if reference in names:
             raise UsageError(f"the adapter {reference} is given twice")
         names.add(reference)
+        copied = bytes_of.setdefault(tuple(sorted(adapter.sha256.items())), reference) if adapter.sha256 else reference
+        if copied != reference:
+            copies.append((copied, reference))
         if adapter.file is None:
             continue
         try:
@@ -128,6 +134,8 @@ def check_distinct(adapters: Sequence[LoraAdapter], references: Sequence[str]) -
         other = files.setdefault((found.st_dev, found.st_ino), reference)
         if other != reference:
             raise UsageError(f"{other} and {reference} are one adapter: the same file", hint="leave one of them out")
+    for first, second in copies:
+        progress.warn(f"{first} and {second} hold the same bytes: one is a copy, and what it does counts twice")
 
 
 def _overlaps_of(adapters: Sequence[LoraAdapter]) -> list[Overlap]:

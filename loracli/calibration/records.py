@@ -38,6 +38,8 @@ from loracli.calibration.file_forms import MAX_BYTES, FileForm, Unreadable, deco
 from loracli.calibration.shapes import Shape, detect_shape, keys_of, keys_of_shapes, read_content, shown_keys
 from loracli.errors import CalibrationError, UsageError
 from loracli.progress import SILENT, Progress
+from loracli.system.files import CONFIG_FILE
+from loracli.system.near import near_path
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 _STDIN = "-"
@@ -98,10 +100,18 @@ class DataSource:
                 data = self._within(file)
                 after = os.fstat(descriptor)
         except OSError as error:
-            raise CalibrationError(f"{self} cannot be read: {error.strerror}") from None
+            raise CalibrationError(f"{self} cannot be read: {error.strerror}", hint=self._way_out()) from None
         if (len(data), after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise CalibrationError(f"{self} changed while it was read", hint="wait until it is written, or copy it")
         return data
+
+    def _way_out(self) -> str | None:
+        """What to name instead of what is not a file."""
+        if self.path is None:
+            return None
+        if (self.path / CONFIG_FILE).is_file():
+            return f"it is an adapter, which is named with --adapters: --adapters {shlex.quote(str(self))}"
+        return near_path(self.path, Path.is_file)
 
     def _within(self, file: BinaryIO) -> bytes:
         data = file.read(MAX_BYTES + 1)

@@ -38,6 +38,7 @@ from loracli.cli._options import with_groups
 from loracli.cli._output import TALK, Output, Talk, print_anything
 from loracli.errors import LoracatError, UsageError
 from loracli.system.machine import machine_error, read_launch
+from loracli.system.near import did_you_mean, hints
 
 # Typer keeps its copy of Click private; this is Click's UsageError, reached through a public name.
 _ParseError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -77,6 +78,12 @@ class Loracat(TyperGroup):
             raise typer.Exit(UsageError.exit_code)
         return super().parse_args(ctx, args)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
+            hint = INSTEAD.get(args[0]) or did_you_mean(args[0], self.commands)
+            raise UsageError(f"loracat has no command {args[0]}", hint=hints(hint, "see `loracat --help`"))
+        return super().resolve_command(ctx, args)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         write_usage(formatter, "loracat", ["[OPTIONS]", "COMMAND ..."])
         write_text(formatter, str(self.help))
@@ -90,16 +97,22 @@ class Loracat(TyperGroup):
 
 
 def _tell(error: LoracatError, as_json: bool) -> None:
-    """Prints the error: where results cannot be written, as talk; where that cannot either, the exit code says it."""
+    """Prints the error, as a document too if one was asked for; where that cannot be written, the exit code says it.
+
+    With a document stderr gets one line, for stdout may be a file that nobody looks at.
+    """
     if as_json:
         try:
             Output(as_json=True).error(error)
             sys.stdout.flush()
-            return
         except OSError:
             _give_up_stdout()
+            as_json = False
     with suppress(OSError):
-        Output().error(error)
+        if as_json:
+            Output().error_line(error)
+        else:
+            Output().error(error)
 
 
 def _give_up_stdout() -> None:
@@ -133,7 +146,10 @@ def _usage_error(error: Any) -> UsageError:
         elif source == "DEFAULT_MAP":
             where = context.meta[ORIGINS][parameter.name].origin
     command = context.command_path if context is not None else "loracat"
-    return UsageError(error.format_message(), where=where, hint=f"see `{command} --help`")
+    known = {word for one in context.command.params for word in one.opts} if context is not None else set()
+    meant = OTHER_NAMES.get(getattr(error, "option_name", ""))
+    other = f"it is called {meant} here" if meant in known else None
+    return UsageError(error.format_message(), where=where, hint=hints(other, f"see `{command} --help`"))
 
 
 def _speaks(error: LoracatError) -> bool:
@@ -148,6 +164,24 @@ DOCUMENTATION = (
     "`loracat COMMAND --help` explains a command. The documentation is the folder docs of the project; it begins with "
     "docs/quickstart.md."
 )
+INSTEAD = {  # what other programs call it
+    "list": "`loracat inspect ADAPTER...` shows adapters, `loracat show RECIPE` a recipe",
+    "chat": "`loracat generate` answers what you type",
+    "help": "`loracat --help` lists the commands, `loracat COMMAND --help` explains one",
+    "version": "`loracat --version` prints it, `loracat env` those of the packages too",
+    "merge": "`loracat export --merge` writes one adapter, `loracat fuse` a whole model",
+    "train": "`loracat fit` learns mixing weights of adapters; adapters are trained elsewhere, with PEFT for one",
+}
+OTHER_NAMES = {
+    "--lr": "--learning-rate",
+    "--epochs": "--passes",
+    "--steps": "--passes",
+    "--model": "--base",
+    "--base-model": "--base",
+    "--out": "--output",
+    "--overwrite": "--force",
+    "--lora": "--adapters",
+}
 HUNG_UP, INTERRUPTED, TERMINATED = 129, 130, 143  # SIGHUP, Ctrl-C, SIGTERM
 MACHINE_ERRORS = (OSError, MemoryError, RuntimeError, ImportError)  # some of which are bugs
 

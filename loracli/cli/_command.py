@@ -8,7 +8,8 @@ Typer parses them. Only documented methods of the command class are used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +40,8 @@ class GreedyCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         options = {word: p for p in self.get_params(ctx) if p.param_type_name == "option" for word in p.opts}
         rewritten: list[str] = []
+        loose: list[str] = []  # that stand behind no option
+        strange: list[str] = []  # that look like options, which Click knows or refuses
         rest, still_open = list(args), None
         while rest:
             word = rest.pop(0)
@@ -46,6 +49,8 @@ class GreedyCommand(TyperCommand):
             if word == "--":
                 rewritten += [word, *rest]
                 break
+            if option is None:
+                (strange if word[:1] == "-" else loose).append(word)
             if option is None or getattr(option, "is_flag", False) or getattr(option, "count", False):
                 rewritten.append(word)
             elif not getattr(option, "multiple", False):  # another option's value passes untouched: --seed -3
@@ -58,8 +63,13 @@ class GreedyCommand(TyperCommand):
                 rewritten += [part for value in rest[:count] for part in (word, value)]
                 del rest[:count]
                 still_open = None if rest else option
+        if loose and not strange and not ctx.resilient_parsing:
+            self.meet_loose(ctx, loose)
         ctx.meta["greedy"] = still_open  # the list option that the cursor is still inside, for completion
         return super().parse_args(ctx, rewritten)
+
+    def meet_loose(self, ctx: Any, words: Sequence[str]) -> None:
+        """Told of words that no option takes, before Click is; may raise what says more than Click would."""
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
         option = None if incomplete[:1] == "-" else ctx.meta.get("greedy")
@@ -97,6 +107,17 @@ class Command(GreedyCommand):
         if not ctx.resilient_parsing:
             self._refuse_unknown_variables()  # before an option is missed that was to come from one
         return super().parse_args(ctx, args)
+
+    def meet_loose(self, ctx: Any, words: Sequence[str]) -> None:
+        if any(one.param_type_name == "argument" for one in self.get_params(ctx)):
+            return
+        hint = f"see `{ctx.command_path} --help`"
+        adapters = [word for word in words if not word.endswith(".jsonl")]
+        if adapters and "adapters" in options_of(self):
+            command = shlex.join([*ctx.command_path.split(), "--adapters", *adapters])
+            hint = f"name adapters with --adapters: {command} ..."
+        what = f"{' '.join(words)}: no option stands before it, and {ctx.command_path} takes nothing else"
+        raise UsageError(what, hint=hint)
 
     def invoke(self, ctx: Any) -> Any:
         self._tell_origins(ctx)

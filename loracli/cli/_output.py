@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -289,14 +290,18 @@ class Output:
         if self.as_json:
             self.document({"error": describe(error)})
             return
-        self._say("error: ", "bold red", str(error))
-        problems = getattr(error, "problems", ())
+        self.error_line(error)
+        problems = _together(getattr(error, "problems", ()))
         for problem in problems[:SHOWN_PROBLEMS]:
             self._stderr.print(plain(f"  {problem}"))
         if len(problems) > SHOWN_PROBLEMS:
             self._stderr.print(plain(f"  ... and {len(problems) - SHOWN_PROBLEMS} more"))
         if error.hint:
             self._say("hint: ", "cyan", error.hint, whole=True)
+
+    def error_line(self, error: LoracatError) -> None:
+        """What and where alone, for whoever has the rest as a document."""
+        self._say("error: ", "bold red", str(error))
 
     def _say(self, label: str, label_style: str, message: str, style: str = "", *, whole: bool = False) -> None:
         """`whole`: without line ends of ours, as it may be copied."""
@@ -411,6 +416,19 @@ def _parts(first: int, widths: Sequence[int], room: int) -> list[list[int]]:
 def encode_as(result: Any, **names: str) -> dict[str, Any]:
     """The fields of a dataclass for a JSON document, some by the names that they have there."""
     return {names.get(name, name): value for name, value in encode(result).items()}
+
+
+_PROBLEM = re.compile(r"(.+?):(\d+): (.*)", re.DOTALL)
+
+
+def _together(problems: Sequence[str]) -> Sequence[str]:
+    """One line for all lines of a file that are bad in the same way, `data.jsonl:2 to 26, 25 lines: reason`."""
+    found = [_PROBLEM.fullmatch(problem) for problem in problems]
+    if len(found) < 2 or not all(found) or len({(one[1], one[3]) for one in found if one}) > 1:
+        return problems
+    first, last = found[0], found[-1]
+    assert first is not None and last is not None
+    return [f"{first[1]}:{first[2]} to {last[2]}, {len(found)} lines: {first[3]}"]
 
 
 def describe(error: LoracatError) -> dict[str, Any]:

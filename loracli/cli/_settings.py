@@ -26,13 +26,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from loracli.errors import LoracatError, SettingsError, UsageError
 from loracli.hub.references import URI_PREFIX, parse_reference
 from loracli.system.files import read_regular
+from loracli.system.near import did_you_mean
 from loracli.system.toml import TomlError, TomlTooLarge, parse_toml
 
 PROJECT_FILE = "loracat.toml"
@@ -185,12 +185,11 @@ def _problem(command: str, option: str, parameter: Any, value: Any, commands: Ma
         return NOT_IN_A_FILE[option]
     if parameter is None:
         names = commands[command] if command else [*commands, *SHARED]
-        near = get_close_matches(option, names, n=1)
         owners = [] if command else [name for name, options in commands.items() if option in options]
         if owners:
             return f"an option of one command stands in its table, such as [{owners[0]}]"
         kind = f"no option of loracat {command}" if command else "no command"
-        return kind + (f"; did you mean {near[0]}?" if near else "")
+        return "; ".join(filter(None, [kind, did_you_mean(option, list(names))]))
     if parameter.multiple:
         fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
         return None if fits else "expected a list of text"

@@ -117,7 +117,7 @@ def prepare_comparison(
             _check_rows([one.row for one in recipes], references)
             _check_one_kind(recipes, settings)
         read = ingredients.read(adapters, progress)
-    check_distinct(read, references)
+    check_distinct(read, references, progress)
     check_language_models(read, "a comparison")
     asked = base or next((one.recipe.base.claim for one in recipes if one.recipe.base.claim is not None), None)
     check_composable(read, base_given=asked is not None)

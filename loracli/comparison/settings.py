@@ -13,6 +13,7 @@ from loracli.composition.weights import Weights
 from loracli.errors import UsageError
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.recipe.record import MIXING_KINDS
+from loracli.system.near import did_you_mean
 
 ALL, DATA_FREE = "all", "data-free"
 FITTED_MIXINGS = (*MIXING_KINDS, AUTO, PAPER)
@@ -94,7 +95,7 @@ class CompareSettings:
         known = (ALL, DATA_FREE, *METHODS, *FITTED_MIXINGS)
         for name in self.methods:
             if name not in known:
-                raise UsageError(f"--methods {name} is not one of {', '.join(known)}")
+                raise UsageError(f"--methods {name} is not one of {', '.join(known)}", hint=did_you_mean(name, known))
         self.options.check()
         if not 0 < self.margin < 100:
             raise UsageError(f"--margin {self.margin} is not between 0 and 100")

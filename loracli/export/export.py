@@ -31,7 +31,7 @@ from loracli.export.refit import Refit, RefitRecord, check_refittable, refit_on
 from loracli.export.request import ExportRequest, check
 from loracli.export.write import write
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
-from loracli.recipe.recipe import Recipe
+from loracli.recipe.recipe import Recipe, check_recipe_there
 from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
 from loracli.system.files import check_free, holds, whole_directory
@@ -122,6 +122,7 @@ def export_adapter(
     """
     progress = drawn(progress)
     method = check(request)
+    check_recipe_there(request.recipe)
     check_free(Path(output), force=force)
     refit = _refit_of(request, progress)
     if request.weights is not None:

@@ -63,7 +63,7 @@ def read_to_compose(
     if len(adapters) > MAX_ADAPTERS:
         raise UsageError(f"{len(adapters)} adapters are given, and a record holds at most {MAX_ADAPTERS}")
     read = tuple(open_adapter(fetch_adapter(reference, progress=progress), progress=progress) for reference in adapters)
-    check_distinct(read, [adapter.reference for adapter in read])
+    check_distinct(read, [adapter.reference for adapter in read], progress)
     warn_of_open_orders(read, progress)
     check_composable(read, base_given=base_given)
     return read, None

@@ -113,6 +113,8 @@ def plan_layout(
         else:
             assert total is not None
             ranks[name] = total
+    if uniform is not None:
+        _check_rank(composition, uniform, modules)
     layout = layout_of(composition, ranks, request.profile, uniform)
     kept = "lora_bias" if layout.lora_bias else "modules_to_save" if layout.modules_to_save else None
     if llama_cpp is not None and kept:
@@ -132,6 +134,19 @@ def plan_layout(
         gguf={} if llama_cpp is None else gguf_names(llama_cpp, {name: modules[name] for name in layout.ranks}),
         merged=request.merge or any(made.certificate.kept_energy < 1 for made in held.values()),
     )
+
+
+def _check_rank(composition: Composition, rank: int, modules: Mapping[str, BaseModule]) -> None:
+    """Raises UsageError for a rank that no update could have: it would be filled with zeros."""
+    most = 0
+    for name in composition.names():
+        module, total = modules[target_of(name)], composition.known_rank(name)
+        most = max(most, total or min(module.in_features, module.out_features))
+    if rank > most:
+        raise UsageError(
+            f"--rank {rank} is above {most}, the largest rank that an update has here: the rest would be zeros",
+            hint=f"give at most --rank {most}, or leave --rank out",
+        )
 
 
 def layout_of(

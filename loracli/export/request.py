@@ -18,6 +18,7 @@ from loracli.errors import UsageError
 from loracli.export.layout import PROFILES
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import MIXING_KINDS
+from loracli.system.near import did_you_mean
 
 OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -242,6 +243,7 @@ def find_method(name: str, options: MethodOptions = DEFAULTS) -> Method:
     if name not in METHODS:
         fitted = (*MIXING_KINDS, "auto", "paper")
         hint = f"fit it: loracat fit --mixing {name}, then export the recipe" if name in fitted else None
+        hint = hint or did_you_mean(name, METHODS)
         raise UsageError(f"--method {name} is not one of {', '.join(METHODS)}", hint=hint)
     method = METHODS[name]
     for option in fields(options):

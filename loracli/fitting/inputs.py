@@ -23,6 +23,9 @@ from loracli.model.reference import BaseReference, find_base
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import local_reference
 from loracli.recipe.record import MAX_ADAPTERS
+from loracli.system.display import count_text
+
+_FEW_RECORDS = 10  # to fit; with fewer the start is most of what comes out
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def prepare_fit(
     )
     folder = Path(folder)
     references = tuple(_reference_from(adapter, folder) for adapter in read)
-    check_distinct(read, references)
+    check_distinct(read, references, progress)
     check_language_models(read, "a fit")
     warn_of_open_orders(read, progress)
     check_composable(read, base_given=base is not None)
@@ -106,6 +109,8 @@ def prepare_fit(
     check_composable(read, base_given=base is not None, base_known=True)
     check_mixing(read, settings.mixing)
     saved = saved_modules(settings.modules_to_save, read, progress=progress)
+    layout = make_layout(read)
+    _say_how_little(read, dataset, layout, settings, progress)
     for adapter in read:
         if settings.paper and adapter.config.lora_dropout:
             progress.warn(f"{adapter.reference} was trained with dropout; --paper leaves it off")
@@ -114,11 +119,26 @@ def prepare_fit(
         references=references,
         base=found,
         data=dataset,
-        layout=make_layout(read),
+        layout=layout,
         settings=settings,
         folder=folder,
         saved=saved,
     )
+
+
+def _say_how_little(
+    adapters: tuple[LoraAdapter, ...], dataset: Dataset, layout: Layout, settings: FitSettings, progress: Progress
+) -> None:
+    """Warns of so few records that weights are hardly theirs, and says what is left to fit of one adapter."""
+    if len(adapters) == 1:
+        progress.note(f"one adapter alone: only its scale is fitted, by --mixing {settings.mixing}")
+    records = len(dataset.training)
+    if settings.mixing == AUTO or records >= _FEW_RECORDS:
+        return
+    numbers = count_numbers(adapters, layout, settings.mixing)  # type: ignore[arg-type]
+    if numbers > records:
+        fewer = "" if settings.mixing == "adapter" else ", or fit one weight for each adapter with --mixing adapter"
+        progress.warn(f"{count_text(records, 'training record')} for {count_text(numbers, 'weight')}: give more{fewer}")
 
 
 def render_inputs(inputs: FitInputs, tokenizer: Any, *, max_length: int, progress: Progress = SILENT) -> Examples:

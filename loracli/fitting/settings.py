@@ -10,6 +10,7 @@ from loracli.calibration.fields import parse_fields
 from loracli.errors import UsageError
 from loracli.evaluation.metrics import MAX_NEW_TOKENS, TOLERANCE, TaskMetric, task_metric
 from loracli.recipe.record import MIXING_KINDS
+from loracli.system.near import did_you_mean
 
 AUTO = "auto"
 PASSES = 8.0
@@ -70,7 +71,10 @@ class FitSettings:
     def __post_init__(self) -> None:
         """Raises UsageError for the first setting that is out of its range."""
         if self.mixing not in (*MIXING_KINDS, AUTO):
-            raise UsageError(f"--mixing {self.mixing} is not one of {', '.join((*MIXING_KINDS, AUTO))}")
+            kinds = (*MIXING_KINDS, AUTO)
+            raise UsageError(
+                f"--mixing {self.mixing} is not one of {', '.join(kinds)}", hint=did_you_mean(self.mixing, kinds)
+            )
         if self.paper and (self.mixing != "module" or any(x is not None for x in (self.ridge, self.passes, self.cv))):
             raise UsageError(
                 "--paper fits one weight per module in one epoch without ridge; leave out the other option"

@@ -54,6 +54,7 @@ from loracli.model.base import BasePlan, plan_base
 from loracli.model.checkpoint import INDEX_FILE, Checkpoint, read_checkpoint, tied_parameters
 from loracli.model.modules import check_base_copies, stored_weights
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
+from loracli.recipe.recipe import check_recipe_there
 from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
 from loracli.system.escaping import markdown_code
@@ -219,6 +220,7 @@ def fuse_model(
     output = Path(output)
     dtype, dequantise = request.dtype, request.dequantise
     check_form(ExportRequest(request.recipe, request.adapters, request.weights, request.method, dtype=dtype))
+    check_recipe_there(request.recipe)
     if not resume:
         check_model_free(output, force=force)
     planned, composition = compose_on_base(request, progress=progress)

@@ -16,13 +16,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
-from loracli.errors import AdapterNotFound, InputError, MalformedAdapter, UnsupportedAdapter, UsageError
-from loracli.hub.references import URI_PREFIX, BaseClaim, Reference, agreed_base, parse_reference
+from loracli.errors import (
+    AccessDenied,
+    AdapterNotFound,
+    HubUnreachable,
+    InputError,
+    MalformedAdapter,
+    UnsupportedAdapter,
+    UsageError,
+)
+from loracli.hub.references import (
+    URI_PREFIX,
+    BaseClaim,
+    Reference,
+    agreed_base,
+    near_adapter,
+    parse_reference,
+)
 from loracli.hub.source import BASE_CONFIG, Asking, FetchedFile, HubOptions, Kind, Listing, Source
 from loracli.hub.transfer import MAX_SMALL_BYTES, fetch
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.system.display import count_text, names_text, repr_line
 from loracli.system.files import CONFIG_FILE, MLX_TENSOR_FILE, PICKLE_FILE, README_FILE, TENSOR_FILE, TENSOR_FILES
+from loracli.system.near import hints
 from loracli.system.strict_json import read_object
 
 MAX_ADAPTER_BYTES = 8 << 30
@@ -161,7 +177,12 @@ def fetch_adapters(
         for n, reference in enumerate(parsed)
         if n not in sources
     }
-    copies = dict(zip(sources, fetch(list(sources.values())), strict=True))
+    try:
+        copies = dict(zip(sources, fetch(list(sources.values())), strict=True))
+    except (AdapterNotFound, HubUnreachable, AccessDenied) as error:  # a directory's name may have been mistyped
+        near = [near_adapter(source.text) for source in sources.values() if not source.text.startswith(URI_PREFIX)]
+        error.hint = hints(*near, error.hint)
+        raise
     return tuple(
         local[n] if n in local else Fetched(reference, copies[n].path, copies[n].commit, copies[n].files)
         for n, reference in enumerate(parsed)

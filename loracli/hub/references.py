@@ -21,10 +21,16 @@ from urllib.parse import unquote
 
 from loracli.errors import AdapterNotFound, IncompatibleAdapters, UsageError
 from loracli.system.files import CONFIG_FILE
+from loracli.system.near import hints, holding, near_path
 
 URI_PREFIX = "hf://"
 _FORMS = (
     f"write org/name, org/name@revision, hf://org/name@revision/sub/folder, or a directory that holds {CONFIG_FILE}"
+)
+
+WHOLE_MODEL = (
+    "it looks like a whole model, which is named with --base; an adapter is what PEFT's save_pretrained writes before "
+    "merge_and_unload"
 )
 
 _NAME = r"\w(?:[\w.-]{0,94}\w)?"
@@ -136,9 +142,19 @@ def _refuse(text: str) -> NoReturn:
         raise AdapterNotFound(
             "a file is not an adapter", where=text, hint=f"name the directory that holds {CONFIG_FILE}"
         )
+    several = [part.strip() for part in text.split(",")]
+    if len(several) > 1:
+        spaced = f"separate adapters by spaces: {' '.join(several)}"
+        raise AdapterNotFound("an adapter's name holds no comma", where=text, hint=spaced)
+    near = hints(near_adapter(text), _FORMS)
     if text.startswith((".", "/", "~")):
-        raise AdapterNotFound("no such directory", where=text, hint=_FORMS)
-    raise AdapterNotFound("neither a local directory nor a Hub repository's name", where=text, hint=_FORMS)
+        raise AdapterNotFound("no such directory", where=text, hint=near)
+    raise AdapterNotFound("neither a local directory nor a Hub repository's name", where=text, hint=near)
+
+
+def near_adapter(text: str) -> str | None:
+    """Asks for an adapter's directory here that is called nearly so; None without one."""
+    return near_path(text, holding(CONFIG_FILE))
 
 
 def _hint_inside(path: str) -> str:
@@ -147,10 +163,10 @@ def _hint_inside(path: str) -> str:
         inside = sorted(name for name in os.listdir(path) if _holds_adapter(os.path.join(path, name)))
     except OSError:
         inside = []
-    if not inside:
-        return _FORMS
-    inside.sort(key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))])
-    return f"it has adapters inside: {', '.join(os.path.join(path, name) for name in inside[:5])}"
+    if inside:
+        inside.sort(key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))])
+        return f"it has adapters inside: {', '.join(os.path.join(path, name) for name in inside[:5])}"
+    return WHOLE_MODEL if os.path.isfile(os.path.join(path, "config.json")) else _FORMS
 
 
 def _holds_adapter(text: str) -> bool:

@@ -18,14 +18,21 @@ from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.claims import CAUSAL_LM, model_class
-from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, OutOfResources, UsageError
+from loracli.errors import AccessDenied, BaseModelMismatch, HubUnreachable, InputError, OutOfResources, UsageError
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import BaseClaim
 from loracli.model.checkpoint import shard_names
 from loracli.model.experts import check_experts
 from loracli.model.modules import check_base_copies, check_shapes, named_as
 from loracli.model.placement import DTYPES, decoder_layers, ran_out_of_memory
-from loracli.model.reference import WAY_OUT, BaseReference, check_base_files, locate_base, neutralise
+from loracli.model.reference import (
+    WAY_OUT,
+    BaseReference,
+    check_base_files,
+    locate_base,
+    neutralise,
+    refuse_mistyped,
+)
 from loracli.progress import SILENT, Progress
 from loracli.system.machine import read_launch
 
@@ -294,8 +301,10 @@ def plan_from_config(
     else:
         try:
             fetched = fetch_base(str(place.base_model), revision=place.revision, config_alone=True, progress=progress)
-        except (HubUnreachable, InputError) as error:
-            error.hint = "; ".join(filter(None, [error.hint, WAY_OUT]))
+        except (AccessDenied, HubUnreachable, InputError) as error:
+            refuse_mistyped(base, error)
+            if not isinstance(error, AccessDenied):
+                error.hint = "; ".join(filter(None, [error.hint, WAY_OUT]))
             raise
         reference = BaseReference(fetched.repo_id, fetched.path, fetched.commit)
     plan = plan_base(reference, device="cpu")

@@ -18,7 +18,15 @@ from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of
 from loracli.adapters.claims import hub_name, other_bases, say_other_bases, way_out_of
-from loracli.errors import BaseModelMismatch, HubUnreachable, InputError, UnsupportedAdapter, UsageError
+from loracli.errors import (
+    AccessDenied,
+    BaseModelMismatch,
+    HubUnreachable,
+    InputError,
+    LoracatError,
+    UnsupportedAdapter,
+    UsageError,
+)
 from loracli.hub.fetch import fetch_base
 from loracli.hub.references import (
     URI_PREFIX,
@@ -31,6 +39,7 @@ from loracli.hub.references import (
 )
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CONFIG_FILE
+from loracli.system.near import hints, holding, near_path
 from loracli.system.strict_json import read_object
 
 WAY_OUT = "give a directory that holds the base's config.json with --base, or its Hub id"
@@ -91,10 +100,20 @@ def find_base(
     say_other_bases(name, other_bases(name, stated), progress)
     try:
         fetched = fetch_base(name, revision=place.revision, progress=progress)
-    except (HubUnreachable, InputError) as error:
-        error.hint = "; ".join(filter(None, [error.hint, "or give a local copy of the model with --base"]))
+    except (AccessDenied, HubUnreachable, InputError) as error:
+        refuse_mistyped(base, error)
+        if not isinstance(error, AccessDenied):
+            error.hint = "; ".join(filter(None, [error.hint, "or give a local copy of the model with --base"]))
         raise
     return BaseReference(name, fetched.path, fetched.commit)
+
+
+def refuse_mistyped(base: str | BaseClaim, error: LoracatError) -> None:
+    """Raises InputError if a directory was meant, as far as the disk can tell: the user named what no organisation
+    stands before, and a base model lies here whose name is near. `error` is what the Hub had to say."""
+    near = near_path(base, holding(CONFIG)) if isinstance(base, str) and "/" not in base else None
+    if near is not None:
+        raise InputError(f"no directory {base} is here, and not on the Hub: {error}", hint=near) from error
 
 
 def _saved_as(folder: Path) -> str | None:
@@ -137,7 +156,9 @@ def _directory(base: str, revision: str | None) -> Path | None:
     local = Path(base).expanduser()
     if not local.is_dir():
         if not is_hub_id(base):
-            raise InputError(f"the base model {base} is not a directory", hint=WAY_OUT)
+            raise InputError(
+                f"the base model {base} is not a directory", hint=hints(near_path(base, holding(CONFIG)), WAY_OUT)
+            )
         return None
     if revision is not None:
         raise UsageError(

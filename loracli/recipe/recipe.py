@@ -47,6 +47,7 @@ from loracli.system.display import html_of, names_text, repr_line
 from loracli.system.document import MAX_PROBLEMS, AtMost, added, decode, encode, schema_of
 from loracli.system.escaping import shell_word
 from loracli.system.files import CONFIG_FILE, TENSOR_FILES, read_regular, replaced_file, write_file
+from loracli.system.near import hints, near_path
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 _FIRST_SCHEMA = 2  # that is still read
@@ -308,6 +309,22 @@ def load_recipe(path: str | Path) -> Recipe:
     return replace(result, mixing=replace(result.mixing, tensors=read_sidecar(path, result)))
 
 
+def check_recipe_there(recipe: Recipe | str | Path | None) -> None:
+    """Raises RecipeError for the file of a recipe that is not there, which is said before an output that is."""
+    if isinstance(recipe, (str, Path)) and not os.path.lexists(recipe):
+        load_recipe(recipe)
+
+
+def _way_out(path: Path) -> str | None:
+    if (path / CONFIG_FILE).is_file():
+        return f"it is an adapter, not a recipe: name adapters with --adapters, as in --adapters {path}"
+    return hints(near_path(path, _maybe_recipe), "`loracat fit` writes one; name it if it is elsewhere")
+
+
+def _maybe_recipe(path: Path) -> bool:
+    return path.suffix == ".json" and path.is_file()
+
+
 def read_document(path: Path) -> Any:
     """The JSON of a recipe's file.
 
@@ -325,7 +342,7 @@ def read_document(path: Path) -> Any:
             ) from None
         raise RecipeError(
             f"the recipe {path} cannot be read: {error.strerror}",
-            hint="`loracat fit` writes one; name it if it is elsewhere",
+            hint=_way_out(path),
         ) from None
     try:
         return parse_json(data)

@@ -14,7 +14,7 @@ from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, InputE
 from loracli.evaluation.comparison import Comparison, best_first, verdict
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.recipe.ingredients import read_ingredients
-from loracli.recipe.recipe import Recipe, load_recipe
+from loracli.recipe.recipe import Recipe, check_recipe_there, load_recipe
 from loracli.recipe.record import EDITED, INLINE_KINDS, HeldOut
 from loracli.report.charts import (
     Line,
@@ -246,6 +246,7 @@ def write_report(
     """
     progress = drawn(progress)
     output = Path(output)
+    check_recipe_there(recipe)
     _check_free(output, force=force, read=(recipe, comparison))
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     found = None if comparison is None else _read_comparison(Path(comparison), loaded)

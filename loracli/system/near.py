@@ -1,0 +1,59 @@
+"""What somebody may have meant who typed a name that there is not: one near to it, of a list or on the disk.
+
+Nothing is put right by itself: what was typed is refused, and these are words for the way out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from difflib import get_close_matches
+from pathlib import Path
+
+_MANY = 1000  # names of a folder that are looked at: a mistake must not take long to be told
+
+
+def did_you_mean(word: str, names: Collection[str]) -> str | None:
+    """`did you mean module?`, None where nothing is near.
+
+    Args:
+        word: that was typed.
+        names: that there are.
+    """
+    found = get_close_matches(word, names, n=1)
+    return f"did you mean {found[0]}?" if found else None
+
+
+def near_path(path: str | Path, fits: Callable[[Path], bool]) -> str | None:
+    """`did you mean runs/know?`: what lies in the same folder and is called alike, None where nothing does.
+
+    Args:
+        path: that was typed, and is not there.
+        fits: whether something on the disk could have been meant.
+    """
+    path = Path(path)
+    try:
+        with os.scandir(path.parent.expanduser()) as entries:
+            names = sorted(entry.name for entry, _ in zip(entries, range(_MANY), strict=False))
+    except (OSError, RuntimeError, ValueError):  # no such folder, or no such home
+        return None
+    fitting = [name for name in names if name != path.name and fits(path.parent.expanduser() / name)]
+    stems = {Path(name).stem: name for name in reversed(fitting)}  # endings would make any two files alike
+    near = [stems[stem] for stem in get_close_matches(path.stem, stems, n=1)]
+    return f"did you mean {path.parent / near[0]}?" if near else None
+
+
+def holding(name: str) -> Callable[[Path], bool]:
+    """Whether a directory has a file of that name, as `near_path` asks."""
+    return lambda folder: (folder / name).is_file()
+
+
+def hints(*several: str | None) -> str | None:
+    """Ways out as one text, with a semicolon between two of which the first does not end as a sentence does.
+
+    Args:
+        several: the likeliest first, None for one that there is not.
+    Returns:
+        None where there is none at all.
+    """
+    return " ".join(one if one.endswith(("?", ".")) else f"{one};" for one in several if one).rstrip(";") or None

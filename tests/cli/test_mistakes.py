@@ -1,0 +1,143 @@
+"""What people mistype: each mistake is told as what, where and the way out, with its documented exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.project import run, tree
+
+DATA = ["--data", "calibration.jsonl", "--base", "base", "-o", "other.json"]
+ELSE = ["-o", "other.json"]
+TWO = ["--adapters", "know", "form"]
+FIT = ["fit", *TWO, *DATA]
+
+
+def nothing() -> None:
+    pass
+
+
+def all_bad() -> None:
+    Path("calibration.jsonl").write_text('{"prompt": "x"}\n' * 30)
+
+
+def whole_model() -> None:
+    shutil.copytree("base", "merged")
+
+
+def above() -> None:
+    shutil.copytree("know", "runs/know")
+
+
+def no_recipe() -> None:
+    Path("recipe.json").unlink()
+    Path("adapter-cat").mkdir()
+    Path("model-fused").mkdir()
+    Path("report.html").write_text("")
+
+
+def another_name() -> None:
+    os.symlink("know", "same")
+
+
+# What is done first, what is typed, the exit code, and what the error and its hint say.
+MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
+    (nothing, ["inspect", "knwo", "form"], 3, ["error: knwo: ", "hint: did you mean know?"]),
+    (nothing, ["inspect", "./knwo"], 3, ["error: ./knwo: no such directory", "did you mean know?"]),
+    (nothing, ["inspect", "base/knwo"], 5, ["error: base/knwo: offline"]),  # nothing near lies there
+    (nothing, ["inspect", "../project/knwo"], 3, ["no such directory", "did you mean ../project/know?"]),
+    (above, ["inspect", "runs/knwo"], 5, ["error: runs/knwo: offline", "hint: did you mean runs/know?"]),
+    (nothing, ["fit", *TWO, *ELSE, "-d", "calibration.json"], 3, ["cannot be read", "calibration.jsonl?"]),
+    (nothing, ["show", "recipes.json"], 3, ["the recipe recipes.json cannot", "did you mean recipe.json?"]),
+    (nothing, [*FIT, "--mixing", "modul"], 2, ["error: --mixing modul is not one of", "did you mean module?"]),
+    (nothing, ["compare", *TWO, "-d", "test.jsonl", "-m", "tie"], 2, ["--methods tie is not", "did you mean ties?"]),
+    (nothing, ["export", *TWO, "--method", "tie"], 2, ["error: --method tie", "did you mean ties?"]),
+    (nothing, ["fit", "-a", "know,form", *DATA], 3, ["error: know,form: ", "separate adapters by spaces: know form"]),
+    (nothing, ["fit", *TWO, *ELSE, "-d", "know"], 3, ["error: know cannot be read", "named with --adapters"]),
+    (nothing, ["fit", "-a", "calibration.jsonl", *DATA], 3, ["a data file is not an adapter", "with --data"]),
+    (nothing, ["fit", "know", "form", *DATA], 2, ["error: know form: ", "loracat fit --adapters know form"]),
+    (nothing, ["compare", "know", "form", "-d", "test.jsonl"], 3, ["the recipe know", "name adapters with --adapters"]),
+    (nothing, [*FIT, "--base", "bsae"], 3, ["error: no directory bsae is here", "did you mean base?"]),
+    (nothing, [*FIT, "--base", "./bsae"], 3, ["error: the base model ./bsae", "did you mean base?"]),
+    (nothing, ["lint", "know", "--base", "bsae"], 3, ["error: no directory bsae is here", "did you mean base?"]),
+    (all_bad, FIT, 3, ["30 of 30 records", "  calibration.jsonl:1 to 30, 30 lines: completion: missing"]),
+    (nothing, ["export", "--merge", "--rank", "999"], 2, ["--rank 999 is above 24", "give at most --rank 24"]),
+    (whole_model, ["fit", "-a", "know", "merged", *DATA], 3, ["error: merged: ", "looks like a whole model", "--base"]),
+    (no_recipe, ["export"], 3, ["error: the recipe recipe.json cannot be read"]),
+    (no_recipe, ["fuse", "--base", "base"], 3, ["error: the recipe recipe.json cannot be read"]),
+    (no_recipe, ["report"], 3, ["error: the recipe recipe.json cannot be read"]),
+    (another_name, ["fit", "-a", "know", "same", *DATA], 2, ["know and same are one adapter"]),
+    (nothing, [*FIT, "--lr", "1"], 2, ["--lr", "it is called --learning-rate here"]),
+    (nothing, [*FIT, "--epochs", "1"], 2, ["--epochs", "it is called --passes here"]),
+    (nothing, ["list"], 2, ["error: loracat has no command list", "`loracat inspect ADAPTER...`"]),
+    (nothing, ["chat"], 2, ["error: loracat has no command chat", "`loracat generate`"]),
+    (nothing, ["help"], 2, ["error: loracat has no command help", "`loracat COMMAND --help`"]),
+    (nothing, ["version"], 2, ["error: loracat has no command version", "`loracat --version`"]),
+    (nothing, ["merge"], 2, ["error: loracat has no command merge", "`loracat export --merge`"]),
+    (nothing, ["train"], 2, ["error: loracat has no command train", "`loracat fit`"]),
+    (nothing, ["exprot"], 2, ["error: loracat has no command exprot", "did you mean export?"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "words", "code", "said"),
+    MISTAKES,
+    ids=[" ".join(word for word in words if word not in DATA) for _, words, _, _ in MISTAKES],
+)
+def test_a_mistake_is_told_with_its_way_out(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: Callable[[], None],
+    words: list[str],
+    code: int,
+    said: list[str],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    first()
+    before = tree(here)
+    result = run(*words)
+    assert (result.exit_code, result.stdout) == (code, "")
+    for part in said:
+        assert part in result.stderr
+    assert tree(here) == before
+
+
+def test_a_failure_speaks_on_stderr_beside_its_document(here: Path) -> None:
+    """Where stdout is a file, nobody sees the document."""
+    plain, result = run("show", "x.json"), run("show", "x.json", "--json")
+    assert result.stderr == plain.stderr.splitlines(keepends=True)[0]  # without the hint, which the document has
+    assert json.loads(result.stdout)["error"]["hint"] in plain.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "-a", "know", "copy", *DATA, "--dry-run"],
+        ["export", "-a", "know", "copy", "--weights", "0.5", "0.5", "--dry-run", "--base", "base"],
+        ["export", "-a", "know", "copy", "--method", "sum", "--dry-run", "--base", "base"],
+        ["fuse", "-a", "know", "copy", "--method", "sum", "--dry-run", "--base", "base"],
+    ],
+    ids=lambda words: " ".join(words[:1]),
+)
+def test_a_copy_of_an_adapter_is_warned_of_wherever_it_would_count_twice(here: Path, words: list[str]) -> None:
+    shutil.copytree("know", "copy")
+    result = run(*words)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("warning: know and copy hold the same bytes") == 1
+    assert "same bytes" not in run(*["form" if word == "copy" else word for word in words]).stderr
+
+
+def test_few_records_for_many_weights_and_one_adapter_alone_are_said(here: Path) -> None:
+    lines = Path("calibration.jsonl").read_text().splitlines(keepends=True)
+    Path("five.jsonl").write_text("".join(lines[:5]))
+    few = ["fit", *TWO, "--data", "five.jsonl", "--base", "base", "--dry-run"]
+    assert "warning: 3 training records for 44 weights: give more" in run(*few).stderr
+    assert "training records for" not in run(*FIT, "--dry-run").stderr
+    assert "training records for" not in run(*few, "--mixing", "adapter").stderr
+    assert "only its scale is fitted" in run("fit", "-a", "know", *DATA, "--dry-run").stderr
+    assert "only its scale" not in run(*FIT, "--dry-run").stderr
