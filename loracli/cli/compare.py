@@ -70,17 +70,31 @@ class RowOptions:
     ] = 0.02
 
 
+_Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        "-d",
+        metavar="FILE...",
+        help="Compare on this JSONL; none of its records may have been fitted on.",
+    ),
+]
+
+
+_FitData = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fit-data",
+        metavar="FILE...",
+        help="Calibrate on this JSONL what has to be fitted: kinds of mixing, task-arithmetic, lorahub, a control.",
+    ),
+    Panel.DATA,
+]
+
+
 def compare(
     *,
-    data: Annotated[
-        list[str],
-        typer.Option(
-            "--data",
-            "-d",
-            metavar="FILE...",
-            help="Compare on this JSONL; none of its records may have been fitted on.",
-        ),
-    ],
+    data: _Data,
     recipe: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -90,15 +104,7 @@ def compare(
     ] = None,
     adapters: opt.AdaptersOrPlaces = None,
     rows: RowOptions,
-    fit_data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fit-data",
-            metavar="FILE...",
-            help="Calibrate on this JSONL what has to be fitted: kinds of mixing, task-arithmetic, lorahub, a control.",
-        ),
-        Panel.DATA,
-    ] = None,
+    fit_data: _FitData = None,
     generate: Annotated[
         str | None,
         typer.Option(

@@ -124,6 +124,17 @@ class WritingOptions:
     dry_run: opt.DryRun = False
 
 
+_Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        "-d",
+        metavar="FILE...",
+        help="Score on this JSONL, before and after, or refit on it; loads the base.",
+    ),
+]
+
+
 def export(
     *,
     recipe: Annotated[
@@ -134,15 +145,7 @@ def export(
         ),
     ] = None,
     compression: CompressionOptions,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            "-d",
-            metavar="FILE...",
-            help="Score on this JSONL, before and after, or refit on it; loads the base.",
-        ),
-    ] = None,
+    data: _Data = None,
     output: Annotated[
         Path | None,
         typer.Option(

@@ -77,18 +77,30 @@ class SearchOptions:
     ] = None
 
 
+_Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        "-d",
+        metavar="FILE...",
+        help="Fit on this calibration JSONL, each FILE or FILE:WEIGHT; - is standard input.",
+    ),
+]
+
+
+_DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Check adapters and data, and say what would be fitted in how much memory; write nothing."
+    ),
+    Panel.OUTPUT,
+]
+
+
 def fit(
     *,
     adapters: opt.Adapters,
-    data: Annotated[
-        list[str],
-        typer.Option(
-            "--data",
-            "-d",
-            metavar="FILE...",
-            help="Fit on this calibration JSONL, each FILE or FILE:WEIGHT; - is standard input.",
-        ),
-    ],
+    data: _Data,
     base: opt.Base = None,
     base_revision: opt.BaseRevision = None,
     search: SearchOptions,
@@ -127,13 +139,7 @@ def fit(
     log: Annotated[
         Path | None, typer.Option("--log", metavar="FILE", help="Write one JSON object for each step."), Panel.OUTPUT
     ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Check adapters and data, and say what would be fitted in how much memory; write nothing."
-        ),
-        Panel.OUTPUT,
-    ] = False,
+    dry_run: _DryRun = False,
     out: Output,
 ) -> None:
     """Learn the mixing weights of adapters on a small calibration file (CAT) and write a recipe."""
