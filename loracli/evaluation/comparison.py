@@ -297,6 +297,9 @@ def _less_loss(difference: float, interval: tuple[float, float], loss: float) ->
         return f"a difference of {difference:+.4f} nats per token", f" (95 % interval {interval_text(interval)})"
     share, low, high = (-100 * value / loss for value in (difference, interval[1], interval[0]))
     digits = 0 if high - low >= 1 else 1 if high - low >= 0.1 else 2
+    nearest = min(abs(low), abs(high))
+    if low * high > 0:  # an end that is not 0 is not shown as 0
+        digits = next((count for count in range(digits, 4) if round(nearest, count)), 4)
 
     def signed(value: float, *, word: bool) -> str:
         size = f"{abs(value):.{digits}f} %"

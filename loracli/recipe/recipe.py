@@ -443,6 +443,8 @@ def _of_table(recipe: Recipe, known: set[str]) -> Iterator[str]:
         rows.add(row.name)
     if "fit" not in rows:
         yield "held_out.rows: no row 'fit'"
+    elif table.best_ingredient in known and table.best_ingredient not in rows:
+        yield f"held_out.rows: no row {table.best_ingredient!r}, the best adapter"
     for index, task in enumerate(table.tasks):
         if task.nats_per_token.keys() != rows:
             yield f"held_out.tasks[{index}].nats_per_token: not the names of held_out.rows"

@@ -52,7 +52,7 @@ def completed(folder: Path, shell: Callable[[list[str]], dict[str, str]], *words
 
 
 CASES = [
-    (["co"], ["convert", "compare"]),
+    (["co"], ["compare", "convert"]),
     (["fit", "--eval"], ["--eval-data"]),
     (["fit", "--mixing", "a"], ["adapter", "auto"]),
     (["show", "--color", "a"], ["auto", "always"]),

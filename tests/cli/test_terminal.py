@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,7 @@ from loracli.cli._help import Panel
 from loracli.cli._output import TALK, Output, Talk, print_anything
 from loracli.cli._tables import held_out_lines
 from loracli.cli.fit import EPILOG
-from loracli.recipe.recipe import load_recipe
+from loracli.recipe.record import HeldOut, HeldOutRow
 from tests.cli.process import COMMAND, environment, on_terminal, piped
 from tests.cli.project import run
 
@@ -131,23 +130,14 @@ def test_a_table_too_wide_for_a_terminal_comes_in_parts_and_loses_nothing(monkey
             assert (len(rows) > 1) is (width < 120)
 
 
-def test_a_long_name_of_an_adapter_leaves_the_losses_beside_it_at_80_columns(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = {name: f"organisation/a-very-long-name-of-an-adapter-{name}" for name in ("one", "two")}
-    recipe = load_recipe("recipe.json")
-    rows = [
-        replace(row, name=names.get({"know": "one", "form": "two"}.get(row.name, ""), row.name))
-        for row in recipe.held_out.rows
-    ]
-    named = SimpleNamespace(
-        public=lambda: SimpleNamespace(
-            held_out_of_weights=replace(recipe.held_out, rows=tuple(rows), best_ingredient=names["two"])
-        )
-    )
+def test_a_long_name_of_an_adapter_leaves_the_losses_beside_it_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"organisation/a-very-long-name-of-an-adapter-{number}" for number in ("one", "two")]
+    rows = [HeldOutRow(name, 1.0 + i, float(i), (i - 0.5, i + 0.5), 0.5) for i, name in enumerate([*names, "fit"])]
+    table = HeldOut("test.jsonl", 24, 240, names[0], tuple(rows), (), "not better")
+    named = SimpleNamespace(public=lambda: SimpleNamespace(held_out_of_weights=table))
     lines = shown(80, monkeypatch, lambda out: held_out_lines(out, named))  # type: ignore[arg-type]
     [heading] = [line for line in lines if line.split()[:1] == ["nats/token"]]
-    assert heading.endswith("95 % interval  worse on") and max(map(len, lines[:-2])) <= 80
+    assert heading.endswith("95 % interval  worse on") and max(map(len, lines)) <= 80
     cut = [line.split()[0] for line in lines if "…" in line]
     assert len(set(cut)) == 2 and all(len(name) == 26 and name.startswith("organisation") for name in cut)
     assert {name[-3:] for name in cut} == {"one", "two"}

@@ -498,7 +498,7 @@ def test_what_is_fitted_is_announced_measured_and_finished_even_where_it_is_stop
     run_comparison(inputs, progress=told)
     assert (told.begun, told.finished) == (1, 1)
     ways = 3 + len(DATA_FREE)  # the base, two adapters, and every method that needs no fit
-    assert any(f"{ways} ways to compose on 24 records: about " in message for message in told.said)
+    assert any(f"{ways} rows to score on 24 records: about " in message for message in told.said)
     stopped = Told()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Candidate, "composed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -53,6 +53,11 @@ def table(verdict: Any, difference: float, interval: tuple[float, float], *, los
             "(95 % sure between 5 and 15 %)",
         ),
         (
+            table(WORSE, 0.06, (0.006, 0.1)),  # an end near 0 is told from 0
+            "The composition is worse than your best adapter, b: 3.0 % more loss on 128 records that it had not seen "
+            "(95 % sure between 0.3 and 5.0 %)",
+        ),
+        (
             table(FEW, -1.0, (-1.2, -0.8)),
             "Too few records to tell whether the composition is better than your best adapter, b: 50 % less loss on "
             "128 records that it had not seen (95 % sure between 40 and 60 %)",

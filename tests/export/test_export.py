@@ -69,8 +69,8 @@ def make_recipe(folder: Path, adapters: list[LoraAdapter], modules: Any, *, seed
     mixing = make_diagonal(make_layout(adapters), "module")
     generator = torch.Generator().manual_seed(seed)
     theta = torch.randn(mixing.numbers, generator=generator, dtype=torch.float64)
-    row = HeldOutRow("fit", 1.0, 0.0, (-0.1, 0.1), 0.5)
     references = [os.path.relpath(a.path, folder) for a in adapters]
+    rows = (HeldOutRow("fit", 1.0, 0.0, (-0.1, 0.1), 0.5), HeldOutRow(references[0], 1.0, 0.0, (0.0, 0.0), 0.0))
     return Recipe(
         base=RecipeBase(BASE_ID, None, "0" * 64),
         adapters=tuple(
@@ -82,7 +82,7 @@ def make_recipe(folder: Path, adapters: list[LoraAdapter], modules: Any, *, seed
         mixing=RecipeMixing("module", mixing.by_group(theta), mixing.numbers),
         modules=modules,
         dtype="float32",
-        held_out=HeldOut("val.jsonl", 1, 1, references[0], (row,), (), "too few records"),
+        held_out=HeldOut("val.jsonl", 1, 1, references[0], rows, (), "too few records"),
         versions={"loracat": "0"},
         folder=folder,
     )

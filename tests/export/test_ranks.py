@@ -143,7 +143,7 @@ def test_an_adapter_of_weight_zero_costs_no_rank(tmp_path: Path, merge: bool) ->
     weights = {name: (0.0, 0.5) for name in made.recipe.mixing.weights}
     recipe = replace(made.recipe, mixing=replace(made.recipe.mixing, weights=weights))
     exported = export_adapter(
-        ExportRequest(recipe, merge=merge, rank=4 if merge else None, profile="peft"), tmp_path / "out"
+        ExportRequest(recipe, merge=merge, rank=2 if merge else None, profile="peft"), tmp_path / "out"
     )
     assert exported.layout.rank == 2
     assert export_adapter(ExportRequest(recipe), tmp_path / "portable").layout.rank == 2
