@@ -59,6 +59,6 @@ def lint(
         for reason in server.unclear:
             out.line(f"  not checked  {reason}", style="dim")
         for command in server.serve:
-            out.line(f"  {command}", whole=True)
+            out.line(f"  {'in Python: ' if server.id == 'peft' else ''}{command}", whole=True)
     if not found.taken:
         raise typer.Exit(3)

@@ -165,9 +165,6 @@ def _shapes(adapters: Sequence[LoraAdapter], layout: Layout) -> list[tuple[int, 
     return [(factors.in_features, factors.out_features) for factors in found]
 
 
-_EVALUATIONS = 40  # of a search, at most: what the progress bar expects
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A row to be.
@@ -268,7 +265,9 @@ def _method(name: str, inputs: CompareInputs, calibration: Calibration | None, b
         )
     share = min(1.0, SEARCH_RECORDS / len(calibration.examples))
     search = partial(search_weights, METHODS[name], options, calibration, adapters, layout)
-    return Candidate(name, "method", search, round(_EVALUATIONS * share * tokens), fitted=True, by_name=by_name)
+    return Candidate(
+        name, "method", search, round(METHODS[name].evaluations * share * tokens), fitted=True, by_name=by_name
+    )
 
 
 def _controls(inputs: CompareInputs, calibration: Calibration) -> list[Candidate]:

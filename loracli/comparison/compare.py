@@ -88,14 +88,52 @@ def run_comparison(
     fit = inputs.settings.fit
     adapters = (*inputs.adapters, *([] if inputs.datamix is None else [inputs.datamix]))
     opening = Opening(inputs.base, adapters, fit.batch_tokens, fit.max_length, inputs.saved, placement)
-    with open_session(opening, progress=progress) as session:
+    rows = _Rows(progress)
+    with open_session(opening, progress=rows) as session:
         say_tokenizer_differences(inputs.adapters, inputs.references, session.tokenizer, progress)
-        return _Comparison(inputs, session, metric).run()
+        return _Comparison(inputs, session, metric, rows).run()
+
+
+class _Rows:
+    """Tells another `Progress` of a comparison row by row, each with about as much work as was expected of it.
+
+    A row that takes more stays at its end, and one that takes less goes there when the next one begins; so the whole is
+    reached and never passed.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._row, self._end, self._told = "", 0, 0
+
+    def enter(self, row: str, work: int) -> None:
+        """What follows is for this row."""
+        self._progress.advance(TASK, self._end - self._told, row)
+        self._row, self._told, self._end = row, self._end, self._end + work
+
+    def begin(self, task: str, total: int | None, unit: str) -> None:
+        self._progress.begin(task, total, unit)
+
+    def advance(self, task: str, amount: int, status: str = "") -> None:
+        if task == TASK:
+            amount = min(amount, self._end - self._told)
+            self._told += amount
+            status = status if status.startswith(self._row) else f"{self._row}, {status}"
+        self._progress.advance(task, amount, status)
+
+    def finish(self, task: str) -> None:
+        self._progress.finish(task)
+
+    def note(self, message: str) -> None:
+        self._progress.note(message)
+
+    def warn(self, message: str) -> None:
+        self._progress.warn(message)
 
 
 class _Comparison:
-    def __init__(self, inputs: CompareInputs, session: Session, metric: TaskMetric | None) -> None:
-        self._inputs, self._session, self._progress = inputs, session, session.progress
+    def __init__(self, inputs: CompareInputs, session: Session, metric: TaskMetric | None, progress: _Rows) -> None:
+        self._inputs, self._session, self._progress = inputs, session, progress
+        self._forward = 0  # tokens of a row
         self._test = self._render(inputs.test)
         self._guard = self._render(inputs.guard)
         self._metric = metric
@@ -110,10 +148,15 @@ class _Comparison:
         others = [] if inputs.datamix is None else [datamix_candidate(inputs.datamix)]
         self._announce([*rows, *others])
         try:
-            before = {row.name: row.composed(self._skipped) for row in rows if row.fitted}
-            evaluated = self._evaluate(rows, before, inputs.adapters, inputs.layout)
+            names = [row.name for row in (*rows, *others)]
+            before: dict[str, MixingPoint | None] = {}
+            for row in rows:
+                if row.fitted:
+                    self._progress.enter(_counted(row, names), row.cost)
+                    before[row.name] = row.composed(self._skipped)
+            evaluated = self._evaluate(rows, names, before, inputs.adapters, inputs.layout)
             if inputs.datamix is not None:
-                evaluated += self._evaluate(others, {}, [inputs.datamix], make_layout([inputs.datamix]))
+                evaluated += self._evaluate(others, names, {}, [inputs.datamix], make_layout([inputs.datamix]))
         finally:
             self._progress.finish(TASK)
         metric = None if self._metric is None else self._metric.name
@@ -154,8 +197,8 @@ class _Comparison:
         inputs, base = self._inputs, self._session.base
         batches = self._session.batches(self._test)
         batch = batches[len(batches) // 2]
-        forward = len(rows) * sum(one.tokens for one in (*batches, *self._session.batches(self._guard)))
-        work = forward + sum(row.cost for row in rows)
+        self._forward = sum(one.tokens for one in (*batches, *self._session.batches(self._guard)))
+        work = len(rows) * self._forward + sum(row.cost for row in rows)
         with self._engine(inputs.adapters, inputs.layout) as engine:
             find_reach(engine, self._session, self._test)
             device = engine.objective.attached.device
@@ -177,6 +220,7 @@ class _Comparison:
     def _evaluate(
         self,
         rows: Sequence[Candidate],
+        names: Sequence[str],
         before: dict[str, MixingPoint | None],
         adapters: Sequence[LoraAdapter],
         layout: Layout,
@@ -186,10 +230,11 @@ class _Comparison:
             if adapters is not inputs.adapters:
                 find_reach(engine, self._session, self._test)
             for row in rows:
+                self._progress.enter(_counted(row, names), self._forward)
                 point = before[row.name] if row.name in before else row.composed(self._skipped)
                 if point is None:
                     continue
-                engine.meter.stage(row.name)
+                engine.meter.stage(_counted(row, names))
                 try:
                     evaluated.append(self._measure(row, point, engine))
                 except NonFiniteLoss as error:
@@ -209,3 +254,8 @@ class _Comparison:
         scores = score(self._test)
         values = None if self._answers is None else self._answers(engine.objective)
         return Evaluated(row.name, row.kind, point, scores, guard, values)
+
+
+def _counted(row: Candidate, names: Sequence[str]) -> str:
+    """`15/23 ties`."""
+    return f"{names.index(row.name) + 1}/{len(names)} {row.name}"

@@ -484,10 +484,22 @@ def test_what_is_fitted_is_announced_measured_and_finished_even_where_it_is_stop
     """The task that is shown begins once and ends once, also where a row raises what nobody expects."""
 
     class Told(Heard):
-        begun = finished = 0
+        begun = finished = done = 0
+        total: int | None = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages: list[str] = []
 
         def begin(self, task: str, total: int | None, unit: str) -> None:
             self.begun += task == TASK
+            self.total = total if task == TASK else self.total
+
+        def advance(self, task: str, amount: int, status: str = "") -> None:
+            if task == TASK:
+                assert amount >= 0
+                self.done += amount
+                self.stages.append(status.split(", ")[0])
 
         def finish(self, task: str) -> None:
             self.finished += task == TASK
@@ -498,6 +510,8 @@ def test_what_is_fitted_is_announced_measured_and_finished_even_where_it_is_stop
     run_comparison(inputs, progress=told)
     assert (told.begun, told.finished) == (1, 1)
     ways = 3 + len(DATA_FREE)  # the base, two adapters, and every method that needs no fit
+    assert told.stages[0] == f"1/{ways} base" and told.stages[-1].startswith(f"{ways}/{ways} ")
+    assert told.total is not None and 0 < told.done <= told.total
     assert any(f"{ways} rows to score on 24 records: about " in message for message in told.said)
     stopped = Told()
     with pytest.MonkeyPatch.context() as patch:

@@ -350,7 +350,7 @@ def test_show_says_what_the_weights_are_and_how_many_numbers_were_fitted(
     monkeypatch.chdir(tmp_path)
     shown: Any = CliRunner().invoke(app, ["show"])
     assert shown.exit_code == 0
-    assert f"77 weights ({kind}), fitted, kept in recipe.safetensors" in shown.stdout
+    assert f"77 numbers ({kind}), fitted, kept in recipe.safetensors" in shown.stdout
     assert "the weights that come closest: mean over modules" in shown.stdout
     recipe = load_recipe("recipe.json")
     values = [row[0] for name, row in recipe.mixing.weights.items() if name.endswith("q_proj")]

@@ -92,7 +92,9 @@ def _vertex(seen: dict[float, float]) -> float | None:
     return vertex if a < vertex < c else None
 
 
-TASK_ARITHMETIC = Method("task-arithmetic", "the sum, times one fitted scale", search=_search_scale)
+TASK_ARITHMETIC = Method(
+    "task-arithmetic", "the sum, times one fitted scale", search=_search_scale, evaluations=len(_GRID) + _REFINEMENTS
+)
 
 
 _EVALUATIONS = 40
@@ -134,6 +136,7 @@ LORAHUB = Method(
     "lorahub",
     "one weight each, found without gradients",
     search=_search_weights,
+    evaluations=_EVALUATIONS,
     takes=frozenset({"seed"}),
     extra="lorahub",
 )

@@ -68,6 +68,7 @@ class Method:
         weights: of N: one weight for each adapter, the same in every module.
         merge: of the updates of one module, None for an adapter that does not have it, and the options.
         search: of a loss, N and the options: weights as of `weights`, found with calibration records.
+        evaluations: of the loss that a search makes, at most.
         takes: names of the options that it takes; `rank` goes without saying where `full_rank` is set.
         full_rank: whether its own result has full rank, so that `merge` gives the best approximation of a rank.
         extra: the optional dependency that it needs, as `loracat[extra]`.
@@ -78,6 +79,7 @@ class Method:
     weights: Callable[[int], tuple[float, ...]] | None = None
     merge: Callable[[Sequence[Factors | None], MethodOptions], Merged] | None = None
     search: Callable[[Loss, int, MethodOptions], tuple[float, ...]] | None = None
+    evaluations: int = 0
     takes: frozenset[str] = frozenset()
     full_rank: bool = False
     extra: str | None = None
