@@ -338,7 +338,8 @@ def read_document(path: Path) -> Any:
             word = shell_word(str(path))
             raise RecipeError(
                 f"{path} is an adapter, and a recipe is read here",
-                hint=f"`loracat inspect {word}` shows it; `loracat export --adapters {word} --weights 1` exports it",
+                hint=f"name adapters with --adapters, as in `loracat export --adapters {word} --weights 1`; "
+                f"`loracat inspect {word}` shows it",
             ) from None
         raise RecipeError(
             f"the recipe {path} cannot be read: {error.strerror}",

@@ -356,7 +356,7 @@ def test_the_next_command_is_named_with_what_was_given_and_can_be_typed(here: Pa
     os.rename("know", "know how; $(rm)")
     Path("it's").mkdir()
     adapters = ["know how; $(rm)", "form"]
-    assert hinted("inspect", *adapters) == ["loracat", "fit", "--adapters", *adapters, "--data", "val.jsonl"]
+    assert hinted("inspect", *adapters) == ["loracat", "fit", "--adapters", *adapters, "--data", "DATA.jsonl"]
     following = _export_of(compared("ties"), MethodOptions(density=0.9), (), adapters, {"base": "base"})
     assert following[-2:] == adapters and following[-5:-3] == ["--base", "base"]
     assert run(*following[1:], "--dry-run").exit_code == 0

@@ -62,7 +62,7 @@ def test_a_prompt_comes_from_standard_input_without_the_end_of_its_last_line(her
 def test_a_directory_is_asked_beside_the_base_and_lint_is_named(here: Path) -> None:
     shown = run("generate", "know", *ASK[1:], "-p", QUESTION)
     assert [line for line in shown.stdout.splitlines() if line and not line.startswith(" ")] == ["base", "know"]
-    assert shown.stderr.endswith("next: loracat lint know\n")
+    assert shown.stderr.endswith("next: loracat lint know --base base\n")
 
 
 @pytest.mark.parametrize(

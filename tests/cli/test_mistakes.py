@@ -61,7 +61,7 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (nothing, ["fit", *TWO, *ELSE, "-d", "know"], 3, ["error: know cannot be read", "named with --adapters"]),
     (nothing, ["fit", "-a", "calibration.jsonl", *DATA], 3, ["a data file is not an adapter", "with --data"]),
     (nothing, ["fit", "know", "form", *DATA], 2, ["error: know form: ", "loracat fit --adapters know form"]),
-    (nothing, ["compare", "know", "form", "-d", "test.jsonl"], 3, ["the recipe know", "name adapters with --adapters"]),
+    (nothing, ["compare", "know", "form", "-d", "test.jsonl"], 3, ["is an adapter", "name adapters with --adapters"]),
     (nothing, [*FIT, "--base", "bsae"], 3, ["error: no directory bsae is here", "did you mean base?"]),
     (nothing, [*FIT, "--base", "./bsae"], 3, ["error: the base model ./bsae", "did you mean base?"]),
     (nothing, ["lint", "know", "--base", "bsae"], 3, ["error: no directory bsae is here", "did you mean base?"]),

@@ -144,7 +144,9 @@ def test_the_commands_of_a_card_make_the_same_weights_from_the_hub(
         named.append(
             replace(adapter, reference=reference, repo_id=repo_id, subfolder=folder or None, commit=commits[-1])
         )
-    held_out = replace(made.recipe.held_out, best_ingredient="org/skill0")
+    fitted, best = made.recipe.held_out.rows
+    rows = (fitted, replace(best, name="org/skill0"))
+    held_out = replace(made.recipe.held_out, best_ingredient="org/skill0", rows=rows)
     recipe = replace(made.recipe, adapters=tuple(named), held_out=held_out)
     export_adapter(ExportRequest(recipe, merge=True, rank=3, dtype="bfloat16"), tmp_path / "fitted")
     export_adapter(

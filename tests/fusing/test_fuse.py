@@ -386,7 +386,7 @@ def test_force_replaces_a_fused_model_and_nothing_else(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out")
     with pytest.raises(OutputExists):
-        fuse_model(FuseRequest("no-recipe.json"), tmp_path / "out")
+        fuse_model(FuseRequest(made.recipe, base="no/base"), tmp_path / "out")
     fuse_model(FuseRequest(made.recipe, base=str(made.base), dtype="float16"), tmp_path / "out", force=True)
     assert {t.dtype for t in tensors(tmp_path / "out").values()} == {torch.float16}
     (tmp_path / "out" / "notes.txt").write_text("mine")

@@ -140,7 +140,7 @@ def test_a_card_whose_hashes_were_written_anew_is_never_said_to_be_checked(tmp_p
     "options",
     [
         {"profile": "peft"},
-        {"merge": True, "rank": 64, "dtype": "bfloat16"},
+        {"merge": True, "rank": 9, "dtype": "bfloat16"},
         {"merge": True, "tolerance": 0.3},
         {"merge": True, "energy": 0.9, "profile": "portable"},
         {"profile": "mlx"},
