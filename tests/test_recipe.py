@@ -302,6 +302,7 @@ def test_the_recipe_that_the_cases_below_damage_is_fine(tmp_path: Path) -> None:
         ("held_out__rows__0__interval__1", "x", 'held_out.rows[0].interval[1]: expected a number, got "x"'),
         ("held_out__best_ingredient", "other", "held_out.best_ingredient: 'other' is none of the adapters"),
         ("held_out__rows", [], "held_out.rows: no row 'fit'"),
+        ("held_out__rows__1__name", "nobody", "held_out.rows: no row 'know', the best adapter"),
         (
             "held_out__tasks__1__nats_per_token",
             {"fit": 1},

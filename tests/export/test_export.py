@@ -259,8 +259,8 @@ def test_moved_ingredients_are_found_with_adapters_in_the_recipes_order_only(tmp
 def test_an_existing_output_is_refused_before_any_work_and_replaced_with_force(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     export_adapter(ExportRequest(made.recipe), tmp_path / "out")
-    with pytest.raises(OutputExists):
-        export_adapter(ExportRequest(made.recipe), tmp_path / "out")
+    with pytest.raises(OutputExists):  # before it is seen that no ingredient is there
+        export_adapter(ExportRequest(made.recipe, adapters=["no/one", "no/other"]), tmp_path / "out")
     exported = export_adapter(ExportRequest(made.recipe, merge=True), tmp_path / "out", force=True)
     assert exported.merged
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

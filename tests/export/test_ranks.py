@@ -217,3 +217,11 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_what_has_one_rank_is_judged_by_the_sum_of_its_updates() -> None:
     found = spectra_of_targets({"p[0]": Tensor([4, 1]), "p[1]": Tensor([9]), "q": Tensor([2])})
     assert {name: squares.tolist() for name, squares in found.items()} == {"p": [13, 1], "q": [2]}
+
+
+def test_a_rank_may_be_the_sum_of_the_ranks_and_no_more(tmp_path: Path) -> None:
+    made = Made(tmp_path, "mixed ranks")  # 7 and 2
+    assert export_adapter(ExportRequest(made.recipe, merge=True, rank=9), tmp_path / "most").layout.rank == 9
+    with pytest.raises(UsageError, match="--rank 10 is above 9, the sum of the ranks") as caught:
+        export_adapter(ExportRequest(made.recipe, merge=True, rank=10), tmp_path / "more")
+    assert "--rank 9" in (caught.value.hint or "") and not (tmp_path / "more").exists()
