@@ -137,14 +137,14 @@ def plan_layout(
 
 
 def _check_rank(composition: Composition, rank: int, modules: Mapping[str, BaseModule]) -> None:
-    """Raises UsageError for a rank above the sum of the ranks that no update has either: the rest would be zeros."""
+    """Raises UsageError for a rank above the sum of the adapters' ranks and above that of every update."""
     most = sum(max(adapter.ranks) for adapter in composition.adapters)
     for name in composition.names():
         module, total = modules[target_of(name)], composition.known_rank(name)
         most = max(most, total or min(module.in_features, module.out_features))
     if rank > most:
         raise UsageError(
-            f"--rank {rank} is above {most}, the sum of the ranks: the rest would be zeros",
+            f"--rank {rank} is above {most}, and no update here can need more: the rest would be zeros",
             hint=f"give at most --rank {most}, or leave --rank out",
         )
 

@@ -222,6 +222,6 @@ def test_what_has_one_rank_is_judged_by_the_sum_of_its_updates() -> None:
 def test_a_rank_may_be_the_sum_of_the_ranks_and_no_more(tmp_path: Path) -> None:
     made = Made(tmp_path, "mixed ranks")  # 7 and 2
     assert export_adapter(ExportRequest(made.recipe, merge=True, rank=9), tmp_path / "most").layout.rank == 9
-    with pytest.raises(UsageError, match="--rank 10 is above 9, the sum of the ranks") as caught:
+    with pytest.raises(UsageError, match="--rank 10 is above 9, and no update here can need more") as caught:
         export_adapter(ExportRequest(made.recipe, merge=True, rank=10), tmp_path / "more")
     assert "--rank 9" in (caught.value.hint or "") and not (tmp_path / "more").exists()
