@@ -37,6 +37,9 @@ from loracli.recipe.record import FINGERPRINT, RecipeData
 from loracli.system.strict_json import read_object
 
 MIN_HELD_OUT = 20  # below this, a paired interval says nothing
+HOLDOUT = 0.2
+_CROSSED_BELOW = round(MIN_HELD_OUT / HOLDOUT)  # records; from here on a fifth of them is enough to say something
+_CROSSED_PARTS = 4
 
 
 def _held_out_count(records: int, share: float) -> int:
@@ -177,15 +180,18 @@ class Dataset:
 
     Args:
         files: the calibration files.
-        eval_files: files of held-out records; none where a share of `files` is held out.
+        eval_files: files of held-out records; none where records of `files` are held out.
         training: records to fit on and to choose with.
-        held_out: records that are read once, at the end.
+        held_out: records that are read once, at the end; with `parts` the training records once more.
+        parts: of cross-fitting: each is held out of a fit of its own on the others, while the weights come from all
+            records; none where records are set apart.
     """
 
     files: tuple[CalibrationFile, ...]
     eval_files: tuple[CalibrationFile, ...]
     training: tuple[Record, ...]
     held_out: tuple[Record, ...]
+    parts: tuple[tuple[Record, ...], ...] = ()
 
     @property
     def held_out_name(self) -> str:
@@ -207,7 +213,7 @@ def read_dataset(
     data: DataPaths,
     eval_data: DataPaths | None,
     *,
-    holdout: float,
+    holdout: float | None,
     seed: int,
     shape: str | None = None,
     fields: str | None = None,
@@ -218,8 +224,8 @@ def read_dataset(
 
     Args:
         data: calibration files, each `FILE`, `FILE:WEIGHT`, or `-` for standard input.
-        eval_data: held-out records likewise; None to hold out a share of each calibration file.
-        holdout: that share.
+        eval_data: held-out records likewise; None to hold out some of each calibration file.
+        holdout: the share of it; None for a fifth, or with fewer than 100 records in all for every record in its turn.
         seed: of the division.
         shape: of all records; None to see it from each file.
         fields: other names of what is read, as `prompt=question,completion=answer`.
@@ -246,10 +252,31 @@ def read_dataset(
         held_out = [record for file in eval_files for record in file.records]
         _warn_of_common(training, eval_files, progress)
     else:
-        training, held_out = _divide(files, holdout, seed)
+        every = [record for file in files for record in file.records]
+        if holdout is None and len(every) < _CROSSED_BELOW:
+            return _crossed(files, every, seed, progress)
+        training, held_out = _divide(files, HOLDOUT if holdout is None else holdout, seed)
     if len(held_out) < MIN_HELD_OUT:
         progress.warn(f"only {len(held_out)} records are held out: too few for a verdict (at least {MIN_HELD_OUT})")
     return Dataset(files, eval_files, tuple(training), tuple(held_out))
+
+
+def _crossed(files: tuple[CalibrationFile, ...], every: Sequence[Record], seed: int, progress: Progress) -> Dataset:
+    """Every record held out once, each of up to four parts from a fit on the others.
+
+    Raises:
+        CalibrationError: if all records are equal.
+    """
+    different = len({record.fingerprint for record in every})
+    if different < 2:
+        raise CalibrationError(
+            f"{files[0].source} has {different} different records, too few to hold some out",
+            hint="give held-out records with --eval-data",
+        )
+    if len(every) < MIN_HELD_OUT:
+        progress.warn(f"only {len(every)} records in all: too few for a verdict (at least {MIN_HELD_OUT})")
+    parts = dealt(every, min(_CROSSED_PARTS, different), seed=seed + 2)
+    return Dataset(files, (), tuple(every), tuple(every), tuple(tuple(part) for part in parts))
 
 
 def check_shape(shape: str | None) -> Shape | None:
@@ -291,7 +318,9 @@ def render_dataset(
     rendered, rendered_eval = (tuple(map(render, files)) for files in (dataset.files, dataset.eval_files))
     places = {record.place for record in dataset.training}
     training = [_some(file, places, inside=True) for file in rendered]
-    held_out = [file.examples for file in rendered_eval] or [_some(file, places, inside=False) for file in rendered]
+    held_out = [file.examples for file in rendered_eval] or [
+        _some(file, places, inside=bool(dataset.parts)) for file in rendered
+    ]
     for examples, what in ((training, "to fit on"), (held_out, "to score the fit on")):
         if not any(examples):
             raise CalibrationError(f"no record is left {what}", hint="give more records, or raise --max-length")

@@ -258,6 +258,8 @@ def held_out_lines(out: Output, recipe: Recipe) -> None:
     if table is None:
         return
     out.line(f"held out: {table.records} records of {table.name}, {table.scored_tokens} scored tokens", style="bold")
+    if table.how:
+        out.line(table.how)
     ordered = best_first(table.rows)
     names = _names(out, [row.name for row in ordered])
     rows = [[names[row.name], *_losses(row, table.best_ingredient)] for row in ordered]

@@ -46,10 +46,15 @@ class SearchOptions:
         typer.Option("--paper", help="Fit by the published recipe: softmax weights, one epoch, learning rate 1e-4."),
     ] = False
     holdout: Annotated[
-        float,
-        typer.Option("--holdout", metavar="SHARE", help="Hold out this share of --data, at least 20 records."),
+        float | None,
+        typer.Option(
+            "--holdout",
+            metavar="SHARE",
+            help="Hold out this share of --data, at least 20 records; by default a fifth, and below 100 records "
+            "each of them in its turn.",
+        ),
         Panel.DATA,
-    ] = 0.2
+    ] = None
     ridge: Annotated[
         float | None,
         typer.Option(
@@ -233,7 +238,7 @@ def _show_plan(out: Output, plan: FitPlan) -> None:
         "mixing": settings.mixing,
         "numbers": inputs.numbers,
         "modules": len(inputs.layout.modules),
-        "passes": settings.budget,
+        "passes": plan.passes,
         "select_by": None if settings.metric is None else settings.metric.name,
         "memory_bytes": plan.memory.total_checkpointed if again else plan.memory.total,
         "checkpointing": again,

@@ -400,6 +400,7 @@ def _held_out(table: HeldOut) -> list[str]:
     lines = [
         "## On held-out records",
         "",
+        *([f"Cross-fitted: {table.how}.", ""] if table.how else []),
         f"{table.records} records, {table.scored_tokens} scored tokens; difference to the best ingredient,",
         f"{markdown_code(table.best_ingredient)}, with its paired 95 % bootstrap interval. The fit was scored before",
         "compression and rounding.",

@@ -238,7 +238,7 @@ def verdict(table: HeldOut) -> str:
     alone = [row for row in table.rows if row.name not in ("base", "uniform", "sum", "fit")]
     adapter = f"your {'best ' if len(alone) > 1 else ''}adapter, {best.name}"
     less = _less_loss(fitted.difference, fitted.interval, best.nats_per_token)
-    unseen = "that it had not seen"
+    unseen = "that it had not seen" if not table.parts else "that the fit scoring them had not seen"
     if table.verdict == "too few records":
         few = f"{count_text(table.records, 'record')} {unseen}"
         return f"Too few records to tell whether the composition is better than {adapter}: {less[0]} on {few}{less[1]}"

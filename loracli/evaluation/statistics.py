@@ -161,7 +161,13 @@ def static_points(references: Sequence[str]) -> dict[str, tuple[float, ...]]:
 
 
 def held_out_table(
-    scores: Mapping[str, Scores], references: Sequence[str], *, examples: Sequence[Example], name: str, seed: int
+    scores: Mapping[str, Scores],
+    references: Sequence[str],
+    *,
+    examples: Sequence[Example],
+    name: str,
+    seed: int,
+    parts: int = 0,
 ) -> HeldOut:
     """The table from each method's scores on the same n records.
 
@@ -174,6 +180,7 @@ def held_out_table(
         examples: the n records.
         name: of the files that they came from.
         seed: of the bootstrap.
+        parts: of cross-fitting, 0 where the records were set apart.
     """
     best = min((r for r in references if r in scores), key=lambda reference: scores[reference].nats_per_token)
     reference = scores[best]
@@ -200,6 +207,7 @@ def held_out_table(
         rows=tuple(rows),
         tasks=task_losses(scores, examples),
         verdict="too few records" if records < MIN_HELD_OUT else "better" if fitted.interval[1] < 0 else "not better",
+        parts=parts,
     )
 
 

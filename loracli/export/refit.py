@@ -29,7 +29,7 @@ from torch import Tensor
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
 from loracli.adapters.names import is_numbered
 from loracli.algebra.factors import Factors
-from loracli.calibration.dataset import Dataset, Examples, read_dataset
+from loracli.calibration.dataset import HOLDOUT, Dataset, Examples, read_dataset
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
 from loracli.composition.attached import of_factors
@@ -243,7 +243,7 @@ def refit_on(
     settings = FitSettings()
     fitted, held_out = (fit_data, data) if fit_data is not None else (data, None)
     assert fitted is not None
-    records = read_dataset(fitted, held_out, holdout=settings.holdout, seed=settings.seed, progress=progress)
+    records = read_dataset(fitted, held_out, holdout=HOLDOUT, seed=settings.seed, progress=progress)
     return RefitOnRecords(records, base, base_revision, progress)
 
 
@@ -269,7 +269,7 @@ def _run(inputs: FitInputs, session: Session, source: Composition, dtype: torch.
         engine = Engine(objective, Meter(progress, task=_TASK), progress=progress)
         find_reach(engine, session, training)
         tokens = tokens_of(training)
-        work = round(2 * settings.budget * tokens) + 3 * sum(batch.tokens for batch in session.batches(held_out))
+        work = round(2 * settings.budget(1) * tokens) + 3 * sum(batch.tokens for batch in session.batches(held_out))
         announce(engine, inputs, session, examples, (fold,), work)
         progress.begin(_TASK, work, WORK)
         try:
@@ -310,7 +310,7 @@ def _search(engine: Engine, inputs: FitInputs, fold: Fold, examples: Examples) -
     identity = mixing.constant([1.0])
     criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
     task = Task(engine, (fold,), criterion, settings, inputs.references)
-    budget = settings.budget * 2 * tokens_of(examples.training)
+    budget = task.budget * 2 * tokens_of(examples.training)
     before = criterion(mixing, identity, fold.validation, None)
     solved = solve_level(task, mixing, {_START: [identity]}, budget * (1 - REFIT_SHARE) - engine.meter.spent)
     assert solved.scores is not None

@@ -56,8 +56,7 @@ from torch import Tensor, nn
 from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fitting.engine import GRADIENT_COST, Engine
-from loracli.fitting.level import tokens_of
+from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Objective, gradient_of
@@ -259,10 +258,10 @@ _FEWEST_PASSES = 6.0  # of a budget that has room for a certificate
 _WORTH_A_STEP = 1e-5  # nats per token
 
 
-def certificate_tokens(mixing: Mixing, training: Sequence[Example], settings: FitSettings) -> int:
+def certificate_tokens(mixing: Mixing, training: Sequence[Example], settings: FitSettings, passes: float) -> int:
     """The tokens of the budget that the end of a fit takes: of one certificate; of two with a step between them for
     `adapter`, whose few numbers any records determine; none where the mixing or the budget has no room for it."""
-    if not can_certify(mixing) or settings.budget < _FEWEST_PASSES:
+    if not can_certify(mixing) or passes < _FEWEST_PASSES:
         return 0
     few = mixing.kind == "adapter" and len(training) >= RECORDS_PER_NUMBER * mixing.numbers
     return (2 if few else 1) * _certificate_cost(training, settings)
@@ -281,6 +280,7 @@ def certified(
     ridge: float,
     training: Sequence[Example],
     settings: FitSettings,
+    left: float,
 ) -> tuple[Tensor, FitCertificate | None]:
     """Theta, or better, with its certificate; None where the budget has no room for one.
 
@@ -291,14 +291,15 @@ def certified(
         anchor: (P,) that the ridge pulls towards.
         ridge: in nats per token.
         training: all training records.
-        settings: of the fit, with the budget.
+        settings: of the fit.
+        left: tokens of the budget.
     """
-    whole = settings.budget * GRADIENT_COST * tokens_of(training)
+    most = engine.meter.spent + left
     batches = plan_batches(training, batch_tokens=settings.batch_tokens)
     cost = _certificate_cost(training, settings)
     best: FitCertificate | None = None
     trial, number = theta, 0
-    while engine.meter.spent + cost <= whole:
+    while engine.meter.spent + cost <= most:
         engine.meter.stage("certificate", rung=mixing.kind, start="", stage="certificate", ridge=ridge)
         try:
             number += 1

@@ -24,7 +24,9 @@ from loracli.fitting.mixing import Mixing
 from loracli.model.loss import Scores
 
 _VALIDATION_SHARE = 0.2
-FEWEST_TO_VALIDATE = 8  # below, every record is fitted on and the ridge stays strong
+FEWEST_TO_VALIDATE = 6  # below, every record is fitted on and the ridge stays strong
+_FOLDED_BELOW = 40  # records, of which a fifth says little
+_FOLDS = 4
 _MOST_TO_VALIDATE = 512
 
 
@@ -41,8 +43,32 @@ class Fold:
     validation: tuple[Example, ...]
 
 
+def divided(
+    training: Sequence[Example], records: Sequence[Record], count: int | None, *, seed: int
+) -> tuple[Fold, ...]:
+    """How some records are divided to choose with: K folds; without a count 4 with 6 to 39 records, and a fifth set
+    aside with more.
+
+    Args:
+        training: examples.
+        records: that they were rendered from.
+        count: K, None to go by how many records there are.
+        seed: of the division.
+    Raises:
+        UsageError: if there are too few different records for the count.
+    """
+    places = {example.place for example in training}
+    records = [record for record in records if record.place in places]
+    if count is not None:
+        return cross_folds(training, records, count, seed=seed)
+    different = len({record.fingerprint for record in records})
+    if FEWEST_TO_VALIDATE <= len(training) < _FOLDED_BELOW and different >= _FOLDS:
+        return cross_folds(training, records, _FOLDS, seed=seed)
+    return (one_fold(training, records, seed=seed),)
+
+
 def one_fold(training: Sequence[Example], records: Sequence[Record], *, seed: int) -> Fold:
-    """A fifth of the records to choose with; none below 8 records.
+    """A fifth of the records to choose with; none below 6 records.
 
     Args:
         training: examples.

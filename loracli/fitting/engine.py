@@ -9,7 +9,8 @@ micro-batch is halved.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -92,6 +93,7 @@ class Engine:
         self._progress = progress
         self._halved_here = 0
         self._most_tokens: int | None = None  # of a micro-batch, once memory has run out
+        self._prefix = ""  # of keys
         self._sum_under_way = self._from_journal(_UNDER_WAY)
 
     # What a search asks.
@@ -284,11 +286,20 @@ class Engine:
 
     # What is remembered.
 
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """One of several fits with this engine: what is remembered in it goes by its name too."""
+        self._prefix = f"{name}: "
+        try:
+            yield
+        finally:
+            self._prefix = ""
+
     def recall(self, key: str | None) -> Entry | None:
         """What an interrupted fit left under a key; the meter goes to where it was then."""
         if key is None:
             return None
-        entry = self._from_journal(key)
+        entry = self._from_journal(self._prefix + key)
         if entry is not None:
             self._restore(entry)
         return entry
@@ -296,18 +307,12 @@ class Engine:
     def remember(self, key: str | None, entry: Entry) -> Entry:
         """Leaves something under a key for a resumed fit."""
         if key is not None:
-            position = {
-                "spent": self.meter.spent,
-                "logged": self.meter.logged,
-                "steps": self.steps,
-                "halvings": self.halvings,
-            }
-            self._journal.write(key, replace(entry, values={**entry.values, **position}))
+            self._to_journal(self._prefix + key, entry)
         return entry
 
     def due(self, key: str | None) -> bool:
         """Whether an operation that goes on should leave under the key where it is; decides nothing else."""
-        return key is not None and self._journal.due(key)
+        return key is not None and self._journal.due(self._prefix + key)
 
     def _remembered(self, key: str | None, make: Callable[[], Entry]) -> Entry:
         entry = self.recall(key)
@@ -315,6 +320,15 @@ class Engine:
 
     def _from_journal(self, key: str) -> Entry | None:
         return self._processes.from_first(lambda: self._journal.recall(key))
+
+    def _to_journal(self, key: str, entry: Entry) -> None:
+        position = {
+            "spent": self.meter.spent,
+            "logged": self.meter.logged,
+            "steps": self.steps,
+            "halvings": self.halvings,
+        }
+        self._journal.write(key, replace(entry, values={**entry.values, **position}))
 
     def _restore(self, entry: Entry) -> None:
         spent, logged, self.steps, self.halvings = (
@@ -350,14 +364,14 @@ class Engine:
                 self.meter.count(batch.tokens, cost=what.cost, nats=nats)
             if what.until(total):
                 break
-            if done < len(batches) and key is not None and self.due(_UNDER_WAY):
-                self.remember(_UNDER_WAY, Entry({"sum": total}, {"of": key, "done": done}))
+            if done < len(batches) and key is not None and self._journal.due(_UNDER_WAY):
+                self._to_journal(_UNDER_WAY, Entry({"sum": total}, {"of": self._prefix + key, "done": done}))
         return total
 
     def _begun(self, zeros: Tensor, key: str | None) -> tuple[Tensor, int]:
         """The sum that an interrupted fit was in, and how many batches are in it; the zeros if it was in none here."""
         entry = self._sum_under_way
-        if entry is None or key is None or entry.values["of"] != key:
+        if entry is None or key is None or entry.values["of"] != self._prefix + key:
             return zeros, 0
         self._sum_under_way = None
         self._restore(entry)

@@ -48,6 +48,8 @@ class FitPlan:
         validation_records: of them, that choose among starts, ridges and kinds of mixing; with folds those of the
             first one.
         held_out_records: with something to score.
+        parts: of cross-fitting, 0 where records are set apart.
+        passes: at most, of the fit on all training records.
         training_tokens: of the training records, prompts included.
         scored_tokens: of them, that count in the loss.
         longest_record: in tokens, of all records.
@@ -62,6 +64,8 @@ class FitPlan:
     training_records: int
     validation_records: int
     held_out_records: int
+    parts: int
+    passes: float
     training_tokens: int
     scored_tokens: int
     longest_record: int
@@ -103,6 +107,8 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
         training_records=len(examples.training),
         validation_records=len(folds[0].validation),
         held_out_records=len(examples.held_out),
+        parts=len(inputs.data.parts),
+        passes=inputs.settings.budget(len(folds)),
         training_tokens=tokens_of(examples.training),
         scored_tokens=sum(data.scored_tokens for data in examples.data),
         longest_record=max(len(example.input_ids) for example in every),

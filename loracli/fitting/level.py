@@ -46,6 +46,7 @@ class Task:
             with it.
         unit: of the criterion's costs.
         least_gain: in that unit, that `auto` climbs for.
+        spent_before: tokens that the engine's meter counted before this fit.
     """
 
     engine: Engine
@@ -56,6 +57,17 @@ class Task:
     chooses_by_loss: bool = True
     unit: str = "nats per token"
     least_gain: float = LEAST_GAIN
+    spent_before: int = 0
+
+    @property
+    def budget(self) -> float:
+        """Passes over the training records that may be spent, forward and backward."""
+        return self.settings.budget(len(self.folds))
+
+    @property
+    def spent(self) -> int:
+        """Tokens that were spent on it, a forward counting 1 and a backward 1."""
+        return self.engine.meter.spent - self.spent_before
 
     @property
     def validated(self) -> bool:
@@ -93,6 +105,7 @@ class Solution:
         stages: the descents, in order; at the end those of all kinds.
         rungs: at the end, all kinds that were tried.
         refitted: whether it was fitted once more on all training records.
+        passes: of trained factors: over the fitting records, of the whole schedule, and until it was taken.
     """
 
     mixing: Mixing
@@ -106,6 +119,7 @@ class Solution:
     stages: tuple[StageRecord, ...] = ()
     rungs: tuple[LevelRecord, ...] = ()
     refitted: bool = False
+    passes: tuple[float, float] = (0.0, 0.0)
 
     @property
     def theta(self) -> Tensor:
@@ -147,19 +161,23 @@ def left_out(name: str, before: float | None, error: NonFiniteLoss) -> StartReco
     return StartRecord(name, before, None, None, str(error))
 
 
-# From strong to none. Trained factors have thousands of numbers for one mixing weight, so each is held more loosely.
-_RIDGE_PATH = (1e-2, 1e-3, 0.0)
-_FACTOR_RIDGE_PATH = (1e-5, 1e-6, 0.0)
-_RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.01}  # at most; the others go by the number of steps
+_RIDGE_PATH = (1e-2, 1e-3, 0.0)  # from strong to none
+_RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.02}  # at most; the others go by the number of steps
+# Thousands of numbers for one mixing weight fit a few records in a few passes, whatever the ridge: what holds trained
+# factors is a short schedule, of which the validation records choose how much.
+_FACTOR_PASSES = 4
+_FACTOR_STEPS = 32  # at least: where there are few records, passes are short
 _PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
 
 
 def _ridge_path(task: Task, mixing: Mixing) -> tuple[float, ...]:
-    """Without validation records nothing can say when to stop, so the ridge stays at its strongest."""
+    """Of each part of a descent. Without validation records nothing can say when to stop, so the ridge stays at its
+    strongest."""
+    if mixing.kind == "factors":
+        return (task.settings.ridge or 0.0,) * _FACTOR_PASSES
     if task.settings.ridge is not None:
         return (task.settings.ridge,)
-    path = _FACTOR_RIDGE_PATH if mixing.kind == "factors" else _RIDGE_PATH
-    return path if task.validated else path[:1]
+    return _RIDGE_PATH if task.validated else _RIDGE_PATH[:1]
 
 
 def rate_for(task: Task, mixing: Mixing, steps: int) -> float:
@@ -192,6 +210,11 @@ class _Steps:
     def part(self, stage: int, stages: int) -> int:
         return self.rest // stages + (stage < self.rest % stages)
 
+    def passes(self, done: int, stages: int) -> tuple[float, float]:
+        """Over the fitting records, of all stages and of those that are done."""
+        taken = self.probe + sum(self.part(stage, stages) for stage in range(done))
+        return (self.probe + self.rest) / self.plan.steps_a_pass, taken / self.plan.steps_a_pass
+
 
 class _Level:
     def __init__(self, task: Task, mixing: Mixing, starts: Mapping[str, tuple[Tensor, ...]], budget: float) -> None:
@@ -210,6 +233,11 @@ class _Level:
         tokens = (budget - checks * padded_tokens(fold.validation, settings.batch_tokens)) / 2  # forward and backward
         probe = max(1, min(plan.steps_a_pass, plan.steps_within(_PROBE_SHARE * tokens)))
         rest = plan.steps_within(tokens - len(self._starts) * plan.tokens_of(range(probe)), first=probe)
+        if self._mixing.kind == "factors":
+            most = max(_FACTOR_PASSES * plan.steps_a_pass, _FACTOR_STEPS)
+            fewest = _FACTOR_STEPS if settings.passes is None else 0
+            probe = min(probe, most)
+            rest = min(max(rest, fewest - probe), most - probe)
         return _Steps(plan, probe, max(rest, len(self._path)))
 
     def solve(self) -> Solution:
@@ -267,17 +295,20 @@ class _Level:
                 return
             self._keep(name, "descent", ridge, ran, scores)
             best = self._best.scores if self._best is not None else None
-            self._offer(name, thetas, scores, ridge)
+            self._offer(name, thetas, scores, ridge, stage + 1)
             if scores is not None and best is not None and gain(scores, best).clear:
                 return
 
-    def _offer(self, name: str, thetas: tuple[Tensor, ...], scores: Scores | None, ridge: float | None) -> None:
+    def _offer(
+        self, name: str, thetas: tuple[Tensor, ...], scores: Scores | None, ridge: float | None, stages: int = 0
+    ) -> None:
         """Keeps a solution if it is the best so far; without validation records the last is."""
         best = self._best
         if best is not None and best.scores is not None and scores is not None:
             if scores.nats_per_token >= best.scores.nats_per_token:
                 return
-        self._best = Solution(self._mixing, thetas, self._starts[name], scores, (), name, ridge)
+        passes = self._steps[0].passes(stages, len(self._path))
+        self._best = Solution(self._mixing, thetas, self._starts[name], scores, (), name, ridge, passes=passes)
 
     def _stop(self, name: str, descents: Sequence[Descent], why: str) -> None:
         """A loss that is not finite ends the search; the best solution until then is kept."""

@@ -13,12 +13,12 @@ from loracli._version import __version__
 from loracli.calibration.dataset import Batch, Examples
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
-from loracli.errors import NonFiniteLoss, UsageError
+from loracli.errors import CalibrationError, NonFiniteLoss, UsageError
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.statistics import FIT, held_out_table, static_points
 from loracli.fitting.activations import chosen_records, fit_activations
 from loracli.fitting.certificate import can_certify, certificate_tokens, certified
-from loracli.fitting.criterion import LEAST_ANSWERS, Fold, cross_folds, loss_criterion, metric_criterion, one_fold
+from loracli.fitting.criterion import LEAST_ANSWERS, Fold, divided, loss_criterion, metric_criterion
 from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
@@ -151,6 +151,7 @@ def _run(
     examples = render_inputs(inputs, session.tokenizer, max_length=session.max_length, progress=progress)
     training, held_out = examples.training, examples.held_out
     folds = divide_training(inputs, training)
+    parts = _parts(inputs, training)
     session.check_causal(held_out)
     session.say_likelier_orders(inputs.adapters, training)
     canonical = settings.mixing not in INLINE_KINDS
@@ -158,22 +159,34 @@ def _run(
         meter = Meter(progress, log, tokens=tokens_of(training))
         engine = Engine(objective, meter, processes=processes, journal=journal, progress=progress)
         reach = find_reach(engine, session, training)
-        work = _work(inputs, examples, session.batches(held_out))
+        work = _work(inputs, examples, len(folds), session.batches(held_out))
+        for part in parts:
+            passes = settings.budget(len(divide_training(inputs, part.fitting)))
+            work += round(2 * passes * tokens_of(part.fitting))
         announce(engine, inputs, session, examples, folds, work)
         progress.begin(TASK, work, WORK)
         try:
-            found = find_mixing(engine, inputs, folds, training, session.tokenizer)
-            found, certificate = _certified(engine, found, training, settings)
+            found, certificate = _solve(engine, inputs, session, folds, training)
             passes = engine.meter.spent / (2 * tokens_of(training))
             training_loss = _training_loss(engine, session, found, training)
-            scores = _held_out_scores(engine, session, inputs, found, held_out)
+            scores = _static_scores(engine, session, inputs, held_out)
+            if parts:
+                scores[FIT] = _cross_fitted(engine, inputs, session, parts, held_out)
+            else:
+                batches = session.batches(held_out)
+                scores[FIT] = engine.score(found.mixing, found.theta, batches, held_out, key="held out, the fit")
             activations = fit_activations(
                 engine, inputs.adapters, found.mixing, found.theta, training, seed=settings.seed, progress=progress
             )
         finally:
             progress.finish(TASK)
     table = held_out_table(
-        scores, inputs.references, examples=held_out, name=inputs.data.held_out_name, seed=settings.seed
+        scores,
+        inputs.references,
+        examples=held_out,
+        name=inputs.data.held_out_name,
+        seed=settings.seed,
+        parts=len(parts),
     )
     record = _fit_record(
         settings,
@@ -189,33 +202,56 @@ def _run(
     )
 
 
+def _parts(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
+    """Cross-fitting: what each of its fits may see, and what is held out of it; none where records are set apart.
+
+    Raises:
+        CalibrationError: if too few records are left to fit and to hold out.
+    """
+    parts = [{record.place for record in part} for part in inputs.data.parts]
+    divided = tuple(
+        Fold(
+            tuple(example for example in training if example.place not in places),
+            tuple(example for example in training if example.place in places),
+        )
+        for places in parts
+    )
+    kept = tuple(part for part in divided if part.validation)
+    if divided and len(kept) < 2:
+        raise CalibrationError(
+            "only one different record is left, too few to hold some out",
+            hint="give more records or held-out records with --eval-data, or raise --max-length",
+        )
+    return kept
+
+
 def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
-    """How the training records are divided to choose; not at all with `--paper`.
+    """How some training records are divided to choose; not at all with `--paper`.
 
     Raises:
         UsageError: if there are too few of them for the folds, or for `auto` or a task metric to choose with.
     """
-    settings, records = inputs.settings, inputs.data.training
+    settings = inputs.settings
     if settings.paper:
         return (Fold(tuple(training), ()),)
-    if settings.cv is not None:
-        return cross_folds(training, records, settings.cv, seed=settings.seed + 1)
-    fold = one_fold(training, records, seed=settings.seed + 1)
-    if not fold.validation and (settings.mixing == AUTO or settings.metric is not None):
+    folds = divided(training, inputs.data.training, settings.cv, seed=settings.seed + 1)
+    if not folds[0].validation and (settings.mixing == AUTO or settings.metric is not None):
         option = "--mixing auto" if settings.mixing == AUTO else "--select-by"
         raise UsageError(
             f"{option} cannot choose with {len(training)} training records",
-            hint="add --cv 4, or give more records, or name --mixing adapter or module, and let the loss choose",
+            hint="give more records, or name --mixing adapter or module, and let the loss choose",
         )
-    return (fold,)
+    return folds
 
 
-def _work(inputs: FitInputs, examples: Examples, held_batches: Sequence[Batch]) -> int:
+def _work(inputs: FitInputs, examples: Examples, folds: int, held_batches: Sequence[Batch]) -> int:
     """Tokens forward plus tokens backward of the whole fit, for the bar and the estimate."""
     tokens = tokens_of(examples.training)
     methods = len(static_points(inputs.references)) + 1
     once = tokens + tokens_of(chosen_records(examples.training, seed=inputs.settings.seed))
-    return round(2 * inputs.settings.budget * tokens) + once + methods * sum(batch.tokens for batch in held_batches)
+    return (
+        round(2 * inputs.settings.budget(folds) * tokens) + once + methods * sum(batch.tokens for batch in held_batches)
+    )
 
 
 def announce(
@@ -233,11 +269,13 @@ def announce(
         f"mixing {settings.mixing}, {what} over {len(layout.modules)} modules"
     )
     choosing = f", {len(folds)} folds" if len(folds) > 1 else f", {len(folds[0].validation)} of them to choose with"
-    passes = "one pass" if settings.paper else f"up to {settings.budget:g} passes"
+    passes = "one pass" if settings.paper else f"up to {settings.budget(len(folds)):g} passes"
     about = duration_text(work / rate) + ("" if settings.metric is None else "; the answers that choose come on top")
+    crossed = "each held out once" if inputs.data.parts else ""
+    held = crossed or f"{len(examples.held_out)} held out"
     progress.note(
         f"{len(examples.training)} training records{choosing if folds[0].validation else ''}, "
-        f"{len(examples.held_out)} held out; {passes} at {rate / 2:.0f} tok/s: about {about}"
+        f"{held}; {passes} at {rate / 2:.0f} tok/s: about {about}"
     )
 
 
@@ -259,9 +297,25 @@ def find_mixing(
     reserved = 0  # which level `auto` ends on is not known, and so is what it leaves of the budget
     if settings.mixing != AUTO:
         target = make_mixing(attached, inputs.layout, settings.mixing)  # type: ignore[arg-type]
-        reserved = certificate_tokens(target, training, settings)
+        reserved = certificate_tokens(target, training, settings, settings.budget(len(folds)))
     task = _task(engine, inputs, folds, tokenizer)
     return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training, reserved)
+
+
+def _solve(
+    engine: Engine, inputs: FitInputs, session: Session, folds: tuple[Fold, ...], training: Sequence[Example]
+) -> tuple[Solution, FitCertificate | None]:
+    """The whole procedure on some training records: the search, and the certificate with the steps that end it."""
+    settings, before = inputs.settings, engine.meter.spent
+    found = find_mixing(engine, inputs, folds, training, session.tokenizer)
+    mixing = found.mixing
+    if not isinstance(mixing, DiagonalMixing) or not can_certify(mixing) or found.stopped:
+        return found, None
+    left = settings.budget(len(folds)) * 2 * tokens_of(training) - (engine.meter.spent - before)
+    theta, certificate = certified(
+        engine, mixing, found.theta, found.anchor, found.ridge or 0.0, training, settings, left
+    )
+    return replace(found, thetas=(theta,)), certificate
 
 
 def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], tokenizer: Any) -> Task:
@@ -269,7 +323,7 @@ def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], tokenizer:
     settings, metric = inputs.settings, inputs.settings.metric
     if metric is None:
         criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
-        return Task(engine, folds, criterion, settings, inputs.references)
+        return Task(engine, folds, criterion, settings, inputs.references, spent_before=engine.meter.spent)
 
     def scorer_of(examples: Sequence[Example]) -> Scorer:
         return make_scorer(
@@ -290,18 +344,8 @@ def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], tokenizer:
         chooses_by_loss=False,
         unit=metric.name,
         least_gain=LEAST_ANSWERS / sum(len(fold.validation) for fold in folds),
+        spent_before=engine.meter.spent,
     )
-
-
-def _certified(
-    engine: Engine, found: Solution, training: Sequence[Example], settings: FitSettings
-) -> tuple[Solution, FitCertificate | None]:
-    mixing = found.mixing
-    if not isinstance(mixing, DiagonalMixing) or not can_certify(mixing) or found.stopped:
-        return found, None
-    ridge = found.ridge or 0.0
-    theta, certificate = certified(engine, mixing, found.theta, found.anchor, ridge, training, settings)
-    return replace(found, thetas=(theta,)), certificate
 
 
 def _training_loss(engine: Engine, session: Session, found: Solution, training: Sequence[Example]) -> float | None:
@@ -317,13 +361,13 @@ def _training_loss(engine: Engine, session: Session, found: Solution, training: 
         return None
 
 
-def _held_out_scores(
-    engine: Engine, session: Session, inputs: FitInputs, found: Solution, examples: Sequence[Example]
+def _static_scores(
+    engine: Engine, session: Session, inputs: FitInputs, examples: Sequence[Example]
 ) -> dict[str, Scores]:
-    """Every point that needs no fit, and the fit; a point whose loss is not finite is left out, and said.
+    """Every point that needs no fit, on the held-out records; one whose loss is not finite is left out, and said.
 
     Raises:
-        NonFiniteLoss: if it is the fit, or every adapter alone.
+        NonFiniteLoss: if it is every adapter alone.
     """
     engine.meter.stage("held out")
     batches = session.batches(examples)
@@ -338,8 +382,34 @@ def _held_out_scores(
             session.progress.warn(f"{name} is left out of the held-out table: {error}")
             if name == inputs.references[-1] and not any(reference in scores for reference in inputs.references):
                 raise
-    scores[FIT] = engine.score(found.mixing, found.theta, batches, examples, key="held out, the fit")
     return scores
+
+
+def _cross_fitted(
+    engine: Engine, inputs: FitInputs, session: Session, parts: Sequence[Fold], examples: Sequence[Example]
+) -> Scores:
+    """Each record's score by the whole procedure on the other parts: what chose or fitted there has not seen it.
+
+    Args:
+        engine: of the attached model.
+        inputs: of the fit.
+        session: of the base.
+        parts: of the training records.
+        examples: all of them, in the order of the scores.
+    Raises:
+        NonFiniteLoss: naming the records.
+    """
+    nats, tokens = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(2))
+    place_of = {example.place: index for index, example in enumerate(examples)}
+    for number, part in enumerate(parts, 1):
+        with engine.within(f"part {number}"):
+            found, _ = _solve(engine, inputs, session, divide_training(inputs, part.fitting), part.fitting)
+            engine.meter.stage(f"held out, part {number} of {len(parts)}")
+            batches = session.batches(part.validation)
+            scores = engine.score(found.mixing, found.theta, batches, part.validation, key="held out, the fit")
+        rows = [place_of[example.place] for example in part.validation]
+        nats[rows], tokens[rows] = scores.nats, scores.tokens
+    return Scores(nats, tokens)
 
 
 def _make_recipe(

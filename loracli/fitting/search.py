@@ -9,7 +9,8 @@ The lowest level, one weight for each adapter: screen the points that need no fi
     adapter -> module -> rank
     adapter -> module -> core
     adapter -> module -> factors
-    adapter -> module -> core -> factors        `auto`: climbs while the gain exceeds one standard error, and 0.005
+    adapter -> module -> factors                `auto`: the best; a level counts as better where its gain exceeds one
+                                                standard error, and 0.005
 
 Everything is chosen inside the training records, on those of each fold that its solution was not fitted to; held-out
 records are not seen here. What was chosen is then fitted once more on all training records.
@@ -73,14 +74,14 @@ def _solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) -
     Raises:
         NonFiniteLoss: if no point is finite.
     """
-    share, before_screen = budget / len(task.folds), task.engine.meter.spent
+    share, before_screen = budget / len(task.folds), task.spent
     points = len(static_points(task.references))
     screens = [
         _subset(fold.fitting, share * _SCREEN_SHARE / points if alone else share / (points + 2 * _EVALUATIONS), task)
         for fold in task.folds
     ]
     bests = [_screen(task, mixing, screen, f"adapter, screen, fold {fold}") for fold, screen in enumerate(screens)]
-    left = share - (task.engine.meter.spent - before_screen) / len(task.folds)
+    left = share - (task.spent - before_screen) / len(task.folds)
     starts = {_SCREENED: [mixing.constant(static_points(task.references)[name]) for name in bests]}
     total = mixing.constant([1.0] * len(task.references))
     if alone and not all(torch.equal(theta, total) for theta in starts[_SCREENED]):
@@ -183,7 +184,7 @@ LADDERS: dict[str, dict[MixingKind, float]] = {
     "rank": {"adapter": 0.2, "module": 0.35, "rank": 0.45},
     "core": {"adapter": 0.2, "module": 0.35, "core": 0.45},
     "factors": {"adapter": 0.2, "module": 0.35, "factors": 0.45},
-    "auto": {"adapter": 0.15, "module": 0.3, "core": 0.3, "factors": 0.25},
+    "auto": {"adapter": 0.15, "module": 0.45, "factors": 0.4},
 }
 _SAME_START = 0.05  # starts closer than this are one
 REFIT_SHARE = 0.4  # of the budget
@@ -203,7 +204,7 @@ def search(
     Raises:
         NonFiniteLoss: if no start is finite.
     """
-    whole = task.settings.budget * 2 * tokens_of(training) - reserved
+    whole = task.budget * 2 * tokens_of(training) - reserved
     refitting = task.validated and task.settings.mixing != "adapter"
     solved, levels, stages = _climb(task, make_mixing, whole * (1 - REFIT_SHARE * refitting))
     winner = solved[-1]
@@ -211,7 +212,7 @@ def search(
     if winner.stopped or not refitting:
         return found
     try:
-        again = refit(task, solved, training, min(REFIT_SHARE * whole, whole - task.engine.meter.spent))
+        again = refit(task, solved, training, min(REFIT_SHARE * whole, whole - task.spent))
     except NonFiniteLoss as error:
         return replace(found, stopped=str(error))
     if again is None:
@@ -229,14 +230,14 @@ def _climb(
     stages: list[StageRecord] = []
     for kind in LADDERS[asked]:
         best = solutions[-1] if solutions else None
-        solved = solve_next(task, make_mixing(kind), best, budget - task.engine.meter.spent)
+        solved = solve_next(task, make_mixing(kind), best, budget - task.spent)
         compared = _compare(best, solved)
         climbed = best is None or asked != AUTO or (compared is not None and worth_climbing(compared, task.least_gain))
         stages += solved.stages
         records.append(_record(task, solved, compared, best, climbed))
         if climbed:
             solutions.append(solved)
-        if not climbed or solved.stopped:
+        if solved.stopped:
             solutions[-1] = replace(solutions[-1], stopped=solved.stopped)
             break
     winner = solutions[-1].mixing.kind
@@ -266,6 +267,8 @@ def solve_next(task: Task, mixing: Mixing, below: Solution | None, left: float) 
     if below is None:
         return _solve_adapters(task, mixing, budget, alone=kind == asked)
     starts: dict[str, list[Tensor]] = {below.mixing.kind: [mixing.lift(below.mixing, theta) for theta in below.thetas]}
+    if kind == "factors":  # they go on from the best there is; a second start would cost as much again
+        return solve_level(task, mixing, starts, budget)
     total = mixing.constant([1.0] * len(task.references))
     if any(float((start - total).abs().max()) > _SAME_START for start in starts[below.mixing.kind]):
         starts[_SUM] = [total] * len(task.folds)
@@ -331,11 +334,14 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
             return None
         return replace(last, thetas=(last.mixing.lift(below.mixing, below.theta),), stages=below.stages)
     plan = plan_steps(training, batch_tokens=task.settings.batch_tokens, seed=task.settings.seed + 1)
-    steps = plan.steps_within(budget / 2)
+    steps = whole = plan.steps_within(budget / 2)
     if steps == 0:
         return None
-    rate = _REFIT_RATE * rate_for(task, last.mixing, steps)
-    adam = AdamW(last.theta, steps=steps, rate=rate, warm_up=max(1, round(WARM_UP * steps)))
+    start, rate = last.theta, _REFIT_RATE * rate_for(task, last.mixing, steps)
+    if last.mixing.kind == "factors":  # once more as it was found: more steps from there would only fit the records
+        whole, taken = (max(1, round(passes * plan.steps_a_pass)) for passes in last.passes)
+        start, rate, steps = last.anchor, rate_for(task, last.mixing, whole), min(steps, taken)
+    adam = AdamW(start, steps=whole, rate=rate, warm_up=max(1, round(WARM_UP * whole)))
     kind = last.mixing.kind
     task.engine.meter.stage(f"{kind} on all records", rung=kind, start="", stage="refit", ridge=last.ridge)
     descent = Descent(task.engine, last.mixing, training, plan.step, adam, last.anchor)

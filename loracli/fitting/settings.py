@@ -14,7 +14,7 @@ from loracli.system.near import did_you_mean
 
 AUTO = "auto"
 PASSES = 8.0
-AUTO_PASSES = 20.0
+AUTO_PASSES = 12.0
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class FitSettings:
         mixing: the level of the ladder, or `auto` to climb as far as the data allow; `module` is CAT.
         paper: the published recipe instead: softmax weights from a random start, one epoch at a rate of 1e-4, batches
             of 6 records, loss on the prompts too.
-        holdout: share of the records that is held out for the final table, at least 20 records and at most half.
+        holdout: share of the records that is held out for the final table, at least 20 records and at most half; None
+            for a fifth, or with fewer than 100 records for every record in its turn (cross-fitting).
         max_length: tokens of a record that are used, from its start.
         batch_tokens: tokens of a micro-batch, padding included.
-        passes: budget, in passes forward and backward over the training records; None for 8, or 20 with `auto`, times
+        passes: budget, in passes forward and backward over the training records; None for 8, or 12 with `auto`, times
             the number of folds.
-        cv: K folds to choose among starts, ridges and kinds of mixing, in place of a fifth of the training records.
+        cv: K folds to choose among starts, ridges and kinds of mixing; None for 4 with 6 to 39 training records, and
+            for a fifth of them set aside with more.
         ridge: strength of lambda / 2 |w - w_start|^2 beside nats per token; None walks a path down to none and chooses.
         learning_rate: peak rate; None is clip(8 / steps, 0.01, 0.1), at most 0.02 for `core` and 0.01 for `factors`;
             1e-4 with `paper`.
@@ -50,7 +52,7 @@ class FitSettings:
 
     mixing: str = "module"
     paper: bool = False
-    holdout: float = 0.2
+    holdout: float | None = None
     max_length: int = 1024
     batch_tokens: int = 1024
     passes: float | None = None
@@ -99,12 +101,11 @@ class FitSettings:
             if value is not None and not low <= value <= high:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
 
-    @property
-    def budget(self) -> float:
-        """Passes that may be spent."""
+    def budget(self, folds: int) -> float:
+        """Passes that may be spent on a search with so many folds."""
         if self.paper:
             return 1.0
-        return self.passes or (AUTO_PASSES if self.mixing == AUTO else PASSES) * (self.cv or 1)
+        return self.passes or (AUTO_PASSES if self.mixing == AUTO else PASSES) * folds
 
     @property
     def metric(self) -> TaskMetric | None:

@@ -51,7 +51,7 @@ from loracli.system.near import hints, near_path
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 _FIRST_SCHEMA = 2  # that is still read
-SCHEMA = 5
+SCHEMA = 6
 _MAX_FILES = 10_000  # of calibration data
 OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
 
@@ -446,6 +446,8 @@ def _of_table(recipe: Recipe, known: set[str]) -> Iterator[str]:
         yield "held_out.rows: no row 'fit'"
     elif table.best_ingredient in known and table.best_ingredient not in rows:
         yield f"held_out.rows: no row {table.best_ingredient!r}, the best adapter"
+    if table.parts < 0 or table.parts == 1 or table.parts > table.records:
+        yield f"held_out.parts: expected 0, or 2 to {table.records}, got {table.parts}"
     for index, task in enumerate(table.tasks):
         if task.nats_per_token.keys() != rows:
             yield f"held_out.tasks[{index}].nats_per_token: not the names of held_out.rows"

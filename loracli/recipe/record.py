@@ -431,6 +431,8 @@ class HeldOut:
         rows: the table.
         tasks: one for each task that the records name.
         verdict: `better`, `not better`, or `too few records`.
+        parts: that the records were cut into, each scored by a fit of its own on the others, while the weights come
+            from all of them; 0 where they were set apart.
     """
 
     name: str
@@ -440,6 +442,15 @@ class HeldOut:
     rows: tuple[HeldOutRow, ...]
     tasks: Annotated[tuple[HeldOutTask, ...], AtMost(_MAX_TASKS)]
     verdict: Literal["better", "not better", "too few records"]
+    parts: int = added(6, 0)
+
+    @property
+    def how(self) -> str:
+        """How records could be fitted on and held out at once, to be said beside the table; nothing where they were set
+        apart."""
+        if not self.parts:
+            return ""
+        return f"each scored by one of {self.parts} more fits that had not seen it; the weights come from all of them"
 
     def row(self, name: str) -> HeldOutRow:
         return next(row for row in self.rows if row.name == name)

@@ -60,6 +60,7 @@ def _held_out(table_of: HeldOut) -> str:
             f"nats per token to the best single adapter, {table_of.best_ingredient}, with its paired 95 % interval. "
             "Left of zero is better."
         ),
+        caption(f"Cross-fitted: {table_of.how}.") if table_of.how else "",
         intervals_chart(lines, "differences on held-out records"),
         held_out_table(table_of),
         _tasks(table_of),

@@ -125,7 +125,7 @@ def test_the_recipe_accounts_for_every_file_and_the_settings_of_the_data(
         ("chats.jsonl", shapes[1], 2.0, 1, (21,)),
     ]
     assert [d.template_sha256 is None for d in loaded.data] == [True, False]
-    assert sum(d.records for d in loaded.data) + loaded.held_out.records == 60
+    assert sum(d.records for d in loaded.data) == loaded.held_out.records == 60
     recorded = loaded.fit.settings
     assert (recorded["format"], recorded["skip_bad"], recorded["allow_truncation"]) == (None, True, True)
     assert loaded.held_out.name == "pairs.jsonl, chats.jsonl:2"
