@@ -275,6 +275,8 @@ class _Level:
             self._failure = error
             return None
         self._keep(name, "probe", self._path[0], ran, after)
+        if self._mixing.kind == "factors":  # the first pass may have been enough
+            self._offer(name, tuple(descent.theta for descent in descents), after, self._path[0])
         unseen = _unseen(ran, after) if self._task.chooses_by_loss or after is None else after.nats_per_token
         self._reports.append(StartRecord(name, nats_per_token(before), nats_per_token(after), unseen))
         return descents
@@ -282,7 +284,7 @@ class _Level:
     def _walk(self, name: str, descents: Sequence[Descent]) -> None:
         """The path of falling ridge; ends where the solution gets clearly worse."""
         for stage, ridge in enumerate(self._path):
-            key = self._stage(name, "descent", ridge)
+            key = f"{self._stage(name, 'descent', ridge)}, part {stage}"
             try:
                 ran = [
                     descent.run(steps.part(stage, len(self._path)), ridge, key=f"{key}, fold {fold}")

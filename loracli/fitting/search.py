@@ -9,8 +9,8 @@ The lowest level, one weight for each adapter: screen the points that need no fi
     adapter -> module -> rank
     adapter -> module -> core
     adapter -> module -> factors
-    adapter -> module -> factors                `auto`: the best; a level counts as better where its gain exceeds one
-                                                standard error, and 0.005
+    adapter -> module -> core -> factors        `auto`: the best of them; a level is better than the best below where
+                                                the gain exceeds one standard error, and 0.005
 
 Everything is chosen inside the training records, on those of each fold that its solution was not fitted to; held-out
 records are not seen here. What was chosen is then fitted once more on all training records.
@@ -184,7 +184,7 @@ LADDERS: dict[str, dict[MixingKind, float]] = {
     "rank": {"adapter": 0.2, "module": 0.35, "rank": 0.45},
     "core": {"adapter": 0.2, "module": 0.35, "core": 0.45},
     "factors": {"adapter": 0.2, "module": 0.35, "factors": 0.45},
-    "auto": {"adapter": 0.15, "module": 0.45, "factors": 0.4},
+    "auto": {"adapter": 0.1, "module": 0.3, "core": 0.25, "factors": 0.35},
 }
 _SAME_START = 0.05  # starts closer than this are one
 REFIT_SHARE = 0.4  # of the budget
@@ -333,18 +333,24 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
         if below is None:
             return None
         return replace(last, thetas=(last.mixing.lift(below.mixing, below.theta),), stages=below.stages)
+    start, before = last.theta, task.spent
+    if last.mixing.kind == "factors":  # once more as they were found: more steps from there would only fit the records
+        below = None if len(solved) == 1 else refit(task, solved[:-1], training, budget / 2)
+        start = last.anchor if below is None else last.mixing.lift(below.mixing, below.theta)
     plan = plan_steps(training, batch_tokens=task.settings.batch_tokens, seed=task.settings.seed + 1)
-    steps = whole = plan.steps_within(budget / 2)
+    whole, taken = (max(1, round(passes * plan.steps_a_pass)) for passes in last.passes)
+    steps = min(plan.steps_within((budget - (task.spent - before)) / 2), whole)
     if steps == 0:
         return None
-    start, rate = last.theta, _REFIT_RATE * rate_for(task, last.mixing, steps)
-    if last.mixing.kind == "factors":  # once more as it was found: more steps from there would only fit the records
-        whole, taken = (max(1, round(passes * plan.steps_a_pass)) for passes in last.passes)
-        start, rate, steps = last.anchor, rate_for(task, last.mixing, whole), min(steps, taken)
+    if last.mixing.kind == "factors":
+        rate, steps = rate_for(task, last.mixing, whole), min(steps, taken)
+    else:
+        rate, whole = _REFIT_RATE * rate_for(task, last.mixing, steps), steps
     adam = AdamW(start, steps=whole, rate=rate, warm_up=max(1, round(WARM_UP * whole)))
     kind = last.mixing.kind
     task.engine.meter.stage(f"{kind} on all records", rung=kind, start="", stage="refit", ridge=last.ridge)
-    descent = Descent(task.engine, last.mixing, training, plan.step, adam, last.anchor)
+    anchor = start if kind == "factors" else last.anchor
+    descent = Descent(task.engine, last.mixing, training, plan.step, adam, anchor)
     ran = descent.run(steps, last.ridge or 0.0, key=f"{kind} on all records")
     stage = ran.recorded(kind, last.chosen, "refit", last.ridge or 0.0)
     return replace(last, thetas=(ran.average,), stages=(stage,))
