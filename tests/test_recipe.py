@@ -444,7 +444,7 @@ def test_a_digest_of_weights_goes_with_kinds_that_keep_them(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("version", "way_out"),
     [
-        (6, "upgrade"),
+        (7, "upgrade"),
         (99, "upgrade"),
         (1, "fit again"),
         (0, None),
@@ -459,7 +459,7 @@ def test_another_schema_is_refused_with_the_way_out_where_there_is_one(
     tmp_path: Path, version: object, way_out: str | None
 ) -> None:
     (tmp_path / "r.json").write_text(json.dumps(saved(tmp_path) | {"loracat_recipe": version, "new_field": 1}))
-    with pytest.raises(RecipeError, match="has the schema .*this version reads 2 to 5") as caught:
+    with pytest.raises(RecipeError, match="has the schema .*this version reads 2 to 6") as caught:
         load_recipe(tmp_path / "r.json")
     assert caught.value.problems == ()
     assert (way_out in (caught.value.hint or "")) if way_out else caught.value.hint is None

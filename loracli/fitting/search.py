@@ -10,7 +10,7 @@ The lowest level, one weight for each adapter: screen the points that need no fi
     adapter -> module -> core
     adapter -> module -> factors
     adapter -> module -> core -> factors        `auto`: the best of them; a level is better than the best below where
-                                                the gain exceeds one standard error, and 0.005
+                                                the gain exceeds two standard errors, and 0.005
 
 Everything is chosen inside the training records, on those of each fold that its solution was not fitted to; held-out
 records are not seen here. What was chosen is then fitted once more on all training records.
@@ -184,7 +184,7 @@ LADDERS: dict[str, dict[MixingKind, float]] = {
     "rank": {"adapter": 0.2, "module": 0.35, "rank": 0.45},
     "core": {"adapter": 0.2, "module": 0.35, "core": 0.45},
     "factors": {"adapter": 0.2, "module": 0.35, "factors": 0.45},
-    "auto": {"adapter": 0.1, "module": 0.3, "core": 0.25, "factors": 0.35},
+    "auto": {"adapter": 0.09, "module": 0.36, "core": 0.2, "factors": 0.35},
 }
 _SAME_START = 0.05  # starts closer than this are one
 REFIT_SHARE = 0.4  # of the budget
@@ -281,10 +281,13 @@ def _compare(best: Solution | None, solved: Solution) -> Gain | None:
     return gain(best.scores, solved.scores)
 
 
+_SURE = 2.0  # standard errors; the records are few where it matters, and several levels are compared
+
+
 def worth_climbing(compared: Gain, least: float) -> bool:
     """Where the loss is close to nothing, so is the standard error; a higher level overfits more easily all the
     same."""
-    return compared.clear and compared.mean > least
+    return compared.mean > max(_SURE * compared.standard_error, least)
 
 
 def _record(task: Task, solved: Solution, compared: Gain | None, best: Solution | None, climbed: bool) -> LevelRecord:
@@ -293,10 +296,10 @@ def _record(task: Task, solved: Solution, compared: Gain | None, best: Solution 
         why = "the first kind of mixing" if best is None else "not compared: there are no validation records"
     else:
         over = f"a gain of {compared.mean:.4f} {task.unit} over {best.mixing.kind}"
-        why = (
-            f"{over} is {'above' if compared.clear else 'not above'} one standard error, {compared.standard_error:.4f}"
-        )
-        if asked == AUTO and compared.clear and not climbed:
+        times, many = (_SURE, "two standard errors") if asked == AUTO else (1.0, "one standard error")
+        above = compared.mean > times * compared.standard_error
+        why = f"{over} is {'above' if above else 'not above'} {many}, {times * compared.standard_error:.4f}"
+        if above and asked == AUTO and not climbed:
             why += f", but below {task.least_gain:g}, too little for {solved.mixing.numbers} numbers"
     if kind == asked:
         why += "; asked for"
@@ -338,14 +341,14 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
         below = None if len(solved) == 1 else refit(task, solved[:-1], training, budget / 2)
         start = last.anchor if below is None else last.mixing.lift(below.mixing, below.theta)
     plan = plan_steps(training, batch_tokens=task.settings.batch_tokens, seed=task.settings.seed + 1)
-    whole, taken = (max(1, round(passes * plan.steps_a_pass)) for passes in last.passes)
-    steps = min(plan.steps_within((budget - (task.spent - before)) / 2), whole)
+    steps = whole = plan.steps_within((budget - (task.spent - before)) / 2)
     if steps == 0:
         return None
     if last.mixing.kind == "factors":
+        whole, taken = (max(1, round(passes * plan.steps_a_pass)) for passes in last.passes)
         rate, steps = rate_for(task, last.mixing, whole), min(steps, taken)
     else:
-        rate, whole = _REFIT_RATE * rate_for(task, last.mixing, steps), steps
+        rate = _REFIT_RATE * rate_for(task, last.mixing, steps)
     adam = AdamW(start, steps=whole, rate=rate, warm_up=max(1, round(WARM_UP * whole)))
     kind = last.mixing.kind
     task.engine.meter.stage(f"{kind} on all records", rung=kind, start="", stage="refit", ridge=last.ridge)
