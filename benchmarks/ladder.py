@@ -31,7 +31,7 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
 from loracli.fitting.level import Solution, Task, tokens_of
 from loracli.fitting.mixing import make_layout, make_mixing
-from loracli.fitting.search import LADDERS, REFIT_SHARE, refit, solve_next, worth_climbing
+from loracli.fitting.search import LADDERS, REFIT_SHARE, least_gain, refit, solve_next
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach
 from loracli.model.base import load_base
@@ -99,7 +99,7 @@ def score(engine: Engine, mixing: object, theta: torch.Tensor, examples: Sequenc
 
 def climbed(task: Task, make, some: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Scores]:  # type: ignore[no-untyped-def]
     """The held-out scores of every level, the one of `auto` marked; says what each cost and gained."""
-    whole = task.settings.budget * 2 * tokens_of(some)
+    whole = task.budget * 2 * tokens_of(some)
     solved: list[Solution] = []
     found: dict[str, Scores] = {}
     chosen, going, spent = "adapter", True, 0
@@ -112,7 +112,7 @@ def climbed(task: Task, make, some: Sequence[Example], held_out: Sequence[Exampl
         passes = (task.engine.meter.spent - before) / (2 * tokens_of(some))
         compared = None if len(solved) == 1 else gain(solved[-2].scores, last.scores)  # type: ignore[arg-type]
         if compared is not None and going:
-            going = worth_climbing(compared, task.least_gain)
+            going = compared.mean > least_gain(task, kind, compared)
             chosen = kind if going else chosen
         again = refit(task, solved, some, REFIT_SHARE * whole)
         found[kind] = score(task.engine, last.mixing, last.theta if again is None else again.theta, held_out)

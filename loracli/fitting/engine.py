@@ -289,11 +289,11 @@ class Engine:
     @contextmanager
     def within(self, name: str) -> Iterator[None]:
         """One of several fits with this engine: what is remembered in it goes by its name too."""
-        self._prefix = f"{name}: "
+        self._prefix, self.meter.within = f"{name}: ", name
         try:
             yield
         finally:
-            self._prefix = ""
+            self._prefix, self.meter.within = "", ""
 
     def recall(self, key: str | None) -> Entry | None:
         """What an interrupted fit left under a key; the meter goes to where it was then."""

@@ -212,6 +212,7 @@ class Meter:
     def __init__(self, progress: Progress, log: StepLog | None = None, *, tokens: int = 0, task: str = TASK) -> None:
         self.spent = 0
         self.validation: float | None = None  # nats per token, the last measured
+        self.within = ""  # which of several fits this is, said in the log and before the stage
         self._progress = progress
         self._task = task
         self._log = log
@@ -229,7 +230,7 @@ class Meter:
         """Some tokens are done, each at this cost, and at `nats` per scored token if that is known."""
         self.spent += cost * tokens
         self._tokens += tokens
-        parts = [self._stage]
+        parts = [f"{self.within}, {self._stage}" if self.within else self._stage]
         if self._a_pass:
             parts.append(f"pass {self.spent / self._a_pass:.1f}")
         if nats is not None:
@@ -249,7 +250,10 @@ class Meter:
     def step(self, **fields: float) -> None:
         """Writes one line of the log."""
         if self._log is not None:
-            self._log.write({**self._fields, **fields, "validation": self.validation, "spent_tokens": self.spent})
+            part = {"within": self.within} if self.within else {}
+            self._log.write(
+                {**part, **self._fields, **fields, "validation": self.validation, "spent_tokens": self.spent}
+            )
 
     @property
     def logged(self) -> int:

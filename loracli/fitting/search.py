@@ -10,7 +10,8 @@ The lowest level, one weight for each adapter: screen the points that need no fi
     adapter -> module -> core
     adapter -> module -> factors
     adapter -> module -> core -> factors        `auto`: the best of them; a level is better than the best below where
-                                                the gain exceeds two standard errors, and 0.005
+                                                the gain exceeds one standard error, and 0.005; two where there are
+                                                few records, and nothing for `module`
 
 Everything is chosen inside the training records, on those of each fold that its solution was not fitted to; held-out
 records are not seen here. What was chosen is then fitted once more on all training records.
@@ -232,7 +233,9 @@ def _climb(
         best = solutions[-1] if solutions else None
         solved = solve_next(task, make_mixing(kind), best, budget - task.spent)
         compared = _compare(best, solved)
-        climbed = best is None or asked != AUTO or (compared is not None and worth_climbing(compared, task.least_gain))
+        climbed = (
+            best is None or asked != AUTO or (compared is not None and compared.mean > least_gain(task, kind, compared))
+        )
         stages += solved.stages
         records.append(_record(task, solved, compared, best, climbed))
         if climbed:
@@ -281,13 +284,17 @@ def _compare(best: Solution | None, solved: Solution) -> Gain | None:
     return gain(best.scores, solved.scores)
 
 
-_SURE = 2.0  # standard errors; the records are few where it matters, and several levels are compared
+_FEW = 16  # records, whose standard error is itself a guess
 
 
-def worth_climbing(compared: Gain, least: float) -> bool:
-    """Where the loss is close to nothing, so is the standard error; a higher level overfits more easily all the
-    same."""
-    return compared.mean > max(_SURE * compared.standard_error, least)
+def least_gain(task: Task, kind: MixingKind, compared: Gain) -> float:
+    """What a level of `auto` has to gain over the best below: nothing for `module`, which is what a fit takes unless
+    something is better; for those above, which overfit more easily, one standard error, or two where there are few
+    records, and `task.least_gain`: where the loss is close to nothing, so is the standard error."""
+    if kind == "module":
+        return 0.0
+    times = 2 if sum(len(fold.validation) for fold in task.folds) < _FEW else 1
+    return max(times * compared.standard_error, task.least_gain)
 
 
 def _record(task: Task, solved: Solution, compared: Gain | None, best: Solution | None, climbed: bool) -> LevelRecord:
@@ -296,11 +303,14 @@ def _record(task: Task, solved: Solution, compared: Gain | None, best: Solution 
         why = "the first kind of mixing" if best is None else "not compared: there are no validation records"
     else:
         over = f"a gain of {compared.mean:.4f} {task.unit} over {best.mixing.kind}"
-        times, many = (_SURE, "two standard errors") if asked == AUTO else (1.0, "one standard error")
-        above = compared.mean > times * compared.standard_error
-        why = f"{over} is {'above' if above else 'not above'} {many}, {times * compared.standard_error:.4f}"
-        if above and asked == AUTO and not climbed:
-            why += f", but below {task.least_gain:g}, too little for {solved.mixing.numbers} numbers"
+        why = (
+            f"{over} is {'above' if compared.clear else 'not above'} one standard error, {compared.standard_error:.4f}"
+        )
+        if asked == AUTO and compared.clear and not climbed:
+            least = least_gain(task, kind, compared)
+            why += f", but below {least:.2g}, too little for {solved.mixing.numbers} numbers"
+        elif asked == AUTO and climbed and not compared.clear:
+            why += ", and taken as what a fit takes unless something is better"
     if kind == asked:
         why += "; asked for"
     return LevelRecord(
