@@ -3,9 +3,9 @@
     python benchmarks/estimator.py                                        the embedded example
     python benchmarks/estimator.py OUT --base BASE --adapters MATH CODE --data CALIB.jsonl --test TEST.jsonl
 
-Each seed draws the calibration records from `--data` and fits on them; all are scored on the same other records, those of
-`--test`, or else the ones of `--data` that no calibration draws. A cell is the held-out loss in nats per token, with its
-standard error over records; the last column is how much more `auto` costs than the better of the others, mean over seeds.
+Each seed draws the calibration records from `--data` and fits on them; all are scored on the same other records, those
+of `--test`, or else the ones of `--data` that no calibration draws. A cell is the held-out loss in nats per token; the
+second table says how much more `auto` costs than the better of `module` and the new LoRA.
 
 Every cell ends in a file of OUT, and what is there is not done again, so it goes on where it was stopped. --quick takes
 one size, one seed and a few records of the embedded example.

@@ -233,9 +233,8 @@ def _climb(
         best = solutions[-1] if solutions else None
         solved = solve_next(task, make_mixing(kind), best, budget - task.spent)
         compared = _compare(best, solved)
-        climbed = (
-            best is None or asked != AUTO or (compared is not None and compared.mean > least_gain(task, kind, compared))
-        )
+        gained = compared is not None and compared.mean > least_gain(task, kind, compared)
+        climbed = best is None or asked != AUTO or gained
         stages += solved.stages
         records.append(_record(task, solved, compared, best, climbed))
         if climbed:
@@ -291,7 +290,7 @@ def least_gain(task: Task, kind: MixingKind, compared: Gain) -> float:
     """What a level of `auto` has to gain over the best below: nothing for `module`, which is what a fit takes unless
     something is better; for those above, which overfit more easily, one standard error, or two where there are few
     records, and `task.least_gain`: where the loss is close to nothing, so is the standard error."""
-    if kind == "module":
+    if kind == "module" and task.chooses_by_loss:
         return 0.0
     times = 2 if sum(len(fold.validation) for fold in task.folds) < _FEW else 1
     return max(times * compared.standard_error, task.least_gain)
