@@ -269,7 +269,9 @@ def _run(inputs: FitInputs, session: Session, source: Composition, dtype: torch.
         engine = Engine(objective, Meter(progress, task=_TASK), progress=progress)
         find_reach(engine, session, training)
         tokens = tokens_of(training)
-        work = round(2 * settings.budget(1) * tokens) + 3 * sum(batch.tokens for batch in session.batches(held_out))
+        work = round(2 * settings.budget(1, len(training)) * tokens) + 3 * sum(
+            batch.tokens for batch in session.batches(held_out)
+        )
         announce(engine, inputs, session, examples, (fold,), work)
         progress.begin(_TASK, work, WORK)
         try:

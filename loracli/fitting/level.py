@@ -62,7 +62,8 @@ class Task:
     @property
     def budget(self) -> float:
         """Passes over the training records that may be spent, forward and backward."""
-        return self.settings.budget(len(self.folds))
+        records = {example.place for fold in self.folds for example in (*fold.fitting, *fold.validation)}
+        return self.settings.budget(len(self.folds), len(records))
 
     @property
     def spent(self) -> int:
@@ -275,9 +276,10 @@ class _Level:
             self._failure = error
             return None
         self._keep(name, "probe", self._path[0], ran, after)
-        if self._mixing.kind == "factors":  # the first pass may have been enough
+        if after is not None:  # few steps may have been enough
             self._offer(name, tuple(descent.theta for descent in descents), after, self._path[0])
-        unseen = _unseen(ran, after) if self._task.chooses_by_loss or after is None else after.nats_per_token
+        pooled = after is None or (self._task.chooses_by_loss and len(descents) == 1)
+        unseen = _unseen(ran, after) if pooled else after.nats_per_token  # type: ignore[union-attr]
         self._reports.append(StartRecord(name, nats_per_token(before), nats_per_token(after), unseen))
         return descents
 

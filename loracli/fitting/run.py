@@ -161,7 +161,7 @@ def _run(
         reach = find_reach(engine, session, training)
         work = _work(inputs, examples, len(folds), session.batches(held_out))
         for part in parts:
-            passes = settings.budget(len(divide_training(inputs, part.fitting)))
+            passes = settings.budget(len(divide_training(inputs, part.fitting)), len(part.fitting))
             work += round(2 * passes * tokens_of(part.fitting))
         announce(engine, inputs, session, examples, folds, work)
         progress.begin(TASK, work, WORK)
@@ -250,7 +250,9 @@ def _work(inputs: FitInputs, examples: Examples, folds: int, held_batches: Seque
     methods = len(static_points(inputs.references)) + 1
     once = tokens + tokens_of(chosen_records(examples.training, seed=inputs.settings.seed))
     return (
-        round(2 * inputs.settings.budget(folds) * tokens) + once + methods * sum(batch.tokens for batch in held_batches)
+        round(2 * inputs.settings.budget(folds, len(examples.training)) * tokens)
+        + once
+        + methods * sum(batch.tokens for batch in held_batches)
     )
 
 
@@ -269,7 +271,8 @@ def announce(
         f"mixing {settings.mixing}, {what} over {len(layout.modules)} modules"
     )
     choosing = f", {len(folds)} folds" if len(folds) > 1 else f", {len(folds[0].validation)} of them to choose with"
-    passes = "one pass" if settings.paper else f"up to {settings.budget(len(folds)):g} passes"
+    most = settings.budget(len(folds), len(examples.training))
+    passes = "one pass" if settings.paper else f"up to {most:g} passes"
     about = duration_text(work / rate) + ("" if settings.metric is None else "; the answers that choose come on top")
     crossed = "each held out once" if inputs.data.parts else ""
     held = crossed or f"{len(examples.held_out)} held out"
@@ -297,7 +300,7 @@ def find_mixing(
     reserved = 0  # which level `auto` ends on is not known, and so is what it leaves of the budget
     if settings.mixing != AUTO:
         target = make_mixing(attached, inputs.layout, settings.mixing)  # type: ignore[arg-type]
-        reserved = certificate_tokens(target, training, settings, settings.budget(len(folds)))
+        reserved = certificate_tokens(target, training, settings, settings.budget(len(folds), len(training)))
     task = _task(engine, inputs, folds, tokenizer)
     return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training, reserved)
 
@@ -311,7 +314,7 @@ def _solve(
     mixing = found.mixing
     if not isinstance(mixing, DiagonalMixing) or not can_certify(mixing) or found.stopped:
         return found, None
-    left = settings.budget(len(folds)) * 2 * tokens_of(training) - (engine.meter.spent - before)
+    left = settings.budget(len(folds), len(training)) * 2 * tokens_of(training) - (engine.meter.spent - before)
     theta, certificate = certified(
         engine, mixing, found.theta, found.anchor, found.ridge or 0.0, training, settings, left
     )

@@ -357,6 +357,8 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
         whole, taken = (max(1, round(passes * plan.steps_a_pass)) for passes in last.passes)
         rate, steps = rate_for(task, last.mixing, whole), min(steps, taken)
     else:
+        most = (1 if last.mixing.kind == "core" else 2) * last.passes[0]
+        steps = whole = min(steps, max(1, round(most * plan.steps_a_pass)))
         rate = _REFIT_RATE * rate_for(task, last.mixing, steps)
     adam = AdamW(start, steps=whole, rate=rate, warm_up=max(1, round(WARM_UP * whole)))
     kind = last.mixing.kind

@@ -15,6 +15,7 @@ from loracli.system.near import did_you_mean
 AUTO = "auto"
 PASSES = 8.0
 AUTO_PASSES = 18.0
+_FULL_RECORDS = 16  # below, there are more passes
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,13 @@ class FitSettings:
             if value is not None and not low <= value <= high:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
 
-    def budget(self, folds: int) -> float:
-        """Passes that may be spent on a search with so many folds."""
+    def budget(self, folds: int, records: int) -> float:
+        """Passes that may be spent on a search with so many folds of so many records: where these are few, passes are
+        short and a fit needs more of them."""
         if self.paper:
             return 1.0
-        return self.passes or (AUTO_PASSES if self.mixing == AUTO else PASSES) * folds
+        few = max(1.0, _FULL_RECORDS / records)
+        return self.passes or (AUTO_PASSES if self.mixing == AUTO else PASSES) * few * folds
 
     @property
     def metric(self) -> TaskMetric | None:

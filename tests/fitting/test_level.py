@@ -61,7 +61,7 @@ def solved(tmp_path_factory: pytest.TempPathFactory) -> TwoBasins:
     with planted(base, adapters, truth, count=200) as (attached, examples, held):
         engine, layout = make_engine(attached, examples), make_layout(adapters)
         task = task_of(engine, (Fold(tuple(examples[40:]), tuple(examples[:40])),), settings)
-        budget = 2.0 * settings.budget(1) * sum(len(example.input_ids) for example in examples)
+        budget = 2.0 * settings.budget(1, len(examples)) * sum(len(example.input_ids) for example in examples)
         lowest, module = make_diagonal(layout, "adapter"), make_diagonal(layout, "module")
         adapter = _solve_adapters(task, lowest, 0.2 * budget, alone=False)
         start = [module.lift(lowest, theta) for theta in adapter.thetas]
@@ -568,7 +568,7 @@ def test_the_solutions_of_the_folds_are_averaged_before_the_last_fit() -> None:
     engine = engine_of(LeastSquares(TRUTH))
     folds = folds_of(examples)
     found = search(task_of(engine, folds, settings), level, examples)
-    budget = settings.budget(FOLDS) * 2 * sum(len(example.input_ids) for example in examples)
+    budget = settings.budget(FOLDS, len(examples)) * 2 * sum(len(example.input_ids) for example in examples)
     solved = _solve_adapters(task_of(engine, folds, settings), level("adapter"), budget, alone=True)
     assert torch.equal(found.theta, torch.stack(solved.thetas).mean(dim=0))
     assert len({tuple(theta.tolist()) for theta in solved.thetas}) == FOLDS
