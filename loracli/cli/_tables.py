@@ -7,18 +7,26 @@ from typing import TYPE_CHECKING
 
 from loracli.cli._output import Block, Output
 from loracli.evaluation.comparison import (
+    DIFFERENCE,
+    GUARDED,
+    LOSSES,
     Comparison,
     ComparisonRow,
     best_first,
     claim,
     correction,
+    flattered,
+    guard_cells,
+    guard_title,
     interval_text,
+    loss_cells,
     metric_claim,
+    remarks,
     verdict,
 )
 from loracli.progress import amount_text
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import EDITED, INLINE_KINDS, FitCertificate, HeldOut, HeldOutRow
+from loracli.recipe.record import EDITED, INLINE_KINDS, FitCertificate, HeldOut
 from loracli.system.display import count_text
 from loracli.system.document import dtype_name
 
@@ -28,10 +36,8 @@ if TYPE_CHECKING:
     from loracli.export.refit import RefitRecord
 
 COMPARED_TASKS = 12
-LOSSES = ("nats/token", "difference", "95 % interval", "worse on")
 LOSSES_WIDTH = 54  # of these columns with the gaps before them
 SHORTEST_NAME = 16
-DIFFERENCE = "difference: to the best single adapter"
 
 
 def comparison_lines(out: Output, found: Comparison) -> None:
@@ -41,7 +47,7 @@ def comparison_lines(out: Output, found: Comparison) -> None:
     if found.metric:
         out.line(f"{metric_claim(found)}.", style="bold")
     if found.repeated_records:
-        out.line(f"{found.repeated_records} of the records were calibrated on too: the table flatters what was fitted.")
+        out.line(flattered(found))
     out.line()
     out.line(f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens", style="bold")
     rows, more = best_first(found.rows), out.detailed
@@ -52,16 +58,8 @@ def comparison_lines(out: Output, found: Comparison) -> None:
     strong = next((i for i, row in enumerate(rows) if row.name == found.best.name), None)
     out.table(columns, cells, strong=strong)
     out.line(f"{DIFFERENCE}, {found.best_ingredient}; below zero is better", style="dim")
-    for row in rows:
-        if row.note or row.kept_energy is not None:
-            out.line(f"{row.name}: {_note(row)}", style="dim")
-    for reason in dict.fromkeys(skipped.reason for skipped in found.skipped):
-        left = ", ".join(skipped.name for skipped in found.skipped if skipped.reason == reason)
-        out.line(f"left out: {left}: {reason}", style="dim")
-    out.line(
-        f"smallest difference that so many records can show: {found.detectable:.2g} nats per token, 4 times in 5",
-        style="dim",
-    )
+    for remark in remarks(found):
+        out.line(remark, style="dim")
     if more and found.best.rivals:
         out.line(correction(found), style="dim")
     if found.guard:
@@ -80,20 +78,8 @@ def _names(out: Output, names: Sequence[str]) -> dict[str, str]:
     return {name: short if shown.count(short) == 1 else name for name, short in cut.items()}
 
 
-def _losses(row: ComparisonRow | HeldOutRow, best_ingredient: str) -> list[str]:
-    """The columns LOSSES; the row that the others are compared with has a loss alone."""
-    if row.name == best_ingredient:
-        return [f"{row.nats_per_token:.4f}", "", "", ""]
-    return [
-        f"{row.nats_per_token:.4f}",
-        f"{row.difference:+.4f}",
-        interval_text(row.interval),
-        f"{row.worse_records:.0%}",
-    ]
-
-
 def _cells(row: ComparisonRow, name: str, best_ingredient: str, *, more: bool) -> list[str]:
-    cells = [name, *_losses(row, best_ingredient), "" if row.rank is None else str(row.rank)]
+    cells = [name, *loss_cells(row, best_ingredient), "" if row.rank is None else str(row.rank)]
     if row.metric is not None:
         cells.append(f"{row.metric.mean:.3f}")
     if more:
@@ -104,27 +90,12 @@ def _cells(row: ComparisonRow, name: str, best_ingredient: str, *, more: bool) -
     return cells
 
 
-def _note(row: ComparisonRow) -> str:
-    kept = "" if row.kept_energy is None else f"rank {row.rank} keeps {row.kept_energy:.1%} of its energy"
-    return "; ".join(filter(None, [row.note, kept]))
-
-
 def _guard_lines(out: Output, found: Comparison, rows: Sequence[ComparisonRow]) -> None:
     out.line()
-    out.line(f"what must not get worse: {found.guard}, by at most {found.margin:g} nats per token", style="bold")
+    out.line(guard_title(found), style="bold")
     names = _names(out, [row.name for row in rows])
-    cells = [
-        [
-            names[row.name],
-            f"{row.guard.nats_per_token:.4f}",
-            f"{row.guard.difference.mean:+.4f}",
-            interval_text(row.guard.difference.interval),
-            "safe" if row.guard.safe else "NOT SHOWN SAFE",
-        ]
-        for row in rows
-        if row.guard is not None and row.kind != "base"
-    ]
-    out.table(["", "nats/token", "to base", "95 % interval", ""], cells)
+    cells = [[names[row.name], *guard_cells(row.guard)] for row in rows if row.guard is not None and row.kind != "base"]
+    out.table(["", *GUARDED], cells)
 
 
 def _compared_task_lines(out: Output, found: Comparison, rows: Sequence[ComparisonRow]) -> None:
@@ -260,7 +231,7 @@ def held_out_lines(out: Output, recipe: Recipe) -> None:
     out.line(f"held out: {table.records} records of {table.name}, {table.scored_tokens} scored tokens", style="bold")
     ordered = best_first(table.rows)
     names = _names(out, [row.name for row in ordered])
-    rows = [[names[row.name], *_losses(row, table.best_ingredient)] for row in ordered]
+    rows = [[names[row.name], *loss_cells(row, table.best_ingredient)] for row in ordered]
     strong = next((i for i, row in enumerate(ordered) if row.name == "fit"), None)
     out.table(["", *LOSSES], rows, strong=strong)
     out.line(f"{DIFFERENCE}, {table.best_ingredient}; below zero is better", style="dim")

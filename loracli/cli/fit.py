@@ -189,6 +189,7 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
     """What was found, in the order of a reader: whether it is better, how much, where it is; how with `-v`."""
     from loracli.cli._tables import held_out_lines, search_lines, verdict_lines, weights_text
     from loracli.recipe.recipe import files_beside
+    from loracli.report.commands import export_words
 
     beside = [str(path) for path in files_beside(recipe, output)]
     out.close()
@@ -208,8 +209,7 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
     out.line(f"fitted: {weights_text(recipe)} in {recipe.fit.passes:.3g} epochs; how: loracat show --search")
     out.line(f"written: {', '.join([str(output), *beside])}")
     if recipe.fit.stopped is None:
-        name = [] if output == Path("recipe.json") else [str(output)]
-        out.hint(shlex.join(["loracat", "export", *name, "--merge"]))
+        out.hint(shlex.join(export_words(output)))
 
 
 def _show_plan(out: Output, plan: FitPlan) -> None:

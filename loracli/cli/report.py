@@ -36,7 +36,7 @@ def report(
     force: opt.Force = False,
     out: Output,
 ) -> None:
-    """Write one HTML file: verdict, comparison, weights as a map, the search, interference, provenance."""
+    """Write one HTML file: verdict, comparison, weights as a map, the search, how it was made, what comes next."""
     from loracli.report.report import write_report
 
     written = write_report(recipe, output, comparison=comparison, adapters=adapters or (), force=force, progress=out)

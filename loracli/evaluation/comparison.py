@@ -338,3 +338,59 @@ def best_first(rows: Sequence[_Row]) -> list[_Row]:
 def interval_text(interval: tuple[float, float], *, digits: int = 4) -> str:
     """`-0.0123 to +0.0040`."""
     return f"{interval[0]:+.{digits}f} to {interval[1]:+.{digits}f}"
+
+
+LOSSES = ("nats/token", "difference", "95 % interval", "worse on")
+DIFFERENCE = "difference: to the best single adapter"
+
+
+def loss_cells(row: ComparisonRow | HeldOutRow, best_ingredient: str) -> list[str]:
+    """The columns LOSSES; the row that the others are compared with has a loss alone."""
+    if row.name == best_ingredient:
+        return [f"{row.nats_per_token:.4f}", "", "", ""]
+    return [
+        f"{row.nats_per_token:.4f}",
+        f"{row.difference:+.4f}",
+        interval_text(row.interval),
+        f"{row.worse_records:.0%}",
+    ]
+
+
+def flattered(found: Comparison) -> str:
+    """That some of the records were fitted on, in a sentence; nothing if none was."""
+    if not found.repeated_records:
+        return ""
+    return f"{found.repeated_records} of the records were calibrated on too: the table flatters what was fitted."
+
+
+def remarks(found: Comparison) -> list[str]:
+    """What there is to know of rows, which methods were left out and why, and what so many records can show."""
+    said = [f"{row.name}: {_note(row)}" for row in best_first(found.rows) if row.note or row.kept_energy is not None]
+    for reason in dict.fromkeys(skipped.reason for skipped in found.skipped):
+        left = ", ".join(skipped.name for skipped in found.skipped if skipped.reason == reason)
+        said.append(f"left out: {left}: {reason}")
+    smallest = f"smallest difference that so many records can show: {found.detectable:.2g} nats per token, 4 times in 5"
+    return [*said, smallest]
+
+
+def _note(row: ComparisonRow) -> str:
+    kept = "" if row.kept_energy is None else f"rank {row.rank} keeps {row.kept_energy:.1%} of its energy"
+    return "; ".join(filter(None, [row.note, kept]))
+
+
+def guard_title(found: Comparison) -> str:
+    """Which records must not get worse, and by how much."""
+    return f"what must not get worse: {found.guard}, by at most {found.margin:g} nats per token"
+
+
+GUARDED = ("nats/token", "to base", "95 % interval", "")
+
+
+def guard_cells(guard: GuardScore) -> list[str]:
+    """The columns GUARDED."""
+    return [
+        f"{guard.nats_per_token:.4f}",
+        f"{guard.difference.mean:+.4f}",
+        interval_text(guard.difference.interval),
+        "safe" if guard.safe else "NOT SHOWN SAFE",
+    ]
