@@ -71,7 +71,7 @@ def what_next(recipe: Recipe, files: Files, found: Comparison | None) -> list[St
     elif best is not None and best.name in others:
         why = f"Writes one adapter of {best.name}, which has the lowest loss of the comparison."
         steps.append(Step(why, _line(*export_words(best.name))))
-    why = "Writes one adapter of this fit, as small as its ingredients; without --merge it is exact, and larger."
+    why = "Writes one adapter of this fit, of its largest ingredient's rank; without --merge it is exact, and larger."
     steps.append(Step(why, _line(*export_words(files.recipe))))
     asked = _line("loracat", "generate", files.recipe, *_named_base(recipe), "--prompt", "Your question")
     steps.append(Step("Answers a question with the base model, with each adapter and with the fit.", asked))

@@ -113,7 +113,7 @@ p { margin: .5rem 0; overflow-wrap: anywhere; }
 .verdict.better { border-color: var(--good); }
 .verdict.worse { border-color: var(--bad); }
 .soft { color: var(--soft); font-size: .9rem; }
-.scroll { overflow: auto; max-height: 36rem; }
+.scroll { overflow: auto; max-height: 36rem; margin: .5rem 0; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 .panel { min-width: 0; max-width: 34rem; }
 .chart { max-width: 40rem; }
