@@ -129,14 +129,14 @@ def test_every_number_of_the_table_is_the_one_of_the_document(few: Path) -> None
         ]
 
 
-@pytest.mark.parametrize("stage", ["read", "loaded", "scored"])
+@pytest.mark.parametrize("stage", ["read", "loaded", "begun"])
 def test_a_comparison_that_is_stopped_leaves_nothing(few: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    """Neither a file nor a row, wherever it is stopped."""
+    """Neither a file nor a row, as long as no row is done."""
 
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    place = {"read": "open_session", "loaded": "candidates", "scored": "comparison_of"}[stage]
+    place = {"read": "open_session", "loaded": "candidates", "begun": "_Comparison._measure"}[stage]
     monkeypatch.setattr(f"loracli.comparison.compare.{place}", stop)
     before = tree(few)
     result = run(*ALONE, "--methods", "sum", "--json")
