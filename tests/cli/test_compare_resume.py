@@ -11,7 +11,7 @@ import pytest
 
 from loracli.comparison.compare import _Comparison
 from loracli.comparison.state import KeptRows
-from loracli.errors import LoracatError, OutOfResources
+from loracli.errors import LoracatError, OutOfResources, UsageError
 from loracli.system.files import locked_directory
 from tests.cli.project import run, tree
 
@@ -189,8 +189,6 @@ def test_garbage_is_refused_with_a_way_out(few: Path, measured: Measured) -> Non
 
 
 def test_a_rejected_input_leaves_nothing_unless_a_fit_was_done(few: Path, measured: Measured) -> None:
-    from loracli.errors import UsageError
-
     measured.error, before = UsageError("no"), tree(few)
     assert stopped(measured, "ties", *WORDS[:8], "--methods", "ties").exit_code == 2 and tree(few) == before
     failed = stopped(measured, "ties")
