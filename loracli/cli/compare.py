@@ -158,24 +158,14 @@ def compare(
     from loracli.cli._tables import comparison_lines
     from loracli.comparison.compare import resumable_comparison
     from loracli.comparison.inputs import prepare_comparison
-    from loracli.comparison.settings import CompareSettings, parse_controls, parse_methods
     from loracli.comparison.state import comparison_state
-    from loracli.composition.weights import parse_words
     from loracli.evaluation.metrics import task_metric
-    from loracli.fitting.settings import FitSettings
     from loracli.model.placement import Placement
 
     metric = task_metric(
         generate, answers.metric_command, max_new_tokens=answers.max_new_tokens, tolerance=answers.tolerance
     )
-    settings = CompareSettings(
-        fit=FitSettings(**vars(reading)),
-        methods=parse_methods(rows.methods),
-        options=MethodOptions(density, scale, reading.seed, rank),
-        controls=parse_controls(rows.control or ()),
-        weights=parse_words(rows.weights) if rows.weights else None,
-        margin=rows.margin,
-    )
+    settings = _settings_of(rows, reading, MethodOptions(density, scale, reading.seed, rank))
     recipes = recipe or ([] if adapters else [Path("recipe.json")])
     prepare = partial(
         prepare_comparison,
@@ -206,6 +196,21 @@ def compare(
     words = _next_words(found, settings, recipe or (), adapters or (), rows.weights or (), fit_data or (), own, reading)
     if words:
         out.hint(shlex.join(words))
+
+
+def _settings_of(rows: RowOptions, reading: opt.ReadingOptions, options: MethodOptions) -> CompareSettings:
+    from loracli.comparison.settings import CompareSettings, parse_controls, parse_methods
+    from loracli.composition.weights import parse_words
+    from loracli.fitting.settings import FitSettings
+
+    return CompareSettings(
+        fit=FitSettings(**vars(reading)),
+        methods=parse_methods(rows.methods),
+        options=options,
+        controls=parse_controls(rows.control or ()),
+        weights=parse_words(rows.weights) if rows.weights else None,
+        margin=rows.margin,
+    )
 
 
 def _next_words(
