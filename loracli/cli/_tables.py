@@ -31,6 +31,7 @@ from loracli.system.display import count_text
 from loracli.system.document import dtype_name
 
 if TYPE_CHECKING:
+    from loracli.comparison.layers import LayerEffects
     from loracli.export.export import Exported
     from loracli.export.loss import ExportLoss
     from loracli.export.refit import RefitRecord
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 COMPARED_TASKS = 12
 LOSSES_WIDTH = 54  # of these columns with the gaps before them
 SHORTEST_NAME = 16
+BAR_WIDTH = 40
 
 
 def comparison_lines(out: Output, found: Comparison) -> None:
@@ -143,6 +145,27 @@ def weight_maps(out: Output, recipe: Recipe) -> None:
             rows.append((number, blocks))
         out.blocks(short_names(grid.columns), rows)
         out.line()
+
+
+def layer_lines(out: Output, found: LayerEffects) -> None:
+    """The loss, and its change when the composition is left out of a layer, with a bar as long as it."""
+    from loracli.report.grid import layer_numbers
+
+    edited = f" ({EDITED})" if found.weights_edited else ""
+    out.line(f"{found.nats_per_token:.4f} nats per token with all layers of the composition{edited}", style="bold")
+    if found.repeated_records:
+        out.line(f"{found.repeated_records} of the records were calibrated on too: they flatter the composition.")
+    out.line(f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens; without a layer:")
+    out.line()
+    names = layer_numbers([effect.layer for effect in found.layers])
+    largest = max(abs(effect.change) for effect in found.layers) or 1.0
+    width = max(map(len, ("layer", *names)))
+    out.line(f"{'layer':{width}}   change  std. error", style="bold")
+    for name, effect in zip(names, found.layers, strict=True):
+        error = "" if effect.standard_error is None else f"{effect.standard_error:.4f}"
+        bar = ("#" if effect.change > 0 else "-") * round(BAR_WIDTH * abs(effect.change) / largest)
+        out.line(f"{name:{width}}  {effect.change:+.4f}  {error:>10}  {bar}".rstrip())
+    out.line("change: of the loss, in nats per token; # where the layer helps, - where it does harm", style="dim")
 
 
 def weights_text(recipe: Recipe) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from loracli.calibration.render import Example
 from loracli.comparison.candidates import Candidate, candidates, datamix_candidate
 from loracli.comparison.inputs import CompareInputs, prepare_comparison
 from loracli.comparison.settings import CompareSettings
-from loracli.comparison.table import INGREDIENT, Evaluated, comparison_of
+from loracli.comparison.state import KeptRows, kept_rows
+from loracli.comparison.table import Evaluated, comparison_of
 from loracli.composition.attached import MixingPoint
 from loracli.composition.fitted import TASK, Calibration
 from loracli.errors import NonFiniteLoss
@@ -29,7 +31,7 @@ from loracli.model.loss import Scores
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session
 from loracli.progress import SILENT, WORK, Bar, Progress, drawn, duration_text, takes_bar
-from loracli.system.document import dtype_name
+from loracli.system.document import dtype_name, encode
 
 
 @takes_bar
@@ -72,6 +74,7 @@ def run_comparison(
     *,
     placement: Placement = Placement(),  # noqa: B008  # frozen
     metric: TaskMetric | None = None,
+    kept: KeptRows = KeptRows(),  # noqa: B008  # without a folder it keeps nothing
     progress: Progress = SILENT,
 ) -> Comparison:
     """Loads the base model and compares.
@@ -80,10 +83,12 @@ def run_comparison(
         inputs: from `prepare_comparison`.
         placement: where and how the base model runs.
         metric: of the answers; None to compare losses alone.
+        kept: takes the rows that are done, and gives back those that a stopped comparison did.
         progress: told what happens.
     Raises:
         UsageError: if a method that was asked for by name cannot honour the adapters.
         NonFiniteLoss: if no ingredient has a finite loss.
+        StateMismatch: if what was kept of a row is damaged.
     """
     fit = inputs.settings.fit
     adapters = (*inputs.adapters, *([] if inputs.datamix is None else [inputs.datamix]))
@@ -91,7 +96,36 @@ def run_comparison(
     rows = _Rows(progress)
     with open_session(opening, progress=rows) as session:
         say_tokenizer_differences(inputs.adapters, inputs.references, session.tokenizer, progress)
-        return _Comparison(inputs, session, metric, rows).run()
+        return _Comparison(inputs, session, metric, kept, rows).run()
+
+
+@contextmanager
+def resumable_comparison(
+    prepare: Callable[[], CompareInputs],
+    folder: Path,
+    *,
+    placement: Placement = Placement(),  # noqa: B008  # frozen
+    metric: TaskMetric | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Iterator[Comparison]:
+    """A comparison whose rows are kept in a folder until what is done with it in the context is done too.
+
+    Args:
+        prepare: reads and checks the inputs.
+        folder: of the state, from `comparison_state`.
+        placement: where and how the base model runs.
+        metric: of the answers; None to compare losses alone.
+        resume: go on where an interrupted comparison of the same inputs was; other rows may be asked for.
+        force: drop what an interrupted comparison has done.
+        progress: told what happens.
+    Raises:
+        LoracatError: as `run_comparison` and `kept_rows`.
+    """
+    inputs = prepare()
+    with kept_rows(folder, inputs, placement, metric, resume=resume, force=force, progress=progress) as kept:
+        yield run_comparison(inputs, placement=placement, metric=metric, kept=kept, progress=progress)
 
 
 class _Rows:
@@ -131,14 +165,18 @@ class _Rows:
 
 
 class _Comparison:
-    def __init__(self, inputs: CompareInputs, session: Session, metric: TaskMetric | None, progress: _Rows) -> None:
-        self._inputs, self._session, self._progress = inputs, session, progress
+    def __init__(
+        self, inputs: CompareInputs, session: Session, metric: TaskMetric | None, kept: KeptRows, progress: _Rows
+    ) -> None:
+        self._inputs, self._session, self._kept, self._progress = inputs, session, kept, progress
         self._forward = 0  # tokens of a row
         self._test = self._render(inputs.test)
         self._guard = self._render(inputs.guard)
         self._metric = metric
         self._answers = None if metric is None else self._scorer(metric)
         self._skipped: list[Skipped] = []
+        self._names: list[str] = []  # of all rows, in their order
+        self._done: dict[str, Evaluated] = {}  # by these
 
     def run(self) -> Comparison:
         inputs = self._inputs
@@ -146,21 +184,43 @@ class _Comparison:
         self._session.say_likelier_orders(inputs.adapters, self._test)
         rows = candidates(inputs, self._calibration(), self._skipped)
         others = [] if inputs.datamix is None else [datamix_candidate(inputs.datamix)]
-        self._announce([*rows, *others])
+        every = [*rows, *others]
+        self._names = [row.name for row in every]
+        self._recall(every)
+        left = [row for row in every if row.name not in self._done]
+        self._announce(left)
         try:
-            names = [row.name for row in (*rows, *others)]
-            before: dict[str, MixingPoint | None] = {}
-            for row in rows:
+            for row in left:
                 if row.fitted:
-                    self._progress.enter(_counted(row, names), row.cost)
-                    before[row.name] = row.composed(self._skipped)
-            evaluated = self._evaluate(rows, names, before, inputs.adapters, inputs.layout)
+                    self._fit(row)
+            self._evaluate([row for row in left if not row.fitted and row in rows], inputs.adapters, inputs.layout)
             if inputs.datamix is not None:
-                evaluated += self._evaluate(others, names, {}, [inputs.datamix], make_layout([inputs.datamix]))
+                mixed = [inputs.datamix]
+                self._evaluate([row for row in left if row in others], mixed, make_layout(mixed))
         finally:
             self._progress.finish(TASK)
+        evaluated = [self._done[name] for name in self._names if name in self._done]
         metric = None if self._metric is None else self._metric.name
         return comparison_of(evaluated, self._skipped, inputs, examples=self._test, metric=metric)
+
+    def _recall(self, rows: Sequence[Candidate]) -> None:
+        """Takes over what a stopped comparison did."""
+        for row in rows:
+            found = self._kept.recall(
+                self._key(row),
+                row,
+                records=len(self._test),
+                guard=len(self._guard),
+                answers=self._metric is not None,
+            )
+            if found is not None:
+                self._done[row.name] = found
+        if self._done:
+            self._progress.note(f"taken over, {len(self._done)} of {len(rows)} rows: {', '.join(self._done)}")
+
+    def _key(self, row: Candidate) -> str:
+        """Of what is kept: `uniform` has other options where it was not named."""
+        return json.dumps([row.name, encode(self._inputs.settings.options_of(row.name))])
 
     def _render(self, files: Sequence[CalibrationFile]) -> tuple[Example, ...]:
         settings = self._inputs.settings.fit
@@ -217,34 +277,48 @@ class _Comparison:
         with self._session.attached(adapters, layout.modules, self._test) as objective:
             yield Engine(objective, Meter(self._progress, task=TASK), progress=self._progress)
 
-    def _evaluate(
-        self,
-        rows: Sequence[Candidate],
-        names: Sequence[str],
-        before: dict[str, MixingPoint | None],
-        adapters: Sequence[LoraAdapter],
-        layout: Layout,
-    ) -> list[Evaluated]:
-        inputs, evaluated = self._inputs, []
+    def _fit(self, row: Candidate) -> None:
+        """A row that attaches the adapters itself: its fit, and what that scores."""
+        self._progress.enter(self._counted(row), row.cost)
+        point = row.composed(self._skipped)
+        if point is not None:
+            with self._engine(self._inputs.adapters, self._inputs.layout) as engine:
+                self._progress.enter(self._counted(row), self._forward)
+                self._add(row, point, engine)
+
+    def _evaluate(self, rows: Sequence[Candidate], adapters: Sequence[LoraAdapter], layout: Layout) -> None:
+        """The other rows, which are set on one attached model in turn."""
         with self._engine(adapters, layout) as engine:
-            if adapters is not inputs.adapters:
+            if adapters is not self._inputs.adapters:
                 find_reach(engine, self._session, self._test)
             for row in rows:
-                self._progress.enter(_counted(row, names), self._forward)
-                point = before[row.name] if row.name in before else row.composed(self._skipped)
-                if point is None:
-                    continue
-                engine.meter.stage(_counted(row, names))
-                try:
-                    evaluated.append(self._measure(row, point, engine))
-                except NonFiniteLoss as error:
-                    if row.kind == INGREDIENT and not any(
-                        other.kind == INGREDIENT for other in rows if other is not row
-                    ):
-                        raise
-                    self._skipped.append(Skipped(row.name, str(error)))
-                    self._progress.warn(f"{row.name} is left out: {error}")
-        return evaluated
+                self._progress.enter(self._counted(row), self._forward)
+                point = row.composed(self._skipped)
+                if point is not None:
+                    self._add(row, point, engine)
+
+    def _add(self, row: Candidate, point: MixingPoint, engine: Engine) -> None:
+        """Measures a row and keeps what it scores; one whose loss is not finite is left out.
+
+        Raises:
+            NonFiniteLoss: if it is the last adapter, and no other has a finite loss.
+        """
+        engine.meter.stage(self._counted(row))
+        try:
+            found = self._measure(row, point, engine)
+        except NonFiniteLoss as error:
+            references = self._inputs.references
+            if row.name == references[-1] and not any(name in self._done for name in references):
+                raise
+            self._skipped.append(Skipped(row.name, str(error)))
+            self._progress.warn(f"{row.name} is left out: {error}")
+            return
+        self._done[row.name] = found
+        self._kept.write(self._key(row), found, fitted=row.fitted)
+
+    def _counted(self, row: Candidate) -> str:
+        """`15/23 ties`."""
+        return f"{self._names.index(row.name) + 1}/{len(self._names)} {row.name}"
 
     def _measure(self, row: Candidate, point: MixingPoint, engine: Engine) -> Evaluated:
         def score(examples: tuple[Example, ...]) -> Scores:
@@ -253,9 +327,6 @@ class _Comparison:
         guard = score(self._guard) if self._guard else None
         scores = score(self._test)
         values = None if self._answers is None else self._answers(engine.objective)
-        return Evaluated(row.name, row.kind, point, scores, guard, values)
-
-
-def _counted(row: Candidate, names: Sequence[str]) -> str:
-    """`15/23 ties`."""
-    return f"{names.index(row.name) + 1}/{len(names)} {row.name}"
+        return Evaluated(
+            row.name, row.kind, scores, point.rank, point.kept_energy, point.weights, point.note, guard, values
+        )

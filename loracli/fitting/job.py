@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from loracli.adapters.adapter import LoraAdapter
+from loracli.calibration.records import CalibrationFile
 from loracli.errors import InputError, OutputExists, UsageError
 from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.journal import Journal, StepLog, is_step_log, open_state, remove_state, state_folder
@@ -246,36 +248,53 @@ def _said(folder: Path, processes: Processes, resumed: bool, progress: Progress)
 
 
 def _identity(inputs: FitInputs, placement: Placement) -> dict[str, str]:
-    """Everything that the result depends on, by what a user would call it."""
-    settings = {f"--{name.replace('_', '-')}": json.dumps(value) for name, value in inputs.settings.recorded().items()}
-    adapters = {
-        f"adapter {reference}": _digest(dict(adapter.sha256))
-        for reference, adapter in zip(inputs.references, inputs.adapters, strict=True)
-    }
-    data = {
-        f"{part} {number}, {file.source.name}": _digest([file.sha256, file.source.weight])
-        for part, files in (("data file", inputs.data.files), ("held-out file", inputs.data.eval_files))
-        for number, file in enumerate(files, 1)
-    }
-    placed = {"--dtype": placement.dtype, "--device": placement.device, "--shard": str(placement.shard)}
+    files = {"data file": inputs.data.files, "held-out file": inputs.data.eval_files}
+    shared = identity_of(inputs.base, dict(zip(inputs.references, inputs.adapters, strict=True)), files, placement)
+    return shared | settings_identity(inputs.settings.recorded()) | {"--shard": str(placement.shard)}
+
+
+def identity_of(
+    base: BaseReference,
+    adapters: Mapping[str, LoraAdapter],
+    files: Mapping[str, Sequence[CalibrationFile]],
+    placement: Placement,
+) -> dict[str, str]:
+    """What numbers of a base with adapters on records depend on besides settings, by what a user would call it.
+
+    Args:
+        base: the model.
+        adapters: by their references, in order.
+        files: of records, by what they are for.
+        placement: of the base.
+    """
     return {
-        "base model": _base_identity(inputs.base),
-        **adapters,
-        "order of the adapters": _digest(list(inputs.references)),
-        **data,
-        **settings,
-        **placed,
+        "base model": _base_identity(base),
+        **{f"adapter {reference}": digest(dict(adapter.sha256)) for reference, adapter in adapters.items()},
+        "order of the adapters": digest(list(adapters)),
+        **{
+            f"{part} {number}, {file.source.name}": digest([file.sha256, file.source.weight])
+            for part, those in files.items()
+            for number, file in enumerate(those, 1)
+        },
+        "--dtype": placement.dtype,
+        "--device": placement.device,
         **{f"version of {name}": version(name) for name in _VERSIONS},
     }
+
+
+def settings_identity(values: Mapping[str, object]) -> dict[str, str]:
+    """Settings by the options that set them."""
+    return {f"--{name.replace('_', '-')}": json.dumps(value) for name, value in values.items()}
 
 
 def _base_identity(base: BaseReference) -> str:
     """By its commit, or by the size and the time of its files: reading all weights would take as long as loading."""
     if base.commit is not None:
-        return _digest([base.id, base.commit])
+        return digest([base.id, base.commit])
     files = sorted(path for path in base.path.iterdir() if path.is_file())
-    return _digest([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])
+    return digest([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])
 
 
-def _digest(content: object) -> str:
+def digest(content: object) -> str:
+    """sha256 of a value as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

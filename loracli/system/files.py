@@ -196,8 +196,13 @@ def remove_temporaries(folder: Path, name: str | None = None) -> None:
 
 
 @contextmanager
-def locked_directory(folder: Path, output: Path) -> Iterator[None]:
+def locked_directory(folder: Path, output: Path, *, elsewhere: str = "choose another name with -o") -> Iterator[None]:
     """The folder, made if it is not there, for this process alone; if it is empty at the end, it is removed.
+
+    Args:
+        folder: that is locked.
+        output: what is made with it, for the errors.
+        elsewhere: what else their hints say.
 
     Raises:
         OutputExists: if the name is taken by something else than a directory; a link to one is something else.
@@ -212,10 +217,10 @@ def locked_directory(folder: Path, output: Path) -> Iterator[None]:
                 raise
             kind = "a symbolic link" if folder.is_symlink() else "not a directory"
             raise OutputExists(
-                f"{folder}, where {output} would be made, is {kind}", hint="move it, or choose another name with -o"
+                f"{folder}, where {output} would be made, is {kind}", hint=f"move it, or {elsewhere}"
             ) from None
     if descriptor is None:
-        raise LoracatError(f"another process is writing {output}", hint="wait for it, or choose another name with -o")
+        raise LoracatError(f"another process is writing {output}", hint=f"wait for it, or {elsewhere}")
     try:
         yield
     finally:
