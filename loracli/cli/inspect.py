@@ -34,6 +34,7 @@ def inspect(
     """Show ranks, modules, scaling and base model of adapters, whether they can be composed, and how much they
     overlap."""
     from loracli.adapters.compatible import inspect_adapters
+    from loracli.cli._tables import table_names
 
     found = inspect_adapters(references, revision=revision, cache_dir=cache_dir, token=token, progress=out)
     out.document(found.as_dict())
@@ -61,9 +62,13 @@ def inspect(
         out.line()
         out.value(f"{adapter.reference}\trank {','.join(map(str, adapter.ranks))}\t{adapter.modules} modules")
     if len(found.adapters) > 1:
+        names = table_names(out, [adapter.reference for adapter in found.adapters])
         out.table(
             ["overlap", "cosine", "shared modules"],
-            [[f"{o.first} · {o.second}", f"{o.cosine:+.4f}", str(o.shared_modules)] for o in found.overlaps],
+            [
+                [f"{names[o.first]} · {names[o.second]}", f"{o.cosine:+.4f}", str(o.shared_modules)]
+                for o in found.overlaps
+            ],
         )
         out.line()
     if found.problems:

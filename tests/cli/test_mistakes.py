@@ -71,6 +71,7 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (no_recipe, ["export"], 3, ["error: the recipe recipe.json cannot be read"]),
     (no_recipe, ["fuse", "--base", "base"], 3, ["error: the recipe recipe.json cannot be read"]),
     (no_recipe, ["report"], 3, ["error: the recipe recipe.json cannot be read"]),
+    (another_name, ["inspect", "know", "same"], 2, ["know and same are one adapter"]),
     (another_name, ["fit", "-a", "know", "same", *DATA], 2, ["know and same are one adapter"]),
     (nothing, [*FIT, "--lr", "1"], 2, ["--lr", "it is called --learning-rate here"]),
     (nothing, [*FIT, "--epochs", "1"], 2, ["--epochs", "it is called --passes here"]),
@@ -117,6 +118,7 @@ def test_a_failure_speaks_on_stderr_beside_its_document(here: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
+        ["inspect", "know", "copy"],
         ["fit", "-a", "know", "copy", *DATA, "--dry-run"],
         ["export", "-a", "know", "copy", "--weights", "0.5", "0.5", "--dry-run", "--base", "base"],
         ["export", "-a", "know", "copy", "--method", "sum", "--dry-run", "--base", "base"],
