@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -16,7 +17,7 @@ from loracli.cli._output import Output
 from tests.cli.project import FIT, run
 
 # What a command cannot know, with what it is on this project.
-PLACEHOLDERS = {"DATA.jsonl": "calibration.jsonl"}
+PLACEHOLDERS = {"DATA.jsonl": "calibration.jsonl", "MODEL": "base"}
 
 COMMANDS = {
     "fit": [*FIT, "-o", "the recipe.json"],
@@ -81,6 +82,35 @@ def test_the_next_command_runs_as_it_is_printed(here: Path, name: str) -> None:
     refused = words[1] == "lint" and after.exit_code == 3  # by one of the servers, which is an answer
     assert after.exit_code == 0 or refused, f"{line}\n{after.stderr}"
     assert "error:" not in after.stderr
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("loracat/demo-base", []),
+        ("./the base", ["--base", "./the base"]),
+        ("/data/llama", ["--base", "MODEL"]),
+        (None, ["--base", "MODEL"]),
+        ("the\u3164base", ["--base", "MODEL"]),  # which is here, with a letter that nobody sees
+    ],
+)
+def test_inspect_names_the_base_where_a_fit_would_not_find_it(here: Path, named: str | None, words: list[str]) -> None:
+    for adapter in ("know", "form"):
+        config = Path(adapter, "adapter_config.json")
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": named}))
+    shutil.copytree("base", "the base")
+    shutil.copytree("base", "the\u3164base")
+    [line] = printed(run("inspect", "know", "form").stderr)
+    assert shlex.split(line) == ["loracat", "fit", "--adapters", "know", "form", "--data", "DATA.jsonl", *words]
+
+
+@pytest.mark.parametrize("commit", [None, "0" * 40])
+def test_report_names_the_base_where_it_is_a_directory(here: Path, commit: str | None) -> None:
+    recipe = json.loads(Path("recipe.json").read_text())
+    recipe["base"]["commit"] = commit
+    Path("recipe.json").write_text(json.dumps(recipe))
+    [line] = printed(run("report").stderr)
+    assert ("--base MODEL" in line) == (commit is None)
 
 
 @pytest.mark.parametrize("width", [30, 60, 80])
