@@ -250,7 +250,7 @@ def _open_locked(folder: Path, *, needed: bool = False) -> int | None:
 
 
 def put_in_place(folder: Path, path: Path, *, replace: bool = True) -> None:
-    """Gives a filled directory its name; what had the name before is moved aside, to `.NAME.old`, and removed.
+    """Gives a filled directory its name; what had the name before is moved aside, to `_aside`, and removed.
 
     Raises:
         OutputExists: if another process does the same meanwhile.
@@ -337,4 +337,5 @@ def repair(path: Path) -> None:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
+    """Where a replaced directory is until it is removed: a name that nobody else gives, for what has it is removed."""
+    return path.with_name(f".{path.name}.loracat-old")
