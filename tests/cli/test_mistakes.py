@@ -49,6 +49,7 @@ def another_name() -> None:
 MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (nothing, ["inspect", "knwo", "form"], 3, ["error: knwo: ", "hint: did you mean know?"]),
     (nothing, ["inspect", "./knwo"], 3, ["error: ./knwo: no such directory", "did you mean know?"]),
+    (nothing, ["inspect", "KNOW"], 3, ["error: KNOW: ", "hint: did you mean know?"]),
     (nothing, ["inspect", "base/knwo"], 5, ["error: base/knwo: offline"]),  # nothing near lies there
     (nothing, ["inspect", "../project/knwo"], 3, ["no such directory", "did you mean ../project/know?"]),
     (above, ["inspect", "runs/knwo"], 5, ["error: runs/knwo: offline", "hint: did you mean runs/know?"]),
@@ -62,6 +63,7 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (nothing, ["fit", "-a", "calibration.jsonl", *DATA], 3, ["a data file is not an adapter", "with --data"]),
     (nothing, ["fit", "know", "form", *DATA], 2, ["error: know form: ", "loracat fit --adapters know form"]),
     (nothing, ["compare", "know", "form", "-d", "test.jsonl"], 3, ["is an adapter", "name adapters with --adapters"]),
+    (nothing, [*FIT, "--fields", "Prompt=q"], 2, ["--fields Prompt=q: Prompt is not one of", "did you mean prompt?"]),
     (nothing, [*FIT, "--base", "bsae"], 3, ["error: no directory bsae is here", "did you mean base?"]),
     (nothing, [*FIT, "--base", "./bsae"], 3, ["error: the base model ./bsae", "did you mean base?"]),
     (nothing, ["lint", "know", "--base", "bsae"], 3, ["error: no directory bsae is here", "did you mean base?"]),
@@ -106,6 +108,15 @@ def test_a_mistake_is_told_with_its_way_out(
     for part in said:
         assert part in result.stderr
     assert tree(here) == before
+
+
+def test_a_name_that_looks_the_same_is_told_apart(here: Path) -> None:
+    """`café` of four letters is typed, and one of five code points is there; where the disk takes both, there is no
+    mistake."""
+    Path("know").rename("cafe\u0301")
+    result = run("inspect", "caf\u00e9")
+    if not Path("caf\u00e9").exists():
+        assert result.exit_code == 3 and "hint: cafe\u0301 is there, which looks the same" in result.stderr
 
 
 def test_a_failure_speaks_on_stderr_beside_its_document(here: Path) -> None:
