@@ -91,8 +91,10 @@ def open_regular(path: Path, refused: Callable[[str], LoracatError] | None = Non
     try:
         descriptor = _open_descriptor(path)
     except OSError as error:
-        reason = "is not a regular file" if isinstance(error, _NoRegularFile) else f"cannot be opened: {error.strerror}"
-        raise refused(reason) if refused else MalformedAdapter(reason, where=str(path)) from None
+        if refused is not None:
+            raise refused(str(error.strerror)) from None
+        reason = error.strerror if isinstance(error, _NoRegularFile) else f"it cannot be opened: {error.strerror}"
+        raise MalformedAdapter(str(reason), where=str(path)) from None
     try:
         with open(descriptor, "rb") as file:
             yield file

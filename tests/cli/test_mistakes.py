@@ -26,6 +26,12 @@ def all_bad() -> None:
     Path("calibration.jsonl").write_text('{"prompt": "x"}\n' * 30)
 
 
+def lists() -> None:
+    for name in ("base/config.json", "recipe.json", "know/adapter_config.json"):
+        Path(name).write_text("[]")
+    Path("w.json").write_text('{"know": 1, "know": 2}')
+
+
 def whole_model() -> None:
     shutil.copytree("base", "merged")
 
@@ -68,6 +74,9 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (nothing, [*FIT, "--base", "./bsae"], 3, ["error: the base model ./bsae", "did you mean base?"]),
     (nothing, ["lint", "know", "--base", "bsae"], 3, ["error: no directory bsae is here", "did you mean base?"]),
     (all_bad, FIT, 3, ["30 of 30 records", "  calibration.jsonl:1 to 30, 30 lines: completion: missing"]),
+    (lists, ["lint", "form", "--base", "base"], 3, ["config.json cannot be read: it is not a JSON object\n"]),
+    (lists, ["inspect", "know"], 3, ["error: know/adapter_config.json: it is not a JSON object\n"]),
+    (lists, ["export", "-a", "form", "-w", "w.json"], 2, ["w.json cannot be read as JSON: the key 'know' appears twice"]),
     (nothing, ["export", "--merge", "--rank", "999"], 2, ["--rank 999 is above 24", "give at most --rank 24"]),
     (whole_model, ["fit", "-a", "know", "merged", *DATA], 3, ["error: merged: ", "looks like a whole model", "--base"]),
     (no_recipe, ["export"], 3, ["error: the recipe recipe.json cannot be read"]),
