@@ -32,6 +32,11 @@ def lists() -> None:
     Path("w.json").write_text('{"know": 1, "know": 2}')
 
 
+def a_classifier() -> None:
+    config = Path("know/adapter_config.json")
+    config.write_text(config.read_text().replace("CAUSAL_LM", "SEQ_CLS"))
+
+
 def whole_model() -> None:
     shutil.copytree("base", "merged")
 
@@ -76,7 +81,11 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (all_bad, FIT, 3, ["30 of 30 records", "  calibration.jsonl:1 to 30, 30 lines: completion: missing"]),
     (lists, ["lint", "form", "--base", "base"], 3, ["config.json cannot be read: it is not a JSON object\n"]),
     (lists, ["inspect", "know"], 3, ["error: know/adapter_config.json: it is not a JSON object\n"]),
-    (lists, ["export", "-a", "form", "-w", "w.json"], 2, ["w.json cannot be read as JSON: the key 'know' appears twice"]),
+    (lists, ["export", "-a", "form", "-w", "w.json"], 2, ["w.json cannot be read as JSON: the key 'know' appears"]),
+    (a_classifier, ["export", "-a", "know", "-w", "1", "--data", "test.jsonl", "--base", "base"], 3,
+     ["scoring records takes those of causal language models alone", "hint: leave --data out"]),
+    (a_classifier, ["fuse", *TWO, "-w", "1", "1", "--base", "base"], 3,
+     ["different task types", "hint: compose them first, with loracat export and --task-type SEQ_CLS"]),
     (nothing, ["export", "--merge", "--rank", "999"], 2, ["--rank 999 is above 24", "give at most --rank 24"]),
     (whole_model, ["fit", "-a", "know", "merged", *DATA], 3, ["error: merged: ", "looks like a whole model", "--base"]),
     (no_recipe, ["export"], 3, ["error: the recipe recipe.json cannot be read"]),
