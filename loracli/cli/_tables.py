@@ -257,7 +257,8 @@ def held_out_lines(out: Output, recipe: Recipe) -> None:
     table = recipe.public().held_out_of_weights
     if table is None:
         return
-    out.line(f"held out: {table.records} records of {table.name}, {table.scored_tokens} scored tokens", style="bold")
+    records = count_text(table.records, "record")
+    out.line(f"held out: {records} of {table.name}, {table.scored_tokens} scored tokens", style="bold")
     ordered = best_first(table.rows)
     names = table_names(out, [row.name for row in ordered])
     rows = [[names[row.name], *_losses(row, table.best_ingredient)] for row in ordered]
