@@ -209,7 +209,8 @@ class Output:
         every = [[visible(cell) for cell in row] for row in (columns, *rows)]
         widths = [max(cell_len(row[index]) for row in every) for index in range(len(columns))]
         room = self._stdout.width
-        first = min(widths[0], room // 2)
+        whole = widths[0] <= room * 2 // 3 and widths[0] + GAP + max(widths[1:], default=0) <= room
+        first = widths[0] if whole else min(widths[0], room // 2)
         for number, shown in enumerate(_parts(first, widths, room)):
             if number:
                 self._stdout.print()

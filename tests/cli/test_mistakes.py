@@ -93,7 +93,7 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (no_recipe, ["report"], 3, ["error: the recipe recipe.json cannot be read"]),
     (another_name, ["inspect", "know", "same"], 2, ["know and same are one adapter"]),
     (another_name, ["fit", "-a", "know", "same", *DATA], 2, ["know and same are one adapter"]),
-    (nothing, [*FIT, "--lr", "1"], 2, ["--lr", "it is called --learning-rate here"]),
+    (nothing, [*FIT, "--lr", "1"], 2, ["No such option: --lr\nhint: it is called --learning-rate here"]),
     (nothing, [*FIT, "--epochs", "1"], 2, ["--epochs", "it is called --passes here"]),
     (nothing, ["list"], 2, ["error: loracat has no command list", "`loracat inspect ADAPTER...`"]),
     (nothing, ["chat"], 2, ["error: loracat has no command chat", "`loracat generate`"]),
