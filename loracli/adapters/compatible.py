@@ -249,6 +249,7 @@ def inspect_adapters(
 
     Raises:
         MalformedAdapter, UnsupportedAdapter: as `read_adapter`, for the first adapter that cannot be read.
+        UsageError: if two are one, as `check_distinct`.
     """
     progress = drawn(progress)
     adapters = [
@@ -257,6 +258,7 @@ def inspect_adapters(
         )
         for r in references
     ]
+    check_distinct(adapters, [adapter.reference for adapter in adapters], progress)
     warn_of_open_orders(adapters, progress)
     problems = _problems_of(adapters)
     way_out = _way_out(adapters) if len(problems) == 1 else None

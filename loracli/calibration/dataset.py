@@ -248,7 +248,8 @@ def read_dataset(
     else:
         training, held_out = _divide(files, holdout, seed)
     if len(held_out) < MIN_HELD_OUT:
-        progress.warn(f"only {len(held_out)} records are held out: too few for a verdict (at least {MIN_HELD_OUT})")
+        few = "1 record is" if len(held_out) == 1 else f"{len(held_out)} records are"
+        progress.warn(f"only {few} held out: too few for a verdict (at least {MIN_HELD_OUT})")
     return Dataset(files, eval_files, tuple(training), tuple(held_out))
 
 

@@ -53,7 +53,7 @@ def comparison_lines(out: Output, found: Comparison) -> None:
     out.line()
     out.line(f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens", style="bold")
     rows, more = best_first(found.rows), out.detailed
-    names = _names(out, [row.name for row in rows])
+    names = table_names(out, [row.name for row in rows])
     columns = ["", *LOSSES, "rank", *([found.metric] if found.metric else [])]
     columns += ["perplexity", "to uniform", *(["metric, difference"] if found.metric else [])] if more else []
     cells = [_cells(row, names[row.name], found.best_ingredient, more=more) for row in rows]
@@ -70,7 +70,7 @@ def comparison_lines(out: Output, found: Comparison) -> None:
         _compared_task_lines(out, found, rows)
 
 
-def _names(out: Output, names: Sequence[str]) -> dict[str, str]:
+def table_names(out: Output, names: Sequence[str]) -> dict[str, str]:
     """How rows are called in a table: a name that leaves no room for the losses is cut in its middle, unless another
     one would be called the same."""
     room = max(SHORTEST_NAME, out.width - LOSSES_WIDTH)
@@ -95,7 +95,7 @@ def _cells(row: ComparisonRow, name: str, best_ingredient: str, *, more: bool) -
 def _guard_lines(out: Output, found: Comparison, rows: Sequence[ComparisonRow]) -> None:
     out.line()
     out.line(guard_title(found), style="bold")
-    names = _names(out, [row.name for row in rows])
+    names = table_names(out, [row.name for row in rows])
     cells = [[names[row.name], *guard_cells(row.guard)] for row in rows if row.guard is not None and row.kind != "base"]
     out.table(["", *GUARDED], cells)
 
@@ -103,7 +103,7 @@ def _guard_lines(out: Output, found: Comparison, rows: Sequence[ComparisonRow]) 
 def _compared_task_lines(out: Output, found: Comparison, rows: Sequence[ComparisonRow]) -> None:
     out.line()
     out.line("nats per token by task", style="bold")
-    shown, names = found.tasks[:COMPARED_TASKS], _names(out, [row.name for row in rows])
+    shown, names = found.tasks[:COMPARED_TASKS], table_names(out, [row.name for row in rows])
     cells = [[names[row.name], *(f"{task.nats_per_token[row.name]:.4f}" for task in shown)] for row in rows]
     out.table(["", *(f"{task.task} ({task.records})" for task in shown)], cells)
     if len(found.tasks) > COMPARED_TASKS:
@@ -251,9 +251,10 @@ def held_out_lines(out: Output, recipe: Recipe) -> None:
     table = recipe.public().held_out_of_weights
     if table is None:
         return
-    out.line(f"held out: {table.records} records of {table.name}, {table.scored_tokens} scored tokens", style="bold")
+    records = count_text(table.records, "record")
+    out.line(f"held out: {records} of {table.name}, {table.scored_tokens} scored tokens", style="bold")
     ordered = best_first(table.rows)
-    names = _names(out, [row.name for row in ordered])
+    names = table_names(out, [row.name for row in ordered])
     rows = [[names[row.name], *loss_cells(row, table.best_ingredient)] for row in ordered]
     strong = next((i for i, row in enumerate(ordered) if row.name == "fit"), None)
     out.table(["", *LOSSES], rows, strong=strong)
@@ -266,7 +267,7 @@ def held_out_lines(out: Output, recipe: Recipe) -> None:
 def _task_lines(out: Output, table: HeldOut) -> None:
     """Nats per token by task: a row for each task, a column for each method."""
     names = [row.name for row in best_first(table.rows)]
-    short = _names(out, names)
+    short = table_names(out, names)
     rows = [
         [t.task, str(t.records), str(t.scored_tokens), *(f"{t.nats_per_token[name]:.4f}" for name in names)]
         for t in table.tasks[:SHOWN_TASKS]

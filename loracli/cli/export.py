@@ -213,6 +213,7 @@ def export(
         data=scored if compression.refit else None,
         base=None if scores_alone else base,
         base_revision=None if scores_alone else base_revision,
+        scored=files is not None,
     )
     exported = export_adapter(request, directory, force=writing.force, dry_run=writing.dry_run, progress=out)
     if writing.dry_run:

@@ -94,7 +94,15 @@ def show(
     out: Output,
 ) -> None:
     """Show a recipe: whether it is better, the held-out table, ingredients, and weights."""
-    from loracli.cli._tables import data_lines, held_out_lines, search_lines, verdict_lines, weight_maps, weights_text
+    from loracli.cli._tables import (
+        data_lines,
+        held_out_lines,
+        search_lines,
+        table_names,
+        verdict_lines,
+        weight_maps,
+        weights_text,
+    )
     from loracli.recipe.recipe import load_recipe, weights_by_leaf
     from loracli.recipe.record import EDITED, INLINE_KINDS, other_bases_of, tensors_path
 
@@ -112,6 +120,7 @@ def show(
     verdict_lines(out, loaded)
     held_out_lines(out, loaded)
     labels = loaded.labels()
+    names = table_names(out, list(labels.values()))
     commit = f" at {loaded.base.commit}" if loaded.base.commit else ""
     out.line(f"base model: {loaded.base.id}{commit}", style="bold")
     out.line()
@@ -119,7 +128,7 @@ def show(
         ["adapter", "rank", "alpha", "commit", "sha256"],
         [
             [
-                labels[a.reference],
+                names[labels[a.reference]],
                 str(a.rank),
                 f"{a.lora_alpha:g}{' rs' if a.use_rslora else ''}",
                 (a.commit or "local")[:12],
@@ -139,18 +148,18 @@ def show(
         out.line(f"{weights_text(loaded)}, fitted, kept in {tensors_path(recipe).name}", style="bold")
         out.line("the weights that come closest: mean over modules, and the lowest to the highest")
     out.table(
-        ["", *(column for label in labels.values() for column in (label, "lowest to highest"))],
+        ["", *(column for label in labels.values() for column in (names[label], "lowest to highest"))],
         [
             [name, *(text for cell in cells for text in _spread(cell))]
             for name, cells in weights_by_leaf(loaded).items()
         ],
     )
-    for what, names in (
+    for what, modules in (
         ("weight read without calling the layer, so the update has no effect, here or in PEFT", mixing.bypassed),
         ("not reached by any record", [name for name in mixing.unreached if name not in mixing.bypassed]),
     ):
-        if names:
-            out.line(f"{what}: {', '.join(names)}")
+        if modules:
+            out.line(f"{what}: {', '.join(modules)}")
     out.line()
     if mixing.kind != "adapter":
         weight_maps(out, loaded)

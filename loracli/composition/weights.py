@@ -225,7 +225,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise UsageError(f"--weights {path} cannot be read: {error.strerror}", hint=_WAYS) from None
     except (TomlError, StrictJsonError) as error:
         kind = path.suffix[1:].upper()
-        raise UsageError(f"--weights {path} is not {kind} that can be read: {error}", hint=f"fix {path}") from None
+        raise UsageError(f"--weights {path} cannot be read as {kind}: {error}", hint=f"fix {path}") from None
     if isinstance(document, dict) and any(isinstance(document.get(key), int) for key in _ENVELOPES):
         document = document.get("weights")
     if not isinstance(document, dict) or not document:

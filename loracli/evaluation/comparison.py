@@ -7,6 +7,7 @@ What a table says, in a sentence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -237,12 +238,17 @@ def verdict(table: HeldOut) -> str:
     fitted, best = table.row("fit"), table.row(table.best_ingredient)
     alone = [row for row in table.rows if row.name not in ("base", "uniform", "sum", "fit")]
     adapter = f"your {'best ' if len(alone) > 1 else ''}adapter, {best.name}"
+    seen = f"{count_text(table.records, 'record')} that it had not seen"
+    if table.verdict == "too few records":  # whose interval says nothing
+        from loracli.calibration.dataset import MIN_HELD_OUT  # which loads torch
+
+        said, _ = _less_loss(fitted.difference, (-math.inf, math.inf), best.nats_per_token)
+        return (
+            f"Too few records to tell whether the composition is better than {adapter}: {said} on {seen}, and a "
+            f"verdict needs at least {MIN_HELD_OUT}: give more with --data, or others with --eval-data"
+        )
     less = _less_loss(fitted.difference, fitted.interval, best.nats_per_token)
-    unseen = "that it had not seen"
-    if table.verdict == "too few records":
-        few = f"{count_text(table.records, 'record')} {unseen}"
-        return f"Too few records to tell whether the composition is better than {adapter}: {less[0]} on {few}{less[1]}"
-    measured = f"{less[0]} on {count_text(table.records, 'record')} {unseen}{less[1]}"
+    measured = f"{less[0]} on {seen}{less[1]}"
     if table.verdict == "not better":
         how = "worse" if fitted.interval[0] > 0 else "not clearly better"
         return f"The composition is {how} than {adapter}: {measured}"

@@ -134,9 +134,12 @@ def _read_ingredients(request: ExportRequest, progress: Progress) -> _Ingredient
 
 
 def check_fitted(request: ExportRequest, adapters: Sequence[LoraAdapter]) -> None:
-    """Raises UnsupportedAdapter if something is fitted on records, and an adapter is not of a language model."""
+    """Raises UnsupportedAdapter if something is fitted or scored on records, and an adapter is not of a language
+    model."""
     if request.fit_data is not None or request.refit:
         check_language_models(adapters, "what is fitted on records")
+    if request.scored:
+        check_language_models(adapters, "scoring records", way_out="leave --data out")
 
 
 def llama_cpp_base(

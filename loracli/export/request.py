@@ -61,6 +61,7 @@ class ExportRequest:
         base: a Hub id or directory of the base model that a method, `fit_data`, `data` and `gguf` need; None for what
             recipe or adapters name.
         base_revision: of a base on the Hub.
+        scored: what is written is for `loss_of_export`, so that adapters which cannot be scored are refused before.
     """
 
     recipe: Recipe | str | Path | None = None
@@ -84,6 +85,7 @@ class ExportRequest:
     data: DataPaths | None = None
     base: str | None = None
     base_revision: str | None = None
+    scored: bool = False
 
     @property
     def rank_rule(self) -> dict[str, float | int]:

@@ -91,8 +91,10 @@ def open_regular(path: Path, refused: Callable[[str], LoracatError] | None = Non
     try:
         descriptor = _open_descriptor(path)
     except OSError as error:
-        reason = "is not a regular file" if isinstance(error, _NoRegularFile) else f"cannot be opened: {error.strerror}"
-        raise refused(reason) if refused else MalformedAdapter(reason, where=str(path)) from None
+        if refused is not None:
+            raise refused(str(error.strerror)) from None
+        reason = error.strerror if isinstance(error, _NoRegularFile) else f"it cannot be opened: {error.strerror}"
+        raise MalformedAdapter(str(reason), where=str(path)) from None
     try:
         with open(descriptor, "rb") as file:
             yield file
@@ -255,7 +257,7 @@ def _open_locked(folder: Path, *, needed: bool = False) -> int | None:
 
 
 def put_in_place(folder: Path, path: Path, *, replace: bool = True) -> None:
-    """Gives a filled directory its name; what had the name before is moved aside, to `.NAME.old`, and removed.
+    """Gives a filled directory its name; what had the name before is moved aside, to `_aside`, and removed.
 
     Raises:
         OutputExists: if another process does the same meanwhile.
@@ -342,4 +344,5 @@ def repair(path: Path) -> None:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
+    """Where a replaced directory is until it is removed: a name that nobody else gives, for what has it is removed."""
+    return path.with_name(f".{path.name}.loracat-old")
