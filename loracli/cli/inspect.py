@@ -62,9 +62,21 @@ def inspect(
         out.value(f"{adapter.reference}\trank {','.join(map(str, adapter.ranks))}\t{adapter.modules} modules")
     if len(found.adapters) > 1:
         out.table(
-            ["overlap", "cosine", "shared modules"],
-            [[f"{o.first} · {o.second}", f"{o.cosine:+.4f}", str(o.shared_modules)] for o in found.overlaps],
+            ["overlap", "cosine", "of lora_A", "shared modules"],
+            [
+                [
+                    f"{o.first} · {o.second}",
+                    f"{o.cosine:+.4f}",
+                    "" if o.lora_A_cosine is None else f"{o.lora_A_cosine:+.4f}",
+                    str(o.shared_modules),
+                ]
+                for o in found.overlaps
+            ],
         )
+        for o in found.overlaps:
+            if o.same_start:
+                out.line(f"{o.first} and {o.second} started from the same lora_A: they read nearly the same inputs, so")
+                out.line("they meet in a sum, whose rank is little more than one's: export --merge cuts little of it")
         out.line()
     if found.problems:
         out.line("cannot be composed:", style="bold red")
