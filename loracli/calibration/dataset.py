@@ -217,7 +217,7 @@ def read_dataset(
     """Reads all files and divides their records.
 
     Args:
-        data: calibration files, each `FILE`, `FILE:WEIGHT`, or `-` for standard input.
+        data: calibration files, each `FILE`, `FILE:WEIGHT`, or `-` for standard input, and `@ADAPTER` behind it.
         eval_data: held-out records likewise; None to hold out a share of each calibration file.
         holdout: that share.
         seed: of the division.
@@ -230,7 +230,7 @@ def read_dataset(
         CalibrationError: if a file is rejected, or has too few records to hold some out.
     """
     known = check_shape(shape)
-    sources = parse_sources(data)
+    sources = parse_sources(data, owned=True)
     eval_sources = () if eval_data is None else parse_sources(eval_data)
     if sum(source.path is None for source in (*sources, *eval_sources)) > 1:
         raise UsageError("standard input can be read once", hint="give the held-out records as a file")

@@ -89,7 +89,8 @@ _FitData = Annotated[
     typer.Option(
         "--fit-data",
         metavar="FILE...",
-        help="Calibrate on this JSONL what has to be fitted: kinds of mixing, task-arithmetic, lorahub, a control.",
+        help="Calibrate on this JSONL what has to be fitted: kinds of mixing, task-arithmetic, lorahub, a control; for "
+        "regmean, FILE@ADAPTER says whose records they are.",
     ),
     Panel.DATA,
 ]
@@ -292,7 +293,7 @@ def _export_of(
         adapters = [adapters[found.adapters.index(name)] for name in own] if adapters else ()
     words = ["loracat", "export", *map(str, recipes[place : place + 1])]
     if best not in rows:
-        if best not in METHODS or METHODS[best].search is not None:
+        if best not in METHODS or METHODS[best].needs_records:
             return []
         words += ["--method", best]
         for field in fields(options):

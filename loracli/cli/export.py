@@ -163,7 +163,8 @@ def export(
         typer.Option(
             "--fit-data",
             metavar="FILE...",
-            help="Calibrate task-arithmetic, lorahub, --activation-aware or --refit on this JSONL.",
+            help="Calibrate task-arithmetic, lorahub, --activation-aware or --refit on this JSONL; for regmean, "
+            "FILE@ADAPTER says whose records they are.",
         ),
         Panel.DATA,
     ] = None,

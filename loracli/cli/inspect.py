@@ -66,12 +66,21 @@ def inspect(
     if len(found.adapters) > 1:
         names = table_names(out, [adapter.reference for adapter in found.adapters])
         out.table(
-            ["overlap", "cosine", "shared modules"],
+            ["overlap", "cosine", "of lora_A", "shared modules"],
             [
-                [f"{names[o.first]} · {names[o.second]}", f"{o.cosine:+.4f}", str(o.shared_modules)]
+                [
+                    f"{names[o.first]} · {names[o.second]}",
+                    f"{o.cosine:+.4f}",
+                    "" if o.lora_A_cosine is None else f"{o.lora_A_cosine:+.4f}",
+                    str(o.shared_modules),
+                ]
                 for o in found.overlaps
             ],
         )
+        for o in found.overlaps:
+            if o.same_start:
+                out.line(f"{o.first} and {o.second} started from the same lora_A: they read nearly the same inputs, so")
+                out.line("they meet in a sum, whose rank is little more than one's: export --merge cuts little of it")
         out.line()
     if found.problems:
         out.line("cannot be composed:", style="bold red")

@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -20,8 +20,17 @@ from loracli.algebra.methods import METHODS
 from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FITTED_MIXINGS, FRESH_LORA, RANDOM, UNIFORM, WEIGHTS
 from loracli.composition.attached import MixingPoint, of_factors, of_method, of_recipe, of_weights, weighted
-from loracli.composition.composition import compose_module
-from loracli.composition.fitted import PAPER, SEARCH_RECORDS, Calibration, fit_level, search_weights
+from loracli.composition.composition import OwnMoments, compose_module
+from loracli.composition.fitted import (
+    PAPER,
+    SEARCH_RECORDS,
+    Calibration,
+    check_own_records,
+    fit_level,
+    own_moments,
+    regressed,
+    search_weights,
+)
 from loracli.errors import UsageError
 from loracli.evaluation.comparison import RowKind, Skipped
 from loracli.fitting.criterion import one_fold
@@ -215,13 +224,22 @@ def candidates(inputs: CompareInputs, calibration: Calibration | None, skipped: 
     for place, reference in enumerate(inputs.references):
         alone = [float(place == other) for other in range(n)]
         rows.append(Candidate(reference, "ingredient", partial(weighted, layout, alone)))
+
+    @cache
+    def moments() -> OwnMoments:
+        assert calibration is not None
+        return own_moments(calibration, inputs.owners, adapters, layout)
+
     for name, by_name in _names(inputs).items():
         if calibration is None and _needs_data(name):
+            own = name in METHODS and METHODS[name].regress is not None
+            why = "goes by each adapter's own records" if own else "has to be fitted"
+            hint = f"give calibration records with --fit-data{' FILE@ADAPTER' if own else ''}"
             if by_name:
-                raise UsageError(f"{name} has to be fitted", hint="give calibration records with --fit-data")
-            skipped.append(Skipped(name, "has to be fitted: give calibration records with --fit-data"))
+                raise UsageError(f"{name} {why}", hint=hint)
+            skipped.append(Skipped(name, f"{why}: {hint}"))
             continue
-        rows.append(_method(name, inputs, calibration, by_name))
+        rows.append(_method(name, inputs, calibration, by_name, moments))
     if inputs.weights is not None:
         rows.append(Candidate(WEIGHTS, "method", partial(of_weights, inputs.weights, adapters, layout)))
     rows += [Candidate(one.row, "fit", partial(one.point, adapters, layout)) for one in inputs.recipes]
@@ -242,10 +260,16 @@ def _names(inputs: CompareInputs) -> dict[str, bool]:
 
 
 def _needs_data(name: str) -> bool:
-    return name not in METHODS or METHODS[name].search is not None
+    return name not in METHODS or METHODS[name].needs_records
 
 
-def _method(name: str, inputs: CompareInputs, calibration: Calibration | None, by_name: bool) -> Candidate:
+def _method(
+    name: str,
+    inputs: CompareInputs,
+    calibration: Calibration | None,
+    by_name: bool,
+    moments: Callable[[], OwnMoments],
+) -> Candidate:
     layout, adapters, options = inputs.layout, inputs.adapters, inputs.settings.options_of(name)
     if not _needs_data(name):
         return Candidate(name, "method", partial(of_method, METHODS[name], options, adapters, layout), by_name=by_name)
@@ -264,6 +288,13 @@ def _method(name: str, inputs: CompareInputs, calibration: Calibration | None, b
             by_name=by_name,
         )
     share = min(1.0, SEARCH_RECORDS / len(calibration.examples))
+    if METHODS[name].regress is not None:
+
+        def regress() -> MixingPoint:
+            check_own_records(name, inputs.owners, inputs.references)
+            return regressed(METHODS[name], moments(), adapters)
+
+        return Candidate(name, "method", regress, round(layout.adapters * share * tokens), fitted=True, by_name=by_name)
     search = partial(search_weights, METHODS[name], options, calibration, adapters, layout)
     return Candidate(
         name, "method", search, round(METHODS[name].evaluations * share * tokens), fitted=True, by_name=by_name

@@ -1,4 +1,5 @@
-"""Ways to compose that have to be fitted: the levels of the ladder, and methods that search for weights."""
+"""Ways to compose that go by calibration records: the levels of the ladder, methods that search for weights, and those
+that go by what each adapter's own records show of its inputs."""
 
 from __future__ import annotations
 
@@ -8,11 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loracli.adapters.adapter import LoraAdapter
 from loracli.algebra.methods.method import Method, MethodOptions
-from loracli.calibration.dataset import Dataset, shuffled
+from loracli.calibration.dataset import Dataset, plan_batches, shuffled
+from loracli.calibration.records import DataSource
 from loracli.calibration.render import Example
-from loracli.composition.attached import MixingPoint, weighted
+from loracli.composition.attached import MixingPoint, of_factors, weighted
+from loracli.composition.composition import OwnMoments, updates_of
+from loracli.composition.weights import goes_by
+from loracli.errors import UsageError
+from loracli.fitting.activations import check_weighable, chosen_records, second_moments
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.journal import Meter
@@ -115,3 +123,104 @@ def search_weights(
 
         found = method.search(loss, len(adapters), options)
     return weighted(layout, found, note="weights " + ", ".join(f"{weight:.2f}" for weight in found))
+
+
+def owners_of(
+    sources: Sequence[DataSource], adapters: Sequence[LoraAdapter], names: Sequence[str]
+) -> tuple[int | None, ...]:
+    """Of each file whose own records it holds: the place of an adapter from 0, None for records of all.
+
+    Args:
+        sources: of calibration records.
+        adapters: N adapters.
+        names: what each is called in tables.
+    Raises:
+        UsageError: for a name that is no adapter's, or several ones'.
+    """
+    owners: list[int | None] = []
+    for source in sources:
+        name = source.adapter
+        found = [
+            place
+            for place, (adapter, called) in enumerate(zip(adapters, names, strict=True))
+            if name is not None and (name == called or goes_by(name, place, adapter))
+        ]
+        if name is not None and len(found) != 1:
+            problem = "is none of the adapters" if not found else "names several of the adapters"
+            known = ", ".join(f"{called} (#{place + 1})" for place, called in enumerate(names))
+            raise UsageError(f"{source}@{name}: {name} {problem}", hint=f"they are {known}")
+        owners.append(found[0] if found else None)
+    return tuple(owners)
+
+
+def check_own_records(method: str, owners: Sequence[int | None], names: Sequence[str]) -> None:
+    """Raises UsageError unless each of several adapters has records, and one of them its own.
+
+    Args:
+        method: that goes by them.
+        owners: of the files, from `owners_of`.
+        names: of the adapters.
+    """
+    example = " ".join(f"FILE@{name}" for name in names)
+    if len(names) > 1 and all(owner is None for owner in owners):
+        raise UsageError(
+            f"{method} goes by each adapter's own records, and with the same for all it is the average, uniform",
+            hint=f"say whose each file is: --fit-data {example}",
+        )
+    lacking = [name for place, name in enumerate(names) if place not in owners and None not in owners]
+    if lacking:
+        raise UsageError(f"{method} has no records of {lacking[0]}", hint=f"give them with --fit-data {example}")
+
+
+def own_moments(
+    calibration: Calibration, owners: Sequence[int | None], adapters: Sequence[LoraAdapter], layout: Layout
+) -> OwnMoments:
+    """What each adapter's own records show of its inputs: Z_i = E[z z^T] of z = A x, with that adapter alone attached
+    at full strength, over the tokens of up to 64 of its records. A file's weight does not count.
+
+    Args:
+        calibration: the records, those of held-out files not among them.
+        owners: of its files, from `owners_of`; files of nobody count for every adapter.
+        adapters: N that are composed.
+        layout: of them.
+    Raises:
+        UsageError: if an expert or a convolution is changed, no record of an adapter is left, or what it shows is not
+            finite.
+    """
+    check_weighable(adapters, hint="leave out the method")
+    owner_of = {str(file.source): owner for file, owner in zip(calibration.data.files, owners, strict=True)}
+    lora_A = {
+        name: torch.cat([update.lora_A.float() for update in updates_of(adapters, name) if update is not None])
+        for name in layout.modules
+    }
+    mixing, parts = make_diagonal(layout, "adapter"), []
+    with calibration.engine(adapters, layout.modules) as engine:
+        engine.meter.stage("activations")
+        for place, adapter in enumerate(adapters):
+            own = [e for e in calibration.examples if owner_of[e.place.rpartition(":")[0]] in (None, place)]
+            own = chosen_records(own, seed=calibration.settings.seed)
+            if not own:
+                raise UsageError(f"no record of {adapter.reference} is left", hint="give more, or raise --max-length")
+            alone = mixing.constant([float(place == other) for other in range(len(adapters))])
+            found = second_moments(engine, mixing, alone, lora_A, plan_batches(own, batch_tokens=1), own)
+            if not all(bool(torch.isfinite(moment).all()) for moment in found.values()):
+                raise UsageError(f"the activations of {adapter.reference} are not finite on its records")
+            parts.append(found)
+    stacked = {name: torch.stack([found[name] for found in parts]) for name in layout.modules}
+    files = zip(calibration.data.files, owners, strict=True)
+    records = [(file.source.name, file.sha256, None if owner is None else owner + 1) for file, owner in files]
+    return OwnMoments(stacked, tuple(records))
+
+
+def regressed(method: Method, moments: OwnMoments, adapters: Sequence[LoraAdapter]) -> MixingPoint:
+    """A method that goes by what each adapter's own records show.
+
+    Raises:
+        ValueError: if it cannot honour these adapters, with the reason.
+    """
+    return of_factors(
+        {
+            name: method.regress_updates(updates_of(adapters, name), moment).factors
+            for name, moment in moments.by_module.items()
+        }
+    )

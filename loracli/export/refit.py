@@ -30,7 +30,7 @@ from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
 from loracli.adapters.names import is_numbered
 from loracli.algebra.factors import Factors
 from loracli.calibration.dataset import Dataset, Examples, read_dataset
-from loracli.calibration.records import DataPaths
+from loracli.calibration.records import DataPaths, parse_sources
 from loracli.calibration.render import Example
 from loracli.composition.attached import of_factors
 from loracli.composition.composition import Composition, recorded_base
@@ -243,7 +243,8 @@ def refit_on(
     settings = FitSettings()
     fitted, held_out = (fit_data, data) if fit_data is not None else (data, None)
     assert fitted is not None
-    records = read_dataset(fitted, held_out, holdout=settings.holdout, seed=settings.seed, progress=progress)
+    sources = parse_sources(fitted)
+    records = read_dataset(sources, held_out, holdout=settings.holdout, seed=settings.seed, progress=progress)
     return RefitOnRecords(records, base, base_revision, progress)
 
 

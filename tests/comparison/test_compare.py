@@ -36,7 +36,7 @@ from tests.heard import Heard
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl
 
 QUICK = FitSettings(passes=3)
-DATA_FREE = [name for name, method in METHODS.items() if method.search is None]
+DATA_FREE = [name for name, method in METHODS.items() if not method.needs_records]
 
 
 @pytest.fixture(scope="module")
