@@ -14,10 +14,12 @@ from loracli.cli import _options as opt
 from loracli.cli._help import Panel
 from loracli.cli._output import Output
 from loracli.cli._settings import ingredient_reference
+from loracli.progress import duration_text
 from loracli.system.document import encode
 
 if TYPE_CHECKING:
     from loracli.algebra.methods.method import MethodOptions
+    from loracli.comparison.compare import ComparisonPlan
     from loracli.evaluation.comparison import Comparison
 
 EPILOG = (
@@ -92,6 +94,13 @@ _FitData = Annotated[
 ]
 
 
+_DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything, and say which rows would be compared in how much time."),
+    Panel.OUTPUT,
+]
+
+
 def compare(
     *,
     data: _Data,
@@ -130,12 +139,14 @@ def compare(
     base_revision: opt.BaseRevision = None,
     reading: opt.ReadingOptions,
     placement: opt.PlacementOptions,
+    dry_run: _DryRun = False,
     out: Output,
 ) -> None:
     """Compare every way to compose adapters on your own records, with paired confidence intervals."""
     from loracli.algebra.methods.method import MethodOptions
     from loracli.cli._tables import comparison_lines
-    from loracli.comparison.compare import compare_adapters
+    from loracli.comparison.compare import plan_comparison, run_comparison
+    from loracli.comparison.inputs import prepare_comparison
     from loracli.comparison.settings import FITTED_MIXINGS, CompareSettings, parse_controls, parse_methods
     from loracli.composition.weights import parse_words
     from loracli.evaluation.metrics import task_metric
@@ -153,7 +164,7 @@ def compare(
         weights=parse_words(rows.weights) if rows.weights else None,
         margin=rows.margin,
     )
-    found = compare_adapters(
+    inputs = prepare_comparison(
         data,
         recipe=recipe or (None if adapters else Path("recipe.json")),
         adapters=adapters or (),
@@ -162,10 +173,13 @@ def compare(
         base=base,
         base_revision=base_revision,
         settings=settings,
-        metric=metric,
-        placement=Placement(**vars(placement)),
         progress=out,
     )
+    place = Placement(**vars(placement))
+    if dry_run:
+        _show_plan(out, plan_comparison(inputs, placement=place, metric=metric, progress=out), metric is not None)
+        return
+    found = run_comparison(inputs, placement=place, metric=metric, progress=out)
     out.document(encode(found))
     out.value(found.best.name)
     comparison_lines(out, found)
@@ -177,6 +191,21 @@ def compare(
         words = _fit_of(found.best.name, names, fit_data, {"base": base, "base-revision": base_revision}, reading)
     if words:
         out.hint(shlex.join(words))
+
+
+def _show_plan(out: Output, plan: ComparisonPlan, generates: bool) -> None:
+    """What a comparison would do."""
+    out.document({"plan": encode(plan)})
+    more = "; the answers that are generated come on top" if generates else ""
+    out.line(
+        f"{len(plan.rows)} rows on {plan.records} records, base {plan.base} in {plan.dtype} on {plan.device}: "
+        f"about {duration_text(plan.seconds)}{more}"
+    )
+    out.table(["", "kind", "about"], [[row.name, row.kind, duration_text(row.seconds)] for row in plan.rows])
+    for row in plan.rows:
+        out.value(f"{row.name}={row.seconds:g}")
+    for one in plan.skipped:
+        out.line(f"left out: {one.name}: {one.reason}")
 
 
 def _ingredients(recipe: Path) -> list[str]:
