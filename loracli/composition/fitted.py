@@ -41,6 +41,7 @@ class Calibration:
         examples: of the training records.
         settings: of the fits.
         pace: of the base.
+        task: of the progress.
     """
 
     session: Session
@@ -48,6 +49,7 @@ class Calibration:
     examples: tuple[Example, ...]
     settings: FitSettings
     pace: Pace = Pace(0.0)  # noqa: RUF009  # frozen
+    task: str = TASK
 
     @contextmanager
     def engine(
@@ -56,7 +58,7 @@ class Calibration:
         """Of the base with adapters attached; its meter begins at 0."""
         with self.session.attached(adapters, modules, self.examples, canonical=canonical) as objective:
             progress = self.session.progress
-            meter = Meter(progress, task=TASK, overhead=self.pace.overhead)
+            meter = Meter(progress, task=self.task, overhead=self.pace.overhead)
             yield Engine(objective, meter, progress=progress)
 
 

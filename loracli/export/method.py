@@ -24,7 +24,7 @@ from loracli.composition.composition import (
     from_weights,
     task_of_recipe,
 )
-from loracli.composition.fitted import TASK, Calibration, search_weights
+from loracli.composition.fitted import Calibration, search_cost, search_weights
 from loracli.composition.weights import weights_of_modules
 from loracli.errors import UsageError
 from loracli.export.gguf import LlamaCppBase, find_llama_cpp_base
@@ -36,7 +36,7 @@ from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import BaseClaim
 from loracli.model.reference import find_base
 from loracli.model.session import Opening, open_session
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, WORK, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
 from loracli.recipe.record import EDITED, MAX_ADAPTERS, other_bases_of
@@ -245,15 +245,15 @@ def searched_weights(
     with open_session(opening, progress=progress) as session:
         examples = session.render(files)
         session.check_causal(examples)
-        calibration = Calibration(session, Dataset(files, (), training, ()), examples, settings)
+        calibration = Calibration(session, Dataset(files, (), training, ()), examples, settings, task=method.name)
         layout = make_layout(adapters)
         with calibration.engine(adapters, layout.modules) as engine:
             find_reach(engine, session, examples)
-        progress.begin(TASK, None, "tokens")
+        progress.begin(method.name, search_cost(method, calibration).effort(calibration.pace), WORK)
         try:
             found = search_weights(method, options, calibration, adapters, layout)
         finally:
-            progress.finish(TASK)
+            progress.finish(method.name)
     progress.note(f"{method.name}: {found.note}")
     assert found.weights is not None
     return found.weights
