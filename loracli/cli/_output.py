@@ -347,6 +347,15 @@ class Output:
                 line.said = time.monotonic()
                 self.note(f"{task}: {line.describe()}")
 
+    def expect(self, task: str, total: int) -> None:
+        with self._lock:
+            line = self._tasks.get(task)
+            if line is None:
+                return
+            line.total = total
+            if self._bars is not None and line.bar is not None:
+                self._bars.update(line.bar, total=total)  # type: ignore[arg-type]
+
     def finish(self, task: str) -> None:
         with self._lock:
             line = self._tasks.pop(task, None)

@@ -16,10 +16,12 @@ from loracli.cli import _options as opt
 from loracli.cli._help import Panel
 from loracli.cli._output import Output
 from loracli.cli._settings import ingredient_reference
+from loracli.progress import duration_text
 from loracli.system.document import encode
 
 if TYPE_CHECKING:
     from loracli.algebra.methods.method import MethodOptions
+    from loracli.comparison.compare import ComparisonPlan
     from loracli.comparison.settings import CompareSettings
     from loracli.evaluation.comparison import Comparison
 
@@ -96,6 +98,13 @@ _FitData = Annotated[
 ]
 
 
+_DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything, and say which rows would be compared in how much time."),
+    Panel.OUTPUT,
+]
+
+
 _Resume = Annotated[
     bool,
     typer.Option(
@@ -150,6 +159,7 @@ def compare(
     base_revision: opt.BaseRevision = None,
     reading: opt.ReadingOptions,
     placement: opt.PlacementOptions,
+    dry_run: _DryRun = False,
     resume: _Resume = False,
     force: _Force = False,
     out: Output,
@@ -157,7 +167,7 @@ def compare(
     """Compare every way to compose adapters on your own records, with paired confidence intervals."""
     from loracli.algebra.methods.method import MethodOptions
     from loracli.cli._tables import comparison_lines
-    from loracli.comparison.compare import resumable_comparison
+    from loracli.comparison.compare import plan_comparison, resumable_comparison
     from loracli.comparison.inputs import prepare_comparison
     from loracli.comparison.state import comparison_state
     from loracli.evaluation.metrics import task_metric
@@ -180,10 +190,14 @@ def compare(
         settings=settings,
         progress=out,
     )
+    place = Placement(**vars(placement))
+    if dry_run:
+        _show_plan(out, plan_comparison(prepare(), placement=place, metric=metric, progress=out), metric is not None)
+        return
     with resumable_comparison(
         prepare,
         comparison_state(recipes, adapters or (), data),
-        placement=Placement(**vars(placement)),
+        placement=place,
         metric=metric,
         resume=resume,
         force=force,
@@ -197,6 +211,21 @@ def compare(
     words = _next_words(found, settings, recipe or (), adapters or (), rows.weights or (), fit_data or (), own, reading)
     if words:
         out.hint(shlex.join(words))
+
+
+def _show_plan(out: Output, plan: ComparisonPlan, generates: bool) -> None:
+    """What a comparison would do."""
+    out.document({"plan": encode(plan)})
+    more = "; the answers that are generated come on top" if generates else ""
+    out.line(
+        f"{len(plan.rows)} rows on {plan.records} records, base {plan.base} in {plan.dtype} on {plan.device}: "
+        f"about {duration_text(plan.seconds)}{more}"
+    )
+    out.table(["", "kind", "about"], [[row.name, row.kind, duration_text(row.seconds)] for row in plan.rows])
+    for row in plan.rows:
+        out.value(f"{row.name}={row.seconds:g}")
+    for one in plan.skipped:
+        out.line(f"left out: {one.name}: {one.reason}")
 
 
 def _settings_of(rows: RowOptions, reading: opt.ReadingOptions, options: MethodOptions) -> CompareSettings:

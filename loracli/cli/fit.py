@@ -13,7 +13,7 @@ import typer
 from loracli.cli import _options as opt
 from loracli.cli._help import Panel
 from loracli.cli._output import Output
-from loracli.progress import amount_text
+from loracli.progress import amount_text, duration_text
 from loracli.system.document import dtype_name, encode
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ _Data = Annotated[
 _DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Check adapters and data, and say what would be fitted in how much memory; write nothing."
+        "--dry-run",
+        help="Check adapters and data, and say what would be fitted in how much memory and time; write nothing.",
     ),
     Panel.OUTPUT,
 ]
@@ -212,6 +213,14 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
         out.hint(shlex.join(export_words(output)))
 
 
+_SAID = {
+    "numbers": "weights",
+    "passes": "passes over the records",
+    "memory_bytes": "memory",
+    "seconds": "time",
+}
+
+
 def _show_plan(out: Output, plan: FitPlan) -> None:
     """What a fit would do."""
 
@@ -237,13 +246,17 @@ def _show_plan(out: Output, plan: FitPlan) -> None:
         "select_by": None if settings.metric is None else settings.metric.name,
         "memory_bytes": plan.memory.total_checkpointed if again else plan.memory.total,
         "checkpointing": again,
+        "seconds": plan.seconds,
     }
     out.document({"plan": facts})
     (out.warn if plan.decision.tight else out.note)(plan.decision.note)
-    shown = facts | {"adapters": ", ".join(facts["adapters"]), "memory_bytes": amount_text(facts["memory_bytes"], "B")}
-    for key, value in shown.items():
-        if value is None or key == "checkpointing":
+    bare = {key: f"{value:g}" if isinstance(value, float) else value for key, value in facts.items()}
+    shown = bare | {"adapters": ", ".join(facts["adapters"]), "memory_bytes": amount_text(facts["memory_bytes"], "B")}
+    if plan.seconds is not None:
+        more = "" if settings.metric is None else "; the answers that choose come on top"
+        shown["seconds"] = f"about {duration_text(plan.seconds)}{more}"
+    for key, words in shown.items():
+        if words is None or key == "checkpointing":
             continue
-        words = f"{value:g}" if isinstance(value, float) else str(value)
-        out.line(f"{key.removesuffix('_bytes').replace('_', ' '):20} {words}")
-        out.value(f"{key}={facts[key] if key == 'memory_bytes' else words}")
+        out.line(f"{_SAID.get(key, key.replace('_', ' ')):26} {words}")
+        out.value(f"{key}={bare[key] if key in ('memory_bytes', 'seconds') else words}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter
@@ -19,14 +20,16 @@ from loracli.comparison.table import Evaluated, comparison_of
 from loracli.composition.attached import MixingPoint
 from loracli.composition.fitted import TASK, Calibration
 from loracli.errors import NonFiniteLoss
-from loracli.evaluation.comparison import Comparison, Skipped
+from loracli.evaluation.comparison import Comparison, RowKind, Skipped
 from loracli.evaluation.metrics import TaskMetric
 from loracli.evaluation.scorer import Scorer, make_scorer
-from loracli.fitting.engine import Engine
+from loracli.fitting.descent import plan_steps
+from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import say_tokenizer_differences
 from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import Layout, make_diagonal, make_layout
 from loracli.fitting.reach import find_reach
+from loracli.fitting.work import Cost, cost_of
 from loracli.model.loss import Scores
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session
@@ -90,13 +93,37 @@ def run_comparison(
         NonFiniteLoss: if no ingredient has a finite loss.
         StateMismatch: if what was kept of a row is damaged.
     """
+    with _opened(inputs, placement, metric, kept, progress) as comparison:
+        return comparison.run()
+
+
+def plan_comparison(
+    inputs: CompareInputs,
+    *,
+    placement: Placement = Placement(),  # noqa: B008  # frozen
+    metric: TaskMetric | None = None,
+    progress: Progress = SILENT,
+) -> ComparisonPlan:
+    """Loads the base model, times it, and says what `run_comparison` would do of the same arguments.
+
+    Raises:
+        UsageError: if a method that was asked for by name has to be fitted and there are no records for it.
+    """
+    with _opened(inputs, placement, metric, KeptRows(), progress) as comparison:
+        return comparison.plan()
+
+
+@contextmanager
+def _opened(
+    inputs: CompareInputs, placement: Placement, metric: TaskMetric | None, kept: KeptRows, progress: Progress
+) -> Iterator[_Comparison]:
     fit = inputs.settings.fit
     adapters = (*inputs.adapters, *([] if inputs.datamix is None else [inputs.datamix]))
     opening = Opening(inputs.base, adapters, fit.batch_tokens, fit.max_length, inputs.saved, placement)
     rows = _Rows(progress)
     with open_session(opening, progress=rows) as session:
         say_tokenizer_differences(inputs.adapters, inputs.references, session.tokenizer, progress)
-        return _Comparison(inputs, session, metric, kept, rows).run()
+        yield _Comparison(inputs, session, metric, kept, rows)
 
 
 @contextmanager
@@ -129,30 +156,44 @@ def resumable_comparison(
 
 
 class _Rows:
-    """Tells another `Progress` of a comparison row by row, each with about as much work as was expected of it.
+    """Tells another `Progress` of a comparison row by row: `15/23 ties`.
 
-    A row that takes more stays at its end, and one that takes less goes there when the next one begins; so the whole is
-    reached and never passed.
+    A row that takes less than the most that it may leaves less to be done, which is said when the next one begins.
     """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._row, self._end, self._told = "", 0, 0
+        self._row, self._done, self._total, self._ahead = "", 0, 0, list[int]()
 
-    def enter(self, row: str, work: int) -> None:
-        """What follows is for this row."""
-        self._progress.advance(TASK, self._end - self._told, row)
-        self._row, self._told, self._end = row, self._end, self._end + work
+    def plan(self, efforts: Sequence[int]) -> None:
+        """What follows is so many parts of work, each entered in turn."""
+        self._ahead, self._total = list(efforts), sum(efforts)
+        self._progress.begin(TASK, self._total, WORK)
+
+    def enter(self, row: str) -> None:
+        """The next part begins, for this row."""
+        self._row, total = row, self._done + sum(self._ahead)
+        del self._ahead[0]
+        if total != self._total:
+            self._total = total
+            self._progress.expect(TASK, total)
+        self._progress.advance(TASK, 0, row)
+
+    def leave_out(self) -> None:
+        """The next part is not done."""
+        del self._ahead[0]
 
     def begin(self, task: str, total: int | None, unit: str) -> None:
         self._progress.begin(task, total, unit)
 
     def advance(self, task: str, amount: int, status: str = "") -> None:
         if task == TASK:
-            amount = min(amount, self._end - self._told)
-            self._told += amount
+            self._done += amount
             status = status if status.startswith(self._row) else f"{self._row}, {status}"
         self._progress.advance(task, amount, status)
+
+    def expect(self, task: str, total: int) -> None:
+        self._progress.expect(task, total)
 
     def finish(self, task: str) -> None:
         self._progress.finish(task)
@@ -164,12 +205,49 @@ class _Rows:
         self._progress.warn(message)
 
 
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row that would be compared.
+
+    Args:
+        name: of it.
+        kind: of it.
+        seconds: that it takes to fit and to score, about.
+    """
+
+    name: str
+    kind: RowKind
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """What a comparison would do.
+
+    Args:
+        base: its name.
+        device: that it would run on.
+        dtype: of it.
+        records: that every row would be scored on.
+        rows: in the order of the comparison.
+        skipped: what would be left out, and why.
+        seconds: about, without answers that are generated.
+    """
+
+    base: str
+    device: str
+    dtype: str
+    records: int
+    rows: tuple[PlannedRow, ...]
+    skipped: tuple[Skipped, ...]
+    seconds: float
+
+
 class _Comparison:
     def __init__(
         self, inputs: CompareInputs, session: Session, metric: TaskMetric | None, kept: KeptRows, progress: _Rows
     ) -> None:
         self._inputs, self._session, self._kept, self._progress = inputs, session, kept, progress
-        self._forward = 0  # tokens of a row
         self._test = self._render(inputs.test)
         self._guard = self._render(inputs.guard)
         self._metric = metric
@@ -177,18 +255,27 @@ class _Comparison:
         self._skipped: list[Skipped] = []
         self._names: list[str] = []  # of all rows, in their order
         self._done: dict[str, Evaluated] = {}  # by these
+        self._pace, self._device = Pace(0.0), ""  # until they are measured
+
+    def plan(self) -> ComparisonPlan:
+        """What `run` would do, and in what time."""
+        rows, others, about = self._planned()
+        plan = self._inputs.base.id, self._device, dtype_name(self._session.base.dtype), len(self._test)
+        times = tuple(PlannedRow(row.name, row.kind, about[row.name]) for row in (*rows, *others))
+        return ComparisonPlan(*plan, times, tuple(self._skipped), sum(about.values()))
 
     def run(self) -> Comparison:
         inputs = self._inputs
-        self._session.check_causal(self._test)
-        self._session.say_likelier_orders(inputs.adapters, self._test)
-        rows = candidates(inputs, self._calibration(), self._skipped)
-        others = [] if inputs.datamix is None else [datamix_candidate(inputs.datamix)]
+        rows, others, about = self._planned()
         every = [*rows, *others]
         self._names = [row.name for row in every]
         self._recall(every)
         left = [row for row in every if row.name not in self._done]
-        self._announce(left)
+        fitted = [row for row in left if row.fitted]
+        self._announce({row.name: about[row.name] for row in left}, fitted)
+        parts = [part for row in fitted for part in (row.cost, self._scored)]
+        parts += [self._scored] * (len(left) - len(fitted))
+        self._progress.plan([part.effort(self._pace) for part in parts])
         try:
             for row in left:
                 if row.fitted:
@@ -250,41 +337,65 @@ class _Comparison:
             skip_bad=settings.skip_bad,
             progress=self._progress,
         )
-        return Calibration(self._session, data, rendered.training, settings)
+        return Calibration(self._session, data, rendered.training, settings, self._pace)
 
-    def _announce(self, rows: Sequence[Candidate]) -> None:
-        """Says what will be done and, from one timed batch, about how long it takes."""
-        inputs, base = self._inputs, self._session.base
-        batches = self._session.batches(self._test)
-        batch = batches[len(batches) // 2]
-        self._forward = sum(one.tokens for one in (*batches, *self._session.batches(self._guard)))
-        work = len(rows) * self._forward + sum(row.cost for row in rows)
+    def _planned(self) -> tuple[list[Candidate], list[Candidate], dict[str, float]]:
+        """The rows, those that need other adapters attached, and about how many seconds each takes."""
+        inputs = self._inputs
+        self._session.check_causal(self._test)
+        self._session.say_likelier_orders(inputs.adapters, self._test)
+        calibration = self._calibration()
         with self._engine(inputs.adapters, inputs.layout) as engine:
             find_reach(engine, self._session, self._test)
-            device = engine.objective.attached.device
-            mixing = make_diagonal(inputs.layout, "module")
-            seconds = engine.seconds(mixing, mixing.constant([0.0] * inputs.layout.adapters), batch)
-        about = duration_text(work * seconds / (2 * batch.tokens))
+            self._device = str(engine.objective.attached.device)
+            self._pace = self._measured(engine, () if calibration is None else calibration.examples)
+        if calibration is not None:
+            calibration = replace(calibration, pace=self._pace)
+        rows = candidates(inputs, calibration, self._skipped)
+        others = [] if inputs.datamix is None else [datamix_candidate(inputs.datamix)]
+        about = {row.name: (row.cost + self._scored).seconds(self._pace) for row in (*rows, *others)}
+        return rows, others, about
+
+    def _measured(self, engine: Engine, calibrating: Sequence[Example]) -> Pace:
+        """By a step of a fit, if there is one, and the largest micro-batch."""
+        settings, mixing = self._inputs.settings.fit, make_diagonal(self._inputs.layout, "module")
+        every = [*self._session.batches(self._test), *self._session.batches(self._guard)]
+        largest = max(every, key=lambda batch: batch.tokens)
+        if calibrating:
+            every = [*plan_steps(calibrating, batch_tokens=settings.batch_tokens, seed=settings.seed).batches]
+        return engine.pace(mixing, mixing.constant([0.0] * self._inputs.layout.adapters), every, largest)
+
+    @property
+    def _scored(self) -> Cost:
+        """Of a row once it is attached."""
+        return cost_of((*self._session.batches(self._test), *self._session.batches(self._guard)))
+
+    def _announce(self, about: Mapping[str, float], fitted: Sequence[Candidate]) -> None:
+        """Says what will be done and about how long it takes, with what has to be fitted by name."""
+        base, several = self._session.base, [f"{row.name} {duration_text(about[row.name])}" for row in fitted]
+        which = f", of which {', '.join(several)}" if several else ""
         generated = "; the answers that are generated come on top" if self._metric is not None else ""
         self._progress.note(
-            f"base {base.reference.id} in {dtype_name(base.dtype)} on {device}; {len(rows)} rows "
-            f"to score on {len(self._test)} records: about {about}{generated}"
+            f"base {base.reference.id} in {dtype_name(base.dtype)} on {self._device}; {len(about)} rows "
+            f"to score on {len(self._test)} records: about {duration_text(sum(about.values()))}{which}{generated}"
         )
-        self._progress.begin(TASK, work, WORK)
 
     @contextmanager
     def _engine(self, adapters: Sequence[LoraAdapter], layout: Layout) -> Iterator[Engine]:
         with self._session.attached(adapters, layout.modules, self._test) as objective:
-            yield Engine(objective, Meter(self._progress, task=TASK), progress=self._progress)
+            meter = Meter(self._progress, task=TASK, overhead=self._pace.overhead)
+            yield Engine(objective, meter, progress=self._progress)
 
     def _fit(self, row: Candidate) -> None:
         """A row that attaches the adapters itself: its fit, and what that scores."""
-        self._progress.enter(self._counted(row), row.cost)
+        self._progress.enter(self._counted(row))
         point = row.composed(self._skipped)
-        if point is not None:
-            with self._engine(self._inputs.adapters, self._inputs.layout) as engine:
-                self._progress.enter(self._counted(row), self._forward)
-                self._add(row, point, engine)
+        if point is None:
+            self._progress.leave_out()
+            return
+        with self._engine(self._inputs.adapters, self._inputs.layout) as engine:
+            self._progress.enter(self._counted(row))
+            self._add(row, point, engine)
 
     def _evaluate(self, rows: Sequence[Candidate], adapters: Sequence[LoraAdapter], layout: Layout) -> None:
         """The other rows, which are set on one attached model in turn."""
@@ -292,7 +403,7 @@ class _Comparison:
             if adapters is not self._inputs.adapters:
                 find_reach(engine, self._session, self._test)
             for row in rows:
-                self._progress.enter(self._counted(row), self._forward)
+                self._progress.enter(self._counted(row))
                 point = row.composed(self._skipped)
                 if point is not None:
                     self._add(row, point, engine)

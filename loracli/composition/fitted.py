@@ -21,13 +21,14 @@ from loracli.composition.composition import OwnMoments, updates_of
 from loracli.composition.weights import goes_by
 from loracli.errors import UsageError
 from loracli.fitting.activations import check_weighable, chosen_records, second_moments
-from loracli.fitting.engine import Engine
+from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.journal import Meter
 from loracli.fitting.level import recipe_mixing
 from loracli.fitting.mixing import Layout, check_mixing, make_diagonal
 from loracli.fitting.run import divide_training, find_mixing
 from loracli.fitting.settings import FitSettings
+from loracli.fitting.work import REACH, Cost, Work, cost_of
 from loracli.model.session import Session
 from loracli.recipe.record import INLINE_KINDS, RecipeMixing
 
@@ -35,7 +36,7 @@ PAPER = "paper"
 
 
 TASK = "compare"
-SEARCH_RECORDS = 64  # that methods with a number or two are fitted on, as the first level of the ladder
+_SEARCH_RECORDS = 64  # that methods with a number or two are fitted on, as the first level of the ladder
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,16 @@ class Calibration:
         data: the files; its training records are all of them.
         examples: of the training records.
         settings: of the fits.
+        pace: of the base.
+        task: of the progress.
     """
 
     session: Session
     data: Dataset
     examples: tuple[Example, ...]
     settings: FitSettings
+    pace: Pace = Pace(0.0)  # noqa: RUF009  # frozen
+    task: str = TASK
 
     @contextmanager
     def engine(
@@ -61,7 +66,8 @@ class Calibration:
         """Of the base with adapters attached; its meter begins at 0."""
         with self.session.attached(adapters, modules, self.examples, canonical=canonical) as objective:
             progress = self.session.progress
-            yield Engine(objective, Meter(progress, task=TASK), progress=progress)
+            meter = Meter(progress, task=self.task, overhead=self.pace.overhead)
+            yield Engine(objective, meter, progress=progress)
 
 
 def fit_level(
@@ -80,13 +86,11 @@ def fit_level(
         UsageError: if there are too few records to choose with, or the adapters do not have the level.
         NonFiniteLoss: if no start is finite.
     """
-    settings = _settings_of(name, calibration.settings)
-    check_mixing(adapters, settings.mixing)
     session, training = calibration.session, calibration.examples
-    base = session.base.reference
-    inputs = FitInputs(tuple(adapters), tuple(references), base, calibration.data, layout, settings, Path())
+    inputs = _inputs_of(name, calibration, adapters, references, layout)
+    check_mixing(adapters, inputs.settings.mixing)
     folds = divide_training(inputs, training)
-    canonical = settings.mixing not in INLINE_KINDS
+    canonical = inputs.settings.mixing not in INLINE_KINDS
     with calibration.engine(adapters, layout.modules, canonical=canonical) as engine:
         found = find_mixing(engine, inputs, folds, training, session.tokenizer)
     note = f"{found.mixing.kind}, {found.mixing.numbers} numbers" if found.mixing.kind != name else ""
@@ -95,6 +99,26 @@ def fit_level(
     if found.stopped:
         note = f"stopped early: {found.stopped}"
     return recipe_mixing(adapters, layout.modules, found), note
+
+
+def level_cost(
+    name: str, calibration: Calibration, adapters: Sequence[LoraAdapter], references: Sequence[str], layout: Layout
+) -> Cost:
+    """The most that `fit_level` takes of the same arguments.
+
+    Raises:
+        UsageError: if there are too few records to choose with.
+    """
+    inputs = _inputs_of(name, calibration, adapters, references, layout)
+    folds = divide_training(inputs, calibration.examples)
+    return Work(folds, calibration.examples, inputs.settings, references).left(REACH)
+
+
+def _inputs_of(
+    name: str, calibration: Calibration, adapters: Sequence[LoraAdapter], references: Sequence[str], layout: Layout
+) -> FitInputs:
+    settings, base = _settings_of(name, calibration.settings), calibration.session.base.reference
+    return FitInputs(tuple(adapters), tuple(references), base, calibration.data, layout, settings, Path())
 
 
 def _settings_of(name: str, settings: FitSettings) -> FitSettings:
@@ -107,12 +131,26 @@ def _settings_of(name: str, settings: FitSettings) -> FitSettings:
     return replace(settings, **changes)
 
 
+def search_cost(method: Method, calibration: Calibration) -> Cost:
+    """The most that `search_weights` takes."""
+    return cost_of(calibration.session.batches(_chosen(calibration))) * method.evaluations
+
+
+def moments_cost(calibration: Calibration, adapters: int) -> Cost:
+    """The most that `own_moments` takes: every record goes through each adapter."""
+    return cost_of(plan_batches(calibration.examples, batch_tokens=1)) * adapters
+
+
+def _chosen(calibration: Calibration) -> list[Example]:
+    return shuffled(calibration.examples, seed=calibration.settings.seed)[:_SEARCH_RECORDS]
+
+
 def search_weights(
     method: Method, options: MethodOptions, calibration: Calibration, adapters: Sequence[LoraAdapter], layout: Layout
 ) -> MixingPoint:
     """A method that searches for one weight an adapter by the loss on up to 64 calibration records."""
     assert method.search is not None
-    chosen = shuffled(calibration.examples, seed=calibration.settings.seed)[:SEARCH_RECORDS]
+    chosen = _chosen(calibration)
     batches = calibration.session.batches(chosen)
     mixing = make_diagonal(layout, "adapter")
     with calibration.engine(adapters, layout.modules) as engine:

@@ -27,11 +27,12 @@ from loracli.composition.composition import (
     task_of_recipe,
 )
 from loracli.composition.fitted import (
-    TASK,
     Calibration,
     check_own_records,
+    moments_cost,
     own_moments,
     owners_of,
+    search_cost,
     search_weights,
 )
 from loracli.composition.weights import weights_of_modules
@@ -46,7 +47,7 @@ from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import BaseClaim
 from loracli.model.reference import BaseReference, find_base
 from loracli.model.session import Opening, open_session
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, WORK, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
 from loracli.recipe.record import EDITED, MAX_ADAPTERS, other_bases_of
@@ -256,7 +257,7 @@ def searched_weights(
     """
     files = tuple(read_records(source, progress=progress) for source in parse_sources(fit_data))
     reference = find_base(adapters, base, revision=base_revision, progress=progress)
-    with _calibration(files, adapters, reference, saved, options.seed, progress) as calibration:
+    with _calibration(method, files, adapters, reference, saved, options.seed, progress) as calibration:
         found = search_weights(method, options, calibration, adapters, make_layout(adapters))
     progress.note(f"{method.name}: {found.note}")
     assert found.weights is not None
@@ -285,13 +286,14 @@ def _regressed(
     check_weighable(read, hint="choose another --method")
     files = tuple(read_records(source, progress=progress) for source in sources)
     reference = find_base(read, base, revision=request.base_revision, progress=progress)
-    with _calibration(files, read, reference, given.saved, 0, progress) as calibration:
+    with _calibration(method, files, read, reference, given.saved, 0, progress) as calibration:
         moments = own_moments(calibration, owners, read, make_layout(read))
     return from_moments(method, read, given.base, moments, saved=given.saved, task_type=given.task_type)
 
 
 @contextmanager
 def _calibration(
+    method: Method,
     files: tuple[CalibrationFile, ...],
     adapters: Sequence[LoraAdapter],
     reference: BaseReference,
@@ -306,11 +308,12 @@ def _calibration(
     with open_session(opening, progress=progress) as session:
         examples = session.render(files)
         session.check_causal(examples)
-        calibration = Calibration(session, Dataset(files, (), training, ()), examples, settings)
+        calibration = Calibration(session, Dataset(files, (), training, ()), examples, settings, task=method.name)
+        cost = moments_cost(calibration, len(adapters)) if method.search is None else search_cost(method, calibration)
         with calibration.engine(adapters, make_layout(adapters).modules) as engine:
             find_reach(engine, session, examples)
-        progress.begin(TASK, None, "tokens")
+        progress.begin(method.name, cost.effort(calibration.pace), WORK)
         try:
             yield calibration
         finally:
-            progress.finish(TASK)
+            progress.finish(method.name)

@@ -143,7 +143,7 @@ def fit_activations(
     """
     if any(kind_of(module).of_experts for adapter in adapters for module in adapter.modules.values()):
         return None
-    engine.meter.stage("activations")
+    engine.meter.stage("looking at the adapters' inputs")
     lora_A = _input_factors(adapters, mixing, theta)
     size = sum(len(A) ** 2 for A in lora_A.values()) * torch.float64.itemsize
     without = "they are left out of the recipe, and export --activation-aware will need --fit-data"

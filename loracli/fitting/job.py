@@ -16,21 +16,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter
+from loracli.calibration.dataset import Examples
 from loracli.calibration.records import CalibrationFile
 from loracli.errors import InputError, OutputExists, UsageError
+from loracli.fitting.criterion import Fold
+from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs, render_inputs
-from loracli.fitting.journal import Journal, StepLog, is_step_log, open_state, remove_state, state_folder
+from loracli.fitting.journal import Journal, Meter, StepLog, is_step_log, open_state, remove_state, state_folder
 from loracli.fitting.level import tokens_of
 from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.reach import foresee_bypassed
-from loracli.fitting.run import divide_training, opening_of, run_fit
+from loracli.fitting.run import divide_training, fit_work, measured_pace, opening_of, run_fit
+from loracli.fitting.work import REACH
 from loracli.model.base import BasePlan, load_tokenizer
 from loracli.model.experts import check_experts
 from loracli.model.modules import check_shapes
 from loracli.model.placement import Placement
 from loracli.model.preflight import MemoryDecision, MemoryEstimate
 from loracli.model.reference import BaseReference
-from loracli.model.session import usable_length
+from loracli.model.session import Opening, open_session, usable_length
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, check_recipe_path
 from loracli.recipe.record import activations_path, kept_path, tensors_path
@@ -57,6 +61,7 @@ class FitPlan:
         dropped: records without anything to score in what is used.
         memory: of one process.
         decision: what follows from the memory that is free now.
+        seconds: about, without answers that choose; None with a base that is shared out, which no process has alone.
     """
 
     inputs: FitInputs
@@ -71,10 +76,12 @@ class FitPlan:
     dropped: int
     memory: MemoryEstimate
     decision: MemoryDecision
+    seconds: float | None
 
 
 def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, progress: Progress = SILENT) -> FitPlan:
-    """Checks the adapters against the base model's shapes, tokenizes the data and estimates the memory.
+    """Checks the adapters against the base model's shapes, tokenizes the data, estimates the memory, and loads the base
+    to time it on two micro-batches.
 
     Args:
         inputs: from `prepare_fit`.
@@ -112,7 +119,26 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
         dropped=sum(data.dropped for data in examples.data),
         memory=memory,
         decision=decision,
+        seconds=None if placement.shard else _seconds(inputs, opening, examples, folds, decision, world_size),
     )
+
+
+def _seconds(
+    inputs: FitInputs,
+    opening: Opening,
+    examples: Examples,
+    folds: tuple[Fold, ...],
+    decision: MemoryDecision,
+    world_size: int,
+) -> float:
+    again = opening.placement.checkpointing or decision.checkpointing
+    opening = replace(opening, placement=replace(opening.placement, checkpointing=again))
+    with (
+        open_session(opening) as session,
+        session.attached(inputs.adapters, inputs.layout.modules, examples.held_out) as objective,
+    ):
+        pace = measured_pace(Engine(objective, Meter(SILENT)), inputs, session, examples, folds)
+    return fit_work(inputs, examples, folds).left(REACH).seconds(pace) / world_size
 
 
 _VERSIONS = ("loracat", "torch", "transformers")

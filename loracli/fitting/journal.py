@@ -20,7 +20,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -30,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from loracli.errors import LoracatError, OutputExists, StateMismatch
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, WORK, Progress
 from loracli.system.files import remove_temporaries, write_atomically
 from loracli.system.strict_json import StrictJsonError, parse_json, read_object
 
@@ -246,46 +247,81 @@ _MAX_LINE = 1 << 16  # bytes of a log's line
 class Meter:
     """Counts what was spent: a token forward is 1, forward and backward 2.
 
+    The progress is told of the effort, in which a micro-batch has some tokens more: what it costs whatever its size.
+
     Args:
         progress: told of every micro-batch.
         log: takes one JSON object for each step, None for none.
-        tokens: of a pass over the training records, 0 if passes are not to be said.
         task: of the progress.
+        overhead: tokens that a micro-batch has more.
     """
 
-    def __init__(self, progress: Progress, log: StepLog | None = None, *, tokens: int = 0, task: str = TASK) -> None:
+    def __init__(self, progress: Progress, log: StepLog | None = None, *, task: str = TASK, overhead: int = 0) -> None:
         self.spent = 0
+        self.overhead = overhead
         self.validation: float | None = None  # nats per token, the last measured
         self._progress = progress
         self._task = task
         self._log = log
-        self._a_pass = 2 * tokens
+        self._stages: tuple[str, ...] = ()
+        self._left: Callable[[str, int], int] = lambda _, __: 0
+        self._place, self._effort, self._total = 0, 0, 0
         self._stage, self._fields = "", dict[str, str | float | None]()
         self._started = time.monotonic()
         self._tokens = 0
 
+    @contextmanager
+    def counted(self, stages: tuple[str, ...], left: Callable[[str, int], int], *, overhead: int = 0) -> Iterator[None]:
+        """A task of these stages, whose status says at which one it is.
+
+        Args:
+            stages: their names in order; some may be left out.
+            left: the effort that is left, at most, when a stage begins: its name, and what was spent by then.
+            overhead: tokens that a micro-batch has more.
+        """
+        self.overhead = overhead
+        self._stages, self._left, self._total = stages, left, left(stages[0], self.spent)
+        self._progress.begin(self._task, self._total, WORK)
+        try:
+            yield
+        finally:
+            self._progress.finish(self._task)
+
+    def enter(self, stage: str) -> None:
+        """A stage begins; what those before it have left undone is not to be done any more. Where no stages are
+        counted, nothing happens."""
+        if not self._stages:
+            return
+        self._place = self._stages.index(stage) + 1
+        total = self._effort + self._left(stage, self.spent)
+        if total != self._total:
+            self._total = total
+            self._progress.expect(self._task, total)
+
     def stage(self, text: str, **fields: str | float | None) -> None:
         """Names what the following batches are for; `fields` go into the log of each step."""
-        self._stage, self._fields = text, fields
+        self._stage, self._fields = f"{self._place}/{len(self._stages)} {text}" if self._stages else text, fields
         self._started, self._tokens = time.monotonic(), 0
+        self._progress.advance(self._task, 0, self._stage)
 
     def count(self, tokens: int, *, cost: int, nats: float | None = None) -> None:
         """Some tokens are done, each at this cost, and at `nats` per scored token if that is known."""
+        effort = cost * (tokens + self.overhead)
         self.spent += cost * tokens
+        self._effort += effort
         self._tokens += tokens
         parts = [self._stage]
-        if self._a_pass:
-            parts.append(f"pass {self.spent / self._a_pass:.1f}")
         if nats is not None:
             parts.append(f"loss {nats:.3f}")
         if self.validation is not None:
             parts.append(f"validation {self.validation:.3f}")
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        self._progress.advance(self._task, cost * tokens, ", ".join([*parts, f"{rate:.0f} tok/s"]))
+        self._progress.advance(self._task, effort, ", ".join([*parts, f"{rate:.0f} tok/s"]))
 
     def restore(self, spent: int, logged: int) -> None:
         """Goes to where an interrupted fit was: what it had spent, and how many lines its log had."""
         self._progress.advance(self._task, spent - self.spent)
+        self._effort += spent - self.spent
         self.spent = spent
         if self._log is not None:
             self._log.lines = logged

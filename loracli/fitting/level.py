@@ -30,6 +30,7 @@ from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
 from loracli.recipe.record import LevelRecord, MixingKind, RecipeMixing, StageRecord, StartRecord, weights_digest
 from loracli.recipe.tensors import tensor_mixing
+from loracli.system.display import count_text
 
 
 @dataclass(frozen=True)
@@ -151,15 +152,15 @@ def left_out(name: str, before: float | None, error: NonFiniteLoss) -> StartReco
 _RIDGE_PATH = (1e-2, 1e-3, 0.0)
 _FACTOR_RIDGE_PATH = (1e-5, 1e-6, 0.0)
 _RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.01}  # at most; the others go by the number of steps
-_PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
+PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
 
 
-def _ridge_path(task: Task, mixing: Mixing) -> tuple[float, ...]:
+def ridge_path(settings: FitSettings, kind: str, *, validated: bool) -> tuple[float, ...]:
     """Without validation records nothing can say when to stop, so the ridge stays at its strongest."""
-    if task.settings.ridge is not None:
-        return (task.settings.ridge,)
-    path = _FACTOR_RIDGE_PATH if mixing.kind == "factors" else _RIDGE_PATH
-    return path if task.validated else path[:1]
+    if settings.ridge is not None:
+        return (settings.ridge,)
+    path = _FACTOR_RIDGE_PATH if kind == "factors" else _RIDGE_PATH
+    return path if validated else path[:1]
 
 
 def rate_for(task: Task, mixing: Mixing, steps: int) -> float:
@@ -196,7 +197,7 @@ class _Steps:
 class _Level:
     def __init__(self, task: Task, mixing: Mixing, starts: Mapping[str, tuple[Tensor, ...]], budget: float) -> None:
         self._task, self._mixing, self._starts = task, mixing, starts
-        self._path = _ridge_path(task, mixing)
+        self._path = ridge_path(task.settings, mixing.kind, validated=task.validated)
         self._steps = [self._plan(fold_index, budget / len(task.folds)) for fold_index in range(len(task.folds))]
         self._best: Solution | None = None
         self._failure: NonFiniteLoss | None = None
@@ -208,7 +209,7 @@ class _Level:
         plan = plan_steps(fold.fitting, batch_tokens=settings.batch_tokens, seed=settings.seed)
         checks = 2 * len(self._starts) + len(self._path)
         tokens = (budget - checks * padded_tokens(fold.validation, settings.batch_tokens)) / 2  # forward and backward
-        probe = max(1, min(plan.steps_a_pass, plan.steps_within(_PROBE_SHARE * tokens)))
+        probe = max(1, min(plan.steps_a_pass, plan.steps_within(PROBE_SHARE * tokens)))
         rest = plan.steps_within(tokens - len(self._starts) * plan.tokens_of(range(probe)), first=probe)
         return _Steps(plan, probe, max(rest, len(self._path)))
 
@@ -298,8 +299,8 @@ class _Level:
     def _stage(self, name: str, what: str, ridge: float | None) -> str:
         """Tells of what follows; the key of it."""
         kind = self._mixing.kind
-        text = f"{kind} from {name}" + ("" if ridge is None or len(self._path) == 1 else f", ridge {ridge:g}")
-        self._task.engine.meter.stage(text, rung=kind, start=name, stage=what, ridge=ridge)
+        words = f"fitting {count_text(self._mixing.numbers, 'weight')}"
+        self._task.engine.meter.stage(words, rung=kind, start=name, stage=what, ridge=ridge)
         return f"{kind} from {name}, {what}" + ("" if ridge is None else f", ridge {ridge:g}")
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from loracli._version import __version__
-from loracli.calibration.dataset import Batch, Examples
+from loracli.calibration.dataset import Examples, plan_batches
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, UsageError
@@ -20,22 +20,23 @@ from loracli.fitting.activations import chosen_records, fit_activations
 from loracli.fitting.certificate import can_certify, certificate_tokens, certified
 from loracli.fitting.criterion import LEAST_ANSWERS, Fold, cross_folds, loss_criterion, metric_criterion, one_fold
 from loracli.fitting.descent import plan_steps
-from loracli.fitting.engine import Engine
+from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
-from loracli.fitting.journal import TASK, Journal, Meter, StepLog
+from loracli.fitting.journal import Journal, Meter, StepLog
 from loracli.fitting.level import Solution, Task, recipe_mixing, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.reach import Reach, find_reach
 from loracli.fitting.search import LADDERS, fit_as_published, search
 from loracli.fitting.settings import AUTO, FitSettings
+from loracli.fitting.work import CERTIFICATE, REACH, Work, cost_of
 from loracli.hub.fetch import Fetched
 from loracli.model.base import BaseModel
 from loracli.model.loss import Scores
 from loracli.model.modules import base_modules
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session, settle_memory
-from loracli.progress import SILENT, WORK, Bar, Progress, drawn, duration_text, takes_bar
+from loracli.progress import SILENT, Bar, Progress, drawn, duration_text, takes_bar
 from loracli.recipe.ingredients import identity_of
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import (
@@ -47,7 +48,10 @@ from loracli.recipe.record import (
     RecipeBase,
     RecipeData,
 )
+from loracli.system.display import count_text
 from loracli.system.document import dtype_name
+
+_SCORING, _ACTIVATIONS = "scoring", "activations"  # stages after the search
 
 
 @takes_bar
@@ -155,23 +159,23 @@ def _run(
     session.say_likelier_orders(inputs.adapters, training)
     canonical = settings.mixing not in INLINE_KINDS
     with session.attached(inputs.adapters, inputs.layout.modules, held_out, canonical=canonical) as objective:
-        meter = Meter(progress, log, tokens=tokens_of(training))
+        meter = Meter(progress, log)
         engine = Engine(objective, meter, processes=processes, journal=journal, progress=progress)
-        reach = find_reach(engine, session, training)
-        work = _work(inputs, examples, session.batches(held_out))
-        announce(engine, inputs, session, examples, folds, work)
-        progress.begin(TASK, work, WORK)
-        try:
+        work = fit_work(inputs, examples, folds)
+        pace = measured_pace(engine, inputs, session, examples, folds)
+        announce(engine, inputs, session, examples, work, pace)
+        with meter.counted(work.stages, work.effort_left(pace), overhead=pace.overhead):
+            reach = reached(engine, session, training)
             found = find_mixing(engine, inputs, folds, training, session.tokenizer)
             found, certificate = _certified(engine, found, training, settings)
             passes = engine.meter.spent / (2 * tokens_of(training))
+            meter.enter(_SCORING)
             training_loss = _training_loss(engine, session, found, training)
             scores = _held_out_scores(engine, session, inputs, found, held_out)
+            meter.enter(_ACTIVATIONS)
             activations = fit_activations(
                 engine, inputs.adapters, found.mixing, found.theta, training, seed=settings.seed, progress=progress
             )
-        finally:
-            progress.finish(TASK)
     table = held_out_table(
         scores, inputs.references, examples=held_out, name=inputs.data.held_out_name, seed=settings.seed
     )
@@ -210,35 +214,52 @@ def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fol
     return (fold,)
 
 
-def _work(inputs: FitInputs, examples: Examples, held_batches: Sequence[Batch]) -> int:
-    """Tokens forward plus tokens backward of the whole fit, for the bar and the estimate."""
-    tokens = tokens_of(examples.training)
-    methods = len(static_points(inputs.references)) + 1
-    once = tokens + tokens_of(chosen_records(examples.training, seed=inputs.settings.seed))
-    return round(2 * inputs.settings.budget * tokens) + once + methods * sum(batch.tokens for batch in held_batches)
+def fit_work(inputs: FitInputs, examples: Examples, folds: Sequence[Fold]) -> Work:
+    """What a whole fit does, stage by stage."""
+    training, settings = examples.training, inputs.settings
+    scored = cost_of(plan_batches(training, batch_tokens=settings.batch_tokens))
+    held_out = cost_of(plan_batches(examples.held_out, batch_tokens=settings.batch_tokens))
+    activations = cost_of(plan_batches(chosen_records(training, seed=settings.seed), batch_tokens=1))
+    after = {_SCORING: scored + held_out * (len(static_points(inputs.references)) + 1), _ACTIVATIONS: activations}
+    certifies = not settings.paper and settings.mixing in (*INLINE_KINDS, AUTO)
+    return Work(folds, training, settings, inputs.references, after, certifies)
 
 
-def announce(
-    engine: Engine, inputs: FitInputs, session: Session, examples: Examples, folds: Sequence[Fold], work: int
-) -> None:
-    """Says what will be done and, from one timed batch, about how long it takes."""
+def measured_pace(
+    engine: Engine, inputs: FitInputs, session: Session, examples: Examples, folds: Sequence[Fold]
+) -> Pace:
+    """How fast the attached model takes the steps of a fit, and its largest micro-batch."""
+    settings, module = inputs.settings, make_diagonal(inputs.layout, "module")
+    steps = plan_steps(folds[0].fitting, batch_tokens=settings.batch_tokens, seed=settings.seed).batches
+    every = (*session.batches(examples.training), *session.batches(examples.held_out))
+    largest = max(every, key=lambda batch: batch.tokens)
+    return engine.pace(module, module.constant([0.0] * inputs.layout.adapters), steps, largest)
+
+
+def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Examples, work: Work, pace: Pace) -> None:
+    """Says what will be done and about how long it takes."""
+    folds = work.folds
     settings, layout, base, progress = inputs.settings, inputs.layout, session.base, session.progress
-    batches = plan_steps(folds[0].fitting, batch_tokens=settings.batch_tokens, seed=settings.seed).batches
-    batch = batches[len(batches) // 2]
-    module = make_diagonal(layout, "module")
-    rate = 2 * batch.tokens / engine.seconds(module, module.constant([0.0] * layout.adapters), batch)
-    what = "climbing from adapter to factors" if settings.mixing == AUTO else f"{inputs.numbers} numbers"
+    numbers = "climbing from adapter to factors" if inputs.numbers is None else count_text(inputs.numbers, "weight")
     progress.note(
         f"base {base.reference.id} in {dtype_name(base.dtype)} on {engine.objective.attached.device}; "
-        f"mixing {settings.mixing}, {what} over {len(layout.modules)} modules"
+        f"mixing {settings.mixing}, {numbers} over {len(layout.modules)} modules"
     )
     choosing = f", {len(folds)} folds" if len(folds) > 1 else f", {len(folds[0].validation)} of them to choose with"
     passes = "one pass" if settings.paper else f"up to {settings.budget:g} passes"
-    about = duration_text(work / rate) + ("" if settings.metric is None else "; the answers that choose come on top")
+    about = duration_text(work.left(REACH).seconds(pace))
+    about += "" if settings.metric is None else "; the answers that choose come on top"
     progress.note(
         f"{len(examples.training)} training records{choosing if folds[0].validation else ''}, "
-        f"{len(examples.held_out)} held out; {passes} at {rate / 2:.0f} tok/s: about {about}"
+        f"{len(examples.held_out)} held out; {passes} over the records: about {about}"
     )
+
+
+def reached(engine: Engine, session: Session, training: Sequence[Example]) -> Reach:
+    """As `find_reach`, the first stage of a fit."""
+    engine.meter.enter(REACH)
+    engine.meter.stage("finding the modules that the records reach")
+    return find_reach(engine, session, training)
 
 
 def find_mixing(
@@ -255,6 +276,7 @@ def find_mixing(
     """
     settings, attached = inputs.settings, engine.objective.attached
     if settings.paper:
+        engine.meter.enter("module")
         return fit_as_published(engine, make_diagonal(inputs.layout, "module", softmax=True), training, settings)
     reserved = 0  # which level `auto` ends on is not known, and so is what it leaves of the budget
     if settings.mixing != AUTO:
@@ -299,6 +321,7 @@ def _certified(
     mixing = found.mixing
     if not isinstance(mixing, DiagonalMixing) or not can_certify(mixing) or found.stopped:
         return found, None
+    engine.meter.enter(CERTIFICATE)
     ridge = found.ridge or 0.0
     theta, certificate = certified(engine, mixing, found.theta, found.anchor, ridge, training, settings)
     return replace(found, thetas=(theta,)), certificate
@@ -306,7 +329,7 @@ def _certified(
 
 def _training_loss(engine: Engine, session: Session, found: Solution, training: Sequence[Example]) -> float | None:
     """None where the search stopped at records whose loss is not finite."""
-    engine.meter.stage("training loss")
+    engine.meter.stage("scoring the training records")
     try:
         return engine.score(
             found.mixing, found.theta, session.batches(training), training, key="training loss"
@@ -325,7 +348,7 @@ def _held_out_scores(
     Raises:
         NonFiniteLoss: if it is the fit, or every adapter alone.
     """
-    engine.meter.stage("held out")
+    engine.meter.stage("scoring the held-out records")
     batches = session.batches(examples)
     adapters: Mixing = make_diagonal(inputs.layout, "adapter")
     scores: dict[str, Scores] = {}

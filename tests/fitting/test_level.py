@@ -21,7 +21,7 @@ from loracli.fitting import level as rung_module
 from loracli.fitting.criterion import Fold
 from loracli.fitting.descent import Descent, Ran
 from loracli.fitting.engine import Engine
-from loracli.fitting.level import _FACTOR_RIDGE_PATH, _RIDGE_PATH, Solution, Task, _ridge_path, solve_level
+from loracli.fitting.level import _FACTOR_RIDGE_PATH, _RIDGE_PATH, Solution, Task, ridge_path, solve_level
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout
 from loracli.fitting.search import _solve_adapters, search
 from loracli.fitting.settings import FitSettings
@@ -397,16 +397,8 @@ def test_a_ridge_that_was_asked_for_is_the_only_one(monkeypatch: pytest.MonkeyPa
 
 
 def test_trained_factors_are_held_more_loosely() -> None:
-    engine = engine_of(LeastSquares(TRUTH))
-    with_records, without = (
-        one_task(engine, some_examples(20), FitSettings(), validate=validate) for validate in (True, False)
-    )
-
-    class Factors:
-        kind = "factors"
-
-    assert _ridge_path(with_records, Factors()) == _FACTOR_RIDGE_PATH  # type: ignore[arg-type]
-    assert _ridge_path(without, Factors()) == _FACTOR_RIDGE_PATH[:1]  # type: ignore[arg-type]
+    assert ridge_path(FitSettings(), "factors", validated=True) == _FACTOR_RIDGE_PATH
+    assert ridge_path(FitSettings(), "factors", validated=False) == _FACTOR_RIDGE_PATH[:1]
     assert max(_FACTOR_RIDGE_PATH) == _FACTOR_RIDGE_PATH[0] < max(_RIDGE_PATH)
 
 
