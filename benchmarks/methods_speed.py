@@ -30,7 +30,7 @@ from loracli.fitting.mixing import Layout, make_layout
 
 LAYERS = 2
 DENSE = [name for name, method in METHODS.items() if method.full_rank]
-DATA_FREE = [name for name, method in METHODS.items() if method.search is None]
+DATA_FREE = [name for name, method in METHODS.items() if not method.needs_records]
 
 
 def main() -> None:

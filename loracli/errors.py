@@ -12,7 +12,7 @@
     │   ├── BaseModelMismatch        3   the adapters do not fit the base model
     │   ├── CalibrationError         3   a line of the calibration file is rejected
     │   ├── RecipeError              3   a recipe is damaged or was written by a newer version
-    │   └── StateMismatch            3   the state of an interrupted fit belongs to other inputs
+    │   └── StateMismatch            3   the state of an interrupted run belongs to other inputs
     ├── AccessDenied                 4   the Hub wants a login, or the repository is gated
     ├── HubUnreachable               5   the Hub does not answer, or offline and not cached
     ├── OutOfResources               6   disk, memory or device memory ran out
@@ -133,7 +133,7 @@ class RecipeError(InputError):
 
 
 class StateMismatch(InputError):
-    """Raised when a fit is resumed with other inputs or settings than it was begun with; names what has changed."""
+    """Raised when a run is resumed with other inputs or settings than it was begun with; names what has changed."""
 
 
 class AccessDenied(LoracatError):

@@ -35,6 +35,9 @@ class Progress(Protocol):
     def advance(self, task: str, amount: int, status: str = "") -> None:
         """`amount` more units are done; `status` is a short text beside the bar, such as the loss."""
 
+    def expect(self, task: str, total: int) -> None:
+        """The work of a task that goes on comes to `total` units, and not to what was said before."""
+
     def finish(self, task: str) -> None:
         """The work is over."""
 
@@ -52,6 +55,9 @@ class Silent:
         pass
 
     def advance(self, task: str, amount: int, status: str = "") -> None:
+        pass
+
+    def expect(self, task: str, total: int) -> None:
         pass
 
     def finish(self, task: str) -> None:

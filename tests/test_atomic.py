@@ -121,7 +121,7 @@ def test_a_rename_that_fails_leaves_the_old_adapter_in_place(
 
 @pytest.mark.parametrize("force", [False, True])
 def test_a_replacement_killed_between_its_renames_is_repaired(tmp_path: Path, force: bool) -> None:
-    an_adapter(tmp_path / ".out.old")
+    an_adapter(tmp_path / ".out.loracat-old")
     if force:
         with whole_directory(tmp_path / "out", force=True) as folder:
             assert content(tmp_path / "out") == "old"  # back in its place while the new one is made
@@ -135,10 +135,21 @@ def test_a_replacement_killed_between_its_renames_is_repaired(tmp_path: Path, fo
 
 def test_a_replacement_killed_before_its_cleaning_up_is_cleaned_up(tmp_path: Path) -> None:
     an_adapter(tmp_path / "out", "new")
-    an_adapter(tmp_path / ".out.old", "old")
+    an_adapter(tmp_path / ".out.loracat-old", "old")
     with pytest.raises(OutputExists), whole_directory(tmp_path / "out", force=False):
         raise AssertionError("the body ran")
     assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "new"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_copy_that_somebody_else_has_moved_aside_is_left_alone(tmp_path: Path, there: bool) -> None:
+    an_adapter(tmp_path / ".out.old", "somebody's")
+    if there:
+        an_adapter(tmp_path / "out")
+    with whole_directory(tmp_path / "out", force=True) as folder:
+        fill(folder)
+    assert names(tmp_path) == [".out.old", "out"]
+    assert (content(tmp_path / ".out.old"), content(tmp_path / "out")) == ("somebody's", "new")
 
 
 def a_folder_of_photos(path: Path) -> None:
@@ -247,7 +258,7 @@ def test_an_output_that_appears_between_two_renames_is_kept_and_said(
 
     def rename(source: Path, target: Path) -> None:
         real(source, target)
-        if target.name == ".out.old":
+        if target.name == ".out.loracat-old":
             an_adapter(tmp_path / "out", "another's")
 
     monkeypatch.setattr(os, "rename", rename)

@@ -87,19 +87,26 @@ def agreed_task(adapters: Sequence[LoraAdapter], *, option: str | None = None) -
     named = {name: task for name, task in tasks.items() if task is not None}
     if len(set(named.values())) > 1:
         said = ", ".join(f"{name} is for {task}" for name, task in named.items())
+        if option is None:
+            way_out = f"compose them first, with loracat export and --task-type {known}, and go on with that"
         raise IncompatibleAdapters(f"the adapters have different task types: {said}", hint=way_out)
     return next(iter(named.values())) if named and len(named) == len(tasks) else None
 
 
-def check_language_models(adapters: Sequence[LoraAdapter], work: str) -> None:
+def check_language_models(
+    adapters: Sequence[LoraAdapter],
+    work: str,
+    *,
+    way_out: str = "compose it from the files: loracat export --method NAME --adapters ...",
+) -> None:
     """Raises UnsupportedAdapter for one of another task than causal language models, which alone `work` runs."""
     for adapter in adapters:
         task = (adapter.config.task_type or CAUSAL_LM).upper()
         if task in TASKS and task != CAUSAL_LM:
             raise UnsupportedAdapter(
                 f"{adapter.reference} has the task_type {task}, and {work} takes those of causal language models alone",
-                hint="compose it from the files: loracat export --method NAME --adapters ...; or, if it was trained as "
-                f"a causal language model, write {CAUSAL_LM} into its adapter_config.json",
+                hint=f"{way_out}; or, if it was trained as a causal language model, write {CAUSAL_LM} into its "
+                "adapter_config.json",
             )
 
 

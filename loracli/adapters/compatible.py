@@ -31,12 +31,22 @@ class Overlap:
     Args:
         cosine: <dW_1, dW_2> / (|dW_1| |dW_2|) in the Frobenius product; near 0 means that they hardly interfere.
         shared_modules: how many modules both adapt, in the same shape.
+        lora_A_cosine: the mean over these of <A_1, A_2> / (|A_1| |A_2|), over the rows that both have; None where no
+            module has two that are not 0.
+        same_start: whether that is above 0.5, so that training most likely began from the same lora_A: with
+            A_i = A + E_i, and E_i at right angles to A and each other, more than half of each |A_i|_F^2 is A's. Of
+            adapters that were drawn apart it is 0 within some 1 / sqrt(rank * in_features).
     """
 
     first: str
     second: str
     cosine: float
     shared_modules: int
+    lora_A_cosine: float | None
+    same_start: bool
+
+
+_SAME_START = 0.5
 
 
 def _problems_of(adapters: Sequence[LoraAdapter], *, base_given: bool = False, base_known: bool = False) -> list[str]:
@@ -152,8 +162,19 @@ def _overlaps_of(adapters: Sequence[LoraAdapter]) -> list[Overlap]:
             )
             product = sum(inner_product(first.modules[n].factors, second.modules[n].factors) for n in shared)
             length = (squares[i] * squares[j]) ** 0.5
-            result.append(Overlap(first.reference, second.reference, product / length if length else 0.0, len(shared)))
+            cosines = [c for n in shared if (c := _cosine_of_A(first.modules[n], second.modules[n])) is not None]
+            mean = sum(cosines) / len(cosines) if cosines else None
+            names, same = (first.reference, second.reference), mean is not None and mean > _SAME_START
+            result.append(Overlap(*names, product / length if length else 0.0, len(shared), mean, same))
     return result
+
+
+def _cosine_of_A(first: LoraModule, second: LoraModule) -> float | None:
+    """Of the rows of lora_A that both have, one after the other; None where one's are 0."""
+    rank = min(first.factors.rank, second.factors.rank)
+    one, other = (module.factors.lora_A[:rank].double() for module in (first, second))
+    length = float(one.norm() * other.norm())
+    return float((one * other).sum()) / length if length else None
 
 
 def _shape(module: LoraModule) -> tuple[int, ...]:
@@ -249,6 +270,7 @@ def inspect_adapters(
 
     Raises:
         MalformedAdapter, UnsupportedAdapter: as `read_adapter`, for the first adapter that cannot be read.
+        UsageError: if two are one, as `check_distinct`.
     """
     progress = drawn(progress)
     adapters = [
@@ -257,6 +279,7 @@ def inspect_adapters(
         )
         for r in references
     ]
+    check_distinct(adapters, [adapter.reference for adapter in adapters], progress)
     warn_of_open_orders(adapters, progress)
     problems = _problems_of(adapters)
     way_out = _way_out(adapters) if len(problems) == 1 else None

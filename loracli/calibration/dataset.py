@@ -223,7 +223,7 @@ def read_dataset(
     """Reads all files and divides their records.
 
     Args:
-        data: calibration files, each `FILE`, `FILE:WEIGHT`, or `-` for standard input.
+        data: calibration files, each `FILE`, `FILE:WEIGHT`, or `-` for standard input, and `@ADAPTER` behind it.
         eval_data: held-out records likewise; None to hold out some of each calibration file.
         holdout: the share of it; None for a fifth, or with fewer than 100 records in all for every record in its turn.
         seed: of the division.
@@ -236,7 +236,7 @@ def read_dataset(
         CalibrationError: if a file is rejected, or has too few records to hold some out.
     """
     known = check_shape(shape)
-    sources = parse_sources(data)
+    sources = parse_sources(data, owned=True)
     eval_sources = () if eval_data is None else parse_sources(eval_data)
     if sum(source.path is None for source in (*sources, *eval_sources)) > 1:
         raise UsageError("standard input can be read once", hint="give the held-out records as a file")
@@ -257,7 +257,8 @@ def read_dataset(
             return _crossed(files, every, seed, progress)
         training, held_out = _divide(files, HOLDOUT if holdout is None else holdout, seed)
     if len(held_out) < MIN_HELD_OUT:
-        progress.warn(f"only {len(held_out)} records are held out: too few for a verdict (at least {MIN_HELD_OUT})")
+        few = "1 record is" if len(held_out) == 1 else f"{len(held_out)} records are"
+        progress.warn(f"only {few} held out: too few for a verdict (at least {MIN_HELD_OUT})")
     return Dataset(files, eval_files, tuple(training), tuple(held_out))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from loracli.calibration.file_forms import FileForm
 from loracli.errors import UsageError
+from loracli.system.near import did_you_mean, hints
 
 WayOut = Callable[[FileForm], str]  # the hint that mends a whole file of such lines
 
@@ -354,7 +355,8 @@ def parse_fields(text: str | None) -> dict[str, str]:
         if not sign or not key:
             raise UsageError(f"--fields {text}: {pair or 'nothing'} is not NAME=KEY", hint=_EXAMPLE)
         if name not in _READABLE:
-            raise UsageError(f"--fields {text}: {name} is not one of {', '.join(_READABLE)}", hint=_EXAMPLE)
+            hint = hints(did_you_mean(name, _READABLE), _EXAMPLE)
+            raise UsageError(f"--fields {text}: {name} is not one of {', '.join(_READABLE)}", hint=hint)
         if name in found:
             raise UsageError(f"--fields {text}: {name} is there twice", hint=_EXAMPLE)
         found[name] = key
@@ -373,7 +375,9 @@ def suggestion(fields: Mapping[str, Any]) -> str | None:
         return "--fields completion=chosen" if answers and "prompt" in fields else "--fields messages=chosen"
     if "chosen" in fields:
         return _pair(fields, ("chosen",))
-    return _pair(fields, _ANSWERS)
+    return _pair(fields, _ANSWERS) or next(
+        (_option({name: key}) for key in fields if (name := key.lower()) != key and name in _WHOLE), None
+    )
 
 
 def _pair(fields: Mapping[str, Any], answers: tuple[str, ...]) -> str | None:
@@ -405,4 +409,5 @@ def _option(names: Mapping[str, str]) -> str | None:
     return "--fields " + shlex.quote(",".join(written))
 
 
+_WHOLE = ("text", "messages", "conversations")  # of which one alone makes a record
 _READ_AS_THEY_ARE = {("system", key) for key in SYSTEM_KEYS}

@@ -1,6 +1,7 @@
 """From FILE to checked records.
 
-Where records come from: `FILE`, `FILE:WEIGHT`, or `-` for standard input.
+Where records come from: `FILE`, `FILE:WEIGHT`, or `-` for standard input; and `@ADAPTER` behind it where they are the
+own ones of an adapter.
 
 Calibration records: every line checked, in one of the shapes of `calibration.shapes`.
 
@@ -56,11 +57,13 @@ class DataSource:
         path: None for standard input.
         weight: how many times each scored token counts.
         fields: other names of what is read of a record, as `prompt=question,completion=answer`; None for none.
+        adapter: whose own records these are, by a name of it; None for records of all.
     """
 
     path: Path | None
     weight: float = 1.0
     fields: str | None = None
+    adapter: str | None = None
 
     def __str__(self) -> str:
         """As messages call it, so that an editor can open `file:line`."""
@@ -124,7 +127,8 @@ DataPaths: TypeAlias = str | Path | DataSource | Sequence[str | Path | DataSourc
 
 
 def _parse_source(text: str | Path | DataSource) -> DataSource:
-    """`FILE`, `FILE:WEIGHT` or `-`; where a file of exactly that name exists, it is the file.
+    """`FILE`, `FILE:WEIGHT` or `-`, and `@ADAPTER` behind a file that there is; where a file of exactly that name
+    exists, it is the file.
 
     Raises:
         UsageError: for a weight that is not between 1e-6 and 1e6.
@@ -132,6 +136,15 @@ def _parse_source(text: str | Path | DataSource) -> DataSource:
     if isinstance(text, DataSource):
         return text
     text = str(text)
+    if "@" in text and not Path(text).exists():
+        for place in (place for place, letter in enumerate(text) if letter == "@"):
+            source, adapter = _parse_weighted(text[:place]), text[place + 1 :]
+            if adapter and (source.path is None or (text[:place] and source.path.exists())):
+                return replace(source, adapter=adapter)
+    return _parse_weighted(text)
+
+
+def _parse_weighted(text: str) -> DataSource:
     file, colon, number = text.rpartition(":")
     weight = _number(number)
     if not colon or not file or weight is None or Path(text).exists():
@@ -141,11 +154,14 @@ def _parse_source(text: str | Path | DataSource) -> DataSource:
     return DataSource(None if file == _STDIN else Path(file), weight)
 
 
-def parse_sources(data: DataPaths) -> tuple[DataSource, ...]:
+def parse_sources(data: DataPaths, *, owned: bool = False) -> tuple[DataSource, ...]:
     """One source or several.
 
+    Args:
+        data: as they are typed, or parsed.
+        owned: whether records may be one adapter's own.
     Raises:
-        UsageError: if there is none, or one is given twice.
+        UsageError: if there is none, one is given twice, or records are an adapter's own where that says nothing.
     """
     texts = [data] if isinstance(data, (str, Path, DataSource)) else list(data)
     sources = tuple(_parse_source(text) for text in texts)
@@ -153,21 +169,28 @@ def parse_sources(data: DataPaths) -> tuple[DataSource, ...]:
         raise UsageError("no data file is given")
     seen: set[Path | None] = set()
     for source in sources:
+        if source.adapter is not None and not owned:
+            raise UsageError(
+                f"whose records {source}@{source.adapter} are has no use here",
+                hint=f"leave out @{source.adapter}; a method that goes by it, as regmean, takes it with --fit-data",
+            )
         place = source.path and source.path.resolve()
         if place in seen:
-            raise UsageError(f"{source} is given twice", hint=f"to count it twice, give it a weight: {source}:2")
+            shared = "without @ADAPTER it is for all adapters"
+            hint = shared if source.adapter else f"to count it twice, give it a weight: {source}:2"
+            raise UsageError(f"{source} is given twice", hint=hint)
         seen.add(place)
     return sources
 
 
 def with_fields(data: DataPaths, fields: str | None) -> tuple[DataSource, ...]:
-    """The sources, each with other names of what is read.
+    """The sources, each with other names of what is read; they may be one adapter's own.
 
     Raises:
         UsageError: if a source or the names cannot be understood.
     """
     parse_fields(fields)
-    return tuple(replace(source, fields=fields) for source in parse_sources(data))
+    return tuple(replace(source, fields=fields) for source in parse_sources(data, owned=True))
 
 
 def _number(text: str) -> float | None:

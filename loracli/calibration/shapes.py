@@ -200,7 +200,7 @@ def _from_json(value: Any, path: str) -> Any:
     try:
         return parse_json(value) if value.strip() else None
     except StrictJsonError as error:
-        raise LineError(f"{path}: a text that is {error}") from None
+        raise LineError(f"{path}: a text that cannot be read: {error}") from None
 
 
 def _deeper(value: Any, levels: int) -> bool:

@@ -81,7 +81,8 @@ class Loracat(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
             hint = INSTEAD.get(args[0]) or did_you_mean(args[0], self.commands)
-            raise UsageError(f"loracat has no command {args[0]}", hint=hints(hint, "see `loracat --help`"))
+            overview = None if args[0] == "help" else "see `loracat --help`"
+            raise UsageError(f"loracat has no command {args[0]}", hint=hints(hint, overview))
         return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -149,7 +150,8 @@ def _usage_error(error: Any) -> UsageError:
     known = {word for one in context.command.params for word in one.opts} if context is not None else set()
     meant = OTHER_NAMES.get(getattr(error, "option_name", ""))
     other = f"it is called {meant} here" if meant in known else None
-    return UsageError(error.format_message(), where=where, hint=hints(other, f"see `{command} --help`"))
+    said = error.message if other else error.format_message()  # the latter with names that look alike
+    return UsageError(said, where=where, hint=hints(other, f"see `{command} --help`"))
 
 
 def _speaks(error: LoracatError) -> bool:

@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
 from functools import wraps
@@ -311,7 +312,11 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def flat(**values: Any) -> None:
         made = {name: kind(**{word: values.pop(word) for word in words}) for name, (kind, words) in groups.items()}
-        command(**values, **made)
+        with ExitStack() as ended:
+            for one in made.values():
+                if hasattr(one, "close"):  # its bars are off the screen before anything is said of an error
+                    ended.callback(one.close)
+            command(**values, **made)
 
     named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     flat.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]

@@ -209,7 +209,8 @@ class Output:
         every = [[visible(cell) for cell in row] for row in (columns, *rows)]
         widths = [max(cell_len(row[index]) for row in every) for index in range(len(columns))]
         room = self._stdout.width
-        first = min(widths[0], room // 2)
+        whole = widths[0] <= room * 2 // 3 and widths[0] + GAP + max(widths[1:], default=0) <= room
+        first = widths[0] if whole else min(widths[0], room // 2)
         for number, shown in enumerate(_parts(first, widths, room)):
             if number:
                 self._stdout.print()
@@ -310,13 +311,12 @@ class Output:
         self._stderr.print(Text.assemble((label, label_style), plain(message, style)), soft_wrap=whole or None)
 
     def interrupted(self, code: int) -> None:
-        """The last word after Ctrl-C, SIGTERM or SIGHUP."""
+        """The last word after Ctrl-C, SIGTERM or SIGHUP, on stderr with a document too, as of an error."""
         self.close()
         message = "interrupted" if code == 130 else "terminated"
         if self.as_json:
             self.document({"error": {"code": code, "kind": "Interrupted", "message": message, "hint": None}})
-        else:
-            self._stderr.print(plain(message))
+        self._stderr.print(plain(message))
 
     # Progress: stderr, a bar on a terminal, a line now and then elsewhere.
 
@@ -346,6 +346,15 @@ class Output:
             elif time.monotonic() - line.said > SECONDS_BETWEEN_LINES:
                 line.said = time.monotonic()
                 self.note(f"{task}: {line.describe()}")
+
+    def expect(self, task: str, total: int) -> None:
+        with self._lock:
+            line = self._tasks.get(task)
+            if line is None:
+                return
+            line.total = total
+            if self._bars is not None and line.bar is not None:
+                self._bars.update(line.bar, total=total)  # type: ignore[arg-type]
 
     def finish(self, task: str) -> None:
         with self._lock:

@@ -280,7 +280,7 @@ TABLE = (
     ),
     Row("yes", ("revision",), "says which commit is read"),
     Row("yes", ("create-pr", "private", "dry-run"), "does less"),
-    Row("yes", ("for", "show.weights", "show.search", "color", "verbose"), "says what is shown"),
+    Row("yes", ("for", "show.weights", "show.search", "layers", "color", "verbose"), "says what is shown"),
 )
 RULES = {option: row for row in TABLE for option in row.options}
 _WRITTEN = frozenset({"output"})

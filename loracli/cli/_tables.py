@@ -7,31 +7,39 @@ from typing import TYPE_CHECKING
 
 from loracli.cli._output import Block, Output
 from loracli.evaluation.comparison import (
+    DIFFERENCE,
+    GUARDED,
+    LOSSES,
     Comparison,
     ComparisonRow,
     best_first,
     claim,
     correction,
+    flattered,
+    guard_cells,
+    guard_title,
     interval_text,
+    loss_cells,
     metric_claim,
+    remarks,
     verdict,
 )
 from loracli.progress import amount_text
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import EDITED, INLINE_KINDS, FitCertificate, HeldOut, HeldOutRow
+from loracli.recipe.record import EDITED, INLINE_KINDS, FitCertificate, HeldOut
 from loracli.system.display import count_text
 from loracli.system.document import dtype_name
 
 if TYPE_CHECKING:
+    from loracli.comparison.layers import LayerEffects
     from loracli.export.export import Exported
     from loracli.export.loss import ExportLoss
     from loracli.export.refit import RefitRecord
 
 COMPARED_TASKS = 12
-LOSSES = ("nats/token", "difference", "95 % interval", "worse on")
 LOSSES_WIDTH = 54  # of these columns with the gaps before them
 SHORTEST_NAME = 16
-DIFFERENCE = "difference: to the best single adapter"
+BAR_WIDTH = 40
 
 
 def comparison_lines(out: Output, found: Comparison) -> None:
@@ -41,27 +49,19 @@ def comparison_lines(out: Output, found: Comparison) -> None:
     if found.metric:
         out.line(f"{metric_claim(found)}.", style="bold")
     if found.repeated_records:
-        out.line(f"{found.repeated_records} of the records were calibrated on too: the table flatters what was fitted.")
+        out.line(flattered(found))
     out.line()
     out.line(f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens", style="bold")
     rows, more = best_first(found.rows), out.detailed
-    names = _names(out, [row.name for row in rows])
+    names = table_names(out, [row.name for row in rows])
     columns = ["", *LOSSES, "rank", *([found.metric] if found.metric else [])]
     columns += ["perplexity", "to uniform", *(["metric, difference"] if found.metric else [])] if more else []
     cells = [_cells(row, names[row.name], found.best_ingredient, more=more) for row in rows]
     strong = next((i for i, row in enumerate(rows) if row.name == found.best.name), None)
     out.table(columns, cells, strong=strong)
     out.line(f"{DIFFERENCE}, {found.best_ingredient}; below zero is better", style="dim")
-    for row in rows:
-        if row.note or row.kept_energy is not None:
-            out.line(f"{row.name}: {_note(row)}", style="dim")
-    for reason in dict.fromkeys(skipped.reason for skipped in found.skipped):
-        left = ", ".join(skipped.name for skipped in found.skipped if skipped.reason == reason)
-        out.line(f"left out: {left}: {reason}", style="dim")
-    out.line(
-        f"smallest difference that so many records can show: {found.detectable:.2g} nats per token, 4 times in 5",
-        style="dim",
-    )
+    for remark in remarks(found):
+        out.line(remark, style="dim")
     if more and found.best.rivals:
         out.line(correction(found), style="dim")
     if found.guard:
@@ -70,7 +70,7 @@ def comparison_lines(out: Output, found: Comparison) -> None:
         _compared_task_lines(out, found, rows)
 
 
-def _names(out: Output, names: Sequence[str]) -> dict[str, str]:
+def table_names(out: Output, names: Sequence[str]) -> dict[str, str]:
     """How rows are called in a table: a name that leaves no room for the losses is cut in its middle, unless another
     one would be called the same."""
     room = max(SHORTEST_NAME, out.width - LOSSES_WIDTH)
@@ -80,20 +80,8 @@ def _names(out: Output, names: Sequence[str]) -> dict[str, str]:
     return {name: short if shown.count(short) == 1 else name for name, short in cut.items()}
 
 
-def _losses(row: ComparisonRow | HeldOutRow, best_ingredient: str) -> list[str]:
-    """The columns LOSSES; the row that the others are compared with has a loss alone."""
-    if row.name == best_ingredient:
-        return [f"{row.nats_per_token:.4f}", "", "", ""]
-    return [
-        f"{row.nats_per_token:.4f}",
-        f"{row.difference:+.4f}",
-        interval_text(row.interval),
-        f"{row.worse_records:.0%}",
-    ]
-
-
 def _cells(row: ComparisonRow, name: str, best_ingredient: str, *, more: bool) -> list[str]:
-    cells = [name, *_losses(row, best_ingredient), "" if row.rank is None else str(row.rank)]
+    cells = [name, *loss_cells(row, best_ingredient), "" if row.rank is None else str(row.rank)]
     if row.metric is not None:
         cells.append(f"{row.metric.mean:.3f}")
     if more:
@@ -104,33 +92,18 @@ def _cells(row: ComparisonRow, name: str, best_ingredient: str, *, more: bool) -
     return cells
 
 
-def _note(row: ComparisonRow) -> str:
-    kept = "" if row.kept_energy is None else f"rank {row.rank} keeps {row.kept_energy:.1%} of its energy"
-    return "; ".join(filter(None, [row.note, kept]))
-
-
 def _guard_lines(out: Output, found: Comparison, rows: Sequence[ComparisonRow]) -> None:
     out.line()
-    out.line(f"what must not get worse: {found.guard}, by at most {found.margin:g} nats per token", style="bold")
-    names = _names(out, [row.name for row in rows])
-    cells = [
-        [
-            names[row.name],
-            f"{row.guard.nats_per_token:.4f}",
-            f"{row.guard.difference.mean:+.4f}",
-            interval_text(row.guard.difference.interval),
-            "safe" if row.guard.safe else "NOT SHOWN SAFE",
-        ]
-        for row in rows
-        if row.guard is not None and row.kind != "base"
-    ]
-    out.table(["", "nats/token", "to base", "95 % interval", ""], cells)
+    out.line(guard_title(found), style="bold")
+    names = table_names(out, [row.name for row in rows])
+    cells = [[names[row.name], *guard_cells(row.guard)] for row in rows if row.guard is not None and row.kind != "base"]
+    out.table(["", *GUARDED], cells)
 
 
 def _compared_task_lines(out: Output, found: Comparison, rows: Sequence[ComparisonRow]) -> None:
     out.line()
     out.line("nats per token by task", style="bold")
-    shown, names = found.tasks[:COMPARED_TASKS], _names(out, [row.name for row in rows])
+    shown, names = found.tasks[:COMPARED_TASKS], table_names(out, [row.name for row in rows])
     cells = [[names[row.name], *(f"{task.nats_per_token[row.name]:.4f}" for task in shown)] for row in rows]
     out.table(["", *(f"{task.task} ({task.records})" for task in shown)], cells)
     if len(found.tasks) > COMPARED_TASKS:
@@ -172,6 +145,27 @@ def weight_maps(out: Output, recipe: Recipe) -> None:
             rows.append((number, blocks))
         out.blocks(short_names(grid.columns), rows)
         out.line()
+
+
+def layer_lines(out: Output, found: LayerEffects) -> None:
+    """The loss, and its change when the composition is left out of a layer, with a bar as long as it."""
+    from loracli.report.grid import layer_numbers
+
+    edited = f" ({EDITED})" if found.weights_edited else ""
+    out.line(f"{found.nats_per_token:.4f} nats per token with all layers of the composition{edited}", style="bold")
+    if found.repeated_records:
+        out.line(f"{found.repeated_records} of the records were calibrated on too: they flatter the composition.")
+    out.line(f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens; without a layer:")
+    out.line()
+    names = layer_numbers([effect.layer for effect in found.layers])
+    largest = max(abs(effect.change) for effect in found.layers) or 1.0
+    width = max(map(len, ("layer", *names)))
+    out.line(f"{'layer':{width}}   change  std. error", style="bold")
+    for name, effect in zip(names, found.layers, strict=True):
+        error = "" if effect.standard_error is None else f"{effect.standard_error:.4f}"
+        bar = ("#" if effect.change > 0 else "-") * round(BAR_WIDTH * abs(effect.change) / largest)
+        out.line(f"{name:{width}}  {effect.change:+.4f}  {error:>10}  {bar}".rstrip())
+    out.line("change: of the loss, in nats per token; # where the layer helps, - where it does harm", style="dim")
 
 
 def weights_text(recipe: Recipe) -> str:
@@ -257,12 +251,13 @@ def held_out_lines(out: Output, recipe: Recipe) -> None:
     table = recipe.public().held_out_of_weights
     if table is None:
         return
-    out.line(f"held out: {table.records} records of {table.name}, {table.scored_tokens} scored tokens", style="bold")
+    records = count_text(table.records, "record")
+    out.line(f"held out: {records} of {table.name}, {table.scored_tokens} scored tokens", style="bold")
     if table.how:
         out.line(table.how)
     ordered = best_first(table.rows)
-    names = _names(out, [row.name for row in ordered])
-    rows = [[names[row.name], *_losses(row, table.best_ingredient)] for row in ordered]
+    names = table_names(out, [row.name for row in ordered])
+    rows = [[names[row.name], *loss_cells(row, table.best_ingredient)] for row in ordered]
     strong = next((i for i, row in enumerate(ordered) if row.name == "fit"), None)
     out.table(["", *LOSSES], rows, strong=strong)
     out.line(f"{DIFFERENCE}, {table.best_ingredient}; below zero is better", style="dim")
@@ -274,7 +269,7 @@ def held_out_lines(out: Output, recipe: Recipe) -> None:
 def _task_lines(out: Output, table: HeldOut) -> None:
     """Nats per token by task: a row for each task, a column for each method."""
     names = [row.name for row in best_first(table.rows)]
-    short = _names(out, names)
+    short = table_names(out, names)
     rows = [
         [t.task, str(t.records), str(t.scored_tokens), *(f"{t.nats_per_token[name]:.4f}" for name in names)]
         for t in table.tasks[:SHOWN_TASKS]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +16,13 @@ from loracli.cli import _options as opt
 from loracli.cli._help import Panel
 from loracli.cli._output import Output
 from loracli.cli._settings import ingredient_reference
+from loracli.progress import duration_text
 from loracli.system.document import encode
 
 if TYPE_CHECKING:
     from loracli.algebra.methods.method import MethodOptions
+    from loracli.comparison.compare import ComparisonPlan
+    from loracli.comparison.settings import CompareSettings
     from loracli.evaluation.comparison import Comparison
 
 EPILOG = (
@@ -86,9 +91,33 @@ _FitData = Annotated[
     typer.Option(
         "--fit-data",
         metavar="FILE...",
-        help="Calibrate on this JSONL what has to be fitted: kinds of mixing, task-arithmetic, lorahub, a control.",
+        help="Calibrate on this JSONL what has to be fitted: kinds of mixing, task-arithmetic, lorahub, a control; for "
+        "regmean, FILE@ADAPTER says whose records they are.",
     ),
     Panel.DATA,
+]
+
+
+_DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything, and say which rows would be compared in how much time."),
+    Panel.OUTPUT,
+]
+
+
+_Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on after the last row of an interrupted comparison of the same inputs in this folder."
+    ),
+    Panel.OUTPUT,
+]
+
+
+_Force = Annotated[
+    bool,
+    typer.Option("--force", "-f", help="Start over, and drop the rows that an interrupted comparison has done."),
+    Panel.OUTPUT,
 ]
 
 
@@ -130,53 +159,110 @@ def compare(
     base_revision: opt.BaseRevision = None,
     reading: opt.ReadingOptions,
     placement: opt.PlacementOptions,
+    dry_run: _DryRun = False,
+    resume: _Resume = False,
+    force: _Force = False,
     out: Output,
 ) -> None:
     """Compare every way to compose adapters on your own records, with paired confidence intervals."""
     from loracli.algebra.methods.method import MethodOptions
     from loracli.cli._tables import comparison_lines
-    from loracli.comparison.compare import compare_adapters
-    from loracli.comparison.settings import FITTED_MIXINGS, CompareSettings, parse_controls, parse_methods
-    from loracli.composition.weights import parse_words
+    from loracli.comparison.compare import plan_comparison, resumable_comparison
+    from loracli.comparison.inputs import prepare_comparison
+    from loracli.comparison.state import comparison_state
     from loracli.evaluation.metrics import task_metric
-    from loracli.fitting.settings import FitSettings
     from loracli.model.placement import Placement
 
     metric = task_metric(
         generate, answers.metric_command, max_new_tokens=answers.max_new_tokens, tolerance=answers.tolerance
     )
-    settings = CompareSettings(
-        fit=FitSettings(**vars(reading)),
-        methods=parse_methods(rows.methods),
-        options=MethodOptions(density, scale, reading.seed, rank),
-        controls=parse_controls(rows.control or ()),
-        weights=parse_words(rows.weights) if rows.weights else None,
-        margin=rows.margin,
-    )
-    found = compare_adapters(
+    settings = _settings_of(rows, reading, MethodOptions(density, scale, reading.seed, rank))
+    recipes = recipe or ([] if adapters else [Path("recipe.json")])
+    prepare = partial(
+        prepare_comparison,
         data,
-        recipe=recipe or (None if adapters else Path("recipe.json")),
+        recipe=recipes,
         adapters=adapters or (),
         fit_data=fit_data or None,
         guard=rows.guard or None,
         base=base,
         base_revision=base_revision,
         settings=settings,
-        metric=metric,
-        placement=Placement(**vars(placement)),
         progress=out,
     )
-    out.document(encode(found))
-    out.value(found.best.name)
-    comparison_lines(out, found)
-    given = {"base": base, "base-revision": base_revision, "modules-to-save": reading.modules_to_save}
-    options = settings.options_of(found.best.name)
-    words = _export_of(found, options, recipe or (), adapters or (), given, rows.weights or ())
-    if not words and found.best.name in FITTED_MIXINGS and fit_data and len(recipe or ()) < 2:
-        names = adapters or _ingredients((recipe or [Path("recipe.json")])[0])
-        words = _fit_of(found.best.name, names, fit_data, {"base": base, "base-revision": base_revision}, reading)
+    place = Placement(**vars(placement))
+    if dry_run:
+        _show_plan(out, plan_comparison(prepare(), placement=place, metric=metric, progress=out), metric is not None)
+        return
+    with resumable_comparison(
+        prepare,
+        comparison_state(recipes, adapters or (), data),
+        placement=place,
+        metric=metric,
+        resume=resume,
+        force=force,
+        progress=out,
+    ) as found:
+        out.document(encode(found))
+        out.value(found.best.name)
+        comparison_lines(out, found)
+        sys.stdout.flush()  # before what was done is dropped
+    own = {"base": base, "base-revision": base_revision}
+    words = _next_words(found, settings, recipe or (), adapters or (), rows.weights or (), fit_data or (), own, reading)
     if words:
         out.hint(shlex.join(words))
+
+
+def _show_plan(out: Output, plan: ComparisonPlan, generates: bool) -> None:
+    """What a comparison would do."""
+    out.document({"plan": encode(plan)})
+    more = "; the answers that are generated come on top" if generates else ""
+    out.line(
+        f"{len(plan.rows)} rows on {plan.records} records, base {plan.base} in {plan.dtype} on {plan.device}: "
+        f"about {duration_text(plan.seconds)}{more}"
+    )
+    out.table(["", "kind", "about"], [[row.name, row.kind, duration_text(row.seconds)] for row in plan.rows])
+    for row in plan.rows:
+        out.value(f"{row.name}={row.seconds:g}")
+    for one in plan.skipped:
+        out.line(f"left out: {one.name}: {one.reason}")
+
+
+def _settings_of(rows: RowOptions, reading: opt.ReadingOptions, options: MethodOptions) -> CompareSettings:
+    from loracli.comparison.settings import CompareSettings, parse_controls, parse_methods
+    from loracli.composition.weights import parse_words
+    from loracli.fitting.settings import FitSettings
+
+    return CompareSettings(
+        fit=FitSettings(**vars(reading)),
+        methods=parse_methods(rows.methods),
+        options=options,
+        controls=parse_controls(rows.control or ()),
+        weights=parse_words(rows.weights) if rows.weights else None,
+        margin=rows.margin,
+    )
+
+
+def _next_words(
+    found: Comparison,
+    settings: CompareSettings,
+    recipes: Sequence[Path],
+    adapters: Sequence[str],
+    weights: Sequence[str],
+    fit_data: Sequence[str],
+    base: Mapping[str, str | None],
+    reading: opt.ReadingOptions,
+) -> list[str]:
+    """The command that writes the best row, or the fit of it where it has to be fitted; nothing where there is none."""
+    from loracli.comparison.settings import FITTED_MIXINGS
+
+    best = found.best.name
+    given = {**base, "modules-to-save": reading.modules_to_save}
+    words = _export_of(found, settings.options_of(best), recipes, adapters, given, weights)
+    if not words and best in FITTED_MIXINGS and fit_data and len(recipes) < 2:
+        names = adapters or _ingredients((recipes or [Path("recipe.json")])[0])
+        words = _fit_of(best, names, fit_data, base, reading)
+    return words
 
 
 def _ingredients(recipe: Path) -> list[str]:
@@ -236,7 +322,7 @@ def _export_of(
         adapters = [adapters[found.adapters.index(name)] for name in own] if adapters else ()
     words = ["loracat", "export", *map(str, recipes[place : place + 1])]
     if best not in rows:
-        if best not in METHODS or METHODS[best].search is not None:
+        if best not in METHODS or METHODS[best].needs_records:
             return []
         words += ["--method", best]
         for field in fields(options):

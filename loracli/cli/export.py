@@ -163,7 +163,8 @@ def export(
         typer.Option(
             "--fit-data",
             metavar="FILE...",
-            help="Calibrate task-arithmetic, lorahub, --activation-aware or --refit on this JSONL.",
+            help="Calibrate task-arithmetic, lorahub, --activation-aware or --refit on this JSONL; for regmean, "
+            "FILE@ADAPTER says whose records they are.",
         ),
         Panel.DATA,
     ] = None,
@@ -213,6 +214,7 @@ def export(
         data=scored if compression.refit else None,
         base=None if scores_alone else base,
         base_revision=None if scores_alone else base_revision,
+        scored=files is not None,
     )
     exported = export_adapter(request, directory, force=writing.force, dry_run=writing.dry_run, progress=out)
     if writing.dry_run:

@@ -13,7 +13,7 @@ import typer
 from loracli.cli import _options as opt
 from loracli.cli._help import Panel
 from loracli.cli._output import Output
-from loracli.progress import amount_text
+from loracli.progress import amount_text, duration_text
 from loracli.system.document import dtype_name, encode
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ _Data = Annotated[
 _DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Check adapters and data, and say what would be fitted in how much memory; write nothing."
+        "--dry-run",
+        help="Check adapters and data, and say what would be fitted in how much memory and time; write nothing.",
     ),
     Panel.OUTPUT,
 ]
@@ -194,6 +195,7 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
     """What was found, in the order of a reader: whether it is better, how much, where it is; how with `-v`."""
     from loracli.cli._tables import held_out_lines, search_lines, verdict_lines, weights_text
     from loracli.recipe.recipe import files_beside
+    from loracli.report.commands import export_words
 
     beside = [str(path) for path in files_beside(recipe, output)]
     out.close()
@@ -213,8 +215,15 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
     out.line(f"fitted: {weights_text(recipe)} in {recipe.fit.passes:.3g} epochs; how: loracat show --search")
     out.line(f"written: {', '.join([str(output), *beside])}")
     if recipe.fit.stopped is None:
-        name = [] if output == Path("recipe.json") else [str(output)]
-        out.hint(shlex.join(["loracat", "export", *name, "--merge"]))
+        out.hint(shlex.join(export_words(output)))
+
+
+_SAID = {
+    "numbers": "weights",
+    "passes": "passes over the records",
+    "memory_bytes": "memory",
+    "seconds": "time",
+}
 
 
 def _show_plan(out: Output, plan: FitPlan) -> None:
@@ -242,13 +251,17 @@ def _show_plan(out: Output, plan: FitPlan) -> None:
         "select_by": None if settings.metric is None else settings.metric.name,
         "memory_bytes": plan.memory.total_checkpointed if again else plan.memory.total,
         "checkpointing": again,
+        "seconds": plan.seconds,
     }
     out.document({"plan": facts})
     (out.warn if plan.decision.tight else out.note)(plan.decision.note)
-    shown = facts | {"adapters": ", ".join(facts["adapters"]), "memory_bytes": amount_text(facts["memory_bytes"], "B")}
-    for key, value in shown.items():
-        if value is None or key == "checkpointing":
+    bare = {key: f"{value:g}" if isinstance(value, float) else value for key, value in facts.items()}
+    shown = bare | {"adapters": ", ".join(facts["adapters"]), "memory_bytes": amount_text(facts["memory_bytes"], "B")}
+    if plan.seconds is not None:
+        more = "" if settings.metric is None else "; the answers that choose come on top"
+        shown["seconds"] = f"about {duration_text(plan.seconds)}{more}"
+    for key, words in shown.items():
+        if words is None or key == "checkpointing":
             continue
-        words = f"{value:g}" if isinstance(value, float) else str(value)
-        out.line(f"{key.removesuffix('_bytes').replace('_', ' '):20} {words}")
-        out.value(f"{key}={facts[key] if key == 'memory_bytes' else words}")
+        out.line(f"{_SAID.get(key, key.replace('_', ' ')):26} {words}")
+        out.value(f"{key}={bare[key] if key in ('memory_bytes', 'seconds') else words}")

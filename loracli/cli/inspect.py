@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +36,7 @@ def inspect(
     """Show ranks, modules, scaling and base model of adapters, whether they can be composed, and how much they
     overlap."""
     from loracli.adapters.compatible import inspect_adapters
+    from loracli.cli._tables import table_names
 
     found = inspect_adapters(references, revision=revision, cache_dir=cache_dir, token=token, progress=out)
     out.document(found.as_dict())
@@ -61,10 +64,23 @@ def inspect(
         out.line()
         out.value(f"{adapter.reference}\trank {','.join(map(str, adapter.ranks))}\t{adapter.modules} modules")
     if len(found.adapters) > 1:
+        names = table_names(out, [adapter.reference for adapter in found.adapters])
         out.table(
-            ["overlap", "cosine", "shared modules"],
-            [[f"{o.first} · {o.second}", f"{o.cosine:+.4f}", str(o.shared_modules)] for o in found.overlaps],
+            ["overlap", "cosine", "of lora_A", "shared modules"],
+            [
+                [
+                    f"{names[o.first]} · {names[o.second]}",
+                    f"{o.cosine:+.4f}",
+                    "" if o.lora_A_cosine is None else f"{o.lora_A_cosine:+.4f}",
+                    str(o.shared_modules),
+                ]
+                for o in found.overlaps
+            ],
         )
+        for o in found.overlaps:
+            if o.same_start:
+                out.line(f"{o.first} and {o.second} started from the same lora_A: they read nearly the same inputs, so")
+                out.line("they meet in a sum, whose rank is little more than one's: export --merge cuts little of it")
         out.line()
     if found.problems:
         out.line("cannot be composed:", style="bold red")
@@ -81,6 +97,19 @@ def inspect(
         raise typer.Exit(3)
     if len(found.adapters) > 1:
         out.line("can be composed", style="bold green")
-        fit = ["fit", "--adapters", *references, "--data", "DATA.jsonl"]
+        bases = _base_words([adapter.base_model for adapter in found.adapters])
+        fit = ["fit", "--adapters", *references, "--data", "DATA.jsonl", *bases]
         export = ["export", "--method", "sum", "--adapters", *references]  # what a fit cannot run
         out.hint(shlex.join(["loracat", *(export if any(a.convolutions for a in found.adapters) else fit)]))
+
+
+def _base_words(named: Sequence[str | None]) -> list[str]:
+    """What a fit has to be told of the base, since it takes what the adapters name for a name on the Hub alone: the
+    directory of that name where it is here, and a word to replace where nobody knows."""
+    from loracli.hub.references import distinct_bases, is_hub_id
+    from loracli.model.reference import CONFIG
+
+    name = next(iter(distinct_bases(named)), None)
+    if name and (Path(name) / CONFIG).is_file() and visible(name) == name:
+        return ["--base", name]
+    return [] if name and is_hub_id(name) else ["--base", "MODEL"]

@@ -36,7 +36,8 @@ def report(
     force: opt.Force = False,
     out: Output,
 ) -> None:
-    """Write one HTML file: verdict, comparison, weights as a map, the search, interference, provenance."""
+    """Write one HTML file: verdict, comparison, weights as a map, the search, how it was made, what comes next."""
+    from loracli.recipe.recipe import load_recipe
     from loracli.report.report import write_report
 
     written = write_report(recipe, output, comparison=comparison, adapters=adapters or (), force=force, progress=out)
@@ -45,6 +46,6 @@ def report(
     out.line(str(written.path), style="bold")
     out.line(f"  {written.size_bytes / 1000:.1f} kB: {', '.join(written.parts)}")
     if comparison is None:
-        out.hint(
-            shlex.join(["loracat", "compare", str(recipe), "--data", "DATA.jsonl", "--json"]) + " > comparison.json"
-        )
+        base = [] if load_recipe(recipe).base.claim else ["--base", "MODEL"]  # a directory, which only the user knows
+        words = ["loracat", "compare", str(recipe), "--data", "DATA.jsonl", *base, "--json"]
+        out.hint(f"{shlex.join(words)} > comparison.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +18,47 @@ if TYPE_CHECKING:
     from loracli.recipe.recipe import Recipe
 
 EPILOG = (
-    "loracat show recipe.json  ·  loracat show recipe.json --json  ·  loracat show recipe.json --weights > weights.toml"
+    "loracat show recipe.json  ·  loracat show recipe.json --json  ·  "
+    "loracat show recipe.json --weights > weights.toml  ·  loracat show recipe.json --layers --data test.jsonl"
 )
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What is measured by layer, on which records."""
+
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers", help="Measure on --data how much the loss changes when the composition leaves a layer out."
+        ),
+    ] = False
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", "-d", metavar="FILE...", help="With --layers: on this JSONL, that nothing was fitted on."
+        ),
+    ] = None
+    adapters: opt.Places = None
+    base: opt.Base = None
+    base_revision: opt.BaseRevision = None
+
+    def check(self, placement: opt.PlacementOptions, *, weights: bool, search: bool) -> None:
+        """Raises UsageError for options that do not go together."""
+        from loracli.errors import UsageError
+
+        if self.layers and (weights or search):
+            raise UsageError(f"--layers is shown by itself, without --{'weights' if weights else 'search'}")
+        if self.layers and not self.data:
+            raise UsageError("--layers is measured on records", hint="give them with --data FILE")
+        given = {**vars(self), **{name: value != "auto" and value for name, value in vars(placement).items()}}
+        for name, value in given.items():
+            if value and not self.layers:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(
+                    f"{option} is for --layers, and nothing else of a recipe is measured here",
+                    hint=f"add --layers --data FILE, or leave {option} out",
+                )
 
 
 def _spread(cell: tuple[float, float, float] | None) -> list[str]:
@@ -50,13 +89,27 @@ def show(
         bool,
         typer.Option("--search", help="Also how the weights were found: starts, penalties, what is left to gain."),
     ] = False,
+    layers: LayerOptions,
+    placement: opt.PlacementOptions,
     out: Output,
 ) -> None:
     """Show a recipe: whether it is better, the held-out table, ingredients, and weights."""
-    from loracli.cli._tables import data_lines, held_out_lines, search_lines, verdict_lines, weight_maps, weights_text
+    from loracli.cli._tables import (
+        data_lines,
+        held_out_lines,
+        search_lines,
+        table_names,
+        verdict_lines,
+        weight_maps,
+        weights_text,
+    )
     from loracli.recipe.recipe import load_recipe, weights_by_leaf
     from loracli.recipe.record import EDITED, INLINE_KINDS, other_bases_of, tensors_path
 
+    layers.check(placement, weights=weights, search=search)
+    if layers.layers:
+        _show_layers(out, recipe, layers, placement)
+        return
     loaded = load_recipe(recipe)
     if weights:
         _show_weights(out, loaded)
@@ -67,6 +120,7 @@ def show(
     verdict_lines(out, loaded)
     held_out_lines(out, loaded)
     labels = loaded.labels()
+    names = table_names(out, list(labels.values()))
     commit = f" at {loaded.base.commit}" if loaded.base.commit else ""
     out.line(f"base model: {loaded.base.id}{commit}", style="bold")
     out.line()
@@ -74,7 +128,7 @@ def show(
         ["adapter", "rank", "alpha", "commit", "sha256"],
         [
             [
-                labels[a.reference],
+                names[labels[a.reference]],
                 str(a.rank),
                 f"{a.lora_alpha:g}{' rs' if a.use_rslora else ''}",
                 (a.commit or "local")[:12],
@@ -94,18 +148,18 @@ def show(
         out.line(f"{weights_text(loaded)}, fitted, kept in {tensors_path(recipe).name}", style="bold")
         out.line("the weights that come closest: mean over modules, and the lowest to the highest")
     out.table(
-        ["", *(column for label in labels.values() for column in (label, "lowest to highest"))],
+        ["", *(column for label in labels.values() for column in (names[label], "lowest to highest"))],
         [
             [name, *(text for cell in cells for text in _spread(cell))]
             for name, cells in weights_by_leaf(loaded).items()
         ],
     )
-    for what, names in (
+    for what, modules in (
         ("weight read without calling the layer, so the update has no effect, here or in PEFT", mixing.bypassed),
         ("not reached by any record", [name for name in mixing.unreached if name not in mixing.bypassed]),
     ):
-        if names:
-            out.line(f"{what}: {', '.join(names)}")
+        if modules:
+            out.line(f"{what}: {', '.join(modules)}")
     out.line()
     if mixing.kind != "adapter":
         weight_maps(out, loaded)
@@ -130,3 +184,25 @@ def _show_weights(out: Output, recipe: Recipe) -> None:
     words += [] if policy == REFUSE else ["--modules-to-save", policy]
     out.document({"weights": tables})
     out.text(toml_text(tables, words))
+
+
+def _show_layers(out: Output, recipe: Path, options: LayerOptions, placement: opt.PlacementOptions) -> None:
+    """What each layer does to the loss on the records."""
+    from loracli.cli._tables import layer_lines
+    from loracli.comparison.layers import layer_effects
+    from loracli.model.placement import Placement
+    from loracli.system.document import encode
+
+    found = layer_effects(
+        recipe,
+        options.data or (),
+        adapters=options.adapters or (),
+        base=options.base,
+        base_revision=options.base_revision,
+        placement=Placement(**vars(placement)),
+        progress=out,
+    )
+    out.document(encode(found))
+    for effect in found.layers:
+        out.value(f"{effect.layer} {effect.change:+.6g}")
+    layer_lines(out, found)

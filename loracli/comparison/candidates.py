@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -20,14 +20,25 @@ from loracli.algebra.methods import METHODS
 from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FITTED_MIXINGS, FRESH_LORA, RANDOM, UNIFORM, WEIGHTS
 from loracli.composition.attached import MixingPoint, of_factors, of_method, of_recipe, of_weights, weighted
-from loracli.composition.composition import compose_module
-from loracli.composition.fitted import PAPER, SEARCH_RECORDS, Calibration, fit_level, search_weights
+from loracli.composition.composition import OwnMoments, compose_module
+from loracli.composition.fitted import (
+    Calibration,
+    check_own_records,
+    fit_level,
+    level_cost,
+    moments_cost,
+    own_moments,
+    regressed,
+    search_cost,
+    search_weights,
+)
 from loracli.errors import UsageError
 from loracli.evaluation.comparison import RowKind, Skipped
-from loracli.fitting.criterion import one_fold
-from loracli.fitting.descent import WARM_UP, AdamW, Descent, plan_steps
+from loracli.fitting.criterion import Fold, one_fold
+from loracli.fitting.descent import WARM_UP, AdamW, Descent, Plan, plan_steps
 from loracli.fitting.mixing import Layout, Mixing, make_layout
-from loracli.fitting.settings import AUTO, AUTO_PASSES, PASSES
+from loracli.fitting.settings import PASSES
+from loracli.fitting.work import Cost, cost_of, descent_cost
 from loracli.model.attach import AttachedModel
 from loracli.recipe.record import MixingKind
 
@@ -115,11 +126,8 @@ def train_fresh_lora(
         NonFiniteLoss: naming the records of a batch.
         UsageError: if an adapter changes experts.
     """
-    settings, examples = calibration.settings, calibration.examples
-    records = calibration.data.training
-    fold = one_fold(examples, records, seed=settings.seed + 1)
-    plan = plan_steps(fold.fitting, batch_tokens=settings.batch_tokens, seed=settings.seed)
-    steps = max(1, round((settings.passes or PASSES) * plan.steps_a_pass))
+    settings = calibration.settings
+    fold, plan, steps = _fresh_steps(calibration)
     fresh = FreshLora(layout, _shapes(adapters, layout), rank, seed=settings.seed)
     adam = AdamW(fresh.start, steps=steps, rate=_RATE, warm_up=max(1, round(WARM_UP * steps)))
     with calibration.engine(adapters, layout.modules) as engine:
@@ -135,6 +143,21 @@ def train_fresh_lora(
         theta, at = _descend(descent, check, steps, max(1, plan.steps_a_pass // _CHECKS_A_PASS))
     factors = {name: Factors(*pair) for name, pair in zip(layout.modules, fresh.factors(theta), strict=True)}
     return of_factors(factors, note=f"{fresh.numbers} numbers, stopped after {at / plan.steps_a_pass:.1f} passes")
+
+
+def _fresh_steps(calibration: Calibration) -> tuple[Fold, Plan, int]:
+    """What a new LoRA is trained on, and in how many steps at most."""
+    settings = calibration.settings
+    fold = one_fold(calibration.examples, calibration.data.training, seed=settings.seed + 1)
+    plan = plan_steps(fold.fitting, batch_tokens=settings.batch_tokens, seed=settings.seed)
+    return fold, plan, max(1, round((settings.passes or PASSES) * plan.steps_a_pass))
+
+
+def _cost_of_fresh_lora(calibration: Calibration) -> Cost:
+    fold, plan, steps = _fresh_steps(calibration)
+    checks = math.ceil(steps / max(1, plan.steps_a_pass // _CHECKS_A_PASS))
+    check = cost_of(calibration.session.batches(fold.validation)) * bool(fold.validation)
+    return descent_cost(plan, math.ceil(steps / plan.steps_a_pass) * plan.tokens) + check * checks
 
 
 def _descend(descent: Descent, check: Callable[[], float | None], steps: int, between: int) -> tuple[Tensor, int]:
@@ -173,7 +196,7 @@ class Candidate:
         name: of the row.
         kind: of the row.
         compose: what is set on the model; raises ValueError where the adapters cannot be honoured.
-        cost: of it: tokens forward plus tokens backward.
+        cost: of it, at most.
         fitted: whether it attaches the adapters itself, so that it comes before the comparison does.
         by_name: whether it was asked for by name, so that it may not be left out.
     """
@@ -181,7 +204,7 @@ class Candidate:
     name: str
     kind: RowKind
     compose: Callable[[], MixingPoint]
-    cost: int = 0
+    cost: Cost = Cost()  # noqa: RUF009  # frozen
     fitted: bool = False
     by_name: bool = True
 
@@ -215,13 +238,22 @@ def candidates(inputs: CompareInputs, calibration: Calibration | None, skipped: 
     for place, reference in enumerate(inputs.references):
         alone = [float(place == other) for other in range(n)]
         rows.append(Candidate(reference, "ingredient", partial(weighted, layout, alone)))
+
+    @cache
+    def moments() -> OwnMoments:
+        assert calibration is not None
+        return own_moments(calibration, inputs.owners, adapters, layout)
+
     for name, by_name in _names(inputs).items():
         if calibration is None and _needs_data(name):
+            own = name in METHODS and METHODS[name].regress is not None
+            why = "goes by each adapter's own records" if own else "has to be fitted"
+            hint = f"give calibration records with --fit-data{' FILE@ADAPTER' if own else ''}"
             if by_name:
-                raise UsageError(f"{name} has to be fitted", hint="give calibration records with --fit-data")
-            skipped.append(Skipped(name, "has to be fitted: give calibration records with --fit-data"))
+                raise UsageError(f"{name} {why}", hint=hint)
+            skipped.append(Skipped(name, f"{why}: {hint}"))
             continue
-        rows.append(_method(name, inputs, calibration, by_name))
+        rows.append(_method(name, inputs, calibration, by_name, moments))
     if inputs.weights is not None:
         rows.append(Candidate(WEIGHTS, "method", partial(of_weights, inputs.weights, adapters, layout)))
     rows += [Candidate(one.row, "fit", partial(one.point, adapters, layout)) for one in inputs.recipes]
@@ -242,42 +274,53 @@ def _names(inputs: CompareInputs) -> dict[str, bool]:
 
 
 def _needs_data(name: str) -> bool:
-    return name not in METHODS or METHODS[name].search is not None
+    return name not in METHODS or METHODS[name].needs_records
 
 
-def _method(name: str, inputs: CompareInputs, calibration: Calibration | None, by_name: bool) -> Candidate:
+def _method(
+    name: str,
+    inputs: CompareInputs,
+    calibration: Calibration | None,
+    by_name: bool,
+    moments: Callable[[], OwnMoments],
+) -> Candidate:
     layout, adapters, options = inputs.layout, inputs.adapters, inputs.settings.options_of(name)
     if not _needs_data(name):
         return Candidate(name, "method", partial(of_method, METHODS[name], options, adapters, layout), by_name=by_name)
     assert calibration is not None
-    tokens = sum(len(example.input_ids) for example in calibration.examples)
     if name in FITTED_MIXINGS:
-        passes = {PAPER: 1.0, AUTO: AUTO_PASSES}.get(name, PASSES)
-        if name != PAPER and calibration.settings.passes is not None:
-            passes = calibration.settings.passes
+        rung, cost = partial(_rung, name, inputs, calibration), _cost_of_level(name, inputs, calibration)
+        return Candidate(name, "method", rung, cost, fitted=True, by_name=by_name)
+    if METHODS[name].regress is not None:
+
+        def regress() -> MixingPoint:
+            check_own_records(name, inputs.owners, inputs.references)
+            return regressed(METHODS[name], moments(), adapters)
+
         return Candidate(
-            name,
-            "method",
-            partial(_rung, name, inputs, calibration),
-            round(2 * passes * tokens),
-            fitted=True,
-            by_name=by_name,
+            name, "method", regress, moments_cost(calibration, layout.adapters), fitted=True, by_name=by_name
         )
-    share = min(1.0, SEARCH_RECORDS / len(calibration.examples))
     search = partial(search_weights, METHODS[name], options, calibration, adapters, layout)
-    return Candidate(
-        name, "method", search, round(METHODS[name].evaluations * share * tokens), fitted=True, by_name=by_name
-    )
+    cost = search_cost(METHODS[name], calibration)
+    return Candidate(name, "method", search, cost, fitted=True, by_name=by_name)
+
+
+def _cost_of_level(name: str, inputs: CompareInputs, calibration: Calibration) -> Cost:
+    """Of none that the records are too few for: whoever composes it will say so."""
+    try:
+        return level_cost(name, calibration, inputs.adapters, inputs.references, inputs.layout)
+    except UsageError:
+        return Cost()
 
 
 def _controls(inputs: CompareInputs, calibration: Calibration) -> list[Candidate]:
     wanted, rows = inputs.settings.controls, []
-    tokens = sum(len(example.input_ids) for example in calibration.examples)
-    cost = round(2 * (calibration.settings.passes or PASSES) * tokens)
     if wanted.fresh_lora:
+        cost = _cost_of_fresh_lora(calibration)
         train = partial(train_fresh_lora, calibration, inputs.layout, inputs.adapters, rank=max(inputs.layout.sizes))
         rows.append(Candidate(FRESH_LORA, "control", train, cost, fitted=True))
     if wanted.random:
+        cost = _cost_of_level(_random_kind(inputs), inputs, calibration)
         rows.append(Candidate(RANDOM, "control", partial(_random, inputs, calibration), cost, fitted=True))
     return rows
 
@@ -290,10 +333,14 @@ def _rung(name: str, inputs: CompareInputs, calibration: Calibration) -> MixingP
 def _random(inputs: CompareInputs, calibration: Calibration) -> MixingPoint:
     """The fit on random adapters, as factors: where it is measured, the true ones are attached."""
     drawn = random_adapters(inputs.adapters, seed=calibration.settings.seed)
-    kind = inputs.recipes[0].recipe.mixing.kind if inputs.recipes else "module"
+    kind = _random_kind(inputs)
     mixing, _ = fit_level(kind, calibration, drawn, inputs.references, inputs.layout)
     factors = {name: compose_module(mixing, drawn, name) for name in module_names(drawn)}
     return of_factors(factors, note=f"{kind} on random directions of the same norms")
+
+
+def _random_kind(inputs: CompareInputs) -> str:
+    return inputs.recipes[0].recipe.mixing.kind if inputs.recipes else "module"
 
 
 def datamix_candidate(adapter: LoraAdapter) -> Candidate:

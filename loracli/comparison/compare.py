@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loracli.adapters.adapter import LoraAdapter
@@ -13,23 +15,26 @@ from loracli.calibration.render import Example
 from loracli.comparison.candidates import Candidate, candidates, datamix_candidate
 from loracli.comparison.inputs import CompareInputs, prepare_comparison
 from loracli.comparison.settings import CompareSettings
-from loracli.comparison.table import INGREDIENT, Evaluated, comparison_of
+from loracli.comparison.state import KeptRows, kept_rows
+from loracli.comparison.table import Evaluated, comparison_of
 from loracli.composition.attached import MixingPoint
 from loracli.composition.fitted import TASK, Calibration
 from loracli.errors import NonFiniteLoss
-from loracli.evaluation.comparison import Comparison, Skipped
+from loracli.evaluation.comparison import Comparison, RowKind, Skipped
 from loracli.evaluation.metrics import TaskMetric
 from loracli.evaluation.scorer import Scorer, make_scorer
-from loracli.fitting.engine import Engine
+from loracli.fitting.descent import plan_steps
+from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import say_tokenizer_differences
 from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import Layout, make_diagonal, make_layout
 from loracli.fitting.reach import find_reach
+from loracli.fitting.work import Cost, cost_of
 from loracli.model.loss import Scores
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session
 from loracli.progress import SILENT, WORK, Bar, Progress, drawn, duration_text, takes_bar
-from loracli.system.document import dtype_name
+from loracli.system.document import dtype_name, encode
 
 
 @takes_bar
@@ -72,6 +77,7 @@ def run_comparison(
     *,
     placement: Placement = Placement(),  # noqa: B008  # frozen
     metric: TaskMetric | None = None,
+    kept: KeptRows = KeptRows(),  # noqa: B008  # without a folder it keeps nothing
     progress: Progress = SILENT,
 ) -> Comparison:
     """Loads the base model and compares.
@@ -80,45 +86,114 @@ def run_comparison(
         inputs: from `prepare_comparison`.
         placement: where and how the base model runs.
         metric: of the answers; None to compare losses alone.
+        kept: takes the rows that are done, and gives back those that a stopped comparison did.
         progress: told what happens.
     Raises:
         UsageError: if a method that was asked for by name cannot honour the adapters.
         NonFiniteLoss: if no ingredient has a finite loss.
+        StateMismatch: if what was kept of a row is damaged.
     """
+    with _opened(inputs, placement, metric, kept, progress) as comparison:
+        return comparison.run()
+
+
+def plan_comparison(
+    inputs: CompareInputs,
+    *,
+    placement: Placement = Placement(),  # noqa: B008  # frozen
+    metric: TaskMetric | None = None,
+    progress: Progress = SILENT,
+) -> ComparisonPlan:
+    """Loads the base model, times it, and says what `run_comparison` would do of the same arguments.
+
+    Raises:
+        UsageError: if a method that was asked for by name has to be fitted and there are no records for it.
+    """
+    with _opened(inputs, placement, metric, KeptRows(), progress) as comparison:
+        return comparison.plan()
+
+
+@contextmanager
+def _opened(
+    inputs: CompareInputs, placement: Placement, metric: TaskMetric | None, kept: KeptRows, progress: Progress
+) -> Iterator[_Comparison]:
     fit = inputs.settings.fit
     adapters = (*inputs.adapters, *([] if inputs.datamix is None else [inputs.datamix]))
     opening = Opening(inputs.base, adapters, fit.batch_tokens, fit.max_length, inputs.saved, placement)
     rows = _Rows(progress)
     with open_session(opening, progress=rows) as session:
         say_tokenizer_differences(inputs.adapters, inputs.references, session.tokenizer, progress)
-        return _Comparison(inputs, session, metric, rows).run()
+        yield _Comparison(inputs, session, metric, kept, rows)
+
+
+@contextmanager
+def resumable_comparison(
+    prepare: Callable[[], CompareInputs],
+    folder: Path,
+    *,
+    placement: Placement = Placement(),  # noqa: B008  # frozen
+    metric: TaskMetric | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Iterator[Comparison]:
+    """A comparison whose rows are kept in a folder until what is done with it in the context is done too.
+
+    Args:
+        prepare: reads and checks the inputs.
+        folder: of the state, from `comparison_state`.
+        placement: where and how the base model runs.
+        metric: of the answers; None to compare losses alone.
+        resume: go on where an interrupted comparison of the same inputs was; other rows may be asked for.
+        force: drop what an interrupted comparison has done.
+        progress: told what happens.
+    Raises:
+        LoracatError: as `run_comparison` and `kept_rows`.
+    """
+    inputs = prepare()
+    with kept_rows(folder, inputs, placement, metric, resume=resume, force=force, progress=progress) as kept:
+        yield run_comparison(inputs, placement=placement, metric=metric, kept=kept, progress=progress)
 
 
 class _Rows:
-    """Tells another `Progress` of a comparison row by row, each with about as much work as was expected of it.
+    """Tells another `Progress` of a comparison row by row: `15/23 ties`.
 
-    A row that takes more stays at its end, and one that takes less goes there when the next one begins; so the whole is
-    reached and never passed.
+    A row that takes less than the most that it may leaves less to be done, which is said when the next one begins.
     """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._row, self._end, self._told = "", 0, 0
+        self._row, self._done, self._total, self._ahead = "", 0, 0, list[int]()
 
-    def enter(self, row: str, work: int) -> None:
-        """What follows is for this row."""
-        self._progress.advance(TASK, self._end - self._told, row)
-        self._row, self._told, self._end = row, self._end, self._end + work
+    def plan(self, efforts: Sequence[int]) -> None:
+        """What follows is so many parts of work, each entered in turn."""
+        self._ahead, self._total = list(efforts), sum(efforts)
+        self._progress.begin(TASK, self._total, WORK)
+
+    def enter(self, row: str) -> None:
+        """The next part begins, for this row."""
+        self._row, total = row, self._done + sum(self._ahead)
+        del self._ahead[0]
+        if total != self._total:
+            self._total = total
+            self._progress.expect(TASK, total)
+        self._progress.advance(TASK, 0, row)
+
+    def leave_out(self) -> None:
+        """The next part is not done."""
+        del self._ahead[0]
 
     def begin(self, task: str, total: int | None, unit: str) -> None:
         self._progress.begin(task, total, unit)
 
     def advance(self, task: str, amount: int, status: str = "") -> None:
         if task == TASK:
-            amount = min(amount, self._end - self._told)
-            self._told += amount
+            self._done += amount
             status = status if status.startswith(self._row) else f"{self._row}, {status}"
         self._progress.advance(task, amount, status)
+
+    def expect(self, task: str, total: int) -> None:
+        self._progress.expect(task, total)
 
     def finish(self, task: str) -> None:
         self._progress.finish(task)
@@ -130,37 +205,109 @@ class _Rows:
         self._progress.warn(message)
 
 
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row that would be compared.
+
+    Args:
+        name: of it.
+        kind: of it.
+        seconds: that it takes to fit and to score, about.
+    """
+
+    name: str
+    kind: RowKind
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """What a comparison would do.
+
+    Args:
+        base: its name.
+        device: that it would run on.
+        dtype: of it.
+        records: that every row would be scored on.
+        rows: in the order of the comparison.
+        skipped: what would be left out, and why.
+        seconds: about, without answers that are generated.
+    """
+
+    base: str
+    device: str
+    dtype: str
+    records: int
+    rows: tuple[PlannedRow, ...]
+    skipped: tuple[Skipped, ...]
+    seconds: float
+
+
 class _Comparison:
-    def __init__(self, inputs: CompareInputs, session: Session, metric: TaskMetric | None, progress: _Rows) -> None:
-        self._inputs, self._session, self._progress = inputs, session, progress
-        self._forward = 0  # tokens of a row
+    def __init__(
+        self, inputs: CompareInputs, session: Session, metric: TaskMetric | None, kept: KeptRows, progress: _Rows
+    ) -> None:
+        self._inputs, self._session, self._kept, self._progress = inputs, session, kept, progress
         self._test = self._render(inputs.test)
         self._guard = self._render(inputs.guard)
         self._metric = metric
         self._answers = None if metric is None else self._scorer(metric)
         self._skipped: list[Skipped] = []
+        self._names: list[str] = []  # of all rows, in their order
+        self._done: dict[str, Evaluated] = {}  # by these
+        self._pace, self._device = Pace(0.0), ""  # until they are measured
+
+    def plan(self) -> ComparisonPlan:
+        """What `run` would do, and in what time."""
+        rows, others, about = self._planned()
+        plan = self._inputs.base.id, self._device, dtype_name(self._session.base.dtype), len(self._test)
+        times = tuple(PlannedRow(row.name, row.kind, about[row.name]) for row in (*rows, *others))
+        return ComparisonPlan(*plan, times, tuple(self._skipped), sum(about.values()))
 
     def run(self) -> Comparison:
         inputs = self._inputs
-        self._session.check_causal(self._test)
-        self._session.say_likelier_orders(inputs.adapters, self._test)
-        rows = candidates(inputs, self._calibration(), self._skipped)
-        others = [] if inputs.datamix is None else [datamix_candidate(inputs.datamix)]
-        self._announce([*rows, *others])
+        rows, others, about = self._planned()
+        every = [*rows, *others]
+        self._names = [row.name for row in every]
+        self._recall(every)
+        left = [row for row in every if row.name not in self._done]
+        fitted = [row for row in left if row.fitted]
+        self._announce({row.name: about[row.name] for row in left}, fitted)
+        parts = [part for row in fitted for part in (row.cost, self._scored)]
+        parts += [self._scored] * (len(left) - len(fitted))
+        self._progress.plan([part.effort(self._pace) for part in parts])
         try:
-            names = [row.name for row in (*rows, *others)]
-            before: dict[str, MixingPoint | None] = {}
-            for row in rows:
+            for row in left:
                 if row.fitted:
-                    self._progress.enter(_counted(row, names), row.cost)
-                    before[row.name] = row.composed(self._skipped)
-            evaluated = self._evaluate(rows, names, before, inputs.adapters, inputs.layout)
+                    self._fit(row)
+            self._evaluate([row for row in left if not row.fitted and row in rows], inputs.adapters, inputs.layout)
             if inputs.datamix is not None:
-                evaluated += self._evaluate(others, names, {}, [inputs.datamix], make_layout([inputs.datamix]))
+                mixed = [inputs.datamix]
+                self._evaluate([row for row in left if row in others], mixed, make_layout(mixed))
         finally:
             self._progress.finish(TASK)
+        evaluated = [self._done[name] for name in self._names if name in self._done]
         metric = None if self._metric is None else self._metric.name
         return comparison_of(evaluated, self._skipped, inputs, examples=self._test, metric=metric)
+
+    def _recall(self, rows: Sequence[Candidate]) -> None:
+        """Takes over what a stopped comparison did."""
+        for row in rows:
+            found = self._kept.recall(
+                self._key(row),
+                row,
+                records=len(self._test),
+                guard=len(self._guard),
+                answers=self._metric is not None,
+            )
+            if found is not None:
+                self._done[row.name] = found
+        if self._done:
+            self._progress.note(f"taken over, {len(self._done)} of {len(rows)} rows: {', '.join(self._done)}")
+
+    def _key(self, row: Candidate) -> str:
+        """Of what is kept: `uniform` has other options where it was not named."""
+        return json.dumps([row.name, encode(self._inputs.settings.options_of(row.name))])
 
     def _render(self, files: Sequence[CalibrationFile]) -> tuple[Example, ...]:
         settings = self._inputs.settings.fit
@@ -190,61 +337,99 @@ class _Comparison:
             skip_bad=settings.skip_bad,
             progress=self._progress,
         )
-        return Calibration(self._session, data, rendered.training, settings)
+        return Calibration(self._session, data, rendered.training, settings, self._pace)
 
-    def _announce(self, rows: Sequence[Candidate]) -> None:
-        """Says what will be done and, from one timed batch, about how long it takes."""
-        inputs, base = self._inputs, self._session.base
-        batches = self._session.batches(self._test)
-        batch = batches[len(batches) // 2]
-        self._forward = sum(one.tokens for one in (*batches, *self._session.batches(self._guard)))
-        work = len(rows) * self._forward + sum(row.cost for row in rows)
+    def _planned(self) -> tuple[list[Candidate], list[Candidate], dict[str, float]]:
+        """The rows, those that need other adapters attached, and about how many seconds each takes."""
+        inputs = self._inputs
+        self._session.check_causal(self._test)
+        self._session.say_likelier_orders(inputs.adapters, self._test)
+        calibration = self._calibration()
         with self._engine(inputs.adapters, inputs.layout) as engine:
             find_reach(engine, self._session, self._test)
-            device = engine.objective.attached.device
-            mixing = make_diagonal(inputs.layout, "module")
-            seconds = engine.seconds(mixing, mixing.constant([0.0] * inputs.layout.adapters), batch)
-        about = duration_text(work * seconds / (2 * batch.tokens))
+            self._device = str(engine.objective.attached.device)
+            self._pace = self._measured(engine, () if calibration is None else calibration.examples)
+        if calibration is not None:
+            calibration = replace(calibration, pace=self._pace)
+        rows = candidates(inputs, calibration, self._skipped)
+        others = [] if inputs.datamix is None else [datamix_candidate(inputs.datamix)]
+        about = {row.name: (row.cost + self._scored).seconds(self._pace) for row in (*rows, *others)}
+        return rows, others, about
+
+    def _measured(self, engine: Engine, calibrating: Sequence[Example]) -> Pace:
+        """By a step of a fit, if there is one, and the largest micro-batch."""
+        settings, mixing = self._inputs.settings.fit, make_diagonal(self._inputs.layout, "module")
+        every = [*self._session.batches(self._test), *self._session.batches(self._guard)]
+        largest = max(every, key=lambda batch: batch.tokens)
+        if calibrating:
+            every = [*plan_steps(calibrating, batch_tokens=settings.batch_tokens, seed=settings.seed).batches]
+        return engine.pace(mixing, mixing.constant([0.0] * self._inputs.layout.adapters), every, largest)
+
+    @property
+    def _scored(self) -> Cost:
+        """Of a row once it is attached."""
+        return cost_of((*self._session.batches(self._test), *self._session.batches(self._guard)))
+
+    def _announce(self, about: Mapping[str, float], fitted: Sequence[Candidate]) -> None:
+        """Says what will be done and about how long it takes, with what has to be fitted by name."""
+        base, several = self._session.base, [f"{row.name} {duration_text(about[row.name])}" for row in fitted]
+        which = f", of which {', '.join(several)}" if several else ""
         generated = "; the answers that are generated come on top" if self._metric is not None else ""
         self._progress.note(
-            f"base {base.reference.id} in {dtype_name(base.dtype)} on {device}; {len(rows)} rows "
-            f"to score on {len(self._test)} records: about {about}{generated}"
+            f"base {base.reference.id} in {dtype_name(base.dtype)} on {self._device}; {len(about)} rows "
+            f"to score on {len(self._test)} records: about {duration_text(sum(about.values()))}{which}{generated}"
         )
-        self._progress.begin(TASK, work, WORK)
 
     @contextmanager
     def _engine(self, adapters: Sequence[LoraAdapter], layout: Layout) -> Iterator[Engine]:
         with self._session.attached(adapters, layout.modules, self._test) as objective:
-            yield Engine(objective, Meter(self._progress, task=TASK), progress=self._progress)
+            meter = Meter(self._progress, task=TASK, overhead=self._pace.overhead)
+            yield Engine(objective, meter, progress=self._progress)
 
-    def _evaluate(
-        self,
-        rows: Sequence[Candidate],
-        names: Sequence[str],
-        before: dict[str, MixingPoint | None],
-        adapters: Sequence[LoraAdapter],
-        layout: Layout,
-    ) -> list[Evaluated]:
-        inputs, evaluated = self._inputs, []
+    def _fit(self, row: Candidate) -> None:
+        """A row that attaches the adapters itself: its fit, and what that scores."""
+        self._progress.enter(self._counted(row))
+        point = row.composed(self._skipped)
+        if point is None:
+            self._progress.leave_out()
+            return
+        with self._engine(self._inputs.adapters, self._inputs.layout) as engine:
+            self._progress.enter(self._counted(row))
+            self._add(row, point, engine)
+
+    def _evaluate(self, rows: Sequence[Candidate], adapters: Sequence[LoraAdapter], layout: Layout) -> None:
+        """The other rows, which are set on one attached model in turn."""
         with self._engine(adapters, layout) as engine:
-            if adapters is not inputs.adapters:
+            if adapters is not self._inputs.adapters:
                 find_reach(engine, self._session, self._test)
             for row in rows:
-                self._progress.enter(_counted(row, names), self._forward)
-                point = before[row.name] if row.name in before else row.composed(self._skipped)
-                if point is None:
-                    continue
-                engine.meter.stage(_counted(row, names))
-                try:
-                    evaluated.append(self._measure(row, point, engine))
-                except NonFiniteLoss as error:
-                    if row.kind == INGREDIENT and not any(
-                        other.kind == INGREDIENT for other in rows if other is not row
-                    ):
-                        raise
-                    self._skipped.append(Skipped(row.name, str(error)))
-                    self._progress.warn(f"{row.name} is left out: {error}")
-        return evaluated
+                self._progress.enter(self._counted(row))
+                point = row.composed(self._skipped)
+                if point is not None:
+                    self._add(row, point, engine)
+
+    def _add(self, row: Candidate, point: MixingPoint, engine: Engine) -> None:
+        """Measures a row and keeps what it scores; one whose loss is not finite is left out.
+
+        Raises:
+            NonFiniteLoss: if it is the last adapter, and no other has a finite loss.
+        """
+        engine.meter.stage(self._counted(row))
+        try:
+            found = self._measure(row, point, engine)
+        except NonFiniteLoss as error:
+            references = self._inputs.references
+            if row.name == references[-1] and not any(name in self._done for name in references):
+                raise
+            self._skipped.append(Skipped(row.name, str(error)))
+            self._progress.warn(f"{row.name} is left out: {error}")
+            return
+        self._done[row.name] = found
+        self._kept.write(self._key(row), found, fitted=row.fitted)
+
+    def _counted(self, row: Candidate) -> str:
+        """`15/23 ties`."""
+        return f"{self._names.index(row.name) + 1}/{len(self._names)} {row.name}"
 
     def _measure(self, row: Candidate, point: MixingPoint, engine: Engine) -> Evaluated:
         def score(examples: tuple[Example, ...]) -> Scores:
@@ -253,9 +438,6 @@ class _Comparison:
         guard = score(self._guard) if self._guard else None
         scores = score(self._test)
         values = None if self._answers is None else self._answers(engine.objective)
-        return Evaluated(row.name, row.kind, point, scores, guard, values)
-
-
-def _counted(row: Candidate, names: Sequence[str]) -> str:
-    """`15/23 ties`."""
-    return f"{names.index(row.name) + 1}/{len(names)} {row.name}"
+        return Evaluated(
+            row.name, row.kind, scores, point.rank, point.kept_energy, point.weights, point.note, guard, values
+        )

@@ -15,7 +15,8 @@ from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.comparison.recipes import ComparedRecipe, load_recipes
-from loracli.comparison.settings import DATAMIX, FITTED_MIXINGS, FRESH_LORA, RANDOM, CompareSettings
+from loracli.comparison.settings import ALL, DATAMIX, FITTED_MIXINGS, FRESH_LORA, RANDOM, CompareSettings
+from loracli.composition.fitted import check_own_records, owners_of
 from loracli.composition.weights import ModuleWeights, weights_of_modules
 from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, make_layout
@@ -42,6 +43,7 @@ class CompareInputs:
         test: the files of the records that everything is compared on.
         guard: files of records that must not get worse.
         calibration: records to fit with, None without any; its held-out records are those of `test`.
+        owners: of its files, from `owners_of`.
         datamix: the control adapter, None without one.
         layout: of the adapters.
         settings: of the comparison.
@@ -61,6 +63,7 @@ class CompareInputs:
     layout: Layout
     settings: CompareSettings
     repeated: int
+    owners: tuple[int | None, ...] = ()
     saved: SavedModules | None = None
     weights: ModuleWeights | None = None
 
@@ -130,6 +133,7 @@ def prepare_comparison(
     check_composable(read, base_given=asked is not None, base_known=True)
     saved = saved_modules(policy, read, progress=progress)
     datamix = settings.controls.datamix
+    owners = () if calibration is None else _owners(calibration, read, references, settings)
     mixed = None
     if datamix is not None:
         mixed = on_base([read_adapter(fetch_adapter(datamix, progress=progress), progress=progress)], found)[0]
@@ -149,6 +153,7 @@ def prepare_comparison(
         layout=make_layout(read),
         settings=settings,
         repeated=_repeated(test, recipes, calibration, progress),
+        owners=owners,
         saved=saved,
         weights=None if settings.weights is None else weights_of_modules(settings.weights, read),
     )
@@ -171,6 +176,26 @@ def _read_data(
         progress=progress,
     )
     return dataset.eval_files, dataset
+
+
+def _owners(
+    calibration: Dataset, adapters: Sequence[LoraAdapter], references: Sequence[str], settings: CompareSettings
+) -> tuple[int | None, ...]:
+    """Of each file of calibration records whose own they are.
+
+    Raises:
+        UsageError: if a method that was asked for by name cannot do with that, or no method goes by it.
+    """
+    owners = owners_of([file.source for file in calibration.files], adapters, references)
+    for method in settings.regressed:
+        check_own_records(method, owners, references)
+    owned = next((file.source for file in calibration.files if file.source.adapter is not None), None)
+    if owned is not None and not settings.regressed and ALL not in settings.methods:
+        raise UsageError(
+            f"whose records {owned}@{owned.adapter} are has no use here: no method goes by it",
+            hint=f"add one: --methods {','.join(settings.methods)},regmean; or leave out @{owned.adapter}",
+        )
+    return owners
 
 
 def _read_files(data: DataPaths, settings: CompareSettings, progress: Progress) -> tuple[CalibrationFile, ...]:

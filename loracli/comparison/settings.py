@@ -114,6 +114,11 @@ class CompareSettings:
                     hint=f"leave it out, or compare one that does: {able}",
                 )
 
+    @property
+    def regressed(self) -> tuple[str, ...]:
+        """The methods that go by each adapter's own records and were asked for by name."""
+        return tuple(name for name in self.methods if name in METHODS and METHODS[name].regress is not None)
+
     def options_of(self, name: str) -> MethodOptions:
         """Those of a method; none of `uniform` where it only stands there to be compared with."""
         return MethodOptions() if name == UNIFORM and UNIFORM not in self.methods else self.options
@@ -129,7 +134,7 @@ class CompareSettings:
         if self.margin != _MARGIN and not guard:
             raise UsageError("--margin is for the records of --guard", hint="give --guard FILE, or leave --margin out")
         fits = bool(self.controls.fitted) or any(name == ALL or name in FITTED_MIXINGS for name in self.methods)
-        searches = any(name in METHODS and METHODS[name].search is not None for name in self.methods)
+        searches = any(name in METHODS and METHODS[name].needs_records for name in self.methods)
         if fit_data and not (fits or searches):
             raise UsageError(
                 "--fit-data has no use here: nothing is fitted",

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from loracli.calibration.render import Example
 from loracli.comparison.inputs import CompareInputs
-from loracli.composition.attached import MixingPoint
 from loracli.evaluation.comparison import (
     BestOf,
     Comparison,
@@ -37,16 +36,22 @@ class Evaluated:
     Args:
         name: of its row.
         kind: of its row.
-        point: what was set.
         scores: on the test records.
+        rank: of the one adapter it would be exported as; None for the base model alone.
+        kept_energy: share of |dW|^2 over all modules that this rank keeps; None where nothing is lost.
+        weights: one for each adapter where it is the same in every module, None otherwise.
+        note: what a reader has to know.
         guard: on the guard records, None without any.
         values: (n,) of the task metric on each test record, None without one.
     """
 
     name: str
     kind: RowKind
-    point: MixingPoint
     scores: Scores
+    rank: int | None
+    kept_energy: float | None = None
+    weights: tuple[float, ...] | None = None
+    note: str = ""
     guard: Scores | None = None
     values: Tensor | None = None
 
@@ -137,10 +142,10 @@ class _Table:
                 interval=difference.interval,
                 against_uniform=against,
                 worse_records=float((row.scores.nats > best.nats).double().mean()),
-                rank=row.point.rank,
-                kept_energy=row.point.kept_energy,
-                note=row.point.note,
-                weights=row.point.weights,
+                rank=row.rank,
+                kept_energy=row.kept_energy,
+                note=row.note,
+                weights=row.weights,
                 metric=metric,
                 guard=guard,
             )

@@ -137,11 +137,17 @@ def repeat_recipe(recipe: Recipe) -> Repeat:
     )
 
 
-def repeat_method(options: Sequence[str], base_id: str, adapters: Sequence[RecipeAdapter], *, searched: bool) -> Repeat:
-    """Of a method or weights as options; `searched` if calibration records found the weights."""
+def repeat_method(
+    options: Sequence[str], base_id: str, adapters: Sequence[RecipeAdapter], *, method: Method | None
+) -> Repeat:
+    """Of a method or weights as options; `method` is None of weights."""
     words = [f"--adapters {adapter_words(adapters)}", *base_words(base_id, adapters)]
-    if not searched:
+    if method is None or not method.needs_records:
         return Repeat(f"loracat export {' '.join(options)}", " ".join(words))
+    if method.regress is not None:
+        files = " ".join(f"FILE{place}@#{place}" for place in range(1, len(adapters) + 1))
+        needs = ("The files are those in `records` of `loracat.json`, each with the place of the adapter whose it is.",)
+        return Repeat(f"loracat export {' '.join(options)}", f"{' '.join(words)} --fit-data {files}", needs=needs)
     needs = ("`FILE` is the calibration file that the weights were found with.",)
     return Repeat(f"loracat export {' '.join(options)}", f"{' '.join(words)} --fit-data FILE", needs=needs)
 
@@ -242,7 +248,7 @@ def method_card(
     words = [f"--method {method.name}", *(f"--{name} {value:g}" for name, value in chosen.items())]
     columns: Sequence[list[float] | None] = [None] * len(origin.adapters) if weights is None else [[w] for w in weights]
     how += f"{f' ({said})' if said else ''}."
-    return _card_without_fit((how,), words, columns, origin, searched=method.search is not None)
+    return _card_without_fit((how,), words, columns, origin, method=method)
 
 
 def weights_card(
@@ -271,7 +277,7 @@ def _card_without_fit(
     columns: Sequence[Sequence[float] | None],
     origin: CardOrigin,
     *,
-    searched: bool = False,
+    method: Method | None = None,
 ) -> CardText:
     """The card that says so; `words` are the options that compose, `columns` the weights of each adapter."""
     base, adapters = origin.base, origin.adapters
@@ -287,7 +293,7 @@ def _card_without_fit(
             *other_base_lines(base.id, adapters),
         ),
         results=(),
-        repeat=repeat_method(words, base.id, adapters, searched=searched),
+        repeat=repeat_method(words, base.id, adapters, method=method),
         version=__version__,
         licence=agreed_licence(origin.licences),
         reach=tuple(_reach(base.id, base.bypassed, base.bypassed)),

@@ -5,12 +5,13 @@ module by module, without base model or data.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter, kernels_of, module_names, widest_dtype
@@ -195,8 +196,7 @@ def from_method(
         del taken["scale"]  # which stands in the weights, and in no record of before they took it
 
     def update(adapters: Sequence[LoraAdapter], module: str) -> Merged:
-        updates = [a.modules[module].factors.loaded() if module in a.modules else None for a in adapters]
-        return method.merge_updates(updates, options)
+        return method.merge_updates(updates_of(adapters, module), options)
 
     def document(made: Composition) -> dict[str, Any]:
         return {"method": {"name": method.name, "options": taken, "weights": weights}, **_document(made, named)}
@@ -213,6 +213,52 @@ def from_method(
         saved=saved,
         task_type=task_type,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class OwnMoments:
+    """What each adapter's own records show of its inputs.
+
+    Args:
+        by_module: Z (N, R, R) of each module in float64, as `Method.regress` takes it.
+        records: the files: name, sha256, and the place of the adapter whose they are, from 1, None for records of all.
+    """
+
+    by_module: Mapping[str, Tensor] = field(repr=False)
+    records: tuple[tuple[str, str, int | None], ...]
+
+
+def from_moments(
+    method: Method,
+    adapters: Sequence[LoraAdapter],
+    base: BaseTable,
+    moments: OwnMoments,
+    *,
+    saved: SavedModules | None = None,
+    task_type: str | None = None,
+) -> Composition:
+    """What a method makes of some adapters and what their own records show.
+
+    Args:
+        method: that regresses.
+        moments: of the adapters, from `own_moments` of `loracli.composition.fitted`.
+        adapters, base, saved, task_type: as in `from_method`.
+    """
+    made = from_method(method, adapters, base, saved=saved, task_type=task_type)
+
+    def update(adapters: Sequence[LoraAdapter], module: str) -> Merged:
+        return method.regress_updates(updates_of(adapters, module), moments.by_module[module])
+
+    def document(composition: Composition) -> dict[str, Any]:
+        records = [{"name": name, "sha256": sha256, "adapter": place} for name, sha256, place in moments.records]
+        return {**made.document_of(composition), "records": records}
+
+    return replace(made, update_of=update, rank_of=_summed_rank, document_of=document)
+
+
+def updates_of(adapters: Sequence[LoraAdapter], module: str) -> list[Factors | None]:
+    """The updates of one module, None for an adapter that does not have it."""
+    return [a.modules[module].factors.loaded() if module in a.modules else None for a in adapters]
 
 
 def from_weights(

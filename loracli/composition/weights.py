@@ -225,7 +225,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise UsageError(f"--weights {path} cannot be read: {error.strerror}", hint=_WAYS) from None
     except (TomlError, StrictJsonError) as error:
         kind = path.suffix[1:].upper()
-        raise UsageError(f"--weights {path} is not {kind} that can be read: {error}", hint=f"fix {path}") from None
+        raise UsageError(f"--weights {path} cannot be read as {kind}: {error}", hint=f"fix {path}") from None
     if isinstance(document, dict) and any(isinstance(document.get(key), int) for key in _ENVELOPES):
         document = document.get("weights")
     if not isinstance(document, dict) or not document:
@@ -241,7 +241,7 @@ def _columns(
     found: list[dict[str, float] | None] = [None] * len(adapters)
     for name, table in tables.items():
         shown = name[:_QUOTED]
-        places = [place for place, adapter in enumerate(adapters) if _goes_by(name, place, adapter)]
+        places = [place for place, adapter in enumerate(adapters) if goes_by(name, place, adapter)]
         if len(places) != 1:
             known = ", ".join(_called(place, adapter) for place, adapter in enumerate(adapters))
             problems.append(f"[{shown}]: names {'several' if places else 'none'} of the adapters, which are {known}")
@@ -262,7 +262,7 @@ def _columns(
     return [column or {} for column in found]
 
 
-def _goes_by(name: str, place: int, adapter: LoraAdapter) -> bool:
+def goes_by(name: str, place: int, adapter: LoraAdapter) -> bool:
     """Whether an adapter may be called so: its place, its reference, its repository, or the end of its path."""
     if name in (f"#{place + 1}", adapter.reference):
         return True

@@ -7,6 +7,7 @@ What a table says, in a sentence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -237,12 +238,18 @@ def verdict(table: HeldOut) -> str:
     fitted, best = table.row("fit"), table.row(table.best_ingredient)
     alone = [row for row in table.rows if row.name not in ("base", "uniform", "sum", "fit")]
     adapter = f"your {'best ' if len(alone) > 1 else ''}adapter, {best.name}"
+    fit = "it" if not table.parts else "the fit that scored them"
+    seen = f"{count_text(table.records, 'record')} that {fit} had not seen"
+    if table.verdict == "too few records":  # whose interval says nothing
+        from loracli.calibration.dataset import MIN_HELD_OUT  # which loads torch
+
+        said, _ = _less_loss(fitted.difference, (-math.inf, math.inf), best.nats_per_token)
+        return (
+            f"Too few records to tell whether the composition is better than {adapter}: {said} on {seen}, and a "
+            f"verdict needs at least {MIN_HELD_OUT}: give more with --data, or others with --eval-data"
+        )
     less = _less_loss(fitted.difference, fitted.interval, best.nats_per_token)
-    unseen = "that it had not seen" if not table.parts else "that the fit scoring them had not seen"
-    if table.verdict == "too few records":
-        few = f"{count_text(table.records, 'record')} {unseen}"
-        return f"Too few records to tell whether the composition is better than {adapter}: {less[0]} on {few}{less[1]}"
-    measured = f"{less[0]} on {count_text(table.records, 'record')} {unseen}{less[1]}"
+    measured = f"{less[0]} on {seen}{less[1]}"
     if table.verdict == "not better":
         how = "worse" if fitted.interval[0] > 0 else "not clearly better"
         return f"The composition is {how} than {adapter}: {measured}"
@@ -338,3 +345,59 @@ def best_first(rows: Sequence[_Row]) -> list[_Row]:
 def interval_text(interval: tuple[float, float], *, digits: int = 4) -> str:
     """`-0.0123 to +0.0040`."""
     return f"{interval[0]:+.{digits}f} to {interval[1]:+.{digits}f}"
+
+
+LOSSES = ("nats/token", "difference", "95 % interval", "worse on")
+DIFFERENCE = "difference: to the best single adapter"
+
+
+def loss_cells(row: ComparisonRow | HeldOutRow, best_ingredient: str) -> list[str]:
+    """The columns LOSSES; the row that the others are compared with has a loss alone."""
+    if row.name == best_ingredient:
+        return [f"{row.nats_per_token:.4f}", "", "", ""]
+    return [
+        f"{row.nats_per_token:.4f}",
+        f"{row.difference:+.4f}",
+        interval_text(row.interval),
+        f"{row.worse_records:.0%}",
+    ]
+
+
+def flattered(found: Comparison) -> str:
+    """That some of the records were fitted on, in a sentence; nothing if none was."""
+    if not found.repeated_records:
+        return ""
+    return f"{found.repeated_records} of the records were calibrated on too: the table flatters what was fitted."
+
+
+def remarks(found: Comparison) -> list[str]:
+    """What there is to know of rows, which methods were left out and why, and what so many records can show."""
+    said = [f"{row.name}: {_note(row)}" for row in best_first(found.rows) if row.note or row.kept_energy is not None]
+    for reason in dict.fromkeys(skipped.reason for skipped in found.skipped):
+        left = ", ".join(skipped.name for skipped in found.skipped if skipped.reason == reason)
+        said.append(f"left out: {left}: {reason}")
+    smallest = f"smallest difference that so many records can show: {found.detectable:.2g} nats per token, 4 times in 5"
+    return [*said, smallest]
+
+
+def _note(row: ComparisonRow) -> str:
+    kept = "" if row.kept_energy is None else f"rank {row.rank} keeps {row.kept_energy:.1%} of its energy"
+    return "; ".join(filter(None, [row.note, kept]))
+
+
+def guard_title(found: Comparison) -> str:
+    """Which records must not get worse, and by how much."""
+    return f"what must not get worse: {found.guard}, by at most {found.margin:g} nats per token"
+
+
+GUARDED = ("nats/token", "to base", "95 % interval", "")
+
+
+def guard_cells(guard: GuardScore) -> list[str]:
+    """The columns GUARDED."""
+    return [
+        f"{guard.nats_per_token:.4f}",
+        f"{guard.difference.mean:+.4f}",
+        interval_text(guard.difference.interval),
+        "safe" if guard.safe else "NOT SHOWN SAFE",
+    ]

@@ -121,7 +121,7 @@ def _score(line: bytes, number: int) -> float:
     try:
         value = parse_json(line)
     except StrictJsonError as error:
-        raise MetricError(f"line {number} of the metric command's output is {error}") from None
+        raise MetricError(f"line {number} of the metric command's output cannot be read: {error}") from None
     if isinstance(value, dict):
         value = value.get("score")
     if isinstance(value, bool):

@@ -12,13 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loracli.adapters.adapter import kernels_of
-from loracli.adapters.names import is_numbered
 from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.composition.attached import of_factors
 from loracli.composition.composition import Composition, recorded_base
 from loracli.errors import RecipeError, UsageError
-from loracli.fitting.activations import second_moments
+from loracli.fitting.activations import check_weighable, second_moments
 from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
 from loracli.fitting.reach import find_reach
@@ -37,22 +35,7 @@ class Moments:
     origin: Literal["recipe", "records"]
 
 
-def _check_weighable(source: Composition) -> None:
-    """Refuses a composition whose modules do not each have inputs of their own to weigh.
-
-    Raises:
-        UsageError: if an expert is changed, which sees the tokens that are routed to it, or a convolution.
-    """
-    convolution = next(iter(kernels_of(source.adapters)), None)
-    if convolution is not None:
-        raise UsageError(
-            f"the activations of the convolution {convolution} cannot be weighed", hint="leave out --activation-aware"
-        )
-    expert = next((name for name in source.names() if is_numbered(name)), None)
-    if expert is not None:
-        raise UsageError(
-            f"the activations of the expert {expert} cannot be weighed", hint="leave out --activation-aware"
-        )
+_WAY_OUT = "leave out --activation-aware"
 
 
 def recorded_moments(source: Composition, path: Path | None) -> Moments:
@@ -66,7 +49,7 @@ def recorded_moments(source: Composition, path: Path | None) -> Moments:
         RecipeError: if the file beside it is missing, damaged, or does not fit the adapters.
         IntegrityError: if it is not the file that the recipe was written with.
     """
-    _check_weighable(source)
+    check_weighable(source.adapters, hint=_WAY_OUT)
     activations = source.activations
     if activations is None or (path is None and not activations.moments):
         raise UsageError(
@@ -117,7 +100,7 @@ def moments_of(
         InputError: of the kind that fits, if base or records are rejected.
         UsageError: if an expert is changed.
     """
-    _check_weighable(source)
+    check_weighable(source.adapters, hint=_WAY_OUT)
     files = tuple(read_records(path, progress=progress) for path in parse_sources(fit_data))
     asked = recorded_base(source, base)
     reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)

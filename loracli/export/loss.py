@@ -104,8 +104,8 @@ def loss_of_export(
                 return engine.score(point.mixing, point.theta, batches, examples)
 
             try:
-                before = score("before", lambda name: source.compose(name).factors)
-                after = score("after", lambda name: written[name].factors)
+                before = score("scoring the composition", lambda name: source.compose(name).factors)
+                after = score("scoring what was written", lambda name: written[name].factors)
             finally:
                 progress.finish(_TASK)
     return ExportLoss(

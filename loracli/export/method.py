@@ -3,7 +3,8 @@ weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,29 +15,39 @@ from loracli.adapters.on_base import warn_of_open_orders
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.dataset import Dataset
-from loracli.calibration.records import DataPaths, parse_sources, read_records
+from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.composition.base_table import BaseTable, base_table
 from loracli.composition.composition import (
     Composition,
     base_of_config,
     from_method,
+    from_moments,
     from_recipe,
     from_weights,
     task_of_recipe,
 )
-from loracli.composition.fitted import TASK, Calibration, search_weights
+from loracli.composition.fitted import (
+    Calibration,
+    check_own_records,
+    moments_cost,
+    own_moments,
+    owners_of,
+    search_cost,
+    search_weights,
+)
 from loracli.composition.weights import weights_of_modules
 from loracli.errors import UsageError
 from loracli.export.gguf import LlamaCppBase, find_llama_cpp_base
 from loracli.export.request import ExportRequest
+from loracli.fitting.activations import check_weighable
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.reach import find_reach, warn_of_merging
 from loracli.fitting.settings import FitSettings
 from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import BaseClaim
-from loracli.model.reference import find_base
+from loracli.model.reference import BaseReference, find_base
 from loracli.model.session import Opening, open_session
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, WORK, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
 from loracli.recipe.record import EDITED, MAX_ADAPTERS, other_bases_of
@@ -134,9 +145,12 @@ def _read_ingredients(request: ExportRequest, progress: Progress) -> _Ingredient
 
 
 def check_fitted(request: ExportRequest, adapters: Sequence[LoraAdapter]) -> None:
-    """Raises UnsupportedAdapter if something is fitted on records, and an adapter is not of a language model."""
+    """Raises UnsupportedAdapter if something is fitted or scored on records, and an adapter is not of a language
+    model."""
     if request.fit_data is not None or request.refit:
         check_language_models(adapters, "what is fitted on records")
+    if request.scored:
+        check_language_models(adapters, "scoring records", way_out="leave --data out")
 
 
 def llama_cpp_base(
@@ -189,14 +203,18 @@ def compose_method(
     given = _read_ingredients(request, progress)
     read, recipe, saved = given.adapters, given.recipe, given.saved
     found, weights = llama_cpp_base(request, read, given.base.id, recipe, progress=progress), None
-    if method.search is not None:
+    if method.needs_records:
         assert request.fit_data is not None
+        base = request.base or (None if recipe is None else recipe.base.claim)
+        if method.regress is not None:
+            composition = _regressed(method, given, request, base, progress)
+            return replace(composition, task_asked=request.task_type is not None), found
         weights = searched_weights(
             method,
             request.method_options,
             read,
             request.fit_data,
-            base=request.base or (None if recipe is None else recipe.base.claim),
+            base=base,
             base_revision=request.base_revision,
             saved=saved,
             progress=progress,
@@ -237,23 +255,65 @@ def searched_weights(
         InputError: of the kind that fits, if base or records are rejected.
         UsageError: if the method needs an extra that is not installed.
     """
-    settings = FitSettings(seed=options.seed)
     files = tuple(read_records(source, progress=progress) for source in parse_sources(fit_data))
-    training = tuple(record for file in files for record in file.records)
     reference = find_base(adapters, base, revision=base_revision, progress=progress)
+    with _calibration(method, files, adapters, reference, saved, options.seed, progress) as calibration:
+        found = search_weights(method, options, calibration, adapters, make_layout(adapters))
+    progress.note(f"{method.name}: {found.note}")
+    assert found.weights is not None
+    return found.weights
+
+
+def _regressed(
+    method: Method, given: _Ingredients, request: ExportRequest, base: str | BaseClaim | None, progress: Progress
+) -> Composition:
+    """What a method makes of adapters and of what their own records show.
+
+    Raises:
+        InputError, UsageError: as `compose_method`.
+    """
+    assert request.fit_data is not None
+    read = given.adapters
+    sources, names = parse_sources(request.fit_data, owned=True), [adapter.reference for adapter in read]
+    weighed = next((source for source in sources if source.weight != 1), None)
+    if weighed is not None:
+        raise UsageError(
+            f"{method.name} has no use for the weight of {weighed}: an adapter's records count once",
+            hint="leave it out",
+        )
+    owners = owners_of(sources, read, names)
+    check_own_records(method.name, owners, names)
+    check_weighable(read, hint="choose another --method")
+    files = tuple(read_records(source, progress=progress) for source in sources)
+    reference = find_base(read, base, revision=request.base_revision, progress=progress)
+    with _calibration(method, files, read, reference, given.saved, 0, progress) as calibration:
+        moments = own_moments(calibration, owners, read, make_layout(read))
+    return from_moments(method, read, given.base, moments, saved=given.saved, task_type=given.task_type)
+
+
+@contextmanager
+def _calibration(
+    method: Method,
+    files: tuple[CalibrationFile, ...],
+    adapters: Sequence[LoraAdapter],
+    reference: BaseReference,
+    saved: SavedModules | None,
+    seed: int,
+    progress: Progress,
+) -> Iterator[Calibration]:
+    """The records of some files to calibrate on, with the base opened as `loracat compare` does."""
+    settings = FitSettings(seed=seed)
+    training = tuple(record for file in files for record in file.records)
     opening = Opening(reference, tuple(adapters), settings.batch_tokens, settings.max_length, saved)
     with open_session(opening, progress=progress) as session:
         examples = session.render(files)
         session.check_causal(examples)
-        calibration = Calibration(session, Dataset(files, (), training, ()), examples, settings)
-        layout = make_layout(adapters)
-        with calibration.engine(adapters, layout.modules) as engine:
+        calibration = Calibration(session, Dataset(files, (), training, ()), examples, settings, task=method.name)
+        cost = moments_cost(calibration, len(adapters)) if method.search is None else search_cost(method, calibration)
+        with calibration.engine(adapters, make_layout(adapters).modules) as engine:
             find_reach(engine, session, examples)
-        progress.begin(TASK, None, "tokens")
+        progress.begin(method.name, cost.effort(calibration.pace), WORK)
         try:
-            found = search_weights(method, options, calibration, adapters, layout)
+            yield calibration
         finally:
-            progress.finish(TASK)
-    progress.note(f"{method.name}: {found.note}")
-    assert found.weights is not None
-    return found.weights
+            progress.finish(method.name)

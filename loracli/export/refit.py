@@ -30,7 +30,7 @@ from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of
 from loracli.adapters.names import is_numbered
 from loracli.algebra.factors import Factors
 from loracli.calibration.dataset import HOLDOUT, Dataset, Examples, read_dataset
-from loracli.calibration.records import DataPaths
+from loracli.calibration.records import DataPaths, parse_sources
 from loracli.calibration.render import Example
 from loracli.composition.attached import of_factors
 from loracli.composition.composition import Composition, recorded_base
@@ -43,15 +43,15 @@ from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.journal import Meter
 from loracli.fitting.level import Task, solve_level, tokens_of
 from loracli.fitting.mixing import CoreMixing, make_layout
-from loracli.fitting.reach import find_reach
-from loracli.fitting.run import announce, opening_of
+from loracli.fitting.run import announce, measured_pace, opening_of, reached
 from loracli.fitting.search import REFIT_SHARE, refit
 from loracli.fitting.settings import FitSettings
+from loracli.fitting.work import REFIT, Work, cost_of
 from loracli.model.loss import Scores
 from loracli.model.placement import Placement
 from loracli.model.reference import find_base
 from loracli.model.session import Session, open_session, settle_memory
-from loracli.progress import SILENT, WORK, Progress
+from loracli.progress import SILENT, Progress
 from loracli.system.tensor_file import open_tensor_file, write_tensors
 
 _METADATA = {"format": "loracat_refit"}
@@ -179,6 +179,7 @@ def read_cores(path: Path) -> dict[str, Tensor]:
 
 _TASK = "refit"
 _START = "truncation"
+_LOSSES, _COMPARED = "losses", 3  # the last stage, and what it scores
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,8 @@ def refit_on(
     settings = FitSettings()
     fitted, held_out = (fit_data, data) if fit_data is not None else (data, None)
     assert fitted is not None
-    records = read_dataset(fitted, held_out, holdout=HOLDOUT, seed=settings.seed, progress=progress)
+    sources = parse_sources(fitted)
+    records = read_dataset(sources, held_out, holdout=HOLDOUT, seed=settings.seed, progress=progress)
     return RefitOnRecords(records, base, base_revision, progress)
 
 
@@ -267,20 +269,18 @@ def _run(inputs: FitInputs, session: Session, source: Composition, dtype: torch.
     session.check_causal(held_out)
     with session.attached(inputs.adapters, inputs.layout.modules, held_out) as objective:
         engine = Engine(objective, Meter(progress, task=_TASK), progress=progress)
-        find_reach(engine, session, training)
-        tokens = tokens_of(training)
-        work = round(2 * settings.budget(1, len(training)) * tokens) + 3 * sum(
-            batch.tokens for batch in session.batches(held_out)
-        )
-        announce(engine, inputs, session, examples, (fold,), work)
-        progress.begin(_TASK, work, WORK)
-        try:
+        before, scored = cost_of(session.batches(fold.validation)), cost_of(session.batches(held_out))
+        after = {_LOSSES: before + scored * _COMPARED}
+        work = Work((fold,), training, settings, inputs.references, after, ladder={"core": 1.0})
+        pace = measured_pace(engine, inputs, session, examples, (fold,))
+        announce(engine, inputs, session, examples, work, pace)
+        with engine.meter.counted(work.stages, work.effort_left(pace), overhead=pace.overhead):
+            reached(engine, session, training)
             found = _search(engine, inputs, fold, examples)
-            passes = round(engine.meter.spent / (2 * tokens), 2)
+            passes = round(engine.meter.spent / (2 * tokens_of(training)), 2)
             cut = {name: module.factors for name, module in inputs.adapters[0].modules.items()}
+            engine.meter.enter(_LOSSES)
             loss = _losses(engine, session, source, cut, found.cores, dtype, held_out)
-        finally:
-            progress.finish(_TASK)
     record = RefitRecord(
         data=tuple(RefitFile(file.source.name, file.sha256, len(file.records)) for file in inputs.data.files),
         divided=not inputs.data.eval_files,
@@ -313,6 +313,8 @@ def _search(engine: Engine, inputs: FitInputs, fold: Fold, examples: Examples) -
     criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
     task = Task(engine, (fold,), criterion, settings, inputs.references)
     budget = task.budget * 2 * tokens_of(examples.training)
+    engine.meter.enter("core")
+    engine.meter.stage("scoring the cut")
     before = criterion(mixing, identity, fold.validation, None)
     solved = solve_level(task, mixing, {_START: [identity]}, budget * (1 - REFIT_SHARE) - engine.meter.spent)
     assert solved.scores is not None
@@ -321,6 +323,7 @@ def _search(engine: Engine, inputs: FitInputs, fold: Fold, examples: Examples) -
         return _Found({}, compared, solved.ridge, solved.stopped)
     theta, stopped = solved.theta, solved.stopped
     if stopped is None:
+        engine.meter.enter(REFIT)
         try:
             again = refit(task, [solved], examples.training, min(REFIT_SHARE * budget, budget - engine.meter.spent))
             theta = theta if again is None else again.theta
@@ -343,7 +346,7 @@ def _losses(
     batches = session.batches(held)
 
     def score(what: str, factors: dict[str, Factors]) -> Scores:
-        engine.meter.stage(what)
+        engine.meter.stage(f"scoring the {what}")
         point = of_factors(factors)
         return engine.score(point.mixing, point.theta, batches, held)
 

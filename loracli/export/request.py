@@ -54,13 +54,15 @@ class ExportRequest:
             factors.
         profile: `portable`, `peft` or `mlx`; None is portable where that is possible.
         gguf: write a GGUF file as well.
-        fit_data: calibration JSONL, for a method that searches for weights, for `activation_aware` in the place of what
-            the fit left beside the recipe, and for `refit`; the base model is loaded for that.
+        fit_data: calibration JSONL, for a method that searches for weights, or, as `FILE@ADAPTER`, for one that goes by
+            each adapter's own; for `activation_aware` in the place of what the fit left beside the recipe, and for
+            `refit`; the base model is loaded for that.
         data: calibration JSONL for `refit`, of which a share is held out to score the result on; with `fit_data`, which
             is calibrated on then, all of it is.
         base: a Hub id or directory of the base model that a method, `fit_data`, `data` and `gguf` need; None for what
             recipe or adapters name.
         base_revision: of a base on the Hub.
+        scored: what is written is for `loss_of_export`, so that adapters which cannot be scored are refused before.
     """
 
     recipe: Recipe | str | Path | None = None
@@ -84,6 +86,7 @@ class ExportRequest:
     data: DataPaths | None = None
     base: str | None = None
     base_revision: str | None = None
+    scored: bool = False
 
     @property
     def rank_rule(self) -> dict[str, float | int]:
@@ -146,6 +149,7 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
     hand, merge, refit = request.weights is not None, request.merge, request.refit
     recipe = method is None and not hand
     searches, cuts = method is not None and method.search is not None, method is not None and method.cuts
+    regresses = method is not None and method.regress is not None
     fitted, data, based = request.fit_data is not None, request.data is not None, request.base or request.base_revision
     rank, rule = request.rank, request.rank_rule
     given = [f"--{name}" for name in (*(() if rank is None else ("rank",)), *rule)]
@@ -210,7 +214,12 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
         (data and not refit, "records to refit on have no use without --refit", "add --refit"),
         (searches and not fitted, f"{request.method} has to be fitted", "give --fit-data"),
         (
-            method is not None and fitted and not (searches or refit),
+            regresses and not fitted,
+            f"{request.method} goes by each adapter's own records",
+            "give them with --fit-data FILE@ADAPTER, a file for each",
+        ),
+        (
+            method is not None and fitted and not (searches or regresses or refit),
             f"{request.method} needs no calibration records",
             "leave out --fit-data",
         ),

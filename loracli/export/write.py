@@ -195,7 +195,7 @@ def _repeated_options(
 ) -> str:
     """Those of the command that concern compression, dtype and layout. FILE is fitted on, HELD_OUT is not; a method
     that searches names its FILE itself."""
-    searched = composition.method is not None and composition.method.search is not None
+    searched = composition.method is not None and composition.method.needs_records
     apart = refitted is not None and not refitted.record.divided
     fitted = apart or (moments is not None and moments.origin == "records")
     words = [" --merge"] if request.merge else []

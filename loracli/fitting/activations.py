@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loracli.adapters.adapter import LoraAdapter
+from loracli.adapters.adapter import LoraAdapter, kernels_of, module_names
 from loracli.adapters.kinds import kind_of
+from loracli.adapters.names import is_numbered
 from loracli.calibration.dataset import Batch, plan_batches, shuffled
 from loracli.calibration.render import Example
+from loracli.errors import UsageError
 from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import Applied, FactorMixing, Mixing
 from loracli.model.loss import Objective
@@ -29,6 +31,22 @@ from loracli.recipe.tensors import MOMENT, sidecar_sha256
 
 _MOST_RECORDS = 64  # of a fit: some thousand tokens, against R of some dozens
 _MOST_BYTES = 256 << 20  # of all G in float64, which every record's part has too
+
+
+def check_weighable(adapters: Sequence[LoraAdapter], *, hint: str) -> None:
+    """Refuses adapters whose modules do not each have inputs of their own to weigh.
+
+    Args:
+        adapters: that are composed.
+        hint: the way out.
+    Raises:
+        UsageError: if an expert is changed, which sees the tokens that are routed to it, or a convolution.
+    """
+    convolution = next(iter(kernels_of(adapters)), None)
+    expert = next((name for name in module_names(adapters) if is_numbered(name)), None)
+    for what, name in (("convolution", convolution), ("expert", expert)):
+        if name is not None:
+            raise UsageError(f"the activations of the {what} {name} cannot be weighed", hint=hint)
 
 
 def second_moments(
@@ -125,7 +143,7 @@ def fit_activations(
     """
     if any(kind_of(module).of_experts for adapter in adapters for module in adapter.modules.values()):
         return None
-    engine.meter.stage("activations")
+    engine.meter.stage("looking at the adapters' inputs")
     lora_A = _input_factors(adapters, mixing, theta)
     size = sum(len(A) ** 2 for A in lora_A.values()) * torch.float64.itemsize
     without = "they are left out of the recipe, and export --activation-aware will need --fit-data"

@@ -300,7 +300,9 @@ def certified(
     best: FitCertificate | None = None
     trial, number = theta, 0
     while engine.meter.spent + cost <= most:
-        engine.meter.stage("certificate", rung=mixing.kind, start="", stage="certificate", ridge=ridge)
+        engine.meter.stage(
+            "checking how sure the weights are", rung=mixing.kind, start="", stage="certificate", ridge=ridge
+        )
         try:
             number += 1
             key = f"{mixing.kind}, certificate {number}"

@@ -30,6 +30,7 @@ from loracli.progress import SILENT, Progress
 
 _UNDER_WAY = "a sum that is not at its end"  # the key of the one that a fit is in
 
+_LEAST_SLOPE = 0.02  # of a line, against one from 0: a device that is not full takes any batch in the same time
 _SCORE_COST, GRADIENT_COST = 1, 2  # of a token: a forward pass is 1, a backward pass another
 
 Work = Callable[[Batch], Tensor]
@@ -55,6 +56,19 @@ class _Pass:
     nats: bool = False
     finite: bool = False
     until: Callable[[Tensor], bool] = lambda _: False
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a model runs here, as a straight line: seconds = token_seconds (tokens + overhead), forward or backward.
+
+    Args:
+        token_seconds: of a token.
+        overhead: tokens that take as long as what a micro-batch costs whatever its size.
+    """
+
+    token_seconds: float
+    overhead: int = 0
 
 
 class Engine:
@@ -278,6 +292,25 @@ class Engine:
                 raise
         half = batch.first_records(len(batch.indices) // 2)
         return self.seconds(mixing, theta, half) * batch.tokens / half.tokens
+
+    def pace(self, mixing: Mixing, theta: Tensor, batches: Sequence[Batch], largest: Batch) -> Pace:
+        """The line through a batch of the middle size and the largest one, each of them run forward and backward; of
+        all processes together.
+
+        Args:
+            mixing, theta: what is attached meanwhile.
+            batches: of which there are most.
+            largest: that there is at all.
+        """
+        middle = sorted(batches, key=lambda batch: batch.tokens)[len(batches) // 2]
+        few = self.seconds(mixing, theta, middle) / GRADIENT_COST
+        token_seconds, overhead = few / middle.tokens, 0
+        if largest.tokens > middle.tokens:
+            many = self.seconds(mixing, theta, largest) / GRADIENT_COST
+            slope = (many - few) / (largest.tokens - middle.tokens)
+            token_seconds = min(max(slope, _LEAST_SLOPE * token_seconds), token_seconds)
+            overhead = round(few / token_seconds) - middle.tokens
+        return Pace(token_seconds / self._processes.world_size, overhead)
 
     def stepped(self, **fields: float) -> None:
         """A descent took a step."""

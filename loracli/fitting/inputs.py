@@ -13,7 +13,7 @@ from loracli.adapters.compatible import check_composable, check_distinct
 from loracli.adapters.on_base import warn_of_open_orders
 from loracli.adapters.saved_modules import SavedModules, saved_modules, settled_policy
 from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset, tokenizer_differences
-from loracli.calibration.records import DataPaths
+from loracli.calibration.records import DataPaths, parse_sources
 from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout
 from loracli.fitting.settings import AUTO, FitSettings
@@ -83,7 +83,7 @@ def prepare_fit(
     if len(adapters) > MAX_ADAPTERS:
         raise UsageError(f"{len(adapters)} adapters are given, and a recipe holds at most {MAX_ADAPTERS}")
     dataset = read_dataset(
-        data,
+        parse_sources(data),
         eval_data,
         holdout=settings.holdout,
         seed=settings.seed,

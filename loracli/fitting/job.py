@@ -9,26 +9,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from loracli.adapters.adapter import LoraAdapter
+from loracli.calibration.dataset import Examples
+from loracli.calibration.records import CalibrationFile
 from loracli.errors import InputError, OutputExists, UsageError
+from loracli.fitting.criterion import Fold
+from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs, render_inputs
-from loracli.fitting.journal import Journal, StepLog, is_step_log, open_state, remove_state, state_folder
+from loracli.fitting.journal import Journal, Meter, StepLog, is_step_log, open_state, remove_state, state_folder
 from loracli.fitting.level import tokens_of
 from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.reach import foresee_bypassed
-from loracli.fitting.run import divide_training, opening_of, run_fit
+from loracli.fitting.run import divide_training, fit_work, measured_pace, opening_of, run_fit
+from loracli.fitting.work import REACH
 from loracli.model.base import BasePlan, load_tokenizer
 from loracli.model.experts import check_experts
 from loracli.model.modules import check_shapes
 from loracli.model.placement import Placement
 from loracli.model.preflight import MemoryDecision, MemoryEstimate
 from loracli.model.reference import BaseReference
-from loracli.model.session import usable_length
+from loracli.model.session import Opening, open_session, usable_length
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, check_recipe_path
 from loracli.recipe.record import activations_path, kept_path, tensors_path
@@ -57,6 +63,7 @@ class FitPlan:
         dropped: records without anything to score in what is used.
         memory: of one process.
         decision: what follows from the memory that is free now.
+        seconds: about, without answers that choose; None with a base that is shared out, which no process has alone.
     """
 
     inputs: FitInputs
@@ -73,10 +80,12 @@ class FitPlan:
     dropped: int
     memory: MemoryEstimate
     decision: MemoryDecision
+    seconds: float | None
 
 
 def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, progress: Progress = SILENT) -> FitPlan:
-    """Checks the adapters against the base model's shapes, tokenizes the data and estimates the memory.
+    """Checks the adapters against the base model's shapes, tokenizes the data, estimates the memory, and loads the base
+    to time it on two micro-batches.
 
     Args:
         inputs: from `prepare_fit`.
@@ -116,7 +125,26 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
         dropped=sum(data.dropped for data in examples.data),
         memory=memory,
         decision=decision,
+        seconds=None if placement.shard else _seconds(inputs, opening, examples, folds, decision, world_size),
     )
+
+
+def _seconds(
+    inputs: FitInputs,
+    opening: Opening,
+    examples: Examples,
+    folds: tuple[Fold, ...],
+    decision: MemoryDecision,
+    world_size: int,
+) -> float:
+    again = opening.placement.checkpointing or decision.checkpointing
+    opening = replace(opening, placement=replace(opening.placement, checkpointing=again))
+    with (
+        open_session(opening) as session,
+        session.attached(inputs.adapters, inputs.layout.modules, examples.held_out) as objective,
+    ):
+        pace = measured_pace(Engine(objective, Meter(SILENT)), inputs, session, examples, folds)
+    return fit_work(inputs, examples, folds).left(REACH).seconds(pace) / world_size
 
 
 _VERSIONS = ("loracat", "torch", "transformers")
@@ -252,36 +280,53 @@ def _said(folder: Path, processes: Processes, resumed: bool, progress: Progress)
 
 
 def _identity(inputs: FitInputs, placement: Placement) -> dict[str, str]:
-    """Everything that the result depends on, by what a user would call it."""
-    settings = {f"--{name.replace('_', '-')}": json.dumps(value) for name, value in inputs.settings.recorded().items()}
-    adapters = {
-        f"adapter {reference}": _digest(dict(adapter.sha256))
-        for reference, adapter in zip(inputs.references, inputs.adapters, strict=True)
-    }
-    data = {
-        f"{part} {number}, {file.source.name}": _digest([file.sha256, file.source.weight])
-        for part, files in (("data file", inputs.data.files), ("held-out file", inputs.data.eval_files))
-        for number, file in enumerate(files, 1)
-    }
-    placed = {"--dtype": placement.dtype, "--device": placement.device, "--shard": str(placement.shard)}
+    files = {"data file": inputs.data.files, "held-out file": inputs.data.eval_files}
+    shared = identity_of(inputs.base, dict(zip(inputs.references, inputs.adapters, strict=True)), files, placement)
+    return shared | settings_identity(inputs.settings.recorded()) | {"--shard": str(placement.shard)}
+
+
+def identity_of(
+    base: BaseReference,
+    adapters: Mapping[str, LoraAdapter],
+    files: Mapping[str, Sequence[CalibrationFile]],
+    placement: Placement,
+) -> dict[str, str]:
+    """What numbers of a base with adapters on records depend on besides settings, by what a user would call it.
+
+    Args:
+        base: the model.
+        adapters: by their references, in order.
+        files: of records, by what they are for.
+        placement: of the base.
+    """
     return {
-        "base model": _base_identity(inputs.base),
-        **adapters,
-        "order of the adapters": _digest(list(inputs.references)),
-        **data,
-        **settings,
-        **placed,
+        "base model": _base_identity(base),
+        **{f"adapter {reference}": digest(dict(adapter.sha256)) for reference, adapter in adapters.items()},
+        "order of the adapters": digest(list(adapters)),
+        **{
+            f"{part} {number}, {file.source.name}": digest([file.sha256, file.source.weight])
+            for part, those in files.items()
+            for number, file in enumerate(those, 1)
+        },
+        "--dtype": placement.dtype,
+        "--device": placement.device,
         **{f"version of {name}": version(name) for name in _VERSIONS},
     }
+
+
+def settings_identity(values: Mapping[str, object]) -> dict[str, str]:
+    """Settings by the options that set them."""
+    return {f"--{name.replace('_', '-')}": json.dumps(value) for name, value in values.items()}
 
 
 def _base_identity(base: BaseReference) -> str:
     """By its commit, or by the size and the time of its files: reading all weights would take as long as loading."""
     if base.commit is not None:
-        return _digest([base.id, base.commit])
+        return digest([base.id, base.commit])
     files = sorted(path for path in base.path.iterdir() if path.is_file())
-    return _digest([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])
+    return digest([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])
 
 
-def _digest(content: object) -> str:
+def digest(content: object) -> str:
+    """sha256 of a value as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

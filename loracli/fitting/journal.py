@@ -20,25 +20,47 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from loracli.errors import LoracatError, OutputExists, StateMismatch
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, WORK, Progress
 from loracli.system.files import remove_temporaries, write_atomically
 from loracli.system.strict_json import StrictJsonError, parse_json, read_object
 
 _IDENTITY_FILE = "identity.json"
-_FORM = "2"  # of keys and entries: raised whenever either changes, so that no state is read as what it is not
 _FORM_NAME = "form of the state"
 _MAX_IDENTITY_BYTES = 64 << 20
 _SECONDS = 15.0  # between two writes of a step that goes on
+
+
+@dataclass(frozen=True)
+class StateKind:
+    """Work whose state a folder keeps, as refusals call it.
+
+    Args:
+        work: its name.
+        form: of keys and entries: raised whenever either changes, so that no state is read as what it is not.
+        entries: the pattern of the files that keep what was done.
+        elsewhere: the way out where the place of the state is taken.
+        joining: names of the identity that either side may lack: of inputs that only some of the entries depend on.
+    """
+
+    work: str
+    form: str
+    entries: str
+    elsewhere: str
+    joining: frozenset[str] = frozenset()
+
+
+FIT = StateKind("fit", "2", "*.safetensors", "choose another name with -o")
 
 _Value = float | int | str | bool | list[float] | None
 
@@ -107,44 +129,65 @@ def state_folder(output: Path) -> Path:
 
 
 def open_state(
-    folder: Path, identity: Mapping[str, str], *, resume: bool, force: bool = False, progress: Progress = SILENT
+    folder: Path,
+    identity: Mapping[str, str],
+    *,
+    resume: bool,
+    force: bool = False,
+    kind: StateKind = FIT,
+    progress: Progress = SILENT,
 ) -> bool:
-    """Makes the folder, which is there and locked, ready for a fit of this identity; whether it holds the state of an
-    interrupted one.
+    """Makes the folder, which is there and locked, ready for work of this kind and identity; whether it holds the state
+    of an interrupted one.
 
-    Where an interrupted fit has done something, only `resume` and `force` go on: the one takes it up, the other drops
+    Where interrupted work has done something, only `resume` and `force` go on: the one takes it up, the other drops
     it, and says so. With both it is taken up.
 
     Raises:
-        OutputExists: if the folder is there and is no state of ours, or holds what an interrupted fit has done and
+        OutputExists: if the folder is there and is no state of ours, or holds what interrupted work has done and
             neither `resume` nor `force` is set.
         StateMismatch: with `resume`, naming every input that is not the one the state was written for, or the form of
             the state where another version wrote it.
     """
-    identity = {_FORM_NAME: _FORM, **identity}
+    identity = {_FORM_NAME: kind.form, **identity}
     path = folder / _IDENTITY_FILE
     there = path.is_file()
-    other = _difference(path, identity) if there else None
+    known = _known(path) if there else {}
+    other = _difference(known, identity, kind) if there else None
     if resume and there:
         if other is not None:
             raise StateMismatch(
                 f"the state in {folder} {other.what}",
                 hint=f"{other.way_back}, or start over: --force in place of --resume",
             )
+        if not known.keys() >= identity.keys():
+            _write_identity(path, {**known, **identity})
         progress.note(f"going on from {folder}")
         return True
     if resume:
-        progress.warn(f"there is no interrupted fit in {folder}: starting over")
-    elif there and any(folder.glob("*.safetensors")):
+        progress.warn(f"there is no interrupted {kind.work} in {folder}: starting over")
+    elif there and any(folder.glob(kind.entries)):
         if not force:
-            raise _in_the_way(folder, other)
-        progress.warn(f"the interrupted fit in {folder} is dropped: --resume would have gone on with it")
+            raise _in_the_way(folder, other, kind)
+        progress.warn(f"the interrupted {kind.work} in {folder} is dropped: --resume would have gone on with it")
     remove_temporaries(folder)
     if not there and any(folder.iterdir()):
-        raise OutputExists(f"{folder} is in the way of the fit's state", hint="move it, or choose another name with -o")
-    remove_state(folder)
-    write_atomically(path, (json.dumps(identity, indent=2) + "\n").encode())
+        raise OutputExists(f"{folder} is in the way of the {kind.work}'s state", hint=f"move it, or {kind.elsewhere}")
+    remove_state(folder, kind)
+    _write_identity(path, identity)
     return False
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """What the identity of a state says; nothing where it is damaged."""
+    try:
+        return read_object(path, _MAX_IDENTITY_BYTES)
+    except LoracatError:
+        return {}
+
+
+def _write_identity(path: Path, identity: Mapping[str, str]) -> None:
+    write_atomically(path, (json.dumps(identity, indent=2) + "\n").encode())
 
 
 @dataclass(frozen=True)
@@ -155,43 +198,45 @@ class _Difference:
     way_back: str
 
 
-def _difference(path: Path, identity: Mapping[str, str]) -> _Difference | None:
-    """What tells the fit that wrote this identity from the one that would go on; None if they are one."""
-    try:
-        known = read_object(path, _MAX_IDENTITY_BYTES)
-    except LoracatError:
-        known = {}
-    if known and known.get(_FORM_NAME) != _FORM:
+def _difference(known: Mapping[str, Any], identity: Mapping[str, str], kind: StateKind) -> _Difference | None:
+    """What tells the work that wrote the first identity from the one that would go on; None if they are one."""
+    if not known:
+        return _Difference(f"is damaged: its {_IDENTITY_FILE} cannot be read", f"restore {_IDENTITY_FILE}")
+    if known.get(_FORM_NAME) != kind.form:
         return _Difference(
             f"has the form {known.get(_FORM_NAME, '1')}, of another version of loracat, and this one goes on from the "
-            f"form {_FORM}",
-            "go on with the version that began the fit",
+            f"form {kind.form}",
+            f"go on with the version that began the {kind.work}",
         )
-    changed = sorted(name for name in {*known, *identity} if known.get(name) != identity.get(name))
+    names = (known.keys() | identity.keys()) - {
+        name for name in kind.joining if name not in known or name not in identity
+    }
+    changed = sorted(name for name in names if known.get(name) != identity.get(name))
     if not changed:
         return None
-    return _Difference(f"belongs to another fit; changed: {', '.join(changed)}", "restore what has changed")
+    return _Difference(f"belongs to another {kind.work}; changed: {', '.join(changed)}", "restore what has changed")
 
 
-def _in_the_way(folder: Path, other: _Difference | None) -> OutputExists:
-    """The refusal of a fit that would drop what an interrupted one has done, with the ways out that there are."""
+def _in_the_way(folder: Path, other: _Difference | None, kind: StateKind) -> OutputExists:
+    """The refusal of work that would drop what an interrupted one has done, with the ways out that there are."""
     if other is None:
         return OutputExists(
-            f"a fit of the same inputs was interrupted, and {folder} keeps what it has done",
+            f"a {kind.work} of the same inputs was interrupted, and {folder} keeps what it has done",
             hint="go on with it: --resume; or start over: --force",
         )
     return OutputExists(
-        f"{folder} keeps what an interrupted fit has done, and --resume would refuse it: the state {other.what}",
-        hint=f"{other.way_back} and go on with --resume, or start over with --force, or choose another name with -o",
+        f"{folder} keeps what an interrupted {kind.work} has done, and --resume would refuse it: the state "
+        f"{other.what}",
+        hint=f"{other.way_back} and go on with --resume, or start over with --force, or {kind.elsewhere}",
     )
 
 
-def remove_state(folder: Path) -> None:
-    """Removes the state of a fit that is over from its folder; files that are not ours stay."""
+def remove_state(folder: Path, kind: StateKind = FIT) -> None:
+    """Removes the state of work that is over from its folder; files that are not ours stay."""
     if not (folder / _IDENTITY_FILE).is_file():
         return
     remove_temporaries(folder)
-    for path in (*folder.glob("*.safetensors"), folder / _IDENTITY_FILE):
+    for path in (*folder.glob(kind.entries), folder / _IDENTITY_FILE):
         path.unlink(missing_ok=True)
 
 
@@ -202,47 +247,83 @@ _MAX_LINE = 1 << 16  # bytes of a log's line
 class Meter:
     """Counts what was spent: a token forward is 1, forward and backward 2.
 
+    The progress is told of the effort, in which a micro-batch has some tokens more: what it costs whatever its size.
+
     Args:
         progress: told of every micro-batch.
         log: takes one JSON object for each step, None for none.
-        tokens: of a pass over the training records, 0 if passes are not to be said.
         task: of the progress.
+        overhead: tokens that a micro-batch has more.
     """
 
-    def __init__(self, progress: Progress, log: StepLog | None = None, *, tokens: int = 0, task: str = TASK) -> None:
+    def __init__(self, progress: Progress, log: StepLog | None = None, *, task: str = TASK, overhead: int = 0) -> None:
         self.spent = 0
+        self.overhead = overhead
         self.validation: float | None = None  # nats per token, the last measured
-        self.within = ""  # which of several fits this is, said in the log and before the stage
+        self.within = ""  # which of several fits this is, said in the log and the status
         self._progress = progress
         self._task = task
         self._log = log
-        self._a_pass = 2 * tokens
+        self._stages: tuple[str, ...] = ()
+        self._left: Callable[[str, int], int] = lambda _, __: 0
+        self._place, self._effort, self._total = 0, 0, 0
         self._stage, self._fields = "", dict[str, str | float | None]()
         self._started = time.monotonic()
         self._tokens = 0
 
+    @contextmanager
+    def counted(self, stages: tuple[str, ...], left: Callable[[str, int], int], *, overhead: int = 0) -> Iterator[None]:
+        """A task of these stages, whose status says at which one it is.
+
+        Args:
+            stages: their names in order; some may be left out.
+            left: the effort that is left, at most, when a stage begins: its name, and what was spent by then.
+            overhead: tokens that a micro-batch has more.
+        """
+        self.overhead = overhead
+        self._stages, self._left, self._total = stages, left, left(stages[0], self.spent)
+        self._progress.begin(self._task, self._total, WORK)
+        try:
+            yield
+        finally:
+            self._progress.finish(self._task)
+
+    def enter(self, stage: str) -> None:
+        """A stage begins; what those before it have left undone is not to be done any more. Where no stages are
+        counted, nothing happens, nor in one of several fits, which is a stage itself."""
+        if not self._stages or self.within:
+            return
+        self._place = self._stages.index(stage) + 1
+        total = self._effort + self._left(stage, self.spent)
+        if total != self._total:
+            self._total = total
+            self._progress.expect(self._task, total)
+
     def stage(self, text: str, **fields: str | float | None) -> None:
         """Names what the following batches are for; `fields` go into the log of each step."""
-        self._stage, self._fields = text, fields
+        words = f"{self.within}, {text}" if self.within else text
+        self._stage, self._fields = f"{self._place}/{len(self._stages)} {words}" if self._stages else words, fields
         self._started, self._tokens = time.monotonic(), 0
+        self._progress.advance(self._task, 0, self._stage)
 
     def count(self, tokens: int, *, cost: int, nats: float | None = None) -> None:
         """Some tokens are done, each at this cost, and at `nats` per scored token if that is known."""
+        effort = cost * (tokens + self.overhead)
         self.spent += cost * tokens
+        self._effort += effort
         self._tokens += tokens
-        parts = [f"{self.within}, {self._stage}" if self.within else self._stage]
-        if self._a_pass:
-            parts.append(f"pass {self.spent / self._a_pass:.1f}")
+        parts = [self._stage]
         if nats is not None:
             parts.append(f"loss {nats:.3f}")
         if self.validation is not None:
             parts.append(f"validation {self.validation:.3f}")
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        self._progress.advance(self._task, cost * tokens, ", ".join([*parts, f"{rate:.0f} tok/s"]))
+        self._progress.advance(self._task, effort, ", ".join([*parts, f"{rate:.0f} tok/s"]))
 
     def restore(self, spent: int, logged: int) -> None:
         """Goes to where an interrupted fit was: what it had spent, and how many lines its log had."""
         self._progress.advance(self._task, spent - self.spent)
+        self._effort += spent - self.spent
         self.spent = spent
         if self._log is not None:
             self._log.lines = logged

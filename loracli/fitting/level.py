@@ -30,6 +30,7 @@ from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
 from loracli.recipe.record import LevelRecord, MixingKind, RecipeMixing, StageRecord, StartRecord, weights_digest
 from loracli.recipe.tensors import tensor_mixing
+from loracli.system.display import count_text
 
 
 @dataclass(frozen=True)
@@ -166,19 +167,19 @@ _RIDGE_PATH = (1e-2, 1e-3, 0.0)  # from strong to none
 _RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.02}  # at most; the others go by the number of steps
 # Thousands of numbers for one mixing weight fit a few records in a few passes, whatever the ridge: what holds trained
 # factors is a short schedule, of which the validation records choose how much.
-_FACTOR_PASSES = 4
-_FACTOR_STEPS = 32  # at least: where there are few records, passes are short
-_PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
+FACTOR_PASSES = 4
+FACTOR_STEPS = 32  # at least: where there are few records, passes are short
+PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
 
 
-def _ridge_path(task: Task, mixing: Mixing) -> tuple[float, ...]:
+def ridge_path(settings: FitSettings, kind: str, *, validated: bool) -> tuple[float, ...]:
     """Of each part of a descent. Without validation records nothing can say when to stop, so the ridge stays at its
     strongest."""
-    if mixing.kind == "factors":
-        return (task.settings.ridge or 0.0,) * _FACTOR_PASSES
-    if task.settings.ridge is not None:
-        return (task.settings.ridge,)
-    return _RIDGE_PATH if task.validated else _RIDGE_PATH[:1]
+    if kind == "factors":
+        return (settings.ridge or 0.0,) * FACTOR_PASSES
+    if settings.ridge is not None:
+        return (settings.ridge,)
+    return _RIDGE_PATH if validated else _RIDGE_PATH[:1]
 
 
 def rate_for(task: Task, mixing: Mixing, steps: int) -> float:
@@ -220,7 +221,7 @@ class _Steps:
 class _Level:
     def __init__(self, task: Task, mixing: Mixing, starts: Mapping[str, tuple[Tensor, ...]], budget: float) -> None:
         self._task, self._mixing, self._starts = task, mixing, starts
-        self._path = _ridge_path(task, mixing)
+        self._path = ridge_path(task.settings, mixing.kind, validated=task.validated)
         self._steps = [self._plan(fold_index, budget / len(task.folds)) for fold_index in range(len(task.folds))]
         self._best: Solution | None = None
         self._failure: NonFiniteLoss | None = None
@@ -232,11 +233,11 @@ class _Level:
         plan = plan_steps(fold.fitting, batch_tokens=settings.batch_tokens, seed=settings.seed)
         checks = 2 * len(self._starts) + len(self._path)
         tokens = (budget - checks * padded_tokens(fold.validation, settings.batch_tokens)) / 2  # forward and backward
-        probe = max(1, min(plan.steps_a_pass, plan.steps_within(_PROBE_SHARE * tokens)))
+        probe = max(1, min(plan.steps_a_pass, plan.steps_within(PROBE_SHARE * tokens)))
         rest = plan.steps_within(tokens - len(self._starts) * plan.tokens_of(range(probe)), first=probe)
         if self._mixing.kind == "factors":
-            most = max(_FACTOR_PASSES * plan.steps_a_pass, _FACTOR_STEPS)
-            fewest = _FACTOR_STEPS if settings.passes is None else 0
+            most = max(FACTOR_PASSES * plan.steps_a_pass, FACTOR_STEPS)
+            fewest = FACTOR_STEPS if settings.passes is None else 0
             probe = min(probe, most)
             rest = min(max(rest, fewest - probe), most - probe)
         return _Steps(plan, probe, max(rest, len(self._path)))
@@ -333,8 +334,8 @@ class _Level:
     def _stage(self, name: str, what: str, ridge: float | None) -> str:
         """Tells of what follows; the key of it."""
         kind = self._mixing.kind
-        text = f"{kind} from {name}" + ("" if ridge is None or len(self._path) == 1 else f", ridge {ridge:g}")
-        self._task.engine.meter.stage(text, rung=kind, start=name, stage=what, ridge=ridge)
+        words = f"fitting {count_text(self._mixing.numbers, 'weight')}"
+        self._task.engine.meter.stage(words, rung=kind, start=name, stage=what, ridge=ridge)
         return f"{kind} from {name}, {what}" + ("" if ridge is None else f", ridge {ridge:g}")
 
 

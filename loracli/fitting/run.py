@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from loracli._version import __version__
-from loracli.calibration.dataset import Batch, Examples
+from loracli.calibration.dataset import Examples, plan_batches
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
 from loracli.errors import CalibrationError, NonFiniteLoss, UsageError
@@ -20,22 +20,23 @@ from loracli.fitting.activations import chosen_records, fit_activations
 from loracli.fitting.certificate import can_certify, certificate_tokens, certified
 from loracli.fitting.criterion import LEAST_ANSWERS, Fold, divided, loss_criterion, metric_criterion
 from loracli.fitting.descent import plan_steps
-from loracli.fitting.engine import Engine
+from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
-from loracli.fitting.journal import TASK, Journal, Meter, StepLog
+from loracli.fitting.journal import Journal, Meter, StepLog
 from loracli.fitting.level import Solution, Task, recipe_mixing, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.reach import Reach, find_reach
 from loracli.fitting.search import LADDERS, fit_as_published, search
 from loracli.fitting.settings import AUTO, FitSettings
+from loracli.fitting.work import CERTIFICATE, REACH, Cost, Work, cost_of
 from loracli.hub.fetch import Fetched
 from loracli.model.base import BaseModel
 from loracli.model.loss import Scores
 from loracli.model.modules import base_modules
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session, settle_memory
-from loracli.progress import SILENT, WORK, Bar, Progress, drawn, duration_text, takes_bar
+from loracli.progress import SILENT, Bar, Progress, drawn, duration_text, takes_bar
 from loracli.recipe.ingredients import identity_of
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import (
@@ -47,7 +48,10 @@ from loracli.recipe.record import (
     RecipeBase,
     RecipeData,
 )
+from loracli.system.display import count_text
 from loracli.system.document import dtype_name
+
+_SCORING, _ACTIVATIONS = "scoring", "activations"  # stages after the search
 
 
 @takes_bar
@@ -156,18 +160,16 @@ def _run(
     session.say_likelier_orders(inputs.adapters, training)
     canonical = settings.mixing not in INLINE_KINDS
     with session.attached(inputs.adapters, inputs.layout.modules, held_out, canonical=canonical) as objective:
-        meter = Meter(progress, log, tokens=tokens_of(training))
+        meter = Meter(progress, log)
         engine = Engine(objective, meter, processes=processes, journal=journal, progress=progress)
-        reach = find_reach(engine, session, training)
-        work = _work(inputs, examples, len(folds), session.batches(held_out))
-        for part in parts:
-            passes = settings.budget(len(divide_training(inputs, part.fitting)), len(part.fitting))
-            work += round(2 * passes * tokens_of(part.fitting))
-        announce(engine, inputs, session, examples, folds, work)
-        progress.begin(TASK, work, WORK)
-        try:
+        work = fit_work(inputs, examples, folds)
+        pace = measured_pace(engine, inputs, session, examples, folds)
+        announce(engine, inputs, session, examples, work, pace)
+        with meter.counted(work.stages, work.effort_left(pace), overhead=pace.overhead):
+            reach = reached(engine, session, training)
             found, certificate = _solve(engine, inputs, session, folds, training)
             passes = engine.meter.spent / (2 * tokens_of(training))
+            meter.enter(_SCORING)
             training_loss = _training_loss(engine, session, found, training)
             scores = _static_scores(engine, session, inputs, held_out)
             if parts:
@@ -175,11 +177,10 @@ def _run(
             else:
                 batches = session.batches(held_out)
                 scores[FIT] = engine.score(found.mixing, found.theta, batches, held_out, key="held out, the fit")
+            meter.enter(_ACTIVATIONS)
             activations = fit_activations(
                 engine, inputs.adapters, found.mixing, found.theta, training, seed=settings.seed, progress=progress
             )
-        finally:
-            progress.finish(TASK)
     table = held_out_table(
         scores,
         inputs.references,
@@ -244,42 +245,62 @@ def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fol
     return folds
 
 
-def _work(inputs: FitInputs, examples: Examples, folds: int, held_batches: Sequence[Batch]) -> int:
-    """Tokens forward plus tokens backward of the whole fit, for the bar and the estimate."""
-    tokens = tokens_of(examples.training)
-    methods = len(static_points(inputs.references)) + 1
-    once = tokens + tokens_of(chosen_records(examples.training, seed=inputs.settings.seed))
-    return (
-        round(2 * inputs.settings.budget(folds, len(examples.training)) * tokens)
-        + once
-        + methods * sum(batch.tokens for batch in held_batches)
-    )
+def fit_work(inputs: FitInputs, examples: Examples, folds: Sequence[Fold]) -> Work:
+    """What a whole fit does, stage by stage."""
+    training, settings = examples.training, inputs.settings
+    scored = cost_of(plan_batches(training, batch_tokens=settings.batch_tokens))
+    held_out = cost_of(plan_batches(examples.held_out, batch_tokens=settings.batch_tokens))
+    activations = cost_of(plan_batches(chosen_records(training, seed=settings.seed), batch_tokens=1))
+    certifies = not settings.paper and settings.mixing in (*INLINE_KINDS, AUTO)
+
+    def searched(of: Sequence[Example], after: Mapping[str, Cost]) -> Work:
+        divided = folds if of is training else divide_training(inputs, of)
+        return Work(divided, of, settings, inputs.references, after, certifies)
+
+    after = {_SCORING: scored + held_out * (len(static_points(inputs.references)) + 1)}
+    after |= {
+        _part(number): searched(part.fitting, {}).left(REACH) for number, part in enumerate(_parts(inputs, training), 1)
+    }
+    return searched(training, {**after, _ACTIVATIONS: activations})
 
 
-def announce(
-    engine: Engine, inputs: FitInputs, session: Session, examples: Examples, folds: Sequence[Fold], work: int
-) -> None:
-    """Says what will be done and, from one timed batch, about how long it takes."""
+def measured_pace(
+    engine: Engine, inputs: FitInputs, session: Session, examples: Examples, folds: Sequence[Fold]
+) -> Pace:
+    """How fast the attached model takes the steps of a fit, and its largest micro-batch."""
+    settings, module = inputs.settings, make_diagonal(inputs.layout, "module")
+    steps = plan_steps(folds[0].fitting, batch_tokens=settings.batch_tokens, seed=settings.seed).batches
+    every = (*session.batches(examples.training), *session.batches(examples.held_out))
+    largest = max(every, key=lambda batch: batch.tokens)
+    return engine.pace(module, module.constant([0.0] * inputs.layout.adapters), steps, largest)
+
+
+def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Examples, work: Work, pace: Pace) -> None:
+    """Says what will be done and about how long it takes."""
+    folds = work.folds
     settings, layout, base, progress = inputs.settings, inputs.layout, session.base, session.progress
-    batches = plan_steps(folds[0].fitting, batch_tokens=settings.batch_tokens, seed=settings.seed).batches
-    batch = batches[len(batches) // 2]
-    module = make_diagonal(layout, "module")
-    rate = 2 * batch.tokens / engine.seconds(module, module.constant([0.0] * layout.adapters), batch)
-    what = "climbing from adapter to factors" if settings.mixing == AUTO else f"{inputs.numbers} numbers"
+    numbers = "climbing from adapter to factors" if inputs.numbers is None else count_text(inputs.numbers, "weight")
     progress.note(
         f"base {base.reference.id} in {dtype_name(base.dtype)} on {engine.objective.attached.device}; "
-        f"mixing {settings.mixing}, {what} over {len(layout.modules)} modules"
+        f"mixing {settings.mixing}, {numbers} over {len(layout.modules)} modules"
     )
     choosing = f", {len(folds)} folds" if len(folds) > 1 else f", {len(folds[0].validation)} of them to choose with"
     most = settings.budget(len(folds), len(examples.training))
     passes = "one pass" if settings.paper else f"up to {most:g} passes"
-    about = duration_text(work / rate) + ("" if settings.metric is None else "; the answers that choose come on top")
-    crossed = "each held out once" if inputs.data.parts else ""
-    held = crossed or f"{len(examples.held_out)} held out"
+    about = duration_text(work.left(REACH).seconds(pace))
+    about += "" if settings.metric is None else "; the answers that choose come on top"
+    held = "each held out once" if inputs.data.parts else f"{len(examples.held_out)} held out"
     progress.note(
         f"{len(examples.training)} training records{choosing if folds[0].validation else ''}, "
-        f"{held}; {passes} at {rate / 2:.0f} tok/s: about {about}"
+        f"{held}; {passes} over the records: about {about}"
     )
+
+
+def reached(engine: Engine, session: Session, training: Sequence[Example]) -> Reach:
+    """As `find_reach`, the first stage of a fit."""
+    engine.meter.enter(REACH)
+    engine.meter.stage("finding the modules that the records reach")
+    return find_reach(engine, session, training)
 
 
 def find_mixing(
@@ -296,6 +317,7 @@ def find_mixing(
     """
     settings, attached = inputs.settings, engine.objective.attached
     if settings.paper:
+        engine.meter.enter("module")
         return fit_as_published(engine, make_diagonal(inputs.layout, "module", softmax=True), training, settings)
     reserved = 0  # which level `auto` ends on is not known, and so is what it leaves of the budget
     if settings.mixing != AUTO:
@@ -314,6 +336,7 @@ def _solve(
     mixing = found.mixing
     if not isinstance(mixing, DiagonalMixing) or not can_certify(mixing) or found.stopped:
         return found, None
+    engine.meter.enter(CERTIFICATE)
     left = settings.budget(len(folds), len(training)) * 2 * tokens_of(training) - (engine.meter.spent - before)
     theta, certificate = certified(
         engine, mixing, found.theta, found.anchor, found.ridge or 0.0, training, settings, left
@@ -353,7 +376,7 @@ def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], tokenizer:
 
 def _training_loss(engine: Engine, session: Session, found: Solution, training: Sequence[Example]) -> float | None:
     """None where the search stopped at records whose loss is not finite."""
-    engine.meter.stage("training loss")
+    engine.meter.stage("scoring the training records")
     try:
         return engine.score(
             found.mixing, found.theta, session.batches(training), training, key="training loss"
@@ -372,7 +395,7 @@ def _static_scores(
     Raises:
         NonFiniteLoss: if it is every adapter alone.
     """
-    engine.meter.stage("held out")
+    engine.meter.stage("scoring the held-out records")
     batches = session.batches(examples)
     adapters: Mixing = make_diagonal(inputs.layout, "adapter")
     scores: dict[str, Scores] = {}
@@ -386,6 +409,11 @@ def _static_scores(
             if name == inputs.references[-1] and not any(reference in scores for reference in inputs.references):
                 raise
     return scores
+
+
+def _part(number: int) -> str:
+    """The stage of one of the fits of cross-fitting."""
+    return f"part {number}"
 
 
 def _cross_fitted(
@@ -405,9 +433,10 @@ def _cross_fitted(
     nats, tokens = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(2))
     place_of = {example.place: index for index, example in enumerate(examples)}
     for number, part in enumerate(parts, 1):
-        with engine.within(f"part {number}"):
+        engine.meter.enter(_part(number))
+        with engine.within(_part(number)):
             found, _ = _solve(engine, inputs, session, divide_training(inputs, part.fitting), part.fitting)
-            engine.meter.stage(f"held out, part {number} of {len(parts)}")
+            engine.meter.stage("scoring the records that it has not seen")
             batches = session.batches(part.validation)
             scores = engine.score(found.mixing, found.theta, batches, part.validation, key="held out, the fit")
         rows = [place_of[example.place] for example in part.validation]

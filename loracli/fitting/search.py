@@ -28,14 +28,14 @@ is seeded, and adapter dropout is off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from loracli.calibration.dataset import make_batch, plan_batches, shuffled
+from loracli.calibration.dataset import Batch, make_batch, plan_batches, shuffled
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.statistics import static_points
@@ -56,12 +56,14 @@ from loracli.fitting.mixing import DiagonalMixing, Mixing
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.model.loss import Scores
 from loracli.recipe.record import LevelRecord, MixingKind, StageRecord, StartRecord
+from loracli.system.display import count_text
 
-_EVALUATIONS = 4  # of BFGS where the level is only a start for the next
+EVALUATIONS = 4  # of BFGS where the level is only a start for the next
 _SUBSET_RECORDS = 256
-_SCREEN_SHARE = 0.1  # of the budget, where the level is the one asked for
+SCREEN_SHARE = 0.1  # of the budget, where the level is the one asked for
 _SCREENED = "screened"
 _SUM = "sum"
+START, AGAIN = "finding a start", "fitting on all records"  # what is told of these stages
 
 
 def _solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) -> Solution:
@@ -77,10 +79,8 @@ def _solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) -
     """
     share, before_screen = budget / len(task.folds), task.spent
     points = len(static_points(task.references))
-    screens = [
-        _subset(fold.fitting, share * _SCREEN_SHARE / points if alone else share / (points + 2 * _EVALUATIONS), task)
-        for fold in task.folds
-    ]
+    wanted = share * SCREEN_SHARE / points if alone else share / (points + 2 * EVALUATIONS)
+    screens = [subset(fold.fitting, wanted, task.settings) for fold in task.folds]
     bests = [_screen(task, mixing, screen, f"adapter, screen, fold {fold}") for fold, screen in enumerate(screens)]
     left = share - (task.spent - before_screen) / len(task.folds)
     starts = {_SCREENED: [mixing.constant(static_points(task.references)[name]) for name in bests]}
@@ -91,7 +91,8 @@ def _solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) -
     ends: dict[str, tuple[list[Minimum], Scores | None]] = {}
     for name, thetas in starts.items():
         key = f"adapter from {name}"
-        task.engine.meter.stage(key, rung="adapter", start=name)
+        words = f"fitting {count_text(mixing.numbers, 'weight')}" if alone else START
+        task.engine.meter.stage(words, rung="adapter", start=name)
         before = None
         try:
             before = nats_per_token(task.check(mixing, thetas, f"{key}, before"))
@@ -99,7 +100,7 @@ def _solve_adapters(task: Task, mixing: Mixing, budget: float, *, alone: bool) -
             for number, (fold, screen, theta) in enumerate(zip(task.folds, screens, thetas, strict=True)):
                 examples = fold.fitting if alone else screen
                 most = _affordable(task, left / len(starts), fold.validation, examples)
-                allowed = most if alone else _EVALUATIONS
+                allowed = most if alone else EVALUATIONS
                 minima.append(_minimise(task, mixing, theta, examples, allowed, f"{key}, fold {number}"))
             after = task.check(mixing, [minimum.theta for minimum in minima], f"{key}, after")
         except NonFiniteLoss as error:
@@ -145,10 +146,10 @@ def _affordable(task: Task, budget: float, validation: Sequence[Example], exampl
     return max(1, int((budget - 2 * checked) / (2 * evaluated)))
 
 
-def _subset(examples: Sequence[Example], wanted: float, task: Task) -> list[Example]:
+def subset(examples: Sequence[Example], wanted: float, settings: FitSettings) -> list[Example]:
     """Records of about so many tokens, in an order that depends on the seed; at least one."""
     chosen: list[Example] = []
-    for example in shuffled(examples, seed=task.settings.seed)[:_SUBSET_RECORDS]:
+    for example in shuffled(examples, seed=settings.seed)[:_SUBSET_RECORDS]:
         if chosen and tokens_of(chosen) + len(example.input_ids) > wanted:
             break
         chosen.append(example)
@@ -161,7 +162,7 @@ def _screen(task: Task, mixing: Mixing, examples: Sequence[Example], key: str) -
     Raises:
         NonFiniteLoss: if none is finite.
     """
-    task.engine.meter.stage("screen", rung="adapter", start="")
+    task.engine.meter.stage(START, rung="adapter", start="")
     batches = plan_batches(examples, batch_tokens=task.settings.batch_tokens)
     losses: dict[str, float] = {}
     failure: NonFiniteLoss | None = None
@@ -178,7 +179,7 @@ def _screen(task: Task, mixing: Mixing, examples: Sequence[Example], key: str) -
 
 
 # Levels with the share of the search's budget that each may take.
-LADDERS: dict[str, dict[MixingKind, float]] = {
+LADDERS: dict[str, Mapping[MixingKind, float]] = {
     "adapter": {"adapter": 1.0},
     "layer": {"adapter": 0.2, "layer": 0.8},
     "module": {"adapter": 0.2, "module": 0.8},
@@ -212,6 +213,7 @@ def search(
     found = replace(winner, thetas=(winner.theta,), anchors=(winner.anchor,), rungs=levels, stages=stages)
     if winner.stopped or not refitting:
         return found
+    task.engine.meter.enter("refit")
     try:
         again = refit(task, solved, training, min(REFIT_SHARE * whole, whole - task.spent))
     except NonFiniteLoss as error:
@@ -230,6 +232,7 @@ def _climb(
     records: list[LevelRecord] = []
     stages: list[StageRecord] = []
     for kind in LADDERS[asked]:
+        task.engine.meter.enter(kind)
         best = solutions[-1] if solutions else None
         solved = solve_next(task, make_mixing(kind), best, budget - task.spent)
         compared = _compare(best, solved)
@@ -246,9 +249,8 @@ def _climb(
     return solutions, tuple(replace(record, won=record.kind == winner) for record in records), tuple(stages)
 
 
-def _share(asked: str, kind: MixingKind) -> float:
-    """The share of what is left that a level may take."""
-    shares = LADDERS[asked]
+def share_of(shares: Mapping[MixingKind, float], kind: MixingKind) -> float:
+    """The share of what is left that a level may take, of a ladder."""
     kinds = list(shares)
     return shares[kind] / sum(shares[other] for other in kinds[kinds.index(kind) :])
 
@@ -265,7 +267,7 @@ def solve_next(task: Task, mixing: Mixing, below: Solution | None, left: float) 
         NonFiniteLoss: if no start is finite.
     """
     asked, kind = task.settings.mixing, mixing.kind
-    budget = left * _share(asked, kind)
+    budget = left * share_of(LADDERS[asked], kind)
     if below is None:
         return _solve_adapters(task, mixing, budget, alone=kind == asked)
     starts: dict[str, list[Tensor]] = {below.mixing.kind: [mixing.lift(below.mixing, theta) for theta in below.thetas]}
@@ -362,7 +364,7 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
         rate = _REFIT_RATE * rate_for(task, last.mixing, steps)
     adam = AdamW(start, steps=whole, rate=rate, warm_up=max(1, round(WARM_UP * whole)))
     kind = last.mixing.kind
-    task.engine.meter.stage(f"{kind} on all records", rung=kind, start="", stage="refit", ridge=last.ridge)
+    task.engine.meter.stage(AGAIN, rung=kind, start="", stage="refit", ridge=last.ridge)
     anchor = start if kind == "factors" else last.anchor
     descent = Descent(task.engine, last.mixing, training, plan.step, adam, anchor)
     ran = descent.run(steps, last.ridge or 0.0, key=f"{kind} on all records")
@@ -376,7 +378,7 @@ def _minimise_again(task: Task, last: Solution, training: Sequence[Example], bud
     evaluations = int(budget / (GRADIENT_COST * padded_tokens(training, task.settings.batch_tokens)))
     if evaluations < 2:  # the first one is of what there is
         return None
-    task.engine.meter.stage("adapter on all records", rung="adapter", start="", stage="refit", ridge=0.0)
+    task.engine.meter.stage(AGAIN, rung="adapter", start="", stage="refit", ridge=0.0)
     minimum = _minimise(task, last.mixing, last.theta, training, evaluations, "adapter on all records")
     losses = tuple(float(f"{value:.6g}") for value in minimum.values)
     stage = StageRecord("adapter", last.chosen, "refit", 0.0, minimum.evaluations, None, losses)
@@ -394,20 +396,27 @@ def _with_prompts(example: Example) -> Example:
     return replace(example, scored=(False, *(True for _ in example.input_ids[1:])))
 
 
+def published_batches(examples: Sequence[Example], settings: FitSettings) -> list[Batch]:
+    """Those of the one epoch."""
+    order = shuffled(range(len(examples)), seed=settings.seed)
+    return [make_batch(examples, order[i : i + _PUBLISHED_BATCH]) for i in range(0, len(order), _PUBLISHED_BATCH)]
+
+
 def fit_as_published(
     engine: Engine, mixing: DiagonalMixing, training: Sequence[Example], settings: FitSettings
 ) -> Solution:
     """One epoch; theta are the logits."""
     examples = [_with_prompts(example) for example in training]
-    order = shuffled(range(len(examples)), seed=settings.seed)
-    batches = [make_batch(examples, order[i : i + _PUBLISHED_BATCH]) for i in range(0, len(order), _PUBLISHED_BATCH)]
+    batches = published_batches(examples, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     logits = torch.randn(mixing.present.numel(), generator=generator, dtype=mixing.dtype)  # (G * N,)
     start = logits[mixing.present]
     rate = settings.learning_rate or _PUBLISHED_RATE
     adam = AdamW(start, steps=len(batches), rate=rate, warm_up=_PUBLISHED_WARM_UP, betas=_PUBLISHED_BETAS)
     steps = [Step((batch,), 1.0 / batch.scored_tokens) for batch in batches]
-    engine.meter.stage("published recipe", rung=mixing.kind, start="random", stage="descent", ridge=None)
+    engine.meter.stage(
+        f"fitting {count_text(mixing.numbers, 'weight')}", rung=mixing.kind, start="random", stage="descent", ridge=None
+    )
     descent = Descent(engine, mixing, examples, lambda number: steps[number], adam, start)
     stopped, stages = None, tuple[StageRecord, ...]()
     try:

@@ -138,10 +138,11 @@ def _read_ingredients(
         _refuse_biases(ingredients)
         return ingredients, loaded, None, recorded_policy(loaded)
     found = None if method is None else find_method(method)
-    if found is not None and (found.search is not None or found.cuts):
-        data = " --fit-data FILE" if found.search else ""
+    if found is not None and (found.needs_records or found.cuts):
+        data = " --fit-data FILE" if found.search else " --fit-data FILE@ADAPTER ..." if found.regress else ""
+        cuts = "cuts its result, and only an export says how far"
         raise UsageError(
-            f"{method} {'has to be fitted' if found.search else 'cuts its result, and only an export says how far'}",
+            f"{method} {'has to be fitted' if found.search else 'goes by records' if found.regress else cuts}",
             hint=f"loracat export --method {method}{data}, then fuse the directory that it writes",
         )
     read, given = read_to_compose(adapters, recipe, base_given=request.base is not None, progress=progress)

@@ -29,6 +29,7 @@ from loracli.evaluation.scorer import told_answer
 from loracli.evaluation.statistics import FIT
 from loracli.fitting.inputs import say_tokenizer_differences
 from loracli.fitting.mixing import make_layout
+from loracli.fitting.reach import IGNORED, named, warn_untried, weights_read
 from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import Reference
 from loracli.model.attach import AttachedModel, attach, check_saved, modules_replaced
@@ -239,12 +240,13 @@ def _read(request: GenerateRequest, progress: Progress) -> _Asked:
         read = tuple(a.loaded() for a in read_ingredients(recipe, relocated=request.adapters, progress=progress))
         names = tuple(recipe.labels().values())
     check_language_models(read, "this command")
-    named = request.base or (None if recipe is None else recipe.base.claim)
-    check_composable(read, base_given=named is not None)
-    base = find_base(read, named, revision=request.base_revision, progress=progress)
+    claim = request.base or (None if recipe is None else recipe.base.claim)
+    check_composable(read, base_given=claim is not None)
+    base = find_base(read, claim, revision=request.base_revision, progress=progress)
     read = on_base(read, base)
-    check_composable(read, base_given=named is not None, base_known=True)
+    check_composable(read, base_given=claim is not None, base_known=True)
     layout = make_layout(read)
+    _warn_of_bypassed(layout.modules, base, progress)
     answerers = [_Answerer(_BASE, weighted(layout, [0.0] * len(read)))]
     for place, adapter in enumerate(read):
         alone = weighted(layout, [float(place == other) for other in range(len(read))])
@@ -255,6 +257,16 @@ def _read(request: GenerateRequest, progress: Progress) -> _Asked:
         answerers.append(_Answerer(FIT, of_recipe(recipe.mixing, read, layout), saved))
     plain = recipe is not None and not any(data.template_sha256 for data in recipe.data)
     return _Asked(tuple(answerers[-1:] if request.composition_alone else answerers), read, names, base, plain)
+
+
+def _warn_of_bypassed(modules: Sequence[str], base: BaseReference, progress: Progress) -> None:
+    seen = weights_read(base)
+    warn_untried(seen, base.id, IGNORED, progress)
+    if bypassed := [name for name in modules if name in seen.bypassed]:
+        progress.warn(
+            f"{base.id} reads the weight of {named(bypassed)} without calling the layer: their updates act neither "
+            "here nor in PEFT"
+        )
 
 
 class _Talk:

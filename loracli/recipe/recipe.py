@@ -348,7 +348,7 @@ def read_document(path: Path) -> Any:
     try:
         return parse_json(data)
     except StrictJsonError as error:
-        raise RecipeError(f"the recipe {path} is {error}") from None
+        raise RecipeError(f"the recipe {path} cannot be read: {error}") from None
 
 
 def decode_recipe(fields: Any, name: str, folder: Path) -> Recipe:

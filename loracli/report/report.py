@@ -11,26 +11,27 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.names import leaf
 from loracli.algebra.basis import Interference, interference
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, InputError, OutputExists, UsageError
-from loracli.evaluation.comparison import Comparison, best_first, verdict
+from loracli.evaluation.comparison import (
+    DIFFERENCE,
+    GUARDED,
+    Comparison,
+    ComparisonRow,
+    best_first,
+    flattered,
+    guard_cells,
+    guard_title,
+    remarks,
+    verdict,
+)
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.recipe import Recipe, check_recipe_there, load_recipe
-from loracli.recipe.record import EDITED, INLINE_KINDS, HeldOut
-from loracli.report.charts import (
-    Line,
-    folded,
-    heat_map,
-    intervals_chart,
-    loss_curve,
-    page,
-    ridge_path,
-    section,
-    table,
-    tag,
-    text,
-)
+from loracli.recipe.record import EDITED, INLINE_KINDS, HeldOut, HeldOutRow, HeldOutTask
+from loracli.report.charts import NATS, Line, heat_map, intervals_chart, loss_curve, ridge_path
+from loracli.report.commands import Files, Step, made_by, what_next
 from loracli.report.grid import numbers
-from loracli.report.tables import caption, claims, comparison_table, held_out_table
+from loracli.report.page import command, folded, opened, page, paragraph, section, table, tag, text
+from loracli.report.tables import claims, comparison_table, held_out_table
 from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.document import decode
 from loracli.system.files import read_regular, same_file, write_atomically
@@ -38,66 +39,82 @@ from loracli.system.strict_json import StrictJsonError, parse_json
 
 
 def _headline(recipe: Recipe) -> str:
-    """The adapters, and the verdict in a sentence; of a recipe as it may be published."""
+    """The verdict in a sentence, and of what it is; of a recipe as it may be published."""
     names = " + ".join(adapter.reference for adapter in recipe.adapters)
     measured = recipe.held_out_of_weights
-    kind = {"better": "better", "not better": "worse"}.get(measured.verdict, "") if measured else ""
-    said = verdict(measured) if measured else f"{EDITED}: what the fit measured is not theirs and left out"
+    worse = measured is not None and measured.verdict == "not better" and measured.row("fit").interval[0] > 0
+    kind = "better" if measured is not None and measured.verdict == "better" else "worse" if worse else ""
+    said = verdict(measured) if measured else f"No verdict: {EDITED}; what the fit measured is not theirs and left out"
+    stopped = "" if recipe.fit.stopped is None else paragraph(f"STOPPED EARLY: {recipe.fit.stopped}")
     return (
-        tag("h1", text(names))
-        + tag("p", text(said[:1].upper() + said[1:] + "."), class_=f"verdict {kind}".strip())
-        + tag("p", text(f"One LoRA adapter for {recipe.base.id}, mixed by {recipe.mixing.kind}."), class_="soft")
+        tag("h1", text(said[:1].upper() + said[1:] + "."), class_=f"verdict {kind}".strip())
+        + stopped
+        + paragraph(f"{names}: one LoRA adapter for {recipe.base.id}, mixed by {recipe.mixing.kind}.", soft=True)
     )
 
 
-def _held_out(table_of: HeldOut) -> str:
+def _held_out(found: HeldOut) -> str:
     """The recipe's own table, drawn and in numbers."""
-    lines = [Line(row.name, row.difference, row.interval, row.name != "base") for row in best_first(table_of.rows)]
+    best = found.best_ingredient
+    rows = best_first(found.rows)
+    lines = [Line(row.name, row.difference, row.interval, row.name != "base", row.name == best) for row in rows]
     return section(
         "On held-out records",
-        caption(
-            f"{table_of.records} records of {table_of.name}, {table_of.scored_tokens} scored tokens; difference in "
-            f"nats per token to the best single adapter, {table_of.best_ingredient}, with its paired 95 % interval. "
-            "Left of zero is better."
-        ),
-        caption(f"Cross-fitted: {table_of.how}.") if table_of.how else "",
-        intervals_chart(lines, "differences on held-out records"),
-        held_out_table(table_of),
-        _tasks(table_of),
+        _said_of(found.name, found.records, found.scored_tokens, best),
+        paragraph(f"Cross-fitted: {found.how}.", soft=True) if found.how else "",
+        intervals_chart(lines, best),
+        held_out_table(found),
+        _tasks(rows, found.tasks),
     )
 
 
-def _tasks(table_of: HeldOut) -> str:
-    if len(table_of.tasks) < 2:
+def _said_of(data: str, records: int, tokens: int, best: str) -> str:
+    return paragraph(
+        f"{records} records of {data}, {tokens} scored tokens. The lowest loss comes first. {DIFFERENCE.capitalize()}, "
+        f"{best}, in {NATS}, with its paired 95 % interval; below zero is better. Worse on: the share of the "
+        "records on which it costs more.",
+        soft=True,
+    )
+
+
+def _tasks(rows: Sequence[HeldOutRow | ComparisonRow], tasks: Sequence[HeldOutTask]) -> str:
+    if len(tasks) < 2:
         return ""
-    names = [row.name for row in table_of.rows]
-    rows = [[t.task, str(t.records), *(f"{t.nats_per_token[n]:.4f}" for n in names)] for t in table_of.tasks]
-    return folded("by task", table(["task", "records", *names], rows))
+    names = [row.name for row in rows]
+    cells = [[t.task, str(t.records), *(f"{t.nats_per_token[n]:.4f}" for n in names)] for t in tasks]
+    return folded(f"{NATS} by task", table(f"{NATS} by task", ["task", "records", *names], cells))
 
 
 def _compared(found: Comparison) -> str:
-    """A comparison, drawn and in numbers."""
-    rows = best_first(found.rows)
-    lines = [Line(row.name, row.difference, row.interval, row.name not in ("base", "random")) for row in rows]
-    repeated = f" {found.repeated_records} of the records were calibrated on." if found.repeated_records else ""
+    """A comparison, drawn and in numbers, in the words of `loracat compare`."""
+    rows, best = best_first(found.rows), found.best_ingredient
+    wild = ("base", "random")
+    lines = [Line(row.name, row.difference, row.interval, row.name not in wild, row.name == best) for row in rows]
     return section(
         "Every way to compose",
         *claims(found),
-        caption(
-            f"{found.records} records of {found.data}, {found.scored_tokens} scored tokens; difference to the best "
-            f"single adapter, {found.best_ingredient}. Smallest difference that so many records can show: "
-            f"{found.detectable:.2g} nats per token, 4 times in 5.{repeated}"
-        ),
-        intervals_chart(lines, "differences of every way to compose"),
+        *([paragraph(flattered(found))] if flattered(found) else []),
+        _said_of(found.data, found.records, found.scored_tokens, best),
+        intervals_chart(lines, best),
         comparison_table(found),
-        _notes(found),
+        tag("ul", *(tag("li", text(remark)) for remark in remarks(found)), class_="soft"),
+        _guarded(found, rows),
+        _tasks(rows, found.tasks),
     )
 
 
-def _notes(found: Comparison) -> str:
-    lines = [f"{row.name}: {row.note}" for row in found.rows if row.note]
-    lines += [f"{skipped.name} was left out: {skipped.reason}" for skipped in found.skipped]
-    return folded("notes", *(tag("p", text(line)) for line in lines)) if lines else ""
+def _guarded(found: Comparison, rows: Sequence[ComparisonRow]) -> str:
+    """What must not get worse, with the difference and its interval first."""
+    if found.guard is None:
+        return ""
+    nats, *rest = GUARDED
+    cells = []
+    for row in rows:
+        if row.guard is not None and row.kind != "base":
+            loss, *others = guard_cells(row.guard)
+            cells.append([row.name, *others, loss])
+    title = guard_title(found)
+    return tag("h3", text(title[:1].upper() + title[1:])) + table(title, ["adapter or method", *rest, nats], cells)
 
 
 def _weights(recipe: Recipe) -> str:
@@ -106,41 +123,39 @@ def _weights(recipe: Recipe) -> str:
         f" The mixing is {recipe.mixing.kind}, {recipe.mixing.numbers} numbers; shown are the weights whose weighted "
         "sum comes closest to it."
     )  # fmt: skip
+    errors = "" if recipe.certificate_of_weights is None else ", ± their standard errors where these are known"
     return section(
         "Mixing weights",
-        caption(
-            f"By layer and module; uniform, {1 / len(recipe.adapters):.3g}, has no colour. Each cell tells its number "
-            f"when it is pointed at.{summary}"
+        paragraph(
+            f"How much of each adapter a module takes, by layer, the first layer on top; uniform, "
+            f"{1 / len(recipe.adapters):.3g}, has no colour. Pointed at, a cell names its module.{summary}",
+            soft=True,
         ),
         heat_map(recipe),
-        folded("the weights as numbers", table(*numbers(recipe))),
+        opened(f"the weights as numbers, by layer{errors}", table("the weights as numbers", *numbers(recipe))),
     )
 
 
 def _search(recipe: Recipe) -> str:
     """How the weights were found: the curve, the path of ridges, the kinds of mixing."""
     fit = recipe.fit
-    parts = [tag("p", text(f"{rung.kind}: {rung.why}.")) for rung in fit.rungs]
+    parts = [paragraph(f"{rung.kind}: {rung.why}.") for rung in fit.rungs]
     if fit.stages:
-        parts.insert(0, loss_curve(fit))
-        parts.append(folded("the stages with their ridges", table(*ridge_path(fit.stages))))
+        curve = loss_curve(fit) if any(stage.losses for stage in fit.stages) else ""
+        parts = [curve, *parts, opened("the stages of the search, in order", table("the stages", *ridge_path(fit)))]
     certificate = recipe.certificate_of_weights
     if certificate is not None:
         bound = "" if certificate.certain else "At most "
         gain = min(certificate.decrement, certificate.loss)
         parts.append(
-            tag(
-                "p",
-                text(
-                    f"{bound}{gain:.1g} nats per token left to gain on the training records; your data support about "
-                    f"{certificate.effective_numbers:.0f} of {recipe.mixing.numbers} weights."
-                ),
+            paragraph(
+                f"{bound}{gain:.1g} {NATS} left to gain on the training records; your data support about "
+                f"{certificate.effective_numbers:.0f} of {recipe.mixing.numbers} weights."
             )
         )
-    chosen = "" if fit.criterion == "nats per token" else f" Chosen by {fit.criterion}; costs are 1 minus its mean."
-    stopped = f" Stopped early: {fit.stopped}." if fit.stopped else ""
+    chosen = "" if fit.criterion == NATS else f" Chosen by {fit.criterion}; costs are 1 minus its mean."
     refitted = "then fitted once more on all training records" if fit.refitted else "not fitted again"
-    return section("The search", caption(f"{fit.passes:.3g} epochs, {refitted}.{chosen}{stopped}"), *parts)
+    return section("The search", paragraph(f"{fit.passes:.3g} epochs, {refitted}.{chosen}", soft=True), *parts)
 
 
 def _interferences(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> str:
@@ -151,50 +166,67 @@ def _interferences(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> str:
         for j in range(i + 1, len(adapters)):
             second = adapters[j]
             by_leaf: dict[str, list[Interference]] = {}
-            for name in first.modules.keys() & second.modules.keys():
+            for name in sorted(first.modules.keys() & second.modules.keys()):
                 pair = interference(first.modules[name].factors, second.modules[name].factors)
                 by_leaf.setdefault(leaf(name), []).append(pair)
+            cosines = {name: _mean([p.cosine for p in found]) for name, found in by_leaf.items()}
             rows = [
                 [
                     name,
-                    f"{_mean([p.cosine for p in found]):+.3f}",
+                    f"{cosines[name]:+.3f}",
                     f"{max(abs(p.cosine) for p in found):.3f}",
                     f"{_mean([p.input for p in found]):.3f}",
                     f"{_mean([p.output for p in found]):.3f}",
                 ]
-                for name, found in sorted(by_leaf.items())
+                for name, found in sorted(by_leaf.items(), key=lambda item: (-abs(cosines[item[0]]), item[0]))
             ]
-            title = tag("h3", text(f"{labels[i]} and {labels[j]}"))
+            title = f"{labels[i]} and {labels[j]}"
             columns = ["modules", "cosine", "largest", "shared input", "shared output"]
-            parts.append(title + (table(columns, rows) if rows else tag("p", "They change no module together.")))
+            nothing = paragraph("They change no module together.")
+            parts.append(tag("h3", text(title)) + (table(title, columns, rows) if rows else nothing))
     return section(
         "Interference",
-        caption(
+        paragraph(
             "From the factors alone: the cosine of the two updates (mean over layers, and the largest in size), and "
-            "which share of the smaller input and output space the other one uses too. 0 is none, 1 is all."
+            "which share of the smaller input and output space the other one uses too. 0 is none, 1 is all. The "
+            "modules whose updates are most alike, or most opposed, come first.",
+            soft=True,
         ),
         *parts,
     )
 
 
-def _provenance(recipe: Recipe) -> str:
-    """What went in, by hash."""
+def _made(recipe: Recipe, steps: Sequence[Step]) -> str:
+    """The commands that made all this, and what went in, by hash."""
     adapters = [
-        [a.reference, (a.commit or "local")[:12], a.weights_sha256[:16], str(a.rank), f"{a.lora_alpha:g}", a.dtype]
+        [a.reference, str(a.rank), f"{a.lora_alpha:g}", a.dtype, (a.commit or "local")[:12], a.weights_sha256[:16]]
         for a in recipe.adapters
     ]
-    data = [[d.name, d.shape, str(d.records), str(d.scored_tokens), d.sha256[:16]] for d in recipe.data]
+    data = [[d.name, str(d.records), str(d.scored_tokens), d.shape, d.sha256[:16]] for d in recipe.data]
     settings = [[name, "default" if value is None else str(value)] for name, value in recipe.fit.settings.items()]
     versions = ", ".join(f"{name} {version}" for name, version in recipe.versions.items())
     base = f"Base model {recipe.base.id}, {recipe.base.commit or 'a local directory'}, run in {recipe.dtype}."
     return section(
-        "Provenance",
-        tag("p", text(base)),
-        table(["adapter", "commit", "sha256", "rank", "alpha", "dtype"], adapters),
-        table(["data", "shape", "records", "scored tokens", "sha256"], data),
-        folded("settings", table(["setting", "value"], settings)),
-        caption(versions),
+        "How this was made",
+        paragraph(
+            "In the folder of the recipe, with the data beside it; path/to/... stands for a directory whose "
+            "place is not recorded.",
+            soft=True,
+        ),
+        _typed(steps),
+        paragraph(f"{base} Seed {recipe.fit.settings.get('seed', 0)}. {versions}."),
+        table("adapters", ["adapter", "rank", "alpha", "dtype", "commit", "sha256"], adapters),
+        table("calibration data", ["data", "records", "scored tokens", "shape", "sha256"], data),
+        folded("all settings of the fit", table("settings", ["setting", "value"], settings)),
     )
+
+
+def _next(steps: Sequence[Step]) -> str:
+    return section("What next", _typed(steps))
+
+
+def _typed(steps: Sequence[Step]) -> str:
+    return "".join(paragraph(step.why) + command(step.line) for step in steps)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -253,6 +285,10 @@ def write_report(
     found = None if comparison is None else _read_comparison(Path(comparison), loaded)
     ingredients = _ingredients(loaded, adapters, progress)
     public = loaded.public()
+    files = Files(
+        "recipe.json" if isinstance(recipe, Recipe) else Path(recipe).name,
+        None if comparison is None else Path(comparison).name,
+    )
     parts = {"verdict": _headline(public)}
     if found is not None:
         parts["comparison"] = _compared(found.labelled() if len(found.recipes) > 1 else found.renamed(loaded.labels()))
@@ -262,7 +298,8 @@ def write_report(
     parts["search"] = _search(public)
     if len(ingredients) > 1:
         parts["interference"] = _interferences(public, ingredients)
-    parts["provenance"] = _provenance(public)
+    parts["provenance"] = _made(public, made_by(loaded, files, found))
+    parts["next"] = _next(what_next(loaded, files, found))
     content = page("loracat: " + " + ".join(a.reference for a in public.adapters), *parts.values()).encode()
     write_atomically(output, content)
     return Written(output, len(content), tuple(parts))
@@ -286,6 +323,9 @@ def _read_comparison(path: Path, recipe: Recipe) -> Comparison:
         raise InputError(f"the comparison {path} is {error}", hint=hint) from None
     if not isinstance(document, dict):
         raise InputError(f"the comparison {path} is not a JSON object", hint=hint)
+    failure = document.get("error")
+    if isinstance(failure, dict) and isinstance(failure.get("message"), str):
+        raise InputError(f"the comparison that {path} was written by failed: {failure['message']}", hint=hint)
     wanted = {field.name for field in fields(Comparison)}
     problems: list[str] = []
     found: Comparison = decode(Comparison, {k: v for k, v in document.items() if k in wanted}, "", problems)

@@ -9,17 +9,20 @@ from __future__ import annotations
 import re
 
 from loracli.evaluation.comparison import (
+    LOSSES,
     Comparison,
     ComparisonRow,
     best_first,
     claim,
     interval_text,
+    loss_cells,
     metric_claim,
     verdict,
 )
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import EDITED, HeldOut
-from loracli.report.charts import PARTS_STYLE, heat_map, table, tag, text
+from loracli.recipe.record import EDITED, HeldOut, HeldOutRow
+from loracli.report.charts import heat_map
+from loracli.report.page import PARTS_STYLE, paragraph, table, tag
 
 _INSIDE = "loracat"  # class of the element that a notebook shows
 _INKS = (
@@ -31,54 +34,40 @@ _INKS = (
 def held_out_table(found: HeldOut) -> str:
     """A recipe's losses on held-out records, the lowest first, with the fit standing out."""
     ordered = best_first(found.rows)
-    rows = [
-        [
-            row.name,
-            f"{row.nats_per_token:.4f}",
-            f"{row.difference:+.4f}",
-            interval_text(row.interval),
-            f"{row.worse_records:.0%}",
-        ]
-        for row in ordered
-    ]
+    rows = [[row.name, *_losses(row, found.best_ingredient)] for row in ordered]
     strong = next((i for i, row in enumerate(ordered) if row.name == "fit"), None)
-    return table(["", "nats per token", "difference", "95 % interval", "worse on"], rows, strong=strong)
+    return table("losses on held-out records, lowest first", _COLUMNS, rows, strong=strong)
 
 
 def comparison_table(found: Comparison) -> str:
-    """Every way to compose, with the lowest loss standing out."""
+    """Every way to compose, the lowest loss first and standing out."""
     rows = best_first(found.rows)
-    columns = ["", "rank", "nats per token", "difference", "95 % interval", "worse on"]
-    metric = [f"{found.metric} (to best adapter)"] if found.metric else []
-    guard = ["guard"] if found.guard else []
-    strong = next((i for i, row in enumerate(rows) if row.name == found.best.name), None)
-    return table([*columns, *metric, *guard], [_compared(row) for row in rows], strong=strong)
-
-
-def _compared(row: ComparisonRow) -> list[str]:
+    columns = [*_COLUMNS, "rank", *([f"{found.metric} (to best adapter)"] if found.metric else [])]
     cells = [
-        row.name,
-        "-" if row.rank is None else str(row.rank),
-        f"{row.nats_per_token:.4f}",
-        f"{row.difference:+.4f}",
-        interval_text(row.interval),
-        f"{row.worse_records:.0%}",
+        [
+            row.name,
+            *_losses(row, found.best_ingredient),
+            "-" if row.rank is None else str(row.rank),
+            *([] if row.metric is None else [f"{row.metric.mean:.3f} ({interval_text(row.metric.interval)})"]),
+        ]
+        for row in rows
     ]
-    if row.metric is not None:
-        cells.append(f"{row.metric.mean:.3f} ({interval_text(row.metric.interval)})")
-    if row.guard is not None:
-        cells.append(f"{row.guard.difference.mean:+.4f}, {'safe' if row.guard.safe else 'not shown safe'}")
-    return cells
+    strong = next((i for i, row in enumerate(rows) if row.name == found.best.name), None)
+    return table("losses of every way to compose, lowest first", columns, cells, strong=strong)
+
+
+_COLUMNS = ("adapter or method", *LOSSES[1:3], LOSSES[0], LOSSES[3])
+
+
+def _losses(row: ComparisonRow | HeldOutRow, best_ingredient: str) -> list[str]:
+    """The cells of a row, the difference and its interval first: what a narrow screen shows without scrolling."""
+    nats, difference, interval, worse = loss_cells(row, best_ingredient)
+    return [difference, interval, nats, worse]
 
 
 def claims(found: Comparison) -> list[str]:
     """What may be claimed, a paragraph for each measure."""
-    return [tag("p", text(f"{sentence}.")) for sentence in filter(None, (claim(found), metric_claim(found)))]
-
-
-def caption(content: str) -> str:
-    """A paragraph that explains what is below it."""
-    return tag("p", text(content), class_="soft")
+    return [paragraph(f"{sentence}.") for sentence in filter(None, (claim(found), metric_claim(found)))]
 
 
 def html_of(value: Recipe | Comparison) -> str:
@@ -90,8 +79,12 @@ def _recipe(recipe: Recipe) -> str:
     found = recipe.public().held_out_of_weights
     weights = f"mixing weights by {recipe.mixing.kind}; uniform, {1 / len(recipe.adapters):.3g}, has no colour"
     return _element(
-        *(_measured(found) if found is not None else [caption(f"The {EDITED}: what the fit measured is not theirs.")]),
-        caption(f"{weights[:1].upper()}{weights[1:]}. Each cell tells its number when it is pointed at."),
+        *(
+            _measured(found)
+            if found is not None
+            else [paragraph(f"The {EDITED}: what the fit measured is not theirs.", soft=True)]
+        ),
+        paragraph(f"{weights[:1].upper()}{weights[1:]}. Each cell names its module when it is pointed at.", soft=True),
         heat_map(recipe),
     )
 
@@ -100,15 +93,15 @@ def _measured(found: HeldOut) -> list[str]:
     said = verdict(found)
     told = f"{found.records} records of {found.name}; difference in nats per token to {found.best_ingredient}"
     return [
-        tag("p", text(f"{said[:1].upper()}{said[1:]}.")),
-        caption(f"{told}, the best single adapter."),
+        paragraph(f"{said[:1].upper()}{said[1:]}."),
+        paragraph(f"{told}, the best single adapter.", soft=True),
         held_out_table(found),
     ]
 
 
 def _comparison(found: Comparison) -> str:
     told = f"{found.records} records of {found.data}; difference in nats per token to {found.best_ingredient}"
-    return _element(*claims(found), caption(f"{told}, the best single adapter."), comparison_table(found))
+    return _element(*claims(found), paragraph(f"{told}, the best single adapter.", soft=True), comparison_table(found))
 
 
 def _element(*content: str) -> str:

@@ -91,8 +91,10 @@ def open_regular(path: Path, refused: Callable[[str], LoracatError] | None = Non
     try:
         descriptor = _open_descriptor(path)
     except OSError as error:
-        reason = "is not a regular file" if isinstance(error, _NoRegularFile) else f"cannot be opened: {error.strerror}"
-        raise refused(reason) if refused else MalformedAdapter(reason, where=str(path)) from None
+        if refused is not None:
+            raise refused(str(error.strerror)) from None
+        reason = error.strerror if isinstance(error, _NoRegularFile) else f"it cannot be opened: {error.strerror}"
+        raise MalformedAdapter(str(reason), where=str(path)) from None
     try:
         with open(descriptor, "rb") as file:
             yield file
@@ -196,8 +198,13 @@ def remove_temporaries(folder: Path, name: str | None = None) -> None:
 
 
 @contextmanager
-def locked_directory(folder: Path, output: Path) -> Iterator[None]:
+def locked_directory(folder: Path, output: Path, *, elsewhere: str = "choose another name with -o") -> Iterator[None]:
     """The folder, made if it is not there, for this process alone; if it is empty at the end, it is removed.
+
+    Args:
+        folder: that is locked.
+        output: what is made with it, for the errors.
+        elsewhere: what else their hints say.
 
     Raises:
         OutputExists: if the name is taken by something else than a directory; a link to one is something else.
@@ -212,10 +219,10 @@ def locked_directory(folder: Path, output: Path) -> Iterator[None]:
                 raise
             kind = "a symbolic link" if folder.is_symlink() else "not a directory"
             raise OutputExists(
-                f"{folder}, where {output} would be made, is {kind}", hint="move it, or choose another name with -o"
+                f"{folder}, where {output} would be made, is {kind}", hint=f"move it, or {elsewhere}"
             ) from None
     if descriptor is None:
-        raise LoracatError(f"another process is writing {output}", hint="wait for it, or choose another name with -o")
+        raise LoracatError(f"another process is writing {output}", hint=f"wait for it, or {elsewhere}")
     try:
         yield
     finally:
@@ -250,7 +257,7 @@ def _open_locked(folder: Path, *, needed: bool = False) -> int | None:
 
 
 def put_in_place(folder: Path, path: Path, *, replace: bool = True) -> None:
-    """Gives a filled directory its name; what had the name before is moved aside, to `.NAME.old`, and removed.
+    """Gives a filled directory its name; what had the name before is moved aside, to `_aside`, and removed.
 
     Raises:
         OutputExists: if another process does the same meanwhile.
@@ -337,4 +344,5 @@ def repair(path: Path) -> None:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
+    """Where a replaced directory is until it is removed: a name that nobody else gives, for what has it is removed."""
+    return path.with_name(f".{path.name}.loracat-old")

@@ -6,6 +6,7 @@ Nothing is put right by itself: what was typed is refused, and these are words f
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,8 +21,19 @@ def did_you_mean(word: str, names: Collection[str]) -> str | None:
         word: that was typed.
         names: that there are.
     """
-    found = get_close_matches(word, names, n=1)
-    return f"did you mean {found[0]}?" if found else None
+    found = _nearest(word, names)
+    return f"did you mean {found}?" if found else None
+
+
+def _nearest(word: str, names: Collection[str]) -> str | None:
+    """The name that is nearest, whatever its capitals, and however its accents are written."""
+    plain = {_plain(name): name for name in reversed(list(names))}
+    found = get_close_matches(_plain(word), plain, n=1)
+    return plain[found[0]] if found else None
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def near_path(path: str | Path, fits: Callable[[Path], bool]) -> str | None:
@@ -39,8 +51,13 @@ def near_path(path: str | Path, fits: Callable[[Path], bool]) -> str | None:
         return None
     fitting = [name for name in names if name != path.name and fits(path.parent.expanduser() / name)]
     stems = {Path(name).stem: name for name in reversed(fitting)}  # endings would make any two files alike
-    near = [stems[stem] for stem in get_close_matches(path.stem, stems, n=1)]
-    return f"did you mean {path.parent / near[0]}?" if near else None
+    stem = _nearest(path.stem, stems)
+    if stem is None:
+        return None
+    near = path.parent / stems[stem]
+    if unicodedata.normalize("NFC", near.name) == unicodedata.normalize("NFC", path.name):
+        return f"{near} is there, which looks the same in other Unicode characters: let the shell complete it."
+    return f"did you mean {near}?"
 
 
 def holding(name: str) -> Callable[[Path], bool]:

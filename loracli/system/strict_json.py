@@ -59,8 +59,8 @@ def read_object(path: Path, most: int, refused: Callable[[str], LoracatError] | 
     Args:
         path: of the file.
         most: how many bytes of it are read.
-        refused: makes the caller's error of the reason: `is larger than 1048576 bytes`, `is not a JSON object`, what
-            `parse_json` says, or why it cannot be opened; None for MalformedAdapter.
+        refused: makes the caller's error of the reason: `it is larger than 1048576 bytes`, `it is not a JSON object`,
+            what `parse_json` says, or what the system says when it is opened; None for MalformedAdapter.
     Raises:
         MalformedAdapter, or what `refused` makes: for any of these reasons.
         LoracatError: if the disk fails while it is read.
@@ -69,7 +69,7 @@ def read_object(path: Path, most: int, refused: Callable[[str], LoracatError] | 
         data = file.read(most + 1)
     try:
         value = parse_json(data) if len(data) <= most else None
-        reason = f"is larger than {most} bytes" if len(data) > most else "is not a JSON object"
+        reason = f"it is larger than {most} bytes" if len(data) > most else "it is not a JSON object"
     except StrictJsonError as error:
         value, reason = None, str(error)
     if not isinstance(value, dict):

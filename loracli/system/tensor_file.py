@@ -116,7 +116,7 @@ class TensorReader:
         read = _fill(self._descriptor, tensor, self._file.offsets[name] + before)
         self.check_unchanged()
         if read < tensor.nbytes:
-            raise MalformedAdapter(f"cannot be read: ends within {name!r}", where=str(self._file.path))
+            raise MalformedAdapter(f"cannot be read: it ends within {name!r}", where=str(self._file.path))
         return tensor
 
 
@@ -174,12 +174,12 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
     try:
         header = parse_json(raw)
     except StrictJsonError as error:
-        raise MalformedAdapter(f"the header is {error}", where=where) from None
+        raise MalformedAdapter(f"the header cannot be read: {error}", where=where) from None
     if not isinstance(header, dict):
         raise MalformedAdapter("the header is not a JSON object", where=where)
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
-        raise MalformedAdapter(f"holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
+        raise MalformedAdapter(f"it holds {len(header)} tensors; at most {MAX_TENSORS} are read", where=where)
     name = next((name for name in header if len(name) > _MAX_NAME), None)
     if name is not None:
         raise MalformedAdapter(
@@ -203,7 +203,7 @@ def _check_data(file: TensorFile, descriptor: int, digest: Any) -> frozenset[str
         for begin in range(offset, end, BLOCK):
             part = block[: min(BLOCK, end - begin)]
             if _fill(descriptor, part, begin) < part.numel():
-                raise MalformedAdapter(f"cannot be read: ends within {name!r}", where=str(file.path))
+                raise MalformedAdapter(f"cannot be read: it ends within {name!r}", where=str(file.path))
             digest.update(part.numpy())
             values = part.view(dtype)
             least, most = values.aminmax()

@@ -172,6 +172,9 @@ def find_ingredients(
     if origin.recipe is not None and origin.recipe.mixing.kind not in INLINE_KINDS and given is None:
         findings.skip(COMPOSITION, "its mixing is kept in tensors beside the recipe: name the recipe with --recipe")
         return None
+    if origin.method is not None and origin.method.regress is not None:
+        findings.skip(COMPOSITION, f"{origin.method.name} goes by activations on records, which are not kept")
+        return None
     read = _ingredients(origin, given, findings, adapters, progress)
     if read is None:
         return None

@@ -175,7 +175,9 @@ def test_an_adapter_and_its_copy_overlap_fully_and_its_negative_not_at_all(tmp_p
     one = adapter(tmp_path / "a", SHAPES, alpha=6)
     copy = adapter(tmp_path / "b", SHAPES, alpha=2)
     opposite = adapter(tmp_path / "c", SHAPES, alpha=-6)
-    assert [o.cosine for o in _overlaps_of([one, copy, opposite])] == pytest.approx([1, -1, -1], abs=1e-6)
+    found = _overlaps_of([one, copy, opposite])
+    assert [o.cosine for o in found] == pytest.approx([1, -1, -1], abs=1e-6)
+    assert [o.lora_A_cosine for o in found] == pytest.approx([1, 1, 1], abs=1e-6) and all(o.same_start for o in found)
 
 
 def test_an_adapter_that_does_nothing_overlaps_with_none(tmp_path: Path) -> None:
@@ -185,6 +187,33 @@ def test_an_adapter_that_does_nothing_overlaps_with_none(tmp_path: Path) -> None
     assert (overlap.cosine, overlap.shared_modules) == (0.0, 3)
 
 
+WIDE: Shapes = {f"l.{i}.q": (7, 400) for i in range(3)}
+
+
+def trained(folder: Path, share: float, *, seed: int, rank: int) -> LoraAdapter:
+    """An adapter whose lora_A have moved away from a start that all share, by so much of its length."""
+    made = adapter(folder, WIDE, rank=rank, seed=seed)
+    start, generator = torch.Generator().manual_seed(9), torch.Generator().manual_seed(seed)
+    tensors = load_file(made.path / TENSORS)
+    for name in sorted(name for name in tensors if "lora_A" in name):
+        first = torch.randn(6, 400, generator=start)[:rank]
+        tensors[name] = first + share * torch.randn(rank, 400, generator=generator)
+    save_file(tensors, made.path / TENSORS)
+    return read_adapter(str(made.path))
+
+
+def test_a_common_start_shows_in_lora_a_as_long_as_most_of_it_is_that(tmp_path: Path) -> None:
+    """Of A_i = A + E_i the cosine is 1 / (1 + |E|^2 / |A|^2), over the rows that both have; else it is near 0."""
+    for share in (0.2, 0.9, 1.1):
+        folders = (tmp_path / f"a{share}", tmp_path / f"b{share}")
+        [found] = _overlaps_of([trained(f, share, seed=i, rank=4 + i) for i, f in enumerate(folders)])
+        assert found.lora_A_cosine == pytest.approx(1 / (1 + share**2), abs=0.03)
+        assert found.same_start is (share < 1)
+    [apart] = _overlaps_of([adapter(tmp_path / "x", WIDE, seed=1), adapter(tmp_path / "y", WIDE, rank=6, seed=2)])
+    assert apart.lora_A_cosine is not None and abs(apart.lora_A_cosine) < 0.1 and not apart.same_start
+
+
 def test_adapters_without_a_common_module_do_not_overlap(tmp_path: Path) -> None:
     [overlap] = _overlaps_of([adapter(tmp_path / "a", {"x": (2, 2)}), adapter(tmp_path / "b", {"y": (2, 2)})])
     assert (overlap.cosine, overlap.shared_modules) == (0.0, 0)
+    assert (overlap.lora_A_cosine, overlap.same_start) == (None, False)

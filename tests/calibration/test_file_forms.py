@@ -299,6 +299,8 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
         ({"question": "q", "chosen": "a", "rejected": "b"}, "prompt=question,completion=chosen"),
         ({"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "rejected": []},
          "messages=chosen"),
+        ({"Text": "q", "more": "a"}, "text=Text"),
+        ({"Messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "messages=Messages"),
     ],
 )  # fmt: skip
 def test_the_refusal_shows_the_option_that_reads_the_file(tmp_path: Path, row: dict[str, Any], option: str) -> None:
@@ -307,7 +309,7 @@ def test_the_refusal_shows_the_option_that_reads_the_file(tmp_path: Path, row: d
     assert (error.hint or "").endswith(f"--fields {option}") and len(error.problems) == 2
     file = read_records(path, fields=option)
     texts = json.dumps(file.records[0].content)
-    assert '"q' in texts and '"a"' in texts and ('\\nc"' in texts) == ("c" in row.values())
+    assert '"q' in texts and ('"a"' in texts or "Text" in row) and ('\\nc"' in texts) == ("c" in row.values())
     assert ('"s"' in texts) == ("s" in row.values()) and ('"h"' in texts) == any("history" in key for key in row)
     assert file.shape == "alpaca" or not {"c", "s"} & {str(value) for value in row.values()}
     assert contents(read_records(DataSource(path, fields=option))) == contents(file)

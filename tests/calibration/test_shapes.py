@@ -220,7 +220,7 @@ def test_other_tools_are_refused() -> None:
     for _ in range(60):
         deep = {"a": [deep]}
     for tools, reason in (
-        ("[", "tools: a text that is not valid JSON: Expecting value (column 2)"),
+        ("[", "tools: a text that cannot be read: not valid JSON: Expecting value (column 2)"),
         ("7", "tools: expected a list of objects, got a number"),
         ({"a": 1}, "tools: expected a list of objects, got an object"),
         ([1], "tools[0]: expected an object, got a number"),

@@ -38,6 +38,31 @@ def test_a_file_of_exactly_that_name_is_the_file(tmp_path: Path) -> None:
     assert _parse_source(f"{tmp_path}/val:2:3") == DataSource(tmp_path / "val:2", 3.0)
 
 
+def test_an_adapter_behind_a_file_that_there_is_says_whose_records_they_are(tmp_path: Path) -> None:
+    """The first @ that has a file before it; what is behind it may have more of them."""
+    (tmp_path / "val").write_text("")
+    (tmp_path / "a@b").write_text("")
+    val, odd = tmp_path / "val", tmp_path / "a@b"
+    for text, source in (
+        (f"{val}@math", DataSource(val, adapter="math")),
+        (f"{val}:2@math", DataSource(val, 2.0, adapter="math")),
+        (f"{val}@org/name@main", DataSource(val, adapter="org/name@main")),
+        ("-@#2", DataSource(None, adapter="#2")),
+        (f"{odd}", DataSource(odd)),
+        (f"{odd}@#1", DataSource(odd, adapter="#1")),
+        (f"{val}@", DataSource(Path(f"{val}@"))),
+        (f"{tmp_path}/missing@math", DataSource(tmp_path / "missing@math")),
+        ("@math", DataSource(Path("@math"))),
+    ):
+        assert _parse_source(text) == source
+    assert parse_sources([f"{val}@math"], owned=True) == (DataSource(val, adapter="math"),)
+    with pytest.raises(UsageError, match="has no use here"):
+        parse_sources([f"{val}@math"])
+    with pytest.raises(UsageError, match="is given twice") as caught:
+        parse_sources([f"{val}@math", f"{val}@code"], owned=True)
+    assert caught.value.hint == "without @ADAPTER it is for all adapters"
+
+
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1e7", "1e-7"])
 def test_a_weight_out_of_range_is_refused(weight: str) -> None:
     with pytest.raises(UsageError, match="is not between 1e-06 and 1e\\+06"):

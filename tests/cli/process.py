@@ -9,8 +9,13 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = str(Path(__file__).parents[2])
 COMMAND = [sys.executable, "-m", "loracli"]
@@ -33,6 +38,34 @@ def piped(*words: str, cwd: Path, variables: dict[str, str] | None = None, **opt
         check=False,
         **options,
     )
+
+
+@contextmanager
+def own_terminal(patch: pytest.MonkeyPatch, width: int) -> Iterator[list[str]]:
+    """Makes both streams of this process a terminal of that width; what it was sent is in the list at the end."""
+    ours, theirs = pty.openpty()
+    sent: list[bytes] = []
+
+    def read() -> None:
+        with suppress(OSError):  # the other side is closed
+            while part := os.read(ours, 1 << 16):
+                sent.append(part)
+
+    reader, said = threading.Thread(target=read), list[str]()
+    reader.start()
+    stream = os.fdopen(theirs, "w")
+    with patch.context() as patched:
+        for name, value in (("COLUMNS", str(width)), ("TERM", "xterm"), ("NO_COLOR", "1")):
+            patched.setenv(name, value)
+        patched.setattr("sys.stdout", stream)
+        patched.setattr("sys.stderr", stream)
+        try:
+            yield said
+        finally:
+            stream.close()
+            reader.join()
+            os.close(ours)
+            said.append(b"".join(sent).decode())
 
 
 def on_terminal(*words: str, cwd: Path, width: int = 80, variables: dict[str, str] | None = None) -> tuple[int, str]:

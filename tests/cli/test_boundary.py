@@ -390,7 +390,7 @@ def test_a_killed_export_leaves_nothing_behind(here: Path, name: str, code: int)
 
 
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["INT", "TERM"])
-def test_an_interrupted_command_prints_one_document_too(
+def test_an_interrupted_command_prints_one_document_and_a_line(
     monkeypatch: pytest.MonkeyPatch, stop: BaseException, code: int
 ) -> None:
     def fail(*_: object) -> None:
@@ -398,9 +398,10 @@ def test_an_interrupted_command_prints_one_document_too(
 
     monkeypatch.setattr("loracli.recipe.recipe.load_recipe", fail)
     result = run("show", "x.json", "--json")
-    assert result.exit_code == json.loads(result.stdout)["error"]["code"] == code
+    error = json.loads(result.stdout)["error"]
+    assert result.exit_code == error["code"] == code and result.stderr == f"{error['message']}\n"
     result = run("show", "x.json")
-    assert (result.exit_code, result.stdout) == (code, "")
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", f"{error['message']}\n")
 
 
 # Hostile names.

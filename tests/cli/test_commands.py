@@ -65,6 +65,9 @@ def test_inspect_prints_the_overlap_of_every_pair(here: Path) -> None:
     text = run("inspect", "know", "form", "again")
     assert "can be composed" in text.stdout
     assert f"{overlaps['know', 'form']['cosine']:+.4f}" in text.stdout
+    assert f"{overlaps['know', 'form']['lora_A_cosine']:+.4f}" in text.stdout
+    assert [o["same_start"] for o in overlaps.values()] == [False, True, False]
+    assert "know and again started from the same lora_A" in text.stdout and "and form started" not in text.stdout
     assert "loracat fit --adapters know form again --data" in text.stderr
 
 

@@ -129,14 +129,14 @@ def test_every_number_of_the_table_is_the_one_of_the_document(few: Path) -> None
         ]
 
 
-@pytest.mark.parametrize("stage", ["read", "loaded", "scored"])
+@pytest.mark.parametrize("stage", ["read", "loaded", "begun"])
 def test_a_comparison_that_is_stopped_leaves_nothing(few: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    """Neither a file nor a row, wherever it is stopped."""
+    """Neither a file nor a row, as long as no row is done."""
 
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    place = {"read": "open_session", "loaded": "candidates", "scored": "comparison_of"}[stage]
+    place = {"read": "open_session", "loaded": "candidates", "begun": "_Comparison._measure"}[stage]
     monkeypatch.setattr(f"loracli.comparison.compare.{place}", stop)
     before = tree(few)
     result = run(*ALONE, "--methods", "sum", "--json")
@@ -253,6 +253,41 @@ def test_show_has_every_weight_as_a_number_where_there_is_no_terminal(here: Path
                 modules = [m.name for m in recipe.modules if f".{layer}." in m.name and m.name.endswith(f".{name}")]
                 weight = recipe.weights_of(modules[0])[index]
                 assert cell == ("-" if weight is None else f"{weight:+.2f}")
+
+
+def test_show_layers_has_every_number_of_the_document_and_a_bar_as_long_as_the_change(few: Path) -> None:
+    words = ("show", "--layers", "--data", "few.jsonl", "--base", "base", "--dtype", "float32", "--device", "cpu")
+    found, shown = document(*words), run(*words)
+    lines = shown.stdout.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("layer "))
+    largest = max(abs(effect["change"]) for effect in found["layers"])
+    for number, effect in enumerate(found["layers"]):
+        cells = lines[start + 1 + number].split()
+        assert cells[:3] == [str(number), f"{effect['change']:+.4f}", f"{effect['standard_error']:.4f}"]
+        bar = ("#" if effect["change"] > 0 else "-") * round(40 * abs(effect["change"]) / largest)
+        assert "".join(cells[3:]) == bar
+    assert lines[0].startswith(f"{found['nats_per_token']:.4f} nats per token with all layers")
+    assert run(*words, "-q").stdout.split()[::2] == [effect["layer"] for effect in found["layers"]]
+    assert document(*words[:6], "--dtype", "bfloat16")["nats_per_token"] != found["nats_per_token"]
+    moved = run(*words, "--adapters", "know")
+    assert moved.exit_code == 2 and "the recipe has 2 adapters and 1 were given" in moved.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--layers"], "--layers is measured on records"),
+        (["--data", "few.jsonl"], "--data is for --layers"),
+        (["--weights", "--base", "base"], "--base is for --layers"),
+        (["--device", "cpu"], "--device is for --layers"),
+        (["--adapters", "know", "form"], "--adapters is for --layers"),
+        (["--layers", "--weights", "--data", "few.jsonl"], "--layers is shown by itself, without --weights"),
+        (["--layers", "--search", "--data", "few.jsonl"], "--layers is shown by itself, without --search"),
+    ],
+)
+def test_options_of_show_that_do_not_go_together_are_one_error(few: Path, words: list[str], said: str) -> None:
+    result = run("show", *words)
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: {said}") and not result.stdout
 
 
 def test_on_a_terminal_the_map_is_coloured_from_uniform_both_ways() -> None:

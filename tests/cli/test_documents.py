@@ -22,7 +22,13 @@ from tests.cli.project import FIT, run
 from tests.conversion.training import Trained, train
 
 SCHEMA: dict[str, Any] = json.loads(files("loracli.cli").joinpath("documents.schema.json").read_text(encoding="utf-8"))
-OTHERS = ("fit-plan", "export-plan", "show-weights")  # of a command that has another document too
+OTHERS = (  # of a command that has another document too
+    "fit-plan",
+    "compare-plan",
+    "export-plan",
+    "show-weights",
+    "show-layers",
+)
 DATA = ["--data", "few.jsonl", "--base", "base"]
 
 
@@ -83,7 +89,9 @@ SUCCESSES: list[tuple[str, list[str]]] = [
     ("fit-plan", [*FIT, "--dry-run", "--mixing", "auto", "--select-by", "exact"]),
     ("show", ["show"]),
     ("show-weights", ["show", "--weights"]),
+    ("show-layers", ["show", "--layers", *DATA]),
     ("compare", ["compare", *DATA, "--methods", "uniform", "--generate", "exact", "--guard", "few.jsonl"]),
+    ("compare-plan", ["compare", *DATA, "--methods", "uniform", "--dry-run"]),
     ("generate", ["generate", "--base", "base", "--prompt", "Where?", "--max-new-tokens", "3"]),
     ("export", ["export"]),
     ("export", ["export", "--merge", "--rank", "3", *DATA]),

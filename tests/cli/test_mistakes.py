@@ -26,6 +26,17 @@ def all_bad() -> None:
     Path("calibration.jsonl").write_text('{"prompt": "x"}\n' * 30)
 
 
+def lists() -> None:
+    for name in ("base/config.json", "recipe.json", "know/adapter_config.json"):
+        Path(name).write_text("[]")
+    Path("w.json").write_text('{"know": 1, "know": 2}')
+
+
+def a_classifier() -> None:
+    config = Path("know/adapter_config.json")
+    config.write_text(config.read_text().replace("CAUSAL_LM", "SEQ_CLS"))
+
+
 def whole_model() -> None:
     shutil.copytree("base", "merged")
 
@@ -49,6 +60,7 @@ def another_name() -> None:
 MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (nothing, ["inspect", "knwo", "form"], 3, ["error: knwo: ", "hint: did you mean know?"]),
     (nothing, ["inspect", "./knwo"], 3, ["error: ./knwo: no such directory", "did you mean know?"]),
+    (nothing, ["inspect", "KNOW"], 3, ["error: KNOW: ", "hint: did you mean know?"]),
     (nothing, ["inspect", "base/knwo"], 5, ["error: base/knwo: offline"]),  # nothing near lies there
     (nothing, ["inspect", "../project/knwo"], 3, ["no such directory", "did you mean ../project/know?"]),
     (above, ["inspect", "runs/knwo"], 5, ["error: runs/knwo: offline", "hint: did you mean runs/know?"]),
@@ -62,17 +74,26 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (nothing, ["fit", "-a", "calibration.jsonl", *DATA], 3, ["a data file is not an adapter", "with --data"]),
     (nothing, ["fit", "know", "form", *DATA], 2, ["error: know form: ", "loracat fit --adapters know form"]),
     (nothing, ["compare", "know", "form", "-d", "test.jsonl"], 3, ["is an adapter", "name adapters with --adapters"]),
+    (nothing, [*FIT, "--fields", "Prompt=q"], 2, ["--fields Prompt=q: Prompt is not one of", "did you mean prompt?"]),
     (nothing, [*FIT, "--base", "bsae"], 3, ["error: no directory bsae is here", "did you mean base?"]),
     (nothing, [*FIT, "--base", "./bsae"], 3, ["error: the base model ./bsae", "did you mean base?"]),
     (nothing, ["lint", "know", "--base", "bsae"], 3, ["error: no directory bsae is here", "did you mean base?"]),
     (all_bad, FIT, 3, ["30 of 30 records", "  calibration.jsonl:1 to 30, 30 lines: completion: missing"]),
+    (lists, ["lint", "form", "--base", "base"], 3, ["config.json cannot be read: it is not a JSON object\n"]),
+    (lists, ["inspect", "know"], 3, ["error: know/adapter_config.json: it is not a JSON object\n"]),
+    (lists, ["export", "-a", "form", "-w", "w.json"], 2, ["w.json cannot be read as JSON: the key 'know' appears"]),
+    (a_classifier, ["export", "-a", "know", "-w", "1", "--data", "test.jsonl", "--base", "base"], 3,
+     ["scoring records takes those of causal language models alone", "hint: leave --data out"]),
+    (a_classifier, ["fuse", *TWO, "-w", "1", "1", "--base", "base"], 3,
+     ["different task types", "hint: compose them first, with loracat export and --task-type SEQ_CLS"]),
     (nothing, ["export", "--merge", "--rank", "999"], 2, ["--rank 999 is above 24", "give at most --rank 24"]),
     (whole_model, ["fit", "-a", "know", "merged", *DATA], 3, ["error: merged: ", "looks like a whole model", "--base"]),
     (no_recipe, ["export"], 3, ["error: the recipe recipe.json cannot be read"]),
     (no_recipe, ["fuse", "--base", "base"], 3, ["error: the recipe recipe.json cannot be read"]),
     (no_recipe, ["report"], 3, ["error: the recipe recipe.json cannot be read"]),
+    (another_name, ["inspect", "know", "same"], 2, ["know and same are one adapter"]),
     (another_name, ["fit", "-a", "know", "same", *DATA], 2, ["know and same are one adapter"]),
-    (nothing, [*FIT, "--lr", "1"], 2, ["--lr", "it is called --learning-rate here"]),
+    (nothing, [*FIT, "--lr", "1"], 2, ["No such option: --lr\nhint: it is called --learning-rate here"]),
     (nothing, [*FIT, "--epochs", "1"], 2, ["--epochs", "it is called --passes here"]),
     (nothing, ["list"], 2, ["error: loracat has no command list", "`loracat inspect ADAPTER...`"]),
     (nothing, ["chat"], 2, ["error: loracat has no command chat", "`loracat generate`"]),
@@ -107,6 +128,15 @@ def test_a_mistake_is_told_with_its_way_out(
     assert tree(here) == before
 
 
+def test_a_name_that_looks_the_same_is_told_apart(here: Path) -> None:
+    """`café` of four letters is typed, and one of five code points is there; where the disk takes both, there is no
+    mistake."""
+    Path("know").rename("cafe\u0301")
+    result = run("inspect", "caf\u00e9")
+    if not Path("caf\u00e9").exists():
+        assert result.exit_code == 3 and "hint: cafe\u0301 is there, which looks the same" in result.stderr
+
+
 def test_a_failure_speaks_on_stderr_beside_its_document(here: Path) -> None:
     """Where stdout is a file, nobody sees the document."""
     plain, result = run("show", "x.json"), run("show", "x.json", "--json")
@@ -117,6 +147,7 @@ def test_a_failure_speaks_on_stderr_beside_its_document(here: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
+        ["inspect", "know", "copy"],
         ["fit", "-a", "know", "copy", *DATA, "--dry-run"],
         ["export", "-a", "know", "copy", "--weights", "0.5", "0.5", "--dry-run", "--base", "base"],
         ["export", "-a", "know", "copy", "--method", "sum", "--dry-run", "--base", "base"],
@@ -137,6 +168,8 @@ def test_few_records_for_many_weights_and_one_adapter_alone_are_said(here: Path)
     Path("five.jsonl").write_text("".join(lines[:5]))
     few = ["fit", *TWO, "--data", "five.jsonl", "--base", "base", "--dry-run"]
     assert "warning: 3 training records for 44 weights: give more" in run(*few).stderr
+    Path("two.jsonl").write_text("".join(lines[:2]))
+    assert "only 1 record is held out" in run(*few[:4], "--data", "two.jsonl", *few[6:]).stderr
     assert "training records for" not in run(*FIT, "--dry-run").stderr
     assert "training records for" not in run(*few, "--mixing", "adapter").stderr
     assert "only its scale is fitted" in run("fit", "-a", "know", *DATA, "--dry-run").stderr

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from loracli.cli._output import Output
+from loracli.demo.run import DemoRow
+from loracli.recipe.recipe import load_recipe
 from tests.cli.project import FIT, run
+from tests.conversion.training import train
+from tests.pushing.conftest import hub  # noqa: F401  # a Hub that takes a push
 
 # What a command cannot know, with what it is on this project.
-PLACEHOLDERS = {"DATA.jsonl": "calibration.jsonl"}
+PLACEHOLDERS = {"DATA.jsonl": "calibration.jsonl", "MODEL": "base"}
 
 COMMANDS = {
     "fit": [*FIT, "-o", "the recipe.json"],
@@ -46,6 +54,25 @@ def printed(text: str) -> list[str]:
     return re.findall(r"^next: (.*)$", text, flags=re.MULTILINE)
 
 
+def follow(talk: str) -> None:
+    """Runs the one command that was printed."""
+    [line] = printed(talk)
+    assert "$" not in line
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line)]
+    assert words[0] == "loracat"
+    if ">" in words:
+        assert words[-2:] == [">", "comparison.json"]
+        words = words[:-2]
+    if "DATA.jsonl" in line and "--base" not in words:
+        words += ["--base", "base"]  # which the adapters name by an id of the Hub, that these tests have not
+    if words[1] == "fit":
+        words += ["--dry-run"]
+    after = run(*words[1:])
+    refused = words[1] == "lint" and after.exit_code == 3  # by one of the servers, which is an answer
+    assert after.exit_code == 0 or refused, f"{line}\n{after.stderr}"
+    assert "error:" not in after.stderr
+
+
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """60 columns, that even what is no terminal is printed for."""
@@ -66,21 +93,88 @@ def test_the_next_command_runs_as_it_is_printed(here: Path, name: str) -> None:
     shutil.copy("recipe.json", "my recipe.json")
     done = run(*COMMANDS[name])
     assert done.exit_code == 0, done.stderr
-    [line] = printed(done.stderr)
-    assert "$" not in line
-    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line)]
-    assert words[0] == "loracat"
-    if ">" in words:
-        assert words[-2:] == [">", "comparison.json"]
-        words = words[:-2]
-    if "DATA.jsonl" in line and "--base" not in words:
-        words += ["--base", "base"]  # which the adapters name by an id of the Hub, that these tests have not
-    if words[1] == "fit":
-        words += ["--dry-run"]
-    after = run(*words[1:])
-    refused = words[1] == "lint" and after.exit_code == 3  # by one of the servers, which is an answer
-    assert after.exit_code == 0 or refused, f"{line}\n{after.stderr}"
-    assert "error:" not in after.stderr
+    follow(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("loracat/demo-base", []),
+        ("./the base", ["--base", "./the base"]),
+        ("/data/llama", ["--base", "MODEL"]),
+        (None, ["--base", "MODEL"]),
+        ("the\u3164base", ["--base", "MODEL"]),  # which is here, with a letter that nobody sees
+    ],
+)
+def test_inspect_names_the_base_where_a_fit_would_not_find_it(here: Path, named: str | None, words: list[str]) -> None:
+    for adapter in ("know", "form"):
+        config = Path(adapter, "adapter_config.json")
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": named}))
+    shutil.copytree("base", "the base")
+    shutil.copytree("base", "the\u3164base")
+    [line] = printed(run("inspect", "know", "form").stderr)
+    assert shlex.split(line) == ["loracat", "fit", "--adapters", "know", "form", "--data", "DATA.jsonl", *words]
+
+
+@pytest.mark.parametrize("commit", [None, "0" * 40])
+def test_report_names_the_base_where_it_is_a_directory(here: Path, commit: str | None) -> None:
+    recipe = json.loads(Path("recipe.json").read_text())
+    recipe["base"]["commit"] = commit
+    Path("recipe.json").write_text(json.dumps(recipe))
+    [line] = printed(run("report").stderr)
+    assert ("--base MODEL" in line) == (commit is None)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_the_next_command_of_a_demo_runs(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo itself is run elsewhere; here the folder is there, but for its exports."""
+    row = DemoRow("fit", 0.1, 1, 2)
+    recipe = load_recipe(project / "recipe.json")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("loracli.demo.run.run_demo", lambda folder, **_: made(folder))
+
+    def made(folder: Path) -> Any:
+        shutil.copytree(project, folder, dirs_exist_ok=True)
+        questions = (folder / "test.jsonl").read_text().splitlines(keepends=True)
+        (folder / "test.jsonl").write_text("".join(questions[:24]))  # are compared faster
+        return SimpleNamespace(rows=[row], recipe=recipe, seconds=1.0)
+
+    done = run("demo", "-o", "my example")
+    assert done.exit_code == 0, done.stderr
+    follow(done.stderr)
+    [line] = printed(run("demo").stderr)
+    assert line == "loracat demo -o example"
+
+
+@pytest.mark.usefixtures("here", "narrow")
+def test_the_next_command_of_a_push_runs(request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue("hub").add("loracat/demo-base", {"config.json": b"{}"})
+    assert run("export", "-o", "my adapter").exit_code == 0
+    done = run("push", "my adapter", "org/name")
+    assert done.exit_code == 0, done.stderr
+    follow(done.stderr)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_next_command_of_a_conversion_runs(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, dora: bool
+) -> None:
+    """Of a DoRA adapter, and of a pickle file whose adapter is one, which is to be converted next."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_base, "base")
+    adapter = train(tmp_path / "dora", tiny_base, use_dora=True).path
+    words = ["convert", str(adapter), "-o", "a converted one"]
+    if dora:
+        done = run(*words, "--base", "base")
+    else:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        (adapter / "adapter_model.safetensors").unlink()
+        torch.save(tensors, adapter / "adapter_model.bin")
+        done = run(*words, "--from-pickle")
+    assert done.exit_code == 0, done.stderr
+    assert ("convert" in printed(done.stderr)[0].split()[1]) != dora
+    follow(done.stderr)
 
 
 @pytest.mark.parametrize("width", [30, 60, 80])

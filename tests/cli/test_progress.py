@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
-from loracli.cli import _bars
+from loracli.cli import _bars, app
 from loracli.cli._output import Output
 from loracli.progress import WORK
-from tests.cli.process import COMMAND, environment
+from tests.cli.process import COMMAND, environment, own_terminal
 
 STATUS = "15/23 task-arithmetic, from the sum, loss 1.234, validation 1.250, 12345 tok/s"
 TOTAL = 1000
@@ -95,6 +96,75 @@ def test_after_an_interruption_the_bar_is_gone_and_the_message_stands_alone(monk
     out.interrupted(130)
     sent = screen.getvalue()
     assert "━" in sent and sent.rindex("\x1b[2K") > sent.rindex("━") and sent.endswith("\x1b[2Kinterrupted\n")
+
+
+_DATA = ["--data", "test.jsonl", "--base", "base"]
+_FIT = ["fit", "-a", "know", "form", "-d", "calibration.jsonl", "--base", "base", "--passes", "2", "-o", "new.json"]
+_COMPARE = ["compare", *_DATA, "--fit-data", "calibration.jsonl", "--methods", "adapter,ties,task-arithmetic"]
+COMMANDS = {  # with the task that is looked at, and a status of it
+    "fit": ([*_FIT, "--cv", "2"], "fit", "3/7 fitting 44 weights"),
+    "compare": (_COMPARE, "compare", "6/8 ties"),
+    "export": (["export", "-o", "out", "--merge", *_DATA], "loss", "scoring what was written"),
+}
+_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def screened(words: list[str], width: int, patch: pytest.MonkeyPatch, stop_after: int | None = None) -> tuple[int, str]:
+    """Exit code and what a terminal was sent where every advance is drawn; Ctrl-C comes after so many."""
+    advance, count = Output.advance, 0
+
+    def drawn_at_once(self: Output, task: str, amount: int, status: str = "") -> None:
+        nonlocal count
+        advance(self, task, amount, status)
+        if self._bars is not None:
+            self._bars.refresh()
+            count += 1
+            if count == stop_after:
+                raise KeyboardInterrupt
+
+    with patch.context() as patched, own_terminal(patch, width) as said:
+        patched.setattr(Output, "advance", drawn_at_once)
+        with pytest.raises(SystemExit) as ended:
+            app(words)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, said[0]
+
+
+def lines_of(sent: str) -> list[str]:
+    """Every line that stood on the screen at some time, without colours."""
+    plain = _SEQUENCE.sub(lambda found: "" if found[0].endswith("m") else "\n", sent)
+    return [line for line in re.split(r"[\r\n]+", plain) if line]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_on_a_terminal_no_line_is_too_long_no_share_above_100_and_nothing_stays(
+    command: str, width: int, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, task, stage = COMMANDS[command]
+    code, sent = screened(words, width, monkeypatch)
+    assert code == 0, sent
+    bars = [line for line in lines_of(sent) if "━" in line]
+    assert max(map(cell_len, bars)) <= width
+    shares = [int(found[1]) for line in bars if line.startswith(task) and (found := re.search(r" (\d+) % ", line))]
+    assert shares == sorted(shares) and shares[0] < 50 and shares[-1] == 100
+    amounts = [found for line in bars if (found := re.search(r" (\d+) modules / (\d+) modules ", line))]
+    assert all(int(found[1]) <= int(found[2]) for found in amounts) and bool(amounts) == (command == "export")
+    assert not re.search(r"-\d+:\d\d", " ".join(bars))
+    assert any(stage in line for line in bars) or width == 60
+    last = sent.rindex("━")
+    assert "\x1b[2K" in sent[last:] and "━" not in lines_of(sent[sent.index("\x1b[2K", last) :])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_after_ctrl_c_the_line_is_gone_and_one_word_is_left(
+    command: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, sent = screened(COMMANDS[command][0], 80, monkeypatch, stop_after=30)
+    assert code == 130
+    last = sent.rindex("━")
+    left = lines_of(sent[sent.index("\x1b[2K", last) :])
+    assert left[-1] == "interrupted" and not any("━" in line or "%" in line for line in left)
 
 
 def test_ctrl_c_on_a_terminal_leaves_the_message_and_no_bar(here: Path) -> None:

@@ -22,6 +22,8 @@ from loracli.cli._help import Panel
 from loracli.cli._output import TALK, Output, Talk, print_anything
 from loracli.cli._tables import held_out_lines
 from loracli.cli.fit import EPILOG
+from loracli.cli.inspect import inspect
+from loracli.cli.show import show
 from loracli.recipe.record import HeldOut, HeldOutRow
 from tests.cli.process import COMMAND, environment, on_terminal, piped
 from tests.cli.project import run
@@ -130,6 +132,17 @@ def test_a_table_too_wide_for_a_terminal_comes_in_parts_and_loses_nothing(monkey
             assert (len(rows) > 1) is (width < 120)
 
 
+def test_names_of_modules_stay_whole_at_60_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "  model.layers.31.self_attn.o_proj"
+    heads, row = ["  module", "rank", "energy kept", "relative error"], [name, "16", "98.37%", "0.128"]
+    lines = shown(60, monkeypatch, lambda out: out.table(heads, [row]))
+    assert max(map(len, lines)) <= 60
+    assert [line.split() for line in lines if name.strip() in line] == [
+        [name.strip(), *row[1:3]],
+        [name.strip(), row[3]],
+    ]
+
+
 def test_a_long_name_of_an_adapter_leaves_the_losses_beside_it_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"organisation/a-very-long-name-of-an-adapter-{number}" for number in ("one", "two")]
     rows = [HeldOutRow(name, 1.0 + i, float(i), (i - 0.5, i + 0.5), 0.5) for i, name in enumerate([*names, "fit"])]
@@ -141,6 +154,21 @@ def test_a_long_name_of_an_adapter_leaves_the_losses_beside_it_at_80_columns(mon
     cut = [line.split()[0] for line in lines if "…" in line]
     assert len(set(cut)) == 2 and all(len(name) == 26 and name.startswith("organisation") for name in cut)
     assert {name[-3:] for name in cut} == {"one", "two"}
+
+
+def test_a_long_name_of_an_adapter_is_cut_in_every_table_that_has_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = {name: f"an-adapter-with-a-really-long-name-of-{name}" for name in ("know", "form")}
+    for name, other in long.items():
+        Path(name).rename(other)
+        Path("recipe.json").write_text(Path("recipe.json").read_text().replace(f'"{name}"', f'"{other}"'))
+    cut = ["an-adap…-of-know", "an-adap…-of-form"]
+    lines = shown(60, monkeypatch, lambda out: show(recipe=Path("recipe.json"), weights=False, search=False, out=out))
+    for name in cut:  # the losses, `worse on`, rank to sha256, and the head of its weights
+        assert [line.split()[:1] for line in lines].count([name]) == 4
+    lines = shown(60, monkeypatch, lambda out: inspect(references=list(long.values()), out=out))
+    assert any(line.startswith(" · ".join(cut)) for line in lines)
 
 
 @pytest.mark.parametrize("width", [80, 120])

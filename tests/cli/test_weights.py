@@ -100,7 +100,7 @@ AWKWARD: list[tuple[list[str], str | None, int, str, str]] = [
     (["--weights", "gone.toml"], None, 2, "gone.toml cannot be read: No such file", "0.7 0.3"),
     (["--weights", "know.json"], None, 2, "know.json cannot be read", "0.7 0.3"),
     (["--weights", "weights.toml"], "", 2, "has no table of an adapter", "default"),
-    (["--weights", "weights.toml"], "[know\n", 2, "is not TOML that can be read", "fix weights.toml"),
+    (["--weights", "weights.toml"], "[know\n", 2, "cannot be read as TOML", "fix weights.toml"),
     (["--weights", "weights.toml"], "a.b.c.d.e.f.g.h.i.j = 1", 2, "more than 8 dots", "fix weights.toml"),
     (["--weights", "weights.toml"], f"[know]\ndefault = {'1' * 5000}", 2, "thousands of digits", "fix"),
     (["--weights", "weights.toml"], BOTH.replace("1", "inf"), 2, "inf is not a weight", "default"),

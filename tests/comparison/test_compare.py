@@ -36,7 +36,7 @@ from tests.heard import Heard
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl
 
 QUICK = FitSettings(passes=3)
-DATA_FREE = [name for name, method in METHODS.items() if method.search is None]
+DATA_FREE = [name for name, method in METHODS.items() if not method.needs_records]
 
 
 @pytest.fixture(scope="module")
@@ -476,6 +476,9 @@ def test_an_adapter_whose_loss_is_not_finite_is_left_out_by_name_and_all_of_them
     assert "uniform" in skipped and all(row.against_uniform is None for row in found.rows)
     with pytest.raises(NonFiniteLoss):
         compare(data, tiny_base, (huge,))
+    other = make_adapter(tmp_path / "other", tiny_base, targets=("q_proj", "v_proj"), seed=4, size=1e19)
+    with pytest.raises(NonFiniteLoss):
+        compare(data, tiny_base, (huge, other))
 
 
 def test_what_is_fitted_is_announced_measured_and_finished_even_where_it_is_stopped(

@@ -14,10 +14,9 @@ from loracli.calibration.render import Example
 from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.settings import CompareSettings
 from loracli.comparison.table import Evaluated, comparison_of
-from loracli.composition.attached import MixingPoint
 from loracli.evaluation.comparison import Comparison, RowKind, Skipped
 from loracli.evaluation.statistics import RESAMPLES, detectable, holm
-from loracli.fitting.mixing import FixedFactors, Layout
+from loracli.fitting.mixing import Layout
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
 from loracli.model.reference import BaseReference
@@ -39,10 +38,6 @@ INPUTS = CompareInputs(
 )
 
 
-def point(rank: int | None = 4) -> MixingPoint:
-    return MixingPoint(FixedFactors(()), torch.zeros(0), rank)
-
-
 def losses(level: float, *, seed: int = 0) -> Scores:
     """About so many nats per token, another number for each record."""
     noise = torch.rand(COUNT, generator=torch.Generator().manual_seed(seed)).double()
@@ -52,7 +47,7 @@ def losses(level: float, *, seed: int = 0) -> Scores:
 def row(
     name: str, kind: RowKind, scores: Scores, *, guard: Scores | None = None, values: Tensor | None = None
 ) -> Evaluated:
-    return Evaluated(name, kind, point(), scores, guard, values)
+    return Evaluated(name, kind, scores, rank=4, guard=guard, values=values)
 
 
 ROWS = [

@@ -156,7 +156,7 @@ def test_problems_stop_where_nobody_reads_on() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "is not JSON that can be read"),
+        ("", "cannot be read as JSON"),
         ("[]", "has no table"),
         ("{}", "has no table"),
         ('{"loracat": 1}', "has no table"),

@@ -24,7 +24,7 @@ from loracli.verifying.verify import verify_directory
 from tests.convolutions import GROUPS, Adapted, adapt, biases, close, config_of, deltas, images, load, model, total
 from tests.export.test_export import make_recipe
 
-WITHOUT_SEARCH = [name for name, method in METHODS.items() if method.search is None]
+WITHOUT_SEARCH = [name for name, method in METHODS.items() if not method.needs_records]
 
 
 class Vision:

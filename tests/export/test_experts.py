@@ -152,7 +152,7 @@ def test_ranks_are_chosen_for_all_experts_of_a_parameter(
     assert exported.merged and kept < 0.99 * whole
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.search is None])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.needs_records])
 def test_methods_act_on_each_expert_by_itself(tmp_path: Path, mixtral: Mixture, name: str) -> None:
     """As they act on ordinary modules that hold the same matrices, one module for each expert."""
     plain = tmp_path / "plain"

@@ -69,7 +69,7 @@ def test_ties_is_written_as_the_best_approximation_of_the_dense_formula(tmp_path
     assert exported.layout.rank == 3 and exported.merged
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.search is None])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.needs_records])
 def test_the_order_of_the_adapters_changes_nothing_and_two_exports_are_the_same_bytes(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], name: str
 ) -> None:
@@ -83,7 +83,7 @@ def test_the_order_of_the_adapters_changes_nothing_and_two_exports_are_the_same_
         assert torch.allclose(matrix, turned[module], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.search is None])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.needs_records])
 def test_one_adapter_by_itself_comes_back_as_itself(tmp_path: Path, two_adapters: tuple[Path, Path], name: str) -> None:
     options = MethodOptions(density=1.0) if "density" in METHODS[name].takes else MethodOptions()
     export_adapter(

@@ -21,7 +21,7 @@ from loracli.fitting import level as rung_module
 from loracli.fitting.criterion import Fold
 from loracli.fitting.descent import Descent, Ran
 from loracli.fitting.engine import Engine
-from loracli.fitting.level import _RIDGE_PATH, Solution, Task, _ridge_path, solve_level
+from loracli.fitting.level import _RIDGE_PATH, Solution, Task, ridge_path, solve_level
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout
 from loracli.fitting.search import _solve_adapters, search
 from loracli.fitting.settings import FitSettings
@@ -396,16 +396,12 @@ def test_a_ridge_that_was_asked_for_is_the_only_one(monkeypatch: pytest.MonkeyPa
     assert ridges == [0.02] * 4 and found.ridge == 0.02
 
 
-def test_trained_factors_are_held_by_a_short_schedule_and_not_by_a_ridge() -> None:
-    engine = engine_of(LeastSquares(TRUTH))
-
-    class Factors:
-        kind = "factors"
-
-    for validate in (True, False):
-        for ridge, path in ((None, (0.0,) * 4), (0.02, (0.02,) * 4)):
-            task = one_task(engine, some_examples(20), FitSettings(ridge=ridge), validate=validate)
-            assert _ridge_path(task, Factors()) == path  # type: ignore[arg-type]
+@pytest.mark.parametrize(("ridge", "path"), [(None, (0.0,) * 4), (0.02, (0.02,) * 4)])
+def test_trained_factors_are_held_by_a_short_schedule_and_not_by_a_ridge(
+    ridge: float | None, path: tuple[float, ...]
+) -> None:
+    assert ridge_path(FitSettings(ridge=ridge), "factors", validated=True) == path
+    assert ridge_path(FitSettings(ridge=ridge), "factors", validated=False) == path
 
 
 def test_a_start_near_the_sum_is_not_tried_twice() -> None:

@@ -21,6 +21,7 @@ from loracli.generating.generate import Answer, Generated, GenerateRequest, _Pie
 from loracli.model.placement import Placement
 from loracli.recipe.record import INLINE_KINDS
 from tests.fitting.test_modules_to_save import make_saving
+from tests.heard import Heard
 from tests.mixtures import BOTH
 from tests.tiny import make_adapter, make_base, make_tokenizer, random_records, write_jsonl
 
@@ -289,3 +290,14 @@ def test_the_result_says_who_is_the_composition(made: Path, tiny_base: Path) -> 
     found = generate_answers(request, ["a"])
     assert found == Generated("tiny/base", "fit", True, found.turns)
     assert list(found.turns[0].answers) == ["fit"]
+
+
+@pytest.mark.parametrize("targets", [("in_proj", "dt_proj"), ("in_proj",), ("dt_proj",)], ids=" ".join)
+def test_updates_that_the_base_does_not_use_are_warned_of(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    """Mamba multiplies with the weight of dt_proj itself; where nothing else is adapted all answer as the base does."""
+    base = make_base(tmp_path / "base", "mamba")
+    adapter, heard = make_adapter(tmp_path / "a", base, targets=targets), Heard()
+    (found,) = answers(GenerateRequest(adapter, base=str(base), max_new_tokens=2), progress=heard)
+    said = [line for line in heard.warnings if "without calling the layer" in line]
+    assert [("dt_proj" in line, "in_proj" in line) for line in said] == [(True, False)] * ("dt_proj" in targets)
+    assert len(found) == 2

@@ -39,6 +39,8 @@ frame.onload = () => {
     width: root.scrollWidth, asked: frame.clientWidth, scripts: page.scripts.length,
     headings: [...page.querySelectorAll("h2")].map(e => e.textContent),
     verdict: page.querySelector(".verdict").textContent,
+    first: page.querySelector("main").firstElementChild.textContent,
+    interval: page.querySelector("tbody tr td:nth-of-type(2)").getBoundingClientRect().right,
     maps: page.querySelectorAll(".panels svg").length,
     smallest: Math.min(...texts.map(e => parseFloat(getComputedStyle(e).fontSize))), label: Math.min(...labels),
     background: getComputedStyle(page.body).backgroundColor, ink: getComputedStyle(page.body).color,
@@ -109,6 +111,8 @@ def test_the_page_fits_a_phone_and_a_desk_in_light_and_dark(look: Look, story: S
             page = seen.page
             assert page["asked"] == width and page["width"] <= width  # nothing sticks out to the side
             assert page["smallest"] >= 13 and page["label"] >= 9  # pixels
+            assert page["first"] == page["verdict"]
+            assert page["interval"] <= width  # the difference and its interval are seen without scrolling
             assert page["maps"] == 2 and page["scripts"] == 0
             assert page["headings"][:2] == ["Every way to compose", "On held-out records"]
             assert page["ink"] != page["background"]

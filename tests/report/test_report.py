@@ -12,8 +12,8 @@ import pytest
 
 from loracli.errors import InputError, IntegrityError, OutputExists, UsageError
 from loracli.recipe.recipe import load_recipe
-from loracli.report.charts import tag, text
 from loracli.report.grid import grids, numbers, short_names, span_of
+from loracli.report.page import tag, text
 from loracli.report.report import write_report
 from tests.heard import Heard
 from tests.report.conftest import Story
@@ -49,7 +49,9 @@ class Page(HTMLParser):
 def test_every_part_is_there_with_the_numbers_of_recipe_and_comparison(tmp_path: Path, story: Story) -> None:
     written = write_report(story.recipe, tmp_path / "r.html", comparison=story.comparison)
     page, recipe = Page((tmp_path / "r.html").read_text()), load_recipe(story.recipe)
-    assert written.parts == ("verdict", "comparison", "held out", "weights", "search", "interference", "provenance")
+    assert written.parts == (
+        *("verdict", "comparison", "held out", "weights", "search", "interference", "provenance", "next"),
+    )
     assert written.size_bytes == (tmp_path / "r.html").stat().st_size
     compared = json.loads(story.comparison.read_text())
     for row in (*compared["rows"], *({"nats_per_token": r.nats_per_token} for r in recipe.held_out.rows)):
@@ -119,7 +121,7 @@ def test_without_a_comparison_or_its_adapters_the_page_leaves_their_parts_out_an
     (moved / "recipe.json").write_bytes(story.recipe.read_bytes())
     listener = Heard()
     written = write_report(moved / "recipe.json", tmp_path / "r.html", progress=listener)
-    assert written.parts == ("verdict", "held out", "weights", "search", "provenance")
+    assert written.parts == ("verdict", "held out", "weights", "search", "provenance", "next")
     assert any("no interference" in said for said in listener.warnings)
 
 
@@ -142,6 +144,7 @@ def test_a_comparison_of_something_else_is_refused(tmp_path: Path, story: Story)
         (json.dumps(unfitted), UsageError, "does not compare this recipe's fit"),
         (json.dumps({**document, "adapters": ["x", "y"]}), UsageError, "compares x, y"),
         (json.dumps({"loracat": 1, "error": {"code": 3}}), InputError, "is not a comparison"),
+        (json.dumps({"loracat": 1, "error": {"message": "no base"}}), InputError, "failed: no base"),
     ):
         path = tmp_path / "c.json"
         path.write_text(content)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from loracli.algebra.factors import Factors
 from loracli.errors import UsageError
 
@@ -60,7 +62,7 @@ Loss = Callable[[Sequence[float]], float]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to compose N adapters. Exactly one of `weights`, `merge` and `search` is set.
+    """One way to compose N adapters. Exactly one of `weights`, `merge`, `search` and `regress` is set.
 
     Args:
         name: as users type it.
@@ -68,6 +70,8 @@ class Method:
         weights: of N: one weight for each adapter, the same in every module.
         merge: of the updates of one module, None for an adapter that does not have it, and the options.
         search: of a loss, N and the options: weights as of `weights`, found with calibration records.
+        regress: of the updates of one module, as of `merge`, and Z (N, R, R) in float64: Z_i is E[z z^T] of z = A x
+            over the tokens of adapter i's own records, with the A of the updates that are there, stacked.
         evaluations: of the loss that a search makes, at most.
         takes: names of the options that it takes; `rank` goes without saying where `full_rank` is set.
         full_rank: whether its own result has full rank, so that `merge` gives the best approximation of a rank.
@@ -79,6 +83,7 @@ class Method:
     weights: Callable[[int], tuple[float, ...]] | None = None
     merge: Callable[[Sequence[Factors | None], MethodOptions], Merged] | None = None
     search: Callable[[Loss, int, MethodOptions], tuple[float, ...]] | None = None
+    regress: Callable[[Sequence[Factors | None], Tensor], Merged] | None = None
     evaluations: int = 0
     takes: frozenset[str] = frozenset()
     full_rank: bool = False
@@ -90,10 +95,24 @@ class Method:
         Raises:
             ValueError: if it cannot honour them, with the reason.
         """
-        assert self.merge is not None, f"{self.name} gives weights"
-        if any(update is not None and update.bias is not None for update in updates):
-            raise ValueError("an adapter has lora_bias, and the method composes updates of weights alone")
+        assert self.merge is not None, f"{self.name} does not merge"
+        _check_biases(updates)
         return self.merge(updates, options)
+
+    def regress_updates(self, updates: Sequence[Factors | None], moments: Tensor) -> Merged:
+        """What `regress` makes of the updates of one module and their second moments.
+
+        Raises:
+            ValueError: if an update has a bias.
+        """
+        assert self.regress is not None, f"{self.name} takes no second moments"
+        _check_biases(updates)
+        return self.regress(updates, moments)
+
+    @property
+    def needs_records(self) -> bool:
+        """Whether it goes by calibration records."""
+        return self.search is not None or self.regress is not None
 
     def fixed_weights(self, adapters: int, options: MethodOptions) -> tuple[float, ...] | None:
         """One weight for each of N adapters, with the scale; None where it merges, or searches for them."""
@@ -103,3 +122,8 @@ class Method:
     def cuts(self) -> bool:
         """Whether it takes the rank of its result, which `merge` cuts to."""
         return self.full_rank or "rank" in self.takes
+
+
+def _check_biases(updates: Sequence[Factors | None]) -> None:
+    if any(update is not None and update.bias is not None for update in updates):
+        raise ValueError("an adapter has lora_bias, and the method composes updates of weights alone")

@@ -16,7 +16,7 @@ from loracli.algebra.truncate import best_approximation
 OUT, IN = 20, 28
 EVERYTHING = MethodOptions(density=1.0)
 MERGES = [method for method in METHODS.values() if method.merge is not None]
-DATA_FREE = [method for method in METHODS.values() if method.search is None]
+DATA_FREE = [method for method in METHODS.values() if not method.needs_records]
 FROM_DENSE = [method for method in MERGES if method.full_rank]
 
 
@@ -112,7 +112,7 @@ def test_the_scale_multiplies_the_result(method: Method) -> None:
 def test_names_are_unique_and_each_method_does_one_thing() -> None:
     for name, method in METHODS.items():
         assert name == method.name
-        assert sum(way is not None for way in (method.weights, method.merge, method.search)) == 1
+        assert sum(way is not None for way in (method.weights, method.merge, method.search, method.regress)) == 1
 
 
 # Each formula.
