@@ -214,11 +214,15 @@ def _heading(criterion: str) -> str:
 
 
 def _optimum_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> None:
-    """Where the weights stand: what is still to gain, how many the records determine, and which are far out."""
+    """Where the weights stand: what is still to gain, beside what so many records can show, p / 2T nats per token for p
+    weights that they determine and T scored tokens; how many those are, and which are far out."""
     labels = list(recipe.labels().values())
     bound = "" if certificate.certain else "at most "
     gain = min(certificate.decrement, certificate.loss)  # which is not below 0, so that no step gains more
-    out.line(f"{bound}{gain:.1g} nats per token left to gain on the training records")
+    shown = certificate.effective_numbers / (2 * sum(data.scored_tokens for data in recipe.data))
+    out.line(
+        f"{bound}{gain:.1g} nats per token left to gain on the training records; differences below {shown:.1g} are chance"
+    )
     out.line(
         f"your data support about {certificate.effective_numbers:.0f} of {count_text(recipe.mixing.numbers, 'weight')}"
     )

@@ -204,6 +204,7 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
         out.document(
             {"recipe": str(output), "beside": beside}
             | {key: held_out[key] for key in ("verdict", "best_ingredient", "records", "rows", "tasks")}
+            | {"parts": recipe.held_out.parts}
             | {"mixing": recipe.mixing.kind, "criterion": recipe.fit.criterion, "rungs": encode(recipe.fit.rungs)}
         )
     out.value(str(output))
@@ -239,6 +240,7 @@ def _show_plan(out: Output, plan: FitPlan) -> None:
         "training_records": plan.training_records,
         "validation_records": plan.validation_records,
         "held_out_records": plan.held_out_records,
+        "parts": plan.parts,
         "training_tokens": plan.training_tokens,
         "scored_tokens": plan.scored_tokens,
         "longest_record": plan.longest_record,
@@ -261,7 +263,7 @@ def _show_plan(out: Output, plan: FitPlan) -> None:
         more = "" if settings.metric is None else "; the answers that choose come on top"
         shown["seconds"] = f"about {duration_text(plan.seconds)}{more}"
     for key, words in shown.items():
-        if words is None or key == "checkpointing":
+        if words is None or key == "checkpointing" or (key == "parts" and not words):
             continue
         out.line(f"{_SAID.get(key, key.replace('_', ' ')):26} {words}")
         out.value(f"{key}={bare[key] if key in ('memory_bytes', 'seconds') else words}")
