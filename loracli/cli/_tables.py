@@ -219,10 +219,9 @@ def _optimum_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> 
     labels = list(recipe.labels().values())
     bound = "" if certificate.certain else "at most "
     gain = min(certificate.decrement, certificate.loss)  # which is not below 0, so that no step gains more
-    shown = certificate.effective_numbers / (2 * sum(data.scored_tokens for data in recipe.data))
-    out.line(
-        f"{bound}{gain:.1g} nats per token left to gain on the training records; differences below {shown:.1g} are chance"
-    )
+    chance = certificate.effective_numbers / (2 * sum(data.scored_tokens for data in recipe.data))
+    left = f"{bound}{gain:.1g} nats per token left to gain on the training records"
+    out.line(f"{left} (less than {chance:.1g} is chance)")
     out.line(
         f"your data support about {certificate.effective_numbers:.0f} of {count_text(recipe.mixing.numbers, 'weight')}"
     )

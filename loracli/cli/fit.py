@@ -221,6 +221,7 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
 
 _SAID = {
     "numbers": "weights",
+    "parts": "parts for cross-fitting",
     "passes": "passes over the records",
     "memory_bytes": "memory",
     "seconds": "time",
