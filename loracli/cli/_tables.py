@@ -245,6 +245,10 @@ def verdict_lines(out: Output, recipe: Recipe) -> None:
     else:
         out.line(f"{verdict(table)}.", style="bold")
     stopped_lines(out, recipe)
+    if recipe.fit.dropped and table is not None:
+        labels = list(recipe.labels().values())
+        names = ", ".join(labels[place] for place in recipe.fit.dropped)
+        out.line(f"Dropped, as they could not be told from nothing, and cost no rank: {names}.")
     out.line()
 
 

@@ -109,7 +109,7 @@ def _record_gradients(
     """
     if mixing.softmax:
         raise ValueError("theta is not the weights themselves where they are a softmax")
-    weights = theta[mixing.index].repeat(len(batch.indices), 1).requires_grad_(True)  # (b, sum R)
+    weights = mixing.weights(theta)[mixing.index].repeat(len(batch.indices), 1).requires_grad_(True)  # (b, sum R)
     draws = torch.cat([_draws(examples[index], seed) for index in batch.indices])  # (s,)
     v = torch.ones(len(draws), dtype=torch.float64) if batch.weights is None else batch.weights  # (s,)
 
@@ -137,7 +137,8 @@ def _record_gradients(
 
 def _by_number(gradient: Tensor, mixing: DiagonalMixing) -> Tensor:
     """(b, P): the sums over the rank rows that take the same number, from (b, sum R)."""
-    return torch.zeros(len(gradient), mixing.numbers, dtype=torch.float64).index_add(1, mixing.index, gradient)
+    sums = torch.zeros(len(gradient), mixing.numbers, dtype=torch.float64).index_add(1, mixing.index, gradient)
+    return sums if mixing.kept is None else torch.where(mixing.kept, sums, 0.0)
 
 
 def _draws(example: Example, seed: int) -> Tensor:
@@ -235,7 +236,7 @@ def _certify(
         unseen_gradient_norm=float((model.rotated * (inverse == 0)).norm()),
         effective_numbers=float(held.sum()),
         standard_errors=_without_nan(mixing.by_group(errors.where(determined, torch.nan))),
-        extrapolated=_extrapolated(mixing.by_group(theta)),
+        extrapolated=_extrapolated(mixing.by_group(mixing.weights(theta))),
     )
 
 

@@ -107,6 +107,7 @@ class Solution:
         stages: the descents, in order; at the end those of all kinds.
         rungs: at the end, all kinds that were tried.
         refitted: whether it was fitted once more on all training records.
+        dropped: places of the adapters whose weights are 0, as they could not be told from it.
         passes: of trained factors: over the fitting records, of the whole schedule, and until it was taken.
     """
 
@@ -121,6 +122,7 @@ class Solution:
     stages: tuple[StageRecord, ...] = ()
     rungs: tuple[LevelRecord, ...] = ()
     refitted: bool = False
+    dropped: tuple[int, ...] = ()
     passes: tuple[float, float] = (0.0, 0.0)
 
     @property

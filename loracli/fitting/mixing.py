@@ -128,6 +128,7 @@ class DiagonalMixing(Mixing):
         groups: names of the G groups of modules that share weights; of `rank`, the modules.
         present: (G * N,) whether the adapter changes any module of the group; theta has an entry for each that does.
         softmax: weights are softmax(theta) over the adapters of a group, as in the paper's code, so they sum to 1.
+        kept: (P,) which entries count; the weights of the others are 0 whatever theta. None for all.
     """
 
     kind: MixingKind
@@ -136,6 +137,7 @@ class DiagonalMixing(Mixing):
     groups: tuple[str, ...]
     present: Tensor
     softmax: bool = False
+    kept: Tensor | None = None
 
     @property
     def numbers(self) -> int:
@@ -147,13 +149,18 @@ class DiagonalMixing(Mixing):
     def weights(self, theta: Tensor) -> Tensor:
         """(..., P): theta, or its softmax over the adapters of each group."""
         if not self.softmax:
-            return theta
+            return theta if self.kept is None else torch.where(self.kept, theta, 0.0)
         return torch.softmax(self.table(theta, fill=-torch.inf), dim=1).flatten()[self.present]
 
     def table(self, theta: Tensor, *, fill: float = 0.0) -> Tensor:
         """(G, N) from theta (P,), with `fill` where the adapter changes nothing in the group. Not for `rank`."""
         full = torch.full(self.present.shape, fill, dtype=theta.dtype)
         return full.masked_scatter(self.present, theta).view(-1, self.layout.adapters)
+
+    @property
+    def adapter_of(self) -> Tensor:
+        """(P,) the place of the adapter that each entry weighs. Not for `rank`."""
+        return self.present.nonzero().flatten() % self.layout.adapters
 
     def by_group(self, theta: Tensor) -> dict[str, tuple[float | None, ...]]:
         """By group: the entry of theta for each adapter, None where the adapter changes nothing in the group."""

@@ -257,10 +257,11 @@ def fit_work(inputs: FitInputs, examples: Examples, folds: Sequence[Fold]) -> Wo
         divided = folds if of is training else divide_training(inputs, of)
         return Work(divided, of, settings, inputs.references, after, certifies)
 
-    after = {_SCORING: scored + held_out * (len(static_points(inputs.references)) + 1)}
-    after |= {
-        _part(number): searched(part.fitting, {}).left(REACH) for number, part in enumerate(_parts(inputs, training), 1)
-    }
+    parts = _parts(inputs, training)
+    after = {_SCORING: scored + held_out * (len(static_points(inputs.references)) + (not parts))}
+    for number, part in enumerate(parts, 1):
+        unseen = cost_of(plan_batches(part.validation, batch_tokens=settings.batch_tokens))
+        after[_part(number)] = searched(part.fitting, {}).left(REACH) + unseen
     return searched(training, {**after, _ACTIVATIONS: activations})
 
 
@@ -524,6 +525,7 @@ def _fit_record(
         certificate=certificate,
         halvings=halvings,
         stopped=found.stopped,
+        dropped=found.dropped,
     )
 
 

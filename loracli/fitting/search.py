@@ -209,6 +209,8 @@ def search(
     whole = task.budget * 2 * tokens_of(training) - reserved
     refitting = task.validated and task.settings.mixing != "adapter"
     solved, levels, stages = _climb(task, make_mixing, whole * (1 - REFIT_SHARE * refitting))
+    if not solved[-1].stopped:
+        solved = [*solved[:-1], _without_idle(task, solved[-1])]
     winner = solved[-1]
     found = replace(winner, thetas=(winner.theta,), anchors=(winner.anchor,), rungs=levels, stages=stages)
     if winner.stopped or not refitting:
@@ -247,6 +249,51 @@ def _climb(
             break
     winner = solutions[-1].mixing.kind
     return solutions, tuple(replace(record, won=record.kind == winner) for record in records), tuple(stages)
+
+
+IDLE = "idle"  # the stage
+POOL = 3  # adapters, from which on some may be idle: who names two wants both
+
+
+def _without_idle(task: Task, found: Solution) -> Solution:
+    """The solution without the adapters that cannot be told from zero: leaving them out costs no more on the validation
+    records than one standard error, and `task.least_gain`, each alone and all together.
+
+    One check an adapter, cheapest first, and as many more as halving them takes: not one for each set of them.
+    """
+    mixing, adapters = found.mixing, len(task.references)
+    if adapters < POOL or found.scores is None or not isinstance(mixing, DiagonalMixing) or mixing.kind == "rank":
+        return found
+    task.engine.meter.enter(IDLE)
+    task.engine.meter.stage("looking for adapters that change nothing")
+    scores = found.scores
+
+    def left_out(places: Sequence[int], key: str) -> tuple[float, DiagonalMixing]:
+        """What it costs, beyond what would be noticed at most 0."""
+        kept = ~torch.isin(mixing.adapter_of, torch.tensor(places))
+        less = replace(mixing, kept=kept)
+        try:
+            without = task.check(less, found.thetas, key)
+        except NonFiniteLoss:
+            return math.inf, less
+        assert without is not None
+        cost = gain(without, scores)
+        return (math.inf if cost.clear or cost.mean > task.least_gain else cost.mean), less
+
+    alone = {place: left_out([place], f"without adapter {place}")[0] for place in range(adapters)}
+    idle = sorted((place for place in alone if alone[place] < math.inf), key=lambda place: (alone[place], place))
+    idle = idle[: adapters - 1]  # one stays
+    while idle:
+        cost, less = left_out(idle, f"without {len(idle)} adapters")
+        if cost < math.inf:
+            # Their numbers mean nothing now, and stand where the ridge wants them.
+            thetas = tuple(
+                torch.where(less.kept, theta, anchor)  # type: ignore[arg-type]
+                for theta, anchor in zip(found.thetas, found.anchors, strict=True)
+            )
+            return replace(found, mixing=less, thetas=thetas, dropped=tuple(sorted(idle)))
+        idle = idle[: len(idle) // 2]
+    return found
 
 
 def share_of(shares: Mapping[MixingKind, float], kind: MixingKind) -> float:

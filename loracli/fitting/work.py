@@ -22,9 +22,19 @@ from loracli.fitting.criterion import Fold
 from loracli.fitting.descent import Plan, plan_steps
 from loracli.fitting.engine import GRADIENT_COST, Pace
 from loracli.fitting.level import FACTOR_PASSES, FACTOR_STEPS, PROBE_SHARE, ridge_path, tokens_of
-from loracli.fitting.search import EVALUATIONS, LADDERS, REFIT_SHARE, SCREEN_SHARE, published_batches, share_of, subset
-from loracli.fitting.settings import FitSettings
-from loracli.recipe.record import MixingKind
+from loracli.fitting.search import (
+    EVALUATIONS,
+    IDLE,
+    LADDERS,
+    POOL,
+    REFIT_SHARE,
+    SCREEN_SHARE,
+    published_batches,
+    share_of,
+    subset,
+)
+from loracli.fitting.settings import AUTO, FitSettings
+from loracli.recipe.record import INLINE_KINDS, MixingKind
 
 REACH, REFIT, CERTIFICATE = "reach", "refit", "certificate"
 _STARTS = 2  # of a level: the solution of the one below, and the sum
@@ -96,7 +106,7 @@ class Work:
     def stages(self) -> tuple[str, ...]:
         """Their names in order: of levels the kinds of mixing."""
         refits, certificate = [REFIT] * self._refits, [CERTIFICATE] * self.certifies
-        return (REACH, *self._ladder, *refits, *certificate, *self.after)
+        return (REACH, *self._ladder, *[IDLE] * (self._prunes > 0), *refits, *certificate, *self.after)
 
     def left(self, stage: str, spent: int = 0) -> Cost:
         """The most that is to be done when a stage begins.
@@ -113,6 +123,8 @@ class Work:
             if kind in later:
                 most = self._most(kind, max(climbing, 0.0) * share_of(self._ladder, kind))
                 climbing, cost = climbing - most.tokens, cost + most
+        if IDLE in later:
+            cost += sum((self._cost_of(fold.validation) for fold in self.folds), Cost()) * self._prunes
         if REFIT in later:
             refitting = max(min(REFIT_SHARE * budget, budget - spent - cost.tokens), 0.0)
             plan = plan_steps(self.training, batch_tokens=settings.batch_tokens, seed=settings.seed + 1)
@@ -135,6 +147,13 @@ class Work:
     @property
     def _refits(self) -> bool:
         return bool(self.folds[0].validation) and self.settings.mixing != "adapter" and not self.settings.paper
+
+    @property
+    def _prunes(self) -> int:
+        """How many checks it takes at most to find the adapters that change nothing."""
+        n = len(self.references)
+        inline = self.settings.mixing in (*INLINE_KINDS, AUTO) and not self.settings.paper and self.ladder is None
+        return n + n.bit_length() if inline and n >= POOL and self.folds[0].validation else 0
 
     def _most(self, kind: MixingKind, budget: float) -> Cost:
         if self.settings.paper:

@@ -459,6 +459,8 @@ def _of_mixing(recipe: Recipe) -> Iterator[str]:
     for group, weights in mixing.weights.items():
         if len(weights) != adapters:
             yield f"mixing.weights[{group!r}]: {len(weights)} weights for {adapters} adapters"
+    if any(not 0 <= place < adapters for place in recipe.fit.dropped):
+        yield f"fit.dropped: expected places of the {adapters} adapters, from 0"
     if mixing.numbers < 1:
         yield f"mixing.numbers: expected at least 1, got {mixing.numbers}"
     if not set(mixing.bypassed) <= set(mixing.unreached):

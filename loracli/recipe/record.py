@@ -267,6 +267,7 @@ class FitRecord:
         halvings: how many micro-batches were halved because memory ran out; above 0 another run may differ in the last
             bits.
         stopped: why the search ended early, None if it did not.
+        dropped: places from 0 of the adapters whose weights are 0, as they could not be told from it.
     """
 
     recipe: str
@@ -282,6 +283,7 @@ class FitRecord:
     certificate: FitCertificate | None = None
     halvings: int = 0
     stopped: str | None = None
+    dropped: tuple[int, ...] = added(6, ())
 
 
 @dataclass(frozen=True)

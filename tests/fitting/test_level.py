@@ -424,8 +424,8 @@ def test_the_path_ends_where_the_solution_gets_clearly_worse(monkeypatch: pytest
     starts = {name: [level("module").constant([1.0, weight])] for name, weight in (("adapter", 0.3), ("sum", 1.0))}
     found = solve_level(task, level("module"), starts, 5000.0)
     assert ridges == [_RIDGE_PATH[0]] * 3  # two starts, and one stage of three
-    assert found.scores is not None and found.scores.nats_per_token == pytest.approx(3.0)
-    assert (found.chosen, found.ridge, found.moved) == ("adapter", None, False)
+    assert found.scores is not None and found.scores.nats_per_token == pytest.approx(2.0)  # after the first steps
+    assert (found.chosen, found.ridge, found.moved) == ("adapter", _RIDGE_PATH[0], True)
 
 
 class TwoWells(LeastSquares):
@@ -465,7 +465,8 @@ def test_records_of_uneven_lengths_keep_to_the_budget_and_use_it(kind: MixingKin
         whole = 2 * sum(len(example.input_ids) for example in examples)
         found, engine = searched(LeastSquares(TRUTH), examples, FitSettings(mixing=kind, batch_tokens=128, seed=seed))
         assert engine.meter.spent <= 8 * whole
-        assert engine.meter.spent > (3 if kind == "adapter" else 6) * whole  # BFGS is done when it is done
+        least = {"adapter": 3, "rank": 5}.get(kind, 6)  # BFGS is done when it is done; the last fit has a bound
+        assert engine.meter.spent > least * whole
         assert found.stopped is None
 
 

@@ -84,14 +84,15 @@ def test_the_stages_of_a_fit_are_counted_and_called_by_what_is_done() -> None:
     settings = FitSettings(passes=6)
     fit_mixing(adapters, example / "calibration.jsonl", base=str(example / "base"), settings=settings, progress=told)
     assert told.stages == [
-        "1/7 finding the modules that the records reach",
-        "2/7 finding a start",
-        "3/7 fitting 44 weights",
-        "4/7 fitting on all records",
-        "5/7 checking how sure the weights are",
-        "6/7 scoring the training records",
-        "6/7 scoring the held-out records",
-        "7/7 looking at the adapters' inputs",
+        "1/11 finding the modules that the records reach",
+        "2/11 finding a start",
+        "3/11 fitting 44 weights",
+        "4/11 fitting on all records",
+        "5/11 checking how sure the weights are",
+        "6/11 scoring the training records",
+        "6/11 scoring the held-out records",
+        *(f"{6 + part}/11 part {part}" for part in range(1, 5)),
+        "11/11 looking at the adapters' inputs",
     ]
     assert told.places == sorted(told.places) and told.places[0] == 0.0
     assert told.done == told.totals[-1]
