@@ -81,7 +81,7 @@ def fitted(settings: FitSettings, folder: Path, base: Path, adapters: tuple[Path
 def test_the_stages_of_a_fit_are_counted_and_called_by_what_is_done() -> None:
     told, example = Watched(TASK), example_folder()
     adapters = [str(example / name) for name in ("know", "form")]
-    settings = FitSettings(passes=6)
+    settings = FitSettings(passes=24)
     fit_mixing(adapters, example / "calibration.jsonl", base=str(example / "base"), settings=settings, progress=told)
     assert told.stages == [
         "1/11 finding the modules that the records reach",
