@@ -24,7 +24,7 @@ from loracli.model.attach import AttachedModel, attach
 from loracli.model.loss import make_objective
 from loracli.progress import SILENT
 
-REFERENCES = ("first", "second")
+REFERENCES = ("first", "second", "third")  # as many of them as there are adapters
 
 
 def sampled_examples(model: object, count: int, length: int, seed: int) -> list[Example]:
@@ -68,7 +68,7 @@ def run_search(
     fold = Fold(tuple(examples[held:]), tuple(examples[:held]))
     criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
     layout = make_layout(adapters)
-    task = Task(engine, (fold,), criterion, settings, REFERENCES)
+    task = Task(engine, (fold,), criterion, settings, REFERENCES[: layout.adapters])
     found = search(task, lambda kind: make_mixing(attached, layout, kind), examples)
     return found, engine.meter.spent / (2 * sum(len(e.input_ids) for e in examples))
 
@@ -81,7 +81,7 @@ def held_out_losses(
     level = make_diagonal(make_layout(adapters), "adapter")
     losses = {
         name: engine.score(level, level.constant(point), batches, held).nats_per_token
-        for name, point in static_points(REFERENCES).items()
+        for name, point in static_points(REFERENCES[: len(adapters)]).items()
     }
     return {**losses, "fit": engine.score(found.mixing, found.theta, batches, held).nats_per_token}
 

@@ -17,6 +17,7 @@ from loracli.fitting.search import _with_prompts, fit_as_published
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel
 from tests.fitting.planted import different_by_layer, held_out_losses, make_engine, planted, run_search
+from tests.tiny import make_adapter
 
 
 @pytest.fixture
@@ -116,3 +117,25 @@ def test_a_loss_that_is_not_finite_names_its_records(tiny_base: Path, adapters: 
         mixing = make_diagonal(make_layout(adapters), "module")
         with pytest.raises(NonFiniteLoss, match=r"records at val\.jsonl:0, val\.jsonl:1"):
             engine.total(mixing, mixing.constant([1.0, 1.0]), [batch], examples)
+
+
+def test_adapters_that_change_nothing_are_dropped_and_cost_no_weight(tmp_path: Path, tiny_base: Path) -> None:
+    """Of three, the truth uses the first alone; the weights of the others are exactly 0 in the end, at no loss."""
+    paths = [make_adapter(tmp_path / str(seed), tiny_base, seed=seed) for seed in (1, 2, 3)]
+    adapters = [read_adapter(str(path)) for path in paths]
+    truth = torch.tensor([[1.0, 0.0, 0.0]])
+    with planted(tiny_base, adapters, truth, count=200) as (attached, examples, held):
+        found, _ = run_search(attached, adapters, examples, FitSettings(mixing="adapter"))
+        losses = held_out_losses(attached, adapters, held, found)
+        attached.set_weights(truth.expand(len(make_layout(adapters).modules), -1))
+        at_truth = make_engine(attached, held).objective.score(plan_batches(held, batch_tokens=2048), len(held))
+    assert found.dropped == (1, 2)
+    mixing = found.mixing
+    assert isinstance(mixing, DiagonalMixing) and mixing.weights(found.theta)[1:].tolist() == [0.0, 0.0]
+    assert losses["fit"] < at_truth.nats_per_token + 0.005
+
+
+def test_of_two_adapters_none_is_dropped(tiny_base: Path, adapters: list[LoraAdapter]) -> None:
+    with planted(tiny_base, adapters, torch.tensor([[1.0, 0.0]]), count=60) as (attached, examples, _):
+        found, _ = run_search(attached, adapters, examples, FitSettings(mixing="adapter"))
+    assert found.dropped == () and float(found.theta[1]) != 0.0
