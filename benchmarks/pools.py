@@ -10,6 +10,7 @@ three adapters and a few records.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -44,14 +45,13 @@ def main() -> None:
                     row = measured(example, Path(scratch), count, mixing, seed, arguments)
                 alone = row[0] if alone is None else alone
                 loss, dropped, rank, seconds = row
-                print(
-                    f"| {count} | {mixing} | {seed} | {loss:.4f} | {loss - alone:+.4f} | {dropped} of {count - 2} | {rank} "
-                    f"| {seconds:.0f} |",
-                    flush=True,
-                )
+                told = f"{loss:.4f} | {loss - alone:+.4f} | {dropped} of {count - 2} | {rank} | {seconds:.0f}"
+                print(f"| {count} | {mixing} | {seed} | {told} |", flush=True)
 
 
-def measured(example, folder: Path, count: int, mixing: str, seed: int, arguments) -> tuple[float, int, int, float]:  # type: ignore[no-untyped-def]
+def measured(
+    example: Path, folder: Path, count: int, mixing: str, seed: int, arguments: argparse.Namespace
+) -> tuple[float, int, int, float]:
     """Held-out loss, adapters dropped, largest rank of the export, seconds of the fit."""
     names = [str(example / "know"), str(example / "form")]
     names += [str(noise(example / "know", folder / f"noise{i}", seed * 1000 + i)) for i in range(count - 2)]
