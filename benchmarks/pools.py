@@ -3,8 +3,8 @@
     python benchmarks/pools.py [--adapters 2 10 30] [--seeds 0 1 2]
 
 The two adapters of the embedded example, and beside them adapters that know nothing: factors drawn at random in the
-shapes of `know`, with the same |dW| in every module. Fitted as `loracat fit` fits, on the example's calibration records,
-and scored on its test records. `rank` is the largest that a module of the export has, without `--merge`. --quick takes
+shapes of `know`, of the same norms. Fitted as `loracat fit` fits, on the example's calibration records, and scored on
+its test records. `rank` is the largest that a module of the export has, without `--merge`. --quick takes
 three adapters and a few records.
 """
 
