@@ -146,12 +146,13 @@ def ours(p: Problem, settings: FitSettings, name: str) -> Row:
     held = min(len(order) // 5, 512)
     fold = Fold(tuple(order[held:]), tuple(order[:held]))
     task = Task(engine, (fold,), loss_criterion(engine, batch_tokens=BATCH_TOKENS), settings, p.names)
-    reserved = certificate_tokens(p.mixing, p.examples, settings)
+    reserved = certificate_tokens(p.mixing, p.examples, settings, task.budget)
     found = search(task, lambda kind: make_diagonal(p.layout, kind), p.examples, reserved)
     theta, mixing = found.theta, found.mixing
     assert isinstance(mixing, DiagonalMixing)
     if reserved:
-        theta, _ = certified(engine, mixing, theta, found.anchor, found.ridge or 0.0, p.examples, settings)
+        left = task.budget * 2 * tokens_of(p.examples) - engine.meter.spent
+        theta, _ = certified(engine, mixing, theta, found.anchor, found.ridge or 0.0, p.examples, settings, left)
     return name, p.passes(engine), p.loss(theta), time.monotonic() - began
 
 

@@ -290,7 +290,11 @@ def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Exam
     passes = "one pass" if settings.paper else f"up to {most:g} passes"
     about = duration_text(work.left(REACH).seconds(pace))
     about += "" if settings.metric is None else "; the answers that choose come on top"
-    held = "each held out once" if inputs.data.parts else f"{len(examples.held_out)} held out"
+    held = (
+        f"each held out once, by {len(inputs.data.parts)} more fits"
+        if inputs.data.parts
+        else f"{len(examples.held_out)} held out"
+    )
     progress.note(
         f"{len(examples.training)} training records{choosing if folds[0].validation else ''}, "
         f"{held}; {passes} over the records: about {about}"

@@ -46,6 +46,8 @@ class Recorder:
         assert task in self.open
         self.done[task] += amount
 
+    def expect(self, task: str, total: int) -> None: ...
+
     def finish(self, task: str) -> None:
         self.open.discard(task)
 

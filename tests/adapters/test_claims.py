@@ -266,7 +266,7 @@ def test_tasks_that_disagree_are_named_all(here: Path) -> None:
     with pytest.raises(IncompatibleAdapters) as caught:
         agreed_task([read_adapter(str(path)) for path in _pair(here, "SEQ_CLS", "TOKEN_CLS")])
     assert "a is for SEQ_CLS" in str(caught.value) and "b is for TOKEN_CLS" in str(caught.value)
-    assert "write the right one of CAUSAL_LM" in str(caught.value.hint)
+    assert "loracat export and --task-type SEQ_CLS" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ import typer
 
 from loracli.cli import app
 from loracli.cli._help import Panel
+from loracli.cli._options import PlacementOptions
 from loracli.cli._output import TALK, Output, Talk, print_anything
 from loracli.cli._tables import held_out_lines
 from loracli.cli.fit import EPILOG
 from loracli.cli.inspect import inspect
-from loracli.cli.show import show
+from loracli.cli.show import LayerOptions, show
 from loracli.recipe.record import HeldOut, HeldOutRow
 from tests.cli.process import COMMAND, environment, on_terminal, piped
 from tests.cli.project import run
@@ -164,7 +165,8 @@ def test_a_long_name_of_an_adapter_is_cut_in_every_table_that_has_one(
         Path(name).rename(other)
         Path("recipe.json").write_text(Path("recipe.json").read_text().replace(f'"{name}"', f'"{other}"'))
     cut = ["an-adap…-of-know", "an-adap…-of-form"]
-    lines = shown(60, monkeypatch, lambda out: show(recipe=Path("recipe.json"), weights=False, search=False, out=out))
+    options = {"weights": False, "search": False, "layers": LayerOptions(), "placement": PlacementOptions()}
+    lines = shown(60, monkeypatch, lambda out: show(recipe=Path("recipe.json"), **options, out=out))  # type: ignore[arg-type]
     for name in cut:  # the losses, `worse on`, rank to sha256, and the head of its weights
         assert [line.split()[:1] for line in lines].count([name]) == 4
     lines = shown(60, monkeypatch, lambda out: inspect(references=list(long.values()), out=out))

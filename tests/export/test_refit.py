@@ -267,8 +267,8 @@ def test_a_method_that_merges_factors_is_refused(made: Planted, tmp_path: Path) 
 
 def test_too_few_records_are_refused(made: Planted, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
-    few.write_text("".join(made.data.read_text().splitlines(keepends=True)[:12]))
-    with pytest.raises(UsageError, match="--refit cannot choose with 6 training records"):
+    few.write_text("".join(made.data.read_text().splitlines(keepends=True)[:10]))
+    with pytest.raises(UsageError, match="--refit cannot choose with 5 training records"):
         made.refitted(tmp_path / "out", data=few)
 
 

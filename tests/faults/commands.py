@@ -12,7 +12,7 @@ from tests.faults.trials import check_manners, tree
 ADAPTERS = ("../project/first", "../project/second")
 FIT = (
     *("fit", "-a", *ADAPTERS, "-d", "../project/val.jsonl", "--base", "../project/base"),
-    *("--passes", "2", "--batch-tokens", "256", "--dtype", "float32", "--device", "cpu"),
+    *("--passes", "2", "--holdout", "0.2", "--batch-tokens", "256", "--dtype", "float32", "--device", "cpu"),
 )
 
 

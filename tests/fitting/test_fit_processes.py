@@ -23,7 +23,7 @@ class SmallFit:
         self.server, self.folder = server, folder
         data = write_jsonl(folder / "val.jsonl", random_records(30))
         self.words = ["fit", "-a", *map(str, adapters), "-d", str(data), "--base", str(base)]
-        self.words += ["--dtype", "float32", "--device", "cpu", "--batch-tokens", "64"]
+        self.words += ["--dtype", "float32", "--device", "cpu", "--batch-tokens", "64", "--holdout", "0.2"]
 
     def start(self, count: int, *options: str) -> list[Started]:
         return fork_all(self.server, count, *self.words, *options, cwd=self.folder)
@@ -38,6 +38,15 @@ class SmallFit:
 @pytest.fixture
 def small(server: ForkServer, tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]) -> SmallFit:
     return SmallFit(server, tmp_path, tiny_base, two_adapters)
+
+
+def test_two_processes_cross_fit_to_the_bytes_of_one(small: SmallFit) -> None:
+    place = small.words.index("--holdout")
+    del small.words[place : place + 2]
+    for count in (1, 2):
+        small.run(count, "--mixing", "adapter", "--passes", "2", "-o", f"{count}/recipe.json")
+    one, two = ((small.folder / str(count) / "recipe.json").read_bytes() for count in (1, 2))
+    assert one == two and json.loads(one)["held_out"]["parts"] == 4
 
 
 def test_one_two_and_four_processes_write_the_same_bytes(small: SmallFit) -> None:

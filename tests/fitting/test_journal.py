@@ -29,7 +29,7 @@ from tests.faults.fork_server import ForkServer
 from tests.heard import Heard
 from tests.tiny import random_records, write_jsonl
 
-SETTINGS = FitSettings(mixing="auto", passes=3, cv=2, batch_tokens=256)
+SETTINGS = FitSettings(mixing="auto", passes=3, cv=2, batch_tokens=256, holdout=0.2)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def test_the_weights_of_unreached_modules_are_the_starts(tmp_path: Path) -> None
     base = make_base(tmp_path / "base", "mamba")
     paths = [make_adapter(tmp_path / name, base, targets=READ["mamba"], seed=i) for i, name in enumerate("ab")]
     records = [{"prompt": f"{i}", "completion": "aaaaaaaa"} for i in range(60)]
-    data, settings = write_jsonl(tmp_path / "val.jsonl", records), FitSettings(mixing="module", passes=6)
+    data, settings = write_jsonl(tmp_path / "val.jsonl", records), FitSettings(mixing="module", passes=6, holdout=0.2)
     recipe = fit_mixing([str(path) for path in paths], data, base=str(base), settings=settings)
     weights, unreached = recipe.mixing.weights, recipe.mixing.unreached
     (start,) = {weights[name] for name in unreached}
