@@ -186,7 +186,7 @@ LADDERS: dict[str, Mapping[MixingKind, float]] = {
     "rank": {"adapter": 0.2, "module": 0.35, "rank": 0.45},
     "core": {"adapter": 0.2, "module": 0.35, "core": 0.45},
     "factors": {"adapter": 0.2, "module": 0.35, "factors": 0.45},
-    "auto": {"adapter": 0.09, "module": 0.36, "core": 0.2, "factors": 0.35},
+    "auto": {"adapter": 0.08, "module": 0.32, "core": 0.3, "factors": 0.3},
 }
 _SAME_START = 0.05  # starts closer than this are one
 REFIT_SHARE = 0.4  # of the budget
@@ -406,8 +406,9 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
         whole, taken = (max(1, round(passes * plan.steps_a_pass)) for passes in last.passes)
         rate, steps = rate_for(task, last.mixing, whole), min(steps, taken)
     else:
-        most = (1 if last.mixing.kind == "core" else 2) * last.passes[0]
-        steps = whole = min(steps, max(1, round(most * plan.steps_a_pass)))
+        if len(task.folds) > 1:  # of few records, which many passes fit whatever the validation records said
+            most = (1 if last.mixing.kind == "core" else 2) * last.passes[0]
+            steps = whole = min(steps, max(1, round(most * plan.steps_a_pass)))
         rate = _REFIT_RATE * rate_for(task, last.mixing, steps)
     adam = AdamW(start, steps=whole, rate=rate, warm_up=max(1, round(WARM_UP * whole)))
     kind = last.mixing.kind

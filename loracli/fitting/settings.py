@@ -14,7 +14,7 @@ from loracli.system.near import did_you_mean
 
 AUTO = "auto"
 PASSES = 8.0
-AUTO_PASSES = 18.0
+AUTO_PASSES = 20.0
 _FULL_RECORDS = 16  # below, there are more passes
 
 
@@ -30,7 +30,7 @@ class FitSettings:
             for a fifth, or with fewer than 100 records for every record in its turn (cross-fitting).
         max_length: tokens of a record that are used, from its start.
         batch_tokens: tokens of a micro-batch, padding included.
-        passes: budget, in passes forward and backward over the training records; None for 8, or 18 with `auto`, times
+        passes: budget, in passes forward and backward over the training records; None for 8, or 20 with `auto`, times
             the number of folds.
         cv: K folds to choose among starts, ridges and kinds of mixing; None for 4 with 6 to 39 training records, and
             for a fifth of them set aside with more.
