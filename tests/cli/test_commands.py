@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_leaves_the_best_weights_and_names_the_records
 
     def breaks(self: Engine, *arguments: object, **key: Any) -> object:
         calls.append(arguments)
-        if len(calls) > 40:
+        if len(calls) > 24:
             raise NonFiniteLoss("the loss is not finite on the records at calibration.jsonl:3")
         return total(self, *arguments, **key)  # type: ignore[arg-type]
 

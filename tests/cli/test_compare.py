@@ -83,12 +83,12 @@ def test_answers_are_judged_by_name_or_by_a_command(few: Path) -> None:
 
 def test_where_a_kind_of_mixing_is_best_the_next_command_is_its_fit(here: Path) -> None:
     words = (*ALONE[:4], "-d", "test.jsonl", "--base", "base", "-m", "adapter", "--fit-data", "calibration.jsonl")
-    found = run(*words, "--passes", "3", "--batch-tokens", "512")
+    found = run(*words, "--passes", "12", "--batch-tokens", "512")
     assert found.exit_code == 0, found.stderr
     [line] = [line for line in found.stderr.splitlines() if line.startswith("next: ")]
     assert line == (
         "next: loracat fit --adapters know form --data calibration.jsonl --mixing adapter --base base "
-        "--batch-tokens 512 --passes 3.0"
+        "--batch-tokens 512 --passes 12.0"
     )
     assert found.stdout.startswith("adapter ") and run(*line.split()[2:], "--dry-run").exit_code == 0
 

@@ -146,7 +146,7 @@ def fitted(
     """A recipe that was fitted on 50 records of random letters, of which 30 are for training."""
     folder = tmp_path_factory.mktemp(request.param)
     data = write_jsonl(folder / "val.jsonl", random_records(50))
-    settings = FitSettings(mixing=request.param, passes=3, holdout=0.2, cv=None)
+    settings = FitSettings(mixing=request.param, passes=12, holdout=0.2)
     adapters = [str(path) for path in two_adapters]
     recipe = fit_mixing(adapters, data, base=str(tiny_base), settings=settings, placement=Placement(dtype="float32"))
     recipe.save(folder / "recipe.json")
