@@ -15,7 +15,7 @@ from loracli.comparison.candidates import Candidate, candidates, datamix_candida
 from loracli.comparison.inputs import CompareInputs, prepare_comparison
 from loracli.comparison.settings import CompareSettings
 from loracli.comparison.state import KeptRows, kept_rows
-from loracli.comparison.table import Evaluated, comparison_of
+from loracli.comparison.table import Evaluated, comparison_of, mean_of
 from loracli.composition.attached import MixingPoint
 from loracli.composition.fitted import TASK, Calibration
 from loracli.errors import NonFiniteLoss
@@ -258,7 +258,7 @@ class _Comparison:
         batches = self._session.batches(self._test)
         batch = batches[len(batches) // 2]
         self._forward = sum(one.tokens for one in (*batches, *self._session.batches(self._guard)))
-        work = len(rows) * self._forward + sum(row.cost for row in rows)
+        work = sum(len(row.draws) * self._forward + row.cost for row in rows)
         with self._engine(inputs.adapters, inputs.layout) as engine:
             find_reach(engine, self._session, self._test)
             device = engine.objective.attached.device
@@ -278,13 +278,20 @@ class _Comparison:
             yield Engine(objective, Meter(self._progress, task=TASK), progress=self._progress)
 
     def _fit(self, row: Candidate) -> None:
-        """A row that attaches the adapters itself: its fit, and what that scores."""
-        self._progress.enter(self._counted(row), row.cost)
-        point = row.composed(self._skipped)
-        if point is not None:
+        """A row that attaches the adapters itself: its fit, or one for each draw, and what that scores."""
+        found = []
+        for draw in row.draws:
+            self._progress.enter(self._counted(row), draw.cost)
+            point = draw.composed(self._skipped)
+            if point is None:
+                return
             with self._engine(self._inputs.adapters, self._inputs.layout) as engine:
                 self._progress.enter(self._counted(row), self._forward)
-                self._add(row, point, engine)
+                scored = self._score(draw, point, engine)
+            if scored is None:
+                return
+            found.append(scored)
+        self._keep(row, mean_of(found))
 
     def _evaluate(self, rows: Sequence[Candidate], adapters: Sequence[LoraAdapter], layout: Layout) -> None:
         """The other rows, which are set on one attached model in turn."""
@@ -294,25 +301,28 @@ class _Comparison:
             for row in rows:
                 self._progress.enter(self._counted(row), self._forward)
                 point = row.composed(self._skipped)
-                if point is not None:
-                    self._add(row, point, engine)
+                scored = None if point is None else self._score(row, point, engine)
+                if scored is not None:
+                    self._keep(row, scored)
 
-    def _add(self, row: Candidate, point: MixingPoint, engine: Engine) -> None:
-        """Measures a row and keeps what it scores; one whose loss is not finite is left out.
+    def _score(self, row: Candidate, point: MixingPoint, engine: Engine) -> Evaluated | None:
+        """What a row scores; None of one whose loss is not finite, which is left out.
 
         Raises:
             NonFiniteLoss: if it is the last adapter, and no other has a finite loss.
         """
         engine.meter.stage(self._counted(row))
         try:
-            found = self._measure(row, point, engine)
+            return self._measure(row, point, engine)
         except NonFiniteLoss as error:
             references = self._inputs.references
             if row.name == references[-1] and not any(name in self._done for name in references):
                 raise
             self._skipped.append(Skipped(row.name, str(error)))
             self._progress.warn(f"{row.name} is left out: {error}")
-            return
+            return None
+
+    def _keep(self, row: Candidate, found: Evaluated) -> None:
         self._done[row.name] = found
         self._kept.write(self._key(row), found, fitted=row.fitted)
 

@@ -224,6 +224,40 @@ def test_a_level_finds_what_loracat_fit_finds_on_the_same_records(
     )  # the fit takes a Newton step at its end, the level in a comparison does not
 
 
+def test_the_row_of_random_adapters_is_the_mean_of_five_fits_each_on_other_adapters(
+    data: Path, tiny_base: Path, two_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draw k composes the adapters that seed + k gives: their lora_A lie in the rows of what was measured."""
+    measured: list[tuple[Any, float]] = []
+    inner = _Comparison._measure
+
+    def measure(self: _Comparison, row: Candidate, point: Any, engine: Any) -> Any:
+        found = inner(self, row, point, engine)
+        if row.name == "random":
+            measured.append((point.mixing.factors, found.scores.nats_per_token))
+        return found
+
+    monkeypatch.setattr(_Comparison, "_measure", measure)
+    settings = CompareSettings(("sum", "module"), fit=replace(QUICK, seed=3), controls=Controls(random=True))
+    inputs = prepare_comparison(
+        data / "test.jsonl",
+        adapters=[str(path) for path in two_adapters],
+        fit_data=data / "val.jsonl",
+        base=str(tiny_base),
+        settings=settings,
+    )
+    row = run_comparison(inputs).row("random")
+    losses = [loss for _, loss in measured]
+    assert len(set(losses)) == 5 and row.nats_per_token == pytest.approx(sum(losses) / 5, rel=1e-12)
+    assert row.draws is not None and row.draws.nats_per_token == tuple(losses) and row.draws.fit == "module"
+    for draw, (pairs, _) in enumerate(measured):
+        for other in range(5):
+            drawn = random_adapters(inputs.adapters, seed=3 + other)
+            rows, own = pairs[0][0], drawn[0].modules[inputs.layout.modules[0]].factors.lora_A
+            inside = torch.linalg.matrix_rank(torch.cat([rows, own])) == torch.linalg.matrix_rank(rows)
+            assert bool(inside) == (draw == other)
+
+
 def test_random_adapters_have_the_norms_and_nothing_else(two_adapters: tuple[Path, Path]) -> None:
     adapters = [read_adapter(str(path)) for path in two_adapters]
     drawn = random_adapters(adapters, seed=0)
