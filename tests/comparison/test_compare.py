@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import read_adapter
@@ -287,6 +288,35 @@ def test_the_guard_says_what_is_shown_not_to_get_worse(
     assert weak.safe and base.safe and not strong.safe
     assert strong.difference.mean == pytest.approx(strong.nats_per_token - base.nats_per_token)
     assert found.guard == "guard.jsonl"
+
+
+def test_two_adapters_that_are_safe_alone_and_harmful_together_are_not_shown_safe(
+    tmp_path: Path, data: Path, tiny_base: Path
+) -> None:
+    """A neuron that nothing writes and nothing reads: one adapter writes it, which nobody reads, the other reads it,
+    which nobody wrote, so that each alone is the base to the bit; the two together are another model."""
+    base, dead = Path(shutil.copytree(tiny_base, tmp_path / "base")), 5
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data[dead] = 0.0
+        layer.mlp.down_proj.weight.data[:, dead] = 0.0
+    model.save_pretrained(base)
+    pair = []
+    for target, kept in (("up_proj", "lora_B"), ("down_proj", "lora_A")):
+        path = make_adapter(tmp_path / target, base, targets=(target,), rank=1, size=2.0)
+        tensors = load_file(path / "adapter_model.safetensors")
+        for name, tensor in tensors.items():
+            if kept in name:
+                tensor.copy_((torch.arange(tensor.numel()) == dead).view(tensor.shape))
+        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        pair.append(path)
+    found = compare(data, base, tuple(pair), guard=data / "val.jsonl", settings=CompareSettings(("sum",)))
+    guards = {row.name: row.guard for row in found.rows}
+    for path in pair:
+        alone = guards[str(path)]
+        assert alone is not None and alone.safe and alone.difference.mean == pytest.approx(0, abs=1e-6)
+    together = guards["sum"]
+    assert together is not None and not together.safe and together.difference.interval[0] > found.margin
 
 
 def test_test_records_that_were_calibrated_on_are_counted(
