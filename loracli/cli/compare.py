@@ -60,8 +60,8 @@ class RowOptions:
         typer.Option(
             "--control",
             metavar="NAME...",
-            help="Add a control: fresh-lora is a new LoRA on --fit-data; random is the fit on random adapters; datamix "
-            "DIR is an adapter trained on mixed data.",
+            help="Add a control: fresh-lora is a new LoRA on --fit-data; random is the fit on random adapters, 5 "
+            "draws; datamix DIR is an adapter trained on mixed data.",
         ),
     ] = None
     guard: Annotated[

@@ -46,6 +46,7 @@ from loracli.recipe.record import MixingKind
 _RATE, _SCALING = 1e-3, 2.0
 _CHECKS_A_PASS = 2
 _PATIENCE = 4  # checks in a row that are worse than the best
+_DRAWS = 5  # of random adapters
 
 
 def random_adapters(adapters: Sequence[LoraAdapter], *, seed: int) -> list[LoraAdapter]:
@@ -196,9 +197,10 @@ class Candidate:
         name: of the row.
         kind: of the row.
         compose: what is set on the model; raises ValueError where the adapters cannot be honoured.
-        cost: of it, at most.
+        cost: of it and all its draws, at most.
         fitted: whether it attaches the adapters itself, so that it comes before the comparison does.
         by_name: whether it was asked for by name, so that it may not be left out.
+        more: further draws of what `compose` gives, where the row is the mean of all.
     """
 
     name: str
@@ -207,6 +209,13 @@ class Candidate:
     cost: Cost = Cost()  # noqa: RUF009  # frozen
     fitted: bool = False
     by_name: bool = True
+    more: tuple[Callable[[], MixingPoint], ...] = ()
+
+    @property
+    def draws(self) -> tuple[Candidate, ...]:
+        """One for each draw; itself alone where there is one."""
+        shared = self.cost * (1 / (1 + len(self.more)))
+        return tuple(replace(self, compose=one, cost=shared, more=()) for one in (self.compose, *self.more))
 
     def composed(self, skipped: list[Skipped]) -> MixingPoint | None:
         """What is set; None with an entry in `skipped` where the adapters cannot be honoured.
@@ -320,8 +329,9 @@ def _controls(inputs: CompareInputs, calibration: Calibration) -> list[Candidate
         train = partial(train_fresh_lora, calibration, inputs.layout, inputs.adapters, rank=max(inputs.layout.sizes))
         rows.append(Candidate(FRESH_LORA, "control", train, cost, fitted=True))
     if wanted.random:
-        cost = _cost_of_level(_random_kind(inputs), inputs, calibration)
-        rows.append(Candidate(RANDOM, "control", partial(_random, inputs, calibration), cost, fitted=True))
+        cost = _cost_of_level(_random_kind(inputs), inputs, calibration) * _DRAWS
+        first, *more = (partial(_random, inputs, calibration, draw) for draw in range(_DRAWS))
+        rows.append(Candidate(RANDOM, "control", first, cost, fitted=True, more=tuple(more)))
     return rows
 
 
@@ -330,9 +340,9 @@ def _rung(name: str, inputs: CompareInputs, calibration: Calibration) -> MixingP
     return of_recipe(mixing, inputs.adapters, inputs.layout, note=note)
 
 
-def _random(inputs: CompareInputs, calibration: Calibration) -> MixingPoint:
+def _random(inputs: CompareInputs, calibration: Calibration, draw: int) -> MixingPoint:
     """The fit on random adapters, as factors: where it is measured, the true ones are attached."""
-    drawn = random_adapters(inputs.adapters, seed=calibration.settings.seed)
+    drawn = random_adapters(inputs.adapters, seed=calibration.settings.seed + draw)
     kind = _random_kind(inputs)
     mixing, _ = fit_level(kind, calibration, drawn, inputs.references, inputs.layout)
     factors = {name: compose_module(mixing, drawn, name) for name in module_names(drawn)}

@@ -16,7 +16,7 @@ from loracli.comparison.candidates import Candidate, candidates, datamix_candida
 from loracli.comparison.inputs import CompareInputs, prepare_comparison
 from loracli.comparison.settings import CompareSettings
 from loracli.comparison.state import KeptRows, kept_rows
-from loracli.comparison.table import Evaluated, comparison_of
+from loracli.comparison.table import Evaluated, comparison_of, mean_of
 from loracli.composition.attached import MixingPoint
 from loracli.composition.fitted import TASK, Calibration
 from loracli.errors import NonFiniteLoss
@@ -179,9 +179,9 @@ class _Rows:
             self._progress.expect(TASK, total)
         self._progress.advance(TASK, 0, row)
 
-    def leave_out(self) -> None:
-        """The next part is not done."""
-        del self._ahead[0]
+    def leave_out(self, parts: int) -> None:
+        """The next parts are not done."""
+        del self._ahead[:parts]
 
     def begin(self, task: str, total: int | None, unit: str) -> None:
         self._progress.begin(task, total, unit)
@@ -273,7 +273,7 @@ class _Comparison:
         left = [row for row in every if row.name not in self._done]
         fitted = [row for row in left if row.fitted]
         self._announce({row.name: about[row.name] for row in left}, fitted)
-        parts = [part for row in fitted for part in (row.cost, self._scored)]
+        parts = [part for row in fitted for draw in row.draws for part in (draw.cost, self._scored)]
         parts += [self._scored] * (len(left) - len(fitted))
         self._progress.plan([part.effort(self._pace) for part in parts])
         try:
@@ -353,7 +353,8 @@ class _Comparison:
             calibration = replace(calibration, pace=self._pace)
         rows = candidates(inputs, calibration, self._skipped)
         others = [] if inputs.datamix is None else [datamix_candidate(inputs.datamix)]
-        about = {row.name: (row.cost + self._scored).seconds(self._pace) for row in (*rows, *others)}
+        every = (*rows, *others)
+        about = {row.name: (row.cost + self._scored * len(row.draws)).seconds(self._pace) for row in every}
         return rows, others, about
 
     def _measured(self, engine: Engine, calibrating: Sequence[Example]) -> Pace:
@@ -387,15 +388,22 @@ class _Comparison:
             yield Engine(objective, meter, progress=self._progress)
 
     def _fit(self, row: Candidate) -> None:
-        """A row that attaches the adapters itself: its fit, and what that scores."""
-        self._progress.enter(self._counted(row))
-        point = row.composed(self._skipped)
-        if point is None:
-            self._progress.leave_out()
-            return
-        with self._engine(self._inputs.adapters, self._inputs.layout) as engine:
+        """A row that attaches the adapters itself: its fit, or one for each draw, and what that scores."""
+        found = []
+        for number, draw in enumerate(row.draws, 1):
             self._progress.enter(self._counted(row))
-            self._add(row, point, engine)
+            point, scored = draw.composed(self._skipped), None
+            if point is None:
+                self._progress.leave_out(1)
+            else:
+                with self._engine(self._inputs.adapters, self._inputs.layout) as engine:
+                    self._progress.enter(self._counted(row))
+                    scored = self._score(draw, point, engine)
+            if scored is None:
+                self._progress.leave_out(2 * (len(row.draws) - number))
+                return
+            found.append(scored)
+        self._keep(row, mean_of(found))
 
     def _evaluate(self, rows: Sequence[Candidate], adapters: Sequence[LoraAdapter], layout: Layout) -> None:
         """The other rows, which are set on one attached model in turn."""
@@ -405,25 +413,28 @@ class _Comparison:
             for row in rows:
                 self._progress.enter(self._counted(row))
                 point = row.composed(self._skipped)
-                if point is not None:
-                    self._add(row, point, engine)
+                scored = None if point is None else self._score(row, point, engine)
+                if scored is not None:
+                    self._keep(row, scored)
 
-    def _add(self, row: Candidate, point: MixingPoint, engine: Engine) -> None:
-        """Measures a row and keeps what it scores; one whose loss is not finite is left out.
+    def _score(self, row: Candidate, point: MixingPoint, engine: Engine) -> Evaluated | None:
+        """What a row scores; None of one whose loss is not finite, which is left out.
 
         Raises:
             NonFiniteLoss: if it is the last adapter, and no other has a finite loss.
         """
         engine.meter.stage(self._counted(row))
         try:
-            found = self._measure(row, point, engine)
+            return self._measure(row, point, engine)
         except NonFiniteLoss as error:
             references = self._inputs.references
             if row.name == references[-1] and not any(name in self._done for name in references):
                 raise
             self._skipped.append(Skipped(row.name, str(error)))
             self._progress.warn(f"{row.name} is left out: {error}")
-            return
+            return None
+
+    def _keep(self, row: Candidate, found: Evaluated) -> None:
         self._done[row.name] = found
         self._kept.write(self._key(row), found, fitted=row.fitted)
 

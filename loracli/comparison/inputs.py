@@ -226,7 +226,7 @@ def _check_one_kind(recipes: Sequence[ComparedRecipe], settings: CompareSettings
     kinds = sorted({one.recipe.mixing.kind for one in recipes})
     if settings.controls.random and len(kinds) > 1:
         raise UsageError(
-            f"--control random is one fit on random adapters, and the recipes' mixings are {' and '.join(kinds)}",
+            f"--control random fits one kind of mixing, and the recipes' mixings are {' and '.join(kinds)}",
             hint="compare the recipes one at a time, or leave the control out",
         )
 

@@ -30,7 +30,7 @@ class Controls:
 
     Args:
         fresh_lora: a new LoRA of the same rank, trained on the same calibration records.
-        random: the same fit on adapters of the same norms with random directions.
+        random: the same fit on adapters of the same norms with random directions, five times.
         datamix: reference of an adapter that was trained on the data of all skills; None for none.
     """
 
@@ -77,7 +77,7 @@ class CompareSettings:
     Args:
         methods: names, or `data-free` for every one that needs no calibration data, or `all`.
         options: of the methods.
-        fit: of the levels that are fitted for it; its `mixing` is what the random control is fitted with.
+        fit: of the levels that are fitted for it.
         controls: that stand beside the methods.
         margin: nats per token that the guard records may get worse by.
         weights: by hand, of a row of their own, as in `ExportRequest`; None for no such row.

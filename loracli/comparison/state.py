@@ -40,7 +40,7 @@ _OF_FITS = ("--fit-data", "--passes", "--cv")
 _WEIGHTS, _MIXED = "--weights", f"--control {DATAMIX}"
 _STATE = StateKind(
     "comparison",
-    "1",
+    "2",
     _ENTRY.format("*"),
     "compare in another folder",
     frozenset({*_OF_FITS, _WEIGHTS, _MIXED}),  # rows that need none of them are the same without
@@ -48,6 +48,7 @@ _STATE = StateKind(
 _MAX_ROW_BYTES = 256 << 20
 _MOST = 1e12  # nats or tokens of a record, or what a task metric gives it
 _NATS, _TOKENS, _GUARD_NATS, _GUARD_TOKENS, _VALUES = "nats", "tokens", "guard nats", "guard tokens", "values"
+_DRAWS = "draws"
 
 
 def comparison_state(recipes: Sequence[str | Path], adapters: Sequence[str], data: Sequence[str]) -> Path:
@@ -57,7 +58,7 @@ def comparison_state(recipes: Sequence[str | Path], adapters: Sequence[str], dat
 
 @dataclass(frozen=True)
 class _Row:
-    """An `Evaluated` as a document; `numbers` are its tensors, one number for each record."""
+    """An `Evaluated` as a document; `numbers` are its tensors, one number for each record or draw."""
 
     key: str
     rank: int | None
@@ -107,6 +108,7 @@ class KeptRows:
             raise damaged(problems[0])
         sizes = {_NATS: records, _TOKENS: records, **({_VALUES: records} if answers else {})}
         sizes |= {_GUARD_NATS: guard, _GUARD_TOKENS: guard} if guard else {}
+        sizes |= {_DRAWS: len(row.draws)} if row.more else {}
         if found.key != key or {name: len(numbers) for name, numbers in found.numbers.items()} != sizes:
             raise damaged("it is of another row, or of other records")
         if not all(_can_be(name, number) for name, numbers in found.numbers.items() for number in numbers):
@@ -123,6 +125,7 @@ class KeptRows:
             found.note,
             guarded,
             tensors.get(_VALUES),
+            found.numbers.get(_DRAWS, ()),
         )
 
     def write(self, key: str, row: Evaluated, *, fitted: bool) -> None:
@@ -135,6 +138,7 @@ class KeptRows:
         if row.values is not None:
             tensors[_VALUES] = row.values
         numbers = {name: tuple(tensor.double().tolist()) for name, tensor in tensors.items()}
+        numbers |= {_DRAWS: row.draws} if row.draws else {}
         document = _Row(key, row.rank, row.kept_energy, row.weights, row.note, numbers)
         write_atomically(self._path(key), (json.dumps(encode(document), allow_nan=False) + "\n").encode())
         self.fitted |= fitted

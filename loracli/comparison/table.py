@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from loracli.evaluation.comparison import (
     Comparison,
     ComparisonRow,
     Difference,
+    Draws,
     GuardScore,
     MetricScore,
     RecipeRow,
@@ -27,6 +29,7 @@ from loracli.model.loss import Scores
 
 _BASE, INGREDIENT, UNIFORM = "base", "ingredient", "uniform"
 _CONTENDERS: tuple[RowKind, ...] = ("ingredient", "method", "fit")  # for the best; not the base, nor a control
+_FITS = ("module", "auto")  # what random adapters stand against without a recipe: what was fitted on them too first
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Evaluated:
         note: what a reader has to know.
         guard: on the guard records, None without any.
         values: (n,) of the task metric on each test record, None without one.
+        draws: nats per token of each draw, where it is the mean of several; () otherwise.
     """
 
     name: str
@@ -54,6 +58,26 @@ class Evaluated:
     note: str = ""
     guard: Scores | None = None
     values: Tensor | None = None
+    draws: tuple[float, ...] = ()
+
+
+def mean_of(draws: Sequence[Evaluated]) -> Evaluated:
+    """The mean of what the draws of one row cost each record, and of their answers; one draw as it is."""
+    first, *others = draws
+    if not others:
+        return first
+    guards, values = [one.guard for one in draws if one.guard], [one.values for one in draws if one.values is not None]
+    return replace(
+        first,
+        scores=_mean_scores([one.scores for one in draws]),
+        guard=_mean_scores(guards) if guards else None,
+        values=torch.stack(values).mean(0) if values else None,
+        draws=tuple(one.scores.nats_per_token for one in draws),
+    )
+
+
+def _mean_scores(draws: Sequence[Scores]) -> Scores:
+    return Scores(torch.stack([one.nats for one in draws]).mean(0), draws[0].tokens)
 
 
 def comparison_of(
@@ -148,11 +172,21 @@ class _Table:
                 weights=row.weights,
                 metric=metric,
                 guard=guard,
+                draws=self._draws(row) if row.draws else None,
             )
             for row, difference, against, metric, guard in zip(
                 self._evaluated, to_best, to_uniform, metrics, guards, strict=True
             )
         )
+
+    def _draws(self, row: Evaluated) -> Draws:
+        fits = [other for other in self._evaluated if other.kind == "fit"]
+        fits = fits or [other for name in _FITS for other in self._evaluated if other.name == name][:1]
+        if not fits:
+            return Draws(row.draws, None, None)
+        fit = min(fits, key=lambda other: other.scores.nats_per_token)
+        below, deviation = row.scores.nats_per_token - fit.scores.nats_per_token, statistics.stdev(row.draws)
+        return Draws(row.draws, fit.name, below / deviation if deviation > 0 else None)
 
     def _differences(self, differences: Sequence[Tensor], tokens: Tensor) -> list[Difference]:
         found = intervals(torch.stack(list(differences)), tokens, seed=self._seed)
@@ -162,18 +196,19 @@ class _Table:
     def _metrics(self) -> list[MetricScore | None]:
         """Against the ingredient that is best by the metric."""
         values = [row.values for row in self._evaluated]
+        whole = [row.values for row in self._evaluated if not row.draws]  # a mean of draws is between right and wrong
         alone = [row.values for row in self._evaluated if row.kind == INGREDIENT and row.values is not None]
         if not alone:
             return [None] * len(values)
         best = max(alone, key=lambda v: float(v.sum()))
-        binary = all(bool(((v == 0) | (v == 1)).all()) for v in values if v is not None)
+        binary = all(bool(((v == 0) | (v == 1)).all()) for v in whole if v is not None)
         found: list[MetricScore | None] = []
-        for v in values:
+        for row, v in zip(self._evaluated, values, strict=True):
             if v is None:
                 found.append(None)
                 continue
             (difference,) = self._differences([v - best], torch.ones_like(best))
-            p = mcnemar(v == 1, best == 1) if binary else None
+            p = mcnemar(v == 1, best == 1) if binary and not row.draws else None
             found.append(MetricScore(float(v.mean()), difference.mean, difference.interval, p))
         return found
 

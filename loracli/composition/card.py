@@ -186,6 +186,7 @@ class CardText:
         made: how it was made, for the heading; None of a composition.
         reach: what there is to say of modules that the base does not call.
         base_named: whether the base can be loaded by `base_id`, which of a directory is only the last name.
+        compare: the command that compares the composition, as far as it is not about records; None without one.
     """
 
     base_id: str
@@ -199,23 +200,38 @@ class CardText:
     made: str | None = None
     reach: tuple[str, ...] = ()
     base_named: bool = False
+    compare: str | None = None
+
+    @property
+    def unguarded(self) -> tuple[str, ...]:
+        """That neither a recipe nor a record holds what a guard found for the composition, and what finds it."""
+        if self.compare is None:
+            return ()
+        command = markdown_code(f"{self.compare} --data FILE --guard GENERAL")
+        return (
+            "No check of records that must not get worse is kept for this composition; this makes one:",
+            f"{command}.",
+            "",
+        )
 
 
 def recipe_card(recipe: Recipe, licences: Sequence[str | None]) -> CardText:
     """Of a recipe as it may be published, and the licence that each of its adapters states."""
+    repeat = repeat_recipe(recipe)
     return CardText(
         base_id=recipe.base.id,
         adapters=len(recipe.adapters),
         how=tuple(_mixing(recipe)),
         ingredients=tuple(_ingredients(recipe, licences)),
         results=() if recipe.held_out_of_weights is None else tuple(_held_out(recipe.held_out_of_weights)),
-        repeat=repeat_recipe(recipe),
+        repeat=repeat,
         version=recipe.versions.get("loracat", ""),
         licence=agreed_licence(licences),
         reach=tuple(
             _reach(recipe.base.id, recipe.mixing.unreached, recipe.mixing.bypassed, edited=recipe.mixing.edited)
         ),
         base_named=is_named(recipe.base.id, recipe.adapters),
+        compare=f"loracat compare {repeat.given}",
     )
 
 
@@ -281,8 +297,10 @@ def _card_without_fit(
 ) -> CardText:
     """The card that says so; `words` are the options that compose, `columns` the weights of each adapter."""
     base, adapters = origin.base, origin.adapters
+    compared = " ".join(words).replace("--method ", "--methods ", 1)
     words = [*words, *([] if origin.saved is None else [f"--modules-to-save {shell_word(origin.saved)}"])]
     words += [] if origin.task_type is None else [f"--task-type {origin.task_type}"]
+    repeat = repeat_method(words, base.id, adapters, method=method)
     return CardText(
         base_id=base.id,
         adapters=len(adapters),
@@ -293,11 +311,12 @@ def _card_without_fit(
             *other_base_lines(base.id, adapters),
         ),
         results=(),
-        repeat=repeat_method(words, base.id, adapters, method=method),
+        repeat=repeat,
         version=__version__,
         licence=agreed_licence(origin.licences),
         reach=tuple(_reach(base.id, base.bypassed, base.bypassed)),
         base_named=is_named(base.id, adapters),
+        compare=f"loracat compare {repeat.given} {compared}",
     )
 
 

@@ -68,6 +68,23 @@ class GuardScore:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """The draws whose mean the row of the control `random` is, and how far below them the fit lies.
+
+    Args:
+        nats_per_token: of each draw.
+        fit: the row of the fit on the true adapters: a recipe's, the best of several, else `module`, else `auto`; None
+            without any.
+        z_score: (mean - loss of `fit`) / s, with s the standard deviation of the draws (n - 1 below the sum); None
+            without `fit`, or where all draws are the same.
+    """
+
+    nats_per_token: tuple[float, ...]
+    fit: str | None
+    z_score: float | None
+
+
+@dataclass(frozen=True)
 class ComparisonRow:
     """One way to compose.
 
@@ -86,6 +103,7 @@ class ComparisonRow:
         weights: one for each adapter where it is the same in every module, None otherwise.
         metric: by the task metric, None without one.
         guard: on the guard records, None without any.
+        draws: where it is the mean of several, None otherwise.
     """
 
     name: str
@@ -102,6 +120,7 @@ class ComparisonRow:
     weights: tuple[float, ...] | None
     metric: MetricScore | None
     guard: GuardScore | None
+    draws: Draws | None = added(1, None)
 
 
 _Row = TypeVar("_Row", ComparisonRow, HeldOutRow)
@@ -372,7 +391,7 @@ def flattered(found: Comparison) -> str:
 
 def remarks(found: Comparison) -> list[str]:
     """What there is to know of rows, which methods were left out and why, and what so many records can show."""
-    said = [f"{row.name}: {_note(row)}" for row in best_first(found.rows) if row.note or row.kept_energy is not None]
+    said = [f"{row.name}: {note}" for row in best_first(found.rows) if (note := _note(row))]
     for reason in dict.fromkeys(skipped.reason for skipped in found.skipped):
         left = ", ".join(skipped.name for skipped in found.skipped if skipped.reason == reason)
         said.append(f"left out: {left}: {reason}")
@@ -382,7 +401,22 @@ def remarks(found: Comparison) -> list[str]:
 
 def _note(row: ComparisonRow) -> str:
     kept = "" if row.kept_energy is None else f"rank {row.rank} keeps {row.kept_energy:.1%} of its energy"
-    return "; ".join(filter(None, [row.note, kept]))
+    return "; ".join(filter(None, [row.note, kept, _drawn(row.draws)]))
+
+
+def _drawn(draws: Draws | None) -> str:
+    """How the fit stands to the draws; a z-score of so few of them is an estimate by a few numbers."""
+    if draws is None:
+        return ""
+    low, high, count = min(draws.nats_per_token), max(draws.nats_per_token), len(draws.nats_per_token)
+    said = f"mean of {count} draws, {low:.4f} to {high:.4f}"
+    if draws.z_score is None:
+        return said
+    where = "below" if draws.z_score >= 0 else "above"
+    return (
+        f"{said}; {draws.fit} lies {abs(draws.z_score):.1f} of their standard deviations {where} it (z-score "
+        f"{draws.z_score:+.1f}; {count} draws are a rough guide)"
+    )
 
 
 def guard_title(found: Comparison) -> str:

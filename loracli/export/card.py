@@ -35,6 +35,7 @@ def model_card(
             *text.ingredients,
             *_licence(text),
             *text.results,
+            *text.unguarded,
             "## Exactness",
             "",
             f"Largest relative error of a written update against the exact one: {certificate.largest_error:.1e}."

@@ -104,6 +104,7 @@ def fused_card(
             "",
             *text.ingredients,
             *text.results,
+            *text.unguarded,
             "## Exactness",
             "",
             f"Every changed weight is the sum of base and update, rounded once to {' or '.join(dtypes)};",

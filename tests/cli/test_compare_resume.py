@@ -89,6 +89,28 @@ def test_what_was_stopped_twice_ends_in_the_same_document_and_no_row_is_done_aga
     assert tree(few) == before
 
 
+def test_a_row_of_several_draws_is_kept_whole_and_none_of_one_that_was_not_finished(
+    few: Path, measured: Measured
+) -> None:
+    words = [*WORDS, "--control", "random"]
+    whole = run(*words, "--json")
+    assert measured.taken() == [*FITTED, *["random"] * 5, *ROWS]
+    stopped(measured, "base", *words)
+    (kept,) = (p for p in state(few).glob("row-*.json") if '"random' in json.loads(p.read_text())["key"])
+    content = kept.read_text()
+    short = json.loads(content)
+    short["numbers"]["draws"].pop()
+    kept.write_text(json.dumps(short))
+    refused = run(*words, "--resume")
+    assert refused.exit_code == 3 and "which keeps the row random, is damaged" in refused.stderr
+    kept.write_text(content)
+    measured.taken()
+    last = run(*words, "--resume", "--json")
+    assert last.stdout == whole.stdout and measured.taken() == ROWS
+    draws = next(row for row in json.loads(last.stdout)["rows"] if row["name"] == "random")["draws"]
+    assert len(draws["nats_per_token"]) == 5
+
+
 def test_more_methods_and_their_data_are_computed_beside_the_rows_that_are_done(few: Path, measured: Measured) -> None:
     """A longer list with calibration records, which the first run had no use for; `uniform` takes the scale once it is
     named, so it is another row then."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import read_adapter
@@ -224,6 +225,40 @@ def test_a_level_finds_what_loracat_fit_finds_on_the_same_records(
     )  # the fit takes a Newton step at its end, the level in a comparison does not
 
 
+def test_the_row_of_random_adapters_is_the_mean_of_five_fits_each_on_other_adapters(
+    data: Path, tiny_base: Path, two_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draw k composes the adapters that seed + k gives: their lora_A lie in the rows of what was measured."""
+    measured: list[tuple[Any, float]] = []
+    inner = _Comparison._measure
+
+    def measure(self: _Comparison, row: Candidate, point: Any, engine: Any) -> Any:
+        found = inner(self, row, point, engine)
+        if row.name == "random":
+            measured.append((point.mixing.factors, found.scores.nats_per_token))
+        return found
+
+    monkeypatch.setattr(_Comparison, "_measure", measure)
+    settings = CompareSettings(("sum", "module"), fit=replace(QUICK, seed=3), controls=Controls(random=True))
+    inputs = prepare_comparison(
+        data / "test.jsonl",
+        adapters=[str(path) for path in two_adapters],
+        fit_data=data / "val.jsonl",
+        base=str(tiny_base),
+        settings=settings,
+    )
+    row = run_comparison(inputs).row("random")
+    losses = [loss for _, loss in measured]
+    assert len(set(losses)) == 5 and row.nats_per_token == pytest.approx(sum(losses) / 5, rel=1e-12)
+    assert row.draws is not None and row.draws.nats_per_token == tuple(losses) and row.draws.fit == "module"
+    for draw, (pairs, _) in enumerate(measured):
+        for other in range(5):
+            drawn = random_adapters(inputs.adapters, seed=3 + other)
+            rows, own = pairs[0][0], drawn[0].modules[inputs.layout.modules[0]].factors.lora_A
+            inside = torch.linalg.matrix_rank(torch.cat([rows, own])) == torch.linalg.matrix_rank(rows)
+            assert bool(inside) == (draw == other)
+
+
 def test_random_adapters_have_the_norms_and_nothing_else(two_adapters: tuple[Path, Path]) -> None:
     adapters = [read_adapter(str(path)) for path in two_adapters]
     drawn = random_adapters(adapters, seed=0)
@@ -253,6 +288,35 @@ def test_the_guard_says_what_is_shown_not_to_get_worse(
     assert weak.safe and base.safe and not strong.safe
     assert strong.difference.mean == pytest.approx(strong.nats_per_token - base.nats_per_token)
     assert found.guard == "guard.jsonl"
+
+
+def test_two_adapters_that_are_safe_alone_and_harmful_together_are_not_shown_safe(
+    tmp_path: Path, data: Path, tiny_base: Path
+) -> None:
+    """A neuron that nothing writes and nothing reads: one adapter writes it, which nobody reads, the other reads it,
+    which nobody wrote, so that each alone is the base to the bit; the two together are another model."""
+    base, dead = Path(shutil.copytree(tiny_base, tmp_path / "base")), 5
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data[dead] = 0.0
+        layer.mlp.down_proj.weight.data[:, dead] = 0.0
+    model.save_pretrained(base)
+    pair = []
+    for target, kept in (("up_proj", "lora_B"), ("down_proj", "lora_A")):
+        path = make_adapter(tmp_path / target, base, targets=(target,), rank=1, size=2.0)
+        tensors = load_file(path / "adapter_model.safetensors")
+        for name, tensor in tensors.items():
+            if kept in name:
+                tensor.copy_((torch.arange(tensor.numel()) == dead).view(tensor.shape))
+        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        pair.append(path)
+    found = compare(data, base, tuple(pair), guard=data / "val.jsonl", settings=CompareSettings(("sum",)))
+    guards = {row.name: row.guard for row in found.rows}
+    for path in pair:
+        alone = guards[str(path)]
+        assert alone is not None and alone.safe and alone.difference.mean == pytest.approx(0, abs=1e-6)
+    together = guards["sum"]
+    assert together is not None and not together.safe and together.difference.interval[0] > found.margin
 
 
 def test_test_records_that_were_calibrated_on_are_counted(

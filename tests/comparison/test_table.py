@@ -13,8 +13,8 @@ from torch import Tensor
 from loracli.calibration.render import Example
 from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.settings import CompareSettings
-from loracli.comparison.table import Evaluated, comparison_of
-from loracli.evaluation.comparison import Comparison, RowKind, Skipped
+from loracli.comparison.table import Evaluated, comparison_of, mean_of
+from loracli.evaluation.comparison import Comparison, RowKind, Skipped, remarks
 from loracli.evaluation.statistics import RESAMPLES, detectable, holm
 from loracli.fitting.mixing import Layout
 from loracli.fitting.settings import FitSettings
@@ -23,6 +23,7 @@ from loracli.model.reference import BaseReference
 
 COUNT = 30
 TOKENS = torch.randint(1, 12, (COUNT,), generator=torch.Generator().manual_seed(0)).double()
+ONE, NONE = (torch.arange(COUNT) == 0).double(), torch.zeros(COUNT, dtype=torch.float64)  # right answers
 INPUTS = CompareInputs(
     adapters=(),
     references=("a", "b"),
@@ -126,6 +127,53 @@ def test_a_row_that_costs_the_same_more_on_every_token_has_an_interval_of_no_wid
     found = compared([*ROWS, dearer]).row("dearer")
     assert found.interval == pytest.approx((0.25, 0.25)) and found.difference == pytest.approx(0.25)
     assert found.worse_records == 1.0
+
+
+@pytest.mark.parametrize(
+    ("others", "fit"),
+    [
+        ([("fit", "fit", 1.2), ("module", "method", 1.1)], "fit"),
+        ([("a.json", "fit", 1.3), ("b.json", "fit", 1.2)], "b.json"),
+        ([("auto", "method", 1.0), ("module", "method", 1.4)], "module"),
+        ([("auto", "method", 1.6)], "auto"),
+        ([("ties", "method", 1.2)], None),
+    ],
+)
+def test_random_draws_are_one_row_of_their_mean_and_the_fit_has_a_z_score_against_them(
+    others: list[tuple[str, RowKind, float]], fit: str | None
+) -> None:
+    """(mean - loss of the fit) / s with s as a textbook has it; more draws make no row of right or wrong answers."""
+    draws = [
+        replace(row("random", "control", losses(level), values=answers), guard=losses(level))
+        for level, answers in ((1.5, ONE), (1.4, NONE), (1.55, NONE), (1.45, NONE), (1.6, NONE))
+    ]
+    rows = [replace(one, values=ONE) for one in ROWS[:4]]
+    rows[0] = replace(rows[0], guard=losses(1.0))
+    rows += [row(name, kind, losses(level), values=ONE) for name, kind, level in others]
+    found = compared([*rows, mean_of(draws)], metric="exact")
+    random, each = found.row("random"), [one.scores.nats_per_token for one in draws]
+    mean = sum(each) / 5
+    assert random.nats_per_token == pytest.approx(mean, rel=1e-12) and found.row("a").draws is None
+    assert random.draws is not None and random.draws.nats_per_token == tuple(each) and random.draws.fit == fit
+    assert random.metric is not None and random.metric.mean == pytest.approx(float(ONE.mean()) / 5)
+    assert random.metric.p_value is None
+    assert random.guard is not None and random.guard.nats_per_token == pytest.approx(mean)
+    assert all(r.metric is not None and r.metric.p_value == 1.0 for r in found.rows if r.name != "random")
+    (said,) = (remark for remark in remarks(found) if remark.startswith("random: "))
+    assert f"mean of 5 draws, {min(each):.4f} to {max(each):.4f}" in said
+    if fit is None:
+        assert random.draws.z_score is None and "z-score" not in said
+        return
+    s = math.sqrt(sum((loss - mean) ** 2 for loss in each) / 4)
+    z = (mean - found.row(fit).nats_per_token) / s
+    assert random.draws.z_score == pytest.approx(z, rel=1e-9)
+    where = "below" if z > 0 else "above"
+    assert f"{fit} lies {abs(z):.1f} of their standard deviations {where} it (z-score {z:+.1f}; 5 draws are" in said
+
+
+def test_draws_that_are_all_the_same_have_no_z_score() -> None:
+    found = compared([*ROWS[:6], mean_of([ROWS[6]] * 5)]).row("random").draws
+    assert found is not None and (found.fit, found.z_score) == ("fit", None)
 
 
 def test_what_the_best_row_beats_is_corrected_for_the_number_of_rivals_and_controls_are_no_rivals() -> None:

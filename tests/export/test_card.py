@@ -17,13 +17,14 @@ import pytest
 import yaml
 
 from loracli.adapters.claims import _MAX_FRONT_MATTER, _MAX_README_BYTES, read_front_matter
+from loracli.algebra.methods.method import MethodOptions
 from loracli.errors import MalformedAdapter
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
 from tests.cli.project import run
 from tests.export.test_export import Made
 from tests.stub_hub import StubHub
-from tests.tiny import BASE_ID
+from tests.tiny import BASE_ID, random_records, write_jsonl
 
 MERGES = "a0: &a0 {k: v}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 9))
 
@@ -107,6 +108,22 @@ def test_the_metadata_put_an_adapter_beside_its_base(adapters: list[Path], tmp_p
             "pipeline_tag": "text-generation",
             "tags": ["lora", "transformers", "loracat", "merge", f"base_model:adapter:{BASE_ID}"],
         }
+
+
+def test_a_card_says_that_no_guard_is_kept_and_the_command_that_runs_one(
+    adapters: list[Path], tmp_path: Path, tiny_base: Path
+) -> None:
+    """The command runs as it stands, once the files that it leaves open are named."""
+    out, records = tmp_path / "out", str(write_jsonl(tmp_path / "records.jsonl", random_records(6, seed=1)))
+    options, given = MethodOptions(density=0.5), [str(path) for path in adapters]
+    export_adapter(ExportRequest(method="ties", method_options=options, adapters=given), out)
+    said = "No check of records that must not get worse is kept for this composition; this makes one:\n`loracat "
+    command = card_of(out)[1].split(said)[1].split("`.\n")[0]
+    assert command.endswith("--methods ties --density 0.5 --scale 1 --data FILE --guard GENERAL")
+    words = [records if word in ("FILE", "GENERAL") else word for word in command.split()]
+    words = [word.replace("path/to", str(tmp_path)) for word in words]
+    done = run(*words, "--base", str(tiny_base))
+    assert done.exit_code == 0 and "what must not get worse" in done.stdout, done.stderr
 
 
 @pytest.fixture
