@@ -385,6 +385,11 @@ class RecipeData:
     record_sha256: Annotated[str, Matches(re.compile(r"[0-9a-f]*"), "hexadecimal digits")]
     unread: tuple[str, ...] = added(4, ())
 
+    @property
+    def source_name(self) -> str:
+        """As it was typed, without its folder: with its weight where that is not 1."""
+        return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
+
     def fingerprints(self) -> set[str]:
         """What `record_sha256` holds."""
         return {self.record_sha256[i : i + FINGERPRINT] for i in range(0, len(self.record_sha256), FINGERPRINT)}
@@ -431,6 +436,8 @@ class HeldOut:
         rows: the table.
         tasks: one for each task that the records name.
         verdict: `better`, `not better`, or `too few records`.
+        standard_error: of the fit's own loss over records, in nats per token; None of one record, and in recipes from
+            before it came.
     """
 
     name: str
@@ -440,6 +447,7 @@ class HeldOut:
     rows: tuple[HeldOutRow, ...]
     tasks: Annotated[tuple[HeldOutTask, ...], AtMost(_MAX_TASKS)]
     verdict: Literal["better", "not better", "too few records"]
+    standard_error: float | None = added(5, None)
 
     def row(self, name: str) -> HeldOutRow:
         return next(row for row in self.rows if row.name == name)
