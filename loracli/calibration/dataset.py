@@ -34,6 +34,7 @@ from loracli.calibration.shapes import SHAPES, Shape
 from loracli.errors import CalibrationError, LoracatError, UsageError
 from loracli.progress import SILENT, Progress
 from loracli.recipe.record import FINGERPRINT, RecipeData
+from loracli.system.display import count_text
 from loracli.system.strict_json import read_object
 
 MIN_HELD_OUT = 20  # below this, a paired interval says nothing
@@ -336,9 +337,9 @@ def _divide(files: Sequence[CalibrationFile], holdout: float, seed: int) -> tupl
     kept, held = _split_files([file.records for file in files], holdout, seed=seed)
     for file, *sides in zip(files, kept, held, strict=True):
         if not all(sides):
+            different = count_text(len({record.fingerprint for record in file.records}), "different record")
             raise CalibrationError(
-                f"{file.source} has {len({r.fingerprint for r in file.records})} different records, too few to hold "
-                "some out",
+                f"{file.source} has {different}, too few to hold some out",
                 hint="give held-out records with --eval-data",
             )
     return [record for side in kept for record in side], [record for side in held for record in side]

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -292,6 +292,16 @@ class PlacementOptions:
             help="Spread the base over all devices of this machine, with the one value auto.",
         ),
     ] = None
+
+
+def set_words(group: ReadingOptions | PlacementOptions) -> list[str]:
+    """Every option of a group that is not its default, as it is typed."""
+    words: list[str] = []
+    for field in fields(group):
+        option, value = f"--{field.name.replace('_', '-')}", getattr(group, field.name)
+        if value != field.default:
+            words += [option] if value is True else [option, str(value)]
+    return words
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:

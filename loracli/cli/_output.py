@@ -277,10 +277,10 @@ class Output:
         except UnicodeDecodeError:
             raise UsageError("what was typed is not text in the encoding of the terminal") from None
 
-    def hint(self, command: str, *, python: bool = False) -> None:
-        """Names the next command to type, or Python if it is no shell's, in one piece that can be copied."""
+    def hint(self, command: str, *, what: str = "next") -> None:
+        """Names the next command to type, or `what` else it is for, in one piece that can be copied."""
         if not (self.quiet or self.as_json):
-            self._say("in Python: " if python else "next: ", "dim", command, "cyan", whole=True)
+            self._say(f"{what}: ", "dim", command, "cyan", whole=True)
 
     def error(self, error: LoracatError) -> None:
         """One error: what and where, then the single problems if there are many, then what to do."""

@@ -22,6 +22,7 @@ from loracli.evaluation.comparison import (
     loss_cells,
     metric_claim,
     remarks,
+    training_gap,
     verdict,
 )
 from loracli.progress import amount_text
@@ -268,6 +269,8 @@ def held_out_lines(out: Output, recipe: Recipe) -> None:
     strong = next((i for i, row in enumerate(ordered) if row.name == "fit"), None)
     out.table(["", *LOSSES], rows, strong=strong)
     out.line(f"{DIFFERENCE}, {table.best_ingredient}; below zero is better", style="dim")
+    if training_gap(recipe):
+        out.line(training_gap(recipe))
     out.line()
     if len(table.tasks) > 1:
         _task_lines(out, table)

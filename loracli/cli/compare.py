@@ -285,11 +285,7 @@ def _fit_of(
     words += ["--paper"] if mixing == "paper" else ["--mixing", mixing]
     for name, value in base.items():
         words += [] if value is None else [f"--{name}", value]
-    for field in fields(reading):
-        option, value = f"--{field.name.replace('_', '-')}", getattr(reading, field.name)
-        if value != field.default:
-            words += [option] if value is True else [option, str(value)]
-    return words
+    return [*words, *opt.set_words(reading)]
 
 
 def _export_of(

@@ -281,7 +281,7 @@ def _show(out: Output, exported: Exported, loss: ExportLoss | None, *, gguf: boo
         at = shlex.quote(str(exported.path))
         out.hint(f"mlx_lm.generate --model {shlex.quote(base or 'BASE')} --adapter-path {at} --prompt PROMPT")
     else:
-        out.hint(exported.loading_line(base), python=True)
+        out.hint(exported.loading_line(base), what="in Python")
 
 
 def _show_plan(out: Output, planned: Exported) -> None:

@@ -186,14 +186,30 @@ def fit(
     )
     if recipe is not None:
         _show(out, recipe, output)
+        if eval_data and _can_be_doubted(recipe, [*data, *eval_data]):
+            words = ["loracat", "compare", str(output), "--data", *eval_data, "--fit-data", *data]
+            for option, value in (("--base", base), ("--base-revision", base_revision)):
+                words += [] if value is None else [option, value]
+            words += [*opt.set_words(reading), *opt.set_words(placement), "--control", "fresh-lora"]
+            out.hint(shlex.join(words), what="whether a fresh LoRA does as well")
         if recipe.fit.stopped is not None:
             why = f"the fit stopped early: {recipe.fit.stopped}"
             raise FitError(why, hint=f"the best weights until then are in {output}")
 
 
+def _can_be_doubted(recipe: Recipe, files: list[str]) -> bool:
+    """Whether a comparison can train a fresh LoRA on the same files: they can be read again, and no experts share a
+    parameter."""
+    from loracli.calibration.records import parse_sources
+
+    again = not any(source.read_once for source in parse_sources(files))
+    return again and recipe.fit.stopped is None and all(module.kind != "experts" for module in recipe.modules)
+
+
 def _show(out: Output, recipe: Recipe, output: Path) -> None:
     """What was found, in the order of a reader: whether it is better, how much, where it is; how with `-v`."""
     from loracli.cli._tables import held_out_lines, search_lines, verdict_lines, weights_text
+    from loracli.evaluation.comparison import overfitted
     from loracli.recipe.recipe import files_beside
     from loracli.report.commands import export_words
 
@@ -205,6 +221,7 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
             {"recipe": str(output), "beside": beside}
             | {key: held_out[key] for key in ("verdict", "best_ingredient", "records", "rows", "tasks")}
             | {"parts": recipe.held_out.parts}
+            | {"training_nats_per_token": recipe.fit.training_nats_per_token, "overfitted": overfitted(recipe)}
             | {"mixing": recipe.mixing.kind, "criterion": recipe.fit.criterion, "rungs": encode(recipe.fit.rungs)}
         )
     out.value(str(output))

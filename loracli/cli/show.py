@@ -103,6 +103,7 @@ def show(
         weight_maps,
         weights_text,
     )
+    from loracli.evaluation.comparison import overfitted
     from loracli.recipe.recipe import load_recipe, weights_by_leaf
     from loracli.recipe.record import EDITED, INLINE_KINDS, other_bases_of, tensors_path
 
@@ -115,7 +116,7 @@ def show(
         _show_weights(out, loaded)
         return
     edited, measured = loaded.mixing.edited, loaded.held_out_of_weights
-    out.document({"recipe": _document(loaded), "weights_edited": edited})
+    out.document({"recipe": _document(loaded), "weights_edited": edited, "overfitted": overfitted(loaded)})
     out.value(EDITED if measured is None else measured.verdict)
     verdict_lines(out, loaded)
     held_out_lines(out, loaded)

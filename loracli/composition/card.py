@@ -20,6 +20,7 @@ from loracli.adapters.claims import agreed_licence
 from loracli.adapters.names import target_of
 from loracli.algebra.methods.method import Method
 from loracli.composition.base_table import BaseTable
+from loracli.evaluation.comparison import training_gap
 from loracli.hub.references import URI_PREFIX
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import EDITED, INLINE_KINDS, HeldOut, RecipeAdapter, is_named, other_bases_of
@@ -223,7 +224,7 @@ def recipe_card(recipe: Recipe, licences: Sequence[str | None]) -> CardText:
         adapters=len(recipe.adapters),
         how=tuple(_mixing(recipe)),
         ingredients=tuple(_ingredients(recipe, licences)),
-        results=() if recipe.held_out_of_weights is None else tuple(_held_out(recipe.held_out_of_weights)),
+        results=() if recipe.held_out_of_weights is None else tuple(_held_out(recipe, recipe.held_out_of_weights)),
         repeat=repeat,
         version=recipe.versions.get("loracat", ""),
         licence=agreed_licence(licences),
@@ -421,7 +422,8 @@ def _linked(adapter: RecipeAdapter) -> str:
     return markdown_link(adapter.reference, adapter.repo_id, "tree", adapter.commit, *folder)
 
 
-def _held_out(table: HeldOut) -> list[str]:
+def _held_out(recipe: Recipe, table: HeldOut) -> list[str]:
+    gap = training_gap(recipe)
     lines = [
         "## On held-out records",
         "",
@@ -437,4 +439,4 @@ def _held_out(table: HeldOut) -> list[str]:
         low, high = row.interval
         numbers = f"{row.nats_per_token:.4f} | {row.difference:+.4f} | {low:+.4f} to {high:+.4f}"
         lines.append(f"| {markdown_code(row.name)} | {numbers} |")
-    return [*lines, ""]
+    return [*lines, "", *([f"{gap[:1].upper()}{gap[1:]}.", ""] if gap else [])]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import HeldOut, HeldOutRow, HeldOutTask
 from loracli.system.display import count_text, html_of, names_text, repr_line
 from loracli.system.document import added
@@ -279,6 +280,41 @@ def verdict(table: HeldOut) -> str:
     return f"The composition is better than {adapter}: {measured}{caveat}"
 
 
+def overfitted(recipe: Recipe) -> bool | None:
+    """Whether the fit owes much of its training loss to its own records; None where that cannot be told.
+
+        gap = held-out loss - training loss,    gap > gain / 3   and   gap > 2 SE sqrt(1 + n_held / n_train)
+
+    The gain is that over the best adapter, 0 at least. To first order the weights that endless records would give have
+    a loss in the middle of the two (Akaike 1974), so a gap of a third of the gain leaves a sixth of it to more records.
+    SE is that of the held-out loss; the root adds that of the training loss, whose records vary as much if they are of
+    the same kind: a gap that the draw of the records makes by itself passes about once in forty times. Weights that no
+    step has moved fit nothing.
+    """
+    table, training = recipe.held_out_of_weights, recipe.fit.training_nats_per_token
+    if table is None or training is None or table.standard_error is None or table.verdict == "too few records":
+        return None
+    fitted = table.row("fit")
+    gap, records = fitted.nats_per_token - training, max(1, sum(data.records for data in recipe.data))
+    chance = table.standard_error * math.sqrt(1 + table.records / records)
+    return recipe.fit.largest_move > 0 and gap > max(-fitted.difference / 3, 2 * chance)
+
+
+def training_gap(recipe: Recipe) -> str:
+    """The loss on training and on held-out records, in a sentence without its full stop, and what a large gap says;
+    nothing where either is not known."""
+    table, training = recipe.held_out_of_weights, recipe.fit.training_nats_per_token
+    if table is None or training is None:
+        return ""
+    held_out = table.row("fit").nats_per_token
+    said = f"the fit on its own training records: {training:.4f} nats/token, on held-out ones {held_out:.4f}"
+    if not overfitted(recipe):
+        return said
+    if recipe.splits_data:
+        return f"{said}: overfitted, more records would help"
+    return f"{said}: overfitted, or harder records; more like the held-out ones would help"
+
+
 def claim(found: Comparison) -> str:
     """Which way is best, in a sentence without its full stop."""
     best, rivals = found.row(found.best.name), found.best.rivals
@@ -290,13 +326,17 @@ def claim(found: Comparison) -> str:
         many = "best " if len(found.adapters) > 1 else ""
         said = _less_loss(best.difference, best.interval, found.row(found.best_ingredient).nats_per_token)
         less = f": {said[0]} than your {many}adapter, {found.best_ingredient}{said[1]}"
+    lower = [row for row in found.rows if row.kind == "control" and row.nats_per_token < best.nats_per_token]
+    below = "".join(f"; but {row.name} has a lower loss, {row.nats_per_token:.4f}" for row in lower)
     if found.best.clear:
         alone = "" if less else ", better alone than in any composition"
-        return f"{best.name} is the best of {ways} on {records}{alone}{less}"
+        return f"{best.name} is the best of {ways} on {records}{alone}{less}{below}"
     near = sorted((name for name, p in rivals.items() if p >= SIGNIFICANCE), key=lambda name: -rivals[name])
     more = f" and {len(near) - _NEAR} more" if len(near) > _NEAR else ""
     shown = f"{', '.join(near[:_NEAR])}{more}"
-    return f"{best.name} has the lowest loss of {ways} on {records}, but is not clearly better than {shown}{less}"
+    return (
+        f"{best.name} has the lowest loss of {ways} on {records}, but is not clearly better than {shown}{less}{below}"
+    )
 
 
 def correction(found: Comparison) -> str:
@@ -342,14 +382,14 @@ def _less_loss(difference: float, interval: tuple[float, float], loss: float) ->
 
 def metric_claim(found: Comparison) -> str:
     """What the task metric says, in a sentence; nothing without one."""
-    measured = [
-        (row, row.metric) for row in found.rows if row.metric is not None and row.kind not in ("base", "control")
-    ]
+    every = [(row, row.metric) for row in found.rows if row.metric is not None]
+    measured = [pair for pair in every if pair[0].kind not in ("base", "control")]
     if not measured:
         return ""
-    row, score = max(measured, key=lambda pair: pair[1].mean)
+    row, score = max(measured, key=lambda pair: (pair[1].mean, pair[0].name == found.best.name))
     test = "" if score.p_value is None else f"; McNemar's p = {score.p_value:.2g}"
     other = "" if row.name == found.best.name else f", where the loss is lowest with {found.best.name}"
+    other += "".join(f"; but {one.name} has {own.mean:.3f}" for one, own in every if own.mean > score.mean)
     return (
         f"by {found.metric}, {row.name} is best with {score.mean:.3f}, {score.difference:+.3f} to the best single "
         f"adapter (95 % interval {interval_text(score.interval, digits=3)}{test}){other}"

@@ -197,7 +197,7 @@ def held_out_table(
                 worse_records=float((difference > 0).double().mean()),
             )
         )
-    records = len(reference.tokens)
+    records, own = len(reference.tokens), scores[FIT]
     fitted = next(row for row in rows if row.name == FIT)
     return HeldOut(
         name=name,
@@ -208,6 +208,7 @@ def held_out_table(
         tasks=task_losses(scores, examples),
         verdict="too few records" if records < MIN_HELD_OUT else "better" if fitted.interval[1] < 0 else "not better",
         parts=parts,
+        standard_error=standard_error(own.nats, own.tokens) if records > 1 else None,
     )
 
 

@@ -87,6 +87,11 @@ class Recipe:
         return group_name(module, self.mixing.kind)
 
     @property
+    def splits_data(self) -> bool:
+        """Whether the held-out records are a share of the calibration files, and not of files of their own."""
+        return self.held_out.name == ", ".join(data.source_name for data in self.data)
+
+    @property
     def held_out_of_weights(self) -> HeldOut | None:
         """What held-out records say of the weights; None where these were edited after the fit that was measured."""
         return None if self.mixing.edited else self.held_out
@@ -432,8 +437,12 @@ def adapter_problems(adapter: RecipeAdapter) -> Iterator[str]:
 
 
 def _of_table(recipe: Recipe, known: set[str]) -> Iterator[str]:
-    """Of the held-out table; `known` are the names that its rows may have."""
+    """Of the held-out table, and of the numbers of records; `known` are the names that its rows may have."""
     table = recipe.held_out
+    counts = [(f"data[{index}]", data.records) for index, data in enumerate(recipe.data)]
+    for name, records in (*counts, ("held_out", table.records)):
+        if not 0 <= records < 1 << 53:
+            yield f"{name}.records: expected a number of records, got {str(records)[:40]}"
     if table.best_ingredient not in known - set(OTHER_ROWS):
         yield f"held_out.best_ingredient: {table.best_ingredient!r} is none of the adapters"
     rows: set[str] = set()

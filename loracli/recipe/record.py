@@ -387,6 +387,11 @@ class RecipeData:
     record_sha256: Annotated[str, Matches(re.compile(r"[0-9a-f]*"), "hexadecimal digits")]
     unread: tuple[str, ...] = added(4, ())
 
+    @property
+    def source_name(self) -> str:
+        """As it was typed, without its folder: with its weight where that is not 1."""
+        return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
+
     def fingerprints(self) -> set[str]:
         """What `record_sha256` holds."""
         return {self.record_sha256[i : i + FINGERPRINT] for i in range(0, len(self.record_sha256), FINGERPRINT)}
@@ -435,6 +440,8 @@ class HeldOut:
         verdict: `better`, `not better`, or `too few records`.
         parts: that the records were cut into, each scored by a fit of its own on the others, while the weights come
             from all of them; 0 where they were set apart.
+        standard_error: of the fit's own loss over records, in nats per token; None of one record, and in recipes from
+            before it came.
     """
 
     name: str
@@ -445,6 +452,7 @@ class HeldOut:
     tasks: Annotated[tuple[HeldOutTask, ...], AtMost(_MAX_TASKS)]
     verdict: Literal["better", "not better", "too few records"]
     parts: int = added(6, 0)
+    standard_error: float | None = added(6, None)
 
     @property
     def how(self) -> str:

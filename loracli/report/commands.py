@@ -85,9 +85,8 @@ def what_next(recipe: Recipe, files: Files, found: Comparison | None) -> list[St
 def _fit(recipe: Recipe, name: str) -> str:
     labels = recipe.labels()
     words = ["loracat", "fit", "--adapters", *(_ingredient(a, labels[a.reference]) for a in recipe.adapters)]
-    data = [one.name if one.weight == 1 else f"{one.name}:{one.weight:g}" for one in recipe.data]
-    words += ["--data", *map(_file, data)]
-    if recipe.held_out.name != ", ".join(data):  # else they were held out of these
+    words += ["--data", *(_file(one.source_name) for one in recipe.data)]
+    if not recipe.splits_data:
         words += ["--eval-data", *map(_file, recipe.held_out.name.split(", "))]
     if recipe.base.commit is None:
         words += _named_base(recipe)

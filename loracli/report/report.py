@@ -21,6 +21,7 @@ from loracli.evaluation.comparison import (
     guard_cells,
     guard_title,
     remarks,
+    training_gap,
     verdict,
 )
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
@@ -53,9 +54,9 @@ def _headline(recipe: Recipe) -> str:
     )
 
 
-def _held_out(found: HeldOut) -> str:
-    """The recipe's own table, drawn and in numbers."""
-    best = found.best_ingredient
+def _held_out(recipe: Recipe, found: HeldOut) -> str:
+    """The recipe's own table, drawn and in numbers, and beside it the loss on the training records."""
+    best, gap = found.best_ingredient, training_gap(recipe)
     rows = best_first(found.rows)
     lines = [Line(row.name, row.difference, row.interval, row.name != "base", row.name == best) for row in rows]
     return section(
@@ -64,6 +65,7 @@ def _held_out(found: HeldOut) -> str:
         paragraph(f"Cross-fitted: {found.how}.", soft=True) if found.how else "",
         intervals_chart(lines, best),
         held_out_table(found),
+        paragraph(f"{gap[:1].upper()}{gap[1:]}.") if gap else "",
         _tasks(rows, found.tasks),
     )
 
@@ -293,7 +295,7 @@ def write_report(
     if found is not None:
         parts["comparison"] = _compared(found.labelled() if len(found.recipes) > 1 else found.renamed(loaded.labels()))
     if public.held_out_of_weights is not None:
-        parts["held out"] = _held_out(public.held_out_of_weights)
+        parts["held out"] = _held_out(public, public.held_out_of_weights)
     parts["weights"] = _weights(loaded)
     parts["search"] = _search(public)
     if len(ingredients) > 1:

@@ -42,6 +42,8 @@ COMMANDS = {
     "fuse weights": [*"fuse --weights 1 0.5 --adapters know form --base base -o fused".split()],
 }
 
+FRESH = "whether a fresh LoRA does as well: "
+
 
 class Narrow(io.StringIO):
     """A terminal."""
@@ -94,6 +96,33 @@ def test_the_next_command_runs_as_it_is_printed(here: Path, name: str) -> None:
     done = run(*COMMANDS[name])
     assert done.exit_code == 0, done.stderr
     follow(done.stderr)
+
+
+@pytest.mark.usefixtures("here", "narrow")
+def test_what_asks_for_a_fresh_lora_after_a_fit_runs_as_it_is_printed() -> None:
+    """With names that a shell would cut, and options of the fit."""
+    questions = Path("test.jsonl").read_text().splitlines(keepends=True)
+    Path("the test.jsonl").write_text("".join(questions[:24]))  # are compared faster
+    shutil.copy("calibration.jsonl", "my data.jsonl")
+    words = "fit --adapters know form --base base --passes 2 --max-length 64 --dtype float32 -o".split()
+    words += ["a recipe.json", "--data", "my data.jsonl:2", "--eval-data", "the test.jsonl"]
+    done = run(*words)
+    assert done.exit_code == 0, done.stderr
+    [line] = re.findall(rf"^{FRESH}(.*)$", done.stderr, flags=re.MULTILINE)
+    after = run(*shlex.split(line)[1:])
+    assert after.exit_code == 0, f"{line}\n{after.stderr}"
+    assert "fresh-lora" in after.stdout
+    for option in ("--max-length 64", "--dtype float32", "--passes 2", "--base base", "'my data.jsonl:2'"):
+        assert option in line
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_nothing_asks_for_a_fresh_lora_where_its_files_are_not_there(here: Path, piped: bool) -> None:
+    words = [*"fit --adapters know form --base base --passes 2 -o new.json --data".split()]
+    words += ["-", "--eval-data", "test.jsonl"] if piped else ["test.jsonl"]
+    done = run(*words, input=Path("calibration.jsonl").read_bytes() if piped else None)
+    assert done.exit_code == 0, done.stderr
+    assert FRESH not in done.stderr and printed(done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +215,7 @@ def test_a_terminal_gets_what_is_copied_in_one_piece(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, value)
     out, command = Output(), "loracat export --adapters " + " ".join(f"org/adapter-{n}" for n in range(20))
     out.hint(command)
-    out.hint(command, python=True)
+    out.hint(command, what="in Python")
     out.line(f"  {command}", whole=True)
     out.line(command)
     plain = [re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()) for stream in (talk, result)]

@@ -148,7 +148,10 @@ def test_a_long_name_of_an_adapter_leaves_the_losses_beside_it_at_80_columns(mon
     names = [f"organisation/a-very-long-name-of-an-adapter-{number}" for number in ("one", "two")]
     rows = [HeldOutRow(name, 1.0 + i, float(i), (i - 0.5, i + 0.5), 0.5) for i, name in enumerate([*names, "fit"])]
     table = HeldOut("test.jsonl", 24, 240, names[0], tuple(rows), (), "not better")
-    named = SimpleNamespace(public=lambda: SimpleNamespace(held_out_of_weights=table))
+    untold = SimpleNamespace(training_nats_per_token=None)
+    named = SimpleNamespace(
+        public=lambda: SimpleNamespace(held_out_of_weights=table), held_out_of_weights=table, fit=untold
+    )
     lines = shown(80, monkeypatch, lambda out: held_out_lines(out, named))  # type: ignore[arg-type]
     [heading] = [line for line in lines if line.split()[:1] == ["nats/token"]]
     assert heading.endswith("95 % interval  worse on") and max(map(len, lines)) <= 80

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from loracli.evaluation.comparison import best_first, verdict
+from loracli.evaluation.comparison import (
+    BestOf,
+    Comparison,
+    ComparisonRow,
+    MetricScore,
+    best_first,
+    claim,
+    metric_claim,
+    overfitted,
+    training_gap,
+    verdict,
+)
+from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import HeldOut, HeldOutRow
+from tests.test_recipe import make_recipe
 
 BETTER, WORSE, FEW = "better", "not better", "too few records"
 
@@ -82,3 +98,112 @@ def test_rows_are_shown_from_the_lowest_loss_up() -> None:
         "a",
         "base",
     ]
+
+
+def fitted(
+    training: float | None,
+    held_out: float,
+    gain: float,
+    error: float | None,
+    *,
+    verdict: Any = BETTER,
+    move: float = 1.0,
+    name: str = "test.jsonl",
+    records: int = 97,
+) -> Recipe:
+    """A recipe of a fit to 97 records with these losses, which is better than the best adapter by `gain`."""
+    found = replace(
+        table(verdict, -gain, (-9.0, 9.0), loss=held_out + gain), name=name, records=records, standard_error=error
+    )
+    recipe = make_recipe(Path())
+    return replace(recipe, held_out=found, fit=replace(recipe.fit, training_nats_per_token=training, largest_move=move))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (fitted(0.31, 0.42, 1.0, 0.01), False),  # a gap of 0.11 is a small part of the gain
+        (fitted(0.31, 0.42, 0.34, 0.01), False),
+        (fitted(0.31, 0.42, 0.32, 0.01), True),
+        (fitted(0.31, 0.42, -0.1, 0.01, verdict=WORSE), True),  # no gain, and a gap beyond chance
+        (fitted(0.31, 0.42, 0.1, 0.038), True),  # 0.11 is 2 * 0.0389 * sqrt(2)
+        (fitted(0.31, 0.42, 0.1, 0.040), False),
+        (fitted(0.31, 0.42, 0.1, 0.030, records=3 * 97), False),  # few training records: their loss is unsure
+        (fitted(0.31, 0.42, 0.1, 0.030, records=2 * 97), True),
+        (fitted(0.42, 0.31, 0.01, 0.001), False),
+        (fitted(0.31, 0.42, 0.1, 0.01, move=0.0), False),  # other records, for nothing was fitted
+        (fitted(0.31, 0.42, 0.1, None), None),
+        (fitted(None, 0.42, 0.1, 0.01), None),
+        (fitted(0.31, 0.42, 0.1, 0.01, verdict=FEW), None),
+    ],
+)
+def test_a_fit_is_overfitted_where_its_gap_is_beyond_chance_and_a_third_of_its_gain(
+    recipe: Recipe, expected: bool | None
+) -> None:
+    assert overfitted(recipe) is expected
+    assert ("overfitted" in training_gap(recipe)) == bool(expected)
+
+
+def test_losses_of_records_that_were_drawn_alike_are_seldom_taken_for_overfitting() -> None:
+    generator = torch.Generator().manual_seed(0)
+    alarms = 0
+    for _ in range(2000):
+        training, held_out = torch.rand(97, generator=generator), torch.rand(24, generator=generator)
+        error = float(held_out.std()) / 24**0.5
+        recipe = fitted(float(training.mean()), float(held_out.mean()), 0.0, error, records=24, verdict=WORSE)
+        alarms += bool(overfitted(recipe))
+    assert 0.01 < alarms / 2000 < 0.05
+
+
+def test_both_losses_are_told_and_what_a_large_gap_means() -> None:
+    losses = "the fit on its own training records: 0.3100 nats/token, on held-out ones 0.4200"
+    assert training_gap(fitted(0.31, 0.42, 1.0, 0.01)) == losses
+    other = training_gap(fitted(0.31, 0.42, 0.1, 0.01))
+    assert other == f"{losses}: overfitted, or harder records; more like the held-out ones would help"
+    share = training_gap(fitted(0.31, 0.42, 0.1, 0.01, name="val é.jsonl, <stdin>:2.5"))  # the names of its data
+    assert share == f"{losses}: overfitted, more records would help"
+    assert training_gap(fitted(None, 0.42, 1.0, 0.01)) == ""
+    recipe = fitted(0.31, 0.42, 0.1, 0.01)
+    assert training_gap(replace(recipe, mixing=replace(recipe.mixing, weights_sha256="0" * 64))) == ""  # edited
+
+
+def compared(*rows: tuple[str, Any, float, float]) -> Comparison:
+    """Of rows with a name, a kind, a loss and a mean of the metric; the lowest loss of a composition is the best."""
+    made = tuple(
+        ComparisonRow(
+            name, kind, loss, 1.0, loss - 2, (-1.0, 1.0), None, 0.5, 8, None, "", None,
+            MetricScore(mean, mean - 0.5, (-0.1, 0.1), None), None,
+        )
+        for name, kind, loss, mean in rows
+    )  # fmt: skip
+    best = min((row for row in made if row.kind not in ("base", "control")), key=lambda row: row.nats_per_token)
+    return Comparison(
+        "test.jsonl", "base", ("a",), 24, 99, "a", made, (), (), BestOf(best.name, {"a": 0.001}, clear=True), 0.1,
+        "exact", None, 0.02, 0,
+    )  # fmt: skip
+
+
+A, FIT = ("a", "ingredient", 2.0, 0.5), ("fit", "fit", 1.0, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ends"),
+    [
+        ([A, FIT], "-0.100 to +0.100)"),
+        ([A, ("sum", "method", 1.5, 0.7), FIT], "-0.100 to +0.100)"),  # as good by the metric: nothing disagrees
+        ([A, ("sum", "method", 1.5, 0.8), FIT], "-0.100 to +0.100), where the loss is lowest with fit"),
+        ([A, FIT, ("base", "base", 3.0, 0.9)], "-0.100 to +0.100); but base has 0.900"),
+        ([A, FIT, ("fresh-lora", "control", 3.0, 0.9)], "-0.100 to +0.100); but fresh-lora has 0.900"),
+    ],
+)
+def test_the_metric_says_where_it_disagrees_with_the_loss(rows: Any, ends: str) -> None:
+    said = metric_claim(compared(*rows))
+    best = "sum is best with 0.800" if "where" in ends else "fit is best with 0.700"
+    assert said.startswith(f"by exact, {best}") and said.endswith(ends)
+
+
+@pytest.mark.parametrize(("loss", "said"), [(0.9, "; but fresh-lora has a lower loss, 0.9000"), (1.1, "")])
+def test_a_control_with_a_lower_loss_stands_in_the_claim(loss: float, said: str) -> None:
+    found = claim(compared(A, FIT, ("fresh-lora", "control", loss, 0.1)))
+    assert found.startswith("fit is the best of 2 ways") and found.endswith(said or ")")
+    assert ("fresh-lora" in found) == bool(said)

@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 
+import pytest
 import torch
 
 from loracli.calibration.render import Example
@@ -111,6 +112,15 @@ def test_weighted_records_weigh_in_the_table_as_copies_would() -> None:
         assert abs(row.difference - copy.difference) < 1e-12
     low, high = one.row("fit").interval
     assert low < one.row("fit").difference < high
+
+
+def test_the_table_has_the_standard_error_of_the_fits_own_loss() -> None:
+    nats = torch.rand(30, generator=torch.Generator().manual_seed(0)).double()
+    methods = {"a": scores([4.0] * 30), "fit": Scores(nats, torch.full((30,), 2.0).double())}
+    table = held_out_table(methods, ["a"], examples=examples(30), name="x", seed=0)
+    assert table.standard_error == pytest.approx(float(nats.std()) / 2 / 30**0.5)
+    one = {name: Scores(score.nats[:1], score.tokens[:1]) for name, score in methods.items()}
+    assert held_out_table(one, ["a"], examples=examples(1), name="x", seed=0).standard_error is None
 
 
 def test_static_points_are_base_each_alone_uniform_and_sum() -> None:
