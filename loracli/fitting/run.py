@@ -290,15 +290,11 @@ def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Exam
     passes = "one pass" if settings.paper else f"up to {most:g} passes"
     about = duration_text(work.left(REACH).seconds(pace))
     about += "" if settings.metric is None else "; the answers that choose come on top"
-    held = (
-        f"each held out once, by {len(inputs.data.parts)} more fits"
-        if inputs.data.parts
-        else f"{len(examples.held_out)} held out"
-    )
-    progress.note(
-        f"{len(examples.training)} training records{choosing if folds[0].validation else ''}, "
-        f"{held}; {passes} over the records: about {about}"
-    )
+    parts, records = len(inputs.data.parts), count_text(len(examples.training), "training record")
+    held = f"each held out once, by {parts} more fits" if parts else f"{len(examples.held_out)} held out"
+    if folds[0].validation:
+        records += choosing
+    progress.note(f"{records}, {held}; {passes} over the records: about {about}")
 
 
 def reached(engine: Engine, session: Session, training: Sequence[Example]) -> Reach:

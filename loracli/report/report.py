@@ -322,7 +322,7 @@ def _read_comparison(path: Path, recipe: Recipe) -> Comparison:
     try:
         document = parse_json(data)
     except StrictJsonError as error:
-        raise InputError(f"the comparison {path} is {error}", hint=hint) from None
+        raise InputError(f"the comparison {path} cannot be read: {error}", hint=hint) from None
     if not isinstance(document, dict):
         raise InputError(f"the comparison {path} is not a JSON object", hint=hint)
     failure = document.get("error")
