@@ -30,7 +30,7 @@ def main() -> None:
     parser = BenchmarkParser(__doc__)
     parser.add_argument("--adapters", type=int, nargs="+", default=[2, 10, 30], quick=[3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], quick=[0])
-    parser.add_argument("--mixing", nargs="+", default=["module"])
+    parser.add_argument("--mixing", nargs="+", default=["module"], quick=["adapter"])
     parser.add_argument("--records", type=int, default=32, quick=8, help="the first so many to fit on")
     parser.add_argument("--test-records", type=int, default=128, quick=8)
     arguments = parser.parse_args()

@@ -49,7 +49,7 @@ def test_the_three_lines_give_one_adapter_that_peft_loads(tmp_path: Path, hub: S
     folder = tmp_path / "empty"
     folder.mkdir()
     records = (example_folder() / "calibration.jsonl").read_text().splitlines(keepends=True)
-    (folder / "val.jsonl").write_text("".join(records[:60]))
+    (folder / "val.jsonl").write_text("".join(records[:20]))
 
     def run(line: str) -> Ended:
         return server.run(*line.split()[1:], cwd=folder)

@@ -238,7 +238,7 @@ def test_a_recipe_whose_bypassed_modules_were_reached_is_damaged(tmp_path: Path)
     recipe = fit_case(tmp_path, base, [make_adapter(tmp_path / "a", base, targets=READ["mamba"])])
     recipe.save(tmp_path / "recipe.json")
     document = json.loads((tmp_path / "recipe.json").read_text())
-    assert document["loracat_recipe"] == 5
+    assert document["loracat_recipe"] == 6
     document["mixing"]["unreached"] = document["mixing"]["unreached"][:1]
     (tmp_path / "recipe.json").write_text(json.dumps(document))
     with pytest.raises(RecipeError) as caught:

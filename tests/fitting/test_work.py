@@ -78,11 +78,13 @@ def fitted(settings: FitSettings, folder: Path, base: Path, adapters: tuple[Path
     return told
 
 
-def test_the_stages_of_a_fit_are_counted_and_called_by_what_is_done() -> None:
+def test_the_stages_of_a_fit_are_counted_and_called_by_what_is_done(tmp_path: Path) -> None:
     told, example = Watched(TASK), example_folder()
     adapters = [str(example / name) for name in ("know", "form")]
     settings = FitSettings(passes=24)
-    fit_mixing(adapters, example / "calibration.jsonl", base=str(example / "base"), settings=settings, progress=told)
+    lines = (example / "calibration.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "val.jsonl").write_text("".join(lines[:8]))
+    fit_mixing(adapters, tmp_path / "val.jsonl", base=str(example / "base"), settings=settings, progress=told)
     assert told.stages == [
         "1/11 finding the modules that the records reach",
         "2/11 finding a start",
