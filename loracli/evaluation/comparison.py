@@ -258,8 +258,8 @@ def verdict(table: HeldOut) -> str:
     fitted, best = table.row("fit"), table.row(table.best_ingredient)
     alone = [row for row in table.rows if row.name not in ("base", "uniform", "sum", "fit")]
     adapter = f"your {'best ' if len(alone) > 1 else ''}adapter, {best.name}"
-    fit = "it" if not table.parts else "the fit that scored them"
-    seen = f"{count_text(table.records, 'record')} that {fit} had not seen"
+    unseen = " that it had not seen" if not table.parts else ", each scored by a fit that had not seen it"
+    seen = f"{count_text(table.records, 'record')}{unseen}"
     if table.verdict == "too few records":  # whose interval says nothing
         from loracli.calibration.dataset import MIN_HELD_OUT  # which loads torch
 
