@@ -12,8 +12,10 @@ import argparse
 import re
 from pathlib import Path
 
+from loracli.evaluation.comparison import best_first
 from loracli.recipe.recipe import load_recipe
-from loracli.report.charts import PAGE_STYLE, PARTS_STYLE, Line, heat_map, intervals_chart
+from loracli.report.charts import Line, heat_map, intervals_chart
+from loracli.report.page import _PAGE_STYLE, PARTS_STYLE
 from loracli.system.escaping import html_text
 
 _GAP, _HEADING, _LEFT = 24.0, 28.0, 360.0
@@ -24,26 +26,35 @@ def picture(recipe_path: Path) -> str:
     recipe = load_recipe(recipe_path)
     table, labels = recipe.held_out, recipe.labels()
     lines = [
-        Line(labels.get(row.name, row.name), row.difference, row.interval, row.name != "base") for row in table.rows
+        Line(
+            labels.get(row.name, row.name),
+            row.difference,
+            row.interval,
+            row.name != "base",
+            row.name == table.best_ingredient,
+        )
+        for row in best_first(table.rows)
     ]
-    chart = _parts(intervals_chart(lines, "differences on held-out records"))[0]
-    scale, *panels = _parts(heat_map(recipe))
+    best = labels.get(table.best_ingredient, table.best_ingredient)
+    chart = _parts(intervals_chart(lines, best))[0]
+    scale, _, *panels = _parts(heat_map(recipe))  # the second is the key of an empty cell
+    at = max(_LEFT, _size(chart)[0]) + _GAP
     left = [
-        _heading(f"nats per token, minus {labels.get(table.best_ingredient, table.best_ingredient)}", 0.0, 0.0),
+        _heading(f"nats per token, minus {best}", 0.0, 0.0),
         _placed(chart, 0.0, _HEADING),
     ]
-    right, x, tallest = [], _LEFT + _GAP, 0.0
+    right, x, tallest = [], at, 0.0
     for label, panel in zip(labels.values(), panels, strict=True):
         width, height = _size(panel)
         right += [_heading(f"weights of {label}", x, 0.0), _placed(panel, x, _HEADING)]
         x, tallest = x + width + _GAP, max(tallest, height)
-    right.append(_placed(scale, _LEFT + _GAP, _HEADING + tallest + 8))
+    right.append(_placed(scale, at, _HEADING + tallest + 8))
     width, height = x, _HEADING + max(_size(chart)[1], tallest + 8 + _size(scale)[1])
     style = "svg svg { display: inline; width: auto; height: auto; }"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-12 -8 {width + 12:g} {height + 24:g}" '
         f'width="{width + 12:g}" role="img" aria-label="{html_text(table.verdict)}">\n'
-        f"<style>{PAGE_STYLE}{PARTS_STYLE}{style}\n.heading {{ font: 600 13px system-ui, sans-serif; }}</style>\n"
+        f"<style>{_PAGE_STYLE}{PARTS_STYLE}{style}\n.heading {{ font: 600 13px system-ui, sans-serif; }}</style>\n"
         '<rect x="-12" y="-8" width="100%" height="100%" style="fill: var(--page)"/>\n'
         + "\n".join([*left, *right, "</svg>", ""])
     )

@@ -272,7 +272,7 @@ def _crossed(files: tuple[CalibrationFile, ...], every: Sequence[Record], seed: 
     different = len({record.fingerprint for record in every})
     if different < 2:
         raise CalibrationError(
-            f"{files[0].source} has {different} different records, too few to hold some out",
+            f"{files[0].source} has {count_text(different, 'different record')}, too few to hold some out",
             hint="give held-out records with --eval-data",
         )
     if len(every) < MIN_HELD_OUT:

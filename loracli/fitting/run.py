@@ -287,7 +287,7 @@ def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Exam
     )
     choosing = f", {len(folds)} folds" if len(folds) > 1 else f", {len(folds[0].validation)} of them to choose with"
     most = settings.budget(len(folds), len(examples.training))
-    passes = "one pass" if settings.paper else f"up to {most:g} passes"
+    passes = "one pass" if settings.paper else f"up to {most:.3g} passes"
     about = duration_text(work.left(REACH).seconds(pace))
     about += "" if settings.metric is None else "; the answers that choose come on top"
     parts, records = len(inputs.data.parts), count_text(len(examples.training), "training record")

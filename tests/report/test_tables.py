@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -16,6 +19,7 @@ from loracli.system.document import decode
 from tests.report.conftest import Story
 from tests.report.test_report import Page
 
+_SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "<img src=x onerror=alert(1)>\u202e"
 
 
@@ -93,3 +97,12 @@ def test_the_style_reaches_our_element_alone_and_loads_nothing(recipe: Recipe) -
     selectors = [selector.strip() for rule in rules for selector in rule.split(",")]
     assert len(selectors) > 30 and all(re.match(r"\.loracat( |$)", selector) for selector in selectors)
     assert not re.search(r"url\(|@import|https?:(?!//www\.w3\.org/2000/svg)", html)
+
+
+def test_the_readmes_picture_has_a_chart_of_losses_and_a_map_of_each_adapter(story: Story, recipe: Recipe) -> None:
+    draw = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "make_picture.py"))["picture"]
+    root = ElementTree.fromstring(draw(story.recipe))
+    texts = [found.text or "" for found in root.iter(f"{_SVG}text")]
+    labels = recipe.labels().values()
+    assert [text for text in texts if text.startswith("weights of ")] == [f"weights of {label}" for label in labels]
+    assert len(root.findall(f"{_SVG}svg")) == 2 + len(recipe.adapters)
