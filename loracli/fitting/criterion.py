@@ -79,7 +79,7 @@ def one_fold(training: Sequence[Example], records: Sequence[Record], *, seed: in
         return Fold(tuple(training), ())
     count = min(max(2, round(_VALIDATION_SHARE * len(training))), _MOST_TO_VALIDATE)
     _, chosen = split_records(records, count, seed=seed)
-    fold = _fold(training, chosen)
+    fold = set_aside(training, chosen)
     # Equal records stand together, so a few of them many times over can leave nothing on one side.
     return fold if len(fold.fitting) >= len(fold.validation) > 0 else Fold(tuple(training), ())
 
@@ -90,7 +90,7 @@ def cross_folds(training: Sequence[Example], records: Sequence[Record], count: i
     Raises:
         UsageError: if a fold would be empty.
     """
-    folds = tuple(_fold(training, part) for part in dealt(records, count, seed=seed))
+    folds = tuple(set_aside(training, part) for part in dealt(records, count, seed=seed))
     if not all(fold.fitting and fold.validation for fold in folds):
         raise UsageError(
             f"--cv {count} needs at least {count} different training records that can be scored",
@@ -99,7 +99,8 @@ def cross_folds(training: Sequence[Example], records: Sequence[Record], count: i
     return folds
 
 
-def _fold(training: Sequence[Example], chosen: Sequence[Record]) -> Fold:
+def set_aside(training: Sequence[Example], chosen: Sequence[Record]) -> Fold:
+    """The examples of some records apart from all others; either side may be empty."""
     places = {record.place for record in chosen}
     return Fold(
         tuple(example for example in training if example.place not in places),

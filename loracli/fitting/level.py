@@ -108,7 +108,7 @@ class Solution:
         rungs: at the end, all kinds that were tried.
         refitted: whether it was fitted once more on all training records.
         dropped: places of the adapters whose weights are 0, as they could not be told from it.
-        passes: of trained factors: over the fitting records, of the whole schedule, and until it was taken.
+        passes: over the fitting records: of the level's whole schedule, and until the solution was taken.
     """
 
     mixing: Mixing

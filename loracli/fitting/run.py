@@ -18,7 +18,7 @@ from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.statistics import FIT, held_out_table, static_points
 from loracli.fitting.activations import chosen_records, fit_activations
 from loracli.fitting.certificate import can_certify, certificate_tokens, certified
-from loracli.fitting.criterion import LEAST_ANSWERS, Fold, divided, loss_criterion, metric_criterion
+from loracli.fitting.criterion import LEAST_ANSWERS, Fold, divided, loss_criterion, metric_criterion, set_aside
 from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
@@ -209,16 +209,8 @@ def _parts(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
     Raises:
         CalibrationError: if too few records are left to fit and to hold out.
     """
-    parts = [{record.place for record in part} for part in inputs.data.parts]
-    divided = tuple(
-        Fold(
-            tuple(example for example in training if example.place not in places),
-            tuple(example for example in training if example.place in places),
-        )
-        for places in parts
-    )
-    kept = tuple(part for part in divided if part.validation)
-    if divided and len(kept) < 2:
+    kept = tuple(fold for part in inputs.data.parts if (fold := set_aside(training, part)).validation)
+    if inputs.data.parts and len(kept) < 2:
         raise CalibrationError(
             "only one different record is left, too few to hold some out",
             hint="give more records or held-out records with --eval-data, or raise --max-length",

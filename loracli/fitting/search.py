@@ -269,7 +269,7 @@ def _without_idle(task: Task, found: Solution) -> Solution:
     scores = found.scores
 
     def left_out(places: Sequence[int], key: str) -> tuple[float, DiagonalMixing]:
-        """What it costs, beyond what would be noticed at most 0."""
+        """What that costs, infinite where it would be noticed; and the mixing without them."""
         kept = ~torch.isin(mixing.adapter_of, torch.tensor(places))
         less = replace(mixing, kept=kept)
         try:
@@ -394,11 +394,14 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
         if below is None:
             return None
         return replace(last, thetas=(last.mixing.lift(below.mixing, below.theta),), stages=below.stages)
-    start, before = last.theta, task.spent
-    if last.mixing.kind == "factors":  # once more as they were found: more steps from there would only fit the records
-        below = None if len(solved) == 1 else refit(task, solved[:-1], training, budget / 2)
-        start = last.anchor if below is None else last.mixing.lift(below.mixing, below.theta)
     plan = plan_steps(training, batch_tokens=task.settings.batch_tokens, seed=task.settings.seed + 1)
+    start, before, stages = last.theta, task.spent, tuple[StageRecord, ...]()
+    if last.mixing.kind == "factors":  # once more as they were found: more steps from there would only fit the records
+        needed = GRADIENT_COST * plan.tokens * (last.passes[1] + 1 / plan.steps_a_pass)
+        below = None if len(solved) == 1 else refit(task, solved[:-1], training, budget - needed)
+        start = last.anchor
+        if below is not None:
+            start, stages = last.mixing.lift(below.mixing, below.theta), below.stages
     steps = whole = plan.steps_within((budget - (task.spent - before)) / 2)
     if steps == 0:
         return None
@@ -417,7 +420,7 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
     descent = Descent(task.engine, last.mixing, training, plan.step, adam, anchor)
     ran = descent.run(steps, last.ridge or 0.0, key=f"{kind} on all records")
     stage = ran.recorded(kind, last.chosen, "refit", last.ridge or 0.0)
-    return replace(last, thetas=(ran.average,), stages=(stage,))
+    return replace(last, thetas=(ran.average,), stages=(*stages, stage))
 
 
 def _minimise_again(task: Task, last: Solution, training: Sequence[Example], budget: float) -> Solution | None:

@@ -19,7 +19,7 @@ from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting import level as rung_module
 from loracli.fitting.criterion import Fold
-from loracli.fitting.descent import Descent, Ran
+from loracli.fitting.descent import Descent, Ran, plan_steps
 from loracli.fitting.engine import Engine
 from loracli.fitting.level import _RIDGE_PATH, Solution, Task, ridge_path, solve_level
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout
@@ -188,6 +188,22 @@ def test_auto_climbs_to_where_the_truth_is(small: tuple[Path, list[LoraAdapter]]
     assert found.rungs[0].why == "the first kind of mixing"
     assert found.rungs[2].gain is not None and found.rungs[2].gain > 0.2
     assert fit < at_truth.nats_per_token + 0.03
+
+
+def test_factors_are_trained_on_all_records_for_as_many_passes_as_the_validation_records_chose(
+    small: tuple[Path, list[LoraAdapter]],
+) -> None:
+    """After the level below, whose own last fit they start from; each stage is told."""
+    base, adapters = small
+    generator = torch.Generator().manual_seed(0)
+    truth = [torch.randn(2, 2, generator=generator) for _ in make_layout(adapters).modules]
+    with generated(base, adapters, truth, 100) as (attached, examples, _):
+        found, _ = run_search(attached, adapters, examples, FitSettings(mixing="factors"))
+    whole, taken = found.passes
+    a_pass = plan_steps(examples, batch_tokens=1024, seed=1).steps_a_pass
+    below, last = found.stages[-2:]
+    assert [(s.rung, s.stage) for s in (below, last)] == [("module", "refit"), ("factors", "refit")]
+    assert 0 < taken <= whole <= 4 + 1e-9 and last.steps == round(taken * a_pass)
 
 
 # What does not hang on the model: a sum of squares.
