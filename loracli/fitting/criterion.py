@@ -153,7 +153,7 @@ def metric_criterion(
             scorers[places] = scorer_of(examples)
         loss = engine.score(mixing, theta, plan_batches(examples, batch_tokens=batch_tokens), examples, key=key)
         nats = loss.nats / loss.tokens
-        values = engine.answer(mixing, theta, scorers[places], key=None if key is None else f"{key}, answers")
+        values = engine.answer(mixing, theta, scorers[places], examples, key=None if key is None else f"{key}, answers")
         costs = 1 - values + _TIE * nats / (1 + nats)
         scores = Scores(costs, torch.ones_like(costs))
         engine.meter.validation = scores.nats_per_token

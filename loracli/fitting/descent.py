@@ -131,6 +131,11 @@ class AdamW:
         """What, with `step_number`, a step depends on."""
         return {"theta": self.theta, "first": self._first, "second": self._second}
 
+    @property
+    def schedule(self) -> dict[str, float]:
+        """What else it depends on, where the moments decay as ever."""
+        return {"step_number": self.step_number, "steps": self._steps, "rate": self._rate, "warm_up": self._warm_up}
+
     def restore(self, state: Mapping[str, Tensor], step_number: int) -> None:
         """Goes to where another one was."""
         self.theta, self._first, self._second = (state[name] for name in ("theta", "first", "second"))
@@ -289,10 +294,15 @@ class Descent:
         Raises:
             NonFiniteLoss: naming the records of a batch; theta stays at the last finite step.
         """
-        entry = self._engine.recall(key)
+        adam = self._adam
+        tensors = {**adam.state(), "anchor": self._anchor}
+        numbers = {**adam.schedule, "steps": steps, "ridge": ridge}
+        same = self._engine.same("descent", self._mixing, tensors, self._examples, **numbers)
+        entry = self._engine.recall(key, same)
         none = Ran(torch.zeros_like(self.theta), 0.0, 0.0, torch.zeros(steps, dtype=torch.float64))
         done, ran = (0, none) if entry is None else self._restore(entry)
         if entry is not None and done == steps:
+            self._engine.finished(key, same)
             return ran
         total, nats, tokens, losses = ran.average, ran.nats, ran.tokens, ran.losses
         averaged = max(steps // 4, 1)
@@ -311,12 +321,14 @@ class Descent:
             if number + 1 < steps and self._engine.due(key):
                 self._leave(key, number + 1, Ran(total, nats, tokens, losses))
         ran = Ran(total / averaged, nats, tokens, losses)
-        self._leave(key, steps, ran)
+        self._leave(key, steps, ran, same)
+        self._engine.finished(key, same)
         return ran
 
-    def _leave(self, key: str | None, done: int, ran: Ran) -> None:
+    def _leave(self, key: str | None, done: int, ran: Ran, same: bytes | None = None) -> None:
         values = {"done": done, "nats": ran.nats, "tokens": ran.tokens, "step_number": self._adam.step_number}
-        self._engine.remember(key, Entry({**self._adam.state(), "average": ran.average, "losses": ran.losses}, values))
+        entry = Entry({**self._adam.state(), "average": ran.average, "losses": ran.losses}, values)
+        self._engine.remember(key, entry, same)
 
     def _restore(self, entry: Entry) -> tuple[int, Ran]:
         done, nats, tokens, number = (entry.values[name] for name in ("done", "nats", "tokens", "step_number"))

@@ -2,14 +2,16 @@
 
 Sums are taken micro-batch by micro-batch in the order of the plan, each result whole before the next is added, so they
 are the same bits for any number of processes; process k of K takes every K-th micro-batch. What took long is
-remembered, under a key that says what it is, so a resumed fit does not do it again. Where memory runs out, a
-micro-batch is halved.
+remembered, under a key that says what it is, so a resumed fit does not do it again, and where several fits share an
+engine, neither does one what another has done. Where memory runs out, a micro-batch is halved.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,12 +80,16 @@ class Engine:
     of (the kind of mixing, the start, the stage, the fold, the step), so that no other order of the same work can take
     it for something else; each is used once. Without a key nothing is remembered.
 
+    Where several fits share it, work that one of them asks for is known by what goes into it, to the bit (`same`): done
+    once, it counts in the budget of each, and only once in the progress.
+
     Args:
         objective: the attached model's loss.
         meter: of the cost.
         processes: that share the work; all call the same methods in the same order.
         journal: of the first process; forgetful in the others.
         progress: told of micro-batches that had to be halved.
+        shared: whether fits with it have work in common.
     Attributes:
         steps: how many steps of descents were taken.
         halvings: how many micro-batches all processes have halved because memory ran out.
@@ -97,6 +103,7 @@ class Engine:
         processes: Processes = ALONE,
         journal: Journal | None = None,
         progress: Progress = SILENT,
+        shared: bool = False,
     ) -> None:
         self.objective = objective
         self.meter = meter
@@ -108,6 +115,9 @@ class Engine:
         self._halved_here = 0
         self._most_tokens: int | None = None  # of a micro-batch, once memory has run out
         self._prefix = ""  # of keys
+        self._shared = shared
+        self._asked: dict[bytes, int] = {}  # what was spent when work began
+        self._done: dict[bytes, tuple[str, int]] = {}  # its key, and what it cost
         self._sum_under_way = self._from_journal(_UNDER_WAY)
 
     # What a search asks.
@@ -135,15 +145,18 @@ class Engine:
             zeros = torch.zeros(len(examples), 2, dtype=torch.float64)
             return Entry({"rows": self._over(batches, examples, _Pass(work, by_record=True), zeros, key)})
 
-        nats, tokens = self._remembered(key, rows).tensors["rows"].T.contiguous()
+        same = self.same("score", mixing, {"theta": theta}, examples)
+        nats, tokens = self._remembered(key, rows, same).tensors["rows"].T.contiguous()
         bad = (~torch.isfinite(nats)).nonzero().flatten().tolist()
         if bad:
             raise _non_finite([examples[i] for i in bad])
         return Scores(nats, tokens)
 
-    def answer(self, mixing: Applied, theta: Tensor, scorer: Scorer, *, key: str | None = None) -> Tensor:
-        """What a task metric gives each record at theta, (n,) in float64. The first process answers for all; it is not
-        counted in the budget.
+    def answer(
+        self, mixing: Applied, theta: Tensor, scorer: Scorer, examples: Sequence[Example], *, key: str | None = None
+    ) -> Tensor:
+        """What a task metric gives each of the examples, which the scorer is of, at theta, (n,) in float64. The first
+        process answers for all; it is not counted in the budget.
 
         Raises:
             MetricError: if the user's command fails.
@@ -153,7 +166,11 @@ class Engine:
             self._apply(mixing, theta)
             return scorer(self.objective)
 
-        return self._remembered(key, lambda: Entry({"values": self._processes.from_first(work)})).tensors["values"]
+        def values() -> Entry:
+            return Entry({"values": self._processes.from_first(work)})
+
+        same = self.same("answer", mixing, {"theta": theta}, examples)
+        return self._remembered(key, values, same).tensors["values"]
 
     def total(
         self,
@@ -194,7 +211,7 @@ class Engine:
             nats, gradient = self.total(mixing, theta, batches, examples, key=key)
             return Entry({"gradient": gradient}, {"nats": nats})
 
-        entry = self._remembered(key, sums)
+        entry = self._remembered(key, sums, self.same("mean", mixing, {"theta": theta}, examples))
         tokens = sum(batch.scored_tokens for batch in batches)
         return float(entry.values["nats"]) / tokens, entry.tensors["gradient"] / tokens  # type: ignore[arg-type]
 
@@ -320,48 +337,98 @@ class Engine:
     # What is remembered.
 
     @contextmanager
-    def within(self, name: str) -> Iterator[None]:
-        """One of several fits with this engine: what is remembered in it goes by its name too."""
-        self._prefix, self.meter.within = f"{name}: ", name
-        try:
-            yield
-        finally:
-            self._prefix, self.meter.within = "", ""
+    def within(self, name: str, left: Callable[[str, int], int]) -> Iterator[None]:
+        """One of several fits with this engine: what is remembered in it goes by its name too.
 
-    def recall(self, key: str | None) -> Entry | None:
-        """What an interrupted fit left under a key; the meter goes to where it was then."""
+        Args:
+            name: of the fit.
+            left: the effort that is left of it, at most, when a stage begins: its name, and what it spent by then.
+        """
+        self._prefix = f"{name}: "
+        try:
+            with self.meter.within_fit(name, left):
+                yield
+        finally:
+            self._prefix = ""
+
+    def same(
+        self, what: str, mixing: Applied, tensors: Mapping[str, Tensor], examples: Sequence[Example], **more: float
+    ) -> bytes | None:
+        """What work is known by; None where no other fit could ask for it.
+
+        Args:
+            what: is done.
+            mixing: that is attached meanwhile.
+            tensors: that it depends on.
+            examples: likewise.
+            more: likewise.
+        """
+        if not self._shared or not isinstance(mixing, Mixing):
+            return None
+        digest = hashlib.sha256()
+        for part in (
+            what,
+            mixing.told_apart_by,
+            *(example.place for example in examples),
+            json.dumps(more, sort_keys=True),
+        ):
+            digest.update(part.encode() + b"\0")
+        for name, tensor in tensors.items():
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        return digest.digest()
+
+    def recall(self, key: str | None, same: bytes | None = None) -> Entry | None:
+        """What was left under a key by an interrupted fit, to where it then was the meter goes; or what another fit
+        with this engine has done, which counts in the budget as if it were done here."""
         if key is None:
             return None
+        if same in self._done:
+            known, cost = self._done[same]
+            entry = self._processes.from_first(lambda: self._journal.again(known))
+            if entry is not None:
+                self.meter.spent += cost
+                return entry
+        if same is not None:
+            self._asked[same] = self.meter.spent
+            self.meter.not_done_yet()
         entry = self._from_journal(self._prefix + key)
         if entry is not None:
             self._restore(entry)
         return entry
 
-    def remember(self, key: str | None, entry: Entry) -> Entry:
+    def remember(self, key: str | None, entry: Entry, same: bytes | None = None) -> Entry:
         """Leaves something under a key for a resumed fit."""
         if key is not None:
-            self._to_journal(self._prefix + key, entry)
+            self._to_journal(self._prefix + key, entry, again=same is not None)
         return entry
+
+    def finished(self, key: str | None, same: bytes | None) -> None:
+        """What is under the key now is whole, for the other fits with this engine too."""
+        if key is not None and same in self._asked:
+            self._done[same] = (self._prefix + key, self.meter.spent - self._asked.pop(same))
 
     def due(self, key: str | None) -> bool:
         """Whether an operation that goes on should leave under the key where it is; decides nothing else."""
         return key is not None and self._journal.due(self._prefix + key)
 
-    def _remembered(self, key: str | None, make: Callable[[], Entry]) -> Entry:
-        entry = self.recall(key)
-        return self.remember(key, make()) if entry is None else entry
+    def _remembered(self, key: str | None, make: Callable[[], Entry], same: bytes | None = None) -> Entry:
+        entry = self.recall(key, same)
+        if entry is None:
+            entry = self.remember(key, make(), same)
+        self.finished(key, same)
+        return entry
 
     def _from_journal(self, key: str) -> Entry | None:
         return self._processes.from_first(lambda: self._journal.recall(key))
 
-    def _to_journal(self, key: str, entry: Entry) -> None:
+    def _to_journal(self, key: str, entry: Entry, *, again: bool = False) -> None:
         position = {
             "spent": self.meter.spent,
             "logged": self.meter.logged,
             "steps": self.steps,
             "halvings": self.halvings,
         }
-        self._journal.write(key, replace(entry, values={**entry.values, **position}))
+        self._journal.write(key, replace(entry, values={**entry.values, **position}), again=again)
 
     def _restore(self, entry: Entry) -> None:
         spent, logged, self.steps, self.halvings = (

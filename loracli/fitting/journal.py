@@ -39,6 +39,7 @@ _IDENTITY_FILE = "identity.json"
 _FORM_NAME = "form of the state"
 _MAX_IDENTITY_BYTES = 64 << 20
 _SECONDS = 15.0  # between two writes of a step that goes on
+_KEPT_BYTES = 1 << 30  # in memory; what does not fit is done again
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Entry:
 
 
 class Journal:
-    """Remembers entries by key; forgetful without a folder.
+    """Remembers entries by key; without a folder only what is wanted again, in memory.
 
     Args:
         folder: of the state, None for nowhere.
@@ -84,6 +85,8 @@ class Journal:
     def __init__(self, folder: Path | None = None, *, seconds: float = _SECONDS) -> None:
         self._folder = folder
         self._seconds = seconds
+        self._kept: dict[str, Entry] = {}
+        self._room = _KEPT_BYTES
         self._opened = time.monotonic()
         self._written: dict[str, float] = {}
         self._recalled: set[str] = set()
@@ -94,6 +97,12 @@ class Journal:
             return None
         assert key not in self._recalled, f"two steps are called {key}"
         self._recalled.add(key)
+        return self.again(key)
+
+    def again(self, key: str) -> Entry | None:
+        """What was written under a key, as often as it is asked for; None if there is nothing that can be read."""
+        if self._folder is None:
+            return self._kept.get(key)
         path = self._path(key)
         if not path.is_file():
             return None
@@ -105,9 +114,12 @@ class Journal:
         except (SafetensorError, OSError, KeyError, ValueError):
             return None  # damaged: the step is done again
 
-    def write(self, key: str, entry: Entry) -> None:
-        """Replaces what the step left."""
+    def write(self, key: str, entry: Entry, *, again: bool = False) -> None:
+        """Replaces what the step left; `again` if it will be asked for once more in the same fit."""
         if self._folder is None:
+            size = sum(tensor.nbytes for tensor in entry.tensors.values())
+            if again and size <= self._room:
+                self._kept[key], self._room = entry, self._room - size
             return
         tensors = {name: tensor.contiguous() for name, tensor in entry.tensors.items()}
         write_atomically(self._path(key), save(tensors, {"key": key, "values": json.dumps(dict(entry.values))}))
@@ -267,6 +279,8 @@ class Meter:
         self._stages: tuple[str, ...] = ()
         self._left: Callable[[str, int], int] = lambda _, __: 0
         self._place, self._effort, self._total = 0, 0, 0
+        self._repeated: Callable[[str, int], int] | None = None  # what is left of a fit that was all done so far
+        self._stage_of_fit, self._before_stage, self._before_fit = "", 0, 0
         self._stage, self._fields = "", dict[str, str | float | None]()
         self._started = time.monotonic()
         self._tokens = 0
@@ -290,14 +304,35 @@ class Meter:
 
     def enter(self, stage: str) -> None:
         """A stage begins; what those before it have left undone is not to be done any more. Where no stages are
-        counted, nothing happens, nor in one of several fits, which is a stage itself."""
-        if not self._stages or self.within:
+        counted, nothing happens; one of several fits is a stage itself."""
+        if not self._stages:
+            return
+        if self.within:
+            self._stage_of_fit, self._before_stage = stage, self.spent
             return
         self._place = self._stages.index(stage) + 1
         total = self._effort + self._left(stage, self.spent)
         if total != self._total:
             self._total = total
             self._progress.expect(self._task, total)
+
+    @contextmanager
+    def within_fit(self, name: str, left: Callable[[str, int], int]) -> Iterator[None]:
+        """One of several fits, of which another may have done everything: the effort that is `left` of it when one of
+        its stages begins (its name, and what the fit spent by then) counts once there is something that none has done.
+        """
+        self.within, self._repeated, self._before_fit = name, left, self.spent
+        try:
+            yield
+        finally:
+            self.within, self._repeated = "", None
+
+    def not_done_yet(self) -> None:
+        """The work that comes has been done by no other fit."""
+        if self._repeated is not None and self._stages and self._stage_of_fit:
+            left = self._repeated(self._stage_of_fit, self._before_stage - self._before_fit)
+            self._repeated, self._total = None, self._total + left
+            self._progress.expect(self._task, self._total)
 
     def stage(self, text: str, **fields: str | float | None) -> None:
         """Names what the following batches are for; `fields` go into the log of each step."""

@@ -48,6 +48,7 @@ class Task:
         unit: of the criterion's costs.
         least_gain: in that unit, that `auto` climbs for.
         spent_before: tokens that the engine's meter counted before this fit.
+        judged: the fold whose validation records choose nothing, as they are held out; None where all choose.
     """
 
     engine: Engine
@@ -59,6 +60,7 @@ class Task:
     unit: str = "nats per token"
     least_gain: float = LEAST_GAIN
     spent_before: int = 0
+    judged: int | None = None
 
     @property
     def budget(self) -> float:
@@ -76,19 +78,19 @@ class Task:
         return bool(self.folds[0].validation)
 
     def check(self, mixing: Mixing, thetas: Sequence[Tensor], key: str) -> Scores | None:
-        """Each fold's theta on its validation records; None without such records. The key says what is checked.
+        """Each fold's theta on its validation records, of the folds that choose; None without such records. The key
+        says what is checked.
 
         Raises:
             NonFiniteLoss: if the loss there is not finite.
         """
         if not self.validated:
             return None
-        return _joined(
-            [
-                self.criterion(mixing, theta, fold.validation, f"{key}, fold {number}")
-                for number, (theta, fold) in enumerate(zip(thetas, self.folds, strict=True))
-            ]
-        )
+        scores = [
+            self.criterion(mixing, theta, fold.validation, f"{key}, fold {number}")
+            for number, (theta, fold) in enumerate(zip(thetas, self.folds, strict=True))
+        ]
+        return _joined([part for number, part in enumerate(scores) if number != self.judged])
 
 
 @dataclass(frozen=True)

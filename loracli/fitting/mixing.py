@@ -99,6 +99,11 @@ class Mixing(ABC):
     def numbers(self) -> int:
         """P, how many numbers are fitted."""
 
+    @property
+    def told_apart_by(self) -> str:
+        """What theta means here, among the mixings of one attached model."""
+        return self.kind
+
     @abstractmethod
     def apply(self, attached: AttachedModel, theta: Tensor) -> None:
         """Sets the attached model to theta (P,), differentiably."""
@@ -142,6 +147,11 @@ class DiagonalMixing(Mixing):
     @property
     def numbers(self) -> int:
         return int(self.index.max()) + 1
+
+    @property
+    def told_apart_by(self) -> str:
+        kept = None if self.kept is None else self.kept.tolist()
+        return f"{self.kind}, softmax {self.softmax}, kept {kept}"
 
     def apply(self, attached: AttachedModel, theta: Tensor) -> None:
         attached.set_diagonal(self.weights(theta)[..., self.index])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,16 @@ from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.statistics import FIT, held_out_table, static_points
 from loracli.fitting.activations import chosen_records, fit_activations
 from loracli.fitting.certificate import can_certify, certificate_tokens, certified
-from loracli.fitting.criterion import LEAST_ANSWERS, Fold, divided, loss_criterion, metric_criterion, set_aside
+from loracli.fitting.criterion import (
+    FEWEST_TO_VALIDATE,
+    LEAST_ANSWERS,
+    Fold,
+    cross_folds,
+    divided,
+    loss_criterion,
+    metric_criterion,
+    set_aside,
+)
 from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
@@ -29,7 +38,7 @@ from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.reach import Reach, find_reach
 from loracli.fitting.search import LADDERS, fit_as_published, search
 from loracli.fitting.settings import AUTO, FitSettings
-from loracli.fitting.work import CERTIFICATE, REACH, Cost, Work, cost_of
+from loracli.fitting.work import CERTIFICATE, REACH, Work, cost_of
 from loracli.hub.fetch import Fetched
 from loracli.model.base import BaseModel
 from loracli.model.loss import Scores
@@ -161,7 +170,8 @@ def _run(
     canonical = settings.mixing not in INLINE_KINDS
     with session.attached(inputs.adapters, inputs.layout.modules, held_out, canonical=canonical) as objective:
         meter = Meter(progress, log)
-        engine = Engine(objective, meter, processes=processes, journal=journal, progress=progress)
+        shared = bool(parts) and bool(folds[0].validation)
+        engine = Engine(objective, meter, processes=processes, journal=journal, progress=progress, shared=shared)
         work = fit_work(inputs, examples, folds)
         pace = measured_pace(engine, inputs, session, examples, folds)
         announce(engine, inputs, session, examples, work, pace)
@@ -173,7 +183,7 @@ def _run(
             training_loss = _training_loss(engine, session, found, training)
             scores = _static_scores(engine, session, inputs, held_out)
             if parts:
-                scores[FIT] = _cross_fitted(engine, inputs, session, parts, held_out)
+                scores[FIT] = _cross_fitted(engine, inputs, session, work, pace)
             else:
                 batches = session.batches(held_out)
                 scores[FIT] = engine.score(found.mixing, found.theta, batches, held_out, key="held out, the fit")
@@ -209,6 +219,8 @@ def _parts(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
     Raises:
         CalibrationError: if too few records are left to fit and to hold out.
     """
+    if inputs.data.parts and inputs.settings.cv is not None:
+        return cross_folds(training, inputs.data.training, inputs.settings.cv, seed=inputs.settings.seed + 2)
     kept = tuple(fold for part in inputs.data.parts if (fold := set_aside(training, part)).validation)
     if inputs.data.parts and len(kept) < 2:
         raise CalibrationError(
@@ -219,7 +231,8 @@ def _parts(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
 
 
 def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
-    """How some training records are divided to choose; not at all with `--paper`.
+    """How the training records are divided to choose: as they are to be judged where all are held out in their turn;
+    not at all with `--paper`.
 
     Raises:
         UsageError: if there are too few of them for the folds, or for `auto` or a task metric to choose with.
@@ -227,6 +240,8 @@ def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fol
     settings = inputs.settings
     if settings.paper:
         return (Fold(tuple(training), ()),)
+    if inputs.data.parts and len(training) >= FEWEST_TO_VALIDATE:
+        return _parts(inputs, training)
     folds = divided(training, inputs.data.training, settings.cv, seed=settings.seed + 1)
     if not folds[0].validation and (settings.mixing == AUTO or settings.metric is not None):
         option = "--mixing auto" if settings.mixing == AUTO else "--select-by"
@@ -244,17 +259,15 @@ def fit_work(inputs: FitInputs, examples: Examples, folds: Sequence[Fold]) -> Wo
     held_out = cost_of(plan_batches(examples.held_out, batch_tokens=settings.batch_tokens))
     activations = cost_of(plan_batches(chosen_records(training, seed=settings.seed), batch_tokens=1))
     certifies = not settings.paper and settings.mixing in (*INLINE_KINDS, AUTO)
-
-    def searched(of: Sequence[Example], after: Mapping[str, Cost]) -> Work:
-        divided = folds if of is training else divide_training(inputs, of)
-        return Work(divided, of, settings, inputs.references, after, certifies)
-
+    work = Work(folds, training, settings, inputs.references, certifies=certifies)
     parts = _parts(inputs, training)
     after = {_SCORING: scored + held_out * (len(static_points(inputs.references)) + (not parts))}
     for number, part in enumerate(parts, 1):
         unseen = cost_of(plan_batches(part.validation, batch_tokens=settings.batch_tokens))
-        after[_part(number)] = searched(part.fitting, {}).left(REACH) + unseen
-    return searched(training, {**after, _ACTIVATIONS: activations})
+        if not folds[0].validation:  # a fit of its own
+            unseen += replace(work, folds=(Fold(part.fitting, ()),), training=part.fitting).left(REACH)
+        after[_part(number)] = unseen
+    return replace(work, after={**after, _ACTIVATIONS: activations})
 
 
 def measured_pace(
@@ -297,7 +310,12 @@ def reached(engine: Engine, session: Session, training: Sequence[Example]) -> Re
 
 
 def find_mixing(
-    engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], training: Sequence[Example], tokenizer: Any
+    engine: Engine,
+    inputs: FitInputs,
+    folds: tuple[Fold, ...],
+    training: Sequence[Example],
+    tokenizer: Any,
+    judged: int | None = None,
 ) -> Solution:
     """The search of `inputs.settings` on an attached model.
 
@@ -307,6 +325,7 @@ def find_mixing(
         folds: from `divide_training`.
         training: all records of the folds.
         tokenizer: the base model's.
+        judged: the fold that is held out of what the others choose, None for the choice of all.
     """
     settings, attached = inputs.settings, engine.objective.attached
     if settings.paper:
@@ -316,7 +335,7 @@ def find_mixing(
     if settings.mixing != AUTO:
         target = make_mixing(attached, inputs.layout, settings.mixing)  # type: ignore[arg-type]
         reserved = certificate_tokens(target, training, settings, settings.budget(len(folds), len(training)))
-    task = _task(engine, inputs, folds, tokenizer)
+    task = replace(_task(engine, inputs, folds, tokenizer), judged=judged)
     return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training, reserved)
 
 
@@ -409,26 +428,32 @@ def _part(number: int) -> str:
     return f"part {number}"
 
 
-def _cross_fitted(
-    engine: Engine, inputs: FitInputs, session: Session, parts: Sequence[Fold], examples: Sequence[Example]
-) -> Scores:
-    """Each record's score by the whole procedure on the other parts: what chose or fitted there has not seen it.
+def _cross_fitted(engine: Engine, inputs: FitInputs, session: Session, work: Work, pace: Pace) -> Scores:
+    """Each record's score by weights that it neither fitted nor chose.
+
+    Where the folds choose, each is held out of what the others choose; else there is nothing to choose, and a fit on
+    all other records is as good.
 
     Args:
         engine: of the attached model.
         inputs: of the fit.
         session: of the base.
-        parts: of the training records.
-        examples: all of them, in the order of the scores.
+        work: of the whole fit, with the folds that choose.
+        pace: of the model.
     Raises:
         NonFiniteLoss: naming the records.
     """
-    nats, tokens = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(2))
-    place_of = {example.place: index for index, example in enumerate(examples)}
-    for number, part in enumerate(parts, 1):
-        engine.meter.enter(_part(number))
-        with engine.within(_part(number)):
-            found, _ = _solve(engine, inputs, session, divide_training(inputs, part.fitting), part.fitting)
+    training, folds = work.training, tuple(work.folds)
+    left = replace(work, after={}, judged=True).effort_left(pace)
+    nats, tokens = (torch.zeros(len(training), dtype=torch.float64) for _ in range(2))
+    place_of = {example.place: index for index, example in enumerate(training)}
+    for number, part in enumerate(_parts(inputs, training)):
+        engine.meter.enter(_part(number + 1))
+        with engine.within(_part(number + 1), left):
+            if folds[0].validation:
+                found = find_mixing(engine, inputs, folds, training, session.tokenizer, number)
+            else:
+                found, _ = _solve(engine, inputs, session, (Fold(part.fitting, ()),), part.fitting)
             engine.meter.stage("scoring the records that it has not seen")
             batches = session.batches(part.validation)
             scores = engine.score(found.mixing, found.theta, batches, part.validation, key="held out, the fit")

@@ -16,6 +16,12 @@ The lowest level, one weight for each adapter: screen the points that need no fi
 Everything is chosen inside the training records, on those of each fold that its solution was not fitted to; held-out
 records are not seen here. What was chosen is then fitted once more on all training records.
 
+Cross-fitting judges the whole procedure by the folds that it chooses with: a fold's records are held out of what the
+other folds choose (`Task.judged`), at the weights of that fold, which were not fitted to them. So each record is scored
+by weights that neither saw it nor were chosen by it, after Tsamardinos et al. 2018 (10.1007/s10994-018-5714-4), who
+draw by bootstrap what we take fold by fold. What the folds were fitted to is known by then, and where the others choose
+as all did, nothing is done twice.
+
 The published recipe of LoRA Soups, for comparison (github.com/aksh555/LoRA-Soups, cat_train.py and train_cat.sh at
 7ce7a2e).
 
@@ -209,9 +215,10 @@ def search(
     whole = task.budget * 2 * tokens_of(training) - reserved
     refitting = task.validated and task.settings.mixing != "adapter"
     solved, levels, stages = _climb(task, make_mixing, whole * (1 - REFIT_SHARE * refitting))
-    if not solved[-1].stopped:
-        solved = [*solved[:-1], _without_idle(task, solved[-1])]
     winner = solved[-1]
+    if task.judged is not None:  # what the others choose, as it is: the records of this fold are not fitted to
+        theta, anchor = winner.thetas[task.judged], winner.anchors[task.judged]
+        return replace(winner, thetas=(theta,), anchors=(anchor,), rungs=levels, stages=stages)
     found = replace(winner, thetas=(winner.theta,), anchors=(winner.anchor,), rungs=levels, stages=stages)
     if winner.stopped or not refitting:
         return found
@@ -248,6 +255,8 @@ def _climb(
             solutions[-1] = replace(solutions[-1], stopped=solved.stopped)
             break
     winner = solutions[-1].mixing.kind
+    if not solutions[-1].stopped:
+        solutions[-1] = _without_idle(task, solutions[-1])
     return solutions, tuple(replace(record, won=record.kind == winner) for record in records), tuple(stages)
 
 

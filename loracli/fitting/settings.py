@@ -30,10 +30,10 @@ class FitSettings:
             for a fifth, or with fewer than 100 records for every record in its turn (cross-fitting).
         max_length: tokens of a record that are used, from its start.
         batch_tokens: tokens of a micro-batch, padding included.
-        passes: budget, in passes forward and backward over the training records; None for 8, or 20 with `auto`, times
-            the number of folds.
-        cv: K folds to choose among starts, ridges and kinds of mixing; None for 4 with 6 to 39 training records, and
-            for a fifth of them set aside with more.
+        passes: budget, in passes forward and backward over the training records, times the number of folds; None for 8,
+            or 20 with `auto`, and more where there are few records.
+        cv: K folds to choose among starts, ridges and kinds of mixing; None for 4 where every record is held out in its
+            turn or there are 6 to 39 training records, and for a fifth of them set aside with more.
         ridge: strength of lambda / 2 |w - w_start|^2 beside nats per token; None walks a path down to none and chooses.
         learning_rate: peak rate; None is clip(8 / steps, 0.01, 0.1), at most 0.02 for `core` and 0.01 for `factors`;
             1e-4 with `paper`.
@@ -108,7 +108,7 @@ class FitSettings:
         if self.paper:
             return 1.0
         few = max(1.0, _FULL_RECORDS / records)
-        return self.passes or (AUTO_PASSES if self.mixing == AUTO else PASSES) * few * folds
+        return folds * (self.passes or (AUTO_PASSES if self.mixing == AUTO else PASSES) * few)
 
     @property
     def metric(self) -> TaskMetric | None:

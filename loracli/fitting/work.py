@@ -92,6 +92,7 @@ class Work:
         after: the stages that come after the search, by name.
         certifies: whether a certificate may come before them.
         ladder: the levels with their shares; None for those of the settings.
+        judged: whether it is one of cross-fitting, whose solution is not fitted once more.
     """
 
     folds: Sequence[Fold]
@@ -101,11 +102,13 @@ class Work:
     after: Mapping[str, Cost] = field(default_factory=dict)
     certifies: bool = False
     ladder: Mapping[MixingKind, float] | None = None
+    judged: bool = False
 
     @property
     def stages(self) -> tuple[str, ...]:
         """Their names in order: of levels the kinds of mixing."""
-        refits, certificate = [REFIT] * self._refits, [CERTIFICATE] * self.certifies
+        refits = [REFIT] * (self._refits and not self.judged)
+        certificate = [CERTIFICATE] * (self.certifies and not self.judged)
         return (REACH, *self._ladder, *[IDLE] * (self._prunes > 0), *refits, *certificate, *self.after)
 
     def left(self, stage: str, spent: int = 0) -> Cost:
