@@ -173,7 +173,7 @@ _RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.02}  # at most; th
 # factors is a short schedule, of which the validation records choose how much.
 FACTOR_PASSES = 4
 FACTOR_STEPS = 32  # at least: where there are few records, passes are short
-PROBE_SHARE = 0.15  # of the budget, for the first steps from each start; at most one pass
+PROBE_SHARE = 0.1  # of the budget, for the first steps from each start; at most one pass
 
 
 def ridge_path(settings: FitSettings, kind: str, *, validated: bool) -> tuple[float, ...]:

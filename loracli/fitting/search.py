@@ -187,8 +187,8 @@ def _screen(task: Task, mixing: Mixing, examples: Sequence[Example], key: str) -
 # Levels with the share of the search's budget that each may take.
 LADDERS: dict[str, Mapping[MixingKind, float]] = {
     "adapter": {"adapter": 1.0},
-    "layer": {"adapter": 0.2, "layer": 0.8},
-    "module": {"adapter": 0.2, "module": 0.8},
+    "layer": {"adapter": 0.1, "layer": 0.9},
+    "module": {"adapter": 0.1, "module": 0.9},
     "rank": {"adapter": 0.2, "module": 0.35, "rank": 0.45},
     "core": {"adapter": 0.2, "module": 0.35, "core": 0.45},
     "factors": {"adapter": 0.2, "module": 0.35, "factors": 0.45},
@@ -197,6 +197,12 @@ LADDERS: dict[str, Mapping[MixingKind, float]] = {
 _SAME_START = 0.05  # starts closer than this are one
 REFIT_SHARE = 0.4  # of the budget
 _REFIT_RATE = 0.6  # of the rate of the search, whose solution is near already
+
+
+def refit_share(mixing: str, folds: int) -> float:
+    """The share of the budget that the last fit has, on all records: no more than a fold had, as few records are fitted
+    by many passes whatever the validation records said. A mixing weight for each module is soon there."""
+    return min(0.3 if mixing in ("layer", "module") else REFIT_SHARE, 1 / folds)
 
 
 def search(
@@ -214,7 +220,8 @@ def search(
     """
     whole = task.budget * 2 * tokens_of(training) - reserved
     refitting = task.validated and task.settings.mixing != "adapter"
-    solved, levels, stages = _climb(task, make_mixing, whole * (1 - REFIT_SHARE * refitting))
+    share = refit_share(task.settings.mixing, len(task.folds)) * refitting
+    solved, levels, stages = _climb(task, make_mixing, whole * (1 - share))
     winner = solved[-1]
     if task.judged is not None:  # what the others choose, as it is: the records of this fold are not fitted to
         theta, anchor = winner.thetas[task.judged], winner.anchors[task.judged]
@@ -224,7 +231,7 @@ def search(
         return found
     task.engine.meter.enter("refit")
     try:
-        again = refit(task, solved, training, min(REFIT_SHARE * whole, whole - task.spent))
+        again = refit(task, solved, training, min(share * whole, whole - task.spent))
     except NonFiniteLoss as error:
         return replace(found, stopped=str(error))
     if again is None:
@@ -418,9 +425,8 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
         whole, taken = (max(1, round(passes * plan.steps_a_pass)) for passes in last.passes)
         rate, steps = rate_for(task, last.mixing, whole), min(steps, taken)
     else:
-        if len(task.folds) > 1:  # of few records, which many passes fit whatever the validation records said
-            most = (1 if last.mixing.kind == "core" else 2) * last.passes[0]
-            steps = whole = min(steps, max(1, round(most * plan.steps_a_pass)))
+        if len(task.folds) > 1 and last.mixing.kind == "core":
+            steps = whole = min(steps, max(1, round(last.passes[0] * plan.steps_a_pass)))
         rate = _REFIT_RATE * rate_for(task, last.mixing, steps)
     adam = AdamW(start, steps=whole, rate=rate, warm_up=max(1, round(WARM_UP * whole)))
     kind = last.mixing.kind

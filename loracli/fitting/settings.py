@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 
@@ -14,8 +15,10 @@ from loracli.system.near import did_you_mean
 
 AUTO = "auto"
 PASSES = 8.0
-AUTO_PASSES = 20.0
-_FULL_RECORDS = 16  # below, there are more passes
+_FEWER = {"layer": 5.0, "module": 5.0}  # and the certificate
+_CERTIFICATE = 1.5
+_AUTO_PASSES = 20.0
+_FULL_RECORDS = 40  # below, there are more passes
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class FitSettings:
             for a fifth, or with fewer than 100 records for every record in its turn (cross-fitting).
         max_length: tokens of a record that are used, from its start.
         batch_tokens: tokens of a micro-batch, padding included.
-        passes: budget, in passes forward and backward over the training records, times the number of folds; None for 8,
-            or 20 with `auto`, and more where there are few records.
+        passes: budget, in passes forward and backward over the training records, times the number of folds; None for 5
+            and the certificate, 20 with `auto`, 8 with other kinds than `module` and `layer`; more with few records.
         cv: K folds to choose among starts, ridges and kinds of mixing; None for 4 where every record is held out in its
             turn or there are 6 to 39 training records, and for a fifth of them set aside with more.
         ridge: strength of lambda / 2 |w - w_start|^2 beside nats per token; None walks a path down to none and chooses.
@@ -107,8 +110,12 @@ class FitSettings:
         short and a fit needs more of them."""
         if self.paper:
             return 1.0
-        few = max(1.0, _FULL_RECORDS / records)
-        return folds * (self.passes or (AUTO_PASSES if self.mixing == AUTO else PASSES) * few)
+        if self.passes is not None:
+            return folds * self.passes
+        few = math.sqrt(max(1.0, _FULL_RECORDS / records))
+        if self.mixing == AUTO:
+            return folds * few * _AUTO_PASSES
+        return folds * few * _FEWER.get(self.mixing, PASSES) + _CERTIFICATE * (self.mixing in _FEWER)
 
     @property
     def metric(self) -> TaskMetric | None:

@@ -27,9 +27,9 @@ from loracli.fitting.search import (
     IDLE,
     LADDERS,
     POOL,
-    REFIT_SHARE,
     SCREEN_SHARE,
     published_batches,
+    refit_share,
     share_of,
     subset,
 )
@@ -121,7 +121,8 @@ class Work:
         settings, later = self.settings, self.stages[self.stages.index(stage) :]
         passes = settings.budget(len(self.folds), len(self.training))
         budget = passes * GRADIENT_COST * tokens_of(self.training)
-        climbing, cost = budget * (1 - REFIT_SHARE * self._refits) - spent, Cost()
+        last = refit_share(settings.mixing, len(self.folds)) * self._refits
+        climbing, cost = budget * (1 - last) - spent, Cost()
         for kind in self._ladder:
             if kind in later:
                 most = self._most(kind, max(climbing, 0.0) * share_of(self._ladder, kind))
@@ -129,7 +130,7 @@ class Work:
         if IDLE in later:
             cost += sum((self._cost_of(fold.validation) for fold in self.folds), Cost()) * self._prunes
         if REFIT in later:
-            refitting = max(min(REFIT_SHARE * budget, budget - spent - cost.tokens), 0.0)
+            refitting = max(min(last * budget, budget - spent - cost.tokens), 0.0)
             plan = plan_steps(self.training, batch_tokens=settings.batch_tokens, seed=settings.seed + 1)
             cost += descent_cost(plan, refitting / GRADIENT_COST)
         if CERTIFICATE in later:
