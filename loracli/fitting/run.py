@@ -296,7 +296,7 @@ def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Exam
     about = duration_text(work.left(REACH).seconds(pace))
     about += "" if settings.metric is None else "; the answers that choose come on top"
     parts, records = len(inputs.data.parts), count_text(len(examples.training), "training record")
-    held = f"each held out once, by {parts} more fits" if parts else f"{len(examples.held_out)} held out"
+    held = f"each held out once, in {parts} parts" if parts else f"{len(examples.held_out)} held out"
     if folds[0].validation:
         records += choosing
     progress.note(f"{records}, {held}; {passes} over the records: about {about}")

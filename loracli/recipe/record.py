@@ -460,7 +460,7 @@ class HeldOut:
         apart."""
         if not self.parts:
             return ""
-        return f"each scored by one of {self.parts} more fits that had not seen it; the weights come from all of them"
+        return f"each scored by one of {self.parts} fits that had not seen it; the weights come from all of them"
 
     def row(self, name: str) -> HeldOutRow:
         return next(row for row in self.rows if row.name == name)

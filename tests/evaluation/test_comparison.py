@@ -93,7 +93,7 @@ def test_every_verdict_is_a_sentence_with_its_share_of_the_best_adapters_loss(fo
 def test_a_verdict_of_cross_fitting_says_who_scored_the_records() -> None:
     found = replace(table("better", -1.0, (-1.2, -0.8)), parts=4)
     assert "50 % less loss on 128 records, each scored by a fit that had not seen it (95 % sure" in verdict(found)
-    assert found.how == "each scored by one of 4 more fits that had not seen it; the weights come from all of them"
+    assert found.how == "each scored by one of 4 fits that had not seen it; the weights come from all of them"
     assert replace(found, parts=0).how == ""
 
 

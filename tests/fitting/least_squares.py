@@ -56,9 +56,10 @@ class LeastSquares:
         return zeros.index_add(0, batch.owners, nats), zeros.index_add(0, batch.owners, torch.ones_like(nats))
 
 
-def engine_of(objective: LeastSquares, folder: Path | None = None) -> Engine:
+def engine_of(objective: LeastSquares, folder: Path | None = None, *, shared: bool = False) -> Engine:
     """With a folder, everything that is done is remembered there at once."""
-    return Engine(objective, Meter(SILENT), journal=Journal(folder, seconds=0))  # type: ignore[arg-type]
+    journal = Journal(folder, seconds=0)
+    return Engine(objective, Meter(SILENT), journal=journal, shared=shared)  # type: ignore[arg-type]
 
 
 def level(kind: MixingKind) -> DiagonalMixing:

@@ -589,6 +589,80 @@ def test_the_solutions_of_the_folds_are_averaged_before_the_last_fit() -> None:
     assert len({tuple(theta.tolist()) for theta in solved.thetas}) == FOLDS
 
 
+# Cross-fitting: a fold judged by what the others choose.
+
+
+def judged(
+    folds: tuple[Fold, ...], examples: Sequence[Example], mixing: str, engine: Engine, parts: Sequence[int]
+) -> list[Solution]:
+    """What the search finds with each of these folds held out, in turn and with one engine."""
+    found = []
+    for part in parts:
+        task = replace(task_of(engine, folds, FitSettings(mixing=mixing)), judged=part)
+        with engine.within(f"part {part}", lambda _, __: 0):
+            found.append(search(replace(task, spent_before=engine.meter.spent), level, examples))
+    return found
+
+
+@pytest.mark.parametrize("mixing", ["adapter", "module", "rank"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_fit_that_shares_its_work_finds_the_same_bits_and_does_nothing_twice(
+    mixing: str, on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = some_examples()
+    folds = folds_of(examples)
+    alone = [judged(folds, examples, mixing, engine_of(LeastSquares(TRUTH)), [part])[0] for part in range(FOLDS)]
+    done = list[tuple[bytes, tuple[str, ...]]]()
+    engine = engine_of(LeastSquares(TRUTH), tmp_path if on_disk else None, shared=True)
+    over = engine._over
+
+    def spied(batches: Sequence[Batch], of: Sequence[Example], what: Any, *rest: Any) -> Tensor:
+        places = tuple(of[index].place for batch in batches for index in batch.indices)
+        done.append((f"{what.cost} {engine.objective.attached._c.tolist()}".encode(), places))  # type: ignore[attr-defined]
+        return over(batches, of, what, *rest)
+
+    search(task_of(engine, folds, FitSettings(mixing=mixing)), level, examples)
+    spent = engine.meter.spent
+    monkeypatch.setattr(engine, "_over", spied)
+    together = judged(folds, examples, mixing, engine, range(FOLDS))
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.theta, other.theta) and one.rungs == other.rungs and one.stages == other.stages
+    assert engine.meter.spent > spent, "what was shared counts in the budget"
+    again = len(done)
+    repeated = judged(folds, examples, mixing, engine_with_names(engine), range(FOLDS))
+    assert [solution.rungs for solution in repeated] == [solution.rungs for solution in together]
+    assert len(done) == again, "everything that they ask for has been done"
+
+
+def engine_with_names(engine: Engine) -> Engine:
+    """The engine for fits that are called otherwise than before."""
+    within = engine.within
+    engine.within = lambda name, left: within(f"{name} again", left)  # type: ignore[method-assign]
+    return engine
+
+
+@pytest.mark.parametrize("fold", range(FOLDS))
+def test_the_records_that_are_judged_choose_nothing(fold: int) -> None:
+    """Whatever they say of a solution, it is found; where they are asked, they do change it."""
+    examples, settings = some_examples(), FitSettings(cv=FOLDS)
+    folds = folds_of(examples)
+
+    def found(part: int | None, *, upset: bool) -> Solution:
+        task = task_of(engine_of(LeastSquares(TRUTH)), folds, settings)
+        loss = task.criterion
+
+        def criterion(mixing: Mixing, theta: Tensor, validation: Sequence[Example], key: str | None) -> Scores:
+            scores = loss(mixing, theta, validation, key)
+            if upset and validation == folds[fold].validation:  # the best is called the worst
+                return replace(scores, nats=1000 * scores.tokens - 500 * scores.nats)
+            return scores
+
+        return search(replace(task, criterion=criterion, judged=part), level, examples)
+
+    assert torch.equal(found(fold, upset=True).theta, found(fold, upset=False).theta)
+    assert not torch.equal(found(None, upset=True).theta, found(None, upset=False).theta)
+
+
 @pytest.mark.parametrize("by_loss", [True, False])
 def test_another_criterion_is_not_mixed_with_losses(by_loss: bool) -> None:
     """A criterion in units of its own chooses between the starts by itself; the loss is pooled with unseen batches."""

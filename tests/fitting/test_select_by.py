@@ -192,17 +192,15 @@ def test_what_a_metric_cannot_choose_is_refused(tmp_path: Path, tiny_base: Path)
 def test_the_curve_of_a_descent_and_its_ridges_are_in_the_recipe(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
 ) -> None:
-    data = write_jsonl(tmp_path / "val.jsonl", random_records(50))
+    data = write_jsonl(tmp_path / "val.jsonl", random_records(80))
     log = tmp_path / "steps.jsonl"
-    fit = Fit(tmp_path, [str(p) for p in two_adapters], data, str(tiny_base), FitSettings(passes=6))
+    fit = Fit(tmp_path, [str(p) for p in two_adapters], data, str(tiny_base), FitSettings(passes=6, holdout=0.2))
     fit.run("r.json", log="steps.jsonl")
     stages = load_recipe(tmp_path / "r.json").fit.stages
     assert [s.stage for s in stages][-1] == "refit" and {"probe", "descent"} <= {s.stage for s in stages}
     ridges = [s.ridge for s in stages if s.stage == "descent"]
     assert ridges == sorted(ridges, reverse=True) and ridges[0] > 0
-    every = [json.loads(line) for line in log.read_text().splitlines()]
-    lines = [line for line in every if "within" not in line]
-    assert {line["within"] for line in every if line not in lines} == {f"part {part}" for part in range(1, 5)}
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert sum(s.steps for s in stages) == len(lines)
     done = 0
     for stage in stages:
