@@ -23,12 +23,10 @@ class Heard(Silent):
 
 
 class Watched(Heard):
-    """How far one task is, which must at no time be further than it was said to go. What is said later may only be
-    less, but by a fit whose choices are judged by others (`grows`).
+    """How far one task is, which must at no time be further than it was said to go.
 
     Args:
         task: that is watched.
-        grows: whether more work may turn up.
     Attributes:
         totals: as it was begun, and what was said of it later.
         done: units.
@@ -37,9 +35,9 @@ class Watched(Heard):
         places: the share that was done where each of them began.
     """
 
-    def __init__(self, task: str, *, grows: bool = False) -> None:
+    def __init__(self, task: str) -> None:
         super().__init__()
-        self._task, self._grows = task, grows
+        self._task = task
         self.totals: list[int] = []
         self.begun = self.finished = self.done = 0
         self.stages: list[str] = []
@@ -52,7 +50,7 @@ class Watched(Heard):
 
     def expect(self, task: str, total: int) -> None:
         if task == self._task:
-            assert self.done <= total and (self._grows or total <= self.totals[-1])
+            assert self.done <= total <= self.totals[-1]
             self.totals.append(total)
 
     def advance(self, task: str, amount: int, status: str = "") -> None:

@@ -239,7 +239,7 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
 _SAID = {
     "numbers": "weights",
     "parts": "parts for cross-fitting",
-    "passes": "passes over the records",
+    "passes": "passes over the records, in all folds",
     "memory_bytes": "memory",
     "seconds": "time",
 }

@@ -26,7 +26,7 @@ from loracli.fitting.journal import Journal, Meter, StepLog, is_step_log, open_s
 from loracli.fitting.level import tokens_of
 from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.reach import foresee_bypassed
-from loracli.fitting.run import divide_training, fit_work, measured_pace, opening_of, run_fit
+from loracli.fitting.run import divide_training, fit_work, held_out_parts, measured_pace, opening_of, run_fit
 from loracli.fitting.work import REACH
 from loracli.model.base import BasePlan, load_tokenizer
 from loracli.model.experts import check_experts
@@ -116,7 +116,7 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
         training_records=len(examples.training),
         validation_records=len(folds[0].validation),
         held_out_records=len(examples.held_out),
-        parts=len(inputs.data.parts),
+        parts=len(held_out_parts(inputs, examples.training)),
         passes=inputs.settings.budget(len(folds), len(examples.training)),
         training_tokens=tokens_of(examples.training),
         scored_tokens=sum(data.scored_tokens for data in examples.data),

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -278,7 +279,8 @@ class Meter:
         self._log = log
         self._stages: tuple[str, ...] = ()
         self._left: Callable[[str, int], int] = lambda _, __: 0
-        self._place, self._effort, self._total = 0, 0, 0
+        self._place, self._effort, self._total = 0, 0.0, 0
+        self._scale = 1.0  # of the effort: less where more work turned up, so that the bar does not go back
         self._repeated: Callable[[str, int], int] | None = None  # what is left of a fit that was all done so far
         self._stage_of_fit, self._before_stage, self._before_fit = "", 0, 0
         self._stage, self._fields = "", dict[str, str | float | None]()
@@ -311,15 +313,18 @@ class Meter:
             self._stage_of_fit, self._before_stage = stage, self.spent
             return
         self._place = self._stages.index(stage) + 1
-        total = self._effort + self._left(stage, self.spent)
-        if total != self._total:
-            self._total = total
-            self._progress.expect(self._task, total)
+        self._expect(self._effort + self._scale * self._left(stage, self.spent))
+
+    def _expect(self, total: float) -> None:
+        if _whole(total) != self._total:
+            self._total = _whole(total)
+            self._progress.expect(self._task, self._total)
 
     @contextmanager
     def within_fit(self, name: str, left: Callable[[str, int], int]) -> Iterator[None]:
         """One of several fits, of which another may have done everything: the effort that is `left` of it when one of
-        its stages begins (its name, and what the fit spent by then) counts once there is something that none has done.
+        its stages begins (its name, and what the fit spent by then) counts once there is something that none has done:
+        it shares the rest of the bar with what was to come.
         """
         self.within, self._repeated, self._before_fit = name, left, self.spent
         try:
@@ -331,8 +336,8 @@ class Meter:
         """The work that comes has been done by no other fit."""
         if self._repeated is not None and self._stages and self._stage_of_fit:
             left = self._repeated(self._stage_of_fit, self._before_stage - self._before_fit)
-            self._repeated, self._total = None, self._total + left
-            self._progress.expect(self._task, self._total)
+            room = self._total - self._effort
+            self._repeated, self._scale = None, self._scale * room / max(room + self._scale * left, 1.0)
 
     def stage(self, text: str, **fields: str | float | None) -> None:
         """Names what the following batches are for; `fields` go into the log of each step."""
@@ -343,9 +348,7 @@ class Meter:
 
     def count(self, tokens: int, *, cost: int, nats: float | None = None) -> None:
         """Some tokens are done, each at this cost, and at `nats` per scored token if that is known."""
-        effort = cost * (tokens + self.overhead)
         self.spent += cost * tokens
-        self._effort += effort
         self._tokens += tokens
         parts = [self._stage]
         if nats is not None:
@@ -353,12 +356,15 @@ class Meter:
         if self.validation is not None:
             parts.append(f"validation {self.validation:.3f}")
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        self._progress.advance(self._task, effort, ", ".join([*parts, f"{rate:.0f} tok/s"]))
+        self._advance(cost * (tokens + self.overhead), ", ".join([*parts, f"{rate:.0f} tok/s"]))
+
+    def _advance(self, effort: int, status: str = "") -> None:
+        before, self._effort = self._effort, self._effort + self._scale * effort
+        self._progress.advance(self._task, _whole(self._effort) - _whole(before), status)
 
     def restore(self, spent: int, logged: int) -> None:
         """Goes to where an interrupted fit was: what it had spent, and how many lines its log had."""
-        self._progress.advance(self._task, spent - self.spent)
-        self._effort += spent - self.spent
+        self._advance(spent - self.spent)
         self.spent = spent
         if self._log is not None:
             self._log.lines = logged
@@ -375,6 +381,10 @@ class Meter:
     def logged(self) -> int:
         """Lines in the log."""
         return self._log.lines if self._log is not None else 0
+
+
+def _whole(effort: float) -> int:
+    return math.floor(effort + 1e-6)
 
 
 class StepLog:

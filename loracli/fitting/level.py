@@ -173,7 +173,11 @@ _RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.02}  # at most; th
 # factors is a short schedule, of which the validation records choose how much.
 FACTOR_PASSES = 4
 FACTOR_STEPS = 32  # at least: where there are few records, passes are short
-PROBE_SHARE = 0.1  # of the budget, for the first steps from each start; at most one pass
+
+
+def probe_share(kind: MixingKind) -> float:
+    """The share of a level's budget for the first steps from each start; they take one pass at most."""
+    return 0.1 if kind in ("layer", "module") else 0.15
 
 
 def ridge_path(settings: FitSettings, kind: str, *, validated: bool) -> tuple[float, ...]:
@@ -237,7 +241,7 @@ class _Level:
         plan = plan_steps(fold.fitting, batch_tokens=settings.batch_tokens, seed=settings.seed)
         checks = 2 * len(self._starts) + len(self._path)
         tokens = (budget - checks * padded_tokens(fold.validation, settings.batch_tokens)) / 2  # forward and backward
-        probe = max(1, min(plan.steps_a_pass, plan.steps_within(PROBE_SHARE * tokens)))
+        probe = max(1, min(plan.steps_a_pass, plan.steps_within(probe_share(self._mixing.kind) * tokens)))
         rest = plan.steps_within(tokens - len(self._starts) * plan.tokens_of(range(probe)), first=probe)
         if self._mixing.kind == "factors":
             most = max(FACTOR_PASSES * plan.steps_a_pass, FACTOR_STEPS)

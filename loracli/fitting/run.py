@@ -164,7 +164,7 @@ def _run(
     examples = render_inputs(inputs, session.tokenizer, max_length=session.max_length, progress=progress)
     training, held_out = examples.training, examples.held_out
     folds = divide_training(inputs, training)
-    parts = _parts(inputs, training)
+    parts = held_out_parts(inputs, training)
     session.check_causal(held_out)
     session.say_likelier_orders(inputs.adapters, training)
     canonical = settings.mixing not in INLINE_KINDS
@@ -213,7 +213,7 @@ def _run(
     )
 
 
-def _parts(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
+def held_out_parts(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
     """Cross-fitting: what each of its fits may see, and what is held out of it; none where records are set apart.
 
     Raises:
@@ -240,8 +240,8 @@ def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fol
     settings = inputs.settings
     if settings.paper:
         return (Fold(tuple(training), ()),)
-    if inputs.data.parts and len(training) >= FEWEST_TO_VALIDATE:
-        return _parts(inputs, training)
+    if inputs.data.parts and (settings.cv is not None or len(training) >= FEWEST_TO_VALIDATE):
+        return held_out_parts(inputs, training)
     folds = divided(training, inputs.data.training, settings.cv, seed=settings.seed + 1)
     if not folds[0].validation and (settings.mixing == AUTO or settings.metric is not None):
         option = "--mixing auto" if settings.mixing == AUTO else "--select-by"
@@ -260,7 +260,7 @@ def fit_work(inputs: FitInputs, examples: Examples, folds: Sequence[Fold]) -> Wo
     activations = cost_of(plan_batches(chosen_records(training, seed=settings.seed), batch_tokens=1))
     certifies = not settings.paper and settings.mixing in (*INLINE_KINDS, AUTO)
     work = Work(folds, training, settings, inputs.references, certifies=certifies)
-    parts = _parts(inputs, training)
+    parts = held_out_parts(inputs, training)
     after = {_SCORING: scored + held_out * (len(static_points(inputs.references)) + (not parts))}
     for number, part in enumerate(parts, 1):
         unseen = cost_of(plan_batches(part.validation, batch_tokens=settings.batch_tokens))
@@ -295,8 +295,11 @@ def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Exam
     passes = "one pass" if settings.paper else f"up to {most:.3g} passes"
     about = duration_text(work.left(REACH).seconds(pace))
     about += "" if settings.metric is None else "; the answers that choose come on top"
-    parts, records = len(inputs.data.parts), count_text(len(examples.training), "training record")
-    held = f"each held out once, in {parts} parts" if parts else f"{len(examples.held_out)} held out"
+    parts = inputs.data.parts
+    if parts and folds[0].validation:
+        about += "; longer where the folds would choose differently without one of them"
+    records = count_text(len(examples.training), "training record")
+    held = "each record held out once" if parts else f"{len(examples.held_out)} held out"
     if folds[0].validation:
         records += choosing
     progress.note(f"{records}, {held}; {passes} over the records: about {about}")
@@ -447,7 +450,7 @@ def _cross_fitted(engine: Engine, inputs: FitInputs, session: Session, work: Wor
     left = replace(work, after={}, judged=True).effort_left(pace)
     nats, tokens = (torch.zeros(len(training), dtype=torch.float64) for _ in range(2))
     place_of = {example.place: index for index, example in enumerate(training)}
-    for number, part in enumerate(_parts(inputs, training)):
+    for number, part in enumerate(held_out_parts(inputs, training)):
         engine.meter.enter(_part(number + 1))
         with engine.within(_part(number + 1), left):
             if folds[0].validation:

@@ -21,7 +21,7 @@ from loracli.evaluation.statistics import static_points
 from loracli.fitting.criterion import Fold
 from loracli.fitting.descent import Plan, plan_steps
 from loracli.fitting.engine import GRADIENT_COST, Pace
-from loracli.fitting.level import FACTOR_PASSES, FACTOR_STEPS, PROBE_SHARE, ridge_path, tokens_of
+from loracli.fitting.level import FACTOR_PASSES, FACTOR_STEPS, probe_share, ridge_path, tokens_of
 from loracli.fitting.search import (
     EVALUATIONS,
     IDLE,
@@ -165,21 +165,21 @@ class Work:
         of_fold = self._most_of_adapters if kind == "adapter" else self._most_of_level
         return sum((of_fold(fold, kind, budget / len(self.folds)) for fold in self.folds), Cost())
 
-    def _most_of_level(self, fold: Fold, kind: str, budget: float) -> Cost:
+    def _most_of_level(self, fold: Fold, kind: MixingKind, budget: float) -> Cost:
         path = len(ridge_path(self.settings, kind, validated=bool(fold.validation)))
         starts = 1 if kind == "factors" else _STARTS
         checks = self._cost_of(fold.validation) * (2 * starts + path)
         plan = self._plan(fold)
         largest = sum(sorted(batch.tokens for batch in plan.batches)[-plan.batches_a_step :])  # of a step, at most
         tokens = max(budget - checks.tokens, 0.0) / GRADIENT_COST
-        least = starts * max(PROBE_SHARE * tokens, largest) + path * largest
+        least = starts * max(probe_share(kind) * tokens, largest) + path * largest
         if kind == "factors":
             shortest = FACTOR_STEPS * largest if self.settings.passes is None else 0.0
             longest = max(FACTOR_PASSES * plan.tokens, FACTOR_STEPS * largest)
             tokens, least = min(tokens, longest), min(max(least, shortest), longest)
         return self._or_steps(checks, fold, budget) + descent_cost(plan, max(tokens, least))
 
-    def _most_of_adapters(self, fold: Fold, kind: str, budget: float) -> Cost:
+    def _most_of_adapters(self, fold: Fold, kind: MixingKind, budget: float) -> Cost:
         alone, points = kind == self.settings.mixing, len(static_points(self.references))
         wanted = budget * SCREEN_SHARE / points if alone else budget / (points + GRADIENT_COST * EVALUATIONS)
         screened = self._cost_of(subset(fold.fitting, wanted, self.settings))

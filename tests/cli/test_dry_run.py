@@ -21,7 +21,7 @@ def test_a_fit_is_planned_as_it_is_done(here: Path) -> None:
     assert plan["training_records"] == sum(data.records for data in recipe.data)
     assert plan["scored_tokens"] == sum(data.scored_tokens for data in recipe.data)
     assert (plan["held_out_records"], plan["numbers"]) == (recipe.held_out.records, recipe.mixing.numbers)
-    assert (plan["dtype"], plan["passes"]) == (recipe.dtype, recipe.fit.settings["passes"])
+    assert (plan["dtype"], plan["passes"]) == (recipe.dtype, recipe.fit.folds * recipe.fit.settings["passes"])
 
 
 def test_a_fits_tokens_are_those_of_the_tokenizer(here: Path) -> None:

@@ -72,14 +72,13 @@ def test_a_whole_fit_fills_its_bar_and_is_said_to_take_less_than_twice_what_it_d
 
 
 def fitted(settings: FitSettings, folder: Path, base: Path, adapters: tuple[Path, Path]) -> Watched:
-    """Its total may grow: where the others choose otherwise than all, what judges a part has more to do."""
-    data, told = write_jsonl(folder / "val.jsonl", random_records(40)), Watched(TASK, grows=True)
+    data, told = write_jsonl(folder / "val.jsonl", random_records(40)), Watched(TASK)
     fit_mixing([str(path) for path in adapters], data, base=str(base), settings=settings, progress=told)
     return told
 
 
 def test_the_stages_of_a_fit_are_counted_and_called_by_what_is_done(tmp_path: Path) -> None:
-    told, example = Watched(TASK, grows=True), example_folder()
+    told, example = Watched(TASK), example_folder()
     adapters = [str(example / name) for name in ("know", "form")]
     settings = FitSettings(passes=12)
     lines = (example / "calibration.jsonl").read_text().splitlines(keepends=True)
