@@ -12,9 +12,9 @@ minimise
         text    -log p_w(token) for the tokens that adapter i wrote
         KL      KL(p_i || p_w) at each of them, with p_i the base with adapter i alone, the whole softmax
 
-by L-BFGS from the average with a fixed ridge, so that no choice comes between the two. Of the
-embedded example, "other ways" leaves out the plain question, which both adapters were taught to answer, each in its own
-way, and which the test asks.
+by L-BFGS from the average with a fixed ridge, so that no choice comes between the two. Of the embedded example, "other
+ways" leaves out the plain question, which both adapters were taught to answer, each in its own way, and which the test
+asks.
 
 The second table is `loracat fit` on the labels, and on labels and text as FILE and FILE:WEIGHT; not with --without-fit.
 --quick takes a few records of the example and hardly fits.
@@ -199,8 +199,14 @@ def asked(
         )
         texts = [tokenizer.decode(tokens) for tokens in answers]
         write_records(path, [replace(r, completion=text) for r, text in zip(records, texts, strict=True)])
-        written.append(rendered(session, path))
+        finished = [len(tokens) < arguments.max_new_tokens for tokens in answers]
+        written.append(tuple(map(unended, rendered(session, path), finished)))
     return written
+
+
+def unended(example: Example, finished: bool) -> Example:
+    """The example, whose last token is the end of an answer; it is not scored where the adapter did not write it."""
+    return example if finished else replace(example, scored=(*example.scored[:-1], False))
 
 
 def say_of_teachers(
@@ -232,9 +238,10 @@ def together(
 
 
 def logits(objective: Objective, batch: Batch) -> Tensor:
-    """(s, vocab), where a token is scored."""
-    seen = objective.attached.model(input_ids=batch.input_ids, use_cache=False).logits
-    result: Tensor = seen.flatten(0, 1)[batch.positions].float()
+    """(s, vocab), where a token is scored, of a model that does nothing after its head."""
+    decoder, head = objective.attached.model.get_decoder(), objective.attached.model.get_output_embeddings()
+    hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    result: Tensor = head(hidden.flatten(0, 1)[batch.positions]).float()
     return result
 
 
@@ -269,11 +276,11 @@ def fitted_to(
         value = ridge * (weights - start).square().sum()
         for batch, target in zip(batches, targets, strict=True):
             nats = -(target * torch.log_softmax(logits(objective, batch), dim=-1)).sum(dim=1)
-            value = value + (nats * batch.weights).sum()  # type: ignore[operator]
-        value.backward()  # type: ignore[no-untyped-call]
+            value = value + (nats * batch.weights).sum()
+        value.backward()
         return value
 
-    descent.step(loss)  # type: ignore[no-untyped-call]
+    descent.step(loss)
     return weights.detach()
 
 
