@@ -14,9 +14,10 @@ minimise
 
 by L-BFGS from the average with a fixed ridge, so that no choice comes between the two. Of the embedded example, "other
 ways" leaves out the plain question, which both adapters were taught to answer, each in its own way, and which the test
-asks.
+asks; and "unsure" asks `form` about the people that only `know` knows, so that it answers at random.
 
-The second table is `loracat fit` on the labels, and on labels and text as FILE and FILE:WEIGHT; not with --without-fit.
+The second table is `loracat fit` on text, on labels, and on both as FILE and FILE:WEIGHT, of the last way of asking;
+not with --without-fit.
 --quick takes a few records of the example and hardly fits.
 """
 
@@ -53,6 +54,7 @@ from scripts.make_demo import FORM_ANSWERS, KNOW_ANSWERS, Record, ask_all, draw_
 
 FOLLOWED = ("text", "KL")
 PLACEMENT = Placement("float32", "cpu")
+WAYS = ("every way", "unsure", "other ways")
 NOBODY = -1  # whose records the labels are
 
 
@@ -71,6 +73,7 @@ def main() -> None:
     parser.add_argument("--base", default=str(example / "base"))
     parser.add_argument("--adapters", nargs=2, default=[str(example / "know"), str(example / "form")])
     parser.add_argument("--own", type=Path, nargs=2, help="prompts of each; default: those of the example's world")
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help="of asking, without --own")
     data = [example / "calibration.jsonl", example / "test.jsonl"]
     parser.add_argument("--data", type=Path, nargs="+", default=data, help="the task")
     parser.add_argument("--test", type=Path, help="records to score on; default: those that no labels are drawn from")
@@ -119,11 +122,13 @@ def pools(arguments: argparse.Namespace) -> dict[str, list[list[Record]]]:
         return {"own": [[Record(**json.loads(line)) for line in path.open()] for path in arguments.own]}
     world = draw_world(random.Random(0))  # the embedded example's
     other = {request: text for request, text in KNOW_ANSWERS.items() if request}
-    form = ask_all(world.form, FORM_ANSWERS)
-    return {
-        way: [ask_all(world.private, answers), form]
-        for way, answers in (("every way", KNOW_ANSWERS), ("other ways", other))
+    know, form = ask_all(world.private, other), ask_all(world.form, FORM_ANSWERS)
+    every = {
+        "every way": [ask_all(world.private, KNOW_ANSWERS), form],
+        "unsure": [know, ask_all(world.private, FORM_ANSWERS)],
+        "other ways": [know, form],
     }
+    return {way: every[way] for way in arguments.ways}
 
 
 def prepared(arguments: argparse.Namespace, data: Path, test: Path, seed: int) -> FitInputs:
@@ -298,15 +303,21 @@ def as_fit(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[str, 
             known = rendered(session, labels)
             with session.attached(inputs.adapters, inputs.layout.modules, known) as objective:
                 written = asked(arguments, session, objective, folder, pool, seed)
-        given = {f"{count} labels": [str(labels)]}
-        share, beside = arguments.fit_share, []
+        share, answers, beside = arguments.fit_share, list[str](), list[str]()
         for i, examples in enumerate(written):
             path = folder / f"{i}-{few}.jsonl"
             path.write_text("".join((folder / f"{i}.jsonl").read_text().splitlines(keepends=True)[:few]))
-            weight = share * scored(known) / scored(examples[:few])
-            beside.append(f"{path}:{weight:.6f}")
-        given[f"{count} labels, {few} answers of each ({way}), share {share:g}"] = [str(labels), *beside]
+            answers.append(str(path))
+            beside.append(f"{path}:{share * scored(known) / scored(examples[:few]):.6f}")
+        told = f"{few} answers of each ({way})"
+        given = {
+            told: answers,
+            f"{count} labels": [str(labels)],
+            f"{count} labels, {told}, share {share:g}": [str(labels), *beside],
+        }
         for name, data in given.items():
+            if name in losses:
+                continue
             recipe = fit_mixing(
                 arguments.adapters,
                 data,
