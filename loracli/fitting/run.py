@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from loracli._version import __version__
-from loracli.calibration.dataset import Examples, plan_batches
+from loracli.calibration.dataset import MIN_HELD_OUT, Examples, plan_batches
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
-from loracli.errors import CalibrationError, NonFiniteLoss, UsageError
+from loracli.errors import CalibrationError, NonFiniteLoss, OutOfResources, UsageError
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.statistics import FIT, held_out_table, static_points
 from loracli.fitting.activations import chosen_records, fit_activations
 from loracli.fitting.certificate import can_certify, certificate_tokens, certified
+from loracli.fitting.control import FreshTraining
 from loracli.fitting.criterion import LEAST_ANSWERS, Fold, divided, loss_criterion, metric_criterion, set_aside
 from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
 from loracli.fitting.journal import Journal, Meter, StepLog
 from loracli.fitting.level import Solution, Task, recipe_mixing, tokens_of
-from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
+from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing, parameter_of_experts
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.reach import Reach, find_reach
 from loracli.fitting.search import LADDERS, fit_as_published, search
-from loracli.fitting.settings import AUTO, FitSettings
+from loracli.fitting.settings import AUTO, FRESH_LORA, NO_CONTROL, FitSettings
 from loracli.fitting.work import CERTIFICATE, REACH, Cost, Work, cost_of
 from loracli.hub.fetch import Fetched
 from loracli.model.base import BaseModel
@@ -129,6 +131,7 @@ def run_fit(
     opening = settle_memory(
         opening_of(inputs, placement, processes.world_size), agree=processes.from_first, progress=progress
     )
+    inputs = as_memory_allows(inputs, opening, agree=processes.from_first, progress=progress)
     with open_session(opening, progress=progress) as session:
         return _run(inputs, session, processes, journal, log)
 
@@ -144,8 +147,40 @@ def opening_of(inputs: FitInputs, placement: Placement, world_size: int = 1) -> 
         inputs.saved,
         placement,
         processes=world_size,
-        trains_factors="factors" in LADDERS[settings.mixing],
+        trains_factors="factors" in LADDERS[settings.mixing] or settings.control == FRESH_LORA,
     )
+
+
+def as_memory_allows(
+    inputs: FitInputs,
+    opening: Opening,
+    *,
+    agree: Callable[[Callable[[], bool]], bool] = lambda decide: decide(),
+    progress: Progress = SILENT,
+) -> FitInputs:
+    """The inputs without a control that nobody asked for, where the factors of a new LoRA may not find the memory, or
+    would have layers run again.
+
+    Args:
+        inputs: of the fit.
+        opening: of its base, with checkpointing where the fit needs it.
+        agree: has one of several processes decide for all.
+        progress: told where it is left out.
+    """
+    if inputs.settings.control is not None or opening.trains_factors:
+        return inputs
+
+    def enough() -> bool:
+        try:
+            decision = replace(opening, trains_factors=True).memory(opening.plan())[1]
+        except OutOfResources:
+            return False
+        return not decision.tight and (opening.placement.checkpointing or not decision.checkpointing)
+
+    if agree(enough):
+        return inputs
+    progress.note("no fresh LoRA is trained beside the fit: memory may run out; --control fresh-lora trains it")
+    return replace(inputs, settings=replace(inputs.settings, control=NO_CONTROL))
 
 
 def _run(
@@ -173,7 +208,13 @@ def _run(
             training_loss = _training_loss(engine, session, found, training)
             scores = _static_scores(engine, session, inputs, held_out)
             if parts:
-                scores[FIT] = _cross_fitted(engine, inputs, session, parts, held_out)
+
+                def solve(part: Fold) -> tuple[Mixing, Tensor]:
+                    folds = divide_training(inputs, part.fitting)
+                    solved, _ = _solve(engine, inputs, session, folds, part.fitting)
+                    return solved.mixing, solved.theta
+
+                scores[FIT] = _cross_fitted(engine, session, parts, held_out, _part, solve)
             else:
                 batches = session.batches(held_out)
                 scores[FIT] = engine.score(found.mixing, found.theta, batches, held_out, key="held out, the fit")
@@ -181,9 +222,11 @@ def _run(
             activations = fit_activations(
                 engine, inputs.adapters, found.mixing, found.theta, training, seed=settings.seed, progress=progress
             )
+            fresh = _fresh_scores(engine, inputs, session, examples, parts) if controls(work) else None
     table = held_out_table(
         scores,
         inputs.references,
+        controls={} if fresh is None else {FRESH_LORA: fresh},
         examples=held_out,
         name=inputs.data.held_out_name,
         seed=settings.seed,
@@ -254,7 +297,23 @@ def fit_work(inputs: FitInputs, examples: Examples, folds: Sequence[Fold]) -> Wo
     for number, part in enumerate(parts, 1):
         unseen = cost_of(plan_batches(part.validation, batch_tokens=settings.batch_tokens))
         after[_part(number)] = searched(part.fitting, {}).left(REACH) + unseen
-    return searched(training, {**after, _ACTIVATIONS: activations})
+    work = searched(training, {**after, _ACTIVATIONS: activations})
+    fresh = {
+        _control(number): _fresh_training(inputs, part.fitting).cost
+        + cost_of(plan_batches(part.validation, batch_tokens=settings.batch_tokens))
+        for number, part in enumerate(parts or (Fold(training, examples.held_out),), 1 if parts else 0)
+    }
+    wanted = settings.control == FRESH_LORA
+    if settings.control is None and parameter_of_experts(inputs.adapters) is None:
+        # Below so many records there is no verdict that it could change.
+        cheaper = sum(cost.tokens for cost in fresh.values()) < work.left(REACH).tokens
+        wanted = cheaper and len(examples.held_out) >= MIN_HELD_OUT
+    return replace(work, after={**work.after, **fresh}) if wanted else work
+
+
+def controls(work: Work) -> bool:
+    """Whether a new LoRA is trained beside the fit."""
+    return any(stage in work.after for stage in (_control(0), _control(1)))
 
 
 def measured_pace(
@@ -409,29 +468,62 @@ def _part(number: int) -> str:
     return f"part {number}"
 
 
+def _control(number: int) -> str:
+    """The stage of the new LoRA that is trained beside the fit, or beside that of a part."""
+    return f"a fresh LoRA for part {number}" if number else "a fresh LoRA"
+
+
+def _fresh_training(inputs: FitInputs, training: Sequence[Example]) -> FreshTraining:
+    return FreshTraining(inputs.layout, training, inputs.data.training, inputs.settings)
+
+
+def _fresh_scores(
+    engine: Engine, inputs: FitInputs, session: Session, examples: Examples, parts: Sequence[Fold]
+) -> Scores | None:
+    """What held-out records cost with a new LoRA that was trained on the records that the fit of them saw; None where
+    its loss is not finite."""
+
+    def solve(part: Fold) -> tuple[Mixing, Tensor]:
+        fresh, theta, _ = _fresh_training(inputs, part.fitting).run(engine, inputs.adapters, key=FRESH_LORA)
+        return fresh, theta
+
+    folds, first = (parts, 1) if parts else ((Fold(examples.training, examples.held_out),), 0)
+    try:
+        return _cross_fitted(engine, session, folds, examples.held_out, lambda n: _control(n - 1 + first), solve)
+    except NonFiniteLoss as error:
+        session.progress.warn(f"the fit is held against no fresh LoRA: {error}")
+        return None
+
+
 def _cross_fitted(
-    engine: Engine, inputs: FitInputs, session: Session, parts: Sequence[Fold], examples: Sequence[Example]
+    engine: Engine,
+    session: Session,
+    parts: Sequence[Fold],
+    examples: Sequence[Example],
+    stage: Callable[[int], str],
+    solve: Callable[[Fold], tuple[Mixing, Tensor]],
 ) -> Scores:
-    """Each record's score by the whole procedure on the other parts: what chose or fitted there has not seen it.
+    """Each record's score by what was fitted on the other parts: what chose or fitted there has not seen it.
 
     Args:
         engine: of the attached model.
-        inputs: of the fit.
         session: of the base.
-        parts: of the training records.
-        examples: all of them, in the order of the scores.
+        parts: what each may see, and what is held out of it.
+        examples: all that are held out, in the order of the scores.
+        stage: what the fit of a part is called, by its number from 1.
+        solve: the fit.
     Raises:
         NonFiniteLoss: naming the records.
     """
     nats, tokens = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(2))
     place_of = {example.place: index for index, example in enumerate(examples)}
     for number, part in enumerate(parts, 1):
-        engine.meter.enter(_part(number))
-        with engine.within(_part(number)):
-            found, _ = _solve(engine, inputs, session, divide_training(inputs, part.fitting), part.fitting)
+        engine.meter.enter(stage(number))
+        with engine.within(stage(number)):
+            mixing, theta = solve(part)
             engine.meter.stage("scoring the records that it has not seen")
             batches = session.batches(part.validation)
-            scores = engine.score(found.mixing, found.theta, batches, part.validation, key="held out, the fit")
+            scores = engine.score(mixing, theta, batches, part.validation, key="held out, the fit")
         rows = [place_of[example.place] for example in part.validation]
         nats[rows], tokens[rows] = scores.nats, scores.tokens
     return Scores(nats, tokens)
