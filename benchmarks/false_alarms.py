@@ -81,9 +81,8 @@ def print_fits(true: HeldOut, drawn: Sequence[HeldOut]) -> None:
         than_best = sum(table.row("fit").interval[1] < 0 for table in tables)
         ways = ["fit", "fresh-lora", None, "base"]
         cells = [spread([loss_of(table, way or table.best_ingredient) for table in tables]) for way in ways]
-        print(
-            f"| {name} | {better} of {len(tables)} | {than_best} of {len(tables)} | {' | '.join(cells)} |", flush=True
-        )
+        counts = f"{better} of {len(tables)} | {than_best} of {len(tables)}"
+        print(f"| {name} | {counts} | {' | '.join(cells)} |", flush=True)
 
 
 def loss_of(table: HeldOut, name: str) -> float:
@@ -187,12 +186,9 @@ def print_worlds(tables: Sequence[HeldOut]) -> None:
     better = sum(table.verdict == "better" for table in tables)
     than_best = sum(table.row("fit").interval[1] < 0 for table in tables)
     minus = [table.controls[0].difference for table in tables]
-    print(
-        f"\nOf {len(tables)} worlds of two hops the fit is better than the best adapter in {than_best}, and called better"
-    )
-    print(
-        f"in {better}; the fit minus the fresh LoRA: {statistics.mean(minus):+.3f} ({min(minus):+.3f} to {max(minus):+.3f})."
-    )
+    less = f"{statistics.mean(minus):+.3f} ({min(minus):+.3f} to {max(minus):+.3f})"
+    print(f"\nOf {len(tables)} worlds of two hops the fit is called better in {better}, and is better than the best")
+    print(f"adapter in {than_best}; the fit minus the fresh LoRA: {less}.")
 
 
 def main() -> None:

@@ -287,9 +287,9 @@ def verdict(table: HeldOut) -> str:
             f"records: {than[0]}{than[1]}"
         )
     return (
-        f"The composition is no better than a fresh LoRA trained on the same records: {than[0]} on {seen}{than[1]}. So "
-        f"{less[0]} than {adapter}, does not show that it uses what the adapters know: the form of the records alone "
-        "may teach that much"
+        f"The composition is no better than a fresh LoRA trained on the same records: {than[0]} on {seen}{than[1]}. "
+        f"That it has {less[0]} than {adapter}, does not show that it uses what the adapters know: the form of the "
+        "records alone may teach that much"
     )
 
 

@@ -462,7 +462,7 @@ def test_a_new_lora_is_trained_and_stopped_on_the_records_that_a_fit_has_for_eac
     data: Path, tiny_base: Path, two_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folds: dict[str, Fold] = {}
-    for room in ("comparison.candidates", "fitting.criterion"):
+    for room in ("fitting.control", "fitting.criterion"):
 
         def seen(*args: Any, room: str = room, **options: Any) -> Fold:
             return folds.setdefault(room, one_fold(*args, **options))
@@ -470,7 +470,7 @@ def test_a_new_lora_is_trained_and_stopped_on_the_records_that_a_fit_has_for_eac
         monkeypatch.setattr(f"loracli.{room}.one_fold", seen)
     settings = CompareSettings(("module",), fit=QUICK, controls=Controls(fresh_lora=True))
     compare(data, tiny_base, two_adapters, fit_data=data / "val.jsonl", settings=settings)
-    control, fit = folds["comparison.candidates"], folds["fitting.criterion"]
+    control, fit = folds["fitting.control"], folds["fitting.criterion"]
     assert control == fit and control.validation
     assert not set(control.fitting) & set(control.validation)
 
