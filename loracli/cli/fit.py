@@ -84,10 +84,10 @@ class SearchOptions:
         str | None,
         typer.Option(
             "--control",
-            metavar="fresh-lora|none",
+            metavar="WORD",
             autocompletion=lambda: ["fresh-lora", "none"],
-            help="Hold the fit against a fresh LoRA trained on the same records, or not; by default where that costs "
-            "less than the fit.",
+            help="fresh-lora: hold the fit against a new LoRA trained on the same records; none: do not; the default "
+            "is to, where that costs less than the fit.",
         ),
     ] = None
 
