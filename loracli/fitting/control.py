@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,14 +18,17 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.records import Record
 from loracli.calibration.render import Example
-from loracli.errors import UsageError
+from loracli.errors import OutOfResources, UsageError
 from loracli.fitting.criterion import one_fold
 from loracli.fitting.descent import WARM_UP, AdamW, Descent, plan_steps
 from loracli.fitting.engine import Engine
+from loracli.fitting.inputs import FitInputs
 from loracli.fitting.mixing import Layout, Mixing, parameter_of_experts
-from loracli.fitting.settings import FRESH_LORA, FitSettings
-from loracli.fitting.work import Cost, cost_of, descent_cost
+from loracli.fitting.settings import FRESH_LORA, NO_CONTROL, FitSettings
+from loracli.fitting.work import Cost, Work, cost_of, descent_cost
 from loracli.model.attach import AttachedModel
+from loracli.model.session import Opening
+from loracli.progress import SILENT, Progress
 from loracli.recipe.record import MixingKind
 
 # A usual recipe for a LoRA on few records: lora_alpha twice the rank, so that the scaling is 2.
@@ -189,3 +193,50 @@ def _shapes(adapters: Sequence[LoraAdapter], layout: Layout) -> list[tuple[int, 
         raise UsageError(f"a new LoRA cannot be trained on the experts of {experts}", hint="leave fresh-lora out")
     found = [next(a.modules[m].factors for a in adapters if m in a.modules) for m in layout.modules]
     return [(factors.in_features, factors.out_features) for factors in found]
+
+
+def fresh_training(inputs: FitInputs, training: Sequence[Example]) -> FreshTraining:
+    """Beside a fit of some of its training records."""
+    return FreshTraining(inputs.layout, training, inputs.data.training, inputs.settings)
+
+
+def control_stage(number: int) -> str:
+    """The stage of the new LoRA that is trained beside the fit, 0, or beside that of a part."""
+    return f"a fresh LoRA for part {number}" if number else "a fresh LoRA"
+
+
+def controls(work: Work) -> bool:
+    """Whether a new LoRA is trained beside the fit."""
+    return any(control_stage(number) in work.after for number in (0, 1))
+
+
+def as_memory_allows(
+    inputs: FitInputs,
+    opening: Opening,
+    *,
+    agree: Callable[[Callable[[], bool]], bool] = lambda decide: decide(),
+    progress: Progress = SILENT,
+) -> FitInputs:
+    """The inputs without a control that nobody asked for, where the factors of a new LoRA may not find the memory, or
+    would have layers run again.
+
+    Args:
+        inputs: of the fit.
+        opening: of its base, with checkpointing where the fit needs it.
+        agree: has one of several processes decide for all.
+        progress: told where it is left out.
+    """
+    if inputs.settings.control is not None or opening.trains_factors:
+        return inputs
+
+    def enough() -> bool:
+        try:
+            decision = replace(opening, trains_factors=True).memory(opening.plan())[1]
+        except OutOfResources:
+            return False
+        return not decision.tight and (opening.placement.checkpointing or not decision.checkpointing)
+
+    if agree(enough):
+        return inputs
+    progress.note("no fresh LoRA is trained beside the fit: memory may run out; --control fresh-lora trains it")
+    return replace(inputs, settings=replace(inputs.settings, control=NO_CONTROL))

@@ -19,21 +19,14 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.calibration.dataset import Examples
 from loracli.calibration.records import CalibrationFile
 from loracli.errors import InputError, OutputExists, UsageError
+from loracli.fitting.control import as_memory_allows, controls
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.journal import Journal, Meter, StepLog, is_step_log, open_state, remove_state, state_folder
 from loracli.fitting.level import tokens_of
 from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.reach import foresee_bypassed
-from loracli.fitting.run import (
-    as_memory_allows,
-    controls,
-    divide_training,
-    fit_work,
-    measured_pace,
-    opening_of,
-    run_fit,
-)
+from loracli.fitting.run import divide_training, fit_work, measured_pace, opening_of, run_fit
 from loracli.fitting.work import REACH, Work
 from loracli.model.base import BasePlan, load_tokenizer
 from loracli.model.experts import check_experts

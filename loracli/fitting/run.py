@@ -14,12 +14,12 @@ from loracli._version import __version__
 from loracli.calibration.dataset import MIN_HELD_OUT, Examples, plan_batches
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
-from loracli.errors import CalibrationError, NonFiniteLoss, OutOfResources, UsageError
+from loracli.errors import CalibrationError, NonFiniteLoss, UsageError
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.statistics import FIT, held_out_table, static_points
 from loracli.fitting.activations import chosen_records, fit_activations
 from loracli.fitting.certificate import can_certify, certificate_tokens, certified
-from loracli.fitting.control import FreshTraining
+from loracli.fitting.control import as_memory_allows, control_stage, controls, fresh_training
 from loracli.fitting.criterion import LEAST_ANSWERS, Fold, divided, loss_criterion, metric_criterion, set_aside
 from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine, Pace
@@ -30,7 +30,7 @@ from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_m
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.reach import Reach, find_reach
 from loracli.fitting.search import LADDERS, fit_as_published, search
-from loracli.fitting.settings import AUTO, FRESH_LORA, NO_CONTROL, FitSettings
+from loracli.fitting.settings import AUTO, FRESH_LORA, FitSettings
 from loracli.fitting.work import CERTIFICATE, REACH, Cost, Work, cost_of
 from loracli.hub.fetch import Fetched
 from loracli.model.base import BaseModel
@@ -151,38 +151,6 @@ def opening_of(inputs: FitInputs, placement: Placement, world_size: int = 1) -> 
     )
 
 
-def as_memory_allows(
-    inputs: FitInputs,
-    opening: Opening,
-    *,
-    agree: Callable[[Callable[[], bool]], bool] = lambda decide: decide(),
-    progress: Progress = SILENT,
-) -> FitInputs:
-    """The inputs without a control that nobody asked for, where the factors of a new LoRA may not find the memory, or
-    would have layers run again.
-
-    Args:
-        inputs: of the fit.
-        opening: of its base, with checkpointing where the fit needs it.
-        agree: has one of several processes decide for all.
-        progress: told where it is left out.
-    """
-    if inputs.settings.control is not None or opening.trains_factors:
-        return inputs
-
-    def enough() -> bool:
-        try:
-            decision = replace(opening, trains_factors=True).memory(opening.plan())[1]
-        except OutOfResources:
-            return False
-        return not decision.tight and (opening.placement.checkpointing or not decision.checkpointing)
-
-    if agree(enough):
-        return inputs
-    progress.note("no fresh LoRA is trained beside the fit: memory may run out; --control fresh-lora trains it")
-    return replace(inputs, settings=replace(inputs.settings, control=NO_CONTROL))
-
-
 def _run(
     inputs: FitInputs, session: Session, processes: Processes, journal: Journal | None, log: StepLog | None
 ) -> Recipe:
@@ -299,7 +267,7 @@ def fit_work(inputs: FitInputs, examples: Examples, folds: Sequence[Fold]) -> Wo
         after[_part(number)] = searched(part.fitting, {}).left(REACH) + unseen
     work = searched(training, {**after, _ACTIVATIONS: activations})
     fresh = {
-        _control(number): _fresh_training(inputs, part.fitting).cost
+        control_stage(number): fresh_training(inputs, part.fitting).cost
         + cost_of(plan_batches(part.validation, batch_tokens=settings.batch_tokens))
         for number, part in enumerate(parts or (Fold(training, examples.held_out),), 1 if parts else 0)
     }
@@ -309,11 +277,6 @@ def fit_work(inputs: FitInputs, examples: Examples, folds: Sequence[Fold]) -> Wo
         cheaper = sum(cost.tokens for cost in fresh.values()) < work.left(REACH).tokens
         wanted = cheaper and len(examples.held_out) >= MIN_HELD_OUT
     return replace(work, after={**work.after, **fresh}) if wanted else work
-
-
-def controls(work: Work) -> bool:
-    """Whether a new LoRA is trained beside the fit."""
-    return any(stage in work.after for stage in (_control(0), _control(1)))
 
 
 def measured_pace(
@@ -468,15 +431,6 @@ def _part(number: int) -> str:
     return f"part {number}"
 
 
-def _control(number: int) -> str:
-    """The stage of the new LoRA that is trained beside the fit, or beside that of a part."""
-    return f"a fresh LoRA for part {number}" if number else "a fresh LoRA"
-
-
-def _fresh_training(inputs: FitInputs, training: Sequence[Example]) -> FreshTraining:
-    return FreshTraining(inputs.layout, training, inputs.data.training, inputs.settings)
-
-
 def _fresh_scores(
     engine: Engine, inputs: FitInputs, session: Session, examples: Examples, parts: Sequence[Fold]
 ) -> Scores | None:
@@ -484,12 +438,12 @@ def _fresh_scores(
     its loss is not finite."""
 
     def solve(part: Fold) -> tuple[Mixing, Tensor]:
-        fresh, theta, _ = _fresh_training(inputs, part.fitting).run(engine, inputs.adapters, key=FRESH_LORA)
+        fresh, theta, _ = fresh_training(inputs, part.fitting).run(engine, inputs.adapters, key=FRESH_LORA)
         return fresh, theta
 
     folds, first = (parts, 1) if parts else ((Fold(examples.training, examples.held_out),), 0)
     try:
-        return _cross_fitted(engine, session, folds, examples.held_out, lambda n: _control(n - 1 + first), solve)
+        return _cross_fitted(engine, session, folds, examples.held_out, lambda n: control_stage(n - 1 + first), solve)
     except NonFiniteLoss as error:
         session.progress.warn(f"the fit is held against no fresh LoRA: {error}")
         return None

@@ -19,10 +19,10 @@ from loracli.comparison.settings import CompareSettings, Controls
 from loracli.demo.run import example_folder
 from loracli.errors import OutOfResources, UsageError
 from loracli.evaluation.statistics import held_out_table
-from loracli.fitting.control import FreshLora, FreshTraining, _descend
+from loracli.fitting.control import FreshLora, FreshTraining, _descend, as_memory_allows
 from loracli.fitting.inputs import FitInputs, prepare_fit
 from loracli.fitting.mixing import Layout
-from loracli.fitting.run import as_memory_allows, fit_mixing, run_fit
+from loracli.fitting.run import fit_mixing, run_fit
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
 from loracli.model.placement import Placement
@@ -190,7 +190,7 @@ def test_where_records_take_turns_no_fresh_lora_has_seen_those_that_it_is_scored
             seen.append(self.places)
             return super().run(*args, **options)
 
-    monkeypatch.setattr("loracli.fitting.run.FreshTraining", Watched)
+    monkeypatch.setattr("loracli.fitting.control.FreshTraining", Watched)
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
     adapters = [str(path) for path in two_adapters]
     recipe = fit_mixing(adapters, data, base=str(tiny_base), settings=FitSettings("adapter", passes=2))
