@@ -1,7 +1,9 @@
-"""How often a fit is called better than the best adapter where there is nothing to compose; prints Markdown for
-docs/results.md.
+"""How often a fit is called better where there is nothing to compose; prints Markdown for docs/results.md.
 
-    python benchmarks/false_alarms.py --seeds 20
+    python benchmarks/false_alarms.py --seeds 20 --worlds 5
+
+`better` is the verdict: clearly better than the best adapter alone and than a fresh LoRA trained on the same records.
+How often the first alone holds is counted beside it.
 
 First the embedded example with random adapters in place of its two, whose |dW| in every module is the true ones': they
 know nothing, so what a fit gains on them comes from the calibration records alone.
@@ -38,7 +40,7 @@ from loracli.evaluation.comparison import Comparison, interval_text
 from loracli.evaluation.metrics import TaskMetric
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing, run_fit
-from loracli.fitting.settings import FitSettings
+from loracli.fitting.settings import FRESH_LORA, FitSettings
 from loracli.model.base import load_base
 from loracli.model.placement import Placement
 from loracli.model.reference import find_base
@@ -72,21 +74,19 @@ def fits_of_nothing(example: Path, seeds: int, settings: FitSettings) -> tuple[H
 
 def print_fits(true: HeldOut, drawn: Sequence[HeldOut]) -> None:
     print(f"\n{true.records} records, {len(drawn)} draws.\n")
-    print("| adapters | called better | below the base | fit | best adapter | base |\n|---|--:|--:|--:|--:|--:|")
+    print("| adapters | called better | better than the best adapter | fit | fresh LoRA | best adapter | base |")
+    print("|---|--:|--:|--:|--:|--:|--:|", flush=True)
     for name, tables in (("true", [true]), ("random", drawn)):
         better = sum(table.verdict == "better" for table in tables)
-        below = sum(loss_of(table, "fit") < loss_of(table, "base") for table in tables)
-        ways = ["fit", None, "base"]
+        than_best = sum(table.row("fit").interval[1] < 0 for table in tables)
+        ways = ["fit", "fresh-lora", None, "base"]
         cells = [spread([loss_of(table, way or table.best_ingredient) for table in tables]) for way in ways]
-        print(f"| {name} | {better} of {len(tables)} | {below} of {len(tables)} | {' | '.join(cells)} |")
-    fits = [loss_of(table, "fit") for table in drawn]
-    if len(fits) > 1:
-        z = (statistics.mean(fits) - loss_of(true, "fit")) / statistics.stdev(fits)
-        print(f"\nThe fit on the true adapters lies {z:.1f} standard deviations of the draws below their mean.")
+        counts = f"{better} of {len(tables)} | {than_best} of {len(tables)}"
+        print(f"| {name} | {counts} | {' | '.join(cells)} |", flush=True)
 
 
 def loss_of(table: HeldOut, name: str) -> float:
-    return table.row(name).nats_per_token
+    return next(row for row in table.lines if row.name == name).nats_per_token
 
 
 def spread(losses: Sequence[float]) -> str:
@@ -120,8 +120,9 @@ def write(path: Path, questions: Sequence[str], answers: Answers) -> Path:
     return path
 
 
-def two_hops(folder: Path, seed: int, epochs: int, people: int, settings: FitSettings) -> tuple[str, Comparison]:
-    """The verdict of the fit, and the comparison on the task; prints what each adapter knows of its own hop."""
+def two_hops(folder: Path, seed: int, epochs: int, people: int, settings: FitSettings) -> tuple[HeldOut, Comparison]:
+    """What held-out records say of the fit, and the comparison on them; prints what each adapter knows of its own
+    hop."""
     rng = random.Random(seed)
     example = example_folder()
     everyone, cities = draw_people(example, people + HOMES, rng)
@@ -156,7 +157,7 @@ def two_hops(folder: Path, seed: int, epochs: int, people: int, settings: FitSet
 
     own = [right(scored(taught[name], adapters=[adapter]), adapter) for name, adapter in zip(HOPS, names, strict=True)]
     print(f"\nTwo hops, seed {seed}: of its own hop {HOPS[0]} answers {own[0]} right, {HOPS[1]} {own[1]}.", end=" ")
-    return recipe.held_out.verdict, scored(test, recipe=folder / "recipe.json")
+    return recipe.held_out, scored(test, recipe=folder / "recipe.json")
 
 
 def right(found: Comparison, name: str) -> str:
@@ -165,16 +166,29 @@ def right(found: Comparison, name: str) -> str:
     return f"{metric.mean:.0%}"
 
 
-def print_hops(verdict: str, found: Comparison) -> None:
-    best = Path(found.best_ingredient).name
-    print(f"The fit is called {verdict} ({found.records} records).\n")
+def print_hops(held_out: HeldOut, found: Comparison) -> None:
+    best, [control] = Path(found.best_ingredient).name, held_out.controls
+    print(f"The fit is called {held_out.verdict} ({found.records} records).\n")
     print(f"| | nats per token | minus {best} | 95 % interval | right |\n|---|--:|--:|---|--:|")
     for row in found.rows:
         cells = f"{row.nats_per_token:.3f} | {row.difference:+.3f} | {interval_text(row.interval, digits=3)}"
         print(f"| {Path(row.name).name} | {cells} | {right(found, row.name)} |")
+    fresh, interval = control.row, interval_text(control.row.interval, digits=3)
+    print(f"| fresh LoRA | {fresh.nats_per_token:.3f} | {fresh.difference:+.3f} | {interval} | |")
     guess = math.log(HOMES) * found.records / found.scored_tokens
     to_best = guess - found.row(found.best_ingredient).nats_per_token
     print(f"| a guess among the cities | {guess:.3f} | {to_best:+.3f} | | {1 / HOMES:.0%} |")
+    minus = f"{control.difference:+.3f}, {interval_text(control.interval, digits=3)}"
+    print(f"\nThe fit minus the fresh LoRA: {minus}.", flush=True)
+
+
+def print_worlds(tables: Sequence[HeldOut]) -> None:
+    better = sum(table.verdict == "better" for table in tables)
+    than_best = sum(table.row("fit").interval[1] < 0 for table in tables)
+    minus = [table.controls[0].difference for table in tables]
+    less = f"{statistics.mean(minus):+.3f} ({min(minus):+.3f} to {max(minus):+.3f})"
+    print(f"\nOf {len(tables)} worlds of two hops the fit is called better in {better}, and is better than the best")
+    print(f"adapter in {than_best}; the fit minus the fresh LoRA: {less}.")
 
 
 def main() -> None:
@@ -185,16 +199,20 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40, quick=2, help="over who lives next door to whom")
     parser.add_argument("--passes", type=float, quick=2.0, help="of a fit")
     arguments = parser.parse_args()
-    settings = FitSettings(passes=arguments.passes)
+    settings = FitSettings(passes=arguments.passes, control=FRESH_LORA)
     with tempfile.TemporaryDirectory() as scratch:
         example = example_folder()
         if arguments.quick:
             example = part_of_example(Path(scratch) / "part", calibration=4, test=4)
         print_fits(*fits_of_nothing(example, arguments.seeds, settings))
+        tables = []
         for seed in range(arguments.worlds):
             folder = Path(scratch) / f"world{seed}"
             folder.mkdir()
-            print_hops(*two_hops(folder, seed, arguments.epochs, arguments.people, settings))
+            held_out, found = two_hops(folder, seed, arguments.epochs, arguments.people, settings)
+            print_hops(held_out, found)
+            tables.append(held_out)
+        print_worlds(tables)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def test_a_recipe_that_moves_there_and_back_is_unchanged(tmp_path: Path) -> None
     assert (tmp_path / "here" / "again.json").read_bytes() == (tmp_path / "here" / "r.json").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["base", "uniform", "sum", "fit"])
+@pytest.mark.parametrize("name", ["base", "uniform", "sum", "fit", "fresh-lora"])
 def test_a_directory_called_like_a_row_of_the_table_stays_apart_from_it(tmp_path: Path, name: str) -> None:
     make_recipe(tmp_path, local(f"./{name}"), hub()).save(tmp_path / "r.json")
     loaded = load_recipe(tmp_path / "r.json")
@@ -302,6 +302,11 @@ def test_the_recipe_that_the_cases_below_damage_is_fine(tmp_path: Path) -> None:
         ("held_out__rows__0__interval__1", "x", 'held_out.rows[0].interval[1]: expected a number, got "x"'),
         ("held_out__best_ingredient", "other", "held_out.best_ingredient: 'other' is none of the adapters"),
         ("held_out__rows", [], "held_out.rows: no row 'fit'"),
+        (
+            "held_out__verdict",
+            "no better than a fresh LoRA",
+            "held_out.controls: expected the one that the verdict is about",
+        ),
         ("held_out__rows__1__name", "nobody", "held_out.rows: no row 'know', the best adapter"),
         (
             "held_out__tasks__1__nats_per_token",

@@ -12,6 +12,7 @@ from loracli.evaluation.comparison import (
     LOSSES,
     Comparison,
     ComparisonRow,
+    against_control,
     best_first,
     claim,
     correction,
@@ -263,12 +264,14 @@ def held_out_lines(out: Output, recipe: Recipe) -> None:
     out.line(f"held out: {records} of {table.name}, {table.scored_tokens} scored tokens", style="bold")
     if table.how:
         out.line(table.how)
-    ordered = best_first(table.rows)
+    ordered = best_first(table.lines)
     names = table_names(out, [row.name for row in ordered])
     rows = [[names[row.name], *loss_cells(row, table.best_ingredient)] for row in ordered]
     strong = next((i for i, row in enumerate(ordered) if row.name == "fit"), None)
     out.table(["", *LOSSES], rows, strong=strong)
     out.line(f"{DIFFERENCE}, {table.best_ingredient}; below zero is better", style="dim")
+    if against_control(table):
+        out.line(against_control(table))
     if training_gap(recipe):
         out.line(training_gap(recipe))
     out.line()

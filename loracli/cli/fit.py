@@ -80,6 +80,16 @@ class SearchOptions:
             "numeric; or choice, by the options' log-likelihood; the default is the loss.",
         ),
     ] = None
+    control: Annotated[
+        str | None,
+        typer.Option(
+            "--control",
+            metavar="WORD",
+            autocompletion=lambda: ["fresh-lora", "none"],
+            help="fresh-lora: hold the fit against a new LoRA trained on the same records; none: do not; the default "
+            "is to, where that costs less than the fit.",
+        ),
+    ] = None
 
 
 _Data = Annotated[
@@ -198,12 +208,13 @@ def fit(
 
 
 def _can_be_doubted(recipe: Recipe, files: list[str]) -> bool:
-    """Whether a comparison can train a fresh LoRA on the same files: they can be read again, and no experts share a
-    parameter."""
+    """Whether a comparison can train the fresh LoRA that the fit did not: its files can be read again, and no experts
+    share a parameter."""
     from loracli.calibration.records import parse_sources
 
     again = not any(source.read_once for source in parse_sources(files))
-    return again and recipe.fit.stopped is None and all(module.kind != "experts" for module in recipe.modules)
+    open_yet = recipe.fit.stopped is None and not recipe.held_out.controls
+    return again and open_yet and all(module.kind != "experts" for module in recipe.modules)
 
 
 def _show(out: Output, recipe: Recipe, output: Path) -> None:
@@ -220,7 +231,7 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
         out.document(
             {"recipe": str(output), "beside": beside}
             | {key: held_out[key] for key in ("verdict", "best_ingredient", "records", "rows", "tasks")}
-            | {"parts": recipe.held_out.parts}
+            | {"parts": recipe.held_out.parts, "controls": encode(recipe.held_out.controls)}
             | {"training_nats_per_token": recipe.fit.training_nats_per_token, "overfitted": overfitted(recipe)}
             | {"mixing": recipe.mixing.kind, "criterion": recipe.fit.criterion, "rungs": encode(recipe.fit.rungs)}
         )
@@ -247,6 +258,7 @@ _SAID = {
 
 def _show_plan(out: Output, plan: FitPlan) -> None:
     """What a fit would do."""
+    from loracli.fitting.settings import FRESH_LORA
 
     inputs, settings, again = plan.inputs, plan.inputs.settings, plan.decision.checkpointing
     facts: dict[str, Any] = {
@@ -268,6 +280,7 @@ def _show_plan(out: Output, plan: FitPlan) -> None:
         "numbers": inputs.numbers,
         "modules": len(inputs.layout.modules),
         "passes": plan.passes,
+        "control": FRESH_LORA if plan.controls else None,
         "select_by": None if settings.metric is None else settings.metric.name,
         "memory_bytes": plan.memory.total_checkpointed if again else plan.memory.total,
         "checkpointing": again,

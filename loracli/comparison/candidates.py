@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
-from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, module_names
-from loracli.adapters.kinds import kind_of
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods import METHODS
 from loracli.comparison.inputs import CompareInputs
-from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FITTED_MIXINGS, FRESH_LORA, RANDOM, UNIFORM, WEIGHTS
+from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FITTED_MIXINGS, RANDOM, UNIFORM, WEIGHTS
 from loracli.composition.attached import MixingPoint, of_factors, of_method, of_recipe, of_weights, weighted
 from loracli.composition.composition import OwnMoments, compose_module
 from loracli.composition.fitted import (
@@ -34,18 +32,11 @@ from loracli.composition.fitted import (
 )
 from loracli.errors import UsageError
 from loracli.evaluation.comparison import RowKind, Skipped
-from loracli.fitting.criterion import Fold, one_fold
-from loracli.fitting.descent import WARM_UP, AdamW, Descent, Plan, plan_steps
-from loracli.fitting.mixing import Layout, Mixing, make_layout
-from loracli.fitting.settings import PASSES
-from loracli.fitting.work import Cost, cost_of, descent_cost
-from loracli.model.attach import AttachedModel
-from loracli.recipe.record import MixingKind
+from loracli.fitting.control import FreshTraining
+from loracli.fitting.mixing import Layout, make_layout
+from loracli.fitting.settings import FRESH_LORA
+from loracli.fitting.work import Cost
 
-# A usual recipe for a LoRA on few records: lora_alpha twice the rank, so that the scaling is 2.
-_RATE, _SCALING = 1e-3, 2.0
-_CHECKS_A_PASS = 2
-_PATIENCE = 4  # checks in a row that are worse than the best
 _DRAWS = 5  # of random adapters
 
 
@@ -72,121 +63,21 @@ def _random_weights(module: LoraModule, key: str) -> LoraModule:
     return replace(module, factors=Factors((lora_A * share).to(dtype), (lora_B * share).to(dtype), factors.scaling))
 
 
-class FreshLora(Mixing):
-    """A new LoRA on the modules of a layout: theta holds A of each module and then B of each.
-
-    A is drawn as PEFT draws it, uniform within 1 / sqrt(in) (Kaiming, a = sqrt 5), and B is 0, so it starts at the base
-    model.
-
-    Args:
-        layout: of the adapters that it stands beside.
-        shapes: (in, out) of each module.
-        rank: r.
-        seed: of the draw.
-    """
-
-    kind: MixingKind = "factors"
-    dtype = torch.float32
-
-    def __init__(self, layout: Layout, shapes: Sequence[tuple[int, int]], rank: int, *, seed: int) -> None:
-        self.layout = layout
-        self._shapes = [(rank, width) for width, _ in shapes] + [(out, rank) for _, out in shapes]
-        generator = torch.Generator().manual_seed(seed)
-        drawn = [(2 * torch.rand(rank, width, generator=generator) - 1) / math.sqrt(width) for width, _ in shapes]
-        zeros = torch.zeros(self.numbers - sum(a.numel() for a in drawn))
-        self.start = torch.cat([*(a.flatten() for a in drawn), zeros])
-
-    @property
-    def numbers(self) -> int:
-        return sum(rows * columns for rows, columns in self._shapes)
-
-    def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """L pairs of lora_A (r, in) and lora_B (out, r), the scaling in B."""
-        parts = torch.split(theta, [rows * columns for rows, columns in self._shapes])
-        both = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-        half = len(both) // 2
-        return [(lora_A, _SCALING * lora_B) for lora_A, lora_B in zip(both[:half], both[half:], strict=True)]
-
-    def apply(self, attached: AttachedModel, theta: Tensor) -> None:
-        attached.set_factors(self.factors(theta))
-
-    def lift(self, lower: Mixing, theta: Tensor) -> Tensor:
-        raise TypeError("a new LoRA contains no mixing of other adapters")
-
-    def matrices(self, theta: Tensor) -> list[Tensor]:
-        raise TypeError("a new LoRA is not a mixing of other adapters")
-
-
-def train_fresh_lora(
-    calibration: Calibration, layout: Layout, adapters: Sequence[LoraAdapter], *, rank: int
-) -> MixingPoint:
-    """A new LoRA of the rank on the adapters' modules, trained by AdamW on the calibration records within the budget of
-    a fit, and stopped where the loss on its validation records was lowest.
+def train_fresh_lora(calibration: Calibration, layout: Layout, adapters: Sequence[LoraAdapter]) -> MixingPoint:
+    """A new LoRA of the composition's rank on the adapters' modules, as `FreshTraining` trains it.
 
     Raises:
         NonFiniteLoss: naming the records of a batch.
         UsageError: if an adapter changes experts.
     """
-    settings = calibration.settings
-    fold, plan, steps = _fresh_steps(calibration)
-    fresh = FreshLora(layout, _shapes(adapters, layout), rank, seed=settings.seed)
-    adam = AdamW(fresh.start, steps=steps, rate=_RATE, warm_up=max(1, round(WARM_UP * steps)))
     with calibration.engine(adapters, layout.modules) as engine:
-        engine.meter.stage(FRESH_LORA)
-        descent = Descent(engine, fresh, fold.fitting, plan.step, adam, fresh.start)
-
-        def check() -> float | None:
-            if not fold.validation:
-                return None
-            batches = calibration.session.batches(fold.validation)
-            return engine.score(fresh, descent.theta, batches, fold.validation).nats_per_token
-
-        theta, at = _descend(descent, check, steps, max(1, plan.steps_a_pass // _CHECKS_A_PASS))
+        fresh, theta, passes = _training_of(calibration, layout).run(engine, adapters)
     factors = {name: Factors(*pair) for name, pair in zip(layout.modules, fresh.factors(theta), strict=True)}
-    return of_factors(factors, note=f"{fresh.numbers} numbers, stopped after {at / plan.steps_a_pass:.1f} passes")
+    return of_factors(factors, note=f"{fresh.numbers} numbers, stopped after {passes:.1f} passes")
 
 
-def _fresh_steps(calibration: Calibration) -> tuple[Fold, Plan, int]:
-    """What a new LoRA is trained on, and in how many steps at most."""
-    settings = calibration.settings
-    fold = one_fold(calibration.examples, calibration.data.training, seed=settings.seed + 1)
-    plan = plan_steps(fold.fitting, batch_tokens=settings.batch_tokens, seed=settings.seed)
-    return fold, plan, max(1, round((settings.passes or PASSES) * plan.steps_a_pass))
-
-
-def _cost_of_fresh_lora(calibration: Calibration) -> Cost:
-    fold, plan, steps = _fresh_steps(calibration)
-    checks = math.ceil(steps / max(1, plan.steps_a_pass // _CHECKS_A_PASS))
-    check = cost_of(calibration.session.batches(fold.validation)) * bool(fold.validation)
-    return descent_cost(plan, math.ceil(steps / plan.steps_a_pass) * plan.tokens) + check * checks
-
-
-def _descend(descent: Descent, check: Callable[[], float | None], steps: int, between: int) -> tuple[Tensor, int]:
-    """Theta at the best check, and after how many steps it was; the last step's where nothing can be checked."""
-    best, kept, kept_at, worse, done = math.inf, descent.theta, 0, 0, 0
-    while done < steps and worse < _PATIENCE:
-        run = min(between, steps - done)
-        descent.run(run)
-        done += run
-        loss = check()
-        if loss is None or loss < best:
-            best, kept, kept_at, worse = math.inf if loss is None else loss, descent.theta, done, 0
-        else:
-            worse += 1
-    return kept, kept_at
-
-
-def _shapes(adapters: Sequence[LoraAdapter], layout: Layout) -> list[tuple[int, int]]:
-    """(in, out) of each module.
-
-    Raises:
-        UsageError: if one of them is a parameter with experts.
-    """
-    experts = next((name for a in adapters for name, m in a.targets.items() if kind_of(m[0]).of_experts), None)
-    if experts is not None:
-        raise UsageError(f"a new LoRA cannot be trained on the experts of {experts}", hint="leave fresh-lora out")
-    found = [next(a.modules[m].factors for a in adapters if m in a.modules) for m in layout.modules]
-    return [(factors.in_features, factors.out_features) for factors in found]
+def _training_of(calibration: Calibration, layout: Layout) -> FreshTraining:
+    return FreshTraining(layout, calibration.examples, calibration.data.training, calibration.settings)
 
 
 @dataclass(frozen=True)
@@ -325,8 +216,8 @@ def _cost_of_level(name: str, inputs: CompareInputs, calibration: Calibration) -
 def _controls(inputs: CompareInputs, calibration: Calibration) -> list[Candidate]:
     wanted, rows = inputs.settings.controls, []
     if wanted.fresh_lora:
-        cost = _cost_of_fresh_lora(calibration)
-        train = partial(train_fresh_lora, calibration, inputs.layout, inputs.adapters, rank=max(inputs.layout.sizes))
+        train = partial(train_fresh_lora, calibration, inputs.layout, inputs.adapters)
+        cost = _training_of(calibration, inputs.layout).cost
         rows.append(Candidate(FRESH_LORA, "control", train, cost, fitted=True))
     if wanted.random:
         cost = _cost_of_level(_random_kind(inputs), inputs, calibration) * _DRAWS

@@ -15,11 +15,12 @@ from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.comparison.recipes import ComparedRecipe, load_recipes
-from loracli.comparison.settings import ALL, DATAMIX, FITTED_MIXINGS, FRESH_LORA, RANDOM, CompareSettings
+from loracli.comparison.settings import ALL, DATAMIX, FITTED_MIXINGS, RANDOM, CompareSettings
 from loracli.composition.fitted import check_own_records, owners_of
 from loracli.composition.weights import ModuleWeights, weights_of_modules
 from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, make_layout
+from loracli.fitting.settings import FRESH_LORA
 from loracli.hub.fetch import fetch_adapter
 from loracli.model.base import on_base
 from loracli.model.reference import BaseReference, find_base

@@ -11,7 +11,7 @@ from loracli.composition.composition import takes
 from loracli.composition.fitted import PAPER
 from loracli.composition.weights import Weights
 from loracli.errors import UsageError
-from loracli.fitting.settings import AUTO, FitSettings
+from loracli.fitting.settings import AUTO, FRESH_LORA, FitSettings
 from loracli.recipe.record import MIXING_KINDS
 from loracli.system.near import did_you_mean
 
@@ -19,7 +19,7 @@ ALL, DATA_FREE = "all", "data-free"
 FITTED_MIXINGS = (*MIXING_KINDS, AUTO, PAPER)
 UNIFORM = "uniform"
 WEIGHTS = "weights"  # the row of weights by hand
-FRESH_LORA, RANDOM, DATAMIX = "fresh-lora", "random", "datamix"
+RANDOM, DATAMIX = "random", "datamix"
 _CONTROLS = (FRESH_LORA, RANDOM, DATAMIX)
 _MARGIN = 0.02
 

@@ -20,7 +20,7 @@ from loracli.adapters.claims import agreed_licence
 from loracli.adapters.names import target_of
 from loracli.algebra.methods.method import Method
 from loracli.composition.base_table import BaseTable
-from loracli.evaluation.comparison import training_gap
+from loracli.evaluation.comparison import against_control, training_gap
 from loracli.hub.references import URI_PREFIX
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import EDITED, INLINE_KINDS, HeldOut, RecipeAdapter, is_named, other_bases_of
@@ -435,8 +435,10 @@ def _held_out(recipe: Recipe, table: HeldOut) -> list[str]:
         "| | nats per token | difference | 95 % interval |",
         "|---|--:|--:|---|",
     ]
-    for row in table.rows:
+    for row in table.lines:
         low, high = row.interval
         numbers = f"{row.nats_per_token:.4f} | {row.difference:+.4f} | {low:+.4f} to {high:+.4f}"
         lines.append(f"| {markdown_code(row.name)} | {numbers} |")
+    if table.controls:
+        lines += ["", f"{against_control(table)}."]
     return [*lines, "", *([f"{gap[:1].upper()}{gap[1:]}.", ""] if gap else [])]

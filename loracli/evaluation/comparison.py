@@ -277,7 +277,32 @@ def verdict(table: HeldOut) -> str:
         row for row in table.rows if row.name in ("uniform", "sum") and row.nats_per_token <= fitted.nats_per_token
     ]
     caveat = f", but {static[0].name} is as good without any fit" if static else ""
-    return f"The composition is better than {adapter}: {measured}{caveat}"
+    if not table.controls:
+        return f"The composition is better than {adapter}: {measured}{caveat}; it was not held against a fresh LoRA"
+    control = table.controls[0]
+    than = _less_loss(control.difference, control.interval, control.row.nats_per_token)
+    if table.verdict == "better":
+        return (
+            f"The composition is better than {adapter}: {measured}{caveat}; and than a fresh LoRA trained on the same "
+            f"records: {than[0]}{than[1]}"
+        )
+    return (
+        f"The composition is no better than a fresh LoRA trained on the same records: {than[0]} on {seen}{than[1]}. "
+        f"That it has {less[0]} than {adapter}, does not show that it uses what the adapters know: the form of the "
+        "records alone may teach that much"
+    )
+
+
+def against_control(table: HeldOut) -> str:
+    """How the fit stands to a fresh LoRA, in a sentence without its full stop; nothing where none was trained."""
+    if not table.controls:
+        return ""
+    control = table.controls[0]
+    lost = "" if control.interval[1] < 0 else ", so the fit is not shown to be better"
+    return (
+        f"{control.row.name}: a new LoRA trained on the same records; fit minus {control.row.name} "
+        f"{control.difference:+.4f} nats per token, 95 % interval {interval_text(control.interval)}{lost}"
+    )
 
 
 def overfitted(recipe: Recipe) -> bool | None:

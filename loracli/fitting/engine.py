@@ -337,12 +337,13 @@ class Engine:
     # What is remembered.
 
     @contextmanager
-    def within(self, name: str, left: Callable[[str, int], int]) -> Iterator[None]:
+    def within(self, name: str, left: Callable[[str, int], int] | None = None) -> Iterator[None]:
         """One of several fits with this engine: what is remembered in it goes by its name too.
 
         Args:
             name: of the fit.
-            left: the effort that is left of it, at most, when a stage begins: its name, and what it spent by then.
+            left: the effort that is left of it, at most, when a stage begins: its name, and what it spent by then; None
+                where no other fit has done any of it.
         """
         self._prefix = f"{name}: "
         try:

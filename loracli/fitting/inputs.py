@@ -15,8 +15,8 @@ from loracli.adapters.saved_modules import SavedModules, saved_modules, settled_
 from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset, tokenizer_differences
 from loracli.calibration.records import DataPaths, parse_sources
 from loracli.errors import UsageError
-from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout
-from loracli.fitting.settings import AUTO, FitSettings
+from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout, parameter_of_experts
+from loracli.fitting.settings import AUTO, FRESH_LORA, FitSettings
 from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.model.base import on_base
 from loracli.model.reference import BaseReference, find_base
@@ -108,6 +108,10 @@ def prepare_fit(
     read = on_base(read, found)
     check_composable(read, base_given=base is not None, base_known=True)
     check_mixing(read, settings.mixing)
+    if settings.control == FRESH_LORA and (experts := parameter_of_experts(read)) is not None:
+        raise UsageError(
+            f"a new LoRA cannot be trained on the experts of {experts}", hint="leave --control fresh-lora out"
+        )
     saved = saved_modules(settings.modules_to_save, read, progress=progress)
     layout = make_layout(read)
     _say_how_little(read, dataset, layout, settings, progress)

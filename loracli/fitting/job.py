@@ -19,7 +19,7 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.calibration.dataset import Examples
 from loracli.calibration.records import CalibrationFile
 from loracli.errors import InputError, OutputExists, UsageError
-from loracli.fitting.criterion import Fold
+from loracli.fitting.control import as_memory_allows, controls
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.journal import Journal, Meter, StepLog, is_step_log, open_state, remove_state, state_folder
@@ -27,7 +27,7 @@ from loracli.fitting.level import tokens_of
 from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.reach import foresee_bypassed
 from loracli.fitting.run import divide_training, fit_work, held_out_parts, measured_pace, opening_of, run_fit
-from loracli.fitting.work import REACH
+from loracli.fitting.work import REACH, Work
 from loracli.model.base import BasePlan, load_tokenizer
 from loracli.model.experts import check_experts
 from loracli.model.modules import check_shapes
@@ -56,6 +56,7 @@ class FitPlan:
         held_out_records: with something to score.
         parts: of cross-fitting, 0 where records are set apart.
         passes: at most, of the fit on all training records.
+        controls: whether a new LoRA is trained beside the fit.
         training_tokens: of the training records, prompts included.
         scored_tokens: of them, that count in the loss.
         longest_record: in tokens, of all records.
@@ -73,6 +74,7 @@ class FitPlan:
     held_out_records: int
     parts: int
     passes: float
+    controls: bool
     training_tokens: int
     scored_tokens: int
     longest_record: int
@@ -109,6 +111,10 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
     examples = render_inputs(inputs, load_tokenizer(inputs.base), max_length=length, progress=progress)
     folds = divide_training(inputs, examples.training)
     memory, decision = opening.memory(base)
+    again = placement.checkpointing or decision.checkpointing
+    opening = replace(opening, placement=replace(placement, checkpointing=again))
+    inputs = as_memory_allows(inputs, opening, progress=progress)
+    work = fit_work(inputs, examples, folds)
     every = (*examples.training, *examples.held_out)
     return FitPlan(
         inputs=inputs,
@@ -118,6 +124,7 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
         held_out_records=len(examples.held_out),
         parts=len(held_out_parts(inputs, examples.training)),
         passes=inputs.settings.budget(len(folds), len(examples.training)),
+        controls=controls(work),
         training_tokens=tokens_of(examples.training),
         scored_tokens=sum(data.scored_tokens for data in examples.data),
         longest_record=max(len(example.input_ids) for example in every),
@@ -125,7 +132,7 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
         dropped=sum(data.dropped for data in examples.data),
         memory=memory,
         decision=decision,
-        seconds=None if placement.shard else _seconds(inputs, opening, examples, folds, decision, world_size),
+        seconds=None if placement.shard else _seconds(inputs, opening, examples, work, world_size),
     )
 
 
@@ -133,18 +140,15 @@ def _seconds(
     inputs: FitInputs,
     opening: Opening,
     examples: Examples,
-    folds: tuple[Fold, ...],
-    decision: MemoryDecision,
+    work: Work,
     world_size: int,
 ) -> float:
-    again = opening.placement.checkpointing or decision.checkpointing
-    opening = replace(opening, placement=replace(opening.placement, checkpointing=again))
     with (
         open_session(opening) as session,
         session.attached(inputs.adapters, inputs.layout.modules, examples.held_out) as objective,
     ):
-        pace = measured_pace(Engine(objective, Meter(SILENT)), inputs, session, examples, folds)
-    return fit_work(inputs, examples, folds).left(REACH).seconds(pace) / world_size
+        pace = measured_pace(Engine(objective, Meter(SILENT)), inputs, session, examples, work.folds)
+    return work.left(REACH).seconds(pace) / world_size
 
 
 _VERSIONS = ("loracat", "torch", "transformers")

@@ -321,7 +321,7 @@ class Meter:
             self._progress.expect(self._task, self._total)
 
     @contextmanager
-    def within_fit(self, name: str, left: Callable[[str, int], int]) -> Iterator[None]:
+    def within_fit(self, name: str, left: Callable[[str, int], int] | None) -> Iterator[None]:
         """One of several fits, of which another may have done everything: the effort that is `left` of it when one of
         its stages begins (its name, and what the fit spent by then) counts once there is something that none has done:
         it shares the rest of the bar with what was to come.

@@ -309,3 +309,8 @@ def count_numbers(adapters: Sequence[LoraAdapter], layout: Layout, kind: MixingK
         every = [module.factors for adapter in adapters for module in adapter.modules.values()]
         return sum(f.lora_A.numel() + f.lora_B.numel() for f in every)
     return make_diagonal(layout, kind).numbers
+
+
+def parameter_of_experts(adapters: Sequence[LoraAdapter]) -> str | None:
+    """The first parameter with experts that one of them changes; None without any."""
+    return next((name for a in adapters for name, m in a.targets.items() if kind_of(m[0]).of_experts), None)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from loracli._version import __version__
-from loracli.calibration.dataset import Examples, plan_batches
+from loracli.calibration.dataset import MIN_HELD_OUT, Examples, plan_batches
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
 from loracli.errors import CalibrationError, NonFiniteLoss, UsageError
@@ -18,6 +19,7 @@ from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.statistics import FIT, held_out_table, static_points
 from loracli.fitting.activations import chosen_records, fit_activations
 from loracli.fitting.certificate import can_certify, certificate_tokens, certified
+from loracli.fitting.control import as_memory_allows, control_stage, controls, fresh_training
 from loracli.fitting.criterion import (
     FEWEST_TO_VALIDATE,
     LEAST_ANSWERS,
@@ -33,11 +35,11 @@ from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
 from loracli.fitting.journal import Journal, Meter, StepLog
 from loracli.fitting.level import Solution, Task, recipe_mixing, tokens_of
-from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
+from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing, parameter_of_experts
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.reach import Reach, find_reach
 from loracli.fitting.search import LADDERS, fit_as_published, search
-from loracli.fitting.settings import AUTO, FitSettings
+from loracli.fitting.settings import AUTO, FRESH_LORA, FitSettings
 from loracli.fitting.work import CERTIFICATE, REACH, Work, cost_of
 from loracli.hub.fetch import Fetched
 from loracli.model.base import BaseModel
@@ -138,6 +140,7 @@ def run_fit(
     opening = settle_memory(
         opening_of(inputs, placement, processes.world_size), agree=processes.from_first, progress=progress
     )
+    inputs = as_memory_allows(inputs, opening, agree=processes.from_first, progress=progress)
     with open_session(opening, progress=progress) as session:
         return _run(inputs, session, processes, journal, log)
 
@@ -153,7 +156,7 @@ def opening_of(inputs: FitInputs, placement: Placement, world_size: int = 1) -> 
         inputs.saved,
         placement,
         processes=world_size,
-        trains_factors="factors" in LADDERS[settings.mixing],
+        trains_factors="factors" in LADDERS[settings.mixing] or settings.control == FRESH_LORA,
     )
 
 
@@ -183,7 +186,7 @@ def _run(
             training_loss = _training_loss(engine, session, found, training)
             scores = _static_scores(engine, session, inputs, held_out)
             if parts:
-                scores[FIT] = _cross_fitted(engine, inputs, session, work, pace)
+                scores[FIT] = _judged(engine, inputs, session, work, pace)
             else:
                 batches = session.batches(held_out)
                 scores[FIT] = engine.score(found.mixing, found.theta, batches, held_out, key="held out, the fit")
@@ -191,9 +194,11 @@ def _run(
             activations = fit_activations(
                 engine, inputs.adapters, found.mixing, found.theta, training, seed=settings.seed, progress=progress
             )
+            fresh = _fresh_scores(engine, inputs, session, examples, parts) if controls(work) else None
     table = held_out_table(
         scores,
         inputs.references,
+        controls={} if fresh is None else {FRESH_LORA: fresh},
         examples=held_out,
         name=inputs.data.held_out_name,
         seed=settings.seed,
@@ -267,7 +272,18 @@ def fit_work(inputs: FitInputs, examples: Examples, folds: Sequence[Fold]) -> Wo
         if not folds[0].validation:  # a fit of its own
             unseen += replace(work, folds=(Fold(part.fitting, ()),), training=part.fitting).left(REACH)
         after[_part(number)] = unseen
-    return replace(work, after={**after, _ACTIVATIONS: activations})
+    work = replace(work, after={**after, _ACTIVATIONS: activations})
+    fresh = {
+        control_stage(number): fresh_training(inputs, part.fitting).cost
+        + cost_of(plan_batches(part.validation, batch_tokens=settings.batch_tokens))
+        for number, part in enumerate(parts or (Fold(training, examples.held_out),), 1 if parts else 0)
+    }
+    wanted = settings.control == FRESH_LORA
+    if settings.control is None and parameter_of_experts(inputs.adapters) is None:
+        # Below so many records there is no verdict that it could change.
+        cheaper = sum(cost.tokens for cost in fresh.values()) < work.left(REACH).tokens
+        wanted = cheaper and len(examples.held_out) >= MIN_HELD_OUT
+    return replace(work, after={**work.after, **fresh}) if wanted else work
 
 
 def measured_pace(
@@ -431,35 +447,77 @@ def _part(number: int) -> str:
     return f"part {number}"
 
 
-def _cross_fitted(engine: Engine, inputs: FitInputs, session: Session, work: Work, pace: Pace) -> Scores:
+def _judged(engine: Engine, inputs: FitInputs, session: Session, work: Work, pace: Pace) -> Scores:
     """Each record's score by weights that it neither fitted nor chose.
 
     Where the folds choose, each is held out of what the others choose; else there is nothing to choose, and a fit on
     all other records is as good.
 
-    Args:
-        engine: of the attached model.
-        inputs: of the fit.
-        session: of the base.
-        work: of the whole fit, with the folds that choose.
-        pace: of the model.
     Raises:
         NonFiniteLoss: naming the records.
     """
-    training, folds = work.training, tuple(work.folds)
+    training, folds = tuple(work.training), tuple(work.folds)
+
+    def solve(number: int, part: Fold) -> tuple[Mixing, Tensor]:
+        if folds[0].validation:
+            found = find_mixing(engine, inputs, folds, training, session.tokenizer, number)
+        else:
+            found, _ = _solve(engine, inputs, session, (Fold(part.fitting, ()),), part.fitting)
+        return found.mixing, found.theta
+
     left = replace(work, after={}, judged=True).effort_left(pace)
-    nats, tokens = (torch.zeros(len(training), dtype=torch.float64) for _ in range(2))
-    place_of = {example.place: index for index, example in enumerate(training)}
-    for number, part in enumerate(held_out_parts(inputs, training)):
-        engine.meter.enter(_part(number + 1))
-        with engine.within(_part(number + 1), left):
-            if folds[0].validation:
-                found = find_mixing(engine, inputs, folds, training, session.tokenizer, number)
-            else:
-                found, _ = _solve(engine, inputs, session, (Fold(part.fitting, ()),), part.fitting)
+    return _cross_fitted(engine, session, held_out_parts(inputs, training), training, _part, solve, left)
+
+
+def _fresh_scores(
+    engine: Engine, inputs: FitInputs, session: Session, examples: Examples, parts: Sequence[Fold]
+) -> Scores | None:
+    """What held-out records cost with a new LoRA that was trained on the records that the fit of them saw; None where
+    its loss is not finite."""
+
+    def solve(_place: int, part: Fold) -> tuple[Mixing, Tensor]:
+        fresh, theta, _ = fresh_training(inputs, part.fitting).run(engine, inputs.adapters, key=FRESH_LORA)
+        return fresh, theta
+
+    folds, first = (parts, 1) if parts else ((Fold(examples.training, examples.held_out),), 0)
+    try:
+        return _cross_fitted(engine, session, folds, examples.held_out, lambda n: control_stage(n - 1 + first), solve)
+    except NonFiniteLoss as error:
+        session.progress.warn(f"the fit is held against no fresh LoRA: {error}")
+        return None
+
+
+def _cross_fitted(
+    engine: Engine,
+    session: Session,
+    parts: Sequence[Fold],
+    examples: Sequence[Example],
+    stage: Callable[[int], str],
+    solve: Callable[[int, Fold], tuple[Mixing, Tensor]],
+    left: Callable[[str, int], int] | None = None,
+) -> Scores:
+    """Each record's score by what was fitted on the other parts.
+
+    Args:
+        engine: of the attached model.
+        session: of the base.
+        parts: what each may see, and what is held out of it.
+        examples: all that are held out, in the order of the scores.
+        stage: what the fit of a part is called, by its number from 1.
+        solve: the fit of a part, by its place.
+        left: the effort that is left of it where others may have done it.
+    Raises:
+        NonFiniteLoss: naming the records.
+    """
+    nats, tokens = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(2))
+    place_of = {example.place: index for index, example in enumerate(examples)}
+    for number, part in enumerate(parts):
+        engine.meter.enter(stage(number + 1))
+        with engine.within(stage(number + 1), left):
+            mixing, theta = solve(number, part)
             engine.meter.stage("scoring the records that it has not seen")
             batches = session.batches(part.validation)
-            scores = engine.score(found.mixing, found.theta, batches, part.validation, key="held out, the fit")
+            scores = engine.score(mixing, theta, batches, part.validation, key="held out, the fit")
         rows = [place_of[example.place] for example in part.validation]
         nats[rows], tokens[rows] = scores.nats, scores.tokens
     return Scores(nats, tokens)

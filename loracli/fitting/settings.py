@@ -14,6 +14,7 @@ from loracli.recipe.record import MIXING_KINDS
 from loracli.system.near import did_you_mean
 
 AUTO = "auto"
+FRESH_LORA, NO_CONTROL = "fresh-lora", "none"
 PASSES = 8.0
 _FEWER = {"layer": 5.0, "module": 5.0}  # and the certificate
 _CERTIFICATE = 1.5
@@ -52,6 +53,8 @@ class FitSettings:
         tolerance: relative, of the metric `numeric`.
         modules_to_save: which of the modules that adapters saved whole replace the base's: `refuse`, `average` or
             `pick:NAME`.
+        control: `fresh-lora` to hold the fit against a new LoRA on the same records, `none` not to; None where that
+            costs less than the fit and can say something.
     """
 
     mixing: str = "module"
@@ -73,6 +76,7 @@ class FitSettings:
     max_new_tokens: int = MAX_NEW_TOKENS
     tolerance: float = TOLERANCE
     modules_to_save: str = REFUSE
+    control: str | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for the first setting that is out of its range."""
@@ -87,6 +91,13 @@ class FitSettings:
             )
         if self.mixing == "adapter" and (self.ridge is not None or self.learning_rate is not None):
             raise UsageError("--mixing adapter has no ridge and no rate; leave out --ridge and --learning-rate")
+        if self.control not in (None, FRESH_LORA, NO_CONTROL):
+            words = (FRESH_LORA, NO_CONTROL)
+            hint = "random adapters, whose every draw is a fit, are a control of loracat compare"
+            raise UsageError(
+                f"--control {self.control} is not one of {', '.join(words)}",
+                hint=hint if self.control == "random" else did_you_mean(self.control, words),
+            )
         check_policy(self.modules_to_save)
         parse_fields(self.fields)
         if self.metric is not None and self.paper:

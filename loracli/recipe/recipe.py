@@ -54,6 +54,7 @@ _FIRST_SCHEMA = 2  # that is still read
 SCHEMA = 6
 _MAX_FILES = 10_000  # of calibration data
 OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
+CONTROL_ROWS = ("fresh-lora",)  # beside them; an adapter of an older recipe may
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,8 @@ def labels_of(adapters: Sequence[RecipeAdapter], folder: Path) -> dict[str, str]
     }
     labels = {a.reference: a.reference for a in adapters}
     # Sorted by their last names, what a directory shares with any other one it shares with one of its neighbours.
-    ordered = sorted([*((own, text) for text, own in names.items()), *(((row,), "") for row in OTHER_ROWS)])
+    rows = (((row,), "") for row in (*OTHER_ROWS, *CONTROL_ROWS))
+    ordered = sorted([*((own, text) for text, own in names.items()), *rows])
     shared = [0, *(_shared(first, second) for (first, _), (second, _) in pairwise(ordered)), 0]
     for place, (own, reference) in enumerate(ordered):
         if reference:
@@ -249,7 +251,7 @@ def _shared(first: Sequence[str], second: Sequence[str]) -> int:
 def local_reference(directory: Path, folder: Path) -> str:
     """How a recipe in `folder` names a local directory: relative, and like no other row of its table."""
     relative = Path(os.path.relpath(directory, folder)).as_posix()
-    return f"./{relative}" if relative in OTHER_ROWS else relative
+    return f"./{relative}" if relative in (*OTHER_ROWS, *CONTROL_ROWS) else relative
 
 
 def check_recipe_path(path: Path, *, force: bool, kind: str = "module") -> None:
@@ -457,6 +459,11 @@ def _of_table(recipe: Recipe, known: set[str]) -> Iterator[str]:
         yield f"held_out.rows: no row {table.best_ingredient!r}, the best adapter"
     if table.parts < 0 or table.parts == 1 or table.parts > table.records:
         yield f"held_out.parts: expected 0, or 2 to {table.records}, got {table.parts}"
+    for index, control in enumerate(table.controls):
+        if control.row.name not in CONTROL_ROWS:
+            yield f"held_out.controls[{index}].row.name: expected {CONTROL_ROWS[0]!r}, got {control.row.name[:60]!r}"
+    if table.verdict == "no better than a fresh LoRA" and not table.controls:
+        yield "held_out.controls: expected the one that the verdict is about"
     for index, task in enumerate(table.tasks):
         if task.nats_per_token.keys() != rows:
             yield f"held_out.tasks[{index}].nats_per_token: not the names of held_out.rows"

@@ -426,6 +426,24 @@ class HeldOutTask:
     nats_per_token: dict[str, float]
 
 
+Verdict = Literal["better", "not better", "no better than a fresh LoRA", "too few records"]
+
+
+@dataclass(frozen=True)
+class HeldOutControl:
+    """What was fitted on the same records, and knows nothing of the adapters.
+
+    Args:
+        row: its line of the table, called `fresh-lora`: a new LoRA of the composition's rank.
+        difference: of the fit to it in nats per token; negative where the fit is better.
+        interval: of that difference, as in the table.
+    """
+
+    row: HeldOutRow
+    difference: float
+    interval: tuple[float, float]
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """What held-out records say, read once at the end.
@@ -437,11 +455,12 @@ class HeldOut:
         best_ingredient: the adapter with the lowest loss on them.
         rows: the table.
         tasks: one for each task that the records name.
-        verdict: `better`, `not better`, or `too few records`.
+        verdict: `better`, `not better`, `no better than a fresh LoRA`, or `too few records`.
         parts: that the records were cut into, each scored by a fit of its own on the others, while the weights come
             from all of them; 0 where they were set apart.
         standard_error: of the fit's own loss over records, in nats per token; None of one record, and in recipes from
             before it came.
+        controls: that the fit was held against.
     """
 
     name: str
@@ -450,9 +469,10 @@ class HeldOut:
     best_ingredient: str
     rows: tuple[HeldOutRow, ...]
     tasks: Annotated[tuple[HeldOutTask, ...], AtMost(_MAX_TASKS)]
-    verdict: Literal["better", "not better", "too few records"]
+    verdict: Verdict
     parts: int = added(6, 0)
     standard_error: float | None = added(6, None)
+    controls: Annotated[tuple[HeldOutControl, ...], AtMost(1)] = added(6, ())
 
     @property
     def how(self) -> str:
@@ -461,6 +481,11 @@ class HeldOut:
         if not self.parts:
             return ""
         return f"each scored by one of {self.parts} fits that had not seen it; the weights come from all of them"
+
+    @property
+    def lines(self) -> tuple[HeldOutRow, ...]:
+        """The rows with those of the controls."""
+        return (*self.rows, *(control.row for control in self.controls))
 
     def row(self, name: str) -> HeldOutRow:
         return next(row for row in self.rows if row.name == name)

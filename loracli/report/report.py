@@ -16,6 +16,7 @@ from loracli.evaluation.comparison import (
     GUARDED,
     Comparison,
     ComparisonRow,
+    against_control,
     best_first,
     flattered,
     guard_cells,
@@ -57,7 +58,7 @@ def _headline(recipe: Recipe) -> str:
 def _held_out(recipe: Recipe, found: HeldOut) -> str:
     """The recipe's own table, drawn and in numbers, and beside it the loss on the training records."""
     best, gap = found.best_ingredient, training_gap(recipe)
-    rows = best_first(found.rows)
+    rows = best_first(found.lines)
     lines = [Line(row.name, row.difference, row.interval, row.name != "base", row.name == best) for row in rows]
     return section(
         "On held-out records",
@@ -66,7 +67,8 @@ def _held_out(recipe: Recipe, found: HeldOut) -> str:
         intervals_chart(lines, best),
         held_out_table(found),
         paragraph(f"{gap[:1].upper()}{gap[1:]}.") if gap else "",
-        _tasks(rows, found.tasks),
+        paragraph(f"{against_control(found)}.") if found.controls else "",
+        _tasks(best_first(found.rows), found.tasks),
     )
 
 

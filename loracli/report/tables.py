@@ -33,7 +33,7 @@ _INKS = (
 
 def held_out_table(found: HeldOut) -> str:
     """A recipe's losses on held-out records, the lowest first, with the fit standing out."""
-    ordered = best_first(found.rows)
+    ordered = best_first(found.lines)
     rows = [[row.name, *_losses(row, found.best_ingredient)] for row in ordered]
     strong = next((i for i, row in enumerate(ordered) if row.name == "fit"), None)
     return table("losses on held-out records, lowest first", _COLUMNS, rows, strong=strong)

@@ -109,7 +109,7 @@ def test_auto_says_which_level_won_and_why_and_logs_its_steps(here: Path) -> Non
         )
     steps = [json.loads(line) for line in Path("steps.jsonl").read_text().splitlines()]
     assert [step["number"] for step in steps] == list(range(1, len(steps) + 1))
-    assert {step["rung"] for step in steps} == {level.kind for level in recipe.fit.rungs[1:]}
+    assert {step["rung"] for step in steps} == {"fresh-lora", *(level.kind for level in recipe.fit.rungs[1:])}
     assert all(step["loss"] > 0 and step["rate"] > 0 and step["spent_tokens"] > 0 for step in steps)
     assert run(*FIT, "-o", "other.json", "--log", "steps.jsonl").exit_code == 2
     assert run(*FIT, "--dry-run", "--json", "--mixing", "auto").exit_code == 0

@@ -100,11 +100,11 @@ def test_the_next_command_runs_as_it_is_printed(here: Path, name: str) -> None:
 
 @pytest.mark.usefixtures("here", "narrow")
 def test_what_asks_for_a_fresh_lora_after_a_fit_runs_as_it_is_printed() -> None:
-    """With names that a shell would cut, and options of the fit."""
+    """Where the fit trained none; with names that a shell would cut, and options of the fit."""
     questions = Path("test.jsonl").read_text().splitlines(keepends=True)
     Path("the test.jsonl").write_text("".join(questions[:24]))  # are compared faster
     shutil.copy("calibration.jsonl", "my data.jsonl")
-    words = "fit --adapters know form --base base --passes 2 --max-length 64 --dtype float32 -o".split()
+    words = "fit --adapters know form --base base --passes 2 --max-length 64 --dtype float32 --control none -o".split()
     words += ["a recipe.json", "--data", "my data.jsonl:2", "--eval-data", "the test.jsonl"]
     done = run(*words)
     assert done.exit_code == 0, done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from loracli.adapters.adapter import read_adapter
 from loracli.algebra.factors import norm
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import MethodOptions
-from loracli.comparison.candidates import Candidate, FreshLora, _descend, random_adapters
+from loracli.comparison.candidates import Candidate, random_adapters
 from loracli.comparison.compare import _Comparison, run_comparison
 from loracli.comparison.inputs import prepare_comparison
 from loracli.comparison.settings import CompareSettings, Controls
@@ -29,7 +28,7 @@ from loracli.evaluation.metrics import TaskMetric
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
 from loracli.fitting.criterion import Fold, one_fold
-from loracli.fitting.mixing import FixedFactors, Layout
+from loracli.fitting.mixing import FixedFactors
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.placement import Placement
@@ -463,7 +462,7 @@ def test_a_new_lora_is_trained_and_stopped_on_the_records_that_a_fit_has_for_eac
     data: Path, tiny_base: Path, two_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folds: dict[str, Fold] = {}
-    for room in ("comparison.candidates", "fitting.criterion"):
+    for room in ("fitting.control", "fitting.criterion"):
 
         def seen(*args: Any, room: str = room, **options: Any) -> Fold:
             return folds.setdefault(room, one_fold(*args, **options))
@@ -471,7 +470,7 @@ def test_a_new_lora_is_trained_and_stopped_on_the_records_that_a_fit_has_for_eac
         monkeypatch.setattr(f"loracli.{room}.one_fold", seen)
     settings = CompareSettings(("module",), fit=QUICK, controls=Controls(fresh_lora=True))
     compare(data, tiny_base, two_adapters, fit_data=data / "val.jsonl", settings=settings)
-    control, fit = folds["comparison.candidates"], folds["fitting.criterion"]
+    control, fit = folds["fitting.control"], folds["fitting.criterion"]
     assert control == fit and control.validation
     assert not set(control.fitting) & set(control.validation)
 
@@ -586,69 +585,6 @@ def test_what_is_fitted_is_announced_measured_and_finished_even_where_it_is_stop
         with pytest.raises(KeyboardInterrupt):
             run_comparison(inputs, progress=stopped)
     assert (stopped.begun, stopped.finished) == (1, 1)
-
-
-# A new LoRA, the control
-
-
-def fresh(rank: int = 3) -> FreshLora:
-    layout = Layout(("model.a", "model.b"), ((rank,), (rank,)))
-    return FreshLora(layout, [(8, 5), (6, 4)], rank, seed=0)
-
-
-def test_a_new_lora_starts_as_peft_starts_one() -> None:
-    """B is 0, and A is spread as torch spreads it with Kaiming's a = sqrt 5: uniformly within 1 / sqrt(in)."""
-    control = fresh(rank=400)
-    for (lora_A, lora_B), (width, out) in zip(control.factors(control.start), [(8, 5), (6, 4)], strict=True):
-        assert lora_A.shape == (400, width) and lora_B.shape == (out, 400) and not lora_B.any()
-        like = torch.empty(400, width)
-        torch.nn.init.kaiming_uniform_(like, a=math.sqrt(5))
-        assert lora_A.abs().max() <= 1 / math.sqrt(width)
-        assert float(lora_A.std()) == pytest.approx(float(like.std()), rel=0.05)
-        assert abs(float(lora_A.mean())) < 0.03
-
-
-def test_a_new_lora_has_a_scaling_of_two_on_each_b_and_its_numbers_in_the_order_of_the_modules() -> None:
-    control = fresh()
-    assert control.numbers == 3 * (8 + 6 + 5 + 4)
-    pairs = control.factors(torch.arange(control.numbers).double())
-    assert [(tuple(a.shape), tuple(b.shape)) for a, b in pairs] == [((3, 8), (5, 3)), ((3, 6), (4, 3))]
-    assert (
-        pairs[0][0][0, 0] == 0
-        and pairs[1][0][0, 0] == 24
-        and pairs[0][1][0, 0] == 2 * 42
-        and pairs[1][1][-1, -1] == 2 * 68
-    )
-
-
-@pytest.mark.parametrize(
-    ("losses", "best_at", "runs"),
-    [
-        ([5, 4, 3, 2, 1], 10, [2, 2, 2, 2, 2]),  # the last is the best
-        ([5, 1, 2, 2, 2, 2, 9], 4, [2] * 6),  # four worse in a row: no more
-        ([5, 1, 2, 2, 2, 0.5, 1], 12, [2] * 7),  # three in a row are not enough
-        ([3, 3, 3, 3, 3, 3], 2, [2] * 5),  # as good is not better
-        ([None, None, None], 5, [2, 2, 1]),  # nothing to check with: the last, and no step too many
-    ],
-)
-def test_a_new_lora_stops_where_its_validation_loss_was_lowest(
-    losses: list[float | None], best_at: int, runs: list[int]
-) -> None:
-    class Steps:
-        def __init__(self) -> None:
-            self.done: list[int] = []
-
-        def run(self, steps: int) -> None:
-            self.done.append(steps)
-
-        @property
-        def theta(self) -> torch.Tensor:
-            return torch.tensor([sum(self.done)])
-
-    steps, given = Steps(), iter(losses)
-    total = 5 if losses[0] is None else 2 * len(losses)
-    theta, at = _descend(steps, lambda: next(given), total, 2)  # type: ignore[arg-type]
-    assert (int(theta), at, steps.done) == (best_at, best_at, runs)
 
 
 def test_what_cannot_be_compared_is_refused_before_the_base_is_loaded(

@@ -22,10 +22,10 @@ from loracli.evaluation.comparison import (
     verdict,
 )
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import HeldOut, HeldOutRow
+from loracli.recipe.record import HeldOut, HeldOutControl, HeldOutRow
 from tests.test_recipe import make_recipe
 
-BETTER, WORSE, FEW = "better", "not better", "too few records"
+BETTER, WORSE, FEW, AS_GOOD = "better", "not better", "too few records", "no better than a fresh LoRA"
 
 
 def table(verdict: Any, difference: float, interval: tuple[float, float], *, loss: float = 2.0, **losses: float) -> Any:
@@ -40,23 +40,43 @@ def table(verdict: Any, difference: float, interval: tuple[float, float], *, los
     return HeldOut("test.jsonl", 128, 900, "b", tuple(rows), (), verdict)
 
 
+def beside_fresh(found: HeldOut, loss: float, difference: float, interval: tuple[float, float]) -> HeldOut:
+    """With a fresh LoRA of a loss, and the fit's difference to it."""
+    row = HeldOutRow("fresh-lora", loss, loss - 2.0, (-2.0, 2.0), 0.5)
+    return replace(found, controls=(HeldOutControl(row, difference, interval),))
+
+
 @pytest.mark.parametrize(
     ("found", "said"),
     [
         (
             table(BETTER, -1.0, (-1.2, -0.8)),
             "The composition is better than your best adapter, b: 50 % less loss on 128 records that it had not seen "
-            "(95 % sure between 40 and 60 %)",
+            "(95 % sure between 40 and 60 %); it was not held against a fresh LoRA",
+        ),
+        (
+            beside_fresh(table(BETTER, -1.0, (-1.2, -0.8)), 2.0, -1.0, (-1.1, -0.9)),
+            "The composition is better than your best adapter, b: 50 % less loss on 128 records that it had not seen "
+            "(95 % sure between 40 and 60 %); and than a fresh LoRA trained on the same records: 50 % less loss (95 % "
+            "sure between 45 and 55 %)",
+        ),
+        (
+            beside_fresh(table(AS_GOOD, -1.0, (-1.2, -0.8)), 0.5, 0.5, (0.4, 0.6)),
+            "The composition is no better than a fresh LoRA trained on the same records: 100 % more loss on 128 "
+            "records that it had not seen (95 % sure between 80 and 120 %). That it has 50 % less loss than your best "
+            "adapter, b, does not show that it uses what the adapters know: the form of the records alone may "
+            "teach that much",
         ),
         (
             table(BETTER, -1.9, (-2.1, -1.7)),  # the interval of the difference alone would promise more than all
             "The composition is better than your best adapter, b: 95 % less loss on 128 records that it had not seen "
-            "(95 % sure: at least 85 %)",
+            "(95 % sure: at least 85 %); it was not held against a fresh LoRA",
         ),
         (
             table(BETTER, -0.01, (-0.015, -0.005), sum=1.5),
             "The composition is better than your best adapter, b: 0.5 % less loss on 128 records that it had not seen "
-            "(95 % sure between 0.2 and 0.8 %), but sum is as good without any fit",
+            "(95 % sure between 0.2 and 0.8 %), but sum is as good without any fit; it was not held against a fresh "
+            "LoRA",
         ),
         (
             table(WORSE, -0.02, (-0.1, 0.06)),

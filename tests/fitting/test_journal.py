@@ -101,8 +101,11 @@ def timeless(log: Path) -> list[dict[str, object]]:
 
 
 def test_a_fit_stopped_at_every_seventh_of_its_work_ends_in_the_same_bytes(fit: Fit, power: Power) -> None:
-    """Stopped eight times in a row; nothing but the two timed batches of each start is done twice."""
+    """Stopped eight times in a row; nothing but the two timed batches of each start is done twice. The last of them is
+    in the control's training."""
     fit.run("whole.json", log="whole.log")
+    assert load_recipe(fit.folder / "whole.json").held_out.controls
+    assert timeless(fit.folder / "whole.log")[-1]["stage"] == "control"
     whole, power.used = power.used, 0
     stops = [round(whole * part / 8) + 4 * (part - 1) for part in range(1, 8)]  # four timed batches a start
     for number, power.fails_at in enumerate(stops):

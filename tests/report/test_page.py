@@ -106,16 +106,18 @@ def test_the_first_words_are_the_verdict_and_evidence_comes_before_details(whole
 def test_rows_stand_lowest_loss_first_with_difference_and_interval_in_the_first_columns(
     whole: Shown, recipe: Recipe, compared: Comparison
 ) -> None:
-    for label, found in (
-        ("losses of every way to compose, lowest first", compared),
-        ("losses on held-out records, lowest first", recipe.public().held_out),
+    measured = recipe.public().held_out
+    assert [row.name for row in measured.lines[len(measured.rows) :]] == ["fresh-lora"]
+    for label, found, rows in (
+        ("losses of every way to compose, lowest first", compared, compared.rows),
+        ("losses on held-out records, lowest first", measured, measured.lines),
     ):
         head, *body = whole.tables[label]
         assert head[1:4] == ["difference", "95 % interval", "nats/token"]
         losses = [float(row[3]) for row in body]
-        assert losses == sorted(losses) and {row[0] for row in body} == {row.name for row in found.rows}
+        assert losses == sorted(losses) and {row[0] for row in body} == {row.name for row in rows}
         for cells in body:
-            row = found.row(cells[0])
+            row = next(row for row in rows if row.name == cells[0])
             told = [f"{row.difference:+.4f}", f"{row.interval[0]:+.4f} to {row.interval[1]:+.4f}"]
             assert cells[1:3] == (["", ""] if row.name == found.best_ingredient else told)
     tips = [data.split(": ")[0] for names, data in whole.texts if names[-2:] == ("g", "title") and "interval" in data]
