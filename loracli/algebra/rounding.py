@@ -34,6 +34,7 @@ _BLOCK, _BLOCK_ROWS = 1 << 17, 1024  # entries and rows of (rows, R) in float64 
 # A sum of Gram products below this share of its terms is computed by QR; above it, a norm has 16 - 7 = 9 digits.
 _CANCELLED = 1e-7
 _CANCELLED_32 = 1e-2  # of float32: a norm has four digits
+_COARSE = 2.0**-13  # eps of a dtype, from which float32 has a thousandth of what rounding takes off
 _RANGE_32 = (1e-8, 1e8)  # of the largest entry of a factor: what float32 rounds off it has a square in its range
 
 
@@ -61,7 +62,7 @@ def rounded_concatenation(
     lora_B = torch.empty(out, rank, dtype=dtype)
     grams = _Grams(lora_A, exact_A, torch.float32)
     for rows in _blocks(out, rank):
-        exact = torch.cat([part[rows].double() for part in columns], dim=1).mul_(factors)
+        exact = torch.cat([part[rows] for part in columns], dim=1).double().mul_(factors)
         lora_B[rows] = exact
         grams.add(lora_B[rows], exact)
     written, error = Factors(lora_A, lora_B), None
@@ -108,6 +109,8 @@ class _Grams:
     def __init__(self, written: Tensor, exact: Tensor, precision: torch.dtype) -> None:
         rank, inner = exact.shape
         self._rounded_A, self._precision = written is not exact, precision
+        # What rounding to 16 bits takes off is told by float32, what rounding to float32 takes off is not.
+        self._apart = torch.float64 if torch.finfo(written.dtype).eps < _COARSE else precision
         size = 2 * rank if self._rounded_A else rank
         self._right = torch.zeros(size, size, dtype=torch.float64)  # of [A; E_A]
         self._left = torch.zeros(size, size, dtype=torch.float64)  # of [E_B, B']
@@ -115,18 +118,18 @@ class _Grams:
         for columns in _blocks(inner, rank):
             part = exact[:, columns].to(precision)
             if self._rounded_A:
-                rounding = written[:, columns].double() - exact[:, columns].double()
+                rounding = written[:, columns].to(self._apart) - exact[:, columns].to(self._apart)
                 part = torch.cat([part, rounding.to(precision)])
             self._right += part @ part.T
 
     def add(self, written: Tensor, exact: Tensor) -> None:
         """A block of rows of B', and of B in float64, (rows, R)."""
-        part = torch.sub(written, exact).to(self._precision)  # in float64
+        precise = exact.to(self._precision)
+        part = torch.sub(written, precise if self._apart == self._precision else exact).to(self._precision)
         if self._rounded_A:
             part = torch.cat([part, written.to(self._precision)], dim=1)
-        exact = exact.to(self._precision)
         self._left += part.T @ part
-        self._exact += exact.T @ exact
+        self._exact += precise.T @ precise
 
     def relative_error(self, cancelled: float) -> float | None:
         """None where less than this share of the terms is left."""
