@@ -302,7 +302,7 @@ def write_tensors(
         dtype: of all of them.
         tensor: gives the tensor of a name, in `dtype`; asked for once each, in sorted order.
         metadata: the header's `__metadata__`.
-        meanwhile: is called once all is written, while it goes to the disk.
+        meanwhile: is called in a thread of its own once all is written, while it goes to the disk.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     with open(descriptor, "wb") as file:
@@ -310,9 +310,9 @@ def write_tensors(
             file.write(part)
         file.flush()
         with ThreadPoolExecutor(1) as pool:
-            flushed = pool.submit(os.fsync, file.fileno())
-            meanwhile()
-        flushed.result()
+            done = pool.submit(meanwhile)
+            os.fsync(file.fileno())
+        done.result()
 
 
 def file_parts(
