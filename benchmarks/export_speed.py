@@ -2,12 +2,13 @@
 
     python benchmarks/export_speed.py
     python benchmarks/export_speed.py --layers 4 --widths 1024 2048 --threads 1
+    python benchmarks/export_speed.py --adapters 8 --rank 64 --rounds 1 --widths
 
-Four adapters of rank 16 with random bfloat16 factors on all seven linear modules of Llama-3.1-8B (32 layers, hidden
-4096, intermediate 14336, k and v 1024) are written to disk once, and a recipe with random weights is made by hand.
-Then, in turns and in several rounds: reading the adapters and writing as many bytes as the export has, flushed to the
-disk; the concatenation; `--merge --rank 16`. The files are in the page cache. Peak memory is that of a process of its
-own, above what it held after the same export of one small module (on Linux).
+Four adapters of rank 16, or others, with random bfloat16 factors on all seven linear modules of Llama-3.1-8B (32
+layers, hidden 4096, intermediate 14336, k and v 1024) are written to disk once, and a recipe with random weights is
+made by hand. Then, in turns and in several rounds: reading the adapters and writing as many bytes as the concatenation
+has, flushed to the disk; the concatenation; a merge to the rank of one adapter. The files are in the page cache. Peak
+memory is that of a process of its own, above what it held after the same export of one small module (on Linux).
 
 Below that, one module of each width: `add_weighted_adapter(combination_type="svd")` of the installed PEFT on a model of
 one nn.Linear, with `svd_full_matrices` as it is by default and off, and what the export does for that module (read,
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 SHAPES = llama_layer(4096, 14336, 1024)
-ADAPTERS, RANK = 4, 16
+ADAPTERS, RANK = 4, 16  # of the comparison with PEFT, and of the exports unless told otherwise
 BASE = "random/llama-8b"
 BLOCK = 1 << 20
 
@@ -61,6 +62,8 @@ def main() -> None:
     parser = BenchmarkParser(__doc__)
     parser.add_argument("--layers", type=int, default=32, quick=1, help="of 32")
     parser.add_argument("--rounds", type=int, default=5, quick=1)
+    parser.add_argument("--adapters", type=int, default=ADAPTERS)
+    parser.add_argument("--rank", type=int, default=RANK, help="of each adapter, and of the merge")
     parser.add_argument(
         "--widths", nargs="*", type=int, default=[1024, 2048, 4096], quick=[128], help="of modules beside PEFT"
     )
@@ -70,34 +73,42 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
-        print(memory_of(Path(arguments.memory_of[0]), arguments.memory_of[1]))
+        print(memory_of(Path(arguments.memory_of[0]), arguments.memory_of[1], arguments.rank))
         return
     print(f"torch {torch.__version__}, PEFT {version('peft')}, {arguments.threads} threads, {platform.machine()}.")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        make(folder / "model", of_layers(SHAPES, arguments.layers))
-        make(folder / "small", {"model.layers.0.self_attn.q_proj": (64, 64)})
-        print_export(folder, arguments.layers, arguments.rounds)
-        print_memory(folder, arguments.threads, list(WAYS)[-1:] if arguments.quick else list(WAYS))
+        adapters, rank = arguments.adapters, arguments.rank
+        make(folder / "model", of_layers(SHAPES, arguments.layers), adapters, rank)
+        make(folder / "small", {"model.layers.0.self_attn.q_proj": (64, 64)}, adapters, rank)
+        print_export(folder, arguments.layers, rank, arguments.rounds)
+        print_memory(folder, arguments.threads, adapters, rank, WAYS[-1:] if arguments.quick else WAYS)
     if arguments.widths:
         torch.set_num_threads(1)
         print_modules(arguments.widths)
 
 
-WAYS: dict[str, dict[str, object]] = {"concatenated": {}, "--merge --rank 16": {"merge": True, "rank": RANK}}
+WAYS = ("concatenated", "merged")
 
 
-def print_export(folder: Path, layers: int, rounds: int) -> None:
+def request_of(recipe: Recipe, way: str, rank: int) -> ExportRequest:
+    return ExportRequest(recipe, merge=True, rank=rank) if way == "merged" else ExportRequest(recipe)
+
+
+def print_export(folder: Path, layers: int, rank: int, rounds: int) -> None:
     model = folder / "model"
     recipe = recipe_of(model)
     files = sorted(model.glob("a*/" + TENSOR_FILE))
     size = sum(file.stat().st_size for file in files)
     work: dict[str, Callable[[], object]] = {"read and write as many bytes": lambda: copy(files, folder / "copy", size)}
-    for way, options in WAYS.items():
-        work[way] = lambda options=options: export_adapter(ExportRequest(recipe, **options), folder / "out", force=True)  # type: ignore[misc]
+    for way in WAYS:
+        request = request_of(recipe, way, rank)
+        work[way] = lambda request=request: export_adapter(request, folder / "out", force=True)  # type: ignore[misc]
     spent = in_turns(work, rounds)
     plain = median(spent["read and write as many bytes"]).seconds
-    print(f"\n{ADAPTERS} adapters of rank {RANK}, {layers} layers, {size / 1e6:.0f} MB; medians of {rounds} rounds:\n")
+    print(
+        f"\n{len(files)} adapters of rank {rank}, {layers} layers, {size / 1e6:.0f} MB; medians of {rounds} rounds:\n"
+    )
     print("| | seconds | least | most | of the processor | times reading and writing |")
     print("|---|--:|--:|--:|--:|--:|")
     for name, found in spent.items():
@@ -122,24 +133,25 @@ def copy(files: list[Path], target: Path, size: int) -> None:
         os.fsync(out.fileno())
 
 
-def print_memory(folder: Path, threads: int, ways: list[str]) -> None:
-    largest = max(out + inner for out, inner in SHAPES.values()) * ADAPTERS * RANK
+def print_memory(folder: Path, threads: int, adapters: int, rank: int, ways: Sequence[str]) -> None:
+    largest = max(out + inner for out, inner in SHAPES.values()) * adapters * rank
     print("\nPeak memory above the interpreter; the largest module's factors, concatenated, are ", end="")
     print(f"{2 * largest / 1e6:.1f} MB in bfloat16 and {8 * largest / 1e6:.1f} MB in float64:\n")
     print("| | MB | times the factors in bfloat16 | in float64 |\n|---|--:|--:|--:|")
     for way in ways:
-        command = [sys.executable, __file__, "--threads", str(threads), "--memory-of", str(folder), way]
+        command = [sys.executable, __file__, "--threads", str(threads), "--rank", str(rank)]
+        command += ["--memory-of", str(folder), way]
         found = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(f"| {way} | {found / 1e6:.1f} | {found / (2 * largest):.1f} | {found / (8 * largest):.1f} |", flush=True)
 
 
-def memory_of(folder: Path, way: str) -> int:
+def memory_of(folder: Path, way: str, rank: int) -> int:
     """Bytes by which the peak of an export lies above what the process held, after a small one has loaded all code."""
     small, model = recipe_of(folder / "small"), recipe_of(folder / "model")
-    export_adapter(ExportRequest(small, **WAYS[way]), folder / "out", force=True)  # type: ignore[arg-type]
+    export_adapter(request_of(small, way, rank), folder / "out", force=True)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here; that of importing torch lies above it
-    export_adapter(ExportRequest(model, **WAYS[way]), folder / "out", force=True)  # type: ignore[arg-type]
+    export_adapter(request_of(model, way, rank), folder / "out", force=True)
     return resident("VmHWM") - before
 
 
@@ -161,7 +173,7 @@ def print_modules(widths: list[int]) -> None:
 def one_module(width: int) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make(folder, {"model.layers.0.self_attn.q_proj": (width, width)}, dtype=torch.float32)
+        make(folder, {"model.layers.0.self_attn.q_proj": (width, width)}, ADAPTERS, RANK, dtype=torch.float32)
         opened = [open_adapter(str(path)) for path in sorted(folder.glob("a*"))]
         ours, our_error = export_of(recipe_of(folder), opened)
         adapters = [adapter.loaded() for adapter in opened]
@@ -226,10 +238,12 @@ def peft_model(adapters: list[LoraAdapter], width: int) -> PeftModel:
     return model  # type: ignore[return-value]
 
 
-def make(folder: Path, shapes: dict[str, tuple[int, int]], dtype: torch.dtype = torch.bfloat16) -> None:
-    """Four adapters with random factors on these modules, and the table of the modules."""
-    for i in range(ADAPTERS):
-        write_adapter(folder / f"a{i}", shapes, RANK, seed=i, base_id=BASE, dtype=dtype)
+def make(
+    folder: Path, shapes: dict[str, tuple[int, int]], adapters: int, rank: int, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Adapters with random factors on these modules, and the table of the modules."""
+    for i in range(adapters):
+        write_adapter(folder / f"a{i}", shapes, rank, seed=i, base_id=BASE, dtype=dtype)
     (folder / "shapes.json").write_text(json.dumps(shapes))
 
 
@@ -238,11 +252,11 @@ def recipe_of(folder: Path) -> Recipe:
     adapters = [open_adapter(str(path)) for path in sorted(folder.glob("a*"))]
     shapes = json.loads((folder / "shapes.json").read_text())
     drawn = torch.randn(len(shapes), len(adapters), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    references = [adapter.path.name for adapter in adapters]
+    references, rank = [adapter.path.name for adapter in adapters], adapters[0].config.rank
     return Recipe(
         base=RecipeBase(BASE, None, "0" * 64),
         adapters=tuple(
-            RecipeAdapter(r, None, None, None, dict(a.sha256), RANK, 2.0 * RANK, False, "bfloat16", BASE)
+            RecipeAdapter(r, None, None, None, dict(a.sha256), rank, 2.0 * rank, False, "bfloat16", BASE)
             for r, a in zip(references, adapters, strict=True)
         ),
         data=(RecipeData("none.jsonl", "0" * 64, "text", 1.0, 1, 1, 0, (), 0, 0, None, ""),),

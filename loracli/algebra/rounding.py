@@ -8,12 +8,16 @@ The differences are taken entry by entry in float64, so nothing cancels in them,
 about a third of the work of the QR of both sides. Where the terms of such a sum cancel to less than _CANCELLED of their
 size, as with an adapter and its negative, too few digits would be left and QR takes over.
 
-A cut update stands in the exact one's own coordinates, dW = Q_B K Q_A^T from one QR of both sides:
+A concatenation's Gram matrices are taken in float32, of n rows at a time that are added up in float64. Each is off by
+at most n 2^-24 of the product of its columns' norms, and by far less where the roundings are not all to one side. An
+error that is printed to two digits and compared to three needs no more, while the terms do not cancel to less than
+_CANCELLED_32 of their size and no square leaves the range; else float64 decides.
 
-    P = Q_B^T B', B_o = B' - Q_B P,  S = A' Q_A, A_o = A' - S Q_A^T
-    |dW - B' A'|_F^2 = |K - P S|_F^2 + |P A_o|_F^2 + |B_o S|_F^2 + |B_o A_o|_F^2
+An update against another of any rank, by the Gram matrices that made the cut:
 
-whose four parts are at right angles to each other. It does not lean on the SVD that made the cut.
+    |dW' - dW|_F^2 = |dW'|_F^2 - 2 <dW', dW> + |dW|_F^2
+
+under the same rule for what cancels: a cut leaves more.
 """
 
 from __future__ import annotations
@@ -24,11 +28,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loracli.algebra.factors import Factors, concatenate, relative_error
+from loracli.algebra.factors import Factors, Grams, concatenate, relative_error
 
-_BLOCK_ROWS = 1024  # of (rows, R) in float64: small enough for the cache
+_BLOCK, _BLOCK_ROWS = 1 << 17, 1024  # entries and rows of (rows, R) in float64 at most: small enough for the cache
 # A sum of Gram products below this share of its terms is computed by QR; above it, a norm has 16 - 7 = 9 digits.
 _CANCELLED = 1e-7
+_CANCELLED_32 = 1e-2  # of float32: a norm has four digits
+_COARSE = 2.0**-13  # eps of a dtype, from which float32 has a thousandth of what rounding takes off
+_RANGE_32 = (1e-8, 1e8)  # of the largest entry of a factor: what float32 rounds off it has a square in its range
 
 
 def rounded_concatenation(
@@ -47,43 +54,47 @@ def rounded_concatenation(
     lora_A = torch.cat([part.to(dtype) for part in parts])
     exact_A = lora_A if all(torch.promote_types(part.dtype, dtype) == dtype for part in parts) else torch.cat(parts)
     del parts
-    scaled = [(w * update.scaling, update.lora_B) for w, update in zip(weights, updates, strict=True)]
-    out = scaled[0][1].shape[0]
-    lora_B = torch.empty(out, lora_A.shape[0], dtype=dtype)
-    grams = _Grams(lora_A, exact_A)
-    for rows in _blocks(out):
-        exact = torch.cat([factor * part[rows].double() for factor, part in scaled], dim=1)
+    columns = [update.lora_B for update in updates]
+    rank, out = lora_A.shape[0], columns[0].shape[0]
+    factors = torch.cat(
+        [torch.full((u.rank,), w * u.scaling, dtype=torch.float64) for w, u in zip(weights, updates, strict=True)]
+    )
+    lora_B = torch.empty(out, rank, dtype=dtype)
+    grams = _Grams(lora_A, exact_A, torch.float32)
+    for rows in _blocks(out, rank):
+        exact = torch.cat([part[rows] for part in columns], dim=1).double().mul_(factors)
         lora_B[rows] = exact
-        grams.add(lora_B[rows].double(), exact)
-    error = grams.relative_error()
-    if error is None:
-        error = relative_error(Factors(lora_A, lora_B), concatenate(updates, weights))
-    return Factors(lora_A, lora_B), error
+        grams.add(lora_B[rows], exact)
+    written, error = Factors(lora_A, lora_B), None
+    if all(_RANGE_32[0] < _largest(part) < _RANGE_32[1] for part in (lora_A, lora_B)):
+        error = grams.relative_error(_CANCELLED_32)
+    return written, rounding_error(written, concatenate(updates, weights)) if error is None else error
 
 
 def rounding_error(written: Factors, exact: Factors) -> float:
     """`relative_error` of factors that were rounded entry by entry from the exact ones; both with scaling 1."""
-    grams = _Grams(written.lora_A, exact.lora_A)
-    for rows in _blocks(exact.out_features):
-        grams.add(written.lora_B[rows].double(), exact.lora_B[rows].double())
-    error = grams.relative_error()
+    grams = _Grams(written.lora_A, exact.lora_A, torch.float64)
+    for rows in _blocks(exact.out_features, exact.rank):
+        grams.add(written.lora_B[rows], exact.lora_B[rows].double())
+    error = grams.relative_error(_CANCELLED)
     return relative_error(written, exact) if error is None else error
 
 
-def error_in_core(written: Factors, parts: tuple[Tensor, Tensor, Tensor]) -> float:
-    """`relative_error` of an update (scaling 1) of any rank against dW = Q_B K Q_A^T as `core` gives it."""
-    q_b, middle, q_a = parts
+def _largest(matrix: Tensor) -> float:
+    return max(abs(float(bound)) for bound in matrix.aminmax())  # NaN comes through
+
+
+def error_by_grams(written: Factors, exact: Factors, grams: Grams) -> float:
+    """`relative_error` of an update (scaling 1) of any rank against another without a bias, whose Gram matrices these
+    are."""
     lora_B, lora_A = written.lora_B.double(), written.lora_A.double()
-    left, right = q_b.T @ lora_B, lora_A @ q_a  # P, S
-    outside_B, outside_A = torch.addmm(lora_B, q_b, left, alpha=-1), torch.addmm(lora_A, right, q_a.T, alpha=-1)
-    gram_B, gram_A = outside_B.T @ outside_B, outside_A @ outside_A.T
-    total = (
-        (middle - left @ right).square().sum()
-        + ((left.T @ left) * gram_A).sum()
-        + (gram_B * (right @ right.T)).sum()
-        + (gram_B * gram_A).sum()
-    )
-    return _ratio(float(total), float(middle.square().sum()))
+    reference = _total(grams.columns, grams.rows, _CANCELLED)
+    mixed = exact.scaling * (exact.lora_B.double().T @ lora_B), exact.lora_A.double() @ lora_A.T  # (R, k)
+    terms = grams.columns * grams.rows, -2.0 * mixed[0] * mixed[1], (lora_B.T @ lora_B) * (lora_A @ lora_A.T)
+    difference = _sum_of(torch.cat([part.flatten() for part in terms]), _CANCELLED)
+    if difference is None or reference is None:
+        return relative_error(written, exact)
+    return _ratio(difference, reference)
 
 
 class _Grams:
@@ -92,45 +103,53 @@ class _Grams:
     Args:
         written: A' (R, in) as it is written.
         exact: A (R, in); the same object where nothing is rounded.
+        precision: of the products in a block.
     """
 
-    def __init__(self, written: Tensor, exact: Tensor) -> None:
+    def __init__(self, written: Tensor, exact: Tensor, precision: torch.dtype) -> None:
         rank, inner = exact.shape
-        self._rounded_A = written is not exact
+        self._rounded_A, self._precision = written is not exact, precision
+        # What rounding to 16 bits takes off is told by float32, what rounding to float32 takes off is not.
+        self._apart = torch.float64 if torch.finfo(written.dtype).eps < _COARSE else precision
         size = 2 * rank if self._rounded_A else rank
         self._right = torch.zeros(size, size, dtype=torch.float64)  # of [A; E_A]
         self._left = torch.zeros(size, size, dtype=torch.float64)  # of [E_B, B']
         self._exact = torch.zeros(rank, rank, dtype=torch.float64)  # of B
-        for columns in _blocks(inner):
-            part = exact[:, columns].double()
+        for columns in _blocks(inner, rank):
+            part = exact[:, columns].to(precision)
             if self._rounded_A:
-                part = torch.cat([part, written[:, columns].double() - part])
-            self._right.addmm_(part, part.T)
+                rounding = written[:, columns].to(self._apart) - exact[:, columns].to(self._apart)
+                part = torch.cat([part, rounding.to(precision)])
+            self._right += part @ part.T
 
     def add(self, written: Tensor, exact: Tensor) -> None:
-        """A block of rows of B' and B, (rows, R) in float64."""
-        part = written - exact
+        """A block of rows of B', and of B in float64, (rows, R)."""
+        precise = exact.to(self._precision)
+        part = torch.sub(written, precise if self._apart == self._precision else exact).to(self._precision)
         if self._rounded_A:
-            part = torch.cat([part, written], dim=1)
-        self._left.addmm_(part.T, part)
-        self._exact.addmm_(exact.T, exact)
+            part = torch.cat([part, written.to(self._precision)], dim=1)
+        self._left += part.T @ part
+        self._exact += precise.T @ precise
 
-    def relative_error(self) -> float | None:
-        """None where too much cancels."""
+    def relative_error(self, cancelled: float) -> float | None:
+        """None where less than this share of the terms is left."""
         rank = self._exact.shape[0]
-        difference = _total(self._left, self._right)
-        reference = _total(self._exact, self._right[:rank, :rank])
+        difference = _total(self._left, self._right, cancelled)
+        reference = _total(self._exact, self._right[:rank, :rank], cancelled)
         if difference is None or reference is None:
             return None
         return _ratio(difference, reference)
 
 
-def _total(left: Tensor, right: Tensor) -> float | None:
-    terms = left * right
+def _total(left: Tensor, right: Tensor, cancelled: float) -> float | None:
+    return _sum_of(left * right, cancelled)
+
+
+def _sum_of(terms: Tensor, cancelled: float) -> float | None:
     total, size = float(terms.sum()), float(terms.abs().sum())
     if not math.isfinite(size):  # overflow in the output's dtype, which the caller refuses
         return math.inf
-    return total if size == 0.0 or total > _CANCELLED * size else None
+    return total if size == 0.0 or total > cancelled * size else None
 
 
 def _ratio(difference: float, reference: float) -> float:
@@ -139,5 +158,6 @@ def _ratio(difference: float, reference: float) -> float:
     return math.sqrt(max(difference, 0.0) / reference)
 
 
-def _blocks(length: int) -> list[slice]:
-    return [slice(start, min(start + _BLOCK_ROWS, length)) for start in range(0, length, _BLOCK_ROWS)]
+def _blocks(length: int, rank: int) -> list[slice]:
+    rows = min(max(_BLOCK // rank, 1), _BLOCK_ROWS)
+    return [slice(start, min(start + rows, length)) for start in range(0, length, rows)]

@@ -7,6 +7,14 @@ The best approximation of an update at a lower rank, from its factors.
 By Eckart and Young, B' A' is the closest matrix of rank k to dW in the Frobenius norm, the same as from the SVD of the
 dense (out, in) matrix, which is never formed. A bias is not cut.
 
+Without a QR of all R columns, where what is cut off is not next to nothing:
+
+    A A^T = L L^T,  L^T (s^2 B^T B) L = Y S^2 Y^T  (R x R),  Q = orth(s B L Y_k),  B' A' = Q (Q^T dW)
+
+Squaring loses half of the digits of Y, but a subspace that is off by an angle of t keeps only t^2 less of the energy,
+and what Q keeps is computed from dW itself. The squares S^2, off by about R eps |A A^T|_F |s^2 B^T B|_F at most, tell
+how much the best Q would keep: where the two differ, or too much is cancelled to tell, the QR decides.
+
 By what it does to the activations x that occur, E|(dW - B' A') x|^2, the best rank k needs of them only G = E[z z^T]
 (R, R), z = A x:
 
@@ -48,13 +56,14 @@ In place of all n eigenvectors, which cost as much for one as for all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loracli.algebra.factors import Factors, core, norm, svd_of_core
+from loracli.algebra.factors import Factors, Grams, core, norm, svd_of_core
 
 _DAMPING = 1e-4
 
@@ -72,13 +81,22 @@ class Truncation:
     kept_energy: float
 
 
-def truncate(factors: Factors, rank: int) -> Truncation:
-    """The closest update of rank at most `rank`; the result has rank min(rank, r, in, out)."""
-    return truncate_core(core(factors), rank, factors.delta_bias())
+def truncate(factors: Factors, rank: int, grams: Grams | None = None) -> Truncation:
+    """The closest update of rank at most `rank`; the result has rank min(rank, r, in, out).
+
+    Args:
+        factors: dW.
+        rank: k.
+        grams: of `factors`, None to compute them.
+    """
+    found = None
+    if rank < min(factors.rank, factors.in_features, factors.out_features):
+        found = _truncated_by_grams(factors, rank, grams or Grams.of(factors))
+    return found or _truncated(core(factors), rank, factors.delta_bias())
 
 
-def truncate_core(parts: tuple[Tensor, Tensor, Tensor], rank: int, bias: Tensor | None = None) -> Truncation:
-    """`truncate` of dW = Q_B K Q_A^T as `core` gives it, with the bias beside it."""
+def _truncated(parts: tuple[Tensor, Tensor, Tensor], rank: int, bias: Tensor | None) -> Truncation:
+    """`truncate` of dW = Q_B K Q_A^T as `core` gives it."""
     left, singular, right = svd_of_core(*parts)
     k = min(rank, singular.numel())
     root = singular[:k].sqrt()
@@ -87,6 +105,38 @@ def truncate_core(parts: tuple[Tensor, Tensor, Tensor], rank: int, bias: Tensor 
     total = float(singular.square().sum())
     kept = float(singular[:k].square().sum()) / total if total > 0 else 1.0
     return Truncation(Factors(lora_A, lora_B, bias=bias), kept)
+
+
+_DIGITS = 1e-6  # relative, of the squared error of a cut that was found by squares
+
+
+def _truncated_by_grams(factors: Factors, rank: int, grams: Grams) -> Truncation | None:
+    """`truncate`, None where Gram matrices do not tell that it is the best to _DIGITS of its squared error."""
+    eps = torch.finfo(torch.float64).eps
+    noise = factors.rank * eps * float(grams.rows.norm() * grams.columns.norm())
+    if not math.isfinite(noise):
+        return None
+    root = _symmetric_root(grams.rows)
+    squares, inner = torch.linalg.eigh(root @ grams.columns @ root)  # ascending
+    best, lost = float(squares[-rank:].sum()), float(squares[:-rank].sum())
+    if not lost * _DIGITS > noise:
+        return None
+    lora_B = factors.lora_B.double()
+    basis = torch.linalg.qr(lora_B @ (root @ inner[:, -rank:])).Q
+    projected = factors.scaling * (basis.T @ lora_B) @ factors.lora_A.double()  # (k, in): Q^T dW
+    q_a, r_a = torch.linalg.qr(projected.T)
+    kept = float(r_a.square().sum())
+    if best - kept > lost * _DIGITS:
+        return None
+    cut = _truncated((basis, r_a.T, q_a), rank, factors.delta_bias())
+    return Truncation(cut.factors, min(kept / (best + lost), 1.0))
+
+
+def _symmetric_root(matrix: Tensor, shift: float = 0.0) -> Tensor:
+    """(G + d I)^1/2 of a matrix that is positive semidefinite to rounding."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    root: Tensor = (vectors * (values.clamp(min=0.0) + shift).sqrt()) @ vectors.T
+    return root
 
 
 def truncate_for(factors: Factors, rank: int, moment: Tensor) -> Truncation:
@@ -135,9 +185,7 @@ def _root(moment: Tensor) -> Tensor | None:
     damping = _DAMPING * float(moment.diagonal().mean())
     if damping == 0.0:
         return None
-    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
-    root: Tensor = (vectors * (values.clamp(min=0.0) + damping).sqrt()) @ vectors.T
-    return root
+    return _symmetric_root(moment, damping)
 
 
 _NEGLIGIBLE = 1e-12  # share of the largest singular value: below, a direction is rounding

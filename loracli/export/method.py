@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.claims import agreed_task, check_language_models, checked_task, say_other_bases
 from loracli.adapters.compatible import check_composable, check_distinct
@@ -51,6 +53,7 @@ from loracli.progress import SILENT, WORK, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
 from loracli.recipe.record import EDITED, MAX_ADAPTERS, other_bases_of
+from loracli.system.machine import in_order
 
 
 def read_to_compose(
@@ -73,7 +76,10 @@ def read_to_compose(
         raise UsageError("nothing to export", hint="give a RECIPE, or --adapters")
     if len(adapters) > MAX_ADAPTERS:
         raise UsageError(f"{len(adapters)} adapters are given, and a record holds at most {MAX_ADAPTERS}")
-    read = tuple(open_adapter(fetch_adapter(reference, progress=progress), progress=progress) for reference in adapters)
+    fetched = (fetch_adapter(reference, progress=progress) for reference in adapters)
+    read = tuple(in_order(open_adapter, fetched, workers=torch.get_num_threads()))
+    for warning in (warning for adapter in read for warning in adapter.warnings):
+        progress.warn(warning)
     check_distinct(read, [adapter.reference for adapter in read], progress)
     warn_of_open_orders(read, progress)
     check_composable(read, base_given=base_given)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loracli.algebra.factors import Factors, core, relative_error
-from loracli.algebra.rounding import error_in_core, rounded_concatenation, rounding_error
-from loracli.algebra.truncate import Truncation, truncate, truncate_core, truncate_for
+from loracli.algebra.factors import Factors, Grams, relative_error
+from loracli.algebra.rounding import error_by_grams, rounded_concatenation, rounding_error
+from loracli.algebra.truncate import Truncation, truncate, truncate_for
 from loracli.composition.card import ModuleCertificate
 from loracli.composition.composition import Composition
 from loracli.errors import UsageError
@@ -77,8 +77,8 @@ def cut_module(composition: Composition, name: str, rank: int, moment: Tensor | 
     return _cut(composition.compose(name).factors, rank, moment)
 
 
-def _cut(exact: Factors, rank: int, moment: Tensor | None) -> Truncation:
-    return truncate(exact, rank) if moment is None else truncate_for(exact, rank, moment)
+def _cut(exact: Factors, rank: int, moment: Tensor | None, grams: Grams | None = None) -> Truncation:
+    return truncate(exact, rank, grams) if moment is None else truncate_for(exact, rank, moment)
 
 
 def _refitted(
@@ -106,16 +106,10 @@ def _composed(
     if rank is None or min(rank, exact.in_features, exact.out_features) >= exact.rank:
         written, kept = exact.to(dtype), share
         error = rounding_error(written, exact) if exact.bias is None else relative_error(written, exact)
-    elif exact.bias is not None:
-        truncation = _cut(exact, rank, moment)
-        written, kept = truncation.factors.to(dtype), share * truncation.kept_energy
-        error = relative_error(written, exact)
     else:
-        parts = core(exact)
-        cut = None if moment is None else truncate_for(exact, rank, moment)
-        del exact  # as large as what comes next
-        truncation = cut or truncate_core(parts, rank)
+        grams = Grams.of(exact)
+        truncation = _cut(exact, rank, moment, grams)
         written, kept = truncation.factors.to(dtype), share * truncation.kept_energy
-        error = error_in_core(written, parts)
+        error = error_by_grams(written, exact, grams) if exact.bias is None else relative_error(written, exact)
     # What the method itself cut off is at right angles to what it kept.
     return written, math.sqrt(1 - share + share * error**2), kept

@@ -69,8 +69,7 @@ def write(
         return module_export(composition, name, plan.dtype, rank=cut, moment=moment, refit=core)
 
     path = folder / plan.layout.tensor_file
-    modules = _write_tensors(path, plan, composition, made, progress, workers)
-    certificate = Certificate(modules, _read_back(path, plan))
+    certificate = _write_tensors(path, plan, composition, made, progress, workers)
     hashes = {plan.layout.tensor_file: certificate.sha256}
     if plan.llama_cpp is not None:
         hashes[GGUF_FILE] = write_gguf(folder / GGUF_FILE, plan.llama_cpp, plan.gguf, path, plan.places)
@@ -107,7 +106,7 @@ def write(
         "certificate": {
             "sha256": hashes,
             "largest_relative_error": certificate.largest_error,
-            "modules": [dataclasses.asdict(module) for module in modules],
+            "modules": [dataclasses.asdict(module) for module in certificate.modules],
         },
         "text_sha256": {name: sha256(data).hexdigest() for name, data in texts.items()},
     }
@@ -123,9 +122,10 @@ def _write_tensors(
     made: Callable[[str], ModuleExport],
     progress: Progress,
     workers: int,
-) -> tuple[ModuleCertificate, ...]:
-    """Writes the tensor file, one module in memory after the other; returns their certificates."""
+) -> Certificate:
+    """Writes the tensor file, one module in memory after the other, and reads it back while it goes to the disk."""
     certificates: list[ModuleCertificate] = []
+    hashes: list[str] = []
     factors: dict[str, Factors] = {}  # of the module being written
     order = dict.fromkeys(plan.places[name].module for name in sorted(plan.places))  # that tensors are asked for in
     work = in_order(lambda module: _module(plan, module, made), order, workers=workers)
@@ -141,8 +141,8 @@ def _write_tensors(
             progress.advance(TASK, sum(update.name not in plan.held for update in updates))
         return place.tensor_of(factors[place.module])
 
-    write_tensors(path, plan.shapes, plan.dtype, tensor)
-    return tuple(certificates)
+    write_tensors(path, plan.shapes, plan.dtype, tensor, meanwhile=lambda: hashes.append(_read_back(path, plan)))
+    return Certificate(tuple(certificates), *hashes)
 
 
 def _module(
@@ -170,11 +170,9 @@ def _saved_parameter(plan: ExportPlan, composition: Composition, path: str) -> T
 
 
 def _read_back(path: Path, plan: ExportPlan) -> str:
-    """The sha256 of the file, after the safetensors library has read every tensor of it in the planned shape."""
+    """The sha256 of the file, after all of it has been read: finite tensors of the planned shapes."""
     file = open_tensor_file(path, any_shape=lambda name: len(plan.shapes.get(name, ())) != 2)
-    with file.reader() as reader:
-        found = {name: tuple(reader.read(name).shape) for name in file.shapes}
-    if found != plan.shapes:
+    if file.shapes != plan.shapes:
         raise IntegrityError(f"{path.name} reads back with other shapes than were written")
     return file.sha256
 

@@ -59,6 +59,7 @@ from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
 from loracli.system.escaping import markdown_code
 from loracli.system.files import flush_directory, holds, write_file
+from loracli.system.machine import one_thread_each
 from loracli.system.tensor_file import FLOATS
 
 
@@ -144,6 +145,7 @@ def _code(names: Sequence[str]) -> str:
 
 _FUSE_SCHEMA = 1
 _TASK = "fuse"
+_MOST_WORKERS = 4  # blocks that are folded at once
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,11 @@ def fuse_model(
     fusion = _Fusion(composition, planned, chosen, quantisation, output, progress)
     if dry_run:
         return fusion.result()
-    with open_workplace(output, fusion.identity(), force=force, resume=resume, progress=progress) as place:
-        return fusion.write(place)
+    with (
+        open_workplace(output, fusion.identity(), force=force, resume=resume, progress=progress) as place,
+        one_thread_each() as threads,
+    ):
+        return fusion.write(place, workers=min(threads, _MOST_WORKERS))
 
 
 def _quantisation_of(folder: Path) -> Quantisation:
@@ -302,7 +307,7 @@ class _Fusion:
             "torch": torch.__version__,
         }
 
-    def write(self, place: Workplace) -> Fused:
+    def write(self, place: Workplace, *, workers: int) -> Fused:
         if place.done():
             place.drop()
             return self.result(resumed=len(self._plan.shards))
@@ -326,6 +331,7 @@ class _Fusion:
                 self._fold_of,
                 lambda quantised: quantised.decoder(self._checkpoint),
                 lambda size: self._progress.advance(_TASK, size),
+                workers=workers,
             )
             partial.rename(path)
             place.finish(shard.name, finished[shard.name])

@@ -24,7 +24,7 @@ a part of an expert         rows of W_e       as Linear         left = rows of B
 One file of weights, from the base to the result, in blocks: read, folded, written and hashed at the same time.
 
     reader thread   pread of the base's file in order, and its sha256
-    this thread     W + dW where there is an update
+    workers         W + dW where there is an update, a block each
     writer thread   the result's bytes to the disk, and their sha256
 
 At most three blocks wait between two of them, so memory does not grow with the tensors.
@@ -35,6 +35,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,10 @@ from loracli.fusing.quantised import Decoder, Quantised
 from loracli.model.checkpoint import Shard, StoredTensor, read_bytes
 from loracli.system.document import dtype_name
 from loracli.system.files import open_regular
+from loracli.system.machine import in_order
 from loracli.system.tensor_file import FLOATS
 
-BLOCK_BYTES = 8 << 20  # of a tensor's rows that are worked on at a time
+BLOCK_BYTES = 2 << 20  # of a tensor's rows that are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ def _sides(update: Factors, tensor: FusedTensor) -> tuple[Tensor, Tensor]:
 
 
 _WAITING = 3
+_FLUSH_BYTES = 64 << 20  # that are written before they are sent to the disk
 WIDENED = 16  # at most, from bytes that are stored to a number in float64
 
 FoldOf = Callable[[FusedTensor], Fold | Replacement | None]
@@ -203,7 +206,14 @@ class _Block:
 
 
 def write_shard(
-    base: Shard, shard: FusedShard, path: Path, fold_of: FoldOf, decoder_of: DecoderOf, told: Callable[[int], object]
+    base: Shard,
+    shard: FusedShard,
+    path: Path,
+    fold_of: FoldOf,
+    decoder_of: DecoderOf,
+    told: Callable[[int], object],
+    *,
+    workers: int,
 ) -> Hashes:
     """Writes a new file and flushes it to the disk.
 
@@ -214,21 +224,40 @@ def write_shard(
         fold_of: the update of a tensor in the layout of its weight, or what replaces it; asked for once each, in order.
         decoder_of: what computes a quantised tensor, likewise.
         told: the bytes that are done, now and then.
+        workers: blocks that are folded at once.
     """
     with open_regular(base.path) as source, _created(path) as output:
         digest = hashlib.sha256(base.header)
         with _reader(source.fileno(), _blocks(shard), digest) as blocks, _writer(output) as writer:
             writer.put(torch.frombuffer(bytearray(shard.header), dtype=torch.uint8))
-            current, fold, decode = None, None, None
-            for block, data in blocks:
-                if block.tensor is None:
-                    continue
-                if block.tensor is not current:
-                    current, fold = block.tensor, fold_of(block.tensor)
-                    decode = None if current.quantised is None else decoder_of(current.quantised)
-                writer.put(_transformed(block.tensor, block.start, data, fold, decode))
-                told(block.size)
+            work = _with_updates(blocks, fold_of, decoder_of)
+            for size, result in in_order(lambda one: (one.data.numel(), _transformed(one)), work, workers=workers):
+                writer.put(result)
+                told(size)
         return Hashes(digest.hexdigest(), writer.sha256())
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The bytes of a block, and what becomes of them."""
+
+    tensor: FusedTensor
+    start: int
+    data: Tensor
+    fold: Fold | Replacement | None
+    decode: Decoder | None
+
+
+def _with_updates(blocks: Iterator[tuple[_Block, Tensor]], fold_of: FoldOf, decoder_of: DecoderOf) -> Iterator[_Work]:
+    """The blocks of tensors, each with the update of its tensor."""
+    current, fold, decode = None, None, None
+    for block, data in blocks:
+        if block.tensor is None:
+            continue
+        if block.tensor is not current:
+            current, fold = block.tensor, fold_of(block.tensor)
+            decode = None if current.quantised is None else decoder_of(current.quantised)
+        yield _Work(current, block.start, data, fold, decode)
 
 
 def _blocks(shard: FusedShard) -> Iterator[_Block]:
@@ -249,20 +278,19 @@ def _blocks(shard: FusedShard) -> Iterator[_Block]:
             yield _Block(tensor, offset // whole, source.begin + offset, min(size, source.size - offset))
 
 
-def _transformed(
-    tensor: FusedTensor, start: int, data: Tensor, fold: Fold | Replacement | None, decode: Decoder | None
-) -> Tensor:
+def _transformed(work: _Work) -> Tensor:
+    tensor, start, data = work.tensor, work.start, work.data
     if not tensor.changed:
         return data
-    if isinstance(fold, Replacement):
-        return replaced_rows(tensor, start, data.numel(), fold.values).contiguous().flatten().view(torch.uint8)
-    if decode is not None:
-        weight = decode(data, start)
+    if isinstance(work.fold, Replacement):
+        return replaced_rows(tensor, start, data.numel(), work.fold.values).contiguous().flatten().view(torch.uint8)
+    if work.decode is not None:
+        weight = work.decode(data, start)
     else:
         weight = data.view(FLOATS[tensor.source.dtype])
         if tensor.source.shape:
             weight = weight.view(-1, *tensor.source.shape[1:])
-    return _fold_rows(tensor.name, weight, start, fold, FLOATS[tensor.dtype]).flatten().view(torch.uint8)
+    return _fold_rows(tensor.name, weight, start, work.fold, FLOATS[tensor.dtype]).flatten().view(torch.uint8)
 
 
 def replaced_rows(tensor: FusedTensor, start: int, size: int, values: Tensor) -> Tensor:
@@ -310,13 +338,17 @@ def _reader(descriptor: int, blocks: Iterator[_Block], digest: Any) -> Iterator[
 
 
 class _Writer:
-    """Takes the bytes of a file and writes and hashes them in a thread of its own."""
+    """Takes the bytes of a file and writes and hashes them in a thread of its own; a second one sends them to the disk
+    meanwhile, so that not all are left for the end."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._digest = hashlib.sha256()
         self._queue: Queue[Tensor | None] = Queue(_WAITING)
         self._error: BaseException | None = None
+        self._pool = ThreadPoolExecutor(1)
+        self._flush: Future[None] | None = None
+        self._unflushed = 0
         self._thread = Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -326,10 +358,16 @@ class _Writer:
         self._queue.put(data)
 
     def finish(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        self.stop()
+        if self._error is None and self._flush is not None:
+            self._flush.result()
         if self._error is not None:
             raise self._error
+
+    def stop(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        self._pool.shutdown()
 
     def sha256(self) -> str:
         return self._digest.hexdigest()
@@ -343,8 +381,18 @@ class _Writer:
                 self._digest.update(view)
                 while view:
                     view = view[os.write(self._descriptor, view) :]
+                self._send_on(data.numel())
             except BaseException as error:
                 self._error = error
+
+    def _send_on(self, size: int) -> None:
+        """Begins to flush what was written, unless that is little or the last flush is not done."""
+        self._unflushed += size
+        if self._unflushed < _FLUSH_BYTES or (self._flush is not None and not self._flush.done()):
+            return
+        if self._flush is not None:
+            self._flush.result()  # its error, which the kernel tells once
+        self._flush, self._unflushed = self._pool.submit(os.fsync, self._descriptor), 0
 
 
 @contextmanager
@@ -353,8 +401,7 @@ def _writer(descriptor: int) -> Iterator[_Writer]:
     try:
         yield writer
     except BaseException:
-        writer._queue.put(None)
-        writer._thread.join()
+        writer.stop()
         raise
     writer.finish()
 

@@ -21,6 +21,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -291,6 +292,7 @@ def write_tensors(
     tensor: Callable[[str], Tensor],
     *,
     metadata: Mapping[str, str] = _PEFT_METADATA,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> None:
     """Writes a new file, one tensor at a time, and flushes it to the disk.
 
@@ -300,13 +302,17 @@ def write_tensors(
         dtype: of all of them.
         tensor: gives the tensor of a name, in `dtype`; asked for once each, in sorted order.
         metadata: the header's `__metadata__`.
+        meanwhile: is called in a thread of its own once all is written, while it goes to the disk.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     with open(descriptor, "wb") as file:
         for part in file_parts(shapes, dtype, tensor, metadata=metadata):
             file.write(part)
         file.flush()
-        os.fsync(file.fileno())
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(meanwhile)
+            os.fsync(file.fileno())
+        done.result()
 
 
 def file_parts(

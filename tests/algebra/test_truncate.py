@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from loracli.algebra.factors import Factors
-from loracli.algebra.truncate import truncate, truncate_for
+from loracli.algebra.factors import Factors, Grams
+from loracli.algebra.rounding import error_by_grams
+from loracli.algebra.truncate import _truncated_by_grams, truncate, truncate_for
 from tests.algebra.test_factors import random_factors
 
 
@@ -20,6 +21,59 @@ def test_truncation_is_the_best_approximation_of_the_dense_update(rank: int, sha
     torch.testing.assert_close(result.factors.delta_weight(), best, rtol=1e-6, atol=1e-9)
     assert result.factors.rank == rank
     assert math.isclose(result.kept_energy, float((s[:rank] ** 2).sum() / (s**2).sum()), rel_tol=1e-9)
+
+
+def wide_stack(name: str) -> Factors:
+    """Six updates of rank 16 beside each other, R = 96, as some real ones lie."""
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rows, columns = drawn(96, 140), drawn(120, 96)
+    if name == "one lora_A":
+        rows = rows[:16].repeat(6, 1)
+    elif name == "scales far apart":
+        rows[:16] *= 1e6
+        columns[:, 16:32] *= 1e6
+        columns[:, :16] *= 1e-6
+    elif name == "falls fast":
+        columns *= torch.logspace(0, -9, 96, dtype=torch.float64)
+    elif name == "twice the same":
+        rows[48:], columns[:, 48:] = rows[:48], columns[:, :48]
+    elif name == CANCELLED:
+        rows[48:], columns[:, 48:] = rows[:48], -columns[:, :48] * (1 + 1e-6)
+    return Factors(rows, columns, 0.7)
+
+
+CANCELLED = "an adapter and nearly its negative"
+
+
+@pytest.mark.parametrize("rank", [4, 16, 47])
+@pytest.mark.parametrize(
+    "name", ["random", "one lora_A", "scales far apart", "falls fast", "twice the same", CANCELLED]
+)
+def test_a_cut_of_many_adapters_has_the_least_error_there_is(name: str, rank: int) -> None:
+    factors = wide_stack(name)
+    exact = factors.delta_weight()
+    squares = torch.linalg.svdvals(exact).square()
+    least = math.sqrt(float(squares[rank:].sum() / squares.sum()))
+    result = truncate(factors, rank)
+    error = float((result.factors.delta_weight() - exact).norm() / exact.norm())
+    rounding = 1e-7 if name == CANCELLED else 1e-13  # digits that are cancelled within dW itself
+    assert math.isclose(error, least, rel_tol=1e-6, abs_tol=rounding)
+    assert math.isclose(result.kept_energy, 1 - least**2, abs_tol=1e-9)
+    again = error_by_grams(result.factors, factors, Grams.of(factors))
+    assert math.isclose(again, error, rel_tol=1e-6, abs_tol=rounding)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "by_squares"),
+    [("random", 47, True), ("falls fast", 16, True), ("falls fast", 60, False), ("one lora_A", 16, False)],
+)
+def test_squares_are_trusted_only_where_what_is_cut_off_stands_out(name: str, rank: int, by_squares: bool) -> None:
+    factors = wide_stack(name)
+    assert (_truncated_by_grams(factors, rank, Grams.of(factors)) is not None) == by_squares
 
 
 def test_both_sides_carry_the_same_norms() -> None:
