@@ -159,8 +159,8 @@ def load_base(
 
     placement = _placement_options(device, device_map, shard)
     plan = plan_base(reference, dtype=dtype, device=device)
-    if plan.dtype == torch.float64:  # which transformers' fast products for experts refuse
-        placement = {**placement, "experts_implementation": "eager"}
+    # transformers' fast products for experts refuse float64.
+    experts = {"experts_implementation": "eager"} if plan.dtype == torch.float64 else {}
     shard_names(reference.path)
     progress.begin("load base model", None, "B")
     try:
@@ -172,6 +172,7 @@ def load_base(
                 dtype=plan.dtype,
                 use_safetensors=True,
                 output_loading_info=True,
+                **experts,
                 **placement,
                 **_OFFLINE,
             )

@@ -17,6 +17,7 @@ from loracli.calibration.records import parse_sources, read_records
 from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import make_layout, make_mixing
+from loracli.model.base import load_base
 from loracli.model.placement import Placement
 from loracli.model.reference import find_base
 from loracli.model.session import Opening, open_session
@@ -172,3 +173,9 @@ def test_a_module_more_launches_few_kernels(made: Made, seen: Seen, tmp_path: Pa
         for second in (made.adapters[1], more)
     )
     assert many - few <= 15, seen.launches
+
+
+def test_a_base_in_float64_is_on_the_device(made: Made, seen: Seen) -> None:
+    adapters = [read_adapter(str(path)) for path in made.adapters]
+    base = load_base(find_base(adapters, str(made.base)), dtype="float64", device="gpu")
+    assert {(p.device.type, p.dtype) for p in base.model.parameters()} == {("gpu", torch.float64)}
