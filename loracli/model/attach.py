@@ -191,7 +191,8 @@ class AttachedModel:
         """
         if not bool((self._scaling == 1).all()):
             raise ValueError("mixing matrices need factors in the canonical basis")
-        self.cores = tuple(matrix.to(self.device, self.precision) for matrix in matrices)
+        # Cast first, so that the gradient is widened on the CPU: MPS has no float64.
+        self.cores = tuple(matrix.to(self.precision).to(self.device) for matrix in matrices)
 
     def set_factors(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Takes L pairs of lora_A (R, in) and lora_B (out, R) in the place of the adapters' own, scaling 1; of experts

@@ -263,13 +263,26 @@ def _resolve_device(asked: str) -> str:
     return asked
 
 
+def _has_float64(device: str) -> bool:
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except TypeError:  # MPS
+        return False
+    return True
+
+
 def _resolve_dtype(asked: str, own: object, device: str) -> torch.dtype:
     if asked != "auto":
         if asked not in DTYPES:
             raise UsageError(f"--dtype {asked} is not one of auto, {', '.join(DTYPES)}")
+        if asked == "float64" and not _has_float64(device):
+            raise UsageError(f"--device {device} has no float64", hint="give --dtype float32, or --device cpu")
         return DTYPES[asked]
     dtype = own if isinstance(own, torch.dtype) else torch.float32
-    fast = device != "cpu" or dtype == torch.float64 or (dtype == torch.bfloat16 and _cpu_has_bfloat16())
+    if dtype == torch.float64:
+        fast = _has_float64(device)
+    else:
+        fast = device != "cpu" or (dtype == torch.bfloat16 and _cpu_has_bfloat16())
     return dtype if fast else torch.float32
 
 

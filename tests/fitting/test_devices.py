@@ -179,3 +179,22 @@ def test_a_base_in_float64_is_on_the_device(made: Made, seen: Seen) -> None:
     adapters = [read_adapter(str(path)) for path in made.adapters]
     base = load_base(find_base(adapters, str(made.base)), dtype="float64", device="gpu")
     assert {(p.device.type, p.dtype) for p in base.model.parameters()} == {("gpu", torch.float64)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_device_without_float64_gives_the_gradient_of_the_cpu(made: Made, kind: MixingKind) -> None:
+    with simulated(refuses_float64=True):
+        found = gradient_on(made, "gpu", kind)
+    torch.testing.assert_close(found, gradient_on(made, "cpu", kind), rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_fit_needs_no_float64_on_the_device(made: Made, tmp_path: Path) -> None:
+    with simulated(refuses_float64=True):
+        assert made.fit(tmp_path / "a.json", "gpu", "--mixing", "module")["fit"]["certificate"]
+
+
+def test_float64_is_refused_at_once_where_there_is_none(made: Made, tmp_path: Path) -> None:
+    with simulated(refuses_float64=True):
+        result = run("fit", *made.words, "-o", str(tmp_path / "a.json"), "--device", "gpu", "--dtype", "float64")
+    assert result.exit_code == 2
+    assert "error: --device gpu has no float64\nhint: give --dtype float32, or --device cpu" in result.stderr
