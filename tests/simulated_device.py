@@ -212,6 +212,9 @@ class _Backend(getattr(backend_registration, "_DummyBackendModule", object)):  #
     def device_count(self) -> int:
         return 2
 
+    def empty_cache(self) -> None:
+        _seen.launches.append("empty_cache")
+
 
 _KERNELS = torch.library.Library("aten", "IMPL")  # as long as the process
 

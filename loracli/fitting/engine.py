@@ -25,7 +25,7 @@ from loracli.fitting.journal import Entry, Journal, Meter
 from loracli.fitting.mixing import Applied, Mixing
 from loracli.fitting.processes import ALONE, Processes
 from loracli.model.loss import Objective, Scores, gradient_of
-from loracli.model.placement import ran_out_of_memory
+from loracli.model.placement import free_cached_memory, ran_out_of_memory
 from loracli.progress import SILENT, Progress
 
 _UNDER_WAY = "a sum that is not at its end"  # the key of the one that a fit is in
@@ -290,6 +290,7 @@ class Engine:
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error) or len(batch.indices) == 1:
                 raise
+        free_cached_memory(self.objective.attached.device)
         half = batch.first_records(len(batch.indices) // 2)
         return self.seconds(mixing, theta, half) * batch.tokens / half.tokens
 
@@ -434,6 +435,7 @@ class Engine:
                 if not ran_out_of_memory(error):
                     raise
             # Out of the except clause, so that nothing of the attempt is held.
+            free_cached_memory(self.objective.attached.device)
             if len(batch.indices) == 1:
                 raise OutOfResources(
                     f"memory ran out on {examples[batch.indices[0]].place}, a record of {batch.tokens} tokens",

@@ -17,6 +17,15 @@ def ran_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or says_memory_ran_out(error)
 
 
+def free_cached_memory(device: torch.device) -> None:
+    """Gives back what torch keeps of a device for later: in pieces of other sizes it may be of no use to a smaller
+    micro-batch."""
+    if device.type != "cpu":
+        empty_cache = getattr(torch.get_device_module(device), "empty_cache", None)
+        if empty_cache is not None:
+            empty_cache()
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that can be run again, in order: the outermost ones of the class that transformers gives them; none
     for the few models that do without it."""

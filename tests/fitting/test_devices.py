@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,20 @@ import pytest
 import torch
 
 from loracli.adapters.adapter import read_adapter
+from loracli.calibration.dataset import Batch
 from loracli.calibration.records import parse_sources, read_records
+from loracli.calibration.render import Example
+from loracli.fitting.certificate import RecordGradients, _record_gradients
 from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
-from loracli.fitting.mixing import make_layout, make_mixing
+from loracli.fitting.mixing import DiagonalMixing, Mixing, make_layout, make_mixing
 from loracli.model.base import load_base
+from loracli.model.loss import Objective
 from loracli.model.placement import Placement
 from loracli.model.reference import find_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT
-from loracli.recipe.record import MixingKind
+from loracli.recipe.record import INLINE_KINDS, MixingKind
 from tests.cli.project import run
 from tests.simulated_device import NO_FLOAT64, Seen, simulated
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl
@@ -68,35 +72,51 @@ def seen() -> Iterator[Seen]:
         yield seen
 
 
+@dataclass(frozen=True)
+class Rig:
+    """Adapters attached, and a point where two of them weigh differently."""
+
+    objective: Objective
+    mixing: Mixing
+    examples: Sequence[Example]
+    batches: Sequence[Batch]
+
+    @property
+    def theta(self) -> torch.Tensor:
+        return self.mixing.constant([0.7, -0.4]).to(self.mixing.dtype)
+
+    def gradient(self) -> torch.Tensor:
+        """(1 + P,): nats of all records and their gradient."""
+        engine = Engine(self.objective, Meter(SILENT))
+        nats, gradient = engine.total(self.mixing, self.theta, self.batches, self.examples)
+        return torch.cat([torch.tensor([nats]).double(), gradient.cpu().double()])
+
+
 @contextmanager
-def gradients(
-    paths: Sequence[Path], made: Made, kind: MixingKind, placement: Placement
-) -> Iterator[Callable[[], tuple[float, torch.Tensor]]]:
-    """What gives the nats of the records and their gradient, at a point where two adapters weigh differently."""
-    adapters = tuple(read_adapter(str(path)) for path in paths)
+def rig(made: Made, kind: MixingKind, device: str, dtype: str = "auto", more: Sequence[Path] = ()) -> Iterator[Rig]:
+    adapters = tuple(read_adapter(str(path)) for path in (*made.adapters, *more)[-2:])
+    placement = Placement(dtype, device)
     opening = Opening(find_base(adapters, str(made.base)), adapters, 1024, 256, placement=placement)
-    layout = make_layout(adapters)
+    layout, files = make_layout(adapters), [read_records(source) for source in parse_sources(str(made.data))]
     with open_session(opening) as session:
-        examples = session.render([read_records(source) for source in parse_sources(str(made.data))])
-        with session.attached(adapters, layout.modules, examples, canonical=True) as objective:
-            mixing, batches = make_mixing(objective.attached, layout, kind), session.batches(examples)
-            theta = mixing.constant([0.7, -0.4]).to(mixing.dtype)
-            yield lambda: Engine(objective, Meter(SILENT)).total(mixing, theta, batches, examples)
+        examples = session.render(files)
+        with session.attached(adapters, layout.modules, examples, canonical=kind not in INLINE_KINDS) as objective:
+            mixing = make_mixing(objective.attached, layout, kind)
+            yield Rig(objective, mixing, examples, session.batches(examples))
 
 
 def gradient_on(made: Made, device: str, kind: MixingKind) -> torch.Tensor:
-    """(1 + P,): of all records."""
-    with gradients(made.adapters, made, kind, Placement(device=device)) as gradient_of:
-        nats, gradient = gradient_of()
-    return torch.cat([torch.tensor([nats]).double(), gradient])
+    with rig(made, kind, device) as r:
+        return r.gradient()
 
 
-def asked_by_gradient(paths: Sequence[Path], made: Made, seen: Seen, kind: MixingKind) -> Seen:
+def asked_by_gradient(made: Made, seen: Seen, kind: MixingKind, more: Sequence[Path] = ()) -> Seen:
     """What the device sees of a micro-batch that it has seen before."""
-    with gradients(paths, made, kind, Placement("bfloat16", "gpu")) as gradient_of:
-        gradient_of()
+    with rig(made, kind, "gpu", "bfloat16", more) as r:
+        assert len(r.batches) == 1
+        r.gradient()
         seen.clear()
-        gradient_of()
+        r.gradient()
     return seen
 
 
@@ -145,10 +165,10 @@ def test_auto_climbs_as_on_the_cpu(made: Made, seen: Seen, tmp_path: Path) -> No
         assert one["nats_per_token"] == pytest.approx(other["nats_per_token"], abs=1e-4)
 
 
-def test_answers_choose(made: Made, seen: Seen, tmp_path: Path) -> None:
-    recipe = made.fit(
-        tmp_path / "a.json", "gpu", "--select-by", "exact", "--mixing", "adapter", "--max-new-tokens", "2"
-    )
+def test_answers_choose_on_a_device_without_float64(made: Made, tmp_path: Path) -> None:
+    more = ["--select-by", "exact", "--mixing", "adapter", "--max-new-tokens", "2"]
+    with simulated(refuses_float64=True):
+        recipe = made.fit(tmp_path / "a.json", "gpu", *more)
     assert recipe["fit"]["criterion"] == "exact"
 
 
@@ -161,17 +181,15 @@ def test_everything_is_compared(made: Made, seen: Seen) -> None:
 
 
 def test_a_gradient_waits_as_seldom_as_it_can(made: Made, seen: Seen) -> None:
-    waits = {kind: len(asked_by_gradient(made.adapters, made, seen, kind).waits) for kind in KINDS}
+    waits = {kind: len(asked_by_gradient(made, seen, kind).waits) for kind in KINDS}
     assert waits == {"adapter": 8, "rank": 8, "core": 12, "factors": 18}, seen.waits
 
 
 def test_a_module_more_launches_few_kernels(made: Made, seen: Seen, tmp_path: Path) -> None:
     """In bfloat16, where what is added up is widened first."""
     more = make_adapter(tmp_path / "more", made.base, targets=("q_proj", "o_proj", "v_proj"), rank=2, seed=2)
-    few, many = (
-        len(asked_by_gradient((made.adapters[0], second), made, seen, "rank").launches)
-        for second in (made.adapters[1], more)
-    )
+    few = len(asked_by_gradient(made, seen, "rank").launches)
+    many = len(asked_by_gradient(made, seen, "rank", [made.adapters[0], more]).launches)
     assert many - few <= 15, seen.launches
 
 
@@ -188,9 +206,18 @@ def test_a_device_without_float64_gives_the_gradient_of_the_cpu(made: Made, kind
     torch.testing.assert_close(found, gradient_on(made, "cpu", kind), rtol=1e-4, atol=1e-4)
 
 
-def test_a_whole_fit_needs_no_float64_on_the_device(made: Made, tmp_path: Path) -> None:
-    with simulated(refuses_float64=True):
-        assert made.fit(tmp_path / "a.json", "gpu", "--mixing", "module")["fit"]["certificate"]
+@pytest.mark.parametrize("refuses_float64", [False, True])
+def test_the_gradients_of_records_are_those_of_the_cpu(made: Made, refuses_float64: bool) -> None:
+    def of_records(device: str) -> RecordGradients:
+        with rig(made, "module", device) as r:
+            assert isinstance(r.mixing, DiagonalMixing)
+            return _record_gradients(r.objective, r.mixing, r.theta, r.batches[0], r.examples, seed=0)
+
+    with simulated(refuses_float64=refuses_float64):
+        found = of_records("gpu")
+    expected = of_records("cpu")
+    for name in ("nats", "gradients", "sampled"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
 
 
 def test_float64_is_refused_at_once_where_there_is_none(made: Made, tmp_path: Path) -> None:
@@ -198,3 +225,22 @@ def test_float64_is_refused_at_once_where_there_is_none(made: Made, tmp_path: Pa
         result = run("fit", *made.words, "-o", str(tmp_path / "a.json"), "--device", "gpu", "--dtype", "float64")
     assert result.exit_code == 2
     assert "error: --device gpu has no float64\nhint: give --dtype float32, or --device cpu" in result.stderr
+
+
+def test_what_is_kept_of_the_memory_is_given_back_before_a_half_is_tried(
+    made: Made, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear, room = torch.nn.functional.linear, [0]
+
+    def full(x: torch.Tensor, *weights: Any) -> torch.Tensor:
+        if 0 < room[0] < x.numel():
+            raise RuntimeError("CUDA error: out of memory")
+        return linear(x, *weights)
+
+    with rig(made, "rank", "gpu") as r:
+        whole = r.gradient()
+        monkeypatch.setattr(torch.nn.functional, "linear", full)
+        room[0] = 150 * 32  # tokens of the hidden size
+        seen.clear()
+        torch.testing.assert_close(r.gradient(), whole, rtol=1e-4, atol=1e-4)
+    assert "empty_cache" in seen.launches
