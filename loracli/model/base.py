@@ -111,13 +111,10 @@ def plan_base(
         UsageError: if there is no such dtype, or the device cannot be used.
     """
     import transformers
-    from transformers import AutoConfig
 
     device = _resolve_device(device)
     auto = getattr(transformers, model_class(task))
-    check_base_files(reference.path, reference.id)
-    with _loading(reference, auto.__name__):
-        config = neutralise(AutoConfig.from_pretrained(reference.path, **_OFFLINE))
+    config = _read_config(reference, auto.__name__)
     if dequantised:
         vars(config).pop("quantization_config", None)
     if getattr(config, "quantization_config", None) is not None:
@@ -130,6 +127,24 @@ def plan_base(
         raise BaseModelMismatch(f"the base model {reference.id} has no language model head")
     resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), device)
     return BasePlan(reference, config, skeleton, resolved, device)
+
+
+def settled(reference: BaseReference, *, dtype: str, device: str) -> tuple[torch.dtype, str]:
+    """The dtype, and the kind of device, that the base will have here, as `plan_base` settles them.
+
+    Raises:
+        BaseModelMismatch, UsageError: as there.
+    """
+    device, config = _resolve_device(device), _read_config(reference)
+    return _resolve_dtype(dtype, getattr(config, "dtype", None), device), torch.device(device).type
+
+
+def _read_config(reference: BaseReference, auto: str = "AutoModelForCausalLM") -> Any:
+    from transformers import AutoConfig
+
+    check_base_files(reference.path, reference.id)
+    with _loading(reference, auto):
+        return neutralise(AutoConfig.from_pretrained(reference.path, **_OFFLINE))
 
 
 def load_base(

@@ -18,6 +18,7 @@ from loracli.calibration.records import parse_sources, read_records
 from loracli.calibration.render import Example
 from loracli.fitting.certificate import RecordGradients, _record_gradients
 from loracli.fitting.engine import Engine
+from loracli.fitting.job import identity_of
 from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_layout, make_mixing
 from loracli.model.base import load_base
@@ -244,3 +245,19 @@ def test_what_is_kept_of_the_memory_is_given_back_before_a_half_is_tried(
         seen.clear()
         torch.testing.assert_close(r.gradient(), whole, rtol=1e-4, atol=1e-4)
     assert "empty_cache" in seen.launches
+
+
+def test_a_state_knows_what_auto_was_where_it_was_begun(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fit that was begun in bfloat16 does not go on in float32, nor one of a GPU on the CPU."""
+    base = find_base([], str(make_base(tmp_path / "base", "shallow", dtype=torch.bfloat16)))
+
+    def begun(placement: Placement, *, fast: bool = True) -> tuple[str, str]:
+        monkeypatch.setattr("loracli.model.base._cpu_has_bfloat16", lambda: fast)
+        identity = identity_of(base, {}, {}, placement)
+        return identity["--dtype"], identity["--device"]
+
+    assert begun(Placement()) == begun(Placement("bfloat16", "cpu")) == ("bfloat16", "cpu")
+    assert begun(Placement(), fast=False) == ("float32", "cpu")
+    assert begun(Placement(device="gpu")) == begun(Placement(device="gpu:1")) == ("bfloat16", "gpu")
