@@ -172,6 +172,8 @@ def _counted(operation: _Operation, given: Sequence[torch.Tensor]) -> None:
             )
         if index and (x.device != device or x.dtype == torch.bool):  # it is brought there, and a mask is counted
             _wait(operation.name)
+    if operation.name == "cumsum" and given[0].is_floating_point() and torch.are_deterministic_algorithms_enabled():
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set ...")
     if operation.reads:
         _wait(operation.name)
     if operation.launches:

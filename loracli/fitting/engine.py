@@ -25,7 +25,7 @@ from loracli.fitting.journal import Entry, Journal, Meter
 from loracli.fitting.mixing import Applied, Mixing
 from loracli.fitting.processes import ALONE, Processes
 from loracli.model.loss import Objective, Scores, gradient_of
-from loracli.model.placement import free_cached_memory, ran_out_of_memory
+from loracli.model.placement import exact_kernels, free_cached_memory, lacks_exact_kernel, ran_out_of_memory
 from loracli.progress import SILENT, Progress
 
 _UNDER_WAY = "a sum that is not at its end"  # the key of the one that a fit is in
@@ -107,6 +107,7 @@ class Engine:
         self._progress = progress
         self._halved_here = 0
         self._most_tokens: int | None = None  # of a micro-batch, once memory has run out
+        self._one_order = True  # of sums, until an operation turns out to have no kernel for it
         self._prefix = ""  # of keys
         self._sum_under_way = self._from_journal(_UNDER_WAY)
 
@@ -283,9 +284,10 @@ class Engine:
         """How long a batch takes forward and backward, not counted; judged by its first half if it is too big for the
         memory."""
         try:
-            self._nats_and_gradient(mixing, theta, batch)  # the first run pays for what is set up once
+            work = partial(self._nats_and_gradient, mixing, theta)
+            self._exactly(work, batch)  # the first run pays for what is set up once
             started = time.monotonic()
-            self._nats_and_gradient(mixing, theta, batch)
+            self._exactly(work, batch)
             return max(time.monotonic() - started, 1e-9)
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error) or len(batch.indices) == 1:
@@ -422,6 +424,22 @@ class Engine:
         total = self.objective.nats(batch).cpu().double().sum()
         return torch.cat([total.detach()[None], gradient_of(total, leaf).double()])
 
+    def _exactly(self, work: Work, batch: Batch) -> Tensor:
+        """What is made of a batch by kernels that always add in one order; by others, and that is said once, where the
+        device has none."""
+        device = self.objective.attached.device
+        try:
+            with exact_kernels(device, one_order=self._one_order):
+                return work(batch)
+        except RuntimeError as error:
+            if not (self._one_order and lacks_exact_kernel(error)):
+                raise
+            reason = str(error).partition(", but")[0]
+        self._one_order = False
+        self._progress.warn(f"the same command may differ in the last bits when it is run again: {reason}")
+        with exact_kernels(device, one_order=False):
+            return work(batch)
+
     def _fitting_in(self, batch: Batch, examples: Sequence[Example], what: _Pass) -> Tensor:
         """What is made of a batch; of its halves, joined, if it is too big for the memory.
 
@@ -430,7 +448,7 @@ class Engine:
         """
         if self._most_tokens is None or batch.tokens <= self._most_tokens or len(batch.indices) == 1:
             try:
-                return what.work(batch)
+                return self._exactly(what.work, batch)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise

@@ -4,6 +4,7 @@ it. The only loader of transformers' models.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -268,6 +269,7 @@ def _loading(
 
 def _resolve_device(asked: str) -> str:
     """The device, once it is seen to be there."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the same bits again; read when CUDA starts
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -296,9 +298,20 @@ def _resolve_dtype(asked: str, own: object, device: str) -> torch.dtype:
     dtype = own if isinstance(own, torch.dtype) else torch.float32
     if dtype == torch.float64:
         fast = _has_float64(device)
+    elif dtype == torch.bfloat16:
+        fast = _has_bfloat16(device)
     else:
-        fast = device != "cpu" or (dtype == torch.bfloat16 and _cpu_has_bfloat16())
+        fast = device != "cpu"
     return dtype if fast else torch.float32
+
+
+def _has_bfloat16(device: str) -> bool:
+    """Whether it computes in bfloat16 itself; a T4 or V100 does so in float32, and rounds."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return kind != "cpu" or _cpu_has_bfloat16()
 
 
 def _cpu_has_bfloat16() -> bool:

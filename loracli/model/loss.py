@@ -46,6 +46,8 @@ class Scores:
 
 
 CHUNK_BYTES = 64 << 20  # of float32 logits at a time
+_DRAWS = 1 << 24  # what a draw is a multiple of one of
+_PARTS = 1 << 38  # of a probability as a whole number: with a draw's parts it stays within 64 bits
 _NOT_ROUNDING = 0.02  # of the largest logit: more than bfloat16 loses, far less than a look at the future changes
 
 
@@ -144,8 +146,13 @@ class Objective:
         sampled = []
         for part, draw in zip(torch.split(states, rows), torch.split(draws, rows), strict=True):
             logits = part if weight is None else F.linear(part, weight, bias)
-            cumulated = torch.softmax(_widened(logits), dim=-1).cumsum(dim=-1)  # (rows, vocab)
-            wanted = draw.to(cumulated)[:, None] * cumulated[:, -1:]  # rounding leaves the sum a little off 1
+            p, draw = torch.softmax(_widened(logits), dim=-1), draw.to(logits.device)[:, None]
+            if p.device.type == "cpu":
+                cumulated = p.cumsum(dim=-1)  # (rows, vocab)
+                wanted = draw.to(p) * cumulated[:, -1:]  # rounding leaves the sum a little off 1
+            else:  # whose kernels add floats in any order
+                cumulated = (p * _PARTS).long().cumsum(dim=-1)
+                wanted = ((draw * _DRAWS).long() * cumulated[:, -1:]) // _DRAWS
             tokens = torch.searchsorted(cumulated, wanted, right=True).squeeze(1)
             sampled.append(tokens.clamp_(max=vocab - 1))  # beyond the last one where the logits are no numbers
         return torch.cat(sampled)

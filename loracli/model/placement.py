@@ -3,9 +3,13 @@ backward pass."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch import nn
 
 from loracli.errors import UsageError
@@ -24,6 +28,47 @@ def free_cached_memory(device: torch.device) -> None:
         empty_cache = getattr(torch.get_device_module(device), "empty_cache", None)
         if empty_cache is not None:
             empty_cache()
+
+
+@contextmanager
+def exact_kernels(device: torch.device, *, one_order: bool = True) -> Iterator[None]:
+    """Products that are summed in float32 at least, by kernels that add in the same order every time, for the time
+    being.
+
+    On the CPU all are so. On CUDA products of bfloat16 and float16 may be summed in themselves, and the backward pass
+    of attention, for one, adds in any order unless torch is told. An operation that has no such kernel raises, which
+    `lacks_exact_kernel` recognises.
+
+    Args:
+        device: that the work is on.
+        one_order: whether the order of sums matters.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    before = torch.get_deterministic_debug_mode()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    products: Any = torch.backends.cuda.matmul
+    narrow = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    allowed = {name: getattr(products, name) for name in narrow}
+    try:
+        torch.set_deterministic_debug_mode("error" if one_order else before)
+        memory.fill_uninitialized_memory = False  # what is never read need not be the same
+        for name in narrow:
+            setattr(products, name, False)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
+    finally:
+        for name, value in allowed.items():
+            setattr(products, name, value)
+        memory.fill_uninitialized_memory = filled
+        torch.set_deterministic_debug_mode(before)
+
+
+def lacks_exact_kernel(error: Exception) -> bool:
+    """Whether torch says that an operation has no kernel for one order of sums, under `exact_kernels`."""
+    return isinstance(error, RuntimeError) and "deterministic" in str(error)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

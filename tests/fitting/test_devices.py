@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.job import identity_of
 from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_layout, make_mixing
-from loracli.model.base import load_base
+from loracli.model.base import _resolve_dtype, load_base
 from loracli.model.loss import Objective
-from loracli.model.placement import Placement
+from loracli.model.placement import Placement, exact_kernels
 from loracli.model.reference import find_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT
 from loracli.recipe.record import INLINE_KINDS, MixingKind
 from tests.cli.project import run
+from tests.heard import Heard
 from tests.simulated_device import NO_FLOAT64, Seen, simulated
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl
 
@@ -261,3 +262,44 @@ def test_a_state_knows_what_auto_was_where_it_was_begun(
     assert begun(Placement()) == begun(Placement("bfloat16", "cpu")) == ("bfloat16", "cpu")
     assert begun(Placement(), fast=False) == ("float32", "cpu")
     assert begun(Placement(device="gpu")) == begun(Placement(device="gpu:1")) == ("bfloat16", "gpu")
+
+
+def test_gradients_are_taken_with_kernels_that_add_in_one_order(made: Made, seen: Seen) -> None:
+    found: list[int] = []
+
+    def work(batch: Batch) -> torch.Tensor:
+        found.append(torch.get_deterministic_debug_mode())
+        return torch.zeros(1, dtype=torch.float64)
+
+    with rig(made, "module", "gpu") as r:
+        Engine(r.objective, Meter(SILENT)).summed(r.mixing, r.theta, r.batches, r.examples, work, 1)
+        with exact_kernels(torch.device("gpu")):  # labels are sampled without a sum of floats in any order
+            assert isinstance(r.mixing, DiagonalMixing)
+            _record_gradients(r.objective, r.mixing, r.theta, r.batches[0], r.examples, seed=0)
+    assert found == [2]
+    assert torch.get_deterministic_debug_mode() == 0
+
+
+def test_what_has_no_such_kernel_is_done_without_and_said_once(made: Made, seen: Seen) -> None:
+    def work(batch: Batch) -> torch.Tensor:
+        return torch.ones(2, device="gpu").cumsum(0).cpu().double()
+
+    heard = Heard()
+    with rig(made, "module", "gpu") as r:
+        engine = Engine(r.objective, Meter(SILENT), progress=heard)
+        for _ in range(2):
+            assert engine.summed(r.mixing, r.theta, r.batches, r.examples, work, 2).tolist() == [1, 2]
+    assert heard.said == [
+        "warning: the same command may differ in the last bits when it is run again: cumsum_cuda_kernel does not have "
+        "a deterministic implementation"
+    ]
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_that_is_emulated_is_not_chosen(
+    supported: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
+    assert _resolve_dtype("auto", torch.bfloat16, "cuda:1") == expected
+    assert _resolve_dtype("bfloat16", torch.bfloat16, "cuda:1") == torch.bfloat16
