@@ -158,7 +158,7 @@ def _copied(source: torch.Tensor, device: torch.device, dtype: torch.dtype | Non
         return
     if _seen.refuses_float64 and dtype == torch.float64 and source.dtype != torch.float64:
         raise TypeError(NO_FLOAT64)  # the cast comes first, on the device
-    _wait("copy")
+    _wait(f"copy of {source.numel()}")
 
 
 def _counted(operation: _Operation, given: Sequence[torch.Tensor]) -> None:

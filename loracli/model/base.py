@@ -25,7 +25,7 @@ from loracli.hub.references import BaseClaim
 from loracli.model.checkpoint import shard_names
 from loracli.model.experts import check_experts
 from loracli.model.modules import check_base_copies, check_shapes, named_as
-from loracli.model.placement import DTYPES, decoder_layers, ran_out_of_memory
+from loracli.model.placement import DTYPES, decoder_layers, has_float64, ran_out_of_memory
 from loracli.model.reference import (
     WAY_OUT,
     BaseReference,
@@ -280,24 +280,16 @@ def _resolve_device(asked: str) -> str:
     return asked
 
 
-def _has_float64(device: str) -> bool:
-    try:
-        torch.zeros(1, dtype=torch.float64, device=device)
-    except TypeError:  # MPS
-        return False
-    return True
-
-
 def _resolve_dtype(asked: str, own: object, device: str) -> torch.dtype:
     if asked != "auto":
         if asked not in DTYPES:
             raise UsageError(f"--dtype {asked} is not one of auto, {', '.join(DTYPES)}")
-        if asked == "float64" and not _has_float64(device):
+        if asked == "float64" and not has_float64(device):
             raise UsageError(f"--device {device} has no float64", hint="give --dtype float32, or --device cpu")
         return DTYPES[asked]
     dtype = own if isinstance(own, torch.dtype) else torch.float32
     if dtype == torch.float64:
-        fast = _has_float64(device)
+        fast = has_float64(device)
     elif dtype == torch.bfloat16:
         fast = _has_bfloat16(device)
     else:

@@ -241,11 +241,13 @@ def check_causal(model: Any, name: str, batch: Batch) -> None:
         )
 
 
-def gradient_of(total: Tensor, leaf: Tensor, *, retain_graph: bool = False) -> Tensor:
-    """d total / d leaf; zeros where no module that the leaf acts on was reached on the way to the total."""
-    if not total.requires_grad:
+def gradient_of(terms: Tensor, leaf: Tensor, *, retain_graph: bool = False) -> Tensor:
+    """d sum(terms) / d leaf; zeros where no module that the leaf acts on was reached on the way to the terms."""
+    if not terms.requires_grad:
         return torch.zeros_like(leaf)
-    (found,) = torch.autograd.grad(total, leaf, retain_graph=retain_graph, allow_unused=True, materialize_grads=True)
+    (found,) = torch.autograd.grad(
+        terms, leaf, torch.ones_like(terms), retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+    )
     return found
 
 

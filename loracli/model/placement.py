@@ -81,6 +81,15 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [layer for child in model.children() for layer in decoder_layers(child)]
 
 
+def has_float64(device: str | torch.device) -> bool:
+    """Whether a device computes in float64: MPS does not."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
