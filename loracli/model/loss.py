@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from loracli.calibration.dataset import Batch
 from loracli.errors import BaseModelMismatch
-from loracli.model.attach import AttachedModel
+from loracli.model.attach import AttachedModel, Core
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,14 @@ class Objective:
         self._head = head
         self._own_head = own_head
         self._names_of_head = _names_of(attached.model, head)
+        self._kept: WeakKeyDictionary[Batch, dict[tuple[str, torch.device], Tensor]] = WeakKeyDictionary()
 
     def nats(self, batch: Batch) -> Tensor:
         """(s,): -log p of every scored token of the batch, as many times as it counts, at the attached weights,
         differentiable in them."""
-        nats = self._nats(self._states(batch), batch.labels)
-        return nats if batch.weights is None else nats * batch.weights.to(nats.device, nats.dtype)
+        states = self._states(batch)
+        nats = self._nats(states, self._on(states.device, batch, "labels"))
+        return nats if batch.weights is None else nats * self._on(nats.device, batch, "weights", nats.dtype)
 
     def nats_and_sampled_nats(self, batch: Batch, draws: Tensor) -> tuple[Tensor, Tensor]:
         """(s,) and (s,): -log p of every scored token, and of a token sampled from the model's own distribution in its
@@ -109,15 +112,20 @@ class Objective:
         """
         states = self._states(batch)
         sampled = self._sampled(states.detach(), draws)
-        return self._nats(states, batch.labels), self._nats(states, sampled)
+        return self._nats(states, self._on(states.device, batch, "labels")), self._nats(states, sampled)
 
     def set_weights_of_records(self, batch: Batch, c: Tensor) -> None:
         """Gives each record of the batch mixing weights of its own, (b, sum R_l), one for each rank row."""
         attached = self.attached
         attached.set_diagonal(c)
+
+        def of_scored(core: Core) -> Tensor:
+            assert isinstance(core, Tensor)
+            return core[self._on(core.device, batch, "owners")]
+
         # An adapted head sees scored positions instead of records.
         attached.cores = tuple(
-            core[batch.owners] if name in self._names_of_head else core
+            of_scored(core) if name in self._names_of_head else core
             for name, core in zip(attached.modules, attached.cores, strict=True)
         )
 
@@ -129,8 +137,17 @@ class Objective:
         weight: Tensor = self._head.weight  # type: ignore[assignment]
         return self._hidden(batch).to(weight.device)
 
+    def _on(self, device: torch.device, batch: Batch, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the batch on a device, where it is brought once: whatever is copied there is waited for."""
+        tensor: Tensor = getattr(batch, name)
+        if device.type == "cpu":
+            return tensor if dtype is None else tensor.to(dtype)
+        kept = self._kept.setdefault(batch, {})
+        if (name, device) not in kept:
+            kept[name, device] = (tensor if dtype is None else tensor.to(dtype)).to(device)
+        return kept[name, device]
+
     def _nats(self, states: Tensor, labels: Tensor) -> Tensor:
-        labels = labels.to(states.device)
         if self._own_head:
             head = self._head
             result: Tensor = FrozenHead.apply(states, head.weight, head.bias, labels)  # type: ignore[no-untyped-call]
@@ -196,10 +213,11 @@ class Objective:
             return _widened(self._run(batch).logits[0])
 
     def _scored_rows(self, hidden: Tensor, batch: Batch) -> Tensor:
-        return hidden.reshape(-1, hidden.shape[-1])[batch.positions.to(hidden.device)]
+        return hidden.reshape(-1, hidden.shape[-1])[self._on(hidden.device, batch, "positions")]
 
     def _run(self, batch: Batch) -> Any:
-        return self.attached.model(input_ids=batch.input_ids.to(self.attached.device), use_cache=False)
+        with _each_row_one_sequence():
+            return self.attached.model(input_ids=self._on(self.attached.device, batch, "input_ids"), use_cache=False)
 
 
 def make_objective(attached: AttachedModel, probe: Batch) -> Objective:
@@ -262,6 +280,22 @@ def _pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _each_row_one_sequence() -> Iterator[None]:
+    """Spares transformers the look at positions for several sequences in a row, which waits for the device: each row is
+    one from its start."""
+    from transformers import masking_utils
+
+    look = getattr(masking_utils, "find_packed_sequence_indices", None)
+    try:
+        if look is not None:
+            masking_utils.find_packed_sequence_indices = lambda position_ids: None
+        yield
+    finally:
+        if look is not None:
+            masking_utils.find_packed_sequence_indices = look
 
 
 def _widened(logits: Tensor) -> Tensor:

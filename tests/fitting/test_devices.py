@@ -183,9 +183,9 @@ def test_everything_is_compared(made: Made, seen: Seen) -> None:
     assert seen.launches
 
 
-def test_a_gradient_waits_as_seldom_as_it_can(made: Made, seen: Seen) -> None:
+def test_a_gradient_waits_for_its_weights_to_be_there_and_for_both_results(made: Made, seen: Seen) -> None:
     waits = {kind: len(asked_by_gradient(made, seen, kind).waits) for kind in KINDS}
-    assert waits == {"adapter": 7, "rank": 7, "core": 11, "factors": 7}, seen.waits
+    assert waits == dict.fromkeys(KINDS, 3), seen.waits
 
 
 def test_a_module_more_launches_few_kernels(made: Made, seen: Seen, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_module_more_launches_few_kernels(made: Made, seen: Seen, tmp_path: Pa
     more = make_adapter(tmp_path / "more", made.base, targets=("q_proj", "o_proj", "v_proj"), rank=2, seed=2)
     few = len(asked_by_gradient(made, seen, "rank").launches)
     many = len(asked_by_gradient(made, seen, "rank", [made.adapters[0], more]).launches)
-    assert many - few <= 15, seen.launches
+    assert many - few <= 11, seen.launches
 
 
 def test_a_base_in_float64_is_on_the_device(made: Made, seen: Seen) -> None:
