@@ -224,8 +224,10 @@ def make_objective(attached: AttachedModel, probe: Batch) -> Objective:
     """The objective with our head where it is the model's, and the model's own head where that does more.
 
     Some models act after the head (Gemma-2's soft cap, the scales of Granite and Cohere), some adapters change it. Both
-    paths see the same rows on one batch, so only equal logits, to the bit, let ours in.
+    paths see the same rows of one record, so only equal logits, to the bit, let ours in. One record, as the logits of a
+    whole batch are more memory than the fit itself takes at the head.
     """
+    probe = probe.first_records(1)
     head = attached.model.get_output_embeddings()
     linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     plain = linear and _names_of(attached.model, head).isdisjoint(attached.modules)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from loracli.adapters.adapter import read_adapter
-from loracli.calibration.dataset import Batch
+from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.records import parse_sources, read_records
 from loracli.calibration.render import Example
+from loracli.fitting.activations import _input_factors, second_moments
 from loracli.fitting.certificate import RecordGradients, _record_gradients
 from loracli.fitting.descent import AdamW, Descent, Step
 from loracli.fitting.engine import Engine
@@ -23,7 +24,7 @@ from loracli.fitting.job import identity_of
 from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_layout, make_mixing
 from loracli.model.base import _resolve_dtype, load_base
-from loracli.model.loss import Objective
+from loracli.model.loss import Objective, make_objective
 from loracli.model.placement import Placement, exact_kernels
 from loracli.model.reference import find_base
 from loracli.model.session import Opening, open_session
@@ -319,3 +320,32 @@ def test_trained_factors_and_their_moments_stay_on_the_device(made: Made, seen: 
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert adam.theta.device.type == "gpu"
     assert sum(wait.startswith(f"copy of {len(found)} ") for wait in seen.waits) == 1  # the result
+
+
+@pytest.mark.parametrize("refuses_float64", [False, True])
+def test_second_moments_are_those_of_the_cpu_and_waited_for_once_a_record(made: Made, refuses_float64: bool) -> None:
+    def moments(device: str, seen: Seen) -> dict[str, torch.Tensor]:
+        with rig(made, "module", device) as r:
+            adapters = [read_adapter(str(path)) for path in made.adapters]
+            engine, batches = Engine(r.objective, Meter(SILENT)), plan_batches(r.examples, batch_tokens=1)
+            lora_A = _input_factors(adapters, r.mixing, r.theta)
+            for _ in range(2):
+                seen.clear()
+                found = second_moments(engine, r.mixing, r.theta, lora_A, batches, r.examples)
+            assert device == "cpu" or len(seen.waits) <= 1 + len(lora_A) + 2 * len(batches), seen.waits
+            return found
+
+    with simulated(refuses_float64=refuses_float64) as seen:
+        expected, found = moments("cpu", seen), moments("gpu", seen)
+    for name, moment in expected.items():
+        torch.testing.assert_close(found[name], moment, rtol=1e-4, atol=1e-4)
+
+
+def test_the_head_is_tried_on_one_record(made: Made, seen: Seen) -> None:
+    with rig(made, "module", "gpu") as r:
+        assert len(r.batches[0].indices) > 1
+        with pytest.MonkeyPatch.context() as patch:
+            rows: list[int] = []
+            patch.setattr(torch, "equal", lambda one, other: rows.append(len(one)) or True)
+            make_objective(r.objective.attached, r.batches[0])
+        assert rows == [r.examples[r.batches[0].indices[0]].scored_tokens]
