@@ -124,6 +124,24 @@ class WritingOptions:
     dry_run: opt.DryRun = False
 
 
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where the base model is, and as what, that --data and --fit-data need."""
+
+    PANEL: ClassVar[Panel] = Panel.MACHINE
+
+    base_dtype: Annotated[
+        str,
+        typer.Option(
+            "--base-dtype",
+            metavar="DTYPE",
+            help="With --data or --fit-data: load the base as auto, float32, bfloat16, float16 or float64.",
+        ),
+    ] = "auto"
+    device: opt.Device = "auto"
+    device_map: opt.DeviceMap = None
+
+
 _Data = Annotated[
     list[str] | None,
     typer.Option(
@@ -171,6 +189,7 @@ def export(
     fields: Annotated[opt.Fields, Panel.DATA] = None,
     base: opt.Base = None,
     base_revision: opt.BaseRevision = None,
+    machine: MachineOptions,
     writing: WritingOptions,
     out: Output,
 ) -> None:
@@ -182,11 +201,13 @@ def export(
     from loracli.export.export import export_adapter
     from loracli.export.loss import loss_of_export, read_loss_data
     from loracli.export.request import ExportRequest
+    from loracli.model.placement import Placement
 
     if fields is not None and not (data or fit_data):
         raise UsageError("--fields has no use here: no data are read", hint="give it with --data or --fit-data")
     scored = with_fields(data, fields) if data else None
     fitted = with_fields(fit_data, fields) if fit_data else None
+    placement = Placement(machine.base_dtype, machine.device, machine.device_map)
     directory = output or Path(f"adapter-{composing.method or ('merged' if compression.merge else 'cat')}")
     if writing.dry_run and data and not compression.refit:
         raise UsageError("--data scores what was written, and a dry run writes nothing", hint="leave out one of them")
@@ -214,6 +235,7 @@ def export(
         data=scored if compression.refit else None,
         base=None if scores_alone else base,
         base_revision=None if scores_alone else base_revision,
+        placement=placement,
         scored=files is not None,
     )
     exported = export_adapter(request, directory, force=writing.force, dry_run=writing.dry_run, progress=out)
@@ -222,7 +244,9 @@ def export(
         return
     loss = None
     if files is not None:
-        loss = loss_of_export(exported, files, base=base, base_revision=base_revision, progress=out)
+        loss = loss_of_export(
+            exported, files, base=base, base_revision=base_revision, placement=placement, progress=out
+        )
     _show(out, exported, loss, gguf=writing.gguf, base=base)
 
 

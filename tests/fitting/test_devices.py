@@ -349,3 +349,39 @@ def test_the_head_is_tried_on_one_record(made: Made, seen: Seen) -> None:
             patch.setattr(torch, "equal", lambda one, other: rows.append(len(one)) or True)
             make_objective(r.objective.attached, r.batches[0])
         assert rows == [r.examples[r.batches[0].indices[0]].scored_tokens]
+
+
+@pytest.fixture(scope="module")
+def recipe(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.json"
+    made.fit(path, "cpu", "--mixing", "adapter")
+    return path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "RECIPE --data DATA",
+        "RECIPE --merge --rank 2 --refit --fit-data DATA --data UNSEEN",
+        "RECIPE --merge --rank 2 --activation-aware --fit-data DATA",
+        "--method task-arithmetic --fit-data DATA --adapters A B",
+        "--method regmean --fit-data DATA@A UNSEEN@B --adapters A B",
+    ],
+)
+def test_an_export_that_needs_the_base_has_it_where_it_is_asked_for(
+    made: Made, seen: Seen, recipe: Path, tmp_path: Path, words: str
+) -> None:
+    first, second = map(str, made.adapters)
+    named = {"RECIPE": recipe, "A": first, "B": second, "DATA": made.data, "UNSEEN": made.unseen}
+    named |= {"DATA@A": f"{made.data}@{first}", "UNSEEN@B": f"{made.unseen}@{second}"}
+    asked = [str(named.get(word, word)) for word in words.split()]
+    where = ["--base", str(made.base), "--device", "gpu", "--base-dtype", "float32"]
+    result = run("export", *asked, "-o", str(tmp_path / "out"), *where)
+    assert result.exit_code == 0, result.stderr
+    assert "mm" in seen.launches
+
+
+def test_where_no_base_is_loaded_its_device_has_no_use(recipe: Path, tmp_path: Path) -> None:
+    result = run("export", str(recipe), "-o", str(tmp_path / "out"), "--device", "cpu")
+    assert result.exit_code == 2
+    assert "--base-dtype, --device and --device-map have no use here: no base model is loaded" in result.stderr
