@@ -16,10 +16,11 @@ from loracli.adapters.adapter import read_adapter
 from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.records import parse_sources, read_records
 from loracli.calibration.render import Example
+from loracli.errors import UsageError
 from loracli.fitting.activations import _input_factors, second_moments
 from loracli.fitting.certificate import RecordGradients, _record_gradients
 from loracli.fitting.descent import AdamW, Descent, Step
-from loracli.fitting.engine import Engine
+from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.job import identity_of
 from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_layout, make_mixing
@@ -385,3 +386,19 @@ def test_where_no_base_is_loaded_its_device_has_no_use(recipe: Path, tmp_path: P
     result = run("export", str(recipe), "-o", str(tmp_path / "out"), "--device", "cpu")
     assert result.exit_code == 2
     assert "--base-dtype, --device and --device-map have no use here: no base model is loaded" in result.stderr
+
+
+@pytest.mark.parametrize(("device", "overhead", "said"), [("gpu", 65, True), ("gpu", 64, False), ("cpu", 65, False)])
+def test_batches_that_leave_the_device_idle_are_said(
+    made: Made, seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, overhead: int, said: bool
+) -> None:
+    def stop(*_: object) -> None:
+        raise UsageError("that was all")
+
+    monkeypatch.setattr(Engine, "pace", lambda *_: Pace(1e-6, overhead))
+    monkeypatch.setattr("loracli.fitting.run.reached", stop)
+    words = [*made.words, "-o", str(tmp_path / "a.json"), "--device", device, "--batch-tokens", "64"]
+    result = run("fit", *words, "--mixing", "adapter")
+    assert "that was all" in result.stderr
+    note = "a micro-batch takes as long as 65 tokens whatever its size: a larger --batch-tokens than 64 is faster"
+    assert (note in result.stderr) is said
