@@ -402,3 +402,24 @@ def test_batches_that_leave_the_device_idle_are_said(
     assert "that was all" in result.stderr
     note = "a micro-batch takes as long as 65 tokens whatever its size: a larger --batch-tokens than 64 is faster"
     assert (note in result.stderr) is said
+
+
+@pytest.mark.parametrize(
+    ("base", "config"),
+    [
+        ("shallow", {"targets": ("q_proj", "down_proj"), "lora_bias": True}),
+        ("shallow", {"targets": ("embed_tokens", "lm_head", "v_proj")}),
+        ("gpt2", {"targets": ("c_attn",), "fan_in_fan_out": True}),
+        ("mixtral", {"targets": ("q_proj",), "parameters": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")}),
+    ],
+    ids=["biases", "embeddings", "conv1d", "experts"],
+)
+def test_every_kind_of_module_is_where_its_weights_are(
+    seen: Seen, made: Made, tmp_path: Path, base: str, config: dict[str, Any]
+) -> None:
+    folder = make_base(tmp_path / "base", base)
+    first, second = (make_adapter(tmp_path / name, folder, rank=2, seed=ord(name), **config) for name in "ab")
+    one = Made(folder, (first, second), made.data, made.unseen)
+    torch.testing.assert_close(
+        gradient_on(one, "gpu:1", "module"), gradient_on(one, "cpu", "module"), rtol=1e-4, atol=1e-3
+    )
