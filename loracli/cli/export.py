@@ -18,6 +18,7 @@ from loracli.system.files import GGUF_FILE
 if TYPE_CHECKING:
     from loracli.export.export import Exported
     from loracli.export.loss import ExportLoss
+    from loracli.model.placement import Placement
 
 EPILOG = (
     "loracat export  ·  loracat export --merge --rank 16 -o soup/  ·  loracat export --merge --tolerance 0.1  ·  "
@@ -141,6 +142,15 @@ class MachineOptions:
     device: opt.Device = "auto"
     device_map: opt.DeviceMap = None
 
+    def placement(self) -> Placement:
+        """Raises UsageError for what no machine has."""
+        from loracli.errors import UsageError
+        from loracli.model.placement import DTYPES, Placement
+
+        if self.base_dtype not in ("auto", *DTYPES):
+            raise UsageError(f"--base-dtype {self.base_dtype} is not one of auto, {', '.join(DTYPES)}")
+        return Placement(self.base_dtype, self.device, self.device_map)
+
 
 _Data = Annotated[
     list[str] | None,
@@ -201,13 +211,12 @@ def export(
     from loracli.export.export import export_adapter
     from loracli.export.loss import loss_of_export, read_loss_data
     from loracli.export.request import ExportRequest
-    from loracli.model.placement import Placement
 
     if fields is not None and not (data or fit_data):
         raise UsageError("--fields has no use here: no data are read", hint="give it with --data or --fit-data")
     scored = with_fields(data, fields) if data else None
     fitted = with_fields(fit_data, fields) if fit_data else None
-    placement = Placement(machine.base_dtype, machine.device, machine.device_map)
+    placement = machine.placement()
     directory = output or Path(f"adapter-{composing.method or ('merged' if compression.merge else 'cat')}")
     if writing.dry_run and data and not compression.refit:
         raise UsageError("--data scores what was written, and a dry run writes nothing", hint="leave out one of them")

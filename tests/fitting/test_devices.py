@@ -22,7 +22,7 @@ from loracli.fitting.certificate import RecordGradients, _record_gradients
 from loracli.fitting.descent import AdamW, Descent, Step
 from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.job import identity_of
-from loracli.fitting.journal import Meter
+from loracli.fitting.journal import Journal, Meter
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_layout, make_mixing
 from loracli.model.base import _resolve_dtype, load_base
 from loracli.model.loss import Objective, make_objective
@@ -229,7 +229,7 @@ def test_float64_is_refused_at_once_where_there_is_none(made: Made, tmp_path: Pa
     with simulated(refuses_float64=True):
         result = run("fit", *made.words, "-o", str(tmp_path / "a.json"), "--device", "gpu", "--dtype", "float64")
     assert result.exit_code == 2
-    assert "error: --device gpu has no float64\nhint: give --dtype float32, or --device cpu" in result.stderr
+    assert "error: --device gpu has no float64\nhint: give another dtype, or --device cpu" in result.stderr
 
 
 def test_what_is_kept_of_the_memory_is_given_back_before_a_half_is_tried(
@@ -382,10 +382,19 @@ def test_an_export_that_needs_the_base_has_it_where_it_is_asked_for(
     assert "mm" in seen.launches
 
 
-def test_where_no_base_is_loaded_its_device_has_no_use(recipe: Path, tmp_path: Path) -> None:
-    result = run("export", str(recipe), "-o", str(tmp_path / "out"), "--device", "cpu")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--device cpu", "--base-dtype, --device and --device-map have no use here: no base model is loaded"),
+        ("--base-dtype int8", "--base-dtype int8 is not one of auto, float32, bfloat16, float16, float64"),
+    ],
+)
+def test_where_a_base_cannot_be_or_has_no_use_is_said_before_any_work(
+    recipe: Path, tmp_path: Path, words: str, said: str
+) -> None:
+    result = run("export", str(recipe), "-o", str(tmp_path / "out"), *words.split())
     assert result.exit_code == 2
-    assert "--base-dtype, --device and --device-map have no use here: no base model is loaded" in result.stderr
+    assert f"error: {said}" in result.stderr
 
 
 @pytest.mark.parametrize(("device", "overhead", "said"), [("gpu", 65, True), ("gpu", 64, False), ("cpu", 65, False)])
@@ -423,3 +432,33 @@ def test_every_kind_of_module_is_where_its_weights_are(
     torch.testing.assert_close(
         gradient_on(one, "gpu:1", "module"), gradient_on(one, "cpu", "module"), rtol=1e-4, atol=1e-3
     )
+
+
+def test_trained_factors_that_were_broken_off_on_the_device_end_in_the_same_bits(
+    made: Made, seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a step, of which some micro-batches are done."""
+    with rig(made, "factors", "gpu") as r:
+        batches = plan_batches(r.examples, batch_tokens=64)
+        step = Step(tuple(batches), 1 / sum(batch.scored_tokens for batch in batches))
+
+        def trained(journal: Journal) -> torch.Tensor:
+            engine = Engine(r.objective, Meter(SILENT), journal=journal)
+            adam = AdamW(r.theta, steps=3, rate=0.02, warm_up=1)
+            return Descent(engine, r.mixing, r.examples, lambda _: step, adam, r.theta).run(3, key="all").average
+
+        whole, nats, left = trained(Journal()), r.objective.nats, len(batches) + 2
+
+        def until(batch: Batch) -> torch.Tensor:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return nats(batch)
+
+        monkeypatch.setattr(r.objective, "nats", until)
+        with pytest.raises(KeyboardInterrupt):
+            trained(Journal(tmp_path, seconds=0))
+        left = 3 * len(batches) - (len(batches) + 2)  # what was not done, and no more
+        assert torch.equal(trained(Journal(tmp_path, seconds=0)), whole)
+        assert left == 0
