@@ -17,6 +17,13 @@ from loracli.system.machine import machine_error
     [
         MemoryError(),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GiB, other allocations: 1.20 GiB)"),
+        RuntimeError("Invalid buffer size: 16.00 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ..."),
         RuntimeError("can't start new thread"),
         ImportError("libx.so: failed to map segment from shared object"),

@@ -106,6 +106,7 @@ CONFIGS: dict[str, Any] = {
         **_SMALL | {"num_hidden_layers": 2}, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8
     ),
     "bloom-slow": lambda: BloomConfig(**_FEW, n_layer=2, n_head=4, pretraining_tp=2, slow_but_exact=True),
+    "shallow": lambda: LlamaConfig(**_SMALL | {"num_hidden_layers": 1}),
     # With a tower for pictures.
     "gemma3-vision": lambda: Gemma3Config(
         text_config={**_SMALL, "num_hidden_layers": 2, "query_pre_attn_scalar": 8},

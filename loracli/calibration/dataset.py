@@ -380,7 +380,7 @@ def _account(rendered: RenderedFile, training: Sequence[Example]) -> RecipeData:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Some records side by side, padded on the right.
 

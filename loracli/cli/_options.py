@@ -269,6 +269,23 @@ class AnswerOptions:
     ] = 1e-4
 
 
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Run on auto, cpu, cuda, cuda:1 or mps.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map", metavar="MAP", help="Spread the base over all devices of this machine, with the one value auto."
+    ),
+]
+Checkpointing = Annotated[
+    bool,
+    typer.Option(
+        "--checkpointing",
+        help="Run layers again in the backward pass, to save memory; by default where it would run out.",
+    ),
+    Panel.MACHINE,
+]
+
+
 @dataclass(frozen=True)
 class PlacementOptions:
     """Where the base model is, and as what, by `loracli.model.placement.Placement`, field by field."""
@@ -281,17 +298,8 @@ class PlacementOptions:
             "--dtype", metavar="DTYPE", help="Load the base model as auto, float32, bfloat16, float16 or float64."
         ),
     ] = "auto"
-    device: Annotated[
-        str, typer.Option("--device", metavar="DEVICE", help="Run on auto, cpu, cuda, cuda:1 or mps.")
-    ] = "auto"
-    device_map: Annotated[
-        str | None,
-        typer.Option(
-            "--device-map",
-            metavar="MAP",
-            help="Spread the base over all devices of this machine, with the one value auto.",
-        ),
-    ] = None
+    device: Device = "auto"
+    device_map: DeviceMap = None
 
 
 def set_words(group: ReadingOptions | PlacementOptions) -> list[str]:

@@ -159,6 +159,7 @@ def compare(
     base_revision: opt.BaseRevision = None,
     reading: opt.ReadingOptions,
     placement: opt.PlacementOptions,
+    checkpointing: opt.Checkpointing = False,
     dry_run: _DryRun = False,
     resume: _Resume = False,
     force: _Force = False,
@@ -190,7 +191,7 @@ def compare(
         settings=settings,
         progress=out,
     )
-    place = Placement(**vars(placement))
+    place = Placement(**vars(placement), checkpointing=checkpointing)
     if dry_run:
         _show_plan(out, plan_comparison(prepare(), placement=place, metric=metric, progress=out), metric is not None)
         return

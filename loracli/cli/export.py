@@ -18,6 +18,7 @@ from loracli.system.files import GGUF_FILE
 if TYPE_CHECKING:
     from loracli.export.export import Exported
     from loracli.export.loss import ExportLoss
+    from loracli.model.placement import Placement
 
 EPILOG = (
     "loracat export  ·  loracat export --merge --rank 16 -o soup/  ·  loracat export --merge --tolerance 0.1  ·  "
@@ -124,6 +125,33 @@ class WritingOptions:
     dry_run: opt.DryRun = False
 
 
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where the base model is, and as what, that --data and --fit-data need."""
+
+    PANEL: ClassVar[Panel] = Panel.MACHINE
+
+    base_dtype: Annotated[
+        str,
+        typer.Option(
+            "--base-dtype",
+            metavar="DTYPE",
+            help="With --data or --fit-data: load the base as auto, float32, bfloat16, float16 or float64.",
+        ),
+    ] = "auto"
+    device: opt.Device = "auto"
+    device_map: opt.DeviceMap = None
+
+    def placement(self) -> Placement:
+        """Raises UsageError for what no machine has."""
+        from loracli.errors import UsageError
+        from loracli.model.placement import DTYPES, Placement
+
+        if self.base_dtype not in ("auto", *DTYPES):
+            raise UsageError(f"--base-dtype {self.base_dtype} is not one of auto, {', '.join(DTYPES)}")
+        return Placement(self.base_dtype, self.device, self.device_map)
+
+
 _Data = Annotated[
     list[str] | None,
     typer.Option(
@@ -171,6 +199,7 @@ def export(
     fields: Annotated[opt.Fields, Panel.DATA] = None,
     base: opt.Base = None,
     base_revision: opt.BaseRevision = None,
+    machine: MachineOptions,
     writing: WritingOptions,
     out: Output,
 ) -> None:
@@ -187,6 +216,7 @@ def export(
         raise UsageError("--fields has no use here: no data are read", hint="give it with --data or --fit-data")
     scored = with_fields(data, fields) if data else None
     fitted = with_fields(fit_data, fields) if fit_data else None
+    placement = machine.placement()
     directory = output or Path(f"adapter-{composing.method or ('merged' if compression.merge else 'cat')}")
     if writing.dry_run and data and not compression.refit:
         raise UsageError("--data scores what was written, and a dry run writes nothing", hint="leave out one of them")
@@ -214,6 +244,7 @@ def export(
         data=scored if compression.refit else None,
         base=None if scores_alone else base,
         base_revision=None if scores_alone else base_revision,
+        placement=placement,
         scored=files is not None,
     )
     exported = export_adapter(request, directory, force=writing.force, dry_run=writing.dry_run, progress=out)
@@ -222,7 +253,9 @@ def export(
         return
     loss = None
     if files is not None:
-        loss = loss_of_export(exported, files, base=base, base_revision=base_revision, progress=out)
+        loss = loss_of_export(
+            exported, files, base=base, base_revision=base_revision, placement=placement, progress=out
+        )
     _show(out, exported, loss, gguf=writing.gguf, base=base)
 
 

@@ -130,14 +130,7 @@ def fit(
     reading: opt.ReadingOptions,
     answers: opt.AnswerOptions,
     placement: opt.PlacementOptions,
-    checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--checkpointing",
-            help="Run layers again in the backward pass, to save memory; by default where it would run out.",
-        ),
-        Panel.MACHINE,
-    ] = False,
+    checkpointing: opt.Checkpointing = False,
     shard: Annotated[
         bool,
         typer.Option(

@@ -32,7 +32,7 @@ from loracli.fitting.reach import find_reach
 from loracli.fitting.work import Cost, cost_of
 from loracli.model.loss import Scores
 from loracli.model.placement import Placement
-from loracli.model.session import Opening, Session, open_session
+from loracli.model.session import Opening, Session, open_session, settle_memory
 from loracli.progress import SILENT, WORK, Bar, Progress, drawn, duration_text, takes_bar
 from loracli.system.document import dtype_name, encode
 
@@ -120,6 +120,8 @@ def _opened(
     fit = inputs.settings.fit
     adapters = (*inputs.adapters, *([] if inputs.datamix is None else [inputs.datamix]))
     opening = Opening(inputs.base, adapters, fit.batch_tokens, fit.max_length, inputs.saved, placement)
+    if inputs.calibration is not None:  # something is fitted, so gradients are taken
+        opening = settle_memory(opening, progress=progress)
     rows = _Rows(progress)
     with open_session(opening, progress=rows) as session:
         say_tokenizer_differences(inputs.adapters, inputs.references, session.tokenizer, progress)

@@ -21,6 +21,7 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
+from loracli.model.placement import Placement
 from loracli.model.reference import find_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, Progress
@@ -86,6 +87,7 @@ def moments_of(
     *,
     base: str | None = None,
     base_revision: str | None = None,
+    placement: Placement = Placement(),  # noqa: B008  # frozen
     progress: Progress = SILENT,
 ) -> dict[str, Tensor]:
     """E[z z^T] (R, R) of every module, z = A x with the composition attached.
@@ -95,6 +97,7 @@ def moments_of(
         fit_data: calibration JSONL.
         base: a Hub id or directory, None for the recipe's, or the one that all adapters name.
         base_revision: of a base on the Hub.
+        placement: where and how the base runs.
         progress: told of a download.
     Raises:
         InputError: of the kind that fits, if base or records are rejected.
@@ -105,7 +108,7 @@ def moments_of(
     asked = recorded_base(source, base)
     reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)
     # A batch for each record, so that there is no padding.
-    opening = Opening(reference, source.adapters, 1, FitSettings().max_length, source.saved)
+    opening = Opening(reference, source.adapters, 1, FitSettings().max_length, source.saved, placement)
     with open_session(opening, progress=progress) as session:
         examples = session.render(files)
         batches = session.batches(examples)

@@ -152,8 +152,14 @@ def export_adapter(
 def _refit_of(request: ExportRequest, progress: Progress) -> Refit | None:
     if not request.refit:
         return None
-    base, revision = request.base, request.base_revision
-    return refit_on(request.fit_data, request.data, base=base, base_revision=revision, progress=progress)
+    return refit_on(
+        request.fit_data,
+        request.data,
+        base=request.base,
+        base_revision=request.base_revision,
+        placement=request.placement,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,7 @@ class Composed:
         Args:
             output, force, dry_run, progress: as there.
             how: fields of `ExportRequest` that say how it is written: merge, rank, tolerance, energy, budget,
-                activation_aware, refit, dtype, profile, gguf, fit_data, data.
+                activation_aware, refit, dtype, profile, gguf, fit_data, data, placement.
         Raises:
             TypeError: for a field that there is not, or that says what is composed.
             LoracatError: as `export_adapter`.
@@ -318,8 +324,14 @@ def write_export(
 def _find_moments(composition: Composition, request: ExportRequest, progress: Progress) -> Moments:
     if request.fit_data is None:
         return recorded_moments(composition, None if isinstance(request.recipe, Recipe) else Path(request.recipe or ""))
-    base, revision = request.base, request.base_revision
-    found = moments_of(composition, request.fit_data, base=base, base_revision=revision, progress=progress)
+    found = moments_of(
+        composition,
+        request.fit_data,
+        base=request.base,
+        base_revision=request.base_revision,
+        placement=request.placement,
+        progress=progress,
+    )
     return Moments(found, "records")
 
 

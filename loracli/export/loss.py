@@ -19,6 +19,7 @@ from loracli.fitting.mixing import make_layout
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
+from loracli.model.placement import Placement
 from loracli.model.reference import find_base, locate_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, WORK, Progress
@@ -69,6 +70,7 @@ def loss_of_export(
     *,
     base: str | None = None,
     base_revision: str | None = None,
+    placement: Placement = Placement(),  # noqa: B008  # frozen
     progress: Progress = SILENT,
 ) -> ExportLoss:
     """Scores what was exported and what it was exported from, attached to the base in turn.
@@ -78,6 +80,7 @@ def loss_of_export(
         files: of the records, from `read_loss_data`.
         base: a Hub id or directory, None for the recipe's, or the one that all adapters name.
         base_revision: of a base on the Hub.
+        placement: where and how the base runs.
         progress: told how far it is.
     Raises:
         InputError: of the kind that fits, if base or records are rejected.
@@ -87,7 +90,8 @@ def loss_of_export(
     check_language_models(source.adapters, "scoring records")
     asked = recorded_base(source, base)
     reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)
-    opening = Opening(reference, source.adapters, settings.batch_tokens, settings.max_length, source.saved)
+    tokens, length = settings.batch_tokens, settings.max_length
+    opening = Opening(reference, source.adapters, tokens, length, source.saved, placement)
     with open_session(opening, progress=progress) as session:
         examples = session.render(files)
         batches = session.batches(examples)

@@ -15,9 +15,9 @@ from loracli.adapters.claims import agreed_task, check_language_models, checked_
 from loracli.adapters.compatible import check_composable, check_distinct
 from loracli.adapters.on_base import warn_of_open_orders
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
-from loracli.algebra.methods.method import Method, MethodOptions
+from loracli.algebra.methods.method import Method
 from loracli.calibration.dataset import Dataset
-from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
+from loracli.calibration.records import CalibrationFile, parse_sources, read_records
 from loracli.composition.base_table import BaseTable, base_table
 from loracli.composition.composition import (
     Composition,
@@ -47,6 +47,7 @@ from loracli.fitting.reach import find_reach, warn_of_merging
 from loracli.fitting.settings import FitSettings
 from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import BaseClaim
+from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, WORK, Progress
@@ -215,16 +216,7 @@ def compose_method(
         if method.regress is not None:
             composition = _regressed(method, given, request, base, progress)
             return replace(composition, task_asked=request.task_type is not None), found
-        weights = searched_weights(
-            method,
-            request.method_options,
-            read,
-            request.fit_data,
-            base=base,
-            base_revision=request.base_revision,
-            saved=saved,
-            progress=progress,
-        )
+        weights = searched_weights(request, method, read, base=base, saved=saved, progress=progress)
     cut = request.rank
     if cut is None and request.merge and not request.rank_rule:
         cut = max(max(adapter.ranks) for adapter in read)
@@ -236,35 +228,34 @@ def compose_method(
 
 
 def searched_weights(
+    request: ExportRequest,
     method: Method,
-    options: MethodOptions,
     adapters: Sequence[LoraAdapter],
-    fit_data: DataPaths,
     *,
     base: str | BaseClaim | None = None,
-    base_revision: str | None = None,
     saved: SavedModules | None = None,
     progress: Progress = SILENT,
 ) -> tuple[float, ...]:
     """One weight for each adapter, found on calibration records with the base model as `loracat compare` finds it.
 
     Args:
+        request: with options, records, and the placement of the base.
         method: that searches.
-        options: of it.
         adapters: to compose.
-        fit_data: calibration JSONL.
         base: as of `find_base`.
-        base_revision: of a base on the Hub.
         saved: modules that replace the base's.
         progress: told how far it is.
     Raises:
         InputError: of the kind that fits, if base or records are rejected.
         UsageError: if the method needs an extra that is not installed.
     """
-    files = tuple(read_records(source, progress=progress) for source in parse_sources(fit_data))
-    reference = find_base(adapters, base, revision=base_revision, progress=progress)
-    with _calibration(method, files, adapters, reference, saved, options.seed, progress) as calibration:
-        found = search_weights(method, options, calibration, adapters, make_layout(adapters))
+    assert request.fit_data is not None
+    files = tuple(read_records(source, progress=progress) for source in parse_sources(request.fit_data))
+    reference = find_base(adapters, base, revision=request.base_revision, progress=progress)
+    settings = FitSettings(seed=request.method_options.seed)
+    opened = _Base(reference, saved, request.placement)
+    with _calibration(method, files, adapters, settings, opened, progress) as calibration:
+        found = search_weights(method, request.method_options, calibration, adapters, make_layout(adapters))
     progress.note(f"{method.name}: {found.note}")
     assert found.weights is not None
     return found.weights
@@ -292,9 +283,19 @@ def _regressed(
     check_weighable(read, hint="choose another --method")
     files = tuple(read_records(source, progress=progress) for source in sources)
     reference = find_base(read, base, revision=request.base_revision, progress=progress)
-    with _calibration(method, files, read, reference, given.saved, 0, progress) as calibration:
+    opened = _Base(reference, given.saved, request.placement)
+    with _calibration(method, files, read, FitSettings(seed=0), opened, progress) as calibration:
         moments = own_moments(calibration, owners, read, make_layout(read))
     return from_moments(method, read, given.base, moments, saved=given.saved, task_type=given.task_type)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A base to calibrate on: where it is, what replaces modules of it, and where it runs."""
+
+    reference: BaseReference
+    saved: SavedModules | None
+    placement: Placement
 
 
 @contextmanager
@@ -302,15 +303,14 @@ def _calibration(
     method: Method,
     files: tuple[CalibrationFile, ...],
     adapters: Sequence[LoraAdapter],
-    reference: BaseReference,
-    saved: SavedModules | None,
-    seed: int,
+    settings: FitSettings,
+    base: _Base,
     progress: Progress,
 ) -> Iterator[Calibration]:
     """The records of some files to calibrate on, with the base opened as `loracat compare` does."""
-    settings = FitSettings(seed=seed)
     training = tuple(record for file in files for record in file.records)
-    opening = Opening(reference, tuple(adapters), settings.batch_tokens, settings.max_length, saved)
+    tokens, length = settings.batch_tokens, settings.max_length
+    opening = Opening(base.reference, tuple(adapters), tokens, length, base.saved, base.placement)
     with open_session(opening, progress=progress) as session:
         examples = session.render(files)
         session.check_causal(examples)

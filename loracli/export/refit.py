@@ -190,12 +190,14 @@ class RefitOnRecords:
         data: to fit on, and held out.
         base: a Hub id or directory, None for the recipe's, or the one that all adapters name.
         base_revision: of a base on the Hub.
+        placement: where and how the base runs.
         progress: told what happens.
     """
 
     data: Dataset
     base: str | None = None
     base_revision: str | None = None
+    placement: Placement = Placement()  # noqa: RUF009  # frozen
     progress: Progress = SILENT
 
     def __call__(self, source: Composition, cut: Mapping[str, Factors], dtype: torch.dtype) -> Refitted:
@@ -219,7 +221,7 @@ class RefitOnRecords:
             folder=Path(),
             saved=source.saved,
         )
-        opening = settle_memory(opening_of(inputs, Placement()), progress=self.progress)
+        opening = settle_memory(opening_of(inputs, self.placement), progress=self.progress)
         with open_session(replace(opening, adapters=source.adapters), progress=self.progress) as session:
             return _run(inputs, session, source, dtype)
 
@@ -230,6 +232,7 @@ def refit_on(
     *,
     base: str | None = None,
     base_revision: str | None = None,
+    placement: Placement = Placement(),  # noqa: B008  # frozen
     progress: Progress = SILENT,
 ) -> RefitOnRecords:
     """A refit on the records of these files, which are read and divided as those of a fit.
@@ -237,7 +240,7 @@ def refit_on(
     Args:
         fit_data: calibration files; None for those of `data`, of which a share is held out.
         data: all of them held out, where there is `fit_data`; None for a share of that.
-        base, base_revision, progress: as in `RefitOnRecords`.
+        base, base_revision, placement, progress: as in `RefitOnRecords`.
     Raises:
         UsageError, CalibrationError: as `read_dataset`.
     """
@@ -246,7 +249,7 @@ def refit_on(
     assert fitted is not None
     sources = parse_sources(fitted)
     records = read_dataset(sources, held_out, holdout=HOLDOUT, seed=settings.seed, progress=progress)
-    return RefitOnRecords(records, base, base_revision, progress)
+    return RefitOnRecords(records, base, base_revision, placement, progress)
 
 
 def _as_adapter(source: Composition, cut: Mapping[str, Factors]) -> LoraAdapter:

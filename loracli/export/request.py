@@ -16,6 +16,7 @@ from loracli.composition.composition import DEFAULTS, takes
 from loracli.composition.weights import Weights
 from loracli.errors import UsageError
 from loracli.export.layout import PROFILES
+from loracli.model.placement import Placement
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import MIXING_KINDS
 from loracli.system.near import did_you_mean
@@ -62,6 +63,7 @@ class ExportRequest:
         base: a Hub id or directory of the base model that a method, `fit_data`, `data` and `gguf` need; None for what
             recipe or adapters name.
         base_revision: of a base on the Hub.
+        placement: where and how the base model runs that `fit_data` and `data` need.
         scored: what is written is for `loss_of_export`, so that adapters which cannot be scored are refused before.
     """
 
@@ -86,6 +88,7 @@ class ExportRequest:
     data: DataPaths | None = None
     base: str | None = None
     base_revision: str | None = None
+    placement: Placement = Placement()  # noqa: RUF009  # frozen
     scored: bool = False
 
     @property
@@ -180,6 +183,11 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
             recipe and bool(based) and not (data or fitted or refit or request.gguf),
             f"{base} has no use here: no base model is read",
             f"give it with --weights, --method, --data, --fit-data or --gguf, or leave {base} out",
+        ),
+        (
+            request.placement != Placement() and not (data or fitted or refit or request.scored),
+            "--base-dtype, --device and --device-map have no use here: no base model is loaded",
+            "give them with --data or --fit-data, or leave them out",
         ),
         (method is not None and request.activation_aware, "--activation-aware is for a recipe", "leave out --method"),
         (

@@ -25,6 +25,7 @@ from loracli.errors import UsageError
 from loracli.fitting.engine import Engine
 from loracli.fitting.mixing import Applied, FactorMixing, Mixing
 from loracli.model.loss import Objective
+from loracli.model.placement import has_float64
 from loracli.progress import Progress, amount_text
 from loracli.recipe.record import RecipeActivations
 from loracli.recipe.tensors import MOMENT, sidecar_sha256
@@ -83,6 +84,8 @@ def second_moments(
 def _watched(objective: Objective, lora_A: Mapping[str, Tensor]) -> Iterator[Callable[[Batch], Tensor]]:
     """A function of a batch: the sums of z z^T of all modules, end to end, and then L numbers, over how many rows."""
     model, seen, handles = objective.attached.model, dict[str, list[Tensor]](), []
+    device = objective.attached.device
+    exact = has_float64(device)
 
     def watch(name: str, module: nn.Module) -> Any:
         precision = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
@@ -95,16 +98,19 @@ def _watched(objective: Objective, lora_A: Mapping[str, Tensor]) -> Iterator[Cal
                 z = F.embedding(x.reshape(-1), A.T) * scale
             else:
                 z = F.linear(x.reshape(-1, x.shape[-1]).to(A), A)
-            seen.setdefault(name, []).append(z.cpu().double())  # (T, R); a model may run a layer twice
+            seen.setdefault(name, []).append(z.double() if exact else z)  # (T, R); a model may run a layer twice
 
         return module.register_forward_pre_hook(look)
 
     def sums_of(batch: Batch) -> Tensor:
         seen.clear()
         objective.record_sums(batch)
-        none = {name: torch.zeros(0, len(A), dtype=torch.float64) for name, A in lora_A.items()}
-        every = [torch.cat([none[name], *seen.get(name, ())]) for name in lora_A]
-        return torch.cat([*((z.T @ z).flatten() for z in every), torch.tensor([len(z) for z in every]).double()])
+        dtype = torch.float64 if exact else torch.float32
+        none = {name: torch.zeros(0, len(A), dtype=dtype) for name, A in lora_A.items()}
+        every = [torch.cat(seen[name]) if name in seen else none[name] for name in lora_A]
+        # Products where the activations are, and one copy from there for all modules.
+        products = torch.cat([(z.T @ z).flatten().to(device) for z in every]).cpu().double()
+        return torch.cat([products, torch.tensor([len(z) for z in every]).double()])
 
     try:
         for name in lora_A:

@@ -79,7 +79,7 @@ class FreshLora(Mixing):
         return [(lora_A, _SCALING * lora_B) for lora_A, lora_B in zip(both[:half], both[half:], strict=True)]
 
     def apply(self, attached: AttachedModel, theta: Tensor) -> None:
-        attached.set_factors(self.factors(theta))
+        attached.set_factors(self.factors(theta.to(attached.device)))
 
     def lift(self, lower: Mixing, theta: Tensor) -> Tensor:
         raise TypeError("a new LoRA contains no mixing of other adapters")

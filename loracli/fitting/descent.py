@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -282,11 +282,13 @@ class Descent:
         anchor: Tensor,
     ) -> None:
         self._engine, self._mixing, self._examples = engine, mixing, examples
-        self._step, self._adam, self._anchor = step, adam, anchor
+        self._step, self._adam, self._home = step, adam, engine.home_of(mixing)
+        self._anchor = anchor.to(self._home)
+        adam.restore({name: tensor.to(self._home) for name, tensor in adam.state().items()}, adam.step_number)
 
     @property
     def theta(self) -> Tensor:
-        return self._adam.theta
+        return self._adam.theta.cpu()
 
     def run(self, steps: int, ridge: float = 0.0, *, key: str | None = None) -> Ran:
         """Takes so many steps, or those that are left of a run that an interrupted fit has under this key.
@@ -299,39 +301,44 @@ class Descent:
         numbers = {**adam.schedule, "steps": steps, "ridge": ridge}
         same = self._engine.same("descent", self._mixing, tensors, self._examples, **numbers)
         entry = self._engine.recall(key, same)
-        none = Ran(torch.zeros_like(self.theta), 0.0, 0.0, torch.zeros(steps, dtype=torch.float64))
+        none = Ran(torch.zeros_like(adam.theta), 0.0, 0.0, torch.zeros(steps, dtype=torch.float64))
         done, ran = (0, none) if entry is None else self._restore(entry)
         if entry is not None and done == steps:
             self._engine.finished(key, same)
-            return ran
+            return replace(ran, average=ran.average.cpu())
         total, nats, tokens, losses = ran.average, ran.nats, ran.tokens, ran.losses
         averaged = max(steps // 4, 1)
         for number in range(done, steps):
             step = self._step(self._adam.step_number)
             within = None if key is None else f"{key}, step {number}"
-            more, gradient = self._engine.total(self._mixing, self.theta, step.batches, self._examples, key=within)
+            theta = self._adam.theta
+            more, gradient = self._engine.total(self._mixing, theta, step.batches, self._examples, key=within)
             scored = sum(batch.scored_tokens for batch in step.batches)
             losses[number] = more / scored
             if number >= steps // 2:
                 nats, tokens = nats + more, tokens + scored
-            self._adam.step((gradient * step.scale).to(self.theta.dtype) + ridge * (self.theta - self._anchor))
+            self._adam.step((gradient * step.scale).to(theta.dtype) + ridge * (theta - self._anchor))
             if number >= steps - averaged:
-                total = total + self.theta
+                total = total + self._adam.theta
             self._engine.stepped(loss=more / scored, rate=self._adam.rate())
             if number + 1 < steps and self._engine.due(key):
                 self._leave(key, number + 1, Ran(total, nats, tokens, losses))
-        ran = Ran(total / averaged, nats, tokens, losses)
+        ran = Ran((total / averaged).cpu(), nats, tokens, losses)
         self._leave(key, steps, ran, same)
         self._engine.finished(key, same)
         return ran
 
     def _leave(self, key: str | None, done: int, ran: Ran, same: bytes | None = None) -> None:
+        if key is None:
+            return
         values = {"done": done, "nats": ran.nats, "tokens": ran.tokens, "step_number": self._adam.step_number}
-        entry = Entry({**self._adam.state(), "average": ran.average, "losses": ran.losses}, values)
+        tensors = {**self._adam.state(), "average": ran.average, "losses": ran.losses}
+        entry = Entry({name: tensor.cpu() for name, tensor in tensors.items()}, values)
         self._engine.remember(key, entry, same)
 
     def _restore(self, entry: Entry) -> tuple[int, Ran]:
         done, nats, tokens, number = (entry.values[name] for name in ("done", "nats", "tokens", "step_number"))
-        self._adam.restore(entry.tensors, int(number))  # type: ignore[arg-type]
-        average, losses = entry.tensors["average"], entry.tensors["losses"]
-        return int(done), Ran(average, float(nats), float(tokens), losses)  # type: ignore[arg-type]
+        losses = entry.tensors["losses"]
+        home = {name: entry.tensors[name].to(self._home) for name in ("average", *self._adam.state())}
+        self._adam.restore(home, int(number))  # type: ignore[arg-type]
+        return int(done), Ran(home["average"], float(nats), float(tokens), losses)  # type: ignore[arg-type]

@@ -27,7 +27,13 @@ from loracli.fitting.journal import Entry, Journal, Meter
 from loracli.fitting.mixing import Applied, Mixing
 from loracli.fitting.processes import ALONE, Processes
 from loracli.model.loss import Objective, Scores, gradient_of
-from loracli.model.placement import ran_out_of_memory
+from loracli.model.placement import (
+    exact_kernels,
+    free_cached_memory,
+    has_float64,
+    lacks_exact_kernel,
+    ran_out_of_memory,
+)
 from loracli.progress import SILENT, Progress
 
 _UNDER_WAY = "a sum that is not at its end"  # the key of the one that a fit is in
@@ -114,6 +120,7 @@ class Engine:
         self._progress = progress
         self._halved_here = 0
         self._most_tokens: int | None = None  # of a micro-batch, once memory has run out
+        self._one_order = True  # of sums, until an operation turns out to have no kernel for it
         self._prefix = ""  # of keys
         self._shared = shared
         self._asked: dict[bytes, int] = {}  # what was spent when work began
@@ -181,14 +188,14 @@ class Engine:
         *,
         key: str | None = None,
     ) -> tuple[float, Tensor]:
-        """Total nats of some batches at theta and their gradient (P,), both in float64 and added in order. With a
-        key the sum is remembered while it is under way, and not its result.
+        """Total nats of some batches at theta and their gradient (P,), where theta is, both in float64 and added in
+        order. With a key the sum is remembered while it is under way, and not its result.
 
         Raises:
             NonFiniteLoss: naming the records of the first batch where either is not finite.
         """
         work = partial(self._nats_and_gradient, mixing, theta)
-        zeros = torch.zeros(1 + theta.numel(), dtype=torch.float64)
+        zeros = torch.zeros(1 + theta.numel(), dtype=torch.float64, device=theta.device)
         total = self._over(batches, examples, _Pass(work, cost=GRADIENT_COST, nats=True, finite=True), zeros, key)
         return float(total[0]), total[1:]
 
@@ -300,13 +307,15 @@ class Engine:
         """How long a batch takes forward and backward, not counted; judged by its first half if it is too big for the
         memory."""
         try:
-            self._nats_and_gradient(mixing, theta, batch)  # the first run pays for what is set up once
+            work = partial(self._nats_and_gradient, mixing, theta)
+            self._exactly(work, batch)  # the first run pays for what is set up once
             started = time.monotonic()
-            self._nats_and_gradient(mixing, theta, batch)
+            self._exactly(work, batch)
             return max(time.monotonic() - started, 1e-9)
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error) or len(batch.indices) == 1:
                 raise
+        free_cached_memory(self.objective.attached.device)
         half = batch.first_records(len(batch.indices) // 2)
         return self.seconds(mixing, theta, half) * batch.tokens / half.tokens
 
@@ -328,6 +337,12 @@ class Engine:
             token_seconds = min(max(slope, _LEAST_SLOPE * token_seconds), token_seconds)
             overhead = round(few / token_seconds) - middle.tokens
         return Pace(token_seconds / self._processes.world_size, overhead)
+
+    def home_of(self, mixing: Mixing) -> torch.device:
+        """Where a descent keeps theta and all of its size: trained factors are as many numbers as the adapters have,
+        and stay on the device, unless processes exchange them or it has no float64 to add them in."""
+        large, device = mixing.kind == "factors", self.objective.attached.device
+        return device if large and self._processes.world_size == 1 and has_float64(device) else torch.device("cpu")
 
     def stepped(self, **fields: float) -> None:
         """A descent took a step."""
@@ -375,7 +390,7 @@ class Engine:
         ):
             digest.update(part.encode() + b"\0")
         for name, tensor in tensors.items():
-            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
         return digest.digest()
 
     def recall(self, key: str | None, same: bytes | None = None) -> Entry | None:
@@ -449,24 +464,30 @@ class Engine:
         def counted(batch: Batch) -> Tensor:
             before = self._halved_here
             result = self._fitting_in(batch, examples, what).flatten()
-            return torch.cat([result, torch.tensor([self._halved_here - before], dtype=torch.float64)])
+            return torch.cat([result, result.new_full((1,), self._halved_here - before, dtype=torch.float64)])
 
-        for done, (batch, found) in enumerate(self._processes.in_order(batches[start:], counted), start + 1):
+        left = batches[start:]
+        # What is on a device is of one process alone, and stays there.
+        here = total.device.type != "cpu"
+        results = ((batch, counted(batch)) for batch in left) if here else self._processes.in_order(left, counted)
+        for done, (batch, found) in enumerate(results, start + 1):
             part = found[:-1]
-            self.halvings += int(found[-1])
-            if what.finite and not torch.isfinite(part).all():
+            finite = torch.isfinite(part).all() if what.finite else found.new_ones(())
+            nats, halved, is_finite = torch.stack([found[0], found[-1], finite.to(found.dtype)]).tolist()
+            self.halvings += int(halved)
+            if not is_finite:
                 raise _non_finite([examples[i] for i in batch.indices])
             if what.by_record:
                 total[list(batch.indices)] = part.view(len(batch.indices), -1)
             else:
                 what.join(total, part, out=total)
             if what.cost:
-                nats = float(part[0]) / batch.scored_tokens if what.nats else None
-                self.meter.count(batch.tokens, cost=what.cost, nats=nats)
+                loss = nats / batch.scored_tokens if what.nats else None
+                self.meter.count(batch.tokens, cost=what.cost, nats=loss)
             if what.until(total):
                 break
             if done < len(batches) and key is not None and self._journal.due(_UNDER_WAY):
-                self._to_journal(_UNDER_WAY, Entry({"sum": total}, {"of": self._prefix + key, "done": done}))
+                self._to_journal(_UNDER_WAY, Entry({"sum": total.cpu()}, {"of": self._prefix + key, "done": done}))
         return total
 
     def _begun(self, zeros: Tensor, key: str | None) -> tuple[Tensor, int]:
@@ -476,18 +497,36 @@ class Engine:
             return zeros, 0
         self._sum_under_way = None
         self._restore(entry)
-        return entry.tensors["sum"], int(entry.values["done"])  # type: ignore[arg-type]
+        return entry.tensors["sum"].to(zeros.device), int(entry.values["done"])  # type: ignore[arg-type]
 
     def _apply(self, mixing: Applied, theta: Tensor) -> None:
         with torch.no_grad():
             mixing.apply(self.objective.attached, theta)
 
     def _nats_and_gradient(self, mixing: Mixing, theta: Tensor, batch: Batch) -> Tensor:
-        """(1 + P,) in float64."""
+        """(1 + P,) in float64, where theta is."""
         leaf = theta.clone().requires_grad_(True)
         mixing.apply(self.objective.attached, leaf)
-        total = self.objective.nats(batch).cpu().double().sum()
-        return torch.cat([total.detach()[None], gradient_of(total, leaf).double()])
+        nats = self.objective.nats(batch)
+        # First, as whatever reads a number of the device waits for all that it was asked for.
+        gradient = gradient_of(nats, leaf)
+        return torch.cat([nats.detach().to(leaf.device).double().sum()[None], gradient.double()])
+
+    def _exactly(self, work: Work, batch: Batch) -> Tensor:
+        """What is made of a batch by kernels that always add in one order; by others, and that is said once, where the
+        device has none."""
+        device = self.objective.attached.device
+        try:
+            with exact_kernels(device, one_order=self._one_order):
+                return work(batch)
+        except RuntimeError as error:
+            if not (self._one_order and lacks_exact_kernel(error)):
+                raise
+            reason = str(error).partition(", but")[0]
+        self._one_order = False
+        self._progress.warn(f"the same command may differ in the last bits when it is run again: {reason}")
+        with exact_kernels(device, one_order=False):
+            return work(batch)
 
     def _fitting_in(self, batch: Batch, examples: Sequence[Example], what: _Pass) -> Tensor:
         """What is made of a batch; of its halves, joined, if it is too big for the memory.
@@ -497,11 +536,12 @@ class Engine:
         """
         if self._most_tokens is None or batch.tokens <= self._most_tokens or len(batch.indices) == 1:
             try:
-                return what.work(batch)
+                return self._exactly(what.work, batch)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise
             # Out of the except clause, so that nothing of the attempt is held.
+            free_cached_memory(self.objective.attached.device)
             if len(batch.indices) == 1:
                 raise OutOfResources(
                     f"memory ran out on {examples[batch.indices[0]].place}, a record of {batch.tokens} tokens",

@@ -28,7 +28,7 @@ from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.reach import foresee_bypassed
 from loracli.fitting.run import divide_training, fit_work, held_out_parts, measured_pace, opening_of, run_fit
 from loracli.fitting.work import REACH, Work
-from loracli.model.base import BasePlan, load_tokenizer
+from loracli.model.base import BasePlan, load_tokenizer, settled
 from loracli.model.experts import check_experts
 from loracli.model.modules import check_shapes
 from loracli.model.placement import Placement
@@ -39,6 +39,7 @@ from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, check_recipe_path
 from loracli.recipe.record import activations_path, kept_path, tensors_path
 from loracli.recipe.tensors import check_kept_path
+from loracli.system.document import dtype_name
 from loracli.system.files import locked_directory, same_file, translate_disk_errors
 from loracli.system.machine import Launch
 
@@ -301,8 +302,9 @@ def identity_of(
         base: the model.
         adapters: by their references, in order.
         files: of records, by what they are for.
-        placement: of the base.
+        placement: of the base; what `auto` is on this machine counts.
     """
+    dtype, device = settled(base, dtype=placement.dtype, device=placement.device)
     return {
         "base model": _base_identity(base),
         **{f"adapter {reference}": digest(dict(adapter.sha256)) for reference, adapter in adapters.items()},
@@ -312,8 +314,8 @@ def identity_of(
             for part, those in files.items()
             for number, file in enumerate(those, 1)
         },
-        "--dtype": placement.dtype,
-        "--device": placement.device,
+        "--dtype": dtype_name(dtype),
+        "--device": device,
         **{f"version of {name}": version(name) for name in _VERSIONS},
     }
 

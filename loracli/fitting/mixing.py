@@ -234,7 +234,7 @@ class FactorMixing(Mixing):
         return sum(shape.numel() for shape in self._shapes)
 
     def apply(self, attached: AttachedModel, theta: Tensor) -> None:
-        attached.set_factors(self.factors(theta))
+        attached.set_factors(self.factors(theta.to(attached.device)))
 
     def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
         """L pairs of lora_A (R, in) and lora_B (out, R), scaling 1."""

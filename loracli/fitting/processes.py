@@ -243,8 +243,8 @@ def _join(launch: Launch, device: str, sharded: bool) -> Any:
     """The group for tensors on the CPU. The weights of a sharded base travel over the default group, so that an error
     told here never meets one of its exchanges."""
     nccl = sharded and device.startswith("cuda")
-    if nccl:
-        torch.cuda.set_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # so that nothing of this process is on another's
     try:
         store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=_START))
         store.set(f"up/{launch.rank}", b"")

@@ -319,6 +319,12 @@ def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Exam
     if folds[0].validation:
         records += choosing
     progress.note(f"{records}, {held}; {passes} over the records: about {about}")
+    limited = tokens_of(examples.training) > settings.batch_tokens
+    if limited and engine.objective.attached.device.type != "cpu" and pace.overhead > settings.batch_tokens:
+        progress.note(
+            f"a micro-batch takes as long as {pace.overhead} tokens whatever its size: a larger --batch-tokens than "
+            f"{settings.batch_tokens} is faster, as far as memory goes"
+        )
 
 
 def reached(engine: Engine, session: Session, training: Sequence[Example]) -> Reach:

@@ -50,7 +50,8 @@ def _mixed(z: Tensor, core: Tensor) -> Tensor:
     """M z for z (T, R): multiplied in the core's precision, rounded once."""
     if core.dim() == 2:
         return F.linear(z.to(core.dtype), core).to(z.dtype)
-    return (z.view(len(core), -1, z.shape[1]) * core if core.dim() == 3 else z * core).to(z.dtype).view(z.shape)
+    z_of = z.view(len(core), -1, z.shape[1]) if core.dim() == 3 else z
+    return torch.mul(z_of, core, out=torch.empty_like(z_of)).view(z.shape)  # rounded as it is stored, in one kernel
 
 
 def _with_ones(z: Tensor, lora_B: Tensor) -> Tensor:
@@ -67,8 +68,10 @@ def _core_gradients(u: Tensor, z: Tensor, core: Tensor, wanted: tuple[bool, bool
     if core.dim() == 3:
         by_record = u.view(len(core), -1, u.shape[1])  # (b, t, R)
         grad_core = (by_record * z.view(by_record.shape)).sum(dim=1, keepdim=True) if wanted[1] else None
-        return (by_record * core).to(z.dtype).view(z.shape) if wanted[0] else None, grad_core
-    return (u * core).to(z.dtype) if wanted[0] else None, (u * z).sum(dim=0) if wanted[1] else None
+        grad_z = torch.mul(by_record, core, out=z.new_empty(by_record.shape)).view(z.shape) if wanted[0] else None
+        return grad_z, grad_core
+    grad_z = torch.mul(u, core, out=torch.empty_like(z)) if wanted[0] else None
+    return grad_z, (u * z).sum(dim=0) if wanted[1] else None
 
 
 class MixedLinear(torch.autograd.Function):
@@ -176,8 +179,8 @@ class AttachedModel:
 
     def set_diagonal(self, c: Tensor) -> None:
         """Takes one weight for each rank row, (sum R_l,), or for each record of the next batch too, (b, sum R_l)."""
-        scaled = (c.to(self.precision) * self._scaling).to(self.device)
-        cores = torch.split(scaled[:, None] if scaled.dim() == 2 else scaled, self._sizes, dim=-1)
+        scaled = c.to(self.precision) * self._scaling
+        cores = self._placed(scaled[:, None] if scaled.dim() == 2 else scaled, self._sizes)
         self.cores = tuple(
             core if stack.entries is None else core[..., stack.entries]
             for core, stack in zip(cores, self.stacks, strict=True)
@@ -191,12 +194,23 @@ class AttachedModel:
         """
         if not bool((self._scaling == 1).all()):
             raise ValueError("mixing matrices need factors in the canonical basis")
-        self.cores = tuple(matrix.to(self.device, self.precision) for matrix in matrices)
+        # Cast first, so that the gradient is widened on the CPU: MPS has no float64.
+        flat = torch.cat([matrix.flatten() for matrix in matrices]).to(self.precision)
+        parts = self._placed(flat, [matrix.numel() for matrix in matrices])
+        self.cores = tuple(part.view(matrix.shape) for part, matrix in zip(parts, matrices, strict=True))
 
     def set_factors(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Takes L pairs of lora_A (R, in) and lora_B (out, R) in the place of the adapters' own, scaling 1; of experts
         (E, R, in) and (E, out, R)."""
-        self.cores = tuple((lora_A.to(self.device), lora_B.to(self.device)) for lora_A, lora_B in factors)
+        homes = (stack.lora_A.device for stack in self.stacks)
+        self.cores = tuple((A.to(home), B.to(home)) for (A, B), home in zip(factors, homes, strict=True))
+
+    def _placed(self, whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """The parts (..., size) of what belongs to the modules, each where its module is: one copy for each device,
+        and of the gradient one back, as each is waited for."""
+        homes = [stack.lora_A.device for stack in self.stacks]
+        parts = {home: torch.split(whole.to(home), list(sizes), dim=-1) for home in dict.fromkeys(homes)}
+        return [parts[home][row] for row, home in enumerate(homes)]
 
     def core_for(self, row: int) -> Core:
         """The mixing matrix of a module that is being called."""
@@ -322,7 +336,7 @@ def _stack(
     if not biased:
         return Stack(lora_A, lora_B, scaling, embed_scale)
     firsts = [sum(f.rank for f in factors[:place]) for place in biased]  # any rank row of the adapter has its weight
-    entries = torch.tensor([*range(len(scaling)), *firsts])
+    entries = torch.tensor([*range(len(scaling)), *firsts], device=weight.device)
     biases = torch.stack([f.bias.to(weight.device, weight.dtype) for f in factors if f.bias is not None], dim=1)
     return Stack(lora_A, torch.cat([lora_B, biases], dim=1), scaling, embed_scale, entries)
 

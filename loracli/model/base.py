@@ -4,6 +4,7 @@ it. The only loader of transformers' models.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -24,7 +25,7 @@ from loracli.hub.references import BaseClaim
 from loracli.model.checkpoint import shard_names
 from loracli.model.experts import check_experts
 from loracli.model.modules import check_base_copies, check_shapes, named_as
-from loracli.model.placement import DTYPES, decoder_layers, ran_out_of_memory
+from loracli.model.placement import DTYPES, decoder_layers, has_float64, ran_out_of_memory
 from loracli.model.reference import (
     WAY_OUT,
     BaseReference,
@@ -111,13 +112,10 @@ def plan_base(
         UsageError: if there is no such dtype, or the device cannot be used.
     """
     import transformers
-    from transformers import AutoConfig
 
     device = _resolve_device(device)
     auto = getattr(transformers, model_class(task))
-    check_base_files(reference.path, reference.id)
-    with _loading(reference, auto.__name__):
-        config = neutralise(AutoConfig.from_pretrained(reference.path, **_OFFLINE))
+    config = _read_config(reference, auto.__name__)
     if dequantised:
         vars(config).pop("quantization_config", None)
     if getattr(config, "quantization_config", None) is not None:
@@ -130,6 +128,24 @@ def plan_base(
         raise BaseModelMismatch(f"the base model {reference.id} has no language model head")
     resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), device)
     return BasePlan(reference, config, skeleton, resolved, device)
+
+
+def settled(reference: BaseReference, *, dtype: str, device: str) -> tuple[torch.dtype, str]:
+    """The dtype, and the kind of device, that the base will have here, as `plan_base` settles them.
+
+    Raises:
+        BaseModelMismatch, UsageError: as there.
+    """
+    device, config = _resolve_device(device), _read_config(reference)
+    return _resolve_dtype(dtype, getattr(config, "dtype", None), device), torch.device(device).type
+
+
+def _read_config(reference: BaseReference, auto: str = "AutoModelForCausalLM") -> Any:
+    from transformers import AutoConfig
+
+    check_base_files(reference.path, reference.id)
+    with _loading(reference, auto):
+        return neutralise(AutoConfig.from_pretrained(reference.path, **_OFFLINE))
 
 
 def load_base(
@@ -159,8 +175,8 @@ def load_base(
 
     placement = _placement_options(device, device_map, shard)
     plan = plan_base(reference, dtype=dtype, device=device)
-    if plan.dtype == torch.float64:  # which transformers' fast products for experts refuse
-        placement = {**placement, "experts_implementation": "eager"}
+    # transformers' fast products for experts refuse float64.
+    experts = {"experts_implementation": "eager"} if plan.dtype == torch.float64 else {}
     shard_names(reference.path)
     progress.begin("load base model", None, "B")
     try:
@@ -172,6 +188,7 @@ def load_base(
                 dtype=plan.dtype,
                 use_safetensors=True,
                 output_loading_info=True,
+                **experts,
                 **placement,
                 **_OFFLINE,
             )
@@ -252,6 +269,7 @@ def _loading(
 
 def _resolve_device(asked: str) -> str:
     """The device, once it is seen to be there."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the same bits again; read when CUDA starts
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -266,10 +284,26 @@ def _resolve_dtype(asked: str, own: object, device: str) -> torch.dtype:
     if asked != "auto":
         if asked not in DTYPES:
             raise UsageError(f"--dtype {asked} is not one of auto, {', '.join(DTYPES)}")
+        if asked == "float64" and not has_float64(device):
+            raise UsageError(f"--device {device} has no float64", hint="give another dtype, or --device cpu")
         return DTYPES[asked]
     dtype = own if isinstance(own, torch.dtype) else torch.float32
-    fast = device != "cpu" or dtype == torch.float64 or (dtype == torch.bfloat16 and _cpu_has_bfloat16())
+    if dtype == torch.float64:
+        fast = has_float64(device)
+    elif dtype == torch.bfloat16:
+        fast = _has_bfloat16(device)
+    else:
+        fast = device != "cpu"
     return dtype if fast else torch.float32
+
+
+def _has_bfloat16(device: str) -> bool:
+    """Whether it computes in bfloat16 itself; a T4 or V100 does so in float32, and rounds."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return kind != "cpu" or _cpu_has_bfloat16()
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from loracli.calibration.dataset import Batch
 from loracli.errors import BaseModelMismatch
-from loracli.model.attach import AttachedModel
+from loracli.model.attach import AttachedModel, Core
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Scores:
 
 
 CHUNK_BYTES = 64 << 20  # of float32 logits at a time
+_DRAWS = 1 << 24  # what a draw is a multiple of one of
+_PARTS = 1 << 38  # of a probability as a whole number: with a draw's parts it stays within 64 bits
 _NOT_ROUNDING = 0.02  # of the largest logit: more than bfloat16 loses, far less than a look at the future changes
 
 
@@ -89,12 +92,14 @@ class Objective:
         self._head = head
         self._own_head = own_head
         self._names_of_head = _names_of(attached.model, head)
+        self._kept: WeakKeyDictionary[Batch, dict[tuple[str, torch.device], Tensor]] = WeakKeyDictionary()
 
     def nats(self, batch: Batch) -> Tensor:
         """(s,): -log p of every scored token of the batch, as many times as it counts, at the attached weights,
         differentiable in them."""
-        nats = self._nats(self._states(batch), batch.labels)
-        return nats if batch.weights is None else nats * batch.weights.to(nats.device, nats.dtype)
+        states = self._states(batch)
+        nats = self._nats(states, self._on(states.device, batch, "labels"))
+        return nats if batch.weights is None else nats * self._on(nats.device, batch, "weights", nats.dtype)
 
     def nats_and_sampled_nats(self, batch: Batch, draws: Tensor) -> tuple[Tensor, Tensor]:
         """(s,) and (s,): -log p of every scored token, and of a token sampled from the model's own distribution in its
@@ -107,15 +112,20 @@ class Objective:
         """
         states = self._states(batch)
         sampled = self._sampled(states.detach(), draws)
-        return self._nats(states, batch.labels), self._nats(states, sampled)
+        return self._nats(states, self._on(states.device, batch, "labels")), self._nats(states, sampled)
 
     def set_weights_of_records(self, batch: Batch, c: Tensor) -> None:
         """Gives each record of the batch mixing weights of its own, (b, sum R_l), one for each rank row."""
         attached = self.attached
         attached.set_diagonal(c)
+
+        def of_scored(core: Core) -> Tensor:
+            assert isinstance(core, Tensor)
+            return core[self._on(core.device, batch, "owners")]
+
         # An adapted head sees scored positions instead of records.
         attached.cores = tuple(
-            core[batch.owners] if name in self._names_of_head else core
+            of_scored(core) if name in self._names_of_head else core
             for name, core in zip(attached.modules, attached.cores, strict=True)
         )
 
@@ -127,8 +137,17 @@ class Objective:
         weight: Tensor = self._head.weight  # type: ignore[assignment]
         return self._hidden(batch).to(weight.device)
 
+    def _on(self, device: torch.device, batch: Batch, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the batch on a device, where it is brought once: whatever is copied there is waited for."""
+        tensor: Tensor = getattr(batch, name)
+        if device.type == "cpu":
+            return tensor if dtype is None else tensor.to(dtype)
+        kept = self._kept.setdefault(batch, {})
+        if (name, device) not in kept:
+            kept[name, device] = (tensor if dtype is None else tensor.to(dtype)).to(device)
+        return kept[name, device]
+
     def _nats(self, states: Tensor, labels: Tensor) -> Tensor:
-        labels = labels.to(states.device)
         if self._own_head:
             head = self._head
             result: Tensor = FrozenHead.apply(states, head.weight, head.bias, labels)  # type: ignore[no-untyped-call]
@@ -144,8 +163,13 @@ class Objective:
         sampled = []
         for part, draw in zip(torch.split(states, rows), torch.split(draws, rows), strict=True):
             logits = part if weight is None else F.linear(part, weight, bias)
-            cumulated = torch.softmax(_widened(logits), dim=-1).cumsum(dim=-1)  # (rows, vocab)
-            wanted = draw.to(cumulated)[:, None] * cumulated[:, -1:]  # rounding leaves the sum a little off 1
+            p, draw = torch.softmax(_widened(logits), dim=-1), draw.to(logits.device)[:, None]
+            if p.device.type == "cpu":
+                cumulated = p.cumsum(dim=-1)  # (rows, vocab)
+                wanted = draw.to(p) * cumulated[:, -1:]  # rounding leaves the sum a little off 1
+            else:  # whose kernels add floats in any order
+                cumulated = (p * _PARTS).long().cumsum(dim=-1)
+                wanted = ((draw * _DRAWS).long() * cumulated[:, -1:]) // _DRAWS
             tokens = torch.searchsorted(cumulated, wanted, right=True).squeeze(1)
             sampled.append(tokens.clamp_(max=vocab - 1))  # beyond the last one where the logits are no numbers
         return torch.cat(sampled)
@@ -189,18 +213,21 @@ class Objective:
             return _widened(self._run(batch).logits[0])
 
     def _scored_rows(self, hidden: Tensor, batch: Batch) -> Tensor:
-        return hidden.reshape(-1, hidden.shape[-1])[batch.positions.to(hidden.device)]
+        return hidden.reshape(-1, hidden.shape[-1])[self._on(hidden.device, batch, "positions")]
 
     def _run(self, batch: Batch) -> Any:
-        return self.attached.model(input_ids=batch.input_ids.to(self.attached.device), use_cache=False)
+        with _each_row_one_sequence():
+            return self.attached.model(input_ids=self._on(self.attached.device, batch, "input_ids"), use_cache=False)
 
 
 def make_objective(attached: AttachedModel, probe: Batch) -> Objective:
     """The objective with our head where it is the model's, and the model's own head where that does more.
 
     Some models act after the head (Gemma-2's soft cap, the scales of Granite and Cohere), some adapters change it. Both
-    paths see the same rows on one batch, so only equal logits, to the bit, let ours in.
+    paths see the same rows of one record, so only equal logits, to the bit, let ours in. One record, as the logits of a
+    whole batch are more memory than the fit itself takes at the head.
     """
+    probe = probe.first_records(1)
     head = attached.model.get_output_embeddings()
     linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     plain = linear and _names_of(attached.model, head).isdisjoint(attached.modules)
@@ -234,11 +261,13 @@ def check_causal(model: Any, name: str, batch: Batch) -> None:
         )
 
 
-def gradient_of(total: Tensor, leaf: Tensor, *, retain_graph: bool = False) -> Tensor:
-    """d total / d leaf; zeros where no module that the leaf acts on was reached on the way to the total."""
-    if not total.requires_grad:
+def gradient_of(terms: Tensor, leaf: Tensor, *, retain_graph: bool = False) -> Tensor:
+    """d sum(terms) / d leaf; zeros where no module that the leaf acts on was reached on the way to the terms."""
+    if not terms.requires_grad:
         return torch.zeros_like(leaf)
-    (found,) = torch.autograd.grad(total, leaf, retain_graph=retain_graph, allow_unused=True, materialize_grads=True)
+    (found,) = torch.autograd.grad(
+        terms, leaf, torch.ones_like(terms), retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+    )
     return found
 
 
@@ -253,6 +282,22 @@ def _pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _each_row_one_sequence() -> Iterator[None]:
+    """Spares transformers the look at positions for several sequences in a row, which waits for the device: each row is
+    one from its start."""
+    from transformers import masking_utils
+
+    look = getattr(masking_utils, "find_packed_sequence_indices", None)
+    try:
+        if look is not None:
+            masking_utils.find_packed_sequence_indices = lambda position_ids: None
+        yield
+    finally:
+        if look is not None:
+            masking_utils.find_packed_sequence_indices = look
 
 
 def _widened(logits: Tensor) -> Tensor:

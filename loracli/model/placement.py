@@ -3,9 +3,13 @@ backward pass."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch import nn
 
 from loracli.errors import UsageError
@@ -17,6 +21,56 @@ def ran_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or says_memory_ran_out(error)
 
 
+def free_cached_memory(device: torch.device) -> None:
+    """Gives back what torch keeps of a device for later: in pieces of other sizes it may be of no use to a smaller
+    micro-batch."""
+    if device.type != "cpu":
+        empty_cache = getattr(torch.get_device_module(device), "empty_cache", None)
+        if empty_cache is not None:
+            empty_cache()
+
+
+@contextmanager
+def exact_kernels(device: torch.device, *, one_order: bool = True) -> Iterator[None]:
+    """Products that are summed in float32 at least, by kernels that add in the same order every time, for the time
+    being.
+
+    On the CPU all are so. On CUDA products of bfloat16 and float16 may be summed in themselves, and the backward pass
+    of attention, for one, adds in any order unless torch is told. An operation that has no such kernel raises, which
+    `lacks_exact_kernel` recognises.
+
+    Args:
+        device: that the work is on.
+        one_order: whether the order of sums matters.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    before = torch.get_deterministic_debug_mode()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    products: Any = torch.backends.cuda.matmul
+    narrow = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    allowed = {name: getattr(products, name) for name in narrow}
+    try:
+        torch.set_deterministic_debug_mode("error" if one_order else before)
+        memory.fill_uninitialized_memory = False  # what is never read need not be the same
+        for name in narrow:
+            setattr(products, name, False)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
+    finally:
+        for name, value in allowed.items():
+            setattr(products, name, value)
+        memory.fill_uninitialized_memory = filled
+        torch.set_deterministic_debug_mode(before)
+
+
+def lacks_exact_kernel(error: Exception) -> bool:
+    """Whether torch says that an operation has no kernel for one order of sums, under `exact_kernels`."""
+    return isinstance(error, RuntimeError) and "deterministic" in str(error)
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that can be run again, in order: the outermost ones of the class that transformers gives them; none
     for the few models that do without it."""
@@ -25,6 +79,15 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     if isinstance(model, GradientCheckpointingLayer):
         return [model]
     return [layer for child in model.children() for layer in decoder_layers(child)]
+
+
+def has_float64(device: str | torch.device) -> bool:
+    """Whether a device computes in float64: MPS does not."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

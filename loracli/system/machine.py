@@ -21,8 +21,12 @@ from loracli.errors import LoracatError, OutOfResources, UsageError
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
-# What torch's CPU allocator says in a plain RuntimeError, Python of a thread, and the linker in an ImportError.
+# What torch says in a plain RuntimeError: of its own allocator, of CUDA's runtime, driver, cuBLAS and cuDNN, of Triton,
+# of MPS. What Python says of a thread, and the linker in an ImportError.
 _MEMORY_MESSAGES = (
+    "out of memory",
+    "_alloc_failed",
+    "invalid buffer size",
     "can't allocate memory",
     "cannot allocate memory",
     "not enough memory",
@@ -33,7 +37,7 @@ _MEMORY_MESSAGES = (
 
 
 def says_memory_ran_out(error: BaseException) -> bool:
-    """Whether Python, torch on the CPU, or the system says that memory ran out."""
+    """Whether Python, torch, a device, or the system says that memory ran out."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, (RuntimeError, ImportError)) and any(

@@ -160,7 +160,7 @@ def longer_by_one(name: str) -> None:
         (lambda: None, ["--density", "0.4"], "--density"),
         (lambda: None, ["--passes", "3"], "--passes"),
         (lambda: None, ["--generate", "exact"], "task metric"),
-        (lambda: None, ["--dtype", "bfloat16", "--batch-tokens", "99"], "--batch-tokens, --dtype"),
+        (lambda: None, ["--dtype", "float16", "--batch-tokens", "99"], "--batch-tokens, --dtype"),
     ],
 )
 def test_what_has_changed_is_named_and_nothing_is_lost(

@@ -90,7 +90,8 @@ def test_a_layer_that_a_model_runs_twice_is_seen_twice() -> None:
     torch.manual_seed(0)
     layer, A, inputs = nn.Linear(5, 5, bias=False), torch.randn(3, 5), torch.randn(2, 4, 5)
     model = nn.ModuleDict({"shared": layer})
-    objective: Any = SimpleNamespace(attached=SimpleNamespace(model=model), record_sums=lambda _: layer(layer(inputs)))
+    attached = SimpleNamespace(model=model, device=torch.device("cpu"))
+    objective: Any = SimpleNamespace(attached=attached, record_sums=lambda _: layer(layer(inputs)))
     with _watched(objective, {"shared": A}) as sums_of, torch.inference_mode():
         *sums, rows = sums_of(objective)
         z = torch.cat([x.reshape(-1, 5) for x in (inputs, layer(inputs))]) @ A.T

@@ -38,6 +38,7 @@ class LeastSquares:
     def __init__(self, truth: Tensor, *, noise: float = 0.3, width: float = 1.0) -> None:
         generator = torch.Generator().manual_seed(11)
         self.attached = self
+        self.device = torch.device("cpu")
         self.truth = truth.double().expand(ROWS)
         self._features = width * torch.randn(259, ROWS, generator=generator, dtype=torch.float64)
         self._noise = noise * torch.randn(259, generator=generator, dtype=torch.float64)

@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from loracli.adapters.adapter import read_adapter
 from loracli.algebra.methods import METHODS
-from loracli.algebra.methods.method import MethodOptions
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings, Controls
 from loracli.errors import BaseModelMismatch, IntegrityError, LoracatError, RecipeError, VerificationError
@@ -190,7 +189,7 @@ def test_adapters_of_which_nothing_is_called_are_refused_by_everything_that_runs
         lambda: compare_adapters(data, adapters=names, base=str(base)),
         lambda: loss_of_export(exported, read_loss_data(data), base=str(base)),
         lambda: searched_weights(
-            METHODS["lorahub"], MethodOptions(), [read_adapter(n) for n in names], data, base=str(base)
+            ExportRequest(fit_data=data), METHODS["lorahub"], [read_adapter(n) for n in names], base=str(base)
         ),
         lambda: fuse_model(FuseRequest(adapters=names, method="sum", base=str(base)), tmp_path / "fused"),
     ]
