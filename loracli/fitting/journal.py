@@ -62,7 +62,7 @@ class StateKind:
     joining: frozenset[str] = frozenset()
 
 
-FIT = StateKind("fit", "3", "*.safetensors", "choose another name with -o")
+FIT = StateKind("fit", "4", "*.safetensors", "choose another name with -o")
 
 _Value = float | int | str | bool | list[float] | None
 

@@ -203,7 +203,7 @@ def test_the_state_of_another_version_is_refused_by_its_form_with_the_way_out(
     next(folder.glob("*.safetensors")).rename(folder / "00001.safetensors")
     kept = sorted(path.name for path in folder.iterdir())
     with pytest.raises(
-        StateMismatch, match=f"has the form {form}, of another version of loracat, and this one goes on from the form 3"
+        StateMismatch, match=f"has the form {form}, of another version of loracat, and this one goes on from the form 4"
     ) as refused:
         fit.run("recipe.json", resume=True)
     assert str(refused.value.hint).endswith("or start over: --force in place of --resume")
