@@ -180,7 +180,7 @@ def test_answers_choose_on_a_device_without_float64(made: Made, tmp_path: Path) 
 def test_everything_is_compared(made: Made, seen: Seen) -> None:
     words = ["--fit-data", str(made.data), "--methods", "all", "--control", "fresh-lora"]
     words += ["--adapters", *map(str, made.adapters), "--data", str(made.unseen), "--base", str(made.base)]
-    result = run("compare", *words, "--device", "gpu", "--passes", "2", "--json")
+    result = run("compare", *words, "--device", "gpu", "--passes", "2", "--cv", "2", "--json")
     assert result.exit_code == 0, result.stderr
     assert seen.launches
 
