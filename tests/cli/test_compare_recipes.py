@@ -32,6 +32,7 @@ def several(here: Path) -> Path:
     alone = replace(
         recipe,
         adapters=recipe.adapters[1:],
+        fit=replace(recipe.fit, certificate=None),
         held_out=replace(table, best_ingredient="form", rows=tuple(row for row in table.rows if row.name != "know")),
     )
     modules = [group for group, row in recipe.mixing.weights.items() if row[1] is not None]

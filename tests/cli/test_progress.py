@@ -102,7 +102,7 @@ _DATA = ["--data", "test.jsonl", "--base", "base"]
 _FIT = ["fit", "-a", "know", "form", "-d", "calibration.jsonl", "--base", "base", "--passes", "2", "-o", "new.json"]
 _COMPARE = ["compare", *_DATA, "--fit-data", "calibration.jsonl", "--methods", "adapter,ties,task-arithmetic"]
 COMMANDS = {  # with the task that is looked at, and a status of it
-    "fit": ([*_FIT, "--cv", "2"], "fit", "3/9 fitting 44 weights"),
+    "fit": ([*_FIT, "--cv", "2"], "fit", "fitting 44 weights"),
     "compare": (_COMPARE, "compare", "6/8 ties"),
     "export": (["export", "-o", "out", "--merge", *_DATA], "loss", "scoring what was written"),
 }

@@ -11,6 +11,7 @@ import typer
 
 from loracli.cli import app
 from loracli.cli._settings import RULES, TABLE, options_of, read_settings
+from loracli.fitting.settings import FitSettings
 from tests.cli.project import FIT, run, tree
 
 INPUTS = 'adapters = ["know", "form"]\ndata = ["calibration.jsonl"]\nbase = "base"\n'
@@ -38,16 +39,16 @@ def test_the_command_line_wins_over_variables_and_they_over_the_projects_file_an
     here: Path, user: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user.write_text(f"[fit]\n{INPUTS}passes = 3\n")
-    assert plan()["passes"] == 3
+    assert plan()["passes"] == 4 * 3  # of each fold
     Path("loracat.toml").write_text("[fit]\npasses = 4\n")
-    assert plan()["passes"] == 4 and plan()["adapters"] == ["know", "form"]
+    assert plan()["passes"] == 4 * 4 and plan()["adapters"] == ["know", "form"]
     Path("run.toml").write_text("[fit]\npasses = 5\n")
-    assert plan("--config", "run.toml")["passes"] == 5
+    assert plan("--config", "run.toml")["passes"] == 4 * 5
     monkeypatch.setenv("LORACAT_CONFIG", "run.toml")
-    assert plan()["passes"] == 5
+    assert plan()["passes"] == 4 * 5  # of each fold
     monkeypatch.setenv("LORACAT_FIT_PASSES", "6")
-    assert plan("--config", "run.toml")["passes"] == 6
-    assert plan("--passes", "7")["passes"] == 7
+    assert plan("--config", "run.toml")["passes"] == 4 * 6
+    assert plan("--passes", "7")["passes"] == 4 * 7
 
 
 def test_lists_and_flags_come_from_files_and_variables(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +56,7 @@ def test_lists_and_flags_come_from_files_and_variables(here: Path, monkeypatch: 
     monkeypatch.setenv("LORACAT_CONFIG", "run.toml")
     assert plan()["passes"] == 1  # the published recipe takes one pass
     monkeypatch.setenv("LORACAT_FIT_PAPER", "0")
-    assert plan()["passes"] == 4 * 8  # of each fold
+    assert plan()["passes"] == FitSettings().budget(4, plan()["training_records"])
     monkeypatch.setenv("LORACAT_FIT_ADAPTERS", "form know")
     assert plan()["adapters"] == ["form", "know"]
     assert plan("-a", "know")["adapters"] == ["know"]

@@ -194,7 +194,13 @@ def test_the_curve_of_a_descent_and_its_ridges_are_in_the_recipe(
 ) -> None:
     data = write_jsonl(tmp_path / "val.jsonl", random_records(80))
     log = tmp_path / "steps.jsonl"
-    fit = Fit(tmp_path, [str(p) for p in two_adapters], data, str(tiny_base), FitSettings(passes=6, holdout=0.2))
+    fit = Fit(
+        tmp_path,
+        [str(p) for p in two_adapters],
+        data,
+        str(tiny_base),
+        FitSettings(passes=6, holdout=0.2, control="none"),
+    )
     fit.run("r.json", log="steps.jsonl")
     stages = load_recipe(tmp_path / "r.json").fit.stages
     assert [s.stage for s in stages][-1] == "refit" and {"probe", "descent"} <= {s.stage for s in stages}
