@@ -121,9 +121,9 @@ def make_peft(base: LlamaForCausalLM, adapters: list[LoraAdapter]) -> tuple[Peft
     for name in sorted(layers):
         for label, adapter in zip(names, adapters, strict=True):
             factors = adapter.modules[name].factors
-            layers[name].lora_A[label].weight.data = factors.lora_A.to(base.dtype)
-            layers[name].lora_B[label].weight.data = factors.lora_B.to(base.dtype)
-            scaling = torch.tensor(0.5 * factors.scaling, dtype=base.dtype, requires_grad=True)
+            layers[name].lora_A[label].weight.data = factors.lora_A.to(base.device, base.dtype)
+            layers[name].lora_B[label].weight.data = factors.lora_B.to(base.device, base.dtype)
+            scaling = torch.tensor(0.5 * factors.scaling, dtype=base.dtype, device=base.device, requires_grad=True)
             layers[name].scaling[label] = scaling
             scalings.append(scaling)
     return peft, scalings
