@@ -34,11 +34,10 @@ import gc
 import json
 import os
 import platform
-import shutil
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -47,11 +46,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from benchmarks.fit_speed import bare_step, make_peft, peft_step
-from benchmarks.made_inputs import llama_layer, of_layers, part_of_example, write_adapter
+from benchmarks.made_inputs import (
+    LlamaShape,
+    copy_tokenizer,
+    llama_config,
+    part_of_example,
+    write_llama,
+    write_llama_adapters,
+)
 from benchmarks.measuring import BenchmarkParser, in_turns, left_out, median, spent_by
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.dataset import Batch, make_batch
@@ -77,20 +83,22 @@ from loracli.progress import SILENT, Silent
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import MixingKind
 
-# hidden, intermediate, layers, heads, heads of keys and values, vocabulary
-SHAPES = {
+# Hidden, intermediate, layers, heads, heads of keys and values, vocabulary.
+SHAPES: dict[str, LlamaShape] = {
     "8B": (4096, 14336, 32, 32, 8, 128256),
     "3B": (3072, 8192, 28, 24, 8, 128256),
     "1B": (2048, 8192, 16, 32, 8, 128256),
     "tiny": (64, 128, 2, 4, 2, 512),
 }
-SMALL, SMALLEST = (512, 1408, 8, 8, 4), (32, 48, 2, 4, 2)  # of the base that `twice` and `halving` fit on
+# Of the base that `twice` and `halving` fit on, whose tokenizer is the example's.
+SMALL: LlamaShape = (512, 1408, 8, 8, 4, 827)
+SMALLEST: LlamaShape = (32, 48, 2, 4, 2, 827)
 LENGTH = 1024  # tokens of a record, at most
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = {"float32": 1e-3, "bfloat16": 0.1}  # how far those of two fits may be apart
 LOSS = {"float32": 1e-4, "bfloat16": 0.02}  # likewise, in nats per token
 GRADIENT = {"float32": 1e-4, "bfloat16": 0.1}  # relative to the one in float64
-RIDGE = 0.01  # so that the weights are settled, however little the records say of them
+SHORT = {"ridge": 0.01, "passes": 2, "control": "none"}  # with a ridge, weights are settled that records say little of
 FEWER = 4  # times fewer tokens where a step takes more memory
 Found = TypeVar("Found", "Check", "Measured")
 
@@ -126,22 +134,22 @@ class Measured:
 
     def row(self, seconds: Mapping[tuple[str, int], float]) -> str:
         """The row, beside the seconds of all steps by name and tokens."""
-        times = [f"{self.seconds / seconds[other, self.tokens]:.2f}" if (other, self.tokens) in seconds else ""
-                 for other in ("bare", "module")]  # fmt: skip
-        bytes_ = ["" if b is None else f"{b / 1e9:.2f}" for b in (self.peak, self.estimate)]
+        beside = [seconds.get((other, self.tokens)) for other in ("bare", "module")]
+        times = [f"{self.seconds / other:.2f}" if other else "" for other in beside]
+        amounts = [f"{amount / 1e9:.3f}" if amount else "" for amount in (self.peak, self.estimate)]
         ratio = f"{self.peak / self.estimate:.2f}" if self.peak and self.estimate else ""
         cells = [self.name, f"{self.tokens}", f"{1e3 * self.seconds:.1f}", f"{self.tokens / self.seconds:.0f}"]
-        return f"| {' | '.join([*cells, *times, *bytes_, ratio])} |"
+        return f"| {' | '.join([*cells, *times, *amounts, ratio])} |"
 
 
 class Warned(Silent):
-    """Keeps what fits warn of, each once."""
+    """Keeps what fits warn of."""
 
     def __init__(self) -> None:
-        self.said: dict[str, None] = {}
+        self.said: set[str] = set()
 
     def warn(self, message: str) -> None:
-        self.said[message] = None
+        self.said.add(message)
 
 
 class Device:
@@ -166,12 +174,9 @@ class Device:
         versions = ", ".join(f"{name} {version(name)}" for name in packages)
         if not self.cuda:
             return f"{self.place}, {platform.machine()}, {torch.get_num_threads()} threads; {versions}"
-        of = torch.cuda.get_device_properties(self.place)
-        natively = "" if self.dtype == "bfloat16" else ", no bfloat16"
-        return (
-            f"{of.name}, {of.total_memory / 1e9:.0f} GB, capability {of.major}.{of.minor}{natively}, "
-            f"CUDA {torch.version.cuda}; {versions}"
-        )
+        of, natively = torch.cuda.get_device_properties(self.place), "" if self.dtype == "bfloat16" else "no bfloat16, "
+        size = f"{of.total_memory / 1e9:.0f} GB, capability {of.major}.{of.minor}"
+        return f"{of.name}, {size}, {natively}CUDA {torch.version.cuda}; {versions}"
 
     def free(self) -> float:
         """Bytes for a model, where something tells."""
@@ -180,9 +185,11 @@ class Device:
         return torch.mps.recommended_max_memory() if self.place.type == "mps" else float("inf")
 
     def tidy(self) -> None:
-        gc.collect()
+        """Gives all memory back that nothing holds, and forgets the peak."""
         if self.cuda:
+            gc.collect()
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.place)
 
     def measure(self, step: Callable[[], object], rounds: int) -> tuple[float, int | None]:
         """Seconds, the median after a first run, and the most bytes that were in use."""
@@ -222,8 +229,8 @@ class Case:
     """A base, two adapters, calibration.jsonl and test.jsonl in a folder."""
 
     folder: Path
-    base: Path
     adapters: tuple[str, ...]
+    base: Path
 
 
 def weights_apart(left: Recipe, right: Recipe) -> float:
@@ -238,10 +245,10 @@ def loss_of(recipe: Recipe) -> float:
 
 
 def right(device: Device, example: Case) -> Iterator[Check]:
-    on_cpu = device.fit(example, dtype="float32", on="cpu", ridge=RIDGE)
+    on_cpu = device.fit(example, dtype="float32", on="cpu", **SHORT)
     exact = gradient_of_example(example, "cpu", "float64")
     for dtype in DTYPES:
-        fitted = device.fit(example, dtype=dtype, ridge=RIDGE)
+        fitted = device.fit(example, dtype=dtype, **SHORT)
         yield Check("right", f"weights, {dtype}", weights_apart(fitted, on_cpu), WEIGHTS[dtype])
         yield Check("right", f"held-out loss, {dtype}", abs(loss_of(fitted) - loss_of(on_cpu)), LOSS[dtype])
         gradient = gradient_of_example(example, str(device.place), dtype)
@@ -253,9 +260,8 @@ def gradient_of_example(example: Case, place: str, dtype: str) -> Tensor:
     """(P,) in float64: the gradient of the calibration records' nats where all weights are one half."""
     adapters = tuple(read_adapter(path) for path in example.adapters)
     layout = make_layout(adapters)
-    opening = Opening(
-        find_base(adapters, str(example.base)), adapters, LENGTH, LENGTH, placement=Placement(dtype, place)
-    )
+    base = find_base(adapters, str(example.base))
+    opening = Opening(base, adapters, LENGTH, LENGTH, placement=Placement(dtype, place))
     with open_session(opening) as session:
         examples = session.render([read_records(example.folder / "calibration.jsonl")])
         with session.attached(adapters, layout.modules, examples) as objective:
@@ -268,34 +274,30 @@ def twice(device: Device, case: Case, batch_tokens: int) -> Iterator[Check]:
     for mixing in ("module", "factors"):
         outputs = [case.folder / mixing / f"{number}" / "recipe.json" for number in range(2)]
         for output in outputs:
-            device.fit(case, output, dtype=device.dtype, mixing=mixing, passes=2, batch_tokens=batch_tokens)
+            device.fit(case, output, dtype=device.dtype, mixing=mixing, batch_tokens=batch_tokens, **SHORT)
         first, second = ({path.name: path.read_bytes() for path in output.parent.iterdir()} for output in outputs)
         differ = [name for name in first.keys() | second.keys() if first.get(name) != second.get(name)]
         yield Check("twice", f"files that differ of {len(first)}, --mixing {mixing}, {device.dtype}", len(differ), 0)
 
 
 def halving(device: Device, case: Case, batch_tokens: int) -> Iterator[Check]:
-    device.tidy()
-    if device.cuda:
-        torch.cuda.reset_peak_memory_stats(device.place)
-    settings = {"mixing": "adapter", "batch_tokens": batch_tokens, "dtype": "float32"}
+    settings = {"mixing": "adapter", "batch_tokens": batch_tokens, "dtype": "float32", "control": "none"}
     whole = device.fit(case, **settings)
     with memory_for_half(device, case, batch_tokens):
         halved = device.fit(case, **settings)
-    yield Check("halving", f"micro-batches that were not halved, of {batch_tokens} tokens", not halved.fit.halvings, 0)
-    yield Check(
-        "halving", f"weights, with {halved.fit.halvings} halved", weights_apart(whole, halved), WEIGHTS["float32"]
-    )
+    count, apart = halved.fit.halvings, weights_apart(whole, halved)
+    yield Check("halving", f"fits that halved no micro-batch of {batch_tokens} tokens", not count, 0)
+    yield Check("halving", f"weights, with {count} halved, float32", apart, 1e-2)
+    yield Check("halving", "held-out loss, likewise", abs(loss_of(whole) - loss_of(halved)), LOSS["float32"])
 
 
 @contextmanager
 def memory_for_half(device: Device, case: Case, batch_tokens: int) -> Iterator[None]:
-    """Too little memory for a micro-batch of so many tokens, and enough for half of it."""
+    """After a fit with all of the memory: too little for a micro-batch of so many tokens, and enough for half of it."""
     if device.cuda:
         weights = sum(path.stat().st_size for path in case.base.glob("*.safetensors"))
-        peak = torch.cuda.max_memory_allocated(device.place)
+        fence = weights + 0.7 * (torch.cuda.max_memory_allocated(device.place) - weights)
         device.tidy()
-        fence = weights + 0.7 * (peak - weights)
         whole = torch.cuda.get_device_properties(device.place).total_memory
         torch.cuda.set_per_process_memory_fraction(fence / whole, device.place)
         try:
@@ -331,12 +333,11 @@ def four_bit(device: Device, case: Case) -> Iterator[Check]:
     model.save_pretrained(bases[0])
     model.dequantize().float().save_pretrained(bases[1])
     config = json.loads((bases[1] / "config.json").read_text())
-    config.pop("quantization_config", None)
-    (bases[1] / "config.json").write_text(json.dumps(config))
+    (bases[1] / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
     for base in bases:
         copy_tokenizer(case.base, base)
     try:
-        narrow, full = (device.fit(replace(case, base=base), dtype="float32", ridge=RIDGE, passes=2) for base in bases)
+        narrow, full = (device.fit(replace(case, base=base), dtype="float32", **SHORT) for base in bases)
     except BaseModelMismatch as error:
         left_out(f"4-bit: {error}")
         return
@@ -345,34 +346,23 @@ def four_bit(device: Device, case: Case) -> Iterator[Check]:
     yield Check("4-bit", f"held-out loss, {name}", abs(loss_of(narrow) - loss_of(full)), 1e-2)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(source / name, folder)
-
-
-def write_case(folder: Path, example: Case, shape: Sequence[int], records: int, questions: int) -> Case:
-    """A Llama of random weights with the example's tokenizer, two adapters of random factors, and records of as many of
-    the example's questions and answers one after the other."""
-    hidden, intermediate, layers, heads, keys = shape
-    config = AutoConfig.from_pretrained(example.base)
-    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
-    of_heads = {"num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": hidden // heads}
-    config.update(sizes | of_heads | {"max_position_embeddings": LENGTH})
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "base")
+def write_small(folder: Path, example: Case, args: argparse.Namespace) -> Case:
+    """A Llama of random weights, two adapters, and records of several of the example's questions and answers each."""
+    shape = SMALLEST if args.quick else SMALL
+    own = {
+        name: getattr(AutoConfig.from_pretrained(example.base), f"{name}_token_id") for name in ("pad", "bos", "eos")
+    }
+    write_llama(folder / "base", shape, max_position_embeddings=LENGTH, **{f"{n}_token_id": i for n, i in own.items()})
     copy_tokenizer(example.base, folder / "base")
-    modules = of_layers(llama_layer(hidden, intermediate, hidden // heads * keys), layers)
-    adapters = [write_adapter(folder / f"a{i}", modules, 8, seed=i, base_id="random/llama") for i in range(2)]
     lines = [json.loads(line) for line in (example.folder / "test.jsonl").read_text().splitlines()]
-
-    def record(number: int) -> dict[str, str]:
-        some = [lines[(questions * number + i + number) % len(lines)] for i in range(questions)]
-        return {key: "".join(f"{line[key]}\n" for line in some) for key in ("prompt", "completion")}
-
-    for name, numbers in (("calibration", range(records)), ("test", range(records, records + 4))):
-        text = "".join(f"{json.dumps(record(number))}\n" for number in numbers)
-        (folder / f"{name}.jsonl").write_text(text)
-    return Case(folder, folder / "base", tuple(map(str, adapters)))
+    texts = []
+    for number in range(args.records + 4):
+        some = [lines[(args.questions * number + place + number) % len(lines)] for place in range(args.questions)]
+        record = {key: "".join(f"{line[key]}\n" for line in some) for key in ("prompt", "completion")}
+        texts.append(f"{json.dumps(record)}\n")
+    (folder / "calibration.jsonl").write_text("".join(texts[:-4]))
+    (folder / "test.jsonl").write_text("".join(texts[-4:]))
+    return Case(folder, write_llama_adapters(folder, shape, 8, count=2, base_id="random/llama"), folder / "base")
 
 
 @dataclass(frozen=True)
@@ -414,24 +404,13 @@ class Large:
 
 def plan_large(device: Device, shape: str, folder: Path, args: argparse.Namespace) -> Large:
     """What is known of a shape before it is made; its adapters are written to the folder."""
-    hidden, intermediate, layers, heads, keys, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        max_position_embeddings=LENGTH,
-    )
+    config = llama_config(SHAPES[shape], max_position_embeddings=LENGTH)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
-    dtype = getattr(torch, device.dtype)
-    plan = BasePlan(BaseReference(f"random/{shape}", folder, None), config, skeleton, dtype, str(device.place))
-    modules = of_layers(llama_layer(hidden, intermediate, hidden // heads * keys), layers)
-    paths = tuple(
-        str(write_adapter(folder / shape / f"a{i}", modules, args.rank, seed=i, base_id=f"random/{shape}", dtype=dtype))
-        for i in range(args.adapters)
+    name, dtype = f"random/{shape}", getattr(torch, device.dtype)
+    plan = BasePlan(BaseReference(name, folder, None), config, skeleton, dtype, str(device.place))
+    paths = write_llama_adapters(
+        folder / shape, SHAPES[shape], args.rank, count=args.adapters, base_id=name, dtype=dtype
     )
     return Large(shape, plan, paths, tuple(read_adapter(path) for path in paths))
 
@@ -504,8 +483,8 @@ def kept(device: Device, name: str, found: Iterable[Found], failed: list[str]) -
 def print_checks(device: Device, folder: Path, args: argparse.Namespace, failed: list[str]) -> bool:
     """The first table; whether all of it is right."""
     example = part_of_example(folder / "example", calibration=args.calibration, test=args.test)
-    demo = Case(example, example / "base", (str(example / "know"), str(example / "form")))
-    small = write_case(folder / "small", demo, SMALLEST if args.quick else SMALL, args.records, args.questions)
+    demo = Case(example, (str(example / "know"), str(example / "form")), example / "base")
+    small = write_small(folder / "small", demo, args)
     parts: dict[str, Iterator[Check]] = {
         "right": right(device, demo),
         "twice": twice(device, small, args.batch_tokens),
