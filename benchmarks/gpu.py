@@ -284,7 +284,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=16, quick=4)
     parser.add_argument("--rounds", type=int, default=5, quick=1)
     parser.add_argument("--calibration", type=int, default=1000, quick=8, help="of the example's records, the first")
-    parser.add_argument("--test", type=int, default=1000, quick=4, help="likewise")
+    parser.add_argument("--test", type=int, default=1000, quick=13, help="likewise")
     parser.add_argument("--records", type=int, default=64, quick=6, help="that the small model is fitted on")
     parser.add_argument("--questions", type=int, default=16, quick=1, help="in each of them")
     parser.add_argument("--batch-tokens", type=int, default=8192, quick=96)

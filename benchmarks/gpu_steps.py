@@ -65,6 +65,7 @@ class Device:
         self.place = torch.device(name)
         self.cuda = self.place.type == "cuda"
         if self.cuda:
+            torch.cuda.init()  # which the memory's statistics want
             torch.cuda.set_device(self.place)
         self.heard = Warned()
 
