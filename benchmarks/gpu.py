@@ -291,6 +291,7 @@ def main() -> int:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         left_out("everything: there is no CUDA device here; see --device")
         return 0
