@@ -1,6 +1,6 @@
 """A fit on a GPU: is it right, is it the same twice, what does a step cost, and how much memory does it take?
 
-    python benchmarks/gpu.py                        on the CUDA device, in less than five minutes, without network
+    python benchmarks/gpu.py                        on the CUDA device, without network, within minutes
     python benchmarks/gpu.py --device mps           or cuda:1, or cpu
     python benchmarks/gpu.py --shape 1B --tokens 4096
 
@@ -13,9 +13,9 @@ Prints Markdown with the device's name and all versions, to be sent as it is. Th
                elsewhere micro-batches above a size are refused in torch's own words.
     4-bit      a fit on a base in bitsandbytes' NF4 beside one on the same weights in full
 
-The second is about a Llama of random weights, the largest of those below whose fit is estimated to take 80 % of the
-free memory or less, and adapters of random factors on all of its linear layers. A step is the gradient of a micro-batch
-of records of at most 1024 tokens, half of them scored, and AdamW's step:
+The second is about a Llama of random weights, the largest of 8B, 3B and 1B whose fit is estimated to take 80 % of the
+free memory or less, else a tiny one, and adapters of random factors on all of its linear layers. A step is the gradient
+of a micro-batch of records of at most 1024 tokens, half of them scored, and AdamW's step:
 
     bare       the model alone: forward, the same head on the scored half, and the gradient of the input
     exact      the same by kernels that add in one order, which a fit asks for on a GPU
