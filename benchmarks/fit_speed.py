@@ -110,6 +110,10 @@ def make_peft(base: LlamaForCausalLM, adapters: list[LoraAdapter]) -> tuple[Peft
     """PEFT's model with all adapters active at weight 1/2, and the scalings, module after module, as leaves."""
     rank = next(iter(adapters[0].modules.values())).factors.rank
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LINEAR))
+
+    def frozen(factor: Tensor) -> nn.Parameter:
+        return nn.Parameter(factor.to(base.device, base.dtype), requires_grad=False)
+
     names = [f"a{i}" for i in range(len(adapters))]
     peft = get_peft_model(base, config, adapter_name=names[0])
     for name in names[1:]:
@@ -121,9 +125,9 @@ def make_peft(base: LlamaForCausalLM, adapters: list[LoraAdapter]) -> tuple[Peft
     for name in sorted(layers):
         for label, adapter in zip(names, adapters, strict=True):
             factors = adapter.modules[name].factors
-            layers[name].lora_A[label].weight.data = factors.lora_A.to(base.dtype)
-            layers[name].lora_B[label].weight.data = factors.lora_B.to(base.dtype)
-            scaling = torch.tensor(0.5 * factors.scaling, dtype=base.dtype, requires_grad=True)
+            layers[name].lora_A[label].weight = frozen(factors.lora_A)
+            layers[name].lora_B[label].weight = frozen(factors.lora_B)
+            scaling = torch.tensor(0.5 * factors.scaling, dtype=base.dtype, device=base.device, requires_grad=True)
             layers[name].scaling[label] = scaling
             scalings.append(scaling)
     return peft, scalings

@@ -17,6 +17,7 @@ from loracli.system.files import CONFIG_FILE, TENSOR_FILE
 from loracli.system.tensor_file import write_tensors
 
 Shapes = Mapping[str, tuple[int, int]]  # module -> (out, in)
+LlamaShape = tuple[int, int, int, int, int, int]  # hidden, intermediate, layers, heads, their keys', vocabulary
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TINY = {
     "vocab_size": 64,
@@ -77,6 +78,41 @@ def write_adapter(
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config))
     return folder
+
+
+def write_llama_adapters(
+    folder: Path, shape: LlamaShape, rank: int, *, count: int, base_id: str, dtype: torch.dtype = torch.float32
+) -> tuple[str, ...]:
+    """So many adapters on all linear modules of a Llama of that shape, as directories of a folder."""
+    hidden, intermediate, layers, heads, keys, _ = shape
+    modules = of_layers(llama_layer(hidden, intermediate, hidden // heads * keys), layers)
+    folders = [folder / f"a{number}" for number in range(count)]
+    for seed, path in enumerate(folders):
+        write_adapter(path, modules, rank, seed=seed, base_id=base_id, dtype=dtype)
+    return tuple(map(str, folders))
+
+
+def llama_config(shape: LlamaShape, **more: Any) -> Any:
+    """The config of a Llama of that shape; `more` are other fields of it."""
+    from transformers import LlamaConfig
+
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return LlamaConfig(**dict(zip((*names, "vocab_size"), shape, strict=True)), **more)
+
+
+def write_llama(folder: Path, shape: LlamaShape, **more: Any) -> Path:
+    """A Llama of that shape with random weights in float32."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(llama_config(shape, **more), dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def copy_tokenizer(base: Path, folder: Path) -> None:
+    """The tokenizer of a base to another."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(base / name, folder)
 
 
 def write_tiny_base(folder: Path, model_type: str = "llama", **changes: Any) -> Path:
