@@ -212,7 +212,7 @@ def load_base(
     finally:
         progress.finish("load base model")
     model.eval().requires_grad_(False)
-    if quantisation is not None and not run_exactly(model):
+    if quantisation is not None and not run_exactly(model, plan.dtype):
         raise BaseModelMismatch(
             f"the base model {reference.id} has no linear layer to quantise", hint="leave --quantise out"
         )

@@ -155,11 +155,16 @@ def is_quantised(module: nn.Module) -> bool:
     return package is not None and type(module) in (package.nn.Linear4bit, package.nn.Linear8bitLt)
 
 
-def run_exactly(model: nn.Module) -> int:
-    """Gives every quantised layer the two products above; returns how many there are."""
+def run_exactly(model: Any, dtype: torch.dtype) -> int:
+    """Gives every quantised layer the two products above, and the rest of the model this dtype, as transformers leaves
+    what is stored beside quantised layers in its own; returns how many of those there are."""
     layers = [module for module in model.modules() if is_quantised(module)]
     for layer in layers:
         layer.forward = partial(_forward, layer)
+    stored, packed = model.get_input_embeddings().weight.dtype, {id(layer.weight) for layer in layers}
+    for parameter in model.parameters():
+        if parameter.dtype == stored and id(parameter) not in packed:
+            parameter.data = parameter.data.to(dtype)
     return len(layers)
 
 
