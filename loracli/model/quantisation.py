@@ -22,19 +22,18 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loracli.errors import BaseModelMismatch, UsageError
+from loracli.recipe.record import ON_LOADING, BaseForm
 
-Quantised = Literal["nf4", "fp4", "int8"]  # how the linear layers of a base keep their weights
-ON_LOADING: tuple[Quantised, ...] = ("nf4", "int8")  # what a base in full precision can be made
 _WAY_OUT = "give the unquantised model with --base"
 _MAX_SKIPPED = 10_000
-_BITS: Mapping[Quantised, float] = {"nf4": 4.5, "fp4": 4.5, "int8": 8.0}  # a number, with the scales of its block
+_BITS: Mapping[BaseForm, float] = {"nf4": 4.5, "fp4": 4.5, "int8": 8.0}  # a number, with the scales of its block
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Quantisation:
         stored: whether its files are so; otherwise it is made so when it is loaded.
     """
 
-    form: Quantised
+    form: BaseForm
     skipped: tuple[str, ...] | None = None
     stored: bool = True
 
@@ -140,8 +139,8 @@ def _bitsandbytes(config: Mapping[str, Any], name: str) -> Quantisation:
         form = "int8"
     elif str(storage).removeprefix("torch.") != "uint8":
         raise refused(f"by bitsandbytes with its bits kept as {str(storage)[:40]}; uint8 is read")
-    if form not in get_args(Quantised):
-        raise refused(f"by bitsandbytes in {str(form)[:40]!r}; {', '.join(get_args(Quantised))} are run")
+    if form not in get_args(BaseForm):
+        raise refused(f"by bitsandbytes in {str(form)[:40]!r}; {', '.join(get_args(BaseForm))} are run")
     return Quantisation(form, None if skipped is None else tuple(skipped))
 
 
