@@ -46,7 +46,7 @@ def test_the_package_imports_what_it_declares_and_nothing_else() -> None:
 
 def test_the_page_has_every_dependency_with_its_bound() -> None:
     said = dict(re.findall(r"^\| `([\w-]+)` \| ([\d.]+) \|", PAGE, re.MULTILINE))
-    extras = [requirement for name in ("gguf", "lorahub") for requirement in EXTRAS[name]]
+    extras = [requirement for name in ("bitsandbytes", "gguf", "lorahub") for requirement in EXTRAS[name]]
     assert said == {r.name: str(r.specifier).removeprefix(">=") for r in [*REQUIRED, *extras]}
     for requirement in EXTRAS["dev"]:
         assert f"`{requirement.name}`" in PAGE

@@ -319,6 +319,7 @@ def test_the_recipe_that_the_cases_below_damage_is_fine(tmp_path: Path) -> None:
         ("host", "my machine", "host: unknown"),
         ("folder", "/root", "folder: unknown"),
         ("base__path", "/root", "base.path: unknown"),
+        ("base__quantisation", "nf5", "base.quantisation: expected one of 'nf4', 'fp4', 'int8', got 'nf5'"),
         ("adapters__0__sha256", {}, "adapters[0].sha256: lacks adapter_config.json"),
         (
             "adapters__0__sha256",
@@ -394,6 +395,16 @@ def test_a_recipe_has_the_first_schema_that_has_its_fields(tmp_path: Path) -> No
     assert json.loads(recipe.to_json())["loracat_recipe"] == 4
 
 
+def test_a_recipe_says_how_its_base_was_quantised_and_an_older_one_that_it_was_not(tmp_path: Path) -> None:
+    older = make_recipe(tmp_path)
+    assert older.base.quantisation is None and "quantisation" not in saved(tmp_path)["base"]
+    recipe = replace(older, base=replace(older.base, quantisation="nf4"))
+    recipe.save(tmp_path / "q.json")
+    assert load_recipe(tmp_path / "q.json") == recipe
+    document = json.loads((tmp_path / "q.json").read_text())
+    assert (document["loracat_recipe"], document["base"]["quantisation"]) == (7, "nf4")
+
+
 def _weighed(**weights: tuple[float | None, ...]) -> RecipeMixing:
     found: dict[str, tuple[float | None, ...]] = {"a": (1.0, None), "b": (0.0, 1e-7)}
     return RecipeMixing("module", {**found, **weights}, 3, weights_sha256=weights_digest(found))
@@ -449,7 +460,7 @@ def test_a_digest_of_weights_goes_with_kinds_that_keep_them(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("version", "way_out"),
     [
-        (7, "upgrade"),
+        (8, "upgrade"),
         (99, "upgrade"),
         (1, "fit again"),
         (0, None),
@@ -464,7 +475,7 @@ def test_another_schema_is_refused_with_the_way_out_where_there_is_one(
     tmp_path: Path, version: object, way_out: str | None
 ) -> None:
     (tmp_path / "r.json").write_text(json.dumps(saved(tmp_path) | {"loracat_recipe": version, "new_field": 1}))
-    with pytest.raises(RecipeError, match="has the schema .*this version reads 2 to 6") as caught:
+    with pytest.raises(RecipeError, match="has the schema .*this version reads 2 to 7") as caught:
         load_recipe(tmp_path / "r.json")
     assert caught.value.problems == ()
     assert (way_out in (caught.value.hint or "")) if way_out else caught.value.hint is None

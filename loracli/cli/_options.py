@@ -276,6 +276,15 @@ DeviceMap = Annotated[
         "--device-map", metavar="MAP", help="Spread the base over all devices of this machine, with the one value auto."
     ),
 ]
+Quantise = Annotated[
+    str | None,
+    typer.Option(
+        "--quantise",
+        metavar="FORM",
+        autocompletion=lambda: ["nf4", "int8"],
+        help="Keep the base's linear layers in nf4 or int8; needs the extra loracat[bitsandbytes].",
+    ),
+]
 Checkpointing = Annotated[
     bool,
     typer.Option(
@@ -300,6 +309,7 @@ class PlacementOptions:
     ] = "auto"
     device: Device = "auto"
     device_map: DeviceMap = None
+    quantise: Quantise = None
 
 
 def set_words(group: ReadingOptions | PlacementOptions) -> list[str]:

@@ -273,8 +273,8 @@ TABLE = (
         tuple(
             "activation-aware allow-truncation base-dtype batch-tokens budget checkpointing cv density dequantise "
             "dtype energy fields format generate gguf holdout learning-rate margin max-length max-new-tokens merge "
-            "method methods mixing modules-to-save paper passes profile rank raw refit ridge scale seed select-by "
-            "skip-bad task-type tolerance".split()
+            "method methods mixing modules-to-save paper passes profile quantise rank raw refit ridge scale seed "
+            "select-by skip-bad task-type tolerance".split()
         ),
         "says how it is computed",
     ),

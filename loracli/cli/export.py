@@ -141,6 +141,7 @@ class MachineOptions:
     ] = "auto"
     device: opt.Device = "auto"
     device_map: opt.DeviceMap = None
+    quantise: opt.Quantise = None
 
     def placement(self) -> Placement:
         """Raises UsageError for what no machine has."""
@@ -149,7 +150,7 @@ class MachineOptions:
 
         if self.base_dtype not in ("auto", *DTYPES):
             raise UsageError(f"--base-dtype {self.base_dtype} is not one of auto, {', '.join(DTYPES)}")
-        return Placement(self.base_dtype, self.device, self.device_map)
+        return Placement(self.base_dtype, self.device, self.device_map, quantise=self.quantise)
 
 
 _Data = Annotated[

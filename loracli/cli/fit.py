@@ -258,6 +258,7 @@ def _show_plan(out: Output, plan: FitPlan) -> None:
         "base": inputs.base.id,
         "base_commit": inputs.base.commit,
         "dtype": dtype_name(plan.base.dtype),
+        "quantisation": None if plan.base.quantisation is None else plan.base.quantisation.form,
         "device": plan.base.device,
         "adapters": list(inputs.references),
         "training_records": plan.training_records,

@@ -123,7 +123,8 @@ def show(
     labels = loaded.labels()
     names = table_names(out, list(labels.values()))
     commit = f" at {loaded.base.commit}" if loaded.base.commit else ""
-    out.line(f"base model: {loaded.base.id}{commit}", style="bold")
+    kept = f", its linear layers kept in {loaded.base.quantisation}" if loaded.base.quantisation else ""
+    out.line(f"base model: {loaded.base.id}{commit}{kept}", style="bold")
     out.line()
     out.table(
         ["adapter", "rank", "alpha", "commit", "sha256"],

@@ -129,7 +129,7 @@ def prepare_comparison(
     if recipes and policy == REFUSE:
         policy = recorded_policy(recipes[0].recipe)
     policy = settled_policy(policy, read, references)
-    found = find_base(read, asked, revision=base_revision, progress=progress)
+    found = find_base(read, asked, revision=base_revision, runs=True, progress=progress)
     read = on_base(read, found)
     check_composable(read, base_given=asked is not None, base_known=True)
     saved = saved_modules(policy, read, progress=progress)

@@ -381,6 +381,8 @@ def _ingredients(recipe: Recipe, licences: Sequence[str | None]) -> list[str]:
     lines = adapter_table(list(zip(recipe.adapters, columns, licences, strict=True)))
     if recipe.mixing.kind not in INLINE_KINDS:
         lines += ["", "The weights are a summary: those whose weighted sum comes closest to the update of a module."]
+    if recipe.base.quantisation is not None:
+        lines += ["", f"The fit ran with the base's linear layers kept in {recipe.base.quantisation}."]
     return [*lines, "", *other_base_lines(recipe.base.id, recipe.adapters)]
 
 

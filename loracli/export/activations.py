@@ -106,7 +106,7 @@ def moments_of(
     check_weighable(source.adapters, hint=_WAY_OUT)
     files = tuple(read_records(path, progress=progress) for path in parse_sources(fit_data))
     asked = recorded_base(source, base)
-    reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)
+    reference = find_base(source.adapters, asked, revision=base_revision, runs=True, progress=progress)
     # A batch for each record, so that there is no padding.
     opening = Opening(reference, source.adapters, 1, FitSettings().max_length, source.saved, placement)
     with open_session(opening, progress=progress) as session:

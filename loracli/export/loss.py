@@ -89,7 +89,7 @@ def loss_of_export(
     source, settings = exported.composition, FitSettings()
     check_language_models(source.adapters, "scoring records")
     asked = recorded_base(source, base)
-    reference = find_base(source.adapters, asked, revision=base_revision, progress=progress)
+    reference = find_base(source.adapters, asked, revision=base_revision, runs=True, progress=progress)
     tokens, length = settings.batch_tokens, settings.max_length
     opening = Opening(reference, source.adapters, tokens, length, source.saved, placement)
     with open_session(opening, progress=progress) as session:

@@ -251,7 +251,7 @@ def searched_weights(
     """
     assert request.fit_data is not None
     files = tuple(read_records(source, progress=progress) for source in parse_sources(request.fit_data))
-    reference = find_base(adapters, base, revision=request.base_revision, progress=progress)
+    reference = find_base(adapters, base, revision=request.base_revision, runs=True, progress=progress)
     settings = FitSettings(seed=request.method_options.seed)
     opened = _Base(reference, saved, request.placement)
     with _calibration(method, files, adapters, settings, opened, progress) as calibration:
@@ -282,7 +282,7 @@ def _regressed(
     check_own_records(method.name, owners, names)
     check_weighable(read, hint="choose another --method")
     files = tuple(read_records(source, progress=progress) for source in sources)
-    reference = find_base(read, base, revision=request.base_revision, progress=progress)
+    reference = find_base(read, base, revision=request.base_revision, runs=True, progress=progress)
     opened = _Base(reference, given.saved, request.placement)
     with _calibration(method, files, read, FitSettings(seed=0), opened, progress) as calibration:
         moments = own_moments(calibration, owners, read, make_layout(read))

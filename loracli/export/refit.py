@@ -214,7 +214,7 @@ class RefitOnRecords:
         inputs = FitInputs(
             adapters=(adapter,),
             references=(_START,),
-            base=find_base(source.adapters, base, revision=self.base_revision, progress=self.progress),
+            base=find_base(source.adapters, base, revision=self.base_revision, runs=True, progress=self.progress),
             data=self.data,
             layout=make_layout([adapter]),
             settings=FitSettings(mixing="core"),

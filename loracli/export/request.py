@@ -186,7 +186,7 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
         ),
         (
             request.placement != Placement() and not (data or fitted or refit or request.scored),
-            "--base-dtype, --device and --device-map have no use here: no base model is loaded",
+            "--base-dtype, --device, --device-map and --quantise have no use here: no base model is loaded",
             "give them with --data or --fit-data, or leave them out",
         ),
         (method is not None and request.activation_aware, "--activation-aware is for a recipe", "leave out --method"),

@@ -104,7 +104,7 @@ def prepare_fit(
     check_composable(read, base_given=base is not None)
     check_mixing(read, settings.mixing)  # before anything is fetched, and below by the base's names
     settings = replace(settings, modules_to_save=settled_policy(settings.modules_to_save, read, references))
-    found = find_base(read, base, revision=base_revision, progress=progress)
+    found = find_base(read, base, revision=base_revision, runs=True, progress=progress)
     read = on_base(read, found)
     check_composable(read, base_given=base is not None, base_known=True)
     check_mixing(read, settings.mixing)

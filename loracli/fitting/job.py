@@ -316,6 +316,7 @@ def identity_of(
         },
         "--dtype": dtype_name(dtype),
         "--device": device,
+        "--quantise": str(placement.quantise),
         **{f"version of {name}": version(name) for name in _VERSIONS},
     }
 

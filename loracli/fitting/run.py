@@ -218,6 +218,11 @@ def _run(
     )
 
 
+def _said_dtype(base: BaseModel) -> str:
+    kept = "" if base.quantisation is None else f", its linear layers kept in {base.quantisation.form},"
+    return dtype_name(base.dtype) + kept
+
+
 def held_out_parts(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
     """Cross-fitting: what each of its fits may see, and what is held out of it; none where records are set apart.
 
@@ -303,7 +308,7 @@ def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Exam
     settings, layout, base, progress = inputs.settings, inputs.layout, session.base, session.progress
     numbers = "climbing from adapter to factors" if inputs.numbers is None else count_text(inputs.numbers, "weight")
     progress.note(
-        f"base {base.reference.id} in {dtype_name(base.dtype)} on {engine.objective.attached.device}; "
+        f"base {base.reference.id} in {_said_dtype(base)} on {engine.objective.attached.device}; "
         f"mixing {settings.mixing}, {numbers} over {len(layout.modules)} modules"
     )
     choosing = f", {len(folds)} folds" if len(folds) > 1 else f", {len(folds[0].validation)} of them to choose with"
@@ -553,7 +558,12 @@ def _make_recipe(
         reach: which modules the records did not reach.
     """
     return Recipe(
-        base=RecipeBase(base.reference.id, base.reference.commit, base.config_sha256),
+        base=RecipeBase(
+            base.reference.id,
+            base.reference.commit,
+            base.config_sha256,
+            None if base.quantisation is None else base.quantisation.form,
+        ),
         adapters=tuple(
             identity_of(adapter, reference)
             for adapter, reference in zip(inputs.adapters, inputs.references, strict=True)

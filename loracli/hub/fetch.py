@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
@@ -213,12 +213,14 @@ def fetch_base(
     revision: str | None = None,
     config_alone: bool = False,
     recheck: bool = False,
+    check_config: Callable[[Path], None] | None = None,
     **options: Unpack[HubOptions],
 ) -> FetchedBase:
     """Brings a base model to this machine: config, tokenizer, chat template and safetensors of the top level.
 
     Never code, pickle or GGUF files. There is no ceiling but the free disk; with `config_alone` its config.json and no
-    more. What is transferred is verified; what is cached, and may take minutes to hash, with `recheck`. The options are
+    more, and what `check_config` raises of the folder with it is raised before the rest is transferred. What is
+    transferred is verified; what is cached, and may take minutes to hash, with `recheck`. The options are
     those of `loracli.hub.source.HubOptions`.
 
     Raises:
@@ -226,7 +228,8 @@ def fetch_base(
         AccessDenied, HubUnreachable, IntegrityError, OutOfResources: the Hub or the disk does not give the files.
     """
     kind = _BASE_CONFIG_ALONE if config_alone else _BASE
-    [copy] = fetch([_at_the_hub(Source(kind, repo_id, revision, text=repo_id, recheck=recheck, **options))])
+    source = Source(kind, repo_id, revision, text=repo_id, recheck=recheck, check_config=check_config, **options)
+    [copy] = fetch([_at_the_hub(source)])
     return FetchedBase(repo_id, copy.path, copy.commit, copy.files)
 
 

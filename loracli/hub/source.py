@@ -132,6 +132,7 @@ class Source:
     Attributes:
         max_bytes: the most that all of its files may have together; None for no ceiling.
         recheck: whether what is cached is hashed again; what is transferred always is.
+        check_config: told the folder when a base's config is there and verified, before what comes after it.
         The others are those of `HubOptions` and `FetchOptions`.
     """
 
@@ -148,6 +149,7 @@ class Source:
     max_bytes: int | None = None
     recheck: bool = False
     endpoint: str | None = None
+    check_config: Callable[[Path], None] | None = None
     progress: Progress = SILENT
 
     @property

@@ -210,6 +210,8 @@ def _take(plan: _Plan, name: str, stopped: threading.Event) -> FetchedFile:
             raise HubUnreachable(what, where=source.name, hint="is HF_ENDPOINT a Hub?")
         listed = plan.listing.files[name]
         verify(source, commit, name, listed if bar.used or source.recheck else listed._replace(digest=None))
+    if name == BASE_CONFIG and source.check_config is not None:
+        source.check_config(plan.folder)
     return FetchedFile(name, size, cached=not bar.used)
 
 

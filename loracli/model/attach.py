@@ -44,6 +44,7 @@ from loracli.algebra.basis import canonical_stack
 from loracli.algebra.factors import Factors
 from loracli.errors import BaseModelMismatch
 from loracli.model.experts import ExpertLinear, expert_stack, experts_forward, weight_forward
+from loracli.model.quantisation import is_quantised
 
 
 def _mixed(z: Tensor, core: Tensor) -> Tensor:
@@ -328,8 +329,9 @@ def _stack(
             raise ValueError("an update with a bias has no canonical basis")
         whole = canonical_stack(factors)
         factors = [Factors(whole.lora_A, whole.lora_B)]
-    lora_A = torch.cat([f.lora_A.to(weight.device, weight.dtype) for f in factors])  # (R, in)
-    lora_B = torch.cat([f.lora_B.to(weight.device, weight.dtype) for f in factors], dim=1)  # (out, R)
+    dtype = model.dtype if is_quantised(module) else weight.dtype
+    lora_A = torch.cat([f.lora_A.to(weight.device, dtype) for f in factors])  # (R, in)
+    lora_B = torch.cat([f.lora_B.to(weight.device, dtype) for f in factors], dim=1)  # (out, R)
     scaling = torch.cat([torch.full((f.rank,), f.scaling, dtype=precision) for f in factors])
     scale = getattr(module, "embed_scale", 1.0)
     embed_scale = torch.as_tensor(scale, device=weight.device) if embedding else None
@@ -337,7 +339,7 @@ def _stack(
         return Stack(lora_A, lora_B, scaling, embed_scale)
     firsts = [sum(f.rank for f in factors[:place]) for place in biased]  # any rank row of the adapter has its weight
     entries = torch.tensor([*range(len(scaling)), *firsts], device=weight.device)
-    biases = torch.stack([f.bias.to(weight.device, weight.dtype) for f in factors if f.bias is not None], dim=1)
+    biases = torch.stack([f.bias.to(weight.device, dtype) for f in factors if f.bias is not None], dim=1)
     return Stack(lora_A, torch.cat([lora_B, biases], dim=1), scaling, embed_scale, entries)
 
 

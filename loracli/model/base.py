@@ -26,6 +26,7 @@ from loracli.model.checkpoint import shard_names
 from loracli.model.experts import check_experts
 from loracli.model.modules import check_base_copies, check_shapes, named_as
 from loracli.model.placement import DTYPES, decoder_layers, has_float64, ran_out_of_memory
+from loracli.model.quantisation import Quantisation, read_quantisation, run_exactly
 from loracli.model.reference import (
     WAY_OUT,
     BaseReference,
@@ -48,8 +49,9 @@ class BaseModel:
         reference: where it came from.
         model: a transformers causal language model.
         tokenizer: its tokenizer.
-        dtype: of its weights and of the adapters' products.
+        dtype: of its weights, where they are not quantised, and of all products.
         config_sha256: of its config.json.
+        quantisation: of its linear layers, None in full precision.
     """
 
     reference: BaseReference
@@ -57,6 +59,7 @@ class BaseModel:
     tokenizer: Any
     dtype: torch.dtype
     config_sha256: str
+    quantisation: Quantisation | None = None
 
     @property
     def config(self) -> Any:
@@ -85,8 +88,9 @@ class BasePlan:
         reference: where it is.
         config: transformers' config of it.
         skeleton: the model without numbers, on the device `meta`.
-        dtype: of its weights.
+        dtype: of its weights, where they are not quantised.
         device: that it will be on; with a device map, the kind of device.
+        quantisation: of its linear layers, None in full precision; the skeleton is in full precision.
     """
 
     reference: BaseReference
@@ -94,6 +98,7 @@ class BasePlan:
     skeleton: Any
     dtype: torch.dtype
     device: str
+    quantisation: Quantisation | None = None
 
 
 def plan_base(
@@ -101,6 +106,7 @@ def plan_base(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    quantise: str | None = None,
     dequantised: bool = False,
     task: str | None = None,
 ) -> BasePlan:
@@ -108,26 +114,24 @@ def plan_base(
     model that it is in full precision, `task` (PEFT's name of it) for another than a causal language model.
 
     Raises:
-        BaseModelMismatch: if transformers knows no such model, it is quantised, or its files name what is not followed.
-        UsageError: if there is no such dtype, or the device cannot be used.
+        BaseModelMismatch: if transformers knows no such model, it is quantised in a way that is not run, or its files
+            name what is not followed.
+        UsageError: if there is no such dtype, the device cannot be used, or as `read_quantisation`.
     """
     import transformers
 
     device = _resolve_device(device)
     auto = getattr(transformers, model_class(task))
     config = _read_config(reference, auto.__name__)
-    if dequantised:
-        vars(config).pop("quantization_config", None)
-    if getattr(config, "quantization_config", None) is not None:
-        raise BaseModelMismatch(
-            f"the base model {reference.id} is quantised", hint="give the unquantised model with --base"
-        )
+    quantisation = None if dequantised else read_quantisation(vars(config), reference.id, quantise=quantise)
+    for key in ("quantization_config", "compression_config"):
+        vars(config).pop(key, None)
     with _loading(reference, auto.__name__), torch.device("meta"):
         skeleton = auto.from_config(deepcopy(config), trust_remote_code=False)
     if task in (None, CAUSAL_LM) and skeleton.get_output_embeddings() is None:
         raise BaseModelMismatch(f"the base model {reference.id} has no language model head")
     resolved = _resolve_dtype(dtype, getattr(config, "dtype", None), device)
-    return BasePlan(reference, config, skeleton, resolved, device)
+    return BasePlan(reference, config, skeleton, resolved, device, quantisation)
 
 
 def settled(reference: BaseReference, *, dtype: str, device: str) -> tuple[torch.dtype, str]:
@@ -155,6 +159,7 @@ def load_base(
     device: str = "auto",
     device_map: str | None = None,
     shard: int | None = None,
+    quantise: str | None = None,
     progress: Progress = SILENT,
 ) -> BaseModel:
     """Loads the model from safetensors alone, without any code of the repository.
@@ -166,6 +171,7 @@ def load_base(
         device_map: `auto` puts the layers on all CUDA devices of this process, one after the other.
         shard: K, to share the weights out over the K processes of this fit, which are connected already: each keeps 1/K
             and has a layer whole only while it runs. Every forward then needs all of them.
+        quantise: `nf4` or `int8`, to keep the linear layers of a base in full precision so.
     Raises:
         BaseModelMismatch: if the directory cannot be loaded as a causal language model.
         OutOfResources: if a device map leaves layers that fit on no CUDA device.
@@ -174,7 +180,16 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     placement = _placement_options(device, device_map, shard)
-    plan = plan_base(reference, dtype=dtype, device=device)
+    plan = plan_base(reference, dtype=dtype, device=device, quantise=quantise)
+    quantisation = plan.quantisation
+    if quantisation is not None:
+        if shard is not None:
+            raise UsageError("a quantised base cannot be shared out over processes", hint="leave --shard out")
+        placement = {"device_map": {"": plan.device}} | placement
+        if quantisation.stored:
+            plan.config.quantization_config = quantisation.loading(plan.dtype).to_dict()
+        else:
+            placement["quantization_config"] = quantisation.loading(plan.dtype)
     # transformers' fast products for experts refuse float64.
     experts = {"experts_implementation": "eager"} if plan.dtype == torch.float64 else {}
     shard_names(reference.path)
@@ -197,6 +212,10 @@ def load_base(
     finally:
         progress.finish("load base model")
     model.eval().requires_grad_(False)
+    if quantisation is not None and not run_exactly(model, plan.dtype):
+        raise BaseModelMismatch(
+            f"the base model {reference.id} has no linear layer to quantise", hint="leave --quantise out"
+        )
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:  # transformers fills these with random numbers
         raise BaseModelMismatch(
@@ -208,7 +227,7 @@ def load_base(
         _check_device_map(getattr(model, "hf_device_map", {}))
     if shard is not None:
         _check_sharded(model)
-    return BaseModel(reference, model, tokenizer, plan.dtype, _config_sha256(reference))
+    return BaseModel(reference, model, tokenizer, plan.dtype, _config_sha256(reference), quantisation)
 
 
 def load_tokenizer(reference: BaseReference) -> Any:

@@ -28,6 +28,7 @@ from loracli.adapters.names import BasePlace, leaf
 from loracli.adapters.on_base import adapted_names, by_base_names, turned_by_version, without_wrapper
 from loracli.errors import BaseModelMismatch
 from loracli.model.checkpoint import Checkpoint, LoadingRules, loaded_names, tied_parameters
+from loracli.model.quantisation import is_quantised
 from loracli.system.tensor_file import FLOATS
 
 _MAX_NAME = 512  # longer ones are not tried: no model has them, and tables are patterns
@@ -180,7 +181,7 @@ def base_modules(model: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[Bas
 def kind_and_shape(module: nn.Module) -> tuple[ModuleKind, int, int]:
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(module, nn.Linear) and _is_linear(module):
+    if isinstance(module, nn.Linear) and (is_quantised(module) or _is_linear(module)):
         return "linear", module.in_features, module.out_features
     if isinstance(module, Conv1D):
         return "conv1d", module.weight.shape[0], module.weight.shape[1]
@@ -197,7 +198,7 @@ def kind_and_shape(module: nn.Module) -> tuple[ModuleKind, int, int]:
 def _is_linear(module: nn.Linear) -> bool:
     """Whether its forward is x W^T + b. That of a subclass is tried on a copy with a few numbers of its own: a layer of
     the same class and attributes, 3 x 5, on inputs of several shapes and sizes. One with more tensors than weight and
-    bias, with another shape or kind of weight, as quantised layers have, or with hooks into it is not tried."""
+    bias, with another shape or kind of weight, or with hooks into it is not tried."""
     if type(module).forward is nn.Linear.forward:
         return True
     own = {**module._parameters, **module._buffers, **module._modules}

@@ -13,6 +13,7 @@ import torch.utils.deterministic
 from torch import nn
 
 from loracli.errors import UsageError
+from loracli.model.quantisation import check_quantise
 from loracli.system.machine import says_memory_ran_out
 
 
@@ -95,7 +96,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how a base model runs; of this, only `dtype` and `device` can change a result.
+    """Where and how a base model runs; of this, only `dtype`, `device` and `quantise` can change a result.
 
     Args:
         dtype: `auto`, or float32, bfloat16, float16, float64.
@@ -103,6 +104,7 @@ class Placement:
         device_map: `auto` to spread the base over all devices of this machine, in place of `device`.
         checkpointing: run layers again in the backward pass, for less memory; without it the estimate decides.
         shard: share the base out over all processes of this fit, in place of a copy in each.
+        quantise: `nf4` or `int8`, to keep the linear layers of a base in full precision so.
     """
 
     dtype: str = "auto"
@@ -110,11 +112,15 @@ class Placement:
     device_map: str | None = None
     checkpointing: bool = False
     shard: bool = False
+    quantise: str | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for what no machine has, before anything is looked for."""
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype} is not one of auto, {', '.join(DTYPES)}")
+        check_quantise(self.quantise)
+        if self.quantise is not None and self.shard:
+            raise UsageError("a quantised base cannot be shared out", hint="leave out --quantise or --shard")
         try:
             torch.device("cpu" if self.device == "auto" else self.device)
         except RuntimeError:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.kinds import kind_of
 from loracli.errors import OutOfResources
@@ -112,7 +114,7 @@ def estimate_memory(
         of_adapters += tokens * s * sum(inner.values())
     inputs = graphs * tokens * s * width
     return MemoryEstimate(
-        weights=s * _weights(plan.skeleton, layers, shards),
+        weights=s * _weights(plan.skeleton, layers, shards) - _saved_by_bits(plan, s),
         adapters=numbers * (s + (8 * _FLOAT32 if factors else 0)),
         activations=graphs * layer + of_adapters,
         checkpointed=inputs + layer + of_adapters // max(graphs, 1) if layers else None,
@@ -216,6 +218,19 @@ def _weights(skeleton: Any, layers: Sequence[Any], shards: int) -> int:
         return total
     largest = max((_numbers_of(layer) for layer in layers), default=0)
     return total // shards + 2 * largest + _numbers_of(skeleton.get_output_embeddings())
+
+
+def _saved_by_bits(plan: BasePlan, s: int) -> int:
+    """Bytes that quantised layers do not take; the largest of them is there in full while it computes."""
+    if plan.quantisation is None:
+        return 0
+    head, skipped = plan.skeleton.get_output_embeddings(), plan.quantisation.skipped or ()
+    numbers = [
+        module.weight.numel()
+        for name, module in plan.skeleton.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not any(part in name for part in skipped)
+    ]
+    return round((s - plan.quantisation.bytes_a_number) * sum(numbers)) - s * max(numbers, default=0)
 
 
 def _numbers_of(module: Any) -> int:

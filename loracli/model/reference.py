@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from loracli.hub.references import (
     is_revision,
     not_on_the_hub,
 )
+from loracli.model.quantisation import read_quantisation
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CONFIG_FILE
 from loracli.system.near import hints, holding, near_path
@@ -65,6 +67,7 @@ def find_base(
     base: str | BaseClaim | None,
     *,
     revision: str | None = None,
+    runs: bool = False,
     progress: Progress = SILENT,
 ) -> BaseReference:
     """The base model to use: `base`, or what all adapters agree on, fetched from the Hub unless it is a local
@@ -74,8 +77,10 @@ def find_base(
         adapters: that are run in it.
         base: text that the user named; what a recipe or a record claims; None for what the adapters claim.
         revision: that the user named, for a base on the Hub.
+        runs: whether it will run, so that one quantised in a way that does not is refused before its weights are there.
         progress: told of a download.
     Raises:
+        BaseModelMismatch: as `read_quantisation`.
         IncompatibleAdapters: if no base is given and the adapters name none, or what is no name on the Hub.
         UnsupportedAdapter: if an adapter changes a convolution.
         InputError, UsageError: as `locate_base`.
@@ -95,17 +100,24 @@ def find_base(
         progress.note(f"base model: the local directory {base}{taken_for if name != base else ''}")
         others = other_bases(place.resolve().name, stated, directory=True, saved_as=_saved_as(place))
         say_other_bases(str(base), others, progress)
+        if runs:
+            _check_runs(str(base), place)
         return BaseReference(name, place, None)
     name = str(place.base_model)
     say_other_bases(name, other_bases(name, stated), progress)
     try:
-        fetched = fetch_base(name, revision=place.revision, progress=progress)
+        check = partial(_check_runs, name) if runs else None
+        fetched = fetch_base(name, revision=place.revision, check_config=check, progress=progress)
     except (AccessDenied, HubUnreachable, InputError) as error:
         refuse_mistyped(base, error)
         if not isinstance(error, AccessDenied):
             error.hint = "; ".join(filter(None, [error.hint, "or give a local copy of the model with --base"]))
         raise
     return BaseReference(name, fetched.path, fetched.commit)
+
+
+def _check_runs(name: str, folder: Path) -> None:
+    read_quantisation(_read(folder / CONFIG), name)
 
 
 def refuse_mistyped(base: str | BaseClaim, error: LoracatError) -> None:

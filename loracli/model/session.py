@@ -73,7 +73,12 @@ class Opening:
         Raises:
             BaseModelMismatch, UsageError: as `plan_base`.
         """
-        return plan_base(self.reference, dtype=self.placement.dtype, device=self.placement.device)
+        return plan_base(
+            self.reference,
+            dtype=self.placement.dtype,
+            device=self.placement.device,
+            quantise=self.placement.quantise,
+        )
 
     def memory(self, plan: BasePlan) -> tuple[MemoryEstimate, MemoryDecision]:
         """What a gradient on records takes in each process, and what follows from the memory that is free now.
@@ -143,6 +148,7 @@ def open_session(opening: Opening, *, progress: Progress = SILENT) -> Iterator[S
             device=placement.device,
             device_map=placement.device_map,
             shard=opening.processes if placement.shard else None,
+            quantise=placement.quantise,
             progress=progress,
         )
         with _checkpointed(base.model) if placement.checkpointing else nullcontext():

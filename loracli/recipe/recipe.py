@@ -51,7 +51,7 @@ from loracli.system.near import hints, near_path
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 _FIRST_SCHEMA = 2  # that is still read
-SCHEMA = 6
+SCHEMA = 7
 _MAX_FILES = 10_000  # of calibration data
 OTHER_ROWS = ("base", "uniform", "sum", "fit")  # of the held-out table; no adapter goes by one of these names
 CONTROL_ROWS = ("fresh-lora",)  # beside them; an adapter of an older recipe may

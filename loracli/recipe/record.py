@@ -33,6 +33,8 @@ _AdapterReference = Annotated[str, Matches(re.compile(r"[^\0]{1,4096}"), "a name
 Version = Annotated[str, Matches(re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,99}"), "a version")]
 Word = Annotated[str, Matches(re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]{0,99}"), "a name of letters, digits, ., _ and -")]
 
+BaseForm = Literal["nf4", "fp4", "int8"]  # what the linear layers of a base keep their weights in
+ON_LOADING: tuple[BaseForm, ...] = ("nf4", "int8")  # and what those of one in full precision can be made
 MixingKind = Literal["adapter", "layer", "module", "rank", "core", "factors"]
 MIXING_KINDS: tuple[MixingKind, ...] = get_args(MixingKind)
 INLINE_KINDS: tuple[MixingKind, ...] = ("adapter", "layer", "module")  # their numbers stand in the recipe itself
@@ -288,11 +290,13 @@ class FitRecord:
 
 @dataclass(frozen=True)
 class RecipeBase:
-    """The base model: `id` is the name an export carries; `commit` is None for a local directory."""
+    """The base model: `id` is the name an export carries; `commit` is None for a local directory; `quantisation` is
+    what its linear layers kept their weights in while the fit ran, None for full precision."""
 
     id: Annotated[str, Matches(re.compile(r"[^\0]{1,255}"), "a name of 1 to 255 characters")]
     commit: _Commit | None
     config_sha256: _Sha256
+    quantisation: BaseForm | None = added(7, None)
 
     @property
     def claim(self) -> BaseClaim | None:

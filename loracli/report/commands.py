@@ -16,7 +16,7 @@ from loracli.evaluation.comparison import Comparison
 from loracli.fitting.settings import FitSettings
 from loracli.hub.references import URI_PREFIX
 from loracli.recipe.recipe import Recipe
-from loracli.recipe.record import RecipeAdapter
+from loracli.recipe.record import ON_LOADING, RecipeAdapter
 from loracli.system.escaping import shell_word
 
 _RECIPE, _COMPARISON = "recipe.json", "comparison.json"  # where they are, unless they are named
@@ -93,6 +93,8 @@ def _fit(recipe: Recipe, name: str) -> str:
     else:
         words += ["--base", f"{URI_PREFIX}{recipe.base.id}", "--base-revision", recipe.base.commit]
     words += ["--dtype", recipe.dtype]
+    if recipe.base.quantisation in ON_LOADING:  # of a base that is stored so it changes nothing
+        words += ["--quantise", str(recipe.base.quantisation)]
     for field in fields(FitSettings):
         option, value = f"--{field.name.replace('_', '-')}", recipe.fit.settings.get(field.name, field.default)
         if value is None or value == field.default:

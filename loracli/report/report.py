@@ -209,7 +209,8 @@ def _made(recipe: Recipe, steps: Sequence[Step]) -> str:
     data = [[d.name, str(d.records), str(d.scored_tokens), d.shape, d.sha256[:16]] for d in recipe.data]
     settings = [[name, "default" if value is None else str(value)] for name, value in recipe.fit.settings.items()]
     versions = ", ".join(f"{name} {version}" for name, version in recipe.versions.items())
-    base = f"Base model {recipe.base.id}, {recipe.base.commit or 'a local directory'}, run in {recipe.dtype}."
+    kept = f", its linear layers kept in {recipe.base.quantisation}" if recipe.base.quantisation else ""
+    base = f"Base model {recipe.base.id}, {recipe.base.commit or 'a local directory'}, run in {recipe.dtype}{kept}."
     return section(
         "How this was made",
         paragraph(

@@ -223,17 +223,6 @@ def test_a_base_that_lacks_weights_is_refused_instead_of_filled_with_random_ones
         fit_mixing([str(two_adapters[0])], data, base=str(base))
 
 
-def test_a_quantised_base_is_refused_by_name(
-    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
-) -> None:
-    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BaseModelMismatch, match="quantised"):
-        fit_mixing([str(two_adapters[0])], data, base=str(base))
-
-
 def test_equal_records_many_times_over_can_still_be_fitted(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
 ) -> None:

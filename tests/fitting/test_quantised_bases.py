@@ -1,0 +1,180 @@
+"""Bases whose linear layers are quantised, as they are. Those of bitsandbytes need that package."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from loracli.errors import BaseModelMismatch, UsageError
+from loracli.fitting.job import identity_of
+from loracli.fitting.run import fit_mixing
+from loracli.fitting.settings import FitSettings
+from loracli.model.base import load_base, plan_base
+from loracli.model.placement import Placement
+from loracli.model.reference import BaseReference, find_base
+from loracli.model.session import Opening
+from tests.stub_hub import StubHub
+from tests.tiny import make_adapter, make_base, make_tokenizer, random_records, write_jsonl
+
+FORMS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+QUICK = FitSettings(passes=4, ridge=0.01, control="none")
+
+
+# The words of config.json, and what is said of them.
+REFUSED = {
+    "gptq": ({"quant_method": "gptq", "bits": 4}, "quantised by 'gptq', which adapters are not attached to here"),
+    "no method": ({"bits": 4}, "quantised in an unknown way"),
+    "no form": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "in 'nf5'"),
+    "no width": ({"quant_method": "bitsandbytes"}, "does not say whether in 4 or in 8 bits"),
+    "both widths": ({"load_in_4bit": True, "load_in_8bit": True}, "does not say whether in 4 or in 8 bits"),
+    "other bytes": (
+        {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
+        "its bits kept as bfloat16; uint8 is read",
+    ),
+    "no names": ({"load_in_8bit": True, "llm_int8_skip_modules": [1]}, "does not hold names"),
+}
+
+
+def quantised_base(folder: Path, form: str) -> tuple[Path, Path]:
+    """A tiny base as bitsandbytes stores it, and the same weights in float32, both by transformers alone."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    plain = make_base(folder / "plain", "shallow")
+    config = BitsAndBytesConfig(**FORMS[form])
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, device_map={"": "cpu"})
+    model.save_pretrained(folder / form)
+    model.dequantize(torch.float32).save_pretrained(folder / "dequantised")
+    for path in (folder / form, folder / "dequantised"):
+        make_tokenizer().save_pretrained(path)
+    return folder / form, folder / "dequantised"
+
+
+def test_a_fit_on_a_quantised_base_is_the_fit_on_the_weights_that_its_bits_stand_for(tmp_path: Path) -> None:
+    stored, dense = quantised_base(tmp_path, "nf4")
+    assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+    adapters = [str(make_adapter(tmp_path / name, dense, seed=seed)) for seed, name in enumerate(("first", "second"))]
+    data = write_jsonl(tmp_path / "data.jsonl", random_records(30))
+    held = write_jsonl(tmp_path / "held.jsonl", random_records(25, seed=1))
+    on_bits, on_numbers = (
+        fit_mixing(adapters, data, eval_data=held, base=str(base), settings=QUICK) for base in (stored, dense)
+    )
+    assert (on_bits.base.quantisation, on_numbers.base.quantisation) == ("nf4", None)
+    assert on_bits.held_out.verdict == on_numbers.held_out.verdict
+    assert on_bits.mixing.weights.keys() == on_numbers.mixing.weights.keys()
+    for module, weights in on_numbers.mixing.weights.items():
+        assert on_bits.mixing.weights[module] == pytest.approx(weights, abs=1e-2), module
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_and_gradients_are_those_of_the_weights_that_the_bits_stand_for(
+    tmp_path: Path, form: str, dtype: str
+) -> None:
+    """Of bitsandbytes' int8 they would not be: it rounds what comes in as well."""
+    answers = []
+    for base in quantised_base(tmp_path, form):
+        model = load_base(BaseReference("org/base", base, None), dtype=dtype, device="cpu").model
+        inputs = model.get_input_embeddings()(torch.arange(3, 20)[None]).requires_grad_()
+        model(inputs_embeds=inputs).logits.square().sum().backward()
+        answers.append((model(input_ids=torch.arange(3, 20)[None]).logits, inputs.grad))
+    for found, expected in zip(*answers, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_base_that_is_quantised_on_loading_is_the_one_that_is_stored_so(tmp_path: Path) -> None:
+    stored, _ = quantised_base(tmp_path, "nf4")
+    answers = []
+    for base, quantise in ((stored, None), (stored, "nf4"), (tmp_path / "plain", "nf4")):
+        loaded = load_base(BaseReference("org/base", base, None), dtype="float32", device="cpu", quantise=quantise)
+        assert loaded.quantisation is not None and loaded.quantisation.form == "nf4"
+        answers.append(loaded.model(input_ids=torch.arange(3, 20)[None]).logits)
+    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+    with pytest.raises(UsageError, match="is quantised in nf4 already, and cannot be made int8"):
+        plan_base(BaseReference("org/base", stored, None), quantise="int8")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes as it seems to be there, for what does not load a base."""
+    monkeypatch.setattr("loracli.model.quantisation.find_spec", lambda name: name)
+
+
+def with_config(base: Path, config: dict[str, Any]) -> BaseReference:
+    """A base that says that it is quantised so."""
+    fields = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(fields | {"quantization_config": config}))
+    return BaseReference("org/base", base, None)
+
+
+def test_without_the_package_both_ways_are_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loracli.model.quantisation.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="--quantise needs the package bitsandbytes") as caught:
+        Placement(quantise="nf4")
+    assert caught.value.hint == "pip install 'loracat[bitsandbytes]'"
+    stored = with_config(make_base(tmp_path / "base"), FORMS["nf4"])
+    with pytest.raises(UsageError, match="quantised by bitsandbytes in nf4, and that package is not installed"):
+        plan_base(stored)
+
+
+def test_what_is_quantised_takes_less_memory_and_belongs_to_what_a_fit_goes_on_from(
+    tmp_path: Path, installed: None
+) -> None:
+    reference = BaseReference("org/base", make_base(tmp_path / "base"), None)
+    opened = {
+        form: Opening(reference, (), 64, 64, placement=Placement(quantise=form)) for form in (None, "int8", "nf4")
+    }
+    weights = [opening.memory(opening.plan())[0].weights for opening in opened.values()]
+    assert weights[0] > weights[1] > weights[2]
+    states = [identity_of(reference, {}, {}, opening.placement) for opening in opened.values()]
+    for state, form in zip(states, opened, strict=True):
+        assert state == states[0] | {"--quantise": str(form)}
+    assert len({str(state) for state in states}) == 3
+
+
+def test_a_form_that_no_base_is_made_and_sharing_it_out_are_refused(installed: None) -> None:
+    with pytest.raises(UsageError, match="--quantise fp4 is not one of nf4, int8"):
+        Placement(quantise="fp4")
+    with pytest.raises(UsageError, match="a quantised base cannot be shared out"):
+        Placement(quantise="nf4", shard=True)
+
+
+def test_what_is_not_run_is_refused_before_its_weights_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "base")
+    with_config(base, {"quant_method": "awq", "bits": 4})
+    with StubHub() as hub:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        hub.add("org/base", {path.name: path.read_bytes() for path in base.iterdir()})
+        with pytest.raises(BaseModelMismatch, match="org/base is quantised by 'awq'"):
+            find_base((), "org/base", runs=True)
+        fetched = [path for method, path in hub.requests if method == "GET"]
+        assert any("config.json" in path for path in fetched)
+        assert not any("safetensors" in path or "tokenizer" in path for path in fetched)
+        assert (find_base((), "org/base").path / "model.safetensors").is_file()  # for who does not run it, as before
+    huggingface_hub.close_session()
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_base_that_is_quantised_otherwise_is_refused_by_name_with_the_way_out(tmp_path: Path, why: str) -> None:
+    config, said = REFUSED[why]
+    with pytest.raises(BaseModelMismatch, match=re.escape(said)) as caught:
+        plan_base(with_config(make_base(tmp_path / "base"), config))
+    assert caught.value.hint == "give the unquantised model with --base"
