@@ -26,7 +26,8 @@ from loracli.fitting.inputs import FitInputs
 from loracli.fitting.journal import Meter
 from loracli.fitting.level import recipe_mixing
 from loracli.fitting.mixing import Layout, check_mixing, make_diagonal
-from loracli.fitting.run import divide_training, find_mixing
+from loracli.fitting.plan import divide_training
+from loracli.fitting.run import find_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.fitting.work import REACH, Cost, Work, cost_of
 from loracli.model.session import Session

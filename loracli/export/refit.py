@@ -43,7 +43,8 @@ from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.journal import Meter
 from loracli.fitting.level import Task, solve_level, tokens_of
 from loracli.fitting.mixing import CoreMixing, make_layout
-from loracli.fitting.run import announce, measured_pace, opening_of, reached
+from loracli.fitting.plan import announce, measured_pace
+from loracli.fitting.run import opening_of, reached
 from loracli.fitting.search import REFIT_SHARE, refit
 from loracli.fitting.settings import FitSettings
 from loracli.fitting.work import REFIT, Work, cost_of

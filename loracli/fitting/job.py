@@ -24,9 +24,10 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs, render_inputs
 from loracli.fitting.journal import Journal, Meter, StepLog, is_step_log, open_state, remove_state, state_folder
 from loracli.fitting.level import tokens_of
+from loracli.fitting.plan import divide_training, fit_work, held_out_parts, measured_pace
 from loracli.fitting.processes import Processes, connect, process_device
 from loracli.fitting.reach import foresee_bypassed
-from loracli.fitting.run import divide_training, fit_work, held_out_parts, measured_pace, opening_of, run_fit
+from loracli.fitting.run import opening_of, run_fit
 from loracli.fitting.work import REACH, Work
 from loracli.model.base import BasePlan, load_tokenizer, settled
 from loracli.model.experts import check_experts

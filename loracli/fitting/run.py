@@ -11,43 +11,48 @@ import transformers
 from torch import Tensor
 
 from loracli._version import __version__
-from loracli.calibration.dataset import MIN_HELD_OUT, Examples, plan_batches
+from loracli.calibration.dataset import Examples
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
-from loracli.errors import CalibrationError, NonFiniteLoss, UsageError
+from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.statistics import FIT, held_out_table, static_points
-from loracli.fitting.activations import chosen_records, fit_activations
+from loracli.fitting.activations import fit_activations
 from loracli.fitting.certificate import can_certify, certificate_tokens, certified
 from loracli.fitting.control import as_memory_allows, control_stage, controls, fresh_training
 from loracli.fitting.criterion import (
-    FEWEST_TO_VALIDATE,
     LEAST_ANSWERS,
     Fold,
-    cross_folds,
-    divided,
     loss_criterion,
     metric_criterion,
-    set_aside,
 )
-from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
 from loracli.fitting.journal import Journal, Meter, StepLog
 from loracli.fitting.level import Solution, Task, recipe_mixing, tokens_of
-from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing, parameter_of_experts
+from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
+from loracli.fitting.plan import (
+    ACTIVATIONS,
+    SCORING,
+    announce,
+    divide_training,
+    fit_work,
+    held_out_parts,
+    measured_pace,
+    part_stage,
+)
 from loracli.fitting.processes import ALONE, Processes
 from loracli.fitting.reach import Reach, find_reach
 from loracli.fitting.search import LADDERS, fit_as_published, search
 from loracli.fitting.settings import AUTO, FRESH_LORA, FitSettings
-from loracli.fitting.work import CERTIFICATE, REACH, Work, cost_of
+from loracli.fitting.work import CERTIFICATE, REACH, Work
 from loracli.hub.fetch import Fetched
 from loracli.model.base import BaseModel
 from loracli.model.loss import Scores
 from loracli.model.modules import base_modules
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session, settle_memory
-from loracli.progress import SILENT, Bar, Progress, drawn, duration_text, takes_bar
+from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.recipe.ingredients import identity_of
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import (
@@ -59,10 +64,7 @@ from loracli.recipe.record import (
     RecipeBase,
     RecipeData,
 )
-from loracli.system.display import count_text
 from loracli.system.document import dtype_name
-
-_SCORING, _ACTIVATIONS = "scoring", "activations"  # stages after the search
 
 
 @takes_bar
@@ -182,7 +184,7 @@ def _run(
             reach = reached(engine, session, training)
             found, certificate = _solve(engine, inputs, session, folds, training)
             passes = engine.meter.spent / (2 * tokens_of(training))
-            meter.enter(_SCORING)
+            meter.enter(SCORING)
             training_loss = _training_loss(engine, session, found, training)
             scores = _static_scores(engine, session, inputs, held_out)
             if parts:
@@ -190,7 +192,7 @@ def _run(
             else:
                 batches = session.batches(held_out)
                 scores[FIT] = engine.score(found.mixing, found.theta, batches, held_out, key="held out, the fit")
-            meter.enter(_ACTIVATIONS)
+            meter.enter(ACTIVATIONS)
             activations = fit_activations(
                 engine, inputs.adapters, found.mixing, found.theta, training, seed=settings.seed, progress=progress
             )
@@ -216,120 +218,6 @@ def _run(
     return _make_recipe(
         inputs, session.base, examples.data, found, record=record, table=table, activations=activations, reach=reach
     )
-
-
-def _said_dtype(base: BaseModel) -> str:
-    kept = "" if base.quantisation is None else f", its linear layers kept in {base.quantisation.form},"
-    return dtype_name(base.dtype) + kept
-
-
-def held_out_parts(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
-    """Cross-fitting: what each of its fits may see, and what is held out of it; none where records are set apart.
-
-    Raises:
-        CalibrationError: if too few records are left to fit and to hold out.
-    """
-    if inputs.data.parts and inputs.settings.cv is not None:
-        return cross_folds(training, inputs.data.training, inputs.settings.cv, seed=inputs.settings.seed + 2)
-    kept = tuple(fold for part in inputs.data.parts if (fold := set_aside(training, part)).validation)
-    if inputs.data.parts and len(kept) < 2:
-        raise CalibrationError(
-            "only one different record is left, too few to hold some out",
-            hint="give more records or held-out records with --eval-data, or raise --max-length",
-        )
-    return kept
-
-
-def divide_training(inputs: FitInputs, training: Sequence[Example]) -> tuple[Fold, ...]:
-    """How the training records are divided to choose: as they are to be judged where all are held out in their turn;
-    not at all with `--paper`.
-
-    Raises:
-        UsageError: if there are too few of them for the folds, or for `auto` or a task metric to choose with.
-    """
-    settings = inputs.settings
-    if settings.paper:
-        return (Fold(tuple(training), ()),)
-    if inputs.data.parts and (settings.cv is not None or len(training) >= FEWEST_TO_VALIDATE):
-        return held_out_parts(inputs, training)
-    folds = divided(training, inputs.data.training, settings.cv, seed=settings.seed + 1)
-    if not folds[0].validation and (settings.mixing == AUTO or settings.metric is not None):
-        option = "--mixing auto" if settings.mixing == AUTO else "--select-by"
-        raise UsageError(
-            f"{option} cannot choose with {len(training)} training records",
-            hint="give more records, or name --mixing adapter or module, and let the loss choose",
-        )
-    return folds
-
-
-def fit_work(inputs: FitInputs, examples: Examples, folds: Sequence[Fold]) -> Work:
-    """What a whole fit does, stage by stage."""
-    training, settings = examples.training, inputs.settings
-    scored = cost_of(plan_batches(training, batch_tokens=settings.batch_tokens))
-    held_out = cost_of(plan_batches(examples.held_out, batch_tokens=settings.batch_tokens))
-    activations = cost_of(plan_batches(chosen_records(training, seed=settings.seed), batch_tokens=1))
-    certifies = not settings.paper and settings.mixing in (*INLINE_KINDS, AUTO)
-    work = Work(folds, training, settings, inputs.references, certifies=certifies)
-    parts = held_out_parts(inputs, training)
-    after = {_SCORING: scored + held_out * (len(static_points(inputs.references)) + (not parts))}
-    for number, part in enumerate(parts, 1):
-        unseen = cost_of(plan_batches(part.validation, batch_tokens=settings.batch_tokens))
-        if not folds[0].validation:  # a fit of its own
-            unseen += replace(work, folds=(Fold(part.fitting, ()),), training=part.fitting).left(REACH)
-        after[_part(number)] = unseen
-    work = replace(work, after={**after, _ACTIVATIONS: activations})
-    fresh = {
-        control_stage(number): fresh_training(inputs, part.fitting).cost
-        + cost_of(plan_batches(part.validation, batch_tokens=settings.batch_tokens))
-        for number, part in enumerate(parts or (Fold(training, examples.held_out),), 1 if parts else 0)
-    }
-    wanted = settings.control == FRESH_LORA
-    if settings.control is None and parameter_of_experts(inputs.adapters) is None:
-        # Below so many records there is no verdict that it could change.
-        cheaper = sum(cost.tokens for cost in fresh.values()) < work.left(REACH).tokens
-        wanted = cheaper and len(examples.held_out) >= MIN_HELD_OUT
-    return replace(work, after={**work.after, **fresh}) if wanted else work
-
-
-def measured_pace(
-    engine: Engine, inputs: FitInputs, session: Session, examples: Examples, folds: Sequence[Fold]
-) -> Pace:
-    """How fast the attached model takes the steps of a fit, and its largest micro-batch."""
-    settings, module = inputs.settings, make_diagonal(inputs.layout, "module")
-    steps = plan_steps(folds[0].fitting, batch_tokens=settings.batch_tokens, seed=settings.seed).batches
-    every = (*session.batches(examples.training), *session.batches(examples.held_out))
-    largest = max(every, key=lambda batch: batch.tokens)
-    return engine.pace(module, module.constant([0.0] * inputs.layout.adapters), steps, largest)
-
-
-def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Examples, work: Work, pace: Pace) -> None:
-    """Says what will be done and about how long it takes."""
-    folds = work.folds
-    settings, layout, base, progress = inputs.settings, inputs.layout, session.base, session.progress
-    numbers = "climbing from adapter to factors" if inputs.numbers is None else count_text(inputs.numbers, "weight")
-    progress.note(
-        f"base {base.reference.id} in {_said_dtype(base)} on {engine.objective.attached.device}; "
-        f"mixing {settings.mixing}, {numbers} over {len(layout.modules)} modules"
-    )
-    choosing = f", {len(folds)} folds" if len(folds) > 1 else f", {len(folds[0].validation)} of them to choose with"
-    most = settings.budget(len(folds), len(examples.training))
-    passes = "one pass" if settings.paper else f"up to {most:.3g} passes"
-    about = duration_text(work.left(REACH).seconds(pace))
-    about += "" if settings.metric is None else "; the answers that choose come on top"
-    parts = inputs.data.parts
-    if parts and folds[0].validation:
-        about += "; longer where the folds would choose differently without one of them"
-    records = count_text(len(examples.training), "training record")
-    held = "each record held out once" if parts else f"{len(examples.held_out)} held out"
-    if folds[0].validation:
-        records += choosing
-    progress.note(f"{records}, {held}; {passes} over the records: about {about}")
-    limited = tokens_of(examples.training) > settings.batch_tokens
-    if limited and engine.objective.attached.device.type != "cpu" and pace.overhead > settings.batch_tokens:
-        progress.note(
-            f"a micro-batch takes as long as {pace.overhead} tokens whatever its size: a larger --batch-tokens than "
-            f"{settings.batch_tokens} is faster, as far as memory goes"
-        )
 
 
 def reached(engine: Engine, session: Session, training: Sequence[Example]) -> Reach:
@@ -453,11 +341,6 @@ def _static_scores(
     return scores
 
 
-def _part(number: int) -> str:
-    """The stage of one of the fits of cross-fitting."""
-    return f"part {number}"
-
-
 def _judged(engine: Engine, inputs: FitInputs, session: Session, work: Work, pace: Pace) -> Scores:
     """Each record's score by weights that it neither fitted nor chose.
 
@@ -477,7 +360,7 @@ def _judged(engine: Engine, inputs: FitInputs, session: Session, work: Work, pac
         return found.mixing, found.theta
 
     left = replace(work, after={}, judged=True).effort_left(pace)
-    return _cross_fitted(engine, session, held_out_parts(inputs, training), training, _part, solve, left)
+    return _cross_fitted(engine, session, held_out_parts(inputs, training), training, part_stage, solve, left)
 
 
 def _fresh_scores(
