@@ -385,7 +385,10 @@ def test_an_export_that_needs_the_base_has_it_where_it_is_asked_for(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--device cpu", "--base-dtype, --device and --device-map have no use here: no base model is loaded"),
+        (
+            "--device cpu",
+            "--base-dtype, --device, --device-map and --quantise have no use here: no base model is loaded",
+        ),
         ("--base-dtype int8", "--base-dtype int8 is not one of auto, float32, bfloat16, float16, float64"),
     ],
 )
