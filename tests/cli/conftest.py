@@ -12,9 +12,11 @@ from tests.cli.project import FIT, run
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base model, two adapters, data and the recipe that a fit wrote there."""
+    """A folder with a base model, two adapters, data, few test records, and the recipe that a fit wrote there."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copytree(example_folder(), folder, dirs_exist_ok=True)
+    lines = (folder / "test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "test.jsonl").write_text("".join(lines[:48]))
     before = os.getcwd()
     os.chdir(folder)
     try:
