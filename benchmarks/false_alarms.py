@@ -1,6 +1,6 @@
 """How often a fit is called better where there is nothing to compose; prints Markdown for docs/results.md.
 
-    python benchmarks/false_alarms.py --seeds 20 --worlds 5
+    python benchmarks/false_alarms.py --seeds 20 --worlds 4
 
 `better` is the verdict: clearly better than the best adapter alone and than a fresh LoRA trained on the same records.
 How often the first alone holds is counted beside it.

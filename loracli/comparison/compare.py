@@ -379,9 +379,17 @@ class _Comparison:
         which = f", of which {', '.join(several)}" if several else ""
         generated = "; the answers that are generated come on top" if self._metric is not None else ""
         self._progress.note(
-            f"base {base.reference.id} in {dtype_name(base.dtype)} on {self._device}; {len(about)} rows "
+            f"base {base.reference.id} in {base.runs_in} on {self._device}; {len(about)} rows "
             f"to score on {len(self._test)} records: about {duration_text(sum(about.values()))}{which}{generated}"
         )
+        here = None if base.quantisation is None else base.quantisation.form
+        for one in self._inputs.recipes:
+            if (there := one.recipe.base.quantisation) != here:
+                fitted_in = there or one.recipe.dtype
+                self._progress.warn(
+                    f"{one.row} was fitted with linear layers of the base kept in {fitted_in}, and here they are "
+                    f"kept in {here or dtype_name(base.dtype)}: its loss is another"
+                )
 
     @contextmanager
     def _engine(self, adapters: Sequence[LoraAdapter], layout: Layout) -> Iterator[Engine]:

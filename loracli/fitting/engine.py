@@ -370,14 +370,15 @@ class Engine:
     def same(
         self, what: str, mixing: Applied, tensors: Mapping[str, Tensor], examples: Sequence[Example], **more: float
     ) -> bytes | None:
-        """What work is known by; None where no other fit could ask for it.
+        """What a piece of work is known by, a sha256 of all that its result depends on; None where no other fit could
+        ask for it.
 
         Args:
-            what: is done.
-            mixing: that is attached meanwhile.
-            tensors: that it depends on.
-            examples: likewise.
-            more: likewise.
+            what: it is: a score, a mean and its gradient, answers, a descent.
+            mixing: what theta means.
+            tensors: theta, and what else a descent begins with, of any shape.
+            examples: that it is done on, told apart by their places.
+            more: numbers, such as steps and ridge.
         """
         if not self._shared or not isinstance(mixing, Mixing):
             return None
@@ -394,8 +395,8 @@ class Engine:
         return digest.digest()
 
     def recall(self, key: str | None, same: bytes | None = None) -> Entry | None:
-        """What was left under a key by an interrupted fit, to where it then was the meter goes; or what another fit
-        with this engine has done, which counts in the budget as if it were done here."""
+        """What was done already, None if nothing was: by another fit with this engine, which counts in the budget as if
+        it were done here, or by an interrupted fit under this key; the meter goes to where that one was."""
         if key is None:
             return None
         if same in self._done:

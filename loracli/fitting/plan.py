@@ -21,12 +21,10 @@ from loracli.fitting.level import tokens_of
 from loracli.fitting.mixing import make_diagonal, parameter_of_experts
 from loracli.fitting.settings import AUTO, FRESH_LORA
 from loracli.fitting.work import REACH, Work, cost_of
-from loracli.model.base import BaseModel
 from loracli.model.session import Session
 from loracli.progress import duration_text
 from loracli.recipe.record import INLINE_KINDS
 from loracli.system.display import count_text
-from loracli.system.document import dtype_name
 
 SCORING, ACTIVATIONS = "scoring", "activations"  # stages after the search
 
@@ -115,18 +113,13 @@ def measured_pace(
     return engine.pace(module, module.constant([0.0] * inputs.layout.adapters), steps, largest)
 
 
-def _said_dtype(base: BaseModel) -> str:
-    kept = "" if base.quantisation is None else f", its linear layers kept in {base.quantisation.form},"
-    return dtype_name(base.dtype) + kept
-
-
 def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Examples, work: Work, pace: Pace) -> None:
     """Says what will be done and about how long it takes."""
     folds = work.folds
     settings, layout, base, progress = inputs.settings, inputs.layout, session.base, session.progress
     numbers = "climbing from adapter to factors" if inputs.numbers is None else count_text(inputs.numbers, "weight")
     progress.note(
-        f"base {base.reference.id} in {_said_dtype(base)} on {engine.objective.attached.device}; "
+        f"base {base.reference.id} in {base.runs_in} on {engine.objective.attached.device}; "
         f"mixing {settings.mixing}, {numbers} over {len(layout.modules)} modules"
     )
     choosing = f", {len(folds)} folds" if len(folds) > 1 else f", {len(folds[0].validation)} of them to choose with"

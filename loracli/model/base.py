@@ -36,6 +36,7 @@ from loracli.model.reference import (
     refuse_mistyped,
 )
 from loracli.progress import SILENT, Progress
+from loracli.system.document import dtype_name
 from loracli.system.machine import read_launch
 
 _OFFLINE = {"local_files_only": True, "trust_remote_code": False}
@@ -65,6 +66,12 @@ class BaseModel:
     def config(self) -> Any:
         """transformers' config of it."""
         return self.model.config
+
+    @property
+    def runs_in(self) -> str:
+        """`bfloat16`, or `bfloat16, its linear layers kept in nf4,` to be said of it."""
+        kept = "" if self.quantisation is None else f", its linear layers kept in {self.quantisation.form},"
+        return dtype_name(self.dtype) + kept
 
 
 def on_base(

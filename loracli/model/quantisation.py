@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.recipe.record import ON_LOADING, BaseForm
+from loracli.system.near import did_you_mean
 
 _WAY_OUT = "give the unquantised model with --base"
 _MAX_SKIPPED = 10_000
@@ -81,7 +82,9 @@ def check_quantise(form: str | None) -> None:
     if form is None:
         return
     if form not in ON_LOADING:
-        raise UsageError(f"--quantise {form} is not one of {', '.join(ON_LOADING)}")
+        raise UsageError(
+            f"--quantise {form} is not one of {', '.join(ON_LOADING)}", hint=did_you_mean(form, ON_LOADING)
+        )
     if find_spec("bitsandbytes") is None:
         raise UsageError("--quantise needs the package bitsandbytes", hint="pip install 'loracat[bitsandbytes]'")
 

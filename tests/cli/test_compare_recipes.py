@@ -14,7 +14,7 @@ import torch
 
 from loracli.evaluation.comparison import Comparison
 from loracli.recipe.recipe import load_recipe
-from loracli.recipe.record import RecipeMixing
+from loracli.recipe.record import BaseForm, RecipeMixing
 from loracli.system.document import decode
 from tests.cli.project import document, run
 from tests.cli.test_documents import check
@@ -170,3 +170,15 @@ def test_names_and_controls_of_several_recipes(several: Path, words: list[str], 
         load_recipe("half.json").save(name)
     result = run("compare", *words, *WITH)
     assert result.exit_code in (2, 3) and said in result.stderr and result.stdout == ""
+
+
+@pytest.mark.parametrize("fitted", [None, "nf4"])
+def test_a_fit_on_other_numbers_of_the_base_is_said(fitted: BaseForm | None, here: Path) -> None:
+    recipe = load_recipe("recipe.json")
+    replace(recipe, base=replace(recipe.base, quantisation=fitted)).save(here / "other.json")
+    lines = (here / "test.jsonl").read_text().splitlines(keepends=True)
+    (here / "few.jsonl").write_text("".join(lines[:4]))
+    result = run("compare", "other.json", *WITH)
+    assert result.exit_code == 0
+    words = "warning: fit was fitted with linear layers of the base kept in nf4, and here they are kept in float32"
+    assert (words in result.stderr) is (fitted == "nf4")
