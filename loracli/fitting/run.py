@@ -185,7 +185,7 @@ def _run(
             found, certificate = _solve(engine, inputs, session, folds, training)
             passes = engine.meter.spent / (2 * tokens_of(training))
             meter.enter(SCORING)
-            training_loss = _training_loss(engine, session, found, training)
+            training_loss = _training_loss(engine, session, found, certificate, training)
             scores = _static_scores(engine, session, inputs, held_out)
             if parts:
                 scores[FIT] = _judged(engine, inputs, session, work, pace)
@@ -304,8 +304,17 @@ def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], tokenizer:
     )
 
 
-def _training_loss(engine: Engine, session: Session, found: Solution, training: Sequence[Example]) -> float | None:
-    """None where the search stopped at records whose loss is not finite."""
+def _training_loss(
+    engine: Engine,
+    session: Session,
+    found: Solution,
+    certificate: FitCertificate | None,
+    training: Sequence[Example],
+) -> float | None:
+    """As a certificate has it, less what the ridge adds; None where the search stopped at records whose loss is not
+    finite."""
+    if certificate is not None:
+        return certificate.loss - certificate.ridge / 2 * float((found.theta - found.anchor).square().sum())
     engine.meter.stage("scoring the training records")
     try:
         return engine.score(

@@ -26,7 +26,7 @@ from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.recipe.recipe import load_recipe
-from loracli.recipe.record import MIXING_KINDS
+from loracli.recipe.record import INLINE_KINDS, MIXING_KINDS
 from tests.heard import Heard
 from tests.tiny import BASE_ID, make_adapter, make_base, random_records, write_jsonl
 
@@ -68,21 +68,35 @@ def test_the_recipe_tells_what_was_fitted_and_scores_every_method_on_the_held_ou
 
 
 @pytest.mark.parametrize("kind", MIXING_KINDS)
-def test_the_held_out_loss_of_the_fit_is_that_of_the_exported_adapter_in_peft(
+def test_the_losses_of_the_fit_are_those_of_the_exported_adapter_in_peft(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], kind: str
 ) -> None:
-    """Of every level, through the recipe as it is on disk; five records are fitted on without a choice."""
+    """Held-out and training loss, of every level, through the recipe as it is on disk; five records are fitted on
+    without a choice. Where there is a certificate the training loss is from it, under a ridge that is not zero."""
     from peft import PeftModel
 
     held = write_jsonl(tmp_path / "test.jsonl", random_records(25, seed=9))
-    few, settings = write_jsonl(tmp_path / "few.jsonl", random_records(5)), FitSettings(mixing=kind, passes=4)
+    few = write_jsonl(tmp_path / "few.jsonl", random_records(5))
+    settings = FitSettings(mixing=kind, passes=8, control="none")
     recipe = fit_mixing(references(two_adapters), few, eval_data=held, base=str(tiny_base), settings=settings)
     assert recipe.mixing.kind == kind and (recipe.fit.largest_move > 0 or kind == "adapter")
+    certificate = recipe.fit.certificate
+    assert (certificate is not None) == (kind in INLINE_KINDS)
+    assert kind not in ("layer", "module") or certificate.ridge > 0
     recipe.save(tmp_path / "recipe.json")
     export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "out")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "out").eval()
+    nats, tokens = _loss(model, held)
+    assert tokens == recipe.held_out.scored_tokens
+    assert abs(recipe.held_out.row("fit").nats_per_token - nats / tokens) < 1e-4
+    nats, tokens = _loss(model, few)
+    assert abs(recipe.fit.training_nats_per_token - nats / tokens) < 1e-5
+
+
+def _loss(model: torch.nn.Module, path: Path) -> tuple[float, int]:
+    """Nats of the completions, with the end of sequence, and how many tokens these are."""
     nats, tokens = 0.0, 0
-    for line in held.read_text().splitlines():
+    for line in path.read_text().splitlines():
         record = json.loads(line)
         prompt, target = ([3 + b for b in _byte_ranks(record[key])] for key in ("prompt", "completion"))
         ids = [1, *prompt, *target, 2]
@@ -90,8 +104,7 @@ def test_the_held_out_loss_of_the_fit_is_that_of_the_exported_adapter_in_peft(
             log_p = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), dim=-1)
         for place in range(1 + len(prompt), len(ids)):
             nats, tokens = nats - float(log_p[place - 1, ids[place]]), tokens + 1
-    assert tokens == recipe.held_out.scored_tokens
-    assert abs(recipe.held_out.row("fit").nats_per_token - nats / tokens) < 1e-4
+    return nats, tokens
 
 
 def _byte_ranks(text: str) -> list[int]:
