@@ -222,7 +222,7 @@ class ReadingOptions:
         typer.Option(
             "--passes",
             metavar="N",
-            help="Spend N passes over the training records on a fit, with folds in each of them; the default is 5 and "
+            help="Spend N passes over the training records on a fit, with folds in each of them; the default is 4 and "
             "what the certificate takes, for the mixing auto 20, for adapter, rank, core and factors 8.",
         ),
         Panel.SEARCH,

@@ -60,7 +60,7 @@ class SearchOptions:
         typer.Option(
             "--ridge",
             metavar="X",
-            help="Pull towards the start with this penalty; by default the data choose one of several.",
+            help="Pull towards the start with this penalty; by default none, and for rank and core the data choose.",
         ),
     ] = None
     learning_rate: Annotated[

@@ -255,7 +255,7 @@ def _extrapolated(weights: dict[str, tuple[float | None, ...]]) -> dict[str, tup
     return {group: found for group, found in places.items() if found}
 
 
-_FEWEST_PASSES = 6.0  # of a budget that has room for a certificate
+_FEWEST_PASSES = 5.0  # of a budget that has room for a certificate
 _WORTH_A_STEP = 1e-5  # nats per token
 
 

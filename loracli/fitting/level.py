@@ -1,6 +1,7 @@
 """One kind of mixing, a level of the ladder: what is tried and what comes of it.
 
-Above `adapter`: some steps from each start, then on from the better along a path of falling ridge.
+Above `adapter`: some steps from each start, then on from the better; for `rank` and `core` along a path of falling
+ridge.
 
 The solution of the level below can be a trap, where one adapter is switched off and nothing leads back; so the sum,
 each adapter at full strength, is a start too. The start whose loss is lower on records that were not yet descended on
@@ -168,6 +169,7 @@ def left_out(name: str, before: float | None, error: NonFiniteLoss) -> StartReco
 
 
 _RIDGE_PATH = (1e-2, 1e-3, 0.0)  # from strong to none
+_WITHOUT_RIDGE = ("layer", "module")  # a mixing weight for each module is soon where any records want it
 _RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.02}  # at most; the others go by the number of steps
 # Thousands of numbers for one mixing weight fit a few records in a few passes, whatever the ridge: what holds trained
 # factors is a short schedule, of which the validation records choose how much.
@@ -181,13 +183,16 @@ def probe_share(kind: MixingKind) -> float:
 
 
 def ridge_path(settings: FitSettings, kind: str, *, validated: bool) -> tuple[float, ...]:
-    """Of each part of a descent. Without validation records nothing can say when to stop, so the ridge stays at its
-    strongest."""
+    """Of each part of a descent. The few numbers of `layer` and `module` need none: which of several is best, few
+    validation records tell by chance, and a wrong one costs more. Without such records nothing can say when to stop, so
+    the ridge stays at its strongest."""
     if kind == "factors":
         return (settings.ridge or 0.0,) * FACTOR_PASSES
     if settings.ridge is not None:
         return (settings.ridge,)
-    return _RIDGE_PATH if validated else _RIDGE_PATH[:1]
+    if not validated:
+        return _RIDGE_PATH[:1]
+    return (0.0,) if kind in _WITHOUT_RIDGE else _RIDGE_PATH
 
 
 def rate_for(task: Task, mixing: Mixing, steps: int) -> float:

@@ -16,7 +16,7 @@ from loracli.system.near import did_you_mean
 AUTO = "auto"
 FRESH_LORA, NO_CONTROL = "fresh-lora", "none"
 PASSES = 8.0
-_FEWER = {"layer": 5.0, "module": 5.0}  # and the certificate
+_FEWER = {"layer": 4.0, "module": 4.0}  # and the certificate
 _CERTIFICATE = 1.5
 _AUTO_PASSES = 20.0
 _FULL_RECORDS = 40  # below, there are more passes
@@ -34,11 +34,12 @@ class FitSettings:
             for a fifth, or with fewer than 100 records for every record in its turn (cross-fitting).
         max_length: tokens of a record that are used, from its start.
         batch_tokens: tokens of a micro-batch, padding included.
-        passes: budget, in passes forward and backward over the training records, times the number of folds; None for 5
+        passes: budget, in passes forward and backward over the training records, times the number of folds; None for 4
             and the certificate, 20 with `auto`, 8 with other kinds than `module` and `layer`; more with few records.
         cv: K folds to choose among starts, ridges and kinds of mixing; None for 4 where every record is held out in its
             turn or there are 6 to 39 training records, and for a fifth of them set aside with more.
-        ridge: strength of lambda / 2 |w - w_start|^2 beside nats per token; None walks a path down to none and chooses.
+        ridge: strength of lambda / 2 |w - w_start|^2 beside nats per token; None for none, and for `rank` and `core` a
+            path down to none, of which the validation records choose.
         learning_rate: peak rate; None is clip(8 / steps, 0.01, 0.1), at most 0.02 for `core` and 0.01 for `factors`;
             1e-4 with `paper`.
         seed: of the split, the order of batches and the paper's random start.
