@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -216,13 +217,12 @@ def _heading(criterion: str) -> str:
 
 
 def _optimum_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> None:
-    """Where the weights stand: what is still to gain, beside what so many records can show, p / 2T nats per token for p
-    weights that they determine and T scored tokens; how many those are, and which are far out."""
+    """Where the weights stand: what is still to gain, beside what so many records can show; how many weights those
+    determine, and which are far out."""
     labels = list(recipe.labels().values())
     bound = "" if certificate.certain else "at most "
-    gain = min(certificate.decrement, certificate.loss)  # which is not below 0, so that no step gains more
-    chance = certificate.effective_numbers / (2 * sum(data.scored_tokens for data in recipe.data))
-    left = f"{bound}{gain:.1g} nats per token left to gain on the training records"
+    chance = certificate.chance(sum(data.scored_tokens for data in recipe.data))
+    left = f"{bound}{certificate.left:.1g} nats per token left to gain on the training records"
     out.line(f"{left} (less than {chance:.1g} is chance)")
     out.line(
         f"your data support about {certificate.effective_numbers:.0f} of {count_text(recipe.mixing.numbers, 'weight')}"
@@ -232,6 +232,20 @@ def _optimum_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> 
         more = f" and {len(far) - SHOWN_FAR} more" if len(far) > SHOWN_FAR else ""
         shown = f"{', '.join(far[:SHOWN_FAR])}{more}"
         out.line(f"weights above 2 or below -2 (extrapolation, no adapter was trained there): {shown}")
+
+
+def unfinished_lines(out: Output, recipe: Recipe) -> None:
+    """Says so where a fit ended above its optimum by more than chance, as far as the records can tell."""
+    certificate = recipe.certificate_of_weights
+    if certificate is None or not certificate.certain:
+        return
+    chance = certificate.chance(sum(data.scored_tokens for data in recipe.data))
+    if certificate.left > chance:
+        more = math.ceil(2 * recipe.fit.passes / max(recipe.fit.folds, 1))
+        out.line(
+            f"not at the optimum yet: {certificate.left:.1g} nats per token left to gain on the training records, "
+            f"where {chance:.1g} is chance; --passes {more} takes twice as many steps"
+        )
 
 
 def _loss(nats: float | None) -> str:

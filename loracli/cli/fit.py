@@ -212,7 +212,7 @@ def _can_be_doubted(recipe: Recipe, files: list[str]) -> bool:
 
 def _show(out: Output, recipe: Recipe, output: Path) -> None:
     """What was found, in the order of a reader: whether it is better, how much, where it is; how with `-v`."""
-    from loracli.cli._tables import held_out_lines, search_lines, verdict_lines, weights_text
+    from loracli.cli._tables import held_out_lines, search_lines, unfinished_lines, verdict_lines, weights_text
     from loracli.evaluation.comparison import overfitted
     from loracli.recipe.recipe import files_beside
     from loracli.report.commands import export_words
@@ -235,6 +235,7 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
         search_lines(out, recipe)
         out.line()
     out.line(f"fitted: {weights_text(recipe)} in {recipe.fit.passes:.3g} epochs; how: loracat show --search")
+    unfinished_lines(out, recipe)
     out.line(f"written: {', '.join([str(output), *beside])}")
     if recipe.fit.stopped is None:
         out.hint(shlex.join(export_words(output)))

@@ -99,6 +99,7 @@ def show(
         held_out_lines,
         search_lines,
         table_names,
+        unfinished_lines,
         verdict_lines,
         weight_maps,
         weights_text,
@@ -169,6 +170,7 @@ def show(
     if search or out.detailed:
         out.line()
         search_lines(out, loaded)
+        unfinished_lines(out, loaded)
     out.hint(shlex.join(["loracat", "export", str(recipe), "--merge"]))
 
 

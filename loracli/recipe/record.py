@@ -172,6 +172,15 @@ class FitCertificate:
         """Whether there are records enough to say more than an upper bound."""
         return self.records >= RECORDS_PER_NUMBER * self.effective_numbers
 
+    @property
+    def left(self) -> float:
+        """What is still to gain: the decrement, or the loss, which is not below 0, so that no step gains more."""
+        return min(self.decrement, self.loss)
+
+    def chance(self, scored_tokens: int) -> float:
+        """p / 2T, by which p numbers that T tokens determine differ from draw to draw: what so many can show."""
+        return self.effective_numbers / (2 * scored_tokens)
+
 
 @dataclass(frozen=True)
 class StartRecord:

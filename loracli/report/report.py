@@ -150,10 +150,9 @@ def _search(recipe: Recipe) -> str:
     certificate = recipe.certificate_of_weights
     if certificate is not None:
         bound = "" if certificate.certain else "At most "
-        gain = min(certificate.decrement, certificate.loss)
         parts.append(
             paragraph(
-                f"{bound}{gain:.1g} {NATS} left to gain on the training records; your data support about "
+                f"{bound}{certificate.left:.1g} {NATS} left to gain on the training records; your data support about "
                 f"{certificate.effective_numbers:.0f} of {recipe.mixing.numbers} weights."
             )
         )

@@ -53,6 +53,19 @@ def test_of_weights_as_they_were_fitted_everything_is_said(fitted: Path) -> None
     assert "On held-out records" in (fitted / "adapter-cat" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("decrement", "loss", "said"), [(0.3, 0.5, True), (0.3, 1e-4, False), (1e-4, 0.5, False)])
+def test_a_fit_that_ended_above_its_optimum_by_more_than_chance_says_so(
+    fitted: Path, decrement: float, loss: float, said: bool
+) -> None:
+    """There is no more to gain than the loss is; the fixture's 8 effective numbers make chance 8 / 2T."""
+    recipe = load_recipe("recipe.json")
+    certificate = replace(recipe.fit.certificate, decrement=decrement, loss=loss)
+    (fitted / "recipe.json").write_text(replace(recipe, fit=replace(recipe.fit, certificate=certificate)).to_json())
+    assert 1e-4 < 8 / (2 * sum(data.scored_tokens for data in recipe.data)) < 0.3
+    shown = run("show", "--search").stdout
+    assert ("not at the optimum yet: 0.3 nats per token left to gain" in shown) == ("--passes" in shown) == said
+
+
 def test_show_says_so_and_leaves_table_verdict_and_certificate_out(edited: Path) -> None:
     shown = run("show", "--search")
     assert shown.exit_code == 0 and EDITED in shown.stdout
