@@ -199,13 +199,13 @@ def test_the_curve_of_a_descent_and_its_ridges_are_in_the_recipe(
         [str(p) for p in two_adapters],
         data,
         str(tiny_base),
-        FitSettings(passes=6, holdout=0.2, control="none"),
+        FitSettings(mixing="rank", passes=6, holdout=0.2, control="none"),
     )
     fit.run("r.json", log="steps.jsonl")
     stages = load_recipe(tmp_path / "r.json").fit.stages
     assert [s.stage for s in stages][-1] == "refit" and {"probe", "descent"} <= {s.stage for s in stages}
-    ridges = [s.ridge for s in stages if s.stage == "descent"]
-    assert ridges == sorted(ridges, reverse=True) and ridges[0] > 0
+    ridges = [(s.rung, s.ridge) for s in stages if s.stage == "descent"]
+    assert ridges[:2] == [("module", 0.0), ("rank", 0.01)] and ridges == sorted(ridges, key=lambda r: (r[0], -r[1]))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert sum(s.steps for s in stages) == len(lines)
     done = 0
