@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("--base", default=str(example / "base"))
     parser.add_argument("--adapters", nargs=2, default=[str(example / "know"), str(example / "form")])
     parser.add_argument("--own", type=Path, nargs=2, help="prompts of each; default: those of the example's world")
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help="of asking, without --own")
+    parser.add_argument(
+        "--ways", nargs="+", default=WAYS, quick=WAYS[-1:], choices=WAYS, help="of asking, without --own"
+    )
     data = [example / "calibration.jsonl", example / "test.jsonl"]
     parser.add_argument("--data", type=Path, nargs="+", default=data, help="the task")
     parser.add_argument("--test", type=Path, help="records to score on; default: those that no labels are drawn from")
@@ -84,8 +86,9 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.1], quick=[0.1])
     parser.add_argument("--ridge", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=25, quick=2, help="of L-BFGS")
-    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--max-new-tokens", type=int, default=24, quick=4)
     parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--passes", type=float, quick=2.0, help="of a fit")
     parser.add_argument("--fit-share", type=float, default=0.1, help="of the second table")
     parser.add_argument("--without-fit", action="store_true")
     arguments = parser.parse_args()
@@ -323,7 +326,7 @@ def as_fit(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[str, 
                 data,
                 eval_data=[str(test)],
                 base=arguments.base,
-                settings=FitSettings(seed=seed),
+                settings=FitSettings(seed=seed, passes=arguments.passes),
                 placement=PLACEMENT,
             )
             losses[name] = recipe.held_out.row("fit").nats_per_token

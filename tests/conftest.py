@@ -60,3 +60,18 @@ def two_adapters(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> t
         make_adapter(folder / "first", tiny_base, targets=("q_proj", "v_proj", "up_proj"), rank=4, alpha=8, seed=1),
         make_adapter(folder / "second", tiny_base, targets=("q_proj", "o_proj"), rank=2, alpha=6, seed=2),
     )
+
+
+@pytest.fixture(scope="session")
+def shallow_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with one layer, for what is fitted again and again."""
+    return make_base(tmp_path_factory.mktemp("base") / "shallow", "shallow")
+
+
+@pytest.fixture(scope="session")
+def two_shallow_adapters(tmp_path_factory: pytest.TempPathFactory, shallow_base: Path) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return (
+        make_adapter(folder / "first", shallow_base, targets=("q_proj", "v_proj", "up_proj"), seed=1),
+        make_adapter(folder / "second", shallow_base, targets=("q_proj", "o_proj"), rank=2, alpha=6, seed=2),
+    )

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from loracli.demo.run import example_folder
+from tests.cli.project import shortened_example
 from tests.faults.fork_server import Ended, ForkServer
 from tests.stub_hub import StubHub
 
@@ -26,10 +26,15 @@ TOKEN = "hf_9zq4canary"
 
 
 @pytest.fixture
-def hub() -> Iterator[StubHub]:
+def example(tmp_path: Path) -> Path:
+    return shortened_example(tmp_path / "example", layers=1)
+
+
+@pytest.fixture
+def hub(example: Path) -> Iterator[StubHub]:
     with StubHub() as hub:
         for repo_id, folder in (("org/math-lora", "know"), ("org/code-lora", "form"), ("loracat/demo-base", "base")):
-            files = {f.name: f.read_bytes() for f in (example_folder() / folder).iterdir() if f.is_file()}
+            files = {f.name: f.read_bytes() for f in (example / folder).iterdir() if f.is_file()}
             hub.add(repo_id, files)
         yield hub
 
@@ -45,10 +50,12 @@ def server(tmp_path: Path, hub: StubHub) -> Iterator[ForkServer]:
         yield running
 
 
-def test_the_three_lines_give_one_adapter_that_peft_loads(tmp_path: Path, hub: StubHub, server: ForkServer) -> None:
+def test_the_three_lines_give_one_adapter_that_peft_loads(
+    tmp_path: Path, example: Path, hub: StubHub, server: ForkServer
+) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    records = (example_folder() / "calibration.jsonl").read_text().splitlines(keepends=True)
+    records = (example / "calibration.jsonl").read_text().splitlines(keepends=True)
     (folder / "val.jsonl").write_text("".join(records[:20]))
 
     def run(line: str) -> Ended:
@@ -74,7 +81,7 @@ def test_the_three_lines_give_one_adapter_that_peft_loads(tmp_path: Path, hub: S
         "recipe.json.activations.safetensors",
     ]
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]
-    base = AutoModelForCausalLM.from_pretrained(example_folder() / "base", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(example / "base", dtype=torch.float32)
     assert PeftModel.from_pretrained(base, folder / "adapter-merged").peft_config["default"].r == 16
 
 

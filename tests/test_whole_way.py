@@ -28,6 +28,8 @@ from loracli.fitting.settings import FitSettings
 from loracli.recipe.recipe import load_recipe
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl
 
+# Of each kind of module one, for the new LoRA that a fit trains by default.
+CONTROLLED = ("embeddings", "head", "both of a tied base", "lora_bias", "conv1d")
 CONV1D = {"fan_in_fan_out": True}
 CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "embeddings": ("llama", [{"targets": ("embed_tokens", "q_proj")}, {"targets": ("embed_tokens",), "rank": 2}]),
@@ -53,7 +55,7 @@ def make_case(folder: Path, case: str) -> tuple[Path, list[Path]]:
     return base, paths
 
 
-def fit_case(folder: Path, base: Path, adapters: list[Path], **more: Any) -> Any:
+def fit_case(folder: Path, base: Path, adapters: list[Path], *, control: str | None = "none", **more: Any) -> Any:
     write_jsonl(folder / "val.jsonl", random_records(24))
     write_jsonl(folder / "test.jsonl", random_records(20, seed=1))
     return fit_mixing(
@@ -61,7 +63,7 @@ def fit_case(folder: Path, base: Path, adapters: list[Path], **more: Any) -> Any
         folder / "val.jsonl",
         eval_data=folder / "test.jsonl",
         base=str(base),
-        settings=FitSettings(passes=2, **more),
+        settings=FitSettings(passes=2, control=control, **more),
     )
 
 
@@ -100,7 +102,8 @@ def test_what_is_inspected_fitted_and_exported_is_what_peft_runs(tmp_path: Path,
     base, adapters = make_case(tmp_path, case)
     inspection = inspect_adapters([str(path) for path in adapters])
     assert inspection.problems == () and all(summary.norm > 0 for summary in inspection.adapters)
-    recipe = fit_case(tmp_path, base, adapters)
+    recipe = fit_case(tmp_path, base, adapters, control=None if case in CONTROLLED else "none")
+    assert bool(recipe.held_out.controls) == (case in CONTROLLED)
     assert_whole_way(tmp_path, base, recipe, adapters)
 
 

@@ -76,7 +76,8 @@ def test_a_method_and_a_comparison_see_the_same(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
 ) -> None:
     names = [str(moved_inside(two_adapters[0], tmp_path / "inside", "new")), str(two_adapters[1])]
-    fit_case(tmp_path, tiny_base, [two_adapters[1]])  # writes the records
+    write_jsonl(tmp_path / "val.jsonl", random_records(24))
+    write_jsonl(tmp_path / "test.jsonl", random_records(20, seed=1))
     export_adapter(ExportRequest(method="sum", adapters=names, base=str(tiny_base)), tmp_path / "sum")
     found = compare_adapters(
         tmp_path / "test.jsonl", adapters=names, base=str(tiny_base), settings=CompareSettings(("sum",))
@@ -344,7 +345,8 @@ def test_a_known_order_is_honoured_wherever_the_adapter_goes(
     (adapter,) = on_base([read_adapter(str(path))], BaseReference("x", base, None))
     assert_same(adapter, deltas, transposed=kind == "gpt-oss")
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
-    recipe = fit_mixing([str(path)], data, base=str(base), settings=FitSettings(passes=2))
+    settings = FitSettings(passes=2, holdout=0.4, control="none")
+    recipe = fit_mixing([str(path)], data, base=str(base), settings=settings)
     recipe.save(tmp_path / "recipe.json")
     export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "fitted")
     export_adapter(ExportRequest(method="sum", adapters=[str(path)], base=str(base)), tmp_path / "sum")
@@ -395,7 +397,8 @@ def test_an_open_order_is_named_and_the_likelier_one_is_said(
     for run in ("fit", "compare"):
         said = Heard()
         if run == "fit":
-            fit_mixing([str(path)], data, base=str(base), settings=FitSettings(passes=2), progress=said)
+            few = FitSettings(mixing="adapter", passes=2, holdout=0.4, control="none")
+            fit_mixing([str(path)], data, base=str(base), settings=few, progress=said)
         else:
             settings = CompareSettings(("sum",))
             compare_adapters(data, adapters=[str(path)], base=str(base), settings=settings, progress=said)

@@ -76,7 +76,8 @@ def test_every_command_warns_of_an_adapter_that_changes_nothing(
 def test_a_recipe_and_what_is_exported_of_it_are_warned_of_too(tmp_path: Path, idle: Path, tiny_base: Path) -> None:
     progress = Heard()
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
-    recipe = fit_mixing([str(idle)], data, base=str(tiny_base), settings=FitSettings(passes=2))
+    settings = FitSettings(mixing="adapter", passes=2, holdout=0.4, control="none")
+    recipe = fit_mixing([str(idle)], data, base=str(tiny_base), settings=settings)
     export_adapter(ExportRequest(recipe), tmp_path / "out", progress=progress)
     assert [said for said in progress.warnings if "changes nothing" in said]
     progress.warnings.clear()

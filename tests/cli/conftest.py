@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from loracli.demo.run import example_folder
-from tests.cli.project import FIT, run
+from tests.cli.project import FIT, run, shortened_example
 
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base model, two adapters, data, few test records, and the recipe that a fit wrote there."""
-    folder = tmp_path_factory.mktemp("project")
-    shutil.copytree(example_folder(), folder, dirs_exist_ok=True)
+    folder = shortened_example(tmp_path_factory.mktemp("project"))
     lines = (folder / "test.jsonl").read_text().splitlines(keepends=True)
     (folder / "test.jsonl").write_text("".join(lines[:48]))
     before = os.getcwd()

@@ -155,7 +155,7 @@ def another_model() -> None:
         edit_tensors(
             Path(name),
             lambda tensors: tensors.update(
-                {k.replace(".layers.3.", ".layers.9."): tensors.pop(k) for k in list(tensors)}
+                {k.replace(".layers.1.", ".layers.9."): tensors.pop(k) for k in list(tensors)}
             ),
         )
 
@@ -463,7 +463,7 @@ def test_hostile_text_in_data_and_options_is_shown_escaped(here: Path) -> None:
 
 def test_every_command_prints_exactly_one_document_on_success(here: Path) -> None:
     for words, key in (
-        (OTHER, "verdict"),
+        ([*OTHER, "--mixing", "adapter"], "verdict"),
         ([*OTHER, "--force", "--dry-run"], "plan"),
         (["show"], "recipe"),
         (["inspect", "know", "form"], "composable"),

@@ -24,7 +24,7 @@ from loracli.errors import NonFiniteLoss
 from loracli.evaluation.comparison import RecipeRow
 from loracli.fitting.engine import Engine
 from loracli.recipe.recipe import load_recipe, weights_by_leaf
-from tests.cli.project import FIT, document, run, tree
+from tests.cli.project import FIT, FIT_WITH_CONTROL, document, run, tree
 
 
 def row(text: str, name: str) -> list[str]:
@@ -95,7 +95,7 @@ def test_a_dry_run_counts_what_a_fit_would_use_and_writes_nothing(here: Path) ->
 
 def test_auto_says_which_level_won_and_why_and_logs_its_steps(here: Path) -> None:
     """In the terminal, in the document, in the recipe, and with a line for each step."""
-    shown = run(*FIT, "--mixing", "auto", "-o", "auto.json", "--log", "steps.jsonl", "-v")
+    shown = run(*FIT_WITH_CONTROL, "--mixing", "auto", "-o", "auto.json", "--log", "steps.jsonl", "-v")
     recipe = load_recipe("auto.json")
     document = json.loads(run(*FIT, "--mixing", "auto", "-o", "auto.json", "--force", "--json").stdout)
     assert document["mixing"] == recipe.mixing.kind
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_leaves_the_best_weights_and_names_the_records
 
 
 def test_the_table_of_a_fit_is_the_one_in_its_recipe(here: Path) -> None:
-    result = run(*FIT, "-o", "new.json")
+    result = run(*FIT_WITH_CONTROL, "-o", "new.json")
     table = load_recipe("new.json").held_out
     assert [r.name for r in table.rows] == ["base", "know", "form", "uniform", "sum", "fit"]
     for entry in table.rows:
@@ -148,13 +148,13 @@ def test_the_table_of_a_fit_is_the_one_in_its_recipe(here: Path) -> None:
     assert result.stdout.startswith("The composition is ")
     assert "written: new.json" in result.stdout
     assert "loracat export new.json --merge" in result.stderr
-    content = document(*FIT, "-o", "newer.json")
+    content = document(*FIT_WITH_CONTROL, "-o", "newer.json")
     assert Path("newer.json").read_bytes() == Path("new.json").read_bytes()
     assert [r["nats_per_token"] for r in content["rows"]] == [r.nats_per_token for r in table.rows]
 
 
 def test_a_recipe_goes_by_the_folder_it_is_written_to(here: Path) -> None:
-    assert run(*FIT, "-o", "recipes/soup.json", "-q").stdout == "recipes/soup.json\n"
+    assert run(*FIT, "--mixing", "adapter", "-o", "recipes/soup.json", "-q").stdout == "recipes/soup.json\n"
     recipe = load_recipe("recipes/soup.json")
     assert [a.reference for a in recipe.adapters] == ["../know", "../form"]
     assert str(here) not in Path("recipes/soup.json").read_text()
@@ -171,7 +171,7 @@ def with_tasks(path: str, tasks: list[str]) -> None:
 
 def test_losses_by_task_are_shown_where_there_are_several(here: Path) -> None:
     with_tasks("test.jsonl", ["city", "job"])
-    content = document(*FIT, "-o", "new.json")
+    content = document(*FIT, "--mixing", "adapter", "-o", "new.json")
     table = load_recipe("new.json").held_out
     assert [task["task"] for task in content["tasks"]] == [task.task for task in table.tasks] == ["city", "job"]
     text = run("show", "new.json").stdout
@@ -193,7 +193,8 @@ def test_losses_by_task_are_shown_where_there_are_several(here: Path) -> None:
 def test_data_comes_from_standard_input_and_several_files_with_weights(here: Path) -> None:
     data = Path("calibration.jsonl").read_bytes()
     Path("more.jsonl").write_text("".join(json.dumps({"text": f"t {i}"}) + "\n" for i in range(9)) + "oops\n")
-    words = ["fit", "-a", "know", "form", "--base", "base", "--eval-data", "test.jsonl", "--passes", "3", "-f"]
+    words = ["fit", "-a", "know", "form", "--base", "base", "--eval-data", "test.jsonl", "--passes", "2", "-f"]
+    words += ["--mixing", "adapter", "--control", "none"]
     result = run(*words, "--data", "-", "more.jsonl:0.5", "--skip-bad", input=data)
     assert result.exit_code == 0, result.stderr
     assert "more.jsonl: 1 bad lines are left out: 10;" in result.stderr
@@ -214,6 +215,7 @@ def test_options_of_the_data_reach_the_fit(here: Path) -> None:
     records = [{"prompt": "p" * 40 if i % 2 else "p", "completion": "c", "text": f"{i}"} for i in range(60)]
     Path("val.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     words = ["fit", "-a", "know", "form", "--base", "base", "--passes", "2", "-f", "--data", "val.jsonl"]
+    words += ["--mixing", "adapter", "--control", "none"]
     assert "say with --format which to read" in run(*words).stderr
     words += ["--format", "prompt-completion", "--max-length", "20"]
     refused = run(*words)
@@ -367,7 +369,7 @@ def test_the_next_command_is_named_with_what_was_given_and_can_be_typed(here: Pa
     assert following[-2:] == adapters and following[-5:-3] == ["--base", "base"]
     assert run(*following[1:], "--dry-run").exit_code == 0
     fit = ["fit", "--adapters", *adapters, "--data", "calibration.jsonl", "--base", "base", "--mixing", "adapter"]
-    following = hinted(*fit, "--passes", "2", "-o", "it's/soup.json")
+    following = hinted(*fit, "--passes", "2", "--holdout", "0.2", "--control", "none", "-o", "it's/soup.json")
     assert following == ["loracat", "export", "it's/soup.json", "--merge"]
     assert run(*following[1:], "-q").exit_code == 0
     assert hinted("show", "it's/soup.json") == following

@@ -40,6 +40,8 @@ def few(here: Path) -> Path:
     lines = (here / "test.jsonl").read_text().splitlines(keepends=True)
     (here / "few.jsonl").write_text("".join(lines[:6]))
     (here / "other.jsonl").write_text("".join(lines[6:9]))
+    lines = (here / "calibration.jsonl").read_text().splitlines(keepends=True)
+    (here / "calibration.jsonl").write_text("".join(lines[:12]))
     return here
 
 

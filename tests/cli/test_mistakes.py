@@ -167,7 +167,7 @@ def test_few_records_for_many_weights_and_one_adapter_alone_are_said(here: Path)
     lines = Path("calibration.jsonl").read_text().splitlines(keepends=True)
     Path("five.jsonl").write_text("".join(lines[:5]))
     few = ["fit", *TWO, "--data", "five.jsonl", "--base", "base", "--dry-run"]
-    assert "warning: 5 training records for 44 weights: give more" in run(*few).stderr
+    assert "warning: 5 training records for 22 weights: give more" in run(*few).stderr
     Path("two.jsonl").write_text("".join(lines[:2]))
     assert "only 2 records in all: too few for a verdict" in run(*few[:4], "--data", "two.jsonl", *few[6:]).stderr
     assert "training records for" not in run(*FIT, "--dry-run").stderr

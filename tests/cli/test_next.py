@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loracli.cli._output import Output
 from loracli.demo.run import DemoRow
@@ -33,7 +33,9 @@ COMMANDS = {
     "report": ["report", "-o", "page.html"],
     "inspect": ["inspect", "know", "form"],
     "compare a recipe": ["compare", "my recipe.json", "--data", "test.jsonl", "--base", "base", "--methods", "uniform"],
-    "compare adapters": [*"compare --adapters know form --data test.jsonl --base base --methods dare".split()],
+    "compare adapters": [
+        *"compare --adapters lower upper --data test.jsonl --base base --methods dare --density 0.95".split()
+    ],
     "generate": ["generate", "--base", "base", "--prompt", "Who?", "--max-new-tokens", "2"],
     "generate, a directory": ["generate", "know", "--base", "base", "--prompt", "Who?", "--max-new-tokens", "2"],
     "fetch": ["fetch", "know", "form"],
@@ -89,10 +91,20 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(Output.__init__.__globals__, "_console", wrapping)
 
 
+def divide(adapter: str) -> None:
+    """Writes a layer of it into `lower` and the other into `upper`, which are better together."""
+    tensors = load_file(Path(adapter, "adapter_model.safetensors"))
+    for layer, half in enumerate(("lower", "upper")):
+        shutil.copytree(adapter, half)
+        kept = {name: tensor for name, tensor in tensors.items() if f".layers.{layer}." in name}
+        save_file(kept, Path(half, "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.usefixtures("narrow")
 def test_the_next_command_runs_as_it_is_printed(here: Path, name: str) -> None:
     shutil.copy("recipe.json", "my recipe.json")
+    divide("form")
     done = run(*COMMANDS[name])
     assert done.exit_code == 0, done.stderr
     follow(done.stderr)
@@ -118,7 +130,8 @@ def test_what_asks_for_a_fresh_lora_after_a_fit_runs_as_it_is_printed() -> None:
 
 @pytest.mark.parametrize("piped", [False, True])
 def test_nothing_asks_for_a_fresh_lora_where_its_files_are_not_there(here: Path, piped: bool) -> None:
-    words = [*"fit --adapters know form --base base --passes 2 -o new.json --data".split()]
+    words = "fit --adapters know form --base base --passes 2 --mixing adapter --control none -o new.json".split()
+    words += ["--data"]
     words += ["-", "--eval-data", "test.jsonl"] if piped else ["test.jsonl"]
     done = run(*words, input=Path("calibration.jsonl").read_bytes() if piped else None)
     assert done.exit_code == 0, done.stderr

@@ -102,7 +102,7 @@ _DATA = ["--data", "test.jsonl", "--base", "base"]
 _FIT = ["fit", "-a", "know", "form", "-d", "calibration.jsonl", "--base", "base", "--passes", "2", "-o", "new.json"]
 _COMPARE = ["compare", *_DATA, "--fit-data", "calibration.jsonl", "--methods", "adapter,ties,task-arithmetic"]
 COMMANDS = {  # with the task that is looked at, and a status of it
-    "fit": ([*_FIT, "--cv", "2"], "fit", "fitting 44 weights"),
+    "fit": ([*_FIT, "--cv", "2"], "fit", "fitting 22 weights"),
     "compare": (_COMPARE, "compare", "6/8 ties"),
     "export": (["export", "-o", "out", "--merge", *_DATA], "loss", "scoring what was written"),
 }
@@ -136,7 +136,7 @@ def lines_of(sent: str) -> list[str]:
     return [line for line in re.split(r"[\r\n]+", plain) if line]
 
 
-@pytest.mark.parametrize("width", [60, 80, 100, 120])
+@pytest.mark.parametrize("width", [60, 100])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_on_a_terminal_no_line_is_too_long_no_share_above_100_and_nothing_stays(
     command: str, width: int, here: Path, monkeypatch: pytest.MonkeyPatch
@@ -160,7 +160,8 @@ def test_on_a_terminal_no_line_is_too_long_no_share_above_100_and_nothing_stays(
 def test_after_ctrl_c_the_line_is_gone_and_one_word_is_left(
     command: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, sent = screened(COMMANDS[command][0], 80, monkeypatch, stop_after=30)
+    stop_after = 10 if command == "export" else 30  # it has but 14 modules to write
+    code, sent = screened(COMMANDS[command][0], 80, monkeypatch, stop_after)
     assert code == 130
     last = sent.rindex("━")
     left = lines_of(sent[sent.index("\x1b[2K", last) :])

@@ -57,7 +57,7 @@ def recipe(data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]) -> Path
         data / "val.jsonl",
         eval_data=data / "test.jsonl",
         base=str(tiny_base),
-        settings=QUICK,
+        settings=replace(QUICK, control="none"),
     )
     fitted.save(data / "recipe.json")
     return data / "recipe.json"
@@ -193,18 +193,18 @@ def peft_loss(base: Path, adapter: Path | None, data: Path) -> float:
 
 
 def test_fitted_methods_and_controls_stand_beside_the_others(
-    data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+    data: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path]
 ) -> None:
     settings = CompareSettings(
         ("adapter", "module", "paper", "task-arithmetic"),
         fit=QUICK,
-        controls=Controls(fresh_lora=True, random=True, datamix=str(two_adapters[1])),
+        controls=Controls(fresh_lora=True, random=True, datamix=str(two_shallow_adapters[1])),
     )
-    found = compare(data, tiny_base, two_adapters, fit_data=data / "val.jsonl", settings=settings)
+    found = compare(data, shallow_base, two_shallow_adapters, fit_data=data / "val.jsonl", settings=settings)
     kinds = {row.name: row.kind for row in found.rows}
     assert [kinds[name] for name in ("fresh-lora", "random", "datamix")] == ["control"] * 3
     assert kinds["module"] == kinds["paper"] == "method"
-    second = next(row for row in found.rows if row.name == str(two_adapters[1]))
+    second = next(row for row in found.rows if row.name == str(two_shallow_adapters[1]))
     assert found.row("datamix").nats_per_token == pytest.approx(second.nats_per_token, abs=1e-6)
     assert len(found.row("adapter").weights or ()) == 2
     assert found.row("fresh-lora").rank == 6
@@ -225,7 +225,7 @@ def test_a_level_finds_what_loracat_fit_finds_on_the_same_records(
 
 
 def test_the_row_of_random_adapters_is_the_mean_of_five_fits_each_on_other_adapters(
-    data: Path, tiny_base: Path, two_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    data: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Draw k composes the adapters that seed + k gives: their lora_A lie in the rows of what was measured."""
     measured: list[tuple[Any, float]] = []
@@ -241,9 +241,9 @@ def test_the_row_of_random_adapters_is_the_mean_of_five_fits_each_on_other_adapt
     settings = CompareSettings(("sum", "module"), fit=replace(QUICK, seed=3), controls=Controls(random=True))
     inputs = prepare_comparison(
         data / "test.jsonl",
-        adapters=[str(path) for path in two_adapters],
+        adapters=[str(path) for path in two_shallow_adapters],
         fit_data=data / "val.jsonl",
-        base=str(tiny_base),
+        base=str(shallow_base),
         settings=settings,
     )
     row = run_comparison(inputs).row("random")
@@ -370,10 +370,11 @@ def test_the_metric_is_compared_with_the_ingredient_that_is_best_by_it(
     assert found.metric == "contains"
 
 
-def test_a_comparison_repeats(data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]) -> None:
+def test_a_comparison_repeats(data: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path]) -> None:
     settings = CompareSettings(("data-free", "module"), fit=QUICK, controls=Controls(fresh_lora=True, random=True))
     first, second = (
-        compare(data, tiny_base, two_adapters, fit_data=data / "val.jsonl", settings=settings) for _ in range(2)
+        compare(data, shallow_base, two_shallow_adapters, fit_data=data / "val.jsonl", settings=settings)
+        for _ in range(2)
     )
     assert first == second
 
@@ -409,7 +410,7 @@ def test_the_fit_of_every_kind_of_mixing_scores_what_its_export_scores_with_stoc
             data / "val.jsonl",
             eval_data=data / "test.jsonl",
             base=str(tiny_base),
-            settings=replace(QUICK, mixing=mixing),
+            settings=replace(QUICK, mixing=mixing, control="none"),
         )
         fitted.save(tmp_path / f"{mixing}.json")
         found = compare(data, tiny_base, recipe=tmp_path / f"{mixing}.json", settings=CompareSettings(("sum",)))
@@ -422,13 +423,13 @@ def test_the_fit_of_every_kind_of_mixing_scores_what_its_export_scores_with_stoc
 
 
 def test_fitted_rows_are_fitted_on_the_calibration_records_alone(
-    tmp_path: Path, data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+    tmp_path: Path, data: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path]
 ) -> None:
     """Other test records change every loss and no weight; other calibration records change the weights."""
     settings = CompareSettings(
         ("adapter", "task-arithmetic", "paper", "module"), fit=QUICK, controls=Controls(fresh_lora=True, random=True)
     )
-    adapters = [str(path) for path in two_adapters]
+    adapters = [str(path) for path in two_shallow_adapters]
     other_test = write_jsonl(tmp_path / "test.jsonl", random_records(9, seed=11))
     other_fit = write_jsonl(tmp_path / "val.jsonl", random_records(40, seed=12))
 
@@ -444,7 +445,9 @@ def test_fitted_rows_are_fitted_on_the_calibration_records_alone(
                 return inner(self, row, composition, engine)
 
             patch.setattr(_Comparison, "_measure", measure)
-            inputs = prepare_comparison(test, adapters=adapters, fit_data=fit, base=str(tiny_base), settings=settings)
+            inputs = prepare_comparison(
+                test, adapters=adapters, fit_data=fit, base=str(shallow_base), settings=settings
+            )
             return run_comparison(inputs), numbers
 
     found, weights = run(data / "test.jsonl", data / "val.jsonl")

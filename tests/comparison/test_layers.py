@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, two_adapte
             [str(path) for path in two_adapters],
             folder / "val.jsonl",
             base=str(tiny_base),
-            settings=FitSettings(mixing=kind, passes=2, max_length=40),
+            settings=FitSettings(mixing=kind, passes=2, max_length=40, holdout=0.2, control="none"),
         )
         fitted.save(folder / f"{kind}.json")
     recipe = load_recipe(folder / "module.json")

@@ -254,7 +254,7 @@ def test_moments_that_would_be_too_large_are_left_out_and_that_is_said(
 ) -> None:
     monkeypatch.setattr("loracli.fitting.activations._MOST_BYTES", 1)
     data, listener = write_jsonl(tmp_path / "val.jsonl", random_records(44)), Heard()
-    settings = FitSettings(mixing="adapter", passes=2)
+    settings = FitSettings(mixing="adapter", passes=2, holdout=0.2, control="none")
     adapters = [str(path) for path in two_adapters]
     recipe = fit_mixing(
         adapters, data, base=str(tiny_base), settings=settings, progress=listener, placement=Placement(dtype="float32")

@@ -193,7 +193,8 @@ def test_a_recipes_ingredients_can_be_composed_by_a_method_and_its_own_mixing_is
     tmp_path: Path, tiny_base: Path, names: list[str]
 ) -> None:
     data = write_jsonl(tmp_path / "val.jsonl", random_records(40))
-    fit_mixing(names, data, base=str(tiny_base), settings=FitSettings(passes=2)).save(tmp_path / "recipe.json")
+    settings = FitSettings(passes=2, holdout=0.2, control="none")
+    fit_mixing(names, data, base=str(tiny_base), settings=settings).save(tmp_path / "recipe.json")
     export_adapter(ExportRequest(method="sum", recipe=tmp_path / "recipe.json"), tmp_path / "one")
     export_adapter(ExportRequest(method="sum", adapters=names), tmp_path / "two")
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))

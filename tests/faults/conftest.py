@@ -48,11 +48,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture(scope="session")
-def yard(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, two_adapters: tuple[Path, Path]) -> Path:
+def yard(tmp_path_factory: pytest.TempPathFactory, shallow_base: Path, two_shallow_adapters: tuple[Path, Path]) -> Path:
     """A folder with the project that all trials read, in `project/`; each trial has a folder beside it."""
     folder = tmp_path_factory.mktemp("yard")
-    shutil.copytree(tiny_base, folder / "project/base")
-    for name, adapter in zip(("first", "second"), two_adapters, strict=True):
+    shutil.copytree(shallow_base, folder / "project/base")
+    for name, adapter in zip(("first", "second"), two_shallow_adapters, strict=True):
         shutil.copytree(adapter, folder / "project" / name)
     write_jsonl(folder / "project/val.jsonl", random_records(44))
     return folder
@@ -115,7 +115,7 @@ def fit() -> Command:
 @pytest.fixture(scope="session")
 def fit_core() -> Command:
     """With tensors in a file beside the recipe."""
-    return Command("fit --mixing core", (*FIT, "--mixing", "core"), again=("--resume",))
+    return Command("fit --mixing core", (*FIT, "--mixing", "core", "--control", "none"), again=("--resume",))
 
 
 @pytest.fixture(scope="session")

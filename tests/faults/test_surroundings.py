@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.faults.commands import FIT, Command
+from tests.faults.commands import Command
 from tests.faults.fork_server import ROOT, ForkServer
 from tests.faults.trials import Tally, tree, trials
 
@@ -32,7 +32,7 @@ def test_a_fit_and_its_export_are_the_same_bytes_everywhere(
             "TZ": ZONES[seed % len(ZONES)],
             "COLUMNS": str(40 + seed),
         }
-        for words in ((*FIT, "--mixing", "core"), ("export",)):
+        for words in (fit_core.words, ("export",)):
             subprocess.run(
                 [sys.executable, "-m", "loracli", *words],
                 cwd=folder,

@@ -70,8 +70,11 @@ def test_a_weight_of_2_is_the_objective_of_every_record_twice(
     torch.testing.assert_close(gradient, gradient_2, rtol=1e-5, atol=1e-8)
 
 
+QUICK = FitSettings(mixing="adapter", passes=3, holdout=0.2, control="none")
+
+
 def fit(two_adapters: tuple[Path, Path], tiny_base: Path, data: Any, **options: Any) -> Any:
-    settings = options.pop("settings", FitSettings(mixing="adapter", passes=3))
+    settings = options.pop("settings", QUICK)
     return fit_mixing([str(p) for p in two_adapters], data, base=str(tiny_base), settings=settings, **options)
 
 
@@ -81,7 +84,7 @@ def test_a_weight_common_to_all_files_changes_no_weight_and_no_loss(
     files = [write_jsonl(tmp_path / f"{seed}.jsonl", random_records(30, seed=seed)) for seed in (0, 1)]
     held = write_jsonl(tmp_path / "held.jsonl", random_records(25, seed=2))
     for mixing in ("adapter", "layer"):
-        settings = FitSettings(mixing=mixing, passes=3)  # type: ignore[arg-type]
+        settings = replace(QUICK, mixing=mixing, holdout=None)
         plain = fit(two_adapters, tiny_base, files, eval_data=held, settings=settings)
         equal = fit(two_adapters, tiny_base, [f"{f}:4" for f in files], eval_data=f"{held}:4", settings=settings)
         other = fit(two_adapters, tiny_base, [f"{files[0]}:4", files[1]], eval_data=held, settings=settings)
@@ -100,7 +103,8 @@ def test_the_published_recipe_takes_weighted_files(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
 ) -> None:
     data = write_jsonl(tmp_path / "val.jsonl", random_records(50))
-    plain, equal = (fit(two_adapters, tiny_base, d, settings=FitSettings(paper=True)) for d in (data, f"{data}:0.5"))
+    paper = FitSettings(paper=True, holdout=0.2, control="none")
+    plain, equal = (fit(two_adapters, tiny_base, d, settings=paper) for d in (data, f"{data}:0.5"))
     assert equal.fit.largest_move == pytest.approx(plain.fit.largest_move, rel=1e-6) and plain.fit.largest_move > 0
     for group, weights in plain.mixing.weights.items():
         pairs = zip(equal.mixing.weights[group], weights, strict=True)
@@ -115,7 +119,7 @@ def test_the_recipe_accounts_for_every_file_and_the_settings_of_the_data(
     turns = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
     lines = [json.dumps({"conversations": turns * i, "task": "chats"}) for i in range(1, 21)]
     chats.write_text("\n".join([*lines, "oops"]))
-    settings = FitSettings(mixing="adapter", passes=3, skip_bad=True, allow_truncation=True)
+    settings = replace(QUICK, holdout=None, skip_bad=True, allow_truncation=True)
     recipe = fit(two_adapters, tiny_base, [pairs, f"{chats}:2"], settings=settings)
     recipe.save(tmp_path / "recipe.json")
     loaded = load_recipe(tmp_path / "recipe.json")
@@ -145,7 +149,7 @@ def test_an_array_under_other_names_fits_as_its_jsonl_does_and_the_recipe_keeps_
     array = tmp_path / "array.json"
     array.write_text(json.dumps([{"question": r["prompt"], "answer": r["completion"], "seen": 1} for r in records]))
     names = "prompt=question,completion=answer"
-    settings = FitSettings(mixing="adapter", passes=3, fields=names)
+    settings = replace(QUICK, fields=names)
     recipe = fit(two_adapters, tiny_base, array, settings=settings)
     recipe.save(tmp_path / "recipe.json")
     loaded = load_recipe(tmp_path / "recipe.json")

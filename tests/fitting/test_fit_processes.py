@@ -36,8 +36,8 @@ class SmallFit:
 
 
 @pytest.fixture
-def small(server: ForkServer, tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]) -> SmallFit:
-    return SmallFit(server, tmp_path, tiny_base, two_adapters)
+def small(server: ForkServer, tmp_path: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path]) -> SmallFit:
+    return SmallFit(server, tmp_path, shallow_base, two_shallow_adapters)
 
 
 def test_two_processes_cross_fit_to_the_bytes_of_one(small: SmallFit) -> None:
@@ -70,7 +70,10 @@ def test_one_two_and_four_processes_write_the_same_bytes(small: SmallFit) -> Non
             assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_base_in_shards_gives_the_same_weights_to_rounding(small: SmallFit) -> None:
+def test_a_base_in_shards_gives_the_same_weights_to_rounding(
+    server: ForkServer, tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    small = SmallFit(server, tmp_path, tiny_base, two_adapters)
     for count, options in ((1, ()), (2, ("--shard",))):
         small.run(count, *options, "--passes", "2", "-o", f"{count}.json")
     whole, shards = (load_recipe(small.folder / f"{count}.json") for count in (1, 2))

@@ -29,7 +29,7 @@ from tests.faults.fork_server import ForkServer
 from tests.heard import Heard
 from tests.tiny import random_records, write_jsonl
 
-SETTINGS = FitSettings(mixing="auto", passes=3, cv=2, batch_tokens=256, holdout=0.2)
+SETTINGS = FitSettings(mixing="auto", passes=3, cv=2, batch_tokens=256, holdout=0.2, control="none")
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Fit:
 
 
 @pytest.fixture
-def fit(tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]) -> Fit:
+def fit(tmp_path: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path]) -> Fit:
     data = write_jsonl(tmp_path / "val.data", random_records(44))
-    return Fit(tmp_path, [str(path) for path in two_adapters], data, str(tiny_base))
+    return Fit(tmp_path, [str(path) for path in two_shallow_adapters], data, str(shallow_base))
 
 
 class Power:
@@ -103,6 +103,7 @@ def timeless(log: Path) -> list[dict[str, object]]:
 def test_a_fit_stopped_at_every_seventh_of_its_work_ends_in_the_same_bytes(fit: Fit, power: Power) -> None:
     """Stopped eight times in a row; nothing but the two timed batches of each start is done twice. The last of them is
     in the control's training."""
+    fit = replace(fit, settings=replace(SETTINGS, control=None))
     fit.run("whole.json", log="whole.log")
     assert load_recipe(fit.folder / "whole.json").held_out.controls
     assert timeless(fit.folder / "whole.log")[-1]["stage"] == "control"

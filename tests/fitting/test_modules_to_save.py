@@ -136,7 +136,7 @@ def test_a_recipe_goes_on_picking_the_same_adapter_where_it_has_moved(
     tmp_path: Path, made: tuple[Path, list[Path]]
 ) -> None:
     base, paths = made
-    recipe = fit_case(tmp_path, base, paths, modules_to_save="pick:second")
+    recipe = fit_case(tmp_path, base, paths, modules_to_save="pick:second", control=None)
     (tmp_path / "elsewhere").mkdir()
     recipe.save(tmp_path / "elsewhere" / "recipe.json")
     export_adapter(ExportRequest(tmp_path / "elsewhere" / "recipe.json"), tmp_path / "out")

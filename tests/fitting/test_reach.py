@@ -80,7 +80,8 @@ def test_fit_export_fuse_and_verify_are_one_model_where_weights_are_read(
     base = make_base(tmp_path / "base", kind)
     paths = [make_adapter(tmp_path / name, base, targets=READ[kind], seed=i) for i, name in enumerate("ab")]
     bypassed = tuple(sorted(weights_read(BaseReference("base", base, None)).bypassed))
-    recipe = fit_case(tmp_path, base, paths, mixing=mixing)
+    control = None if mixing == "module" else "none"
+    recipe = fit_case(tmp_path, base, paths, mixing=mixing, control=control)
     assert recipe.mixing.unreached == recipe.mixing.bypassed == bypassed
     recipe.save(tmp_path / "recipe.json")
     assert load_recipe(tmp_path / "recipe.json").mixing.bypassed == bypassed
@@ -110,7 +111,8 @@ def test_the_weights_of_unreached_modules_are_the_starts(tmp_path: Path) -> None
     base = make_base(tmp_path / "base", "mamba")
     paths = [make_adapter(tmp_path / name, base, targets=READ["mamba"], seed=i) for i, name in enumerate("ab")]
     records = [{"prompt": f"{i}", "completion": "aaaaaaaa"} for i in range(60)]
-    data, settings = write_jsonl(tmp_path / "val.jsonl", records), FitSettings(mixing="module", passes=6, holdout=0.2)
+    data = write_jsonl(tmp_path / "val.jsonl", records)
+    settings = FitSettings(mixing="module", passes=6, holdout=0.2, control="none")
     recipe = fit_mixing([str(path) for path in paths], data, base=str(base), settings=settings)
     weights, unreached = recipe.mixing.weights, recipe.mixing.unreached
     (start,) = {weights[name] for name in unreached}
@@ -126,7 +128,8 @@ def test_what_no_record_comes_by_is_named_and_kept(tmp_path: Path) -> None:
     paths = [make_adapter(tmp_path / name, base, targets=("q_proj",), seed=i) for i, name in enumerate("ab")]
     heard = Heard()
     write_jsonl(tmp_path / "val.jsonl", random_records(24))
-    recipe = fit_mixing([str(p) for p in paths], tmp_path / "val.jsonl", base=str(base), progress=heard)
+    names, settings = [str(path) for path in paths], FitSettings(passes=2)
+    recipe = fit_mixing(names, tmp_path / "val.jsonl", base=str(base), settings=settings, progress=heard)
     assert recipe.mixing.unreached and recipe.mixing.bypassed == ()
     assert all("vision_tower" in name for name in recipe.mixing.unreached)
     assert any("no record reaches" in said and recipe.mixing.unreached[0] in said for said in heard.warnings)
@@ -165,9 +168,10 @@ def test_a_base_whose_forward_could_not_be_tried_is_said_to_be_unknown(
 
     request = ExportRequest(method="sum", adapters=names, base=str(base))
     fused = FuseRequest(adapters=names, method="sum", base=str(base))
+    settings = FitSettings(mixing="adapter", passes=2, holdout=0.4, control="none")
     commands = [
         lambda heard: plan_fit(prepare_fit(names, data, base=str(base)), placement=Placement(), progress=heard),
-        lambda heard: fit_mixing(names, data, base=str(base), settings=FitSettings(passes=2), progress=heard),
+        lambda heard: fit_mixing(names, data, base=str(base), settings=settings, progress=heard),
         lambda heard: export_adapter(request, tmp_path / "out", progress=heard),
         lambda heard: fuse_model(fused, tmp_path / "fused", progress=heard),
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from tests.heard import Heard
 from tests.tiny import BASE_ID, make_adapter, make_base, random_records, write_jsonl
 
 QUICK = FitSettings(passes=3)
+FEW = replace(QUICK, control="none")  # of fits where the control does not matter
 
 
 @pytest.fixture
@@ -38,16 +40,20 @@ def data(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "val.jsonl", random_records(50))
 
 
+@pytest.fixture
+def shallow(shallow_base: Path, two_shallow_adapters: tuple[Path, Path]) -> tuple[str, list[str]]:
+    """A base of one layer, and two adapters on it."""
+    return str(shallow_base), references(two_shallow_adapters)
+
+
 def references(paths: tuple[Path, ...]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def test_two_fits_give_the_same_recipe_to_the_byte(
-    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
-) -> None:
+def test_two_fits_give_the_same_recipe_to_the_byte(tmp_path: Path, shallow: tuple[str, list[str]], data: Path) -> None:
+    base, adapters = shallow
     for name in ("one.json", "two.json"):
-        recipe = fit_mixing(references(two_adapters), data, base=str(tiny_base), settings=QUICK)
-        recipe.save(tmp_path / name)
+        fit_mixing(adapters, data, base=base, settings=QUICK).save(tmp_path / name)
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
 
 
@@ -119,24 +125,24 @@ def _byte_ranks(text: str) -> list[int]:
 def test_coarser_mixings_share_their_weights(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path, kind: str
 ) -> None:
-    settings = FitSettings(mixing=kind, passes=3)  # type: ignore[arg-type]
+    settings = replace(FEW, mixing=kind, holdout=0.4)
     recipe = fit_mixing(references(two_adapters), data, base=str(tiny_base), settings=settings)
     groups = {"adapter": ["*"], "layer": [f"model.layers.{i}" for i in range(3)]}[kind]
     assert list(recipe.mixing.weights) == groups
     export_adapter(ExportRequest(recipe), tmp_path / "out")
 
 
-def test_one_adapter_alone_can_be_fitted(tiny_base: Path, two_adapters: tuple[Path, Path], data: Path) -> None:
-    recipe = fit_mixing([str(two_adapters[0])], data, base=str(tiny_base), settings=QUICK)
+def test_one_adapter_alone_can_be_fitted(shallow: tuple[str, list[str]], data: Path) -> None:
+    base, adapters = shallow
+    recipe = fit_mixing(adapters[:1], data, base=base, settings=QUICK)
     assert [row.name for row in recipe.held_out.rows][2:] == ["fit"]
 
 
-def test_few_records_give_a_table_and_no_verdict(
-    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
-) -> None:
+def test_few_records_give_a_table_and_no_verdict(tmp_path: Path, shallow: tuple[str, list[str]]) -> None:
+    base, adapters = shallow
     small = write_jsonl(tmp_path / "small.jsonl", random_records(12))
     listener = Heard()
-    recipe = fit_mixing(references(two_adapters), small, base=str(tiny_base), settings=QUICK, progress=listener)
+    recipe = fit_mixing(adapters, small, base=base, settings=QUICK, progress=listener)
     assert recipe.held_out.verdict == "too few records"
     assert any("too few for a verdict" in said for said in listener.said)
 
@@ -144,7 +150,8 @@ def test_few_records_give_a_table_and_no_verdict(
 def test_the_published_recipe_is_recorded_with_weights_that_sum_to_one(
     tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
 ) -> None:
-    recipe = fit_mixing(references(two_adapters), data, base=str(tiny_base), settings=FitSettings(paper=True))
+    settings = FitSettings(paper=True, holdout=0.4, control="none")
+    recipe = fit_mixing(references(two_adapters), data, base=str(tiny_base), settings=settings)
     assert recipe.fit.recipe == "paper"
     assert all(abs(sum(w for w in row if w is not None) - 1) < 1e-9 for row in recipe.mixing.weights.values())
     assert recipe.fit.largest_move <= 0.04
@@ -180,7 +187,7 @@ def test_an_embeddings_own_matrix_is_accepted_only_if_it_is_the_bases(
     own = AutoModelForCausalLM.from_pretrained(tiny_base).get_input_embeddings().weight.detach()
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     save_file({**tensors, name: own.clone()}, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    recipe = fit_mixing([str(path)], data, base=str(tiny_base), settings=QUICK)
+    recipe = fit_mixing([str(path)], data, base=str(tiny_base), settings=replace(FEW, holdout=0.4))
     export_adapter(ExportRequest(recipe), tmp_path / "out")
     assert name not in load_file(tmp_path / "out" / "adapter_model.safetensors")
     changed = own.clone()
@@ -240,7 +247,7 @@ def test_equal_records_many_times_over_can_still_be_fitted(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
 ) -> None:
     same = write_jsonl(tmp_path / "same.jsonl", random_records(1) * 12)
-    recipe = fit_mixing([str(two_adapters[0])], same, eval_data=data, base=str(tiny_base), settings=QUICK)
+    recipe = fit_mixing([str(two_adapters[0])], same, eval_data=data, base=str(tiny_base), settings=FEW)
     assert recipe.data[0].records == 12
 
 
@@ -254,4 +261,4 @@ def test_a_held_out_loss_that_is_not_finite_names_its_records(
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
     held = write_jsonl(tmp_path / "held.jsonl", [*random_records(24, seed=4), {"prompt": "ZZ", "completion": "ab"}])
     with pytest.raises(NonFiniteLoss, match=f"records at {held}:25"):
-        fit_mixing([str(path)], data, eval_data=held, base=str(tiny_base), settings=QUICK)
+        fit_mixing([str(path)], data, eval_data=held, base=str(tiny_base), settings=FEW)

@@ -30,7 +30,7 @@ from tests.tiny import make_adapter, random_records, write_jsonl
 
 __all__ = ["power"]  # a fixture
 
-EXACT = FitSettings(passes=3, cv=2, select_by="contains", max_new_tokens=4)
+EXACT = FitSettings(passes=3, cv=2, select_by="contains", max_new_tokens=4, control="none")
 
 
 def near_zero(objective: Any) -> Tensor:
@@ -97,12 +97,14 @@ def test_auto_climbs_for_half_an_answer_and_not_for_the_loss(monkeypatch: pytest
 
 
 @pytest.fixture
-def fit(tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]) -> Fit:
+def fit(tmp_path: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path]) -> Fit:
     data = write_jsonl(tmp_path / "val.data", random_records(30))
-    return Fit(tmp_path, [str(path) for path in two_adapters], data, str(tiny_base), EXACT)
+    return Fit(tmp_path, [str(path) for path in two_shallow_adapters], data, str(shallow_base), EXACT)
 
 
 def test_the_recipe_says_what_chose_and_the_fit_repeats(fit: Fit) -> None:
+    """With the control that a fit has by default."""
+    fit = replace(fit, settings=replace(EXACT, control=None))
     fit.run("one.json")
     fit.run("two.json")
     assert fit.written("one") == fit.written("two")
@@ -141,9 +143,9 @@ def test_a_fit_that_is_stopped_among_its_answers_ends_in_the_same_bytes(
 
 
 def test_one_and_two_processes_choose_the_same(
-    server: ForkServer, tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+    server: ForkServer, tmp_path: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path]
 ) -> None:
-    small = SmallFit(server, tmp_path, tiny_base, two_adapters)
+    small = SmallFit(server, tmp_path, shallow_base, two_shallow_adapters)
     options = ("--select-by", "contains", "--max-new-tokens", "4", "--passes", "2")
     for count in (1, 2):
         small.run(count, *options, "-o", f"{count}.json")
@@ -153,19 +155,19 @@ def test_one_and_two_processes_choose_the_same(
 
 
 def test_the_users_own_command_chooses_and_its_words_stay_out_of_the_recipe(
-    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+    tmp_path: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path]
 ) -> None:
     scorer = tmp_path / "secret_scorer.py"
     scorer.write_text("import json, sys\nfor line in sys.stdin:\n    print(len(json.loads(line)['output']) / 100)\n")
     command = shlex.join([sys.executable, str(scorer)])
     data = write_jsonl(tmp_path / "val.jsonl", random_records(30))
-    settings = FitSettings(passes=2, metric_command=command, max_new_tokens=4)
-    adapters = [str(path) for path in two_adapters]
-    recipe = fit_mixing(adapters, data, base=str(tiny_base), settings=settings)
+    settings = FitSettings(passes=2, metric_command=command, max_new_tokens=4, holdout=0.2)
+    adapters = [str(path) for path in two_shallow_adapters]
+    recipe = fit_mixing(adapters, data, base=str(shallow_base), settings=settings)
     assert recipe.fit.criterion == "command" and "secret_scorer" not in recipe.to_json()
     scorer.write_text("raise SystemExit('broken')\n")
     with pytest.raises(MetricError, match="ended with the code 1"):
-        fit_mixing(adapters, data, base=str(tiny_base), settings=settings)
+        fit_mixing(adapters, data, base=str(shallow_base), settings=settings)
 
 
 def test_what_a_metric_cannot_choose_is_refused(tmp_path: Path, tiny_base: Path) -> None:
@@ -190,15 +192,15 @@ def test_what_a_metric_cannot_choose_is_refused(tmp_path: Path, tiny_base: Path)
 
 
 def test_the_curve_of_a_descent_and_its_ridges_are_in_the_recipe(
-    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+    tmp_path: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path]
 ) -> None:
     data = write_jsonl(tmp_path / "val.jsonl", random_records(80))
     log = tmp_path / "steps.jsonl"
     fit = Fit(
         tmp_path,
-        [str(p) for p in two_adapters],
+        [str(p) for p in two_shallow_adapters],
         data,
-        str(tiny_base),
+        str(shallow_base),
         FitSettings(mixing="rank", passes=6, holdout=0.2, control="none"),
     )
     fit.run("r.json", log="steps.jsonl")

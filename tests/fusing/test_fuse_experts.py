@@ -194,7 +194,7 @@ def test_layers_that_a_parameter_cannot_stand_for_are_refused_by_name(tmp_path: 
 def test_a_recipe_of_layers_and_parameters_is_fitted_and_exported(tmp_path: Path, qwen: Mixture) -> None:
     """From the recipe's table alone, without the base; the export is the sum of what PEFT makes of each."""
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
-    settings = FitSettings(passes=2)
+    settings = FitSettings(passes=2, holdout=0.4, control="none")
     recipe = fit_mixing(qwen.names, data, base=str(qwen.base), settings=settings)
     recipe.save(tmp_path / "recipe.json")
     export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "out")
@@ -286,7 +286,8 @@ def test_a_router_is_adapted_by_its_old_name_and_by_its_new(tmp_path: Path, kind
     for made in ("out", "fused"):
         verify_directory(tmp_path / made, adapters=names, base=str(base))
     data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
-    recipe = fit_mixing(names, data, base=str(base), settings=FitSettings(passes=2))
+    settings = FitSettings(passes=2, holdout=0.4, control="none")
+    recipe = fit_mixing(names, data, base=str(base), settings=settings)
     recipe.save(tmp_path / "recipe.json")
     export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "fitted")
     verify_directory(tmp_path / "fitted", recipe=tmp_path / "recipe.json", base=str(base))

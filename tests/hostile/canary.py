@@ -46,7 +46,7 @@ def reading_commands() -> list[list[str]]:
     return [
         ["inspect", "know", "form"],
         [*FIT, "-o", "other.json", "--dry-run"],
-        [*FIT, "-o", "other.json", "--force"],
+        [*FIT, "-o", "other.json", "--mixing", "adapter", "--force"],
         ["export", "--force"],
         ["export", "--merge", "-o", "merged", "--force"],
         ["lint", "form"],

@@ -33,7 +33,7 @@ from tests.cli.project import FIT, run, tree
 
 WITHOUT_BASE = [word for word in FIT if word not in ("--base", "base")]
 NEEDS_BASE = {
-    "fit": [*WITHOUT_BASE, "-o", "other.json"],
+    "fit": [*WITHOUT_BASE, "-o", "other.json", "--mixing", "adapter"],
     "compare": ["compare", "--adapters", "know", "form", "--data", "test.jsonl"],
     "fuse": ["fuse", "--method", "uniform", "--adapters", "know", "form", "-o", "fused"],
     "fuse an adapter": ["fuse", "form", "-o", "fused"],
