@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -56,8 +55,7 @@ class Quantisation:
         `skipped` is in it."""
         from transformers import BitsAndBytesConfig
 
-        with _without_kernels():
-            import_module("bitsandbytes")
+        _import_bitsandbytes()
         return BitsAndBytesConfig(
             load_in_4bit=self.form != "int8",
             load_in_8bit=self.form == "int8",
@@ -199,19 +197,26 @@ def _weight(layer: Any, dtype: torch.dtype) -> Tensor:
     return dense.to(dtype)
 
 
-@contextmanager
-def _without_kernels() -> Iterator[None]:
-    """The first import of bitsandbytes takes code from the Hub where the package `kernels` is installed and the CPU has
-    bfloat16. It has no use here, and is not taken."""
-    before, log = sys.modules.get("kernels", _without_kernels), logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = log.level
+def import_peft() -> Any:
+    """PEFT, which imports bitsandbytes wherever that is installed."""
+    if find_spec("bitsandbytes") is not None:
+        _import_bitsandbytes()
+    import peft
+
+    return peft
+
+
+def _import_bitsandbytes() -> None:
+    """Its first import takes code from the Hub where the package `kernels` is installed and the CPU has bfloat16, and
+    says so where it is not. That code has no use here, and is not taken."""
+    there, log = "kernels" in sys.modules, logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before, level = sys.modules.get("kernels"), log.level
     sys.modules["kernels"] = None  # type: ignore[assignment]
     log.setLevel(logging.ERROR)
     try:
-        yield
+        import_module("bitsandbytes")
     finally:
         log.setLevel(level)
-        if before is _without_kernels:
-            del sys.modules["kernels"]
-        else:
+        del sys.modules["kernels"]
+        if there:
             sys.modules["kernels"] = before  # type: ignore[assignment]

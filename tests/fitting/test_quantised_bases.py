@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from loracli.errors import BaseModelMismatch, UsageError
 from loracli.fitting.job import identity_of
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
+from loracli.model import quantisation
 from loracli.model.base import load_base, plan_base
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
@@ -128,6 +131,29 @@ def test_without_the_package_both_ways_are_refused_with_the_way_out(
     stored = with_config(make_base(tmp_path / "base"), FORMS["nf4"])
     with pytest.raises(UsageError, match="quantised by bitsandbytes in nf4, and that package is not installed"):
         plan_base(stored)
+
+
+def test_peft_comes_by_one_door_that_lets_bitsandbytes_take_no_code_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {
+        "kernels": "",
+        "bitsandbytes": "try:\n    import kernels as taken\nexcept ImportError:\n    taken = None\n",
+    }
+    words["peft"] = "from bitsandbytes import taken\n"
+    for name, text in words.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert quantisation.import_peft().taken is None
+        assert importlib.import_module("kernels").__file__ == str(tmp_path / "kernels.py")  # for whoever has use for it
+    finally:
+        for name in words:
+            sys.modules.pop(name, None)  # what was there before comes back
+    package = Path(quantisation.__file__).parents[1]
+    by = [path.name for path in package.rglob("*.py") if re.search(r"^\s*(import|from) peft\b", path.read_text(), re.M)]
+    assert by == ["quantisation.py"]
 
 
 def test_what_is_quantised_takes_less_memory_and_belongs_to_what_a_fit_goes_on_from(
