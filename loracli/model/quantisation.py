@@ -33,7 +33,6 @@ from loracli.recipe.record import ON_LOADING, BaseForm
 from loracli.system.near import did_you_mean
 
 UNQUANTISED = "none"  # as a form: a base in full precision stays so, whatever a recipe says
-QUANTISED_BY = ("quantization_config", "compression_config", "quantization")  # keys; the last is that of MLX
 _WAY_OUT = "give the unquantised model with --base"
 _MAX_SKIPPED = 10_000
 _BITS: Mapping[BaseForm, float] = {"nf4": 4.5, "fp4": 4.5, "int8": 8.0}  # a number, with the scales of its block
@@ -111,7 +110,7 @@ def read_quantisation(fields: Mapping[str, Any], name: str, *, quantise: str | N
         UsageError: if it is quantised otherwise than asked for, or the package is missing.
     """
     check_quantise(quantise)
-    config = next((fields[key] for key in QUANTISED_BY if fields.get(key)), None)
+    config = fields.get("quantization_config") or fields.get("compression_config") or _by_mlx(fields)
     if not config:
         return Quantisation(quantise, stored=False) if quantise in ON_LOADING else None
     if not isinstance(config, Mapping):
@@ -155,6 +154,12 @@ def _bitsandbytes(config: Mapping[str, Any], name: str) -> Quantisation:
     if form not in get_args(BaseForm):
         raise refused(f"by bitsandbytes in {str(form)[:40]!r}; {', '.join(get_args(BaseForm))} are run")
     return Quantisation(form, None if skipped is None else tuple(skipped))
+
+
+def _by_mlx(fields: Mapping[str, Any]) -> Any:
+    """What MLX wrote at first, under a key of its own."""
+    config = fields.get("quantization")
+    return config if isinstance(config, Mapping) and "bits" in config else None
 
 
 def _method_by_fields(config: Mapping[str, Any]) -> str | None:

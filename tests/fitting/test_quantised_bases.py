@@ -128,11 +128,12 @@ def test_logits_and_gradients_are_those_of_the_weights_that_the_bits_stand_for(
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_a_base_that_is_quantised_on_loading_is_the_one_that_is_stored_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_base_that_is_quantised_on_loading_is_the_one_that_is_stored_so(tmp_path: Path, dtype: str) -> None:
     stored, _ = quantised_base(tmp_path, "nf4")
     answers = []
     for base, quantise in ((stored, None), (stored, "nf4"), (tmp_path / "plain", "nf4")):
-        loaded = load_base(BaseReference("org/base", base, None), dtype="float32", device="cpu", quantise=quantise)
+        loaded = load_base(BaseReference("org/base", base, None), dtype=dtype, device="cpu", quantise=quantise)
         assert loaded.quantisation is not None and loaded.quantisation.form == "nf4"
         answers.append(loaded.model(input_ids=torch.arange(3, 20)[None]).logits)
     assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
