@@ -281,8 +281,8 @@ Quantise = Annotated[
     typer.Option(
         "--quantise",
         metavar="FORM",
-        autocompletion=lambda: ["nf4", "int8"],
-        help="Keep the base's linear layers in nf4 or int8; needs the extra loracat[bitsandbytes].",
+        autocompletion=lambda: ["nf4", "int8", "none"],
+        help="Keep the base's linear layers in nf4 or int8, with the extra loracat[bitsandbytes]; none leaves them.",
     ),
 ]
 Checkpointing = Annotated[

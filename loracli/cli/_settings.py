@@ -206,10 +206,13 @@ def _of_recipe(path: Path) -> list[Setting]:
     from loracli.fitting.settings import FitSettings
     from loracli.hub.references import URI_PREFIX
     from loracli.recipe.recipe import load_recipe
+    from loracli.recipe.record import ON_LOADING
 
     recipe = load_recipe(path)
     found: dict[str, Any] = {"adapters": [ingredient_reference(recipe.folder, adapter) for adapter in recipe.adapters]}
     found |= {"base": None, "base-revision": None, "dtype": recipe.dtype}
+    if recipe.base.quantisation in ON_LOADING:  # of a base that is stored so it changes nothing
+        found |= {"quantise": recipe.base.quantisation}
     if recipe.base.commit is not None:
         found |= {"base": f"{URI_PREFIX}{recipe.base.id}", "base-revision": recipe.base.commit}
     for field in fields(FitSettings):

@@ -13,19 +13,25 @@ from loracli.cli._output import Output
 from loracli.cli._settings import PREFIX, SHARED, Setting, as_text, variable
 
 _PACKAGES = ("loracat", "torch", "transformers", "peft", "safetensors", "huggingface-hub", "typer", "rich")
+_EXTRAS = ("bitsandbytes", "gguf", "nevergrad")
 EPILOG = "loracat env  ·  loracat env --json"
 
 
 def env(*, context: typer.Context, out: Output) -> None:
     """Print versions, devices, caches and which settings are in force, for bug reports."""
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
     from loracli.hub.references import surroundings
 
     facts = {name: version(name) for name in _PACKAGES}
+    for name in _EXTRAS:
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = "not installed"
     facts["python"] = platform.python_version()
     facts["system"] = f"{platform.system()} {platform.machine()}"
     facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -119,6 +119,7 @@ def _opened(
 ) -> Iterator[_Comparison]:
     fit = inputs.settings.fit
     adapters = (*inputs.adapters, *([] if inputs.datamix is None else [inputs.datamix]))
+    placement = inputs.as_fitted(placement, progress=progress)
     opening = Opening(inputs.base, adapters, fit.batch_tokens, fit.max_length, inputs.saved, placement)
     if inputs.calibration is not None:  # something is fitted, so gradients are taken
         opening = settle_memory(opening, progress=progress)
@@ -382,14 +383,6 @@ class _Comparison:
             f"base {base.reference.id} in {base.runs_in} on {self._device}; {len(about)} rows "
             f"to score on {len(self._test)} records: about {duration_text(sum(about.values()))}{which}{generated}"
         )
-        here = None if base.quantisation is None else base.quantisation.form
-        for one in self._inputs.recipes:
-            if (there := one.recipe.base.quantisation) != here:
-                fitted_in = there or one.recipe.dtype
-                self._progress.warn(
-                    f"{one.row} was fitted with linear layers of the base kept in {fitted_in}, and here they are "
-                    f"kept in {here or dtype_name(base.dtype)}: its loss is another"
-                )
 
     @contextmanager
     def _engine(self, adapters: Sequence[LoraAdapter], layout: Layout) -> Iterator[Engine]:

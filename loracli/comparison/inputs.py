@@ -23,7 +23,9 @@ from loracli.fitting.mixing import Layout, make_layout
 from loracli.fitting.settings import FRESH_LORA
 from loracli.hub.fetch import fetch_adapter
 from loracli.model.base import on_base
+from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
+from loracli.model.session import as_fitted
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import recorded_policy
 from loracli.recipe.recipe import OTHER_ROWS
@@ -67,6 +69,15 @@ class CompareInputs:
     owners: tuple[int | None, ...] = ()
     saved: SavedModules | None = None
     weights: ModuleWeights | None = None
+
+    def as_fitted(self, placement: Placement, *, progress: Progress = SILENT) -> Placement:
+        """With the quantisation of the base that the recipes were fitted with, see `loracli.model.session.as_fitted`.
+
+        Raises:
+            UsageError: as there.
+        """
+        fits = {one.row: one.recipe.base.quantisation for one in self.recipes}
+        return as_fitted(placement, self.base, fits, progress=progress)
 
 
 def prepare_comparison(

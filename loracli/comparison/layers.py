@@ -113,6 +113,7 @@ def layer_effects(
         progress=progress,
     )
     fit = inputs.settings.fit
+    placement = inputs.as_fitted(placement, progress=progress)
     opening = Opening(inputs.base, inputs.adapters, fit.batch_tokens, fit.max_length, inputs.saved, placement)
     with open_session(opening, progress=progress) as session:
         say_tokenizer_differences(inputs.adapters, inputs.references, session.tokenizer, progress)

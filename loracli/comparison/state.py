@@ -219,7 +219,7 @@ def _identity(inputs: CompareInputs, placement: Placement, metric: TaskMetric | 
             inputs.base,
             dict(zip(inputs.references, inputs.adapters, strict=True)),
             {"data file": inputs.test, "guard file": inputs.guard},
-            placement,
+            inputs.as_fitted(placement),
         ),
         **{f"recipe {one.row}": digest([one.recipe.sha256(), one.places]) for one in inputs.recipes},
         **settings_identity({name: value for name, value in values.items() if name not in ("passes", "cv")}),

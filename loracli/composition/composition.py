@@ -59,7 +59,7 @@ class Composition:
         fitted: whether a recipe says what it is.
         product: whether lora_B comes from a product of matrices that a fit found.
         activations: the activation covariance that a fit left, None without one.
-        claim: the base that was recorded, at its commit; None for what the adapters agree on.
+        recorded: the base of the recipe that names the adapters, None without one.
         saved: modules that replace the base's, None without any.
         task_type: PEFT's name of its task, None without one.
         task_asked: whether the user chose it.
@@ -77,7 +77,7 @@ class Composition:
     fitted: bool = False
     product: bool = False
     activations: RecipeActivations | None = field(default=None, repr=False)
-    claim: BaseClaim | None = None
+    recorded: RecipeBase | None = None
     saved: SavedModules | None = None
     task_type: str | None = None
     task_asked: bool = False
@@ -132,7 +132,7 @@ def from_recipe(recipe: Recipe, adapters: Sequence[LoraAdapter], saved: SavedMod
     Raises:
         RecipeError: if it has tensors for another module, which would be left out.
     """
-    mixing, claim = recipe.mixing, recipe.base.claim
+    mixing = recipe.mixing
     _check_tensors(mixing, adapters)
     composition = Composition(
         adapters=tuple(adapters),
@@ -145,7 +145,7 @@ def from_recipe(recipe: Recipe, adapters: Sequence[LoraAdapter], saved: SavedMod
         card_of=lambda made: recipe_card(recipe.public(), stated_licences(made.adapters)),
         fitted=True,
         activations=recipe.activations,
-        claim=claim,
+        recorded=recipe.base,
         saved=saved,
         task_type=task_of_recipe(adapters),
     )
@@ -368,11 +368,6 @@ def _check_tensors(mixing: RecipeMixing, adapters: Sequence[LoraAdapter]) -> Non
 def task_of_recipe(adapters: Sequence[LoraAdapter]) -> str | None:
     """That of what a recipe's adapters make: a fit runs causal language models, and nothing with a convolution."""
     return agreed_task(adapters) if kernels_of(adapters) else CAUSAL_LM
-
-
-def recorded_base(composition: Composition, base: str | None) -> str | BaseClaim | None:
-    """The base that the user names, else the recorded one at its commit; None for what the adapters agree on."""
-    return base or composition.claim
 
 
 def base_of_config(recorded: RecipeBase, base: str | None) -> str | BaseClaim:

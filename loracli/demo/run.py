@@ -37,6 +37,7 @@ from loracli.model.attach import attach
 from loracli.model.base import load_base
 from loracli.model.loss import Objective, make_objective
 from loracli.model.placement import Placement
+from loracli.model.quantisation import import_peft
 from loracli.model.reference import BaseReference
 from loracli.model.session import Opening, Session, open_session
 from loracli.progress import SILENT, Progress
@@ -53,12 +54,10 @@ def _train_fresh_lora(model: Any, targets: Sequence[str], rank: int, examples: S
 
     A quarter of the examples chooses the step to stop at.
     """
-    from peft import LoraConfig, get_peft_model
-    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-
+    peft = import_peft()
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
-    fresh = get_peft_model(copy.deepcopy(model), config).eval()
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
+    fresh = peft.get_peft_model(copy.deepcopy(model), config).eval()
     held = max(1, round(_VALIDATION_SHARE * len(examples)))
     training = plan_batches(examples[held:], batch_tokens=1 << 16)
     checks = plan_batches(examples[:held], batch_tokens=1 << 16)
@@ -66,18 +65,19 @@ def _train_fresh_lora(model: Any, targets: Sequence[str], rank: int, examples: S
     adam = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=0.0)
     with attach(fresh, (), ()) as attached:
         objective = make_objective(attached, checks[0])
-        best, kept = float("inf"), get_peft_model_state_dict(fresh)
+        best, kept = float("inf"), peft.get_peft_model_state_dict(fresh)
         for step in range(_STEPS + 1):
             if step % _CHECK_EVERY == 0:
                 loss = objective.score(checks, held).nats_per_token
                 if loss < best:
                     best = loss
-                    kept = {name: value.detach().clone() for name, value in get_peft_model_state_dict(fresh).items()}
+                    state = peft.get_peft_model_state_dict(fresh)
+                    kept = {name: value.detach().clone() for name, value in state.items()}
             adam.zero_grad()
             for batch in training:
                 (objective.nats(batch).sum() / sum(b.scored_tokens for b in training)).backward()  # type: ignore[no-untyped-call]
             adam.step()
-    set_peft_model_state_dict(fresh, kept)
+    peft.set_peft_model_state_dict(fresh, kept)
     return fresh
 
 
@@ -214,7 +214,5 @@ def _score_attached(
 
 
 def _load_with_peft(base: BaseReference, adapter: Path) -> Any:
-    from peft import PeftModel
-
     model = load_base(base, dtype="float32", device="cpu").model
-    return PeftModel.from_pretrained(model, adapter).eval()
+    return import_peft().PeftModel.from_pretrained(model, adapter).eval()

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from loracli.calibration.records import DataPaths, parse_sources, read_records
 from loracli.composition.attached import of_factors
-from loracli.composition.composition import Composition, recorded_base
+from loracli.composition.composition import Composition
 from loracli.errors import RecipeError, UsageError
+from loracli.export.method import base_to_run
 from loracli.fitting.activations import check_weighable, second_moments
 from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
 from loracli.model.placement import Placement
-from loracli.model.reference import find_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, Progress
 from loracli.recipe.tensors import MOMENT, read_moments
@@ -105,8 +105,9 @@ def moments_of(
     """
     check_weighable(source.adapters, hint=_WAY_OUT)
     files = tuple(read_records(path, progress=progress) for path in parse_sources(fit_data))
-    asked = recorded_base(source, base)
-    reference = find_base(source.adapters, asked, revision=base_revision, runs=True, progress=progress)
+    reference, placement = base_to_run(
+        source.adapters, source.recorded, base=base, revision=base_revision, placement=placement, progress=progress
+    )
     # A batch for each record, so that there is no padding.
     opening = Opening(reference, source.adapters, 1, FitSettings().max_length, source.saved, placement)
     with open_session(opening, progress=progress) as session:

@@ -10,9 +10,9 @@ from loracli.adapters.claims import check_language_models
 from loracli.algebra.factors import Factors
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.composition.attached import of_factors
-from loracli.composition.composition import recorded_base
 from loracli.evaluation.statistics import paired_interval
 from loracli.export.export import Exported
+from loracli.export.method import base_to_run
 from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import make_layout
@@ -20,7 +20,7 @@ from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
 from loracli.model.placement import Placement
-from loracli.model.reference import find_base, locate_base
+from loracli.model.reference import locate_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, WORK, Progress
 
@@ -88,8 +88,9 @@ def loss_of_export(
     """
     source, settings = exported.composition, FitSettings()
     check_language_models(source.adapters, "scoring records")
-    asked = recorded_base(source, base)
-    reference = find_base(source.adapters, asked, revision=base_revision, runs=True, progress=progress)
+    reference, placement = base_to_run(
+        source.adapters, source.recorded, base=base, revision=base_revision, placement=placement, progress=progress
+    )
     tokens, length = settings.batch_tokens, settings.max_length
     opening = Opening(reference, source.adapters, tokens, length, source.saved, placement)
     with open_session(opening, progress=progress) as session:

@@ -49,11 +49,11 @@ from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import BaseClaim
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
-from loracli.model.session import Opening, open_session
+from loracli.model.session import Opening, as_fitted, open_session
 from loracli.progress import SILENT, WORK, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
-from loracli.recipe.record import EDITED, MAX_ADAPTERS, other_bases_of
+from loracli.recipe.record import EDITED, MAX_ADAPTERS, RecipeBase, other_bases_of
 from loracli.system.machine import in_order
 
 
@@ -209,14 +209,14 @@ def compose_method(
     """
     given = _read_ingredients(request, progress)
     read, recipe, saved = given.adapters, given.recipe, given.saved
+    recorded = None if recipe is None else recipe.base
     found, weights = llama_cpp_base(request, read, given.base.id, recipe, progress=progress), None
     if method.needs_records:
         assert request.fit_data is not None
-        base = request.base or (None if recipe is None else recipe.base.claim)
         if method.regress is not None:
-            composition = _regressed(method, given, request, base, progress)
-            return replace(composition, task_asked=request.task_type is not None), found
-        weights = searched_weights(request, method, read, base=base, saved=saved, progress=progress)
+            composition = _regressed(method, given, request, progress)
+            return replace(composition, task_asked=request.task_type is not None, recorded=recorded), found
+        weights = searched_weights(request, method, read, recorded=recorded, saved=saved, progress=progress)
     cut = request.rank
     if cut is None and request.merge and not request.rank_rule:
         cut = max(max(adapter.ranks) for adapter in read)
@@ -224,7 +224,35 @@ def compose_method(
     composition = from_method(
         method, read, given.base, options=options, weights=weights, saved=saved, task_type=given.task_type
     )
-    return replace(composition, task_asked=request.task_type is not None), found
+    return replace(composition, task_asked=request.task_type is not None, recorded=recorded), found
+
+
+def base_to_run(
+    adapters: Sequence[LoraAdapter],
+    recorded: RecipeBase | None,
+    *,
+    base: str | None,
+    revision: str | None,
+    placement: Placement,
+    progress: Progress,
+) -> tuple[BaseReference, Placement]:
+    """The base that the user names, else that of the recipe, else what the adapters agree on; and where it runs, with
+    the numbers that the recipe was fitted on.
+
+    Args:
+        adapters: that are run in it.
+        recorded: of the recipe that names them, None without one.
+        base: that the user named.
+        revision: of a base on the Hub.
+        placement: that was asked for.
+        progress: told of a download.
+    Raises:
+        InputError, UsageError: as `find_base` and `as_fitted`.
+    """
+    asked = base or (None if recorded is None else recorded.claim)
+    reference = find_base(adapters, asked, revision=revision, runs=True, progress=progress)
+    fits = {} if recorded is None else {"the recipe": recorded.quantisation}
+    return reference, as_fitted(placement, reference, fits, progress=progress)
 
 
 def searched_weights(
@@ -232,17 +260,17 @@ def searched_weights(
     method: Method,
     adapters: Sequence[LoraAdapter],
     *,
-    base: str | BaseClaim | None = None,
+    recorded: RecipeBase | None = None,
     saved: SavedModules | None = None,
     progress: Progress = SILENT,
 ) -> tuple[float, ...]:
     """One weight for each adapter, found on calibration records with the base model as `loracat compare` finds it.
 
     Args:
-        request: with options, records, and the placement of the base.
+        request: with options, records, and the base and its placement.
         method: that searches.
         adapters: to compose.
-        base: as of `find_base`.
+        recorded: the base of the recipe that names the adapters, None without one.
         saved: modules that replace the base's.
         progress: told how far it is.
     Raises:
@@ -251,9 +279,8 @@ def searched_weights(
     """
     assert request.fit_data is not None
     files = tuple(read_records(source, progress=progress) for source in parse_sources(request.fit_data))
-    reference = find_base(adapters, base, revision=request.base_revision, runs=True, progress=progress)
     settings = FitSettings(seed=request.method_options.seed)
-    opened = _Base(reference, saved, request.placement)
+    opened = _base_of(request, adapters, recorded, saved, progress)
     with _calibration(method, files, adapters, settings, opened, progress) as calibration:
         found = search_weights(method, request.method_options, calibration, adapters, make_layout(adapters))
     progress.note(f"{method.name}: {found.note}")
@@ -261,9 +288,7 @@ def searched_weights(
     return found.weights
 
 
-def _regressed(
-    method: Method, given: _Ingredients, request: ExportRequest, base: str | BaseClaim | None, progress: Progress
-) -> Composition:
+def _regressed(method: Method, given: _Ingredients, request: ExportRequest, progress: Progress) -> Composition:
     """What a method makes of adapters and of what their own records show.
 
     Raises:
@@ -282,8 +307,7 @@ def _regressed(
     check_own_records(method.name, owners, names)
     check_weighable(read, hint="choose another --method")
     files = tuple(read_records(source, progress=progress) for source in sources)
-    reference = find_base(read, base, revision=request.base_revision, runs=True, progress=progress)
-    opened = _Base(reference, given.saved, request.placement)
+    opened = _base_of(request, read, None if given.recipe is None else given.recipe.base, given.saved, progress)
     with _calibration(method, files, read, FitSettings(seed=0), opened, progress) as calibration:
         moments = own_moments(calibration, owners, read, make_layout(read))
     return from_moments(method, read, given.base, moments, saved=given.saved, task_type=given.task_type)
@@ -296,6 +320,24 @@ class _Base:
     reference: BaseReference
     saved: SavedModules | None
     placement: Placement
+
+
+def _base_of(
+    request: ExportRequest,
+    adapters: Sequence[LoraAdapter],
+    recorded: RecipeBase | None,
+    saved: SavedModules | None,
+    progress: Progress,
+) -> _Base:
+    reference, placement = base_to_run(
+        adapters,
+        recorded,
+        base=request.base,
+        revision=request.base_revision,
+        placement=request.placement,
+        progress=progress,
+    )
+    return _Base(reference, saved, placement)
 
 
 @contextmanager

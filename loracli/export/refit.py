@@ -33,9 +33,10 @@ from loracli.calibration.dataset import HOLDOUT, Dataset, Examples, read_dataset
 from loracli.calibration.records import DataPaths, parse_sources
 from loracli.calibration.render import Example
 from loracli.composition.attached import of_factors
-from loracli.composition.composition import Composition, recorded_base
+from loracli.composition.composition import Composition
 from loracli.errors import IntegrityError, MalformedAdapter, NonFiniteLoss, UnsupportedAdapter, UsageError
 from loracli.evaluation.statistics import paired_interval
+from loracli.export.method import base_to_run
 from loracli.export.module import refitted_factors
 from loracli.fitting.criterion import FEWEST_TO_VALIDATE, Fold, Gain, gain, loss_criterion, one_fold
 from loracli.fitting.engine import Engine
@@ -50,7 +51,6 @@ from loracli.fitting.settings import FitSettings
 from loracli.fitting.work import REFIT, Work, cost_of
 from loracli.model.loss import Scores
 from loracli.model.placement import Placement
-from loracli.model.reference import find_base
 from loracli.model.session import Session, open_session, settle_memory
 from loracli.progress import SILENT, Progress
 from loracli.system.tensor_file import open_tensor_file, write_tensors
@@ -210,19 +210,26 @@ class RefitOnRecords:
             UsageError: if there are too few records to choose with.
             NonFiniteLoss: if the cut, or what it is compared with, has no finite loss.
         """
-        base = recorded_base(source, self.base)
+        base, placement = base_to_run(
+            source.adapters,
+            source.recorded,
+            base=self.base,
+            revision=self.base_revision,
+            placement=self.placement,
+            progress=self.progress,
+        )
         adapter = _as_adapter(source, cut)
         inputs = FitInputs(
             adapters=(adapter,),
             references=(_START,),
-            base=find_base(source.adapters, base, revision=self.base_revision, runs=True, progress=self.progress),
+            base=base,
             data=self.data,
             layout=make_layout([adapter]),
             settings=FitSettings(mixing="core"),
             folder=Path(),
             saved=source.saved,
         )
-        opening = settle_memory(opening_of(inputs, self.placement), progress=self.progress)
+        opening = settle_memory(opening_of(inputs, placement), progress=self.progress)
         with open_session(replace(opening, adapters=source.adapters), progress=self.progress) as session:
             return _run(inputs, session, source, dtype)
 

@@ -34,7 +34,7 @@ from loracli.model.experts import check_experts
 from loracli.model.modules import check_shapes
 from loracli.model.placement import Placement
 from loracli.model.preflight import MemoryDecision, MemoryEstimate
-from loracli.model.reference import BaseReference
+from loracli.model.reference import BaseReference, stored_quantisation
 from loracli.model.session import Opening, open_session, usable_length
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, check_recipe_path
@@ -306,6 +306,7 @@ def identity_of(
         placement: of the base; what `auto` is on this machine counts.
     """
     dtype, device = settled(base, dtype=placement.dtype, device=placement.device)
+    quantised = placement.form is not None or stored_quantisation(base.id, base.path) is not None
     return {
         "base model": _base_identity(base),
         **{f"adapter {reference}": digest(dict(adapter.sha256)) for reference, adapter in adapters.items()},
@@ -317,8 +318,8 @@ def identity_of(
         },
         "--dtype": dtype_name(dtype),
         "--device": device,
-        "--quantise": str(placement.quantise),
-        **{f"version of {name}": version(name) for name in _VERSIONS},
+        "--quantise": str(placement.form),
+        **{f"version of {name}": version(name) for name in (*_VERSIONS, *(["bitsandbytes"] if quantised else []))},
     }
 
 

@@ -470,7 +470,12 @@ def _make_recipe(
         modules=base_modules(base.model, inputs.adapters),
         dtype=dtype_name(base.dtype),
         held_out=table,
-        versions={"loracat": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        versions={
+            "loracat": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            **({} if base.quantisation is None else base.quantisation.versions),
+        },
         activations=activations,
         folder=inputs.folder,
     )

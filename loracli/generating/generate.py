@@ -36,7 +36,7 @@ from loracli.model.attach import AttachedModel, attach, check_saved, modules_rep
 from loracli.model.base import on_base
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
-from loracli.model.session import Opening, Session, open_session
+from loracli.model.session import Opening, Session, as_fitted, open_session
 from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
@@ -186,7 +186,7 @@ def generate_answers(
         for prompt in prompts:  # before anything is loaded
             _check(prompt)
     asked = _read(request, progress)
-    opening = Opening(asked.base, asked.adapters, 1, _MAX_TOKENS, placement=request.placement)
+    opening = Opening(asked.base, asked.adapters, 1, _MAX_TOKENS, placement=asked.placement)
     with open_session(opening, progress=progress) as session:
         say_tokenizer_differences(asked.adapters, asked.references, session.tokenizer, progress)
         for answerer in asked.answerers:
@@ -216,13 +216,14 @@ class _Answerer:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Everybody, the composition last; the adapters that are attached, and what they are called; the base. `plain`:
-    the composition is that of a recipe whose records needed no chat template."""
+    """Everybody, the composition last; the adapters that are attached, and what they are called; the base, and where
+    it runs. `plain`: the composition is that of a recipe whose records needed no chat template."""
 
     answerers: tuple[_Answerer, ...]
     adapters: tuple[LoraAdapter, ...]
     references: tuple[str, ...]
     base: BaseReference
+    placement: Placement
     plain: bool = False
 
 
@@ -256,7 +257,10 @@ def _read(request: GenerateRequest, progress: Progress) -> _Asked:
         saved = saved_modules(recorded_policy(recipe), read, progress=progress)
         answerers.append(_Answerer(FIT, of_recipe(recipe.mixing, read, layout), saved))
     plain = recipe is not None and not any(data.template_sha256 for data in recipe.data)
-    return _Asked(tuple(answerers[-1:] if request.composition_alone else answerers), read, names, base, plain)
+    fits = {} if recipe is None else {"the recipe": recipe.base.quantisation}
+    placement = as_fitted(request.placement, base, fits, progress=progress)
+    shown = tuple(answerers[-1:] if request.composition_alone else answerers)
+    return _Asked(shown, read, names, base, placement, plain)
 
 
 def _warn_of_bypassed(modules: Sequence[str], base: BaseReference, progress: Progress) -> None:

@@ -213,7 +213,7 @@ def fetch_base(
     revision: str | None = None,
     config_alone: bool = False,
     recheck: bool = False,
-    check_config: Callable[[Path], None] | None = None,
+    check_config: Callable[[Path], object] | None = None,
     **options: Unpack[HubOptions],
 ) -> FetchedBase:
     """Brings a base model to this machine: config, tokenizer, chat template and safetensors of the top level.

@@ -149,7 +149,7 @@ class Source:
     max_bytes: int | None = None
     recheck: bool = False
     endpoint: str | None = None
-    check_config: Callable[[Path], None] | None = None
+    check_config: Callable[[Path], object] | None = None
     progress: Progress = SILENT
 
     @property

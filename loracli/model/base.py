@@ -197,6 +197,8 @@ def load_base(
             plan.config.quantization_config = quantisation.loading(plan.dtype).to_dict()
         else:
             placement["quantization_config"] = quantisation.loading(plan.dtype)
+    # bitsandbytes does not quantise float64; what is not quantised is widened afterwards.
+    read_in = torch.float32 if quantisation is not None and plan.dtype == torch.float64 else plan.dtype
     # transformers' fast products for experts refuse float64.
     experts = {"experts_implementation": "eager"} if plan.dtype == torch.float64 else {}
     shard_names(reference.path)
@@ -207,7 +209,7 @@ def load_base(
             model, report = AutoModelForCausalLM.from_pretrained(
                 reference.path,
                 config=plan.config,
-                dtype=plan.dtype,
+                dtype=read_in,
                 use_safetensors=True,
                 output_loading_info=True,
                 **experts,

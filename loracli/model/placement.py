@@ -13,7 +13,7 @@ import torch.utils.deterministic
 from torch import nn
 
 from loracli.errors import UsageError
-from loracli.model.quantisation import check_quantise
+from loracli.model.quantisation import UNQUANTISED, check_quantise
 from loracli.system.machine import says_memory_ran_out
 
 
@@ -104,7 +104,8 @@ class Placement:
         device_map: `auto` to spread the base over all devices of this machine, in place of `device`.
         checkpointing: run layers again in the backward pass, for less memory; without it the estimate decides.
         shard: share the base out over all processes of this fit, in place of a copy in each.
-        quantise: `nf4` or `int8`, to keep the linear layers of a base in full precision so.
+        quantise: `nf4` or `int8`, to keep the linear layers of a base in full precision so; `none` to leave them as
+            they are, also where a recipe was fitted otherwise.
     """
 
     dtype: str = "auto"
@@ -119,7 +120,7 @@ class Placement:
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype} is not one of auto, {', '.join(DTYPES)}")
         check_quantise(self.quantise)
-        if self.quantise is not None and self.shard:
+        if self.form is not None and self.shard:
             raise UsageError("a quantised base cannot be shared out", hint="leave out --quantise or --shard")
         try:
             torch.device("cpu" if self.device == "auto" else self.device)
@@ -127,6 +128,11 @@ class Placement:
             raise UsageError(
                 f"--device {self.device} is not a device of torch", hint="cpu, cuda, cuda:1 or mps, for example"
             ) from None
+
+    @property
+    def form(self) -> str | None:
+        """What the linear layers of a base in full precision are made."""
+        return None if self.quantise == UNQUANTISED else self.quantise
 
     def check_processes(self, world_size: int) -> None:
         """Raises UsageError for a base that is to be shared out over one process."""

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, get_args
 
@@ -32,6 +32,7 @@ from loracli.errors import BaseModelMismatch, UsageError
 from loracli.recipe.record import ON_LOADING, BaseForm
 from loracli.system.near import did_you_mean
 
+UNQUANTISED = "none"  # as a form: a base in full precision stays so, whatever a recipe says
 _WAY_OUT = "give the unquantised model with --base"
 _MAX_SKIPPED = 10_000
 _BITS: Mapping[BaseForm, float] = {"nf4": 4.5, "fp4": 4.5, "int8": 8.0}  # a number, with the scales of its block
@@ -56,8 +57,7 @@ class Quantisation:
         `skipped` is in it."""
         from transformers import BitsAndBytesConfig
 
-        with _without_kernels():
-            import_module("bitsandbytes")
+        _import_bitsandbytes()
         return BitsAndBytesConfig(
             load_in_4bit=self.form != "int8",
             load_in_8bit=self.form == "int8",
@@ -68,9 +68,19 @@ class Quantisation:
         )
 
     @property
+    def versions(self) -> dict[str, str]:
+        """Of the package that computes with it, by its name."""
+        return {"bitsandbytes": version("bitsandbytes")}
+
+    @property
     def bytes_a_number(self) -> float:
         """Of a linear layer."""
         return _BITS[self.form] / 8
+
+
+def has_bitsandbytes() -> bool:
+    """Whether it is installed; it is not imported."""
+    return find_spec("bitsandbytes") is not None
 
 
 def check_quantise(form: str | None) -> None:
@@ -79,13 +89,12 @@ def check_quantise(form: str | None) -> None:
     Raises:
         UsageError: if not.
     """
-    if form is None:
+    if form in (None, UNQUANTISED):
         return
     if form not in ON_LOADING:
-        raise UsageError(
-            f"--quantise {form} is not one of {', '.join(ON_LOADING)}", hint=did_you_mean(form, ON_LOADING)
-        )
-    if find_spec("bitsandbytes") is None:
+        choices = (*ON_LOADING, UNQUANTISED)
+        raise UsageError(f"--quantise {form} is not one of {', '.join(choices)}", hint=did_you_mean(form, choices))
+    if not has_bitsandbytes():
         raise UsageError("--quantise needs the package bitsandbytes", hint="pip install 'loracat[bitsandbytes]'")
 
 
@@ -95,24 +104,24 @@ def read_quantisation(fields: Mapping[str, Any], name: str, *, quantise: str | N
     Args:
         fields: of the config.json, or of transformers' config of it.
         name: of the base in errors.
-        quantise: what it is to be made on loading.
+        quantise: what it is to be made on loading, None or `none` for nothing.
     Raises:
         BaseModelMismatch: if it is quantised in a way that is not run here, by name.
         UsageError: if it is quantised otherwise than asked for, or the package is missing.
     """
     check_quantise(quantise)
-    config = fields.get("quantization_config") or fields.get("compression_config")
+    config = fields.get("quantization_config") or fields.get("compression_config") or _by_mlx(fields)
     if not config:
-        return None if quantise is None else Quantisation(quantise, stored=False)  # type: ignore[arg-type]
+        return Quantisation(quantise, stored=False) if quantise in ON_LOADING else None
     if not isinstance(config, Mapping):
         config = config.to_dict() if hasattr(config, "to_dict") else {}
     found = _bitsandbytes(config, name)
     if quantise is not None and quantise != found.form:
         raise UsageError(
-            f"the base model {name} is quantised in {found.form} already, and cannot be made {quantise}",
+            f"the base model {name} is stored in {found.form}, which --quantise {quantise} does not change",
             hint=f"leave --quantise out, or {_WAY_OUT}",
         )
-    if find_spec("bitsandbytes") is None:
+    if not has_bitsandbytes():
         raise UsageError(
             f"the base model {name} is quantised by bitsandbytes in {found.form}, and that package is not installed",
             hint=f"pip install 'loracat[bitsandbytes]'; or {_WAY_OUT}",
@@ -121,7 +130,7 @@ def read_quantisation(fields: Mapping[str, Any], name: str, *, quantise: str | N
 
 
 def _bitsandbytes(config: Mapping[str, Any], name: str) -> Quantisation:
-    method = config.get("quant_method", "bitsandbytes" if _loads(config, 4) or _loads(config, 8) else None)
+    method = config.get("quant_method") or _method_by_fields(config)
 
     def refused(why: str) -> BaseModelMismatch:
         return BaseModelMismatch(f"the base model {name} is quantised {why}", hint=_WAY_OUT)
@@ -145,6 +154,20 @@ def _bitsandbytes(config: Mapping[str, Any], name: str) -> Quantisation:
     if form not in get_args(BaseForm):
         raise refused(f"by bitsandbytes in {str(form)[:40]!r}; {', '.join(get_args(BaseForm))} are run")
     return Quantisation(form, None if skipped is None else tuple(skipped))
+
+
+def _by_mlx(fields: Mapping[str, Any]) -> Any:
+    """What MLX wrote at first, under a key of its own."""
+    config = fields.get("quantization")
+    return config if isinstance(config, Mapping) and "bits" in config else None
+
+
+def _method_by_fields(config: Mapping[str, Any]) -> str | None:
+    """The method of a config that does not name it."""
+    if _loads(config, 4) or _loads(config, 8):
+        return "bitsandbytes"
+    by = {"compressed-tensors": {"config_groups"}, "mlx": {"group_size", "bits"}}
+    return next((method for method, keys in by.items() if keys <= config.keys()), None)
 
 
 def _loads(config: Mapping[str, Any], bits: int) -> bool:
@@ -199,19 +222,26 @@ def _weight(layer: Any, dtype: torch.dtype) -> Tensor:
     return dense.to(dtype)
 
 
-@contextmanager
-def _without_kernels() -> Iterator[None]:
-    """The first import of bitsandbytes takes code from the Hub where the package `kernels` is installed and the CPU has
-    bfloat16. It has no use here, and is not taken."""
-    before, log = sys.modules.get("kernels", _without_kernels), logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = log.level
+def import_peft() -> Any:
+    """PEFT, which imports bitsandbytes wherever that is installed."""
+    if has_bitsandbytes():
+        _import_bitsandbytes()
+    import peft
+
+    return peft
+
+
+def _import_bitsandbytes() -> None:
+    """Its first import takes code from the Hub where the package `kernels` is installed and the CPU has bfloat16, and
+    says so where it is not. That code has no use here, and is not taken."""
+    there, log = "kernels" in sys.modules, logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before, level = sys.modules.get("kernels"), log.level
     sys.modules["kernels"] = None  # type: ignore[assignment]
     log.setLevel(logging.ERROR)
     try:
-        yield
+        import_module("bitsandbytes")
     finally:
         log.setLevel(level)
-        if before is _without_kernels:
-            del sys.modules["kernels"]
-        else:
+        del sys.modules["kernels"]
+        if there:
             sys.modules["kernels"] = before  # type: ignore[assignment]

@@ -38,7 +38,7 @@ from loracli.hub.references import (
     is_revision,
     not_on_the_hub,
 )
-from loracli.model.quantisation import read_quantisation
+from loracli.model.quantisation import Quantisation, read_quantisation
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CONFIG_FILE
 from loracli.system.near import hints, holding, near_path
@@ -101,12 +101,12 @@ def find_base(
         others = other_bases(place.resolve().name, stated, directory=True, saved_as=_saved_as(place))
         say_other_bases(str(base), others, progress)
         if runs:
-            _check_runs(str(base), place)
+            stored_quantisation(str(base), place)
         return BaseReference(name, place, None)
     name = str(place.base_model)
     say_other_bases(name, other_bases(name, stated), progress)
     try:
-        check = partial(_check_runs, name) if runs else None
+        check = partial(stored_quantisation, name) if runs else None
         fetched = fetch_base(name, revision=place.revision, check_config=check, progress=progress)
     except (AccessDenied, HubUnreachable, InputError) as error:
         refuse_mistyped(base, error)
@@ -116,8 +116,21 @@ def find_base(
     return BaseReference(name, fetched.path, fetched.commit)
 
 
-def _check_runs(name: str, folder: Path) -> None:
-    read_quantisation(_read(folder / CONFIG), name)
+def stored_quantisation(name: str, folder: Path) -> Quantisation | None:
+    """How the base in a folder is stored, None in full precision.
+
+    Raises:
+        BaseModelMismatch, UsageError: as `read_quantisation`, or if there is no config that can be read.
+    """
+    fields = _read(folder / CONFIG)
+    found = read_quantisation(fields, name)
+    part = next((path for path, key, value in _entries(fields) if key in _NESTED and path != key and value), None)
+    if part is not None:
+        raise BaseModelMismatch(
+            f"{CONFIG} of the base model {name} says that a part of it is quantised: {part}",
+            hint="give the unquantised model with --base",
+        )
+    return found
 
 
 def refuse_mistyped(base: str | BaseClaim, error: LoracatError) -> None:

@@ -14,7 +14,7 @@ tokenizer, and the micro-batches of every list of examples.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,8 +37,10 @@ from loracli.model.base import BaseModel, BasePlan, check_fits, load_base, plan_
 from loracli.model.loss import Objective, check_causal, make_objective
 from loracli.model.placement import Placement, decoder_layers, ran_out_of_memory
 from loracli.model.preflight import MemoryDecision, MemoryEstimate, decide_memory, estimate_memory
-from loracli.model.reference import BaseReference
+from loracli.model.quantisation import has_bitsandbytes
+from loracli.model.reference import BaseReference, stored_quantisation
 from loracli.progress import SILENT, Progress
+from loracli.recipe.record import ON_LOADING, BaseForm
 
 _RECORDS_OF_AN_ORDER = 64  # enough to tell an adapter from its scrambled experts
 
@@ -126,6 +128,52 @@ def settle_memory(
     placement = opening.placement
     checkpointing = placement.checkpointing or decision.checkpointing
     return replace(opening, placement=replace(placement, checkpointing=checkpointing))
+
+
+def as_fitted(
+    placement: Placement,
+    reference: BaseReference,
+    fits: Mapping[str, BaseForm | None],
+    *,
+    progress: Progress = SILENT,
+) -> Placement:
+    """The placement in which a base has the numbers that weights were fitted on.
+
+    Where no quantisation is asked for, a base in full precision is quantised as all fits had it. What differs is said.
+
+    Args:
+        placement: that was asked for.
+        reference: of the base.
+        fits: what each kept linear layers of the base in, by what it is called; none without a recipe.
+        progress: told of it.
+    Raises:
+        UsageError: if that needs a package which is not installed.
+    """
+    if not fits:
+        return placement
+    stored = stored_quantisation(reference.id, reference.path)
+    form = next(iter(fits.values()))
+    if stored is None and placement.quantise is None and form in ON_LOADING and set(fits.values()) == {form}:
+        names = f"{' and '.join(fits)} {'was' if len(fits) == 1 else 'were'} fitted"
+        if not has_bitsandbytes():
+            raise UsageError(
+                f"{names} with linear layers of the base kept in {form}, and the package bitsandbytes that "
+                "does so is not installed",
+                hint="pip install 'loracat[bitsandbytes]', or --quantise none for the base in full precision",
+            )
+        progress.note(
+            f"linear layers of the base are kept in {form}, as when {names}; --quantise none leaves them in full "
+            "precision"
+        )
+        return replace(placement, quantise=form)
+    here = placement.form if stored is None else stored.form
+    for name, there in fits.items():
+        if there != here:
+            progress.warn(
+                f"{name} was fitted with linear layers of the base in {there or 'full precision'}, and here they are "
+                f"in {here or 'full precision'}: its loss is another"
+            )
+    return placement
 
 
 @contextmanager

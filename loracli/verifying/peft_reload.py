@@ -21,6 +21,7 @@ from loracli.adapters.kinds import BaseModule, ModuleKind, kind_of
 from loracli.adapters.names import PREFIX, leaf, order_of, plain_module
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution, pack
+from loracli.model.quantisation import import_peft
 
 
 def skeleton_of(
@@ -107,22 +108,20 @@ def reload_differences(folder: Path, adapter: LoraAdapter, skeleton: nn.Module) 
         adapter: as loracat reads it.
         skeleton: a model without numbers; is changed.
     """
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from peft.tuners.lora import LoraLayer
-    from peft.utils import load_peft_weights
-
+    peft = import_peft()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on tied layers and Conv1D, and what is compared below
-        config = LoraConfig.from_pretrained(str(folder))
+        config = peft.LoraConfig.from_pretrained(str(folder))
         try:
-            model = inject_adapter_in_model(config, _on_cpu(skeleton))
-            weights = load_peft_weights(str(folder), device="cpu")
+            model = peft.inject_adapter_in_model(config, _on_cpu(skeleton))
+            weights = peft.utils.load_peft_weights(str(folder), device="cpu")
             plain = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
-            loaded = set_peft_model_state_dict(model, plain)
+            loaded = peft.set_peft_model_state_dict(model, plain)
         except (ValueError, RuntimeError, KeyError) as error:
             return [f"PEFT cannot load it: {' '.join(str(error).split())}"]
     differences = [f"PEFT finds no module for the tensor {name}" for name in sorted(loaded.unexpected_keys)]
-    layers = {_target(name, layer): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    adapted = ((name, m) for name, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    layers = {_target(name, layer): layer for name, layer in adapted}
     targets = adapter.targets
     for name in sorted(layers.keys() - targets.keys()):
         differences.append(f"PEFT adapts {name}, for which there are no tensors")

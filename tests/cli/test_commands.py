@@ -340,6 +340,7 @@ def test_env_prints_versions_in_all_three_forms() -> None:
     assert facts["torch"] == installed
     assert f"torch={installed}\n" in run("env", "-q").stdout
     assert row(run("env").stdout, "torch") == ["torch", installed]
+    assert facts["gguf"] == version("gguf")  # an extra
 
 
 # hints

@@ -172,13 +172,33 @@ def test_names_and_controls_of_several_recipes(several: Path, words: list[str], 
     assert result.exit_code in (2, 3) and said in result.stderr and result.stdout == ""
 
 
-@pytest.mark.parametrize("fitted", [None, "nf4"])
+@pytest.mark.parametrize("fitted", [None, "nf4", "fp4"])
 def test_a_fit_on_other_numbers_of_the_base_is_said(fitted: BaseForm | None, here: Path) -> None:
+    """A base is made fp4 by nobody, and in full precision where that is asked for."""
     recipe = load_recipe("recipe.json")
     replace(recipe, base=replace(recipe.base, quantisation=fitted)).save(here / "other.json")
     lines = (here / "test.jsonl").read_text().splitlines(keepends=True)
     (here / "few.jsonl").write_text("".join(lines[:4]))
-    result = run("compare", "other.json", *WITH)
+    result = run("compare", "other.json", *WITH, *(["--quantise", "none"] if fitted == "nf4" else []))
     assert result.exit_code == 0
-    words = "warning: fit was fitted with linear layers of the base kept in nf4, and here they are kept in float32"
-    assert (words in result.stderr) is (fitted == "nf4")
+    words = f"warning: fit was fitted with linear layers of the base in {fitted}, and here they are in full precision"
+    assert (words in result.stderr) is (fitted is not None)
+
+
+def test_without_the_package_of_its_quantisation_a_recipe_is_refused_with_both_ways_out(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loracli.model.quantisation.find_spec", lambda name: None)
+    recipe = load_recipe("recipe.json")
+    replace(recipe, base=replace(recipe.base, quantisation="nf4")).save(here / "other.json")
+    names = set(here.iterdir())
+    scored = "--data test.jsonl --base base".split()
+    for words, name in (
+        (["compare", "other.json"], "fit"),
+        (["show", "other.json", "--layers"], "fit"),
+        (["export", "other.json", "--merge", "--refit"], "the recipe"),
+    ):
+        result = run(*words, *scored)
+        assert result.exit_code == 2 and set(here.iterdir()) == names, result.stderr
+        assert f"{name} was fitted with linear layers of the base kept in nf4, and the package" in result.stderr
+        assert "pip install 'loracat[bitsandbytes]', or --quantise none" in result.stderr

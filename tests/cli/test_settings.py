@@ -310,6 +310,7 @@ def test_a_recipe_repeats_its_fit_to_the_same_bytes(here: Path, user: Path) -> N
 def test_a_recipe_sets_all_that_it_records_wherever_it_lies(here: Path) -> None:
     document = json.loads(Path("recipe.json").read_text().replace('"form"', '"org/form"'))
     document["fit"]["settings"] |= {"ridge": 0.0, "seed": 3, "holdout": 0.0, "paper": False, "select_by": "exact"}
+    document["base"]["quantisation"], document["loracat_recipe"] = "nf4", 7
     document["adapters"][1] |= {"repo_id": "org/form", "commit": "a" * 40, "subfolder": "best"}
     Path("elsewhere").mkdir()
     Path("elsewhere/soup.json").write_text(json.dumps(document))
@@ -320,6 +321,7 @@ def test_a_recipe_sets_all_that_it_records_wherever_it_lies(here: Path) -> None:
     assert found["adapters"] == ["./elsewhere/know", f"hf://org/form@{'a' * 40}/best"]
     assert (found["ridge"], found["seed"], found["holdout"], found["paper"]) == (0.0, 3, 0.0, False)
     assert (found["select-by"], found["dtype"], found["passes"]) == ("exact", document["dtype"], 2.0)
+    assert found["quantise"] == "nf4"
 
 
 def test_a_recipe_is_no_configuration_of_what_it_does_not_record(here: Path) -> None:

@@ -193,7 +193,7 @@ def test_adapters_of_which_nothing_is_called_are_refused_by_everything_that_runs
         lambda: compare_adapters(data, adapters=names, base=str(base)),
         lambda: loss_of_export(exported, read_loss_data(data), base=str(base)),
         lambda: searched_weights(
-            ExportRequest(fit_data=data), METHODS["lorahub"], [read_adapter(n) for n in names], base=str(base)
+            ExportRequest(fit_data=data, base=str(base)), METHODS["lorahub"], [read_adapter(n) for n in names]
         ),
         lambda: fuse_model(FuseRequest(adapters=names, method="sum", base=str(base)), tmp_path / "fused"),
     ]
