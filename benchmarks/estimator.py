@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--records", type=int, nargs="+", default=[8, 24, 96], quick=[8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], quick=[0])
     parser.add_argument("--methods", nargs="+", default=METHODS, quick=["module"], choices=METHODS)
+    parser.add_argument("--passes", type=float, help="of a fit, in each fold; default: as many as `loracat fit` takes")
+    parser.add_argument("--ridge", type=float, help="of a fit; default: as `loracat fit` has it")
     parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,6 +91,7 @@ def measured(arguments: argparse.Namespace, out: Path, count: int, seed: int) ->
     path = out / f"{count}-{seed}.json"
     if not path.exists():
         fit_data, test = drawn(arguments, out, count, seed)
+        settings = FitSettings(seed=seed, passes=arguments.passes, ridge=arguments.ridge)
         started = time.monotonic()
         inputs = prepare_comparison(
             test,
@@ -96,7 +99,7 @@ def measured(arguments: argparse.Namespace, out: Path, count: int, seed: int) ->
             fit_data=fit_data,
             base=arguments.base,
             settings=CompareSettings(
-                methods=tuple(arguments.methods), fit=FitSettings(seed=seed), controls=Controls(fresh_lora=True)
+                methods=tuple(arguments.methods), fit=settings, controls=Controls(fresh_lora=True)
             ),
         )
         comparison = run_comparison(inputs, placement=Placement(arguments.dtype))
