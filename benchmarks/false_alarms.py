@@ -31,7 +31,8 @@ from pathlib import Path
 
 from benchmarks.made_inputs import part_of_example
 from benchmarks.measuring import BenchmarkParser
-from benchmarks.skills.training import EVERY_LINEAR, Training, train
+from benchmarks.paper.tasks import EVERY_LINEAR, Training
+from benchmarks.paper.training import train
 from loracli.comparison.candidates import random_adapters
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
