@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CHARACTERS, NODES, LARGEST, LARGEST_POWER = 4000, 600, 1e30, 64
+CHARACTERS, NODES, LARGEST, LARGEST_POWER, DIGITS = 4000, 600, 1e30, 64, 30
 _TOLERANCE = 1e-6
 _FENCE = re.compile(r"```(?:python|py)?\s*\n(.*?)(?:```|$)", re.DOTALL)
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
@@ -100,13 +100,16 @@ def _value(node: ast.expr, names: dict[str, Number]) -> Number:
             found = _UNARY[type(operation)](_value(operand, names))
         case ast.BinOp(left, ast.Pow(), right):
             base, power = _value(left, names), _value(right, names)
-            if abs(power) > LARGEST_POWER or (base != 0 and abs(power * math.log10(abs(base))) > 30):
+            if abs(power) > LARGEST_POWER or (base != 0 and abs(power * math.log10(abs(base))) > DIGITS):
                 raise NoValue("a large power")
             found = base**power
         case ast.BinOp(left, operation, right) if type(operation) in _BINARY:
             found = _BINARY[type(operation)](_value(left, names), _value(right, names))
         case ast.Call(ast.Name(name), arguments, []) if name in _CALLS:
-            found = _CALLS[name](*(_value(argument, names) for argument in arguments))
+            values = [_value(argument, names) for argument in arguments]
+            if name == "round" and any(abs(digits) > DIGITS for digits in values[1:]):
+                raise NoValue("many digits")  # Python would form 10 ** digits
+            found = _CALLS[name](*values)
         case _:
             raise NoValue(f"a {type(node).__name__}")
     if isinstance(found, complex) or not math.isfinite(found) or abs(found) > LARGEST:

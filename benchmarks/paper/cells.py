@@ -239,6 +239,8 @@ class _Cells(KeptRows):
         if not path.exists():
             return None
         cell = read_cell(path)
+        if not cell.nats:  # left out, as it will be again
+            return None
         nats, tokens, right = (torch.tensor(v, dtype=torch.float64) for v in (cell.nats, cell.tokens, cell.right))
         return Evaluated(row.name, row.kind, Scores(nats, tokens), cell.rank, note=cell.note, values=right)
 

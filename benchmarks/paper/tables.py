@@ -1,7 +1,7 @@
 """From cells to tables: JSON with every number, Markdown made of that JSON alone, and the blocks of pages that show it.
 
-    <!-- table closed-book -->      what stands between the two is made from closed-book.json beside the page, or in
-    <!-- end of closed-book -->     results/ below it; whatever stands around them is written by hand and stays
+    <!-- table closed-book -->      what stands between the two is made from closed-book.json of the folder of tables;
+    <!-- end of closed-book -->     whatever stands around them is written by hand and stays
 
 Records of all seeds are pooled: an interval is the paired bootstrap over them, and says nothing of how much another
 seed would change; what each seed gives stands beside it.
@@ -313,13 +313,19 @@ def _name(row: str) -> str:
 
 
 def write_table(folder: Path, table: Table) -> None:
-    """The JSON of a table, and its page: one that is there keeps all but the block."""
+    """The JSON of a table, its page, and its blocks in the page that is called as the folder is, where there is one.
+
+    A page that is there keeps all but its blocks.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"{table.name}.json", (json.dumps(encode(table), indent=1) + "\n").encode())
     page = folder / f"{table.name}.md"
     title = table.name.replace("-", " ").capitalize()
     text = page.read_text("utf-8") if page.exists() else f"# {title}\n\n{_block(table.name, '')}"
     write_atomically(page, refreshed(text, folder).encode())
+    above = folder.with_name(f"{folder.name}.md")
+    if above.exists():
+        write_atomically(above, refreshed(above.read_text("utf-8"), folder).encode())
 
 
 def refreshed(text: str, folder: Path) -> str:
