@@ -1,13 +1,14 @@
-"""The paper's claim, measured again: skills composed, beside everything else that could be done. One command a task.
+"""The paper's claim, measured again: skills composed, beside everything else that could be done. One command a table.
 
     python -m benchmarks.paper TASK... OUT --base BASE [--seeds 0 1 2]
+    python -m benchmarks.paper EXPERIMENT... OUT
     python -m benchmarks.paper OUT --base BASE --all [--pages docs/results]
 
 For each task and seed: the data, an adapter for each skill and one trained on the data of all, as many tokens as they
 together; then every way to compose, on test records that no calibration record touches, calibrated on the skills' own
 data, which is the paper's setting, and on composite records. Loss and answers, with intervals, against the best single
 adapter. `paper` is CAT as published, `module` is `loracat fit` as it is, `fresh-lora` a new LoRA trained on the
-calibration records alone.
+calibration records alone. Experiments are on the embedded example.
 
 It says beforehand how long it will take. What is done is kept in OUT and not done again: adapters by a hash of their
 training, cells by a hash of all that they are made of. Tables go to standard output, and as JSON and pages to
@@ -18,21 +19,25 @@ in a folder that is deleted.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from benchmarks.measuring import BenchmarkParser
-from benchmarks.paper.cells import FITTED, Stage, first_records, kinds_of
+from benchmarks.paper.cells import FITTED, Stage, first_records, keep_unit, kinds_of, unit_place
 from benchmarks.paper.closed_book import CLOSED_BOOK
+from benchmarks.paper.false_alarms import FALSE_ALARMS
 from benchmarks.paper.formats import FORMATS
+from benchmarks.paper.pools import POOLS
 from benchmarks.paper.programs import MATH_CODE, SUMS
 from benchmarks.paper.reading import READING
-from benchmarks.paper.tables import make_table, markdown, write_table
+from benchmarks.paper.tables import Parts, Table, make_table, markdown, together, write_table
 from benchmarks.paper.tasks import DATAMIX, SKILLS, Task, write_records
 from benchmarks.paper.training import Adapter, Base, identify, pace, say
 from loracli.demo.run import example_folder
@@ -41,13 +46,16 @@ from loracli.model.reference import find_base
 from loracli.progress import duration_text
 
 TASKS = {task.name: task for task in (CLOSED_BOOK, SUMS, FORMATS, READING, MATH_CODE)}
+EXPERIMENTS = {one.name: one for one in (FALSE_ALARMS, POOLS)}
+KNOWN = {**TASKS, **EXPERIMENTS}
+SHOWN = ("seeds", "calibrate", "fitted", "test_records", "records", "epochs", "passes", "assets", "trained", "quick")
 
 
 def main() -> None:
     parser = BenchmarkParser(__doc__)
-    parser.add_argument("words", nargs="*", metavar="TASK... OUT", help=f"tasks: {', '.join(TASKS)}; and a folder")
-    parser.add_argument("--all", action="store_true", help="every task")
-    parser.add_argument("--base", required=True, quick=str(example_folder() / "base"), help="a directory, or a Hub id")
+    parser.add_argument("words", nargs="*", metavar="NAME... OUT", help=f"{', '.join(KNOWN)}; and a folder")
+    parser.add_argument("--all", action="store_true", help="every task that has its records, and every experiment")
+    parser.add_argument("--base", quick=str(example_folder() / "base"), help="a directory, or a Hub id")
     parser.add_argument("--base-id", help="its name in the adapters' configs; default: as it was given")
     parser.add_argument("--dtype", default="auto", help="of the base's weights")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], quick=[0])
@@ -57,22 +65,28 @@ def main() -> None:
     parser.add_argument("--records", type=int, quick=12, help="the first so many of each file of data; default: all")
     parser.add_argument("--epochs", type=int, quick=1, help="of training an adapter; default: the task's")
     parser.add_argument("--passes", type=float, quick=2.0, help="of a fit; default: as many as `loracat fit` takes")
-    parser.add_argument("--assets", type=Path, help="a folder with data/ that some tasks take records from")
-    parser.add_argument("--trained", type=Path, help="a folder of adapters, taken as they are for the first seed")
+    parser.add_argument("--assets", type=Path, help="a folder of JSONL that some tasks take records from")
+    parser.add_argument(
+        "--trained", type=Path, help="a folder of adapters, TASK/NAME, taken as they are for the first seed"
+    )
     parser.add_argument("--pages", type=Path, help="a folder for the JSON and the page of each table")
     parser.add_argument("--plan", action="store_true", help="only say how long it takes")
     arguments = parser.parse_args()
-    names = [word for word in arguments.words if word in TASKS]
-    folders = [word for word in arguments.words if word not in TASKS]
+    changed = {name: value for name, value in vars(arguments).items() if value != parser.get_default(name)}
+    arguments.changed = {name: changed[name] for name in SHOWN if name in changed}
+    names = [word for word in arguments.words if word in KNOWN]
+    folders = [word for word in arguments.words if word not in KNOWN]
     if arguments.all or (arguments.quick and not names):
-        names = [name for name in TASKS if arguments.assets or not TASKS[name].needs_assets]
+        names = [name for name in KNOWN if arguments.assets or name not in TASKS or not TASKS[name].needs_assets]
     if not names or len(folders) > 1 or (not folders and not arguments.quick):
-        parser.error(f"give tasks of {', '.join(TASKS)}, or --all, and one folder; got: {' '.join(arguments.words)}")
+        parser.error(f"give names of {', '.join(KNOWN)}, or --all, and one folder; got: {' '.join(arguments.words)}")
+    if arguments.base is None and any(name in TASKS for name in names):
+        parser.error("give the --base that adapters are trained on")
     if arguments.quick and arguments.pages:
         parser.error("--quick measures nothing that a page should show: leave --pages out")
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            run([TASKS[name] for name in names], Path(folders[0] if folders else scratch), arguments)
+            run(names, Path(folders[0] if folders else scratch), arguments)
         except LoracatError as error:
             raise SystemExit(f"{error}\n{getattr(error, 'hint', None) or ''}") from None
 
@@ -83,12 +97,12 @@ class Job:
 
     Args:
         name: what it is.
-        tokens: forward and backward, that it takes about.
+        seconds: that it takes, about.
         work: does it.
     """
 
     name: str
-    tokens: float
+    seconds: float
     work: Callable[[], None]
 
 
@@ -105,38 +119,84 @@ class Run:
     def name(self) -> str:
         return f"{self.task.name}-{self.seed}"
 
-    def jobs(self, tokenizer: Any) -> list[Job]:
+    @property
+    def done(self) -> bool:
+        return not any(stage.missing for stage in self.stages.values())
+
+    def jobs(self, tokenizer: Any, pace: float) -> list[Job]:
+        """What is left to do, at so many tokens a second, forward and backward."""
         left = [
-            Job(f"{self.name}: trains {adapter.name}", adapter.tokens(tokenizer), adapter.train)
+            Job(f"{self.name}: trains {adapter.name}", adapter.tokens(tokenizer) / pace, adapter.train)
             for adapter in self.adapters
             if not adapter.done
         ]
         return left + [
-            Job(f"{self.name}, {label or 'no data'}: {', '.join(stage.missing)}", stage.tokens(tokenizer), stage.run)
+            Job(
+                f"{self.name}, {label or 'no data'}: {', '.join(stage.missing)}",
+                stage.tokens(tokenizer) / pace,
+                stage.run,
+            )
             for label, stage in self.stages.items()
             if stage.missing
         ]
 
 
-def run(tasks: Sequence[Task], out: Path, arguments: argparse.Namespace) -> None:
-    base = identify(find_base((), arguments.base), arguments.base_id, arguments.dtype)
-    runs = [[prepared(task, seed, out, base, arguments) for seed in arguments.seeds] for task in tasks]
-    work([one for done in runs for one in done], base, arguments)
+def run(names: Sequence[str], out: Path, arguments: argparse.Namespace) -> None:
+    """Does what is not done yet, then makes the tables."""
+    tasks = [TASKS[name] for name in names if name in TASKS]
+    experiments = [EXPERIMENTS[name] for name in names if name in EXPERIMENTS]
+    runs: list[Run] = []
+    jobs: list[Job] = []
+    if tasks:
+        base = identify(find_base((), arguments.base), arguments.base_id, arguments.dtype)
+        runs = [prepared(task, seed, out, base, arguments) for task in tasks for seed in arguments.seeds]
+        jobs = task_jobs(runs, base)
+    units = {one.name: one.units(arguments.seeds, arguments.quick) for one in experiments}
+    for name, those in units.items():
+        folder = out / name
+        jobs += [
+            Job(f"{name}: {unit.name}", unit.seconds, partial(keep_unit, folder, unit))
+            for unit in those
+            if not unit_place(folder, unit).exists()
+        ]
     if arguments.plan:
+        for job in jobs:
+            print(f"{job.name}: about {duration_text(job.seconds)}")
+        print(f"{len(jobs)} jobs: about {duration_text(sum(job.seconds for job in jobs))}")
         return
-    for task, done in zip(tasks, runs, strict=True):
-        found = {label: [one.stages[label].cells() for one in done] for label in done[0].stages}
-        seeds = " ".join(map(str, arguments.seeds))
-        about = {
-            "name": task.name,
-            "asks": task.asks,
-            "command": f"python -m benchmarks.paper {task.name} out --base {base.name} --seeds {seeds}",
-            "base": base.name,
-        }
-        kinds = [kind for one in done for kind in kinds_of(one.stages[""].test)]
-        table = make_table(found, task.skills, seeds=arguments.seeds, kinds=kinds, about=about)
-        write_table(arguments.pages or out / "pages", table)
+    work(jobs)
+    pages = arguments.pages or out / "pages"
+    for task in tasks:
+        table = table_of(task, [one for one in runs if one.task is task], arguments)
+        write_table(pages, table)
         print(f"### {task.name}\n\n{markdown(table)}", flush=True)
+    for one in experiments:
+        kept = {unit.name: json.loads(unit_place(out / one.name, unit).read_text("utf-8")) for unit in units[one.name]}
+        parts = one.parts({name: each["found"] for name, each in kept.items()})
+        made_by = together([each["made_by"] for each in kept.values()])
+        document = Parts(one.name, one.asks, command_of(one.name, arguments, None), made_by, parts)
+        write_table(pages, document)
+        print(f"### {one.name}\n\n{markdown(document)}", flush=True)
+
+
+def table_of(task: Task, done: Sequence[Run], arguments: argparse.Namespace) -> Table:
+    base = done[0].stages[""].base.name
+    about = {"name": task.name, "asks": task.asks, "command": command_of(task.name, arguments, base), "base": base}
+    found = {label: [one.stages[label].cells() for one in done] for label in done[0].stages}
+    kinds = [kind for one in done for kind in kinds_of(one.stages[""].test)]
+    return make_table(found, task.skills, seeds=arguments.seeds, kinds=kinds, about=about)
+
+
+def command_of(name: str, arguments: argparse.Namespace, base: str | None) -> str:
+    """What to type for a table, in a line."""
+    words = ["python -m benchmarks.paper", name, "out", *([] if base is None else ["--base", base])]
+    for option, value in arguments.changed.items():
+        words.append(f"--{option.replace('_', '-')}")
+        if isinstance(value, Path):  # whose place is nobody's business
+            words.append(option)
+        elif value is not True:
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    return " ".join(words)
 
 
 def prepared(task: Task, seed: int, out: Path, base: Base, arguments: argparse.Namespace) -> Run:
@@ -147,7 +207,7 @@ def prepared(task: Task, seed: int, out: Path, base: Base, arguments: argparse.N
     adapters = []
     for place, (name, training) in enumerate(task.training.items()):
         skills = task.skills if name == DATAMIX else (name,)
-        given = arguments.trained / name if arguments.trained and seed == arguments.seeds[0] else None
+        given = arguments.trained / task.name / name if arguments.trained and seed == arguments.seeds[0] else None
         adapters.append(
             Adapter(
                 name,
@@ -180,30 +240,28 @@ def calibrations(wanted: Sequence[str], folder: Path) -> dict[str, Path]:
     return found
 
 
-def work(runs: Sequence[Run], base: Base, arguments: argparse.Namespace) -> None:
-    """Does what is not done yet, and says before and between how long it takes."""
+def task_jobs(runs: Sequence[Run], base: Base) -> list[Job]:
+    """What is left to do for tasks, timed by a step through the base on this machine."""
     from transformers import AutoTokenizer
 
+    if all(one.done for one in runs):
+        return []
+    tokens_a_second = pace(base, runs[0].adapters[0].files)
+    say(f"the base goes through {tokens_a_second:.0f} tokens a second, forward and backward")
     tokenizer = AutoTokenizer.from_pretrained(base.reference.path)
-    jobs = [job for one in runs for job in one.jobs(tokenizer)]
-    left = sum(job.tokens for job in jobs)
-    if not jobs:
-        say("everything is done")
-        return
-    seconds = 1 / pace(base, runs[0].adapters[0].files)
-    say(f"{len(jobs)} jobs, {left:,.0f} tokens forward and backward, {1 / seconds:.0f} a second: "
-        f"about {duration_text(left * seconds)}")  # fmt: skip
-    if arguments.plan:
-        for job in jobs:
-            say(f"  {job.name}: about {duration_text(job.tokens * seconds)}")
-        return
-    total, done, started = left, 0.0, time.monotonic()
+    return [job for one in runs for job in one.jobs(tokenizer, tokens_a_second)]
+
+
+def work(jobs: Sequence[Job]) -> None:
+    """Does the jobs in order, and says before and between how long it takes."""
+    total, done, started = sum(job.seconds for job in jobs), 0.0, time.monotonic()
+    say(f"{len(jobs)} jobs to do: about {duration_text(total)}" if jobs else "everything is done")
     for number, job in enumerate(jobs, start=1):
-        say(f"[{number}/{len(jobs)}] {job.name}: about {duration_text(job.tokens * seconds)}")
+        say(f"[{number}/{len(jobs)}] {job.name}: about {duration_text(job.seconds)}")
         job.work()
-        done += job.tokens
-        seconds = (time.monotonic() - started) / done
-        say(f"{done / total:.0%} done, about {duration_text((total - done) * seconds)} left")
+        done += job.seconds
+        left = (time.monotonic() - started) / done * (total - done)
+        say(f"{done / total:.0%} done, about {duration_text(left)} left")
 
 
 if __name__ == "__main__":

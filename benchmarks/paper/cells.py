@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import loracli
-from benchmarks.paper.tasks import DATAMIX, Task
+from benchmarks.paper.tasks import DATAMIX, Task, Unit
 from benchmarks.paper.training import Adapter, Base, rendered, say
 from loracli.algebra.methods import METHODS
 from loracli.comparison.compare import run_comparison
@@ -258,6 +258,20 @@ class _Cells(KeptRows):
         say(
             f"  {cell.row}: {sum(cell.nats) / sum(cell.tokens):.4f} nats per token" if cell.nats else f"  {cell.row}: -"
         )
+
+
+def unit_place(folder: Path, unit: Unit) -> Path:
+    """The file of a part of an experiment."""
+    key = document_sha256({"unit": unit.name, "made_of": unit.made_of, "code": code_sha256()})
+    return folder / "cells" / f"{unit.name}-{key[:16]}.json"
+
+
+def keep_unit(folder: Path, unit: Unit) -> None:
+    """Measures a part of an experiment."""
+    found = unit.work()
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    document = {"made_by": made_by(), "found": found}
+    write_atomically(unit_place(folder, unit), (json.dumps(document, allow_nan=False) + "\n").encode())
 
 
 def read_cell(path: Path) -> Cell:

@@ -21,6 +21,7 @@ from benchmarks.paper.tasks import (
     ATTENTION,
     DATAMIX,
     EVERY_LINEAR,
+    SKILLS,
     Conversation,
     Records,
     Task,
@@ -179,5 +180,5 @@ CLOSED_BOOK = Task(
     },
     draw,
     TaskMetric("exact", max_new_tokens=24),
-    ("skills", "8", "24", "40"),
+    (SKILLS, "8", "24", "40"),
 )

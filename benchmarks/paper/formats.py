@@ -118,5 +118,5 @@ FORMATS = Task(
     },
     draw,
     TaskMetric("numeric", max_new_tokens=8, tolerance=0.0),
-    (SKILLS, "24", "96"),
+    (SKILLS, "24"),
 )

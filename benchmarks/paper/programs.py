@@ -26,6 +26,7 @@ from benchmarks.paper.tasks import (
     ATTENTION,
     DATAMIX,
     EVERY_LINEAR,
+    SKILLS,
     Conversation,
     Records,
     Task,
@@ -35,7 +36,8 @@ from benchmarks.paper.tasks import (
 )
 from loracli.evaluation.metrics import TaskMetric
 
-TRAINED_ON, SKILL_RECORDS, CALIBRATION, TEST = 320, 40, 96, 160  # SKILL_RECORDS of each skill
+TRAINED_ON, SKILL_RECORDS, CALIBRATION, TEST = 320, 40, 96, 120  # SKILL_RECORDS of each skill
+HARD_TEST = 60  # problems of GSM-Hard
 REQUEST = "Write a Python function solution() that returns the answer."
 NAMES = words(
     "Amir Bella Carlos Dina Erik Fatima Gustav Hana Igor Julia Kofi Leila Mateo Nadia Oscar Priya Ravi Sofia Tomas Uma "
@@ -205,7 +207,7 @@ def draw_math_code(rng: random.Random, source: Path | None) -> Records:
     return records | {
         "skills_calib": skills,
         "composite_calib": composite,
-        "composite_test": lines("composite_dev"),
+        "composite_test": lines("composite_dev")[:HARD_TEST],
     }
 
 
@@ -220,6 +222,7 @@ SUMS = Task(
     },
     draw_sums,
     TaskMetric("command", judge_command(), max_new_tokens=96),
+    (SKILLS, "24", "96"),
 )
 MATH_CODE = Task(
     "math-code",
@@ -232,5 +235,6 @@ MATH_CODE = Task(
     },
     draw_math_code,
     TaskMetric("command", judge_command(), max_new_tokens=192),
+    (SKILLS, "24"),
     needs_assets=True,
 )

@@ -22,6 +22,7 @@ from benchmarks.paper.tasks import (
     ATTENTION,
     DATAMIX,
     EVERY_LINEAR,
+    SKILLS,
     Conversation,
     Records,
     Task,
@@ -32,7 +33,7 @@ from benchmarks.paper.tasks import (
 from loracli.evaluation.metrics import TaskMetric
 
 TOOLS, CALIBRATION_TOOLS, PEOPLE = 40, 16, 4  # the last in a passage
-READER, SKILL_RECORDS, CALIBRATION, TEST = 320, 40, 96, 160  # SKILL_RECORDS of each skill
+READER, SKILL_RECORDS, CALIBRATION, TEST = 320, 40, 96, 120  # SKILL_RECORDS of each skill
 STARTS, ENDS = (
     words("bra cle dor fen gri jol kel lum mor nev pli qua ros sil tam vel wex yar"),
     words("b ck dle g lin m nd p rt sk"),
@@ -144,4 +145,5 @@ READING = Task(
     },
     draw,
     TaskMetric("exact", max_new_tokens=8),
+    (SKILLS, "24", "96"),
 )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.paper.cells import CAT, PAPER_ROW, Cell
-from benchmarks.paper.tasks import DATAMIX
+from benchmarks.paper.tasks import DATAMIX, Part
 from loracli.evaluation.statistics import intervals, mcnemar
 from loracli.system.document import decode, encode
 from loracli.system.files import write_atomically
@@ -114,6 +114,25 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What an experiment says: one table or several.
+
+    Args:
+        name: of the experiment.
+        asks: what is asked.
+        command: that makes it.
+        made_by: commits, versions and machines.
+        parts: the tables.
+    """
+
+    name: str
+    asks: str
+    command: str
+    made_by: dict[str, tuple[str, ...]]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
 class _Pooled:
     """A row's records of all seeds."""
 
@@ -170,12 +189,9 @@ def make_table(
         )
         for (key, row), interval in zip(pooled.items(), to_best, strict=True)
     )
-    made_by = {
-        name: tuple(dict.fromkeys(cell.made_by[name] for cell in cells)) for name in ("commit", "versions", "machine")
-    }
     return Table(
         **about,
-        made_by=made_by,
+        made_by=together([cell.made_by for cell in cells]),
         seeds=tuple(seeds),
         records=len(alone.nats),
         tokens=int(alone.tokens.sum()),
@@ -185,6 +201,11 @@ def make_table(
         lines=lines,
         left_out=left_out,
     )
+
+
+def together(made_by: Sequence[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
+    """The commits, versions and machines of all that a table shows, each once."""
+    return {name: tuple(dict.fromkeys(one[name] for one in made_by)) for name in ("commit", "versions", "machine")}
 
 
 def _pool(
@@ -249,8 +270,19 @@ def wilson(right: float, records: int) -> Pair:
     return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
 
 
-def markdown(table: Table) -> str:
+def markdown(table: Table | Parts) -> str:
     """A table as Markdown, where `module` loses first."""
+    return _of_task(table) if isinstance(table, Table) else _of_experiment(table)
+
+
+def _of_experiment(table: Parts) -> str:
+    said = [f"{table.asks}\n", f"```bash\n{table.command}\n```\n"]
+    for part in table.parts:
+        said += [f"{part.title}\n", *_grid(part.heads, part.rows), ""]
+    return "\n".join([*said, _made_by(table)]) + "\n"
+
+
+def _of_task(table: Table) -> str:
     said = [f"{table.asks}\n"]
     if any(line.row == CAT for line in table.lines):
         if table.losses:
@@ -271,9 +303,16 @@ def markdown(table: Table) -> str:
             said.append(f"Calibrated on {calibration}:\n")
         said += [*_rows(lines, table.seeds), ""]
     said += [f"Left out: {row}: {reason}\n" for row, reason in table.left_out.items()]
+    return "\n".join([*said, _made_by(table)]) + "\n"
+
+
+def _made_by(table: Table | Parts) -> str:
     made = table.made_by
-    said.append(f"Commit {', '.join(made['commit'])}; {'; '.join(made['versions'])}; {'; '.join(made['machine'])}.")
-    return "\n".join(said) + "\n"
+    return f"Commit {', '.join(made['commit'])}; {'; '.join(made['versions'])}; {'; '.join(made['machine'])}."
+
+
+def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}", *(f"| {' | '.join(r)} |" for r in rows)]
 
 
 def _loss_line(loss: Loss) -> str:
@@ -289,8 +328,7 @@ def _rows(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
     many = seeds if len(seeds) > 1 else ()
     heads = ["", "nats per token", "difference", "95 % interval", "right", "95 % interval", "McNemar's p"]
     heads += [f"right: {kind}" for kind in kinds] + [f"seed {seed}" for seed in many]
-    bars = ["---", *["--:"] * (len(heads) - 1)]
-    rows = [heads, bars]
+    rows = []
     for line in lines:
         low, high = line.right_interval
         cells = [
@@ -305,14 +343,14 @@ def _rows(lines: Sequence[Line], seeds: Sequence[int]) -> list[str]:
         cells += [f"{line.kinds[kind]:.1%}" for kind in kinds]
         cells += [f"{nats:.4f}, {right:.1%}" for nats, right in (line.seeds if many else ())]
         rows.append(cells)
-    return [f"| {' | '.join(cells)} |" if cells is not bars else f"|{'|'.join(bars)}|" for cells in rows]
+    return _grid(heads, rows)
 
 
 def _name(row: str) -> str:
     return _SHOWN.get(row, row)
 
 
-def write_table(folder: Path, table: Table) -> None:
+def write_table(folder: Path, table: Table | Parts) -> None:
     """The JSON of a table, its page, and its blocks in the page that is called as the folder is, where there is one.
 
     A page that is there keeps all but its blocks.
@@ -342,15 +380,15 @@ def _block(name: str, content: str) -> str:
     return f"{_OPEN.format(name)}\n{content}{_CLOSE.format(name)}\n"
 
 
-def read_table(path: Path) -> Table:
-    """A table from its JSON.
+def read_table(path: Path) -> Table | Parts:
+    """A table from its JSON; an experiment has parts.
 
     Raises:
         ValueError: if the file is not one.
     """
     problems: list[str] = []
     document: Any = json.loads(path.read_text("utf-8"))
-    table: Table = decode(Table, document, "", problems)
+    table: Table | Parts = decode(Parts if "parts" in document else Table, document, "", problems)
     if problems:
         raise ValueError(f"{path}: {problems[0]}")
     return table

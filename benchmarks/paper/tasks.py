@@ -1,4 +1,4 @@
-"""What a task is: skills, how an adapter of each is trained, a composite of them, and records of all.
+"""What a task is: skills, how an adapter of each is trained, a composite of them, and records; what an experiment is.
 
     <skill>_train     what the adapter of a skill is trained on
     skills_calib      records of the skills alone: the paper's setting
@@ -58,12 +58,61 @@ class Task:
     training: Mapping[str, Training]
     draw: Callable[[random.Random, Path | None], Records]
     metric: TaskMetric
-    calibrate: tuple[str, ...] = (SKILLS, "8", "24", "96")
+    calibrate: tuple[str, ...]
     needs_assets: bool = False
 
     @property
     def skills(self) -> tuple[str, ...]:
         return tuple(name for name in self.training if name != DATAMIX)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of an experiment that is measured by itself.
+
+    Args:
+        name: of it within the experiment.
+        made_of: what it depends on besides the code of the library.
+        seconds: that it takes on one core, about.
+        work: measures it; what it gives is kept as JSON.
+    """
+
+    name: str
+    made_of: Mapping[str, Any]
+    seconds: float
+    work: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table of several: its columns, and rows of as many texts.
+
+    Args:
+        title: a sentence before it.
+        heads: of the columns.
+        rows: of cells.
+    """
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Something else that is measured, on the embedded example.
+
+    Args:
+        name: of it.
+        asks: what is asked, for the reader of its tables.
+        units: that it consists of, for some seeds, in full or `quick`.
+        parts: the tables, from what the units gave, by name.
+    """
+
+    name: str
+    asks: str
+    units: Callable[[Sequence[int], bool], list[Unit]]
+    parts: Callable[[Mapping[str, Any]], tuple[Part, ...]]
 
 
 def words(text: str) -> list[str]:
