@@ -1,14 +1,16 @@
 """The paper's claim, measured again: skills composed, beside everything else that could be done. One command a table.
 
     python -m benchmarks.paper TASK... OUT --base BASE [--seeds 0 1 2]
-    python -m benchmarks.paper EXPERIMENT... OUT
+    python -m benchmarks.paper agreement [TASK...] OUT --base BASE
+    python -m benchmarks.paper pools false-alarms OUT
     python -m benchmarks.paper OUT --base BASE --all [--pages docs/results]
 
 For each task and seed: the data, an adapter for each skill and one trained on the data of all, as many tokens as they
 together; then every way to compose, on test records that no calibration record touches, calibrated on the skills' own
 data, which is the paper's setting, and on composite records. Loss and answers, with intervals, against the best single
 adapter. `paper` is CAT as published, `module` is `loracat fit` as it is, `fresh-lora` a new LoRA trained on the
-calibration records alone. Experiments are on the embedded example.
+calibration records alone. `agreement` asks what could be known of tasks beforehand; pools and false alarms are on the
+embedded example.
 
 It says beforehand how long it will take. What is done is kept in OUT and not done again: adapters by a hash of their
 training, cells by a hash of all that they are made of. Tables go to standard output, and as JSON and pages to
@@ -30,7 +32,8 @@ from random import Random
 from typing import Any
 
 from benchmarks.measuring import BenchmarkParser
-from benchmarks.paper.cells import FITTED, Stage, first_records, keep_unit, kinds_of, unit_place
+from benchmarks.paper import agreement
+from benchmarks.paper.cells import CAT, FITTED, Cell, Stage, first_records, keep_unit, kinds_of, unit_place
 from benchmarks.paper.closed_book import CLOSED_BOOK
 from benchmarks.paper.false_alarms import FALSE_ALARMS
 from benchmarks.paper.formats import FORMATS
@@ -38,7 +41,7 @@ from benchmarks.paper.pools import POOLS
 from benchmarks.paper.programs import MATH_CODE, SUMS
 from benchmarks.paper.reading import READING
 from benchmarks.paper.tables import Parts, Table, make_table, markdown, together, write_table
-from benchmarks.paper.tasks import DATAMIX, SKILLS, Task, write_records
+from benchmarks.paper.tasks import DATAMIX, SKILLS, Experiment, Task, Unit, write_records
 from benchmarks.paper.training import Adapter, Base, identify, pace, say
 from loracli.demo.run import example_folder
 from loracli.errors import LoracatError
@@ -47,7 +50,8 @@ from loracli.progress import duration_text
 
 TASKS = {task.name: task for task in (CLOSED_BOOK, SUMS, FORMATS, READING, MATH_CODE)}
 EXPERIMENTS = {one.name: one for one in (FALSE_ALARMS, POOLS)}
-KNOWN = {**TASKS, **EXPERIMENTS}
+KNOWN = (*TASKS, agreement.NAME, *EXPERIMENTS)
+OWN = "the skills' own records"
 SHOWN = ("seeds", "calibrate", "fitted", "test_records", "records", "epochs", "passes", "assets", "trained", "quick")
 
 
@@ -71,6 +75,16 @@ def main() -> None:
     )
     parser.add_argument("--pages", type=Path, help="a folder for the JSON and the page of each table")
     parser.add_argument("--plan", action="store_true", help="only say how long it takes")
+    arguments = chosen(parser)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            run(arguments.names, arguments.out or Path(scratch), arguments)
+        except LoracatError as error:
+            raise SystemExit(f"{error}\n{getattr(error, 'hint', None) or ''}") from None
+
+
+def chosen(parser: BenchmarkParser) -> argparse.Namespace:
+    """What was typed, with `names` of what is measured, the folder `out`, and the options that were `changed`."""
     arguments = parser.parse_args()
     changed = {name: value for name, value in vars(arguments).items() if value != parser.get_default(name)}
     arguments.changed = {name: changed[name] for name in SHOWN if name in changed}
@@ -80,15 +94,16 @@ def main() -> None:
         names = [name for name in KNOWN if arguments.assets or name not in TASKS or not TASKS[name].needs_assets]
     if not names or len(folders) > 1 or (not folders and not arguments.quick):
         parser.error(f"give names of {', '.join(KNOWN)}, or --all, and one folder; got: {' '.join(arguments.words)}")
-    if arguments.base is None and any(name in TASKS for name in names):
+    if arguments.base is None and not set(names) <= set(EXPERIMENTS):
         parser.error("give the --base that adapters are trained on")
+    if agreement.NAME in names:
+        names = [*names, *(name for name in TASKS if not set(names) & set(TASKS) and not TASKS[name].needs_assets)]
+        if CAT not in arguments.fitted or SKILLS not in (arguments.calibrate or [SKILLS]):
+            parser.error(f"{agreement.NAME} needs {CAT} among --fitted, and {SKILLS} among --calibrate")
     if arguments.quick and arguments.pages:
         parser.error("--quick measures nothing that a page should show: leave --pages out")
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            run(names, Path(folders[0] if folders else scratch), arguments)
-        except LoracatError as error:
-            raise SystemExit(f"{error}\n{getattr(error, 'hint', None) or ''}") from None
+    arguments.names, arguments.out = names, Path(folders[0]) if folders else None
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -123,6 +138,11 @@ class Run:
     def done(self) -> bool:
         return not any(stage.missing for stage in self.stages.values())
 
+    @property
+    def own_cells(self) -> list[Cell]:
+        """Of what needs no data, and of what is calibrated on the skills' own records."""
+        return self.stages[""].cells() + self.stages[OWN].cells()
+
     def jobs(self, tokenizer: Any, pace: float) -> list[Job]:
         """What is left to do, at so many tokens a second, forward and backward."""
         left = [
@@ -144,20 +164,27 @@ class Run:
 def run(names: Sequence[str], out: Path, arguments: argparse.Namespace) -> None:
     """Does what is not done yet, then makes the tables."""
     tasks = [TASKS[name] for name in names if name in TASKS]
-    experiments = [EXPERIMENTS[name] for name in names if name in EXPERIMENTS]
+    experiments = {name: EXPERIMENTS[name] for name in names if name in EXPERIMENTS}
     runs: list[Run] = []
     jobs: list[Job] = []
+    units = {name: one.units(arguments.seeds, arguments.quick) for name, one in experiments.items()}
     if tasks:
         base = identify(find_base((), arguments.base), arguments.base_id, arguments.dtype)
         runs = [prepared(task, seed, out, base, arguments) for task in tasks for seed in arguments.seeds]
-        jobs = task_jobs(runs, base)
-    units = {one.name: one.units(arguments.seeds, arguments.quick) for one in experiments}
+        jobs, gradients = task_jobs(runs, base)
+        if agreement.NAME in names:
+            experiments[agreement.NAME] = Experiment(
+                agreement.NAME,
+                agreement.ASKS,
+                lambda *_: gradients,
+                lambda found: agreement.parts(found, {one.name: one.own_cells for one in runs}),
+            )
+            units[agreement.NAME] = gradients
     for name, those in units.items():
-        folder = out / name
         jobs += [
-            Job(f"{name}: {unit.name}", unit.seconds, partial(keep_unit, folder, unit))
+            Job(f"{name}: {unit.name}", unit.seconds, partial(keep_unit, out / name, unit))
             for unit in those
-            if not unit_place(folder, unit).exists()
+            if not unit_place(out / name, unit).exists()
         ]
     if arguments.plan:
         for job in jobs:
@@ -165,18 +192,24 @@ def run(names: Sequence[str], out: Path, arguments: argparse.Namespace) -> None:
         print(f"{len(jobs)} jobs: about {duration_text(sum(job.seconds for job in jobs))}")
         return
     work(jobs)
-    pages = arguments.pages or out / "pages"
-    for task in tasks:
-        table = table_of(task, [one for one in runs if one.task is task], arguments)
-        write_table(pages, table)
-        print(f"### {task.name}\n\n{markdown(table)}", flush=True)
-    for one in experiments:
-        kept = {unit.name: json.loads(unit_place(out / one.name, unit).read_text("utf-8")) for unit in units[one.name]}
-        parts = one.parts({name: each["found"] for name, each in kept.items()})
-        made_by = together([each["made_by"] for each in kept.values()])
-        document = Parts(one.name, one.asks, command_of(one.name, arguments, None), made_by, parts)
-        write_table(pages, document)
-        print(f"### {one.name}\n\n{markdown(document)}", flush=True)
+    tables: list[Table | Parts] = [
+        table_of(task, [one for one in runs if one.task is task], arguments) for task in tasks
+    ]
+    for name, one in experiments.items():
+        named = runs[0].stages[""].base.name if name == agreement.NAME else None
+        tables.append(parts_of(one, units[name], out / name, arguments, named))
+    for table in tables:
+        write_table(arguments.pages or out / "pages", table)
+        print(f"### {table.name}\n\n{markdown(table)}", flush=True)
+
+
+def parts_of(
+    one: Experiment, units: Sequence[Unit], folder: Path, arguments: argparse.Namespace, base: str | None
+) -> Parts:
+    kept = {unit.name: json.loads(unit_place(folder, unit).read_text("utf-8")) for unit in units}
+    parts = one.parts({name: each["found"] for name, each in kept.items()})
+    made_by = together([each["made_by"] for each in kept.values()])
+    return Parts(one.name, one.asks, command_of(one.name, arguments, base), made_by, parts)
 
 
 def table_of(task: Task, done: Sequence[Run], arguments: argparse.Namespace) -> Table:
@@ -189,8 +222,11 @@ def table_of(task: Task, done: Sequence[Run], arguments: argparse.Namespace) -> 
 
 def command_of(name: str, arguments: argparse.Namespace, base: str | None) -> str:
     """What to type for a table, in a line."""
-    words = ["python -m benchmarks.paper", name, "out", *([] if base is None else ["--base", base])]
+    tasks = [one for one in arguments.names if one in TASKS and name == agreement.NAME]
+    words = ["python -m benchmarks.paper", name, *tasks, "out", *([] if base is None else ["--base", base])]
     for option, value in arguments.changed.items():
+        if base is None and option not in ("seeds", "quick"):
+            continue
         words.append(f"--{option.replace('_', '-')}")
         if isinstance(value, Path):  # whose place is nobody's business
             words.append(option)
@@ -233,23 +269,24 @@ def calibrations(wanted: Sequence[str], folder: Path) -> dict[str, Path]:
     found = {}
     for word in wanted:
         if word == SKILLS:
-            found["the skills' own records"] = folder / "skills_calib.jsonl"
+            found[OWN] = folder / "skills_calib.jsonl"
         else:
             file = first_records(folder / "composite_calib.jsonl", int(word))
             found[f"{len(file.read_text('utf-8').splitlines())} composite records"] = file
     return found
 
 
-def task_jobs(runs: Sequence[Run], base: Base) -> list[Job]:
-    """What is left to do for tasks, timed by a step through the base on this machine."""
+def task_jobs(runs: Sequence[Run], base: Base) -> tuple[list[Job], list[Unit]]:
+    """What is left to do for tasks, timed by a step through the base on this machine; and their gradients."""
     from transformers import AutoTokenizer
 
-    if all(one.done for one in runs):
-        return []
-    tokens_a_second = pace(base, runs[0].adapters[0].files)
-    say(f"the base goes through {tokens_a_second:.0f} tokens a second, forward and backward")
     tokenizer = AutoTokenizer.from_pretrained(base.reference.path)
-    return [job for one in runs for job in one.jobs(tokenizer, tokens_a_second)]
+    tokens_a_second = 1.0
+    if not all(one.done for one in runs):
+        tokens_a_second = pace(base, runs[0].adapters[0].files)
+        say(f"the base goes through {tokens_a_second:.0f} tokens a second, forward and backward")
+    jobs = [job for one in runs for job in one.jobs(tokenizer, tokens_a_second)]
+    return jobs, [agreement.unit_of(one.stages[""], tokens_a_second, tokenizer) for one in runs]
 
 
 def work(jobs: Sequence[Job]) -> None:

@@ -42,7 +42,8 @@ from loracli.system.files import write_atomically
 DATA_FREE = tuple(name for name, method in METHODS.items() if not method.needs_records)
 PAPER_ROW, CAT, AUTO = "paper", "module", "auto"
 FITTED = ("lorahub", PAPER_ROW, CAT, AUTO, FRESH_LORA)
-_SEARCH_PASSES, _FRESH_PASSES = 20.0, 4.0  # of LoRAHub, half of 40 evaluations without a way back; of a fresh LoRA
+_SEARCH_PASSES, _SEARCH_RECORDS = 20.0, 64  # of LoRAHub: half of 40 evaluations without a way back, and on how many
+_FRESH_PASSES = 4.0
 _FORWARD = 0.5  # of a pass forward and backward
 _ROOMS = (
     "adapters algebra calibration comparison composition evaluation fitting model recipe system".split()
@@ -195,7 +196,7 @@ class Stage:
         if row == FRESH_LORA:
             return self.passes or _FRESH_PASSES
         if row == "lorahub":
-            return _SEARCH_PASSES
+            return _SEARCH_PASSES * min(1.0, _SEARCH_RECORDS / records)
         if row == PAPER_ROW:
             return 1.0
         few = 4 if 6 <= records < 40 else 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.paper import agreement
 from benchmarks.paper.arithmetic import NoValue, is_right, judge_command, value_of
 from benchmarks.paper.cells import Cell, Stage
 from benchmarks.paper.closed_book import CLOSED_BOOK
@@ -190,6 +191,31 @@ def test_a_cell_is_found_by_all_that_it_is_made_of(tmp_path: Path, monkeypatch: 
     places = [own.place(row) for row in ("base", "module")]
     monkeypatch.setattr("benchmarks.paper.cells.code_sha256", lambda: "another")
     assert not set(places) & {own.place(row) for row in ("base", "module")}
+
+
+def test_skills_with_the_same_records_agree_on_every_weight_and_opposite_gradients_on_none(tmp_path: Path) -> None:
+    own = stage(tmp_path)
+    same = tuple(replace(adapter, files=(own.test,)) for adapter in own.adapters)
+    found = agreement.measured(replace(own, adapters=same))
+    assert found["cosine"] == pytest.approx(1) and found["agreeing"] == 1 and found["weights"] > 20
+    gradient = torch.tensor([1.0, -2.0, 3.0])
+    assert agreement.agreement(torch.stack([gradient, -gradient]))["cosine"] == pytest.approx(-1)
+    three = agreement.agreement(torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]))
+    assert three["agreeing"] == 0.5 and three["cosine"] == pytest.approx(1 / 3)
+
+
+def test_the_rule_counts_where_the_cosine_told_what_came_out() -> None:
+    def cells(module: float) -> list[Cell]:
+        worse = [3.0 + number / 10 for number in range(8)]
+        return [
+            cell("uniform", "method", worse, [0] * 8),
+            cell("module", "method", [module * one for one in worse], [0] * 8),
+        ]
+
+    found = {"a-0": {"cosine": 0.5, "agreeing": 0.7}, "b-0": {"cosine": 0.4, "agreeing": 0.6}}
+    (part,) = agreement.parts(found, {"a-0": cells(0.5), "b-0": cells(1.5)})
+    assert part.title.startswith("It paid in 1 of 2; that the cosine is above 0 told so in 1 of 2")
+    assert [row[-1] for row in part.rows] == ["yes", "no"]
 
 
 def cell(row: str, kind: str, nats: list[float], right: list[int]) -> Cell:
