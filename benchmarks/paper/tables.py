@@ -360,20 +360,27 @@ def write_table(folder: Path, table: Table | Parts) -> None:
     page = folder / f"{table.name}.md"
     title = table.name.replace("-", " ").capitalize()
     text = page.read_text("utf-8") if page.exists() else f"# {title}\n\n{_block(table.name, '')}"
-    write_atomically(page, refreshed(text, folder).encode())
+    write_atomically(page, refreshed(text, folder, only=table.name).encode())
     above = folder.with_name(f"{folder.name}.md")
     if above.exists():
-        write_atomically(above, refreshed(above.read_text("utf-8"), folder).encode())
+        write_atomically(above, refreshed(above.read_text("utf-8"), folder, only=table.name).encode())
 
 
-def refreshed(text: str, folder: Path) -> str:
+def refreshed(text: str, folder: Path, *, only: str | None = None) -> str:
     """A page whose every block is what the JSON of its table says.
 
     Args:
         text: of the page.
         folder: of the tables.
+        only: the name of a table, to leave the blocks of others as they are; None for every block.
     """
-    return _BLOCK.sub(lambda found: _block(found[1], markdown(read_table(folder / f"{found[1]}.json"))), text)
+
+    def block(found: re.Match[str]) -> str:
+        if only not in (None, found[1]):
+            return found[0]
+        return _block(found[1], markdown(read_table(folder / f"{found[1]}.json")))
+
+    return _BLOCK.sub(block, text)
 
 
 def _block(name: str, content: str) -> str:

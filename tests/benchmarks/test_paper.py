@@ -273,10 +273,14 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
 
 def test_a_number_that_the_json_does_not_have_is_seen_and_what_is_written_by_hand_stays(tmp_path: Path) -> None:
     folder, above = tmp_path / "results", tmp_path / "results.md"
-    above.write_text("# All\n\n<!-- table made-up -->\n<!-- end of made-up -->\n\nBy hand: 3.\n")
+    other = "<!-- table other -->\n| 1 |\n<!-- end of other -->\n"
+    above.write_text(f"# All\n\n<!-- table made-up -->\n<!-- end of made-up -->\n\nBy hand: 3.\n{other}")
     write_table(folder, table())
     text = above.read_text()
-    assert "By hand: 3." in text and "| base |" in text and refreshed(text, folder) == text
+    assert "By hand: 3." in text and "| base |" in text and text.endswith(other)
+    with pytest.raises(FileNotFoundError):  # its table has no JSON
+        refreshed(text, folder)
+    assert refreshed(text, folder, only="made-up") == text
     page = folder / "made-up.md"
     for number in set(re.findall(r"\d+\.\d{4}", page.read_text())):
         changed = page.read_text().replace(number, f"{float(number) + 1:.4f}", 1)
