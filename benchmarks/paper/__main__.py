@@ -27,13 +27,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from benchmarks.measuring import BenchmarkParser
 from benchmarks.paper import agreement
-from benchmarks.paper.cells import CAT, FITTED, Cell, Stage, first_records, keep_unit, kinds_of, unit_place
+from benchmarks.paper.cells import (
+    CAN_BE_FITTED,
+    CAT,
+    FITTED,
+    Cell,
+    Stage,
+    first_records,
+    keep_unit,
+    kinds_of,
+    unit_place,
+)
 from benchmarks.paper.closed_book import CLOSED_BOOK
 from benchmarks.paper.false_alarms import FALSE_ALARMS
 from benchmarks.paper.formats import FORMATS
@@ -63,8 +74,12 @@ def main() -> None:
     parser.add_argument("--base-id", help="its name in the adapters' configs; default: as it was given")
     parser.add_argument("--dtype", default="auto", help="of the base's weights")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], quick=[0])
-    parser.add_argument("--calibrate", nargs="+", quick=[SKILLS, "6"], help="skills, or so many composite records")
-    parser.add_argument("--fitted", nargs="+", default=list(FITTED), help="what is fitted on these")
+    parser.add_argument(
+        "--calibrate", nargs="+", type=calibration, quick=[SKILLS, "6"], help="skills, or so many composite records"
+    )
+    parser.add_argument(
+        "--fitted", nargs="+", default=list(FITTED), choices=CAN_BE_FITTED, help="what is fitted on these"
+    )
     parser.add_argument("--test-records", type=int, quick=4, help="the first so many of the test")
     parser.add_argument("--records", type=int, quick=12, help="the first so many of each file of data; default: all")
     parser.add_argument("--epochs", type=int, quick=1, help="of training an adapter; default: the task's")
@@ -100,10 +115,17 @@ def chosen(parser: BenchmarkParser) -> argparse.Namespace:
         names = [*names, *(name for name in TASKS if not set(names) & set(TASKS) and not TASKS[name].needs_assets)]
         if CAT not in arguments.fitted or SKILLS not in (arguments.calibrate or [SKILLS]):
             parser.error(f"{agreement.NAME} needs {CAT} among --fitted, and {SKILLS} among --calibrate")
+    if "lorahub" in arguments.fitted and find_spec("nevergrad") is None and not set(names) <= set(EXPERIMENTS):
+        parser.error("lorahub needs nevergrad: pip install 'loracat[lorahub]', or leave it out of --fitted")
     if arguments.quick and arguments.pages:
         parser.error("--quick measures nothing that a page should show: leave --pages out")
     arguments.names, arguments.out = names, Path(folders[0]) if folders else None
     return arguments
+
+
+def calibration(word: str) -> str:
+    """A value of --calibrate."""
+    return word if word == SKILLS else str(int(word))
 
 
 @dataclass(frozen=True)

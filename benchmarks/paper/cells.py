@@ -29,7 +29,7 @@ from benchmarks.paper.training import Adapter, Base, rendered, say
 from loracli.algebra.methods import METHODS
 from loracli.comparison.compare import run_comparison
 from loracli.comparison.inputs import prepare_comparison
-from loracli.comparison.settings import CompareSettings, Controls
+from loracli.comparison.settings import FITTED_MIXINGS, CompareSettings, Controls
 from loracli.comparison.state import KeptRows
 from loracli.comparison.table import Evaluated
 from loracli.fitting.settings import FRESH_LORA, FitSettings
@@ -42,8 +42,9 @@ from loracli.system.files import write_atomically
 DATA_FREE = tuple(name for name, method in METHODS.items() if not method.needs_records)
 PAPER_ROW, CAT, AUTO = "paper", "module", "auto"
 FITTED = ("lorahub", PAPER_ROW, CAT, AUTO, FRESH_LORA)
-_SEARCH_PASSES, _SEARCH_RECORDS = 20.0, 64  # of LoRAHub: half of 40 evaluations without a way back, and on how many
-_FRESH_PASSES = 4.0
+CAN_BE_FITTED = (*FITTED_MIXINGS, *(name for name, one in METHODS.items() if one.search is not None), FRESH_LORA)
+_SEARCH_RECORDS = 64  # that a method with a number or two is fitted on, at most
+_FRESH_PASSES = 4.0  # of a fresh LoRA, at most
 _FORWARD = 0.5  # of a pass forward and backward
 _ROOMS = (
     "adapters algebra calibration comparison composition evaluation fitting model recipe system".split()
@@ -195,8 +196,8 @@ class Stage:
     def _passes(self, row: str, records: int) -> float:
         if row == FRESH_LORA:
             return self.passes or _FRESH_PASSES
-        if row == "lorahub":
-            return _SEARCH_PASSES * min(1.0, _SEARCH_RECORDS / records)
+        if row in METHODS:
+            return METHODS[row].evaluations * _FORWARD * min(1.0, _SEARCH_RECORDS / records)
         if row == PAPER_ROW:
             return 1.0
         few = 4 if 6 <= records < 40 else 1

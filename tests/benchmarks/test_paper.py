@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.paper import agreement
+from benchmarks.paper.__main__ import main
 from benchmarks.paper.arithmetic import NoValue, is_right, judge_command, value_of
 from benchmarks.paper.cells import Cell, Stage
 from benchmarks.paper.closed_book import CLOSED_BOOK
@@ -285,6 +286,34 @@ def test_a_number_that_the_json_does_not_have_is_seen_and_what_is_written_by_han
     for number in set(re.findall(r"\d+\.\d{4}", page.read_text())):
         changed = page.read_text().replace(number, f"{float(number) + 1:.4f}", 1)
         assert refreshed(changed, folder) != changed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["out"], "give names of closed-book"),
+        (["closed-book", "reading"], "and one folder"),
+        (["closed-book", "out", "other"], "and one folder"),
+        (["closed-book", "out"], "give the --base"),
+        (["closed-book", "out", "--base", "b", "--calibrate", "many"], "invalid calibration value"),
+        (["closed-book", "out", "--base", "b", "--fitted", "ties"], "invalid choice: 'ties'"),
+        (["agreement", "out", "--base", "b", "--fitted", "paper"], "agreement needs module"),
+        (["closed-book", "--quick", "--pages", "docs"], "leave --pages out"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_done(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["paper", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
