@@ -37,7 +37,7 @@ from loracli.model.loss import Scores
 from loracli.model.placement import Placement
 from loracli.progress import Silent
 from loracli.system.document import decode, document_sha256, encode
-from loracli.system.files import write_atomically
+from loracli.system.files import file_sha256, write_atomically
 
 DATA_FREE = tuple(name for name, method in METHODS.items() if not method.needs_records)
 PAPER_ROW, CAT, AUTO = "paper", "module", "auto"
@@ -91,7 +91,7 @@ def made_by() -> dict[str, str]:
             return ""
 
     commit = git("rev-parse", "--short=7", "HEAD") or "unknown"
-    changed = " with changes" if git("status", "--porcelain", "--", "../..") else ""
+    changed = " with changes" if git("status", "--porcelain", "--", "..", "../../loracli") else ""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     return {
         "commit": f"{commit}{changed}",
@@ -155,8 +155,10 @@ class Stage:
             "base": [self.base.sha256, self.base.dtype],
             "adapters": [adapter.key for adapter in self.adapters],
             "test": self.test.read_text("utf-8"),
-            "metric": encode(self.task.metric) | {"command": self.task.metric.command is not None},
+            "metric": encode(self.task.metric) | {"command": None},
         }
+        if self.task.metric.command is not None:  # which has places of this machine in it
+            made_of["judge"] = file_sha256(Path(__file__).with_name("arithmetic.py"))
         name = row
         if row == DATAMIX:
             made_of["datamix"] = self.datamix.key
