@@ -222,7 +222,7 @@ SUMS = Task(
     },
     draw_sums,
     TaskMetric("command", judge_command(), max_new_tokens=96),
-    (SKILLS, "24", "96"),
+    (SKILLS, "24"),
 )
 MATH_CODE = Task(
     "math-code",

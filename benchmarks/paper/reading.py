@@ -145,5 +145,5 @@ READING = Task(
     },
     draw,
     TaskMetric("exact", max_new_tokens=8),
-    (SKILLS, "24", "96"),
+    (SKILLS, "24"),
 )
