@@ -75,12 +75,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of the base's weights")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], quick=[0])
     parser.add_argument(
-        "--calibrate", nargs="+", type=calibration, quick=[SKILLS, "6"], help="skills, or so many composite records"
+        "--calibrate", nargs="+", type=calibration, quick=[SKILLS], help="skills, or so many composite records"
     )
     parser.add_argument(
         "--fitted", nargs="+", default=list(FITTED), choices=CAN_BE_FITTED, help="what is fitted on these"
     )
-    parser.add_argument("--test-records", type=int, quick=4, help="the first so many of the test")
+    parser.add_argument("--test-records", type=int, quick=2, help="the first so many of the test")
     parser.add_argument("--records", type=int, quick=12, help="the first so many of each file of data; default: all")
     parser.add_argument("--epochs", type=int, quick=1, help="of training an adapter; default: the task's")
     parser.add_argument("--passes", type=float, quick=2.0, help="of a fit; default: as many as `loracat fit` takes")
