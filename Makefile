@@ -21,7 +21,7 @@ test: $(READY) lint types browser
 faults: $(READY) strace
 	OMP_NUM_THREADS=1 LORACAT_STRACE=required $(BIN)/python -m pytest -m faults --numprocesses auto tests/faults
 
-# Every table of benchmarks/paper on the embedded base with hardly any training, in a minute or two: can each be made?
+# Every table of benchmarks/paper on the embedded base with hardly any training, in about two minutes: can each be made?
 results-quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper --quick
 
