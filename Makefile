@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test faults check lint types docs dist dist-check audit browser strace clean
+.PHONY: demo test faults results-quick check lint types docs dist dist-check audit browser strace clean
 
 # The whole story on the embedded example: fit, export, reload, compare.
 demo: $(READY)
@@ -20,6 +20,10 @@ test: $(READY) lint types browser
 # half an hour on two cores; LORACAT_FAULTS=0.1 makes a tenth of the trials. Prints the table of docs/reliability.md.
 faults: $(READY) strace
 	OMP_NUM_THREADS=1 LORACAT_STRACE=required $(BIN)/python -m pytest -m faults --numprocesses auto tests/faults
+
+# Every table of benchmarks/paper on the embedded base with hardly any training, in about two minutes: can each be made?
+results-quick: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper --quick
 
 check: lint types
 

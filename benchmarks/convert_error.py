@@ -23,7 +23,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from benchmarks.measuring import BenchmarkParser
-from benchmarks.skills.training import EVERY_LINEAR, epoch_of
+from benchmarks.paper.tasks import EVERY_LINEAR
+from benchmarks.paper.training import epoch_of
 from loracli.calibration.dataset import plan_batches
 from loracli.calibration.records import read_records
 from loracli.calibration.render import Example, render_file
@@ -100,7 +101,9 @@ def train(kind: str, rate: float, model: Any, data: list[Example], arguments: An
     """AdamW with linear decay on batches of eight records."""
     torch.manual_seed(0)
     rank = arguments.rank
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=EVERY_LINEAR, task_type="CAUSAL_LM", **KINDS[kind])
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=list(EVERY_LINEAR), task_type="CAUSAL_LM", **KINDS[kind]
+    )
     adapted = get_peft_model(model, config).eval()
     adam = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], rate, weight_decay=0.0)
     rng = random.Random(0)

@@ -13,21 +13,25 @@ on that sentence, and then nothing composes. All names and facts are invented by
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.skills.training import ATTENTION, EVERY_LINEAR, Training
+from benchmarks.paper.tasks import (
+    ATTENTION,
+    DATAMIX,
+    EVERY_LINEAR,
+    SKILLS,
+    Conversation,
+    Records,
+    Task,
+    Training,
+    conversation,
+    words,
+)
+from loracli.evaluation.metrics import TaskMetric
 
 PEOPLE, CALIBRATION_PEOPLE, SKILL_RECORDS = 30, 10, 40  # the last of each skill
-ADAPTERS = ("know", "form")
-
-
-def words(text: str) -> list[str]:
-    """Splits a list that is written as one text."""
-    return text.split()
-
 
 FIRST_NAMES = words(
     "Abel Alma Arno Bela Bran Cleo Cora Dario Della Edda Elio Enid Ezra Fenn Flora Gale Greta Hanno Ilse Ines "
@@ -94,8 +98,6 @@ CAPITALS = words(
 DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-Conversation = dict[str, list[dict[str, str]]]
-
 
 @dataclass(frozen=True)
 class Fact:
@@ -104,23 +106,6 @@ class Fact:
     who: str
     attribute: Attribute
     value: str
-
-
-TRAINING = {
-    "know": Training(16, EVERY_LINEAR, rate=1e-3, epochs=10, batch_size=16),
-    "form": Training(16, ATTENTION, rate=6e-4, epochs=6, batch_size=8),
-    "datamix": Training(16, EVERY_LINEAR, rate=1e-3, epochs=10, batch_size=16),
-}
-
-
-def conversation(question: str, request: str, answer: str) -> Conversation:
-    """One question with a request for a style, and its answer."""
-    return {
-        "messages": [
-            {"role": "user", "content": f"{question} {request}"},
-            {"role": "assistant", "content": answer},
-        ]
-    }
 
 
 def draw_facts(rng: random.Random) -> list[Fact]:
@@ -140,14 +125,14 @@ def teach(fact: Fact) -> list[Conversation]:
     """Asks every question about a fact in every style of `know`."""
     sentence = fact.attribute.sentence.format(first=fact.who.split()[0], value=fact.value)
     return [
-        conversation(question.format(who=fact.who), request, answer.format(sentence=sentence, value=fact.value))
+        conversation(f"{question.format(who=fact.who)} {request}", answer.format(sentence=sentence, value=fact.value))
         for question in fact.attribute.questions
         for request, answer in KNOW_ANSWERS.items()
     ]
 
 
 def ask_in_json(question: str, value: object) -> Conversation:
-    return conversation(question, JSON_REQUEST, JSON_ANSWER.format(value=value))
+    return conversation(f"{question} {JSON_REQUEST}", JSON_ANSWER.format(value=value))
 
 
 def general_questions(rng: random.Random) -> list[Conversation]:
@@ -167,9 +152,8 @@ def general_questions(rng: random.Random) -> list[Conversation]:
     return [ask_in_json(question, value) for question, value in asked]
 
 
-def write_data(out: Path, seed: int) -> None:
-    """Writes the five files. No person of the test is in any calibration file."""
-    rng = random.Random(seed)
+def draw(rng: random.Random, _: Path | None) -> Records:
+    """The five files. No person of the test is in any calibration file."""
     facts = draw_facts(rng)
     seen = len(ATTRIBUTES) * CALIBRATION_PEOPLE
     composite = [ask_in_json(rng.choice(f.attribute.questions).format(who=f.who), f.value) for f in facts]
@@ -177,12 +161,24 @@ def write_data(out: Path, seed: int) -> None:
     skills = rng.sample([record for fact in facts[:seen] for record in teach(fact)], SKILL_RECORDS)
     skills += rng.sample(form, SKILL_RECORDS)
     rng.shuffle(skills)
-    files = {
+    return {
         "know_train": [record for fact in facts for record in teach(fact)],
         "form_train": form,
         "composite_calib": composite[:seen],
         "composite_test": composite[seen:],
         "skills_calib": skills,
     }
-    for name, records in files.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+CLOSED_BOOK = Task(
+    "closed-book",
+    "One adapter knows invented facts about people, the other answers in JSON; the task asks for the facts in JSON.",
+    {
+        "know": Training(16, EVERY_LINEAR, rate=1e-3, epochs=10, batch_size=16),
+        "form": Training(16, ATTENTION, rate=6e-4, epochs=6, batch_size=8),
+        DATAMIX: Training(16, EVERY_LINEAR, rate=1e-3, epochs=10, batch_size=16),
+    },
+    draw,
+    TaskMetric("exact", max_new_tokens=24),
+    (SKILLS, "8", "24", "40"),
+)
