@@ -235,7 +235,7 @@ def main() -> None:
             lambda n=n: [ours(p, FitSettings(ridge=0.0, passes=n), f"fit --ridge 0 --passes {n:g}")]  # type: ignore[misc]
             for n in arguments.passes
         ]
-        ways.append(lambda: [ours(p, FitSettings(), "fit, as it is (ridge path, 8 passes)")])
+        ways.append(lambda: [ours(p, FitSettings(), "fit, as it is")])
         if not arguments.only_ours:
             ways += [lambda r=r: plain_adamw(p, r, arguments.passes) for r in (1e-3, 1e-2, 3e-2, 1e-1)]  # type: ignore[misc]
             ways += [lambda: [published(p, None)], lambda: [published(p, 1e-2)], lambda: lorahub(p)]

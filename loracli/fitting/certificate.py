@@ -255,17 +255,20 @@ def _extrapolated(weights: dict[str, tuple[float | None, ...]]) -> dict[str, tup
     return {group: found for group, found in places.items() if found}
 
 
-_FEWEST_PASSES = 5.0  # of a budget that has room for a certificate
+_FEWEST_PASSES = 5.5  # of a budget that has room for a certificate
 _WORTH_A_STEP = 1e-5  # nats per token
+_MANY_RECORDS = 16  # for each number: one label a token tells G so well that a step does more than as many passes
 
 
 def certificate_tokens(mixing: Mixing, training: Sequence[Example], settings: FitSettings, passes: float) -> int:
-    """The tokens of the budget that the end of a fit takes: of one certificate; of two with a step between them for
-    `adapter`, whose few numbers any records determine; none where the mixing or the budget has no room for it."""
+    """The tokens of the budget that the end of a fit takes: of one certificate; of two with a Newton step between them
+    where there are many records for each number, and for `adapter`, whose few numbers any records determine; none where
+    the mixing or the budget has no room for it."""
     if not can_certify(mixing) or passes < _FEWEST_PASSES:
         return 0
-    few = mixing.kind == "adapter" and len(training) >= RECORDS_PER_NUMBER * mixing.numbers
-    return (2 if few else 1) * _certificate_cost(training, settings)
+    enough = RECORDS_PER_NUMBER if mixing.kind == "adapter" else _MANY_RECORDS
+    stepped = len(training) >= enough * mixing.numbers
+    return (2 if stepped else 1) * _certificate_cost(training, settings)
 
 
 def _certificate_cost(training: Sequence[Example], settings: FitSettings) -> int:

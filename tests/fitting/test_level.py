@@ -18,10 +18,11 @@ from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting import level as rung_module
+from loracli.fitting.certificate import certificate_tokens
 from loracli.fitting.criterion import Fold
 from loracli.fitting.descent import Descent, Ran, plan_steps
 from loracli.fitting.engine import Engine
-from loracli.fitting.level import _RIDGE_PATH, Solution, Task, ridge_path, solve_level
+from loracli.fitting.level import _RIDGE_PATH, Solution, Task, padded_tokens, ridge_path, solve_level
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout
 from loracli.fitting.search import _solve_adapters, search
 from loracli.fitting.settings import FitSettings
@@ -683,3 +684,15 @@ def test_another_criterion_is_not_mixed_with_losses(by_loss: bool) -> None:
     levels = search(task, level, examples).rungs
     alike = [start.unseen == start.after for start in levels[1].starts]
     assert alike == [not by_loss] * len(alike) and alike
+
+
+@pytest.mark.parametrize(("kind", "records_a_number"), [("adapter", 4), ("layer", 16), ("module", 16)])
+def test_with_many_records_for_each_number_the_budget_has_room_for_a_newton_step(
+    kind: MixingKind, records_a_number: int
+) -> None:
+    """Two certificates and a step between them, each certificate a forward and two backward passes; one with less."""
+    mixing, settings = level(kind), FitSettings(mixing=kind)
+    many = some_examples(records_a_number * mixing.numbers)
+    for examples, certificates in ((many, 2), (many[1:], 1)):
+        reserved = certificate_tokens(mixing, examples, settings, settings.budget(1, len(examples)))
+        assert reserved == 3 * certificates * padded_tokens(examples, settings.batch_tokens)
