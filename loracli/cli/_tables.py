@@ -221,9 +221,9 @@ def _optimum_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> 
     determine, and which are far out."""
     labels = list(recipe.labels().values())
     bound = "" if certificate.certain else "at most "
-    chance = certificate.chance(sum(data.scored_tokens for data in recipe.data))
-    left = f"{bound}{certificate.left:.1g} nats per token left to gain on the training records"
-    out.line(f"{left} (less than {chance:.1g} is chance)")
+    if not unfinished_lines(out, recipe):
+        left = f"{bound}{certificate.left:.1g} nats per token left to gain on the training records"
+        out.line(f"{left} (less than {_chance(recipe, certificate):.1g} is chance)")
     out.line(
         f"your data support about {certificate.effective_numbers:.0f} of {count_text(recipe.mixing.numbers, 'weight')}"
     )
@@ -234,18 +234,23 @@ def _optimum_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> 
         out.line(f"weights above 2 or below -2 (extrapolation, no adapter was trained there): {shown}")
 
 
-def unfinished_lines(out: Output, recipe: Recipe) -> None:
-    """Says so where a fit ended above its optimum by more than chance, as far as the records can tell."""
+def unfinished_lines(out: Output, recipe: Recipe) -> bool:
+    """Says so where a fit ended above its optimum by more than chance, as far as the records can tell; whether it
+    did."""
     certificate = recipe.certificate_of_weights
-    if certificate is None or not certificate.certain:
-        return
-    chance = certificate.chance(sum(data.scored_tokens for data in recipe.data))
-    if certificate.left > chance:
-        more = math.ceil(2 * recipe.fit.passes / max(recipe.fit.folds, 1))
-        out.line(
-            f"not at the optimum yet: {certificate.left:.1g} nats per token left to gain on the training records, "
-            f"where {chance:.1g} is chance; --passes {more} takes twice as many steps"
-        )
+    if certificate is None or not certificate.certain or certificate.left <= _chance(recipe, certificate):
+        return False
+    more = math.ceil(2 * recipe.fit.passes / max(recipe.fit.folds, 1))
+    out.line(
+        f"not at the optimum yet: {certificate.left:.1g} nats per token left to gain on the training records, "
+        f"where {_chance(recipe, certificate):.1g} is chance; --passes {more} takes about twice as many steps"
+    )
+    return True
+
+
+def _chance(recipe: Recipe, certificate: FitCertificate) -> float:
+    """p / 2T nats per token, by which p numbers that T scored tokens determine differ from draw to draw."""
+    return certificate.effective_numbers / (2 * sum(data.scored_tokens for data in recipe.data))
 
 
 def _loss(nats: float | None) -> str:

@@ -235,7 +235,8 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
         search_lines(out, recipe)
         out.line()
     out.line(f"fitted: {weights_text(recipe)} in {recipe.fit.passes:.3g} epochs; how: loracat show --search")
-    unfinished_lines(out, recipe)
+    if not out.detailed:
+        unfinished_lines(out, recipe)
     out.line(f"written: {', '.join([str(output), *beside])}")
     if recipe.fit.stopped is None:
         out.hint(shlex.join(export_words(output)))

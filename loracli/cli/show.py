@@ -99,7 +99,6 @@ def show(
         held_out_lines,
         search_lines,
         table_names,
-        unfinished_lines,
         verdict_lines,
         weight_maps,
         weights_text,
@@ -170,7 +169,6 @@ def show(
     if search or out.detailed:
         out.line()
         search_lines(out, loaded)
-        unfinished_lines(out, loaded)
     out.hint(shlex.join(["loracat", "export", str(recipe), "--merge"]))
 
 

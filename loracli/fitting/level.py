@@ -169,7 +169,7 @@ def left_out(name: str, before: float | None, error: NonFiniteLoss) -> StartReco
 
 
 _RIDGE_PATH = (1e-2, 1e-3, 0.0)  # from strong to none
-_WITHOUT_RIDGE = ("layer", "module")  # a mixing weight for each module is soon where any records want it
+_WITHOUT_RIDGE = ("layer", "module")  # few numbers, which overfit little
 _RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.02}  # at most; the others go by the number of steps
 # Thousands of numbers for one mixing weight fit a few records in a few passes, whatever the ridge: what holds trained
 # factors is a short schedule, of which the validation records choose how much.
@@ -183,9 +183,9 @@ def probe_share(kind: MixingKind) -> float:
 
 
 def ridge_path(settings: FitSettings, kind: str, *, validated: bool) -> tuple[float, ...]:
-    """Of each part of a descent. The few numbers of `layer` and `module` need none: which of several is best, few
-    validation records tell by chance, and a wrong one costs more. Without such records nothing can say when to stop, so
-    the ridge stays at its strongest."""
+    """The ridge of each stage of a descent, in nats per token. `layer` and `module` have none: among several ridges a
+    few validation records choose by chance, and a wrong one costs more than none. Without such records nothing can say
+    when to stop, so the ridge stays at its strongest."""
     if kind == "factors":
         return (settings.ridge or 0.0,) * FACTOR_PASSES
     if settings.ridge is not None:

@@ -174,12 +174,9 @@ class FitCertificate:
 
     @property
     def left(self) -> float:
-        """What is still to gain: the decrement, or the loss, which is not below 0, so that no step gains more."""
+        """What is still to gain, in nats per token: the decrement, or the loss, which is not below 0, so that no step
+        gains more."""
         return min(self.decrement, self.loss)
-
-    def chance(self, scored_tokens: int) -> float:
-        """p / 2T, by which p numbers that T tokens determine differ from draw to draw: what so many can show."""
-        return self.effective_numbers / (2 * scored_tokens)
 
 
 @dataclass(frozen=True)
@@ -209,7 +206,7 @@ class StageRecord:
     Args:
         rung: kind of the mixing.
         start: name of the start that it began from.
-        stage: `probe` for the first steps from a start, `descent` on the path of ridges, `refit` on all records.
+        stage: `probe` for the first steps from a start, `descent` after them, `refit` on all records.
         ridge: strength.
         steps: how many.
         validation: cost of what it came to, None where that was not measured.

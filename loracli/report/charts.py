@@ -163,7 +163,7 @@ _CURVE_WIDTH, _CURVE_HEIGHT, _CURVE_LEFT, _CURVE_BOTTOM, _CURVE_TOP = 360.0, 220
 _NUMBERED = 12.0  # width of a stage that has room for its number
 _STAGES = {
     "probe": "losses of batches in the first steps from a start",
-    "descent": "the same down the path of ridges",
+    "descent": "the same as the better start goes on",
     "refit": "the same once more, on all training records",
 }
 

@@ -141,7 +141,7 @@ def _weights(recipe: Recipe) -> str:
 
 
 def _search(recipe: Recipe) -> str:
-    """How the weights were found: the curve, the path of ridges, the kinds of mixing."""
+    """How the weights were found: the curve, the stages with their ridges, the kinds of mixing."""
     fit = recipe.fit
     parts = [paragraph(f"{rung.kind}: {rung.why}.") for rung in fit.rungs]
     if fit.stages:

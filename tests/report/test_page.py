@@ -201,7 +201,7 @@ def test_losses_over_more_than_a_decade_have_a_log_scale(recipe: Recipe, losses:
     y = heights(content)
     drawn = [(one - y[-1]) / (y[0] - y[-1]) for one in y]
     assert drawn == pytest.approx([(v - values[-1]) / (values[0] - values[-1]) for v in values], abs=1e-3)
-    assert "losses of batches" not in content and "the same down the path of ridges" in content
+    assert "losses of batches" not in content and "the same as the better start goes on" in content
 
 
 def test_a_comparison_says_what_compare_prints(story: Story, whole: Shown, compared: Comparison) -> None:
