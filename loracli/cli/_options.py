@@ -222,8 +222,8 @@ class ReadingOptions:
         typer.Option(
             "--passes",
             metavar="N",
-            help="Spend N passes over the training records on a fit, with folds in each of them; the default is 4 and "
-            "what the certificate takes, for the mixing auto 20, for adapter, rank, core and factors 8.",
+            help="Spend at most N passes over the training records on a fit, with folds in each of them; layer and "
+            "module end where more do not pay. The default is 8, for the mixing auto 20.",
         ),
         Panel.SEARCH,
     ] = None

@@ -235,11 +235,15 @@ def _optimum_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> 
 
 
 def unfinished_lines(out: Output, recipe: Recipe) -> bool:
-    """Says so where a fit ended above its optimum by more than chance, as far as the records can tell; whether it
-    did."""
+    """Says so where the budget ended a fit above its optimum by more than chance, as far as the records can tell;
+    whether it did."""
     certificate = recipe.certificate_of_weights
     if certificate is None or not certificate.certain or certificate.left <= _chance(recipe, certificate):
         return False
+    kind = recipe.mixing.kind
+    rounds = [stage.validation for stage in recipe.fit.stages if (stage.rung, stage.stage) == (kind, "descent")]
+    if len(rounds) > 1 and None not in rounds and rounds[-1] >= rounds[-2]:  # type: ignore[operator]
+        return False  # the records that it was not fitted to gained nothing from more
     more = math.ceil(2 * recipe.fit.passes / max(recipe.fit.folds, 1))
     out.line(
         f"not at the optimum yet: {certificate.left:.1g} nats per token left to gain on the training records, "

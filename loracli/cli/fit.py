@@ -288,7 +288,7 @@ def _show_plan(out: Output, plan: FitPlan) -> None:
     shown = bare | {"adapters": ", ".join(facts["adapters"]), "memory_bytes": amount_text(facts["memory_bytes"], "B")}
     if plan.seconds is not None:
         more = "" if settings.metric is None else "; the answers that choose come on top"
-        shown["seconds"] = f"about {duration_text(plan.seconds)}{more}"
+        shown["seconds"] = f"at most about {duration_text(plan.seconds)}{more}"
     for key, words in shown.items():
         if words is None or key == "checkpointing" or (key == "parts" and not words):
             continue

@@ -66,7 +66,8 @@ class FitPlan:
         dropped: records without anything to score in what is used.
         memory: of one process.
         decision: what follows from the memory that is free now.
-        seconds: about, without answers that choose; None with a base that is shared out, which no process has alone.
+        seconds: at most, about, without answers that choose; None with a base that is shared out, which no process has
+            alone.
     """
 
     inputs: FitInputs

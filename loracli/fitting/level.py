@@ -1,7 +1,7 @@
 """One kind of mixing, a level of the ladder: what is tried and what comes of it.
 
 Above `adapter`: some steps from each start, then on from the better; for `rank` and `core` along a path of falling
-ridge.
+ridge, for `layer` and `module` in rounds for as long as these gain.
 
 The solution of the level below can be a trap, where one adapter is switched off and nothing leads back; so the sum,
 each adapter at full strength, is a start too. The start whose loss is lower on records that were not yet descended on
@@ -66,8 +66,16 @@ class Task:
     @property
     def budget(self) -> float:
         """Passes over the training records that may be spent, forward and backward."""
-        records = {example.place for fold in self.folds for example in (*fold.fitting, *fold.validation)}
-        return self.settings.budget(len(self.folds), len(records))
+        return self.settings.budget(len(self.folds), self._records)
+
+    @property
+    def _records(self) -> int:
+        return len({example.place for fold in self.folds for example in (*fold.fitting, *fold.validation)})
+
+    @property
+    def first_passes(self) -> float:
+        """Passes over the fitting records until `layer` and `module` are first judged."""
+        return self.settings.first_passes(self._records)
 
     @property
     def spent(self) -> int:
@@ -177,9 +185,15 @@ FACTOR_PASSES = 4
 FACTOR_STEPS = 32  # at least: where there are few records, passes are short
 
 
-def probe_share(kind: MixingKind) -> float:
-    """The share of a level's budget for the first steps from each start; they take one pass at most."""
-    return 0.1 if kind in ("layer", "module") else 0.15
+PROBE_SHARE = 0.15  # of a level's budget for the first steps from each start; they take one pass at most
+# A round of `layer` and `module` after the first. The first is enough for most; where it is not, the next one shows it.
+_ROUND = 0.5  # of the steps of the first
+_ROUND_RATE = 0.6  # of the rate of so many steps
+
+
+def in_rounds(kind: str, *, validated: bool) -> bool:
+    """Whether a level ends when it gains nothing more, and not when its share of the budget is spent."""
+    return validated and kind in _WITHOUT_RIDGE
 
 
 def ridge_path(settings: FitSettings, kind: str, *, validated: bool) -> tuple[float, ...]:
@@ -216,25 +230,26 @@ def solve_level(task: Task, mixing: Mixing, starts: Mapping[str, Sequence[Tensor
 
 @dataclass(frozen=True)
 class _Steps:
-    """Of one fold: its plan, the steps from each start, and those after the choice."""
+    """Of one fold: its plan, the steps from each start, those after the choice, and how many rounds may follow."""
 
     plan: Plan
     probe: int
     rest: int
+    rounds: int
 
     def part(self, stage: int, stages: int) -> int:
         return self.rest // stages + (stage < self.rest % stages)
 
-    def passes(self, done: int, stages: int) -> tuple[float, float]:
-        """Over the fitting records, of all stages and of those that are done."""
-        taken = self.probe + sum(self.part(stage, stages) for stage in range(done))
-        return (self.probe + self.rest) / self.plan.steps_a_pass, taken / self.plan.steps_a_pass
+    def passes(self, steps: int) -> float:
+        """Over the fitting records."""
+        return steps / self.plan.steps_a_pass
 
 
 class _Level:
     def __init__(self, task: Task, mixing: Mixing, starts: Mapping[str, tuple[Tensor, ...]], budget: float) -> None:
         self._task, self._mixing, self._starts = task, mixing, starts
         self._path = ridge_path(task.settings, mixing.kind, validated=task.validated)
+        self._in_rounds = in_rounds(mixing.kind, validated=task.validated)
         self._steps = [self._plan(fold_index, budget / len(task.folds)) for fold_index in range(len(task.folds))]
         self._best: Solution | None = None
         self._failure: NonFiniteLoss | None = None
@@ -244,16 +259,19 @@ class _Level:
     def _plan(self, fold_index: int, budget: float) -> _Steps:
         fold, settings = self._task.folds[fold_index], self._task.settings
         plan = plan_steps(fold.fitting, batch_tokens=settings.batch_tokens, seed=settings.seed)
-        checks = 2 * len(self._starts) + len(self._path)
-        tokens = (budget - checks * padded_tokens(fold.validation, settings.batch_tokens)) / 2  # forward and backward
-        probe = max(1, min(plan.steps_a_pass, plan.steps_within(probe_share(self._mixing.kind) * tokens)))
+        check = padded_tokens(fold.validation, settings.batch_tokens)
+        most = (budget - (2 * len(self._starts) + len(self._path)) * check) / 2  # forward and backward
+        tokens = min(most, self._task.first_passes * plan.tokens) if self._in_rounds else most
+        probe = max(1, min(plan.steps_a_pass, plan.steps_within(PROBE_SHARE * tokens)))
         rest = plan.steps_within(tokens - len(self._starts) * plan.tokens_of(range(probe)), first=probe)
         if self._mixing.kind == "factors":
             most = max(FACTOR_PASSES * plan.steps_a_pass, FACTOR_STEPS)
             fewest = FACTOR_STEPS if settings.passes is None else 0
             probe = min(probe, most)
             rest = min(max(rest, fewest - probe), most - probe)
-        return _Steps(plan, probe, max(rest, len(self._path)))
+        rest = max(rest, len(self._path))
+        a_round = plan.tokens_of(range(_round(probe + rest))) + check / 2
+        return _Steps(plan, probe, rest, int((most - tokens) / a_round) if self._in_rounds else 0)
 
     def solve(self) -> Solution:
         descents = {}
@@ -279,7 +297,10 @@ class _Level:
             before = self._task.check(self._mixing, starts, f"{key}, before")
             if before is not None:
                 self._offer(name, starts, before, None)
-            descents = [self._descent(start, steps) for start, steps in zip(starts, self._steps, strict=True)]
+            descents = [
+                self._descent(start, start, steps.plan, steps.probe + steps.rest)
+                for start, steps in zip(starts, self._steps, strict=True)
+            ]
             ran = [
                 descent.run(steps.probe, self._path[0], key=f"{key}, fold {fold}")
                 for fold, (descent, steps) in enumerate(zip(descents, self._steps, strict=True))
@@ -291,7 +312,8 @@ class _Level:
             return None
         self._keep(name, "probe", self._path[0], ran, after)
         if after is not None:  # few steps may have been enough
-            self._offer(name, tuple(descent.theta for descent in descents), after, self._path[0])
+            taken = self._steps[0].probe
+            self._offer(name, tuple(descent.theta for descent in descents), after, self._path[0], taken)
         pooled = after is None or (self._task.chooses_by_loss and len(descents) == 1)
         unseen = _unseen(ran, after) if pooled else after.nats_per_token  # type: ignore[union-attr]
         self._reports.append(StartRecord(name, nats_per_token(before), nats_per_token(after), unseen))
@@ -299,33 +321,70 @@ class _Level:
 
     def _walk(self, name: str, descents: Sequence[Descent]) -> None:
         """The path of falling ridge; ends where the solution gets clearly worse."""
+        taken = self._steps[0].probe
         for stage, ridge in enumerate(self._path):
-            key = f"{self._stage(name, 'descent', ridge)}, part {stage}"
-            try:
-                ran = [
-                    descent.run(steps.part(stage, len(self._path)), ridge, key=f"{key}, fold {fold}")
-                    for fold, (descent, steps) in enumerate(zip(descents, self._steps, strict=True))
-                ]
-                thetas = tuple(r.average for r in ran)
-                scores = self._task.check(self._mixing, thetas, f"{key}, after")
-            except NonFiniteLoss as error:
-                self._stop(name, descents, str(error))
-                return
-            self._keep(name, "descent", ridge, ran, scores)
+            counts = [steps.part(stage, len(self._path)) for steps in self._steps]
+            taken += counts[0]
             best = self._best.scores if self._best is not None else None
-            self._offer(name, thetas, scores, ridge, stage + 1)
+            ended = self._run(name, f"part {stage}", descents, counts, ridge, taken)
+            if ended is None:
+                return
+            thetas, scores = ended
             if scores is not None and best is not None and gain(scores, best).clear:
                 return
+        if self._in_rounds:
+            assert scores is not None
+            self._go_on(name, thetas, scores, taken)
+
+    def _go_on(self, name: str, thetas: tuple[Tensor, ...], scores: Scores, taken: int) -> None:
+        """Rounds from the average of the one before, for as long as one gains more than chance and `task.least_gain`,
+        and the budget lasts."""
+        task, ridge = self._task, self._path[-1]
+        counts = [_round(steps.probe + steps.rest) for steps in self._steps]
+        for number in range(min(steps.rounds for steps in self._steps)):
+            descents = [
+                self._descent(theta, anchor, steps.plan, count, _ROUND_RATE)
+                for theta, anchor, steps, count in zip(thetas, self._starts[name], self._steps, counts, strict=True)
+            ]
+            taken += counts[0]
+            ended = self._run(name, f"round {number}", descents, counts, ridge, taken)
+            if ended is None or ended[1] is None:
+                return
+            gained = gain(scores, ended[1])
+            if not gained.clear or gained.mean <= task.least_gain:
+                return
+            thetas, scores = ended[0], ended[1]
+
+    def _run(
+        self, name: str, what: str, descents: Sequence[Descent], counts: Sequence[int], ridge: float, taken: int
+    ) -> tuple[tuple[Tensor, ...], Scores | None] | None:
+        """So many steps on each fold, by when `taken` were taken on the first; what they come to is offered. None if
+        the loss is not finite."""
+        key = f"{self._stage(name, 'descent', ridge)}, {what}"
+        try:
+            ran = [
+                descent.run(count, ridge, key=f"{key}, fold {fold}")
+                for fold, (descent, count) in enumerate(zip(descents, counts, strict=True))
+            ]
+            thetas = tuple(r.average for r in ran)
+            scores = self._task.check(self._mixing, thetas, f"{key}, after")
+        except NonFiniteLoss as error:
+            self._stop(name, descents, str(error))
+            return None
+        self._keep(name, "descent", ridge, ran, scores)
+        self._offer(name, thetas, scores, ridge, taken)
+        return thetas, scores
 
     def _offer(
-        self, name: str, thetas: tuple[Tensor, ...], scores: Scores | None, ridge: float | None, stages: int = 0
+        self, name: str, thetas: tuple[Tensor, ...], scores: Scores | None, ridge: float | None, taken: int = 0
     ) -> None:
         """Keeps a solution if it is the best so far; without validation records the last is."""
         best = self._best
         if best is not None and best.scores is not None and scores is not None:
             if scores.nats_per_token >= best.scores.nats_per_token:
                 return
-        passes = self._steps[0].passes(stages, len(self._path))
+        steps = self._steps[0]
+        passes = steps.passes(steps.probe + steps.rest), steps.passes(taken)
         self._best = Solution(self._mixing, thetas, self._starts[name], scores, (), name, ridge, passes=passes)
 
     def _stop(self, name: str, descents: Sequence[Descent], why: str) -> None:
@@ -338,11 +397,11 @@ class _Level:
     def _keep(self, name: str, stage: str, ridge: float, ran: Sequence[Ran], scores: Scores | None) -> None:
         self._stages.append(ran[0].recorded(self._mixing.kind, name, stage, ridge, nats_per_token(scores)))
 
-    def _descent(self, start: Tensor, steps: _Steps) -> Descent:
-        count = steps.probe + steps.rest
-        rate = rate_for(self._task, self._mixing, count)
-        adam = AdamW(start, steps=count, rate=rate, warm_up=max(1, round(WARM_UP * count)))
-        return Descent(self._task.engine, self._mixing, steps.plan.examples, steps.plan.step, adam, start)
+    def _descent(self, start: Tensor, anchor: Tensor, plan: Plan, steps: int, share: float = 1.0) -> Descent:
+        """A schedule of so many steps, at a share of the rate of as many."""
+        rate = share * rate_for(self._task, self._mixing, steps)
+        adam = AdamW(start, steps=steps, rate=rate, warm_up=max(1, round(WARM_UP * steps)))
+        return Descent(self._task.engine, self._mixing, plan.examples, plan.step, adam, anchor)
 
     def _stage(self, name: str, what: str, ridge: float | None) -> str:
         """Tells of what follows; the key of it."""
@@ -350,6 +409,11 @@ class _Level:
         words = f"fitting {count_text(self._mixing.numbers, 'weight')}"
         self._task.engine.meter.stage(words, rung=kind, start=name, stage=what, ridge=ridge)
         return f"{kind} from {name}, {what}" + ("" if ridge is None else f", ridge {ridge:g}")
+
+
+def _round(steps: int) -> int:
+    """The steps of a round after a first of so many."""
+    return max(1, round(_ROUND * steps))
 
 
 def _unseen(ran: Sequence[Ran], after: Scores | None) -> float:

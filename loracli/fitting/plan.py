@@ -97,9 +97,14 @@ def fit_work(inputs: FitInputs, examples: Examples, folds: Sequence[Fold]) -> Wo
     wanted = settings.control == FRESH_LORA
     if settings.control is None and parameter_of_experts(inputs.adapters) is None:
         # Below so many records there is no verdict that it could change.
-        cheaper = sum(cost.tokens for cost in fresh.values()) < work.left(REACH).tokens
+        cheaper = sum(cost.tokens for cost in fresh.values()) < _shortest(work).left(REACH).tokens
         wanted = cheaper and len(examples.held_out) >= MIN_HELD_OUT
     return replace(work, after={**work.after, **fresh}) if wanted else work
+
+
+def _shortest(work: Work) -> Work:
+    """The same fit where more passes do not pay."""
+    return replace(work, settings=work.settings.shortest(len(work.training)))
 
 
 def measured_pace(
@@ -125,7 +130,9 @@ def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Exam
     choosing = f", {len(folds)} folds" if len(folds) > 1 else f", {len(folds[0].validation)} of them to choose with"
     most = settings.budget(len(folds), len(examples.training))
     passes = "one pass" if settings.paper else f"up to {most:.3g} passes"
-    about = duration_text(work.left(REACH).seconds(pace))
+    least, longest = (each.left(REACH).seconds(pace) for each in (_shortest(work), work))
+    about = duration_text(least)
+    about += f", up to {duration_text(longest)} while more passes pay" if longest > least else ""
     about += "" if settings.metric is None else "; the answers that choose come on top"
     parts = inputs.data.parts
     if parts and folds[0].validation:

@@ -267,7 +267,9 @@ def _solve(
     if not isinstance(mixing, DiagonalMixing) or not can_certify(mixing) or found.stopped:
         return found, None
     engine.meter.enter(CERTIFICATE)
-    left = settings.budget(len(folds), len(training)) * 2 * tokens_of(training) - (engine.meter.spent - before)
+    budget = settings.budget(len(folds), len(training))
+    left = budget * 2 * tokens_of(training) - (engine.meter.spent - before)
+    left = min(left, certificate_tokens(mixing, training, settings, budget))  # what the search left is not for this
     theta, certificate = certified(
         engine, mixing, found.theta, found.anchor, found.ridge or 0.0, training, settings, left
     )

@@ -51,6 +51,7 @@ from loracli.fitting.engine import GRADIENT_COST, Engine
 from loracli.fitting.level import (
     Solution,
     Task,
+    in_rounds,
     left_out,
     nats_per_token,
     padded_tokens,
@@ -187,8 +188,8 @@ def _screen(task: Task, mixing: Mixing, examples: Sequence[Example], key: str) -
 # Levels with the share of the search's budget that each may take.
 LADDERS: dict[str, Mapping[MixingKind, float]] = {
     "adapter": {"adapter": 1.0},
-    "layer": {"adapter": 0.1, "layer": 0.9},
-    "module": {"adapter": 0.1, "module": 0.9},
+    "layer": {"adapter": 0.05, "layer": 0.95},
+    "module": {"adapter": 0.05, "module": 0.95},
     "rank": {"adapter": 0.2, "module": 0.35, "rank": 0.45},
     "core": {"adapter": 0.2, "module": 0.35, "core": 0.45},
     "factors": {"adapter": 0.2, "module": 0.35, "factors": 0.45},
@@ -427,6 +428,8 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
     else:
         if len(task.folds) > 1 and last.mixing.kind == "core":
             steps = whole = min(steps, max(1, round(last.passes[0] * plan.steps_a_pass)))
+        elif in_rounds(last.mixing.kind, validated=task.validated):
+            steps = whole = min(steps, max(1, round(last.passes[1] * plan.steps_a_pass)))
         rate = _REFIT_RATE * rate_for(task, last.mixing, steps)
     adam = AdamW(start, steps=whole, rate=rate, warm_up=max(1, round(WARM_UP * whole)))
     kind = last.mixing.kind

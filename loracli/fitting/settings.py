@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 
 from loracli.adapters.saved_modules import REFUSE, check_policy
@@ -16,8 +16,8 @@ from loracli.system.near import did_you_mean
 AUTO = "auto"
 FRESH_LORA, NO_CONTROL = "fresh-lora", "none"
 PASSES = 8.0
-_FEWER = {"layer": 4.0, "module": 4.0}  # and the certificate
 _CERTIFICATE = 1.5
+_FIRST_PASSES = 2.0  # of `layer` and `module`, which go on from there for as long as it pays
 _AUTO_PASSES = 20.0
 _FULL_RECORDS = 40  # below, there are more passes
 
@@ -34,8 +34,8 @@ class FitSettings:
             for a fifth, or with fewer than 100 records for every record in its turn (cross-fitting).
         max_length: tokens of a record that are used, from its start.
         batch_tokens: tokens of a micro-batch, padding included.
-        passes: budget, in passes forward and backward over the training records, times the number of folds; None for 4
-            and the certificate, 20 with `auto`, 8 with other kinds than `module` and `layer`; more with few records.
+        passes: at most so many, forward and backward over the training records, times the number of folds; None for 8,
+            or 20 with `auto`, more with few records. `module` and `layer` end where more do not pay.
         cv: K folds to choose among starts, ridges and kinds of mixing; None for 4 where every record is held out in its
             turn or there are 6 to 39 training records, and for a fifth of them set aside with more.
         ridge: strength of lambda / 2 |w - w_start|^2 beside nats per token; None for none, and for `rank` and `core` a
@@ -124,10 +124,21 @@ class FitSettings:
             return 1.0
         if self.passes is not None:
             return folds * self.passes
-        few = math.sqrt(max(1.0, _FULL_RECORDS / records))
+        few = _few(records)
         if self.mixing == AUTO:
             return folds * few * _AUTO_PASSES
-        return folds * few * _FEWER.get(self.mixing, PASSES) + _CERTIFICATE * (self.mixing in _FEWER)
+        return folds * few * PASSES + _CERTIFICATE * (self.mixing in ("layer", "module"))
+
+    def first_passes(self, records: int) -> float:
+        """Passes over the fitting records of a fold after which `layer` and `module` are first asked whether more pays,
+        if the budget has so many."""
+        return _few(records) * _FIRST_PASSES
+
+    def shortest(self, records: int) -> FitSettings:
+        """The settings of the fit that ends first: where the round after these passes gains nothing."""
+        if self.paper or self.passes is not None or self.mixing not in ("layer", "module"):
+            return self
+        return replace(self, passes=_few(records) * 1.5 * _FIRST_PASSES)
 
     @property
     def metric(self) -> TaskMetric | None:
@@ -144,3 +155,8 @@ class FitSettings:
         """The settings for a recipe; of the user's command, which may name what is nobody's business, its sha256."""
         command = self.metric_command
         return {**asdict(self), "metric_command": command and sha256(command.encode()).hexdigest()}
+
+
+def _few(records: int) -> float:
+    """How many times the passes: few records make short ones, of which a fit needs more."""
+    return math.sqrt(max(1.0, _FULL_RECORDS / records))

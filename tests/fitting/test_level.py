@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting import level as rung_module
 from loracli.fitting.certificate import certificate_tokens
-from loracli.fitting.criterion import Fold
+from loracli.fitting.criterion import LEAST_GAIN, Fold
 from loracli.fitting.descent import Descent, Ran, plan_steps
 from loracli.fitting.engine import Engine
 from loracli.fitting.level import _RIDGE_PATH, Solution, Task, padded_tokens, ridge_path, solve_level
@@ -404,7 +405,22 @@ def test_without_validation_records_the_ridge_stays_at_its_strongest(monkeypatch
 def test_with_validation_records_there_is_no_ridge(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     ridges = ridges_of(monkeypatch)
     found, _ = searched(LeastSquares(TRUTH), some_examples(), FitSettings(mixing=kind))
-    assert ridges == [0.0] * 4 and found.ridge == 0.0  # two starts, one stage, the last fit
+    assert ridges == [0.0] * 5 and found.ridge == 0.0  # two starts, the first steps, a round more, the last fit
+
+
+@pytest.mark.parametrize(("rate", "passes", "ends_early"), [(None, None, True), (0.004, None, False), (0.004, 6, False)])
+def test_module_goes_on_for_as_long_as_a_round_gains_and_the_budget_lasts(
+    rate: float | None, passes: float | None, ends_early: bool
+) -> None:
+    settings = FitSettings(learning_rate=rate, passes=passes)
+    examples = some_examples(200)
+    found, engine = searched(LeastSquares(TRUTH + 2, noise=0.01), examples, settings)
+    losses = [stage.validation for stage in found.stages if stage.stage == "descent" and stage.rung == "module"]
+    gains = [before - after for before, after in pairwise(losses)]  # type: ignore[operator]
+    budget = settings.budget(1, len(examples)) * 2 * sum(len(example.input_ids) for example in examples)
+    assert all(gained > LEAST_GAIN for gained in gains[:-1])
+    assert (gains[-1] <= LEAST_GAIN) is ends_early
+    assert (engine.meter.spent < 0.6 * budget) is ends_early and engine.meter.spent <= budget
 
 
 def far_from_the_truth() -> dict[str, list[Tensor]]:
@@ -422,7 +438,7 @@ def test_the_ridge_of_rank_falls_to_none(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_ridge_that_was_asked_for_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ridges = ridges_of(monkeypatch)
     found, _ = searched(LeastSquares(TRUTH), some_examples(), FitSettings(ridge=0.02))
-    assert ridges == [0.02] * 4 and found.ridge == 0.02
+    assert ridges == [0.02] * 5 and found.ridge == 0.02
 
 
 @pytest.mark.parametrize(("ridge", "path"), [(None, (0.0,) * 4), (0.02, (0.02,) * 4)])
@@ -496,7 +512,7 @@ def test_records_of_uneven_lengths_keep_to_the_budget_and_use_it(kind: MixingKin
         found, engine = searched(LeastSquares(TRUTH), examples, settings)
         budget = settings.budget(1, count) * whole
         assert engine.meter.spent <= budget
-        least = {"adapter": 3 / 8, "rank": 5 / 8}.get(kind, 3 / 4)  # BFGS is done when it is done
+        least = {"adapter": 3 / 8, "rank": 5 / 8}.get(kind, 1 / 2)  # BFGS and rounds are done when they are done
         assert engine.meter.spent > least * budget
         assert found.stopped is None
 

@@ -64,7 +64,8 @@ def test_a_whole_fit_fills_its_bar_and_is_said_to_take_less_than_twice_what_it_d
 ) -> None:
     told = fitted(settings, tmp_path, tiny_base, two_adapters)
     assert (told.begun, told.finished) == (1, 1)
-    assert told.totals[0] <= 2 * told.done and told.done == told.totals[-1]
+    goes_on = settings == FitSettings()  # for as long as it pays, which nobody knows before
+    assert told.totals[0] <= (3 if goes_on else 2) * told.done and told.done == told.totals[-1]
     numbers = [re.match(r"(\d+)/(\d+) ", stage) for stage in told.stages]
     counted = [int(found[1]) for found in numbers if found]
     assert counted == sorted(counted) and len(counted) == len(told.stages)
