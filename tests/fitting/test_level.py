@@ -408,7 +408,9 @@ def test_with_validation_records_there_is_no_ridge(monkeypatch: pytest.MonkeyPat
     assert ridges == [0.0] * 5 and found.ridge == 0.0  # two starts, the first steps, a round more, the last fit
 
 
-@pytest.mark.parametrize(("rate", "passes", "ends_early"), [(None, None, True), (0.004, None, False), (0.004, 6, False)])
+@pytest.mark.parametrize(
+    ("rate", "passes", "ends_early"), [(None, None, True), (0.004, None, False), (0.004, 6, False)]
+)
 def test_module_goes_on_for_as_long_as_a_round_gains_and_the_budget_lasts(
     rate: float | None, passes: float | None, ends_early: bool
 ) -> None:
