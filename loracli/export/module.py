@@ -63,7 +63,8 @@ def module_export(
         kept = 1.0
     else:
         written, error, kept = _composed(composition, name, dtype, rank, moment)
-    if not written.is_finite():
+    # An entry that is infinite or NaN makes the error so: where it is finite, no second look is needed.
+    if not (math.isfinite(error) or written.is_finite()):
         raise UsageError(f"{name} overflows {dtype}", hint="export with --dtype float32 or bfloat16")
     return ModuleExport(written, ModuleCertificate(name, written.rank, error, kept))
 
