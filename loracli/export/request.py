@@ -207,7 +207,7 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
             unused != Placement() and not request.runs_base,
             f"--base-dtype,{'' if computes else ' --device,'} --device-map and --quantise have no use here: no base "
             "model is loaded",
-            "give them with --data or --fit-data, or leave them out",
+            "give them with --data or --fit-data, --device with --merge too, or leave them out",
         ),
         (method is not None and request.activation_aware, "--activation-aware is for a recipe", "leave out --method"),
         (
