@@ -12,6 +12,7 @@ Prints Markdown with the device's name and all versions, to be sent as it is. Th
     halving    a fit for which memory is too small beside one for which it is not. On CUDA the process is fenced in;
                elsewhere micro-batches above a size are refused in torch's own words.
     4-bit      a fit on a base in bitsandbytes' NF4 beside one on the same weights in full
+    algebra    a cut and the methods that merge factors, beside the CPU's; left out where there is no float64
 
 The second is about a Llama of random weights, the largest of 8B, 3B and 1B whose fit is estimated to take 80 % of the
 free memory or less, else a tiny one, and adapters of random factors on all of its linear layers. A step is the gradient
@@ -49,6 +50,10 @@ from benchmarks.gpu_steps import LENGTH, SHAPES, Device, kept, print_steps
 from benchmarks.made_inputs import LlamaShape, copy_tokenizer, part_of_example, write_llama, write_llama_adapters
 from benchmarks.measuring import BenchmarkParser, left_out
 from loracli.adapters.adapter import read_adapter
+from loracli.algebra.factors import Factors, concatenate, relative_error
+from loracli.algebra.methods import METHODS
+from loracli.algebra.methods.method import MethodOptions
+from loracli.algebra.truncate import truncate
 from loracli.calibration.dataset import Batch
 from loracli.calibration.records import read_records
 from loracli.errors import BaseModelMismatch
@@ -58,7 +63,7 @@ from loracli.fitting.mixing import make_layout, make_mixing
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Objective
-from loracli.model.placement import Placement
+from loracli.model.placement import Placement, has_float64
 from loracli.model.reference import find_base
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT
@@ -71,6 +76,7 @@ DTYPES = ("float32", "bfloat16")
 WEIGHTS = {"float32": 1e-3, "bfloat16": 0.1}  # how far those of two fits may be apart
 LOSS = {"float32": 1e-4, "bfloat16": 0.02}  # likewise, in nats per token
 GRADIENT = {"float32": 1e-4, "bfloat16": 0.1}  # relative to the one in float64
+ALGEBRA = 1e-6  # a share of the largest; what an approximation's own stopping rule leaves open
 SHORT = {"ridge": 0.01, "passes": 2, "control": "none"}  # with a ridge, weights are settled that records say little of
 
 
@@ -236,6 +242,30 @@ def four_bit(device: Device, case: Case) -> Iterator[Check]:
     yield Check("4-bit", f"held-out loss, {name}", abs(loss_of(narrow) - loss_of(full)), 1e-2)
 
 
+def algebra(device: Device, width: int) -> Iterator[Check]:
+    """On one module (width, width) and random adapters; a factor of an approximation is not unique, its error is."""
+    if not has_float64(device.place):
+        left_out("algebra: this device has no float64")
+        return
+    drawn = torch.Generator().manual_seed(0)
+    updates = [
+        Factors(torch.randn(16, width, generator=drawn), torch.randn(width, 16, generator=drawn)) for _ in range(4)
+    ]
+    there = [update.on(device.place) for update in updates]
+    exact = concatenate(updates, [1.0] * len(updates))
+    here, found = (truncate(one, 16).factors.on("cpu") for one in (exact, exact.on(device.place)))
+    apart = abs(relative_error(found, exact) - relative_error(here, exact))
+    yield Check("algebra", "what a cut to rank 16 leaves out, relative", apart, ALGEBRA)
+    for name, method in METHODS.items():
+        if method.merge is None:
+            continue
+        merged, expected = (method.merge_updates(those, MethodOptions()) for those in (there, updates))
+        yield Check("algebra", f"energy kept, {name}", abs(merged.kept_energy - expected.kept_energy), ALGEBRA)
+        if not method.full_rank:
+            apart = relative_error(merged.factors.on("cpu"), expected.factors)
+            yield Check("algebra", f"the update, {name}, relative", apart, ALGEBRA)
+
+
 def write_small(folder: Path, example: Case, args: argparse.Namespace) -> Case:
     """A Llama of random weights, two adapters, and records of several of the example's questions and answers each."""
     shape = SMALLEST if args.quick else SMALL
@@ -264,6 +294,7 @@ def print_checks(device: Device, folder: Path, args: argparse.Namespace, failed:
         "twice": twice(device, small, args.batch_tokens),
         "halving": halving(device, small, args.batch_tokens),
         "4-bit": four_bit(device, small),
+        "algebra": algebra(device, args.width),
     }
     checks = [check for name, part in parts.items() for check in kept(device, name, part, failed)]
     print("| | | found | at most | right |\n|---|---|--:|--:|---|")
@@ -287,6 +318,7 @@ def main() -> int:
     parser.add_argument("--test", type=int, default=1000, quick=13, help="likewise")
     parser.add_argument("--records", type=int, default=64, quick=6, help="that the small model is fitted on")
     parser.add_argument("--questions", type=int, default=16, quick=1, help="in each of them")
+    parser.add_argument("--width", type=int, default=2048, quick=96, help="of the module in `algebra`")
     parser.add_argument("--batch-tokens", type=int, default=8192, quick=96)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -63,9 +63,22 @@ class Factors:
     def dtype(self) -> torch.dtype:
         return self.lora_A.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are; what stays in a file until it is wanted comes into the machine's own memory."""
+        lora_A = vars(self).get("lora_A")
+        return torch.device("cpu") if lora_A is None else lora_A.device
+
     def loaded(self) -> Factors:
         """The same factors in memory, which these are in."""
         return self
+
+    def on(self, device: torch.device | str) -> Factors:
+        """The same factors on a device; themselves where they are there."""
+        if self.device == torch.device(device):
+            return self.loaded()
+        bias = None if self.bias is None else self.bias.to(device)
+        return Factors(self.lora_A.to(device), self.lora_B.to(device), self.scaling, bias)
 
     def to(self, dtype: torch.dtype) -> Factors:
         """The same factors in another dtype; each entry is rounded once."""
@@ -142,7 +155,7 @@ def svd_of_core(q_b: Tensor, middle: Tensor, q_a: Tensor) -> tuple[Tensor, Tenso
     u, singular, vh = torch.linalg.svd(middle, full_matrices=False)
     left, right = q_b @ u, vh @ q_a.T
     largest = left.abs().argmax(dim=0)
-    signs = torch.where(left[largest, torch.arange(left.shape[1])] < 0, -1.0, 1.0).to(left.dtype)
+    signs = torch.where(left[largest, torch.arange(left.shape[1], device=left.device)] < 0, -1.0, 1.0).to(left.dtype)
     return left * signs, singular, right * signs[:, None]
 
 
@@ -160,8 +173,8 @@ def concatenate(updates: Sequence[Factors], weights: Sequence[float]) -> Factors
         ValueError: if there is not one weight for each update.
     """
     first, rank = updates[0], sum(update.rank for update in updates)
-    lora_A = torch.empty(rank, first.in_features, dtype=torch.float64)
-    lora_B = torch.empty(first.out_features, rank, dtype=torch.float64)
+    lora_A = torch.empty(rank, first.in_features, dtype=torch.float64, device=first.device)
+    lora_B = torch.empty(first.out_features, rank, dtype=torch.float64, device=first.device)
     row = 0
     for w, update in zip(weights, updates, strict=True):
         rows = slice(row, row := row + update.rank)
@@ -197,7 +210,7 @@ def mix(updates: Sequence[Factors], mixing: Tensor) -> Factors:
     if any(update.bias is not None for update in updates):
         raise ValueError("an update with a bias has no mixing matrix")
     stacked = concatenate(updates, [1.0] * len(updates))
-    return Factors(stacked.lora_A, stacked.lora_B @ mixing.double())
+    return Factors(stacked.lora_A, stacked.lora_B @ mixing.to(stacked.lora_B))
 
 
 def relative_error(written: Factors, exact: Factors) -> float:

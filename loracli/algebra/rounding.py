@@ -23,6 +23,7 @@ under the same rule for what cancels: a cut leaves more.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from loracli.algebra.factors import Factors, Grams, concatenate, relative_error
 
-_BLOCK, _BLOCK_ROWS = 1 << 17, 1024  # entries and rows of (rows, R) in float64 at most: small enough for the cache
+_BLOCK, _BLOCK_ROWS = 1 << 18, 4096  # entries and rows of (rows, R) at most: small enough for the cache
 # A sum of Gram products below this share of its terms is computed by QR; above it, a norm has 16 - 7 = 9 digits.
 _CANCELLED = 1e-7
 _CANCELLED_32 = 1e-2  # of float32: a norm has four digits
@@ -62,8 +63,11 @@ def rounded_concatenation(
     lora_B = torch.empty(out, rank, dtype=dtype)
     grams = _Grams(lora_A, exact_A, torch.float32)
     for rows in _blocks(out, rank):
-        exact = torch.cat([part[rows] for part in columns], dim=1).double().mul_(factors)
-        lora_B[rows] = exact
+        exact = _room("exact", rows.stop - rows.start, rank, torch.float64)
+        row = 0
+        for part in columns:
+            exact[:, row : (row := row + part.shape[1])] = part[rows]
+        lora_B[rows] = exact.mul_(factors)
         grams.add(lora_B[rows], exact)
     written, error = Factors(lora_A, lora_B), None
     if all(_RANGE_32[0] < _largest(part) < _RANGE_32[1] for part in (lora_A, lora_B)):
@@ -116,18 +120,22 @@ class _Grams:
         self._left = torch.zeros(size, size, dtype=torch.float64)  # of [E_B, B']
         self._exact = torch.zeros(rank, rank, dtype=torch.float64)  # of B
         for columns in _blocks(inner, rank):
-            part = exact[:, columns].to(precision)
+            part = _room("part", size, columns.stop - columns.start, precision)
+            part[:rank] = exact[:, columns]
             if self._rounded_A:
-                rounding = written[:, columns].to(self._apart) - exact[:, columns].to(self._apart)
-                part = torch.cat([part, rounding.to(precision)])
+                part[rank:] = written[:, columns].to(self._apart) - exact[:, columns].to(self._apart)
             self._right += part @ part.T
 
     def add(self, written: Tensor, exact: Tensor) -> None:
         """A block of rows of B', and of B in float64, (rows, R)."""
-        precise = exact.to(self._precision)
-        part = torch.sub(written, precise if self._apart == self._precision else exact).to(self._precision)
-        if self._rounded_A:
-            part = torch.cat([part, written.to(self._precision)], dim=1)
+        rows, rank = exact.shape
+        precise = _room("precise", rows, rank, self._precision).copy_(exact)
+        part = _room("part", rows, self._left.shape[0], self._precision)
+        if self._apart == self._precision:
+            torch.sub(part[:, -rank:].copy_(written), precise, out=part[:, :rank])
+        else:
+            part[:, -rank:] = written
+            part[:, :rank] = written.to(self._apart) - exact
         self._left += part.T @ part
         self._exact += precise.T @ precise
 
@@ -161,3 +169,16 @@ def _ratio(difference: float, reference: float) -> float:
 def _blocks(length: int, rank: int) -> list[slice]:
     rows = min(max(_BLOCK // rank, 1), _BLOCK_ROWS)
     return [slice(start, min(start + rows, length)) for start in range(0, length, rows)]
+
+
+_kept = threading.local()
+
+
+def _room(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory (rows, columns) for what goes by this name in a thread's next step: the same each time, for the system is
+    slow to give new memory."""
+    room: Tensor | None = getattr(_kept, name, None)
+    if room is None or room.dtype != dtype or room.numel() < rows * columns:
+        room = torch.empty(rows * columns, dtype=dtype)
+        setattr(_kept, name, room)
+    return room[: rows * columns].view(rows, columns)

@@ -283,7 +283,8 @@ def _leading_space(matrix: Tensor, k: int, columns: int) -> Tensor:
     """(out, columns): an orthonormal basis of a space that has the k leading left singular vectors, float64."""
     generator = torch.Generator().manual_seed(0)
     half = (matrix / matrix.abs().max()).float()  # whose squares stay within float32's range
-    basis = torch.linalg.qr(half @ torch.randn(matrix.shape[1], columns, generator=generator)).Q  # (out, c)
+    drawn = torch.randn(matrix.shape[1], columns, generator=generator)  # the same whatever the device
+    basis = torch.linalg.qr(half @ drawn.to(half.device)).Q  # (out, c)
     images = half.T @ basis  # (in, c): M^T Q
     captured = 0.0
     for _ in range(_MOST_BLOCKS):

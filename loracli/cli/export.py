@@ -139,7 +139,14 @@ class MachineOptions:
             help="With --data or --fit-data: load the base as auto, float32, bfloat16, float16 or float64.",
         ),
     ] = "auto"
-    device: opt.Device = "auto"
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="Run the base on auto, cpu, cuda, cuda:1 or mps; cuts and methods too, unless auto.",
+        ),
+    ] = "auto"
     device_map: opt.DeviceMap = None
     quantise: opt.Quantise = None
 

@@ -18,7 +18,7 @@ from loracli.algebra.methods import METHODS
 from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FITTED_MIXINGS, RANDOM, UNIFORM, WEIGHTS
 from loracli.composition.attached import MixingPoint, of_factors, of_method, of_recipe, of_weights, weighted
-from loracli.composition.composition import OwnMoments, compose_module
+from loracli.composition.composition import CPU, OwnMoments, compose_module
 from loracli.composition.fitted import (
     Calibration,
     check_own_records,
@@ -127,8 +127,12 @@ def _way_out(error: Exception) -> str:
     return getattr(error, "hint", None) or "leave it out of --methods, or compare `data-free` or `all` of them"
 
 
-def candidates(inputs: CompareInputs, calibration: Calibration | None, skipped: list[Skipped]) -> list[Candidate]:
+def candidates(
+    inputs: CompareInputs, calibration: Calibration | None, skipped: list[Skipped], device: torch.device = CPU
+) -> list[Candidate]:
     """Base, ingredients, methods, weights, fits and controls; those of `all` that cannot be had go into `skipped`.
+
+    Methods are computed on the device.
 
     Raises:
         UsageError: if a method that was asked for by name needs calibration records and there are none.
@@ -153,7 +157,7 @@ def candidates(inputs: CompareInputs, calibration: Calibration | None, skipped: 
                 raise UsageError(f"{name} {why}", hint=hint)
             skipped.append(Skipped(name, f"{why}: {hint}"))
             continue
-        rows.append(_method(name, inputs, calibration, by_name, moments))
+        rows.append(_method(name, inputs, calibration, by_name, moments, device))
     if inputs.weights is not None:
         rows.append(Candidate(WEIGHTS, "method", partial(of_weights, inputs.weights, adapters, layout)))
     rows += [Candidate(one.row, "fit", partial(one.point, adapters, layout)) for one in inputs.recipes]
@@ -183,10 +187,12 @@ def _method(
     calibration: Calibration | None,
     by_name: bool,
     moments: Callable[[], OwnMoments],
+    device: torch.device,
 ) -> Candidate:
     layout, adapters, options = inputs.layout, inputs.adapters, inputs.settings.options_of(name)
     if not _needs_data(name):
-        return Candidate(name, "method", partial(of_method, METHODS[name], options, adapters, layout), by_name=by_name)
+        merge = partial(of_method, METHODS[name], options, adapters, layout, device)
+        return Candidate(name, "method", merge, by_name=by_name)
     assert calibration is not None
     if name in FITTED_MIXINGS:
         rung, cost = partial(_rung, name, inputs, calibration), _cost_of_level(name, inputs, calibration)
@@ -195,7 +201,7 @@ def _method(
 
         def regress() -> MixingPoint:
             check_own_records(name, inputs.owners, inputs.references)
-            return regressed(METHODS[name], moments(), adapters)
+            return regressed(METHODS[name], moments(), adapters, device)
 
         return Candidate(
             name, "method", regress, moments_cost(calibration, layout.adapters), fitted=True, by_name=by_name

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from loracli.adapters.adapter import LoraAdapter
 from loracli.calibration.dataset import render_dataset
 from loracli.calibration.records import CalibrationFile, DataPaths
@@ -126,7 +128,7 @@ def _opened(
     rows = _Rows(progress)
     with open_session(opening, progress=rows) as session:
         say_tokenizer_differences(inputs.adapters, inputs.references, session.tokenizer, progress)
-        yield _Comparison(inputs, session, metric, kept, rows)
+        yield _Comparison(inputs, session, metric, kept, rows, placement.algebra_device())
 
 
 @contextmanager
@@ -248,9 +250,16 @@ class ComparisonPlan:
 
 class _Comparison:
     def __init__(
-        self, inputs: CompareInputs, session: Session, metric: TaskMetric | None, kept: KeptRows, progress: _Rows
+        self,
+        inputs: CompareInputs,
+        session: Session,
+        metric: TaskMetric | None,
+        kept: KeptRows,
+        progress: _Rows,
+        methods_on: torch.device,
     ) -> None:
         self._inputs, self._session, self._kept, self._progress = inputs, session, kept, progress
+        self._methods_on = methods_on
         self._test = self._render(inputs.test)
         self._guard = self._render(inputs.guard)
         self._metric = metric
@@ -354,7 +363,7 @@ class _Comparison:
             self._pace = self._measured(engine, () if calibration is None else calibration.examples)
         if calibration is not None:
             calibration = replace(calibration, pace=self._pace)
-        rows = candidates(inputs, calibration, self._skipped)
+        rows = candidates(inputs, calibration, self._skipped, self._methods_on)
         others = [] if inputs.datamix is None else [datamix_candidate(inputs.datamix)]
         every = (*rows, *others)
         about = {row.name: (row.cost + self._scored * len(row.draws)).seconds(self._pace) for row in every}

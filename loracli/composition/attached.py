@@ -15,7 +15,7 @@ from loracli.adapters.names import is_numbered, target_of
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.algebra.packing import stack_experts
-from loracli.composition.composition import compose_module
+from loracli.composition.composition import CPU, compose_module
 from loracli.composition.weights import ModuleWeights, equal_weights
 from loracli.errors import RecipeError
 from loracli.fitting.mixing import Applied, DiagonalMixing, FixedFactors, Layout, make_diagonal
@@ -75,9 +75,14 @@ def of_weights(weights: ModuleWeights, adapters: Sequence[LoraAdapter], layout: 
     return of_recipe(RecipeMixing("module", dict(weights), numbers), adapters, layout)
 
 
-def of_method(method: Method, options: MethodOptions, adapters: Sequence[LoraAdapter], layout: Layout) -> MixingPoint:
-    """A method that needs no data.
-
+def of_method(
+    method: Method,
+    options: MethodOptions,
+    adapters: Sequence[LoraAdapter],
+    layout: Layout,
+    device: torch.device = CPU,
+) -> MixingPoint:
+    """A method that needs no data, computed on a device.
     Raises:
         ValueError: if it cannot honour these adapters, with the reason.
     """
@@ -86,9 +91,9 @@ def of_method(method: Method, options: MethodOptions, adapters: Sequence[LoraAda
         return weighted(layout, weights)
     factors, kept, whole = {}, 0.0, 0.0
     for module in module_names(adapters):
-        updates = [a.modules[module].factors if module in a.modules else None for a in adapters]
+        updates = [a.modules[module].factors.on(device) if module in a.modules else None for a in adapters]
         merged = method.merge_updates(updates, options)
-        factors[module] = merged.factors
+        factors[module] = merged.factors.on(CPU)
         energy = norm(merged.factors) ** 2
         kept += energy
         whole += energy / merged.kept_energy if merged.kept_energy > 0 else 0.0

@@ -32,6 +32,7 @@ from loracli.recipe.tensors import composed_update
 from loracli.system.document import encode
 
 DEFAULTS = MethodOptions()
+CPU = torch.device("cpu")
 
 
 def _unknown_rank(adapters: Sequence[LoraAdapter], module: str) -> None:
@@ -63,6 +64,7 @@ class Composition:
         saved: modules that replace the base's, None without any.
         task_type: PEFT's name of its task, None without one.
         task_asked: whether the user chose it.
+        device: that methods and cuts compute on; what they give is on the CPU.
     """
 
     adapters: tuple[LoraAdapter, ...]
@@ -81,6 +83,7 @@ class Composition:
     saved: SavedModules | None = None
     task_type: str | None = None
     task_asked: bool = False
+    device: torch.device = field(default=CPU, repr=False)
 
     def names(self) -> tuple[str, ...]:
         """The modules that it changes, sorted; experts and groups in their own order."""
@@ -110,7 +113,10 @@ class Composition:
         if weighted is not None:
             return Merged(concatenate(*weighted))
         assert self.update_of is not None
-        return self.update_of(self.adapters, module)
+        if self.device == CPU:
+            return self.update_of(self.adapters, module)
+        made = self.update_of([_placed(adapter, module, self.device) for adapter in self.adapters], module)
+        return replace(made, factors=made.factors.on(CPU))
 
     @property
     def merges(self) -> Method | None:
@@ -254,6 +260,14 @@ def from_moments(
         return {**made.document_of(composition), "records": records}
 
     return replace(made, update_of=update, rank_of=_summed_rank, document_of=document)
+
+
+def _placed(adapter: LoraAdapter, module: str, device: torch.device) -> LoraAdapter:
+    """The adapter with the update of one module on a device, and no other."""
+    if module not in adapter.modules:
+        return replace(adapter, modules={})
+    own = adapter.modules[module]
+    return replace(adapter, modules={module: replace(own, factors=own.factors.on(device))})
 
 
 def updates_of(adapters: Sequence[LoraAdapter], module: str) -> list[Factors | None]:

@@ -17,7 +17,7 @@ from loracli.calibration.dataset import Dataset, plan_batches, shuffled
 from loracli.calibration.records import DataSource
 from loracli.calibration.render import Example
 from loracli.composition.attached import MixingPoint, of_factors, weighted
-from loracli.composition.composition import OwnMoments, updates_of
+from loracli.composition.composition import CPU, OwnMoments, updates_of
 from loracli.composition.weights import goes_by
 from loracli.errors import UsageError
 from loracli.fitting.activations import check_weighable, chosen_records, second_moments
@@ -251,15 +251,19 @@ def own_moments(
     return OwnMoments(stacked, tuple(records))
 
 
-def regressed(method: Method, moments: OwnMoments, adapters: Sequence[LoraAdapter]) -> MixingPoint:
-    """A method that goes by what each adapter's own records show.
+def regressed(
+    method: Method, moments: OwnMoments, adapters: Sequence[LoraAdapter], device: torch.device = CPU
+) -> MixingPoint:
+    """A method that goes by what each adapter's own records show, computed on a device.
 
     Raises:
         ValueError: if it cannot honour these adapters, with the reason.
     """
     return of_factors(
         {
-            name: method.regress_updates(updates_of(adapters, name), moment).factors
+            name: method.regress_updates(
+                [update and update.on(device) for update in updates_of(adapters, name)], moment
+            ).factors.on(CPU)
             for name, moment in moments.by_module.items()
         }
     )

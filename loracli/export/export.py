@@ -290,6 +290,7 @@ def write_export(
             raise UsageError(
                 f"{output} holds the ingredient {ingredient.reference}", hint="choose another name with -o"
             )
+    composition = replace(composition, device=request.placement.algebra_device())
     moments = None  # which change no shape, so that a dry run needs none
     if request.activation_aware and not dry_run:
         moments = _find_moments(composition, request, progress)

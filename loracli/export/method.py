@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.claims import agreed_task, check_language_models, checked_task, say_other_bases
 from loracli.adapters.compatible import check_composable, check_distinct
@@ -54,7 +52,7 @@ from loracli.progress import SILENT, WORK, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
 from loracli.recipe.record import EDITED, MAX_ADAPTERS, RecipeBase, other_bases_of
-from loracli.system.machine import in_order
+from loracli.system.machine import in_order, one_thread_each
 
 
 def read_to_compose(
@@ -78,7 +76,8 @@ def read_to_compose(
     if len(adapters) > MAX_ADAPTERS:
         raise UsageError(f"{len(adapters)} adapters are given, and a record holds at most {MAX_ADAPTERS}")
     fetched = (fetch_adapter(reference, progress=progress) for reference in adapters)
-    read = tuple(in_order(open_adapter, fetched, workers=torch.get_num_threads()))
+    with one_thread_each() as threads:
+        read = tuple(in_order(open_adapter, fetched, workers=threads))
     for warning in (warning for adapter in read for warning in adapter.warnings):
         progress.warn(warning)
     check_distinct(read, [adapter.reference for adapter in read], progress)

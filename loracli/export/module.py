@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,7 +63,8 @@ def module_export(
         kept = 1.0
     else:
         written, error, kept = _composed(composition, name, dtype, rank, moment)
-    if not written.is_finite():
+    # An entry that is infinite or NaN makes the error so: where it is finite, no second look is needed.
+    if not (math.isfinite(error) or written.is_finite()):
         raise UsageError(f"{name} overflows {dtype}", hint="export with --dtype float32 or bfloat16")
     return ModuleExport(written, ModuleCertificate(name, written.rank, error, kept))
 
@@ -74,21 +75,23 @@ def cut_module(composition: Composition, name: str, rank: int, moment: Tensor | 
     Args:
         composition, name, rank, moment: as in `module_export`.
     """
-    return _cut(composition.compose(name).factors, rank, moment)
+    found = _cut(composition.compose(name).factors.on(composition.device), rank, moment)
+    return replace(found, factors=found.factors.on("cpu"))
 
 
 def _cut(exact: Factors, rank: int, moment: Tensor | None, grams: Grams | None = None) -> Truncation:
-    return truncate(exact, rank, grams) if moment is None else truncate_for(exact, rank, moment)
+    return truncate(exact, rank, grams) if moment is None else truncate_for(exact, rank, moment.to(exact.device))
 
 
 def _refitted(
     composition: Composition, name: str, dtype: torch.dtype, rank: int, moment: Tensor | None, refit: Tensor
 ) -> tuple[Factors, float, float]:
     """Factors, relative error, kept energy of B' M A'; the energy is what the cut kept, the error that of the whole."""
-    exact = composition.compose(name).factors
+    exact = composition.compose(name).factors.on(composition.device)
     cut = _cut(exact, rank, moment)
+    refit = refit.to(exact.device)
     written = refitted_factors(cut.factors, refit).to(dtype)
-    return written, relative_error(written, exact), cut.kept_energy
+    return written.on("cpu"), relative_error(written, exact), cut.kept_energy
 
 
 def refitted_factors(cut: Factors, refit: Tensor) -> Factors:
@@ -107,9 +110,11 @@ def _composed(
         written, kept = exact.to(dtype), share
         error = rounding_error(written, exact) if exact.bias is None else relative_error(written, exact)
     else:
+        exact = exact.on(composition.device)
         grams = Grams.of(exact)
         truncation = _cut(exact, rank, moment, grams)
         written, kept = truncation.factors.to(dtype), share * truncation.kept_energy
         error = error_by_grams(written, exact, grams) if exact.bias is None else relative_error(written, exact)
+        written = written.on("cpu")
     # What the method itself cut off is at right angles to what it kept.
     return written, math.sqrt(1 - share + share * error**2), kept

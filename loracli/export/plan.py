@@ -94,7 +94,7 @@ def plan_layout(
     if request.rank_rule:
 
         def decomposed(name: str) -> Tensor:
-            found = spectrum(composition.compose(name).factors)
+            found = spectrum(composition.compose(name).factors.on(composition.device)).cpu()
             progress.advance(TASK, 1)
             return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from loracli.composition.composition import DEFAULTS, takes
 from loracli.composition.weights import Weights
 from loracli.errors import UsageError
 from loracli.export.layout import PROFILES
-from loracli.model.placement import Placement
+from loracli.model.placement import Placement, has_float64, resolve_device
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import MIXING_KINDS
 from loracli.system.near import did_you_mean
@@ -63,7 +63,8 @@ class ExportRequest:
         base: a Hub id or directory of the base model that a method, `fit_data`, `data` and `gguf` need; None for what
             recipe or adapters name.
         base_revision: of a base on the Hub.
-        placement: where and how the base model runs that `fit_data` and `data` need.
+        placement: where and how the base model runs that `fit_data` and `data` need; cuts and methods are computed on
+            its device too, where that is not `auto`.
         scored: what is written is for `loss_of_export`, so that adapters which cannot be scored are refused before.
     """
 
@@ -92,6 +93,11 @@ class ExportRequest:
     scored: bool = False
 
     @property
+    def runs_base(self) -> bool:
+        """Whether the base model is loaded."""
+        return self.data is not None or self.fit_data is not None or self.refit or self.scored
+
+    @property
     def rank_rule(self) -> dict[str, float | int]:
         """What ranks are chosen by, by the name of its option; empty where the rank is given."""
         rules = {"tolerance": self.tolerance, "energy": self.energy, "budget": self.budget}
@@ -108,7 +114,18 @@ def check(request: ExportRequest) -> Method | None:
     if request.task_type is not None and method is not None:
         checked_task(request.task_type)
     _refuse_first(_refusals(request, method))
+    device = request.placement.device
+    if device != "auto" and not request.runs_base and not has_float64(resolve_device(device)):
+        raise UsageError(
+            f"--device {device} has no float64, which cuts and methods are computed in",
+            hint="leave it out: they are then computed on the CPU",
+        )
     return method
+
+
+def _computes(request: ExportRequest, method: Method | None) -> bool:
+    """Whether there is a cut, or a method that makes updates of updates: what a device is of use for without a base."""
+    return request.merge or (method is not None and (method.merge or method.regress) is not None)
 
 
 def check_form(request: ExportRequest) -> None:
@@ -157,6 +174,8 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
     rank, rule = request.rank, request.rank_rule
     given = [f"--{name}" for name in (*(() if rank is None else ("rank",)), *rule)]
     base = "--base" if request.base else "--base-revision"
+    computes = _computes(request, method)
+    unused = replace(request.placement, device="auto") if computes else request.placement
     return (
         *_of_weights(request),
         (
@@ -185,9 +204,10 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
             f"give it with --weights, --method, --data, --fit-data or --gguf, or leave {base} out",
         ),
         (
-            request.placement != Placement() and not (data or fitted or refit or request.scored),
-            "--base-dtype, --device, --device-map and --quantise have no use here: no base model is loaded",
-            "give them with --data or --fit-data, or leave them out",
+            unused != Placement() and not request.runs_base,
+            f"--base-dtype,{'' if computes else ' --device,'} --device-map and --quantise have no use here: no base "
+            "model is loaded",
+            "give them with --data or --fit-data, --device with --merge too, or leave them out",
         ),
         (method is not None and request.activation_aware, "--activation-aware is for a recipe", "leave out --method"),
         (

@@ -4,7 +4,6 @@ it. The only loader of transformers' models.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,7 +24,7 @@ from loracli.hub.references import BaseClaim
 from loracli.model.checkpoint import shard_names
 from loracli.model.experts import check_experts
 from loracli.model.modules import check_base_copies, check_shapes, named_as
-from loracli.model.placement import DTYPES, decoder_layers, has_float64, ran_out_of_memory
+from loracli.model.placement import DTYPES, decoder_layers, has_float64, ran_out_of_memory, resolve_device
 from loracli.model.quantisation import Quantisation, read_quantisation, run_exactly
 from loracli.model.reference import (
     WAY_OUT,
@@ -127,7 +126,7 @@ def plan_base(
     """
     import transformers
 
-    device = _resolve_device(device)
+    device = resolve_device(device)
     auto = getattr(transformers, model_class(task))
     config = _read_config(reference, auto.__name__)
     quantisation = None if dequantised else read_quantisation(vars(config), reference.id, quantise=quantise)
@@ -147,7 +146,7 @@ def settled(reference: BaseReference, *, dtype: str, device: str) -> tuple[torch
     Raises:
         BaseModelMismatch, UsageError: as there.
     """
-    device, config = _resolve_device(device), _read_config(reference)
+    device, config = resolve_device(device), _read_config(reference)
     return _resolve_dtype(dtype, getattr(config, "dtype", None), device), torch.device(device).type
 
 
@@ -293,19 +292,6 @@ def _loading(
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _resolve_device(asked: str) -> str:
-    """The device, once it is seen to be there."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the same bits again; read when CUDA starts
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=asked).item()  # the device `meta` has no numbers
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"--device {asked} cannot be used: {reason}") from None
-    return asked
 
 
 def _resolve_dtype(asked: str, own: object, device: str) -> torch.dtype:

@@ -3,6 +3,7 @@ backward pass."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -91,6 +92,23 @@ def has_float64(device: str | torch.device) -> bool:
     return True
 
 
+def resolve_device(asked: str) -> str:
+    """The device, once it is seen to be there.
+
+    Raises:
+        UsageError: if it cannot be used, with the reason.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the same bits again; read when CUDA starts
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=asked).item()  # the device `meta` has no numbers
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"--device {asked} cannot be used: {reason}") from None
+    return asked
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -133,6 +151,16 @@ class Placement:
     def form(self) -> str | None:
         """What the linear layers of a base in full precision are made."""
         return None if self.quantise == UNQUANTISED else self.quantise
+
+    def algebra_device(self) -> torch.device:
+        """Where cuts and methods are computed, in float64: on the device that was named, if it has float64, and else on
+        the CPU.
+
+        Raises:
+            UsageError: if the device cannot be used.
+        """
+        named = "cpu" if self.device == "auto" else resolve_device(self.device)
+        return torch.device(named if has_float64(named) else "cpu")
 
     def check_processes(self, world_size: int) -> None:
         """Raises UsageError for a base that is to be shared out over one process."""

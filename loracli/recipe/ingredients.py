@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
 
-import torch
-
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.kinds import BaseModule
 from loracli.adapters.names import BasePlace
@@ -26,7 +24,7 @@ from loracli.recipe.recipe import Recipe, adapter_problems, base_problems, decod
 from loracli.recipe.record import RecipeAdapter, RecordedAdapters
 from loracli.system.document import decode, dtype_name
 from loracli.system.files import CONFIG_FILE, file_sha256
-from loracli.system.machine import in_order
+from loracli.system.machine import in_order, one_thread_each
 
 
 def identity_of(adapter: LoraAdapter, reference: str) -> RecipeAdapter:
@@ -190,7 +188,8 @@ def read_recorded(
         fetch_adapter(relocated[number] if relocated else _recorded_reference(wanted, folder), progress=progress)
         for number, wanted in enumerate(recorded)
     ]
-    result = tuple(in_order(open_adapter, found, workers=torch.get_num_threads()))
+    with one_thread_each() as threads:
+        result = tuple(in_order(open_adapter, found, workers=threads))
     if relocated:
         _check_order(recorded, result, relocated)
     for wanted, adapter in zip(recorded, result, strict=True):

@@ -134,9 +134,15 @@ R = TypeVar("R")
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
-    """work(item) of each item, in their order; while one result is used, the next `workers` are being made."""
+    """work(item) of each item, in their order; while one result is used, the next `workers` are being made.
+
+    Each worker uses as many threads for an operation of torch as this one does.
+    """
+    import torch
+
     pending: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(workers)
+    # Asking takes the number over: a new thread's products would use all cores, whatever `set_num_threads` has said.
+    pool = ThreadPoolExecutor(workers, initializer=torch.get_num_threads)
     try:
         for item in items:
             pending.append(pool.submit(work, item))

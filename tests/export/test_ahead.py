@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from pathlib import Path
 
@@ -64,3 +65,16 @@ def test_an_export_has_the_same_bytes_for_any_number_of_threads(tmp_path: Path, 
         torch.set_num_threads(before)
     for file in sorted((tmp_path / "out1").iterdir()):
         assert file.read_bytes() == (tmp_path / "out3" / file.name).read_bytes()
+
+
+def test_a_worker_multiplies_with_as_many_threads_as_the_caller() -> None:
+    """Asked of OpenMP itself, for asking torch would set it: a new thread begins with the environment's number."""
+    library = next((Path(torch.__file__).parent / "lib").glob("libgomp*"), None)
+    if library is None:
+        pytest.skip("this torch does not bring GNU's OpenMP")
+    openmp, before = ctypes.CDLL(str(library)), torch.get_num_threads()
+    torch.set_num_threads(before + 2)
+    try:
+        assert set(in_order(lambda _: openmp.omp_get_max_threads(), range(6), workers=3)) == {before + 2}
+    finally:
+        torch.set_num_threads(before)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from loracli.adapters.adapter import read_adapter
+from loracli.algebra.factors import relative_error
 from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.records import parse_sources, read_records
 from loracli.calibration.render import Example
@@ -383,11 +384,50 @@ def test_an_export_that_needs_the_base_has_it_where_it_is_asked_for(
 
 
 @pytest.mark.parametrize(
+    ("words", "launched"),
+    [
+        ("RECIPE --merge --rank 2", "linalg_eigh"),
+        ("RECIPE --merge --tolerance 0.5", "linalg_svd"),
+        ("--method ties --adapters A B", "linalg_svd"),
+        ("--method knots --adapters A B --merge --rank 2", "linalg_svd"),
+    ],
+)
+def test_cuts_and_methods_are_computed_on_the_device_that_is_named(
+    made: Made, seen: Seen, recipe: Path, tmp_path: Path, words: str, launched: str
+) -> None:
+    first, second = map(str, made.adapters)
+    named = {"RECIPE": [str(recipe)], "A": [first], "B": [second, "--base", str(made.base)]}
+    asked = [one for word in words.split() for one in named.get(word, [word])]
+    adapters = []
+    for device in ("auto", "gpu"):
+        assert not seen.launches
+        result = run("export", *asked, "-o", str(tmp_path / device), "--dtype", "float32", "--device", device)
+        assert result.exit_code == 0, result.stderr
+        adapters.append(read_adapter(str(tmp_path / device)))
+    assert any(launched in launch for launch in seen.launches)
+    expected, found = ({name: module.factors for name, module in one.modules.items()} for one in adapters)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert relative_error(found[name], expected[name]) < 1e-6
+
+
+def test_a_device_without_float64_computes_no_cut(recipe: Path, tmp_path: Path) -> None:
+    with simulated(refuses_float64=True):
+        result = run("export", str(recipe), "--merge", "-o", str(tmp_path / "out"), "--device", "gpu")
+    assert result.exit_code == 2
+    assert "--device gpu has no float64, which cuts and methods are computed in" in result.stderr
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (
             "--device cpu",
             "--base-dtype, --device, --device-map and --quantise have no use here: no base model is loaded",
+        ),
+        (
+            "--merge --device cpu --base-dtype float32",
+            "--base-dtype, --device-map and --quantise have no use here: no base model is loaded",
         ),
         ("--base-dtype int8", "--base-dtype int8 is not one of auto, float32, bfloat16, float16, float64"),
     ],

@@ -107,7 +107,8 @@ class Method:
         """
         assert self.regress is not None, f"{self.name} takes no second moments"
         _check_biases(updates)
-        return self.regress(updates, moments)
+        device = next(update.device for update in updates if update is not None)
+        return self.regress(updates, moments.to(device))
 
     @property
     def needs_records(self) -> bool:

@@ -44,7 +44,7 @@ def _regmean(updates: Sequence[Factors | None], moments: Tensor) -> Merged:
     spread = float(total.trace()) / rank
     if spread <= 0.0:
         return Merged(mix(present, torch.eye(rank, dtype=torch.float64) / len(updates)))
-    ridge = _RIDGE * spread * torch.eye(rank, dtype=torch.float64)
+    ridge = _RIDGE * spread * torch.eye(rank, dtype=torch.float64).to(moments.device)
     return Merged(mix(present, torch.linalg.solve(total + ridge, own + ridge / len(updates), left=False)))
 
 
@@ -56,7 +56,7 @@ def _regmean_weights(updates: Sequence[Factors | None], moments: Tensor) -> Merg
     present, rows = _rows(updates)
     stacked = concatenate(present, [1.0] * len(present)).lora_B
     products = (stacked.T @ stacked) * moments  # (N, R, R): tr(B P_j Z_i P_k B^T) is the sum of a block
-    owner = torch.zeros(stacked.shape[1], len(rows), dtype=torch.float64)
+    owner = torch.zeros(stacked.shape[1], len(rows), dtype=torch.float64, device=stacked.device)
     for column, (_, own) in enumerate(rows):
         owner[own, column] = 1.0
     blocks = owner.T @ products @ owner  # (N, n, n), of n adapters that have the module

@@ -50,6 +50,7 @@ def _digest(update: Factors) -> bytes:
 
 TIES_DENSITY = 0.2  # the paper's top-20 %
 _BLOCK = 1 << 17  # entries that are merged at a time, which a processor's cache holds
+_DEVICE_BLOCK = 1 << 24  # the same on a device, which few large steps keep busy
 
 
 def _ties(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
@@ -65,6 +66,8 @@ def trim(matrix: Tensor, density: float) -> Tensor:
     if kept >= matrix.numel():
         return matrix
     sizes = matrix.abs()
+    if matrix.device.type != "cpu":
+        return torch.where(sizes >= sizes.flatten().kthvalue(matrix.numel() - kept + 1).values, matrix, 0.0)
     ordered = sizes.flatten().clone().numpy()
     ordered.partition(matrix.numel() - kept)  # in place: twice as fast as torch.kthvalue
     return torch.where(sizes >= float(ordered[matrix.numel() - kept]), matrix, 0.0)
@@ -73,7 +76,7 @@ def trim(matrix: Tensor, density: float) -> Tensor:
 def disjoint_mean(matrices: Sequence[Tensor]) -> Tensor:
     """Elects the sign of the sum of each entry, and takes the mean over the entries that have it."""
     result = torch.empty_like(matrices[0])
-    rows = max(1, _BLOCK // result.shape[1])
+    rows = max(1, (_BLOCK if result.device.type == "cpu" else _DEVICE_BLOCK) // result.shape[1])
     for start in range(0, result.shape[0], rows):
         parts = [matrix[start : start + rows] for matrix in matrices]
         elected = torch.stack(parts).sum(dim=0).sign()
@@ -118,8 +121,8 @@ def _drop(update: Factors, options: MethodOptions) -> Tensor:
     matrix = update.delta_weight()
     if density == 1.0:
         return matrix
-    mask = torch.rand(matrix.shape, generator=_generator(update, options.seed)) < density
-    return torch.where(mask, matrix / density, 0.0)
+    mask = torch.rand(matrix.shape, generator=_generator(update, options.seed)) < density  # whatever the device
+    return torch.where(mask.to(matrix.device), matrix / density, 0.0)
 
 
 def _generator(update: Factors, seed: int) -> torch.Generator:
