@@ -121,7 +121,8 @@ def grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor) -> bool:
-    return all(step == 1 or step * x.element_size() % _ALIGNED == 0 for step in x.stride())
+    steps = [step * x.element_size() for step in x.stride() if step != 1]
+    return all(place % _ALIGNED == 0 for place in (x.data_ptr(), *steps))
 
 
 def experts_forward(module: Any, linears: Mapping[str, ExpertLinear]) -> Any:
@@ -145,7 +146,8 @@ def experts_forward(module: Any, linears: Mapping[str, ExpertLinear]) -> Any:
         y = linear(y, "down_proj", routing)
         if module.has_post_expert_norm:
             y = module.post_expert_norm(y)
-        weighted = (y * top_k_weights.reshape(-1)[order, None])[torch.argsort(order)]
+        y = y * top_k_weights.reshape(-1)[order, None]
+        weighted = torch.empty_like(y).index_copy_(0, order, y)
         return weighted.view(tokens, each, -1).sum(dim=1).to(hidden_states.dtype)
 
     return forward
