@@ -13,7 +13,8 @@ The bias of a lora_B (PEFT's lora_bias) acts as one more rank row whose input is
 
     y = W x + [B, b_1, ...] (M' [z; 1])          M' = (c, w_1 s_1, ...), for diagonal M with a weight per adapter alone
 
-The experts of a mixture are such linear layers too, each for its own tokens, with one M for all (`model/experts.py`).
+The experts of a mixture are such linear layers too, each for its own tokens, with one M for all, computed together
+(`model/experts.py`).
 
 A plain nn.Linear gets a forward of its own for the time being: both products land in the buffers of W x and of
 dL/dx, where a hook after the fact would copy them. Everything else (Conv1D, embeddings, subclasses of nn.Linear, layers
@@ -104,8 +105,7 @@ class MixedLinear(torch.autograd.Function):
         better. With the `ends` of a `Routing` matrices have one dimension more in front, and there is no bias."""
         flat = x.reshape(-1, x.shape[-1])  # (T, in)
         y = F.linear(flat, weight, bias) if ends is None else grouped(flat, weight.mT, ends)
-        z = _product(flat, lora_A.mT, ends)
-        z = _with_ones(z, lora_B)
+        z = _with_ones(_product(flat, lora_A.mT, ends), lora_B)
         _add_product(y, _mixed(z, core), lora_B.mT, ends)
         ctx.save_for_backward(z, weight, lora_A, lora_B, core, ends)
         ctx.shape = x.shape
@@ -149,10 +149,11 @@ class Stack:
 
     Args:
         lora_A: (R, in).
-        lora_B: (out, R), without scaling; behind it the biases of the adapters that have one, without scaling too.
+        lora_B: (out, R), without scaling; behind it the biases of the adapters that have one, without scaling too, or
+            zeros.
         scaling: (R,) s_i of each row, in the precision of the sums; 1 in the canonical basis.
         embed_scale: what the module multiplies its rows with, None if it is no embedding.
-        entries: (R + biases,) which rank row's weight each column of `lora_B` takes; None without biases.
+        entries: (R + what is behind,) which rank row's weight each column of `lora_B` takes; None if nothing is.
     """
 
     lora_A: Tensor

@@ -6,8 +6,8 @@ The tokens that the router sends to expert e go through its matrices as through 
 
 so nothing as large as W is made or kept. transformers gives the experts of nearly all its mixtures one form, which its
 own fast implementations rely on (integrations/moe.py, `use_experts_implementation`, 5.23): parameters gate_up_proj, or
-up_proj, and down_proj, with `_apply_gate` or `act_fn` between them. That form is computed here, expert by expert; of
-others the update cannot be mixed, and `check_experts` says so.
+up_proj, and down_proj, with `_apply_gate` or `act_fn` between them. That form is computed here, on tokens sorted by
+expert and with the products of all experts at once; of others the update cannot be mixed, and `check_experts` says so.
 
 A router multiplies by a weight of its own and chooses by the product, each class in its way. It runs as it is, with
 W + B M A, which is no larger than W, as its weight.
@@ -85,10 +85,10 @@ def _first_of(module: Any) -> str:
 def expert_stack(
     updates: Sequence[Sequence[Factors]], weight: Tensor, precision: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A (E, R, in) and B (E, out, R) of N adapters on a parameter, in its dtype, the scalings (R,) of rank rows, and
-    which of those each row of A and column of B takes, where zeros stand behind them, so that all are aligned.
+    """A (E, R, in) and B (E, out, R) of N adapters on a parameter, in its dtype, and the scalings (R,) of rank rows.
 
-    Where the experts of an adapter have different scalings, those go into B.
+    Where the experts of an adapter have different scalings, those go into B. Where the rows of B would not be aligned,
+    A and B are filled up with zeros, and (R + zeros,) says which rank row's weight each takes; else that is None.
     """
     parts_A, parts_B, scalings = [], [], []
     for experts in updates:
@@ -104,7 +104,7 @@ def expert_stack(
     if _aligned(lora_B):
         return lora_A, lora_B, scaling_of, None
     rows = len(scaling_of)
-    zeros = -rows * weight.element_size() % _ALIGNED // weight.element_size()
+    zeros = -rows % (_ALIGNED // weight.element_size())
     entries = torch.arange(rows + zeros, device=weight.device).clamp(max=rows - 1)
     return F.pad(lora_A, (0, 0, 0, zeros)), F.pad(lora_B, (0, zeros)), scaling_of, entries
 
@@ -112,7 +112,7 @@ def expert_stack(
 def grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """The rows of each expert times its matrix: x (S, in), matrices (E, in, out), ends (E,) of a `Routing`; (S, out).
 
-    In one call whatever the number of experts, where torch has one: not of float64, nor of rows that are not aligned.
+    One call whatever the number of experts; torch has none for float64, nor for rows that are not aligned.
     """
     if x.dtype != torch.float64 and _aligned(x) and _aligned(matrices):
         return F.grouped_mm(x, matrices, offs=ends)
@@ -121,8 +121,8 @@ def grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor) -> bool:
-    steps = [step * x.element_size() for step in x.stride() if step != 1]
-    return all(place % _ALIGNED == 0 for place in (x.data_ptr(), *steps))
+    step = max(x.stride()[-2:]) * x.element_size()
+    return min(x.stride()[-2:]) == 1 and step % _ALIGNED == 0 and x.data_ptr() % _ALIGNED == 0
 
 
 def experts_forward(module: Any, linears: Mapping[str, ExpertLinear]) -> Any:
