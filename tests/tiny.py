@@ -93,6 +93,9 @@ CONFIGS: dict[str, Any] = {
     "square-moe": lambda: Qwen3MoeConfig(  # gate_up_proj of an expert is (32, 32)
         **_SMALL | {"num_hidden_layers": 2}, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2
     ),
+    "many-experts": lambda: Qwen3MoeConfig(
+        **_SMALL | {"num_hidden_layers": 2}, moe_intermediate_size=24, num_experts=24, num_experts_per_tok=2
+    ),
     "gpt-oss": lambda: GptOssConfig(
         **_SMALL | {"num_hidden_layers": 2, "intermediate_size": 24}, num_local_experts=4, num_experts_per_tok=2
     ),

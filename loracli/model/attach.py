@@ -13,7 +13,8 @@ The bias of a lora_B (PEFT's lora_bias) acts as one more rank row whose input is
 
     y = W x + [B, b_1, ...] (M' [z; 1])          M' = (c, w_1 s_1, ...), for diagonal M with a weight per adapter alone
 
-The experts of a mixture are such linear layers too, each for its own tokens, with one M for all (`model/experts.py`).
+The experts of a mixture are such linear layers too, each for its own tokens, with one M for all, computed together
+(`model/experts.py`).
 
 A plain nn.Linear gets a forward of its own for the time being: both products land in the buffers of W x and of
 dL/dx, where a hook after the fact would copy them. Everything else (Conv1D, embeddings, subclasses of nn.Linear, layers
@@ -43,7 +44,7 @@ from loracli.adapters.saved_modules import SavedModules
 from loracli.algebra.basis import canonical_stack
 from loracli.algebra.factors import Factors
 from loracli.errors import BaseModelMismatch
-from loracli.model.experts import ExpertLinear, expert_stack, experts_forward, weight_forward
+from loracli.model.experts import ExpertLinear, Routing, expert_stack, experts_forward, grouped, weight_forward
 from loracli.model.quantisation import is_quantised
 
 
@@ -57,7 +58,7 @@ def _mixed(z: Tensor, core: Tensor) -> Tensor:
 
 def _with_ones(z: Tensor, lora_B: Tensor) -> Tensor:
     """z (T, R) with a column of ones for each column of `lora_B` that holds a bias."""
-    biases = lora_B.shape[1] - z.shape[1]
+    biases = lora_B.shape[-1] - z.shape[1]
     return F.pad(z, (0, biases), value=1.0) if biases else z
 
 
@@ -75,34 +76,54 @@ def _core_gradients(u: Tensor, z: Tensor, core: Tensor, wanted: tuple[bool, bool
     return grad_z, (u * z).sum(dim=0) if wanted[1] else None
 
 
+def _product(x: Tensor, matrix: Tensor, ends: Tensor | None) -> Tensor:
+    """x (T, in) times a matrix (in, out); with the ends of the rows of each expert, times its own of (E, in, out)."""
+    return x @ matrix if ends is None else grouped(x, matrix, ends)
+
+
+def _add_product(y: Tensor, x: Tensor, matrix: Tensor, ends: Tensor | None) -> Tensor:
+    """y (T, out) with `_product` added in its place."""
+    return y.addmm_(x, matrix) if ends is None else y.add_(grouped(x, matrix, ends))
+
+
 class MixedLinear(torch.autograd.Function):
     """W x + b + B M A x for a frozen linear layer, keeping z = A x for the backward pass and nothing of width in or
-    out."""
+    out; or for all experts of a parameter, with a W, A and B for each."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, core: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        core: Tensor,
+        ends: Tensor | None = None,
     ) -> Tensor:
         """x (..., in), weight (out, in), lora_A (R, in), lora_B (out, R), or with biases behind; core in float32 or
-        better."""
+        better. With the `ends` of a `Routing` matrices have one dimension more in front, and there is no bias."""
         flat = x.reshape(-1, x.shape[-1])  # (T, in)
-        y = F.linear(flat, weight, bias)
-        z = _with_ones(F.linear(flat, lora_A), lora_B)
-        y.addmm_(_mixed(z, core), lora_B.T)
-        ctx.save_for_backward(z, weight, lora_A, lora_B, core)
+        y = F.linear(flat, weight, bias) if ends is None else grouped(flat, weight.mT, ends)
+        z = _with_ones(_product(flat, lora_A.mT, ends), lora_B)
+        _add_product(y, _mixed(z, core), lora_B.mT, ends)
+        ctx.save_for_backward(z, weight, lora_A, lora_B, core, ends)
         ctx.shape = x.shape
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        z, weight, lora_A, lora_B, core = ctx.saved_tensors
+        z, weight, lora_A, lora_B, core, ends = ctx.saved_tensors
         grad_y = grad_y.reshape(-1, grad_y.shape[-1])
         wants_x = ctx.needs_input_grad[0]
-        grad_z, grad_core = _core_gradients(grad_y @ lora_B, z, core, (wants_x, ctx.needs_input_grad[5]))
+        u = _product(grad_y, lora_B, ends)
+        grad_z, grad_core = _core_gradients(u, z, core, (wants_x, ctx.needs_input_grad[5]))
         grad_x = None
         if wants_x:
-            grad_x = (grad_y @ weight).addmm_(grad_z[:, : len(lora_A)], lora_A).view(ctx.shape)  # type: ignore[index]
-        return grad_x, None, None, None, None, grad_core
+            grad_x = _product(grad_y, weight, ends)
+            _add_product(grad_x, grad_z[:, : lora_A.shape[-2]], lora_A, ends)  # type: ignore[index]
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, None, None, None, grad_core, None
 
 
 class AddedUpdate(torch.autograd.Function):
@@ -128,10 +149,11 @@ class Stack:
 
     Args:
         lora_A: (R, in).
-        lora_B: (out, R), without scaling; behind it the biases of the adapters that have one, without scaling too.
+        lora_B: (out, R), without scaling; behind it the biases of the adapters that have one, without scaling too, or
+            zeros.
         scaling: (R,) s_i of each row, in the precision of the sums; 1 in the canonical basis.
         embed_scale: what the module multiplies its rows with, None if it is no embedding.
-        entries: (R + biases,) which rank row's weight each column of `lora_B` takes; None without biases.
+        entries: (R + what is behind,) which rank row's weight each column of `lora_B` takes; None if nothing is.
     """
 
     lora_A: Tensor
@@ -309,7 +331,8 @@ def _expert_stack(
 ) -> Stack:
     if canonical:
         raise ValueError("the experts of a parameter have no canonical basis in common")
-    return Stack(*expert_stack(updates, model.get_parameter(name), precision), None)
+    lora_A, lora_B, scaling, entries = expert_stack(updates, model.get_parameter(name), precision)
+    return Stack(lora_A, lora_B, scaling, None, entries)
 
 
 def _stack(
@@ -355,14 +378,14 @@ def _linear_forward(module: nn.Linear, attached: AttachedModel, row: int, stack:
 
 
 def _expert_linear(attached: AttachedModel, row: int, stack: Stack) -> ExpertLinear:
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, places: Tensor, tokens: int) -> Tensor:
+    def linear(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
         core = attached.core_for(row)
         if isinstance(core, tuple):
-            return F.linear(x, weight, bias) + _trained_update(x, (core[0][expert], core[1][expert]))
+            return grouped(x, weight.mT, routing.ends) + _trained_update(x, core, routing.ends)
         core = core.to(x.device)
-        if core.dim() == 3:  # each token is a record of its own, with the weights of the record that it is of
-            core = core[places // (tokens // len(core))]
-        y: Tensor = MixedLinear.apply(x, weight, bias, stack.lora_A[expert], stack.lora_B[expert], core)  # type: ignore[no-untyped-call]
+        if core.dim() == 3:  # each row is a record of its own, with the weights of the record that its token is of
+            core = core[routing.tokens // (routing.batch // len(core))]
+        y: Tensor = MixedLinear.apply(x, weight, None, stack.lora_A, stack.lora_B, core, routing.ends)  # type: ignore[no-untyped-call]
         return y
 
     return linear
@@ -402,9 +425,11 @@ def _hook(attached: AttachedModel, row: int, stack: Stack) -> Any:
     return add_update
 
 
-def _trained_update(x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+def _trained_update(x: Tensor, factors: tuple[Tensor, Tensor], ends: Tensor | None = None) -> Tensor:
     """B A x, with both in the dtype of x; here x and A x are kept for the backward pass."""
     lora_A, lora_B = (factor.to(x.device, x.dtype) for factor in factors)
+    if ends is not None:
+        return grouped(grouped(x, lora_A.mT, ends), lora_B.mT, ends)
     return F.linear(F.linear(x, lora_A), lora_B)
 
 

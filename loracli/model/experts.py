@@ -6,8 +6,8 @@ The tokens that the router sends to expert e go through its matrices as through 
 
 so nothing as large as W is made or kept. transformers gives the experts of nearly all its mixtures one form, which its
 own fast implementations rely on (integrations/moe.py, `use_experts_implementation`, 5.23): parameters gate_up_proj, or
-up_proj, and down_proj, with `_apply_gate` or `act_fn` between them. That form is computed here, expert by expert; of
-others the update cannot be mixed, and `check_experts` says so.
+up_proj, and down_proj, with `_apply_gate` or `act_fn` between them. That form is computed here, on tokens sorted by
+expert and with the products of all experts at once; of others the update cannot be mixed, and `check_experts` says so.
 
 A router multiplies by a weight of its own and chooses by the product, each class in its way. It runs as it is, with
 W + B M A, which is no larger than W, as its weight.
@@ -19,6 +19,7 @@ however the router spreads them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,9 +32,28 @@ from loracli.algebra.factors import Factors
 from loracli.algebra.packing import stack_experts
 from loracli.errors import BaseModelMismatch
 
-# (x (t, in), weight (out, in), bias (out,), expert, places (t,), tokens) to (t, out); places are those of the t tokens
-# among all tokens of the batch.
-ExpertLinear = Callable[[Tensor, Tensor, Tensor | None, int, Tensor, int], Tensor]
+_ALIGNED = 16  # bytes, between the rows of what torch multiplies by groups
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The S = T k rows that a router makes of T tokens, k for each, sorted by expert.
+
+    Args:
+        experts: (S,) of each row.
+        tokens: (S,) place of its token in the batch.
+        ends: (E,) int32, behind the last row of each expert.
+        batch: T.
+    """
+
+    experts: Tensor
+    tokens: Tensor
+    ends: Tensor
+    batch: int
+
+
+# (x (S, in), weight (E, out, in), routing) to (S, out).
+ExpertLinear = Callable[[Tensor, Tensor, Routing], Tensor]
 
 
 def check_experts(model: nn.Module, adapters: Sequence[LoraAdapter]) -> None:
@@ -64,10 +84,11 @@ def _first_of(module: Any) -> str:
 
 def expert_stack(
     updates: Sequence[Sequence[Factors]], weight: Tensor, precision: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """A (E, R, in) and B (E, out, R) of N adapters on a parameter, in its dtype, and the scalings (R,) of rank rows.
 
-    Where the experts of an adapter have different scalings, those go into B.
+    Where the experts of an adapter have different scalings, those go into B. Where the rows of B would not be aligned,
+    A and B are filled up with zeros, and (R + zeros,) says which rank row's weight each takes; else that is None.
     """
     parts_A, parts_B, scalings = [], [], []
     for experts in updates:
@@ -79,36 +100,54 @@ def expert_stack(
         parts_A.append(lora_A.to(weight.device, weight.dtype))
         parts_B.append(lora_B.to(weight.device, weight.dtype))
         scalings.append(torch.full((rank,), scaling, dtype=precision))
-    return torch.cat(parts_A, dim=1), torch.cat(parts_B, dim=2), torch.cat(scalings)
+    lora_A, lora_B, scaling_of = torch.cat(parts_A, dim=1), torch.cat(parts_B, dim=2), torch.cat(scalings)
+    if _aligned(lora_B):
+        return lora_A, lora_B, scaling_of, None
+    rows = len(scaling_of)
+    zeros = -rows % (_ALIGNED // weight.element_size())
+    entries = torch.arange(rows + zeros, device=weight.device).clamp(max=rows - 1)
+    return F.pad(lora_A, (0, 0, 0, zeros)), F.pad(lora_B, (0, zeros)), scaling_of, entries
+
+
+def grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """The rows of each expert times its matrix: x (S, in), matrices (E, in, out), ends (E,) of a `Routing`; (S, out).
+
+    One call whatever the number of experts; torch has none for float64, nor for rows that are not aligned.
+    """
+    if x.dtype != torch.float64 and _aligned(x) and _aligned(matrices):
+        return F.grouped_mm(x, matrices, offs=ends)
+    parts = torch.tensor_split(x, ends[:-1].tolist())
+    return torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)])
+
+
+def _aligned(x: Tensor) -> bool:
+    step = max(x.stride()[-2:]) * x.element_size()
+    return min(x.stride()[-2:]) == 1 and step % _ALIGNED == 0 and x.data_ptr() % _ALIGNED == 0
 
 
 def experts_forward(module: Any, linears: Mapping[str, ExpertLinear]) -> Any:
     """A forward in the place of the module's own, with these linear layers for its parameters, where they are given."""
 
-    def linear(x: Tensor, parameter: str, expert: int, places: Tensor, tokens: int) -> Tensor:
-        stored = getattr(module, parameter)[expert]
-        weight = stored.T if module.is_transposed else stored
-        bias = getattr(module, f"{parameter}_bias")[expert] if module.has_bias else None
-        if parameter in linears:
-            return linears[parameter](x, weight, bias, expert, places, tokens)
-        return F.linear(x, weight, bias)
+    def linear(x: Tensor, parameter: str, routing: Routing) -> Tensor:
+        stored = getattr(module, parameter)
+        weight = stored.mT if module.is_transposed else stored
+        y = linears[parameter](x, weight, routing) if parameter in linears else grouped(x, weight.mT, routing.ends)
+        return y + getattr(module, f"{parameter}_bias")[routing.experts] if module.has_bias else y
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         tokens, each = top_k_index.shape
-        chosen = top_k_index.reshape(-1)  # (S,) with S = T * each
-        order = torch.argsort(chosen, stable=True)
-        counts = torch.bincount(chosen, minlength=module.num_experts).tolist()
-        outputs = []
-        for expert, places in enumerate(torch.split(order // each, counts)):
-            if not len(places):
-                continue
-            y = linear(hidden_states[places], _first_of(module), expert, places, tokens)
-            y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-            outputs.append(linear(y, "down_proj", expert, places, tokens))
-        together = torch.cat(outputs)
+        experts, order = torch.sort(top_k_index.reshape(-1), stable=True)  # (S,) with S = T * each
+        ends = torch.searchsorted(
+            experts, torch.arange(module.num_experts, device=experts.device), right=True, out_int32=True
+        )
+        routing = Routing(experts, order // each, ends, tokens)
+        y = linear(hidden_states[routing.tokens], _first_of(module), routing)
+        y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+        y = linear(y, "down_proj", routing)
         if module.has_post_expert_norm:
-            together = module.post_expert_norm(together)
-        weighted = (together * top_k_weights.reshape(-1)[order, None])[torch.argsort(order)]
+            y = module.post_expert_norm(y)
+        y = y * top_k_weights.reshape(-1)[order, None]
+        weighted = torch.empty_like(y).index_copy_(0, order, y)
         return weighted.view(tokens, each, -1).sum(dim=1).to(hidden_states.dtype)
 
     return forward

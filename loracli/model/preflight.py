@@ -87,8 +87,9 @@ def estimate_memory(
 
     what the norms keep in float32; q, k, v and the attention's output; gate, up and their product; and z = A x.
     Attention that is not fused keeps 8 h T t more. With checkpointing a layer keeps its input, s T d, and one layer at
-    a time all of it. Layers below the lowest adapted one keep nothing. On models of ten kinds and of several
-    proportions this was within a factor of 1.5 of what is kept; an MLP without a gate keeps less than that.
+    a time all of it. Layers below the lowest adapted one keep nothing. Where experts are adapted, the update of gate
+    and up stands beside them for a moment, 2 s T m. On models of ten kinds and of several proportions this was within
+    a factor of 1.5 of what is kept; an MLP without a gate keeps less than that.
 
     Args:
         plan: from `plan_base`.
@@ -113,11 +114,13 @@ def estimate_memory(
         inner = {name: m.factors.in_features for adapter in adapters for name, m in adapter.modules.items()}
         of_adapters += tokens * s * sum(inner.values())
     inputs = graphs * tokens * s * width
+    experts = any(kind_of(modules[0]).of_experts for adapter in adapters for modules in adapter.targets.values())
+    moment = 2 * s * tokens * _inner_width(config, width) if experts else 0
     return MemoryEstimate(
         weights=s * _weights(plan.skeleton, layers, shards) - _saved_by_bits(plan, s),
         adapters=numbers * (s + (8 * _FLOAT32 if factors else 0)),
-        activations=graphs * layer + of_adapters,
-        checkpointed=inputs + layer + of_adapters // max(graphs, 1) if layers else None,
+        activations=graphs * layer + of_adapters + moment,
+        checkpointed=inputs + layer + of_adapters // max(graphs, 1) + moment if layers else None,
         head=_head(config, vocabulary, width, tokens, s),
     )
 

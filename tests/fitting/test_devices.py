@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from loracli.progress import SILENT
 from loracli.recipe.record import INLINE_KINDS, MixingKind
 from tests.cli.project import run
 from tests.heard import Heard
+from tests.mixtures import BOTH
 from tests.simulated_device import NO_FLOAT64, Seen, simulated
 from tests.tiny import make_adapter, make_base, random_records, write_jsonl
 
@@ -197,6 +199,24 @@ def test_a_module_more_launches_few_kernels(made: Made, seen: Seen, tmp_path: Pa
     few = len(asked_by_gradient(made, seen, "rank").launches)
     many = len(asked_by_gradient(made, seen, "rank", [made.adapters[0], more]).launches)
     assert many - few <= 11, seen.launches
+
+
+def test_more_experts_launch_no_more_kernels(made: Made, seen: Seen, tmp_path: Path) -> None:
+    """Of ranks whose sum is not aligned; torch computes a grouped product in one, as on a Hopper."""
+
+    def launches(kind: str) -> Counter[str]:
+        folder = make_base(tmp_path / kind, kind)
+        paths = [
+            make_adapter(tmp_path / f"{kind}-{rank}", folder, targets=(), parameters=BOTH, rank=rank) for rank in (2, 3)
+        ]
+        asked = asked_by_gradient(Made(folder, (paths[0], paths[1]), made.data, made.unseen), seen, "module")
+        assert len(asked.waits) == 3, asked.waits
+        return Counter(asked.launches)
+
+    few, many = launches("qwen3-moe"), launches("many-experts")
+    assert few == many
+    # Layers, parameters; W, A and B, and each again backwards, where what is below wants a gradient.
+    assert few["_grouped_mm"] == 2 * 2 * 6 - 2
 
 
 def test_a_base_in_float64_is_on_the_device(made: Made, seen: Seen) -> None:
@@ -462,7 +482,7 @@ def test_batches_that_leave_the_device_idle_are_said(
         ("shallow", {"targets": ("q_proj", "down_proj"), "lora_bias": True}),
         ("shallow", {"targets": ("embed_tokens", "lm_head", "v_proj")}),
         ("gpt2", {"targets": ("c_attn",), "fan_in_fan_out": True}),
-        ("mixtral", {"targets": ("q_proj",), "parameters": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")}),
+        ("mixtral", {"targets": ("q_proj",), "parameters": BOTH}),
     ],
     ids=["biases", "embeddings", "conv1d", "experts"],
 )

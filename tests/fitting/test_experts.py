@@ -19,7 +19,7 @@ from loracli.fitting.mixing import check_mixing, make_diagonal, make_layout
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach
-from loracli.model.experts import check_experts
+from loracli.model.experts import check_experts, grouped
 from loracli.model.loss import make_objective
 from loracli.model.modules import check_shapes
 from tests.mixtures import BOTH, ROUTERS, add, load, peft_deltas
@@ -40,8 +40,8 @@ class Mixture:
         ]
         self.adapters = [read_adapter(str(path)) for path in self.paths]
 
-    def model(self) -> Any:
-        return load(self.base, torch.float64)
+    def model(self, dtype: torch.dtype = torch.float64) -> Any:
+        return load(self.base, dtype)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -145,6 +145,41 @@ def test_the_gradient_of_the_weights_is_that_of_the_dense_updates(mixture: Mixtu
     (expected,) = torch.autograd.grad(dense_nats(mixture, mixing, dense, batch), dense)
     assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-6)
     assert float(gradient.abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_all_experts_at_once_in_float32_have_the_gradient_of_float64(mixture: Mixture, both: bool) -> None:
+    """Of adapters whose ranks, 5 together, are not aligned, and of one that leaves gate_up_proj alone; for all
+    records, and for each."""
+    adapters = mixture.adapters if both else mixture.adapters[1:]
+    mixing, theta = theta_of(adapters)
+    batch, examples = batch_of(9, 6)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = mixture.model(dtype)
+        with attach(model, adapters, mixing.layout.modules) as attached:
+            objective, given = make_objective(attached, batch), theta.clone().requires_grad_(True)
+            mixing.apply(attached, given)
+            (gradient,) = torch.autograd.grad(objective.nats(batch).sum(), given)
+            of_records = _record_gradients(objective, mixing, theta, batch, examples, seed=0).gradients
+            found.append(torch.stack([gradient, *of_records]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.float32, 8), (torch.float32, 7), (torch.float32, 1), (torch.float64, 8)]
+)
+def test_rows_meet_the_matrix_of_their_expert_and_experts_may_have_none(dtype: torch.dtype, width: int) -> None:
+    """In torch's grouped product, of rows that it refuses, and of a dtype that it refuses."""
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.tensor([1, 1, 1, 3, 4, 4])
+    ends = torch.tensor([0, 3, 3, 4, 6, 6], dtype=torch.int32)
+    x = torch.randn(6, width, generator=generator).to(dtype).requires_grad_(True)
+    matrices = torch.randn(6, width, 4, generator=generator).to(dtype)
+    y, expected = grouped(x, matrices, ends), torch.einsum("si,sio->so", x, matrices[experts])
+    torch.testing.assert_close(y, expected)
+    (found,), (gradient,) = (torch.autograd.grad(z.square().sum(), x) for z in (y, expected))
+    torch.testing.assert_close(found, gradient)
 
 
 def test_each_record_has_its_own_gradient_though_the_router_mixes_their_tokens(mixture: Mixture) -> None:
