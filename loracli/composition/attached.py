@@ -83,6 +83,7 @@ def of_method(
     device: torch.device = CPU,
 ) -> MixingPoint:
     """A method that needs no data, computed on a device.
+
     Raises:
         ValueError: if it cannot honour these adapters, with the reason.
     """
