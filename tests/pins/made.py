@@ -49,7 +49,7 @@ PACKAGES = ("torch", "peft", "transformers", "safetensors", "gguf", "typer", "ri
 ENVIRONMENT = {"COLUMNS": "100", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 OF_A_RUN = (  # what only a run knows, and the word for it
     (r"over the records: about [^\n]*", "over the records: about <time>"),
-    (r"(time +)about [^\n]*", r"\1about <time>"),
+    (r"(time +)at most about [^\n]*", r"\1at most about <time>"),
     (r"about \S+ \S+, with \S+ \S+ free on cpu", "<memory> on cpu"),
     (r'"(seconds|tokens_per_second|memory_bytes|free_bytes)": [\d.e+-]+', r'"\1": <measured>'),
     (rf"(?<![\w.]){re.escape(loracli.__version__)}(?![\w.])", "<version>"),
