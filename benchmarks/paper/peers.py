@@ -19,9 +19,11 @@ nevergrad's.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -128,27 +130,30 @@ class Ended:
     refused: str = ""
 
 
+# A small process starts each: the peak that the system has of a child is at least its parent's size.
+_LAUNCHER = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+lines = [line.strip() for line in child.stdout if line.strip()]
+status, usage = os.wait4(child.pid, 0)[1:]
+spent = [time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024]
+print(json.dumps([*spent, (lines or ["it failed"])[-1] if status else ""]))
+os._exit(0)
+"""
+
+
 def run(commands: Sequence[Sequence[str]]) -> Ended:
     """Runs processes until one fails, each with one thread."""
     ended = Ended()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
     for command in commands:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert process.stdout is not None
-        with process.stdout:
-            lines = [line for line in process.stdout.read().splitlines() if line.strip()]
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        ended = Ended(
-            ended.seconds + time.perf_counter() - started,
-            ended.processor + usage.ru_utime + usage.ru_stime,
-            max(ended.memory, usage.ru_maxrss / 1024),
-            (lines or ["it failed"])[-1].strip() if status else "",
-        )
-        if status:
+        words = [sys.executable, "-c", _LAUNCHER, *command]
+        done = subprocess.run(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        seconds, processor, memory, refused = json.loads(done.stdout)
+        memory = max(memory, ended.memory)
+        ended = Ended(ended.seconds + seconds, ended.processor + processor, memory, refused)
+        if refused:
             break
     return ended
 
@@ -222,9 +227,9 @@ def error_of(written: Path, pair: Pair, formula: str, options: Options) -> float
     update = _update_of(written, pair.base.reference.path)
     missed = whole = 0.0
     for name in module_names(adapters):
-        exact = FORMULAS[formula](
-            [a.modules[name].factors.delta_weight() for a in adapters if name in a.modules], options
-        )
+        there = {place: a.modules[name].factors.delta_weight() for place, a in enumerate(adapters) if name in a.modules}
+        none = torch.zeros_like(next(iter(there.values())))
+        exact = FORMULAS[formula]([there.get(place, none) for place in range(len(adapters))], options)
         missed += float((update(name) - exact).square().sum())
         whole += float(exact.square().sum())
     return math.sqrt(missed / whole)

@@ -1,7 +1,7 @@
 """The rows of `peers`: which tool makes what of a pair of adapters, by which processes.
 
 PEFT's combiners with equal weights: the average, and else weights of 1 with density 0.2, or 0.5 where entries are
-drawn, which it has no defaults of; those that it has several numbers for also tuned. mergekit's methods likewise.
+drawn, which it has no defaults of; what has more than one number to choose also tuned. mergekit's methods likewise.
 loracat's with their own defaults, which are the same.
 """
 
@@ -16,6 +16,9 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 
 from benchmarks.paper.peft_process import COMBINED
 from benchmarks.paper.training import Base
@@ -32,7 +35,7 @@ _TIES, _DARE = 0.2, 0.5
 _WEIGHTS: tuple[Options, ...] = tuple({"weight": one} for one in (0.3, 0.5, 0.7, 1.0))
 _GRID: tuple[Options, ...] = tuple({"weight": one, "density": two} for one in (0.5, 1.0) for two in (0.2, 0.5, 0.8))
 _CUT = "cut to the largest rank"
-_SPLIT = "adds A and B apart, which makes cross terms"
+_SPLIT = "works on A and B apart: cross terms"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +95,10 @@ class Way:
 
 
 def peft(combination: str, pair: Pair, grid: Sequence[Options], folder: Path) -> Commands:
-    """One process of PEFT for all points."""
+    """One process of PEFT for all points, on adapters of one rank where it asks for that."""
+    adapters = [path for _, path in pair.adapters]
+    if needs_one_rank(combination):
+        adapters = padded(adapters, folder)
     calls = [
         {
             "combination_type": combination,
@@ -101,10 +107,34 @@ def peft(combination: str, pair: Pair, grid: Sequence[Options], folder: Path) ->
         }
         for options in grid
     ]
-    request = {"base": str(pair.base.reference.path), "adapters": [str(path) for _, path in pair.adapters]}
+    request = {"base": str(pair.base.reference.path), "adapters": list(map(str, adapters))}
     words = json.dumps({**request, "calls": calls, "out": str(folder)})
     code = "from benchmarks.paper.peft_process import main; main()"
     return [[sys.executable, "-c", code, words]], [folder / str(i) / COMBINED for i in range(len(grid))]
+
+
+def needs_one_rank(combination: str) -> bool:
+    """Whether PEFT refuses adapters of different ranks: what acts on A and B."""
+    return combination != "cat" and not combination.endswith("svd")
+
+
+def padded(adapters: Sequence[Path], folder: Path) -> list[Path]:
+    """Copies with zeros beside the factors, up to the largest rank, and the same updates."""
+    configs = [json.loads((adapter / CONFIG_FILE).read_text("utf-8")) for adapter in adapters]
+    rank = max(config["r"] for config in configs)
+    copies = []
+    for number, (adapter, config) in enumerate(zip(adapters, configs, strict=True)):
+        copies.append(copy := folder / f"padded{number}")
+        copy.mkdir()
+        missing = rank - config["r"]
+        tensors = {
+            name: pad(tensor, (0, 0, 0, missing) if "lora_A" in name else (0, missing))
+            for name, tensor in load_file(adapter / TENSOR_FILE).items()
+        }
+        save_file(tensors, copy / TENSOR_FILE, metadata={"format": "pt"})
+        scaled = {"r": rank, "lora_alpha": config["lora_alpha"] * rank / config["r"]}
+        (copy / CONFIG_FILE).write_text(json.dumps(config | scaled))
+    return copies
 
 
 def mergekit(
@@ -150,24 +180,27 @@ def loracat(words: str, pair: Pair, grid: Sequence[Options], folder: Path) -> Co
 
 def ways(pair: Pair, commands: Path | None) -> list[Way]:
     """Every row; mergekit's only where its commands are."""
-    rows = [Way("base", None), *(Way(name, None) for name, _ in pair.adapters), *_of_peft(1 / len(pair.adapters))]
+    rows = [Way("base", None), *(Way(name, None) for name, _ in pair.adapters), *_of_peft(pair)]
     if commands is not None:
         rows += _of_mergekit(commands, 1 / len(pair.adapters))
     return [*rows, *_of_loracat()]
 
 
-def _of_peft(share: float) -> list[Way]:
-    def row(kind: str, grid: tuple[Options, ...], formula: str | None, note: str) -> Way:
+def _of_peft(pair: Pair) -> list[Way]:
+    one_rank = len({max(read_adapter(str(path)).ranks) for _, path in pair.adapters}) == 1
+
+    def row(kind: str, grid: tuple[Options, ...], formula: str | None) -> Way:
+        note = _SPLIT if needs_one_rank(kind) else "" if kind == "cat" else _CUT
+        note += "; padded to one rank, as it refuses others" if needs_one_rank(kind) and not one_rank else ""
         name = f"PEFT {kind}{', tuned' if len(grid) > 1 else ''}"
         return Way(name, partial(peft, kind), grid, formula, note, f"peft {version('peft')}")
 
-    average = ({"weight": share},)
-    rows = [row("cat", average, "sum", ""), row("svd", average, "sum", _CUT)]
-    rows += [row("linear", grid, "sum", _SPLIT) for grid in (average, _WEIGHTS)]
+    average = ({"weight": 1 / len(pair.adapters)},)
+    rows = [row("cat", average, "sum"), row("svd", average, "sum")]
+    rows += [row("linear", grid, "sum") for grid in (average, _WEIGHTS)]
     for kind, formula in (("ties", "ties"), ("magnitude_prune", "pruned"), ("dare_linear", None), ("dare_ties", None)):
         options = ({"weight": 1.0, "density": _DARE if formula is None else _TIES},)
-        rows += [row(kind, grid, formula, _SPLIT) for grid in (options, _GRID)]
-        rows.append(row(f"{kind}_svd", options, formula, _CUT))
+        rows += [row(name, grid, formula) for name in (kind, f"{kind}_svd") for grid in (options, _GRID)]
     return rows
 
 
