@@ -146,7 +146,8 @@ print(json.dumps([*spent, (lines or ["it failed"])[-1] if status else ""]))
 def run(commands: Sequence[Sequence[str]]) -> Ended:
     """Runs processes until one fails, each with one thread."""
     ended = Ended()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
+    plain = {"NO_COLOR": "1", "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}  # so that what is said last stands last
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | plain
     for command in commands:
         words = [sys.executable, "-c", _LAUNCHER, *command]
         done = subprocess.run(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
