@@ -168,7 +168,7 @@ class Judge:
         self._examples = {file: rendered([file], base.tokenizer) for file in (pair.calibration, pair.test)}
         self._batches = {file: plan_batches(e, batch_tokens=_BATCH_TOKENS) for file, e in self._examples.items()}
         self._pair, places = pair, [example.place for example in self._examples[pair.test]]
-        limits = {"max_length": MAX_LENGTH, "batch_tokens": _BATCH_TOKENS}
+        limits = {"max_length": MAX_LENGTH, "batch_tokens": 4 * _BATCH_TOKENS}
         self._right = make_scorer(pair.metric, [read_records(pair.test)], places, base.tokenizer, **limits)
 
     def of(self, written: Path | None, file: Path) -> dict[str, list[float]]:

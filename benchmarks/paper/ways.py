@@ -1,7 +1,7 @@
 """The rows of `peers`: which tool makes what of a pair of adapters, by which processes.
 
 PEFT's combiners with equal weights: the average, and else weights of 1 with density 0.2, or 0.5 where entries are
-drawn, which it has no defaults of; what has more than one number to choose also tuned. mergekit's methods likewise.
+drawn, which it has no defaults of; those that work on A and B, and TIES by SVD, also tuned. mergekit's methods likewise.
 loracat's with their own defaults, which are the same.
 """
 
@@ -200,8 +200,8 @@ def _of_peft(pair: Pair) -> list[Way]:
     rows += [row("linear", grid, "sum") for grid in (average, _WEIGHTS)]
     for kind, formula in (("ties", "ties"), ("magnitude_prune", "pruned"), ("dare_linear", None), ("dare_ties", None)):
         options = ({"weight": 1.0, "density": _DARE if formula is None else _TIES},)
-        rows += [row(name, grid, formula) for name in (kind, f"{kind}_svd") for grid in (options, _GRID)]
-    return rows
+        rows += [row(kind, options, formula), row(kind, _GRID, formula), row(f"{kind}_svd", options, formula)]
+    return [*rows, row("ties_svd", _GRID, "ties")]
 
 
 def _of_mergekit(commands: Path, share: float) -> list[Way]:
