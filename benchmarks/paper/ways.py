@@ -1,8 +1,8 @@
 """The rows of `peers`: which tool makes what of a pair of adapters, by which processes.
 
 PEFT's combiners with equal weights: the average, and else weights of 1 with density 0.2, or 0.5 where entries are
-drawn, which it has no defaults of; those that work on A and B, and TIES by SVD, also tuned. mergekit's methods likewise.
-loracat's with their own defaults, which are the same.
+drawn, which it has no defaults of; those that work on A and B, and TIES by SVD, also tuned. mergekit's methods with the
+same numbers, and loracat's with its defaults, which are these.
 """
 
 from __future__ import annotations
