@@ -213,7 +213,8 @@ def measured(pair: Pair, way: Way) -> dict[str, Any]:
         best, seconds = 0, time.process_time()
         if len(written) > 1:
             best = min(range(len(written)), key=[judge(pair).nats_per_token(one) for one in written].__getitem__)
-            found["tuning"], found["note"] = time.process_time() - seconds, f"{_text(way.grid[best])}; {way.note}"
+            found["note"] = "; ".join(filter(None, (_text(way.grid[best]), way.note)))
+            found["tuning"] = time.process_time() - seconds
         found["error"] = None if way.formula is None else error_of(written[best], pair, way.formula, way.grid[best])
         return found | judge(pair).of(written[best], pair.test)
 
