@@ -65,7 +65,7 @@ ASKS = (
 )
 INSTALL = "python -m venv mergekit && mergekit/bin/pip install mergekit"
 ROOT = Path(__file__).parents[2]
-_MODEL, _BATCH_TOKENS, _SECONDS = "model.safetensors", 1024, 12.0
+_MODEL, _BATCH_TOKENS = "model.safetensors", 1024
 _HEADS = ("", "error of dW", "seconds", "of the processor", "peak MB", "nats per token")
 _HEADS += ("to the average, 95 % interval", "right", "95 % interval", "")
 _QUICK = ("know", "PEFT linear", AVERAGE, "loracat fit, export")
@@ -110,13 +110,19 @@ def experiment(pairs: Sequence[Pair], commands: Path | None, quick: bool) -> Exp
         Unit(
             f"{pair.name}-{way.name.replace(' ', '-').replace(',', '')}",
             {**pair.made_of, "grid": way.grid, "formula": way.formula, "of": way.of},
-            _SECONDS * len(way.grid),
+            seconds_of(pair) * len(way.grid),
             partial(measured, pair, way),
         )
         for pair, those in every.items()
         for way in those
     ]
     return Experiment(NAME, ASKS, lambda *_: units, parts)
+
+
+def seconds_of(pair: Pair) -> float:
+    """That a row takes, about: processes start, and the base is loaded, changed and run."""
+    size = sum(file.stat().st_size for file in pair.base.reference.path.glob("*.safetensors"))
+    return 10 + 0.3e-6 * size
 
 
 @dataclass(frozen=True)
