@@ -190,7 +190,7 @@ def _of_peft(pair: Pair) -> list[Way]:
     one_rank = len({max(read_adapter(str(path)).ranks) for _, path in pair.adapters}) == 1
 
     def row(kind: str, grid: tuple[Options, ...], formula: str | None) -> Way:
-        note = _SPLIT if needs_one_rank(kind) else "" if kind == "cat" else _CUT
+        note = _SPLIT if needs_one_rank(kind) else "in the base's dtype" if kind == "cat" else _CUT
         note += "; padded to one rank, as it refuses others" if needs_one_rank(kind) and not one_rank else ""
         name = f"PEFT {kind}{', tuned' if len(grid) > 1 else ''}"
         return Way(name, partial(peft, kind), grid, formula, note, f"peft {version('peft')}")
