@@ -7,9 +7,10 @@ each adapter that is wanted, with N `weights`; `out`, a folder. Call i is writte
 ends the process with its words. Nothing of loracat is imported, so that time and memory are PEFT's and torch's alone.
 
 A user of PEFT does just this: the base has to be in memory, since adapters are combined on it, and is loaded once for
-all calls. It has the dtype of its files. PEFT loads adapters in float32 whatever they are in, and what it combines is in
-float32 too, but for `cat`: that is put into factors which were made for the base, in the base's dtype. Draws are seeded
-for each call, so that a row does not depend on the calls before it.
+all calls. It has the dtype of its files. PEFT loads adapters in float32 whatever they are in, and combines in float32
+but for `cat`: that is put into factors which were made for the base, in the base's dtype.
+
+Draws are seeded for each call, so that a row does not depend on the calls before it.
 """
 
 from __future__ import annotations
