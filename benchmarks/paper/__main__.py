@@ -3,6 +3,7 @@
     python -m benchmarks.paper TASK... OUT --base BASE [--seeds 0 1 2]
     python -m benchmarks.paper agreement [TASK...] OUT --base BASE
     python -m benchmarks.paper pools false-alarms OUT
+    python -m benchmarks.paper peers OUT [--mergekit BIN] [--peers-of TASK --base BASE]
     python -m benchmarks.paper OUT --base BASE --all [--pages docs/results]
 
 For each task and seed: the data, an adapter for each skill and one trained on the data of all, as many tokens as they
@@ -10,7 +11,7 @@ together; then every way to compose, on test records that no calibration record 
 data, which is the paper's setting, and on composite records. Loss and answers, with intervals, against the best single
 adapter. `paper` is CAT as published, `module` is `loracat fit` as it is, `fresh-lora` a new LoRA trained on the
 calibration records alone. `agreement` asks what could be known of tasks beforehand; pools and false alarms are on the
-embedded example.
+embedded example. `peers` has PEFT and mergekit compose beside loracat, on that example or the adapters of a task.
 
 It says beforehand how long it will take. What is done is kept in OUT and not done again: adapters by a hash of their
 training, cells by a hash of all that they are made of. Tables go to standard output, and as JSON and pages to
@@ -33,7 +34,7 @@ from random import Random
 from typing import Any
 
 from benchmarks.measuring import BenchmarkParser
-from benchmarks.paper import agreement
+from benchmarks.paper import agreement, peers
 from benchmarks.paper.cells import (
     CAN_BE_FITTED,
     CAT,
@@ -61,9 +62,10 @@ from loracli.progress import duration_text
 
 TASKS = {task.name: task for task in (CLOSED_BOOK, SUMS, FORMATS, READING, MATH_CODE)}
 EXPERIMENTS = {one.name: one for one in (FALSE_ALARMS, POOLS)}
-KNOWN = (*TASKS, agreement.NAME, *EXPERIMENTS)
+KNOWN = (*TASKS, agreement.NAME, peers.NAME, *EXPERIMENTS)
 OWN = "the skills' own records"
 SHOWN = ("seeds", "calibrate", "fitted", "test_records", "records", "epochs", "passes", "assets", "trained", "quick")
+SHOWN = (*SHOWN, "peers_of", "mergekit")
 
 
 def main() -> None:
@@ -88,6 +90,8 @@ def main() -> None:
     parser.add_argument(
         "--trained", type=Path, help="a folder of adapters, TASK/NAME, taken as they are for the first seed"
     )
+    parser.add_argument("--peers-of", choices=TASKS, help="whose adapters peers compose; default: the embedded example")
+    parser.add_argument("--mergekit", type=Path, help="the folder of mergekit's commands, for its rows among peers")
     parser.add_argument("--pages", type=Path, help="a folder for the JSON and the page of each table")
     parser.add_argument("--plan", action="store_true", help="only say how long it takes")
     arguments = chosen(parser)
@@ -109,14 +113,21 @@ def chosen(parser: BenchmarkParser) -> argparse.Namespace:
         names = [name for name in KNOWN if arguments.assets or name not in TASKS or not TASKS[name].needs_assets]
     if not names or len(folders) > 1 or (not folders and not arguments.quick):
         parser.error(f"give names of {', '.join(KNOWN)}, or --all, and one folder; got: {' '.join(arguments.words)}")
-    if arguments.base is None and not set(names) <= set(EXPERIMENTS):
+    without_base = {*EXPERIMENTS, *([] if arguments.peers_of else [peers.NAME])}
+    if arguments.base is None and not set(names) <= without_base:
         parser.error("give the --base that adapters are trained on")
     if agreement.NAME in names:
         names = [*names, *(name for name in TASKS if not set(names) & set(TASKS) and not TASKS[name].needs_assets)]
         if CAT not in arguments.fitted or SKILLS not in (arguments.calibrate or [SKILLS]):
             parser.error(f"{agreement.NAME} needs {CAT} among --fitted, and {SKILLS} among --calibrate")
-    if "lorahub" in arguments.fitted and find_spec("nevergrad") is None and not set(names) <= set(EXPERIMENTS):
+    if (
+        "lorahub" in arguments.fitted
+        and find_spec("nevergrad") is None
+        and not set(names) <= {*EXPERIMENTS, peers.NAME}
+    ):
         parser.error("lorahub needs nevergrad: pip install 'loracat[lorahub]', or leave it out of --fitted")
+    if arguments.mergekit and not all((arguments.mergekit / name).exists() for name in ("mergekit-yaml", "python")):
+        parser.error(f"--mergekit {arguments.mergekit} has no mergekit: {peers.INSTALL}, then --mergekit mergekit/bin")
     if arguments.quick and arguments.pages:
         parser.error("--quick measures nothing that a page should show: leave --pages out")
     arguments.names, arguments.out = names, Path(folders[0]) if folders else None
@@ -190,6 +201,12 @@ def run(names: Sequence[str], out: Path, arguments: argparse.Namespace) -> None:
     runs: list[Run] = []
     jobs: list[Job] = []
     units = {name: one.units(arguments.seeds, arguments.quick) for name, one in experiments.items()}
+    named: dict[str, str] = {}
+    if peers.NAME in names:
+        pairs = pairs_of(arguments, out)
+        experiments[peers.NAME] = one = peers.experiment(pairs, arguments.mergekit, arguments.quick)
+        units[peers.NAME] = one.units(arguments.seeds, arguments.quick)
+        named |= {peers.NAME: pairs[0].base.name} if arguments.peers_of else {}
     if tasks:
         base = identify(find_base((), arguments.base), arguments.base_id, arguments.dtype)
         runs = [prepared(task, seed, out, base, arguments) for task in tasks for seed in arguments.seeds]
@@ -201,7 +218,7 @@ def run(names: Sequence[str], out: Path, arguments: argparse.Namespace) -> None:
                 lambda *_: gradients,
                 lambda found: agreement.parts(found, {one.name: one.own_cells for one in runs}),
             )
-            units[agreement.NAME] = gradients
+            units[agreement.NAME], named[agreement.NAME] = gradients, base.name
     for name, those in units.items():
         jobs += [
             Job(f"{name}: {unit.name}", unit.seconds, partial(keep_unit, out / name, unit))
@@ -218,11 +235,23 @@ def run(names: Sequence[str], out: Path, arguments: argparse.Namespace) -> None:
         table_of(task, [one for one in runs if one.task is task], arguments) for task in tasks
     ]
     for name, one in experiments.items():
-        named = runs[0].stages[""].base.name if name == agreement.NAME else None
-        tables.append(parts_of(one, units[name], out / name, arguments, named))
+        tables.append(parts_of(one, units[name], out / name, arguments, named.get(name)))
     for table in tables:
         write_table(arguments.pages or out / "pages", table)
         print(f"### {table.name}\n\n{markdown(table)}", flush=True)
+
+
+def pairs_of(arguments: argparse.Namespace, out: Path) -> list[peers.Pair]:
+    """What peers compose: the embedded example, or of each seed a task's adapters, on its last calibration."""
+    if arguments.peers_of is None:
+        return [peers.embedded(out / "example", arguments.quick)]
+    base = identify(find_base((), arguments.base), arguments.base_id, arguments.dtype)
+    runs = [prepared(TASKS[arguments.peers_of], seed, out, base, arguments) for seed in arguments.seeds]
+    if lacking := [f"{one.name}/{a.name}" for one in runs for a in one.adapters[:-1] if not a.done]:
+        raise SystemExit(
+            f"{out} lacks {', '.join(lacking)}: give --trained, or make the tables of {arguments.peers_of}"
+        )
+    return [peers.of_task(one.name, list(one.stages.values())[-1]) for one in runs]
 
 
 def parts_of(
@@ -247,7 +276,7 @@ def command_of(name: str, arguments: argparse.Namespace, base: str | None) -> st
     tasks = [one for one in arguments.names if one in TASKS and name == agreement.NAME]
     words = ["python -m benchmarks.paper", name, *tasks, "out", *([] if base is None else ["--base", base])]
     for option, value in arguments.changed.items():
-        if base is None and option not in ("seeds", "quick"):
+        if base is None and option not in ("seeds", "quick", "mergekit"):
             continue
         words.append(f"--{option.replace('_', '-')}")
         if isinstance(value, Path):  # whose place is nobody's business

@@ -14,7 +14,7 @@ BENCHMARKS = sorted(
     path for path in (ROOT / "benchmarks").rglob("*.py") if re.search("^if __name__ ==", path.read_text(), re.MULTILINE)
 )
 # What is said beside --quick, where that does more than a test has time for.
-FEWER = {"__main__.py": ("formats", "pools", "false-alarms", "--fitted", "paper")}
+FEWER = {"__main__.py": ("formats", "pools", "false-alarms", "peers", "--fitted", "paper")}
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(\.\d+)?(e[-+]?\d+)?(?![\w.])")
 Table = list[list[str]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.paper import agreement
+from benchmarks.paper import agreement, peers
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.arithmetic import NoValue, is_right, judge_command, value_of
 from benchmarks.paper.cells import Cell, Stage
@@ -24,8 +25,12 @@ from benchmarks.paper.reading import READING
 from benchmarks.paper.tables import Table, make_table, markdown, refreshed, wilson, write_table
 from benchmarks.paper.tasks import DATAMIX, Conversation, Task
 from benchmarks.paper.training import Adapter, identify
+from benchmarks.paper.ways import padded
+from loracli.adapters.adapter import read_adapter
 from loracli.demo.run import example_folder
 from loracli.evaluation.metrics import run_metric
+from loracli.export.export import export_adapter
+from loracli.export.request import ExportRequest
 from loracli.model.reference import find_base
 from tests.faults.fork_server import ROOT
 
@@ -219,6 +224,44 @@ def test_the_rule_counts_where_the_cosine_told_what_came_out() -> None:
     assert [row[-1] for row in part.rows] == ["yes", "no"]
 
 
+def test_the_error_of_a_peer_is_that_of_its_update_against_the_formula_in_float64(tmp_path: Path) -> None:
+    pair = peers.embedded(tmp_path / "part", quick=True)
+    know = dict(pair.adapters)["know"]
+    alone = replace(pair, adapters=(("know", know),))
+    assert peers.error_of(know, alone, "average", {}) == 0
+    assert peers.error_of(know, alone, "sum", {"weight": 2.0}) == pytest.approx(0.5)
+    kept = peers.error_of(know, alone, "pruned", {"density": 0.5})
+    assert 0 < kept < peers.error_of(know, alone, "pruned", {"density": 0.2})
+    names = [str(path) for _, path in pair.adapters]  # which do not change the same modules
+    export_adapter(ExportRequest(method="uniform", adapters=names), tmp_path / "average")
+    assert peers.error_of(tmp_path / "average", pair, "average", {}) < 1e-6
+
+
+def test_an_adapter_that_is_padded_for_peft_has_the_same_update(tmp_path: Path) -> None:
+    pair = peers.embedded(tmp_path / "part", quick=True)
+    copies = padded([path for _, path in pair.adapters], tmp_path)
+    assert len({max(read_adapter(str(copy)).ranks) for copy in copies}) == 1
+    for (name, path), copy in zip(pair.adapters, copies, strict=True):
+        assert peers.error_of(copy, replace(pair, adapters=((name, path),)), "sum", {}) == 0
+
+
+def test_the_formula_of_ties_elects_signs_and_takes_the_mean_of_those_that_agree() -> None:
+    updates = [torch.tensor([[4.0, -3.0, 0.1, 2.0]]), torch.tensor([[1.0, 5.0, 0.2, 4.0]])]
+    # of each the larger half: [4, -3, 0, 0] and [0, 5, 0, 4]
+    assert peers.ties(updates, {"density": 0.5, "weight": 2.0}).tolist() == [[8.0, 10.0, 0.0, 8.0]]
+
+
+def test_what_a_peer_refuses_is_a_row_in_its_own_words_and_mergekit_is_missed_by_name(tmp_path: Path) -> None:
+    says_why = peers.run([[sys.executable, "-c", "import sys; print('loading'); sys.exit('ranks differ')"], ["never"]])
+    assert says_why.refused == "ranks differ" and 1 < says_why.memory < 100  # less than this process has
+    judged = {"pair": "p", "of": "peft 1", "note": "", "nats": [2.0, 4.0], "tokens": [1.0, 2.0], "right": [1.0, 0.0]}
+    ended = {"seconds": 1.0, "processor": 1.0, "memory": 5.0, "refused": "ranks differ"}
+    found = {"a": {**judged, "row": peers.AVERAGE}, "b": {"pair": "p", "row": "PEFT ties", "of": "", "ended": ended}}
+    (part,) = peers.parts(found)
+    assert peers.INSTALL in part.title and part.rows[1][-1] == "refused: ranks differ"
+    assert part.rows[0][5:8] == ("2.0000", "+0.0000, +0.0000 to +0.0000", "50.0%")
+
+
 def cell(row: str, kind: str, nats: list[float], right: list[int]) -> Cell:
     made_by = {"commit": "0123456", "versions": "torch", "machine": "one"}
     return Cell(row, kind, tuple(nats), (2.0,) * len(nats), tuple(map(float, right)), 4, "", 1.0, made_by)
@@ -299,6 +342,8 @@ def test_a_number_that_the_json_does_not_have_is_seen_and_what_is_written_by_han
         (["closed-book", "out", "--base", "b", "--fitted", "ties"], "invalid choice: 'ties'"),
         (["agreement", "out", "--base", "b", "--fitted", "paper"], "agreement needs module"),
         (["closed-book", "--quick", "--pages", "docs"], "leave --pages out"),
+        (["peers", "out", "--mergekit", "nowhere"], "pip install mergekit"),
+        (["peers", "out", "--peers-of", "sums"], "give the --base"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_done(
