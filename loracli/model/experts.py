@@ -112,9 +112,11 @@ def expert_stack(
 def grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """The rows of each expert times its matrix: x (S, in), matrices (E, in, out), ends (E,) of a `Routing`; (S, out).
 
-    One call whatever the number of experts; torch has none for float64, nor for rows that are not aligned.
+    One call whatever the number of experts; torch has none for float64, for rows that are not aligned, nor for GPUs
+    before capability 8.
     """
-    if x.dtype != torch.float64 and _aligned(x) and _aligned(matrices):
+    able = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0)
+    if able and x.dtype != torch.float64 and _aligned(x) and _aligned(matrices):
         return F.grouped_mm(x, matrices, offs=ends)
     parts = torch.tensor_split(x, ends[:-1].tolist())
     return torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)])
