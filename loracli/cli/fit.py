@@ -166,8 +166,10 @@ def fit(
     progress = out if launch.first else SILENT
     if launch.world_size > 1 and any(s.read_once for s in parse_sources([*data, *(eval_data or ())])):
         raise UsageError("a pipe or standard input reaches one process only", hint="give the data as a file")
-    if not dry_run:
-        check_recipe_path(output, force=force, kind=search.mixing)
+    settings = FitSettings(**vars(search), **vars(reading), **vars(answers))
+    place = Placement(**vars(placement), checkpointing=checkpointing, shard=shard)
+    if not dry_run:  # before anything is downloaded, but after what was typed
+        check_recipe_path(output, force=force, kind=settings.mixing)
     prepare = partial(
         prepare_fit,
         adapters,
@@ -175,11 +177,10 @@ def fit(
         eval_data=eval_data or None,
         base=base,
         base_revision=base_revision,
-        settings=FitSettings(**vars(search), **vars(reading), **vars(answers)),
+        settings=settings,
         folder=output.parent,
         progress=progress,
     )
-    place = Placement(**vars(placement), checkpointing=checkpointing, shard=shard)
     if dry_run:
         if launch.first:
             _show_plan(out, plan_fit(prepare(), placement=place, world_size=launch.world_size, progress=progress))
