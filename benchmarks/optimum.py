@@ -151,7 +151,7 @@ def ours(p: Problem, settings: FitSettings, name: str) -> Row:
     theta, mixing = found.theta, found.mixing
     assert isinstance(mixing, DiagonalMixing)
     if reserved:
-        left = task.budget * 2 * tokens_of(p.examples) - engine.meter.spent
+        left = min(task.budget * 2 * tokens_of(p.examples) - engine.meter.spent, reserved)
         theta, _ = certified(engine, mixing, theta, found.anchor, found.ridge or 0.0, p.examples, settings, left)
     return name, p.passes(engine), p.loss(theta), time.monotonic() - began
 
