@@ -198,7 +198,6 @@ LADDERS: dict[str, Mapping[MixingKind, float]] = {
 _SAME_START = 0.05  # starts closer than this are one
 REFIT_SHARE = 0.4  # of the budget
 _REFIT_RATE = 0.6  # of the rate of the search, whose solution is near already
-_REFIT_OF_FOUND = 0.6  # of the passes that found it, where it was found on four fifths of the records
 
 
 def refit_share(mixing: str, folds: int) -> float:
@@ -430,8 +429,7 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
         if len(task.folds) > 1 and last.mixing.kind == "core":
             steps = whole = min(steps, max(1, round(last.passes[0] * plan.steps_a_pass)))
         elif in_rounds(last.mixing.kind, validated=task.validated):
-            share = 1.0 if len(task.folds) > 1 else _REFIT_OF_FOUND
-            steps = whole = min(steps, max(1, round(share * last.passes[1] * plan.steps_a_pass)))
+            steps = whole = min(steps, max(1, round(last.passes[1] * plan.steps_a_pass)))
         rate = _REFIT_RATE * rate_for(task, last.mixing, steps)
     adam = AdamW(start, steps=whole, rate=rate, warm_up=max(1, round(WARM_UP * whole)))
     kind = last.mixing.kind
