@@ -185,10 +185,15 @@ FACTOR_PASSES = 4
 FACTOR_STEPS = 32  # at least: where there are few records, passes are short
 
 
-PROBE_SHARE = 0.15  # of a level's budget for the first steps from each start; they take one pass at most
 # A round of `layer` and `module` after the first. The first is enough for most; where it is not, the next one shows it.
 _ROUND = 0.5  # of the steps of the first
 _ROUND_RATE = 0.6  # of the rate of so many steps
+
+
+def probe_share(kind: MixingKind, folds: int) -> float:
+    """The share of a level's first steps that are taken from each start, a pass at most. In folds every record tells
+    which start is better, and where they are few, steps are dear."""
+    return 0.1 if kind in _WITHOUT_RIDGE and folds > 1 else 0.15
 
 
 def in_rounds(kind: str, *, validated: bool) -> bool:
@@ -262,7 +267,8 @@ class _Level:
         check = padded_tokens(fold.validation, settings.batch_tokens)
         most = (budget - (2 * len(self._starts) + len(self._path)) * check) / 2  # forward and backward
         tokens = min(most, self._task.first_passes * plan.tokens) if self._in_rounds else most
-        probe = max(1, min(plan.steps_a_pass, plan.steps_within(PROBE_SHARE * tokens)))
+        share = probe_share(self._mixing.kind, len(self._task.folds))
+        probe = max(1, min(plan.steps_a_pass, plan.steps_within(share * tokens)))
         rest = plan.steps_within(tokens - len(self._starts) * plan.tokens_of(range(probe)), first=probe)
         if self._mixing.kind == "factors":
             most = max(FACTOR_PASSES * plan.steps_a_pass, FACTOR_STEPS)
@@ -330,7 +336,7 @@ class _Level:
             if ended is None:
                 return
             thetas, scores = ended
-            if scores is not None and best is not None and gain(scores, best).clear:
+            if scores is not None and best is not None and gain(scores, best).clear and not self._in_rounds:
                 return
         if self._in_rounds:
             assert scores is not None

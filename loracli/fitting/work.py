@@ -21,7 +21,7 @@ from loracli.evaluation.statistics import static_points
 from loracli.fitting.criterion import Fold
 from loracli.fitting.descent import Plan, plan_steps
 from loracli.fitting.engine import GRADIENT_COST, Pace
-from loracli.fitting.level import FACTOR_PASSES, FACTOR_STEPS, PROBE_SHARE, ridge_path, tokens_of
+from loracli.fitting.level import FACTOR_PASSES, FACTOR_STEPS, probe_share, ridge_path, tokens_of
 from loracli.fitting.search import (
     EVALUATIONS,
     IDLE,
@@ -172,7 +172,7 @@ class Work:
         plan = self._plan(fold)
         largest = sum(sorted(batch.tokens for batch in plan.batches)[-plan.batches_a_step :])  # of a step, at most
         tokens = max(budget - checks.tokens, 0.0) / GRADIENT_COST
-        least = starts * max(PROBE_SHARE * tokens, largest) + path * largest
+        least = starts * max(probe_share(kind, len(self.folds)) * tokens, largest) + path * largest
         if kind == "factors":
             shortest = FACTOR_STEPS * largest if self.settings.passes is None else 0.0
             longest = max(FACTOR_PASSES * plan.tokens, FACTOR_STEPS * largest)
