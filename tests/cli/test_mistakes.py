@@ -66,7 +66,7 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (above, ["inspect", "runs/knwo"], 5, ["error: runs/knwo: offline", "hint: did you mean runs/know?"]),
     (nothing, ["fit", *TWO, *ELSE, "-d", "calibration.json"], 3, ["cannot be read", "calibration.jsonl?"]),
     (nothing, ["show", "recipes.json"], 3, ["the recipe recipes.json cannot", "did you mean recipe.json?"]),
-    (nothing, ["fit", *TWO, "-d", "test.jsonl", "--quantise", "nf5"], 2, ["error: --quantise nf5", "did you mean nf4?"]),
+    (nothing, ["fit", *TWO, "-d", "test.jsonl", "--quantise", "nf5"], 2, ["--quantise nf5 is", "did you mean nf4?"]),
     (nothing, [*FIT, "--mixing", "modul"], 2, ["error: --mixing modul is not one of", "did you mean module?"]),
     (nothing, ["compare", *TWO, "-d", "test.jsonl", "-m", "tie"], 2, ["--methods tie is not", "did you mean ties?"]),
     (nothing, ["export", *TWO, "--method", "tie"], 2, ["error: --method tie", "did you mean ties?"]),
