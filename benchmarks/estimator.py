@@ -87,9 +87,9 @@ def mean(cells: Sequence[Cell], name: str) -> float:
 
 
 def measured(arguments: argparse.Namespace, out: Path, count: int, seed: int) -> Iterator[Cell]:
-    """The comparison of this size and seed, from its file or done now."""
+    """The comparison of this size and seed, from its file if that has all methods, or done now."""
     path = out / f"{count}-{seed}.json"
-    if not path.exists():
+    if not path.exists() or not set(arguments.methods) <= set(json.loads(path.read_text())["losses"]):
         fit_data, test = drawn(arguments, out, count, seed)
         settings = FitSettings(seed=seed, passes=arguments.passes, ridge=arguments.ridge)
         started = time.monotonic()
