@@ -190,15 +190,16 @@ _ROUND = 0.5  # of the steps of the first
 _ROUND_RATE = 0.6  # of the rate of so many steps
 
 
-def probe_share(kind: MixingKind, folds: int) -> float:
-    """The share of a level's first steps that are taken from each start, a pass at most. In folds every record tells
-    which start is better, and where they are few, steps are dear."""
-    return 0.1 if kind in _WITHOUT_RIDGE and folds > 1 else 0.15
+def probe_share(kind: MixingKind, folds: int, asked: str) -> float:
+    """The share of a level's first steps that are taken from each start, a pass at most: for the mixing that is asked
+    for. In folds every record tells which start is better, and where they are few, steps are dear."""
+    return 0.1 if kind in _WITHOUT_RIDGE and (folds > 1 or kind != asked) else 0.15
 
 
-def in_rounds(kind: str, *, validated: bool) -> bool:
-    """Whether a level ends when it gains nothing more, and not when its share of the budget is spent."""
-    return validated and kind in _WITHOUT_RIDGE
+def in_rounds(settings: FitSettings, *, validated: bool) -> bool:
+    """Whether `layer` or `module` ends when it gains nothing more, and not when its share of the budget is spent. Below
+    other kinds, which start from it, it takes its share."""
+    return validated and settings.mixing in _WITHOUT_RIDGE
 
 
 def ridge_path(settings: FitSettings, kind: str, *, validated: bool) -> tuple[float, ...]:
@@ -254,7 +255,7 @@ class _Level:
     def __init__(self, task: Task, mixing: Mixing, starts: Mapping[str, tuple[Tensor, ...]], budget: float) -> None:
         self._task, self._mixing, self._starts = task, mixing, starts
         self._path = ridge_path(task.settings, mixing.kind, validated=task.validated)
-        self._in_rounds = in_rounds(mixing.kind, validated=task.validated)
+        self._in_rounds = in_rounds(task.settings, validated=task.validated)
         self._steps = [self._plan(fold_index, budget / len(task.folds)) for fold_index in range(len(task.folds))]
         self._best: Solution | None = None
         self._failure: NonFiniteLoss | None = None
@@ -267,7 +268,7 @@ class _Level:
         check = padded_tokens(fold.validation, settings.batch_tokens)
         most = (budget - (2 * len(self._starts) + len(self._path)) * check) / 2  # forward and backward
         tokens = min(most, self._task.first_passes * plan.tokens) if self._in_rounds else most
-        share = probe_share(self._mixing.kind, len(self._task.folds))
+        share = probe_share(self._mixing.kind, len(self._task.folds), settings.mixing)
         probe = max(1, min(plan.steps_a_pass, plan.steps_within(share * tokens)))
         rest = plan.steps_within(tokens - len(self._starts) * plan.tokens_of(range(probe)), first=probe)
         if self._mixing.kind == "factors":

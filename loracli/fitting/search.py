@@ -428,7 +428,7 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
     else:
         if len(task.folds) > 1 and last.mixing.kind == "core":
             steps = whole = min(steps, max(1, round(last.passes[0] * plan.steps_a_pass)))
-        elif in_rounds(last.mixing.kind, validated=task.validated):
+        elif in_rounds(task.settings, validated=task.validated):
             steps = whole = min(steps, max(1, round(last.passes[1] * plan.steps_a_pass)))
         rate = _REFIT_RATE * rate_for(task, last.mixing, steps)
     adam = AdamW(start, steps=whole, rate=rate, warm_up=max(1, round(WARM_UP * whole)))
@@ -439,7 +439,7 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
     ran = descent.run(steps, last.ridge or 0.0, key=f"{kind} on all records")
     stage = ran.recorded(kind, last.chosen, "refit", last.ridge or 0.0)
     # Where the rate has come to nothing, the end of hundreds of weights is nearer the optimum than their average.
-    end = descent.theta if in_rounds(kind, validated=task.validated) else ran.average
+    end = descent.theta if in_rounds(task.settings, validated=task.validated) else ran.average
     return replace(last, thetas=(end,), stages=(*stages, stage))
 
 
