@@ -246,7 +246,7 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
 _SAID = {
     "numbers": "weights",
     "parts": "parts for cross-fitting",
-    "passes": "passes over the records, in all folds",
+    "passes": "passes at most, in all folds",
     "memory_bytes": "memory",
     "seconds": "time",
 }

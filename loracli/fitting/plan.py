@@ -104,7 +104,7 @@ def fit_work(inputs: FitInputs, examples: Examples, folds: Sequence[Fold]) -> Wo
 
 def _shortest(work: Work) -> Work:
     """The same fit where more passes do not pay."""
-    return replace(work, settings=work.settings.shortest(len(work.training)))
+    return replace(work, settings=work.settings.shortest(len(work.folds), len(work.training)))
 
 
 def measured_pace(

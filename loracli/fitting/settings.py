@@ -134,11 +134,13 @@ class FitSettings:
         if the budget has so many."""
         return _few(records) * _FIRST_PASSES
 
-    def shortest(self, records: int) -> FitSettings:
-        """The settings of the fit that ends first: where the round after these passes gains nothing."""
+    def shortest(self, folds: int, records: int) -> FitSettings:
+        """The settings whose budget is what a fit takes where the first round gains nothing: in each fold these passes
+        and the round, once more as many passes on all records, and the certificate."""
         if self.paper or self.passes is not None or self.mixing not in ("layer", "module"):
             return self
-        return replace(self, passes=_few(records) * 1.5 * _FIRST_PASSES)
+        first = self.first_passes(records)
+        return replace(self, passes=1.5 * first + (first + _CERTIFICATE) / folds)
 
     @property
     def metric(self) -> TaskMetric | None:

@@ -172,9 +172,8 @@ class Work:
         plan = self._plan(fold)
         largest = sum(sorted(batch.tokens for batch in plan.batches)[-plan.batches_a_step :])  # of a step, at most
         tokens = max(budget - checks.tokens, 0.0) / GRADIENT_COST
-        least = (
-            starts * max(probe_share(kind, len(self.folds), self.settings.mixing) * tokens, largest) + path * largest
-        )
+        probe = probe_share(kind, len(self.folds), self.settings.mixing) * tokens
+        least = starts * max(probe, largest) + path * largest
         if kind == "factors":
             shortest = FACTOR_STEPS * largest if self.settings.passes is None else 0.0
             longest = max(FACTOR_PASSES * plan.tokens, FACTOR_STEPS * largest)

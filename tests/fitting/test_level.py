@@ -423,6 +423,12 @@ def test_module_goes_on_for_as_long_as_a_round_gains_and_the_budget_lasts(
     assert all(gained > LEAST_GAIN for gained in gains[:-1])
     assert (gains[-1] <= LEAST_GAIN) is ends_early
     assert (engine.meter.spent < 0.6 * budget) is ends_early and engine.meter.spent <= budget
+    if ends_early:
+        assert len(gains) == 1  # as short as a fit can be; the certificate is not in it
+        shortest = (
+            budget * settings.shortest(1, len(examples)).budget(1, len(examples)) / settings.budget(1, len(examples))
+        )
+        assert 0.6 * shortest < engine.meter.spent < shortest
 
 
 def far_from_the_truth() -> dict[str, list[Tensor]]:
