@@ -366,6 +366,11 @@ def _mixing(recipe: Recipe) -> list[str]:
             f"{recipe.mixing.numbers} numbers, while the base stayed frozen.",
         ],
     }
+    if recipe.fit.from_nothing:
+        return [
+            "It is a new LoRA, trained from nothing on a calibration file, where its loss was lower than that of every",
+            f"composition of the adapters, of which it has nothing: {recipe.mixing.numbers} numbers.",
+        ]
     weighted_sum = [
         "Its update of every module is the weighted sum of theirs, with weights learnt on a calibration file while",
         f"base and adapters stayed frozen (CAT, [LoRA Soups](https://arxiv.org/abs/2410.13025), {weights}).",

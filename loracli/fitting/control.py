@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from loracli.adapters.adapter import LoraAdapter
@@ -23,69 +22,16 @@ from loracli.fitting.criterion import one_fold
 from loracli.fitting.descent import WARM_UP, AdamW, Descent, plan_steps
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs
-from loracli.fitting.mixing import Layout, Mixing, parameter_of_experts
+from loracli.fitting.mixing import FreshLora, Layout, parameter_of_experts
 from loracli.fitting.settings import FRESH_LORA, NO_CONTROL, FitSettings
 from loracli.fitting.work import Cost, Work, cost_of, descent_cost
-from loracli.model.attach import AttachedModel
 from loracli.model.session import Opening
 from loracli.progress import SILENT, Progress
-from loracli.recipe.record import MixingKind
 
-# A usual recipe for a LoRA on few records: lora_alpha twice the rank, so that the scaling is 2.
-_RATE, _SCALING = 1e-3, 2.0
 # A short schedule, whose rate has fallen when it ends: with a longer one the loss on other records was higher.
 _STEPS, _FEWEST, _FEWEST_PASSES, _MOST_PASSES = 128, 32, 2.0, 4.0
 _CHECKS_A_PASS = 2
 _PATIENCE = 4  # checks in a row that are worse than the best
-
-
-class FreshLora(Mixing):
-    """A new LoRA on the modules of a layout: theta holds A of each module and then B of each.
-
-    A is drawn as PEFT draws it, uniform within 1 / sqrt(in) (Kaiming, a = sqrt 5), and B is 0, so it starts at the base
-    model.
-
-    Args:
-        layout: of the adapters that it stands beside.
-        shapes: (in, out) of each module.
-        rank: r.
-        seed: of the draw.
-    """
-
-    kind: MixingKind = "factors"
-    dtype = torch.float32
-
-    def __init__(self, layout: Layout, shapes: Sequence[tuple[int, int]], rank: int, *, seed: int) -> None:
-        self.layout = layout
-        self._shapes = [(rank, width) for width, _ in shapes] + [(out, rank) for _, out in shapes]
-        generator = torch.Generator().manual_seed(seed)
-        drawn = [(2 * torch.rand(rank, width, generator=generator) - 1) / math.sqrt(width) for width, _ in shapes]
-        zeros = torch.zeros(self.numbers - sum(a.numel() for a in drawn))
-        self.start = torch.cat([*(a.flatten() for a in drawn), zeros])
-
-    @property
-    def numbers(self) -> int:
-        return sum(rows * columns for rows, columns in self._shapes)
-
-    @property
-    def told_apart_by(self) -> str:
-        return FRESH_LORA
-
-    def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """L pairs of lora_A (r, in) and lora_B (out, r), the scaling in B."""
-        parts = torch.split(theta, [rows * columns for rows, columns in self._shapes])
-        both = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-        half = len(both) // 2
-        return [(lora_A, _SCALING * lora_B) for lora_A, lora_B in zip(both[:half], both[half:], strict=True)]
-
-    def apply(self, attached: AttachedModel, theta: Tensor) -> None:
-        attached.set_factors(self.factors(theta.to(attached.device)))
-
-    def lift(self, lower: Mixing, theta: Tensor) -> Tensor:
-        raise TypeError("a new LoRA contains no mixing of other adapters")
-
-    def matrices(self, theta: Tensor) -> list[Tensor]:
-        raise TypeError("a new LoRA is not a mixing of other adapters")
 
 
 class FreshTraining:
@@ -146,7 +92,7 @@ class FreshTraining:
         """
         shapes = _shapes(adapters, self._layout)
         fresh = FreshLora(self._layout, shapes, max(self._layout.sizes), seed=self._settings.seed)
-        adam = AdamW(fresh.start, steps=self._steps, rate=_RATE, warm_up=max(1, round(WARM_UP * self._steps)))
+        adam = AdamW(fresh.start, steps=self._steps, rate=fresh.rate, warm_up=max(1, round(WARM_UP * self._steps)))
         engine.meter.validation = None
         engine.meter.stage("training", rung=FRESH_LORA, start="", stage="control", ridge=0.0)
         descent = Descent(engine, fresh, self._fold.fitting, self._plan.step, adam, fresh.start)

@@ -11,7 +11,6 @@ best of these and the starts is the answer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +25,7 @@ from loracli.errors import NonFiniteLoss
 from loracli.fitting.criterion import LEAST_GAIN, Criterion, Fold, gain
 from loracli.fitting.descent import WARM_UP, AdamW, Descent, Plan, Ran, plan_steps
 from loracli.fitting.engine import Engine
-from loracli.fitting.mixing import DiagonalMixing, FactorMixing, Mixing
+from loracli.fitting.mixing import DiagonalMixing, FactorMixing, FreshLora, Mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
 from loracli.recipe.record import LevelRecord, MixingKind, RecipeMixing, StageRecord, StartRecord, weights_digest
@@ -178,7 +177,6 @@ def left_out(name: str, before: float | None, error: NonFiniteLoss) -> StartReco
 
 _RIDGE_PATH = (1e-2, 1e-3, 0.0)  # from strong to none
 _WITHOUT_RIDGE = ("layer", "module")  # few numbers, which overfit little
-_RATES: dict[MixingKind, float] = {"core": 0.02, "factors": 0.02}  # at most; the others go by the number of steps
 # Thousands of numbers for one mixing weight fit a few records in a few passes, whatever the ridge: what holds trained
 # factors is a short schedule, of which the validation records choose how much.
 FACTOR_PASSES = 4
@@ -217,7 +215,7 @@ def ridge_path(settings: FitSettings, kind: str, *, validated: bool) -> tuple[fl
 
 def rate_for(task: Task, mixing: Mixing, steps: int) -> float:
     """The peak rate of a descent of so many steps."""
-    return task.settings.learning_rate or min(_peak_rate(steps), _RATES.get(mixing.kind, math.inf))
+    return task.settings.learning_rate or min(_peak_rate(steps), mixing.rate)
 
 
 def solve_level(task: Task, mixing: Mixing, starts: Mapping[str, Sequence[Tensor]], budget: float) -> Solution:
@@ -438,7 +436,7 @@ def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found
         weights = mixing.by_group(mixing.weights(found.theta))
         return RecipeMixing(mixing.kind, weights, mixing.numbers, weights_sha256=weights_digest(weights))
     tensors: dict[str, torch.Tensor] = {}
-    if isinstance(mixing, FactorMixing):
+    if isinstance(mixing, FactorMixing | FreshLora):
         for module, (lora_A, lora_B) in zip(modules, mixing.factors(found.theta), strict=True):
             tensors |= {f"{module}.lora_A": lora_A, f"{module}.lora_B": lora_B}
     else:

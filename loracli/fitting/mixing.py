@@ -7,7 +7,7 @@
     module    M_l = blockdiag(w_li I)     for each module and adapter: CAT, what the paper's code fits
     rank      M_l = diag(w_l)             for each singular direction of each adapter, as TARA (arXiv 2603.26299)
     core      M_l full                    one adapter's input directions with another's output directions
-    factors   A_l and B_l themselves      LoRA training with a warm start
+    factors   A_l and B_l themselves      LoRA training with a warm start; with `auto` also from nothing, a new LoRA
 
 Each contains the one above, costs the same forward and backward, and is one LoRA of rank R. From `rank` on the
 directions matter, so A and B stand in the canonical basis (each adapter's thin SVD, sqrt(S) on both sides), and theta
@@ -16,6 +16,7 @@ has the scale of 1 everywhere.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch import Tensor
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.kinds import kind_of
 from loracli.errors import UsageError
+from loracli.fitting.settings import FRESH_LORA
 from loracli.model.attach import AttachedModel
 from loracli.recipe.record import INLINE_KINDS, MixingKind, group_name
 
@@ -93,6 +95,7 @@ class Mixing(ABC):
     kind: MixingKind
     layout: Layout
     dtype = torch.float64  # of theta, its gradient and the sums of it
+    rate = math.inf  # of a step, at most
 
     @property
     @abstractmethod
@@ -194,6 +197,7 @@ class CoreMixing(Mixing):
 
     layout: Layout
     kind: MixingKind = "core"
+    rate = 0.02
 
     @property
     def numbers(self) -> int:
@@ -222,6 +226,7 @@ class FactorMixing(Mixing):
 
     kind: MixingKind = "factors"
     dtype = torch.float32
+    rate = 0.02
 
     def __init__(self, layout: Layout, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.layout = layout
@@ -250,6 +255,64 @@ class FactorMixing(Mixing):
 
     def matrices(self, theta: Tensor) -> list[Tensor]:
         raise TypeError("trained factors are not a mixing of the adapters")
+
+    def from_nothing(self, *, seed: int) -> FreshLora:
+        """A new LoRA of the same rank on the same modules."""
+        widths = [(a[1], b[0]) for a, b in zip(self._shapes[0::2], self._shapes[1::2], strict=True)]
+        return FreshLora(self.layout, widths, max(self.layout.sizes), seed=seed)
+
+
+_FRESH_SCALING = 2.0  # a usual one for a LoRA on few records: lora_alpha twice the rank
+
+
+class FreshLora(Mixing):
+    """A new LoRA on the modules of a layout: theta holds A of each module and then B of each.
+
+    A is drawn as PEFT draws it, uniform within 1 / sqrt(in) (Kaiming, a = sqrt 5), and B is 0, so it starts at the base
+    model.
+
+    Args:
+        layout: of the adapters that it stands beside.
+        shapes: (in, out) of each module.
+        rank: r.
+        seed: of the draw.
+    """
+
+    kind: MixingKind = "factors"
+    dtype = torch.float32
+    rate = 1e-3
+
+    def __init__(self, layout: Layout, shapes: Sequence[tuple[int, int]], rank: int, *, seed: int) -> None:
+        self.layout = layout
+        self._shapes = [(rank, width) for width, _ in shapes] + [(out, rank) for _, out in shapes]
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [(2 * torch.rand(rank, width, generator=generator) - 1) / math.sqrt(width) for width, _ in shapes]
+        zeros = torch.zeros(self.numbers - sum(a.numel() for a in drawn))
+        self.start = torch.cat([*(a.flatten() for a in drawn), zeros])
+
+    @property
+    def numbers(self) -> int:
+        return sum(rows * columns for rows, columns in self._shapes)
+
+    @property
+    def told_apart_by(self) -> str:
+        return FRESH_LORA
+
+    def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """L pairs of lora_A (r, in) and lora_B (out, r), the scaling in B."""
+        parts = torch.split(theta, [rows * columns for rows, columns in self._shapes])
+        both = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        half = len(both) // 2
+        return [(lora_A, _FRESH_SCALING * lora_B) for lora_A, lora_B in zip(both[:half], both[half:], strict=True)]
+
+    def apply(self, attached: AttachedModel, theta: Tensor) -> None:
+        attached.set_factors(self.factors(theta.to(attached.device)))
+
+    def lift(self, lower: Mixing, theta: Tensor) -> Tensor:
+        raise TypeError("a new LoRA contains no mixing of other adapters")
+
+    def matrices(self, theta: Tensor) -> list[Tensor]:
+        raise TypeError("a new LoRA is not a mixing of other adapters")
 
 
 def _root_mean_square(tensor: Tensor) -> float:

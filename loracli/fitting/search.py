@@ -11,7 +11,8 @@ The lowest level, one weight for each adapter: screen the points that need no fi
     adapter -> module -> factors
     adapter -> module -> core -> factors        `auto`: the best of them; a level is better than the best below where
                                                 the gain exceeds one standard error, and 0.005; two where there are
-                                                few records, and nothing for `module`
+                                                few records, and nothing for `module`. Its factors are trained from
+                                                the best below, and from nothing
 
 Everything is chosen inside the training records, on those of each fold that its solution was not fitted to; held-out
 records are not seen here. What was chosen is then fitted once more on all training records.
@@ -59,10 +60,10 @@ from loracli.fitting.level import (
     solve_level,
     tokens_of,
 )
-from loracli.fitting.mixing import DiagonalMixing, Mixing
+from loracli.fitting.mixing import DiagonalMixing, FactorMixing, Mixing
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.model.loss import Scores
-from loracli.recipe.record import LevelRecord, MixingKind, StageRecord, StartRecord
+from loracli.recipe.record import NOTHING, LevelRecord, MixingKind, StageRecord, StartRecord
 from loracli.system.display import count_text
 
 EVALUATIONS = 4  # of BFGS where the level is only a start for the next
@@ -193,7 +194,7 @@ LADDERS: dict[str, Mapping[MixingKind, float]] = {
     "rank": {"adapter": 0.2, "module": 0.35, "rank": 0.45},
     "core": {"adapter": 0.2, "module": 0.35, "core": 0.45},
     "factors": {"adapter": 0.2, "module": 0.35, "factors": 0.45},
-    "auto": {"adapter": 0.08, "module": 0.32, "core": 0.3, "factors": 0.3},
+    "auto": {"adapter": 0.08, "module": 0.32, "core": 0.3, "factors": 0.4},
 }
 _SAME_START = 0.05  # starts closer than this are one
 REFIT_SHARE = 0.4  # of the budget
@@ -335,12 +336,29 @@ def solve_next(task: Task, mixing: Mixing, below: Solution | None, left: float) 
     if below is None:
         return _solve_adapters(task, mixing, budget, alone=kind == asked)
     starts: dict[str, list[Tensor]] = {below.mixing.kind: [mixing.lift(below.mixing, theta) for theta in below.thetas]}
-    if kind == "factors":  # they go on from the best there is; a second start would cost as much again
-        return solve_level(task, mixing, starts, budget)
+    if isinstance(mixing, FactorMixing):  # they go on from the best there is
+        before, solved = task.spent, solve_level(task, mixing, starts, budget)
+        return solved if asked != AUTO else _or_from_nothing(task, mixing, solved, budget - (task.spent - before))
     total = mixing.constant([1.0] * len(task.references))
     if any(float((start - total).abs().max()) > _SAME_START for start in starts[below.mixing.kind]):
         starts[_SUM] = [total] * len(task.folds)
     return solve_level(task, mixing, starts, budget)
+
+
+def _or_from_nothing(task: Task, mixing: FactorMixing, solved: Solution, left: float) -> Solution:
+    """Trained factors, or the new LoRA on the same records where its loss on the validation records is lower: what the
+    adapters know may be of no use here. It is left out where `left` tokens are less than a pass of each fold."""
+    if solved.stopped or solved.scores is None or left < GRADIENT_COST * sum(tokens_of(f.fitting) for f in task.folds):
+        return solved
+    fresh = mixing.from_nothing(seed=task.settings.seed)
+    try:
+        new = solve_level(task, fresh, {NOTHING: [fresh.start] * len(task.folds)}, left)
+    except NonFiniteLoss as error:
+        return replace(solved, starts=(*solved.starts, left_out(NOTHING, None, error)))
+    assert new.scores is not None
+    starts, stages = (*solved.starts, *new.starts), (*solved.stages, *new.stages)
+    lower = new.scores.nats_per_token < solved.scores.nats_per_token
+    return replace(new if lower else solved, starts=starts, stages=stages, stopped=None)
 
 
 def _compare(best: Solution | None, solved: Solution) -> Gain | None:
@@ -378,6 +396,8 @@ def _record(task: Task, solved: Solution, compared: Gain | None, best: Solution 
             why += ", and taken as what a fit takes unless something is better"
     if kind == asked:
         why += "; asked for"
+    if solved.chosen == NOTHING:
+        why += "; a new LoRA, trained from nothing, which has nothing of the adapters"
     return LevelRecord(
         kind=kind,
         numbers=solved.mixing.numbers,
@@ -415,7 +435,8 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
     start, before, stages = last.theta, task.spent, tuple[StageRecord, ...]()
     if last.mixing.kind == "factors":  # once more as they were found: more steps from there would only fit the records
         needed = GRADIENT_COST * plan.tokens * (last.passes[1] + 1 / plan.steps_a_pass)
-        below = None if len(solved) == 1 else refit(task, solved[:-1], training, budget - needed)
+        alone = len(solved) == 1 or last.chosen == NOTHING
+        below = None if alone else refit(task, solved[:-1], training, budget - needed)
         start = last.anchor
         if below is not None:
             start, stages = last.mixing.lift(below.mixing, below.theta), below.stages

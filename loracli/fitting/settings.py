@@ -18,7 +18,7 @@ FRESH_LORA, NO_CONTROL = "fresh-lora", "none"
 PASSES = 8.0
 _CERTIFICATE = 1.5
 _FIRST_PASSES = 2.0  # of `layer` and `module`, which go on from there for as long as it pays
-_AUTO_PASSES = 20.0
+_AUTO_PASSES = 22.0
 _FULL_RECORDS = 40  # below, there are more passes
 
 
@@ -35,13 +35,13 @@ class FitSettings:
         max_length: tokens of a record that are used, from its start.
         batch_tokens: tokens of a micro-batch, padding included.
         passes: at most so many, forward and backward over the training records, times the number of folds; None for 8,
-            or 20 with `auto`, more with few records. `module` and `layer` end where more do not pay.
+            or 22 with `auto`, more with few records. `module` and `layer` end where more do not pay.
         cv: K folds to choose among starts, ridges and kinds of mixing; None for 4 where every record is held out in its
             turn or there are 6 to 39 training records, and for a fifth of them set aside with more.
         ridge: strength of lambda / 2 |w - w_start|^2 beside nats per token; None for none, and for `rank` and `core` a
             path down to none, of which the validation records choose.
-        learning_rate: peak rate; None is clip(8 / steps, 0.01, 0.1), at most 0.02 for `core` and 0.01 for `factors`;
-            1e-4 with `paper`.
+        learning_rate: peak rate; None is clip(8 / steps, 0.01, 0.1), at most 0.02 for `core` and `factors` and 0.001
+            for a new LoRA; 1e-4 with `paper`.
         seed: of the split, the order of batches and the paper's random start.
         format: the shape of all records; None to see it from each file.
         fields: other names of what is read of a record, as `prompt=question,completion=answer`; None for none.

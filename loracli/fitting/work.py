@@ -168,7 +168,8 @@ class Work:
     def _most_of_level(self, fold: Fold, kind: MixingKind, budget: float) -> Cost:
         path = len(ridge_path(self.settings, kind, validated=bool(fold.validation)))
         starts = 1 if kind == "factors" else _STARTS
-        checks = self._cost_of(fold.validation) * (2 * starts + path)
+        again = 1 + (kind == "factors" and self.settings.mixing == AUTO)  # from nothing too
+        checks = self._cost_of(fold.validation) * (again * (2 * starts + path))
         plan = self._plan(fold)
         largest = sum(sorted(batch.tokens for batch in plan.batches)[-plan.batches_a_step :])  # of a step, at most
         tokens = max(budget - checks.tokens, 0.0) / GRADIENT_COST
@@ -177,7 +178,8 @@ class Work:
         if kind == "factors":
             shortest = FACTOR_STEPS * largest if self.settings.passes is None else 0.0
             longest = max(FACTOR_PASSES * plan.tokens, FACTOR_STEPS * largest)
-            tokens, least = min(tokens, longest), min(max(least, shortest), longest)
+            tokens, least = again * min(tokens, longest), again * min(max(least, shortest), longest)
+            tokens = min(tokens, max(budget - checks.tokens, 0.0) / GRADIENT_COST)
         return self._or_steps(checks, fold, budget) + descent_cost(plan, max(tokens, least))
 
     def _most_of_adapters(self, fold: Fold, kind: MixingKind, budget: float) -> Cost:

@@ -44,6 +44,7 @@ TENSOR_PARTS: dict[MixingKind, tuple[str, ...]] = {
     "core": ("mixing",),
     "factors": ("lora_A", "lora_B"),
 }
+NOTHING = "nothing"  # the start of trained factors that are a new LoRA
 EDITED = "weights edited after the fit"  # what everything that shows such a recipe says
 _EVERY_MODULE = "*"  # the one group of the mixing `adapter`
 
@@ -292,6 +293,11 @@ class FitRecord:
     halvings: int = 0
     stopped: str | None = None
     dropped: tuple[int, ...] = added(6, ())
+
+    @property
+    def from_nothing(self) -> bool:
+        """Whether it is a new LoRA, which has nothing of the adapters."""
+        return any(rung.won and rung.chosen == NOTHING for rung in self.rungs)
 
 
 @dataclass(frozen=True)

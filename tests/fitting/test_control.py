@@ -19,9 +19,9 @@ from loracli.comparison.settings import CompareSettings, Controls
 from loracli.demo.run import example_folder
 from loracli.errors import OutOfResources, UsageError
 from loracli.evaluation.statistics import held_out_table
-from loracli.fitting.control import FreshLora, FreshTraining, _descend, as_memory_allows
+from loracli.fitting.control import FreshTraining, _descend, as_memory_allows
 from loracli.fitting.inputs import FitInputs, prepare_fit
-from loracli.fitting.mixing import Layout
+from loracli.fitting.mixing import FreshLora, Layout
 from loracli.fitting.run import fit_mixing, run_fit
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores

@@ -99,6 +99,31 @@ def test_the_losses_of_the_fit_are_those_of_the_exported_adapter_in_peft(
     assert abs(recipe.fit.training_nats_per_token - nats / tokens) < 1e-5
 
 
+@pytest.mark.parametrize(("size", "nothing"), [(1e-4, True), (0.3, False)])
+def test_auto_ends_with_a_new_lora_where_the_adapters_are_of_no_use(
+    tmp_path: Path, shallow_base: Path, size: float, nothing: bool
+) -> None:
+    """Adapters that change next to nothing, and all answers alike; with others of a usual size it starts from them."""
+    from peft import PeftModel
+
+    adapters = [make_adapter(tmp_path / name, shallow_base, seed=seed, size=size) for seed, name in enumerate("ab")]
+    data = write_jsonl(tmp_path / "val.jsonl", [record | {"completion": "bcd"} for record in random_records(16)])
+    held = write_jsonl(tmp_path / "test.jsonl", [r | {"completion": "bcd"} for r in random_records(20, seed=9)])
+    settings = FitSettings(mixing="auto", cv=2, control="none")
+    recipe = fit_mixing(
+        [str(path) for path in adapters], data, eval_data=held, base=str(shallow_base), settings=settings
+    )
+    assert recipe.mixing.kind == "factors" and recipe.fit.from_nothing == nothing
+    assert [start.name for start in recipe.fit.rungs[-1].starts] == [recipe.fit.rungs[-1].starts[0].name, "nothing"]
+    assert recipe.held_out.row("fit").nats_per_token < recipe.held_out.row("base").nats_per_token - 0.1
+    recipe.save(tmp_path / "recipe.json")
+    export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "out")
+    assert ("It is a new LoRA, trained from nothing" in (tmp_path / "out/README.md").read_text()) == nothing
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(shallow_base), tmp_path / "out").eval()
+    nats, tokens = _loss(model, held)
+    assert abs(recipe.held_out.row("fit").nats_per_token - nats / tokens) < 1e-4
+
+
 def _loss(model: torch.nn.Module, path: Path) -> tuple[float, int]:
     """Nats of the completions, with the end of sequence, and how many tokens these are."""
     nats, tokens = 0.0, 0
