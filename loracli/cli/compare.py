@@ -188,6 +188,7 @@ def compare(
         guard=rows.guard or None,
         base=base,
         base_revision=base_revision,
+        quantise=placement.quantise,
         settings=settings,
         progress=out,
     )

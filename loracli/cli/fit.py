@@ -177,6 +177,7 @@ def fit(
         eval_data=eval_data or None,
         base=base,
         base_revision=base_revision,
+        quantise=place.quantise,
         settings=settings,
         folder=output.parent,
         progress=progress,

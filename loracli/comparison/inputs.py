@@ -89,6 +89,7 @@ def prepare_comparison(
     guard: DataPaths | None = None,
     base: str | None = None,
     base_revision: str | None = None,
+    quantise: str | None = None,
     settings: CompareSettings | None = None,
     progress: Progress = SILENT,
 ) -> CompareInputs:
@@ -103,6 +104,7 @@ def prepare_comparison(
         guard: JSONL of what must not get worse.
         base: the base model; None for the recipe's, or the one that all adapters name.
         base_revision: its branch, tag or commit on the Hub.
+        quantise: what it is made on loading.
         settings: of the comparison.
         progress: told what happens.
     Raises:
@@ -140,7 +142,7 @@ def prepare_comparison(
     if recipes and policy == REFUSE:
         policy = recorded_policy(recipes[0].recipe)
     policy = settled_policy(policy, read, references)
-    found = find_base(read, asked, revision=base_revision, runs=True, progress=progress)
+    found = find_base(read, asked, revision=base_revision, runs=True, quantise=quantise, progress=progress)
     read = on_base(read, found)
     check_composable(read, base_given=asked is not None, base_known=True)
     saved = saved_modules(policy, read, progress=progress)

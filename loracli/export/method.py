@@ -249,7 +249,7 @@ def base_to_run(
         InputError, UsageError: as `find_base` and `as_fitted`.
     """
     asked = base or (None if recorded is None else recorded.claim)
-    reference = find_base(adapters, asked, revision=revision, runs=True, progress=progress)
+    reference = find_base(adapters, asked, revision=revision, runs=True, quantise=placement.quantise, progress=progress)
     fits = {} if recorded is None else {"the recipe": recorded.quantisation}
     return reference, as_fitted(placement, reference, fits, progress=progress)
 

@@ -67,11 +67,12 @@ def prepare_fit(
     eval_data: DataPaths | None = None,
     base: str | None = None,
     base_revision: str | None = None,
+    quantise: str | None = None,
     settings: FitSettings | None = None,
     folder: str | Path = ".",
     progress: Progress = SILENT,
 ) -> FitInputs:
-    """Reads and checks all inputs of a fit; fetches what is not local.
+    """Reads and checks all inputs of a fit; fetches what is not local, but no base that cannot be quantised so.
 
     Raises:
         UsageError: if no adapter is given, or one twice.
@@ -104,7 +105,7 @@ def prepare_fit(
     check_composable(read, base_given=base is not None)
     check_mixing(read, settings.mixing)  # before anything is fetched, and below by the base's names
     settings = replace(settings, modules_to_save=settled_policy(settings.modules_to_save, read, references))
-    found = find_base(read, base, revision=base_revision, runs=True, progress=progress)
+    found = find_base(read, base, revision=base_revision, runs=True, quantise=quantise, progress=progress)
     read = on_base(read, found)
     check_composable(read, base_given=base is not None, base_known=True)
     check_mixing(read, settings.mixing)

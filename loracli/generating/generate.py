@@ -243,7 +243,9 @@ def _read(request: GenerateRequest, progress: Progress) -> _Asked:
     check_language_models(read, "this command")
     claim = request.base or (None if recipe is None else recipe.base.claim)
     check_composable(read, base_given=claim is not None)
-    base = find_base(read, claim, revision=request.base_revision, runs=True, progress=progress)
+    base = find_base(
+        read, claim, revision=request.base_revision, runs=True, quantise=request.placement.quantise, progress=progress
+    )
     read = on_base(read, base)
     check_composable(read, base_given=claim is not None, base_known=True)
     layout = make_layout(read)

@@ -68,6 +68,7 @@ def find_base(
     *,
     revision: str | None = None,
     runs: bool = False,
+    quantise: str | None = None,
     progress: Progress = SILENT,
 ) -> BaseReference:
     """The base model to use: `base`, or what all adapters agree on, fetched from the Hub unless it is a local
@@ -78,6 +79,7 @@ def find_base(
         base: text that the user named; what a recipe or a record claims; None for what the adapters claim.
         revision: that the user named, for a base on the Hub.
         runs: whether it will run, so that one quantised in a way that does not is refused before its weights are there.
+        quantise: what it is made on loading then.
         progress: told of a download.
     Raises:
         BaseModelMismatch: as `read_quantisation`.
@@ -101,12 +103,12 @@ def find_base(
         others = other_bases(place.resolve().name, stated, directory=True, saved_as=_saved_as(place))
         say_other_bases(str(base), others, progress)
         if runs:
-            stored_quantisation(str(base), place)
+            stored_quantisation(str(base), place, quantise)
         return BaseReference(name, place, None)
     name = str(place.base_model)
     say_other_bases(name, other_bases(name, stated), progress)
     try:
-        check = partial(stored_quantisation, name) if runs else None
+        check = partial(stored_quantisation, name, quantise=quantise) if runs else None
         fetched = fetch_base(name, revision=place.revision, check_config=check, progress=progress)
     except (AccessDenied, HubUnreachable, InputError) as error:
         refuse_mistyped(base, error)
@@ -116,21 +118,21 @@ def find_base(
     return BaseReference(name, fetched.path, fetched.commit)
 
 
-def stored_quantisation(name: str, folder: Path) -> Quantisation | None:
-    """How the base in a folder is stored, None in full precision.
+def stored_quantisation(name: str, folder: Path, quantise: str | None = None) -> Quantisation | None:
+    """How the base in a folder is stored, None in full precision; and whether it can be made what `quantise` says.
 
     Raises:
         BaseModelMismatch, UsageError: as `read_quantisation`, or if there is no config that can be read.
     """
     fields = _read(folder / CONFIG)
-    found = read_quantisation(fields, name)
+    found = read_quantisation(fields, name, quantise=quantise)
     part = next((path for path, key, value in _entries(fields) if key in _NESTED and path != key and value), None)
     if part is not None:
         raise BaseModelMismatch(
             f"{CONFIG} of the base model {name} says that a part of it is quantised: {part}",
             hint="give the unquantised model with --base",
         )
-    return found
+    return found if found is None or found.stored else None
 
 
 def refuse_mistyped(base: str | BaseClaim, error: LoracatError) -> None:

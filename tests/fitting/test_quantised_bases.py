@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
-from loracli.errors import BaseModelMismatch, UsageError
+from loracli.errors import BaseModelMismatch, LoracatError, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.loss import loss_of_export, read_loss_data
 from loracli.export.request import ExportRequest
@@ -265,19 +265,33 @@ def test_a_base_that_is_stored_so_stays_so_whatever_a_recipe_says(tmp_path: Path
     assert as_fitted(Placement(), stored, {"fit": None}, progress=heard) == Placement() and len(heard.warnings) == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "quantise", "error", "said"),
+    [
+        ({"quant_method": "awq", "bits": 4}, None, BaseModelMismatch, "org/base is quantised by 'awq'"),
+        (FORMS["int8"], "nf4", UsageError, "org/base is stored in int8, which --quantise nf4 does not change"),
+    ],
+    ids=["a form that is not run", "another form than is asked for"],
+)
 def test_what_is_not_run_is_refused_before_its_weights_are_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    installed: None,
+    config: dict[str, Any],
+    quantise: str | None,
+    error: type[LoracatError],
+    said: str,
 ) -> None:
     base = make_base(tmp_path / "base")
-    with_config(base, {"quant_method": "awq", "bits": 4})
+    with_config(base, config)
     with StubHub() as hub:
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         hub.add("org/base", {path.name: path.read_bytes() for path in base.iterdir()})
-        with pytest.raises(BaseModelMismatch, match="org/base is quantised by 'awq'"):
-            find_base((), "org/base", runs=True)
+        with pytest.raises(error, match=said):
+            find_base((), "org/base", runs=True, quantise=quantise)
         fetched = [path for method, path in hub.requests if method == "GET"]
         assert any("config.json" in path for path in fetched)
         assert not any("safetensors" in path or "tokenizer" in path for path in fetched)
