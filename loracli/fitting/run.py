@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,15 +11,14 @@ import transformers
 from torch import Tensor
 
 from loracli._version import __version__
-from loracli.calibration.dataset import Examples
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss, UsageError
 from loracli.evaluation.scorer import Scorer, make_scorer
-from loracli.evaluation.statistics import FIT, held_out_table, static_points
+from loracli.evaluation.statistics import FIT, held_out_table
 from loracli.fitting.activations import fit_activations
 from loracli.fitting.certificate import can_certify, certificate_tokens, certified
-from loracli.fitting.control import as_memory_allows, control_stage, controls, fresh_training
+from loracli.fitting.control import as_memory_allows, controls
 from loracli.fitting.criterion import (
     LEAST_ANSWERS,
     Fold,
@@ -29,6 +28,7 @@ from loracli.fitting.criterion import (
 from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
 from loracli.fitting.journal import Journal, Meter, StepLog
+from loracli.fitting.judging import cross_fitted, fresh_scores, static_scores
 from loracli.fitting.level import Solution, Task, recipe_mixing, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
 from loracli.fitting.plan import (
@@ -187,7 +187,7 @@ def _run(
             passes = engine.meter.spent / (2 * tokens_of(training))
             meter.enter(SCORING)
             training_loss = _training_loss(engine, session, found, certificate, training)
-            scores = _static_scores(engine, session, inputs, held_out)
+            scores = static_scores(engine, session, inputs, held_out)
             if parts:
                 scores[FIT] = _judged(engine, inputs, session, work, pace)
             else:
@@ -197,7 +197,7 @@ def _run(
             activations = fit_activations(
                 engine, inputs.adapters, found.mixing, found.theta, training, seed=settings.seed, progress=progress
             )
-            fresh = _fresh_scores(engine, inputs, session, examples, parts) if controls(work) else None
+            fresh = fresh_scores(engine, inputs, session, examples, parts) if controls(work) else None
     table = held_out_table(
         scores,
         inputs.references,
@@ -329,30 +329,6 @@ def _training_loss(
         return None
 
 
-def _static_scores(
-    engine: Engine, session: Session, inputs: FitInputs, examples: Sequence[Example]
-) -> dict[str, Scores]:
-    """Every point that needs no fit, on the held-out records; one whose loss is not finite is left out, and said.
-
-    Raises:
-        NonFiniteLoss: if it is every adapter alone.
-    """
-    engine.meter.stage("scoring the held-out records")
-    batches = session.batches(examples)
-    adapters: Mixing = make_diagonal(inputs.layout, "adapter")
-    scores: dict[str, Scores] = {}
-    for name, point in static_points(inputs.references).items():
-        try:
-            scores[name] = engine.score(
-                adapters, adapters.constant(point), batches, examples, key=f"held out, point {name!r}"
-            )
-        except NonFiniteLoss as error:
-            session.progress.warn(f"{name} is left out of the held-out table: {error}")
-            if name == inputs.references[-1] and not any(reference in scores for reference in inputs.references):
-                raise
-    return scores
-
-
 def _judged(engine: Engine, inputs: FitInputs, session: Session, work: Work, pace: Pace) -> Scores:
     """Each record's score by weights that it neither fitted nor chose.
 
@@ -372,61 +348,7 @@ def _judged(engine: Engine, inputs: FitInputs, session: Session, work: Work, pac
         return found.mixing, found.theta
 
     left = replace(work, after={}, judged=True).effort_left(pace)
-    return _cross_fitted(engine, session, held_out_parts(inputs, training), training, part_stage, solve, left)
-
-
-def _fresh_scores(
-    engine: Engine, inputs: FitInputs, session: Session, examples: Examples, parts: Sequence[Fold]
-) -> Scores | None:
-    """What held-out records cost with a new LoRA that was trained on the records that the fit of them saw; None where
-    its loss is not finite."""
-
-    def solve(_place: int, part: Fold) -> tuple[Mixing, Tensor]:
-        fresh, theta, _ = fresh_training(inputs, part.fitting).run(engine, inputs.adapters, key=FRESH_LORA)
-        return fresh, theta
-
-    folds, first = (parts, 1) if parts else ((Fold(examples.training, examples.held_out),), 0)
-    try:
-        return _cross_fitted(engine, session, folds, examples.held_out, lambda n: control_stage(n - 1 + first), solve)
-    except NonFiniteLoss as error:
-        session.progress.warn(f"the fit is held against no fresh LoRA: {error}")
-        return None
-
-
-def _cross_fitted(
-    engine: Engine,
-    session: Session,
-    parts: Sequence[Fold],
-    examples: Sequence[Example],
-    stage: Callable[[int], str],
-    solve: Callable[[int, Fold], tuple[Mixing, Tensor]],
-    left: Callable[[str, int], int] | None = None,
-) -> Scores:
-    """Each record's score by what was fitted on the other parts.
-
-    Args:
-        engine: of the attached model.
-        session: of the base.
-        parts: what each may see, and what is held out of it.
-        examples: all that are held out, in the order of the scores.
-        stage: what the fit of a part is called, by its number from 1.
-        solve: the fit of a part, by its place.
-        left: the effort that is left of it where others may have done it.
-    Raises:
-        NonFiniteLoss: naming the records.
-    """
-    nats, tokens = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(2))
-    place_of = {example.place: index for index, example in enumerate(examples)}
-    for number, part in enumerate(parts):
-        engine.meter.enter(stage(number + 1))
-        with engine.within(stage(number + 1), left):
-            mixing, theta = solve(number, part)
-            engine.meter.stage("scoring the records that it has not seen")
-            batches = session.batches(part.validation)
-            scores = engine.score(mixing, theta, batches, part.validation, key="held out, the fit")
-        rows = [place_of[example.place] for example in part.validation]
-        nats[rows], tokens[rows] = scores.nats, scores.tokens
-    return Scores(nats, tokens)
+    return cross_fitted(engine, session, held_out_parts(inputs, training), training, part_stage, solve, left)
 
 
 def _make_recipe(
