@@ -10,9 +10,9 @@ The lowest level, one weight for each adapter: screen the points that need no fi
     adapter -> module -> core
     adapter -> module -> factors
     adapter -> module -> core -> factors        `auto`: the best of them; a level is better than the best below where
-                                                the gain exceeds one standard error, and 0.005; two where there are
-                                                few records, and nothing for `module`. Its factors are trained from
-                                                the best below, and from nothing
+                                                the gain exceeds one standard error, and 0.005; two of `factors` and
+                                                where there are few records, and nothing for `module`. Its factors
+                                                are trained from the best below, and from nothing
 
 Everything is chosen inside the training records, on those of each fold that its solution was not fitted to; held-out
 records are not seen here. What was chosen is then fitted once more on all training records.
@@ -372,11 +372,11 @@ _FEW = 16  # records, whose standard error is itself a guess
 
 def least_gain(task: Task, kind: MixingKind, compared: Gain) -> float:
     """What a level of `auto` has to gain over the best below: nothing for `module`, which is what a fit takes unless
-    something is better; for those above, which overfit more easily, one standard error, or two where there are few
-    records, and `task.least_gain`: where the loss is close to nothing, so is the standard error."""
+    something is better; for those above, which overfit more easily, one standard error, or two of `factors` and where
+    there are few records, and `task.least_gain`: where the loss is close to nothing, so is the standard error."""
     if kind == "module" and task.chooses_by_loss:
         return 0.0
-    times = 2 if sum(len(fold.validation) for fold in task.folds) < _FEW else 1
+    times = 2 if kind == "factors" or sum(len(fold.validation) for fold in task.folds) < _FEW else 1
     return max(times * compared.standard_error, task.least_gain)
 
 

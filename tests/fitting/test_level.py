@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +21,12 @@ from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting import level as rung_module
 from loracli.fitting.certificate import certificate_tokens
-from loracli.fitting.criterion import LEAST_GAIN, Fold
+from loracli.fitting.criterion import LEAST_GAIN, Fold, Gain
 from loracli.fitting.descent import Descent, Ran, plan_steps
 from loracli.fitting.engine import Engine
 from loracli.fitting.level import _RIDGE_PATH, Solution, Task, padded_tokens, ridge_path, solve_level
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout
-from loracli.fitting.search import _solve_adapters, search
+from loracli.fitting.search import _solve_adapters, least_gain, search
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.loss import Scores
@@ -190,6 +191,20 @@ def test_auto_climbs_to_where_the_truth_is(small: tuple[Path, list[LoraAdapter]]
     assert found.rungs[0].why == "the first kind of mixing"
     assert found.rungs[2].gain is not None and found.rungs[2].gain > 0.2
     assert fit < at_truth.nats_per_token + 0.03
+
+
+@pytest.mark.parametrize(
+    ("kind", "validated", "errors"),
+    [("module", 8, 0), ("core", 8, 2), ("core", 16, 1), ("core", 96, 1), ("factors", 8, 2), ("factors", 96, 2)],
+)
+def test_what_overfits_more_easily_has_to_gain_more_standard_errors(
+    kind: MixingKind, validated: int, errors: int
+) -> None:
+    folds = (SimpleNamespace(validation=range(validated)),)
+    task: Any = SimpleNamespace(folds=folds, chooses_by_loss=True, least_gain=0.005)
+    for standard_error in (0.02, 0.001):  # and where the loss is close to nothing, more than the least
+        least = least_gain(task, kind, Gain(0.1, standard_error))
+        assert least == (max(errors * standard_error, 0.005) if errors else 0.0)
 
 
 def test_factors_are_trained_on_all_records_for_as_many_passes_as_the_validation_records_chose(
