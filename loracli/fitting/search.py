@@ -358,7 +358,7 @@ def _or_from_nothing(task: Task, mixing: FactorMixing, solved: Solution, left: f
     assert new.scores is not None
     starts, stages = (*solved.starts, *new.starts), (*solved.stages, *new.stages)
     lower = new.scores.nats_per_token < solved.scores.nats_per_token
-    return replace(new if lower else solved, starts=starts, stages=stages, stopped=None)
+    return replace(new if lower else solved, starts=starts, stages=stages)
 
 
 def _compare(best: Solution | None, solved: Solution) -> Gain | None:
