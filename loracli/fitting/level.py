@@ -74,7 +74,7 @@ class Task:
     @property
     def first_passes(self) -> float:
         """Passes over the fitting records until `layer` and `module` are first judged."""
-        return self.settings.first_passes(self._records)
+        return self.settings.first_passes(len(self.folds), self._records)
 
     @property
     def spent(self) -> int:

@@ -61,7 +61,7 @@ from loracli.fitting.level import (
     tokens_of,
 )
 from loracli.fitting.mixing import DiagonalMixing, FactorMixing, Mixing
-from loracli.fitting.settings import AUTO, FitSettings
+from loracli.fitting.settings import AUTO, FitSettings, last_passes
 from loracli.model.loss import Scores
 from loracli.recipe.record import NOTHING, LevelRecord, MixingKind, StageRecord, StartRecord
 from loracli.system.display import count_text
@@ -450,7 +450,8 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
         if len(task.folds) > 1 and last.mixing.kind == "core":
             steps = whole = min(steps, max(1, round(last.passes[0] * plan.steps_a_pass)))
         elif in_rounds(task.settings, validated=task.validated):
-            steps = whole = min(steps, max(1, round(last.passes[1] * plan.steps_a_pass)))
+            passes = last_passes(last.passes[1], len(task.folds))
+            steps = whole = min(steps, max(1, round(passes * plan.steps_a_pass)))
         rate = _REFIT_RATE * rate_for(task, last.mixing, steps)
     adam = AdamW(start, steps=whole, rate=rate, warm_up=max(1, round(WARM_UP * whole)))
     kind = last.mixing.kind

@@ -17,7 +17,7 @@ AUTO = "auto"
 FRESH_LORA, NO_CONTROL = "fresh-lora", "none"
 PASSES = 8.0
 _CERTIFICATE = 1.5
-_FIRST_PASSES = 2.0  # of `layer` and `module`, which go on from there for as long as it pays
+_FIRST_PASSES, _FIRST_IN_FOLDS = 1.5, 2.0  # of `layer` and `module`, which go on from there for as long as it pays
 _AUTO_PASSES = 22.0
 _FULL_RECORDS = 40  # below, there are more passes
 
@@ -129,18 +129,18 @@ class FitSettings:
             return folds * few * _AUTO_PASSES
         return folds * few * PASSES + _CERTIFICATE * (self.mixing in ("layer", "module"))
 
-    def first_passes(self, records: int) -> float:
+    def first_passes(self, folds: int, records: int) -> float:
         """Passes over the fitting records of a fold after which `layer` and `module` are first asked whether more pays,
         if the budget has so many."""
-        return _few(records) * _FIRST_PASSES
+        return _few(records) * (_FIRST_IN_FOLDS if folds > 1 else _FIRST_PASSES)
 
     def shortest(self, folds: int, records: int) -> FitSettings:
         """The settings whose budget is what a fit takes where the first round gains nothing: in each fold these passes
-        and the round, once more as many passes on all records, and the certificate."""
+        and the round, the last fit on all records, and the certificate."""
         if self.paper or self.passes is not None or self.mixing not in ("layer", "module"):
             return self
-        first = self.first_passes(records)
-        return replace(self, passes=1.5 * first + (first + _CERTIFICATE) / folds)
+        first = self.first_passes(folds, records)
+        return replace(self, passes=1.5 * first + (last_passes(first, folds) + _CERTIFICATE) / folds)
 
     @property
     def metric(self) -> TaskMetric | None:
@@ -157,6 +157,12 @@ class FitSettings:
         """The settings for a recipe; of the user's command, which may name what is nobody's business, its sha256."""
         command = self.metric_command
         return {**asdict(self), "metric_command": command and sha256(command.encode()).hexdigest()}
+
+
+def last_passes(found: float, folds: int) -> float:
+    """Over all records, of the last fit of `layer` and `module`, which took so many to find: twice as many, for these
+    steps bring the most; as many in folds, whose few records more steps would only fit."""
+    return found if folds > 1 else 2 * found
 
 
 def _few(records: int) -> float:
