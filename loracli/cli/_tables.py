@@ -174,7 +174,8 @@ def layer_lines(out: Output, found: LayerEffects) -> None:
 def weights_text(recipe: Recipe) -> str:
     """What was fitted: `44 weights (module)`, or the numbers of a mixing that is no weight for each adapter."""
     what = "weight" if recipe.mixing.kind in INLINE_KINDS else "number"
-    return f"{count_text(recipe.mixing.numbers, what)} ({recipe.mixing.kind})"
+    kind = "a new LoRA, which has nothing of the adapters" if recipe.fit.from_nothing else recipe.mixing.kind
+    return f"{count_text(recipe.mixing.numbers, what)} ({kind})"
 
 
 def stopped_lines(out: Output, recipe: Recipe) -> None:

@@ -239,6 +239,26 @@ def some_examples(count: int = 60) -> list[Example]:
     return random_examples([5 + i % 6 for i in range(count)])
 
 
+@pytest.mark.parametrize(("folds", "times"), [(1, 2), (4, 1)])
+def test_the_last_fit_takes_twice_the_passes_that_found_the_weights_and_in_folds_as_many(
+    folds: int, times: int
+) -> None:
+    examples, settings = some_examples(60), FitSettings(passes=40)
+    parts = [set(range(place, 60, max(folds, 4))) for place in range(folds)]
+    divided = tuple(
+        Fold(
+            tuple(e for i, e in enumerate(examples) if i not in part),
+            tuple(e for i, e in enumerate(examples) if i in part),
+        )
+        for part in parts
+    )
+    found = search(task_of(engine_of(LeastSquares(TRUTH)), divided, settings), level, examples)
+    a_pass = plan_steps(examples, batch_tokens=settings.batch_tokens, seed=settings.seed + 1).steps_a_pass
+    refit = found.stages[-1]
+    assert refit.stage == "refit" and found.passes[1] > 1
+    assert refit.steps == round(times * found.passes[1] * a_pass)
+
+
 def break_at(
     monkeypatch: pytest.MonkeyPatch, engine: Engine, objective: LeastSquares, broken: Callable[[Stage], bool]
 ) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import read_adapter
+from loracli.cli._tables import weights_text
 from loracli.errors import (
     BaseModelMismatch,
     CalibrationError,
@@ -118,6 +119,7 @@ def test_auto_ends_with_a_new_lora_where_the_adapters_are_of_no_use(
     assert recipe.held_out.row("fit").nats_per_token < recipe.held_out.row("base").nats_per_token - 0.1
     recipe.save(tmp_path / "recipe.json")
     export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "out")
+    assert weights_text(recipe).endswith("(a new LoRA, which has nothing of the adapters)" if nothing else " (factors)")
     assert ("It is a new LoRA, trained from nothing" in (tmp_path / "out/README.md").read_text()) == nothing
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(shallow_base), tmp_path / "out").eval()
     nats, tokens = _loss(model, held)
