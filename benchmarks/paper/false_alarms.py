@@ -70,7 +70,7 @@ class Size:
     """
 
     draws: int = 20
-    worlds: int = 4
+    worlds: int = 20
     records: int | None = None
     people: int = 120
     epochs: int = 40
