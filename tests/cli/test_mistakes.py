@@ -129,6 +129,27 @@ def test_a_mistake_is_told_with_its_way_out(
     assert tree(here) == before
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["-a", "know", "frm", "-d", "test.jsonl"], 3, "error: frm: "),
+        ([*TWO[:2], "org/form", "-d", "tset.jsonl"], 3, "error: tset.jsonl cannot be read"),
+        ([*TWO, "-d", "test.jsonl", "--eval-data", "tset.jsonl"], 3, "error: tset.jsonl cannot be read"),
+        ([*TWO, "-d", "test.jsonl:0"], 2, "error: the weight of test.jsonl:0 is not between"),
+        ([*TWO, "-d", "test.jsonl", "--format", "chta"], 2, "error: --format chta is not one of"),
+        ([*TWO, "-d", "test.jsonl", "--quantise", "nf5"], 2, "error: --quantise nf5 is not one of"),
+        ([*TWO, "-d", "test.jsonl", "--shard"], 2, "error: --shard shares the base model out over processes"),
+        ([*TWO, "-d", "test.jsonl"], 2, "error: recipe.json exists"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_was_mistyped_is_told_before_a_recipe_that_is_there(
+    here: Path, words: list[str], code: int, said: str
+) -> None:
+    result = run("fit", *words, "--base", "base")
+    assert result.exit_code == code and result.stderr.startswith(said)
+
+
 def test_a_name_that_looks_the_same_is_told_apart(here: Path) -> None:
     """`café` of four letters is typed, and one of five code points is there; where the disk takes both, there is no
     mistake."""
