@@ -52,6 +52,10 @@ def no_recipe() -> None:
     Path("report.html").write_text("")
 
 
+def an_export() -> None:
+    shutil.copytree("know", "adapter-cat")
+
+
 def another_name() -> None:
     os.symlink("know", "same")
 
@@ -70,6 +74,9 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (nothing, [*FIT, "--mixing", "modul"], 2, ["error: --mixing modul is not one of", "did you mean module?"]),
     (nothing, ["compare", *TWO, "-d", "test.jsonl", "-m", "tie"], 2, ["--methods tie is not", "did you mean ties?"]),
     (nothing, ["export", *TWO, "--method", "tie"], 2, ["error: --method tie", "did you mean ties?"]),
+    (nothing, ["lint", "know", "--for", "vlm"], 2, ["error: --for vlm is not one of", "did you mean vllm?"]),
+    (an_export, ["export", "-a", "know", "frm", "-w", "1", "1"], 3, ["error: frm: ", "did you mean form?"]),
+    (an_export, ["export"], 2, ["error: adapter-cat exists"]),
     (nothing, ["fit", "-a", "know,form", *DATA], 3, ["error: know,form: ", "separate adapters by spaces: know form"]),
     (nothing, ["fit", *TWO, *ELSE, "-d", "know"], 3, ["error: know cannot be read", "named with --adapters"]),
     (nothing, ["fit", "-a", "calibration.jsonl", *DATA], 3, ["a data file is not an adapter", "with --data"]),
