@@ -22,11 +22,12 @@ import torch
 from benchmarks.measuring import BenchmarkParser
 from loracli.adapters.adapter import read_adapter
 from loracli.calibration.dataset import plan_batches
-from loracli.calibration.records import read_records
+from loracli.calibration.records import Record, read_records
 from loracli.calibration.render import Example, render_file
 from loracli.demo.run import example_folder
+from loracli.errors import UsageError
 from loracli.evaluation.statistics import paired_interval, static_points
-from loracli.fitting.criterion import cross_folds, gain, loss_criterion, one_fold
+from loracli.fitting.criterion import Fold, cross_folds, gain, loss_criterion, one_fold
 from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
 from loracli.fitting.level import Solution, Task, tokens_of
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     held_out = render_file(read_records(arguments.eval_data), base.tokenizer, max_length=1024).examples
     held_out = held_out[: arguments.eval_records]
     training = render_file(read_records(arguments.data), base.tokenizer, max_length=1024).examples
+    folds = {count: divided(training[:count], records, arguments.folds_below) for count in arguments.records}
     layout = make_layout(adapters)
     print(f"Base in {base.dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()};")
     print(f"{arguments.data.name}, held out: {len(held_out)} records of {arguments.eval_data.name}.\n")
@@ -75,13 +77,10 @@ def run(arguments: argparse.Namespace) -> None:
             for name, point in static_points(names).items()
         }
         for count in arguments.records:
-            few = arguments.folds_below > count
+            some, few = training[:count], len(folds[count]) > 1
             settings = FitSettings(mixing="auto", passes=arguments.passes, cv=4 if few else None)
-            some, places = training[:count], {example.place for example in training[:count]}
-            of_some = [record for record in records if record.place in places]
-            folds = cross_folds(some, of_some, 4, seed=1) if few else (one_fold(some, of_some, seed=1),)
             engine = Engine(objective, Meter(SILENT))
-            task = Task(engine, folds, loss_criterion(engine, batch_tokens=1024), settings, names)
+            task = Task(engine, folds[count], loss_criterion(engine, batch_tokens=1024), settings, names)
             for name, scores in climbed(task, lambda kind: make_mixing(attached, layout, kind), some, held_out).items():
                 table[f"{count} records: {name}"] = scores
     best = min(names, key=lambda name: table[name].nats_per_token)
@@ -91,6 +90,21 @@ def run(arguments: argparse.Namespace) -> None:
         low, high = paired_interval(difference, scores.tokens)
         mean = float(difference.sum() / scores.tokens.sum())
         print(f"| {name} | {scores.nats_per_token:.4f} | {mean:+.4f} | {low:+.4f} to {high:+.4f} |")
+
+
+def divided(some: Sequence[Example], records: Sequence[Record], folds_below: int) -> tuple[Fold, ...]:
+    """Few records in four folds, of more a fifth set aside; ends the benchmark where none are left to choose with."""
+    places = {example.place for example in some}
+    of_some = [record for record in records if record.place in places]
+    try:
+        if len(some) < folds_below:
+            return cross_folds(some, of_some, 4, seed=1)
+        fold = one_fold(some, of_some, seed=1)
+    except UsageError as error:
+        raise SystemExit(f"--records {len(some)}: {error}") from None
+    if not fold.validation:
+        raise SystemExit(f"--records {len(some)}: too few to set some aside; fold them: --folds-below {len(some) + 1}")
+    return (fold,)
 
 
 def score(engine: Engine, mixing: object, theta: torch.Tensor, examples: Sequence[Example]) -> Scores:

@@ -103,10 +103,21 @@ class DataSource:
                 data = self._within(file)
                 after = os.fstat(descriptor)
         except OSError as error:
-            raise CalibrationError(f"{self} cannot be read: {error.strerror}", hint=self._way_out()) from None
+            raise self._unreadable(error) from None
         if (len(data), after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise CalibrationError(f"{self} changed while it was read", hint="wait until it is written, or copy it")
         return data
+
+    def check_there(self) -> None:
+        """Raises CalibrationError if nothing is there; it is not read."""
+        try:
+            if self.path is not None:
+                os.stat(self.path)
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: OSError) -> CalibrationError:
+        return CalibrationError(f"{self} cannot be read: {error.strerror}", hint=self._way_out())
 
     def _way_out(self) -> str | None:
         """What to name instead of what is not a file."""

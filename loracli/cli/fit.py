@@ -154,7 +154,7 @@ def fit(
     """Learn the mixing weights of adapters on a small calibration file (CAT) and write a recipe."""
     from loracli.calibration.records import parse_sources
     from loracli.errors import FitError, UsageError
-    from loracli.fitting.inputs import prepare_fit
+    from loracli.fitting.inputs import check_typed, prepare_fit
     from loracli.fitting.job import fit_to_file, plan_fit
     from loracli.fitting.settings import FitSettings
     from loracli.model.placement import Placement
@@ -169,6 +169,8 @@ def fit(
     settings = FitSettings(**vars(search), **vars(reading), **vars(answers))
     place = Placement(**vars(placement), checkpointing=checkpointing, shard=shard)
     if not dry_run:  # before anything is downloaded, but after what was typed
+        place.check_processes(launch.world_size)
+        check_typed(adapters, *filter(None, (data, eval_data)), shape=settings.format)
         check_recipe_path(output, force=force, kind=settings.mixing)
     prepare = partial(
         prepare_fit,

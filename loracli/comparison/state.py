@@ -197,7 +197,7 @@ def kept_rows(
             if rejected or not any(folder.glob(_STATE.entries)):
                 remove_state(folder, _STATE)
             elif not isinstance(error, StateMismatch):
-                progress.note(f"what was done is kept in {folder}: the same command with --resume goes on from there")
+                progress.warn(f"what was done is kept in {folder}: the same command with --resume goes on from there")
             raise
         remove_state(folder, _STATE)
 

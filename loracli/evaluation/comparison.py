@@ -314,10 +314,13 @@ def overfitted(recipe: Recipe) -> bool | None:
     a loss in the middle of the two (Akaike 1974), so a gap of a third of the gain leaves a sixth of it to more records.
     SE is that of the held-out loss; the root adds that of the training loss, whose records vary as much if they are of
     the same kind: a gap that the draw of the records makes by itself passes about once in forty times. Weights that no
-    step has moved fit nothing.
+    step has moved fit nothing. With cross-fitting the two losses are of different weights: the held-out one of those
+    that were fitted to fewer records, in fewer steps.
     """
     table, training = recipe.held_out_of_weights, recipe.fit.training_nats_per_token
     if table is None or training is None or table.standard_error is None or table.verdict == "too few records":
+        return None
+    if table.parts:
         return None
     fitted = table.row("fit")
     gap, records = fitted.nats_per_token - training, max(1, sum(data.records for data in recipe.data))
@@ -327,9 +330,9 @@ def overfitted(recipe: Recipe) -> bool | None:
 
 def training_gap(recipe: Recipe) -> str:
     """The loss on training and on held-out records, in a sentence without its full stop, and what a large gap says;
-    nothing where either is not known."""
+    nothing where either is not known, or they are of different weights."""
     table, training = recipe.held_out_of_weights, recipe.fit.training_nats_per_token
-    if table is None or training is None:
+    if table is None or training is None or table.parts:
         return ""
     held_out = table.row("fit").nats_per_token
     said = f"the fit on its own training records: {training:.4f} nats/token, on held-out ones {held_out:.4f}"

@@ -30,6 +30,7 @@ from loracli.export.plan import TASK, ExportPlan, plan_layout
 from loracli.export.refit import Refit, RefitRecord, check_refittable, refit_on
 from loracli.export.request import ExportRequest, check
 from loracli.export.write import write
+from loracli.hub.references import parse_reference
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.recipe.recipe import Recipe, check_recipe_there
 from loracli.system.display import count_text, names_text, path_text, repr_line
@@ -123,6 +124,8 @@ def export_adapter(
     progress = drawn(progress)
     method = check(request)
     check_recipe_there(request.recipe)
+    for adapter in request.adapters:
+        parse_reference(adapter)
     check_free(Path(output), force=force)
     refit = _refit_of(request, progress)
     if request.weights is not None:

@@ -12,12 +12,20 @@ from loracli.adapters.claims import check_language_models
 from loracli.adapters.compatible import check_composable, check_distinct
 from loracli.adapters.on_base import warn_of_open_orders
 from loracli.adapters.saved_modules import SavedModules, saved_modules, settled_policy
-from loracli.calibration.dataset import Dataset, Examples, read_dataset, render_dataset, tokenizer_differences
+from loracli.calibration.dataset import (
+    Dataset,
+    Examples,
+    check_shape,
+    read_dataset,
+    render_dataset,
+    tokenizer_differences,
+)
 from loracli.calibration.records import DataPaths, parse_sources
 from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout, parameter_of_experts
 from loracli.fitting.settings import AUTO, FRESH_LORA, FitSettings
 from loracli.hub.fetch import Fetched, fetch_adapter
+from loracli.hub.references import parse_reference
 from loracli.model.base import on_base
 from loracli.model.reference import BaseReference, find_base
 from loracli.progress import SILENT, Progress
@@ -58,6 +66,25 @@ class FitInputs:
         if self.settings.mixing == AUTO:
             return None
         return count_numbers(self.adapters, self.layout, self.settings.mixing)  # type: ignore[arg-type]
+
+
+def check_typed(adapters: Sequence[str], *data: DataPaths, shape: str | None) -> None:
+    """What can be told of inputs before anything is read or fetched, and so before an output is found in the way.
+
+    Args:
+        adapters: references.
+        data: calibration files, and held-out files if any.
+        shape: of their records.
+    Raises:
+        AdapterNotFound: if a reference is neither a directory that holds an adapter nor one to the Hub.
+        CalibrationError: if a file is not there.
+        UsageError: if a file or the shape cannot be understood.
+    """
+    check_shape(shape)
+    for adapter in adapters:
+        parse_reference(adapter)
+    for source in [source for files in data for source in parse_sources(files)]:
+        source.check_there()
 
 
 def prepare_fit(

@@ -282,7 +282,7 @@ def _said(folder: Path, processes: Processes, resumed: bool, progress: Progress)
         raise
     except BaseException:
         if processes.first:
-            progress.note(f"what was done is kept in {folder}: the same command with --resume goes on from there")
+            progress.warn(f"what was done is kept in {folder}: the same command with --resume goes on from there")
         raise
 
 

@@ -195,7 +195,7 @@ def open_workplace(
             place.drop()
             raise
         except (KeyboardInterrupt, SystemExit):
-            progress.note(f"what is done is kept in {place.folder}: --resume goes on from there")
+            progress.warn(f"what is done is kept in {place.folder}: --resume goes on from there")
             raise
         finally:
             repair(output)

@@ -31,6 +31,7 @@ from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.serving.adapter_files import AdapterFiles, AdapterLayout, BaseFacts, read_adapter_files, read_base_facts
 from loracli.serving.checks import CHECKS, Unclear
 from loracli.system.display import count_text, path_text, repr_line
+from loracli.system.near import did_you_mean
 
 Severity = Literal["refused", "misread", "ignored", "slow"]
 _SEVERITIES: tuple[Severity, ...] = get_args(Severity)
@@ -234,7 +235,7 @@ def lint_adapter(
     progress = drawn(progress)
     unknown = next((name for name in servers if name not in _SERVERS), None)
     if unknown is not None:
-        raise UsageError(f"--for {unknown} is not one of {', '.join(_SERVERS)}")
+        raise UsageError(f"--for {unknown} is not one of {', '.join(_SERVERS)}", hint=did_you_mean(unknown, _SERVERS))
     files = read_adapter_files(Path(path))
     if files.changes_nothing():
         progress.warn(f"{path}: {IDLE}")

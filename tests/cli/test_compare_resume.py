@@ -78,7 +78,7 @@ def test_what_was_stopped_twice_ends_in_the_same_document_and_no_row_is_done_aga
     whole = run(*WORDS, "--json")
     assert whole.exit_code == 0 and tree(few) == before
     assert measured.taken() == [*FITTED, *ROWS]
-    first = stopped(measured, "form")
+    first = stopped(measured, "form", *WORDS, "-q")
     assert first.exit_code == 130 and measured.taken() == ["adapter", "base", "know"]
     kept = state(few)
     assert f"what was done is kept in {kept.name}: the same command with --resume goes on" in first.stderr

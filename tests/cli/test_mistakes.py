@@ -52,6 +52,10 @@ def no_recipe() -> None:
     Path("report.html").write_text("")
 
 
+def an_export() -> None:
+    shutil.copytree("know", "adapter-cat")
+
+
 def another_name() -> None:
     os.symlink("know", "same")
 
@@ -70,6 +74,9 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (nothing, [*FIT, "--mixing", "modul"], 2, ["error: --mixing modul is not one of", "did you mean module?"]),
     (nothing, ["compare", *TWO, "-d", "test.jsonl", "-m", "tie"], 2, ["--methods tie is not", "did you mean ties?"]),
     (nothing, ["export", *TWO, "--method", "tie"], 2, ["error: --method tie", "did you mean ties?"]),
+    (nothing, ["lint", "know", "--for", "vlm"], 2, ["error: --for vlm is not one of", "did you mean vllm?"]),
+    (an_export, ["export", "-a", "know", "frm", "-w", "1", "1"], 3, ["error: frm: ", "did you mean form?"]),
+    (an_export, ["export"], 2, ["error: adapter-cat exists"]),
     (nothing, ["fit", "-a", "know,form", *DATA], 3, ["error: know,form: ", "separate adapters by spaces: know form"]),
     (nothing, ["fit", *TWO, *ELSE, "-d", "know"], 3, ["error: know cannot be read", "named with --adapters"]),
     (nothing, ["fit", "-a", "calibration.jsonl", *DATA], 3, ["a data file is not an adapter", "with --data"]),
@@ -127,6 +134,27 @@ def test_a_mistake_is_told_with_its_way_out(
     for part in said:
         assert part in result.stderr
     assert tree(here) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["-a", "know", "frm", "-d", "test.jsonl"], 3, "error: frm: "),
+        ([*TWO[:2], "org/form", "-d", "tset.jsonl"], 3, "error: tset.jsonl cannot be read"),
+        ([*TWO, "-d", "test.jsonl", "--eval-data", "tset.jsonl"], 3, "error: tset.jsonl cannot be read"),
+        ([*TWO, "-d", "test.jsonl:0"], 2, "error: the weight of test.jsonl:0 is not between"),
+        ([*TWO, "-d", "test.jsonl", "--format", "chta"], 2, "error: --format chta is not one of"),
+        ([*TWO, "-d", "test.jsonl", "--quantise", "nf5"], 2, "error: --quantise nf5 is not one of"),
+        ([*TWO, "-d", "test.jsonl", "--shard"], 2, "error: --shard shares the base model out over processes"),
+        ([*TWO, "-d", "test.jsonl"], 2, "error: recipe.json exists"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_was_mistyped_is_told_before_a_recipe_that_is_there(
+    here: Path, words: list[str], code: int, said: str
+) -> None:
+    result = run("fit", *words, "--base", "base")
+    assert result.exit_code == code and result.stderr.startswith(said)
 
 
 def test_a_name_that_looks_the_same_is_told_apart(here: Path) -> None:

@@ -137,10 +137,15 @@ def fitted(
     move: float = 1.0,
     name: str = "test.jsonl",
     records: int = 97,
+    parts: int = 0,
 ) -> Recipe:
     """A recipe of a fit to 97 records with these losses, which is better than the best adapter by `gain`."""
     found = replace(
-        table(verdict, -gain, (-9.0, 9.0), loss=held_out + gain), name=name, records=records, standard_error=error
+        table(verdict, -gain, (-9.0, 9.0), loss=held_out + gain),
+        name=name,
+        records=records,
+        parts=parts,
+        standard_error=error,
     )
     recipe = make_recipe(Path())
     return replace(recipe, held_out=found, fit=replace(recipe.fit, training_nats_per_token=training, largest_move=move))
@@ -162,6 +167,7 @@ def fitted(
         (fitted(0.31, 0.42, 0.1, None), None),
         (fitted(None, 0.42, 0.1, 0.01), None),
         (fitted(0.31, 0.42, 0.1, 0.01, verdict=FEW), None),
+        (fitted(0.31, 0.42, 0.1, 0.01, parts=4), None),  # the losses are of different weights
     ],
 )
 def test_a_fit_is_overfitted_where_its_gap_is_beyond_chance_and_a_third_of_its_gain(
@@ -190,6 +196,7 @@ def test_both_losses_are_told_and_what_a_large_gap_means() -> None:
     share = training_gap(fitted(0.31, 0.42, 0.1, 0.01, name="val é.jsonl, <stdin>:2.5"))  # the names of its data
     assert share == f"{losses}: overfitted, more records would help"
     assert training_gap(fitted(None, 0.42, 1.0, 0.01)) == ""
+    assert training_gap(fitted(0.31, 0.42, 1.0, 0.01, parts=4)) == ""
     recipe = fitted(0.31, 0.42, 0.1, 0.01)
     assert training_gap(replace(recipe, mixing=replace(recipe.mixing, weights_sha256="0" * 64))) == ""  # edited
 

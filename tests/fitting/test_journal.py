@@ -144,12 +144,14 @@ def test_kill_9_at_random_moments_and_resume_ends_in_the_same_bytes(fit: Fit, se
     assert not state.exists()
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code", "talk"), [(signal.SIGINT, 130, []), (signal.SIGINT, 130, ["-q"]), (signal.SIGTERM, 143, [])]
+)
 def test_ctrl_c_and_sigterm_keep_the_state_and_say_how_to_go_on(
-    fit: Fit, server: ForkServer, signum: int, code: int
+    fit: Fit, server: ForkServer, signum: int, code: int, talk: list[str]
 ) -> None:
     words = ["fit", "-a", *fit.adapters, "-d", str(fit.data), "--base", fit.base, "--batch-tokens", "32"]
-    process = server.start(*words, "--passes", "500", cwd=fit.folder)
+    process = server.start(*words, *talk, "--passes", "500", cwd=fit.folder)
     while not list(fit.folder.glob("recipe.json.state/*.safetensors")):
         time.sleep(0.01)
     process.send(signum)
