@@ -330,12 +330,14 @@ def overfitted(recipe: Recipe) -> bool | None:
 
 def training_gap(recipe: Recipe) -> str:
     """The loss on training and on held-out records, in a sentence without its full stop, and what a large gap says;
-    nothing where either is not known, or they are of different weights."""
+    nothing where either is not known."""
     table, training = recipe.held_out_of_weights, recipe.fit.training_nats_per_token
-    if table is None or training is None or table.parts:
+    if table is None or training is None:
         return ""
     held_out = table.row("fit").nats_per_token
     said = f"the fit on its own training records: {training:.4f} nats/token, on held-out ones {held_out:.4f}"
+    if table.parts:
+        return f"{said} by weights of fewer records"
     if not overfitted(recipe):
         return said
     if recipe.splits_data:

@@ -196,7 +196,7 @@ def test_both_losses_are_told_and_what_a_large_gap_means() -> None:
     share = training_gap(fitted(0.31, 0.42, 0.1, 0.01, name="val é.jsonl, <stdin>:2.5"))  # the names of its data
     assert share == f"{losses}: overfitted, more records would help"
     assert training_gap(fitted(None, 0.42, 1.0, 0.01)) == ""
-    assert training_gap(fitted(0.31, 0.42, 1.0, 0.01, parts=4)) == ""
+    assert training_gap(fitted(0.31, 0.42, 0.1, 0.01, parts=4)) == f"{losses} by weights of fewer records"
     recipe = fitted(0.31, 0.42, 0.1, 0.01)
     assert training_gap(replace(recipe, mixing=replace(recipe.mixing, weights_sha256="0" * 64))) == ""  # edited
 
