@@ -272,7 +272,7 @@ def _crossed(files: tuple[CalibrationFile, ...], every: Sequence[Record], seed: 
     different = len({record.fingerprint for record in every})
     if different < 2:
         raise CalibrationError(
-            f"{files[0].source} has {count_text(different, 'different record')}, too few to hold some out",
+            f"{files[0].source} has {_different(every)}, too few to hold some out",
             hint="give held-out records with --eval-data",
         )
     if len(every) < MIN_HELD_OUT:
@@ -337,12 +337,19 @@ def _divide(files: Sequence[CalibrationFile], holdout: float, seed: int) -> tupl
     kept, held = _split_files([file.records for file in files], holdout, seed=seed)
     for file, *sides in zip(files, kept, held, strict=True):
         if not all(sides):
-            different = count_text(len({record.fingerprint for record in file.records}), "different record")
             raise CalibrationError(
-                f"{file.source} has {different}, too few to hold some out",
+                f"{file.source} has {_different(file.records)}, too few to hold some out",
                 hint="give held-out records with --eval-data",
             )
     return [record for side in kept for record in side], [record for side in held for record in side]
+
+
+def _different(records: Sequence[Record]) -> str:
+    """Says how many different records there are, where they cannot be divided."""
+    different = len({record.fingerprint for record in records})
+    if 1 == different < len(records):
+        return f"{count_text(len(records), 'record')}, all the same"
+    return count_text(different, "record" if different == 1 else "different record")
 
 
 def _warn_of_common(training: Sequence[Record], eval_files: Sequence[CalibrationFile], progress: Progress) -> None:

@@ -245,7 +245,11 @@ def _check_places(output: Path, log: Path | None, inputs: FitInputs) -> None:
         for path in paths:
             name = next((name for name, other in read.items() if same_file(path, other)), None)
             if name is not None:
-                raise UsageError(f"{path} is {name}, which is read", hint=f"choose another name with {option}")
+                same = "" if str(path) == name else f", which is {name}"
+                raise UsageError(
+                    f"{option} {path}{same}: this fit reads it, and would overwrite it",
+                    hint=f"choose another name with {option}",
+                )
 
 
 def _check_log(log: Path | None, *, force: bool, resume: bool) -> None:

@@ -154,10 +154,10 @@ def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 def test_what_cannot_be_divided_is_refused_by_file(tmp_path: Path) -> None:
     many, one = write(tmp_path / "many.jsonl", texts(60, "t")), write(tmp_path / "one.jsonl", texts(1, "o"))
-    with pytest.raises(CalibrationError, match="one.jsonl has 1 different record, too few to hold some out"):
+    with pytest.raises(CalibrationError, match="one.jsonl has 1 record, too few to hold some out"):
         read(many, one)
     same = write(tmp_path / "same.jsonl", texts(1, "t") * 40)
-    with pytest.raises(CalibrationError, match="same.jsonl has 1 different record, "):
+    with pytest.raises(CalibrationError, match="same.jsonl has 40 records, all the same, too few"):
         read(many, same)
 
 

@@ -66,7 +66,7 @@ def test_a_log_follows_no_link_and_goes_on_only_with_a_log(here: Path) -> None:
 def test_no_recipe_is_written_onto_what_is_read(here: Path, name: str) -> None:
     before = tree(here)
     result = run(*FIT, "-o", name, "--force")
-    assert result.exit_code == 2 and "which is read" in result.stderr
+    assert result.exit_code == 2 and "this fit reads it" in result.stderr
     assert tree(here) == before
 
 
