@@ -298,8 +298,6 @@ def _resolve_dtype(asked: str, own: object, device: str) -> torch.dtype:
     if asked != "auto":
         if asked not in DTYPES:
             raise UsageError(f"--dtype {asked} is not one of auto, {', '.join(DTYPES)}")
-        if asked == "float64" and not has_float64(device):
-            raise UsageError(f"--device {device} has no float64", hint="give another dtype, or --device cpu")
         return DTYPES[asked]
     dtype = own if isinstance(own, torch.dtype) else torch.float32
     if dtype == torch.float64:
