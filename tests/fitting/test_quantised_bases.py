@@ -14,7 +14,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
@@ -57,6 +59,12 @@ BY_METHOD: dict[str, dict[str, Any]] = {
     "auto-round": {"bits": 4, "group_size": 128},
     "mlx": {"bits": 4, "group_size": 64, "mode": "affine"},
     "x" * 50: {},
+}
+# And whatever else this transformers knows.
+BY_METHOD |= {
+    name: {}
+    for name in AUTO_QUANTIZATION_CONFIG_MAPPING
+    if name not in BY_METHOD and not name.startswith("bitsandbytes")
 }
 REFUSED = {
     **{
@@ -126,6 +134,21 @@ def test_logits_and_gradients_are_those_of_the_weights_that_the_bits_stand_for(
         answers.append((model(input_ids=torch.arange(3, 20)[None]).logits, inputs.grad))
     for found, expected in zip(*answers, strict=True):
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_experts_that_are_packed_one_by_one_are_refused_in_words(tmp_path: Path) -> None:
+    """As bases for QLoRA held them when each expert was a linear layer; transformers keeps them in one parameter."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    base = make_base(tmp_path / "base", "qwen3-moe")
+    packed: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        packed[name] = tensor
+        if "experts" in name:
+            packed[name], state = functional.quantize_4bit(tensor, quant_type="nf4")
+            packed |= {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
+    save_file(packed, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelMismatch, match=r"lacks the weights model.layers.0.mlp.experts.down_proj in the shape"):
+        load_base(with_config(base, FORMS["nf4"]), device="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
