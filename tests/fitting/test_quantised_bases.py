@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
-from loracli.errors import BaseModelMismatch, LoracatError, UsageError
+from loracli.errors import BaseModelMismatch, LoracatError, OutOfResources, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.loss import loss_of_export, read_loss_data
 from loracli.export.request import ExportRequest
@@ -31,7 +31,7 @@ from loracli.model import quantisation
 from loracli.model.base import load_base, plan_base
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base, stored_quantisation
-from loracli.model.session import Opening, as_fitted
+from loracli.model.session import Opening, as_fitted, runs_here
 from tests.heard import Heard
 from tests.stub_hub import StubHub
 from tests.tiny import make_adapter, make_base, make_tokenizer, random_records, write_jsonl
@@ -293,8 +293,9 @@ def test_a_base_that_is_stored_so_stays_so_whatever_a_recipe_says(tmp_path: Path
     [
         ({"quant_method": "awq", "bits": 4}, None, BaseModelMismatch, "org/base is quantised by 'awq'"),
         (FORMS["int8"], "nf4", UsageError, "org/base is stored in int8, which --quantise nf4 does not change"),
+        ({}, None, OutOfResources, "the weights of org/base and the adapters take .* there are 9.0 kB free on cpu"),
     ],
-    ids=["a form that is not run", "another form than is asked for"],
+    ids=["a form that is not run", "another form than is asked for", "more than the memory holds"],
 )
 def test_what_is_not_run_is_refused_before_its_weights_are_fetched(
     tmp_path: Path,
@@ -307,6 +308,7 @@ def test_what_is_not_run_is_refused_before_its_weights_are_fetched(
 ) -> None:
     base = make_base(tmp_path / "base")
     with_config(base, config)
+    monkeypatch.setattr("loracli.model.session._available_memory", lambda *_, **__: 9000)
     with StubHub() as hub:
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
@@ -314,7 +316,7 @@ def test_what_is_not_run_is_refused_before_its_weights_are_fetched(
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         hub.add("org/base", {path.name: path.read_bytes() for path in base.iterdir()})
         with pytest.raises(error, match=said):
-            find_base((), "org/base", runs=True, quantise=quantise)
+            find_base((), "org/base", check=runs_here(Placement(quantise=quantise), ()))
         fetched = [path for method, path in hub.requests if method == "GET"]
         assert any("config.json" in path for path in fetched)
         assert not any("safetensors" in path or "tokenizer" in path for path in fetched)
@@ -327,7 +329,10 @@ def test_a_base_that_is_quantised_otherwise_is_refused_by_name_with_the_way_out(
     config, said = REFUSED[why]
     stored = with_config(make_base(tmp_path / "base"), config)
     (stored.path / "model.safetensors").unlink()  # no weight is there yet
-    for refused in (lambda: plan_base(stored), lambda: find_base((), str(stored.path), runs=True)):
+    for refused in (
+        lambda: plan_base(stored),
+        lambda: find_base((), str(stored.path), check=runs_here(Placement(), ())),
+    ):
         with pytest.raises(BaseModelMismatch, match=re.escape(said)) as caught:
             refused()
         assert caught.value.hint == "give the unquantised model with --base"
