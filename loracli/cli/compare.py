@@ -177,6 +177,7 @@ def compare(
     metric = task_metric(
         generate, answers.metric_command, max_new_tokens=answers.max_new_tokens, tolerance=answers.tolerance
     )
+    place = Placement(**vars(placement), checkpointing=checkpointing)
     settings = _settings_of(rows, reading, MethodOptions(density, scale, reading.seed, rank))
     recipes = recipe or ([] if adapters else [Path("recipe.json")])
     prepare = partial(
@@ -188,11 +189,10 @@ def compare(
         guard=rows.guard or None,
         base=base,
         base_revision=base_revision,
-        quantise=placement.quantise,
+        placement=place,
         settings=settings,
         progress=out,
     )
-    place = Placement(**vars(placement), checkpointing=checkpointing)
     if dry_run:
         _show_plan(out, plan_comparison(prepare(), placement=place, metric=metric, progress=out), metric is not None)
         return

@@ -179,14 +179,16 @@ def fit(
         eval_data=eval_data or None,
         base=base,
         base_revision=base_revision,
-        quantise=place.quantise,
         settings=settings,
         folder=output.parent,
         progress=progress,
     )
     if dry_run:
         if launch.first:
-            _show_plan(out, plan_fit(prepare(), placement=place, world_size=launch.world_size, progress=progress))
+            _show_plan(
+                out,
+                plan_fit(prepare(placement=place), placement=place, world_size=launch.world_size, progress=progress),
+            )
         return
     recipe = fit_to_file(
         prepare, output, placement=place, launch=launch, resume=resume, log=log, force=force, progress=progress

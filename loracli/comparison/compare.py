@@ -68,7 +68,7 @@ def compare_adapters(
         guard=guard,
         base=base,
         base_revision=base_revision,
-        quantise=placement.quantise,
+        placement=placement,
         settings=settings,
         progress=progress,
     )

@@ -25,7 +25,7 @@ from loracli.hub.fetch import fetch_adapter
 from loracli.model.base import on_base
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
-from loracli.model.session import as_fitted
+from loracli.model.session import as_fitted, runs_here
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import recorded_policy
 from loracli.recipe.recipe import OTHER_ROWS
@@ -89,7 +89,7 @@ def prepare_comparison(
     guard: DataPaths | None = None,
     base: str | None = None,
     base_revision: str | None = None,
-    quantise: str | None = None,
+    placement: Placement = Placement(),  # noqa: B008  # frozen
     settings: CompareSettings | None = None,
     progress: Progress = SILENT,
 ) -> CompareInputs:
@@ -104,7 +104,7 @@ def prepare_comparison(
         guard: JSONL of what must not get worse.
         base: the base model; None for the recipe's, or the one that all adapters name.
         base_revision: its branch, tag or commit on the Hub.
-        quantise: what it is made on loading.
+        placement: where and how it will run.
         settings: of the comparison.
         progress: told what happens.
     Raises:
@@ -142,7 +142,8 @@ def prepare_comparison(
     if recipes and policy == REFUSE:
         policy = recorded_policy(recipes[0].recipe)
     policy = settled_policy(policy, read, references)
-    found = find_base(read, asked, revision=base_revision, runs=True, quantise=quantise, progress=progress)
+    check = runs_here(placement, read, {one.row: one.recipe.base.quantisation for one in recipes})
+    found = find_base(read, asked, revision=base_revision, check=check, progress=progress)
     read = on_base(read, found)
     check_composable(read, base_given=asked is not None, base_known=True)
     saved = saved_modules(policy, read, progress=progress)

@@ -109,7 +109,7 @@ def layer_effects(
         adapters=adapters,
         base=base,
         base_revision=base_revision,
-        quantise=placement.quantise,
+        placement=placement,
         settings=CompareSettings(fit=_reading(load_recipe(recipe))),
         progress=progress,
     )

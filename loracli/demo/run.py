@@ -145,6 +145,7 @@ def _run(folder: Path, progress: Progress) -> DemoResult:
         folder / "calibration.jsonl",
         eval_data=folder / "test.jsonl",
         base=str(folder / "base"),
+        placement=_PLACEMENT,
         folder=folder,
     )
     recipe = run_fit(inputs, placement=_PLACEMENT, progress=progress)

@@ -47,7 +47,7 @@ from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import BaseClaim
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
-from loracli.model.session import Opening, as_fitted, open_session
+from loracli.model.session import Opening, as_fitted, open_session, runs_here
 from loracli.progress import SILENT, WORK, Progress
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
@@ -249,8 +249,9 @@ def base_to_run(
         InputError, UsageError: as `find_base` and `as_fitted`.
     """
     asked = base or (None if recorded is None else recorded.claim)
-    reference = find_base(adapters, asked, revision=revision, runs=True, quantise=placement.quantise, progress=progress)
     fits = {} if recorded is None else {"the recipe": recorded.quantisation}
+    check = runs_here(placement, adapters, fits)
+    reference = find_base(adapters, asked, revision=revision, check=check, progress=progress)
     return reference, as_fitted(placement, reference, fits, progress=progress)
 
 

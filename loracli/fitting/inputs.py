@@ -27,7 +27,9 @@ from loracli.fitting.settings import AUTO, FRESH_LORA, FitSettings
 from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.hub.references import parse_reference
 from loracli.model.base import on_base
+from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
+from loracli.model.session import runs_here
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import local_reference
 from loracli.recipe.record import MAX_ADAPTERS
@@ -94,12 +96,12 @@ def prepare_fit(
     eval_data: DataPaths | None = None,
     base: str | None = None,
     base_revision: str | None = None,
-    quantise: str | None = None,
+    placement: Placement = Placement(),  # noqa: B008  # frozen
     settings: FitSettings | None = None,
     folder: str | Path = ".",
     progress: Progress = SILENT,
 ) -> FitInputs:
-    """Reads and checks all inputs of a fit; fetches what is not local, but no base that cannot be quantised so.
+    """Reads and checks all inputs of a fit; fetches what is not local, but no base that cannot run there.
 
     Raises:
         UsageError: if no adapter is given, or one twice.
@@ -132,7 +134,7 @@ def prepare_fit(
     check_composable(read, base_given=base is not None)
     check_mixing(read, settings.mixing)  # before anything is fetched, and below by the base's names
     settings = replace(settings, modules_to_save=settled_policy(settings.modules_to_save, read, references))
-    found = find_base(read, base, revision=base_revision, runs=True, quantise=quantise, progress=progress)
+    found = find_base(read, base, revision=base_revision, check=runs_here(placement, read), progress=progress)
     read = on_base(read, found)
     check_composable(read, base_given=base is not None, base_known=True)
     check_mixing(read, settings.mixing)

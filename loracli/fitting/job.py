@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 from loracli.adapters.adapter import LoraAdapter
 from loracli.calibration.dataset import Examples
@@ -154,11 +155,17 @@ def _seconds(
     return work.left(REACH).seconds(pace) / world_size
 
 
+class Prepare(Protocol):
+    """Of `prepare_fit`, all but where the base will run."""
+
+    def __call__(self, *, placement: Placement) -> FitInputs: ...
+
+
 _VERSIONS = ("loracat", "torch", "transformers")
 
 
 def fit_to_file(
-    prepare: Callable[[], FitInputs],
+    prepare: Prepare,
     output: Path,
     *,
     placement: Placement,
@@ -171,8 +178,8 @@ def fit_to_file(
     """Fits and writes a recipe, with the state of the fit beside it while it runs.
 
     Args:
-        prepare: reads and checks the inputs; called by the first process before the others, so that what it fetches is
-            there for them.
+        prepare: reads and checks the inputs, for a base that runs there; called by the first process before the
+            others, so that what it fetches is there for them.
         output: of the recipe.
         placement: where and how the base model runs.
         launch: which process this is.
@@ -194,7 +201,7 @@ def fit_to_file(
     placement.check_processes(launch.world_size)
     placement = replace(placement, device=process_device(launch, placement.device))
     with connect(launch, placement.device, sharded=placement.shard) as processes, ExitStack() as held:
-        inputs = _one_after_the_other(processes, prepare)
+        inputs = _one_after_the_other(processes, lambda: prepare(placement=placement))
         kind = inputs.settings.mixing
         processes.from_first(lambda: check_recipe_path(output, force=force, kind=kind))
         processes.from_first(lambda: check_kept_path(output) if output.is_file() else None)

@@ -104,7 +104,7 @@ def fit_mixing(
         eval_data=eval_data,
         base=base,
         base_revision=base_revision,
-        quantise=placement.quantise,
+        placement=placement,
         settings=settings,
         progress=progress,
     )

@@ -36,7 +36,7 @@ from loracli.model.attach import AttachedModel, attach, check_saved, modules_rep
 from loracli.model.base import on_base
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
-from loracli.model.session import Opening, Session, as_fitted, open_session
+from loracli.model.session import Opening, Session, as_fitted, open_session, runs_here
 from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
@@ -243,9 +243,9 @@ def _read(request: GenerateRequest, progress: Progress) -> _Asked:
     check_language_models(read, "this command")
     claim = request.base or (None if recipe is None else recipe.base.claim)
     check_composable(read, base_given=claim is not None)
-    base = find_base(
-        read, claim, revision=request.base_revision, runs=True, quantise=request.placement.quantise, progress=progress
-    )
+    fits = {} if recipe is None else {"the recipe": recipe.base.quantisation}
+    check = runs_here(request.placement, read, fits)
+    base = find_base(read, claim, revision=request.base_revision, check=check, progress=progress)
     read = on_base(read, base)
     check_composable(read, base_given=claim is not None, base_known=True)
     layout = make_layout(read)
@@ -259,7 +259,6 @@ def _read(request: GenerateRequest, progress: Progress) -> _Asked:
         saved = saved_modules(recorded_policy(recipe), read, progress=progress)
         answerers.append(_Answerer(FIT, of_recipe(recipe.mixing, read, layout), saved))
     plain = recipe is not None and not any(data.template_sha256 for data in recipe.data)
-    fits = {} if recipe is None else {"the recipe": recipe.base.quantisation}
     placement = as_fitted(request.placement, base, fits, progress=progress)
     shown = tuple(answerers[-1:] if request.composition_alone else answerers)
     return _Asked(shown, read, names, base, placement, plain)

@@ -211,6 +211,7 @@ def load_base(
                 dtype=read_in,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, in words
                 **experts,
                 **placement,
                 **_OFFLINE,
@@ -224,7 +225,8 @@ def load_base(
         raise BaseModelMismatch(
             f"the base model {reference.id} has no linear layer to quantise", hint="leave --quantise out"
         )
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    mismatched = (f"{name} in the shape {tuple(shape)}" for name, _, shape in report["mismatched_keys"])
+    absent = sorted(report["missing_keys"]) + sorted(mismatched)
     if absent:  # transformers fills these with random numbers
         raise BaseModelMismatch(
             f"the base model {reference.id} lacks the weights {absent[0]}"
@@ -298,8 +300,6 @@ def _resolve_dtype(asked: str, own: object, device: str) -> torch.dtype:
     if asked != "auto":
         if asked not in DTYPES:
             raise UsageError(f"--dtype {asked} is not one of auto, {', '.join(DTYPES)}")
-        if asked == "float64" and not has_float64(device):
-            raise UsageError(f"--device {device} has no float64", hint="give another dtype, or --device cpu")
         return DTYPES[asked]
     dtype = own if isinstance(own, torch.dtype) else torch.float32
     if dtype == torch.float64:

@@ -15,6 +15,7 @@ from torch import nn
 
 from loracli.errors import UsageError
 from loracli.model.quantisation import UNQUANTISED, check_quantise
+from loracli.system.display import count_text
 from loracli.system.machine import says_memory_ran_out
 
 
@@ -85,11 +86,38 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def has_float64(device: str | torch.device) -> bool:
     """Whether a device computes in float64: MPS does not."""
+    if torch.device(device).type in ("cpu", "cuda"):
+        return True
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except TypeError:
         return False
     return True
+
+
+def check_device(asked: str) -> None:
+    """Whether torch sees the device; nothing is started on it.
+
+    Raises:
+        UsageError: if not.
+    """
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise UsageError(
+            f"--device {asked} is not a device of torch", hint="cpu, cuda, cuda:1 or mps, for example"
+        ) from None
+    try:
+        module: Any = torch.get_device_module(device)
+        there = module.device_count() if module.is_available() else 0
+    except RuntimeError:  # it has no devices of its own
+        there = 0
+    if (device.index or 0) >= there:
+        seen = count_text(there, f"{device.type} device")
+        raise UsageError(
+            f"--device {asked} is not here: torch {torch.__version__} sees {seen}",
+            hint="leave --device out, or give --device cpu",
+        )
 
 
 def resolve_device(asked: str) -> str:
@@ -134,18 +162,16 @@ class Placement:
     quantise: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError for what no machine has, before anything is looked for."""
+        """Raises UsageError for what this machine does not have, before anything is looked for."""
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype} is not one of auto, {', '.join(DTYPES)}")
         check_quantise(self.quantise)
         if self.form is not None and self.shard:
             raise UsageError("a quantised base cannot be shared out", hint="leave out --quantise or --shard")
-        try:
-            torch.device("cpu" if self.device == "auto" else self.device)
-        except RuntimeError:
-            raise UsageError(
-                f"--device {self.device} is not a device of torch", hint="cpu, cuda, cuda:1 or mps, for example"
-            ) from None
+        if self.device != "auto":
+            check_device(self.device)
+            if self.dtype == "float64" and not has_float64(self.device):
+                raise UsageError(f"--device {self.device} has no float64", hint="give another dtype, or --device cpu")
 
     @property
     def form(self) -> str | None:

@@ -253,5 +253,6 @@ def _head(config: Any, vocabulary: int, width: int, tokens: int, s: int) -> int:
 def _ways_out(plan: BasePlan, sharded: bool) -> list[str]:
     """What makes the weights smaller on a device."""
     narrower = ["--dtype bfloat16"] if plan.dtype.itemsize > 2 else []
+    fewer_bits = [] if sharded or plan.quantisation is not None else ["--quantise nf4"]
     spread = [] if sharded else ["--device-map auto on several CUDA devices"]
-    return narrower + spread or ["more processes"]
+    return narrower + fewer_bits + spread or ["more processes"]

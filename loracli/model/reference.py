@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +66,7 @@ def find_base(
     base: str | BaseClaim | None,
     *,
     revision: str | None = None,
-    runs: bool = False,
-    quantise: str | None = None,
+    check: Callable[[BaseReference], object] = lambda base: None,
     progress: Progress = SILENT,
 ) -> BaseReference:
     """The base model to use: `base`, or what all adapters agree on, fetched from the Hub unless it is a local
@@ -78,11 +76,11 @@ def find_base(
         adapters: that are run in it.
         base: text that the user named; what a recipe or a record claims; None for what the adapters claim.
         revision: that the user named, for a base on the Hub.
-        runs: whether it will run, so that one quantised in a way that does not is refused before its weights are there.
-        quantise: what it is made on loading then.
+        check: called once its config.json is there and before its weights need be; whoever will run it has
+            `session.runs_here` look whether that can be.
         progress: told of a download.
     Raises:
-        BaseModelMismatch: as `read_quantisation`.
+        LoracatError: as `check`.
         IncompatibleAdapters: if no base is given and the adapters name none, or what is no name on the Hub.
         UnsupportedAdapter: if an adapter changes a convolution.
         InputError, UsageError: as `locate_base`.
@@ -102,14 +100,18 @@ def find_base(
         progress.note(f"base model: the local directory {base}{taken_for if name != base else ''}")
         others = other_bases(place.resolve().name, stated, directory=True, saved_as=_saved_as(place))
         say_other_bases(str(base), others, progress)
-        if runs:
-            stored_quantisation(str(base), place, quantise)
-        return BaseReference(name, place, None)
+        found = BaseReference(name, place, None)
+        check(found)
+        return found
     name = str(place.base_model)
     say_other_bases(name, other_bases(name, stated), progress)
     try:
-        check = partial(stored_quantisation, name, quantise=quantise) if runs else None
-        fetched = fetch_base(name, revision=place.revision, check_config=check, progress=progress)
+        fetched = fetch_base(
+            name,
+            revision=place.revision,
+            check_config=lambda folder: check(BaseReference(name, folder, None)),
+            progress=progress,
+        )
     except (AccessDenied, HubUnreachable, InputError) as error:
         refuse_mistyped(base, error)
         if not isinstance(error, AccessDenied):

@@ -41,6 +41,7 @@ from loracli.model.quantisation import has_bitsandbytes
 from loracli.model.reference import BaseReference, stored_quantisation
 from loracli.progress import SILENT, Progress
 from loracli.recipe.record import ON_LOADING, BaseForm
+from loracli.system.machine import read_launch
 
 _RECORDS_OF_AN_ORDER = 64  # enough to tell an adapter from its scrambled experts
 
@@ -128,6 +129,31 @@ def settle_memory(
     placement = opening.placement
     checkpointing = placement.checkpointing or decision.checkpointing
     return replace(opening, placement=replace(placement, checkpointing=checkpointing))
+
+
+def runs_here(
+    placement: Placement, adapters: Sequence[LoraAdapter], fits: Mapping[str, BaseForm | None] | None = None
+) -> Callable[[BaseReference], None]:
+    """What `find_base` has checked of a base that will run, by its config.
+
+    Args:
+        placement: that was asked for.
+        adapters: that will be attached.
+        fits: as for `as_fitted`.
+    Returns:
+        which raises
+        BaseModelMismatch, UsageError: as `stored_quantisation`, `as_fitted` and `plan_base`.
+        OutOfResources: if its weights and the adapters, without a single record, need more memory than there is.
+    """
+
+    def check(reference: BaseReference) -> None:
+        stored_quantisation(reference.id, reference.path, placement.quantise)
+        place = as_fitted(placement, reference, fits or {})
+        processes = read_launch().world_size
+        opening = Opening(reference, tuple(adapters), 1, 1, placement=place, processes=processes)
+        opening.memory(opening.plan())
+
+    return check
 
 
 def as_fitted(

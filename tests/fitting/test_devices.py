@@ -253,6 +253,26 @@ def test_float64_is_refused_at_once_where_there_is_none(made: Made, tmp_path: Pa
     assert "error: --device gpu has no float64\nhint: give another dtype, or --device cpu" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "fit --adapters org/a org/b --data DATA",
+        "compare --adapters org/a org/b --data DATA",
+        "generate --adapters org/a --prompt x",
+        "export --adapters org/a org/b --method task-arithmetic --fit-data DATA",
+    ],
+)
+@pytest.mark.parametrize("device", ["cuda:99", "mps:99", "meta"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_fetched(
+    made: Made, words: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loracli.hub.fetch.fetch", lambda _: pytest.fail("something is fetched"))
+    result = run(*words.replace("DATA", str(made.data)).split(), "--device", device)
+    assert result.exit_code == 2
+    assert f"error: --device {device} is not here: torch {torch.__version__} sees " in result.stderr
+    assert "hint: leave --device out, or give --device cpu" in result.stderr
+
+
 def test_what_is_kept_of_the_memory_is_given_back_before_a_half_is_tried(
     made: Made, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:

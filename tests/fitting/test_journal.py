@@ -45,7 +45,7 @@ class Fit:
     def run(self, output: str, *, resume: bool = False, force: bool = False, log: str | None = None) -> list[str]:
         listener = Heard()
         fit_to_file(
-            lambda: prepare_fit(
+            lambda placement: prepare_fit(
                 self.adapters, self.data, base=self.base, settings=self.settings, folder=self.folder, progress=listener
             ),
             self.folder / output,

@@ -14,11 +14,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
-from loracli.errors import BaseModelMismatch, LoracatError, UsageError
+from loracli.errors import BaseModelMismatch, LoracatError, OutOfResources, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.loss import loss_of_export, read_loss_data
 from loracli.export.request import ExportRequest
@@ -29,7 +31,7 @@ from loracli.model import quantisation
 from loracli.model.base import load_base, plan_base
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base, stored_quantisation
-from loracli.model.session import Opening, as_fitted
+from loracli.model.session import Opening, as_fitted, runs_here
 from tests.heard import Heard
 from tests.stub_hub import StubHub
 from tests.tiny import make_adapter, make_base, make_tokenizer, random_records, write_jsonl
@@ -57,6 +59,12 @@ BY_METHOD: dict[str, dict[str, Any]] = {
     "auto-round": {"bits": 4, "group_size": 128},
     "mlx": {"bits": 4, "group_size": 64, "mode": "affine"},
     "x" * 50: {},
+}
+# And whatever else this transformers knows.
+BY_METHOD |= {
+    name: {}
+    for name in AUTO_QUANTIZATION_CONFIG_MAPPING
+    if name not in BY_METHOD and not name.startswith("bitsandbytes")
 }
 REFUSED = {
     **{
@@ -126,6 +134,21 @@ def test_logits_and_gradients_are_those_of_the_weights_that_the_bits_stand_for(
         answers.append((model(input_ids=torch.arange(3, 20)[None]).logits, inputs.grad))
     for found, expected in zip(*answers, strict=True):
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_experts_that_are_packed_one_by_one_are_refused_in_words(tmp_path: Path) -> None:
+    """As bases for QLoRA held them when each expert was a linear layer; transformers keeps them in one parameter."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    base = make_base(tmp_path / "base", "qwen3-moe")
+    packed: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        packed[name] = tensor
+        if "experts" in name:
+            packed[name], state = functional.quantize_4bit(tensor, quant_type="nf4")
+            packed |= {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
+    save_file(packed, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelMismatch, match=r"lacks the weights model.layers.0.mlp.experts.down_proj in the shape"):
+        load_base(with_config(base, FORMS["nf4"]), device="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -270,8 +293,9 @@ def test_a_base_that_is_stored_so_stays_so_whatever_a_recipe_says(tmp_path: Path
     [
         ({"quant_method": "awq", "bits": 4}, None, BaseModelMismatch, "org/base is quantised by 'awq'"),
         (FORMS["int8"], "nf4", UsageError, "org/base is stored in int8, which --quantise nf4 does not change"),
+        ({}, None, OutOfResources, "the weights of org/base and the adapters take .* there are 9.0 kB free on cpu"),
     ],
-    ids=["a form that is not run", "another form than is asked for"],
+    ids=["a form that is not run", "another form than is asked for", "more than the memory holds"],
 )
 def test_what_is_not_run_is_refused_before_its_weights_are_fetched(
     tmp_path: Path,
@@ -284,6 +308,7 @@ def test_what_is_not_run_is_refused_before_its_weights_are_fetched(
 ) -> None:
     base = make_base(tmp_path / "base")
     with_config(base, config)
+    monkeypatch.setattr("loracli.model.session._available_memory", lambda *_, **__: 9000)
     with StubHub() as hub:
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
@@ -291,7 +316,7 @@ def test_what_is_not_run_is_refused_before_its_weights_are_fetched(
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         hub.add("org/base", {path.name: path.read_bytes() for path in base.iterdir()})
         with pytest.raises(error, match=said):
-            find_base((), "org/base", runs=True, quantise=quantise)
+            find_base((), "org/base", check=runs_here(Placement(quantise=quantise), ()))
         fetched = [path for method, path in hub.requests if method == "GET"]
         assert any("config.json" in path for path in fetched)
         assert not any("safetensors" in path or "tokenizer" in path for path in fetched)
@@ -304,7 +329,10 @@ def test_a_base_that_is_quantised_otherwise_is_refused_by_name_with_the_way_out(
     config, said = REFUSED[why]
     stored = with_config(make_base(tmp_path / "base"), config)
     (stored.path / "model.safetensors").unlink()  # no weight is there yet
-    for refused in (lambda: plan_base(stored), lambda: find_base((), str(stored.path), runs=True)):
+    for refused in (
+        lambda: plan_base(stored),
+        lambda: find_base((), str(stored.path), check=runs_here(Placement(), ())),
+    ):
         with pytest.raises(BaseModelMismatch, match=re.escape(said)) as caught:
             refused()
         assert caught.value.hint == "give the unquantised model with --base"
