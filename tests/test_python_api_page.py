@@ -84,7 +84,7 @@ def test_the_examples_print_what_the_page_says(tmp_path: Path, monkeypatch: pyte
             exec(code, names)
         assert NUMBER.sub("#", printed.getvalue()) == NUMBER.sub("#", said)
         for real, shown in zip(NUMBER.findall(printed.getvalue()), NUMBER.findall(said), strict=True):
-            assert abs(float(real) - float(shown)) < 2e-3  # the last bits are the machine's
+            assert abs(float(real) - float(shown)) < 1e-2  # a fit goes over the machine's last bits
     errors = [block for block in BLOCKS if "except loracli.LoracatError" in block]
     with redirect_stdout(printed := StringIO()):
         exec("\n".join(errors), names)
