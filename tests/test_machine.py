@@ -21,6 +21,7 @@ from loracli.system.machine import machine_error
         RuntimeError("CUDA driver error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GiB, other allocations: 1.20 GiB)"),
         RuntimeError("Invalid buffer size: 16.00 GiB"),

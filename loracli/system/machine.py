@@ -26,6 +26,7 @@ DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MEMORY_MESSAGES = (
     "out of memory",
     "_alloc_failed",
+    "_allocation_failed",
     "invalid buffer size",
     "can't allocate memory",
     "cannot allocate memory",
