@@ -432,15 +432,10 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
             return None
         return replace(last, thetas=(last.mixing.lift(below.mixing, below.theta),), stages=below.stages)
     plan = plan_steps(training, batch_tokens=task.settings.batch_tokens, seed=task.settings.seed + 1)
-    start, before, stages = last.theta, task.spent, tuple[StageRecord, ...]()
-    if last.mixing.kind == "factors":  # once more as they were found: more steps from there would only fit the records
-        needed = GRADIENT_COST * plan.tokens * (last.passes[1] + 1 / plan.steps_a_pass)
-        alone = len(solved) == 1 or last.chosen == NOTHING
-        below = None if alone else refit(task, solved[:-1], training, budget - needed)
-        start = last.anchor
-        if below is not None:
-            start, stages = last.mixing.lift(below.mixing, below.theta), below.stages
-    steps = whole = plan.steps_within((budget - (task.spent - before)) / 2)
+    # Trained factors once more as they were found, from where the folds began them: more steps from there, or another
+    # fit of the level below before, would only fit the records.
+    start = last.anchor if last.mixing.kind == "factors" else last.theta
+    steps = whole = plan.steps_within(budget / 2)
     if steps == 0:
         return None
     if last.mixing.kind == "factors":
@@ -462,7 +457,7 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
     stage = ran.recorded(kind, last.chosen, "refit", last.ridge or 0.0)
     # Where the rate has come to nothing, the end of hundreds of weights is nearer the optimum than their average.
     end = descent.theta if in_rounds(task.settings, validated=task.validated) else ran.average
-    return replace(last, thetas=(end,), stages=(*stages, stage))
+    return replace(last, thetas=(end,), stages=(stage,))
 
 
 def _minimise_again(task: Task, last: Solution, training: Sequence[Example], budget: float) -> Solution | None:

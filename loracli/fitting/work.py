@@ -132,7 +132,11 @@ class Work:
         if REFIT in later:
             refitting = max(min(last * budget, budget - spent - cost.tokens), 0.0)
             plan = plan_steps(self.training, batch_tokens=settings.batch_tokens, seed=settings.seed + 1)
-            cost += descent_cost(plan, refitting / GRADIENT_COST)
+            tokens = refitting / GRADIENT_COST
+            if settings.mixing == "factors":  # no more passes than found them
+                passes = max(FACTOR_PASSES, FACTOR_STEPS / self._plan(self.folds[0]).steps_a_pass)
+                tokens = min(tokens, (passes + 1 / plan.steps_a_pass) * plan.tokens)
+            cost += descent_cost(plan, tokens)
         if CERTIFICATE in later:
             once = cost_of(plan_batches(self.training, batch_tokens=settings.batch_tokens))
             cost += once * (max(budget - spent - cost.tokens, 0.0) / once.tokens)

@@ -210,7 +210,7 @@ def test_what_overfits_more_easily_has_to_gain_more_standard_errors(
 def test_factors_are_trained_on_all_records_for_as_many_passes_as_the_validation_records_chose(
     small: tuple[Path, list[LoraAdapter]],
 ) -> None:
-    """After the level below, whose own last fit they start from; each stage is told."""
+    """From where the folds began them: the level below is not fitted once more before, which only fits the records."""
     base, adapters = small
     generator = torch.Generator().manual_seed(0)
     truth = [torch.randn(2, 2, generator=generator) for _ in make_layout(adapters).modules]
@@ -218,8 +218,8 @@ def test_factors_are_trained_on_all_records_for_as_many_passes_as_the_validation
         found, _ = run_search(attached, adapters, examples, FitSettings(mixing="factors"))
     whole, taken = found.passes
     a_pass = plan_steps(examples, batch_tokens=1024, seed=1).steps_a_pass
-    below, last = found.stages[-2:]
-    assert [(s.rung, s.stage) for s in (below, last)] == [("module", "refit"), ("factors", "refit")]
+    before, last = found.stages[-2:]
+    assert [(s.rung, s.stage) for s in (before, last)] == [("factors", "descent"), ("factors", "refit")]
     assert 0 < taken <= whole <= 4 + 1e-9 and last.steps == round(taken * a_pass)
 
 
