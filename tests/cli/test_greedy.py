@@ -152,6 +152,9 @@ class Captured(Exception):
 def fitted_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The adapters and the data file that `loracat fit` would work on."""
     monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    for name in ("a/adapter_config.json", "val.jsonl", "x.jsonl", "y.jsonl"):  # only that they are there is looked at
+        Path(name).touch()
 
     def run(*words: str) -> Any:
         seen: list[Any] = []
