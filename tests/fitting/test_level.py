@@ -22,7 +22,7 @@ from loracli.errors import NonFiniteLoss
 from loracli.fitting import level as rung_module
 from loracli.fitting.certificate import certificate_tokens
 from loracli.fitting.criterion import LEAST_GAIN, Fold, Gain
-from loracli.fitting.descent import Descent, Ran, plan_steps
+from loracli.fitting.descent import AdamW, Descent, Ran, plan_steps
 from loracli.fitting.engine import Engine
 from loracli.fitting.level import _RIDGE_PATH, Solution, Task, padded_tokens, ridge_path, solve_level
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout
@@ -208,14 +208,22 @@ def test_what_overfits_more_easily_has_to_gain_more_standard_errors(
 
 
 def test_factors_are_trained_on_all_records_for_as_many_passes_as_the_validation_records_chose(
-    small: tuple[Path, list[LoraAdapter]],
+    small: tuple[Path, list[LoraAdapter]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From where the folds began them: the level below is not fitted once more before, which only fits the records."""
     base, adapters = small
     generator = torch.Generator().manual_seed(0)
     truth = [torch.randn(2, 2, generator=generator) for _ in make_layout(adapters).modules]
     with generated(base, adapters, truth, 100) as (attached, examples, _):
+        begun: list[Tensor] = []
+
+        def adam(start: Tensor, **settings: Any) -> AdamW:
+            begun.append(start)
+            return AdamW(start, **settings)
+
+        monkeypatch.setattr("loracli.fitting.search.AdamW", adam)  # of the last fit alone
         found, _ = run_search(attached, adapters, examples, FitSettings(mixing="factors"))
+    assert found.moved and len(begun) == 1 and torch.equal(begun[0], found.anchor)
     whole, taken = found.passes
     a_pass = plan_steps(examples, batch_tokens=1024, seed=1).steps_a_pass
     before, last = found.stages[-2:]
