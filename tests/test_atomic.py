@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,36 @@ def test_a_replacement_killed_before_its_cleaning_up_is_cleaned_up(tmp_path: Pat
     with pytest.raises(OutputExists), whole_directory(tmp_path / "out", force=False):
         raise AssertionError("the body ran")
     assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "new"
+
+
+def test_of_several_that_replace_one_directory_each_does_so_in_its_turn(tmp_path: Path) -> None:
+    def replace_it(which: int) -> None:
+        for turn in range(25):
+            with whole_directory(tmp_path / "out", force=True) as folder:
+                fill(folder, f"{which} {turn}")
+
+    an_adapter(tmp_path / "out")
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(replace_it, which) for which in range(4)]:
+            done.result()
+    assert names(tmp_path) == ["out"]
+    assert len({(tmp_path / "out" / name).read_text() for name in names(tmp_path / "out")}) == 1
+    assert content(tmp_path / "out").endswith("24")
+
+
+def test_a_name_that_keeps_changing_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if target == tmp_path / "out" and source.name.endswith(".tmp"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        real(source, target)
+
+    an_adapter(tmp_path / "out")
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OutputExists, match="another process"), whole_directory(tmp_path / "out", force=True) as folder:
+        fill(folder)
+    assert names(tmp_path) == ["out"] and content(tmp_path / "out") == "old"
 
 
 @pytest.mark.parametrize("there", [False, True])

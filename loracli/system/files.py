@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -40,6 +41,11 @@ CERTIFICATE_FILE = "loracat.json"
 EXPORTED_FILES = frozenset(
     {CONFIG_FILE, TENSOR_FILE, MLX_TENSOR_FILE, GGUF_FILE, CORES_FILE, CERTIFICATE_FILE, README_FILE}
 )
+
+
+# What a rename says when another process has given or taken one of its names.
+_CHANGED = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT})
+_TRIES = 100
 
 
 def same_file(first: Path, second: Path) -> bool:
@@ -259,18 +265,25 @@ def _open_locked(folder: Path, *, needed: bool = False) -> int | None:
 def put_in_place(folder: Path, path: Path, *, replace: bool = True) -> None:
     """Gives a filled directory its name; what had the name before is moved aside, to `_aside`, and removed.
 
+    Of two processes that replace one directory, each does so in its turn.
+
     Raises:
-        OutputExists: if another process does the same meanwhile.
+        OutputExists: if the name has been taken meanwhile; with `replace`, if it still changes after a second.
     """
     flush_directory(folder)
-    try:
-        if replace and path.exists():
-            os.rename(path, _aside(path))
-        os.rename(folder, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-            raise
-        raise OutputExists(f"another process has changed {path} meanwhile", hint="run the same command again") from None
+    for _ in range(_TRIES if replace else 1):
+        try:
+            if replace and path.exists():
+                os.rename(path, _aside(path))
+            os.rename(folder, path)
+            break
+        except OSError as error:
+            if error.errno not in _CHANGED:
+                raise
+        repair(path)
+        time.sleep(0.01)
+    else:
+        raise OutputExists(f"another process has changed {path} meanwhile", hint="run the same command again")
     flush_directory(path.parent)
     shutil.rmtree(_aside(path), ignore_errors=True)
 
@@ -290,17 +303,20 @@ def check_free(
         return
     if path.name in ("", ".."):
         raise OutputExists(f"{path} is a directory that cannot be replaced", hint="choose another name with -o")
-    if path.is_symlink() or not path.is_dir():
-        raise OutputExists(f"{path} exists and is not a directory", hint="choose another name with -o")
-    if not replaceable(path):
-        raise OutputExists(
-            f"{path} exists and is a directory that holds something else than {noun} of loracat, so --force does not "
-            "replace it",
-            hint="choose another name with -o",
-        )
-    if not force:
-        what = f"holds {noun} of loracat" if any(path.iterdir()) else "is an empty directory"
-        raise OutputExists(f"{path} exists and {what}", hint="choose another name with -o, or replace it with --force")
+    with suppress(FileNotFoundError):  # another process has just moved it away
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise OutputExists(f"{path} exists and is not a directory", hint="choose another name with -o")
+        if not replaceable(path):
+            raise OutputExists(
+                f"{path} exists and is a directory that holds something else than {noun} of loracat, so --force does "
+                "not replace it",
+                hint="choose another name with -o",
+            )
+        if not force:
+            what = f"holds {noun} of loracat" if any(path.iterdir()) else "is an empty directory"
+            raise OutputExists(
+                f"{path} exists and {what}", hint="choose another name with -o, or replace it with --force"
+            )
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -337,10 +353,14 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
 def repair(path: Path) -> None:
     """Finishes a replacement that was cut short: what was moved aside comes back if nothing took its place."""
     old = _aside(path)
-    if old.exists() and not os.path.lexists(path):
-        os.rename(old, path)
-    elif old.exists():
-        shutil.rmtree(old)
+    try:
+        if old.exists() and not os.path.lexists(path):
+            os.rename(old, path)
+        elif old.exists():
+            shutil.rmtree(old)
+    except OSError as error:  # another process has been faster, at the one or the other
+        if error.errno not in _CHANGED:
+            raise
 
 
 def _aside(path: Path) -> Path:
