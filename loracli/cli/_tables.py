@@ -224,7 +224,8 @@ def _optimum_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> 
     bound = "" if certificate.certain else "at most "
     if not unfinished_lines(out, recipe):
         left = f"{bound}{certificate.left:.1g} nats per token left to gain on the training records"
-        out.line(f"{left} (less than {_chance(recipe, certificate):.1g} is chance)")
+        rounding = "" if certificate.noise is None else f", than {certificate.noise:.1g} the rounding of {recipe.dtype}"
+        out.line(f"{left} (less than {_chance(recipe, certificate):.1g} is chance{rounding})")
     out.line(
         f"your data support about {certificate.effective_numbers:.0f} of {count_text(recipe.mixing.numbers, 'weight')}"
     )
@@ -239,7 +240,9 @@ def unfinished_lines(out: Output, recipe: Recipe) -> bool:
     """Says so where the budget ended a fit above its optimum by more than chance, as far as the records can tell;
     whether it did."""
     certificate = recipe.certificate_of_weights
-    if certificate is None or not certificate.certain or certificate.left <= _chance(recipe, certificate):
+    if certificate is None or not certificate.certain:
+        return False
+    if certificate.left <= max(_chance(recipe, certificate), certificate.noise or 0.0):
         return False
     kind = recipe.mixing.kind
     rounds = [stage.validation for stage in recipe.fit.stages if (stage.rung, stage.stage) == (kind, "descent")]

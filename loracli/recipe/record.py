@@ -155,6 +155,7 @@ class FitCertificate:
             where the adapter changes nothing.
         extrapolated: by group, the places of the adapters whose weight is beyond 2 in size; groups without are left
             out.
+        noise: how far rounding moves the loss of nearby weights; None in float32 and float64.
     """
 
     records: int
@@ -167,6 +168,7 @@ class FitCertificate:
     effective_numbers: float
     standard_errors: dict[str, tuple[float | None, ...]]
     extrapolated: dict[str, tuple[int, ...]]
+    noise: float | None = added(7, None)
 
     @property
     def certain(self) -> bool:

@@ -53,17 +53,27 @@ def test_of_weights_as_they_were_fitted_everything_is_said(fitted: Path) -> None
     assert "On held-out records" in (fitted / "adapter-cat" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("decrement", "loss", "said"), [(0.3, 0.5, True), (0.3, 1e-4, False), (1e-4, 0.5, False)])
-def test_a_fit_that_ended_above_its_optimum_by_more_than_chance_says_so(
-    fitted: Path, decrement: float, loss: float, said: bool
+@pytest.mark.parametrize(
+    ("decrement", "loss", "noise", "said"),
+    [
+        (0.3, 0.5, None, True),
+        (0.3, 0.5, 0.2, True),
+        (0.3, 0.5, 0.4, False),
+        (0.3, 1e-4, None, False),
+        (1e-4, 0.5, None, False),
+    ],
+)
+def test_a_fit_that_ended_above_its_optimum_by_more_than_chance_and_rounding_says_so(
+    fitted: Path, decrement: float, loss: float, noise: float | None, said: bool
 ) -> None:
     """There is no more to gain than the loss is; the fixture's 8 effective numbers make chance 8 / 2T."""
     recipe = load_recipe("recipe.json")
-    certificate = replace(recipe.fit.certificate, decrement=decrement, loss=loss)
+    certificate = replace(recipe.fit.certificate, decrement=decrement, loss=loss, noise=noise)
     (fitted / "recipe.json").write_text(replace(recipe, fit=replace(recipe.fit, certificate=certificate)).to_json())
     assert 1e-4 < 8 / (2 * sum(data.scored_tokens for data in recipe.data)) < 0.3
     shown = run("show", "--search").stdout
     assert ("not at the optimum yet: 0.3 nats per token left to gain" in shown) == ("--passes" in shown) == said
+    assert ("is chance, than 0.4 the rounding of bfloat16)" in shown) == (noise == 0.4)
 
 
 def test_show_says_so_and_leaves_table_verdict_and_certificate_out(edited: Path) -> None:

@@ -4,6 +4,7 @@ against the exact Fisher information, the algebra against closed forms, and stan
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,14 +18,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.calibration.dataset import Batch, make_batch
+from loracli.calibration.dataset import Batch, make_batch, plan_batches
 from loracli.calibration.render import Example
-from loracli.fitting.certificate import RecordGradients, _certify, _from_rows, _record_gradients, can_certify
+from loracli.fitting.certificate import RecordGradients, _certify, _from_rows, _noise, _record_gradients, can_certify
+from loracli.fitting.engine import Engine
+from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_layout, make_mixing
+from loracli.fitting.settings import FitSettings
 from loracli.model import loss as loss_module
 from loracli.model.attach import attach
 from loracli.model.loss import Objective, make_objective
 from loracli.model.session import _checkpointed
+from loracli.progress import SILENT
 from loracli.recipe.record import FitCertificate, MixingKind
 from loracli.system.document import decode, encode
 from tests.faults.fork_server import ForkServer
@@ -413,6 +418,31 @@ def test_weights_beyond_two_are_named_by_group_and_adapter() -> None:
     theta = torch.tensor([2.0, 1.0, -2.1, 7.0, 2.01], dtype=torch.float64)
     certificate = _certify(MIXING, theta, theta, problem.at(theta), ridge=0.1)
     assert certificate.extrapolated == {"model.layers.0.q": (1,), "model.layers.1.q": (0, 1)}
+
+
+def test_the_noise_of_a_certificate_is_how_far_nearby_losses_are_off(tmp_path: Path) -> None:
+    """Beside the same weights and records in float64, whose losses differ from these by a constant and the noise; and
+    of the smooth loss in float64 nothing is left."""
+    records = examples(8, weights=(1.0, 2.0), longest=60)
+    batches = plan_batches(records, batch_tokens=128)
+    losses, noise = {}, {}
+    rounded: dict[str, Tensor] = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        with attached_objective(tmp_path / str(dtype), "llama", dtype=dtype) as (objective, mixing):
+            if dtype == torch.float64:
+                objective.attached.model.load_state_dict(rounded)
+            rounded = {name: tensor.double() for name, tensor in objective.attached.model.state_dict().items()}
+            theta, engine = some_theta(mixing), Engine(objective, Meter(SILENT))
+            generator = torch.Generator().manual_seed(2)
+            near = [theta + 0.01 * torch.randn(len(theta), generator=generator).double() for _ in range(60)]
+            losses[dtype] = torch.tensor(
+                [engine.score(mixing, at, batches, records).nats_per_token for at in near], dtype=torch.float64
+            )
+            found = [_noise(engine, mixing, theta, records, FitSettings(seed=seed)) for seed in range(20)]
+            noise[dtype] = math.hypot(*found) / len(found) ** 0.5
+    spread = float((losses[torch.bfloat16] - losses[torch.float64]).std())
+    assert spread / 2 < noise[torch.bfloat16] < 2 * spread
+    assert noise[torch.float64] < 0.01 * spread
 
 
 def test_a_certificate_is_read_back_from_json_as_it_was() -> None:

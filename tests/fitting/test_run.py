@@ -27,6 +27,7 @@ from loracli.export.request import ExportRequest
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
+from loracli.model.placement import Placement
 from loracli.recipe.recipe import load_recipe
 from loracli.recipe.record import INLINE_KINDS, MIXING_KINDS
 from tests.heard import Heard
@@ -98,6 +99,20 @@ def test_the_losses_of_the_fit_are_those_of_the_exported_adapter_in_peft(
     assert abs(recipe.held_out.row("fit").nats_per_token - nats / tokens) < 1e-4
     nats, tokens = _loss(model, few)
     assert abs(recipe.fit.training_nats_per_token - nats / tokens) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_certificate_of_a_coarse_dtype_says_how_rough_its_loss_is(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], dtype: str
+) -> None:
+    few = write_jsonl(tmp_path / "few.jsonl", random_records(5))
+    settings = FitSettings(mixing="module", passes=8, control="none")
+    recipe = fit_mixing(
+        references(two_adapters), few, base=str(tiny_base), settings=settings, placement=Placement(dtype=dtype)
+    )
+    recipe.save(tmp_path / "recipe.json")
+    noise = load_recipe(tmp_path / "recipe.json").fit.certificate.noise
+    assert noise is None if dtype == "float32" else 1e-6 < noise < 1e-2
 
 
 @pytest.mark.parametrize(("size", "nothing"), [(1e-4, True), (0.3, False)])
