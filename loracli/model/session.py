@@ -364,11 +364,12 @@ def _ours() -> OutOfResources:
 def _available_memory(device: str, *, every: bool = False, root: Path = Path("/")) -> int | None:
     """Bytes that a new tensor could take on the device now; None if nothing tells.
 
-    Of a CUDA device what its driver calls free. Of the CPU what Linux calls available, or less where a control group
-    (a container, a batch job) allows less; elsewhere the free pages, or all pages where those are not told.
+    Of a CUDA device what its driver calls free; of MPS what Metal recommends at most, less what is taken. Of the CPU
+    what Linux calls available, or less where a control group (a container, a batch job) allows less; elsewhere the free
+    pages, or all pages where those are not told.
 
     Args:
-        device: `cpu`, `cuda`, `cuda:1`, ...
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...
         every: all CUDA devices together, as a device map uses them.
         root: of the file system with `proc` and `sys`.
     """
@@ -376,6 +377,8 @@ def _available_memory(device: str, *, every: bool = False, root: Path = Path("/"
     if kind == "cuda":
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if every else [device]
         return sum(int(torch.cuda.mem_get_info(one)[0]) for one in devices)
+    if kind == "mps":
+        return max(int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory()), 0)
     if kind != "cpu":
         return None
     meminfo = _numbers(root / "proc/meminfo")

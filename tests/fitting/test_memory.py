@@ -62,6 +62,13 @@ def test_a_limit_that_is_passed_leaves_nothing(tmp_path: Path) -> None:
     assert _available_memory("cpu", root=root) == 0
 
 
+def test_of_mps_it_is_what_metal_recommends_less_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 * GIB)
+    for taken, left in ((5 * GIB, 7 * GIB), (13 * GIB, 0)):
+        monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda taken=taken: taken)
+        assert _available_memory("mps") == left
+
+
 def test_elsewhere_the_pages_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
 
@@ -83,7 +90,7 @@ def test_a_cuda_device_is_asked_itself_and_other_devices_are_unknown(monkeypatch
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert _available_memory("cuda:1") == 5
     assert _available_memory("cuda", every=True) == 8
-    assert _available_memory("mps") is None
+    assert _available_memory("meta") is None
 
 
 def test_this_machine_has_memory() -> None:
