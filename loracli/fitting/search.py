@@ -47,7 +47,7 @@ from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.statistics import static_points
 from loracli.fitting.criterion import Gain, gain
-from loracli.fitting.descent import WARM_UP, AdamW, Descent, Minimum, Step, bfgs, plan_steps
+from loracli.fitting.descent import WARM_UP, AdamW, Descent, Minimum, Plan, Step, bfgs, plan_steps
 from loracli.fitting.engine import GRADIENT_COST, Engine
 from loracli.fitting.level import (
     Solution,
@@ -432,32 +432,40 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
             return None
         return replace(last, thetas=(last.mixing.lift(below.mixing, below.theta),), stages=below.stages)
     plan = plan_steps(training, batch_tokens=task.settings.batch_tokens, seed=task.settings.seed + 1)
-    # Trained factors once more as they were found, from where the folds began them: more steps from there, or another
-    # fit of the level below before, would only fit the records.
-    start = last.anchor if last.mixing.kind == "factors" else last.theta
-    steps = whole = plan.steps_within(budget / 2)
-    if steps == 0:
+    most = plan.steps_within(budget / 2)
+    if most == 0:
         return None
-    if last.mixing.kind == "factors":
-        whole, taken = (max(1, round(passes * plan.steps_a_pass)) for passes in last.passes)
-        rate, steps = rate_for(task, last.mixing, whole), min(steps, taken)
-    else:
-        if len(task.folds) > 1 and last.mixing.kind == "core":
-            steps = whole = min(steps, max(1, round(last.passes[0] * plan.steps_a_pass)))
-        elif in_rounds(task.settings, validated=task.validated):
-            passes = last_passes(last.passes[1], len(task.folds))
-            steps = whole = min(steps, max(1, round(passes * plan.steps_a_pass)))
-        rate = _REFIT_RATE * rate_for(task, last.mixing, steps)
+    kind, (start, whole, steps, rate) = last.mixing.kind, _last_schedule(task, last, plan, most)
     adam = AdamW(start, steps=whole, rate=rate, warm_up=max(1, round(WARM_UP * whole)))
-    kind = last.mixing.kind
     task.engine.meter.stage(AGAIN, rung=kind, start="", stage="refit", ridge=last.ridge)
-    anchor = start if kind == "factors" else last.anchor
-    descent = Descent(task.engine, last.mixing, training, plan.step, adam, anchor)
+    descent = Descent(task.engine, last.mixing, training, plan.step, adam, last.anchor)
     ran = descent.run(steps, last.ridge or 0.0, key=f"{kind} on all records")
     stage = ran.recorded(kind, last.chosen, "refit", last.ridge or 0.0)
     # Where the rate has come to nothing, the end of hundreds of weights is nearer the optimum than their average.
     end = descent.theta if in_rounds(task.settings, validated=task.validated) else ran.average
     return replace(last, thetas=(end,), stages=(stage,))
+
+
+def _last_schedule(task: Task, last: Solution, plan: Plan, most: int) -> tuple[Tensor, int, int, float]:
+    """Where the last descent starts, the steps of its schedule, how many of them are taken, and its peak rate.
+
+    Args:
+        task, last: what is fitted once more.
+        plan: of all training records.
+        most: steps that the budget has room for.
+    """
+    if last.mixing.kind == "factors":
+        # Once more as they were found, from where the folds began them: more steps from there, or another fit of the
+        # level below before, would only fit the records.
+        whole, taken = (max(1, round(passes * plan.steps_a_pass)) for passes in last.passes)
+        return last.anchor, whole, min(most, taken), rate_for(task, last.mixing, whole)
+    steps = most
+    if len(task.folds) > 1 and last.mixing.kind == "core":
+        steps = min(most, max(1, round(last.passes[0] * plan.steps_a_pass)))
+    elif in_rounds(task.settings, validated=task.validated):
+        passes = last_passes(last.passes[1], len(task.folds))
+        steps = min(most, max(1, round(passes * plan.steps_a_pass)))
+    return last.theta, steps, steps, _REFIT_RATE * rate_for(task, last.mixing, steps)
 
 
 def _minimise_again(task: Task, last: Solution, training: Sequence[Example], budget: float) -> Solution | None:
