@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from loracli.adapters.claims import WayOut, way_out_of
 from loracli.adapters.kinds import kind_of
 from loracli.adapters.names import leaf
 from loracli.adapters.on_base import warn_of_open_orders
-from loracli.algebra.factors import inner_product
+from loracli.algebra.factors import Factors, inner_product
 from loracli.errors import IncompatibleAdapters, UsageError
 from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import distinct_bases
@@ -148,9 +148,14 @@ def check_distinct(adapters: Sequence[LoraAdapter], references: Sequence[str], p
         progress.warn(f"{first} and {second} hold the same bytes: one is a copy, and what it does counts twice")
 
 
+def _length(updates: Iterable[Factors]) -> float:
+    """The Frobenius norm of all dW together; rounding takes the square of one whose factors cancel below 0."""
+    return math.sqrt(max(sum(inner_product(f, f) for f in updates), 0.0))
+
+
 def _overlaps_of(adapters: Sequence[LoraAdapter]) -> list[Overlap]:
     """The overlap of each pair."""
-    squares = [sum(inner_product(m.factors, m.factors) for m in a.modules.values()) for a in adapters]
+    lengths = [_length(m.factors for m in adapter.modules.values()) for adapter in adapters]
     result = []
     for i, first in enumerate(adapters):
         for j in range(i + 1, len(adapters)):
@@ -161,7 +166,7 @@ def _overlaps_of(adapters: Sequence[LoraAdapter]) -> list[Overlap]:
                 if _shape(first.modules[name]) == _shape(second.modules[name])
             )
             product = sum(inner_product(first.modules[n].factors, second.modules[n].factors) for n in shared)
-            length = (squares[i] * squares[j]) ** 0.5
+            length = lengths[i] * lengths[j]
             cosines = [c for n in shared if (c := _cosine_of_A(first.modules[n], second.modules[n])) is not None]
             mean = sum(cosines) / len(cosines) if cosines else None
             names, same = (first.reference, second.reference), mean is not None and mean > _SAME_START
@@ -307,7 +312,7 @@ def _summary(adapter: LoraAdapter) -> AdapterSummary:
         modules=len(adapter.targets),
         parameters=sum(f.lora_A.numel() + f.lora_B.numel() for f in factors),
         dtype=dtype_name(adapter.dtype),
-        norm=sum(inner_product(f, f) for f in factors) ** 0.5,
+        norm=_length(factors),
         lora_bias=adapter.config.lora_bias,
         modules_to_save=tuple(adapter.saved),
         convolutions=tuple(kernels_of([adapter])),

@@ -55,7 +55,17 @@ _NOT_NAMED = "the config's modules_to_save does not name its module: add it ther
 # What other tensors mean, and the way out. Looked for in this order.
 _REFUSED = (
     (re.compile(r"\.lora_magnitude_vector"), "DoRA", "convert it, if use_dora is set: loracat convert"),
-    (re.compile(r"\.(modules_to_save|original_module)\."), "modules_to_save", _NOT_NAMED),
+    (
+        re.compile(r"\.lora\.(down|up)\.weight$"),
+        "the older names of diffusers",
+        "lora.down is lora_A, lora.up lora_B: rename them",
+    ),
+    (
+        re.compile(r"\.original_module\."),
+        "modules_to_save",
+        "it is the base's own, beside the trained one: remove the tensor",
+    ),
+    (re.compile(r"\.modules_to_save\."), "modules_to_save", _NOT_NAMED),
     (re.compile(r"\.token_adapter\."), "trainable tokens", "train it without trainable_token_indices"),
     (re.compile(r"\.bias$"), "trained biases", 'train it with bias="none"'),
     (re.compile(r"^(?!.*lora_)[\w.]+\.weight$"), "modules_to_save", _NOT_NAMED),

@@ -103,7 +103,8 @@ def _truncated(parts: tuple[Tensor, Tensor, Tensor], rank: int, bias: Tensor | N
     lora_A = root[:, None] * right[:k]  # (k, in)
     lora_B = left[:, :k] * root  # (out, k)
     total = float(singular.square().sum())
-    kept = float(singular[:k].square().sum()) / total if total > 0 else 1.0
+    # Sums of as many squares may differ in their last digit.
+    kept = min(float(singular[:k].square().sum()) / total, 1.0) if total > 0 else 1.0
     return Truncation(Factors(lora_A, lora_B, bias=bias), kept)
 
 

@@ -237,6 +237,9 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point of `loracat` and of `python -m loracli`."""
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # the shell has closed it
+            setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # for as long as we live
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) == signal.SIG_DFL:  # nohup has SIGHUP ignored
             signal.signal(signum, _stop)

@@ -168,10 +168,11 @@ class Output:
         if self.as_json:
             sys.stdout.write(json.dumps({"loracat": SCHEMA, **content}, indent=2, allow_nan=False) + "\n")
 
-    def value(self, text: str) -> None:
-        """The line that `--quiet` keeps."""
+    def value(self, *fields: str) -> None:
+        """The line that `--quiet` keeps, its fields separated by tabs."""
         if self.quiet and not self.as_json:
-            self._stdout.print(plain(text))
+            # Not by the console, which would make spaces of tabs.
+            sys.stdout.write("\t".join(map(visible, fields)) + "\n")
 
     def text(self, text: str) -> None:
         """A whole text file of printable characters, with --quiet too."""

@@ -312,12 +312,13 @@ def _refusal(command: str, option: str, value: Any) -> str | None:
 
 
 def _is_inside(text: str) -> bool:
-    """Whether a path, of which a weight may be part, leads to the current folder or below it, links followed."""
+    """Whether a path leads to the current folder or below it, links followed, whatever of it is a weight or an adapter
+    of records (PATH:WEIGHT@ADAPTER)."""
     if text == "-" or text.startswith("~") or "\0" in text:
         return False
     here = os.path.realpath(os.curdir)
-    without_weight = text.rpartition(":")[0] or text
-    return all(os.path.commonpath([here, os.path.realpath(path)]) == here for path in (text, without_weight))
+    paths = {text} | {text[:end] for end, character in enumerate(text) if character in ":@" and end}
+    return all(os.path.commonpath([here, os.path.realpath(path)]) == here for path in paths)
 
 
 def _is_on_the_hub(text: str) -> bool:

@@ -63,7 +63,7 @@ def demo(
         strong=next(i for i, row in enumerate(result.rows) if row.name == "fit"),
     )
     for row in result.rows:
-        out.value(f"{row.name}\t{row.correct / row.questions:.4f}\t{row.nats_per_token:.4f}")
+        out.value(row.name, f"{row.correct / row.questions:.4f}", f"{row.nats_per_token:.4f}")
     records = sum(data.records for data in result.recipe.data)
     out.line()
     out.line(

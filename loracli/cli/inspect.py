@@ -62,7 +62,7 @@ def inspect(
             out.line("  lora_bias   yes")
         out.line(f"  parameters  {adapter.parameters:,} in {adapter.dtype}, |dW| = {adapter.norm:.3f}")
         out.line()
-        out.value(f"{adapter.reference}\trank {','.join(map(str, adapter.ranks))}\t{adapter.modules} modules")
+        out.value(adapter.reference, f"rank {','.join(map(str, adapter.ranks))}", f"{adapter.modules} modules")
     if len(found.adapters) > 1:
         names = table_names(out, [adapter.reference for adapter in found.adapters])
         out.table(

@@ -182,7 +182,7 @@ def _show_weights(out: Output, recipe: Recipe) -> None:
     tables, policy = recipe_tables(recipe), recorded_policy(recipe)
     words = ["loracat", "export", "--adapters", *(ingredient_reference(recipe.folder, a) for a in recipe.adapters)]
     if base_words(recipe.base.id, recipe.adapters) or any(adapter.renamed for adapter in recipe.adapters):
-        words += ["--base", recipe.base.id]
+        words += ["--base", "path/to/base" if recipe.base.claim is None else recipe.base.id]
     words += [] if policy == REFUSE else ["--modules-to-save", policy]
     out.document({"weights": tables})
     out.text(toml_text(tables, words))

@@ -295,11 +295,12 @@ def _column(adapter: str, table: Mapping[str, Any], modules: Sequence[str], prob
     if wide > _MAX_KEYS:
         problems.append(f"[{adapter}]: {wide} keys are not names of its modules, and at most {_MAX_KEYS} may be")
         return {}
-    for text, weight in table.items():
+    keys = {text: _parse_key(text, names, layers) for text in table}
+    # The narrowest first, so that a key is not held against another where a narrower one decides.
+    for text in sorted(table, key=lambda text: -key.narrowness if isinstance(key := keys[text], _Key) else 0):
         if len(problems) >= MAX_PROBLEMS:
             break
-        where = f"[{adapter}] {text[:_QUOTED]}"
-        key = _parse_key(text, names, layers)
+        where, key, weight = f"[{adapter}] {text[:_QUOTED]}", keys[text], table[text]
         if (problem := _unfit(weight)) is not None:
             problems.append(f"{where}: {problem}")
         elif isinstance(key, str):
@@ -359,7 +360,7 @@ def _parse_key(text: str, names: Collection[str], layers: Collection[int]) -> _K
 def _near(text: str, names: Collection[str]) -> str:
     endings = sorted({name.rpartition(".")[2] for name in names})
     found = get_close_matches(text, names, n=2, cutoff=0.5) if len(names) <= _MANY else []
-    found = found or get_close_matches(text.rpartition(".")[2], endings[:_MANY], n=3)
+    found = found or [f"*.{ending}" for ending in get_close_matches(text.rpartition(".")[2], endings[:_MANY], n=3)]
     return f"near: {', '.join(found)}" if found else f"its modules end in {', '.join(endings[:12])}"
 
 

@@ -258,11 +258,12 @@ def _of_weights(request: ExportRequest) -> _Refusals:
     """Of weights by hand: what else says what is composed, and what they are of."""
     hand = request.weights is not None
     recipe = request.recipe if isinstance(request.recipe, (str, Path)) else "recipe.json"
+    given = "a recipe" if not isinstance(request.recipe, (str, Path)) else f"{recipe} is taken for a recipe, which"
     return (
         (hand and request.method is not None, "--weights and --method both say how adapters are composed", "give one"),
         (
             hand and request.recipe is not None,
-            "--weights is for --adapters: a recipe has its own weights",
+            f"--weights is for --adapters: {given} has its own weights",
             f"edit them in a file: loracat show --weights {recipe} > weights.toml, whose first line says how it is "
             "exported",
         ),

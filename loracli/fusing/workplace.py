@@ -191,8 +191,9 @@ def open_workplace(
             if not place.done():
                 check_model_free(output, force=force)
             yield place
-        except (InputError, UsageError):  # the same would happen again
-            place.drop()
+        except (InputError, UsageError) as error:  # the same would happen again, but for an output that is in the way
+            if not (resume and isinstance(error, OutputExists)):
+                place.drop()
             raise
         except (KeyboardInterrupt, SystemExit):
             progress.warn(f"what is done is kept in {place.folder}: --resume goes on from there")

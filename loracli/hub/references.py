@@ -87,6 +87,8 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
         raise UsageError(f"'{revision}' cannot be a branch, tag or commit")
     if not text.strip():
         raise AdapterNotFound("an adapter reference is empty", hint=_FORMS)
+    if not text.isascii() and text != os.fsencode(text).decode(errors="replace"):
+        raise UsageError(f"the name {text!r} is not UTF-8, as a recipe and a record are", hint="rename the directory")
     if text.startswith(URI_PREFIX):
         return _parse_uri(text, revision)
     if text.startswith((".", "/", "~")) or _holds_adapter(text):

@@ -235,6 +235,8 @@ def _ingredients(
     except (AdapterNotFound, HubUnreachable, AccessDenied) as error:
         findings.skip(COMPOSITION, str(error))
         return None
+    if len(read) != len(origin.adapters):
+        raise IntegrityError(f"the recipe has {len(read)} adapters, the record {len(origin.adapters)}")
     for adapter, recorded in zip(read, origin.adapters, strict=True):
         if dict(adapter.sha256) != recorded.sha256:
             raise IntegrityError(f"{adapter.reference} is not the adapter that is recorded as {recorded.reference}")

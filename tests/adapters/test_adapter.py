@@ -315,6 +315,7 @@ Q = "base_model.model.layers.0.q_proj"
         ("lm_head.weight", "modules_to_save"),
         ("base_model.model.embed.token_adapter.trainable_tokens_delta", "trainable tokens"),
         (f"{Q}.bias", "biases"),
+        (f"{Q}.lora.down.weight", "diffusers"),
     ],
 )
 def test_a_tensor_of_another_feature_is_refused_by_the_features_name(

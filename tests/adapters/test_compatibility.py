@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
-from loracli.adapters.compatible import _overlaps_of, _problems_of, check_composable
+from loracli.adapters.compatible import _length, _overlaps_of, _problems_of, check_composable
 from loracli.adapters.kinds import ModuleKind
+from loracli.algebra.factors import Factors
 from loracli.errors import IncompatibleAdapters
 from loracli.hub.references import BaseClaim, agreed_base, distinct_bases
 
@@ -72,6 +73,18 @@ def test_experts_the_other_way_round_are_a_problem_only_once_the_orders_are_the_
     assert said.startswith("l.0.x is (out, in) = (6, 5) in ") and "and (5, 6) in " in said
     assert len(_problems_of([of_kind("c", "linear", (6, 5)), of_kind("d", "linear", (5, 6))])) == 1
     assert len(_problems_of([of_kind("e", "experts", (6, 5)), of_kind("f", "experts", (7, 6))])) == 1
+
+
+def test_an_adapter_whose_factors_cancel_has_a_length_of_zero_and_no_cosine(tmp_path: Path) -> None:
+    """Its square comes out below 0 for some draws."""
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        half, change = torch.randn(13, 300, generator=generator), torch.randn(300, 13, generator=generator)
+        order = torch.randperm(13, generator=generator)
+        update = Factors(
+            torch.cat([half, half[order]]).double(), torch.cat([change, -change[:, order]], dim=1).double()
+        )
+        assert 0 <= _length([update]) < 1e-3
 
 
 def test_one_adapter_fits_itself(tmp_path: Path) -> None:

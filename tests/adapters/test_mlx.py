@@ -16,7 +16,7 @@ from torch import Tensor
 from loracli.adapters.adapter import read_adapter
 from loracli.adapters.compatible import inspect_adapters
 from loracli.errors import InputError, MalformedAdapter, UnsupportedAdapter
-from loracli.hub.fetch import fetch_adapter
+from loracli.hub.fetch import _base_claim, fetch_adapter
 from tests.stub_hub import StubHub
 
 Q, UP = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"
@@ -50,6 +50,15 @@ def refused(folder: Path, kind: type[InputError]) -> InputError:
         read_adapter(str(folder))
     assert type(caught.value) is kind and str(folder) in str(caught.value)
     return caught.value
+
+
+def test_the_base_of_one_that_is_fetched_is_what_its_config_calls_model(tmp_path: Path) -> None:
+    save_mlx(tmp_path)
+    assert (
+        _base_claim(fetch_adapter(str(tmp_path))).base_model
+        == read_adapter(str(tmp_path)).config.base_model
+        is not None
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

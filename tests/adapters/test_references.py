@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ def make_adapter(path: Path) -> Path:
     path.mkdir(parents=True)
     (path / "adapter_config.json").write_text("{}")
     return path
+
+
+def test_a_directory_whose_name_no_recipe_can_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        parse_reference(os.fsdecode(os.fsencode(tmp_path) + b"/math\xff"))
+    assert parse_reference("org/math").repo_id == "org/math"
 
 
 @pytest.mark.parametrize(

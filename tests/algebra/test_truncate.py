@@ -11,6 +11,14 @@ from loracli.algebra.truncate import _truncated_by_grams, truncate, truncate_for
 from tests.algebra.test_factors import random_factors
 
 
+def test_no_more_energy_is_kept_than_there_is() -> None:
+    for seed in range(60):  # some of which round up
+        generator = torch.Generator().manual_seed(seed)
+        lora_A, change = torch.randn(24, 64, generator=generator), torch.randn(64, 24, generator=generator)
+        twice = Factors(torch.cat([lora_A, lora_A]), torch.cat([change, 0.1 * change], dim=1))
+        assert truncate(twice, 24).kept_energy <= 1.0
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4])
 @pytest.mark.parametrize("shape", [(40, 30), (6, 50), (50, 6)])
 def test_truncation_is_the_best_approximation_of_the_dense_update(rank: int, shape: tuple[int, int]) -> None:

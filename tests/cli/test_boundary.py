@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from loracli.cli._output import SHOWN_PROBLEMS, Output, describe
 from loracli.demo.run import example_folder
 from loracli.errors import CalibrationError, LoracatError, UsageError
 from loracli.system.escaping import visible
+from tests.cli.process import environment
 from tests.cli.project import FIT, run, tree
 
 HEAVY = ("torch", "transformers", "peft", "safetensors", "huggingface_hub", "numpy", "tokenizers")
@@ -58,6 +60,14 @@ def probe(folder: Path, *words: str) -> tuple[int, str, str, list[str]]:
     )
     talk, _, loaded = done.stderr.rpartition("\nLOADED ")
     return done.returncode, done.stdout, talk, [name for name in loaded.strip().split(",") if name]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_stream_that_the_shell_has_closed_is_no_traceback(tmp_path: Path, closed: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m loracli generate {closed}"
+    ended = subprocess.run(command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert "Traceback" not in ended.stderr and ended.returncode in (2, 3)
+    assert closed == "2>&-" or ended.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,13 @@ def row(text: str, name: str) -> list[str]:
 # inspect
 
 
+def test_the_fields_that_quiet_keeps_are_separated_by_tabs(here: Path) -> None:
+    Path("tab\tin").symlink_to("know")
+    shown = run("inspect", "./tab\tin", "form", "-q")
+    assert [len(line.split("\t")) for line in shown.stdout.splitlines()] == [3, 3]
+    assert shown.stdout.startswith("./tab\\tin\trank ")
+
+
 def test_inspect_tells_what_is_in_the_files(here: Path) -> None:
     found = {a["reference"]: a for a in document("inspect", "know", "form")["adapters"]}
     for name, folder in (("know", here / "know"), ("form", here / "form")):

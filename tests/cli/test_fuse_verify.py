@@ -29,6 +29,12 @@ def test_fuse_then_verify_as_the_hints_say(here: Path) -> None:
     assert document["path"] == "model" and document["shards"] == 1 and document["resumed_shards"] == 0
 
 
+def test_a_recipe_of_another_number_of_adapters_is_not_the_records(here: Path) -> None:
+    assert run("export", "--adapters", "know", "--weights", "1", "-o", "one").exit_code == 0
+    failed = run("verify", "one", "--recipe", "recipe.json")
+    assert failed.exit_code == 7 and "the recipe has 2 adapters, the record 1" in failed.stderr
+
+
 def test_verify_of_an_export_ends_with_7_and_names_every_difference(here: Path) -> None:
     assert run("export", "-o", "cat").exit_code == 0
     shown = run("verify", "cat", "--recipe", "recipe.json")

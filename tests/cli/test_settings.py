@@ -237,7 +237,14 @@ def test_a_path_in_an_unasked_file_stays_in_the_folder(here: Path, option: str, 
     commands = options_of_every_command()
     command = next(name for name, options in commands.items() if option in options and f"{name}.{option}" not in RULES)
     multiple = commands[command][option].multiple
-    for text, taken in ((value, False), (f"{value}:2", False), ("inside/x", True), (str(here / "x"), True)):
+    for text, taken in (
+        (value, False),
+        (f"{value}:2", False),
+        (f"{value}:2@a", False),
+        (f"{value}@a", False),
+        ("inside/x", True),
+        (str(here / "x"), True),
+    ):
         Path("loracat.toml").write_text(f"[{command}]\n{option} = {json.dumps([text] if multiple else text)}\n")
         result = run("show")
         assert (result.exit_code == 0) == taken, (text, result.stderr)

@@ -48,6 +48,14 @@ def test_the_first_line_of_a_recipes_weights_exports_the_recipes_own_bytes(here:
     assert Path("document", TENSORS).read_bytes() == Path("of-module", TENSORS).read_bytes()
 
 
+def test_the_first_line_names_no_base_that_only_its_user_knows(here: Path) -> None:
+    fitted = load_recipe("recipe.json")
+    adapters = tuple(replace(adapter, base_model="/home/me/llama") for adapter in fitted.adapters)
+    local = replace(fitted, adapters=adapters, base=replace(fitted.base, id="llama", commit=None))
+    local.save("local.json")
+    assert "--base path/to/base --weights THIS-FILE" in run("show", "local.json", "--weights").stdout.splitlines()[0]
+
+
 def test_a_folder_with_a_recipe_exports_the_adapters_that_are_named(here: Path) -> None:
     """Or numbers would meet the recipe that lies there."""
     for spelled in (["1", "-1"], ["1,-1"], ["1", "--weights", "-1"], ["--weights=-1"]):
@@ -114,7 +122,7 @@ AWKWARD: list[tuple[list[str], str | None, int, str, str]] = [
         "a table",
     ),
     (["--weights", "weights.toml"], BOTH + '["#1"]\n', 2, "a second table of one adapter", "a table"),
-    (["--weights", "weights.toml"], BOTH + '"*.k_prj" = 2', 2, "no module of the adapter; near: k_proj", "patterns"),
+    (["--weights", "weights.toml"], BOTH + '"*.k_prj" = 2', 2, "no module of the adapter; near: *.k_proj", "patterns"),
     (["--weights", "weights.toml"], BOTH + "q_poj = 2", 2, "near: ", "patterns"),
     (["--weights", "weights.toml"], BOTH + "0-4 = 2", 2, "the adapter has layers 0 to 1", "layers as 0-7"),
     (["--weights", "weights.toml"], BOTH + "experts = 2", 2, "experts: no module of the adapter", "patterns"),

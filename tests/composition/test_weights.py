@@ -6,6 +6,7 @@ import json
 import re
 import tomllib
 from fnmatch import fnmatchcase
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,13 @@ def test_the_narrower_key_decides() -> None:
         assert equal_weights(rows) is None
 
 
+def test_a_contradiction_that_a_narrower_key_settles_is_none_in_any_order() -> None:
+    table = {"default": 1, "0-1": 0.5, "0": 0.3, "*.layers.0.*": 0.1}
+    for order in permutations(table.items()):
+        rows = weights_of_modules({"math": dict(order), "#2": {"default": 1}}, ADAPTERS)
+        assert [rows[f"model.layers.{i}.mlp.up_proj"][0] for i in range(3)] == [0.1, 0.5, 1]
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [("math", "org/code"), ("./math", "hf://org/code@v1"), ("mine/math", f"org/code@{'f' * 40}"), ("#1", "#2")],
@@ -104,7 +112,7 @@ def test_an_adapter_goes_by_its_place_reference_repository_or_the_end_of_its_pat
         ({"default": 1e9}, r"1e\+09 is beyond 1e\+06"),
         ({"default": 10**400}, r"a number of that size is beyond 1e\+06"),
         ({"default": 1, "q_proj": 1}, r"q_proj: no module of the adapter; near: .*q_proj"),
-        ({"default": 1, "*.k_proj": 1}, r"\*\.k_proj: no module of the adapter; near: q_proj"),
+        ({"default": 1, "*.k_proj": 1}, r"\*\.k_proj: no module of the adapter; near: \*\.q_proj"),
         ({"default": 1, "experts": 1}, r"experts: no module of the adapter"),
         ({"default": 1, "2-4": 1}, r"2-4: the adapter has layers 0 to 3"),
         ({"default": 1, "3-2": 1}, r"3-2: the adapter has layers 0 to 3"),

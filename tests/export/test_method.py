@@ -237,6 +237,14 @@ def test_card_and_certificate_tell_the_origin_and_no_path(tmp_path: Path, names:
         assert str(tmp_path.parent).encode() not in file.read_bytes()
 
 
+def test_the_command_on_a_card_has_every_digit(tmp_path: Path, names: list[str]) -> None:
+    options = MethodOptions(density=0.3333333, seed=12345678)
+    export_adapter(ExportRequest(method="dare", adapters=names, method_options=options), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "loracat export --method dare --density 0.3333333 --scale 1 --seed 12345678" in card
+    assert "(density 0.3333333, scale 1, seed 12345678)" in card
+
+
 def test_an_export_of_a_method_replaces_an_export_only(tmp_path: Path, names: list[str]) -> None:
     export_adapter(ExportRequest(method="sum", adapters=names), tmp_path / "out")
     with pytest.raises(OutputExists):

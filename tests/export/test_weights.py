@@ -208,7 +208,11 @@ def test_what_does_not_go_with_weights_is_refused_with_the_way_out(tmp_path: Pat
     names = [str(path) for path in two_adapters]
     made: list[tuple[dict[str, Any], str, str]] = [
         ({"method": "sum"}, "--weights and --method both", "give one"),
-        ({"recipe": "r.json"}, "a recipe has its own weights", "loracat show --weights r.json"),
+        (
+            {"recipe": "r.json"},
+            "r.json is taken for a recipe, which has its own weights",
+            "loracat show --weights r.json",
+        ),
         ({"adapters": ()}, "--weights without adapters", "--adapters"),
         ({"rank": 3}, "--rank is for --merge", "--merge"),
         ({"merge": True, "activation_aware": True}, "no activations to go by", "--fit-data"),

@@ -243,6 +243,18 @@ def test_a_fusion_stopped_near_its_end_is_resumed_to_the_same_bytes(
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_an_output_that_is_in_the_way_of_resume_costs_no_finished_file(tmp_path: Path) -> None:
+    made = Made(tmp_path, "plain")
+    shard(made.base, 3)
+    request = FuseRequest(made.recipe, base=str(made.base))
+    fuse_model(request, tmp_path / "out")
+    with pytest.raises(Stop):
+        fuse_model(request, tmp_path / "out", force=True, progress=StopAfter(25))
+    with pytest.raises(OutputExists):
+        fuse_model(request, tmp_path / "out", resume=True)
+    assert fuse_model(request, tmp_path / "out", resume=True, force=True).resumed == 2
+
+
 def test_a_finished_file_that_was_damaged_is_made_again_and_other_inputs_are_refused(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     shard(made.base, 3)
