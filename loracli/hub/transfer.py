@@ -159,7 +159,7 @@ def _copy_without_hub(source: Source, error: HubUnreachable) -> Copy:
     """The copy that the revision last stood for, said aloud; the error itself if there is none."""
     commit = source.pinned
     if commit is None:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # not there, or no text
             commit = source.remembered.read_text(encoding="ascii").strip()
     if commit is None or not COMMIT.fullmatch(commit):
         raise error
@@ -243,7 +243,7 @@ def _api(source: Source) -> HfApi:
 def _remember(source: Source, commit: str) -> None:
     """Writes down what the revision stood for, where huggingface_hub looks for it too; after the files, not before."""
     place = source.remembered
-    with suppress(OSError, LoracatError):  # a cache that can only be read is still a cache
+    with suppress(OSError, ValueError, LoracatError):  # a cache that can only be read is still a cache
         if source.pinned:
             return
         if place.is_file() and place.read_text(encoding="ascii") == commit:

@@ -167,6 +167,18 @@ def test_tags_pull_requests_and_branches_resolve(hub: StubHub, options: dict[str
     assert fetch_adapter(f"{REPO}@{revision}", **options).commit == commit
 
 
+def test_a_damaged_memory_of_a_branch_is_no_traceback(hub: StubHub, options: dict[str, Any], tmp_path: Path) -> None:
+    commit = hub.add(REPO, ADAPTER)
+    fetch_adapter(REPO, **options)
+    [ref] = tmp_path.rglob("refs/main")
+    ref.write_bytes(b"\xff" * 40)
+    assert fetch_adapter(REPO, **options).commit == commit
+    ref.write_bytes(b"\xff" * 40)
+    hub.stop()
+    with pytest.raises(HubUnreachable):
+        fetch_adapter(REPO, **options)
+
+
 def test_force_transfers_again(hub: StubHub, options: dict[str, Any]) -> None:
     commit = hub.add(REPO, ADAPTER)
     fetched = fetch_adapter(REPO, **options)
