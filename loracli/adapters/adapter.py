@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -161,7 +162,7 @@ class LoraAdapter:
 
 
 @takes_bar
-def read_adapter(source: str | Fetched, *, progress: Progress | Bar = SILENT) -> LoraAdapter:
+def read_adapter(source: str | os.PathLike[str] | Fetched, *, progress: Progress | Bar = SILENT) -> LoraAdapter:
     """Reads an adapter's directory into memory; a reference is fetched first, and `progress` is told its warnings.
 
     Raises:
@@ -172,7 +173,7 @@ def read_adapter(source: str | Fetched, *, progress: Progress | Bar = SILENT) ->
     return open_adapter(source, progress=progress).loaded()
 
 
-def open_adapter(source: str | Fetched, *, progress: Progress = SILENT) -> LoraAdapter:
+def open_adapter(source: str | os.PathLike[str] | Fetched, *, progress: Progress = SILENT) -> LoraAdapter:
     """As `read_adapter`, with all of its checks, but the factors stay in the file: for work that goes through the
     modules once. Factors that are read after the file has changed raise IntegrityError.
 
@@ -180,7 +181,7 @@ def open_adapter(source: str | Fetched, *, progress: Progress = SILENT) -> LoraA
         MalformedAdapter, UnsupportedAdapter: as `read_adapter`.
         IntegrityError: if the config changes while it is read.
     """
-    fetched = fetch_adapter(source) if isinstance(source, str) else source
+    fetched = source if isinstance(source, Fetched) else fetch_adapter(source)
     before = file_sha256(fetched.path / CONFIG_FILE)
     adapter = _open(fetched)
     if adapter.sha256[CONFIG_FILE] != before:  # its hash would be recorded for what it never said

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,7 +265,7 @@ class Inspection:
 
 @takes_bar
 def inspect_adapters(
-    references: Sequence[str],
+    references: Sequence[str | os.PathLike[str]],
     *,
     revision: str | None = None,
     cache_dir: Path | None = None,

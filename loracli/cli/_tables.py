@@ -224,8 +224,10 @@ def _optimum_lines(out: Output, recipe: Recipe, certificate: FitCertificate) -> 
     bound = "" if certificate.certain else "at most "
     if not unfinished_lines(out, recipe):
         left = f"{bound}{certificate.left:.1g} nats per token left to gain on the training records"
-        rounding = "" if certificate.noise is None else f", than {certificate.noise:.1g} the rounding of {recipe.dtype}"
-        out.line(f"{left} (less than {_chance(recipe, certificate):.1g} is chance{rounding})")
+        rounding = (
+            "" if certificate.noise is None else f", below {certificate.noise:.1g} the rounding of {recipe.dtype}"
+        )
+        out.line(f"{left} (below {_chance(recipe, certificate):.1g} it is chance{rounding})")
     out.line(
         f"your data support about {certificate.effective_numbers:.0f} of {count_text(recipe.mixing.numbers, 'weight')}"
     )

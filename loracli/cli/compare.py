@@ -180,6 +180,7 @@ def compare(
     place = Placement(**vars(placement), checkpointing=checkpointing)
     settings = _settings_of(rows, reading, MethodOptions(density, scale, reading.seed, rank))
     recipes = recipe or ([] if adapters else [Path("recipe.json")])
+    _refuse_methods(recipes, rows.methods)
     prepare = partial(
         prepare_comparison,
         data,
@@ -228,6 +229,17 @@ def _show_plan(out: Output, plan: ComparisonPlan, generates: bool) -> None:
         out.value(f"{row.name}={row.seconds:g}")
     for one in plan.skipped:
         out.line(f"left out: {one.name}: {one.reason}")
+
+
+def _refuse_methods(recipes: Sequence[Path], methods: str) -> None:
+    """Of methods with blanks between them all but the first are taken for recipes."""
+    from loracli.algebra.methods import METHODS
+    from loracli.errors import UsageError
+
+    wrong = [str(path) for path in recipes if str(path) in METHODS and not path.exists()]
+    if wrong:
+        hint = f"with commas between them: --methods {','.join([methods, *wrong])}"
+        raise UsageError(f"there is no recipe {wrong[0]}, which is the name of a method", hint=hint)
 
 
 def _settings_of(rows: RowOptions, reading: opt.ReadingOptions, options: MethodOptions) -> CompareSettings:

@@ -177,7 +177,7 @@ def export(
         Path | None,
         typer.Argument(
             metavar="RECIPE",
-            help="The recipe that `loracat fit` wrote; recipe.json, unless --weights or --method has --adapters.",
+            help="The recipe that `loracat fit` wrote; by default recipe.json, none with --weights or --method.",
         ),
     ] = None,
     compression: CompressionOptions,
@@ -237,7 +237,7 @@ def export(
     )
     named = composing.weights or (composing.method and adapters)  # so that no recipe is
     request = ExportRequest(
-        recipe=_default_recipe(adapters) if recipe is None and not named else recipe,
+        recipe=_default_recipe(adapters, out) if recipe is None and not named else recipe,
         adapters=adapters or (),
         weights=parse_words(composing.weights) if composing.weights else None,
         method=composing.method,
@@ -267,14 +267,17 @@ def export(
     _show(out, exported, loss, gguf=writing.gguf, base=base)
 
 
-def _default_recipe(adapters: list[str] | None) -> Path:
-    """The recipe where none is named; with adapters it has to be there, or nothing says how they are composed."""
+def _default_recipe(adapters: list[str] | None, out: Output) -> Path:
+    """The recipe where none is named; with adapters it has to be there, or nothing says how they are composed, and that
+    it is taken is told."""
     from loracli.errors import UsageError
 
     recipe = Path("recipe.json")
     if adapters and not recipe.exists():
         hint = f"add --weights {' '.join('1' for _ in adapters)}, or --method sum, or name a recipe before --adapters"
         raise UsageError(f"nothing says how the adapters are composed: there is no {recipe} here", hint=hint)
+    if adapters:
+        out.note(f"the weights are those of {recipe}, as neither --weights nor --method is given")
     return recipe
 
 

@@ -153,7 +153,7 @@ def fit(
 ) -> None:
     """Learn the mixing weights of adapters on a small calibration file (CAT) and write a recipe."""
     from loracli.calibration.records import parse_sources
-    from loracli.errors import FitError, UsageError
+    from loracli.errors import FitError, OutputExists, UsageError
     from loracli.fitting.inputs import check_typed, prepare_fit
     from loracli.fitting.job import fit_to_file, plan_fit
     from loracli.fitting.settings import FitSettings
@@ -172,6 +172,11 @@ def fit(
         place.check_processes(launch.world_size)
         check_typed(adapters, *filter(None, (data, eval_data)), shape=settings.format)
         check_recipe_path(output, force=force, kind=settings.mixing)
+    elif launch.first:
+        try:
+            check_recipe_path(output, force=force, kind=settings.mixing)
+        except OutputExists as error:
+            out.warn(f"{error}: the fit itself would be refused; {error.hint}")
     prepare = partial(
         prepare_fit,
         adapters,
@@ -251,7 +256,7 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
 _SAID = {
     "numbers": "weights",
     "parts": "parts for cross-fitting",
-    "passes": "passes at most, in all folds",
+    "passes": "passes at most, all folds",
     "memory_bytes": "memory",
     "seconds": "time",
 }
@@ -292,6 +297,7 @@ def _show_plan(out: Output, plan: FitPlan) -> None:
     (out.warn if plan.decision.tight else out.note)(plan.decision.note)
     bare = {key: f"{value:g}" if isinstance(value, float) else value for key, value in facts.items()}
     shown = bare | {"adapters": ", ".join(facts["adapters"]), "memory_bytes": amount_text(facts["memory_bytes"], "B")}
+    shown["passes"] = f"{plan.passes:.3g}"
     if plan.seconds is not None:
         more = "" if settings.metric is None else "; the answers that choose come on top"
         shown["seconds"] = f"at most about {duration_text(plan.seconds)}{more}"
@@ -299,4 +305,4 @@ def _show_plan(out: Output, plan: FitPlan) -> None:
         if words is None or key == "checkpointing" or (key == "parts" and not words):
             continue
         out.line(f"{_SAID.get(key, key.replace('_', ' ')):26} {words}")
-        out.value(f"{key}={bare[key] if key in ('memory_bytes', 'seconds') else words}")
+        out.value(f"{key}={bare[key] if key in ('memory_bytes', 'passes', 'seconds') else words}")

@@ -16,6 +16,7 @@ SAID = {
     "differs": ("takes it for something else", "bold red"),
     "refuses": ("refuses it", "bold red"),
 }
+_WRITERS = {"peft": "PEFT", "mlx": "mlx-lm"}
 
 
 def lint(
@@ -45,7 +46,7 @@ def lint(
     asked = [name.strip() for name in servers.split(",") if name.strip()] if servers else []
     found = lint_adapter(directory, servers=asked, base=base, progress=out)
     out.document(found.as_dict())
-    out.line(f"{directory}: {found.modules} modules, rank up to {found.rank}, {found.layout} layout")
+    out.line(f"{directory}: {found.modules} modules, rank up to {found.rank}, files of {_WRITERS[found.layout]}")
     for server in found.servers:
         words, style = SAID[server.verdict]
         out.value(f"{server.id} {server.verdict}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ def compare_adapters(
     data: DataPaths,
     *,
     recipe: str | Path | Sequence[str | Path] | None = None,
-    adapters: Sequence[str] = (),
+    adapters: Sequence[str | os.PathLike[str]] = (),
     fit_data: DataPaths | None = None,
     guard: DataPaths | None = None,
     base: str | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def prepare_comparison(
     data: DataPaths,
     *,
     recipe: str | Path | Sequence[str | Path] | None = None,
-    adapters: Sequence[str] = (),
+    adapters: Sequence[str | os.PathLike[str]] = (),
     fit_data: DataPaths | None = None,
     guard: DataPaths | None = None,
     base: str | None = None,

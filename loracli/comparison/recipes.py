@@ -94,7 +94,7 @@ class Ingredients:
     recorded: tuple[RecipeAdapter, ...]
     owners: tuple[Recipe, ...]
 
-    def read(self, relocated: Sequence[str], progress: Progress) -> tuple[LoraAdapter, ...]:
+    def read(self, relocated: Sequence[str | os.PathLike[str]], progress: Progress) -> tuple[LoraAdapter, ...]:
         """As `loracli.recipe.ingredients.read_ingredients`, of all recipes together; with their factors in memory."""
         read = read_recorded(self.recorded, self.owners[0].folder, relocated=relocated, progress=progress)
         together = zip(read, self.recorded, self.owners, strict=True)

@@ -34,6 +34,7 @@ from loracli.errors import RecipeError, SettingsError, UsageError
 from loracli.hub.references import URI_PREFIX
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import INLINE_KINDS
+from loracli.system.display import count_text
 from loracli.system.document import MAX_PROBLEMS
 from loracli.system.escaping import shell_word
 from loracli.system.files import read_regular
@@ -194,9 +195,11 @@ def _checked(numbers: Sequence[float], adapters: int) -> list[float]:
         if (problem := _unfit(number)) is not None:
             raise UsageError(f"--weights: {problem}", hint=_WAYS)
     if len(numbers) != adapters:
-        count = "1 number" if len(numbers) == 1 else f"{len(numbers)} numbers"
-        given = "1 adapter" if adapters == 1 else f"{adapters} adapters"
-        raise UsageError(f"--weights has {count} for {given}", hint="give one for each adapter, in their order")
+        raise UsageError(
+            f"--weights has {count_text(len(numbers), 'number')} for {count_text(adapters, 'adapter')}: "
+            f"{', '.join(f'{number:g}' for number in numbers) or 'none'}",
+            hint="give one for each adapter, in their order; a comma separates two numbers, and 0.3 has a point",
+        )
     return [float(number) for number in numbers]
 
 

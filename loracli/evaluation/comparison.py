@@ -356,7 +356,7 @@ def claim(found: Comparison) -> str:
         many = "best " if len(found.adapters) > 1 else ""
         said = _less_loss(best.difference, best.interval, found.row(found.best_ingredient).nats_per_token)
         less = f": {said[0]} than your {many}adapter, {found.best_ingredient}{said[1]}"
-    lower = [row for row in found.rows if row.kind == "control" and row.nats_per_token < best.nats_per_token]
+    lower = [row for row in found.rows if row.kind in ("base", "control") and row.nats_per_token < best.nats_per_token]
     below = "".join(f"; but {row.name} has a lower loss, {row.nats_per_token:.4f}" for row in lower)
     if found.best.clear:
         alone = "" if less else ", better alone than in any composition"
@@ -417,6 +417,9 @@ def metric_claim(found: Comparison) -> str:
     if not measured:
         return ""
     row, score = max(measured, key=lambda pair: (pair[1].mean, pair[0].name == found.best.name))
+    level = [one.name for one, own in measured if own.mean == score.mean]
+    if len(level) == len(measured) > 1:
+        return f"by {found.metric}, no way is best: all have {score.mean:.3f}"
     test = "" if score.p_value is None else f"; McNemar's p = {score.p_value:.2g}"
     other = "" if row.name == found.best.name else f", where the loss is lowest with {found.best.name}"
     other += "".join(f"; but {one.name} has {own.mean:.3f}" for one, own in every if own.mean > score.mean)
@@ -465,8 +468,10 @@ def remarks(found: Comparison) -> list[str]:
     for reason in dict.fromkeys(skipped.reason for skipped in found.skipped):
         left = ", ".join(skipped.name for skipped in found.skipped if skipped.reason == reason)
         said.append(f"left out: {left}: {reason}")
-    smallest = f"smallest difference that so many records can show: {found.detectable:.2g} nats per token, 4 times in 5"
-    return [*said, smallest]
+    if found.detectable > 0:  # it is 0 where the best adapter is the best way
+        smallest = f"{found.detectable:.2g} nats per token, 4 times in 5"
+        said.append(f"smallest difference that so many records can show: {smallest}")
+    return said
 
 
 def _note(row: ComparisonRow) -> str:

@@ -3,6 +3,7 @@ weights."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,7 +57,7 @@ from loracli.system.machine import in_order, one_thread_each
 
 
 def read_to_compose(
-    adapters: Sequence[str],
+    adapters: Sequence[str | os.PathLike[str]],
     recipe: str | Path | Recipe | None,
     *,
     base_given: bool = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -69,7 +70,7 @@ class ExportRequest:
     """
 
     recipe: Recipe | str | Path | None = None
-    adapters: Sequence[str] = ()
+    adapters: Sequence[str | os.PathLike[str]] = ()
     weights: Weights | None = None
     method: str | None = None
     method_options: MethodOptions = DEFAULTS

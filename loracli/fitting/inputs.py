@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +71,7 @@ class FitInputs:
         return count_numbers(self.adapters, self.layout, self.settings.mixing)  # type: ignore[arg-type]
 
 
-def check_typed(adapters: Sequence[str], *data: DataPaths, shape: str | None) -> None:
+def check_typed(adapters: Sequence[str | os.PathLike[str]], *data: DataPaths, shape: str | None) -> None:
     """What can be told of inputs before anything is read or fetched, and so before an output is found in the way.
 
     Args:
@@ -90,7 +91,7 @@ def check_typed(adapters: Sequence[str], *data: DataPaths, shape: str | None) ->
 
 
 def prepare_fit(
-    adapters: Sequence[str | Fetched],
+    adapters: Sequence[str | os.PathLike[str] | Fetched],
     data: DataPaths,
     *,
     eval_data: DataPaths | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -69,7 +70,7 @@ from loracli.system.document import dtype_name
 
 @takes_bar
 def fit_mixing(
-    adapters: Sequence[str | Fetched],
+    adapters: Sequence[str | os.PathLike[str] | Fetched],
     data: DataPaths,
     *,
     eval_data: DataPaths | None = None,

@@ -9,6 +9,7 @@ never repeated: it is as untrusted as the files.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -115,7 +116,7 @@ class FetchOptions(HubOptions, AdapterAsking, total=False):
 
 @takes_bar
 def fetch_adapter(
-    reference: str | Reference,
+    reference: str | os.PathLike[str] | Reference,
     *,
     revision: str | None = None,
     from_pickle: bool = False,
@@ -129,7 +130,7 @@ def fetch_adapter(
 
 
 def fetch_adapters(
-    references: Sequence[str | Reference],
+    references: Sequence[str | os.PathLike[str] | Reference],
     *,
     revision: str | None = None,
     from_pickle: bool = False,
@@ -201,8 +202,8 @@ def _at_the_hub(source: Source) -> Source:
     return replace(source, local_dir=local_dir, token=checked_token(source.token))
 
 
-def _parse(reference: str | Reference, revision: str | None) -> Reference:
-    if isinstance(reference, str):
+def _parse(reference: str | os.PathLike[str] | Reference, revision: str | None) -> Reference:
+    if not isinstance(reference, Reference):
         return parse_reference(reference, revision=revision)
     return reference if revision is None else parse_reference(reference.text, revision=revision)
 

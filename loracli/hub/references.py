@@ -73,11 +73,12 @@ class Reference:
         return self.text if self.path is None else self.path.name or self.text
 
 
-def parse_reference(text: str, *, revision: str | None = None) -> Reference:
+def parse_reference(text: str | os.PathLike[str], *, revision: str | None = None) -> Reference:
     """Reads one reference.
 
     Args:
-        text: any of the forms above. Text that starts with `.`, `/` or `~` is always a local directory.
+        text: any of the forms above. Text that starts with `.`, `/` or `~` is always a local directory, and so is a
+            path.
         revision: branch, tag or commit for a Hub reference that names none itself.
     Raises:
         AdapterNotFound: the text is neither a directory that holds an adapter nor a well-formed Hub reference.
@@ -85,6 +86,8 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
     """
     if revision is not None and not is_revision(revision):
         raise UsageError(f"'{revision}' cannot be a branch, tag or commit")
+    if not isinstance(text, str):
+        return _parse_local(os.fspath(text), revision)
     if not text.strip():
         raise AdapterNotFound("an adapter reference is empty", hint=_FORMS)
     if not text.isascii() and text != os.fsencode(text).decode(errors="replace"):

@@ -4,6 +4,7 @@ everything else that it names on this machine.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -135,12 +136,12 @@ def _check_hashes(recorded: RecipeAdapter, sha256: Mapping[str, str], path: Path
             raise IntegrityError(
                 f"{name} of the adapter {recorded.reference} is not the file that the weights were fitted for",
                 where=str(path / name),
-                hint="restore the original file, or fit again",
+                hint="restore the original file, or fit again; other adapters are composed with --weights or --method",
             )
 
 
 def read_ingredients(
-    recipe: Recipe, *, relocated: Sequence[str] = (), progress: Progress = SILENT
+    recipe: Recipe, *, relocated: Sequence[str | os.PathLike[str]] = (), progress: Progress = SILENT
 ) -> tuple[LoraAdapter, ...]:
     """Opens the adapters of a recipe, in its order; `loaded()` of one brings its factors into memory.
 
@@ -175,7 +176,11 @@ def by_names_of(modules: Sequence[BaseModule], adapter: LoraAdapter, recorded: R
 
 
 def read_recorded(
-    recorded: Sequence[RecipeAdapter], folder: Path, *, relocated: Sequence[str] = (), progress: Progress = SILENT
+    recorded: Sequence[RecipeAdapter],
+    folder: Path,
+    *,
+    relocated: Sequence[str | os.PathLike[str]] = (),
+    progress: Progress = SILENT,
 ) -> tuple[LoraAdapter, ...]:
     """As `read_ingredients`, of the adapters themselves; `folder` is where local references are relative to."""
     if relocated and len(relocated) != len(recorded):
@@ -199,12 +204,14 @@ def read_recorded(
     return result
 
 
-def _check_order(recorded: Sequence[RecipeAdapter], read: Sequence[LoraAdapter], given: Sequence[str]) -> None:
+def _check_order(
+    recorded: Sequence[RecipeAdapter], read: Sequence[LoraAdapter], given: Sequence[str | os.PathLike[str]]
+) -> None:
     """Raises UsageError if all the recorded adapters were given, in another order than the recorded one."""
     hashes = [dict(adapter.sha256) for adapter in read]
     wanted = [dict(adapter.sha256) for adapter in recorded]
     if hashes != wanted and all(hashes.count(one) == wanted.count(one) for one in wanted):
-        right = [given[hashes.index(one)] for one in wanted]
+        right = [os.fspath(given[hashes.index(one)]) for one in wanted]
         raise UsageError(
             "--adapters names the ingredients in another order than the recipe's",
             hint=f"give them as --adapters {shlex.join(right)}",

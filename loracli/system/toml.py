@@ -43,7 +43,7 @@ def parse_toml(data: bytes) -> dict[str, Any]:
         TomlError: for what is not TOML.
     """
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
         _check_dots(text)
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -159,7 +159,9 @@ def find_ingredients(
     given = None if recipe is None else load_recipe(recipe)
     if given is not None and origin.recipe is not None:
         if given.sha256() != origin.recipe_sha256:
-            findings.differs(f"{recipe} is not the recipe that this was made with")
+            findings.differs(
+                f"{recipe} is not the recipe that this was made with: name that one, or leave --recipe out"
+            )
             return None
         # Older exports kept a base model's path that an adapter names.
         recorded = replace(origin.recipe, adapters=tuple(without_paths(a) for a in origin.recipe.adapters))

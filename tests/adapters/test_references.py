@@ -29,6 +29,15 @@ def make_adapter(path: Path) -> Path:
     return path
 
 
+def test_a_path_is_a_local_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_adapter(tmp_path / "org/math")
+    monkeypatch.chdir(tmp_path)
+    assert parse_reference(Path("org/math")) == parse_reference("org/math")
+    with pytest.raises(AdapterNotFound):
+        parse_reference(Path("org/code"))  # which as text is on the Hub
+    assert parse_reference("org/code").repo_id == "org/code"
+
+
 def test_a_directory_whose_name_no_recipe_can_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not UTF-8"):
         parse_reference(os.fsdecode(os.fsencode(tmp_path) + b"/math\xff"))

@@ -18,6 +18,8 @@ def test_a_fit_is_planned_as_it_is_done(here: Path) -> None:
     plan = document(*FIT, "--dry-run")["plan"]
     assert tree(here) == before
     recipe = load_recipe("recipe.json")
+    for words, said in ((FIT, True), ([*FIT, "--force"], False), ([*FIT, "-o", "new.json"], False)):
+        assert ("recipe.json exists: the fit itself would be refused" in run(*words, "--dry-run").stderr) == said
     assert plan["training_records"] == sum(data.records for data in recipe.data)
     assert plan["scored_tokens"] == sum(data.scored_tokens for data in recipe.data)
     assert (plan["held_out_records"], plan["numbers"]) == (recipe.held_out.records, recipe.mixing.numbers)

@@ -73,7 +73,7 @@ def test_a_fit_that_ended_above_its_optimum_by_more_than_chance_and_rounding_say
     assert 1e-4 < 8 / (2 * sum(data.scored_tokens for data in recipe.data)) < 0.3
     shown = run("show", "--search").stdout
     assert ("not at the optimum yet: 0.3 nats per token left to gain" in shown) == ("--passes" in shown) == said
-    assert ("is chance, than 0.4 the rounding of bfloat16)" in shown) == (noise == 0.4)
+    assert ("it is chance, below 0.4 the rounding of bfloat16)" in shown) == (noise == 0.4)
 
 
 def test_show_says_so_and_leaves_table_verdict_and_certificate_out(edited: Path) -> None:

@@ -88,13 +88,21 @@ def test_adapters_alone_and_an_adapter_as_a_recipe_name_the_way_out(here: Path) 
     assert run(*shlex.split(typed[1]), "--merge", "--rank", "2", "-o", "again").exit_code == 0
 
 
+def test_a_recipe_that_nobody_named_is_told_of(here: Path) -> None:
+    said = run("export", *AB, "-o", "fitted")
+    assert said.exit_code == 0 and "the weights are those of recipe.json, as neither --weights" in said.stderr
+    assert "the weights are those of" not in run("export", "recipe.json", *AB, "-o", "named").stderr
+
+
 # What is typed behind `loracat export --adapters know form`, the file weights.toml, the exit code, what the error says,
 # and a word of the way out.
 AWKWARD: list[tuple[list[str], str | None, int, str, str]] = [
     (["--weights"], None, 2, "needs at least one value", ""),
     (["--weights", ""], None, 2, "'' is neither a number nor a file", "0.7 0.3"),
     (["--weights", "0.7"], None, 2, "1 number for 2 adapters", "one for each"),
-    (["--weights", "1", "2", "3"], None, 2, "3 numbers for 2 adapters", "one for each"),
+    (["--weights", "1", "2", "3"], None, 2, "3 numbers for 2 adapters: 1, 2, 3", "one for each"),
+    (["--weights", "0.7", "0,3"], None, 2, "3 numbers for 2 adapters: 0.7, 0, 3", "a comma separates two numbers"),
+    (["--weights", "weights.toml"], "\ufeff[know]\ndefault = 1", 2, "form", "table"),
     (["--weights", "0.7,"], None, 2, "'' is not a number", "0.7 0.3"),
     (["--weights", "0.7", "x"], None, 2, "'x' is not a number", "0.7 0.3"),
     (["--weights", "nan", "1"], None, 2, "nan is not a weight", "0.7 0.3"),

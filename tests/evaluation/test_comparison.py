@@ -18,6 +18,7 @@ from loracli.evaluation.comparison import (
     claim,
     metric_claim,
     overfitted,
+    remarks,
     training_gap,
     verdict,
 )
@@ -234,6 +235,20 @@ def test_the_metric_says_where_it_disagrees_with_the_loss(rows: Any, ends: str) 
     said = metric_claim(compared(*rows))
     best = "sum is best with 0.800" if "where" in ends else "fit is best with 0.700"
     assert said.startswith(f"by exact, {best}") and said.endswith(ends)
+
+
+def test_where_all_ways_are_as_good_by_the_metric_none_is_best() -> None:
+    rows = (A, ("fit", "fit", 1.0, 0.5), ("base", "base", 3.0, 0.1))
+    assert metric_claim(compared(*rows)) == "by exact, no way is best: all have 0.500"
+
+
+def test_a_base_with_a_lower_loss_stands_in_the_claim_and_no_difference_is_said_to_be_seen_where_there_is_none() -> (
+    None
+):
+    found = compared(A, FIT, ("base", "base", 0.5, 0.1))
+    assert claim(found).endswith("; but base has a lower loss, 0.5000")
+    assert any("4 times in 5" in line for line in remarks(found))
+    assert not any("4 times in 5" in line for line in remarks(replace(found, detectable=0.0)))
 
 
 @pytest.mark.parametrize(("loss", "said"), [(0.9, "; but fresh-lora has a lower loss, 0.9000"), (1.1, "")])
