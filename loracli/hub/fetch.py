@@ -260,7 +260,7 @@ def _base_claim(adapter: Fetched) -> BaseClaim:
         hint = "fetch the adapter first, then the base"
         raise UsageError("the base is not known before the config is here", where=str(path), hint=hint)
     fields = read_object(path, MAX_SMALL_BYTES)
-    named = fields.get("base_model_name_or_path") or fields.get("model"), fields.get("revision")  # MLX: model
+    named = fields.get("base_model_name_or_path", fields.get("model")), fields.get("revision")  # mlx-lm writes `model`
     if not all(value is None or (isinstance(value, str) and value.isprintable()) for value in named):
         raise MalformedAdapter("the base model's name is not printable text", where=str(path))
     return BaseClaim(named[0] or None, named[1] or None)
