@@ -142,7 +142,9 @@ def refuse_mistyped(base: str | BaseClaim, error: LoracatError) -> None:
     stands before, and a base model lies here whose name is near. `error` is what the Hub had to say."""
     near = near_path(base, holding(CONFIG)) if isinstance(base, str) and "/" not in base else None
     if near is not None:
-        raise InputError(f"no directory {base} is here, and it does not come from the Hub: {error}", hint=near) from error
+        raise InputError(
+            f"no directory {base} is here, and it does not come from the Hub: {error}", hint=near
+        ) from error
 
 
 def _saved_as(folder: Path) -> str | None:
