@@ -417,15 +417,14 @@ def metric_claim(found: Comparison) -> str:
     if not measured:
         return ""
     row, score = max(measured, key=lambda pair: (pair[1].mean, pair[0].name == found.best.name))
-    level = [one.name for one, own in measured if own.mean == score.mean]
-    if len(level) == len(measured) > 1:
-        return f"by {found.metric}, no way is best: all have {score.mean:.3f}"
+    above = "".join(f"; but {one.name} has {own.mean:.3f}" for one, own in every if own.mean > score.mean)
+    if len(measured) > 1 and all(own.mean == score.mean for _, own in measured):
+        return f"by {found.metric}, no way is best: all have {score.mean:.3f}{above}"
     test = "" if score.p_value is None else f"; McNemar's p = {score.p_value:.2g}"
     other = "" if row.name == found.best.name else f", where the loss is lowest with {found.best.name}"
-    other += "".join(f"; but {one.name} has {own.mean:.3f}" for one, own in every if own.mean > score.mean)
     return (
         f"by {found.metric}, {row.name} is best with {score.mean:.3f}, {score.difference:+.3f} to the best single "
-        f"adapter (95 % interval {interval_text(score.interval, digits=3)}{test}){other}"
+        f"adapter (95 % interval {interval_text(score.interval, digits=3)}{test}){other}{above}"
     )
 
 

@@ -238,8 +238,10 @@ def test_the_metric_says_where_it_disagrees_with_the_loss(rows: Any, ends: str) 
 
 
 def test_where_all_ways_are_as_good_by_the_metric_none_is_best() -> None:
-    rows = (A, ("fit", "fit", 1.0, 0.5), ("base", "base", 3.0, 0.1))
-    assert metric_claim(compared(*rows)) == "by exact, no way is best: all have 0.500"
+    rows = (A, ("fit", "fit", 1.0, 0.5))
+    said = "by exact, no way is best: all have 0.500"
+    assert metric_claim(compared(*rows, ("base", "base", 3.0, 0.1))) == said
+    assert metric_claim(compared(*rows, ("base", "base", 3.0, 0.9))) == f"{said}; but base has 0.900"
 
 
 def test_a_base_with_a_lower_loss_stands_in_the_claim_and_no_difference_is_said_to_be_seen_where_there_is_none() -> (
