@@ -238,7 +238,8 @@ def _refuse_methods(recipes: Sequence[Path], methods: str) -> None:
 
     wrong = [str(path) for path in recipes if str(path) in METHODS and not path.exists()]
     if wrong:
-        hint = f"with commas between them: --methods {','.join([methods, *wrong])}"
+        named = wrong if methods in ("all", "data-free") else [methods, *wrong]
+        hint = f"name methods with commas between them: --methods {','.join(named)}"
         raise UsageError(f"there is no recipe {wrong[0]}, which is the name of a method", hint=hint)
 
 

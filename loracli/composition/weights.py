@@ -298,22 +298,25 @@ def _column(adapter: str, table: Mapping[str, Any], modules: Sequence[str], prob
     if wide > _MAX_KEYS:
         problems.append(f"[{adapter}]: {wide} keys are not names of its modules, and at most {_MAX_KEYS} may be")
         return {}
-    keys = {text: _parse_key(text, names, layers) for text in table}
-    # The narrowest first, so that a key is not held against another where a narrower one decides.
-    for text in sorted(table, key=lambda text: -key.narrowness if isinstance(key := keys[text], _Key) else 0):
+    keys: dict[str, _Key] = {}
+    for text, weight in table.items():
         if len(problems) >= MAX_PROBLEMS:
             break
-        where, key, weight = f"[{adapter}] {text[:_QUOTED]}", keys[text], table[text]
-        if (problem := _unfit(weight)) is not None:
-            problems.append(f"{where}: {problem}")
-        elif isinstance(key, str):
-            problems.append(f"{where}: {key}")
+        key = _unfit(weight) or _parse_key(text, names, layers)
+        if isinstance(key, str):
+            problems.append(f"[{adapter}] {text[:_QUOTED]}: {key}")
         else:
-            taken = [text] if text in names else [name for name in modules if key.takes(name)]
-            if not taken and text != _DEFAULT:
-                problems.append(f"{where}: no module of the adapter; {_near(text, names)}")
-            elif (problem := _choose(text, key.narrowness, float(weight), taken, chosen)) is not None:
-                problems.append(f"{where}: {problem}")
+            keys[text] = key
+    # The narrowest first, so that a key is not held against another where a narrower one decides.
+    for text, key in sorted(keys.items(), key=lambda item: -item[1].narrowness):
+        if len(problems) >= MAX_PROBLEMS:
+            break
+        taken = [text] if text in names else [name for name in modules if key.takes(name)]
+        problem = _choose(text, key.narrowness, float(table[text]), taken, chosen)
+        if not taken and text != _DEFAULT:
+            problem = f"no module of the adapter; {_near(text, names)}"
+        if problem is not None:
+            problems.append(f"[{adapter}] {text[:_QUOTED]}: {problem}")
     lacking = [name for name in modules if name not in chosen]
     if lacking and len(problems) == before:
         more = f" and {len(lacking) - 1} more modules" if len(lacking) > 1 else ""

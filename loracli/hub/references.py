@@ -86,15 +86,14 @@ def parse_reference(text: str | os.PathLike[str], *, revision: str | None = None
     """
     if revision is not None and not is_revision(revision):
         raise UsageError(f"'{revision}' cannot be a branch, tag or commit")
-    if not isinstance(text, str):
-        return _parse_local(os.fspath(text), revision)
+    is_path, text = not isinstance(text, str), os.fspath(text)
     if not text.strip():
         raise AdapterNotFound("an adapter reference is empty", hint=_FORMS)
     if not text.isascii() and text != os.fsencode(text).decode(errors="replace"):
         raise UsageError(f"the name {text!r} is not UTF-8, as a recipe and a record are", hint="rename the directory")
-    if text.startswith(URI_PREFIX):
+    if text.startswith(URI_PREFIX) and not is_path:
         return _parse_uri(text, revision)
-    if text.startswith((".", "/", "~")) or _holds_adapter(text):
+    if is_path or text.startswith((".", "/", "~")) or _holds_adapter(text):
         return _parse_local(text, revision)
     repo_id, at, own_revision = text.partition("@")
     if text.endswith(".jsonl") or not REPO_ID.fullmatch(repo_id) or os.path.isfile(text):

@@ -41,6 +41,8 @@ def test_a_path_is_a_local_directory(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_directory_whose_name_no_recipe_can_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not UTF-8"):
         parse_reference(os.fsdecode(os.fsencode(tmp_path) + b"/math\xff"))
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        parse_reference(Path(os.fsdecode(b"math\xff")))
     assert parse_reference("org/math").repo_id == "org/math"
 
 

@@ -56,6 +56,8 @@ def test_the_table_shows_every_row_and_the_claim(few: Path) -> None:
 def test_methods_with_blanks_between_them_are_no_recipes(few: Path) -> None:
     result = run(*ALONE, "--methods", "ties", "svd", "dare")
     assert result.exit_code == 2 and "--methods ties,svd,dare" in result.stderr
+    result = run("compare", "svd", *ALONE[1:])
+    assert result.exit_code == 2 and "--methods svd\n" in result.stderr
 
 
 def test_options_of_the_methods_change_their_rows(few: Path) -> None:

@@ -440,6 +440,9 @@ def test_the_noise_of_a_certificate_is_how_far_nearby_losses_are_off(tmp_path: P
             )
             found = [_noise(engine, mixing, theta, records, FitSettings(seed=seed)) for seed in range(20)]
             noise[dtype] = math.hypot(*found) / len(found) ** 0.5
+            # Of twice as many records every second one is looked at; here these are the same.
+            twice = _noise(engine, mixing, theta, [r for r in records for _ in range(2)], FitSettings(seed=0))
+            assert twice == pytest.approx(found[0] / 2**0.5)
     spread = float((losses[torch.bfloat16] - losses[torch.float64]).std())
     assert spread / 2 < noise[torch.bfloat16] < 2 * spread
     assert noise[torch.float64] < 0.01 * spread
