@@ -257,8 +257,9 @@ def read_dataset(
         if holdout is None and len(every) < _CROSSED_BELOW:
             return _crossed(files, every, seed, progress)
         training, held_out = _divide(files, HOLDOUT if holdout is None else holdout, seed)
-    if len(held_out) < MIN_HELD_OUT:
-        few = "1 record is" if len(held_out) == 1 else f"{len(held_out)} records are"
+    different = warn_of_copies(held_out, "held-out", progress)
+    if different < MIN_HELD_OUT:
+        few = f"{count_text(different, 'record')} {'is' if different == 1 else 'are'}"
         progress.warn(f"only {few} held out: too few for a verdict (at least {MIN_HELD_OUT})")
     return Dataset(files, eval_files, tuple(training), tuple(held_out))
 
@@ -275,8 +276,9 @@ def _crossed(files: tuple[CalibrationFile, ...], every: Sequence[Record], seed: 
             f"{files[0].source} has {_different(every)}, too few to hold some out",
             hint="give held-out records with --eval-data",
         )
-    if len(every) < MIN_HELD_OUT:
-        progress.warn(f"only {len(every)} records in all: too few for a verdict (at least {MIN_HELD_OUT})")
+    warn_of_copies(every, "calibration", progress)
+    if different < MIN_HELD_OUT:
+        progress.warn(f"only {different} records in all: too few for a verdict (at least {MIN_HELD_OUT})")
     parts = dealt(every, min(_CROSSED_PARTS, different), seed=seed + 2)
     return Dataset(files, (), tuple(every), tuple(every), tuple(tuple(part) for part in parts))
 
@@ -350,6 +352,16 @@ def _different(records: Sequence[Record]) -> str:
     if 1 == different < len(records):
         return f"{count_text(len(records), 'record')}, all the same"
     return count_text(different, "record" if different == 1 else "different record")
+
+
+def warn_of_copies(records: Sequence[Record], what: str, progress: Progress) -> int:
+    """How many records are different; said where some are copies, which tell nothing new."""
+    different = len({record.fingerprint for record in records})
+    if different < len(records):
+        progress.warn(
+            f"of {len(records)} {what} records {different} are different: in intervals and verdict copies count as one"
+        )
+    return different
 
 
 def _warn_of_common(training: Sequence[Record], eval_files: Sequence[CalibrationFile], progress: Progress) -> None:

@@ -302,7 +302,7 @@ class _Comparison:
             self._progress.finish(TASK)
         evaluated = [self._done[name] for name in self._names if name in self._done]
         metric = None if self._metric is None else self._metric.name
-        return comparison_of(evaluated, self._skipped, inputs, examples=self._test, metric=metric)
+        return comparison_of(evaluated, self._skipped, inputs, examples=self._test, guarded=self._guard, metric=metric)
 
     def _recall(self, rows: Sequence[Candidate]) -> None:
         """Takes over what a stopped comparison did."""

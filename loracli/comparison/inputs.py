@@ -13,7 +13,7 @@ from loracli.adapters.compatible import check_composable, check_distinct
 from loracli.adapters.on_base import warn_of_open_orders
 from loracli.adapters.saved_modules import REFUSE, SavedModules, saved_modules, settled_policy
 from loracli.algebra.methods import METHODS
-from loracli.calibration.dataset import Dataset, check_shape, read_dataset
+from loracli.calibration.dataset import Dataset, check_shape, read_dataset, warn_of_copies
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.comparison.recipes import ComparedRecipe, load_recipes
 from loracli.comparison.settings import ALL, DATAMIX, FITTED_MIXINGS, RANDOM, CompareSettings
@@ -122,7 +122,7 @@ def prepare_comparison(
         raise UsageError(f"--control {needing[0]} has to be fitted", hint="give calibration records with --fit-data")
     settings.check_used(fit_data=fit_data is not None, guard=guard is not None)
     test, calibration = _read_data(data, fit_data, settings, progress)
-    guarded = () if guard is None else _read_files(guard, settings, progress)
+    guarded = () if guard is None else _read_files(guard, "guard", settings, progress)
     recipes: tuple[ComparedRecipe, ...] = ()
     if not paths:
         read = tuple(read_adapter(fetch_adapter(one, progress=progress), progress=progress) for one in adapters)
@@ -179,7 +179,7 @@ def _read_data(
     data: DataPaths, fit_data: DataPaths | None, settings: CompareSettings, progress: Progress
 ) -> tuple[tuple[CalibrationFile, ...], Dataset | None]:
     if fit_data is None:
-        return _read_files(data, settings, progress), None
+        return _read_files(data, "test", settings, progress), None
     fit = settings.fit
     dataset = read_dataset(
         fit_data,
@@ -214,12 +214,16 @@ def _owners(
     return owners
 
 
-def _read_files(data: DataPaths, settings: CompareSettings, progress: Progress) -> tuple[CalibrationFile, ...]:
+def _read_files(
+    data: DataPaths, what: str, settings: CompareSettings, progress: Progress
+) -> tuple[CalibrationFile, ...]:
     fit, shape = settings.fit, check_shape(settings.fit.format)
-    return tuple(
+    files = tuple(
         read_records(source, shape=shape, fields=fit.fields, skip_bad=fit.skip_bad, progress=progress)
         for source in parse_sources(data)
     )
+    warn_of_copies([record for file in files for record in file.records], what, progress)
+    return files
 
 
 def _row_name(reference: str) -> str:

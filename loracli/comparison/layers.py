@@ -19,7 +19,7 @@ from loracli.adapters.names import layer
 from loracli.calibration.records import DataPaths
 from loracli.comparison.inputs import CompareInputs, prepare_comparison
 from loracli.comparison.settings import CompareSettings
-from loracli.evaluation.statistics import standard_error
+from loracli.evaluation.statistics import standard_error, units_of
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import say_tokenizer_differences
 from loracli.fitting.journal import Meter
@@ -162,13 +162,15 @@ def _measured(inputs: CompareInputs, session: Session, progress: Progress) -> La
             find_reach(engine, session, examples)
             point = recipe.point(inputs.adapters, inputs.layout)
             engine.meter.stage("all layers")
-            whole = engine.score(point.mixing, point.theta, batches, examples)
+            units = units_of(examples)
+            whole = engine.score(point.mixing, point.theta, batches, examples).pooled(units)
             effects = []
             for number, (name, out) in enumerate(places.items(), 1):
                 engine.meter.stage(f"{number}/{len(places)} without {name}")
-                left = engine.score(_Without(point.mixing, frozenset(out)), point.theta, batches, examples)
+                without = _Without(point.mixing, frozenset(out))
+                left = engine.score(without, point.theta, batches, examples).pooled(units)
                 more = left.nats - whole.nats
-                error = standard_error(more, whole.tokens) if len(examples) > 1 else None
+                error = standard_error(more, whole.tokens) if len(more) > 1 else None
                 change = float(more.sum() / whole.tokens.sum())
                 effects.append(LayerEffect(name, len(out), left.nats_per_token, change, error))
     finally:

@@ -24,7 +24,7 @@ from loracli.evaluation.comparison import (
     RowKind,
     Skipped,
 )
-from loracli.evaluation.statistics import best_of, detectable, intervals, mcnemar, task_losses
+from loracli.evaluation.statistics import best_of, detectable, intervals, mcnemar, task_losses, units_of
 from loracli.model.loss import Scores
 
 _BASE, INGREDIENT, UNIFORM = "base", "ingredient", "uniform"
@@ -86,6 +86,7 @@ def comparison_of(
     inputs: CompareInputs,
     *,
     examples: Sequence[Example],
+    guarded: Sequence[Example],
     metric: str | None,
 ) -> Comparison:
     """The comparison.
@@ -95,12 +96,15 @@ def comparison_of(
         skipped: what was left out.
         inputs: what was compared, and with which margin and seed.
         examples: the n test records.
+        guarded: the guard records.
         metric: name of the task metric, None without one.
     """
     data, guard = (", ".join(file.source.name for file in files) for files in (inputs.test, inputs.guard))
     margin, seed = inputs.settings.margin, inputs.settings.fit.seed
+    tasks, units = task_losses({row.name: row.scores for row in rows}, examples), units_of(examples)
+    rows = [_pooled(row, units, units_of(guarded)) for row in rows]
     best = min((r for r in rows if r.kind == INGREDIENT), key=lambda row: row.scores.nats_per_token)
-    table = _Table(rows, best, margin, seed)
+    table = _Table(rows, best, margin, seed, units.bincount().double())
     contenders = {row.name: row.scores for row in rows if row.kind in _CONTENDERS}
     claim = best_of(contenders, seed=seed)
     return Comparison(
@@ -112,7 +116,7 @@ def comparison_of(
         best_ingredient=best.name,
         rows=table.rows(),
         skipped=tuple(skipped),
-        tasks=task_losses({row.name: row.scores for row in rows}, examples),
+        tasks=tasks,
         best=claim,
         detectable=_detectable(rows, best, claim),
         metric=metric,
@@ -123,6 +127,17 @@ def comparison_of(
             RecipeRow(one.row, one.recipe.sha256(), tuple(inputs.references[place] for place in one.places))
             for one in inputs.recipes
         ),
+    )
+
+
+def _pooled(row: Evaluated, units: Tensor, guard_units: Tensor) -> Evaluated:
+    """The row with copies of a record as one; its values are sums over the copies."""
+    values = row.values
+    return replace(
+        row,
+        scores=row.scores.pooled(units),
+        guard=None if row.guard is None else row.guard.pooled(guard_units),
+        values=None if values is None else Scores(values, torch.ones_like(values)).pooled(units).nats,
     )
 
 
@@ -144,8 +159,8 @@ def _detectable(rows: Sequence[Evaluated], best: Evaluated, claim: BestOf) -> fl
 class _Table:
     """All rows at once, so that their intervals come from the same resampled records."""
 
-    def __init__(self, rows: Sequence[Evaluated], best: Evaluated, margin: float, seed: int) -> None:
-        self._evaluated, self._best, self._margin, self._seed = rows, best, margin, seed
+    def __init__(self, rows: Sequence[Evaluated], best: Evaluated, margin: float, seed: int, copies: Tensor) -> None:
+        self._evaluated, self._best, self._margin, self._seed, self._copies = rows, best, margin, seed, copies
         self._uniform = next((row for row in rows if row.name == UNIFORM), None)
 
     def rows(self) -> tuple[ComparisonRow, ...]:
@@ -201,15 +216,16 @@ class _Table:
         if not alone:
             return [None] * len(values)
         best = max(alone, key=lambda v: float(v.sum()))
-        binary = all(bool(((v == 0) | (v == 1)).all()) for v in whole if v is not None)
+        every = self._copies
+        binary = all(bool(((v == 0) | (v == every)).all()) for v in whole if v is not None)
         found: list[MetricScore | None] = []
         for row, v in zip(self._evaluated, values, strict=True):
             if v is None:
                 found.append(None)
                 continue
-            (difference,) = self._differences([v - best], torch.ones_like(best))
-            p = mcnemar(v == 1, best == 1) if binary and not row.draws else None
-            found.append(MetricScore(float(v.mean()), difference.mean, difference.interval, p))
+            (difference,) = self._differences([v - best], every)
+            p = mcnemar(v == every, best == every) if binary and not row.draws else None
+            found.append(MetricScore(float(v.sum() / every.sum()), difference.mean, difference.interval, p))
         return found
 
     def _guards(self) -> list[GuardScore | None]:

@@ -266,7 +266,7 @@ def verdict(table: HeldOut) -> str:
         said, _ = _less_loss(fitted.difference, (-math.inf, math.inf), best.nats_per_token)
         return (
             f"Too few records to tell whether the composition is better than {adapter}: {said} on {seen}, and a "
-            f"verdict needs at least {MIN_HELD_OUT}: give more with --data, or others with --eval-data"
+            f"verdict needs at least {MIN_HELD_OUT} different ones: give more with --data, or others with --eval-data"
         )
     less = _less_loss(fitted.difference, fitted.interval, best.nats_per_token)
     measured = f"{less[0]} on {seen}{less[1]}"

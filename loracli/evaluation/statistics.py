@@ -1,6 +1,7 @@
 """What held-out records say: intervals, paired tests, many comparisons, the held-out table.
 
-Paired bootstrap over records: the unit that was drawn is the record, and all methods saw the same ones.
+Paired bootstrap over records: the unit that was drawn is the record, and all methods saw the same ones. Copies of a
+record are one unit, as they tell nothing new.
 
 The statistic is a ratio of sums, sum_n d_n / sum_n t_n with d_n the difference in nats and t_n the scored tokens of
 record n, so long records weigh as they do in the loss. Percentile interval (Efron and Tibshirani 1993, chapter 13);
@@ -29,6 +30,12 @@ from loracli.recipe.record import HeldOut, HeldOutControl, HeldOutRow, HeldOutTa
 RESAMPLES = 10_000
 _LEVEL = 0.95
 _ROWS = 500  # resamples at a time, so that memory stays at a few megabytes per thousand records
+
+
+def units_of(examples: Sequence[Example]) -> Tensor:
+    """(n,) the unit that each record belongs to, from 0 in the order of their first records: copies are one."""
+    places: dict[tuple[tuple[int, ...], tuple[bool, ...]], int] = {}
+    return torch.tensor([places.setdefault((e.input_ids, e.scored), len(places)) for e in examples])
 
 
 def resampled(differences: Tensor, tokens: Tensor, *, seed: int = 0) -> Tensor:
@@ -174,8 +181,8 @@ def held_out_table(
     """The table from each method's scores on the same n records.
 
     The verdict is `better` when the whole interval of fit minus best ingredient lies below zero, and that of fit minus
-    each control; none is given below 20 records. A claim of which every part has to be shown at 5 % needs no correction
-    for their number: it is made falsely no more often than the part that is false (Berger 1982).
+    each control; none is given below 20 different records. A claim of which every part has to be shown at 5 % needs no
+    correction for their number: it is made falsely no more often than the part that is false (Berger 1982).
 
     Args:
         scores: of each method whose loss is finite, an adapter among them, by the name of its row; the fit's is `fit`.
@@ -186,6 +193,8 @@ def held_out_table(
         parts: of cross-fitting, 0 where the records were set apart.
         controls: scores of what knows nothing of the adapters, by name.
     """
+    tasks, units = task_losses(scores, examples), units_of(examples)
+    scores, controls = ({name: one.pooled(units) for name, one in them.items()} for them in (scores, controls))
     best = min((r for r in references if r in scores), key=lambda reference: scores[reference].nats_per_token)
     reference = scores[best]
 
@@ -200,7 +209,7 @@ def held_out_table(
         )
 
     rows = [row_of(method, score, reference) for method, score in scores.items()]
-    records, own = len(reference.tokens), scores[FIT]
+    different, own = len(reference.tokens), scores[FIT]
     fitted = next(row for row in rows if row.name == FIT)
     held_against = []
     for control, score in controls.items():
@@ -208,14 +217,14 @@ def held_out_table(
         held_against.append(HeldOutControl(row_of(control, score, reference), against.difference, against.interval))
     return HeldOut(
         name=name,
-        records=records,
+        records=len(examples),
         scored_tokens=sum(example.scored_tokens for example in examples),
         best_ingredient=best,
         rows=tuple(rows),
-        tasks=task_losses(scores, examples),
-        verdict=_verdict(records, fitted, held_against),
+        tasks=tasks,
+        verdict=_verdict(different, fitted, held_against),
         parts=parts,
-        standard_error=standard_error(own.nats, own.tokens) if records > 1 else None,
+        standard_error=standard_error(own.nats, own.tokens) if different > 1 else None,
         controls=tuple(held_against),
     )
 

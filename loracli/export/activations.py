@@ -44,7 +44,7 @@ def recorded_moments(source: Composition, path: Path | None) -> Moments:
 
     Args:
         source: of the recipe.
-        path: of the recipe's file, None where the recipe holds its moments itself.
+        path: of the recipe's file, None where the recipe knows it, or holds its moments itself.
     Raises:
         UsageError: if the recipe has none, or an expert is changed.
         RecipeError: if the file beside it is missing, damaged, or does not fit the adapters.
@@ -52,6 +52,8 @@ def recorded_moments(source: Composition, path: Path | None) -> Moments:
     """
     check_weighable(source.adapters, hint=_WAY_OUT)
     activations = source.activations
+    if activations is not None:
+        path = path or activations.recipe
     if activations is None or (path is None and not activations.moments):
         raise UsageError(
             "the recipe holds no second moments of activations for --activation-aware",

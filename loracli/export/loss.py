@@ -10,7 +10,7 @@ from loracli.adapters.claims import check_language_models
 from loracli.algebra.factors import Factors
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.composition.attached import of_factors
-from loracli.evaluation.statistics import paired_interval
+from loracli.evaluation.statistics import paired_interval, units_of
 from loracli.export.export import Exported
 from loracli.export.method import base_to_run
 from loracli.fitting.engine import Engine
@@ -106,7 +106,7 @@ def loss_of_export(
             def score(way: str, factors_of: Callable[[str], Factors]) -> Scores:
                 engine.meter.stage(way)
                 point = of_factors({name: factors_of(name) for name in names})
-                return engine.score(point.mixing, point.theta, batches, examples)
+                return engine.score(point.mixing, point.theta, batches, examples).pooled(units_of(examples))
 
             try:
                 before = score("scoring the composition", lambda name: source.compose(name).factors)

@@ -35,7 +35,7 @@ from loracli.calibration.render import Example
 from loracli.composition.attached import of_factors
 from loracli.composition.composition import Composition
 from loracli.errors import IntegrityError, MalformedAdapter, NonFiniteLoss, UnsupportedAdapter, UsageError
-from loracli.evaluation.statistics import paired_interval
+from loracli.evaluation.statistics import paired_interval, units_of
 from loracli.export.method import base_to_run
 from loracli.export.module import refitted_factors
 from loracli.fitting.criterion import FEWEST_TO_VALIDATE, Fold, Gain, gain, loss_criterion, one_fold
@@ -359,7 +359,7 @@ def _losses(
     def score(what: str, factors: dict[str, Factors]) -> Scores:
         engine.meter.stage(f"scoring the {what}")
         point = of_factors(factors)
-        return engine.score(point.mixing, point.theta, batches, held)
+        return engine.score(point.mixing, point.theta, batches, held).pooled(units_of(held))
 
     composed = score("composition", {name: source.compose(name).factors for name in cut})
     truncated = score("truncation", {name: f.to(dtype) for name, f in cut.items()})

@@ -45,6 +45,11 @@ class Scores:
         """The scores of some of the n records."""
         return Scores(self.nats[list(records)], self.tokens[list(records)])
 
+    def pooled(self, units: Tensor) -> Scores:
+        """The scores of m units from those of their records: `units` (n,) has the place of each record's unit."""
+        zeros = self.nats.new_zeros(int(units.max()) + 1)  # (m,)
+        return Scores(zeros.index_add(0, units, self.nats), zeros.index_add(0, units, self.tokens.to(zeros.dtype)))
+
 
 CHUNK_BYTES = 64 << 20  # of float32 logits at a time
 _DRAWS = 1 << 24  # what a draw is a multiple of one of

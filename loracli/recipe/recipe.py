@@ -113,7 +113,7 @@ class Recipe:
 
     def save(self, path: str | Path, *, force: bool = False, keep: bool = False) -> Path | None:
         """Writes the recipe, whole or not at all, and its tensors beside it; local adapters become relative to its
-        folder. Activations whose moments were not read are left out.
+        folder. Activations whose moments are nowhere are left out.
 
         Args:
             path: of the recipe.
@@ -124,9 +124,10 @@ class Recipe:
         Raises:
             OutputExists: if a file is in the way and `force` is not set, or it is none to replace.
             UsageError: if the mixing has tensors and `path` does not end in `.json`.
+            RecipeError, IntegrityError: if the moments beside the file that it was read from are not its own.
         """
         path = Path(path)
-        mixing, activations = self.mixing, self.activations
+        mixing, moments = self.mixing, _moments_of(self.activations)
         check_recipe_path(path, force=force, kind=mixing.kind)
         written = self._moved_to(path.parent)
         beside: dict[Path, Mapping[str, Any]] = {}
@@ -135,8 +136,8 @@ class Recipe:
 
             beside[tensors_path(path)] = mixing.tensors
             written = replace(written, mixing=replace(mixing, tensors_sha256=sidecar_sha256(mixing.tensors)))
-        if activations is not None and activations.moments:
-            beside[activations_path(path)] = activations.moments
+        if moments:
+            beside[activations_path(path)] = moments
         else:
             written = replace(written, activations=None)
         document = written.to_json().encode()
@@ -190,6 +191,17 @@ class Recipe:
         if adapter.repo_id is not None:
             return adapter.reference
         return local_reference(self.folder / adapter.reference, folder)
+
+
+def _moments_of(activations: RecipeActivations | None) -> Mapping[str, Any]:
+    """Those of a recipe, in memory or beside the file that it was read from; none where they are gone."""
+    if activations is None or activations.moments or activations.recipe is None:
+        return {} if activations is None else activations.moments
+    if not activations_path(activations.recipe).exists():
+        return {}
+    from loracli.recipe.tensors import read_moments
+
+    return read_moments(activations.recipe, activations)
 
 
 def _holds(path: Path, data: bytes) -> bool:
@@ -281,8 +293,7 @@ def check_recipe_path(path: Path, *, force: bool, kind: str = "module") -> None:
 def files_beside(recipe: Recipe, path: Path) -> list[Path]:
     """What stands beside the recipe when it is saved at this path."""
     tensors = [] if recipe.mixing.kind in INLINE_KINDS else [tensors_path(path)]
-    moments = recipe.activations is not None and recipe.activations.moments
-    return [*tensors, *([activations_path(path)] if moments else [])]
+    return [*tensors, *([activations_path(path)] if _moments_of(recipe.activations) else [])]
 
 
 def weights_by_leaf(recipe: Recipe) -> dict[str, list[tuple[float, float, float] | None]]:
@@ -309,6 +320,8 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     result = decode_recipe(read_document(path), f"the recipe {path}", path.parent)
+    if result.activations is not None:
+        result = replace(result, activations=replace(result.activations, recipe=path))
     if result.mixing.kind in INLINE_KINDS:
         return result
     from loracli.recipe.tensors import read_sidecar

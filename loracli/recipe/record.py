@@ -111,12 +111,14 @@ class RecipeActivations:
         sha256: of the file with G, which is beside the recipe.
         moments: `<module>.moment`, G (R, R) in float32, with A (R, in) as in the mixing's tensors: the adapters' own,
             stacked, or the trained one. Not part of the document; empty until they are read.
+        recipe: the file that they stand beside, None where they were never written. Not part of the document.
     """
 
     records: int
     tokens: int
     sha256: _Sha256
     moments: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    recipe: Path | None = field(default=None, compare=False, repr=False)
 
 
 def tensors_path(recipe: Path) -> Path:

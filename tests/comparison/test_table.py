@@ -62,14 +62,42 @@ ROWS = [
 ]
 
 
-def compared(rows: list[Evaluated], *, margin: float = 0.02, seed: int = 0, metric: str | None = None) -> Comparison:
+def compared(
+    rows: list[Evaluated], *, margin: float = 0.02, seed: int = 0, metric: str | None = None, copies: int = 1
+) -> Comparison:
     examples = [
-        Example(f"x:{line}", (5,) * (1 + int(tokens)), (False, *[True] * int(tokens)), task=[None, "odd"][line % 2])
+        Example(
+            f"x:{line}", (5 + line,) * (1 + int(tokens)), (False, *[True] * int(tokens)), task=[None, "odd"][line % 2]
+        )
         for line, tokens in enumerate(TOKENS.tolist())
-    ]
+    ] * copies
     skipped = [Skipped("svd", "why not")]
     inputs = replace(INPUTS, settings=CompareSettings(margin=margin, fit=FitSettings(seed=seed)))
-    return comparison_of(rows, skipped, inputs, examples=examples, metric=metric)
+    return comparison_of(rows, skipped, inputs, examples=examples, guarded=examples, metric=metric)
+
+
+def test_ten_copies_of_every_record_are_the_same_evidence_as_one() -> None:
+    """Intervals, corrected p-values, McNemar's p and the detectable difference of each record ten times over."""
+    answers = {name: torch.rand(COUNT, generator=torch.Generator().manual_seed(i)).round().double()
+               for i, name in enumerate(row.name for row in ROWS)}  # fmt: skip
+    rows = [replace(one, values=answers[one.name], guard=losses(1.0, seed=9 + i)) for i, one in enumerate(ROWS)]
+
+    def times(scores: Scores) -> Scores:
+        return Scores(scores.nats.repeat(10), scores.tokens.repeat(10))
+
+    tenfold = [
+        replace(one, scores=times(one.scores), guard=times(one.guard), values=one.values.repeat(10))  # type: ignore[arg-type, union-attr]
+        for one in rows
+    ]
+    once, often = compared(rows, metric="exact"), compared(tenfold, metric="exact", copies=10)
+    assert often.records == 10 * once.records and often.detectable == pytest.approx(once.detectable, rel=1e-9)
+    assert often.best.rivals == pytest.approx(once.best.rivals)  # type: ignore[union-attr]
+    for one, ten in zip(once.rows, often.rows, strict=True):
+        assert ten.interval == pytest.approx(one.interval, rel=1e-9, abs=1e-12)
+        assert ten.metric is not None and one.metric is not None and ten.guard is not None and one.guard is not None
+        assert (ten.metric.mean, ten.metric.p_value) == pytest.approx((one.metric.mean, one.metric.p_value))
+        assert ten.metric.interval == pytest.approx(one.metric.interval, rel=1e-9, abs=1e-12)
+        assert ten.guard.difference.interval == pytest.approx(one.guard.difference.interval, rel=1e-9, abs=1e-12)
 
 
 def ratios(difference: Tensor, tokens: Tensor, *, seed: int = 0) -> Tensor:

@@ -53,8 +53,8 @@ def test_the_interval_repeats_and_a_method_against_itself_is_zero() -> None:
 
 
 def examples(count: int) -> list[Example]:
-    """Examples of two scored tokens each."""
-    return [Example(f"x:{line}", (5, 6, 7), (False, True, True)) for line in range(count)]
+    """Different examples of two scored tokens each."""
+    return [Example(f"x:{line}", (5, 6, 7 + line), (False, True, True)) for line in range(count)]
 
 
 def scores(nats: list[float]) -> Scores:
@@ -98,7 +98,7 @@ def test_each_task_has_the_loss_of_its_own_records() -> None:
 
 
 def test_weighted_records_weigh_in_the_table_as_copies_would() -> None:
-    """Losses and differences of weight 2 are those of every record twice; the interval is over the records drawn."""
+    """Losses, differences and intervals of weight 2 are those of every record twice: copies are drawn together."""
     generator = torch.Generator().manual_seed(1)
     nats = {name: torch.rand(24, generator=generator).double() for name in ("base", "a", "fit")}
     weight = torch.tensor([2.0] * 8 + [1.0] * 16).double()
@@ -106,12 +106,24 @@ def test_weighted_records_weigh_in_the_table_as_copies_would() -> None:
     weighted = {name: Scores(value * weight, 2 * weight) for name, value in nats.items()}
     copied = {name: Scores(value[twice], torch.full((32,), 2.0).double()) for name, value in nats.items()}
     one = held_out_table(weighted, ["a"], examples=examples(24), name="x", seed=0)
-    other = held_out_table(copied, ["a"], examples=examples(32), name="x", seed=0)
+    rows = [replace(examples(24)[place], place=f"x:{line}") for line, place in enumerate(twice.tolist())]
+    other = held_out_table(copied, ["a"], examples=rows, name="x", seed=0)
+    assert (one.records, other.records, other.scored_tokens) == (24, 32, 64)
+    assert one.standard_error == pytest.approx(other.standard_error, rel=1e-12)
     for row, copy in zip(one.rows, other.rows, strict=True):
+        assert row.interval == pytest.approx(copy.interval, rel=1e-12)
         assert abs(row.nats_per_token - copy.nats_per_token) < 1e-12
         assert abs(row.difference - copy.difference) < 1e-12
     low, high = one.row("fit").interval
     assert low < one.row("fit").difference < high
+
+
+def test_copies_of_few_records_give_no_verdict() -> None:
+    methods = {"a": scores([4.0] * 60), "fit": scores([3.0] * 60)}
+    for different, verdict in ((19, "too few records"), (20, "better")):
+        rows = [replace(examples(different)[line % different], place=f"x:{line}") for line in range(60)]
+        table = held_out_table(methods, ["a"], examples=rows, name="x", seed=0)
+        assert (table.records, table.verdict) == (60, verdict)
 
 
 def test_the_table_has_the_standard_error_of_the_fits_own_loss() -> None:

@@ -188,6 +188,27 @@ def test_an_export_needs_neither_base_nor_data(fitted: Path, tmp_path: Path) -> 
     assert "--merge --activation-aware --rank 2" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_recipe_that_was_read_keeps_its_moments(fitted: Path, tmp_path: Path) -> None:
+    beside, there = "recipe.json.activations.safetensors", fitted.parent
+    document, moments = fitted.read_bytes(), (there / beside).read_bytes()
+    recipe = load_recipe(fitted)
+    recipe.save(fitted, force=True)
+    recipe.save(tmp_path / "recipe.json")
+    assert fitted.read_bytes() == document and (there / beside).read_bytes() == moments
+    assert (tmp_path / beside).read_bytes() == moments and load_recipe(tmp_path / "recipe.json") == recipe
+    how = {"merge": True, "rank": 2, "activation_aware": True}
+    for name, source in (("file", fitted), ("read", recipe), ("copied", load_recipe(tmp_path / "recipe.json"))):
+        export_adapter(ExportRequest(source, **how), tmp_path / name)
+    written = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("file", "read", "copied")]
+    assert written[0] == written[1] == written[2]
+    (tmp_path / beside).write_bytes((tmp_path / beside).read_bytes() + b" ")
+    with pytest.raises(IntegrityError, match="is not the file"):
+        load_recipe(tmp_path / "recipe.json").save(tmp_path / "again.json")
+    (tmp_path / beside).unlink()
+    load_recipe(tmp_path / "recipe.json").save(tmp_path / "again.json")
+    assert load_recipe(tmp_path / "again.json").activations is None
+
+
 @pytest.mark.parametrize("fitted", ["module"], indirect=True)
 def test_an_adapter_of_weight_zero_has_no_row_in_the_moments(fitted: Path) -> None:
     recipe = load_recipe(fitted)
@@ -278,7 +299,7 @@ def test_the_file_of_the_moments_stands_and_falls_with_its_recipe(fitted: Path, 
     path.unlink()
     with pytest.raises(OutputExists, match="activations.safetensors exists"):
         whole.save(path)
-    recipe.save(path, force=True)  # without the moments in memory
+    replace(recipe, activations=None).save(path, force=True)
     assert not beside.exists() and load_recipe(path).activations is None
     beside.write_bytes((tmp_path / "recipe.json").read_bytes())
     with pytest.raises(OutputExists, match="holds something else"):
