@@ -201,6 +201,7 @@ def asked(
             objective.attached.model,
             [prompt_of(example) for example in rendered(session, path)],
             max_new_tokens=arguments.max_new_tokens,
+            window=session.window,
             batch_tokens=arguments.batch_tokens,
             ends=[tokenizer.eos_token_id],
             pad=tokenizer.pad_token_id,

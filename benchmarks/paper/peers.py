@@ -55,6 +55,7 @@ from loracli.model.attach import attach
 from loracli.model.base import load_base
 from loracli.model.loss import make_objective
 from loracli.model.reference import find_base
+from loracli.model.session import usable_length
 from loracli.system.files import CONFIG_FILE
 
 NAME = "peers"
@@ -174,7 +175,8 @@ class Judge:
         self._examples = {file: rendered([file], base.tokenizer) for file in (pair.calibration, pair.test)}
         self._batches = {file: plan_batches(e, batch_tokens=_BATCH_TOKENS) for file, e in self._examples.items()}
         self._pair, places = pair, [example.place for example in self._examples[pair.test]]
-        limits = {"max_length": MAX_LENGTH, "batch_tokens": 4 * _BATCH_TOKENS}
+        window = usable_length(base, 1 << 20)
+        limits = {"max_length": MAX_LENGTH, "window": window, "batch_tokens": 4 * _BATCH_TOKENS}
         self._right = make_scorer(pair.metric, [read_records(pair.test)], places, base.tokenizer, **limits)
 
     def of(self, written: Path | None, file: Path) -> dict[str, list[float]]:

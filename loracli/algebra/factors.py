@@ -189,9 +189,12 @@ def without_zeros(updates: Sequence[Factors], weights: Sequence[float]) -> tuple
     kept = [(update, w) for update, w in zip(updates, weights, strict=True) if w != 0]
     if kept:
         return [update for update, _ in kept], [w for _, w in kept]
-    first = updates[0]
-    nothing = Factors(torch.zeros(1, first.in_features), torch.zeros(first.out_features, 1))
-    return [nothing.to(torch.bfloat16)], [1.0]  # the narrowest: exact in every dtype
+    return [no_update(updates[0]).to(torch.bfloat16)], [1.0]  # the narrowest: exact in every dtype
+
+
+def no_update(like: Factors) -> Factors:
+    """The update 0 of the same module, of rank 1, in float64."""
+    return Factors(torch.zeros(1, like.in_features).double(), torch.zeros(like.out_features, 1).double())
 
 
 def mix(updates: Sequence[Factors], mixing: Tensor) -> Factors:

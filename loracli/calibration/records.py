@@ -206,7 +206,7 @@ def with_fields(data: DataPaths, fields: str | None) -> tuple[DataSource, ...]:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        return None if "_" in text else float(text)
     except ValueError:
         return None
 

@@ -334,10 +334,13 @@ def exported_summary(exported: Exported) -> str:
 
 def certificate_lines(out: Output, exported: Exported) -> None:
     """How far the written adapter is from the composition."""
+    from loracli.export.export import NOISE
+
     certificate = exported.certificate
     if not exported.merged:
-        rounding = f" to {certificate.largest_error:.1e}, the rounding of {dtype_name(exported.dtype)}"
-        out.line(f"  exact{rounding if certificate.largest_error else ''}")
+        error, rounding = certificate.largest_error, f"the rounding of {dtype_name(exported.dtype)}"
+        exact = f"exact to {error:.1e}, {rounding}" if error <= NOISE else f"relative error {error:.2f}, {rounding}"
+        out.line(f"  {exact if error else 'exact'}")
         return
     out.line(
         f"  energy kept by the compression: {certificate.mean_energy:.2%} on average, "

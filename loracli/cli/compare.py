@@ -296,7 +296,12 @@ def _fit_of(
     reading: opt.ReadingOptions,
 ) -> list[str]:
     """The fit of the row that is best, as it was made for the comparison: every option of it that was set."""
-    words = ["loracat", "fit", "--adapters", *adapters, "--data", *data]
+    from loracli.calibration.records import parse_sources
+
+    files = [str(source.path or "-") for source in parse_sources(data, owned=True)]  # without whose records they are
+    weights = [source.weight for source in parse_sources(data, owned=True)]
+    named = [file if weight == 1 else f"{file}:{weight:g}" for file, weight in zip(files, weights, strict=True)]
+    words = ["loracat", "fit", "--adapters", *adapters, "--data", *named]
     words += ["--paper"] if mixing == "paper" else ["--mixing", mixing]
     for name, value in base.items():
         words += [] if value is None else [f"--{name}", value]

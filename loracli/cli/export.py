@@ -215,7 +215,7 @@ def export(
     from loracli.algebra.methods.method import MethodOptions
     from loracli.calibration.records import with_fields
     from loracli.composition.weights import parse_words
-    from loracli.errors import UsageError
+    from loracli.errors import LoracatError, UsageError
     from loracli.export.export import export_adapter
     from loracli.export.loss import loss_of_export, read_loss_data
     from loracli.export.request import ExportRequest
@@ -261,9 +261,13 @@ def export(
         return
     loss = None
     if files is not None:
-        loss = loss_of_export(
-            exported, files, base=base, base_revision=base_revision, placement=placement, progress=out
-        )
+        try:
+            loss = loss_of_export(
+                exported, files, base=base, base_revision=base_revision, placement=placement, progress=out
+            )
+        except LoracatError:
+            out.warn(f"{exported.path} is written; only its loss on the records is not known")
+            raise
     _show(out, exported, loss, gguf=writing.gguf, base=base)
 
 

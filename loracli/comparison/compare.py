@@ -334,7 +334,8 @@ class _Comparison:
             self._inputs.test,
             [example.place for example in self._test],
             self._session.tokenizer,
-            max_length=settings.max_length,
+            max_length=self._session.max_length,
+            window=self._session.window,
             batch_tokens=settings.batch_tokens,
             progress=self._progress,
         )

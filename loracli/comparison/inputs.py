@@ -16,7 +16,7 @@ from loracli.algebra.methods import METHODS
 from loracli.calibration.dataset import Dataset, check_shape, read_dataset, warn_of_copies
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.comparison.recipes import ComparedRecipe, load_recipes
-from loracli.comparison.settings import ALL, DATAMIX, FITTED_MIXINGS, RANDOM, CompareSettings
+from loracli.comparison.settings import ALL, DATAMIX, FITTED_MIXINGS, RANDOM, WEIGHTS, CompareSettings
 from loracli.composition.fitted import check_own_records, owners_of
 from loracli.composition.weights import ModuleWeights, weights_of_modules
 from loracli.errors import UsageError
@@ -32,7 +32,9 @@ from loracli.recipe.ingredients import recorded_policy
 from loracli.recipe.recipe import OTHER_ROWS
 from loracli.recipe.record import FINGERPRINT
 
-_OTHER_NAMES = {*OTHER_ROWS, *METHODS, *FITTED_MIXINGS, FRESH_LORA, RANDOM, DATAMIX}  # of rows that are no adapter's
+_OTHER_NAMES = {  # of rows that are no adapter's
+    *OTHER_ROWS, *METHODS, *FITTED_MIXINGS, FRESH_LORA, RANDOM, DATAMIX, WEIGHTS
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

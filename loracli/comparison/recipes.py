@@ -8,16 +8,14 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
-import torch
-
 from loracli.adapters.adapter import LoraAdapter, module_names
 from loracli.adapters.saved_modules import REFUSE
-from loracli.algebra.factors import Factors
+from loracli.algebra.factors import no_update
 from loracli.composition.attached import MixingPoint, of_factors, of_recipe
 from loracli.composition.composition import compose_module
 from loracli.errors import UsageError
 from loracli.evaluation.statistics import FIT
-from loracli.fitting.mixing import Layout, make_diagonal, make_layout
+from loracli.fitting.mixing import Layout, make_diagonal
 from loracli.progress import Progress
 from loracli.recipe.ingredients import by_names_of, read_recorded, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe, local_reference
@@ -56,13 +54,11 @@ class ComparedRecipe:
             return of_recipe(mixing, adapters, layout, note=note)
         own = [adapters[place] for place in self.places]
         if mixing.kind in INLINE_KINDS:
-            point = of_recipe(self._among(mixing, layout), adapters, layout, note=note)
-            return replace(point, rank=max(make_layout(own).sizes))
+            return of_recipe(self._among(mixing, layout), adapters, layout, note=note)
         composed = {name: compose_module(mixing, own, name) for name in module_names(own)}
-        factors = {
-            name: composed[name] if name in composed else _nothing(adapters, name) for name in module_names(adapters)
-        }
-        return of_factors(factors, note=note)
+        every = {name: module.factors for adapter in adapters for name, module in adapter.modules.items()}
+        whole = {name: composed.get(name) or no_update(every[name]) for name in module_names(adapters)}
+        return of_factors(whole, note=note)
 
     def _among(self, mixing: RecipeMixing, layout: Layout) -> RecipeMixing:
         """The mixing with a weight for each adapter of the layout."""
@@ -73,13 +69,6 @@ class ComparedRecipe:
                 row[place] = mixing.weights[group][index] if group in mixing.weights else None
             weights[group] = tuple(row)
         return replace(mixing, weights=weights)
-
-
-def _nothing(adapters: Sequence[LoraAdapter], module: str) -> Factors:
-    """An update of a module that changes nothing."""
-    shape = next(a.modules[module].factors for a in adapters if module in a.modules)
-    zeros = torch.zeros(1, shape.in_features, dtype=torch.float64)
-    return Factors(zeros, torch.zeros(shape.out_features, 1, dtype=torch.float64))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ _OF_FITS = ("--fit-data", "--passes", "--cv")
 _WEIGHTS, _MIXED = "--weights", f"--control {DATAMIX}"
 _STATE = StateKind(
     "comparison",
-    "2",
+    "3",
     _ENTRY.format("*"),
     "compare in another folder",
     frozenset({*_OF_FITS, _WEIGHTS, _MIXED}),  # rows that need none of them are the same without
@@ -208,7 +208,8 @@ def _identity(inputs: CompareInputs, placement: Placement, metric: TaskMetric | 
     values = {**settings.fit.recorded(), **encode(settings.options)}
     joining: dict[str, object] = {}
     if inputs.calibration is not None:
-        files = [[file.source.name, file.sha256, file.source.weight] for file in inputs.calibration.files]
+        given = zip(inputs.calibration.files, inputs.owners, strict=True)
+        files = [[file.source.name, file.sha256, file.source.weight, owner] for file, owner in given]
         joining = dict(zip(_OF_FITS, (files, values["passes"], values["cv"]), strict=True))
     if inputs.weights is not None:
         joining[_WEIGHTS] = encode(dict(inputs.weights))

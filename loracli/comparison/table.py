@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from loracli.calibration.dataset import MIN_HELD_OUT
 from loracli.calibration.render import Example
 from loracli.comparison.inputs import CompareInputs
 from loracli.evaluation.comparison import (
@@ -238,5 +239,6 @@ class _Table:
                 found.append(None)
                 continue
             (difference,) = self._differences([row.guard.nats - base.nats], base.tokens)
-            found.append(GuardScore(row.guard.nats_per_token, difference, difference.interval[1] < self._margin))
+            safe = len(base.tokens) >= MIN_HELD_OUT and difference.interval[1] < self._margin
+            found.append(GuardScore(row.guard.nats_per_token, difference, safe))
         return found

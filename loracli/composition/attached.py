@@ -62,7 +62,8 @@ def of_recipe(mixing: RecipeMixing, adapters: Sequence[LoraAdapter], layout: Lay
         diagonal = make_diagonal(layout, mixing.kind)
         theta = torch.tensor(_entries(mixing, diagonal), dtype=torch.float64)
         weights = tuple(theta.tolist()) if mixing.kind == "adapter" else None
-        return MixingPoint(diagonal, theta, max(layout.sizes), weights=weights, note=note)
+        used = torch.split(theta[diagonal.index] != 0, layout.sizes)  # an adapter of weight 0 takes no rank
+        return MixingPoint(diagonal, theta, max(1, *(int(rows.sum()) for rows in used)), weights=weights, note=note)
     return of_factors({name: compose_module(mixing, adapters, name) for name in module_names(adapters)}, note=note)
 
 
@@ -107,14 +108,20 @@ def of_factors(factors: Mapping[str, Factors], *, kept_energy: float | None = No
     rank = max(f.rank for f in factors.values())
     targets: dict[str, list[Factors]] = {}
     for name, f in factors.items():
-        scaled = Factors(f.lora_A.float(), (f.scaling * f.lora_B.double()).float())
+        bias = None if f.bias is None else (f.scaling * f.bias.double()).float()
+        scaled = Factors(f.lora_A.float(), (f.scaling * f.lora_B.double()).float(), bias=bias)
         targets.setdefault(target_of(name), []).append(scaled)
     experts = {target_of(name) for name in factors if is_numbered(name)}
     pairs = tuple(
-        stack_experts(scaled, max(f.rank for f in scaled)) if name in experts else (scaled[0].lora_A, scaled[0].lora_B)
+        stack_experts(scaled, max(f.rank for f in scaled)) if name in experts else _of_linear(scaled[0])
         for name, scaled in sorted(targets.items())
     )
     return MixingPoint(FixedFactors(pairs), _NOTHING, rank, kept_energy, note=note)
+
+
+def _of_linear(update: Factors) -> tuple[Tensor, ...]:
+    pair = update.lora_A, update.lora_B
+    return pair if update.bias is None else (*pair, update.bias)
 
 
 def _entries(mixing: RecipeMixing, diagonal: DiagonalMixing) -> list[float]:

@@ -93,7 +93,7 @@ def fit_level(
     folds = divide_training(inputs, training)
     canonical = inputs.settings.mixing not in INLINE_KINDS
     with calibration.engine(adapters, layout.modules, canonical=canonical) as engine:
-        found = find_mixing(engine, inputs, folds, training, session.tokenizer)
+        found = find_mixing(engine, inputs, folds, training, session)
     note = f"{found.mixing.kind}, {found.mixing.numbers} numbers" if found.mixing.kind != name else ""
     if name == PAPER:
         note = "softmax weights from a random start, one epoch at a rate of 1e-4, as published"

@@ -187,7 +187,7 @@ def _is_number(text: str) -> bool:
         float(text)
     except ValueError:
         return False
-    return True
+    return "_" not in text  # which Python's own numbers may have
 
 
 def _checked(numbers: Sequence[float], adapters: int) -> list[float]:

@@ -179,7 +179,13 @@ class _Test:
         exact = TaskMetric("exact", max_new_tokens=_MAX_NEW_TOKENS)
         places = [example.place for example in self.examples]
         self._right = make_scorer(
-            exact, [file], places, session.tokenizer, max_length=_MAX_LENGTH, batch_tokens=_ANSWER_TOKENS
+            exact,
+            [file],
+            places,
+            session.tokenizer,
+            max_length=_MAX_LENGTH,
+            window=session.window,
+            batch_tokens=_ANSWER_TOKENS,
         )
 
     def row(self, name: str, objective: Objective) -> DemoRow:

@@ -60,7 +60,8 @@ class GuardScore:
     Args:
         nats_per_token: on them.
         difference: to the base model.
-        safe: whether the whole interval lies below the margin, so that it is shown not to be worse.
+        safe: whether the whole interval lies below the margin, so that it is shown not to be worse; not below 20
+            different records.
     """
 
     nats_per_token: float
@@ -142,7 +143,7 @@ class BestOf:
     Args:
         name: of the row with the lowest loss.
         rivals: each other row's p-value that it is as good, one-sided and corrected by Holm for their number.
-        clear: whether every one is below 0.05.
+        clear: whether every one is below 0.05, of at least 20 different records.
     """
 
     name: str
@@ -362,6 +363,11 @@ def claim(found: Comparison) -> str:
         alone = "" if less else ", better alone than in any composition"
         return f"{best.name} is the best of {ways} on {records}{alone}{less}{below}"
     near = sorted((name for name, p in rivals.items() if p >= SIGNIFICANCE), key=lambda name: -rivals[name])
+    if not near:
+        from loracli.calibration.dataset import MIN_HELD_OUT  # which loads torch
+
+        few = f"which are too few to tell: at least {MIN_HELD_OUT} different ones are needed"
+        return f"{best.name} has the lowest loss of {ways} on {records}, {few}{below}"
     more = f" and {len(near) - _NEAR} more" if len(near) > _NEAR else ""
     shown = f"{', '.join(near[:_NEAR])}{more}"
     return (

@@ -58,9 +58,9 @@ def is_same_number(output: str, reference: str, *, tolerance: float = TOLERANCE)
 
 
 def last_number(text: str) -> float | None:
-    """The last number in decimal notation: an optional sign, thousands separators, an exponent. A fraction is read as
-    its denominator, a percentage as what stands before the sign."""
-    numbers = _NUMBER.findall(text)
+    """The last number in decimal notation: an optional sign, also the minus of typesetters, thousands separators, an
+    exponent. A fraction is read as its denominator, a percentage as what stands before the sign."""
+    numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     value = float(numbers[-1].replace(",", "")) if numbers else math.nan
     return value if math.isfinite(value) else None
 

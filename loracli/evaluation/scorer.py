@@ -35,12 +35,13 @@ def greedy_answers(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    window: int,
     batch_tokens: int,
     ends: Sequence[int],
     pad: int,
     progress: Progress = SILENT,
 ) -> list[list[int]]:
-    """The tokens that the model writes after each prompt, up to and without an end.
+    """The tokens that the model writes after each prompt, up to and without an end, and as far as its window goes.
 
     Prompts stand in batches by length, the shorter ones padded on the left and masked. Nothing is sampled, whatever the
     model's own generation config asks for.
@@ -49,6 +50,7 @@ def greedy_answers(
         model: a transformers causal language model, in evaluation mode.
         prompts: n of them, each at least one token.
         max_new_tokens: of an answer.
+        window: tokens that the model takes, prompt and answer together; more than any prompt has.
         batch_tokens: of a batch, padding and answers included, where one prompt has no more by itself.
         ends: tokens that end an answer.
         pad: token to fill up with.
@@ -58,7 +60,8 @@ def greedy_answers(
     progress.begin(TASK, len(prompts), "records")
     try:
         with _greedy(model, max_new_tokens, ends, pad) as config:
-            for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
+            for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, window, batch_tokens):
+                config.max_new_tokens = min(max_new_tokens, window - len(prompts[rows[-1]]))
                 for i, written in zip(rows, _written(model, [prompts[i] for i in rows], config), strict=True):
                     answers[i] = written[: _end_of(written, ends)]
                 progress.advance(TASK, len(rows))
@@ -131,11 +134,12 @@ def _end_of(written: Sequence[int], ends: Sequence[int]) -> int:
     return next((place for place, token in enumerate(written) if token in ends), len(written))
 
 
-def _batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
-    """Places of prompts, by length."""
+def _batches(lengths: Sequence[int], max_new_tokens: int, window: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Places of prompts, by length; alone where the window ends the answer, so that it ends no other's."""
     rows: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if rows and (len(rows) + 1) * (lengths[i] + max_new_tokens) > batch_tokens:
+        longest = lengths[i] + max_new_tokens
+        if rows and (longest > window or (len(rows) + 1) * longest > batch_tokens):
             yield rows
             rows = []
         rows.append(i)
@@ -187,6 +191,7 @@ def make_scorer(
     tokenizer: Any,
     *,
     max_length: int,
+    window: int,
     batch_tokens: int,
     progress: Progress = SILENT,
 ) -> Scorer:
@@ -198,6 +203,7 @@ def make_scorer(
         places: of n records, in the order of the scores.
         tokenizer: the base model's.
         max_length: tokens that a prompt may have.
+        window: tokens that the base takes, prompt and answer together.
         batch_tokens: of a micro-batch of the loss; a batch of answers has four times as many.
         progress: told how many answers there are.
     Raises:
@@ -205,10 +211,12 @@ def make_scorer(
     """
     wanted = dict.fromkeys(places)
     if metric.name == CHOICE:
-        return _choices(files, wanted, tokenizer, batch_tokens)
-    questions = [found for file in files for found in _questions(file, wanted, tokenizer, max_length)]
+        return _choices(files, wanted, tokenizer, window, batch_tokens)
+    most = min(max_length, window - 1)
+    questions = [found for file in files for found in _questions(file, wanted, tokenizer, most)]
     by_place = {question.record.place: question for question in questions}
-    return partial(_answered, metric, [by_place[place] for place in places], tokenizer, 4 * batch_tokens, progress)
+    asked = [by_place[place] for place in places]
+    return partial(_answered, metric, asked, tokenizer, window, 4 * batch_tokens, progress)
 
 
 def _reference_of(content: dict[str, Any]) -> str:
@@ -227,7 +235,7 @@ def prompt_of(example: Example) -> tuple[int, ...]:
     return example.input_ids[:start]
 
 
-def _questions(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any, max_length: int) -> list[_Question]:
+def _questions(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any, most: int) -> list[_Question]:
     records = tuple(record for record in file.records if record.place in wanted)
     if not records:
         return []
@@ -240,10 +248,10 @@ def _questions(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any, m
     questions = []
     for record, example in zip(records, _rendered(replace(file, records=records), tokenizer), strict=True):
         prompt, last = prompt_of(example), example.input_ids[len(example.scored) - 1]
-        if not prompt or len(prompt) > max_length:
+        if not 0 < len(prompt) <= most:
             raise CalibrationError(
-                f"{record.place}: the prompt has {len(prompt)} tokens; an answer needs 1 to {max_length}",
-                hint="raise --max-length, or leave the record out",
+                f"{record.place}: the prompt has {len(prompt)} tokens; an answer needs 1 to {most}",
+                hint="raise --max-length as far as the base goes, or leave the record out",
             )
         questions.append(_Question(record, prompt, last if last in special else None))
     return questions
@@ -257,6 +265,7 @@ def _answered(
     metric: TaskMetric,
     questions: Sequence[_Question],
     tokenizer: Any,
+    window: int,
     batch_tokens: int,
     progress: Progress,
     objective: Objective,
@@ -267,6 +276,7 @@ def _answered(
         objective.attached.model,
         [question.prompt for question in questions],
         max_new_tokens=metric.max_new_tokens,
+        window=window,
         batch_tokens=batch_tokens,
         ends=sorted(end for end in ends if end is not None),
         pad=0 if pad is None else pad,
@@ -295,7 +305,9 @@ def _answered(
     return torch.tensor(right, dtype=torch.float64)
 
 
-def _choices(files: Sequence[CalibrationFile], wanted: dict[str, None], tokenizer: Any, batch_tokens: int) -> Scorer:
+def _choices(
+    files: Sequence[CalibrationFile], wanted: dict[str, None], tokenizer: Any, window: int, batch_tokens: int
+) -> Scorer:
     """Every option of every record as an example of its own."""
     examples: list[Example] = []
     options: dict[str, list[str]] = {}  # by place
@@ -312,6 +324,10 @@ def _choices(files: Sequence[CalibrationFile], wanted: dict[str, None], tokenize
         each = tuple(_answering(record, option) for record in records for option in record.choices)
         if each:
             examples += _rendered(replace(file, records=each), tokenizer)
+    for example in examples:
+        if len(example.input_ids) > window:
+            reason = f"with one of its choices it has {len(example.input_ids)} tokens; the base takes {window}"
+            raise CalibrationError(f"{example.place}: {reason}", hint="leave the record out")
     right = {record.place: _reference_of(record.content) for file in files for record in file.records}
     batches = plan_batches(examples, batch_tokens=batch_tokens)
 

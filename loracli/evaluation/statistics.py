@@ -114,7 +114,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def best_of(scores: Mapping[str, Scores], *, seed: int = 0) -> BestOf:
     """The way with the lowest loss, and for each other the corrected one-sided p-value that it is as good.
 
-    A p-value is the share of paired resamples in which the other is not worse, (1 + count) / (1 + resamples).
+    A p-value is the share of paired resamples in which the other is not worse, (1 + count) / (1 + resamples). Nothing
+    is clear below 20 records, whose resamples say nothing.
 
     Args:
         scores: of each way on the same records.
@@ -128,7 +129,8 @@ def best_of(scores: Mapping[str, Scores], *, seed: int = 0) -> BestOf:
     draws = resampled(differences, scores[best].tokens, seed=seed)
     as_good = (draws <= 0).sum(dim=1).tolist()
     rivals = holm({name: (1 + count) / (1 + RESAMPLES) for name, count in zip(others, as_good, strict=True)})
-    return BestOf(best, rivals, clear=all(p < SIGNIFICANCE for p in rivals.values()))
+    enough = len(scores[best].tokens) >= MIN_HELD_OUT
+    return BestOf(best, rivals, clear=enough and all(p < SIGNIFICANCE for p in rivals.values()))
 
 
 def standard_error(difference: Tensor, tokens: Tensor) -> float:

@@ -321,8 +321,24 @@ def write_export(
                 progress=progress,
                 workers=workers,
             )
+        _warn_of_noise(certificate, plan, progress)
     record = None if refitted is None else refitted.record
     return Exported(output, plan.layout, plan.dtype, plan.merged, certificate, size, composition, plan.shapes, record)
+
+
+NOISE = 0.1  # relative error of what was only rounded, which is far smaller in every dtype
+
+
+def _warn_of_noise(certificate: Certificate, plan: ExportPlan, progress: Progress) -> None:
+    """Says where what was written has little to do with the composition."""
+    most = 1.0 if plan.merged else NOISE  # 1: all of a cut's update could as well be left out
+    found = sorted((m for m in certificate.modules if m.relative_error > most), key=lambda m: -m.relative_error)
+    if found:
+        more = "" if len(found) == 1 else f" and {count_text(len(found) - 1, 'other module')}"
+        progress.warn(
+            f"what was written for {found[0].name}{more} is rounding, with a relative error of "
+            f"{found[0].relative_error:.2g}: the updates cancel there, or are too small for {dtype_name(plan.dtype)}"
+        )
 
 
 def _find_moments(composition: Composition, request: ExportRequest, progress: Progress) -> Moments:

@@ -298,7 +298,7 @@ class Descent:
         """
         adam = self._adam
         tensors = {**adam.state(), "anchor": self._anchor}
-        numbers = {**adam.schedule, "steps": steps, "ridge": ridge}
+        numbers = {**adam.schedule, "run": steps, "ridge": ridge}
         same = self._engine.same("descent", self._mixing, tensors, self._examples, **numbers)
         entry = self._engine.recall(key, same)
         none = Ran(torch.zeros_like(adam.theta), 0.0, 0.0, torch.zeros(steps, dtype=torch.float64))

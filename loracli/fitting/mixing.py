@@ -81,9 +81,10 @@ class Applied(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FixedFactors:
-    """L pairs of lora_A (r, in) and lora_B (out, r), scaling 1, in place of the adapters' own; theta is not read."""
+    """L pairs of lora_A (r, in) and lora_B (out, r), scaling 1, with a bias (out,) of lora_B behind them or without, in
+    place of the adapters' own; theta is not read."""
 
-    factors: tuple[tuple[Tensor, Tensor], ...]
+    factors: tuple[tuple[Tensor, ...], ...]
 
     def apply(self, attached: AttachedModel, theta: Tensor) -> None:
         attached.set_factors(self.factors)

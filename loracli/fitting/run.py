@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import transformers
@@ -234,7 +233,7 @@ def find_mixing(
     inputs: FitInputs,
     folds: tuple[Fold, ...],
     training: Sequence[Example],
-    tokenizer: Any,
+    session: Session,
     judged: int | None = None,
 ) -> Solution:
     """The search of `inputs.settings` on an attached model.
@@ -244,7 +243,7 @@ def find_mixing(
         inputs: of the fit.
         folds: from `divide_training`.
         training: all records of the folds.
-        tokenizer: the base model's.
+        session: of the base.
         judged: the fold that is held out of what the others choose, None for the choice of all.
     """
     settings, attached = inputs.settings, engine.objective.attached
@@ -255,7 +254,7 @@ def find_mixing(
     if settings.mixing != AUTO:
         target = make_mixing(attached, inputs.layout, settings.mixing)  # type: ignore[arg-type]
         reserved = certificate_tokens(target, training, settings, settings.budget(len(folds), len(training)))
-    task = replace(_task(engine, inputs, folds, tokenizer), judged=judged)
+    task = replace(_task(engine, inputs, folds, session), judged=judged)
     return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training, reserved)
 
 
@@ -264,7 +263,7 @@ def _solve(
 ) -> tuple[Solution, FitCertificate | None]:
     """The whole procedure on some training records: the search, and the certificate with the steps that end it."""
     settings, before = inputs.settings, engine.meter.spent
-    found = find_mixing(engine, inputs, folds, training, session.tokenizer)
+    found = find_mixing(engine, inputs, folds, training, session)
     mixing = found.mixing
     if not isinstance(mixing, DiagonalMixing) or not can_certify(mixing) or found.stopped:
         return found, None
@@ -278,7 +277,7 @@ def _solve(
     return replace(found, thetas=(theta,)), certificate
 
 
-def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], tokenizer: Any) -> Task:
+def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], session: Session) -> Task:
     """What is fitted, and what chooses: the loss, or the task metric of the settings."""
     settings, metric = inputs.settings, inputs.settings.metric
     if metric is None:
@@ -290,8 +289,9 @@ def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], tokenizer:
             metric,
             inputs.data.files,
             [example.place for example in examples],
-            tokenizer,
-            max_length=settings.max_length,
+            session.tokenizer,
+            max_length=session.max_length,
+            window=session.window,
             batch_tokens=settings.batch_tokens,
         )
 
@@ -343,7 +343,7 @@ def _judged(engine: Engine, inputs: FitInputs, session: Session, work: Work, pac
 
     def solve(number: int, part: Fold) -> tuple[Mixing, Tensor]:
         if folds[0].validation:
-            found = find_mixing(engine, inputs, folds, training, session.tokenizer, number)
+            found = find_mixing(engine, inputs, folds, training, session, number)
         else:
             found, _ = _solve(engine, inputs, session, (Fold(part.fitting, ()),), part.fitting)
         return found.mixing, found.theta

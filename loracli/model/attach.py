@@ -163,7 +163,7 @@ class Stack:
     entries: Tensor | None = None
 
 
-Core = Tensor | tuple[Tensor, Tensor]
+Core = Tensor | tuple[Tensor, ...]
 
 
 class AttachedModel:
@@ -222,11 +222,11 @@ class AttachedModel:
         parts = self._placed(flat, [matrix.numel() for matrix in matrices])
         self.cores = tuple(part.view(matrix.shape) for part, matrix in zip(parts, matrices, strict=True))
 
-    def set_factors(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Takes L pairs of lora_A (R, in) and lora_B (out, R) in the place of the adapters' own, scaling 1; of experts
-        (E, R, in) and (E, out, R)."""
+    def set_factors(self, factors: Sequence[tuple[Tensor, ...]]) -> None:
+        """Takes L pairs of lora_A (R, in) and lora_B (out, R) in the place of the adapters' own, scaling 1, of a linear
+        module with the bias (out,) of lora_B behind them or without; of experts (E, R, in) and (E, out, R)."""
         homes = (stack.lora_A.device for stack in self.stacks)
-        self.cores = tuple((A.to(home), B.to(home)) for (A, B), home in zip(factors, homes, strict=True))
+        self.cores = tuple(tuple(f.to(home) for f in one) for one, home in zip(factors, homes, strict=True))
 
     def _placed(self, whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """The parts (..., size) of what belongs to the modules, each where its module is: one copy for each device,
@@ -425,12 +425,12 @@ def _hook(attached: AttachedModel, row: int, stack: Stack) -> Any:
     return add_update
 
 
-def _trained_update(x: Tensor, factors: tuple[Tensor, Tensor], ends: Tensor | None = None) -> Tensor:
-    """B A x, with both in the dtype of x; here x and A x are kept for the backward pass."""
-    lora_A, lora_B = (factor.to(x.device, x.dtype) for factor in factors)
+def _trained_update(x: Tensor, factors: tuple[Tensor, ...], ends: Tensor | None = None) -> Tensor:
+    """B A x, or B A x + b, with all in the dtype of x; here x and A x are kept for the backward pass."""
+    lora_A, lora_B, *bias = (factor.to(x.device, x.dtype) for factor in factors)
     if ends is not None:
         return grouped(grouped(x, lora_A.mT, ends), lora_B.mT, ends)
-    return F.linear(F.linear(x, lora_A), lora_B)
+    return F.linear(F.linear(x, lora_A), lora_B, *bias)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ tokenizer, and the micro-batches of every list of examples.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -252,6 +253,11 @@ class Session:
     def max_length(self) -> int:
         """Tokens of a record that are used."""
         return usable_length(self.base, self.opening.max_length)
+
+    @property
+    def window(self) -> int:
+        """Tokens that the base takes at most, a prompt and its answer together."""
+        return usable_length(self.base, sys.maxsize)
 
     def render(
         self, files: Sequence[CalibrationFile], *, allow_truncation: bool = False, skip_bad: bool = False

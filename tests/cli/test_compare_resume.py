@@ -125,6 +125,16 @@ def test_more_methods_and_their_data_are_computed_beside_the_rows_that_are_done(
     assert found.stdout == run(*longer, "--json").stdout
 
 
+def test_records_of_another_owner_are_other_records(few: Path, measured: Measured) -> None:
+    words = [*WORDS[:8], "--methods", "regmean,sum", "--fit-data", "calibration.jsonl@know", "other.jsonl@form"]
+    stopped(measured, "sum", *words)
+    swapped = [*words[:-2], "calibration.jsonl@form", "other.jsonl@know"]
+    refused = run(*swapped, "--resume")
+    assert refused.exit_code == 3 and "changed: --fit-data" in refused.stderr, refused.stderr
+    by_place = [*words[:-2], "calibration.jsonl@#1", "other.jsonl@#2"]
+    assert run(*by_place, "--resume", "-q").exit_code == 0 and "regmean" in measured.names[:5]
+
+
 def test_without_resume_or_force_what_is_done_is_in_the_way(few: Path, measured: Measured) -> None:
     stopped(measured, "know")
     kept, folder = tree(few), state(few)

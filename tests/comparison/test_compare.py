@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from loracli.adapters.adapter import read_adapter
+from loracli.adapters.adapter import module_names, read_adapter
 from loracli.algebra.factors import norm
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import MethodOptions
@@ -23,7 +23,7 @@ from loracli.comparison.inputs import prepare_comparison
 from loracli.comparison.settings import CompareSettings, Controls
 from loracli.composition.fitted import TASK
 from loracli.errors import NonFiniteLoss, UsageError
-from loracli.evaluation.comparison import Comparison
+from loracli.evaluation.comparison import Comparison, claim
 from loracli.evaluation.metrics import TaskMetric
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
@@ -507,11 +507,41 @@ def test_an_adapter_in_a_directory_of_a_methods_name_is_a_row_of_its_own(
     tmp_path: Path, data: Path, tiny_base: Path, two_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, path in zip(("ties", "fresh-lora"), two_adapters, strict=True):
+    for name, path in zip(("ties", "weights"), two_adapters, strict=True):
         shutil.copytree(path, tmp_path / name)
-    found = compare(data, tiny_base, (Path("ties"), Path("fresh-lora")), settings=CompareSettings(("ties",)))
-    assert [row.name for row in found.rows] == ["base", "./ties", "./fresh-lora", "uniform", "ties"]
-    assert found.adapters == ("./ties", "./fresh-lora")
+    settings = CompareSettings(("ties",), weights=(0.5, 0.25))
+    found = compare(data, tiny_base, (Path("ties"), Path("weights")), settings=settings)
+    assert [row.name for row in found.rows] == ["base", "./ties", "./weights", "uniform", "ties", "weights"]
+    assert found.adapters == ("./ties", "./weights")
+    alone = compare(data, tiny_base, two_adapters[1:], settings=CompareSettings(("sum",)))
+    assert found.row("./weights").nats_per_token == loss_of(alone, two_adapters[1])
+
+
+def test_the_rank_of_a_row_is_that_of_its_export(
+    tmp_path: Path, data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    """An adapter of weight 0 takes no rank, where it has that in some modules and where it has in all."""
+    names = module_names([read_adapter(str(two_adapters[1]))])
+    for zeros in ([0], range(len(names)), [*range(len(names) - 1)]):
+        weights = {"#1": {"default": 0.5}, "#2": {"default": 1.0} | {names[i]: 0.0 for i in zeros}}
+        found = compare(data, tiny_base, two_adapters, settings=CompareSettings(("sum",), weights=weights))
+        request = ExportRequest(adapters=[str(path) for path in two_adapters], weights=weights, base=str(tiny_base))
+        exported = export_adapter(request, tmp_path / f"out-{len(zeros)}")
+        assert found.row("weights").rank == exported.layout.rank
+
+
+def test_of_fewer_than_twenty_records_nothing_is_claimed(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    records = random_records(20, seed=3)
+    for count in (1, 19, 20):
+        write_jsonl(tmp_path / "test.jsonl", records[:count])
+        guard = write_jsonl(tmp_path / "guard.jsonl", records[:count])
+        found = compare(tmp_path, tiny_base, two_adapters, guard=guard, settings=CompareSettings(("sum",), margin=9.0))
+        assert all(row.guard is not None and row.guard.safe is (count == 20) for row in found.rows)
+        if count < 20:
+            assert not found.best.clear
+            assert "too few to tell: at least 20 different ones" in claim(found) or "not clearly better" in claim(found)
 
 
 def test_another_seed_draws_other_records_for_the_intervals_and_changes_no_loss(

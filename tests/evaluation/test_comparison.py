@@ -97,8 +97,8 @@ def beside_fresh(found: HeldOut, loss: float, difference: float, interval: tuple
         (
             table(FEW, -1.0, (-1.2, -0.8)),
             "Too few records to tell whether the composition is better than your best adapter, b: 50 % less loss on "
-            "128 records that it had not seen, and a verdict needs at least 20 different ones: give more with --data, or "
-            "others with --eval-data",
+            "128 records that it had not seen, and a verdict needs at least 20 different ones: give more with --data, "
+            "or others with --eval-data",
         ),
         (
             table(WORSE, 0.2, (0.1, 0.3), loss=0.0),  # nothing to have a share of

@@ -16,7 +16,7 @@ from loracli.evaluation.metrics import TaskMetric, task_metric
 from loracli.evaluation.scorer import greedy_answers, make_scorer, prompt_of
 from loracli.model.attach import attach
 from loracli.model.loss import make_objective
-from tests.tiny import make_tokenizer, random_records, write_jsonl
+from tests.tiny import make_base, make_tokenizer, random_records, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,12 @@ def file_of(tmp_path: Path, records: list[dict[str, Any]]) -> CalibrationFile:
     return read_records(source)
 
 
-def values(model: Any, file: CalibrationFile, metric: TaskMetric, *, max_length: int = 64) -> list[float]:
+def values(
+    model: Any, file: CalibrationFile, metric: TaskMetric, *, max_length: int = 64, window: int = 1024
+) -> list[float]:
     tokenizer = make_tokenizer()
     places = [record.place for record in file.records]
-    scorer = make_scorer(metric, [file], places, tokenizer, max_length=max_length, batch_tokens=256)
+    scorer = make_scorer(metric, [file], places, tokenizer, max_length=max_length, window=window, batch_tokens=256)
     examples = render_file(file, tokenizer, max_length=max_length).examples
     from loracli.calibration.dataset import plan_batches
 
@@ -50,7 +52,7 @@ def prompts(count: int) -> list[list[int]]:
 
 def test_answers_in_batches_are_those_of_one_prompt_at_a_time_and_of_the_argmax(model: Any) -> None:
     asked = prompts(14)
-    kwargs: Any = {"max_new_tokens": 9, "ends": [2], "pad": 0}
+    kwargs: Any = {"max_new_tokens": 9, "window": 256, "ends": [2], "pad": 0}
     together = greedy_answers(model, asked, batch_tokens=400, **kwargs)
     assert together == greedy_answers(model, asked, batch_tokens=1, **kwargs)
     for prompt, answer in zip(asked, together, strict=True):
@@ -64,16 +66,34 @@ def test_answers_in_batches_are_those_of_one_prompt_at_a_time_and_of_the_argmax(
         assert ids[len(prompt) :] == answer
 
 
+def test_an_answer_ends_where_the_window_does_and_no_other_with_it(tmp_path: Path) -> None:
+    """On a base that has no position beyond it; each prompt alone, token by token."""
+    model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path / "base", "gpt2")).eval()
+    window = model.config.max_position_embeddings
+    generator = torch.Generator().manual_seed(1)
+    asked = [
+        torch.randint(3, 259, (n,), generator=generator).tolist() for n in (window - 3, 8, window - 1, window - 12)
+    ]
+    answers = greedy_answers(model, asked, max_new_tokens=10, window=window, batch_tokens=4 * window, ends=[], pad=0)
+    assert [len(answer) for answer in answers] == [3, 10, 1, 10]
+    for prompt, answer in zip(asked, answers, strict=True):
+        ids = list(prompt)
+        for _ in answer:
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        assert ids[len(prompt) :] == answer
+
+
 def test_an_answer_ends_before_its_end_and_a_sampling_config_of_the_model_changes_nothing(model: Any) -> None:
     asked = prompts(3)
-    plain = greedy_answers(model, asked, max_new_tokens=8, batch_tokens=400, ends=[], pad=0)
+    plain = greedy_answers(model, asked, max_new_tokens=8, window=256, batch_tokens=400, ends=[], pad=0)
     end = plain[0][3]
-    cut = greedy_answers(model, asked, max_new_tokens=8, batch_tokens=400, ends=[end], pad=0)
+    cut = greedy_answers(model, asked, max_new_tokens=8, window=256, batch_tokens=400, ends=[end], pad=0)
     assert cut[0] == plain[0][: plain[0].index(end)]
     own = model.generation_config
     own.do_sample, own.temperature = True, 3.0
     try:
-        assert greedy_answers(model, asked, max_new_tokens=8, batch_tokens=400, ends=[], pad=0) == plain
+        assert greedy_answers(model, asked, max_new_tokens=8, window=256, batch_tokens=400, ends=[], pad=0) == plain
         assert model.generation_config is own
     finally:
         own.do_sample, own.temperature = False, 1.0
@@ -100,7 +120,7 @@ def test_exact_match_counts_the_answers_that_the_model_gives(tmp_path: Path, mod
     tokenizer = make_tokenizer()
     file = file_of(tmp_path, records)
     asked = [prompt_of(e) for e in render_file(file, tokenizer, max_length=64).examples]
-    answers = greedy_answers(model, asked, max_new_tokens=6, batch_tokens=1, ends=[2], pad=0)
+    answers = greedy_answers(model, asked, max_new_tokens=6, window=256, batch_tokens=1, ends=[2], pad=0)
     for record, answer in list(zip(records, answers, strict=True))[::2]:
         record["completion"] = tokenizer.decode(answer, skip_special_tokens=True)
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
@@ -139,6 +159,11 @@ def test_what_cannot_be_judged_is_refused_with_its_line(tmp_path: Path, model: A
     ):
         with pytest.raises(CalibrationError, match=words):
             values(model, file_of(tmp_path, records), TaskMetric(metric))
+    wide = [{**record, "choices": [record["completion"], "x" * 40]}]
+    with pytest.raises(
+        CalibrationError, match=r"q\.jsonl:1: with one of its choices it has \d+ tokens; the base takes 40"
+    ):
+        values(model, file_of(tmp_path, wide), TaskMetric("choice"), window=40)
 
 
 def test_a_metric_is_one_metric_within_its_range() -> None:

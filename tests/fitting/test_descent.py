@@ -121,6 +121,21 @@ def descent_on(engine: Engine, plan: Plan, start: Tensor, steps: int) -> Descent
     return Descent(engine, level("module"), plan.examples, plan.step, adam, start)
 
 
+def test_what_is_shared_is_told_apart_by_its_schedule() -> None:
+    """Eight steps of a schedule of 10 and of one of 40: the rates differ, and so does where they lead."""
+    start = level("module").constant([0.2, 0.5])
+    plan = plan_steps(random_examples([9] * 30), batch_tokens=18, seed=0)
+    ends = {}
+    for shared in (False, True):
+        engine = engine_of(LeastSquares(torch.ones(1)), shared=shared)
+        descents = {whole: descent_on(engine, plan, start, whole) for whole in (10, 40)}
+        for whole, descent in descents.items():
+            descent.run(8, key=f"schedule of {whole}")
+        ends[shared] = [descent.theta for descent in descents.values()]
+    assert not torch.equal(*ends[False])
+    assert all(torch.equal(one, other) for one, other in zip(ends[False], ends[True], strict=True))
+
+
 def test_a_run_averages_its_last_quarter_and_scores_its_later_half_before_each_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -20,9 +20,11 @@ from loracli.calibration.dataset import make_batch
 from loracli.calibration.render import Example
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
+from loracli.composition.attached import of_factors
 from loracli.composition.composition import compose_module
 from loracli.errors import MalformedAdapter, RecipeError, UsageError
 from loracli.export.export import export_adapter
+from loracli.export.loss import loss_of_export, read_loss_data
 from loracli.export.request import ExportRequest
 from loracli.fitting.certificate import _record_gradients
 from loracli.fitting.inputs import prepare_fit
@@ -30,6 +32,7 @@ from loracli.fitting.mixing import make_layout, make_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import attach
 from loracli.model.loss import make_objective
+from loracli.model.placement import Placement
 from loracli.recipe.record import INLINE_KINDS, MixingKind, RecipeMixing
 from tests.test_whole_way import fit_case
 from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
@@ -257,3 +260,24 @@ def test_a_bias_that_contradicts_config_or_factors_is_refused(
     with pytest.raises(MalformedAdapter) as caught:
         read_adapter(str(tmp_path))
     assert name in caught.value.what or "bias (3,)" in caught.value.what
+
+
+def test_an_export_is_scored_with_its_biases(made: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """The loss of `export --data` is that of the dense formula, of the composition and of what was written."""
+    base, paths = made
+    weights = [0.5, 0.7, -0.4]
+    data = write_jsonl(tmp_path / "val.jsonl", random_records(9))
+    request = ExportRequest(adapters=[str(p) for p in paths], weights=weights, base=str(base), dtype="float32")
+    exported = export_adapter(request, tmp_path / "out")
+    place = Placement(dtype="float32")
+    found = loss_of_export(exported, read_loss_data(data), base=str(base), placement=place)
+    settings = CompareSettings(("sum",), weights=tuple(weights))
+    rows = compare_adapters(data, adapters=[str(p) for p in paths], base=str(base), settings=settings, placement=place)
+    expected = rows.row("weights").nats_per_token
+    assert (found.before, found.after) == pytest.approx((expected, expected), rel=1e-5)
+    theirs = logits(dense_model(base, paths, weights))
+    with attach(load(base), read(paths), make_layout(read(paths)).modules) as attached:
+        factors = {name: exported.composition.compose(name).factors for name in exported.composition.names()}
+        point = of_factors(factors)
+        point.mixing.apply(attached, point.theta)
+        torch.testing.assert_close(logits(attached.model), theirs, rtol=1e-5, atol=1e-5)

@@ -7,11 +7,11 @@ that does), so that one adapter alone comes back as itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from loracli.algebra.factors import Factors
+from loracli.algebra.factors import Factors, no_update
 from loracli.errors import UsageError
 
 
@@ -37,6 +37,8 @@ class MethodOptions:
             raise UsageError(f"--density {self.density} is not above 0 and at most 1")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank {self.rank} is below 1")
+        if self.scale == 0:
+            raise UsageError("--scale 0 leaves nothing of the adapters")
         if not abs(self.scale) <= 1e6:
             raise UsageError(f"--scale {self.scale} is not between -1e6 and 1e6")
         if not 0 <= self.seed < 1 << 63:
@@ -97,7 +99,8 @@ class Method:
         """
         assert self.merge is not None, f"{self.name} does not merge"
         _check_biases(updates)
-        return self.merge(updates, options)
+        merged = self.merge(updates, options)
+        return merged if merged.factors.rank else replace(merged, factors=no_update(merged.factors))
 
     def regress_updates(self, updates: Sequence[Factors | None], moments: Tensor) -> Merged:
         """What `regress` makes of the updates of one module and their second moments.

@@ -63,6 +63,15 @@ def test_one_adapter_comes_back_as_itself(method: Method, update: Factors) -> No
     assert error(merged(method, [update]), update.delta_weight()) < 1e-10
 
 
+@pytest.mark.parametrize("method", MERGES, ids=lambda m: m.name)
+def test_what_nobody_changes_stays_so_at_rank_1_and_more(method: Method) -> None:
+    zero = replace(factors(4, 1), lora_B=torch.zeros(OUT, 4))
+    merged_zero = method.merge_updates([zero, zero], EVERYTHING).factors
+    assert merged_zero.rank >= 1 and not merged_zero.delta_weight().any()
+    one = method.merge_updates([factors(4, 2), zero], EVERYTHING).factors.delta_weight()
+    assert one.isfinite().all() and one.any()
+
+
 @pytest.mark.parametrize("method", DATA_FREE, ids=lambda m: m.name)
 def test_the_order_of_the_adapters_changes_nothing(method: Method) -> None:
     updates = equal_ranks()
