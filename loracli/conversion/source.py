@@ -43,7 +43,7 @@ from loracli._version import __version__
 from loracli.adapters.adapter import LoraModule
 from loracli.adapters.claims import agreed_licence, agreed_task, stated_licences
 from loracli.adapters.kinds import KINDS, ModuleKind
-from loracli.algebra.factors import Factors, concatenate, norm
+from loracli.algebra.factors import Factors, concatenate, inner_product, norm
 from loracli.algebra.methods.method import Merged
 from loracli.algebra.truncate import Truncation, best_approximation, leading_left, truncate
 from loracli.composition.base_table import BaseTable
@@ -208,12 +208,19 @@ class Tally:
         sizes: |dW|_F by module.
         lost: |dW - dW_k|_F by module, before the rounding to the output's dtype.
         uncertainty: the largest, as a share of a module's |dW|_F.
+        alike: <s B A, s B_0 A_0>, |s B A|^2, |s B_0 A_0|^2 by module, where something was taken from the base.
     """
 
     def __init__(self) -> None:
         self.sizes: dict[str, float] = {}
         self.lost: dict[str, float] = {}
         self.uncertainty = 0.0
+        self.alike: dict[str, tuple[float, float, float]] = {}
+
+    def cosine(self) -> float:
+        """Of what was trained with what it began as, over all modules; 1 where it began at nothing."""
+        both, trained, began = (math.fsum(column) for column in zip(*self.alike.values(), strict=True))
+        return both / math.sqrt(trained * began) if trained * began > 0 else 1.0
 
     def error(self) -> float:
         """|dW - dW_k|_F / |dW|_F over all modules."""
@@ -255,6 +262,9 @@ class Conversion:
         initial = self._initial(own)
         trained = own.factors
         change = trained if initial is None else concatenate([trained, initial.factors], [1.0, -1.0])
+        if initial is not None:
+            began = initial.factors
+            self.tally.alike[module] = inner_product(trained, began), norm(trained) ** 2, norm(began) ** 2
         if module in self.read.adapter.base_copies:
             self._check_copy(module, initial)
         if self.read.magnitudes:

@@ -3,7 +3,8 @@
 How an adapter is named: `org/name`, `org/name@rev`, `hf://org/name@rev/sub/folder`, or a local directory.
 
 Parsing looks at the disk, never at the network: a directory that holds `adapter_config.json` wins over a Hub id of the
-same spelling, and the reference remembers that it did (`shadows_hub`).
+same spelling, and the reference remembers that it did (`shadows_hub`). One that holds several adapters or a whole model
+is refused, and not looked for on the Hub.
 
 A claim is the name of a repository on the Hub or nothing. It is never looked for on the disk, where a folder of that
 name may have come along with the adapter; a directory is what a user names with `--base`.
@@ -96,7 +97,7 @@ def parse_reference(text: str | os.PathLike[str], *, revision: str | None = None
     if is_path or text.startswith((".", "/", "~")) or _holds_adapter(text):
         return _parse_local(text, revision)
     repo_id, at, own_revision = text.partition("@")
-    if text.endswith(".jsonl") or not REPO_ID.fullmatch(repo_id) or os.path.isfile(text):
+    if text.endswith(".jsonl") or not REPO_ID.fullmatch(repo_id) or os.path.isfile(text) or _meant(text):
         _refuse(text)
     if at and not is_revision(own_revision):
         raise AdapterNotFound(f"'{own_revision}' cannot be a branch, tag or commit", where=text, hint=_FORMS)
@@ -141,7 +142,10 @@ def _refuse(text: str) -> NoReturn:
         hint = f"a command that takes data takes them with --data; for an adapter {_FORMS}"
         raise AdapterNotFound("a data file is not an adapter", where=text, hint=hint)
     if os.path.isdir(path):
-        raise AdapterNotFound(f"the directory holds no {CONFIG_FILE}", where=text, hint=_hint_inside(path))
+        hint = _meant(path) or _FORMS
+        if is_repo_id(text):
+            hint += f"; {URI_PREFIX}{text} is the Hub's"
+        raise AdapterNotFound(f"the directory holds no {CONFIG_FILE}", where=text, hint=hint)
     if os.path.isfile(path):
         raise AdapterNotFound(
             "a file is not an adapter", where=text, hint=f"name the directory that holds {CONFIG_FILE}"
@@ -161,8 +165,9 @@ def near_adapter(text: str) -> str | None:
     return near_path(text, holding(CONFIG_FILE))
 
 
-def _hint_inside(path: str) -> str:
-    """Points at the adapters one level down: a trainer's output holds them in `checkpoint-*` folders."""
+def _meant(path: str) -> str | None:
+    """What a directory without an adapter of its own holds in its place: adapters one level down, as a trainer's output
+    has them in `checkpoint-*` folders, or a whole model; None for neither."""
     try:
         inside = sorted(name for name in os.listdir(path) if _holds_adapter(os.path.join(path, name)))
     except OSError:
@@ -170,7 +175,7 @@ def _hint_inside(path: str) -> str:
     if inside:
         inside.sort(key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))])
         return f"it has adapters inside: {', '.join(os.path.join(path, name) for name in inside[:5])}"
-    return WHOLE_MODEL if os.path.isfile(os.path.join(path, "config.json")) else _FORMS
+    return WHOLE_MODEL if os.path.isfile(os.path.join(path, "config.json")) else None
 
 
 def _holds_adapter(text: str) -> bool:

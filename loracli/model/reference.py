@@ -186,7 +186,7 @@ def _directory(base: str, revision: str | None) -> Path | None:
     """The directory that the user named; None for a name on the Hub."""
     local = Path(base).expanduser()
     if not local.is_dir():
-        if not is_hub_id(base):
+        if not is_hub_id(base) or local.is_file():
             raise InputError(
                 f"the base model {base} is not a directory", hint=hints(near_path(base, holding(CONFIG)), WAY_OUT)
             )

@@ -106,7 +106,19 @@ def test_a_local_adapter_wins_over_a_hub_id_of_the_same_spelling_and_says_so(her
 
 def test_a_directory_without_an_adapter_does_not_hide_a_hub_id(here: Path) -> None:
     (here / "org/name").mkdir(parents=True)
+    (here / "org/name/val.jsonl").write_text("")
     assert parse_reference("org/name").repo_id == "org/name"
+
+
+def test_a_directory_with_adapters_inside_or_a_model_is_not_looked_for_on_the_hub(here: Path) -> None:
+    make_adapter(here / "out/run/sft")
+    (here / "out/base").mkdir()
+    (here / "out/base/config.json").write_text("{}")
+    for name, words in (("out/run", "it has adapters inside: out/run/sft"), ("out/base", "looks like a whole model")):
+        with pytest.raises(AdapterNotFound, match="holds no adapter_config.json") as caught:
+            parse_reference(name)
+        assert words in str(caught.value.hint) and str(caught.value.hint).endswith(f"; hf://{name} is the Hub's")
+        assert parse_reference(f"hf://{name}").repo_id == name
 
 
 def test_a_plain_directory_name_is_local_without_hiding_anything(here: Path) -> None:

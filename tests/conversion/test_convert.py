@@ -4,6 +4,7 @@ stated are those of the dense matrices; what cannot be converted is refused with
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from loracli.errors import (
     UsageError,
 )
 from tests.conversion.training import Trained, reload, train
+from tests.heard import Heard
 from tests.tiny import BASE_ID, logits, make_adapter, make_base
 
 FULL = 32  # no module of the tiny models has a higher rank
@@ -321,6 +323,26 @@ def test_an_initial_adapter_of_another_form_is_refused(tmp_path: Path, tiny_base
             IncompatibleAdapters, "before its training", pissa.path, tmp_path, initial=str(other)
         )
     refused(UsageError, "is the adapter itself", pissa.path, tmp_path, initial=str(pissa.path))
+
+
+def test_a_start_that_is_not_the_adapters_is_said(tmp_path: Path, tiny_base: Path, pissa: Trained) -> None:
+    """Another base, and another adapter for the one before the training; nothing of the right ones."""
+    shutil.copytree(pissa.path, tmp_path / "alone", ignore=shutil.ignore_patterns("pissa_init"))
+    alone, other = str(tmp_path / "alone"), str(make_base(tmp_path / "other", "llama", seed=7))
+    form: dict[str, Any] = {"rank": 4, "alpha": 6, "targets": ("q_proj", "v_proj", "down_proj")}
+    foreign = str(make_adapter(tmp_path / "foreign", tiny_base, **form))
+    for place, (options, warned) in enumerate(
+        (
+            ({"base": str(tiny_base)}, None),
+            ({"initial": str(pissa.path / "pissa_init")}, None),
+            ({"base": other}, "the base .* is hardly what"),
+            ({"base": str(tiny_base), "initial": foreign}, "--initial is hardly what"),
+        )
+    ):
+        heard = Heard()
+        convert_adapter(ConvertRequest(alone, **options), tmp_path / f"out{place}", progress=heard)
+        said = [line for line in heard.warnings if "hardly what" in line]
+        assert len(said) == (warned is not None) and all(re.match(str(warned), line) for line in said)
 
 
 def test_an_initialisation_that_the_base_does_not_determine_is_refused(tmp_path: Path, tiny_base: Path) -> None:
