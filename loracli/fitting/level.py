@@ -85,6 +85,11 @@ class Task:
     def validated(self) -> bool:
         return bool(self.folds[0].validation)
 
+    @property
+    def choosing(self) -> int:
+        """Records that choose."""
+        return sum(len(fold.validation) for number, fold in enumerate(self.folds) if number != self.judged)
+
     def check(self, mixing: Mixing, thetas: Sequence[Tensor], key: str) -> Scores | None:
         """Each fold's theta on its validation records, of the folds that choose; None without such records. The key
         says what is checked.

@@ -254,7 +254,7 @@ def find_mixing(
     if settings.mixing != AUTO:
         target = make_mixing(attached, inputs.layout, settings.mixing)  # type: ignore[arg-type]
         reserved = certificate_tokens(target, training, settings, settings.budget(len(folds), len(training)))
-    task = replace(_task(engine, inputs, folds, session), judged=judged)
+    task = _task(engine, inputs, folds, session, judged)
     return search(task, lambda kind: make_mixing(attached, inputs.layout, kind), training, reserved)
 
 
@@ -277,12 +277,13 @@ def _solve(
     return replace(found, thetas=(theta,)), certificate
 
 
-def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], session: Session) -> Task:
+def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], session: Session, judged: int | None) -> Task:
     """What is fitted, and what chooses: the loss, or the task metric of the settings."""
     settings, metric = inputs.settings, inputs.settings.metric
+    by_loss = loss_criterion(engine, batch_tokens=settings.batch_tokens)
+    task = Task(engine, folds, by_loss, settings, inputs.references, spent_before=engine.meter.spent, judged=judged)
     if metric is None:
-        criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
-        return Task(engine, folds, criterion, settings, inputs.references, spent_before=engine.meter.spent)
+        return task
 
     def scorer_of(examples: Sequence[Example]) -> Scorer:
         return make_scorer(
@@ -295,16 +296,12 @@ def _task(engine: Engine, inputs: FitInputs, folds: tuple[Fold, ...], session: S
             batch_tokens=settings.batch_tokens,
         )
 
-    return Task(
-        engine,
-        folds,
-        metric_criterion(engine, scorer_of, batch_tokens=settings.batch_tokens),
-        settings,
-        inputs.references,
+    return replace(
+        task,
+        criterion=metric_criterion(engine, scorer_of, batch_tokens=settings.batch_tokens),
         chooses_by_loss=False,
         unit=metric.name,
-        least_gain=LEAST_ANSWERS / sum(len(fold.validation) for fold in folds),
-        spent_before=engine.meter.spent,
+        least_gain=LEAST_ANSWERS / task.choosing,
     )
 
 

@@ -376,7 +376,7 @@ def least_gain(task: Task, kind: MixingKind, compared: Gain) -> float:
     there are few records, and `task.least_gain`: where the loss is close to nothing, so is the standard error."""
     if kind == "module" and task.chooses_by_loss:
         return 0.0
-    times = 2 if kind == "factors" or sum(len(fold.validation) for fold in task.folds) < _FEW else 1
+    times = 2 if kind == "factors" or task.choosing < _FEW else 1
     return max(times * compared.standard_error, task.least_gain)
 
 

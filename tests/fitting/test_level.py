@@ -200,8 +200,7 @@ def test_auto_climbs_to_where_the_truth_is(small: tuple[Path, list[LoraAdapter]]
 def test_what_overfits_more_easily_has_to_gain_more_standard_errors(
     kind: MixingKind, validated: int, errors: int
 ) -> None:
-    folds = (SimpleNamespace(validation=range(validated)),)
-    task: Any = SimpleNamespace(folds=folds, chooses_by_loss=True, least_gain=0.005)
+    task: Any = SimpleNamespace(choosing=validated, chooses_by_loss=True, least_gain=0.005)
     for standard_error in (0.02, 0.001):  # and where the loss is close to nothing, more than the least
         least = least_gain(task, kind, Gain(0.1, standard_error))
         assert least == (max(errors * standard_error, 0.005) if errors else 0.0)
