@@ -39,7 +39,7 @@ T = TypeVar("T")
 class Processes:
     """The processes of one fit, seen from one of them. `Processes()` is a process by itself.
 
-    Every method but `share` is a meeting point: all processes must call it, in the same order.
+    Every method is a meeting point: all processes must call it, in the same order.
 
     Args:
         rank: of this process, 0 to `world_size` - 1.
@@ -59,10 +59,6 @@ class Processes:
         """Whether this process is the one that prints and writes."""
         return self.rank == 0
 
-    def share(self, items: int) -> range:
-        """Which of so many items are this process's: every K-th."""
-        return range(self.rank, items, self.world_size)
-
     def in_order(self, items: Sequence[T], work: Callable[[T], Tensor]) -> Iterator[tuple[T, Tensor]]:
         """Every item with its result, in the order of `items`, on every process; K at a time are worked on at once.
 
@@ -76,29 +72,6 @@ class Processes:
         for start in range(0, len(items), self.world_size):
             these = items[start : start + self.world_size]
             yield from zip(these, self._round(these, work), strict=True)
-
-    def fold(self, items: Sequence[T], work: Callable[[T], Tensor]) -> Tensor:
-        """sum_i work(items[i]) in float64, added in the order of `items`: the same bits for any K.
-
-        Args:
-            items: the plan, at least one item, the same on all processes.
-            work: an item to a vector (n,), of one length for all.
-        Raises:
-            Exception: as `in_order`.
-        """
-        results = self.in_order(items, work)
-        total = next(results)[1].clone()
-        for _, result in results:
-            total += result
-        return total
-
-    def sum_exact(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, where each entry is nonzero on one of them at most: no rounding, in any order."""
-        self._agree(None)
-        total = tensor.clone()
-        if self.world_size > 1:
-            _finish(dist.all_reduce(total, group=self.group, async_op=True))
-        return total
 
     def from_first(self, work: Callable[[], T]) -> T:
         """Runs `work` on the first process alone; its value, which must be picklable, or its error on all."""

@@ -15,7 +15,7 @@ from loracli.errors import ProcessLost, UsageError
 from loracli.fitting.processes import ALONE, connect, process_device
 from loracli.system.machine import Launch, read_launch
 from tests.faults.fork_server import ForkServer
-from tests.fitting.process_program import ITEMS, work
+from tests.fitting.process_program import ITEMS, fold, work
 from tests.fitting.processes_started import ROOT, environment, forked, free_port, start_all, torchrun
 
 PROGRAM = "process_program"
@@ -30,14 +30,13 @@ def test_sums_have_the_same_bits_for_one_two_and_four_processes(server: ForkServ
     for item in reversed(ITEMS):
         backwards += work(item)
     assert not torch.equal(total, backwards)
-    assert torch.equal(ALONE.fold(ITEMS, work), total)
+    assert torch.equal(fold(ALONE, work), total)
     for count, turns in ((2, [4, 4]), (4, [2, 2, 2, 2])):
         done = forked(server, count, "sums", program=PROGRAM)
         assert [process.code for process in done] == [0] * count, done
         result = json.loads("".join(process.stdout for process in done))  # one document: the first alone has printed
         assert result["fold"] == result["lockstep"] == [x.hex() for x in total.tolist()]
         assert result["in_order"] == [[item, [float(item)] * (item % 3)] for item in ITEMS]
-        assert result["sum_exact"] == [float(work(item)[0]).hex() for item in ITEMS]
         assert result["turns"] == turns  # in lockstep every process works in every round
 
 
@@ -90,11 +89,10 @@ def test_one_process_by_itself_never_touches_torch_distributed() -> None:
     with connect(read_launch({})) as processes:
         assert processes is ALONE and processes.first
         assert not torch.distributed.is_initialized()
-        assert torch.equal(processes.sum_exact(work(1)), work(1))
         assert processes.from_first(lambda: 5) == 5
         processes.barrier()
         with pytest.raises(ZeroDivisionError):
-            processes.fold(ITEMS, lambda item: 1 / 0)
+            fold(processes, lambda item: 1 / 0)
     assert not torch.distributed.is_initialized()
 
 
