@@ -16,6 +16,7 @@ from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import HeldOut, HeldOutRow, HeldOutTask
 from loracli.system.display import count_text, html_of, names_text, repr_line
 from loracli.system.document import added
+from loracli.system.near import named
 
 SIGNIFICANCE = 0.05  # of the claim that one way is the best of all
 _NEAR = 5  # rivals that a sentence names
@@ -216,7 +217,12 @@ class Comparison:
         return html_of(self)
 
     def row(self, name: str) -> ComparisonRow:
-        return next(row for row in self.rows if row.name == name)
+        """The row of a name.
+
+        Raises:
+            UsageError: if there is none.
+        """
+        return named(name, {row.name: row for row in self.rows}, "row")
 
     def renamed(self, names: Mapping[str, str]) -> Comparison:
         """With other names of rows."""
