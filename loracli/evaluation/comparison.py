@@ -259,6 +259,9 @@ class Comparison:
         return self.renamed(names)
 
 
+_SAME = 1e-9  # nats per token, which rounding alone may make
+
+
 def verdict(table: HeldOut) -> str:
     """What the table says about the fit, in a sentence without its full stop; `_less_loss` has the percentages."""
     fitted, best = table.row("fit"), table.row(table.best_ingredient)
@@ -274,6 +277,8 @@ def verdict(table: HeldOut) -> str:
             f"Too few records to tell whether the composition is better than {adapter}: {said} on {seen}, and a "
             f"verdict needs at least {MIN_HELD_OUT}: give more with --data, or others with --eval-data"
         )
+    if max(abs(end) for end in (fitted.difference, *fitted.interval)) < _SAME:
+        return f"The composition comes to {adapter}, alone: it has the same loss on {seen}"
     less = _less_loss(fitted.difference, fitted.interval, best.nats_per_token)
     measured = f"{less[0]} on {seen}{less[1]}"
     if table.verdict == "not better":
