@@ -39,6 +39,8 @@ class LoracatError(Exception):
         what: one sentence that names the thing at fault.
         where: file, line, module or tensor, when `what` does not already say it.
         hint: what the user can do next.
+        problems: every reason, where there may be several, in a sentence that begins with its place; the text of the
+            error has the first.
 
     Among several processes `told` says that all of them raise it; False, that this one could not tell the others. None
     elsewhere.
@@ -47,14 +49,23 @@ class LoracatError(Exception):
     exit_code: ClassVar[int] = 1
     told: bool | None = None
 
-    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, where: str | None = None, hint: str | None = None, problems: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(what)
         self.what = what
         self.where = where
         self.hint = hint
+        self.problems = problems
+
+    @property
+    def summary(self) -> str:
+        """What and where, without the reasons."""
+        return f"{self.where}: {self.what}" if self.where else self.what
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" if self.where else self.what
+        more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+        return f"{self.summary}: {self.problems[0]}{more}" if self.problems else self.summary
 
 
 class UsageError(LoracatError):
@@ -74,10 +85,6 @@ class SettingsError(UsageError):
         what: the summary.
         problems: one `file: key: reason` for each of them.
     """
-
-    def __init__(self, what: str, *, problems: tuple[str, ...] = (), hint: str | None = None) -> None:
-        super().__init__(what, hint=hint)
-        self.problems = problems
 
 
 class InputError(LoracatError):
@@ -114,10 +121,6 @@ class CalibrationError(InputError):
         problems: one `file:line: path: reason` for each rejected line, in file order.
     """
 
-    def __init__(self, what: str, *, problems: tuple[str, ...] = (), hint: str | None = None) -> None:
-        super().__init__(what, hint=hint)
-        self.problems = problems
-
 
 class RecipeError(InputError):
     """Raised when a recipe cannot be read; carries every problem found, not only the first.
@@ -126,10 +129,6 @@ class RecipeError(InputError):
         what: the summary, with the file's name.
         problems: one `field: reason` for each problem.
     """
-
-    def __init__(self, what: str, *, problems: tuple[str, ...] = (), hint: str | None = None) -> None:
-        super().__init__(what, hint=hint)
-        self.problems = problems
 
 
 class StateMismatch(InputError):
@@ -167,10 +166,6 @@ class VerificationError(IntegrityError):
         what: the summary, with the number of differences.
         problems: one sentence for each difference.
     """
-
-    def __init__(self, what: str, *, problems: tuple[str, ...] = (), hint: str | None = None) -> None:
-        super().__init__(what, hint=hint)
-        self.problems = problems
 
 
 class MetricError(LoracatError):

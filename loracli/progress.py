@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 
+from loracli.arguments import call_declared
 from loracli.errors import UsageError
 
 _Asked = ParamSpec("_Asked")
@@ -82,17 +83,18 @@ def drawn_by(bars: Callable[[], AbstractContextManager[Progress]]) -> None:
 
 
 def takes_bar(function: Callable[_Asked, _Result]) -> Callable[_Asked, _Result]:
-    """Lets a public function be called with `progress="bar"`; it is told a `Progress`, whatever was given.
+    """Lets a public function be called with `progress="bar"`; it is told a `Progress`, whatever was given, and finds
+    every argument to be of the type that it declares.
 
     Raises:
-        UsageError: if what was given is neither that word nor a `Progress`.
+        UsageError: if what was given is neither that word nor a `Progress`, or an argument is of another type.
     """
 
     @wraps(function)
     def telling(*args: _Asked.args, **options: _Asked.kwargs) -> _Result:
         asked = options.get("progress", SILENT)
         if isinstance(asked, Progress):
-            return function(*args, **options)
+            return call_declared(function, args, options)
         if asked != "bar":
             raise UsageError(
                 f"progress is {repr(asked)[:60]}",
@@ -100,7 +102,7 @@ def takes_bar(function: Callable[_Asked, _Result]) -> Callable[_Asked, _Result]:
             )
         with _bars() as bar:
             options["progress"] = bar
-            return function(*args, **options)
+            return call_declared(function, args, options)
 
     return telling
 

@@ -6,11 +6,14 @@ import sys
 import threading
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 import loracli
+from loracli.errors import InputError, UsageError
 from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from tests.tiny import make_adapter, random_records, write_jsonl
 
@@ -73,6 +76,69 @@ def test_the_four_steps_in_six_lines(tmp_path: Path, tiny_base: Path, two_adapte
     inspected = loracli.inspect_adapters([str(path) for path in two_adapters])
     assert repr(inspected) == "<Inspection first + second, no problems>"
     assert (tmp_path / "adapter-merged" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: loracli.compose("./math", [1.0]), r"adapters is './math', but should be a list of"),
+        (lambda: loracli.compose(["./math"], ["1"]), r"weights is \['1'\], but should be a list of numbers"),
+        (lambda: loracli.inspect_adapters("./math"), "references is './math', but should be a list"),
+        (lambda: loracli.fit_mixing("./math", "val.jsonl"), "adapters is './math', but should be a list"),
+        (lambda: loracli.lint_adapter("./math", servers="vllm"), "servers is 'vllm', but should be a list of texts"),
+        (lambda: loracli.verify_directory("out", adapters="./math"), "adapters is './math', but should be a list"),
+        (lambda: loracli.CompareSettings(methods="sum"), "methods is 'sum', but should be a list of texts"),
+        (lambda: loracli.generate_answers(loracli.GenerateRequest("out"), "Hi"), "prompts is 'Hi', but should be a"),
+        (lambda: loracli.export_adapter("r.json", "out"), "request is 'r.json', but should be ExportRequest"),
+        (lambda: loracli.ExportRequest("r.json", merge=True, rank="3"), "rank is '3', but should be a whole number or"),
+        (lambda: loracli.ExportRequest("r.json", merge=True, rank=3.0), "rank is 3.0, but should be a whole number"),
+        (lambda: loracli.ExportRequest("r.json", merge=True, rank=True), "rank is True, but should be a whole number"),
+        (lambda: loracli.FitSettings(seed="x"), "seed is 'x', but should be a whole number"),
+        (lambda: loracli.FitSettings(mixing=None), "mixing is None, but should be text"),
+        (lambda: loracli.FitSettings(cv=2.5), "cv is 2.5, but should be a whole number or None"),
+        (lambda: loracli.FitSettings(max_length=10.5), "max_length is 10.5, but should be a whole number"),
+        (lambda: loracli.FitSettings(paper="yes"), "paper is 'yes', but should be True or False"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_by_name_before_any_work(call: Any, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason) as caught:
+        call()
+    if reason.startswith("servers"):
+        assert caught.value.hint == "for one of them give ['vllm']"
+
+
+def test_numbers_of_numpy_and_any_iterable_are_taken_as_pythons_own(
+    tmp_path: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    written = []
+    for name, rank, weights, kind in (("own", 3, [0.5, 2.0], list), ("numpy", np.int64(3), np.array([0.5, 2.0]), iter)):
+        loracli.compose(kind(two_adapters), weights).export(tmp_path / name, merge=True, rank=rank)
+        written.append([(tmp_path / name / file).read_bytes() for file in ("loracat.json", "adapter_config.json")])
+    assert written[0] == written[1]
+
+
+def test_a_base_may_be_a_path_which_is_a_directory_alone(
+    tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, base in (("text", str(tiny_base)), ("path", tiny_base)):
+        loracli.compose(two_adapters, [1, 1], base=base).export(tmp_path / name)
+    names = ("adapter_config.json", "loracat.json", "README.md")
+    texts, paths = ([(tmp_path / name / file).read_bytes() for file in names] for name in ("text", "path"))
+    assert texts == paths
+    request = loracli.FuseRequest(adapters=two_adapters, weights=[1, 1], base=tiny_base)
+    assert loracli.fuse_model(request, "fused", dry_run=True).modules
+    assert loracli.lint_adapter("path", base=tiny_base).servers
+    with pytest.raises(InputError, match="org/base is not a directory"):
+        loracli.compose(two_adapters, [1, 1], base=Path("org/base"))
+
+
+def test_the_text_of_an_error_with_several_reasons_says_the_first(two_adapters: tuple[Path, Path]) -> None:
+    tables = {"#1": {"default": "x", "q_prj": 1}, "#2": {"default": 1}}
+    with pytest.raises(UsageError) as caught:
+        loracli.compose(two_adapters, tables)
+    assert str(caught.value).startswith("the weights cannot be honoured: [#1] default: expected a number (and 1 more)")
+    assert len(caught.value.problems) == 2 and caught.value.summary == "the weights cannot be honoured"
 
 
 class Terminal(StringIO):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from loracli.adapters.kinds import BaseModule
-from loracli.errors import OutputExists, RecipeError
+from loracli.errors import OutputExists, RecipeError, UsageError
 from loracli.recipe.recipe import MAX_RECIPE_BYTES, Recipe, load_recipe, weights_by_leaf
 from loracli.recipe.record import (
     INLINE_KINDS,
@@ -197,6 +197,15 @@ def test_a_recipe_that_moves_there_and_back_is_unchanged(tmp_path: Path) -> None
     load_recipe(tmp_path / "here" / "r.json").save(tmp_path / "a" / "b" / "r.json")
     load_recipe(tmp_path / "a" / "b" / "r.json").save(tmp_path / "here" / "again.json")
     assert (tmp_path / "here" / "again.json").read_bytes() == (tmp_path / "here" / "r.json").read_bytes()
+
+
+def test_a_row_or_module_that_there_is_not_is_refused_in_words(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    with pytest.raises(UsageError, match="there is no row 'unifrm'") as caught:
+        recipe.held_out.row("unifrm")
+    assert caught.value.hint == "did you mean uniform?"
+    with pytest.raises(UsageError, match="the recipe has no weights for 'foo'"):
+        recipe.weights_of("foo")
 
 
 @pytest.mark.parametrize("name", ["base", "uniform", "sum", "fit", "fresh-lora"])

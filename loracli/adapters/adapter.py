@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,7 +28,7 @@ from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
 from loracli.hub.fetch import Fetched, fetch_adapter
-from loracli.hub.references import Reference
+from loracli.hub.references import Named, Reference
 from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.system.display import count_text, names_text, repr_line
 from loracli.system.document import dtype_name
@@ -162,7 +161,7 @@ class LoraAdapter:
 
 
 @takes_bar
-def read_adapter(source: str | os.PathLike[str] | Fetched, *, progress: Progress | Bar = SILENT) -> LoraAdapter:
+def read_adapter(source: Named | Fetched, *, progress: Progress | Bar = SILENT) -> LoraAdapter:
     """Reads an adapter's directory into memory; a reference is fetched first, and `progress` is told its warnings.
 
     Raises:
@@ -173,7 +172,7 @@ def read_adapter(source: str | os.PathLike[str] | Fetched, *, progress: Progress
     return open_adapter(source, progress=progress).loaded()
 
 
-def open_adapter(source: str | os.PathLike[str] | Fetched, *, progress: Progress = SILENT) -> LoraAdapter:
+def open_adapter(source: Named | Fetched, *, progress: Progress = SILENT) -> LoraAdapter:
     """As `read_adapter`, with all of its checks, but the factors stay in the file: for work that goes through the
     modules once. Factors that are read after the file has changed raise IntegrityError.
 
@@ -201,7 +200,7 @@ def _open(fetched: Fetched) -> LoraAdapter:
     path = fetched.path / TENSOR_FILE
 
     def sort(names: Iterable[str]) -> _Sorted:
-        return sort_tensors(names, str(path), config.modules_to_save)
+        return sort_tensors(names, str(path), config)
 
     file = open_tensor_file(path, check_names=sort, any_shape=may_have_any_shape)
     return build_adapter(fetched, config, file, file.shapes)
@@ -213,7 +212,7 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
     Raises:
         MalformedAdapter, UnsupportedAdapter: as `read_adapter`.
     """
-    parts, copies, whole = sort_tensors(names, str(file.path), config.modules_to_save)
+    parts, copies, whole = sort_tensors(names, str(file.path), config)
     _check_matrices(parts, file)
     saved = {
         module: {
@@ -221,12 +220,6 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
         }
         for module, tensors in sorted(whole.items())
     }
-    if saved and config.ensure_weight_tying:
-        raise UnsupportedAdapter(
-            "modules_to_save with ensure_weight_tying is not supported",
-            where=str(fetched.path / CONFIG_FILE),
-            hint="name embeddings and head in modules_to_save, and save without ensure_weight_tying",
-        )
     as_layer = {
         name: "lora_A" not in tensors or file.shapes[tensors["lora_A"]][0] == config.rank_of(name)
         for name, tensors in parts.items()
@@ -313,7 +306,7 @@ def widest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
 _Sorted = tuple[dict[str, dict[Part, str]], dict[str, str], dict[str, dict[str, str]]]
 
 
-def sort_tensors(names: Iterable[str], where: str, modules_to_save: tuple[str, ...]) -> _Sorted:
+def sort_tensors(names: Iterable[str], where: str, config: AdapterConfig) -> _Sorted:
     """Tensor names by module and part; of base matrices by module; of modules saved whole by module and parameter."""
     parts: dict[str, dict[Part, str]] = {}
     copies: dict[str, str] = {}
@@ -329,9 +322,16 @@ def sort_tensors(names: Iterable[str], where: str, modules_to_save: tuple[str, .
             _take(copies, parsed.module, name, where)
         else:
             _take(parts.setdefault(parsed.module, {}), parsed.part, name, where)
+    owners = {parameter: _saved_module(parameter, config.modules_to_save) for parameter in others}
+    if config.ensure_weight_tying and any(owners.values()):  # before a tied tensor, which the config need not name
+        raise UnsupportedAdapter(
+            "modules_to_save with ensure_weight_tying is not supported",
+            where=str(Path(where).with_name(CONFIG_FILE)),
+            hint="name embeddings and head in modules_to_save, and save without ensure_weight_tying",
+        )
     for parameter, name in others.items():
         module = parameter.rpartition(".")[0]
-        owner = _saved_module(parameter, modules_to_save)
+        owner = owners[parameter]
         if owner is not None:
             saved.setdefault(owner, {})[parameter] = name
         elif parameter.endswith(".weight") and "lora_embedding_A" in parts.get(module, {}):

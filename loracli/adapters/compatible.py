@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from loracli.adapters.on_base import warn_of_open_orders
 from loracli.algebra.factors import Factors, inner_product
 from loracli.errors import IncompatibleAdapters, UsageError
 from loracli.hub.fetch import fetch_adapter
-from loracli.hub.references import distinct_bases
+from loracli.hub.references import Named, distinct_bases
 from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
@@ -265,7 +264,7 @@ class Inspection:
 
 @takes_bar
 def inspect_adapters(
-    references: Sequence[str | os.PathLike[str]],
+    references: Sequence[Named],
     *,
     revision: str | None = None,
     cache_dir: Path | None = None,

@@ -185,7 +185,8 @@ def _refuse_features(fields: dict[str, Any], where: str, *, convertible: bool) -
     peft_type = fields.get("peft_type")
     refuse_mlx_vlm(fields, where)
     if peft_type != "LORA":
-        raise UnsupportedAdapter(f"peft_type is {peft_type!r}; only LORA can be composed", where=where)
+        shown = repr(peft_type) if "peft_type" in fields else "missing"
+        raise UnsupportedAdapter(f"peft_type is {shown}; only LORA can be composed", where=where)
     for key, (feature, way_out) in _REFUSED.items():
         if _is_on(fields.get(key)) and not (convertible and key in _CONVERTIBLE_FIELDS):
             raise UnsupportedAdapter(f"{feature} is not supported (field {key!r})", where=where, hint=way_out)
@@ -243,7 +244,9 @@ class Fields:
 
     def bad(self, field: str, value: Any, expected: str) -> MalformedAdapter:
         """The error that says what a field holds, and what it should."""
-        return MalformedAdapter(f"the field {field} is {value!r}; expected {expected}", where=self.where)
+        absent = value is None and field.isidentifier() and field not in self._fields
+        shown = "missing" if absent else repr(value)
+        return MalformedAdapter(f"the field {field} is {shown}; expected {expected}", where=self.where)
 
     def rank(self, field: str, value: Any) -> int:
         """The value as a rank; `field` names it in an error."""

@@ -125,6 +125,12 @@ class DataSource:
             return None
         if (self.path / CONFIG_FILE).is_file():
             return f"it is an adapter, which is named with --adapters: --adapters {shlex.quote(str(self))}"
+        first, comma, _ = str(self.path).partition(",")
+        if comma and Path(first).is_file():
+            return f"blanks separate files: {' '.join(map(shlex.quote, str(self.path).split(',')))}"
+        file, colon, _ = str(self.path).rpartition(":")
+        if colon and Path(file).is_file():
+            return f"what stands behind the colon is a weight, which is a number: {shlex.quote(file)}:2"
         return near_path(self.path, Path.is_file)
 
     def _within(self, file: BinaryIO) -> bytes:

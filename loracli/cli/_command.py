@@ -64,12 +64,12 @@ class GreedyCommand(TyperCommand):
                 del rest[:count]
                 still_open = None if rest else option
         if loose and not strange and not ctx.resilient_parsing:
-            self.meet_loose(ctx, loose)
+            self.meet_loose(ctx, loose, args)
         ctx.meta["greedy"] = still_open  # the list option that the cursor is still inside, for completion
         return super().parse_args(ctx, rewritten)
 
-    def meet_loose(self, ctx: Any, words: Sequence[str]) -> None:
-        """Told of words that no option takes, before Click is; may raise what says more than Click would."""
+    def meet_loose(self, ctx: Any, words: Sequence[str], args: Sequence[str]) -> None:
+        """Told of words that no option takes, and of all words, before Click; may raise what says more than Click."""
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
         option = None if incomplete[:1] == "-" else ctx.meta.get("greedy")
@@ -87,6 +87,7 @@ def _is_option(word: str) -> bool:
     return False
 
 
+_COMMA_LISTS = ("SERVERS", "METHODS")  # what options that take one word of several names call it
 FILES, SETTINGS, ORIGINS = "loracat.files", "loracat.settings", "loracat.origins"  # in a context's meta
 
 
@@ -108,15 +109,22 @@ class Command(GreedyCommand):
             self._refuse_unknown_variables()  # before an option is missed that was to come from one
         return super().parse_args(ctx, args)
 
-    def meet_loose(self, ctx: Any, words: Sequence[str]) -> None:
-        if any(one.param_type_name == "argument" for one in self.get_params(ctx)):
+    def meet_loose(self, ctx: Any, words: Sequence[str], args: Sequence[str]) -> None:
+        arguments = [one for one in self.get_params(ctx) if one.param_type_name == "argument"]
+        if any(one.nargs != 1 for one in arguments) or len(words) <= len(arguments):
             return
         hint = f"see `{ctx.command_path} --help`"
-        adapters = [word for word in words if not word.endswith(".jsonl")]
+        recipes = [word for word in words if arguments and word.endswith(".json")]
+        adapters = [word for word in words if not word.endswith(".jsonl") and word not in recipes]
         if adapters and "adapters" in options_of(self):
-            command = shlex.join([*ctx.command_path.split(), "--adapters", *adapters])
+            command = shlex.join([*ctx.command_path.split(), *recipes, "--adapters", *adapters])
             hint = f"name adapters with --adapters: {command} ..."
-        what = f"{' '.join(words)}: no option stands before it, and {ctx.command_path} takes nothing else"
+        lists = {word for one in options_of(self).values() if one.metavar in _COMMA_LISTS for word in one.opts}
+        for option, first, second in zip(args, args[1:], args[2:], strict=False):
+            if option in lists and second in words:
+                hint = f"put commas between them: {option} {first},{second}"
+        takes = f"only one {arguments[0].metavar}" if arguments else "nothing else"
+        what = f"{' '.join(words)}: no option stands before it, and {ctx.command_path} takes {takes}"
         raise UsageError(what, hint=hint)
 
     def invoke(self, ctx: Any) -> Any:

@@ -293,7 +293,7 @@ class Output:
             self.document({"error": describe(error)})
             return
         self.error_line(error)
-        problems = _together(getattr(error, "problems", ()))
+        problems = _together(error.problems)
         for problem in problems[:SHOWN_PROBLEMS]:
             self._stderr.print(plain(f"  {problem}"))
         if len(problems) > SHOWN_PROBLEMS:
@@ -303,7 +303,7 @@ class Output:
 
     def error_line(self, error: LoracatError) -> None:
         """What and where alone, for whoever has the rest as a document."""
-        self._say("error: ", "bold red", str(error))
+        self._say("error: ", "bold red", error.summary)
 
     def _say(self, label: str, label_style: str, message: str, style: str = "", *, whole: bool = False) -> None:
         """`whole`: without line ends of ours, as it may be copied."""
@@ -446,7 +446,7 @@ def describe(error: LoracatError) -> dict[str, Any]:
     content: dict[str, Any] = {
         "code": error.exit_code,
         "kind": type(error).__name__,
-        "message": str(error),
+        "message": error.summary,
         "hint": error.hint,
     }
     if isinstance(error, (CalibrationError, RecipeError, SettingsError, VerificationError)):

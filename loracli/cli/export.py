@@ -277,6 +277,12 @@ def _default_recipe(adapters: list[str] | None, out: Output) -> Path:
     from loracli.errors import UsageError
 
     recipe = Path("recipe.json")
+    behind = [name for name in adapters or () if name.endswith(".json")]
+    if behind:
+        words = shlex.join([*behind, "--adapters", *(name for name in adapters or () if name not in behind)])
+        raise UsageError(
+            f"{behind[0]} stands among the adapters", hint=f"put a recipe before them: loracat export {words}"
+        )
     if adapters and not recipe.exists():
         hint = f"add --weights {' '.join('1' for _ in adapters)}, or --method sum, or name a recipe before --adapters"
         raise UsageError(f"nothing says how the adapters are composed: there is no {recipe} here", hint=hint)

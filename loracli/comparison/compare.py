@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import Layout, make_diagonal, make_layout
 from loracli.fitting.reach import find_reach
 from loracli.fitting.work import Cost, cost_of
+from loracli.hub.references import Named
 from loracli.model.loss import Scores
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session, settle_memory
@@ -45,10 +45,10 @@ def compare_adapters(
     data: DataPaths,
     *,
     recipe: str | Path | Sequence[str | Path] | None = None,
-    adapters: Sequence[str | os.PathLike[str]] = (),
+    adapters: Sequence[Named] = (),
     fit_data: DataPaths | None = None,
     guard: DataPaths | None = None,
-    base: str | None = None,
+    base: Named | None = None,
     base_revision: str | None = None,
     settings: CompareSettings | None = None,
     metric: TaskMetric | None = None,

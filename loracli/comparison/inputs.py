@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, make_layout
 from loracli.fitting.settings import FRESH_LORA
 from loracli.hub.fetch import fetch_adapter
+from loracli.hub.references import Named
 from loracli.model.base import on_base
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
@@ -87,10 +87,10 @@ def prepare_comparison(
     data: DataPaths,
     *,
     recipe: str | Path | Sequence[str | Path] | None = None,
-    adapters: Sequence[str | os.PathLike[str]] = (),
+    adapters: Sequence[Named] = (),
     fit_data: DataPaths | None = None,
     guard: DataPaths | None = None,
-    base: str | None = None,
+    base: Named | None = None,
     base_revision: str | None = None,
     placement: Placement = Placement(),  # noqa: B008  # frozen
     settings: CompareSettings | None = None,

@@ -26,6 +26,7 @@ from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import Applied
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
+from loracli.hub.references import Named
 from loracli.model.attach import AttachedModel
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session
@@ -83,8 +84,8 @@ def layer_effects(
     recipe: Path,
     data: DataPaths,
     *,
-    adapters: Sequence[str] = (),
-    base: str | None = None,
+    adapters: Sequence[Named] = (),
+    base: Named | None = None,
     base_revision: str | None = None,
     placement: Placement = Placement(),  # noqa: B008  # frozen
     progress: Progress = SILENT,

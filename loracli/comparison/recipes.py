@@ -16,6 +16,7 @@ from loracli.composition.composition import compose_module
 from loracli.errors import UsageError
 from loracli.evaluation.statistics import FIT
 from loracli.fitting.mixing import Layout, make_diagonal
+from loracli.hub.references import Named
 from loracli.progress import Progress
 from loracli.recipe.ingredients import by_names_of, read_recorded, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe, local_reference
@@ -83,7 +84,7 @@ class Ingredients:
     recorded: tuple[RecipeAdapter, ...]
     owners: tuple[Recipe, ...]
 
-    def read(self, relocated: Sequence[str | os.PathLike[str]], progress: Progress) -> tuple[LoraAdapter, ...]:
+    def read(self, relocated: Sequence[Named], progress: Progress) -> tuple[LoraAdapter, ...]:
         """As `loracli.recipe.ingredients.read_ingredients`, of all recipes together; with their factors in memory."""
         read = read_recorded(self.recorded, self.owners[0].folder, relocated=relocated, progress=progress)
         together = zip(read, self.recorded, self.owners, strict=True)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, fields
 
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import MethodOptions
+from loracli.arguments import check_declared
 from loracli.composition.composition import takes
 from loracli.composition.fitted import PAPER
 from loracli.composition.weights import Weights
 from loracli.errors import UsageError
 from loracli.fitting.settings import AUTO, FRESH_LORA, FitSettings
+from loracli.hub.references import Named
 from loracli.recipe.record import MIXING_KINDS
 from loracli.system.near import did_you_mean
 
@@ -36,7 +38,11 @@ class Controls:
 
     fresh_lora: bool = False
     random: bool = False
-    datamix: str | None = None
+    datamix: Named | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value of another type."""
+        check_declared(self)
 
     @property
     def fitted(self) -> list[str]:
@@ -91,7 +97,10 @@ class CompareSettings:
     weights: Weights | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a method that there is not, or an option out of its range or that no method takes."""
+        """Raises UsageError for a value of another type, a method that there is not, or an option out of its range or
+        that no method takes."""
+        check_declared(self)
+        check_declared(self.options)
         known = (ALL, DATA_FREE, *METHODS, *FITTED_MIXINGS)
         for name in self.methods:
             if name not in known:

@@ -13,7 +13,7 @@ from loracli.adapters.kinds import BaseModule, kind_of
 from loracli.adapters.names import leaf
 from loracli.adapters.on_base import named_apart, turned_by_version
 from loracli.errors import UsageError
-from loracli.hub.references import BaseClaim, agreed_base
+from loracli.hub.references import BaseClaim, Named, agreed_base
 from loracli.progress import SILENT, Progress
 
 
@@ -34,7 +34,7 @@ class BaseTable:
 
 def base_table(
     adapters: Sequence[LoraAdapter],
-    base: str | None = None,
+    base: Named | None = None,
     *,
     revision: str | None = None,
     task: str | None = None,

@@ -24,7 +24,7 @@ from loracli.composition.base_table import BaseTable
 from loracli.composition.card import CardOrigin, CardText, method_card, recipe_card, weights_card
 from loracli.composition.weights import ModuleWeights, equal_weights, weight_tables
 from loracli.errors import RecipeError, UsageError
-from loracli.hub.references import BaseClaim, is_repo_id
+from loracli.hub.references import BaseClaim, Named, is_repo_id
 from loracli.recipe.ingredients import identity_of
 from loracli.recipe.recipe import Recipe, labels_of, without_paths
 from loracli.recipe.record import INLINE_KINDS, RecipeActivations, RecipeAdapter, RecipeBase, RecipeMixing, group_name
@@ -384,7 +384,7 @@ def task_of_recipe(adapters: Sequence[LoraAdapter]) -> str | None:
     return agreed_task(adapters) if kernels_of(adapters) else CAUSAL_LM
 
 
-def base_of_config(recorded: RecipeBase, base: str | None) -> str | BaseClaim:
+def base_of_config(recorded: RecipeBase, base: Named | None) -> Named | BaseClaim:
     """Where the config of a recipe's base is to be had: from the base that the user names, else from the Hub.
 
     Raises:

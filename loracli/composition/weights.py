@@ -38,6 +38,7 @@ from loracli.system.display import count_text
 from loracli.system.document import MAX_PROBLEMS
 from loracli.system.escaping import shell_word
 from loracli.system.files import read_regular
+from loracli.system.near import did_you_mean
 from loracli.system.strict_json import StrictJsonError, parse_json
 from loracli.system.toml import TomlError, parse_toml
 
@@ -364,6 +365,14 @@ def _parse_key(text: str, names: Collection[str], layers: Collection[int]) -> _K
 
 
 def _near(text: str, names: Collection[str]) -> str:
+    """What may have been meant by a key that names no module."""
+    kind = text.rpartition(" ")[2]
+    if kind in _KINDS:
+        other = next((_kind_of(name) for name in names if _KINDS[kind] & set(name.split("."))), None)
+        if other is not None:
+            return f"those with {kind} in their path are {other}, which go by the key {other}"
+    elif (word := did_you_mean(text, (_DEFAULT, *_KINDS))) is not None:
+        return word
     endings = sorted({name.rpartition(".")[2] for name in names})
     found = get_close_matches(text, names, n=2, cutoff=0.5) if len(names) <= _MANY else []
     found = found or [f"*.{ending}" for ending in get_close_matches(text.rpartition(".")[2], endings[:_MANY], n=3)]

@@ -15,12 +15,14 @@ from pathlib import Path
 
 from loracli.adapters.claims import agreed_task
 from loracli.adapters.names import layer
+from loracli.arguments import check_declared
 from loracli.composition.base_table import BaseTable, table_of_adapters
 from loracli.conversion.read import BaseWeights, Convertible, read_convertible
 from loracli.conversion.source import Conversion, Cut, from_conversion
 from loracli.errors import UnsupportedAdapter, UsageError
 from loracli.export.export import Exported, write_export
 from loracli.export.request import ExportRequest, check_form
+from loracli.hub.references import Named
 from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.files import check_free
@@ -67,13 +69,17 @@ class ConvertRequest:
         dtype: float32, float16 or bfloat16; None is the adapter's own.
     """
 
-    adapter: str
-    base: str | None = None
+    adapter: Named
+    base: Named | None = None
     base_revision: str | None = None
-    initial: str | None = None
+    initial: Named | None = None
     rank: int | None = None
     tolerance: float | None = None
     dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value of another type."""
+        check_declared(self)
 
     @property
     def asks_for_size(self) -> bool:

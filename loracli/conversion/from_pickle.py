@@ -26,6 +26,7 @@ from loracli.conversion.read import read_trained
 from loracli.conversion.unpickle import MOST_WORDS, NO_ROOM, REFUSED
 from loracli.errors import InputError, IntegrityError, MalformedAdapter
 from loracli.hub.fetch import Fetched, fetch_adapter
+from loracli.hub.references import Named
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.files import (
@@ -79,7 +80,7 @@ class Unpickled:
 
 @takes_bar
 def convert_pickle(
-    adapter: str, output: str | Path, *, force: bool = False, progress: Progress | Bar = SILENT
+    adapter: Named, output: str | Path, *, force: bool = False, progress: Progress | Bar = SILENT
 ) -> Unpickled:
     """Writes config and tensors of an adapter that has only `adapter_model.bin` as a directory with safetensors.
 

@@ -25,6 +25,7 @@ from loracli.adapters.config import read_config
 from loracli.algebra.factors import Factors
 from loracli.errors import BaseModelMismatch, IncompatibleAdapters, MalformedAdapter, UnsupportedAdapter, UsageError
 from loracli.hub.fetch import Fetched, fetch_adapter
+from loracli.hub.references import Named
 from loracli.model.checkpoint import StoredTensor, read_checkpoint
 from loracli.progress import SILENT, Progress
 from loracli.system.files import CONFIG_FILE, TENSOR_FILE
@@ -117,7 +118,7 @@ class Convertible:
         return (self.adapter,) if self.initial is None else (self.adapter, self.initial)
 
 
-def read_convertible(reference: str, initial: str | None = None, *, progress: Progress = SILENT) -> Convertible:
+def read_convertible(reference: Named, initial: Named | None = None, *, progress: Progress = SILENT) -> Convertible:
     """Reads an adapter, and the initial one if it is given or lies in one of `_INITIAL_FOLDERS` beside a local one.
 
     Raises:
@@ -154,7 +155,7 @@ def read_trained(fetched: Fetched, *, progress: Progress = SILENT) -> tuple[Lora
                 names[match["module"]] = name
             else:
                 others.append(name)
-        sort_tensors(others, where, config.modules_to_save)
+        sort_tensors(others, where, config)
 
     file = open_tensor_file(fetched.path / TENSOR_FILE, check_names=sort, any_shape=may_have_any_shape)
     opened = build_adapter(fetched, config, file, others)

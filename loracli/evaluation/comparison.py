@@ -16,6 +16,7 @@ from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import HeldOut, HeldOutRow, HeldOutTask
 from loracli.system.display import count_text, html_of, names_text, repr_line
 from loracli.system.document import added
+from loracli.system.near import named
 
 SIGNIFICANCE = 0.05  # of the claim that one way is the best of all
 _NEAR = 5  # rivals that a sentence names
@@ -217,7 +218,12 @@ class Comparison:
         return html_of(self)
 
     def row(self, name: str) -> ComparisonRow:
-        return next(row for row in self.rows if row.name == name)
+        """The row of a name.
+
+        Raises:
+            UsageError: if there is none.
+        """
+        return named(name, {row.name: row for row in self.rows}, "row")
 
     def renamed(self, names: Mapping[str, str]) -> Comparison:
         """With other names of rows."""
@@ -254,6 +260,9 @@ class Comparison:
         return self.renamed(names)
 
 
+_SAME = 1e-9  # nats per token, which rounding alone may make
+
+
 def verdict(table: HeldOut) -> str:
     """What the table says about the fit, in a sentence without its full stop; `_less_loss` has the percentages."""
     fitted, best = table.row("fit"), table.row(table.best_ingredient)
@@ -269,6 +278,8 @@ def verdict(table: HeldOut) -> str:
             f"Too few records to tell whether the composition is better than {adapter}: {said} on {seen}, and a "
             f"verdict needs at least {MIN_HELD_OUT} different ones: give more with --data, or others with --eval-data"
         )
+    if max(abs(end) for end in (fitted.difference, *fitted.interval)) < _SAME:
+        return f"The composition comes to {adapter}, alone: it has the same loss on {seen}"
     less = _less_loss(fitted.difference, fitted.interval, best.nats_per_token)
     measured = f"{less[0]} on {seen}{less[1]}"
     if table.verdict == "not better":

@@ -27,6 +27,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from loracli.arguments import check_declared
 from loracli.errors import MetricError, UsageError
 from loracli.system.strict_json import StrictJsonError, parse_json
 
@@ -160,7 +161,8 @@ class TaskMetric:
     tolerance: float = TOLERANCE
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a setting that is out of its range."""
+        """Raises UsageError for a setting that is of another type, or out of its range."""
+        check_declared(self)
         if self.name not in (*_METRICS, COMMAND):
             raise UsageError(f"the metric {self.name} is not one of {', '.join(_METRICS)}")
         if self.name == COMMAND:

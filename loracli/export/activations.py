@@ -22,6 +22,7 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
+from loracli.hub.references import Named
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, open_session
 from loracli.progress import SILENT, Progress
@@ -87,7 +88,7 @@ def moments_of(
     source: Composition,
     fit_data: DataPaths,
     *,
-    base: str | None = None,
+    base: Named | None = None,
     base_revision: str | None = None,
     placement: Placement = Placement(),  # noqa: B008  # frozen
     progress: Progress = SILENT,

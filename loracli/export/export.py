@@ -30,7 +30,7 @@ from loracli.export.plan import TASK, ExportPlan, plan_layout
 from loracli.export.refit import Refit, RefitRecord, check_refittable, refit_on
 from loracli.export.request import ExportRequest, check
 from loracli.export.write import write
-from loracli.hub.references import parse_reference
+from loracli.hub.references import Named, parse_reference
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.recipe.recipe import Recipe, check_recipe_there
 from loracli.system.display import count_text, names_text, path_text, repr_line
@@ -83,12 +83,12 @@ class Exported:
             amount_text(self.size_bytes, "B"),
         )
 
-    def loading_line(self, base: str | None = None) -> str:
+    def loading_line(self, base: Named | None = None) -> str:
         """The Python that loads it with PEFT, imports included, with the class for its task; `base` is the one that the
         user named."""
         card, saved = self.composition.card(), self.composition.saved
         local = base is not None and Path(base).expanduser().is_dir()
-        known = base if local else card.base_id if card.base_named else None
+        known = str(base) if local else card.base_id if card.base_named else None
         labels = None if saved is None else head_size(saved.shapes)
         named = card.base_named and not local
         return "; ".join(loading_lines(self.layout.task_type, str(self.path), known, named=named, labels=labels))
@@ -229,12 +229,12 @@ _COMPOSED = frozenset(
 
 @takes_bar
 def compose(
-    adapters: Sequence[str | Path],
+    adapters: Sequence[Named],
     weights: Weights,
     *,
     modules_to_save: str | None = None,
     task_type: str | None = None,
-    base: str | None = None,
+    base: Named | None = None,
     base_revision: str | None = None,
     progress: Progress | Bar = SILENT,
 ) -> Composed:
@@ -254,7 +254,7 @@ def compose(
     """
     progress = drawn(progress)
     request = ExportRequest(
-        adapters=[str(adapter) for adapter in adapters],
+        adapters=adapters,
         weights=weights,
         modules_to_save=modules_to_save,
         task_type=task_type,

@@ -40,7 +40,7 @@ from loracli.adapters.kinds import BaseModule, kind_of
 from loracli.adapters.names import leaf
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.layout import Place
-from loracli.hub.references import BaseClaim
+from loracli.hub.references import BaseClaim, Named
 from loracli.model.base import plan_from_config
 from loracli.model.reference import WAY_OUT
 from loracli.progress import SILENT, Progress
@@ -278,7 +278,7 @@ def _flush(path: Path) -> str:
 
 
 def find_llama_cpp_base(
-    base: str | BaseClaim,
+    base: Named | BaseClaim,
     adapters: Sequence[LoraAdapter],
     *,
     revision: str | None = None,

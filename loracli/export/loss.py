@@ -18,6 +18,7 @@ from loracli.fitting.journal import Meter
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.reach import find_reach
 from loracli.fitting.settings import FitSettings
+from loracli.hub.references import Named
 from loracli.model.loss import Scores
 from loracli.model.placement import Placement
 from loracli.model.reference import locate_base
@@ -51,7 +52,7 @@ class ExportLoss:
 
 
 def read_loss_data(
-    data: DataPaths, *, base: str | None = None, base_revision: str | None = None, progress: Progress = SILENT
+    data: DataPaths, *, base: Named | None = None, base_revision: str | None = None, progress: Progress = SILENT
 ) -> tuple[CalibrationFile, ...]:
     """The records, before the work whose result is scored on them, on the base that is named.
 
@@ -68,7 +69,7 @@ def loss_of_export(
     exported: Exported,
     files: Sequence[CalibrationFile],
     *,
-    base: str | None = None,
+    base: Named | None = None,
     base_revision: str | None = None,
     placement: Placement = Placement(),  # noqa: B008  # frozen
     progress: Progress = SILENT,

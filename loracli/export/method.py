@@ -3,7 +3,6 @@ weights."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,7 +44,7 @@ from loracli.fitting.mixing import make_layout
 from loracli.fitting.reach import find_reach, warn_of_merging
 from loracli.fitting.settings import FitSettings
 from loracli.hub.fetch import fetch_adapter
-from loracli.hub.references import BaseClaim
+from loracli.hub.references import BaseClaim, Named
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
 from loracli.model.session import Opening, as_fitted, open_session, runs_here
@@ -57,7 +56,7 @@ from loracli.system.machine import in_order, one_thread_each
 
 
 def read_to_compose(
-    adapters: Sequence[str | os.PathLike[str]],
+    adapters: Sequence[Named],
     recipe: str | Path | Recipe | None,
     *,
     base_given: bool = False,
@@ -231,7 +230,7 @@ def base_to_run(
     adapters: Sequence[LoraAdapter],
     recorded: RecipeBase | None,
     *,
-    base: str | None,
+    base: Named | None,
     revision: str | None,
     placement: Placement,
     progress: Progress,

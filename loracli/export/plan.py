@@ -87,6 +87,8 @@ def plan_layout(
     missing = sorted({target_of(name) for name in names} - modules.keys())
     if missing:
         raise RecipeError(f"the recipe's table of base modules lacks {missing[0]}, which an adapter changes")
+    if request.rank is not None and (request.merge or request.method is not None):
+        _check_rank(composition, request.rank, modules)
     progress.begin(TASK, len(names) * (2 if request.rank_rule else 1), "modules")
     rank = request.rank or max(max(adapter.ranks) for adapter in composition.adapters)
     cuts = dict.fromkeys(names, rank) if request.merge else {}
@@ -113,8 +115,6 @@ def plan_layout(
         else:
             assert total is not None
             ranks[name] = total
-    if uniform is not None:
-        _check_rank(composition, uniform, modules)
     layout = layout_of(composition, ranks, request.profile, uniform)
     kept = "lora_bias" if layout.lora_bias else "modules_to_save" if layout.modules_to_save else None
     if llama_cpp is not None and kept:

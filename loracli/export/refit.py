@@ -49,6 +49,7 @@ from loracli.fitting.run import opening_of, reached
 from loracli.fitting.search import REFIT_SHARE, refit
 from loracli.fitting.settings import FitSettings
 from loracli.fitting.work import REFIT, Work, cost_of
+from loracli.hub.references import Named
 from loracli.model.loss import Scores
 from loracli.model.placement import Placement
 from loracli.model.session import Session, open_session, settle_memory
@@ -196,7 +197,7 @@ class RefitOnRecords:
     """
 
     data: Dataset
-    base: str | None = None
+    base: Named | None = None
     base_revision: str | None = None
     placement: Placement = Placement()  # noqa: RUF009  # frozen
     progress: Progress = SILENT
@@ -238,7 +239,7 @@ def refit_on(
     fit_data: DataPaths | None,
     data: DataPaths | None,
     *,
-    base: str | None = None,
+    base: Named | None = None,
     base_revision: str | None = None,
     placement: Placement = Placement(),  # noqa: B008  # frozen
     progress: Progress = SILENT,

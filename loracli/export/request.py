@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,11 +11,13 @@ import torch
 from loracli.adapters.claims import checked_task
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import Method, MethodOptions
+from loracli.arguments import check_declared
 from loracli.calibration.records import DataPaths
 from loracli.composition.composition import DEFAULTS, takes
 from loracli.composition.weights import Weights
 from loracli.errors import UsageError
 from loracli.export.layout import PROFILES
+from loracli.hub.references import Named, whole_model_hint
 from loracli.model.placement import Placement, has_float64, resolve_device
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import MIXING_KINDS
@@ -70,7 +71,7 @@ class ExportRequest:
     """
 
     recipe: Recipe | str | Path | None = None
-    adapters: Sequence[str | os.PathLike[str]] = ()
+    adapters: Sequence[Named] = ()
     weights: Weights | None = None
     method: str | None = None
     method_options: MethodOptions = DEFAULTS
@@ -88,10 +89,15 @@ class ExportRequest:
     gguf: bool = False
     fit_data: DataPaths | None = None
     data: DataPaths | None = None
-    base: str | None = None
+    base: Named | None = None
     base_revision: str | None = None
     placement: Placement = Placement()  # noqa: RUF009  # frozen
     scored: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value of another type."""
+        check_declared(self)
+        check_declared(self.method_options)
 
     @property
     def runs_base(self) -> bool:
@@ -260,7 +266,13 @@ def _of_weights(request: ExportRequest) -> _Refusals:
     hand = request.weights is not None
     recipe = request.recipe if isinstance(request.recipe, (str, Path)) else "recipe.json"
     given = "a recipe" if not isinstance(request.recipe, (str, Path)) else f"{recipe} is taken for a recipe, which"
+    folder = isinstance(request.recipe, (str, Path)) and Path(request.recipe).is_dir()
     return (
+        (
+            hand and folder,
+            f"--weights is for --adapters, and {recipe} stands in the place of a recipe",
+            whole_model_hint(recipe) or f"name adapters behind the option: --adapters {recipe}",
+        ),
         (hand and request.method is not None, "--weights and --method both say how adapters are composed", "give one"),
         (
             hand and request.recipe is not None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout, parameter_of_experts
 from loracli.fitting.settings import AUTO, FRESH_LORA, FitSettings
 from loracli.hub.fetch import Fetched, fetch_adapter
-from loracli.hub.references import parse_reference
+from loracli.hub.references import Named, parse_reference
 from loracli.model.base import on_base
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
@@ -71,7 +70,7 @@ class FitInputs:
         return count_numbers(self.adapters, self.layout, self.settings.mixing)  # type: ignore[arg-type]
 
 
-def check_typed(adapters: Sequence[str | os.PathLike[str]], *data: DataPaths, shape: str | None) -> None:
+def check_typed(adapters: Sequence[Named], *data: DataPaths, shape: str | None) -> None:
     """What can be told of inputs before anything is read or fetched, and so before an output is found in the way.
 
     Args:
@@ -91,11 +90,11 @@ def check_typed(adapters: Sequence[str | os.PathLike[str]], *data: DataPaths, sh
 
 
 def prepare_fit(
-    adapters: Sequence[str | os.PathLike[str] | Fetched],
+    adapters: Sequence[Named | Fetched],
     data: DataPaths,
     *,
     eval_data: DataPaths | None = None,
-    base: str | None = None,
+    base: Named | None = None,
     base_revision: str | None = None,
     placement: Placement = Placement(),  # noqa: B008  # frozen
     settings: FitSettings | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -47,6 +46,7 @@ from loracli.fitting.search import LADDERS, fit_as_published, search
 from loracli.fitting.settings import AUTO, FRESH_LORA, FitSettings
 from loracli.fitting.work import CERTIFICATE, REACH, Work
 from loracli.hub.fetch import Fetched
+from loracli.hub.references import Named
 from loracli.model.base import BaseModel
 from loracli.model.loss import Scores
 from loracli.model.modules import base_modules
@@ -69,11 +69,11 @@ from loracli.system.document import dtype_name
 
 @takes_bar
 def fit_mixing(
-    adapters: Sequence[str | os.PathLike[str] | Fetched],
+    adapters: Sequence[Named | Fetched],
     data: DataPaths,
     *,
     eval_data: DataPaths | None = None,
-    base: str | None = None,
+    base: Named | None = None,
     base_revision: str | None = None,
     settings: FitSettings | None = None,
     placement: Placement = Placement(),  # noqa: B008  # frozen

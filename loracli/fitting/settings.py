@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 
 from loracli.adapters.saved_modules import REFUSE, check_policy
+from loracli.arguments import check_declared
 from loracli.calibration.fields import parse_fields
 from loracli.errors import UsageError
 from loracli.evaluation.metrics import MAX_NEW_TOKENS, TOLERANCE, TaskMetric, task_metric
@@ -80,7 +81,8 @@ class FitSettings:
     control: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError for the first setting that is out of its range."""
+        """Raises UsageError for the first setting that is of another type, or out of its range."""
+        check_declared(self)
         if self.mixing not in (*MIXING_KINDS, AUTO):
             kinds = (*MIXING_KINDS, AUTO)
             raise UsageError(

@@ -16,6 +16,7 @@ from loracli.adapters.kinds import BaseModule
 from loracli.adapters.names import target_of
 from loracli.adapters.saved_modules import PICK, REFUSE, saved_modules, settled_policy
 from loracli.algebra.methods.method import Method
+from loracli.arguments import check_declared
 from loracli.composition.base_table import BaseTable
 from loracli.composition.composition import Composition, from_method, from_recipe, from_weights
 from loracli.composition.weights import Weights, weights_of_modules
@@ -26,6 +27,7 @@ from loracli.fitting.reach import named, warn_untried, weights_read
 from loracli.fusing.plan import FusionPlan, plan_fusion
 from loracli.fusing.quantised import Quantisation
 from loracli.fusing.workplace import CONFIG, read_config
+from loracli.hub.references import Named
 from loracli.model.attach import check_saved
 from loracli.model.base import BasePlan, plan_base
 from loracli.model.checkpoint import Checkpoint
@@ -56,14 +58,18 @@ class FuseRequest:
     """
 
     recipe: str | Path | Recipe | None = None
-    adapters: Sequence[str] = ()
+    adapters: Sequence[Named] = ()
     weights: Weights | None = None
     method: str | None = None
     modules_to_save: str | None = None
-    base: str | None = None
+    base: Named | None = None
     base_revision: str | None = None
     dtype: str | None = None
     dequantise: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value of another type."""
+        check_declared(self)
 
 
 def compose_on_base(request: FuseRequest, *, progress: Progress = SILENT) -> tuple[BasePlan, Composition]:

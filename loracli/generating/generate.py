@@ -19,6 +19,7 @@ from loracli.adapters.claims import check_language_models
 from loracli.adapters.compatible import check_composable
 from loracli.adapters.on_base import warn_of_open_orders
 from loracli.adapters.saved_modules import PICK, SavedModules, saved_modules
+from loracli.arguments import check_declared
 from loracli.calibration.render import Conversations, RenderError, has_template, plain_prompt
 from loracli.calibration.shapes import Message
 from loracli.calibration.template_process import TemplateExceeded
@@ -31,7 +32,7 @@ from loracli.fitting.inputs import say_tokenizer_differences
 from loracli.fitting.mixing import make_layout
 from loracli.fitting.reach import IGNORED, named, warn_untried, weights_read
 from loracli.hub.fetch import fetch_adapter
-from loracli.hub.references import Reference
+from loracli.hub.references import Named, Reference
 from loracli.model.attach import AttachedModel, attach, check_saved, modules_replaced
 from loracli.model.base import on_base
 from loracli.model.placement import Placement
@@ -65,8 +66,8 @@ class GenerateRequest:
     """
 
     composed: str | Path
-    adapters: tuple[str, ...] = ()
-    base: str | None = None
+    adapters: Sequence[Named] = ()
+    base: Named | None = None
     base_revision: str | None = None
     placement: Placement = Placement()  # noqa: RUF009  # frozen
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -74,7 +75,9 @@ class GenerateRequest:
     composition_alone: bool = False
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a length that no answer can have, and for ingredients of a directory."""
+        """Raises UsageError for a value of another type, a length that no answer can have, and for ingredients of a
+        directory."""
+        check_declared(self)
         check_max_new_tokens(self.max_new_tokens)
         if self.adapters and Path(self.composed).is_dir():
             raise UsageError(

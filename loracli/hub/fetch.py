@@ -26,14 +26,7 @@ from loracli.errors import (
     UnsupportedAdapter,
     UsageError,
 )
-from loracli.hub.references import (
-    URI_PREFIX,
-    BaseClaim,
-    Reference,
-    agreed_base,
-    near_adapter,
-    parse_reference,
-)
+from loracli.hub.references import URI_PREFIX, BaseClaim, Named, Reference, agreed_base, near_adapter, parse_reference
 from loracli.hub.source import BASE_CONFIG, Asking, FetchedFile, HubOptions, Kind, Listing, Source
 from loracli.hub.transfer import MAX_SMALL_BYTES, fetch
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
@@ -47,7 +40,7 @@ MAX_ADAPTER_BYTES = 8 << 30
 # In the order of download: whoever finds the weights in the cache knows that the rest came before them.
 _ADAPTER_FILES = (README_FILE, CONFIG_FILE, *TENSOR_FILES)
 _BASE_WEIGHTS = "model.safetensors"
-_BASE_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+BASE_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _BASE_FILES = (
     BASE_CONFIG,
     "generation_config.json",
@@ -57,7 +50,7 @@ _BASE_FILES = (
     "merges.txt",
     "special_tokens_map.json",
     "tokenizer_config.json",
-    *_BASE_TOKENIZERS,
+    *BASE_TOKENIZERS,
     f"{_BASE_WEIGHTS}.index.json",
 )
 _SHARD = re.compile(r"(?!consolidated)[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")  # consolidated*: the weights once more
@@ -130,7 +123,7 @@ def fetch_adapter(
 
 
 def fetch_adapters(
-    references: Sequence[str | os.PathLike[str] | Reference],
+    references: Sequence[Named | Reference],
     *,
     revision: str | None = None,
     from_pickle: bool = False,
@@ -202,7 +195,7 @@ def _at_the_hub(source: Source) -> Source:
     return replace(source, local_dir=local_dir, token=checked_token(source.token))
 
 
-def _parse(reference: str | os.PathLike[str] | Reference, revision: str | None) -> Reference:
+def _parse(reference: Named | Reference, revision: str | None) -> Reference:
     if not isinstance(reference, Reference):
         return parse_reference(reference, revision=revision)
     return reference if revision is None else parse_reference(reference.text, revision=revision)
@@ -386,7 +379,7 @@ def _pick_base_config(source: Source, listing: Listing) -> list[str]:
 
 def _is_whole_base(names: set[str]) -> bool:
     """Config, a tokenizer, and the one weights file or every numbered shard."""
-    if BASE_CONFIG not in names or names.isdisjoint(_BASE_TOKENIZERS):
+    if BASE_CONFIG not in names or names.isdisjoint(BASE_TOKENIZERS):
         return False
     shards = [match for name in names if (match := _NUMBERED_SHARD.fullmatch(name)) and _SHARD.fullmatch(name)]
     return _BASE_WEIGHTS in names or (bool(shards) and all(int(shard[1]) == len(shards) for shard in shards))

@@ -24,6 +24,9 @@ from loracli.errors import AdapterNotFound, IncompatibleAdapters, UsageError
 from loracli.system.files import CONFIG_FILE
 from loracli.system.near import hints, holding, near_path
 
+# How an adapter or a base model is named: text in one of the forms above, or the path of a local directory.
+Named = str | os.PathLike[str]
+
 URI_PREFIX = "hf://"
 _FORMS = (
     f"write org/name, org/name@revision, hf://org/name@revision/sub/folder, or a directory that holds {CONFIG_FILE}"
@@ -74,7 +77,7 @@ class Reference:
         return self.text if self.path is None else self.path.name or self.text
 
 
-def parse_reference(text: str | os.PathLike[str], *, revision: str | None = None) -> Reference:
+def parse_reference(text: Named, *, revision: str | None = None) -> Reference:
     """Reads one reference.
 
     Args:
@@ -175,7 +178,12 @@ def _meant(path: str) -> str | None:
     if inside:
         inside.sort(key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))])
         return f"it has adapters inside: {', '.join(os.path.join(path, name) for name in inside[:5])}"
-    return WHOLE_MODEL if os.path.isfile(os.path.join(path, "config.json")) else None
+    return whole_model_hint(path)
+
+
+def whole_model_hint(path: str | Path) -> str | None:
+    """What to do with a whole model where an adapter or a recipe is read; None for a directory that is none."""
+    return WHOLE_MODEL if os.path.isfile(os.path.join(path, "config.json")) and not _holds_adapter(str(path)) else None
 
 
 def _holds_adapter(text: str) -> bool:

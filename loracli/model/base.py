@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.claims import CAUSAL_LM, model_class
 from loracli.errors import AccessDenied, BaseModelMismatch, HubUnreachable, InputError, OutOfResources, UsageError
-from loracli.hub.fetch import fetch_base
-from loracli.hub.references import BaseClaim
+from loracli.hub.fetch import BASE_TOKENIZERS, fetch_base
+from loracli.hub.references import BaseClaim, Named
 from loracli.model.checkpoint import shard_names
 from loracli.model.experts import check_experts
 from loracli.model.modules import check_base_copies, check_shapes, named_as
@@ -248,8 +248,16 @@ def load_tokenizer(reference: BaseReference) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _loading(reference):
-        return AutoTokenizer.from_pretrained(reference.path, **_OFFLINE)
+    try:
+        with _loading(reference):
+            return AutoTokenizer.from_pretrained(reference.path, **_OFFLINE)
+    except BaseModelMismatch as error:
+        if any((reference.path / name).exists() for name in BASE_TOKENIZERS):
+            raise
+        raise BaseModelMismatch(
+            f"the base model {reference.id} has no tokenizer: there is none of {', '.join(BASE_TOKENIZERS)}",
+            hint="save it beside the model, with AutoTokenizer.from_pretrained(...).save_pretrained of the directory",
+        ) from error
 
 
 def check_fits(base: BaseModel, adapters: Sequence[LoraAdapter]) -> None:
@@ -330,7 +338,7 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def plan_from_config(
-    base: str | BaseClaim, *, revision: str | None = None, progress: Progress = SILENT
+    base: Named | BaseClaim, *, revision: str | None = None, progress: Progress = SILENT
 ) -> tuple[BasePlan, str]:
     """The plan of a base model, and the sha256 of its config.
 

@@ -13,6 +13,7 @@ import torch
 import torch.utils.deterministic
 from torch import nn
 
+from loracli.arguments import check_declared
 from loracli.errors import UsageError
 from loracli.model.quantisation import UNQUANTISED, check_quantise
 from loracli.system.display import count_text
@@ -163,6 +164,7 @@ class Placement:
 
     def __post_init__(self) -> None:
         """Raises UsageError for what this machine does not have, before anything is looked for."""
+        check_declared(self)
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype} is not one of auto, {', '.join(DTYPES)}")
         check_quantise(self.quantise)

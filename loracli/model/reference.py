@@ -31,6 +31,7 @@ from loracli.hub.fetch import fetch_base
 from loracli.hub.references import (
     URI_PREFIX,
     BaseClaim,
+    Named,
     agreed_base,
     distinct_bases,
     is_hub_id,
@@ -63,7 +64,7 @@ class BaseReference:
 
 def find_base(
     adapters: Sequence[LoraAdapter],
-    base: str | BaseClaim | None,
+    base: Named | BaseClaim | None,
     *,
     revision: str | None = None,
     check: Callable[[BaseReference], object] = lambda base: None,
@@ -137,7 +138,7 @@ def stored_quantisation(name: str, folder: Path, quantise: str | None = None) ->
     return found if found is None or found.stored else None
 
 
-def refuse_mistyped(base: str | BaseClaim, error: LoracatError) -> None:
+def refuse_mistyped(base: Named | BaseClaim, error: LoracatError) -> None:
     """Raises InputError if a directory was meant, as far as the disk can tell: the user named what no organisation
     stands before, and a base model lies here whose name is near. `error` is what the Hub had to say."""
     near = near_path(base, holding(CONFIG)) if isinstance(base, str) and "/" not in base else None
@@ -157,12 +158,12 @@ def _saved_as(folder: Path) -> str | None:
     return name if isinstance(name, str) and "/" in name and is_hub_id(name) else None
 
 
-def locate_base(base: str | BaseClaim, *, revision: str | None = None) -> Path | BaseClaim:
+def locate_base(base: Named | BaseClaim, *, revision: str | None = None) -> Path | BaseClaim:
     """The local directory of a base model, or its name on the Hub with the revision that is wanted.
 
     Args:
         base: text is what the user named: a directory if there is one, else a Hub id, and with `hf://` always a Hub id.
-            A claim is somebody else's word, and never looked for on the disk.
+            A path is a directory. A claim is somebody else's word, and never looked for on the disk.
         revision: that the user named; None for the claim's own.
     Raises:
         InputError: if it is neither a directory of a base model nor a name on the Hub.
@@ -172,21 +173,22 @@ def locate_base(base: str | BaseClaim, *, revision: str | None = None) -> Path |
         raise UsageError(f"--base-revision {revision} cannot be a branch, tag or commit")
     if isinstance(base, str) and base.startswith(URI_PREFIX):
         base = BaseClaim(base.removeprefix(URI_PREFIX), None)
-    elif isinstance(base, str):
+    elif not isinstance(base, BaseClaim):
         local = _directory(base, revision)
         if local is not None:
             return local
-        base = BaseClaim(base, None)
+        base = BaseClaim(str(base), None)
     if (reason := not_on_the_hub(base)) is not None:
         raise InputError(f"no base model can be had: there is {reason}", hint=WAY_OUT)
     return BaseClaim(base.base_model, revision or base.revision)
 
 
-def _directory(base: str, revision: str | None) -> Path | None:
+def _directory(named: Named, revision: str | None) -> Path | None:
     """The directory that the user named; None for a name on the Hub."""
+    base = os.fspath(named)
     local = Path(base).expanduser()
     if not local.is_dir():
-        if not is_hub_id(base) or local.is_file():
+        if not isinstance(named, str) or not is_hub_id(base) or local.is_file():
             raise InputError(
                 f"the base model {base} is not a directory", hint=hints(near_path(base, holding(CONFIG)), WAY_OUT)
             )

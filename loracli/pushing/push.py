@@ -10,6 +10,7 @@ from typing import Literal
 from huggingface_hub import constants, get_token
 
 from loracli._version import __version__
+from loracli.arguments import check_declared
 from loracli.errors import AccessDenied, HubUnreachable, InputError, UsageError, VerificationError
 from loracli.hub.fetch import checked_token
 from loracli.hub.references import is_repo_id, is_revision
@@ -102,6 +103,10 @@ class PushRequest:
     create_pr: bool = False
     message: str | None = None
     edited_card: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value of another type."""
+        check_declared(self)
 
 
 @takes_bar

@@ -18,7 +18,7 @@ from loracli.adapters.on_base import adapted_names, by_base_names, older_places,
 from loracli.adapters.saved_modules import REFUSE
 from loracli.errors import AdapterNotFound, IntegrityError, RecipeError, UsageError
 from loracli.hub.fetch import MAX_ADAPTER_BYTES, Fetched, FetchedBase, fetch_adapter, fetch_adapters, fetch_base_of
-from loracli.hub.references import BaseClaim, Reference, is_folder, is_repo_id, is_revision, parse_reference
+from loracli.hub.references import BaseClaim, Named, Reference, is_folder, is_repo_id, is_revision, parse_reference
 from loracli.hub.source import BASE_CONFIG, HubOptions
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, adapter_problems, base_problems, decode_recipe, read_document
@@ -141,7 +141,7 @@ def _check_hashes(recorded: RecipeAdapter, sha256: Mapping[str, str], path: Path
 
 
 def read_ingredients(
-    recipe: Recipe, *, relocated: Sequence[str | os.PathLike[str]] = (), progress: Progress = SILENT
+    recipe: Recipe, *, relocated: Sequence[Named] = (), progress: Progress = SILENT
 ) -> tuple[LoraAdapter, ...]:
     """Opens the adapters of a recipe, in its order; `loaded()` of one brings its factors into memory.
 
@@ -179,7 +179,7 @@ def read_recorded(
     recorded: Sequence[RecipeAdapter],
     folder: Path,
     *,
-    relocated: Sequence[str | os.PathLike[str]] = (),
+    relocated: Sequence[Named] = (),
     progress: Progress = SILENT,
 ) -> tuple[LoraAdapter, ...]:
     """As `read_ingredients`, of the adapters themselves; `folder` is where local references are relative to."""
@@ -204,9 +204,7 @@ def read_recorded(
     return result
 
 
-def _check_order(
-    recorded: Sequence[RecipeAdapter], read: Sequence[LoraAdapter], given: Sequence[str | os.PathLike[str]]
-) -> None:
+def _check_order(recorded: Sequence[RecipeAdapter], read: Sequence[LoraAdapter], given: Sequence[Named]) -> None:
     """Raises UsageError if all the recorded adapters were given, in another order than the recorded one."""
     hashes = [dict(adapter.sha256) for adapter in read]
     wanted = [dict(adapter.sha256) for adapter in recorded]

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from loracli.adapters.kinds import MAX_EXPERTS, BaseModule
 from loracli.adapters.names import leaf
 from loracli.errors import OutputExists, RecipeError, UsageError
-from loracli.hub.references import URI_PREFIX, is_folder, is_hub_id
+from loracli.hub.references import URI_PREFIX, is_folder, is_hub_id, whole_model_hint
 from loracli.recipe.record import (
     EDITED,
     INLINE_KINDS,
@@ -47,7 +47,7 @@ from loracli.system.display import html_of, names_text, repr_line
 from loracli.system.document import MAX_PROBLEMS, AtMost, added, decode, encode, schema_of
 from loracli.system.escaping import shell_word
 from loracli.system.files import CONFIG_FILE, TENSOR_FILES, read_regular, replaced_file, write_file
-from loracli.system.near import hints, near_path
+from loracli.system.near import did_you_mean, hints, near_path
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 _FIRST_SCHEMA = 2  # that is still read
@@ -80,8 +80,18 @@ class Recipe:
         return html_of(self)
 
     def weights_of(self, module: str) -> tuple[float | None, ...]:
-        """One weight for each adapter at a module."""
-        return self.mixing.weights[self.group_of(module)]
+        """One weight for each adapter at a module.
+
+        Raises:
+            UsageError: if the recipe has none there.
+        """
+        group = self.group_of(module)
+        if group not in self.mixing.weights:
+            hint = did_you_mean(module, [one.name for one in self.modules])
+            if self.mixing.kind not in INLINE_KINDS:
+                hint = f"the mixing {self.mixing.kind!r} has no weight for each module and adapter"
+            raise UsageError(f"the recipe has no weights for {module[:200]!r}", hint=hint)
+        return self.mixing.weights[group]
 
     def group_of(self, module: str) -> str:
         """The group whose weights a module takes."""
@@ -361,6 +371,8 @@ def read_document(path: Path) -> Any:
                 hint=f"name adapters with --adapters, as in `loracat export --adapters {word} --weights 1`; "
                 f"`loracat inspect {word}` shows it",
             ) from None
+        if (hint := whole_model_hint(path)) is not None:
+            raise RecipeError(f"{path} is a whole model, and a recipe is read here", hint=hint) from None
         raise RecipeError(
             f"the recipe {path} cannot be read: {error.strerror}",
             hint=_way_out(path),

@@ -18,6 +18,7 @@ from loracli.adapters.names import RecipePlace, layer, target_of
 from loracli.hub.references import REPO_ID, BaseClaim, is_hub_id, is_repo_id
 from loracli.system.document import AtMost, Matches, added, document_sha256
 from loracli.system.files import TENSOR_FILES
+from loracli.system.near import named
 
 MAX_RECIPE_BYTES = 64 << 20
 MAX_MODULES = 200_000  # as many as tensors in a file
@@ -508,4 +509,9 @@ class HeldOut:
         return (*self.rows, *(control.row for control in self.controls))
 
     def row(self, name: str) -> HeldOutRow:
-        return next(row for row in self.rows if row.name == name)
+        """The row of a name.
+
+        Raises:
+            UsageError: if there is none.
+        """
+        return named(name, {row.name: row for row in self.rows}, "row")

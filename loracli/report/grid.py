@@ -88,10 +88,8 @@ def _said(weight: float | None, error: float | None) -> str:
 
 
 def _has_weights(recipe: Recipe, module: str) -> bool:
-    try:
-        return any(weight is not None for weight in recipe.weights_of(module))
-    except KeyError:  # a module that only pads an export
-        return False
+    """A module that only pads an export has none."""
+    return any(weight is not None for weight in recipe.mixing.weights.get(recipe.group_of(module), ()))
 
 
 def _error(recipe: Recipe, module: str, index: int) -> float | None:

@@ -25,6 +25,7 @@ from loracli.evaluation.comparison import (
     training_gap,
     verdict,
 )
+from loracli.hub.references import Named
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
 from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.recipe import Recipe, check_recipe_there, load_recipe
@@ -260,7 +261,7 @@ def write_report(
     output: str | Path,
     *,
     comparison: str | Path | None = None,
-    adapters: Sequence[str] = (),
+    adapters: Sequence[Named] = (),
     force: bool = False,
     progress: Progress | Bar = SILENT,
 ) -> Written:
@@ -349,7 +350,7 @@ def _read_comparison(path: Path, recipe: Recipe) -> Comparison:
     return found
 
 
-def _ingredients(recipe: Recipe, adapters: Sequence[str], progress: Progress) -> tuple[LoraAdapter, ...]:
+def _ingredients(recipe: Recipe, adapters: Sequence[Named], progress: Progress) -> tuple[LoraAdapter, ...]:
     """The adapters, or none where they are not at hand."""
     try:
         return read_ingredients(recipe, relocated=adapters, progress=progress)

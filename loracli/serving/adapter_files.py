@@ -23,6 +23,7 @@ from loracli.adapters.names import PREFIX, targeted_parameters
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
 from loracli.hub.fetch import from_pickle_hint
+from loracli.hub.references import Named, whole_model_hint
 from loracli.model.base import plan_from_config
 from loracli.model.modules import BaseNames, expert_shape, kind_and_shape
 from loracli.progress import SILENT, Progress
@@ -211,7 +212,8 @@ def read_adapter_files(path: Path) -> AdapterFiles:
         )
     names = frozenset(entry.name for entry in os.scandir(path))
     if CONFIG_FILE not in names:
-        raise AdapterNotFound(f"no {CONFIG_FILE} in it", where=str(path), hint=fetch)
+        hint = whole_model_hint(path) or f"name the directory that holds {CONFIG_FILE}"
+        raise AdapterNotFound(f"the directory holds no {CONFIG_FILE}", where=str(path), hint=hint)
     layout: AdapterLayout = "mlx" if MLX_TENSOR_FILE in names and TENSOR_FILE not in names else "peft"
     file = MLX_TENSOR_FILE if layout == "mlx" else TENSOR_FILE
     if file not in names:
@@ -320,7 +322,7 @@ class BaseFacts:
     names: BaseNames
 
 
-def read_base_facts(base: str, *, progress: Progress = SILENT) -> BaseFacts:
+def read_base_facts(base: Named, *, progress: Progress = SILENT) -> BaseFacts:
     """Of a directory or Hub id that the user names; errors as of `plan_from_config`."""
     plan, _ = plan_from_config(base, progress=progress)
     modules, experts = {}, {}

@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 
 from loracli.adapters.adapter import IDLE
 from loracli.errors import UsageError
+from loracli.hub.references import Named
 from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.serving.adapter_files import AdapterFiles, AdapterLayout, BaseFacts, read_adapter_files, read_base_facts
 from loracli.serving.checks import CHECKS, Unclear
@@ -218,7 +219,7 @@ class Lint:
 
 @takes_bar
 def lint_adapter(
-    path: str | Path, *, servers: Sequence[str] = (), base: str | None = None, progress: Progress | Bar = SILENT
+    path: str | Path, *, servers: Sequence[str] = (), base: Named | None = None, progress: Progress | Bar = SILENT
 ) -> Lint:
     """Checks an adapter's directory against the rules of servers.
 

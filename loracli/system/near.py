@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TypeVar
 
+from loracli.errors import UsageError
+
+_Thing = TypeVar("_Thing")
+
+_SAID = 12  # names that there are, where none is near
+_QUOTED = 60  # characters of one that there is not
 _MANY = 1000  # names of a folder that are looked at: a mistake must not take long to be told
 
 
@@ -34,6 +41,22 @@ def _nearest(word: str, names: Collection[str]) -> str | None:
 
 def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
+
+
+def named(name: str, things: Mapping[str, _Thing], what: str) -> _Thing:
+    """The thing of a name.
+
+    Args:
+        what: such a thing is, for the error.
+    Raises:
+        UsageError: if there is none, with a name that is near.
+    """
+    if name not in things:
+        some = ", ".join(list(things)[:_SAID]) + (", ..." if len(things) > _SAID else "")
+        raise UsageError(
+            f"there is no {what} {repr(name)[:_QUOTED]}", hint=did_you_mean(str(name), things) or f"there is {some}"
+        )
+    return things[name]
 
 
 def near_path(path: str | Path, fits: Callable[[Path], bool]) -> str | None:

@@ -25,6 +25,7 @@ from loracli.errors import InputError, IntegrityError, UsageError
 from loracli.export.activations import recorded_moments
 from loracli.export.layout import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
+from loracli.hub.references import Named
 from loracli.model.modules import check_shapes
 from loracli.progress import Progress
 from loracli.system.document import decode, dtype_name
@@ -100,7 +101,7 @@ def verify_adapter(
     findings: Findings,
     *,
     recipe: Path | None,
-    adapters: Sequence[str],
+    adapters: Sequence[Named],
     skeleton: nn.Module | None,
     edited_card: bool,
     progress: Progress,

@@ -28,6 +28,7 @@ from loracli.errors import (
     UnsupportedAdapter,
     UsageError,
 )
+from loracli.hub.references import Named
 from loracli.progress import Progress
 from loracli.recipe.ingredients import by_names_of, read_recorded, recorded_policy
 from loracli.recipe.recipe import Recipe, adapter_problems, base_problems, decode_recipe, load_recipe, without_paths
@@ -142,7 +143,7 @@ class Ingredients:
 
 
 def find_ingredients(
-    origin: Origin, findings: Findings, *, recipe: Path | None, adapters: Sequence[str], progress: Progress
+    origin: Origin, findings: Findings, *, recipe: Path | None, adapters: Sequence[Named], progress: Progress
 ) -> Ingredients | None:
     """The ingredients by the names of the recorded table; None, and the findings say why, if they are not at hand.
 
@@ -222,7 +223,7 @@ def _saved(origin: Origin, adapters: tuple[LoraAdapter, ...]) -> SavedModules | 
 
 
 def _ingredients(
-    origin: Origin, given: Recipe | None, findings: Findings, adapters: Sequence[str], progress: Progress
+    origin: Origin, given: Recipe | None, findings: Findings, adapters: Sequence[Named], progress: Progress
 ) -> tuple[LoraAdapter, ...] | None:
     if adapters:
         return read_recorded(origin.adapters, Path(), relocated=adapters, progress=progress)

@@ -29,7 +29,7 @@ from loracli.fusing.plan import FusedTensor, FusionPlan
 from loracli.fusing.quantised import read_quantisation
 from loracli.fusing.stream import BLOCK_BYTES, WIDENED, replaced_rows, rounding_bounds, update_of
 from loracli.fusing.workplace import CONFIG, FUSE_CERTIFICATE, config_bytes, index_bytes, other_files, read_config
-from loracli.hub.references import BaseClaim
+from loracli.hub.references import BaseClaim, Named
 from loracli.model.base import plan_base
 from loracli.model.checkpoint import (
     INDEX_FILE,
@@ -78,8 +78,8 @@ def _verify_model(
     findings: Findings,
     *,
     recipe: Path | None,
-    adapters: Sequence[str],
-    base: str | None,
+    adapters: Sequence[Named],
+    base: Named | None,
     base_revision: str | None,
     edited_card: bool,
     progress: Progress,
@@ -328,8 +328,8 @@ def verify_directory(
     path: str | Path,
     *,
     recipe: str | Path | None = None,
-    adapters: Sequence[str] = (),
-    base: str | None = None,
+    adapters: Sequence[Named] = (),
+    base: Named | None = None,
     base_revision: str | None = None,
     edited_card: bool = False,
     at_hand: str | Path | None = None,

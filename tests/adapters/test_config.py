@@ -259,7 +259,7 @@ def test_a_feature_that_cannot_be_honoured_is_refused_by_name(
 
 def test_a_config_without_peft_type_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 16}')
-    with pytest.raises(UnsupportedAdapter, match="peft_type is None"):
+    with pytest.raises(UnsupportedAdapter, match="peft_type is missing"):
         read_config(tmp_path / "adapter_config.json")
 
 

@@ -91,7 +91,7 @@ def test_an_array_that_breaks_off_is_named_at_the_record(tmp_path: Path, text: s
     for skip_bad in (False, True):
         error = refused(path, skip_bad=skip_bad)
         assert error.problems == (f"{path}:{problem}",) and "--skip-bad" not in (error.hint or "")
-        assert str(error).endswith(f"nothing behind record {problem[0]} can be read") and error.hint
+        assert error.summary.endswith(f"nothing behind record {problem[0]} can be read") and error.hint
 
 
 def test_an_array_on_the_first_of_several_lines_is_a_bad_line(tmp_path: Path) -> None:

@@ -41,6 +41,11 @@ def whole_model() -> None:
     shutil.copytree("base", "merged")
 
 
+def no_tokenizer() -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path("base", name).unlink(missing_ok=True)
+
+
 def above() -> None:
     shutil.copytree("know", "runs/know")
 
@@ -96,6 +101,19 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
      ["different task types", "hint: compose them first, with loracat export and --task-type SEQ_CLS"]),
     (nothing, ["export", "--merge", "--rank", "999"], 2, ["--rank 999 is above 24", "give at most --rank 24"]),
     (whole_model, ["fit", "-a", "know", "merged", *DATA], 3, ["error: merged: ", "looks like a whole model", "--base"]),
+    (nothing, ["export", *TWO, "--method", "ties", "--rank", "500"], 2, ["--rank 500 is above", "give at most --rank"]),
+    (whole_model, ["show", "merged"], 3, ["error: merged is a whole model, and a recipe is read here", "with --base"]),
+    (whole_model, ["fuse", "merged", "--base", "base"], 3, ["error: merged is a whole model", "with --base"]),
+    (whole_model, ["compare", "merged", "-d", "test.jsonl"], 3, ["error: merged is a whole model", "with --base"]),
+    (whole_model, ["lint", "merged"], 3, ["error: merged: the directory holds no adapter_config", "a whole model"]),
+    (whole_model, ["export", "merged", "-w", "1"], 2, ["merged stands in the place of a recipe", "a whole model"]),
+    (nothing, ["export", "know", "-w", "1"], 2, ["know stands in the place of a recipe", "--adapters know"]),
+    (no_tokenizer, FIT, 3, ["has no tokenizer", "save_pretrained"]),
+    (nothing, ["export", "know", "form", "-w", "1", "1"], 2, ["know form: ", "loracat export --adapters know form"]),
+    (nothing, ["export", *TWO, "recipe.json"], 2, ["recipe.json stands among", "export recipe.json --adapters know"]),
+    (nothing, ["lint", "know", "--for", "vllm", "sglang"], 2, ["only one DIR", "between them: --for vllm,sglang"]),
+    (nothing, ["fit", *TWO, *ELSE, "-d", "test.jsonl,calibration.jsonl"], 3, ["files: test.jsonl calibration.jsonl"]),
+    (nothing, ["fit", *TWO, *ELSE, "-d", "test.jsonl:x"], 3, ["which is a number: test.jsonl:2"]),
     (no_recipe, ["export"], 3, ["error: the recipe recipe.json cannot be read"]),
     (no_recipe, ["fuse", "--base", "base"], 3, ["error: the recipe recipe.json cannot be read"]),
     (no_recipe, ["report"], 3, ["error: the recipe recipe.json cannot be read"]),

@@ -105,6 +105,7 @@ def test_an_adapter_goes_by_its_place_reference_repository_or_the_end_of_its_pat
     [
         ({"attention": 1, "mlp": 1}, r"no weight for lm_head; add default = 0"),
         ({"mlp": 1}, r"no weight for lm_head and 4 more modules"),
+        ({"defalt": 1}, r"\[math\] defalt: no module of the adapter; did you mean default\?"),
         ({"default": "1"}, r"\[math\] default: expected a number"),
         ({"default": True}, r"expected a number"),
         ({"default": None}, r"expected a number"),
@@ -200,6 +201,13 @@ def test_any_name_is_one_line_of_toml_and_comes_back(name: str) -> None:
 @pytest.mark.parametrize("name", ["", "a", "b", "ab", "aab", "aba", "abab", "baab", "a.b", "aabba"])
 def test_a_glob_is_the_standard_librarys(pattern: str, name: str) -> None:
     assert _matches(pattern, name) == fnmatchcase(name, pattern)
+
+
+def test_experts_in_an_mlp_go_by_experts_alone_and_the_error_says_so() -> None:
+    experts = adapter(ADAPTERS[0].source, "/math", ["model.layers.0.mlp.experts.down_proj"])
+    for key in ("mlp", "0 mlp"):
+        with pytest.raises(SettingsError, match="mlp in their path are experts, which go by the key experts"):
+            weights_of_modules({"#1": {"default": 1, key: 2}}, [experts])
 
 
 def test_kinds_follow_the_components_of_a_path() -> None:

@@ -90,6 +90,11 @@ def beside_fresh(found: HeldOut, loss: float, difference: float, interval: tuple
             "(95 % sure between 5 and 15 %)",
         ),
         (
+            table(WORSE, 0.0, (0.0, 1e-17)),  # weights of 0 and 1, up to rounding
+            "The composition comes to your best adapter, b, alone: it has the same loss on 128 records that it had not "
+            "seen",
+        ),
+        (
             table(WORSE, 0.06, (0.006, 0.1)),  # an end near 0 is told from 0
             "The composition is worse than your best adapter, b: 3.0 % more loss on 128 records that it had not seen "
             "(95 % sure between 0.3 and 5.0 %)",

@@ -305,6 +305,17 @@ def test_a_config_that_says_something_else_is_refused(
         read_adapter(str(rewritten(made[1], tmp_path, {}, **fields)))
 
 
+def test_tying_is_refused_before_the_tied_tensor_that_the_config_does_not_name(
+    tmp_path: Path, made: tuple[Path, list[Path]]
+) -> None:
+    """As PEFT saves it: the tied head beside the embeddings, which alone are named."""
+    folder = rewritten(made[1], tmp_path, {}, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    tensors = load_file(folder / WEIGHTS)
+    save_file(tensors | {"base_model.model.model.embed_tokens.weight": tensors[HEAD].clone()}, folder / WEIGHTS)
+    with pytest.raises(UnsupportedAdapter, match="ensure_weight_tying is not supported"):
+        read_adapter(folder)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
