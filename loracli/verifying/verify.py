@@ -41,8 +41,9 @@ from loracli.model.checkpoint import (
     tied_parameters,
 )
 from loracli.model.modules import check_shapes, named_as
-from loracli.model.reference import BaseReference, find_base
+from loracli.model.reference import BaseReference, check_config, find_base
 from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
+from loracli.recipe.ingredients import fitted_base
 from loracli.recipe.recipe import load_recipe
 from loracli.system.document import decode, dtype_name
 from loracli.system.files import (
@@ -387,10 +388,9 @@ def verify_directory(
         raise IntegrityError(f"{path} has a record and no {TENSOR_FILE}")
     skeleton = None
     if base is not None:
-        from loracli.model.base import plan_base
-        from loracli.model.reference import find_base
-
         reference = find_base((), base, revision=base_revision, progress=progress)
+        if (fitted := fitted_base(path)) is not None:
+            check_config(reference, fitted, "the recipe", progress)
         skeleton = plan_base(reference, task=_stated_task(path)).skeleton
     verify_adapter(
         path,
