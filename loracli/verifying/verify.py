@@ -103,7 +103,7 @@ def _verify_model(
         return
     origin = read_origin(document.get("composition"), where)
     given = find_ingredients(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
-    if given is None:
+    if given is None or origin.by_records:
         _leave_card(whole_card, findings)
         return
     if base is None and recorded.commit is None:
