@@ -21,6 +21,7 @@ from loracli.adapters.names import (
     parse_tensor_name,
     target_of,
     targeted_parameters,
+    untargeted,
     whole_parameter,
 )
 from loracli.adapters.stored import RANK_MAJOR, ExpertTensors, StoredExpert, StoredFactors, convolution_of
@@ -225,6 +226,11 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
         for name, tensors in parts.items()
     }
     parameters = targeted_parameters(as_layer, config.target_parameters, str(file.path))
+    left_out = untargeted(sorted(parts.keys() - parameters.keys()), config.target_modules or parts.keys())
+    if left_out:
+        more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+        doubt = f"target_modules does not name {left_out[0]}{more}, so PEFT leaves out what is composed here"
+        config = replace(config, doubts=(*config.doubts, doubt))
     modules: dict[str, LoraModule] = {}
     for name in sorted(parts, key=lambda name: parameters.get(name, name)):
         if name in parameters and _is_matrix(parameters[name], parts[name], config, file):

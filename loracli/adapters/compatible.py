@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, kernels_of, read_adapter
-from loracli.adapters.claims import WayOut, way_out_of
+from loracli.adapters.claims import WayOut, agreed_task, way_out_of
 from loracli.adapters.kinds import kind_of
 from loracli.adapters.names import leaf
 from loracli.adapters.on_base import warn_of_open_orders
+from loracli.adapters.saved_modules import AVERAGE, saved_modules
 from loracli.algebra.factors import Factors, inner_product
-from loracli.errors import IncompatibleAdapters, UsageError
+from loracli.errors import IncompatibleAdapters, InputError, UsageError
 from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import Named, distinct_bases
 from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
@@ -208,6 +209,7 @@ class AdapterSummary:
         lora_bias: whether its lora_B have biases.
         modules_to_save: modules that it replaces as a whole.
         convolutions: that are among the modules.
+        task_type: PEFT's name of its task, None if it states none.
     """
 
     reference: str
@@ -225,6 +227,7 @@ class AdapterSummary:
     lora_bias: bool
     modules_to_save: tuple[str, ...]
     convolutions: tuple[str, ...]
+    task_type: str | None
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ class Inspection:
         adapters: in their order.
         overlaps: of each pair.
         problems: the reasons.
-        hint: what to do if all that is wrong is that they name different base models, None otherwise.
+        hint: what to do if only one thing is wrong and an option helps, as where they name different base models.
         base: what to give with `--base` if, as the hint says, one of these is the other with adapters merged in.
     """
 
@@ -286,15 +289,31 @@ def inspect_adapters(
     ]
     check_distinct(adapters, [adapter.reference for adapter in adapters], progress)
     warn_of_open_orders(adapters, progress)
-    problems = _problems_of(adapters)
+    refused = _refusals(adapters) if len(adapters) > 1 else []
+    problems = [*_problems_of(adapters), *(error.what for error in refused)]
     way_out = _way_out(adapters) if len(problems) == 1 else None
+    hints = [error.hint for error in refused] if way_out is None else [way_out.hint]
     return Inspection(
         adapters=tuple(_summary(adapter) for adapter in adapters),
         overlaps=tuple(_overlaps_of(adapters)),
         problems=tuple(problems),
-        hint=None if way_out is None else way_out.hint,
+        hint=hints[0] if len(problems) == 1 and hints else None,
         base=None if way_out is None else way_out.base,
     )
+
+
+def _refusals(adapters: Sequence[LoraAdapter]) -> list[InputError]:
+    """What a fit and an export would refuse beside `_problems_of`, where no option of theirs says otherwise."""
+    found: list[InputError] = []
+    for check in (
+        lambda: agreed_task(adapters),
+        lambda: saved_modules(AVERAGE, adapters) if any(adapter.saved for adapter in adapters) else None,
+    ):
+        try:
+            check()
+        except InputError as error:
+            found.append(error)
+    return found
 
 
 def _summary(adapter: LoraAdapter) -> AdapterSummary:
@@ -316,4 +335,5 @@ def _summary(adapter: LoraAdapter) -> AdapterSummary:
         lora_bias=adapter.config.lora_bias,
         modules_to_save=tuple(adapter.saved),
         convolutions=tuple(kernels_of([adapter])),
+        task_type=adapter.config.task_type,
     )

@@ -111,6 +111,7 @@ class AdapterConfig:
         made_by_unsloth: whether unsloth wrote it.
         use_dora: whether magnitudes belong to it; only where it is read to be converted.
         initialisation: that was subtracted from the base, `pissa` or another; only where it is read to be converted.
+        target_modules: names or ends of the paths of adapted modules; None where it is a pattern, or not said.
         doubts: what could be read in another way, in a sentence each.
     """
 
@@ -134,6 +135,7 @@ class AdapterConfig:
     made_by_unsloth: bool = False
     use_dora: bool = False
     initialisation: str | None = None
+    target_modules: frozenset[str] | None = None
     doubts: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
@@ -300,6 +302,7 @@ class _PeftFields(Fields):
             made_by_unsloth=self._made_by_unsloth(),
             use_dora=_is_on(self._fields.get("use_dora")),
             initialisation=self._initialisation(),
+            target_modules=self._target_modules(),
         )
 
     def _alpha(self, field: str, value: Any) -> float:
@@ -318,11 +321,13 @@ class _PeftFields(Fields):
 
     def _whole_names(self) -> frozenset[str]:
         """PEFT adapts every module whose name is, or ends in a dot and, a name of the list."""
-        targets = self._fields.get("target_modules")
         narrowed = any(_is_on(self._fields.get(key)) for key in ("layers_to_transform", "exclude_modules"))
-        if narrowed or not isinstance(targets, list):
-            return frozenset()
-        return frozenset(name for name in targets if isinstance(name, str) and "." not in name)
+        targets = None if narrowed else self._target_modules()
+        return frozenset(name for name in targets or () if "." not in name)
+
+    def _target_modules(self) -> frozenset[str] | None:
+        targets = self._fields.get("target_modules")
+        return frozenset(name for name in targets if isinstance(name, str)) if isinstance(targets, list) else None
 
     def _target_parameters(self) -> tuple[str, ...]:
         names = self._names("target_parameters", MAX_PARAMETERS)

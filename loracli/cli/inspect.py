@@ -35,6 +35,7 @@ def inspect(
 ) -> None:
     """Show ranks, modules, scaling and base model of adapters, whether they can be composed, and how much they
     overlap."""
+    from loracli.adapters.claims import CAUSAL_LM
     from loracli.adapters.compatible import inspect_adapters
     from loracli.cli._tables import table_names
 
@@ -98,9 +99,12 @@ def inspect(
     if len(found.adapters) > 1:
         out.line("can be composed", style="bold green")
         bases = _base_words([adapter.base_model for adapter in found.adapters])
-        fit = ["fit", "--adapters", *references, "--data", "DATA.jsonl", *bases]
-        export = ["export", "--method", "sum", "--adapters", *references]  # what a fit cannot run
-        out.hint(shlex.join(["loracat", *(export if any(a.convolutions for a in found.adapters) else fit)]))
+        saved = ["--modules-to-save", "average"] if any(a.modules_to_save for a in found.adapters) else []
+        fit = ["fit", "--adapters", *references, "--data", "DATA.jsonl", *bases, *saved]
+        export = ["export", "--method", "sum", "--adapters", *references, *saved]  # what a fit cannot run
+        tasks = {(a.task_type or CAUSAL_LM).upper() for a in found.adapters}
+        unfit = tasks != {CAUSAL_LM} or any(a.convolutions for a in found.adapters)
+        out.hint(shlex.join(["loracat", *(export if unfit else fit)]))
 
 
 def _base_words(named: Sequence[str | None]) -> list[str]:

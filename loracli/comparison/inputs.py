@@ -30,7 +30,7 @@ from loracli.model.session import as_fitted, runs_here
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import recorded_policy
 from loracli.recipe.recipe import OTHER_ROWS
-from loracli.recipe.record import FINGERPRINT
+from loracli.recipe.record import FINGERPRINT, RecipeBase
 
 _OTHER_NAMES = {  # of rows that are no adapter's
     *OTHER_ROWS, *METHODS, *FITTED_MIXINGS, FRESH_LORA, RANDOM, DATAMIX, WEIGHTS
@@ -79,8 +79,7 @@ class CompareInputs:
         Raises:
             UsageError: as there.
         """
-        fits = {one.row: one.recipe.base.quantisation for one in self.recipes}
-        return as_fitted(placement, self.base, fits, progress=progress)
+        return as_fitted(placement, self.base, _fits(self.recipes), progress=progress)
 
 
 def prepare_comparison(
@@ -145,7 +144,7 @@ def prepare_comparison(
     if recipes and policy == REFUSE:
         policy = recorded_policy(recipes[0].recipe)
     policy = settled_policy(policy, read, references)
-    check = runs_here(placement, read, {one.row: one.recipe.base.quantisation for one in recipes})
+    check = runs_here(placement, read, _fits(recipes))
     found = find_base(read, asked, revision=base_revision, check=check, progress=progress)
     read = on_base(read, found)
     check_composable(read, base_given=asked is not None, base_known=True)
@@ -175,6 +174,10 @@ def prepare_comparison(
         saved=saved,
         weights=None if settings.weights is None else weights_of_modules(settings.weights, read),
     )
+
+
+def _fits(recipes: Sequence[ComparedRecipe]) -> dict[str, RecipeBase]:
+    return {one.row: one.recipe.base for one in recipes}
 
 
 def _read_data(

@@ -249,7 +249,7 @@ def base_to_run(
         InputError, UsageError: as `find_base` and `as_fitted`.
     """
     asked = base or (None if recorded is None else recorded.claim)
-    fits = {} if recorded is None else {"the recipe": recorded.quantisation}
+    fits = {} if recorded is None else {"the recipe": recorded}
     check = runs_here(placement, adapters, fits)
     reference = find_base(adapters, asked, revision=revision, check=check, progress=progress)
     return reference, as_fitted(placement, reference, fits, progress=progress)

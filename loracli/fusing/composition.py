@@ -3,7 +3,6 @@ that it is meant for."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,23 +19,23 @@ from loracli.arguments import check_declared
 from loracli.composition.base_table import BaseTable
 from loracli.composition.composition import Composition, from_method, from_recipe, from_weights
 from loracli.composition.weights import Weights, weights_of_modules
-from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
+from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.method import read_to_compose
 from loracli.export.request import find_method
 from loracli.fitting.reach import named, warn_untried, weights_read
 from loracli.fusing.plan import FusionPlan, plan_fusion
 from loracli.fusing.quantised import Quantisation
-from loracli.fusing.workplace import CONFIG, read_config
+from loracli.fusing.workplace import read_config
 from loracli.hub.references import Named
 from loracli.model.attach import check_saved
 from loracli.model.base import BasePlan, plan_base
 from loracli.model.checkpoint import Checkpoint
 from loracli.model.modules import base_modules, check_shapes, named_as
-from loracli.model.reference import BaseReference, find_base
+from loracli.model.reference import BaseReference, check_config, find_base
 from loracli.progress import SILENT, Progress
-from loracli.recipe.ingredients import read_ingredients, recorded_policy
+from loracli.recipe.ingredients import fitted_base, read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
-from loracli.recipe.record import EDITED, RecipeBase
+from loracli.recipe.record import EDITED
 from loracli.system.files import CONFIG_FILE
 
 
@@ -99,8 +98,9 @@ def compose_on_base(request: FuseRequest, *, progress: Progress = SILENT) -> tup
             hint="give the unquantised model with --base, or compute its weights with --dequantise",
         )
     plan = plan_base(reference, dequantised=dequantise)
-    if recorded is not None:
-        _check_config(plan.reference, recorded, asked=base is not None, progress=progress)
+    fitted = recorded or fitted_base(request.recipe)
+    if fitted is not None:
+        check_config(plan.reference, fitted, "the recipe", progress)
     read = named_as(plan.skeleton, read)
     check_shapes(plan.skeleton, read)
     saved = saved_modules(policy, read, progress=progress)
@@ -168,16 +168,6 @@ def _refuse_biases(adapters: Sequence[LoraAdapter]) -> None:
                 f"{adapter.reference} has lora_bias, which is not an update of a weight and cannot be folded in",
                 hint="serve it as an adapter: loracat export --profile peft",
             )
-
-
-def _check_config(reference: BaseReference, recorded: RecipeBase, *, asked: bool, progress: Progress) -> None:
-    """Raises IntegrityError if the base is not the recorded one, or says so of one that the user `asked` for."""
-    found = hashlib.sha256((reference.path / CONFIG).read_bytes()).hexdigest()
-    if found != recorded.config_sha256:
-        said = f"config.json of {reference.id} is not the one that the weights were fitted on"
-        if not asked:
-            raise IntegrityError(said, where=str(reference.path))
-        progress.warn(f"{said}; only shapes are checked")
 
 
 def bypassed_modules(reference: BaseReference, composition: Composition, progress: Progress) -> tuple[str, ...]:

@@ -246,7 +246,7 @@ def _read(request: GenerateRequest, progress: Progress) -> _Asked:
     check_language_models(read, "this command")
     claim = request.base or (None if recipe is None else recipe.base.claim)
     check_composable(read, base_given=claim is not None)
-    fits = {} if recipe is None else {"the recipe": recipe.base.quantisation}
+    fits = {} if recipe is None else {"the recipe": recipe.base}
     check = runs_here(request.placement, read, fits)
     base = find_base(read, claim, revision=request.base_revision, check=check, progress=progress)
     read = on_base(read, base)

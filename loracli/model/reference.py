@@ -23,6 +23,7 @@ from loracli.errors import (
     BaseModelMismatch,
     HubUnreachable,
     InputError,
+    IntegrityError,
     LoracatError,
     UnsupportedAdapter,
     UsageError,
@@ -40,7 +41,8 @@ from loracli.hub.references import (
 )
 from loracli.model.quantisation import Quantisation, read_quantisation
 from loracli.progress import SILENT, Progress
-from loracli.system.files import CONFIG_FILE
+from loracli.recipe.record import RecipeBase
+from loracli.system.files import CONFIG_FILE, file_sha256
 from loracli.system.near import hints, holding, near_path
 from loracli.system.strict_json import read_object
 
@@ -136,6 +138,25 @@ def stored_quantisation(name: str, folder: Path, quantise: str | None = None) ->
             hint="give the unquantised model with --base",
         )
     return found if found is None or found.stored else None
+
+
+def check_config(reference: BaseReference, recorded: RecipeBase, name: str, progress: Progress) -> None:
+    """Says where the config of a base is not the one that weights were fitted on.
+
+    Args:
+        reference: of the base.
+        recorded: of the fit.
+        name: of what was fitted.
+        progress: told of it.
+    Raises:
+        IntegrityError: if it should be the very same, of the recorded commit.
+    """
+    if file_sha256(reference.path / CONFIG) == recorded.config_sha256:
+        return
+    said = f"{CONFIG} of {reference.id} is not the one that {name} was fitted on"
+    if reference.commit is not None and (reference.id, reference.commit) == (recorded.id, recorded.commit):
+        raise IntegrityError(said, where=str(reference.path))
+    progress.warn(f"{said}; only shapes are checked")
 
 
 def refuse_mistyped(base: Named | BaseClaim, error: LoracatError) -> None:

@@ -39,9 +39,9 @@ from loracli.model.loss import Objective, check_causal, make_objective
 from loracli.model.placement import Placement, decoder_layers, ran_out_of_memory
 from loracli.model.preflight import MemoryDecision, MemoryEstimate, decide_memory, estimate_memory
 from loracli.model.quantisation import has_bitsandbytes
-from loracli.model.reference import BaseReference, stored_quantisation
+from loracli.model.reference import BaseReference, check_config, stored_quantisation
 from loracli.progress import SILENT, Progress
-from loracli.recipe.record import ON_LOADING, BaseForm
+from loracli.recipe.record import ON_LOADING, RecipeBase
 from loracli.system.machine import read_launch
 
 _RECORDS_OF_AN_ORDER = 64  # enough to tell an adapter from its scrambled experts
@@ -133,7 +133,7 @@ def settle_memory(
 
 
 def runs_here(
-    placement: Placement, adapters: Sequence[LoraAdapter], fits: Mapping[str, BaseForm | None] | None = None
+    placement: Placement, adapters: Sequence[LoraAdapter], fits: Mapping[str, RecipeBase] | None = None
 ) -> Callable[[BaseReference], None]:
     """What `find_base` has checked of a base that will run, by its config.
 
@@ -160,27 +160,35 @@ def runs_here(
 def as_fitted(
     placement: Placement,
     reference: BaseReference,
-    fits: Mapping[str, BaseForm | None],
+    fits: Mapping[str, RecipeBase],
     *,
     progress: Progress = SILENT,
 ) -> Placement:
     """The placement in which a base has the numbers that weights were fitted on.
 
-    Where no quantisation is asked for, a base in full precision is quantised as all fits had it. What differs is said.
+    Where no quantisation is asked for, a base in full precision is quantised as all fits had it. What differs is said,
+    another config too, unless it is that of a copy in another form.
 
     Args:
         placement: that was asked for.
         reference: of the base.
-        fits: what each kept linear layers of the base in, by what it is called; none without a recipe.
+        fits: the base of each, by what it is called; none without a recipe.
         progress: told of it.
     Raises:
         UsageError: if that needs a package which is not installed.
+        IntegrityError: as `check_config`.
     """
     if not fits:
         return placement
     stored = stored_quantisation(reference.id, reference.path)
-    form = next(iter(fits.values()))
-    if stored is None and placement.quantise is None and form in ON_LOADING and set(fits.values()) == {form}:
+    for name, base in fits.items():
+        if base.quantisation == (None if stored is None else stored.form) or (
+            stored is None and base.quantisation in ON_LOADING
+        ):
+            check_config(reference, base, name, progress)
+    forms = [base.quantisation for base in fits.values()]
+    form = forms[0]
+    if stored is None and placement.quantise is None and form in ON_LOADING and set(forms) == {form}:
         names = f"{' and '.join(fits)} {'was' if len(fits) == 1 else 'were'} fitted"
         if not has_bitsandbytes():
             raise UsageError(
@@ -194,7 +202,7 @@ def as_fitted(
         )
         return replace(placement, quantise=form)
     here = placement.form if stored is None else stored.form
-    for name, there in fits.items():
+    for name, there in zip(fits, forms, strict=True):
         if there != here:
             progress.warn(
                 f"{name} was fitted with linear layers of the base in {there or 'full precision'}, and here they are "

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from loracli.adapters.adapter import LoraAdapter, open_adapter
 from loracli.adapters.kinds import BaseModule
@@ -22,9 +22,9 @@ from loracli.hub.references import BaseClaim, Named, Reference, is_folder, is_re
 from loracli.hub.source import BASE_CONFIG, HubOptions
 from loracli.progress import SILENT, Progress
 from loracli.recipe.recipe import Recipe, adapter_problems, base_problems, decode_recipe, read_document
-from loracli.recipe.record import RecipeAdapter, RecordedAdapters
+from loracli.recipe.record import RecipeAdapter, RecipeBase, RecordedAdapters
 from loracli.system.document import decode, dtype_name
-from loracli.system.files import CONFIG_FILE, file_sha256
+from loracli.system.files import CERTIFICATE_FILE, CONFIG_FILE, file_sha256
 from loracli.system.machine import in_order, one_thread_each
 
 
@@ -86,6 +86,22 @@ def read_record(path: Path) -> Recorded:
     return Recorded(
         recipe.adapters, BaseClaim(recipe.base.id, recipe.base.commit), recipe.base.config_sha256, path.parent
     )
+
+
+def fitted_base(export: Any) -> RecipeBase | None:
+    """The base that the recipe of an export was fitted on; None of anything else, or where its record tells none.
+
+    An export is used without its record, so a record that cannot be read is no error here.
+    """
+    path = Path(export) / CERTIFICATE_FILE if isinstance(export, (str, Path)) else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        document = read_document(path)
+        recipe = document.get("recipe") if isinstance(document, dict) else None
+        return decode_recipe(recipe, "its recipe", Path()).base
+    except RecipeError:
+        return None
 
 
 def _read_method(document: dict[str, object], path: Path) -> Recorded:

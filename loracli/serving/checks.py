@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from loracli.adapters.names import BasePlace, leaf
+from loracli.adapters.names import BasePlace, leaf, untargeted
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.algebra.factors import lora_scaling
 from loracli.errors import BaseModelMismatch
@@ -206,11 +206,8 @@ def _targets(files: AdapterFiles, base: BaseFacts | None, *, together: Sequence[
     if together:
         known = {leaf(name) for name in known}
         known |= {name for group in together if known & set(group) for name in group}
-    for name, pair in files.pairs.items():
-        parts = name.split(".")
-        named = any(".".join(parts[start:]) in known for start in range(len(parts)))
-        if not (named or pair.experts or pair.parameter):
-            yield f"{name} is not in target_modules"
+    modules = (name for name, pair in files.pairs.items() if not (pair.experts or pair.parameter))
+    yield from (f"{name} is not in target_modules" for name in untargeted(modules, known))
 
 
 def _companions(files: AdapterFiles, base: BaseFacts | None, *, leaf: str, needs: str) -> Iterator[str]:

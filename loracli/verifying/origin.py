@@ -37,6 +37,7 @@ from loracli.system.document import decode
 from loracli.verifying.findings import Findings
 
 COMPOSITION = "the composition of the written weights"
+_INGREDIENTS = "the sha256 of the ingredients"
 _EVIDENCE = "the held-out table and how the mixing was found, as recorded"
 
 
@@ -67,6 +68,11 @@ class Origin:
     policy: str
     bypassed: tuple[str, ...] = ()
     tables: dict[str, dict[str, float]] | None = None
+
+    @property
+    def by_records(self) -> bool:
+        """Whether the weights go by records too, so that ingredients do not tell them."""
+        return self.method is not None and self.method.regress is not None
 
 
 def read_origin(document: Any, where: Path) -> Origin:
@@ -172,14 +178,18 @@ def find_ingredients(
         findings.checked.append("the recorded recipe, its held-out table included, against the one that is given")
     elif origin.recipe is not None:
         findings.skip(_EVIDENCE, "only the recipe itself tells whether they are its own: name it with --recipe")
-    if origin.recipe is not None and origin.recipe.mixing.kind not in INLINE_KINDS and given is None:
+    beside = origin.recipe is not None and origin.recipe.mixing.kind not in INLINE_KINDS and given is None
+    if beside:
         findings.skip(COMPOSITION, "its mixing is kept in tensors beside the recipe: name the recipe with --recipe")
-        return None
-    if origin.method is not None and origin.method.regress is not None:
+    if origin.method is not None and origin.by_records:
         findings.skip(COMPOSITION, f"{origin.method.name} goes by activations on records, which are not kept")
-        return None
-    read = _ingredients(origin, given, findings, adapters, progress)
+    wanted = _INGREDIENTS if beside or origin.by_records else COMPOSITION
+    read = _ingredients(origin, given, findings, adapters, progress, wanted)
     if read is None:
+        return None
+    if wanted == _INGREDIENTS:  # else they are told by the tensors that are made of them
+        findings.checked.append(wanted)
+    if beside:
         return None
     if origin.table:
         together = zip(read, origin.adapters, strict=True)
@@ -223,20 +233,26 @@ def _saved(origin: Origin, adapters: tuple[LoraAdapter, ...]) -> SavedModules | 
 
 
 def _ingredients(
-    origin: Origin, given: Recipe | None, findings: Findings, adapters: Sequence[Named], progress: Progress
+    origin: Origin,
+    given: Recipe | None,
+    findings: Findings,
+    adapters: Sequence[Named],
+    progress: Progress,
+    what: str,
 ) -> tuple[LoraAdapter, ...] | None:
+    """Those of the record; None, and the findings say why `what` is not checked, if they are not at hand."""
     if adapters:
         return read_recorded(origin.adapters, Path(), relocated=adapters, progress=progress)
     if given is None:
         local = [adapter.reference for adapter in origin.adapters if adapter.repo_id is None]
         if local:
-            findings.skip(COMPOSITION, f"{', '.join(local)} came from a directory: say where with --adapters")
+            findings.skip(what, f"{', '.join(local)} came from a directory: say where with --adapters")
             return None
     try:
         wanted = origin.adapters if given is None else given.adapters
         read = read_recorded(wanted, Path() if given is None else given.folder, progress=progress)
     except (AdapterNotFound, HubUnreachable, AccessDenied) as error:
-        findings.skip(COMPOSITION, str(error))
+        findings.skip(what, str(error))
         return None
     if len(read) != len(origin.adapters):
         raise IntegrityError(f"the recipe has {len(read)} adapters, the record {len(origin.adapters)}")

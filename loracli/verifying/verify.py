@@ -41,8 +41,9 @@ from loracli.model.checkpoint import (
     tied_parameters,
 )
 from loracli.model.modules import check_shapes, named_as
-from loracli.model.reference import BaseReference, find_base
+from loracli.model.reference import BaseReference, check_config, find_base
 from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
+from loracli.recipe.ingredients import fitted_base
 from loracli.recipe.recipe import load_recipe
 from loracli.system.document import decode, dtype_name
 from loracli.system.files import (
@@ -102,7 +103,7 @@ def _verify_model(
         return
     origin = read_origin(document.get("composition"), where)
     given = find_ingredients(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
-    if given is None:
+    if given is None or origin.by_records:
         _leave_card(whole_card, findings)
         return
     if base is None and recorded.commit is None:
@@ -387,10 +388,9 @@ def verify_directory(
         raise IntegrityError(f"{path} has a record and no {TENSOR_FILE}")
     skeleton = None
     if base is not None:
-        from loracli.model.base import plan_base
-        from loracli.model.reference import find_base
-
         reference = find_base((), base, revision=base_revision, progress=progress)
+        if (fitted := fitted_base(path)) is not None:
+            check_config(reference, fitted, "the recipe", progress)
         skeleton = plan_base(reference, task=_stated_task(path)).skeleton
     verify_adapter(
         path,

@@ -16,6 +16,7 @@ from loracli.adapters.kinds import ModuleKind
 from loracli.algebra.factors import Factors
 from loracli.errors import IncompatibleAdapters
 from loracli.hub.references import BaseClaim, agreed_base, distinct_bases
+from tests.cli.project import run
 
 TENSORS = "adapter_model.safetensors"
 Shapes = dict[str, tuple[int, int]]  # (out, in) by module
@@ -230,3 +231,34 @@ def test_adapters_without_a_common_module_do_not_overlap(tmp_path: Path) -> None
     [overlap] = _overlaps_of([adapter(tmp_path / "a", {"x": (2, 2)}), adapter(tmp_path / "b", {"y": (2, 2)})])
     assert (overlap.cosine, overlap.shared_modules) == (0.0, 0)
     assert (overlap.lora_A_cosine, overlap.same_start) == (None, False)
+
+
+def test_inspect_refuses_what_a_fit_refuses_and_names_the_command_that_takes_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 0), ("b", 1)):
+        adapter(tmp_path / name, {"model.q": (4, 6)}, seed=seed)
+
+    def state(name: str, **fields: object) -> None:
+        path = tmp_path / name / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    def next_of() -> str:
+        shown = run("inspect", "a", "b")
+        assert shown.exit_code == 0 and "can be composed" in shown.stdout
+        [line] = [line for line in shown.stderr.splitlines() if line.startswith("next: loracat ")]
+        return line.removeprefix("next: loracat ")
+
+    for name, task in (("a", "SEQ_CLS"), ("b", "CAUSAL_LM")):
+        state(name, task_type=task, base_model_name_or_path=None)
+    refused = run("inspect", "a", "b")
+    assert refused.exit_code == 3 and "different task types" in refused.stdout and "--task-type" in refused.stdout
+    state("b", task_type="SEQ_CLS")
+    tensors = load_file(tmp_path / "b" / TENSORS)
+    save_file(tensors | {"base_model.model.head.weight": torch.ones(2, 2)}, tmp_path / "b" / TENSORS)
+    state("b", modules_to_save=["head"])
+    assert next_of() == "export --method sum --adapters a b --modules-to-save average"
+    state("a", task_type="CAUSAL_LM")
+    state("b", task_type=None)
+    assert next_of().startswith("fit ") and next_of().endswith(" --modules-to-save average")

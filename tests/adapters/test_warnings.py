@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,3 +134,19 @@ def test_a_bias_and_modules_that_were_saved_whole_are_a_change(tmp_path: Path, t
     assert "changes nothing" in read("none", lambda n: "lora_B" in n, lora_bias=True).warnings[0]
     (said,) = read("saved", lambda n: "lora_B" in n, modules_to_save=["lm_head"]).warnings
     assert "only its modules_to_save" in said
+
+
+def test_modules_that_target_modules_does_not_name_are_warned_of_as_peft_leaves_them_out(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    folder, heard = make_adapter(tmp_path / "a", tiny_base, targets=("q_proj", "v_proj")), Heard()
+    read_adapter(str(folder), progress=heard)
+    assert heard.warnings == []
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": ["q_proj"]}))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder)
+    assert not any("v_proj.lora" in name for name in loaded.state_dict())
+    first = next(name for name in sorted(read_adapter(str(folder), progress=heard).modules) if "v_proj" in name)
+    assert len(heard.warnings) == 1 and f"target_modules does not name {first} and " in heard.warnings[0]
+    inspect_adapters([str(folder)], progress=heard)
+    assert heard.warnings[1] == heard.warnings[0]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -74,3 +77,30 @@ def test_a_recipe_of_the_folder_is_taken_where_the_record_names_it_and_only_ther
         left = run("verify", "cat")
         assert left.exit_code == 0 and "recipe.json is left alone: " in left.stderr
         assert "NOT checked: the held-out table" in left.stdout
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "compare --data test.jsonl --methods uniform",
+        "show --layers --data test.jsonl",
+        "generate --prompt hi --max-new-tokens 1",
+        "export --data test.jsonl -o out",
+        "fuse -o out",
+        "fuse cat -o out",
+        "verify cat --recipe recipe.json",
+    ],
+)
+def test_every_command_says_that_a_base_is_not_the_recipes_and_only_then(here: Path, line: str) -> None:
+    assert run("export", "-o", "cat").exit_code == 0
+    shutil.copytree("base", "other/base")
+    config = json.loads(Path("other/base/config.json").read_text())
+    Path("other/base/config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    warned = []
+    for base in ("base", "other/base"):
+        shown = run(*line.split(), "--base", base)
+        assert shown.exit_code == 0, shown.stderr
+        warned.append(len(re.findall("warning: config.json of .* is not the one that .* was fitted on", shown.stderr)))
+        shutil.rmtree("out", ignore_errors=True)
+        Path("loracat-compare.state").unlink(missing_ok=True)
+    assert warned == [0, 1]

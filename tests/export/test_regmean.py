@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from loracli.adapters.adapter import read_adapter
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
-from loracli.errors import UsageError
+from loracli.errors import AdapterNotFound, IntegrityError, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
 from loracli.fitting.run import fit_mixing
@@ -97,6 +97,15 @@ def test_peft_loads_an_export_whose_forward_is_that_of_base_and_b_m_a(
     assert "--fit-data FILE1@#1 FILE2@#2" in (tmp_path / "out" / "README.md").read_text()
     said = verify_directory(tmp_path / "out", adapters=pair, base=str(base))
     assert any("regmean goes by activations on records" in one.why for one in said.not_checked)
+    card = "README.md against the card made again of record and ingredients"
+    assert {"the sha256 of the ingredients", card} <= set(said.checked) and len(said.not_checked) == 1
+    assert "README.md" in [one.what for one in verify_directory(tmp_path / "out").not_checked]
+    for wrong, error in ((pair[::-1], UsageError), (pair[:1], UsageError), ([pair[0], str(tmp_path)], AdapterNotFound)):
+        with pytest.raises(error):
+            verify_directory(tmp_path / "out", adapters=wrong)
+    other = make_adapter(tmp_path / "other", base, seed=9)
+    with pytest.raises(IntegrityError, match="is not the file"):
+        verify_directory(tmp_path / "out", adapters=[pair[0], str(other)])
 
 
 def test_merge_cuts_it_to_the_best_approximation_of_a_rank(

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
-from loracli.errors import BaseModelMismatch, LoracatError, OutOfResources, UsageError
+from loracli.errors import BaseModelMismatch, IntegrityError, LoracatError, OutOfResources, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.loss import loss_of_export, read_loss_data
 from loracli.export.request import ExportRequest
@@ -32,6 +32,8 @@ from loracli.model.base import load_base, plan_base
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base, stored_quantisation
 from loracli.model.session import Opening, as_fitted, runs_here
+from loracli.recipe.record import RecipeBase
+from loracli.system.files import file_sha256
 from tests.heard import Heard
 from tests.stub_hub import StubHub
 from tests.tiny import make_adapter, make_base, make_tokenizer, random_records, write_jsonl
@@ -236,6 +238,11 @@ def test_a_form_that_no_base_is_made_and_sharing_it_out_are_refused(installed: N
         Placement(quantise="nf4", shard=True)
 
 
+def fitted_on(reference: BaseReference, form: Any) -> RecipeBase:
+    """What a recipe that was fitted on it records, with linear layers kept in a form."""
+    return RecipeBase(reference.id, reference.commit, file_sha256(reference.path / "config.json"), form)
+
+
 def test_a_recipe_is_compared_and_exported_on_the_numbers_that_it_was_fitted_on(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     base = make_base(tmp_path / "base", "shallow")
@@ -278,14 +285,42 @@ def test_a_base_in_full_precision_is_quantised_as_a_recipe_was_fitted_unless_oth
 ) -> None:
     asked, fits, form, said = AS_FITTED[case]
     reference, heard = BaseReference("org/base", make_base(tmp_path / "base"), None), Heard()
-    assert as_fitted(Placement(quantise=asked), reference, fits, progress=heard) == Placement(quantise=form)
+    bases = {name: fitted_on(reference, form) for name, form in fits.items()}
+    assert as_fitted(Placement(quantise=asked), reference, bases, progress=heard) == Placement(quantise=form)
     assert len(heard.said) == len(said) and all(words in line for words, line in zip(said, heard.said, strict=True))
 
 
 def test_a_base_that_is_stored_so_stays_so_whatever_a_recipe_says(tmp_path: Path, installed: None) -> None:
     stored, heard = with_config(make_base(tmp_path / "base"), FORMS["nf4"]), Heard()
-    assert as_fitted(Placement(), stored, {"fit": "nf4"}, progress=heard) == Placement() and heard.said == []
-    assert as_fitted(Placement(), stored, {"fit": None}, progress=heard) == Placement() and len(heard.warnings) == 1
+    same = {"fit": fitted_on(stored, "nf4")}
+    assert as_fitted(Placement(), stored, same, progress=heard) == Placement() and heard.said == []
+    other = {"fit": fitted_on(stored, None)}
+    assert as_fitted(Placement(), stored, other, progress=heard) == Placement() and len(heard.warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("stored", "fitted", "words"),
+    [
+        (None, None, "config.json of org/base is not the one that fit was fitted on; only shapes are checked"),
+        ("nf4", "nf4", "config.json of org/base is not the one that fit was fitted on; only shapes are checked"),
+        ("nf4", None, "its loss is another"),
+        (None, "fp4", "its loss is another"),
+    ],
+)
+def test_another_config_than_the_fit_had_is_said_once_unless_it_is_that_of_a_copy_in_another_form(
+    tmp_path: Path, installed: None, stored: str | None, fitted: Any, words: str
+) -> None:
+    heard, folder = Heard(), make_base(tmp_path / "base")
+    reference = BaseReference("org/base", folder, None) if stored is None else with_config(folder, FORMS[stored])
+    before = RecipeBase("org/base", None, "0" * 64, fitted)
+    as_fitted(Placement(), reference, {"fit": before}, progress=heard)
+    assert len(heard.warnings) == 1 and words in heard.warnings[0]
+
+
+def test_another_config_at_the_recorded_commit_is_refused(tmp_path: Path) -> None:
+    reference = BaseReference("org/base", make_base(tmp_path / "base"), "c" * 40)
+    with pytest.raises(IntegrityError, match="is not the one that fit was fitted on"):
+        as_fitted(Placement(), reference, {"fit": RecipeBase("org/base", "c" * 40, "0" * 64)})
 
 
 @pytest.mark.parametrize(

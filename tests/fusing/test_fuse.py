@@ -416,7 +416,7 @@ def test_the_base_is_the_recorded_one_or_named(tmp_path: Path) -> None:
         fuse_model(FuseRequest(made.recipe), tmp_path / "out")
     told = StopAfter(10**6)
     fuse_model(FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out", progress=told)
-    assert any("is not the one that the weights were fitted on" in note for note in told.notes)
+    assert any("is not the one that the recipe was fitted on" in note for note in told.notes)
 
 
 def test_methods_that_cut_or_need_records_are_left_to_an_export(tmp_path: Path, tiny_base: Path) -> None:

@@ -280,6 +280,9 @@ def test_a_mixing_in_tensors_needs_its_recipe(tmp_path: Path) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
     rewrite(tmp_path / "out", lambda tensors: flip(tensors, name), record=True)
     assert "layers.0.self_attn.q_proj" in problems(tmp_path / "out", [], recipe=tmp_path / "recipe.json")
+    change(made.paths[0] / "adapter_config.json", lambda fields: fields.update(inference_mode=None))
+    with pytest.raises(IntegrityError, match="is not the file"):
+        verify_directory(tmp_path / "out", adapters=paths)
 
 
 def test_a_damaged_record_is_said_to_be_damaged(tmp_path: Path, tiny_base: Path) -> None:
