@@ -25,8 +25,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from loracli.adapters.adapter import IDLE
-from loracli.errors import UsageError
+from loracli.adapters.adapter import IDLE, open_adapter
+from loracli.adapters.kinds import kind_of
+from loracli.errors import InputError, UsageError
 from loracli.hub.references import Named
 from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.serving.adapter_files import AdapterFiles, AdapterLayout, BaseFacts, read_adapter_files, read_base_facts
@@ -240,26 +241,44 @@ def lint_adapter(
     files = read_adapter_files(Path(path))
     if files.changes_nothing():
         progress.warn(f"{path}: {IDLE}")
+    obstacle = _obstacle(Path(path), progress)
     facts = None if base is None else read_base_facts(base, progress=progress)
     asked = [load_server(name) for name in dict.fromkeys(servers or _SERVERS)]
     chosen = asked if servers else [server for server in asked if server.layout == files.layout]
     progress.begin(_TASK, len(chosen), "servers")
     reports = []
     for server in chosen:
-        reports.append(_report(server, files, facts))
+        reports.append(_report(server, files, facts, obstacle))
         progress.advance(_TASK, 1, server.name)
     progress.finish(_TASK)
     return Lint(Path(path), files.layout, files.largest_rank, len(files.pairs), tuple(reports))
 
 
-def _report(server: Server, files: AdapterFiles, base: BaseFacts | None) -> ServerReport:
+def _obstacle(path: Path, progress: Progress) -> tuple[str, str] | None:
+    """What stands in the place of the remedies that cannot work, and what they have in common; None if all can."""
+    try:
+        adapter = open_adapter(path)
+    except InputError as error:
+        progress.warn(f"loracat itself does not take {path}: {error.what}")
+        return f"loracat cannot write it again: {error.what}", "loracat export"
+    experts = any(kind_of(module).of_experts for module in adapter.modules.values())
+    return ("serve it with PEFT or vLLM: no other layout has its experts", "-portable") if experts else None
+
+
+def _remedy(text: str, words: dict[str, str], obstacle: tuple[str, str] | None) -> str:
+    return obstacle[0] if obstacle is not None and obstacle[1] in text else _filled(text, words)
+
+
+def _report(
+    server: Server, files: AdapterFiles, base: BaseFacts | None, obstacle: tuple[str, str] | None
+) -> ServerReport:
     violations, unclear = [], []
     words = _words(server, files, base)
     if server.gguf and files.exported_gguf:
         rules: tuple[Rule, ...] = ()
     elif server.layout != files.layout:
         rules = ()
-        violations.append(_wrong_layout(server, words))
+        violations.append(_wrong_layout(server, words, obstacle))
     else:
         rules = server.rules
     for rule in rules:
@@ -276,7 +295,7 @@ def _report(server: Server, files: AdapterFiles, base: BaseFacts | None) -> Serv
                     tuple(found[:_SHOWN_FINDS]),
                     len(found),
                     rule.why,
-                    _filled(rule.remedy, words),
+                    _remedy(rule.remedy, words, obstacle),
                     f"{server.name} {server.read}: {rule.source}",
                 )
             )
@@ -293,7 +312,7 @@ def _report(server: Server, files: AdapterFiles, base: BaseFacts | None) -> Serv
     )
 
 
-def _wrong_layout(server: Server, words: dict[str, str]) -> Violation:
+def _wrong_layout(server: Server, words: dict[str, str], obstacle: tuple[str, str] | None) -> Violation:
     found, remedy = _OTHER_LAYOUT[server.layout]
     return Violation(
         "layout",
@@ -301,7 +320,7 @@ def _wrong_layout(server: Server, words: dict[str, str]) -> Violation:
         (f"the directory holds {found}",),
         1,
         f"{server.name} reads another layout",
-        _filled(remedy, words),
+        _remedy(remedy, words, obstacle),
         f"{server.name} {server.read}",
     )
 

@@ -23,6 +23,7 @@ from loracli.export.request import ExportRequest
 from loracli.serving.checks import CHECKS
 from loracli.serving.lint import _SERVERS, _SEVERITIES, ServerReport, lint_adapter, load_server
 from tests.cli.project import run
+from tests.heard import Heard
 from tests.mixtures import expert_layers
 from tests.tiny import BASE_ID, make_adapter, make_base
 
@@ -342,6 +343,27 @@ def test_a_tied_head_is_refused(tmp_path: Path, server: str) -> None:
 def test_ollama_reads_some_architectures_only(tmp_path: Path) -> None:
     found = report(write(tmp_path / "adapter"), "ollama", make_base(tmp_path / "base", "cohere"))
     assert "architecture" in {v.rule for v in found.violations}
+
+
+def test_no_export_is_a_remedy_of_what_cannot_be_exported(tmp_path: Path) -> None:
+    def spoil(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        config["use_rslora"] = True
+        next(iter(tensors.values()))[0, 0] = torch.nan
+
+    def of(path: Path) -> tuple[list[str], list[str]]:
+        heard = Heard()
+        found = lint_adapter(path, progress=heard)
+        return [v.remedy for server in found.servers for v in server.violations], heard.warnings
+
+    def scale(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        config["use_rslora"] = True
+
+    remedies, warnings = of(write(tmp_path / "good", scale))
+    assert not warnings and any("loracat export" in remedy for remedy in remedies)
+    spoilt, warnings = of(write(tmp_path / "spoilt", spoil))
+    assert len(warnings) == 1 and "loracat itself does not take" in warnings[0] and "not a number" in warnings[0]
+    assert len(spoilt) == len(remedies) and not any("loracat export" in remedy for remedy in spoilt)
+    assert any("cannot write it again" in remedy for remedy in spoilt)
 
 
 @pytest.mark.parametrize(("name", "rule"), [("other.safetensors", "one-file"), ("added_tokens.json", "added-tokens")])
