@@ -58,6 +58,7 @@ def saved_by_peft(folder: Path, **fields: Any) -> AdapterConfig:
 def test_pefts_default_config_is_accepted_as_it_stands(tmp_path: Path) -> None:
     config = saved_by_peft(tmp_path)
     assert config == AdapterConfig(
+        target_modules=frozenset({"q_proj"}),
         base_model="org/base",
         base_revision=None,
         rank=8,

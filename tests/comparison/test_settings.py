@@ -38,7 +38,7 @@ def test_every_method_and_kind_of_mixing_can_be_named_and_nothing_else() -> None
     [
         ("density", [None, 1e-9, 0.5, 1.0], [0.0, -0.1, 1.0000001, float("nan")]),
         ("rank", [None, 1, 10_000], [0, -1]),
-        ("scale", [-1e6, 0.0, 1e6], [1.1e6, -1.1e6, float("nan"), float("inf")]),
+        ("scale", [-1e6, 1e-9, 1e6], [0.0, 1.1e6, -1.1e6, float("nan"), float("inf")]),
         ("seed", [0, (1 << 63) - 1], [-1, 1 << 63]),
     ],
 )

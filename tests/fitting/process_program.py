@@ -132,7 +132,7 @@ def main() -> None:
     except LoracatError as error:
         if launch.first or error.told is False:
             problems = "".join(f" [{problem}]" for problem in getattr(error, "problems", ()))
-            sys.stderr.write(f"error: {type(error).__name__}: {error}{problems} ({error.hint})\n")
+            sys.stderr.write(f"error: {type(error).__name__}: {error.summary}{problems} ({error.hint})\n")
         sys.exit(error.exit_code)
 
 

@@ -100,7 +100,7 @@ def judged(fit: float, fresh: float | None, *, records: int = 40) -> HeldOut:
     def scores(mean: float, place: int) -> Scores:
         return Scores(tokens * (mean + noise.roll(7 * place)), tokens)
 
-    examples = [Example(f"x:{i}", (1, 2, 3, 4), (False, True, True, True)) for i in range(records)]
+    examples = [Example(f"x:{i}", (1, 2, 3, 4 + i), (False, True, True, True)) for i in range(records)]
     return held_out_table(
         {"base": scores(3.0, 0), "a": scores(2.0, 1), "fit": scores(fit, 2)},
         ["a"],

@@ -52,7 +52,8 @@ def test_nothing_that_a_config_names_is_imported(here: Path, canary: Canary) -> 
     named = {"parent_library": module, "base_model_class": "Attack"}
     path.write_text(json.dumps({**config, "auto_mapping": named, "megatron_core": module, "task_type": module}))
     for words in reading_commands():
-        assert run(*words).exit_code in (0, 7), words  # 7: the recipe is of the adapter before
+        # 7: the recipe is of the adapter before; 3: the task is none that both have
+        assert run(*words).exit_code in (0, 3, 7), words
     path.write_text(json.dumps({**config, "megatron_config": {"x": module}}))
     assert run("inspect", "form").exit_code == 3
     assert not canary.sang()
