@@ -300,7 +300,7 @@ def _fit_of(
 
     files = [str(source.path or "-") for source in parse_sources(data, owned=True)]  # without whose records they are
     weights = [source.weight for source in parse_sources(data, owned=True)]
-    named = [file if weight == 1 else f"{file}:{weight:g}" for file, weight in zip(files, weights, strict=True)]
+    named = [file if weight == 1 else f"{file}:{weight:.15g}" for file, weight in zip(files, weights, strict=True)]
     words = ["loracat", "fit", "--adapters", *adapters, "--data", *named]
     words += ["--paper"] if mixing == "paper" else ["--mixing", mixing]
     for name, value in base.items():

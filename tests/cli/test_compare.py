@@ -307,3 +307,13 @@ def test_on_a_terminal_the_map_is_coloured_from_uniform_both_ways() -> None:
     assert colour(1.0) == colour(2.0) == f"rgb{ABOVE}".replace(" ", "")
     assert colour(-1.0) == f"rgb{BELOW}".replace(" ", "")
     assert Block("+0.50", 0.3).rendered(7).plain == "  +0.50"
+
+
+def test_the_fit_that_is_suggested_is_of_records_without_their_owners(here: Path) -> None:
+    (here / "other.jsonl").write_text("".join((here / "calibration.jsonl").read_text().splitlines(keepends=True)[::2]))
+    words = (*ALONE[:4], "-d", "test.jsonl", "--base", "base", "-m", "adapter,regmean", "--passes", "12")
+    found = run(*words, "--fit-data", "calibration.jsonl:0.125@know", "other.jsonl@form")
+    assert found.exit_code == 0, found.stderr
+    [line] = [line for line in found.stderr.splitlines() if line.startswith("next: ")]
+    assert "fit --adapters know form --data calibration.jsonl:0.125 other.jsonl --mixing adapter" in line
+    assert run(*line.split()[2:], "--dry-run").exit_code == 0
