@@ -358,9 +358,8 @@ def warn_of_copies(records: Sequence[Record], what: str, progress: Progress) -> 
     """How many records are different; said where some are copies, which tell nothing new."""
     different = len({record.fingerprint for record in records})
     if different < len(records):
-        progress.warn(
-            f"of {len(records)} {what} records {different} are different: in intervals and verdict copies count as one"
-        )
+        counted = "copies count as one in intervals and in what is claimed"
+        progress.warn(f"of {len(records)} {what} records {different} are different: {counted}")
     return different
 
 

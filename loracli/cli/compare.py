@@ -298,10 +298,11 @@ def _fit_of(
     """The fit of the row that is best, as it was made for the comparison: every option of it that was set."""
     from loracli.calibration.records import parse_sources
 
-    files = [str(source.path or "-") for source in parse_sources(data, owned=True)]  # without whose records they are
-    weights = [source.weight for source in parse_sources(data, owned=True)]
-    named = [file if weight == 1 else f"{file}:{weight:.15g}" for file, weight in zip(files, weights, strict=True)]
-    words = ["loracat", "fit", "--adapters", *adapters, "--data", *named]
+    sources = parse_sources(data, owned=True)
+    files = [
+        f"{one.path or '-'}{'' if one.weight == 1 else f':{one.weight:.15g}'}" for one in sources
+    ]  # without @ADAPTER
+    words = ["loracat", "fit", "--adapters", *adapters, "--data", *files]
     words += ["--paper"] if mixing == "paper" else ["--mixing", mixing]
     for name, value in base.items():
         words += [] if value is None else [f"--{name}", value]

@@ -218,7 +218,7 @@ class Tally:
         self.alike: dict[str, tuple[float, float, float]] = {}
 
     def cosine(self) -> float:
-        """Of what was trained with what it began as, over all modules; 1 where it began at nothing."""
+        """<s B A, s B_0 A_0> / (|s B A|_F |s B_0 A_0|_F) over all modules; 1 where one of the two is 0."""
         both, trained, began = (math.fsum(column) for column in zip(*self.alike.values(), strict=True))
         return both / math.sqrt(trained * began) if trained * began > 0 else 1.0
 

@@ -35,7 +35,8 @@ _ROWS = 500  # resamples at a time, so that memory stays at a few megabytes per 
 def units_of(examples: Sequence[Example]) -> Tensor:
     """(n,) the unit that each record belongs to, from 0 in the order of their first records: copies are one."""
     places: dict[tuple[tuple[int, ...], tuple[bool, ...]], int] = {}
-    return torch.tensor([places.setdefault((e.input_ids, e.scored), len(places)) for e in examples])
+    units = [places.setdefault((e.input_ids, e.scored), len(places)) for e in examples]
+    return torch.tensor(units, dtype=torch.long)
 
 
 def resampled(differences: Tensor, tokens: Tensor, *, seed: int = 0) -> Tensor:

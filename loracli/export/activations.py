@@ -40,12 +40,12 @@ class Moments:
 _WAY_OUT = "leave out --activation-aware"
 
 
-def recorded_moments(source: Composition, path: Path | None) -> Moments:
+def recorded_moments(source: Composition, path: Path | None = None) -> Moments:
     """Those that the fit left beside the recipe.
 
     Args:
         source: of the recipe.
-        path: of the recipe's file, None where the recipe knows it, or holds its moments itself.
+        path: of the recipe's file, where the composition was not made of the recipe that was read from it.
     Raises:
         UsageError: if the recipe has none, or an expert is changed.
         RecipeError: if the file beside it is missing, damaged, or does not fit the adapters.

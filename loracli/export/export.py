@@ -32,7 +32,7 @@ from loracli.export.request import ExportRequest, check
 from loracli.export.write import write
 from loracli.hub.references import Named, parse_reference
 from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
-from loracli.recipe.recipe import Recipe, check_recipe_there
+from loracli.recipe.recipe import check_recipe_there
 from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
 from loracli.system.files import check_free, holds, whole_directory
@@ -343,7 +343,7 @@ def _warn_of_noise(certificate: Certificate, plan: ExportPlan, progress: Progres
 
 def _find_moments(composition: Composition, request: ExportRequest, progress: Progress) -> Moments:
     if request.fit_data is None:
-        return recorded_moments(composition, None if isinstance(request.recipe, Recipe) else Path(request.recipe or ""))
+        return recorded_moments(composition)
     found = moments_of(
         composition,
         request.fit_data,

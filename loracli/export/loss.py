@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from loracli.adapters.adapter import open_adapter
 from loracli.adapters.claims import check_language_models
 from loracli.algebra.factors import Factors
+from loracli.calibration.dataset import warn_of_copies
 from loracli.calibration.records import CalibrationFile, DataPaths, parse_sources, read_records
 from loracli.composition.attached import of_factors
 from loracli.evaluation.statistics import paired_interval, units_of
@@ -62,7 +63,9 @@ def read_loss_data(
     """
     if base is not None:
         locate_base(base, revision=base_revision)
-    return tuple(read_records(source, progress=progress) for source in parse_sources(data))
+    files = tuple(read_records(source, progress=progress) for source in parse_sources(data))
+    warn_of_copies([record for file in files for record in file.records], "scored", progress)
+    return files
 
 
 def loss_of_export(

@@ -46,7 +46,7 @@ class Scores:
         return Scores(self.nats[list(records)], self.tokens[list(records)])
 
     def pooled(self, units: Tensor) -> Scores:
-        """The scores of m units from those of their records: `units` (n,) has the place of each record's unit."""
+        """The scores of m units, each the sum of those of its records; `units` (n,) has the place of each record's."""
         zeros = self.nats.new_zeros(int(units.max()) + 1)  # (m,)
         return Scores(zeros.index_add(0, units, self.nats), zeros.index_add(0, units, self.tokens.to(zeros.dtype)))
 

@@ -255,7 +255,7 @@ def lint_adapter(
 
 
 def _obstacle(path: Path, progress: Progress) -> tuple[str, str] | None:
-    """What stands in the place of the remedies that cannot work, and what they have in common; None if all can."""
+    """What to say in place of remedies that cannot work, and the words by which these are known; None if all can."""
     try:
         adapter = open_adapter(path)
     except InputError as error:

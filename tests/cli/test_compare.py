@@ -309,6 +309,15 @@ def test_on_a_terminal_the_map_is_coloured_from_uniform_both_ways() -> None:
     assert Block("+0.50", 0.3).rendered(7).plain == "  +0.50"
 
 
+def test_what_was_written_stays_where_its_loss_cannot_be_taken(few: Path) -> None:
+    """The base that the recipe names is a directory, which only `--base` tells; and copies of records are counted."""
+    (few / "twice.jsonl").write_text(2 * (few / "few.jsonl").read_text())
+    found = run("export", "recipe.json", "-o", "out", "--data", "twice.jsonl")
+    assert found.exit_code != 0 and "out is written; only its loss on the records is not known" in found.stderr
+    assert "of 24 scored records 12 are different" in found.stderr
+    assert run("verify", "out", "--recipe", "recipe.json").exit_code == 0
+
+
 def test_the_fit_that_is_suggested_is_of_records_without_their_owners(here: Path) -> None:
     (here / "other.jsonl").write_text("".join((here / "calibration.jsonl").read_text().splitlines(keepends=True)[::2]))
     words = (*ALONE[:4], "-d", "test.jsonl", "--base", "base", "-m", "adapter,regmean", "--passes", "12")

@@ -90,6 +90,7 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (nothing, [*FIT, "--fields", "Prompt=q"], 2, ["--fields Prompt=q: Prompt is not one of", "did you mean prompt?"]),
     (nothing, [*FIT, "--base", "bsae"], 3, ["error: no directory bsae is here", "did you mean base?"]),
     (nothing, [*FIT, "--base", "./bsae"], 3, ["error: the base model ./bsae", "did you mean base?"]),
+    (nothing, [*FIT, "--base", "base/config.json"], 3, ["error: the base model base/config.json is not a directory"]),
     (nothing, ["lint", "know", "--base", "bsae"], 3, ["error: no directory bsae is here", "did you mean base?"]),
     (all_bad, FIT, 3, ["30 of 30 records", "  calibration.jsonl:1 to 30, 30 lines: completion: missing"]),
     (lists, ["lint", "form", "--base", "base"], 3, ["config.json cannot be read: it is not a JSON object\n"]),

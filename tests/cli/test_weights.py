@@ -105,6 +105,7 @@ AWKWARD: list[tuple[list[str], str | None, int, str, str]] = [
     (["--weights", "weights.toml"], "\ufeff[know]\ndefault = 1", 2, "form", "table"),
     (["--weights", "0.7,"], None, 2, "'' is not a number", "0.7 0.3"),
     (["--weights", "0.7", "x"], None, 2, "'x' is not a number", "0.7 0.3"),
+    (["--weights", "1_0", "1"], None, 2, "'1_0' is not a number", "0.7 0.3"),
     (["--weights", "nan", "1"], None, 2, "nan is not a weight", "0.7 0.3"),
     (["--weights", "1", "-inf"], None, 2, "-inf is not a weight", "0.7 0.3"),
     (["--weights", "1e9", "1"], None, 2, "1e+09 is beyond 1e+06", "0.7 0.3"),

@@ -34,6 +34,8 @@ def test_contains_reads_over_capitals_and_spacing() -> None:
         ("1,2,3", 3.0),
         ("1,234,5", 5.0),
         ("2e3", 2000.0),
+        ("x = \N{MINUS SIGN}7", -7.0),
+        ("5\N{MINUS SIGN}3", 3.0),
         ("0.5 or .25", 0.25),
         ("so 12 apples", 12.0),
         ("1e999", None),

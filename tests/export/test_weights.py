@@ -4,6 +4,7 @@ same weights."""
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.convolutions import adapt, biases, close, deltas, model, total
 from tests.export.test_convolutions import Vision
 from tests.export.test_experts import Mixture
 from tests.export.test_export import Made
+from tests.heard import Heard
 from tests.mixtures import peft_deltas
 from tests.tiny import make_adapter
 
@@ -73,6 +75,27 @@ def test_what_is_written_is_the_float64_sum_and_the_bytes_of_a_recipe_with_these
             written = tensors[f"{prefix}B.weight"].double() @ tensors[f"{prefix}A.weight"].double()
         assert float((written - exact).norm()) < 1e-6 * float(exact.norm()), name
     assert verify_directory(hand.path, adapters=names, base=str(made.base)).not_checked == ()
+
+
+def test_a_sum_whose_updates_cancel_or_vanish_is_called_rounding(tmp_path: Path, tiny_base: Path) -> None:
+    """Beside the same adapters at weights that leave something; cut and not."""
+    first, twice = make_adapter(tmp_path / "first", tiny_base, rank=4, alpha=8, seed=1), tmp_path / "twice"
+    shutil.copytree(first, twice)
+    config = json.loads((twice / "adapter_config.json").read_text())
+    (twice / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16}))
+    cut = {"merge": True, "rank": 2}
+    cases: tuple[tuple[tuple[float, float], dict[str, Any], bool], ...] = (
+        ((1.0, -0.5), {}, True),
+        ((1.0, -0.5), cut, True),
+        ((1e-12, 0.0), {"dtype": "float16"}, True),
+        ((1.0, -0.4), {}, False),
+        ((1.0, -0.4), cut, False),
+    )
+    for place, (weights, how, rounding) in enumerate(cases):
+        heard, request = Heard(), ExportRequest(adapters=(first, twice), weights=weights, base=tiny_base, **how)
+        exported = export_adapter(request, tmp_path / f"out{place}", progress=heard)
+        said = [line for line in heard.warnings if " is rounding, with a relative error of " in line]
+        assert len(said) == rounding, (weights, how, exported.certificate.largest_error)
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (1, -1), (-2.5, 0.0)])

@@ -742,6 +742,16 @@ def test_the_records_that_are_judged_choose_nothing(fold: int) -> None:
     assert not torch.equal(found(None, upset=True).theta, found(None, upset=False).theta)
 
 
+def test_only_the_records_that_choose_are_counted() -> None:
+    folds = folds_of(some_examples())
+    task, sizes = (
+        task_of(engine_of(LeastSquares(TRUTH)), folds, FitSettings(cv=FOLDS)),
+        [len(f.validation) for f in folds],
+    )
+    assert task.choosing == sum(sizes)
+    assert [replace(task, judged=part).choosing for part in range(FOLDS)] == [sum(sizes) - size for size in sizes]
+
+
 @pytest.mark.parametrize("by_loss", [True, False])
 def test_another_criterion_is_not_mixed_with_losses(by_loss: bool) -> None:
     """A criterion in units of its own chooses between the starts by itself; the loss is pooled with unseen batches."""

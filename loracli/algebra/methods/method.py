@@ -38,7 +38,7 @@ class MethodOptions:
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank {self.rank} is below 1")
         if self.scale == 0:
-            raise UsageError(f"--scale {self.scale} is nothing of the adapters")
+            raise UsageError(f"--scale {self.scale} is nothing: it leaves nothing of the adapters")
         if not abs(self.scale) <= 1e6:
             raise UsageError(f"--scale {self.scale} is not between -1e6 and 1e6")
         if not 0 <= self.seed < 1 << 63:
