@@ -65,7 +65,7 @@ EXPERIMENTS = {one.name: one for one in (FALSE_ALARMS, POOLS)}
 KNOWN = (*TASKS, agreement.NAME, peers.NAME, *EXPERIMENTS)
 OWN = "the skills' own records"
 SHOWN = ("seeds", "calibrate", "fitted", "test_records", "records", "epochs", "passes", "assets", "trained", "quick")
-SHOWN = (*SHOWN, "peers_of", "mergekit")
+SHOWN = (*SHOWN, "peers_of", "mergekit", "suffix")
 
 
 def main() -> None:
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--peers-of", choices=TASKS, help="whose adapters peers compose; default: the embedded example")
     parser.add_argument("--mergekit", type=Path, help="the folder of mergekit's commands, for its rows among peers")
     parser.add_argument("--pages", type=Path, help="a folder for the JSON and the page of each table")
+    parser.add_argument("--suffix", help="of the tables' names, where pages of another base stand beside them")
     parser.add_argument("--plan", action="store_true", help="only say how long it takes")
     arguments = chosen(parser)
     with tempfile.TemporaryDirectory() as scratch:
@@ -237,6 +238,8 @@ def run(names: Sequence[str], out: Path, arguments: argparse.Namespace) -> None:
     for name, one in experiments.items():
         tables.append(parts_of(one, units[name], out / name, arguments, named.get(name)))
     for table in tables:
+        if arguments.suffix:
+            table = replace(table, name=f"{table.name}-{arguments.suffix}")
         write_table(arguments.pages or out / "pages", table)
         print(f"### {table.name}\n\n{markdown(table)}", flush=True)
 

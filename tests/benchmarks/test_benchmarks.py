@@ -15,7 +15,7 @@ BENCHMARKS = sorted(
     path for path in (ROOT / "benchmarks").rglob("*.py") if re.search("^if __name__ ==", path.read_text(), re.MULTILINE)
 )
 # What is said beside --quick, where that does more than a test has time for.
-FEWER = {"__main__.py": ("formats", "pools", "false-alarms", "peers", "--fitted", "paper")}
+FEWER = {"__main__.py": ("formats", "pools", "false-alarms", "peers", "--fitted", "paper", "--suffix", "again")}
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(\.\d+)?(e[-+]?\d+)?(?![\w.])")
 Table = list[list[str]]
 
@@ -33,6 +33,7 @@ def test_a_benchmark_fills_its_tables_quickly(server: ForkServer, tmp_path: Path
     assert "BenchmarkParser(__doc__)" in path.read_text(), "takes no --quick: see benchmarks/measuring.py"
     ended = server.run("--quick", *FEWER.get(path.name, ()), program=path, cwd=tmp_path, seconds=300)
     assert ended.code == 0, ended.stderr[-3000:]
+    assert all(name.endswith("-again") for name in re.findall(r"^### (.*)", ended.stdout, re.MULTILINE))
     tables = list(tables_of(ended.stdout))
     assert tables or "Left out: everything" in ended.stdout
     for head, *rows in tables:
