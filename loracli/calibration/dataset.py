@@ -328,6 +328,7 @@ def render_dataset(
     for examples, what in ((training, "to fit on"), (held_out, "to score the fit on")):
         if not any(examples):
             raise CalibrationError(f"no record is left {what}", hint="give more records, or raise --max-length")
+    _warn_of_alike(dataset, [example for examples in (*training, *held_out) for example in examples], progress)
     return Examples(
         training=tuple(example for examples in training for example in examples),
         held_out=tuple(example for examples in held_out for example in examples),
@@ -371,6 +372,26 @@ def _warn_of_common(training: Sequence[Record], eval_files: Sequence[Calibration
             progress.warn(
                 f"{common} records of {file.source} stand in the calibration data too; the table flatters the fit"
             )
+
+
+def _warn_of_alike(dataset: Dataset, examples: Sequence[Example], progress: Progress) -> None:
+    """Of records on both sides that are told apart by their content, and not by the model: of other shapes, say, or cut
+    where they begin to differ."""
+    sides: dict[tuple[tuple[int, ...], tuple[bool, ...]], dict[int, set[str]]] = {}  # fingerprints on each, by tokens
+    records = {
+        record.place: (side, record.fingerprint)
+        for side, those in enumerate(dataset.parts or (dataset.training, dataset.held_out))
+        for record in those
+    }
+    for example in examples:
+        side, fingerprint = records[example.place]
+        sides.setdefault((example.input_ids, example.scored), {}).setdefault(side, set()).add(fingerprint)
+    alike = sum(len(found) > 1 and len(set.union(*found.values())) > 1 for found in sides.values())
+    if alike:
+        progress.warn(
+            f"{count_text(alike, 'record')} that are fitted to are the same to the model as held-out ones, in another "
+            "shape or cut: the table flatters the fit; give all in one shape, or raise --max-length"
+        )
 
 
 def _some(file: RenderedFile, places: set[str], *, inside: bool) -> tuple[Example, ...]:

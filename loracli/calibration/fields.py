@@ -270,9 +270,8 @@ def _before_answer(content: _Fields, *, answers: bool) -> list[str]:
         return [content["text"] if "text" in content else content["prompt"]]
     messages = content["messages"]
     own = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    scored = content.get("scored", own)
-    learnt = () if answers else frozenset(scored)
-    return [message["content"] for index, message in enumerate(messages[: scored[-1]]) if index not in learnt]
+    learnt = () if answers else frozenset(content.get("scored", own))
+    return [message["content"] for index, message in enumerate(messages[:-1]) if index not in learnt]
 
 
 def preference_beside_none(fields: _Fields) -> bool:

@@ -249,8 +249,12 @@ class Record:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the content alone, the same for equal records wherever they stand."""
-        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
+        """sha256 of the content alone, the same for equal records wherever they stand; a completion of nothing is a
+        text."""
+        content = self.content
+        if content.get("prompt") == "":
+            content = {"text": content["completion"]}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,14 @@ def continuation(tokenizer: Any, context: str, text: str) -> list[int]:
     """The tokens of `text` after `context`, whose own tokens stay as they are.
 
     Some tokenizers put a space before whatever they are given, so `text` alone would get one. Where a token would reach
-    across the border, `text` is tokenised alone after all: a served model has read the context's tokens and cannot take
-    one back.
+    across the border, `text` is tokenised as behind a line's end: a served model has read the context's tokens and
+    cannot take one back.
     """
-    before, whole = _tokens(tokenizer, context), _tokens(tokenizer, context + text)
-    return whole[len(before) :] if whole[: len(before)] == before else _tokens(tokenizer, text)
+    for border in (context, "\n"):
+        before, whole = _tokens(tokenizer, border), _tokens(tokenizer, border + text)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+    return _tokens(tokenizer, text)
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
@@ -197,7 +200,7 @@ class Conversations:
         said: list[Message] = content["messages"]
         tools = content.get("tools")
         turns: list[int] = content.get("scored", [i for i, turn in enumerate(said) if turn["role"] == "assistant"])
-        form = self._form(said[: turns[-1] + 1], tools)
+        form = self._form(said, tools)
         messages = _in_form(said, form)
         if tools and self._template.render(messages[: turns[0]], tools) == self._template.render(messages[: turns[0]]):
             raise RenderError("tools: the chat template does not write them")

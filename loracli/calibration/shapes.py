@@ -6,8 +6,8 @@ Conversations: turns of OpenAI and ShareGPT checked, and brought to one form.
 
     {"messages": [{"role": ..., "content": ...}, ...], "scored": [3], "tools": [...]}
 
-`scored` are the places of the turns that are scored; it is left out where these are all assistant turns. `tools` is
-left out where there are none.
+The last turn is scored: what stands behind it is never seen. `scored` are the places of the turns that are scored; it
+is left out where these are all assistant turns. `tools` is left out where there are none.
 
 The shapes of a record, and what each becomes.
 
@@ -141,8 +141,9 @@ def _chat(turns: Turns, path: str, tools: Any = None) -> dict[str, Any]:
     if not turns.scored:
         reason = "every assistant turn has the weight 0" if answers else "no assistant turn"
         raise LineError(f"{path}: {reason}, so nothing is scored")
-    content: dict[str, Any] = {"messages": turns.messages}
-    if turns.scored != answers:
+    end = turns.scored[-1] + 1
+    content: dict[str, Any] = {"messages": turns.messages[:end]}
+    if turns.scored != [index for index in answers if index < end]:
         content["scored"] = turns.scored
     definitions = _tools(tools)
     if definitions:

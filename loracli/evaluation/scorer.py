@@ -221,11 +221,7 @@ def make_scorer(
 
 def _reference_of(content: dict[str, Any]) -> str:
     """The text that a record has as its last answer."""
-    if "messages" in content:
-        messages = content["messages"]
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return str(messages[content.get("scored", answers)[-1]]["content"])
-    return str(content["completion"])
+    return str(content["messages"][-1]["content"] if "messages" in content else content["completion"])
 
 
 def prompt_of(example: Example) -> tuple[int, ...]:
@@ -347,8 +343,6 @@ def _answering(record: Record, text: str) -> Record:
     content = dict(record.content)
     if "messages" not in content:
         return replace(record, content={**content, "completion": text})
-    messages = [dict(message) for message in content["messages"]]
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    last = content.get("scored", answers)[-1]
-    messages[last]["content"] = text
-    return replace(record, content={**content, "messages": messages[: last + 1], "scored": [last]})
+    *before, last = content["messages"]
+    messages = [*before, {**last, "content": text}]
+    return replace(record, content={**content, "messages": messages, "scored": [len(before)]})

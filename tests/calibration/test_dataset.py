@@ -141,6 +141,41 @@ def test_equal_records_in_two_shapes_are_known_as_equal(tmp_path: Path) -> None:
     assert not kept & held and len(kept | held) == 90
 
 
+def test_a_text_is_a_completion_of_nothing_and_what_follows_the_last_answer_makes_no_other_record(
+    tmp_path: Path,
+) -> None:
+    """Neither is seen by the model, so copies that differ in it stand on one side."""
+    answered = [
+        {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "a"}]} for i in range(60)
+    ]
+    thanked = [{"messages": [*r["messages"], {"role": "user", "content": "thanks"}]} for r in answered]
+    completions = [{"prompt": "", "completion": t["text"]} for t in texts(60, "t")]
+    for pair in ((texts(60, "t"), completions), (answered, thanked)):
+        heard = Heard()
+        dataset = read(*(write(tmp_path / f"{i}.jsonl", those) for i, those in enumerate(pair)), heard=heard)
+        examples = render_dataset(dataset, make_tokenizer(), max_length=50, progress=heard)
+        assert not {e.input_ids for e in examples.training} & {e.input_ids for e in examples.held_out}
+        assert len(examples.training) + len(examples.held_out) == 120
+        assert not any("same to the model" in said for said in heard.said)
+
+
+def test_records_that_only_the_model_cannot_tell_apart_are_warned_of(tmp_path: Path) -> None:
+    long = [{"text": f"{i:04} the same beginning, {end}"} for i in range(60) for end in ("one end", "other end")]
+    for holdout, parts in ((0.2, 0), (None, 4)):
+        dataset = read_dataset(
+            write(tmp_path / "l.jsonl", long[:80] if parts else long), None, holdout=holdout, seed=0, progress=Heard()
+        )
+        assert len(dataset.parts) == parts
+        whole, cut = Heard(), Heard()
+        render_dataset(dataset, make_tokenizer(), max_length=500, progress=whole)
+        assert not any("same to the model" in said for said in whole.said)
+        examples = render_dataset(dataset, make_tokenizer(), max_length=20, progress=cut)
+        tokens = {e.place: e.input_ids for e in (*examples.training, *examples.held_out)}
+        sides = [{tokens[r.place] for r in side} for side in dataset.parts or (dataset.training, dataset.held_out)]
+        common = len({t for side in sides for t in side if sum(t in other for other in sides) > 1})
+        assert common and any(f"warning: {common} records that are fitted to" in said for said in cut.said)
+
+
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()

@@ -120,7 +120,7 @@ def test_the_task_of_a_record_is_kept_beside_its_content(tmp_path: Path) -> None
 def test_an_empty_prompt_and_an_empty_system_turn_are_fine(tmp_path: Path) -> None:
     assert read(tmp_path, '{"prompt": "", "completion": "c"}').records[0].content["prompt"] == ""
     messages = [{"role": r, "content": c} for r, c in (("system", ""), ("user", ""), ("assistant", "a"), ("tool", ""))]
-    assert read(tmp_path, json.dumps({"messages": messages})).records[0].content["messages"] == messages
+    assert read(tmp_path, json.dumps({"messages": messages})).records[0].content["messages"] == messages[:3]
 
 
 # What is refused.

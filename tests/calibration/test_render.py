@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from loracli.calibration.records import CalibrationFile, DataSource, Record
@@ -503,6 +503,22 @@ def test_a_tokenizer_that_puts_a_space_before_texts_puts_none_before_the_complet
     example = one(pairs(("a:", "b")), tokenizer)
     assert tokenizer.decode(example.input_ids) == " a:b</s>"
     assert example.scored == (False, False, False, True, True)
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("q: ", "yes"), ("q:", "yes"), ("q:", " yes"), ("q y", "es")])
+def test_nothing_is_put_between_prompt_and_completion_where_no_token_ends_at_the_border(
+    prompt: str, completion: str
+) -> None:
+    """As Llama 2's and Mistral's tokenizers do, which write a blank as part of the word behind it."""
+    words = ["<s>", "</s>", *"\u2581qyes:\n", "\u2581y", "\u2581ye", "\u2581yes", "ye", "yes"]
+    merges = [("\u2581", "y"), ("\u2581y", "e"), ("\u2581ye", "s"), ("y", "e"), ("ye", "s")]
+    fast = Tokenizer(models.BPE(vocab={word: place for place, word in enumerate(words)}, merges=merges))
+    blanks = {"replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(**blanks), decoders.Metaspace(**blanks)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")
+    assert tokenizer.decode(tokenizer("es", add_special_tokens=False).input_ids).strip() == "es"
+    ids = one(pairs((prompt, completion)), tokenizer).input_ids
+    assert tokenizer.decode(ids[:-1]) == prompt + completion
 
 
 def test_a_regular_expression_that_goes_back_too_often_ends_in_one_error() -> None:
