@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,9 +197,14 @@ class Dataset:
 
     @property
     def held_out_name(self) -> str:
-        """The files that the held-out records come from, each with its weight where it has one."""
-        sources = [file.source for file in self.eval_files or self.files]
-        return ", ".join(s.name if s.weight == 1 else f"{s.name}:{s.weight:g}" for s in sources)
+        """The files that the held-out records come from, each with its weight where it has one; with its folder where a
+        calibration file has its name."""
+        fitted = {file.source.name for file in self.files if self.eval_files}
+        names = []
+        for source in (file.source for file in self.eval_files or self.files):
+            folder = f"{source.path.parent.name or '.'}/" if source.path and source.name in fitted else ""
+            names.append(f"{folder}{source.name}" + ("" if source.weight == 1 else f":{source.weight:g}"))
+        return ", ".join(names)
 
 
 @dataclass(frozen=True)
@@ -233,7 +239,8 @@ def read_dataset(
         skip_bad: leave out bad lines.
         progress: told of what is not read and of what may flatter the fit.
     Raises:
-        UsageError: if a file is given twice, or there is no such shape, or `holdout` is 0 without `eval_data`.
+        UsageError: if a file is given twice, or there is no such shape, or `holdout` is 0 without `eval_data` or not
+            with it.
         CalibrationError: if a file is rejected, or has too few records to hold some out.
     """
     known = check_shape(shape)
@@ -243,6 +250,11 @@ def read_dataset(
         raise UsageError("standard input can be read once", hint="give the held-out records as a file")
     if holdout == 0 and eval_data is None:
         raise UsageError("--holdout 0 leaves nothing to score on", hint="give held-out records with --eval-data")
+    if holdout and eval_data is not None:
+        raise UsageError(
+            "--holdout is a share of --data, of which nothing is held out with --eval-data",
+            hint="leave one of them out",
+        )
 
     def read(source: DataSource) -> CalibrationFile:
         return read_records(source, shape=known, fields=fields, skip_bad=skip_bad, progress=progress)
@@ -372,6 +384,15 @@ def _warn_of_common(training: Sequence[Record], eval_files: Sequence[Calibration
             progress.warn(
                 f"{common} records of {file.source} stand in the calibration data too; the table flatters the fit"
             )
+
+
+def tokens_sha256(examples: Iterable[Example]) -> str:
+    """Of what the model sees of some records, in their order: tokens, and which are scored."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.input_ids).to_bytes(8, "little"))
+        digest.update(array("q", example.input_ids).tobytes() + bytes(example.scored))
+    return digest.hexdigest()
 
 
 def _warn_of_alike(dataset: Dataset, examples: Sequence[Example], progress: Progress) -> None:

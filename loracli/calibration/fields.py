@@ -346,7 +346,7 @@ def parse_fields(text: str | None) -> dict[str, str]:
     """The key of the file for each of ours: {"prompt": "question"}.
 
     Raises:
-        UsageError: if it is not NAME=KEY between commas, or a name is twice there or read by no shape.
+        UsageError: if it is not NAME=KEY between commas, or a name or a key is twice there, or a name read by no shape.
     """
     found: dict[str, str] = {}
     for pair in (text or "").split(",") if text is not None else ():
@@ -358,6 +358,8 @@ def parse_fields(text: str | None) -> dict[str, str]:
             raise UsageError(f"--fields {text}: {name} is not one of {', '.join(_READABLE)}", hint=hint)
         if name in found:
             raise UsageError(f"--fields {text}: {name} is there twice", hint=_EXAMPLE)
+        if key in found.values():
+            raise UsageError(f"--fields {text}: {key} is read twice", hint=_EXAMPLE)
         found[name] = key
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.calibration.dataset import render_dataset
+from loracli.calibration.dataset import render_dataset, tokens_sha256
 from loracli.calibration.records import CalibrationFile, DataPaths
 from loracli.calibration.render import Example
 from loracli.comparison.candidates import Candidate, candidates, datamix_candidate
@@ -264,6 +264,7 @@ class _Comparison:
         self._methods_on = methods_on
         self._test = self._render(inputs.test)
         self._guard = self._render(inputs.guard)
+        self._calibrated: Sequence[Example] = ()  # on these, once they are rendered
         self._metric = metric
         self._answers = None if metric is None else self._scorer(metric)
         self._skipped: list[Skipped] = []
@@ -320,8 +321,10 @@ class _Comparison:
             self._progress.note(f"taken over, {len(self._done)} of {len(rows)} rows: {', '.join(self._done)}")
 
     def _key(self, row: Candidate) -> str:
-        """Of what is kept: `uniform` has other options where it was not named."""
-        return json.dumps([row.name, encode(self._inputs.settings.options_of(row.name))])
+        """Of what is kept: `uniform` has other options where it was not named, and a chat template that writes the date
+        other tokens on another day."""
+        seen = tokens_sha256((*self._test, *self._guard, *(self._calibrated if row.fitted else ())))
+        return json.dumps([row.name, encode(self._inputs.settings.options_of(row.name)), seen])
 
     def _render(self, files: Sequence[CalibrationFile]) -> tuple[Example, ...]:
         settings = self._inputs.settings.fit
@@ -352,6 +355,8 @@ class _Comparison:
             skip_bad=settings.skip_bad,
             progress=self._progress,
         )
+        self._calibrated = rendered.training
+        self._session.check_tokens(rendered.training)
         return Calibration(self._session, data, rendered.training, settings, self._pace)
 
     def _planned(self) -> tuple[list[Candidate], list[Candidate], dict[str, float]]:

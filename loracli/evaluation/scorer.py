@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loracli.calibration.dataset import plan_batches
 from loracli.calibration.records import CalibrationFile, Record
-from loracli.calibration.render import Example, render_file
+from loracli.calibration.render import Example, plain_prompt, render_file
 from loracli.errors import CalibrationError
 from loracli.evaluation.metrics import CHOICE, COMMAND, Rule, TaskMetric, contains, is_exact, is_same_number, run_metric
 from loracli.progress import SILENT, Progress
@@ -210,6 +210,8 @@ def make_scorer(
         CalibrationError: if a record has no prompt, a prompt is too long, or options are missing.
     """
     wanted = dict.fromkeys(places)
+    for file in files:
+        _check_prompts(file, wanted, tokenizer)
     if metric.name == CHOICE:
         return _choices(files, wanted, tokenizer, window, batch_tokens)
     most = min(max_length, window - 1)
@@ -231,15 +233,26 @@ def prompt_of(example: Example) -> tuple[int, ...]:
     return example.input_ids[:start]
 
 
-def _questions(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any, most: int) -> list[_Question]:
-    records = tuple(record for record in file.records if record.place in wanted)
-    if not records:
-        return []
-    if file.shape == "text":
+def _check_prompts(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any) -> None:
+    """Raises CalibrationError for a record that nothing stands before, so that there is no answer."""
+    records = [record for record in file.records if record.place in wanted]
+    if records and file.shape == "text":
         raise CalibrationError(
             f"{file.source} holds texts without prompts, to which there is no answer",
             hint="use prompt and completion, or messages",
         )
+    empty = next((record.place for record in records if record.content.get("prompt") == ""), None)
+    if empty is not None and not plain_prompt(tokenizer, ""):
+        raise CalibrationError(
+            f"{empty}: the prompt is empty, and the base's tokenizer puts nothing before a text, so there is no answer",
+            hint="write a prompt, or leave the record out",
+        )
+
+
+def _questions(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any, most: int) -> list[_Question]:
+    records = tuple(record for record in file.records if record.place in wanted)
+    if not records:
+        return []
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     questions = []
     for record, example in zip(records, _rendered(replace(file, records=records), tokenizer), strict=True):
@@ -307,10 +320,12 @@ def _choices(
     """Every option of every record as an example of its own."""
     examples: list[Example] = []
     options: dict[str, list[str]] = {}  # by place
+    right: dict[str, str] = {}
     for file in files:
         records = [record for record in file.records if record.place in wanted]
         for record in records:
-            if _reference_of(record.content) not in record.choices:
+            right[record.place] = _reference_of(record.content)
+            if right[record.place] not in record.choices:
                 reason = "its answer is none of its choices" if record.choices else "no choices"
                 raise CalibrationError(
                     f"{record.place}: {reason}",
@@ -324,7 +339,6 @@ def _choices(
         if len(example.input_ids) > window:
             reason = f"with one of its choices it has {len(example.input_ids)} tokens; the base takes {window}"
             raise CalibrationError(f"{example.place}: {reason}", hint="leave the record out")
-    right = {record.place: _reference_of(record.content) for file in files for record in file.records}
     batches = plan_batches(examples, batch_tokens=batch_tokens)
 
     def score(objective: Objective) -> Tensor:

@@ -66,7 +66,7 @@ def second_moments(
         engine: of the attached model.
         mixing, theta: what is attached meanwhile.
         lora_A: A (R, in) of each module; products with it are in float32 or the model's wider dtype.
-        batches: one record each, so that no padding is counted. An adapted head sees scored positions only.
+        batches: one record each, so that no padding is counted.
         examples: that the batches are made of.
         key: of what is remembered.
     """

@@ -23,7 +23,7 @@ from loracli.fitting.descent import WARM_UP, AdamW, Descent, plan_steps
 from loracli.fitting.engine import Engine
 from loracli.fitting.inputs import FitInputs
 from loracli.fitting.mixing import FreshLora, Layout, parameter_of_experts
-from loracli.fitting.settings import FRESH_LORA, NO_CONTROL, FitSettings
+from loracli.fitting.settings import FRESH_LORA, FitSettings
 from loracli.fitting.work import Cost, Work, cost_of, descent_cost
 from loracli.model.session import Opening
 from loracli.progress import SILENT, Progress
@@ -167,8 +167,8 @@ def as_memory_allows(
     agree: Callable[[Callable[[], bool]], bool] = lambda decide: decide(),
     progress: Progress = SILENT,
 ) -> FitInputs:
-    """The inputs without a control that nobody asked for, where the factors of a new LoRA may not find the memory, or
-    would have layers run again.
+    """The inputs, which know where the factors of a new LoRA may not find the memory, or would have layers run again:
+    then no control is trained that nobody asked for.
 
     Args:
         inputs: of the fit.
@@ -189,4 +189,4 @@ def as_memory_allows(
     if agree(enough):
         return inputs
     progress.note("no fresh LoRA is trained beside the fit: memory may run out; --control fresh-lora trains it")
-    return replace(inputs, settings=replace(inputs.settings, control=NO_CONTROL))
+    return replace(inputs, room=False)

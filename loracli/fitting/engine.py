@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -563,7 +564,9 @@ class Engine:
 
 
 def _non_finite(examples: Sequence[Example]) -> NonFiniteLoss:
-    places = ", ".join(example.place for example in examples[:20]) + (", ..." if len(examples) > 20 else "")
+    """Names the records without their folders: a recipe keeps the sentence, and may be published."""
+    names = [os.path.basename(example.place) for example in examples[:20]]
+    places = ", ".join(names) + (", ..." if len(examples) > 20 else "")
     return NonFiniteLoss(
         f"the loss is not finite on the records at {places}",
         hint="try --dtype float32, or leave these records out",

@@ -51,6 +51,7 @@ class FitInputs:
         settings: of the fit.
         folder: the recipe's folder.
         saved: modules that replace the base's, None without any.
+        room: whether the memory is there for a fresh LoRA beside the fit that nobody asked for.
     """
 
     adapters: tuple[LoraAdapter, ...]
@@ -61,6 +62,7 @@ class FitInputs:
     settings: FitSettings
     folder: Path
     saved: SavedModules | None = None
+    room: bool = True
 
     @property
     def numbers(self) -> int | None:

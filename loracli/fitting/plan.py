@@ -95,7 +95,7 @@ def fit_work(inputs: FitInputs, examples: Examples, folds: Sequence[Fold]) -> Wo
         for number, part in enumerate(parts or (Fold(training, examples.held_out),), 1 if parts else 0)
     }
     wanted = settings.control == FRESH_LORA
-    if settings.control is None and parameter_of_experts(inputs.adapters) is None:
+    if settings.control is None and inputs.room and parameter_of_experts(inputs.adapters) is None:
         # Below so many records there is no verdict that it could change.
         cheaper = sum(cost.tokens for cost in fresh.values()) < _shortest(work).left(REACH).tokens
         wanted = cheaper and len(examples.held_out) >= MIN_HELD_OUT

@@ -10,9 +10,10 @@ import transformers
 from torch import Tensor
 
 from loracli._version import __version__
+from loracli.calibration.dataset import tokens_sha256
 from loracli.calibration.records import DataPaths
 from loracli.calibration.render import Example
-from loracli.errors import NonFiniteLoss, UsageError
+from loracli.errors import NonFiniteLoss, StateMismatch, UsageError
 from loracli.evaluation.scorer import Scorer, make_scorer
 from loracli.evaluation.statistics import FIT, held_out_table
 from loracli.fitting.activations import fit_activations
@@ -26,7 +27,7 @@ from loracli.fitting.criterion import (
 )
 from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import FitInputs, prepare_fit, render_inputs
-from loracli.fitting.journal import Journal, Meter, StepLog
+from loracli.fitting.journal import Entry, Journal, Meter, StepLog
 from loracli.fitting.judging import cross_fitted, fresh_scores, static_scores
 from loracli.fitting.level import Solution, Task, recipe_mixing, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_mixing
@@ -65,6 +66,8 @@ from loracli.recipe.record import (
     RecipeData,
 )
 from loracli.system.document import dtype_name
+
+_BEGUN = "what a fit has begun with"  # that another day, or other free memory, would have otherwise
 
 
 @takes_bar
@@ -129,6 +132,9 @@ def run_fit(
         journal: where the state is kept, on the first process.
         log: takes a line for each step, on the first process.
         progress: told what happens.
+    Raises:
+        LoracatError: as `fit_mixing`.
+        StateMismatch: if the journal is of a fit whose records rendered to other tokens.
     """
     if placement.shard and inputs.settings.metric is not None:
         raise UsageError(
@@ -143,9 +149,12 @@ def run_fit(
     opening = settle_memory(
         opening_of(inputs, placement, processes.world_size), agree=processes.from_first, progress=progress
     )
-    inputs = as_memory_allows(inputs, opening, agree=processes.from_first, progress=progress)
+    journal = journal or Journal()
+    begun = processes.from_first(lambda: journal.recall(_BEGUN))
+    agree = processes.from_first if begun is None else lambda _: bool(begun.values["room"])
+    inputs = as_memory_allows(inputs, opening, agree=agree, progress=progress)
     with open_session(opening, progress=progress) as session:
-        return _run(inputs, session, processes, journal, log)
+        return _run(inputs, session, processes, journal, log, begun)
 
 
 def opening_of(inputs: FitInputs, placement: Placement, world_size: int = 1) -> Opening:
@@ -164,13 +173,26 @@ def opening_of(inputs: FitInputs, placement: Placement, world_size: int = 1) -> 
 
 
 def _run(
-    inputs: FitInputs, session: Session, processes: Processes, journal: Journal | None, log: StepLog | None
+    inputs: FitInputs,
+    session: Session,
+    processes: Processes,
+    journal: Journal,
+    log: StepLog | None,
+    begun: Entry | None,
 ) -> Recipe:
     settings, progress = inputs.settings, session.progress
     examples = render_inputs(inputs, session.tokenizer, max_length=session.max_length, progress=progress)
     training, held_out = examples.training, examples.held_out
     folds = divide_training(inputs, training)
     parts = held_out_parts(inputs, training)
+    session.check_tokens((*training, *held_out))
+    beginning = Entry(values={"room": inputs.room, "tokens": tokens_sha256((*training, *held_out))})
+    if begun is not None and begun != beginning:
+        raise StateMismatch(
+            "the records render to other tokens than those that the interrupted fit began with",
+            hint="a chat template that writes the date does so on another day: start over with --force in place of "
+            "--resume",
+        )
     session.check_causal(held_out)
     session.say_likelier_orders(inputs.adapters, training)
     canonical = settings.mixing not in INLINE_KINDS
@@ -183,6 +205,7 @@ def _run(
         announce(engine, inputs, session, examples, work, pace)
         with meter.counted(work.stages, work.effort_left(pace), overhead=pace.overhead):
             reach = reached(engine, session, training)
+            journal.write(_BEGUN, beginning)
             found, certificate = _solve(engine, inputs, session, folds, training)
             passes = engine.meter.spent / (2 * tokens_of(training))
             meter.enter(SCORING)

@@ -32,7 +32,7 @@ from loracli.adapters.saved_modules import SavedModules
 from loracli.calibration.dataset import Batch, plan_batches
 from loracli.calibration.records import CalibrationFile
 from loracli.calibration.render import Example, render_file
-from loracli.errors import OutOfResources, UsageError
+from loracli.errors import BaseModelMismatch, OutOfResources, UsageError
 from loracli.model.attach import attach, replace_modules
 from loracli.model.base import BaseModel, BasePlan, check_fits, load_base, plan_base
 from loracli.model.loss import Objective, check_causal, make_objective
@@ -274,8 +274,9 @@ class Session:
 
         Raises:
             CalibrationError: as `render_file`.
+            BaseModelMismatch: as `check_tokens`.
         """
-        return tuple(
+        examples = tuple(
             example
             for file in files
             for example in render_file(
@@ -288,6 +289,8 @@ class Session:
                 progress=self.progress,
             ).examples
         )
+        self.check_tokens(examples)
+        return examples
 
     def batches(self, examples: Sequence[Example]) -> list[Batch]:
         """The micro-batches of some examples, planned once."""
@@ -295,6 +298,22 @@ class Session:
         if key not in self._plans:  # with the examples, so that their ids stay theirs
             self._plans[key] = examples, plan_batches(examples, batch_tokens=self.opening.batch_tokens)
         return self._plans[key][1]
+
+    def check_tokens(self, examples: Sequence[Example]) -> None:
+        """Whether the base knows every token, which its tokenizer may have been given alone.
+
+        Raises:
+            BaseModelMismatch: naming the first record with one that it does not.
+        """
+        known = self.base.model.get_input_embeddings().num_embeddings
+        for example in examples:
+            if (token := max(example.input_ids)) >= known:
+                raise BaseModelMismatch(
+                    f"{example.place}: the tokenizer's token {token}, {self.tokenizer.convert_ids_to_tokens(token)!r}, "
+                    f"is beyond the {known} that the base has embeddings of",
+                    hint="give with --base one whose embeddings were resized with its tokenizer, or leave such "
+                    "records out",
+                )
 
     def check_causal(self, examples: Sequence[Example]) -> None:
         """Tries on the first micro-batch whether what comes later changes an earlier prediction.

@@ -67,7 +67,8 @@ def what_next(recipe: Recipe, files: Files, found: Comparison | None) -> list[St
         why = (
             f"Writes one adapter by {best.name}, which has the lowest loss of the comparison; give it the same options."
         )
-        steps.append(Step(why, _line("loracat", "export", files.recipe, "--method", best.name)))
+        own = ["--fit-data", _DATA] if METHODS[best.name].needs_records else []
+        steps.append(Step(why, _line("loracat", "export", files.recipe, "--method", best.name, *own)))
     elif best is not None and best.name in others:
         why = f"Writes one adapter of {best.name}, which has the lowest loss of the comparison."
         steps.append(Step(why, _line(*export_words(best.name))))
@@ -110,7 +111,7 @@ def _compare(recipe: Recipe, files: Files, found: Comparison) -> Step:
     recipes = [files.recipe] if len(found.recipes) < 2 else [one.row for one in found.recipes]
     words = ["loracat", "compare", *recipes, "--data", *map(_file, found.data.split(", ")), *_named_base(recipe)]
     names = [row.name for row in found.rows if row.kind == "method" and row.name != WEIGHTS]
-    free = {name for name, method in METHODS.items() if method.search is None}
+    free = {name for name, method in METHODS.items() if not method.needs_records}
     if not free <= {*names, *(skipped.name for skipped in found.skipped)}:
         words += ["--methods", ",".join(names)] if names else []
     elif set(names) - free:

@@ -27,7 +27,12 @@ def texts(count: int, word: str) -> list[dict[str, Any]]:
 
 def read(*data: str | Path, eval_data: Any = None, heard: Heard | None = None, **options: Any) -> Dataset:
     return read_dataset(
-        data, eval_data, holdout=0.2, seed=0, **options, progress=heard if heard is not None else Heard()
+        data,
+        eval_data,
+        holdout=None if eval_data else 0.2,
+        seed=0,
+        **options,
+        progress=heard if heard is not None else Heard(),
     )
 
 

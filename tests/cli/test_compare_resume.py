@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loracli.calibration.render import Example
 from loracli.comparison.compare import _Comparison
 from loracli.comparison.state import KeptRows
 from loracli.errors import LoracatError, OutOfResources, UsageError
+from loracli.model.session import Session
 from loracli.system.files import locked_directory
 from tests.cli.project import run, tree
 
@@ -133,6 +136,21 @@ def test_records_of_another_owner_are_other_records(few: Path, measured: Measure
     assert refused.exit_code == 3 and "changed: --fit-data" in refused.stderr, refused.stderr
     by_place = [*words[:-2], "calibration.jsonl@#1", "other.jsonl@#2"]
     assert run(*by_place, "--resume", "-q").exit_code == 0 and "regmean" in measured.names[:5]
+
+
+def test_rows_on_other_tokens_are_measured_anew(few: Path, measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a chat template that writes the date has them on another day, with the same files."""
+    stopped(measured, "form")
+    assert measured.taken() == ["adapter", "base", "know"]
+    rendered = Session.render
+
+    def tomorrow(*args: Any, **options: Any) -> tuple[Example, ...]:
+        return tuple(replace(example, input_ids=(*example.input_ids[:-1], 5)) for example in rendered(*args, **options))
+
+    monkeypatch.setattr(Session, "render", tomorrow)
+    last = run(*WORDS, "--resume", "--json")
+    assert measured.taken() == [*FITTED, *ROWS]
+    assert last.stdout == run(*WORDS, "--json").stdout
 
 
 def test_without_resume_or_force_what_is_done_is_in_the_way(few: Path, measured: Measured) -> None:

@@ -153,6 +153,7 @@ def test_what_cannot_be_judged_is_refused_with_its_line(tmp_path: Path, model: A
     record = random_records(1)[0]
     for records, metric, words in (
         ([{"text": "abc"}], "exact", "texts without prompts"),
+        ([{"text": "abc"}], "choice", "texts without prompts"),
         ([{**record, "prompt": "long " * 30}], "exact", "q.jsonl:1: the prompt has"),
         ([record], "choice", "q.jsonl:1: no choices"),
         ([{**record, "choices": ["x", "y"]}], "choice", "q.jsonl:1: its answer is none of its choices"),
@@ -164,6 +165,17 @@ def test_what_cannot_be_judged_is_refused_with_its_line(tmp_path: Path, model: A
         CalibrationError, match=r"q\.jsonl:1: with one of its choices it has \d+ tokens; the base takes 40"
     ):
         values(model, file_of(tmp_path, wide), TaskMetric("choice"), window=40)
+
+
+@pytest.mark.parametrize("metric", ["exact", "choice"])
+def test_an_empty_prompt_needs_a_token_that_stands_before_every_text(tmp_path: Path, metric: str) -> None:
+    """Without one, the answer's own first token would be given to the model."""
+    file = file_of(tmp_path, [{"prompt": "", "completion": "yes", "choices": ["yes", "no"]}])
+    places = [file.records[0].place]
+    limits = {"max_length": 64, "window": 64, "batch_tokens": 64}
+    make_scorer(TaskMetric(metric), [file], places, make_tokenizer(), **limits)
+    with pytest.raises(CalibrationError, match=r"q\.jsonl:1: the prompt is empty"):
+        make_scorer(TaskMetric(metric), [file], places, make_tokenizer(add_bos=False), **limits)
 
 
 def test_a_metric_is_one_metric_within_its_range() -> None:

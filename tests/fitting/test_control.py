@@ -261,7 +261,7 @@ def test_what_nobody_asked_for_takes_no_memory_that_the_fit_has_not(
     opening = Opening(example.base, example.adapters, 1024, 1024, placement=replace(CPU, checkpointing=plain))
     told = Heard()
     found = as_memory_allows(example, opening, progress=told)
-    assert found.settings.control == (None if kept else "none")
+    assert found.room == kept and found.settings == example.settings
     assert any("no fresh LoRA is trained beside the fit" in said for said in told.said) == (not kept)
     asked = replace(example, settings=replace(example.settings, control="fresh-lora"))
     assert as_memory_allows(asked, opening) is asked

@@ -11,17 +11,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from loracli.calibration.dataset import Examples
 from loracli.errors import LoracatError, OutOfResources, OutputExists, StateMismatch
-from loracli.fitting import job
+from loracli.fitting import job, run
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.job import fit_to_file
 from loracli.fitting.journal import Journal, state_folder
 from loracli.fitting.settings import FitSettings
+from loracli.model.base import BasePlan
 from loracli.model.loss import Objective
 from loracli.model.placement import Placement
+from loracli.model.preflight import MemoryDecision, MemoryEstimate
+from loracli.model.session import Opening
 from loracli.recipe.recipe import load_recipe
 from loracli.system.files import locked_directory
 from loracli.system.machine import Launch
@@ -190,6 +195,54 @@ def test_what_has_changed_is_named_and_nothing_is_lost(fit: Fit, power: Power) -
     with pytest.raises(StateMismatch, match=r"changed: --seed, data file 1, val\.data, order of the adapters$"):
         changed.run("recipe.json", resume=True)
     assert sorted(path.name for path in state_folder(fit.folder / "recipe.json").iterdir()) == kept
+
+
+def test_records_that_render_otherwise_on_another_day_are_refused_and_nothing_is_lost(
+    fit: Fit, power: Power, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a chat template that writes the date has them."""
+    stopped(fit, power)
+    folder = state_folder(fit.folder / "recipe.json")
+    kept = sorted(path.name for path in folder.iterdir())
+    rendered = run.render_inputs
+
+    def tomorrow(*args: Any, **options: Any) -> Examples:
+        found = rendered(*args, **options)
+        first, *others = found.training
+        other = replace(first, input_ids=(*first.input_ids[:-1], first.input_ids[-1] + 1))
+        return replace(found, training=(other, *others))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "render_inputs", tomorrow)
+        with pytest.raises(StateMismatch, match="render to other tokens") as refused:
+            fit.run("recipe.json", resume=True)
+        assert "--force in place of --resume" in str(refused.value.hint)
+    assert sorted(path.name for path in folder.iterdir()) == kept
+    fit.run("recipe.json", resume=True)
+
+
+def test_whether_there_was_memory_for_a_control_is_not_asked_again(
+    fit: Fit, power: Power, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings are recorded as they were set, and a resumed fit ends in the bytes of the one that was begun."""
+    fit = replace(fit, settings=replace(SETTINGS, mixing="module", control=None))
+    estimated = Opening.memory
+
+    def little(opening: Opening, plan: BasePlan) -> tuple[MemoryEstimate, MemoryDecision]:
+        if opening.trains_factors:
+            raise OutOfResources("too little for a fresh LoRA")
+        return estimated(opening, plan)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Opening, "memory", little)
+        fit.run("whole.json")
+        stopped(fit, power)
+    fit.run("recipe.json", resume=True)
+    assert fit.written("recipe") == fit.written("whole")
+    recipe = load_recipe(fit.folder / "recipe.json")
+    assert not recipe.held_out.controls and recipe.fit.settings["control"] is None
+    fit.run("roomy.json")
+    assert load_recipe(fit.folder / "roomy.json").held_out.controls
 
 
 @pytest.mark.parametrize(("said", "form"), [(None, "1"), ("2", "2")])

@@ -31,7 +31,7 @@ from loracli.model.placement import Placement
 from loracli.recipe.recipe import load_recipe
 from loracli.recipe.record import INLINE_KINDS, MIXING_KINDS
 from tests.heard import Heard
-from tests.tiny import BASE_ID, make_adapter, make_base, random_records, write_jsonl
+from tests.tiny import BASE_ID, make_adapter, make_base, make_tokenizer, random_records, write_jsonl
 
 QUICK = FitSettings(passes=3)
 FEW = replace(QUICK, control="none")  # of fits where the control does not matter
@@ -274,6 +274,29 @@ def test_held_out_records_that_were_calibrated_on_are_reported(
     assert any(f"3 records of {held} stand in the calibration data too" in said for said in listener.said)
 
 
+def test_held_out_records_are_of_files_of_their_own_whatever_their_name(
+    tmp_path: Path, shallow: tuple[str, list[str]], data: Path
+) -> None:
+    base, adapters = shallow
+    (tmp_path / "test").mkdir()
+    held = write_jsonl(tmp_path / "test" / data.name, random_records(24, seed=4))
+    recipe = fit_mixing(adapters, data, eval_data=held, base=base, settings=replace(FEW, mixing="adapter"))
+    assert recipe.held_out.name == f"test/{data.name}" and not recipe.splits_data
+    with pytest.raises(UsageError, match="--holdout is a share of --data"):
+        fit_mixing(adapters, data, eval_data=held, base=base, settings=replace(FEW, holdout=0.4))
+
+
+def test_a_token_that_the_base_has_no_embedding_of_is_named(tmp_path: Path, shallow: tuple[str, list[str]]) -> None:
+    base = shutil.copytree(shallow[0], tmp_path / "more-tokens")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.save_pretrained(base)
+    records = [*random_records(23), {"prompt": "a", "completion": "<call>b"}]
+    data = write_jsonl(tmp_path / "calls.jsonl", records)
+    with pytest.raises(BaseModelMismatch, match=f"{data}:24: the tokenizer's token 259, '<call>'"):
+        fit_mixing(shallow[1], data, base=str(base), settings=FEW)
+
+
 def test_a_base_that_lacks_weights_is_refused_instead_of_filled_with_random_ones(
     tmp_path: Path, tiny_base: Path, two_adapters: tuple[Path, Path], data: Path
 ) -> None:
@@ -302,5 +325,5 @@ def test_a_held_out_loss_that_is_not_finite_names_its_records(
     tensors[name][:, _byte_ranks("Z")[0] + 3] = 3e38  # a letter that no calibration record has
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
     held = write_jsonl(tmp_path / "held.jsonl", [*random_records(24, seed=4), {"prompt": "ZZ", "completion": "ab"}])
-    with pytest.raises(NonFiniteLoss, match=f"records at {held}:25"):
+    with pytest.raises(NonFiniteLoss, match=r"records at held\.jsonl:25$"):
         fit_mixing([str(path)], data, eval_data=held, base=str(tiny_base), settings=FEW)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from loracli.algebra.methods import METHODS
 from loracli.evaluation.comparison import Comparison, best_first, verdict
 from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.recipe import Recipe, load_recipe
@@ -243,9 +244,29 @@ def test_adapters_of_the_hub_are_fetched_and_pinned_and_places_outside_are_not_t
         assert words[words.index("--base") + 1 :][:3] == [f"hf://{recipe.base.id}", "--base-revision", "1" * 40]
 
 
+def test_a_comparison_of_all_that_needs_no_data_is_typed_without_their_names(
+    recipe: Recipe, compared: Comparison
+) -> None:
+    """As it was: `data-free` is the default, and regmean, which needs records, is none of them."""
+    free = [name for name, method in METHODS.items() if not method.needs_records]
+    sum_row = next(row for row in compared.rows if row.name == "sum")
+    rows = [row for row in compared.rows if row.kind != "method"] + [replace(sum_row, name=name) for name in free]
+    found = replace(compared, rows=tuple(rows), skipped=())
+    (line,) = [s.line for s in made_by(recipe, Files("r.json", "c.json"), found) if " compare " in s.line]
+    assert "--methods" not in line
+    fitted = replace(found, rows=(*rows, replace(sum_row, name="regmean")))
+    (line,) = [s.line for s in made_by(recipe, Files("r.json", "c.json"), fitted) if " compare " in s.line]
+    assert "--methods data-free,regmean" in line
+
+
 def test_what_did_better_is_what_comes_next(recipe: Recipe, compared: Comparison) -> None:
     won = replace(compared, best=replace(compared.best, name="sum"))
     lines = [step.line for step in what_next(recipe, Files("r.json", "c.json"), won)]
     assert lines[:2] == ["loracat export r.json --method sum", "loracat export r.json --merge"]
+    sum_row = next(row for row in compared.rows if row.name == "sum")
+    own = replace(compared, rows=(*compared.rows, replace(sum_row, name="regmean")))
+    won = replace(own, best=replace(own.best, name="regmean"))
+    line = next(step.line for step in what_next(recipe, Files("r.json", "c.json"), won))
+    assert line == "loracat export r.json --method regmean --fit-data DATA.jsonl"
     alone = [step.line for step in what_next(recipe, Files("r.json"), None)]
     assert alone[0] == "loracat export r.json --merge" and alone[-1].endswith("--json > comparison.json")
