@@ -88,9 +88,10 @@ class Exported:
         user named."""
         card, saved = self.composition.card(), self.composition.saved
         local = base is not None and Path(base).expanduser().is_dir()
-        known = str(base) if local else card.base_id if card.base_named else None
+        fitted = self.composition.recorded  # on a directory too, whatever the adapters call it
+        named = card.base_named and not local and (fitted is None or fitted.commit is not None)
+        known = str(base) if local else card.base_id if named else None
         labels = None if saved is None else head_size(saved.shapes)
-        named = card.base_named and not local
         return "; ".join(loading_lines(self.layout.task_type, str(self.path), known, named=named, labels=labels))
 
 

@@ -92,6 +92,11 @@ def test_a_recipe_that_nobody_named_is_told_of(here: Path) -> None:
     said = run("export", *AB, "-o", "fitted")
     assert said.exit_code == 0 and "the weights are those of recipe.json, as neither --weights" in said.stderr
     assert "the weights are those of" not in run("export", "recipe.json", *AB, "-o", "named").stderr
+    fused = run("fuse", *AB, "--base", "base", "-o", "model", "--dry-run")
+    assert "the weights are those of recipe.json, as neither --weights" in fused.stderr
+    asked = ("generate", *AB, "--base", "base", "--prompt", "a", "--max-new-tokens", "1")
+    assert "the weights are those of recipe.json" in run(*asked).stderr
+    assert "the weights are those of" not in run("generate", "recipe.json", *asked[1:]).stderr
 
 
 # What is typed behind `loracat export --adapters know form`, the file weights.toml, the exit code, what the error says,
