@@ -39,7 +39,8 @@ class CompressionOptions:
         typer.Option(
             "--rank",
             metavar="K",
-            help="Cut to rank K with --merge or a method that truncates; the default is the largest ingredient's.",
+            help="Cut to rank K with --merge or a method that truncates; the default is the largest ingredient's, "
+            "and the sum of theirs for such a method without --merge.",
         ),
     ] = None
     tolerance: Annotated[
