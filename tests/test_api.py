@@ -52,8 +52,13 @@ def test_weights_by_hand_in_six_lines(tmp_path: Path, two_adapters: tuple[Path, 
     written = [(tmp_path / name / "loracat.json").read_bytes() for name in ("cat", "asked")]
     assert written[0] == written[1] and merged.layout.rank == 3
     assert loracli.compose(two_adapters, {"#1": {"default": 0.7}, "#2": {"default": -0.3}}).composition.names()
-    with pytest.raises(TypeError, match=r"weights is for compose"):
-        composed.export(tmp_path / "no", weights=[1, 1])
+    for how, hint in (
+        ({"method": "ties"}, "ExportRequest(method=..., ...)"),
+        ({"merged": True}, "did you mean merge?"),
+    ):
+        with pytest.raises(loracli.LoracatError) as refused:
+            composed.export(tmp_path / "no", **how)
+        assert hint in str(refused.value.hint)
     with pytest.raises(loracli.LoracatError, match="--rank is for --merge"):
         composed.export(tmp_path / "no", rank=3)
     with pytest.raises(loracli.LoracatError, match="1 number for 2 adapters"):

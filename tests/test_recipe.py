@@ -19,6 +19,7 @@ from loracli.recipe.record import (
     INLINE_KINDS,
     FitRecord,
     HeldOut,
+    HeldOutControl,
     HeldOutRow,
     HeldOutTask,
     LevelRecord,
@@ -204,6 +205,9 @@ def test_a_row_or_module_that_there_is_not_is_refused_in_words(tmp_path: Path) -
     with pytest.raises(UsageError, match="there is no row 'unifrm'") as caught:
         recipe.held_out.row("unifrm")
     assert caught.value.hint == "did you mean uniform?"
+    fresh = replace(recipe.held_out.row("fit"), name="fresh-lora")
+    held = replace(recipe.held_out, controls=(HeldOutControl(fresh, 0.0, (0.0, 0.0)),))
+    assert held.row("fresh-lora") == fresh
     with pytest.raises(UsageError, match="the recipe has no weights for 'foo'"):
         recipe.weights_of("foo")
 

@@ -268,6 +268,8 @@ def read_dataset(
         every = [record for file in files for record in file.records]
         if holdout is None and len(every) < _CROSSED_BELOW:
             return _crossed(files, every, seed, progress)
+        if holdout is not None and holdout > 0.5:
+            progress.warn(f"--holdout {holdout:g}: half of the records is the most")
         training, held_out = _divide(files, HOLDOUT if holdout is None else holdout, seed)
     different = warn_of_copies(held_out, "held-out", progress)
     if different < MIN_HELD_OUT:

@@ -52,15 +52,17 @@ class Loracat(TyperGroup):
         words = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in words
         TALK.set(Talk())
+        hint = None
         try:
             try:
                 # Not standalone: parse errors and interruptions come back instead of ending up as Typer's text.
                 code = super().main(args, *rest, **{**extra, "standalone_mode": False}) or 0
             except SystemExit as end:
-                code = end.code
+                code, notes = end.code, [*getattr(end, "__notes__", ()), *getattr(end.__cause__, "__notes__", ())]
+                hint = "; ".join(notes) or None
             sys.stdout.flush()  # what cannot be written is known here, and not after the last word
             if code in (HUNG_UP, INTERRUPTED, TERMINATED):
-                Output(as_json=as_json).interrupted(code)
+                Output(as_json=as_json).interrupted(code, hint)
             sys.exit(code)
         except _ParseError as error:
             _tell(_usage_error(error), as_json)
@@ -71,6 +73,12 @@ class Loracat(TyperGroup):
             sys.exit(error.exit_code)
         except MACHINE_ERRORS as error:
             _end_by_machine(error, as_json)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:  # of which Click would leave the code alone
+            raise SystemExit(INTERRUPTED) from stop
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args and not ctx.resilient_parsing:

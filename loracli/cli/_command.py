@@ -148,7 +148,7 @@ class Command(GreedyCommand):
             long = next((word for word in getattr(parameter, "opts", ()) if word.startswith("--")), "")
             if source == "DEFAULT_MAP" and (verbose or not _is_shared(parameter)):
                 by_origin.setdefault(ctx.meta[ORIGINS][parameter.name].origin, []).append(long)
-            elif source == "ENVIRONMENT" and verbose:
+            elif source == "ENVIRONMENT" and (verbose or not _is_shared(parameter)):
                 by_origin.setdefault(str(parameter.envvar), []).append(long)
         if by_origin and not ctx.params.get("quiet") and read_launch().first:
             out = Output()

@@ -10,13 +10,14 @@ import glob
 import inspect
 import os
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 from typer.models import ParameterInfo
@@ -24,6 +25,9 @@ from typer.models import ParameterInfo
 from loracli.cli._help import Panel
 from loracli.errors import UsageError
 from loracli.system.files import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from loracli.cli._output import Output
 
 CACHED = "models--"  # what the name of a model's folder in a Hub cache begins with
 
@@ -223,7 +227,7 @@ class ReadingOptions:
             "--passes",
             metavar="N",
             help="Spend at most N passes over the training records on a fit, with folds in each of them; layer and "
-            "module end where more do not pay. The default is 8, for the mixing auto 22.",
+            "module end where more do not pay. The default is 8, for the mixing auto 22, and more below 40 records.",
         ),
         Panel.SEARCH,
     ] = None
@@ -310,6 +314,32 @@ class PlacementOptions:
     device: Device = "auto"
     device_map: DeviceMap = None
     quantise: Quantise = None
+
+
+def default_recipe(command: str, adapters: Sequence[str] | None, out: Output) -> Path:
+    """The recipe where none is named; with adapters it has to be there, or nothing says how they are composed, and that
+    it is taken is told.
+
+    Args:
+        command: that has --weights and --method too.
+        adapters: of its --adapters.
+        out: told.
+    Raises:
+        UsageError: if there is none.
+    """
+    recipe = Path("recipe.json")
+    behind = [name for name in adapters or () if name.endswith(".json")]
+    if behind:
+        words = shlex.join([*behind, "--adapters", *(name for name in adapters or () if name not in behind)])
+        raise UsageError(
+            f"{behind[0]} stands among the adapters", hint=f"put a recipe before them: loracat {command} {words}"
+        )
+    if adapters and not recipe.exists():
+        hint = f"add --weights {' '.join('1' for _ in adapters)}, or --method sum, or name a recipe before --adapters"
+        raise UsageError(f"nothing says how the adapters are composed: there is no {recipe} here", hint=hint)
+    if adapters:
+        out.note(f"the weights are those of {recipe}, as neither --weights nor --method is given")
+    return recipe
 
 
 def set_words(group: ReadingOptions | PlacementOptions) -> list[str]:

@@ -311,12 +311,13 @@ class Output:
 
         self._stderr.print(Text.assemble((label, label_style), plain(message, style)), soft_wrap=whole or None)
 
-    def interrupted(self, code: int) -> None:
-        """The last word after Ctrl-C, SIGTERM or SIGHUP, on stderr with a document too, as of an error."""
+    def interrupted(self, code: int, hint: str | None = None) -> None:
+        """The last word after Ctrl-C, SIGTERM or SIGHUP, on stderr with a document too, as of an error; `hint`, where
+        something is kept, was said there already."""
         self.close()
         message = "interrupted" if code == 130 else "terminated"
         if self.as_json:
-            self.document({"error": {"code": code, "kind": "Interrupted", "message": message, "hint": None}})
+            self.document({"error": {"code": code, "kind": "Interrupted", "message": message, "hint": hint}})
         self._stderr.print(plain(message))
 
     # Progress: stderr, a bar on a terminal, a line now and then elsewhere.

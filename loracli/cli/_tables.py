@@ -187,7 +187,7 @@ def stopped_lines(out: Output, recipe: Recipe) -> None:
 def search_lines(out: Output, recipe: Recipe) -> None:
     """How the mixing was found: the levels with their starts, and what was chosen."""
     fit = recipe.fit
-    out.line(f"search: {fit.passes:.3g} epochs, largest change of a weight {fit.largest_move:.2f}", style="bold")
+    out.line(f"search: {fit.passes:.3g} passes, largest change of a weight {fit.largest_move:.2f}", style="bold")
     rows = []
     for rung in fit.rungs:
         for start in rung.starts:
@@ -332,18 +332,22 @@ def exported_summary(exported: Exported) -> str:
     )
 
 
+_NOTHING = 1e-9  # of the energy, which rounding alone takes
+
+
 def certificate_lines(out: Output, exported: Exported) -> None:
     """How far the written adapter is from the composition."""
     from loracli.export.export import NOISE
 
     certificate = exported.certificate
-    if not exported.merged:
+    uncut = exported.merged and certificate.least_energy > 1 - _NOTHING
+    if uncut or not exported.merged:
         error, rounding = certificate.largest_error, f"the rounding of {dtype_name(exported.dtype)}"
         exact = f"exact to {error:.1e}, {rounding}" if error <= NOISE else f"relative error {error:.2f}, {rounding}"
-        out.line(f"  {exact if error else 'exact'}")
+        out.line(f"  {'nothing was cut: ' if uncut else ''}{exact if error else 'exact'}")
         return
     out.line(
-        f"  energy kept by the compression: {certificate.mean_energy:.2%} on average, "
+        f"  energy kept by the compression: {certificate.mean_energy:.2%} as the mean of the modules, "
         f"{certificate.least_energy:.2%} at least; relative error {certificate.largest_error:.2f} at most"
     )
     out.table(

@@ -39,7 +39,8 @@ class CompressionOptions:
         typer.Option(
             "--rank",
             metavar="K",
-            help="Cut to rank K with --merge or a method that truncates; the default is the largest ingredient's.",
+            help="Cut to rank K with --merge or a method that truncates; the default is the largest ingredient's, "
+            "and the sum of theirs for such a method without --merge.",
         ),
     ] = None
     tolerance: Annotated[
@@ -237,7 +238,7 @@ def export(
     )
     named = composing.weights or (composing.method and adapters)  # so that no recipe is
     request = ExportRequest(
-        recipe=_default_recipe(adapters, out) if recipe is None and not named else recipe,
+        recipe=opt.default_recipe("export", adapters, out) if recipe is None and not named else recipe,
         adapters=adapters or (),
         weights=parse_words(composing.weights) if composing.weights else None,
         method=composing.method,
@@ -269,26 +270,6 @@ def export(
             out.warn(f"{exported.path} is written; only its loss on the records is not known")
             raise
     _show(out, exported, loss, gguf=writing.gguf, base=base)
-
-
-def _default_recipe(adapters: list[str] | None, out: Output) -> Path:
-    """The recipe where none is named; with adapters it has to be there, or nothing says how they are composed, and that
-    it is taken is told."""
-    from loracli.errors import UsageError
-
-    recipe = Path("recipe.json")
-    behind = [name for name in adapters or () if name.endswith(".json")]
-    if behind:
-        words = shlex.join([*behind, "--adapters", *(name for name in adapters or () if name not in behind)])
-        raise UsageError(
-            f"{behind[0]} stands among the adapters", hint=f"put a recipe before them: loracat export {words}"
-        )
-    if adapters and not recipe.exists():
-        hint = f"add --weights {' '.join('1' for _ in adapters)}, or --method sum, or name a recipe before --adapters"
-        raise UsageError(f"nothing says how the adapters are composed: there is no {recipe} here", hint=hint)
-    if adapters:
-        out.note(f"the weights are those of {recipe}, as neither --weights nor --method is given")
-    return recipe
 
 
 def _show(out: Output, exported: Exported, loss: ExportLoss | None, *, gguf: bool, base: str | None) -> None:

@@ -43,15 +43,15 @@ class SearchOptions:
     ] = "module"
     paper: Annotated[
         bool,
-        typer.Option("--paper", help="Fit by the published recipe: softmax weights, one epoch, learning rate 1e-4."),
+        typer.Option("--paper", help="Fit by the published recipe: softmax weights, one pass, learning rate 1e-4."),
     ] = False
     holdout: Annotated[
         float | None,
         typer.Option(
             "--holdout",
             metavar="SHARE",
-            help="Hold out this share of --data, at least 20 records; by default a fifth, and below 100 records "
-            "each of them in its turn.",
+            help="Hold out this share of --data, at least 20 records and at most half; by default a fifth, and below "
+            "100 records each of them in its turn.",
         ),
         Panel.DATA,
     ] = None
@@ -153,13 +153,14 @@ def fit(
 ) -> None:
     """Learn the mixing weights of adapters on a small calibration file (CAT) and write a recipe."""
     from loracli.calibration.records import parse_sources
-    from loracli.errors import FitError, OutputExists, UsageError
+    from loracli.errors import FitError, UsageError
     from loracli.fitting.inputs import check_typed, prepare_fit
     from loracli.fitting.job import fit_to_file, plan_fit
     from loracli.fitting.settings import FitSettings
     from loracli.model.placement import Placement
     from loracli.progress import SILENT
     from loracli.recipe.recipe import check_recipe_path
+    from loracli.system.files import told_in_dry_run
     from loracli.system.machine import read_launch
 
     launch = read_launch()
@@ -173,10 +174,8 @@ def fit(
         check_typed(adapters, *filter(None, (data, eval_data)), shape=settings.format)
         check_recipe_path(output, force=force, kind=settings.mixing)
     elif launch.first:
-        try:
+        with told_in_dry_run(dry_run, "the fit", out):
             check_recipe_path(output, force=force, kind=settings.mixing)
-        except OutputExists as error:
-            out.warn(f"{error}: the fit itself would be refused; {error.hint}")
     prepare = partial(
         prepare_fit,
         adapters,
@@ -245,7 +244,7 @@ def _show(out: Output, recipe: Recipe, output: Path) -> None:
     if out.detailed:
         search_lines(out, recipe)
         out.line()
-    out.line(f"fitted: {weights_text(recipe)} in {recipe.fit.passes:.3g} epochs; how: loracat show --search")
+    out.line(f"fitted: {weights_text(recipe)} in {recipe.fit.passes:.3g} passes; how: loracat show --search")
     if not out.detailed:
         unfinished_lines(out, recipe)
     out.line(f"written: {', '.join([str(output), *beside])}")

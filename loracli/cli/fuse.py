@@ -69,7 +69,7 @@ def fuse(
     from loracli.fusing.fuse import fuse_model
 
     named = weights or (method and adapters)  # so that no recipe is
-    composed = Path("recipe.json") if recipe is None and not named else recipe
+    composed = opt.default_recipe("fuse", adapters, out) if recipe is None and not named else recipe
     request = FuseRequest(
         composed,
         adapters=adapters or (),
@@ -102,7 +102,9 @@ def fuse(
         out.note(f"not copied: {', '.join(fused.left_behind)}")
     if dry_run:
         return
-    ingredients = [" --adapters ", shlex.join(adapters)] if adapters else []
-    known = [" --recipe ", shlex.quote(str(composed))] if composed and composed.is_file() else ingredients
-    bases = [" --base ", shlex.quote(base)] if base else []
-    out.hint("".join(["loracat verify ", shlex.quote(str(fused.path)), *known, *bases]))
+    words = ["loracat", "verify", str(fused.path)]
+    if composed is not None:
+        words += ["--adapters" if composed.is_dir() else "--recipe", str(composed)]
+    words += ["--adapters", *adapters] if adapters else []
+    words += ["--base", base] if base else []
+    out.hint(shlex.join(words))

@@ -31,9 +31,12 @@ _INDENT, _TAB = "  ", "    "
 def generate(
     *,
     composed: Annotated[
-        Path,
-        typer.Argument(metavar="RECIPE|DIR", help="The recipe that `loracat fit` wrote, or an adapter's directory."),
-    ] = Path("recipe.json"),
+        Path | None,
+        typer.Argument(
+            metavar="RECIPE|DIR",
+            help="The recipe that `loracat fit` wrote, or an adapter's directory; by default recipe.json.",
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -57,6 +60,10 @@ def generate(
     from loracli.generating.generate import GenerateRequest, generate_answers
     from loracli.model.placement import Placement
 
+    if composed is None:
+        composed = Path("recipe.json")
+        if adapters:
+            out.note(f"the weights are those of {composed}, as no other recipe is named")
     request = GenerateRequest(
         composed,
         tuple(adapters or ()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from loracli.composition.fitted import TASK, Calibration
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.comparison import Comparison, RowKind, Skipped
 from loracli.evaluation.metrics import TaskMetric
-from loracli.evaluation.scorer import Scorer, make_scorer
+from loracli.evaluation.scorer import Scorer, check_answerable, make_scorer
 from loracli.fitting.descent import plan_steps
 from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import say_tokenizer_differences
@@ -37,14 +38,17 @@ from loracli.model.loss import Scores
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session, settle_memory
 from loracli.progress import SILENT, WORK, Bar, Progress, drawn, duration_text, takes_bar
+from loracli.recipe.recipe import Recipe
 from loracli.system.document import dtype_name, encode
+
+_LONG = 10.0  # seconds of answers that are worth a word
 
 
 @takes_bar
 def compare_adapters(
     data: DataPaths,
     *,
-    recipe: str | Path | Sequence[str | Path] | None = None,
+    recipe: Recipe | str | Path | Sequence[str | Path] | None = None,
     adapters: Sequence[Named] = (),
     fit_data: DataPaths | None = None,
     guard: DataPaths | None = None,
@@ -121,6 +125,8 @@ def plan_comparison(
 def _opened(
     inputs: CompareInputs, placement: Placement, metric: TaskMetric | None, kept: KeptRows, progress: Progress
 ) -> Iterator[_Comparison]:
+    if metric is not None:
+        check_answerable(metric, (record for file in inputs.test for record in file.records))
     fit = inputs.settings.fit
     adapters = (*inputs.adapters, *([] if inputs.datamix is None else [inputs.datamix]))
     placement = inputs.as_fitted(placement, progress=progress)
@@ -271,6 +277,7 @@ class _Comparison:
         self._names: list[str] = []  # of all rows, in their order
         self._done: dict[str, Evaluated] = {}  # by these
         self._pace, self._device = Pace(0.0), ""  # until they are measured
+        self._told = False  # how long answers take
 
     def plan(self) -> ComparisonPlan:
         """What `run` would do, and in what time."""
@@ -468,7 +475,21 @@ class _Comparison:
 
         guard = score(self._guard) if self._guard else None
         scores = score(self._test)
-        values = None if self._answers is None else self._answers(engine.objective)
+        values = self._judged(engine)
         return Evaluated(
             row.name, row.kind, scores, point.rank, point.kept_energy, point.weights, point.note, guard, values
         )
+
+    def _judged(self, engine: Engine) -> torch.Tensor | None:
+        """What the metric says of the answers; the first time how long those of the other rows take is told."""
+        if self._answers is None:
+            return None
+        begun = time.monotonic()
+        values = self._answers(engine.objective)
+        took = time.monotonic() - begun
+        left = len(self._names) - len(self._done) - 1
+        if not self._told and left * took > _LONG:
+            others = f"those of the other {left} about {duration_text(left * took)}"
+            self._progress.note(f"the answers of a row take {duration_text(took)}, {others}")
+        self._told = True
+        return values

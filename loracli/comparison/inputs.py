@@ -29,7 +29,7 @@ from loracli.model.reference import BaseReference, find_base
 from loracli.model.session import as_fitted, runs_here
 from loracli.progress import SILENT, Progress
 from loracli.recipe.ingredients import recorded_policy
-from loracli.recipe.recipe import OTHER_ROWS
+from loracli.recipe.recipe import OTHER_ROWS, Recipe
 from loracli.recipe.record import FINGERPRINT, RecipeBase
 
 _OTHER_NAMES = {  # of rows that are no adapter's
@@ -85,7 +85,7 @@ class CompareInputs:
 def prepare_comparison(
     data: DataPaths,
     *,
-    recipe: str | Path | Sequence[str | Path] | None = None,
+    recipe: Recipe | str | Path | Sequence[str | Path] | None = None,
     adapters: Sequence[Named] = (),
     fit_data: DataPaths | None = None,
     guard: DataPaths | None = None,
@@ -99,7 +99,7 @@ def prepare_comparison(
 
     Args:
         data: JSONL that everything is compared on, one path or several, as in a fit.
-        recipe: whose ingredients and fit are compared; several for the ingredients and fits of all.
+        recipe: whose ingredients and fit are compared, or its file; several files for the ingredients and fits of all.
         adapters: without a recipe the adapters to compose; with one or more, where their ingredients are now, each
             once, in the order in which the recipes name them first.
         fit_data: calibration JSONL for what has to be fitted here.
@@ -115,8 +115,8 @@ def prepare_comparison(
         InputError: of the kind that fits, if an input is rejected.
     """
     settings = settings or CompareSettings()
-    paths = [recipe] if isinstance(recipe, (str, Path)) else list(recipe or ())
-    if not paths and not adapters:
+    compared = [recipe] if isinstance(recipe, (str, Path)) else recipe or ()
+    if not compared and not adapters:
         raise UsageError("nothing to compare", hint="give a RECIPE, or --adapters")
     needing = settings.controls.fitted
     if needing and fit_data is None:
@@ -125,12 +125,12 @@ def prepare_comparison(
     test, calibration = _read_data(data, fit_data, settings, progress)
     guarded = () if guard is None else _read_files(guard, "guard", settings, progress)
     recipes: tuple[ComparedRecipe, ...] = ()
-    if not paths:
+    if not compared:
         read = tuple(read_adapter(fetch_adapter(one, progress=progress), progress=progress) for one in adapters)
         references = tuple(_row_name(adapter.reference) for adapter in read)
         warn_of_open_orders(read, progress)
     else:
-        recipes, ingredients = load_recipes(paths)
+        recipes, ingredients = load_recipes(compared)
         references = tuple(_row_name(adapter.reference) for adapter in ingredients.recorded)
         if len(recipes) > 1:
             _check_rows([one.row for one in recipes], references)

@@ -91,16 +91,16 @@ class Ingredients:
         return tuple(by_names_of(owner.modules, adapter, one).loaded() for adapter, one, owner in together)
 
 
-def load_recipes(paths: Sequence[str | Path]) -> tuple[tuple[ComparedRecipe, ...], Ingredients]:
-    """Reads one recipe or more.
+def load_recipes(given: Recipe | Sequence[str | Path]) -> tuple[tuple[ComparedRecipe, ...], Ingredients]:
+    """One recipe, or one or more that are read: the files of several tell them apart.
 
     Raises:
         RecipeError, IntegrityError: as `load_recipe`.
         UsageError: if two were fitted on different bases or with other tokens for the same records, replace modules
             differently, or call two adapters alike; or a file is given twice.
     """
-    recipes = [load_recipe(path) for path in paths]
-    names = [FIT] if len(recipes) == 1 else _file_names(paths)
+    recipes = [given] if isinstance(given, Recipe) else [load_recipe(path) for path in given]
+    names = [FIT] if isinstance(given, Recipe) or len(recipes) == 1 else _file_names(given)
     for first, second in combinations(zip(names, recipes, strict=True), 2):
         _check_comparable(*first, *second)
     adapters: list[RecipeAdapter] = []

@@ -197,7 +197,8 @@ def kept_rows(
             if rejected or not any(folder.glob(_STATE.entries)):
                 remove_state(folder, _STATE)
             elif not isinstance(error, StateMismatch):
-                progress.warn(f"what was done is kept in {folder}: the same command with --resume goes on from there")
+                error.add_note(f"what was done is kept in {folder}: the same command with --resume goes on from there")
+                progress.warn(error.__notes__[-1])
             raise
         remove_state(folder, _STATE)
 

@@ -96,7 +96,7 @@ def fit_level(
         found = find_mixing(engine, inputs, folds, training, session)
     note = f"{found.mixing.kind}, {found.mixing.numbers} numbers" if found.mixing.kind != name else ""
     if name == PAPER:
-        note = "softmax weights from a random start, one epoch at a rate of 1e-4, as published"
+        note = "softmax weights from a random start, one pass at a rate of 1e-4, as published"
     if found.stopped:
         note = f"stopped early: {found.stopped}"
     return recipe_mixing(adapters, layout.modules, found), note

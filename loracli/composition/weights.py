@@ -102,7 +102,7 @@ def weights_of_modules(given: Weights, adapters: Sequence[LoraAdapter]) -> dict[
     elif isinstance(given, Mapping):
         columns = _columns(given, "the weights", adapters, targets)
     else:
-        numbers = _checked(given, len(adapters))
+        numbers = checked_numbers(given, len(adapters))
         columns = [dict.fromkeys(own, number) for own, number in zip(targets, numbers, strict=True)]
     if not any(weight for column in columns for weight in column.values()):
         raise UsageError("every weight is 0, which leaves nothing of the adapters", hint=_WAYS)
@@ -191,7 +191,12 @@ def _is_number(text: str) -> bool:
     return "_" not in text  # which Python's own numbers may have
 
 
-def _checked(numbers: Sequence[float], adapters: int) -> list[float]:
+def checked_numbers(numbers: Sequence[float], adapters: int) -> list[float]:
+    """One weight for each of so many adapters.
+
+    Raises:
+        UsageError: if there are more or fewer, or one is none.
+    """
     for number in numbers:
         if (problem := _unfit(number)) is not None:
             raise UsageError(f"--weights: {problem}", hint=_WAYS)

@@ -23,6 +23,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def _split_command(command: str) -> list[str]:
     """The words of a command, as a shell would split them; no shell runs it.
 
     Raises:
-        UsageError: if there is none, or a quotation has no end.
+        UsageError: if there is none, a quotation has no end, or the first is no program.
     """
     try:
         words = shlex.split(command)
@@ -86,6 +87,9 @@ def _split_command(command: str) -> list[str]:
         raise UsageError(f"--metric-command {command}: {error}") from None
     if not words:
         raise UsageError("--metric-command is empty")
+    if shutil.which(words[0]) is None:  # now, and not when the first answers are there
+        hint = "a script needs its interpreter, --metric-command 'python grade.py', or to be executable, ./grade.py"
+        raise UsageError(f"--metric-command {command}: there is no program {words[0]}", hint=hint)
     return words
 
 
@@ -132,8 +136,8 @@ def _score(line: bytes, number: int) -> float:
     return float(value)
 
 
-_GENERATED = ("exact", "contains", "numeric")
-CHOICE, COMMAND = "choice", "command"
+NUMERIC, CHOICE, COMMAND = "numeric", "choice", "command"
+_GENERATED = ("exact", "contains", NUMERIC)
 _METRICS = (*_GENERATED, CHOICE)
 MAX_NEW_TOKENS = 256
 

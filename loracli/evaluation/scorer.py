@@ -7,7 +7,7 @@ The scores of a task metric: every record asked as the loss sees it, its answer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,18 @@ from loracli.calibration.dataset import plan_batches
 from loracli.calibration.records import CalibrationFile, Record
 from loracli.calibration.render import Example, plain_prompt, render_file
 from loracli.errors import CalibrationError
-from loracli.evaluation.metrics import CHOICE, COMMAND, Rule, TaskMetric, contains, is_exact, is_same_number, run_metric
+from loracli.evaluation.metrics import (
+    CHOICE,
+    COMMAND,
+    NUMERIC,
+    Rule,
+    TaskMetric,
+    contains,
+    is_exact,
+    is_same_number,
+    last_number,
+    run_metric,
+)
 from loracli.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -184,6 +195,29 @@ class _Question:
     end: int | None
 
 
+def check_answerable(metric: TaskMetric, records: Iterable[Record]) -> None:
+    """Raises CalibrationError for the first record to which no answer could be right: a text, or one whose reference
+    has no number, or is none of its choices, where the metric goes by these."""
+    for record in records:
+        if "text" in record.content:
+            raise CalibrationError(
+                f"{record.place}: texts without prompts have no answers",
+                hint="use prompt and completion, or messages",
+            )
+        reference = _reference_of(record.content)
+        if metric.name == NUMERIC and last_number(reference) is None:
+            raise CalibrationError(
+                f"{record.place}: its answer has no number, so none is right by {NUMERIC}",
+                hint="judge texts by exact or contains, or leave the record out",
+            )
+        if metric.name == CHOICE and reference not in record.choices:
+            reason = "its answer is none of its choices" if record.choices else "no choices"
+            raise CalibrationError(
+                f"{record.place}: {reason}",
+                hint='give each record 2 to 26 different texts as "choices": ["...", "..."], its answer among them',
+            )
+
+
 def make_scorer(
     metric: TaskMetric,
     files: Sequence[CalibrationFile],
@@ -207,11 +241,12 @@ def make_scorer(
         batch_tokens: of a micro-batch of the loss; a batch of answers has four times as many.
         progress: told how many answers there are.
     Raises:
-        CalibrationError: if a record has no prompt, a prompt is too long, or options are missing.
+        CalibrationError: if a record has no prompt, a prompt is too long, or as `check_answerable`.
     """
     wanted = dict.fromkeys(places)
-    for file in files:
-        _check_prompts(file, wanted, tokenizer)
+    wanted_records = [record for file in files for record in file.records if record.place in wanted]
+    check_answerable(metric, wanted_records)
+    _check_prompts(wanted_records, tokenizer)
     if metric.name == CHOICE:
         return _choices(files, wanted, tokenizer, window, batch_tokens)
     most = min(max_length, window - 1)
@@ -233,14 +268,8 @@ def prompt_of(example: Example) -> tuple[int, ...]:
     return example.input_ids[:start]
 
 
-def _check_prompts(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any) -> None:
+def _check_prompts(records: Sequence[Record], tokenizer: Any) -> None:
     """Raises CalibrationError for a record that nothing stands before, so that there is no answer."""
-    records = [record for record in file.records if record.place in wanted]
-    if records and file.shape == "text":
-        raise CalibrationError(
-            f"{file.source} holds texts without prompts, to which there is no answer",
-            hint="use prompt and completion, or messages",
-        )
     empty = next((record.place for record in records if record.content.get("prompt") == ""), None)
     if empty is not None and not plain_prompt(tokenizer, ""):
         raise CalibrationError(
@@ -309,7 +338,7 @@ def _answered(
         )
         return torch.tensor(values, dtype=torch.float64)
     by_number = partial(is_same_number, tolerance=metric.tolerance)
-    rules: dict[str, Rule] = {"exact": is_exact, "contains": contains, "numeric": by_number}
+    rules: dict[str, Rule] = {"exact": is_exact, "contains": contains, NUMERIC: by_number}
     right = [rules[metric.name](output, reference) for output, reference in zip(outputs, references, strict=True)]
     return torch.tensor(right, dtype=torch.float64)
 
@@ -325,12 +354,6 @@ def _choices(
         records = [record for record in file.records if record.place in wanted]
         for record in records:
             right[record.place] = _reference_of(record.content)
-            if right[record.place] not in record.choices:
-                reason = "its answer is none of its choices" if record.choices else "no choices"
-                raise CalibrationError(
-                    f"{record.place}: {reason}",
-                    hint='give each record 2 to 26 different texts as "choices": ["...", "..."], its answer among them',
-                )
             options[record.place] = list(record.choices)
         each = tuple(_answering(record, option) for record in records for option in record.choices)
         if each:

@@ -8,7 +8,7 @@ factors. Written whole or not at all, the same bytes for the same inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_ba
 from loracli.recipe.recipe import check_recipe_there
 from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
-from loracli.system.files import check_free, holds, whole_directory
+from loracli.system.files import check_free, holds, told_in_dry_run, whole_directory
 from loracli.system.machine import in_order, one_thread_each
+from loracli.system.near import did_you_mean
 from loracli.system.tensor_file import file_size
 
 MOST_WORKERS = 4  # modules that are worked on at once; each is held in float64 while it is compressed
@@ -88,9 +89,10 @@ class Exported:
         user named."""
         card, saved = self.composition.card(), self.composition.saved
         local = base is not None and Path(base).expanduser().is_dir()
-        known = str(base) if local else card.base_id if card.base_named else None
+        fitted = self.composition.recorded  # on a directory too, whatever the adapters call it
+        named = card.base_named and not local and (fitted is None or fitted.commit is not None)
+        known = str(base) if local else card.base_id if named else None
         labels = None if saved is None else head_size(saved.shapes)
-        named = card.base_named and not local
         return "; ".join(loading_lines(self.layout.task_type, str(self.path), known, named=named, labels=labels))
 
 
@@ -126,7 +128,8 @@ def export_adapter(
     check_recipe_there(request.recipe)
     for adapter in request.adapters:
         parse_reference(adapter)
-    check_free(Path(output), force=force)
+    with told_in_dry_run(dry_run, "the export", progress):
+        check_free(Path(output), force=force)
     refit = _refit_of(request, progress)
     if request.weights is not None:
         composition = compose_weights(request, progress)
@@ -198,16 +201,15 @@ class Composed:
             how: fields of `ExportRequest` that say how it is written: merge, rank, tolerance, energy, budget,
                 activation_aware, refit, dtype, profile, gguf, fit_data, data, placement.
         Raises:
-            TypeError: for a field that there is not, or that says what is composed.
+            UsageError: for a field that there is not, or that says what is composed.
             LoracatError: as `export_adapter`.
         """
         progress = drawn(progress)
-        what = sorted(how.keys() & _COMPOSED)
-        if what:
-            raise TypeError(f"{', '.join(what)} is for compose()")
+        _check_how(how)
         request = replace(self.request, **how)
         check(request)
-        check_free(Path(output), force=force)
+        with told_in_dry_run(dry_run, "the export", progress):
+            check_free(Path(output), force=force)
         adapters = self.composition.adapters
         check_fitted(request, adapters)
         return write_export(
@@ -225,6 +227,19 @@ class Composed:
 _COMPOSED = frozenset(
     "recipe adapters weights method method_options modules_to_save task_type base base_revision".split()
 )
+
+
+def _check_how(how: Mapping[str, Any]) -> None:
+    known = {one.name for one in fields(ExportRequest)} - _COMPOSED
+    for name in how:
+        if name in _COMPOSED:
+            raise UsageError(
+                f"{name} says what is composed, which compose() has settled",
+                hint=f"export_adapter(ExportRequest({name}=..., ...), DIR) composes otherwise",
+            )
+        if name not in known:
+            near = did_you_mean(name, known) or f"it takes {', '.join(sorted(known))}"
+            raise UsageError(f"Composed.export takes no {name}", hint=near)
 
 
 @takes_bar

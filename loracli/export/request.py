@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.arguments import check_declared
 from loracli.calibration.records import DataPaths
 from loracli.composition.composition import DEFAULTS, takes
-from loracli.composition.weights import Weights
+from loracli.composition.weights import Weights, checked_numbers
 from loracli.errors import UsageError
 from loracli.export.layout import PROFILES
 from loracli.hub.references import Named, whole_model_hint
@@ -121,6 +121,7 @@ def check(request: ExportRequest) -> Method | None:
     if request.task_type is not None and method is not None:
         checked_task(request.task_type)
     _refuse_first(_refusals(request, method))
+    _check_numbers(request)
     device = request.placement.device
     if device != "auto" and not request.runs_base and not has_float64(resolve_device(device)):
         raise UsageError(
@@ -139,6 +140,13 @@ def check_form(request: ExportRequest) -> None:
     """Raises UsageError for a rank, error, energy, dtype or profile that cannot be, whatever is composed, and for
     weights of nothing."""
     _refuse_first((*_of_weights(request), *_out_of_range(request)))
+    _check_numbers(request)
+
+
+def _check_numbers(request: ExportRequest) -> None:
+    """Weights that are numbers can be told before anything is read, and so before an output is found in the way."""
+    if request.weights is not None and not isinstance(request.weights, (str, Path, Mapping)):
+        checked_numbers(request.weights, len(request.adapters))
 
 
 # Whether something is to be refused, what is wrong with it, and the way out.

@@ -22,6 +22,7 @@ from loracli.calibration.dataset import (
 )
 from loracli.calibration.records import DataPaths, parse_sources
 from loracli.errors import UsageError
+from loracli.evaluation.scorer import check_answerable
 from loracli.fitting.mixing import Layout, check_mixing, count_numbers, make_layout, parameter_of_experts
 from loracli.fitting.settings import AUTO, FRESH_LORA, FitSettings
 from loracli.hub.fetch import Fetched, fetch_adapter
@@ -124,6 +125,8 @@ def prepare_fit(
         skip_bad=settings.skip_bad,
         progress=progress,
     )
+    if settings.metric is not None:
+        check_answerable(settings.metric, dataset.training)
     read = tuple(
         read_adapter(fetch_adapter(source, progress=progress) if isinstance(source, str) else source, progress=progress)
         for source in adapters

@@ -291,9 +291,10 @@ def _said(folder: Path, processes: Processes, resumed: bool, progress: Progress)
         if processes.first and not resumed:
             remove_state(folder)
         raise
-    except BaseException:
+    except BaseException as error:
         if processes.first:
-            progress.warn(f"what was done is kept in {folder}: the same command with --resume goes on from there")
+            error.add_note(f"what was done is kept in {folder}: the same command with --resume goes on from there")
+            progress.warn(error.__notes__[-1])
         raise
 
 

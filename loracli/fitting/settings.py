@@ -29,7 +29,7 @@ class FitSettings:
 
     Args:
         mixing: the level of the ladder, or `auto` to climb as far as the data allow; `module` is CAT.
-        paper: the published recipe instead: softmax weights from a random start, one epoch at a rate of 1e-4, batches
+        paper: the published recipe instead: softmax weights from a random start, one pass at a rate of 1e-4, batches
             of 6 records, loss on the prompts too.
         holdout: share of the records that is held out for the final table, at least 20 records and at most half; None
             for a fifth, or with fewer than 100 records for every record in its turn (cross-fitting).
@@ -89,9 +89,7 @@ class FitSettings:
                 f"--mixing {self.mixing} is not one of {', '.join(kinds)}", hint=did_you_mean(self.mixing, kinds)
             )
         if self.paper and (self.mixing != "module" or any(x is not None for x in (self.ridge, self.passes, self.cv))):
-            raise UsageError(
-                "--paper fits one weight per module in one epoch without ridge; leave out the other option"
-            )
+            raise UsageError("--paper fits one weight per module in one pass without ridge; leave out the other option")
         if self.mixing == "adapter" and (self.ridge is not None or self.learning_rate is not None):
             raise UsageError("--mixing adapter has no ridge and no rate; leave out --ridge and --learning-rate")
         if self.control not in (None, FRESH_LORA, NO_CONTROL):
@@ -117,7 +115,8 @@ class FitSettings:
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise UsageError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+                share = "it is a share of the records: 0.25 for a quarter" if name == "holdout" else None
+                raise UsageError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}", hint=share)
 
     def budget(self, folds: int, records: int) -> float:
         """Passes that may be spent on a search with so many folds of so many records: where these are few, passes are

@@ -58,7 +58,7 @@ from loracli.recipe.recipe import check_recipe_there
 from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
 from loracli.system.escaping import markdown_code
-from loracli.system.files import flush_directory, holds, write_file
+from loracli.system.files import flush_directory, holds, told_in_dry_run, write_file
 from loracli.system.machine import one_thread_each
 from loracli.system.tensor_file import FLOATS
 
@@ -225,7 +225,8 @@ def fuse_model(
     check_form(ExportRequest(request.recipe, request.adapters, request.weights, request.method, dtype=dtype))
     check_recipe_there(request.recipe)
     if not resume:
-        check_model_free(output, force=force)
+        with told_in_dry_run(dry_run, "the fusion", progress):
+            check_model_free(output, force=force)
     planned, composition = compose_on_base(request, progress=progress)
     quantisation = _quantisation_of(planned.reference.path) if dequantise else None
     chosen = OUTPUT_DTYPES[dtype or "bfloat16"] if dequantise or dtype is not None else None

@@ -195,8 +195,9 @@ def open_workplace(
             if not (resume and isinstance(error, OutputExists)):
                 place.drop()
             raise
-        except (KeyboardInterrupt, SystemExit):
-            progress.warn(f"what is done is kept in {place.folder}: --resume goes on from there")
+        except (KeyboardInterrupt, SystemExit) as stop:
+            stop.add_note(f"what is done is kept in {place.folder}: --resume goes on from there")
+            progress.warn(stop.__notes__[-1])
             raise
         finally:
             repair(output)

@@ -55,7 +55,7 @@ class GenerateRequest:
     """Who is asked, and how.
 
     Args:
-        composed: a recipe, or the directory of an adapter.
+        composed: a recipe or its file, or the directory of an adapter.
         adapters: of a recipe, where its ingredients are now, in its order.
         base: the base model; None for the recipe's, or the one that the adapter names.
         base_revision: its branch, tag or commit on the Hub.
@@ -65,7 +65,7 @@ class GenerateRequest:
         composition_alone: leave the answers of the base and of the ingredients out.
     """
 
-    composed: str | Path
+    composed: Recipe | str | Path
     adapters: Sequence[Named] = ()
     base: Named | None = None
     base_revision: str | None = None
@@ -79,11 +79,17 @@ class GenerateRequest:
         directory."""
         check_declared(self)
         check_max_new_tokens(self.max_new_tokens)
-        if self.adapters and Path(self.composed).is_dir():
+        if self.adapters and self.directory is not None:
             raise UsageError(
                 f"{self.composed} is an adapter: it goes without --adapters, which says where those of a recipe are",
                 hint="give the recipe in its place, or leave --adapters out",
             )
+
+    @property
+    def directory(self) -> Path | None:
+        """That of the adapter, None for a recipe."""
+        composed = self.composed
+        return None if isinstance(composed, Recipe) or not Path(composed).is_dir() else Path(composed)
 
 
 @dataclass(frozen=True)
@@ -234,13 +240,13 @@ def _read(request: GenerateRequest, progress: Progress) -> _Asked:
     recipe: Recipe | None = None
     read: tuple[LoraAdapter, ...]
     names: tuple[str, ...]
-    if Path(request.composed).is_dir():
-        directory = Reference(str(request.composed), path=Path(request.composed))
+    if request.directory is not None:
+        directory = Reference(str(request.directory), path=request.directory)
         read = (read_adapter(fetch_adapter(directory, progress=progress), progress=progress),)
         names = (f"./{directory.text}" if directory.text == _BASE else directory.text,)
         warn_of_open_orders(read, progress)
     else:
-        recipe = load_recipe(request.composed)
+        recipe = request.composed if isinstance(request.composed, Recipe) else load_recipe(request.composed)
         read = tuple(a.loaded() for a in read_ingredients(recipe, relocated=request.adapters, progress=progress))
         names = tuple(recipe.labels().values())
     check_language_models(read, "this command")

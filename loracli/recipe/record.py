@@ -509,9 +509,9 @@ class HeldOut:
         return (*self.rows, *(control.row for control in self.controls))
 
     def row(self, name: str) -> HeldOutRow:
-        """The row of a name.
+        """The row of a name, a control's too.
 
         Raises:
             UsageError: if there is none.
         """
-        return named(name, {row.name: row for row in self.rows}, "row")
+        return named(name, {row.name: row for row in self.lines}, "row")

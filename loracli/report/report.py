@@ -159,7 +159,7 @@ def _search(recipe: Recipe) -> str:
         )
     chosen = "" if fit.criterion == NATS else f" Chosen by {fit.criterion}; costs are 1 minus its mean."
     refitted = "then fitted once more on all training records" if fit.refitted else "not fitted again"
-    return section("The search", paragraph(f"{fit.passes:.3g} epochs, {refitted}.{chosen}", soft=True), *parts)
+    return section("The search", paragraph(f"{fit.passes:.3g} passes, {refitted}.{chosen}", soft=True), *parts)
 
 
 def _interferences(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> str:
@@ -260,7 +260,7 @@ def write_report(
     recipe: Recipe | str | Path,
     output: str | Path,
     *,
-    comparison: str | Path | None = None,
+    comparison: Comparison | str | Path | None = None,
     adapters: Sequence[Named] = (),
     force: bool = False,
     progress: Progress | Bar = SILENT,
@@ -270,7 +270,8 @@ def write_report(
     Args:
         recipe: a recipe, or the file of one.
         output: the file to write.
-        comparison: what `loracat compare RECIPE --json` printed; None to show the recipe's own table alone.
+        comparison: from `compare_adapters`, or the file of what `loracat compare RECIPE --json` printed; None to show
+            the recipe's own table alone.
         adapters: where the ingredients are now, in the recipe's order; empty for where the recipe says. Where they are
             not at hand their interference is left out, and said.
         force: replace an existing file.
@@ -287,12 +288,14 @@ def write_report(
     check_recipe_there(recipe)
     _check_free(output, force=force, read=(recipe, comparison))
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    found = None if comparison is None else _read_comparison(Path(comparison), loaded)
+    found = _read_comparison(comparison) if isinstance(comparison, (str, Path)) else comparison
+    if found is not None:
+        _check_compares(found, loaded, "the comparison" if comparison is found else str(comparison))
     ingredients = _ingredients(loaded, adapters, progress)
     public = loaded.public()
     files = Files(
         "recipe.json" if isinstance(recipe, Recipe) else Path(recipe).name,
-        None if comparison is None else Path(comparison).name,
+        None if found is None else "comparison.json" if comparison is found else Path(str(comparison)).name,
     )
     parts = {"verdict": _headline(public)}
     if found is not None:
@@ -310,44 +313,49 @@ def write_report(
     return Written(output, len(content), tuple(parts))
 
 
-def _read_comparison(path: Path, recipe: Recipe) -> Comparison:
+_HOW = "write one with: loracat compare RECIPE --data test.jsonl --json > comparison.json"
+
+
+def _read_comparison(path: str | Path) -> Comparison:
     """A comparison from the JSON document of `loracat compare`.
 
     Raises:
         InputError: if it is no such document.
-        UsageError: if it compares other adapters than the recipe's, or not its fit.
     """
     try:
-        data = read_regular(path, _MAX_COMPARISON_BYTES)
+        data = read_regular(Path(path), _MAX_COMPARISON_BYTES)
     except OSError as error:
         raise InputError(f"the comparison {path} cannot be read: {error.strerror}") from None
-    hint = "write one with: loracat compare RECIPE --data test.jsonl --json > comparison.json"
     try:
         document = parse_json(data)
     except StrictJsonError as error:
-        raise InputError(f"the comparison {path} cannot be read: {error}", hint=hint) from None
+        raise InputError(f"the comparison {path} cannot be read: {error}", hint=_HOW) from None
     if not isinstance(document, dict):
-        raise InputError(f"the comparison {path} is not a JSON object", hint=hint)
+        raise InputError(f"the comparison {path} is not a JSON object", hint=_HOW)
     failure = document.get("error")
     if isinstance(failure, dict) and isinstance(failure.get("message"), str):
-        raise InputError(f"the comparison that {path} was written by failed: {failure['message']}", hint=hint)
+        raise InputError(f"the comparison that {path} was written by failed: {failure['message']}", hint=_HOW)
     wanted = {field.name for field in fields(Comparison)}
     problems: list[str] = []
     found: Comparison = decode(Comparison, {k: v for k, v in document.items() if k in wanted}, "", problems)
     if problems:
-        raise InputError(f"{path} is not a comparison: {problems[0].removeprefix(': ')}", hint=hint)
+        raise InputError(f"{path} is not a comparison: {problems[0].removeprefix(': ')}", hint=_HOW)
+    return found
+
+
+def _check_compares(found: Comparison, recipe: Recipe, path: str) -> None:
+    """Raises UsageError if the comparison that `path` names is of other adapters than the recipe's, or not its fit."""
     rows = {row.name for row in found.rows}
     references = tuple(adapter.reference for adapter in recipe.adapters)
     alone = len(found.recipes) < 2  # and none in documents of older versions
     own = next((one.row for one in found.recipes if one.sha256 == recipe.sha256()), "fit" if alone else "")
     if (alone and len(found.adapters) != len(references)) or own not in rows or found.best.name not in rows:
-        raise UsageError(f"{path} does not compare this recipe's fit", hint=hint)
+        raise UsageError(f"{path} does not compare this recipe's fit", hint=_HOW)
     if alone and found.adapters != references:
         named = ", ".join(found.adapters)
-        raise UsageError(f"{path} compares {named}, and the recipe has {', '.join(references)}", hint=hint)
+        raise UsageError(f"{path} compares {named}, and the recipe has {', '.join(references)}", hint=_HOW)
     if found.recipes and recipe.sha256() not in [one.sha256 for one in found.recipes]:
-        raise UsageError(f"{path} compares another recipe, or this one before it was changed", hint=hint)
-    return found
+        raise UsageError(f"{path} compares another recipe, or this one before it was changed", hint=_HOW)
 
 
 def _ingredients(recipe: Recipe, adapters: Sequence[Named], progress: Progress) -> tuple[LoraAdapter, ...]:

@@ -24,6 +24,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from loracli.errors import LoracatError, MalformedAdapter, OutOfResources, OutputExists
+from loracli.progress import Progress
 from loracli.system.machine import DISK_FULL
 
 CONFIG_FILE = "adapter_config.json"
@@ -317,6 +318,17 @@ def check_free(
             raise OutputExists(
                 f"{path} exists and {what}", hint="choose another name with -o, or replace it with --force"
             )
+
+
+@contextmanager
+def told_in_dry_run(dry_run: bool, what: str, progress: Progress) -> Iterator[None]:
+    """Where nothing is written an output that is in the way is only told of: `what` would be refused."""
+    try:
+        yield
+    except OutputExists as error:
+        if not dry_run:
+            raise
+        progress.warn(f"{error}: {what} itself would be refused; {error.hint}")
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -255,7 +255,11 @@ def _ingredients(
         findings.skip(what, str(error))
         return None
     if len(read) != len(origin.adapters):
-        raise IntegrityError(f"the recipe has {len(read)} adapters, the record {len(origin.adapters)}")
+        made_of = ", ".join(adapter.reference for adapter in origin.adapters)
+        raise IntegrityError(
+            f"the recipe has {len(read)} adapters, the record {len(origin.adapters)}",
+            hint=f"it was made of {made_of}: leave --recipe out, and say with --adapters where that is",
+        )
     for adapter, recorded in zip(read, origin.adapters, strict=True):
         if dict(adapter.sha256) != recorded.sha256:
             raise IntegrityError(f"{adapter.reference} is not the adapter that is recorded as {recorded.reference}")

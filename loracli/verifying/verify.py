@@ -104,11 +104,11 @@ def _verify_model(
     origin = read_origin(document.get("composition"), where)
     given = find_ingredients(origin, findings, recipe=recipe, adapters=adapters, progress=progress)
     if given is None or origin.by_records:
-        _leave_card(whole_card, findings)
+        _leave_card(whole_card, "its ingredients are" if given is None else "its records are", findings)
         return
     if base is None and recorded.commit is None:
         findings.skip(COMPOSITION, f"{recorded.id} was a local directory: say where it is with --base")
-        _leave_card(whole_card, findings)
+        _leave_card(whole_card, "the base is", findings)
         return
     try:
         asked = base or BaseClaim(recorded.id, recorded.commit)
@@ -117,7 +117,7 @@ def _verify_model(
         if base is not None:
             raise
         findings.skip(COMPOSITION, str(error))
-        _leave_card(whole_card, findings)
+        _leave_card(whole_card, "the base is", findings)
         return
     _check_base(reference, recorded)
     plan = plan_base(reference, dequantised=dequantised is not None)
@@ -150,10 +150,10 @@ def _verify_model(
     _check_weights(checkpoint, written, fusion, composition, findings, progress)
 
 
-def _leave_card(whole: bool, findings: Findings) -> None:
-    """Of a card that is as recorded, where what it is made again of is missing."""
+def _leave_card(whole: bool, missing: str, findings: Findings) -> None:
+    """Of a card that is as recorded, where something that it is made again of is missing."""
     if whole:
-        findings.skip(README_FILE, f"{UNPROVEN}, and base and ingredients that it is made again of are not at hand")
+        findings.skip(README_FILE, f"{UNPROVEN}, and {missing} not at hand to make it again")
 
 
 def _read_record(

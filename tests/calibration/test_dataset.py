@@ -12,6 +12,7 @@ import pytest
 from loracli.calibration.dataset import Dataset, read_dataset, render_dataset
 from loracli.calibration.render import Example
 from loracli.errors import CalibrationError, UsageError
+from loracli.fitting.settings import FitSettings
 from tests.heard import Heard
 from tests.tiny import make_tokenizer
 
@@ -52,6 +53,15 @@ def mixed(tmp_path: Path) -> tuple[Path, Path]:
         write(tmp_path / "texts.jsonl", [t | {"task": "prose"} for t in texts(90, "t")]),
         write(tmp_path / "chats.jsonl", [{"messages": pair[:1] * i + pair, "task": "chat"} for i in range(1, 31)]),
     )
+
+
+def test_a_share_above_half_is_told_to_be_half_and_one_above_all_to_be_a_share(tmp_path: Path) -> None:
+    path, heard = write(tmp_path / "texts.jsonl", texts(60, "t")), Heard()
+    assert len(read_dataset(path, None, holdout=0.9, seed=0, progress=heard).held_out) == 30
+    assert heard.warnings == ["--holdout 0.9: half of the records is the most"]
+    with pytest.raises(UsageError) as refused:
+        FitSettings(holdout=25.0)
+    assert refused.value.hint == "it is a share of the records: 0.25 for a quarter"
 
 
 def test_every_file_is_on_both_sides_and_nothing_on_two(mixed: tuple[Path, Path]) -> None:

@@ -399,6 +399,16 @@ def test_a_killed_export_leaves_nothing_behind(here: Path, name: str, code: int)
     assert tree(here) == before
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)], ids=["INT", "TERM"])
+def test_how_to_go_on_is_the_hint_of_the_document(monkeypatch: pytest.MonkeyPatch, stop: BaseException) -> None:
+    def fail(*_: object) -> None:
+        stop.add_note("what was done is kept")
+        raise stop
+
+    monkeypatch.setattr("loracli.recipe.recipe.load_recipe", fail)
+    assert json.loads(run("show", "x.json", "--json").stdout)["error"]["hint"] == "what was done is kept"
+
+
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["INT", "TERM"])
 def test_an_interrupted_command_prints_one_document_and_a_line(
     monkeypatch: pytest.MonkeyPatch, stop: BaseException, code: int

@@ -88,6 +88,31 @@ def test_answers_are_judged_by_name_or_by_a_command(few: Path) -> None:
     assert "by exact, " in shown.stdout
 
 
+@pytest.mark.parametrize(
+    ("metric", "code", "said"),
+    [
+        (["--generate", "numeric"], 3, "few.jsonl:1: its answer has no number"),
+        (["--metric-command", "./grade.py"], 2, "there is no program ./grade.py"),  # which is not executable
+    ],
+)
+def test_a_metric_that_cannot_judge_is_refused_before_the_base_is_loaded(
+    few: Path, monkeypatch: pytest.MonkeyPatch, metric: list[str], code: int, said: str
+) -> None:
+    (few / "grade.py").write_text("")
+    monkeypatch.setattr("loracli.model.session.load_base", lambda *_, **__: pytest.fail("the base is loaded"))
+    chosen = ["--select-by" if word == "--generate" else word for word in metric]
+    fit = ("fit", "-a", "know", "form", "-d", "few.jsonl", "--base", "base", "-o", "new.json")
+    for words in ((*ALONE, "--methods", "sum", *metric), (*fit, *chosen)):
+        result = run(*words)
+        assert result.exit_code == code and said in result.stderr and "hint: " in result.stderr
+
+
+def test_after_the_first_row_it_is_said_how_long_the_answers_take(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loracli.comparison.compare._LONG", 0.0)
+    result = run(*ALONE, "--methods", "sum", "--generate", "exact", "--max-new-tokens", "1")
+    assert result.stderr.count("the answers of a row take") == 1 and "those of the other 4 about" in result.stderr
+
+
 def test_where_a_kind_of_mixing_is_best_the_next_command_is_its_fit(here: Path) -> None:
     words = (*ALONE[:4], "-d", "test.jsonl", "--base", "base", "-m", "adapter", "--fit-data", "calibration.jsonl")
     found = run(*words, "--passes", "12", "--batch-tokens", "512")

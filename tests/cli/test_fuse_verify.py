@@ -36,6 +36,22 @@ def test_a_recipe_of_another_number_of_adapters_is_not_the_records(here: Path) -
     assert run("export", "--adapters", "know", "--weights", "1", "-o", "one").exit_code == 0
     failed = run("verify", "one", "--recipe", "recipe.json")
     assert failed.exit_code == 7 and "the recipe has 2 adapters, the record 1" in failed.stderr
+    assert "hint: it was made of know: leave --recipe out, and say with --adapters where that is" in failed.stderr
+
+
+def test_a_model_fused_from_a_directory_is_verified_as_the_hint_says(here: Path) -> None:
+    fused = run("fuse", "know", "--base", "base", "-o", "model")
+    words = re.search(r"next: loracat (verify .*)", fused.stderr)
+    assert words is not None and words[1] == "verify model --adapters know --base base"
+    assert "NOT checked" not in run(*words[1].split()).stdout
+    without_base = run("verify", "model", "--adapters", "know").stdout
+    assert "the base is not at hand to make it again" in without_base
+    assert "its ingredients are not at hand to make it again" in run("verify", "model", "--base", "base").stdout
+
+
+def test_the_line_that_loads_an_export_asks_for_a_base_that_was_a_directory(here: Path) -> None:
+    shown = run("export", "-o", "cat").stderr  # of a fit with --base base, which the adapters call loracat/demo-base
+    assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "cat")' in shown
 
 
 def test_verify_of_an_export_ends_with_7_and_names_every_difference(here: Path) -> None:

@@ -60,6 +60,11 @@ def test_lists_and_flags_come_from_files_and_variables(here: Path, monkeypatch: 
     monkeypatch.setenv("LORACAT_FIT_ADAPTERS", "form know")
     assert plan()["adapters"] == ["form", "know"]
     assert plan("-a", "know")["adapters"] == ["know"]
+    for word in ("YES", "on"):
+        monkeypatch.setenv("LORACAT_FIT_PAPER", word)
+        assert plan()["passes"] == 1
+    shown = run("fit", "--dry-run").stderr
+    assert "from LORACAT_FIT_PAPER: --paper\n" in shown and "from LORACAT_FIT_ADAPTERS: --adapters\n" in shown
     monkeypatch.setenv("LORACAT_FIT_PASSES", "many")
     result = run("fit")
     assert result.exit_code == 2 and "the variable LORACAT_FIT_PASSES: Invalid value for '--passes'" in result.stderr

@@ -88,10 +88,28 @@ def test_adapters_alone_and_an_adapter_as_a_recipe_name_the_way_out(here: Path) 
     assert run(*shlex.split(typed[1]), "--merge", "--rank", "2", "-o", "again").exit_code == 0
 
 
+def test_a_compression_that_cuts_nothing_says_so_in_the_place_of_a_table(here: Path) -> None:
+    said = run("export", "-a", "know", "-w", "1", "--merge", "-o", "whole").stdout
+    assert "  nothing was cut: exact" in said and "energy kept" not in said
+    assert "energy kept by the compression" in run("export", "-a", "know", "-w", "1", "--merge", "--rank", "1").stdout
+
+
+def test_a_number_too_few_is_told_before_an_output_that_is_in_the_way(here: Path) -> None:
+    Path("adapter-cat").mkdir()
+    for words in (("export", *AB, "-w", "0.7"), ("fuse", *AB, "--base", "base", "-w", "0.7", "-o", "adapter-cat")):
+        said = run(*words)
+        assert said.exit_code == 2 and "--weights has 1 number for 2 adapters: 0.7" in said.stderr
+
+
 def test_a_recipe_that_nobody_named_is_told_of(here: Path) -> None:
     said = run("export", *AB, "-o", "fitted")
     assert said.exit_code == 0 and "the weights are those of recipe.json, as neither --weights" in said.stderr
     assert "the weights are those of" not in run("export", "recipe.json", *AB, "-o", "named").stderr
+    fused = run("fuse", *AB, "--base", "base", "-o", "model", "--dry-run")
+    assert "the weights are those of recipe.json, as neither --weights" in fused.stderr
+    asked = ("generate", *AB, "--base", "base", "--prompt", "a", "--max-new-tokens", "1")
+    assert "the weights are those of recipe.json" in run(*asked).stderr
+    assert "the weights are those of" not in run("generate", "recipe.json", *asked[1:]).stderr
 
 
 # What is typed behind `loracat export --adapters know form`, the file weights.toml, the exit code, what the error says,

@@ -82,6 +82,7 @@ def test_base_ingredients_uniform_sum_and_fit_are_those_of_the_held_out_table(
     found = compare(data, tiny_base, recipe=recipe, settings=CompareSettings(("uniform", "sum")))
     from loracli.recipe.recipe import load_recipe
 
+    assert found == compare(data, tiny_base, recipe=load_recipe(recipe), settings=CompareSettings(("uniform", "sum")))
     table = load_recipe(recipe).held_out
     assert [row.name for row in found.rows] == [row.name for row in table.rows]
     assert (found.records, found.scored_tokens, found.best_ingredient) == (

@@ -107,7 +107,7 @@ def test_the_hint_is_what_the_command_said(tmp_path: Path) -> None:
 
 
 def test_a_command_that_is_not_there_or_does_not_end(tmp_path: Path) -> None:
-    with pytest.raises(MetricError, match="No such file"):
+    with pytest.raises(UsageError, match="there is no program"):
         run_metric(str(tmp_path / "missing"), ANSWERS)
     with pytest.raises(MetricError, match="longer than 0.2 seconds"):
         run_metric(program(tmp_path, "import time; time.sleep(60)"), ANSWERS, timeout=0.2)

@@ -156,6 +156,7 @@ def test_what_cannot_be_judged_is_refused_with_its_line(tmp_path: Path, model: A
         ([{"text": "abc"}], "choice", "texts without prompts"),
         ([{**record, "prompt": "long " * 30}], "exact", "q.jsonl:1: the prompt has"),
         ([record], "choice", "q.jsonl:1: no choices"),
+        ([{**record, "completion": "12"}, {**record, "completion": "twelve"}], "numeric", "q.jsonl:2: its answer has"),
         ([{**record, "choices": ["x", "y"]}], "choice", "q.jsonl:1: its answer is none of its choices"),
     ):
         with pytest.raises(CalibrationError, match=words):
@@ -180,7 +181,9 @@ def test_an_empty_prompt_needs_a_token_that_stands_before_every_text(tmp_path: P
 
 def test_a_metric_is_one_metric_within_its_range() -> None:
     assert task_metric(None, None) is None
-    assert task_metric(None, "grade") == TaskMetric("command", "grade")
+    assert task_metric(None, "cat -n") == TaskMetric("command", "cat -n")
+    with pytest.raises(UsageError, match="there is no program grade"):
+        task_metric(None, "grade --strictly")
     for name, command, options in (
         ("exact", "grade", {}),
         ("fuzzy", None, {}),

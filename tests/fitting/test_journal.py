@@ -150,7 +150,8 @@ def test_kill_9_at_random_moments_and_resume_ends_in_the_same_bytes(fit: Fit, se
 
 
 @pytest.mark.parametrize(
-    ("signum", "code", "talk"), [(signal.SIGINT, 130, []), (signal.SIGINT, 130, ["-q"]), (signal.SIGTERM, 143, [])]
+    ("signum", "code", "talk"),
+    [(signal.SIGINT, 130, []), (signal.SIGINT, 130, ["-q"]), (signal.SIGTERM, 143, ["--json"])],
 )
 def test_ctrl_c_and_sigterm_keep_the_state_and_say_how_to_go_on(
     fit: Fit, server: ForkServer, signum: int, code: int, talk: list[str]
@@ -163,6 +164,8 @@ def test_ctrl_c_and_sigterm_keep_the_state_and_say_how_to_go_on(
     ended = process.wait()
     assert "the same command with --resume goes on from there" in ended.stderr
     assert ended.code == code
+    if talk == ["--json"]:
+        assert json.loads(ended.stdout)["error"]["hint"] in ended.stderr
     assert sorted(path.name for path in fit.folder.iterdir()) == ["recipe.json.state", "val.data"]
 
 

@@ -19,6 +19,7 @@ from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 from loracli.generating.generate import Answer, Generated, GenerateRequest, _Pieces, generate_answers
 from loracli.model.placement import Placement
+from loracli.recipe.recipe import load_recipe
 from loracli.recipe.record import INLINE_KINDS
 from tests.fitting.test_modules_to_save import make_saving
 from tests.heard import Heard
@@ -282,7 +283,9 @@ def test_ingredients_that_have_moved_are_found_where_they_are_now(
     moved = tmp_path / "recipe.json"
     moved.write_bytes(made.read_bytes())
     request = asking(moved, tiny_base, adapters=tuple(map(str, two_adapters)), max_new_tokens=4)
-    assert answers(request) == answers(asking(made, tiny_base, max_new_tokens=4))
+    expected = answers(asking(made, tiny_base, max_new_tokens=4))
+    assert answers(request) == expected
+    assert answers(replace(request, composed=load_recipe(made), adapters=())) == expected
 
 
 def test_the_result_says_who_is_the_composition(made: Path, tiny_base: Path) -> None:

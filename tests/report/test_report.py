@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from loracli.errors import InputError, IntegrityError, OutputExists, UsageError
+from loracli.evaluation.comparison import Comparison
 from loracli.recipe.recipe import load_recipe
 from loracli.report.grid import grids, numbers, short_names, span_of
 from loracli.report.page import tag, text
 from loracli.report.report import write_report
+from loracli.system.document import decode
 from tests.heard import Heard
 from tests.report.conftest import Story
 
@@ -63,6 +65,18 @@ def test_every_part_is_there_with_the_numbers_of_recipe_and_comparison(tmp_path:
     for adapter in recipe.adapters:
         assert adapter.sha256["adapter_model.safetensors"][:16] in page.words
     assert "by contains" in page.text and "first + second" in page.text
+
+
+def test_recipe_and_comparison_are_taken_as_objects_too(tmp_path: Path, story: Story) -> None:
+    document = json.loads(story.comparison.read_text())
+    problems: list[str] = []
+    comparison = decode(Comparison, {k: v for k, v in document.items() if k != "loracat"}, "", problems)
+    write_report(load_recipe(story.recipe), tmp_path / "objects.html", comparison=comparison)
+    write_report(story.recipe, tmp_path / "files.html", comparison=story.comparison)
+    assert not problems and (tmp_path / "objects.html").read_bytes() == (tmp_path / "files.html").read_bytes()
+    with pytest.raises(UsageError, match="the comparison compares x, y"):
+        other = replace(comparison, adapters=("x", "y"))
+        write_report(story.recipe, tmp_path / "other.html", comparison=other)
 
 
 def test_nothing_is_loaded_and_nothing_runs(tmp_path: Path, story: Story) -> None:
