@@ -75,12 +75,17 @@ def check_model_free(output: Path, *, force: bool) -> None:
 class Workplace:
     """The folder of one fusion. Made by `open_workplace`."""
 
-    def __init__(self, output: Path, identity: Mapping[str, str]) -> None:
-        self.output = output
+    def __init__(self, output: Path, identity: Mapping[str, str], *, force: bool) -> None:
+        self.output, self._force = output, force
         self.folder = output.with_name(f".{output.name}.fusing")
         self._state = output.with_name(f".{output.name}.fusing.json")
         self._identity = dict(identity)
         self._finished: dict[str, Any] = {}
+
+    @property
+    def begun(self) -> bool:
+        """Whether any file is finished, so that there is something to lose."""
+        return bool(self._finished)
 
     def finished(self, name: str, base: Path) -> Hashes | None:
         """The hashes of a file that an earlier run finished, None unless it and the base's file still have them."""
@@ -104,10 +109,15 @@ class Workplace:
         return isinstance(known, str) and path.is_file() and file_sha256(path) == known
 
     def complete(self, certificate_sha256: str) -> None:
-        """Everything is in the folder: it becomes the output."""
+        """Everything is in the folder: it becomes the output.
+
+        Raises:
+            OutputExists: if the output has been taken meanwhile.
+        """
+        check_model_free(self.output, force=self._force)
         self._finished[FUSE_CERTIFICATE] = certificate_sha256
         self._write_state()
-        put_in_place(self.folder, self.output)
+        put_in_place(self.folder, self.output, replace=self._force)
         self.drop()
 
     def drop(self) -> None:
@@ -183,7 +193,7 @@ def open_workplace(
         LoracatError: if another process is at work there.
         StateMismatch: as `Workplace.load`.
     """
-    place = Workplace(output, identity)
+    place = Workplace(output, identity, force=force)
     with translate_disk_errors(output), locked_directory(place.folder, output):
         repair(output)
         place.load(resume=resume, progress=progress)
@@ -191,12 +201,11 @@ def open_workplace(
             if not place.done():
                 check_model_free(output, force=force)
             yield place
-        except (InputError, UsageError) as error:  # the same would happen again, but for an output that is in the way
-            if not (resume and isinstance(error, OutputExists)):
-                place.drop()
-            raise
-        except (KeyboardInterrupt, SystemExit):
-            progress.warn(f"what is done is kept in {place.folder}: --resume goes on from there")
+        except (InputError, UsageError, KeyboardInterrupt, SystemExit) as error:
+            if isinstance(error, (InputError, UsageError)) and not (isinstance(error, OutputExists) and place.begun):
+                place.drop()  # the same would happen again
+            else:
+                progress.warn(f"what is done is kept in {place.folder}: --resume goes on from there")
             raise
         finally:
             repair(output)

@@ -29,6 +29,7 @@ from loracli.model.reference import BaseReference
 from loracli.recipe.recipe import Recipe
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import CASES, Made
+from tests.heard import Heard
 from tests.tiny import logits, make_adapter, make_base
 
 
@@ -253,6 +254,27 @@ def test_an_output_that_is_in_the_way_of_resume_costs_no_finished_file(tmp_path:
     with pytest.raises(OutputExists):
         fuse_model(request, tmp_path / "out", resume=True)
     assert fuse_model(request, tmp_path / "out", resume=True, force=True).resumed == 2
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_directory_that_appears_meanwhile_keeps_its_files_and_costs_no_finished_one(
+    tmp_path: Path, force: bool
+) -> None:
+    made = Made(tmp_path, "plain")
+    request, kept = FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out" / "precious.txt"
+
+    class Meanwhile(Heard):
+        def advance(self, task: str, amount: int, status: str = "") -> None:
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text("mine")
+
+    heard = Meanwhile()
+    with pytest.raises(OutputExists, match="something else than a fused model"):
+        fuse_model(request, kept.parent, force=force, progress=heard)
+    assert kept.read_text() == "mine"
+    assert any("--resume goes on from there" in warning for warning in heard.warnings)
+    shutil.rmtree(kept.parent)
+    assert fuse_model(request, kept.parent, resume=True).resumed == 1
 
 
 def test_a_finished_file_that_was_damaged_is_made_again_and_other_inputs_are_refused(tmp_path: Path) -> None:
