@@ -43,6 +43,7 @@ from loracli.system.files import (
     check_free,
     file_sha256,
     flush_directory,
+    holds,
     locked_directory,
     put_in_place,
     repair,
@@ -224,7 +225,14 @@ _FOLDED = frozenset(name.casefold() for name in _OURS)
 
 
 def other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    """Names of the files that come along, and of what is left behind, both sorted; hidden files are neither."""
+    """Names of the files that come along, and of what is left behind, both sorted; hidden files are neither.
+
+    A link comes along where it leads within the directory or, in the Hub's cache, to a blob of the repository or of the
+    store that repositories share; any other could lead to what is no part of the base.
+    """
+    folder = checkpoint.folder.resolve()
+    repositories = [above.parent for above in folder.parents if above.name == "snapshots"]
+    homes = [folder, *(place / "blobs" for repository in repositories for place in (repository, repository.parent))]
     taken: list[str] = []
     left: list[str] = []
     for entry in sorted(checkpoint.folder.iterdir()):
@@ -232,7 +240,8 @@ def other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
         if name.startswith(".") or name in _OURS or name in checkpoint.shards:
             continue
         ours = name.casefold() in _FOLDED  # where case does not count, it would be the same file
-        (taken if entry.is_file() and not ours and not _WEIGHTS.fullmatch(name) else left).append(name)
+        own = entry.is_file() and any(holds(home, entry) for home in homes)
+        (taken if own and not ours and not _WEIGHTS.fullmatch(name) else left).append(name)
     return taken, left
 
 

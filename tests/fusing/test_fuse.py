@@ -352,6 +352,26 @@ def test_other_files_come_along_and_weights_of_other_formats_do_not(tmp_path: Pa
         assert str(tmp_path).encode() not in file.read_bytes()
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["directory", "cache"])
+def test_a_link_comes_along_only_where_it_leads_to_a_file_of_the_base(tmp_path: Path, cached: bool) -> None:
+    made = Made(tmp_path, "plain")
+    base = tmp_path / "hub" / "models--tiny--base" / "snapshots" / "abc" if cached else made.base
+    if cached:
+        shutil.copytree(made.base, base)
+    (tmp_path / "id_rsa").write_text("private")
+    places = {"own": base / "generation_config.json", "key": tmp_path / "id_rsa"}
+    places |= {"blob": base.parents[1] / "blobs" / "x", "shared": base.parents[2] / "blobs" / "ab" / "y"}
+    for name, place in places.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+        (base / f"{name}.txt").symlink_to(os.path.relpath(place, base))
+    fused = fuse_model(FuseRequest(made.recipe, base=str(base)), tmp_path / "out")
+    taken = {"own.txt", "blob.txt", "shared.txt"} if cached else {"own.txt"}
+    assert set(fused.left_behind) == {f"{name}.txt" for name in places} - taken
+    assert {path.name for path in (tmp_path / "out").glob("*.txt")} == taken
+    assert not [path for path in (tmp_path / "out").iterdir() if b"private" in path.read_bytes()]
+
+
 def test_an_exported_adapter_and_the_recipe_it_came_from_give_the_same_model(tmp_path: Path) -> None:
     made = Made(tmp_path, "mixed ranks")
     export_adapter(ExportRequest(made.recipe), tmp_path / "adapter-cat")
