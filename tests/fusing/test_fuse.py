@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +351,20 @@ def test_other_files_come_along_and_weights_of_other_formats_do_not(tmp_path: Pa
     assert "base_model_relation: merge" in card and "the base's own card" not in card
     for file in after.values():
         assert str(tmp_path).encode() not in file.read_bytes()
+
+
+def test_no_file_beside_the_weights_is_in_memory_as_a_whole(tmp_path: Path) -> None:
+    made = Made(tmp_path, "plain")
+    request, size = FuseRequest(made.recipe, base=str(made.base)), 64 << 20
+    with open(made.base / "corpus.txt", "wb") as file:
+        file.truncate(size)
+    tracemalloc.start()
+    try:
+        fuse_model(request, tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < size / 2
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "out" / "corpus.txt").stat().st_size == size
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["directory", "cache"])
