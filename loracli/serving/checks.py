@@ -89,6 +89,13 @@ def _one_of(files: AdapterFiles, base: BaseFacts | None, *, field: str, values: 
         yield f"the field {field} is {_short(value)}"
 
 
+def _none_of(files: AdapterFiles, base: BaseFacts | None, *, field: str, beginnings: Sequence[str]) -> Iterator[str]:
+    """A field that is no text that begins as some do."""
+    value = _field(files.config, field)
+    if isinstance(value, str) and value.startswith(tuple(beginnings)):
+        yield f"the field {field} is {_short(value)}"
+
+
 def _subset(files: AdapterFiles, base: BaseFacts | None, *, field: str, of: Sequence[str]) -> Iterator[str]:
     """A list that has some names only."""
     value = _field(files.config, field)
@@ -372,6 +379,7 @@ CHECKS: dict[str, Check] = {
         _of_type,
         _off,
         _one_of,
+        _none_of,
         _subset,
         _tensor_names,
         _pairs,

@@ -23,9 +23,11 @@ from loracli.export.request import ExportRequest
 from loracli.serving.checks import CHECKS
 from loracli.serving.lint import _SERVERS, _SEVERITIES, ServerReport, lint_adapter, load_server
 from tests.cli.project import run
+from tests.conversion.test_convert import prepare_corda, prepare_lora_ga
+from tests.conversion.training import reload, train
 from tests.heard import Heard
 from tests.mixtures import expert_layers
-from tests.tiny import BASE_ID, make_adapter, make_base
+from tests.tiny import BASE_ID, logits, make_adapter, make_base
 
 LAYER = "base_model.model.model.layers"
 CONFIG: dict[str, Any] = {
@@ -131,6 +133,8 @@ RSLORA = setting(use_rslora=True)
 
 BROKEN: list[tuple[str, str, Change]] = [
     ("peft", "required-fields", lacking("peft_type")),
+    ("peft", "initialisation", PISSA),
+    ("peft", "corda", setting(init_lora_weights="corda")),
     ("peft", "prefix", prefixless),
     ("peft", "pairs", dropping("1.self_attn.q_proj.lora_B")),
     ("peft", "ranks", adding(RANK_4)),
@@ -324,6 +328,26 @@ def test_scalings_are_those_of_stock_peft(tmp_path: Path, tiny_base: Path) -> No
                 wanted.add(f"{name} is scaled by {given:g} instead of {scaling:g}")
         [violation] = [v for v in report(path, server).violations if v.rule == "scaling"]
         assert set(violation.found) == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "prepare"),
+    [("eva", None), ("olora", None), ("pissa", None), ("pissa_niter_4", None)]
+    + [("corda", prepare_corda), ("lora_ga", prepare_lora_ga)],
+)
+def test_an_initialisation_is_taken_where_stock_peft_loads_the_model_that_was_trained(
+    tmp_path: Path, tiny_base: Path, kind: str, prepare: Any
+) -> None:
+    trained = train(tmp_path / "adapter", tiny_base, prepare=prepare, init_lora_weights=kind)
+    verdict = report(trained.path, "peft").verdict
+    if verdict == "refuses":
+        with pytest.raises(ValueError, match="preprocess_corda"):
+            reload(tiny_base, trained.path)
+    else:
+        wrong = (logits(reload(tiny_base, trained.path)) - trained.logits).abs().max()
+        assert verdict == ("takes" if wrong < 2e-4 else "differs")
+    for server in ("vllm", "sglang", "llamacpp", "tgi", "ollama"):
+        assert ("initialisation" in {v.rule for v in report(trained.path, server).violations}) == (kind != "eva")
 
 
 def test_a_rule_that_needs_the_base_is_not_checked_without_one(tmp_path: Path) -> None:
