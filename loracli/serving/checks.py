@@ -12,10 +12,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from loracli.adapters.names import BasePlace, leaf, untargeted
+from loracli.adapters.names import PREFIX, BasePlace, format_tensor_name, leaf, parse_tensor_name, untargeted
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.algebra.factors import lora_scaling
-from loracli.errors import BaseModelMismatch
+from loracli.errors import BaseModelMismatch, InputError
 from loracli.serving.adapter_files import AdapterFiles, BaseFacts, Pair
 
 Check = Callable[..., Iterator[str]]
@@ -114,8 +114,22 @@ def _tensor_names(
             yield f"the tensor {name}"
 
 
+def _own_names(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """Tensors behind PEFT's prefix by their own names, and not by others that loracat reads as the same."""
+    for name in sorted(files.tensors):
+        try:
+            read = parse_tensor_name(name, where=files.tensor_file)
+        except InputError:  # another feature's
+            continue
+        own = format_tensor_name(read.module, read.part)
+        if name.startswith(PREFIX) and own not in (name, re.sub(r"\.default(?=$|\.\w+$)", "", name)):
+            yield f"the tensor {name}"
+
+
 def _pairs(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
-    """Both factors of every module, of one rank."""
+    """Both factors of every module, of one rank, and of a LoRA any at all."""
+    if not files.pairs and files.config.get("peft_type") == "LORA":
+        yield "no tensor is a factor by its name"
     for name, pair in files.pairs.items():
         if pair.a is None or pair.b is None:
             yield f"{name} has one factor of two"
@@ -382,6 +396,7 @@ CHECKS: dict[str, Check] = {
         _none_of,
         _subset,
         _tensor_names,
+        _own_names,
         _pairs,
         _matrices,
         _rank_limit,

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,14 @@ def prefixless(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None
         tensors[name.removeprefix("base_model.model.")] = tensors.pop(name)
 
 
+def renamed(old: str, new: str) -> Change:
+    def change(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
 def nested(field: str) -> Change:
     return lambda config, tensors: config["lora_parameters"].pop(field)
 
@@ -136,6 +145,7 @@ BROKEN: list[tuple[str, str, Change]] = [
     ("peft", "initialisation", PISSA),
     ("peft", "corda", setting(init_lora_weights="corda")),
     ("peft", "prefix", prefixless),
+    ("peft", "own-names", renamed("model.layers", "_orig_mod.model.layers")),
     ("peft", "pairs", dropping("1.self_attn.q_proj.lora_B")),
     ("peft", "ranks", adding(RANK_4)),
     ("peft", "targets", setting(target_modules=["q_proj"])),
@@ -187,6 +197,7 @@ BROKEN: list[tuple[str, str, Change]] = [
     ("llamacpp", "experts", adding(EXPERTS, **DOWN)),
     ("llamacpp", "base", adding(FOURTH_LAYER)),
     ("tgi", "tensor-names", adding(MAGNITUDE)),
+    ("tgi", "own-names", renamed("model.layers", "_orig_mod.model.layers")),
     ("tgi", "pairs", dropping("1.self_attn.q_proj.lora_B")),
     ("tgi", "every-layer", dropping("1.self_attn.q_proj")),
     ("tgi", "one-rank", adding(RANK_4)),
@@ -328,6 +339,30 @@ def test_scalings_are_those_of_stock_peft(tmp_path: Path, tiny_base: Path) -> No
                 wanted.add(f"{name} is scaled by {given:g} instead of {scaling:g}")
         [violation] = [v for v in report(path, server).violations if v.rule == "scaling"]
         assert set(violation.found) == wanted
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(".weight", ".weight"), (".weight", ".default.weight"), (".weight", ".sft.weight")]
+    + [("model.layers", "_orig_mod.model.layers"), ("self_attn.", "self_attn._fsdp_wrapped_module.")]
+    + [("base_model.model.", ""), ("base_model.model.", 2 * "base_model.model."), (".lora_", ".base_layer.lora_")],
+)
+def test_a_name_is_taken_where_stock_peft_loads_the_tensor(tmp_path: Path, tiny_base: Path, old: str, new: str) -> None:
+    path = write(tmp_path / "adapter", renamed(old, new))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = reload(tiny_base, path).state_dict()
+    loaded = sum(float(tensor.abs().sum()) for name, tensor in state.items() if "lora_B" in name)
+    assert (report(path, "peft").verdict == "takes") == (loaded > 0)
+
+
+def test_an_adapter_of_lora_without_a_factor_is_called_so(tmp_path: Path) -> None:
+    def heads(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors.clear()
+        tensors["base_model.model.lm_head.weight"] = torch.ones(4, 4)
+
+    path = write(tmp_path / "adapter", heads)
+    assert ["no tensor is a factor by its name"] in [list(v.found) for v in report(path, "peft").violations]
 
 
 @pytest.mark.parametrize(
