@@ -40,6 +40,7 @@ _MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 200_000
 _MAX_NAME = 1000  # characters of a tensor's name: what looks at each end of it is quick only while it is short
 MAX_DIMENSIONS = 8
+_MOST = torch.finfo(torch.float32).max  # of any value: products of larger ones overflow float64
 BLOCK = 1 << 20  # bytes that are read at once; a multiple of every item size
 GATHER = (
     "FSDP and DeepSpeed ZeRO-3 leave a shard to each process: save it with the weights gathered, by FULL_STATE_DICT or "
@@ -136,7 +137,7 @@ def open_tensor_file(
         any_shape: which tensors, by name, need not be matrices.
     Raises:
         MalformedAdapter: if the header is damaged, beyond the limits, or describes something else than matrices where
-            only matrices may be, or if a tensor holds an infinite value or NaN.
+            only matrices may be, or if a tensor holds an infinite value, one beyond float32, or NaN.
         UnsupportedAdapter: if a tensor has a dtype that is not a floating point format of 16 bits or more.
     """
     where = str(path)
@@ -191,8 +192,8 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
 
 
 def _check_data(file: TensorFile, descriptor: int, digest: Any) -> frozenset[str]:
-    """Feeds all tensors, in the order of the file, to the digest, and refuses one that is not finite everywhere; gives
-    the names of those that are zero everywhere.
+    """Feeds all tensors, in the order of the file, to the digest, and refuses one that is not finite everywhere, a
+    float64 one also in float32; gives the names of those that are zero everywhere.
 
     In blocks that stay in the cache between the two.
     """
@@ -210,11 +211,12 @@ def _check_data(file: TensorFile, descriptor: int, digest: Any) -> frozenset[str
             least, most = values.aminmax()
             if least or most:
                 zeros.discard(name)
-            if not (math.isfinite(least) and math.isfinite(most)):  # NaN comes through
-                bad += values.numel() - int(torch.isfinite(values).sum())
+            if not float(max(-least, most)) <= _MOST:  # NaN comes through
+                bad += values.numel() - int((values.double().abs() <= _MOST).sum())
         if bad:
+            of_float64 = " in float32" if dtype == torch.float64 else ""
             raise MalformedAdapter(
-                f"the tensor {name!r} holds {bad} values that are infinite or not a number",
+                f"the tensor {name!r} holds {bad} values that are infinite or not a number{of_float64}",
                 where=str(file.path),
                 hint="the adapter's training has diverged; use an earlier checkpoint",
             )
