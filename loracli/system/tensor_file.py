@@ -147,16 +147,21 @@ def open_tensor_file(
         if check_names is not None:
             check_names(header)
         shapes, dtypes, offsets = _check_header(header, where, size - len(raw), any_shape)
-        try:
-            with safe_open(path, framework="pt", backend="pread"):  # what the library has against it
-                pass
-        except (SafetensorError, OSError) as error:
-            raise MalformedAdapter(f"cannot be read: {error}", where=where) from None
+        check_by_library(path)
         digest = hashlib.sha256(raw)
         places = {name: len(raw) + begin for name, begin in offsets.items()}
         checked = TensorFile(path, shapes, dtypes, places, "", _state(file.fileno()))
         zeros = _check_data(checked, file.fileno(), digest)
     return replace(checked, sha256=digest.hexdigest(), zeros=zeros)
+
+
+def check_by_library(path: Path) -> None:
+    """Raises MalformedAdapter for what the safetensors library has against a file; it reads the header alone."""
+    try:
+        with safe_open(path, framework="pt", backend="pread"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise MalformedAdapter(f"cannot be read: {error}", where=str(path)) from None
 
 
 def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], bytes]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -589,6 +590,23 @@ def test_damaged_files_are_rejected(tmp_path: Path, damage: Callable[[Path], Any
     path = write(tmp_path / "adapter")
     damage(path)
     with pytest.raises(MalformedAdapter):
+        lint_adapter(path)
+
+
+@pytest.mark.parametrize("field", ["data_offsets", "shape", "dtype"])
+def test_a_file_that_the_safetensors_library_does_not_open_is_rejected(tmp_path: Path, field: str) -> None:
+    path = write(tmp_path / "adapter")
+    file = path / "adapter_model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    first, second = sorted(header.keys() - {"__metadata__"})[:2]
+    header[first][field] = {**header[second], "shape": [8, 33], "dtype": "F32x"}[field]  # its data twice
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(SafetensorError):
+        load_file(file)
+    with pytest.raises(MalformedAdapter, match="cannot be read"):
         lint_adapter(path)
 
 
