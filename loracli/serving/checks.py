@@ -122,7 +122,8 @@ def _own_names(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
         except InputError:  # another feature's
             continue
         own = format_tensor_name(read.module, read.part)
-        if name.startswith(PREFIX) and own not in (name, re.sub(r"\.default(?=$|\.\w+$)", "", name)):
+        plain = re.sub(r"\.default(?=$|\.\w+$)", "", name)
+        if name.startswith(PREFIX) and own not in (name, plain, plain.removesuffix(".weight")):
             yield f"the tensor {name}"
 
 
