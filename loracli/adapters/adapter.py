@@ -19,6 +19,7 @@ from loracli.adapters.names import (
     Part,
     format_tensor_name,
     parse_tensor_name,
+    refuse_name,
     target_of,
     targeted_parameters,
     untargeted,
@@ -37,8 +38,7 @@ from loracli.system.files import CONFIG_FILE, TENSOR_FILE, file_sha256
 from loracli.system.tensor_file import GATHER, TensorFile, open_tensor_file
 
 _MAX_UPDATES = 1 << 19  # of experts and groups, of which a small file can claim many more than it has tensors
-_MAY_BE_KERNELS = frozenset({"lora_A", "lora_B"})
-_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+_MAY_BE_NO_MATRIX = frozenset({"lora_A", "lora_B", "lora_magnitude_vector"})
 
 IDLE = (
     "changes nothing: in every module lora_A or lora_B is zero. It was saved before its training, or another file was "
@@ -321,13 +321,15 @@ def sort_tensors(names: Iterable[str], where: str, config: AdapterConfig) -> _So
     for name in sorted(names):
         parameter = whole_parameter(name)
         if parameter is not None:
-            _take(others, parameter, name, where)
+            take_name(others, parameter, name, where)
             continue
         parsed = parse_tensor_name(name, where=where)
-        if parsed.part == "base_layer":
-            _take(copies, parsed.module, name, where)
+        if parsed.part == "lora_magnitude_vector":
+            refuse_name(name, where=where)
+        elif parsed.part == "base_layer":
+            take_name(copies, parsed.module, name, where)
         else:
-            _take(parts.setdefault(parsed.module, {}), parsed.part, name, where)
+            take_name(parts.setdefault(parsed.module, {}), parsed.part, name, where)
     owners = {parameter: _saved_module(parameter, config.modules_to_save) for parameter in others}
     if config.ensure_weight_tying and any(owners.values()):  # before a tied tensor, which the config need not name
         raise UnsupportedAdapter(
@@ -341,9 +343,9 @@ def sort_tensors(names: Iterable[str], where: str, config: AdapterConfig) -> _So
         if owner is not None:
             saved.setdefault(owner, {})[parameter] = name
         elif parameter.endswith(".weight") and "lora_embedding_A" in parts.get(module, {}):
-            _take(copies, module, name, where)  # PEFT wrote the embedding's own matrix under the name of the module
+            take_name(copies, module, name, where)  # PEFT wrote the embedding's own matrix under the name of the module
         else:
-            parse_tensor_name(name, where=where)  # says what it is, and refuses it
+            refuse_name(name, where=where)
     _check_sorted(parts, copies, where)
     return parts, copies, saved
 
@@ -365,11 +367,11 @@ def _saved_module(parameter: str, modules_to_save: tuple[str, ...]) -> str | Non
 def may_have_any_shape(name: str) -> bool:
     """Copies of base matrices and the factors of embeddings are matrices; factors of a convolution, biases, magnitudes
     and modules saved whole need not be."""
-    kernels = not _MAY_BE_KERNELS.isdisjoint(name.split("."))
-    return kernels or name.endswith((".bias", *_MAGNITUDES)) or whole_parameter(name) is not None
+    listed = not _MAY_BE_NO_MATRIX.isdisjoint(name.split("."))
+    return listed or name.endswith(".bias") or whole_parameter(name) is not None
 
 
-def _take(names: dict[_Key, str], key: _Key, name: str, where: str) -> None:
+def take_name(names: dict[_Key, str], key: _Key, name: str, where: str) -> None:
     if key in names:
         raise MalformedAdapter(
             f"{names[key]!r} and {name!r} are two spellings of one tensor",

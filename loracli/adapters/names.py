@@ -7,6 +7,7 @@ base_model.model.<module>.lora_B.weight            (out, r / groups, 1, 1)
 base_model.model.<module>.lora_B.bias              (out,)          with lora_bias
 base_model.model.<module>.lora_embedding_A         (r, vocab)      nn.Embedding
 base_model.model.<module>.lora_embedding_B         (dim, r)
+base_model.model.<module>.lora_magnitude_vector    (out,)          with use_dora
 base_model.model.<module>.base_layer.weight        a copy of the base's matrix that PEFT writes beside embeddings and
 heads
 
@@ -22,6 +23,7 @@ the module has them, so that the first lies innermost.
 Read as the same:
 
     lora_A.default.weight              a state dict that was saved as it is, with the adapter's name inside
+    lora_magnitude_vector.weight       of another PEFT
     <module>.lora_A.weight             without `base_model.model.`, or with it more than once, after a second wrapping
     _orig_mod, _fsdp_wrapped_module    components that torch.compile, FSDP and activation checkpointing put in,
     and _checkpoint_wrapped_module     anywhere; `module.` in front, from DDP and DeepSpeed
@@ -35,16 +37,19 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 from loracli.system.document import added
 
 PREFIX = "base_model.model."
 
-Part = Literal["lora_A", "lora_B", "lora_bias", "lora_embedding_A", "lora_embedding_B", "base_layer"]
+Part = Literal[
+    "lora_A", "lora_B", "lora_bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "base_layer"
+]
 
-_FACTORS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
+_BARE = frozenset({"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})  # without `weight` at their end
+_OF_UPDATES = _BARE | {"lora_A", "lora_B"}
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _INSIDE = frozenset({"original_module", "token_adapter"})  # parts of what PEFT wraps around a module
 _PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
@@ -54,7 +59,11 @@ _NOT_NAMED = "the config's modules_to_save does not name its module: add it ther
 
 # What other tensors mean, and the way out. Looked for in this order.
 _REFUSED = (
-    (re.compile(r"\.lora_magnitude_vector"), "DoRA", "convert it, if use_dora is set: loracat convert"),
+    (
+        re.compile(r"\.lora_magnitude_vector"),
+        "DoRA",
+        "convert it, if use_dora is set: loracat convert ADAPTER --base MODEL",
+    ),
     (
         re.compile(r"\.lora\.(down|up)\.weight$"),
         "the older names of diffusers",
@@ -96,6 +105,11 @@ def parse_tensor_name(name: str, *, where: str) -> TensorName:
         module = _without_base_layers(words[:place])
         if _PATH.fullmatch(module):
             return TensorName(module, part)
+    refuse_name(name, where=where)
+
+
+def refuse_name(name: str, *, where: str) -> NoReturn:
+    """Raises UnsupportedAdapter or MalformedAdapter, as `parse_tensor_name` does."""
     for pattern, feature, way_out in _REFUSED:
         if pattern.search(name):
             raise UnsupportedAdapter(f"the tensor {name!r} belongs to {feature}", where=where, hint=way_out)
@@ -136,18 +150,20 @@ def _plain_words(name: str) -> list[str]:
 
 def _part_of(words: list[str]) -> tuple[Part | None, int]:
     """Which tensor of an update these components end in, and where the module's path ends; None and all of them where
-    no word is one of a factor's."""
+    no word is one of an update's."""
     if words[-2:] == ["base_layer", "weight"]:
         return "base_layer", len(words) - 2
-    place = next((i for i, word in enumerate(words) if word in _FACTORS), len(words))
+    place = next((i for i, word in enumerate(words) if word in _OF_UPDATES), len(words))
     if place == len(words):
         return None, place
     part, tail = words[place], words[place + 1 :]
-    if not part.startswith("lora_embedding"):
+    if part not in _BARE:
         if tail[-1:] == ["bias"] and part == "lora_B":
             part = "lora_bias"
         elif tail[-1:] != ["weight"]:
             return None, place
+        tail = tail[:-1]
+    elif part == "lora_magnitude_vector" and tail[-1:] == ["weight"]:
         tail = tail[:-1]
     named = len(tail) == 1 and _ADAPTER_NAME.fullmatch(tail[0])
     return (part, place) if named or not tail else (None, place)  # type: ignore[return-value]
@@ -165,7 +181,7 @@ def format_tensor_name(module: str, part: Part) -> str:
     """The name PEFT gives a tensor of `module`."""
     if part == "lora_bias":
         return f"{PREFIX}{module}.lora_B.bias"
-    return f"{PREFIX}{module}.{part}" + ("" if part.startswith("lora_embedding") else ".weight")
+    return f"{PREFIX}{module}.{part}" + ("" if part in _BARE else ".weight")
 
 
 def numbered_name(target: str, number: int) -> str:

@@ -12,7 +12,6 @@ was before the training where there is one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loracli.adapters.adapter import LoraAdapter, build_adapter, kernels_of, may_have_any_shape, sort_tensors
+from loracli.adapters.adapter import LoraAdapter, build_adapter, kernels_of, may_have_any_shape, sort_tensors, take_name
 from loracli.adapters.config import read_config
+from loracli.adapters.names import parse_tensor_name, whole_parameter
 from loracli.algebra.factors import Factors
 from loracli.errors import BaseModelMismatch, IncompatibleAdapters, MalformedAdapter, UnsupportedAdapter, UsageError
 from loracli.hub.fetch import Fetched, fetch_adapter
@@ -95,8 +95,6 @@ class BaseWeights:
 # Folders that PEFT's examples save the initial adapter to, inside that of the training.
 _INITIAL_FOLDERS = ("pissa_init", "olora_init", "corda_init", "loraga_init")
 
-_MAGNITUDE = re.compile(r"base_model\.model\.(?P<module>[\w.]+)\.lora_magnitude_vector(\.weight)?", re.ASCII)
-
 
 @dataclass(frozen=True)
 class Convertible:
@@ -150,11 +148,12 @@ def read_trained(fetched: Fetched, *, progress: Progress = SILENT) -> tuple[Lora
 
     def sort(found: Iterable[str]) -> None:
         for name in sorted(found):
-            match = _MAGNITUDE.fullmatch(name)
-            if match and config.use_dora:
-                names[match["module"]] = name
-            else:
-                others.append(name)
+            if config.use_dora and whole_parameter(name) is None:
+                parsed = parse_tensor_name(name, where=where)
+                if parsed.part == "lora_magnitude_vector":
+                    take_name(names, parsed.module, name, where)
+                    continue
+            others.append(name)
         sort_tensors(others, where, config)
 
     file = open_tensor_file(fetched.path / TENSOR_FILE, check_names=sort, any_shape=may_have_any_shape)

@@ -44,7 +44,7 @@ from loracli.hub.references import BaseClaim, Named
 from loracli.model.base import plan_from_config
 from loracli.model.reference import WAY_OUT
 from loracli.progress import SILENT, Progress
-from loracli.system.tensor_file import TensorFile, open_tensor_file
+from loracli.system.tensor_file import FLOAT_NAMES, TensorFile, open_tensor_file
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,6 @@ def llama_cpp_base(model_class: str, config: Any) -> LlamaCppBase:
     )
 
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
 def load_gguf() -> Any:
     """The gguf package.
 
@@ -224,7 +221,7 @@ def write_gguf(
     for name in order:
         place, dtype = places[name], file.dtypes[name]
         shape = place.factor_shape[::-1] if _flipped(place, names) else place.factor_shape
-        raw = gguf.GGMLQuantizationType[_NAMES[dtype]]
+        raw = gguf.GGMLQuantizationType[FLOAT_NAMES[dtype]]
         size = torch.Size(shape).numel() * dtype.itemsize
         bits = torch.empty(0, dtype=torch.int16 if dtype.itemsize == 2 else torch.int32).numpy().dtype
         writer.add_tensor_info(f"{names[place.module]}.lora_{place.side.lower()}", shape, bits, size, raw_dtype=raw)

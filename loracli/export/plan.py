@@ -119,6 +119,8 @@ def plan_layout(
     kept = "lora_bias" if layout.lora_bias else "modules_to_save" if layout.modules_to_save else None
     if llama_cpp is not None and kept:
         raise UsageError(f"a GGUF adapter cannot hold the {kept} of this composition", hint="leave out --gguf")
+    if llama_cpp is not None and dtype == torch.float64:
+        raise UsageError("a GGUF adapter cannot hold the float64 of these adapters", hint="give --dtype float32")
     return ExportPlan(
         layout=layout,
         dtype=dtype,

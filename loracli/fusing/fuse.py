@@ -58,7 +58,7 @@ from loracli.recipe.recipe import check_recipe_there
 from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
 from loracli.system.escaping import markdown_code
-from loracli.system.files import flush_directory, holds, told_in_dry_run, write_file
+from loracli.system.files import copy_file, flush_directory, holds, told_in_dry_run, write_file
 from loracli.system.machine import one_thread_each
 from loracli.system.tensor_file import FLOATS
 
@@ -371,7 +371,6 @@ class _Fusion:
                 entry.unlink()
         folder, index = self._checkpoint.folder, index_bytes(self._checkpoint, self._plan)
         contents = {CONFIG: self._config, **({} if index is None else {INDEX_FILE: index})}
-        contents |= {name: (folder / name).read_bytes() for name in self._taken}
         card = fused_card(
             self._composition.card(),
             self._base.reference.id,
@@ -388,6 +387,7 @@ class _Fusion:
         files = {
             **{name: hashes.fused for name, hashes in finished.items()},
             **{name: _sha256(data) for name, data in contents.items()},
+            **{name: copy_file(folder / name, place.folder / name) for name in self._taken},
         }
         certificate = self._certificate(dict(sorted(files.items())), finished)
         write_file(place.folder / FUSE_CERTIFICATE, certificate)

@@ -43,6 +43,7 @@ from loracli.system.files import (
     check_free,
     file_sha256,
     flush_directory,
+    holds,
     locked_directory,
     put_in_place,
     repair,
@@ -75,12 +76,17 @@ def check_model_free(output: Path, *, force: bool) -> None:
 class Workplace:
     """The folder of one fusion. Made by `open_workplace`."""
 
-    def __init__(self, output: Path, identity: Mapping[str, str]) -> None:
-        self.output = output
+    def __init__(self, output: Path, identity: Mapping[str, str], *, force: bool) -> None:
+        self.output, self._force = output, force
         self.folder = output.with_name(f".{output.name}.fusing")
         self._state = output.with_name(f".{output.name}.fusing.json")
         self._identity = dict(identity)
         self._finished: dict[str, Any] = {}
+
+    @property
+    def begun(self) -> bool:
+        """Whether any file is finished, so that there is something to lose."""
+        return bool(self._finished)
 
     def finished(self, name: str, base: Path) -> Hashes | None:
         """The hashes of a file that an earlier run finished, None unless it and the base's file still have them."""
@@ -104,10 +110,15 @@ class Workplace:
         return isinstance(known, str) and path.is_file() and file_sha256(path) == known
 
     def complete(self, certificate_sha256: str) -> None:
-        """Everything is in the folder: it becomes the output."""
+        """Everything is in the folder: it becomes the output.
+
+        Raises:
+            OutputExists: if the output has been taken meanwhile.
+        """
+        check_model_free(self.output, force=self._force)
         self._finished[FUSE_CERTIFICATE] = certificate_sha256
         self._write_state()
-        put_in_place(self.folder, self.output)
+        put_in_place(self.folder, self.output, replace=self._force)
         self.drop()
 
     def drop(self) -> None:
@@ -183,7 +194,7 @@ def open_workplace(
         LoracatError: if another process is at work there.
         StateMismatch: as `Workplace.load`.
     """
-    place = Workplace(output, identity)
+    place = Workplace(output, identity, force=force)
     with translate_disk_errors(output), locked_directory(place.folder, output):
         repair(output)
         place.load(resume=resume, progress=progress)
@@ -191,13 +202,12 @@ def open_workplace(
             if not place.done():
                 check_model_free(output, force=force)
             yield place
-        except (InputError, UsageError) as error:  # the same would happen again, but for an output that is in the way
-            if not (resume and isinstance(error, OutputExists)):
-                place.drop()
-            raise
-        except (KeyboardInterrupt, SystemExit) as stop:
-            stop.add_note(f"what is done is kept in {place.folder}: --resume goes on from there")
-            progress.warn(stop.__notes__[-1])
+        except (InputError, UsageError, KeyboardInterrupt, SystemExit) as error:
+            if isinstance(error, (InputError, UsageError)) and not (isinstance(error, OutputExists) and place.begun):
+                place.drop()  # the same would happen again
+            else:
+                error.add_note(f"what is done is kept in {place.folder}: --resume goes on from there")
+                progress.warn(error.__notes__[-1])
             raise
         finally:
             repair(output)
@@ -216,7 +226,14 @@ _FOLDED = frozenset(name.casefold() for name in _OURS)
 
 
 def other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    """Names of the files that come along, and of what is left behind, both sorted; hidden files are neither."""
+    """Names of the files that come along, and of what is left behind, both sorted; hidden files are neither.
+
+    A link comes along where it leads within the directory or, in the Hub's cache, to a blob of the repository or of the
+    store that repositories share; any other could lead to what is no part of the base.
+    """
+    folder = checkpoint.folder.resolve()
+    repositories = [above.parent for above in folder.parents if above.name == "snapshots"]
+    homes = [folder, *(place / "blobs" for repository in repositories for place in (repository, repository.parent))]
     taken: list[str] = []
     left: list[str] = []
     for entry in sorted(checkpoint.folder.iterdir()):
@@ -224,7 +241,8 @@ def other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
         if name.startswith(".") or name in _OURS or name in checkpoint.shards:
             continue
         ours = name.casefold() in _FOLDED  # where case does not count, it would be the same file
-        (taken if entry.is_file() and not ours and not _WEIGHTS.fullmatch(name) else left).append(name)
+        own = entry.is_file() and any(holds(home, entry) for home in homes)
+        (taken if own and not ours and not _WEIGHTS.fullmatch(name) else left).append(name)
     return taken, left
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,9 +42,9 @@ from loracli.recipe.record import (
     tensors_path,
 )
 from loracli.system.files import (
+    copy_file,
     file_sha256,
     flush_directory,
-    open_regular,
     read_regular,
     replaced_file,
     translate_disk_errors,
@@ -154,10 +153,8 @@ def _sidecars(recipe: Path) -> list[Path]:
 
 
 def _copy(path: Path, copy: Path) -> None:
-    with replaced_file(copy) as temporary, open_regular(path) as source, open(temporary, "xb") as file:
-        shutil.copyfileobj(source, file)
-        file.flush()
-        os.fsync(file.fileno())
+    with replaced_file(copy) as temporary:
+        copy_file(path, temporary)
 
 
 def _is_recipe(path: Path) -> bool:

@@ -12,10 +12,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from loracli.adapters.names import BasePlace, leaf, untargeted
+from loracli.adapters.names import PREFIX, BasePlace, format_tensor_name, leaf, parse_tensor_name, untargeted
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.algebra.factors import lora_scaling
-from loracli.errors import BaseModelMismatch
+from loracli.errors import BaseModelMismatch, InputError
 from loracli.serving.adapter_files import AdapterFiles, BaseFacts, Pair
 
 Check = Callable[..., Iterator[str]]
@@ -89,6 +89,13 @@ def _one_of(files: AdapterFiles, base: BaseFacts | None, *, field: str, values: 
         yield f"the field {field} is {_short(value)}"
 
 
+def _none_of(files: AdapterFiles, base: BaseFacts | None, *, field: str, beginnings: Sequence[str]) -> Iterator[str]:
+    """A field that is no text that begins as some do."""
+    value = _field(files.config, field)
+    if isinstance(value, str) and value.startswith(tuple(beginnings)):
+        yield f"the field {field} is {_short(value)}"
+
+
 def _subset(files: AdapterFiles, base: BaseFacts | None, *, field: str, of: Sequence[str]) -> Iterator[str]:
     """A list that has some names only."""
     value = _field(files.config, field)
@@ -107,8 +114,23 @@ def _tensor_names(
             yield f"the tensor {name}"
 
 
+def _own_names(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """Tensors behind PEFT's prefix by their own names, and not by others that loracat reads as the same."""
+    for name in sorted(files.tensors):
+        try:
+            read = parse_tensor_name(name, where=files.tensor_file)
+        except InputError:  # another feature's
+            continue
+        own = format_tensor_name(read.module, read.part)
+        plain = re.sub(r"\.default(?=$|\.\w+$)", "", name)
+        if name.startswith(PREFIX) and own not in (name, plain, plain.removesuffix(".weight")):
+            yield f"the tensor {name}"
+
+
 def _pairs(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
-    """Both factors of every module, of one rank."""
+    """Both factors of every module, of one rank, and of a LoRA any at all."""
+    if not files.pairs and files.config.get("peft_type") == "LORA":
+        yield "no tensor is a factor by its name"
     for name, pair in files.pairs.items():
         if pair.a is None or pair.b is None:
             yield f"{name} has one factor of two"
@@ -372,8 +394,10 @@ CHECKS: dict[str, Check] = {
         _of_type,
         _off,
         _one_of,
+        _none_of,
         _subset,
         _tensor_names,
+        _own_names,
         _pairs,
         _matrices,
         _rank_limit,

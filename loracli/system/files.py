@@ -20,7 +20,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
 from loracli.errors import LoracatError, MalformedAdapter, OutOfResources, OutputExists
@@ -47,6 +47,7 @@ EXPORTED_FILES = frozenset(
 # What a rename says when another process has given or taken one of its names.
 _CHANGED = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT})
 _TRIES = 100
+_BLOCK = 1 << 20  # bytes that are copied at once
 
 
 def same_file(first: Path, second: Path) -> bool:
@@ -333,9 +334,25 @@ def told_in_dry_run(dry_run: bool, what: str, progress: Progress) -> Iterator[No
 
 def write_file(path: Path, data: bytes) -> None:
     """Writes a new file with the mode that the umask gives, and flushes it to the disk."""
+    with _new_file(path) as file:
+        file.write(data)
+
+
+def copy_file(source: Path, path: Path) -> str:
+    """Writes a new file as `write_file` does, with the bytes of a regular one, block by block; their sha256."""
+    digest = hashlib.sha256()
+    with open_regular(source) as file, _new_file(path) as copy:
+        while block := file.read(_BLOCK):
+            copy.write(block)
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[BufferedWriter]:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     with open(descriptor, "wb") as file:
-        file.write(data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
 

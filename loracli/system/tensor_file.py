@@ -40,6 +40,7 @@ _MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 200_000
 _MAX_NAME = 1000  # characters of a tensor's name: what looks at each end of it is quick only while it is short
 MAX_DIMENSIONS = 8
+_MOST = torch.finfo(torch.float32).max  # of any value: products of larger ones overflow float64
 BLOCK = 1 << 20  # bytes that are read at once; a multiple of every item size
 GATHER = (
     "FSDP and DeepSpeed ZeRO-3 leave a shard to each process: save it with the weights gathered, by FULL_STATE_DICT or "
@@ -136,7 +137,7 @@ def open_tensor_file(
         any_shape: which tensors, by name, need not be matrices.
     Raises:
         MalformedAdapter: if the header is damaged, beyond the limits, or describes something else than matrices where
-            only matrices may be, or if a tensor holds an infinite value or NaN.
+            only matrices may be, or if a tensor holds an infinite value, one beyond float32, or NaN.
         UnsupportedAdapter: if a tensor has a dtype that is not a floating point format of 16 bits or more.
     """
     where = str(path)
@@ -146,16 +147,21 @@ def open_tensor_file(
         if check_names is not None:
             check_names(header)
         shapes, dtypes, offsets = _check_header(header, where, size - len(raw), any_shape)
-        try:
-            with safe_open(path, framework="pt", backend="pread"):  # what the library has against it
-                pass
-        except (SafetensorError, OSError) as error:
-            raise MalformedAdapter(f"cannot be read: {error}", where=where) from None
+        check_by_library(path)
         digest = hashlib.sha256(raw)
         places = {name: len(raw) + begin for name, begin in offsets.items()}
         checked = TensorFile(path, shapes, dtypes, places, "", _state(file.fileno()))
         zeros = _check_data(checked, file.fileno(), digest)
     return replace(checked, sha256=digest.hexdigest(), zeros=zeros)
+
+
+def check_by_library(path: Path) -> None:
+    """Raises MalformedAdapter for what the safetensors library has against a file; it reads the header alone."""
+    try:
+        with safe_open(path, framework="pt", backend="pread"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise MalformedAdapter(f"cannot be read: {error}", where=str(path)) from None
 
 
 def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], bytes]:
@@ -191,8 +197,8 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], 
 
 
 def _check_data(file: TensorFile, descriptor: int, digest: Any) -> frozenset[str]:
-    """Feeds all tensors, in the order of the file, to the digest, and refuses one that is not finite everywhere; gives
-    the names of those that are zero everywhere.
+    """Feeds all tensors, in the order of the file, to the digest, and refuses one that is not finite everywhere, a
+    float64 one also in float32; gives the names of those that are zero everywhere.
 
     In blocks that stay in the cache between the two.
     """
@@ -210,11 +216,12 @@ def _check_data(file: TensorFile, descriptor: int, digest: Any) -> frozenset[str
             least, most = values.aminmax()
             if least or most:
                 zeros.discard(name)
-            if not (math.isfinite(least) and math.isfinite(most)):  # NaN comes through
-                bad += values.numel() - int(torch.isfinite(values).sum())
+            if not float(max(-least, most)) <= _MOST:  # NaN comes through
+                bad += values.numel() - int((values.double().abs() <= _MOST).sum())
         if bad:
+            of_float64 = " in float32" if dtype == torch.float64 else ""
             raise MalformedAdapter(
-                f"the tensor {name!r} holds {bad} values that are infinite or not a number",
+                f"the tensor {name!r} holds {bad} values that are infinite or not a number{of_float64}",
                 where=str(file.path),
                 hint="the adapter's training has diverged; use an earlier checkpoint",
             )

@@ -259,6 +259,14 @@ def test_the_largest_finite_value_is_finite(tmp_path: Path) -> None:
     assert read_all(tmp_path / "x")["x"].max() == 65504
 
 
+def test_a_value_beyond_float32_is_refused(tmp_path: Path) -> None:
+    most = torch.finfo(torch.float32).max
+    save_file({"x": torch.tensor([[most, -most]], dtype=torch.float64)}, tmp_path / "x")
+    assert read_all(tmp_path / "x")["x"].tolist() == [[most, -most]]
+    save_file({"sick": torch.tensor([[1.0, 1e200, -1e39]], dtype=torch.float64)}, tmp_path / "x")
+    assert "'sick' holds 2 values that are infinite or not a number in float32" in refused(tmp_path / "x")
+
+
 def a_missing_file(path: Path) -> None:
     pass
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,37 @@ def test_a_module_whose_change_reaches_further_is_refused(tmp_path: Path, gpt2: 
 
 def test_a_base_that_the_adapter_does_not_fit_is_refused(tmp_path: Path, gpt2: Path, dora: Trained) -> None:
     refused(BaseModelMismatch, "does not have", dora.path, tmp_path, base=str(gpt2))
+
+
+@pytest.mark.parametrize(
+    "spelt",
+    [
+        lambda name: re.sub(r"(lora_[AB]|lora_magnitude_vector)(\.weight)?$", r"\1.default.weight", name),
+        lambda name: re.sub(r"lora_magnitude_vector$", "lora_magnitude_vector.weight", name),
+        lambda name: name.removeprefix("base_model.model."),
+        lambda name: f"module.{name}",
+        lambda name: name.replace("model.layers", "_orig_mod.model.layers"),
+    ],
+    ids=["default", "weight", "no prefix", "module", "_orig_mod"],
+)
+def test_dora_is_read_in_every_spelling_that_a_lora_is(
+    tmp_path: Path, tiny_base: Path, dora: Trained, spelt: Callable[[str], str]
+) -> None:
+    shutil.copytree(dora.path, tmp_path / "spelt")
+    tensors = load_file(dora.path / "adapter_model.safetensors")
+    save_file({spelt(name): value for name, value in tensors.items()}, tmp_path / "spelt" / "adapter_model.safetensors")
+    for path, out in ((dora.path, "out"), (tmp_path / "spelt", "same")):
+        convert_adapter(ConvertRequest(str(path), base=str(tiny_base), rank=3), tmp_path / out)
+    written = [(tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("out", "same")]
+    assert written[0] == written[1]
+
+
+def test_a_magnitude_in_two_spellings_is_refused(tmp_path: Path, tiny_base: Path, dora: Trained) -> None:
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    shutil.copytree(dora.path, tmp_path / "twice")
+    tensors = load_file(dora.path / "adapter_model.safetensors")
+    save_file(tensors | {f"{key}.weight": torch.ones(32)}, tmp_path / "twice" / "adapter_model.safetensors")
+    refused(MalformedAdapter, "two spellings", tmp_path / "twice", tmp_path, base=str(tiny_base), rank=3)
 
 
 def test_damaged_magnitudes_are_refused(tmp_path: Path, tiny_base: Path, dora: Trained) -> None:

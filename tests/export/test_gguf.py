@@ -238,3 +238,16 @@ def test_without_the_package_the_command_to_install_it_is_named(
     with pytest.raises(UsageError) as refused:
         export_adapter(ExportRequest(recipe_of(made), gguf=True, base=str(made.base)), tmp_path / "out")
     assert refused.value.hint == "pip install 'loracat[gguf]'"
+
+
+def test_float64_is_refused_before_anything_is_written_and_float32_is_asked_for(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dtype=torch.float64)
+    request = ExportRequest(adapters=[str(adapter)], weights=[1.0], base=str(base), gguf=True)
+    with pytest.raises(UsageError, match="float64") as caught:
+        export_adapter(request, tmp_path / "out")
+    assert caught.value.hint == "give --dtype float32"
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    export_adapter(replace(request, dtype="float32"), tmp_path / "out")
+    _, tensors = read_gguf(tmp_path / "out" / "adapter.gguf")
+    assert "blk.0.attn_q.weight.lora_a" in tensors

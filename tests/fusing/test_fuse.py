@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from loracli.model.reference import BaseReference
 from loracli.recipe.recipe import Recipe
 from loracli.verifying.verify import verify_directory
 from tests.export.test_export import CASES, Made
+from tests.heard import Heard
 from tests.tiny import logits, make_adapter, make_base
 
 
@@ -255,6 +257,27 @@ def test_an_output_that_is_in_the_way_of_resume_costs_no_finished_file(tmp_path:
     assert fuse_model(request, tmp_path / "out", resume=True, force=True).resumed == 2
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_directory_that_appears_meanwhile_keeps_its_files_and_costs_no_finished_one(
+    tmp_path: Path, force: bool
+) -> None:
+    made = Made(tmp_path, "plain")
+    request, kept = FuseRequest(made.recipe, base=str(made.base)), tmp_path / "out" / "precious.txt"
+
+    class Meanwhile(Heard):
+        def advance(self, task: str, amount: int, status: str = "") -> None:
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text("mine")
+
+    heard = Meanwhile()
+    with pytest.raises(OutputExists, match="something else than a fused model"):
+        fuse_model(request, kept.parent, force=force, progress=heard)
+    assert kept.read_text() == "mine"
+    assert any("--resume goes on from there" in warning for warning in heard.warnings)
+    shutil.rmtree(kept.parent)
+    assert fuse_model(request, kept.parent, resume=True).resumed == 1
+
+
 def test_a_finished_file_that_was_damaged_is_made_again_and_other_inputs_are_refused(tmp_path: Path) -> None:
     made = Made(tmp_path, "plain")
     shard(made.base, 3)
@@ -328,6 +351,40 @@ def test_other_files_come_along_and_weights_of_other_formats_do_not(tmp_path: Pa
     assert "base_model_relation: merge" in card and "the base's own card" not in card
     for file in after.values():
         assert str(tmp_path).encode() not in file.read_bytes()
+
+
+def test_no_file_beside_the_weights_is_in_memory_as_a_whole(tmp_path: Path) -> None:
+    made = Made(tmp_path, "plain")
+    request, size = FuseRequest(made.recipe, base=str(made.base)), 64 << 20
+    with open(made.base / "corpus.txt", "wb") as file:
+        file.truncate(size)
+    tracemalloc.start()
+    try:
+        fuse_model(request, tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < size / 2
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "out" / "corpus.txt").stat().st_size == size
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["directory", "cache"])
+def test_a_link_comes_along_only_where_it_leads_to_a_file_of_the_base(tmp_path: Path, cached: bool) -> None:
+    made = Made(tmp_path, "plain")
+    base = tmp_path / "hub" / "models--tiny--base" / "snapshots" / "abc" if cached else made.base
+    if cached:
+        shutil.copytree(made.base, base)
+    (tmp_path / "id_rsa").write_text("private")
+    places = {"own": base / "generation_config.json", "key": tmp_path / "id_rsa"}
+    places |= {"blob": base.parents[1] / "blobs" / "x", "shared": base.parents[2] / "blobs" / "ab" / "y"}
+    for name, place in places.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+        (base / f"{name}.txt").symlink_to(os.path.relpath(place, base))
+    fused = fuse_model(FuseRequest(made.recipe, base=str(base)), tmp_path / "out")
+    taken = {"own.txt", "blob.txt", "shared.txt"} if cached else {"own.txt"}
+    assert set(fused.left_behind) == {f"{name}.txt" for name in places} - taken
+    assert {path.name for path in (tmp_path / "out").glob("*.txt")} == taken
+    assert not [path for path in (tmp_path / "out").iterdir() if b"private" in path.read_bytes()]
 
 
 def test_an_exported_adapter_and_the_recipe_it_came_from_give_the_same_model(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,9 +25,11 @@ from loracli.export.request import ExportRequest
 from loracli.serving.checks import CHECKS
 from loracli.serving.lint import _SERVERS, _SEVERITIES, ServerReport, lint_adapter, load_server
 from tests.cli.project import run
+from tests.conversion.test_convert import prepare_corda, prepare_lora_ga
+from tests.conversion.training import reload, train
 from tests.heard import Heard
 from tests.mixtures import expert_layers
-from tests.tiny import BASE_ID, make_adapter, make_base
+from tests.tiny import BASE_ID, logits, make_adapter, make_base
 
 LAYER = "base_model.model.model.layers"
 CONFIG: dict[str, Any] = {
@@ -108,6 +112,14 @@ def prefixless(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None
         tensors[name.removeprefix("base_model.model.")] = tensors.pop(name)
 
 
+def renamed(old: str, new: str) -> Change:
+    def change(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
 def nested(field: str) -> Change:
     return lambda config, tensors: config["lora_parameters"].pop(field)
 
@@ -131,7 +143,10 @@ RSLORA = setting(use_rslora=True)
 
 BROKEN: list[tuple[str, str, Change]] = [
     ("peft", "required-fields", lacking("peft_type")),
+    ("peft", "initialisation", PISSA),
+    ("peft", "corda", setting(init_lora_weights="corda")),
     ("peft", "prefix", prefixless),
+    ("peft", "own-names", renamed("model.layers", "_orig_mod.model.layers")),
     ("peft", "pairs", dropping("1.self_attn.q_proj.lora_B")),
     ("peft", "ranks", adding(RANK_4)),
     ("peft", "targets", setting(target_modules=["q_proj"])),
@@ -183,6 +198,7 @@ BROKEN: list[tuple[str, str, Change]] = [
     ("llamacpp", "experts", adding(EXPERTS, **DOWN)),
     ("llamacpp", "base", adding(FOURTH_LAYER)),
     ("tgi", "tensor-names", adding(MAGNITUDE)),
+    ("tgi", "own-names", renamed("model.layers", "_orig_mod.model.layers")),
     ("tgi", "pairs", dropping("1.self_attn.q_proj.lora_B")),
     ("tgi", "every-layer", dropping("1.self_attn.q_proj")),
     ("tgi", "one-rank", adding(RANK_4)),
@@ -324,6 +340,50 @@ def test_scalings_are_those_of_stock_peft(tmp_path: Path, tiny_base: Path) -> No
                 wanted.add(f"{name} is scaled by {given:g} instead of {scaling:g}")
         [violation] = [v for v in report(path, server).violations if v.rule == "scaling"]
         assert set(violation.found) == wanted
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(".weight", ".weight"), (".weight", ".default.weight"), (".weight", ".sft.weight")]
+    + [("model.layers", "_orig_mod.model.layers"), ("self_attn.", "self_attn._fsdp_wrapped_module.")]
+    + [("base_model.model.", ""), ("base_model.model.", 2 * "base_model.model."), (".lora_", ".base_layer.lora_")],
+)
+def test_a_name_is_taken_where_stock_peft_loads_the_tensor(tmp_path: Path, tiny_base: Path, old: str, new: str) -> None:
+    path = write(tmp_path / "adapter", renamed(old, new))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = reload(tiny_base, path).state_dict()
+    loaded = sum(float(tensor.abs().sum()) for name, tensor in state.items() if "lora_B" in name)
+    assert (report(path, "peft").verdict == "takes") == (loaded > 0)
+
+
+def test_an_adapter_of_lora_without_a_factor_is_called_so(tmp_path: Path) -> None:
+    def heads(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors.clear()
+        tensors["base_model.model.lm_head.weight"] = torch.ones(4, 4)
+
+    path = write(tmp_path / "adapter", heads)
+    assert ["no tensor is a factor by its name"] in [list(v.found) for v in report(path, "peft").violations]
+
+
+@pytest.mark.parametrize(
+    ("kind", "prepare"),
+    [("eva", None), ("olora", None), ("pissa", None), ("pissa_niter_4", None)]
+    + [("corda", prepare_corda), ("lora_ga", prepare_lora_ga)],
+)
+def test_an_initialisation_is_taken_where_stock_peft_loads_the_model_that_was_trained(
+    tmp_path: Path, tiny_base: Path, kind: str, prepare: Any
+) -> None:
+    trained = train(tmp_path / "adapter", tiny_base, prepare=prepare, init_lora_weights=kind)
+    verdict = report(trained.path, "peft").verdict
+    if verdict == "refuses":
+        with pytest.raises(ValueError, match="preprocess_corda"):
+            reload(tiny_base, trained.path)
+    else:
+        wrong = (logits(reload(tiny_base, trained.path)) - trained.logits).abs().max()
+        assert verdict == ("takes" if wrong < 2e-4 else "differs")
+    for server in ("vllm", "sglang", "llamacpp", "tgi", "ollama"):
+        assert ("initialisation" in {v.rule for v in report(trained.path, server).violations}) == (kind != "eva")
 
 
 def test_a_rule_that_needs_the_base_is_not_checked_without_one(tmp_path: Path) -> None:
@@ -530,6 +590,23 @@ def test_damaged_files_are_rejected(tmp_path: Path, damage: Callable[[Path], Any
     path = write(tmp_path / "adapter")
     damage(path)
     with pytest.raises(MalformedAdapter):
+        lint_adapter(path)
+
+
+@pytest.mark.parametrize("field", ["data_offsets", "shape", "dtype"])
+def test_a_file_that_the_safetensors_library_does_not_open_is_rejected(tmp_path: Path, field: str) -> None:
+    path = write(tmp_path / "adapter")
+    file = path / "adapter_model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    first, second = sorted(header.keys() - {"__metadata__"})[:2]
+    header[first][field] = {**header[second], "shape": [8, 33], "dtype": "F32x"}[field]  # its data twice
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(SafetensorError):
+        load_file(file)
+    with pytest.raises(MalformedAdapter, match="cannot be read"):
         lint_adapter(path)
 
 
