@@ -36,6 +36,7 @@ from loracli.system.files import (
     TENSOR_FILE,
     check_free,
     file_sha256,
+    flush,
     open_regular,
     whole_directory,
     write_file,
@@ -117,7 +118,7 @@ def convert_pickle(
                 raise IntegrityError("has changed since it was opened", where=str(source), hint="run it again")
             write_file(folder / CONFIG_FILE, config)
             written, needs_conversion = _checked(fetched, folder, source)
-            _flush(target)
+            flush(target)
             write_file(folder / CERTIFICATE_FILE, _record(fetched, written, digest))
             size_bytes = target.stat().st_size
     finally:
@@ -201,14 +202,6 @@ def _checked(fetched: Fetched, folder: Path, source: Path) -> tuple[LoraAdapter,
             error.where = str(source)
         raise
     return written, needs_conversion
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _record(fetched: Fetched, written: LoraAdapter, digest: str) -> bytes:

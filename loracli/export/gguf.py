@@ -28,7 +28,6 @@ import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from loracli.hub.references import BaseClaim, Named
 from loracli.model.base import plan_from_config
 from loracli.model.reference import WAY_OUT
 from loracli.progress import SILENT, Progress
+from loracli.system.files import file_sha256, flush
 from loracli.system.tensor_file import FLOAT_NAMES, TensorFile, open_tensor_file
 
 
@@ -240,7 +240,8 @@ def write_gguf(
         writer.flush()
     finally:
         writer.close()
-    return _flush(path)
+    flush(path)
+    return file_sha256(path)
 
 
 def _read(file: TensorFile, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -263,15 +264,6 @@ def _write(writer: Any, factor: Tensor) -> None:
         if error.errno is None:  # numpy says how much it could write, not why
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
-
-
-def _flush(path: Path) -> str:
-    digest = sha256()
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def find_llama_cpp_base(

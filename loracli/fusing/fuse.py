@@ -58,7 +58,7 @@ from loracli.recipe.recipe import check_recipe_there
 from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
 from loracli.system.escaping import markdown_code
-from loracli.system.files import copy_file, flush_directory, holds, told_in_dry_run, write_file
+from loracli.system.files import copy_file, flush, holds, told_in_dry_run, write_file
 from loracli.system.machine import one_thread_each
 from loracli.system.tensor_file import FLOATS
 
@@ -338,7 +338,7 @@ class _Fusion:
             place.finish(shard.name, finished[shard.name])
         self._progress.finish(_TASK)
         certificate = self._write_others(place, finished)
-        flush_directory(place.folder)
+        flush(place.folder)
         place.complete(_sha256(certificate))
         return self.result(resumed=len(self._plan.shards) - len(waiting))
 

@@ -42,7 +42,7 @@ from loracli.system.document import dtype_name
 from loracli.system.files import (
     check_free,
     file_sha256,
-    flush_directory,
+    flush,
     holds,
     locked_directory,
     put_in_place,
@@ -99,7 +99,7 @@ class Workplace:
 
     def finish(self, name: str, hashes: Hashes) -> None:
         """A file is complete and on the disk."""
-        flush_directory(self.folder)
+        flush(self.folder)
         self._finished[name] = asdict(hashes)
         self._write_state()
 

@@ -44,7 +44,7 @@ from loracli.recipe.record import (
 from loracli.system.files import (
     copy_file,
     file_sha256,
-    flush_directory,
+    flush,
     read_regular,
     replaced_file,
     translate_disk_errors,
@@ -97,7 +97,7 @@ def remove_sidecar(path: Path) -> None:
     if _is_sidecar(path):
         with translate_disk_errors(path):
             path.unlink()
-            flush_directory(path.parent)
+            flush(path.parent)
 
 
 def keep_replaced(path: Path) -> Path:
@@ -121,7 +121,7 @@ def keep_replaced(path: Path) -> Path:
         return kept
     with translate_disk_errors(kept):
         kept.unlink(missing_ok=True)
-        flush_directory(kept.parent)
+        flush(kept.parent)
     for own, copy in zip(_sidecars(path), _sidecars(kept), strict=True):
         remove_sidecar(copy)
         if _is_sidecar(own):

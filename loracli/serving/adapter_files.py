@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -34,15 +33,16 @@ from loracli.system.files import (
     MLX_TENSOR_FILE,
     PICKLE_FILE,
     TENSOR_FILE,
+    file_sha256,
     open_regular,
 )
 from loracli.system.strict_json import read_object
-from loracli.system.tensor_file import BLOCK, MAX_DIMENSIONS, check_by_library, read_header
+from loracli.system.tensor_file import BLOCK, FLOATS, ITEM_BYTES, MAX_DIMENSIONS, check_by_library, read_header
 
 AdapterLayout = Literal["peft", "mlx"]
 _MAX_SIZE = 1 << 48  # of a dimension
 _MAX_CERTIFICATE_BYTES = 64 << 20
-_FLOAT_BYTES = {"F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # the last begins with the sign
+_SIGNED_FLOATS = frozenset({*FLOATS, "F8_E4M3", "F8_E5M2"})  # the last byte begins with the sign
 _UNSIGNED = bytes(byte & 0x7F for byte in range(256))
 
 _PEFT = re.compile(r"(?P<module>.+?)\.(lora_(?P<side>[AB])(\.default)?\.weight|lora_embedding_(?P<embedding>[AB]))")
@@ -191,11 +191,7 @@ class AdapterFiles:
             recorded = document["certificate"]["sha256"][GGUF_FILE]
         except (MalformedAdapter, KeyError, TypeError):
             return False
-        digest = sha256()
-        with open_regular(self.path / GGUF_FILE) as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return bool(recorded == digest.hexdigest())
+        return bool(recorded == file_sha256(self.path / GGUF_FILE))
 
 
 def read_adapter_files(path: Path) -> AdapterFiles:
@@ -279,7 +275,7 @@ def _has_a_value(file: BinaryIO, start: int, entry: Any) -> bool:
     """Whether any of a tensor's values is not 0, or -0 of a floating point format; also if they are not to be had."""
     try:
         begin, end = entry["data_offsets"]
-        size = _FLOAT_BYTES.get(entry["dtype"])
+        size = ITEM_BYTES[entry["dtype"]] if entry["dtype"] in _SIGNED_FLOATS else None
         file.seek(start + begin)
         while begin < end:
             block = bytearray(file.read(min(BLOCK, end - begin)))

@@ -23,12 +23,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from loracli.adapters.adapter import IDLE, open_adapter
 from loracli.adapters.kinds import kind_of
 from loracli.errors import InputError, UsageError
-from loracli.hub.references import Named
+from loracli.hub.references import Named, is_repo_id
 from loracli.progress import SILENT, Bar, Progress, drawn, takes_bar
 from loracli.serving.adapter_files import AdapterFiles, AdapterLayout, BaseFacts, read_adapter_files, read_base_facts
 from loracli.serving.checks import CHECKS, Unclear
@@ -36,7 +36,6 @@ from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.near import did_you_mean
 
 Severity = Literal["refused", "misread", "ignored", "slow"]
-_SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 _SERVERS = ("peft", "vllm", "sglang", "llamacpp", "tgi", "ollama", "mlx")
 
 
@@ -121,7 +120,6 @@ Verdict = Literal["takes", "differs", "refuses"]
 _SHOWN_FINDS = 20
 _TASK = "lint"
 
-_HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 _OTHER_LAYOUT: dict[AdapterLayout, tuple[str, str]] = {
     "peft": ("MLX's adapters.safetensors", "loracat export --method sum --adapters {path} -o {name}-portable"),
     "mlx": (
@@ -328,7 +326,7 @@ def _wrong_layout(server: Server, words: dict[str, str], obstacle: tuple[str, st
 def _words(server: Server, files: AdapterFiles, base: BaseFacts | None) -> dict[str, str]:
     """What the placeholders of commands stand for, quoted for a shell."""
     named = files.config.get("base_model_name_or_path") or files.config.get("model")
-    own = named if isinstance(named, str) and _HUB_ID.fullmatch(named) else "BASE"
+    own = named if isinstance(named, str) and is_repo_id(named) else "BASE"
     name = re.sub(r"[^A-Za-z0-9._]+", "-", files.path.resolve().name).strip("-.") or "adapter"
     rank = next((rank for rank in server.ranks if rank >= files.largest_rank), files.largest_rank)
     return {

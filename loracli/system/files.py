@@ -144,7 +144,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     with translate_disk_errors(path), _temporary_directory(path) as folder:
         yield folder / path.name
         os.replace(folder / path.name, path)
-        flush_directory(path.parent)
+        flush(path.parent)
 
 
 @contextmanager
@@ -272,7 +272,7 @@ def put_in_place(folder: Path, path: Path, *, replace: bool = True) -> None:
     Raises:
         OutputExists: if the name has been taken meanwhile; with `replace`, if it still changes after a second.
     """
-    flush_directory(folder)
+    flush(folder)
     for _ in range(_TRIES if replace else 1):
         try:
             if replace and path.exists():
@@ -286,7 +286,7 @@ def put_in_place(folder: Path, path: Path, *, replace: bool = True) -> None:
         time.sleep(0.01)
     else:
         raise OutputExists(f"another process has changed {path} meanwhile", hint="run the same command again")
-    flush_directory(path.parent)
+    flush(path.parent)
     shutil.rmtree(_aside(path), ignore_errors=True)
 
 
@@ -357,8 +357,8 @@ def _new_file(path: Path) -> Iterator[BufferedWriter]:
         os.fsync(file.fileno())
 
 
-def flush_directory(path: Path) -> None:
-    """Flushes the names in a directory to the disk."""
+def flush(path: Path) -> None:
+    """Flushes a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

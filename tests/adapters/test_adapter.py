@@ -327,6 +327,7 @@ def test_a_tensor_of_another_feature_is_refused_by_the_features_name(
         error = refused(folder, UnsupportedAdapter)
         assert feature in error.what and name in error.what
         assert error.hint
+        assert (feature == "DoRA") == error.hint.endswith("loracat convert ADAPTER --base MODEL")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from loracli.errors import AdapterNotFound, MalformedAdapter, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
 from loracli.serving.checks import CHECKS
-from loracli.serving.lint import _SERVERS, _SEVERITIES, ServerReport, lint_adapter, load_server
+from loracli.serving.lint import _SERVERS, ServerReport, Severity, lint_adapter, load_server
 from tests.cli.project import run
 from tests.conversion.test_convert import prepare_corda, prepare_lora_ga
 from tests.conversion.training import reload, train
@@ -269,7 +269,7 @@ def test_rules_are_complete_and_their_parameters_are_those_of_the_check(name: st
     names = [rule.name for rule in server.rules]
     assert len(set(names)) == len(names)
     for rule in server.rules:
-        assert rule.severity in _SEVERITIES
+        assert rule.severity in get_args(Severity)
         assert rule.why and rule.remedy and rule.source
         inspect.signature(CHECKS[rule.check]).bind(None, None, **rule.parameters)
 
@@ -561,6 +561,12 @@ def test_a_pattern_of_a_stranger_is_not_run(tmp_path: Path) -> None:  # it would
     path = write(tmp_path / "adapter", setting(rank_pattern={evil: 4}, alpha_pattern={evil: 1}, target_modules=evil))
     found = report(path, "peft")
     assert {line.partition(":")[0] for line in found.unclear} >= {"ranks", "targets"}
+
+
+@pytest.mark.parametrize(("named", "shown"), [("org/name", "org/name"), ("org/-rf", "BASE"), ("org/name.git", "BASE")])
+def test_only_a_name_that_the_hub_can_have_stands_in_a_command(tmp_path: Path, named: str, shown: str) -> None:
+    [command] = report(write(tmp_path / "adapter", setting(base_model_name_or_path=named)), "sglang").serve
+    assert shlex.split(command)[4] == shown
 
 
 def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
