@@ -346,8 +346,6 @@ def check_recipe_there(recipe: Recipe | str | Path | None) -> None:
 
 
 def _way_out(path: Path) -> str | None:
-    if (path / CONFIG_FILE).is_file():
-        return f"it is an adapter, not a recipe: name adapters with --adapters, as in --adapters {path}"
     return hints(near_path(path, _maybe_recipe), "`loracat fit` writes one; name it if it is elsewhere")
 
 
@@ -368,8 +366,7 @@ def read_document(path: Path) -> Any:
             word = shell_word(str(path))
             raise RecipeError(
                 f"{path} is an adapter, and a recipe is read here",
-                hint=f"name adapters with --adapters, as in `loracat export --adapters {word} --weights 1`; "
-                f"`loracat inspect {word}` shows it",
+                hint=f"name adapters with --adapters, as in --adapters {word}; `loracat inspect {word}` shows it",
             ) from None
         if (hint := whole_model_hint(path)) is not None:
             raise RecipeError(f"{path} is a whole model, and a recipe is read here", hint=hint) from None

@@ -357,7 +357,8 @@ def _ingredients(recipe: Recipe, adapters: Sequence[Named], progress: Progress) 
     except (AdapterNotFound, AccessDenied, HubUnreachable) as error:
         if adapters:
             raise
-        progress.warn(f"the report has no interference between the adapters: {error}")
+        where = "name all adapters where they are now with --adapters"
+        progress.warn(f"the report has no interference between the adapters: {error}; {where}")
         return ()
 
 
