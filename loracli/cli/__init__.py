@@ -150,6 +150,9 @@ def _usage_error(error: Any) -> UsageError:
     command = context.command_path if context is not None else "loracat"
     other = None if context is None else _instead(context, getattr(error, "option_name", None), parameter)
     said = error.message if other and parameter is None else error.format_message()  # the latter with names alike
+    for wrong in getattr(error.__cause__, "errors", list)()[:1]:  # what pydantic says of a value
+        if (kind := _NUMBERS.get(wrong["type"])) is not None:
+            said = f"{max(parameter.opts, key=len)} {str(wrong['input'])[:_QUOTED]} is not {kind}"
     return UsageError(said, where=where, hint=hints(other, f"see `{command} --help`"))
 
 
@@ -200,6 +203,8 @@ OTHER_NAMES = {
     "--overwrite": "--force",
     "--lora": "--adapters",
 }
+_NUMBERS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number, as 0.1 is"}
+_QUOTED = 60  # characters of a value in a message
 HUNG_UP, INTERRUPTED, TERMINATED = 129, 130, 143  # SIGHUP, Ctrl-C, SIGTERM
 MACHINE_ERRORS = (OSError, MemoryError, RuntimeError, ImportError)  # some of which are bugs
 

@@ -127,6 +127,8 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (nothing, ["fit", *TWO, "calibration.jsonl"], 2, ["'--data'", "calibration.jsonl looks like data: --data cali"]),
     (nothing, [*FIT, "-w", "1", "1"], 2, ["option: -w", "need no fit: `loracat export --adapters ... --weights 1 1`"]),
     (nothing, ["lint", "recipe.json"], 3, ["is not a directory", "`loracat export recipe.json` writes an adapter"]),
+    (nothing, ["export", "--rank", "8.5"], 2, ["error: --rank 8.5 is not a whole number\nhint: see"]),
+    (nothing, [*FIT, "--tolerance", "10%"], 2, ["error: --tolerance 10% is not a number, as 0.1 is\nhint: see"]),
     (nothing, ["list"], 2, ["error: loracat has no command list", "`loracat inspect ADAPTER...`"]),
     (nothing, ["chat"], 2, ["error: loracat has no command chat", "`loracat generate`"]),
     (nothing, ["help"], 2, ["error: loracat has no command help", "`loracat COMMAND --help`"]),
