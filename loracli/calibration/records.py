@@ -131,6 +131,8 @@ class DataSource:
         file, colon, _ = str(self.path).rpartition(":")
         if colon and Path(file).is_file():
             return f"what stands behind the colon is a weight, which is a number: {shlex.quote(file)}:2"
+        if "*" in self.path.name:
+            return "the shell writes out a pattern that stands without quotes, where a file matches"
         return near_path(self.path, Path.is_file)
 
     def _within(self, file: BinaryIO) -> bytes:

@@ -151,7 +151,7 @@ def _usage_error(error: Any) -> UsageError:
     other = None if context is None else _instead(context, getattr(error, "option_name", None), parameter)
     said = error.message if other and parameter is None else error.format_message()  # the latter with names alike
     for wrong in getattr(error.__cause__, "errors", list)()[:1]:  # what pydantic says of a value
-        if (kind := _NUMBERS.get(wrong["type"])) is not None:
+        if parameter is not None and (kind := _NUMBERS.get(wrong["type"])) is not None:
             said = f"{max(parameter.opts, key=len)} {str(wrong['input'])[:_QUOTED]} is not {kind}"
     return UsageError(said, where=where, hint=hints(other, f"see `{command} --help`"))
 
@@ -162,8 +162,8 @@ def _instead(context: Any, unknown: str | None, parameter: Any) -> str | None:
     known = {word for one in params for word in one.opts}
     if (meant := OTHER_NAMES.get(unknown or "")) in known:
         return f"it is called {meant} here"
-    if unknown in ("--weights", "-w"):
-        return "weights by hand need no fit: `loracat export --adapters ... --weights 1 1`"
+    if unknown in _ELSEWHERE:
+        return _ELSEWHERE[unknown]
     takers = [argument_word(one) for one in params if one.param_type_name == "argument"]
     if unknown in ("--adapters", "-a") and takers:
         return f"name them without an option: {context.command_path} {takers[0]}"
@@ -202,6 +202,10 @@ OTHER_NAMES = {
     "--out": "--output",
     "--overwrite": "--force",
     "--lora": "--adapters",
+}
+_ELSEWHERE = {  # options of another command
+    **dict.fromkeys(("--weights", "-w"), "weights by hand need no fit: `loracat export --adapters ... --weights 1 1`"),
+    "--merge": "`loracat export --merge` compresses an adapter to a rank; here leave it out",
 }
 _NUMBERS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number, as 0.1 is"}
 _QUOTED = 60  # characters of a value in a message

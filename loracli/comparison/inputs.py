@@ -117,7 +117,7 @@ def prepare_comparison(
     settings = settings or CompareSettings()
     paths = [recipe] if isinstance(recipe, (str, Path)) else list(recipe or ())
     if not paths and not adapters:
-        raise UsageError("nothing to compare", hint="give a RECIPE, or --adapters")
+        raise UsageError("nothing to compare", hint="name a recipe, or adapters")
     settings.check_used(fit_data=fit_data is not None, guard=guard is not None)
     test, calibration = _read_data(data, fit_data, settings, progress)
     guarded = () if guard is None else _read_files(guard, "guard", settings, progress)

@@ -165,10 +165,22 @@ def _out_of_range(request: ExportRequest) -> _Refusals:
             f"--tolerance {tolerance} is not at least 0 and below 1",
             None,
         ),
-        (energy is not None and not 0 < energy <= 1, f"--energy {energy} is not above 0 and at most 1", None),
+        (
+            energy is not None and not 0 < energy <= 1,
+            f"--energy {energy} is not above 0 and at most 1",
+            f"of {energy:g} % give {energy / 100:g}" if energy is not None and 1 < energy <= 100 else None,
+        ),
         (rank is not None and rank < 1, f"--rank {rank} is below 1", None),
-        (dtype not in (None, *OUTPUT_DTYPES), f"--dtype {dtype} is not one of {', '.join(OUTPUT_DTYPES)}", None),
-        (profile not in (None, *PROFILES), f"--profile {profile} is not one of {', '.join(PROFILES)}", None),
+        (
+            dtype not in (None, *OUTPUT_DTYPES),
+            f"--dtype {dtype} is not one of {', '.join(OUTPUT_DTYPES)}",
+            did_you_mean(dtype or "", OUTPUT_DTYPES),
+        ),
+        (
+            profile not in (None, *PROFILES),
+            f"--profile {profile} is not one of {', '.join(PROFILES)}",
+            did_you_mean(profile or "", PROFILES),
+        ),
     )
 
 
@@ -188,7 +200,7 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
         (
             recipe and request.recipe is None,
             "nothing to export",
-            "give a RECIPE, or --adapters with --weights or --method",
+            "name a recipe, or adapters with weights or a method",
         ),
         (
             recipe and request.modules_to_save is not None,
@@ -294,6 +306,7 @@ def find_method(name: str, options: MethodOptions = DEFAULTS) -> Method:
     if name not in METHODS:
         fitted = (*MIXING_KINDS, "auto", "paper")
         hint = f"fit it: loracat fit --mixing {name}, then export the recipe" if name in fitted else None
+        hint = "a fit is exported as its recipe: loracat export recipe.json" if name == "fit" else hint
         hint = hint or did_you_mean(name, METHODS)
         raise UsageError(f"--method {name} is not one of {', '.join(METHODS)}", hint=hint)
     method = METHODS[name]

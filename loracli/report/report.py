@@ -364,7 +364,7 @@ def _ingredients(recipe: Recipe, adapters: Sequence[Named], progress: Progress) 
 
 def _check_free(path: Path, *, force: bool, read: Sequence[object]) -> None:
     if path.is_dir():
-        raise OutputExists(f"{path} is a directory", hint="name a file with -o")
+        raise OutputExists(f"{path} is a directory", hint="name a file in it")
     if os.path.lexists(path) and not force:
         raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
     if any(same_file(path, Path(name)) for name in read if isinstance(name, (str, Path))):

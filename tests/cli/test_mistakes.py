@@ -129,6 +129,15 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (nothing, ["lint", "recipe.json"], 3, ["is not a directory", "`loracat export recipe.json` writes an adapter"]),
     (nothing, ["export", "--rank", "8.5"], 2, ["error: --rank 8.5 is not a whole number\nhint: see"]),
     (nothing, [*FIT, "--tolerance", "10%"], 2, ["error: --tolerance 10% is not a number, as 0.1 is\nhint: see"]),
+    (nothing, [*FIT, "--dtype", "BF16"], 2, ["error: --dtype BF16 is not one of", "did you mean bfloat16?"]),
+    (nothing, [*FIT, "--mixing", "cat"], 2, ["did you mean module?"]),
+    (nothing, [*FIT, "--format", "chat"], 2, ["did you mean messages?"]),
+    (nothing, [*FIT, "--quantise", "4-bit"], 2, ["did you mean nf4?"]),
+    (nothing, ["fit", *TWO, *ELSE, "-d", "*.jsonl"], 3, ["stands without quotes"]),
+    (nothing, ["export", "--merge", "--dtype", "fp16"], 2, ["did you mean float16?"]),
+    (nothing, ["export", "--merge", "--energy", "99"], 2, ["is not above 0", "hint: of 99 % give 0.99"]),
+    (nothing, ["export", *TWO, "--method", "fit"], 2, ["as its recipe: loracat export recipe.json"]),
+    (nothing, ["fuse", "--merge", "--base", "base"], 2, ["option: --merge\nhint: `loracat export --merge`"]),
     (nothing, ["list"], 2, ["error: loracat has no command list", "`loracat inspect ADAPTER...`"]),
     (nothing, ["chat"], 2, ["error: loracat has no command chat", "`loracat generate`"]),
     (nothing, ["help"], 2, ["error: loracat has no command help", "`loracat COMMAND --help`"]),
@@ -227,5 +236,5 @@ def test_few_records_for_many_weights_and_one_adapter_alone_are_said(here: Path)
     assert "only 2 records in all: too few for a verdict" in run(*few[:4], "--data", "two.jsonl", *few[6:]).stderr
     assert "training records for" not in run(*FIT, "--dry-run").stderr
     assert "training records for" not in run(*few, "--mixing", "adapter").stderr
-    assert "only its scale is fitted" in run("fit", "-a", "know", *DATA, "--dry-run").stderr
+    assert "only its scale in each module is fitted" in run("fit", "-a", "know", *DATA, "--dry-run").stderr
     assert "only its scale" not in run(*FIT, "--dry-run").stderr
