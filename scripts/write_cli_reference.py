@@ -36,7 +36,7 @@ Three options mean what their command does:
 
 | | of a base that is loaded, or of answers | of what is written |
 |---|---|---|
-| `--dtype` | of the base, in `fit`, `compare`, `generate`, `show` (`export`: `--base-dtype`) | `export`, `convert`, `fuse` |
+| `--dtype` | in `fit`, `compare`, `generate`, `show` (`export`: `--base-dtype`) | `export`, `convert`, `fuse` |
 | `--tolerance` | `fit`, `compare`: numbers that count as equal | `export`, `convert`: error of a rank |
 | `--data` | `fit`: to calibrate on; `compare`, `show`: to measure on | `export`: to measure or refit on |
 """

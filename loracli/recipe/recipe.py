@@ -137,7 +137,7 @@ class Recipe:
             UsageError: if the mixing has tensors and `path` does not end in `.json`.
             RecipeError, IntegrityError: if the moments beside the file that it was read from are not its own.
         """
-        path = from_home(Path(path))
+        path = Path(from_home(path))
         mixing, moments = self.mixing, _moments_of(self.activations)
         check_recipe_path(path, force=force, kind=mixing.kind)
         written = self._moved_to(path.parent)
@@ -329,7 +329,7 @@ def load_recipe(path: str | Path) -> Recipe:
         RecipeError: if it cannot be read, naming every problem at once.
         IntegrityError: if the tensors beside it are not those it was written with.
     """
-    path = from_home(Path(path))
+    path = Path(from_home(path))
     result = decode_recipe(read_document(path), f"the recipe {path}", path.parent)
     if result.activations is not None:
         result = replace(result, activations=replace(result.activations, recipe=path))

@@ -23,6 +23,8 @@ _OTHER_WORDS = {
     "4bit": "nf4",
     "8bit": "int8",
     "cat": "module",
+    "vllm": "portable",
+    "sglang": "portable",
     "chat": "messages",
     "openai": "messages",
     "chatml": "messages",
@@ -46,12 +48,14 @@ def did_you_mean(word: str, names: Collection[str]) -> str | None:
 
 
 def _nearest(word: str, names: Collection[str]) -> str | None:
-    """The name that other programs call so, else the nearest, whatever its capitals, and however its accents are
-    written."""
+    """The name that other programs call so, else the first that ends in the word, else the nearest, whatever its
+    capitals, and however its accents are written."""
     plain = {_plain(name): name for name in reversed(list(names))}
     other = _OTHER_WORDS.get(_plain(word).replace("-", ""))
     if other in plain:
         return plain[other]
+    if ending := [name for name in plain if name.endswith(f".{_plain(word)}")]:  # the last name of a module
+        return plain[ending[-1]]
     found = get_close_matches(_plain(word), plain, n=1)
     return plain[found[0]] if found else None
 

@@ -136,6 +136,7 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (nothing, ["fit", *TWO, *ELSE, "-d", "*.jsonl"], 3, ["stands without quotes"]),
     (nothing, ["export", "--merge", "--dtype", "fp16"], 2, ["did you mean float16?"]),
     (nothing, ["export", "--merge", "--energy", "99"], 2, ["is not above 0", "hint: of 99 % give 0.99"]),
+    (nothing, ["export", "--profile", "vllm"], 2, ["did you mean portable?"]),
     (nothing, ["export", *TWO, "--method", "fit"], 2, ["as its recipe: loracat export recipe.json"]),
     (nothing, ["fuse", "--merge", "--base", "base"], 2, ["option: --merge\nhint: `loracat export --merge`"]),
     (nothing, ["list"], 2, ["error: loracat has no command list", "`loracat inspect ADAPTER...`"]),
