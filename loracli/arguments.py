@@ -10,7 +10,7 @@ import inspect
 import os
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -78,11 +78,12 @@ def as_declared(kind: Any, value: Any, name: str) -> Any:
         return _taken(kind, value)
     except _Other:
         expected = _said(kind)
-        one = isinstance(value, str) and "a list" in expected
-        raise UsageError(
-            f"{name} is {repr(value)[:_QUOTED]}, but should be {expected}",
-            hint=f"for one of them give [{repr(value)[:_QUOTED]}]" if one else None,
-        ) from None
+        shown, hint = repr(value)[:_QUOTED], None
+        if isinstance(value, str) and "a list" in expected:
+            hint = f"for one of them give [{shown}]"
+        elif is_dataclass(kind) and isinstance(value, (str, Path)):
+            hint = f"for example {expected}({shown})"
+        raise UsageError(f"{name} is {shown}, but should be {expected}", hint=hint) from None
 
 
 @lru_cache
@@ -98,7 +99,7 @@ def _taken(kind: Any, value: Any) -> Any:
     if plain is Annotated:
         return _taken(arguments[0], value)
     if plain in (Union, types.UnionType):
-        return _first_taken(arguments, value)
+        return _first_taken(arguments, from_home(value) if Path in arguments else value)
     if plain is Literal:
         return _kept(value, fits=value in arguments)
     if plain is bool or isinstance(value, bool):
@@ -108,11 +109,20 @@ def _taken(kind: Any, value: Any) -> Any:
     if plain is float and isinstance(value, Real):
         return value if type(value) in _NUMBERS else float(value)
     if plain is Path and isinstance(value, (str, os.PathLike)):
+        value = from_home(value)
         return value if isinstance(value, Path) else Path(value)
     if plain in (Sequence, tuple, Iterable):
         return _taken_each(plain, arguments, value)
     checked = isinstance(plain, type) and plain is not Any and not getattr(plain, "_is_protocol", False)
     return _kept(value, fits=not checked or isinstance(value, plain))
+
+
+def from_home(value: Any) -> Any:
+    """A path that begins with `~/` in the user's home, as a shell would have given it; anything else as it is."""
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text.startswith("~/"):
+        return value
+    return type(value)(os.path.expanduser(text)) if isinstance(value, (str, Path)) else os.path.expanduser(text)
 
 
 def _kept(value: Any, *, fits: bool) -> Any:

@@ -31,6 +31,14 @@ Results go to stdout; progress, notes, warnings and hints go to stderr. [Exit co
 [JSON documents](json.md), and [options from files and variables](configuration.md) have pages of their own.
 `--adapters` takes one or more words and may be repeated: `--adapters a b`, `--adapters a --adapters b` and `-a a b`
 mean the same. Write a recipe's name before it, not after.
+
+Three options mean what their command does:
+
+| | of a base that is loaded, or of answers | of what is written |
+|---|---|---|
+| `--dtype` | in `fit`, `compare`, `generate`, `show` (`export`: `--base-dtype`) | `export`, `convert`, `fuse` |
+| `--tolerance` | `fit`, `compare`: numbers that count as equal | `export`, `convert`: error of a rank |
+| `--data` | `fit`: to calibrate on; `compare`, `show`: to measure on | `export`: to measure or refit on |
 """
 
 

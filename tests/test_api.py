@@ -110,6 +110,18 @@ def test_an_argument_of_another_type_is_refused_by_name_before_any_work(call: An
         call()
     if reason.startswith("servers"):
         assert caught.value.hint == "for one of them give ['vllm']"
+    if reason.startswith("request"):
+        assert caught.value.hint == "for example ExportRequest('r.json')"
+
+
+def test_a_path_in_the_home_is_meant_so(
+    tmp_path: Path, two_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    loracli.compose(two_adapters, [1, 1]).export("~/out")
+    loracli.export_adapter(loracli.ExportRequest(adapters=two_adapters, weights=[1, 1]), Path("~/again"))
+    assert {path.name for path in tmp_path.glob("home/*")} == {"out", "again"} and not Path("~").exists()
 
 
 def test_numbers_of_numpy_and_any_iterable_are_taken_as_pythons_own(

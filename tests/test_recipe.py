@@ -210,6 +210,9 @@ def test_a_row_or_module_that_there_is_not_is_refused_in_words(tmp_path: Path) -
     assert held.row("fresh-lora") == fresh
     with pytest.raises(UsageError, match="the recipe has no weights for 'foo'"):
         recipe.weights_of("foo")
+    with pytest.raises(UsageError) as caught:
+        recipe.weights_of("v_proj")
+    assert caught.value.hint == "did you mean model.layers.0.self_attn.v_proj?"
 
 
 @pytest.mark.parametrize("name", ["base", "uniform", "sum", "fit", "fresh-lora"])

@@ -36,6 +36,7 @@ from loracli.errors import CalibrationError, LoracatError, UsageError
 from loracli.progress import SILENT, Progress
 from loracli.recipe.record import FINGERPRINT, RecipeData
 from loracli.system.display import count_text
+from loracli.system.near import did_you_mean
 from loracli.system.strict_json import read_object
 
 MIN_HELD_OUT = 20  # below this, a paired interval says nothing
@@ -304,7 +305,7 @@ def check_shape(shape: str | None) -> Shape | None:
     for known in SHAPES:
         if shape == known:
             return known
-    raise UsageError(f"--format {shape} is not one of {', '.join(SHAPES)}")
+    raise UsageError(f"--format {shape} is not one of {', '.join(SHAPES)}", hint=did_you_mean(shape, SHAPES))
 
 
 def render_dataset(

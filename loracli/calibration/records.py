@@ -131,6 +131,8 @@ class DataSource:
         file, colon, _ = str(self.path).rpartition(":")
         if colon and Path(file).is_file():
             return f"what stands behind the colon is a weight, which is a number: {shlex.quote(file)}:2"
+        if "*" in self.path.name:
+            return "the shell writes out a pattern that stands without quotes, where a file matches"
         return near_path(self.path, Path.is_file)
 
     def _within(self, file: BinaryIO) -> bytes:
@@ -347,11 +349,11 @@ def read_records(
         progress.warn(skipped_lines(source, tuple(problems), next(iter(problems.values()))))
     if read.systems:
         progress.note(f"{source}: {shown_keys(read.systems)}: becomes the first turn of its conversation")
-    if read.ignored:
-        progress.note(f"{source}: these keys are not read: {shown_keys(read.ignored)}")
+    doubtful = read.marks.doubtful()
+    if unread := read.ignored - read.graded - set(doubtful):
+        progress.note(f"{source}: these keys are not read: {shown_keys(unread)}")
     if read.graded:
         progress.warn(f"{source}: {shown_keys(read.graded)}: not read; every answer is learnt, whatever its grade")
-    doubtful = read.marks.doubtful()
     if doubtful:
         progress.warn(f"{source}: {shown_keys(doubtful)}: not read; every answer is learnt, whatever it says")
     return CalibrationFile(
@@ -395,7 +397,10 @@ def _way_out(read: _Read, form: FileForm, *, skip_bad: bool) -> str | None:
         return found(form)
     if not read.records:
         return "fix these lines; docs/calibration-data.md has the shapes, and what to do about each refusal"
-    return None if skip_bad else "fix these lines, or leave them out with --skip-bad"
+    if skip_bad:
+        return None
+    few = len(read.problems) <= len(read.records)
+    return "fix these lines" + (", or leave them out with --skip-bad" if few else "")
 
 
 def skipped_lines(source: DataSource, lines: tuple[int, ...], first_problem: str) -> str:
@@ -412,10 +417,17 @@ def _parse_line(line: bytes | str | Unreadable) -> dict[str, Any]:
     try:
         fields = parse_json(line)
     except StrictJsonError as error:
+        bare = (line.decode(errors="replace") if isinstance(line, bytes) else line).strip()
+        if bare.startswith("{") and bare.endswith("},"):
+            raise LineError("a comma behind the object", way_out=_without_commas) from None
         raise LineError(str(error)) from None
     if not isinstance(fields, dict):
         raise LineError(f"expected a JSON object, got {kind_of(fields)}")
     return fields
+
+
+def _without_commas(form: FileForm) -> str:
+    return "write one object on each line with nothing between them, or all in one array: [{...}, {...}]"
 
 
 def _task(fields: dict[str, Any]) -> str | None:

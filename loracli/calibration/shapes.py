@@ -104,11 +104,12 @@ def _read_turns(value: Any, path: str, *, sharegpt: bool = False) -> Turns:
         role, text = next((pair for pair in _PAIRS if pair[0] in turn), _PAIRS[sharegpt])
         if sharegpt and _PAIRS[1][0] in turn:
             role, text = _PAIRS[1]
-        name = turn.get(role)
+        given = turn.get(role)
+        name = given.lower() if isinstance(given, str) else ""
         if name == "function_call":
             raise LineError(f"{place}.{role}: {_CALLS}")
-        if not isinstance(name, str) or name not in _ROLES:
-            raise LineError(f"{place}.{role}: expected one of {', '.join(_ROLES)}, got {shown(name)}")
+        if name not in _ROLES:
+            raise LineError(f"{place}.{role}: expected one of {', '.join(_ROLES)}, got {shown(given)}")
         for key in sorted(turn.keys() - {role, text, "weight"}):
             if not _is_filler(turn[key]):
                 reason = _CALLS if key in _REFUSED else _THOUGHT if key in _REASONING else ""

@@ -4,6 +4,7 @@ codes."""
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from loracli.cli import (
     verify,
 )
 from loracli.cli._command import ORIGINS, Command
-from loracli.cli._help import Group, records, write_examples, write_rows, write_text, write_usage
+from loracli.cli._help import Group, argument_word, records, write_examples, write_rows, write_text, write_usage
 from loracli.cli._options import with_groups
 from loracli.cli._output import TALK, Output, Talk, print_anything
 from loracli.errors import LoracatError, UsageError
@@ -155,11 +156,29 @@ def _usage_error(error: Any) -> UsageError:
         elif source == "DEFAULT_MAP":
             where = context.meta[ORIGINS][parameter.name].origin
     command = context.command_path if context is not None else "loracat"
-    known = {word for one in context.command.params for word in one.opts} if context is not None else set()
-    meant = OTHER_NAMES.get(getattr(error, "option_name", ""))
-    other = f"it is called {meant} here" if meant in known else None
-    said = error.message if other else error.format_message()  # the latter with names that look alike
+    other = None if context is None else _instead(context, getattr(error, "option_name", None), parameter)
+    said = error.message if other and parameter is None else error.format_message()  # the latter with names alike
+    for wrong in getattr(error.__cause__, "errors", list)()[:1]:  # what pydantic says of a value
+        if parameter is not None and (kind := _NUMBERS.get(wrong["type"])) is not None:
+            said = f"{max(parameter.opts, key=len)} {str(wrong['input'])[:_QUOTED]} is not {kind}"
     return UsageError(said, where=where, hint=hints(other, f"see `{command} --help`"))
+
+
+def _instead(context: Any, unknown: str | None, parameter: Any) -> str | None:
+    """What to write in the place of an option that there is not, or for data that are missed and stand elsewhere."""
+    params = context.command.params
+    known = {word for one in params for word in one.opts}
+    if (meant := OTHER_NAMES.get(unknown or "")) in known:
+        return f"it is called {meant} here"
+    if unknown in _ELSEWHERE:
+        return _ELSEWHERE[unknown]
+    takers = [argument_word(one) for one in params if one.param_type_name == "argument"]
+    if unknown in ("--adapters", "-a") and takers:
+        return f"name them without an option: {context.command_path} {takers[0]}"
+    files = [word for word in context.params.get("adapters") or () if word.endswith(".jsonl")]
+    if parameter is not None and parameter.name == "data" and files:
+        return f"{files[0]} looks like data: --data {shlex.join(files)}"
+    return None
 
 
 def _speaks(error: LoracatError) -> bool:
@@ -192,6 +211,12 @@ OTHER_NAMES = {
     "--overwrite": "--force",
     "--lora": "--adapters",
 }
+_ELSEWHERE = {  # options of another command
+    **dict.fromkeys(("--weights", "-w"), "weights by hand need no fit: `loracat export --adapters ... --weights 1 1`"),
+    "--merge": "`loracat export --merge` compresses an adapter to a rank; here leave it out",
+}
+_NUMBERS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number, as 0.1 is"}
+_QUOTED = 60  # characters of a value in a message
 HUNG_UP, INTERRUPTED, TERMINATED = 129, 130, 143  # SIGHUP, Ctrl-C, SIGTERM
 MACHINE_ERRORS = (OSError, MemoryError, RuntimeError, ImportError)  # some of which are bugs
 

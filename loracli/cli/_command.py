@@ -30,7 +30,7 @@ from loracli.cli._settings import (
     unknown_variables,
     variable,
 )
-from loracli.errors import UsageError
+from loracli.errors import LoracatError, UsageError
 from loracli.system.machine import read_launch
 
 
@@ -88,7 +88,8 @@ def _is_option(word: str) -> bool:
 
 
 _COMMA_LISTS = ("SERVERS", "METHODS")  # what options that take one word of several names call it
-FILES, SETTINGS, ORIGINS = "loracat.files", "loracat.settings", "loracat.origins"  # in a context's meta
+# In a context's meta.
+FILES, SETTINGS, ORIGINS, UNREAD = "loracat.files", "loracat.settings", "loracat.origins", "loracat.unread"
 
 
 class Command(GreedyCommand):
@@ -192,8 +193,14 @@ def _read_config(context: typer.Context, value: Path | None) -> Path | None:
         if value is not None and value.suffix == ".json" and context.command.name not in ("fit", "env"):
             raise UsageError(f"{value}: a recipe is a configuration of loracat fit alone", hint="leave --config out")
         commands = commands_of(context)
-        settings = read_settings(value, commands)
         name = str(context.command.name)
+        try:
+            settings = read_settings(value, commands)
+        except LoracatError as error:
+            if name != "env":  # which is how one finds out
+                raise
+            context.meta[UNREAD] = error
+            return value
         found: dict[str, Setting] = defaults_for(name, commands[name], settings)
         context.meta[SETTINGS] = settings
         context.meta[ORIGINS] = found

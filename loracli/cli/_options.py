@@ -66,21 +66,21 @@ def _cached(cache_dir: Path | None) -> list[tuple[str, str]]:
     return [(name, "in the Hub cache") for name in sorted(names)]
 
 
-UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_SIZES = {"": 1} | {unit.lower(): size for unit, size in UNITS.items()}
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """`20MB`, `1.5 GiB`, `800000`; units are powers of 1000, with an i of 1024. `option` is what errors name.
+    """`20MB`, `1.5 GiB`, `800000`; units are powers of 1000, with an i of 1024, in any capitals. `option` is what
+    errors name.
 
     Raises:
         UsageError: if it is not a size.
     """
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z]{0,3})", text.strip())
-    if found is None or found[2] not in UNITS:
-        raise UsageError(
-            f"{option} {text} is not a size", hint=f"for example 20MB; units: {', '.join(list(UNITS)[1:])}"
-        )
-    return int(float(found[1]) * UNITS[found[2]])
+    if found is None or found[2].lower() not in _SIZES:
+        raise UsageError(f"{option} {text} is not a size", hint=f"for example 20MB; units: {', '.join(UNITS)}")
+    return int(float(found[1]) * _SIZES[found[2].lower()])
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout, also on failure.")]

@@ -117,11 +117,13 @@ def read_settings(explicit: Path | None, commands: Mapping[str, Options]) -> tup
             problems=tuple(unasked),
             hint=f"if you trust it, say so: --config {PROJECT_FILE}; or fix it",
         )
-    problems += unasked
     if problems:
         files = " and ".join(dict.fromkeys(problem.partition(": ")[0] for problem in problems))
-        count = "a setting" if len(problems) == 1 else f"{len(problems)} settings"
+        total = len(problems) + len(unasked)
+        count = "a setting" if total == 1 else f"{total} settings"
         hint = f"fix {files}; `loracat COMMAND --help` lists the options of a command"
+        hint += f"; --config {PROJECT_FILE} says that you trust it" if unasked else ""
+        problems += [f"{one}, and {PROJECT_FILE} is in force without having been asked for" for one in unasked]
         raise SettingsError(f"{count} cannot be honoured", problems=tuple(problems), hint=hint)
     return tuple(settings)
 

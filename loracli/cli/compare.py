@@ -226,7 +226,7 @@ def _show_plan(out: Output, plan: ComparisonPlan, generates: bool) -> None:
     )
     out.table(["", "kind", "about"], [[row.name, row.kind, duration_text(row.seconds)] for row in plan.rows])
     for row in plan.rows:
-        out.value(f"{row.name}={row.seconds:g}")
+        out.value(f"{row.name}.seconds={row.seconds:g}")
     for one in plan.skipped:
         out.line(f"left out: {one.name}: {one.reason}")
 

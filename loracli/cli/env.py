@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from loracli.cli._command import FILES, SETTINGS, commands_of
+from loracli.cli._command import FILES, SETTINGS, UNREAD, commands_of
 from loracli.cli._output import Output
 from loracli.cli._settings import PREFIX, SHARED, Setting, as_text, variable
 
@@ -45,6 +45,8 @@ def env(*, context: typer.Context, out: Output) -> None:
     variables = _from_variables(context)
     rows += variables
     files = [str(path) for path in context.meta[FILES]]
+    if (unread := context.meta.get(UNREAD)) is not None:
+        out.warn(f"no file is in force: {'; '.join([unread.what, *unread.problems])}")
     out.document({"env": facts, "config_files": files, "settings": rows})
     for name, value in facts.items():
         out.line(f"{name.replace('_', ' '):16} {value}")

@@ -155,9 +155,11 @@ class MachineOptions:
         """Raises UsageError for what no machine has."""
         from loracli.errors import UsageError
         from loracli.model.placement import DTYPES, Placement
+        from loracli.system.near import did_you_mean
 
         if self.base_dtype not in ("auto", *DTYPES):
-            raise UsageError(f"--base-dtype {self.base_dtype} is not one of auto, {', '.join(DTYPES)}")
+            hint = did_you_mean(self.base_dtype, DTYPES)
+            raise UsageError(f"--base-dtype {self.base_dtype} is not one of auto, {', '.join(DTYPES)}", hint=hint)
         return Placement(self.base_dtype, self.device, self.device_map, quantise=self.quantise)
 
 

@@ -16,7 +16,17 @@ from loracli.adapters.adapter import LoraAdapter, LoraModule, module_names
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods import METHODS
 from loracli.comparison.inputs import CompareInputs
-from loracli.comparison.settings import ALL, DATA_FREE, DATAMIX, FITTED_MIXINGS, RANDOM, UNIFORM, WEIGHTS
+from loracli.comparison.settings import (
+    ALL,
+    DATA_FREE,
+    DATAMIX,
+    FITTED_MIXINGS,
+    RANDOM,
+    UNIFORM,
+    WEIGHTS,
+    needs_records,
+    records_needed,
+)
 from loracli.composition.attached import MixingPoint, of_factors, of_method, of_recipe, of_weights, weighted
 from loracli.composition.composition import CPU, OwnMoments, compose_module
 from loracli.composition.fitted import (
@@ -133,9 +143,6 @@ def candidates(
     """Base, ingredients, methods, weights, fits and controls; those of `all` that cannot be had go into `skipped`.
 
     Methods are computed on the device.
-
-    Raises:
-        UsageError: if a method that was asked for by name needs calibration records and there are none.
     """
     layout, adapters, n = inputs.layout, inputs.adapters, inputs.layout.adapters
     rows = [Candidate("base", "base", partial(weighted, layout, [0.0] * n))]
@@ -149,13 +156,8 @@ def candidates(
         return own_moments(calibration, inputs.owners, adapters, layout)
 
     for name, by_name in _names(inputs).items():
-        if calibration is None and _needs_data(name):
-            own = name in METHODS and METHODS[name].regress is not None
-            why = "goes by each adapter's own records" if own else "has to be fitted"
-            hint = f"give calibration records with --fit-data{' FILE@ADAPTER' if own else ''}"
-            if by_name:
-                raise UsageError(f"{name} {why}", hint=hint)
-            skipped.append(Skipped(name, f"{why}: {hint}"))
+        if calibration is None and needs_records(name):
+            skipped.append(Skipped(name, ": ".join(records_needed(name))))
             continue
         rows.append(_method(name, inputs, calibration, by_name, moments, device))
     if inputs.weights is not None:
@@ -172,13 +174,9 @@ def _names(inputs: CompareInputs) -> dict[str, bool]:
     names = {UNIFORM: False} if inputs.layout.adapters > 1 else {}
     for word in asked:
         if word in (ALL, DATA_FREE):
-            every = (*METHODS, *FITTED_MIXINGS) if word == ALL else tuple(n for n in METHODS if not _needs_data(n))
+            every = (*METHODS, *FITTED_MIXINGS) if word == ALL else tuple(n for n in METHODS if not needs_records(n))
             names = {**{name: False for name in every}, **names}
     return names | {word: True for word in asked if word not in (ALL, DATA_FREE)}
-
-
-def _needs_data(name: str) -> bool:
-    return name not in METHODS or METHODS[name].needs_records
 
 
 def _method(
@@ -190,7 +188,7 @@ def _method(
     device: torch.device,
 ) -> Candidate:
     layout, adapters, options = inputs.layout, inputs.adapters, inputs.settings.options_of(name)
-    if not _needs_data(name):
+    if not needs_records(name):
         merge = partial(of_method, METHODS[name], options, adapters, layout, device)
         return Candidate(name, "method", merge, by_name=by_name)
     assert calibration is not None

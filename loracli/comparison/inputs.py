@@ -17,7 +17,7 @@ from loracli.calibration.records import CalibrationFile, DataPaths, parse_source
 from loracli.comparison.recipes import ComparedRecipe, load_recipes
 from loracli.comparison.settings import ALL, DATAMIX, FITTED_MIXINGS, RANDOM, WEIGHTS, CompareSettings
 from loracli.composition.fitted import check_own_records, owners_of
-from loracli.composition.weights import ModuleWeights, weights_of_modules
+from loracli.composition.weights import ModuleWeights, check_numbers, weights_of_modules
 from loracli.errors import UsageError
 from loracli.fitting.mixing import Layout, make_layout
 from loracli.fitting.settings import FRESH_LORA
@@ -110,17 +110,14 @@ def prepare_comparison(
         settings: of the comparison.
         progress: told what happens.
     Raises:
-        UsageError: if nothing is to be composed, a control needs calibration data and there are none, an option has
-            no use, or recipes cannot be compared on the same records.
+        UsageError: if nothing is to be composed, a fit was asked for by name and there are no records for it, an option
+            has no use, or recipes cannot be compared on the same records.
         InputError: of the kind that fits, if an input is rejected.
     """
     settings = settings or CompareSettings()
     compared = [recipe] if isinstance(recipe, (str, Path)) else recipe or ()
     if not compared and not adapters:
-        raise UsageError("nothing to compare", hint="give a RECIPE, or --adapters")
-    needing = settings.controls.fitted
-    if needing and fit_data is None:
-        raise UsageError(f"--control {needing[0]} has to be fitted", hint="give calibration records with --fit-data")
+        raise UsageError("nothing to compare", hint="name a recipe, or adapters")
     settings.check_used(fit_data=fit_data is not None, guard=guard is not None)
     test, calibration = _read_data(data, fit_data, settings, progress)
     guarded = () if guard is None else _read_files(guard, "guard", settings, progress)
@@ -136,6 +133,7 @@ def prepare_comparison(
             _check_rows([one.row for one in recipes], references)
             _check_one_kind(recipes, settings)
         read = ingredients.read(adapters, progress)
+    check_numbers(settings.weights, len(read))
     check_distinct(read, references, progress)
     check_language_models(read, "a comparison")
     asked = base or next((one.recipe.base.claim for one in recipes if one.recipe.base.claim is not None), None)

@@ -76,6 +76,18 @@ def parse_controls(words: Sequence[str]) -> Controls:
     return Controls(fresh_lora, random, datamix)
 
 
+def needs_records(name: str) -> bool:
+    """Whether a method, a kind of mixing or a control goes by calibration records."""
+    return name not in METHODS or METHODS[name].needs_records
+
+
+def records_needed(name: str) -> tuple[str, str]:
+    """Why it needs them, and the option that takes them."""
+    own = name in METHODS and METHODS[name].regress is not None
+    why = "goes by each adapter's own records" if own else "has to be fitted"
+    return why, f"give calibration records with --fit-data{' FILE@ADAPTER' if own else ''}"
+
+
 @dataclass(frozen=True)
 class CompareSettings:
     """The settings of a comparison.
@@ -134,7 +146,7 @@ class CompareSettings:
 
     def check_used(self, *, fit_data: bool, guard: bool) -> None:
         """Raises UsageError for what could change no row: records or settings of a fit without one, a margin of
-        nothing.
+        nothing; and for a fit without records that was asked for by name.
 
         Args:
             fit_data: whether there are calibration records.
@@ -155,6 +167,14 @@ class CompareSettings:
                     f"{option} has no use here: no mixing is fitted",
                     hint=f"name one, such as --methods data-free,module with --fit-data, or leave {option} out",
                 )
+        asked = [
+            *((f"--control {name}", name) for name in self.controls.fitted),
+            *((name, name) for name in self.methods),
+        ]
+        for said, name in asked if not fit_data else ():
+            if name not in (ALL, DATA_FREE) and needs_records(name):
+                why, hint = records_needed(name)
+                raise UsageError(f"{said} {why}", hint=hint)
 
 
 def parse_methods(text: str) -> tuple[str, ...]:

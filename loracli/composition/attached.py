@@ -99,8 +99,7 @@ def of_method(
         energy = norm(merged.factors) ** 2
         kept += energy
         whole += energy / merged.kept_energy if merged.kept_energy > 0 else 0.0
-    note = "full rank; its best approximation" if method.full_rank else ""
-    return of_factors(factors, kept_energy=kept / whole if method.full_rank and whole > 0 else None, note=note)
+    return of_factors(factors, kept_energy=kept / whole if method.full_rank and whole > 0 else None)
 
 
 def of_factors(factors: Mapping[str, Factors], *, kept_energy: float | None = None, note: str = "") -> MixingPoint:

@@ -6,7 +6,7 @@ A file in TOML or JSON has a table for each adapter, by its reference, the last 
 or its place as "#2":
 
     ["./math"]
-    default = 0.7              # every module that nothing below names
+    default = 0.7              # every module that nothing below names; that alone is `math = 0.7` without a table
     attention = 0.8            # a kind: attention, mlp or experts
     "0-7" = 0.5                # layers 0 to 7
     "8-11 mlp" = 0.9           # a kind in some layers
@@ -43,7 +43,7 @@ from loracli.system.strict_json import StrictJsonError, parse_json
 from loracli.system.toml import TomlError, parse_toml
 
 # As they are given: one number for each adapter, the file with their tables, or the tables themselves.
-Weights = Sequence[float] | str | Path | Mapping[str, Mapping[str, float]]
+Weights = Sequence[float] | str | Path | Mapping[str, Mapping[str, float] | float]
 # Of every module, the experts of a parameter as one: a weight for each adapter, None where it changes nothing there.
 ModuleWeights = Mapping[str, tuple[float | None, ...]]
 
@@ -102,7 +102,7 @@ def weights_of_modules(given: Weights, adapters: Sequence[LoraAdapter]) -> dict[
     elif isinstance(given, Mapping):
         columns = _columns(given, "the weights", adapters, targets)
     else:
-        numbers = checked_numbers(given, len(adapters))
+        numbers = _checked(given, len(adapters))
         columns = [dict.fromkeys(own, number) for own, number in zip(targets, numbers, strict=True)]
     if not any(weight for column in columns for weight in column.values()):
         raise UsageError("every weight is 0, which leaves nothing of the adapters", hint=_WAYS)
@@ -191,12 +191,18 @@ def _is_number(text: str) -> bool:
     return "_" not in text  # which Python's own numbers may have
 
 
-def checked_numbers(numbers: Sequence[float], adapters: int) -> list[float]:
-    """One weight for each of so many adapters.
+def _is_weight(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    Raises:
-        UsageError: if there are more or fewer, or one is none.
-    """
+
+def check_numbers(given: Weights | None, adapters: int) -> None:
+    """Raises UsageError unless there is one number for each of N adapters, where numbers are given: it is told before
+    anything is opened."""
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        _checked(given, adapters)
+
+
+def _checked(numbers: Sequence[float], adapters: int) -> list[float]:
     for number in numbers:
         if (problem := _unfit(number)) is not None:
             raise UsageError(f"--weights: {problem}", hint=_WAYS)
@@ -211,7 +217,7 @@ def checked_numbers(numbers: Sequence[float], adapters: int) -> list[float]:
 
 def _unfit(number: object) -> str | None:
     """Why this is not a weight; None if it is one."""
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+    if not isinstance(number, (int, float)) or isinstance(number, bool):
         return "expected a number" + ("; quote a name that has dots" if isinstance(number, dict) else "")
     if isinstance(number, float) and not math.isfinite(number):
         return f"{number} is not a weight"
@@ -248,8 +254,8 @@ def _columns(
     """The weight of each module, adapter by adapter."""
     problems: list[str] = []
     found: list[dict[str, float] | None] = [None] * len(adapters)
-    for name, table in tables.items():
-        shown = name[:_QUOTED]
+    for name, given in tables.items():
+        shown, table = name[:_QUOTED], {_DEFAULT: given} if _is_weight(given) else given
         places = [place for place, adapter in enumerate(adapters) if goes_by(name, place, adapter)]
         if len(places) != 1:
             known = ", ".join(_called(place, adapter) for place, adapter in enumerate(adapters))
@@ -257,7 +263,7 @@ def _columns(
         elif found[places[0]] is not None:
             problems.append(f"[{shown}]: a second table of one adapter")
         elif not isinstance(table, Mapping):
-            problems.append(f"{shown}: expected a table of an adapter, [{shown}]")
+            problems.append(f"{shown}: expected a number, or a table of an adapter, [{shown}]")
             found[places[0]] = {}
         else:
             found[places[0]] = _column(shown, table, targets[places[0]], problems)

@@ -491,7 +491,11 @@ def remarks(found: Comparison) -> list[str]:
 
 
 def _note(row: ComparisonRow) -> str:
-    kept = "" if row.kept_energy is None else f"rank {row.rank} keeps {row.kept_energy:.1%} of its energy"
+    kept = ""
+    if row.kept_energy is not None:
+        kept = (
+            f"its update has full rank, and is cut to rank {row.rank}, which keeps {row.kept_energy:.1%} of its energy"
+        )
     return "; ".join(filter(None, [row.note, kept, _drawn(row.draws)]))
 
 

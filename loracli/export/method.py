@@ -72,7 +72,7 @@ def read_to_compose(
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         return read_ingredients(loaded, relocated=adapters, progress=progress), loaded
     if not adapters:
-        raise UsageError("nothing to export", hint="give a RECIPE, or --adapters")
+        raise UsageError("nothing to export", hint="name a recipe, or adapters")
     if len(adapters) > MAX_ADAPTERS:
         raise UsageError(f"{len(adapters)} adapters are given, and a record holds at most {MAX_ADAPTERS}")
     fetched = (fetch_adapter(reference, progress=progress) for reference in adapters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.arguments import check_declared
 from loracli.calibration.records import DataPaths
 from loracli.composition.composition import DEFAULTS, takes
-from loracli.composition.weights import Weights, checked_numbers
+from loracli.composition.weights import Weights, check_numbers
 from loracli.errors import UsageError
 from loracli.export.layout import PROFILES
 from loracli.hub.references import Named, whole_model_hint
@@ -121,7 +121,7 @@ def check(request: ExportRequest) -> Method | None:
     if request.task_type is not None and method is not None:
         checked_task(request.task_type)
     _refuse_first(_refusals(request, method))
-    _check_numbers(request)
+    check_numbers(request.weights, len(request.adapters))
     device = request.placement.device
     if device != "auto" and not request.runs_base and not has_float64(resolve_device(device)):
         raise UsageError(
@@ -140,13 +140,7 @@ def check_form(request: ExportRequest) -> None:
     """Raises UsageError for a rank, error, energy, dtype or profile that cannot be, whatever is composed, and for
     weights of nothing."""
     _refuse_first((*_of_weights(request), *_out_of_range(request)))
-    _check_numbers(request)
-
-
-def _check_numbers(request: ExportRequest) -> None:
-    """Weights that are numbers can be told before anything is read, and so before an output is found in the way."""
-    if request.weights is not None and not isinstance(request.weights, (str, Path, Mapping)):
-        checked_numbers(request.weights, len(request.adapters))
+    check_numbers(request.weights, len(request.adapters))
 
 
 # Whether something is to be refused, what is wrong with it, and the way out.
@@ -173,10 +167,22 @@ def _out_of_range(request: ExportRequest) -> _Refusals:
             f"--tolerance {tolerance} is not at least 0 and below 1",
             None,
         ),
-        (energy is not None and not 0 < energy <= 1, f"--energy {energy} is not above 0 and at most 1", None),
+        (
+            energy is not None and not 0 < energy <= 1,
+            f"--energy {energy} is not above 0 and at most 1",
+            f"of {energy:g} % give {energy / 100:g}" if energy is not None and 1 < energy <= 100 else None,
+        ),
         (rank is not None and rank < 1, f"--rank {rank} is below 1", None),
-        (dtype not in (None, *OUTPUT_DTYPES), f"--dtype {dtype} is not one of {', '.join(OUTPUT_DTYPES)}", None),
-        (profile not in (None, *PROFILES), f"--profile {profile} is not one of {', '.join(PROFILES)}", None),
+        (
+            dtype not in (None, *OUTPUT_DTYPES),
+            f"--dtype {dtype} is not one of {', '.join(OUTPUT_DTYPES)}",
+            did_you_mean(dtype or "", OUTPUT_DTYPES),
+        ),
+        (
+            profile not in (None, *PROFILES),
+            f"--profile {profile} is not one of {', '.join(PROFILES)}",
+            did_you_mean(profile or "", PROFILES),
+        ),
     )
 
 
@@ -196,7 +202,7 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
         (
             recipe and request.recipe is None,
             "nothing to export",
-            "give a RECIPE, or --adapters with --weights or --method",
+            "name a recipe, or adapters with weights or a method",
         ),
         (
             recipe and request.modules_to_save is not None,
@@ -302,6 +308,7 @@ def find_method(name: str, options: MethodOptions = DEFAULTS) -> Method:
     if name not in METHODS:
         fitted = (*MIXING_KINDS, "auto", "paper")
         hint = f"fit it: loracat fit --mixing {name}, then export the recipe" if name in fitted else None
+        hint = "a fit is exported as its recipe: loracat export recipe.json" if name == "fit" else hint
         hint = hint or did_you_mean(name, METHODS)
         raise UsageError(f"--method {name} is not one of {', '.join(METHODS)}", hint=hint)
     method = METHODS[name]

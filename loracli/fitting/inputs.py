@@ -170,7 +170,8 @@ def _say_how_little(
 ) -> None:
     """Warns of so few records that weights are hardly theirs, and says what is left to fit of one adapter."""
     if len(adapters) == 1:
-        progress.note(f"one adapter alone: only its scale is fitted, by --mixing {settings.mixing}")
+        each = f" in each {settings.mixing}" if settings.mixing in ("layer", "module") else ""
+        progress.note(f"one adapter alone: only its scale{each} is fitted, by --mixing {settings.mixing}")
     records = len(dataset.training)
     if settings.mixing == AUTO or records >= _FEW_RECORDS:
         return

@@ -137,7 +137,7 @@ def _read_ingredients(
         if recipe is None:
             raise UsageError(
                 "nothing to fuse",
-                hint="give a RECIPE, an adapter's directory, or --adapters with --weights or --method",
+                hint="name a recipe, an adapter's directory, or adapters with weights or a method",
             )
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         ingredients = read_ingredients(loaded, relocated=adapters, progress=progress)

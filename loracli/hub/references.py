@@ -153,10 +153,10 @@ def _refuse(text: str) -> NoReturn:
         raise AdapterNotFound(
             "a file is not an adapter", where=text, hint=f"name the directory that holds {CONFIG_FILE}"
         )
-    several = [part.strip() for part in text.split(",")]
-    if len(several) > 1:
-        spaced = f"separate adapters by spaces: {' '.join(several)}"
-        raise AdapterNotFound("an adapter's name holds no comma", where=text, hint=spaced)
+    several = [part for part in re.split(r"[,\s]+", text) if part]
+    if len(several) > 1 and ("," in text or all(map(_holds_adapter, several))):
+        spaced = f"separate adapters by spaces, without quotes: {' '.join(several)}"
+        raise AdapterNotFound("one name holds several adapters", where=text, hint=spaced)
     near = hints(near_adapter(text), _FORMS)
     if text.startswith((".", "/", "~")):
         raise AdapterNotFound("no such directory", where=text, hint=near)

@@ -18,6 +18,7 @@ from loracli.errors import UsageError
 from loracli.model.quantisation import UNQUANTISED, check_quantise
 from loracli.system.display import count_text
 from loracli.system.machine import says_memory_ran_out
+from loracli.system.near import did_you_mean
 
 
 def ran_out_of_memory(error: Exception) -> bool:
@@ -166,7 +167,9 @@ class Placement:
         """Raises UsageError for what this machine does not have, before anything is looked for."""
         check_declared(self)
         if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype} is not one of auto, {', '.join(DTYPES)}")
+            raise UsageError(
+                f"--dtype {self.dtype} is not one of auto, {', '.join(DTYPES)}", hint=did_you_mean(self.dtype, DTYPES)
+            )
         check_quantise(self.quantise)
         if self.form is not None and self.shard:
             raise UsageError("a quantised base cannot be shared out", hint="leave out --quantise or --shard")

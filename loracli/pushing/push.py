@@ -145,7 +145,9 @@ def push_adapter(
     verification = verify_directory(directory, edited_card=request.edited_card, progress=progress)
     contents = read_contents(directory, secrets=() if token is None else (token,), edited_card=request.edited_card)
     if token is None:
-        raise AccessDenied("a push needs a Hub token with write access", where=repo_id, hint=LOG_IN)
+        raise AccessDenied(
+            "the files are in order, but a push needs a Hub token with write access", where=repo_id, hint=LOG_IN
+        )
     if constants.HF_HUB_OFFLINE:
         raise HubUnreachable("offline, and a push needs the Hub", where=repo_id, hint="unset HF_HUB_OFFLINE")
     repository = Repository(repo_id, request.revision or constants.DEFAULT_REVISION, token, endpoint)

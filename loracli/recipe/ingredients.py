@@ -133,8 +133,8 @@ def _recorded_reference(recorded: RecipeAdapter, folder: Path) -> Reference:
     if not (path / CONFIG_FILE).is_file():
         raise AdapterNotFound(
             f"the recipe's adapter {recorded.reference} is not at {path}",
-            hint="put it there, or name all adapters where they are now: with --adapters, in the recipe's order; to "
-            "fetch, by themselves",
+            hint="put it there, or name all adapters where they are now, in the recipe's order, with --adapters; "
+            "`loracat fetch` takes them in the recipe's place",
         )
     return Reference(recorded.reference, path=path)
 

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 from loracli.adapters.kinds import MAX_EXPERTS, BaseModule
 from loracli.adapters.names import leaf
+from loracli.arguments import from_home
 from loracli.errors import OutputExists, RecipeError, UsageError
 from loracli.hub.references import URI_PREFIX, is_folder, is_hub_id, whole_model_hint
 from loracli.recipe.record import (
@@ -136,7 +137,7 @@ class Recipe:
             UsageError: if the mixing has tensors and `path` does not end in `.json`.
             RecipeError, IntegrityError: if the moments beside the file that it was read from are not its own.
         """
-        path = Path(path)
+        path = Path(from_home(path))
         mixing, moments = self.mixing, _moments_of(self.activations)
         check_recipe_path(path, force=force, kind=mixing.kind)
         written = self._moved_to(path.parent)
@@ -285,7 +286,7 @@ def check_recipe_path(path: Path, *, force: bool, kind: str = "module") -> None:
         UsageError: if the kind may need such a file and `path` does not end in `.json`.
     """
     if path.is_dir():
-        raise OutputExists(f"{path} is a directory", hint="name a file with -o")
+        raise OutputExists(f"{path} is a directory", hint="name a file in it")
     if os.path.lexists(path) and not force:
         raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
     if kind not in INLINE_KINDS and path.suffix != ".json":
@@ -328,7 +329,7 @@ def load_recipe(path: str | Path) -> Recipe:
         RecipeError: if it cannot be read, naming every problem at once.
         IntegrityError: if the tensors beside it are not those it was written with.
     """
-    path = Path(path)
+    path = Path(from_home(path))
     result = decode_recipe(read_document(path), f"the recipe {path}", path.parent)
     if result.activations is not None:
         result = replace(result, activations=replace(result.activations, recipe=path))
@@ -346,8 +347,6 @@ def check_recipe_there(recipe: Recipe | str | Path | None) -> None:
 
 
 def _way_out(path: Path) -> str | None:
-    if (path / CONFIG_FILE).is_file():
-        return f"it is an adapter, not a recipe: name adapters with --adapters, as in --adapters {path}"
     return hints(near_path(path, _maybe_recipe), "`loracat fit` writes one; name it if it is elsewhere")
 
 
@@ -368,8 +367,7 @@ def read_document(path: Path) -> Any:
             word = shell_word(str(path))
             raise RecipeError(
                 f"{path} is an adapter, and a recipe is read here",
-                hint=f"name adapters with --adapters, as in `loracat export --adapters {word} --weights 1`; "
-                f"`loracat inspect {word}` shows it",
+                hint=f"name adapters with --adapters, as in --adapters {word}; `loracat inspect {word}` shows it",
             ) from None
         if (hint := whole_model_hint(path)) is not None:
             raise RecipeError(f"{path} is a whole model, and a recipe is read here", hint=hint) from None

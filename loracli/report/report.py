@@ -365,13 +365,14 @@ def _ingredients(recipe: Recipe, adapters: Sequence[Named], progress: Progress) 
     except (AdapterNotFound, AccessDenied, HubUnreachable) as error:
         if adapters:
             raise
-        progress.warn(f"the report has no interference between the adapters: {error}")
+        where = "name all adapters where they are now with --adapters"
+        progress.warn(f"the report has no interference between the adapters: {error}; {where}")
         return ()
 
 
 def _check_free(path: Path, *, force: bool, read: Sequence[object]) -> None:
     if path.is_dir():
-        raise OutputExists(f"{path} is a directory", hint="name a file with -o")
+        raise OutputExists(f"{path} is a directory", hint="name a file in it")
     if os.path.lexists(path) and not force:
         raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
     if any(same_file(path, Path(name)) for name in read if isinstance(name, (str, Path))):

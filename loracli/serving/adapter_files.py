@@ -26,6 +26,7 @@ from loracli.hub.references import Named, whole_model_hint
 from loracli.model.base import plan_from_config
 from loracli.model.modules import BaseNames, expert_shape, kind_and_shape
 from loracli.progress import SILENT, Progress
+from loracli.system.escaping import shell_word
 from loracli.system.files import (
     CERTIFICATE_FILE,
     CONFIG_FILE,
@@ -203,8 +204,11 @@ def read_adapter_files(path: Path) -> AdapterFiles:
     """
     fetch = "a directory is needed; loracat fetch REF prints the one it fetches to"
     if not path.is_dir():
+        export = f"`loracat export {shell_word(str(path))}` writes an adapter of a recipe"
         raise AdapterNotFound(
-            "is not a directory" if path.exists() else "no such directory", where=str(path), hint=fetch
+            "is not a directory" if path.exists() else "no such directory",
+            where=str(path),
+            hint=export if path.is_file() and path.suffix == ".json" else fetch,
         )
     names = frozenset(entry.name for entry in os.scandir(path))
     if CONFIG_FILE not in names:

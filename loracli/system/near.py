@@ -14,6 +14,21 @@ from typing import TypeVar
 
 from loracli.errors import UsageError
 
+# What other programs call it, for the lists that have the second.
+_OTHER_WORDS = {
+    "fp16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "4bit": "nf4",
+    "8bit": "int8",
+    "cat": "module",
+    "vllm": "portable",
+    "sglang": "portable",
+    "chat": "messages",
+    "openai": "messages",
+    "chatml": "messages",
+}
 _Thing = TypeVar("_Thing")
 
 _SAID = 12  # names that there are, where none is near
@@ -33,8 +48,14 @@ def did_you_mean(word: str, names: Collection[str]) -> str | None:
 
 
 def _nearest(word: str, names: Collection[str]) -> str | None:
-    """The name that is nearest, whatever its capitals, and however its accents are written."""
+    """The name that other programs call so, else the first that ends in the word, else the nearest, whatever its
+    capitals, and however its accents are written."""
     plain = {_plain(name): name for name in reversed(list(names))}
+    other = _OTHER_WORDS.get(_plain(word).replace("-", ""))
+    if other in plain:
+        return plain[other]
+    if ending := [name for name in plain if name.endswith(f".{_plain(word)}")]:  # the last name of a module
+        return plain[ending[-1]]
     found = get_close_matches(_plain(word), plain, n=1)
     return plain[found[0]] if found else None
 

@@ -141,6 +141,7 @@ def test_grades_on_an_unknown_scale_are_warned_of_and_kept(tmp_path: Path) -> No
     file = read_records(write(tmp_path / "val.jsonl", {"text": "t", "score": 1, "rating": None}), progress=heard)
     assert file.ignored_keys == ("rating", "score")
     assert heard.warnings == [f"{file.source}: score: not read; every answer is learnt, whatever its grade"]
+    assert heard.notes == [f"{file.source}: these keys are not read: rating"]
 
 
 @pytest.mark.parametrize(

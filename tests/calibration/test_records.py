@@ -123,7 +123,27 @@ def test_an_empty_prompt_and_an_empty_system_turn_are_fine(tmp_path: Path) -> No
     assert read(tmp_path, json.dumps({"messages": messages})).records[0].content["messages"] == messages[:3]
 
 
+def test_roles_are_taken_whatever_their_capitals(tmp_path: Path) -> None:
+    assert (
+        read(tmp_path, CHAT.replace("user", "User").replace("assistant", "GPT")).records == read(tmp_path, CHAT).records
+    )
+
+
 # What is refused.
+
+
+def test_a_comma_behind_each_object_is_named_and_skipping_offered_only_where_most_lines_are_good(
+    tmp_path: Path,
+) -> None:
+    comma = "a comma behind the object"
+    with pytest.raises(CalibrationError, match=comma) as caught:
+        read_records(write(tmp_path, PC + ",", PC.replace("c", "longer") + ", ", PC))
+    assert [problem.partition(":")[2] for problem in caught.value.problems] == [f"1: {comma}", f"2: {comma}"]
+    assert str(caught.value.hint).startswith("write one object on each line with nothing between them")
+    for bad, hint in ((1, "fix these lines, or leave them out with --skip-bad"), (2, "fix these lines")):
+        with pytest.raises(CalibrationError) as caught:
+            read_records(write(tmp_path, *["{"] * bad, PC))
+        assert caught.value.hint == hint
 
 
 NO_KEYS = "has none of the keys text, prompt, messages, conversations, instruction; found: "

@@ -82,11 +82,11 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (nothing, ["lint", "know", "--for", "vlm"], 2, ["error: --for vlm is not one of", "did you mean vllm?"]),
     (an_export, ["export", "-a", "know", "frm", "-w", "1", "1"], 3, ["error: frm: ", "did you mean form?"]),
     (an_export, ["export"], 2, ["error: adapter-cat exists"]),
-    (nothing, ["fit", "-a", "know,form", *DATA], 3, ["error: know,form: ", "separate adapters by spaces: know form"]),
+    (nothing, ["fit", "-a", "know,form", *DATA], 3, ["error: know,form: ", "without quotes: know form"]),
     (nothing, ["fit", *TWO, *ELSE, "-d", "know"], 3, ["error: know cannot be read", "named with --adapters"]),
     (nothing, ["fit", "-a", "calibration.jsonl", *DATA], 3, ["a data file is not an adapter", "with --data"]),
     (nothing, ["fit", "know", "form", *DATA], 2, ["error: know form: ", "loracat fit --adapters know form"]),
-    (nothing, ["compare", "know", "form", "-d", "test.jsonl"], 3, ["is an adapter", "name adapters with --adapters"]),
+    (nothing, ["compare", "know", "form", "-d", "test.jsonl"], 3, ["is an adapter", "as in --adapters know;"]),
     (nothing, [*FIT, "--fields", "Prompt=q"], 2, ["--fields Prompt=q: Prompt is not one of", "did you mean prompt?"]),
     (nothing, [*FIT, "--base", "bsae"], 3, ["error: no directory bsae is here", "did you mean base?"]),
     (nothing, [*FIT, "--base", "./bsae"], 3, ["error: the base model ./bsae", "did you mean base?"]),
@@ -122,6 +122,23 @@ MISTAKES: list[tuple[Callable[[], None], list[str], int, list[str]]] = [
     (another_name, ["fit", "-a", "know", "same", *DATA], 2, ["know and same are one adapter"]),
     (nothing, [*FIT, "--lr", "1"], 2, ["No such option: --lr\nhint: it is called --learning-rate here"]),
     (nothing, [*FIT, "--epochs", "1"], 2, ["--epochs", "it is called --passes here"]),
+    (nothing, ["inspect", "know form"], 3, ["error: know form: ", "hint: separate adapters by spaces, without quotes"]),
+    (nothing, ["inspect", *TWO], 2, ["No such option: --adapters", "without an option: loracat inspect REF..."]),
+    (nothing, ["fit", *TWO, "calibration.jsonl"], 2, ["'--data'", "calibration.jsonl looks like data: --data cali"]),
+    (nothing, [*FIT, "-w", "1", "1"], 2, ["option: -w", "need no fit: `loracat export --adapters ... --weights 1 1`"]),
+    (nothing, ["lint", "recipe.json"], 3, ["is not a directory", "`loracat export recipe.json` writes an adapter"]),
+    (nothing, ["export", "--rank", "8.5"], 2, ["error: --rank 8.5 is not a whole number\nhint: see"]),
+    (nothing, [*FIT, "--tolerance", "10%"], 2, ["error: --tolerance 10% is not a number, as 0.1 is\nhint: see"]),
+    (nothing, [*FIT, "--dtype", "BF16"], 2, ["error: --dtype BF16 is not one of", "did you mean bfloat16?"]),
+    (nothing, [*FIT, "--mixing", "cat"], 2, ["did you mean module?"]),
+    (nothing, [*FIT, "--format", "chat"], 2, ["did you mean messages?"]),
+    (nothing, [*FIT, "--quantise", "4-bit"], 2, ["did you mean nf4?"]),
+    (nothing, ["fit", *TWO, *ELSE, "-d", "*.jsonl"], 3, ["stands without quotes"]),
+    (nothing, ["export", "--merge", "--dtype", "fp16"], 2, ["did you mean float16?"]),
+    (nothing, ["export", "--merge", "--energy", "99"], 2, ["is not above 0", "hint: of 99 % give 0.99"]),
+    (nothing, ["export", "--profile", "vllm"], 2, ["did you mean portable?"]),
+    (nothing, ["export", *TWO, "--method", "fit"], 2, ["as its recipe: loracat export recipe.json"]),
+    (nothing, ["fuse", "--merge", "--base", "base"], 2, ["option: --merge\nhint: `loracat export --merge`"]),
     (nothing, ["list"], 2, ["error: loracat has no command list", "`loracat inspect ADAPTER...`"]),
     (nothing, ["chat"], 2, ["error: loracat has no command chat", "`loracat generate`"]),
     (nothing, ["help"], 2, ["error: loracat has no command help", "`loracat COMMAND --help`"]),
@@ -220,5 +237,5 @@ def test_few_records_for_many_weights_and_one_adapter_alone_are_said(here: Path)
     assert "only 2 records in all: too few for a verdict" in run(*few[:4], "--data", "two.jsonl", *few[6:]).stderr
     assert "training records for" not in run(*FIT, "--dry-run").stderr
     assert "training records for" not in run(*few, "--mixing", "adapter").stderr
-    assert "only its scale is fitted" in run("fit", "-a", "know", *DATA, "--dry-run").stderr
+    assert "only its scale in each module is fitted" in run("fit", "-a", "know", *DATA, "--dry-run").stderr
     assert "only its scale" not in run(*FIT, "--dry-run").stderr

@@ -628,6 +628,12 @@ def test_what_cannot_be_compared_is_refused_before_the_base_is_loaded(
         compare(data, tiny_base)
     with pytest.raises(UsageError, match="random has to be fitted"):
         compare(data, tiny_base, two_adapters, settings=CompareSettings(controls=Controls(random=True)))
+    with pytest.raises(UsageError, match="module has to be fitted"):
+        prepare_comparison(data / "none.jsonl", adapters=["nowhere"], settings=CompareSettings(("sum", "module")))
+    with pytest.raises(UsageError, match="1 number for 2 adapters"):
+        prepare_comparison(
+            data / "test.jsonl", adapters=two_adapters, base="nowhere", settings=CompareSettings(weights=(1,))
+        )
     with pytest.raises(UsageError, match="given twice"):
         compare(data, tiny_base, (two_adapters[0], two_adapters[0]))
     inputs = prepare_comparison(data / "test.jsonl", adapters=[str(p) for p in two_adapters], base=str(tiny_base))

@@ -131,8 +131,9 @@ def test_an_adapter_goes_by_its_place_reference_repository_or_the_end_of_its_pat
             r"1001 keys are not names of its modules, and at most 1000",
         ),
         ({}, r"no weight for lm_head and 8 more"),
-        ([1], r"expected a table of an adapter"),
-        (0.7, r"expected a table of an adapter"),
+        ([1], r"expected a number, or a table of an adapter"),
+        (True, r"expected a number, or a table of an adapter"),
+        (1e9, r"\[math\] default: 1e\+09 is beyond 1e\+06"),
     ],
 )
 def test_a_key_that_cannot_be_honoured_is_named_with_the_way_out(tmp_path: Path, table: Any, reason: str) -> None:
@@ -154,6 +155,11 @@ def test_every_adapter_has_one_table(tmp_path: Path, tables: Any, reason: str) -
     with pytest.raises(SettingsError) as caught:
         of_file(tmp_path, tables)
     assert any(re.search(reason, problem) for problem in caught.value.problems), caught.value.problems
+
+
+def test_a_number_alone_is_the_default_of_its_adapter(tmp_path: Path) -> None:
+    bare = {"math": 0.7, "org/code": {"default": 0.3}}
+    assert of_file(tmp_path, bare) == weights_of_modules(bare, ADAPTERS) == weights_of_modules([0.7, 0.3], ADAPTERS)
 
 
 def test_problems_stop_where_nobody_reads_on() -> None:

@@ -202,13 +202,14 @@ def test_rules_out_of_their_range_or_together_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("20MB", 20_000_000), ("1.5 GiB", 3 << 29), ("800000", 800_000), ("3kB", 3000), ("2B", 2)]
+    ("text", "size"),
+    [("20MB", 20_000_000), ("1.5 GiB", 3 << 29), ("800000", 800_000), ("3kB", 3000), ("2B", 2), ("20 mb", 20_000_000)],
 )
 def test_sizes_are_read_as_they_are_written(text: str, size: int) -> None:
     assert parse_bytes(text, "--budget") == size
 
 
-@pytest.mark.parametrize("text", ["", "MB", "20 mb", "-3MB", "1e9", "20MBit", "²MB", "inf"])
+@pytest.mark.parametrize("text", ["", "MB", "-3MB", "1e9", "20MBit", "²MB", "inf"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a size"):
         parse_bytes(text, "--budget")
