@@ -30,6 +30,7 @@ from dataclasses import dataclass
 
 from loracli.arguments import check_declared
 from loracli.errors import MetricError, UsageError
+from loracli.system.near import did_you_mean
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 # 1,234.5  -3  +2e-4  .5  1200. A comma counts between groups of three digits, a sign where no digit, letter or closing
@@ -168,7 +169,8 @@ class TaskMetric:
         """Raises UsageError for a setting that is of another type, or out of its range."""
         check_declared(self)
         if self.name not in (*_METRICS, COMMAND):
-            raise UsageError(f"the metric {self.name} is not one of {', '.join(_METRICS)}")
+            hint = did_you_mean(self.name, _METRICS)
+            raise UsageError(f"the metric {self.name} is not one of {', '.join(_METRICS)}", hint=hint)
         if self.name == COMMAND:
             _split_command(self.command or "")
         check_max_new_tokens(self.max_new_tokens)

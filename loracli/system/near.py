@@ -25,6 +25,8 @@ _OTHER_WORDS = {
     "cat": "module",
     "vllm": "portable",
     "sglang": "portable",
+    "accuracy": "exact",
+    "em": "exact",
     "chat": "messages",
     "openai": "messages",
     "chatml": "messages",

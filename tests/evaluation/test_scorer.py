@@ -184,6 +184,9 @@ def test_a_metric_is_one_metric_within_its_range() -> None:
     assert task_metric(None, "cat -n") == TaskMetric("command", "cat -n")
     with pytest.raises(UsageError, match="there is no program grade"):
         task_metric(None, "grade --strictly")
+    with pytest.raises(UsageError) as refused:
+        task_metric("accuracy", None)
+    assert "did you mean exact" in str(refused.value.hint)
     for name, command, options in (
         ("exact", "grade", {}),
         ("fuzzy", None, {}),
