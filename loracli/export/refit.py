@@ -257,7 +257,8 @@ def refit_on(
     fitted, held_out = (fit_data, data) if fit_data is not None else (data, None)
     assert fitted is not None
     sources = parse_sources(fitted)
-    records = read_dataset(sources, held_out, holdout=HOLDOUT, seed=settings.seed, progress=progress)
+    share = HOLDOUT if held_out is None else None
+    records = read_dataset(sources, held_out, holdout=share, seed=settings.seed, progress=progress)
     return RefitOnRecords(records, base, base_revision, placement, progress)
 
 
