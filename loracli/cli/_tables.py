@@ -174,7 +174,11 @@ def layer_lines(out: Output, found: LayerEffects) -> None:
 def weights_text(recipe: Recipe) -> str:
     """What was fitted: `44 weights (module)`, or the numbers of a mixing that is no weight for each adapter."""
     what = "weight" if recipe.mixing.kind in INLINE_KINDS else "number"
-    kind = "a new LoRA, which has nothing of the adapters" if recipe.fit.from_nothing else recipe.mixing.kind
+    kind: str = recipe.mixing.kind
+    if recipe.fit.from_nothing:
+        kind = "a new LoRA, which has nothing of the adapters"
+    elif recipe.fit.half_from_nothing:
+        kind = "the mean of trained factors and of a new LoRA"
     return f"{count_text(recipe.mixing.numbers, what)} ({kind})"
 
 

@@ -376,6 +376,11 @@ def _mixing(recipe: Recipe) -> list[str]:
             "It is a new LoRA, trained from nothing on a calibration file, where its loss was lower than that of every",
             f"composition of the adapters, of which it has nothing: {recipe.mixing.numbers} numbers.",
         ]
+    if recipe.fit.half_from_nothing:
+        return [
+            "It is the mean of two that were trained on a calibration file while the base stayed frozen: of factors",
+            f"that started from theirs, and of a new LoRA, which has nothing of them; {recipe.mixing.numbers} numbers.",
+        ]
     weighted_sum = [
         "Its update of every module is the weighted sum of theirs, with weights learnt on a calibration file while",
         f"base and adapters stayed frozen (CAT, [LoRA Soups](https://arxiv.org/abs/2410.13025), {weights}).",

@@ -23,7 +23,7 @@ from loracli.calibration.dataset import Batch, plan_batches, shuffled
 from loracli.calibration.render import Example
 from loracli.errors import UsageError
 from loracli.fitting.engine import Engine
-from loracli.fitting.mixing import Applied, FactorMixing, FreshLora, Mixing
+from loracli.fitting.mixing import Applied, Mixing, TrainedFactors
 from loracli.model.loss import Objective
 from loracli.model.placement import has_float64
 from loracli.progress import Progress, amount_text
@@ -170,7 +170,7 @@ def fit_activations(
 def _input_factors(adapters: Sequence[LoraAdapter], mixing: Mixing, theta: Tensor) -> dict[str, Tensor]:
     """A (R, in) of each module as an export has it: the trained one, or those of the adapters' files, stacked."""
     modules = mixing.layout.modules
-    if isinstance(mixing, FactorMixing | FreshLora):
+    if isinstance(mixing, TrainedFactors):
         return dict(zip(modules, (lora_A for lora_A, _ in mixing.factors(theta)), strict=True))
     return {
         name: torch.cat([a.modules[name].factors.lora_A.float() for a in adapters if name in a.modules])

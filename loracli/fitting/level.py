@@ -25,7 +25,7 @@ from loracli.errors import NonFiniteLoss
 from loracli.fitting.criterion import LEAST_GAIN, Criterion, Fold, gain
 from loracli.fitting.descent import WARM_UP, AdamW, Descent, Plan, Ran, plan_steps
 from loracli.fitting.engine import Engine
-from loracli.fitting.mixing import DiagonalMixing, FactorMixing, FreshLora, Mixing
+from loracli.fitting.mixing import DiagonalMixing, Mixing, TrainedFactors
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
 from loracli.recipe.record import LevelRecord, MixingKind, RecipeMixing, StageRecord, StartRecord, weights_digest
@@ -124,6 +124,7 @@ class Solution:
         refitted: whether it was fitted once more on all training records.
         dropped: places of the adapters whose weights are 0, as they could not be told from it.
         passes: over the fitting records: of the level's whole schedule, and until the solution was taken.
+        halves: of `HalfOfEach`, the solutions that it is half of.
     """
 
     mixing: Mixing
@@ -139,6 +140,7 @@ class Solution:
     refitted: bool = False
     dropped: tuple[int, ...] = ()
     passes: tuple[float, float] = (0.0, 0.0)
+    halves: tuple[Solution, ...] = ()
 
     @property
     def theta(self) -> Tensor:
@@ -441,7 +443,7 @@ def recipe_mixing(adapters: Sequence[LoraAdapter], modules: Sequence[str], found
         weights = mixing.by_group(mixing.weights(found.theta))
         return RecipeMixing(mixing.kind, weights, mixing.numbers, weights_sha256=weights_digest(weights))
     tensors: dict[str, torch.Tensor] = {}
-    if isinstance(mixing, FactorMixing | FreshLora):
+    if isinstance(mixing, TrainedFactors):
         for module, (lora_A, lora_B) in zip(modules, mixing.factors(found.theta), strict=True):
             tensors |= {f"{module}.lora_A": lora_A, f"{module}.lora_B": lora_B}
     else:

@@ -7,7 +7,8 @@
     module    M_l = blockdiag(w_li I)     for each module and adapter: CAT, what the paper's code fits
     rank      M_l = diag(w_l)             for each singular direction of each adapter, as TARA (arXiv 2603.26299)
     core      M_l full                    one adapter's input directions with another's output directions
-    factors   A_l and B_l themselves      LoRA training with a warm start; with `auto` also from nothing, a new LoRA
+    factors   A_l and B_l themselves      LoRA training with a warm start; with `auto` also from nothing, a new LoRA,
+                                          and half of each
 
 Each contains the one above, costs the same forward and backward, and is one LoRA of rank R. From `rank` on the
 directions matter, so A and B stand in the canonical basis (each adapter's thin SVD, sqrt(S) on both sides), and theta
@@ -216,7 +217,27 @@ class CoreMixing(Mixing):
         return [part.view(size, size) for part, size in zip(parts, sizes, strict=True)]
 
 
-class FactorMixing(Mixing):
+class TrainedFactors(Mixing):
+    """Factors in the place of the adapters' own."""
+
+    kind: MixingKind = "factors"
+    dtype = torch.float32
+
+    @abstractmethod
+    def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """L pairs of lora_A (r, in) and lora_B (out, r), scaling 1."""
+
+    def apply(self, attached: AttachedModel, theta: Tensor) -> None:
+        attached.set_factors(self.factors(theta.to(attached.device)))
+
+    def lift(self, lower: Mixing, theta: Tensor) -> Tensor:
+        raise TypeError("a new LoRA contains no mixing of other adapters")
+
+    def matrices(self, theta: Tensor) -> list[Tensor]:
+        raise TypeError("trained factors are not a mixing of the adapters")
+
+
+class FactorMixing(TrainedFactors):
     """`factors`: theta holds A_l and then B_l of each module, divided by their root mean square at the start of the
     ladder, so that it has the scale of 1 and one rate suits all.
 
@@ -225,8 +246,6 @@ class FactorMixing(Mixing):
         factors: L pairs of lora_A (R, in) and lora_B (out, R) in the canonical basis, scaling within.
     """
 
-    kind: MixingKind = "factors"
-    dtype = torch.float32
     rate = 0.02
 
     def __init__(self, layout: Layout, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -239,11 +258,7 @@ class FactorMixing(Mixing):
     def numbers(self) -> int:
         return sum(shape.numel() for shape in self._shapes)
 
-    def apply(self, attached: AttachedModel, theta: Tensor) -> None:
-        attached.set_factors(self.factors(theta.to(attached.device)))
-
     def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """L pairs of lora_A (R, in) and lora_B (out, R), scaling 1."""
         parts = torch.split(theta, [shape.numel() for shape in self._shapes])
         both = [p.view(shape) * scale for p, shape, scale in zip(parts, self._shapes, self._scales, strict=True)]
         return list(zip(both[0::2], both[1::2], strict=True))
@@ -254,9 +269,6 @@ class FactorMixing(Mixing):
             parts += [lora_A, (lora_B.double() @ matrix).to(self.dtype)]  # M goes into B alone, as in the export
         return torch.cat([part.flatten() / scale for part, scale in zip(parts, self._scales, strict=True)])
 
-    def matrices(self, theta: Tensor) -> list[Tensor]:
-        raise TypeError("trained factors are not a mixing of the adapters")
-
     def from_nothing(self, *, seed: int) -> FreshLora:
         """A new LoRA of the same rank on the same modules."""
         widths = [(a[1], b[0]) for a, b in zip(self._shapes[0::2], self._shapes[1::2], strict=True)]
@@ -266,7 +278,7 @@ class FactorMixing(Mixing):
 _FRESH_SCALING = 2.0  # a usual one for a LoRA on few records: lora_alpha twice the rank
 
 
-class FreshLora(Mixing):
+class FreshLora(TrainedFactors):
     """A new LoRA on the modules of a layout: theta holds A of each module and then B of each.
 
     A is drawn as PEFT draws it, uniform within 1 / sqrt(in) (Kaiming, a = sqrt 5), and B is 0, so it starts at the base
@@ -279,8 +291,6 @@ class FreshLora(Mixing):
         seed: of the draw.
     """
 
-    kind: MixingKind = "factors"
-    dtype = torch.float32
     rate = 1e-3
 
     def __init__(self, layout: Layout, shapes: Sequence[tuple[int, int]], rank: int, *, seed: int) -> None:
@@ -306,14 +316,32 @@ class FreshLora(Mixing):
         half = len(both) // 2
         return [(lora_A, _FRESH_SCALING * lora_B) for lora_A, lora_B in zip(both[:half], both[half:], strict=True)]
 
-    def apply(self, attached: AttachedModel, theta: Tensor) -> None:
-        attached.set_factors(self.factors(theta.to(attached.device)))
 
-    def lift(self, lower: Mixing, theta: Tensor) -> Tensor:
-        raise TypeError("a new LoRA contains no mixing of other adapters")
+class HalfOfEach(TrainedFactors):
+    """The mean of trained factors and a new LoRA, of the sum of their ranks: theta holds that of the one, then that of
+    the other.
 
-    def matrices(self, theta: Tensor) -> list[Tensor]:
-        raise TypeError("a new LoRA is not a mixing of other adapters")
+        dW_l = (B_l A_l + B'_l A'_l) / 2
+    """
+
+    def __init__(self, trained: TrainedFactors, new: TrainedFactors) -> None:
+        self.layout, self._halves = trained.layout, (trained, new)
+
+    @property
+    def numbers(self) -> int:
+        return sum(half.numbers for half in self._halves)
+
+    @property
+    def told_apart_by(self) -> str:
+        return " and ".join(half.told_apart_by for half in self._halves)
+
+    def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        parts = torch.split(theta, [half.numbers for half in self._halves])
+        trained, new = (half.factors(part) for half, part in zip(self._halves, parts, strict=True))
+        return [
+            (torch.cat([lora_A, new_A]), torch.cat([lora_B, new_B], dim=1) / 2)
+            for (lora_A, lora_B), (new_A, new_B) in zip(trained, new, strict=True)
+        ]
 
 
 def _root_mean_square(tensor: Tensor) -> float:

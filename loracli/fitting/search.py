@@ -12,7 +12,8 @@ The lowest level, one weight for each adapter: screen the points that need no fi
     adapter -> module -> core -> factors        `auto`: the best of them; a level is better than the best below where
                                                 the gain exceeds one standard error, and 0.005; two of `factors` and
                                                 where there are few records, and nothing for `module`. Its factors
-                                                are trained from the best below, and from nothing
+                                                are trained from the best below and from nothing, and half of
+                                                each is tried
 
 Everything is chosen inside the training records, on those of each fold that its solution was not fitted to; held-out
 records are not seen here. What was chosen is then fitted once more on all training records.
@@ -60,10 +61,10 @@ from loracli.fitting.level import (
     solve_level,
     tokens_of,
 )
-from loracli.fitting.mixing import DiagonalMixing, FactorMixing, Mixing
+from loracli.fitting.mixing import DiagonalMixing, FactorMixing, HalfOfEach, Mixing, TrainedFactors
 from loracli.fitting.settings import AUTO, FitSettings, last_passes
 from loracli.model.loss import Scores
-from loracli.recipe.record import NOTHING, LevelRecord, MixingKind, StageRecord, StartRecord
+from loracli.recipe.record import HALVES, NOTHING, LevelRecord, MixingKind, StageRecord, StartRecord
 from loracli.system.display import count_text
 
 EVALUATIONS = 4  # of BFGS where the level is only a start for the next
@@ -346,19 +347,33 @@ def solve_next(task: Task, mixing: Mixing, below: Solution | None, left: float) 
 
 
 def _or_from_nothing(task: Task, mixing: FactorMixing, solved: Solution, left: float) -> Solution:
-    """Trained factors, or the new LoRA on the same records where its loss on the validation records is lower: what the
-    adapters know may be of no use here. It is left out where `left` tokens are less than a pass of each fold."""
+    """Trained factors, a new LoRA on the same records, or half of each: what has the lowest loss on the validation
+    records. What the adapters know may be of no use here; and two that were trained apart err apart. No new LoRA is
+    trained where `left` tokens are less than a pass of each fold."""
     if solved.stopped or solved.scores is None or left < GRADIENT_COST * sum(tokens_of(f.fitting) for f in task.folds):
         return solved
-    fresh = mixing.from_nothing(seed=task.settings.seed)
+    fresh, name = mixing.from_nothing(seed=task.settings.seed), NOTHING
+    found, starts = [solved], [*solved.starts]
     try:
-        new = solve_level(task, fresh, {NOTHING: [fresh.start] * len(task.folds)}, left)
+        new = solve_level(task, fresh, {name: [fresh.start] * len(task.folds)}, left)
+        found, starts, name = [solved, new], [*starts, *new.starts], HALVES
+        if solved.moved and new.moved:
+            half = _half_of_each(task, solved, new)
+            found, starts = [*found, half], [*starts, *half.starts]
     except NonFiniteLoss as error:
-        return replace(solved, starts=(*solved.starts, left_out(NOTHING, None, error)))
-    assert new.scores is not None
-    starts, stages = (*solved.starts, *new.starts), (*solved.stages, *new.stages)
-    lower = new.scores.nats_per_token < solved.scores.nats_per_token
-    return replace(new if lower else solved, starts=starts, stages=stages)
+        starts.append(left_out(name, None, error))
+    best = min(found, key=lambda each: math.inf if each.scores is None else each.scores.nats_per_token)
+    return replace(best, starts=tuple(starts), stages=tuple(stage for each in found for stage in each.stages))
+
+
+def _half_of_each(task: Task, trained: Solution, new: Solution) -> Solution:
+    assert isinstance(trained.mixing, TrainedFactors) and isinstance(new.mixing, TrainedFactors)
+    mixing = HalfOfEach(trained.mixing, new.mixing)
+    thetas = tuple(torch.cat(both) for both in zip(trained.thetas, new.thetas, strict=True))
+    anchors = tuple(torch.cat(both) for both in zip(trained.anchors, new.anchors, strict=True))
+    scores = task.check(mixing, thetas, f"{mixing.kind}, {HALVES}")
+    start = StartRecord(HALVES, nats_per_token(scores), None, None)
+    return Solution(mixing, thetas, anchors, scores, (start,), HALVES, None, halves=(trained, new))
 
 
 def _compare(best: Solution | None, solved: Solution) -> Gain | None:
@@ -398,6 +413,8 @@ def _record(task: Task, solved: Solution, compared: Gain | None, best: Solution 
         why += "; asked for"
     if solved.chosen == NOTHING:
         why += "; a new LoRA, trained from nothing, which has nothing of the adapters"
+    if solved.chosen == HALVES:
+        why += "; the mean of factors that started from the adapters' and of a new LoRA"
     return LevelRecord(
         kind=kind,
         numbers=solved.mixing.numbers,
@@ -424,6 +441,8 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
     last = solved[-1]
     if last.mixing.kind == "adapter":
         return _minimise_again(task, last, training, budget)
+    if last.halves:
+        return _refit_halves(task, solved, training, budget)
     if not last.moved:
         if len(solved) == 1 or last.chosen != solved[-2].mixing.kind:
             return None
@@ -439,11 +458,24 @@ def refit(task: Task, solved: Sequence[Solution], training: Sequence[Example], b
     adam = AdamW(start, steps=whole, rate=rate, warm_up=max(1, round(WARM_UP * whole)))
     task.engine.meter.stage(AGAIN, rung=kind, start="", stage="refit", ridge=last.ridge)
     descent = Descent(task.engine, last.mixing, training, plan.step, adam, last.anchor)
-    ran = descent.run(steps, last.ridge or 0.0, key=f"{kind} on all records")
+    ran = descent.run(steps, last.ridge or 0.0, key=f"{kind} from {last.chosen} on all records")
     stage = ran.recorded(kind, last.chosen, "refit", last.ridge or 0.0)
     # Where the rate has come to nothing, the end of hundreds of weights is nearer the optimum than their average.
     end = descent.theta if in_rounds(task.settings, validated=task.validated) else ran.average
     return replace(last, thetas=(end,), stages=(stage,))
+
+
+def _refit_halves(
+    task: Task, solved: Sequence[Solution], training: Sequence[Example], budget: float
+) -> Solution | None:
+    last, before, again = solved[-1], task.spent, list[Solution]()
+    for left, half in zip((2, 1), last.halves, strict=True):
+        found = refit(task, [*solved[:-1], half], training, (budget - (task.spent - before)) / left)
+        if found is None:
+            return None
+        again.append(found)
+    theta = torch.cat([half.theta for half in again])
+    return replace(last, thetas=(theta,), stages=tuple(stage for half in again for stage in half.stages))
 
 
 def _last_schedule(task: Task, last: Solution, plan: Plan, most: int) -> tuple[Tensor, int, int, float]:

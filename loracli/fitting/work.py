@@ -173,7 +173,7 @@ class Work:
         path = len(ridge_path(self.settings, kind, validated=bool(fold.validation)))
         starts = 1 if kind == "factors" else _STARTS
         again = 1 + (kind == "factors" and self.settings.mixing == AUTO)  # from nothing too
-        checks = self._cost_of(fold.validation) * (again * (2 * starts + path))
+        checks = self._cost_of(fold.validation) * (again * (2 * starts + path) + (again - 1))  # and half of each
         plan = self._plan(fold)
         largest = sum(sorted(batch.tokens for batch in plan.batches)[-plan.batches_a_step :])  # of a step, at most
         tokens = max(budget - checks.tokens, 0.0) / GRADIENT_COST

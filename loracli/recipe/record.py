@@ -46,6 +46,7 @@ TENSOR_PARTS: dict[MixingKind, tuple[str, ...]] = {
     "factors": ("lora_A", "lora_B"),
 }
 NOTHING = "nothing"  # the start of trained factors that are a new LoRA
+HALVES = "half of each"  # the mean of such a one and of factors that started from the adapters'
 EDITED = "weights edited after the fit"  # what everything that shows such a recipe says
 _EVERY_MODULE = "*"  # the one group of the mixing `adapter`
 
@@ -302,7 +303,15 @@ class FitRecord:
     @property
     def from_nothing(self) -> bool:
         """Whether it is a new LoRA, which has nothing of the adapters."""
-        return any(rung.won and rung.chosen == NOTHING for rung in self.rungs)
+        return self._chosen(NOTHING)
+
+    @property
+    def half_from_nothing(self) -> bool:
+        """Whether it is the mean of factors that started from the adapters' and of a new LoRA."""
+        return self._chosen(HALVES)
+
+    def _chosen(self, start: str) -> bool:
+        return any(rung.won and rung.chosen == start for rung in self.rungs)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from loracli.errors import OutOfResources, UsageError
 from loracli.evaluation.statistics import held_out_table
 from loracli.fitting.control import FreshTraining, _descend, as_memory_allows
 from loracli.fitting.inputs import FitInputs, prepare_fit
-from loracli.fitting.mixing import FreshLora, Layout
+from loracli.fitting.mixing import FreshLora, HalfOfEach, Layout
 from loracli.fitting.run import fit_mixing, run_fit
 from loracli.fitting.settings import FitSettings
 from loracli.model.loss import Scores
@@ -63,6 +63,15 @@ def test_a_new_lora_has_a_scaling_of_two_on_each_b_and_its_numbers_in_the_order_
         and pairs[0][1][0, 0] == 2 * 42
         and pairs[1][1][-1, -1] == 2 * 68
     )
+
+
+def test_half_of_each_is_the_mean_of_both_updates() -> None:
+    small, large = fresh(rank=2), fresh(rank=5)
+    mixing = HalfOfEach(small, large)
+    theta = torch.randn(mixing.numbers, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    halves = small.factors(theta[: small.numbers]), large.factors(theta[small.numbers :])
+    for (lora_A, lora_B), *both in zip(mixing.factors(theta), *halves, strict=True):
+        assert len(lora_A) == 7 and torch.allclose(lora_B @ lora_A, sum(b @ a for a, b in both) / 2, atol=1e-12)
 
 
 @pytest.mark.parametrize(

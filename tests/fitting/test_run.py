@@ -115,27 +115,35 @@ def test_the_certificate_of_a_coarse_dtype_says_how_rough_its_loss_is(
     assert noise is None if dtype == "float32" else 1e-6 < noise < 1e-2
 
 
-@pytest.mark.parametrize(("size", "nothing"), [(1e-4, True), (0.3, False)])
-def test_auto_ends_with_a_new_lora_where_the_adapters_are_of_no_use(
-    tmp_path: Path, shallow_base: Path, size: float, nothing: bool
+@pytest.mark.parametrize(
+    ("size", "rate", "chosen"), [(1e-4, None, "nothing"), (0.05, 0.1, "half of each"), (0.3, None, "core")]
+)
+def test_auto_ends_with_a_new_lora_or_half_of_one_where_the_adapters_are_of_little_use(
+    tmp_path: Path, shallow_base: Path, size: float, rate: float | None, chosen: str
 ) -> None:
-    """Adapters that change next to nothing, and all answers alike; with others of a usual size it starts from them."""
+    """Adapters that change next to nothing, and all answers alike; with others of a usual size it starts from them.
+    At a rate that is far too high half of each is better than both."""
     from peft import PeftModel
 
     adapters = [make_adapter(tmp_path / name, shallow_base, seed=seed, size=size) for seed, name in enumerate("ab")]
     data = write_jsonl(tmp_path / "val.jsonl", [record | {"completion": "bcd"} for record in random_records(16)])
     held = write_jsonl(tmp_path / "test.jsonl", [r | {"completion": "bcd"} for r in random_records(20, seed=9)])
-    settings = FitSettings(mixing="auto", cv=2, control="none")
+    settings = FitSettings(mixing="auto", cv=2, control="none", learning_rate=rate)
     recipe = fit_mixing(
         [str(path) for path in adapters], data, eval_data=held, base=str(shallow_base), settings=settings
     )
-    assert recipe.mixing.kind == "factors" and recipe.fit.from_nothing == nothing
-    assert [start.name for start in recipe.fit.rungs[-1].starts] == [recipe.fit.rungs[-1].starts[0].name, "nothing"]
+    assert recipe.mixing.kind == "factors" and recipe.fit.rungs[-1].chosen == chosen
+    below, *others = recipe.fit.rungs[-1].starts
+    assert [start.name for start in others] == ["nothing", "half of each"]
     assert recipe.held_out.row("fit").nats_per_token < recipe.held_out.row("base").nats_per_token - 0.1
     recipe.save(tmp_path / "recipe.json")
     export_adapter(ExportRequest(tmp_path / "recipe.json"), tmp_path / "out")
-    assert weights_text(recipe).endswith("(a new LoRA, which has nothing of the adapters)" if nothing else " (factors)")
-    assert ("It is a new LoRA, trained from nothing" in (tmp_path / "out/README.md").read_text()) == nothing
+    said, carded = {
+        "nothing": ("a new LoRA, which has nothing of the adapters", "It is a new LoRA, trained from nothing"),
+        "half of each": ("the mean of trained factors and of a new LoRA", "It is the mean of two that were trained"),
+        "core": ("factors", "Its factors started from theirs"),
+    }[chosen]
+    assert weights_text(recipe).endswith(f" ({said})") and carded in (tmp_path / "out/README.md").read_text()
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(shallow_base), tmp_path / "out").eval()
     nats, tokens = _loss(model, held)
     assert abs(recipe.held_out.row("fit").nats_per_token - nats / tokens) < 1e-4
