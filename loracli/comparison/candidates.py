@@ -9,12 +9,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import TypeVar
 
 import torch
 
 from loracli.adapters.adapter import LoraAdapter, LoraModule, module_names
 from loracli.algebra.factors import Factors, norm
 from loracli.algebra.methods import METHODS
+from loracli.algebra.methods.method import Method
 from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.settings import (
     ALL,
@@ -28,7 +30,7 @@ from loracli.comparison.settings import (
     records_needed,
 )
 from loracli.composition.attached import MixingPoint, of_factors, of_method, of_recipe, of_weights, weighted
-from loracli.composition.composition import CPU, OwnMoments, compose_module
+from loracli.composition.composition import CPU, OwnMoments, compose_module, updates_of
 from loracli.composition.fitted import (
     Calibration,
     check_own_records,
@@ -90,6 +92,13 @@ def _training_of(calibration: Calibration, layout: Layout) -> FreshTraining:
     return FreshTraining(layout, calibration.examples, calibration.data.training, calibration.settings)
 
 
+_T = TypeVar("_T")
+
+
+def _nothing_known() -> None:
+    """Of most rows."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A row to be.
@@ -102,6 +111,7 @@ class Candidate:
         fitted: whether it attaches the adapters itself, so that it comes before the comparison does.
         by_name: whether it was asked for by name, so that it may not be left out.
         more: further draws of what `compose` gives, where the row is the mean of all.
+        check: raises as `compose` does for what is known before any work.
     """
 
     name: str
@@ -111,6 +121,7 @@ class Candidate:
     fitted: bool = False
     by_name: bool = True
     more: tuple[Callable[[], MixingPoint], ...] = ()
+    check: Callable[[], None] = _nothing_known
 
     @property
     def draws(self) -> tuple[Candidate, ...]:
@@ -124,8 +135,20 @@ class Candidate:
         Raises:
             UsageError: in its place, if the row was asked for by name.
         """
+        return self._tried(self.compose, skipped)
+
+    def possible(self, skipped: list[Skipped]) -> bool:
+        """Whether nothing that is known beforehand speaks against the row; else as `composed`."""
+
+        def known() -> bool:
+            self.check()
+            return True
+
+        return self._tried(known, skipped) is not None
+
+    def _tried(self, work: Callable[[], _T], skipped: list[Skipped]) -> _T | None:
         try:
-            return self.compose()
+            return work()
         except (ValueError, UsageError) as error:
             if self.by_name:
                 raise UsageError(f"{self.name} cannot be computed here: {error}", hint=_way_out(error)) from None
@@ -143,6 +166,9 @@ def candidates(
     """Base, ingredients, methods, weights, fits and controls; those of `all` that cannot be had go into `skipped`.
 
     Methods are computed on the device.
+
+    Raises:
+        UsageError: if one that was asked for by name cannot be had, as far as that is known beforehand.
     """
     layout, adapters, n = inputs.layout, inputs.adapters, inputs.layout.adapters
     rows = [Candidate("base", "base", partial(weighted, layout, [0.0] * n))]
@@ -165,7 +191,7 @@ def candidates(
     rows += [Candidate(one.row, "fit", partial(one.point, adapters, layout)) for one in inputs.recipes]
     if calibration is not None:
         rows += _controls(inputs, calibration)
-    return rows
+    return [row for row in rows if row.possible(skipped)]
 
 
 def _names(inputs: CompareInputs) -> dict[str, bool]:
@@ -190,7 +216,7 @@ def _method(
     layout, adapters, options = inputs.layout, inputs.adapters, inputs.settings.options_of(name)
     if not needs_records(name):
         merge = partial(of_method, METHODS[name], options, adapters, layout, device)
-        return Candidate(name, "method", merge, by_name=by_name)
+        return Candidate(name, "method", merge, by_name=by_name, check=partial(_check_updates, METHODS[name], adapters))
     assert calibration is not None
     if name in FITTED_MIXINGS:
         rung, cost = partial(_rung, name, inputs, calibration), _cost_of_level(name, inputs, calibration)
@@ -198,15 +224,21 @@ def _method(
     if METHODS[name].regress is not None:
 
         def regress() -> MixingPoint:
-            check_own_records(name, inputs.owners, inputs.references)
             return regressed(METHODS[name], moments(), adapters, device)
 
-        return Candidate(
-            name, "method", regress, moments_cost(calibration, layout.adapters), fitted=True, by_name=by_name
-        )
+        cost = moments_cost(calibration, layout.adapters)
+        check = partial(check_own_records, name, inputs.owners, inputs.references)
+        return Candidate(name, "method", regress, cost, fitted=True, by_name=by_name, check=check)
     search = partial(search_weights, METHODS[name], options, calibration, adapters, layout)
     cost = search_cost(METHODS[name], calibration)
     return Candidate(name, "method", search, cost, fitted=True, by_name=by_name)
+
+
+def _check_updates(method: Method, adapters: Sequence[LoraAdapter]) -> None:
+    """Raises ValueError if it cannot honour the adapters, as far as that is known before they are merged."""
+    if method.merge is not None:
+        for name in module_names(adapters):
+            method.check_updates(updates_of(adapters, name))
 
 
 def _cost_of_level(name: str, inputs: CompareInputs, calibration: Calibration) -> Cost:

@@ -18,7 +18,7 @@ from loracli.algebra.factors import norm
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import MethodOptions
 from loracli.comparison.candidates import Candidate, random_adapters
-from loracli.comparison.compare import _Comparison, run_comparison
+from loracli.comparison.compare import _Comparison, plan_comparison, run_comparison
 from loracli.comparison.inputs import prepare_comparison
 from loracli.comparison.settings import CompareSettings, Controls
 from loracli.composition.fitted import TASK
@@ -350,7 +350,14 @@ def test_a_method_that_cannot_honour_the_adapters_is_skipped_in_all_and_an_error
     assert "ranks 2, 4 cannot be added" in skipped.pop("linear-peft")
     assert {"module", "auto", "paper", "lorahub", "task-arithmetic"} <= skipped.keys()
     assert all("--fit-data" in reason for reason in skipped.values())
+    assert {row.name for row in found.rows if row.note == "one draw, seed 0"} == {"dare", "dare-ties"}
     assert {row.name for row in found.rows if row.kind == "method"} == set(DATA_FREE) - {"linear-peft"}
+    planned = plan_comparison(
+        prepare_comparison(
+            data / "test.jsonl", adapters=two_adapters, base=tiny_base, settings=CompareSettings(("all",))
+        )
+    )
+    assert ([row.name for row in planned.rows], planned.skipped) == ([row.name for row in found.rows], found.skipped)
     with pytest.raises(UsageError, match="linear-peft cannot be computed here: factors of the ranks 2, 4"):
         compare(data, tiny_base, two_adapters, settings=CompareSettings(("linear-peft",)))
     with pytest.raises(UsageError, match="module has to be fitted"):

@@ -142,16 +142,16 @@ LORAHUB = Method(
 )
 
 
-def _average_factors(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
-    """The factor average of one module.
-
-    Raises:
-        ValueError: if the ranks differ, as PEFT does.
-    """
-    present = [update for update in updates if update is not None]
-    ranks = sorted({update.rank for update in present})
+def _check_ranks(updates: Sequence[Factors | None]) -> None:
+    """Raises ValueError if the ranks differ, as PEFT does."""
+    ranks = sorted({update.rank for update in updates if update is not None})
     if len(ranks) > 1:
         raise ValueError(f"factors of the ranks {', '.join(map(str, ranks))} cannot be added, and PEFT refuses too")
+
+
+def _average_factors(updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
+    """The factor average of one module."""
+    present = [update for update in updates if update is not None]
     shares = [math.sqrt(abs(update.scaling) / len(updates)) for update in present]
     lora_A = torch.stack(
         [math.copysign(c, u.scaling) * u.lora_A.double() for c, u in zip(shares, present, strict=True)]
@@ -160,4 +160,6 @@ def _average_factors(updates: Sequence[Factors | None], options: MethodOptions) 
     return Merged(Factors(lora_A.sum(dim=0), lora_B.sum(dim=0)))
 
 
-LINEAR_PEFT = Method("linear-peft", "PEFT's average of A and of B, with its cross terms", merge=_average_factors)
+LINEAR_PEFT = Method(
+    "linear-peft", "PEFT's average of A and of B, with its cross terms", merge=_average_factors, check=_check_ranks
+)

@@ -74,6 +74,7 @@ class Method:
         search: of a loss, N and the options: weights as of `weights`, found with calibration records.
         regress: of the updates of one module, as of `merge`, and Z (N, R, R) in float64: Z_i is E[z z^T] of z = A x
             over the tokens of adapter i's own records, with the A of the updates that are there, stacked.
+        check: of the updates of one module: raises ValueError where `merge` cannot honour them, before any work.
         evaluations: of the loss that a search makes, at most.
         takes: names of the options that it takes; `rank` goes without saying where `full_rank` is set.
         full_rank: whether its own result has full rank, so that `merge` gives the best approximation of a rank.
@@ -86,10 +87,17 @@ class Method:
     merge: Callable[[Sequence[Factors | None], MethodOptions], Merged] | None = None
     search: Callable[[Loss, int, MethodOptions], tuple[float, ...]] | None = None
     regress: Callable[[Sequence[Factors | None], Tensor], Merged] | None = None
+    check: Callable[[Sequence[Factors | None]], None] | None = None
     evaluations: int = 0
     takes: frozenset[str] = frozenset()
     full_rank: bool = False
     extra: str | None = None
+
+    def check_updates(self, updates: Sequence[Factors | None]) -> None:
+        """Raises ValueError for what can be told of the updates of one module before they are merged."""
+        _check_biases(updates)
+        if self.check is not None:
+            self.check(updates)
 
     def merge_updates(self, updates: Sequence[Factors | None], options: MethodOptions) -> Merged:
         """What `merge` makes of the updates of one module.
@@ -98,7 +106,7 @@ class Method:
             ValueError: if it cannot honour them, with the reason.
         """
         assert self.merge is not None, f"{self.name} does not merge"
-        _check_biases(updates)
+        self.check_updates(updates)
         merged = self.merge(updates, options)
         return merged if merged.factors.rank else replace(merged, factors=no_update(merged.factors))
 
