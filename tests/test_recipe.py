@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from loracli.adapters.kinds import BaseModule
+from loracli.cli._tables import weights_text
 from loracli.errors import OutputExists, RecipeError, UsageError
 from loracli.recipe.recipe import MAX_RECIPE_BYTES, Recipe, load_recipe, weights_by_leaf
 from loracli.recipe.record import (
@@ -552,3 +553,14 @@ def test_weights_by_leaf_are_mean_lowest_and_highest(tmp_path: Path) -> None:
         "q_proj": [(3.0, 1.0, 6.0), (-1.0, -4.0, 2.0)],
         "v_proj": [None, (0.5, 0.5, 0.5)],
     }
+
+
+def test_a_fit_as_published_says_that_it_is_one_and_whether_its_weights_are_still_the_random_start() -> None:
+    recipe = make_recipe(Path())
+    assert "published" not in weights_text(recipe)
+    paper = replace(recipe.fit, recipe="paper", settings={"seed": 7}, largest_move=0.00042)
+    said = weights_text(replace(recipe, fit=paper))
+    assert "CAT as published: softmax weights from a random start, seed 7, moved by 0.00042 at most" in said
+    assert said.endswith(": they are still the random start)")
+    moved = weights_text(replace(recipe, fit=replace(paper, largest_move=0.2)))
+    assert moved.endswith("moved by 0.2 at most)")

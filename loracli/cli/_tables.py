@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from loracli.export.refit import RefitRecord
 
 COMPARED_TASKS = 12
+_STILL = 0.01  # of a weight between 0 and 1, whose random start is spread over tenths
 LOSSES_WIDTH = 54  # of these columns with the gaps before them
 SHORTEST_NAME = 16
 BAR_WIDTH = 40
@@ -171,6 +172,14 @@ def layer_lines(out: Output, found: LayerEffects) -> None:
     out.line("change: of the loss, in nats per token; # where the layer helps, - where it does harm", style="dim")
 
 
+def _published(recipe: Recipe) -> str:
+    """Where CAT as published began, and how far the fit came from there."""
+    move = recipe.fit.largest_move
+    still = ": they are still the random start" if move < _STILL else ""
+    seed = recipe.fit.settings.get("seed", 0)
+    return f"CAT as published: softmax weights from a random start, seed {seed}, moved by {move:.2g} at most{still}"
+
+
 def weights_text(recipe: Recipe) -> str:
     """What was fitted: `44 weights (module)`, or the numbers of a mixing that is no weight for each adapter."""
     what = "weight" if recipe.mixing.kind in INLINE_KINDS else "number"
@@ -179,6 +188,8 @@ def weights_text(recipe: Recipe) -> str:
         kind = "a new LoRA, which has nothing of the adapters"
     elif recipe.fit.half_from_nothing:
         kind = "the mean of trained factors and of a new LoRA"
+    elif recipe.fit.recipe == "paper":
+        kind = f"{kind}; {_published(recipe)}"
     return f"{count_text(recipe.mixing.numbers, what)} ({kind})"
 
 
