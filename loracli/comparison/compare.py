@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from loracli._version import __version__
 from loracli.adapters.adapter import LoraAdapter
 from loracli.calibration.dataset import render_dataset, tokens_sha256
 from loracli.calibration.records import CalibrationFile, DataPaths
@@ -23,7 +25,7 @@ from loracli.comparison.table import Evaluated, comparison_of, mean_of
 from loracli.composition.attached import MixingPoint
 from loracli.composition.fitted import TASK, Calibration
 from loracli.errors import NonFiniteLoss
-from loracli.evaluation.comparison import Comparison, RowKind, Skipped
+from loracli.evaluation.comparison import Comparison, ComparisonSettings, FitFile, RowKind, Skipped
 from loracli.evaluation.metrics import TaskMetric
 from loracli.evaluation.scorer import Scorer, check_answerable, make_scorer
 from loracli.fitting.descent import plan_steps
@@ -310,7 +312,31 @@ class _Comparison:
             self._progress.finish(TASK)
         evaluated = [self._done[name] for name in self._names if name in self._done]
         metric = None if self._metric is None else self._metric.name
-        return comparison_of(evaluated, self._skipped, inputs, examples=self._test, guarded=self._guard, metric=metric)
+        found = comparison_of(evaluated, self._skipped, inputs, examples=self._test, guarded=self._guard, metric=metric)
+        return replace(found, settings=self._made_with())
+
+    def _made_with(self) -> ComparisonSettings:
+        settings, data, base = self._inputs.settings, self._inputs.calibration, self._session.base
+        metric, quantisation = self._metric, base.quantisation
+        files = () if data is None else tuple(zip(data.files, self._inputs.owners, strict=True))
+        answers = {} if metric is None else {"max_new_tokens": metric.max_new_tokens, "tolerance": metric.tolerance}
+        return ComparisonSettings(
+            methods=settings.methods,
+            controls=settings.controls.names,
+            options={**settings.recorded(), **answers},
+            dtype=dtype_name(base.dtype),
+            quantisation=None if quantisation is None else quantisation.form,
+            fit_data=tuple(
+                FitFile(one.source.name, one.sha256, one.source.weight, None if owner is None else owner + 1)
+                for one, owner in files
+            ),
+            versions={
+                "loracat": __version__,
+                "torch": torch.__version__,
+                "transformers": version("transformers"),
+                **({} if quantisation is None else quantisation.versions),
+            },
+        )
 
     def _recall(self, rows: Sequence[Candidate]) -> None:
         """Takes over what a stopped comparison did."""

@@ -15,6 +15,7 @@ from loracli.errors import UsageError
 from loracli.fitting.settings import AUTO, FRESH_LORA, FitSettings
 from loracli.hub.references import Named
 from loracli.recipe.record import MIXING_KINDS
+from loracli.system.document import encode
 from loracli.system.near import did_you_mean
 
 ALL, DATA_FREE = "all", "data-free"
@@ -24,6 +25,9 @@ WEIGHTS = "weights"  # the row of weights by hand
 RANDOM, DATAMIX = "random", "datamix"
 _CONTROLS = (FRESH_LORA, RANDOM, DATAMIX)
 _MARGIN = 0.02
+_OF_FIT_ALONE = frozenset(  # of the settings of a fit: what a comparison says of each row, or of its answers
+    ("mixing", "paper", "holdout", "control", "select_by", "metric_command", "max_new_tokens", "tolerance")
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Controls:
     def fitted(self) -> list[str]:
         """Names of those that need calibration data."""
         return [name for name, wanted in ((FRESH_LORA, self.fresh_lora), (RANDOM, self.random)) if wanted]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all."""
+        return (*self.fitted, *([] if self.datamix is None else [DATAMIX]))
 
 
 def parse_controls(words: Sequence[str]) -> Controls:
@@ -134,6 +143,11 @@ class CompareSettings:
                     f"none of the --methods {','.join(self.methods)} takes --{option.name}",
                     hint=f"leave it out, or compare one that does: {able}",
                 )
+
+    def recorded(self) -> dict[str, int | float | str | bool | None]:
+        """The options of the fits and of the methods; the seed is one."""
+        fit = {name: value for name, value in self.fit.recorded().items() if name not in _OF_FIT_ALONE}
+        return {**encode(self.options), **fit}
 
     @property
     def regressed(self) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ from loracli.calibration.dataset import MIN_HELD_OUT
 from loracli.calibration.render import Example
 from loracli.comparison.inputs import CompareInputs
 from loracli.evaluation.comparison import (
-    BestOf,
     Comparison,
     ComparisonRow,
     Difference,
@@ -29,7 +28,9 @@ from loracli.evaluation.statistics import best_of, detectable, intervals, mcnema
 from loracli.model.loss import Scores
 
 _BASE, INGREDIENT, UNIFORM = "base", "ingredient", "uniform"
-_CONTENDERS: tuple[RowKind, ...] = ("ingredient", "method", "fit")  # for the best; not the base, nor a control
+# For the best; not the base, nor a control. Of rows that are one way the first is named, for what can be exported as it
+# is needs no fit again.
+_CONTENDERS: tuple[RowKind, ...] = ("ingredient", "fit", "method")
 _FITS = ("module", "auto")  # what random adapters stand against without a recipe: what was fitted on them too first
 
 
@@ -106,8 +107,8 @@ def comparison_of(
     rows = [_pooled(row, units, units_of(guarded)) for row in rows]
     best = min((r for r in rows if r.kind == INGREDIENT), key=lambda row: row.scores.nats_per_token)
     table = _Table(rows, best, margin, seed, units.bincount().double())
-    contenders = {row.name: row.scores for row in rows if row.kind in _CONTENDERS}
-    claim = best_of(contenders, seed=seed)
+    contenders = {row.name: row.scores for kind in _CONTENDERS for row in rows if row.kind == kind}
+    smallest, judged = _detectable(rows, best)
     return Comparison(
         data=data,
         base=inputs.base.id,
@@ -118,8 +119,9 @@ def comparison_of(
         rows=table.rows(),
         skipped=tuple(skipped),
         tasks=tasks,
-        best=claim,
-        detectable=_detectable(rows, best, claim),
+        best=best_of(contenders, seed=seed),
+        detectable=smallest,
+        detectable_of=judged,
         metric=metric,
         guard=guard or None,
         margin=margin,
@@ -142,19 +144,15 @@ def _pooled(row: Evaluated, units: Tensor, guard_units: Tensor) -> Evaluated:
     )
 
 
-def _detectable(rows: Sequence[Evaluated], best: Evaluated, claim: BestOf) -> float:
-    """Judged by the fit, the best of several, or without one by the best of the others."""
+def _detectable(rows: Sequence[Evaluated], best: Evaluated) -> tuple[float, str]:
+    """Between the best ingredient and the fit, the best of several, or without one the best of the others; and its
+    name."""
     others = [row for row in rows if row.kind in _CONTENDERS and row is not best]
-    if not others:
-        return 0.0
-    fits = [row for row in others if row.kind == "fit"]
-    judged = (
-        min(fits, key=lambda row: row.scores.nats_per_token)
-        if fits
-        else next((r for r in others if r.name == claim.name), others[0])
+    judged = min(
+        [row for row in others if row.kind == "fit"] or others, key=lambda row: row.scores.nats_per_token, default=best
     )
     found = detectable(judged.scores.nats - best.scores.nats, best.scores.tokens)
-    return found if math.isfinite(found) else 0.0
+    return (found, judged.name) if math.isfinite(found) and judged is not best else (0.0, "")
 
 
 class _Table:

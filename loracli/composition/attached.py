@@ -99,7 +99,13 @@ def of_method(
         energy = norm(merged.factors) ** 2
         kept += energy
         whole += energy / merged.kept_energy if merged.kept_energy > 0 else 0.0
-    return of_factors(factors, kept_energy=kept / whole if method.full_rank and whole > 0 else None)
+    kept_share = kept / whole if method.full_rank and whole > 0 else None
+    return of_factors(factors, kept_energy=kept_share, note=one_draw(options.seed) if "seed" in method.takes else "")
+
+
+def one_draw(seed: int) -> str:
+    """What there is to say of what another seed would draw otherwise."""
+    return f"one draw, seed {seed}"
 
 
 def of_factors(factors: Mapping[str, Factors], *, kept_energy: float | None = None, note: str = "") -> MixingPoint:

@@ -16,7 +16,7 @@ from loracli.algebra.methods.method import Method, MethodOptions
 from loracli.calibration.dataset import Dataset, plan_batches, shuffled
 from loracli.calibration.records import DataSource
 from loracli.calibration.render import Example
-from loracli.composition.attached import MixingPoint, of_factors, weighted
+from loracli.composition.attached import MixingPoint, of_factors, one_draw, weighted
 from loracli.composition.composition import CPU, OwnMoments, updates_of
 from loracli.composition.weights import goes_by
 from loracli.errors import UsageError
@@ -96,7 +96,12 @@ def fit_level(
         found = find_mixing(engine, inputs, folds, training, session)
     note = f"{found.mixing.kind}, {found.mixing.numbers} numbers" if found.mixing.kind != name else ""
     if name == PAPER:
-        note = "softmax weights from a random start, one pass at a rate of 1e-4, as published"
+        note = (
+            "softmax weights from a random start, one pass at a rate of 1e-4, as published; "
+            f"{one_draw(inputs.settings.seed)}"
+        )
+    if torch.equal(found.theta, found.anchor):
+        note = f"no step from its start, {found.chosen}: the passes allowed none, or none was better"
     if found.stopped:
         note = f"stopped early: {found.stopped}"
     return recipe_mixing(adapters, layout.modules, found), note
@@ -161,7 +166,9 @@ def search_weights(
             return engine.score(mixing, mixing.constant(weights), batches, chosen).nats_per_token
 
         found = method.search(loss, len(adapters), options)
-    return weighted(layout, found, note="weights " + ", ".join(f"{weight:.2f}" for weight in found))
+    drawn = [one_draw(options.seed)] if "seed" in method.takes else []
+    shown = "weights " + ", ".join(f"{weight:.2f}" for weight in found)
+    return weighted(layout, found, note="; ".join([shown, *drawn]))
 
 
 def owners_of(

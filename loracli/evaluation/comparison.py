@@ -143,13 +143,22 @@ class BestOf:
 
     Args:
         name: of the row with the lowest loss.
-        rivals: each other row's p-value that it is as good, one-sided and corrected by Holm for their number.
+        rivals: each other way's p-value that it is as good, by its row, one-sided and corrected by Holm for their
+            number.
         clear: whether every one is below 0.05, of at least 20 different records.
+        same: rows that are one way, as they cost the same on every record; the first of each stands for them in `name`
+            and `rivals`.
     """
 
     name: str
     rivals: dict[str, float]
     clear: bool
+    same: tuple[tuple[str, ...], ...] = added(1, ())
+
+    def called(self, name: str) -> str:
+        """`core (as is auto)`: a row with those that are the same way."""
+        others = next((group[1:] for group in self.same if group[0] == name), ())
+        return f"{name} (as {'is' if len(others) == 1 else 'are'} {_listed(others)})" if others else name
 
 
 @dataclass(frozen=True)
@@ -168,6 +177,47 @@ class RecipeRow:
 
 
 @dataclass(frozen=True)
+class FitFile:
+    """A file of the records that rows were fitted on.
+
+    Args:
+        name: without its folder.
+        sha256: of its bytes.
+        weight: how many times each scored token counts.
+        adapter: whose own records these are, by its place from 1; None for records of all.
+    """
+
+    name: str
+    sha256: str
+    weight: float
+    adapter: int | None
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """What a comparison was made with.
+
+    Args:
+        methods: that were asked for, in the words of `--methods`.
+        controls: likewise.
+        options: every other option that changes what rows score, by its name with underscores; None where it is left to
+            loracat.
+        dtype: of the base model, as it ran.
+        quantisation: of its linear layers, None in full precision.
+        fit_data: what rows were fitted on.
+        versions: of the packages that it ran with.
+    """
+
+    methods: tuple[str, ...]
+    controls: tuple[str, ...]
+    options: dict[str, int | float | str | bool | None]
+    dtype: str
+    quantisation: str | None
+    fit_data: tuple[FitFile, ...]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Ways to compose on the same records.
 
@@ -182,13 +232,16 @@ class Comparison:
         skipped: methods that were left out of `all`.
         tasks: one for each task that the records name.
         best: whether the best row is so beyond chance.
-        detectable: nats per token: a difference to the best ingredient of this size would be found with a probability
-            of 80 %, at a level of 5 % on two sides, with this many records.
+        detectable: nats per token: a difference of this size between the row `detectable_of` and the best ingredient
+            would be found with a probability of 80 %, at a level of 5 % on two sides, with this many records. Between
+            other rows it is another, for they vary otherwise over records; 0 where there is nothing to tell apart.
         metric: name of the task metric, None without one.
         guard: names of the guard files, None without any.
         margin: nats per token that `guard` allows.
         repeated_records: how many of the records stand in the calibration data, as far as that is known.
         recipes: whose fits are rows, and their ingredients; none of older documents.
+        detectable_of: the fit with the lowest loss, or without one the best other row; nothing of older documents.
+        settings: what it was made with; None of older documents.
     """
 
     data: str
@@ -207,6 +260,8 @@ class Comparison:
     margin: float
     repeated_records: int
     recipes: tuple[RecipeRow, ...] = added(1, ())
+    detectable_of: str = added(1, "")
+    settings: ComparisonSettings | None = added(1, None)
 
     def __repr__(self) -> str:
         ways, records = count_text(1 + len(self.best.rivals), "way"), count_text(self.records, "record")
@@ -231,6 +286,7 @@ class Comparison:
             self,
             adapters=tuple(names.get(name, name) for name in self.adapters),
             best_ingredient=names.get(self.best_ingredient, self.best_ingredient),
+            detectable_of=names.get(self.detectable_of, self.detectable_of),
             rows=tuple(replace(row, name=names.get(row.name, row.name)) for row in self.rows),
             tasks=tuple(
                 replace(task, nats_per_token={names.get(n, n): loss for n, loss in task.nats_per_token.items()})
@@ -240,6 +296,7 @@ class Comparison:
                 self.best,
                 name=names.get(self.best.name, self.best.name),
                 rivals={names.get(n, n): p for n, p in self.best.rivals.items()},
+                same=tuple(tuple(names.get(n, n) for n in group) for group in self.best.same),
             ),
             recipes=tuple(
                 replace(one, adapters=tuple(names.get(name, name) for name in one.adapters)) for one in self.recipes
@@ -359,9 +416,9 @@ def training_gap(recipe: Recipe) -> str:
 
 def claim(found: Comparison) -> str:
     """Which way is best, in a sentence without its full stop."""
-    best, rivals = found.row(found.best.name), found.best.rivals
+    best, rivals, named_best = found.row(found.best.name), found.best.rivals, found.best.called(found.best.name)
     if not rivals:
-        return f"{best.name} has nothing to be compared with here"
+        return f"{named_best} has nothing to be compared with here"
     ways, records = f"{1 + len(rivals)} ways", count_text(found.records, "record")
     less = ""
     if best.name != found.best_ingredient:
@@ -372,24 +429,24 @@ def claim(found: Comparison) -> str:
     below = "".join(f"; but {row.name} has a lower loss, {row.nats_per_token:.4f}" for row in lower)
     if found.best.clear:
         alone = "" if less else ", better alone than in any composition"
-        return f"{best.name} is the best of {ways} on {records}{alone}{less}{below}"
+        return f"{named_best} is the best of {ways} on {records}{alone}{less}{below}"
     near = sorted((name for name, p in rivals.items() if p >= SIGNIFICANCE), key=lambda name: -rivals[name])
     if not near:
         from loracli.calibration.dataset import MIN_HELD_OUT  # which loads torch
 
         few = f"which are too few to tell: at least {MIN_HELD_OUT} different ones are needed"
-        return f"{best.name} has the lowest loss of {ways} on {records}, {few}{below}"
+        return f"{named_best} has the lowest loss of {ways} on {records}, {few}{below}"
     more = f" and {len(near) - _NEAR} more" if len(near) > _NEAR else ""
-    shown = f"{', '.join(near[:_NEAR])}{more}"
+    shown = f"{', '.join(map(found.best.called, near[:_NEAR]))}{more}"
     return (
-        f"{best.name} has the lowest loss of {ways} on {records}, but is not clearly better than {shown}{less}{below}"
+        f"{named_best} has the lowest loss of {ways} on {records}, but is not clearly better than {shown}{less}{below}"
     )
 
 
 def correction(found: Comparison) -> str:
     """How `claim` was judged: the p-values of the rivals, largest first."""
     shown = sorted(found.best.rivals.items(), key=lambda item: -item[1])
-    near = ", ".join(f"{name} {p:.2g}" for name, p in shown[:_NEAR])
+    near = ", ".join(f"{found.best.called(name)} {p:.2g}" for name, p in shown[:_NEAR])
     more = f", {len(shown) - _NEAR} more below" if len(shown) > _NEAR else ""
     return f"p-value that another is as good, by Holm's correction for {len(shown)}: {near}{more}"
 
@@ -435,14 +492,26 @@ def metric_claim(found: Comparison) -> str:
         return ""
     row, score = max(measured, key=lambda pair: (pair[1].mean, pair[0].name == found.best.name))
     above = "".join(f"; but {one.name} has {own.mean:.3f}" for one, own in every if own.mean > score.mean)
-    if len(measured) > 1 and all(own.mean == score.mean for _, own in measured):
+    first = [one for one, own in measured if own.mean == score.mean]
+    if len(measured) > 1 and len(first) == len(measured):
         return f"by {found.metric}, no way is best: all have {score.mean:.3f}{above}"
-    test = "" if score.p_value is None else f"; McNemar's p = {score.p_value:.2g}"
-    other = "" if row.name == found.best.name else f", where the loss is lowest with {found.best.name}"
-    return (
-        f"by {found.metric}, {row.name} is best with {score.mean:.3f}, {score.difference:+.3f} to the best single "
-        f"adapter (95 % interval {interval_text(score.interval, digits=3)}{test}){other}{above}"
-    )
+    names = [row.name, *(one.name for one in first if one is not row)]
+    said = f"{row.name} has the highest, {score.mean:.3f}"
+    if len(names) > 1:
+        said = f"{_listed(names)} have the highest, {score.mean:.3f}, together"
+    if all(one.kind != "ingredient" for one in first):  # else the best single adapter would be compared with itself
+        test = "" if score.p_value is None else f"; McNemar's p = {score.p_value:.2g}"
+        whose = f"{row.name} " if len(names) > 1 else ""
+        interval = interval_text(score.interval, digits=3)
+        said += f"; {whose}{score.difference:+.3f} to the best single adapter (95 % interval {interval}{test})"
+    other = "" if found.best.name in names else f", where the loss is lowest with {found.best.name}"
+    return f"by {found.metric}, {said}{other}{above}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`a, b and c`, of many the first ones."""
+    shown = list(names) if len(names) <= _NEAR else [*names[:_NEAR], f"{len(names) - _NEAR} more"]
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
 def best_first(rows: Sequence[_Row]) -> list[_Row]:
@@ -484,9 +553,10 @@ def remarks(found: Comparison) -> list[str]:
     for reason in dict.fromkeys(skipped.reason for skipped in found.skipped):
         left = ", ".join(skipped.name for skipped in found.skipped if skipped.reason == reason)
         said.append(f"left out: {left}: {reason}")
-    if found.detectable > 0:  # it is 0 where the best adapter is the best way
+    if found.detectable > 0:  # it is 0 where both are the same way
+        pair = f"{found.detectable_of or 'the fit, or the best way,'} to {found.best_ingredient}"
         smallest = f"{found.detectable:.2g} nats per token, 4 times in 5"
-        said.append(f"smallest difference that so many records can show: {smallest}")
+        said.append(f"smallest difference of {pair} that so many records can show: {smallest}")
     return said
 
 

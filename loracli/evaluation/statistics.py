@@ -29,6 +29,7 @@ from loracli.recipe.record import HeldOut, HeldOutControl, HeldOutRow, HeldOutTa
 
 RESAMPLES = 10_000
 _LEVEL = 0.95
+_ROUNDING = 1e-6  # nats per token of a record
 _ROWS = 500  # resamples at a time, so that memory stays at a few megabytes per thousand records
 
 
@@ -115,6 +116,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def best_of(scores: Mapping[str, Scores], *, seed: int = 0) -> BestOf:
     """The way with the lowest loss, and for each other the corrected one-sided p-value that it is as good.
 
+    Those that cost the same on every record are one way, which the first of them stands for.
+
     A p-value is the share of paired resamples in which the other is not worse, (1 + count) / (1 + resamples). Nothing
     is clear below 20 records, whose resamples say nothing.
 
@@ -122,16 +125,29 @@ def best_of(scores: Mapping[str, Scores], *, seed: int = 0) -> BestOf:
         scores: of each way on the same records.
         seed: of the resampling.
     """
-    best = min(scores, key=lambda name: scores[name].nats_per_token)
-    others = [name for name in scores if name != best]
+    ways: list[list[str]] = []
+    for name, own in scores.items():
+        group = next((way for way in ways if _same(scores[way[0]], own)), None)
+        if group is None:
+            ways.append([name])
+        else:
+            group.append(name)
+    best = min((way[0] for way in ways), key=lambda name: scores[name].nats_per_token)
+    same = tuple(tuple(way) for way in ways if len(way) > 1)
+    others = [way[0] for way in ways if way[0] != best]
     if not others:
-        return BestOf(best, {}, clear=False)
+        return BestOf(best, {}, clear=False, same=same)
     differences = torch.stack([scores[name].nats - scores[best].nats for name in others])
     draws = resampled(differences, scores[best].tokens, seed=seed)
     as_good = (draws <= 0).sum(dim=1).tolist()
     rivals = holm({name: (1 + count) / (1 + RESAMPLES) for name, count in zip(others, as_good, strict=True)})
     enough = len(scores[best].tokens) >= MIN_HELD_OUT
-    return BestOf(best, rivals, clear=enough and all(p < SIGNIFICANCE for p in rivals.values()))
+    return BestOf(best, rivals, clear=enough and all(p < SIGNIFICANCE for p in rivals.values()), same=same)
+
+
+def _same(first: Scores, second: Scores) -> bool:
+    """Whether every record costs the same, up to what rounding alone may make."""
+    return bool(((first.nats - second.nats).abs() <= _ROUNDING * first.tokens).all())
 
 
 def standard_error(difference: Tensor, tokens: Tensor) -> float:

@@ -11,10 +11,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePath
 
 from loracli.algebra.methods import METHODS
-from loracli.comparison.settings import WEIGHTS, CompareSettings
-from loracli.evaluation.comparison import Comparison
+from loracli.algebra.methods.method import MethodOptions
+from loracli.comparison.settings import DATAMIX, WEIGHTS, CompareSettings
+from loracli.evaluation.comparison import Comparison, ComparisonSettings, FitFile
+from loracli.evaluation.metrics import TaskMetric
 from loracli.fitting.settings import FitSettings
 from loracli.hub.references import URI_PREFIX
+from loracli.model.quantisation import UNQUANTISED
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import ON_LOADING, RecipeAdapter
 from loracli.system.escaping import shell_word
@@ -110,26 +113,48 @@ def _compare(recipe: Recipe, files: Files, found: Comparison) -> Step:
     """The comparison, with a word on what its document does not hold."""
     recipes = [files.recipe] if len(found.recipes) < 2 else [one.row for one in found.recipes]
     words = ["loracat", "compare", *recipes, "--data", *map(_file, found.data.split(", ")), *_named_base(recipe)]
-    names = [row.name for row in found.rows if row.kind == "method" and row.name != WEIGHTS]
-    free = {name for name, method in METHODS.items() if not method.needs_records}
-    if not free <= {*names, *(skipped.name for skipped in found.skipped)}:
-        words += ["--methods", ",".join(names)] if names else []
-    elif set(names) - free:
-        words += ["--methods", ",".join(["data-free", *(name for name in names if name not in free)])]
+    by_hand = next((row for row in found.rows if row.name == WEIGHTS), None)
+    lacking = []
+    if by_hand is not None and by_hand.weights is not None:
+        words += ["--weights", *(f"{weight:.15g}" for weight in by_hand.weights)]
+    elif by_hand is not None:
+        lacking.append("the weights of --weights")
     if found.metric is not None:
         words += ["--metric-command", "COMMAND"] if found.metric == "command" else ["--generate", found.metric]
     if found.guard is not None:
         words += ["--guard", *map(_file, found.guard.split(", "))]
         words += [] if found.margin == CompareSettings.margin else ["--margin", _value(found.margin)]
-    lacking = [
-        *(["--weights"] if any(row.name == WEIGHTS for row in found.rows) else []),
-        *(["--control"] if any(row.kind == "control" for row in found.rows) else []),
-        *(["--fit-data"] if set(names) - free or any(row.kind == "control" for row in found.rows) else []),
-    ]
-    why = "Compares the ways to compose; options of methods are not recorded" + (
-        f", and neither is what was given with {', '.join(lacking)}." if lacking else "."
-    )
+    if found.settings is None:
+        lacking.insert(0, "the settings, which this version of loracat records, and older ones did not")
+    else:
+        words += _set_for(found.settings, recipe)
+    why = "Compares the ways to compose" + (f". Not recorded: {'; '.join(lacking)}." if lacking else ".")
     return Step(why, f"{_line(*words, '--json')} > {shell_word(files.comparison or _COMPARISON)}")
+
+
+def _set_for(made: ComparisonSettings, recipe: Recipe) -> list[str]:
+    """Every setting of a comparison that is not the default, and its dtype."""
+    words = [] if made.methods == CompareSettings.methods else ["--methods", ",".join(made.methods)]
+    for name in made.controls:
+        words += ["--control"] if "--control" not in words else []
+        words += [name, "path/to/datamix"] if name == DATAMIX else [name]
+    if made.fit_data:
+        words += ["--fit-data", *map(_fitted_on, made.fit_data)]
+    words += ["--dtype", made.dtype]
+    if made.quantisation != recipe.base.quantisation:
+        words += ["--quantise", made.quantisation or UNQUANTISED]
+    defaults = {one.name: one.default for kind in (FitSettings, MethodOptions, TaskMetric) for one in fields(kind)}
+    for name, value in made.options.items():
+        if value is not None and value != defaults.get(name):
+            option = f"--{name.replace('_', '-')}"
+            words += [option] if value is True else [option, _value(value)]
+    return words
+
+
+def _fitted_on(file: FitFile) -> str:
+    """As it is typed: with its weight where that is not 1, and with the place of the adapter whose records it holds."""
+    weight = "" if file.weight == 1 else f":{file.weight:.15g}"
+    return f"{_file(file.name)}{weight}{'' if file.adapter is None else f'@#{file.adapter}'}"
 
 
 def _ingredient(adapter: RecipeAdapter, label: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from loracli.evaluation.comparison import (
     GUARDED,
     Comparison,
     ComparisonRow,
+    ComparisonSettings,
     against_control,
     best_first,
     flattered,
@@ -200,17 +201,15 @@ def _interferences(recipe: Recipe, adapters: Sequence[LoraAdapter]) -> str:
     )
 
 
-def _made(recipe: Recipe, steps: Sequence[Step]) -> str:
+def _made(recipe: Recipe, steps: Sequence[Step], found: Comparison | None) -> str:
     """The commands that made all this, and what went in, by hash."""
     adapters = [
         [a.reference, str(a.rank), f"{a.lora_alpha:g}", a.dtype, (a.commit or "local")[:12], a.weights_sha256[:16]]
         for a in recipe.adapters
     ]
     data = [[d.name, str(d.records), str(d.scored_tokens), d.shape, d.sha256[:16]] for d in recipe.data]
-    settings = [[name, "default" if value is None else str(value)] for name, value in recipe.fit.settings.items()]
-    versions = ", ".join(f"{name} {version}" for name, version in recipe.versions.items())
-    kept = f", its linear layers kept in {recipe.base.quantisation}" if recipe.base.quantisation else ""
-    base = f"Base model {recipe.base.id}, {recipe.base.commit or 'a local directory'}, run in {recipe.dtype}{kept}."
+    base = f"Base model {recipe.base.id}, {recipe.base.commit or 'a local directory'}."
+    ran = _ran(recipe.dtype, recipe.base.quantisation, recipe.fit.settings.get("seed", 0), recipe.versions)
     return section(
         "How this was made",
         paragraph(
@@ -219,11 +218,41 @@ def _made(recipe: Recipe, steps: Sequence[Step]) -> str:
             soft=True,
         ),
         _typed(steps),
-        paragraph(f"{base} Seed {recipe.fit.settings.get('seed', 0)}. {versions}."),
+        paragraph(f"{base} The fit: {ran}."),
         table("adapters", ["adapter", "rank", "alpha", "dtype", "commit", "sha256"], adapters),
         table("calibration data", ["data", "records", "scored tokens", "shape", "sha256"], data),
-        folded("all settings of the fit", table("settings", ["setting", "value"], settings)),
+        folded("all settings of the fit", _settings(recipe.fit.settings)),
+        "" if found is None else _made_comparison(found.settings),
     )
+
+
+def _made_comparison(made: ComparisonSettings | None) -> str:
+    """What the comparison ran with, which need not be what the fit did."""
+    if made is None:
+        return paragraph(
+            "What the comparison ran with is not recorded: its document is of an older version of loracat."
+        )
+    ran = _ran(made.dtype, made.quantisation, made.options.get("seed", 0), made.versions)
+    data = [
+        [file.name, f"{file.weight:g}", "all" if file.adapter is None else f"#{file.adapter}", file.sha256[:16]]
+        for file in made.fit_data
+    ]
+    title = "records that rows of the comparison were fitted on"
+    return (
+        paragraph(f"The comparison: {ran}.")
+        + (table(title, ["data", "weight", "of adapter", "sha256"], data) if data else "")
+        + folded("all settings of the comparison", _settings(made.options))
+    )
+
+
+def _ran(dtype: str, quantisation: str | None, seed: object, versions: Mapping[str, str]) -> str:
+    kept = f", linear layers kept in {quantisation}" if quantisation else ""
+    return f"run in {dtype}{kept}, seed {seed}, {', '.join(f'{name} {version}' for name, version in versions.items())}"
+
+
+def _settings(values: Mapping[str, object]) -> str:
+    rows = [[name, "default" if value is None else str(value)] for name, value in values.items()]
+    return table("settings", ["setting", "value"], rows)
 
 
 def _next(steps: Sequence[Step]) -> str:
@@ -306,7 +335,7 @@ def write_report(
     parts["search"] = _search(public)
     if len(ingredients) > 1:
         parts["interference"] = _interferences(public, ingredients)
-    parts["provenance"] = _made(public, made_by(loaded, files, found))
+    parts["provenance"] = _made(public, made_by(loaded, files, found), found)
     parts["next"] = _next(what_next(loaded, files, found))
     content = page("loracat: " + " + ".join(a.reference for a in public.adapters), *parts.values()).encode()
     write_atomically(output, content)

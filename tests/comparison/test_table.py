@@ -14,7 +14,7 @@ from loracli.calibration.render import Example
 from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.settings import CompareSettings
 from loracli.comparison.table import Evaluated, comparison_of, mean_of
-from loracli.evaluation.comparison import Comparison, RowKind, Skipped, remarks
+from loracli.evaluation.comparison import Comparison, RowKind, Skipped, claim, remarks
 from loracli.evaluation.statistics import RESAMPLES, detectable, holm
 from loracli.fitting.mixing import Layout
 from loracli.fitting.settings import FitSettings
@@ -220,9 +220,29 @@ def test_of_rows_with_the_same_loss_the_first_is_named_and_none_is_clearly_the_b
     alike = [row(name, "ingredient", losses(2.0)) for name in ("a", "b")]
     found = compared([ROWS[0], *alike, row("sum", "method", losses(2.0))])
     assert (found.best_ingredient, found.best.name, found.best.clear) == ("a", "a", False)
-    assert found.best.rivals == {"b": 1.0, "sum": 1.0}
+    assert found.best.rivals == {} and found.best.same == (("a", "b", "sum"),)
+    assert claim(found) == "a (as are b and sum) has nothing to be compared with here"
     assert [r.worse_records for r in found.rows[1:]] == [0.0] * 3
     assert all(r.interval == (0.0, 0.0) for r in found.rows[1:])
+
+
+def test_rows_that_cost_the_same_on_every_record_are_one_way_in_the_count_and_in_the_correction() -> None:
+    """As if the copies were not there; a fit stands for the row that found the same again, and rounding is no more."""
+    rounded = Scores(losses(1.0).nats * (1 + 1e-9), TOKENS)
+    rows = [*ROWS[:5], row("module", "method", rounded), row("sum", "method", ROWS[4].scores)]
+    found, alone = (
+        compared([*rows, row("fit", "fit", losses(1.0))]),
+        compared([*ROWS[:5], row("fit", "fit", losses(1.0))]),
+    )
+    assert (found.best.name, found.best.clear, found.best.rivals) == ("fit", True, alone.best.rivals)
+    assert found.best.same == (("fit", "module"), ("ties", "sum"))
+    assert claim(found).startswith("fit (as is module) is the best of 5 ways on 30 records")
+    near = compared([*ROWS[:6], row("sum", "method", ROWS[4].scores)])
+    assert "fit has the lowest loss of 5 ways on 30 records, but is not clearly better than ties (as is sum)" in claim(
+        near
+    )
+    as_often = Scores(ROWS[4].scores.nats.flip(0) / TOKENS.flip(0) * TOKENS, TOKENS)  # other records cost as much
+    assert compared([*ROWS[:5], row("sum", "method", as_often)]).best.same == ()
 
 
 def test_what_so_many_records_would_show_is_judged_by_the_fit_and_without_one_by_the_best() -> None:
@@ -230,12 +250,13 @@ def test_what_so_many_records_would_show_is_judged_by_the_fit_and_without_one_by
         scores = next(r.scores for r in ROWS if r.name == name)
         return detectable(scores.nats - ROWS[1].scores.nats, TOKENS)
 
-    assert compared(ROWS).detectable == by("fit")
+    assert (compared(ROWS).detectable, compared(ROWS).detectable_of) == (by("fit"), "fit")
+    assert any("smallest difference of fit to a that so many records" in line for line in remarks(compared(ROWS)))
     worse_fit = [*ROWS[:5], row("fit", "fit", Scores(ROWS[5].scores.nats + TOKENS, TOKENS))]
     assert compared(worse_fit).best.name == "ties" and compared(worse_fit).detectable == pytest.approx(by("fit"))
     assert compared(ROWS[:5]).detectable == by("ties")
-    assert compared(ROWS[:4]).detectable == by("b")  # the best of all is what it is judged against
-    assert compared(ROWS[:2]).detectable == 0.0
+    assert compared(ROWS[:4]).detectable == by("uniform")  # the best of all is what it is judged against
+    assert (compared(ROWS[:2]).detectable, compared(ROWS[:2]).detectable_of) == (0.0, "")
 
 
 def test_without_uniform_nothing_is_compared_with_it() -> None:

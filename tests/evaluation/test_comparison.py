@@ -230,7 +230,6 @@ A, FIT = ("a", "ingredient", 2.0, 0.5), ("fit", "fit", 1.0, 0.7)
     ("rows", "ends"),
     [
         ([A, FIT], "-0.100 to +0.100)"),
-        ([A, ("sum", "method", 1.5, 0.7), FIT], "-0.100 to +0.100)"),  # as good by the metric: nothing disagrees
         ([A, ("sum", "method", 1.5, 0.8), FIT], "-0.100 to +0.100), where the loss is lowest with fit"),
         ([A, FIT, ("base", "base", 3.0, 0.9)], "-0.100 to +0.100); but base has 0.900"),
         ([A, FIT, ("fresh-lora", "control", 3.0, 0.9)], "-0.100 to +0.100); but fresh-lora has 0.900"),
@@ -238,8 +237,20 @@ A, FIT = ("a", "ingredient", 2.0, 0.5), ("fit", "fit", 1.0, 0.7)
 )
 def test_the_metric_says_where_it_disagrees_with_the_loss(rows: Any, ends: str) -> None:
     said = metric_claim(compared(*rows))
-    best = "sum is best with 0.800" if "where" in ends else "fit is best with 0.700"
-    assert said.startswith(f"by exact, {best}") and said.endswith(ends)
+    best = "sum has the highest, 0.800; +0.300" if "where" in ends else "fit has the highest, 0.700; +0.200"
+    assert said.startswith(f"by exact, {best} to the best single adapter") and said.endswith(ends)
+
+
+def test_ways_that_tie_by_the_metric_are_named_together_and_an_adapter_is_not_compared_with_itself() -> None:
+    tied = metric_claim(compared(A, ("sum", "method", 1.5, 0.7), FIT))
+    assert tied == (
+        "by exact, fit and sum have the highest, 0.700, together; fit +0.200 to the best single adapter "
+        "(95 % interval -0.100 to +0.100)"
+    )
+    alone = metric_claim(compared(("a", "ingredient", 2.0, 0.9), FIT))
+    assert alone == "by exact, a has the highest, 0.900, where the loss is lowest with fit"
+    beside = metric_claim(compared(("a", "ingredient", 2.0, 0.7), FIT, ("sum", "method", 1.5, 0.6)))
+    assert beside == "by exact, fit and a have the highest, 0.700, together"
 
 
 def test_where_all_ways_are_as_good_by_the_metric_none_is_best() -> None:

@@ -9,17 +9,17 @@ from dataclasses import fields, replace
 from html.parser import HTMLParser
 from math import log10
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from loracli.algebra.methods import METHODS
-from loracli.evaluation.comparison import Comparison, best_first, verdict
+from loracli.evaluation.comparison import Comparison, ComparisonSettings, FitFile, best_first, verdict
 from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.recipe import Recipe, load_recipe
 from loracli.recipe.record import StageRecord
 from loracli.report.charts import Line, intervals_chart, loss_curve
 from loracli.report.commands import Files, made_by, what_next
-from loracli.report.report import _interferences, write_report
+from loracli.report.report import _interferences, _made_comparison, write_report
 from loracli.system.document import decode
 from tests.report.conftest import Story
 
@@ -244,19 +244,38 @@ def test_adapters_of_the_hub_are_fetched_and_pinned_and_places_outside_are_not_t
         assert words[words.index("--base") + 1 :][:3] == [f"hf://{recipe.base.id}", "--base-revision", "1" * 40]
 
 
-def test_a_comparison_of_all_that_needs_no_data_is_typed_without_their_names(
+def test_the_command_of_a_comparison_is_made_of_its_settings_and_of_an_older_one_says_that_they_lack(
     recipe: Recipe, compared: Comparison
 ) -> None:
-    """As it was: `data-free` is the default, and regmean, which needs records, is none of them."""
-    free = [name for name, method in METHODS.items() if not method.needs_records]
-    sum_row = next(row for row in compared.rows if row.name == "sum")
-    rows = [row for row in compared.rows if row.kind != "method"] + [replace(sum_row, name=name) for name in free]
-    found = replace(compared, rows=tuple(rows), skipped=())
-    (line,) = [s.line for s in made_by(recipe, Files("r.json", "c.json"), found) if " compare " in s.line]
-    assert "--methods" not in line
-    fitted = replace(found, rows=(*rows, replace(sum_row, name="regmean")))
-    (line,) = [s.line for s in made_by(recipe, Files("r.json", "c.json"), fitted) if " compare " in s.line]
-    assert "--methods data-free,regmean" in line
+    files = (FitFile("val.jsonl", "0" * 64, 1.0, None), FitFile("know.jsonl", "1" * 64, 2.0, 2))
+    options = {
+        "seed": 3,
+        "passes": 2.5,
+        "max_length": 1024,
+        "rank": None,
+        "scale": 1.0,
+        "density": 0.3,
+        "skip_bad": True,
+    }
+    made = ComparisonSettings(("all",), ("fresh-lora", "datamix"), options, "bfloat16", None, files, {"loracat": "9.9"})
+    found = replace(compared, metric="exact", settings=made)
+
+    def of(one: Comparison) -> Any:
+        (step,) = [s for s in made_by(recipe, Files("r.json", "c.json"), one) if " compare " in s.line]
+        return step
+
+    words = shlex.split(of(found).line)
+    assert words[words.index("--generate") :] == [
+        *"--generate exact --methods all --control fresh-lora datamix path/to/datamix".split(),
+        *"--fit-data val.jsonl know.jsonl:2@#2 --dtype bfloat16 --seed 3 --passes 2.5 --density 0.3 --skip-bad".split(),
+        *"--json > c.json".split(),
+    ]
+    assert of(found).why == "Compares the ways to compose."
+    of_all = replace(made, methods=("data-free",), controls=(), options={"seed": 0}, fit_data=())
+    assert of(replace(found, settings=of_all)).line.endswith("--generate exact --dtype bfloat16 --json > c.json")
+    assert "Not recorded: the settings" in of(replace(found, settings=None)).why
+    assert "seed 3, loracat 9.9" in _made_comparison(made) and "know.jsonl" in _made_comparison(made)
+    assert "is not recorded" in _made_comparison(None)
 
 
 def test_what_did_better_is_what_comes_next(recipe: Recipe, compared: Comparison) -> None:
