@@ -364,6 +364,16 @@ def test_a_method_that_cannot_honour_the_adapters_is_skipped_in_all_and_an_error
         compare(data, tiny_base, two_adapters, settings=CompareSettings(("module",)))
 
 
+def test_a_fitted_row_that_took_no_step_from_its_start_says_so(
+    data: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loracli.fitting.search._affordable", lambda *_: 1)  # the first evaluation is of the start
+    monkeypatch.setattr("loracli.fitting.search._minimise_again", lambda *_: None)
+    settings = CompareSettings(("adapter",), fit=QUICK)
+    found = compare(data, shallow_base, two_shallow_adapters, fit_data=data / "val.jsonl", settings=settings)
+    assert found.row("adapter").note.startswith("no step from its start, ")
+
+
 def test_the_metric_is_compared_with_the_ingredient_that_is_best_by_it(
     data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
 ) -> None:

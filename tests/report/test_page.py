@@ -258,7 +258,7 @@ def test_the_command_of_a_comparison_is_made_of_its_settings_and_of_an_older_one
         "skip_bad": True,
     }
     made = ComparisonSettings(("all",), ("fresh-lora", "datamix"), options, "bfloat16", None, files, {"loracat": "9.9"})
-    found = replace(compared, metric="exact", settings=made)
+    found = replace(compared, metric="exact", guard=None, settings=made)
 
     def of(one: Comparison) -> Any:
         (step,) = [s for s in made_by(recipe, Files("r.json", "c.json"), one) if " compare " in s.line]
