@@ -188,7 +188,7 @@ def weights_text(recipe: Recipe) -> str:
         kind = "a new LoRA, which has nothing of the adapters"
     elif recipe.fit.half_from_nothing:
         kind = "the mean of trained factors and of a new LoRA"
-    elif recipe.fit.recipe == "paper":
+    elif recipe.fit.recipe == "paper" and not recipe.mixing.edited:
         kind = f"{kind}; {_published(recipe)}"
     return f"{count_text(recipe.mixing.numbers, what)} ({kind})"
 
