@@ -19,7 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, ClassVar, TypeAlias
 
 from loracli.calibration.fields import (
     SYSTEM_KEYS,
@@ -59,6 +59,8 @@ class DataSource:
         fields: other names of what is read of a record, as `prompt=question,completion=answer`; None for none.
         adapter: whose own records these are, by a name of it; None for records of all.
     """
+
+    said_as: ClassVar[type] = Path  # to those who call a function, who give nothing else
 
     path: Path | None
     weight: float = 1.0
