@@ -51,6 +51,7 @@ def test_weights_by_hand_in_six_lines(tmp_path: Path, two_adapters: tuple[Path, 
 
     written = [(tmp_path / name / "loracat.json").read_bytes() for name in ("cat", "asked")]
     assert written[0] == written[1] and merged.layout.rank == 3
+    assert repr(composed.composition) == "<Composition first + second, 12 modules>"
     assert loracli.compose(two_adapters, {"#1": {"default": 0.7}, "#2": {"default": -0.3}}).composition.names()
     for how, hint in (
         ({"method": "ties"}, "ExportRequest(method=..., ...)"),
