@@ -19,7 +19,7 @@ from loracli.system import display as _display
 
 if TYPE_CHECKING:
     from loracli.adapters.adapter import LoraAdapter, read_adapter
-    from loracli.adapters.compatible import inspect_adapters
+    from loracli.adapters.compatible import Inspection, inspect_adapters
     from loracli.algebra.methods.method import MethodOptions
     from loracli.comparison.compare import compare_adapters
     from loracli.comparison.settings import CompareSettings, Controls
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from loracli.model.placement import Placement
     from loracli.pushing.push import Pushed, PushRequest, push_adapter
     from loracli.recipe.recipe import Recipe, load_recipe
-    from loracli.report.report import write_report
+    from loracli.report.report import Written, write_report
     from loracli.serving.lint import Lint, lint_adapter
     from loracli.verifying.findings import Verification
     from loracli.verifying.verify import verify_directory
@@ -59,6 +59,7 @@ _HOMES = {
     "Fused": "loracli.fusing.fuse",
     "GenerateRequest": "loracli.generating.generate",
     "Generated": "loracli.generating.generate",
+    "Inspection": "loracli.adapters.compatible",
     "Lint": "loracli.serving.lint",
     "LoraAdapter": "loracli.adapters.adapter",
     "LoracatError": "loracli.errors",
@@ -70,6 +71,7 @@ _HOMES = {
     "TaskMetric": "loracli.evaluation.metrics",
     "Unpickled": "loracli.conversion.from_pickle",
     "Verification": "loracli.verifying.findings",
+    "Written": "loracli.report.report",
     "compare_adapters": "loracli.comparison.compare",
     "compose": "loracli.export.export",
     "convert_adapter": "loracli.conversion.convert",
@@ -103,6 +105,7 @@ __all__ = [
     "Fused",
     "GenerateRequest",
     "Generated",
+    "Inspection",
     "Lint",
     "LoraAdapter",
     "LoracatError",
@@ -114,6 +117,7 @@ __all__ = [
     "TaskMetric",
     "Unpickled",
     "Verification",
+    "Written",
     "compare_adapters",
     "compose",
     "convert_adapter",

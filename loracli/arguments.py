@@ -78,12 +78,36 @@ def as_declared(kind: Any, value: Any, name: str) -> Any:
         return _taken(kind, value)
     except _Other:
         expected = _said(kind)
-        shown, hint = repr(value)[:_QUOTED], None
-        if isinstance(value, str) and "a list" in expected:
-            hint = f"for one of them give [{shown}]"
-        elif is_dataclass(kind) and isinstance(value, (str, Path)):
-            hint = f"for example {expected}({shown})"
-        raise UsageError(f"{name} is {shown}, but should be {expected}", hint=hint) from None
+        hint = _example(kind, value)
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if name.endswith("data") and any(isinstance(record, Mapping) for record in several):
+            hint = "of records in memory write a file, json.dumps(record) a line, and give its path"
+        elif isinstance(value, str) and "a list" in expected:
+            parts = [part.strip() for part in value.split(",")]
+            hint = f"for {'one' if len(parts) == 1 else 'several'} of them give {parts}"
+        raise UsageError(f"{name} is {repr(value)[:_QUOTED]}, but should be {expected}", hint=hint) from None
+
+
+def _example(kind: Any, value: Any) -> str | None:
+    """The call of a class of settings that was meant: by its first field, by the names of its fields, or by words for
+    what it turns on; None where it takes none of these."""
+    wanted: Any = next((one for one in (kind, *get_args(kind)) if is_dataclass(one)), None)
+    words = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
+    ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((value,) if isinstance(value, (str, Path)) else (), {}),
+        ((), value if isinstance(value, dict) else {}),
+        ((), {str(word).replace("-", "_"): True for word in words}),
+    ]
+    for args, options in ways if wanted is not None else ():
+        if not (args or options):
+            continue
+        try:
+            wanted(*args, **options)
+        except (TypeError, UsageError):
+            continue
+        said = ", ".join([*map(repr, args), *(f"{name}={given!r}" for name, given in options.items())])
+        return f"for example {wanted.__name__}({said})"
+    return None
 
 
 @lru_cache
@@ -162,4 +186,6 @@ def _said(kind: Any, *, several: bool = False) -> str:
         return " or ".join(map(repr, arguments))
     if plain in (Sequence, tuple, Iterable):
         return f"a list of {_said(arguments[0], several=True)}"
+    if hasattr(plain, "said_as"):  # a class that is not public
+        plain = plain.said_as
     return _NAMES[plain][several] if plain in _NAMES else plain.__name__

@@ -51,6 +51,7 @@ def test_weights_by_hand_in_six_lines(tmp_path: Path, two_adapters: tuple[Path, 
 
     written = [(tmp_path / name / "loracat.json").read_bytes() for name in ("cat", "asked")]
     assert written[0] == written[1] and merged.layout.rank == 3
+    assert repr(composed.composition) == "<Composition first + second, 12 modules>"
     assert loracli.compose(two_adapters, {"#1": {"default": 0.7}, "#2": {"default": -0.3}}).composition.names()
     for how, hint in (
         ({"method": "ties"}, "ExportRequest(method=..., ...)"),
@@ -59,7 +60,7 @@ def test_weights_by_hand_in_six_lines(tmp_path: Path, two_adapters: tuple[Path, 
         with pytest.raises(loracli.LoracatError) as refused:
             composed.export(tmp_path / "no", **how)
         assert hint in str(refused.value.hint)
-    with pytest.raises(loracli.LoracatError, match="--rank is for --merge"):
+    with pytest.raises(loracli.LoracatError, match="a rank is for a merge"):
         composed.export(tmp_path / "no", rank=3)
     with pytest.raises(loracli.LoracatError, match="1 number for 2 adapters"):
         loracli.compose(adapters, [0.7])
@@ -112,6 +113,65 @@ def test_an_argument_of_another_type_is_refused_by_name_before_any_work(call: An
         assert caught.value.hint == "for one of them give ['vllm']"
     if reason.startswith("request"):
         assert caught.value.hint == "for example ExportRequest('r.json')"
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda: loracli.CompareSettings(methods="ties,dare"), "for several of them give ['ties', 'dare']"),
+        (lambda: loracli.CompareSettings(controls=["fresh-lora"]), "for example Controls(fresh_lora=True)"),
+        (lambda: loracli.CompareSettings(controls="random"), "for example Controls(random=True)"),
+        (lambda: loracli.CompareSettings(controls=["nothing"]), None),
+        (lambda: loracli.CompareSettings(fit={"cv": 4}), "for example FitSettings(cv=4)"),
+        (lambda: loracli.CompareSettings(fit={"epochs": 4}), None),
+        (lambda: loracli.compare_adapters("d.jsonl", metric="exact"), "for example TaskMetric('exact')"),
+        (lambda: loracli.fit_mixing(["./a"], "d", settings={"passes": 3}), "for example FitSettings(passes=3)"),
+        (lambda: loracli.fit_mixing(["./a"], "d", placement="cpu"), None),
+        (lambda: loracli.fit_mixing(["./a"], [{"text": "t"}]), "of records in memory write a file, "),
+        (lambda: loracli.fit_mixing(["./a"], "d", eval_data={"text": "t"}), "of records in memory write a file, "),
+    ],
+)
+def test_an_argument_of_another_type_is_answered_with_a_call_that_can_be_made(call: Any, hint: str | None) -> None:
+    with pytest.raises(UsageError) as caught:
+        call()
+    assert "DataSource" not in str(caught.value)
+    said = caught.value.hint
+    assert said == hint or (hint is not None and str(said).startswith(hint) and said.endswith("give its path"))
+    if said is not None and said.startswith("for example"):
+        assert eval(
+            said.removeprefix("for example "), vars(loracli) | {n: getattr(loracli, n) for n in loracli.__all__}
+        )
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"passes": 0}, "passes 0 is not between 2 and 1000"),
+        ({"passes": 1.0}, "passes 1 is not between 2 and 1000"),
+        ({"passes": 1.5}, "passes 1.5 is not between 2 and 1000"),
+        ({"learning_rate": 50.0}, "learning rate 50 is not between 1e-09 and 10.0"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_named_in_words_with_the_value_as_it_was_given(
+    setting: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        loracli.FitSettings(**setting)
+    assert str(caught.value) == reason
+
+
+def test_errors_of_an_output_and_of_a_rank_speak_to_those_who_call_a_function_too(
+    tmp_path: Path, two_adapters: tuple[Path, Path]
+) -> None:
+    composed = loracli.compose(two_adapters, [1, 1])
+    composed.export(tmp_path / "out")
+    with pytest.raises(loracli.LoracatError) as taken:
+        composed.export(tmp_path / "out")
+    assert str(taken.value.hint).endswith("replace it: --force, in Python force=True")
+    composed.export(tmp_path / "out", force=True)
+    with pytest.raises(loracli.LoracatError) as refused:
+        composed.export(tmp_path / "no", rank=3)
+    assert str(refused.value.hint).endswith("merge=True")
 
 
 def test_a_path_in_the_home_is_meant_so(

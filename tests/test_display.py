@@ -14,6 +14,7 @@ from loracli.hub.fetch import Fetched
 from loracli.hub.references import Reference
 from loracli.hub.source import FetchedFile
 from loracli.pushing.push import Pushed, PushedFile
+from loracli.recipe.record import HeldOut, HeldOutRow, RecipeMixing
 from loracli.report.report import Written
 from loracli.serving.lint import Lint, ServerReport
 from loracli.system.display import MOST, names_text
@@ -58,7 +59,18 @@ def compared(name: str) -> Comparison:
     return Comparison("test.jsonl", "base", (name,), 128, 900, name, rows, (), (), best, 0.1, None, None, 0.02, 0)
 
 
+def mixed(name: str) -> RecipeMixing:
+    return RecipeMixing("layer", {f"{name}{index}": (0.5, None) for index in range(400)}, 800)
+
+
+def held_out(name: str) -> HeldOut:
+    rows = tuple(HeldOutRow(row, nats, 0.0, (0.0, 0.0), 0.5) for row, nats in ((name, 1.5), ("fit", 0.0941)))
+    return HeldOut(name, 128, 900, name, rows, (), "better")
+
+
 SAID = [
+    (mixed("model.layers."), "<RecipeMixing layer, 800 numbers in 400 groups>"),
+    (held_out("test.jsonl"), "<HeldOut better, 0.0941 nats, 128 records of test.jsonl>"),
     (fetched("org/math"), "<Fetched org/math, commit 0123456789ab, 2 files, 6.0 kB>"),
     (
         replace(fetched("org/math"), reference=Reference("~/runs/math", path=Path("/home/me/runs/math")), commit=None),
@@ -91,7 +103,7 @@ def test_a_value_says_what_a_person_wants_to_know_of_it_in_a_line(value: object,
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=["escape", "newline", "direction", "long", "unseen"])
-@pytest.mark.parametrize("make", [fetched, taken_by, verified, pushed, fused, compared])
+@pytest.mark.parametrize("make", [fetched, taken_by, verified, pushed, fused, compared, mixed, held_out])
 def test_a_line_is_short_and_printable_whatever_the_value_holds(make: Any, name: str) -> None:
     said = repr(make(name))
     assert len(said) <= MOST

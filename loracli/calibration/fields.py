@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 from loracli.calibration.file_forms import FileForm
@@ -367,39 +368,56 @@ def parse_fields(text: str | None) -> dict[str, str]:
 _EXAMPLE = "write it as --fields prompt=question,completion=answer"
 
 
-def suggestion(fields: Mapping[str, Any]) -> str | None:
-    """The option that reads a record of no shape, None where nothing suggests one."""
+def suggestion(fields: Mapping[str, Any], renamed: Mapping[str, str]) -> str | None:
+    """The option that reads a record of no shape, None where nothing suggests one.
+
+    Args:
+        fields: of the record, by our names.
+        renamed: what the file calls those of them that have another name there.
+    """
+    names = _meant(fields)
+    return None if names is None else _option({name: renamed.get(key, key) for name, key in names.items()})
+
+
+def _meant(fields: Mapping[str, Any]) -> dict[str, str] | None:
+    """Which key of a record of no shape each of our names stands for."""
     chosen = fields.get("chosen")
     if isinstance(chosen, list):
         first = chosen[0] if chosen and isinstance(chosen[0], dict) else {}
         answers = first.get("role", first.get("from")) in ("assistant", "gpt")
-        return "--fields completion=chosen" if answers and "prompt" in fields else "--fields messages=chosen"
+        return {"completion" if answers and "prompt" in fields else "messages": "chosen"}
     if "chosen" in fields:
         return _pair(fields, ("chosen",))
     return _pair(fields, _ANSWERS) or next(
-        (_option({name: key}) for key in fields if (name := key.lower()) != key and name in _WHOLE), None
+        ({name: key} for key in fields if (name := key.lower()) != key and name in _WHOLE), None
     )
 
 
-def _pair(fields: Mapping[str, Any], answers: tuple[str, ...]) -> str | None:
+def _pair(fields: Mapping[str, Any], answers: tuple[str, ...]) -> dict[str, str] | None:
     """Prompt and completion; where a record has more that the model should see, an instruction that keeps it."""
-    keys = {_spelled(key): key for key, value in reversed(list(fields.items())) if not is_nothing(value)}
-    texts = {name: key for name, key in keys.items() if isinstance(fields[key], str)}
+    keys = {_spelled(key): key for key in reversed(list(fields))}
+    texts = {name: key for name, key in keys.items() if isinstance(fields[key], str) and not is_nothing(fields[key])}
     answer = next((texts[name] for name in answers if name in texts), None)
     question = next((texts[name] for name in _QUESTIONS if name in texts and texts[name] != answer), None)
-    if answer is None or question is None:
+    if answer is None:
         return None
-    beside = [texts[name] for name in ("input", *_PASSAGE_NAMES) if name in texts]
+    if question is None:
+        alone = all(is_nothing(fields[key]) for key in fields if key not in (answer, "id", "task", "skill"))
+        return {"text": answer} if alone else None
+
+    def beside(names: Iterable[str], kind: type) -> str | None:
+        """Whose text may be empty here, as other records of the file have one."""
+        there = (keys[name] for name in names if name in keys and isinstance(fields[keys[name]], (kind, NoneType)))
+        return next((key for key in there if key not in (question, answer)), None)
+
     more = {
-        "system": next((texts[name] for name in _SYSTEM_NAMES if name in texts), None),
-        "history": next(
-            (keys[name] for name in _HISTORY_NAMES if isinstance(fields.get(keys.get(name, "")), list)), None
-        ),
-        "input": next((key for key in beside if key not in (question, answer)), None),
+        "system": beside(_SYSTEM_NAMES, str),
+        "history": beside(_HISTORY_NAMES, list),
+        "input": beside(("input", *_PASSAGE_NAMES), str),
     }
     if not any(more.values()):
-        return _option({"prompt": question, "completion": answer})
-    return _option({"instruction": question} | {name: key for name, key in more.items() if key} | {"output": answer})
+        return {"prompt": question, "completion": answer}
+    return {"instruction": question} | {name: key for name, key in more.items() if key} | {"output": answer}
 
 
 def _option(names: Mapping[str, str]) -> str | None:

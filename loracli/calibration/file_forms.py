@@ -12,10 +12,10 @@ import json
 import re
 import shlex
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from loracli.errors import CalibrationError
 
@@ -46,17 +46,20 @@ class FileForm:
         path: None for standard input.
         gzipped: whether it is compressed.
         array: whether it is one JSON array.
+        names: what it calls some of what is read: {"prompt": "question"}.
     """
 
     path: Path | None
     gzipped: bool = False
     array: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
 
-    def rewritten(self, row: str = "r", *, where: str = "True") -> str:
-        """A command that writes JSONL of `row` for each record `r` for which `where` holds, both in Python."""
+    def rewritten(self, row: str = "r", *, where: str = "True", having: str = "") -> str:
+        """A command that writes JSONL of `row` for each record `r` for which `where` holds, both in Python; what it is
+        `having` they call `c`."""
         lines = self._opened('encoding="utf-8-sig"')
         rows = f"json.load({lines})" if self.array else f"map(json.loads, filter(str.strip, {lines}))"
-        condition = "" if where == "True" else f" if {where}"
+        condition = (f" for c in [{having}]" if having else "") + ("" if where == "True" else f" if {where}")
         return self._command(f"import gzip, json, sys; [print(json.dumps({row})) for r in {rows}{condition}]", "kept")
 
     def of_object(self, key: str) -> str:
@@ -64,6 +67,19 @@ class FileForm:
         opened = self._opened('encoding="utf-8-sig"')
         rows = f"json.load({opened})[{json.dumps(key)}]"
         return self._command(f"import gzip, json, sys; [print(json.dumps(r)) for r in {rows}]", "rows")
+
+    def of_columns(self, *, indexed: bool) -> str:
+        """The command for one object that holds a table's columns: lists, or objects with the rows' index as keys."""
+        opened = self._opened('encoding="utf-8-sig"')
+        columns = "map(dict.values, t.values())" if indexed else "t.values()"
+        code = f"t = json.load({opened}); [print(json.dumps(dict(zip(t, r)))) for r in zip(*{columns})]"
+        return self._command(f"import gzip, json, sys; {code}", "rows")
+
+    def of_long_objects(self) -> str:
+        """The command for objects that are written over several lines each, and begin on one of their own."""
+        opened = self._opened('encoding="utf-8-sig"')
+        rows = f'filter(str.strip, re.split("(?m)^(?={{)", {opened}.read()))'
+        return self._command(f"import gzip, json, re, sys; [print(json.dumps(json.loads(r))) for r in {rows}]", "rows")
 
     def of_table(self, delimiter: str) -> str:
         """The command for a table with a head."""
@@ -250,12 +266,49 @@ def _check_form(data: bytes, form: FileForm, named: str) -> None:
         refuse("an HTML page", "fetch the file itself")
     if first.startswith(b"<"):
         refuse("XML", form.of_xml())
-    key = _list_of_records(data) if first.startswith(b"{") else None
-    if key is not None:
-        refuse(f"an object that holds its records in {key}", form.of_object(key))
+    if first.startswith(b"{"):
+        _check_objects(data, form, refuse)
     delimiter = _delimiter(first, form)
     if delimiter is not None:
         refuse("a table (CSV)" if delimiter != "\t" else "a table (TSV, CSV with tabs)", form.of_table(delimiter))
+
+
+def _check_objects(data: bytes, form: FileForm, refuse: Callable[[str, str], NoReturn]) -> None:
+    """Refuses what begins with an object that does not end with its line, or is all that the file holds."""
+    text = data.removeprefix(_BOM).strip()
+    first = text.split(b"\n", 1)[0].strip()
+    if first.endswith(b"}") and len(first) < len(text):
+        return  # lines of objects
+    try:
+        start = text.decode()
+        fields, end = json.JSONDecoder().raw_decode(start)
+    except (ValueError, RecursionError):
+        return
+    whole = end == len(start)
+    key = _list_of_records(fields) if whole else None
+    if key is not None:
+        refuse(f"an object that holds its records in {key}", form.of_object(key))
+    if whole and _are_columns(fields, list):
+        written = "dataset.to_json(FILE) writes JSONL; of this file: "
+        refuse("an object that holds lists, as of Dataset.to_dict()", f"{written}{form.of_columns(indexed=False)}")
+    if whole and _are_columns(fields, dict):
+        written = 'df.to_json(FILE, orient="records", lines=True) writes JSONL; of this file: '
+        refuse("an object that holds columns, as of df.to_json()", f"{written}{form.of_columns(indexed=True)}")
+    if len(first) < len(text) and (whole or start[end:].lstrip().startswith("{")):
+        refuse("objects over several lines each", f"jq -c . writes JSONL; of this file: {form.of_long_objects()}")
+
+
+def _are_columns(fields: dict[str, Any], kind: type) -> bool:
+    """Whether an object is a table by columns: lists as long as each other, or objects with the same keys."""
+    columns = list(fields.values())
+    if not columns or not all(isinstance(column, kind) and column for column in columns):
+        return False
+    if kind is dict:  # with columns as the keys inside it is a table by rows
+        return not all(name.isdigit() for name in fields) and all(
+            column.keys() == columns[0].keys() for column in columns
+        )
+    turns = any(isinstance(value, dict) and {"role", "from"} & value.keys() for column in columns for value in column)
+    return not turns and all(len(column) == len(columns[0]) for column in columns)
 
 
 def _wide_encoding(start: bytes) -> str | None:
@@ -271,19 +324,11 @@ def _wide_encoding(start: bytes) -> str | None:
     return None
 
 
-def _list_of_records(data: bytes) -> str | None:
+def _list_of_records(fields: dict[str, Any]) -> str | None:
     """The key of the only list of a file that is one object, with no text beside it that could be a prompt or answer.
 
     None as well where its objects are the turns of a conversation.
     """
-    text = data.removeprefix(_BOM).strip()
-    first = text.split(b"\n", 1)[0].strip()
-    if first.endswith(b"}") and len(first) < len(text):
-        return None  # lines of objects
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
     lists = [key for key, value in fields.items() if isinstance(value, list)]
     if len(lists) != 1 or len(lists[0]) > 60 or not lists[0].isidentifier():
         return None

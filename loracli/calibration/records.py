@@ -19,7 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, ClassVar, TypeAlias
 
 from loracli.calibration.fields import (
     SYSTEM_KEYS,
@@ -59,6 +59,8 @@ class DataSource:
         fields: other names of what is read of a record, as `prompt=question,completion=answer`; None for none.
         adapter: whose own records these are, by a name of it; None for records of all.
     """
+
+    said_as: ClassVar[type] = Path  # to those who call a function, who give nothing else
 
     path: Path | None
     weight: float = 1.0
@@ -319,13 +321,14 @@ def read_records(
     names = parse_fields(source.fields if fields is None else fields)
     data = source.read()
     form, text = decoded(data, source.path, str(source))
+    form = replace(form, names=names)
     read = _Read()
     for number, line in numbered(text, form):
         if isinstance(line, Unreadable):
             read.broken = number
         try:
             record = _parse_line(line)
-            shape = shape or detect_shape(_renamed(record, names))
+            shape = shape or detect_shape(_renamed(record, names), _there(record, names))
             _read_one(read, number, f"{source}:{number}", record, shape, names)
         except LineError as error:
             read.problems[number] = error
@@ -432,8 +435,10 @@ def _without_commas(form: FileForm) -> str:
 
 def _task(fields: dict[str, Any]) -> str | None:
     for key in ("task", "skill"):
-        if fields.get(key) is not None:
-            task = check_text(fields[key], key, may_be_empty=False)
+        if (task := fields.get(key)) is not None:
+            if isinstance(task, int) and not isinstance(task, bool):
+                task = str(task)  # the number of a class
+            task = check_text(task, key, may_be_empty=False)
             if len(task) > _MAX_TASK_LENGTH:
                 raise LineError(f"{key}: longer than {_MAX_TASK_LENGTH} characters")
             return task
@@ -451,11 +456,16 @@ def _choices(fields: dict[str, Any]) -> tuple[str, ...]:
 
 def _renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """The record with our names; a key that it lacks is left to what is missed later."""
-    there = {name: key for name, key in names.items() if key in fields}
+    there = _there(fields, names)
     kept = {key: value for key, value in fields.items() if key not in there.values() and key not in there}
     return kept | {name: fields[key] for name, key in there.items()}
 
 
+def _there(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+    """The names whose key the record has."""
+    return {name: key for name, key in names.items() if key in fields}
+
+
 def _shadowed(fields: Mapping[str, Any], names: Mapping[str, str]) -> set[str]:
     """Keys of the record whose names stand for another of its keys."""
-    return {name for name, key in names.items() if key in fields and name in fields and name != key}
+    return {name for name, key in _there(fields, names).items() if name in fields and name != key}

@@ -24,8 +24,10 @@ system text and `tools` as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 from loracli.calibration.fields import (
@@ -39,6 +41,7 @@ from loracli.calibration.fields import (
     shown,
     suggestion,
 )
+from loracli.calibration.file_forms import FileForm
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 _SHOWN_KEYS = 20
@@ -110,15 +113,39 @@ def _read_turns(value: Any, path: str, *, sharegpt: bool = False) -> Turns:
             raise LineError(f"{place}.{role}: {_CALLS}")
         if name not in _ROLES:
             raise LineError(f"{place}.{role}: expected one of {', '.join(_ROLES)}, got {shown(given)}")
-        for key in sorted(turn.keys() - {role, text, "weight"}):
-            if not _is_filler(turn[key]):
-                reason = _CALLS if key in _REFUSED else _THOUGHT if key in _REASONING else ""
-                raise LineError(f"{place}.{shown_keys([key])}: {reason or f'only {role}, {text} and weight are read'}")
+        _refuse_more(turn, (role, text, "weight"), path, place)
         answers = _ROLES[name] == "assistant"
         if _weight(turn.get("weight"), f"{place}.weight", answers=answers) and answers:
             scored.append(index)
         messages.append({"role": _ROLES[name], "content": _said(turn.get(text), f"{place}.{text}", answers=answers)})
     return Turns(messages, scored)
+
+
+def _refuse_more(turn: dict[str, Any], read: tuple[str, ...], path: str, place: str) -> None:
+    """Refuses a turn that says something in other keys than are read."""
+    more = sorted(key for key in turn.keys() - {*read} if not _is_filler(turn[key]))
+    for keys, reason in ((_REFUSED, _CALLS), (_REASONING, _THOUGHT)):
+        if found := [key for key in more if key in keys]:
+            raise LineError(f"{place}.{found[0]}: {reason}")
+    if more:
+        what = f"only {', '.join(read[:-1])} and {read[-1]} are read"
+        kept = f"{{k: v for k, v in t.items() if k not in {json.dumps(more)}}}"
+        raise LineError(
+            f"{place}.{shown_keys(more)}: {what}",
+            way_out=_of_turns(
+                path, f"[{kept} for t in c]", "if the chat template would write none of them, leave them out: "
+            ),
+        )
+
+
+def _of_turns(path: str, turns: str, why: str) -> WayOut:
+    """The command that writes `turns`, an expression of `c`, in the place of each conversation `c` in `path`."""
+
+    def way_out(form: FileForm) -> str:
+        key = json.dumps(form.names.get(path, path))
+        return why + form.rewritten(f"{{**r, {key}: {turns}}}", having=f"r[{key}]")
+
+    return way_out
 
 
 def _is_filler(value: Any) -> bool:
@@ -138,7 +165,12 @@ def _chat(turns: Turns, path: str, tools: Any = None) -> dict[str, Any]:
         raise LineError(f"{path}: {len(turns.messages)} turns; at most {_MAX_TURNS} are read; divide the conversation")
     answers = [index for index, message in enumerate(turns.messages) if message["role"] == "assistant"]
     if answers[:1] == [0]:
-        raise LineError(f"{path}[0]: an assistant turn with nothing before it")
+        own = json.dumps([name for name, role in _ROLES.items() if role == "assistant"])
+        first = f'next((i for i, t in enumerate(c) if t.get("role", t.get("from")).lower() not in {own}), 0)'
+        raise LineError(
+            f"{path}[0]: an assistant turn with nothing before it",
+            way_out=_of_turns(path, f"c[{first}:]", "begin with the first turn that is not the assistant's: "),
+        )
     if not turns.scored:
         reason = "every assistant turn has the weight 0" if answers else "no assistant turn"
         raise LineError(f"{path}: {reason}, so nothing is scored")
@@ -225,9 +257,12 @@ class _Form:
     read: Callable[[_Fields], dict[str, Any]]
 
 
-def detect_shape(fields: _Fields) -> Shape:
+def detect_shape(fields: _Fields, renamed: Mapping[str, str] | None = None) -> Shape:
     """The one shape whose keys a record has.
 
+    Args:
+        fields: of the record, by our names.
+        renamed: what the file calls those of them that have another name there.
     Raises:
         LineError: if it has those of none, or of several.
     """
@@ -238,22 +273,26 @@ def detect_shape(fields: _Fields) -> Shape:
     if len(found) == 1:
         return found[0]
     if found:
-        raise LineError(f"has the keys of the shapes {', '.join(found)}; say with --format which to read")
+        options = " or ".join(f"--format {shape}" for shape in found)
+        raise LineError(
+            f"has the keys of the shapes {', '.join(found)}", way_out=lambda form: f"say which to read: {options}"
+        )
+    by_fields = partial(_by_fields, fields, renamed or {})
     if preference_beside_none(fields):
         reason = "chosen/rejected: preference data has no single completion to learn from"
-        raise LineError(reason, way_out=_by_fields(fields, "to learn what was chosen, give "))
+        raise LineError(reason, way_out=by_fields("to learn what was chosen, give "))
     for shape, form in _FORMS.items():
         if form.required[0] in fields:
             missing = next(key for key in form.required if key not in fields)
             reason = f"{missing}: missing; {form.required[0]} makes it a record of the shape {shape}"
-            raise LineError(reason, way_out=_by_fields(fields))
+            raise LineError(reason, way_out=by_fields())
     keys = dict.fromkeys(form.required[0] for form in _FORMS.values())
     reason = f"has none of the keys {', '.join(keys)}; found: {shown_keys(fields) or 'nothing'}"
-    raise LineError(reason, way_out=_by_fields(fields))
+    raise LineError(reason, way_out=by_fields())
 
 
-def _by_fields(fields: _Fields, why: str = "say what the keys are: ") -> WayOut | None:
-    option = suggestion(fields)
+def _by_fields(fields: _Fields, renamed: Mapping[str, str], why: str = "say what the keys are: ") -> WayOut | None:
+    option = suggestion(fields, renamed)
     return None if option is None else lambda form: f"{why}{option}"
 
 

@@ -206,7 +206,7 @@ def compare(
         force=force,
         progress=out,
     ) as found:
-        out.document(encode(found))
+        out.document(found.as_dict())
         out.value(found.best.name)
         comparison_lines(out, found)
         sys.stdout.flush()  # before what was done is dropped

@@ -29,6 +29,7 @@ from loracli.recipe.ingredients import identity_of
 from loracli.recipe.recipe import Recipe, labels_of, without_paths
 from loracli.recipe.record import INLINE_KINDS, RecipeActivations, RecipeAdapter, RecipeBase, RecipeMixing, group_name
 from loracli.recipe.tensors import composed_update
+from loracli.system.display import count_text, names_text, repr_line
 from loracli.system.document import encode
 
 DEFAULTS = MethodOptions()
@@ -84,6 +85,10 @@ class Composition:
     task_type: str | None = None
     task_asked: bool = False
     device: torch.device = field(default=CPU, repr=False)
+
+    def __repr__(self) -> str:
+        adapters = names_text(adapter.reference for adapter in self.adapters)
+        return repr_line(self, adapters, count_text(len(self.names()), "module"))
 
     def names(self) -> tuple[str, ...]:
         """The modules that it changes, sorted; experts and groups in their own order."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import HeldOut, HeldOutRow, HeldOutTask
 from loracli.system.display import count_text, html_of, names_text, repr_line
-from loracli.system.document import added
+from loracli.system.document import added, encode
 from loracli.system.near import named
 
 SIGNIFICANCE = 0.05  # of the claim that one way is the best of all
@@ -271,6 +271,11 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         return html_of(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON document, of which a report can be made."""
+        document: dict[str, Any] = encode(self)
+        return document
 
     def row(self, name: str) -> ComparisonRow:
         """The row of a name.

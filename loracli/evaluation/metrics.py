@@ -74,6 +74,7 @@ def _plain(text: str) -> str:
 
 _TIMEOUT = 3600.0  # seconds
 _SHOWN = 2000  # characters of its stderr
+_SHOWN_LINE = 60  # of a line that is no number
 
 
 def _split_command(command: str) -> list[str]:
@@ -99,7 +100,7 @@ def run_metric(command: str, answers: Sequence[Mapping[str, object]], *, timeout
 
     Args:
         command: gets one JSON object a line on its standard input, and writes one line for each, in the same order: a
-            JSON number, or an object with the key `score`.
+            JSON number, `True` or `False` as Python prints it or JSON has it, or an object with the key `score`.
         answers: objects of `line`, `prompt`, `reference`, `output` and `task`.
         timeout: seconds that it may take.
     Raises:
@@ -123,18 +124,32 @@ def run_metric(command: str, answers: Sequence[Mapping[str, object]], *, timeout
     return [_score(line, number) for number, line in enumerate(written, start=1)]
 
 
+_PYTHON = {b"True": 1.0, b"False": 0.0}  # what print(a == b) writes
+
+
 def _score(line: bytes, number: int) -> float:
+    if (printed := _PYTHON.get(line.strip())) is not None:
+        return printed
+    refused = MetricError(
+        f"line {number} of the metric command's output is not a finite number and has no `score`: {_cut(line)}",
+        hint="write one line for each answer: print(float(...)), or print(int(...)) for right or wrong",
+    )
     try:
         value = parse_json(line)
-    except StrictJsonError as error:
-        raise MetricError(f"line {number} of the metric command's output cannot be read: {error}") from None
+    except StrictJsonError:
+        raise refused from None
     if isinstance(value, dict):
         value = value.get("score")
     if isinstance(value, bool):
         return float(value)
     if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise MetricError(f"line {number} of the metric command's output is not a finite number and has no `score`")
+        raise refused
     return float(value)
+
+
+def _cut(line: bytes) -> str:
+    text = line.decode(errors="replace").strip()
+    return text if len(text) <= _SHOWN_LINE else f"{text[:_SHOWN_LINE]}..."
 
 
 NUMERIC, CHOICE, COMMAND = "numeric", "choice", "command"

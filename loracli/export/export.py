@@ -35,7 +35,7 @@ from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_ba
 from loracli.recipe.recipe import check_recipe_there
 from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
-from loracli.system.files import check_free, holds, told_in_dry_run, whole_directory
+from loracli.system.files import ANOTHER_NAME, check_free, holds, told_in_dry_run, whole_directory
 from loracli.system.machine import in_order, one_thread_each
 from loracli.system.near import did_you_mean
 from loracli.system.tensor_file import file_size
@@ -305,9 +305,7 @@ def write_export(
         check_refittable(composition)
     for ingredient in composition.adapters:
         if holds(output, ingredient.path):
-            raise UsageError(
-                f"{output} holds the ingredient {ingredient.reference}", hint="choose another name with -o"
-            )
+            raise UsageError(f"{output} holds the ingredient {ingredient.reference}", hint=ANOTHER_NAME)
     composition = replace(composition, device=request.placement.algebra_device())
     moments = None  # which change no shape, so that a dry run needs none
     if request.activation_aware and not dry_run:

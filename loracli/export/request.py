@@ -145,6 +145,7 @@ def check_form(request: ExportRequest) -> None:
 
 # Whether something is to be refused, what is wrong with it, and the way out.
 _Refusals = tuple[tuple[bool, str, str | None], ...]
+_MERGE = "merge too: --merge, in Python merge=True"
 
 
 def _refuse_first(refusals: _Refusals) -> None:
@@ -193,7 +194,7 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
     regresses = method is not None and method.regress is not None
     fitted, data, based = request.fit_data is not None, request.data is not None, request.base or request.base_revision
     rank, rule = request.rank, request.rank_rule
-    given = [f"--{name}" for name in (*(() if rank is None else ("rank",)), *rule)]
+    given = [*(() if rank is None else ("rank",)), *rule]
     base = "--base" if request.base else "--base-revision"
     computes = _computes(request, method)
     unused = replace(request.placement, device="auto") if computes else request.placement
@@ -233,14 +234,14 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
         (method is not None and request.activation_aware, "--activation-aware is for a recipe", "leave out --method"),
         (
             rank is not None and not (merge or cuts),
-            "--rank is for --merge; a concatenation has the sum of the ranks",
-            "add --merge",
+            "a rank is for a merge; a concatenation has the sum of the ranks",
+            _MERGE,
         ),
         (len(given) > 1, f"{' and '.join(given)} cannot both decide on the rank", "give one of them"),
         (
             bool(rule) and not merge,
-            f"{' '.join(given)} is for --merge; a concatenation has the sum of the ranks",
-            "add --merge",
+            f"{' '.join(given)} is for a merge; a concatenation has the sum of the ranks",
+            _MERGE,
         ),
         (
             request.activation_aware and (not merge or bool(rule)),
@@ -258,7 +259,7 @@ def _refusals(request: ExportRequest, method: Method | None) -> _Refusals:
             "--fit-data has no use here",
             "give it with --activation-aware or --refit",
         ),
-        (refit and not merge, "--refit is for --merge; a concatenation is exact already", "add --merge"),
+        (refit and not merge, "a refit is for a merge; a concatenation is exact already", _MERGE),
         (refit and not (fitted or data), "--refit needs calibration records", "give them with --data FILE"),
         (data and not refit, "records to refit on have no use without --refit", "add --refit"),
         (searches and not fitted, f"{request.method} has to be fitted", "give --fit-data"),

@@ -58,7 +58,7 @@ from loracli.recipe.recipe import check_recipe_there
 from loracli.system.display import count_text, names_text, path_text, repr_line
 from loracli.system.document import dtype_name
 from loracli.system.escaping import markdown_code
-from loracli.system.files import copy_file, flush, holds, told_in_dry_run, write_file
+from loracli.system.files import ANOTHER_NAME, copy_file, flush, holds, told_in_dry_run, write_file
 from loracli.system.machine import one_thread_each
 from loracli.system.tensor_file import FLOATS
 
@@ -273,7 +273,7 @@ class _Fusion:
             (folder, "the base model")
         ]:
             if holds(output, path):
-                raise UsageError(f"{output} holds {what}", hint="choose another name with -o")
+                raise UsageError(f"{output} holds {what}", hint=ANOTHER_NAME)
         self._checkpoint: Checkpoint = read_checkpoint(folder)
         self._bypassed = bypassed_modules(base.reference, self._composition, progress)
         if self._bypassed:

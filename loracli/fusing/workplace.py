@@ -40,6 +40,7 @@ from loracli.model.checkpoint import INDEX_FILE, Checkpoint
 from loracli.progress import Progress, amount_text
 from loracli.system.document import dtype_name
 from loracli.system.files import (
+    ANOTHER_NAME,
     check_free,
     file_sha256,
     flush,
@@ -149,7 +150,7 @@ class Workplace:
             raise OutputExists(
                 f"{self.folder} is in the way: it holds something, and {self._state.name} beside it does not say "
                 "that it is an interrupted fusion",
-                hint="move it, or choose another name with -o",
+                hint=f"move it, or {ANOTHER_NAME}",
             )
         if resume:
             progress.warn(f"there is no interrupted fusion in {self.folder}: starting over")
@@ -168,7 +169,7 @@ class Workplace:
             raise OutOfResources(
                 f"{self.output} needs {size} bytes more ({amount_text(size, 'B')}) and {free} are free "
                 f"({amount_text(free, 'B')})",
-                hint="free some space, or name a directory on another disk with -o",
+                hint="free some space, or name a directory on another disk",
             )
 
     def _read_state(self) -> dict[str, Any] | None:

@@ -430,4 +430,8 @@ def _refuse_to_overwrite(plan: _Plan) -> None:
     for name in plan.names:
         place, digest = plan.folder / name, plan.listing.files[name].digest
         if place.exists() and not (place.is_file() and digest and has_digest(place, digest)):
-            raise OutputExists("another version of the file is there", where=str(place), hint="--force replaces it")
+            raise OutputExists(
+                "another version of the file is there",
+                where=str(place),
+                hint="replace it: --force, in Python force=True",
+            )

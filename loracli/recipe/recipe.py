@@ -47,7 +47,7 @@ from loracli.recipe.record import (
 from loracli.system.display import html_of, names_text, repr_line
 from loracli.system.document import MAX_PROBLEMS, AtMost, added, decode, encode, schema_of
 from loracli.system.escaping import shell_word
-from loracli.system.files import CONFIG_FILE, TENSOR_FILES, read_regular, replaced_file, write_file
+from loracli.system.files import CONFIG_FILE, OR_FORCE, TENSOR_FILES, read_regular, replaced_file, write_file
 from loracli.system.near import did_you_mean, hints, near_path
 from loracli.system.strict_json import StrictJsonError, parse_json
 
@@ -288,11 +288,11 @@ def check_recipe_path(path: Path, *, force: bool, kind: str = "module") -> None:
     if path.is_dir():
         raise OutputExists(f"{path} is a directory", hint="name a file in it")
     if os.path.lexists(path) and not force:
-        raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
+        raise OutputExists(f"{path} exists", hint=OR_FORCE)
     if kind not in INLINE_KINDS and path.suffix != ".json":
         raise UsageError(
             f"{path} does not end in .json, and this mixing keeps its tensors in a file named after the recipe",
-            hint=f"-o {path}.json",
+            hint=f"name it {path}.json",
         )
     for name in (activations_path(path), *(() if kind in INLINE_KINDS else (tensors_path(path),))):
         if os.path.lexists(name):

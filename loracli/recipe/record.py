@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 from loracli.adapters.claims import OtherBase, other_bases
 from loracli.adapters.names import RecipePlace, layer, target_of
 from loracli.hub.references import REPO_ID, BaseClaim, is_hub_id, is_repo_id
+from loracli.system.display import count_text, repr_line
 from loracli.system.document import AtMost, Matches, added, document_sha256
 from loracli.system.files import TENSOR_FILES
 from loracli.system.near import named
@@ -95,6 +96,10 @@ class RecipeMixing:
     unreached: tuple[str, ...] = added(4, ())
     bypassed: tuple[str, ...] = added(4, ())
     weights_sha256: _Sha256 | None = added(5, None)
+
+    def __repr__(self) -> str:
+        groups = count_text(len(self.weights), "group")
+        return repr_line(self, self.kind, f"{count_text(self.numbers, 'number')} in {groups}")
 
     @cached_property
     def edited(self) -> bool:
@@ -503,6 +508,10 @@ class HeldOut:
     parts: int = added(6, 0)
     standard_error: float | None = added(6, None)
     controls: Annotated[tuple[HeldOutControl, ...], AtMost(1)] = added(6, ())
+
+    def __repr__(self) -> str:
+        losses = [f"{row.nats_per_token:.4g} nats" for row in self.rows if row.name == "fit"]
+        return repr_line(self, self.verdict, *losses, f"{count_text(self.records, 'record')} of {self.name}")
 
     @property
     def how(self) -> str:

@@ -42,6 +42,8 @@ from loracli.recipe.record import (
     tensors_path,
 )
 from loracli.system.files import (
+    ANOTHER_NAME,
+    OR_FORCE,
     copy_file,
     file_sha256,
     flush,
@@ -86,10 +88,10 @@ def check_sidecar_path(path: Path, recipe: Path, *, force: bool) -> None:
     """
     if not _is_sidecar(path):
         raise OutputExists(
-            f"{path}, where the tensors of {recipe.name} belong, holds something else", hint="choose another -o"
+            f"{path}, where the tensors of {recipe.name} belong, holds something else", hint=ANOTHER_NAME
         )
     if not force:
-        raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
+        raise OutputExists(f"{path} exists", hint=OR_FORCE)
 
 
 def remove_sidecar(path: Path) -> None:
@@ -139,8 +141,8 @@ def check_kept_path(path: Path) -> None:
     kept = kept_path(path)
     if os.path.lexists(kept) and not _is_recipe(kept):
         raise OutputExists(
-            f"{kept}, where {path.name} is kept before --force replaces it, is not a recipe",
-            hint="move it, or choose another name with -o",
+            f"{kept}, where {path.name} is kept before it is replaced, is not a recipe",
+            hint=f"move it, or {ANOTHER_NAME}",
         )
     for copy in _sidecars(kept):
         if os.path.lexists(copy):

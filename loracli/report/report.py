@@ -38,7 +38,7 @@ from loracli.report.page import command, folded, opened, page, paragraph, sectio
 from loracli.report.tables import claims, comparison_table, held_out_table
 from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.document import decode
-from loracli.system.files import read_regular, same_file, write_atomically
+from loracli.system.files import ANOTHER_NAME, OR_FORCE, read_regular, same_file, write_atomically
 from loracli.system.strict_json import StrictJsonError, parse_json
 
 
@@ -403,6 +403,6 @@ def _check_free(path: Path, *, force: bool, read: Sequence[object]) -> None:
     if path.is_dir():
         raise OutputExists(f"{path} is a directory", hint="name a file in it")
     if os.path.lexists(path) and not force:
-        raise OutputExists(f"{path} exists", hint="choose another name with -o, or replace it with --force")
+        raise OutputExists(f"{path} exists", hint=OR_FORCE)
     if any(same_file(path, Path(name)) for name in read if isinstance(name, (str, Path))):
-        raise UsageError(f"{path} is what the report is made of", hint="choose another name with -o")
+        raise UsageError(f"{path} is what the report is made of", hint=ANOTHER_NAME)

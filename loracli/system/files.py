@@ -38,6 +38,11 @@ CORES_FILE = "loracat-refit.cores"
 
 
 CERTIFICATE_FILE = "loracat.json"
+
+# Ways out where an output is taken, for those who type a command and those who call a function.
+ANOTHER_NAME = "choose another name"
+OR_FORCE = f"{ANOTHER_NAME}, or replace it: --force, in Python force=True"
+
 # What an export consists of; --force replaces a directory of these and nothing else.
 EXPORTED_FILES = frozenset(
     {CONFIG_FILE, TENSOR_FILE, MLX_TENSOR_FILE, GGUF_FILE, CORES_FILE, CERTIFICATE_FILE, README_FILE}
@@ -206,7 +211,7 @@ def remove_temporaries(folder: Path, name: str | None = None) -> None:
 
 
 @contextmanager
-def locked_directory(folder: Path, output: Path, *, elsewhere: str = "choose another name with -o") -> Iterator[None]:
+def locked_directory(folder: Path, output: Path, *, elsewhere: str = ANOTHER_NAME) -> Iterator[None]:
     """The folder, made if it is not there, for this process alone; if it is empty at the end, it is removed.
 
     Args:
@@ -304,21 +309,19 @@ def check_free(
     if not os.path.lexists(path):
         return
     if path.name in ("", ".."):
-        raise OutputExists(f"{path} is a directory that cannot be replaced", hint="choose another name with -o")
+        raise OutputExists(f"{path} is a directory that cannot be replaced", hint=ANOTHER_NAME)
     with suppress(FileNotFoundError):  # another process has just moved it away
         if not stat.S_ISDIR(os.lstat(path).st_mode):
-            raise OutputExists(f"{path} exists and is not a directory", hint="choose another name with -o")
+            raise OutputExists(f"{path} exists and is not a directory", hint=ANOTHER_NAME)
         if not replaceable(path):
             raise OutputExists(
-                f"{path} exists and is a directory that holds something else than {noun} of loracat, so --force does "
-                "not replace it",
-                hint="choose another name with -o",
+                f"{path} exists and is a directory that holds something else than {noun} of loracat, which is never "
+                "replaced",
+                hint=ANOTHER_NAME,
             )
         if not force:
             what = f"holds {noun} of loracat" if any(path.iterdir()) else "is an empty directory"
-            raise OutputExists(
-                f"{path} exists and {what}", hint="choose another name with -o, or replace it with --force"
-            )
+            raise OutputExists(f"{path} exists and {what}", hint=OR_FORCE)
 
 
 @contextmanager

@@ -180,6 +180,64 @@ def test_what_needs_another_tool_is_named(
     assert str(error) == f"data is {what}, not JSONL" and hint in (error.hint or "")
 
 
+def _indexed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: {str(index): row[key] for index, row in enumerate(rows)} for key in rows[0]}
+
+
+def _listed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+NESTED = [{"messages": [{"role": "user", "content": '}\n{"q":'}, {"role": "assistant", "content": f"a{i}"}],
+           "meta": {}} for i in range(3)]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [ROWS, NESTED], ids=["texts", "turns"])
+@pytest.mark.parametrize(
+    ("write", "what", "way"),
+    [
+        (lambda rows: json.dumps(_indexed(rows)), "an object that holds columns, as of df.to_json()",
+         'df.to_json(FILE, orient="records", lines=True) writes JSONL; of this file: '),
+        (lambda rows: json.dumps(_listed(rows), indent=2), "an object that holds lists, as of Dataset.to_dict()",
+         "dataset.to_json(FILE) writes JSONL; of this file: "),
+        (lambda rows: "\n".join(json.dumps(row, indent=2) for row in rows) + "\n", "objects over several lines each",
+         "jq -c . writes JSONL; of this file: "),
+        (lambda rows: "\ufeff" + "\r\n\r\n".join(json.dumps(row, indent=4).replace("\n", "\r\n") for row in rows),
+         "objects over several lines each", "jq -c . writes JSONL; of this file: "),
+    ],
+    ids=["pandas", "datasets", "jq", "crlf"],
+)  # fmt: skip
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_pandas_datasets_and_jq_write_is_named_with_their_own_way_and_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Any], write: Any, what: str, way: str, packed: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = write(rows).encode()
+    Path("val.json").write_bytes(gzip.compress(data) if packed else data)
+    error = refused(Path("val.json"))
+    assert str(error) == f"val.json is {what}, not JSONL"
+    assert (error.hint or "").startswith(way)
+    run((error.hint or "").removeprefix(way), tmp_path)
+    assert [json.loads(line) for line in Path("val.jsonl").read_text().splitlines()] == rows
+    assert len(read_records("val.jsonl").records) == len(rows)
+
+
+def test_one_record_alone_is_read_and_a_table_by_rows_or_a_damaged_first_line_is_no_table_by_columns(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "val.json"
+    for row in (NESTED[0], {"messages": NESTED[0]["messages"]}, {"text": "t"}):
+        path.write_text(json.dumps(row))
+        assert len(read_records(path).records) == 1
+    for text in (
+        json.dumps({str(index): row for index, row in enumerate(ROWS)}),
+        json.dumps({"prompt": ["a", "b"], "completion": ["c"]}),
+        '{"text": "a\n{"text": "b"}\n',
+    ):
+        path.write_text(text)
+        assert refused(path).problems
+
+
 def test_a_record_that_holds_a_list_is_a_record(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     path = write(tmp_path / "val.jsonl", {"dialog": talk})
@@ -276,7 +334,8 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
         ({"id": 1, "query": "q", "response": "a"}, "prompt=query,completion=response"),
         ({"input": "q", "output": "a"}, "prompt=input,completion=output"),
         ({"instruction": "q", "response": "a"}, "prompt=instruction,completion=response"),
-        ({"instruction": "q", "context": "", "response": "a"}, "prompt=instruction,completion=response"),
+        *(({"instruction": "q", "context": empty, "response": "a"}, "input=context,output=response")
+          for empty in ("", " ", None)),
         ({"Question": "q", "Answer": "a"}, "prompt=Question,completion=Answer"),
         ({"prompt": "q", "response": "a"}, "completion=response"),
         ({"instruction": "q", "context": "c", "response": "a"}, "input=context,output=response"),
@@ -300,6 +359,7 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
         ({"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "rejected": []},
          "messages=chosen"),
         ({"Text": "q", "more": "a"}, "text=Text"),
+        ({"id": "x", "completion": "q a", "Text": ""}, "text=completion"),
         ({"Messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "messages=Messages"),
     ],
 )  # fmt: skip
@@ -309,10 +369,64 @@ def test_the_refusal_shows_the_option_that_reads_the_file(tmp_path: Path, row: d
     assert (error.hint or "").endswith(f"--fields {option}") and len(error.problems) == 2
     file = read_records(path, fields=option)
     texts = json.dumps(file.records[0].content)
-    assert '"q' in texts and ('"a"' in texts or "Text" in row) and ('\\nc"' in texts) == ("c" in row.values())
+    assert '"q' in texts and ('"a"' in texts or file.shape == "text") and ('\\nc"' in texts) == ("c" in row.values())
     assert ('"s"' in texts) == ("s" in row.values()) and ('"h"' in texts) == any("history" in key for key in row)
     assert file.shape == "alpaca" or not {"c", "s"} & {str(value) for value in row.values()}
     assert contents(read_records(DataSource(path, fields=option))) == contents(file)
+
+
+@pytest.mark.parametrize(
+    ("row", "typed", "option"),
+    [
+        ({"instruction": "q", "input": "c", "response": "a"}, "completion=response", "output=response"),
+        ({"instruction": "q", "input": "c", "response": "a"}, "output=completion", "output=response"),
+        ({"frage": "q", "response": "a"}, "prompt=frage", "prompt=frage,completion=response"),
+        ({"prompt": "q", "response": "a"}, "prompt=frage", "completion=response"),
+    ],
+)
+def test_the_option_shown_has_the_keys_of_the_file_whatever_was_typed_before(
+    tmp_path: Path, row: dict[str, Any], typed: str, option: str
+) -> None:
+    path = write(tmp_path / "val.jsonl", row)
+    assert (refused(path, fields=typed).hint or "").endswith(f"--fields {option}")
+    assert len(read_records(path, fields=option).records) == 1
+
+
+def test_a_record_of_several_shapes_is_answered_with_the_options(tmp_path: Path) -> None:
+    path = write(tmp_path / "val.jsonl", {"instruction": "q", "input": "c", "output": "a", "text": "q c a"})
+    assert refused(path).hint == "say which to read: --format text or --format alpaca"
+
+
+SAID = {"role": "Assistant", "content": "hi"}
+ASKED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+TOLD = {"role": "tool", "content": "t"}
+
+
+@pytest.mark.parametrize(
+    ("talk", "read", "reason"),
+    [
+        ([SAID, SAID, *ASKED], ASKED, "chat: an assistant turn with nothing before it"),
+        ([{"from": "gpt", "value": "hi"}, *ASKED], ASKED, "chat: an assistant turn with nothing before it"),
+        (
+            [*ASKED, TOLD | {"tool_call_id": "1", "name": "f"}, ASKED[1]],
+            [*ASKED, TOLD, ASKED[1]],
+            "chat: name, tool_call_id",
+        ),
+    ],
+)
+@pytest.mark.parametrize("array", [False, True])
+def test_the_command_shown_mends_turns_under_the_key_of_the_file(
+    tmp_path: Path, talk: list[dict[str, Any]], read: list[dict[str, Any]], reason: str, array: bool
+) -> None:
+    path = tmp_path / "val.jsonl"
+    rows = [{"chat": talk, "id": 1}, {"chat": ASKED, "id": 2}]
+    path.write_text(json.dumps(rows)) if array else write(path, *rows)
+    error = refused(path, fields="messages=chat")
+    [problem] = error.problems
+    assert reason.partition(": ")[2] in problem
+    run((error.hint or "").partition(": ")[2], tmp_path)
+    made = read_records(tmp_path / "val.kept.jsonl", fields="messages=chat")
+    assert contents(made) == [{"messages": read}, {"messages": ASKED}]
 
 
 def test_names_hold_where_a_record_has_them_and_what_they_hide_is_not_read(tmp_path: Path) -> None:

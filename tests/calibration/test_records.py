@@ -110,9 +110,9 @@ def test_equal_contents_have_equal_fingerprints_whatever_stands_beside_them(tmp_
 def test_the_task_of_a_record_is_kept_beside_its_content(tmp_path: Path) -> None:
     file = read(
         tmp_path, '{"text": "t", "task": "math"}', '{"text": "t", "skill": "code"}', '{"text": "t", "task": null}',
-        '{"text": "t", "task": "a", "skill": 5}',
+        '{"text": "t", "task": "a", "skill": 5}', '{"text": "t", "task": 0}',
     )  # fmt: skip
-    assert [record.task for record in file.records] == ["math", "code", None, "a"]
+    assert [record.task for record in file.records] == ["math", "code", None, "a", "0"]
     assert len({record.fingerprint for record in file.records}) == 1
     assert file.ignored_keys == ()
 
@@ -172,7 +172,8 @@ NO_KEYS = "has none of the keys text, prompt, messages, conversations, instructi
         ('{"b": 1, "a": 2}', NO_KEYS + "a, b"),
         ('{"completion": "c"}', NO_KEYS + "completion"),
         ('{"chosen": "a", "rejected": "b"}', "chosen/rejected: preference data has no single completion to learn from"),
-        ('{"prompt": "p", "task": 5, "completion": "c"}', "task: expected a string, got a number"),
+        ('{"prompt": "p", "task": true, "completion": "c"}', "task: expected a string, got true"),
+        ('{"prompt": "p", "task": 0.5, "completion": "c"}', "task: expected a string, got a number"),
         ('{"text": "t", "skill": " "}', "skill: empty"),
         (f'{{"text": "t", "task": "{"x" * 101}"}}', "task: longer than 100 characters"),
         ("[" * 90 + "]" * 90, "expected a JSON object, got a list"),
@@ -239,9 +240,7 @@ def test_an_endless_integer_is_refused(tmp_path: Path) -> None:
 
 def test_the_shape_asked_for_is_required_of_every_line(tmp_path: Path) -> None:
     both = '{"text": "t", "prompt": "p", "completion": "c"}'
-    assert problems(write(tmp_path, both)) == [
-        "val.jsonl:1: has the keys of the shapes text, prompt-completion; say with --format which to read"
-    ]
+    assert problems(write(tmp_path, both)) == ["val.jsonl:1: has the keys of the shapes text, prompt-completion"]
     path = write(tmp_path, both, both)
     for shape, content in (("text", {"text": "t"}), ("prompt-completion", {"prompt": "p", "completion": "c"})):
         file = read_records(path, shape=shape)  # type: ignore[arg-type]

@@ -71,9 +71,9 @@ def test_one_conversation_in_four_shapes_is_one_content() -> None:
         ({"prompt": "p", "chosen": "c", "rejected": "r"},
          "chosen/rejected: preference data has no single completion to learn from"),
         ({"text": "t", "instruction": "i", "output": "o"},
-         "has the keys of the shapes text, alpaca; say with --format which to read"),
+         "has the keys of the shapes text, alpaca"),
         ({"prompt": [], "completion": [], "messages": []},
-         "has the keys of the shapes conversational-prompt-completion, messages; say with --format which to read"),
+         "has the keys of the shapes conversational-prompt-completion, messages"),
     ],
 )  # fmt: skip
 def test_a_record_of_no_shape_or_of_several_is_refused(fields: dict[str, Any], reason: str) -> None:

@@ -223,7 +223,7 @@ def test_options_of_the_data_reach_the_fit(here: Path) -> None:
     Path("val.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     words = ["fit", "-a", "know", "form", "--base", "base", "--passes", "2", "-f", "--data", "val.jsonl"]
     words += ["--mixing", "adapter", "--control", "none"]
-    assert "say with --format which to read" in run(*words).stderr
+    assert "say which to read: --format" in run(*words).stderr
     words += ["--format", "prompt-completion", "--max-length", "20"]
     refused = run(*words)
     assert refused.exit_code == 3 and "--allow-truncation" in refused.stderr

@@ -159,7 +159,7 @@ AWKWARD: list[tuple[list[str], str | None, int, str, str]] = [
     (["--weights", "weights.toml"], "[know]\nmlp = 1\n[form]\ndefault = 1", 2, "and 7 more modules", "default = 0"),
     (["--weights", "1", "1", "--method", "sum"], None, 2, "--weights and --method both say", "give one"),
     (["--weights", "1", "1", "--scale", "2"], None, 2, "--density, --scale and --seed are for a method", "leave them"),
-    (["--weights", "1", "1", "--rank", "3"], None, 2, "--rank is for --merge", "--merge"),
+    (["--weights", "1", "1", "--rank", "3"], None, 2, "a rank is for a merge", "--merge"),
     (["--weights", "1", "1", "1", "-a", "./know"], None, 2, "are one adapter", "leave one"),
 ]
 

@@ -100,6 +100,19 @@ def test_a_command_that_fails_or_writes_something_else_is_one_error(tmp_path: Pa
         run_metric(program(tmp_path, code), ANSWERS)
 
 
+def test_true_and_false_are_taken_as_python_prints_them_and_json_has_them(tmp_path: Path) -> None:
+    code = "[print(json.loads(line)['task'] is None) for line in sys.stdin]"
+    assert run_metric(program(tmp_path, code), ANSWERS) == [1.0, 0.0]
+    assert run_metric(program(tmp_path, "print('true'); print('false')"), ANSWERS) == [1.0, 0.0]
+
+
+def test_a_line_that_is_no_number_is_shown_cut_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(MetricError) as caught:
+        run_metric(program(tmp_path, "print('right ' * 50); print(1)"), ANSWERS)
+    assert str(caught.value).endswith(f"has no `score`: {('right ' * 50)[:60]}...")
+    assert "print(int(...))" in (caught.value.hint or "")
+
+
 def test_the_hint_is_what_the_command_said(tmp_path: Path) -> None:
     with pytest.raises(MetricError) as caught:
         run_metric(program(tmp_path, "sys.exit('no such grader')"), ANSWERS)

@@ -105,7 +105,7 @@ def test_merge_cuts_to_the_largest_ingredient_rank_and_rank_to_any(tmp_path: Pat
         export_adapter(ExportRequest(method="sum", adapters=names, merge=True, rank=2), tmp_path / "cut").layout.rank
         == 2
     )
-    with pytest.raises(UsageError, match="--rank is for --merge"):
+    with pytest.raises(UsageError, match="a rank is for a merge"):
         export_adapter(ExportRequest(method="sum", adapters=names, rank=2), tmp_path / "no")
     exact, cut = updates(tmp_path / "svd"), updates(tmp_path / "two")
     for module, matrix in exact.items():

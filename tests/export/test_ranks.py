@@ -186,8 +186,8 @@ def test_the_rule_stands_in_the_certificate_and_in_the_card(made: Made, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"merge": True, "rank": 2, "energy": 0.5}, "--rank and --energy cannot both"),
-        ({"tolerance": 0.5}, "--tolerance is for --merge"),
+        ({"merge": True, "rank": 2, "energy": 0.5}, "rank and energy cannot both"),
+        ({"tolerance": 0.5}, "tolerance is for a merge"),
         ({"merge": True, "tolerance": 1.0}, "--tolerance 1.0"),
         ({"merge": True, "tolerance": float("nan")}, "--tolerance nan"),
         ({"merge": True, "energy": 0.0}, "--energy 0.0"),

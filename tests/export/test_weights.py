@@ -237,7 +237,7 @@ def test_what_does_not_go_with_weights_is_refused_with_the_way_out(tmp_path: Pat
             "loracat show --weights r.json",
         ),
         ({"adapters": ()}, "--weights without adapters", "--adapters"),
-        ({"rank": 3}, "--rank is for --merge", "--merge"),
+        ({"rank": 3}, "a rank is for a merge", "--merge"),
         ({"merge": True, "activation_aware": True}, "no activations to go by", "--fit-data"),
         ({"fit_data": "x.jsonl"}, "--fit-data has no use here", "--activation-aware"),
         ({"adapters": [names[0], names[0]]}, "given twice", ""),

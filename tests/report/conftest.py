@@ -14,7 +14,6 @@ from loracli.comparison.settings import CompareSettings
 from loracli.evaluation.metrics import TaskMetric
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
-from loracli.system.document import encode
 from tests.tiny import random_records, write_jsonl
 
 
@@ -40,5 +39,5 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, two_adapter
         test, recipe=folder / "recipe.json", base=str(tiny_base), settings=CompareSettings(("data-free",)), guard=data
     )
     found = run_comparison(inputs, metric=TaskMetric("contains", max_new_tokens=4))
-    (folder / "comparison.json").write_text(json.dumps({"loracat": 1, **encode(found)}))
+    (folder / "comparison.json").write_text(json.dumps(found.as_dict()))
     return Story(folder / "recipe.json", folder / "comparison.json")
