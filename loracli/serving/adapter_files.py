@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Literal
 from loracli.adapters.config import MAX_CONFIG_BYTES, MAX_PARAMETERS
 from loracli.adapters.names import PREFIX, targeted_parameters
 from loracli.adapters.patterns import ModulePatterns, PatternError
+from loracli.adapters.targets import Shapes, tied_modules
 from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
 from loracli.hub.fetch import from_pickle_hint
 from loracli.hub.references import Named, whole_model_hint
@@ -147,6 +148,18 @@ class AdapterFiles:
             elif type(rank) is int and rows == rank and parameter.endswith(".weight"):
                 pairs[module] = replace(pairs[module], parameter=True)
         return dict(sorted(pairs.items()))
+
+    @cached_property
+    def tied(self) -> Mapping[str, str]:
+        """The modules that `ensure_weight_tying` may tie to embeddings, each with its own."""
+        if self.config.get("ensure_weight_tying") is not True:
+            return {}
+        embeddings: dict[str, Shapes] = {}
+        others: dict[str, Shapes] = {}
+        for name, pair in self.pairs.items():
+            if pair.a and pair.b:
+                (embeddings if pair.embedding else others)[name] = pair.a, pair.b
+        return tied_modules(embeddings, others)
 
     @cached_property
     def patterns(self) -> Mapping[str, ModulePatterns[Any] | PatternError]:

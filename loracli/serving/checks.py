@@ -12,8 +12,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from loracli.adapters.names import PREFIX, BasePlace, format_tensor_name, leaf, parse_tensor_name, untargeted
+from loracli.adapters.names import PREFIX, BasePlace, format_tensor_name, leaf, parse_tensor_name
 from loracli.adapters.patterns import ModulePatterns, PatternError
+from loracli.adapters.targets import Targets, read_targets
 from loracli.algebra.factors import lora_scaling
 from loracli.errors import BaseModelMismatch, InputError
 from loracli.serving.adapter_files import AdapterFiles, BaseFacts, Pair
@@ -174,7 +175,7 @@ def _rank_by_patterns(files: AdapterFiles, base: BaseFacts | None) -> Iterator[s
     """Factors of the rank that `r` and `rank_pattern` give their module."""
     ranks = _pattern(files, "rank_pattern")
     for name, pair in files.pairs.items():
-        said = ranks.get(_patterned(name, pair), files.config.get("r", 8))
+        said = ranks.get(files.tied.get(name) or _patterned(name, pair), files.config.get("r", 8))
         if pair.rank is not None and pair.rank != said:
             yield f"{name} has rank {pair.rank}, and the config says {_short(said)}"
 
@@ -218,18 +219,24 @@ def _scaling(files: AdapterFiles, base: BaseFacts | None, *, formula: str) -> It
 
 
 def _targets(files: AdapterFiles, base: BaseFacts | None, *, together: Sequence[Sequence[str]] = ()) -> Iterator[str]:
-    """Modules that target_modules names, target_parameters aside; a list in `together` stands for all of its names."""
-    asked = files.config.get("target_modules")
-    if not isinstance(asked, list):
-        if isinstance(asked, str) and asked not in ("all", "all-linear"):
+    """Modules that PEFT puts LoRA on, target_parameters aside. With `together` those that target_modules names by their
+    last names, where one of such a list stands for all of its names; no other field counts then."""
+    targets = read_targets(files.config)
+    if together and isinstance(targets.modules, frozenset):
+        known = {leaf(name) for name in targets.modules}
+        known |= {name for group in together if known & set(group) for name in group}
+        targets = Targets(frozenset(known))
+    elif together:
+        if targets.modules is not None or targets.unread:
             raise Unclear("target_modules is a regular expression of a stranger, which is not run")
         return
-    known = {name for name in asked if isinstance(name, str)}
-    if together:
-        known = {leaf(name) for name in known}
-        known |= {name for group in together if known & set(group) for name in group}
-    modules = (name for name, pair in files.pairs.items() if not (pair.experts or pair.parameter))
-    yield from (f"{name} is not in target_modules" for name in untargeted(modules, known))
+    for name, pair in files.pairs.items():
+        if pair.experts or pair.parameter or (name in files.tied and not together):
+            continue
+        if (obstacle := targets.obstacle(name)) is not None:
+            yield f"{obstacle} {name}"
+    if targets.unread is not None:
+        raise Unclear(targets.unread)
 
 
 def _companions(files: AdapterFiles, base: BaseFacts | None, *, leaf: str, needs: str) -> Iterator[str]:
