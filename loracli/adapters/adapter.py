@@ -22,10 +22,10 @@ from loracli.adapters.names import (
     refuse_name,
     target_of,
     targeted_parameters,
-    untargeted,
     whole_parameter,
 )
 from loracli.adapters.stored import RANK_MAJOR, ExpertTensors, StoredExpert, StoredFactors, convolution_of
+from loracli.adapters.targets import Shapes, tied_modules
 from loracli.algebra.factors import Factors
 from loracli.algebra.packing import Convolution
 from loracli.errors import IntegrityError, MalformedAdapter, UnsupportedAdapter
@@ -226,11 +226,8 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
         for name, tensors in parts.items()
     }
     parameters = targeted_parameters(as_layer, config.target_parameters, str(file.path))
-    left_out = untargeted(sorted(parts.keys() - parameters.keys()), config.target_modules or parts.keys())
-    if left_out:
-        more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-        doubt = f"target_modules does not name {left_out[0]}{more}, so PEFT leaves out what is composed here"
-        config = replace(config, doubts=(*config.doubts, doubt))
+    tied = _tied(parts, file) if config.ensure_weight_tying else {}
+    config = _doubting(config, sorted(parts.keys() - parameters.keys() - tied.keys()))
     modules: dict[str, LoraModule] = {}
     for name in sorted(parts, key=lambda name: parameters.get(name, name)):
         if name in parameters and _is_matrix(parameters[name], parts[name], config, file):
@@ -238,12 +235,35 @@ def build_adapter(fetched: Fetched, config: AdapterConfig, file: TensorFile, nam
         elif name in parameters:
             modules |= _read_experts(parameters[name], name, parts[name], config, file)
         else:
-            modules |= _read_module(name, parts[name], config, file)
+            modules |= _read_module(name, parts[name], config, file, tied_to=tied.get(name))
         if len(modules) > _MAX_UPDATES:
             raise MalformedAdapter(
                 f"has more than {_MAX_UPDATES} experts and groups, which no model has", where=str(file.path)
             )
     return _adapter(fetched, config, modules, file, idle=_are_idle(parts, file), copies=copies, saved=saved)
+
+
+def _tied(parts: Mapping[str, Mapping[Part, str]], file: TensorFile) -> dict[str, str]:
+    """The modules that may be tied to embeddings, which their factors are the transposed ones of; each with its own."""
+
+    def shapes(a: Part, b: Part) -> dict[str, Shapes]:
+        return {
+            name: (file.shapes[tensors[a]], file.shapes[tensors[b]])
+            for name, tensors in parts.items()
+            if a in tensors and b in tensors
+        }
+
+    return tied_modules(shapes("lora_embedding_A", "lora_embedding_B"), shapes("lora_A", "lora_B"))
+
+
+def _doubting(config: AdapterConfig, modules: Sequence[str]) -> AdapterConfig:
+    """The config with a doubt where PEFT leaves some of the modules alone."""
+    left_out = [(obstacle, name) for name in modules if (obstacle := config.targets.obstacle(name)) is not None]
+    if not left_out:
+        return config
+    more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+    doubt = f"{' '.join(left_out[0])}{more}, so PEFT leaves out what is composed here"
+    return replace(config, doubts=(*config.doubts, doubt))
 
 
 def _are_idle(parts: Mapping[str, Mapping[Part, str]], file: TensorFile) -> bool:
@@ -418,10 +438,16 @@ def _read_experts(
 
 
 def _read_module(
-    name: str, tensors: dict[Part, str], config: AdapterConfig, file: TensorFile, *, parameter: str | None = None
+    name: str,
+    tensors: dict[Part, str],
+    config: AdapterConfig,
+    file: TensorFile,
+    *,
+    parameter: str | None = None,
+    tied_to: str | None = None,
 ) -> dict[str, LoraModule]:
     """The update of a module, or those of the groups of a convolution; with `parameter` that of its weight, which
-    patterns go by."""
+    patterns go by. One that is tied has the rank of the embedding and a scaling of its own, as in PEFT."""
     where, patterned = str(file.path), parameter or name
     kind: ModuleKind = "linear" if tensors.keys().isdisjoint(KINDS["embedding"].parts) else "embedding"
     wanted = KINDS[kind].parts
@@ -444,9 +470,10 @@ def _read_module(
             f"{name!r} has lora_A {shape_A} and lora_B {shape_B}, whose ranks differ",
             where=where,
         )
-    if shape_A[0] != config.rank_of(patterned):
+    rank = config.rank_of(tied_to or patterned)
+    if shape_A[0] != rank:
         raise MalformedAdapter(
-            f"{name!r} has rank {shape_A[0]} in the tensors and {config.rank_of(patterned)} in {CONFIG_FILE}",
+            f"{name!r} has rank {shape_A[0]} in the tensors and {rank} in {CONFIG_FILE}",
             where=where,
         )
     if biased and file.shapes[tensors["lora_bias"]] != shape_B[:1]:

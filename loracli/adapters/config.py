@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from loracli.adapters.patterns import ModulePatterns, PatternError
 from loracli.adapters.stored import LORA_B_LAYOUTS
+from loracli.adapters.targets import Targets, read_targets
 from loracli.algebra.factors import lora_scaling
 from loracli.errors import MalformedAdapter, UnsupportedAdapter
 from loracli.system.strict_json import read_object
@@ -111,7 +112,7 @@ class AdapterConfig:
         made_by_unsloth: whether unsloth wrote it.
         use_dora: whether magnitudes belong to it; only where it is read to be converted.
         initialisation: that was subtracted from the base, `pissa` or another; only where it is read to be converted.
-        target_modules: names or ends of the paths of adapted modules; None where it is a pattern, or not said.
+        targets: which modules PEFT puts LoRA on.
         doubts: what could be read in another way, in a sentence each.
     """
 
@@ -135,7 +136,7 @@ class AdapterConfig:
     made_by_unsloth: bool = False
     use_dora: bool = False
     initialisation: str | None = None
-    target_modules: frozenset[str] | None = None
+    targets: Targets = Targets()
     doubts: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
@@ -302,7 +303,7 @@ class _PeftFields(Fields):
             made_by_unsloth=self._made_by_unsloth(),
             use_dora=_is_on(self._fields.get("use_dora")),
             initialisation=self._initialisation(),
-            target_modules=self._target_modules(),
+            targets=read_targets(self._fields),
         )
 
     def _alpha(self, field: str, value: Any) -> float:
@@ -321,13 +322,10 @@ class _PeftFields(Fields):
 
     def _whole_names(self) -> frozenset[str]:
         """PEFT adapts every module whose name is, or ends in a dot and, a name of the list."""
+        targets = read_targets(self._fields)
         narrowed = any(_is_on(self._fields.get(key)) for key in ("layers_to_transform", "exclude_modules"))
-        targets = None if narrowed else self._target_modules()
-        return frozenset(name for name in targets or () if "." not in name)
-
-    def _target_modules(self) -> frozenset[str] | None:
-        targets = self._fields.get("target_modules")
-        return frozenset(name for name in targets if isinstance(name, str)) if isinstance(targets, list) else None
+        names = targets.modules if isinstance(targets.modules, frozenset) and not narrowed else ()
+        return frozenset(name for name in names if "." not in name)
 
     def _target_parameters(self) -> tuple[str, ...]:
         names = self._names("target_parameters", MAX_PARAMETERS)

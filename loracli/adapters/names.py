@@ -219,15 +219,6 @@ def is_numbered(module: str) -> bool:
     return module.endswith("]")
 
 
-def untargeted(modules: Iterable[str], targets: Collection[str]) -> list[str]:
-    """The modules that a list of target_modules does not name, by a path or an end of it: PEFT leaves them alone."""
-    return [
-        module
-        for module in modules
-        if not any(module.split(".", start)[-1] in targets for start in range(module.count(".") + 1))
-    ]
-
-
 def leaf(module: str) -> str:
     """The last component of a module's path: `q_proj`; of a numbered name that of what was targeted."""
     return target_of(module).rpartition(".")[2]

@@ -21,6 +21,7 @@ regular expressions.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,13 +56,16 @@ _MANY = 2000  # module names, of which none is searched for a near one
 _QUOTED = 100  # characters of a key in a message
 _DEFAULT = "default"
 _ENVELOPES = ("loracat", "loracat_export")  # documents that have the tables as their object `weights`
-# A module is of a kind by the components of its path, as transformers and its predecessors call them.
-_KINDS: dict[str, frozenset[str]] = {
-    "experts": frozenset({"experts"}),
-    "attention": frozenset(
-        {"self_attn", "attn", "attention", "self_attention", "cross_attn", "linear_attn", "SelfAttention"}
+# A module is of a kind by the components of its path, as transformers and its predecessors call them: whatever has
+# attention in its name; the names of feed-forward blocks, and of their layers where those have no block around them, as
+# in BART (fc1), ALBERT (ffn_output) and BERT (intermediate.dense and an output.dense that is not the attention's).
+_KINDS: dict[str, re.Pattern[str]] = {
+    "experts": re.compile(r"(^|\.)experts(\.|$)"),
+    "attention": re.compile(r"attn|attention", re.IGNORECASE),
+    "mlp": re.compile(
+        r"(^|\.)(mlps?|shared_mlp|feed_forward[12]?|ffns?[12]?|ffn_output|ff|fc[12]|shared_experts?|block_sparse_moe|"
+        r"DenseReluDense|(intermediate|output)(_query)?\.dense)(\.|$)"
     ),
-    "mlp": frozenset({"mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_expert", "DenseReluDense"}),
 }
 _WAYS = "one number for each adapter, --weights 0.7 0.3, or a file as `loracat show --weights` prints it"
 _KEYS = "a table for each adapter, with default, attention, mlp, experts, layers as 0-7, or patterns of module names"
@@ -379,7 +383,7 @@ def _near(text: str, names: Collection[str]) -> str:
     """What may have been meant by a key that names no module."""
     kind = text.rpartition(" ")[2]
     if kind in _KINDS:
-        other = next((_kind_of(name) for name in names if _KINDS[kind] & set(name.split("."))), None)
+        other = next((_kind_of(name) for name in names if _KINDS[kind].search(name)), None)
         if other is not None:
             return f"those with {kind} in their path are {other}, which go by the key {other}"
     elif (word := did_you_mean(text, (_DEFAULT, *_KINDS))) is not None:
@@ -391,9 +395,8 @@ def _near(text: str, names: Collection[str]) -> str:
 
 
 def _kind_of(module: str) -> str | None:
-    """`experts`, `attention` or `mlp`, the first of which a component of the module's path is one; None of none."""
-    parts = set(module.split("."))
-    return next((kind for kind, words in _KINDS.items() if parts & words), None)
+    """`experts`, `attention` or `mlp`, the first of which is in the module's path; None of none."""
+    return next((kind for kind, words in _KINDS.items() if words.search(module)), None)
 
 
 def _number(module: str) -> int | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from loracli.adapters.adapter import LoraAdapter
-from loracli.adapters.claims import agreed_task
+from loracli.adapters.claims import agreed_task, check_language_models
 from loracli.adapters.kinds import BaseModule
 from loracli.adapters.names import target_of
 from loracli.adapters.saved_modules import PICK, REFUSE, saved_modules, settled_policy
@@ -80,7 +80,8 @@ def compose_on_base(request: FuseRequest, *, progress: Progress = SILENT) -> tup
     Raises:
         UsageError: if these do not go together, the method has to be fitted or cuts its result, or the recipe was
             fitted on a local directory and no base is given.
-        UnsupportedAdapter: if adapters saved modules whole and nothing says which of them the composition has.
+        UnsupportedAdapter: if adapters saved modules whole and nothing says which of them the composition has, or they
+            are not for causal language models.
         IncompatibleAdapters: if they are for different tasks.
         IntegrityError: if the base at the recorded commit is not the one that was recorded.
         BaseModelMismatch: if the adapters do not fit it, or it is quantised and need not be.
@@ -154,6 +155,9 @@ def _read_ingredients(
     read, given = read_to_compose(adapters, recipe, base_given=request.base is not None, progress=progress)
     _refuse_biases(read)
     agreed_task(read)
+    check_language_models(
+        read, "loracat fuse", way_out="merge it with PEFT: merge_and_unload of the model that it is loaded on"
+    )
     policy = modules_to_save or (REFUSE if given is None else recorded_policy(given))
     if alone and read[0].saved:
         policy = f"{PICK}#1"

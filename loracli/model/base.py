@@ -338,17 +338,18 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def plan_from_config(
-    base: Named | BaseClaim, *, revision: str | None = None, progress: Progress = SILENT
+    base: Named | BaseClaim, *, revision: str | None = None, task: str | None = None, progress: Progress = SILENT
 ) -> tuple[BasePlan, str]:
     """The plan of a base model, and the sha256 of its config.
 
     Args:
         base: as `locate_base` takes it; of one on the Hub only config.json is fetched.
         revision: of a base on the Hub.
+        task: as for `plan_base`.
         progress: told of a download.
     Raises:
         InputError, UsageError: as `locate_base`.
-        BaseModelMismatch: if transformers knows no such causal language model.
+        BaseModelMismatch: if transformers knows no such model.
         InputError, HubUnreachable: if the Hub does not give the config.
     """
     place = locate_base(base, revision=revision)
@@ -363,7 +364,7 @@ def plan_from_config(
                 error.hint = "; ".join(filter(None, [error.hint, WAY_OUT]))
             raise
         reference = BaseReference(fetched.repo_id, fetched.path, fetched.commit)
-    plan = plan_base(reference, device="cpu")
+    plan = plan_base(reference, device="cpu", task=task)
     return plan, _config_sha256(reference)
 
 

@@ -296,7 +296,9 @@ def check_base_copies(adapters: Sequence[LoraAdapter], weight_of: Callable[[str]
     for adapter in adapters:
         for name in adapter.base_copies:
             copy, own = adapter.read_base_copy(name), weight_of(name)
-            if copy.shape != own.shape or not torch.equal(copy.to(own.dtype), own):
+            # The base may have been trained on in fewer digits than it is stored in, or than it has here.
+            same = torch.equal(copy.to(own.dtype), own) or torch.equal(own.to(copy.dtype), copy)
+            if not same:
                 raise BaseModelMismatch(
                     f"{adapter.reference} carries its own matrix for {name}, and it differs from the base model's",
                     hint="the adapter was trained with a changed embedding, which an adapter cannot carry",

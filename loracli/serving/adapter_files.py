@@ -17,9 +17,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from torch import nn
+
+from loracli.adapters.claims import TASKS
 from loracli.adapters.config import MAX_CONFIG_BYTES, MAX_PARAMETERS
 from loracli.adapters.names import PREFIX, targeted_parameters
 from loracli.adapters.patterns import ModulePatterns, PatternError
+from loracli.adapters.targets import Shapes, tied_modules
 from loracli.errors import AdapterNotFound, MalformedAdapter, UnsupportedAdapter
 from loracli.hub.fetch import from_pickle_hint
 from loracli.hub.references import Named, whole_model_hint
@@ -147,6 +151,18 @@ class AdapterFiles:
             elif type(rank) is int and rows == rank and parameter.endswith(".weight"):
                 pairs[module] = replace(pairs[module], parameter=True)
         return dict(sorted(pairs.items()))
+
+    @cached_property
+    def tied(self) -> Mapping[str, str]:
+        """The modules that `ensure_weight_tying` may tie to embeddings, each with its own."""
+        if self.config.get("ensure_weight_tying") is not True:
+            return {}
+        embeddings: dict[str, Shapes] = {}
+        others: dict[str, Shapes] = {}
+        for name, pair in self.pairs.items():
+            if pair.a and pair.b:
+                (embeddings if pair.embedding else others)[name] = pair.a, pair.b
+        return tied_modules(embeddings, others)
 
     @cached_property
     def patterns(self) -> Mapping[str, ModulePatterns[Any] | PatternError]:
@@ -319,14 +335,18 @@ class BaseFacts:
     names: BaseNames
 
 
-def read_base_facts(base: Named, *, progress: Progress = SILENT) -> BaseFacts:
-    """Of a directory or Hub id that the user names; errors as of `plan_from_config`."""
-    plan, _ = plan_from_config(base, progress=progress)
+def read_base_facts(base: Named, *, task: object = None, progress: Progress = SILENT) -> BaseFacts:
+    """Of a directory or Hub id that the user names, as the model of a `task_type`, a causal language model where PEFT
+    has none of that name; errors as of `plan_from_config`."""
+    known = task if isinstance(task, str) and task in TASKS else None
+    plan, _ = plan_from_config(base, task=known, progress=progress)
     modules, experts = {}, {}
     for name, module in plan.skeleton.named_modules():
         kind, in_features, out_features = kind_and_shape(module)
         if kind != "other":
             modules[name] = (out_features, in_features)
+        elif isinstance(module, nn.Embedding):  # with a forward of its own, as OPT's positions: PEFT takes it
+            modules[name] = (module.embedding_dim, module.num_embeddings)
     for name, _ in plan.skeleton.named_parameters():
         if (shape := expert_shape(plan.skeleton, name)) is not None:
             modules[name], experts[name] = (shape[2], shape[1]), shape[0]

@@ -12,8 +12,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from loracli.adapters.names import PREFIX, BasePlace, format_tensor_name, leaf, parse_tensor_name, untargeted
+from loracli.adapters.claims import TASKS
+from loracli.adapters.names import PREFIX, BasePlace, format_tensor_name, leaf, parse_tensor_name
 from loracli.adapters.patterns import ModulePatterns, PatternError
+from loracli.adapters.targets import Targets, read_targets
 from loracli.algebra.factors import lora_scaling
 from loracli.errors import BaseModelMismatch, InputError
 from loracli.serving.adapter_files import AdapterFiles, BaseFacts, Pair
@@ -71,6 +73,50 @@ def _of_type(files: AdapterFiles, base: BaseFacts | None, *, field: str, type: s
     }
     if value is not None and not fits[type]:
         yield f"the field {field} is {_short(value)}"
+
+
+_INITIALISATION = re.compile(
+    r"|pissa(_niter_\d+)?|corda.*|loftq|eva|orthogonal|lora_ga|(?i:gaussian|olora|mica)", re.DOTALL
+)
+# By field: with which values PEFT makes its config and layers. Those of other fields it takes or does not look at.
+_PEFT_VALUES: dict[str, Callable[[Any], bool]] = {
+    "peft_type": lambda value: value is None or (isinstance(value, str) and value == value.upper()),  # or it is missing
+    "r": lambda value: type(value) is int and value > 0,
+    "lora_alpha": lambda value: _number(value) is not None,
+    "lora_dropout": lambda value: (number := _number(value)) is not None and 0 <= number <= 1,
+    "rank_pattern": lambda value: isinstance(value, dict),
+    "alpha_pattern": lambda value: isinstance(value, dict),
+    "bias": lambda value: value in ("none", "all", "lora_only"),
+    "task_type": lambda value: value is None or value in TASKS,
+    "init_lora_weights": lambda value: not isinstance(value, str) or _INITIALISATION.fullmatch(value) is not None,
+}
+
+
+def _peft_values(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """Fields that have values with which PEFT makes its config and its layers."""
+    if files.config.get("peft_type") != "LORA" and _PEFT_VALUES["peft_type"](files.config.get("peft_type")):
+        return  # another method's, with fields of its own
+    for field, fits in _PEFT_VALUES.items():
+        if field in files.config and not fits(files.config[field]):
+            yield f"the field {field} is {_short(files.config[field])}"
+
+
+def _features_with_tensors(files: AdapterFiles, base: BaseFacts | None) -> Iterator[str]:
+    """A feature that is on and has its tensors: magnitudes and biases of every layer, and some of what was saved whole.
+    Which of modules_to_save the base has is not asked: PEFT names the heads of all classifiers there."""
+    config, tensors = files.config, files.tensors
+    layers = [name for name, pair in files.pairs.items() if not (pair.experts or pair.parameter)]
+    for field, part in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+        for name in layers if config.get(field) is True else ():
+            embedding = files.pairs[name].embedding and field == "lora_bias"
+            if not embedding and not any(f"{PREFIX}{name}.{part}{end}" in tensors for end in ("", ".weight")):
+                yield f"{field} is on, and {name} has no {part}"
+    saved = config.get("modules_to_save")
+    names = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
+    if names and not any(f".{name}." in f".{tensor}" for name in names for tensor in tensors if ".lora_" not in tensor):
+        yield f"no tensor is of one of the modules_to_save, {_short(names)}"
+    if config.get("trainable_token_indices") and not any("trainable_tokens" in tensor for tensor in tensors):
+        yield "no tensor is of the trainable_token_indices"
 
 
 def _off(files: AdapterFiles, base: BaseFacts | None, *, fields: Sequence[str]) -> Iterator[str]:
@@ -174,7 +220,7 @@ def _rank_by_patterns(files: AdapterFiles, base: BaseFacts | None) -> Iterator[s
     """Factors of the rank that `r` and `rank_pattern` give their module."""
     ranks = _pattern(files, "rank_pattern")
     for name, pair in files.pairs.items():
-        said = ranks.get(_patterned(name, pair), files.config.get("r", 8))
+        said = ranks.get(files.tied.get(name) or _patterned(name, pair), files.config.get("r", 8))
         if pair.rank is not None and pair.rank != said:
             yield f"{name} has rank {pair.rank}, and the config says {_short(said)}"
 
@@ -218,18 +264,26 @@ def _scaling(files: AdapterFiles, base: BaseFacts | None, *, formula: str) -> It
 
 
 def _targets(files: AdapterFiles, base: BaseFacts | None, *, together: Sequence[Sequence[str]] = ()) -> Iterator[str]:
-    """Modules that target_modules names, target_parameters aside; a list in `together` stands for all of its names."""
-    asked = files.config.get("target_modules")
-    if not isinstance(asked, list):
-        if isinstance(asked, str) and asked not in ("all", "all-linear"):
+    """Modules that PEFT puts LoRA on, target_parameters aside. With `together` those that target_modules names by their
+    last names, where one of such a list stands for all of its names; no other field counts then."""
+    targets = read_targets(files.config)
+    if together and isinstance(targets.modules, frozenset):
+        known = {leaf(name) for name in targets.modules}
+        known |= {name for group in together if known & set(group) for name in group}
+        targets = Targets(frozenset(known))
+    elif together:
+        if targets.modules is not None or targets.unread:
             raise Unclear("target_modules is a regular expression of a stranger, which is not run")
         return
-    known = {name for name in asked if isinstance(name, str)}
-    if together:
-        known = {leaf(name) for name in known}
-        known |= {name for group in together if known & set(group) for name in group}
-    modules = (name for name, pair in files.pairs.items() if not (pair.experts or pair.parameter))
-    yield from (f"{name} is not in target_modules" for name in untargeted(modules, known))
+    for name, pair in files.pairs.items():
+        if pair.experts or pair.parameter or (name in files.tied and not together):
+            continue
+        if (obstacle := targets.obstacle(name)) is not None:
+            yield f"{obstacle} {name}"
+    if targets.unread is not None:
+        raise Unclear(targets.unread)
+    if files.config.get("target_modules") is None and not files.config.get("target_parameters"):
+        raise Unclear("target_modules is not set, and PEFT's own list for the architecture decides")
 
 
 def _companions(files: AdapterFiles, base: BaseFacts | None, *, leaf: str, needs: str) -> Iterator[str]:
@@ -331,9 +385,11 @@ def _in_base(files: AdapterFiles, base: BaseFacts | None, *, renames: bool = Fal
     other versions."""
     facts = _needed(base, "whether the base has these modules in these shapes")
     found, experts = [], defaultdict[str, list[BasePlace]](list)
-    for name, pair in files.pairs.items():
+    replication = files.config.get("layer_replication") if renames else None
+    for adapted, pair in files.pairs.items():
         if pair.is_convolution:
             continue
+        name = _replicated(adapted, replication)
         place = _place(facts, name, pair) if renames else BasePlace(name)
         if place is None or place.target not in facts.modules:
             found.append(f"the base has no {name}")
@@ -355,6 +411,21 @@ def _in_base(files: AdapterFiles, base: BaseFacts | None, *, renames: bool = Fal
         if experts:
             raise Unclear(f"whether the layers of experts become the parameters of a {facts.model_class}")
     yield from found
+
+
+def _replicated(name: str, replication: Any) -> str:
+    """The module whose numbers one has in a layer that PEFT's `layer_replication`, [[from, below], ...], made."""
+    layer = next((part for part in name.split(".") if part.isdecimal()), None)
+    if not isinstance(replication, list) or layer is None or len(layer) > 9:
+        return name
+    number = int(layer)
+    for span in replication:
+        match span:
+            case [int(start), int(end)] if number < end - start:
+                return name.replace(f".{layer}.", f".{start + number}.", 1)
+            case [int(start), int(end)]:
+                number -= end - start
+    return name
 
 
 def _place(facts: BaseFacts, name: str, pair: Pair) -> BasePlace | None:
@@ -391,6 +462,8 @@ CHECKS: dict[str, Check] = {
     check.__name__.removeprefix("_").replace("_", "-"): check
     for check in (
         _required,
+        _peft_values,
+        _features_with_tensors,
         _of_type,
         _off,
         _one_of,

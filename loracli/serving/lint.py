@@ -240,7 +240,7 @@ def lint_adapter(
     if files.changes_nothing():
         progress.warn(f"{path}: {IDLE}")
     obstacle = _obstacle(Path(path), progress)
-    facts = None if base is None else read_base_facts(base, progress=progress)
+    facts = None if base is None else read_base_facts(base, task=files.config.get("task_type"), progress=progress)
     asked = [load_server(name) for name in dict.fromkeys(servers or _SERVERS)]
     chosen = asked if servers else [server for server in asked if server.layout == files.layout]
     progress.begin(_TASK, len(chosen), "servers")

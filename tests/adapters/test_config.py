@@ -26,6 +26,7 @@ from loracli.adapters.config import (
     read_config,
 )
 from loracli.adapters.patterns import ModulePatterns
+from loracli.adapters.targets import Targets
 from loracli.errors import InputError, MalformedAdapter, UnsupportedAdapter
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
@@ -58,7 +59,7 @@ def saved_by_peft(folder: Path, **fields: Any) -> AdapterConfig:
 def test_pefts_default_config_is_accepted_as_it_stands(tmp_path: Path) -> None:
     config = saved_by_peft(tmp_path)
     assert config == AdapterConfig(
-        target_modules=frozenset({"q_proj"}),
+        targets=Targets(frozenset({"q_proj"})),
         base_model="org/base",
         base_revision=None,
         rank=8,

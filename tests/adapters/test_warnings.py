@@ -6,15 +6,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.adapters.compatible import inspect_adapters
+from loracli.adapters.targets import read_targets
 from loracli.comparison.inputs import prepare_comparison
 from loracli.conversion.read import read_convertible
 from loracli.export.export import export_adapter
@@ -27,7 +30,7 @@ from loracli.progress import Progress
 from loracli.serving.lint import lint_adapter
 from loracli.verifying.verify import verify_directory
 from tests.heard import Heard
-from tests.tiny import logits, make_adapter, random_records, write_jsonl
+from tests.tiny import logits, make_adapter, make_base, random_records, write_jsonl
 
 WEIGHTS = "adapter_model.safetensors"
 Zeroed = Callable[[str], bool]
@@ -136,17 +139,71 @@ def test_a_bias_and_modules_that_were_saved_whole_are_a_change(tmp_path: Path, t
     assert "only its modules_to_save" in said
 
 
-def test_modules_that_target_modules_does_not_name_are_warned_of_as_peft_leaves_them_out(
-    tmp_path: Path, tiny_base: Path
+LEFT_OUT = [
+    ("target_modules", ["q_proj"], "target_modules does not name model.layers.0.self_attn.v_proj and 2 more"),
+    ("target_modules", r".*\.q_proj", "target_modules does not name model.layers.0.self_attn.v_proj and 2 more"),
+    ("target_modules", r"(?=model).*", None),  # an expression that is not read
+    ("layers_to_transform", [1], "layers_to_transform has not the layer of model.layers.0.self_attn.q_proj and 3 more"),
+    ("layers_to_transform", 2, "layers_to_transform has not the layer of model.layers.0.self_attn.q_proj and 3 more"),
+    ("layers_to_transform", [], None),
+    ("layers_to_transform", [0, 1, 2], None),
+    ("exclude_modules", ["0.self_attn.q_proj"], "exclude_modules names model.layers.0.self_attn.q_proj,"),
+    ("exclude_modules", ["proj", "self_attn"], None),
+    ("exclude_modules", r"model\.layers\.[12]\..*", "exclude_modules names model.layers.1.self_attn.q_proj and 3 more"),
+    ("exclude_modules", r"layers\.[12]\..*", None),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "said"), LEFT_OUT)
+def test_modules_that_peft_leaves_out_are_warned_of(
+    tmp_path: Path, tiny_base: Path, field: str, value: object, said: str | None
 ) -> None:
-    folder, heard = make_adapter(tmp_path / "a", tiny_base, targets=("q_proj", "v_proj")), Heard()
-    read_adapter(str(folder), progress=heard)
-    assert heard.warnings == []
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": ["q_proj"]}))
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder)
-    assert not any("v_proj.lora" in name for name in loaded.state_dict())
-    first = next(name for name in sorted(read_adapter(str(folder), progress=heard).modules) if "v_proj" in name)
-    assert len(heard.warnings) == 1 and f"target_modules does not name {first} and " in heard.warnings[0]
+    folder = make_adapter(tmp_path / "a", tiny_base, targets=("q_proj", "v_proj"))
+    path, adapter = folder / "adapter_config.json", read_adapter(str(folder))
+    assert adapter.warnings == ()
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    heard, config = Heard(), LoraConfig.from_pretrained(folder)
+    left_out = [name for name in adapter.modules if not check_target_module_exists(config, name)]
     inspect_adapters([str(folder)], progress=heard)
-    assert heard.warnings[1] == heard.warnings[0]
+    rule = [line for one in lint_adapter(folder, servers=["peft"]).servers[0].violations for line in one.found]
+    if said is None:
+        assert left_out == [] and heard.warnings == [] and rule == []
+        return
+    assert said in heard.warnings[0] and "so PEFT leaves out what is composed here" in heard.warnings[0]
+    assert len(left_out) == 1 + int((heard.warnings[0].partition(" and ")[2] or "0").split()[0])
+    assert all(line.rpartition(" ")[2] in left_out for line in rule) and rule
+
+
+NAMES = "h.0.q x.h.1.q x.h.1.experts.0.q x.blocks.3.h.1.q x.y.0.1.q q x.h.q 0.q x.1 a.3.q".split()
+
+
+@pytest.mark.parametrize("layers", [[0], 1, [1, 3], None])
+@pytest.mark.parametrize("pattern", [None, [], "", "h", "blocks", ["blocks", "h"], ["x.h"], "experts"])
+@pytest.mark.parametrize("targets", [["q"], ["h.0.q", "q"], ["q", "x.h.1.q"]])
+def test_layers_are_told_as_peft_tells_them(layers: object, pattern: object, targets: list[str]) -> None:
+    fields = {"target_modules": targets, "layers_to_transform": layers, "layers_pattern": pattern}
+    config, ours = SimpleNamespace(**fields), read_targets(fields)
+    for name in NAMES:
+        assert (ours.obstacle(name) is None) is bool(check_target_module_exists(config, name)), name
+
+
+def test_a_head_that_ensure_weight_tying_ties_is_read_as_peft_loads_it(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama-tied")
+    folder = make_adapter(
+        tmp_path / "a",
+        base,
+        targets=("embed_tokens", "q_proj"),
+        rank=4,
+        ensure_weight_tying=True,
+        rank_pattern={"embed_tokens": 3},
+        alpha_pattern={"lm_head": 5},
+    )
+    adapter = read_adapter(str(folder))
+    assert adapter.warnings == () and adapter.modules["lm_head"].factors.rank == 3
+    assert lint_adapter(folder, servers=["peft"], base=base).servers[0].violations == ()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    for name, module in adapter.modules.items():
+        theirs = loaded.base_model.model.get_submodule(name).get_delta_weight("default")
+        factors, turned = module.factors, module.kind == "embedding"
+        ours = factors.scaling * factors.lora_B.double() @ factors.lora_A.double()
+        assert torch.allclose((ours.T if turned else ours).float(), theirs, atol=1e-6), name

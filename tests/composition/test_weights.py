@@ -12,6 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
 
 from loracli.composition.weights import (
     _kind_of,
@@ -221,3 +224,29 @@ def test_kinds_follow_the_components_of_a_path() -> None:
     assert _kind_of("transformer.h.0.attn.c_attn") == "attention"
     assert _kind_of("model.layers.0.mlp.up_proj") == "mlp"
     assert _kind_of("model.embed_tokens") is None
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    {
+        "T5ForConditionalGeneration": {"d_model": 8, "d_kv": 4, "num_heads": 2, "d_ff": 16, "num_layers": 2},
+        "BartForConditionalGeneration": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1},
+        "BertForSequenceClassification": {"num_hidden_layers": 2},
+        "BertLMHeadModel": {"num_hidden_layers": 1, "is_decoder": True, "add_cross_attention": True},
+        "AlbertForSequenceClassification": {"num_hidden_layers": 2},
+        "GPT2LMHeadModel": {"n_layer": 2, "add_cross_attention": True},
+        "OPTForCausalLM": {"num_hidden_layers": 1},
+    }.items(),
+)
+def test_in_a_layer_what_belongs_to_no_attention_by_its_class_is_mlp(model: str, size: dict[str, Any]) -> None:
+    """Architectures with cross attention, or without blocks around their feed-forward layers. Which module is of an
+    attention is told by the classes of transformers around it, of which every attention has that word in its name."""
+    found = getattr(transformers, model)
+    with torch.device("meta"):
+        modules = dict(found._from_config(found.config_class(**size)).named_modules())
+    layers = [n for n, m in modules.items() if isinstance(m, torch.nn.Linear | Conv1D) and re.search(r"\.\d+\.", n)]
+    assert {_kind_of(name) for name in layers} == {"attention", "mlp"}
+    for name in layers:
+        around = [type(modules[name[: dot.start()]]).__name__ for dot in re.finditer(r"\.", name)]
+        assert _kind_of(name) == ("attention" if any("Attention" in one for one in around) else "mlp"), name
+    assert not any(_kind_of(name) for name in ("bert.pooler.dense", "lm_head", "classifier", "model.shared"))

@@ -12,13 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from loracli.adapters.adapter import read_adapter
 from loracli.composition.weights import weight_tables
-from loracli.errors import BaseModelMismatch, LoracatError, OutOfResources, OutputExists, StateMismatch, UsageError
+from loracli.errors import (
+    BaseModelMismatch,
+    LoracatError,
+    OutOfResources,
+    OutputExists,
+    StateMismatch,
+    UnsupportedAdapter,
+    UsageError,
+)
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
 from loracli.fusing import workplace
@@ -504,3 +513,27 @@ def test_experts_that_are_computed_on_loading_stay_as_they_are(tmp_path: Path) -
     assert not found.not_checked and found.tensors == len(after)
     names = loaded_names(plan_base(BaseReference("x", tmp_path / "base", None)).skeleton, before)
     assert "model.layers.0.mlp.experts.gate_up_proj" in names.computed
+
+
+def test_an_adapter_of_another_task_is_refused_by_the_tasks_name(tmp_path: Path, tiny_base: Path) -> None:
+    adapter = make_adapter(tmp_path / "a", tiny_base)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": "SEQ_CLS"}))
+    with pytest.raises(UnsupportedAdapter, match="has the task_type SEQ_CLS") as refused:
+        fuse_model(FuseRequest(str(adapter), base=str(tiny_base)), tmp_path / "fused")
+    assert "merge_and_unload" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(("stored", "trained"), [("float32", "bfloat16"), ("float16", "bfloat16")])
+def test_a_copy_of_the_bases_matrix_in_fewer_digits_is_no_change_of_it(
+    tmp_path: Path, stored: str, trained: str
+) -> None:
+    base = make_base(tmp_path / "base", dtype=getattr(torch, stored))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, trained))
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert read_adapter(str(tmp_path / "a")).base_copies
+    fuse_model(FuseRequest(str(tmp_path / "a"), base=str(base)), tmp_path / "fused")
+    changed = make_base(tmp_path / "changed", dtype=getattr(torch, stored), seed=1)
+    with pytest.raises(BaseModelMismatch, match="differs from the base model's"):
+        fuse_model(FuseRequest(str(tmp_path / "a"), base=str(changed)), tmp_path / "none")

@@ -14,7 +14,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from peft import PeftModel
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -143,6 +144,25 @@ RSLORA = setting(use_rslora=True)
 
 BROKEN: list[tuple[str, str, Change]] = [
     ("peft", "required-fields", lacking("peft_type")),
+    *[
+        ("peft", "values", setting(**{field: value}))
+        for field, values in {
+            "lora_alpha": [None, "8"],
+            "lora_dropout": [None, "0.1", 2.0],
+            "rank_pattern": [None],
+            "alpha_pattern": [None],
+            "bias": [None, "x"],
+            "task_type": ["causal_lm", "X"],
+            "init_lora_weights": ["True", "nope"],
+            "peft_type": ["lora"],
+            "r": [8.0],
+        }.items()
+        for value in values
+    ],
+    ("peft", "features", setting(use_dora=True)),
+    ("peft", "features", setting(lora_bias=True)),
+    ("peft", "features", setting(modules_to_save=["lm_head"])),
+    ("peft", "features", setting(trainable_token_indices=[1])),
     ("peft", "initialisation", PISSA),
     ("peft", "corda", setting(init_lora_weights="corda")),
     ("peft", "prefix", prefixless),
@@ -696,3 +716,56 @@ def test_layers_of_experts_and_routers_are_held_against_a_base_that_has_paramete
     assert report(router, "peft", base).verdict == "takes"
     for server in ("vllm", "llamacpp"):
         assert any("puts LoRA on model.layers.0.mlp.gate" in doubt for doubt in report(router, server, base).unclear)
+
+
+@pytest.mark.parametrize(("server", "rule", "change"), [one for one in BROKEN if one[1] in ("values", "features")])
+def test_a_value_is_refused_where_stock_peft_fails_or_lacks_tensors(
+    tmp_path: Path, tiny_base: Path, server: str, rule: str, change: Change
+) -> None:
+    path, base = write(tmp_path / "a", change), AutoModelForCausalLM.from_pretrained(tiny_base)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            PeftModel.from_pretrained(base, path)
+        except Exception:  # which one differs by the field
+            return
+    assert any("missing adapter keys" in str(warning.message) for warning in said)
+
+
+@pytest.mark.parametrize("value", [True, False, "Gaussian", "OLoRA", "eva", "orthogonal", "pissa", "MiCA"])
+def test_initialisations_that_stock_peft_knows_are_values(tmp_path: Path, tiny_base: Path, value: object) -> None:
+    path = write(tmp_path / "a", setting(init_lora_weights=value))
+    assert "values" not in [one.rule for one in report(path, "peft").violations]
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), path)
+
+
+TASKS_OF: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "SEQ_CLS": ("BertForSequenceClassification", {"num_hidden_layers": 1, "num_attention_heads": 2}, ["dense"]),
+    "SEQ_2_SEQ_LM": (
+        "T5ForConditionalGeneration",
+        {"num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 32},
+        ["q", "wo"],
+    ),
+}
+
+
+@pytest.mark.parametrize("task", TASKS_OF)
+def test_the_base_is_that_of_the_adapters_task(tmp_path: Path, task: str) -> None:
+    name, size, targets = TASKS_OF[task]
+    found = getattr(transformers, name)
+    size = size | ({"d_model": 16} if "d_kv" in size else {"hidden_size": 16, "intermediate_size": 32})
+    found._from_config(found.config_class(vocab_size=20, **size)).save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=targets, task_type=task, init_lora_weights=False)
+    get_peft_model(found.from_pretrained(tmp_path / "base"), config).save_pretrained(tmp_path / "a")
+    assert report(tmp_path / "a", "peft", tmp_path / "base").violations == ()
+
+
+def test_replicated_layers_and_positions_of_another_class_are_in_the_base(tmp_path: Path, tiny_base: Path) -> None:
+    path = make_adapter(tmp_path / "replicated", tiny_base, layer_replication=[[0, 2], [1, 3]])
+    assert any(".3." in name for name in load_file(path / "adapter_model.safetensors"))
+    assert report(path, "peft", tiny_base).violations == ()
+    small: dict[str, Any] = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_attention_heads": 2}
+    config = transformers.OPTConfig(vocab_size=20, num_hidden_layers=1, max_position_embeddings=8, **small)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "opt")
+    path = make_adapter(tmp_path / "positions", tmp_path / "opt", targets=("embed_positions", "q_proj"))
+    assert report(path, "peft", tmp_path / "opt").violations == ()
