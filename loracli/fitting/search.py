@@ -348,22 +348,30 @@ def solve_next(task: Task, mixing: Mixing, below: Solution | None, left: float) 
 
 def _or_from_nothing(task: Task, mixing: FactorMixing, solved: Solution, left: float) -> Solution:
     """Trained factors, a new LoRA on the same records, or half of each: what has the lowest loss on the validation
-    records. What the adapters know may be of no use here; and two that were trained apart err apart. No new LoRA is
-    trained where `left` tokens are less than a pass of each fold."""
+    records, half of each by more than `task.least_gain`, as it costs both ranks. What the adapters know may be of no
+    use here; and two that were trained apart err apart. No new LoRA is trained where `left` tokens are less than a pass
+    of each fold."""
     if solved.stopped or solved.scores is None or left < GRADIENT_COST * sum(tokens_of(f.fitting) for f in task.folds):
         return solved
-    fresh, name = mixing.from_nothing(seed=task.settings.seed), NOTHING
-    found, starts = [solved], [*solved.starts]
+    fresh = mixing.from_nothing(seed=task.settings.seed)
     try:
-        new = solve_level(task, fresh, {name: [fresh.start] * len(task.folds)}, left)
-        found, starts, name = [solved, new], [*starts, *new.starts], HALVES
-        if solved.moved and new.moved:
-            half = _half_of_each(task, solved, new)
-            found, starts = [*found, half], [*starts, *half.starts]
+        new = solve_level(task, fresh, {NOTHING: [fresh.start] * len(task.folds)}, left)
     except NonFiniteLoss as error:
-        starts.append(left_out(name, None, error))
-    best = min(found, key=lambda each: math.inf if each.scores is None else each.scores.nats_per_token)
-    return replace(best, starts=tuple(starts), stages=tuple(stage for each in found for stage in each.stages))
+        return replace(solved, starts=(*solved.starts, left_out(NOTHING, None, error)))
+    best = min(solved, new, key=_validation)
+    starts, stages = (*solved.starts, *new.starts), (*solved.stages, *new.stages)
+    if solved.moved and new.moved:
+        try:
+            half = _half_of_each(task, solved, new)
+            starts = (*starts, *half.starts)
+            best = half if _validation(half) < _validation(best) - task.least_gain else best
+        except NonFiniteLoss as error:
+            starts = (*starts, left_out(HALVES, None, error))
+    return replace(best, starts=starts, stages=stages)
+
+
+def _validation(solution: Solution) -> float:
+    return math.inf if solution.scores is None else solution.scores.nats_per_token
 
 
 def _half_of_each(task: Task, trained: Solution, new: Solution) -> Solution:
