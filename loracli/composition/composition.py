@@ -87,7 +87,7 @@ class Composition:
     device: torch.device = field(default=CPU, repr=False)
 
     def __repr__(self) -> str:
-        adapters = names_text(adapter.reference for adapter in self.adapters)
+        adapters = names_text(adapter.source.label for adapter in self.adapters)
         return repr_line(self, adapters, count_text(len(self.names()), "module"))
 
     def names(self) -> tuple[str, ...]:

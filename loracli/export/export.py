@@ -181,7 +181,7 @@ class Composed:
     request: ExportRequest = field(repr=False)
 
     def __repr__(self) -> str:
-        adapters = names_text(adapter.reference for adapter in self.composition.adapters)
+        adapters = names_text(adapter.source.label for adapter in self.composition.adapters)
         return repr_line(self, adapters, count_text(len(self.composition.names()), "module"))
 
     @takes_bar
