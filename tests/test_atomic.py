@@ -435,7 +435,7 @@ def test_the_helper_of_these_tests_sees_leftovers(tmp_path: Path) -> None:
     [
         (["loracat.json", "adapter_config.json"], "exists and holds an export of loracat", "--force"),
         ([], "exists and is an empty directory", "--force"),
-        (["notes.txt"], "holds something else than an export of loracat, so --force does not", "another name"),
+        (["notes.txt"], "holds something else than an export of loracat, which is never replaced", "another name"),
         (None, "exists and is not a directory", "another name"),
     ],
 )

@@ -244,7 +244,7 @@ def test_linear_peft_has_the_cross_terms_and_refuses_other_ranks() -> None:
             exact += math.sqrt(left.scaling * right.scaling) / 3 * left.lora_B.double() @ right.lora_A.double()
     assert error(merged(METHODS["linear-peft"], list(updates)), exact) < 1e-10
     with pytest.raises(ValueError, match="ranks 3, 4"):
-        merged(METHODS["linear-peft"], list(pair()))
+        METHODS["linear-peft"].merge_updates(pair(), EVERYTHING)
 
 
 def test_elected_signs_do_not_hang_on_the_order_of_rounding() -> None:
