@@ -22,6 +22,7 @@ from loracli.adapters.patterns import ModulePatterns, PatternError
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of the two factors of a module
 _Named = frozenset[str] | ModulePatterns[bool]
+_MOST = 256  # names in modules_to_save and in layers_pattern; each is held against every module
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,11 @@ def read_targets(fields: Mapping[str, Any]) -> Targets:
     layers = [layers] if type(layers) is int else layers if isinstance(layers, list) else []
     patterns = [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, list) else []
     patterns = tuple(pattern for pattern in patterns if isinstance(pattern, str) and pattern)
+    saved = fields.get("modules_to_save")
+    saved = saved if isinstance(saved, list) else []
     unread = None
+    if max(len(saved), len(patterns)) > _MOST:
+        saved, layers, unread = [], [], f"modules_to_save or layers_pattern has more than {_MOST} names"
     if layers and not all(pattern.replace(".", "").replace("_", "").isalnum() for pattern in patterns):
         layers, unread = [], "layers_pattern is a regular expression of a stranger, which is not run"
     named: dict[str, _Named | None] = {}
@@ -86,13 +91,12 @@ def read_targets(fields: Mapping[str, Any]) -> Targets:
             named[field] = _named(fields.get(field))
         except PatternError:
             named[field], unread = None, f"{field} is a regular expression of a stranger, which is not run"
-    saved = fields.get("modules_to_save")
     return Targets(
         modules=named["target_modules"],
         layers=frozenset(layer for layer in layers if type(layer) is int),
         layers_patterns=patterns,
         excluded=named["exclude_modules"] or frozenset(),
-        saved=frozenset(name for name in saved if isinstance(name, str)) if isinstance(saved, list) else frozenset(),
+        saved=frozenset(name for name in saved if isinstance(name, str)),
         unread=unread,
     )
 

@@ -187,6 +187,15 @@ def test_layers_are_told_as_peft_tells_them(layers: object, pattern: object, tar
         assert (ours.obstacle(name) is None) is bool(check_target_module_exists(config, name)), name
 
 
+@pytest.mark.parametrize(("field", "more"), [("modules_to_save", {}), ("layers_pattern", {"layers_to_transform": [7]})])
+def test_no_module_is_held_against_thousands_of_names(field: str, more: dict[str, object]) -> None:
+    names = [f"q{number}" for number in range(257)] + ["h"]
+    ours = read_targets({"target_modules": ["q"], field: names, **more})
+    assert ours.obstacle("x.h.1.q") is None and "more than 256 names" in str(ours.unread)
+    fewer = read_targets({"target_modules": ["q"], field: names[-256:], **more})
+    assert fewer.obstacle("x.h.1.q") is not None and fewer.unread is None
+
+
 def test_a_head_that_ensure_weight_tying_ties_is_read_as_peft_loads_it(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama-tied")
     folder = make_adapter(
