@@ -12,7 +12,7 @@ import argparse
 import re
 from pathlib import Path
 
-from loracli.evaluation.comparison import best_first
+from loracli.evaluation.sentences import best_first
 from loracli.recipe.recipe import load_recipe
 from loracli.report.charts import Line, heat_map, intervals_chart
 from loracli.report.page import _PAGE_STYLE, PARTS_STYLE

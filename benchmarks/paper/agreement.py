@@ -25,7 +25,7 @@ from benchmarks.paper.tasks import Part, Unit
 from benchmarks.paper.training import rendered
 from loracli.adapters.adapter import read_adapter
 from loracli.calibration.dataset import plan_batches
-from loracli.evaluation.comparison import interval_text
+from loracli.evaluation.sentences import interval_text
 from loracli.evaluation.statistics import paired_interval
 from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter

@@ -34,8 +34,9 @@ from loracli.comparison.candidates import random_adapters
 from loracli.comparison.compare import compare_adapters
 from loracli.comparison.settings import CompareSettings
 from loracli.demo.run import example_folder
-from loracli.evaluation.comparison import Comparison, interval_text
+from loracli.evaluation.comparison import Comparison
 from loracli.evaluation.metrics import TaskMetric
+from loracli.evaluation.sentences import interval_text
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.run import fit_mixing, run_fit
 from loracli.fitting.settings import FRESH_LORA, FitSettings

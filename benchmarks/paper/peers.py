@@ -47,9 +47,9 @@ from loracli.adapters.adapter import module_names, read_adapter
 from loracli.calibration.dataset import plan_batches
 from loracli.calibration.records import read_records
 from loracli.demo.run import example_folder
-from loracli.evaluation.comparison import interval_text
 from loracli.evaluation.metrics import TaskMetric
 from loracli.evaluation.scorer import make_scorer
+from loracli.evaluation.sentences import interval_text
 from loracli.evaluation.statistics import intervals
 from loracli.model.attach import attach
 from loracli.model.base import load_base

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loracli.cli._output import Block, Output
-from loracli.evaluation.comparison import (
+from loracli.evaluation.comparison import Comparison, ComparisonRow
+from loracli.evaluation.sentences import (
     DIFFERENCE,
     GUARDED,
     LOSSES,
-    Comparison,
-    ComparisonRow,
     against_control,
     best_first,
     claim,

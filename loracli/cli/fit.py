@@ -223,7 +223,7 @@ def _can_be_doubted(recipe: Recipe, files: list[str]) -> bool:
 def _show(out: Output, recipe: Recipe, output: Path) -> None:
     """What was found, in the order of a reader: whether it is better, how much, where it is; how with `-v`."""
     from loracli.cli._tables import held_out_lines, search_lines, unfinished_lines, verdict_lines, weights_text
-    from loracli.evaluation.comparison import overfitted
+    from loracli.evaluation.sentences import overfitted
     from loracli.recipe.recipe import files_beside
     from loracli.report.commands import export_words
 

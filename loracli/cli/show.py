@@ -103,7 +103,7 @@ def show(
         weight_maps,
         weights_text,
     )
-    from loracli.evaluation.comparison import overfitted
+    from loracli.evaluation.sentences import overfitted
     from loracli.recipe.recipe import load_recipe, weights_by_leaf
     from loracli.recipe.record import EDITED, INLINE_KINDS, other_bases_of, tensors_path
 

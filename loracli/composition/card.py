@@ -20,7 +20,7 @@ from loracli.adapters.claims import agreed_licence
 from loracli.adapters.names import target_of
 from loracli.algebra.methods.method import Method
 from loracli.composition.base_table import BaseTable
-from loracli.evaluation.comparison import against_control, training_gap
+from loracli.evaluation.sentences import against_control, training_gap
 from loracli.hub.references import URI_PREFIX
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import EDITED, INLINE_KINDS, HeldOut, RecipeAdapter, is_named, other_bases_of

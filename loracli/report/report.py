@@ -11,12 +11,10 @@ from loracli.adapters.adapter import LoraAdapter
 from loracli.adapters.names import leaf
 from loracli.algebra.basis import Interference, interference
 from loracli.errors import AccessDenied, AdapterNotFound, HubUnreachable, InputError, OutputExists, UsageError
-from loracli.evaluation.comparison import (
+from loracli.evaluation.comparison import Comparison, ComparisonRow, ComparisonSettings
+from loracli.evaluation.sentences import (
     DIFFERENCE,
     GUARDED,
-    Comparison,
-    ComparisonRow,
-    ComparisonSettings,
     against_control,
     best_first,
     flattered,

@@ -8,17 +8,8 @@ from __future__ import annotations
 
 import re
 
-from loracli.evaluation.comparison import (
-    LOSSES,
-    Comparison,
-    ComparisonRow,
-    best_first,
-    claim,
-    interval_text,
-    loss_cells,
-    metric_claim,
-    verdict,
-)
+from loracli.evaluation.comparison import Comparison, ComparisonRow
+from loracli.evaluation.sentences import LOSSES, best_first, claim, interval_text, loss_cells, metric_claim, verdict
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import EDITED, HeldOut, HeldOutRow
 from loracli.report.charts import heat_map

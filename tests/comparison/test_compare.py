@@ -23,8 +23,9 @@ from loracli.comparison.inputs import prepare_comparison
 from loracli.comparison.settings import CompareSettings, Controls
 from loracli.composition.fitted import TASK
 from loracli.errors import NonFiniteLoss, UsageError
-from loracli.evaluation.comparison import Comparison, claim
+from loracli.evaluation.comparison import Comparison
 from loracli.evaluation.metrics import TaskMetric
+from loracli.evaluation.sentences import claim
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
 from loracli.fitting.criterion import Fold, one_fold

@@ -14,7 +14,8 @@ from loracli.calibration.render import Example
 from loracli.comparison.inputs import CompareInputs
 from loracli.comparison.settings import CompareSettings
 from loracli.comparison.table import Evaluated, comparison_of, mean_of
-from loracli.evaluation.comparison import Comparison, RowKind, Skipped, claim, remarks
+from loracli.evaluation.comparison import Comparison, RowKind, Skipped
+from loracli.evaluation.sentences import claim, remarks
 from loracli.evaluation.statistics import RESAMPLES, detectable, holm
 from loracli.fitting.mixing import Layout
 from loracli.fitting.settings import FitSettings

@@ -9,19 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from loracli.evaluation.comparison import (
-    BestOf,
-    Comparison,
-    ComparisonRow,
-    MetricScore,
-    best_first,
-    claim,
-    metric_claim,
-    overfitted,
-    remarks,
-    training_gap,
-    verdict,
-)
+from loracli.evaluation.comparison import BestOf, Comparison, ComparisonRow, MetricScore
+from loracli.evaluation.sentences import best_first, claim, metric_claim, overfitted, remarks, training_gap, verdict
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import HeldOut, HeldOutControl, HeldOutRow
 from tests.test_recipe import make_recipe

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from loracli.evaluation.comparison import Comparison, ComparisonSettings, FitFile, best_first, verdict
+from loracli.evaluation.comparison import Comparison, ComparisonSettings, FitFile
+from loracli.evaluation.sentences import best_first, verdict
 from loracli.recipe.ingredients import read_ingredients
 from loracli.recipe.recipe import Recipe, load_recipe
 from loracli.recipe.record import StageRecord
@@ -206,7 +207,7 @@ def test_losses_over_more_than_a_decade_have_a_log_scale(recipe: Recipe, losses:
 
 
 def test_a_comparison_says_what_compare_prints(story: Story, whole: Shown, compared: Comparison) -> None:
-    from loracli.evaluation.comparison import claim, guard_title, remarks
+    from loracli.evaluation.sentences import claim, guard_title, remarks
 
     said = [data for _, data in whole.texts]
     assert f"{claim(compared)}." in said and set(remarks(compared)) <= set(said)
