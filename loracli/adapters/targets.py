@@ -50,14 +50,14 @@ class Targets:
         if _names(self.excluded, module):
             return "exclude_modules names"
         if any(f".{saved}." in f".{module}." for saved in self.saved):
-            return "modules_to_save has what holds"
+            return "modules_to_save names what holds"
         if self.modules is None:
             return None
         if not _names(self.modules, module):
             return "target_modules does not name"
         whole = not isinstance(self.modules, frozenset) or module in self.modules
         if self.layers and not whole and self._layer(module) not in self.layers:
-            return "layers_to_transform has not the layer of"
+            return "layers_to_transform leaves out"
         return None
 
     def _layer(self, module: str) -> int | None:

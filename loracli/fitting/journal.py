@@ -33,7 +33,7 @@ from torch import Tensor
 
 from loracli.errors import LoracatError, OutputExists, StateMismatch
 from loracli.progress import SILENT, WORK, Progress
-from loracli.system.files import remove_temporaries, write_atomically
+from loracli.system.files import ANOTHER_NAME, remove_temporaries, write_atomically
 from loracli.system.strict_json import StrictJsonError, parse_json, read_object
 
 _IDENTITY_FILE = "identity.json"
@@ -62,7 +62,7 @@ class StateKind:
     joining: frozenset[str] = frozenset()
 
 
-FIT = StateKind("fit", "4", "*.safetensors", "choose another name with -o")
+FIT = StateKind("fit", "4", "*.safetensors", ANOTHER_NAME)
 
 _Value = float | int | str | bool | list[float] | None
 

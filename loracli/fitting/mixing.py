@@ -322,6 +322,10 @@ class HalfOfEach(TrainedFactors):
     the other.
 
         dW_l = (B_l A_l + B'_l A'_l) / 2
+
+    Args:
+        trained: that started from the adapters', rank R.
+        new: of rank r.
     """
 
     def __init__(self, trained: TrainedFactors, new: TrainedFactors) -> None:

@@ -43,7 +43,7 @@ from loracli.hub.source import (
     verify,
 )
 from loracli.progress import Progress, amount_text
-from loracli.system.files import CONFIG_FILE, PICKLE_FILE, README_FILE, remove_temporaries, write_atomically
+from loracli.system.files import CONFIG_FILE, PICKLE_FILE, README_FILE, REPLACE, remove_temporaries, write_atomically
 
 _WORKERS = 4
 _SECONDS_TO_STOP = 2.0  # for transfers to notice that they shall, and to remove what they have written
@@ -433,5 +433,5 @@ def _refuse_to_overwrite(plan: _Plan) -> None:
             raise OutputExists(
                 "another version of the file is there",
                 where=str(place),
-                hint="replace it: --force, in Python force=True",
+                hint=REPLACE,
             )

@@ -41,7 +41,8 @@ CERTIFICATE_FILE = "loracat.json"
 
 # Ways out where an output is taken, for those who type a command and those who call a function.
 ANOTHER_NAME = "choose another name"
-OR_FORCE = f"{ANOTHER_NAME}, or replace it: --force, in Python force=True"
+REPLACE = "replace it: --force, in Python force=True"
+OR_FORCE = f"{ANOTHER_NAME}, or {REPLACE}"
 
 # What an export consists of; --force replaces a directory of these and nothing else.
 EXPORTED_FILES = frozenset(

@@ -143,8 +143,8 @@ LEFT_OUT = [
     ("target_modules", ["q_proj"], "target_modules does not name model.layers.0.self_attn.v_proj and 2 more"),
     ("target_modules", r".*\.q_proj", "target_modules does not name model.layers.0.self_attn.v_proj and 2 more"),
     ("target_modules", r"(?=model).*", None),  # an expression that is not read
-    ("layers_to_transform", [1], "layers_to_transform has not the layer of model.layers.0.self_attn.q_proj and 3 more"),
-    ("layers_to_transform", 2, "layers_to_transform has not the layer of model.layers.0.self_attn.q_proj and 3 more"),
+    ("layers_to_transform", [1], "layers_to_transform leaves out model.layers.0.self_attn.q_proj and 3 more"),
+    ("layers_to_transform", 2, "layers_to_transform leaves out model.layers.0.self_attn.q_proj and 3 more"),
     ("layers_to_transform", [], None),
     ("layers_to_transform", [0, 1, 2], None),
     ("exclude_modules", ["0.self_attn.q_proj"], "exclude_modules names model.layers.0.self_attn.q_proj,"),

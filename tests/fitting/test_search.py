@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from loracli.adapters.adapter import LoraAdapter, read_adapter
 from loracli.calibration.dataset import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
-from loracli.fitting.level import Solution
-from loracli.fitting.mixing import DiagonalMixing, make_diagonal, make_layout
+from loracli.fitting import search as search_module
+from loracli.fitting.level import Solution, Task
+from loracli.fitting.mixing import DiagonalMixing, FactorMixing, Mixing, make_diagonal, make_layout
 from loracli.fitting.search import _with_prompts, fit_as_published
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel
+from loracli.model.loss import Scores
 from tests.fitting.planted import different_by_layer, held_out_losses, make_engine, planted, run_search
 from tests.tiny import make_adapter
 
@@ -139,3 +143,28 @@ def test_of_two_adapters_none_is_dropped(tiny_base: Path, adapters: list[LoraAda
     with planted(tiny_base, adapters, torch.tensor([[1.0, 0.0]]), count=60) as (attached, examples, _):
         found, _ = run_search(attached, adapters, examples, FitSettings(mixing="adapter"))
     assert found.dropped == () and float(found.theta[1]) != 0.0
+
+
+@pytest.mark.parametrize(
+    ("trained", "new", "half", "chosen"),
+    [
+        (0.70, 0.60, 0.594, "half"),
+        (0.60, 0.70, 0.594, "half"),
+        (0.70, 0.60, 0.596, "new"),  # 0.005 is too little for both ranks
+        (0.60, 0.70, 0.596, "trained"),
+        (0.70, 0.60, 0.65, "new"),
+    ],
+)
+def test_half_of_each_has_to_gain_what_it_costs(
+    monkeypatch: pytest.MonkeyPatch, trained: float, new: float, half: float, chosen: str
+) -> None:
+    def found(name: str, loss: float) -> Solution:
+        scores = Scores(torch.tensor([2 * loss]), torch.tensor([2.0]))
+        return Solution(cast(Mixing, None), (torch.ones(1),), (torch.zeros(1),), scores, (), name, None)
+
+    monkeypatch.setattr(search_module, "solve_level", lambda *_: found("new", new))
+    monkeypatch.setattr(search_module, "_half_of_each", lambda *_: found("half", half))
+    task = SimpleNamespace(settings=FitSettings(), folds=(), least_gain=0.005)
+    mixing = SimpleNamespace(from_nothing=lambda seed: SimpleNamespace(start=torch.zeros(1)))
+    best = search_module._or_from_nothing(cast(Task, task), cast(FactorMixing, mixing), found("trained", trained), 1.0)
+    assert best.chosen == chosen
