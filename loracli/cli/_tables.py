@@ -341,7 +341,7 @@ def exported_summary(exported: Exported) -> str:
     """An adapter in half a line: rank, modules, dtype, size, layout."""
     layout = exported.layout
     return (
-        f"  rank {layout.rank}, {len(layout.ranks)} modules, {dtype_name(exported.dtype)}, "
+        f"  rank {layout.rank}, {count_text(len(layout.ranks), 'module')}, {dtype_name(exported.dtype)}, "
         f"{amount_text(exported.size_bytes, 'B')}, profile {layout.profile}"
     )
 

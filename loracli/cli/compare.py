@@ -17,6 +17,7 @@ from loracli.cli._help import Panel
 from loracli.cli._output import Output
 from loracli.cli._settings import ingredient_reference
 from loracli.progress import duration_text
+from loracli.system.display import count_text
 from loracli.system.document import encode
 
 if TYPE_CHECKING:
@@ -221,8 +222,8 @@ def _show_plan(out: Output, plan: ComparisonPlan, generates: bool) -> None:
     out.document({"plan": encode(plan)})
     more = "; the answers that are generated come on top" if generates else ""
     out.line(
-        f"{len(plan.rows)} rows on {plan.records} records, base {plan.base} in {plan.dtype} on {plan.device}: "
-        f"about {duration_text(plan.seconds)}{more}"
+        f"{count_text(len(plan.rows), 'row')} on {count_text(plan.records, 'record')}, "
+        f"base {plan.base} in {plan.dtype} on {plan.device}: about {duration_text(plan.seconds)}{more}"
     )
     out.table(["", "kind", "about"], [[row.name, row.kind, duration_text(row.seconds)] for row in plan.rows])
     for row in plan.rows:

@@ -13,6 +13,7 @@ from loracli.cli import _options as opt
 from loracli.cli._help import Panel
 from loracli.cli._output import Output
 from loracli.progress import amount_text
+from loracli.system.display import count_text
 from loracli.system.document import dtype_name
 
 if TYPE_CHECKING:
@@ -159,8 +160,8 @@ def _from_pickle(out: Output, reference: str, output: Path, others: list[str], *
     out.value(str(made.path))
     out.line(str(made.path), style="bold")
     out.line(
-        f"  rank {max(adapter.ranks)}, {len(adapter.targets)} modules, {dtype}, {amount_text(made.size_bytes, 'B')}, "
-        "with the values of the pickle file"
+        f"  rank {max(adapter.ranks)}, {count_text(len(adapter.targets), 'module')}, {dtype}, "
+        f"{amount_text(made.size_bytes, 'B')}, with the values of the pickle file"
     )
     command = ["loracat", "convert" if made.needs_conversion else "inspect", str(made.path)]
     out.hint(shlex.join(command + (["--base", "MODEL"] if made.needs_conversion else [])))

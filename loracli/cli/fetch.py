@@ -11,6 +11,7 @@ import typer
 from loracli.cli import _options as opt
 from loracli.cli._output import Output, encode_as
 from loracli.progress import amount_text
+from loracli.system.display import count_text
 from loracli.system.document import encode
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _show(out: Output, name: str, fetched: Fetched | FetchedBase, *, with_files:
     out.line(name, style="bold")
     out.line(f"  path    {fetched.path}")
     out.line(f"  commit  {fetched.commit or 'local directory'}")
-    out.line(f"  size    {size} in {len(fetched.files)} files")
+    out.line(f"  size    {size} in {count_text(len(fetched.files), 'file')}")
     if with_files:
         rows = [
             (file.name, amount_text(file.size_bytes, "B"), "yes" if file.cached else "no") for file in fetched.files

@@ -41,6 +41,7 @@ from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session, settle_memory
 from loracli.progress import SILENT, WORK, Bar, Progress, drawn, duration_text, takes_bar
 from loracli.recipe.recipe import Recipe
+from loracli.system.display import count_text
 from loracli.system.document import dtype_name, encode
 
 _LONG = 10.0  # seconds of answers that are worth a word
@@ -430,8 +431,9 @@ class _Comparison:
         which = f", of which {', '.join(several)}" if several else ""
         generated = "; the answers that are generated come on top" if self._metric is not None else ""
         self._progress.note(
-            f"base {base.reference.id} in {base.runs_in} on {self._device}; {len(about)} rows "
-            f"to score on {len(self._test)} records: about {duration_text(sum(about.values()))}{which}{generated}"
+            f"base {base.reference.id} in {base.runs_in} on {self._device}; "
+            f"{count_text(len(about), 'row')} to score on {count_text(len(self._test), 'record')}: "
+            f"about {duration_text(sum(about.values()))}{which}{generated}"
         )
 
     @contextmanager

@@ -125,7 +125,7 @@ def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Exam
     numbers = "climbing from adapter to factors" if inputs.numbers is None else count_text(inputs.numbers, "weight")
     progress.note(
         f"base {base.reference.id} in {base.runs_in} on {engine.objective.attached.device}; "
-        f"mixing {settings.mixing}, {numbers} over {len(layout.modules)} modules"
+        f"mixing {settings.mixing}, {numbers} over {count_text(len(layout.modules), 'module')}"
     )
     choosing = f", {len(folds)} folds" if len(folds) > 1 else f", {len(folds[0].validation)} of them to choose with"
     most = settings.budget(len(folds), len(examples.training))
