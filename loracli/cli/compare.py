@@ -115,6 +115,17 @@ _Resume = Annotated[
 ]
 
 
+_PerRecord = Annotated[
+    Path | None,
+    typer.Option(
+        "--per-record",
+        metavar="FILE",
+        help="Write what each row scores on each record to this new JSONL.",
+    ),
+    Panel.OUTPUT,
+]
+
+
 _Force = Annotated[
     bool,
     typer.Option("--force", "-f", help="Start over, and drop the rows that an interrupted comparison has done."),
@@ -161,6 +172,7 @@ def compare(
     reading: opt.ReadingOptions,
     placement: opt.PlacementOptions,
     checkpointing: opt.Checkpointing = False,
+    per_record: _PerRecord = None,
     dry_run: _DryRun = False,
     resume: _Resume = False,
     force: _Force = False,
@@ -205,6 +217,7 @@ def compare(
         metric=metric,
         resume=resume,
         force=force,
+        per_record=per_record,
         progress=out,
     ) as found:
         out.document(found.as_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,10 @@ from loracli.comparison.candidates import Candidate, candidates, datamix_candida
 from loracli.comparison.inputs import CompareInputs, prepare_comparison
 from loracli.comparison.settings import CompareSettings
 from loracli.comparison.state import KeptRows, kept_rows
-from loracli.comparison.table import Evaluated, comparison_of, mean_of
+from loracli.comparison.table import Evaluated, comparison_of, mean_of, record_lines
 from loracli.composition.attached import MixingPoint
 from loracli.composition.fitted import TASK, Calibration
-from loracli.errors import NonFiniteLoss
+from loracli.errors import NonFiniteLoss, OutputExists
 from loracli.evaluation.comparison import Comparison, ComparisonSettings, FitFile, RowKind, Skipped
 from loracli.evaluation.metrics import TaskMetric
 from loracli.evaluation.scorer import Scorer, check_answerable, make_scorer
@@ -43,6 +44,7 @@ from loracli.progress import SILENT, WORK, Bar, Progress, drawn, duration_text, 
 from loracli.recipe.recipe import Recipe
 from loracli.system.display import count_text
 from loracli.system.document import dtype_name, encode
+from loracli.system.files import ANOTHER_NAME, write_atomically
 
 _LONG = 10.0  # seconds of answers that are worth a word
 
@@ -59,6 +61,7 @@ def compare_adapters(
     base_revision: str | None = None,
     settings: CompareSettings | None = None,
     metric: TaskMetric | None = None,
+    per_record: str | Path | None = None,
     placement: Placement = Placement(),  # noqa: B008  # frozen
     progress: Progress | Bar = SILENT,
 ) -> Comparison:
@@ -80,7 +83,8 @@ def compare_adapters(
         settings=settings,
         progress=progress,
     )
-    return run_comparison(inputs, placement=placement, metric=metric, progress=progress)
+    lines = None if per_record is None else Path(per_record)
+    return run_comparison(inputs, placement=placement, metric=metric, per_record=lines, progress=progress)
 
 
 def run_comparison(
@@ -89,6 +93,7 @@ def run_comparison(
     placement: Placement = Placement(),  # noqa: B008  # frozen
     metric: TaskMetric | None = None,
     kept: KeptRows = KeptRows(),  # noqa: B008  # without a folder it keeps nothing
+    per_record: Path | None = None,
     progress: Progress = SILENT,
 ) -> Comparison:
     """Loads the base model and compares.
@@ -98,14 +103,18 @@ def run_comparison(
         placement: where and how the base model runs.
         metric: of the answers; None to compare losses alone.
         kept: takes the rows that are done, and gives back those that a stopped comparison did.
+        per_record: a new JSONL file for what every row scores on each record; None to write none.
         progress: told what happens.
     Raises:
+        OutputExists: if `per_record` is there.
         UsageError: if a method that was asked for by name cannot honour the adapters.
         NonFiniteLoss: if no ingredient has a finite loss.
         StateMismatch: if what was kept of a row is damaged.
     """
+    if per_record is not None and os.path.lexists(per_record):
+        raise OutputExists(f"{per_record} exists", hint=f"{ANOTHER_NAME} with --per-record")
     with _opened(inputs, placement, metric, kept, progress) as comparison:
-        return comparison.run()
+        return comparison.run(per_record)
 
 
 def plan_comparison(
@@ -151,6 +160,7 @@ def resumable_comparison(
     metric: TaskMetric | None = None,
     resume: bool = False,
     force: bool = False,
+    per_record: Path | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Comparison]:
     """A comparison whose rows are kept in a folder until what is done with it in the context is done too.
@@ -162,13 +172,16 @@ def resumable_comparison(
         metric: of the answers; None to compare losses alone.
         resume: go on where an interrupted comparison of the same inputs was; other rows may be asked for.
         force: drop what an interrupted comparison has done.
+        per_record: as of `run_comparison`.
         progress: told what happens.
     Raises:
         LoracatError: as `run_comparison` and `kept_rows`.
     """
     inputs = prepare()
     with kept_rows(folder, inputs, placement, metric, resume=resume, force=force, progress=progress) as kept:
-        yield run_comparison(inputs, placement=placement, metric=metric, kept=kept, progress=progress)
+        yield run_comparison(
+            inputs, placement=placement, metric=metric, kept=kept, per_record=per_record, progress=progress
+        )
 
 
 class _Rows:
@@ -289,7 +302,7 @@ class _Comparison:
         times = tuple(PlannedRow(row.name, row.kind, about[row.name]) for row in (*rows, *others))
         return ComparisonPlan(*plan, times, tuple(self._skipped), sum(about.values()))
 
-    def run(self) -> Comparison:
+    def run(self, per_record: Path | None) -> Comparison:
         inputs = self._inputs
         rows, others, about = self._planned()
         every = [*rows, *others]
@@ -312,6 +325,9 @@ class _Comparison:
         finally:
             self._progress.finish(TASK)
         evaluated = [self._done[name] for name in self._names if name in self._done]
+        if per_record is not None:
+            lines = [json.dumps(line) + "\n" for line in record_lines(evaluated, self._test)]
+            write_atomically(per_record, "".join(lines).encode())
         metric = None if self._metric is None else self._metric.name
         found = comparison_of(evaluated, self._skipped, inputs, examples=self._test, guarded=self._guard, metric=metric)
         return replace(found, settings=self._made_with())

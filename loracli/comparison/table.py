@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,6 +131,17 @@ def comparison_of(
             for one in inputs.recipes
         ),
     )
+
+
+def record_lines(rows: Sequence[Evaluated], examples: Sequence[Example]) -> Iterator[dict[str, str | float | None]]:
+    """Of every row what each test record costs in nats over its scored tokens, and what the task metric gives its
+    answer, as documents of a line."""
+    for row in rows:
+        values = [None] * len(examples) if row.values is None else row.values.tolist()
+        numbers = zip(examples, row.scores.nats.tolist(), row.scores.tokens.tolist(), values, strict=True)
+        for example, nats, tokens, value in numbers:
+            line = {"row": row.name, "record": example.place, "task": example.task, "nats": nats, "tokens": tokens}
+            yield line if value is None else {**line, "value": value}
 
 
 def _pooled(row: Evaluated, units: Tensor, guard_units: Tensor) -> Evaluated:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,11 @@ from loracli.algebra.factors import norm
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import MethodOptions
 from loracli.comparison.candidates import Candidate, random_adapters
-from loracli.comparison.compare import _Comparison, plan_comparison, run_comparison
+from loracli.comparison.compare import _Comparison, compare_adapters, plan_comparison, run_comparison
 from loracli.comparison.inputs import prepare_comparison
 from loracli.comparison.settings import CompareSettings, Controls
 from loracli.composition.fitted import TASK
-from loracli.errors import NonFiniteLoss, UsageError
+from loracli.errors import NonFiniteLoss, OutputExists, UsageError
 from loracli.evaluation.comparison import Comparison
 from loracli.evaluation.metrics import TaskMetric
 from loracli.evaluation.sentences import claim
@@ -657,3 +658,35 @@ def test_what_cannot_be_compared_is_refused_before_the_base_is_loaded(
     inputs = prepare_comparison(data / "test.jsonl", adapters=[str(p) for p in two_adapters], base=str(tiny_base))
     with pytest.raises(UsageError):
         run_comparison(inputs, placement=Placement(dtype="int3"))
+
+
+def test_lines_per_record_hold_what_the_table_is_made_of(
+    data: Path, tiny_base: Path, two_adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    place = tmp_path / "new" / "records.jsonl"
+    found = compare_adapters(
+        data / "test.jsonl",
+        adapters=two_adapters,
+        base=tiny_base,
+        settings=CompareSettings(("ties",)),
+        metric=TaskMetric("contains", max_new_tokens=4),
+        per_record=str(place),
+    )
+    lines = [json.loads(line) for line in place.read_text().splitlines()]
+    kept = {name: [line for line in lines if line["row"] == name] for name in dict.fromkeys(x["row"] for x in lines)}
+    assert list(kept) == [row.name for row in found.rows]
+    best = kept[found.best_ingredient]
+    for row in found.rows:
+        of_row = kept[row.name]
+        assert [line["record"] for line in of_row] == [f"{data / 'test.jsonl'}:{n}" for n in range(1, 25)]
+        assert {line["task"] for line in of_row} == {"even", "odd"}
+        nats, tokens = (sum(line[key] for line in of_row) for key in ("nats", "tokens"))
+        assert tokens == found.scored_tokens and nats / tokens == pytest.approx(row.nats_per_token, rel=1e-12)
+        less = sum(line["nats"] - other["nats"] for line, other in zip(of_row, best, strict=True)) / tokens
+        assert less == pytest.approx(row.difference, abs=1e-12)
+        assert row.metric is not None and sum(line["value"] for line in of_row) / 24 == row.metric.mean
+
+    kept_text = place.read_text()
+    with pytest.raises(OutputExists, match="records.jsonl exists"):
+        compare_adapters(data / "test.jsonl", adapters=two_adapters, base=tiny_base, per_record=place)
+    assert place.read_text() == kept_text
