@@ -1,6 +1,14 @@
-"""`python -m loracli`, the same as the command `loracat`."""
+"""The command `loracat`, and `python -m loracli`."""
 
-from loracli.cli import main
+
+def main() -> None:
+    """The entry point. Ctrl-C may come while the commands are imported, which takes a moment."""
+    try:
+        from loracli.cli import main as run
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -146,10 +146,10 @@ def test_an_argument_of_another_type_is_answered_with_a_call_that_can_be_made(ca
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
-        ({"passes": 0}, "passes 0 is not between 2 and 1000"),
-        ({"passes": 1.0}, "passes 1 is not between 2 and 1000"),
-        ({"passes": 1.5}, "passes 1.5 is not between 2 and 1000"),
-        ({"learning_rate": 50.0}, "learning rate 50 is not between 1e-09 and 10.0"),
+        ({"passes": 0}, "--passes 0 is not between 2 and 1000"),
+        ({"passes": 1.0}, "--passes 1 is not between 2 and 1000"),
+        ({"passes": 1.5}, "--passes 1.5 is not between 2 and 1000"),
+        ({"learning_rate": 50.0}, "--learning-rate 50 is not between 1e-09 and 10.0"),
     ],
 )
 def test_a_setting_out_of_its_range_is_named_in_words_with_the_value_as_it_was_given(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import signal
+from typing import Any
 
 import pytest
 
 from loracli import cli
+from loracli.__main__ import main
 from loracli.errors import LoracatError, OutOfResources
 from loracli.system.machine import machine_error
 
@@ -48,6 +51,22 @@ def test_another_failure_of_the_system_is_named_with_its_file() -> None:
 )
 def test_a_bug_is_none_of_the_machines(error: Exception) -> None:
     assert machine_error(error) is None
+
+
+def test_ctrl_c_while_the_commands_are_imported_ends_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = builtins.__import__
+
+    def interrupted(name: str, *rest: Any, **options: Any) -> Any:
+        if name == "loracli.cli":
+            raise KeyboardInterrupt
+        return inner(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130 and capsys.readouterr() == ("", "")
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ _CHUNK = 1 << 20
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _ARRAY = re.compile(rb"\s*\[\s*\{")
+_ENDS_IN_CR = re.compile(rb"\}\s*\r\s*\{")
 _PLAIN_END = re.compile(rb'["\d\]el}]\s*[}\]]\s*\Z')  # no zeros between its last characters
 _HEADER_CELL = re.compile(r"[\w .\-/()]{1,60}")
 # Keys that tell of a file beside the list of its records.
@@ -123,6 +124,8 @@ class FileForm:
         """Runs `code` on the file, into JSONL beside it; `kind` tells its name from that of the file."""
         name = "FILE" if self.path is None else str(self.path)
         stem = str(Path(name.removesuffix(".gz")).with_suffix(""))
+        if not self.gzipped:
+            code = code.replace("gzip, ", "", 1)
         target = f"{stem}.jsonl" if f"{stem}.jsonl" != name.removesuffix(".gz") else f"{stem}.{kind}.jsonl"
         return f"python -c {shlex.quote(code)} {self.word} > {shlex.quote(target)}"
 
@@ -261,6 +264,8 @@ def _check_form(data: bytes, form: FileForm, named: str) -> None:
         refuse(f"{encoding[:6].upper()} text", form.of_encoding(encoding))
     if start.startswith(b"version https://git-lfs"):
         refuse("a pointer of git LFS", "fetch the file itself: git lfs pull")
+    if b"\n" not in data and _ENDS_IN_CR.search(data):
+        refuse("text whose lines end in CR alone", form.of_encoding("utf-8-sig"))  # which reads CR as a line end
     first = start.removeprefix(_BOM).lstrip()
     if first[:14].lower().startswith((b"<!doctype html", b"<html")):
         refuse("an HTML page", "fetch the file itself")

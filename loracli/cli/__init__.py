@@ -66,7 +66,7 @@ class Loracat(TyperGroup):
                 Output(as_json=as_json).interrupted(code, hint)
             sys.exit(code)
         except _ParseError as error:
-            _tell(_usage_error(error), as_json)
+            _tell(_usage_error(error, next((word for word in words if word in self.commands), None)), as_json)
             sys.exit(UsageError.exit_code)
         except LoracatError as error:
             if _speaks(error):
@@ -145,8 +145,9 @@ def _end_by_machine(error: Exception, as_json: bool) -> NoReturn:
     sys.exit(ours.exit_code)
 
 
-def _usage_error(error: Any) -> UsageError:
-    """A parse error of Typer as one of ours, with the place where a value that was not typed came from."""
+def _usage_error(error: Any, named: str | None) -> UsageError:
+    """A parse error of Typer as one of ours, with the place where a value that was not typed came from; `named` is the
+    command, which some errors do not know."""
     context, parameter = error.ctx, getattr(error, "param", None)
     where = None
     if parameter is not None and context.get_parameter_source(parameter.name) is not None:
@@ -155,7 +156,7 @@ def _usage_error(error: Any) -> UsageError:
             where = f"the variable {parameter.envvar}"
         elif source == "DEFAULT_MAP":
             where = context.meta[ORIGINS][parameter.name].origin
-    command = context.command_path if context is not None else "loracat"
+    command = context.command_path if context is not None else " ".join(filter(None, ["loracat", named]))
     other = None if context is None else _instead(context, getattr(error, "option_name", None), parameter)
     said = error.message if other and parameter is None else error.format_message()  # the latter with names alike
     for wrong in getattr(error.__cause__, "errors", list)()[:1]:  # what pydantic says of a value
@@ -215,7 +216,7 @@ _ELSEWHERE = {  # options of another command
     **dict.fromkeys(("--weights", "-w"), "weights by hand need no fit: `loracat export --adapters ... --weights 1 1`"),
     "--merge": "`loracat export --merge` compresses an adapter to a rank; here leave it out",
 }
-_NUMBERS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number, as 0.1 is"}
+_NUMBERS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number"}
 _QUOTED = 60  # characters of a value in a message
 HUNG_UP, INTERRUPTED, TERMINATED = 129, 130, 143  # SIGHUP, Ctrl-C, SIGTERM
 MACHINE_ERRORS = (OSError, MemoryError, RuntimeError, ImportError)  # some of which are bugs
@@ -269,7 +270,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Entry point of `loracat` and of `python -m loracli`."""
+    """What `loracat` does, from the words on its command line to its exit code."""
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, stream) is None:  # the shell has closed it
             setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # for as long as we live

@@ -117,7 +117,7 @@ class FitSettings:
             if value is not None and not low <= value <= high:
                 share = "it is a share of the records: 0.25 for a quarter" if name == "holdout" else None
                 said = str(value).removesuffix(".0")  # as it was typed
-                raise UsageError(f"{name.replace('_', ' ')} {said} is not between {low} and {high}", hint=share)
+                raise UsageError(f"--{name.replace('_', '-')} {said} is not between {low} and {high}", hint=share)
 
     def budget(self, folds: int, records: int) -> float:
         """Passes that may be spent on a search with so many folds of so many records: where these are few, passes are

@@ -128,6 +128,9 @@ PAIRS = [{"question": "q, 1", "answer": "a1"}, {"question": "q2", "answer": "a\n
         ("a b's.jsonl", "".join(json.dumps(r) + "\n" for r in PAIRS).encode("utf-16"), "UTF-16 text"),
         ("be", "".join(json.dumps(r) + "\n" for r in PAIRS).encode("utf-16-be"), "UTF-16 text"),
         ("u32.json", json.dumps(PAIRS).encode("utf-32"), "UTF-32 text"),
+        ("mac.jsonl", "".join(json.dumps(r) + "\r" for r in PAIRS).encode(), "text whose lines end in CR alone"),
+        ("mac.jsonl.gz", gzip.compress("\ufeff".encode() + "\r".join(map(json.dumps, PAIRS)).encode(), mtime=0),
+         "text whose lines end in CR alone"),
         ("x.xml", b"<?xml version='1.0'?><rows><r><question>q, 1</question><answer>a1</answer></r>"
                   b"<r><question>q2</question><answer>a\n<b>2</b></answer></r></rows>", "XML"),
         ("o.json", json.dumps({"version": "1", "data": PAIRS}, indent=1).encode(),

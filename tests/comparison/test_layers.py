@@ -164,7 +164,7 @@ def test_records_are_read_as_the_fit_read_its_own_and_damage_is_left_out(folder:
         max_length=40, fields="prompt=q", batch_tokens=7
     )
     assert read(max_length="many", batch_tokens=True, fields=4, format=None) == FitSettings()
-    with pytest.raises(UsageError, match="max length -1 is not between"):
+    with pytest.raises(UsageError, match="--max-length -1 is not between"):
         read(max_length=-1)
 
 
