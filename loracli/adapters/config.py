@@ -49,6 +49,7 @@ _CONVERTIBLE_FIELDS = frozenset({"use_dora"})
 _LOFTQ = "it belongs to the quantised base of its training; on that very base, and no other, set the field to true"
 _UNKNOWN_INITIALISATION = "PEFT has none of that name; if the base was left as it is, set the field to true"
 _CONVERT = "make a plain LoRA of it: loracat convert ADAPTER --base MODEL"
+_NO_LORA = "train a LoRA in its place, or leave it out"
 
 # Features that change what the tensors mean, with the way out. "Off" is null, false, empty or absent.
 _REFUSED = {
@@ -189,7 +190,7 @@ def _refuse_features(fields: dict[str, Any], where: str, *, convertible: bool) -
     refuse_mlx_vlm(fields, where)
     if peft_type != "LORA":
         shown = repr(peft_type) if "peft_type" in fields else "missing"
-        raise UnsupportedAdapter(f"peft_type is {shown}; only LORA can be composed", where=where)
+        raise UnsupportedAdapter(f"peft_type is {shown}; only LORA can be composed", where=where, hint=_NO_LORA)
     for key, (feature, way_out) in _REFUSED.items():
         if _is_on(fields.get(key)) and not (convertible and key in _CONVERTIBLE_FIELDS):
             raise UnsupportedAdapter(f"{feature} is not supported (field {key!r})", where=where, hint=way_out)

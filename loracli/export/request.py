@@ -41,7 +41,7 @@ class ExportRequest:
         weights: one number for each adapter, a file with a table for each, or the tables, see
             `loracli.composition.weights`; None with a recipe or a method.
         method: of `loracat compare`, None for weights, or the recipe's own mixing.
-        method_options: of the method; its rank is `rank`.
+        method_options: of the method, without a rank, which is `rank` here.
         modules_to_save: without a recipe's own mixing `average`, `pick:NAME` or `refuse`; None is what the recipe says,
             and `refuse` without one.
         task_type: likewise PEFT's name of the export's task; None for the one that the adapters agree on.
@@ -117,6 +117,11 @@ def check(request: ExportRequest) -> Method | None:
     Raises:
         UsageError: for what contradicts each other or is out of its range, with the way out.
     """
+    if request.method_options.rank is not None:
+        raise UsageError(
+            "the rank in MethodOptions is for a comparison, and not that of an export",
+            hint=f"give it as ExportRequest(..., rank={request.method_options.rank})",
+        )
     method = None if request.method is None else find_method(request.method, request.method_options)
     if request.task_type is not None and method is not None:
         checked_task(request.task_type)

@@ -113,6 +113,17 @@ def test_merge_cuts_to_the_largest_ingredient_rank_and_rank_to_any(tmp_path: Pat
         assert torch.allclose(cut[module], (u[:, :2] * s[:2]) @ vh[:2], atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["svd", "uniform", None])
+def test_a_rank_among_the_options_of_a_method_is_refused_with_its_place(
+    tmp_path: Path, names: list[str], method: str | None
+) -> None:
+    request = ExportRequest(method=method, adapters=names, method_options=MethodOptions(rank=2))
+    with pytest.raises(UsageError, match="MethodOptions is for a comparison") as refused:
+        export_adapter(request, tmp_path / "out")
+    assert refused.value.hint == "give it as ExportRequest(..., rank=2)"
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_option_that_a_method_does_not_take_is_refused(tmp_path: Path, names: list[str]) -> None:
     for name, options in (
         ("uniform", MethodOptions(density=0.5)),

@@ -1,4 +1,4 @@
-"""Ways to compose adapters, one in each file; a new one is a file and a line here."""
+"""Ways to compose adapters, a family in each file; a new one is a `Method` in one of them and its name here."""
 
 from __future__ import annotations
 
