@@ -1,10 +1,9 @@
-"""The origin of an export in words, for its model card: ingredients, results, exactness, how to make it again.
+"""The origin of an export in words, for its model card: ingredients, results, exactness, how to make it again; the
+certificate of an export, and the digest that closes its record.
 
-The certificate of an export: how far the bytes that were written are from the exact composition; and the digest that
-closes its record.
-
-Per module, |dW_written - dW_exact|_F / |dW_exact|_F, with dW_exact = B_l M_l A_l in float64 from ingredients and
-recipe, and dW_written from the tensors as rounded to the output dtype. Both norms come from factors.
+The certificate says how far the bytes that were written are from the exact composition. Per module,
+|dW_written - dW_exact|_F / |dW_exact|_F, with dW_exact = B_l M_l A_l in float64 from ingredients and recipe, and
+dW_written from the tensors as rounded to the output dtype. Both norms come from factors.
 
 No local path appears: a local ingredient goes by the name of its directory and the sha256 of its tensors.
 """

@@ -1,8 +1,5 @@
-"""Scores of whatever is attached to a model: nats, options weighed, greedy answers.
-
-Greedy answers of a model, whatever is attached to it.
-
-The scores of a task metric: every record asked as the loss sees it, its answer generated or its options weighed.
+"""The scores of a task metric, of whatever is attached to a model: every record asked as the loss sees it, its answer
+generated greedily or its options weighed.
 """
 
 from __future__ import annotations

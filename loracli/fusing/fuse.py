@@ -1,8 +1,8 @@
 """A composition folded into the base model: files in, a model directory with its card out.
 
 The same files as the base's, with W + dW in the place of W. One pass over its weights, each file in blocks of rows, one
-rounding (`stream.py`). Whole or not at all, the same
-bytes for the same inputs; stopped at any moment, it goes on where it was (`workplace.py`).
+rounding (`stream.py`). Whole or not at all, the same bytes for the same inputs; stopped at any moment, it goes on where
+it was (`workplace.py`).
 """
 
 from __future__ import annotations
