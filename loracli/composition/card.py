@@ -164,10 +164,9 @@ def base_words(base_id: str, adapters: Sequence[RecipeAdapter]) -> list[str]:
 
 
 def _word(adapter: RecipeAdapter) -> str:
-    if adapter.repo_id is None:
+    if adapter.pinned is None:
         return f"path/to/{adapter.reference}"
-    pinned = f"{adapter.repo_id}@{adapter.commit}"
-    return f"{URI_PREFIX}{pinned}/{adapter.subfolder}" if adapter.subfolder else pinned
+    return adapter.pinned if adapter.subfolder else adapter.pinned.removeprefix(URI_PREFIX)
 
 
 @dataclass(frozen=True)

@@ -159,9 +159,8 @@ def _fitted_on(file: FitFile) -> str:
 
 def _ingredient(adapter: RecipeAdapter, label: str) -> str:
     """An adapter pinned to its commit, or a directory: from the recipe's folder if it lies in there."""
-    if adapter.repo_id is not None:
-        tail = f"/{adapter.subfolder}" if adapter.subfolder else ""
-        return f"{URI_PREFIX}{adapter.repo_id}@{adapter.commit}{tail}"
+    if adapter.pinned is not None:
+        return adapter.pinned
     place = PurePath(adapter.reference)
     return f"path/to/{label}" if place.is_absolute() or ".." in place.parts else f"./{place}"
 
