@@ -24,7 +24,7 @@ from loracli.composition.composition import Composition
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.card import front_matter
 from loracli.export.request import OUTPUT_DTYPES, ExportRequest, check_form
-from loracli.fitting.reach import named
+from loracli.fitting.reach import taken_text
 from loracli.fusing.composition import FuseRequest, bypassed_modules, compose_on_base, planned_fusion
 from loracli.fusing.plan import FusedTensor, FusionPlan
 from loracli.fusing.quantised import Quantisation, read_quantisation
@@ -278,8 +278,8 @@ class _Fusion:
         self._bypassed = bypassed_modules(base.reference, self._composition, progress)
         if self._bypassed:
             progress.warn(
-                f"{base.reference.id} reads the weight of {named(self._bypassed)} without calling the layer: their "
-                "updates are left out, as PEFT and the fit ignore them"
+                f"{taken_text(base.reference.id, self._bypassed)}: their updates are left out, as PEFT and the fit "
+                "ignore them"
             )
         self._plan: FusionPlan = planned_fusion(
             self._checkpoint, base, self._composition, dtype, quantisation, bypassed=self._bypassed
