@@ -336,8 +336,7 @@ class Conversion:
                 where=self.read.adapter.reference,
                 hint="give the adapter as it was before its training with --initial",
             )
-        error = math.sqrt(1.0 - found.kept_energy)
-        tolerance = self.cut.tolerance
+        error, tolerance = _error(found), self.cut.tolerance
         if not self.asked and tolerance is not None and error > tolerance:
             raise UsageError(
                 f"{module}: the best LoRA of rank {found.factors.rank} has a relative error of {error:.1%}, more than "

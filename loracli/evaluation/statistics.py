@@ -70,15 +70,7 @@ def intervals(differences: Tensor, tokens: Tensor, *, seed: int = 0) -> list[tup
 
 
 def paired_interval(difference: Tensor, tokens: Tensor, *, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of sum(difference) / sum(tokens) over resampled records.
-
-    Args:
-        difference: (n,) nats of one method minus nats of the other, for each record.
-        tokens: (n,) scored tokens of each record.
-        seed: of the resampling; the same seed draws the same records for every pair of methods.
-    Returns:
-        low and high, in nats per token.
-    """
+    """`intervals` of one difference (n,), nats of one method minus nats of the other."""
     return intervals(difference[None], tokens, seed=seed)[0]
 
 
