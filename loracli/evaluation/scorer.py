@@ -29,7 +29,7 @@ from loracli.evaluation.metrics import (
     last_number,
     run_metric,
 )
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Progress, begun
 
 if TYPE_CHECKING:
     from loracli.model.loss import Objective
@@ -65,16 +65,12 @@ def greedy_answers(
         progress: told how many are done.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    progress.begin(TASK, len(prompts), "records")
-    try:
-        with _greedy(model, max_new_tokens, ends, pad) as config:
-            for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, window, batch_tokens):
-                config.max_new_tokens = min(max_new_tokens, window - len(prompts[rows[-1]]))
-                for i, written in zip(rows, _written(model, [prompts[i] for i in rows], config), strict=True):
-                    answers[i] = written[: _end_of(written, ends)]
-                progress.advance(TASK, len(rows))
-    finally:
-        progress.finish(TASK)
+    with begun(progress, TASK, len(prompts), "records"), _greedy(model, max_new_tokens, ends, pad) as config:
+        for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, window, batch_tokens):
+            config.max_new_tokens = min(max_new_tokens, window - len(prompts[rows[-1]]))
+            for i, written in zip(rows, _written(model, [prompts[i] for i in rows], config), strict=True):
+                answers[i] = written[: _end_of(written, ends)]
+            progress.advance(TASK, len(rows))
     return answers
 
 

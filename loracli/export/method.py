@@ -48,7 +48,7 @@ from loracli.hub.references import BaseClaim, Named
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
 from loracli.model.session import Opening, as_fitted, open_session, runs_here
-from loracli.progress import SILENT, WORK, Progress
+from loracli.progress import SILENT, WORK, Progress, begun
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
 from loracli.recipe.record import EDITED, MAX_ADAPTERS, RecipeBase, other_bases_of
@@ -340,8 +340,5 @@ def _calibration(
         cost = moments_cost(calibration, len(adapters)) if method.search is None else search_cost(method, calibration)
         with calibration.engine(adapters, make_layout(adapters).modules) as engine:
             find_reach(engine, session, examples)
-        progress.begin(method.name, cost.effort(calibration.pace), WORK)
-        try:
+        with begun(progress, method.name, cost.effort(calibration.pace), WORK):
             yield calibration
-        finally:
-            progress.finish(method.name)
