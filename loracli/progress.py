@@ -7,8 +7,8 @@ the word "bar" too, for what the command line draws. The package, which stands a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 
@@ -80,6 +80,16 @@ def drawn_by(bars: Callable[[], AbstractContextManager[Progress]]) -> None:
     """Says what draws a bar, and takes it off the screen at the end of its context."""
     global _bars
     _bars = bars
+
+
+@contextmanager
+def begun(progress: Progress, task: str, total: int | None, unit: str) -> Iterator[None]:
+    """A task that is over at the end of the context, whatever ends it."""
+    progress.begin(task, total, unit)
+    try:
+        yield
+    finally:
+        progress.finish(task)
 
 
 def takes_bar(function: Callable[_Asked, _Result]) -> Callable[_Asked, _Result]:

@@ -213,6 +213,11 @@ class BasePlace:
     parts: int = 1
     turned: bool = False
 
+    @property
+    def name(self) -> str:
+        """Of the module, or of the expert's matrix."""
+        return self.target if self.expert is None else numbered_name(self.target, self.expert)
+
 
 def is_numbered(module: str) -> bool:
     """Whether the name is that of one of several updates: of an expert's matrix, or a group of a convolution."""

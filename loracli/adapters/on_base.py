@@ -149,23 +149,14 @@ def without_wrapper(name: str) -> str:
 
 def recorded_places(places: Mapping[str, BasePlace]) -> dict[str, RecipePlace]:
     """The same for a document: one entry for all layers and experts, whose numbers are `*`, where that says it all."""
+    whole = {name: RecipePlace(place.name, place.part, place.parts, place.turned) for name, place in places.items()}
     short: dict[str, RecipePlace] = {}
-    for name, place in places.items():
-        base = place.target if place.expert is None else numbered_name(place.target, place.expert)
-        same = _NUMBER.findall(name) == _NUMBER.findall(base)
-        words = [_NUMBER.sub(_ANY_NUMBER, word) if same else word for word in (name, base)]
-        short[words[0]] = RecipePlace(words[1], place.part, place.parts, place.turned)
-    if read_places(short, places) == places:
-        return short
-    return {
-        name: RecipePlace(
-            place.target if place.expert is None else numbered_name(place.target, place.expert),
-            place.part,
-            place.parts,
-            place.turned,
-        )
-        for name, place in places.items()
-    }
+    for name, place in whole.items():
+        if _NUMBER.findall(name) == _NUMBER.findall(place.base):
+            short[_NUMBER.sub(_ANY_NUMBER, name)] = replace(place, base=_NUMBER.sub(_ANY_NUMBER, place.base))
+        else:
+            short[name] = place
+    return short if read_places(short, places) == places else whole
 
 
 def read_places(recorded: Mapping[str, RecipePlace], names: Iterable[str]) -> dict[str, BasePlace]:

@@ -1,7 +1,5 @@
 """Bases and inner products of updates: the canonical basis, the closest weights, how much two overlap.
 
-The canonical basis of updates, and the way of a mixing from there to the basis of the files.
-
 B -> B G, A -> G^-1 A leaves an update as it is, but changes what a weight of one row of A means and how a penalty on M
 measures. So a mixing finer than a weight per adapter is fitted between canonical factors, the thin SVD of each
 adapter's update with sqrt(S) on both sides:

@@ -1,6 +1,6 @@
 """Several updates in one tensor, as PEFT packs them: the experts of a parameter, the groups of a convolution.
 
-The updates of the experts of one parameter, and the two matrices that PEFT keeps them in.
+The experts of one parameter, in two matrices:
 
     dW_e = s B_e A_e        A_e (r, in), B_e (out, r) of expert e = 0 ... E - 1
 
@@ -10,7 +10,7 @@ The updates of the experts of one parameter, and the two matrices that PEFT keep
 so B A is no update of anything, and two adapters are concatenated expert by expert. The layout is that of peft 0.21,
 tuners/lora/layer.py, ParamWrapper.get_delta_weight.
 
-The updates of the groups of a convolution, and the two kernels that PEFT keeps them in.
+The groups of a convolution, in two kernels:
 
     dW_g = s B_g A_g        A_g (r, in k), B_g (out / G, r) of group g = 0 ... G - 1, k = kh kw
 

@@ -1,11 +1,7 @@
-"""From FILE to checked records.
+"""From FILE to checked records: `FILE`, `FILE:WEIGHT`, or `-` for standard input; and `@ADAPTER` behind it where they
+are the own ones of an adapter.
 
-Where records come from: `FILE`, `FILE:WEIGHT`, or `-` for standard input; and `@ADAPTER` behind it where they are the
-own ones of an adapter.
-
-Calibration records: every line checked, in one of the shapes of `calibration.shapes`.
-
-The first record whose keys are those of a shape decides; every other must have that shape too.
+The first record whose keys are those of a shape of `calibration.shapes` decides; every other must have that shape too.
 """
 
 from __future__ import annotations

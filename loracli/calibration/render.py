@@ -1,15 +1,11 @@
-"""From records to tokens, with a mask of the positions that are scored.
-
-Text to tokens, as a served model meets them.
+"""From records to tokens, as a served model meets them, with a mask of the positions that are scored.
 
 No token reaches across the place where generation would start: a served model sees the prompt's tokens and then
 produces the completion's, so that is the boundary the loss has to see.
 
-Conversations through the base model's chat template, with the places of the scored turns.
-
-Where a turn stands is found by rendering twice: what came before it with the generation prompt, and all up to its end.
-The first has to be how the second begins; so no mark of the template is needed. That every turn is written is seen by
-looking for its text.
+Conversations go through the base model's chat template. Where a turn stands is found by rendering twice: what came
+before it with the generation prompt, and all up to its end. The first has to be how the second begins; so no mark of
+the template is needed. That every turn is written is seen by looking for its text.
 """
 
 from __future__ import annotations

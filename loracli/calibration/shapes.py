@@ -1,15 +1,5 @@
-"""From one line of JSON to a text, prompt and completion, or a conversation.
-
-What a value on a line must be, and how it is refused.
-
-Conversations: turns of OpenAI and ShareGPT checked, and brought to one form.
-
-    {"messages": [{"role": ..., "content": ...}, ...], "scored": [3], "tools": [...]}
-
-The last turn is scored: what stands behind it is never seen. `scored` are the places of the turns that are scored; it
-is left out where these are all assistant turns. `tools` is left out where there are none.
-
-The shapes of a record, and what each becomes.
+"""From one line of JSON to a text, prompt and completion, or a conversation: the shapes of a record, and what each
+becomes.
 
     text                              {"text": "..."}
     prompt-completion                 {"prompt": "...", "completion": "..."}
@@ -18,8 +8,13 @@ The shapes of a record, and what each becomes.
     sharegpt                          {"conversations": [{"from": "...", "value": "..."}], ...}
     alpaca                            {"instruction": "...", "input": "..."?, "output": "...", ...}
 
-The first two stay as they are; the others become a conversation (`loracli.calibration.shapes`), and take a
-system text and `tools` as well.
+The first two stay as they are; the others take a system text and `tools` as well, and become a conversation, its turns
+checked and brought to one form.
+
+    {"messages": [{"role": ..., "content": ...}, ...], "scored": [3], "tools": [...]}
+
+The last turn is scored: what stands behind it is never seen. `scored` are the places of the turns that are scored; it
+is left out where these are all assistant turns. `tools` is left out where there are none.
 """
 
 from __future__ import annotations

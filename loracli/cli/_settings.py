@@ -229,10 +229,7 @@ def _of_recipe(path: Path) -> list[Setting]:
 
 def ingredient_reference(folder: Path, adapter: Any) -> str:
     """How to name an ingredient from here: pinned to its commit, or as a directory."""
-    if adapter.repo_id is None:
-        return os.path.join(os.curdir, os.path.relpath(folder / adapter.reference))
-    tail = f"/{adapter.subfolder}" if adapter.subfolder else ""
-    return f"hf://{adapter.repo_id}@{adapter.commit}{tail}"
+    return adapter.pinned or os.path.join(os.curdir, os.path.relpath(folder / adapter.reference))
 
 
 def as_text(value: Any) -> str:

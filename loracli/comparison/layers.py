@@ -30,7 +30,7 @@ from loracli.hub.references import Named
 from loracli.model.attach import AttachedModel
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, Session, open_session
-from loracli.progress import SILENT, WORK, Progress
+from loracli.progress import SILENT, WORK, Progress, begun
 from loracli.recipe.recipe import Recipe, load_recipe
 
 _TASK = "layers"
@@ -156,26 +156,23 @@ def _measured(inputs: CompareInputs, session: Session, progress: Progress) -> La
     places: dict[str, set[int]] = {}
     for place in sorted(range(len(modules)), key=lambda place: _order(modules[place])):
         places.setdefault(layer(modules[place]), set()).add(place)
-    progress.begin(_TASK, (1 + len(places)) * sum(batch.tokens for batch in batches), WORK)
-    try:
-        with session.attached(inputs.adapters, modules, examples) as objective:
-            engine = Engine(objective, Meter(progress, task=_TASK), progress=progress)
-            find_reach(engine, session, examples)
-            point = recipe.point(inputs.adapters, inputs.layout)
-            engine.meter.stage("all layers")
-            units = units_of(examples)
-            whole = engine.score(point.mixing, point.theta, batches, examples).pooled(units)
-            effects = []
-            for number, (name, out) in enumerate(places.items(), 1):
-                engine.meter.stage(f"{number}/{len(places)} without {name}")
-                without = _Without(point.mixing, frozenset(out))
-                left = engine.score(without, point.theta, batches, examples).pooled(units)
-                more = left.nats - whole.nats
-                error = standard_error(more, whole.tokens) if len(more) > 1 else None
-                change = float(more.sum() / whole.tokens.sum())
-                effects.append(LayerEffect(name, len(out), left.nats_per_token, change, error))
-    finally:
-        progress.finish(_TASK)
+    work = (1 + len(places)) * sum(batch.tokens for batch in batches)
+    with begun(progress, _TASK, work, WORK), session.attached(inputs.adapters, modules, examples) as objective:
+        engine = Engine(objective, Meter(progress, task=_TASK), progress=progress)
+        find_reach(engine, session, examples)
+        point = recipe.point(inputs.adapters, inputs.layout)
+        engine.meter.stage("all layers")
+        units = units_of(examples)
+        whole = engine.score(point.mixing, point.theta, batches, examples).pooled(units)
+        effects = []
+        for number, (name, out) in enumerate(places.items(), 1):
+            engine.meter.stage(f"{number}/{len(places)} without {name}")
+            without = _Without(point.mixing, frozenset(out))
+            left = engine.score(without, point.theta, batches, examples).pooled(units)
+            more = left.nats - whole.nats
+            error = standard_error(more, whole.tokens) if len(more) > 1 else None
+            change = float(more.sum() / whole.tokens.sum())
+            effects.append(LayerEffect(name, len(out), left.nats_per_token, change, error))
     return LayerEffects(
         data=", ".join(file.source.name for file in files),
         base=inputs.base.id,

@@ -13,6 +13,7 @@ from torch import Tensor
 from loracli.calibration.dataset import MIN_HELD_OUT
 from loracli.calibration.render import Example
 from loracli.comparison.inputs import CompareInputs
+from loracli.comparison.settings import UNIFORM
 from loracli.evaluation.comparison import (
     Comparison,
     ComparisonRow,
@@ -27,7 +28,7 @@ from loracli.evaluation.comparison import (
 from loracli.evaluation.statistics import best_of, detectable, intervals, mcnemar, task_losses, units_of
 from loracli.model.loss import Scores
 
-_BASE, INGREDIENT, UNIFORM = "base", "ingredient", "uniform"
+_BASE, INGREDIENT = "base", "ingredient"
 # For the best; not the base, nor a control. Of rows that are one way the first is named, for what can be exported as it
 # is needs no fit again.
 _CONTENDERS: tuple[RowKind, ...] = ("ingredient", "fit", "method")

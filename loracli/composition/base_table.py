@@ -63,7 +63,7 @@ def base_table(
     known = None if base is not None else table_of_adapters(adapters)
     if known is not None:
         return known, tuple(adapters)
-    from loracli.fitting.reach import IGNORED, warn_untried, weights_read
+    from loracli.fitting.reach import bypassed_of
     from loracli.model.base import plan_base
     from loracli.model.checkpoint import read_checkpoint
     from loracli.model.modules import base_modules, check_base_copies, check_shapes, named_as, stored_weights
@@ -79,9 +79,7 @@ def base_table(
     targets = {name for adapter in named for name in adapter.targets}
     bypassed: tuple[str, ...] = ()
     if task in (None, CAUSAL_LM):  # which alone is tried
-        read = weights_read(reference)
-        warn_untried(read, reference.id, IGNORED, progress)
-        bypassed = tuple(sorted(targets & read.bypassed))
+        bypassed = bypassed_of(sorted(targets), reference, progress)
     return BaseTable(reference.id, base_modules(skeleton, named), bypassed), named
 
 

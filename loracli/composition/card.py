@@ -1,10 +1,9 @@
-"""The origin of an export in words, for its model card: ingredients, results, exactness, how to make it again.
+"""The origin of an export in words, for its model card: ingredients, results, exactness, how to make it again; the
+certificate of an export, and the digest that closes its record.
 
-The certificate of an export: how far the bytes that were written are from the exact composition; and the digest that
-closes its record.
-
-Per module, |dW_written - dW_exact|_F / |dW_exact|_F, with dW_exact = B_l M_l A_l in float64 from ingredients and
-recipe, and dW_written from the tensors as rounded to the output dtype. Both norms come from factors.
+The certificate says how far the bytes that were written are from the exact composition. Per module,
+|dW_written - dW_exact|_F / |dW_exact|_F, with dW_exact = B_l M_l A_l in float64 from ingredients and recipe, and
+dW_written from the tensors as rounded to the output dtype. Both norms come from factors.
 
 No local path appears: a local ingredient goes by the name of its directory and the sha256 of its tensors.
 """
@@ -24,6 +23,7 @@ from loracli.evaluation.sentences import against_control, training_gap
 from loracli.hub.references import URI_PREFIX
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import EDITED, INLINE_KINDS, HeldOut, RecipeAdapter, is_named, other_bases_of
+from loracli.system.display import typed_text
 from loracli.system.document import document_sha256
 from loracli.system.escaping import markdown_code, markdown_link, shell_word
 
@@ -165,10 +165,9 @@ def base_words(base_id: str, adapters: Sequence[RecipeAdapter]) -> list[str]:
 
 
 def _word(adapter: RecipeAdapter) -> str:
-    if adapter.repo_id is None:
+    if adapter.pinned is None:
         return f"path/to/{adapter.reference}"
-    pinned = f"{adapter.repo_id}@{adapter.commit}"
-    return f"{URI_PREFIX}{pinned}/{adapter.subfolder}" if adapter.subfolder else pinned
+    return adapter.pinned if adapter.subfolder else adapter.pinned.removeprefix(URI_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -260,9 +259,9 @@ def method_card(
 ) -> CardText:
     """Of adapters that a method composed, with its options; `weights` are None of a method without."""
     chosen = {name: value for name, value in options.items() if value is not None and name != "rank"}
-    said = ", ".join(f"{name} {_number(value)}" for name, value in chosen.items())
+    said = ", ".join(f"{name} {typed_text(value)}" for name, value in chosen.items())
     how = f"Its update of every module comes from theirs by `{method.name}`: {method.summary}"
-    words = [f"--method {method.name}", *(f"--{name} {_number(value)}" for name, value in chosen.items())]
+    words = [f"--method {method.name}", *(f"--{name} {typed_text(value)}" for name, value in chosen.items())]
     columns: Sequence[list[float] | None] = [None] * len(origin.adapters) if weights is None else [[w] for w in weights]
     how += f"{f' ({said})' if said else ''}."
     return _card_without_fit((how,), words, columns, origin, method=method)
@@ -283,14 +282,9 @@ def weights_card(
     if equal is None:
         lines = (f"{how} for", "each module: the object `weights` in `loracat.json`.")
         return _card_without_fit(lines, ["--weights loracat.json"], columns, origin)
-    numbers = [_number(weight) for weight in equal]
+    numbers = [typed_text(weight) for weight in equal]
     how = f"{how}: {', '.join(numbers)}."
     return _card_without_fit((how,), [f"--weights {' '.join(numbers)}"], columns, origin)
-
-
-def _number(value: object) -> str:
-    """As it is typed: the shortest text that is read back as the same number."""
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def _card_without_fit(

@@ -27,7 +27,7 @@ from loracli.conversion.unpickle import MOST_WORDS, NO_ROOM, REFUSED
 from loracli.errors import InputError, IntegrityError, MalformedAdapter
 from loracli.hub.fetch import Fetched, fetch_adapter
 from loracli.hub.references import Named
-from loracli.progress import SILENT, Bar, Progress, amount_text, drawn, takes_bar
+from loracli.progress import SILENT, Bar, Progress, amount_text, begun, drawn, takes_bar
 from loracli.system.display import count_text, path_text, repr_line
 from loracli.system.files import (
     CERTIFICATE_FILE,
@@ -109,20 +109,16 @@ def convert_pickle(
     with open_regular(source) as file:
         size = os.fstat(file.fileno()).st_size
     digest = file_sha256(source)
-    progress.begin(_TASK, None, "B")
-    try:
-        with whole_directory(Path(output), force=force) as folder:
-            target = folder / TENSOR_FILE
-            _unpickle(source, target, size)
-            if file_sha256(source) != digest:
-                raise IntegrityError("has changed since it was opened", where=str(source), hint="run it again")
-            write_file(folder / CONFIG_FILE, config)
-            written, needs_conversion = _checked(fetched, folder, source)
-            flush(target)
-            write_file(folder / CERTIFICATE_FILE, _record(fetched, written, digest))
-            size_bytes = target.stat().st_size
-    finally:
-        progress.finish(_TASK)
+    with begun(progress, _TASK, None, "B"), whole_directory(Path(output), force=force) as folder:
+        target = folder / TENSOR_FILE
+        _unpickle(source, target, size)
+        if file_sha256(source) != digest:
+            raise IntegrityError("has changed since it was opened", where=str(source), hint="run it again")
+        write_file(folder / CONFIG_FILE, config)
+        written, needs_conversion = _checked(fetched, folder, source)
+        flush(target)
+        write_file(folder / CERTIFICATE_FILE, _record(fetched, written, digest))
+        size_bytes = target.stat().st_size
     return Unpickled(Path(output), written, size_bytes, digest, needs_conversion)
 
 

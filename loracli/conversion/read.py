@@ -1,13 +1,9 @@
-"""What a conversion reads: the adapter with its own features, and the base model's weights.
-
-The weights of a base model by the names of its parameters, read one at a time, without loading the model.
+"""What a conversion reads: the adapter with its own features, DoRA's magnitudes and the adapter as it was before the
+training, where there is one; and the base model's weights, one at a time, without loading the model.
 
 A model's parameter goes by three names in the files that people publish: its own, its own without the model's prefix
 (`h.0.attn.c_attn.weight` for `transformer.h.0.attn.c_attn.weight`), or, if it is tied, that of the parameter that it
 is tied to.
-
-Reading an adapter that is to be converted: as any adapter, but with DoRA's magnitudes, and with the adapter as it
-was before the training where there is one.
 """
 
 from __future__ import annotations

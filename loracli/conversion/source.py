@@ -3,8 +3,6 @@ the rank it gets: a given one, or the smallest whose relative error is within a 
 
     |dW - dW_k|_F / |dW|_F = sqrt(1 - kept_energy)
 
-What stands between an adapter and a plain LoRA: DoRA's lengths, and initialisations taken from the base.
-
 DoRA: the direction of W + dV is trained as a LoRA, the length of each of its rows as a number.
 
     W' = D (W + dV),  D = diag(m / |W + dV|_row),  dV = s B A          dW = W' - W = (D - I) W + D dV
@@ -15,7 +13,7 @@ LoRA can only come close to it.
 
 We differ from PEFT in the arithmetic alone: float64, where PEFT takes the norm in the dtype of the activations.
 
-What an initialisation took from the base's weight, computed again from that weight.
+What an initialisation took from the base's weight is computed again from that weight.
 
     W_res = W - s B_0 A_0        the model of the training is W_res + s B A, so dW = s B A - s B_0 A_0
 
@@ -338,8 +336,7 @@ class Conversion:
                 where=self.read.adapter.reference,
                 hint="give the adapter as it was before its training with --initial",
             )
-        error = math.sqrt(1.0 - found.kept_energy)
-        tolerance = self.cut.tolerance
+        error, tolerance = _error(found), self.cut.tolerance
         if not self.asked and tolerance is not None and error > tolerance:
             raise UsageError(
                 f"{module}: the best LoRA of rank {found.factors.rank} has a relative error of {error:.1%}, more than "

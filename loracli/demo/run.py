@@ -1,9 +1,5 @@
-"""The demo: fit, export both ways, reload with stock PEFT, and score beside a fresh LoRA.
-
-The baseline that a sceptic asks for: a new LoRA trained on the same calibration records, stopped early.
-
-The demo: fit, export both ways, reload with stock PEFT, and score everything on questions that neither adapter can
-answer.
+"""The demo: fit, export both ways, reload with stock PEFT, and score everything on questions that neither adapter can
+answer, beside the baseline that a sceptic asks for: a new LoRA trained on the same calibration records, stopped early.
 
 One adapter knows invented facts about people, and answers in plain words; the other answers in a form, and knows none
 of them. The test asks for the facts in the form. It is calibrated on questions about other facts than the test asks.

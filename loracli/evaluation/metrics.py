@@ -1,20 +1,12 @@
-"""Judging answers: right or wrong, by text, number, or the command of a user.
+"""What a task asks for, where the loss does not say it: answers that are generated and judged, or options weighed.
 
-Whether an answer is right: by its text, by its last number.
-
-exact      the reference itself, white space at the ends aside
-contains   the reference somewhere in it, however written in capitals and spaced
-numeric    its last number is the reference's last number, within a relative tolerance
-
-A user's own scorer: a command that reads answers as JSONL and writes a number for each.
+    exact      the answer is the reference itself, white space at the ends aside
+    contains   the reference is somewhere in it, however written in capitals and spaced
+    numeric    its last number is the reference's last number, within a relative tolerance
+    choice     the option with the highest log-likelihood as the completion is the right one
+    command    a command of the user's reads the answers as JSONL and writes a number for each
 
 loracat never runs what a model wrote. A command that does, to test generated programs, has to bring its own sandbox.
-
-What a task asks for, where the loss does not say it: answers that are generated and judged, or options weighed.
-
-exact, contains, numeric   greedy answers, each right or wrong (`evaluation.metrics`)
-choice                     the option with the highest log-likelihood as the completion, right or wrong
-command                    greedy answers, scored by the user's own command (`evaluation.metrics`)
 """
 
 from __future__ import annotations

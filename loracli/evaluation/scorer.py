@@ -1,8 +1,5 @@
-"""Scores of whatever is attached to a model: nats, options weighed, greedy answers.
-
-Greedy answers of a model, whatever is attached to it.
-
-The scores of a task metric: every record asked as the loss sees it, its answer generated or its options weighed.
+"""The scores of a task metric, of whatever is attached to a model: every record asked as the loss sees it, its answer
+generated greedily or its options weighed.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ from loracli.evaluation.metrics import (
     last_number,
     run_metric,
 )
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Progress, begun
 
 if TYPE_CHECKING:
     from loracli.model.loss import Objective
@@ -68,16 +65,12 @@ def greedy_answers(
         progress: told how many are done.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    progress.begin(TASK, len(prompts), "records")
-    try:
-        with _greedy(model, max_new_tokens, ends, pad) as config:
-            for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, window, batch_tokens):
-                config.max_new_tokens = min(max_new_tokens, window - len(prompts[rows[-1]]))
-                for i, written in zip(rows, _written(model, [prompts[i] for i in rows], config), strict=True):
-                    answers[i] = written[: _end_of(written, ends)]
-                progress.advance(TASK, len(rows))
-    finally:
-        progress.finish(TASK)
+    with begun(progress, TASK, len(prompts), "records"), _greedy(model, max_new_tokens, ends, pad) as config:
+        for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, window, batch_tokens):
+            config.max_new_tokens = min(max_new_tokens, window - len(prompts[rows[-1]]))
+            for i, written in zip(rows, _written(model, [prompts[i] for i in rows], config), strict=True):
+                answers[i] = written[: _end_of(written, ends)]
+            progress.advance(TASK, len(rows))
     return answers
 
 

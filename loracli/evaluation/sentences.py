@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from loracli.evaluation.comparison import NEAR, SIGNIFICANCE, Comparison, ComparisonRow, Draws, GuardScore, listed
-from loracli.recipe.recipe import Recipe
+from loracli.recipe.recipe import OTHER_ROWS, Recipe
 from loracli.recipe.record import HeldOut, HeldOutRow
 from loracli.system.display import count_text
 
@@ -18,7 +18,7 @@ _SAME = 1e-9  # nats per token, which rounding alone may make
 def verdict(table: HeldOut) -> str:
     """What the table says about the fit, in a sentence without its full stop; `_less_loss` has the percentages."""
     fitted, best = table.row("fit"), table.row(table.best_ingredient)
-    alone = [row for row in table.rows if row.name not in ("base", "uniform", "sum", "fit")]
+    alone = [row for row in table.rows if row.name not in OTHER_ROWS]
     adapter = f"your {'best ' if len(alone) > 1 else ''}adapter, {best.name}"
     unseen = " that it had not seen" if not table.parts else ", each scored by a fit that had not seen it"
     seen = f"{count_text(table.records, 'record')}{unseen}"

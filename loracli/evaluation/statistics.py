@@ -1,4 +1,5 @@
-"""What held-out records say: intervals, paired tests, many comparisons, the held-out table.
+"""What held-out records say: intervals, paired tests, whether one of many ways is the best beyond chance, how small a
+difference so many records can show, and the held-out table.
 
 Paired bootstrap over records: the unit that was drawn is the record, and all methods saw the same ones. Copies of a
 record are one unit, as they tell nothing new.
@@ -8,8 +9,6 @@ record n, so long records weigh as they do in the loss. Percentile interval (Efr
 pairing as in arXiv 2411.00640.
 
 McNemar's exact test: whether two ways of answering the same questions are equally often right.
-
-Whether one of many ways is the best beyond chance, and how small a difference so many records can show.
 """
 
 from __future__ import annotations
@@ -70,15 +69,7 @@ def intervals(differences: Tensor, tokens: Tensor, *, seed: int = 0) -> list[tup
 
 
 def paired_interval(difference: Tensor, tokens: Tensor, *, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of sum(difference) / sum(tokens) over resampled records.
-
-    Args:
-        difference: (n,) nats of one method minus nats of the other, for each record.
-        tokens: (n,) scored tokens of each record.
-        seed: of the resampling; the same seed draws the same records for every pair of methods.
-    Returns:
-        low and high, in nats per token.
-    """
+    """`intervals` of one difference (n,), nats of one method minus nats of the other."""
     return intervals(difference[None], tokens, seed=seed)[0]
 
 

@@ -25,7 +25,7 @@ from loracli.fitting.settings import FitSettings
 from loracli.hub.references import Named
 from loracli.model.placement import Placement
 from loracli.model.session import Opening, open_session
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Progress, begun
 from loracli.recipe.tensors import MOMENT, read_moments
 
 
@@ -124,8 +124,5 @@ def moments_of(
         with session.attached(source.adapters, names, examples) as objective:
             engine = Engine(objective, Meter(progress, task=_TASK), progress=progress)
             find_reach(engine, session, examples)
-            progress.begin(_TASK, sum(batch.tokens for batch in batches), "tokens")
-            try:
+            with begun(progress, _TASK, sum(batch.tokens for batch in batches), "tokens"):
                 return second_moments(engine, composed.mixing, composed.theta, lora_A, batches, examples)
-            finally:
-                progress.finish(_TASK)

@@ -1,16 +1,4 @@
-"""The adapter as GGUF, as llama.cpp reads it.
-
-How llama.cpp names and lays out the matrices of a base model, as far as an adapter for it has to know.
-
-An adapter's update of a matrix has to be put where llama.cpp's converter (conversion/*.py) put the matrix itself. The
-names come from the gguf package's own table. Llama and its kin rotate neighbouring pairs of a head's rows where
-transformers rotates the two halves, so their converter reorders the rows of q_proj and k_proj:
-
-    row (h, half, i) of transformers  ->  row (h, i, half) of llama.cpp        (conversion/llama.py, LlamaModel.permute)
-
-and with dW = B A that is a reordering of the rows of B. What a converter splits, joins or changes otherwise is refused.
-
-An adapter for llama.cpp and what is built on it: one GGUF file, written with the gguf package.
+"""An adapter for llama.cpp and what is built on it: one GGUF file, written with the gguf package.
 
     general.type adapter, adapter.type lora, general.architecture, adapter.lora.alpha
     <name>.lora_a    (r, in), of token_embd its transpose      <name>.lora_b    (out, r), rows in llama.cpp's order
@@ -18,8 +6,13 @@ An adapter for llama.cpp and what is built on it: one GGUF file, written with th
 The form is that of llama.cpp's convert_lora_to_gguf.py. src/llama-adapter.cpp takes alpha / rank of the tensor as the
 scale, and 1 for alpha 0: so alpha is the rank where all modules have one, and 0 where they do not.
 
-How llama.cpp has the base model of an export, from the base's config: a GGUF adapter needs that, and nothing else of
-an export does.
+An update of a matrix has to be put where llama.cpp's converter (conversion/*.py) put the matrix itself, which the
+base's config tells. The names come from the gguf package's own table. Llama and its kin rotate neighbouring pairs of a
+head's rows where transformers rotates the two halves, so their converter reorders the rows of q_proj and k_proj:
+
+    row (h, half, i) of transformers  ->  row (h, i, half) of llama.cpp        (conversion/llama.py, LlamaModel.permute)
+
+and with dW = B A that is a reordering of the rows of B. What a converter splits, joins or changes otherwise is refused.
 """
 
 from __future__ import annotations

@@ -1,14 +1,5 @@
 """Where every factor goes: names and shapes in the file, for the profile that the readers take.
 
-The layout that mlx-lm reads (mlx-lm 0.32, mlx_lm/tuner/utils.py and lora.py).
-
-    <path>.lora_a   (in, r)    the transpose of lora_A
-    <path>.lora_b   (r, out)   the transpose of lora_B        y = W x + scale (x lora_a) lora_b
-
-One rank and one scale for all. `keys` are whole module paths, which mlx-lm looks up in the model itself: those relative
-to a layer, as it writes them, count layers from the last, and an export does not know how many there are. mlx-lm fills
-a key without tensors with random numbers times zero, and raises on a tensor without a key.
-
 `portable` is the one layout that PEFT, vLLM, SGLang, llama.cpp's converter and TGI read alike: the same rank R in every
 module, lora_alpha = R so that the scaling is 1 by every server's rule, no patterns, no rsLoRA, and leaf names as
 targets, each present wherever the base has that leaf (zeros where no adapter changes it). SGLang takes alpha / r from
@@ -18,7 +9,15 @@ leaves them nothing to differ on.
 `peft` keeps each module at its own rank through rank_pattern and alpha_pattern with escaped full names, which PEFT and
 vLLM read.
 
-`mlx` is what mlx-lm reads: another file, other names, transposed factors, one rank.
+`mlx` is what mlx-lm reads (mlx-lm 0.32, mlx_lm/tuner/utils.py and lora.py): another file, other names, transposed
+factors, one rank and one scale for all.
+
+    <path>.lora_a   (in, r)    the transpose of lora_A
+    <path>.lora_b   (r, out)   the transpose of lora_B        y = W x + scale (x lora_a) lora_b
+
+`keys` are whole module paths, which mlx-lm looks up in the model itself: those relative to a layer, as it writes them,
+count layers from the last, and an export does not know how many there are. mlx-lm fills a key without tensors with
+random numbers times zero, and raises on a tensor without a key.
 """
 
 from __future__ import annotations

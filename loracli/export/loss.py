@@ -24,7 +24,7 @@ from loracli.model.loss import Scores
 from loracli.model.placement import Placement
 from loracli.model.reference import locate_base
 from loracli.model.session import Opening, open_session
-from loracli.progress import SILENT, WORK, Progress
+from loracli.progress import SILENT, WORK, Progress, begun
 
 _TASK = "loss"
 
@@ -102,8 +102,8 @@ def loss_of_export(
         batches = session.batches(examples)
         session.check_causal(examples)
         names, written = source.names(), open_adapter(str(exported.path)).modules
-        progress.begin(_TASK, 2 * sum(batch.tokens for batch in batches), WORK)
-        with session.attached(source.adapters, make_layout(source.adapters).modules, examples) as objective:
+        modules, work = make_layout(source.adapters).modules, 2 * sum(batch.tokens for batch in batches)
+        with begun(progress, _TASK, work, WORK), session.attached(source.adapters, modules, examples) as objective:
             engine = Engine(objective, Meter(progress, task=_TASK), progress=progress)
             find_reach(engine, session, examples)
 
@@ -112,11 +112,8 @@ def loss_of_export(
                 point = of_factors({name: factors_of(name) for name in names})
                 return engine.score(point.mixing, point.theta, batches, examples).pooled(units_of(examples))
 
-            try:
-                before = score("scoring the composition", lambda name: source.compose(name).factors)
-                after = score("scoring what was written", lambda name: written[name].factors)
-            finally:
-                progress.finish(_TASK)
+            before = score("scoring the composition", lambda name: source.compose(name).factors)
+            after = score("scoring what was written", lambda name: written[name].factors)
     return ExportLoss(
         records=len(examples),
         scored_tokens=sum(example.scored_tokens for example in examples),

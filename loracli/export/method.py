@@ -48,7 +48,7 @@ from loracli.hub.references import BaseClaim, Named
 from loracli.model.placement import Placement
 from loracli.model.reference import BaseReference, find_base
 from loracli.model.session import Opening, as_fitted, open_session, runs_here
-from loracli.progress import SILENT, WORK, Progress
+from loracli.progress import SILENT, WORK, Progress, begun
 from loracli.recipe.ingredients import read_ingredients, recorded_policy
 from loracli.recipe.recipe import Recipe, load_recipe
 from loracli.recipe.record import EDITED, MAX_ADAPTERS, RecipeBase, other_bases_of
@@ -279,9 +279,7 @@ def searched_weights(
     """
     assert request.fit_data is not None
     files = tuple(read_records(source, progress=progress) for source in parse_sources(request.fit_data))
-    settings = FitSettings(seed=request.method_options.seed)
-    opened = _base_of(request, adapters, recorded, saved, progress)
-    with _calibration(method, files, adapters, settings, opened, progress) as calibration:
+    with _calibration(method, files, adapters, request, recorded, saved, progress) as calibration:
         found = search_weights(method, request.method_options, calibration, adapters, make_layout(adapters))
     progress.note(f"{method.name}: {found.note}")
     assert found.weights is not None
@@ -307,37 +305,10 @@ def _regressed(method: Method, given: _Ingredients, request: ExportRequest, prog
     check_own_records(method.name, owners, names)
     check_weighable(read, hint="choose another --method")
     files = tuple(read_records(source, progress=progress) for source in sources)
-    opened = _base_of(request, read, None if given.recipe is None else given.recipe.base, given.saved, progress)
-    with _calibration(method, files, read, FitSettings(seed=0), opened, progress) as calibration:
+    recorded = None if given.recipe is None else given.recipe.base
+    with _calibration(method, files, read, request, recorded, given.saved, progress) as calibration:
         moments = own_moments(calibration, owners, read, make_layout(read))
     return from_moments(method, read, given.base, moments, saved=given.saved, task_type=given.task_type)
-
-
-@dataclass(frozen=True)
-class _Base:
-    """A base to calibrate on: where it is, what replaces modules of it, and where it runs."""
-
-    reference: BaseReference
-    saved: SavedModules | None
-    placement: Placement
-
-
-def _base_of(
-    request: ExportRequest,
-    adapters: Sequence[LoraAdapter],
-    recorded: RecipeBase | None,
-    saved: SavedModules | None,
-    progress: Progress,
-) -> _Base:
-    reference, placement = base_to_run(
-        adapters,
-        recorded,
-        base=request.base,
-        revision=request.base_revision,
-        placement=request.placement,
-        progress=progress,
-    )
-    return _Base(reference, saved, placement)
 
 
 @contextmanager
@@ -345,14 +316,23 @@ def _calibration(
     method: Method,
     files: tuple[CalibrationFile, ...],
     adapters: Sequence[LoraAdapter],
-    settings: FitSettings,
-    base: _Base,
+    request: ExportRequest,
+    recorded: RecipeBase | None,
+    saved: SavedModules | None,
     progress: Progress,
 ) -> Iterator[Calibration]:
     """The records of some files to calibrate on, with the base opened as `loracat compare` does."""
+    base, placement = base_to_run(
+        adapters,
+        recorded,
+        base=request.base,
+        revision=request.base_revision,
+        placement=request.placement,
+        progress=progress,
+    )
+    settings = FitSettings(seed=request.method_options.seed)
     training = tuple(record for file in files for record in file.records)
-    tokens, length = settings.batch_tokens, settings.max_length
-    opening = Opening(base.reference, tuple(adapters), tokens, length, base.saved, base.placement)
+    opening = Opening(base, tuple(adapters), settings.batch_tokens, settings.max_length, saved, placement)
     with open_session(opening, progress=progress) as session:
         examples = session.render(files)
         session.check_causal(examples)
@@ -360,8 +340,5 @@ def _calibration(
         cost = moments_cost(calibration, len(adapters)) if method.search is None else search_cost(method, calibration)
         with calibration.engine(adapters, make_layout(adapters).modules) as engine:
             find_reach(engine, session, examples)
-        progress.begin(method.name, cost.effort(calibration.pace), WORK)
-        try:
+        with begun(progress, method.name, cost.effort(calibration.pace), WORK):
             yield calibration
-        finally:
-            progress.finish(method.name)

@@ -160,13 +160,7 @@ def _refuse_first(refusals: _Refusals) -> None:
 
 
 def _out_of_range(request: ExportRequest) -> _Refusals:
-    rank, tolerance, energy, dtype, profile = (
-        request.rank,
-        request.tolerance,
-        request.energy,
-        request.dtype,
-        request.profile,
-    )
+    rank, tolerance, energy = request.rank, request.tolerance, request.energy
     return (
         (
             tolerance is not None and not 0 <= tolerance < 1,
@@ -180,14 +174,14 @@ def _out_of_range(request: ExportRequest) -> _Refusals:
         ),
         (rank is not None and rank < 1, f"--rank {rank} is below 1", None),
         (
-            dtype not in (None, *OUTPUT_DTYPES),
-            f"--dtype {dtype} is not one of {', '.join(OUTPUT_DTYPES)}",
-            did_you_mean(dtype or "", OUTPUT_DTYPES),
+            request.dtype not in (None, *OUTPUT_DTYPES),
+            f"--dtype {request.dtype} is not one of {', '.join(OUTPUT_DTYPES)}",
+            did_you_mean(request.dtype or "", OUTPUT_DTYPES),
         ),
         (
-            profile not in (None, *PROFILES),
-            f"--profile {profile} is not one of {', '.join(PROFILES)}",
-            did_you_mean(profile or "", PROFILES),
+            request.profile not in (None, *PROFILES),
+            f"--profile {request.profile} is not one of {', '.join(PROFILES)}",
+            did_you_mean(request.profile or "", PROFILES),
         ),
     )
 

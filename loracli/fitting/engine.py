@@ -148,13 +148,13 @@ class Engine:
         def work(batch: Batch) -> Tensor:
             return torch.stack(self.objective.record_sums(batch), dim=1)  # (b, 2) nats and counted tokens
 
-        def rows() -> Entry:
+        def rows() -> Tensor:
             self._apply(mixing, theta)
             zeros = torch.zeros(len(examples), 2, dtype=torch.float64)
-            return Entry({"rows": self._over(batches, examples, _Pass(work, by_record=True), zeros, key)})
+            return self._over(batches, examples, _Pass(work, by_record=True), zeros, key)
 
         same = self.same("score", mixing, {"theta": theta}, examples)
-        nats, tokens = self._remembered(key, rows, same).tensors["rows"].T.contiguous()
+        nats, tokens = self._kept("rows", key, rows, same).T.contiguous()
         bad = (~torch.isfinite(nats)).nonzero().flatten().tolist()
         if bad:
             raise _non_finite([examples[i] for i in bad])
@@ -174,11 +174,8 @@ class Engine:
             self._apply(mixing, theta)
             return scorer(self.objective)
 
-        def values() -> Entry:
-            return Entry({"values": self._processes.from_first(work)})
-
         same = self.same("answer", mixing, {"theta": theta}, examples)
-        return self._remembered(key, values, same).tensors["values"]
+        return self._kept("values", key, lambda: self._processes.from_first(work), same)
 
     def total(
         self,
@@ -246,12 +243,9 @@ class Engine:
             NonFiniteLoss: naming the records of a batch.
         """
 
-        def rows() -> Entry:
-            zeros = torch.zeros(len(examples), width, dtype=torch.float64)
-            what = _Pass(work, by_record=True, cost=cost, finite=True)
-            return Entry({"rows": self._over(batches, examples, what, zeros, key)})
-
-        return self._remembered(key, rows).tensors["rows"]
+        zeros = torch.zeros(len(examples), width, dtype=torch.float64)
+        what = _Pass(work, by_record=True, cost=cost, finite=True)
+        return self._kept("rows", key, lambda: self._over(batches, examples, what, zeros, key))
 
     def summed(
         self,
@@ -275,12 +269,11 @@ class Engine:
             key: of what is remembered.
         """
 
-        def total() -> Entry:
+        def total() -> Tensor:
             self._apply(mixing, theta)
-            zeros = torch.zeros(width, dtype=torch.float64)
-            return Entry({"sum": self._over(batches, examples, _Pass(work), zeros, key)})
+            return self._over(batches, examples, _Pass(work), torch.zeros(width, dtype=torch.float64), key)
 
-        return self._remembered(key, total).tensors["sum"]
+        return self._kept("sum", key, total)
 
     def unreached(
         self, batches: Sequence[Batch], examples: Sequence[Example], *, key: str | None = None
@@ -296,12 +289,9 @@ class Engine:
             called[list(attached.reached)] = 1
             return called
 
-        def reached() -> Entry:
-            seen = _Pass(work, torch.maximum, cost=0, until=lambda called: bool(called.all()))
-            zeros = torch.zeros(len(attached.modules), dtype=torch.float64)
-            return Entry({"reached": self._over(batches, examples, seen, zeros, key)})
-
-        called = self._remembered(key, reached).tensors["reached"]
+        seen = _Pass(work, torch.maximum, cost=0, until=lambda called: bool(called.all()))
+        zeros = torch.zeros(len(attached.modules), dtype=torch.float64)
+        called = self._kept("reached", key, lambda: self._over(batches, examples, seen, zeros, key))
         return tuple(module for module, is_called in zip(attached.modules, called, strict=True) if not is_called)
 
     def seconds(self, mixing: Mixing, theta: Tensor, batch: Batch) -> float:
@@ -435,6 +425,10 @@ class Engine:
             entry = self.remember(key, make(), same)
         self.finished(key, same)
         return entry
+
+    def _kept(self, name: str, key: str | None, make: Callable[[], Tensor], same: bytes | None = None) -> Tensor:
+        """An operation's only tensor, which goes by a name in what is remembered."""
+        return self._remembered(key, lambda: Entry({name: make()}), same).tensors[name]
 
     def _from_journal(self, key: str) -> Entry | None:
         return self._processes.from_first(lambda: self._journal.recall(key))

@@ -39,7 +39,7 @@ from loracli.progress import Progress
 
 _NAMED = 4  # modules in a message; of the others the number
 _TOKENS = 4  # of the trial
-IGNORED = "it is not known which updates the base ignores"
+_IGNORED = "it is not known which updates the base ignores"
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,7 @@ def find_reach(engine: Engine, session: Session, examples: Sequence[Example]) ->
     if not unreached:
         return Reach()
     base, progress = session.base.reference, session.progress
-    read = weights_read(base)
-    warn_untried(read, base.id, IGNORED, progress)
-    found = Reach(unreached, tuple(name for name in unreached if name in read.bypassed))
+    found = Reach(unreached, bypassed_of(unreached, base, progress))
     _tell(found, engine.objective.attached.modules, base.id, progress)
     return found
 
@@ -102,9 +100,7 @@ def foresee_bypassed(modules: Sequence[str], base: BaseReference, progress: Prog
     Raises:
         BaseModelMismatch: if it bypasses all of them.
     """
-    read = weights_read(base)
-    warn_untried(read, base.id, IGNORED, progress)
-    bypassed = tuple(name for name in modules if name in read.bypassed)
+    bypassed = bypassed_of(modules, base, progress)
     _tell(Reach(bypassed, bypassed), modules, base.id, progress)
 
 
@@ -112,19 +108,26 @@ def _tell(found: Reach, modules: Sequence[str], base_id: str, progress: Progress
     if len(found.unreached) == len(modules):
         raise BaseModelMismatch(
             f"no record reaches a module that the adapters change: {named(found.passed_by or found.bypassed)}"
-            + ("; " + _taken(base_id, found.bypassed) if found.bypassed else ""),
+            + ("; " + taken_text(base_id, found.bypassed) if found.bypassed else ""),
             hint="take adapters of layers that the model calls for text; PEFT ignores these for it too",
         )
     if found.bypassed:
         progress.warn(
-            f"{_taken(base_id, found.bypassed)}: their updates act neither here nor in PEFT, and a fit leaves their "
-            "weights where it begins"
+            f"{taken_text(base_id, found.bypassed)}: their updates act neither here nor in PEFT, and a fit leaves "
+            "their weights where it begins"
         )
     if found.passed_by:
         progress.warn(
             f"no record reaches {named(found.passed_by)}: nothing here says what their updates do, and a fit leaves "
             "weights that are theirs alone where it begins"
         )
+
+
+def bypassed_of(modules: Iterable[str], base: BaseReference, progress: Progress) -> tuple[str, ...]:
+    """Those of the modules that the base bypasses, by its config alone; tells where that could not be tried."""
+    read = weights_read(base)
+    warn_untried(read, base.id, _IGNORED, progress)
+    return tuple(name for name in modules if name in read.bypassed)
 
 
 def warn_untried(read: WeightsRead, base_id: str, unknown: str, progress: Progress) -> None:
@@ -139,8 +142,8 @@ def warn_untried(read: WeightsRead, base_id: str, unknown: str, progress: Progre
 def warn_of_merging(base_id: str, bypassed: Sequence[str], progress: Progress) -> None:
     """Tells of an adapter that a merge would make another model of than PEFT runs."""
     progress.warn(
-        f"{_taken(base_id, bypassed)}: PEFT ignores their updates, as a fit does; merge_and_unload and engines that "
-        "call these layers add them; loracat fuse leaves them out"
+        f"{taken_text(base_id, bypassed)}: PEFT ignores their updates, as a fit does; merge_and_unload and engines "
+        "that call these layers add them; loracat fuse leaves them out"
     )
 
 
@@ -150,7 +153,8 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _taken(base_id: str, names: Sequence[str]) -> str:
+def taken_text(base_id: str, names: Sequence[str]) -> str:
+    """That a base bypasses these modules, for a sentence that says what follows."""
     return f"{base_id} reads the weight of {named(names)} without calling the layer"
 
 

@@ -22,7 +22,7 @@ from loracli.composition.weights import Weights, weights_of_modules
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.method import read_to_compose
 from loracli.export.request import find_method
-from loracli.fitting.reach import named, warn_untried, weights_read
+from loracli.fitting.reach import named, taken_text, warn_untried, weights_read
 from loracli.fusing.plan import FusionPlan, plan_fusion
 from loracli.fusing.quantised import Quantisation
 from loracli.fusing.workplace import read_config
@@ -207,8 +207,8 @@ def _changed_modules(plan: BasePlan, composition: Composition, bypassed: Sequenc
     names = [name for name in dict.fromkeys(map(target_of, composition.names())) if name not in bypassed]
     if not names and composition.saved is None:
         raise BaseModelMismatch(
-            f"{plan.reference.id} reads the weight of {named(bypassed)} without calling the layer, so PEFT ignores "
-            "all of this composition, and the fused model would be the base",
+            f"{taken_text(plan.reference.id, bypassed)}, so PEFT ignores all of this composition, and the fused model "
+            "would be the base",
             hint="take adapters of layers that the model calls",
         )
     for name in names:

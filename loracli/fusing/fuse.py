@@ -1,8 +1,8 @@
 """A composition folded into the base model: files in, a model directory with its card out.
 
 The same files as the base's, with W + dW in the place of W. One pass over its weights, each file in blocks of rows, one
-rounding (`stream.py`). Whole or not at all, the same
-bytes for the same inputs; stopped at any moment, it goes on where it was (`workplace.py`).
+rounding (`stream.py`). Whole or not at all, the same bytes for the same inputs; stopped at any moment, it goes on where
+it was (`workplace.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loracli.composition.composition import Composition
 from loracli.errors import BaseModelMismatch, UsageError
 from loracli.export.card import front_matter
 from loracli.export.request import OUTPUT_DTYPES, ExportRequest, check_form
-from loracli.fitting.reach import named
+from loracli.fitting.reach import taken_text
 from loracli.fusing.composition import FuseRequest, bypassed_modules, compose_on_base, planned_fusion
 from loracli.fusing.plan import FusedTensor, FusionPlan
 from loracli.fusing.quantised import Quantisation, read_quantisation
@@ -278,8 +278,8 @@ class _Fusion:
         self._bypassed = bypassed_modules(base.reference, self._composition, progress)
         if self._bypassed:
             progress.warn(
-                f"{base.reference.id} reads the weight of {named(self._bypassed)} without calling the layer: their "
-                "updates are left out, as PEFT and the fit ignore them"
+                f"{taken_text(base.reference.id, self._bypassed)}: their updates are left out, as PEFT and the fit "
+                "ignore them"
             )
         self._plan: FusionPlan = planned_fusion(
             self._checkpoint, base, self._composition, dtype, quantisation, bypassed=self._bypassed

@@ -1,4 +1,4 @@
-"""The weights of quantised bases as numbers.
+"""The weights of a quantised base as numbers, in float64 and so exactly, from the tensors that it stores.
 
 Weights of bitsandbytes in 4 bits, NF4 or FP4 (QLoRA, arXiv 2305.14314), two in a byte, the first in the upper half:
 
@@ -9,7 +9,7 @@ with the tables code (16) and code2 (256) in X.weight.quant_map and X.weight.nes
 and c in X.weight.quant_state.bitsandbytes__nf4, which is JSON. bitsandbytes (0.50) computes it in float32 and rounds to
 its dtype; here it is float64.
 
-The weights of a quantised base as numbers, in float64 and so exactly, from the tensors that it stores.
+Weights in 8 bits:
 
     W = s q        q (out, in) in 8 bits, s the scale of its block: of rows and columns, a row, a group of one, or all
 

@@ -1,11 +1,9 @@
-"""W + dW, file by file: what is added, how it is rounded, and the stream from base to result.
+"""W' = W + dW, file by file: what is added, how it is rounded, and the stream from base to result.
 
-W' = W + dW, rounded once, a few rows at a time.
-
-With left (rows, R) and right (R, columns): for an output in bfloat16 or float16 both are rounded to
-float32 once and W + left @ right is summed there; for float32 and float64, and where W is computed from a quantised
-weight, it is summed in float64. With
-eps = 2^-24 or 2^-53, the number before the last rounding is off by at most
+dW is two thin matrices, left (rows, R) and right (R, columns), and W' is rounded once, a few rows at a time. For an
+output in bfloat16 or float16 both are rounded to float32 once and W + left @ right is summed there; for float32 and
+float64, and where W is computed from a quantised weight, it is summed in float64. With eps = 2^-24 or 2^-53, the number
+before the last rounding is off by at most
 
     (R + 4) eps (|W| + |left_i| |right_j|)        |.| of row i of left and column j of right: Euclidean norms
 
@@ -13,7 +11,7 @@ since a sum of R + 1 products is off by at most (R + 1) eps times the sum of the
 of Numerical Algorithms, section 3.1), whatever its order, and by Cauchy and Schwarz. That is far below the spacing of
 bfloat16 numbers: the result is the correctly rounded one unless the exact sum lies so close to the middle between two.
 
-What is added to a tensor of the base, as two thin matrices in the tensor's own layout.
+The two matrices lie as the tensor of the base does:
 
 nn.Linear                   W (out, in)       dW = B A          left = B         right = A
 Conv1D                      W (in, out)       dW^T = A^T B^T    left = A^T       right = B^T

@@ -1,6 +1,5 @@
-"""Where a fused model is made, and which files of the base come along.
-
-Where a fused model is made, so that it appears whole or not at all and nothing is lost when the work is stopped.
+"""Where a fused model is made, so that it appears whole or not at all and nothing is lost when the work is stopped; and
+which files of the base come along.
 
     .NAME.fusing/        beside the output: its files as they are finished, and becomes the output by rename
     .NAME.fusing.json    what it is made of, and the sha256 of each finished file and of the base's file it came from

@@ -30,7 +30,7 @@ from loracli.evaluation.scorer import told_answer
 from loracli.evaluation.statistics import FIT
 from loracli.fitting.inputs import say_tokenizer_differences
 from loracli.fitting.mixing import make_layout
-from loracli.fitting.reach import IGNORED, named, warn_untried, weights_read
+from loracli.fitting.reach import bypassed_of, taken_text
 from loracli.hub.fetch import fetch_adapter
 from loracli.hub.references import Named, Reference
 from loracli.model.attach import AttachedModel, attach, check_saved, modules_replaced
@@ -258,7 +258,8 @@ def _read(request: GenerateRequest, progress: Progress) -> _Asked:
     read = on_base(read, base)
     check_composable(read, base_given=claim is not None, base_known=True)
     layout = make_layout(read)
-    _warn_of_bypassed(layout.modules, base, progress)
+    if bypassed := bypassed_of(layout.modules, base, progress):
+        progress.warn(f"{taken_text(base.id, bypassed)}: their updates act neither here nor in PEFT")
     answerers = [_Answerer(_BASE, weighted(layout, [0.0] * len(read)))]
     for place, adapter in enumerate(read):
         alone = weighted(layout, [float(place == other) for other in range(len(read))])
@@ -271,16 +272,6 @@ def _read(request: GenerateRequest, progress: Progress) -> _Asked:
     placement = as_fitted(request.placement, base, fits, progress=progress)
     shown = tuple(answerers[-1:] if request.composition_alone else answerers)
     return _Asked(shown, read, names, base, placement, plain)
-
-
-def _warn_of_bypassed(modules: Sequence[str], base: BaseReference, progress: Progress) -> None:
-    seen = weights_read(base)
-    warn_untried(seen, base.id, IGNORED, progress)
-    if bypassed := [name for name in modules if name in seen.bypassed]:
-        progress.warn(
-            f"{base.id} reads the weight of {named(bypassed)} without calling the layer: their updates act neither "
-            "here nor in PEFT"
-        )
 
 
 class _Talk:

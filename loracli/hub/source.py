@@ -1,10 +1,5 @@
-r"""One repository: how to get at it, what its bytes must be, and what its errors are to us.
-
-One folder of one repository and how to get at it; what the Hub lists there; what was taken.
-
-What huggingface_hub and its HTTP client raise, as errors of ours. The server's own words are never repeated.
-
-Whether a file holds the bytes that the Hub lists, and the removal of one that does not.
+r"""One folder of one repository: how to get at it, what its bytes must be, and what its errors are to us. What the
+server says in words is never repeated.
 
     large file    sha256(bytes)                               64 digits
     other file    sha1("blob " + len(bytes) + "\0" + bytes)   40 digits, git's hash of a blob

@@ -1,4 +1,5 @@
-"""The base model with all adapters attached, whose only free quantities are the mixing weights.
+"""The base model with all adapters attached, whose only free quantities are the mixing weights; and with modules that
+adapters saved whole in the place of its own.
 
 Per module, with the adapters stacked to A (R, in) and B (out, R):
 
@@ -22,8 +23,6 @@ that accelerate has wrapped) takes the hook.
 
 Both act where the model calls the layer, as PEFT's wrapper does. A layer whose weight the model takes without calling
 it is not reached (`fitting/reach.py`).
-
-The base model with modules that adapters saved whole in the place of its own.
 """
 
 from __future__ import annotations

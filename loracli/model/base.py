@@ -34,7 +34,7 @@ from loracli.model.reference import (
     neutralise,
     refuse_mistyped,
 )
-from loracli.progress import SILENT, Progress
+from loracli.progress import SILENT, Progress, begun
 from loracli.system.document import dtype_name
 from loracli.system.machine import read_launch
 
@@ -201,8 +201,7 @@ def load_base(
     # transformers' fast products for experts refuse float64.
     experts = {"experts_implementation": "eager"} if plan.dtype == torch.float64 else {}
     shard_names(reference.path)
-    progress.begin("load base model", None, "B")
-    try:
+    with begun(progress, "load base model", None, "B"):
         tokenizer = load_tokenizer(reference)
         with _loading(reference, errors=_NO_WEIGHTS):
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -218,8 +217,6 @@ def load_base(
             )
             if not placement:
                 model.to(plan.device)
-    finally:
-        progress.finish("load base model")
     model.eval().requires_grad_(False)
     if quantisation is not None and not run_exactly(model, plan.dtype):
         raise BaseModelMismatch(

@@ -1,11 +1,8 @@
-"""The weights of a base model on the disk, and which parameter each becomes.
-
-The weights of a base model as they lie on the disk: one safetensors file, or shards with an index.
+"""The weights of a base model as they lie on the disk, in one safetensors file or in shards with an index, and which
+parameter each becomes.
 
 A stranger wrote them. Headers are read with the limits of `system.tensor_file` and checked before a byte of data is;
 the names of files in an index are looked up among those that are in the directory, and never make a path.
-
-Which parameter of the model a tensor of its checkpoint becomes, by transformers' own rules.
 
 A checkpoint may leave out or add the prefix of the inner model (GPT-2's `h.0.attn.c_attn.weight` is the model's
 `transformer.h.0.attn.c_attn.weight`), be renamed by a table, or be computed from several tensors, as fused experts are.

@@ -1,11 +1,9 @@
 """What records cost a model, in nats per scored token, and the gradient of that.
 
-Nats per scored token: the head runs on scored positions only, in chunks, with its gradient taken in the forward
-pass.
-
     loss = sum of v -log p(token) over all scored positions / sum of v, with v the weight of the position's file
 
-whatever the batches: sums are kept, and divided once.
+whatever the batches: sums are kept, and divided once. The head runs on scored positions only, in chunks, with its
+gradient taken in the forward pass.
 """
 
 from __future__ import annotations
@@ -90,7 +88,7 @@ class FrozenHead(torch.autograd.Function):
 
 
 class Objective:
-    """The loss of an attached model on batches. Made by `scoring`."""
+    """The loss of an attached model on batches. Made by `make_objective`."""
 
     def __init__(self, attached: AttachedModel, head: nn.Module, *, own_head: bool) -> None:
         self.attached = attached

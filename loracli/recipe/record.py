@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from loracli.adapters.claims import OtherBase, other_bases
 from loracli.adapters.names import RecipePlace, layer, target_of
-from loracli.hub.references import REPO_ID, BaseClaim, is_hub_id, is_repo_id
+from loracli.hub.references import REPO_ID, URI_PREFIX, BaseClaim, is_hub_id, is_repo_id
 from loracli.system.display import count_text, repr_line
 from loracli.system.document import AtMost, Matches, added, document_sha256
 from loracli.system.files import TENSOR_FILES
@@ -364,6 +364,14 @@ class RecipeAdapter:
     dtype: Word
     base_model: str | None
     renamed: dict[str, RecipePlace] | None = added(4, None)
+
+    @property
+    def pinned(self) -> str | None:
+        """The reference to a Hub adapter at its commit; None of a local directory."""
+        if self.repo_id is None:
+            return None
+        tail = f"/{self.subfolder}" if self.subfolder else ""
+        return f"{URI_PREFIX}{self.repo_id}@{self.commit}{tail}"
 
     @property
     def weights_sha256(self) -> str:

@@ -1,13 +1,11 @@
-"""The tensors of a recipe: their files, and the mixings that they are.
-
-The tensors of a recipe, in files beside it: `recipe.json` has `recipe.safetensors` for its mixing, where that is
+"""The tensors of a recipe, in files beside it: `recipe.json` has `recipe.safetensors` for its mixing, where that is
 tensors, and `recipe.json.activations.safetensors` for what the records show of the activations.
 
 The recipe holds each file's sha256; the files' names follow from the recipe's. All are written before the recipe gets
-its name, which makes it the commit point. Who is killed between the two renames
-leaves the old recipe beside new tensors: it is then refused by its hash.
+its name, which makes it the commit point. Who is killed between the two renames leaves the old recipe beside new
+tensors: it is then refused by its hash.
 
-Mixings that are tensors, one or two for each module: what they compose, and how a fit hands them to a recipe.
+Of a mixing that is tensors there are one or two for each module:
 
     rank, core    <module>.mixing                     M (R, R) float64, in the basis of the files:  dW = B M A
     factors       <module>.lora_A, <module>.lora_B    (r, in), (out, r) float32, scaling 1:         dW = lora_B lora_A

@@ -20,6 +20,7 @@ from loracli.hub.references import URI_PREFIX
 from loracli.model.quantisation import UNQUANTISED
 from loracli.recipe.recipe import Recipe
 from loracli.recipe.record import ON_LOADING, RecipeAdapter
+from loracli.system.display import typed_text
 from loracli.system.escaping import shell_word
 
 _RECIPE, _COMPARISON = "recipe.json", "comparison.json"  # where they are, unless they are named
@@ -105,7 +106,7 @@ def _fit(recipe: Recipe, name: str) -> str:
             continue
         if field.name == "metric_command":
             value = "COMMAND"  # its sha256 alone is recorded
-        words += [option] if value is True else [option, _value(value)]
+        words += [option] if value is True else [option, typed_text(value)]
     return _line(*words, *([] if name == _RECIPE else ["-o", name]))
 
 
@@ -123,7 +124,7 @@ def _compare(recipe: Recipe, files: Files, found: Comparison) -> Step:
         words += ["--metric-command", "COMMAND"] if found.metric == "command" else ["--generate", found.metric]
     if found.guard is not None:
         words += ["--guard", *map(_file, found.guard.split(", "))]
-        words += [] if found.margin == CompareSettings.margin else ["--margin", _value(found.margin)]
+        words += [] if found.margin == CompareSettings.margin else ["--margin", typed_text(found.margin)]
     if found.settings is None:
         lacking.insert(0, "the settings, which this version of loracat records, and older ones did not")
     else:
@@ -147,7 +148,7 @@ def _set_for(made: ComparisonSettings, recipe: Recipe) -> list[str]:
     for name, value in made.options.items():
         if value is not None and value != defaults.get(name):
             option = f"--{name.replace('_', '-')}"
-            words += [option] if value is True else [option, _value(value)]
+            words += [option] if value is True else [option, typed_text(value)]
     return words
 
 
@@ -159,9 +160,8 @@ def _fitted_on(file: FitFile) -> str:
 
 def _ingredient(adapter: RecipeAdapter, label: str) -> str:
     """An adapter pinned to its commit, or a directory: from the recipe's folder if it lies in there."""
-    if adapter.repo_id is not None:
-        tail = f"/{adapter.subfolder}" if adapter.subfolder else ""
-        return f"{URI_PREFIX}{adapter.repo_id}@{adapter.commit}{tail}"
+    if adapter.pinned is not None:
+        return adapter.pinned
     place = PurePath(adapter.reference)
     return f"path/to/{label}" if place.is_absolute() or ".." in place.parts else f"./{place}"
 
@@ -174,10 +174,6 @@ def _named_base(recipe: Recipe) -> list[str]:
 def _file(name: str) -> str:
     """A data file as a word that is no option; standard input by its sign."""
     return "-" if name == "<stdin>" else f"./{name}" if name.startswith("-") else name
-
-
-def _value(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def _line(*words: str) -> str:

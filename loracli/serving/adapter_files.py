@@ -1,10 +1,7 @@
-"""What a server finds: the files of an adapter, and what the config of the base tells.
-
-What an adapter's directory holds, read as leniently as is safe: also of adapters that loracat itself refuses.
+"""What a server finds: the files of an adapter, also of one that loracat itself refuses, read as leniently as is safe;
+and what the config of the base tells of it.
 
 Only the config and the headers of the tensors are read, with limits; a config's regular expressions are never compiled.
-
-What rules need to know of a base model, from its config alone.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
-"""Servers' rules, and an adapter held against them.
+"""An adapter's directory held against the rules of servers: what each would do with it, and how it is served.
 
-The rules by which servers read adapters, as data: one TOML file a server beside this file.
+The rules are data: one TOML file a server beside this file.
 
     [server]   id, name, layout, versions, read (the version whose source was read), ranks, gguf, serve
     [[rule]]   name, severity, check with its parameters, why, remedy, source (file and function)
 
 `check` names one of the functions in checks.py; everything of a rule that is no field of `Rule` is its parameter.
-
-Holds an adapter's directory against the rules of servers: what each would do with it, and how it is served.
 
 Nothing of the adapter is run, and nothing of it goes unquoted into a command: its own name for the base only if it is
 spelt like a Hub id, its directory's name reduced to harmless characters.

@@ -58,6 +58,11 @@ def count_text(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
+def typed_text(value: object) -> str:
+    """As it is typed: of a number the shortest text that is read back as the same."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
 def drawn_by(draw: Callable[[Any], str]) -> None:
     """Says what draws the values that a notebook shows as more than a line."""
     global _draw

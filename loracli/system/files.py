@@ -1,10 +1,5 @@
-"""Files: names of those that make an adapter, reading that never waits, writing that appears whole or not at all.
-
-Names of the files of an adapter and of an export.
-
-Reading of regular files alone, with a ceiling.
-
-Outputs that appear whole or not at all, with their bytes on the disk before their name is.
+"""Files: names of those that make an adapter and an export, reading of regular files alone, with a ceiling, and outputs
+that appear whole or not at all, with their bytes on the disk before their name is.
 """
 
 from __future__ import annotations

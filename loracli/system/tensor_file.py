@@ -1,17 +1,13 @@
 """Safetensors: one reader of what strangers wrote, one writer whose bytes depend on the tensors alone.
 
-Reading a safetensors file that a stranger wrote: the header is checked first, with limits, then all data in one
-pass; after that tensors are read one by one, when they are wanted.
+    8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the data
 
-The format: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the data. The
-safetensors library refuses a damaged layout by itself; the limits here are on what it accepts and a hostile file
-abuses.
+(https://github.com/huggingface/safetensors#format). Read, the header is checked first, with limits, then all data in
+one pass; after that tensors are read one by one, when they are wanted. The safetensors library refuses a damaged layout
+by itself; the limits here are on what it accepts and a hostile file abuses.
 
-A safetensors writer whose bytes depend on the tensors alone.
-
-The library's own `save_file` (0.8) puts metadata in random order, ignores the umask and does not flush to the disk. The
-format is https://github.com/huggingface/safetensors#format: 8 bytes length, a JSON header padded with spaces to a
-multiple of 8, raw data.
+Written, the header is padded with spaces to a multiple of 8. The library's own `save_file` (0.8) puts metadata in
+random order, ignores the umask and does not flush to the disk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """Methods that drop entries of the updates before they add them: TIES, DARE, and both.
 
-An order of updates that does not depend on the order they are given in, and a seed that belongs to one of them.
-
 TIES (arXiv 2306.01708, section 4), on each module's updates.
 
     trim      keep the `density` largest entries of each dW_i by magnitude, 0 elsewhere
