@@ -78,7 +78,8 @@ def by_base_names(adapter: LoraAdapter, places: Mapping[str, BasePlace], base: M
         if any(target_of(name) == parameter for name in modules):
             raise BaseModelMismatch(f"{adapter.reference} adapts {parameter} as a whole and by its experts' layers")
         modules |= _fused_experts(adapter.reference, parameter, of_parameter, base.get(parameter))
-    if len(modules) == len(adapter.modules) and all(modules.get(n) is m for n, m in adapter.modules.items()):
+    as_before = len(modules) == len(adapter.modules) and all(modules.get(n) is m for n, m in adapter.modules.items())
+    if as_before and not any(name in moved for name in (*adapter.saved, *adapter.base_copies)):
         return adapter
     saved = {
         _target(moved, owner): {

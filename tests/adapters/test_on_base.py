@@ -127,6 +127,17 @@ def test_saved_modules_and_copies_go_by_the_same_names(tmp_path: Path, tiny_base
     assert json.loads((peft / "adapter_config.json").read_text())["modules_to_save"] == ["layers.0.mlp"]
 
 
+def test_a_saved_module_goes_by_the_bases_name_where_nothing_else_has_another(tmp_path: Path, tiny_base: Path) -> None:
+    adapter = read_adapter(str(make_adapter(tmp_path / "a", tiny_base, modules_to_save=["layers.0.mlp"])))
+    [owner] = adapter.saved
+    found = by_base_names(adapter, {owner: BasePlace("model.language_model.layers.0.mlp")}, {})
+    assert list(found.modules) == list(adapter.modules)
+    assert list(found.saved) == ["model.language_model.layers.0.mlp"]
+    assert sorted(found.saved["model.language_model.layers.0.mlp"]) == [
+        path.replace("model.", "model.language_model.", 1) for path in sorted(adapter.saved[owner])
+    ]
+
+
 class Gemma:
     """A model of text and images, an adapter of its text model under three names, and stock PEFT's own of it."""
 
