@@ -66,6 +66,18 @@ def test_answers_in_batches_are_those_of_one_prompt_at_a_time_and_of_the_argmax(
         assert ids[len(prompt) :] == answer
 
 
+def test_the_head_is_given_no_view_of_the_states_and_has_no_hook_afterwards(model: Any) -> None:
+    """Of such a view torch's bfloat16 on a CPU makes a product with a copy of the head for every prompt."""
+    head, seen = model.get_output_embeddings(), []
+    watch = head.register_forward_hook(
+        lambda _, given, out: seen.append((given[0].shape[:2], given[0].is_contiguous()))
+    )
+    greedy_answers(model, prompts(6), max_new_tokens=3, window=256, batch_tokens=400, ends=[], pad=0)
+    watch.remove()
+    assert seen == [((6, 1), True)] * 3
+    assert not head._forward_pre_hooks
+
+
 def test_an_answer_ends_where_the_window_does_and_no_other_with_it(tmp_path: Path) -> None:
     """On a base that has no position beyond it; each prompt alone, token by token."""
     model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path / "base", "gpt2")).eval()
