@@ -597,6 +597,27 @@ def test_an_adapter_whose_loss_is_not_finite_is_left_out_by_name_and_all_of_them
         compare(data, tiny_base, (huge, other))
 
 
+def test_a_fitted_row_whose_loss_is_nowhere_finite_is_left_out_and_a_search_steps_over_such_points(
+    tmp_path: Path, data: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path]
+) -> None:
+    """An adapter of numbers so large that the model overflows at every weight that is not almost 0."""
+    huge, heard = make_adapter(tmp_path / "huge", shallow_base, seed=3, size=1e19), Heard()
+    settings = CompareSettings(
+        ("task-arithmetic", "lorahub", "module"), fit=QUICK, controls=Controls(fresh_lora=True, random=True)
+    )
+    adapters = [str(huge), str(two_shallow_adapters[0])]
+    inputs = prepare_comparison(
+        data / "test.jsonl", adapters=adapters, fit_data=data / "val.jsonl", base=str(shallow_base), settings=settings
+    )
+    found = run_comparison(inputs, progress=heard)
+    assert {row.name for row in found.rows} == {"base", adapters[1], "lorahub", "fresh-lora"}
+    assert abs((found.row("lorahub").weights or ())[0]) < 1e-3
+    for name in ("task-arithmetic", "module", "random", "uniform", adapters[0]):
+        reason = next(entry.reason for entry in found.skipped if entry.name == name)
+        assert reason.startswith("the loss is not finite on the records at ")
+        assert f"{name} is left out: {reason}" in heard.warnings
+
+
 def test_what_is_fitted_is_announced_measured_and_finished_even_where_it_is_stopped(
     data: Path, tiny_base: Path, two_adapters: tuple[Path, Path]
 ) -> None:
