@@ -278,6 +278,7 @@ def _step_log(path: Path | None, processes: Processes, resumed: bool) -> Iterato
         log = StepLog(path, resume=resumed)
     try:
         yield log
+        log.cut()
     finally:
         log.close()
 
