@@ -158,6 +158,17 @@ def test_a_resumed_fit_that_is_stopped_before_it_is_where_it_was_keeps_its_log(
     assert timeless(fit.folder / "broken.log") == timeless(fit.folder / "whole.log")
 
 
+def test_with_nothing_to_resume_the_log_of_another_fit_is_replaced_by_force_alone(fit: Fit, power: Power) -> None:
+    fit.run("first.json", log="steps.log")
+    log, used = (fit.folder / "steps.log").read_bytes(), power.used
+    with pytest.raises(OutputExists, match=r"steps\.log exists"):
+        fit.run("other.json", resume=True, log="steps.log")
+    assert (fit.folder / "steps.log").read_bytes() == log and power.used == used
+    assert not state_folder(fit.folder / "other.json").exists()
+    fit.run("other.json", resume=True, force=True, log="steps.log")
+    assert (fit.folder / "steps.log").read_bytes() != log and power.used > used
+
+
 def test_kill_9_at_random_moments_and_resume_ends_in_the_same_bytes(fit: Fit, server: ForkServer) -> None:
     """Real processes, real kills; the last one is left to end."""
     words = ["fit", "-a", *fit.adapters, "-d", str(fit.data), "--base", fit.base, "--mixing", "core", "--passes", "4"]
