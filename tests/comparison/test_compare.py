@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -364,6 +365,25 @@ def test_a_method_that_cannot_honour_the_adapters_is_skipped_in_all_and_an_error
         compare(data, tiny_base, two_adapters, settings=CompareSettings(("linear-peft",)))
     with pytest.raises(UsageError, match="module has to be fitted"):
         compare(data, tiny_base, two_adapters, settings=CompareSettings(("module",)))
+
+
+def test_a_method_whose_package_is_not_installed_is_skipped_in_all_and_refused_by_name(
+    data: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name before anything is opened."""
+    monkeypatch.setitem(sys.modules, "nevergrad", None)
+    settings = CompareSettings(("all",), fit=QUICK)
+    inputs = prepare_comparison(
+        data / "test.jsonl",
+        adapters=two_shallow_adapters,
+        base=shallow_base,
+        fit_data=data / "val.jsonl",
+        settings=settings,
+    )
+    skipped = {entry.name: entry.reason for entry in plan_comparison(inputs).skipped}
+    assert skipped["lorahub"] == "lorahub needs the package nevergrad"
+    with pytest.raises(UsageError, match="lorahub needs the package nevergrad"):
+        prepare_comparison(data / "none.jsonl", adapters=["./nowhere"], settings=CompareSettings(("lorahub",)))
 
 
 def test_a_fitted_row_that_took_no_step_from_its_start_says_so(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,16 @@ def test_an_option_that_a_method_does_not_take_is_refused(tmp_path: Path, names:
     with pytest.raises(UsageError, match="linear-peft cannot be computed here"):
         export_adapter(ExportRequest(method="linear-peft", adapters=names), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_method_whose_package_is_not_installed_is_refused_before_anything_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nevergrad", None)
+    request = ExportRequest(method="lorahub", adapters=["./nowhere"], fit_data=tmp_path / "nowhere.jsonl")
+    with pytest.raises(UsageError, match="lorahub needs the package nevergrad") as caught:
+        export_adapter(request, tmp_path / "out")
+    assert caught.value.hint == "pip install 'loracat[lorahub]'"
 
 
 def test_the_base_is_asked_only_where_the_adapters_do_not_say_where_a_name_stands(
