@@ -260,7 +260,7 @@ class Row:
 
 TABLE = (
     Row("no", ("force",), "replaces what is there"),
-    Row("no", ("log", "local-dir"), "writes where no output is expected"),
+    Row("no", ("log", "local-dir", "per-record"), "writes where no output is expected"),
     Row("no", ("cache-dir", "resume"), "takes a cache, or the state of a run, for the user's own"),
     Row("no", ("base", "base-revision"), "names what is trusted: weights, tokenizer, chat template"),
     Row("no", ("metric-command",), "names a program"),
