@@ -94,12 +94,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def divided(some: Sequence[Example], records: Sequence[Record], folds_below: int) -> tuple[Fold, ...]:
     """Few records in four folds, of more a fifth set aside; ends the benchmark where none are left to choose with."""
-    places = {example.place for example in some}
-    of_some = [record for record in records if record.place in places]
     try:
         if len(some) < folds_below:
-            return cross_folds(some, of_some, 4, seed=1)
-        fold = one_fold(some, of_some, seed=1)
+            return cross_folds(some, records, 4, seed=1)
+        fold = one_fold(some, records, seed=1)
     except UsageError as error:
         raise SystemExit(f"--records {len(some)}: {error}") from None
     if not fold.validation:

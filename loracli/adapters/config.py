@@ -51,7 +51,8 @@ _UNKNOWN_INITIALISATION = "PEFT has none of that name; if the base was left as i
 _CONVERT = "make a plain LoRA of it: loracat convert ADAPTER --base MODEL"
 _NO_LORA = "train a LoRA in its place, or leave it out"
 
-# Features that change what the tensors mean, with the way out. "Off" is null, false, empty or absent.
+# Features that change what the tensors mean, with the way out. "Off" is null, false, an empty list or object,
+# or absent, as PEFT writes it; 0 and "" are not.
 _REFUSED = {
     "use_dora": ("DoRA", _CONVERT),
     "layer_replication": ("layer_replication", "train the adapter on the base model's own layers"),

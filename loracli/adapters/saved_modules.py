@@ -103,7 +103,7 @@ def saved_modules(policy: str, adapters: Sequence[LoraAdapter], *, progress: Pro
 
     Raises:
         UsageError, UnsupportedAdapter: as `settled_policy`, for a policy that does not fit the adapters.
-        IncompatibleAdapters: if tensors to be averaged differ in shape, or an adapter changes what another replaces.
+        IncompatibleAdapters: if tensors to be averaged differ in shape, or an adapter changes what is replaced.
     """
     policy = settled_policy(policy, adapters, [adapter.reference for adapter in adapters])
     if policy == REFUSE:
@@ -117,9 +117,11 @@ def saved_modules(policy: str, adapters: Sequence[LoraAdapter], *, progress: Pro
             progress.note(f"modules_to_save of {adapter.reference} left out: {', '.join(left_out)}")
         clash = next((name for name in adapter.modules if not replaced.isdisjoint(_within(name))), None)
         if clash is not None:
+            owner = next(one for one in chosen if not one.saved.keys().isdisjoint(_within(clash)))
+            who, without = ("it", "it") if owner is adapter else (owner.reference, "one of the two")
             raise IncompatibleAdapters(
-                f"{adapter.reference} adapts {clash}, which another adapter replaces as one of its modules_to_save",
-                hint="pick an adapter that does not replace it, or compose without one of the two",
+                f"{adapter.reference} adapts {clash}, which {who} replaces as one of its modules_to_save",
+                hint=f"pick an adapter that does not replace it, or compose without {without}",
             )
     sources: dict[str, tuple[tuple[LoraAdapter, SavedTensor], ...]] = {}
     for module in modules:

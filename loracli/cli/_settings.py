@@ -247,7 +247,7 @@ class Row:
     Args:
         rule: whether the file may set them; `inside` for paths within the folder, and for references on the Hub.
         options: long names, of every command or, as `push.revision`, of one.
-        why: half a sentence.
+        why: half a sentence; `inside`, what has to be there.
     """
 
     rule: _Rule
@@ -266,10 +266,10 @@ TABLE = (
     Row("no", ("max-size", "with-base"), "lifts a ceiling of a download"),
     Row("no", ("from-pickle", "edited-card"), "lifts a check"),
     Row("no", ("push.revision", "message", "prompt"), "names another place, or speaks, in the user's name"),
-    Row("inside", ("output",), "is a new name, and no hidden one"),
-    Row("inside", ("adapters", "control", "initial"), "are directories, or references on the Hub"),
-    Row("inside", ("data", "eval-data", "fit-data", "guard", "comparison", "recipe"), "are files"),
-    Row("inside", ("weights",), "are numbers, or a file"),
+    Row("inside", ("output",), "a new name there, and no hidden one"),
+    Row("inside", ("adapters", "control", "initial"), "a directory there, or a reference on the Hub"),
+    Row("inside", ("data", "eval-data", "fit-data", "guard", "comparison", "recipe"), "a file there"),
+    Row("inside", ("weights",), "numbers, or a file there"),
     Row(
         "yes",
         tuple(
@@ -306,7 +306,7 @@ def _refusal(command: str, option: str, value: Any) -> str | None:
         if option in _REFERENCES and _is_on_the_hub(str(text)):
             continue
         if not _is_inside(str(text)) or (option in _WRITTEN and _is_hidden(str(text))):
-            return f"{text!r} is not inside of the folder: {row.why}"
+            return f"{text!r} is not inside of the folder: it has to be {row.why}"
     return None
 
 

@@ -230,8 +230,8 @@ def _method(
         check = partial(check_own_records, name, inputs.owners, inputs.references)
         return Candidate(name, "method", regress, cost, fitted=True, by_name=by_name, check=check)
     search = partial(search_weights, METHODS[name], options, calibration, adapters, layout)
-    cost = search_cost(METHODS[name], calibration)
-    return Candidate(name, "method", search, cost, fitted=True, by_name=by_name)
+    cost, installed = search_cost(METHODS[name], calibration), METHODS[name].check_installed
+    return Candidate(name, "method", search, cost, fitted=True, by_name=by_name, check=installed)
 
 
 def _check_updates(method: Method, adapters: Sequence[LoraAdapter]) -> None:

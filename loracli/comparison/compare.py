@@ -463,7 +463,7 @@ class _Comparison:
         found = []
         for number, draw in enumerate(row.draws, 1):
             self._progress.enter(self._counted(row))
-            point, scored = draw.composed(self._skipped), None
+            point, scored = self._composed(draw), None
             if point is None:
                 self._progress.leave_out(1)
             else:
@@ -475,6 +475,14 @@ class _Comparison:
                 return
             found.append(scored)
         self._keep(row, mean_of(found))
+
+    def _composed(self, row: Candidate) -> MixingPoint | None:
+        """What a row that is fitted sets; None of one that is left out."""
+        try:
+            return row.composed(self._skipped)
+        except NonFiniteLoss as error:
+            self._leave_out(row, error)
+            return None
 
     def _evaluate(self, rows: Sequence[Candidate], adapters: Sequence[LoraAdapter], layout: Layout) -> None:
         """The other rows, which are set on one attached model in turn."""
@@ -501,9 +509,12 @@ class _Comparison:
             references = self._inputs.references
             if row.name == references[-1] and not any(name in self._done for name in references):
                 raise
-            self._skipped.append(Skipped(row.name, str(error)))
-            self._progress.warn(f"{row.name} is left out: {error}")
+            self._leave_out(row, error)
             return None
+
+    def _leave_out(self, row: Candidate, error: NonFiniteLoss) -> None:
+        self._skipped.append(Skipped(row.name, str(error)))
+        self._progress.warn(f"{row.name} is left out: {error}")
 
     def _keep(self, row: Candidate, found: Evaluated) -> None:
         self._done[row.name] = found

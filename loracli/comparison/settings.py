@@ -160,12 +160,15 @@ class CompareSettings:
 
     def check_used(self, *, fit_data: bool, guard: bool) -> None:
         """Raises UsageError for what could change no row: records or settings of a fit without one, a margin of
-        nothing; and for a fit without records that was asked for by name.
+        nothing; and for what was asked for by name, a fit without records or a method whose package is not installed.
 
         Args:
             fit_data: whether there are calibration records.
             guard: whether there are records that must not get worse.
         """
+        for name in self.methods:
+            if name in METHODS:
+                METHODS[name].check_installed()
         if self.margin != _MARGIN and not guard:
             raise UsageError("--margin is for the records of --guard", hint="give --guard FILE, or leave --margin out")
         fits = bool(self.controls.fitted) or any(name == ALL or name in FITTED_MIXINGS for name in self.methods)

@@ -12,6 +12,7 @@ many digits as give the same float64 again.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ _STATE = StateKind(
     frozenset({*_OF_FITS, _WEIGHTS, _MIXED}),  # rows that need none of them are the same without
 )
 _MAX_ROW_BYTES = 256 << 20
-_MOST = 1e12  # nats or tokens of a record, or what a task metric gives it
+_MOST = 1e12  # nats or tokens of a record
 _NATS, _TOKENS, _GUARD_NATS, _GUARD_TOKENS, _VALUES = "nats", "tokens", "guard nats", "guard tokens", "values"
 _DRAWS = "draws"
 
@@ -149,7 +150,9 @@ class KeptRows:
 
 
 def _can_be(name: str, number: float) -> bool:
-    """Whether a record can have so many tokens, or cost so much."""
+    """Whether a record can have so many tokens, or cost so much; a task metric may give it anything."""
+    if name == _VALUES:
+        return math.isfinite(number)
     return abs(number) <= _MOST and (number > 0 or name not in (_TOKENS, _GUARD_TOKENS))
 
 

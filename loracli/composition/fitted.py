@@ -3,6 +3,7 @@ that go by what each adapter's own records show of its inputs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from loracli.calibration.render import Example
 from loracli.composition.attached import MixingPoint, of_factors, one_draw, weighted
 from loracli.composition.composition import CPU, OwnMoments, updates_of
 from loracli.composition.weights import goes_by
-from loracli.errors import UsageError
+from loracli.errors import NonFiniteLoss, UsageError
 from loracli.fitting.activations import check_weighable, chosen_records, second_moments
 from loracli.fitting.engine import Engine, Pace
 from loracli.fitting.inputs import FitInputs
@@ -154,7 +155,12 @@ def _chosen(calibration: Calibration) -> list[Example]:
 def search_weights(
     method: Method, options: MethodOptions, calibration: Calibration, adapters: Sequence[LoraAdapter], layout: Layout
 ) -> MixingPoint:
-    """A method that searches for one weight an adapter by the loss on up to 64 calibration records."""
+    """A method that searches for one weight an adapter by the loss on up to 64 calibration records, infinite where
+    there is none.
+
+    Raises:
+        NonFiniteLoss: if no weights that were tried have a finite loss.
+    """
     assert method.search is not None
     chosen = _chosen(calibration)
     batches = calibration.session.batches(chosen)
@@ -162,10 +168,21 @@ def search_weights(
     with calibration.engine(adapters, layout.modules) as engine:
         engine.meter.stage(method.name)
 
+        failures: list[NonFiniteLoss] = []
+        tried = 0
+
         def loss(weights: Sequence[float]) -> float:
-            return engine.score(mixing, mixing.constant(weights), batches, chosen).nats_per_token
+            nonlocal tried
+            tried += 1
+            try:
+                return engine.score(mixing, mixing.constant(weights), batches, chosen).nats_per_token
+            except NonFiniteLoss as error:
+                failures.append(error)
+                return math.inf
 
         found = method.search(loss, len(adapters), options)
+    if failures and len(failures) == tried:
+        raise failures[-1]
     drawn = [one_draw(options.seed)] if "seed" in method.takes else []
     shown = "weights " + ", ".join(f"{weight:.2f}" for weight in found)
     return weighted(layout, found, note="; ".join([shown, *drawn]))

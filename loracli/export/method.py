@@ -204,7 +204,7 @@ def compose_method(
 
     Raises:
         InputError: of the kind that fits, if adapters, recipe, base or records are rejected.
-        UsageError: if the method cannot honour these adapters, or needs an extra that is not installed.
+        UsageError: if the method cannot honour these adapters.
     """
     given = _read_ingredients(request, progress)
     read, recipe, saved = given.adapters, given.recipe, given.saved
@@ -275,7 +275,6 @@ def searched_weights(
         progress: told how far it is.
     Raises:
         InputError: of the kind that fits, if base or records are rejected.
-        UsageError: if the method needs an extra that is not installed.
     """
     assert request.fit_data is not None
     files = tuple(read_records(source, progress=progress) for source in parse_sources(request.fit_data))

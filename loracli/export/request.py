@@ -302,7 +302,8 @@ def find_method(name: str, options: MethodOptions = DEFAULTS) -> Method:
     """The method of a name, which takes every option that is set.
 
     Raises:
-        UsageError: if there is no such method, an option is out of its range, or the method does not take it.
+        UsageError: if there is no such method, an option is out of its range, the method does not take it, or it needs
+            a package that is not installed.
     """
     options.check()
     if name not in METHODS:
@@ -316,4 +317,5 @@ def find_method(name: str, options: MethodOptions = DEFAULTS) -> Method:
         if getattr(options, option.name) != option.default and option.name not in takes(method):
             can = ", ".join(f"--{word}" for word in sorted(takes(method)))
             raise UsageError(f"{name} takes no --{option.name}", hint=f"it takes {can}" if can else None)
+    method.check_installed()
     return method

@@ -51,9 +51,7 @@ class FreshTraining:
         self, layout: Layout, training: Sequence[Example], records: Sequence[Record], settings: FitSettings
     ) -> None:
         self._layout, self._settings = layout, settings
-        places = {example.place for example in training}
-        kept = [record for record in records if record.place in places]
-        self._fold = one_fold(training, kept, seed=settings.seed + 1)
+        self._fold = one_fold(training, records, seed=settings.seed + 1)
         self._plan = plan_steps(self._fold.fitting, batch_tokens=settings.batch_tokens, seed=settings.seed)
         a_pass = self._plan.steps_a_pass
         passes = min(max(_STEPS / a_pass, _FEWEST_PASSES), _MOST_PASSES)

@@ -51,34 +51,32 @@ def divided(
 
     Args:
         training: examples.
-        records: that they were rendered from.
+        records: that they were rendered from, those that were dropped among them.
         count: K, None to go by how many records there are.
         seed: of the division.
     Raises:
         UsageError: if there are too few different records for the count.
     """
-    places = {example.place for example in training}
-    records = [record for record in records if record.place in places]
     if count is not None:
         return cross_folds(training, records, count, seed=seed)
-    different = len({record.fingerprint for record in records})
+    different = len({record.fingerprint for record in _rendered(training, records)})
     if FEWEST_TO_VALIDATE <= len(training) < _FOLDED_BELOW and different >= _FOLDS:
         return cross_folds(training, records, _FOLDS, seed=seed)
     return (one_fold(training, records, seed=seed),)
 
 
 def one_fold(training: Sequence[Example], records: Sequence[Record], *, seed: int) -> Fold:
-    """A fifth of the records to choose with; none below 6 records.
+    """A fifth of the records to choose with, at least two; none below 6 records.
 
     Args:
         training: examples.
-        records: that they were rendered from.
+        records: that they were rendered from, those that were dropped among them.
         seed: of the split.
     """
     if len(training) < FEWEST_TO_VALIDATE:
         return Fold(tuple(training), ())
     count = min(max(2, round(_VALIDATION_SHARE * len(training))), _MOST_TO_VALIDATE)
-    _, chosen = split_records(records, count, seed=seed)
+    _, chosen = split_records(_rendered(training, records), count, seed=seed)
     fold = set_aside(training, chosen)
     # Equal records stand together, so a few of them many times over can leave nothing on one side.
     return fold if len(fold.fitting) >= len(fold.validation) > 0 else Fold(tuple(training), ())
@@ -90,13 +88,19 @@ def cross_folds(training: Sequence[Example], records: Sequence[Record], count: i
     Raises:
         UsageError: if a fold would be empty.
     """
-    folds = tuple(set_aside(training, part) for part in dealt(records, count, seed=seed))
+    folds = tuple(set_aside(training, part) for part in dealt(_rendered(training, records), count, seed=seed))
     if not all(fold.fitting and fold.validation for fold in folds):
         raise UsageError(
             f"--cv {count} needs at least {count} different training records that can be scored",
             hint="give fewer folds, or more records",
         )
     return folds
+
+
+def _rendered(training: Sequence[Example], records: Sequence[Record]) -> list[Record]:
+    """The records whose examples are there: one that was dropped neither fits nor chooses."""
+    places = {example.place for example in training}
+    return [record for record in records if record.place in places]
 
 
 def set_aside(training: Sequence[Example], chosen: Sequence[Record]) -> Fold:

@@ -213,10 +213,12 @@ def fit_to_file(
             lambda: open_state(folder, _identity(inputs, placement), resume=resume, force=force, progress=progress)
         )
         journal = Journal(folder if processes.first else None)
-        with _said(folder, processes, resumed, progress), _step_log(log, processes, resumed) as steps:
-            recipe = run_fit(
-                inputs, placement=placement, processes=processes, journal=journal, log=steps, progress=progress
-            )
+        with _said(folder, processes, resumed, progress):
+            processes.from_first(lambda: _check_log(log, force=force, resume=resumed))
+            with _step_log(log, processes, resumed) as steps:
+                recipe = run_fit(
+                    inputs, placement=placement, processes=processes, journal=journal, log=steps, progress=progress
+                )
         processes.from_first(lambda: _save(recipe, output, force=force, progress=progress))
         processes.from_first(lambda: remove_state(folder))
     return recipe if processes.first else None
@@ -278,6 +280,7 @@ def _step_log(path: Path | None, processes: Processes, resumed: bool) -> Iterato
         log = StepLog(path, resume=resumed)
     try:
         yield log
+        log.cut()
     finally:
         log.close()
 

@@ -408,18 +408,18 @@ class StepLog:
     def write(self, content: dict[str, str | float | None]) -> None:
         """Writes the line after the first `lines`, drops any that followed, and hands it to the system."""
         line = {**content, "seconds": round(time.monotonic() - self._started, 3)}
-        self._cut()
+        self.cut()
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         self._ends.append(self._file.tell())
         self.lines += 1
 
     def close(self) -> None:
-        """Closes the file; lines after the first `lines` go."""
-        self._cut()
+        """Closes the file as it is: a fit may be stopped before it is where its state and these lines are."""
         self._file.close()
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
+        """Drops the lines after the first `lines`."""
         self.lines = min(self.lines, len(self._ends) - 1)
         del self._ends[self.lines + 1 :]
         self._file.seek(self._ends[-1])

@@ -229,7 +229,7 @@ def search(
     if task.judged is not None:  # what the others choose, as it is: the records of this fold are not fitted to
         theta, anchor = winner.thetas[task.judged], winner.anchors[task.judged]
         return replace(winner, thetas=(theta,), anchors=(anchor,), rungs=levels, stages=stages)
-    found = replace(winner, thetas=(winner.theta,), anchors=(winner.anchor,), rungs=levels, stages=stages)
+    found = replace(_for_all_folds(task, winner), rungs=levels, stages=stages)
     if winner.stopped or not refitting:
         return found
     task.engine.meter.enter("refit")
@@ -240,6 +240,18 @@ def search(
     if again is None:
         return found
     return replace(found, thetas=again.thetas, stages=(*stages, *again.stages), refitted=True)
+
+
+def _for_all_folds(task: Task, found: Solution) -> Solution:
+    """One theta in the place of each fold's: their mean. Of trained factors, where the mean of A and that of B do not
+    give the mean of B A, that of the fold with the lowest cost on its validation records."""
+    if not isinstance(found.mixing, TrainedFactors) or found.scores is None:
+        return replace(found, thetas=(found.theta,), anchors=(found.anchor,))
+    sizes = [len(fold.validation) for fold in task.folds]
+    parts = zip(torch.split(found.scores.nats, sizes), torch.split(found.scores.tokens, sizes), strict=True)
+    costs = [float(nats.sum() / tokens.sum()) for nats, tokens in parts]
+    best = costs.index(min(costs))
+    return replace(found, thetas=(found.thetas[best],), anchors=(found.anchors[best],))
 
 
 def _climb(

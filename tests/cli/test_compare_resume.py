@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loracli.calibration.render import Example
+from loracli.comparison.candidates import Candidate
 from loracli.comparison.compare import _Comparison
 from loracli.comparison.state import KeptRows
+from loracli.comparison.table import Evaluated
 from loracli.errors import LoracatError, OutOfResources, UsageError
+from loracli.model.loss import Scores
 from loracli.model.session import Session
 from loracli.system.files import locked_directory
 from tests.cli.project import run, tree
@@ -289,6 +293,17 @@ def test_rows_are_kept_until_the_result_is_written(
         assert run(*words).exit_code == 1
     measured.taken()
     assert run(*words, "--resume", "-q").exit_code == 0 and not measured.names
+
+
+def test_what_a_task_metric_gives_comes_back_whatever_its_size(tmp_path: Path) -> None:
+    scores = Scores(torch.tensor([2.0, 3.0]).double(), torch.tensor([1.0, 2.0]).double())
+    values = torch.tensor([-3e12, 1e300], dtype=torch.float64)
+    row = Evaluated("base", "base", scores, rank=None, values=values)
+    kept = KeptRows(tmp_path)
+    kept.write("key", row, fitted=False)
+    candidate = Candidate("base", "base", lambda: None)  # type: ignore[arg-type, return-value]
+    found = kept.recall("key", candidate, records=2, guard=0, answers=True)
+    assert found is not None and found.values is not None and torch.equal(found.values, values)
 
 
 def test_without_a_folder_nothing_is_kept_and_nothing_recalled() -> None:

@@ -265,7 +265,8 @@ def test_a_path_in_an_unasked_file_stays_in_the_folder(here: Path, option: str, 
         Path("loracat.toml").write_text(f"[{command}]\n{option} = {json.dumps([text] if multiple else text)}\n")
         result = run("show")
         assert (result.exit_code == 0) == taken, (text, result.stderr)
-        assert taken or f"loracat.toml: {command}.{option}: " in result.stderr
+        said = f"{command}.{option}: {text!r} is not inside of the folder: it has to be {RULES[option].why}\n"
+        assert taken or f"loracat.toml: {said}" in result.stderr, result.stderr
 
 
 def test_an_unasked_file_names_no_hidden_output_nor_standard_input_but_adapters_on_the_hub(here: Path) -> None:

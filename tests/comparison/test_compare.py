@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,25 @@ def test_a_method_that_cannot_honour_the_adapters_is_skipped_in_all_and_an_error
         compare(data, tiny_base, two_adapters, settings=CompareSettings(("module",)))
 
 
+def test_a_method_whose_package_is_not_installed_is_skipped_in_all_and_refused_by_name(
+    data: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name before anything is opened."""
+    monkeypatch.setitem(sys.modules, "nevergrad", None)
+    settings = CompareSettings(("all",), fit=QUICK)
+    inputs = prepare_comparison(
+        data / "test.jsonl",
+        adapters=two_shallow_adapters,
+        base=shallow_base,
+        fit_data=data / "val.jsonl",
+        settings=settings,
+    )
+    skipped = {entry.name: entry.reason for entry in plan_comparison(inputs).skipped}
+    assert skipped["lorahub"] == "lorahub needs the package nevergrad"
+    with pytest.raises(UsageError, match="lorahub needs the package nevergrad"):
+        prepare_comparison(data / "none.jsonl", adapters=["./nowhere"], settings=CompareSettings(("lorahub",)))
+
+
 def test_a_fitted_row_that_took_no_step_from_its_start_says_so(
     data: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -595,6 +615,27 @@ def test_an_adapter_whose_loss_is_not_finite_is_left_out_by_name_and_all_of_them
     other = make_adapter(tmp_path / "other", tiny_base, targets=("q_proj", "v_proj"), seed=4, size=1e19)
     with pytest.raises(NonFiniteLoss):
         compare(data, tiny_base, (huge, other))
+
+
+def test_a_fitted_row_whose_loss_is_nowhere_finite_is_left_out_and_a_search_steps_over_such_points(
+    tmp_path: Path, data: Path, shallow_base: Path, two_shallow_adapters: tuple[Path, Path]
+) -> None:
+    """An adapter of numbers so large that the model overflows at every weight that is not almost 0."""
+    huge, heard = make_adapter(tmp_path / "huge", shallow_base, seed=3, size=1e19), Heard()
+    settings = CompareSettings(
+        ("task-arithmetic", "lorahub", "module"), fit=QUICK, controls=Controls(fresh_lora=True, random=True)
+    )
+    adapters = [str(huge), str(two_shallow_adapters[0])]
+    inputs = prepare_comparison(
+        data / "test.jsonl", adapters=adapters, fit_data=data / "val.jsonl", base=str(shallow_base), settings=settings
+    )
+    found = run_comparison(inputs, progress=heard)
+    assert {row.name for row in found.rows} == {"base", adapters[1], "lorahub", "fresh-lora"}
+    assert abs((found.row("lorahub").weights or ())[0]) < 1e-3
+    for name in ("task-arithmetic", "module", "random", "uniform", adapters[0]):
+        reason = next(entry.reason for entry in found.skipped if entry.name == name)
+        assert reason.startswith("the loss is not finite on the records at ")
+        assert f"{name} is left out: {reason}" in heard.warnings
 
 
 def test_what_is_fitted_is_announced_measured_and_finished_even_where_it_is_stopped(

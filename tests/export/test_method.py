@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from loracli.adapters.adapter import read_adapter
 from loracli.algebra.methods import METHODS
 from loracli.algebra.methods.method import MethodOptions
-from loracli.errors import BaseModelMismatch, IncompatibleAdapters, OutputExists, UsageError
+from loracli.errors import BaseModelMismatch, IncompatibleAdapters, NonFiniteLoss, OutputExists, UsageError
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
 from loracli.fitting.run import fit_mixing
@@ -146,6 +147,16 @@ def test_an_option_that_a_method_does_not_take_is_refused(tmp_path: Path, names:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_method_whose_package_is_not_installed_is_refused_before_anything_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nevergrad", None)
+    request = ExportRequest(method="lorahub", adapters=["./nowhere"], fit_data=tmp_path / "nowhere.jsonl")
+    with pytest.raises(UsageError, match="lorahub needs the package nevergrad") as caught:
+        export_adapter(request, tmp_path / "out")
+    assert caught.value.hint == "pip install 'loracat[lorahub]'"
+
+
 def test_the_base_is_asked_only_where_the_adapters_do_not_say_where_a_name_stands(
     tmp_path: Path, tiny_base: Path
 ) -> None:
@@ -232,6 +243,18 @@ def test_a_search_finds_the_weights_that_a_comparison_finds(tmp_path: Path, tiny
     for name, matrix in found.items():
         expected = sum(w * p[name] for w, p in zip(weights or (), parts, strict=True) if name in p)
         assert torch.allclose(matrix, torch.as_tensor(expected), atol=1e-5)
+
+
+def test_a_search_steps_over_weights_whose_loss_is_not_finite(tmp_path: Path, tiny_base: Path) -> None:
+    """Of the five scales of the grid the model stays finite at 0.3 alone, of larger factors at none."""
+    data = write_jsonl(tmp_path / "val.jsonl", random_records(24))
+    options = {"method": "task-arithmetic", "fit_data": data, "base": str(tiny_base)}
+    large = make_adapter(tmp_path / "large", tiny_base, targets=("down_proj",), seed=9, size=2e18)
+    export_adapter(ExportRequest(adapters=[str(large)], **options), tmp_path / "out")  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "out" / "loracat.json").read_text())["method"]["weights"] == [0.3]
+    larger = make_adapter(tmp_path / "larger", tiny_base, targets=("down_proj",), seed=9, size=4e18)
+    with pytest.raises(NonFiniteLoss, match="not finite on the records at val.jsonl"):
+        export_adapter(ExportRequest(adapters=[str(larger)], **options), tmp_path / "none")  # type: ignore[arg-type]
 
 
 def test_card_and_certificate_tell_the_origin_and_no_path(tmp_path: Path, names: list[str]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from loracli.calibration.dataset import read_dataset
+from loracli.calibration.dataset import read_dataset, split_records
 from loracli.cli import app
 from loracli.composition.composition import from_recipe
 from loracli.errors import IntegrityError, UsageError
@@ -270,6 +270,17 @@ def test_too_few_records_are_refused(made: Planted, tmp_path: Path) -> None:
     few.write_text("".join(made.data.read_text().splitlines(keepends=True)[:10]))
     with pytest.raises(UsageError, match="--refit cannot choose with 5 training records"):
         made.refitted(tmp_path / "out", data=few)
+
+
+def test_a_record_that_cannot_be_scored_does_not_choose(made: Planted, tmp_path: Path) -> None:
+    """The prompt of one of ten training records fills the context, and the split would set it aside with another."""
+    too_long = {"prompt": "w" * 300, "completion": "x"}
+    data = write_jsonl(tmp_path / "records.jsonl", [*random_records(19, seed=7), too_long])
+    chosen = split_records(read_dataset(data, None, holdout=0.2, seed=0).training, 2, seed=1)[1]
+    assert len(chosen) == 2 and any(record.content == too_long for record in chosen)
+    made.refitted(tmp_path / "out", data=data)
+    refit = json.loads((tmp_path / "out" / "loracat.json").read_text())["refit"]
+    assert refit["standard_error"] >= 0
 
 
 def test_lora_bias_is_refused(tmp_path: Path) -> None:

@@ -210,6 +210,16 @@ def test_a_fifth_of_the_records_validates_within_bounds(count: int, expected: in
     assert len(fold.validation) == expected
 
 
+def test_a_dropped_record_is_not_one_of_those_that_are_set_aside() -> None:
+    """Whichever of ten is dropped: the same fold as if it had never been there, with two records to choose with."""
+    for dropped in range(10):
+        training, records = made(different(10), without=[dropped])
+        fold = one_fold(training, records, seed=0)
+        check_division(training, fold)
+        assert len(fold.validation) == 2
+        assert fold == one_fold(training, [r for r in records if r.place in {e.place for e in training}], seed=0)
+
+
 @pytest.mark.parametrize(
     "texts", [["same"] * 40, ["same"] * 39 + ["other"], [*different(2)] * 8], ids=["one", "odd", "two"]
 )

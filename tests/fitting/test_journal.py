@@ -20,7 +20,7 @@ from loracli.errors import LoracatError, OutOfResources, OutputExists, StateMism
 from loracli.fitting import job, run
 from loracli.fitting.inputs import prepare_fit
 from loracli.fitting.job import fit_to_file
-from loracli.fitting.journal import Journal, state_folder
+from loracli.fitting.journal import Journal, Meter, state_folder
 from loracli.fitting.settings import FitSettings
 from loracli.model.base import BasePlan
 from loracli.model.loss import Objective
@@ -129,6 +129,44 @@ def test_a_fit_stopped_at_every_seventh_of_its_work_ends_in_the_same_bytes(fit: 
         log.unlink()
     assert fit.written("whole") == fit.written("broken")
     assert not state_folder(fit.folder / "broken.json").exists()
+
+
+def test_a_resumed_fit_that_is_stopped_before_it_is_where_it_was_keeps_its_log(
+    fit: Fit, power: Power, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while the base is timed, and right after the first thing that it had kept; then left alone."""
+    fit.run("whole.json", log="whole.log")
+    power.fails_at = power.used + round(0.7 * power.used)
+    with pytest.raises(KeyboardInterrupt):
+        fit.run("broken.json", log="broken.log")
+    kept = timeless(fit.folder / "broken.log")
+    power.fails_at = power.used + 1
+    with pytest.raises(KeyboardInterrupt):
+        fit.run("broken.json", resume=True, log="broken.log")
+    assert timeless(fit.folder / "broken.log") == kept != []
+    power.fails_at, restore = None, Meter.restore
+
+    def stops(self: Meter, spent: int, logged: int) -> None:
+        restore(self, spent, logged)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Meter, "restore", stops)
+        fit.run("broken.json", resume=True, log="broken.log")
+    assert timeless(fit.folder / "broken.log") == kept
+    fit.run("broken.json", resume=True, log="broken.log")
+    assert timeless(fit.folder / "broken.log") == timeless(fit.folder / "whole.log")
+
+
+def test_with_nothing_to_resume_the_log_of_another_fit_is_replaced_by_force_alone(fit: Fit, power: Power) -> None:
+    fit.run("first.json", log="steps.log")
+    log, used = (fit.folder / "steps.log").read_bytes(), power.used
+    with pytest.raises(OutputExists, match=r"steps\.log exists"):
+        fit.run("other.json", resume=True, log="steps.log")
+    assert (fit.folder / "steps.log").read_bytes() == log and power.used == used
+    assert not state_folder(fit.folder / "other.json").exists()
+    fit.run("other.json", resume=True, force=True, log="steps.log")
+    assert (fit.folder / "steps.log").read_bytes() != log and power.used > used
 
 
 def test_kill_9_at_random_moments_and_resume_ends_in_the_same_bytes(fit: Fit, server: ForkServer) -> None:

@@ -21,11 +21,11 @@ from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting import level as rung_module
 from loracli.fitting.certificate import certificate_tokens
-from loracli.fitting.criterion import LEAST_GAIN, Fold, Gain
+from loracli.fitting.criterion import LEAST_GAIN, Fold, Gain, loss_criterion
 from loracli.fitting.descent import AdamW, Descent, Ran, plan_steps
 from loracli.fitting.engine import Engine
 from loracli.fitting.level import _RIDGE_PATH, Solution, Task, padded_tokens, ridge_path, solve_level
-from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout
+from loracli.fitting.mixing import DiagonalMixing, Mixing, make_diagonal, make_layout, make_mixing
 from loracli.fitting.search import _solve_adapters, least_gain, search
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach
@@ -228,6 +228,35 @@ def test_factors_are_trained_on_all_records_for_as_many_passes_as_the_validation
     before, last = found.stages[-2:]
     assert [(s.rung, s.stage) for s in (before, last)] == [("factors", "descent"), ("factors", "refit")]
     assert 0 < taken <= whole <= 4 + 1e-9 and last.steps == round(taken * a_pass)
+
+
+def test_factors_of_folds_that_cannot_be_fitted_once_more_are_those_of_the_best_fold_and_no_mean(
+    small: tuple[Path, list[LoraAdapter]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two passes over eight records in four folds nothing is left for the last fit."""
+    base, adapters = small
+    generator, climbed = torch.Generator().manual_seed(0), list[Solution]()
+    truth = [torch.randn(2, 2, generator=generator) for _ in make_layout(adapters).modules]
+
+    def again(_: Task, solved: Sequence[Solution], *__: Any) -> None:
+        climbed.append(solved[-1])
+
+    monkeypatch.setattr("loracli.fitting.search.refit", again)
+    with generated(base, adapters, truth, 8) as (attached, examples, _):
+        engine, layout = make_engine(attached, examples), make_layout(adapters)
+        parts = [examples[place::4] for place in range(4)]
+        folds = [Fold(tuple(e for e in examples if e not in part), tuple(part)) for part in parts]
+        settings = FitSettings(mixing="factors", passes=2)
+        criterion = loss_criterion(engine, batch_tokens=settings.batch_tokens)
+        task = Task(engine, tuple(folds), criterion, settings, ("first", "second"))
+        found = search(task, lambda kind: make_mixing(attached, layout, kind), examples)
+        thetas = climbed[0].thetas
+        losses = [
+            criterion(found.mixing, theta, fold.validation, None).nats_per_token
+            for theta, fold in zip(thetas, folds, strict=True)
+        ]
+    assert found.mixing.kind == "factors" and found.moved and not found.refitted
+    assert torch.equal(found.theta, thetas[losses.index(min(losses))])
 
 
 # What does not hang on the model: a sum of squares.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +241,14 @@ def test_a_policy_that_decides_nothing_is_refused(
 def test_a_module_that_another_adapter_adapts_cannot_be_replaced(tmp_path: Path, made: tuple[Path, list[Path]]) -> None:
     base, paths = made
     other = make_adapter(tmp_path / "head", base, targets=("lm_head",), seed=5)
-    with pytest.raises(IncompatibleAdapters, match="lm_head"):
-        saved_modules("average", [read_adapter(str(paths[0])), read_adapter(str(other))])
+    first, head = read_adapter(str(paths[0])), read_adapter(str(other))
+    with pytest.raises(IncompatibleAdapters) as caught:
+        saved_modules("average", [first, head])
+    assert f"{other} adapts lm_head, which {paths[0]} replaces as one of its modules_to_save" in caught.value.what
+    both = replace(head, saved=first.saved)
+    with pytest.raises(IncompatibleAdapters) as caught:
+        saved_modules("average", [both])
+    assert f"{other} adapts lm_head, which it replaces as one of its modules_to_save" in caught.value.what
 
 
 def test_modules_of_other_shapes_are_no_average_and_do_not_fit_the_base(

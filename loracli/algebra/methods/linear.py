@@ -103,15 +103,9 @@ _PENALTY = 0.05
 
 
 def _search_weights(loss: Loss, adapters: int, options: MethodOptions) -> tuple[float, ...]:
-    """Weights of N adapters, the best that were seen.
+    """Weights of N adapters, the best that were seen."""
+    import nevergrad
 
-    Raises:
-        ValueError: if nevergrad is not installed.
-    """
-    try:
-        import nevergrad
-    except ImportError:
-        raise ValueError("nevergrad is not installed: pip install 'loracat[lorahub]'") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about settings of optimisers that it chose itself
         return _search(nevergrad, loss, adapters, options.seed)
@@ -138,7 +132,7 @@ LORAHUB = Method(
     search=_search_weights,
     evaluations=_EVALUATIONS,
     takes=frozenset({"seed"}),
-    extra="lorahub",
+    package="nevergrad",
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 from torch import Tensor
 
@@ -78,7 +79,7 @@ class Method:
         evaluations: of the loss that a search makes, at most.
         takes: names of the options that it takes; `rank` goes without saying where `full_rank` is set.
         full_rank: whether its own result has full rank, so that `merge` gives the best approximation of a rank.
-        extra: the optional dependency that it needs, as `loracat[extra]`.
+        package: that it needs, of the extra with its name.
     """
 
     name: str
@@ -91,7 +92,14 @@ class Method:
     evaluations: int = 0
     takes: frozenset[str] = frozenset()
     full_rank: bool = False
-    extra: str | None = None
+    package: str | None = None
+
+    def check_installed(self) -> None:
+        """Raises UsageError if the package that it needs is not installed."""
+        if self.package is not None and find_spec(self.package) is None:
+            raise UsageError(
+                f"{self.name} needs the package {self.package}", hint=f"pip install 'loracat[{self.name}]'"
+            )
 
     def check_updates(self, updates: Sequence[Factors | None]) -> None:
         """Raises ValueError for what can be told of the updates of one module before they are merged."""
