@@ -156,13 +156,13 @@ def _greedy(model: Any, max_new_tokens: int, ends: Sequence[int], pad: int) -> I
     """A generation config of our own; the model's is away for the time being, as generate fills ours up from it."""
     from transformers import GenerationConfig
 
-    # generate hands the head a view, the last position of each prompt. In bfloat16 on a CPU torch 2.13 then copies the
-    # head's weight for every prompt, and where there is no room for that, does without oneDNN for good.
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
     own = model.generation_config
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(ends) or None, pad_token_id=pad
     )
+    # generate hands the head a view, the last position of each prompt. In bfloat16 on a CPU torch 2.13 then copies a
+    # frozen head's weight for every prompt, and where there is no room for that, does without oneDNN for good.
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
     model.generation_config = config
     try:
         yield config
