@@ -3,6 +3,8 @@
     <!-- table closed-book -->      what stands between the two is made from closed-book.json of the folder of tables;
     <!-- end of closed-book -->     whatever stands around them is written by hand and stays
 
+`<!-- answers closed-book -->` opens a block that has a task's answers and losses alone, in one table.
+
 Records of all seeds are pooled: an interval is the paired bootstrap over them, and says nothing of how much another
 seed would change; what each seed gives stands beside it.
 """
@@ -28,8 +30,8 @@ from loracli.system.files import write_atomically
 _LEVEL = 0.05
 _Z = 1.959964  # of a normal distribution: 95 % lie within
 _SHOWN = {PAPER_ROW: "CAT as published", CAT: "**module** (CAT)", DATAMIX: "data mix", "fresh-lora": "fresh LoRA"}
-_OPEN, _CLOSE = "<!-- table {} -->", "<!-- end of {} -->"
-_BLOCK = re.compile(r"<!-- table ([\w-]+) -->\n(.*?)<!-- end of \1 -->\n", re.DOTALL)
+_OPEN, _CLOSE = "<!-- {} {} -->", "<!-- end of {} -->"
+_BLOCK = re.compile(r"<!-- (table|answers) ([\w-]+) -->\n(.*?)<!-- end of \2 -->\n", re.DOTALL)
 Pair = tuple[float, float]
 
 
@@ -306,6 +308,31 @@ def _of_task(table: Table) -> str:
     return "\n".join([*said, _made_by(table)]) + "\n"
 
 
+def answers(table: Table) -> str:
+    """A task in one table: of each way the share of right answers and the loss, by what it was calibrated on."""
+    calibrations = list(dict.fromkeys(line.calibration for line in table.lines))
+    found = {(line.calibration, line.row): line for line in table.lines}
+    rows = []
+    for row in dict.fromkeys(line.row for line in table.lines):
+        lines = [found.get((calibration, row)) for calibration in calibrations]
+        rows.append([_name(row), *(f"{line.right:.1%}, {line.nats_per_token:.4f}" if line else "" for line in lines)])
+    worse: dict[str, list[str]] = {}
+    for loss in table.losses:
+        worse.setdefault(loss.calibration, []).append(_name(loss.row))
+    seeds = f"{'seeds' if len(table.seeds) > 1 else 'seed'} {', '.join(map(str, table.seeds))}"
+    return "\n".join(
+        [
+            f"{table.asks}\n",
+            *(f"Calibrated on {of}, `module` is clearly worse than {', '.join(rows)}.\n" for of, rows in worse.items()),
+            *_grid(["right, nats per token", *(calibration or "no records" for calibration in calibrations)], rows),
+            "",
+            f"{table.records} test records, {table.base}, {seeds}, commit {', '.join(table.made_by['commit'])}; "
+            f"[intervals and p-values](results/{table.name}.md).\n",
+            f"```bash\n{table.command}\n```\n",
+        ]
+    )
+
+
 def _made_by(table: Table | Parts) -> str:
     made = table.made_by
     return f"Commit {', '.join(made['commit'])}; {'; '.join(made['versions'])}; {'; '.join(made['machine'])}."
@@ -359,7 +386,7 @@ def write_table(folder: Path, table: Table | Parts) -> None:
     write_atomically(folder / f"{table.name}.json", (json.dumps(encode(table), indent=1) + "\n").encode())
     page = folder / f"{table.name}.md"
     title = table.name.replace("-", " ").capitalize()
-    text = page.read_text("utf-8") if page.exists() else f"# {title}\n\n{_block(table.name, '')}"
+    text = page.read_text("utf-8") if page.exists() else f"# {title}\n\n{_block('table', table.name, '')}"
     write_atomically(page, refreshed(text, folder, only=table.name).encode())
     above = folder.with_name(f"{folder.name}.md")
     if above.exists():
@@ -376,15 +403,18 @@ def refreshed(text: str, folder: Path, *, only: str | None = None) -> str:
     """
 
     def block(found: re.Match[str]) -> str:
-        if only not in (None, found[1]):
+        kind, name, _ = found.groups()
+        if only not in (None, name):
             return found[0]
-        return _block(found[1], markdown(read_table(folder / f"{found[1]}.json")))
+        table = read_table(folder / f"{name}.json")
+        brief = kind == "answers" and isinstance(table, Table)
+        return _block(kind, name, answers(table) if brief else markdown(table))
 
     return _BLOCK.sub(block, text)
 
 
-def _block(name: str, content: str) -> str:
-    return f"{_OPEN.format(name)}\n{content}{_CLOSE.format(name)}\n"
+def _block(kind: str, name: str, content: str) -> str:
+    return f"{_OPEN.format(kind, name)}\n{content}{_CLOSE.format(name)}\n"
 
 
 def read_table(path: Path) -> Table | Parts:

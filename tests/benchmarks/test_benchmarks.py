@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ladder
 from tests.faults.fork_server import ROOT, ForkServer
 
 BENCHMARKS = sorted(
@@ -42,23 +41,6 @@ def test_a_benchmark_fills_its_tables_quickly(server: ForkServer, tmp_path: Path
         assert any(NUMBER.search(cell) for cell in cells), head
         assert not [cell for cell in cells if re.search(r"\b(nan|inf)\b", cell)], head
     assert not list(tmp_path.iterdir()), "writes where it is started"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--folds-below", "2"], "--records 4: too few to set some aside; fold them: --folds-below 5"),
-        (["--records", "8", "2"], "--records 2: --cv 4 needs at least 4 different training records"),
-    ],
-    ids=["one part", "folds"],
-)
-def test_too_few_records_for_the_ladder_are_told_before_anything_is_climbed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
-) -> None:
-    monkeypatch.setattr("sys.argv", ["ladder.py", "--quick", *words])
-    with pytest.raises(SystemExit, match=said):
-        ladder.main()
-    assert capsys.readouterr().out == ""
 
 
 def tables_of(text: str) -> Iterator[Table]:

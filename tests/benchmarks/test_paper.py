@@ -22,7 +22,7 @@ from benchmarks.paper.closed_book import CLOSED_BOOK
 from benchmarks.paper.formats import FORMATS
 from benchmarks.paper.programs import SUMS, problem, program, worked
 from benchmarks.paper.reading import READING
-from benchmarks.paper.tables import Table, make_table, markdown, refreshed, wilson, write_table
+from benchmarks.paper.tables import Table, answers, make_table, markdown, refreshed, wilson, write_table
 from benchmarks.paper.tasks import DATAMIX, Conversation, Task
 from benchmarks.paper.training import Adapter, identify
 from benchmarks.paper.ways import padded
@@ -307,6 +307,18 @@ def test_a_table_says_first_where_module_loses() -> None:
     assert text.index("is clearly worse") < text.index("| base |")
 
 
+def test_the_short_table_has_each_way_once_and_what_it_was_calibrated_on_side_by_side() -> None:
+    made = table()
+    text = answers(made)
+    head, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert head[1] == "no records" and len(rows) == len({line.row for line in made.lines})
+    shown = " ".join(cell for row in rows for cell in row[1:])
+    for line in made.lines:
+        assert f"{line.right:.1%}, {line.nats_per_token:.4f}" in shown
+    (loss,) = made.losses
+    assert text.index(f"Calibrated on {loss.calibration}, `module` is clearly worse than data mix") < text.index("|")
+
+
 def test_the_interval_of_a_share_is_wilsons() -> None:
     low, high = wilson(0, 20)
     assert low == 0 and high == pytest.approx(1.96**2 / (20 + 1.96**2), abs=1e-4)
@@ -366,5 +378,6 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_done(
 )
 def test_the_tables_of_the_docs_are_what_their_json_says(page: Path) -> None:
     text = page.read_text()
-    assert text.count("<!-- table ") == len(re.findall(r"<!-- table ([\w-]+) -->\n.*?<!-- end of \1 -->\n", text, re.S))
+    blocks = re.findall(r"<!-- (table|answers) ([\w-]+) -->\n.*?<!-- end of \2 -->\n", text, re.S)
+    assert blocks and len(re.findall(r"<!-- (?!end of)", text)) == len(blocks)
     assert refreshed(text, DOCS / "results") == text
