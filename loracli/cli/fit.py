@@ -160,6 +160,7 @@ def fit(
     from loracli.model.placement import Placement
     from loracli.progress import SILENT
     from loracli.recipe.recipe import check_recipe_path
+    from loracli.recipe.record import INLINE_KINDS
     from loracli.system.files import told_in_dry_run
     from loracli.system.machine import read_launch
 
@@ -199,6 +200,8 @@ def fit(
     )
     if recipe is not None:
         _show(out, recipe, output)
+        if recipe.held_out.verdict.startswith(("no better", "not better")) and settings.mixing in INLINE_KINDS:
+            out.note("where the task asks for a form that no adapter holds, try --mixing auto: it trains the factors")
         if eval_data and _can_be_doubted(recipe, [*data, *eval_data]):
             words = ["loracat", "compare", str(output), "--data", *eval_data, "--fit-data", *data]
             for option, value in (("--base", base), ("--base-revision", base_revision)):

@@ -243,3 +243,21 @@ def test_what_loads_an_adapter_is_python_and_says_so(here: Path) -> None:
     [line] = [line for line in talk.splitlines() if line.startswith("in Python: ")]
     compile(line.removeprefix("in Python: "), "line", "exec")
     assert '"a new adapter"' in line and "next: " not in talk
+
+
+@pytest.mark.usefixtures("here")
+def test_where_weights_do_not_help_the_fit_names_what_goes_further() -> None:
+    """Random adapters do not help."""
+    better = run(*FIT, "-o", "better.json")
+    for name in ("know", "form"):
+        tensors = load_file(Path(name, "adapter_model.safetensors"))
+        drawn = torch.Generator().manual_seed(0)
+        random = {
+            key: torch.randn(t.shape, generator=drawn).mul(t.float().std()).to(t.dtype) for key, t in tensors.items()
+        }
+        save_file(random, Path(name, "adapter_model.safetensors"), metadata={"format": "pt"})
+    words = "fit --adapters know form --base base --passes 2 --data calibration.jsonl".split()
+    words += ["--eval-data", "test.jsonl", "-o"]
+    done, further = run(*words, "new.json"), run(*words, "all.json", "--mixing", "core")
+    assert "not clearly better" in done.stdout and "try --mixing auto" in done.stderr
+    assert "try --mixing auto" not in further.stderr + better.stderr
