@@ -2,16 +2,17 @@
 
     python -m benchmarks.paper TASK... OUT --base BASE [--seeds 0 1 2]
     python -m benchmarks.paper agreement [TASK...] OUT --base BASE
-    python -m benchmarks.paper pools false-alarms OUT
-    python -m benchmarks.paper peers OUT [--mergekit BIN] [--peers-of TASK --base BASE]
+    python -m benchmarks.paper false-alarms OUT
+    python -m benchmarks.paper pools OUT [--of TASK --base BASE]
+    python -m benchmarks.paper peers OUT [--mergekit BIN] [--of TASK --base BASE]
     python -m benchmarks.paper OUT --base BASE --all [--pages docs/results]
 
 For each task and seed: the data, an adapter for each skill and one trained on the data of all, as many tokens as they
 together; then every way to compose, on test records that no calibration record touches, calibrated on the skills' own
 data, which is the paper's setting, and on composite records. Loss and answers, with intervals, against the best single
 adapter. `paper` is CAT as published, `module` is `loracat fit` as it is, `fresh-lora` a new LoRA trained on the
-calibration records alone. `agreement` asks what could be known of tasks beforehand; pools and false alarms are on the
-embedded example. `peers` has PEFT and mergekit compose beside loracat, on that example or the adapters of a task.
+calibration records alone. `agreement` asks what could be known of tasks beforehand; false alarms are on the embedded
+example. `pools` adds idle adapters to those of that example or of a task, `peers` has PEFT and mergekit compose them.
 
 It says beforehand how long it will take. What is done is kept in OUT and not done again: adapters by a hash of their
 training, cells by a hash of all that they are made of. Tables go to standard output, and as JSON and pages to
@@ -34,7 +35,7 @@ from random import Random
 from typing import Any
 
 from benchmarks.measuring import BenchmarkParser
-from benchmarks.paper import agreement, peers
+from benchmarks.paper import agreement, peers, pools
 from benchmarks.paper.cells import (
     CAN_BE_FITTED,
     CAT,
@@ -49,23 +50,24 @@ from benchmarks.paper.cells import (
 from benchmarks.paper.closed_book import CLOSED_BOOK
 from benchmarks.paper.false_alarms import FALSE_ALARMS
 from benchmarks.paper.formats import FORMATS
-from benchmarks.paper.pools import POOLS
 from benchmarks.paper.programs import MATH_CODE, SUMS
 from benchmarks.paper.reading import READING
 from benchmarks.paper.tables import Parts, Table, make_table, markdown, together, write_table
 from benchmarks.paper.tasks import DATAMIX, SKILLS, Experiment, Task, Unit, write_records
 from benchmarks.paper.training import Adapter, Base, identify, pace, say
+from benchmarks.paper.ways import Pair
 from loracli.demo.run import example_folder
 from loracli.errors import LoracatError
 from loracli.model.reference import find_base
 from loracli.progress import duration_text
 
 TASKS = {task.name: task for task in (CLOSED_BOOK, SUMS, FORMATS, READING, MATH_CODE)}
-EXPERIMENTS = {one.name: one for one in (FALSE_ALARMS, POOLS)}
-KNOWN = (*TASKS, agreement.NAME, peers.NAME, *EXPERIMENTS)
+EXPERIMENTS = {FALSE_ALARMS.name: FALSE_ALARMS}
+OF_PAIRS = (peers.NAME, pools.NAME)  # the embedded example, or with --of a task
+KNOWN = (*TASKS, agreement.NAME, *OF_PAIRS, *EXPERIMENTS)
 OWN = "the skills' own records"
 SHOWN = ("seeds", "calibrate", "fitted", "test_records", "records", "epochs", "passes", "assets", "trained", "quick")
-SHOWN = (*SHOWN, "peers_of", "mergekit", "suffix")
+SHOWN = (*SHOWN, "of", "mergekit", "suffix")
 
 
 def main() -> None:
@@ -90,7 +92,9 @@ def main() -> None:
     parser.add_argument(
         "--trained", type=Path, help="a folder of adapters, TASK/NAME, taken as they are for the first seed"
     )
-    parser.add_argument("--peers-of", choices=TASKS, help="whose adapters peers compose; default: the embedded example")
+    parser.add_argument(
+        "--of", choices=TASKS, help="whose adapters peers and pools take; default: the embedded example"
+    )
     parser.add_argument("--mergekit", type=Path, help="the folder of mergekit's commands, for its rows among peers")
     parser.add_argument("--pages", type=Path, help="a folder for the JSON and the page of each table")
     parser.add_argument("--suffix", help="of the tables' names, where pages of another base stand beside them")
@@ -114,18 +118,14 @@ def chosen(parser: BenchmarkParser) -> argparse.Namespace:
         names = [name for name in KNOWN if arguments.assets or name not in TASKS or not TASKS[name].needs_assets]
     if not names or len(folders) > 1 or (not folders and not arguments.quick):
         parser.error(f"give names of {', '.join(KNOWN)}, or --all, and one folder; got: {' '.join(arguments.words)}")
-    without_base = {*EXPERIMENTS, *([] if arguments.peers_of else [peers.NAME])}
+    without_base = {*EXPERIMENTS, *([] if arguments.of else OF_PAIRS)}
     if arguments.base is None and not set(names) <= without_base:
         parser.error("give the --base that adapters are trained on")
     if agreement.NAME in names:
         names = [*names, *(name for name in TASKS if not set(names) & set(TASKS) and not TASKS[name].needs_assets)]
         if CAT not in arguments.fitted or SKILLS not in (arguments.calibrate or [SKILLS]):
             parser.error(f"{agreement.NAME} needs {CAT} among --fitted, and {SKILLS} among --calibrate")
-    if (
-        "lorahub" in arguments.fitted
-        and find_spec("nevergrad") is None
-        and not set(names) <= {*EXPERIMENTS, peers.NAME}
-    ):
+    if "lorahub" in arguments.fitted and find_spec("nevergrad") is None and not set(names) <= {*EXPERIMENTS, *OF_PAIRS}:
         parser.error("lorahub needs nevergrad: pip install 'loracat[lorahub]', or leave it out of --fitted")
     if arguments.mergekit and not all((arguments.mergekit / name).exists() for name in ("mergekit-yaml", "python")):
         parser.error(f"--mergekit {arguments.mergekit} has no mergekit: {peers.INSTALL}, then --mergekit mergekit/bin")
@@ -203,11 +203,14 @@ def run(names: Sequence[str], out: Path, arguments: argparse.Namespace) -> None:
     jobs: list[Job] = []
     units = {name: one.units(arguments.seeds, arguments.quick) for name, one in experiments.items()}
     named: dict[str, str] = {}
-    if peers.NAME in names:
-        pairs = pairs_of(arguments, out)
-        experiments[peers.NAME] = one = peers.experiment(pairs, arguments.mergekit, arguments.quick)
-        units[peers.NAME] = one.units(arguments.seeds, arguments.quick)
-        named |= {peers.NAME: pairs[0].base.name} if arguments.peers_of else {}
+    for name in [name for name in names if name in OF_PAIRS]:
+        pairs = pairs_of(name, arguments, out)
+        if name == peers.NAME:
+            experiments[name] = peers.experiment(pairs, arguments.mergekit, arguments.quick)
+        else:
+            experiments[name] = pools.experiment(pairs, arguments.quick)
+        units[name] = experiments[name].units(arguments.seeds, arguments.quick)
+        named |= {name: pairs[0].base.name} if arguments.of else {}
     if tasks:
         base = identify(find_base((), arguments.base), arguments.base_id, arguments.dtype)
         runs = [prepared(task, seed, out, base, arguments) for task in tasks for seed in arguments.seeds]
@@ -244,16 +247,15 @@ def run(names: Sequence[str], out: Path, arguments: argparse.Namespace) -> None:
         print(f"### {table.name}\n\n{markdown(table)}", flush=True)
 
 
-def pairs_of(arguments: argparse.Namespace, out: Path) -> list[peers.Pair]:
-    """What peers compose: the embedded example, or of each seed a task's adapters, on its last calibration."""
-    if arguments.peers_of is None:
-        return [peers.embedded(out / "example", arguments.quick)]
+def pairs_of(name: str, arguments: argparse.Namespace, out: Path) -> list[Pair]:
+    """What is composed: the embedded example, or of each seed a task's adapters, on its last calibration."""
+    if arguments.of is None:
+        pair = peers.embedded(out / f"{name}-example", arguments.quick)
+        return [pair] if name == peers.NAME else [replace(pair, seed=seed) for seed in arguments.seeds]
     base = identify(find_base((), arguments.base), arguments.base_id, arguments.dtype)
-    runs = [prepared(TASKS[arguments.peers_of], seed, out, base, arguments) for seed in arguments.seeds]
+    runs = [prepared(TASKS[arguments.of], seed, out, base, arguments) for seed in arguments.seeds]
     if lacking := [f"{one.name}/{a.name}" for one in runs for a in one.adapters[:-1] if not a.done]:
-        raise SystemExit(
-            f"{out} lacks {', '.join(lacking)}: give --trained, or make the tables of {arguments.peers_of}"
-        )
+        raise SystemExit(f"{out} lacks {', '.join(lacking)}: give --trained, or make the tables of {arguments.of}")
     return [peers.of_task(one.name, list(one.stages.values())[-1]) for one in runs]
 
 

@@ -1,8 +1,8 @@
 """Many adapters of which two matter: what the others cost in loss, rank and time.
 
-The two adapters of the embedded example, and beside them adapters that know nothing: factors drawn at random in the
-shapes of `know`, of the same norms. Fitted as `loracat fit` fits, on the example's calibration records, and scored on
-its test records. `rank` is the largest that a module of the export has, without `--merge`.
+The adapters of the embedded example, or of a task, and beside them adapters that know nothing: factors drawn at random
+in the shapes of the first, of the same norms. Fitted as `loracat fit` fits, on the calibration records, and scored on
+the test records. `rank` is the largest that a module of the export has, without `--merge`.
 """
 
 from __future__ import annotations
@@ -17,55 +17,69 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.made_inputs import part_of_example
 from benchmarks.paper.tasks import Experiment, Part, Unit
+from benchmarks.paper.ways import Pair
 from loracli.export.export import export_adapter
 from loracli.export.request import ExportRequest
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.settings import FitSettings
 
+NAME = "pools"
+ASKS = (
+    "Many adapters of which few matter: those of the embedded example, or of a task, beside adapters with random "
+    "factors of the same norms."
+)
 COUNTS, MIXING = (2, 10, 30), "module"
-_SECONDS = {2: 25, 10: 35, 30: 80}
 
 
-def units(seeds: Sequence[int], quick: bool) -> list[Unit]:
-    counts = (2, 3) if quick else COUNTS
-    return [
+def experiment(pairs: Sequence[Pair], quick: bool) -> Experiment:
+    """A pool of each size about each pair."""
+    units = [
         Unit(
-            f"{count}-adapters-{seed}",
-            {"adapters": count, "seed": seed, "mixing": MIXING, "quick": quick},
-            _SECONDS.get(count, 10) / (10 if quick else 1),
-            partial(measured, count, seed, quick),
+            f"{pair.name}-{count}-adapters-{pair.seed}",
+            {**pair.made_of, "adapters": count, "mixing": MIXING},
+            _seconds(pair, count) / (10 if quick else 1),
+            partial(measured, pair, count),
         )
-        for seed in seeds
-        for count in counts
+        for pair in pairs
+        for count in ((2, 3) if quick else COUNTS)
     ]
+    return Experiment(NAME, ASKS, lambda *_: units, parts)
 
 
-def measured(count: int, seed: int, quick: bool) -> dict[str, float]:
+def _seconds(pair: Pair, count: int) -> float:
+    size = sum(file.stat().st_size for file in pair.base.reference.path.glob("*.safetensors"))
+    return (20 + 2 * count) * (1 + 5e-8 * size)
+
+
+def measured(pair: Pair, count: int) -> dict[str, Any]:
     """Held-out loss, adapters dropped, largest rank of the export, seconds of the fit."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        example = part_of_example(folder / "part", calibration=8 if quick else 32, test=8 if quick else 128)
-        names = [str(example / "know"), str(example / "form")]
-        names += [str(noise(example / "know", folder / f"noise{i}", seed * 1000 + i)) for i in range(count - 2)]
+        names = [str(path) for _, path in pair.adapters]
+        first, more = pair.adapters[0][1], count - len(names)
+        names += [str(noise(first, folder / f"noise{i}", pair.seed * 1000 + i)) for i in range(more)]
         started = time.monotonic()
         recipe = fit_mixing(
             names,
-            example / "calibration.jsonl",
-            eval_data=example / "test.jsonl",
-            base=str(example / "base"),
-            settings=FitSettings(mixing=MIXING, seed=seed, passes=2.0 if quick else None),
+            pair.calibration,
+            eval_data=pair.test,
+            base=str(pair.base.reference.path),
+            settings=FitSettings(mixing=MIXING, seed=pair.seed, passes=pair.passes),
         )
         seconds = time.monotonic() - started
         recipe.save(folder / "recipe.json")
         export_adapter(ExportRequest(folder / "recipe.json"), folder / "out")
         tensors = load_file(folder / "out" / "adapter_model.safetensors")
     return {
+        "pair": pair.name,
         "adapters": count,
-        "seed": seed,
+        "seed": pair.seed,
+        "records": len(pair.calibration.read_text("utf-8").splitlines()),
+        "tested": recipe.held_out.records,
         "nats_per_token": recipe.held_out.row("fit").nats_per_token,
         "dropped": len(recipe.fit.dropped),
+        "idle": more,
         "rank": max(tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name),
         "seconds": seconds,
     }
@@ -85,27 +99,27 @@ def noise(source: Path, folder: Path, seed: int) -> Path:
 
 
 def parts(found: Mapping[str, Any]) -> tuple[Part, ...]:
-    alone = {one["seed"]: one["nats_per_token"] for one in found.values() if one["adapters"] == 2}
-    rows = tuple(
-        (
-            str(one["adapters"]),
-            str(one["seed"]),
-            f"{one['nats_per_token']:.4f}",
-            f"{one['nats_per_token'] - alone[one['seed']]:+.4f}",
-            f"{one['dropped']} of {one['adapters'] - 2}",
-            str(one["rank"]),
-            f"{one['seconds']:.0f}",
+    """A table for each pair, fitted on so many records."""
+    every = sorted(found.values(), key=lambda one: (one["seed"], one["adapters"]))
+    alone = {(one["pair"], one["seed"]): one["nats_per_token"] for one in every if not one["idle"]}
+    heads = ("adapters", "seed", "nats per token", "more than those alone", "dropped", "rank", "seconds")
+    tables = []
+    for pair, records, tested in dict.fromkeys((one["pair"], one["records"], one["tested"]) for one in every):
+        rows = tuple(
+            (
+                str(one["adapters"]),
+                str(one["seed"]),
+                f"{one['nats_per_token']:.4f}",
+                f"{one['nats_per_token'] - alone[pair, one['seed']]:+.4f}",
+                f"{one['dropped']} of {one['idle']}",
+                str(one["rank"]),
+                f"{one['seconds']:.0f}",
+            )
+            for one in every
+            if (one["pair"], one["records"], one["tested"]) == (pair, records, tested)
         )
-        for one in sorted(found.values(), key=lambda one: (one["seed"], one["adapters"]))
-    )
-    heads = ("adapters", "seed", "nats per token", "more than two alone", "dropped", "rank", "seconds")
-    return (Part("One weight for each module and adapter:", heads, rows),)
-
-
-POOLS = Experiment(
-    "pools",
-    "Many adapters of which two matter: the two of the embedded example, beside adapters with random factors of the "
-    "same norms. 32 records to fit on, 128 others to score.",
-    units,
-    parts,
-)
+        title = (
+            f"`{pair}`, a weight for each module and adapter, {records} records to fit on, {tested} others to score:"
+        )
+        tables.append(Part(title, heads, rows))
+    return tuple(tables)

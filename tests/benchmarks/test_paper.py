@@ -355,7 +355,7 @@ def test_a_number_that_the_json_does_not_have_is_seen_and_what_is_written_by_han
         (["agreement", "out", "--base", "b", "--fitted", "paper"], "agreement needs module"),
         (["closed-book", "--quick", "--pages", "docs"], "leave --pages out"),
         (["peers", "out", "--mergekit", "nowhere"], "pip install mergekit"),
-        (["peers", "out", "--peers-of", "sums"], "give the --base"),
+        (["peers", "out", "--of", "sums"], "give the --base"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_done(
