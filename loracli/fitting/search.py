@@ -47,7 +47,7 @@ from loracli.calibration.dataset import Batch, make_batch, plan_batches, shuffle
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.statistics import static_points
-from loracli.fitting.criterion import Gain, gain
+from loracli.fitting.criterion import Fold, Gain, gain
 from loracli.fitting.descent import WARM_UP, AdamW, Descent, Minimum, Plan, Step, bfgs, plan_steps
 from loracli.fitting.engine import GRADIENT_COST, Engine
 from loracli.fitting.level import (
@@ -198,6 +198,7 @@ LADDERS: dict[str, Mapping[MixingKind, float]] = {
     "auto": {"adapter": 0.08, "module": 0.32, "core": 0.3, "factors": 0.4},
 }
 _SAME_START = 0.05  # starts closer than this are one
+_NEW_SHARE = 1 / 3  # of what `auto` has for factors: for a new LoRA, which soon has what it learns
 REFIT_SHARE = 0.4  # of the budget
 _REFIT_RATE = 0.6  # of the rate of the search, whose solution is near already
 
@@ -205,7 +206,7 @@ _REFIT_RATE = 0.6  # of the rate of the search, whose solution is near already
 def refit_share(mixing: str, folds: int) -> float:
     """The share of the budget that the last fit has, on all records: no more than a fold had, as few records are fitted
     by many passes whatever the validation records said. A mixing weight for each module is soon there."""
-    return min(0.3 if mixing in ("layer", "module") else REFIT_SHARE, 1 / folds)
+    return min(0.3 if mixing in ("layer", "module", AUTO) else REFIT_SHARE, 1 / folds)
 
 
 def search(
@@ -278,7 +279,8 @@ def _climb(
             break
     winner = solutions[-1].mixing.kind
     if not solutions[-1].stopped:
-        solutions[-1] = _without_idle(task, solutions[-1])
+        solutions[-1], more = _without_idle(task, solutions[-1])
+        stages += more
     return solutions, tuple(replace(record, won=record.kind == winner) for record in records), tuple(stages)
 
 
@@ -286,45 +288,63 @@ IDLE = "idle"  # the stage
 POOL = 3  # adapters, from which on some may be idle: who names two wants both
 
 
-def _without_idle(task: Task, found: Solution) -> Solution:
-    """The solution without the adapters that cannot be told from zero: leaving them out costs no more on the validation
-    records than one standard error, and `task.least_gain`, each alone and all together.
+def _without_idle(task: Task, found: Solution) -> tuple[Solution, tuple[StageRecord, ...]]:
+    """The solution without the adapters that cannot be told from zero, and the descents that this took.
 
-    One check an adapter, cheapest first, and as many more as halving them takes: not one for each set of them.
+    Leaving them out costs no more on the validation records than one standard error, and `task.least_gain`: each alone
+    as it is, and all together after the weights of the others were fitted anew, as these are what they are beside them.
+    One check an adapter, cheapest first, and as many fits as halving them takes: not one for each set of them.
     """
     mixing, adapters = found.mixing, len(task.references)
     if adapters < POOL or found.scores is None or not isinstance(mixing, DiagonalMixing) or mixing.kind == "rank":
-        return found
+        return found, ()
     task.engine.meter.enter(IDLE)
     task.engine.meter.stage("looking for adapters that change nothing")
     scores = found.scores
 
-    def left_out(places: Sequence[int], key: str) -> tuple[float, DiagonalMixing]:
-        """What that costs, infinite where it would be noticed; and the mixing without them."""
-        kept = ~torch.isin(mixing.adapter_of, torch.tensor(places))
-        less = replace(mixing, kept=kept)
-        try:
-            without = task.check(less, found.thetas, key)
-        except NonFiniteLoss:
-            return math.inf, less
-        assert without is not None
-        cost = gain(without, scores)
-        return (math.inf if cost.clear or cost.mean > task.least_gain else cost.mean), less
+    def without(places: Sequence[int]) -> DiagonalMixing:
+        return replace(mixing, kept=~torch.isin(mixing.adapter_of, torch.tensor(places)))
 
-    alone = {place: left_out([place], f"without adapter {place}")[0] for place in range(adapters)}
-    idle = sorted((place for place in alone if alone[place] < math.inf), key=lambda place: (alone[place], place))
-    idle = idle[: adapters - 1]  # one stays
+    def cost_of(left: Scores | None) -> float:
+        """Infinite where it would be noticed."""
+        assert left is not None
+        cost = gain(left, scores)
+        return math.inf if cost.clear or cost.mean > task.least_gain else cost.mean
+
+    def alone(place: int) -> float:
+        try:
+            return cost_of(task.check(without([place]), found.thetas, f"without adapter {place}"))
+        except NonFiniteLoss:
+            return math.inf
+
+    costs = {place: alone(place) for place in range(adapters)}
+    idle = sorted((place for place in costs if costs[place] < math.inf), key=lambda place: (costs[place], place))
+    idle, stages = idle[: adapters - 1], list[StageRecord]()  # one stays
+    budget = sum(idle_tokens(fold, task.first_passes, task.settings.batch_tokens) for fold in task.folds)
     while idle:
-        cost, less = left_out(idle, f"without {len(idle)} adapters")
-        if cost < math.inf:
-            # Their numbers mean nothing now, and stand where the ridge wants them.
-            thetas = tuple(
-                torch.where(less.kept, theta, anchor)  # type: ignore[arg-type]
-                for theta, anchor in zip(found.thetas, found.anchors, strict=True)
-            )
-            return replace(found, mixing=less, thetas=thetas, dropped=tuple(sorted(idle)))
+        less, name = without(idle), f"without {len(idle)} adapters"
+        # The numbers of the others mean nothing now, and stand where the ridge wants them.
+        starts = [
+            torch.where(less.kept, theta, anchor)  # type: ignore[arg-type]
+            for theta, anchor in zip(found.thetas, found.anchors, strict=True)
+        ]
+        try:
+            again = solve_level(task, less, {name: starts}, budget)
+            stages += again.stages
+            if cost_of(again.scores) < math.inf and not again.stopped:
+                kept = replace(
+                    found, mixing=less, thetas=again.thetas, scores=again.scores, dropped=tuple(sorted(idle))
+                )
+                return kept, tuple(stages)
+        except NonFiniteLoss:
+            pass
         idle = idle[: len(idle) // 2]
-    return found
+    return found, tuple(stages)
+
+
+def idle_tokens(fold: Fold, passes: float, batch_tokens: int) -> float:
+    """That a fold has for a fit without some adapters: so many passes, and the checks."""
+    return GRADIENT_COST * passes * tokens_of(fold.fitting) + 3 * padded_tokens(fold.validation, batch_tokens)
 
 
 def share_of(shares: Mapping[MixingKind, float], kind: MixingKind) -> float:
@@ -350,8 +370,10 @@ def solve_next(task: Task, mixing: Mixing, below: Solution | None, left: float) 
         return _solve_adapters(task, mixing, budget, alone=kind == asked)
     starts: dict[str, list[Tensor]] = {below.mixing.kind: [mixing.lift(below.mixing, theta) for theta in below.thetas]}
     if isinstance(mixing, FactorMixing):  # they go on from the best there is
-        before, solved = task.spent, solve_level(task, mixing, starts, budget)
-        return solved if asked != AUTO else _or_from_nothing(task, mixing, solved, budget - (task.spent - before))
+        if asked != AUTO:
+            return solve_level(task, mixing, starts, budget)
+        before, solved = task.spent, solve_level(task, mixing, starts, (1 - _NEW_SHARE) * budget)
+        return _or_from_nothing(task, mixing, solved, budget - (task.spent - before))
     total = mixing.constant([1.0] * len(task.references))
     if any(float((start - total).abs().max()) > _SAME_START for start in starts[below.mixing.kind]):
         starts[_SUM] = [total] * len(task.folds)

@@ -28,6 +28,7 @@ from loracli.fitting.search import (
     LADDERS,
     POOL,
     SCREEN_SHARE,
+    idle_tokens,
     published_batches,
     refit_share,
     share_of,
@@ -109,7 +110,7 @@ class Work:
         """Their names in order: of levels the kinds of mixing."""
         refits = [REFIT] * (self._refits and not self.judged)
         certificate = [CERTIFICATE] * (self.certifies and not self.judged)
-        return (REACH, *self._ladder, *[IDLE] * (self._prunes > 0), *refits, *certificate, *self.after)
+        return (REACH, *self._ladder, *[IDLE] * self._prunes, *refits, *certificate, *self.after)
 
     def left(self, stage: str, spent: int = 0) -> Cost:
         """The most that is to be done when a stage begins.
@@ -128,7 +129,7 @@ class Work:
                 most = self._most(kind, max(climbing, 0.0) * share_of(self._ladder, kind))
                 climbing, cost = climbing - most.tokens, cost + most
         if IDLE in later:
-            cost += sum((self._cost_of(fold.validation) for fold in self.folds), Cost()) * self._prunes
+            cost += self._pruning
         if REFIT in later:
             refitting = max(min(last * budget, budget - spent - cost.tokens), 0.0)
             plan = plan_steps(self.training, batch_tokens=settings.batch_tokens, seed=settings.seed + 1)
@@ -157,11 +158,21 @@ class Work:
         return bool(self.folds[0].validation) and self.settings.mixing != "adapter" and not self.settings.paper
 
     @property
-    def _prunes(self) -> int:
-        """How many checks it takes at most to find the adapters that change nothing."""
-        n = len(self.references)
+    def _prunes(self) -> bool:
+        """Whether adapters that change nothing are looked for."""
         inline = self.settings.mixing in (*INLINE_KINDS, AUTO) and not self.settings.paper and self.ladder is None
-        return n + n.bit_length() if inline and n >= POOL and self.folds[0].validation else 0
+        return inline and len(self.references) >= POOL and bool(self.folds[0].validation)
+
+    @property
+    def _pruning(self) -> Cost:
+        """A check without each of the adapters, and as many fits as halving them takes."""
+        count, passes = len(self.references), self.settings.first_passes(len(self.folds), len(self.training))
+        cost = Cost()
+        for fold in self.folds:
+            plan, check = self._plan(fold), self._cost_of(fold.validation)
+            again = descent_cost(plan, idle_tokens(fold, passes, self.settings.batch_tokens) / GRADIENT_COST)
+            cost += check * count + (again + check * 2) * count.bit_length()
+        return cost
 
     def _most(self, kind: MixingKind, budget: float) -> Cost:
         if self.settings.paper:
