@@ -111,10 +111,15 @@ def run_comparison(
         NonFiniteLoss: if no ingredient has a finite loss.
         StateMismatch: if what was kept of a row is damaged.
     """
-    if per_record is not None and os.path.lexists(per_record):
-        raise OutputExists(f"{per_record} exists", hint=f"{ANOTHER_NAME} with --per-record")
+    check_new(per_record)
     with _opened(inputs, placement, metric, kept, progress) as comparison:
         return comparison.run(per_record)
+
+
+def check_new(per_record: Path | None) -> None:
+    """Raises OutputExists if the file for what every row scores on each record is there."""
+    if per_record is not None and os.path.lexists(per_record):
+        raise OutputExists(f"{per_record} exists", hint=f"{ANOTHER_NAME} with --per-record")
 
 
 def plan_comparison(
