@@ -191,7 +191,7 @@ def parse_sources(data: DataPaths, *, owned: bool = False) -> tuple[DataSource, 
                 f"whose records {source}@{source.adapter} are has no use here",
                 hint=f"leave out @{source.adapter}; a method that goes by it, as regmean, takes it with --fit-data",
             )
-        place = source.path and source.path.resolve()
+        place = source.path and Path(os.path.realpath(source.path))
         if place in seen:
             shared = "without @ADAPTER it is for all adapters"
             hint = shared if source.adapter else f"to count it twice, give it a weight: {source}:2"

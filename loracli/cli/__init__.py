@@ -3,6 +3,7 @@ codes."""
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import signal
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -269,11 +270,35 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     sys.exit(128 + signum)
 
 
+class _Results(io.FileIO):
+    """Standard output, which is named where it cannot be written."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def _results(stdout: TextIO | None) -> TextIO:
+    """Standard output as the interpreter opened it; one that the shell has closed fails once something is written, or
+    results would be lost without a word."""
+    if not isinstance(stdout, io.TextIOWrapper | None):  # of a test
+        return stdout
+    descriptor = os.open(os.devnull, os.O_RDONLY) if stdout is None else stdout.fileno()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Results(descriptor, "wb", closefd=False)),
+        encoding="utf-8" if stdout is None else stdout.encoding,
+        line_buffering=stdout is not None and (stdout.line_buffering or stdout.write_through),
+    )
+
+
 def main() -> None:
     """What `loracat` does, from the words on its command line to its exit code."""
-    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for stream, mode in (("stdin", "r"), ("stderr", "w")):
         if getattr(sys, stream) is None:  # the shell has closed it
             setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # for as long as we live
+    sys.stdout = _results(sys.stdout)
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) == signal.SIG_DFL:  # nohup has SIGHUP ignored
             signal.signal(signum, _stop)

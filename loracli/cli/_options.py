@@ -349,7 +349,8 @@ def set_words(group: ReadingOptions | PlacementOptions) -> list[str]:
     for field in fields(group):
         option, value = f"--{field.name.replace('_', '-')}", getattr(group, field.name)
         if value != field.default:
-            words += [option] if value is True else [option, str(value)]
+            text = f"{value:.15g}" if isinstance(value, float) else str(value)
+            words += [option] if value is True else [option, text]
     return words
 
 

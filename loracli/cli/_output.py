@@ -260,7 +260,7 @@ class Output:
             known = message in self._warned
             self._warned.add(message)
         if not known:
-            self._say("warning: ", "yellow", message)
+            self._say("warning: ", "yellow", _typed(message))
 
     def ask(self, marker: str) -> str:
         """A line that is typed on the terminal, without its end; nothing at the end of the input."""
@@ -299,7 +299,7 @@ class Output:
         if len(problems) > SHOWN_PROBLEMS:
             self._stderr.print(plain(f"  ... and {len(problems) - SHOWN_PROBLEMS} more"))
         if error.hint:
-            self._say("hint: ", "cyan", error.hint, whole=True)
+            self._say("hint: ", "cyan", _typed(error.hint), whole=True)
 
     def error_line(self, error: LoracatError) -> None:
         """What and where alone, for whoever has the rest as a document."""
@@ -442,13 +442,21 @@ def _together(problems: Sequence[str]) -> Sequence[str]:
     return [f"{first[1]}:{first[2]} to {last[2]}, {len(found)} lines: {first[3]}"]
 
 
+_IN_PYTHON = re.compile(r", in Python \w+=\w+")
+
+
+def _typed(hint: str) -> str:
+    """A hint for whoever types a command, without the way in Python beside it."""
+    return _IN_PYTHON.sub("", hint)
+
+
 def describe(error: LoracatError) -> dict[str, Any]:
     """An error for a JSON document."""
     content: dict[str, Any] = {
         "code": error.exit_code,
         "kind": type(error).__name__,
         "message": error.summary,
-        "hint": error.hint,
+        "hint": error.hint and _typed(error.hint),
     }
     if isinstance(error, (CalibrationError, RecipeError, SettingsError, VerificationError)):
         content["problems"] = list(error.problems)

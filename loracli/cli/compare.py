@@ -181,11 +181,12 @@ def compare(
     """Compare every way to compose adapters on your own records, with paired confidence intervals."""
     from loracli.algebra.methods.method import MethodOptions
     from loracli.cli._tables import comparison_lines
-    from loracli.comparison.compare import plan_comparison, resumable_comparison
+    from loracli.comparison.compare import check_new, plan_comparison, resumable_comparison
     from loracli.comparison.inputs import prepare_comparison
     from loracli.comparison.state import comparison_state
     from loracli.evaluation.metrics import task_metric
     from loracli.model.placement import Placement
+    from loracli.system.files import told_in_dry_run
 
     metric = task_metric(
         generate, answers.metric_command, max_new_tokens=answers.max_new_tokens, tolerance=answers.tolerance
@@ -208,6 +209,8 @@ def compare(
         progress=out,
     )
     if dry_run:
+        with told_in_dry_run(dry_run, "the comparison", out):
+            check_new(per_record)
         _show_plan(out, plan_comparison(prepare(), placement=place, metric=metric, progress=out), metric is not None)
         return
     with resumable_comparison(

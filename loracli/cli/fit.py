@@ -155,7 +155,7 @@ def fit(
     from loracli.calibration.records import parse_sources
     from loracli.errors import FitError, UsageError
     from loracli.fitting.inputs import check_typed, prepare_fit
-    from loracli.fitting.job import fit_to_file, plan_fit
+    from loracli.fitting.job import check_log, fit_to_file, plan_fit
     from loracli.fitting.settings import FitSettings
     from loracli.model.placement import Placement
     from loracli.progress import SILENT
@@ -177,6 +177,8 @@ def fit(
     elif launch.first:
         with told_in_dry_run(dry_run, "the fit", out):
             check_recipe_path(output, force=force, kind=settings.mixing)
+        with told_in_dry_run(dry_run, "the fit", out):
+            check_log(log, force=force, resume=resume)
     prepare = partial(
         prepare_fit,
         adapters,

@@ -44,9 +44,11 @@ from loracli.progress import SILENT, WORK, Bar, Progress, drawn, duration_text, 
 from loracli.recipe.recipe import Recipe
 from loracli.system.display import count_text
 from loracli.system.document import dtype_name, encode
-from loracli.system.files import ANOTHER_NAME, write_atomically
+from loracli.system.files import ANOTHER_NAME, translate_disk_errors, write_atomically
+from loracli.system.strict_json import StrictJsonError, parse_json
 
 _LONG = 10.0  # seconds of answers that are worth a word
+_MAX_LINE = 1 << 16  # bytes of a line for a row and a record
 
 
 @takes_bar
@@ -111,10 +113,29 @@ def run_comparison(
         NonFiniteLoss: if no ingredient has a finite loss.
         StateMismatch: if what was kept of a row is damaged.
     """
-    if per_record is not None and os.path.lexists(per_record):
-        raise OutputExists(f"{per_record} exists", hint=f"{ANOTHER_NAME} with --per-record")
+    check_new(per_record, resumed=kept.resumed)
     with _opened(inputs, placement, metric, kept, progress) as comparison:
         return comparison.run(per_record)
+
+
+def check_new(per_record: Path | None, *, resumed: bool = False) -> None:
+    """Raises OutputExists if the file for what every row scores on each record is there; a comparison that was stopped
+    may have written it, and writes it again where it is `resumed`."""
+    if per_record is None or not os.path.lexists(per_record) or (resumed and _holds_record_lines(per_record)):
+        return
+    raise OutputExists(f"{per_record} exists", hint=f"{ANOTHER_NAME} with --per-record")
+
+
+def _holds_record_lines(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    with translate_disk_errors(path), open(path, "rb") as file:
+        line = file.readline(_MAX_LINE)
+    try:
+        content = parse_json(line)
+    except StrictJsonError:
+        return False
+    return isinstance(content, dict) and content.keys() >= {"row", "record", "nats", "tokens"}
 
 
 def plan_comparison(

@@ -74,12 +74,13 @@ class KeptRows:
 
     Args:
         folder: of the state, which is open; None to keep nothing.
+        resumed: whether it is of a comparison that was stopped.
     Attributes:
         fitted: whether one that had to be fitted was written.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, *, resumed: bool = False) -> None:
+        self.folder, self.resumed = folder, resumed
         self.fitted = False
 
     def recall(self, key: str, row: Candidate, *, records: int, guard: int, answers: bool) -> Evaluated | None:
@@ -185,7 +186,7 @@ def kept_rows(
             held.enter_context(locked_directory(folder, Path("its state"), elsewhere=_STATE.elsewhere))
             identity = _identity(inputs, placement, metric)
             resumed = open_state(folder, identity, resume=resume, force=force, kind=_STATE, progress=progress)
-            kept = KeptRows(folder)
+            kept = KeptRows(folder, resumed=resumed)
         except LoracatError as error:
             if resume or force or isinstance(error, (InputError, UsageError)):
                 raise

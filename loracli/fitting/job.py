@@ -127,7 +127,7 @@ def plan_fit(inputs: FitInputs, *, placement: Placement, world_size: int = 1, pr
         validation_records=len(folds[0].validation),
         held_out_records=len(examples.held_out),
         parts=len(held_out_parts(inputs, examples.training)),
-        passes=inputs.settings.budget(len(folds), len(examples.training)),
+        passes=work.passes,
         controls=controls(work),
         training_tokens=tokens_of(examples.training),
         scored_tokens=sum(data.scored_tokens for data in examples.data),
@@ -206,7 +206,7 @@ def fit_to_file(
         processes.from_first(lambda: check_recipe_path(output, force=force, kind=kind))
         processes.from_first(lambda: check_kept_path(output) if output.is_file() else None)
         processes.from_first(lambda: _check_places(output, log, inputs))
-        processes.from_first(lambda: _check_log(log, force=force, resume=resume))
+        processes.from_first(lambda: check_log(log, force=force, resume=resume))
         folder = state_folder(output)
         processes.from_first(lambda: held.enter_context(locked_directory(folder, output)))
         resumed = processes.from_first(
@@ -214,7 +214,7 @@ def fit_to_file(
         )
         journal = Journal(folder if processes.first else None)
         with _said(folder, processes, resumed, progress):
-            processes.from_first(lambda: _check_log(log, force=force, resume=resumed))
+            processes.from_first(lambda: check_log(log, force=force, resume=resumed))
             with _step_log(log, processes, resumed) as steps:
                 recipe = run_fit(
                     inputs, placement=placement, processes=processes, journal=journal, log=steps, progress=progress
@@ -261,7 +261,7 @@ def _check_places(output: Path, log: Path | None, inputs: FitInputs) -> None:
                 )
 
 
-def _check_log(log: Path | None, *, force: bool, resume: bool) -> None:
+def check_log(log: Path | None, *, force: bool, resume: bool) -> None:
     """Raises OutputExists for what may not be replaced, and is no log to go on with."""
     if log is None or not os.path.lexists(log):
         return

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from loracli.errors import LoracatError, OutputExists, StateMismatch
 from loracli.progress import SILENT, WORK, Progress
-from loracli.system.files import ANOTHER_NAME, remove_temporaries, write_atomically
+from loracli.system.files import ANOTHER_NAME, remove_temporaries, translate_disk_errors, write_atomically
 from loracli.system.strict_json import StrictJsonError, parse_json, read_object
 
 _IDENTITY_FILE = "identity.json"
@@ -397,11 +398,11 @@ class StepLog:
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._file: IO[bytes] = open(path, "r+b" if resume and path.exists() else "w+b")
-        self._ends = [0]
-        for line in self._file:
-            if line.endswith(b"\n"):
-                self._ends.append(self._ends[-1] + len(line))
+        # Those that were dropped to do a damaged step again are there when a later step is taken from the state.
+        self._known = [line for line in self._file if line.endswith(b"\n")]
+        self._ends = [0, *accumulate(map(len, self._known))]
         self.lines = 0
         self._started = time.monotonic()
 
@@ -409,21 +410,26 @@ class StepLog:
         """Writes the line after the first `lines`, drops any that followed, and hands it to the system."""
         line = {**content, "seconds": round(time.monotonic() - self._started, 3)}
         self.cut()
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        self._ends.append(self._file.tell())
+        self._known[self.lines : self.lines + 1] = [json.dumps(line).encode() + b"\n"]
         self.lines += 1
+        self.cut()
 
     def close(self) -> None:
         """Closes the file as it is: a fit may be stopped before it is where its state and these lines are."""
-        self._file.close()
+        with translate_disk_errors(self._path):
+            self._file.close()
 
     def cut(self) -> None:
-        """Drops the lines after the first `lines`."""
-        self.lines = min(self.lines, len(self._ends) - 1)
+        """Leaves the first `lines` in the file, of those that are known."""
+        self.lines = min(self.lines, len(self._known))
         del self._ends[self.lines + 1 :]
-        self._file.seek(self._ends[-1])
-        self._file.truncate()
+        with translate_disk_errors(self._path):
+            self._file.seek(self._ends[-1])
+            self._file.truncate()
+            for line in self._known[len(self._ends) - 1 : self.lines]:
+                self._file.write(line)
+                self._ends.append(self._file.tell())
+            self._file.flush()
 
 
 def is_step_log(path: Path) -> bool:

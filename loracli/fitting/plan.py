@@ -128,8 +128,7 @@ def announce(engine: Engine, inputs: FitInputs, session: Session, examples: Exam
         f"mixing {settings.mixing}, {numbers} over {count_text(len(layout.modules), 'module')}"
     )
     choosing = f", {len(folds)} folds" if len(folds) > 1 else f", {len(folds[0].validation)} of them to choose with"
-    most = settings.budget(len(folds), len(examples.training))
-    passes = "one pass" if settings.paper else f"up to {most:.3g} passes"
+    passes = "one pass" if settings.paper else f"up to {work.passes:.3g} passes"
     least, longest = (each.left(REACH).seconds(pace) for each in (_shortest(work), work))
     about = duration_text(least)
     about += f", up to {duration_text(longest)} while more passes pay" if longest > least else ""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from loracli.calibration.dataset import Batch, plan_batches
@@ -142,6 +142,14 @@ class Work:
             once = cost_of(plan_batches(self.training, batch_tokens=settings.batch_tokens))
             cost += once * (max(budget - spent - cost.tokens, 0.0) / once.tokens)
         return sum((self.after[name] for name in later if name in self.after), cost)
+
+    @property
+    def passes(self) -> float:
+        """Over the training records, at most, of the search: its budget, or what it does however small that is."""
+        budget = self.settings.budget(len(self.folds), len(self.training))
+        if self.settings.paper:
+            return budget
+        return max(budget, replace(self, after={}).left(REACH).tokens / (GRADIENT_COST * tokens_of(self.training)))
 
     def effort_left(self, pace: Pace) -> Callable[[str, int], int]:
         """The same for the meter."""

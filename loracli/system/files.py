@@ -54,7 +54,7 @@ _BLOCK = 1 << 20  # bytes that are copied at once
 def same_file(first: Path, second: Path) -> bool:
     """Whether two paths lead to one file or directory: by links of any kind, or by names that differ and that a file
     system takes for one."""
-    if first.resolve() == second.resolve():
+    if os.path.realpath(first) == os.path.realpath(second):  # where links lead in a circle, resolve() raises
         return True
     try:
         return first.samefile(second)
@@ -64,7 +64,7 @@ def same_file(first: Path, second: Path) -> bool:
 
 def holds(folder: Path, path: Path) -> bool:
     """Whether a path is the folder or lies below it, by whatever names."""
-    place = path.resolve()
+    place = Path(os.path.realpath(path))
     return any(same_file(folder, above) for above in (place, *place.parents))
 
 
@@ -375,7 +375,8 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
             raise OutOfResources(
                 f"no space left to write {path}", hint="free some space and run the same command again"
             ) from None
-        raise LoracatError(f"{path} cannot be written: {error.strerror}") from None
+        reason = f"{error.filename} is not a directory" if isinstance(error, FileExistsError) else error.strerror
+        raise LoracatError(f"{path} cannot be written: {reason}") from None
 
 
 def repair(path: Path) -> None:

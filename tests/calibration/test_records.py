@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loracli.calibration.records import _MAX_LINE_BYTES, CalibrationFile, DataSource, read_records
+from loracli.calibration.records import _MAX_LINE_BYTES, CalibrationFile, DataSource, parse_sources, read_records
 from loracli.errors import CalibrationError
 from tests.heard import Heard
 
@@ -289,9 +289,13 @@ def test_a_file_without_records_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "missing.jsonl", tmp_path):
+    circle = tmp_path / "circle.jsonl"
+    circle.symlink_to(circle)
+    for path in (tmp_path / "missing.jsonl", tmp_path, circle):
+        (source,) = parse_sources([str(path)])
+        assert source.path is not None
         with pytest.raises(CalibrationError, match="cannot be read"):
-            read_records(path)
+            read_records(source.path)
 
 
 GOOD = st.builds(

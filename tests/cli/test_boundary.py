@@ -70,6 +70,13 @@ def test_a_stream_that_the_shell_has_closed_is_no_traceback(tmp_path: Path, clos
     assert closed == "2>&-" or ended.stderr.startswith("error: ")
 
 
+@pytest.mark.parametrize("words", ["--version", "--help", "env", "env --json", "env --quiet"])
+def test_results_for_a_closed_standard_output_are_no_success(tmp_path: Path, words: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m loracli {words} >&-"
+    ended = subprocess.run(command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (1, "error: standard output: Bad file descriptor\n")
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [

@@ -120,7 +120,7 @@ def test_where_a_kind_of_mixing_is_best_the_next_command_is_its_fit(here: Path) 
     [line] = [line for line in found.stderr.splitlines() if line.startswith("next: ")]
     assert line == (
         "next: loracat fit --adapters know form --data calibration.jsonl --mixing adapter --base base "
-        "--batch-tokens 512 --passes 12.0"
+        "--batch-tokens 512 --passes 12"
     )
     assert found.stdout.startswith("adapter ") and run(*line.split()[2:], "--dry-run").exit_code == 0
 

@@ -311,3 +311,24 @@ def test_without_a_folder_nothing_is_kept_and_nothing_recalled() -> None:
     kept.write("key", None, fitted=True)  # type: ignore[arg-type]
     assert kept.recall("key", None, records=1, guard=0, answers=False) is None  # type: ignore[arg-type]
     assert not kept.fitted
+
+
+def test_lines_per_record_that_a_stopped_comparison_wrote_are_written_again(
+    few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "compare --adapters know form --data few.jsonl --base base --methods sum --per-record lines.jsonl".split()
+
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # as the reader of its standard output goes away
+        patch.setattr("loracli.cli._tables.comparison_lines", stops)
+        assert run(*words).exit_code == 130
+    lines = Path("lines.jsonl").read_bytes()
+    Path("lines.jsonl").write_text('{"precious": 1}')
+    refused = run(*words, "--resume")
+    assert refused.exit_code == 2 and "lines.jsonl exists" in refused.stderr
+    assert Path("lines.jsonl").read_text() == '{"precious": 1}'
+    Path("lines.jsonl").write_bytes(lines.splitlines(keepends=True)[0])
+    assert run(*words, "--resume").exit_code == 0 and Path("lines.jsonl").read_bytes() == lines
+    assert run(*words, "--resume").exit_code == 2  # nothing to go on with any more

@@ -20,6 +20,8 @@ def test_a_fit_is_planned_as_it_is_done(here: Path) -> None:
     recipe = load_recipe("recipe.json")
     for words, said in ((FIT, True), ([*FIT, "--force"], False), ([*FIT, "-o", "new.json"], False)):
         assert ("recipe.json exists: the fit itself would be refused" in run(*words, "--dry-run").stderr) == said
+    log = run(*FIT, "-o", "new.json", "--log", "test.jsonl", "--dry-run").stderr
+    assert "warning: test.jsonl exists: the fit itself would be refused; choose another name with --log" in log
     assert plan["training_records"] == sum(data.records for data in recipe.data)
     assert plan["scored_tokens"] == sum(data.scored_tokens for data in recipe.data)
     assert (plan["held_out_records"], plan["numbers"]) == (recipe.held_out.records, recipe.mixing.numbers)
@@ -36,6 +38,14 @@ def test_a_fits_tokens_are_those_of_the_tokenizer(here: Path) -> None:
     assert plan["training_tokens"] - sum(lengths) in (0, len(records))  # with or without an end-of-text token
     assert plan["scored_tokens"] == plan["training_tokens"] - len(records)
     assert document(*words, "--max-length", "6")["plan"]["longest_record"] == 6
+
+
+def test_a_comparison_is_planned_beside_a_file_that_is_in_its_way(here: Path) -> None:
+    words = ["compare", "--data", "test.jsonl", "--base", "base", "--dry-run", "--per-record"]
+    assert "exists" not in run(*words, "new.jsonl").stderr and not Path("new.jsonl").exists()
+    told = run(*words, "test.jsonl")
+    assert told.exit_code == 0 and "rows on" in told.stdout
+    assert "warning: test.jsonl exists: the comparison itself would be refused; choose another name" in told.stderr
 
 
 def test_a_fit_that_would_be_refused_is_refused_in_a_dry_run(here: Path) -> None:

@@ -117,3 +117,4 @@ def test_a_limit_on_the_size_of_files_ends_a_command_with_6(
 def test_results_that_cannot_be_written_are_told(server: ForkServer, yard: Path, words: tuple[str, ...]) -> None:
     ended = server.run(*words, cwd=yard / "project", stdout=Path("/dev/full"))
     check_manners(ended, {6})
+    assert ended.stderr.splitlines()[-2] == "error: standard output: no space left to write"

@@ -52,6 +52,7 @@ TARGETS: list[tuple[Callable[[Path], None], str, set[int]]] = [
     (a_link_to_a_folder, "out", {2}),
     (a_file, "out/below", {1, 2}),
     (a_fifo, "out/below", {1, 2}),
+    (a_link_to_itself, "out/below", {1}),
     (nothing, ".", {2}),
     (nothing, "..", {2}),
     (nothing, "/dev/null", {2}),
@@ -85,6 +86,8 @@ def test_an_odd_target_is_refused_untouched_or_written_whole(
     assert "\x1b" not in ended.stdout + ended.stderr
     after = tree(folder)
     assert before.items() <= after.items()
+    if make in (a_file, a_link_to_itself) and name == "out/below":
+        assert ended.stderr == "error: out/below cannot be written: out is not a directory\n"
     if ended.code == 0:
         assert {path.name for path in (folder / name).iterdir()} >= {"adapter_config.json", "loracat.json"}
         assert not [path for path in after if "/." in f"/{path}"]

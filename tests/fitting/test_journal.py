@@ -374,6 +374,18 @@ def test_a_damaged_entry_is_done_again(fit: Fit, power: Power) -> None:
     assert fit.written("whole") == fit.written("broken")
 
 
+def test_each_damaged_entry_leaves_the_log_as_it_was(fit: Fit, power: Power, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where steps that were logged later are taken from the state."""
+    monkeypatch.setattr("loracli.fitting.job.remove_state", lambda *_: None)
+    fit.run("recipe.json", log="steps.log")
+    whole = timeless(fit.folder / "steps.log")
+    entries = sorted(state_folder(fit.folder / "recipe.json").glob("*.safetensors"))
+    for entry in entries[:: len(entries) // 4]:
+        entry.write_bytes(b"nonsense")
+        fit.run("recipe.json", resume=True, force=True, log="steps.log")
+        assert timeless(fit.folder / "steps.log") == whole
+
+
 def test_what_runs_out_leaves_the_state(fit: Fit, power: Power, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise OutOfResources("no space left")

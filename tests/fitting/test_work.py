@@ -10,8 +10,9 @@ import torch
 
 from loracli.demo.run import example_folder
 from loracli.fitting.criterion import Fold
-from loracli.fitting.engine import Pace
+from loracli.fitting.engine import GRADIENT_COST, Pace
 from loracli.fitting.journal import TASK, Meter
+from loracli.fitting.level import tokens_of
 from loracli.fitting.run import fit_mixing
 from loracli.fitting.search import search
 from loracli.fitting.settings import FitSettings
@@ -46,6 +47,8 @@ def test_a_search_does_at_most_what_is_said_at_every_stage(
         search(task_of(engine, divided, settings), level, examples)
     assert 0 < told.done <= told.totals[0] <= 2 * told.done
     assert work.left(REACH).tokens >= engine.meter.spent
+    said = work.passes * GRADIENT_COST * tokens_of(examples)
+    assert said >= engine.meter.spent * (1 - 1e-12)
 
 
 @pytest.mark.parametrize(
