@@ -289,6 +289,7 @@ def _results(stdout: TextIO | None) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(_Results(descriptor, "wb", closefd=False)),
         encoding="utf-8" if stdout is None else stdout.encoding,
+        errors=None if stdout is None else stdout.errors,
         line_buffering=stdout is not None and (stdout.line_buffering or stdout.write_through),
     )
 
