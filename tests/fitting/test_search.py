@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -14,12 +15,15 @@ from loracli.calibration.dataset import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting import search as search_module
+from loracli.fitting.descent import plan_steps
 from loracli.fitting.level import Solution, Task
-from loracli.fitting.mixing import DiagonalMixing, FactorMixing, Mixing, make_diagonal, make_layout
+from loracli.fitting.mixing import DiagonalMixing, FactorMixing, Layout, Mixing, make_diagonal, make_layout
 from loracli.fitting.search import _with_prompts, fit_as_published
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel
 from loracli.model.loss import Scores
+from loracli.recipe.record import NOTHING
+from tests.fitting.least_squares import LeastSquares, engine_of, one_task, random_examples
 from tests.fitting.planted import different_by_layer, held_out_losses, make_engine, planted, run_search
 from tests.tiny import make_adapter
 
@@ -143,6 +147,36 @@ def test_of_two_adapters_none_is_dropped(tiny_base: Path, adapters: list[LoraAda
     with planted(tiny_base, adapters, torch.tensor([[1.0, 0.0]]), count=60) as (attached, examples, _):
         found, _ = run_search(attached, adapters, examples, FitSettings(mixing="adapter"))
     assert found.dropped == () and float(found.theta[1]) != 0.0
+
+
+def test_idle_adapters_are_left_out_together_once_the_others_are_fitted_without_them() -> None:
+    """Eight with the same direction, of which one has most of the weight: each other can go alone, and all together
+    only where the first takes over."""
+    layout, theta = Layout(("layers.0.proj",), ((1,) * 8,)), torch.tensor([0.86, *[0.02] * 7], dtype=torch.float64)
+    model = LeastSquares(torch.tensor(1.0), noise=1.2)
+    model._features, model.truth = model._features[:, :1].repeat(1, 8), torch.eye(8, dtype=torch.float64)[0]
+    engine, mixing = engine_of(model), make_diagonal(layout, "module")
+    task = replace(one_task(engine, random_examples([20] * 60), FitSettings()), references=tuple("abcdefgh"))
+    scores = task.check(mixing, (theta,), "found")
+    found = Solution(mixing, (theta,), (torch.zeros_like(theta),), scores, (), "", 0.0, passes=(1.0, 1.0))
+    left, stages = search_module._without_idle(task, found)
+    assert left.dropped == (1, 2, 3, 4, 5, 6, 7) and stages
+    together = task.check(left.mixing, (theta,), "without a fit")
+    assert scores is not None and left.scores is not None and together is not None
+    assert together.nats_per_token > scores.nats_per_token + 0.01
+    assert left.scores.nats_per_token < scores.nats_per_token + 0.005
+    assert left.theta[0] == pytest.approx(1.0, abs=0.1) and left.theta[1:].tolist() == [0.0] * 7
+
+
+def test_auto_trains_its_new_lora_for_two_passes_where_records_are_many(
+    tiny_base: Path, adapters: list[LoraAdapter]
+) -> None:
+    settings = FitSettings(mixing="auto")
+    with planted(tiny_base, adapters, torch.tensor([[1.0, 0.5]]), count=100, canonical=True) as (attached, examples, _):
+        found, passes = run_search(attached, adapters, examples, settings)
+    a_pass = plan_steps(examples[20:], batch_tokens=settings.batch_tokens, seed=settings.seed).steps_a_pass
+    assert sum(stage.steps for stage in found.stages if stage.start == NOTHING) >= 1.9 * a_pass
+    assert passes <= 22
 
 
 @pytest.mark.parametrize(
