@@ -323,7 +323,7 @@ def _without_idle(task: Task, found: Solution) -> tuple[Solution, tuple[StageRec
     budget = sum(idle_tokens(fold, task.first_passes, task.settings.batch_tokens) for fold in task.folds)
     while idle:
         less, name = without(idle), f"without {len(idle)} adapters"
-        # The numbers of the others mean nothing now, and stand where the ridge wants them.
+        # The numbers of those left out mean nothing now, and stand where the ridge wants them.
         starts = [
             torch.where(less.kept, theta, anchor)  # type: ignore[arg-type]
             for theta, anchor in zip(found.thetas, found.anchors, strict=True)
