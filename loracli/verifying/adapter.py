@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loracli.adapters.adapter import LoraAdapter, kernels_of, read_adapter
 from loracli.adapters.config import read_fields
-from loracli.adapters.kinds import BaseModule
+from loracli.adapters.kinds import BaseModule, kind_of
 from loracli.algebra.factors import Factors, relative_error, thin_svd
 from loracli.algebra.methods.method import Merged
 from loracli.algebra.packing import Convolution
@@ -26,7 +26,7 @@ from loracli.export.activations import recorded_moments
 from loracli.export.layout import PROFILES, choose_layout, ranks_of_targets
 from loracli.export.refit import read_cores
 from loracli.hub.references import Named
-from loracli.model.modules import check_shapes
+from loracli.model.modules import base_modules, check_shapes
 from loracli.progress import Progress
 from loracli.system.document import decode, dtype_name
 from loracli.system.files import (
@@ -134,6 +134,10 @@ def verify_adapter(
     except InputError as error:
         findings.differs(f"it cannot be read as an adapter: {error}")
         return
+    told = bool(origin.table) or record.profile != "peft" or _tells_layout(written)
+    if not told and skeleton is not None:  # which has the modules that nothing changes
+        check_shapes(skeleton, [written])
+        origin, told = replace(origin, table=base_modules(skeleton, [written])), True
     origin = replace(origin, table=origin.table or modules_of([written]))
     table = {module.name: module for module in origin.table}
     sound = _check_config(path, written, origin, record, table, findings)
@@ -168,11 +172,18 @@ def verify_adapter(
                 options=record.options,
                 task_type=written.config.task_type,
             )
-            compare_card(path, cards, record.written_by, composition, findings)
+            compare_card(path, cards, record.written_by, composition, findings, base_told=told)
         if origin.by_records:
             return
         cut = _Cut(_find_moments(composition, recipe, record, findings), _read_cores(path, record, findings))
         _check_composition(composition, written, record, cut, findings, progress)
+
+
+def _tells_layout(written: LoraAdapter) -> bool:
+    """Whether what it changes is by itself why only PEFT reads its layout: else other modules of the base can be."""
+    if written.config.lora_bias or written.saved or kernels_of([written]):
+        return True
+    return any(kind_of(module).portable_obstacle(module.name) is not None for module in modules_of([written]))
 
 
 def _check_texts(path: Path, record: _Record, findings: Findings, *, edited_card: bool) -> bool:

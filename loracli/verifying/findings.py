@@ -127,7 +127,13 @@ def readable_options(options: str | None) -> bool:
 
 
 def compare_card(
-    path: Path, possible: Sequence[str], written_by: Any, composition: Composition, findings: Findings
+    path: Path,
+    possible: Sequence[str],
+    written_by: Any,
+    composition: Composition,
+    findings: Findings,
+    *,
+    base_told: bool = True,
 ) -> None:
     """Holds the card in `path` against those that can have been written, of which there are none without their options.
 
@@ -137,11 +143,14 @@ def compare_card(
         written_by: the version that the record names, which is not believed to have other words but may have.
         composition: whose ingredients state licences in their own cards.
         findings: told what is found.
+        base_told: whether the base's modules are known that nothing changes, which can be why a layout is what it is.
     """
     with open_regular(path / README_FILE) as file:
         found = file.read()
     if any(found == card.encode() for card in possible):
         findings.checked.append(f"{README_FILE} against the card made again of record and ingredients")
+    elif not base_told:
+        findings.skip(README_FILE, "why only PEFT reads it may lie in other modules of the base: name that with --base")
     elif not possible or written_by != __version__:
         by = f"version {written_by}" if isinstance(written_by, str) else "an older version"
         findings.skip(README_FILE, f"{by} may have written other words, and {UNPROVEN}")

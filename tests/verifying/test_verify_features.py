@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from loracli.errors import BaseModelMismatch, IntegrityError, UsageError
 from loracli.export.export import export_adapter
+from loracli.export.layout import ProfileName
 from loracli.export.request import ExportRequest
 from loracli.fusing.composition import FuseRequest
 from loracli.fusing.fuse import fuse_model
@@ -34,8 +36,6 @@ def two(folder: Path, base: Path, *targets: str, **options: Any) -> list[str]:
 
 def edited(out: Path, edit: Callable[[dict[str, torch.Tensor]], object], file: str = WEIGHTS) -> str:
     """What verifying says of changed tensors whose hash was changed with them."""
-    import hashlib
-
     tensors = load_file(out / file)
     edit(tensors)
     save_file(tensors, out / file, metadata={"format": "pt"})
@@ -55,6 +55,28 @@ def test_biases_are_compared(tmp_path: Path, tiny_base: Path, merge: bool) -> No
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.bias"
     said = edited(tmp_path / "out", lambda tensors: tensors[name].neg_())
     assert "model.layers.1.mlp.down_proj" in said and "bias" in said
+
+
+@pytest.mark.parametrize("profile", [None, "peft"])
+def test_a_layout_that_an_unchanged_module_is_the_reason_of_is_no_difference(
+    tmp_path: Path, profile: ProfileName | None
+) -> None:
+    """GPT-2 has another c_proj in its mlp: the record does not name it, the base does."""
+    base = make_base(tmp_path / "gpt2", "gpt2")
+    paths = two(tmp_path, base, "attn.c_proj", fan_in_fan_out=True)
+    for path in paths:
+        Path(path, "README.md").write_text("---\nlicense: mit\n---\n")
+    out = tmp_path / "out"
+    export_adapter(ExportRequest(method="uniform", adapters=paths, base=str(base), profile=profile), out)
+    assert "different shapes" in (out / "README.md").read_text()
+    assert [one.what for one in verify_directory(out, adapters=paths).not_checked] == ["README.md"]
+    assert not verify_directory(out, adapters=paths, base=str(base)).not_checked
+    text = (out / "README.md").read_text().replace("different shapes", "another shape")
+    (out / "README.md").write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    change(out / "loracat.json", lambda record: record["text_sha256"].update({"README.md": digest}))
+    with pytest.raises(IntegrityError, match="1 difference"):
+        verify_directory(out, adapters=paths, base=str(base))
 
 
 def test_another_base_is_no_fault_of_the_export(tmp_path: Path, tiny_base: Path) -> None:
