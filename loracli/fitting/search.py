@@ -279,7 +279,7 @@ def _climb(
             break
     winner = solutions[-1].mixing.kind
     if not solutions[-1].stopped:
-        solutions[-1], more = _without_idle(task, solutions[-1])
+        solutions[-1], more = _without_idle(task, solutions[-1], budget)
         stages += more
     return solutions, tuple(replace(record, won=record.kind == winner) for record in records), tuple(stages)
 
@@ -288,12 +288,13 @@ IDLE = "idle"  # the stage
 POOL = 3  # adapters, from which on some may be idle: who names two wants both
 
 
-def _without_idle(task: Task, found: Solution) -> tuple[Solution, tuple[StageRecord, ...]]:
+def _without_idle(task: Task, found: Solution, most: float) -> tuple[Solution, tuple[StageRecord, ...]]:
     """The solution without the adapters that cannot be told from zero, and the descents that this took.
 
     Leaving them out costs no more on the validation records than one standard error, and `task.least_gain`: each alone
     as it is, and all together after the weights of the others were fitted anew, as these are what they are beside them.
-    One check an adapter, cheapest first, and as many fits as halving them takes: not one for each set of them.
+    One check an adapter, cheapest first, and as many fits as halving them takes: not one for each set of them. They are
+    short where little is left of `most` tokens.
     """
     mixing, adapters = found.mixing, len(task.references)
     if adapters < POOL or found.scores is None or not isinstance(mixing, DiagonalMixing) or mixing.kind == "rank":
@@ -329,7 +330,7 @@ def _without_idle(task: Task, found: Solution) -> tuple[Solution, tuple[StageRec
             for theta, anchor in zip(found.thetas, found.anchors, strict=True)
         ]
         try:
-            again = solve_level(task, less, {name: starts}, budget)
+            again = solve_level(task, less, {name: starts}, min(budget, most - task.spent))
             stages += again.stages
             if cost_of(again.scores) < math.inf and not again.stopped:
                 kept = replace(

@@ -129,7 +129,7 @@ class Work:
                 most = self._most(kind, max(climbing, 0.0) * share_of(self._ladder, kind))
                 climbing, cost = climbing - most.tokens, cost + most
         if IDLE in later:
-            cost += self._pruning
+            cost += self._pruning(max(climbing, 0.0))
         if REFIT in later:
             refitting = max(min(last * budget, budget - spent - cost.tokens), 0.0)
             plan = plan_steps(self.training, batch_tokens=settings.batch_tokens, seed=settings.seed + 1)
@@ -171,16 +171,26 @@ class Work:
         inline = self.settings.mixing in (*INLINE_KINDS, AUTO) and not self.settings.paper and self.ladder is None
         return inline and len(self.references) >= POOL and bool(self.folds[0].validation)
 
-    @property
-    def _pruning(self) -> Cost:
-        """A check without each of the adapters, and as many fits as halving them takes."""
-        count, passes = len(self.references), self.settings.first_passes(len(self.folds), len(self.training))
+    def _pruning(self, left: float) -> Cost:
+        """A check without each of the adapters, and as many fits as halving them takes: within what is left, or a step
+        from the start and one on each ridge."""
+        fits, passes = (
+            len(self.references).bit_length(),
+            self.settings.first_passes(len(self.folds), len(self.training)),
+        )
+        steps = 1 + len(ridge_path(self.settings, "adapter", validated=True))
         cost = Cost()
         for fold in self.folds:
             plan, check = self._plan(fold), self._cost_of(fold.validation)
-            again = descent_cost(plan, idle_tokens(fold, passes, self.settings.batch_tokens) / GRADIENT_COST)
-            cost += check * count + (again + check * 2) * count.bit_length()
+            whole = min(fits * idle_tokens(fold, passes, self.settings.batch_tokens), left / len(self.folds))
+            cost += descent_cost(plan, whole / GRADIENT_COST) + descent_cost(plan, fits * steps * self._largest(plan))
+            cost += check * (len(self.references) + fits * (1 + steps))
         return cost
+
+    @staticmethod
+    def _largest(plan: Plan) -> int:
+        """Tokens of a step, at most."""
+        return sum(sorted(batch.tokens for batch in plan.batches)[-plan.batches_a_step :])
 
     def _most(self, kind: MixingKind, budget: float) -> Cost:
         if self.settings.paper:
@@ -194,7 +204,7 @@ class Work:
         again = 1 + (kind == "factors" and self.settings.mixing == AUTO)  # from nothing too
         checks = self._cost_of(fold.validation) * (again * (2 * starts + path) + (again - 1))  # and half of each
         plan = self._plan(fold)
-        largest = sum(sorted(batch.tokens for batch in plan.batches)[-plan.batches_a_step :])  # of a step, at most
+        largest = self._largest(plan)
         tokens = max(budget - checks.tokens, 0.0) / GRADIENT_COST
         probe = probe_share(kind, len(self.folds), self.settings.mixing) * tokens
         least = starts * max(probe, largest) + path * largest

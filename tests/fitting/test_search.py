@@ -159,7 +159,7 @@ def test_idle_adapters_are_left_out_together_once_the_others_are_fitted_without_
     task = replace(one_task(engine, random_examples([20] * 60), FitSettings()), references=tuple("abcdefgh"))
     scores = task.check(mixing, (theta,), "found")
     found = Solution(mixing, (theta,), (torch.zeros_like(theta),), scores, (), "", 0.0, passes=(1.0, 1.0))
-    left, stages = search_module._without_idle(task, found)
+    left, stages = search_module._without_idle(task, found, 1e9)
     assert left.dropped == (1, 2, 3, 4, 5, 6, 7) and stages
     together = task.check(left.mixing, (theta,), "without a fit")
     assert scores is not None and left.scores is not None and together is not None
