@@ -15,14 +15,12 @@ from loracli.calibration.dataset import plan_batches
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.fitting import search as search_module
-from loracli.fitting.descent import plan_steps
 from loracli.fitting.level import Solution, Task
-from loracli.fitting.mixing import DiagonalMixing, FactorMixing, Layout, Mixing, make_diagonal, make_layout
+from loracli.fitting.mixing import DiagonalMixing, FactorMixing, FreshLora, Layout, Mixing, make_diagonal, make_layout
 from loracli.fitting.search import _with_prompts, fit_as_published
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel
 from loracli.model.loss import Scores
-from loracli.recipe.record import NOTHING
 from tests.fitting.least_squares import LeastSquares, engine_of, one_task, random_examples
 from tests.fitting.planted import different_by_layer, held_out_losses, make_engine, planted, run_search
 from tests.tiny import make_adapter
@@ -168,15 +166,34 @@ def test_idle_adapters_are_left_out_together_once_the_others_are_fitted_without_
     assert left.theta[0] == pytest.approx(1.0, abs=0.1) and left.theta[1:].tolist() == [0.0] * 7
 
 
-def test_auto_trains_its_new_lora_for_two_passes_where_records_are_many(
-    tiny_base: Path, adapters: list[LoraAdapter]
-) -> None:
-    settings = FitSettings(mixing="auto")
-    with planted(tiny_base, adapters, torch.tensor([[1.0, 0.5]]), count=100, canonical=True) as (attached, examples, _):
-        found, passes = run_search(attached, adapters, examples, settings)
-    a_pass = plan_steps(examples[20:], batch_tokens=settings.batch_tokens, seed=settings.seed).steps_a_pass
-    assert sum(stage.steps for stage in found.stages if stage.start == NOTHING) >= 1.9 * a_pass
-    assert passes <= 22
+def test_auto_keeps_a_third_of_what_it_has_for_factors_for_a_new_lora(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much the trained factors would take."""
+
+    class Factors(FactorMixing):
+        def __init__(self) -> None:
+            pass
+
+        def lift(self, lower: Mixing, theta: torch.Tensor) -> torch.Tensor:
+            return theta
+
+        def from_nothing(self, *, seed: int) -> FreshLora:
+            return cast(FreshLora, SimpleNamespace(start=torch.zeros(1)))
+
+    task, budgets = SimpleNamespace(spent=0.0, folds=(), settings=FitSettings(mixing="auto")), list[float]()
+
+    def all_of_it(_: object, mixing: object, starts: object, budget: float) -> Solution:
+        budgets.append(budget)
+        task.spent += budget
+        scores = Scores(torch.ones(1), torch.ones(1))
+        return Solution(cast(Mixing, mixing), (torch.ones(1),), (torch.ones(1),), scores, (), "", None)
+
+    monkeypatch.setattr(search_module, "solve_level", all_of_it)
+    below = Solution(cast(Mixing, SimpleNamespace(kind="core")), (torch.ones(1),), (), None, (), "", None)
+    search_module.solve_next(cast(Task, task), Factors(), below, 300.0)
+    assert budgets == pytest.approx([200.0, 100.0])
+    task.settings = FitSettings(mixing="factors")
+    search_module.solve_next(cast(Task, task), Factors(), below, 300.0)
+    assert budgets[2:] == pytest.approx([300.0])
 
 
 @pytest.mark.parametrize(
