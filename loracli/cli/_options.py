@@ -228,7 +228,7 @@ class ReadingOptions:
             metavar="N",
             help="Spend at most N passes, 2 to 1000, over the training records on a fit, with folds in each of them; "
             "layer and module end where more do not pay. The default is 8, for the mixing auto 22, and more below 40 "
-            "records.",
+            "records and for three adapters.",
         ),
         Panel.SEARCH,
     ] = None

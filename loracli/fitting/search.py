@@ -293,8 +293,9 @@ def _without_idle(task: Task, found: Solution, most: float) -> tuple[Solution, t
 
     Leaving them out costs no more on the validation records than one standard error, and `task.least_gain`: each alone
     as it is, and all together after the weights of the others were fitted anew, as these are what they are beside them.
-    One check an adapter, cheapest first, and as many fits as halving them takes: not one for each set of them. They are
-    short where little is left of `most` tokens.
+    One check an adapter, cheapest first, and as many fits as halving them takes: not one for each set of them. They
+    come on top of the default passes: one that was cut short cost more than the pool. With `--passes` they have what is
+    left of `most` tokens.
     """
     mixing, adapters = found.mixing, len(task.references)
     if adapters < POOL or found.scores is None or not isinstance(mixing, DiagonalMixing) or mixing.kind == "rank":
@@ -322,6 +323,7 @@ def _without_idle(task: Task, found: Solution, most: float) -> tuple[Solution, t
     idle = sorted((place for place in costs if costs[place] < math.inf), key=lambda place: (costs[place], place))
     idle, stages = idle[: adapters - 1], list[StageRecord]()  # one stays
     budget = sum(idle_tokens(fold, task.first_passes, task.settings.batch_tokens) for fold in task.folds)
+    most = math.inf if task.settings.passes is None else most
     while idle:
         less, name = without(idle), f"without {len(idle)} adapters"
         # The numbers of those left out mean nothing now, and stand where the ridge wants them.

@@ -36,7 +36,7 @@ class FitSettings:
         max_length: tokens of a record that are used, from its start.
         batch_tokens: tokens of a micro-batch, padding included.
         passes: at most so many, forward and backward over the training records, times the number of folds; None for 8,
-            or 22 with `auto`, more with few records. `module` and `layer` end where more do not pay.
+            or 22 with `auto`, more with few records or three adapters. `module` and `layer` end where more do not pay.
         cv: K folds to choose among starts, ridges and kinds of mixing; None for 4 where every record is held out in its
             turn or there are 6 to 39 training records, and for a fifth of them set aside with more.
         ridge: strength of lambda / 2 |w - w_start|^2 beside nats per token; None for none, and for `rank` and `core` a

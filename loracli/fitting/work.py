@@ -172,8 +172,9 @@ class Work:
         return inline and len(self.references) >= POOL and bool(self.folds[0].validation)
 
     def _pruning(self, left: float) -> Cost:
-        """A check without each of the adapters, and as many fits as halving them takes: within what is left, or a step
-        from the start and one on each ridge."""
+        """A check without each of the adapters, and as many fits as halving them takes: with `--passes` within what is
+        left, or a step from the start and one on each ridge."""
+        left = math.inf if self.settings.passes is None else left
         fits, passes = (
             len(self.references).bit_length(),
             self.settings.first_passes(len(self.folds), len(self.training)),
