@@ -39,7 +39,8 @@ from loracli.fitting.engine import Engine
 from loracli.fitting.journal import Meter
 from loracli.fitting.level import Task, tokens_of
 from loracli.fitting.mixing import DiagonalMixing, Layout, make_diagonal, make_layout
-from loracli.fitting.search import fit_as_published, search
+from loracli.fitting.published import fit_as_published
+from loracli.fitting.search import search
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel, attach
 from loracli.model.base import load_base

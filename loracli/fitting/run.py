@@ -42,8 +42,9 @@ from loracli.fitting.plan import (
     part_stage,
 )
 from loracli.fitting.processes import ALONE, Processes
+from loracli.fitting.published import fit_as_published
 from loracli.fitting.reach import Reach, find_reach
-from loracli.fitting.search import LADDERS, fit_as_published, search
+from loracli.fitting.search import LADDERS, search
 from loracli.fitting.settings import AUTO, FRESH_LORA, FitSettings
 from loracli.fitting.work import CERTIFICATE, REACH, Work
 from loracli.hub.fetch import Fetched

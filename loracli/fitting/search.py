@@ -23,14 +23,6 @@ other folds choose (`Task.judged`), at the weights of that fold, which were not 
 by weights that neither saw it nor were chosen by it, after Tsamardinos et al. 2018 (10.1007/s10994-018-5714-4), who
 draw by bootstrap what we take fold by fold. What the folds were fitted to is known by then, and where the others choose
 as all did, nothing is done twice.
-
-The published recipe of LoRA Soups, for comparison (github.com/aksh555/LoRA-Soups, cat_train.py and train_cat.sh at
-7ce7a2e).
-
-Softmax over the adapters of each module, from N(0, 1) draws; AdamW at a peak of 1e-4 with 100 steps of warm-up and
-linear decay, one epoch, six records a step, loss on prompt and completion. The sum of the rates over such an epoch is
-below 0.1, so Adam cannot move a logit by more, and the weights stay near their draw. Ours differs in two ways: the draw
-is seeded, and adapter dropout is off.
 """
 
 from __future__ import annotations
@@ -43,13 +35,13 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from loracli.calibration.dataset import Batch, make_batch, plan_batches, shuffled
+from loracli.calibration.dataset import plan_batches, shuffled
 from loracli.calibration.render import Example
 from loracli.errors import NonFiniteLoss
 from loracli.evaluation.statistics import static_points
-from loracli.fitting.criterion import Fold, Gain, gain
-from loracli.fitting.descent import WARM_UP, AdamW, Descent, Minimum, Plan, Step, bfgs, plan_steps
-from loracli.fitting.engine import GRADIENT_COST, Engine
+from loracli.fitting.criterion import Gain, gain
+from loracli.fitting.descent import WARM_UP, AdamW, Descent, Minimum, Plan, bfgs, plan_steps
+from loracli.fitting.engine import GRADIENT_COST
 from loracli.fitting.level import (
     Solution,
     Task,
@@ -61,7 +53,8 @@ from loracli.fitting.level import (
     solve_level,
     tokens_of,
 )
-from loracli.fitting.mixing import DiagonalMixing, FactorMixing, HalfOfEach, Mixing, TrainedFactors
+from loracli.fitting.mixing import FactorMixing, HalfOfEach, Mixing, TrainedFactors
+from loracli.fitting.pool import without_idle
 from loracli.fitting.settings import AUTO, FitSettings, last_passes
 from loracli.model.loss import Scores
 from loracli.recipe.record import HALVES, NOTHING, LevelRecord, MixingKind, StageRecord, StartRecord
@@ -279,75 +272,9 @@ def _climb(
             break
     winner = solutions[-1].mixing.kind
     if not solutions[-1].stopped:
-        solutions[-1], more = _without_idle(task, solutions[-1], budget)
+        solutions[-1], more = without_idle(task, solutions[-1], budget)
         stages += more
     return solutions, tuple(replace(record, won=record.kind == winner) for record in records), tuple(stages)
-
-
-IDLE = "idle"  # the stage
-POOL = 3  # adapters, from which on some may be idle: who names two wants both
-
-
-def _without_idle(task: Task, found: Solution, most: float) -> tuple[Solution, tuple[StageRecord, ...]]:
-    """The solution without the adapters that cannot be told from zero, and the descents that this took.
-
-    Leaving them out costs no more on the validation records than one standard error, and `task.least_gain`: each alone
-    as it is, and all together after the weights of the others were fitted anew, as these are what they are beside them.
-    One check an adapter, cheapest first, and as many fits as halving them takes: not one for each set of them. They
-    come on top of the default passes: one that was cut short cost more than the pool. With `--passes` they have what is
-    left of `most` tokens.
-    """
-    mixing, adapters = found.mixing, len(task.references)
-    if adapters < POOL or found.scores is None or not isinstance(mixing, DiagonalMixing) or mixing.kind == "rank":
-        return found, ()
-    task.engine.meter.enter(IDLE)
-    task.engine.meter.stage("looking for adapters that change nothing")
-    scores = found.scores
-
-    def without(places: Sequence[int]) -> DiagonalMixing:
-        return replace(mixing, kept=~torch.isin(mixing.adapter_of, torch.tensor(places)))
-
-    def cost_of(left: Scores | None) -> float:
-        """Infinite where it would be noticed."""
-        assert left is not None
-        cost = gain(left, scores)
-        return math.inf if cost.clear or cost.mean > task.least_gain else cost.mean
-
-    def alone(place: int) -> float:
-        try:
-            return cost_of(task.check(without([place]), found.thetas, f"without adapter {place}"))
-        except NonFiniteLoss:
-            return math.inf
-
-    costs = {place: alone(place) for place in range(adapters)}
-    idle = sorted((place for place in costs if costs[place] < math.inf), key=lambda place: (costs[place], place))
-    idle, stages = idle[: adapters - 1], list[StageRecord]()  # one stays
-    budget = sum(idle_tokens(fold, task.first_passes, task.settings.batch_tokens) for fold in task.folds)
-    most = math.inf if task.settings.passes is None else most
-    while idle:
-        less, name = without(idle), f"without {len(idle)} adapters"
-        # The numbers of those left out mean nothing now, and stand where the ridge wants them.
-        starts = [
-            torch.where(less.kept, theta, anchor)  # type: ignore[arg-type]
-            for theta, anchor in zip(found.thetas, found.anchors, strict=True)
-        ]
-        try:
-            again = solve_level(task, less, {name: starts}, min(budget, most - task.spent))
-            stages += again.stages
-            if cost_of(again.scores) < math.inf and not again.stopped:
-                kept = replace(
-                    found, mixing=less, thetas=again.thetas, scores=again.scores, dropped=tuple(sorted(idle))
-                )
-                return kept, tuple(stages)
-        except NonFiniteLoss:
-            pass
-        idle = idle[: len(idle) // 2]
-    return found, tuple(stages)
-
-
-def idle_tokens(fold: Fold, passes: float, batch_tokens: int) -> float:
-    """That a fold has for a fit without some adapters: so many passes, and the checks."""
-    return GRADIENT_COST * passes * tokens_of(fold.fitting) + 3 * padded_tokens(fold.validation, batch_tokens)
 
 
 def share_of(shares: Mapping[MixingKind, float], kind: MixingKind) -> float:
@@ -556,51 +483,3 @@ def _minimise_again(task: Task, last: Solution, training: Sequence[Example], bud
     losses = tuple(float(f"{value:.6g}") for value in minimum.values)
     stage = StageRecord("adapter", last.chosen, "refit", 0.0, minimum.evaluations, None, losses)
     return replace(last, thetas=(minimum.theta,), stages=(stage,))
-
-
-_PUBLISHED_RATE = 1e-4
-_PUBLISHED_WARM_UP = 100
-_PUBLISHED_BATCH = 6
-_PUBLISHED_BETAS = (0.9, 0.999)  # the defaults of transformers' Trainer
-
-
-def _with_prompts(example: Example) -> Example:
-    """The example with every token scored but the first, as with the reference's train_on_inputs."""
-    return replace(example, scored=(False, *(True for _ in example.input_ids[1:])))
-
-
-def published_batches(examples: Sequence[Example], settings: FitSettings) -> list[Batch]:
-    """Those of the one epoch."""
-    order = shuffled(range(len(examples)), seed=settings.seed)
-    return [make_batch(examples, order[i : i + _PUBLISHED_BATCH]) for i in range(0, len(order), _PUBLISHED_BATCH)]
-
-
-def fit_as_published(
-    engine: Engine, mixing: DiagonalMixing, training: Sequence[Example], settings: FitSettings
-) -> Solution:
-    """One epoch; theta are the logits."""
-    examples = [_with_prompts(example) for example in training]
-    batches = published_batches(examples, settings)
-    generator = torch.Generator().manual_seed(settings.seed)
-    logits = torch.randn(mixing.present.numel(), generator=generator, dtype=mixing.dtype)  # (G * N,)
-    start = logits[mixing.present]
-    rate = settings.learning_rate or _PUBLISHED_RATE
-    adam = AdamW(start, steps=len(batches), rate=rate, warm_up=_PUBLISHED_WARM_UP, betas=_PUBLISHED_BETAS)
-    steps = [Step((batch,), 1.0 / batch.scored_tokens) for batch in batches]
-    engine.meter.stage(
-        f"fitting {count_text(mixing.numbers, 'weight')}", rung=mixing.kind, start="random", stage="descent", ridge=None
-    )
-    descent = Descent(engine, mixing, examples, lambda number: steps[number], adam, start)
-    stopped, stages = None, tuple[StageRecord, ...]()
-    try:
-        stages = (descent.run(len(steps), key="published recipe").recorded(mixing.kind, "random", "descent", 0.0),)
-    except NonFiniteLoss as error:
-        if adam.step_number == 0:
-            raise
-        stopped = str(error)
-    starts = (StartRecord("random", None, None, None),)
-    why = "the published recipe has one kind of mixing and one start"
-    level = LevelRecord(mixing.kind, mixing.numbers, starts, "random", None, None, None, None, True, why)
-    return Solution(
-        mixing, (descent.theta,), (start,), None, starts, "random", None, stopped=stopped, stages=stages, rungs=(level,)
-    )

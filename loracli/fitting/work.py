@@ -22,18 +22,9 @@ from loracli.fitting.criterion import Fold
 from loracli.fitting.descent import Plan, plan_steps
 from loracli.fitting.engine import GRADIENT_COST, Pace
 from loracli.fitting.level import FACTOR_PASSES, FACTOR_STEPS, probe_share, ridge_path, tokens_of
-from loracli.fitting.search import (
-    EVALUATIONS,
-    IDLE,
-    LADDERS,
-    POOL,
-    SCREEN_SHARE,
-    idle_tokens,
-    published_batches,
-    refit_share,
-    share_of,
-    subset,
-)
+from loracli.fitting.pool import IDLE, POOL, idle_tokens
+from loracli.fitting.published import published_batches
+from loracli.fitting.search import EVALUATIONS, LADDERS, SCREEN_SHARE, refit_share, share_of, subset
 from loracli.fitting.settings import AUTO, FitSettings
 from loracli.recipe.record import INLINE_KINDS, MixingKind
 

@@ -17,7 +17,8 @@ from loracli.errors import NonFiniteLoss
 from loracli.fitting import search as search_module
 from loracli.fitting.level import Solution, Task
 from loracli.fitting.mixing import DiagonalMixing, FactorMixing, FreshLora, Layout, Mixing, make_diagonal, make_layout
-from loracli.fitting.search import _with_prompts, fit_as_published
+from loracli.fitting.pool import without_idle
+from loracli.fitting.published import _with_prompts, fit_as_published
 from loracli.fitting.settings import FitSettings
 from loracli.model.attach import AttachedModel
 from loracli.model.loss import Scores
@@ -157,7 +158,7 @@ def test_idle_adapters_are_left_out_together_once_the_others_are_fitted_without_
     task = replace(one_task(engine, random_examples([20] * 60), FitSettings()), references=tuple("abcdefgh"))
     scores = task.check(mixing, (theta,), "found")
     found = Solution(mixing, (theta,), (torch.zeros_like(theta),), scores, (), "", 0.0, passes=(1.0, 1.0))
-    left, stages = search_module._without_idle(task, found, 1e9)
+    left, stages = without_idle(task, found, 1e9)
     assert left.dropped == (1, 2, 3, 4, 5, 6, 7) and stages
     together = task.check(left.mixing, (theta,), "without a fit")
     assert scores is not None and left.scores is not None and together is not None
