@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loracli.calibration.records import CalibrationFile, skipped_lines
@@ -135,6 +135,7 @@ class _Form:
     roles: tuple[str, ...]
     parts: bool = False
     lost: int | None = None  # the first turn that it does not write
+    closing: str = ""  # what it writes behind an ended turn only where no answer is asked for
 
 
 class Conversations:
@@ -205,7 +206,7 @@ class Conversations:
         done = ""  # what has been rendered and tokenised
         last = 0
         for index in turns:
-            before, after = self._around(messages, index, tools, done)
+            before, after = self._around(messages, index, tools, done, form.closing)
             context = self._continuation(done, before[len(done) :])
             turn = self._continuation(before, after[len(before) :])
             if not turn:
@@ -223,11 +224,11 @@ class Conversations:
         return rendered
 
     def _around(
-        self, messages: list[_Part], index: int, tools: list[dict[str, Any]] | None, done: str
+        self, messages: list[_Part], index: int, tools: list[dict[str, Any]] | None, done: str, closing: str
     ) -> tuple[str, str]:
         """The text before a turn and up to its end."""
         before = self._template.render(messages[:index], tools)
-        after = self._template.render(messages[: index + 1], tools, generation_prompt=False)
+        after = self._template.render(messages[: index + 1], tools, generation_prompt=False).removesuffix(closing)
         if not before.startswith(done):
             raise RenderError(
                 f"turn {index + 1}: the chat template renders earlier turns anew, so a conversation has no one text; "
@@ -265,9 +266,22 @@ class Conversations:
                 continue  # as it then refuses the record itself, in its own words, or objects to parts
             missing = [place for place, word in enumerate(words) if word not in text]
             if not missing and not (parts and ("'type':" in text or '"type":' in text)):
-                return form
+                return replace(form, closing=self._closing(messages, tools, text))
             lost += missing[:1] if not parts else []
         return _Form(roles, lost=lost[0] if lost else None)
+
+    def _closing(self, messages: list[_Part], tools: list[dict[str, Any]] | None, text: str) -> str:
+        """The end-of-sequence token where `text` ends with it only as no answer is asked for, behind the token that
+        ends the turn: so does Phi-3, whose model ends an answer without it."""
+        end = self._tokenizer.eos_token
+        if not end or not text.endswith(end):
+            return ""
+        ended = text.removesuffix(end)
+        asked = self._template.render(messages, tools)
+        if asked.startswith(text) or not asked.startswith(ended):
+            return ""
+        last = _tokens(self._tokenizer, ended.rstrip())[-1:]
+        return end if self._special.issuperset(last) else ""
 
 
 def _in_form(said: Sequence[Message], form: _Form) -> list[_Part]:
