@@ -415,6 +415,7 @@ def render_file(
     problems: list[str] = []  # of the first of them
     unwritten, first_unwritten = 0, ""
     cut = 0
+    single: list[str] = []  # dropped ones that no cut explains
     for record in file.records:
         try:
             try:
@@ -442,6 +443,7 @@ def render_file(
             examples.append(Example(record.place, tuple(ids[:max_length]), tuple(scored), weight, record.task))
         else:
             dropped.append(record.place)
+            single += [record.place] if len(ids) <= max_length else []
     if len(bad) == len(file.records) or (bad and not skip_bad):
         more = (f"... and {len(bad) - len(problems)} more",) if len(bad) > len(problems) else ()
         raise CalibrationError(
@@ -457,10 +459,16 @@ def render_file(
         progress.warn(f"{unwritten} of {len(file.records)} records lose a turn; the first is {first_unwritten}")
     _check_dropped(file, examples, dropped, max_length, allow_truncation=allow_truncation)
     if cut:
-        lost = f"; {len(dropped)} of them are dropped, as nothing scored is left" if dropped else ""
+        emptied = len(dropped) - len(single)
+        lost = f"; {emptied} of them are dropped, as nothing scored is left" if emptied else ""
         progress.warn(
             f"{file.source}: {cut} of {len(file.records)} records are longer than {max_length} tokens and are cut at "
             f"the end{lost}"
+        )
+    if single:
+        progress.warn(
+            f"{file.source}: {len(single)} of {len(file.records)} records are dropped, as they are one token, which nothing "
+            f"predicts; the first is {single[0]}"
         )
     digest = _template_sha256(tokenizer) if templated else None
     return RenderedFile(file, tuple(examples), digest, tuple(sorted((*file.skipped, *bad))), cut, len(dropped))

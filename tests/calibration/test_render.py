@@ -447,6 +447,15 @@ def test_a_record_whose_answer_is_cut_off_is_dropped_and_counted() -> None:
     assert "1 of 10 records are longer than 10 tokens" in warning and "1 of them are dropped" in warning
 
 
+def test_a_record_of_one_token_is_dropped_and_that_is_said() -> None:
+    heard = Heard()
+    file = pairs(*[("p", "c")] * 9, ("", "</s>"))
+    rendered = render_file(file, make_tokenizer(add_bos=False), max_length=10, progress=heard)
+    assert (len(rendered.examples), rendered.cut, rendered.dropped) == (9, 0, 1)
+    [warning] = heard.warnings
+    assert "1 of 10 records are dropped" in warning and "val.jsonl:10" in warning
+
+
 def test_more_than_a_tenth_dropped_is_an_error_with_the_first_line() -> None:
     file = pairs(*[("p", "c")] * 8, ("p" * 20, "c"))
     with pytest.raises(
