@@ -467,8 +467,8 @@ def render_file(
         )
     if single:
         progress.warn(
-            f"{file.source}: {len(single)} of {len(file.records)} records are dropped, as they are one token, which nothing "
-            f"predicts; the first is {single[0]}"
+            f"{file.source}: {len(single)} of {len(file.records)} records are dropped, as they are one token, which "
+            f"nothing predicts; the first is {single[0]}"
         )
     digest = _template_sha256(tokenizer) if templated else None
     return RenderedFile(file, tuple(examples), digest, tuple(sorted((*file.skipped, *bad))), cut, len(dropped))
