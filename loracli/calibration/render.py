@@ -24,6 +24,8 @@ from loracli.progress import SILENT, Progress
 
 Rendered = tuple[list[int], list[bool]]  # T tokens, and which of them are scored
 
+_NEAR = 4096  # characters before a text that its tokens can depend on
+
 
 def _render_completion(prompt: str, completion: str, tokenizer: Any, prepended: list[int]) -> Rendered:
     """Prompt and completion as they stand, the completion and the end-of-sequence token after it scored.
@@ -34,10 +36,10 @@ def _render_completion(prompt: str, completion: str, tokenizer: Any, prepended: 
         tokenizer: the base model's, with an end-of-sequence token.
         prepended: what the tokenizer puts before a text of its own accord; left out where the text begins with it.
     """
-    if _tokens(tokenizer, prompt or completion)[: len(prepended)] == prepended:
-        prepended = []
-    context = [*prepended, *_tokens(tokenizer, prompt)]
-    target = continuation(tokenizer, prompt, completion)
+    own = _tokens(tokenizer, prompt)
+    first = own if prompt else _tokens(tokenizer, completion)
+    context = own if first[: len(prepended)] == prepended else [*prepended, *own]
+    target = continuation(tokenizer, prompt[-_NEAR:], completion)
     if target[-1:] != [tokenizer.eos_token_id]:
         target.append(tokenizer.eos_token_id)
     return context + target, [False] * len(context) + [True] * len(target)
@@ -90,7 +92,8 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
             where the library that runs it gives up.
     """
     try:
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
+        # verbose: that the text is longer than the model reads, for which it is cut later
+        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of Rust, which no module exports and no Exception is
             raise
@@ -107,7 +110,6 @@ _REASONING_ENDS = (
     "</think>", "</thinking>", "</thought>", "</reasoning>", "</seed:think>", "[/THINK]", "<|channel|>final<|message|>",
     "<|END_THINKING|>",
 )  # fmt: skip
-_NEAR = 4096  # characters before a text that its tokens can depend on
 _WAYS_OUT = {
     "system": "; write its text into the first user turn",
     "developer": "; write its text into the first user turn",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,27 @@ def test_there_is_one_bos_where_the_tokenizer_adds_one_and_none_where_it_does_no
         assert ids.count(BOS) == 1 and ids[0] == BOS
         ids = one(pairs((prompt, completion)), make_tokenizer(add_bos=False)).input_ids
         assert ids.count(BOS) == (prompt + completion).count("<s>")
+
+
+def test_a_long_prompt_is_tokenised_once_and_nobody_is_told_that_it_is_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tokenizer(add_bos=True)
+    tokenizer.model_max_length = 10
+    lengths: list[int] = []
+    call = type(tokenizer).__call__
+
+    def counted(self: Any, text: str, **options: Any) -> Any:
+        lengths.append(len(text))
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    prompt = "word " * 20_000
+    example = one(pairs((prompt, "c")), tokenizer, max_length=200_000)
+    assert example.input_ids == (BOS, *ids_of(prompt + "c"), EOS)
+    assert sum(length >= len(prompt) for length in lengths) == 1
+    assert caplog.text == ""
 
 
 def test_a_tokenizer_without_a_bos_token_renders() -> None:
