@@ -53,6 +53,10 @@ def _prepended_tokens(tokenizer: Any) -> list[int]:
         CalibrationError: if the text's own tokens are not among those that it makes with them.
     """
     probe = "a"
+    if not _tokens(tokenizer, probe):  # as of a tokenizer of capitals, which leaves out what it lacks
+        special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        known = (text for text in tokenizer.get_vocab() if text not in special and _tokens(tokenizer, text))
+        probe = next(known, probe)
     plain, whole = _tokens(tokenizer, probe), list(tokenizer(probe).input_ids)
     for start in range(len(whole)):
         if whole[start : start + len(plain)] == plain:

@@ -108,6 +108,14 @@ def test_a_long_prompt_is_tokenised_once_and_nobody_is_told_that_it_is_long(
     assert caplog.text == ""
 
 
+def test_a_tokenizer_that_knows_capitals_alone_puts_in_front_what_it_does() -> None:
+    backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "C": 2, "G": 3}, merges=[]))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair=None, special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert one(pairs(("C", "G")), tokenizer).input_ids == (0, 2, 3, 1)
+
+
 def test_a_tokenizer_without_a_bos_token_renders() -> None:
     tokenizer = make_tokenizer(add_bos=False)
     tokenizer.bos_token = None

@@ -242,6 +242,12 @@ def test_a_template_without_end_is_one_error_and_the_next_one_works(
     assert len(render_file(file, make_tokenizer(), max_length=500).examples) == 3
 
 
+def test_a_template_that_writes_a_lone_surrogate_is_refused() -> None:
+    file = chats(turns(ASK, ANSWER))
+    with pytest.raises(CalibrationError, match="lone surrogate"):
+        render_file(file, make_tokenizer(chat_template="{{ '%c' | format(55296) }}" + CHATML), max_length=100)
+
+
 def test_the_error_text_of_a_template_is_cut_and_kept_for_a_few_records() -> None:
     template = "{{ raise_exception('x' * 3000000) }}"
     count = _MAX_PROBLEMS + 5
