@@ -35,11 +35,15 @@ def _render_completion(prompt: str, completion: str, tokenizer: Any, prepended: 
         completion: what is scored.
         tokenizer: the base model's, with an end-of-sequence token.
         prepended: what the tokenizer puts before a text of its own accord; left out where the text begins with it.
+    Raises:
+        RenderError: if nothing of the completion would be scored.
     """
     own = _tokens(tokenizer, prompt)
     first = own if prompt else _tokens(tokenizer, completion)
     context = own if first[: len(prepended)] == prepended else [*prepended, *own]
     target = continuation(tokenizer, prompt[-_NEAR:], completion)
+    if not target:
+        raise RenderError("the base model's tokenizer makes no token of its answer")
     if target[-1:] != [tokenizer.eos_token_id]:
         target.append(tokenizer.eos_token_id)
     return context + target, [False] * len(context) + [True] * len(target)

@@ -114,6 +114,8 @@ def test_a_tokenizer_that_knows_capitals_alone_puts_in_front_what_it_does() -> N
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair=None, special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     assert one(pairs(("C", "G")), tokenizer).input_ids == (0, 2, 3, 1)
+    with pytest.raises(CalibrationError, match=r"val.jsonl:1: .* no token of its answer"):
+        one(pairs(("C", "g")), tokenizer)
 
 
 def test_a_tokenizer_without_a_bos_token_renders() -> None:
