@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import NoneType
 from typing import Any
 
@@ -280,6 +281,7 @@ def preference_beside_none(fields: _Fields) -> bool:
     return any(_PREFERENCE.search(_spelled(key)) for key in fields)
 
 
+@lru_cache(maxsize=4096)  # the keys of one record are those of the next
 def _spelled(key: str) -> str:
     """A key as snake case writes it: `system_prompt` for `systemPrompt`; empty if it is too long to be known."""
     if len(key) > _LONGEST_KEY:

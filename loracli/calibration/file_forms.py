@@ -26,7 +26,7 @@ _CHUNK = 1 << 20
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _ARRAY = re.compile(rb"\s*\[\s*\{")
-_ENDS_IN_CR = re.compile(rb"\}\s*\r\s*\{")
+_ENDS_IN_CR = re.compile(rb"\}[ \t]*\r\s*\{")
 _PLAIN_END = re.compile(rb'["\d\]el}]\s*[}\]]\s*\Z')  # no zeros between its last characters
 _HEADER_CELL = re.compile(r"[\w .\-/()]{1,60}")
 # Keys that tell of a file beside the list of its records.

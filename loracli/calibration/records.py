@@ -14,6 +14,7 @@ import stat
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeAlias
 
@@ -247,7 +248,7 @@ class Record:
         """The number of its line, or of the record in an array, from 1."""
         return int(self.place.rpartition(":")[2])
 
-    @property
+    @cached_property  # it is asked for by every way to divide and count
     def fingerprint(self) -> str:
         """sha256 of the content alone, the same for equal records wherever they stand; a completion of nothing is a
         text."""

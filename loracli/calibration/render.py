@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loracli.calibration.records import CalibrationFile, skipped_lines
@@ -24,6 +24,8 @@ from loracli.progress import SILENT, Progress
 
 Rendered = tuple[list[int], list[bool]]  # T tokens, and which of them are scored
 
+_NEAR = 4096  # characters before a text that its tokens can depend on
+
 
 def _render_completion(prompt: str, completion: str, tokenizer: Any, prepended: list[int]) -> Rendered:
     """Prompt and completion as they stand, the completion and the end-of-sequence token after it scored.
@@ -33,11 +35,15 @@ def _render_completion(prompt: str, completion: str, tokenizer: Any, prepended: 
         completion: what is scored.
         tokenizer: the base model's, with an end-of-sequence token.
         prepended: what the tokenizer puts before a text of its own accord; left out where the text begins with it.
+    Raises:
+        RenderError: if nothing of the completion would be scored.
     """
-    if _tokens(tokenizer, prompt or completion)[: len(prepended)] == prepended:
-        prepended = []
-    context = [*prepended, *_tokens(tokenizer, prompt)]
-    target = continuation(tokenizer, prompt, completion)
+    own = _tokens(tokenizer, prompt)
+    first = own if prompt else _tokens(tokenizer, completion)
+    context = own if first[: len(prepended)] == prepended else [*prepended, *own]
+    target = continuation(tokenizer, prompt[-_NEAR:], completion)
+    if not target:
+        raise RenderError("the base model's tokenizer makes no token of its answer")
     if target[-1:] != [tokenizer.eos_token_id]:
         target.append(tokenizer.eos_token_id)
     return context + target, [False] * len(context) + [True] * len(target)
@@ -51,6 +57,10 @@ def _prepended_tokens(tokenizer: Any) -> list[int]:
         CalibrationError: if the text's own tokens are not among those that it makes with them.
     """
     probe = "a"
+    if not _tokens(tokenizer, probe):  # as of a tokenizer of capitals, which leaves out what it lacks
+        special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        known = (text for text in tokenizer.get_vocab() if text not in special and _tokens(tokenizer, text))
+        probe = next(known, probe)
     plain, whole = _tokens(tokenizer, probe), list(tokenizer(probe).input_ids)
     for start in range(len(whole)):
         if whole[start : start + len(plain)] == plain:
@@ -90,7 +100,8 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
             where the library that runs it gives up.
     """
     try:
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
+        # verbose: that the text is longer than the model reads, for which it is cut later
+        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of Rust, which no module exports and no Exception is
             raise
@@ -107,7 +118,6 @@ _REASONING_ENDS = (
     "</think>", "</thinking>", "</thought>", "</reasoning>", "</seed:think>", "[/THINK]", "<|channel|>final<|message|>",
     "<|END_THINKING|>",
 )  # fmt: skip
-_NEAR = 4096  # characters before a text that its tokens can depend on
 _WAYS_OUT = {
     "system": "; write its text into the first user turn",
     "developer": "; write its text into the first user turn",
@@ -135,6 +145,7 @@ class _Form:
     roles: tuple[str, ...]
     parts: bool = False
     lost: int | None = None  # the first turn that it does not write
+    closing: str = ""  # what it writes behind an ended turn only where no answer is asked for
 
 
 class Conversations:
@@ -205,7 +216,7 @@ class Conversations:
         done = ""  # what has been rendered and tokenised
         last = 0
         for index in turns:
-            before, after = self._around(messages, index, tools, done)
+            before, after = self._around(messages, index, tools, done, form.closing)
             context = self._continuation(done, before[len(done) :])
             turn = self._continuation(before, after[len(before) :])
             if not turn:
@@ -223,11 +234,11 @@ class Conversations:
         return rendered
 
     def _around(
-        self, messages: list[_Part], index: int, tools: list[dict[str, Any]] | None, done: str
+        self, messages: list[_Part], index: int, tools: list[dict[str, Any]] | None, done: str, closing: str
     ) -> tuple[str, str]:
         """The text before a turn and up to its end."""
         before = self._template.render(messages[:index], tools)
-        after = self._template.render(messages[: index + 1], tools, generation_prompt=False)
+        after = self._template.render(messages[: index + 1], tools, generation_prompt=False).removesuffix(closing)
         if not before.startswith(done):
             raise RenderError(
                 f"turn {index + 1}: the chat template renders earlier turns anew, so a conversation has no one text; "
@@ -265,9 +276,22 @@ class Conversations:
                 continue  # as it then refuses the record itself, in its own words, or objects to parts
             missing = [place for place, word in enumerate(words) if word not in text]
             if not missing and not (parts and ("'type':" in text or '"type":' in text)):
-                return form
+                return replace(form, closing=self._closing(messages, tools, text))
             lost += missing[:1] if not parts else []
         return _Form(roles, lost=lost[0] if lost else None)
+
+    def _closing(self, messages: list[_Part], tools: list[dict[str, Any]] | None, text: str) -> str:
+        """The end-of-sequence token where `text` ends with it only as no answer is asked for, behind the token that
+        ends the turn: so does Phi-3, whose model ends an answer without it."""
+        end = self._tokenizer.eos_token
+        if not end or not text.endswith(end):
+            return ""
+        ended = text.removesuffix(end)
+        asked = self._template.render(messages, tools)
+        if asked.startswith(text) or not asked.startswith(ended):
+            return ""
+        last = _tokens(self._tokenizer, ended.rstrip())[-1:]
+        return end if self._special.issuperset(last) else ""
 
 
 def _in_form(said: Sequence[Message], form: _Form) -> list[_Part]:
@@ -401,6 +425,7 @@ def render_file(
     problems: list[str] = []  # of the first of them
     unwritten, first_unwritten = 0, ""
     cut = 0
+    single: list[str] = []  # dropped ones that no cut explains
     for record in file.records:
         try:
             try:
@@ -428,6 +453,7 @@ def render_file(
             examples.append(Example(record.place, tuple(ids[:max_length]), tuple(scored), weight, record.task))
         else:
             dropped.append(record.place)
+            single += [record.place] if len(ids) <= max_length else []
     if len(bad) == len(file.records) or (bad and not skip_bad):
         more = (f"... and {len(bad) - len(problems)} more",) if len(bad) > len(problems) else ()
         raise CalibrationError(
@@ -443,10 +469,16 @@ def render_file(
         progress.warn(f"{unwritten} of {len(file.records)} records lose a turn; the first is {first_unwritten}")
     _check_dropped(file, examples, dropped, max_length, allow_truncation=allow_truncation)
     if cut:
-        lost = f"; {len(dropped)} of them are dropped, as nothing scored is left" if dropped else ""
+        emptied = len(dropped) - len(single)
+        lost = f"; {emptied} of them are dropped, as nothing scored is left" if emptied else ""
         progress.warn(
             f"{file.source}: {cut} of {len(file.records)} records are longer than {max_length} tokens and are cut at "
             f"the end{lost}"
+        )
+    if single:
+        progress.warn(
+            f"{file.source}: {len(single)} of {len(file.records)} records are dropped, as they are one token, which "
+            f"nothing predicts; the first is {single[0]}"
         )
     digest = _template_sha256(tokenizer) if templated else None
     return RenderedFile(file, tuple(examples), digest, tuple(sorted((*file.skipped, *bad))), cut, len(dropped))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ _MAX_REASON = 300  # characters of an error's text, which may be the template's 
 _SECONDS = 10.0  # of processor time that a file of records may take beside what its records are worth
 _SECONDS_EACH = 0.02  # for each rendering
 _SECONDS_A_TURN = 0.001  # for each turn in it; some microseconds are usual
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 
 
@@ -194,6 +196,8 @@ def _serve() -> None:
         try:
             text, longest = render_jinja_template(**question["request"])[0][0], question["longest"]
             answer = {"text": text}
+            if _SURROGATE.search(text):
+                answer = {"refused": "it writes a lone surrogate (\\ud800 to \\udfff), which no tokenizer takes"}
             if len(text) > longest:
                 answer = {"exceeded": f"it writes {len(text)} characters; at most {longest} are taken"}
         except MemoryError:

@@ -281,7 +281,8 @@ def _questions(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any, m
         return []
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     questions = []
-    for record, example in zip(records, _rendered(replace(file, records=records), tokenizer), strict=True):
+    rendered = _rendered(replace(file, records=tuple(map(_asked, records))), tokenizer)
+    for record, example in zip(records, rendered, strict=True):
         prompt, last = prompt_of(example), example.input_ids[len(example.scored) - 1]
         if not 0 < len(prompt) <= most:
             raise CalibrationError(
@@ -290,6 +291,14 @@ def _questions(file: CalibrationFile, wanted: dict[str, None], tokenizer: Any, m
             )
         questions.append(_Question(record, prompt, last if last in special else None))
     return questions
+
+
+def _asked(record: Record) -> Record:
+    """The record with its last answer alone scored where another answer comes right before it, as a template may write
+    nothing between the two."""
+    *_, before, _ = record.content.get("messages", (None, None))
+    follows = before is not None and before["role"] == "assistant"
+    return _answering(record, _reference_of(record.content)) if follows else record
 
 
 def _rendered(file: CalibrationFile, tokenizer: Any) -> tuple[Example, ...]:

@@ -11,6 +11,7 @@ import lzma
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,14 @@ def test_what_needs_another_tool_is_named(
     Path("data").write_bytes(data)
     error = refused(Path("data"))
     assert str(error) == f"data is {what}, not JSONL" and hint in (error.hint or "")
+
+
+def test_carriage_returns_behind_an_object_are_looked_through_once(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "a"}' + b"\r" * 200_000 + b"x")
+    begun = time.process_time()
+    assert "Extra data" in refused(path).problems[0]
+    assert time.process_time() - begun < 5  # twenty and more where each is the beginning of a search
 
 
 def _indexed(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,37 @@ def test_there_is_one_bos_where_the_tokenizer_adds_one_and_none_where_it_does_no
         assert ids.count(BOS) == 1 and ids[0] == BOS
         ids = one(pairs((prompt, completion)), make_tokenizer(add_bos=False)).input_ids
         assert ids.count(BOS) == (prompt + completion).count("<s>")
+
+
+def test_a_long_prompt_is_tokenised_once_and_nobody_is_told_that_it_is_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tokenizer(add_bos=True)
+    tokenizer.model_max_length = 10
+    lengths: list[int] = []
+    call = type(tokenizer).__call__
+
+    def counted(self: Any, text: str, **options: Any) -> Any:
+        lengths.append(len(text))
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    prompt = "word " * 20_000
+    example = one(pairs((prompt, "c")), tokenizer, max_length=200_000)
+    assert example.input_ids == (BOS, *ids_of(prompt + "c"), EOS)
+    assert sum(length >= len(prompt) for length in lengths) == 1
+    assert caplog.text == ""
+
+
+def test_a_tokenizer_that_knows_capitals_alone_puts_in_front_what_it_does() -> None:
+    backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "C": 2, "G": 3}, merges=[]))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair=None, special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert one(pairs(("C", "G")), tokenizer).input_ids == (0, 2, 3, 1)
+    with pytest.raises(CalibrationError, match=r"val.jsonl:1: .* no token of its answer"):
+        one(pairs(("C", "g")), tokenizer)
 
 
 def test_a_tokenizer_without_a_bos_token_renders() -> None:
@@ -445,6 +477,15 @@ def test_a_record_whose_answer_is_cut_off_is_dropped_and_counted() -> None:
     assert (rendered.cut, rendered.dropped, rendered.skipped) == (1, 1, ())
     [warning] = heard.warnings
     assert "1 of 10 records are longer than 10 tokens" in warning and "1 of them are dropped" in warning
+
+
+def test_a_record_of_one_token_is_dropped_and_that_is_said() -> None:
+    heard = Heard()
+    file = pairs(*[("p", "c")] * 9, ("", "</s>"))
+    rendered = render_file(file, make_tokenizer(add_bos=False), max_length=10, progress=heard)
+    assert (len(rendered.examples), rendered.cut, rendered.dropped) == (9, 0, 1)
+    [warning] = heard.warnings
+    assert "1 of 10 records are dropped" in warning and "val.jsonl:10" in warning
 
 
 def test_more_than_a_tenth_dropped_is_an_error_with_the_first_line() -> None:

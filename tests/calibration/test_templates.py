@@ -76,6 +76,10 @@ NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% elif m.role == 'assistant' %}"
     "{{ m.content }}</s>{% endif %}{% endfor %}"
 )
+PHI_3 = (  # ends a conversation with a token that no turn has
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
 ASK, ANSWER = ("user", " Who \n is\tit? "), ("assistant", ' "Me" – C:\\é\n\n')
 SYSTEM, TOOL = ("system", '\nBe "kind".\n'), ("tool", '{"a": "ü\\n"}')
 
@@ -132,6 +136,29 @@ def test_a_turn_that_a_template_leaves_out_is_named(
     heard = Heard()
     assert render_file(file, tokenizer, max_length=500, progress=heard).examples
     assert heard.warnings == [f"1 of 1 records lose a turn; the first is {problem}"]
+
+
+def phi_3(template: str = PHI_3) -> Any:
+    tokenizer = make_tokenizer(chat_template=template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    return tokenizer
+
+
+def test_a_token_that_ends_a_conversation_and_no_turn_is_not_scored_and_in_no_turns_way() -> None:
+    tokenizer = phi_3()
+    encode = tokenizer.backend_tokenizer.encode
+    example = one(chats(turns(("user", "Q"), ("assistant", "one"), ("user", "R"), ("assistant", "two"))), tokenizer)
+    text = "<|user|>\nQ<|end|>\n<|assistant|>\none<|end|>\n<|user|>\nR<|end|>\n<|assistant|>\ntwo<|end|>"
+    assert list(example.input_ids) == encode(text, add_special_tokens=False).ids
+    answers = [tuple(encode(text, add_special_tokens=False).ids) for text in ("one<|end|>", "two<|end|>")]
+    assert scored_text(example) == answers
+    assert Conversations(tokenizer, 100).end_of_answer() == answers[0][-1]
+
+
+def test_an_end_of_sequence_token_that_ends_the_turn_itself_is_scored() -> None:
+    ended = PHI_3.replace("<|end|>\n", "{% if m.role == 'user' or not loop.last %}<|end|>{% endif %}")  # as gpt-oss
+    example = one(chats(turns(("user", "Q"), ("assistant", "one"))), phi_3(ended))
+    assert scored_text(example) == [ids_of("one</s>")]
 
 
 def test_a_template_that_wants_parts_gets_them_and_writes_what_it_would_of_texts() -> None:
@@ -213,6 +240,12 @@ def test_a_template_without_end_is_one_error_and_the_next_one_works(
     assert str(caught.value).startswith("val.jsonl:1: the base model's chat template cannot be used: ")
     assert reason in str(caught.value) and caught.value.problems == () and caught.value.exit_code == 3
     assert len(render_file(file, make_tokenizer(), max_length=500).examples) == 3
+
+
+def test_a_template_that_writes_a_lone_surrogate_is_refused() -> None:
+    file = chats(turns(ASK, ANSWER))
+    with pytest.raises(CalibrationError, match="lone surrogate"):
+        render_file(file, make_tokenizer(chat_template="{{ '%c' | format(55296) }}" + CHATML), max_length=100)
 
 
 def test_the_error_text_of_a_template_is_cut_and_kept_for_a_few_records() -> None:

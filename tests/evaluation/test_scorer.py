@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -124,6 +125,27 @@ def test_the_prompt_is_what_the_loss_has_before_the_scored_tokens(tmp_path: Path
     (example,) = render_file(file, tokenizer, max_length=100).examples
     opened = tokenizer.apply_chat_template(turns[:3], tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(prompt_of(example)) == opened
+
+
+def test_an_answer_right_behind_another_is_asked_for_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the template writes nothing between the two, they are one run of scored tokens."""
+    template = (
+        "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content + eos_token }}{% endfor %}"
+    )
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("assistant", "c"))]
+    file, tokenizer = file_of(tmp_path, [{"messages": turns}]), make_tokenizer(chat_template=template)
+    scorer = make_scorer(
+        TaskMetric("exact"), [file], [file.records[0].place], tokenizer, max_length=64, window=64, batch_tokens=64
+    )
+    asked: list[str] = []
+
+    def answers(_: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+        asked.extend(map(tokenizer.decode, prompts))
+        return [tokenizer("c", add_special_tokens=False).input_ids]
+
+    monkeypatch.setattr("loracli.evaluation.scorer.greedy_answers", answers)
+    assert scorer(MagicMock()).tolist() == [1.0]
+    assert asked == ["[a]b</s>"]
 
 
 def test_exact_match_counts_the_answers_that_the_model_gives(tmp_path: Path, model: Any) -> None:
