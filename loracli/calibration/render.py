@@ -467,7 +467,7 @@ def render_file(
         progress.warn(skipped_lines(file.source, tuple(bad), problems[0]))
     if unwritten:
         progress.warn(f"{unwritten} of {len(file.records)} records lose a turn; the first is {first_unwritten}")
-    _check_dropped(file, examples, dropped, max_length, allow_truncation=allow_truncation)
+    _check_dropped(file, examples, dropped, single, max_length, allow_truncation=allow_truncation)
     if cut:
         emptied = len(dropped) - len(single)
         lost = f"; {emptied} of them are dropped, as nothing scored is left" if emptied else ""
@@ -554,11 +554,23 @@ def _as_pair(content: dict[str, Any]) -> tuple[str, str]:
 
 
 def _check_dropped(
-    file: CalibrationFile, examples: list[Example], dropped: list[str], max_length: int, *, allow_truncation: bool
+    file: CalibrationFile,
+    examples: list[Example],
+    dropped: list[str],
+    single: list[str],
+    max_length: int,
+    *,
+    allow_truncation: bool,
 ) -> None:
     total = len(dropped) + len(examples)
     if not dropped or (examples and (allow_truncation or len(dropped) <= _MAX_DROPPED * total)):
         return
+    if len(single) == len(dropped):
+        raise CalibrationError(
+            f"{len(dropped)} of {total} records in {file.source} are one token, which nothing predicts, the first at "
+            f"{dropped[0]}",
+            hint="give each a prompt" + (", or drop them with --allow-truncation" if examples else ""),
+        )
     raise CalibrationError(
         f"{len(dropped)} of {total} records in {file.source} have nothing scored within {max_length} tokens, the first "
         f"at {dropped[0]}",

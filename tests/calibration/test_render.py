@@ -486,6 +486,9 @@ def test_a_record_of_one_token_is_dropped_and_that_is_said() -> None:
     assert (len(rendered.examples), rendered.cut, rendered.dropped) == (9, 0, 1)
     [warning] = heard.warnings
     assert "1 of 10 records are dropped" in warning and "val.jsonl:10" in warning
+    with pytest.raises(CalibrationError, match="2 of 2 records in val.jsonl are one token") as caught:
+        render_file(pairs(*[("", "</s>")] * 2), make_tokenizer(add_bos=False), max_length=10)
+    assert caught.value.hint == "give each a prompt"
 
 
 def test_more_than_a_tenth_dropped_is_an_error_with_the_first_line() -> None:
