@@ -31,6 +31,11 @@ def without_idle(task: Task, found: Solution, most: float) -> tuple[Solution, tu
     One check an adapter, cheapest first, and as many fits as halving them takes: not one for each set of them. They
     come on top of the default passes: one that was cut short cost more than the pool. With `--passes` they have what is
     left of `most` tokens.
+
+    Args:
+        task: what is fitted.
+        found: theta (P,) by fold; returned as it is where two adapters are named, or its kind has no weight to drop.
+        most: tokens of the budget, spent ones included, a forward counting 1 and a backward 1.
     """
     mixing, adapters = found.mixing, len(task.references)
     if adapters < POOL or found.scores is None or not isinstance(mixing, DiagonalMixing) or mixing.kind == "rank":
@@ -81,5 +86,6 @@ def without_idle(task: Task, found: Solution, most: float) -> tuple[Solution, tu
 
 
 def idle_tokens(fold: Fold, passes: float, batch_tokens: int) -> float:
-    """That a fold has for a fit without some adapters: so many passes, and the checks."""
+    """Tokens that a fold has for a fit without some adapters, a forward counting 1 and a backward 1: so many passes,
+    and the checks."""
     return GRADIENT_COST * passes * tokens_of(fold.fitting) + 3 * padded_tokens(fold.validation, batch_tokens)

@@ -37,7 +37,7 @@ def _with_prompts(example: Example) -> Example:
 
 
 def published_batches(examples: Sequence[Example], settings: FitSettings) -> list[Batch]:
-    """Those of the one epoch."""
+    """The batches of its one epoch, six records each, in an order that depends on `settings.seed`."""
     order = shuffled(range(len(examples)), seed=settings.seed)
     return [make_batch(examples, order[i : i + _BATCH]) for i in range(0, len(order), _BATCH)]
 
@@ -45,7 +45,16 @@ def published_batches(examples: Sequence[Example], settings: FitSettings) -> lis
 def fit_as_published(
     engine: Engine, mixing: DiagonalMixing, training: Sequence[Example], settings: FitSettings
 ) -> Solution:
-    """One epoch; theta are the logits."""
+    """One epoch of the published recipe; theta (P,) are the logits of the softmax, float64.
+
+    Args:
+        engine: the attached model.
+        mixing: of the kind `module`, with softmax weights.
+        training: all training records.
+        settings: its seed, and its learning rate in the place of 1e-4.
+    Raises:
+        NonFiniteLoss: if the loss at the draw is not finite.
+    """
     examples = [_with_prompts(example) for example in training]
     batches = published_batches(examples, settings)
     generator = torch.Generator().manual_seed(settings.seed)
